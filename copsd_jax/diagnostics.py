@@ -1,0 +1,72 @@
+"""What student and teacher think of each token of a completion."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from copsd_jax import metrics, model, run, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One completion token, in nats at temperature 1.
+
+    `advantage` is ln q - ln p, teacher minus student: above 0 the teacher wants it more. `student`
+    and `teacher` are each side's best tokens with their probabilities.
+    """
+
+    text: str
+    advantage: float
+    logp_student: float
+    logp_teacher: float
+    student: list[tuple[str, float]]
+    teacher: list[tuple[str, float]]
+
+
+def tokens(r: run.Run, state: train_step.State, record: dict, best: int = 3) -> list[Token]:
+    """Both sides' view of a record of W/rollouts, under the weights of `state`.
+
+    Runs the two prompts with the completion behind them, unpadded and alone.
+    """
+    student, teacher = run.policies(r, state)
+    sides = {
+        "student": _log_probs(r, student, record["student_prompt_ids"], record["completion_ids"]),
+        "teacher": _log_probs(r, teacher, record["teacher_prompt_ids"], record["completion_ids"]),
+    }
+    spell = lambda i: str(r.plan.tokenizer.decode([int(i)]))  # noqa: E731
+    out = []
+    for t, token in enumerate(record["completion_ids"]):
+        favourites = {}
+        for name, logp_CV in sides.items():
+            top = np.argsort(-logp_CV[t])[:best]
+            favourites[name] = [(spell(i), float(np.exp(logp_CV[t, i]))) for i in top]
+        p, q = float(sides["student"][t, token]), float(sides["teacher"][t, token])
+        out.append(Token(spell(token), q - p, p, q, favourites["student"], favourites["teacher"]))
+    return out
+
+
+def _log_probs(r: run.Run, policy: train_step.Policy, prompt: list[int], completion: list[int]):
+    """float32 log-probabilities [C, V] of the positions that predict the completion."""
+    ids_1L = jnp.asarray([[*prompt, *completion]], jnp.int32)
+    positions_1L = jnp.arange(ids_1L.shape[1], dtype=jnp.int32)[None]
+    stream = model.Stream(
+        ids_1L, positions_1L, jnp.ones_like(ids_1L), policy.adapter, r.plan.adapter_scale
+    )
+    hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD[0]
+    first = len(prompt) - 1  # the last prompt token predicts the first completion token
+    hidden_CD = hidden[first : first + len(completion)]
+    return np.asarray(jax.nn.log_softmax(model.logits(hidden_CD, model.head(policy.params))))
+
+
+def table(views: list[Token]) -> str:
+    """One row a token: text, advantage, and what each side would rather write."""
+    show = lambda favourites: " ".join(f"{text!r} {p:.0%}" for text, p in favourites)  # noqa: E731
+    rows = [
+        [repr(v.text), f"{v.advantage:+.2f}", f"{np.exp(v.logp_student):.0%}",
+         f"{np.exp(v.logp_teacher):.0%}", show(v.student[:2]), show(v.teacher[:2])]
+        for v in views
+    ]  # fmt: skip
+    headers = ["token", "ln q - ln p", "student", "teacher", "student's best", "teacher's best"]
+    return metrics.table(headers, rows)

@@ -1,0 +1,46 @@
+"""How many parameters a plan has, and the memory that it needs."""
+
+import jax
+import numpy as np
+
+from copsd_jax import model, plans
+
+
+def _bytes(tree: object) -> int:
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def parameters(plan: plans.Plan) -> dict[str, int]:
+    """Numbers of parameters: of the base, and trained."""
+    count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
+    base = model.abstract(plan.model_config, plan.dtype)
+    return {
+        "base": count(base),
+        "trained": count(plans.trained_shapes(plan.config, plan.model_config)),
+    }
+
+
+def memory(plan: plans.Plan) -> dict[str, int]:
+    """Bytes by part, over all devices; activations without what the compiler adds.
+
+    Weights; trained values with gradients, two AdamW moments and the average; the decode cache; the
+    inputs of layers kept for the backward pass of a micro-batch (all of a layer's about 20 times
+    its width without remat); the blocks of logits of the loss.
+    """
+    c, shape = plan.config, plan.model_config
+    item = np.dtype(plan.dtype).itemsize
+    completions = c.train.batch * c.rollout.per_prompt
+    micro = c.train.micro_batch or completions
+    length = plan.longest["student"] + c.rollout.max_tokens
+    copies = 4 + (c.teacher.weights == "ema")
+    kept = 1 if c.model.remat == "layer" else 20
+    cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * item
+    dense = c.loss.implementation == "dense"
+    tokens = micro * c.rollout.max_tokens if dense else c.loss.chunk
+    return {
+        "weights": _bytes(model.abstract(shape, plan.dtype)),
+        "training state": copies * _bytes(plans.trained_shapes(plan.config, plan.model_config)),
+        "decode cache": cache * c.rollout.slots * length,
+        "activations": micro * length * shape.d_model * shape.n_layers * kept * item,
+        "logits": 4 * 4 * tokens * shape.vocab_size,
+    }

@@ -1,0 +1,64 @@
+"""`python -m copsd_jax.export --workdir=W --out=D [--step=12]`
+
+Writes a checkpoint as a Hugging Face folder (merged safetensors, config, tokenizer, generation
+settings) that transformers and others load.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from copsd_jax import checkpoint, hf, lora, plans, run, workdir
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The program's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m copsd_jax.export",
+        description="Writes a run's checkpoint as a Hugging Face model that transformers loads.",
+    )
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a run's directory")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty directory")
+    parser.add_argument("--step", type=int, default=-1, help="checkpoint; default: the newest")
+    return parser.parse_args(argv[1:])
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 only if the model was written."""
+    args = parse(argv)
+    try:
+        config = plans.saved_config(args.workdir)
+        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+            raise FileExistsError(f"--out={args.out} exists and is not empty")
+        workdir.check_writable(args.out, "--out")
+        plan = plans.make(config, train=False, evaluate=False)
+        with (
+            run.scope(plan),
+            checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints,
+        ):
+            saved = checkpoints.steps()
+            if not saved:
+                raise ValueError(f"--workdir={args.workdir} holds no checkpoint yet")
+            step = saved[-1] if args.step == -1 else args.step
+            if step not in saved:
+                raise ValueError(f"--step={step}: the checkpoints are {saved}")
+            r, state = run.load(plan, config.train.steps)
+            with r.grader:
+                state = checkpoints.load(step, state)
+        student = run.policies(r, state)[0]
+        params = student.params
+        if student.adapter is not None:
+            params = lora.merge(params, student.adapter, plan.adapter_scale)
+        hf.save(
+            args.out, params, plan.model_config,
+            source_path=plan.weights_path, tokenizer=plan.tokenizer,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"step {step} of {args.workdir} is in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,214 @@
+"""The languages of problems and prompts: `languages.json` and a user's additions to it.
+
+One registry serves training, baselines and evaluation. A file is a JSON object from a lower-case
+code to an object with exactly the fields of `Language` but `code`:
+
+    {"xx": {"name": "...", "aliases": [], "checked_by_speaker": false, "note": "", ...}}
+
+An unknown code is an error, never English instead.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+BUILT_IN = pathlib.Path(__file__).parent / "languages.json"
+BOX = "\\boxed{}"
+ANSWER_IS = "The answer is"  # what graders look for, so it stands in English in every language
+_CODE = re.compile(r"[a-z]{2,8}(?:[-_][a-z0-9]{1,8})*")
+_MARKERS = ("<|", "<think>", "</think>")  # a chat template's own; prompts put them in
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """A language's words around a problem; all texts are NFC, written in the language itself.
+
+    Attributes:
+      code: as COPSD names it, in lower case: ISO 639-1 or 639-3.
+      name: the language's name for itself.
+      english_name: its English name.
+      script: the script of its texts, in English.
+      aliases: other codes for it; fields of data and settings may use them.
+      label_problem: stands before the problem, without a colon.
+      label_problem_en: stands before the English problem.
+      label_solution: stands before the English solution.
+      begin_reference: the line before the reference solution.
+      end_reference: the line after it.
+      instruction: asks to reason step by step and to put the final answer in a `\\boxed{}`.
+      instruction_answer_is: asks to end with "The answer is N." instead, these words in English.
+      think_prefix: opens the thinking, in the language.
+      reason_first: asks the teacher to explain the reference solution without solving anew.
+      transition: says that the solution is understood, and asks for an own derivation, no copy.
+      checked_by_speaker: whether somebody who speaks the language has read these texts.
+      note: what a user of the language should know about them; may be empty.
+    """
+
+    code: str
+    name: str
+    english_name: str
+    script: str
+    aliases: tuple[str, ...]
+    label_problem: str
+    label_problem_en: str
+    label_solution: str
+    begin_reference: str
+    end_reference: str
+    instruction: str
+    instruction_answer_is: str
+    think_prefix: str
+    reason_first: str
+    transition: str
+    checked_by_speaker: bool
+    note: str
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Language) if field.name != "code")
+_NOT_TEXT = ("aliases", "checked_by_speaker")
+TEXTS = tuple(name for name in FIELDS if name not in _NOT_TEXT)
+
+
+def load(extra_path: str = "") -> dict[str, Language]:
+    """The built-in languages by code, with those of a user's file added or put in their place.
+
+    Args:
+      extra_path: a JSON file as in the module's docstring; "" for none.
+    Raises:
+      FileNotFoundError: `extra_path` is no file.
+      ValueError: names the file, the language and the field, in one sentence.
+    """
+    registry = _read(BUILT_IN)
+    if extra_path:
+        registry |= _read(pathlib.Path(extra_path))
+    _check_aliases(registry, extra_path or str(BUILT_IN))
+    return registry
+
+
+def resolve(code: str, registry: Mapping[str, Language]) -> str:
+    """The registry's code for a code or alias in any case; ValueError lists the known ones."""
+    wanted = code.strip().lower()
+    for known, language in registry.items():
+        if wanted == known or wanted in language.aliases:
+            return known
+    raise ValueError(f"unknown language {code!r}; known are {_listing(registry)}")
+
+
+def get(registry: Mapping[str, Language], code: str) -> Language:
+    """The language of a code or alias in any case; ValueError lists the known ones."""
+    return registry[resolve(code, registry)]
+
+
+def names(code: str, registry: Mapping[str, Language]) -> tuple[str, ...]:
+    """All codes of a language, its own first."""
+    language = get(registry, code)
+    return (language.code, *language.aliases)
+
+
+def _listing(registry: Mapping[str, Language]) -> str:
+    texts = []
+    for code, language in registry.items():
+        also = f" ({', '.join(language.aliases)})" if language.aliases else ""
+        texts.append(code + also)
+    return ", ".join(texts)
+
+
+def _read(path: pathlib.Path) -> dict[str, Language]:
+    """The languages of one file, each checked by itself."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no languages file at {path}")
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON at line {error.lineno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply") from error
+    except _Repeated as error:
+        raise ValueError(f"{path}: the key {error.args[0]!r} stands twice in one object") from error
+    except ValueError as error:  # a number of more digits than Python converts
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: must be a JSON object from language codes to their fields")
+    return {code: _language(f"{path}: language {code!r}", code, v) for code, v in content.items()}
+
+
+class _Repeated(Exception):
+    """A key that stands twice; plain JSON would silently keep the last."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise _Repeated(key)
+        result[key] = value
+    return result
+
+
+def _language(where: str, code: str, fields: Any) -> Language:
+    """One checked entry; `where` begins each message."""
+    if not _CODE.fullmatch(code):
+        raise ValueError(f"{where}: a code has lower-case letters, like sw or zh_hant")
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: must be an object with the fields {', '.join(FIELDS)}")
+    missing = [name for name in FIELDS if name not in fields]
+    if missing:
+        raise ValueError(f"{where}: lacks the field {', '.join(missing)}")
+    unknown = [name for name in fields if name not in FIELDS]
+    if unknown:
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; fields are {', '.join(FIELDS)}")
+    for name in TEXTS:
+        _check_text(f"{where}, field {name!r}", fields[name], may_be_empty=name == "note")
+    _check_meaning(where, fields)
+    return Language(code=code, **{**fields, "aliases": tuple(fields["aliases"])})
+
+
+def _check_text(where: str, text: Any, may_be_empty: bool) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: must be text, not {json.dumps(text)[:40]}")
+    if not text.strip() and not (may_be_empty and not text):
+        raise ValueError(f"{where}: is empty")
+    if text != text.strip():
+        raise ValueError(f"{where}: begins or ends with white space")
+    # Cc controls, Cs lone surrogates, Co private use, Cn unassigned: none is a word's part.
+    bad = [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn")]
+    if bad:
+        raise ValueError(f"{where}: has the character U+{ord(bad[0]):04X}, which is no text")
+    if not unicodedata.is_normalized("NFC", text):
+        raise ValueError(f"{where}: is not in Unicode form NFC")
+    for marker in _MARKERS:
+        if marker in text:
+            raise ValueError(f"{where}: has {marker!r}, which belongs to chat templates")
+
+
+def _check_meaning(where: str, fields: dict[str, Any]) -> None:
+    """What the fields must be for prompts and graders to work."""
+    if not isinstance(fields["checked_by_speaker"], bool):
+        raise ValueError(f"{where}, field 'checked_by_speaker': must be true or false")
+    aliases = fields["aliases"]
+    if not isinstance(aliases, list) or not all(
+        isinstance(alias, str) and _CODE.fullmatch(alias) for alias in aliases
+    ):
+        raise ValueError(f"{where}, field 'aliases': must be a list of lower-case codes")
+    if fields["instruction"].count(BOX) != 1:
+        raise ValueError(f"{where}, field 'instruction': must have {BOX} once")
+    if ANSWER_IS not in fields["instruction_answer_is"]:
+        raise ValueError(f"{where}, field 'instruction_answer_is': must have {ANSWER_IS!r}")
+    if fields["begin_reference"] == fields["end_reference"]:
+        raise ValueError(f"{where}, field 'end_reference': equals 'begin_reference'")
+
+
+def _check_aliases(registry: Mapping[str, Language], path: str) -> None:
+    """Every code and alias means one language; `path` is the file read last."""
+    owner = {code: code for code in registry}
+    for code, language in registry.items():
+        for alias in language.aliases:
+            if alias in owner:
+                raise ValueError(
+                    f"{path}: {alias!r} is an alias of {code!r} and also means {owner[alias]!r}"
+                )
+            owner[alias] = code

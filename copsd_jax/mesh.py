@@ -1,0 +1,116 @@
+"""The device mesh, and one table from a parameter's name to its place on it.
+
+Axes: `data` and `fsdp` split the completions of a batch; `fsdp` also splits parameters, `tensor`
+splits their other dimension. Shardings are Auto axes with pinned outputs, so any function that
+compiles on one device compiles on the mesh.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes over which completions are split
+
+# Partition of each parameter by its name. `layers/...` leaves carry a leading axis of layers.
+_COLUMN = (None, "fsdp", "tensor")  # [layers, in, out] of a projection into heads or the MLP
+_ROW = (None, "tensor", "fsdp")  # [layers, in, out] of a projection back to the width
+PARTITIONS: dict[str, tuple[str | None, ...]] = {
+    "embed/embedding": ("tensor", "fsdp"),
+    "head/kernel": ("tensor", "fsdp"),
+    "final_norm/scale": (None,),
+    "layers/attn_norm/scale": (None, None),
+    "layers/mlp_norm/scale": (None, None),
+    "layers/q_norm/scale": (None, None),
+    "layers/k_norm/scale": (None, None),
+    **{f"layers/{name}/kernel": _COLUMN for name in ("q", "k", "v", "gate", "up")},
+    **{f"layers/{name}/kernel": _ROW for name in ("o", "down")},
+    **{f"layers/{name}/bias": (None, "tensor") for name in ("q", "k", "v")},
+    # Adapters: a is [layers, in, rank], b is [layers, rank, out].
+    **{f"{name}/a": (None, "fsdp", None) for name in ("q", "k", "v", "gate", "up")},
+    **{f"{name}/b": (None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
+    **{f"{name}/a": (None, "tensor", None) for name in ("o", "down")},
+    **{f"{name}/b": (None, None, "fsdp") for name in ("o", "down")},
+}
+
+
+def make(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
+    """A mesh of all devices; one size may be -1 for the rest.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"{sizes}: sizes are at least 1, and one of them may be -1 for the rest")
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    shape = tuple(sizes.values())
+    if int(np.prod(shape)) != len(devices):
+        raise ValueError(f"{sizes}: their product must be the number of devices, {len(devices)}")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def platform(mesh: Mesh) -> str:
+    """cpu, gpu or tpu: of the mesh's devices, whatever the host's default backend is."""
+    return mesh.devices.flat[0].platform
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts into which the completions of a micro-batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _name(path: tuple) -> str:
+    """`layers/q/kernel` of a tree path; fields of optimizer states are not part of a name."""
+    return "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Where a parameter lies.
+
+    Raises:
+      ValueError: for a name that the table lacks, or a dimension that its axis does not divide.
+    """
+    if name not in PARTITIONS:
+        raise ValueError(f"no partition for parameter {name!r}: add it to mesh.PARTITIONS")
+    axes = PARTITIONS[name]
+    if len(axes) != len(shape):
+        raise ValueError(f"{name} has shape {shape}, but its partition {axes}")
+    for size, axis in zip(shape, axes, strict=True):
+        if axis and size % mesh.shape[axis]:
+            raise ValueError(
+                f"mesh.{axis} is {mesh.shape[axis]}: it does not divide {size} of {name} {shape}"
+            )
+    return PartitionSpec(*axes)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a tree of parameters, adapters or optimizer state; scalars replicated."""
+
+    def one(path: tuple, leaf: jax.Array) -> NamedSharding:
+        spec = partition(_name(path), leaf.shape, mesh) if leaf.ndim else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Puts parameters, adapters or optimizer state where the table says."""
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+def place_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
+    """Splits arrays along `axis` over the batch axes of the mesh."""
+    spec = PartitionSpec(*([None] * axis), BATCH)
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Puts a whole copy of each array on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

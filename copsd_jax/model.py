@@ -1,0 +1,439 @@
+"""One decoder for Qwen3 (dense), Qwen2.5, Llama 3 and SmolLM2; config fields differ, code does not.
+
+A call takes a tuple of streams (tokens with positions, segments and perhaps an adapter, a shared
+prefix or a cache) and runs all of them through each layer, so that student and teacher share one
+pass over the weights. It returns hidden states; the head is apart (`head`, `logits`), since losses
+and sampler want it at chosen positions only.
+
+Letters: B sequences, L tokens of a sequence, S keys of a sequence, V vocabulary, D width, N query
+heads, K key heads, M = N/K queries per key head, H head size, A cache length, P prefix length.
+Norms, RoPE, softmax and attention logits are float32 in every compute dtype.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from copsd_jax import lora
+
+REMAT = ("none", "layer")
+QUERY_BLOCK = 512  # longer rows attend block by block of queries
+MASKED = -1e30  # finite, so that a row without any visible key gives finite numbers
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's slowing of low rotary frequencies, for texts beyond `original_max_position`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and constants of a model, as in its Hugging Face config."""
+
+    family: str  # qwen3, qwen2 (Qwen2.5 too) or llama (SmolLM2 too)
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    rms_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    max_position: int
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(input, output) width of each projection of a layer."""
+        query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return {
+            "q": (self.d_model, query),
+            "k": (self.d_model, key),
+            "v": (self.d_model, key),
+            "o": (query, self.d_model),
+            "gate": (self.d_model, self.d_ff),
+            "up": (self.d_model, self.d_ff),
+            "down": (self.d_ff, self.d_model),
+        }
+
+
+def _qwen3(d_model: int, d_ff: int, n_layers: int, n_heads: int, tied: bool) -> ModelConfig:
+    return ModelConfig(
+        family="qwen3", vocab_size=151_936, d_model=d_model, d_ff=d_ff, n_layers=n_layers,
+        n_heads=n_heads, n_kv_heads=8, head_dim=128, rope_theta=1e6, rope_scaling=None,
+        rms_eps=1e-6, tie_embeddings=tied, qkv_bias=False, qk_norm=True, max_position=40_960,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "tiny": dataclasses.replace(
+        _qwen3(64, 128, 2, 4, True),
+        vocab_size=512, n_kv_heads=2, head_dim=16, rope_theta=1e4, max_position=4096,
+    ),
+    "qwen3_0_6b": _qwen3(1024, 3072, 28, 16, True),
+    "qwen3_1_7b": _qwen3(2048, 6144, 28, 16, True),
+    "qwen3_4b": _qwen3(2560, 9728, 36, 32, True),
+    "qwen3_8b": _qwen3(4096, 12_288, 36, 32, False),
+    "qwen3_32b": _qwen3(5120, 25_600, 64, 64, False),
+    "smollm2_135m": ModelConfig(
+        family="llama", vocab_size=49_152, d_model=576, d_ff=1536, n_layers=30, n_heads=9,
+        n_kv_heads=3, head_dim=64, rope_theta=1e5, rope_scaling=None, rms_eps=1e-5,
+        tie_embeddings=True, qkv_bias=False, qk_norm=False, max_position=8192,
+    ),
+}  # fmt: skip
+
+
+class KV(NamedTuple):
+    """Keys (RoPE applied) and values of all layers, each [layers, B, A, K, H]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("tokens_BL", "positions_BL", "segments_BL", "adapter", "prefix", "cache"),
+    meta_fields=("adapter_scale",),
+)
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One batch of rows and how they are to be read.
+
+    Rows are read in one of two ways:
+      without cache: a token attends to the tokens of its own segment at or before its index in
+        the row. Segment 0 is padding: no other segment sees it, and its hidden state is 0 with
+        no gradient.
+      with cache: token l of row b is written at index positions[b, l] - P and attends to that index
+        and all before it. `segments` may be None; where it is 0 the token is not written.
+    In both ways every token sees the whole prefix, whose P keys stand at positions 0 … P - 1.
+    """
+
+    tokens_BL: jax.Array  # int32
+    positions_BL: jax.Array  # int32; the first own token of a text has position P
+    segments_BL: jax.Array | None  # int32; 0 is padding; None with a cache only
+    adapter: dict | None = None  # a tree of lora.init
+    adapter_scale: float = 1.0  # static
+    prefix: KV | None = None  # [layers, 1, P, K, H], shared by all rows; gradients flow through it
+    cache: KV | None = None  # [layers, B, A, K, H]
+
+
+class Output(NamedTuple):
+    """Hidden states after the final norm, in compute dtype, and keys and values if asked for."""
+
+    hidden_BLD: jax.Array
+    kv: KV | None
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair of a head, float32 [H/2] (RoFormer eq. 15)."""
+    frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        # By the turns that a pair makes over the original context: with many, it stays as it is;
+        # with few, it is slowed down by the factor; between the two bounds it is interpolated.
+        turns = scaling.original_max_position * frequency / (2 * np.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+        frequency = frequency * (keep + (1 - keep) / scaling.factor)
+    return frequency.astype(np.float32)
+
+
+def _rotate(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
+    """Rotary embedding, float32; E = H/2: dimension i is paired with i + H/2 (Hugging Face)."""
+    cos, sin = jnp.cos(angle_BLE)[:, :, None], jnp.sin(angle_BLE)[:, :, None]
+    first, second = jnp.split(x_BLNH, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _attend(q_BLKMH, k_BSKH, v_BSKH, seen_BLS, prefix: KV | None) -> jax.Array:
+    """Attention over the own keys that are seen and all of a prefix [1, P, K, H]: [B, L, K, M, H].
+
+    The two parts share one softmax (one maximum, one sum) but are never concatenated, so the prefix
+    is repeated neither for the rows nor for the queries of a key head.
+    """
+    dtype = v_BSKH.dtype
+    # Logits stay in the order that the products give (batch, queries, keys); only arrays without an
+    # axis of keys are transposed.
+    own = _product("blkmh,bskh->bklms", q_BLKMH, k_BSKH)
+    # Added, not selected: a selection would keep its [B, N, L, S] mask for the backward pass.
+    own = own + jnp.where(seen_BLS, jnp.float32(0), jnp.float32(MASKED))[:, None, :, None]
+    # The maximum cancels in the quotient, so it needs no gradient.
+    top_BKLM = jax.lax.stop_gradient(own).max(axis=-1)
+    if prefix is not None:
+        shared = _product("blkmh,pkh->kblmp", q_BLKMH, prefix.k[0])
+        top_KBLM = jax.lax.stop_gradient(shared).max(axis=-1)
+        top_BKLM = jnp.maximum(top_BKLM, top_KBLM.swapaxes(0, 1))
+    own = jnp.exp(own - top_BKLM[..., None])
+    total_BKLM = own.sum(axis=-1)
+    out_BKLMH = _product("bklms,bskh->bklmh", own.astype(dtype), v_BSKH)
+    if prefix is not None:
+        shared = jnp.exp(shared - top_BKLM.swapaxes(0, 1)[..., None])
+        total_BKLM = total_BKLM + shared.sum(axis=-1).swapaxes(0, 1)
+        shared = _product("kblmp,pkh->kblmh", shared.astype(dtype), prefix.v[0])
+        out_BKLMH = out_BKLMH + shared.swapaxes(0, 1)
+    return (out_BKLMH / total_BKLM[..., None]).swapaxes(1, 2).astype(dtype)
+
+
+def _seen(query_BL, query_index_L, segments_BS) -> jax.Array:
+    """[B, L, S]: same segment, and not later in the row."""
+    same = query_BL[:, :, None] == segments_BS[:, None, :]
+    index_S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)
+    return same & (index_S[None, None, :] <= query_index_L[None, :, None])
+
+
+def _attend_rows(q_BLKMH, k_BLKH, v_BLKH, segments_BL, prefix: KV | None, block: int) -> jax.Array:
+    """`_attend` of whole rows; above `block` queries, block by block, each recomputed backwards.
+
+    Exact in both forms; the second never holds more than [B, N, block, L + P] logits.
+    """
+    length = q_BLKMH.shape[1]
+    index_L = jnp.arange(length, dtype=jnp.int32)
+    if length <= block:
+        seen = _seen(segments_BL, index_L, segments_BL)
+        return _attend(q_BLKMH, k_BLKH, v_BLKH, seen, prefix)
+    n = -(-length // block)
+    padding = n * block - length
+
+    def blocks(x):  # [B, L, ...] -> [n, B, block, ...]
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], n, block, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # the loop prevents it already
+    def one(args):
+        # The mask must wait for q: else, as it depends on constants of the loops only, masks of
+        # all blocks, [B, L, L], are made ahead of the layers when a gradient is taken.
+        q, query, index = jax.lax.optimization_barrier(args)
+        return _attend(q, k_BLKH, v_BLKH, _seen(query, index, segments_BL), prefix)
+
+    # What the queries that fill the last block find is cut off below.
+    index = jnp.arange(n * block, dtype=jnp.int32).reshape(n, block)
+    out = jax.lax.map(one, (blocks(q_BLKMH), blocks(segments_BL), index))
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], n * block, *out.shape[3:])[:, :length]
+
+
+def _attend_cache(q_BLKMH, k, v, cache: KV, index_BL, layer, prefix) -> tuple[jax.Array, KV]:
+    """Writes own keys and values at `index` of the layer's cache, then attends up to it."""
+    rows_B1 = jnp.arange(q_BLKMH.shape[0], dtype=jnp.int32)[:, None]
+    # In place in the scan's carry; an index at or beyond A (padding) is dropped.
+    cache = KV(
+        cache.k.at[layer, rows_B1, index_BL].set(k.astype(cache.k.dtype), mode="drop"),
+        cache.v.at[layer, rows_B1, index_BL].set(v.astype(cache.v.dtype), mode="drop"),
+    )
+    k_BAKH = jax.lax.dynamic_index_in_dim(cache.k, layer, 0, keepdims=False)
+    v_BAKH = jax.lax.dynamic_index_in_dim(cache.v, layer, 0, keepdims=False)
+    index_A = jnp.arange(k_BAKH.shape[1], dtype=jnp.int32)
+    seen_BLA = index_A[None, None, :] <= index_BL[:, :, None]
+    dtype = q_BLKMH.dtype
+    out = _attend(q_BLKMH, k_BAKH.astype(dtype), v_BAKH.astype(dtype), seen_BLA, prefix)
+    return out, cache
+
+
+class Norm(nn.Module):
+    """RMSNorm over the last axis, in float32; the result is cast to `dtype`."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + jnp.float32(self.eps))
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x * scale).astype(self.dtype)
+
+
+class _Rows(NamedTuple):
+    """What all layers need of a stream, alike."""
+
+    angle_BLE: jax.Array  # float32 RoPE angles
+    segments_BL: jax.Array | None
+    index_BL: jax.Array | None  # where the cache is written
+
+
+class Layer(nn.Module):
+    """One decoder layer over all streams; the body of the scan."""
+
+    config: ModelConfig
+    dtype: Any
+    block: int
+    scales: tuple[float, ...]  # of the streams' adapters
+    return_kv: bool
+
+    def setup(self):
+        c = self.config
+        for name, (_, out) in c.projections().items():
+            bias = c.qkv_bias and name in ("q", "k", "v")
+            setattr(self, name, lora.Projection(out, bias, self.dtype))
+        norms = ("attn_norm", "mlp_norm") + (("q_norm", "k_norm") if c.qk_norm else ())
+        for name in norms:
+            setattr(self, name, Norm(c.rms_eps, self.dtype))
+
+    def __call__(self, carry, scanned, rows: tuple[_Rows, ...]):
+        """carry: (hidden, cache) of each stream; scanned: layer, (adapter, prefix) of each."""
+        layer, slices = scanned
+        streams = zip(carry, slices, rows, self.scales, strict=True)
+        results = [self._stream(*stream, layer) for stream in streams]
+        return tuple(state for state, _ in results), tuple(kv for _, kv in results)
+
+    def _stream(self, state, slices, rows: _Rows, scale: float, layer):
+        hidden, cache = state
+        adapter, prefix = slices
+
+        def project(name, x):
+            leaf = adapter[name] if adapter is not None and name in adapter else None
+            return getattr(self, name)(x, leaf, scale)
+
+        q_BLKMH, k, v = self._qkv(project, self.attn_norm(hidden), rows.angle_BLE)
+        if cache is None:
+            out = _attend_rows(q_BLKMH, k, v, rows.segments_BL, prefix, self.block)
+        else:
+            out, cache = _attend_cache(q_BLKMH, k, v, cache, rows.index_BL, layer, prefix)
+        hidden = hidden + project("o", out.reshape(*out.shape[:2], -1))
+        x = self.mlp_norm(hidden)
+        hidden = hidden + project("down", nn.silu(project("gate", x)) * project("up", x))
+        own = KV(k, v) if self.return_kv and cache is None else None
+        return (hidden, cache), own
+
+    def _qkv(self, project, x, angle_BLE):
+        c = self.config
+        q, k, v = (
+            project(name, x).reshape(*x.shape[:2], heads, c.head_dim)
+            for name, heads in (("q", c.n_heads), ("k", c.n_kv_heads), ("v", c.n_kv_heads))
+        )
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = _rotate(q.astype(jnp.float32), angle_BLE) * jnp.float32(c.head_dim**-0.5)
+        k = _rotate(k.astype(jnp.float32), angle_BLE)
+        q = q.reshape(*x.shape[:2], c.n_kv_heads, -1, c.head_dim)
+        return q.astype(self.dtype), k.astype(self.dtype), v
+
+
+class _Matrix(nn.Module):
+    """One [V, D] matrix: the embedding, or an untied head."""
+
+    field: str
+    shape: tuple[int, int]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param(self.field, nn.initializers.normal(0.02), self.shape, self.dtype)
+
+
+class Decoder(nn.Module):
+    """The model without its head.
+
+    Attributes:
+      config: shape and constants.
+      dtype: of all products and of the hidden states; weights are cast to it on use.
+      remat: 'none', or 'layer' to keep only the layers' inputs for the backward pass.
+      query_block: rows longer than this attend block by block of queries.
+    """
+
+    config: ModelConfig
+    dtype: Any
+    remat: str = "none"
+    query_block: int = QUERY_BLOCK
+
+    @nn.compact
+    def __call__(self, streams: tuple[Stream, ...], return_kv: bool = False) -> tuple[Output, ...]:
+        """Hidden states of each stream; with `return_kv` own keys and values [layers, B, L, K, H].
+
+        A stream with a cache gets the updated cache back instead.
+
+        Raises:
+          ValueError: for an unknown `remat`, or a stream with neither segments nor a cache.
+        """
+        c = self.config
+        if self.remat not in REMAT:
+            raise ValueError(f"model.remat is {self.remat!r}: the choices are {', '.join(REMAT)}")
+        embedding = _Matrix("embedding", (c.vocab_size, c.d_model), self.dtype, name="embed")()
+        if not c.tie_embeddings:
+            _Matrix("kernel", (c.vocab_size, c.d_model), self.dtype, name="head")()
+        body = nn.remat(Layer, prevent_cse=False) if self.remat == "layer" else Layer
+        axes: Any = (0, nn.broadcast)
+        layers = nn.scan(
+            body, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=axes, length=c.n_layers,
+        )  # fmt: skip
+        layers = layers(
+            c, self.dtype, self.query_block, tuple(s.adapter_scale for s in streams), return_kv,
+            name="layers",
+        )  # fmt: skip
+        carry = tuple((embedding[s.tokens_BL].astype(self.dtype), s.cache) for s in streams)
+        slices = tuple((s.adapter, s.prefix) for s in streams)
+        index = jnp.arange(c.n_layers, dtype=jnp.int32)
+        carry, kvs = layers(carry, (index, slices), tuple(_rows(c, s) for s in streams))
+        norm = Norm(c.rms_eps, self.dtype, name="final_norm")
+        return tuple(
+            Output(_blank(norm(hidden), stream.segments_BL), kv if cache is None else cache)
+            for (hidden, cache), kv, stream in zip(carry, kvs, streams, strict=True)
+        )
+
+
+def _rows(config: ModelConfig, stream: Stream) -> _Rows:
+    """RoPE angles, and where the cache is written (A, which is nowhere, for padding)."""
+    frequency = jnp.asarray(rope_frequencies(config))
+    angle = stream.positions_BL.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    if stream.cache is None:
+        if stream.segments_BL is None:
+            raise ValueError("segments_BL is None: only a stream with a cache may leave it out")
+        return _Rows(angle, stream.segments_BL, None)
+    offset = 0 if stream.prefix is None else stream.prefix.k.shape[2]
+    index = stream.positions_BL - jnp.int32(offset)
+    if stream.segments_BL is not None:
+        index = jnp.where(stream.segments_BL > 0, index, jnp.int32(stream.cache.k.shape[2]))
+    return _Rows(angle, None, index)
+
+
+def _blank(hidden_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
+    """Zero, without gradient, where there is padding."""
+    if segments_BL is None:
+        return hidden_BLD
+    return jnp.where((segments_BL > 0)[:, :, None], hidden_BLD, jnp.zeros((), hidden_BLD.dtype))
+
+
+def head(params: dict) -> jax.Array:
+    """The output matrix [V, D]: the embedding where tied, else the head's own."""
+    return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
+
+
+def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """[..., D] -> float32 [..., V], summed in float32; the head is cast to hidden's dtype."""
+    return jnp.einsum(
+        "...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _init(config: ModelConfig, dtype: Any, key: jax.Array) -> dict:
+    one = jnp.zeros((1, 1), jnp.int32)
+    variables: Any = Decoder(config, dtype).init(key, (Stream(one, one, one),))
+    return variables["params"]
+
+
+def init(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
+    """Random weights: matrices normal with deviation 0.02, norms 1, biases 0."""
+    return jax.jit(functools.partial(_init, config, dtype))(key)
+
+
+def abstract(config: ModelConfig, dtype: Any) -> dict:
+    """The tree of `init` as jax.ShapeDtypeStruct, without any memory."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(functools.partial(_init, config, dtype), key)

@@ -1,0 +1,207 @@
+"""A plan's loaded parts: weights on the mesh, compiled functions, and what is done with them."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from copsd_jax import (
+    contexts,
+    graders,
+    hf,
+    lora,
+    losses,
+    mesh,
+    model,
+    plans,
+    prompts,
+    train_step,
+)
+from copsd_jax.sampler import engine, host
+
+# Random streams of a seed besides the sampler's, whose purposes count from 0.
+ADAPTER_STREAM, WEIGHTS_STREAM = 1001, 1002
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A plan with its weights, compiled functions and helpers."""
+
+    plan: plans.Plan
+    decoder: model.Decoder
+    frozen: dict  # LoRA: the base; full: the initial weights if the teacher is fixed, else {}
+    options: train_step.Options
+    step: Callable[..., tuple[train_step.State, train_step.Aux]]
+    rate: Callable[[Any], Any]  # learning rate of a step
+    grader: graders.Grader
+    teacher_kv: model.KV | None  # of the fixed teacher's exemplars
+
+
+def load(plan: plans.Plan, steps: int) -> tuple[Run, train_step.State]:
+    """Reads the weights onto the mesh; the parts of the run and the State at step 0.
+
+    `steps` is the run's last step, towards which the learning rate decays.
+    """
+    config = plan.config
+    decoder = model.Decoder(plan.model_config, plan.dtype, remat=config.model.remat)
+    base = _weights(plan)
+    if config.train.trainable == "lora":
+        key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
+        trained = lora.init(plan.model_config, config.lora.rank, config.lora.targets, key)
+        frozen = base
+    else:
+        # A copy: what is trained is donated to the step, what is frozen must not be.
+        trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
+        frozen = base if config.teacher.weights == "fixed" else {}
+    names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
+    tx, rate = train_step.optimizer(steps=steps, **{n: config.train[n] for n in names})
+    state = mesh.place(train_step.init(trained, tx, config.teacher.weights), plan.mesh)
+    options = _options(plan)
+    step = jax.jit(
+        train_step.make(decoder, tx, options),
+        donate_argnums=0,
+        out_shardings=(mesh.shardings(state, plan.mesh), None),
+    )
+    teacher_kv = None
+    if config.teacher.weights == "fixed" and plan.rows:
+        prefix = contexts.teach(plan.tokenizer, plan.teacher, plan.context, plan.rows[0]).prefix_ids
+        teacher = train_step.policies(state, frozen, options, plan.dtype)[1]
+        teacher_kv = engine.encode_prefix(decoder, teacher.params, prefix)
+    grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
+    return Run(plan, decoder, frozen, options, step, rate, grader, teacher_kv), state
+
+
+def _weights(plan: plans.Plan) -> dict:
+    """The base parameters, leaf by leaf onto their shards."""
+    shapes = model.abstract(plan.model_config, plan.dtype)
+    places = mesh.shardings(shapes, plan.mesh)
+    if plan.config.model.init == "random":
+        key = jax.random.fold_in(jax.random.key(plan.config.seed), WEIGHTS_STREAM)
+        return jax.device_put(model.init(plan.model_config, key, plan.dtype), places)
+
+    def put(path: tuple[str, ...], values: np.ndarray) -> jax.Array:
+        spec = mesh.partition("/".join(path), values.shape, plan.mesh)
+        return jax.device_put(values, NamedSharding(plan.mesh, spec))
+
+    return hf.load_params(plan.weights_path, plan.model_config, plan.dtype, put)
+
+
+def _options(plan: plans.Plan) -> train_step.Options:
+    c = plan.config
+    completions = c.train.batch * c.rollout.per_prompt
+    micro = c.train.micro_batch or completions
+    return train_step.Options(
+        trainable=c.train.trainable,
+        teacher=c.teacher.weights,
+        ema_decay=c.teacher.ema_decay,
+        adapter_scale=plan.adapter_scale,
+        divergence=losses.Divergence(
+            divergence=c.loss.divergence,
+            beta=c.loss.beta,
+            normalize_beta=c.loss.normalize_beta,
+            temperature=c.loss.temperature,
+            top_k=c.loss.top_k,
+            clip_mode=c.loss.clip_mode,
+            clip=c.loss.clip,
+            sampling_temperature=c.rollout.temperature or 1.0,  # as a greedy sampler reports it
+        ),
+        implementation=c.loss.implementation,
+        chunk=c.loss.chunk,
+        norm=c.loss.norm,
+        group=c.loss.group or micro,
+        micro_batches=completions // micro,
+    )
+
+
+@contextlib.contextmanager
+def scope(plan: plans.Plan) -> Iterator[None]:
+    """Within it the plan's programs run: on its mesh, and float32 products in float32.
+
+    Accelerators would otherwise round the operands of float32 products to fewer bits.
+    """
+    precise = "highest" if plan.dtype == jnp.float32 else None
+    with jax.set_mesh(plan.mesh), jax.default_matmul_precision(precise):
+        yield
+
+
+def policies(run: Run, state: train_step.State) -> tuple[train_step.Policy, train_step.Policy]:
+    """(student, teacher) weights of a state."""
+    return train_step.policies(state, run.frozen, run.options, run.plan.dtype)
+
+
+def encode_prefix(
+    run: Run, policy: train_step.Policy, prefix_ids: Sequence[int]
+) -> model.KV | None:
+    """Keys of the exemplars under a policy; None without exemplars."""
+    return engine.encode_prefix(
+        run.decoder, policy.params, prefix_ids, policy.adapter, run.plan.adapter_scale
+    )
+
+
+def sampling(run: Run, section: str, max_tokens: int) -> host.Sampling:
+    """Sampling settings of `rollout` or `eval`; what ends a text is the same for both."""
+    plan, s = run.plan, run.plan.config[section]
+    return host.Sampling(
+        max_tokens=max_tokens,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        stop_ids=plan.stop_ids,
+        stop=tuple(plan.config.rollout.stop),
+    )
+
+
+def sample(
+    run: Run,
+    policy: train_step.Policy,
+    asked: Sequence[prompts.Prompt],
+    settings: host.Sampling,
+    keys: jax.Array,
+    slots: int,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> list[host.Completion]:
+    """One completion for each prompt under a policy. All prompts share their exemplars."""
+    prefixes = {prompt.prefix_ids for prompt in asked}
+    if len(prefixes) > 1:
+        raise ValueError(f"the prompts begin with {len(prefixes)} different sets of exemplars")
+    prefix = encode_prefix(run, policy, prefixes.pop()) if prefixes else None
+    return host.generate(
+        run.decoder,
+        policy.params,
+        [prompt.ids for prompt in asked],
+        settings,
+        keys=keys,
+        prefix=prefix,
+        adapter=policy.adapter,
+        adapter_scale=run.plan.adapter_scale,
+        slots=slots,
+        valid_V=run.plan.valid_V,
+        token_bytes=run.plan.token_bytes,
+        progress=progress,
+    )
+
+
+def text(run: Run, ids: Sequence[int]) -> str:
+    """Completion ids as text, without the token that ended it."""
+    stops = set(run.plan.stop_ids)
+    return prompts.text_of(run.plan.tokenizer, [i for i in ids if i not in stops])
+
+
+def opened(prompt: prompts.Prompt, text: str) -> str:
+    """A completion with the think block that its prompt opened: without a closing tag nothing in
+    it is an answer, or an analysis."""
+    return ("<think>\n" if prompt.state == "open" else "") + text
+
+
+def grade(
+    run: Run, golds: Sequence[str], asked: Sequence[prompts.Prompt], texts: Sequence[str]
+) -> list[graders.Grade]:
+    """Grades of completions of these prompts."""
+    whole = [opened(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
+    return run.grader.grade_all(zip(golds, whole, strict=True))

@@ -1,0 +1,1 @@
+"""The sampler: `truncate` (which tokens), `engine` (prefill, insert, decode), `host` (the loop)."""

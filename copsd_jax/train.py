@@ -1,0 +1,224 @@
+"""The loop, flat and in order of execution."""
+
+import collections
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from copsd_jax import (
+    checkpoint,
+    data,
+    estimates,
+    evaluate,
+    languages,
+    mesh,
+    metrics,
+    plans,
+    run,
+    train_step,
+    workdir,
+)
+from copsd_jax import config as config_lib
+from copsd_jax import methods as methods_lib
+
+
+def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[plans.Plan, bool]:
+    """The checked plan, and whether the directory holds the run already. Writes nothing.
+
+    Raises:
+      ValueError, OSError: in one sentence.
+    """
+    known = workdir.check(directory, config_lib.flat(config))
+    plan = plans.make(config)
+    if known:
+        workdir.check_facts(directory, _facts(plan))
+    return plan, known
+
+
+def train(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> None:
+    """Evaluates, trains, evaluates again; continues a run from its newest checkpoint."""
+    config, started = plan.config, time.monotonic()
+    method = methods_lib.METHODS[config.method]
+    print(summary(plan, directory, continued), flush=True)
+    workdir.create(directory, config_lib.flat(config), _facts(plan))
+    with (
+        run.scope(plan),
+        checkpoint.Checkpoints(
+            directory / "checkpoints", config.train.keep, writer=True
+        ) as checkpoints,
+    ):
+        r, state = run.load(plan, config.train.steps)
+        with r.grader:
+            # The evaluation of step 0 comes before a checkpoint is loaded: it is the initial
+            # policy's, also when a run that was stopped before it is continued.
+            before = _evaluation(r, state, 0, directory)
+            if checkpoints.steps():
+                state = checkpoints.load(checkpoints.steps()[-1], state)
+            first = int(state.step)
+            with metrics.Writer(directory, resume=first + 1) as writer:
+                state = _steps(r, method, state, first, writer, checkpoints, directory)
+            after = _evaluation(r, state, config.train.steps, directory)
+    print(_ending(plan, before, after, directory, time.monotonic() - started), flush=True)
+
+
+def _steps(r, method, state, first, writer, checkpoints, directory) -> train_step.State:
+    """Steps `first` … train.steps - 1."""
+    plan, c = r.plan, r.plan.config
+    timer = metrics.Timer()
+    order = data.iterator(
+        plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
+    )
+    with metrics.Progress("step", c.train.steps, start=first) as progress:
+        for step in range(first, c.train.steps):
+            with timer("rollout"):
+                work = method.make_batch(r, state, next(order), step)
+            with timer("step"):
+                batch = mesh.place_batch(work.batch, plan.mesh)
+                state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv)
+                aux = jax.device_get(aux)  # waits for the step
+            values = {
+                **{name: float(value) for name, value in aux.metrics.items()},
+                **work.metrics,
+                **method.add_tokens(work, aux.tokens),
+                "learning_rate": float(r.rate(step)),
+                **timer.take(),
+            }
+            writer.write(step + 1, values)
+            if c.train.log_rollouts:
+                workdir.write_jsonl(
+                    workdir.step_file(directory, "rollouts", step + 1), work.records
+                )
+            last = step + 1 == c.train.steps
+            if (step + 1) % c.train.save_every == 0 or last:
+                checkpoints.save(step + 1, state)
+            progress.update(
+                step + 1,
+                int(values["completion_tokens"] * len(work.records)),
+                loss=values["loss"],
+                **{name: values[name] for name in ("correct",) if name in values},
+            )
+            if step == first or last or (step + 1) % max(1, c.train.steps // 3) == 0:
+                progress.close()
+                print(_sample(step + 1, work.records), flush=True)
+            if c.eval.every and (step + 1) % c.eval.every == 0 and not last:
+                progress.close()
+                _evaluation(r, state, step + 1, directory)
+    return state
+
+
+def _codes(plan: plans.Plan) -> list[str]:
+    """Languages in the order of data.lang, as the rows spell them."""
+    return [languages.resolve(code, plan.student.languages) for code in plan.config.data.lang]
+
+
+def _evaluation(r: run.Run, state, step: int, directory: pathlib.Path) -> dict | None:
+    """The scores of a step, from its file if it is there already; None without problems."""
+    if not r.plan.eval_rows:
+        return None
+    path = workdir.step_file(directory, "eval", step)
+    if path.is_file():
+        return workdir.read_json(path)
+    total = len(r.plan.eval_rows) * r.plan.config.eval.samples
+    progress, update = evaluate.show(f"evaluation at step {step}:", total)
+    with progress:
+        result = evaluate.evaluate(r, run.policies(r, state)[0], r.plan.eval_rows, update)
+    workdir.write_json(path, {"step": step, **result})
+    return {"step": step, **result}
+
+
+def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
+    """What will run, before it does."""
+    c, shape = plan.config, plan.model_config
+    size = estimates.parameters(plan)
+    completions = c.train.batch * c.rollout.per_prompt
+    lines = [
+        c.description or c.method,
+        f"  model       {c.model.path} ({shape.family}, {size['base']:,} parameters, "
+        f"{np.dtype(plan.dtype).name}), {c.model.init}",
+        f"  trained     {size['trained']:,} parameters ({c.train.trainable}"
+        + (f" rank {c.lora.rank})" if c.train.trainable == "lora" else ")"),
+        f"  context     {c.context.kind}; teacher {c.teacher.weights}; {c.loss.divergence}, "
+        f"clip {c.loss.clip_mode}",
+        f"  problems    {c.data.path}: {_per_language(plan.rows)}; "
+        f"dropped: {_counts(plan.dropped)}",
+        f"  evaluation  {c.eval.path or 'none'}: {_per_language(plan.eval_rows)}; "
+        f"dropped: {_counts(plan.eval_dropped)}",
+        f"  a step      {c.train.batch} problems x {c.rollout.per_prompt} completions of at most "
+        f"{c.rollout.max_tokens} tokens = at most {completions * c.rollout.max_tokens:,} tokens; "
+        f"{c.train.steps} steps",
+        f"  prompts     at most {plan.longest['student']} tokens (student), "
+        f"{plan.longest['teacher']} (teacher)",
+        f"  devices     {plan.mesh.size} x {mesh.platform(plan.mesh)}, "
+        f"mesh {dict(plan.mesh.shape)}",
+        "  memory      "
+        + ", ".join(
+            f"{name} {size / 2**30:.2f} GiB" for name, size in estimates.memory(plan).items()
+        )
+        + " (estimate, all devices)",
+        f"  directory   {directory}" + (" (continued)" if continued else ""),
+    ]
+    if c.parity.template_mismatch:
+        lines.append(
+            "  parity.template_mismatch is set: student and teacher start in different states of "
+            "the chat template, as published"
+        )
+    unchecked = sorted(
+        {
+            row.lang
+            for row in plan.rows
+            if c.prompt.template == "chat"
+            and not plan.student.languages[row.lang].checked_by_speaker
+        }
+    )
+    if unchecked:
+        lines.append(f"  wording not checked by a speaker: {', '.join(unchecked)}")
+    return "\n".join(lines)
+
+
+def _per_language(rows: list[data.Row]) -> str:
+    counts = collections.Counter(row.lang for row in rows)
+    return ", ".join(f"{lang} {count:,}" for lang, count in counts.items()) or "none"
+
+
+def _counts(counter: collections.Counter) -> str:
+    return ", ".join(f"{count} ({reason})" for reason, count in counter.items()) or "none"
+
+
+def _facts(plan: plans.Plan) -> dict:
+    """What of this start goes into run.json."""
+    return {
+        "devices": [str(device) for device in plan.mesh.devices.flat],
+        "seed": plan.config.seed,
+        "model": str(plan.weights_path),
+        "model_fingerprint": plans.fingerprint(plan),
+        "data_fingerprint": data.fingerprint(plan.rows),
+        "eval_fingerprint": data.fingerprint(plan.eval_rows),
+        "dropped": dict(plan.dropped),
+        "eval_dropped": dict(plan.eval_dropped),
+    }
+
+
+def _sample(step: int, records: list[dict]) -> str:
+    """One completion of a step, for people."""
+    record = records[0]
+    mark = {True: "right", False: "wrong", None: "not graded"}[record["correct"]]
+    lines = [f"--- sample of step {step} ({record['lang']}, {mark}, gold {record['gold']})"]
+    shown = f"{record['problem']}\n-> {record['completion'].strip()}"
+    lines += [f"    {line}" for line in shown.split("\n")]
+    return "\n".join(lines)
+
+
+def _ending(plan, before, after, directory: pathlib.Path, seconds: float) -> str:
+    """The table of scores, and where everything is."""
+    lines = []
+    if before and after:
+        lines += ["", evaluate.comparison(before, after)]
+        lines += [
+            "",
+            "before and after: share of correct answers; points: difference with the interval of a",
+            "paired bootstrap over problems; p: exact sign test; cut: ended by the token limit",
+        ]
+    lines += ["", f"{metrics.duration(seconds)} min; everything is in {directory}"]
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""Package definition. Lower bounds only: pip picks a jax and flax pair that fits the Python."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+setuptools.setup(
+    name="copsd_jax",
+    version="0.1.0",
+    description="On-policy self-distillation of language models in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["copsd_jax", "copsd_jax.*"]),
+    package_data={"copsd_jax": ["languages.json", "problems/*.jsonl", "tiny_tokenizer/*"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "transformers>=5.0",
+        "tensorflow-datasets>=4.9",
+        "grain>=0.2.18",
+        "ml-collections>=1.0",
+        "absl-py>=2.0",
+        "gguf>=0.17",
+        "huggingface_hub>=1.0",
+        "jinja2>=3.1",
+        "math-verify>=0.8",
+        "numpy>=2.0",
+        "pyarrow>=18",
+        "rich>=13",
+        "safetensors>=0.6",
+        "tensorboardX>=2.6",
+        "tokenizers>=0.22",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "gpu": ["jax[cuda13]>=0.10.2"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6",
+            "ruff>=0.14",
+            "pyright>=1.1",
+            "build>=1.2",
+        ],
+        "parity": ["torch>=2.8", "accelerate>=1"],
+        "notebook": ["nbconvert>=7", "ipykernel>=6"],
+    },
+)

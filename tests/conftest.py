@@ -1,0 +1,29 @@
+"""Strict switches for all tests: a silent broadcast or promotion is an error."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Halves the time of compilation, which is most of the suite's time.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "copsd_jax_xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of large development files; a test that needs it skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the development data folder ../shared")
+    return SHARED

@@ -1,0 +1,41 @@
+"""Small runs for tests: the cards' tiny presets with a few settings changed."""
+
+import contextlib
+import pathlib
+
+import conftest
+import jax
+import pytest
+
+from copsd_jax import main, plans, run
+
+
+def config(card: str, **settings):
+    """The parsed config of `configs/<card>.py:tiny`; `train__steps=3` is --config.train.steps=3."""
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    argv = ["main", f"--config={conftest.ROOT / 'configs' / card}.py:tiny", *flags]
+    return main.parse(argv)[0]
+
+
+def argv(card: str, workdir: pathlib.Path, **settings) -> list[str]:
+    """The command line of the same run on one of the eight devices' worth of work."""
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    path = conftest.ROOT / "configs" / card
+    return ["main", f"--config={path}.py:tiny", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optax_promotes():
+    """For modules that run AdamW, which relies on promotion; `test_train_step` is strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@contextlib.contextmanager
+def loaded(card: str, **settings):
+    """(run, state at step 0) of a tiny run, with its mesh set."""
+    plan = plans.make(config(card, **settings))
+    with jax.set_mesh(plan.mesh):
+        r, state = run.load(plan, plan.config.train.steps)
+        with r.grader:
+            yield r, state

@@ -1,0 +1,356 @@
+"""Losses against float64 NumPy and finite differences; chunked against dense; weights."""
+
+import dataclasses
+import itertools
+import re
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from copsd_jax import divergences, losses
+
+# 36 tokens in chunks of at most 16: 3 blocks of 12 rows, padded to 2 strips of 8 each.
+ROWS, COLUMNS, CHUNK, MICRO = 4, 9, 16, 2
+TOKENS, WIDTH, VOCABULARY = ROWS * COLUMNS, 8, 61
+NORMS = tuple(losses.NORMS)
+MASK_BC = (np.arange(COLUMNS)[None] < np.array([9, 4, 0, 6])[:, None]).astype(np.float32)
+CLIP_MODES = tuple(divergences.CLIP_MODES)
+
+
+def _cases():
+    names = (("fkl", False), ("rkl", False), ("jsd", False), ("jsd", True))
+    for (name, normal), mode, k in itertools.product(names, CLIP_MODES, (0, 5)):
+        # between the smallest and the largest entry, or token, of the test's inputs
+        clip = 0.02 if mode == "element" else 0.5
+        clip = clip * 0.21 if name == "jsd" and not normal else clip
+        yield losses.Divergence(name, 0.3, normal, 1.1, k, mode, clip)
+    yield losses.Divergence("sampled", temperature=1.1)
+
+
+CASES = list(_cases())
+
+
+def _label(s):
+    return f"{s.divergence}{'_normal' * s.normalize_beta}-{s.clip_mode}-{s.top_k}"
+
+
+def _loss_and_gradient(settings, implementation, chunk, train_head, arrays, weight_T):
+    """((loss, stats), (gradient to the student's hidden states, to its head))."""
+
+    def loss(hidden_s, head_s):
+        _, hidden_t, _, head_t, tokens = arrays
+        return losses.divergence(
+            hidden_s, hidden_t, head_s, head_t, tokens, weight_T, settings,
+            implementation=implementation, chunk=chunk, train_head=train_head,
+        )  # fmt: skip
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(arrays[0], arrays[2])
+
+
+_compiled = jax.jit(_loss_and_gradient, static_argnums=(0, 1, 2, 3))
+
+
+def _run(settings, implementation, chunk, train_head, arrays, weight_T):
+    """Op by op for dense: compilation is most of these tests' time, and ops are shared."""
+    call = _loss_and_gradient if implementation == "dense" else _compiled
+    return call(
+        settings, implementation, chunk, train_head,
+        jax.tree.map(jnp.asarray, arrays), jnp.asarray(weight_T),
+    )  # fmt: skip
+
+
+def _arrays(seed, tokens=TOKENS, vocabulary=VOCABULARY, width_t=WIDTH):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    return (
+        draw(tokens, WIDTH),
+        draw(tokens, width_t),
+        draw(vocabulary, WIDTH) * np.float32(0.5),
+        draw(vocabulary, width_t) * np.float32(0.5),
+        rng.integers(0, vocabulary, tokens).astype(np.int32),
+    )
+
+
+def _away_from_kinks(settings):
+    """Inputs whose entries and tokens keep a margin from κ and whose top-k is no near tie."""
+    for seed in range(100):
+        arrays = _arrays(seed)
+        z_s, z_t = oracle.logits(arrays[0], arrays[2]), oracle.logits(arrays[1], arrays[3])
+        frozen = oracle.freeze(z_s, z_t, arrays[4], settings)
+        if oracle.margin(z_s, z_t, settings, frozen) > oracle.KINK_MARGIN:
+            return arrays, z_s, z_t, frozen
+    raise AssertionError("no inputs with a margin")
+
+
+def _close(got, want, tolerance, name=""):
+    """Within `tolerance` of the wanted array's largest magnitude."""
+    want = np.asarray(want, np.float64)
+    error = np.abs(np.asarray(got, np.float64) - want).max()
+    assert error <= tolerance * np.abs(want).max(), (name, error, np.abs(want).max())
+
+
+@pytest.mark.parametrize("settings", CASES, ids=_label)
+def test_value_and_gradient(settings):
+    """float64 formula = finite differences = dense = chunked, for the three normalisers."""
+    arrays, z_s, z_t, frozen = _away_from_kinks(settings)
+    value_T = oracle.value(z_s, z_t, arrays[4], settings, frozen)
+    dz_TV = oracle.slope(z_s, z_t, arrays[4], settings, frozen)
+    _close(oracle.difference(z_s, z_t, arrays[4], settings, frozen), dz_TV, 1e-7, "differences")
+    mass_T = oracle.clipped_mass(z_s, z_t, settings, frozen)
+    assert settings.clip_mode == "none" or 0 < mass_T.mean() < 1
+    for norm in NORMS:
+        weight_T = oracle.weights(MASK_BC, norm, MICRO).reshape(-1)
+        dead_T = weight_T == 0
+        grads = ((weight_T[:, None] * dz_TV) @ arrays[2], (weight_T[:, None] * dz_TV).T @ arrays[0])
+        results = {}
+        for implementation in losses.IMPLEMENTATIONS:
+            (loss, stats), got = _run(
+                settings, implementation, CHUNK, True, arrays, weight_T.astype(np.float32)
+            )
+            results[implementation] = (loss, stats, got)
+            _close(stats.value_T, np.where(dead_T, 0, value_T), 2e-5, "value")
+            _close(stats.clipped_mass_T + 1, np.where(dead_T, 0, mass_T) + 1, 2e-5, "mass")
+            scale = np.abs(weight_T * value_T).sum()
+            assert abs(float(loss) - (weight_T * value_T).sum()) <= 2e-5 * scale
+            for mine, want in zip(got, grads, strict=True):
+                _close(mine, want, 2e-5, "gradient")
+                assert not np.asarray(got[0])[dead_T].any()
+        (_, stats, got), (_, dense_stats, dense_got) = results["chunked"], results["dense"]
+        for mine, want in zip((*stats, *got), (*dense_stats, *dense_got), strict=True):
+            _close(mine, want, 1e-5, "chunked = dense")
+        assert abs(float(results["chunked"][0] - results["dense"][0])) <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("settings", CASES[:-1], ids=_label)
+def test_equal_sides_are_exactly_zero(settings, implementation):
+    hidden, _, head, _, tokens = _arrays(0)
+    weight_T = np.full(TOKENS, 1 / TOKENS, np.float32)
+    arrays = (hidden, hidden, head, head, tokens)
+    (loss, stats), grads = _run(settings, implementation, CHUNK, True, arrays, weight_T)
+    assert float(loss) == 0
+    for leaf in (stats.value_T, *grads):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", divergences.ENTRIES)
+def test_sides_that_agree_on_some_entries(name, implementation):
+    """Entries with p = q bit for bit have no slope of their own, next to others that have."""
+    settings = losses.Divergence(name, 0.3)
+    z_s, z_t = np.array([[2.0, 1, 0, -1]]), np.array([[1.0, 2, 0, -1]])
+    tokens = np.zeros(1, np.int32)
+    hidden, heads = np.ones((1, 1), np.float32), (z_s.T.astype("f4"), z_t.T.astype("f4"))
+    arrays = (hidden, hidden, *heads, tokens)
+    frozen = oracle.freeze(z_s, z_t, tokens, settings)
+    _, grads = _compiled(settings, implementation, 1, True, arrays, np.ones(1, np.float32))
+    _close(grads[1][:, 0], oracle.slope(z_s, z_t, tokens, settings, frozen)[0], 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 33])
+def test_sizes_that_no_chunk_divides(tokens):
+    settings = losses.Divergence("jsd", clip_mode="element")
+    arrays = _arrays(5, tokens=tokens, width_t=6)
+    weight_T = np.linspace(0.5, 1, tokens, dtype=np.float32)
+    want = _compiled(settings, "dense", 1, True, arrays, weight_T)
+    for chunk in (5, 16):
+        got = _compiled(settings, "chunked", chunk, True, arrays, weight_T)
+        for mine, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            _close(mine, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+def test_rows_without_weight_contribute_nothing(implementation):
+    """Even if they hold NaN; and an empty mask gives zeros (bug 10: 0/0 in the reference)."""
+    settings = losses.Divergence("fkl", clip_mode="element")
+    hidden_s, hidden_t, head_s, head_t, tokens = _arrays(6)
+    weight_T = np.linspace(0, 1, TOKENS, dtype=np.float32)
+    weight_T[20:] = 0
+    keep = slice(0, 20)
+    want = _compiled(
+        settings, implementation, CHUNK, True,
+        (hidden_s[keep], hidden_t[keep], head_s, head_t, tokens[keep]), weight_T[keep],
+    )  # fmt: skip
+    hidden_s[20:], hidden_t[25:] = np.nan, np.inf
+    arrays = (hidden_s, hidden_t, head_s, head_t, tokens)
+    (loss, stats), (grad_hidden, grad_head) = _compiled(
+        settings, implementation, CHUNK, True, arrays, weight_T
+    )
+    np.testing.assert_allclose(loss, want[0][0], rtol=1e-6)
+    np.testing.assert_allclose(grad_head, want[1][1], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(grad_hidden[20:], 0)
+    np.testing.assert_array_equal(np.stack(stats)[:, 20:], 0)
+    empty_T = losses.token_weights(np.zeros((ROWS, COLUMNS)), "micro_token_mean").reshape(-1)
+    (loss, stats), grads = _compiled(settings, implementation, CHUNK, True, arrays, empty_T)
+    for leaf in (loss, *stats, *grads):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+def test_only_the_student_has_a_gradient(implementation):
+    """Zero to the teacher, the weights and an untrained head; cotangents scale the rest."""
+    settings = losses.Divergence("jsd")
+    arrays = _arrays(7)
+    weight_T = np.full(TOKENS, 0.1, np.float32)
+
+    def loss(hidden_s, hidden_t, head_s, head_t, weight_T, scale, train_head=False):
+        value, stats = losses.divergence(
+            hidden_s, hidden_t, head_s, head_t, arrays[4], weight_T, settings,
+            implementation=implementation, chunk=CHUNK, train_head=train_head,
+        )  # fmt: skip
+        return scale * value + sum(jnp.sum(leaf) for leaf in stats)
+
+    grad = jax.grad(loss, range(5))
+    once = grad(*arrays[:4], weight_T, np.float32(1))
+    thrice = jax.grad(loss)(*arrays[:4], weight_T, np.float32(-3))
+    assert np.abs(once[0]).max() > 0
+    _close(thrice, -3 * np.asarray(once[0]), 1e-6)
+    for leaf in once[1:]:
+        np.testing.assert_array_equal(leaf, 0)
+    # one array as both heads: the gradient is the student's alone
+    shared = jnp.asarray(arrays[3])
+    args = (arrays[0], arrays[1], shared, shared, weight_T, np.float32(1), True)
+    apart = jax.grad(loss, 2)(*args)
+    same = jax.grad(lambda head: loss(*args[:2], head, head, *args[4:]))(shared)
+    assert np.abs(apart).max() > 0
+    np.testing.assert_array_equal(same, apart)
+
+
+@pytest.mark.parametrize(
+    "settings, axes, head, chunk",
+    [
+        (losses.Divergence("fkl", clip_mode="element"), (8, 1), P(), 32),
+        (losses.Divergence("jsd", top_k=5), (4, 2), P("tensor"), 8),
+    ],
+)
+def test_sharded_equals_single(settings, axes, head, chunk):
+    """Tokens over `data`, and the vocabulary over `tensor`; blocks with and without strips."""
+    mesh = jax.make_mesh(axes, ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    arrays = (*_arrays(8, tokens=64, vocabulary=24), np.linspace(0, 1, 64, dtype=np.float32))
+    specs = (P("data"), P("data"), head, head, P("data"), P("data"))
+    sharded = [
+        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
+    ]
+    want = _compiled(settings, "chunked", chunk, True, arrays[:5], arrays[5])
+    got = _compiled(settings, "chunked", chunk, True, tuple(sharded[:5]), sharded[5])
+    for mine, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        _close(mine, theirs, 1e-5)
+
+
+def _dots(jaxpr, times=1):
+    """(number of matmuls, their FLOPs) in a jaxpr and all that it calls, scans unrolled."""
+    found, flops = 0, 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            inner = np.prod([eqn.invars[0].aval.shape[axis] for axis in contract])
+            found, flops = found + 1, flops + times * 2 * inner * eqn.outvars[0].aval.size
+        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+            more = _dots(sub, times * eqn.params.get("length", 1))
+            found, flops = found + more[0], flops + more[1]
+    return found, flops
+
+
+@pytest.mark.parametrize("name", ["fkl", "rkl", "jsd", "sampled"])
+@pytest.mark.parametrize("train_head, matmuls", [(False, 3), (True, 4)])
+def test_matmuls_and_buffers(name, train_head, matmuls):
+    """Three matmuls of T D V, four with the head; no buffer of tokens x vocabulary."""
+    settings = losses.Divergence(name)
+    hidden_s, _, head_s, _, tokens = _arrays(9, tokens=64, vocabulary=29)
+    arrays = (hidden_s, hidden_s * 2, head_s, head_s, tokens)
+
+    def loss(hidden, head):
+        return losses.divergence(
+            hidden, arrays[1], head, arrays[3], tokens, np.ones(64, np.float32), settings,
+            implementation="chunked", chunk=16, train_head=train_head,
+        )[0]  # fmt: skip
+
+    grad = jax.grad(loss, (0, 1) if train_head else 0)
+    count, flops = _dots(jax.make_jaxpr(grad)(hidden_s, head_s).jaxpr)
+    assert (count, flops) == (matmuls, matmuls * 2 * 64 * 29 * WIDTH)
+    if name != "jsd":
+        return  # compiled once for all: buffers follow from the scan, whatever is in it
+    text = jax.jit(grad).lower(hidden_s, head_s).compile().as_text()
+    assert re.search(r"f32\[16,29\]", text)
+    assert not re.search(r"\[64,29\]|\[29,64\]|\[4,16,29\]", text)
+
+
+@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["fkl", "rkl", "jsd"])
+def test_bfloat16(name, implementation):
+    """Rounded inputs, float32 sums: 1e-2 of the float64 result from the same inputs."""
+    settings = losses.Divergence(name, temperature=1.1)
+    arrays = tuple(
+        jnp.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x for x in _arrays(10)
+    )
+    z_s, z_t = (oracle.logits(arrays[i], arrays[i + 2]) for i in (0, 1))
+    frozen = oracle.freeze(z_s, z_t, arrays[4], settings)
+    weight_T = np.full(TOKENS, 1 / TOKENS, np.float32)
+    (loss, stats), grads = _run(settings, implementation, CHUNK, True, arrays, weight_T)
+    value_T = oracle.value(z_s, z_t, arrays[4], settings, frozen)
+    dz_TV = oracle.slope(z_s, z_t, arrays[4], settings, frozen) / TOKENS
+    assert loss.dtype == stats.value_T.dtype == jnp.float32
+    assert grads[0].dtype == grads[1].dtype == jnp.bfloat16
+    _close(stats.value_T, value_T, 2e-5)
+    _close(loss, value_T.mean(), 2e-5)
+    _close(grads[0], dz_TV @ np.asarray(arrays[2], np.float64), 1e-2)
+    _close(grads[1], dz_TV.T @ np.asarray(arrays[0], np.float64), 1e-2)
+    # float32 heads are rounded to the hidden states' dtype; their gradient is not
+    heads = (arrays[2].astype(jnp.float32), arrays[3].astype(jnp.float32))
+    (again, _), wide = _run(
+        settings, implementation, CHUNK, True, (*arrays[:2], *heads, arrays[4]), weight_T
+    )
+    assert float(again) == float(loss)
+    assert wide[1].dtype == jnp.float32
+    _close(wide[1], dz_TV.T @ np.asarray(arrays[0], np.float64), 1e-2)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 2, 4])
+@pytest.mark.parametrize("norm", NORMS)
+def test_token_weights(norm, micro_batch):
+    got = losses.token_weights(MASK_BC.astype(bool), norm, micro_batch)
+    want = oracle.weights(MASK_BC, norm, micro_batch or ROWS)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_bug_10_token_weights_of_nothing(norm):
+    """Bug 10: no token, no NaN; and a padding row changes only what counts micro-batches."""
+    np.testing.assert_array_equal(losses.token_weights(np.zeros((4, 3)), norm, 2), 0)
+    padded_BC = np.concatenate([MASK_BC, np.zeros((2, COLUMNS), np.float32)])
+    got = losses.token_weights(padded_BC, norm, 6)[:ROWS]
+    np.testing.assert_allclose(got, losses.token_weights(MASK_BC, norm, 4), rtol=1e-6)
+
+
+def test_wrong_arguments_are_refused():
+    arrays = _arrays(11)
+    weight_T = np.ones(TOKENS, np.float32)
+    good = {"implementation": "chunked", "chunk": 8}
+
+    def call(arrays=arrays, settings=CASES[0], weight_T=weight_T, **keywords):
+        losses.divergence(*arrays, weight_T, settings, **{**good, **keywords})
+
+    with pytest.raises(ValueError, match=r"'pallas'.*dense, chunked"):
+        call(implementation="pallas")
+    with pytest.raises(ValueError, match="chunk is 0"):
+        call(chunk=0)
+    with pytest.raises(ValueError, match=r"top_k is 62: the vocabulary has 61"):
+        call(settings=dataclasses.replace(CASES[0], top_k=62))
+    with pytest.raises(ValueError, match="first axis"):
+        call(weight_T=weight_T[:-1])
+    with pytest.raises(ValueError, match="one vocabulary"):
+        call(arrays=(*arrays[:3], arrays[3][:-1], arrays[4]))
+    with pytest.raises(ValueError, match=r"norm is 'mean'.*seq_mean"):
+        losses.token_weights(MASK_BC, "mean")
+    with pytest.raises(ValueError, match="micro_batch is 3"):
+        losses.token_weights(MASK_BC, "seq_mean", 3)
