@@ -44,6 +44,7 @@ setuptools.setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3",
             "hypothesis>=6",
             "ruff>=0.14",
             "pyright>=1.1",
