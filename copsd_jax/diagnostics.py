@@ -30,10 +30,11 @@ def tokens(r: run.Run, state: train_step.State, record: dict, best: int = 3) -> 
 
     Runs the two prompts with the completion behind them, unpadded and alone.
     """
-    student, teacher = run.policies(r, state)
+    completion = record["completion_ids"]
+    student = ((1.0, run.policies(r, state)[0]),)
     sides = {
-        "student": _log_probs(r, student, record["student_prompt_ids"], record["completion_ids"]),
-        "teacher": _log_probs(r, teacher, record["teacher_prompt_ids"], record["completion_ids"]),
+        "student": _log_probs(r, student, record["student_prompt_ids"], completion),
+        "teacher": _log_probs(r, run.teachers(r, state), record["teacher_prompt_ids"], completion),
     }
     spell = lambda i: str(r.plan.tokenizer.decode([int(i)]))  # noqa: E731
     out = []
@@ -47,17 +48,21 @@ def tokens(r: run.Run, state: train_step.State, record: dict, best: int = 3) -> 
     return out
 
 
-def _log_probs(r: run.Run, policy: train_step.Policy, prompt: list[int], completion: list[int]):
-    """float32 log-probabilities [C, V] of the positions that predict the completion."""
+def _log_probs(r: run.Run, mix: tuple, prompt: list[int], completion: list[int]) -> np.ndarray:
+    """float32 log-probabilities [C, V] of the positions that predict the completion, under a mix
+    of policies' logits with their shares."""
     ids_1L = jnp.asarray([[*prompt, *completion]], jnp.int32)
     positions_1L = jnp.arange(ids_1L.shape[1], dtype=jnp.int32)[None]
-    stream = model.Stream(
-        ids_1L, positions_1L, jnp.ones_like(ids_1L), policy.adapter, r.plan.adapter_scale
-    )
-    hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD[0]
     first = len(prompt) - 1  # the last prompt token predicts the first completion token
-    hidden_CD = hidden[first : first + len(completion)]
-    return np.asarray(jax.nn.log_softmax(model.logits(hidden_CD, model.head(policy.params))))
+    total = 0
+    for share, policy in mix:
+        stream = model.Stream(
+            ids_1L, positions_1L, jnp.ones_like(ids_1L), policy.adapter, r.plan.adapter_scale
+        )
+        hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD[0]
+        hidden_CD = hidden[first : first + len(completion)]
+        total = total + share * model.logits(hidden_CD, model.head(policy.params))
+    return np.asarray(jax.nn.log_softmax(total))
 
 
 def table(views: list[Token]) -> str:

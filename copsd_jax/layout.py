@@ -36,12 +36,27 @@ class Side(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Both layouts of B completions: sampled tokens int32 [B, C] and their mask bool [B, C]."""
+    """Both layouts of B completions, and what the losses need of their tokens.
+
+    Attributes:
+      teacher: None for losses without a teacher.
+      completion_BC: int32, the tokens.
+      mask_BC: bool, from lengths: where a token is.
+      loss_BC: bool, tokens with distillation loss; within `mask_BC`.
+      policy_BC: bool, tokens with policy loss, within `mask_BC`; None for losses without one.
+      advantage_BC: float32, of the policy loss; None as above.
+      logp_rollout_BC: float32, what the sampler found for each token at the sampling temperature,
+        or None where nothing was sampled.
+    """
 
     student: Side
-    teacher: Side
+    teacher: Side | None
     completion_BC: Array
     mask_BC: Array
+    loss_BC: Array
+    policy_BC: Array = None
+    advantage_BC: Array = None
+    logp_rollout_BC: Array = None
 
 
 def bucket(length: int) -> int:
@@ -74,9 +89,17 @@ def _side(
     return Side(tokens_BL, positions_BL, segments_BL, gather_BC)
 
 
+def per_token(values: Sequence[Any], C: int, dtype: Any) -> np.ndarray:
+    """Lists of different lengths as rows of [B, C], 0 behind their ends."""
+    out_BC = np.zeros((len(values), C), dtype)
+    for b, row in enumerate(values):
+        out_BC[b, : len(row)] = row
+    return out_BC
+
+
 def pack(
     student_prompts: Sequence[Sequence[int]],
-    teacher_prompts: Sequence[Sequence[int]],
+    teacher_prompts: Sequence[Sequence[int]] | None,
     completions: Sequence[Sequence[int]],
     *,
     student_prefix: int = 0,
@@ -84,23 +107,26 @@ def pack(
 ) -> Batch:
     """Both layouts of B samples; prompts without their shared prefixes, whose lengths are given.
 
+    Without teacher prompts there is one layout. Every token carries distillation loss, until
+    `loss_BC` is replaced.
+
     Raises:
       ValueError: if the lists differ in length or a prompt is empty.
     """
-    if not len(student_prompts) == len(teacher_prompts) == len(completions):
+    taught = student_prompts if teacher_prompts is None else teacher_prompts
+    if not len(student_prompts) == len(taught) == len(completions):
         raise ValueError(
-            f"{len(student_prompts)} student prompts, {len(teacher_prompts)} teacher prompts, "
+            f"{len(student_prompts)} student prompts, {len(taught)} teacher prompts, "
             f"{len(completions)} completions: the numbers must be equal"
         )
     B, C = len(completions), bucket(max((len(c) for c in completions), default=1))
-    completion_BC = np.zeros((B, C), np.int32)
-    mask_BC = np.zeros((B, C), bool)
-    for b, completion in enumerate(completions):
-        completion_BC[b, : len(completion)] = completion
-        mask_BC[b, : len(completion)] = True
+    mask_BC = per_token([[True] * len(completion) for completion in completions], C, bool)
     return Batch(
-        _side(student_prompts, completions, student_prefix, C),
-        _side(teacher_prompts, completions, teacher_prefix, C),
-        completion_BC,
-        mask_BC,
+        student=_side(student_prompts, completions, student_prefix, C),
+        teacher=None
+        if teacher_prompts is None
+        else _side(teacher_prompts, completions, teacher_prefix, C),
+        completion_BC=per_token(completions, C, np.int32),
+        mask_BC=mask_BC,
+        loss_BC=mask_BC if teacher_prompts is not None else np.zeros((B, C), bool),
     )

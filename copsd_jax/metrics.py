@@ -261,6 +261,12 @@ class Writer:
         self.close()
 
 
+def lines(workdir: str | os.PathLike, steps: int) -> list[str]:
+    """The whole lines of metrics.jsonl up to a step, that one included."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    return [line for line in _lines(path) if json.loads(line)["step"] <= steps]
+
+
 def _as_number(value: Any) -> float | int:
     if isinstance(value, Mean):
         return value.value()

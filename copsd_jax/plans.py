@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,13 +20,19 @@ from copsd_jax import config as config_lib
 from copsd_jax import (
     contexts,
     data,
+    guards,
     hf,
     hub,
     languages,
     lora,
     mesh,
     model,
+    openai_api,
     prompts,
+    replies,
+    rewards,
+    selection,
+    steps,
     tokenizer,
     workdir,
 )
@@ -51,7 +58,13 @@ class Plan:
     student: prompts.Spec
     teacher: prompts.Spec
     evaluation: prompts.Spec
+    writer: prompts.Spec  # of what an author is asked
     context: contexts.Settings
+    shots: tuple[tuple[contexts.Attempt, replies.Reply], ...]  # the teacher's exemplars
+    selection: selection.Settings
+    guards: tuple[guards.Rule, ...]
+    records: dict[tuple[str, int], str]  # author.kind=file: replies by row id and sample
+    special_ids: tuple[int, ...]
     adapter_scale: float
     longest: dict[str, int]  # tokens of the longest prompt of each side
 
@@ -69,10 +82,11 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     config_lib.validate(config)
     registry = languages.load(config.languages_file)
     _check_languages(config, registry)
-    context = contexts.Settings(
-        config.context.kind, config.context.problem_en, config.context.solution
-    )
+    context, chosen = _context(config), _selection(config)
+    rewards.check(config.reward.kind)
+    rules = guards.parse(config.guards.rules)
     # The cheap checks first: files of problems, then devices, then the model's headers.
+    records = _author(config) if train else {}
     rows, dropped = _train_rows(config, context, registry) if train else _none()
     eval_rows, eval_dropped = _eval_rows(config, registry) if evaluate else _none()
     exemplars = _exemplars(config, registry)
@@ -84,54 +98,197 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     # Refuses a mesh that does not divide a parameter.
     mesh.shardings(model.abstract(model_config, jnp.float32), devices)
     mesh.shardings(trained_shapes(config, model_config), devices)
-    student, teacher, evaluation = (
-        prompts.Spec(config.prompt.template, thinking, config.prompt.answer, registry, exemplars)
-        for thinking in (config.prompt.thinking, config.teacher.thinking, config.eval.thinking)
-    )
-    for name, side in (("prompt", student), ("teacher", teacher), ("eval", evaluation)):
-        prompts.check_thinking(tok, side.template, side.thinking, f"{name}.thinking")
-    ask = functools.partial(prompts.student, tok, student)
-    tell = functools.partial(contexts.teach, tok, teacher, context)
-    examine = functools.partial(prompts.student, tok, evaluation)
-    rows, longest_s = _fitting(rows, ask, "prompt", config, dropped)
-    rows, longest_t = _fitting(rows, tell, "teacher", config, dropped)
-    eval_rows, longest_e = _fitting(eval_rows, examine, "prompt", config, eval_dropped)
-    longest = {"student": longest_s, "teacher": longest_t, "evaluation": longest_e}
+    sides = _sides(config, registry, exemplars, tok)
+    shots = _shots(config, sides["teacher"], context) if config.method == "distill" else ()
+    ask = functools.partial(prompts.student, tok, sides["student"])
+    tell = functools.partial(_probe, tok, sides["teacher"], context, shots)
+    examine = functools.partial(prompts.student, tok, sides["evaluation"])
+    longest = {"teacher": 0}
+    rows, longest["student"] = _fitting(rows, ask, "prompt", config, dropped)
+    if config.method == "distill":
+        rows, longest["teacher"] = _fitting(rows, tell, "teacher", config, dropped)
+        for row in rows[:1]:
+            prompts.check_states(ask(row), tell(row), config.parity.template_mismatch)
+    found = _fitting(eval_rows, examine, "prompt", config, eval_dropped)
+    eval_rows, longest["evaluation"] = found
     if train:
         _check_shares(config, rows, registry)
-    if contexts.asks(context):
-        lengths = (contexts.ask(tok, teacher, context, row).length for row in rows)
-        longest["analysis"] = max(lengths, default=0)
-    _check_lengths(config, model_config, longest)
-    for row in rows[:1]:
-        prompts.check_states(ask(row), tell(row), config.parity.template_mismatch)
+    if "reply" in contexts.reads(context):
+        asks = (contexts.writer_prompt(tok, sides["writer"], context, _probed(r)) for r in rows)
+        longest["writer"] = max((prompt.length for prompt in asks if prompt), default=0)
+    _check_lengths(config, context, model_config, longest)
     if config.model.init == "pretrained":
         # Last: of a repository, everything else is refused before its weights are downloaded.
         path = hub.resolve(config.model.path, config.model.revision)
         hf.check(path, model_config)
-    auto = jnp.float32 if mesh.platform(devices) == "cpu" else jnp.bfloat16
-    dtypes = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     return Plan(
         config=config,
         mesh=devices,
-        dtype=dtypes[config.model.dtype],
+        dtype=_dtype(config.model.dtype, devices),
         weights_path=path,
         model_config=model_config,
         tokenizer=tok,
         token_bytes=tokenizer.token_bytes(tok),
         stop_ids=tokenizer.stop_ids(tok, path),
+        special_ids=tuple(sorted(tok.get_added_vocab().values())),
         valid_V=tokenizer.valid_ids(tok, model_config.vocab_size),
         rows=rows,
         eval_rows=eval_rows,
         dropped=dropped,
         eval_dropped=eval_dropped,
-        student=student,
-        teacher=teacher,
-        evaluation=evaluation,
+        **sides,
         context=context,
+        shots=shots,
+        selection=chosen,
+        guards=rules,
+        records=records,
         adapter_scale=config.lora.alpha / config.lora.rank,
         longest=longest,
     )
+
+
+def _dtype(name: str, devices: Mesh) -> Any:
+    auto = jnp.float32 if mesh.platform(devices) == "cpu" else jnp.bfloat16
+    return {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+def _sides(config, registry, exemplars, tok) -> dict[str, prompts.Spec]:
+    """How each side's prompts look; of those that the method uses, the template can do it."""
+    opening = {
+        "student": config.prompt.thinking,
+        "teacher": config.teacher.thinking,
+        "evaluation": config.eval.thinking,
+        "writer": config.author.thinking,
+    }
+    if opening["writer"] == "as_teacher":
+        opening["writer"] = opening["teacher"]
+    p = config.prompt
+    sides = {
+        name: prompts.Spec(
+            p.template, thinking, p.answer, registry, () if name == "writer" else exemplars, p.form
+        )
+        for name, thinking in opening.items()
+    }  # fmt: skip
+    settings = {"student": "prompt", "evaluation": "eval"}
+    if config.method == "distill":
+        settings["teacher"] = "teacher"
+    if config.author.kind in ("student", "teacher"):
+        settings["writer"] = "author"
+    for name, section in settings.items():
+        prompts.check_thinking(tok, p.template, sides[name].thinking, f"{section}.thinking")
+    return sides
+
+
+def _selection(config: config_lib.Config) -> selection.Settings:
+    names = ("select", "on_failure", "occurrence", "fuzzy")
+    chosen = selection.Settings(**{name: config.tokens[name] for name in names})
+    selection.function(chosen.select)  # refuses one that cannot be imported
+    return chosen
+
+
+def _context(config: config_lib.Config) -> contexts.Settings:
+    """Methods without a teacher have the context none."""
+    return contexts.Settings(
+        config.context.kind if config.method == "distill" else "none",
+        config.context.problem_en,
+        config.context.solution,
+        config.context.feedback,
+        config.context.section_tokens,
+        config.parity.reflection_fallback,
+    )
+
+
+def _author(config: config_lib.Config) -> dict[tuple[str, int], str]:
+    """Refuses a server or a file that cannot answer; the file's replies."""
+    if config.author.kind == "server":
+        names = "url model key_env timeout retries backoff concurrency cache".split()
+        openai_api.check(
+            openai_api.Server(**{name: config.author[name] for name in names}), "author."
+        )
+    return replies.from_file(config.author.path) if config.author.kind == "file" else {}
+
+
+def _shots(
+    config, teacher: prompts.Spec, context: contexts.Settings
+) -> tuple[tuple[contexts.Attempt, replies.Reply], ...]:
+    """The teacher's exemplars, with what a rule writes about each one's own solution."""
+    out = []
+    for row in teacher.exemplars:
+        attempt = contexts.ideal(row, prompts.worked(teacher, row))
+        reply = replies.NONE
+        if context.kind in ("reflection", "critique"):
+            if not steps.covers(row.solution, row.answer):
+                raise ValueError(
+                    f"context.kind is {context.kind!r}: prompt.exemplars need solutions that are "
+                    f"equations, that of {row.id!r} is {row.solution!r}"
+                )
+            reply = replies.example(context.kind, attempt.text, row.solution, row.answer)
+        out.append((attempt, reply))
+    return tuple(out)
+
+
+def _probed(row: data.Row) -> contexts.Attempt:
+    """An attempt in which everything is there, as short as can be."""
+    return contexts.Attempt(row, "-", False, "-", "-", row)
+
+
+def _probe(tok, spec: prompts.Spec, context, shots, row: data.Row) -> prompts.Prompt:
+    prompt = contexts.teach(tok, spec, context, _probed(row), replies.PROBE, shots)
+    assert prompt is not None  # a probe has all that a context reads
+    return prompt
+
+
+def probe(plan: Plan, row: data.Row) -> prompts.Prompt:
+    """The teacher's prompt with the shortest attempt and reply: its exemplars, its state and its
+    least length."""
+    return _probe(plan.tokenizer, plan.teacher, plan.context, plan.shots, row)
+
+
+def teach(
+    plan: Plan, attempt: contexts.Attempt, reply: replies.Reply = replies.NONE
+) -> prompts.Prompt | None:
+    """`contexts.teach` with the plan's settings and exemplars."""
+    return contexts.teach(
+        plan.tokenizer, plan.teacher, plan.context, attempt, reply, plan.shots
+    )  # fmt: skip
+
+
+def within(
+    plan: Plan, asked: Sequence[prompts.Prompt], told: Sequence[prompts.Prompt | None]
+) -> tuple[list[prompts.Prompt | None], int]:
+    """A step's teacher prompts with None for those that are too long, and how many these are.
+
+    Raises:
+      ValueError: with data.overlong=error, or if both sides start in different template states.
+    """
+    c, kept, overlong = plan.config, [], 0
+    limit = teacher_limit(c, plan.model_config)
+    for student, teacher in zip(asked, told, strict=True):
+        if teacher is not None:
+            prompts.check_states(student, teacher, c.parity.template_mismatch)
+        if teacher is not None and teacher.length > limit:
+            if c.data.overlong == "error":
+                raise ValueError(
+                    f"teacher.max_tokens is {c.teacher.max_tokens}: a teacher prompt with its "
+                    f"context has {teacher.length} tokens, and there is room for {limit}"
+                )
+            teacher, overlong = None, overlong + 1
+        kept.append(teacher)
+    return kept, overlong
+
+
+def needs(config: config_lib.Config, context: contexts.Settings) -> tuple[str, ...]:
+    """The fields of a row that the method, its context and its author need."""
+    if config.method == "grpo":
+        return ("answer",)
+    if config.method == "sft":
+        return ("solution", "answer")
+    wanted = list(contexts.needs(context))
+    if config.author.kind == "grader":
+        wanted.append("solution")
+    if config.policy.weight or config.context.filter_groups:
+        wanted.append("answer")
+    return tuple(dict.fromkeys(wanted))
 
 
 def saved_config(directory: pathlib.Path) -> config_lib.Config:
@@ -189,11 +346,20 @@ def _check_shares(config: config_lib.Config, rows: list[data.Row], registry) -> 
 
 
 def _train_rows(config, context, registry) -> tuple[list[data.Row], collections.Counter]:
-    return data.load(
+    rows, dropped = data.load(
         config.data.path, config.data.lang, missing=config.data.missing,
         fields=_fields(config.data.path, config.data.fields),
-        needs=contexts.needs(context), limit=config.data.limit, registry=registry,
+        needs=needs(config, context), limit=config.data.limit, registry=registry,
     )  # fmt: skip
+    if config.author.kind == "grader":
+        unknown = [row for row in rows if not steps.covers(row.solution, row.answer)]
+        if unknown:
+            raise ValueError(
+                f"author.kind is 'grader': it reads solutions that are equations up to the answer, "
+                f"and {len(unknown)} of {len(rows)} rows have others, as {unknown[0].id!r} with "
+                f"{unknown[0].solution[:80]!r}"
+            )
+    return rows, dropped
 
 
 def _eval_rows(config, registry) -> tuple[list[data.Row], collections.Counter]:
@@ -265,7 +431,7 @@ def _fitting(rows, make, side: str, config, dropped) -> tuple[list[data.Row], in
     return kept, max((n for n in lengths if n <= limit), default=0)
 
 
-def _check_lengths(config, model_config: model.ModelConfig, longest: dict[str, int]) -> None:
+def _check_lengths(config, context, model_config: model.ModelConfig, longest) -> None:
     """Prompt and completion within the positions that the model knows."""
     completion = config.rollout.max_tokens
     needed = [
@@ -273,17 +439,25 @@ def _check_lengths(config, model_config: model.ModelConfig, longest: dict[str, i
         ("teacher", "rollout.max_tokens", completion),
         ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
     ]
-    if "analysis" in longest:
-        # What the analysis can add, up to the setting that drops longer prompts.
-        whole = longest["teacher"] + longest["analysis"] + config.context.max_tokens
-        longest["teacher"] = min(config.teacher.max_tokens, whole)
-        needed.append(("analysis", "context.max_tokens", config.context.max_tokens))
+    if "writer" in longest and config.author.kind in ("student", "teacher"):
+        needed.append(("writer", "author.max_tokens", config.author.max_tokens))
     for side, name, tokens in needed:
         if longest[side] + tokens > model_config.max_position:
             raise ValueError(
                 f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
                 f"passes the model's {model_config.max_position} positions"
             )
+    # What is found or written in the step makes it longer, up to the limit above which it is left
+    # out.
+    reads = contexts.reads(context)
+    longest["teacher"] += config.author.max_tokens if "reply" in reads else 0
+    longest["teacher"] += completion if "siblings" in reads else 0
+    longest["teacher"] = min(longest["teacher"], teacher_limit(config, model_config))
+
+
+def teacher_limit(config: config_lib.Config, model_config: model.ModelConfig) -> int:
+    """The longest teacher prompt of a step, with all that it was given."""
+    return min(config.teacher.max_tokens, model_config.max_position - config.rollout.max_tokens)
 
 
 def trained_shapes(config: config_lib.Config, shape: model.ModelConfig) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import tokenizers
 import transformers
 
-from copsd_jax import data, languages
+from copsd_jax import data, languages, steps
 
 Tokenizer = transformers.PreTrainedTokenizerFast
 THINKING = ("none", "off", "on", "prefix")
@@ -29,6 +29,7 @@ class Section(NamedTuple):
 
     kind: str
     text: str = ""
+    row: data.Row | None = None  # whose solution is shown, if not the problem's own
 
 
 class Turn(NamedTuple):
@@ -51,6 +52,7 @@ class Spec:
       answer: how a final answer is asked for and written, "boxed" or "answer_is".
       languages: the languages by code.
       exemplars: worked examples in front of every prompt.
+      form: "plain", or "step_tags" for answers whose steps stand in `<step_k>` tags.
     """
 
     template: str
@@ -58,6 +60,7 @@ class Spec:
     answer: str
     languages: Mapping[str, languages.Language]
     exemplars: tuple[data.Row, ...] = ()
+    form: str = "plain"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +73,14 @@ class Prompt:
       text: the whole prompt for people.
       state: where the completion starts: "closed" (after an empty think block), "unopened"
         (before the template's think block), "open" (inside one), "plain" (thinking is unknown).
+      shortened: kinds of the sections that a budget cut (`contexts`).
     """
 
     prefix_ids: tuple[int, ...]
     ids: tuple[int, ...]
     text: str
     state: str
+    shortened: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -91,6 +96,11 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
+def _shown(row: data.Row, part: Section) -> data.Row:
+    """Whose solution a section shows."""
+    return part.row or row
+
+
 def _solution_plain(row: data.Row) -> str:
     return _line(row.solution) + (f" ({row.answer})" if row.answer else "")
 
@@ -100,10 +110,19 @@ def _solution_plain(row: data.Row) -> str:
 PLAIN: dict[str, Callable[[data.Row, Section], str]] = {
     "problem": lambda row, part: f"Question: {_line(row.problem)}",
     "problem_en": lambda row, part: f"\nEnglish question: {_line(row.problem_en)}",
-    "solution": lambda row, part: f"\nReference solution: {_solution_plain(row)}",
+    "solution": lambda row, part: f"\nReference solution: {_solution_plain(_shown(row, part))}",
     "reason": lambda row, part: "\nAnalysis:",
     "analysis": lambda row, part: f" {_line(part.text)}",
     "transition": lambda row, part: "",
+    "tutor": lambda row, part: "",
+    "attempt": lambda row, part: f"\nAttempt: {_line(part.text)}",
+    "gold": lambda row, part: f"\nFinal answer: {_line(row.answer)}",
+    "request": lambda row, part: f"\n{_line(part.text)}\nReply:",
+    "sibling": lambda row, part: f"\nA correct answer: {_line(part.text)}",
+    "feedback": lambda row, part: f"\nFeedback: {_line(part.text)}",
+    "reflection": lambda row, part: f"\nHint: {_line(part.text)}",
+    "critique": lambda row, part: f"\nCorrected steps: {_line(part.text)}",
+    "again": lambda row, part: "",
     "instruction": lambda row, part: "\nAnswer:",
 }
 PLAIN_START = "Question:"  # what every block of `PLAIN` starts with
@@ -115,12 +134,35 @@ CHAT: dict[str, Callable[[languages.Language, data.Row, Section], str]] = {
     "problem": lambda lang, row, part: f"{lang.label_problem}: {row.problem}",
     "problem_en": lambda lang, row, part: f"{lang.label_problem_en}: {row.problem_en}",
     "solution": lambda lang, row, part: (
-        f"{lang.label_solution}:\n{lang.begin_reference}\n{row.solution}\n{lang.end_reference}"
+        f"{lang.label_solution}:\n{lang.begin_reference}\n{_shown(row, part).solution}\n"
+        f"{lang.end_reference}"
     ),
     "reason": lambda lang, row, part: lang.reason_first,
     "analysis": lambda lang, row, part: part.text,
     "transition": lambda lang, row, part: lang.transition,
+    # In English for every language, as the papers have them.
+    "tutor": lambda lang, row, part: TUTOR,
+    "attempt": lambda lang, row, part: f"An attempt:\n{_fenced('Attempt', part.text)}",
+    "gold": lambda lang, row, part: f"The final answer is known: {row.answer}",
+    "request": lambda lang, row, part: part.text,
+    "sibling": lambda lang, row, part: (
+        f"A correct answer from another attempt:\n{_fenced('Answer', part.text)}"
+    ),
+    "feedback": lambda lang, row, part: f"Feedback on an earlier attempt:\n{part.text}",
+    "reflection": lambda lang, row, part: (
+        f"The key idea, found by reflecting on an earlier attempt:\n{part.text}"
+    ),
+    "critique": lambda lang, row, part: (
+        f"The steps of an earlier attempt, corrected:\n{_fenced('Trace', part.text)}"
+    ),
+    "again": lambda lang, row, part: AGAIN,
 }
+TUTOR = "You are a careful tutor. You keep exactly to the format that is asked for."
+AGAIN = "Now solve the problem above correctly."
+STEP_TAGS = (
+    "Put each step in tags of its own, <step_1>...</step_1>, <step_2>...</step_2> and so on, and "
+    "the final answer behind the last step."
+)
 ANSWERS = {"boxed": r"\boxed{{{}}}", "answer_is": "The answer is {}."}
 INSTRUCTIONS: dict[str, Callable[[languages.Language], str]] = {
     "boxed": lambda lang: lang.instruction,
@@ -128,11 +170,27 @@ INSTRUCTIONS: dict[str, Callable[[languages.Language], str]] = {
 }
 
 
-def _worked(spec: Spec, row: data.Row) -> str:
-    """An exemplar's completion: solution and final answer."""
+def _fenced(name: str, text: str) -> str:
+    return f"--- {name} begins ---\n{text}\n--- {name} ends ---"
+
+
+def _tagged(solution: str) -> str:
+    parts = steps.split(solution).steps
+    return " ".join(
+        f"<step_{s.number}>{solution[s.start : s.end]}</step_{s.number}>" for s in parts
+    )
+
+
+def worked(spec: Spec, row: data.Row) -> str:
+    """The completion that a row's own solution makes: of an exemplar, and the target of SFT.
+
+    Raises:
+      ValueError: the row has no solution or no answer.
+    """
     if not row.solution or not row.answer:
-        raise ValueError(f"exemplar {row.id!r} needs a solution and an answer")
-    return f"{row.solution} {ANSWERS[spec.answer].format(row.answer)}"
+        raise ValueError(f"row {row.id!r} needs a solution and an answer to be worked through")
+    solution = _tagged(row.solution) if spec.form == "step_tags" else row.solution
+    return f"{solution} {ANSWERS[spec.answer].format(row.answer)}"
 
 
 def _content(spec: Spec, row: data.Row, turn: Turn) -> str:
@@ -144,6 +202,7 @@ def _content(spec: Spec, row: data.Row, turn: Turn) -> str:
         text += "" if not k else "\n" if after == "transition" else "\n\n"
         if part.kind == "instruction":
             text += INSTRUCTIONS[spec.answer](lang)
+            text += f" {STEP_TAGS}" if spec.form == "step_tags" else ""
         else:
             text += CHAT[part.kind](lang, row, part)
     return text
@@ -335,32 +394,58 @@ def build(
         _check_sections(shown, turns)
     if spec.template == "plain":
         shared = "".join(
-            _plain_text(shot, turns) + " " + _line(_worked(spec, shot)) + PLAIN_GAP
+            _plain_text(shot, turns) + " " + _line(worked(spec, shot)) + PLAIN_GAP
             for shot, turns in shots
         )
         return _plain(tokenizer, shared, _plain_text(row, conversation))
-    messages = []
+    shown = []
     for shot, turns in shots:
-        messages += _messages(spec, shot, turns)
-        messages.append({"role": "assistant", "content": _worked(spec, shot)})
-    start = len(messages)
-    messages += _messages(spec, row, conversation)
+        shown += messages(spec, shot, turns)
+        shown.append({"role": "assistant", "content": worked(spec, shot)})
+    start = len(shown)
+    shown += messages(spec, row, conversation)
     opening = spec.languages[row.lang].think_prefix.strip()
-    return _chat(tokenizer, spec.thinking, messages, start, opening)
+    return _chat(tokenizer, spec.thinking, shown, start, opening)
 
 
 def _check_sections(row: data.Row, conversation: Conversation) -> None:
     for part in (part for turn in conversation for part in turn.sections):
-        if part.kind in ("problem", "problem_en", "solution") and not getattr(row, part.kind):
-            raise ValueError(f"row {row.id!r} has no {part.kind}, which its prompt shows")
+        shown, field = _shown(row, part), {"gold": "answer"}.get(part.kind, part.kind)
+        if field in ("problem", "problem_en", "solution", "answer") and not getattr(shown, field):
+            raise ValueError(f"row {shown.id!r} has no {field}, which its prompt shows")
 
 
 def _plain_text(row: data.Row, conversation: Conversation) -> str:
     return "".join(PLAIN[s.kind](row, s) for turn in conversation for s in turn.sections)
 
 
-def _messages(spec: Spec, row: data.Row, conversation: Conversation) -> list[dict]:
+def messages(spec: Spec, row: data.Row, conversation: Conversation) -> list[dict[str, str]]:
+    """A conversation as `role` and `content`, in the wording of the chat template."""
     return [{"role": turn.role, "content": _content(spec, row, turn)} for turn in conversation]
+
+
+def target(tokenizer: Tokenizer, spec: Spec, row: data.Row, stop: Sequence[str]) -> tuple[int, ...]:
+    """The completion that SFT trains: `worked`, and what ends it.
+
+    In plain text that is the first of the strings `stop` at which rollouts end, else (and in the
+    chat template) the tokenizer's end token.
+
+    Raises:
+      ValueError: the row has no solution or answer, or the tokenizer no end token.
+    """
+    if spec.template == "plain" and stop:
+        return tuple(_encode_bare(tokenizer, f" {_line(worked(spec, row))}{stop[0]}").ids)
+    end: Any = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("method=sft needs a tokenizer with an end token")
+    text = f" {_line(worked(spec, row))}" if spec.template == "plain" else worked(spec, row)
+    return (*_encode_bare(tokenizer, text).ids, end)
+
+
+def shorten(tokenizer: Tokenizer, text: str, limit: int) -> str:
+    """The beginning of a text that has at most `limit` tokens."""
+    offsets = _encode_bare(tokenizer, text).offsets
+    return text if len(offsets) <= limit else text[: offsets[limit][0]].rstrip()
 
 
 def student(tokenizer: Tokenizer, spec: Spec, row: data.Row) -> Prompt:

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from copsd_jax import (
-    contexts,
     graders,
     hf,
     lora,
@@ -20,6 +19,8 @@ from copsd_jax import (
     model,
     plans,
     prompts,
+    rewards,
+    token_stats,
     train_step,
 )
 from copsd_jax.sampler import engine, host
@@ -39,7 +40,9 @@ class Run:
     step: Callable[..., tuple[train_step.State, train_step.Aux]]
     rate: Callable[[Any], Any]  # learning rate of a step
     grader: graders.Grader
-    teacher_kv: model.KV | None  # of the fixed teacher's exemplars
+    rewarder: rewards.Rewarder
+    token_classes: np.ndarray  # int8 [V], of token_stats
+    teacher_kv: tuple[model.KV | None, ...] | None  # of the fixed teacher's exemplars
 
 
 def load(plan: plans.Plan, steps: int) -> tuple[Run, train_step.State]:
@@ -57,10 +60,11 @@ def load(plan: plans.Plan, steps: int) -> tuple[Run, train_step.State]:
     else:
         # A copy: what is trained is donated to the step, what is frozen must not be.
         trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
-        frozen = base if config.teacher.weights == "fixed" else {}
+        frozen = base if _needs_initial(config) else {}
     names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
     tx, rate = train_step.optimizer(steps=steps, **{n: config.train[n] for n in names})
-    state = mesh.place(train_step.init(trained, tx, config.teacher.weights), plan.mesh)
+    teacher = config.teacher.weights if config.method == "distill" else "fixed"
+    state = mesh.place(train_step.init(trained, tx, teacher), plan.mesh)
     options = _options(plan)
     step = jax.jit(
         train_step.make(decoder, tx, options),
@@ -68,12 +72,24 @@ def load(plan: plans.Plan, steps: int) -> tuple[Run, train_step.State]:
         out_shardings=(mesh.shardings(state, plan.mesh), None),
     )
     teacher_kv = None
-    if config.teacher.weights == "fixed" and plan.rows:
-        prefix = contexts.teach(plan.tokenizer, plan.teacher, plan.context, plan.rows[0]).prefix_ids
-        teacher = train_step.policies(state, frozen, options, plan.dtype)[1]
-        teacher_kv = engine.encode_prefix(decoder, teacher.params, prefix)
+    if config.method == "distill" and teacher == "fixed" and plan.shots:
+        prefix = plans.probe(plan, plan.rows[0]).prefix_ids
+        initial = train_step.policies(state, frozen, options, plan.dtype)[1]
+        teacher_kv = (engine.encode_prefix(decoder, initial.params, prefix),)
     grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
-    return Run(plan, decoder, frozen, options, step, rate, grader, teacher_kv), state
+    rewarder = rewards.make(config.reward.kind, grader, prompts.ANSWERS[config.prompt.answer])
+    classes = token_stats.classes(plan.token_bytes, plan.stop_ids, plan.special_ids)
+    return (
+        Run(plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv),
+        state,
+    )
+
+
+def _needs_initial(config) -> bool:
+    """Whether full fine-tuning has to keep the initial weights."""
+    if config.method == "distill" and config.teacher.weights in ("fixed", "trust_region"):
+        return True
+    return config.policy.kl > 0 and (config.method == "grpo" or config.policy.weight > 0)
 
 
 def _weights(plan: plans.Plan) -> dict:
@@ -95,26 +111,62 @@ def _options(plan: plans.Plan) -> train_step.Options:
     c = plan.config
     completions = c.train.batch * c.rollout.per_prompt
     micro = c.train.micro_batch or completions
+    distills = c.method == "distill"
     return train_step.Options(
         trainable=c.train.trainable,
-        teacher=c.teacher.weights,
+        teacher=c.teacher.weights if distills else "fixed",
         ema_decay=c.teacher.ema_decay,
         adapter_scale=plan.adapter_scale,
-        divergence=losses.Divergence(
-            divergence=c.loss.divergence,
-            beta=c.loss.beta,
-            normalize_beta=c.loss.normalize_beta,
-            temperature=c.loss.temperature,
-            top_k=c.loss.top_k,
-            clip_mode=c.loss.clip_mode,
-            clip=c.loss.clip,
-            sampling_temperature=c.rollout.temperature or 1.0,  # as a greedy sampler reports it
-        ),
+        divergence=_divergence(c) if distills and c.policy.weight < 1 else None,
         implementation=c.loss.implementation,
         chunk=c.loss.chunk,
         norm=c.loss.norm,
         group=c.loss.group or micro,
         micro_batches=completions // micro,
+        rho=c.teacher.rho,
+        weight=1 - c.policy.weight if distills else 0.0,
+        policy=_policy_loss(c),
+    )
+
+
+def _divergence(c) -> losses.Divergence:
+    return losses.Divergence(
+        divergence=c.loss.divergence,
+        beta=c.loss.beta,
+        normalize_beta=c.loss.normalize_beta,
+        temperature=c.loss.temperature,
+        top_k=c.loss.top_k,
+        top_k_of=c.loss.top_k_of,
+        tail=c.loss.tail,
+        clip_mode=c.loss.clip_mode,
+        clip=c.loss.clip,
+        rollout_clip=c.loss.rollout_clip,
+        sampling_temperature=c.rollout.temperature or 1.0,  # as a greedy sampler reports it
+    )
+
+
+POLICY_NORMS = {"sequence": "seq_mean_all", "token": "global_token_mean", "constant": "constant"}
+
+
+def _policy_loss(c) -> train_step.PolicyLoss | None:
+    """The loss on sampled tokens of a method; None where there is none."""
+    if c.method == "sft":
+        return train_step.PolicyLoss("nll", 1.0, 1.0, POLICY_NORMS[c.policy.norm], 1)
+    weight = 1.0 if c.method == "grpo" else c.policy.weight
+    if not weight:
+        return None
+    return train_step.PolicyLoss(
+        kind="surrogate",
+        weight=weight,
+        temperature=c.rollout.temperature or 1.0,
+        norm=POLICY_NORMS[c.policy.norm],
+        length=c.rollout.max_tokens,
+        clip_low=c.policy.clip_low,
+        clip_high=c.policy.clip_high,
+        dual_clip=c.policy.dual_clip,
+        kl=c.policy.kl,
+        old=c.policy.old,
+        rollout_clip=c.policy.rollout_clip,
     )
 
 
@@ -134,6 +186,11 @@ def policies(run: Run, state: train_step.State) -> tuple[train_step.Policy, trai
     return train_step.policies(state, run.frozen, run.options, run.plan.dtype)
 
 
+def teachers(run: Run, state: train_step.State) -> tuple:
+    """The policies that the teacher mixes, with their shares; see `train_step.teachers`."""
+    return train_step.teachers(*policies(run, state), run.options)
+
+
 def encode_prefix(
     run: Run, policy: train_step.Policy, prefix_ids: Sequence[int]
 ) -> model.KV | None:
@@ -144,7 +201,10 @@ def encode_prefix(
 
 
 def sampling(run: Run, section: str, max_tokens: int) -> host.Sampling:
-    """Sampling settings of `rollout` or `eval`; what ends a text is the same for both."""
+    """Sampling settings of `rollout`, `eval` or `author`.
+
+    Stop strings end answers, not what an author writes.
+    """
     plan, s = run.plan, run.plan.config[section]
     return host.Sampling(
         max_tokens=max_tokens,
@@ -153,7 +213,7 @@ def sampling(run: Run, section: str, max_tokens: int) -> host.Sampling:
         top_p=s.top_p,
         min_p=s.min_p,
         stop_ids=plan.stop_ids,
-        stop=tuple(plan.config.rollout.stop),
+        stop=() if section == "author" else tuple(plan.config.rollout.stop),
     )
 
 
@@ -201,7 +261,12 @@ def opened(prompt: prompts.Prompt, text: str) -> str:
 
 def grade(
     run: Run, golds: Sequence[str], asked: Sequence[prompts.Prompt], texts: Sequence[str]
-) -> list[graders.Grade]:
-    """Grades of completions of these prompts."""
+) -> list[rewards.Verdict]:
+    """Verdicts on completions of these prompts; a bare reward counts as right from
+    reward.threshold on."""
     whole = [opened(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
-    return run.grader.grade_all(zip(golds, whole, strict=True))
+    threshold = run.plan.config.reward.threshold
+    return [
+        v if v.correct is not None else dataclasses.replace(v, correct=v.reward >= threshold)
+        for v in run.rewarder.score(golds, whole)
+    ]

@@ -1,6 +1,7 @@
 """The loop, flat and in order of execution."""
 
 import collections
+import json
 import pathlib
 import time
 
@@ -8,10 +9,12 @@ import jax
 import numpy as np
 
 from copsd_jax import (
+    attempts,
     checkpoint,
     data,
     estimates,
     evaluate,
+    guards,
     languages,
     mesh,
     metrics,
@@ -58,39 +61,45 @@ def train(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> None:
                 state = checkpoints.load(checkpoints.steps()[-1], state)
             first = int(state.step)
             with metrics.Writer(directory, resume=first + 1) as writer:
-                state = _steps(r, method, state, first, writer, checkpoints, directory)
-            after = _evaluation(r, state, config.train.steps, directory)
-    print(_ending(plan, before, after, directory, time.monotonic() - started), flush=True)
+                state, stopped = _steps(r, method, state, first, writer, checkpoints, directory)
+            after = _evaluation(r, state, int(state.step), directory)
+    seconds = time.monotonic() - started
+    print(_ending(plan, before, after, directory, seconds, stopped), flush=True)
 
 
-def _steps(r, method, state, first, writer, checkpoints, directory) -> train_step.State:
-    """Steps `first` … train.steps - 1."""
+def _steps(r, method, state, first, writer, checkpoints, directory) -> tuple[train_step.State, str]:
+    """Steps `first` … train.steps - 1, or until a guard stops the run; the reason if one did."""
     plan, c = r.plan, r.plan.config
     timer = metrics.Timer()
     order = data.iterator(
         plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
     )
+    guard = guards.replay(plan.guards, metrics.lines(directory, first))
     with metrics.Progress("step", c.train.steps, start=first) as progress:
-        for step in range(first, c.train.steps):
+        for step in range(first, first if guard["stopped"] else c.train.steps):
             with timer("rollout"):
                 work = method.make_batch(r, state, next(order), step)
             with timer("step"):
                 batch = mesh.place_batch(work.batch, plan.mesh)
-                state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv)
+                factor = np.float32(guard["factor"])
+                state, aux = r.step(
+                    state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor
+                )
                 aux = jax.device_get(aux)  # waits for the step
             values = {
                 **{name: float(value) for name, value in aux.metrics.items()},
                 **work.metrics,
-                **method.add_tokens(work, aux.tokens),
-                "learning_rate": float(r.rate(step)),
+                **attempts.add_tokens(r, work, aux),
+                "learning_rate": float(r.rate(step)) * float(factor),
                 **timer.take(),
             }
+            guard, events = guards.check(plan.guards, guard, step + 1, values)
             writer.write(step + 1, values)
             if c.train.log_rollouts:
                 workdir.write_jsonl(
                     workdir.step_file(directory, "rollouts", step + 1), work.records
                 )
-            last = step + 1 == c.train.steps
+            last = step + 1 == c.train.steps or bool(guard["stopped"])
             if (step + 1) % c.train.save_every == 0 or last:
                 checkpoints.save(step + 1, state)
             progress.update(
@@ -99,13 +108,18 @@ def _steps(r, method, state, first, writer, checkpoints, directory) -> train_ste
                 loss=values["loss"],
                 **{name: values[name] for name in ("correct",) if name in values},
             )
+            for event in events:
+                progress.close()
+                print(f"guard: {event.text}", flush=True)
             if step == first or last or (step + 1) % max(1, c.train.steps // 3) == 0:
                 progress.close()
                 print(_sample(step + 1, work.records), flush=True)
             if c.eval.every and (step + 1) % c.eval.every == 0 and not last:
                 progress.close()
                 _evaluation(r, state, step + 1, directory)
-    return state
+            if guard["stopped"]:
+                break
+    return state, guard["stopped"]
 
 
 def _codes(plan: plans.Plan) -> list[str]:
@@ -139,8 +153,7 @@ def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
         f"{np.dtype(plan.dtype).name}), {c.model.init}",
         f"  trained     {size['trained']:,} parameters ({c.train.trainable}"
         + (f" rank {c.lora.rank})" if c.train.trainable == "lora" else ")"),
-        f"  context     {c.context.kind}; teacher {c.teacher.weights}; {c.loss.divergence}, "
-        f"clip {c.loss.clip_mode}",
+        f"  loss        {_loss(c)}",
         f"  problems    {c.data.path}: {_per_language(plan.rows)}; "
         f"dropped: {_counts(plan.dropped)}",
         f"  evaluation  {c.eval.path or 'none'}: {_per_language(plan.eval_rows)}; "
@@ -177,6 +190,25 @@ def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
     return "\n".join(lines)
 
 
+def _loss(c) -> str:
+    """The method's slots in one line."""
+    if c.method == "sft":
+        return "cross entropy of the solutions"
+    policy = (
+        f"policy gradient, advantages by {c.policy.scale}, {c.policy.norm} mean, KL {c.policy.kl}"
+    )
+    if c.method == "grpo":
+        return policy
+    author = "" if c.author.kind == "none" else f" written by {c.author.kind}"
+    entries = f", {c.loss.top_k_of}'s top {c.loss.top_k}" if c.loss.top_k else ""
+    entries += " and tail" if c.loss.tail else ""
+    return (
+        f"context {c.context.kind}{author}; tokens {c.tokens.select}; teacher {c.teacher.weights}; "
+        f"{c.loss.divergence}{entries}, clip {c.loss.clip_mode}"
+        + (f"; {c.policy.weight:g} of {policy}" if c.policy.weight else "")
+    )
+
+
 def _per_language(rows: list[data.Row]) -> str:
     counts = collections.Counter(row.lang for row in rows)
     return ", ".join(f"{lang} {count:,}" for lang, count in counts.items()) or "none"
@@ -210,8 +242,25 @@ def _sample(step: int, records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _ending(plan, before, after, directory: pathlib.Path, seconds: float) -> str:
-    """The table of scores, and where everything is."""
+COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked")
+COUNTED_PREFIXES = ("reply_", "located_", "shortened_")
+
+
+def _totals(directory: pathlib.Path, steps: int) -> str:
+    """How many completions of the run had each status, as a table; "" where none is counted."""
+    totals: collections.Counter[str] = collections.Counter()
+    for line in metrics.lines(directory, steps):
+        for name, value in json.loads(line).items():
+            if name in COUNTED or name.startswith(COUNTED_PREFIXES):
+                totals[name] += int(value)
+    rows = [[name.replace("_", " "), f"{count:,}"] for name, count in totals.items() if count]
+    return metrics.table(["completions", "n"], rows) if rows else ""
+
+
+def _ending(
+    plan, before, after, directory: pathlib.Path, seconds: float, stopped: str
+) -> str:  # fmt: skip
+    """The table of scores, counts of statuses, where everything is, and why a run was stopped."""
     lines = []
     if before and after:
         lines += ["", evaluate.comparison(before, after)]
@@ -220,5 +269,10 @@ def _ending(plan, before, after, directory: pathlib.Path, seconds: float) -> str
             "before and after: share of correct answers; points: difference with the interval of a",
             "paired bootstrap over problems; p: exact sign test; cut: ended by the token limit",
         ]
+    totals = _totals(directory, plan.config.train.steps)
+    if totals:
+        lines += ["", totals]
     lines += ["", f"{metrics.duration(seconds)} min; everything is in {directory}"]
+    if stopped:
+        lines.append(f"stopped by a guard: {stopped}")
     return "\n".join(lines)

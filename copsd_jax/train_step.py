@@ -1,8 +1,9 @@
-"""One optimizer step: both layouts, the divergence, gradients over micro-batches, update, EMA.
+"""One optimizer step: layouts, losses, gradients over micro-batches, update, EMA.
 
 `make` returns a pure function of (state, frozen, batch, ...). What is trained is one tree, whatever
-it is: LoRA adapters, or all parameters. The teacher is a choice of weights in `policies`, nothing
-more.
+it is: LoRA adapters, or all parameters. The loss has up to two terms: a divergence from a teacher,
+which is a choice of weights in `teachers` and nothing more, and a policy loss on the sampled
+tokens.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from copsd_jax import layout, losses, model
+from copsd_jax import layout, losses, model, policy_losses
 from copsd_jax.sampler import engine
 
 
@@ -31,15 +32,35 @@ class Options:
     """Static choices of a step."""
 
     trainable: str  # 'lora' | 'full'
-    teacher: str  # 'fixed' | 'ema' | 'live'
+    teacher: str  # 'fixed' | 'ema' | 'live' | 'trust_region'
     ema_decay: float
     adapter_scale: float
-    divergence: losses.Divergence
+    divergence: losses.Divergence | None  # None for a loss without a teacher
     implementation: str  # 'dense' | 'chunked'
     chunk: int
     norm: str
     group: int  # completions of a group of micro_token_mean
     micro_batches: int
+    rho: float = 0.0  # trust_region: share of the current policy
+    weight: float = 1.0  # of the divergence in the loss
+    policy: "PolicyLoss | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyLoss:
+    """The loss on sampled tokens: GRPO's surrogate, or with kind 'nll' the cross entropy of SFT."""
+
+    kind: str  # 'surrogate' | 'nll'
+    weight: float  # of this term in the loss
+    temperature: float  # of the distribution whose log-probabilities are taken
+    norm: str  # a name of losses.NORMS
+    length: int  # of the norm 'constant'
+    clip_low: float = 0.0
+    clip_high: float = 0.0
+    dual_clip: float = 0.0
+    kl: float = 0.0
+    old: str = "trainer"  # | 'sampler'
+    rollout_clip: float = 0.0
 
 
 class Policy(NamedTuple):
@@ -49,11 +70,23 @@ class Policy(NamedTuple):
     adapter: dict | None
 
 
+class PolicyStats(NamedTuple):
+    """Per token of the policy loss, no gradient: its value, the log-probability and entropy at
+    its temperature, whether the ratio was clipped, and the divergence from the initial policy."""
+
+    value_T: jax.Array
+    logp_T: jax.Array
+    entropy_T: jax.Array
+    clipped_T: jax.Array
+    kl_T: jax.Array
+
+
 class Aux(NamedTuple):
     """What a step measured: scalars, and per-token values `[B, C]` in the batch's order."""
 
     metrics: dict[str, jax.Array]
-    tokens: losses.TokenStats
+    tokens: losses.TokenStats | None  # of the divergence
+    policy: PolicyStats | None = None
 
 
 def optimizer(
@@ -94,20 +127,51 @@ def init(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State
 
 
 def policies(state: State, frozen: dict, options: Options, dtype: jnp.dtype) -> tuple:
-    """(student, teacher) of this state.
+    """(student, teacher) of this state; of a trust region the initial policy, which writes.
 
     LoRA: `frozen` is the base; `fixed` is the base without adapter, which is the initial policy
-    since adapters begin at 0. Full: `frozen` is the initial weights for `fixed`, unused otherwise.
+    since adapters begin at 0. Full: `frozen` is the initial weights where they are needed.
     """
     if options.trainable == "lora":
-        teacher = {"fixed": None, "live": state.trained, "ema": state.ema}[options.teacher]
+        teacher = {
+            "fixed": None, "trust_region": None, "live": state.trained, "ema": state.ema,
+        }[options.teacher]  # fmt: skip
         return Policy(frozen, state.trained), Policy(frozen, teacher)
     cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)  # noqa: E731
     student = cast(state.trained)
-    if options.teacher == "fixed":
+    if options.teacher in ("fixed", "trust_region"):
         return Policy(student, None), Policy(frozen, None)
     teacher = student if options.teacher == "live" else cast(state.ema)
     return Policy(student, None), Policy(teacher, None)
+
+
+def teachers(
+    student: Policy, teacher: Policy, options: Options
+) -> tuple[tuple[float, Policy], ...]:
+    """The policies whose logits the teacher mixes, with their shares, from those of `policies`.
+
+    One of share 1; of a trust region the initial policy with 1 - rho and the student's with rho,
+    both on the teacher's input (SDPO's geometric interpolation).
+    """
+    if options.teacher != "trust_region":
+        return ((1.0, teacher),)
+    return ((1 - options.rho, teacher), (options.rho, student))
+
+
+def _mixed(
+    shares: list[float], hidden: list[jax.Array], heads: list[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states and head whose logits are the mix of logits, [T, D] and [V, D].
+
+    Of one head, logits are linear in the hidden states: their mix costs no further matmul. Of
+    several the states stand side by side, as do the heads.
+    """
+    scaled = [
+        h if s == 1.0 else h * jnp.asarray(s, h.dtype) for s, h in zip(shares, hidden, strict=True)
+    ]
+    if all(head is heads[0] for head in heads):
+        return sum(scaled[1:], scaled[0]), heads[0]
+    return jnp.concatenate(scaled, axis=1), jnp.concatenate(heads, axis=1)
 
 
 def _hidden(
@@ -139,54 +203,135 @@ def _hidden(
     return gathered
 
 
-def make(
-    decoder: model.Decoder, tx: optax.GradientTransformation, options: Options
-) -> Callable[..., tuple[State, Aux]]:
-    """The step: `step(state, frozen, batch, student_prefix, teacher_prefix) -> (state, Aux)`.
+def _flat(x: Any) -> Any:
+    return None if x is None else x.reshape(-1)
 
-    `batch` is a layout.Batch of all the step's completions; `student_prefix` int32 [P] or None;
-    `teacher_prefix` the KV of the teacher's prefix under the teacher's weights, or None. The loss
-    is sum(weight x divergence) with the weights of `losses.token_weights` over the whole step, so
-    that micro-batches add up to it.
+
+def _policy_term(
+    settings: PolicyLoss,
+    options: Options,
+    hidden_s: jax.Array,
+    hidden_ref: jax.Array | None,
+    student: Policy,
+    initial: Policy,
+    micro: layout.Batch,
+    weight_BC: jax.Array,
+) -> tuple[jax.Array, PolicyStats]:
+    """sum(weight x policy loss); `hidden_ref` are the initial policy's states, for its divergence.
+
+    The ratio is exp(ln p - old) with old the trainer's own log-probability (exactly 1, gradient
+    and all) or the sampler's.
     """
+    log_probs = lambda hidden, policy, trained: losses.log_probs(  # noqa: E731
+        hidden, model.head(policy.params), _flat(micro.completion_BC),
+        temperature=settings.temperature, implementation=options.implementation,
+        chunk=options.chunk, train_head=trained, live_T=_flat(micro.policy_BC),
+    )  # fmt: skip
+    logp_T, entropy_T = log_probs(hidden_s, student, options.trainable == "full")
+    own_T = jax.lax.stop_gradient(logp_T)
+    clipped_T = kl_T = jnp.zeros_like(own_T)
+    if settings.kind == "nll":
+        value_T = -logp_T
+    else:
+        old_T = own_T if settings.old == "trainer" else _flat(micro.logp_rollout_BC)
+        value_T, clipped_T = policy_losses.surrogate(
+            logp_T, old_T, _flat(micro.advantage_BC), clip_low=settings.clip_low,
+            clip_high=settings.clip_high, dual_clip=settings.dual_clip,
+        )  # fmt: skip
+    if settings.rollout_clip:
+        gap_T = jnp.clip(own_T - _flat(micro.logp_rollout_BC), -20, 20)
+        value_T = value_T * jnp.minimum(jnp.exp(gap_T), settings.rollout_clip)
+    if hidden_ref is not None:
+        ref_T = jax.lax.stop_gradient(log_probs(hidden_ref, initial, False)[0])
+        kl_T = policy_losses.kl_to(logp_T, ref_T)
+        value_T = value_T + settings.kl * kl_T
+    stats = PolicyStats(value_T, logp_T, entropy_T, clipped_T.astype(jnp.float32), kl_T)
+    live_T = _flat(micro.policy_BC)
+    stats = jax.tree.map(lambda x: jnp.where(live_T, jax.lax.stop_gradient(x), 0.0), stats)
+    return jnp.sum(jnp.where(live_T, _flat(weight_BC) * value_T, 0.0)), stats
 
-    def loss(trained, state, frozen, micro, weight_BC, student_prefix, teacher_kv):
+
+def _loss(decoder: model.Decoder, options: Options) -> Callable[..., tuple[jax.Array, tuple]]:
+    """The loss of a micro-batch, a function of what is trained first."""
+    policy = options.policy
+
+    def loss(trained, state, frozen, micro, weights, student_prefix, teacher_kv):
         student, teacher = policies(state._replace(trained=trained), frozen, options, decoder.dtype)
         teacher = jax.lax.stop_gradient(teacher)
         if options.trainable == "lora":
-            teacher = teacher._replace(params=frozen)  # the same object: one pass for both sides
-        student_kv = None
-        if student_prefix is not None:
-            student_kv = engine.encode(
-                decoder,
-                student.params,
-                student_prefix[None],
-                student.adapter,
-                options.adapter_scale,
-            )
-        hidden_s, hidden_t = _hidden(
-            decoder,
-            [(student, micro.student, student_kv), (teacher, micro.teacher, teacher_kv)],
-            options.adapter_scale,
+            teacher = teacher._replace(params=frozen)  # the same object: one pass for all sides
+        still = jax.lax.stop_gradient(student)._replace(
+            params=frozen if options.trainable == "lora" else jax.lax.stop_gradient(student.params)
         )
-        return losses.divergence(
-            hidden_s,
-            jax.lax.stop_gradient(hidden_t),
-            model.head(student.params),
-            jax.lax.stop_gradient(model.head(teacher.params)),
-            micro.completion_BC.reshape(-1),
-            weight_BC.reshape(-1),
-            options.divergence,
-            implementation=options.implementation,
-            chunk=options.chunk,
-            train_head=options.trainable == "full",
-        )
+        encode = lambda side: None if student_prefix is None else engine.encode(  # noqa: E731
+            decoder, side.params, student_prefix[None], side.adapter, options.adapter_scale
+        )  # fmt: skip
+        sides = [(student, micro.student, encode(student))]
+        mix = teachers(still, teacher, options) if options.divergence else ()
+        kvs = [None] * len(mix) if teacher_kv is None else teacher_kv
+        sides += [(side, micro.teacher, kv) for (_, side), kv in zip(mix, kvs, strict=True)]
+        initial = Policy(frozen, None)
+        if policy and policy.kl:
+            sides.append((initial, micro.student, encode(initial)))
+        hidden_s, *others = _hidden(decoder, sides, options.adapter_scale)
+        others = jax.lax.stop_gradient(others)
+        total, stats, policy_stats = jnp.zeros((), jnp.float32), None, None
+        if options.divergence:
+            hidden_t, head_t = _mixed(
+                [share for share, _ in mix], others[: len(mix)],
+                [jax.lax.stop_gradient(model.head(side.params)) for _, side in mix]
+                if options.trainable == "full" else [model.head(frozen)] * len(mix),
+            )  # fmt: skip
+            value, stats = losses.divergence(
+                hidden_s, hidden_t, model.head(student.params), head_t,
+                _flat(micro.completion_BC), _flat(weights[0]), options.divergence,
+                implementation=options.implementation, chunk=options.chunk,
+                train_head=options.trainable == "full", live_T=_flat(micro.mask_BC),
+                logp_rollout_T=_flat(micro.logp_rollout_BC),
+            )  # fmt: skip
+            total = total + value
+        if policy:
+            value, policy_stats = _policy_term(
+                policy, options, hidden_s, others[-1] if policy.kl else None,
+                student, initial, micro, weights[1],
+            )  # fmt: skip
+            total = total + value
+        return total, (stats, policy_stats)
 
-    def step(state, frozen, batch, student_prefix, teacher_kv):
+    return loss
+
+
+def _weights(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Weights `[B, C]` of the divergence and of the policy loss, over the whole step."""
+    zeros_BC = jnp.zeros(batch.mask_BC.shape, jnp.float32)
+    distill_BC = policy_BC = zeros_BC
+    if options.divergence:
+        distill_BC = losses.token_weights(batch.loss_BC, options.norm, options.group)
+        distill_BC = distill_BC * options.weight
+    if options.policy:
+        policy_BC = losses.token_weights(
+            batch.policy_BC, options.policy.norm, options.group, length=options.policy.length
+        )
+        policy_BC = policy_BC * options.policy.weight
+    return distill_BC, policy_BC
+
+
+def make(
+    decoder: model.Decoder, tx: optax.GradientTransformation, options: Options
+) -> Callable[..., tuple[State, Aux]]:
+    """The step: `step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1)`.
+
+    `batch` is a layout.Batch of all the step's completions; `student_prefix` int32 [P] or None;
+    `teacher_kv` the KVs of the teacher's prefix under each of `teachers`, or None. The loss is
+    sum(weight x value) with the weights of `losses.token_weights` over the whole step, so that
+    micro-batches add up to it. Returns (state, Aux).
+    """
+    loss = _loss(decoder, options)
+
+    def step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1.0):
         n = options.micro_batches
         B, C = batch.mask_BC.shape
-        weight_BC = losses.token_weights(batch.mask_BC, options.norm, options.group)
-        micro_batches = _split(batch, n)
+        weights = _weights(batch, options)
 
         def accumulate(carry, inputs):
             total, grads = carry
@@ -197,20 +342,24 @@ def make(
             return (total + value, jax.tree.map(jnp.add, grads, grad)), stats
 
         zeros = jax.tree.map(jnp.zeros_like, state.trained)
-        inputs = (micro_batches, _cut(weight_BC, n))
+        inputs = (_split(batch, n), tuple(_cut(weight, n) for weight in weights))
         start = (jnp.zeros((), jnp.float32), zeros)
         (total, grads), stats = jax.lax.scan(accumulate, start, inputs)
-        stats = jax.tree.map(lambda x: _join(x.reshape(n, B // n, C)), stats)
+        tokens, policy = jax.tree.map(lambda x: _join(x.reshape(n, B // n, C)), stats)
         updates, opt_state = tx.update(grads, state.optimizer, state.trained)
+        # AdamW's update is proportional to the learning rate, weight decay included.
+        updates = jax.tree.map(lambda x: x * jnp.asarray(lr_factor, x.dtype), updates)
         trained: Any = optax.apply_updates(state.trained, updates)
         new = State(state.step + 1, trained, opt_state, _average(state.ema, trained, options))
         metrics = {
             "loss": total,
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
-            **_means(stats, batch.mask_BC),
+            "tokens": batch.mask_BC.sum().astype(jnp.float32),
+            **_means(tokens, batch),
+            **_policy_means(policy, batch),
         }
-        return new, Aux(metrics, stats)
+        return new, Aux(metrics, tokens, policy)
 
     return step
 
@@ -240,12 +389,9 @@ def _split(batch: layout.Batch, n: int) -> layout.Batch:
         local = s._replace(gather_BC=s.gather_BC - ((b - b // n) * L)[:, None])
         return jax.tree.map(lambda x: _cut(x, n), local)
 
-    return layout.Batch(
-        side(batch.student),
-        side(batch.teacher),
-        _cut(batch.completion_BC, n),
-        _cut(batch.mask_BC, n),
-    )
+    rest = jax.tree.map(lambda x: _cut(x, n), batch._replace(student=None, teacher=None))
+    teacher = None if batch.teacher is None else side(batch.teacher)
+    return rest._replace(student=side(batch.student), teacher=teacher)
 
 
 def _average(ema: dict | None, trained: dict, options: Options) -> dict | None:
@@ -260,10 +406,16 @@ def _average(ema: dict | None, trained: dict, options: Options) -> dict | None:
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, trained)
 
 
-def _means(stats: losses.TokenStats, mask_BC: jax.Array) -> dict[str, jax.Array]:
-    """Means over completion tokens."""
+def _mean(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
     count = jnp.maximum(1, mask_BC.sum()).astype(jnp.float32)
-    mean = lambda x: jnp.where(mask_BC, x, 0.0).sum() / count  # noqa: E731
+    return jnp.where(mask_BC, x_BC, 0.0).sum() / count
+
+
+def _means(stats: losses.TokenStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
+    """Means over the tokens that carry distillation loss."""
+    if stats is None:
+        return {}
+    mean = lambda x: _mean(x, batch.loss_BC)  # noqa: E731
     return {
         "divergence": mean(stats.value_T),
         "logp_student": mean(stats.logp_student_T),
@@ -271,5 +423,19 @@ def _means(stats: losses.TokenStats, mask_BC: jax.Array) -> dict[str, jax.Array]
         "entropy_student": mean(stats.entropy_student_T),
         "entropy_teacher": mean(stats.entropy_teacher_T),
         "clipped_mass": mean(stats.clipped_mass_T),
-        "tokens": mask_BC.sum().astype(jnp.float32),
+        "loss_tokens": batch.loss_BC.sum().astype(jnp.float32),
+    }
+
+
+def _policy_means(stats: PolicyStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
+    """Means over the tokens that carry policy loss."""
+    if stats is None:
+        return {}
+    mean = lambda x: _mean(x, batch.policy_BC)  # noqa: E731
+    return {
+        "policy_loss": mean(stats.value_T),
+        "policy_entropy": mean(stats.entropy_T),
+        "ratio_clipped": mean(stats.clipped_T),
+        "kl_initial": mean(stats.kl_T),
+        "policy_tokens": batch.policy_BC.sum().astype(jnp.float32),
     }

@@ -23,11 +23,16 @@ def first_rows(r):
 def test_bug_14_the_length_of_an_analysis_is_a_setting():
     lengths = []
     for limit in (3, 9):
-        settings = {"context__kind": "reason_first", "context__max_tokens": limit}
+        settings = {
+            "context__kind": "reason_first",
+            "author__kind": "teacher",
+            "author__max_tokens": limit,
+            "author__temperature": 1.0,
+        }
         with runs.loaded("opsd", **settings) as (r, state):
             records = distill.make_batch(r, state, first_rows(r), 0).records
             encode = r.plan.tokenizer.encode
-            lengths.append(max(len(encode(record["analysis"])) for record in records))
+            lengths.append(max(len(encode(record["reply"])) for record in records))
     assert lengths[0] < lengths[1]
 
 
@@ -63,7 +68,7 @@ def test_bug_25_every_setting_is_read_somewhere():
     ]
     text = "\n".join(sources)
     # Sections that are also read by a variable: `s = config[section]`, `config.train[name]`.
-    variable = ("train", "rollout", "eval", "prompt", "teacher")
+    variable = ("train", "rollout", "eval", "prompt", "teacher", "author", "tokens")
     unread = []
     for name in config_lib.flat(config_lib.default()):
         section, _, key = name.rpartition(".")

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import transformers
 
-from copsd_jax import contexts, data, languages, prompts
+from copsd_jax import contexts, data, languages, prompts, replies
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REGISTRY = languages.load()
@@ -37,6 +37,19 @@ def spec(thinking="prefix", template="chat", answer="boxed", exemplars=()):
 
 def settings(kind, problem_en=True, solution=True):
     return contexts.Settings(kind, problem_en, solution)
+
+
+def teach(tokenizer, side, chosen, row, text=""):
+    """The teacher's prompt for a row of which nothing is known but what a writer wrote."""
+    shots = [
+        (contexts.ideal(shot, prompts.worked(side, shot)), replies.NONE) for shot in side.exemplars
+    ]
+    reply = replies.analysis(text) if text else replies.NONE
+    return contexts.teach(tokenizer, side, chosen, contexts.Attempt(row), reply, shots)
+
+
+def ask(tokenizer, side, chosen, row):
+    return contexts.writer_prompt(tokenizer, side, chosen, contexts.Attempt(row))
 
 
 def blocks(row):
@@ -80,7 +93,7 @@ def test_teacher_equals_the_tokenizers_own_template(tiny, case, lang):
     row = make_row(lang)
     content = "\n\n".join(blocks(row)[part] for part in parts)
     text = rendered(tiny, row, [{"role": "user", "content": content}])
-    made = contexts.teach(tiny, spec(), chosen, row)
+    made = teach(tiny, spec(), chosen, row)
     assert made.text == text
     assert list(made.ids) == tiny.encode(text, add_special_tokens=False)
 
@@ -109,14 +122,14 @@ def test_plain_teacher_has_exemplars_in_its_own_format(tiny, case):
     text = form.format(SHOT.problem, SHOT.problem_en, SHOT.solution, SHOT.answer)
     text += f" {SHOT.solution} The answer is {SHOT.answer}.\n\n"
     text += form.format(row.problem, row.problem_en, row.solution, row.answer)
-    made = contexts.teach(tiny, spec("none", "plain", "answer_is", [SHOT]), chosen, row)
+    made = teach(tiny, spec("none", "plain", "answer_is", [SHOT]), chosen, row)
     assert made.text == text
     assert list(made.prefix_ids + made.ids) == tiny.encode(text, add_special_tokens=False)
 
 
 def test_plain_solutions_stay_on_their_line(tiny):
     row = data.Row("r", "a\nb", "one\n\ntwo", "2", make_row("en").lang, "a\nb")
-    made = contexts.teach(tiny, spec("none", "plain"), settings("reference"), row)
+    made = teach(tiny, spec("none", "plain"), settings("reference"), row)
     assert made.text == "Question: a b\nReference solution: one two (2)\nAnswer:"
 
 
@@ -127,9 +140,9 @@ def test_plain_solutions_stay_on_their_line(tiny):
 def test_context_none_is_the_students_prompt(tiny, template, thinking, exemplars):
     side = spec(thinking, template, exemplars=exemplars)
     student = prompts.student(tiny, side, make_row())
-    assert contexts.teach(tiny, side, settings("none"), make_row()) == student
+    assert teach(tiny, side, settings("none"), make_row()) == student
     for kind in ("reference", "crosslingual", "reason_first"):
-        other = contexts.teach(tiny, side, settings(kind), make_row())
+        other = teach(tiny, side, settings(kind), make_row())
         assert other.ids != student.ids
         assert other.state == student.state
 
@@ -144,21 +157,22 @@ def test_bug_16_the_analysis_is_a_turn_of_a_proper_conversation(tiny):
         {"role": "assistant", "content": "First, 3 is added."},
         {"role": "user", "content": parts["derive"]},
     ]
-    made = contexts.teach(tiny, spec(), settings("reason_first"), row, reply)
+    made = teach(tiny, spec(), settings("reason_first"), row, reply)
     assert made.text == rendered(tiny, row, messages)
     assert list(made.ids) == tiny.encode(made.text, add_special_tokens=False)
     end = tiny.convert_tokens_to_ids("<|im_end|>")
     assert list(made.ids).count(end) == 3  # each turn is ended
     think = tiny.convert_tokens_to_ids("<think>")
     assert list(made.ids).count(think) == 1  # the one that the student's completion stands in
-    before = contexts.ask(tiny, spec(), settings("reason_first"), row)
+    before = ask(tiny, spec(), settings("reason_first"), row)
     assert before.text == rendered(tiny, row, messages[:1])
 
 
 def test_bug_16_an_open_think_block_does_not_reach_the_teacher(tiny):
     reply = "<think>\nIt never ends, 3 <|im_end|> is added"
-    assert contexts.analysis(reply) == ("It never ends, 3 <|im_end|> is added", "unclosed")
-    made = contexts.teach(tiny, spec(), settings("reason_first"), make_row(), reply)
+    read = replies.analysis(reply)
+    assert (read.text, read.status) == ("It never ends, 3 <|im_end|> is added", "unclosed")
+    made = teach(tiny, spec(), settings("reason_first"), make_row(), reply)
     think, end = tiny.convert_tokens_to_ids(["<think>", "<|im_end|>"])
     assert list(made.ids).count(think) == 1
     assert list(made.ids).count(end) == 3  # the quoted one is text
@@ -176,20 +190,21 @@ def test_bug_16_an_open_think_block_does_not_reach_the_teacher(tiny):
     ],
 )
 def test_analysis_and_its_status(reply, expected):
-    assert contexts.analysis(reply) == expected
+    read = replies.analysis(reply)
+    assert (read.text, read.status) == expected
 
 
 def test_an_empty_analysis_leaves_the_reference(tiny):
     row = make_row()
-    made = contexts.teach(tiny, spec(), settings("reason_first"), row, "<think></think> ")
-    assert made == contexts.teach(tiny, spec(), settings("reference"), row)
+    made = teach(tiny, spec(), settings("reason_first"), row, "<think></think> ")
+    assert made == teach(tiny, spec(), settings("reference"), row)
 
 
 def test_plain_reason_first(tiny):
     row, side = make_row(), spec("none", "plain")
     start = f"Question: {row.problem}\nReference solution: {row.solution} (13)\nAnalysis:"
-    assert contexts.ask(tiny, side, settings("reason_first"), row).text == start
-    made = contexts.teach(tiny, side, settings("reason_first"), row, "It\nadds 3.")
+    assert ask(tiny, side, settings("reason_first"), row).text == start
+    made = teach(tiny, side, settings("reason_first"), row, "It\nadds 3.")
     assert made.text == start + " It adds 3.\nAnswer:"
 
 
@@ -198,25 +213,28 @@ def test_bug_22_prefix_only_where_it_is_set(tiny):
     row = make_row()
     for thinking, state in (("off", "closed"), ("on", "unopened"), ("prefix", "open")):
         side = spec(thinking)
-        teacher = contexts.teach(tiny, side, settings("crosslingual"), row)
+        teacher = teach(tiny, side, settings("crosslingual"), row)
         assert teacher.state == state
         prompts.check_states(prompts.student(tiny, side, row), teacher, allow=False)
     # OPSD v3: student off, teacher on.
     with pytest.raises(ValueError, match="template_mismatch"):
         prompts.check_states(
             prompts.student(tiny, spec("off"), row),
-            contexts.teach(tiny, spec("on"), settings("reference"), row),
+            teach(tiny, spec("on"), settings("reference"), row),
             allow=False,
         )
 
 
-@pytest.mark.parametrize("kind", list(contexts.CONTEXTS))
+WRITTEN_BY_DATA = ("reference", "crosslingual", "reason_first", "none")
+
+
+@pytest.mark.parametrize("kind", WRITTEN_BY_DATA)
 def test_bug_26_and_30_label_and_final_instruction(tiny, kind):
     """The teacher's turn has the student's label, and pieces are apart by line breaks."""
     for lang in ROWS:
         row = make_row(lang)
         words = REGISTRY[row.lang]
-        text = contexts.teach(tiny, spec(), settings(kind), row, "It adds.").text
+        text = teach(tiny, spec(), settings(kind), row, "It adds.").text
         assert f"<|im_start|>user\n{words.label_problem}: {row.problem}\n\n" in text
         assert f"\n{words.instruction}<|im_end|>" in text
         if kind == "reason_first":
@@ -224,25 +242,26 @@ def test_bug_26_and_30_label_and_final_instruction(tiny, kind):
             assert f"<|im_start|>user\n{words.transition}\n{words.instruction}<|im_end|>" in text
 
 
-def test_bug_15_only_reason_first_has_a_writer(tiny):
-    asking = {kind for kind in contexts.CONTEXTS if contexts.asks(settings(kind))}
-    assert asking == {"reason_first"}
-    with pytest.raises(ValueError, match="'reference'"):
-        contexts.ask(tiny, spec(), settings("reference"), make_row())
+def test_bug_15_only_some_contexts_have_a_writer(tiny):
+    asking = {k for k in contexts.CONTEXTS if "reply" in contexts.reads(settings(k))}
+    assert asking == {"reason_first", "reflection", "critique"}
+    for kind in contexts.CONTEXTS:
+        attempt = contexts.Attempt(make_row(), "9", False, "wrong", "10 + 3 = 13.", make_row())
+        assert (contexts.ask(settings(kind), attempt) is not None) == (kind in asking)
 
 
 def test_needs_are_what_the_prompt_shows(tiny):
     """A row without a needed field is refused; without any other it makes the same prompt."""
     for chosen, _ in CASES.values():
         row = make_row()
-        made = contexts.teach(tiny, spec(), chosen, row)
+        made = teach(tiny, spec(), chosen, row)
         for name in ("problem_en", "solution"):
             poor = data.Row(**{**vars(row), name: ""})
             if name in contexts.needs(chosen):
                 with pytest.raises(ValueError, match=f"no {name}"):
-                    contexts.teach(tiny, spec(), chosen, poor)
+                    teach(tiny, spec(), chosen, poor)
             else:
-                assert contexts.teach(tiny, spec(), chosen, poor) == made
+                assert teach(tiny, spec(), chosen, poor) == made
 
 
 def test_an_unknown_context_lists_the_choices():

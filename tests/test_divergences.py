@@ -200,6 +200,10 @@ def test_statistics():
         ({"clip": 0.0}, "clip"),
         ({"top_k": -1}, "top_k"),
         ({"divergence": "sampled", "top_k": 5}, "sampled"),
+        ({"top_k_of": "both"}, "teacher.*student.*union"),
+        ({"tail": True}, "top_k is 0"),
+        ({"ratio_clip": -1.0}, "ratio_clip is -1"),
+        ({"rollout_clip": -2.0}, "rollout_clip -2"),
         ({"divergence": "sampled", "clip_mode": "token"}, "sampled"),
     ],
 )

@@ -19,6 +19,7 @@ from copsd_jax import divergences, losses
 ROWS, COLUMNS, CHUNK, MICRO = 4, 9, 16, 2
 TOKENS, WIDTH, VOCABULARY = ROWS * COLUMNS, 8, 61
 NORMS = tuple(losses.NORMS)
+LENGTH = 11  # of the norm constant
 MASK_BC = (np.arange(COLUMNS)[None] < np.array([9, 4, 0, 6])[:, None]).astype(np.float32)
 CLIP_MODES = tuple(divergences.CLIP_MODES)
 
@@ -100,14 +101,14 @@ def _close(got, want, tolerance, name=""):
 
 @pytest.mark.parametrize("settings", CASES, ids=_label)
 def test_value_and_gradient(settings):
-    """float64 formula = finite differences = dense = chunked, for the three normalisers."""
+    """float64 formula = finite differences = dense = chunked, for three normalisers."""
     arrays, z_s, z_t, frozen = _away_from_kinks(settings)
     value_T = oracle.value(z_s, z_t, arrays[4], settings, frozen)
     dz_TV = oracle.slope(z_s, z_t, arrays[4], settings, frozen)
     _close(oracle.difference(z_s, z_t, arrays[4], settings, frozen), dz_TV, 1e-7, "differences")
     mass_T = oracle.clipped_mass(z_s, z_t, settings, frozen)
     assert settings.clip_mode == "none" or 0 < mass_T.mean() < 1
-    for norm in NORMS:
+    for norm in NORMS[:3]:
         weight_T = oracle.weights(MASK_BC, norm, MICRO).reshape(-1)
         dead_T = weight_T == 0
         grads = ((weight_T[:, None] * dz_TV) @ arrays[2], (weight_T[:, None] * dz_TV).T @ arrays[0])
@@ -229,7 +230,12 @@ def test_only_the_student_has_a_gradient(implementation):
     "settings, axes, head, chunk",
     [
         (losses.Divergence("fkl", clip_mode="element"), (8, 1), P(), 32),
-        (losses.Divergence("jsd", top_k=5), (4, 2), P("tensor"), 8),
+        (
+            losses.Divergence("jsd", top_k=5, top_k_of="union", tail=True),
+            (4, 2),
+            P("tensor"),
+            8,
+        ),
     ],
 )
 def test_sharded_equals_single(settings, axes, head, chunk):
@@ -260,28 +266,118 @@ def _dots(jaxpr, times=1):
     return found, flops
 
 
-@pytest.mark.parametrize("name", ["fkl", "rkl", "jsd", "sampled"])
+ALL_OPTIONS = losses.Divergence(
+    "jsd", top_k=5, top_k_of="union", tail=True, ratio_clip=2.0, rollout_clip=2.0
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*map(losses.Divergence, ("fkl", "rkl", "jsd", "sampled")), ALL_OPTIONS],
+    ids=lambda s: f"{s.divergence}-{s.top_k}",
+)
 @pytest.mark.parametrize("train_head, matmuls", [(False, 3), (True, 4)])
-def test_matmuls_and_buffers(name, train_head, matmuls):
+def test_matmuls_and_buffers(settings, train_head, matmuls):
     """Three matmuls of T D V, four with the head; no buffer of tokens x vocabulary."""
-    settings = losses.Divergence(name)
     hidden_s, _, head_s, _, tokens = _arrays(9, tokens=64, vocabulary=29)
+    logp_T = np.full(64, -1, np.float32)
     arrays = (hidden_s, hidden_s * 2, head_s, head_s, tokens)
 
     def loss(hidden, head):
         return losses.divergence(
             hidden, arrays[1], head, arrays[3], tokens, np.ones(64, np.float32), settings,
             implementation="chunked", chunk=16, train_head=train_head,
+            logp_old_T=logp_T, logp_rollout_T=logp_T,
         )[0]  # fmt: skip
 
     grad = jax.grad(loss, (0, 1) if train_head else 0)
     count, flops = _dots(jax.make_jaxpr(grad)(hidden_s, head_s).jaxpr)
     assert (count, flops) == (matmuls, matmuls * 2 * 64 * 29 * WIDTH)
-    if name != "jsd":
+    if settings is not ALL_OPTIONS:
         return  # compiled once for all: buffers follow from the scan, whatever is in it
     text = jax.jit(grad).lower(hidden_s, head_s).compile().as_text()
     assert re.search(r"f32\[16,29\]", text)
     assert not re.search(r"\[64,29\]|\[29,64\]|\[4,16,29\]", text)
+
+
+@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+def test_log_probs(implementation):
+    """Values and the gradients to states and head against float64 and finite differences; other
+    rows are not touched. 37 tokens: a number that no chunk divides."""
+    hidden, _, head, _, tokens = (np.asarray(x, np.float64) for x in _arrays(12, tokens=37))
+    tokens, live_T = tokens.astype(np.int32), np.arange(37) % 5 != 1
+    logp_TV = oracle.log_softmax(oracle.logits(hidden, head) / 1.3)
+    logp_T = np.where(live_T, logp_TV[np.arange(37), tokens], 0)
+    cotangent_T = np.random.default_rng(12).normal(size=37)
+    push_TV = (np.eye(VOCABULARY)[tokens] - np.exp(logp_TV)) / 1.3 * (live_T * cotangent_T)[:, None]
+    broken = np.where(live_T[:, None], hidden, np.nan)
+
+    def total(hidden, head):
+        values = losses.log_probs(
+            hidden, head, tokens, temperature=1.3, implementation=implementation, chunk=CHUNK,
+            train_head=True, live_T=live_T,
+        )  # fmt: skip
+        return jnp.sum(values[0] * cotangent_T), values
+
+    with jax.enable_x64(True):
+        (_, values), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(broken, head)
+        ends = [
+            float(total(broken, head + step * np.eye(*head.shape))[0]) for step in (1e-5, -1e-5)
+        ]
+    np.testing.assert_allclose(values[0], logp_T, rtol=0, atol=1e-12)
+    entropy_T = np.where(live_T, -(np.exp(logp_TV) * logp_TV).sum(axis=1), 0)
+    np.testing.assert_allclose(values[1], entropy_T, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(grads[0], push_TV @ head, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(grads[1], push_TV.T @ hidden, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(np.asarray(grads[0])[~live_T], 0)
+    slope = (np.asarray(grads[1]) * np.eye(*head.shape)).sum()
+    np.testing.assert_allclose((ends[0] - ends[1]) / 2e-5, slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("what, matmuls", [("values", 1), ("hidden", 2), ("head", 4)])
+def test_matmuls_of_log_probs(what, matmuls):
+    """One of T D V for values, two with the states' gradient, four with the head's; blocks only."""
+    hidden, _, head, _, tokens = _arrays(9, tokens=64, vocabulary=29)
+
+    def total(hidden, head):
+        return losses.log_probs(
+            hidden, head, tokens, temperature=1.0, implementation="chunked", chunk=16,
+            train_head=what == "head",
+        )[0].sum()  # fmt: skip
+
+    call = {"values": total, "hidden": jax.grad(total), "head": jax.grad(total, (0, 1))}[what]
+    assert _dots(jax.make_jaxpr(call)(hidden, head).jaxpr) == (
+        matmuls,
+        matmuls * 2 * 64 * 29 * WIDTH,
+    )
+    if what == "head":
+        text = jax.jit(call).lower(hidden, head).compile().as_text()
+        assert re.search(r"f32\[16,29\]", text)
+        assert not re.search(r"\[64,29\]|\[29,64\]|\[4,16,29\]", text)
+
+
+@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+def test_log_probs_in_bfloat16(implementation):
+    """Rounded states: float32 results, gradients in the states' and the head's own dtypes."""
+    hidden, _, head, _, tokens = _arrays(13)
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+
+    def total(hidden, head):
+        values = losses.log_probs(
+            hidden, head, tokens, temperature=1.3, implementation=implementation, chunk=CHUNK,
+            train_head=True,
+        )  # fmt: skip
+        return values[0].sum() * 0.01, values
+
+    (_, values), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, head)
+    rounded = np.asarray(jnp.asarray(head, jnp.bfloat16), np.float64)
+    logp_TV = oracle.log_softmax(oracle.logits(hidden, rounded) / 1.3)
+    push_TV = (np.eye(VOCABULARY)[tokens] - np.exp(logp_TV)) / 1.3 * 0.01
+    assert values[0].dtype == values[1].dtype == jnp.float32
+    assert (grads[0].dtype, grads[1].dtype) == (jnp.bfloat16, jnp.float32)
+    _close(values[0], logp_TV[np.arange(TOKENS), tokens], 2e-5)
+    _close(grads[0], push_TV @ rounded, 1e-2)
+    _close(grads[1], push_TV.T @ np.asarray(hidden, np.float64), 1e-2)
 
 
 @pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
@@ -317,19 +413,44 @@ def test_bfloat16(name, implementation):
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 4])
 @pytest.mark.parametrize("norm", NORMS)
 def test_token_weights(norm, micro_batch):
-    got = losses.token_weights(MASK_BC.astype(bool), norm, micro_batch)
-    want = oracle.weights(MASK_BC, norm, micro_batch or ROWS)
+    got = losses.token_weights(MASK_BC.astype(bool), norm, micro_batch, LENGTH)
+    want = oracle.weights(MASK_BC, norm, micro_batch or ROWS, LENGTH)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_bug_10_token_weights_of_nothing(norm):
-    """Bug 10: no token, no NaN; and a padding row changes only what counts micro-batches."""
-    np.testing.assert_array_equal(losses.token_weights(np.zeros((4, 3)), norm, 2), 0)
+    """Bug 10: no token, no NaN; and a padding row changes only what counts completions."""
+    np.testing.assert_array_equal(losses.token_weights(np.zeros((4, 3)), norm, 2, LENGTH), 0)
     padded_BC = np.concatenate([MASK_BC, np.zeros((2, COLUMNS), np.float32)])
-    got = losses.token_weights(padded_BC, norm, 6)[:ROWS]
-    np.testing.assert_allclose(got, losses.token_weights(MASK_BC, norm, 4), rtol=1e-6)
+    got = losses.token_weights(padded_BC, norm, 6, LENGTH)[:ROWS]
+    share = 4 / 6 if norm in ("seq_mean_all", "constant") else 1
+    want = np.asarray(losses.token_weights(MASK_BC, norm, 4, LENGTH)) * share
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_bug_43_normalisers_that_do_not_depend_on_micro_batches():
+    """Bug 43: the mean over micro-batches of token means moves with their size; the others do not.
+
+    Lengths 4, 2, 0, 1 with values 1, 2, -, 4. Micro-batches of one: (1 + 2 + 0 + 4) / 4, which is
+    also the mean over all sequences; of two: (8/6 + 4) / 2.
+    """
+    mask_BC = np.arange(4)[None] < np.array([4, 2, 0, 1])[:, None]
+    value_BC = np.array([1.0, 2, 9, 4])[:, None] * mask_BC
+
+    def loss(norm, micro_batch):
+        weight_BC = losses.token_weights(mask_BC, norm, micro_batch, length=5)
+        return float((weight_BC * value_BC).sum())
+
+    for norm, want in (
+        ("micro_token_mean", (7 / 4, 8 / 3)),
+        ("seq_mean_all", (7 / 4, 7 / 4)),
+        ("seq_mean", (7 / 3, 7 / 3)),
+        ("global_token_mean", (12 / 7, 12 / 7)),
+        ("constant", (12 / 20, 12 / 20)),
+    ):
+        np.testing.assert_allclose([loss(norm, 1), loss(norm, 2)], want, rtol=1e-6, err_msg=norm)
 
 
 def test_wrong_arguments_are_refused():
@@ -354,3 +475,18 @@ def test_wrong_arguments_are_refused():
         losses.token_weights(MASK_BC, "mean")
     with pytest.raises(ValueError, match="micro_batch is 3"):
         losses.token_weights(MASK_BC, "seq_mean", 3)
+    with pytest.raises(ValueError, match=r"constant.*length 0"):
+        losses.token_weights(MASK_BC, "constant")
+    with pytest.raises(ValueError, match=r"rollout_clip is 2.*logp_rollout_T"):
+        call(settings=dataclasses.replace(CASES[0], rollout_clip=2.0))
+    with pytest.raises(ValueError, match="first axis"):
+        call(live_T=np.ones(TOKENS + 1, bool))
+    hidden, head, tokens = arrays[0], arrays[2], arrays[4]
+    with pytest.raises(ValueError, match="temperature is 0"):
+        losses.log_probs(hidden, head, tokens, temperature=0.0, **good)
+    with pytest.raises(ValueError, match="first axis"):
+        losses.log_probs(hidden, head, tokens[1:], temperature=1.0, **good)
+    with pytest.raises(ValueError, match=r"'pallas'.*dense, chunked"):
+        losses.log_probs(
+            hidden, head, tokens, temperature=1.0, **{**good, "implementation": "pallas"}
+        )

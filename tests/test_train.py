@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import runs
 
-from copsd_jax import checkpoint, data, evaluate, main, model, run
+from copsd_jax import (
+    attempts,
+    checkpoint,
+    contexts,
+    data,
+    evaluate,
+    main,
+    model,
+    plans,
+    replies,
+    run,
+)
 from copsd_jax.methods import distill
 
 optax_promotes = runs.optax_promotes
@@ -124,7 +135,7 @@ def test_agreement_is_measured_at_the_sampling_temperature():
         rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = distill.make_batch(r, state, rows, 0)
         _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
-        gaps = distill.add_tokens(work, jax.device_get(aux.tokens))
+        gaps = attempts.add_tokens(r, work, jax.device_get(aux))
         assert gaps["logp_gap_max"] < 1e-4
         record = work.records[0]
         assert np.abs(np.subtract(record["logp_sampler"], record["logp_student"])).max() > 1e-2
@@ -146,12 +157,18 @@ def test_context_none_gives_no_loss():
 def test_bug_15_and_16_the_teacher_itself_writes_the_analysis():
     """With an adapter that changes the student, the fixed teacher's analysis stays as it was; it
     stands in a turn of its own before a new user turn."""
-    with runs.loaded("opsd", context__kind="reason_first", context__max_tokens=5) as (r, state):
+    with runs.loaded(
+        "opsd",
+        context__kind="reason_first",
+        author__kind="teacher",
+        author__max_tokens=5,
+        author__temperature=1.0,
+    ) as (r, state):
         rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         first = distill.make_batch(r, state, rows, 0)
         moved = state._replace(trained=jax.tree.map(lambda x: x + 0.5, state.trained))
         second = distill.make_batch(r, moved, rows, 0)
-        assert [a["analysis"] for a in first.records] == [b["analysis"] for b in second.records]
+        assert [a["reply"] for a in first.records] == [b["reply"] for b in second.records]
         assert [a["completion"] for a in first.records] != [b["completion"] for b in second.records]
         for record in first.records:
             turns = record["teacher_prompt"].split("<|im_start|>")[1:]
@@ -170,14 +187,23 @@ def test_a_row_that_occurs_twice_in_a_step_is_sampled_anew():
 
 def test_overlong_teacher_prompts_carry_no_loss_and_are_counted():
     with runs.loaded(
-        "opsd", context__kind="reason_first", context__max_tokens=64, teacher__max_tokens=250
+        "opsd",
+        context__kind="reason_first",
+        author__kind="teacher",
+        author__max_tokens=64,
+        author__temperature=1.0,
+        teacher__max_tokens=250,
     ) as (r, state):
         rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = distill.make_batch(r, state, rows, 0)
-        long = [len(record["teacher_prompt_ids"]) > 250 for record in work.records]
+        told = [
+            plans.teach(r.plan, contexts.Attempt(row), replies.analysis(record["reply"]))
+            for row, record in zip(rows, work.records, strict=True)
+        ]
+        long = [prompt.length > 250 for prompt in told]
         assert any(long)
         assert work.metrics["overlong_teacher_prompts"] == sum(long)
-        assert (work.batch.mask_BC.any(axis=1) != np.asarray(long)).all()
+        assert (work.batch.loss_BC.any(axis=1) != np.asarray(long)).all()
 
 
 def test_evaluation_groups_and_comparison():

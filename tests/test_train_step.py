@@ -168,7 +168,7 @@ def test_a_shared_prefix_equals_writing_it_in_front_of_every_prompt(decoder, par
     plain, aux = run(decoder, params, state, whole)
     kv = engine.encode_prefix(decoder, params, prefix_t)
     batch = layout.pack(students, teachers, completions, student_prefix=5, teacher_prefix=3)
-    shared, aux_shared = run(decoder, params, state, batch, jnp.asarray(prefix_s, jnp.int32), kv)
+    shared, aux_shared = run(decoder, params, state, batch, jnp.asarray(prefix_s, jnp.int32), (kv,))
     np.testing.assert_allclose(aux_shared.metrics["loss"], aux.metrics["loss"], rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), shared.trained, plain.trained

@@ -17,7 +17,7 @@ import numpy as np
 from copsd_jax import model
 from copsd_jax.sampler import engine, truncate
 
-PURPOSES = {"rollout": 0, "evaluation": 1, "reason": 2}
+PURPOSES = {"rollout": 0, "evaluation": 1, "author": 2}
 PACK = 512  # tokens of a packed prefill, where prompts are not longer
 SMALLEST_PACK = 128  # packs are powers of two from here: few programs to compile
 

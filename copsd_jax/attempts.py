@@ -1,0 +1,227 @@
+"""The student's answers to a step's problems: sampled, graded, and recorded.
+
+What all methods that sample share. A group is the completions of one occurrence of a problem.
+"""
+
+import collections
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from copsd_jax import data, layout, localise, prompts, rewards, run, steps, token_stats, train_step
+from copsd_jax.sampler import host
+
+
+class Rollouts(NamedTuple):
+    """B completions of a step, in the order of the batch.
+
+    Attributes:
+      groups: of each completion the number of its group.
+      decoded: the completions as text with the characters of each token, without the end token.
+      starts: where in that text the answer begins, behind the thinking.
+      verdicts: None where a row has no gold answer.
+      ungraded: whether rows without a gold answer exist.
+    """
+
+    rows: list[data.Row]
+    samples: list[int]
+    groups: list[int]
+    asked: list[prompts.Prompt]
+    completions: list[host.Completion]
+    decoded: list[localise.Decoded]
+    starts: list[int]
+    verdicts: list[rewards.Verdict | None]
+
+    def answer(self, i: int) -> str:
+        """The text of completion i without its thinking."""
+        return self.decoded[i].text[self.starts[i] :].strip()
+
+    def rewards(self) -> np.ndarray:
+        """float64 [B]; 0 where nothing is graded."""
+        return np.array([verdict.reward if verdict else 0.0 for verdict in self.verdicts])
+
+
+class Work(NamedTuple):
+    """What a step trains on, and what is known of it before the step."""
+
+    batch: layout.Batch
+    student_prefix: np.ndarray | None  # int32 [P]
+    teacher_kv: tuple | None  # model.KV of each of train_step.teachers
+    records: list[dict]  # one a completion
+    metrics: dict[str, float]
+
+
+def make(
+    r: run.Run, policy: train_step.Policy, rows: Sequence[data.Row], step: int
+) -> Rollouts:  # fmt: skip
+    """Samples rollout.per_prompt completions of each row under a policy, and grades them."""
+    plan, c = r.plan, r.plan.config
+    repeated, samples = _repeat(rows, c.rollout.per_prompt)
+    asked = [prompts.student(plan.tokenizer, plan.student, row) for row in repeated]
+    completions = run.sample(
+        r, policy, asked, run.sampling(r, "rollout", c.rollout.max_tokens),
+        host.stream_keys(c.seed, "rollout", step, [row.id for row in repeated], samples),
+        c.rollout.slots,
+    )  # fmt: skip
+    stops = set(plan.stop_ids)
+    decoded = [
+        localise.decode([i for i in done.ids if i not in stops], plan.token_bytes)
+        for done in completions
+    ]
+    starts = [answer_start(prompt, text.text) for prompt, text in zip(asked, decoded, strict=True)]
+    graded = [i for i, row in enumerate(repeated) if row.answer]
+    verdicts = run.grade(
+        r, [repeated[i].answer for i in graded], [asked[i] for i in graded],
+        [decoded[i].text for i in graded],
+    )  # fmt: skip
+    found = dict(zip(graded, verdicts, strict=True))
+    return Rollouts(
+        rows=repeated,
+        samples=samples,
+        groups=[i // c.rollout.per_prompt for i in range(len(repeated))],
+        asked=asked,
+        completions=completions,
+        decoded=decoded,
+        starts=starts,
+        verdicts=[found.get(i) for i in range(len(repeated))],
+    )
+
+
+def _repeat(rows: Sequence[data.Row], per_prompt: int) -> tuple[list[data.Row], list[int]]:
+    """Each row G times, with its sample numbers; a row that occurs twice goes on counting."""
+    seen: collections.Counter[str] = collections.Counter()
+    repeated, samples = [], []
+    for row in rows:
+        for _ in range(per_prompt):
+            repeated.append(row)
+            samples.append(seen[row.id])
+            seen[row.id] += 1
+    return repeated, samples
+
+
+def answer_start(prompt: prompts.Prompt, text: str) -> int:
+    """Where the answer begins: behind the last </think>; at the end of a text that thinks on."""
+    closed = text.rfind("</think>")
+    opened = text.rfind("<think>")
+    if opened > closed or (closed < 0 and prompt.state == "open"):
+        return len(text)
+    return closed + len("</think>") if closed >= 0 else 0
+
+
+def records(r: run.Run, done: Rollouts) -> list[dict]:
+    """One dictionary a completion, as written to W/rollouts; methods add theirs."""
+    out = []
+    for i, row in enumerate(done.rows):
+        completion, verdict = done.completions[i], done.verdicts[i]
+        out.append(
+            {
+                "id": row.id,
+                "lang": row.lang,
+                "sample": done.samples[i],
+                "problem": row.problem,
+                "student_prompt": done.asked[i].text,
+                "student_prompt_ids": [*done.asked[i].prefix_ids, *done.asked[i].ids],
+                "completion": done.decoded[i].text,
+                "completion_ids": list(completion.ids),
+                "finish": completion.finish,
+                "logp_sampler": rounded(completion.logps),
+                "logp_sampler_truncated": rounded(completion.logps_truncated),
+                "gold": row.answer,
+                "answer": verdict.answer if verdict else None,
+                "correct": verdict.correct if verdict else None,
+                "reward": verdict.reward if verdict else None,
+                "feedback": verdict.feedback if verdict else None,
+                "grade_status": verdict.status if verdict else "no_gold",
+                "steps": _steps(done.decoded[i], done.starts[i]),
+            }
+        )
+    return out
+
+
+def _steps(decoded: localise.Decoded, start: int) -> list[list[int]]:
+    """The tokens [first, end) of each step of the answer."""
+    known = steps.split(decoded.text[start:]).steps
+    return [list(localise.tokens(decoded, start + s.start, start + s.end)) for s in known]
+
+
+def rounded(values: Any) -> list[float]:
+    """Six decimals, as records hold them."""
+    return [round(float(value), 6) for value in values]
+
+
+def mean(values: Sequence[float]) -> float:
+    """0 for none."""
+    return float(np.mean(values)) if len(values) else 0.0
+
+
+def metrics(made: list[dict]) -> dict[str, float]:
+    """Means over the step's completions."""
+    graded = [record for record in made if record["correct"] is not None]
+    return {
+        "completion_tokens": mean([len(record["completion_ids"]) for record in made]),
+        "truncated": mean([record["finish"] == "length" for record in made]),
+        "graded": float(len(graded)),
+        # Without a gold answer nothing is said, rather than 0.
+        **({"correct": mean([record["correct"] for record in graded])} if graded else {}),
+        **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
+        **({"format": mean([record["answer"] is not None for record in graded])} if graded else {}),
+    }
+
+
+def counts(name: str, statuses: Sequence[str], known: Sequence[str]) -> dict[str, float]:
+    """`name_status`: how many completions have each status; known ones also where none has."""
+    found = collections.Counter(statuses)
+    return {f"{name}_{status}": float(found[status]) for status in dict.fromkeys([*known, *found])}
+
+
+def prefixes(
+    r: run.Run, state: train_step.State, asked: prompts.Prompt, told: prompts.Prompt | None
+) -> tuple[np.ndarray | None, tuple | None]:
+    """The student's shared tokens, and the keys of the teacher's under each of its policies."""
+    student = np.asarray(asked.prefix_ids, np.int32) if asked.prefix_ids else None
+    if told is None or not told.prefix_ids:
+        return student, None
+    if r.teacher_kv is not None:
+        return student, r.teacher_kv
+    kvs = tuple(
+        run.encode_prefix(r, policy, told.prefix_ids) for _, policy in run.teachers(r, state)
+    )
+    return student, kvs
+
+
+def add_tokens(r: run.Run, work: Work, aux: train_step.Aux) -> dict[str, float]:
+    """Adds the step's per-token values to the records; returns metrics of tokens.
+
+    The gap is |log-probability of the drawn token in the sampler - in the trainer|, both at the
+    sampling temperature over the whole vocabulary; a completion without loss has none.
+    """
+    gaps = []
+    for b, record in enumerate(work.records):
+        n = int(work.batch.mask_BC[b].sum())
+        record["loss_mask"] = [int(x) for x in work.batch.loss_BC[b, :n]]
+        logp_sampling = None
+        if aux.tokens is not None:
+            tokens = aux.tokens
+            logp_sampling = tokens.logp_sampling_T[b, :n]
+            record["logp_student"] = rounded(tokens.logp_student_T[b, :n])
+            if record["taught"]:
+                record["divergence"] = rounded(tokens.value_T[b, :n])
+                record["logp_teacher"] = rounded(tokens.logp_teacher_T[b, :n])
+                record["entropy_teacher"] = rounded(tokens.entropy_teacher_T[b, :n])
+                advantage = np.subtract(record["logp_teacher"], record["logp_student"]).tolist()
+                record["advantage_by_step"] = token_stats.advantage_by_step(
+                    advantage, record["steps"]
+                )
+            record["entropy_student"] = rounded(tokens.entropy_student_T[b, :n])
+        if aux.policy is not None and work.batch.policy_BC[b].any():
+            logp_sampling = aux.policy.logp_T[b, :n]
+            record["policy_loss"] = rounded(aux.policy.value_T[b, :n])
+            record["logp_policy"] = rounded(aux.policy.logp_T[b, :n])
+        if logp_sampling is not None and record.get("logp_sampler"):
+            gaps.append(np.abs(logp_sampling - record["logp_sampler"][:n]))
+    gap = np.concatenate(gaps) if gaps else np.zeros(0)
+    values = token_stats.summary(work.records, r.token_classes)
+    if gap.size:
+        values |= {"logp_gap_mean": float(gap.mean()), "logp_gap_max": float(gap.max())}
+    return values

@@ -1,0 +1,198 @@
+"""Who writes a context that needs writing: the student, the teacher, a rule, a server, or a file.
+
+The writer's text is read strictly, and every completion gets a `replies.Reply` with a status. A
+status that is not usable leaves the completion without a context; how many there are of each is a
+metric.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from copsd_jax import contexts, data, openai_api, plans, prompts, replies, run, steps, train_step
+from copsd_jax.sampler import host
+
+
+class Asked(NamedTuple):
+    """What a writer is asked about one completion."""
+
+    attempt: contexts.Attempt
+    sample: int
+    found: str | None  # the final answer that the grader found in the attempt
+
+
+class Written(NamedTuple):
+    """A writer's text, or why there is none."""
+
+    text: str
+    status: str  # "written", or a status of replies.STATUSES or openai_api.STATUSES
+
+
+def write(
+    r: run.Run, state: train_step.State, asked: Sequence[Asked], step: int
+) -> list[replies.Reply]:
+    """A reply for each completion, in their order.
+
+    A context that does not read the attempt is written once a problem.
+    """  # fmt: skip
+    reads = contexts.reads(r.plan.context)
+    if "reply" not in reads:
+        return [replies.NONE] * len(asked)
+    each = "attempt" in reads
+    key = lambda one: (one.attempt.row.id, one.sample if each else 0)  # noqa: E731
+    distinct = {key(one): one if each else one._replace(sample=0) for one in asked}
+    texts = AUTHORS[r.plan.config.author.kind](r, state, list(distinct.values()), step)
+    made = {
+        name: _read(r, one, written)
+        for (name, one), written in zip(distinct.items(), texts, strict=True)
+    }
+    return [made[key(one)] for one in asked]
+
+
+# ------------------------------------------------------------------------------------- writers
+
+
+def _sampled(r: run.Run, policy: train_step.Policy, asked: list[Asked], step: int) -> list[Written]:
+    """The sampler again, with author.* settings."""
+    plan, c = r.plan, r.plan.config
+    made = [
+        contexts.writer_prompt(plan.tokenizer, plan.writer, plan.context, one.attempt)
+        for one in asked
+    ]
+    out = [_unasked(prompt, plan) for prompt in made]
+    todo = [i for i, written in enumerate(out) if written is None]
+    wanted = [prompt for prompt in (made[i] for i in todo) if prompt is not None]
+    done = run.sample(
+        r, policy, wanted, run.sampling(r, "author", c.author.max_tokens),
+        host.stream_keys(
+            c.seed, "author", step, [asked[i].attempt.row.id for i in todo],
+            [asked[i].sample for i in todo],
+        ),
+        c.author.slots,
+    ) if todo else []  # fmt: skip
+    for i, prompt, completion in zip(todo, wanted, done, strict=True):
+        out[i] = Written(run.opened(prompt, run.text(r, completion.ids)), "written")
+    return [written for written in out if written is not None]
+
+
+def _unasked(prompt: prompts.Prompt | None, plan: plans.Plan) -> Written | None:
+    """Why a writer is not asked; None if it is."""
+    if prompt is None:
+        return Written("", "not_asked")
+    room = plan.model_config.max_position - plan.config.author.max_tokens
+    return Written("", "overlong") if prompt.length > room else None
+
+
+def _student(r: run.Run, state: train_step.State, asked: list[Asked], step: int) -> list[Written]:
+    return _sampled(r, run.policies(r, state)[0], asked, step)
+
+
+def _teacher(r: run.Run, state: train_step.State, asked: list[Asked], step: int) -> list[Written]:
+    """The teacher's own weights: of `fixed` the initial policy, whatever the student has become."""
+    return _sampled(r, run.policies(r, state)[1], asked, step)
+
+
+def _grader(r: run.Run, state: train_step.State, asked: list[Asked], step: int) -> list[Written]:
+    del state, step
+    return [Written(rule(r.plan.context.kind, one), "written") for one in asked]
+
+
+def rule(kind: str, asked: Asked) -> str:
+    """What the rule that knows the steps of the bundled problems writes about an attempt."""
+    attempt = asked.attempt
+    verdict = steps.check(
+        attempt.text, attempt.row.solution, attempt.row.answer, asked.found, bool(attempt.correct)
+    )
+    if kind == "critique":
+        return replies.rule_critique(verdict, attempt.row.answer)
+    return replies.rule_reflection(attempt.text, verdict, attempt.row.solution)
+
+
+def _server(r: run.Run, state: train_step.State, asked: list[Asked], step: int) -> list[Written]:
+    """An OpenAI-compatible server; seeds follow from the run's, so that a cache can serve them."""
+    del state, step
+    plan, c = r.plan, r.plan.config
+    conversations = [contexts.ask(plan.context, one.attempt) for one in asked]
+    requests = [
+        openai_api.Request(
+            messages=prompts.messages(plan.writer, one.attempt.row, fitted),
+            temperature=c.author.temperature,
+            top_p=c.author.top_p,
+            max_tokens=c.author.max_tokens,
+            seed=c.seed + one.sample,
+        )
+        for one, conversation in zip(asked, conversations, strict=True)
+        if conversation is not None
+        for fitted in [contexts.fit(plan.tokenizer, plan.context, conversation)[0]]
+    ]
+    answers = iter(openai_api.ask_all(server(c), requests))
+    out = []
+    for conversation in conversations:
+        if conversation is None:
+            out.append(Written("", "not_asked"))
+            continue
+        answer = next(answers)
+        out.append(Written(answer.text, "written" if answer.status == "ok" else answer.status))
+    return out
+
+
+def server(c) -> openai_api.Server:
+    """The server of the settings author.*."""
+    names = "url model key_env timeout retries backoff concurrency cache".split()
+    return openai_api.Server(**{name: c.author[name] for name in names})
+
+
+def _file(r: run.Run, state: train_step.State, asked: list[Asked], step: int) -> list[Written]:
+    del state, step
+    return [
+        Written(r.plan.records[key], "written") if key in r.plan.records else Written("", "missing")
+        for key in ((one.attempt.row.id, one.sample) for one in asked)
+    ]
+
+
+AUTHORS: dict[str, Callable[..., list[Written]]] = {
+    "student": _student,
+    "teacher": _teacher,
+    "grader": _grader,
+    "server": _server,
+    "file": _file,
+}
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def _read(r: run.Run, asked: Asked, written: Written) -> replies.Reply:
+    """The reply that a text holds, under the policy for leaked answers."""
+    if written.status != "written":
+        return dataclasses.replace(replies.NONE, status=written.status)
+    reply = parse(r.plan.context.kind, asked.attempt, written.text, r.plan.config)
+    return guard_leak(reply, asked.attempt.row, r.plan.config.context.leak)
+
+
+def parse(kind: str, attempt: contexts.Attempt, text: str, c) -> replies.Reply:
+    """Reads a writer's text strictly; of an unusable reply nothing is left but a quote."""
+    if kind == "reason_first":
+        return replies.analysis(text)
+    if kind == "critique":
+        own = [
+            attempt.text[s.start : s.end] for s in steps.split(attempt.text).steps if not s.final
+        ]
+        reply = replies.verify_critique(replies.critique(text), own)
+    else:
+        form = "explain" if attempt.correct else "diagnose"
+        read = replies.reflection_as_published if c.parity.reflection_tags else replies.reflection
+        reply = read(text, form)
+    if reply.usable:
+        return reply
+    return replies.Reply(reply.status, quote=reply.quote, raw=reply.raw)
+
+
+def guard_leak(reply: replies.Reply, row: data.Row, policy: str) -> replies.Reply:
+    """context.leak, for an explanation that gives the final answer away."""
+    if not reply.text or not row.answer or not replies.leak(reply.text, row.answer):
+        return reply
+    if policy == "drop":
+        return dataclasses.replace(replies.NONE, status="leak_dropped")
+    text = replies.mask_leak(reply.text, row.answer) if policy == "mask" else reply.text
+    return dataclasses.replace(reply, text=text, leaked=True)

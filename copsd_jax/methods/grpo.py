@@ -1,0 +1,59 @@
+"""GRPO, the baseline of reinforcement learning; Dr. GRPO and DAPO are settings of it.
+
+    A_i = (r_i - mean_G r) / (std_G r + 1e-4)
+    loss = mean over completions of mean_t of -min(rho A, clip(rho, 1 - low, 1 + high) A)
+           + kl (exp(d) - d - 1),   d = ln p_0(y_t) - ln p(y_t),   rho = p(y_t) / p_old(y_t)
+
+Sources: DeepSeekMath arXiv 2402.03300 (and TRL's form of it); Dr. GRPO 2503.20783 is
+`policy.scale=none policy.norm=constant`, DAPO 2503.14476 `policy.norm=token policy.clip_high=.28`.
+
+Departures: one update for each batch of rollouts, so that with `policy.old=trainer` the ratio is
+exactly 1; `sampler` takes the sampler's log-probabilities. Prompts, grader and report are those of
+the other methods.
+"""
+
+import numpy as np
+
+from copsd_jax import attempts, data, layout, policy_losses, run, train_step
+from copsd_jax.attempts import Rollouts, Work
+
+
+def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
+    """Samples, grades, gives advantages, packs. A row without an answer has none."""
+    done = attempts.make(r, run.policies(r, state)[0], rows, step)
+    prefix_ids = done.asked[0].prefix_ids
+    batch = layout.pack(
+        [prompt.ids for prompt in done.asked],
+        None,
+        [completion.ids for completion in done.completions],
+        student_prefix=len(prefix_ids),
+    )
+    batch = policy(r.plan.config, done, batch, successes_only=False)
+    records = attempts.records(r, done)
+    for b, record in enumerate(records):
+        record["advantage"] = float(batch.advantage_BC[b, 0])
+    informative = policy_losses.informative(done.rewards(), np.asarray(done.groups))
+    return Work(
+        batch,
+        *attempts.prefixes(r, state, done.asked[0], None),
+        records,
+        {**attempts.metrics(records), "informative": float(informative.mean())},
+    )
+
+
+def policy(c, done: Rollouts, batch: layout.Batch, successes_only: bool) -> layout.Batch:
+    """The batch with advantages, and the tokens with policy loss.
+
+    All tokens of a completion have its advantage; of a group whose rewards are all equal it is 0
+    and they carry no loss, but count in the normaliser, as published.
+    """
+    rewards_B, groups_B = done.rewards(), np.asarray(done.groups)
+    advantage_B = policy_losses.advantages(rewards_B, groups_B, scale=c.policy.scale)
+    success_B = np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
+    kept_B = success_B if successes_only else np.ones(len(rewards_B), bool)
+    C = batch.mask_BC.shape[1]
+    return batch._replace(
+        policy_BC=batch.mask_BC & kept_B[:, None],
+        advantage_BC=np.where(batch.mask_BC, advantage_B[:, None], 0.0).astype(np.float32),
+        logp_rollout_BC=layout.per_token([d.logps for d in done.completions], C, np.float32),
+    )

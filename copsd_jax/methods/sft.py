@@ -1,0 +1,43 @@
+"""Supervised fine-tuning on the reference solutions, the baseline without rollouts.
+
+    loss = -mean_t ln p(y_t | x, y_<t),   y the row's solution and answer
+
+Departures from OPSD's script: the prompts of the other methods with their template, loss on the
+completion only, and `policy.norm` as normaliser (sequence, token, constant).
+"""
+
+import numpy as np
+
+from copsd_jax import attempts, data, layout, prompts, run, train_step
+from copsd_jax.attempts import Work
+
+
+def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
+    """Prompts and solutions as token ids, packed. Nothing is sampled."""
+    plan, c = r.plan, r.plan.config
+    asked = [prompts.student(plan.tokenizer, plan.student, row) for row in rows]
+    targets = [prompts.target(plan.tokenizer, plan.student, row, c.rollout.stop) for row in rows]
+    batch = layout.pack(
+        [prompt.ids for prompt in asked], None, targets, student_prefix=len(asked[0].prefix_ids)
+    )
+    batch = batch._replace(
+        policy_BC=batch.mask_BC, advantage_BC=np.ones(batch.mask_BC.shape, np.float32)
+    )
+    records = [
+        {
+            "id": row.id,
+            "lang": row.lang,
+            "sample": 0,
+            "problem": row.problem,
+            "student_prompt": prompt.text,
+            "student_prompt_ids": [*prompt.prefix_ids, *prompt.ids],
+            "completion": run.text(r, target),
+            "completion_ids": list(target),
+            "finish": "data",
+            "gold": row.answer,
+            "correct": None,
+        }
+        for row, prompt, target in zip(rows, asked, targets, strict=True)
+    ]
+    metrics = {"completion_tokens": attempts.mean([len(target) for target in targets])}
+    return Work(batch, *attempts.prefixes(r, state, asked[0], None), records, metrics)

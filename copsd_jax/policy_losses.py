@@ -1,0 +1,138 @@
+"""Policy-gradient losses over per-token arrays: GRPO and its relatives as a few pure functions.
+
+With B completions in groups of one prompt, C tokens each, ρ = exp(ln π - ln π_old) and advantage A:
+
+    A_i = (r_i - mean_G r) / (std_G r + ε)                      advantages (std or none)
+    L   = Σ w · (surrogate(ρ, A) + kl_weight · kl_to(initial))  w of losses.token_weights
+
+| method    | source           | scale | clip low, high | dual | w                 |
+|-----------|------------------|-------|----------------|------|-------------------|
+| GRPO      | arXiv 2402.03300 | std   | .2, .2         | off  | seq_mean_all      |
+| Dr. GRPO  | arXiv 2503.20783 | none  | .2, .2         | off  | constant          |
+| DAPO      | arXiv 2503.14476 | std   | .2, .28        | off  | global_token_mean |
+| SDPO's    | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
+
+SDPO's baseline takes its token mean inside each micro-batch (micro_token_mean).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SCALES = ("std", "none")
+LOG_RATIO = 20.0  # largest magnitude of ln ρ: keeps ρ and its products finite
+
+
+def advantages(
+    rewards_B: np.ndarray, groups_B: np.ndarray, *, scale: str, eps: float = 1e-4
+) -> np.ndarray:
+    """How much better each completion did than the mean of its group.
+
+    The standard deviation has n - 1 in its divisor, as TRL's. A group of equal rewards gets exactly
+    0, and so does a group of one (published code divides by NaN, or takes the reward itself).
+
+    Args:
+      rewards_B: finite.
+      groups_B: int, equal for completions of one prompt, in any order.
+      scale: std, as GRPO; none, as Dr. GRPO and SDPO's baseline.
+      eps: added to the deviation.
+
+    Returns:
+      float64 [B].
+
+    Raises:
+      ValueError: unknown scale, shapes that do not fit, rewards that are not finite.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}: the choices are {SCALES}")
+    out_B = np.zeros(len(rewards_B))
+    for rewards, rows in _groups(rewards_B, groups_B):
+        if _differ(rewards):
+            divisor = np.std(rewards, ddof=1) + eps if scale == "std" else 1.0
+            out_B[rows] = (rewards - np.mean(rewards)) / divisor
+    return out_B
+
+
+def informative(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
+    """Where the rewards of a completion's group differ, bool [B]: elsewhere all advantages are 0.
+
+    Raises:
+      ValueError: shapes that do not fit, rewards that are not finite.
+    """
+    out_B = np.zeros(len(rewards_B), bool)
+    for rewards, rows in _groups(rewards_B, groups_B):
+        out_B[rows] = _differ(rewards)
+    return out_B
+
+
+def _differ(rewards: np.ndarray) -> bool:
+    return bool(np.max(rewards) > np.min(rewards))
+
+
+def _groups(rewards_B: np.ndarray, groups_B: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(rewards, row indices) of each group."""
+    rewards_B, groups_B = np.asarray(rewards_B, np.float64), np.asarray(groups_B)
+    if rewards_B.ndim != 1 or rewards_B.shape != groups_B.shape:
+        raise ValueError(f"rewards {rewards_B.shape} and groups {groups_B.shape} must both be [B]")
+    if not np.isfinite(rewards_B).all():
+        raise ValueError(f"rewards must be finite, row {int(np.argmin(np.isfinite(rewards_B)))}")
+    rows = [np.flatnonzero(groups_B == group) for group in np.unique(groups_B)]
+    return [(rewards_B[at], at) for at in rows]
+
+
+def surrogate(
+    logp_BC: jax.Array,
+    logp_old_BC: jax.Array,
+    advantage_BC: jax.Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+) -> tuple[jax.Array, jax.Array]:
+    """-min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A), for A < 0 at most -dual_clip · A.
+
+    Differentiable in logp_BC; a clipped token has no gradient. Sources: PPO (arXiv 1707.06347),
+    GRPO equation 3, DAPO for unequal bounds, dual-clip PPO (arXiv 1912.09729) equation 5.
+
+    Args:
+      logp_BC: of the sampled tokens under the policy that trains.
+      logp_old_BC: the same when they were sampled. On a rollout's first and only update it is
+        stop_gradient(logp_BC), which makes ρ = 1 with the gradient -A ∂ln π.
+      advantage_BC: of the same shape.
+      clip_low, clip_high: 0 is without that bound; clip_low below 1.
+      dual_clip: above 1; 0 is without.
+
+    Returns:
+      loss_BC, and clipped_BC, bool, where a bound is in force.
+
+    Raises:
+      ValueError: bounds out of range.
+    """
+    if not (0 <= clip_low < 1 and clip_high >= 0 and (dual_clip == 0 or dual_clip > 1)):
+        raise ValueError(
+            f"out of range: clip_low {clip_low} (0 to below 1), clip_high {clip_high} (0 or more), "
+            f"dual_clip {dual_clip} (0, or above 1)"
+        )
+    advantage_BC, logp_old_BC = jax.lax.stop_gradient((advantage_BC, logp_old_BC))
+    log_BC = jnp.clip(logp_BC - logp_old_BC, -LOG_RATIO, LOG_RATIO)
+    ratio_BC = jnp.exp(log_BC)
+    bound_BC, clipped_BC = jnp.zeros_like(ratio_BC), jnp.zeros(ratio_BC.shape, bool)
+    for on, hit_BC, bound in (
+        (clip_high, (advantage_BC > 0) & (ratio_BC > 1 + clip_high), 1 + clip_high),
+        (clip_low, (advantage_BC < 0) & (ratio_BC < 1 - clip_low), 1 - clip_low),
+        (dual_clip, (advantage_BC < 0) & (ratio_BC > dual_clip), dual_clip),
+    ):
+        if on:
+            bound_BC = jnp.where(hit_BC, bound, bound_BC)
+            clipped_BC = clipped_BC | hit_BC
+    return -advantage_BC * jnp.where(clipped_BC, bound_BC, ratio_BC), clipped_BC
+
+
+def kl_to(logp_BC: jax.Array, logp_ref_BC: jax.Array) -> jax.Array:
+    """An estimate of KL(policy ‖ reference) from sampled tokens, as GRPO's equation 4 (k3).
+
+    e^x - x - 1 with x = ln π_ref - ln π of the token: never negative, and unbiased for tokens drawn
+    from the policy. Differentiable in logp_BC.
+    """
+    x_BC = jax.lax.stop_gradient(logp_ref_BC) - logp_BC
+    return jnp.expm1(x_BC) - x_BC

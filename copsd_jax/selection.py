@@ -1,0 +1,106 @@
+"""Which tokens of a completion carry loss: all, from the first error on, the wrong step, or spans
+that a function of the user's names."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+import numpy as np
+
+from copsd_jax import contexts, localise, replies, steps
+
+# How an error was found. Besides localise.STATUSES: a critic's step, a completion that is right
+# (distilled whole), all tokens asked for, and spans of the user's function.
+STATUSES = (*localise.STATUSES, "step", "right", "all", "spans")
+FAILED = ("failed", "no_quote")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings `tokens.*` of `config.py`."""
+
+    select: str
+    on_failure: str
+    occurrence: str
+    fuzzy: float
+
+
+def function(select: str) -> Callable | None:
+    """The user's f(problem, answer, reply) -> [(start, end), ...] of `module:function`, or None.
+
+    Raises:
+      ValueError: it cannot be imported.
+    """
+    module, colon, name = select.partition(":")
+    if not colon:
+        return None
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"tokens.select is {select!r}: {error}") from error
+
+
+def mask(
+    settings: Settings,
+    decoded: localise.Decoded,
+    start: int,
+    length: int,
+    attempt: contexts.Attempt,
+    reply: replies.Reply,
+) -> tuple[np.ndarray, str]:
+    """The tokens with loss, bool [length], and a status of STATUSES.
+
+    Args:
+      decoded: the completion without its end token.
+      start: where the answer begins in its text; errors are looked for from there on.
+      length: tokens of the completion, the end token included; it belongs to every suffix.
+    """
+    everything = np.ones(length, bool)
+    spans_of = function(settings.select)
+    if spans_of is not None:
+        spans = spans_of(attempt.row.problem, decoded.text[start:], reply.text)
+        chosen = np.zeros(length, bool)
+        for first, end in spans:
+            chosen[slice(*localise.tokens(decoded, start + first, start + end))] = True
+        return chosen, "spans"
+    if settings.select == "all":
+        return everything, "all"
+    if attempt.correct:
+        return everything, "right"
+    error, status = _error(settings, decoded.text[start:], reply)
+    if error is None:
+        return (everything if settings.on_failure == "full" else ~everything), status
+    first, end = localise.tokens(decoded, start + error[0], start + error[1])
+    chosen = np.zeros(length, bool)
+    chosen[first : end if settings.select == "error_step" else length] = True
+    return chosen, status
+
+
+def _error(
+    settings: Settings, text: str, reply: replies.Reply
+) -> tuple[tuple[int, int] | None, str]:
+    """The characters of the error: quoted, or the critic's step; None where none was found."""
+    known = steps.split(text).steps
+    named = known[reply.step - 1] if reply.step and reply.step <= len(known) else None
+    if not reply.quote:
+        if named:
+            return (named.start, named.end), "step"
+        return None, "failed" if reply.step else "no_quote"
+    found = localise.find(
+        text, reply.quote, occurrence=settings.occurrence, threshold=settings.fuzzy
+    )
+    if found.status in FAILED:
+        step = _closest(text, reply.quote, known) if settings.on_failure == "step" else None
+        return (step.start, step.end) if step else None, found.status
+    if settings.select == "error_step":
+        for step in known:
+            if step.start <= found.start < step.end:
+                return (step.start, step.end), found.status
+    return (found.start, found.end), found.status
+
+
+def _closest(text: str, quote: str, known) -> steps.Step | None:
+    """The step that shares most words with a quote; None where no word is shared."""
+    words = set(quote.split())
+    shared = [len(words & set(text[s.start : s.end].split())) for s in known]
+    return known[int(np.argmax(shared))] if any(shared) else None

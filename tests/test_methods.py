@@ -1,0 +1,395 @@
+"""Methods: what each side sees, which tokens carry loss, what is rewarded.
+
+Oracles: renderings written down in `golden/methods.txt`, rollouts that the test scripts, and
+counts by hand.
+"""
+
+import json
+
+import conftest
+import jax
+import numpy as np
+import pytest
+import runs
+
+from copsd_jax import authors, contexts, data, main, mesh, methods, plans, prompts, replies, run
+from copsd_jax.sampler import host
+
+optax_promotes = runs.optax_promotes
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Steps of a few completions, which eight devices do not divide."""
+    make = mesh.make
+    monkeypatch.setattr(
+        mesh, "make", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
+    )  # fmt: skip
+
+
+GOLDEN = conftest.ROOT / "tests" / "golden" / "methods.txt"
+
+
+def completion(r, text, finish="stop"):
+    """A completion of the sampler's kind, whose text is given."""
+    ids = (*r.plan.tokenizer.encode(text, add_special_tokens=False), r.plan.tokenizer.eos_token_id)
+    logps = np.full(len(ids), -1.0, np.float32)
+    return host.Completion(ids, logps, logps, finish)
+
+
+def script(monkeypatch, *calls):
+    """Lets `run.sample` return these texts, call by call; returns the prompts that were asked."""
+    waiting, asked_for = list(calls), []
+
+    def sample(r, policy, asked, settings, keys, slots, progress=None):
+        asked_for.append([prompt.text for prompt in asked])
+        texts = waiting.pop(0)
+        assert len(texts) == len(asked)
+        return [completion(r, text) for text in texts]
+
+    monkeypatch.setattr(run, "sample", sample)
+    return asked_for
+
+
+def row_with(r, steps):
+    """A bundled row whose solution has so many steps."""
+    return next(row for row in r.plan.rows if row.solution.count(" and ") == steps - 1)
+
+
+def spoiled(row):
+    """An attempt whose second step is wrong, and its first, right part."""
+    first, second = row.solution.rstrip(".").split(" and ")
+    left, result = second.split(" = ")
+    wrong = int(result) + 1
+    return f"{first}. {left} = {wrong}. \\boxed{{{wrong}}}", f"{first}. "
+
+
+def right(row):
+    return f"{row.solution} \\boxed{{{row.answer}}}"
+
+
+def lossy(r, work, b):
+    """The completion's text with loss, and without."""
+    ids = np.asarray(work.records[b]["completion_ids"])
+    mask = np.asarray(work.batch.loss_BC[b, : len(ids)])
+    decode = lambda kept: r.plan.tokenizer.decode(ids[kept].tolist())  # noqa: E731
+    return decode(mask), decode(~mask)
+
+
+ROSD = {"rollout__per_prompt": 4, "train__batch": 2, "context__filter_groups": True}
+
+
+def test_rosd_distils_from_the_first_error_on(monkeypatch):
+    """A mixed group: the right prefix has no loss; an all-right group costs no reflection."""
+    with runs.loaded("rosd", **ROSD) as (r, state):
+        one, two = row_with(r, 2), row_with(r, 1)
+        wrong, prefix = spoiled(one)
+        script(monkeypatch, [right(one), wrong, wrong, right(one)] + [right(two)] * 4)
+        written = []
+        rule = authors.rule
+        monkeypatch.setattr(
+            authors, "rule", lambda kind, asked: written.append(asked) or rule(kind, asked)
+        )
+        work = methods.METHODS["distill"].make_batch(r, state, [one, two], 0)
+        assert len(written) == 4
+        end = r.plan.tokenizer.eos_token
+        for b in (0, 3):
+            assert lossy(r, work, b) == (right(one) + end, "")
+            assert work.records[b]["located"] == "right"
+        for b in (1, 2):
+            taught, kept = lossy(r, work, b)
+            assert taught.strip() == wrong[len(prefix) :] + end
+            assert kept.strip() == prefix.strip()
+            assert work.records[b]["located"] == "exact"
+            assert "\\boxed" not in work.records[b]["reply"]
+        assert not work.batch.loss_BC[4:].any()
+        assert [record["reply_status"] for record in work.records[4:]] == ["filtered"] * 4
+        assert work.metrics["filtered"] == 4
+        assert work.metrics["taught"] == 4
+        batch = jax.device_put(work.batch)
+        _, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv)
+        assert aux.metrics["loss_tokens"] == work.batch.loss_BC.sum()
+
+
+def test_all_wrong_groups_cost_no_reflection(monkeypatch):
+    with runs.loaded("rosd", **ROSD, author__kind="student", author__max_tokens=4) as (r, state):
+        one, two = row_with(r, 2), row_with(r, 1)
+        wrong = spoiled(one)[0]
+        note = "<explanation>Check it.</explanation>"
+        asked = script(
+            monkeypatch,
+            [wrong] * 4 + [right(two), right(two), "\\boxed{1}", "\\boxed{1}"],
+            [note, note, f"<error_quote>\\boxed{{1}}</error_quote>{note}", note],
+        )
+        work = methods.METHODS["distill"].make_batch(r, state, [one, two], 0)
+    assert [len(prompts) for prompts in asked] == [8, 4]  # nothing is asked about group one
+    assert [record["reply_status"] for record in work.records] == (
+        ["filtered"] * 4 + ["ok", "ok", "ok", "no_quote"]
+    )
+    for text, own in zip(asked[1], [right(two)] * 2 + ["\\boxed{1}"] * 2, strict=True):
+        assert own in text
+        assert two.problem in text
+    assert all(replies.DIAGNOSE in text and right(two) in text for text in asked[1][2:])
+    assert all(replies.EXPLAIN in text for text in asked[1][:2])
+    # on_failure=full in the tiny preset: without a quote the whole completion is distilled.
+    assert work.batch.loss_BC[7].sum() == len(work.records[7]["completion_ids"])
+    assert work.metrics["reply_ok"] == 3
+    assert work.metrics["located_no_quote"] == 1
+
+
+def test_a_reflection_that_cannot_be_read_teaches_nothing_or_as_published(monkeypatch):
+    calls = (["\\boxed{1}", "RIGHT"], ["nothing of the sort", "<explanation>ok</explanation>"])
+    for fallback in (False, True):
+        with runs.loaded(
+            "rosd", train__batch=1, author__kind="student", parity__reflection_fallback=fallback
+        ) as (r, state), monkeypatch.context() as patch:  # fmt: skip
+            row = row_with(r, 1)
+            texts = [text.replace("RIGHT", right(row)) for text in calls[0]]
+            script(patch, texts, calls[1])
+            work = methods.METHODS["distill"].make_batch(r, state, [row], 0)
+        assert work.records[0]["reply_status"] == "no_explanation"
+        assert work.records[0]["taught"] is fallback
+        assert work.batch.loss_BC[0].any() == fallback
+        if fallback:
+            assert right(row) in work.records[0]["teacher_prompt"]
+
+
+def test_sdpo_shows_a_sibling_and_never_its_own(monkeypatch):
+    with runs.loaded("sdpo", train__batch=2, rollout__per_prompt=3) as (r, state):
+        one, two = row_with(r, 2), row_with(r, 1)
+        texts = ["\\boxed{1}", right(one), "<think>\nsecret\n</think>\n\n" + right(one)]
+        script(monkeypatch, [*texts, right(two), "\\boxed{1}", "no answer"])
+        work = methods.METHODS["distill"].make_batch(r, state, [one, two], 0)
+    shown = [record["sibling"] for record in work.records]
+    assert shown == [right(one), right(one), right(one), None, right(two), right(two)]
+    assert "secret" not in work.records[1]["teacher_prompt"]
+    # A lone success has no sibling; feedback stands in for it (without_sibling).
+    assert "The answer is right." in work.records[3]["teacher_prompt"]
+    assert [record["taught"] for record in work.records] == [True] * 6
+
+
+def test_a_lone_success_without_feedback_carries_no_loss(monkeypatch):
+    settings = {"train__batch": 1, "context__feedback": "never"}
+    with runs.loaded("sdpo", **settings) as (r, state):
+        row = row_with(r, 1)
+        script(monkeypatch, [right(row), "\\boxed{1}"])
+        work = methods.METHODS["distill"].make_batch(r, state, [row], 0)
+    assert [record["taught"] for record in work.records] == [False, True]
+    assert work.batch.loss_BC.any(axis=1).tolist() == [False, True]
+    assert work.batch.mask_BC.any(axis=1).tolist() == [True, True]
+
+
+def test_routing_sends_successes_to_the_policy_gradient(monkeypatch):
+    settings = {"train__batch": 1, "policy__weight": 0.5, "policy__route": "successes"}
+    with runs.loaded("sdpo", **settings) as (r, state):
+        row = row_with(r, 1)
+        script(monkeypatch, ["\\boxed{1}", right(row)])
+        work = methods.METHODS["distill"].make_batch(r, state, [row], 0)
+    assert work.batch.loss_BC.any(axis=1).tolist() == [True, False]
+    assert work.batch.policy_BC.any(axis=1).tolist() == [False, True]
+    np.testing.assert_array_equal(work.batch.policy_BC[1], work.batch.mask_BC[1])
+    scale = 0.5 / (np.sqrt(0.5) + 1e-4)  # rewards 0 and 1: mean .5, deviation (n - 1) sqrt(.5)
+    np.testing.assert_allclose(work.batch.advantage_BC[:, 0], [-scale, scale], rtol=1e-6)
+
+
+def test_grpo_advantages_of_a_step(monkeypatch):
+    with runs.loaded("grpo", train__batch=2, rollout__per_prompt=4, policy__scale="none") as (
+        r,
+        state,
+    ):
+        one, two = row_with(r, 1), row_with(r, 2)
+        script(monkeypatch, [right(one)] * 3 + ["\\boxed{1}"] + ["\\boxed{1}"] * 4)
+        work = methods.METHODS["grpo"].make_batch(r, state, [one, two], 0)
+        _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
+    np.testing.assert_allclose(work.batch.advantage_BC[:, 0], [0.25] * 3 + [-0.75] + [0.0] * 4)
+    assert work.metrics["informative"] == 0.5
+    # With ratio 1 the value is -A, and the sequence mean of all eight is 0: advantages add to 0.
+    np.testing.assert_allclose(aux.metrics["loss"], 0.0, atol=1e-6)
+    assert float(aux.metrics["grad_norm"]) > 1e-4
+    assert work.batch.teacher is None
+
+
+def test_sft_targets_are_solution_and_end(monkeypatch):
+    with runs.loaded("sft") as (r, state):
+        rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
+        work = methods.METHODS["sft"].make_batch(r, state, rows, 0)
+        for row, record in zip(rows, work.records, strict=True):
+            assert record["completion"] == right(row)
+            assert record["completion_ids"][-1] == r.plan.tokenizer.eos_token_id
+            question = record["student_prompt"].split("user\n")[1].split("<|im_end|>")[0]
+            turns = [("user", question), ("assistant", right(row))]
+            whole = r.plan.tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in turns],
+                tokenize=False,
+                enable_thinking=False,
+            )
+            said = r.plan.tokenizer.decode(record["student_prompt_ids"] + record["completion_ids"])
+            assert said.strip() == whole.strip()
+
+
+def test_other_problem_shows_another_problems_solution(monkeypatch):
+    with runs.loaded("opsd", context__kind="other_problem") as (r, state):
+        rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
+        script(monkeypatch, ["\\boxed{1}"] * 8, ["\\boxed{1}"] * 8)
+        work = methods.METHODS["distill"].make_batch(r, state, rows, 0)
+        again = methods.METHODS["distill"].make_batch(r, state, rows, 0)
+        solutions = {row.solution for row in r.plan.rows}
+    for row, record, same in zip(rows, work.records, again.records, strict=True):
+        shown = {s for s in solutions if f"\n{s}\n" in record["teacher_prompt"]}
+        assert shown
+        assert row.solution not in shown
+        assert row.problem in record["teacher_prompt"]
+        assert record["teacher_prompt"] == same["teacher_prompt"]
+
+
+@pytest.mark.parametrize(
+    "policy, status, text",
+    [
+        ("keep", "ok", "so 15 is right"),
+        ("mask", "ok", "so [...] is right"),
+        ("drop", "leak_dropped", ""),
+    ],
+)
+def test_a_leaked_answer(policy, status, text):
+    config = runs.config("rosd", context__leak=policy)
+    row = data.Row("r", "p", "3 * 5 = 15.", "15", "en", "p")
+    reply = replies.reflection("<explanation>so 15 is right</explanation>", "explain")
+    kept = authors.guard_leak(reply, row, config.context.leak)
+    assert (kept.status, kept.text) == (status, text)
+    assert kept.leaked is (policy != "drop")
+
+
+REFUSED = [
+    ("opsd", {"context__kind": "reflection"}, "author.kind"),
+    ("rosd", {"author__kind": "none"}, "author.kind"),
+    ("opsd", {"author__kind": "student"}, "author.kind"),
+    ("opsd", {"tokens__select": "from_error"}, "tokens.select"),
+    ("opsd", {"tokens__select": "somewhere"}, "tokens.select"),
+    ("opsd", {"tokens__select": "no.such:thing"}, "tokens.select"),
+    ("rosd", {"author__kind": "file"}, "author.path"),
+    ("rosd", {"author__kind": "file", "author__path": "missing.jsonl"}, "author.path"),
+    ("rosd", {"author__kind": "server"}, "author.url"),
+    ("rosd", {"author__kind": "server", "author__url": "host"}, "author.url"),
+    ("opsd", {"context__kind": "sibling"}, "rollout.per_prompt"),
+    ("grpo", {"rollout__per_prompt": 1}, "rollout.per_prompt"),
+    ("sft", {"rollout__per_prompt": 2}, "rollout.per_prompt"),
+    ("grpo", {"policy__weight": 0.5}, "policy.weight"),
+    ("opsd", {"policy__route": "successes"}, "policy.route"),
+    ("opsd", {"policy__weight": 1.5}, "policy.weight"),
+    ("opsd", {"teacher__rho": -0.1}, "teacher.rho"),
+    ("opsd", {"reward__kind": "prose"}, "reward.kind"),
+    ("opsd", {"guards__rules": "loss>>3:stop"}, "guards.rules"),
+    (
+        "rosd",
+        {"author__kind": "student", "author__max_tokens": 9, "author__thinking": "none"},
+        "author.thinking",
+    ),
+]
+
+
+@pytest.mark.parametrize("card, settings, named", REFUSED)
+def test_refusals_name_the_setting(card, settings, named):
+    with pytest.raises((ValueError, OSError), match=named.replace(".", r"\.")):
+        plans.make(runs.config(card, **settings))
+
+
+def test_the_rule_is_refused_where_solutions_are_no_equations(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"problem": "p", "solution": "By symmetry.", "answer": "3"}) + "\n")
+    with pytest.raises(ValueError, match=r"author\.kind is 'grader'.*By symmetry"):
+        plans.make(runs.config("rosd", data__path=str(path)))
+
+
+def test_a_new_context_is_one_function_and_one_entry(monkeypatch):
+    """The example of DESIGN.md runs as it stands there."""
+    text = (conftest.ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    code = text.split("```python\n# A new context")[1].split("```")[0]
+    scope = {}
+    monkeypatch.setattr(contexts, "CONTEXTS", dict(contexts.CONTEXTS))
+    exec("# A new context" + code, scope)
+    settings = contexts.Settings("answer_only")
+    with runs.loaded("opsd", context__kind="none") as (r, _):
+        row = r.plan.rows[0]
+        made = contexts.teach(r.plan.tokenizer, r.plan.teacher, settings, contexts.Attempt(row))
+        assert row.answer in made.text
+        assert row.solution not in made.text
+        assert contexts.needs(settings) == ("answer",)
+
+
+def test_every_card_writes_its_diagnostics(tmp_path):
+    """One run with a teacher and one without: the files hold what the methods promise."""
+    for card, teacher in (("rosd", True), ("grpo", False)):
+        workdir = tmp_path / card
+        argv = runs.argv(card, workdir, train__steps=1, eval__limit=2, train__batch=8)
+        assert main.main(argv) == 0
+        line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        for name in ("repetition", "truncated", "entropy_student" if teacher else "policy_entropy"):
+            assert name in line, (card, name)
+        record = json.loads((workdir / "rollouts/step_000001.jsonl").read_text().splitlines()[0])
+        assert len(record["loss_mask"]) == len(record["completion_ids"])
+        assert ("divergence" in record) == (teacher and record["taught"])
+        if not teacher:
+            assert len(record["policy_loss"]) == len(record["completion_ids"])
+
+
+# ------------------------------------------------------------------------------------- golden
+
+PROBLEMS = {
+    "sw": ("Luc ana nyanya 10. Ananunua 3 zaidi. Ana ngapi?", "10 + 3 = 13.", "13"),
+    "amh": ("ሉክ 10 ቲማቲም አለው። 3 ገዛ። ስንት አለው?", "10 + 3 = 13.", "13"),
+    "en": ("Luc has 10 tomatoes and buys 3. How many?", "10 + 3 = 13.", "13"),
+}
+ENGLISH = PROBLEMS["en"][0]
+WRONG = "10 - 3 = 7. \\boxed{7}"
+METHODS = {
+    "opsd": ("opsd", {}),
+    "copsd": ("copsd", {}),
+    "rosd": ("rosd", {}),
+    "critique": ("critique", {}),
+    "sdpo": ("sdpo", {}),
+    "feedback": ("opsd", {"context__kind": "feedback"}),
+    "other_problem": ("opsd", {"context__kind": "other_problem"}),
+    "grpo": ("grpo", {}),
+    "sft": ("sft", {}),
+}
+
+
+def rendering(name, lang, monkeypatch):
+    """What one method does with one row, in words."""
+    card, settings = METHODS[name]
+    batch = {"rollout__per_prompt": 2} if card in ("rosd", "sdpo", "grpo") else {}
+    with runs.loaded(card, **settings, train__batch=1, data__limit=8, **batch) as (
+        r,
+        state,
+    ):
+        problem, solution, answer = PROBLEMS[lang]
+        row = data.Row("r", problem, solution, answer, lang, ENGLISH)
+        good = prompts.worked(r.plan.student, row)
+        script(monkeypatch, [WRONG, good] if batch else [WRONG])
+        other = data.Row("o", "Another?", "2 * 4 = 8.", "8", lang, "Another?")
+        r.plan.rows[:] = [row, other]
+        method = methods.METHODS[r.plan.config.method]
+        work = method.make_batch(r, state, [row], 0)
+        record = work.records[0]
+        mask = work.batch.loss_BC[0] if work.batch.teacher is not None else work.batch.policy_BC[0]
+        ids = np.asarray(record["completion_ids"])
+        carried = r.plan.tokenizer.decode(ids[mask[: len(ids)]].tolist())
+    reward = record.get("reward")
+    return "\n".join(
+        [
+            f"######## {name}, {lang}",
+            "---- the student sees", record["student_prompt"],
+            "---- the teacher sees", record.get("teacher_prompt") or "(there is no teacher)",
+            "---- the completion", record["completion"],
+            "---- loss on", carried,
+            f"---- reward {'none' if reward is None else reward}",
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_golden_renderings(name, monkeypatch):
+    known = GOLDEN.read_text(encoding="utf-8") if GOLDEN.is_file() else ""
+    for lang in PROBLEMS:
+        made = rendering(name, lang, monkeypatch)
+        assert made + "\n" in known, made
