@@ -214,7 +214,7 @@ def _objective(c: Config) -> None:
     y.rollout_clip = 0.0  # as loss.rollout_clip, for the policy gradient
 
     c.guards = g = config_dict.ConfigDict()
-    g.rules = ()  # "repetition>0.5:stop", "entropy_student<0.1@3:lr*0.5", "tokens>2*first:warn"
+    g.rules = ""  # as "repetition>0.5:stop,entropy_student<0.1@3:lr*0.5,tokens>2*first:warn"
 
 
 def _training(c: Config) -> None:
@@ -497,8 +497,7 @@ def help_text() -> str:
 
 def split_lists(config: Any) -> None:
     """`--config.data.lang=sw,fr` reaches us as ("sw,fr",): makes it ("sw", "fr")."""
-    lists = (("data", "lang"), ("eval", "lang"), ("lora", "targets"), ("guards", "rules"))
-    for section, name in lists:
+    for section, name in (("data", "lang"), ("eval", "lang"), ("lora", "targets")):
         value = config[section][name]
         config[section][name] = tuple(
             part for item in value for part in str(item).split(",") if part

@@ -84,7 +84,7 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     _check_languages(config, registry)
     context, chosen = _context(config), _selection(config)
     rewards.check(config.reward.kind)
-    rules = guards.parse(config.guards.rules)
+    rules = guards.parse([rule for rule in config.guards.rules.split(",") if rule])
     # The cheap checks first: files of problems, then devices, then the model's headers.
     records = _author(config) if train else {}
     rows, dropped = _train_rows(config, context, registry) if train else _none()

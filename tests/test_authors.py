@@ -1,0 +1,156 @@
+"""Who writes a context, end to end: a critic over HTTP that fails in every way, a file, and what a
+run says of it.
+
+Oracle: what the stub server was told to do with each attempt, counted by hand.
+"""
+
+import http.server
+import json
+import threading
+
+import pytest
+import runs
+from test_methods import one_device, right, row_with, script
+
+from copsd_jax import main, methods
+from copsd_jax.methods import distill
+
+optax_promotes = runs.optax_promotes
+one_device = one_device
+
+
+class _Critic(http.server.BaseHTTPRequestHandler):
+    """Does what the attempt's last word says; the prompt holds the attempt between its fences."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        attempt = body["messages"][-1]["content"].split("Attempt begins ---\n")[1]
+        word = attempt.split("\n--- Attempt ends")[0].split()[-1]
+        self.server.asked.append(word)
+        if word == "silent":
+            return self.server.ending.wait(20)
+        if word == "broken":
+            return self.send_error(500)
+        text = self.server.replies.get(word, "I would rather not.")
+        choice = {"message": {"content": text}, "finish_reason": "stop"}
+        data = json.dumps({"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if word == "half" else data)
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def critic():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Critic)
+    server.asked, server.replies, server.ending = [], {}, threading.Event()
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.ending.set()
+    server.shutdown()
+    server.server_close()
+
+
+def settings(server, tmp_path):
+    return {
+        "author__kind": "server", "author__url": f"http://127.0.0.1:{server.server_port}/v1",
+        "author__model": "critic", "author__timeout": 0.5, "author__retries": 1,
+        "author__backoff": 0.01, "author__cache": tmp_path / "cache", "train__batch": 6,
+        "prompt__form": "plain",
+    }  # fmt: skip
+
+
+GOOD = """<case>wrong</case><first_wrong>1</first_wrong><step_1>{}</step_1><answer>{}</answer>"""
+
+
+def test_a_critic_that_fails_in_every_way(monkeypatch, tmp_path, critic):
+    words = ["fine", "silent", "broken", "half", "chatty", "quoting"]
+    expected = ["ok", "timeout", "server_error", "bad_reply", "no_case", "quotes_error"]
+    with runs.loaded("critique", **settings(critic, tmp_path)) as (r, state):
+        row = row_with(r, 1)
+        critic.replies = {
+            "fine": GOOD.format(row.solution, row.answer),
+            "quoting": GOOD.format("not 1 + 1 = 3 quoting", row.answer),
+        }
+        attempts = [f"1 + 1 = 3 {word}" for word in words]
+        script(monkeypatch, attempts, attempts)
+        work = distill.make_batch(r, state, [row] * 6, 0)
+        first = list(critic.asked)
+        again = distill.make_batch(r, state, [row] * 6, 0)
+    found = [record["reply_status"] for record in work.records]
+    assert found[:3] + found[4:] == expected[:3] + expected[4:]
+    assert found[3] in ("bad_reply", "unreachable")  # half a reply, with or without a reset
+    counted = {k: v for k, v in work.metrics.items() if k.startswith("reply_")}
+    assert sum(counted.values()) == 6
+    assert counted["reply_ok"] == work.metrics["taught"] == 1
+    # Each failure was tried twice, and what had been answered is not asked again.
+    assert sorted(first) == sorted([*words, "silent", "broken", "half"])
+    assert sorted(critic.asked[len(first) :]) == sorted(["silent", "broken", "half"] * 2)
+    assert [record["reply_status"] for record in again.records] == found
+    # Where there is no critique there is no loss; the run goes on.
+    assert work.batch.loss_BC.any(axis=1).tolist() == [status == "ok" for status in found]
+    assert row.solution in work.records[0]["teacher_prompt"]
+    assert "1 + 1 = 3" not in work.records[0]["teacher_prompt"]
+
+
+def test_replies_from_a_file(monkeypatch, tmp_path):
+    path = tmp_path / "replies.jsonl"
+    with runs.loaded("critique") as (r, _):
+        row = row_with(r, 1)
+    good = GOOD.format(row.solution, row.answer)
+    path.write_text(json.dumps({"id": row.id, "sample": 1, "reply": good}) + "\n")
+    with runs.loaded(
+        "critique", author__kind="file", author__path=path, prompt__form="plain",
+        rollout__per_prompt=2, train__batch=1,
+    ) as (r, state):  # fmt: skip
+        script(monkeypatch, ["1 + 1 = 3.", "1 + 1 = 3."])
+        work = methods.METHODS["distill"].make_batch(r, state, [row], 0)
+    assert [record["reply_status"] for record in work.records] == ["missing", "ok"]
+    assert work.metrics["reply_missing"] == 1
+
+
+def test_the_same_problem_of_a_critic_that_agrees(monkeypatch, tmp_path, critic):
+    """A right attempt is handed back verbatim, and taught whole."""
+    with runs.loaded("critique", **settings(critic, tmp_path) | {"train__batch": 1}) as (r, state):
+        row = row_with(r, 1)
+        said = f"<case>right</case><step_1>{row.solution}</step_1><answer>{row.answer}</answer>"
+        text = right(row)
+        critic.replies = {text.split()[-1]: said}
+        script(monkeypatch, [text])
+        work = distill.make_batch(r, state, [row], 0)
+    assert work.records[0]["reply_status"] == "ok"
+    assert (work.batch.loss_BC == work.batch.mask_BC).all()
+
+
+def test_a_guard_ends_the_run_with_its_reason(tmp_path, capsys):
+    workdir = tmp_path / "w"
+    argv = runs.argv("opsd", workdir, train__steps=5, eval__limit=2)
+    argv.append("--config.guards.rules=truncated>-1@2:stop,loss>-1e9:warn")
+    assert main.main(argv) == 0
+    out = capsys.readouterr().out
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("stopped by a guard: step 2: truncated is")
+    assert "guard: step 1: loss is" in out
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert (workdir / "eval/step_000002.json").is_file()
+    # The same command again adds nothing and says why.
+    assert main.main(argv) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == last
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_guard_lowers_the_learning_rate(tmp_path):
+    workdir = tmp_path / "w"
+    argv = runs.argv("opsd", workdir, train__steps=3, train__schedule="constant", eval__limit=2)
+    argv.append("--config.guards.rules=loss>-1e9:lr*0.5")
+    assert main.main(argv) == 0
+    rates = [
+        json.loads(line)["learning_rate"]
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4])
