@@ -22,7 +22,6 @@ CLASSES = {
     "other": "white space and punctuation",
 }
 EDGES = (0, 8, 32, 128, 512)  # where buckets of positions start
-ENTROPIES = ("entropy", "entropy_student", "entropy_teacher")  # fields of a record
 
 _NAMES = tuple(CLASSES)
 _OPERATORS = frozenset("+-*/=^×÷±−·≈≠≤≥√%")
@@ -196,15 +195,15 @@ def summary(
 
     Args:
       records: with `completion_ids`, and where the method has them, lists aligned to these:
-        `divergence`, `logp_student`, `logp_teacher` (nats), and `ENTROPIES`; with `finish`; with
-        `completion` and `privileged_text` for the overlap.
+        `divergence`, `logp_student`, `logp_teacher` (nats); with `completion` and
+        `privileged_text` for the overlap.
       table_V: of `classes`.
       n: of the repetition.
 
     Returns:
       `divergence_CLASS`, `divergence_at_0_7` …, `advantage`, `advantage_CLASS`,
-      `advantage_negative` (share of tokens below 0), the entropies; as means over completions
-      `repetition`, `truncated`, `overlap`. What no record has is left out: a record without a
+      `advantage_negative` (share of tokens below 0); as means over completions
+      `repetition`, `overlap`. What no record has is left out: a record without a
       field, or with an empty list because it carries no loss, counts nowhere in it.
 
     Raises:
@@ -214,13 +213,8 @@ def summary(
     for record in records:
         ids = record["completion_ids"]
         means.add("repetition", repetition(ids, n), 1)
-        if record.get("finish"):
-            means.add("truncated", float(record["finish"] == "length"), 1)
         if record.get("privileged_text"):
             means.add("overlap", overlap(record["completion"], record["privileged_text"]), 1)
-        for name in ENTROPIES:
-            if record.get(name):
-                means.add(name, float(_aligned(record[name], ids)[0].sum()), len(ids))
         if record.get("divergence"):
             _add_classes(means, "divergence", record["divergence"], ids, table_V)
             for bucket, part in by_position(record["divergence"]).items():

@@ -412,7 +412,7 @@ def _mean(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
 
 
 def _means(stats: losses.TokenStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
-    """Means over the tokens that carry distillation loss."""
+    """Means over the tokens that carry distillation loss; the student's entropy over all."""
     if stats is None:
         return {}
     mean = lambda x: _mean(x, batch.loss_BC)  # noqa: E731
@@ -420,7 +420,7 @@ def _means(stats: losses.TokenStats | None, batch: layout.Batch) -> dict[str, ja
         "divergence": mean(stats.value_T),
         "logp_student": mean(stats.logp_student_T),
         "logp_teacher": mean(stats.logp_teacher_T),
-        "entropy_student": mean(stats.entropy_student_T),
+        "entropy_student": _mean(stats.entropy_student_T, batch.mask_BC),
         "entropy_teacher": mean(stats.entropy_teacher_T),
         "clipped_mass": mean(stats.clipped_mass_T),
         "loss_tokens": batch.loss_BC.sum().astype(jnp.float32),

@@ -173,8 +173,6 @@ def test_the_summary_by_hand():
             divergence=[1.0, 2.0, 3.0, 0.5],
             logp_student=[-1.0, -2.0, -1.0, -0.5],
             logp_teacher=[-2.0, -1.0, -1.5, -0.5],  # advantage -1, 1, -0.5, 0
-            entropy_student=[0.1, 0.2, 0.3, 0.4],
-            finish="stop",
             completion="one two three four",
             privileged_text="one two three",
         ),
@@ -183,8 +181,6 @@ def test_the_summary_by_hand():
             divergence=[0.25] * 8 + [7.0],
             logp_student=[-1.0] * 9,
             logp_teacher=[-3.0] * 9,  # advantage -2
-            entropy_student=[1.0] * 9,
-            finish="length",
             completion="",
             privileged_text="",
         ),
@@ -203,9 +199,7 @@ def test_the_summary_by_hand():
         "advantage_word": 0.25,
         "advantage_end": 0.0,
         "advantage_other": -2.0,
-        "entropy_student": 10 / 13,
         "repetition": (0 + 5 / 6) / 2,
-        "truncated": 0.5,
         "overlap": 0.5,  # of the one record with a privileged text
     }
     assert got == pytest.approx(want, abs=1e-12)
@@ -213,8 +207,8 @@ def test_the_summary_by_hand():
 
 def test_what_is_missing_is_left_out():
     """Without a teacher (grpo) nothing is said about one, rather than 0."""
-    alone = record([0, 1], logp_student=[-1.0, -2.0], logp_teacher=None, finish="stop")
-    assert stats.summary([alone], TABLE) == {"repetition": 0.0, "truncated": 0.0}
+    alone = record([0, 1], logp_student=[-1.0, -2.0], logp_teacher=None)
+    assert stats.summary([alone], TABLE) == {"repetition": 0.0}
     assert stats.summary([record([0, 1])], TABLE) == {"repetition": 0.0}
     assert stats.summary([], TABLE) == {}
     # A record that carries no loss has empty lists, and does not dilute the others.
@@ -224,7 +218,7 @@ def test_what_is_missing_is_left_out():
     assert (got["divergence_number"], got["advantage"], got["repetition"]) == (2.0, -1.0, 0.0)
 
 
-@pytest.mark.parametrize("name", ["divergence", "logp_student", "logp_teacher", "entropy_teacher"])
+@pytest.mark.parametrize("name", ["divergence", "logp_student", "logp_teacher"])
 def test_a_list_of_another_length_is_an_error(name):
     fields = {"divergence": [1.0] * 3, "logp_student": [1.0] * 3, "logp_teacher": [1.0] * 3}
     broken = record([0, 1, 2], **fields | {name: [1.0, 2.0]})
