@@ -104,7 +104,15 @@ def rule(kind: str, asked: Asked) -> str:
         attempt.text, attempt.row.solution, attempt.row.answer, asked.found, bool(attempt.correct)
     )
     if kind == "critique":
+        if verdict.wrong_step:
+            # A critic counts steps without those that state the answer.
+            before = steps.split(attempt.text).steps[: verdict.wrong_step - 1]
+            number = 1 + sum(not step.final for step in before)
+            verdict = dataclasses.replace(verdict, wrong_step=number)
         return replies.rule_critique(verdict, attempt.row.answer)
+    if attempt.correct:
+        # By luck, perhaps: what is right is explained, as every author is asked to.
+        verdict = dataclasses.replace(verdict, case="right")
     return replies.rule_reflection(attempt.text, verdict, attempt.row.solution)
 
 

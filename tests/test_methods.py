@@ -111,6 +111,35 @@ def test_rosd_distils_from_the_first_error_on(monkeypatch):
         assert aux.metrics["loss_tokens"] == work.batch.loss_BC.sum()
 
 
+def test_a_right_answer_by_a_wrong_step_is_explained():
+    row = data.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
+    attempt = contexts.Attempt(row, "17 + 3 = 7. \\boxed{7}", True)
+    text = authors.rule("reflection", authors.Asked(attempt, 0, "7"))
+    assert replies.reflection(text, "explain").status == "ok"
+    assert "17 - 10 = 7." in text
+
+
+@pytest.mark.parametrize(
+    "text, status",
+    [
+        ("She brings 1 stone. The answer is 1. The answer is 1.", "ok"),
+        ("17 - 9 = 8. The answer is 8.", "ok"),
+        ("17 - 10 = 7. The answer is 8.", "ok"),
+        ("17 - 10", "ok"),
+    ],
+)
+def test_the_rules_critiques_are_read_as_any_critics(text, status):
+    config = runs.config("critique")
+    row = data.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
+    attempt = contexts.Attempt(row, text, False)
+    found = "8" if "8." in text else "1" if "1." in text else None
+    written = authors.rule("critique", authors.Asked(attempt, 0, found))
+    reply = authors.parse("critique", attempt, written, config)
+    assert reply.status == status
+    assert "<step_" in reply.trace
+    assert "17 - 10 = 7" in reply.trace
+
+
 def test_all_wrong_groups_cost_no_reflection(monkeypatch):
     with runs.loaded("rosd", **ROSD, author__kind="student", author__max_tokens=4) as (r, state):
         one, two = row_with(r, 2), row_with(r, 1)
