@@ -85,7 +85,7 @@ def _rosd(size: str) -> config_lib.Config:
     c.policy.norm = "token"
     c.policy.rollout_clip = 2.0
     c.train.trainable = "full"
-    c.train.steps = 200  # ours: the paper counts 10 epochs
+    c.train.steps = 100  # ours: the paper counts 10 epochs
     c.train.batch = 32
     c.train.micro_batch = 64
     c.train.lr = 1e-6
@@ -124,6 +124,7 @@ def _opsd() -> config_lib.Config:
     c.eval.temperature = 1.0
     c.eval.top_p = 0.95
     c.eval.max_tokens = 38_912
+    c.eval.extract = "last_anywhere"
     return c
 
 

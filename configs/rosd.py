@@ -85,7 +85,7 @@ def _tiny() -> config_lib.Config:
 def _paper(size: str) -> config_lib.Config:
     """The published recipe; settings the paper leaves open are marked."""
     c = config_lib.default()
-    c.description = "ROSD, reflections by the student, frozen teacher, as published"
+    c.description = "ROSD, reflections by the student, frozen teacher"
     c.model.path = f"Qwen/Qwen3-{size}"
     c.model.remat = "layer"  # ours: memory
     c.data.path = ""  # give --config.data.path

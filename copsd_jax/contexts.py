@@ -140,13 +140,17 @@ def _reason_ask(settings: Settings, attempt: Attempt) -> Conversation:
     return (_user("problem", "solution", "reason"),)
 
 
-def _reason_teach(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation:
+def _reason_teach(
+    settings: Settings, attempt: Attempt, reply: replies.Reply
+) -> Conversation | None:
     """The analysis is the assistant's turn of a proper conversation, then the user goes on.
 
-    Without a reply (exemplars, or an empty analysis) it is `reference`.
+    Exemplars, about which nothing is ever written, are `reference`.
     """
-    if not reply.text:
+    if reply == replies.NONE:
         return _reference(settings, attempt, reply)
+    if not reply.text:
+        return None
     written = Turn("assistant", (Section("analysis", reply.text),))
     return (*_reason_ask(settings, attempt), written, _user("transition", "instruction"))
 
@@ -214,7 +218,7 @@ CONTEXTS: dict[str, Context] = {
     "sibling": Context(_sibling, needs=_answer, reads=_sibling_reads),
     "feedback": Context(_feedback, needs=_answer, reads=lambda settings: ("feedback",)),
     "other_problem": Context(
-        _other_problem, needs=_solution, reads=lambda settings: ("other",)
+        _other_problem, needs=lambda settings: ("solution", "answer"), reads=lambda settings: ("other",)
     ),
     "none": Context(_none),
 }  # fmt: skip

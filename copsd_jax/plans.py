@@ -105,6 +105,8 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     examine = functools.partial(prompts.student, tok, sides["evaluation"])
     longest = {"teacher": 0}
     rows, longest["student"] = _fitting(rows, ask, "prompt", config, dropped)
+    if config.method == "sft":
+        rows = _with_short_targets(rows, tok, sides["student"], ask, config, dropped)
     if config.method == "distill":
         rows, longest["teacher"] = _fitting(rows, tell, "teacher", config, dropped)
         for row in rows[:1]:
@@ -113,7 +115,7 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     eval_rows, longest["evaluation"] = found
     if train:
         _check_shares(config, rows, registry)
-    if "reply" in contexts.reads(context):
+    if config.author.kind in ("student", "teacher"):
         asks = (contexts.writer_prompt(tok, sides["writer"], context, _probed(r)) for r in rows)
         longest["writer"] = max((prompt.length for prompt in asks if prompt), default=0)
     _check_lengths(config, context, model_config, longest)
@@ -429,6 +431,24 @@ def _fitting(rows, make, side: str, config, dropped) -> tuple[list[data.Row], in
             f"{setting} is {limit}: no row's prompt fits, the shortest has {min(lengths)} tokens"
         )
     return kept, max((n for n in lengths if n <= limit), default=0)
+
+
+def _with_short_targets(rows, tok, spec: prompts.Spec, ask, config, dropped) -> list[data.Row]:
+    """Rows whose target of SFT fits; others are counted, or refused."""
+    limit, kept = config.rollout.max_tokens, []
+    for row in rows:
+        length = len(prompts.target(tok, spec, row, config.rollout.stop, ask(row).state))
+        if length > limit and config.data.overlong == "error":
+            raise ValueError(
+                f"row {row.id!r} has a solution of {length} tokens, rollout.max_tokens is {limit}; "
+                "data.overlong=drop leaves such rows out"
+            )
+        kept += [row] if length <= limit else []
+    if rows and not kept:
+        raise ValueError(f"rollout.max_tokens is {limit}: no row's solution fits")
+    if len(kept) < len(rows):
+        dropped[f"solution above rollout.max_tokens={limit}"] += len(rows) - len(kept)
+    return kept
 
 
 def _check_lengths(config, context, model_config: model.ModelConfig, longest) -> None:

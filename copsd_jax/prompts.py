@@ -424,11 +424,14 @@ def messages(spec: Spec, row: data.Row, conversation: Conversation) -> list[dict
     return [{"role": turn.role, "content": _content(spec, row, turn)} for turn in conversation]
 
 
-def target(tokenizer: Tokenizer, spec: Spec, row: data.Row, stop: Sequence[str]) -> tuple[int, ...]:
+def target(
+    tokenizer: Tokenizer, spec: Spec, row: data.Row, stop: Sequence[str], state: str
+) -> tuple[int, ...]:
     """The completion that SFT trains: `worked`, and what ends it.
 
     In plain text that is the first of the strings `stop` at which rollouts end, else (and in the
-    chat template) the tokenizer's end token.
+    chat template) the tokenizer's end token. Behind a prompt whose `state` is "open" the think
+    block is closed first: an answer inside it would be none.
 
     Raises:
       ValueError: the row has no solution or answer, or the tokenizer no end token.
@@ -439,7 +442,8 @@ def target(tokenizer: Tokenizer, spec: Spec, row: data.Row, stop: Sequence[str])
     if end is None:
         raise ValueError("method=sft needs a tokenizer with an end token")
     text = f" {_line(worked(spec, row))}" if spec.template == "plain" else worked(spec, row)
-    return (*_encode_bare(tokenizer, text).ids, end)
+    opened = _encode(tokenizer, "\n</think>\n\n", {}) if state == "open" else []
+    return (*opened, *_encode_bare(tokenizer, text).ids, end)
 
 
 def shorten(tokenizer: Tokenizer, text: str, limit: int) -> str:

@@ -38,6 +38,7 @@ STATUSES = {
     "no_answer": Status(False, "no final answer"),
     "prefix_changed": Status(False, "the right steps are not those of the attempt"),
     "quotes_error": Status(False, "the wrong step is quoted"),
+    "thought": Status(True, "an analysis whose thinking never ends: what was thought is shown"),
     "leak_dropped": Status(False, "the explanation gives the final answer away: context.leak=drop"),
     # Where nothing was written.
     "none": Status(False, "the context has no writer"),
@@ -196,14 +197,14 @@ def reflection_as_published(text: str, kind: str) -> Reply:
 def analysis(text: str) -> Reply:
     """Reads what a teacher of reason_first wrote: all that stands behind its thinking.
 
-    An analysis whose thinking never ends is what was thought (status "unclosed"): unlike the other
+    An analysis whose thinking never ends is what was thought (status "thought"): unlike the other
     formats it has no form that could be missed. An empty one has no text (status "empty").
     """
     _, closed, after = text.rpartition("</think>")
     said = after.strip() if closed else text.replace("<think>", "").strip()
     if not said:
         return Reply("empty", raw=text)
-    return Reply("unclosed" if "<think>" in text and not closed else "ok", said, raw=text)
+    return Reply("thought" if "<think>" in text and not closed else "ok", said, raw=text)
 
 
 def critique(text: str) -> Reply:

@@ -72,7 +72,7 @@ def load(plan: plans.Plan, steps: int) -> tuple[Run, train_step.State]:
         out_shardings=(mesh.shardings(state, plan.mesh), None),
     )
     teacher_kv = None
-    if config.method == "distill" and teacher == "fixed" and plan.shots:
+    if config.method == "distill" and teacher == "fixed" and plan.shots and plan.rows:
         prefix = plans.probe(plan, plan.rows[0]).prefix_ids
         initial = train_step.policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (engine.encode_prefix(decoder, initial.params, prefix),)

@@ -11,7 +11,9 @@ from copsd_jax import contexts, localise, replies, steps
 
 # How an error was found. Besides localise.STATUSES: a critic's step, a completion that is right
 # (distilled whole), all tokens asked for, and spans of the user's function.
-STATUSES = (*localise.STATUSES, "step", "right", "all", "spans")
+# A quote that is not found leaves the policy on_failure: "failed" and "no_quote" with full or skip,
+# "closest_step" where step found one that shares words with the quote.
+STATUSES = (*localise.STATUSES, "closest_step", "step", "right", "all", "spans")
 FAILED = ("failed", "no_quote")
 
 
@@ -91,7 +93,7 @@ def _error(
     )
     if found.status in FAILED:
         step = _closest(text, reply.quote, known) if settings.on_failure == "step" else None
-        return (step.start, step.end) if step else None, found.status
+        return ((step.start, step.end), "closest_step") if step else (None, found.status)
     if settings.select == "error_step":
         for step in known:
             if step.start <= found.start < step.end:

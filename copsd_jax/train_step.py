@@ -268,7 +268,7 @@ def _loss(decoder: model.Decoder, options: Options) -> Callable[..., tuple[jax.A
         )  # fmt: skip
         sides = [(student, micro.student, encode(student))]
         mix = teachers(still, teacher, options) if options.divergence else ()
-        kvs = [None] * len(mix) if teacher_kv is None else teacher_kv
+        kvs = teacher_kv if mix and teacher_kv is not None else [None] * len(mix)
         sides += [(side, micro.teacher, kv) for (_, side), kv in zip(mix, kvs, strict=True)]
         initial = Policy(frozen, None)
         if policy and policy.kl:

@@ -171,7 +171,7 @@ def test_bug_16_the_analysis_is_a_turn_of_a_proper_conversation(tiny):
 def test_bug_16_an_open_think_block_does_not_reach_the_teacher(tiny):
     reply = "<think>\nIt never ends, 3 <|im_end|> is added"
     read = replies.analysis(reply)
-    assert (read.text, read.status) == ("It never ends, 3 <|im_end|> is added", "unclosed")
+    assert (read.text, read.status) == ("It never ends, 3 <|im_end|> is added", "thought")
     made = teach(tiny, spec(), settings("reason_first"), make_row(), reply)
     think, end = tiny.convert_tokens_to_ids(["<think>", "<|im_end|>"])
     assert list(made.ids).count(think) == 1
@@ -194,10 +194,15 @@ def test_analysis_and_its_status(reply, expected):
     assert (read.text, read.status) == expected
 
 
-def test_an_empty_analysis_leaves_the_reference(tiny):
-    row = make_row()
-    made = teach(tiny, spec(), settings("reason_first"), row, "<think></think> ")
-    assert made == teach(tiny, spec(), settings("reference"), row)
+@pytest.mark.parametrize("status", ["empty", "timeout", "missing", "leak_dropped", "overlong"])
+def test_without_an_analysis_nothing_is_taught(tiny, status):
+    """A writer that fails must not turn reason_first into OPSD."""
+    attempt = contexts.Attempt(make_row())
+    reply = replies.Reply(status)
+    assert contexts.teach(tiny, spec(), settings("reason_first"), attempt, reply) is None
+    # Exemplars, about which nothing is written, show the reference.
+    shown = contexts.teach(tiny, spec(), settings("reason_first"), attempt)
+    assert shown == contexts.teach(tiny, spec(), settings("reference"), attempt)
 
 
 def test_plain_reason_first(tiny):

@@ -110,3 +110,12 @@ def test_the_ema_teacher_is_saved_and_restored(tmp_path):
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), last.ema, expected)
     assert isinstance(last, train_step.State)
+
+
+def test_a_run_with_worked_examples_is_evaluated_and_exported(tmp_path, capsys):
+    """Both programs read no training rows, from which the shared prefix of a run is made."""
+    argv = runs.argv("opsd", tmp_path / "w", prompt__exemplars=2, train__steps=1, eval__limit=2)
+    assert main.main(argv) == 0
+    assert evaluate.main(["evaluate", f"--workdir={tmp_path / 'w'}"]) == 0
+    assert export.main(["export", f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / 'd'}"]) == 0
+    assert (tmp_path / "d" / "model.safetensors").is_file()

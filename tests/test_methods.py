@@ -422,3 +422,81 @@ def test_golden_renderings(name, monkeypatch):
     for lang in PROBLEMS:
         made = rendering(name, lang, monkeypatch)
         assert made + "\n" in known, made
+
+
+BUILD = prompts.build
+
+
+def written_out(*args, **kwargs):
+    """A prompt whose exemplars are part of it."""
+    prompt = BUILD(*args, **kwargs)
+    return prompts.Prompt((), prompt.prefix_ids + prompt.ids, prompt.text, prompt.state)
+
+
+@pytest.mark.parametrize("weights", ["trust_region", "ema", "live"])
+def test_teachers_that_move_read_the_exemplars_with_their_own_weights(weights, monkeypatch):
+    """With worked examples as a shared prefix, a step gives the numbers of rows written out."""
+    settings = {"teacher__weights": weights, "train__batch": 2, "teacher__rho": 0.3}
+    if weights != "trust_region":
+        del settings["teacher__rho"]
+    found = []
+    for shared in (True, False):
+        with runs.loaded("opsd", prompt__exemplars=2, **settings) as (r, state):
+            state = state._replace(
+                trained=jax.tree.map(lambda x: x + 0.02, state.trained),
+                ema=None if state.ema is None else jax.tree.map(lambda x: x + 0.01, state.ema),
+            )
+            rows = r.plan.rows[:2]
+            with monkeypatch.context() as patch:
+                if not shared:
+                    patch.setattr(prompts, "build", written_out)
+                script(patch, ["10 + 3 = 13. \\boxed{13}", "\\boxed{2}"])
+                work = methods.METHODS["distill"].make_batch(r, state, rows, 0)
+            assert (work.teacher_kv is not None) == shared
+            _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
+            found.append(jax.device_get(aux))
+    for name in ("logp_student_T", "logp_teacher_T", "value_T"):
+        one, other = (getattr(aux.tokens, name) for aux in found)
+        np.testing.assert_allclose(one, other, atol=3e-5)
+    np.testing.assert_allclose(
+        found[0].metrics["grad_norm"], found[1].metrics["grad_norm"], rtol=1e-3
+    )
+
+
+def test_sft_closes_a_think_block_that_its_prompt_opened():
+    with runs.loaded("sft", prompt__thinking="prefix", eval__thinking="prefix") as (r, state):
+        rows = r.plan.rows[:8]
+        work = methods.METHODS["sft"].make_batch(r, state, rows, 0)
+        graded = run.grade(
+            r,
+            [row.answer for row in rows],
+            [prompts.student(r.plan.tokenizer, r.plan.student, row) for row in rows],
+            [record["completion"] for record in work.records],
+        )
+    assert all(verdict.correct for verdict in graded)
+
+
+def test_sft_drops_solutions_that_are_too_long(tmp_path):
+    lines = [
+        {"problem": f"p{i}", "solution": "3 " * 200 * i + "= 3.", "answer": "3"} for i in (0, 1)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = plans.make(runs.config("sft", data__path=path, train__batch=1))
+    assert [row.problem for row in plan.rows] == ["p0"]
+    assert plan.dropped == {"solution above rollout.max_tokens=64": 1}
+    with pytest.raises(ValueError, match=r"solution of \d+ tokens, rollout\.max_tokens is 64"):
+        plans.make(runs.config("sft", data__path=path, train__batch=1, data__overlong="error"))
+
+
+def test_a_dead_writer_of_reason_first_teaches_nothing(monkeypatch):
+    """Not OPSD's context instead."""
+    with runs.loaded(
+        "opsd", context__kind="reason_first", author__kind="teacher", author__max_tokens=4,
+        train__batch=2,
+    ) as (r, state):  # fmt: skip
+        script(monkeypatch, ["\\boxed{1}"] * 2, ["<think>\n</think>", "It adds."])
+        work = methods.METHODS["distill"].make_batch(r, state, r.plan.rows[:2], 0)
+    assert [record["reply_status"] for record in work.records] == ["empty", "ok"]
+    assert [record["taught"] for record in work.records] == [False, True]
+    assert work.batch.loss_BC.any(axis=1).tolist() == [False, True]

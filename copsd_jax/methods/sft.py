@@ -3,7 +3,8 @@
     loss = -mean_t ln p(y_t | x, y_<t),   y the row's solution and answer
 
 Departures from OPSD's script: the prompts of the other methods with their template, loss on the
-completion only, and `policy.norm` as normaliser (sequence, token, constant).
+completion only, and `policy.norm` as normaliser. Rows whose target is longer than
+`rollout.max_tokens` are dropped and counted, or refused.
 """
 
 import numpy as np
@@ -16,7 +17,10 @@ def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: 
     """Prompts and solutions as token ids, packed. Nothing is sampled."""
     plan, c = r.plan, r.plan.config
     asked = [prompts.student(plan.tokenizer, plan.student, row) for row in rows]
-    targets = [prompts.target(plan.tokenizer, plan.student, row, c.rollout.stop) for row in rows]
+    targets = [
+        prompts.target(plan.tokenizer, plan.student, row, c.rollout.stop, prompt.state)
+        for row, prompt in zip(rows, asked, strict=True)
+    ]
     batch = layout.pack(
         [prompt.ids for prompt in asked], None, targets, student_prefix=len(asked[0].prefix_ids)
     )
