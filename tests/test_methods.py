@@ -345,20 +345,36 @@ def test_a_new_context_is_one_function_and_one_entry(monkeypatch):
         assert contexts.needs(settings) == ("answer",)
 
 
-def test_every_card_writes_its_diagnostics(tmp_path):
-    """One run with a teacher and one without: the files hold what the methods promise."""
-    for card, teacher in (("rosd", True), ("grpo", False)):
-        workdir = tmp_path / card
-        argv = runs.argv(card, workdir, train__steps=1, eval__limit=2, train__batch=8)
-        assert main.main(argv) == 0
-        line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-        for name in ("repetition", "truncated", "entropy_student" if teacher else "policy_entropy"):
-            assert name in line, (card, name)
-        record = json.loads((workdir / "rollouts/step_000001.jsonl").read_text().splitlines()[0])
-        assert len(record["loss_mask"]) == len(record["completion_ids"])
-        assert ("divergence" in record) == (teacher and record["taught"])
-        if not teacher:
-            assert len(record["policy_loss"]) == len(record["completion_ids"])
+@pytest.mark.parametrize("card", ["opsd", "copsd", "rosd", "critique", "sdpo", "grpo", "sft"])
+def test_every_card_runs_five_steps_and_writes_its_diagnostics(card, tmp_path):
+    argv = runs.argv(card, tmp_path / "w", train__steps=5, train__save_every=5, eval__limit=2)
+    assert main.main(argv) == 0
+    lines = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+    line = {name: value for text in lines for name, value in json.loads(text).items()}
+    teacher = card not in ("grpo", "sft")
+    names = ["repetition", "completion_tokens", "grad_norm", "loss"]
+    names += ["entropy_student", "taught"] if teacher else ["policy_entropy", "policy_loss"]
+    names += ["logp_gap_max", "correct", "reward", "truncated"] if card != "sft" else []
+    assert set(names) <= set(line)
+    records = [
+        json.loads(text)
+        for path in sorted((tmp_path / "w" / "rollouts").iterdir())
+        for text in path.read_text().splitlines()
+    ]
+    for record in records:
+        n = len(record["completion_ids"])
+        assert len(record["loss_mask"]) == n
+        if teacher:
+            assert ("divergence" in record) == record["taught"]
+        else:
+            assert len(record["policy_loss"]) == n
+        for name in ("divergence", "logp_teacher", "logp_student", "entropy_teacher"):
+            assert len(record.get(name, range(n))) == n
+        if record.get("taught"):
+            advantage = np.subtract(record["logp_teacher"], record["logp_student"])
+            means = [advantage[i:j].mean() if j > i else None for i, j in record["steps"]]
+            assert record["advantage_by_step"] == pytest.approx(means)
 
 
 # ------------------------------------------------------------------------------------- golden
