@@ -47,7 +47,7 @@ def _smollm2() -> config_lib.Config:
     c.rollout.slots = 16
     c.train.steps = 10
     c.train.batch = 4
-    c.train.lr = 3e-4
+    c.train.lr = 5e-5  # 3e-4 lowers the score, see benchmarks/results/methods.md
     c.train.warmup = 2
     c.train.save_every = 5
     c.lora.rank = 32

@@ -46,7 +46,7 @@ def _tiny() -> config_lib.Config:
     c.model.init = "random"
     c.model.path = "tiny"
     c.model.shape = "tiny"
-    c.prompt.thinking = c.teacher.thinking = c.eval.thinking = "off"
+    c.prompt.thinking = c.eval.thinking = "off"
     c.rollout.max_tokens = 64
     c.train.steps = 2
     c.train.batch = 8
@@ -64,7 +64,7 @@ def _qwen3_4b() -> config_lib.Config:
     c.model.path = "Qwen/Qwen3-4B"
     c.model.remat = "layer"  # ours: memory
     c.data.path = ""  # give --config.data.path
-    c.prompt.thinking = c.teacher.thinking = c.eval.thinking = "on"  # ours: it has no template
+    c.prompt.thinking = c.eval.thinking = "on"  # ours: it has no template
     c.prompt.max_tokens = 2048
     c.rollout.max_tokens = 13_952  # of the solution: with the prompt the published 16,000
     c.policy.norm = "token"

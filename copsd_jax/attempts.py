@@ -21,7 +21,6 @@ class Rollouts(NamedTuple):
       decoded: the completions as text with the characters of each token, without the end token.
       starts: where in that text the answer begins, behind the thinking.
       verdicts: None where a row has no gold answer.
-      ungraded: whether rows without a gold answer exist.
     """
 
     rows: list[data.Row]
@@ -156,8 +155,16 @@ def mean(values: Sequence[float]) -> float:
 
 
 def metrics(made: list[dict]) -> dict[str, float]:
-    """Means over the step's completions."""
+    """Means over the step's completions, and how many were graded with which status."""
     graded = [record for record in made if record["correct"] is not None]
+    # "raised:KeyError" is a "raised": the records know the exception.
+    statuses = [record["grade_status"].partition(":")[0] for record in graded]
+    # A function of the user's gives a reward, and finds no answer that could have a form.
+    formed = [
+        record["answer"] is not None
+        for record, status in zip(graded, statuses, strict=True)
+        if status not in ("computed", "raised")
+    ]
     return {
         "completion_tokens": mean([len(record["completion_ids"]) for record in made]),
         "truncated": mean([record["finish"] == "length" for record in made]),
@@ -165,7 +172,8 @@ def metrics(made: list[dict]) -> dict[str, float]:
         # Without a gold answer nothing is said, rather than 0.
         **({"correct": mean([record["correct"] for record in graded])} if graded else {}),
         **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
-        **({"format": mean([record["answer"] is not None for record in graded])} if graded else {}),
+        **({"format": mean(formed)} if formed else {}),
+        **counts("grade", statuses, []),
     }
 
 
@@ -193,35 +201,82 @@ def prefixes(
 def add_tokens(r: run.Run, work: Work, aux: train_step.Aux) -> dict[str, float]:
     """Adds the step's per-token values to the records; returns metrics of tokens.
 
-    The gap is |log-probability of the drawn token in the sampler - in the trainer|, both at the
-    sampling temperature over the whole vocabulary; a completion without loss has none.
+    `loss_mask` are the tokens of the divergence, `policy_mask` those of the policy loss or of the
+    cross entropy. The gap is |log-probability of the drawn token in the sampler - in the trainer|,
+    both at the sampling temperature over the whole vocabulary. It is taken of every token whose
+    log-probability the step computed: with a divergence of all, with or without loss; otherwise of
+    completions with policy loss.
     """
-    gaps = []
+    gaps, mask_BC = [], work.batch.mask_BC
     for b, record in enumerate(work.records):
-        n = int(work.batch.mask_BC[b].sum())
-        record["loss_mask"] = [int(x) for x in work.batch.loss_BC[b, :n]]
+        n = int(mask_BC[b].sum())
+        record["loss_mask"] = [0] * n
         logp_sampling = None
         if aux.tokens is not None:
-            tokens = aux.tokens
-            logp_sampling = tokens.logp_sampling_T[b, :n]
-            record["logp_student"] = rounded(tokens.logp_student_T[b, :n])
-            if record["taught"]:
-                record["divergence"] = rounded(tokens.value_T[b, :n])
-                record["logp_teacher"] = rounded(tokens.logp_teacher_T[b, :n])
-                record["entropy_teacher"] = rounded(tokens.entropy_teacher_T[b, :n])
-                advantage = np.subtract(record["logp_teacher"], record["logp_student"]).tolist()
-                record["advantage_by_step"] = token_stats.advantage_by_step(
-                    advantage, record["steps"]
-                )
-            record["entropy_student"] = rounded(tokens.entropy_student_T[b, :n])
-        if aux.policy is not None and work.batch.policy_BC[b].any():
-            logp_sampling = aux.policy.logp_T[b, :n]
-            record["policy_loss"] = rounded(aux.policy.value_T[b, :n])
-            record["logp_policy"] = rounded(aux.policy.logp_T[b, :n])
+            logp_sampling = aux.tokens.logp_sampling_T[b, :n]
+            _add_divergence(r, record, work.batch, aux.tokens, b, n)
+        if aux.policy is not None:
+            record["policy_mask"] = [int(x) for x in work.batch.policy_BC[b, :n]]
+            if any(record["policy_mask"]):
+                logp_sampling = aux.policy.logp_T[b, :n]
+                _add_policy(r, record, work.batch, aux.policy, b, n)
         if logp_sampling is not None and record.get("logp_sampler"):
             gaps.append(np.abs(logp_sampling - record["logp_sampler"][:n]))
     gap = np.concatenate(gaps) if gaps else np.zeros(0)
     values = token_stats.summary(work.records, r.token_classes)
+    values |= _ratios(work.records)
     if gap.size:
         values |= {"logp_gap_mean": float(gap.mean()), "logp_gap_max": float(gap.max())}
     return values
+
+
+def _add_divergence(r: run.Run, record: dict, batch: layout.Batch, tokens, b: int, n: int) -> None:
+    """The student's side of every completion, and the teacher's of those that it was told about;
+    `ratio` is the capped weight of the sampler's tokens, where loss.rollout_clip is on."""
+    record["loss_mask"] = [int(x) for x in batch.loss_BC[b, :n]]
+    record["logp_student"] = rounded(tokens.logp_student_T[b, :n])
+    record["entropy_student"] = rounded(tokens.entropy_student_T[b, :n])
+    if not record["taught"]:
+        return
+    record["divergence"] = rounded(tokens.value_T[b, :n])
+    record["logp_teacher"] = rounded(tokens.logp_teacher_T[b, :n])
+    record["entropy_teacher"] = rounded(tokens.entropy_teacher_T[b, :n])
+    record["clipped_mass"] = rounded(tokens.clipped_mass_T[b, :n])
+    if r.options.divergence and r.options.divergence.rollout_clip:
+        record["ratio"] = rounded(tokens.ratio_T[b, :n])
+    advantage = np.subtract(record["logp_teacher"], record["logp_student"]).tolist()
+    record["advantage_by_step"] = token_stats.advantage_by_step(advantage, record["steps"])
+
+
+def _add_policy(r: run.Run, record: dict, batch: layout.Batch, policy, b: int, n: int) -> None:
+    """Values of the policy loss at its temperature; of a cross entropy those that it has.
+
+    `policy_ratio` is p(y) trainer / p(y) sampler before any clip, where the loss makes use of it.
+    """
+    settings = r.options.policy
+    record["policy_loss"] = rounded(policy.value_T[b, :n])
+    record["logp_policy"] = rounded(policy.logp_T[b, :n])
+    record["entropy_policy"] = rounded(policy.entropy_T[b, :n])
+    if settings is None or settings.kind == "nll":
+        return
+    record["advantage"] = float(batch.advantage_BC[b, 0])
+    record["ratio_clipped"] = [int(x) for x in policy.clipped_T[b, :n]]
+    if settings.kl:
+        record["kl_initial"] = rounded(policy.kl_T[b, :n])
+    if settings.old == "sampler" or settings.rollout_clip:
+        log = np.clip(policy.logp_T[b, :n] - batch.logp_rollout_BC[b, :n], -20, 20)
+        record["policy_ratio"] = rounded(np.exp(log))
+
+
+def _ratios(made: list[dict]) -> dict[str, float]:
+    """Means of the ratios over the tokens with the loss that they belong to."""
+    out = {}
+    for name, mask in (("ratio", "loss_mask"), ("policy_ratio", "policy_mask")):
+        kept = [
+            value
+            for record in made
+            for value, loss in zip(record.get(name, ()), record.get(mask, ()), strict=False)
+            if loss
+        ]
+        out |= {name: mean(kept)} if kept else {}
+    return out

@@ -22,10 +22,20 @@ class Asked(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A writer's text, or why there is none."""
+    """A writer's text, or why there is none.
+
+    Attributes:
+      status: "written"; "cut", which has a text too; or another of replies.STATUSES.
+      detail: of a failure, a line for people.
+      shortened: the sections of the writer's prompt that were cut to context.section_tokens.
+      seen: the attempt as that prompt showed it; None where it was whole, or nobody was shown it.
+    """
 
     text: str
-    status: str  # "written", or a status of replies.STATUSES or openai_api.STATUSES
+    status: str
+    detail: str = ""
+    shortened: tuple[str, ...] = ()
+    seen: str | None = None
 
 
 def write(
@@ -71,7 +81,10 @@ def _sampled(r: run.Run, policy: train_step.Policy, asked: list[Asked], step: in
         c.author.slots,
     ) if todo else []  # fmt: skip
     for i, prompt, completion in zip(todo, wanted, done, strict=True):
-        out[i] = Written(run.opened(prompt, run.text(r, completion.ids)), "written")
+        text = run.opened(prompt, run.text(r, completion.ids))
+        status = "cut" if completion.finish == "length" else "written"
+        seen = _seen(plan, asked[i].attempt, prompt.shortened)
+        out[i] = Written(text, status, shortened=prompt.shortened, seen=seen)
     return [written for written in out if written is not None]
 
 
@@ -81,6 +94,13 @@ def _unasked(prompt: prompts.Prompt | None, plan: plans.Plan) -> Written | None:
         return Written("", "not_asked")
     room = plan.model_config.max_position - plan.config.author.max_tokens
     return Written("", "overlong") if prompt.length > room else None
+
+
+def _seen(plan: plans.Plan, attempt: contexts.Attempt, shortened: Sequence[str]) -> str | None:
+    """The attempt as a writer's prompt shows it, where it is shortened there."""
+    if "attempt" not in shortened:
+        return None
+    return prompts.shorten(plan.tokenizer, attempt.text, plan.context.section_tokens)
 
 
 def _student(r: run.Run, state: train_step.State, asked: list[Asked], step: int) -> list[Written]:
@@ -121,26 +141,33 @@ def _server(r: run.Run, state: train_step.State, asked: list[Asked], step: int) 
     del state, step
     plan, c = r.plan, r.plan.config
     conversations = [contexts.ask(plan.context, one.attempt) for one in asked]
+    fitted = [
+        ((), ())
+        if conversation is None
+        else contexts.fit(plan.tokenizer, plan.context, conversation)
+        for conversation in conversations
+    ]
     requests = [
         openai_api.Request(
-            messages=prompts.messages(plan.writer, one.attempt.row, fitted),
+            messages=prompts.messages(plan.writer, one.attempt.row, conversation),
             temperature=c.author.temperature,
             top_p=c.author.top_p,
             max_tokens=c.author.max_tokens,
             seed=c.seed + one.sample,
         )
-        for one, conversation in zip(asked, conversations, strict=True)
-        if conversation is not None
-        for fitted in [contexts.fit(plan.tokenizer, plan.context, conversation)[0]]
+        for one, (conversation, _) in zip(asked, fitted, strict=True)
+        if conversation
     ]
     answers = iter(openai_api.ask_all(server(c), requests))
     out = []
-    for conversation in conversations:
-        if conversation is None:
+    for one, (conversation, shortened) in zip(asked, fitted, strict=True):
+        if not conversation:
             out.append(Written("", "not_asked"))
             continue
         answer = next(answers)
-        out.append(Written(answer.text, "written" if answer.status == "ok" else answer.status))
+        status = "written" if answer.status == "ok" else answer.status
+        seen = _seen(plan, one.attempt, shortened)
+        out.append(Written(answer.text, status, answer.detail, shortened, seen))
     return out
 
 
@@ -172,14 +199,32 @@ AUTHORS: dict[str, Callable[..., list[Written]]] = {
 
 def _read(r: run.Run, asked: Asked, written: Written) -> replies.Reply:
     """The reply that a text holds, under the policy for leaked answers."""
-    if written.status != "written":
-        return dataclasses.replace(replies.NONE, status=written.status)
-    reply = parse(r.plan.context.kind, asked.attempt, written.text, r.plan.config)
-    return guard_leak(reply, asked.attempt.row, r.plan.config.context.leak)
+    c, attempt, kind = r.plan.config, asked.attempt, r.plan.context.kind
+    if written.seen is not None:
+        # A critic can repeat only the steps that it was shown.
+        attempt = dataclasses.replace(attempt, text=written.seen)
+    if written.status == "written" or (written.status == "cut" and _taken_cut(kind, written, c)):
+        reply = guard_leak(parse(kind, attempt, written.text, c), attempt.row, c.context.leak)
+    else:
+        reply = replies.Reply(written.status, raw=written.text)
+    return dataclasses.replace(
+        reply, cut=written.status == "cut", detail=written.detail, shortened=written.shortened
+    )
+
+
+def _taken_cut(kind: str, written: Written, c) -> bool:
+    """Whether a reply that ended at author.max_tokens is read all the same, as published: an
+    analysis always, a reflection by ROSD's own reader. Another is unusable, even if its tags are
+    whole: it may have gone on to take back what it said."""
+    published = kind == "reason_first" or (kind == "reflection" and c.parity.reflection_tags)
+    return published and bool(written.text)
 
 
 def parse(kind: str, attempt: contexts.Attempt, text: str, c) -> replies.Reply:
-    """Reads a writer's text strictly; of an unusable reply nothing is left but a quote."""
+    """Reads a writer's text strictly; of an unusable reply nothing is left but a quote.
+
+    `attempt` is as the writer was shown it.
+    """
     if kind == "reason_first":
         return replies.analysis(text)
     if kind == "critique":
@@ -201,6 +246,6 @@ def guard_leak(reply: replies.Reply, row: data.Row, policy: str) -> replies.Repl
     if not reply.text or not row.answer or not replies.leak(reply.text, row.answer):
         return reply
     if policy == "drop":
-        return dataclasses.replace(replies.NONE, status="leak_dropped")
+        return replies.Reply("leak_dropped", quote=reply.quote, raw=reply.raw)
     text = replies.mask_leak(reply.text, row.answer) if policy == "mask" else reply.text
     return dataclasses.replace(reply, text=text, leaked=True)

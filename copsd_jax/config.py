@@ -1,13 +1,12 @@
 """Every setting of a run: its type, its default and what it means, in one place.
 
 A config file under `configs/` calls `default()`, changes what its experiment changes, and returns
-the result. `main` locks it, applies typed overrides (`--config.train.steps=20`) and calls
-`validate`. No other file holds a default.
+the result. `main` locks it, applies typed overrides (`--config.train.steps=20`) and has `validate`
+check it. No other file holds a default.
 """
 
 import difflib
 import inspect
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,65 +16,6 @@ from ml_collections import config_dict
 # A locked ml_collections.ConfigDict, whose attributes no type checker knows.
 Config = Any
 
-CHOICES = {
-    "method": ("distill", "grpo", "sft"),
-    "model.init": ("pretrained", "random"),
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.remat": ("none", "layer"),
-    "data.missing": ("error", "drop"),
-    "data.overlong": ("error", "drop"),
-    "prompt.template": ("chat", "plain"),
-    "prompt.answer": ("boxed", "answer_is"),
-    "prompt.form": ("plain", "step_tags"),
-    "prompt.thinking": ("none", "off", "on", "prefix"),
-    "teacher.thinking": ("none", "off", "on", "prefix"),
-    "eval.thinking": ("none", "off", "on", "prefix"),
-    "eval.extract": ("last_after_think", "last_anywhere"),
-    "teacher.weights": ("fixed", "ema", "live", "trust_region"),
-    "context.kind": (
-        "reference",
-        "crosslingual",
-        "reason_first",
-        "reflection",
-        "critique",
-        "sibling",
-        "feedback",
-        "other_problem",
-        "none",
-    ),
-    "context.sibling": ("first", "shortest", "sampled"),
-    "context.feedback": ("never", "always", "without_sibling"),
-    "context.correct": ("distill", "skip"),
-    "context.leak": ("keep", "mask", "drop"),
-    "author.kind": ("none", "student", "teacher", "grader", "server", "file"),
-    "author.thinking": ("as_teacher", "none", "off", "on", "prefix"),
-    "tokens.on_failure": ("full", "skip", "step"),
-    "tokens.occurrence": ("first", "last"),
-    "train.trainable": ("lora", "full"),
-    "train.schedule": ("constant", "linear", "cosine"),
-    "loss.divergence": ("fkl", "rkl", "jsd", "sampled"),
-    "loss.clip_mode": ("none", "element", "token", "token_weight", "huber"),
-    "loss.top_k_of": ("teacher", "student", "union"),
-    "loss.norm": ("micro_token_mean", "global_token_mean", "seq_mean", "seq_mean_all"),
-    "policy.scale": ("std", "none"),
-    "policy.old": ("trainer", "sampler"),
-    "policy.norm": ("sequence", "token", "constant"),
-    "policy.route": ("all", "successes"),
-    "loss.implementation": ("dense", "chunked"),
-}
-# Bounds of whole numbers that arrays or random keys are made from; others end at 2**31 - 1.
-LARGEST = {
-    "seed": 2**32 - 1,  # larger seeds would repeat smaller ones
-    "train.batch": 1_000_000,
-    "rollout.per_prompt": 100_000,
-    "rollout.slots": 100_000,
-    "author.slots": 100_000,
-    "author.concurrency": 1_000,
-    "eval.slots": 100_000,
-    "eval.samples": 100_000,
-    "lora.rank": 16_384,
-    "loss.chunk": 16_777_216,
-}
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -115,7 +55,7 @@ def _inputs(c: Config) -> None:
     c.prompt = p = config_dict.ConfigDict()
     p.template = "chat"  # the tokenizer's chat template, or plain text with labels
     p.thinking = "none"  # none: a template without thinking; off / on / prefix (opened in L)
-    p.answer = "boxed"  # how a final answer is asked for and found: \boxed{} or "The answer is"
+    p.answer = "boxed"  # how an answer is asked for: boxed, answer_is, choice, none (the data ask)
     p.form = "plain"  # step_tags: each step of an answer in tags <step_k>, for both sides
     p.exemplars = 0  # worked examples in front of every prompt, for both sides in their format
     p.exemplars_path = "bundled:exemplars"  # where they come from
@@ -129,20 +69,20 @@ def _teaching(c: Config) -> None:
     x.kind = "reference"  # what the teacher sees besides the problem
     x.problem_en = True  # crosslingual: the English problem
     x.solution = True  # crosslingual: the English solution
-    x.sibling = "first"  # which success of the group is shown: first, shortest, or sampled
+    x.sibling = "first"  # which success is shown (sibling, reflection): first, shortest, sampled
     x.feedback = "never"  # sibling: the grader's words too, always or only without a success
     x.correct = "distill"  # completions that are right: distil them too, or skip
-    x.filter_groups = False  # groups whose rewards are all equal carry no loss and cost no reply
+    x.filter_groups = False  # groups of equal rewards: no loss (grpo too: DAPO) and no reply
     x.section_tokens = 0  # longest attempt, sibling, feedback or reply that is shown; 0 for all
-    x.leak = "keep"  # a reply that gives the final answer away: keep, mask the answer, or drop
+    x.leak = "keep"  # a reflection that gives the answer away: keep, mask the answer, or drop
 
     c.author = w = config_dict.ConfigDict()
     w.kind = "none"  # who writes a reason_first, reflection or critique; none where nobody has to
     w.max_tokens = 4096  # longest reply
     w.temperature = 0.0  # of a reply; 0 is greedy
     w.top_p = 1.0  # 1 is off
-    w.top_k = 0  # 0 is off
-    w.min_p = 0.0  # 0 is off
+    w.top_k = 0  # 0 is off; of author.kind=student and teacher
+    w.min_p = 0.0  # 0 is off; of author.kind=student and teacher
     w.slots = 32  # rows decoded at once, for author.kind=student and teacher
     w.thinking = "as_teacher"  # or as prompt.thinking has it; of author.kind=student and teacher
     w.path = ""  # file: JSONL records with id, sample and reply
@@ -163,7 +103,7 @@ def _teaching(c: Config) -> None:
 
     c.reward = v = config_dict.ConfigDict()
     v.kind = "answer"  # answer, choice, tool_call, or module:function
-    v.threshold = 0.5  # a completion with at least this reward is a success
+    v.threshold = 0.5  # module:function: a completion with at least this reward is a success
 
     c.teacher = t = config_dict.ConfigDict()
     t.weights = "fixed"  # initial policy; ema: average; live: current; trust_region: mix of both
@@ -209,9 +149,9 @@ def _objective(c: Config) -> None:
     y.clip_high = 0.2  # ratio clip above 1
     y.dual_clip = 0.0  # bound of the loss of a negative advantage, times it; 0 is off
     y.kl = 0.0  # weight of the divergence from the initial policy
-    y.norm = "sequence"  # mean of sequences' means (GRPO), token mean (DAPO), constant (Dr. GRPO)
+    y.norm = "sequence"  # mean of sequences' means (GRPO), token (DAPO), constant (Dr. GRPO)
     y.old = "trainer"  # log-probabilities below the ratio: the trainer's own, or the sampler's
-    y.rollout_clip = 0.0  # as loss.rollout_clip, for the policy gradient
+    y.rollout_clip = 0.0  # as loss.rollout_clip, for the policy gradient; with old=trainer only
 
     c.guards = g = config_dict.ConfigDict()
     g.rules = ""  # as "repetition>0.5:stop,entropy_student<0.1@3:lr*0.5,tokens>2*first:warn"
@@ -281,184 +221,6 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             out[prefix + key] = value
     return out
-
-
-def _refuse(name: str, value: object, rule: str) -> None:
-    raise ValueError(f"{name} is {value!r}: {rule}")
-
-
-def _check_ranges(s: Mapping) -> None:
-    """Single numbers against their ranges."""
-    at_least_one = (
-        "prompt.max_tokens teacher.max_tokens rollout.per_prompt rollout.max_tokens rollout.slots "
-        "loss.chunk train.batch train.save_every lora.rank eval.samples eval.slots "
-        "author.max_tokens author.slots author.concurrency"
-    ).split()
-    at_least_zero = (
-        "seed data.limit loss.group prompt.exemplars rollout.temperature rollout.top_k "
-        "author.temperature author.top_k author.retries author.backoff context.section_tokens "
-        "policy.clip_low policy.clip_high policy.dual_clip policy.kl policy.rollout_clip "
-        "loss.rollout_clip "
-        "loss.top_k train.steps "
-        "train.micro_batch train.warmup train.weight_decay train.max_grad_norm train.keep "
-        "eval.limit eval.every eval.max_tokens eval.temperature eval.top_k"
-    ).split()
-    positive = (
-        "loss.temperature loss.clip train.lr train.eps lora.alpha eval.grade_seconds author.timeout"
-    ).split()
-    for name in at_least_one:
-        if s[name] < 1:
-            _refuse(name, s[name], "it must be at least 1")
-    for name in at_least_zero:
-        if not (s[name] >= 0 and math.isfinite(s[name])):
-            _refuse(name, s[name], "it must be at least 0, and finite")
-    for name in positive:
-        if not (s[name] > 0 and math.isfinite(s[name])):
-            _refuse(name, s[name], "it must be a positive number")
-    for name, value in s.items():
-        largest = LARGEST.get(name) or 2**31 - 1
-        if isinstance(value, int) and value > largest:
-            _refuse(name, value, f"it must be at most {largest}")
-    for name in ("rollout.top_p", "eval.top_p", "author.top_p", "tokens.fuzzy"):
-        if not 0 < s[name] <= 1:
-            _refuse(name, s[name], "it must be above 0 and at most 1 (1 is off)")
-    below_one = "rollout.min_p eval.min_p author.min_p train.b1 train.b2 teacher.ema_decay"
-    for name in below_one.split():
-        if not 0 <= s[name] < 1:
-            _refuse(name, s[name], "it must be at least 0 and below 1")
-    for name in ("teacher.rho", "policy.weight"):
-        if not 0 <= s[name] <= 1:
-            _refuse(name, s[name], "it must be at least 0 and at most 1")
-    if not 0 < s["loss.beta"] < 1:
-        _refuse("loss.beta", s["loss.beta"], "it must lie between 0 and 1; the ends are fkl, rkl")
-
-
-# Who can write what a context asks for; contexts not named here ask for nothing.
-WRITERS = {
-    "reason_first": ("student", "teacher", "server", "file"),
-    "reflection": ("student", "teacher", "grader", "server", "file"),
-    "critique": ("student", "teacher", "grader", "server", "file"),
-}
-
-
-def _check_slots(s: Mapping) -> None:
-    """What the five slots of a method demand of one another."""
-    kind = s["context.kind"] if s["method"] == "distill" else "none"
-    if s["author.kind"] not in WRITERS.get(kind, ("none",)):
-        choices = ", ".join(WRITERS.get(kind, ("none",)))
-        _refuse("author.kind", s["author.kind"], f"with context.kind={kind} it is one of {choices}")
-    for name, needed in (("author.path", "file"), ("author.url", "server")):
-        if (s["author.kind"] == needed) != bool(s[name]):
-            _refuse(name, s[name], f"author.kind is {s['author.kind']}; it goes with {needed}")
-    select, named = s["tokens.select"], ("from_error", "error_step")
-    if select in named and kind not in LOCATED:
-        _refuse("tokens.select", select, f"it goes with context.kind={', '.join(LOCATED)}")
-    if select not in ("all", *named) and not re.fullmatch(r"[\w.]+:\w+", select):
-        _refuse(
-            "tokens.select", select, f"the choices are all, {', '.join(named)}, module:function"
-        )
-    if s["method"] == "sft" and s["rollout.per_prompt"] != 1:
-        _refuse("rollout.per_prompt", s["rollout.per_prompt"], "method=sft samples nothing: 1")
-    if s["policy.weight"] and s["method"] != "distill":
-        _refuse("policy.weight", s["policy.weight"], f"method is {s['method']}: it mixes distill's")
-    if s["policy.route"] != "all" and not s["policy.weight"]:
-        _refuse("policy.route", s["policy.route"], "policy.weight is 0: there is nothing to route")
-    grouped = {
-        "method=grpo": s["method"] == "grpo",
-        "policy.weight": s["policy.weight"] > 0,
-        f"context.kind={kind}": kind == "sibling",
-        "context.filter_groups": s["context.filter_groups"] and s["method"] == "distill",
-    }
-    for why, needs_group in grouped.items():
-        if needs_group and s["rollout.per_prompt"] < 2:
-            _refuse("rollout.per_prompt", s["rollout.per_prompt"], f"{why} needs at least 2")
-
-
-LOCATED = ("reflection", "critique")  # contexts whose replies name an error
-
-
-def _check_combinations(s: Mapping) -> None:
-    """Settings that constrain one another."""
-    _check_slots(s)
-    if s["loss.divergence"] == "sampled" and s["loss.clip_mode"] != "none":
-        _refuse("loss.clip_mode", s["loss.clip_mode"], "the sampled divergence takes only none")
-    if s["loss.divergence"] == "sampled" and s["loss.top_k"]:
-        _refuse("loss.top_k", s["loss.top_k"], "the sampled divergence takes only 0")
-    completions = s["train.batch"] * s["rollout.per_prompt"]
-    for name in ("train.micro_batch", "loss.group"):
-        if s[name] and completions % s[name]:
-            _refuse(
-                name, s[name],
-                f"it must divide train.batch x rollout.per_prompt = {s['train.batch']} x "
-                f"{s['rollout.per_prompt']} = {completions}",
-            )  # fmt: skip
-    if not s["data.path"]:
-        _refuse("data.path", "", "name a file of problems, or tfds:NAME/SPLIT")
-    english = s["context.problem_en"] or s["context.solution"]
-    if s["context.kind"] == "crosslingual" and not english:
-        _refuse("context.problem_en", False, "crosslingual needs it or context.solution")
-    if s["model.init"] == "pretrained" and s["model.shape"]:
-        _refuse("model.shape", s["model.shape"], "it goes with model.init=random only")
-    if s["train.warmup"] and s["train.warmup"] >= s["train.steps"]:
-        _refuse("train.warmup", s["train.warmup"], f"train.steps is {s['train.steps']}: fewer")
-    if len(set(s["lora.targets"])) != len(s["lora.targets"]):
-        _refuse("lora.targets", s["lora.targets"], "name each once")
-    if s["train.trainable"] == "lora" and not s["lora.targets"]:
-        _refuse("lora.targets", s["lora.targets"], f"choose some of {', '.join(LORA_TARGETS)}")
-    if not s["data.lang"]:
-        _refuse("data.lang", s["data.lang"], "name at least one language")
-    if s["data.weights"]:
-        if len(s["data.weights"]) != len(s["data.lang"]):
-            _refuse(
-                "data.weights", s["data.weights"],
-                f"give one number for each of data.lang={tuple(s['data.lang'])}",
-            )  # fmt: skip
-        numbers = all(isinstance(w, int | float) for w in s["data.weights"])
-        fine = numbers and all(w >= 0 and math.isfinite(w) for w in s["data.weights"])
-        if not fine or sum(s["data.weights"]) == 0:
-            _refuse("data.weights", s["data.weights"], "weights are at least 0, not all 0")
-
-
-def validate(config: Config) -> None:
-    """Checks all that can be checked without files, weights or devices.
-
-    Raises:
-      ValueError: in one sentence with the setting, its value and the choices.
-    """
-    s = flat(config)
-    for name, choices in CHOICES.items():
-        if s[name] not in choices:
-            _refuse(name, s[name], f"the choices are {', '.join(choices)}")
-    for target in s["lora.targets"]:
-        if target not in LORA_TARGETS:
-            _refuse("lora.targets", target, f"the choices are {', '.join(LORA_TARGETS)}")
-    for name in ("rollout.stop",):
-        if any(not isinstance(text, str) or not text for text in s[name]):
-            _refuse(name, s[name], "stop strings are texts, and must not be empty")
-    _check_ranges(s)
-    _check_combinations(s)
-
-
-def check_vocabulary(config: Config, vocab_size: int) -> None:
-    """top_k settings against the model's vocabulary, once its shape is known."""
-    s = flat(config)
-    for name in ("rollout.top_k", "eval.top_k", "loss.top_k"):
-        if s[name] > vocab_size:
-            _refuse(name, s[name], f"the model has {vocab_size} tokens (0 is off)")
-
-
-def check_mesh(config: Config, shards: int) -> None:
-    """Completions of a micro-batch against the devices that share them."""
-    s = flat(config)
-    completions = s["train.batch"] * s["rollout.per_prompt"]
-    micro = s["train.micro_batch"] or completions
-    if micro % shards:
-        _refuse(
-            "train.micro_batch" if s["train.micro_batch"] else "train.batch",
-            s["train.micro_batch"] or s["train.batch"],
-            f"{micro} completions of a micro-batch do not divide over {shards} devices "
-            "(mesh.data x mesh.fsdp)",
-        )  # fmt: skip
 
 
 def preset(table: Mapping[str, Callable], name: str, default_name: str) -> Callable:

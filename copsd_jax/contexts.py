@@ -218,7 +218,9 @@ CONTEXTS: dict[str, Context] = {
     "sibling": Context(_sibling, needs=_answer, reads=_sibling_reads),
     "feedback": Context(_feedback, needs=_answer, reads=lambda settings: ("feedback",)),
     "other_problem": Context(
-        _other_problem, needs=lambda settings: ("solution", "answer"), reads=lambda settings: ("other",)
+        _other_problem,
+        needs=lambda settings: ("solution", "answer"),
+        reads=lambda settings: ("other",),
     ),
     "none": Context(_none),
 }  # fmt: skip

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 PATTERNS = ("boxed", "answer_is")
+OTHERS = ("choice", "none")  # forms of answers that other kinds of reward read
 PLACES = ("last_after_think", "last_anywhere")
 STATUSES = {
     "plain": "decided on strings and exact numbers",
@@ -402,7 +403,7 @@ class Grader:
     """Extracts and compares; a context manager, since it may own worker processes.
 
     Args:
-      pattern, where: as in `extract`.
+      pattern, where: as in `extract`; with a pattern of OTHERS it compares, and extracts nothing.
       seconds: time limit of one comparison by math-verify.
       workers: processes at most; none is started before an answer needs one.
       memory: bytes of address space of each (Linux only).
@@ -411,7 +412,7 @@ class Grader:
     def __init__(
         self, pattern: str, where: str, seconds: float, workers: int = 2, memory: int = 2 << 30
     ):
-        extract("", pattern, where)  # refuses unknown names before the first rollout
+        extract("", PATTERNS[0] if pattern in OTHERS else pattern, where)  # refuses unknown names
         self._pattern, self._where, self._seconds = pattern, where, seconds
         self._workers = [_Worker(memory) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()

@@ -9,8 +9,11 @@ A rule is one string of `guards.rules`, without blanks:
     completion_tokens>2*first:warn             more than twice the run's first value
 
 A value that is nan is beyond every limit. `warn` speaks once each time the limit is passed, `lr`
-acts every STEPS steps for as long as it is. What the guards know is a small dictionary that follows
-from the lines of metrics.jsonl alone, so that a continued run decides as one in one piece.
+acts every STEPS steps for as long as it is. A step without the metric (no graded answer, no token
+with loss) is passed over, but a count that is not there is 0: names are checked before the run, by
+`known`, and not by what its first step happens to have. What the guards know is a small dictionary
+that follows from the lines of metrics.jsonl alone, so that a continued run decides as one in one
+piece.
 """
 
 import copy
@@ -22,6 +25,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from copsd_jax import contexts, replies, rewards, selection, token_stats
+
 ACTIONS = ("warn", "stop", "lr*FACTOR")
 GRAMMAR = "METRIC>LIMIT or METRIC<LIMIT, then @STEPS if not 1, then :ACTION"
 
@@ -31,6 +36,30 @@ _RULE = re.compile(
     rf"(?:@(?P<patience>\d+))?:(?:(?P<plain>warn|stop)|lr\*(?P<factor>{_NUMBER}))"
 )
 
+# How many completions have each status: only the statuses that occur are written.
+COUNTS = {
+    "reply": tuple(replies.STATUSES),
+    "located": ("untaught", *selection.STATUSES),
+    "grade": tuple(rewards.STATUSES),
+    "shortened": contexts.BUDGETED,
+}
+_PLAIN = """
+    loss grad_norm update_norm learning_rate tokens completion_tokens truncated
+    graded correct reward format informative repetition overlap logp_gap_mean logp_gap_max
+    divergence loss_tokens logp_student logp_teacher entropy_student entropy_teacher clipped_mass
+    ratio advantage advantage_negative
+    policy_loss policy_tokens policy_entropy policy_ratio ratio_clipped kl_initial
+    taught filtered overlong_teacher_prompts leaked replies_cut seconds/rollout seconds/step
+"""
+METRICS = (
+    *_PLAIN.split(),
+    *(f"{name}_{kind}" for name in ("divergence", "advantage") for kind in token_stats.CLASSES),
+    *(f"divergence_at_{bucket}" for bucket in token_stats.BUCKETS),
+    *(f"{name}_{status}" for name, statuses in COUNTS.items() for status in statuses),
+)
+# Below 0 as a rule: no limit is a multiple of their first value.
+_SIGNED = re.compile("logp_(student|teacher)|advantage(?!_negative)")
+
 State = dict[str, Any]  # JSON: {"steps", "factor", "stopped", "rules": [{"first", "over"}, ...]}
 
 
@@ -39,7 +68,7 @@ class Rule:
     """One rule.
 
     Attributes:
-      limit: of the metric; with `relative`, of its ratio to the run's first finite value.
+      limit: of the metric; with `relative`, of its ratio to the run's first value above 0.
       above: fires above the limit, else below it.
       patience: steps in a row, of those that have the metric.
       action: "warn", "lr" or "stop".
@@ -76,6 +105,28 @@ def parse(texts: Sequence[str]) -> tuple[Rule, ...]:
     for index, text in enumerate(texts):
         if text in texts[:index]:
             raise _refusal(text, "it occurs twice")
+    return rules
+
+
+def known(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The same rules, if every metric is one of `METRICS`, which some run can have.
+
+    Raises:
+      ValueError: naming the close ones.
+    """
+    for rule in rules:
+        if rule.metric not in METRICS:
+            near = difflib.get_close_matches(rule.metric, METRICS, n=3, cutoff=0.6)
+            families = ", ".join(f"{name}_STATUS" for name in COUNTS)
+            which = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"there are {', '.join(_PLAIN.split())}, those of token classes and "
+                f"positions, and the counts {families}"
+            )
+            raise _refusal(rule.text, f"there is no metric {rule.metric!r}: {which}")
+        if rule.relative and _SIGNED.match(rule.metric):
+            raise _refusal(rule.text, f"{rule.metric} is below 0: a limit is no multiple of it")
     return rules
 
 
@@ -125,19 +176,17 @@ def check(
       step: as in metrics.jsonl, for the texts.
       metrics: numbers of the step by name; texts such as "nan" as metrics.jsonl has them.
 
-    Raises:
-      ValueError: at the first step, for a metric that it does not have; for a relative limit whose
-        first value is not positive.
     """
     state = copy.deepcopy(state)
     events = []
     for rule, memory in zip(rules, state["rules"], strict=True):
-        if rule.metric not in metrics:
-            if not state["steps"]:
-                raise _refusal(rule.text, _unknown(rule.metric, step, metrics))
+        if rule.metric in metrics:
+            value = float(metrics[rule.metric])
+        elif rule.metric.startswith(tuple(f"{name}_" for name in COUNTS)):
+            value = 0.0
+        else:
             continue  # a step without graded answers, or without long completions
-        value = float(metrics[rule.metric])
-        limit = _limit(rule, memory, value, step)
+        limit = _limit(rule, memory, value)
         beyond = math.isnan(value) or (value > limit if rule.above else value < limit)
         memory["over"] = memory["over"] + 1 if beyond else 0
         if not _fires(rule, memory["over"]):
@@ -150,27 +199,17 @@ def check(
     return state, events
 
 
-def _unknown(metric: str, step: int, metrics: Mapping[str, Any]) -> str:
-    names = sorted(name for name in metrics if name != "step")
-    near = difflib.get_close_matches(metric, names, n=3, cutoff=0.5)
-    which = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(names)}"
-    return f"step {step} has no metric {metric!r}: {which}"
-
-
-def _limit(rule: Rule, memory: dict[str, Any], value: float, step: int) -> float:
-    """The absolute limit; remembers the first finite value. Before there is one it is the rule's
-    side of infinity, which only nan is beyond."""
-    if memory["first"] is None and math.isfinite(value):
+def _limit(rule: Rule, memory: dict[str, Any], value: float) -> float:
+    """The absolute limit; remembers the first finite value above 0: what begins with 0, as a
+    divergence from the initial policy does, has no multiples yet. Before there is one the limit is
+    the rule's side of infinity, which only nan is beyond."""
+    if memory["first"] is None and math.isfinite(value) and value > 0:
         memory["first"] = value
     if not rule.relative:
         return rule.limit
-    first = memory["first"]
-    if first is None:
+    if memory["first"] is None:
         return math.inf if rule.above else -math.inf
-    if first <= 0:
-        reason = f"{rule.metric} begins with {first:.4g} at step {step}: a limit relative to it"
-        raise _refusal(rule.text, f"{reason} needs a positive number")
-    return rule.limit * first
+    return rule.limit * memory["first"]
 
 
 def _fires(rule: Rule, over: int) -> bool:
@@ -199,7 +238,7 @@ def replay(rules: Sequence[Rule], lines: Iterable[str]) -> State:
     """The state after the steps whose metrics.jsonl lines these are, in their order.
 
     Raises:
-      ValueError: for a line that is no line of metrics.jsonl, and as `check`.
+      ValueError: for a line that is no line of metrics.jsonl.
     """
     state = start(rules)
     for number, line in enumerate(lines, 1):

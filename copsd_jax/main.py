@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from copsd_jax import config as config_lib
+from copsd_jax import validate
 
 
 def parse(argv: list[str]) -> tuple[config_lib.Config, pathlib.Path]:
@@ -47,7 +48,7 @@ def parse(argv: list[str]) -> tuple[config_lib.Config, pathlib.Path]:
     if config.value is None:
         raise ValueError("--config is missing: for example --config=configs/opsd.py")
     config_lib.split_lists(config.value)
-    config_lib.validate(config.value)
+    validate.settings(config.value)
     name, _, preset = config_flags.get_config_filename(values["config"]).partition(":")
     stem = pathlib.Path(name).stem + (f"-{preset}" if preset else "")
     return config.value, pathlib.Path(workdir.value or pathlib.Path("runs") / stem)

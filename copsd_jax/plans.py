@@ -34,6 +34,7 @@ from copsd_jax import (
     selection,
     steps,
     tokenizer,
+    validate,
     workdir,
 )
 
@@ -79,12 +80,11 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     Raises:
       ValueError, OSError: in one sentence.
     """
-    config_lib.validate(config)
+    validate.settings(config, train=train)
     registry = languages.load(config.languages_file)
     _check_languages(config, registry)
-    context, chosen = _context(config), _selection(config)
+    context, chosen, rules = _context(config), _selection(config), _guards(config)
     rewards.check(config.reward.kind)
-    rules = guards.parse([rule for rule in config.guards.rules.split(",") if rule])
     # The cheap checks first: files of problems, then devices, then the model's headers.
     records = _author(config) if train else {}
     rows, dropped = _train_rows(config, context, registry) if train else _none()
@@ -92,32 +92,24 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     exemplars = _exemplars(config, registry)
     devices = mesh.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
-        config_lib.check_mesh(config, mesh.batch_shards(devices))
+        validate.shards(config, mesh.batch_shards(devices))
     path, model_config, tok = _model(config)
-    config_lib.check_vocabulary(config, model_config.vocab_size)
+    validate.vocabulary(config, model_config.vocab_size)
     # Refuses a mesh that does not divide a parameter.
     mesh.shardings(model.abstract(model_config, jnp.float32), devices)
     mesh.shardings(trained_shapes(config, model_config), devices)
     sides = _sides(config, registry, exemplars, tok)
     shots = _shots(config, sides["teacher"], context) if config.method == "distill" else ()
-    ask = functools.partial(prompts.student, tok, sides["student"])
-    tell = functools.partial(_probe, tok, sides["teacher"], context, shots)
     examine = functools.partial(prompts.student, tok, sides["evaluation"])
     longest = {"teacher": 0}
-    rows, longest["student"] = _fitting(rows, ask, "prompt", config, dropped)
-    if config.method == "sft":
-        rows = _with_short_targets(rows, tok, sides["student"], ask, config, dropped)
-    if config.method == "distill":
-        rows, longest["teacher"] = _fitting(rows, tell, "teacher", config, dropped)
-        for row in rows[:1]:
-            prompts.check_states(ask(row), tell(row), config.parity.template_mismatch)
+    rows = _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, longest)
     found = _fitting(eval_rows, examine, "prompt", config, eval_dropped)
     eval_rows, longest["evaluation"] = found
     if train:
         _check_shares(config, rows, registry)
     if config.author.kind in ("student", "teacher"):
         asks = (contexts.writer_prompt(tok, sides["writer"], context, _probed(r)) for r in rows)
-        longest["writer"] = max((prompt.length for prompt in asks if prompt), default=0)
+        longest["writer"] = max((ask.length for ask in asks if ask), default=0)
     _check_lengths(config, context, model_config, longest)
     if config.model.init == "pretrained":
         # Last: of a repository, everything else is refused before its weights are downloaded.
@@ -179,6 +171,10 @@ def _sides(config, registry, exemplars, tok) -> dict[str, prompts.Spec]:
     for name, section in settings.items():
         prompts.check_thinking(tok, p.template, sides[name].thinking, f"{section}.thinking")
     return sides
+
+
+def _guards(config: config_lib.Config) -> tuple[guards.Rule, ...]:
+    return guards.known(guards.parse([rule for rule in config.guards.rules.split(",") if rule]))
 
 
 def _selection(config: config_lib.Config) -> selection.Settings:
@@ -288,7 +284,8 @@ def needs(config: config_lib.Config, context: contexts.Settings) -> tuple[str, .
     wanted = list(contexts.needs(context))
     if config.author.kind == "grader":
         wanted.append("solution")
-    if config.policy.weight or config.context.filter_groups:
+    skips = config.context.correct == "skip"
+    if config.policy.weight or config.context.filter_groups or skips:
         wanted.append("answer")
     return tuple(dict.fromkeys(wanted))
 
@@ -431,6 +428,20 @@ def _fitting(rows, make, side: str, config, dropped) -> tuple[list[data.Row], in
             f"{setting} is {limit}: no row's prompt fits, the shortest has {min(lengths)} tokens"
         )
     return kept, max((n for n in lengths if n <= limit), default=0)
+
+
+def _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, longest) -> list:
+    """Training rows all of whose prompts fit; others are counted, lengths noted in `longest`."""
+    ask = functools.partial(prompts.student, tok, sides["student"])
+    tell = functools.partial(_probe, tok, sides["teacher"], context, shots)
+    rows, longest["student"] = _fitting(rows, ask, "prompt", config, dropped)
+    if config.method == "sft":
+        return _with_short_targets(rows, tok, sides["student"], ask, config, dropped)
+    if config.method == "distill":
+        rows, longest["teacher"] = _fitting(rows, tell, "teacher", config, dropped)
+        for row in rows[:1]:
+            prompts.check_states(ask(row), tell(row), config.parity.template_mismatch)
+    return rows
 
 
 def _with_short_targets(rows, tok, spec: prompts.Spec, ask, config, dropped) -> list[data.Row]:

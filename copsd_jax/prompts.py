@@ -49,7 +49,7 @@ class Spec:
       template: "chat" (the tokenizer's own) or "plain" (text with labels, `PLAIN`).
       thinking: "none" for a template without thinking; "off" (empty think block), "on" (the
         model may open one) or "prefix" (opened, with the language's first words) for one with.
-      answer: how a final answer is asked for and written, "boxed" or "answer_is".
+      answer: how a final answer is asked for and written, a key of `ANSWERS`.
       languages: the languages by code.
       exemplars: worked examples in front of every prompt.
       form: "plain", or "step_tags" for answers whose steps stand in `<step_k>` tags.
@@ -163,10 +163,14 @@ STEP_TAGS = (
     "Put each step in tags of its own, <step_1>...</step_1>, <step_2>...</step_2> and so on, and "
     "the final answer behind the last step."
 )
+CHOICE = "Reason step by step, and give the letter of the right choice as <answer>letter</answer>."
 ANSWERS = {"boxed": r"\boxed{{{}}}", "answer_is": "The answer is {}."}
+ANSWERS |= {"choice": "<answer>{}</answer>", "none": "{}"}
 INSTRUCTIONS: dict[str, Callable[[languages.Language], str]] = {
     "boxed": lambda lang: lang.instruction,
     "answer_is": lambda lang: lang.instruction_answer_is,
+    "choice": lambda lang: CHOICE,  # in English, as STEP_TAGS
+    "none": lambda lang: "",  # the problem says how it is to be answered
 }
 
 
@@ -175,10 +179,8 @@ def _fenced(name: str, text: str) -> str:
 
 
 def _tagged(solution: str) -> str:
-    parts = steps.split(solution).steps
-    return " ".join(
-        f"<step_{s.number}>{solution[s.start : s.end]}</step_{s.number}>" for s in parts
-    )
+    tagged, known = "<step_{0}>{1}</step_{0}>".format, steps.split(solution).steps
+    return " ".join(tagged(s.number, solution[s.start : s.end]) for s in known)
 
 
 def worked(spec: Spec, row: data.Row) -> str:
@@ -198,13 +200,12 @@ def _content(spec: Spec, row: data.Row, turn: Turn) -> str:
     lang = spec.languages[row.lang]
     text = ""
     for k, part in enumerate(turn.sections):
-        after = turn.sections[k - 1].kind if k else ""
-        text += "" if not k else "\n" if after == "transition" else "\n\n"
-        if part.kind == "instruction":
-            text += INSTRUCTIONS[spec.answer](lang)
-            text += f" {STEP_TAGS}" if spec.form == "step_tags" else ""
-        else:
-            text += CHAT[part.kind](lang, row, part)
+        gap = "" if not k else "\n" if turn.sections[k - 1].kind == "transition" else "\n\n"
+        if part.kind != "instruction":
+            text += gap + CHAT[part.kind](lang, row, part)
+            continue
+        said = [INSTRUCTIONS[spec.answer](lang), STEP_TAGS * (spec.form == "step_tags")]
+        text += gap * any(said) + " ".join(filter(None, said))
     return text
 
 
@@ -326,12 +327,8 @@ def _chat(
         state = "open"
     cut = _cut(tokenizer, text, text.index(guard.mark)) if start else 0
     text = text.replace(guard.mark, "")
-    return Prompt(
-        tuple(_encode(tokenizer, text[:cut], guard.literal)),
-        tuple(_encode(tokenizer, text[cut:], guard.literal)),
-        _restore(text, guard.literal),
-        state,
-    )
+    shared, own = (tuple(_encode(tokenizer, t, guard.literal)) for t in (text[:cut], text[cut:]))
+    return Prompt(shared, own, _restore(text, guard.literal), state)
 
 
 def _cut(tokenizer: Tokenizer, text: str, end: int) -> int:
@@ -360,12 +357,9 @@ def _plain(tokenizer: Tokenizer, shared: str, own: str) -> Prompt:
     ids = tuple(_encode_bare(tokenizer, shared + own).ids)
     if ids[: len(prefix)] != prefix:
         raise ValueError(f"the tokenizer merges the exemplars with {own[:40]!r}")
-    rest = ids[len(prefix) :]
-    return (
-        Prompt(start + prefix, rest, shared + own, "plain")
-        if shared
-        else (Prompt((), start + rest, own, "plain"))
-    )
+    if not shared:
+        return Prompt((), start + ids, own, "plain")
+    return Prompt(start + prefix, ids[len(prefix) :], shared + own, "plain")
 
 
 # ---------------------------------------------------------------------------------- prompts
@@ -381,9 +375,6 @@ def build(
     """The prompt whose completion answers `conversation` about `row`.
 
     Args:
-      tokenizer: a fast tokenizer.
-      spec: the side's settings.
-      row: the problem.
       conversation: ends with a user's turn.
       shots: exemplars with their conversations, each answered with its solution.
     Raises:

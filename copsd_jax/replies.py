@@ -46,9 +46,10 @@ STATUSES = {
     "not_asked": Status(False, "there is nothing to ask about: a failure without a success"),
     "overlong": Status(False, "the writer's prompt and reply pass the model's positions"),
     "missing": Status(False, "author.path has no such record"),
+    "cut": Status(False, "it ended at author.max_tokens"),
     **{
         name: Status(False, f"of the server: {name}")
-        for name in ("timeout", "refused", "server_error", "bad_reply", "cut", "unreachable")
+        for name in ("timeout", "refused", "server_error", "bad_reply", "unreachable")
     },
 }
 
@@ -76,6 +77,9 @@ class Reply:
     trace: str = ""
     raw: str = ""
     leaked: bool = False  # the explanation gives the final answer away
+    cut: bool = False  # it ended at author.max_tokens, whatever was made of it
+    detail: str = ""  # of a failure, a line for people
+    shortened: tuple[str, ...] = ()  # sections of the writer's prompt that were cut
 
     @property
     def usable(self) -> bool:

@@ -3,7 +3,10 @@ that a function of the user's names."""
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+import inspect
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,16 +33,39 @@ class Settings:
 def function(select: str) -> Callable | None:
     """The user's f(problem, answer, reply) -> [(start, end), ...] of `module:function`, or None.
 
+    Spans are characters of the answer. The reply is the text that the teacher is shown.
+
     Raises:
-      ValueError: it cannot be imported.
+      ValueError: it cannot be imported, or cannot be called with three arguments.
     """
     module, colon, name = select.partition(":")
     if not colon:
         return None
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"tokens.select is {select!r}: {error}") from error
+        found: Any = getattr(importlib.import_module(module), name)
+        inspect.signature(found).bind("problem", "answer", "reply")
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"tokens.select is {select!r}: it is no importable function of (problem, answer, "
+            f"reply); {error}"
+        ) from error
+    return found
+
+
+def _inside(select: str, span: Any, characters: int) -> tuple[int, int]:
+    """A span of the user's function, which knows the answer that it is in.
+
+    Raises:
+      ValueError: it is no (start, end) of that answer.
+    """
+    pair: tuple[Any, ...] = tuple(span) if isinstance(span, Sequence) else ()
+    whole = len(pair) == 2 and all(isinstance(at, numbers.Integral) for at in pair)
+    if not whole or not 0 <= pair[0] <= pair[1] <= characters:
+        raise ValueError(
+            f"tokens.select is {select!r}: it returned {span!r}, which is no (start, end) of an "
+            f"answer of {characters} characters"
+        )
+    return int(pair[0]), int(pair[1])
 
 
 def mask(
@@ -60,9 +86,10 @@ def mask(
     everything = np.ones(length, bool)
     spans_of = function(settings.select)
     if spans_of is not None:
-        spans = spans_of(attempt.row.problem, decoded.text[start:], reply.text)
+        answer = decoded.text[start:]
         chosen = np.zeros(length, bool)
-        for first, end in spans:
+        for span in spans_of(attempt.row.problem, answer, reply.trace or reply.text):
+            first, end = _inside(settings.select, span, len(answer))
             chosen[slice(*localise.tokens(decoded, start + first, start + end))] = True
         return chosen, "spans"
     if settings.select == "all":

@@ -22,6 +22,7 @@ CLASSES = {
     "other": "white space and punctuation",
 }
 EDGES = (0, 8, 32, 128, 512)  # where buckets of positions start
+BUCKETS = ("0_7", "8_31", "32_127", "128_511", "512_up")  # their names
 
 _NAMES = tuple(CLASSES)
 _OPERATORS = frozenset("+-*/=^×÷±−·≈≠≤≥√%")
@@ -69,7 +70,7 @@ def classes(
 
 
 def by_class(
-    values: Sequence[float], ids: Sequence[int], table_V: np.ndarray
+    values: Sequence[float] | np.ndarray, ids: Sequence[int] | np.ndarray, table_V: np.ndarray
 ) -> dict[str, tuple[float, int]]:
     """(sum, count) of a completion's values by class; only classes that occur.
 
@@ -88,9 +89,14 @@ def by_class(
 
 
 def by_position(
-    values: Sequence[float], edges: Sequence[int] = EDGES
+    values: Sequence[float] | np.ndarray,
+    edges: Sequence[int] = EDGES,
+    mask: Sequence[bool] | np.ndarray | None = None,
 ) -> dict[str, tuple[float, int]]:
     """(sum, count) of a completion's values by bucket: `0_7`, `8_31` … `512_up`; no empty ones.
+
+    Args:
+      mask: the values that count, at the positions that they have; None for all.
 
     Raises:
       ValueError: unless edges rise from 0.
@@ -98,16 +104,19 @@ def by_position(
     if not edges or edges[0] or any(a >= b for a, b in itertools.pairwise(edges)):
         raise ValueError(f"edges are {tuple(edges)}: they rise from 0")
     ends = [*edges[1:], None]
+    kept = np.ones(len(values), bool) if mask is None else np.asarray(mask, bool)
     out = {}
     for start, end in zip(edges, ends, strict=True):
-        part = np.asarray(values, np.float64)[start:end]
+        part = np.asarray(values, np.float64)[start:end][kept[start:end]]
         if part.size:
             name = f"{start}_up" if end is None else f"{start}_{end - 1}"
             out[name] = (float(part.sum()), int(part.size))
     return out
 
 
-def _aligned(values: Sequence[float], ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _aligned(
+    values: Sequence[float] | np.ndarray, ids: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     if len(values) != len(ids):
         raise ValueError(f"{len(values)} values do not belong to {len(ids)} tokens")
     return np.asarray(values, np.float64), np.asarray(ids, np.int64)
@@ -195,16 +204,18 @@ def summary(
 
     Args:
       records: with `completion_ids`, and where the method has them, lists aligned to these:
-        `divergence`, `logp_student`, `logp_teacher` (nats); with `completion` and
+        `divergence` with `loss_mask`, `logp_student`, `logp_teacher` (nats); with `completion` and
         `privileged_text` for the overlap.
       table_V: of `classes`.
       n: of the repetition.
 
     Returns:
-      `divergence_CLASS`, `divergence_at_0_7` …, `advantage`, `advantage_CLASS`,
-      `advantage_negative` (share of tokens below 0); as means over completions
-      `repetition`, `overlap`. What no record has is left out: a record without a
-      field, or with an empty list because it carries no loss, counts nowhere in it.
+      `divergence_CLASS`, `divergence_at_0_7` …: over the tokens with loss, as the step's
+      `divergence`, whose parts they are. `advantage`, `advantage_CLASS`, `advantage_negative`
+      (share of tokens below 0): over all tokens of the completions that a teacher scored, with
+      loss or without, since what a context says of the right steps is seen there. As means over
+      completions `repetition`, `overlap`. What no record has is left out: a record without a
+      field, or with an empty list because it has no teacher, counts nowhere in it.
 
     Raises:
       ValueError: for a list of another length than its completion.
@@ -216,16 +227,23 @@ def summary(
         if record.get("privileged_text"):
             means.add("overlap", overlap(record["completion"], record["privileged_text"]), 1)
         if record.get("divergence"):
-            _add_classes(means, "divergence", record["divergence"], ids, table_V)
-            for bucket, part in by_position(record["divergence"]).items():
-                means.add(f"divergence_at_{bucket}", *part)
+            _add_divergence(means, record, table_V)
         if record.get("logp_teacher") and record.get("logp_student"):
             student_C, _ = _aligned(record["logp_student"], ids)
             advantage_C = _aligned(record["logp_teacher"], ids)[0] - student_C
             means.add("advantage", float(advantage_C.sum()), len(ids))
             means.add("advantage_negative", float((advantage_C < 0).sum()), len(ids))
-            _add_classes(means, "advantage", advantage_C.tolist(), ids, table_V)
+            _add_classes(means, "advantage", advantage_C, ids, table_V)
     return means.values()
+
+
+def _add_divergence(means: _Means, record: Mapping[str, Any], table_V: np.ndarray) -> None:
+    """The tokens with loss, by class and by position in the completion."""
+    value_C, ids_C = _aligned(record["divergence"], record["completion_ids"])
+    loss_C = _aligned(record["loss_mask"], record["completion_ids"])[0] != 0
+    _add_classes(means, "divergence", value_C[loss_C], ids_C[loss_C], table_V)
+    for bucket, part in by_position(value_C, mask=loss_C).items():
+        means.add(f"divergence_at_{bucket}", *part)
 
 
 def _add_classes(means: _Means, name: str, values, ids, table_V: np.ndarray) -> None:

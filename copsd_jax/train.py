@@ -1,9 +1,13 @@
 """The loop, flat and in order of execution."""
 
 import collections
+import dataclasses
+import hashlib
 import json
 import pathlib
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,6 +79,7 @@ def _steps(r, method, state, first, writer, checkpoints, directory) -> tuple[tra
         plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
     )
     guard = guards.replay(plan.guards, metrics.lines(directory, first))
+    said = workdir.read_events(directory, first)
     with metrics.Progress("step", c.train.steps, start=first) as progress:
         for step in range(first, first if guard["stopped"] else c.train.steps):
             with timer("rollout"):
@@ -87,14 +92,17 @@ def _steps(r, method, state, first, writer, checkpoints, directory) -> tuple[tra
                 )
                 aux = jax.device_get(aux)  # waits for the step
             values = {
-                **{name: float(value) for name, value in aux.metrics.items()},
+                **measured(r.options.policy, aux.metrics),
                 **work.metrics,
                 **attempts.add_tokens(r, work, aux),
                 "learning_rate": float(r.rate(step)) * float(factor),
                 **timer.take(),
             }
-            guard, events = guards.check(plan.guards, guard, step + 1, values)
             writer.write(step + 1, values)
+            guard, events = guards.check(plan.guards, guard, step + 1, values)
+            if events:
+                said += [dataclasses.asdict(event) for event in events]
+                workdir.write_jsonl(directory / "events.jsonl", said)
             if c.train.log_rollouts:
                 workdir.write_jsonl(
                     workdir.step_file(directory, "rollouts", step + 1), work.records
@@ -108,9 +116,9 @@ def _steps(r, method, state, first, writer, checkpoints, directory) -> tuple[tra
                 loss=values["loss"],
                 **{name: values[name] for name in ("correct",) if name in values},
             )
-            for event in events:
+            for line in [*failures(step + 1, work.records), *(f"guard: {e.text}" for e in events)]:
                 progress.close()
-                print(f"guard: {event.text}", flush=True)
+                print(line, flush=True)
             if step == first or last or (step + 1) % max(1, c.train.steps // 3) == 0:
                 progress.close()
                 print(_sample(step + 1, work.records), flush=True)
@@ -120,6 +128,37 @@ def _steps(r, method, state, first, writer, checkpoints, directory) -> tuple[tra
             if guard["stopped"]:
                 break
     return state, guard["stopped"]
+
+
+OF_LOSS = ("divergence", "logp_student", "logp_teacher", "entropy_teacher", "clipped_mass")
+OF_POLICY = ("policy_loss", "policy_entropy", "ratio_clipped", "kl_initial")
+
+
+def measured(
+    policy: train_step.PolicyLoss | None, values: Mapping[str, Any]
+) -> dict[str, float]:  # fmt: skip
+    """The step's metrics without those that are the mean of nothing, for which a step has 0: where
+    no token carries their loss, or the loss has no ratio or no divergence from the initial policy.
+    """
+    numbers = {name: float(value) for name, value in values.items()}
+    empty = {name for name in OF_LOSS if numbers.get("loss_tokens") == 0}
+    empty |= {name for name in OF_POLICY if numbers.get("policy_tokens") == 0}
+    if policy is not None:
+        empty |= set() if policy.kl and policy.kind != "nll" else {"kl_initial"}
+        empty |= {"ratio_clipped"} if policy.kind == "nll" else set()
+    return {name: number for name, number in numbers.items() if name not in empty}
+
+
+def failures(step: int, records: list[dict]) -> list[str]:
+    """One line on the replies of a step that a writer owes, with the reason of the first."""
+    failed = [record for record in records if record.get("reply_detail")]
+    if not failed:
+        return []
+    first = failed[0]
+    return [
+        f"warning: step {step}: {len(failed)} of {len(records)} completions have no reply, the "
+        f"first for {first['reply_status']}: {first['reply_detail']}"
+    ]
 
 
 def _codes(plan: plans.Plan) -> list[str]:
@@ -227,9 +266,17 @@ def _facts(plan: plans.Plan) -> dict:
         "model_fingerprint": plans.fingerprint(plan),
         "data_fingerprint": data.fingerprint(plan.rows),
         "eval_fingerprint": data.fingerprint(plan.eval_rows),
+        "exemplars_fingerprint": data.fingerprint(plan.student.exemplars),
+        "author_fingerprint": _replies_fingerprint(plan.records),
         "dropped": dict(plan.dropped),
         "eval_dropped": dict(plan.eval_dropped),
     }
+
+
+def _replies_fingerprint(records: dict[tuple[str, int], str]) -> str:
+    """SHA-256 of the replies of author.path, in any order; "" for none."""
+    text = json.dumps([[*key, reply] for key, reply in sorted(records.items())])
+    return hashlib.sha256(text.encode()).hexdigest() if records else ""
 
 
 def _sample(step: int, records: list[dict]) -> str:
@@ -242,8 +289,10 @@ def _sample(step: int, records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked")
-COUNTED_PREFIXES = ("reply_", "located_", "shortened_")
+COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked", "replies_cut")
+COUNTED_PREFIXES = ("reply_", "located_", "shortened_", "grade_")
+# What grading should come to: `correct` and `reward` say it.
+NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 
 
 def _totals(directory: pathlib.Path, steps: int) -> str:
@@ -251,7 +300,8 @@ def _totals(directory: pathlib.Path, steps: int) -> str:
     totals: collections.Counter[str] = collections.Counter()
     for line in metrics.lines(directory, steps):
         for name, value in json.loads(line).items():
-            if name in COUNTED or name.startswith(COUNTED_PREFIXES):
+            counted = name in COUNTED or name.startswith(COUNTED_PREFIXES)
+            if counted and name not in NOT_COUNTED:
                 totals[name] += int(value)
     rows = [[name.replace("_", " "), f"{count:,}"] for name, count in totals.items() if count]
     return metrics.table(["completions", "n"], rows) if rows else ""

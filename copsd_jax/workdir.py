@@ -3,6 +3,7 @@
 W/config.json            every setting
 W/run.json               versions, commit, devices, seed, fingerprints of model and data
 W/metrics.jsonl          one line a step, and W/tensorboard/ with the same
+W/events.jsonl           what guards did, where one did something: step, action, text
 W/rollouts/step_NNNNNN.jsonl
 W/eval/step_NNNNNN.json
 W/checkpoints/           Orbax
@@ -29,6 +30,14 @@ FREE = (
     "rollout.slots",
     "eval.slots",
     "eval.every",
+    "author.slots",
+    # How long and how often a server is asked, not what. Failures are not of the settings: a
+    # server that fails otherwise, or answers otherwise, is no other run.
+    "author.timeout",
+    "author.retries",
+    "author.backoff",
+    "author.concurrency",
+    "author.key_env",
 )
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers grain ml-collections numpy".split()
 
@@ -95,7 +104,9 @@ def check_facts(directory: pathlib.Path, facts: dict) -> None:
     if not path.is_file():  # stopped before it was written: nothing was trained yet
         return
     old = read_json(path)["starts"][0]
-    changed = [name for name in facts if name.endswith("fingerprint") and old[name] != facts[name]]
+    # A fingerprint that is newer than the run cannot be held against it.
+    kinds = [name for name in facts if name.endswith("fingerprint") and name in old]
+    changed = [name for name in kinds if old[name] != facts[name]]
     if changed:
         raise ValueError(
             f"--workdir={directory} was begun with other contents than there are now "
@@ -162,6 +173,15 @@ def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     temporary.replace(path)
+
+
+def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
+    """The events of W/events.jsonl up to a step, that one included; none without the file."""
+    path = directory / "events.jsonl"
+    if not path.is_file():
+        return []
+    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [event for event in events if event["step"] <= steps]
 
 
 def step_file(directory: pathlib.Path, kind: str, step: int) -> pathlib.Path:

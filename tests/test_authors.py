@@ -12,7 +12,7 @@ import pytest
 import runs
 from test_methods import one_device, right, row_with, script
 
-from copsd_jax import main, methods
+from copsd_jax import main, methods, train
 from copsd_jax.methods import distill
 
 optax_promotes = runs.optax_promotes
@@ -32,7 +32,8 @@ class _Critic(http.server.BaseHTTPRequestHandler):
         if word == "broken":
             return self.send_error(500)
         text = self.server.replies.get(word, "I would rather not.")
-        choice = {"message": {"content": text}, "finish_reason": "stop"}
+        finish = "length" if word == "endless" else "stop"
+        choice = {"message": {"content": text}, "finish_reason": finish}
         data = json.dumps({"choices": [choice]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
@@ -95,6 +96,36 @@ def test_a_critic_that_fails_in_every_way(monkeypatch, tmp_path, critic):
     assert work.batch.loss_BC.any(axis=1).tolist() == [status == "ok" for status in found]
     assert row.solution in work.records[0]["teacher_prompt"]
     assert "1 + 1 = 3" not in work.records[0]["teacher_prompt"]
+    # Why there is none is in the records, and in one line a step; what was written is kept.
+    details = [record["reply_detail"] for record in work.records]
+    assert details[2].startswith("HTTP 500")
+    assert [bool(detail) for detail in details] == [False, True, True, True, False, False]
+    assert train.failures(7, work.records) == [
+        "warning: step 7: 3 of 6 completions have no reply, the first for timeout: "
+        "no whole reply within the time"
+    ]
+    assert train.failures(7, work.records[:1]) == []
+    assert "quoting" in work.records[5]["reply"]
+
+
+def test_a_server_that_cuts_or_is_shown_less(monkeypatch, tmp_path, critic):
+    """A cut critique is lost to the teacher, not to the record; a shortened attempt is counted and
+    the critique held against what was shown."""
+    with runs.loaded("critique", **settings(critic, tmp_path)) as (r, _):
+        row = row_with(r, 2)
+        first, second = row.solution.rstrip(".").split(" and ")
+        limit = len(r.plan.tokenizer.encode(f"{first}.", add_special_tokens=False))
+    change = {"train__batch": 2, "context__section_tokens": limit}
+    with runs.loaded("critique", **settings(critic, tmp_path) | change) as (r, state):
+        said = f"<case>right</case><step_1>{first}.</step_1><answer>{row.answer}</answer>"
+        critic.replies = {"endless": said, f"{first}.".split()[-1]: said}
+        long = f"{first}. {second}. \\boxed{{{row.answer}}}"
+        script(monkeypatch, ["endless", long])
+        work = distill.make_batch(r, state, [row, row], 0)
+    assert [record["reply_status"] for record in work.records] == ["cut", "ok"]
+    assert [record["reply_cut"] for record in work.records] == [True, False]
+    assert work.records[0]["reply"] == said
+    assert work.metrics["shortened_attempt"] == 1
 
 
 def test_replies_from_a_file(monkeypatch, tmp_path):
@@ -135,6 +166,9 @@ def test_a_guard_ends_the_run_with_its_reason(tmp_path, capsys):
     last = out.strip().splitlines()[-1]
     assert last.startswith("stopped by a guard: step 2: truncated is")
     assert "guard: step 1: loss is" in out
+    events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
+    assert [(event["step"], event["action"]) for event in events] == [(1, "warn"), (2, "stop")]
+    assert last == f"stopped by a guard: {events[1]['text']}"
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert (workdir / "eval/step_000002.json").is_file()

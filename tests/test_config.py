@@ -6,6 +6,7 @@ import conftest
 import pytest
 
 from copsd_jax import config as config_lib
+from copsd_jax import validate
 
 CARDS = sorted((conftest.ROOT / "configs").glob("*.py"))
 
@@ -31,9 +32,9 @@ def test_every_preset_is_valid_once_its_data_is_named(path):
         config = module.get_config(name)
         if not config.data.path:
             with pytest.raises(ValueError, match=r"data\.path is '': name a file"):
-                config_lib.validate(config)
+                validate.settings(config)
             config.data.path = "rows.jsonl"
-        config_lib.validate(config)
+        validate.settings(config)
         assert name in module.__doc__ or name.endswith("_nothink")
     with pytest.raises(ValueError, match="preset is 'huge': the choices are smollm2, tiny"):
         module.get_config("huge")
@@ -81,6 +82,10 @@ def test_paper_presets_hold_the_published_numbers():
         ({"train__micro_batch": 5}, r"micro_batch is 5: it must divide .* 32 x 1 = 32"),
         ({"loss__group": 5}, r"loss\.group is 5"),
         ({"loss__beta": 1.0}, r"loss\.beta is 1\.0"),
+        ({"policy__clip_low": 1.0}, r"policy\.clip_low is 1\.0: .* below 1"),
+        ({"policy__dual_clip": 1.0}, r"policy\.dual_clip is 1\.0: it must be above 1"),
+        ({"reward__threshold": float("inf")}, r"reward\.threshold is inf: it must be finite"),
+        ({"loss__tail": True}, r"loss\.tail is True: loss\.top_k is 0"),
         ({"rollout__temperature": -0.1}, r"rollout\.temperature is -0\.1"),
         ({"rollout__stop": ("",)}, r"must not be empty"),
         ({"train__lr": float("nan")}, r"train\.lr is nan"),
@@ -93,20 +98,20 @@ def test_paper_presets_hold_the_published_numbers():
     ],
 )  # fmt: skip
 def test_refusals_name_setting_value_and_choices(settings, words):
-    config_lib.validate(config_lib.default())
+    validate.settings(config_lib.default())
     with pytest.raises(ValueError, match=words):
-        config_lib.validate(changed(**settings))
+        validate.settings(changed(**settings))
 
 
 def test_top_k_above_the_vocabulary_and_a_mesh_that_does_not_divide():
-    for name in ("loss", "rollout", "eval"):
+    for name in ("loss", "rollout", "eval", "author"):
         config = changed(**{f"{name}__top_k": 513})
-        config_lib.check_vocabulary(config, 513)
+        validate.vocabulary(config, 513)
         with pytest.raises(ValueError, match=rf"{name}\.top_k is 513: the model has 512"):
-            config_lib.check_vocabulary(config, 512)
-    config_lib.check_mesh(config_lib.default(), 8)
+            validate.vocabulary(config, 512)
+    validate.shards(config_lib.default(), 8)
     with pytest.raises(ValueError, match=r"train\.batch is 32: 32 .* over 3 devices"):
-        config_lib.check_mesh(config_lib.default(), 3)
+        validate.shards(config_lib.default(), 3)
 
 
 def test_help_has_a_line_with_a_comment_for_every_setting():

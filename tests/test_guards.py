@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from copsd_jax import guards, metrics
+from copsd_jax import guards, metrics, token_stats
 
 
 def run(texts, series):
@@ -143,17 +143,34 @@ def test_without_rules_nothing_happens():
 # ---- metrics that are not there --------------------------------------------------------------
 
 
-def test_a_metric_that_does_not_exist_is_refused_at_the_first_step():
-    rules = guards.parse(["repetiton>0.5:stop"])
-    values = {"step": 1, "repetition": 0.9, "loss": 1.0, "truncated": 0.0}
-    with pytest.raises(ValueError) as error:
-        guards.check(rules, guards.start(rules), 1, values)
-    assert str(error.value) == (
-        "guards.rules has 'repetiton>0.5:stop': step 1 has no metric 'repetiton': did you mean "
-        "repetition?"
-    )
-    with pytest.raises(ValueError, match="has no metric 'qq': it has loss, repetition, truncated"):
-        guards.check(guards.parse(["qq>1:stop"]), guards.start(rules), 1, values)
+def test_a_name_that_is_no_metric_is_refused_before_the_run():
+    for text, reason in [
+        ("repetiton>0.5:stop", "there is no metric 'repetiton': did you mean repetition"),
+        ("replly_ok<1:stop", "there is no metric 'replly_ok': did you mean reply_ok"),
+        ("divergence_at_128>9:stop", "did you mean divergence_at_128_511"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            guards.known(guards.parse(["loss>3:stop", text]))
+        assert str(error.value).startswith(f"guards.rules has {text!r}: ")
+        assert reason in str(error.value)
+    with pytest.raises(ValueError, match=r"no metric 'qq': there are loss, .*reply_STATUS"):
+        guards.known(guards.parse(["qq>1:stop"]))
+
+
+CONDITIONAL = ("overlap", "divergence_at_128_511", "correct", "advantage_number", "entropy_teacher",
+               "reply_quotes_error", "located_closest_step", "grade_raised", "shortened_attempt",
+               "informative", "kl_initial", "ratio", "seconds/rollout")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_a_metric_that_only_some_steps_have_is_no_error(name):
+    """Neither before the run, nor in a step that lacks it, which may be the first."""
+    rules = guards.known(guards.parse([f"{name}>0.5@2:stop"]))
+    state, steps = guards.start(rules), [{"loss": 1}, {name: 2}, {"loss": 1}, {name: 2}]
+    for step, values in enumerate(steps, 1):
+        state, _ = guards.check(rules, state, step, values)
+    # Two steps in a row that have it; a count that is not there is 0, and ends the row.
+    assert bool(state["stopped"]) != name.startswith(("reply", "located", "grade", "shortened"))
 
 
 def test_a_later_step_without_the_metric_does_not_count():
@@ -161,10 +178,22 @@ def test_a_later_step_without_the_metric_does_not_count():
     assert run(["x>1@2:stop"], series)[1] == [(4, "stop")]
 
 
+def test_the_buckets_of_the_metrics_names_are_those_that_are_made():
+    assert tuple(token_stats.by_position([1.0] * 600)) == token_stats.BUCKETS
+
+
 @pytest.mark.parametrize("first", [0.0, -3.0])
-def test_a_relative_limit_needs_a_positive_first_value(first):
-    with pytest.raises(ValueError, match=f"x begins with {first:.4g} at step 1: a limit relative"):
-        run(["x>2*first:stop"], of("x", first))
+def test_a_relative_limit_is_of_the_first_value_above_0(first):
+    """A divergence from the initial policy begins with 0."""
+    assert run(["x>2*first:stop"], of("x", first, 0.1, 0.2, 0.21))[1] == [(4, "stop")]
+    assert run(["x<0.5*first:stop"], of("x", first, 0.1, 0.06, 0.04))[1] == [(4, "stop")]
+
+
+def test_a_relative_limit_of_what_is_below_0_is_refused():
+    guards.known(guards.parse(["advantage_negative>2*first:warn", "divergence>2*first:warn"]))
+    for name in ("logp_student", "advantage", "advantage_number"):
+        with pytest.raises(ValueError, match=f"{name} is below 0"):
+            guards.known(guards.parse([f"{name}>2*first:warn"]))
 
 
 # ---- a continued run -------------------------------------------------------------------------

@@ -305,6 +305,7 @@ REFUSED = [
     ("grpo", {"policy__weight": 0.5}, "policy.weight"),
     ("opsd", {"policy__route": "successes"}, "policy.route"),
     ("opsd", {"policy__weight": 1.5}, "policy.weight"),
+    ("sdpo", {"policy__weight": 1.0}, "policy.weight"),
     ("opsd", {"teacher__rho": -0.1}, "teacher.rho"),
     ("opsd", {"reward__kind": "prose"}, "reward.kind"),
     ("opsd", {"guards__rules": "loss>>3:stop"}, "guards.rules"),

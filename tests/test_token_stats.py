@@ -91,6 +91,8 @@ def test_sums_by_position():
                     "512_up": (88, 88)}  # fmt: skip
     assert stats.by_position([1, 2, 3], (0, 2)) == {"0_1": (3, 2), "2_up": (3, 1)}
     assert stats.by_position([]) == {}
+    found = stats.by_position([1.0, 2.0, 4.0, 8.0], (0, 2, 3), mask=[0, 1, 0, 1])
+    assert found == {"0_1": (2, 1), "3_up": (8, 1)}
     for edges in ((), (1, 2), (0, 5, 5), (0, 5, 2)):
         with pytest.raises(ValueError, match="they rise from 0"):
             stats.by_position([1.0], edges)
@@ -171,6 +173,7 @@ def test_the_summary_by_hand():
         record(
             [0, 1, 1, 3],
             divergence=[1.0, 2.0, 3.0, 0.5],
+            loss_mask=[0, 1, 1, 1],  # a right prefix: no loss, but an advantage
             logp_student=[-1.0, -2.0, -1.0, -0.5],
             logp_teacher=[-2.0, -1.0, -1.5, -0.5],  # advantage -1, 1, -0.5, 0
             completion="one two three four",
@@ -179,6 +182,7 @@ def test_the_summary_by_hand():
         record(
             [4] * 9,
             divergence=[0.25] * 8 + [7.0],
+            loss_mask=[1, 0, 1, 1, 1, 1, 1, 1, 1],
             logp_student=[-1.0] * 9,
             logp_teacher=[-3.0] * 9,  # advantage -2
             completion="",
@@ -187,11 +191,10 @@ def test_the_summary_by_hand():
     ]
     got = stats.summary(records, TABLE)
     want = {
-        "divergence_number": 1.0,
         "divergence_word": 2.5,
         "divergence_end": 0.5,
-        "divergence_other": (8 * 0.25 + 7) / 9,
-        "divergence_at_0_7": (6.5 + 2) / 12,
+        "divergence_other": (7 * 0.25 + 7) / 8,
+        "divergence_at_0_7": (5.5 + 7 * 0.25) / 10,
         "divergence_at_8_31": 7.0,
         "advantage": (-0.5 - 18) / 13,
         "advantage_negative": 11 / 13,
@@ -213,14 +216,15 @@ def test_what_is_missing_is_left_out():
     assert stats.summary([], TABLE) == {}
     # A record that carries no loss has empty lists, and does not dilute the others.
     masked = record([0, 0, 0], divergence=[], logp_student=[], logp_teacher=[])
-    live = record([0], divergence=[2.0], logp_student=[-1.0], logp_teacher=[-2.0])
+    live = record([0], divergence=[2.0], loss_mask=[1], logp_student=[-1.0], logp_teacher=[-2.0])
     got = stats.summary([masked, live], TABLE)
     assert (got["divergence_number"], got["advantage"], got["repetition"]) == (2.0, -1.0, 0.0)
 
 
-@pytest.mark.parametrize("name", ["divergence", "logp_student", "logp_teacher"])
+@pytest.mark.parametrize("name", ["divergence", "loss_mask", "logp_student", "logp_teacher"])
 def test_a_list_of_another_length_is_an_error(name):
-    fields = {"divergence": [1.0] * 3, "logp_student": [1.0] * 3, "logp_teacher": [1.0] * 3}
+    fields = {"divergence": [1.0] * 3, "loss_mask": [1] * 3}
+    fields |= {"logp_student": [1.0] * 3, "logp_teacher": [1.0] * 3}
     broken = record([0, 1, 2], **fields | {name: [1.0, 2.0]})
     with pytest.raises(ValueError, match="2 values do not belong to 3 tokens"):
         stats.summary([broken], TABLE)

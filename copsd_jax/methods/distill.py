@@ -72,7 +72,7 @@ def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: 
             "overlong_teacher_prompts": float(overlong),
             "taught": float(sum(prompt is not None for prompt in told)),
             "filtered": float(wanted.count(False)),
-            **_statuses(r, records, told),
+            **_statuses(r, records),
         },
     )
 
@@ -165,21 +165,26 @@ def _about(told, reply: replies.Reply, found: str, view: contexts.Attempt, wante
         "shortened": list(told.shortened) if told else [],
         "reply": reply.raw,
         "reply_status": reply.status,
+        "reply_detail": reply.detail,
+        "reply_cut": reply.cut,
+        "writer_shortened": list(reply.shortened),
         "leaked": reply.leaked,
         "located": found,
         "sibling": view.sibling or None,
     }
 
 
-def _statuses(r: run.Run, records: list[dict], told) -> dict[str, float]:
-    """Counts of statuses, of those that this run's context and tokens can have."""
+def _statuses(r: run.Run, records: list[dict]) -> dict[str, float]:
+    """Counts of statuses, of those that this run's context and tokens can have; of shortened
+    sections, in how many completions' prompts, the writer's or the teacher's."""
     out = {}
     if "reply" in contexts.reads(r.plan.context):
         out |= attempts.counts("reply", [record["reply_status"] for record in records], ["ok"])
         out["leaked"] = float(sum(record["leaked"] for record in records))
+        out["replies_cut"] = float(sum(record["reply_cut"] for record in records))
     if r.plan.selection.select != "all":
         out |= attempts.counts("located", [record["located"] for record in records], ["exact"])
     if r.plan.context.section_tokens:
-        cut = [kind for prompt in told if prompt for kind in prompt.shortened]
-        out |= attempts.counts("shortened", cut, [])
+        cut = [kind for x in records for kind in {*x["shortened"], *x["writer_shortened"]}]
+        out |= attempts.counts("shortened", sorted(cut), [])
     return out

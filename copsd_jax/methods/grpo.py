@@ -5,11 +5,13 @@
            + kl (exp(d) - d - 1),   d = ln p_0(y_t) - ln p(y_t),   rho = p(y_t) / p_old(y_t)
 
 Sources: DeepSeekMath arXiv 2402.03300 (and TRL's form of it); Dr. GRPO 2503.20783 is
-`policy.scale=none policy.norm=constant`, DAPO 2503.14476 `policy.norm=token policy.clip_high=.28`.
+`policy.scale=none policy.norm=constant`, DAPO 2503.14476 `policy.norm=token policy.clip_high=.28
+context.filter_groups=True`.
 
 Departures: one update for each batch of rollouts, so that with `policy.old=trainer` the ratio is
-exactly 1; `sampler` takes the sampler's log-probabilities. Prompts, grader and report are those of
-the other methods.
+exactly 1; `sampler` takes the sampler's log-probabilities. Groups that are filtered make the step
+smaller; DAPO samples others in their place. Prompts, grader and report are those of the other
+methods.
 """
 
 import numpy as np
@@ -44,13 +46,16 @@ def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: 
 def policy(c, done: Rollouts, batch: layout.Batch, successes_only: bool) -> layout.Batch:
     """The batch with advantages, and the tokens with policy loss.
 
-    All tokens of a completion have its advantage; of a group whose rewards are all equal it is 0
-    and they carry no loss, but count in the normaliser, as published.
+    All tokens of a completion have its advantage. In a group whose rewards are all equal it is 0,
+    and they count in the normaliser, as published of GRPO; with context.filter_groups they carry no
+    policy loss, as in DAPO.
     """
     rewards_B, groups_B = done.rewards(), np.asarray(done.groups)
     advantage_B = policy_losses.advantages(rewards_B, groups_B, scale=c.policy.scale)
     success_B = np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
     kept_B = success_B if successes_only else np.ones(len(rewards_B), bool)
+    if c.context.filter_groups:
+        kept_B = kept_B & policy_losses.informative(rewards_B, groups_B)
     C = batch.mask_BC.shape[1]
     return batch._replace(
         policy_BC=batch.mask_BC & kept_B[:, None],
