@@ -21,7 +21,8 @@ demo: install
 	$(BIN)/python -m copsd_jax.main --config=configs/$(CONFIG).py
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not parity'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 \
+	  -m 'not slow and not parity'
 
 slow: install
 	$(BIN)/python -m pytest -m slow

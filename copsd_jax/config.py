@@ -93,7 +93,7 @@ def _teaching(c: Config) -> None:
     w.retries = 4  # server: how often a failed request is sent again
     w.backoff = 1.0  # server: seconds before the first retry; doubled for each further one
     w.concurrency = 8  # server: requests at once
-    w.cache = ""  # server: folder of replies that are not asked for again; "" for none
+    w.cache = ""  # server: folder of replies that are not asked for again; "" for none, not exact
 
     c.tokens = k = config_dict.ConfigDict()
     k.select = "all"  # which tokens carry loss: all, from_error, error_step, or module:function

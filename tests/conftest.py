@@ -30,3 +30,16 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip("needs the development data folder ../shared")
     return SHARED
+
+
+# Files of few and long tests. pytest-xdist hands out whole files in this order.
+LONGEST = (
+    "methods bugs train policy_step export settings records train_step authors model sampler "
+    "losses main hf gguf losses_topk steps localise openai_api"
+).split()
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first, so that no worker begins one when the others are done."""
+    rank = {f"test_{name}.py": k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

@@ -346,7 +346,19 @@ def test_a_new_context_is_one_function_and_one_entry(monkeypatch):
         assert contexts.needs(settings) == ("answer",)
 
 
-@pytest.mark.parametrize("card", ["opsd", "copsd", "rosd", "critique", "sdpo", "grpo", "sft"])
+QUICK = ("rosd", "grpo")  # with a teacher and a context of its own, and without
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        *QUICK,
+        *(
+            pytest.param(c, marks=pytest.mark.slow)
+            for c in ("opsd", "copsd", "critique", "sdpo", "sft")
+        ),
+    ],
+)
 def test_every_card_runs_five_steps_and_writes_its_diagnostics(card, tmp_path):
     argv = runs.argv(card, tmp_path / "w", train__steps=5, train__save_every=5, eval__limit=2)
     assert main.main(argv) == 0

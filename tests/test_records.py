@@ -116,15 +116,6 @@ def test_a_mixture_has_both_masks_and_the_advantages(monkeypatch):
     assert "kl_initial" not in values
 
 
-def test_without_a_share_of_the_divergence_no_token_has_it(monkeypatch):
-    with runs.loaded("sdpo", train__batch=1, policy__weight=1.0) as (r, state):
-        row = row_with(r, 1)
-        script(monkeypatch, ["\\boxed{1}", right(row)])
-        work, values = stepped(r, state, [row])
-    assert not any(any(record["loss_mask"]) for record in work.records)
-    assert "divergence" not in values
-
-
 # ---- tokens of the divergence ------------------------------------------------------------------
 
 

@@ -256,7 +256,7 @@ def test_an_answer_that_is_stated_first():
 
 def test_which_statuses_are_usable():
     usable = {name for name, status in replies.STATUSES.items() if status.usable}
-    assert usable == {"ok", "no_quote"}
+    assert usable == {"ok", "no_quote", "thought"}
     assert all(replies.Reply(name).usable == (name in usable) for name in replies.STATUSES)
 
 
