@@ -166,9 +166,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--path", default="", help="other problems than the run's eval.path")
     parser.add_argument("--lang", default="", help="other languages, as sw,fr")
-    parser.add_argument("--samples", type=int, default=0, help="completions per problem (n)")
+    parser.add_argument("--samples", type=int, default=None, help="completions per problem (n)")
     parser.add_argument("--temperature", type=float, default=None, help="of sampling; 0: greedy")
-    parser.add_argument("--max_tokens", type=int, default=0, help="longest completion")
+    parser.add_argument("--max_tokens", type=int, default=None, help="longest completion")
     parser.add_argument(
         "--out", type=pathlib.Path, default=None, help="directory of results; default W/eval"
     )
@@ -183,11 +183,9 @@ def _config(args: argparse.Namespace) -> config_lib.Config:
         changes["path"] = args.path
     if args.lang:
         changes["lang"] = tuple(args.lang.split(","))
-    for name in ("samples", "max_tokens"):
-        if getattr(args, name):
+    for name in ("samples", "max_tokens", "temperature"):
+        if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
-    if args.temperature is not None:
-        changes["temperature"] = args.temperature
     if changes and args.out is None:
         raise ValueError(
             f"--out is missing: with other {', '.join(changes)} than the run's, name a directory "

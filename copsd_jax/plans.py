@@ -23,6 +23,7 @@ from copsd_jax import (
     guards,
     hf,
     hub,
+    inputs,
     languages,
     lora,
     mesh,
@@ -87,9 +88,9 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     rewards.check(config.reward.kind)
     # The cheap checks first: files of problems, then devices, then the model's headers.
     records = _author(config) if train else {}
-    rows, dropped = _train_rows(config, context, registry) if train else _none()
-    eval_rows, eval_dropped = _eval_rows(config, registry) if evaluate else _none()
-    exemplars = _exemplars(config, registry)
+    rows, dropped = inputs.train_rows(config, context, registry) if train else inputs.none()
+    eval_rows, eval_dropped = inputs.eval_rows(config, registry) if evaluate else inputs.none()
+    exemplars = inputs.exemplars(config, registry)
     devices = mesh.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
         validate.shards(config, mesh.batch_shards(devices))
@@ -106,7 +107,7 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     found = _fitting(eval_rows, examine, "prompt", config, eval_dropped)
     eval_rows, longest["evaluation"] = found
     if train:
-        _check_shares(config, rows, registry)
+        inputs.check_shares(config, rows, registry)
     if config.author.kind in ("student", "teacher"):
         asks = (contexts.writer_prompt(tok, sides["writer"], context, _probed(r)) for r in rows)
         longest["writer"] = max((ask.length for ask in asks if ask), default=0)
@@ -275,21 +276,6 @@ def within(
     return kept, overlong
 
 
-def needs(config: config_lib.Config, context: contexts.Settings) -> tuple[str, ...]:
-    """The fields of a row that the method, its context and its author need."""
-    if config.method == "grpo":
-        return ("answer",)
-    if config.method == "sft":
-        return ("solution", "answer")
-    wanted = list(contexts.needs(context))
-    if config.author.kind == "grader":
-        wanted.append("solution")
-    skips = config.context.correct == "skip"
-    if config.policy.weight or config.context.filter_groups or skips:
-        wanted.append("answer")
-    return tuple(dict.fromkeys(wanted))
-
-
 def saved_config(directory: pathlib.Path) -> config_lib.Config:
     """The config of a work directory.
 
@@ -312,15 +298,6 @@ def saved_config(directory: pathlib.Path) -> config_lib.Config:
     return config
 
 
-def _none() -> tuple[list[data.Row], collections.Counter]:
-    return [], collections.Counter()
-
-
-def _fields(path: str, fields: str) -> str:
-    """The field map of a source; bundled files have our names already."""
-    return "" if path.startswith("bundled:") else fields
-
-
 def _check_languages(config: config_lib.Config, registry) -> None:
     named = {
         "data.lang": config.data.lang,
@@ -333,58 +310,6 @@ def _check_languages(config: config_lib.Config, registry) -> None:
                 languages.resolve(code, registry)
             except ValueError as error:
                 raise ValueError(f"{setting} is {code!r}: {error}") from error
-
-
-def _check_shares(config: config_lib.Config, rows: list[data.Row], registry) -> None:
-    """Every language with a share needs a row."""
-    weights = tuple(config.data.weights) or (1.0,) * len(config.data.lang)
-    found = {row.lang for row in rows}
-    for code, weight in zip(config.data.lang, weights, strict=True):
-        if weight and languages.resolve(code, registry) not in found:
-            raise ValueError(f"data.lang is {code!r}: no row is left in that language")
-
-
-def _train_rows(config, context, registry) -> tuple[list[data.Row], collections.Counter]:
-    rows, dropped = data.load(
-        config.data.path, config.data.lang, missing=config.data.missing,
-        fields=_fields(config.data.path, config.data.fields),
-        needs=needs(config, context), limit=config.data.limit, registry=registry,
-    )  # fmt: skip
-    if config.author.kind == "grader":
-        unknown = [row for row in rows if not steps.covers(row.solution, row.answer)]
-        if unknown:
-            raise ValueError(
-                f"author.kind is 'grader': it reads solutions that are equations up to the answer, "
-                f"and {len(unknown)} of {len(rows)} rows have others, as {unknown[0].id!r} with "
-                f"{unknown[0].solution[:80]!r}"
-            )
-    return rows, dropped
-
-
-def _eval_rows(config, registry) -> tuple[list[data.Row], collections.Counter]:
-    if not config.eval.path:
-        return _none()
-    return data.load(
-        config.eval.path, config.eval.lang or config.data.lang, missing=config.data.missing,
-        fields=_fields(config.eval.path, config.eval.fields), needs=("answer",),
-        limit=config.eval.limit, registry=registry, setting="eval.path",
-    )  # fmt: skip
-
-
-def _exemplars(config, registry) -> tuple[data.Row, ...]:
-    count = config.prompt.exemplars
-    if not count:
-        return ()
-    rows, _ = data.load(
-        config.prompt.exemplars_path, (config.prompt.exemplars_lang,),
-        fields=_fields(config.prompt.exemplars_path, config.data.fields),
-        needs=("answer", "solution"), registry=registry, setting="prompt.exemplars_path",
-    )  # fmt: skip
-    if len(rows) < count:
-        raise ValueError(
-            f"prompt.exemplars is {count}: {config.prompt.exemplars_path} has {len(rows)} rows"
-        )
-    return tuple(rows[:count])
 
 
 def _model(config) -> tuple[pathlib.Path, model.ModelConfig, prompts.Tokenizer]:

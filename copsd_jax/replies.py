@@ -390,6 +390,8 @@ def from_file(path: str, setting: str = "author.path") -> dict[tuple[str, int], 
         if problem:
             raise ValueError(f"{path}, {where}: {problem}")
         out[str(row), sample] = fields["reply"]
+    if not out:
+        raise ValueError(f"{setting} is {path!r}: it holds no replies")
     return out
 
 

@@ -18,7 +18,7 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from copsd_jax import graders
@@ -287,15 +287,43 @@ def _tool_call(wanted: _Calls, text: str) -> Verdict:
 _OF_TEXT = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError)
 
 
+def check_golds(kind: str, golds: Mapping[str, str], setting: str) -> None:
+    """Refuses gold answers that the kind cannot read, before the first rollout.
+
+    Args:
+      golds: by the row's id.
+      setting: where the rows come from, such as data.path.
+
+    Raises:
+      ValueError: naming the first such row.
+    """
+    reads = {"choice": _letter, "tool_call": _gold_calls}
+    for row, gold in golds.items() if kind in reads else ():
+        try:
+            reads[kind](gold)
+        except ValueError as error:
+            raise ValueError(
+                f"reward.kind is {kind!r}: the answer {gold[:80]!r} of row {row!r} of {setting} "
+                f"cannot be read: {error}"
+            ) from error
+
+
+# What the import of a user's module can raise.
+OF_IMPORT = (
+    ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError,
+    ArithmeticError, RuntimeError, OSError,
+)  # fmt: skip
+
+
 def _resolve(kind: str) -> Callable:
     """The function of "module:function"."""
     module_name, _, name = kind.partition(":")
     try:
-        # Without a colon it is a misspelt kind: not to be imported.
-        module = importlib.import_module(module_name) if name else None
-        function: Any = getattr(module, name or kind, None)
+        if not name:  # a misspelt kind: not to be imported
+            raise ValueError("it is none of these")
+        function: Any = getattr(importlib.import_module(module_name), name)
         inspect.signature(function).bind("gold", "text")
-    except (ImportError, TypeError, ValueError) as error:
+    except OF_IMPORT as error:
         raise ValueError(
             f"reward.kind is {kind!r}: the choices are {', '.join(KINDS)}, or module:function of "
             f"an importable function of (gold, text); {error}"

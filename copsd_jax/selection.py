@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from copsd_jax import contexts, localise, replies, steps
+from copsd_jax import contexts, localise, replies, rewards, steps
 
 # How an error was found. Besides localise.STATUSES: a critic's step, a completion that is right
 # (distilled whole), all tokens asked for, and spans of the user's function.
@@ -44,7 +44,7 @@ def function(select: str) -> Callable | None:
     try:
         found: Any = getattr(importlib.import_module(module), name)
         inspect.signature(found).bind("problem", "answer", "reply")
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except rewards.OF_IMPORT as error:
         raise ValueError(
             f"tokens.select is {select!r}: it is no importable function of (problem, answer, "
             f"reply); {error}"
@@ -68,6 +68,17 @@ def _inside(select: str, span: Any, characters: int) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
+def _spans(select: str, spans_of: Callable, attempt, answer: str, reply) -> list:
+    """What the user's function returns; what it raises names the setting and the row."""
+    try:
+        return list(spans_of(attempt.row.problem, answer, reply.trace or reply.text))
+    except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"tokens.select is {select!r}: for row {attempt.row.id!r} it raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def mask(
     settings: Settings,
     decoded: localise.Decoded,
@@ -88,7 +99,7 @@ def mask(
     if spans_of is not None:
         answer = decoded.text[start:]
         chosen = np.zeros(length, bool)
-        for span in spans_of(attempt.row.problem, answer, reply.trace or reply.text):
+        for span in _spans(settings.select, spans_of, attempt, answer, reply):
             first, end = _inside(settings.select, span, len(answer))
             chosen[slice(*localise.tokens(decoded, start + first, start + end))] = True
         return chosen, "spans"

@@ -151,13 +151,19 @@ def measured(
 
 def failures(step: int, records: list[dict]) -> list[str]:
     """One line on the replies of a step that a writer owes, with the reason of the first."""
+    raised = [r for r in records if str(r.get("grade_status", "")).startswith("raised")]
+    lines = [
+        f"warning: step {step}: the function of reward.kind failed for {len(raised)} of "
+        f"{len(records)} completions, the first with {raised[0]['grade_status'].split(':')[1]}"
+    ] if raised else []  # fmt: skip
     failed = [record for record in records if record.get("reply_detail")]
     if not failed:
-        return []
+        return lines
     first = failed[0]
     return [
+        *lines,
         f"warning: step {step}: {len(failed)} of {len(records)} completions have no reply, the "
-        f"first for {first['reply_status']}: {first['reply_detail']}"
+        f"first for {first['reply_status']}: {first['reply_detail']}",
     ]
 
 

@@ -223,7 +223,8 @@ def _check_author(s: Mapping) -> None:
         _refuse("author.kind", author, f"with context.kind={kind} it is one of {choices}")
     for name, needed in (("author.path", "file"), ("author.url", "server")):
         if (author == needed) != bool(s[name]):
-            _refuse(name, s[name], f"author.kind is {author}; it goes with {needed}")
+            rule = "which needs it" if author == needed else f"it goes with {needed} alone"
+            _refuse(name, s[name], f"author.kind is {author}, {rule}")
     if author != "grader":
         return
     if s["reward.kind"] != "answer":

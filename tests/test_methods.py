@@ -323,6 +323,42 @@ def test_refusals_name_the_setting(card, settings, named):
         plans.make(runs.config(card, **settings))
 
 
+@pytest.mark.parametrize(
+    "card, settings, said",
+    [
+        ("opsd", {"reward__kind": "choice", "prompt__answer": "choice"}, "reward.kind.*data.path"),
+        ("opsd", {"reward__kind": "tool_call", "prompt__answer": "none"}, "reward.kind.*no Action"),
+        ("opsd", {"context__kind": "other_problem", "data__limit": 1}, "context.kind.*data.path"),
+        ("opsd", {"tokens__select": "broken_module:f"}, "tokens.select.*out of luck"),
+        ("opsd", {"reward__kind": "broken_module:f"}, "reward.kind.*out of luck"),
+        ("critique", {"author__kind": "file", "author__path": "EMPTY"}, "author.path.*no replies"),
+    ],
+)
+def test_what_data_and_modules_lack_is_refused_before_the_run(
+    card, settings, said, tmp_path, monkeypatch
+):
+    (tmp_path / "broken_module.py").write_text("raise RuntimeError('out of luck')\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    values = {k: tmp_path / "empty.jsonl" if v == "EMPTY" else v for k, v in settings.items()}
+    with pytest.raises(ValueError, match=said):
+        plans.make(runs.config(card, **values))
+
+
+def raising(problem, answer, reply):
+    """A user's function."""
+    raise KeyError("no such step")
+
+
+def test_a_selection_that_raises_names_itself_and_the_row(monkeypatch):
+    monkeypatch.syspath_prepend(str(conftest.ROOT / "tests"))
+    with runs.loaded("opsd", tokens__select="test_methods:raising", train__batch=1) as (r, state):
+        row = row_with(r, 1)
+        script(monkeypatch, [right(row)])
+        with pytest.raises(ValueError, match=f"tokens.select.*{row.id}.*KeyError.*no such step"):
+            methods.METHODS["distill"].make_batch(r, state, [row], 0)
+
+
 def test_the_rule_is_refused_where_solutions_are_no_equations(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"problem": "p", "solution": "By symmetry.", "answer": "3"}) + "\n")
