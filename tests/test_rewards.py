@@ -336,11 +336,11 @@ def test_what_is_the_functions_own_fault_ends_the_run(score, module):
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        ("boxd", "None is not a callable object"),
-        ("this", "None is not a callable object"),
-        ("", "None is not a callable object"),
+        ("boxd", "it is none of these"),
+        ("this", "it is none of these"),
+        ("", "it is none of these"),
         ("nowhere.at_all:f", "No module named 'nowhere'"),
-        ("my_reward:lenght", "None is not a callable object"),
+        ("my_reward:lenght", "has no attribute 'lenght'"),
         ("my_reward:LIMIT", "3 is not a callable object"),
         ("my_reward:alone", "too many positional arguments"),
         (":f", "Empty module name"),

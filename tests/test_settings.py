@@ -247,7 +247,8 @@ def test_fields_that_a_row_needs(tmp_path, settings, missing):
         plans.make(runs.config("opsd", **asked, **settings))
     if missing == "answer":  # which reference does without
         assert plans.make(runs.config("opsd", **asked)).rows
-    path.write_text(json.dumps(row) + "\n")
+    other = {"problem": "q", "solution": "1 + 2 = 3.", "answer": "3"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n")
     assert plans.make(runs.config("opsd", **asked, **settings)).rows
 
 
