@@ -59,7 +59,7 @@ def critic():
 def settings(server, tmp_path):
     return {
         "author__kind": "server", "author__url": f"http://127.0.0.1:{server.server_port}/v1",
-        "author__model": "critic", "author__timeout": 0.5, "author__retries": 1,
+        "author__model": "critic", "author__timeout": 1.5, "author__retries": 1,
         "author__backoff": 0.01, "author__cache": tmp_path / "cache", "train__batch": 6,
         "prompt__form": "plain",
     }  # fmt: skip
