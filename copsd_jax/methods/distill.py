@@ -16,7 +16,8 @@ so with its own weights (the originals used the merged student). An error is fou
 characters of the sampled tokens, not by encoding text anew. A reply that cannot be read leaves the
 completion without loss and is counted; as published it gets SDPO's context instead
 (`parity.reflection_fallback`). With `context.filter_groups`, groups whose rewards are all equal are
-left out before anything is written for them. The originals' tutor is a system message, ours opens the user's turn.
+left out before anything is written for them. The originals' tutor is a system message, ours opens
+the user's turn.
 """
 
 import numpy as np
