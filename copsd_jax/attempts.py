@@ -4,13 +4,14 @@ What all methods that sample share. A group is the completions of one occurrence
 """
 
 import collections
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from copsd_jax import data, layout, localise, prompts, rewards, run, steps, token_stats, train_step
-from copsd_jax.sampler import host
+from copsd_jax.sampler import host, jobs
 
 
 class Rollouts(NamedTuple):
@@ -21,6 +22,7 @@ class Rollouts(NamedTuple):
       decoded: the completions as text with the characters of each token, without the end token.
       starts: where in that text the answer begins, behind the thinking.
       verdicts: None where a row has no gold answer.
+      sampler: how busy it kept the device.
     """
 
     rows: list[data.Row]
@@ -31,6 +33,7 @@ class Rollouts(NamedTuple):
     decoded: list[localise.Decoded]
     starts: list[int]
     verdicts: list[rewards.Verdict | None]
+    sampler: host.Stats
 
     def answer(self, i: int) -> str:
         """The text of completion i without its thinking."""
@@ -58,11 +61,8 @@ def make(
     plan, c = r.plan, r.plan.config
     repeated, samples = _repeat(rows, c.rollout.per_prompt)
     asked = [prompts.student(plan.tokenizer, plan.student, row) for row in repeated]
-    completions = run.sample(
-        r, policy, asked, run.sampling(r, "rollout", c.rollout.max_tokens),
-        host.stream_keys(c.seed, "rollout", step, [row.id for row in repeated], samples),
-        c.rollout.slots,
-    )  # fmt: skip
+    keys = jobs.stream_keys(c.seed, "rollout", step, [row.id for row in repeated], samples)
+    completions, stats = run.sample(r, policy, asked, "rollout", keys)
     stops = set(plan.stop_ids)
     decoded = [
         localise.decode([i for i in done.ids if i not in stops], plan.token_bytes)
@@ -84,6 +84,7 @@ def make(
         decoded=decoded,
         starts=starts,
         verdicts=[found.get(i) for i in range(len(repeated))],
+        sampler=stats,
     )
 
 
@@ -154,8 +155,9 @@ def mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def metrics(made: list[dict]) -> dict[str, float]:
-    """Means over the step's completions, and how many were graded with which status."""
+def metrics(made: list[dict], sampler: host.Stats) -> dict[str, float]:
+    """Means over the step's completions, and how many were graded with which status; the sampler's
+    speed, and the share of its slots that drew tokens while prompts were waiting."""
     graded = [record for record in made if record["correct"] is not None]
     # "raised:KeyError" is a "raised": the records know the exception.
     statuses = [record["grade_status"].partition(":")[0] for record in graded]
@@ -174,6 +176,9 @@ def metrics(made: list[dict]) -> dict[str, float]:
         **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
         **({"format": mean(formed)} if formed else {}),
         **counts("grade", statuses, []),
+        # Without a queue there is nothing to say of occupancy.
+        **({} if math.isnan(sampler.occupancy) else {"slot_occupancy": sampler.occupancy}),
+        "seconds/sampler": sampler.seconds,
     }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from copsd_jax import contexts, data, openai_api, plans, prompts, replies, run, steps, train_step
-from copsd_jax.sampler import host
+from copsd_jax.sampler import jobs
 
 
 class Asked(NamedTuple):
@@ -72,14 +72,11 @@ def _sampled(r: run.Run, policy: train_step.Policy, asked: list[Asked], step: in
     out = [_unasked(prompt, plan) for prompt in made]
     todo = [i for i, written in enumerate(out) if written is None]
     wanted = [prompt for prompt in (made[i] for i in todo) if prompt is not None]
-    done = run.sample(
-        r, policy, wanted, run.sampling(r, "author", c.author.max_tokens),
-        host.stream_keys(
-            c.seed, "author", step, [asked[i].attempt.row.id for i in todo],
-            [asked[i].sample for i in todo],
-        ),
-        c.author.slots,
-    ) if todo else []  # fmt: skip
+    keys = jobs.stream_keys(
+        c.seed, "author", step, [asked[i].attempt.row.id for i in todo],
+        [asked[i].sample for i in todo],
+    )  # fmt: skip
+    done = run.sample(r, policy, wanted, "author", keys).completions if todo else []
     for i, prompt, completion in zip(todo, wanted, done, strict=True):
         text = run.opened(prompt, run.text(r, completion.ids))
         status = "cut" if completion.finish == "length" else "written"

@@ -125,6 +125,16 @@ def _objective(c: Config) -> None:
     r.stop = ()  # strings that end a completion, besides the stop ids of model and tokenizer
     r.slots = 32  # rows decoded at once
 
+    c.sampler = o = config_dict.ConfigDict()
+    o.steps = 16  # tokens per slot between two looks of the host
+    o.pack = 512  # prompt tokens that are prefilled at once, where prompts are not longer
+    o.cache = "auto"  # dtype of keys and values: auto (the model's), float32, bfloat16, int8
+    o.attention = "auto"  # to the cache; auto: pallas on GPU and TPU, blocks on CPU; dense
+    o.merge = False  # the adapter added to a copy of the base, made once a rollout phase
+    o.int8 = False  # projections rounded to int8 for decoding
+    o.gather = True  # weights that mesh.fsdp splits are gathered once a phase, not for each token
+    o.warmup = "auto"  # compile all programs before the first step; auto: on GPU and TPU
+
     c.loss = s = config_dict.ConfigDict()
     s.divergence = "fkl"  # fkl KL(teacher || student), rkl KL(student || teacher), jsd, sampled
     s.beta = 0.5  # of jsd: M = (1 - beta) student + beta teacher

@@ -8,10 +8,16 @@ prints one table.
 
 import argparse
 import collections
+import contextlib
+import hashlib
+import json
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from copsd_jax import (
     checkpoint,
@@ -25,32 +31,37 @@ from copsd_jax import (
     workdir,
 )
 from copsd_jax import config as config_lib
-from copsd_jax.sampler import host
+from copsd_jax.sampler import host, jobs
 
 
 def evaluate(
     r: run.Run,
     policy: train_step.Policy,
     rows: Sequence[data.Row],
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: Callable[[host.Stats], None] | None = None,
+    partial: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """`{'scores': {name: {...}}, 'samples': [...]}`; names are languages, and language/group.
+    """`{'scores': {name: {...}}, 'problems': [...]}`; names are languages, and language/group.
 
     Random streams depend on the seed, the problem and the sample alone, so two policies meet the
     same noise.
+
+    Args:
+      partial: a file that keeps each completion as soon as there is one, see `_sampled`. An
+        evaluation that was stopped goes on from it; it is removed at the end.
+
+    Raises:
+      ValueError: if `partial` was written by another evaluation.
     """
-    plan, e, n = r.plan, r.plan.config.eval, r.plan.config.eval.samples
+    plan, n = r.plan, r.plan.config.eval.samples
     asked = [
         prompt
         for row in rows
         for prompt in [prompts.student(plan.tokenizer, plan.evaluation, row)] * n
     ]
     ids = [row.id for row in rows for _ in range(n)]
-    keys = host.stream_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))
-    limit = e.max_tokens or plan.config.rollout.max_tokens
-    completions = run.sample(
-        r, policy, asked, run.sampling(r, "eval", limit), keys, e.slots, progress
-    )
+    keys = jobs.stream_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))
+    completions = _sampled(r, policy, asked, ids, keys, progress, partial)
     texts = [run.text(r, completion.ids) for completion in completions]
     golds = [row.answer for row in rows for _ in range(n)]
     grades = run.grade(r, golds, asked, texts)
@@ -73,7 +84,82 @@ def evaluate(
          "problem": row.problem, "samples": given}
         for row, given in zip(rows, samples, strict=True)
     ]  # fmt: skip
+    if partial is not None:
+        partial.unlink()
     return {"scores": _scores(r, records), "problems": records}
+
+
+class _Said(NamedTuple):
+    """What an evaluation needs of a completion."""
+
+    ids: list[int]
+    finish: str
+
+
+def _sampled(r: run.Run, policy, asked, ids, keys, progress, partial) -> list[_Said]:
+    """The completions, from the file as far as it has them.
+
+    The file's first line says what is evaluated, each other one holds a completion:
+      {"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}
+    A last line without an end was being written when the evaluation was stopped: it is dropped.
+    """
+    said = _kept(partial, _what(r, asked)) if partial is not None else {}
+    todo = [i for i in range(len(asked)) if i not in said]
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(partial.open("a", encoding="utf-8")) if partial else None
+
+        def done(k: int, completion: host.Completion) -> None:
+            i = todo[k]
+            said[i] = _Said(list(completion.ids), completion.finish)
+            if stream is not None:
+                line = {"index": i, "id": ids[i], "ids": said[i].ids, "finish": said[i].finish}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                stream.flush()
+
+        def further(stats: host.Stats) -> None:
+            if progress is not None:
+                progress(stats._replace(done=stats.done + len(asked) - len(todo)))
+
+        run.sample(
+            r, policy, [asked[i] for i in todo], "eval", keys[np.array(todo, int)],
+            progress=further, done=done,
+        )  # fmt: skip
+    return [said[i] for i in range(len(asked))]
+
+
+def _what(r: run.Run, asked: Sequence[prompts.Prompt]) -> dict[str, Any]:
+    """What decides the completions, besides the weights: those of a step in its own directory."""
+    c = r.plan.config
+    digest = hashlib.sha256()
+    for prompt in asked:
+        digest.update(repr((prompt.prefix_ids, prompt.ids)).encode())
+    names = "max_tokens temperature top_p top_k min_p".split()
+    return {
+        "prompts": len(asked),
+        "sha256": digest.hexdigest(),
+        "seed": c.seed,
+        "stop": list(c.rollout.stop),
+        **{f"eval.{name}": c.eval[name] for name in names},
+        **{f"sampler.{name}": c.sampler[name] for name in ("cache", "merge", "int8")},
+    }
+
+
+def _kept(partial: pathlib.Path, what: dict[str, Any]) -> dict[int, _Said]:
+    """Completions of a stopped evaluation, of which half a line is cut off; a new file else."""
+    if not partial.is_file():
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(what) + "\n", encoding="utf-8")
+        return {}
+    text = partial.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    head, *lines = whole.splitlines() or ["{}"]
+    if json.loads(head) != what:
+        raise ValueError(
+            f"{partial} was written by an evaluation of other prompts or settings: remove it"
+        )
+    partial.write_text(whole, encoding="utf-8")
+    found = [json.loads(line) for line in lines]
+    return {line["index"]: _Said(line["ids"], line["finish"]) for line in found}
 
 
 def groups(records: Sequence[dict]) -> dict[str, list[dict]]:
@@ -195,14 +281,14 @@ def _config(args: argparse.Namespace) -> config_lib.Config:
     return config
 
 
-def show(label: str, total: int) -> tuple[metrics.Progress, Callable[[int, int, int], None]]:
+def show(label: str, total: int) -> tuple[metrics.Progress, Callable[[host.Stats], None]]:
     """A progress line, and the sampler's callback that feeds it."""
     progress, seen = metrics.Progress(label, total), [0]
 
-    def update(done: int, of: int, tokens: int) -> None:
-        del of
-        progress.update(done, tokens - seen[0])
-        seen[0] = tokens
+    def update(stats: host.Stats) -> None:
+        busy = {} if math.isnan(stats.occupancy) else {"occupancy": stats.occupancy}
+        progress.update(stats.done, stats.tokens - seen[0], **busy)
+        seen[0] = stats.tokens
 
     return progress, update
 
@@ -241,11 +327,13 @@ def main(argv: list[str]) -> int:
             for step in steps:
                 state = checkpoints.load(step, initial) if step else initial
                 progress, update = show(f"step {step}:", len(plan.eval_rows) * config.eval.samples)
+                file = out / workdir.step_file(out, "eval", step).name
                 with progress:
-                    result = evaluate(r, run.policies(r, state)[0], plan.eval_rows, update)
+                    result = evaluate(
+                        r, run.policies(r, state)[0], plan.eval_rows, update, workdir.partial(file)
+                    )
                 results[step] = {"step": step, **result}
-                out.mkdir(parents=True, exist_ok=True)
-                workdir.write_json(out / workdir.step_file(out, "eval", step).name, results[step])
+                workdir.write_json(file, results[step])
     print(overview(results))
     if 0 in results and len(results) > 1:
         last = max(results)

@@ -49,7 +49,8 @@ _PLAIN = """
     divergence loss_tokens logp_student logp_teacher entropy_student entropy_teacher clipped_mass
     ratio advantage advantage_negative
     policy_loss policy_tokens policy_entropy policy_ratio ratio_clipped kl_initial
-    taught filtered overlong_teacher_prompts leaked replies_cut seconds/rollout seconds/step
+    taught filtered overlong_teacher_prompts leaked replies_cut slot_occupancy
+    seconds/rollout seconds/sampler seconds/step
 """
 METRICS = (
     *_PLAIN.split(),

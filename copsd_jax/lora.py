@@ -54,7 +54,8 @@ class Projection(nn.Module):
     """`y = x W + bias + (x a scale) b`, all products in `dtype`.
 
     Base and adapter leaves are cast to `dtype` for the products whatever they are stored in: in a
-    bfloat16 model the float32 adapter is rounded on use, and its gradient is float32 again.
+    bfloat16 model the float32 adapter is rounded on use, and its gradient is float32 again. A base
+    kernel may be int8, with a leaf `scale`, float32 [features], beside it (see `quantised`).
     """
 
     features: int
@@ -67,6 +68,9 @@ class Projection(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         y = x @ kernel.astype(self.dtype)
+        if self.has_variable("params", "scale"):
+            factor = self.get_variable("params", "scale").astype(self.dtype)
+            y = y * factor.reshape((1,) * (y.ndim - 1) + (-1,))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
@@ -113,4 +117,18 @@ def merge(params: dict, adapter: dict, scale: float) -> dict:
         ) * jnp.float32(scale)
         merged = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
         layers[target] = {**layers[target], "kernel": merged}
+    return {**params, "layers": layers}
+
+
+def quantised(params: dict) -> dict:
+    """The projections' kernels as int8, each column with a float32 `scale`; all else as it is.
+
+    A column's largest magnitude becomes 127: the rounding is at most 1/254 of it. For decoding.
+    """
+    layers = dict(params["layers"])
+    for target in TARGETS:
+        kernel = layers[target]["kernel"].astype(jnp.float32)
+        scale = jnp.maximum(jnp.max(jnp.abs(kernel), axis=1), jnp.float32(1e-30)) / 127
+        whole = jnp.round(kernel / scale[:, None]).astype(jnp.int8)
+        layers[target] = {**layers[target], "kernel": whole, "scale": scale}
     return {**params, "layers": layers}

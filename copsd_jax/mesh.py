@@ -28,6 +28,9 @@ PARTITIONS: dict[str, tuple[str | None, ...]] = {
     **{f"layers/{name}/kernel": _COLUMN for name in ("q", "k", "v", "gate", "up")},
     **{f"layers/{name}/kernel": _ROW for name in ("o", "down")},
     **{f"layers/{name}/bias": (None, "tensor") for name in ("q", "k", "v")},
+    # Of int8 kernels: one number per output.
+    **{f"layers/{name}/scale": (None, "tensor") for name in ("q", "k", "v", "gate", "up")},
+    **{f"layers/{name}/scale": (None, "fsdp") for name in ("o", "down")},
     # Adapters: a is [layers, in, rank], b is [layers, rank, out].
     **{f"{name}/a": (None, "fsdp", None) for name in ("q", "k", "v", "gate", "up")},
     **{f"{name}/b": (None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
@@ -90,11 +93,16 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings of a tree of parameters, adapters or optimizer state; scalars replicated."""
+def shardings(tree: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
+    """NamedShardings of a tree of parameters, adapters or optimizer state; scalars replicated.
+
+    `gathered` are those for decoding: whole along `fsdp`, where training splits them.
+    """
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
         spec = partition(_name(path), leaf.shape, mesh) if leaf.ndim else PartitionSpec()
+        if gathered:
+            spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -109,6 +117,20 @@ def place_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
     """Splits arrays along `axis` over the batch axes of the mesh."""
     spec = PartitionSpec(*([None] * axis), BATCH)
     return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def current() -> Mesh:
+    """The mesh of the surrounding `jax.set_mesh`; outside of one, the default device alone."""
+    context = jax.sharding.get_mesh()
+    return make(1, 1, 1, jax.devices()[:1]) if context.empty else context
+
+
+def from_host(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """NumPy arrays that every process has whole, each device's part on it; nothing travels."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), tree
+    )
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

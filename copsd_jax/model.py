@@ -6,7 +6,7 @@ pass over the weights. It returns hidden states; the head is apart (`head`, `log
 and sampler want it at chosen positions only.
 
 Letters: B sequences, L tokens of a sequence, S keys of a sequence, V vocabulary, D width, N query
-heads, K key heads, M = N/K queries per key head, H head size, A cache length, P prefix length.
+heads, K key heads, M = N/K queries per key head, H head size, J decode slots, P prefix length.
 Norms, RoPE, softmax and attention logits are float32 in every compute dtype.
 """
 
@@ -20,10 +20,11 @@ import numpy as np
 from flax import linen as nn
 
 from copsd_jax import lora
+from copsd_jax.kernels import attention
 
 REMAT = ("none", "layer")
 QUERY_BLOCK = 512  # longer rows attend block by block of queries
-MASKED = -1e30  # finite, so that a row without any visible key gives finite numbers
+MASKED = attention.MASKED
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -99,7 +100,7 @@ SHAPES = {
 
 
 class KV(NamedTuple):
-    """Keys (RoPE applied) and values of all layers, each [layers, B, A, K, H]."""
+    """Keys (RoPE applied) and values of all layers, each [layers, B, L, K, H]."""
 
     k: jax.Array
     v: jax.Array
@@ -107,7 +108,15 @@ class KV(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("tokens_BL", "positions_BL", "segments_BL", "adapter", "prefix", "cache"),
+    data_fields=(
+        "tokens_BL",
+        "positions_BL",
+        "segments_BL",
+        "adapter",
+        "prefix",
+        "cache",
+        "parents_BL",
+    ),
     meta_fields=("adapter_scale",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +124,11 @@ class Stream:
     """One batch of rows and how they are to be read.
 
     Rows are read in one of two ways:
-      without cache: a token attends to the tokens of its own segment at or before its index in
-        the row. Segment 0 is padding: no other segment sees it, and its hidden state is 0 with
-        no gradient.
-      with cache: token l of row b is written at index positions[b, l] - P and attends to that index
-        and all before it. `segments` may be None; where it is 0 the token is not written.
+      without cache: a token attends to the tokens of its own segment, and of the segment that
+        `parents` names, at or before its index in the row. Segment 0 is padding: no other segment
+        sees it, and its hidden state is 0 with no gradient.
+      with cache: rows of one token (L = 1). It is written at index positions - P and attends to
+        that index and all before it. `segments` may be None; where it is 0 the slot is dead.
     In both ways every token sees the whole prefix, whose P keys stand at positions 0 … P - 1.
     """
 
@@ -129,7 +138,8 @@ class Stream:
     adapter: dict | None = None  # a tree of lora.init
     adapter_scale: float = 1.0  # static
     prefix: KV | None = None  # [layers, 1, P, K, H], shared by all rows; gradients flow through it
-    cache: KV | None = None  # [layers, B, A, K, H]
+    cache: attention.Cache | None = None  # of B slots
+    parents_BL: jax.Array | None = None  # int32; -1 for none
 
 
 class Output(NamedTuple):
@@ -137,6 +147,7 @@ class Output(NamedTuple):
 
     hidden_BLD: jax.Array
     kv: KV | None
+    cache: attention.Cache | None = None  # of a stream with a cache, updated
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -189,22 +200,25 @@ def _attend(q_BLKMH, k_BSKH, v_BSKH, seen_BLS, prefix: KV | None) -> jax.Array:
     return (out_BKLMH / total_BKLM[..., None]).swapaxes(1, 2).astype(dtype)
 
 
-def _seen(query_BL, query_index_L, segments_BS) -> jax.Array:
-    """[B, L, S]: same segment, and not later in the row."""
+def _seen(query_BL, parents_BL, query_index_L, segments_BS) -> jax.Array:
+    """[B, L, S]: same segment or the parent, and not later in the row."""
     same = query_BL[:, :, None] == segments_BS[:, None, :]
+    if parents_BL is not None:
+        same = same | (parents_BL[:, :, None] == segments_BS[:, None, :])
     index_S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)
     return same & (index_S[None, None, :] <= query_index_L[None, :, None])
 
 
-def _attend_rows(q_BLKMH, k_BLKH, v_BLKH, segments_BL, prefix: KV | None, block: int) -> jax.Array:
+def _attend_rows(q_BLKMH, k_BLKH, v_BLKH, rows: "_Rows", prefix: KV | None, block: int):
     """`_attend` of whole rows; above `block` queries, block by block, each recomputed backwards.
 
     Exact in both forms; the second never holds more than [B, N, block, L + P] logits.
     """
+    segments_BL, parents_BL = rows.segments_BL, rows.parents_BL
     length = q_BLKMH.shape[1]
     index_L = jnp.arange(length, dtype=jnp.int32)
     if length <= block:
-        seen = _seen(segments_BL, index_L, segments_BL)
+        seen = _seen(segments_BL, parents_BL, index_L, segments_BL)
         return _attend(q_BLKMH, k_BLKH, v_BLKH, seen, prefix)
     n = -(-length // block)
     padding = n * block - length
@@ -217,31 +231,38 @@ def _attend_rows(q_BLKMH, k_BLKH, v_BLKH, segments_BL, prefix: KV | None, block:
     def one(args):
         # The mask must wait for q: else, as it depends on constants of the loops only, masks of
         # all blocks, [B, L, L], are made ahead of the layers when a gradient is taken.
-        q, query, index = jax.lax.optimization_barrier(args)
-        return _attend(q, k_BLKH, v_BLKH, _seen(query, index, segments_BL), prefix)
+        q, query, parents, index = jax.lax.optimization_barrier(args)
+        return _attend(q, k_BLKH, v_BLKH, _seen(query, parents, index, segments_BL), prefix)
 
     # What the queries that fill the last block find is cut off below.
     index = jnp.arange(n * block, dtype=jnp.int32).reshape(n, block)
-    out = jax.lax.map(one, (blocks(q_BLKMH), blocks(segments_BL), index))
+    parents = None if parents_BL is None else blocks(parents_BL)
+    out = jax.lax.map(one, (blocks(q_BLKMH), blocks(segments_BL), parents, index))
     out = jnp.moveaxis(out, 0, 1)
     return out.reshape(out.shape[0], n * block, *out.shape[3:])[:, :length]
 
 
-def _attend_cache(q_BLKMH, k, v, cache: KV, index_BL, layer, prefix) -> tuple[jax.Array, KV]:
-    """Writes own keys and values at `index` of the layer's cache, then attends up to it."""
-    rows_B1 = jnp.arange(q_BLKMH.shape[0], dtype=jnp.int32)[:, None]
-    # In place in the scan's carry; an index at or beyond A (padding) is dropped.
-    cache = KV(
-        cache.k.at[layer, rows_B1, index_BL].set(k.astype(cache.k.dtype), mode="drop"),
-        cache.v.at[layer, rows_B1, index_BL].set(v.astype(cache.v.dtype), mode="drop"),
+def _attend_cache(
+    q_B1KMH, k_B1KH, v_B1KH, cache: attention.Cache, rows: "_Rows", layer, prefix, implementation
+) -> tuple[jax.Array, attention.Cache]:
+    """Attention of each slot's token to its live entries, itself included, and the prefix."""
+    q_JKMH, dtype = q_B1KMH[:, 0], q_B1KMH.dtype
+    assert rows.index_B is not None  # of a stream with a cache
+    own, cache = attention.step(
+        q_JKMH, k_B1KH[:, 0], v_B1KH[:, 0], cache, layer, rows.index_B, implementation
     )
-    k_BAKH = jax.lax.dynamic_index_in_dim(cache.k, layer, 0, keepdims=False)
-    v_BAKH = jax.lax.dynamic_index_in_dim(cache.v, layer, 0, keepdims=False)
-    index_A = jnp.arange(k_BAKH.shape[1], dtype=jnp.int32)
-    seen_BLA = index_A[None, None, :] <= index_BL[:, :, None]
-    dtype = q_BLKMH.dtype
-    out = _attend(q_BLKMH, k_BAKH.astype(dtype), v_BAKH.astype(dtype), seen_BLA, prefix)
-    return out, cache
+    out_JKMH, top_JKM, total_JKM = own
+    if prefix is not None:
+        shared = _product("jkmh,pkh->jkmp", q_JKMH, prefix.k[0])
+        top_JKM = jnp.maximum(own.top_JKM, shared.max(axis=-1))
+        shared = jnp.exp(shared - top_JKM[..., None])
+        scale_JKM = jnp.exp(own.top_JKM - top_JKM)
+        total_JKM = own.total_JKM * scale_JKM + shared.sum(axis=-1)
+        shared = _product("jkmp,pkh->jkmh", shared.astype(dtype), prefix.v[0])
+        out_JKMH = own.out_JKMH * scale_JKM[..., None] + shared
+    # A dead slot without a prefix has seen nothing: 0 / 0.
+    total_JKM = jnp.maximum(total_JKM, jnp.float32(1e-30))
+    return (out_JKMH / total_JKM[..., None])[:, None].astype(dtype), cache
 
 
 class Norm(nn.Module):
@@ -263,8 +284,9 @@ class _Rows(NamedTuple):
     """What all layers need of a stream, alike."""
 
     angle_BLE: jax.Array  # float32 RoPE angles
-    segments_BL: jax.Array | None
-    index_BL: jax.Array | None  # where the cache is written
+    segments_BL: jax.Array | None = None
+    parents_BL: jax.Array | None = None
+    index_B: jax.Array | None = None  # where the cache is written, -1 for a dead slot
 
 
 class Layer(nn.Module):
@@ -273,6 +295,7 @@ class Layer(nn.Module):
     config: ModelConfig
     dtype: Any
     block: int
+    decode: str
     scales: tuple[float, ...]  # of the streams' adapters
     return_kv: bool
 
@@ -302,9 +325,9 @@ class Layer(nn.Module):
 
         q_BLKMH, k, v = self._qkv(project, self.attn_norm(hidden), rows.angle_BLE)
         if cache is None:
-            out = _attend_rows(q_BLKMH, k, v, rows.segments_BL, prefix, self.block)
+            out = _attend_rows(q_BLKMH, k, v, rows, prefix, self.block)
         else:
-            out, cache = _attend_cache(q_BLKMH, k, v, cache, rows.index_BL, layer, prefix)
+            out, cache = _attend_cache(q_BLKMH, k, v, cache, rows, layer, prefix, self.decode)
         hidden = hidden + project("o", out.reshape(*out.shape[:2], -1))
         x = self.mlp_norm(hidden)
         hidden = hidden + project("down", nn.silu(project("gate", x)) * project("up", x))
@@ -345,21 +368,24 @@ class Decoder(nn.Module):
       dtype: of all products and of the hidden states; weights are cast to it on use.
       remat: 'none', or 'layer' to keep only the layers' inputs for the backward pass.
       query_block: rows longer than this attend block by block of queries.
+      decode: how a stream with a cache attends to it, of attention.IMPLEMENTATIONS.
     """
 
     config: ModelConfig
     dtype: Any
     remat: str = "none"
     query_block: int = QUERY_BLOCK
+    decode: str = "blocks"
 
     @nn.compact
     def __call__(self, streams: tuple[Stream, ...], return_kv: bool = False) -> tuple[Output, ...]:
         """Hidden states of each stream; with `return_kv` own keys and values [layers, B, L, K, H].
 
-        A stream with a cache gets the updated cache back instead.
+        A stream with a cache gets it back, updated, in `cache`.
 
         Raises:
-          ValueError: for an unknown `remat`, or a stream with neither segments nor a cache.
+          ValueError: for an unknown `remat`, a stream with neither segments nor a cache, or one
+            with a cache and more than one token a row.
         """
         c = self.config
         if self.remat not in REMAT:
@@ -374,8 +400,8 @@ class Decoder(nn.Module):
             in_axes=axes, length=c.n_layers,
         )  # fmt: skip
         layers = layers(
-            c, self.dtype, self.query_block, tuple(s.adapter_scale for s in streams), return_kv,
-            name="layers",
+            c, self.dtype, self.query_block, self.decode,
+            tuple(s.adapter_scale for s in streams), return_kv, name="layers",
         )  # fmt: skip
         carry = tuple((embedding[s.tokens_BL].astype(self.dtype), s.cache) for s in streams)
         slices = tuple((s.adapter, s.prefix) for s in streams)
@@ -383,24 +409,26 @@ class Decoder(nn.Module):
         carry, kvs = layers(carry, (index, slices), tuple(_rows(c, s) for s in streams))
         norm = Norm(c.rms_eps, self.dtype, name="final_norm")
         return tuple(
-            Output(_blank(norm(hidden), stream.segments_BL), kv if cache is None else cache)
+            Output(_blank(norm(hidden), stream.segments_BL), kv, cache)
             for (hidden, cache), kv, stream in zip(carry, kvs, streams, strict=True)
         )
 
 
 def _rows(config: ModelConfig, stream: Stream) -> _Rows:
-    """RoPE angles, and where the cache is written (A, which is nowhere, for padding)."""
+    """RoPE angles, and what else the layers read."""
     frequency = jnp.asarray(rope_frequencies(config))
     angle = stream.positions_BL.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
     if stream.cache is None:
         if stream.segments_BL is None:
             raise ValueError("segments_BL is None: only a stream with a cache may leave it out")
-        return _Rows(angle, stream.segments_BL, None)
+        return _Rows(angle, stream.segments_BL, stream.parents_BL)
+    if stream.tokens_BL.shape[1] != 1:
+        raise ValueError(f"tokens are {stream.tokens_BL.shape}: with a cache a row has one token")
     offset = 0 if stream.prefix is None else stream.prefix.k.shape[2]
-    index = stream.positions_BL - jnp.int32(offset)
+    index_B = stream.positions_BL[:, 0] - jnp.int32(offset)
     if stream.segments_BL is not None:
-        index = jnp.where(stream.segments_BL > 0, index, jnp.int32(stream.cache.k.shape[2]))
-    return _Rows(angle, None, index)
+        index_B = jnp.where(stream.segments_BL[:, 0] > 0, index_B, jnp.int32(-1))
+    return _Rows(angle, index_B=index_B)
 
 
 def _blank(hidden_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:

@@ -23,7 +23,8 @@ from copsd_jax import (
     token_stats,
     train_step,
 )
-from copsd_jax.sampler import engine, host
+from copsd_jax.kernels import attention
+from copsd_jax.sampler import engine, host, jobs, weights
 
 # Random streams of a seed besides the sampler's, whose purposes count from 0.
 ADAPTER_STREAM, WEIGHTS_STREAM = 1001, 1002
@@ -43,6 +44,8 @@ class Run:
     rewarder: rewards.Rewarder
     token_classes: np.ndarray  # int8 [V], of token_stats
     teacher_kv: tuple[model.KV | None, ...] | None  # of the fixed teacher's exemplars
+    hand_over: weights.HandOver  # of a policy to the sampler
+    lengths: dict[str, int]  # cache entries of a slot, of rollout, eval and author
 
 
 def load(plan: plans.Plan, steps: int) -> tuple[Run, train_step.State]:
@@ -51,7 +54,9 @@ def load(plan: plans.Plan, steps: int) -> tuple[Run, train_step.State]:
     `steps` is the run's last step, towards which the learning rate decays.
     """
     config = plan.config
-    decoder = model.Decoder(plan.model_config, plan.dtype, remat=config.model.remat)
+    decoder = model.Decoder(
+        plan.model_config, plan.dtype, remat=config.model.remat, decode=_attention(plan)
+    )
     base = _weights(plan)
     if config.train.trainable == "lora":
         key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
@@ -80,9 +85,42 @@ def load(plan: plans.Plan, steps: int) -> tuple[Run, train_step.State]:
     rewarder = rewards.make(config.reward.kind, grader, prompts.ANSWERS[config.prompt.answer])
     classes = token_stats.classes(plan.token_bytes, plan.stop_ids, plan.special_ids)
     return (
-        Run(plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv),
+        Run(
+            plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
+            weights.HandOver(
+                plan.mesh, merge=config.sampler.merge, int8=config.sampler.int8,
+                gather=config.sampler.gather,
+            ),
+            _lengths(plan),
+        ),
         state,
-    )
+    )  # fmt: skip
+
+
+def _attention(plan: plans.Plan) -> str:
+    """How decoding attends to the cache, by the platform of the mesh."""
+    name, platform = plan.config.sampler.attention, mesh.platform(plan.mesh)
+    if name == "auto":
+        return attention.PLATFORMS[platform]
+    if name != "pallas":
+        return name
+    if platform == "cpu":
+        raise ValueError("sampler.attention is 'pallas': its kernels are for GPU and TPU; auto")
+    return f"pallas_{platform}"
+
+
+def _lengths(plan: plans.Plan) -> dict[str, int]:
+    """Longest prompt, without exemplars, and completion; 0 where prompts are only known later."""
+    config, out = plan.config, {"author": 0}
+    completion = config.rollout.max_tokens
+    for name, side, spec, rows, limit in (
+        ("rollout", "student", plan.student, plan.rows, completion),
+        ("eval", "evaluation", plan.evaluation, plan.eval_rows, config.eval.max_tokens),
+    ):
+        first = [prompts.student(plan.tokenizer, spec, row) for row in rows[:1]]
+        shared = sum(len(prompt.prefix_ids) for prompt in first)
+        out[name] = plan.longest[side] - shared + (limit or completion) if rows else 0
+    return out
 
 
 def _needs_initial(config) -> bool:
@@ -200,14 +238,14 @@ def encode_prefix(
     )
 
 
-def sampling(run: Run, section: str, max_tokens: int) -> host.Sampling:
+def sampling(run: Run, section: str) -> jobs.Sampling:
     """Sampling settings of `rollout`, `eval` or `author`.
 
     Stop strings end answers, not what an author writes.
     """
     plan, s = run.plan, run.plan.config[section]
-    return host.Sampling(
-        max_tokens=max_tokens,
+    return jobs.Sampling(
+        max_tokens=s.max_tokens or plan.config.rollout.max_tokens,  # 0 of eval is the rollout's
         temperature=s.temperature,
         top_k=s.top_k,
         top_p=s.top_p,
@@ -217,34 +255,98 @@ def sampling(run: Run, section: str, max_tokens: int) -> host.Sampling:
     )
 
 
+def sampler(run: Run, section: str) -> jobs.Settings:
+    """The sampler's size of `rollout`, `eval` or `author`."""
+    c = run.plan.config
+    return jobs.Settings(
+        slots=c[section].slots,
+        length=run.lengths[section],
+        steps=c.sampler.steps,
+        pack=c.sampler.pack,
+        cache=None if c.sampler.cache == "auto" else jnp.dtype(c.sampler.cache),
+    )
+
+
 def sample(
     run: Run,
     policy: train_step.Policy,
     asked: Sequence[prompts.Prompt],
-    settings: host.Sampling,
+    section: str,
     keys: jax.Array,
-    slots: int,
-    progress: Callable[[int, int, int], None] | None = None,
-) -> list[host.Completion]:
-    """One completion for each prompt under a policy. All prompts share their exemplars."""
+    *,
+    progress: Callable[[host.Stats], None] | None = None,
+    done: Callable[[int, host.Completion], None] | None = None,
+) -> host.Result:
+    """One completion for each prompt under a policy, with the settings of a section.
+
+    All prompts share their exemplars. See `host.generate` for the last two.
+
+    Raises:
+      MemoryError: naming the section's settings.
+    """
     prefixes = {prompt.prefix_ids for prompt in asked}
     if len(prefixes) > 1:
         raise ValueError(f"the prompts begin with {len(prefixes)} different sets of exemplars")
-    prefix = encode_prefix(run, policy, prefixes.pop()) if prefixes else None
-    return host.generate(
-        run.decoder,
-        policy.params,
-        [prompt.ids for prompt in asked],
-        settings,
-        keys=keys,
-        prefix=prefix,
-        adapter=policy.adapter,
-        adapter_scale=run.plan.adapter_scale,
-        slots=slots,
-        valid_V=run.plan.valid_V,
-        token_bytes=run.plan.token_bytes,
-        progress=progress,
-    )
+    scale = run.plan.adapter_scale
+    params, adapter = run.hand_over(policy.params, policy.adapter, scale)
+    prefix_ids = prefixes.pop() if prefixes else ()
+    with _named(section):
+        return host.generate(
+            run.decoder,
+            params,
+            [prompt.ids for prompt in asked],
+            sampling(run, section),
+            keys=keys,
+            settings=sampler(run, section),
+            prefix=engine.encode_prefix(run.decoder, params, prefix_ids, adapter, scale),
+            adapter=adapter,
+            adapter_scale=scale,
+            valid_V=run.plan.valid_V,
+            token_bytes=run.plan.token_bytes,
+            progress=progress,
+            done=done,
+        )
+
+
+def warmup(run: Run, state: train_step.State) -> list[str]:
+    """Compiles the sampler's programs for rollouts and evaluation; a line on each.
+
+    Raises:
+      MemoryError: if they do not fit the devices, naming the section's settings.
+    """
+    lines = []
+    params, adapter = run.hand_over(*policies(run, state)[0], run.plan.adapter_scale)
+    sections = {"rollout": (run.plan.rows, run.plan.student),
+                "eval": (run.plan.eval_rows, run.plan.evaluation)}  # fmt: skip
+    for section, (rows, spec) in sections.items():
+        if not rows or (section == "rollout" and run.plan.config.method == "sft"):
+            continue
+        prompt = prompts.student(run.plan.tokenizer, spec, rows[0])
+        with _named(section):
+            job = jobs.plan(
+                run.decoder, params, [prompt.ids], [sampling(run, section)],
+                keys_n2=np.zeros((1, 2), np.uint32), settings=sampler(run, section),
+                prefix=engine.encode_prefix(
+                    run.decoder, params, prompt.prefix_ids, adapter, run.plan.adapter_scale
+                ),
+                adapter=adapter, adapter_scale=run.plan.adapter_scale,
+                valid_V=run.plan.valid_V, token_bytes=run.plan.token_bytes, limits=None,
+            )  # fmt: skip
+            lines += [
+                f"  {section:<8} {program.name:<24} {program.seconds:6.1f} s, "
+                f"{program.temporary / 2**20:,.0f} MiB while it runs"
+                for program in host.warmup(job)
+            ]
+    return lines
+
+
+@contextlib.contextmanager
+def _named(section: str) -> Iterator[None]:
+    """A sampler that does not fit is told with the settings that are to blame."""
+    try:
+        yield
+    except MemoryError as error:
+        raise MemoryError(f"{section}.slots, {section}.max_tokens, sampler.*: {error}") from error
 
 
 def text(run: Run, ids: Sequence[int]) -> str:

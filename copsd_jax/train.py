@@ -57,6 +57,9 @@ def train(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> None:
         ) as checkpoints,
     ):
         r, state = run.load(plan, config.train.steps)
+        if _warms_up(plan):
+            print("compiling the sampler's programs", flush=True)
+            print("\n".join(run.warmup(r, state)), flush=True)
         with r.grader:
             # The evaluation of step 0 comes before a checkpoint is loaded: it is the initial
             # policy's, also when a run that was stopped before it is continued.
@@ -167,6 +170,11 @@ def failures(step: int, records: list[dict]) -> list[str]:
     ]
 
 
+def _warms_up(plan: plans.Plan) -> bool:
+    auto = mesh.platform(plan.mesh) != "cpu"  # where compiling is slow next to a step
+    return {"auto": auto, "always": True, "never": False}[plan.config.sampler.warmup]
+
+
 def _codes(plan: plans.Plan) -> list[str]:
     """Languages in the order of data.lang, as the rows spell them."""
     return [languages.resolve(code, plan.student.languages) for code in plan.config.data.lang]
@@ -182,7 +190,9 @@ def _evaluation(r: run.Run, state, step: int, directory: pathlib.Path) -> dict |
     total = len(r.plan.eval_rows) * r.plan.config.eval.samples
     progress, update = evaluate.show(f"evaluation at step {step}:", total)
     with progress:
-        result = evaluate.evaluate(r, run.policies(r, state)[0], r.plan.eval_rows, update)
+        result = evaluate.evaluate(
+            r, run.policies(r, state)[0], r.plan.eval_rows, update, workdir.partial(path)
+        )
     workdir.write_json(path, {"step": step, **result})
     return {"step": step, **result}
 

@@ -45,6 +45,9 @@ CHOICES = {
     "author.thinking": ("as_teacher", "none", "off", "on", "prefix"),
     "tokens.on_failure": ("full", "skip", "step"),
     "tokens.occurrence": ("first", "last"),
+    "sampler.cache": ("auto", "float32", "bfloat16", "int8"),
+    "sampler.attention": ("auto", "blocks", "dense", "pallas"),
+    "sampler.warmup": ("auto", "always", "never"),
     "train.trainable": ("lora", "full"),
     "train.schedule": ("constant", "linear", "cosine"),
     "loss.divergence": ("fkl", "rkl", "jsd", "sampled"),
@@ -66,6 +69,8 @@ LARGEST = {
     "author.slots": 100_000,
     "author.concurrency": 1_000,
     "eval.slots": 100_000,
+    "sampler.steps": 100_000,
+    "sampler.pack": 16_777_216,
     "eval.samples": 100_000,
     "lora.rank": 16_384,
     "loss.chunk": 16_777_216,
@@ -146,7 +151,7 @@ def _check_ranges(s: Mapping) -> None:
     at_least_one = (
         "prompt.max_tokens teacher.max_tokens rollout.per_prompt rollout.max_tokens rollout.slots "
         "loss.chunk train.batch train.save_every lora.rank eval.samples eval.slots "
-        "author.max_tokens author.slots author.concurrency"
+        "author.max_tokens author.slots author.concurrency sampler.steps sampler.pack"
     ).split()
     at_least_zero = (
         "seed data.limit loss.group prompt.exemplars rollout.temperature rollout.top_k "
@@ -428,7 +433,7 @@ READ = (
         "prompt.exemplars_path prompt.exemplars_lang", "prompt.exemplars",
         lambda s: s["prompt.exemplars"] > 0,
     ),
-    _one_of("lora.rank lora.alpha lora.targets", "train.trainable", "lora"),
+    _one_of("lora.rank lora.alpha lora.targets sampler.merge", "train.trainable", "lora"),
 )  # fmt: skip
 
 

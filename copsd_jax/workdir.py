@@ -5,7 +5,7 @@ W/run.json               versions, commit, devices, seed, fingerprints of model 
 W/metrics.jsonl          one line a step, and W/tensorboard/ with the same
 W/events.jsonl           what guards did, where one did something: step, action, text
 W/rollouts/step_NNNNNN.jsonl
-W/eval/step_NNNNNN.json
+W/eval/step_NNNNNN.json, and while it is being made step_NNNNNN.partial.jsonl
 W/checkpoints/           Orbax
 """
 
@@ -29,6 +29,12 @@ FREE = (
     "train.log_rollouts",
     "rollout.slots",
     "eval.slots",
+    # As the number of slots: products of other shapes, the same texts but for their rounding.
+    "sampler.steps",
+    "sampler.pack",
+    "sampler.attention",
+    "sampler.gather",
+    "sampler.warmup",
     "eval.every",
     "author.slots",
     # How long and how often a server is asked, not what. Failures are not of the settings: a
@@ -200,3 +206,8 @@ def _commit() -> str:
     except FileNotFoundError:  # no git on this machine
         return ""
     return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def partial(file: pathlib.Path) -> pathlib.Path:
+    """Where the completions of an evaluation are kept until `file` is written."""
+    return file.with_suffix(".partial.jsonl")

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from copsd_jax import main, plans, run
+from copsd_jax.sampler import host
 
 
 def config(card: str, **settings):
@@ -39,3 +40,8 @@ def loaded(card: str, **settings):
         r, state = run.load(plan, plan.config.train.steps)
         with r.grader:
             yield r, state
+
+
+def sampled(completions) -> host.Result:
+    """What `run.sample` returns, of completions that a test made."""
+    return host.Result(completions, host.Stats(len(completions), len(completions), 0, 0, 0.5, 0.0))

@@ -41,11 +41,11 @@ def script(monkeypatch, *calls):
     """Lets `run.sample` return these texts, call by call; returns the prompts that were asked."""
     waiting, asked_for = list(calls), []
 
-    def sample(r, policy, asked, settings, keys, slots, progress=None):
+    def sample(r, policy, asked, section, keys):
         asked_for.append([prompt.text for prompt in asked])
         texts = waiting.pop(0)
         assert len(texts) == len(asked)
-        return [completion(r, text) for text in texts]
+        return runs.sampled([completion(r, text) for text in texts])
 
     monkeypatch.setattr(run, "sample", sample)
     return asked_for

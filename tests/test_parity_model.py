@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from copsd_jax import hf, model
+from copsd_jax.kernels import attention
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs torch (extra parity)")
@@ -58,7 +59,7 @@ def pair(request, tmp_path_factory):
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, stream):
     (out,) = model.Decoder(config, jnp.float32).apply({"params": params}, (stream,))
-    return model.logits(out.hidden_BLD, model.head(params)), out.kv
+    return model.logits(out.hidden_BLD, model.head(params)), out.cache
 
 
 def _theirs(theirs, ids) -> np.ndarray:
@@ -100,16 +101,18 @@ def test_32_greedy_tokens_from_the_cache(pair):
         torch.tensor(prompts), attention_mask=torch.ones(3, 9, dtype=torch.long),
         do_sample=False, max_new_tokens=32, min_new_tokens=32, pad_token_id=0,
     )[:, 9:].numpy()  # fmt: skip
-    shape = (config.n_layers, 3, 9 + 32, config.n_kv_heads, config.head_dim)
-    cache = model.KV(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
-    tokens_BL, start, steps = np.array(prompts), 0, []
-    for _ in range(32):
-        positions = start + np.arange(tokens_BL.shape[1])
-        positions_BL = jnp.asarray(np.broadcast_to(positions, tokens_BL.shape), jnp.int32)
-        stream = model.Stream(jnp.asarray(tokens_BL, jnp.int32), positions_BL, None, cache=cache)
+    cache = attention.empty(
+        config.n_layers, 3, config.n_kv_heads, 128, config.head_dim, jnp.float32
+    )  # fmt: skip
+    texts = np.array(prompts)
+    for at in range(9 + 31):
+        tokens_B1, positions_B1 = texts[:, at : at + 1], np.full((3, 1), at)
+        stream = model.Stream(
+            jnp.asarray(tokens_B1, jnp.int32), jnp.asarray(positions_B1, jnp.int32), None,
+            cache=cache,
+        )  # fmt: skip
         logits, cache = _logits(config, params, stream)
-        start += tokens_BL.shape[1]
-        tokens_BL = np.asarray(logits)[:, -1:].argmax(axis=-1)
-        steps.append(tokens_BL)
-    np.testing.assert_array_equal(np.concatenate(steps, axis=1), expected)
+        if at >= 8:
+            texts = np.concatenate([texts, np.asarray(logits).argmax(axis=-1)], axis=1)
+    np.testing.assert_array_equal(texts[:, 9:], expected)
     assert len(np.unique(expected)) > 6  # texts that only repeat one token would prove little

@@ -269,8 +269,8 @@ def endings(monkeypatch, *calls):
     """`script` with (text, finish) for the writer's call."""
     waiting = list(calls)
 
-    def sample(r, policy, asked, settings, keys, slots, progress=None):
-        return [completion(r, *said) for said in waiting.pop(0)]
+    def sample(r, policy, asked, section, keys):
+        return runs.sampled([completion(r, *said) for said in waiting.pop(0)])
 
     monkeypatch.setattr(run, "sample", sample)
 

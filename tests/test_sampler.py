@@ -2,22 +2,24 @@
 
 import dataclasses
 import functools
+import gc
+import resource
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copsd_jax import lora, model
-from copsd_jax.sampler import engine, host, truncate
+from copsd_jax import lora, mesh, model
+from copsd_jax.sampler import engine, host, jobs, programs, truncate
 
 CONFIG = dataclasses.replace(model.SHAPES["tiny"], vocab_size=300, tie_embeddings=False)
 DECODER = model.Decoder(CONFIG, jnp.float32)
 PREFIX = (7, 250, 31, 4, 99)
 PROMPTS = [(5, 6, 7), (1,), tuple(range(40, 61)), (5, 6, 7), (280,) * 9, (2, 3), (8, 8, 9), (1,)]
-PLAIN = host.Sampling(max_tokens=12, temperature=0.8)
-CUT = host.Sampling(max_tokens=12, temperature=1.2, top_k=40, top_p=0.9, min_p=0.02)
-GREEDY = host.Sampling(max_tokens=12, temperature=0.0)
+PLAIN = jobs.Sampling(max_tokens=12, temperature=0.8)
+CUT = jobs.Sampling(max_tokens=12, temperature=1.2, top_k=40, top_p=0.9, min_p=0.02)
+GREEDY = jobs.Sampling(max_tokens=12, temperature=0.0)
 
 
 @functools.cache
@@ -34,16 +36,24 @@ def prefix():
 
 def keys_of(prompts, seed=0):
     names = [f"row {i}" for i in range(len(prompts))]
-    return host.stream_keys(seed, "rollout", 0, names, [0] * len(prompts))
+    return jobs.stream_keys(seed, "rollout", 0, names, [0] * len(prompts))
 
 
-def generate(sampling, prompts=PROMPTS, keys=None, shared=True, **options):
+SIZES = [field.name for field in dataclasses.fields(jobs.Settings)]
+
+
+def result(sampling, prompts=PROMPTS, keys=None, shared=True, decoder=DECODER, **options):
     keys = keys_of(prompts) if keys is None else keys
-    options = {"slots": 8, "steps": 4, **options}
+    sizes = {"slots": 8, "steps": 4}
+    sizes |= {name: options.pop(name) for name in SIZES if name in options}
     if shared:
         options["prefix"] = prefix()
-    return host.generate(DECODER, options.pop("params", params()), prompts, sampling,
-                         keys=keys, **options)  # fmt: skip
+    return host.generate(decoder, options.pop("params", params()), prompts, sampling,
+                         keys=keys, settings=jobs.Settings(**sizes), **options)  # fmt: skip
+
+
+def generate(*args, **options):
+    return result(*args, **options).completions
 
 
 @functools.partial(jax.jit, static_argnames="length")
@@ -92,18 +102,20 @@ def test_bug_05_greedy_equals_argmax_of_the_full_forward(shared):
 def test_log_probs_equal_the_full_forward(sampling):
     valid = np.arange(300) < 290
     out = generate(sampling, valid_V=valid)
-    s = sampling
-    score = jax.jit(truncate.log_probs, static_argnums=(1, 2, 3, 4))
+    one = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+    dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+    settings = truncate.Rows(*(jnp.full(12, x, d) for x, d in zip(one, dtypes, strict=True)))
+    score = jax.jit(truncate.log_probs, static_argnums=2)
     for c, logits in zip(out, predicting(PROMPTS, out), strict=True):
         assert max(c.ids) < 290
-        rows = score(logits, s.temperature, s.top_k, s.top_p, s.min_p, jnp.asarray(valid))
+        rows = score(logits, settings, truncate.form([one]), jnp.asarray(valid))
         for got, want in zip((c.logps, c.logps_truncated), rows, strict=True):
             assert got.dtype == np.float32
             np.testing.assert_allclose(got, want[np.arange(12), np.array(c.ids)], atol=1e-4)
 
 
 @pytest.mark.parametrize("sampling", [PLAIN, CUT])
-def test_texts_do_not_depend_on_slots_order_or_neighbours(sampling, monkeypatch):
+def test_texts_do_not_depend_on_slots_order_or_neighbours(sampling):
     want = generate(sampling)
     keys = np.asarray(keys_of(PROMPTS))
     assert len({c.ids for c in want}) == len(PROMPTS)  # equal prompts, other keys, other texts
@@ -113,19 +125,26 @@ def test_texts_do_not_depend_on_slots_order_or_neighbours(sampling, monkeypatch)
     mixed = generate(sampling, [PROMPTS[i] for i in order], keys[order], slots=3)
     same(mixed, [want[i] for i in order])
     same(generate(sampling, PROMPTS[4:5], keys[4:5]), want[4:5])
-    monkeypatch.setattr(host, "PACK", 24)
-    monkeypatch.setattr(host, "SMALLEST_PACK", 8)
-    same(generate(sampling), want)
+    same(generate(sampling, pack=1, length=256), want)
 
 
-def test_equal_prompts_are_prefilled_once(monkeypatch):
-    rows = []
-    prefill = engine.prefill
-    monkeypatch.setattr(engine, "prefill", lambda *a: rows.append(int(a[-1].max())) or prefill(*a))
+def test_equal_prompts_are_prefilled_once():
     prompts = [(3, 4, 5)] * 7 + [(9, 9)]
-    out = generate(PLAIN, prompts)
-    assert rows == [2]
-    assert len({c.ids for c in out[:7]}) == 7
+    out = result(PLAIN, prompts, slots=2)
+    assert out.stats.prompt_tokens == 5
+    assert len({c.ids for c in out.completions[:7]}) == 7
+
+
+def test_what_prompts_begin_with_is_prefilled_once():
+    """Two families and a prompt that is the beginning of others; as if each stood alone."""
+    one, two = tuple(range(30, 60)), tuple(range(90, 110))
+    prompts = [(*one, 3, 4), (*one, 7), two, (*two, 9), one, (5, 6), (*one, 3, 4)]
+    for sampling in (GREEDY, PLAIN):
+        want = [c for i, prompt in enumerate(prompts)
+                for c in generate(sampling, [prompt], keys_of(prompts)[i : i + 1])]  # fmt: skip
+        got = result(sampling, prompts, keys_of(prompts))
+        same(got.completions, want)
+        assert got.stats.prompt_tokens == 30 + 3 + 20 + 1 + 2
 
 
 def test_limits_of_single_texts():
@@ -143,7 +162,7 @@ def test_bug_06_stop_ids_end_a_text_and_are_part_of_it():
     tree = params() | {"head": {"kernel": params()["head"]["kernel"].at[0].set(0.0)}}
     bias = np.ones(300, bool)
     bias[40:] = False  # 40 ids left, so that each of them is drawn often
-    sampling = host.Sampling(40, stop_ids=(0, 17))
+    sampling = jobs.Sampling(40, stop_ids=(0, 17))
     out = generate(sampling, params=tree, shared=False, valid_V=bias, slots=3)
     ends = {c.ids[-1] for c in out if c.finish == "stop"}
     assert ends == {0, 17}
@@ -170,8 +189,8 @@ def test_stop_strings_cut_after_the_token_that_completes_them(stop):
     valid = np.arange(300) < 20
     pieces = letters()
     prompts = [(i, 3) for i in range(24)]
-    free = generate(host.Sampling(30), prompts, shared=False, valid_V=valid)
-    out = generate(host.Sampling(30, stop=stop), prompts, shared=False, valid_V=valid, slots=3,
+    free = generate(jobs.Sampling(30), prompts, shared=False, valid_V=valid)
+    out = generate(jobs.Sampling(30, stop=stop), prompts, shared=False, valid_V=valid, slots=3,
                    token_bytes=pieces)  # fmt: skip
     stopped = 0
     for a, b in zip(out, free, strict=True):
@@ -188,7 +207,7 @@ def test_stop_strings_cut_after_the_token_that_completes_them(stop):
 def test_every_token_has_noise_of_its_own():
     """A head of zeros: all tokens equally likely, whatever came before."""
     tree = params() | {"head": {"kernel": jnp.zeros((300, CONFIG.d_model), jnp.float32)}}
-    out = generate(host.Sampling(40), params=tree, shared=False)
+    out = generate(jobs.Sampling(40), params=tree, shared=False)
     drawn = np.array([c.ids for c in out])
     assert len(np.unique(drawn)) > 150  # 320 draws of 300
     np.testing.assert_allclose([c.logps for c in out], -np.log(300), atol=1e-5)
@@ -199,39 +218,166 @@ def test_adapter_equals_merged_weights():
     adapter = lora.init(CONFIG, 4, ("q", "v", "down"), key)
     adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape, x.dtype), adapter)
     kv = engine.encode_prefix(DECODER, params(), PREFIX, adapter, 0.5)
-    run = functools.partial(host.generate, DECODER, prompts=PROMPTS, sampling=PLAIN,
-                            keys=keys_of(PROMPTS), slots=8, steps=4)  # fmt: skip
+    run = functools.partial(generate, PLAIN, shared=False)
     merged = lora.merge(params(), adapter, 0.5)
-    want = run(merged, prefix=engine.encode_prefix(DECODER, merged, PREFIX))
-    same(run(params(), prefix=kv, adapter=adapter, adapter_scale=0.5), want, atol=1e-4)
+    want = run(params=merged, prefix=engine.encode_prefix(DECODER, merged, PREFIX))
+    same(run(prefix=kv, adapter=adapter, adapter_scale=0.5), want, atol=1e-4)
     assert [c.ids for c in want] != [c.ids for c in generate(PLAIN)]
 
 
 def test_bfloat16_weights():
     decoder = model.Decoder(CONFIG, jnp.bfloat16)
     tree = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
-    out = host.generate(decoder, tree, PROMPTS, PLAIN, keys=keys_of(PROMPTS), steps=4)
+    out = generate(PLAIN, shared=False, decoder=decoder, params=tree)
     logits = predicting(PROMPTS, out, ())
     for c, rows in zip(out, logits, strict=True):
         want = jax.nn.log_softmax(rows / 0.8)[np.arange(12), list(c.ids)]
         np.testing.assert_allclose(c.logps, want, atol=0.25)
 
 
-def test_nothing_is_compiled_again_for_other_texts():
-    calls = []
-    generate(PLAIN, progress=lambda *a: calls.append(a))
-    assert calls[-1] == (8, 8, 96)
-    programs = (engine.prefill, engine.insert, engine.decode)
-    before = [f._cache_size() for f in programs]
-    others = [(*(int(t) + 1 for t in p), 4) for p in reversed(PROMPTS)]
-    generate(PLAIN, others, keys_of(others, seed=5), limits=[3, 4, 5, 6, 7, 8, 9, 10])
-    assert [f._cache_size() for f in programs] == before
+SIZES_OF_MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)]
+
+
+@pytest.mark.parametrize("sizes", SIZES_OF_MESHES)
+@pytest.mark.parametrize("sampling", [GREEDY, CUT])
+def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
+    """Slots over data and fsdp, heads and vocabulary over tensor; groups of equal prompts too."""
+    prompts = [*PROMPTS, *[(5, 6, 7)] * 9, *[(*range(60, 80), i) for i in range(5)]]
+    tree, keys = params(), keys_of(prompts)
+    want = generate(sampling, prompts, keys, slots=3)
+    devices = jax.devices()[: int(np.prod(sizes))]
+    with jax.set_mesh(mesh.make(*sizes, devices=devices)) as _:
+        here = mesh.current()
+        placed = jax.device_put(tree, mesh.shardings(tree, here, gathered=True))
+        got = result(
+            sampling, prompts, keys, shared=False, params=placed, slots=8,
+            prefix=engine.encode_prefix(DECODER, placed, PREFIX),
+        )  # fmt: skip
+    same(got.completions, want)
+
+
+def test_each_prompt_has_settings_of_its_own():
+    """Limits, temperatures, truncation and what ends a text; each as if all had its settings."""
+    pieces, valid = letters(), np.arange(300) < 20
+    kinds = [
+        jobs.Sampling(6, temperature=0.0),
+        jobs.Sampling(25, temperature=1.3, top_k=9, stop=("a",)),
+        jobs.Sampling(25, top_p=0.6, stop=("bb", "c"), stop_ids=(4,)),
+    ]
+    prompts = [(i, 3) for i in range(12)]
+    options = {"shared": False, "valid_V": valid, "token_bytes": pieces, "slots": 4}
+    each = [kinds[i % 3] for i in range(12)]
+    got = generate(each, prompts, **options)
+    for number, kind in enumerate(kinds):
+        want = generate(kind, prompts, **options)
+        same(got[number::3], want[number::3])
+    assert {c.finish for c in got} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("cache, gap", [(jnp.bfloat16, 1e-2), (jnp.int8, 3e-2)])
+def test_smaller_caches_stay_near(cache, gap):
+    """One token each after 60 of a prompt: what follows from a token that differs is no measure."""
+    rng = np.random.default_rng(0)
+    prompts = [tuple(map(int, rng.integers(0, 300, 60))) for _ in range(60)]
+    one = dataclasses.replace(GREEDY, max_tokens=2)
+    want = generate(one, prompts, slots=16)
+    got = generate(one, prompts, slots=16, cache=cache)
+    both = [(x.ids[1], y.ids[1], x.logps[1] - y.logps[1]) for x, y in zip(got, want, strict=True)]
+    assert np.mean([a == b for a, b, _ in both]) >= 0.95
+    gaps = np.abs([d for a, b, d in both if a == b])
+    assert 0 < gaps.mean() < gap
+
+
+def test_a_refill_does_not_wait_for_the_slowest():
+    """One text of 60 tokens, 40 of 3: slots are busy while prompts wait, and results come early."""
+    prompts, order, seen = [(i, 9) for i in range(41)], [], []
+    limits = [60, *[3] * 40]
+    out = result(PLAIN, prompts, slots=4, limits=limits, progress=seen.append,
+                 done=lambda i, c: order.append((i, c)))  # fmt: skip
+    assert sorted(i for i, _ in order) == list(range(41))
+    assert dict(order) == dict(enumerate(out.completions))
+    assert order[-1][0] == 0
+    assert out.stats.occupancy >= 0.9
+    steps = 60 + 40 * 3 / 3
+    assert len(seen) < steps  # the host does not look after each token
+    assert [s.done for s in seen] == sorted(s.done for s in seen)
+    assert out.stats.tokens == 60 + 120
+
+
+def compiled_events():
+    """Every compilation of XLA from now on, whoever asks for it."""
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: events.append(name) if "backend_compile" in name else None
+    )
+    return events
+
+
+def test_nothing_is_compiled_after_warmup():
+    """Nor for other prompts, settings of the same form, limits and orders."""
+    size = jobs.Settings(slots=4, length=150, steps=5, pack=200)
+    keys = np.asarray(keys_of([*PROMPTS, *PROMPTS]))
+    options = dict(prefix=prefix(), adapter=None, adapter_scale=1.0, valid_V=None,
+                   token_bytes=None, limits=None)  # fmt: skip
+    job = jobs.plan(DECODER, params(), PROMPTS, [CUT] * 8, keys_n2=keys[:8], settings=size,
+                    **options)  # fmt: skip
+    names = [program.name for program in host.warmup(job)]
+    assert names == ["empty cache", "prefill 128", "insert 128", "prefill 256", "insert 256",
+                     "decode 4 x 256"]  # fmt: skip
+    before, events = programs.built(), compiled_events()
+    generate(CUT, [*PROMPTS, *PROMPTS], keys, slots=4, length=150, steps=5, pack=200)
+    others = [(*range(i, i + 100), i) for i in range(8)]
+    generate(dataclasses.replace(CUT, top_k=33, temperature=0.3), others, keys[:8], slots=4,
+             length=150, steps=5, pack=200, limits=[3, 4, 5, 6, 7, 8, 9, 10])  # fmt: skip
+    assert programs.built() == before
+    assert events == []
+
+
+@pytest.mark.slow
+def test_10_000_generations_leave_nothing_behind():
+    prompts = [(i % 300, i % 7, i % 11) for i in range(500)]
+    keys = np.asarray(keys_of(prompts))
+    generate(PLAIN, prompts, keys, limits=[1 + i % 6 for i in range(500)])
+    gc.collect()
+    before, size = len(jax.live_arrays()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    built = programs.built()
+    for _ in range(20):
+        generate(PLAIN, prompts, keys, limits=[1 + i % 6 for i in range(500)])
+    gc.collect()
+    assert programs.built() == built
+    assert len(jax.live_arrays()) == before
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size
+    assert grown < 20_000  # KiB; the cache alone has 4 MiB, made 20 times
+
+
+def test_memory_that_is_not_there():
+    size = jobs.Settings(slots=64, length=1000, cache=jnp.bfloat16)
+    keys = np.zeros((1, 2), np.uint32)
+    job = jobs.plan(DECODER, params(), [(1,)], [PLAIN], keys_n2=keys, settings=size, prefix=None,
+                    adapter=None, adapter_scale=1.0, valid_V=None, token_bytes=None,
+                    limits=None)  # fmt: skip
+    entry = 2 * 2 * 2 * 16 * 2  # layers, keys and values, key heads, head size, bytes
+    cache = 64 * 1024 * entry
+    slots = sum(x.nbytes // 64 for x in jax.tree.leaves(engine.empty(DECODER, 64, 128, bool).slots))
+    weights = sum(x.nbytes for x in jax.tree.leaves(params())) + 4 * 300
+    host.check_memory(job, 1 << 20, cache + 64 * slots + weights + (1 << 20))
+    message = (
+        r"out of memory: on each device the cache .64 slots x 1024 entries of bfloat16. 0.02 GiB, "
+        r".*the weights 0.00 GiB.*, and it has 0.01 GiB; slots={} makes it fit$"
+    )
+    limit = (cache + 64 * slots) // 2 + weights
+    with pytest.raises(MemoryError, match=message.format(32)):
+        host.check_memory(job, 0, limit)
+    with pytest.raises(MemoryError, match="no slot fits: a smaller length, cache=int8, or more"):
+        host.check_memory(job, 0, weights)
+    with pytest.raises(MemoryError, match=r"50000000 slots x 2048 entries.*slots=25000000 halves"):
+        generate(PLAIN, slots=50_000_000, length=2000)
 
 
 def test_keys():
     """The chain by hand; every part counts; nothing else does."""
     rows = ["a", "a", "b", "a"]
-    keys = np.asarray(host.stream_keys(1, "evaluation", 2, rows, [0, 1, 0, 0]))
+    keys = np.asarray(jobs.stream_keys(1, "evaluation", 2, rows, [0, 1, 0, 0]))
     assert keys.dtype == np.uint32
     assert keys.shape == (4, 2)
     fold = jax.random.fold_in
@@ -239,29 +385,36 @@ def test_keys():
     by_hand = functools.reduce(fold, words, jax.random.key(1, impl="threefry2x32"))
     np.testing.assert_array_equal(keys[1], jax.random.key_data(by_hand))
     np.testing.assert_array_equal(keys[0], keys[3])
-    others = [host.stream_keys(*a, ["a"], [0]) for a in
+    others = [jobs.stream_keys(*a, ["a"], [0]) for a in
               ((1, "rollout", 2), (1, "evaluation", 3), (2, "evaluation", 2))]  # fmt: skip
     assert len({tuple(k) for k in [*keys[:3].tolist(), *(np.asarray(o)[0] for o in others)]}) == 6
     with pytest.raises(ValueError, match=r"purpose is 'x': the choices are rollout, evaluation"):
-        host.stream_keys(0, "x", 0, [], [])
+        jobs.stream_keys(0, "x", 0, [], [])
 
 
 def test_no_prompts():
-    assert generate(PLAIN, [], np.zeros((0, 2), np.uint32)) == []
+    out = result(PLAIN, [], np.zeros((0, 2), np.uint32))
+    assert out.completions == []
+    assert out.stats.total == 0
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"slots": 0}, "slots is 0"),
+        ({"pack": 0}, "pack is 0"),
+        ({"length": -1}, "length is -1: it must be at least 0"),
+        ({"length": 20}, "prompt 2 has 21 tokens and may get 12 more: length is 20"),
+        ({"cache": jnp.float16}, "cache is float16: the choices are float32, bfloat16, int8"),
+        ({"sampling": [PLAIN] * 3}, "sampling has 3 entries for 8 prompts"),
         ({"steps": 0}, "steps is 0"),
-        ({"sampling": host.Sampling(0)}, "max_tokens is 0"),
-        ({"sampling": host.Sampling(3, temperature=-1.0)}, "temperature is -1.0"),
-        ({"sampling": host.Sampling(3, top_k=301)}, "top_k is 301: it must be 0 .off. to 300"),
-        ({"sampling": host.Sampling(3, stop_ids=(300,))}, "stop_ids has 300"),
-        ({"sampling": host.Sampling(3, stop=("",))}, "stop string must not be empty"),
-        ({"sampling": host.Sampling(3, stop=("a",))}, "stop strings need token_bytes"),
-        ({"sampling": host.Sampling(4093)}, "prompt 0 has 8 tokens .* the model has 4096"),
+        ({"sampling": jobs.Sampling(0)}, "max_tokens is 0"),
+        ({"sampling": jobs.Sampling(3, temperature=-1.0)}, "temperature is -1.0"),
+        ({"sampling": jobs.Sampling(3, top_k=301)}, "top_k is 301: it must be 0 .off. to 300"),
+        ({"sampling": jobs.Sampling(3, stop_ids=(300,))}, "stop_ids has 300"),
+        ({"sampling": jobs.Sampling(3, stop=("",))}, "stop string must not be empty"),
+        ({"sampling": jobs.Sampling(3, stop=("a",))}, "stop strings need token_bytes"),
+        ({"sampling": jobs.Sampling(4093)}, "prompt 0 has 8 tokens .* the model has 4096"),
         ({"prompts": [(1,), ()]}, "prompt 1 is empty"),
         ({"prompts": [(1,), (300,)]}, "prompt 1 has ids 300 to 300"),
         ({"limits": [1] * 7 + [0]}, r"limits\[7\] is 0"),
@@ -270,7 +423,7 @@ def test_no_prompts():
         ({"valid_V": np.ones(299, bool)}, "valid_V has shape"),
         ({"keys": np.zeros((3, 2), np.uint32)}, "keys are uint32"),
         (
-            {"sampling": host.Sampling(3, stop=("a",)), "token_bytes": [b"a"]},
+            {"sampling": jobs.Sampling(3, stop=("a",)), "token_bytes": [b"a"]},
             "token_bytes has 1 entries",
         ),
     ],

@@ -69,7 +69,7 @@ def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: 
         *attempts.prefixes(r, state, done.asked[0], probe),
         records,
         {
-            **attempts.metrics(records),
+            **attempts.metrics(records, done.sampler),
             "overlong_teacher_prompts": float(overlong),
             "taught": float(sum(prompt is not None for prompt in told)),
             "filtered": float(wanted.count(False)),

@@ -39,7 +39,7 @@ def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: 
         batch,
         *attempts.prefixes(r, state, done.asked[0], None),
         records,
-        {**attempts.metrics(records), "informative": float(informative.mean())},
+        {**attempts.metrics(records, done.sampler), "informative": float(informative.mean())},
     )
 
 

@@ -8,15 +8,20 @@ tokens and two tokens drawn so far (a, b; b not yet through the model):
     cache index  (not in it)       0    1    2    3    4      <- `index`: where b will be written
 
 `prefill` runs prompts packed one behind the other in a row (segments keep them apart), so no
-product is spent on padding between them. `insert` copies one prompt's entries into a slot, and may
-do so for several slots, so that the samples of a prompt share its prefill. `decode` draws up to
-`steps` tokens for every live slot on the device. The first token of a slot comes from the hidden
-state of the prompt's last token, all others from the step that runs the token before.
+product is spent on padding between them; what several prompts begin with stands there once.
+`insert` copies a prompt's entries into a slot, and may do so for several slots, so that the samples
+of a prompt share its prefill. `decode` draws up to `steps` tokens for every live slot on the
+device. The first token of a slot comes from the hidden state of the prompt's last token, all others
+from the step that runs the token before.
 
 What a slot's cache holds at or behind `index` is left from prompts packed behind its own, or from
 the slot's former text: never seen, since a token attends to the entries up to its own.
 
-Shapes: J slots, A cache length, T packed tokens, P prefix length, E = steps + 1 columns of a chunk.
+On a mesh each of the R parts of its batch axes has J / R slots, and a row of packed prompts of its
+own: no entry of a cache ever travels.
+
+Shapes: J slots, A cache length, R batch shards, T packed tokens, P prefix length, I texts that are
+inserted into a shard's slots, E = steps + 1 columns of a chunk.
 """
 
 import dataclasses
@@ -25,25 +30,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from copsd_jax import model
+from copsd_jax import mesh, model
+from copsd_jax.kernels import attention
 from copsd_jax.sampler import truncate
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Static part of a decode program; see `truncate` for the meaning of the last four."""
-
-    steps: int  # tokens per slot and call, besides the first
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "adapter", "prefix", "valid_V", "stop_V"),
+    data_fields=("params", "adapter", "prefix", "valid_V", "stop_XV"),
     meta_fields=("adapter_scale",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +50,17 @@ class Weights:
     adapter: Any
     prefix: model.KV | None
     valid_V: jax.Array | None  # bool: ids that may be drawn; None for all
-    stop_V: jax.Array  # bool: ids that end a text
+    stop_XV: jax.Array  # bool: sets of ids that end a text
     adapter_scale: float = 1.0  # static
+
+
+class Request(NamedTuple):
+    """What is asked of a text: arrays with one entry per slot, or per text to insert."""
+
+    limit: jax.Array  # int32: tokens to draw at most
+    key: jax.Array  # uint32 [..., 2]: threefry key data; token t is drawn with fold_in(key, t)
+    stop: jax.Array  # int32: which of the sets of stop ids
+    rows: truncate.Rows
 
 
 class Slots(NamedTuple):
@@ -67,12 +72,11 @@ class Slots(NamedTuple):
     token_J: jax.Array  # int32: the token drawn last, not yet in the cache
     index_J: jax.Array  # int32: its index in the cache
     drawn_J: jax.Array  # int32: tokens drawn so far
-    limit_J: jax.Array  # int32: tokens to draw at most
-    key_J2: jax.Array  # uint32: threefry key data; token t is drawn with fold_in(key, t)
+    request: Request
 
 
 class State(NamedTuple):
-    cache: model.KV  # [layers, J, A, K, H]
+    cache: attention.Cache  # [layers, J, K, A, H]
     slots: Slots
 
 
@@ -83,24 +87,39 @@ class Chunk(NamedTuple):
     logp_JE: jax.Array  # float32, of the tempered distribution
     logp_truncated_JE: jax.Array  # float32, of the one drawn from
     live_J: jax.Array  # bool, after the chunk
+    steps: jax.Array  # int32: tokens that a slot which lived on has drawn, without a first one
 
 
-def empty(decoder: model.Decoder, slots: int, length: int) -> State:
+def empty(decoder: model.Decoder, slots: int, length: int, dtype: Any) -> State:
     """A state without texts; `length` is A: the longest prompt and all it may draw."""
     c = decoder.config
-    shape = (c.n_layers, slots, length, c.n_kv_heads, c.head_dim)
 
     def zeros(dtype, *width):  # a buffer each: what is donated must not be shared
         return jnp.zeros((slots, *width), dtype)
 
+    request = Request(
+        zeros(jnp.int32), zeros(jnp.uint32, 2), zeros(jnp.int32),
+        truncate.Rows(
+            zeros(jnp.float32), zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32)
+        ),
+    )  # fmt: skip
     return State(
-        model.KV(jnp.zeros(shape, decoder.dtype), jnp.zeros(shape, decoder.dtype)),
+        attention.empty(c.n_layers, slots, c.n_kv_heads, length, c.head_dim, dtype),
         Slots(
             hidden_JD=zeros(decoder.dtype, c.d_model), fresh_J=zeros(bool), live_J=zeros(bool),
             token_J=zeros(jnp.int32), index_J=zeros(jnp.int32), drawn_J=zeros(jnp.int32),
-            limit_J=zeros(jnp.int32), key_J2=zeros(jnp.uint32, 2),
+            request=request,
         ),
     )  # fmt: skip
+
+
+def places(state: State, shape: Any) -> State:
+    """The PartitionSpec of each array of a state on a mesh."""
+    slot, head = attention.axes(shape, *state.cache.k.shape[1:3])
+    return State(
+        jax.tree.map(lambda _: PartitionSpec(None, slot, head), state.cache),
+        jax.tree.map(lambda _: PartitionSpec(slot), state.slots),
+    )
 
 
 def encode(decoder: model.Decoder, params: Any, tokens_1P, adapter, adapter_scale: float):
@@ -127,82 +146,112 @@ def encode_prefix(
     return _encode(decoder, params, tokens_1P, adapter, adapter_scale)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder",))
-def prefill(
-    decoder: model.Decoder,
-    weights: Weights,
-    tokens_1T: jax.Array,
-    index_1T: jax.Array,
-    segments_1T: jax.Array,
-) -> model.Output:
-    """Runs prompts packed in one row: hidden [1, T, D], keys and values [layers, 1, T, K, H].
+class Packed(NamedTuple):
+    """Prompts one behind the other in rows, int32 [R, T]."""
 
-    Args:
-      tokens_1T: the prompts one behind the other; anything where there is none.
-      index_1T: of each token in its own prompt, from 0.
-      segments_1T: 1, 2, … per prompt, 0 where there is none.
+    tokens_RT: jax.Array  # anything where there is none
+    index_RT: jax.Array  # of each token in its own prompt, from 0
+    segments_RT: jax.Array  # 1, 2, …; 0 where there is no token
+    parents_RT: jax.Array  # the segment that holds a prompt's beginning, -1 for none
+
+
+def prefill(decoder: model.Decoder, weights: Weights, packed: Packed) -> model.Output:
+    """Runs packed prompts: hidden [R, T, D], keys and values [layers, R, T, K, H].
+
+    A prompt whose first 4 tokens stand in another's place, and one of its own:
+      segments 1 1 1 1 2 2 3 3 3 0     parents -1 -1 -1 -1 1 1 -1 -1 -1 -1
+      index    0 1 2 3 4 5 0 1 2 0
     """
     shared = 0 if weights.prefix is None else weights.prefix.k.shape[2]
     stream = model.Stream(
-        tokens_1T, index_1T + shared, segments_1T, weights.adapter, weights.adapter_scale,
-        prefix=weights.prefix,
+        packed.tokens_RT, packed.index_RT + shared, packed.segments_RT,
+        weights.adapter, weights.adapter_scale,
+        prefix=weights.prefix, parents_BL=packed.parents_RT,
     )  # fmt: skip
     return decoder.apply({"params": weights.params}, (stream,), return_kv=True)[0]
 
 
 class Entry(NamedTuple):
-    """Texts to put into slots, arrays of some fixed length I; the first `count` are meant."""
+    """Texts to put into slots, arrays [R, I]; of each shard the first `count` are meant.
 
-    slot_I: jax.Array  # int32: where to
-    start_I: jax.Array  # int32: where the prompt begins in the packed row
-    length_I: jax.Array  # int32: its tokens
-    limit_I: jax.Array  # int32: tokens to draw at most
-    key_I2: jax.Array  # uint32
+    A prompt is the `split` tokens from `start` of its shard's row, then those from `own`.
+    """
+
+    slot_RI: jax.Array  # int32: where to, among the shard's slots
+    start_RI: jax.Array  # int32
+    split_RI: jax.Array  # int32
+    own_RI: jax.Array  # int32
+    length_RI: jax.Array  # int32: tokens of the prompt
+    request_RI: Request
+    count_R: jax.Array  # int32
 
 
-@functools.partial(jax.jit, static_argnames=("window",), donate_argnames=("state",))
-def insert(
-    state: State, output: model.Output, entry: Entry, count: jax.Array, *, window: int
-) -> State:
+def insert(state: State, output: model.Output, entry: Entry) -> State:
     """Puts prefilled prompts into slots; several entries may share a prompt.
 
     Args:
       output: of `prefill`.
-      window: number of cache entries copied, at least the longest prompt's.
     """
     kv = output.kv
     assert kv is not None  # prefill asks for it
+    context = jax.sharding.get_abstract_mesh()
+    if context.empty or context.size == 1:
+        return _insert(state, output.hidden_BLD, kv, entry)
+    where, split = places(state, context), PartitionSpec(mesh.BATCH)
+    head = where.cache.k[2]
+    pair: Any = PartitionSpec(None, mesh.BATCH, None, head)
+    return jax.shard_map(
+        _insert,
+        in_specs=(where, split, model.KV(pair, pair), jax.tree.map(lambda _: split, entry)),
+        out_specs=where,
+        check_vma=False,
+    )(state, output.hidden_BLD, kv, entry)
+
+
+def _insert(state: State, hidden_1TD, kv: model.KV, entry: Entry) -> State:
+    """`insert` of one shard: one row of prompts."""
+    last = hidden_1TD.shape[1] - 1
+    block = min(attention.BLOCK, state.cache.k.shape[3])
+    entry = jax.tree.map(lambda x: x[0], entry)
 
     def one(i, state: State) -> State:
-        slot, start, length = entry.slot_I[i], entry.start_I[i], entry.length_I[i]
-        # Clipped at the row's end: what lies behind the prompt does not matter.
-        rows_W = jnp.minimum(start + jnp.arange(window), output.hidden_BLD.shape[1] - 1)
+        slot, start, split, own, length, request, _ = jax.tree.map(
+            lambda x: x[i] if x.ndim else x, tuple(entry)
+        )
 
-        def copy(cache, packed):
-            piece = packed[:, :, rows_W].astype(cache.dtype)
-            return jax.lax.dynamic_update_slice(cache, piece, (0, slot, 0, 0, 0))
+        def source(index):  # in the row, of an index in the prompt
+            return jnp.clip(jnp.where(index < split, start + index, own + index - split), 0, last)
 
+        def copy(b, cache: attention.Cache) -> attention.Cache:
+            index_b = b * block + jnp.arange(block, dtype=jnp.int32)
+            k, v = (x[:, 0, source(index_b)].swapaxes(1, 2) for x in kv)
+            return jax.tree.map(
+                lambda whole, new: jax.lax.dynamic_update_slice(
+                    whole, new[:, None], (0, slot, 0, b * block, *(0,) * (whole.ndim - 4))
+                ),
+                cache, attention.entries(cache, k, v),
+            )  # fmt: skip
+
+        cache = jax.lax.fori_loop(0, -(-length // block), copy, state.cache)
         old = state.slots
         slots = Slots(
-            hidden_JD=old.hidden_JD.at[slot].set(output.hidden_BLD[0, start + length - 1]),
+            hidden_JD=old.hidden_JD.at[slot].set(hidden_1TD[0, source(length - 1)]),
             fresh_J=old.fresh_J.at[slot].set(True),
             live_J=old.live_J.at[slot].set(True),
             token_J=old.token_J,
             index_J=old.index_J.at[slot].set(length - 1),
             drawn_J=old.drawn_J.at[slot].set(0),
-            limit_J=old.limit_J.at[slot].set(entry.limit_I[i]),
-            key_J2=old.key_J2.at[slot].set(entry.key_I2[i]),
+            request=jax.tree.map(lambda x, new: x.at[slot].set(new), old.request, request),
         )
-        cache = model.KV(copy(state.cache.k, kv.k), copy(state.cache.v, kv.v))
         return State(cache, slots)
 
-    return jax.lax.fori_loop(0, count, one, state)
+    return jax.lax.fori_loop(0, entry.count_R, one, state)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "settings"), donate_argnames=("state",))
 def decode(
     decoder: model.Decoder,
-    settings: Settings,
+    form: truncate.Form,
+    steps: int,
     weights: Weights,
     state: State,
     cancel_J: jax.Array,
@@ -211,40 +260,42 @@ def decode(
     """Draws the first token of fresh slots, then up to `steps` tokens for all live ones.
 
     Args:
+      form: of all requests in the slots.
       cancel_J: bool; slots to end before anything is drawn.
       enough: int32; the loop ends early when fewer slots than this live (at least 1).
     """
     cache, slots = state
     slots = slots._replace(live_J=slots.live_J & ~cancel_J)
-    columns = settings.steps + 1
-    shape = (slots.live_J.shape[0], columns)
+    shape = (slots.live_J.shape[0], steps + 1)
     chunk = Chunk(
         jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32),
-        jnp.zeros(shape, jnp.float32), slots.live_J,
+        jnp.zeros(shape, jnp.float32), slots.live_J, jnp.int32(0),
     )  # fmt: skip
     slots, chunk = jax.lax.cond(
         jnp.any(slots.fresh_J & slots.live_J),
-        lambda: _draw(settings, weights, slots, chunk, slots.hidden_JD, slots.fresh_J, 0),
+        lambda: _draw(form, weights, slots, chunk, slots.hidden_JD, slots.fresh_J, 0),
         lambda: (slots, chunk),
     )
     slots = slots._replace(fresh_J=jnp.zeros_like(slots.fresh_J))
 
     def going(carry):
         step, _, slots, _ = carry
-        return (step < columns) & (jnp.sum(slots.live_J) >= jnp.maximum(enough, 1))
+        return (step <= steps) & (jnp.sum(slots.live_J) >= jnp.maximum(enough, 1))
 
     def advance(carry):
         step, cache, slots, chunk = carry
         cache, hidden_JD = _forward(decoder, weights, cache, slots)
-        slots, chunk = _draw(settings, weights, slots, chunk, hidden_JD, slots.live_J, step)
+        slots, chunk = _draw(form, weights, slots, chunk, hidden_JD, slots.live_J, step)
         return step + 1, cache, slots, chunk
 
-    _, cache, slots, chunk = jax.lax.while_loop(going, advance, (jnp.int32(1), cache, slots, chunk))
-    return State(cache, slots), chunk._replace(live_J=slots.live_J)
+    step, cache, slots, chunk = jax.lax.while_loop(
+        going, advance, (jnp.int32(1), cache, slots, chunk)
+    )
+    return State(cache, slots), chunk._replace(live_J=slots.live_J, steps=step - 1)
 
 
-def _forward(decoder, weights: Weights, cache: model.KV, slots: Slots):
-    """Runs each slot's last token; dead slots run along and write nothing."""
+def _forward(decoder, weights: Weights, cache: attention.Cache, slots: Slots):
+    """Runs each slot's last token; dead slots run along, and neither write nor attend."""
     shared = 0 if weights.prefix is None else weights.prefix.k.shape[2]
     stream = model.Stream(
         slots.token_J[:, None], (slots.index_J + shared)[:, None],
@@ -252,20 +303,23 @@ def _forward(decoder, weights: Weights, cache: model.KV, slots: Slots):
         prefix=weights.prefix, cache=cache,
     )  # fmt: skip
     output = decoder.apply({"params": weights.params}, (stream,))[0]
-    return output.kv, output.hidden_BLD[:, 0]
+    return output.cache, output.hidden_BLD[:, 0]
 
 
-def _draw(settings: Settings, weights: Weights, slots: Slots, chunk: Chunk, hidden_JD, which_J, at):
+def _draw(
+    form: truncate.Form, weights: Weights, slots: Slots, chunk: Chunk, hidden_JD, which_J, at
+):
     """One token for the slots of `which` that live, noted in column `at`."""
-    which_J = which_J & slots.live_J
+    which_J, request = which_J & slots.live_J, slots.request
     logits_JV = model.logits(hidden_JD, model.head(weights.params))
+    context = jax.sharding.get_abstract_mesh()
     token_J, logp_J, logp_truncated_J = truncate.sample(
-        logits_JV, _token_keys(settings, slots), settings.temperature, settings.top_k,
-        settings.top_p, settings.min_p, weights.valid_V,
+        logits_JV, _token_keys(form, slots), request.rows, form, weights.valid_V,
+        shards=1 if context.empty else context.shape["tensor"],
     )  # fmt: skip
     one_J = which_J.astype(jnp.int32)
     drawn_J = slots.drawn_J + one_J
-    ended_J = weights.stop_V[token_J] | (drawn_J >= slots.limit_J)
+    ended_J = weights.stop_XV[request.stop, token_J] | (drawn_J >= request.limit)
 
     def note(into_JE, value_J):
         return into_JE.at[:, at].set(jnp.where(which_J, value_J, into_JE[:, at]))
@@ -284,9 +338,9 @@ def _draw(settings: Settings, weights: Weights, slots: Slots, chunk: Chunk, hidd
     return slots, chunk
 
 
-def _token_keys(settings: Settings, slots: Slots) -> jax.Array:
+def _token_keys(form: truncate.Form, slots: Slots) -> jax.Array:
     """[J, 2] uint32: each slot's key with the index of the token to draw folded in."""
-    if settings.temperature == 0:
-        return slots.key_J2
-    keys_J = jax.random.wrap_key_data(slots.key_J2, impl="threefry2x32")
+    if not form.noise:
+        return slots.request.key
+    keys_J = jax.random.wrap_key_data(slots.request.key, impl="threefry2x32")
     return jax.random.key_data(jax.vmap(jax.random.fold_in)(keys_J, slots.drawn_J))

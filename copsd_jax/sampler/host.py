@@ -1,38 +1,29 @@
 """The loop around the engine: fills slots, decodes, collects, refills, until all prompts are done.
 
-A text depends on its key, its prompt, the weights and the sampling settings: not on the number of
-slots, its neighbours or its place in the list (beyond the rounding of products of other shapes).
+A text depends on its key, its prompt, its settings and the weights: not on the number of slots, its
+neighbours, its place in the list or the devices (beyond the rounding of products of other shapes).
+
+Every decision follows from the arguments and from what was drawn, which each process gets whole:
+on several processes all of them run this loop and call the same programs in the same order.
 """
 
 import collections
 import dataclasses
-import hashlib
+import functools
+import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from copsd_jax import model
-from copsd_jax.sampler import engine, truncate
-
-PURPOSES = {"rollout": 0, "evaluation": 1, "author": 2}
-PACK = 512  # tokens of a packed prefill, where prompts are not longer
-SMALLEST_PACK = 128  # packs are powers of two from here: few programs to compile
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn and what ends them."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()  # strings; a completion ends with the token that completes one
+from copsd_jax import mesh, model
+from copsd_jax.kernels import attention
+from copsd_jax.sampler import engine, jobs, packing, programs
+from copsd_jax.sampler.jobs import Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,307 +36,414 @@ class Completion:
     finish: str  # 'stop' or 'length'
 
 
-def stream_keys(
-    seed: int, purpose: str, step: int, row_ids: Sequence[str], samples: Sequence[int]
-) -> jax.Array:
-    """Threefry key data, uint32 [n, 2]: seed, purpose, step, row id and sample folded in, in turn.
+class Stats(NamedTuple):
+    """How far a call is, and how well it keeps the device busy."""
 
-    The engine folds in the token's index. A row id counts by the first 64 bits of its SHA-256.
-
-    Raises:
-      ValueError: for an unknown purpose, naming the choices, or lists of unequal lengths.
-    """
-    if purpose not in PURPOSES:
-        raise ValueError(f"purpose is {purpose!r}: the choices are {', '.join(PURPOSES)}")
-    if len(row_ids) != len(samples):
-        raise ValueError(f"{len(row_ids)} row ids for {len(samples)} samples: give one each")
-    digests = [hashlib.sha256(row.encode()).digest()[:8] for row in row_ids]
-    words_n2 = np.frombuffer(b"".join(digests), ">u4").astype(np.uint32).reshape(-1, 2)
-    root = jax.random.key(seed, impl="threefry2x32")
-    for word in (PURPOSES[purpose], step):
-        root = jax.random.fold_in(root, word)
-    return _row_keys(root, jnp.asarray(words_n2), jnp.asarray(samples, jnp.uint32))
+    done: int  # completions
+    total: int
+    tokens: int  # drawn so far
+    prompt_tokens: int  # run through the model by prefill
+    occupancy: float  # share of slots that drew a token, while prompts were waiting; NaN for none
+    seconds: float
 
 
-@jax.jit
-def _row_keys(root: jax.Array, words_n2: jax.Array, samples_n: jax.Array) -> jax.Array:
-    def one(words, sample):
-        key = jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1])
-        return jax.random.key_data(jax.random.fold_in(key, sample))
-
-    return jax.vmap(one)(words_n2, samples_n)
-
-
-def bucket(length: int) -> int:
-    """The smallest of 32, 48, 64, 96, 128, 192, … that holds `length`: at most half is waste."""
-    size = 32
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
+class Result(NamedTuple):
+    completions: list[Completion]  # in the order of the prompts
+    stats: Stats
 
 
 @dataclasses.dataclass
 class _Text:
     """A completion in the making."""
 
-    ids: list[int] = dataclasses.field(default_factory=list)
-    logps: list[float] = dataclasses.field(default_factory=list)
-    logps_truncated: list[float] = dataclasses.field(default_factory=list)
+    parts: list[tuple] = dataclasses.field(default_factory=list)
     tail: bytes = b""  # the last bytes, for stop strings across tokens
     stopped: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """All that one call of `generate` needs and does not change."""
-
-    decoder: model.Decoder
-    weights: engine.Weights
-    settings: engine.Settings
-    prompts: Sequence[tuple[int, ...]]
-    keys_n2: np.ndarray
-    limits: Sequence[int]
-    stops: tuple[bytes, ...]
-    token_bytes: Sequence[bytes]
-    stop_V: np.ndarray
-    window: int  # cache entries copied per prompt
 
 
 def generate(
     decoder: model.Decoder,
     params: Any,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: jobs.Sampling | Sequence[jobs.Sampling],
     *,
     keys: Any,
+    settings: jobs.Settings = jobs.Settings(),  # noqa: B008 - frozen
     prefix: model.KV | None = None,
     adapter: Any = None,
     adapter_scale: float = 1.0,
-    slots: int = 32,
     valid_V: Any = None,
     token_bytes: Sequence[bytes] | None = None,
     limits: Sequence[int] | None = None,
-    steps: int = 16,
-    progress: Callable[[int, int, int], None] | None = None,
-) -> list[Completion]:
+    progress: Callable[[Stats], None] | None = None,
+    done: Callable[[int, Completion], None] | None = None,
+) -> Result:
     """A completion for each prompt, in their order. Equal prompts share their prefill.
+
+    Runs on the mesh of the surrounding `jax.set_mesh`, where params and adapter have to be.
 
     Args:
       prompts: token ids without the shared prefix, at least one each.
-      keys: uint32 [n, 2] from `stream_keys`, one per prompt.
+      sampling: one for all, or one for each prompt.
+      keys: uint32 [n, 2] from `jobs.stream_keys`, one per prompt.
+      settings: the sampler's size; slots are rounded up to a multiple of the mesh's batch shards.
       prefix: `engine.encode_prefix` with the same params and adapter.
-      slots: rows decoded at once; a short list of prompts takes the next power of two instead.
       valid_V: bool [V], ids that may be drawn; None for all.
       token_bytes: the bytes of each id, needed for stop strings.
-      limits: most tokens of each completion; None for sampling.max_tokens each.
-      steps: tokens per slot between two looks of the host.
-      progress: called with (completions done, of how many, tokens so far) after each look.
+      limits: most tokens of each completion; None for its sampling's max_tokens.
+      progress: called with what was reached after each look of the host.
+      done: called with (index of the prompt, completion) as soon as it is complete.
 
     Raises:
       ValueError: in one sentence, for settings or prompts that cannot be served.
+      MemoryError: if the cache cannot be made.
     """
-    prompts = [tuple(prompt) for prompt in prompts]
-    limits = [sampling.max_tokens] * len(prompts) if limits is None else list(limits)
     keys_n2 = np.asarray(jax.device_get(keys))
-    valid = np.ones(decoder.config.vocab_size, bool) if valid_V is None else np.asarray(valid_V)
-    shared = 0 if prefix is None else prefix.k.shape[2]
-    _check_settings(decoder.config, sampling, slots, steps, valid, token_bytes)
-    _check_prompts(decoder.config, prompts, keys_n2, limits, shared)
-    if not prompts:
-        return []
-    stops = tuple(text.encode() for text in sampling.stop)
-    stop_V = _stop_table(sampling.stop_ids, stops, token_bytes or (), len(valid))
-    job = _Job(
-        decoder=decoder,
-        weights=engine.Weights(
-            params,
-            adapter,
-            prefix,
-            # No mask at all where it would change nothing: it costs a pass over the logits.
-            None if valid.all() else jax.device_put(valid),
-            jax.device_put(stop_V),
-            adapter_scale,
-        ),
-        settings=engine.Settings(
-            steps, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
-        ),
-        prompts=prompts, keys_n2=keys_n2, limits=limits, stops=stops,
-        token_bytes=token_bytes or (), stop_V=stop_V, window=bucket(max(map(len, prompts))),
+    each = [sampling] * len(prompts) if isinstance(sampling, jobs.Sampling) else list(sampling)
+    if isinstance(sampling, jobs.Sampling) and not prompts:
+        each = [sampling]  # checked all the same
+    job = jobs.plan(
+        decoder, params, prompts, each, keys_n2=keys_n2, settings=settings, prefix=prefix,
+        adapter=adapter, adapter_scale=adapter_scale, valid_V=valid_V, token_bytes=token_bytes,
+        limits=limits,
     )  # fmt: skip
-    texts = _run(job, min(slots, 1 << (len(prompts) - 1).bit_length()), progress)
-    return [_completion(job, text) for text in texts]
+    if not job.prompts:
+        return Result([], Stats(0, 0, 0, 0, float("nan"), 0.0))
+    with jax.set_mesh(job.mesh):
+        return _run(job, progress, done)
 
 
-def _run(job: _Job, slots: int, progress: Callable[[int, int, int], None] | None) -> list[_Text]:
-    """The loop: refill, decode, collect."""
-    # Equal prompts next to one another, so that they are likely to be filled together.
-    first = {prompt: i for i, prompt in reversed(list(enumerate(job.prompts)))}
-    order = sorted(range(len(job.prompts)), key=lambda row: (first[job.prompts[row]], row))
-    queue = collections.deque(order)
-    texts = [_Text() for _ in job.prompts]
-    rows: dict[int, int] = {}  # slot -> the prompt it serves
+# --- programs ---------------------------------------------------------------------------------
+
+
+def _sharding(job: Job, *axes: Any) -> Any:
+    return NamedSharding(job.mesh, PartitionSpec(*axes))
+
+
+def state_shape(job: Job) -> engine.State:
+    """A state as jax.ShapeDtypeStructs with shardings."""
+    s = job.settings
+    shape = jax.eval_shape(lambda: engine.empty(job.decoder, s.slots, s.length, s.cache))
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(job, *spec)),
+        shape, engine.places(shape, job.mesh),
+    )  # fmt: skip
+
+
+def _places(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _empty(job: Job) -> programs.Program:
+    s = job.settings
+    static = (job.decoder, s.slots, s.length, np.dtype(s.cache))
+    places = _places(state_shape(job))
+    return programs.program("empty cache", engine.empty, static, (), None, places)
+
+
+def _prefill_program(job: Job, packed: engine.Packed) -> programs.Program:
+    head = attention.axes(job.mesh, job.settings.slots, job.decoder.config.n_kv_heads)[1]
+    pair = _sharding(job, None, mesh.BATCH, None, head)
+    width = packed.tokens_RT.shape[1]
+    return programs.program(
+        f"prefill {width}", engine.prefill, (job.decoder,), (job.weights, packed), None,
+        model.Output(_sharding(job, mesh.BATCH), model.KV(pair, pair)),
+    )  # fmt: skip
+
+
+def _insert_program(job: Job, state, output, entry) -> programs.Program:
+    width = output.hidden_BLD.shape[1]
+    return programs.program(
+        f"insert {width}", engine.insert, (), (state, output, entry), 0, _places(state)
+    )
+
+
+def _decode_program(job: Job, state, cancel_J, enough) -> programs.Program:
+    whole = _sharding(job)  # on every device, so on every process
+    return programs.program(
+        f"decode {job.settings.slots} x {job.settings.length}", engine.decode,
+        (job.decoder, job.form, job.settings.steps),
+        (job.weights, state, cancel_J, enough), 4,
+        (_places(state), engine.Chunk(*[whole] * len(engine.Chunk._fields))),
+    )  # fmt: skip
+
+
+def warmup(job: Job) -> tuple[programs.Program, ...]:
+    """Compiles all that calls of this size need: nothing is compiled after it, and nothing is run.
+
+    Raises:
+      MemoryError: if they cannot fit the devices: which buffer is how large, and what would fit.
+    """
+    with jax.set_mesh(job.mesh):
+        state = state_shape(job)
+        shards, slots = mesh.batch_shards(job.mesh), job.settings.slots
+        made = [_empty(job)]
+        for width in job.buckets:
+            packed = engine.Packed(*[_like(job, (shards, width), jnp.int32)] * 4)
+            made.append(_prefill_program(job, packed))
+            run = functools.partial(engine.prefill, job.decoder)
+            shapes = jax.eval_shape(run, job.weights, packed)
+            output = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                shapes, made[-1].call.output_shardings,
+            )  # fmt: skip
+            entry = jax.tree.map(
+                lambda x: _like(job, x.shape, x.dtype),
+                _entry(job, [[] for _ in range(shards)], slots // shards),
+            )
+            made.append(_insert_program(job, state, output, entry))
+        cancel_J = jax.ShapeDtypeStruct((slots,), bool, sharding=_sharding(job))
+        enough = jax.ShapeDtypeStruct((), jnp.int32, sharding=_sharding(job))
+        made.append(_decode_program(job, state, cancel_J, enough))
+        check_memory(job, max(one.temporary for one in made), _memory(job))
+    return tuple(made)
+
+
+def _like(job: Job, shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(job, mesh.BATCH))
+
+
+def _memory(job: Job) -> int:
+    """Bytes of a device; of one that does not tell, more than any has."""
+    stats = job.mesh.local_devices[0].memory_stats() or {}
+    return stats.get("bytes_limit", sys.maxsize)
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes on each device."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def check_memory(job: Job, temporary: int, limit: int | None) -> None:
+    """Refuses a sampler whose buffers do not fit a device of `limit` bytes; None refuses all.
+
+    Args:
+      temporary: bytes of the program that needs most besides weights and cache.
+
+    Raises:
+      MemoryError: in one sentence.
+    """
+    s, cache, held = job.settings, _bytes(state_shape(job)), _bytes(job.weights)
+    if limit is not None and cache + held + temporary <= limit:
+        return
+    parts = {
+        f"the cache ({s.slots} slots x {s.length} entries of {np.dtype(s.cache).name})": cache,
+        "the weights": held,
+        "what programs need while they run": temporary,
+    }
+    sizes = sorted(parts.items(), key=lambda part: -part[1])
+    told = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes)
+    shards = mesh.batch_shards(job.mesh)
+    fits = 0 if limit is None else (limit - held - temporary) // (cache * shards // s.slots)
+    if limit is None:
+        cure = f"slots={max(1, s.slots // 2)} halves the cache, cache=int8 too where it is bfloat16"
+    elif fits >= 1:
+        cure = f"slots={fits * shards} makes it fit"
+    else:
+        cure = "no slot fits: a smaller length, cache=int8, or more devices along mesh.tensor"
+    have = "" if limit is None else f", and it has {limit / 2**30:.2f} GiB"
+    raise MemoryError(f"out of memory: on each device {told}{have}; {cure}")
+
+
+# --- the loop ---------------------------------------------------------------------------------
+
+
+class _Ready(NamedTuple):
+    """A text whose prompt is prefilled."""
+
+    row: int
+    output: model.Output  # of the rows of all shards
+    place: packing.Place
+
+
+class _Waiting:
+    """Prompts and the texts that begin with them, those of equal prompts together."""
+
+    def __init__(self, prompts: Sequence[tuple[int, ...]]):
+        texts: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            texts.setdefault(prompt, []).append(row)
+        self.groups = collections.deque(texts.items())
+        self.texts = len(prompts)
+
+    def take(self, wanted: int, width: int) -> list[tuple[tuple[int, ...], list[int]]]:
+        """Groups of `wanted` texts or a little more, whose prompts fit a row; at least one."""
+        candidates, texts = [], 0
+        for prompt, rows in self.groups:
+            if texts >= wanted:
+                break
+            candidates.append(prompt)
+            texts += len(rows)
+        taken = []
+        for _ in range(max(1, packing.fit(candidates, width))):
+            taken.append(self.groups.popleft())
+            self.texts -= len(taken[-1][1])
+        return taken
+
+    def back(self, prompt: tuple[int, ...], rows: list[int]) -> None:
+        self.groups.appendleft((prompt, rows))
+        self.texts += len(rows)
+
+
+def _run(job: Job, progress, done) -> Result:
+    """Refill, decode, collect."""
+    begun = time.perf_counter()
+    slots, shards = job.settings.slots, mesh.batch_shards(job.mesh)
+    waiting = _Waiting(job.prompts)
+    ready: list[collections.deque[_Ready]] = [collections.deque() for _ in range(shards)]
+    texts = {row: _Text() for row in range(len(job.prompts))}
+    completions: dict[int, Completion] = {}
+    serving: dict[int, int] = {}  # slot -> row of its text
     cancel = np.zeros(slots, bool)  # slots that the host ended while they live on the device
-    length = -(-(job.window + max(job.limits)) // 32) * 32
-    state = engine.empty(job.decoder, slots, length)
-    while queue or rows:
-        free = [slot for slot in range(slots) if slot not in rows]
-        placed = [(slot, queue.popleft()) for slot in free[: len(queue)]]
-        for pack in _packs(job, placed):
-            state = _fill(job, state, pack)
-        rows.update(placed)
-        cancel[list(rows)] = False  # a new text came to life there
-        # While prompts wait, the loop ends as soon as an eighth of the slots are free.
-        enough = slots - max(1, slots // 8) + 1 if queue else 1
-        state, chunk = engine.decode(
-            job.decoder, job.settings, job.weights, state,
-            jax.device_put(cancel), jax.device_put(np.int32(enough)),
-        )  # fmt: skip
+    state = _made(job)
+    tokens = prompt_tokens = drawn = possible = 0
+    while waiting.texts or any(ready) or serving:
+        free = [[s for s in _slots_of(job, r) if s not in serving] for r in range(shards)]
+        while waiting.texts and any(
+            len(have) < len(want) for have, want in zip(ready, free, strict=True)
+        ):
+            prompt_tokens += _prefill(job, waiting, ready, free)
+        state = _insert(job, state, ready, free, serving)
+        cancel[list(serving)] = False  # a new text came to life there
+        more = bool(waiting.texts or any(ready))
+        # While texts wait, the loop ends as soon as a sixteenth of the slots, or one, is free.
+        enough = slots - max(1, slots // 16) + 1 if more else 1
+        args = _host(job, cancel), _host(job, np.int32(enough))
+        state, chunk = _decode_program(job, state, *args).call(job.weights, state, *args)
         chunk = jax.device_get(chunk)
         cancel[:] = False
-        for slot, row in list(rows.items()):
-            _collect(job, texts[row], chunk, slot)
+        for slot, row in list(serving.items()):
+            _collect(job, texts[row], int(job.request.stop[row]), chunk, slot)
             if texts[row].stopped or not chunk.live_J[slot]:
                 cancel[slot] = chunk.live_J[slot]
-                del rows[slot]
+                del serving[slot]
+                completions[row] = _completion(job, row, texts.pop(row))
+                if done is not None:
+                    done(row, completions[row])
+        tokens += int((chunk.token_JE >= 0).sum())
+        if more:
+            drawn += int((chunk.token_JE[:, 1:] >= 0).sum())
+            possible += slots * int(chunk.steps)
+        stats = Stats(
+            len(completions), len(job.prompts), tokens, prompt_tokens,
+            drawn / possible if possible else float("nan"), time.perf_counter() - begun,
+        )  # fmt: skip
         if progress is not None:
-            done = len(job.prompts) - len(queue) - len(rows)
-            progress(done, len(job.prompts), sum(len(text.ids) for text in texts))
-    return texts
+            progress(stats)
+    return Result([completions[row] for row in range(len(job.prompts))], stats)
 
 
-def _packs(job: _Job, placed: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Splits (slot, row) pairs so that the distinct prompts of each part fit one packed row."""
-    packs: list[list[tuple[int, int]]] = []
-    inside: set[tuple[int, ...]] = set()
-    used = 0
-    for slot, row in placed:
-        prompt = job.prompts[row]
-        if prompt not in inside:
-            if not packs or used + len(prompt) > PACK:
-                packs.append([])
-                inside, used = set(), 0
-            inside.add(prompt)
-            used += len(prompt)
-        packs[-1].append((slot, row))
-    return packs
+def _made(job: Job) -> engine.State:
+    """An empty state on the devices."""
+    check_memory(job, 0, _memory(job))
+    try:
+        return _empty(job).call()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        check_memory(job, 0, None)
+        raise
 
 
-def _fill(job: _Job, state: engine.State, pack: Sequence[tuple[int, int]]) -> engine.State:
-    """Prefills a pack's distinct prompts and inserts all its texts.
+def _slots_of(job: Job, shard: int) -> range:
+    per = job.settings.slots // mesh.batch_shards(job.mesh)
+    return range(shard * per, (shard + 1) * per)
 
-    Prompts of 3 and 2 tokens for slots 4, 5 (both the first) and 7:
-      tokens a b c d e · · ·     index 0 1 2 0 1 0 0 0     segments 1 1 1 2 2 0 0 0
-      slot 4 5 7    start 0 0 3    length 3 3 2
+
+def _host(job: Job, x, *axes):
+    return mesh.from_host(x, job.mesh, PartitionSpec(*axes))
+
+
+def _prefill(job: Job, waiting: _Waiting, ready, free) -> int:
+    """Prefills prompts for every shard that lacks texts; the number of tokens.
+
+    A shard takes as many as its free slots need, and those that it will need next, but no more than
+    its share of what is left.
     """
-    starts: dict[tuple[int, ...], int] = {}
-    total = 0
-    for _, row in pack:
-        if job.prompts[row] not in starts:
-            starts[job.prompts[row]] = total
-            total += len(job.prompts[row])
-    width = max(SMALLEST_PACK, 1 << (total - 1).bit_length())
-    tokens, index, segments = np.zeros((3, 1, width), np.int32)
-    for number, (prompt, start) in enumerate(starts.items(), 1):
-        part = slice(start, start + len(prompt))
-        tokens[0, part], index[0, part], segments[0, part] = prompt, range(len(prompt)), number
-    output = engine.prefill(job.decoder, job.weights, *jax.device_put((tokens, index, segments)))
-    slots = state.slots.live_J.shape[0]
-    slot_I, start_I, length_I, limit_I = np.zeros((4, slots), np.int32)
-    key_I2 = np.zeros((slots, 2), np.uint32)
-    for i, (slot, row) in enumerate(pack):
-        prompt = job.prompts[row]
-        slot_I[i], start_I[i], length_I[i] = slot, starts[prompt], len(prompt)
-        limit_I[i], key_I2[i] = job.limits[row], job.keys_n2[row]
-    entry = jax.device_put(engine.Entry(slot_I, start_I, length_I, limit_I, key_I2))  # pyright: ignore
-    count = jax.device_put(np.int32(len(pack)))
-    return engine.insert(state, output, entry, count, window=job.window)
+    shards, per = len(ready), job.settings.slots // len(ready)
+    share = -(-waiting.texts // shards)
+    taken: list[list] = [[] for _ in range(shards)]
+    for r in sorted(range(shards), key=lambda r: len(ready[r]) - len(free[r])):
+        need = len(free[r]) - len(ready[r])
+        if need <= 0 or not waiting.texts:
+            continue
+        wanted = max(need, min(need + per, share))
+        for prompt, rows in waiting.take(wanted, job.settings.pack):
+            # On one shard the samples of a prompt stay together, whatever their number.
+            room = max(1, wanted - sum(len(rows) for _, rows in taken[r]))
+            keep = rows if shards == 1 else rows[:room]
+            if rows[len(keep) :]:
+                waiting.back(prompt, rows[len(keep) :])
+            taken[r].append((prompt, keep))
+    sizes = [packing.tokens([prompt for prompt, _ in part]) for part in taken]
+    width = next(size for size in job.buckets if size >= max(sizes))
+    rows = [packing.row([prompt for prompt, _ in part], width) for part in taken]
+    packed = _host(job, engine.Packed(*np.stack([row for row, _ in rows], axis=1)), mesh.BATCH)
+    output = _prefill_program(job, packed).call(job.weights, packed)
+    for r, part in enumerate(taken):
+        for prompt, texts in part:
+            ready[r].extend(_Ready(row, output, rows[r][1][prompt]) for row in texts)
+    return sum(sizes)
 
 
-def _collect(job: _Job, text: _Text, chunk: engine.Chunk, slot: int) -> None:
+def _insert(job: Job, state, ready, free, serving: dict[int, int]):
+    """Puts texts that are ready into free slots; notes them in `serving`."""
+    shards, per = len(ready), job.settings.slots // len(ready)
+    outputs: dict[int, tuple[model.Output, list[list]]] = {}
+    for r in range(shards):
+        for slot in free[r][: len(ready[r])]:
+            text = ready[r].popleft()
+            serving[slot] = text.row
+            parts = outputs.setdefault(id(text.output), (text.output, [[] for _ in range(shards)]))
+            parts[1][r].append((slot - r * per, text))
+    for output, parts in outputs.values():
+        entry = _host(job, _entry(job, parts, per), mesh.BATCH)
+        state = _insert_program(job, state, output, entry).call(state, output, entry)
+    return state
+
+
+def _entry(job: Job, parts: list[list], per: int) -> engine.Entry:
+    """NumPy arrays of the (local slot, text) pairs of each shard.
+
+    Prompts of 3 and 2 tokens in one row, for slots 4, 5 (both the first) and 7:
+      slot 4 5 7    start 0 0 3    split 3 3 2    own 0 0 3    length 3 3 2
+    """
+    numbers = np.zeros((5, len(parts), per), np.int32)
+    rows = np.zeros((len(parts), per), np.int32)  # whose settings; any where no text is
+    for r, part in enumerate(parts):
+        for i, (slot, text) in enumerate(part):
+            numbers[:, r, i] = slot, *text.place, len(job.prompts[text.row])
+            rows[r, i] = text.row
+    request = jax.tree.map(lambda x: x[rows], job.request)
+    count: Any = np.array([len(part) for part in parts], np.int32)
+    slot, start, split, own, length = (part for part in numbers)
+    return engine.Entry(slot, start, split, own, length, request, count)  # pyright: ignore
+
+
+def _collect(job: Job, text: _Text, stop_set: int, chunk: engine.Chunk, slot: int) -> None:
     """Appends what a chunk drew for a slot, up to the token that completes a stop string."""
-    reach = max(map(len, job.stops), default=1) - 1
-    for column in np.flatnonzero(chunk.token_JE[slot] >= 0):
-        token = int(chunk.token_JE[slot, column])
-        text.ids.append(token)
-        text.logps.append(float(chunk.logp_JE[slot, column]))
-        text.logps_truncated.append(float(chunk.logp_truncated_JE[slot, column]))
-        if job.stops:
-            text.tail += job.token_bytes[token]
-            if any(stop in text.tail for stop in job.stops):
-                text.stopped = True
-                return
-            text.tail = text.tail[max(0, len(text.tail) - reach) :]
+    columns = np.flatnonzero(chunk.token_JE[slot] >= 0)
+    stops = job.stops[stop_set]
+    reach = max(map(len, stops), default=1) - 1
+    for number, column in enumerate(columns if stops else ()):
+        text.tail += job.token_bytes[int(chunk.token_JE[slot, column])]
+        if any(stop in text.tail for stop in stops):
+            text.stopped = True
+            columns = columns[: number + 1]
+            break
+        text.tail = text.tail[max(0, len(text.tail) - reach) :]
+    text.parts.append(
+        tuple(x[slot, columns] for x in (chunk.token_JE, chunk.logp_JE, chunk.logp_truncated_JE))
+    )
 
 
-def _completion(job: _Job, text: _Text) -> Completion:
-    ended = text.stopped or job.stop_V[text.ids[-1]]
+def _completion(job: Job, row: int, text: _Text) -> Completion:
+    ids, logps, logps_truncated = (np.concatenate(x) for x in zip(*text.parts, strict=True))
+    ended = text.stopped or job.stop_XV[job.request.stop[row], ids[-1]]
     return Completion(
-        ids=tuple(text.ids),
-        logps=np.asarray(text.logps, np.float32),
-        logps_truncated=np.asarray(text.logps_truncated, np.float32),
+        ids=tuple(map(int, ids)), logps=logps, logps_truncated=logps_truncated,
         finish="stop" if ended else "length",
-    )
-
-
-def _stop_table(
-    stop_ids: Sequence[int], stops: Sequence[bytes], token_bytes: Sequence[bytes], vocab: int
-) -> np.ndarray:
-    """bool [V]: ids that end a text by themselves, stop strings within one token included."""
-    table = np.zeros(vocab, bool)
-    table[list(stop_ids)] = True
-    if stops:
-        inside = [any(stop in piece for stop in stops) for piece in token_bytes]
-        table[: len(inside)] |= inside
-    return table
-
-
-def _check_settings(config, sampling: Sampling, slots, steps, valid_V, token_bytes) -> None:
-    vocab = config.vocab_size
-    truncate.check(
-        sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, vocab_size=vocab
-    )
-    for name, value in (("max_tokens", sampling.max_tokens), ("slots", slots), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"{name} is {value!r}: it must be at least 1")
-    for token in sampling.stop_ids:
-        if not 0 <= token < vocab:
-            raise ValueError(f"stop_ids has {token}: the model has the ids 0 to {vocab - 1}")
-    if valid_V.shape != (vocab,) or not valid_V.any():
-        raise ValueError(
-            f"valid_V has shape {valid_V.shape} and {int(valid_V.sum())} ids: it must have shape "
-            f"({vocab},) and at least one id"
-        )
-    if "" in sampling.stop:
-        raise ValueError(f"stop is {sampling.stop!r}: a stop string must not be empty")
-    if sampling.stop and token_bytes is None:
-        raise ValueError(f"stop is {sampling.stop!r}: stop strings need token_bytes")
-    if sampling.stop and (len(token_bytes) > vocab or valid_V[len(token_bytes) :].any()):
-        raise ValueError(
-            f"token_bytes has {len(token_bytes)} entries: it must have one for each valid id and "
-            f"at most {vocab}"
-        )
-
-
-def _check_prompts(config, prompts, keys_n2: np.ndarray, limits, shared: int) -> None:
-    if keys_n2.shape != (len(prompts), 2) or keys_n2.dtype != np.uint32:
-        raise ValueError(
-            f"keys are {keys_n2.dtype} {keys_n2.shape}: they must be uint32 ({len(prompts)}, 2), "
-            "one for each prompt"
-        )
-    if len(limits) != len(prompts):
-        raise ValueError(f"limits has {len(limits)} entries for {len(prompts)} prompts")
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if limit < 1:
-            raise ValueError(f"limits[{i}] is {limit}: a completion has at least 1 token")
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty: it must have at least one token")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(
-                f"prompt {i} has ids {min(prompt)} to {max(prompt)}: the model has the ids 0 to "
-                f"{config.vocab_size - 1}"
-            )
-        if shared + len(prompt) + limit > config.max_position:
-            raise ValueError(
-                f"prompt {i} has {shared + len(prompt)} tokens (shared prefix {shared}) and may "
-                f"get {limit} more: the model has {config.max_position} positions"
-            )
+    )  # fmt: skip

@@ -1,10 +1,12 @@
 """From logits to a token: temperature, then top-k, top-p, min-p, renormalised after each.
 
 Ids that the tokenizer lacks are out before everything that truncates. The tempered distribution is
-the model's own, over all ids, as the trainer sees it. The settings are Python numbers, so that one
-which is off (top_k 0, top_p 1, min_p 0) leaves nothing in the compiled program.
+the model's own, over all ids, as the trainer sees it. Every row has settings of its own, as data
+(`Rows`); which machinery a compiled program contains is static (`Form`), so what no row uses costs
+nothing. A row's result depends on its own settings alone, and on the Form that serves it only by
+the rounding of sums.
 
-What each one keeps:
+What each setting keeps:
   top_k: exactly k tokens; of equal logits the lower ids.
   top_p: the most probable tokens until their mass, renormalised after top_k, reaches p, the token
     that crosses p included, and all tokens exactly as probable as that one.
@@ -18,124 +20,65 @@ The vocabulary is never sorted and gets no random number per token. It is looked
 stages, a block by its mass and then a token of that block, each by the Gumbel argmax. The product
 of both probabilities is the token's own.
 
-Shapes: J rows, V vocabulary, K = top_k, N blocks, X any set of candidates.
+Where some rows have a top_k and some have none, both ways are taken and each row keeps its own.
+
+Shapes: J rows, V vocabulary, K = cap candidates, N blocks, X any set of candidates.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 BLOCK = 128  # tokens; the lanes of a TPU register, and near the square root of a vocabulary
+FINE = 8  # tokens; what a block among the best is cut into
+LEAST_CAP = 16  # candidates; a smaller top_k costs the same, and shares the compiled program
 _TINY = 0x00800000  # bits of the smallest normal float32
 _ONE = 0x3F800000  # bits of 1.0
 
 
-def log_probs(
-    logits_JV: jax.Array,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    valid_V: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities (tempered_JV, truncated_JV), float32; truncated -inf where none can occur.
+class Rows(NamedTuple):
+    """The settings of each row of logits. A temperature of 0 makes the others of its row void."""
 
-    The plain spelling of what `sample` draws from: it holds [J, V] arrays. `valid_V` is bool, ids
-    that may be drawn; None for all.
+    temperature_J: jax.Array  # float32, 0 is greedy
+    top_k_J: jax.Array  # int32, 0 is off
+    top_p_J: jax.Array  # float32, 1 is off
+    min_p_J: jax.Array  # float32, 0 is off
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a program contains. It must serve the settings of all rows; see `form`."""
+
+    greedy: bool  # some row may have temperature 0
+    noise: bool  # some row may have a temperature above 0; those below are about such rows
+    tempered: bool  # some row may have a temperature other than 1
+    cap: int  # 0, or a power of two at least every top_k
+    full: bool  # some row may have top_k 0
+    top_p: bool  # some row may have top_p below 1
+    min_p: bool  # some row may have min_p above 0
+
+
+def form(settings: Sequence[tuple[float, int, float, float]]) -> Form:
+    """The least Form that serves all (temperature, top_k, top_p, min_p).
+
+    Raises ValueError without any settings.
     """
-    x_JV = _tempered(logits_JV, temperature)
-    tempered_JV = jax.nn.log_softmax(x_JV, axis=-1)
-    x_JV = _masked(x_JV, valid_V)
-    if temperature == 0:
-        best_J = jnp.argmax(x_JV, axis=-1)
-        hit_JV = jnp.arange(x_JV.shape[-1])[None, :] == best_J[:, None]
-        return tempered_JV, jnp.where(hit_JV, 0.0, -jnp.inf).astype(jnp.float32)
-    peak_J1 = jnp.max(x_JV, axis=-1, keepdims=True)
-    if top_k:
-        value_JK, id_JK = _top_k(x_JV, top_k)
-        kept_JK = _kept(jnp.exp(value_JK - peak_J1), top_p, min_p)
-        rows_J1 = jnp.arange(x_JV.shape[0])[:, None]
-        kept_JV = jnp.zeros(x_JV.shape, bool).at[rows_J1, id_JK].set(kept_JK)
-    else:
-        kept_JV = _kept(jnp.exp(x_JV - peak_J1), top_p, min_p)
-    return tempered_JV, jax.nn.log_softmax(jnp.where(kept_JV, x_JV, -jnp.inf), axis=-1)
-
-
-def sample(
-    logits_JV: jax.Array,
-    key_J2: jax.Array,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    valid_V: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One token per row from `log_probs`' truncated distribution.
-
-    Args:
-      logits_JV: any floating dtype.
-      key_J2: uint32, the data of one threefry key per row. Row j's token depends on key j and
-        logits j alone. Temperature 0 ignores it.
-
-    Returns:
-      token_J int32, its log-probability under the tempered distribution and under the truncated
-      one, float32.
-    """
-    whole_JV = _tempered(logits_JV, temperature)
-    x_JNb = _blocks(_masked(whole_JV, valid_V))
-    high_JN = jnp.max(x_JNb, axis=-1)
-    peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
-    mass_JN = jnp.sum(jnp.exp(x_JNb - peak_J1[:, :, None]), axis=-1)
-    # ln of the mass of all ids, relative to the peak of those that may be drawn.
-    if valid_V is None:
-        log_total_J = jnp.log(jnp.sum(mass_JN, axis=-1))
-    else:
-        log_total_J = jax.nn.logsumexp(whole_JV, axis=-1) - peak_J1[:, 0]
-    if temperature == 0:
-        block_J = jnp.argmax(high_JN, axis=-1)
-        inner_J = jnp.argmax(_block(x_JNb, block_J), axis=-1)
-        token_J = (block_J * BLOCK + inner_J).astype(jnp.int32)
-        return token_J, -log_total_J, jnp.zeros_like(log_total_J)
-    draw = _among_best if top_k else _among_all
-    token_J, value_J, kept_J = draw(x_JNb, high_JN, mass_JN, key_J2, top_k, top_p, min_p)
-    value_J = value_J - peak_J1[:, 0]
-    return token_J, value_J - log_total_J, value_J - jnp.log(kept_J)
-
-
-def _among_best(x_JNb, high_JN, mass_JN, key_J2, top_k, top_p, min_p):
-    """Draws among the top k; (token, its tempered logit, mass of all kept relative to the peak)."""
-    del mass_JN
-    value_JK, id_JK = _top_k_blocks(x_JNb, high_JN, top_k)
-    weight_JK = jnp.exp(value_JK - value_JK[:, :1])
-    kept_JK = _kept(weight_JK, top_p, min_p)
-    noisy_JK = jnp.where(kept_JK, value_JK, -jnp.inf) + _gumbel(key_J2, value_JK.shape[1])
-    choice_J1 = jnp.argmax(noisy_JK, axis=-1, keepdims=True)
-    token_J = jnp.take_along_axis(id_JK, choice_J1, axis=1)[:, 0]
-    value_J = jnp.take_along_axis(value_JK, choice_J1, axis=1)[:, 0]
-    return token_J, value_J, jnp.sum(jnp.where(kept_JK, weight_JK, 0.0), axis=-1)
-
-
-def _among_all(x_JNb, high_JN, mass_JN, key_J2, top_k, top_p, min_p):
-    """As `_among_best` over the whole vocabulary: first a block, then a token in it."""
-    del top_k
-    peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
-    floor_J1 = None
-    if top_p < 1 or min_p > 0:
-        weight_JNb = jnp.exp(x_JNb - peak_J1[:, :, None])
-        floor_J1 = _floor(weight_JNb.reshape(weight_JNb.shape[0], -1), top_p, min_p)
-        kept_JNb = weight_JNb >= floor_J1[:, :, None]
-        mass_JN = jnp.sum(jnp.where(kept_JNb, weight_JNb, 0.0), axis=-1)
-    noise = _gumbel(key_J2, mass_JN.shape[1] + BLOCK)
-    block_J = jnp.argmax(jnp.log(mass_JN) + noise[:, BLOCK:], axis=-1)
-    value_Jb = _block(x_JNb, block_J)
-    kept_Jb = jnp.ones(value_Jb.shape, bool)
-    if floor_J1 is not None:
-        kept_Jb = jnp.exp(value_Jb - peak_J1) >= floor_J1
-    noisy_Jb = jnp.where(kept_Jb, value_Jb, -jnp.inf) + noise[:, :BLOCK]
-    inner_J = jnp.argmax(noisy_Jb, axis=-1)
-    value_J = jnp.take_along_axis(value_Jb, inner_J[:, None], axis=1)[:, 0]
-    return (block_J * BLOCK + inner_J).astype(jnp.int32), value_J, jnp.sum(mass_JN, axis=-1)
+    if not settings:
+        raise ValueError("settings are empty: a Form serves at least one row")
+    noisy = [s for s in settings if s[0] > 0]
+    largest = max((s[1] for s in noisy), default=0)
+    return Form(
+        greedy=len(noisy) < len(settings),
+        noise=bool(noisy),
+        tempered=any(s[0] != 1 for s in noisy),
+        cap=max(LEAST_CAP, 1 << (largest - 1).bit_length()) if largest else 0,
+        full=any(s[1] == 0 for s in noisy),
+        top_p=any(s[2] < 1 for s in noisy),
+        min_p=any(s[3] > 0 for s in noisy),
+    )
 
 
 def check(temperature: float, top_k: int, top_p: float, min_p: float, vocab_size: int) -> None:
@@ -151,10 +94,155 @@ def check(temperature: float, top_k: int, top_p: float, min_p: float, vocab_size
             raise ValueError(f"{name} is {value!r}: it must be {rule}")
 
 
-def _tempered(logits_JV: jax.Array, temperature: float) -> jax.Array:
-    """Logits over the temperature in float32."""
+def log_probs(
+    logits_JV: jax.Array, rows: Rows, form: Form, valid_V: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities (tempered_JV, truncated_JV), float32; truncated -inf where none can occur.
+
+    The plain spelling of what `sample` draws from: it holds [J, V] arrays. `valid_V` is bool, ids
+    that may be drawn; None for all. `form` is static.
+    """
+    x_JV = _tempered(logits_JV, rows, form)
+    tempered_JV = jax.nn.log_softmax(x_JV, axis=-1)
+    x_JV = _masked(x_JV, valid_V)
+    kept_JV = jnp.zeros(x_JV.shape, bool)
+    if form.full:
+        weight_JV = jnp.exp(x_JV - jnp.max(x_JV, axis=-1, keepdims=True))
+        kept_JV = weight_JV >= _floor(weight_JV, _without_top_k(rows, form), form)
+    if form.cap:
+        x_JNb = _blocks(x_JV)
+        best = _best(x_JNb, jnp.max(x_JNb, axis=-1), rows, form)
+        row_J1 = jnp.arange(x_JV.shape[0])[:, None]
+        among_JV = jnp.zeros(x_JV.shape, bool).at[row_J1, best.id_JK].set(best.kept_JK)
+        kept_JV = jnp.where(rows.top_k_J[:, None] > 0, among_JV, kept_JV)
+    if form.greedy:
+        best_J = jnp.argmax(x_JV, axis=-1)
+        hit_JV = jnp.arange(x_JV.shape[-1])[None, :] == best_J[:, None]
+        kept_JV = jnp.where(rows.temperature_J[:, None] == 0, hit_JV, kept_JV)
+    return tempered_JV, jax.nn.log_softmax(jnp.where(kept_JV, x_JV, -jnp.inf), axis=-1)
+
+
+class _Drawn(NamedTuple):
+    token_J: jax.Array  # int32
+    value_J: jax.Array  # its tempered logit
+    mass_J: jax.Array  # of all that was kept, relative to the row's highest logit
+
+
+def sample(
+    logits_JV: jax.Array,
+    key_J2: jax.Array,
+    rows: Rows,
+    form: Form,
+    valid_V: jax.Array | None,
+    *,
+    shards: int = 1,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One token per row from `log_probs`' truncated distribution.
+
+    Args:
+      logits_JV: any floating dtype.
+      key_J2: uint32, the data of one threefry key per row. Row j's token depends on key j, logits
+        j and settings j alone. Temperature 0 ignores it.
+      rows: of the same J.
+      form: static; serves all of `rows`.
+      valid_V: as for `log_probs`.
+      shards: static; over how many devices V is split. It changes no result: the blocks are padded
+        to a multiple, without which a compiler gathers all logits of a row on each device.
+
+    Returns:
+      token_J int32, its log-probability under the tempered distribution and under the truncated
+      one, float32.
+    """
+    whole_JV = _tempered(logits_JV, rows, form)
+    x_JNb = _blocks(_masked(whole_JV, valid_V), shards)
+    high_JN = jnp.max(x_JNb, axis=-1)
+    peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
+    mass_JN = jnp.sum(jnp.exp(x_JNb - peak_J1[:, :, None]), axis=-1)
+    # ln of the mass of all ids, relative to the peak of those that may be drawn.
+    if valid_V is None:
+        log_total_J = jnp.log(jnp.sum(mass_JN, axis=-1))
+    else:
+        log_total_J = jax.nn.logsumexp(whole_JV, axis=-1) - peak_J1[:, 0]
+    drawn = _draw(x_JNb, high_JN, mass_JN, key_J2, rows, form)
+    value_J = drawn.value_J - peak_J1[:, 0]
+    return drawn.token_J, value_J - log_total_J, value_J - jnp.log(drawn.mass_J)
+
+
+def _draw(x_JNb, high_JN, mass_JN, key_J2, rows: Rows, form: Form) -> _Drawn:
+    """Goes each way that some row needs, and gives each row its own."""
+    blocks = high_JN.shape[1]
+    ways: list[tuple[jax.Array, _Drawn]] = []
+    if form.noise:
+        # A row's numbers are the first of its key's stream, so that the widest need serves all.
+        width = max(blocks + BLOCK if form.full else 0, _candidates(blocks, form))
+        noise_JX = _gumbel(key_J2, width)
+        if form.full:
+            drawn = _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows, form)
+            ways.append((rows.top_k_J == 0, drawn))
+        if form.cap:
+            ways.append((rows.top_k_J > 0, _among_best(x_JNb, high_JN, noise_JX, rows, form)))
+    if form.greedy:
+        ways.append((rows.temperature_J == 0, _greedy(x_JNb, high_JN)))
+    drawn = ways[0][1]
+    for mine_J, other in ways[1:]:
+        drawn = jax.tree.map(
+            lambda new, old, mine_J=mine_J: jnp.where(mine_J, new, old), other, drawn
+        )
+    return drawn
+
+
+def _greedy(x_JNb, high_JN) -> _Drawn:
+    block_J = jnp.argmax(high_JN, axis=-1)
+    inner_J = jnp.argmax(_block(x_JNb, block_J), axis=-1)
+    value_J = jnp.max(high_JN, axis=-1)
+    return _Drawn(_token(block_J, inner_J), value_J, jnp.ones_like(value_J))
+
+
+def _among_best(x_JNb, high_JN, noise_JX, rows: Rows, form: Form) -> _Drawn:
+    """Draws among the top k."""
+    best = _best(x_JNb, high_JN, rows, form)
+    noise_JK = noise_JX[:, : best.value_JK.shape[1]]
+    noisy_JK = jnp.where(best.kept_JK, best.value_JK, -jnp.inf) + noise_JK
+    choice_J1 = jnp.argmax(noisy_JK, axis=-1, keepdims=True)
+    return _Drawn(
+        jnp.take_along_axis(best.id_JK, choice_J1, axis=1)[:, 0],
+        jnp.take_along_axis(best.value_JK, choice_J1, axis=1)[:, 0],
+        jnp.sum(jnp.where(best.kept_JK, best.weight_JK, 0.0), axis=-1),
+    )
+
+
+def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: Rows, form: Form) -> _Drawn:
+    """Draws from the whole vocabulary: first a block, then a token in it."""
+    blocks = high_JN.shape[1]
+    peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
+    floor_J1 = None
+    if form.top_p or form.min_p:
+        weight_JNb = jnp.exp(x_JNb - peak_J1[:, :, None])
+        weight_JV = weight_JNb.reshape(weight_JNb.shape[0], -1)
+        floor_J1 = _floor(weight_JV, _without_top_k(rows, form), form)
+        kept_JNb = weight_JNb >= floor_J1[:, :, None]
+        mass_JN = jnp.sum(jnp.where(kept_JNb, weight_JNb, 0.0), axis=-1)
+    noisy_JN = jnp.log(mass_JN) + noise_JX[:, BLOCK : BLOCK + blocks]
+    block_J = jnp.argmax(noisy_JN, axis=-1)
+    value_Jb = _block(x_JNb, block_J)
+    if floor_J1 is None:
+        noisy_Jb = value_Jb + noise_JX[:, :BLOCK]
+    else:
+        # A block that has mass keeps its best token, whichever way a second exp rounds.
+        edge_Jb = value_Jb == jnp.max(value_Jb, axis=-1, keepdims=True)
+        kept_Jb = (jnp.exp(value_Jb - peak_J1) >= floor_J1) | edge_Jb
+        noisy_Jb = jnp.where(kept_Jb, value_Jb, -jnp.inf) + noise_JX[:, :BLOCK]
+    inner_J = jnp.argmax(noisy_Jb, axis=-1)
+    value_J = jnp.take_along_axis(value_Jb, inner_J[:, None], axis=1)[:, 0]
+    return _Drawn(_token(block_J, inner_J), value_J, jnp.sum(mass_JN, axis=-1))
+
+
+def _tempered(logits_JV: jax.Array, rows: Rows, form: Form) -> jax.Array:
+    """Logits over the temperature in float32; greedy rows as they are."""
     x_JV = logits_JV.astype(jnp.float32)
-    return x_JV if temperature in (0, 1) else x_JV / temperature
+    if not form.tempered:
+        return x_JV
+    return x_JV / jnp.where(rows.temperature_J == 0, 1.0, rows.temperature_J)[:, None]
 
 
 def _masked(x_JV: jax.Array, valid_V: jax.Array | None) -> jax.Array:
@@ -162,10 +250,10 @@ def _masked(x_JV: jax.Array, valid_V: jax.Array | None) -> jax.Array:
     return x_JV if valid_V is None else jnp.where(valid_V[None, :], x_JV, -jnp.inf)
 
 
-def _blocks(x_JV: jax.Array) -> jax.Array:
-    """[J, N, 128]; a vocabulary that 128 does not divide ends in -inf."""
+def _blocks(x_JV: jax.Array, shards: int = 1) -> jax.Array:
+    """[J, N, 128], N a multiple of `shards`; what the vocabulary does not fill is -inf."""
     rows, size = x_JV.shape
-    x_JV = jnp.pad(x_JV, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf)
+    x_JV = jnp.pad(x_JV, ((0, 0), (0, -size % (BLOCK * shards))), constant_values=-jnp.inf)
     return x_JV.reshape(rows, -1, BLOCK)
 
 
@@ -173,48 +261,102 @@ def _block(x_JNb: jax.Array, block_J: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_JNb, block_J[:, None, None], axis=1)[:, 0]
 
 
-def _top_k(x_JV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    x_JNb = _blocks(x_JV)
-    return _top_k_blocks(x_JNb, jnp.max(x_JNb, axis=-1), k)
+def _token(block_J: jax.Array, inner_J: jax.Array) -> jax.Array:
+    return (block_J * BLOCK + inner_J).astype(jnp.int32)
+
+
+class _Best(NamedTuple):
+    """The candidates of a row, best first."""
+
+    value_JK: jax.Array  # tempered logits
+    id_JK: jax.Array  # int32
+    weight_JK: jax.Array  # relative to the best; 0 from the row's own top_k on
+    kept_JK: jax.Array  # bool, by all settings; nowhere in a row without top_k
+
+
+def _best(x_JNb, high_JN, rows: Rows, form: Form) -> _Best:
+    value_JK, id_JK = _top_k_blocks(x_JNb, high_JN, _candidates(high_JN.shape[1], form))
+    within_JK = jnp.arange(value_JK.shape[1])[None, :] < rows.top_k_J[:, None]
+    weight_JK = jnp.where(within_JK, jnp.exp(value_JK - value_JK[:, :1]), 0.0)
+    kept_JK = within_JK
+    if form.top_p:
+        kept_JK &= weight_JK >= _crossing(weight_JK, rows.top_p_J[:, None])
+    if form.min_p:
+        kept_JK &= weight_JK >= rows.min_p_J[:, None]
+    return _Best(value_JK, id_JK, weight_JK, kept_JK)
+
+
+def _candidates(blocks: int, form: Form) -> int:
+    """K: a cap that is a power of two may exceed the vocabulary, which no top_k does."""
+    return min(form.cap, blocks * BLOCK)
 
 
 def _top_k_blocks(x_JNb: jax.Array, high_JN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest of each row in descending order, lower ids first, and their ids.
 
     k blocks whose maxima are the highest hold k values that no other block exceeds, so nothing
-    outside of them can be among the k best. They are kept in order of id, for equal values.
+    outside of them can be among the k best. They are kept in order of id, for equal values, and
+    cut into finer blocks, of which the same holds.
     """
-    rows, blocks, _ = x_JNb.shape
-    if k >= blocks:
-        value_JK, id_JK = jax.lax.top_k(x_JNb.reshape(rows, -1), k)
-        return value_JK, id_JK
-    block_JK = jnp.sort(jax.lax.top_k(high_JN, k)[1], axis=-1)
-    near = jnp.take_along_axis(x_JNb, block_JK[:, :, None], axis=1).reshape(rows, -1)
-    value_JK, at_JK = jax.lax.top_k(near, k)
-    first_JK = jnp.take_along_axis(block_JK, at_JK // BLOCK, axis=1) * BLOCK
-    return value_JK, first_JK + at_JK % BLOCK
+    rows, blocks, width = x_JNb.shape
+    block_JK = None
+    if k < blocks:
+        block_JK = jnp.sort(_top_k(high_JN, k)[1], axis=-1)
+        x_JNb = jnp.take_along_axis(x_JNb, block_JK[:, :, None], axis=1)
+    if width > FINE:
+        fine_JNb = x_JNb.reshape(rows, -1, FINE)
+        value_JK, at_JK = _top_k_blocks(fine_JNb, jnp.max(fine_JNb, axis=-1), k)
+    else:
+        value_JK, at_JK = _top_k(x_JNb.reshape(rows, -1), k)
+    if block_JK is None:
+        return value_JK, at_JK
+    first_JK = jnp.take_along_axis(block_JK, at_JK // width, axis=1) * width
+    return value_JK, first_JK + at_JK % width
 
 
-def _kept(weight_JX: jax.Array, top_p: float, min_p: float) -> jax.Array:
-    if top_p >= 1 and min_p <= 0:
-        return jnp.ones(weight_JX.shape, bool)
-    return weight_JX >= _floor(weight_JX, top_p, min_p)
+def _top_k(value_JX: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest, lower indices first; lax alone puts 0 before an equal -0."""
+    value_JK, at_JK = jax.lax.top_k(jnp.where(value_JX == 0, 0.0, value_JX), k)
+    return value_JK, at_JK
 
 
-def _floor(weight_JX: jax.Array, top_p: float, min_p: float) -> jax.Array:
+def _crossing(weight_JK: jax.Array, top_p_J1: jax.Array) -> jax.Array:
+    """The weight [J, 1] of the token that crosses top_p, of weights in descending order."""
+    mass_JK = jnp.cumsum(weight_JK, axis=-1)
+    before_JK = jnp.pad(mass_JK[:, :-1], ((0, 0), (1, 0)))
+    needed_JK = before_JK < top_p_J1 * mass_JK[:, -1:]
+    edge_J1 = jnp.min(jnp.where(needed_JK, weight_JK, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(top_p_J1 < 1, edge_J1, 0.0)
+
+
+def _without_top_k(rows: Rows, form: Form) -> Rows:
+    """Settings for the search of the whole vocabulary, which other rows must not prolong."""
+    if not (form.cap or form.greedy):
+        return rows
+    elsewhere_J = (rows.top_k_J > 0) | (rows.temperature_J == 0)
+    return rows._replace(top_p_J=jnp.where(elsewhere_J, 1.0, rows.top_p_J))
+
+
+def _floor(weight_JX: jax.Array, rows: Rows, form: Form) -> jax.Array:
     """The smallest weight that top-p and min-p keep; weights are relative to the largest, 1."""
-    floor_J1 = jnp.full((weight_JX.shape[0], 1), min_p, jnp.float32)
-    return jnp.maximum(floor_J1, _nucleus(weight_JX, top_p)) if top_p < 1 else floor_J1
+    floor_J1 = jnp.zeros((weight_JX.shape[0], 1), jnp.float32)
+    if form.min_p:
+        floor_J1 = rows.min_p_J[:, None]
+    return (
+        jnp.maximum(floor_J1, _nucleus(weight_JX, rows.top_p_J[:, None]))
+        if form.top_p
+        else floor_J1
+    )
 
 
-def _nucleus(weight_JX: jax.Array, top_p: float) -> jax.Array:
-    """A threshold [J, 1] that exactly the tokens of the top-p set reach.
+def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
+    """A threshold [J, 1] that exactly the tokens of the top-p set reach; 0 where it is off.
 
     Bisection over the bits of float32, which order like the numbers they spell: `low` is always a
-    threshold whose set has the mass, `high` one whose set has not. It ends when one token at most
-    lies between them, or none could.
+    threshold whose set has the mass, `high` one whose set has not. A row is settled when one token
+    at most lies between them, or none could; halving on, for other rows, then changes no set.
     """
-    need_J1 = top_p * jnp.sum(weight_JX, axis=-1, keepdims=True)
+    need_J1 = top_p_J1 * jnp.sum(weight_JX, axis=-1, keepdims=True)
 
     def measure(bits_J1):
         kept_JX = weight_JX >= jax.lax.bitcast_convert_type(bits_J1, jnp.float32)
@@ -237,15 +379,20 @@ def _nucleus(weight_JX: jax.Array, top_p: float) -> jax.Array:
             jnp.where(enough, at_high, count),
         )
 
+    on_J1 = top_p_J1 < 1
     low = jnp.full_like(need_J1, _TINY, jnp.int32)
-    high = jnp.full_like(need_J1, _ONE + 1, jnp.int32)
+    high = jnp.where(on_J1, _ONE + 1, _TINY + 1)  # settled from the start where it is off
     low, *_ = jax.lax.while_loop(
         unsettled, halve, (low, high, measure(low)[1], jnp.zeros_like(low))
     )
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
+    return jnp.where(on_J1, jax.lax.bitcast_convert_type(low, jnp.float32), 0.0)
 
 
 def _gumbel(key_J2: jax.Array, size: int) -> jax.Array:
-    """Standard Gumbel noise [J, size] float32, row j from key j alone."""
+    """Standard Gumbel noise [J, size] float32, row j from key j alone.
+
+    Number i is the same whatever the size: threefry in its partitionable form, JAX's default,
+    makes it from key and index.
+    """
     keys_J = jax.random.wrap_key_data(key_J2, impl="threefry2x32")
     return jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32))(keys_J)

@@ -1,0 +1,44 @@
+"""One of several processes that sample together; prints what it got as one JSON line.
+
+Run as: sampler_process.py RANK PROCESSES PORT
+"""
+
+import json
+import os
+import sys
+
+RANK, PROCESSES, PORT = map(int, sys.argv[1:])
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("NPROC", "32")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4 // PROCESSES)
+if PROCESSES > 1:
+    jax.distributed.initialize(f"127.0.0.1:{PORT}", num_processes=PROCESSES, process_id=RANK)
+
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from copsd_jax import mesh, model
+from copsd_jax.sampler import host, jobs
+
+CONFIG = model.SHAPES["tiny"]
+PROMPTS = [(i, 3, i % 5) for i in range(30)] + [(9, 9)] * 6
+
+assert len(jax.devices()) == 4
+with jax.default_device(jax.local_devices()[0]):
+    whole = jax.device_get(model.init(CONFIG, jax.random.key(0), jnp.float32))
+    keys = jax.device_get(
+        jobs.stream_keys(0, "rollout", 0, [str(i) for i in range(len(PROMPTS))], [0] * 36)
+    )
+devices = mesh.make(4, 1, 1)
+with jax.set_mesh(devices):
+    params = mesh.from_host(whole, devices, PartitionSpec())
+    result = host.generate(
+        model.Decoder(CONFIG, jnp.float32), params, PROMPTS, jobs.Sampling(40, 1.0, 20, 0.95),
+        keys=keys, settings=jobs.Settings(slots=8, steps=4),
+        limits=[1 + 7 * i % 40 for i in range(36)],
+    )  # fmt: skip
+print(json.dumps([[list(c.ids), c.finish, [round(float(x), 4) for x in c.logps]]
+                  for c in result.completions]))  # fmt: skip

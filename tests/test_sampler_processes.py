@@ -1,0 +1,33 @@
+"""Two processes with two devices each against one process with four: the same texts, everywhere."""
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+SCRIPT = pathlib.Path(__file__).parent / "sampler_process.py"
+
+
+def together(processes: int) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(processes), str(port)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    ended = [(*one.communicate(timeout=240), one.returncode) for one in started]
+    assert all(code == 0 for *_, code in ended), ended
+    return [json.loads(out.splitlines()[-1]) for out, *_ in ended]
+
+
+def test_every_process_has_every_text_and_they_are_those_of_one():
+    (alone,) = together(1)
+    first, second = together(2)
+    assert first == second == alone
+    assert [len(ids) for ids, *_ in alone] == [1 + 7 * i % 40 for i in range(36)]
+    assert len({tuple(ids) for ids, *_ in alone}) > 20
