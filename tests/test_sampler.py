@@ -256,6 +256,17 @@ def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
     same(got.completions, want)
 
 
+@pytest.mark.parametrize("count", [1, 3, 9, 10, 17])
+def test_few_texts_on_many_devices_end(count):
+    """One slot on each of 8 devices: some have nothing to do while texts wait for others."""
+    prompts = [(i, i + 1) for i in range(count)]
+    want = generate(PLAIN, prompts, shared=False, slots=3)
+    with jax.set_mesh(mesh.make(8, 1, 1)):
+        placed = mesh.replicate(params(), mesh.current())
+        got = result(PLAIN, prompts, shared=False, params=placed, slots=8)
+    same(got.completions, want)
+
+
 def test_each_prompt_has_settings_of_its_own():
     """Limits, temperatures, truncation and what ends a text; each as if all had its settings."""
     pieces, valid = letters(), np.arange(300) < 20

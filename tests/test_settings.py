@@ -56,6 +56,8 @@ SFT = {"method": "sft"}
 MIXED = {"policy__weight": 0.5, **GROUP}
 REFLECTION = {"context__kind": "reflection", "author__kind": "student", **GROUP}
 RULE = {"context__kind": "critique", "author__kind": "grader"}
+TEACHER = REFLECTION | {"author__kind": "teacher"}
+ENGINE = {"sampler__engine": "server", "sampler__url": "http://h:1/v1", "sampler__model": "m"}
 SERVER = REFLECTION | {"author__kind": "server", "author__url": "http://localhost:8000/v1"}
 FUNCTION = {"reward__kind": "os.path:join"}
 CHOICE = {"reward__kind": "choice", "prompt__answer": "choice"}
@@ -100,6 +102,19 @@ REFUSED = {
     "lone reflection of a server": (
         SERVER | {"rollout__per_prompt": 1}, {"rollout__per_prompt": 2}, "needs at least 2",
     ),
+    "engine without address": (
+        ENGINE | {"sampler__url": ""}, ENGINE, "sampler.url is '': sampler.engine is server, which",
+    ),
+    "engine without model": (ENGINE | {"sampler__model": ""}, ENGINE, "sampler.model is ''"),
+    "averaged teacher at an engine": (
+        ENGINE | TEACHER | {"teacher__weights": "ema"}, {"teacher__weights": "trust_region"},
+        "author.kind is 'teacher': a server (sampler.engine) holds the student alone, not a teacher"
+        " with teacher.weights=ema beside train.trainable=lora",
+    ),
+    "initial teacher at an engine": (
+        ENGINE | TEACHER | {"train__trainable": "full"}, {"teacher__weights": "live"},
+        "teacher.weights=fixed beside train.trainable=full",
+    ),
     "constant": (
         SFT | {"policy__norm": "constant"}, {"policy__norm": "token"},
         "policy.norm is 'constant': method=sft takes sequence, token",
@@ -141,7 +156,7 @@ DEAD = {
     "author.top_p": (0.5, [{}, RULE], SERVER),
     "author.top_k": (9, [{}, RULE, SERVER], REFLECTION),
     "author.min_p": (0.5, [{}, RULE, SERVER], REFLECTION),
-    "author.slots": (9, [{}, RULE, SERVER], REFLECTION),
+    "author.slots": (9, [{}, RULE, SERVER, ENGINE | REFLECTION], REFLECTION),
     "author.thinking": ("off", [{}, RULE, SERVER], REFLECTION),
     "author.model": ("m", [{}, REFLECTION], SERVER),
     "author.key_env": ("KEY", [{}, REFLECTION], SERVER),
@@ -173,6 +188,7 @@ DEAD = {
     "loss.clip": (0.5, [{}, GRPO], {"loss__clip_mode": "element"}),
     "loss.norm": ("seq_mean", [GRPO, SFT], {}),
     "loss.group": (1, [GRPO, SFT, {"loss__norm": "seq_mean"}], {}),
+    "loss.skip_below": (0.1, [GRPO, SFT], {}),
     "policy.scale": ("none", [{}, SFT], GRPO),
     "policy.clip_low": (0.3, [{}, SFT], GRPO),
     "policy.clip_high": (0.3, [{}, SFT], MIXED),
@@ -186,6 +202,27 @@ DEAD = {
     "lora.rank": (9, [{"train__trainable": "full"}], {}),
     "lora.alpha": (9.0, [{"train__trainable": "full"}], GRPO),
     "lora.targets": (("q",), [{"train__trainable": "full"}], SFT),
+    "sampler.merge": (True, [{"train__trainable": "full"}, ENGINE], {}),
+    "sampler.steps": (9, [ENGINE], {}),
+    "sampler.pack": (9, [ENGINE], {}),
+    "sampler.cache": ("int8", [ENGINE], {}),
+    "sampler.attention": ("dense", [ENGINE], {}),
+    "sampler.int8": (True, [ENGINE], {}),
+    "sampler.gather": (False, [ENGINE], {}),
+    "sampler.warmup": ("always", [ENGINE], {}),
+    "rollout.slots": (9, [ENGINE], {}),
+    "eval.slots": (9, [ENGINE], {}),
+    "sampler.url": ("http://h:2/v1", [{}], ENGINE),
+    "sampler.model": ("n", [{}], ENGINE),
+    "sampler.key_env": ("KEY", [{}], ENGINE),
+    "sampler.timeout": (9.0, [{}], ENGINE),
+    "sampler.retries": (9, [{}], ENGINE),
+    "sampler.backoff": (9.0, [{}], ENGINE),
+    "sampler.concurrency": (9, [{}], ENGINE),
+    "sampler.dialect": ("sglang", [{}], ENGINE),
+    "sampler.logprobs": ("processed", [{}], ENGINE),
+    "sampler.max_model_len": (99, [{}], ENGINE),
+    "sampler.folder": ("folder", [{}], ENGINE),
 }  # fmt: skip
 
 

@@ -137,14 +137,27 @@ def axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...], str | Non
 
 def _step(implementation: str, q, k, v, cache: Cache, layer, index_J) -> tuple[Part, Cache]:
     """`step` on one device."""
+    write = _write_tpu if implementation == "pallas_tpu" else _write
+    cache = write(cache, entries(cache, k, v), layer, index_J)
+    return IMPLEMENTATIONS[implementation](q, cache, layer, index_J + 1), cache
+
+
+def _write(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
     rows_J = jnp.arange(index_J.shape[0], dtype=jnp.int32)
     # Beyond A an entry is dropped; a negative index would count from the end.
     at_J = jnp.where(index_J < 0, cache.k.shape[3], index_J)
-    cache = jax.tree.map(
-        lambda whole, new: whole.at[layer, rows_J, :, at_J].set(new, mode="drop"),
-        cache, entries(cache, k, v),
-    )  # fmt: skip
-    return IMPLEMENTATIONS[implementation](q, cache, layer, index_J + 1), cache
+    return jax.tree.map(
+        lambda whole, new: whole.at[layer, rows_J, :, at_J].set(new, mode="drop"), cache, new
+    )
+
+
+def _write_tpu(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
+    """In a kernel: XLA's scatter wants another layout there, and copies the whole cache for it."""
+    from copsd_jax.kernels import attention_tpu  # Pallas takes its time, and a CPU does without
+
+    present = [x for x in cache if x is not None]
+    wanted = [x for x in new if x is not None]
+    return Cache(*attention_tpu.write(tuple(present), tuple(wanted), layer, index_J))
 
 
 # --- dense ------------------------------------------------------------------------------------
@@ -240,7 +253,7 @@ def _blocks(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Arr
 
 
 def _pallas_tpu(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array) -> Part:
-    from copsd_jax.kernels import attention_tpu  # Pallas takes its time, and a CPU does without
+    from copsd_jax.kernels import attention_tpu
 
     return Part(*attention_tpu.attend(q_JKMH, *cache, layer, length_J))
 

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from copsd_jax import mesh, model
@@ -87,7 +88,28 @@ class Chunk(NamedTuple):
     logp_JE: jax.Array  # float32, of the tempered distribution
     logp_truncated_JE: jax.Array  # float32, of the one drawn from
     live_J: jax.Array  # bool, after the chunk
+
+
+class Looked(NamedTuple):
+    """What the host looks at after a chunk."""
+
+    bits_JX: jax.Array  # int32: the chunk's arrays side by side, in one transfer; see `unpacked`
     steps: jax.Array  # int32: tokens that a slot which lived on has drawn, without a first one
+
+
+def unpacked(bits_JX: np.ndarray) -> Chunk:
+    """The NumPy arrays of a chunk: columns of tokens, both log-probabilities (as bits), live."""
+    columns = (bits_JX.shape[1] - 1) // 3
+    token, logp, truncated = (bits_JX[:, i * columns : (i + 1) * columns] for i in range(3))
+    whole: Any = (token, logp.view(np.float32), truncated.view(np.float32), bits_JX[:, -1] > 0)
+    return Chunk(*whole)
+
+
+def _packed(chunk: Chunk) -> jax.Array:
+    """One array, which on a mesh is one collective: several at once may wait for one another."""
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in chunk[1:3]]
+    live_J1 = chunk.live_J[:, None].astype(jnp.int32)
+    return jnp.concatenate([chunk.token_JE, *bits, live_J1], axis=1)
 
 
 def empty(decoder: model.Decoder, slots: int, length: int, dtype: Any) -> State:
@@ -256,7 +278,7 @@ def decode(
     state: State,
     cancel_J: jax.Array,
     enough: jax.Array,
-) -> tuple[State, Chunk]:
+) -> tuple[State, Looked]:
     """Draws the first token of fresh slots, then up to `steps` tokens for all live ones.
 
     Args:
@@ -269,7 +291,7 @@ def decode(
     shape = (slots.live_J.shape[0], steps + 1)
     chunk = Chunk(
         jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32),
-        jnp.zeros(shape, jnp.float32), slots.live_J, jnp.int32(0),
+        jnp.zeros(shape, jnp.float32), slots.live_J,
     )  # fmt: skip
     slots, chunk = jax.lax.cond(
         jnp.any(slots.fresh_J & slots.live_J),
@@ -291,7 +313,8 @@ def decode(
     step, cache, slots, chunk = jax.lax.while_loop(
         going, advance, (jnp.int32(1), cache, slots, chunk)
     )
-    return State(cache, slots), chunk._replace(live_J=slots.live_J, steps=step - 1)
+    bits_JX = _packed(chunk._replace(live_J=slots.live_J))
+    return State(cache, slots), Looked(bits_JX, step - 1)
 
 
 def _forward(decoder, weights: Weights, cache: attention.Cache, slots: Slots):

@@ -164,7 +164,7 @@ def _decode_program(job: Job, state, cancel_J, enough) -> programs.Program:
         f"decode {job.settings.slots} x {job.settings.length}", engine.decode,
         (job.decoder, job.form, job.settings.steps),
         (job.weights, state, cancel_J, enough), 4,
-        (_places(state), engine.Chunk(*[whole] * len(engine.Chunk._fields))),
+        (_places(state), engine.Looked(whole, whole)),
     )  # fmt: skip
 
 
@@ -309,11 +309,12 @@ def _run(job: Job, progress, done) -> Result:
         state = _insert(job, state, ready, free, serving)
         cancel[list(serving)] = False  # a new text came to life there
         more = bool(waiting.texts or any(ready))
-        # While texts wait, the loop ends as soon as a sixteenth of the slots, or one, is free.
-        enough = slots - max(1, slots // 16) + 1 if more else 1
+        # While texts wait, the loop ends as soon as a sixteenth of the slots, or one, gets free.
+        enough = max(1, len(serving) - max(1, slots // 16) + 1) if more else 1
         args = _host(job, cancel), _host(job, np.int32(enough))
-        state, chunk = _decode_program(job, state, *args).call(job.weights, state, *args)
-        chunk = jax.device_get(chunk)
+        state, looked = _decode_program(job, state, *args).call(job.weights, state, *args)
+        bits, steps = jax.device_get(looked)
+        chunk = engine.unpacked(bits)
         cancel[:] = False
         for slot, row in list(serving.items()):
             _collect(job, texts[row], int(job.request.stop[row]), chunk, slot)
@@ -326,7 +327,7 @@ def _run(job: Job, progress, done) -> Result:
         tokens += int((chunk.token_JE >= 0).sum())
         if more:
             drawn += int((chunk.token_JE[:, 1:] >= 0).sum())
-            possible += slots * int(chunk.steps)
+            possible += slots * int(steps)
         stats = Stats(
             len(completions), len(job.prompts), tokens, prompt_tokens,
             drawn / possible if possible else float("nan"), time.perf_counter() - begun,
@@ -364,7 +365,7 @@ def _prefill(job: Job, waiting: _Waiting, ready, free) -> int:
     its share of what is left.
     """
     shards, per = len(ready), job.settings.slots // len(ready)
-    share = -(-waiting.texts // shards)
+    share = waiting.texts // shards
     taken: list[list] = [[] for _ in range(shards)]
     for r in sorted(range(shards), key=lambda r: len(ready[r]) - len(free[r])):
         need = len(free[r]) - len(ready[r])

@@ -1,0 +1,246 @@
+"""Decode attention for NVIDIA GPUs (Pallas, Triton): reads only the live part of a stacked cache.
+
+One query token per slot attends to the first `length` entries of its slot. A program takes one
+slot, one key head and one split of the entries (flash-decoding: Dao et al. 2023), so that the
+processors are busy also with few slots, and long slots are shared by many programs:
+
+    length 300, splits of 128     program    0          1            2           3
+                                  entries  0 … 127   128 … 255   256 … 299   none: ends at once
+
+Loads are masked, so entries at or beyond the length are never read. The parts of a slot's splits
+are put together in XLA: they are M (H + 2) float32 for a split's 2 H entries, 1/256 of the bytes
+at M 2 and a split of 512 entries in bfloat16.
+
+Tensor cores or plain multiply-adds: an entry of one head is 4 H bytes in bfloat16 (keys and
+values) and 2 M H multiply-adds. A processor of an H200 gets some 20 bytes a cycle, 26 cycles for
+an entry of H = 128, and does 128 multiply-adds a cycle: 2 M cycles, and as much for conversions
+and reductions across lanes; M = 8 would miss the floor. Tensor cores take the M rows as 16, their
+least, at 16 FLOP a byte, where the machine has 200. So products are `dot`s of 16 rows; what fills
+them repeats the last query. Float32 products are exact (no TF32): 2 x 16 rows are 32 cycles for
+the 52 that the entry's 8 H bytes take.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+MASKED = -1e30  # top of a slot that sees nothing
+CHUNK = 128  # the cache length is a multiple of it
+_ROWS = 16  # least rows of a dot
+_PROCESSORS = 132  # of H100 and H200; a rule for A100 (108) would not differ
+_PROGRAMS = 4  # per processor: enough to even out what they do
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the work is cut.
+
+    Attributes:
+      keys: entries in one product, a power of two, at least 16.
+      split: entries of one program, a multiple of keys.
+      warps: of 32 threads, per program.
+      stages: products whose loads are under way at once.
+    """
+
+    keys: int = 64
+    split: int = 512
+    warps: int = 4
+    stages: int = 3
+
+
+def default_blocks(q_shape, k_shape, dtype) -> Blocks:
+    """Splits as long as leaves each processor four programs, where slots hold a quarter of A.
+
+    A product's keys and values are 16 to 32 KiB, three of them under way: two programs a
+    processor keep 100 KiB on the way to it, more than the 29 KiB that 36 GB/s x 800 ns ask for.
+
+    Args:
+      q_shape: [J, K, M, H] of one device.
+      k_shape: [layers, J, K, A, H] of one device.
+      dtype: of the cache.
+    """
+    slots, heads, _, size = q_shape
+    length = k_shape[3]
+    keys = 32 if size * jnp.dtype(dtype).itemsize > 256 else 64
+    wanted = slots * heads * length / 4 / (_PROCESSORS * _PROGRAMS)
+    split = CHUNK
+    while split < min(wanted, 512) and split < length:
+        split *= 2
+    return Blocks(keys, split)
+
+
+def cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
+    """FLOPs (of M rows, not of 16) and bytes of one call.
+
+    Args:
+      q_shape: [J, K, M, H].
+      dtype: of the cache; an int8 entry has a float32 scale.
+      mean_length: live entries, on average over all J slots.
+    """
+    slots, heads, queries, size = q_shape
+    dtype = jnp.dtype(dtype)
+    entries = slots * heads * mean_length
+    read = entries * 2 * (size * dtype.itemsize + 4 * (dtype == jnp.int8))
+    return pl.CostEstimate(
+        flops=round(4 * entries * queries * size),
+        transcendentals=round(entries * queries),
+        bytes_accessed=round(read + slots * heads * queries * (8 * size + 8)),
+    )
+
+
+def attend(
+    q_JKMH: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    layer: jax.Array,
+    length_J: jax.Array,
+    *,
+    blocks: Blocks | None = None,
+    mean_length: float | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of each slot's query over entries 0 … length - 1, as one part of a softmax.
+
+    Args:
+      q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated; M at most 16, H a power of
+        two. Products are in its dtype (entries are converted in registers), sums and softmax in
+        float32.
+      k, v: the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; A a multiple of 128.
+      k_scale, v_scale: float32 [layers, J, K, A], what an int8 entry is multiplied by; else None.
+      layer: int32 scalar.
+      length_J: int32, 0 … A; 0 for a dead slot.
+      blocks: None for `default_blocks`.
+      mean_length: what the compiler is told that slots hold; None for half of A.
+      interpret: to run without a GPU.
+
+    Returns:
+      out [J, K, M, H], the sum of exp(logit - top) v; top [J, K, M], the largest logit; total
+      [J, K, M], the sum of exp(logit - top); all float32. A dead slot gives 0, -1e30 and 0.
+
+    Raises:
+      ValueError: for shapes or blocks that do not fit, or an int8 cache of 2 to 4 GiB.
+    """
+    slots, heads, queries, size = q_JKMH.shape
+    length = k.shape[3]
+    blocks = blocks or default_blocks(q_JKMH.shape, k.shape, k.dtype)
+    _check(q_JKMH.shape, k, blocks)
+    scales = [] if k_scale is None or v_scale is None else [k_scale, v_scale]
+    splits = -(-length // blocks.split)
+    mean_length = length / 2 if mean_length is None else mean_length
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    shape = (splits, slots, heads, queries)
+    call: Any = pl.pallas_call(
+        functools.partial(_kernel, blocks, bool(scales)),
+        grid=(splits, heads, slots),
+        out_shape=[float32((*shape, size)), float32(shape), float32(shape)],
+        compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        cost_estimate=cost(q_JKMH.shape, k.dtype, mean_length),
+        interpret=interpret,
+        name="decode_attention",
+    )
+    start_S = jnp.arange(splits, dtype=jnp.int32) * blocks.split
+    out, top, total = call(layer.reshape(1), length_J, q_JKMH, k, v, *scales)
+    return _together(out, top, total, start_S[:, None] < length_J[None, :])
+
+
+def _check(q_shape: tuple[int, ...], k: jax.Array, blocks: Blocks) -> None:
+    queries, size, length = q_shape[2], q_shape[3], k.shape[3]
+    if length % CHUNK or not length:
+        raise ValueError(f"the cache length is {length}: it must be a multiple of {CHUNK}")
+    if queries > _ROWS or size < _ROWS or size & (size - 1):
+        raise ValueError(
+            f"queries per key head and head size are {queries} and {size}: at most {_ROWS}, and a "
+            f"power of two from {_ROWS} on, are supported"
+        )
+    if blocks.keys < _ROWS or blocks.keys & (blocks.keys - 1) or blocks.split % blocks.keys:
+        raise ValueError(
+            f"blocks.keys and blocks.split are {blocks.keys} and {blocks.split}: a power of two "
+            f"from {_ROWS} on and a multiple of it are needed"
+        )
+    # Offsets are 64 bits wide in arrays above 4 GiB only, and the 32 of others are signed.
+    if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
+        raise ValueError(
+            f"an int8 cache of keys has {k.size} bytes on a device: sizes from 2**31 to 2**32 "
+            "cannot be addressed; change the number of slots or the cache length"
+        )
+
+
+def _kernel(blocks: Blocks, scaled: bool, layer_1, length_J, q_ref, k_ref, v_ref, *refs):
+    """One split of one slot and key head."""
+    scale_refs, (out_ref, top_ref, total_ref) = refs[: 2 * scaled], refs[2 * scaled :]
+    split, head, slot = (pl.program_id(axis) for axis in range(3))
+    layer, length = layer_1[0], length_J[slot]
+    start = split * blocks.split
+    stop = jnp.minimum(length, start + blocks.split)
+    queries, size = q_ref.shape[2:]
+    row_RH, head_RH = (jax.lax.broadcasted_iota(jnp.int32, (_ROWS, size), i) for i in range(2))
+    row_R = jax.lax.iota(jnp.int32, _ROWS)
+
+    @pl.when(start < stop)
+    def _():
+        q_RH = plt.load(q_ref.at[slot, head, jnp.minimum(row_RH, queries - 1), head_RH])
+
+        def add(i, part):
+            first = start + i * blocks.keys
+            seen_S = first + jax.lax.iota(jnp.int32, blocks.keys) < stop
+
+            def load(ref):
+                at = ref.at[layer, slot, head, pl.ds(first, blocks.keys)]
+                mask = seen_S[:, None] if len(ref.shape) == 5 else seen_S
+                mask = jnp.broadcast_to(mask, at.shape)
+                return plt.load(at, mask=mask, other=jnp.zeros((), ref.dtype))
+
+            return _add(part, q_RH, load(k_ref), load(v_ref), [load(r) for r in scale_refs], seen_S)
+
+        none_R = jnp.full((_ROWS,), MASKED, jnp.float32)
+        part = jnp.zeros((_ROWS, size), jnp.float32), none_R, jnp.zeros_like(none_R)
+        number = jax.lax.div(stop - start + blocks.keys - 1, blocks.keys)
+        out_RH, top_R, total_R = jax.lax.fori_loop(0, number, add, part)
+        at = split, slot, head
+        plt.store(out_ref.at[(*at, row_RH, head_RH)], out_RH, mask=row_RH < queries)
+        plt.store(top_ref.at[(*at, row_R)], top_R, mask=row_R < queries)
+        plt.store(total_ref.at[(*at, row_R)], total_R, mask=row_R < queries)
+
+
+def _add(part, q_RH, k_SH, v_SH, scales_S, seen_S):
+    """A part of a softmax and one more block of entries; what is not seen was loaded as 0."""
+    out_RH, top_R, total_R = part
+    dtype = q_RH.dtype
+    logit_RS = _product(q_RH, k_SH.astype(dtype), 1)
+    if scales_S:
+        logit_RS = logit_RS * scales_S[0][None, :]
+    logit_RS = jnp.where(seen_S[None, :], logit_RS, MASKED)
+    new_R = jnp.maximum(top_R, jnp.max(logit_RS, axis=1))
+    shrink_R = jnp.exp(top_R - new_R)
+    weight_RS = jnp.exp(logit_RS - new_R[:, None])
+    total_R = total_R * shrink_R + jnp.sum(weight_RS, axis=1)
+    if scales_S:
+        weight_RS = weight_RS * scales_S[1][None, :]
+    new_RH = _product(weight_RS.astype(dtype), v_SH.astype(dtype), 0)
+    return out_RH * shrink_R[:, None] + new_RH, new_R, total_R
+
+
+def _product(a_RX: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """Product over the last axis of a and `axis` of b, summed in float32."""
+    exact = jax.lax.Precision.HIGHEST if a_RX.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a_RX, b, (((1,), (axis,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
+    )
+
+
+def _together(out_SJKMH, top_SJKM, total_SJKM, live_SJ):
+    """One part of the parts of all splits; those that are not live were never written."""
+    live = live_SJ[:, :, None, None]
+    top_SJKM = jnp.where(live, top_SJKM, MASKED)
+    top_JKM = jnp.max(top_SJKM, axis=0)
+    scale_SJKM = jnp.where(live, jnp.exp(top_SJKM - top_JKM[None]), 0.0)
+    total_JKM = jnp.sum(jnp.where(live, total_SJKM, 0.0) * scale_SJKM, axis=0)
+    out_SJKMH = jnp.where(live[..., None], out_SJKMH, 0.0) * scale_SJKM[..., None]
+    return jnp.sum(out_SJKMH, axis=0), top_JKM, total_JKM

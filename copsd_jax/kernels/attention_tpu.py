@@ -1,0 +1,390 @@
+"""Decode attention for TPU (Pallas, Mosaic): reads only the live part of a stacked cache.
+
+One query token per slot attends to the first `length` entries of its slot. The kernel walks over
+the live blocks in order of slots and fetches them itself, `buffers` - 1 blocks ahead and across
+slots; of a slot's last block only the chunks of 128 entries that hold a live one:
+
+    lengths 300, 0, 40; blocks of 256     fetch        0          1          2
+                                          slot         0          0          2
+                                          entries   0 … 255   256 … 383   0 … 127
+
+A dead slot costs a look at its length. (A grid of slots and blocks would cost about 0.35 us a step
+even where there is nothing to do: 256 slots of 4096 entries over 28 layers, 40 ms a token in
+blocks of 256. A prefetched list of live blocks would have to be made by XLA in every layer.)
+
+Size of a block. Compiled for v5e, a block of 256 entries of 8 heads in bfloat16 is 530 instruction
+words, 0.36 us at 1.5 GHz without stalls, and 1.28 us to fetch (1 MiB at 819 GB/s): 150 words start
+copies and look for the next block, whatever its size, and 380 compute. The products load each
+128 x 128 tile of keys or values into a matrix unit once, and the M queries (1 to 8) fill 8 of its
+rows at one price. Half of a slot's last block is computed in vain on average, but not fetched, and
+a fetch takes some 1 us to begin. So a block should take about 1 us to fetch: long enough to hide
+what it costs itself and the start of the next, no longer. An int8 block is converted first: 384
+entries are 1370 words, 0.92 us, for 0.99 us of fetching, so that int8 saves room more than time.
+
+Where H is no multiple of 128, XLA keeps a cache with the entries along the lanes, [..., H, A],
+which needs no padding; the kernel reads it as it lies.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+MASKED = -1e30  # top of a slot that sees nothing
+CHUNK = 128  # entries of one copy; the cache length is a multiple of it
+V5E = "TPU v5 lite"
+# Bytes per second of HBM, by jax's device_kind; of one core where a device has two. v4 is missing
+# since Mosaic cannot compile the kernel for it (no gather across sublanes).
+BANDWIDTH = {
+    V5E: 8.2e11, "TPU v5": 1.2e12, "TPU v5p": 1.2e12, "TPU v6 lite": 1.6e12, "TPU v6e": 1.6e12,
+    "TPU7x": 3.7e12,
+}  # fmt: skip
+_TWO_CORES = ("TPU v5", "TPU v5p")  # that share one device
+_FETCH = 1e-6  # seconds that the fetch of a block should take
+_LONGEST = 1024  # entries in a block
+_BUFFERS = 8 << 20  # bytes of VMEM for keys and values, at most
+_ROWS = 4 << 20  # bytes of VMEM for queries and results of the slots of one program
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the work is cut.
+
+    Attributes:
+      keys: entries computed at once, a multiple of 128.
+      buffers: blocks in VMEM, at least 2.
+      slots: slots of one program; programs follow one another, or share the two cores of v5p.
+    """
+
+    keys: int
+    buffers: int
+    slots: int
+
+
+def chip() -> str:
+    """jax's `device_kind` of the mesh in use (`jax.set_mesh`); v5e where there is none of TPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return V5E if device is None or device.platform != "tpu" else device.device_kind
+
+
+def default_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> Blocks:
+    """A block whose fetch takes about 1 us, three of them, and as many slots as VMEM holds.
+
+    Args:
+      q_shape: [J, K, M, H] of one device.
+      k_shape: [layers, J, K, A, H] of one device.
+      dtype: of the cache.
+      chip: jax's `device_kind`.
+
+    Raises:
+      ValueError: for an unknown chip.
+    """
+    if chip not in BANDWIDTH:
+        raise ValueError(f"chip is {chip!r}: the choices are {', '.join(BANDWIDTH)}")
+    (slots, heads, queries, size), length = q_shape, k_shape[3]
+    entry = 2 * heads * size * jnp.dtype(dtype).itemsize
+    wanted = BANDWIDTH[chip] * _FETCH / entry
+    most = min(_LONGEST, length, _BUFFERS // (3 * entry))
+    keys = max(CHUNK, min(round(wanted / CHUNK), most // CHUNK) * CHUNK)
+    # Tiles of 8 x 128 in float32, twice: queries and out; top and total, queries along the lanes.
+    lanes = -(-size // 128) * 128
+    row = 4 * 2 * (2 * heads * -(-queries // 8) * 8 * lanes + 2 * -(-heads // 8) * 8 * 128)
+    two_cores = chip in _TWO_CORES and slots > 1
+    programs = max(-(-slots * row // _ROWS), 1 + two_cores)
+    return Blocks(keys, 3, -(-slots // programs))
+
+
+def cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
+    """FLOPs and bytes of one call: a slot's live entries and half a chunk beyond them.
+
+    Args:
+      q_shape: [J, K, M, H].
+      dtype: of the cache; an int8 entry has a float32 scale.
+      mean_length: live entries, on average over all J slots.
+    """
+    slots, heads, queries, size = q_shape
+    dtype = jnp.dtype(dtype)
+    entries = slots * heads * (mean_length + CHUNK / 2)
+    read = entries * 2 * (size * dtype.itemsize + 4 * (dtype == jnp.int8))
+    return pl.CostEstimate(
+        flops=round(4 * entries * queries * size),
+        transcendentals=round(entries * queries),
+        bytes_accessed=round(read + slots * heads * queries * (8 * size + 8)),
+    )
+
+
+def attend(
+    q_JKMH: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    layer: jax.Array,
+    length_J: jax.Array,
+    *,
+    blocks: Blocks | None = None,
+    mean_length: float | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of each slot's query over entries 0 … length - 1, as one part of a softmax.
+
+    Args:
+      q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. Products are in its dtype
+        (entries are converted in VMEM), sums and softmax in float32.
+      k, v: the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; A a multiple of 128.
+      k_scale, v_scale: float32 [layers, J, K, A], what an int8 entry is multiplied by; else None.
+      layer: int32 scalar.
+      length_J: int32, 0 … A; 0 for a dead slot.
+      blocks: None for `default_blocks` of the mesh's chip.
+      mean_length: what the compiler is told that slots hold; None for half of A.
+      interpret: True, or pltpu.InterpretParams, to run without a TPU.
+
+    Returns:
+      out [J, K, M, H], the sum of exp(logit - top) v; top [J, K, M], the largest logit; total
+      [J, K, M], the sum of exp(logit - top); all float32. A dead slot gives 0, -1e30 and 0.
+
+    Raises:
+      ValueError: for a cache length that is no multiple of 128, or blocks that do not fit it.
+    """
+    slots, heads, queries, size = q_JKMH.shape
+    length = k.shape[3]
+    if length % CHUNK or not length:
+        raise ValueError(f"the cache length is {length}: it must be a multiple of {CHUNK}")
+    blocks = blocks or default_blocks(q_JKMH.shape, k.shape, k.dtype, chip())
+    if blocks.keys % CHUNK or not 0 < blocks.keys <= length:
+        raise ValueError(
+            f"blocks.keys is {blocks.keys}: it must be a multiple of {CHUNK} up to {length}"
+        )
+    if blocks.buffers < 2:
+        raise ValueError(f"blocks.buffers is {blocks.buffers}: it must be at least 2")
+    turned = size % 128 != 0
+    if turned:  # no copy: this is how they lie
+        k, v = k.swapaxes(3, 4), v.swapaxes(3, 4)
+    mean_length = length / 2 if mean_length is None else mean_length
+    caches = [k, v] if k_scale is None or v_scale is None else [k, v, k_scale, v_scale]
+    programs = -(-slots // blocks.slots)
+    rows = pl.BlockSpec((blocks.slots, heads, queries, size), lambda i, *_: (i, 0, 0, 0))
+    row = pl.BlockSpec((blocks.slots, heads, queries), lambda i, *_: (i, 0, 0))
+    entry = (size, blocks.keys) if turned else (blocks.keys, size)
+    shapes = [(blocks.buffers, heads, *entry)] * 2 + [(blocks.buffers, heads, blocks.keys)] * 2
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return pl.pallas_call(
+        functools.partial(_kernel, blocks, turned, len(caches)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2, grid=(programs,),
+            in_specs=[rows, *[pl.BlockSpec(memory_space=pl.ANY)] * len(caches)],
+            out_specs=[rows, row, row],
+            scratch_shapes=[
+                *(pltpu.VMEM(s, c.dtype) for s, c in zip(shapes, caches, strict=False)),
+                pltpu.SemaphoreType.DMA((blocks.buffers,)), pltpu.SMEM((2,), jnp.int32),
+            ],
+        ),
+        out_shape=[float32(q_JKMH.shape), float32(q_JKMH.shape[:3]), float32(q_JKMH.shape[:3])],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=cost(q_JKMH.shape, k.dtype, mean_length),
+        interpret=interpret,
+        name="decode_attention",
+    )(
+        # Slots that only fill the last program are dead.
+        layer.reshape(1), jnp.pad(length_J, (0, programs * blocks.slots - slots)), q_JKMH, *caches
+    )  # fmt: skip
+
+
+def _kernel(blocks: Blocks, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
+    """All slots of one program, one after the other; n caches (keys, values and their scales)."""
+    caches, (out_ref, top_ref, total_ref), buffers, (sem, ahead) = (
+        refs[:n], refs[n : n + 3], refs[n + 3 : 2 * n + 3], refs[2 * n + 3 :],
+    )  # fmt: skip
+    group, keys, depth = blocks.slots, blocks.keys, blocks.buffers
+    first = pl.program_id(0) * group
+
+    def copies(act, slot, block, number):
+        """Starts or awaits the copies of a block's live chunks into its buffer."""
+        at = jax.lax.rem(number, depth)
+        for chunk in range(keys // CHUNK):
+            start = block * keys + chunk * CHUNK
+
+            @pl.when(start < length_J[first + slot])
+            def _(start=start, chunk=chunk):
+                entries = pl.ds(pl.multiple_of(start, CHUNK), CHUNK)
+                into = pl.ds(chunk * CHUNK, CHUNK)
+                for i, (cache, buffer) in enumerate(zip(caches, buffers, strict=True)):
+                    # Whole axes, then the entries, then (not turned) the head's.
+                    axis = (slice(None),) * (2 if turned and i < 2 else 1)
+                    from_ = cache.at[(layer_1[0], first + slot, *axis, entries)]
+                    act(pltpu.make_async_copy(from_, buffer.at[(at, *axis, into)], sem.at[at]))
+
+    def live(slot):
+        """The first live slot from this one on; `group` if there is none."""
+        return jax.lax.while_loop(
+            lambda s: (s < group) & (length_J[first + jnp.minimum(s, group - 1)] == 0),
+            lambda s: s + 1,
+            slot,
+        )
+
+    def fetch(number):
+        """Starts the copies of the next block that nobody has asked for yet."""
+        slot, block = ahead[0], ahead[1]
+
+        @pl.when(slot < group)
+        def _():
+            copies(lambda copy: copy.start(), slot, block, number)
+            more = (block + 1) * keys < length_J[first + slot]
+            ahead[1] = jnp.where(more, block + 1, 0)
+
+            @pl.when(jnp.logical_not(more))
+            def _():
+                ahead[0] = live(slot + 1)
+
+    def add(part, slot, block, number, left):
+        """Fetches ahead, waits for a block and adds it to the slot's part."""
+        fetch(number + depth - 1)
+        copies(lambda copy: copy.wait(), slot, block, number)
+        at = jax.lax.rem(number, depth)
+        return _add(part, q_ref[slot], [buffer[at] for buffer in buffers], turned, left)
+
+    def one(slot, number):
+        length = length_J[first + slot]
+        full = jax.lax.div(jnp.maximum(length - 1, 0), keys)  # blocks that need no mask
+        none = jnp.full((*q_ref.shape[1:3], 1), MASKED, jnp.float32)
+        part = jnp.zeros(q_ref.shape[1:], jnp.float32), none, jnp.zeros_like(none)
+        part = jax.lax.fori_loop(
+            0, full, lambda block, part: add(part, slot, block, number + block, None), part
+        )
+
+        def store(part):
+            out_ref[slot] = part[0]
+            top_ref[slot], total_ref[slot] = part[1][..., 0], part[2][..., 0]
+
+        pl.when(length > 0)(
+            lambda: store(add(part, slot, full, number + full, length - full * keys))
+        )
+        pl.when(length == 0)(lambda: store(part))
+        return number + full + (length > 0).astype(jnp.int32)
+
+    ahead[0], ahead[1] = live(jnp.int32(0)), jnp.int32(0)
+    for number in range(depth - 1):
+        fetch(jnp.int32(number))
+    jax.lax.fori_loop(0, group, one, jnp.int32(0))
+
+
+def _add(part, q_KMH, block, turned: bool, left):
+    """A part of a softmax and one more block: its first `left` entries, all where that is None."""
+    (out_KMH, top_KM1, total_KM1), (k, v, *scales) = part, block
+    dtype, entries = q_KMH.dtype, 2 if turned else 1
+    logit_KMS = _product(q_KMH, k.astype(dtype), 3 - entries)
+    if scales:
+        logit_KMS = logit_KMS * scales[0][:, None, :]
+    seen = None
+    if left is not None:
+        seen = jax.lax.broadcasted_iota(jnp.int32, logit_KMS.shape, 2) < left
+        logit_KMS = jnp.where(seen, logit_KMS, MASKED)
+        # Weight 0 is not enough: what lies beyond is garbage, and 0 times NaN is NaN.
+        v = jnp.where(
+            jax.lax.broadcasted_iota(jnp.int32, v.shape, entries) < left, v, jnp.zeros_like(v)
+        )
+    new_KM1 = jnp.maximum(top_KM1, jnp.max(logit_KMS, axis=-1, keepdims=True))
+    shrink_KM1 = jnp.exp(top_KM1 - new_KM1)
+    weight_KMS = jnp.exp(logit_KMS - new_KM1)
+    total_KM1 = total_KM1 * shrink_KM1 + jnp.sum(weight_KMS, axis=-1, keepdims=True)
+    if scales:
+        weight_KMS = weight_KMS * scales[1][:, None, :]
+        if seen is not None:
+            weight_KMS = jnp.where(seen, weight_KMS, 0.0)
+    new_KMH = _product(weight_KMS.astype(dtype), v.astype(dtype), entries)
+    return out_KMH * shrink_KM1 + new_KMH, new_KM1, total_KM1
+
+
+def _product(a_KMX: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """Product over the last axis of a and `axis` of b, for each key head, summed in float32."""
+    # By default the unit would round float32 to bfloat16.
+    exact = jax.lax.Precision.HIGHEST if a_KMX.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a_KMX, b, (((2,), (axis,)), ((0,), (0,))),
+        precision=exact, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def write(
+    caches: tuple[jax.Array, ...],
+    entries: tuple[jax.Array, ...],
+    layer: jax.Array,
+    index_J: jax.Array,
+    *,
+    interpret: Any = False,
+) -> tuple[jax.Array, ...]:
+    """Puts one entry of each slot into a layer of caches [layers, J, K, A, H] or [layers, J, K, A].
+
+    In place: the caches must be donated, or carried by a loop. A scatter of XLA moves one row after
+    the other, and copies a cache whose rows it would rather have in another order; here the tiles
+    that hold the entries are read, changed and written back in a pipeline over slots.
+
+    Args:
+      caches: keys and values, and for int8 their float32 scales; A a multiple of 128.
+      entries: of each cache, [J, K, H] or [J, K], in its dtype.
+      layer: int32 scalar.
+      index_J: int32; outside 0 … A - 1 for a slot that keeps what it has.
+      interpret: True, or pltpu.InterpretParams, to run without a TPU.
+    """
+    turned = entries[0].shape[2] % 128 != 0
+    tiles = [_tile(x, turned) for x in caches]
+    if turned:
+        caches = tuple(x.swapaxes(3, 4) if x.ndim == 5 else x for x in caches)
+    # An axis of length 1 where the entries are.
+    entries = tuple(
+        jnp.expand_dims(x, axis - 1) for x, (axis, _) in zip(entries, tiles, strict=True)
+    )
+    length = caches[0].shape[tiles[0][0]]
+
+    def spec(x, axis, size):
+        def at(j, layer, index_J):
+            tile = jax.lax.div(jnp.clip(index_J[j], 0, length - 1), size)
+            return layer[0], j, *(tile if i == axis else 0 for i in range(2, x.ndim))
+
+        return pl.BlockSpec(
+            tuple(size if i == axis else n for i, n in enumerate((1, 1, *x.shape[2:]))), at
+        )
+
+    places = [spec(x, *tile) for x, tile in zip(caches, tiles, strict=True)]
+    new = [
+        pl.BlockSpec((1, *x.shape[1:]), lambda j, *_, n=x.ndim: (j,) + (0,) * (n - 1))
+        for x in entries
+    ]
+    caches = pl.pallas_call(
+        functools.partial(_write, tiles, length),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2, grid=index_J.shape, in_specs=[*new, *places], out_specs=places
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches],
+        input_output_aliases={2 + len(new) + i: i for i in range(len(caches))},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name="cache_write",
+    )(layer.reshape(1), index_J, *entries, *caches)  # fmt: skip
+    return tuple(x.swapaxes(3, 4) if turned and x.ndim == 5 else x for x in caches)
+
+
+def _tile(cache: jax.Array, turned: bool) -> tuple[int, int]:
+    """The axis of the entries as they lie in memory, and how many of them make a tile."""
+    if cache.ndim == 4:
+        return 3, 128
+    return (4, 128) if turned else (3, 32 // cache.dtype.itemsize)
+
+
+def _write(tiles, length: int, layer_1, index_J, *refs):
+    """One slot's tile of each cache, with its entry."""
+    del layer_1  # in the index maps
+    index, n = index_J[pl.program_id(0)], len(tiles)
+    for (axis, size), new, old, out in zip(
+        tiles, refs[:n], refs[n : 2 * n], refs[2 * n :], strict=True
+    ):
+        value = old[0, 0]
+        # Units of v5e know no selection among 8 or 16 bits.
+        wide = jnp.int32 if value.dtype == jnp.int8 else jnp.float32
+        place = jax.lax.broadcasted_iota(jnp.int32, value.shape, axis - 2)
+        here = (place == jax.lax.rem(index, size)) & (index >= 0) & (index < length)
+        out[0, 0] = jnp.where(here, new[0].astype(wide), value.astype(wide)).astype(value.dtype)

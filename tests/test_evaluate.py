@@ -1,0 +1,64 @@
+"""An evaluation that is stopped goes on: oracle, one that never was."""
+
+import json
+
+import pytest
+import runs
+
+from copsd_jax import evaluate, run
+
+optax_promotes = runs.optax_promotes
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping(after):
+    """A progress callback that stops an evaluation once so many completions are there."""
+
+    def progress(stats):
+        if stats.done >= after:
+            raise Stopped
+
+    return progress
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
+    settings = {
+        "eval__limit": 6, "eval__samples": 3, "eval__temperature": 1.0, "eval__slots": 2,
+        "eval__max_tokens": 9,
+    }  # fmt: skip
+    partial = tmp_path / "eval" / "step_000000.partial.jsonl"
+    with runs.loaded("opsd", **settings) as (r, state):
+        policy, rows = run.policies(r, state)[0], r.plan.eval_rows
+        count = len(rows) * 3
+        want = evaluate.evaluate(r, policy, rows)
+        asked, sample = [], run.sample
+
+        def counted(r, policy, prompts, *args, **options):
+            asked.append(len(prompts))
+            return sample(r, policy, prompts, *args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "sample", counted)
+            for after in (3, 8):
+                with pytest.raises(Stopped):
+                    evaluate.evaluate(r, policy, rows, stopping(after), partial)
+                head, *lines = partial.read_text().splitlines()
+                assert json.loads(head)["prompts"] == count
+                assert after <= len(lines) < count
+            # A line that was being written, and one more that has no end at all.
+            partial.write_text(partial.read_text() + '{"index": 0, "id": "x", "i')
+            seen = []
+            got = evaluate.evaluate(r, policy, rows, seen.append, partial)
+        assert got == want
+        assert not partial.exists()
+        assert asked[0] == count
+        assert asked[2] == count - len(lines)
+        assert seen[0].done > len(lines)
+        assert seen[-1].done == count
+        # What was written by another evaluation is not taken for this one's.
+        partial.write_text(json.dumps({"prompts": count}) + "\n")
+        with pytest.raises(ValueError, match=r"partial.jsonl was written by an evaluation of oth"):
+            evaluate.evaluate(r, policy, rows, None, partial)
