@@ -362,7 +362,7 @@ def test_10_000_generations_leave_nothing_behind():
 
 
 def test_memory_that_is_not_there():
-    size = jobs.Settings(slots=64, length=1000, cache=jnp.bfloat16)
+    size = jobs.Settings(slots=64, length=960, cache=jnp.bfloat16)
     keys = np.zeros((1, 2), np.uint32)
     job = jobs.plan(DECODER, params(), [(1,)], [PLAIN], keys_n2=keys, settings=size, prefix=None,
                     adapter=None, adapter_scale=1.0, valid_V=None, token_bytes=None,
@@ -382,7 +382,7 @@ def test_memory_that_is_not_there():
     with pytest.raises(MemoryError, match="no slot fits: a smaller length, cache=int8, or more"):
         host.check_memory(job, 0, weights)
     with pytest.raises(MemoryError, match=r"50000000 slots x 2048 entries.*slots=25000000 halves"):
-        generate(PLAIN, slots=50_000_000, length=2000)
+        generate(PLAIN, slots=50_000_000, length=1984)
 
 
 def test_keys():

@@ -38,6 +38,9 @@ from copsd_jax.kernels import attention
 from copsd_jax.sampler import truncate
 
 
+INSERTED = 64  # entries that are copied at a time; a cache has room for as many behind a prompt
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("params", "adapter", "prefix", "valid_V", "stop_XV"),
@@ -178,7 +181,8 @@ class Packed(NamedTuple):
 
 
 def prefill(decoder: model.Decoder, weights: Weights, packed: Packed) -> model.Output:
-    """Runs packed prompts: hidden [R, T, D], keys and values [layers, R, T, K, H].
+    """Runs packed prompts: hidden [R, T, D]; keys and values as in a cache, [layers, R, K, T + 64, H],
+    so that every block that begins in the row ends in it.
 
     A prompt whose first 4 tokens stand in another's place, and one of its own:
       segments 1 1 1 1 2 2 3 3 3 0     parents -1 -1 -1 -1 1 1 -1 -1 -1 -1
@@ -190,7 +194,10 @@ def prefill(decoder: model.Decoder, weights: Weights, packed: Packed) -> model.O
         weights.adapter, weights.adapter_scale,
         prefix=weights.prefix, parents_BL=packed.parents_RT,
     )  # fmt: skip
-    return decoder.apply({"params": weights.params}, (stream,), return_kv=True)[0]
+    output = decoder.apply({"params": weights.params}, (stream,), return_kv=True)[0]
+    room = ((0, 0), (0, 0), (0, 0), (0, INSERTED), (0, 0))
+    kv = model.KV(*(jnp.pad(x.swapaxes(2, 3), room) for x in output.kv))
+    return model.Output(output.hidden_BLD, kv)
 
 
 class Entry(NamedTuple):
@@ -221,7 +228,7 @@ def insert(state: State, output: model.Output, entry: Entry) -> State:
         return _insert(state, output.hidden_BLD, kv, entry)
     where, split = places(state, context), PartitionSpec(mesh.BATCH)
     head = where.cache.k[2]
-    pair: Any = PartitionSpec(None, mesh.BATCH, None, head)
+    pair: Any = PartitionSpec(None, mesh.BATCH, head)
     return jax.shard_map(
         _insert,
         in_specs=(where, split, model.KV(pair, pair), jax.tree.map(lambda _: split, entry)),
@@ -232,32 +239,39 @@ def insert(state: State, output: model.Output, entry: Entry) -> State:
 
 def _insert(state: State, hidden_1TD, kv: model.KV, entry: Entry) -> State:
     """`insert` of one shard: one row of prompts."""
-    last = hidden_1TD.shape[1] - 1
-    block = min(attention.BLOCK, state.cache.k.shape[3])
     entry = jax.tree.map(lambda x: x[0], entry)
+    layers, _, heads, _, size = kv.k.shape
 
     def one(i, state: State) -> State:
         slot, start, split, own, length, request, _ = jax.tree.map(
             lambda x: x[i] if x.ndim else x, tuple(entry)
         )
 
-        def source(index):  # in the row, of an index in the prompt
-            return jnp.clip(jnp.where(index < split, start + index, own + index - split), 0, last)
+        def piece(cache: attention.Cache, source, target, tokens) -> attention.Cache:
+            # In whole blocks: what they write beyond the piece is not live yet, or the next piece
+            # writes it again. Slices, not a gather, for which XLA would lay the cache out anew.
+            def copy(b, cache: attention.Cache) -> attention.Cache:
+                k, v = (
+                    jax.lax.dynamic_slice(
+                        x, (0, 0, 0, source + b * INSERTED, 0), (layers, 1, heads, INSERTED, size)
+                    )
+                    for x in kv
+                )
+                return jax.tree.map(
+                    lambda whole, new: jax.lax.dynamic_update_slice(
+                        whole, new, (0, slot, 0, target + b * INSERTED, *(0,) * (whole.ndim - 4))
+                    ),
+                    cache, attention.entries(cache, k, v),
+                )  # fmt: skip
 
-        def copy(b, cache: attention.Cache) -> attention.Cache:
-            index_b = b * block + jnp.arange(block, dtype=jnp.int32)
-            k, v = (x[:, 0, source(index_b)].swapaxes(1, 2) for x in kv)
-            return jax.tree.map(
-                lambda whole, new: jax.lax.dynamic_update_slice(
-                    whole, new[:, None], (0, slot, 0, b * block, *(0,) * (whole.ndim - 4))
-                ),
-                cache, attention.entries(cache, k, v),
-            )  # fmt: skip
+            return jax.lax.fori_loop(0, -(-tokens // INSERTED), copy, cache)
 
-        cache = jax.lax.fori_loop(0, -(-length // block), copy, state.cache)
+        cache = piece(state.cache, start, 0, split)
+        cache = piece(cache, own, split, length - split)
+        last = jnp.where(length > split, own + length - split, start + length) - 1
         old = state.slots
         slots = Slots(
-            hidden_JD=old.hidden_JD.at[slot].set(hidden_1TD[0, source(length - 1)]),
+            hidden_JD=old.hidden_JD.at[slot].set(hidden_1TD[0, last]),
             fresh_J=old.fresh_J.at[slot].set(True),
             live_J=old.live_J.at[slot].set(True),
             token_J=old.token_J,

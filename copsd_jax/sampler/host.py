@@ -143,7 +143,7 @@ def _empty(job: Job) -> programs.Program:
 
 def _prefill_program(job: Job, packed: engine.Packed) -> programs.Program:
     head = attention.axes(job.mesh, job.settings.slots, job.decoder.config.n_kv_heads)[1]
-    pair = _sharding(job, None, mesh.BATCH, None, head)
+    pair = _sharding(job, None, mesh.BATCH, head)
     width = packed.tokens_RT.shape[1]
     return programs.program(
         f"prefill {width}", engine.prefill, (job.decoder,), (job.weights, packed), None,
@@ -168,8 +168,13 @@ def _decode_program(job: Job, state, cancel_J, enough) -> programs.Program:
     )  # fmt: skip
 
 
-def warmup(job: Job) -> tuple[programs.Program, ...]:
+def warmup(job: Job, memory: int | None = None) -> tuple[programs.Program, ...]:
     """Compiles all that calls of this size need: nothing is compiled after it, and nothing is run.
+
+    Arrays of the job may be jax.ShapeDtypeStructs with shardings.
+
+    Args:
+      memory: bytes of a device; None asks it.
 
     Raises:
       MemoryError: if they cannot fit the devices: which buffer is how large, and what would fit.
@@ -195,7 +200,8 @@ def warmup(job: Job) -> tuple[programs.Program, ...]:
         cancel_J = jax.ShapeDtypeStruct((slots,), bool, sharding=_sharding(job))
         enough = jax.ShapeDtypeStruct((), jnp.int32, sharding=_sharding(job))
         made.append(_decode_program(job, state, cancel_J, enough))
-        check_memory(job, max(one.temporary for one in made), _memory(job))
+        memory = _memory(job) if memory is None else memory
+        check_memory(job, max(one.temporary for one in made), memory)
     return tuple(made)
 
 

@@ -105,16 +105,18 @@ def plan(
     shared = 0 if prefix is None else prefix.k.shape[2]
     _check_prompts(decoder.config, prompts, each, keys_n2, limits, shared, settings.length)
     longest = max(map(len, prompts), default=1)
+    # Behind a prompt there is room for the rest of a block that `insert` copies.
+    length = settings.length + engine.INSERTED
     if not settings.length:
         pairs = zip(prompts, limits, strict=True)
         need = max((len(prompt) + limit for prompt, limit in pairs), default=1)
-        settings = dataclasses.replace(settings, length=need)
+        length = capacity(need + engine.INSERTED)
     devices = mesh.current()
     shards = mesh.batch_shards(devices)
     settings = dataclasses.replace(
         settings,
         slots=-(-settings.slots // shards) * shards,
-        length=capacity(settings.length),
+        length=-(-length // attention.ENTRIES) * attention.ENTRIES,
         cache=decoder.dtype if settings.cache is None else settings.cache,
     )
     stops = list(dict.fromkeys(_ends(s) for s in each))

@@ -1,0 +1,132 @@
+"""The sampler's programs at the shape of Qwen3-1.7B, compiled without the devices; bytes of a step.
+
+    python benchmarks/decode_compiled.py v5e:4x4
+    python benchmarks/decode_compiled.py cuda
+
+prints one JSON line: memory of each program on a device, whether the cache is updated in place, and
+the bytes that a decode step reads at a mean context, against the floor of weights and live cache
+once. It needs libtpu, or jax-cuda13-plugin and ptxas (extra `compile`).
+"""
+
+import json
+import os
+import sys
+
+TARGET = sys.argv[1] if len(sys.argv) > 1 else "v5e:4x4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ |= {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from copsd_jax import mesh, model
+from copsd_jax.kernels import attention_gpu, attention_tpu
+from copsd_jax.sampler import engine, host, jobs, packing, truncate
+
+SLOTS, CONTEXT, LENGTH = 256, 1200, 4096
+# target: mesh, kernel, bytes of a device
+TARGETS = {
+    "v5e:4x4": ((4, 1, 4), "pallas_tpu", 16 * 2**30),
+    "cuda": ((1, 1, 1), "pallas_gpu", 141 * 10**9),
+}
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
+  device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 minor: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+def devices(target: str):
+    """Devices of a topology that nobody has to own."""
+    if target == "cuda":
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name="x", target_config=H200, topology="1x1x1"
+        )
+    else:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=target)
+    return list(found.devices)
+
+
+def job(target: str, cache: str) -> jobs.Job:
+    """What a rollout phase would be, of arrays that are not there."""
+    sizes, kernel, _ = TARGETS[target]
+    here = mesh.make(*sizes, devices=devices(target))
+    config = model.SHAPES["qwen3_1_7b"]
+    decoder = model.Decoder(config, jnp.bfloat16, decode=kernel)
+    shapes = model.abstract(config, jnp.bfloat16)
+    whole = NamedSharding(here, PartitionSpec())
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes, mesh.shardings(shapes, here, gathered=True),
+    )  # fmt: skip
+    like = lambda *shape: jax.ShapeDtypeStruct(shape, bool, sharding=whole)  # noqa: E731
+    zero = np.zeros(1, np.int32)
+    rows = truncate.Rows(*[zero.astype(np.float32)] * 4)._replace(top_k_J=zero)
+    return jobs.Job(
+        decoder=decoder,
+        weights=engine.Weights(
+            params, None, None, like(config.vocab_size), like(4, config.vocab_size)
+        ),
+        form=truncate.form([(1.0, 0, 1.0, 0.0)]),
+        settings=jobs.Settings(SLOTS, LENGTH, 16, 1024, jnp.dtype(cache)),
+        mesh=here, prompts=[(1,)], request=engine.Request(zero, np.zeros((1, 2), np.uint32), zero,
+                                                         rows),
+        stops=[()], token_bytes=(), stop_XV=np.zeros((4, config.vocab_size), bool),
+        buckets=packing.buckets(1024, 1),
+    )  # fmt: skip
+
+
+def bytes_of_step(one: jobs.Job, target: str, cache: str) -> dict[str, float]:
+    """What a device reads for one token of each of its slots at the mean context, in GB."""
+    data, _, tensor = TARGETS[target][0]
+    config, kernel = one.decoder.config, attention_tpu if tensor > 1 else attention_gpu
+    shape = (
+        SLOTS // data, config.n_kv_heads // tensor, config.n_heads // config.n_kv_heads,
+        config.head_dim,
+    )  # fmt: skip
+    weights = host._bytes(one.weights.params)
+    entry = 2 * (config.head_dim * jnp.dtype(cache).itemsize + 4 * (cache == "int8"))
+    live = config.n_layers * shape[0] * shape[1] * CONTEXT * entry
+    read = config.n_layers * kernel.cost(shape, cache, CONTEXT).bytes_accessed
+    return {
+        "weights": weights / 1e9, "live cache": live / 1e9, "attention reads": read / 1e9,
+        "floor over read": (weights + live) / (weights + read),
+    }  # fmt: skip
+
+
+def main() -> None:
+    for cache in ("bfloat16", "int8"):
+        one = job(TARGET, cache)
+        with jax.set_mesh(one.mesh):
+            made = host.warmup(one, TARGETS[TARGET][2])
+        decode = made[-1]
+        held = host._bytes(host.state_shape(one)) + host._bytes(one.weights)
+        print(json.dumps({
+            "target": TARGET, "cache": cache, "slots": SLOTS, "entries": LENGTH,
+            "context": CONTEXT, "mesh": TARGETS[TARGET][0],
+            "seconds to compile": round(sum(p.seconds for p in made), 1),
+            "temporary MiB": {p.name: round(p.temporary / 2**20, 1) for p in made},
+            "weights and cache GiB": round(held / 2**30, 2),
+            "decode holds GiB": round(decode.held / 2**30, 2),
+            "bytes of a step, GB": bytes_of_step(one, TARGET, cache),
+        }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
