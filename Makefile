@@ -7,7 +7,7 @@ CONFIG ?= opsd
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test slow lint parity notebook seeds clean
+.PHONY: install demo test slow lint parity compile loss-matrix notebook seeds clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,21 @@ $(VENV)/parity: $(VENV)/installed
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m parity
+
+# Kernels and programs compiled for TPU and CUDA without such devices; needs ptxas for CUDA.
+$(VENV)/compile: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,tpu]'
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	touch $@
+
+compile: $(VENV)/compile
+	$(BIN)/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py
+
+# Every combination of settings of the divergence against float64, half an hour.
+loss-matrix: install
+	$(BIN)/python benchmarks/loss_matrix.py > benchmarks/results/loss_matrix.txt
 
 notebook: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,notebook]'

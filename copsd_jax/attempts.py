@@ -4,6 +4,7 @@ What all methods that sample share. A group is the completions of one occurrence
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -62,7 +63,8 @@ def make(
     repeated, samples = _repeat(rows, c.rollout.per_prompt)
     asked = [prompts.student(plan.tokenizer, plan.student, row) for row in repeated]
     keys = jobs.stream_keys(c.seed, "rollout", step, [row.id for row in repeated], samples)
-    completions, stats = run.sample(r, policy, asked, "rollout", keys)
+    sampled, stats = run.sample(r, policy, asked, "rollout", keys)
+    completions = [_known(completion) for completion in sampled]
     stops = set(plan.stop_ids)
     decoded = [
         localise.decode([i for i in done.ids if i not in stops], plan.token_bytes)
@@ -85,6 +87,20 @@ def make(
         starts=starts,
         verdicts=[found.get(i) for i in range(len(repeated))],
         sampler=stats,
+    )
+
+
+def _known(completion: host.Completion) -> host.Completion:
+    """Log-probabilities that a server does not give, NaN, as empty arrays.
+
+    A record then has [], which JSON has too, and a batch 0 (`layout.per_token`). Nothing reads
+    that 0: losses that would are refused (`plans.make`). But a NaN times a weight of 0 is NaN.
+    """
+    known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
+    return dataclasses.replace(
+        completion,
+        logps=known(completion.logps),
+        logps_truncated=known(completion.logps_truncated),
     )
 
 
@@ -210,7 +226,7 @@ def add_tokens(r: run.Run, work: Work, aux: train_step.Aux) -> dict[str, float]:
     cross entropy. The gap is |log-probability of the drawn token in the sampler - in the trainer|,
     both at the sampling temperature over the whole vocabulary. It is taken of every token whose
     log-probability the step computed: with a divergence of all, with or without loss; otherwise of
-    completions with policy loss.
+    completions with policy loss. `logp_absent` is the share of completions without the sampler's.
     """
     gaps, mask_BC = [], work.batch.mask_BC
     for b, record in enumerate(work.records):
@@ -232,6 +248,9 @@ def add_tokens(r: run.Run, work: Work, aux: train_step.Aux) -> dict[str, float]:
     values |= _ratios(work.records)
     if gap.size:
         values |= {"logp_gap_mean": float(gap.mean()), "logp_gap_max": float(gap.max())}
+    absent = [record.get("logp_sampler") == [] for record in work.records]
+    if any(absent):
+        values["logp_absent"] = mean(absent)
     return values
 
 

@@ -89,7 +89,10 @@ def _unasked(prompt: prompts.Prompt | None, plan: plans.Plan) -> Written | None:
     """Why a writer is not asked; None if it is."""
     if prompt is None:
         return Written("", "not_asked")
-    room = plan.model_config.max_position - plan.config.author.max_tokens
+    held = plan.model_config.max_position
+    if plan.server is not None and plan.server.max_model_len:
+        held = min(held, plan.server.max_model_len)
+    room = held - plan.config.author.max_tokens
     return Written("", "overlong") if prompt.length > room else None
 
 

@@ -125,16 +125,6 @@ def _objective(c: Config) -> None:
     r.stop = ()  # strings that end a completion, besides the stop ids of model and tokenizer
     r.slots = 32  # rows decoded at once
 
-    c.sampler = o = config_dict.ConfigDict()
-    o.steps = 16  # tokens per slot between two looks of the host
-    o.pack = 512  # prompt tokens that are prefilled at once, where prompts are not longer
-    o.cache = "auto"  # dtype of keys and values: auto (the model's), float32, bfloat16, int8
-    o.attention = "auto"  # to the cache; auto: pallas on GPU and TPU, blocks on CPU; dense
-    o.merge = False  # the adapter added to a copy of the base, made once a rollout phase
-    o.int8 = False  # projections rounded to int8 for decoding
-    o.gather = True  # weights that mesh.fsdp splits are gathered once a phase, not for each token
-    o.warmup = "auto"  # compile all programs before the first step; auto: on GPU and TPU
-
     c.loss = s = config_dict.ConfigDict()
     s.divergence = "fkl"  # fkl KL(teacher || student), rkl KL(student || teacher), jsd, sampled
     s.beta = 0.5  # of jsd: M = (1 - beta) student + beta teacher
@@ -148,8 +138,9 @@ def _objective(c: Config) -> None:
     s.clip = 0.05  # kappa of the clip mode
     s.norm = "micro_token_mean"  # how token values become one number
     s.group = 0  # completions of a group of micro_token_mean, in global order; 0: train.micro_batch
-    s.implementation = "chunked"  # dense is the oracle: it holds [tokens, vocabulary] arrays
-    s.chunk = 1024  # tokens at a time of the chunked form
+    s.implementation = "auto"  # chunked on CPU and for top_k, else pallas; dense is the oracle
+    s.chunk = 1024  # tokens at a time of the chunked form, on each device
+    s.skip_below = 0.0  # chunked: gradients of vocabulary tiles below it are left out; 0 is off
 
     c.policy = y = config_dict.ConfigDict()
     y.weight = 0.0  # of the policy gradient in distill's loss; 1 - weight is the divergence's
@@ -165,6 +156,31 @@ def _objective(c: Config) -> None:
 
     c.guards = g = config_dict.ConfigDict()
     g.rules = ""  # as "repetition>0.5:stop,entropy_student<0.1@3:lr*0.5,tokens>2*first:warn"
+
+
+def _sampler(c: Config) -> None:
+    """Where completions are drawn: in this process, or by a server."""
+    c.sampler = o = config_dict.ConfigDict()
+    o.engine = "local"  # or server: one of completions over token ids, as vLLM or SGLang
+    o.steps = 16  # tokens per slot between two looks of the host
+    o.pack = 512  # prompt tokens that are prefilled at once, where prompts are not longer
+    o.cache = "auto"  # dtype of keys and values: auto (the model's), float32, bfloat16, int8
+    o.attention = "auto"  # to the cache; auto: pallas on GPU and TPU, blocks on CPU; dense
+    o.merge = False  # the adapter added to a copy of the base, made once a rollout phase
+    o.int8 = False  # projections rounded to int8 for decoding
+    o.gather = True  # weights that mesh.fsdp splits are gathered once a phase, not for each token
+    o.warmup = "auto"  # compile all programs before the first step; auto: on GPU and TPU
+    o.url = ""  # server: its base address, as http://host:8000/v1
+    o.model = ""  # server: the name there of the base model
+    o.key_env = ""  # server: the environment variable that holds the key; "" for none
+    o.timeout = 600.0  # server: seconds for one request: the longest completion, its queue included
+    o.retries = 4  # server: how often a failed request is sent again
+    o.backoff = 1.0  # server: seconds before the first retry; doubled for each further one
+    o.concurrency = 64  # server: requests at once
+    o.dialect = "vllm"  # server: how it is spoken to, vllm or sglang
+    o.logprobs = "raw"  # server: what its log-probabilities are of: raw, tempered, processed
+    o.max_model_len = 0  # server: most tokens of prompt and completion; 0: as it says itself
+    o.folder = ""  # server: where weights for it lie, in its sight too; "" is W/engine
 
 
 def _training(c: Config) -> None:
@@ -219,7 +235,7 @@ def _training(c: Config) -> None:
     h.tensor = 1  # splits heads, MLP and vocabulary
 
 
-SECTIONS = (_inputs, _teaching, _objective, _training)
+SECTIONS = (_inputs, _teaching, _objective, _sampler, _training)
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -248,6 +264,7 @@ def unknown_setting(name: str, known: Mapping) -> str:
     """One sentence about a setting that does not exist, with the likeliest ones that do."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     same_end = [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
+    same_end.sort(key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())
     likely = list(dict.fromkeys([*same_end, *near]))
     hint = f": did you mean {' or '.join(likely)}?" if likely else ""
     return f"--config.{name} is no setting{hint or ': all are in copsd_jax/config.py'}"

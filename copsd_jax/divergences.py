@@ -106,6 +106,8 @@ class TokenStats(NamedTuple):
       clipped_mass_T: element: teacher's mass Σ q_v on the clipped entries (q renormalised under
         top_k without a tail). token, token_weight, huber: 1 where d > κ, else 0. none: 0.
       ratio_T: the factor of `importance`; 1 where it is off.
+      skipped_T: the share of Σ_v |dz_v| that a filter leaves out of the gradient; 0 without one,
+        None where nothing here can filter.
     """
 
     value_T: jax.Array
@@ -116,6 +118,7 @@ class TokenStats(NamedTuple):
     entropy_teacher_T: jax.Array
     clipped_mass_T: jax.Array
     ratio_T: jax.Array
+    skipped_T: jax.Array | None = None
 
 
 class Side(NamedTuple):
@@ -214,10 +217,11 @@ def token_clip(d_T: jax.Array, settings: Divergence) -> tuple[jax.Array, jax.Arr
 
 def side(logits: jax.Array) -> Side:
     """Softmax over the last axis; one expression for both sides, so equal rows stay equal."""
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp(logits - top)
+    # Below the maximum all along: top + ln Σ would lose the digits of ln Σ where logits are large.
+    below = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(below)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return Side(weights * (1 / total), logits - (top + jnp.log(total)))
+    return Side(weights * (1 / total), below - jnp.log(total))
 
 
 def pick(x_TV: jax.Array, tokens_T: jax.Array) -> jax.Array:
@@ -428,7 +432,8 @@ def importance(
 def log_prob(logits_TV: jax.Array, tokens_T: jax.Array, temperature: float) -> jax.Array:
     """ln softmax(logits / temperature)[token], [T]."""
     tempered_TV = logits_TV * (1 / temperature)
-    return pick(tempered_TV, tokens_T) - jax.nn.logsumexp(tempered_TV, axis=-1)
+    below_TV = tempered_TV - jax.lax.stop_gradient(jnp.max(tempered_TV, axis=-1, keepdims=True))
+    return pick(below_TV, tokens_T) - jnp.log(jnp.sum(jnp.exp(below_TV), axis=-1))
 
 
 def score(

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from copsd_jax import model, plans
+from copsd_jax import mesh, model, plans
 
 
 def _bytes(tree: object) -> int:
@@ -36,7 +36,10 @@ def memory(plan: plans.Plan) -> dict[str, int]:
     kept = 1 if c.model.remat == "layer" else 20
     cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * item
     dense = c.loss.implementation == "dense"
-    tokens = micro * c.rollout.max_tokens if dense else c.loss.chunk
+    # A chunk of the loss is of each device's tokens.
+    tokens = micro * c.rollout.max_tokens
+    if not dense:
+        tokens = min(tokens, c.loss.chunk * mesh.batch_shards(plan.mesh))
     return {
         "weights": _bytes(model.abstract(shape, plan.dtype)),
         "training state": copies * _bytes(plans.trained_shapes(plan.config, plan.model_config)),

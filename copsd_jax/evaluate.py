@@ -134,13 +134,14 @@ def _what(r: run.Run, asked: Sequence[prompts.Prompt]) -> dict[str, Any]:
     for prompt in asked:
         digest.update(repr((prompt.prefix_ids, prompt.ids)).encode())
     names = "max_tokens temperature top_p top_k min_p".split()
+    how = "cache merge int8 engine model dialect logprobs"
     return {
         "prompts": len(asked),
         "sha256": digest.hexdigest(),
         "seed": c.seed,
         "stop": list(c.rollout.stop),
         **{f"eval.{name}": c.eval[name] for name in names},
-        **{f"sampler.{name}": c.sampler[name] for name in ("cache", "merge", "int8")},
+        **{f"sampler.{name}": c.sampler[name] for name in how.split()},
     }
 
 
@@ -308,6 +309,7 @@ def main(argv: list[str]) -> int:
         return 2
     with (
         run.scope(plan),
+        run.resumable(out),
         checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints,
     ):
         saved = checkpoints.steps()
@@ -321,7 +323,8 @@ def main(argv: list[str]) -> int:
         if absent:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
             return 2
-        r, initial = run.load(plan, config.train.steps)
+        # Beside the results where these go elsewhere: the run's directory may not be writable.
+        r, initial = run.load(plan, config.train.steps, (args.out or args.workdir) / "engine")
         results = {}
         with r.grader:
             for step in steps:

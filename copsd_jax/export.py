@@ -1,14 +1,14 @@
-"""`python -m copsd_jax.export --workdir=W --out=D [--step=12]`
+"""`python -m copsd_jax.export --workdir=W --out=D [--step=12] [--format=peft]`
 
 Writes a checkpoint as a Hugging Face folder (merged safetensors, config, tokenizer, generation
-settings) that transformers and others load.
+settings) that transformers and others load, or its adapter alone as PEFT's folder.
 """
 
 import argparse
 import pathlib
 import sys
 
-from copsd_jax import checkpoint, hf, lora, plans, run, workdir
+from copsd_jax import checkpoint, hf, lora, peft, plans, run, workdir
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -20,6 +20,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a run's directory")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty directory")
     parser.add_argument("--step", type=int, default=-1, help="checkpoint; default: the newest")
+    parser.add_argument(
+        "--format", default="hf", choices=("hf", "peft"),
+        help="hf: the whole model, the adapter merged (default); peft: the adapter alone",
+    )  # fmt: skip
     return parser.parse_args(argv[1:])
 
 
@@ -31,6 +35,8 @@ def main(argv: list[str]) -> int:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise FileExistsError(f"--out={args.out} exists and is not empty")
         workdir.check_writable(args.out, "--out")
+        if args.format == "peft" and config.train.trainable != "lora":
+            raise ValueError("--format=peft: train.trainable is full, there is no adapter; hf")
         plan = plans.make(config, train=False, evaluate=False)
         with (
             run.scope(plan),
@@ -47,12 +53,19 @@ def main(argv: list[str]) -> int:
                 state = checkpoints.load(step, state)
         student = run.policies(r, state)[0]
         params = student.params
-        if student.adapter is not None:
-            params = lora.merge(params, student.adapter, plan.adapter_scale)
-        hf.save(
-            args.out, params, plan.model_config,
-            source_path=plan.weights_path, tokenizer=plan.tokenizer,
-        )  # fmt: skip
+        if args.format == "peft":
+            assert student.adapter is not None  # as checked
+            peft.write(
+                args.out, student.adapter, plan.model_config,
+                alpha=config.lora.alpha, base=config.model.path,
+            )  # fmt: skip
+        else:
+            if student.adapter is not None:
+                params = lora.merge(params, student.adapter, plan.adapter_scale)
+            hf.save(
+                args.out, params, plan.model_config,
+                source_path=plan.weights_path, tokenizer=plan.tokenizer,
+            )  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,17 +1,23 @@
-"""The divergence of two streams of hidden states through their heads, dense or in blocks of tokens.
+"""The divergence of two streams of hidden states through their heads, and weights of tokens.
 
 `dense` holds [tokens, vocabulary] arrays and leaves the gradient to automatic differentiation of
-the value: the reference for the others. `chunked` walks over blocks of tokens and takes the
-gradient in the same sweep from the closed forms of `divergences.py`: three matmuls per block
-(student's logits, teacher's logits, gradient of the hidden states), a fourth only if the head
-trains, and memory for one block whatever the number of tokens.
+the value: the reference for the others, which walk over blocks of tokens and take the gradient in
+the same sweep from the closed forms of `divergences.py`: three matmuls per block (student's logits,
+teacher's logits, gradient of the hidden states), a fourth only if the head trains, and memory for
+one block whatever the number of tokens. Rows without weight are packed away before it.
 
-`log_probs` gives the log-probabilities of tokens in the same two ways, for the losses that need no
+`chunked` (plain array code, `chunked.py`) does all settings on every platform; `pallas` (kernels
+for TPU and GPU, `kernels/`) the divergences of whole vocabularies. `resolve` chooses.
+
+`log_probs` gives the log-probabilities of tokens, dense or chunked, for the losses that need no
 second side. Also the weights with which tokens enter a step's loss (`token_weights`).
 
-Matmuls run in the hidden states' dtype; all else is float32, or float64 for float64 states.
+On a mesh (`jax.set_mesh`) tokens are split over its axes data and fsdp and the vocabulary over
+tensor; `chunked.py` says what travels. Matmuls run in the hidden states' dtype; all else is
+float32, or float64 for float64 states.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,10 +25,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from copsd_jax import divergences
+from copsd_jax import chunked, divergences, token_blocks
+from copsd_jax.kernels import divergence as kernels
 
 Divergence = divergences.Divergence
 TokenStats = divergences.TokenStats
+Kernel = kernels.Kernel
+
+CHOICES = ("auto", "dense", "chunked", "pallas")
+IMPLEMENTATIONS = ("dense", "chunked", "pallas_tpu", "pallas_gpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """Static choices of a sweep, see `divergence`."""
+
+    implementation: str
+    chunk: int
+    train_head: bool = False
+    skip_below: float = 0.0
+    kernel: Kernel = kernels.PLAIN
 
 
 class Rows(NamedTuple):
@@ -32,6 +54,45 @@ class Rows(NamedTuple):
     weight_T: jax.Array
     logp_old_T: jax.Array | None
     logp_rollout_T: jax.Array | None
+
+
+def resolve(
+    implementation: str, settings: Divergence | None, platform: str, skip_below: float = 0.0
+) -> str:
+    """The implementation that runs, one of IMPLEMENTATIONS.
+
+    auto is chunked on a CPU, and on GPU and TPU the kernels where they can do the settings: all but
+    the top-k forms and the filter `skip_below`, which only chunked has.
+
+    Args:
+      implementation: one of CHOICES.
+      settings: None without a divergence: log-probabilities alone have no kernel.
+      platform: cpu, gpu or tpu, of the mesh that the loss runs on; see `mesh.platform`.
+
+    Raises:
+      ValueError: an unknown name; pallas where it cannot run, with what to change; a filter with
+        dense.
+    """
+    if implementation not in CHOICES:
+        raise ValueError(
+            f"implementation is {implementation!r}: the choices are {', '.join(CHOICES)}"
+        )
+    if implementation == "dense" and skip_below:
+        raise ValueError(f"skip_below is {skip_below}: dense has no filter, take chunked or 0")
+    reason = ""
+    if platform not in ("gpu", "tpu"):
+        reason = f"its kernels are for gpu and tpu and the mesh is {platform}"
+    elif settings is None:
+        reason = "there is no divergence to compute"
+    elif settings.top_k:
+        reason = f"its kernels have no top_k, which is {settings.top_k}"
+    elif skip_below:
+        reason = f"its kernels have no filter, and skip_below is {skip_below}"
+    if implementation == "pallas" and reason:
+        raise ValueError(f"implementation is 'pallas': {reason}, take chunked or auto")
+    if implementation in ("auto", "pallas"):
+        return "chunked" if reason else f"pallas_{platform}"
+    return implementation
 
 
 def divergence(
@@ -49,76 +110,84 @@ def divergence(
     logp_old_T: jax.Array | None = None,
     logp_rollout_T: jax.Array | None = None,
     live_T: jax.Array | None = None,
+    skip_below: float = 0.0,
+    kernel: Kernel = kernels.PLAIN,
 ) -> tuple[jax.Array, TokenStats]:
     """Σ_t weight_t · value_t and what is known of each token.
 
     Differentiable in hidden_s_TD, and in head_s_VD if `train_head`; every other argument, and the
     statistics, are constants to differentiation. Rows of weight 0 contribute exactly nothing,
-    whatever they hold (if they are live: any finite numbers). Equal hidden states and heads give
-    exactly zero loss and gradient for fkl, rkl and jsd.
+    whatever they hold (if they are live: any finite numbers), and but for `dense` and the last
+    block cost nothing. Equal hidden states and heads give exactly zero loss and gradient for fkl,
+    rkl and jsd.
 
     Args:
       hidden_s_TD, hidden_t_TD: states that predict tokens_T, of student and teacher; the matmuls
         run in their dtype and accumulate in float32 or more.
-      head_s_VD, head_t_VD: output matrices; may be one array.
+      head_s_VD, head_t_VD: output matrices; may be one array, which is then moved once for both.
       tokens_T: int32, the sampled tokens.
       weight_T: float32; 0 is not a token. It carries the normaliser, see `token_weights`.
-      implementation: dense or chunked.
-      chunk: tokens per block of `chunked`, at most, over all devices. The block takes its rows
-        from all over T, so that a token axis that is sharded stays so.
+      implementation: one of IMPLEMENTATIONS, as `resolve` gives it.
+      chunk: tokens per block of `chunked`, at most, on each device.
       logp_old_T, logp_rollout_T: see `divergences.importance`; read only where its clips are on.
       live_T: bool, rows whose statistics are wanted though their weight may be 0; rows of other
         weight are always live. None for those alone.
+      skip_below: chunked only: tiles of the vocabulary whose |∂value/∂logits| stays below it over
+        a block of tokens are left out of the gradient, and `TokenStats.skipped_T` is there. 0: off.
+      kernel: of pallas_tpu and pallas_gpu.
 
     Returns:
       The loss, a float32 scalar, and the TokenStats of the T rows, 0 where they are not live.
 
     Raises:
-      ValueError: unknown implementation, shapes that do not fit, top_k above the vocabulary,
-        rollout_clip without logp_rollout_T.
+      ValueError: unknown implementation or one that lacks a setting, shapes that do not fit, top_k
+        above the vocabulary, rollout_clip without logp_rollout_T.
     """
+    how = How(implementation, chunk, train_head, skip_below, kernel)
     rows = Rows(tokens_T, weight_T, logp_old_T, logp_rollout_T)
-    _check(implementation, chunk, (hidden_s_TD, hidden_t_TD), (*rows, live_T))
-    _check_heads(head_s_VD, head_t_VD, settings)
+    _check(how, IMPLEMENTATIONS, (hidden_s_TD, hidden_t_TD), (*rows, live_T))
+    _check_heads(head_s_VD, head_t_VD, settings, how)
+    shared = head_s_VD is head_t_VD and hidden_s_TD.dtype == hidden_t_TD.dtype
     if not train_head:
         head_s_VD = jax.lax.stop_gradient(head_s_VD)
     hidden_t_TD, head_t_VD, rows = jax.lax.stop_gradient((hidden_t_TD, head_t_VD, rows))
     alive_T = rows.weight_T != 0
     if live_T is not None:
         alive_T = alive_T | live_T
-    hidden, rows = _only(alive_T, ((hidden_s_TD, hidden_t_TD), _widened(rows, hidden_s_TD)))
-    loss, stats = IMPLEMENTATIONS[implementation](
-        settings, chunk, train_head, hidden, (head_s_VD, head_t_VD), rows
-    )
-    return loss, jax.lax.stop_gradient(_only(alive_T, stats))
-
-
-def _only(alive_T: jax.Array, tree):
-    """Arrays [T, ...] with 0 in the rows that are not alive."""
-
-    def mask(x: jax.Array) -> jax.Array:
-        return jnp.where(jnp.expand_dims(alive_T, range(1, x.ndim)), x, jnp.zeros((), x.dtype))
-
-    return jax.tree.map(mask, tree)
+    hidden, rows = (hidden_s_TD, hidden_t_TD), _widened(rows, hidden_s_TD)
+    heads = (head_s_VD,) if shared else (head_s_VD, head_t_VD)
+    if implementation == "dense":
+        hidden = tuple(token_blocks.masked(alive_T, x) for x in hidden)
+        rows = Rows(*token_blocks.masked(alive_T, rows))
+        stats = token_blocks.masked(alive_T, _dense(settings, hidden, (heads[0], head_t_VD), rows))
+        loss = jnp.sum(rows.weight_T * stats.value_T)
+    else:
+        swept: Any = _swept(settings, how, hidden, heads, rows, alive_T)
+        loss, stats = swept
+    if stats.skipped_T is None:
+        stats = stats._replace(skipped_T=jnp.zeros_like(stats.value_T))
+    return loss, jax.lax.stop_gradient(stats)
 
 
 def _widened(rows: Rows, hidden_TD: jax.Array) -> Rows:
-    tokens_T, *others = rows
-    return Rows(tokens_T, *jax.tree.map(lambda x: jnp.asarray(x, _wide(hidden_TD)), others))
+    wide = chunked.wide(hidden_TD)
+    cast = lambda x: None if x is None else jnp.asarray(x, wide)  # noqa: E731
+    weight_T = jnp.asarray(rows.weight_T, wide)
+    return Rows(rows.tokens_T, weight_T, cast(rows.logp_old_T), cast(rows.logp_rollout_T))
 
 
-def _wide(x: jax.Array) -> jnp.dtype:
-    """The dtype that sums over x are taken in."""
-    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-
-
-def _check(implementation: str, chunk: int, hidden: tuple, per_token: tuple) -> None:
-    if implementation not in IMPLEMENTATIONS:
+def _check(how: How, choices: Any, hidden: tuple, per_token: Any) -> None:
+    if how.implementation not in choices:
         raise ValueError(
-            f"implementation is {implementation!r}: the choices are {', '.join(IMPLEMENTATIONS)}"
+            f"implementation is {how.implementation!r}: the choices are {', '.join(choices)}"
         )
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}: it must be at least 1")
+    if how.chunk < 1:
+        raise ValueError(f"chunk is {how.chunk}: it must be at least 1")
+    if how.skip_below and how.implementation != "chunked":
+        raise ValueError(
+            f"skip_below is {how.skip_below}: implementation {how.implementation} has no filter, "
+            "take chunked or 0"
+        )
     shapes = [x.shape for x in per_token if x is not None]
     if len({*(x.shape[:1] for x in hidden), *shapes}) != 1:
         raise ValueError(
@@ -127,7 +196,9 @@ def _check(implementation: str, chunk: int, hidden: tuple, per_token: tuple) -> 
         )
 
 
-def _check_heads(head_s_VD: jax.Array, head_t_VD: jax.Array, settings: Divergence) -> None:
+def _check_heads(
+    head_s_VD: jax.Array, head_t_VD: jax.Array, settings: Divergence, how: How
+) -> None:
     sizes = head_s_VD.shape[0], head_t_VD.shape[0]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the heads have {sizes[0]} and {sizes[1]} rows: one vocabulary is needed")
@@ -135,33 +206,25 @@ def _check_heads(head_s_VD: jax.Array, head_t_VD: jax.Array, settings: Divergenc
         raise ValueError(
             f"top_k is {settings.top_k}: the vocabulary has {sizes[0]} entries (0 is off)"
         )
-
-
-def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Matmul of two matrices of one dtype over the named axes, accumulated in float32 or 64."""
-    # Without it, accelerators would round float32 operands to fewer bits.
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (((axis_a,), (axis_b,)), ((), ())),
-        precision=precision, preferred_element_type=_wide(a),
-    )  # fmt: skip
+    if settings.top_k and how.implementation in kernels.SWEEPS:
+        raise ValueError(
+            f"top_k is {settings.top_k}: implementation {how.implementation} has whole "
+            "vocabularies only, take chunked"
+        )
 
 
 # --- dense ------------------------------------------------------------------------------------
 
 
-def _dense(
-    settings: Divergence, chunk: int, train_head: bool, hidden: tuple, heads: tuple, rows: Rows
-) -> tuple[jax.Array, TokenStats]:
-    """All tokens at once; the gradient is automatic differentiation's."""
-    del chunk, train_head
+def _dense(settings: Divergence, hidden: tuple, heads: tuple, rows: Rows) -> TokenStats:
+    """All tokens at once; the gradient is automatic differentiation's, of value_T."""
     logits_s_TV, logits_t_TV = map(_dense_logits, hidden, heads)
     student = divergences.side(logits_s_TV * (1 / settings.temperature))
     teacher = divergences.side(logits_t_TV * (1 / settings.temperature))
     sampling_T = divergences.log_prob(logits_s_TV, rows.tokens_T, settings.sampling_temperature)
     ratio_T = divergences.importance(sampling_T, rows.logp_old_T, rows.logp_rollout_T, settings)
     value_T, mass_T = divergences.value(logits_s_TV, logits_t_TV, rows.tokens_T, settings)
-    stats = TokenStats(
+    return TokenStats(
         value_T * ratio_T,
         divergences.pick(student.log, rows.tokens_T),
         divergences.pick(teacher.log, rows.tokens_T),
@@ -171,146 +234,71 @@ def _dense(
         mass_T,
         ratio_T,
     )
-    return jnp.sum(rows.weight_T * stats.value_T), stats
 
 
 def _dense_logits(hidden_TD: jax.Array, head_VD: jax.Array) -> jax.Array:
     """Wide copies of rounded operands multiply exactly as the operands themselves."""
-    wide = _wide(hidden_TD)
-    return _dot(hidden_TD.astype(wide), head_VD.astype(hidden_TD.dtype).astype(wide), 1, 1)
+    wide = chunked.wide(hidden_TD)
+    return chunked.dot(hidden_TD.astype(wide), head_VD.astype(hidden_TD.dtype).astype(wide), 1, 1)
 
 
-# --- chunked ----------------------------------------------------------------------------------
-
-STRIP = 8  # rows of a block that a CPU works on at a time: their temporaries stay in its cache
+# --- one sweep --------------------------------------------------------------------------------
 
 
-def _block(logits_s_TV: jax.Array, logits_t_TV: jax.Array, rows: Rows, settings: Divergence):
-    """`divergences.block` in strips."""
+def _sweep(
+    settings: Divergence, how: How, gradient: bool, hidden: tuple, heads: tuple, rows: Rows, alive_T
+) -> tuple[TokenStats, jax.Array | None, jax.Array | None]:
+    """Statistics and, if wanted, gradients of Σ weight · value, over the whole mesh."""
+    entries = heads[0].shape[0]
+    heads = tuple(jnp.asarray(head, x.dtype) for x, head in zip(hidden, heads, strict=False))
 
-    def whole(logits_s_TV, logits_t_TV, rows):
-        return divergences.block(
-            logits_s_TV, logits_t_TV, rows.tokens_T, settings, rows.logp_old_T, rows.logp_rollout_T
-        )
+    def device(inputs: tuple, heads: tuple, axis: str | None) -> tuple:
+        args: Any = (settings, *inputs, heads)
+        static: Any = {
+            "gradient": gradient, "train_head": how.train_head and gradient,
+            "vocab_axis": axis, "vocab_size": entries,
+        }  # fmt: skip
+        if how.implementation in kernels.SWEEPS:
+            return kernels.device(how.implementation, how.kernel, *args, **static)
+        return chunked.device(how.chunk, how.skip_below, *args, **static)
 
-    return _in_strips(whole, logits_s_TV, logits_t_TV, rows)
-
-
-def _in_strips(whole: Callable, *rows: Any):
-    """whole(*rows) on arrays [rows, ...]; on a CPU strip by strip, chosen where it runs."""
-    if jax.tree.leaves(rows)[0].shape[0] <= STRIP:
-        return whole(*rows)
-
-    def strips(*rows: Any):
-        cut = jax.tree.map(lambda x: x.reshape(-1, STRIP, *x.shape[1:]), rows)
-        out = jax.lax.map(lambda strip: whole(*strip), cut)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
-
-    return jax.lax.platform_dependent(*rows, cpu=strips, default=whole)
+    (stats, grad_hidden_TD), grad_head_VD = token_blocks.spread(
+        device, (hidden, tuple(rows), alive_T), heads, split_vocabulary=not settings.top_k
+    )
+    return stats, grad_hidden_TD, grad_head_VD
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(
-    settings: Divergence, chunk: int, train_head: bool, hidden: tuple, heads: tuple, rows: Rows
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _swept(
+    settings: Divergence, how: How, hidden: tuple, heads: tuple, rows: Rows, alive_T: jax.Array
 ) -> tuple[jax.Array, TokenStats]:
-    """The value alone, two matmuls per block; differentiation goes through `_chunked_forward`."""
-    del train_head
-    heads = _rounded(hidden, heads)
-
-    def body(carry: None, block: tuple) -> tuple[None, TokenStats]:
-        logits_s_TV, logits_t_TV = (_dot(x, y, 1, 1) for x, y in zip(block[0], heads, strict=True))
-        return carry, _block(logits_s_TV, logits_t_TV, block[1], settings)[0]
-
-    _, stats = jax.lax.scan(body, None, _split((hidden, rows), chunk))
-    stats = _join(stats, rows.tokens_T.shape[0])
+    """The value alone, two matmuls per block; differentiation goes through `_swept_forward`."""
+    gradient = how.skip_below > 0  # without it there is nothing to filter, and nothing to report
+    stats = _sweep(settings, how, gradient, hidden, heads, rows, alive_T)[0]
     return jnp.sum(rows.weight_T * stats.value_T), stats
 
 
-def _rounded(hidden: tuple, heads: tuple) -> tuple:
-    """Heads in the dtype of the states that they meet: once, not in every block."""
-    return tuple(head.astype(x.dtype) for x, head in zip(hidden, heads, strict=True))
-
-
-def _chunked_forward(
-    settings: Divergence, chunk: int, train_head: bool, hidden: tuple, heads: tuple, rows: Rows
+def _swept_forward(
+    settings: Divergence, how: How, hidden: tuple, heads: tuple, rows: Rows, alive_T: jax.Array
 ) -> tuple[tuple[jax.Array, TokenStats], tuple]:
     """Value and gradient in one sweep: three matmuls per block, four if the head trains."""
-    head_s_VD, head_t_VD = _rounded(hidden, heads)
-
-    def body(grad_head_VD: jax.Array | None, block: tuple) -> tuple[jax.Array | None, tuple]:
-        (hidden_s_TD, hidden_t_TD), rows = block
-        logits_s_TV = _dot(hidden_s_TD, head_s_VD, 1, 1)
-        logits_t_TV = _dot(hidden_t_TD, head_t_VD, 1, 1)
-        stats, dz_TV = _block(logits_s_TV, logits_t_TV, rows, settings)
-        # Rounded before the weight, which may be small: bf16 keeps its relative precision anyway.
-        dz_TV = dz_TV.astype(hidden_s_TD.dtype)
-        grad_hidden_TD = _dot(dz_TV, head_s_VD, 1, 0) * rows.weight_T[:, None]
-        if grad_head_VD is not None:
-            grad_head_VD = grad_head_VD + _dot(dz_TV, _scale(hidden_s_TD, rows.weight_T), 0, 0)
-        return grad_head_VD, (stats, grad_hidden_TD.astype(hidden_s_TD.dtype))
-
-    start = jnp.zeros(head_s_VD.shape, _wide(head_s_VD)) if train_head else None
-    grad_head_VD, out = jax.lax.scan(body, start, _split((hidden, rows), chunk))
-    stats, grad_hidden_TD = _join(out, rows.tokens_T.shape[0])
-    if grad_head_VD is not None:
-        grad_head_VD = grad_head_VD.astype(heads[0].dtype)
-    return (jnp.sum(rows.weight_T * stats.value_T), stats), (grad_hidden_TD, grad_head_VD)
+    stats, *grads = _sweep(settings, how, True, hidden, heads, rows, alive_T)
+    if grads[1] is not None:
+        grads[1] = grads[1].astype(heads[0].dtype)
+    return (jnp.sum(rows.weight_T * stats.value_T), stats), (grads, (None,) * len(heads))
 
 
-def _scale(x_TD: jax.Array, by: jax.Array) -> jax.Array:
-    """x times one number, or one a row, rounded once."""
-    by = jnp.expand_dims(by, range(by.ndim, x_TD.ndim)) if by.ndim else by
-    return (x_TD.astype(_wide(x_TD)) * by).astype(x_TD.dtype)
-
-
-def _chunked_backward(
-    settings: Divergence, chunk: int, train_head: bool, residuals: tuple, cotangents: tuple
-) -> tuple:
+def _swept_backward(settings: Divergence, how: How, residuals: tuple, cotangents: tuple) -> tuple:
     """Scales the gradient that the forward sweep has taken; None is a zero cotangent."""
-    del settings, chunk, train_head
+    del settings, how
+    grads, others = residuals
     grad_hidden_TD, grad_head_VD = jax.tree.map(
-        lambda grad: _scale(grad, cotangents[0].astype(_wide(grad))), residuals
+        lambda grad: chunked.scale(grad, cotangents[0].astype(chunked.wide(grad))), grads
     )
-    return (grad_hidden_TD, None), (grad_head_VD, None), None
+    return (grad_hidden_TD, None), (grad_head_VD, *others[1:]), None, None
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
-
-IMPLEMENTATIONS: dict[str, Callable] = {"dense": _dense, "chunked": _chunked}
-
-
-def _block_sizes(tokens: int, chunk: int) -> tuple[int, int]:
-    """(blocks, rows of a block): as few blocks as `chunk` allows, evenly filled, in whole strips.
-
-    T = 10, chunk 4 -> 3 blocks of 4: rows 0 3 6 9, 1 4 7 pad, 2 5 8 pad.
-    """
-    blocks = max(1, -(-tokens // chunk))
-    size = -(-tokens // blocks)
-    return blocks, size if size <= STRIP else -(-size // STRIP) * STRIP
-
-
-def _split(rows: tuple, chunk: int) -> tuple:
-    """[T, ...] -> [blocks, rows, ...], padded by zeros; row r of block i is token r · blocks + i.
-
-    The row axis is the major part of T: where T is sharded, each device's rows of every block are
-    tokens that it holds already.
-    """
-
-    def split(x: jax.Array) -> jax.Array:
-        blocks, size = _block_sizes(x.shape[0], chunk)
-        pad = ((0, blocks * size - x.shape[0]), *((0, 0) for _ in x.shape[1:]))
-        return jnp.moveaxis(jnp.pad(x, pad).reshape(size, blocks, *x.shape[1:]), 1, 0)
-
-    return jax.tree.map(split, rows)
-
-
-def _join(out: tuple, tokens: int):
-    """The inverse of `_split`."""
-
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:tokens]
-
-    return jax.tree.map(join, out)
+_swept.defvjp(_swept_forward, _swept_backward)
 
 
 # --- log-probabilities of given tokens ----------------------------------------------------------
@@ -335,7 +323,8 @@ def log_probs(
     backward), and four with the head's, for which the logits are computed again.
 
     Args:
-      hidden_TD, head_VD, tokens_T, implementation, chunk: as in `divergence`.
+      hidden_TD, head_VD, tokens_T, chunk: as in `divergence`.
+      implementation: dense or chunked.
       live_T: bool; other rows give 0 and have no gradient, whatever they hold. None for all.
 
     Returns:
@@ -344,75 +333,23 @@ def log_probs(
     Raises:
       ValueError: unknown implementation, shapes that do not fit, temperature not above 0.
     """
-    _check(implementation, chunk, (hidden_TD,), (tokens_T, live_T))
+    how = How(implementation, chunk, train_head)
+    _check(how, ("dense", "chunked"), (hidden_TD,), (tokens_T, live_T))
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: it must be above 0")
     if not train_head:
         head_VD = jax.lax.stop_gradient(head_VD)
     if live_T is None:
         live_T = jnp.ones(tokens_T.shape, bool)
-    logp_T, entropy_T = LOG_PROBS[implementation](
-        temperature, chunk, train_head, _only(live_T, hidden_TD), head_VD, tokens_T
-    )
-    return _only(live_T, logp_T), jax.lax.stop_gradient(_only(live_T, entropy_T))
-
-
-def _dense_log_probs(temperature, chunk, train_head, hidden_TD, head_VD, tokens_T):
-    del chunk, train_head
-    whole = divergences.side(_dense_logits(hidden_TD, head_VD) * (1 / temperature))
-    return divergences.pick(whole.log, tokens_T), divergences.entropy(whole)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked_log_probs(temperature, chunk, train_head, hidden_TD, head_VD, tokens_T):
-    """Values alone, one matmul per block."""
-    del train_head
-    return _log_prob_sweep(temperature, chunk, False, hidden_TD, head_VD, tokens_T)[:2]
-
-
-def _log_prob_sweep(temperature, chunk, gradient, hidden_TD, head_VD, tokens_T) -> tuple:
-    """logp_T, entropy_T and, if wanted, grad_TD: ∂logp_t / ∂hidden_t."""
-    head_VD = head_VD.astype(hidden_TD.dtype)
-    score = functools.partial(divergences.score, temperature=temperature)
-
-    def body(carry: None, block: tuple) -> tuple[None, tuple]:
-        *values, dz_TV = _in_strips(score, _dot(block[0], head_VD, 1, 1), block[1])
-        if gradient:
-            values.append(_dot(dz_TV.astype(head_VD.dtype), head_VD, 1, 0).astype(head_VD.dtype))
-        return carry, tuple(values)
-
-    return _join(jax.lax.scan(body, None, _split((hidden_TD, tokens_T), chunk))[1], len(tokens_T))
-
-
-def _log_probs_forward(temperature, chunk, train_head, hidden_TD, head_VD, tokens_T):
-    values = _log_prob_sweep(temperature, chunk, True, hidden_TD, head_VD, tokens_T)
-    return values[:2], (values[2], (hidden_TD, head_VD, tokens_T) if train_head else None)
-
-
-def _log_probs_backward(temperature, chunk, train_head, residuals, cotangents) -> tuple:
-    """The head's gradient is a sum over tokens, which needs their cotangents: a second sweep."""
-    grad_TD, again = residuals
-    grad_TD = _scale(grad_TD, cotangents[0])
-    if not train_head:
-        return grad_TD, None, None
-    hidden_TD, head_VD, tokens_T = again
-    rounded_VD = head_VD.astype(hidden_TD.dtype)
-    score = functools.partial(divergences.score, temperature=temperature)
-
-    def body(grad_head_VD: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
-        hidden_TD, tokens_T, cotangent_T = inputs
-        dz_TV = _in_strips(score, _dot(hidden_TD, rounded_VD, 1, 1), tokens_T)[2]
-        scaled_TD = _scale(hidden_TD, cotangent_T)
-        return grad_head_VD + _dot(dz_TV.astype(hidden_TD.dtype), scaled_TD, 0, 0), None
-
-    start = jnp.zeros(head_VD.shape, _wide(hidden_TD))
-    grad_head_VD, _ = jax.lax.scan(body, start, _split((hidden_TD, tokens_T, cotangents[0]), chunk))
-    return grad_TD, grad_head_VD.astype(head_VD.dtype), None
-
-
-_chunked_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
-
-LOG_PROBS: dict[str, Callable] = {"dense": _dense_log_probs, "chunked": _chunked_log_probs}
+    if implementation == "chunked":
+        static = (temperature, chunk, train_head)
+        values: Any = chunked.scored(static, hidden_TD, head_VD, tokens_T, live_T)
+        return values[0], jax.lax.stop_gradient(values[1])
+    logits_TV = _dense_logits(token_blocks.masked(live_T, hidden_TD), head_VD)
+    whole = divergences.side(logits_TV * (1 / temperature))
+    logp_T = token_blocks.masked(live_T, divergences.pick(whole.log, tokens_T))
+    entropy_T = token_blocks.masked(live_T, divergences.entropy(whole))
+    return logp_T, jax.lax.stop_gradient(entropy_T)
 
 
 # --- weights ----------------------------------------------------------------------------------

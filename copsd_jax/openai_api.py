@@ -1,5 +1,7 @@
 """Asks an OpenAI-compatible server for chat completions, many at once, each question once.
 
+`call` and `each` below are the transport alone: any request to such a server, and many at once.
+
 The standard library's `http.client` is enough, and leaves the socket to us: every single read gets
 no more than what is left of the request's time, so that a server that sends a byte now and then
 cannot hold a run. (Timeouts of the usual clients start anew with every byte.) Redirects are not
@@ -28,8 +30,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 from copsd_jax import workdir
 
@@ -47,6 +49,11 @@ USABLE = ("ok", "cut")  # has a text, and is kept in the cache
 _AGAIN = frozenset({408, 409, 425, 429})  # of the 4xx: what another attempt can mend
 _LARGEST = 1 << 24  # bytes of a reply
 _DETAIL = 300  # characters of what a server says of a failure
+_LOOK = 0.25  # seconds between two looks at whether the caller is stopped
+
+Name = TypeVar("Name")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +103,29 @@ class Answer:
     detail: str = ""  # of a failure, one line for people
 
 
-class _Outcome(NamedTuple):
-    """One attempt."""
+class Outcome(NamedTuple):
+    """What became of an attempt, or of the last one."""
 
-    status: str
-    text: str = ""
-    detail: str = ""
+    status: str  # a key of STATUSES
+    value: Any = ""  # what Call.read found
+    detail: str = ""  # of a failure, one line for people
     again: bool = False  # whether another attempt may end better
     after: float = 0.0  # seconds that the server asks to wait
+
+
+class Call(NamedTuple):
+    """One HTTP request, and what its reply means.
+
+    Attributes:
+      body: sent as JSON; None for none.
+      read: the bytes of a reply with status 2xx -> Outcome. It may raise what reading JSON of
+        another form raises (ValueError, LookupError, TypeError, AttributeError): a bad_reply.
+    """
+
+    method: str
+    url: str
+    body: Mapping[str, Any] | None
+    read: Callable[[bytes], Outcome]
 
 
 def check(server: Server, prefix: str = "server.") -> None:
@@ -116,7 +138,7 @@ def check(server: Server, prefix: str = "server.") -> None:
     _check_url(server.url, f"{prefix}url")
     if not server.model:
         raise ValueError(f"{prefix}model is '': name the model that the server serves")
-    _key(server, prefix)
+    read_key(server, prefix)
     for name, least in (("timeout", 0.001), ("retries", 0), ("backoff", 0), ("concurrency", 1)):
         if not least <= getattr(server, name) < threading.TIMEOUT_MAX:
             raise ValueError(f"{prefix}{name} is {getattr(server, name)}: at least {least}")
@@ -132,8 +154,8 @@ def _check_url(url: str, setting: str) -> None:
             problem = "write http://HOST[:PORT]/v1 or https://HOST/v1"
         elif parts.username is not None or parts.query or parts.fragment:
             problem = "no user, ?query or #fragment; a key is read from the environment"
-        elif parts.path.rstrip("/").endswith("/chat/completions"):
-            problem = "give the base, without /chat/completions"
+        elif parts.path.rstrip("/").endswith("/completions"):
+            problem = "give the base, without /chat/completions or /completions"
         (parts.hostname or "").encode("idna")
     except ValueError as error:  # of port, brackets, or a name that is none
         problem = str(error)
@@ -141,8 +163,12 @@ def _check_url(url: str, setting: str) -> None:
         raise ValueError(f"{setting} is {re.sub('//[^/]*@', '//...@', url)!r}: {problem}")
 
 
-def _key(server: Server, prefix: str = "server.") -> str:
-    """The key, "" where none is needed. Messages show the variable's name, not its value."""
+def read_key(server: Server, prefix: str = "server.") -> str:
+    """The key, "" where none is needed. Messages show the variable's name, not its value.
+
+    Raises:
+      ValueError: the variable of key_env is not set, or its value can be in no header.
+    """
     if not server.key_env:
         return ""
     key = os.environ.get(server.key_env, "")
@@ -172,87 +198,31 @@ def ask_all(
     answers = {digest: _cached(server, digest) for digest in dict.fromkeys(digests)}
     if missing := {d: r for d, r in zip(digests, requests, strict=True) if answers[d] is None}:
         _check_url(server.url, "server.url")
-        _ask_missing(server, _key(server), missing, digests, answers, progress)
+        _ask_missing(server, read_key(server), missing, digests, answers, progress)
     return [answer for digest in digests if (answer := answers[digest]) is not None]
 
 
 def _ask_missing(server, key, missing, digests, answers, progress) -> None:
-    """Fills in `answers`. Should the caller be stopped, nothing more is begun."""
-    stop = threading.Event()
-    pool = concurrent.futures.ThreadPoolExecutor(server.concurrency)
-    try:
-        asked = {pool.submit(_ask, server, key, d, r, stop): d for d, r in missing.items()}
-        for future in concurrent.futures.as_completed(asked):
-            answers[asked[future]] = future.result()
+    """Fills in `answers`."""
+
+    def ask(item: tuple[str, Request], stop: threading.Event) -> Answer:
+        return _ask(server, key, *item, stop)
+
+    items = {digest: (digest, request) for digest, request in missing.items()}
+    with contextlib.closing(each(server.concurrency, ask, items)) as done:
+        for digest, answer in done:
+            answers[digest] = answer
             if progress is not None:
                 progress(sum(answers[d] is not None for d in digests), len(digests))
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _ask(server: Server, key: str, digest: str, request: Request, stop: threading.Event) -> Answer:
-    """Attempts until one ends the matter."""
-    attempt, outcome = 0, _Outcome("unreachable", again=True)
-    while outcome.again and attempt <= server.retries and outcome.after <= server.timeout:
-        if attempt and stop.wait(_pause(server, digest, attempt, outcome.after)):
-            break
-        attempt += 1
-        outcome = _attempt(server, key, request)
-    answer = Answer(_blot(outcome.text, key), outcome.status, attempt, outcome.detail)
+    body = {"model": server.model, **_fields(request)}
+    url = server.url.rstrip("/") + "/chat/completions"
+    outcome, attempts = call(server, key, Call("POST", url, body, _content), digest, stop)
+    answer = Answer(blot(outcome.value, key), outcome.status, attempts, outcome.detail)
     _keep(server, digest, answer)
     return answer
-
-
-def _blot(text: str, key: str) -> str:
-    """`text` without the key; one as short as the usual "EMPTY" is no secret, and may be a word."""
-    return text.replace(key, "[key]") if len(key) >= 8 else text
-
-
-def _pause(server: Server, digest: str, attempt: int, after: float) -> float:
-    """Seconds before the next attempt; the jitter, 1/2 to 1, parts what failed together."""
-    draw = hashlib.sha256(f"{digest}:{attempt}".encode()).digest()
-    factor = 0.5 + int.from_bytes(draw[:4]) / 2**33
-    grown = server.backoff * 2.0 ** min(attempt - 1, 60)
-    return max(min(grown, server.timeout) * factor, after)
-
-
-def _attempt(server: Server, key: str, request: Request) -> _Outcome:
-    """Sends the request once."""
-    deadline = time.monotonic() + server.timeout
-    try:
-        sock = _connect(server.url, deadline)
-    except TimeoutError:
-        return _Outcome("timeout", detail="no connection within the time", again=True)
-    except OSError as error:
-        return _Outcome("unreachable", detail=_line(str(error)), again=True)
-    with contextlib.closing(sock):
-        try:
-            reply = _exchange(server, key, request, _Limited(sock, deadline))
-        except TimeoutError:
-            return _Outcome("timeout", detail="no whole reply within the time", again=True)
-        except (http.client.HTTPException, OSError) as error:
-            detail = f"the reply broke off or is no HTTP: {type(error).__name__}"
-            return _Outcome("bad_reply", detail=detail, again=True)
-    return _outcome(*reply)
-
-
-def _exchange(
-    server: Server, key: str, request: Request, sock: "_Limited"
-) -> tuple[int, Mapping[str, str], bytes]:
-    """Status, headers and body (at most _LARGEST bytes and one) of the reply."""
-    parts = urllib.parse.urlsplit(server.url)
-    kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-    connection = kind[parts.scheme](parts.hostname or "", parts.port)
-    connection.sock = cast(socket.socket, sock)
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    body = json.dumps({"model": server.model, **_fields(request)}).encode()
-    connection.request("POST", parts.path.rstrip("/") + "/chat/completions", body, headers)
-    reply = connection.getresponse()
-    text = reply.read(_LARGEST + 1).decode("latin-1")
-    # Blotted before anything is cut out of it: half a key is a secret too.
-    return reply.status, reply.headers, _blot(text, key).encode("latin-1")
 
 
 def _fields(request: Request) -> dict[str, Any]:
@@ -266,100 +236,16 @@ def _fields(request: Request) -> dict[str, Any]:
     return fields if request.seed is None else {**fields, "seed": int(request.seed)}
 
 
-def _outcome(status: int, headers: Mapping[str, str], body: bytes) -> _Outcome:
-    """What a complete reply means."""
-    if 200 <= status < 300:
-        return _content(body)
-    asked = headers.get("Retry-After", "").strip()
-    after = float(asked) if re.fullmatch("[0-9]{1,9}", asked) else 0.0
-    wait = f", Retry-After {asked}" if after else ""
-    detail = f"HTTP {status}{wait}: {_line(body.decode(errors='replace'))}"
-    if 400 <= status < 500:
-        return _Outcome("refused", detail=detail, again=status in _AGAIN, after=after)
-    if status >= 500:
-        return _Outcome("server_error", detail=detail, again=True, after=after)
-    return _Outcome("bad_reply", detail=detail)  # a redirect is the same the next time
-
-
-def _content(body: bytes) -> _Outcome:
+def _content(body: bytes) -> Outcome:
     """The text of the first choice."""
-    if len(body) > _LARGEST:
-        return _Outcome("bad_reply", detail=f"more than {_LARGEST} bytes")
-    try:
-        choice = json.loads(body)["choices"][0]
-        text, finish = choice["message"].get("content"), choice.get("finish_reason")
-    except (ValueError, RecursionError):
-        said = _line(body.decode(errors="replace"))
-        return _Outcome("bad_reply", detail=f"no JSON: {said}", again=True)
-    except (LookupError, TypeError, AttributeError):
-        return _Outcome("bad_reply", detail="JSON without choices[0].message", again=True)
+    choice = json.loads(body)["choices"][0]
+    text, finish = choice["message"].get("content"), choice.get("finish_reason")
     cut = finish == "length"  # all of max_tokens may have gone into hidden thinking
     if not isinstance(text := text or ("" if cut else None), str):
-        return _Outcome("bad_reply", detail="no content in choices[0].message", again=True)
+        return Outcome("bad_reply", detail="no content in choices[0].message", again=True)
     # Half of a surrogate pair is JSON but no text: neither a tokenizer nor a file takes it.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return _Outcome("cut" if cut else "ok", text)
-
-
-def _line(text: str) -> str:
-    """On one line of printable characters, since a server wrote it."""
-    text = "".join(char if char.isprintable() else " " for char in text[:4096])
-    return " ".join(text.split())[:_DETAIL]
-
-
-def _left(deadline: float) -> float:
-    if (seconds := deadline - time.monotonic()) <= 0:
-        raise TimeoutError
-    return seconds
-
-
-@functools.lru_cache(maxsize=1)
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
-
-
-def _connect(url: str, deadline: float) -> socket.socket:
-    """A connection to the first of the host's addresses that takes one."""
-    parts = urllib.parse.urlsplit(url)
-    host = parts.hostname or ""
-    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    failure = OSError(f"no address of {host}")
-    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        try:
-            sock = socket.create_connection((str(address[0]), port), timeout=_left(deadline))
-        except OSError as error:
-            failure = error
-            continue
-        sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        return sock if parts.scheme == "http" else _tls().wrap_socket(sock, server_hostname=host)
-    raise failure
-
-
-class _Limited(io.RawIOBase):
-    """What `http.client` needs of a socket, with one deadline for all that is sent and read."""
-
-    def __init__(self, sock: socket.socket, deadline: float):
-        self._sock, self._deadline = sock, deadline
-
-    def sendall(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            self._sock.settimeout(_left(self._deadline))
-            view = view[self._sock.send(view) :]
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        assert mode == "rb"
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(_left(self._deadline))
-        return self._sock.recv_into(buffer)
-
-    def close(self) -> None:
-        """Nothing: the connection is closed as soon as a last reply begins, and by `_attempt`."""
+    return Outcome("cut" if cut else "ok", text)
 
 
 def _digest(server: Server, request: Request) -> str:
@@ -398,3 +284,188 @@ def _keep(server: Server, digest: str, answer: Answer) -> None:
         os.replace(part, path)
     except OSError as error:  # a full disk loses the copy, not the answer
         print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------- transport
+
+
+def each(
+    concurrency: int, work: Callable[[Item, threading.Event], Result], items: Mapping[Name, Item]
+) -> Generator[tuple[Name, Result], None, None]:
+    """(name, work(item, stop)) of each item as it is done, so many at once in threads.
+
+    Close the iterator (contextlib.closing): should its reader be stopped, nothing more is begun and
+    `stop` is set, at which `call` ends what it is at.
+    """
+    stop = threading.Event()
+    pool = concurrent.futures.ThreadPoolExecutor(concurrency)
+    try:
+        asked = {pool.submit(work, item, stop): name for name, item in items.items()}
+        for future in concurrent.futures.as_completed(asked):
+            yield asked[future], future.result()
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def call(
+    server: Server, key: str, what: Call, name: str, stop: threading.Event
+) -> tuple[Outcome, int]:
+    """Attempts until one ends the matter: (the last one's outcome, how many there were).
+
+    `server` says how long and how often to try (see `ask_all`), and nothing else; `name` parts the
+    pauses of requests that failed together.
+    """
+    attempt, outcome = 0, Outcome("unreachable", again=True)
+    while outcome.again and attempt <= server.retries and outcome.after <= server.timeout:
+        if attempt and stop.wait(_pause(server, name, attempt, outcome.after)):
+            break
+        attempt += 1
+        outcome = _attempt(server, key, what, stop)
+    return outcome, attempt
+
+
+def blot(text: str, key: str) -> str:
+    """`text` without the key; one as short as the usual "EMPTY" is no secret, and may be a word."""
+    return text.replace(key, "[key]") if len(key) >= 8 else text
+
+
+def _pause(server: Server, name: str, attempt: int, after: float) -> float:
+    """Seconds before the next attempt; the jitter, 1/2 to 1, parts what failed together."""
+    draw = hashlib.sha256(f"{name}:{attempt}".encode()).digest()
+    factor = 0.5 + int.from_bytes(draw[:4]) / 2**33
+    grown = server.backoff * 2.0 ** min(attempt - 1, 60)
+    return max(min(grown, server.timeout) * factor, after)
+
+
+def _attempt(server: Server, key: str, what: Call, stop: threading.Event) -> Outcome:
+    """Sends the request once."""
+    deadline = time.monotonic() + server.timeout
+    try:
+        sock = _connect(what.url, deadline)
+    except TimeoutError:
+        return Outcome("timeout", detail="no connection within the time", again=True)
+    except OSError as error:
+        return Outcome("unreachable", detail=line(str(error)), again=True)
+    with contextlib.closing(sock):
+        try:
+            reply = _exchange(what, key, _Limited(sock, deadline, stop))
+        except TimeoutError:
+            return Outcome("timeout", detail="no whole reply within the time", again=True)
+        except (http.client.HTTPException, OSError) as error:
+            detail = f"the reply broke off or is no HTTP: {type(error).__name__}"
+            return Outcome("bad_reply", detail=detail, again=True)
+    return _outcome(what, *reply)
+
+
+def _exchange(what: Call, key: str, sock: "_Limited") -> tuple[int, Mapping[str, str], bytes]:
+    """Status, headers and body (at most _LARGEST bytes and one) of the reply."""
+    parts = urllib.parse.urlsplit(what.url)
+    kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    connection = kind[parts.scheme](parts.hostname or "", parts.port)
+    connection.sock = cast(socket.socket, sock)
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    body = None if what.body is None else json.dumps(what.body).encode()
+    connection.request(what.method, parts.path, body, headers)
+    reply = connection.getresponse()
+    text = reply.read(_LARGEST + 1).decode("latin-1")
+    if reply.length and len(text) <= _LARGEST:
+        raise http.client.IncompleteRead(b"", reply.length)
+    # Blotted before anything is cut out of it: half a key is a secret too.
+    return reply.status, reply.headers, blot(text, key).encode("latin-1")
+
+
+def _outcome(what: Call, status: int, headers: Mapping[str, str], body: bytes) -> Outcome:
+    """What a complete reply means."""
+    if 200 <= status < 300:
+        return _read(what, body)
+    asked = headers.get("Retry-After", "").strip()
+    after = float(asked) if re.fullmatch("[0-9]{1,9}", asked) else 0.0
+    wait = f", Retry-After {asked}" if after else ""
+    detail = f"HTTP {status}{wait}: {line(body.decode(errors='replace'))}"
+    if 400 <= status < 500:
+        return Outcome("refused", detail=detail, again=status in _AGAIN, after=after)
+    if status >= 500:
+        return Outcome("server_error", detail=detail, again=True, after=after)
+    return Outcome("bad_reply", detail=detail)  # a redirect is the same the next time
+
+
+def _read(what: Call, body: bytes) -> Outcome:
+    if len(body) > _LARGEST:
+        return Outcome("bad_reply", detail=f"more than {_LARGEST} bytes")
+    try:
+        return what.read(body)
+    except (ValueError, RecursionError):
+        said = line(body.decode(errors="replace"))
+        return Outcome("bad_reply", detail=f"no JSON: {said}", again=True)
+    except (LookupError, TypeError, AttributeError):
+        said = line(body.decode(errors="replace"))
+        return Outcome("bad_reply", detail=f"JSON of another form: {said}", again=True)
+
+
+def line(text: str) -> str:
+    """On one line of printable characters, since a server wrote it."""
+    text = "".join(char if char.isprintable() else " " for char in text[:4096])
+    return " ".join(text.split())[:_DETAIL]
+
+
+def _left(deadline: float) -> float:
+    if (seconds := deadline - time.monotonic()) <= 0:
+        raise TimeoutError
+    return seconds
+
+
+@functools.lru_cache(maxsize=1)
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def _connect(url: str, deadline: float) -> socket.socket:
+    """A connection to the first of the host's addresses that takes one."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    failure = OSError(f"no address of {host}")
+    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        try:
+            sock = socket.create_connection((str(address[0]), port), timeout=_left(deadline))
+        except OSError as error:
+            failure = error
+            continue
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        return sock if parts.scheme == "http" else _tls().wrap_socket(sock, server_hostname=host)
+    raise failure
+
+
+class _Limited(io.RawIOBase):
+    """What `http.client` needs of a socket, with one deadline for all that is sent and read.
+
+    Reading ends soon after `stop` is set: a reply may be minutes away.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float, stop: threading.Event):
+        self._sock, self._deadline, self._stop = sock, deadline, stop
+
+    def sendall(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            self._sock.settimeout(_left(self._deadline))
+            view = view[self._sock.send(view) :]
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        assert mode == "rb"
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._stop.is_set():
+            self._sock.settimeout(min(_left(self._deadline), _LOOK))
+            with contextlib.suppress(TimeoutError):
+                return self._sock.recv_into(buffer)
+        raise TimeoutError
+
+    def close(self) -> None:
+        """Nothing: the connection is closed as soon as a last reply begins, and by `_attempt`."""

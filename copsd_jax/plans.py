@@ -23,6 +23,7 @@ from copsd_jax import (
     guards,
     hf,
     hub,
+    implementations,
     inputs,
     languages,
     lora,
@@ -38,6 +39,7 @@ from copsd_jax import (
     validate,
     workdir,
 )
+from copsd_jax.sampler import dialects, jobs, remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Plan:
     special_ids: tuple[int, ...]
     adapter_scale: float
     longest: dict[str, int]  # tokens of the longest prompt of each side
+    server: remote.Server | None  # of sampler.engine=server, which answered
 
 
 def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True) -> Plan:
@@ -82,6 +85,7 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
       ValueError, OSError: in one sentence.
     """
     validate.settings(config, train=train)
+    server = _server(config, train) if train or evaluate else None
     registry = languages.load(config.languages_file)
     _check_languages(config, registry)
     context, chosen, rules = _context(config), _selection(config), _guards(config)
@@ -94,6 +98,8 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     devices = mesh.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
         validate.shards(config, mesh.batch_shards(devices))
+        implementations.loss(config, mesh.platform(devices))
+    implementations.attention(config, mesh.platform(devices))
     path, model_config, tok = _model(config)
     validate.vocabulary(config, model_config.vocab_size)
     # Refuses a mesh that does not divide a parameter.
@@ -111,6 +117,7 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     if config.author.kind in ("student", "teacher"):
         asks = (contexts.writer_prompt(tok, sides["writer"], context, _probed(r)) for r in rows)
         longest["writer"] = max((ask.length for ask in asks if ask), default=0)
+    server = _connected(config, server, longest)
     _check_lengths(config, context, model_config, longest)
     if config.model.init == "pretrained":
         # Last: of a repository, everything else is refused before its weights are downloaded.
@@ -139,6 +146,7 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
         records=records,
         adapter_scale=config.lora.alpha / config.lora.rank,
         longest=longest,
+        server=server,
     )
 
 
@@ -207,6 +215,63 @@ def _author(config: config_lib.Config) -> dict[tuple[str, int], str]:
     return replies.from_file(config.author.path) if config.author.kind == "file" else {}
 
 
+def _server(config: config_lib.Config, train: bool) -> remote.Server | None:
+    """The server of sampler.*, of settings that go with one; nothing is asked."""
+    s = config.sampler
+    if s.engine != "server":
+        return None
+    names = "url model key_env timeout retries backoff concurrency dialect logprobs".split()
+    server = remote.Server(**{n: s[n] for n in names}, max_model_len=s.max_model_len or None)
+    remote.check(server)
+    if (count := jax.process_count()) > 1:
+        raise ValueError(f"sampler.engine is 'server': one process asks it, and there are {count}")
+    if s.folder:
+        workdir.check_writable(pathlib.Path(s.folder), "--config.sampler.folder")
+    coldest = dialects.DIALECTS[s.dialect].coldest
+    for section in ("rollout", "eval", "author"):
+        if 0 < (degree := config[section].temperature) < coldest:
+            rule = f"with sampler.dialect={s.dialect} it is 0 or at least {coldest}"
+            raise ValueError(f"{section}.temperature is {degree}: {rule}")
+    if train:
+        _check_reported(config)
+    return server
+
+
+def _check_reported(config: config_lib.Config) -> None:
+    """Losses that read the sampler's log-probabilities need a server that gives them."""
+    c, r = config, config.rollout
+    drawn = jobs.Sampling(r.max_tokens, r.temperature, r.top_k, r.top_p, r.min_p)
+    given = remote.reported(c.sampler.logprobs, drawn)[0]
+    for section, key, off in (
+        ("policy", "old", "trainer"), ("policy", "rollout_clip", 0), ("loss", "rollout_clip", 0),
+    ):  # fmt: skip
+        if not given and c[section][key] != off:
+            raise ValueError(
+                f"{section}.{key} is {c[section][key]!r}: it reads log-probabilities over all "
+                f"tokens at rollout.temperature={r.temperature}, which do not follow from "
+                f"sampler.logprobs={c.sampler.logprobs} with these rollout.*"
+            )
+
+
+def _connected(config, server: remote.Server | None, longest) -> remote.Server | None:
+    """The server once it answered, with room for each side's longest prompt and completion."""
+    if server is None:
+        return None
+    server = remote.connect(server)
+    completion, room = config.rollout.max_tokens, server.max_model_len
+    for side, name, tokens in (
+        ("student", "rollout.max_tokens", 0 if config.method == "sft" else completion),
+        ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
+        ("writer", "author.max_tokens", config.author.max_tokens),
+    ):
+        if room and tokens and longest.get(side) and longest[side] + tokens > room:
+            raise ValueError(
+                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
+                f"passes the {room} that {server.url} holds (sampler.max_model_len)"
+            )
+    return server
+
+
 def _shots(
     config, teacher: prompts.Spec, context: contexts.Settings
 ) -> tuple[tuple[contexts.Attempt, replies.Reply], ...]:
@@ -247,9 +312,7 @@ def teach(
     plan: Plan, attempt: contexts.Attempt, reply: replies.Reply = replies.NONE
 ) -> prompts.Prompt | None:
     """`contexts.teach` with the plan's settings and exemplars."""
-    return contexts.teach(
-        plan.tokenizer, plan.teacher, plan.context, attempt, reply, plan.shots
-    )  # fmt: skip
+    return contexts.teach(plan.tokenizer, plan.teacher, plan.context, attempt, reply, plan.shots)
 
 
 def within(
@@ -403,8 +466,7 @@ def _check_lengths(config, context, model_config: model.ModelConfig, longest) ->
                 f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
                 f"passes the model's {model_config.max_position} positions"
             )
-    # What is found or written in the step makes it longer, up to the limit above which it is left
-    # out.
+    # The step's finds and replies make it longer, up to the limit above which it is left out.
     reads = contexts.reads(context)
     longest["teacher"] += config.author.max_tokens if "reply" in reads else 0
     longest["teacher"] += completion if "siblings" in reads else 0

@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import pathlib
+import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,18 +16,18 @@ from jax.sharding import NamedSharding
 from copsd_jax import (
     graders,
     hf,
+    implementations,
     lora,
-    losses,
     mesh,
     model,
+    peft,
     plans,
     prompts,
     rewards,
     token_stats,
     train_step,
 )
-from copsd_jax.kernels import attention
-from copsd_jax.sampler import engine, host, jobs, weights
+from copsd_jax.sampler import engine, host, jobs, remote, weights
 
 # Random streams of a seed besides the sampler's, whose purposes count from 0.
 ADAPTER_STREAM, WEIGHTS_STREAM = 1001, 1002
@@ -45,17 +48,41 @@ class Run:
     token_classes: np.ndarray  # int8 [V], of token_stats
     teacher_kv: tuple[model.KV | None, ...] | None  # of the fixed teacher's exemplars
     hand_over: weights.HandOver  # of a policy to the sampler
+    served: "Served | None"  # of a policy to the server of sampler.engine=server
     lengths: dict[str, int]  # cache entries of a slot, of rollout, eval and author
 
 
-def load(plan: plans.Plan, steps: int) -> tuple[Run, train_step.State]:
+class EngineError(Exception):
+    """The server of sampler.engine=server did not do what it was asked, in one sentence."""
+
+
+@contextlib.contextmanager
+def resumable(directory: pathlib.Path) -> Iterator[None]:
+    """A server that fails ends the program with a sentence: no traceback would mend it."""
+    try:
+        yield
+    except EngineError as error:
+        raise SystemExit(f"error: {error}; the same command continues {directory}") from error
+
+
+def load(
+    plan: plans.Plan, steps: int, folder: pathlib.Path | None = None
+) -> tuple[Run, train_step.State]:
     """Reads the weights onto the mesh; the parts of the run and the State at step 0.
 
-    `steps` is the run's last step, towards which the learning rate decays.
+    Args:
+      steps: the run's last step, towards which the learning rate decays.
+      folder: where weights for a server lie, if sampler.folder names none.
+
+    Raises:
+      ValueError: a server without a folder.
     """
     config = plan.config
     decoder = model.Decoder(
-        plan.model_config, plan.dtype, remat=config.model.remat, decode=_attention(plan)
+        plan.model_config,
+        plan.dtype,
+        remat=config.model.remat,
+        decode=implementations.attention(config, mesh.platform(plan.mesh)),
     )
     base = _weights(plan)
     if config.train.trainable == "lora":
@@ -91,22 +118,11 @@ def load(plan: plans.Plan, steps: int) -> tuple[Run, train_step.State]:
                 plan.mesh, merge=config.sampler.merge, int8=config.sampler.int8,
                 gather=config.sampler.gather,
             ),
+            _served(plan, folder),
             _lengths(plan),
         ),
         state,
     )  # fmt: skip
-
-
-def _attention(plan: plans.Plan) -> str:
-    """How decoding attends to the cache, by the platform of the mesh."""
-    name, platform = plan.config.sampler.attention, mesh.platform(plan.mesh)
-    if name == "auto":
-        return attention.PLATFORMS[platform]
-    if name != "pallas":
-        return name
-    if platform == "cpu":
-        raise ValueError("sampler.attention is 'pallas': its kernels are for GPU and TPU; auto")
-    return f"pallas_{platform}"
 
 
 def _lengths(plan: plans.Plan) -> dict[str, int]:
@@ -150,13 +166,14 @@ def _options(plan: plans.Plan) -> train_step.Options:
     completions = c.train.batch * c.rollout.per_prompt
     micro = c.train.micro_batch or completions
     distills = c.method == "distill"
+    divergence = implementations.divergence(c)
     return train_step.Options(
         trainable=c.train.trainable,
         teacher=c.teacher.weights if distills else "fixed",
         ema_decay=c.teacher.ema_decay,
         adapter_scale=plan.adapter_scale,
-        divergence=_divergence(c) if distills and c.policy.weight < 1 else None,
-        implementation=c.loss.implementation,
+        divergence=divergence,
+        implementation=implementations.loss(c, mesh.platform(plan.mesh)),
         chunk=c.loss.chunk,
         norm=c.loss.norm,
         group=c.loss.group or micro,
@@ -164,22 +181,8 @@ def _options(plan: plans.Plan) -> train_step.Options:
         rho=c.teacher.rho,
         weight=1 - c.policy.weight if distills else 0.0,
         policy=_policy_loss(c),
-    )
-
-
-def _divergence(c) -> losses.Divergence:
-    return losses.Divergence(
-        divergence=c.loss.divergence,
-        beta=c.loss.beta,
-        normalize_beta=c.loss.normalize_beta,
-        temperature=c.loss.temperature,
-        top_k=c.loss.top_k,
-        top_k_of=c.loss.top_k_of,
-        tail=c.loss.tail,
-        clip_mode=c.loss.clip_mode,
-        clip=c.loss.clip,
-        rollout_clip=c.loss.rollout_clip,
-        sampling_temperature=c.rollout.temperature or 1.0,  # as a greedy sampler reports it
+        skip_below=c.loss.skip_below,
+        chip=plan.mesh.devices.flat[0].device_kind,
     )
 
 
@@ -267,6 +270,83 @@ def sampler(run: Run, section: str) -> jobs.Settings:
     )
 
 
+class Served:
+    """Hands weights over to a server; knows which policy it holds.
+
+    Policies are told apart by the identity of their arrays, which are not kept alive. An adapter
+    goes there as PEFT's folder, all weights as Hugging Face's; each has a folder of its own, and
+    the former ones are removed once the server has the new one.
+
+    Args:
+      plan: with the server, which holds the base under its `model`.
+      folder: where the folders lie, in the server's sight too; of this run alone.
+    """
+
+    def __init__(self, plan: plans.Plan, folder: pathlib.Path):
+        assert plan.server is not None
+        self._plan, self._folder, self._base = plan, folder, plan.server
+        self._server: remote.Server = plan.server
+        self._held: list[weakref.ref] = []
+
+    def __call__(self, policy: train_step.Policy) -> remote.Server:
+        """The server to ask for completions of this policy.
+
+        Raises:
+          EngineError: it did not take the weights.
+          OSError: they cannot be written.
+        """
+        adapter, trainable = policy.adapter, self._plan.config.train.trainable
+        zero = adapter is None or not any(bool(jnp.any(leaf["b"])) for leaf in adapter.values())
+        if trainable == "lora" and zero:
+            return self._base  # exactly what sampler.model is
+        leaves = jax.tree.leaves(policy.params if adapter is None else adapter)
+        if len(leaves) != len(self._held) or any(
+            held() is not leaf for held, leaf in zip(self._held, leaves, strict=True)
+        ):
+            self._held = []
+            self._server = self._handed(policy)
+            self._held = [weakref.ref(leaf) for leaf in leaves]
+        return self._server
+
+    def _handed(self, policy: train_step.Policy) -> remote.Server:
+        plan, c = self._plan, self._plan.config
+        former = sorted(self._folder.glob("policy_*"))
+        number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)
+        target = self._folder / f"policy_{number:06d}"
+        if policy.adapter is not None:
+            peft.write(
+                target, policy.adapter, plan.model_config, alpha=c.lora.alpha, base=c.sampler.model
+            )
+        else:
+            hf.save(
+                target, policy.params, plan.model_config,
+                source_path=plan.weights_path, tokenizer=plan.tokenizer,
+            )  # fmt: skip
+        with _asked():
+            server = remote.hand_over(self._server, target)
+        for path in former:
+            shutil.rmtree(path)
+        return server
+
+
+def _served(plan: plans.Plan, folder: pathlib.Path | None) -> Served | None:
+    if plan.server is None:
+        return None
+    chosen = pathlib.Path(plan.config.sampler.folder) if plan.config.sampler.folder else folder
+    if chosen is None:
+        raise ValueError("sampler.folder is '': without a work directory, name one")
+    return Served(plan, chosen)
+
+
+@contextlib.contextmanager
+def _asked() -> Iterator[None]:
+    """Failures of a server, apart from those of this machine's files."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise EngineError(str(error)) from error
+
+
 def sample(
     run: Run,
     policy: train_step.Policy,
@@ -283,7 +363,22 @@ def sample(
 
     Raises:
       MemoryError: naming the section's settings.
+      EngineError: of sampler.engine=server.
     """
+    if run.served is not None:
+        server = run.served(policy)
+        with _asked():
+            return remote.generate(
+                server,
+                [(*prompt.prefix_ids, *prompt.ids) for prompt in asked],
+                sampling(run, section),
+                keys=keys,
+                vocab_size=run.plan.model_config.vocab_size,
+                valid_V=run.plan.valid_V,
+                token_bytes=run.plan.token_bytes,
+                progress=progress,
+                done=done,
+            )
     prefixes = {prompt.prefix_ids for prompt in asked}
     if len(prefixes) > 1:
         raise ValueError(f"the prompts begin with {len(prefixes)} different sets of exemplars")

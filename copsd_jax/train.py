@@ -52,11 +52,12 @@ def train(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> None:
     workdir.create(directory, config_lib.flat(config), _facts(plan))
     with (
         run.scope(plan),
+        run.resumable(directory),
         checkpoint.Checkpoints(
             directory / "checkpoints", config.train.keep, writer=True
         ) as checkpoints,
     ):
-        r, state = run.load(plan, config.train.steps)
+        r, state = run.load(plan, config.train.steps, directory / "engine")
         if _warms_up(plan):
             print("compiling the sampler's programs", flush=True)
             print("\n".join(run.warmup(r, state)), flush=True)
@@ -171,6 +172,8 @@ def failures(step: int, records: list[dict]) -> list[str]:
 
 
 def _warms_up(plan: plans.Plan) -> bool:
+    if plan.server is not None:
+        return False
     auto = mesh.platform(plan.mesh) != "cpu"  # where compiling is slow next to a step
     return {"auto": auto, "always": True, "never": False}[plan.config.sampler.warmup]
 
@@ -227,6 +230,9 @@ def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
         + " (estimate, all devices)",
         f"  directory   {directory}" + (" (continued)" if continued else ""),
     ]
+    if plan.server is not None:
+        s = plan.server
+        lines.append(f"  sampler     {s.model} at {s.url} ({s.dialect}, {s.logprobs} logprobs)")
     if c.parity.template_mismatch:
         lines.append(
             "  parity.template_mismatch is set: student and teacher start in different states of "

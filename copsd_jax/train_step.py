@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from copsd_jax import layout, losses, model, policy_losses
+from copsd_jax import layout, losses, model, policy_losses, token_blocks
 from copsd_jax.sampler import engine
 
 
@@ -36,7 +36,7 @@ class Options:
     ema_decay: float
     adapter_scale: float
     divergence: losses.Divergence | None  # None for a loss without a teacher
-    implementation: str  # 'dense' | 'chunked'
+    implementation: str  # a name of losses.IMPLEMENTATIONS, see losses.resolve
     chunk: int
     norm: str
     group: int  # completions of a group of micro_token_mean
@@ -44,6 +44,8 @@ class Options:
     rho: float = 0.0  # trust_region: share of the current policy
     weight: float = 1.0  # of the divergence in the loss
     policy: "PolicyLoss | None" = None
+    skip_below: float = 0.0  # of the divergence's gradient, see losses.divergence
+    chip: str = ""  # device kind of the mesh, for the block sizes of kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,22 +214,24 @@ def _policy_term(
     options: Options,
     hidden_s: jax.Array,
     hidden_ref: jax.Array | None,
-    student: Policy,
-    initial: Policy,
+    heads: tuple[jax.Array, jax.Array | None],
     micro: layout.Batch,
     weight_BC: jax.Array,
 ) -> tuple[jax.Array, PolicyStats]:
-    """sum(weight x policy loss); `hidden_ref` are the initial policy's states, for its divergence.
+    """sum(weight x policy loss); `hidden_ref` are the initial policy's states, for its divergence,
+    and `heads` the student's and the initial policy's.
 
     The ratio is exp(ln p - old) with old the trainer's own log-probability (exactly 1, gradient
     and all) or the sampler's.
     """
-    log_probs = lambda hidden, policy, trained: losses.log_probs(  # noqa: E731
-        hidden, model.head(policy.params), _flat(micro.completion_BC),
-        temperature=settings.temperature, implementation=options.implementation,
-        chunk=options.chunk, train_head=trained, live_T=_flat(micro.policy_BC),
+    # One side's log-probabilities have no kernel: plain blocks are at their two matmuls already.
+    implementation = "dense" if options.implementation == "dense" else "chunked"
+    log_probs = lambda hidden, head, trained: losses.log_probs(  # noqa: E731
+        hidden, head, _flat(micro.completion_BC), temperature=settings.temperature,
+        implementation=implementation, chunk=options.chunk, train_head=trained,
+        live_T=_flat(micro.policy_BC),
     )  # fmt: skip
-    logp_T, entropy_T = log_probs(hidden_s, student, options.trainable == "full")
+    logp_T, entropy_T = log_probs(hidden_s, heads[0], options.trainable == "full")
     own_T = jax.lax.stop_gradient(logp_T)
     clipped_T = kl_T = jnp.zeros_like(own_T)
     if settings.kind == "nll":
@@ -242,7 +246,7 @@ def _policy_term(
         gap_T = jnp.clip(own_T - _flat(micro.logp_rollout_BC), -20, 20)
         value_T = value_T * jnp.minimum(jnp.exp(gap_T), settings.rollout_clip)
     if hidden_ref is not None:
-        ref_T = jax.lax.stop_gradient(log_probs(hidden_ref, initial, False)[0])
+        ref_T = jax.lax.stop_gradient(log_probs(hidden_ref, heads[1], False)[0])
         kl_T = policy_losses.kl_to(logp_T, ref_T)
         value_T = value_T + settings.kl * kl_T
     stats = PolicyStats(value_T, logp_T, entropy_T, clipped_T.astype(jnp.float32), kl_T)
@@ -255,7 +259,8 @@ def _loss(decoder: model.Decoder, options: Options) -> Callable[..., tuple[jax.A
     """The loss of a micro-batch, a function of what is trained first."""
     policy = options.policy
 
-    def loss(trained, state, frozen, micro, weights, student_prefix, teacher_kv):
+    def loss(trained, state, frozen, head, micro, weights, student_prefix, teacher_kv):
+        head_of = lambda side: model.head(side.params) if head is None else head  # noqa: E731
         student, teacher = policies(state._replace(trained=trained), frozen, options, decoder.dtype)
         teacher = jax.lax.stop_gradient(teacher)
         if options.trainable == "lora":
@@ -279,21 +284,21 @@ def _loss(decoder: model.Decoder, options: Options) -> Callable[..., tuple[jax.A
         if options.divergence:
             hidden_t, head_t = _mixed(
                 [share for share, _ in mix], others[: len(mix)],
-                [jax.lax.stop_gradient(model.head(side.params)) for _, side in mix]
-                if options.trainable == "full" else [model.head(frozen)] * len(mix),
+                [head_of(jax.lax.stop_gradient(side)) for _, side in mix],
             )  # fmt: skip
             value, stats = losses.divergence(
-                hidden_s, hidden_t, model.head(student.params), head_t,
+                hidden_s, hidden_t, head_of(student), head_t,
                 _flat(micro.completion_BC), _flat(weights[0]), options.divergence,
                 implementation=options.implementation, chunk=options.chunk,
                 train_head=options.trainable == "full", live_T=_flat(micro.mask_BC),
-                logp_rollout_T=_flat(micro.logp_rollout_BC),
+                logp_rollout_T=_flat(micro.logp_rollout_BC), skip_below=options.skip_below,
+                kernel=losses.Kernel(chip=options.chip),
             )  # fmt: skip
             total = total + value
         if policy:
             value, policy_stats = _policy_term(
                 policy, options, hidden_s, others[-1] if policy.kl else None,
-                student, initial, micro, weights[1],
+                (head_of(student), head_of(initial) if policy.kl else None), micro, weights[1],
             )  # fmt: skip
             total = total + value
         return total, (stats, policy_stats)
@@ -332,12 +337,16 @@ def make(
         n = options.micro_batches
         B, C = batch.mask_BC.shape
         weights = _weights(batch, options)
+        head = None  # one of all policies, where it does not train: brought together once a step
+        if options.trainable == "lora":
+            few = options.divergence is not None and options.divergence.top_k > 0
+            head = token_blocks.gathered(model.head(frozen), split_vocabulary=not few)
 
         def accumulate(carry, inputs):
             total, grads = carry
             micro, weight = inputs
             (value, stats), grad = jax.value_and_grad(loss, has_aux=True)(
-                state.trained, state, frozen, micro, weight, student_prefix, teacher_kv
+                state.trained, state, frozen, head, micro, weight, student_prefix, teacher_kv
             )
             return (total + value, jax.tree.map(jnp.add, grads, grad)), stats
 
@@ -356,7 +365,7 @@ def make(
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "tokens": batch.mask_BC.sum().astype(jnp.float32),
-            **_means(tokens, batch),
+            **_means(tokens, batch, options),
             **_policy_means(policy, batch),
         }
         return new, Aux(metrics, tokens, policy)
@@ -411,7 +420,9 @@ def _mean(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
     return jnp.where(mask_BC, x_BC, 0.0).sum() / count
 
 
-def _means(stats: losses.TokenStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
+def _means(
+    stats: losses.TokenStats | None, batch: layout.Batch, options: Options
+) -> dict[str, jax.Array]:
     """Means over the tokens that carry distillation loss; the student's entropy over all."""
     if stats is None:
         return {}
@@ -423,6 +434,7 @@ def _means(stats: losses.TokenStats | None, batch: layout.Batch) -> dict[str, ja
         "entropy_student": _mean(stats.entropy_student_T, batch.mask_BC),
         "entropy_teacher": mean(stats.entropy_teacher_T),
         "clipped_mass": mean(stats.clipped_mass_T),
+        **({"skipped_mass": mean(stats.skipped_T)} if options.skip_below else {}),
         "loss_tokens": batch.loss_BC.sum().astype(jnp.float32),
     }
 

@@ -45,6 +45,9 @@ CHOICES = {
     "author.thinking": ("as_teacher", "none", "off", "on", "prefix"),
     "tokens.on_failure": ("full", "skip", "step"),
     "tokens.occurrence": ("first", "last"),
+    "sampler.engine": ("local", "server"),
+    "sampler.dialect": ("vllm", "sglang"),
+    "sampler.logprobs": ("raw", "tempered", "processed"),
     "sampler.cache": ("auto", "float32", "bfloat16", "int8"),
     "sampler.attention": ("auto", "blocks", "dense", "pallas"),
     "sampler.warmup": ("auto", "always", "never"),
@@ -58,7 +61,7 @@ CHOICES = {
     "policy.old": ("trainer", "sampler"),
     "policy.norm": ("sequence", "token", "constant"),
     "policy.route": ("all", "successes"),
-    "loss.implementation": ("dense", "chunked"),
+    "loss.implementation": ("auto", "dense", "chunked", "pallas"),
 }
 # Bounds of whole numbers that arrays or random keys are made from; others end at 2**31 - 1.
 LARGEST = {
@@ -71,6 +74,7 @@ LARGEST = {
     "eval.slots": 100_000,
     "sampler.steps": 100_000,
     "sampler.pack": 16_777_216,
+    "sampler.concurrency": 1_000,
     "eval.samples": 100_000,
     "lora.rank": 16_384,
     "loss.chunk": 16_777_216,
@@ -98,6 +102,7 @@ def settings(config: config_lib.Config, *, train: bool = True) -> None:
         _refuse("rollout.stop", s["rollout.stop"], "stop strings are texts, and must not be empty")
     _check_ranges(s)
     _check_author(s)
+    _check_engine(s)
     _check_tokens(s)
     _check_groups(s)
     _check_policy(s)
@@ -151,18 +156,21 @@ def _check_ranges(s: Mapping) -> None:
     at_least_one = (
         "prompt.max_tokens teacher.max_tokens rollout.per_prompt rollout.max_tokens rollout.slots "
         "loss.chunk train.batch train.save_every lora.rank eval.samples eval.slots "
-        "author.max_tokens author.slots author.concurrency sampler.steps sampler.pack"
+        "author.max_tokens author.slots author.concurrency sampler.steps sampler.pack "
+        "sampler.concurrency"
     ).split()
     at_least_zero = (
         "seed data.limit loss.group prompt.exemplars rollout.temperature rollout.top_k "
         "author.temperature author.top_k author.retries author.backoff context.section_tokens "
         "policy.clip_high policy.dual_clip policy.kl policy.rollout_clip loss.rollout_clip "
-        "loss.top_k train.steps "
+        "loss.top_k loss.skip_below train.steps "
+        "sampler.retries sampler.backoff sampler.max_model_len "
         "train.micro_batch train.warmup train.weight_decay train.max_grad_norm train.keep "
         "eval.limit eval.every eval.max_tokens eval.temperature eval.top_k"
     ).split()
     positive = (
-        "loss.temperature loss.clip train.lr train.eps lora.alpha eval.grade_seconds author.timeout"
+        "loss.temperature loss.clip train.lr train.eps lora.alpha eval.grade_seconds "
+        "author.timeout sampler.timeout"
     ).split()
     for name in at_least_one:
         if s[name] < 1:
@@ -241,6 +249,23 @@ def _check_author(s: Mapping) -> None:
         _refuse("author.kind", author, f"{rule}; that is {s['eval.extract']}")
 
 
+def _check_engine(s: Mapping) -> None:
+    """A server holds the base and one adapter, or one set of weights: the student's."""
+    if s["sampler.engine"] != "server":
+        return
+    for name in ("sampler.url", "sampler.model"):
+        if not s[name]:
+            _refuse(name, s[name], "sampler.engine is server, which needs it")
+    weights, kind = s["teacher.weights"], s["train.trainable"]
+    held = weights == "live" or (kind == "lora" and weights != "ema")
+    if s["author.kind"] == "teacher" and not held:
+        rule = (
+            f"a server (sampler.engine) holds the student alone, not a teacher with "
+            f"teacher.weights={weights} beside train.trainable={kind}; student would do"
+        )
+        _refuse("author.kind", "teacher", rule)
+
+
 def _check_tokens(s: Mapping) -> None:
     select, kind = s["tokens.select"], _context(s)
     if select in QUOTED and kind not in LOCATED:
@@ -289,6 +314,14 @@ def _check_loss(s: Mapping) -> None:
         _refuse("loss.top_k", s["loss.top_k"], "the sampled divergence takes only 0")
     if s["loss.tail"] and not s["loss.top_k"]:
         _refuse("loss.tail", True, "loss.top_k is 0: all tokens are counted, there is no tail")
+    kind = s["loss.implementation"]
+    if s["loss.skip_below"] and kind not in ("auto", "chunked"):
+        rule = f"loss.implementation={kind} has no filter, take chunked or auto"
+        _refuse("loss.skip_below", s["loss.skip_below"], rule)
+    if kind == "pallas" and s["loss.top_k"]:
+        _refuse("loss.implementation", kind, "loss.top_k needs chunked or auto")
+    if kind == "pallas" and s["method"] != "distill":
+        _refuse("loss.implementation", kind, f"method={s['method']} needs chunked or auto")
 
 
 # How the answers of each reward.kind can be asked for; a function's, in any way.
@@ -381,7 +414,7 @@ READ = (
     _one_of(
         "teacher.weights teacher.thinking teacher.max_tokens context.kind context.correct "
         "tokens.select parity.template_mismatch loss.divergence loss.temperature loss.top_k "
-        "loss.rollout_clip loss.clip_mode loss.norm loss.group",
+        "loss.rollout_clip loss.clip_mode loss.norm loss.group loss.skip_below",
         "method", "distill",
     ),
     _one_of("context.filter_groups", "method", "distill", "grpo"),
@@ -434,6 +467,17 @@ READ = (
         lambda s: s["prompt.exemplars"] > 0,
     ),
     _one_of("lora.rank lora.alpha lora.targets sampler.merge", "train.trainable", "lora"),
+    _one_of(
+        "sampler.steps sampler.pack sampler.cache sampler.attention sampler.merge sampler.int8 "
+        "sampler.gather sampler.warmup",
+        "sampler.engine", "local",
+    ),
+    _one_of(
+        "sampler.url sampler.model sampler.key_env sampler.timeout sampler.retries "
+        "sampler.backoff sampler.concurrency sampler.dialect sampler.logprobs "
+        "sampler.max_model_len sampler.folder",
+        "sampler.engine", "server",
+    ),
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ W/events.jsonl           what guards did, where one did something: step, action,
 W/rollouts/step_NNNNNN.jsonl
 W/eval/step_NNNNNN.json, and while it is being made step_NNNNNN.partial.jsonl
 W/checkpoints/           Orbax
+W/engine/                weights for the server of sampler.engine=server, the newest alone
 """
 
 import datetime
@@ -44,6 +45,13 @@ FREE = (
     "author.backoff",
     "author.concurrency",
     "author.key_env",
+    "sampler.url",
+    "sampler.key_env",
+    "sampler.timeout",
+    "sampler.retries",
+    "sampler.backoff",
+    "sampler.concurrency",
+    "sampler.folder",
 )
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers grain ml-collections numpy".split()
 

@@ -34,7 +34,8 @@ def shared() -> pathlib.Path:
 
 # Files of few and long tests. pytest-xdist hands out whole files in this order.
 LONGEST = (
-    "methods bugs train policy_step export settings records train_step authors model sampler "
+    "methods bugs train policy_step export remote_run loss_matrix loss_sharded sampler settings "
+    "divergence_kernels records train_step authors model sampler_weights sampler_processes "
     "losses main hf gguf losses_topk steps localise openai_api"
 ).split()
 

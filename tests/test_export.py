@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import runs
 
-from copsd_jax import checkpoint, evaluate, export, hf, main, model, run, train_step
+from copsd_jax import checkpoint, evaluate, export, hf, main, model, peft, run, train_step, workdir
+from copsd_jax import config as config_lib
 
 optax_promotes = runs.optax_promotes
 
@@ -28,6 +29,7 @@ def student_logits(workdir, ids_BL):
         with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
             state = checkpoints.load(2, like)
         policy = run.policies(r, state)[0]
+        assert policy.adapter is not None
         assert float(np.abs(policy.adapter["q"]["b"]).max()) > 1e-3
         positions = jnp.broadcast_to(jnp.arange(ids_BL.shape[1], dtype=jnp.int32), ids_BL.shape)
         stream = model.Stream(
@@ -58,6 +60,38 @@ def test_the_exported_model_is_the_trained_one(trained, tmp_path, capsys):
     assert export.main(["e", f"--workdir={trained}", f"--out={tmp_path / 'b'}", "--step=7"]) == 2
     assert "the checkpoints are [1, 2]" in capsys.readouterr().err
     assert export.main(["e", f"--workdir={tmp_path}", f"--out={tmp_path / 'b'}"]) == 2
+
+
+def test_the_exported_adapter_is_the_trained_one(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["export", f"--workdir={trained}", f"--out={out}", "--format=peft"]
+    assert export.main([*flags, "--step=1"]) == 0
+    assert "step 1 of" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    assert (
+        json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    )
+    with (
+        runs.loaded("opsd", **SETTINGS) as (r, like),
+        checkpoint.Checkpoints(trained / "checkpoints") as checkpoints,
+    ):
+        policy = run.policies(r, checkpoints.load(1, like))[0]
+        found, alpha = peft.read(out, r.plan.model_config)
+        assert alpha / r.plan.config.lora.rank == r.plan.adapter_scale
+    jax.tree.map(np.testing.assert_array_equal, found, policy.adapter)
+    assert export.main(flags) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_all_weights_are_no_adapter(tmp_path, capsys):
+    settings = SETTINGS | {"train__trainable": "full", "train__steps": 1}
+    saved = runs.config("opsd", **settings)
+    workdir.create(tmp_path / "w", config_lib.flat(saved), {})
+    flags = ["e", f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / 'o'}", "--format=peft"]
+    assert export.main(flags) == 2
+    assert "--format=peft: train.trainable is full" in capsys.readouterr().err
 
 
 @pytest.mark.parity

@@ -2,23 +2,22 @@
 
 import dataclasses
 import itertools
-import re
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from copsd_jax import divergences, losses
+from copsd_jax import chunked, divergences, losses
+from copsd_jax.kernels import blocks as blocks_lib
+from copsd_jax.kernels import divergence as kernels
 
 # 36 tokens in chunks of at most 16: 3 blocks of 12 rows, padded to 2 strips of 8 each.
 ROWS, COLUMNS, CHUNK, MICRO = 4, 9, 16, 2
 TOKENS, WIDTH, VOCABULARY = ROWS * COLUMNS, 8, 61
 NORMS = tuple(losses.NORMS)
+PORTABLE = ("dense", "chunked")
 LENGTH = 11  # of the norm constant
 MASK_BC = (np.arange(COLUMNS)[None] < np.array([9, 4, 0, 6])[:, None]).astype(np.float32)
 CLIP_MODES = tuple(divergences.CLIP_MODES)
@@ -35,6 +34,7 @@ def _cases():
 
 
 CASES = list(_cases())
+PLAIN = losses.Divergence()
 
 
 def _label(s):
@@ -113,7 +113,7 @@ def test_value_and_gradient(settings):
         dead_T = weight_T == 0
         grads = ((weight_T[:, None] * dz_TV) @ arrays[2], (weight_T[:, None] * dz_TV).T @ arrays[0])
         results = {}
-        for implementation in losses.IMPLEMENTATIONS:
+        for implementation in PORTABLE:
             (loss, stats), got = _run(
                 settings, implementation, CHUNK, True, arrays, weight_T.astype(np.float32)
             )
@@ -131,7 +131,7 @@ def test_value_and_gradient(settings):
         assert abs(float(results["chunked"][0] - results["dense"][0])) <= 1e-5 * scale
 
 
-@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 @pytest.mark.parametrize("settings", CASES[:-1], ids=_label)
 def test_equal_sides_are_exactly_zero(settings, implementation):
     hidden, _, head, _, tokens = _arrays(0)
@@ -143,7 +143,7 @@ def test_equal_sides_are_exactly_zero(settings, implementation):
         np.testing.assert_array_equal(leaf, 0)
 
 
-@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 @pytest.mark.parametrize("name", divergences.ENTRIES)
 def test_sides_that_agree_on_some_entries(name, implementation):
     """Entries with p = q bit for bit have no slope of their own, next to others that have."""
@@ -169,7 +169,7 @@ def test_sizes_that_no_chunk_divides(tokens):
             _close(mine, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 def test_rows_without_weight_contribute_nothing(implementation):
     """Even if they hold NaN; and an empty mask gives zeros (bug 10: 0/0 in the reference)."""
     settings = losses.Divergence("fkl", clip_mode="element")
@@ -196,7 +196,7 @@ def test_rows_without_weight_contribute_nothing(implementation):
         np.testing.assert_array_equal(leaf, 0)
 
 
-@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 def test_only_the_student_has_a_gradient(implementation):
     """Zero to the teacher, the weights and an untrained head; cotangents scale the rest."""
     settings = losses.Divergence("jsd")
@@ -226,81 +226,7 @@ def test_only_the_student_has_a_gradient(implementation):
     np.testing.assert_array_equal(same, apart)
 
 
-@pytest.mark.parametrize(
-    "settings, axes, head, chunk",
-    [
-        (losses.Divergence("fkl", clip_mode="element"), (8, 1), P(), 32),
-        (
-            losses.Divergence("jsd", top_k=5, top_k_of="union", tail=True),
-            (4, 2),
-            P("tensor"),
-            8,
-        ),
-    ],
-)
-def test_sharded_equals_single(settings, axes, head, chunk):
-    """Tokens over `data`, and the vocabulary over `tensor`; blocks with and without strips."""
-    mesh = jax.make_mesh(axes, ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    arrays = (*_arrays(8, tokens=64, vocabulary=24), np.linspace(0, 1, 64, dtype=np.float32))
-    specs = (P("data"), P("data"), head, head, P("data"), P("data"))
-    sharded = [
-        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
-    ]
-    want = _compiled(settings, "chunked", chunk, True, arrays[:5], arrays[5])
-    got = _compiled(settings, "chunked", chunk, True, tuple(sharded[:5]), sharded[5])
-    for mine, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-        _close(mine, theirs, 1e-5)
-
-
-def _dots(jaxpr, times=1):
-    """(number of matmuls, their FLOPs) in a jaxpr and all that it calls, scans unrolled."""
-    found, flops = 0, 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            inner = np.prod([eqn.invars[0].aval.shape[axis] for axis in contract])
-            found, flops = found + 1, flops + times * 2 * inner * eqn.outvars[0].aval.size
-        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
-            more = _dots(sub, times * eqn.params.get("length", 1))
-            found, flops = found + more[0], flops + more[1]
-    return found, flops
-
-
-ALL_OPTIONS = losses.Divergence(
-    "jsd", top_k=5, top_k_of="union", tail=True, ratio_clip=2.0, rollout_clip=2.0
-)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [*map(losses.Divergence, ("fkl", "rkl", "jsd", "sampled")), ALL_OPTIONS],
-    ids=lambda s: f"{s.divergence}-{s.top_k}",
-)
-@pytest.mark.parametrize("train_head, matmuls", [(False, 3), (True, 4)])
-def test_matmuls_and_buffers(settings, train_head, matmuls):
-    """Three matmuls of T D V, four with the head; no buffer of tokens x vocabulary."""
-    hidden_s, _, head_s, _, tokens = _arrays(9, tokens=64, vocabulary=29)
-    logp_T = np.full(64, -1, np.float32)
-    arrays = (hidden_s, hidden_s * 2, head_s, head_s, tokens)
-
-    def loss(hidden, head):
-        return losses.divergence(
-            hidden, arrays[1], head, arrays[3], tokens, np.ones(64, np.float32), settings,
-            implementation="chunked", chunk=16, train_head=train_head,
-            logp_old_T=logp_T, logp_rollout_T=logp_T,
-        )[0]  # fmt: skip
-
-    grad = jax.grad(loss, (0, 1) if train_head else 0)
-    count, flops = _dots(jax.make_jaxpr(grad)(hidden_s, head_s).jaxpr)
-    assert (count, flops) == (matmuls, matmuls * 2 * 64 * 29 * WIDTH)
-    if settings is not ALL_OPTIONS:
-        return  # compiled once for all: buffers follow from the scan, whatever is in it
-    text = jax.jit(grad).lower(hidden_s, head_s).compile().as_text()
-    assert re.search(r"f32\[16,29\]", text)
-    assert not re.search(r"\[64,29\]|\[29,64\]|\[4,16,29\]", text)
-
-
-@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 def test_log_probs(implementation):
     """Values and the gradients to states and head against float64 and finite differences; other
     rows are not touched. 37 tokens: a number that no chunk divides."""
@@ -334,29 +260,7 @@ def test_log_probs(implementation):
     np.testing.assert_allclose((ends[0] - ends[1]) / 2e-5, slope, rtol=1e-6)
 
 
-@pytest.mark.parametrize("what, matmuls", [("values", 1), ("hidden", 2), ("head", 4)])
-def test_matmuls_of_log_probs(what, matmuls):
-    """One of T D V for values, two with the states' gradient, four with the head's; blocks only."""
-    hidden, _, head, _, tokens = _arrays(9, tokens=64, vocabulary=29)
-
-    def total(hidden, head):
-        return losses.log_probs(
-            hidden, head, tokens, temperature=1.0, implementation="chunked", chunk=16,
-            train_head=what == "head",
-        )[0].sum()  # fmt: skip
-
-    call = {"values": total, "hidden": jax.grad(total), "head": jax.grad(total, (0, 1))}[what]
-    assert _dots(jax.make_jaxpr(call)(hidden, head).jaxpr) == (
-        matmuls,
-        matmuls * 2 * 64 * 29 * WIDTH,
-    )
-    if what == "head":
-        text = jax.jit(call).lower(hidden, head).compile().as_text()
-        assert re.search(r"f32\[16,29\]", text)
-        assert not re.search(r"\[64,29\]|\[29,64\]|\[4,16,29\]", text)
-
-
-@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 def test_log_probs_in_bfloat16(implementation):
     """Rounded states: float32 results, gradients in the states' and the head's own dtypes."""
     hidden, _, head, _, tokens = _arrays(13)
@@ -380,7 +284,7 @@ def test_log_probs_in_bfloat16(implementation):
     _close(grads[1], push_TV.T @ np.asarray(hidden, np.float64), 1e-2)
 
 
-@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 @pytest.mark.parametrize("name", ["fkl", "rkl", "jsd"])
 def test_bfloat16(name, implementation):
     """Rounded inputs, float32 sums: 1e-2 of the float64 result from the same inputs."""
@@ -408,6 +312,88 @@ def test_bfloat16(name, implementation):
     assert float(again) == float(loss)
     assert wide[1].dtype == jnp.float32
     _close(wide[1], dz_TV.T @ np.asarray(arrays[0], np.float64), 1e-2)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_a_kernel_is_given(shared, monkeypatch):
+    """A stand-in in plain array code: widths padded to its lanes, one head where the sides share
+    it, whole calls of its blocks of tokens over live rows only, and gradients cut back."""
+    calls = []
+
+    def sweep(settings, *args, train_head, vocab_axis, vocab_size, blocks, interpret):
+        assert (vocab_axis, vocab_size, interpret) == (None, VOCABULARY, True)
+        assert blocks.tokens == 4
+        calls.append(([x.shape for x in args[:5]], args[2] is args[3]))
+        out = chunked.sweep(
+            settings, *args, gradient=True, train_head=train_head,
+            shard=chunked.Shard(None, vocab_size), skip_below=0.0,
+        )  # fmt: skip
+        return out[:3]
+
+    rule = lambda chip, head_VD, tied, head: blocks_lib.Blocks(4, 0)  # noqa: E731
+    monkeypatch.setitem(kernels.SWEEPS, "pallas_tpu", kernels.Sweep(sweep, rule, 16))
+    hidden_s, hidden_t, head_s, head_t, tokens_T = _arrays(15, tokens=32)
+    head_s, head_t = jnp.asarray(head_s), jnp.asarray(head_s if shared else head_t)
+    weight_T = (np.arange(32) % 2 / 32).astype(np.float32)
+
+    def run(implementation, train_head):
+        def total(hidden, head):
+            other = head if shared else head_t
+            return losses.divergence(
+                hidden, hidden_t, head, other, tokens_T, weight_T, losses.Divergence("rkl"),
+                implementation=implementation, chunk=16, train_head=train_head,
+                kernel=losses.Kernel(interpret=True),
+            )  # fmt: skip
+
+        return jax.value_and_grad(total, (0, 1), has_aux=True)(jnp.asarray(hidden_s), head_s)
+
+    # one block of 4 a call; with the head's gradient 4 of them
+    for train_head, rows in ((False, 4), (True, 16)):
+        calls.clear()
+        got, want = run("pallas_tpu", train_head), run("chunked", train_head)
+        for mine, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            _close(mine, theirs, 1e-6) if np.any(theirs) else np.testing.assert_array_equal(mine, 0)
+        states, head = (rows, 16), (VOCABULARY, 16)
+        assert calls
+        assert all(call == ([states, states, head, head, (rows,)], shared) for call in calls)
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_the_filter_leaves_out_small_tiles(train_head):
+    """Tiles of 512 entries, the last of 76: by float64, block by block of 7 rows."""
+    tokens, vocabulary, below = 21, 1100, 0.01
+    hidden_s, hidden_t, head_s, head_t, tokens_T = _arrays(14, tokens, vocabulary)
+    # Large in other tiles for other rows, so that blocks differ in what they keep.
+    hidden_s[:7, 0], hidden_s[7:, 0], head_s[:, 0] = -3, 3, 0
+    head_s[512:1024, 0], head_s[1024:, 0] = 2, -2
+    hidden_t[:, 0], head_t[:, 0] = hidden_s[:, 0], head_s[:, 0]
+    arrays = (hidden_s, hidden_t, head_s, head_t, tokens_T)
+    settings, weight_T = losses.Divergence("jsd"), np.linspace(0.5, 1, tokens, dtype=np.float32)
+    z_s, z_t = oracle.logits(hidden_s, head_s), oracle.logits(hidden_t, head_t)
+    frozen = oracle.freeze(z_s, z_t, tokens_T, settings)
+    dz_TV = oracle.slope(z_s, z_t, tokens_T, settings, frozen)
+    left_out = np.zeros(dz_TV.shape, bool)
+    for block in (slice(0, 7), slice(7, 14), slice(14, 21)):
+        for tile in (slice(0, 512), slice(512, 1024), slice(1024, 1100)):
+            left_out[block, tile] = np.abs(dz_TV[block, tile]).max() < below
+    assert 0.2 < left_out.mean() < 0.8
+    assert left_out[:7].any(0).tolist() != left_out[7:].any(0).tolist()
+    kept_TV = np.where(left_out, 0, dz_TV) * weight_T[:, None]
+    share_T = (np.abs(dz_TV) * left_out).sum(axis=1) / np.abs(dz_TV).sum(axis=1)
+
+    def total(hidden, head):
+        return losses.divergence(
+            hidden, hidden_t, head, head_t, tokens_T, weight_T, settings, implementation="chunked",
+            chunk=8, train_head=train_head, skip_below=below,
+        )  # fmt: skip
+
+    grad = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+    (loss, stats), grads = grad(*(jnp.asarray(arrays[i]) for i in (0, 2)))
+    value_T = oracle.value(z_s, z_t, tokens_T, settings, frozen)
+    _close(loss, weight_T @ value_T, 2e-5)  # the value is not filtered
+    _close(stats.skipped_T, share_T, 2e-5)
+    _close(grads[0], kept_TV @ head_s, 2e-5)
+    _close(grads[1] + 1, (kept_TV.T @ hidden_s) * train_head + 1, 2e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 4])
@@ -461,8 +447,13 @@ def test_wrong_arguments_are_refused():
     def call(arrays=arrays, settings=CASES[0], weight_T=weight_T, **keywords):
         losses.divergence(*arrays, weight_T, settings, **{**good, **keywords})
 
-    with pytest.raises(ValueError, match=r"'pallas'.*dense, chunked"):
+    with pytest.raises(ValueError, match=r"'pallas'.*dense, chunked, pallas_tpu, pallas_gpu"):
         call(implementation="pallas")
+    for name in ("pallas_tpu", "pallas_gpu"):
+        with pytest.raises(ValueError, match=f"top_k is 5: implementation {name}.*take chunked"):
+            call(settings=CASES[1], implementation=name)
+    with pytest.raises(ValueError, match=r"skip_below is 0.1: implementation dense.*take chunked"):
+        call(implementation="dense", skip_below=0.1)
     with pytest.raises(ValueError, match="chunk is 0"):
         call(chunk=0)
     with pytest.raises(ValueError, match=r"top_k is 62: the vocabulary has 61"):
@@ -490,3 +481,34 @@ def test_wrong_arguments_are_refused():
         losses.log_probs(
             hidden, head, tokens, temperature=1.0, **{**good, "implementation": "pallas"}
         )
+
+
+FEW = losses.Divergence("jsd", top_k=5)
+
+
+@pytest.mark.parametrize(
+    "implementation, settings, skip_below, want",
+    [
+        ("dense", PLAIN, 0.0, ("dense", "dense", "dense")),
+        ("chunked", FEW, 0.1, ("chunked", "chunked", "chunked")),
+        ("auto", PLAIN, 0.0, ("chunked", "pallas_gpu", "pallas_tpu")),
+        ("auto", FEW, 0.0, ("chunked", "chunked", "chunked")),
+        ("auto", None, 0.0, ("chunked", "chunked", "chunked")),
+        ("auto", PLAIN, 0.1, ("chunked", "chunked", "chunked")),
+        ("pallas", PLAIN, 0.0, ("mesh is cpu, take chunked", "pallas_gpu", "pallas_tpu")),
+        ("pallas", FEW, 0.0, ("mesh is cpu", "no top_k, which is 5, take", "no top_k")),
+        ("pallas", PLAIN, 0.1, ("mesh is cpu", "skip_below is 0.1, take chunked", "no filter")),
+        ("pallas", None, 0.0, ("mesh is cpu", "no divergence", "no divergence")),
+        ("dense", PLAIN, 0.1, ("dense has no filter",) * 3),
+        ("fast", PLAIN, 0.0, ("'fast': the choices are auto, dense, chunked, pallas",) * 3),
+    ],
+)
+def test_what_runs_follows_from_the_mesh(implementation, settings, skip_below, want):
+    """By the platform of the mesh, whatever the host is; a refusal is one sentence."""
+    for platform, expected in zip(("cpu", "gpu", "tpu"), want, strict=True):
+        if expected in losses.IMPLEMENTATIONS:
+            got = losses.resolve(implementation, settings, platform, skip_below)
+            assert got == expected
+        else:
+            with pytest.raises(ValueError, match=expected):
+                losses.resolve(implementation, settings, platform, skip_below)

@@ -12,6 +12,7 @@ import pytest
 from copsd_jax import divergences, losses
 
 TOKENS, WIDTH, VOCABULARY, CHUNK = 21, 6, 23, 16  # chunked: 2 blocks of 11, padded to 16
+PORTABLE = ("dense", "chunked")
 NAMES = (("fkl", False), ("rkl", False), ("jsd", False), ("jsd", True))
 SETS = [(0, "teacher", False)] + [
     (4, whose, tail) for whose, tail in itertools.product(divergences.TOP_K_OF, (False, True))
@@ -132,7 +133,7 @@ THROUGH_THE_HEADS = [
 ]
 
 
-@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 @pytest.mark.parametrize("settings", THROUGH_THE_HEADS, ids=lambda s: s.divergence)
 def test_through_the_heads_in_float64(settings, implementation):
     arrays, z_s, z_t, frozen = _point(settings)
@@ -147,7 +148,7 @@ def test_through_the_heads_in_float64(settings, implementation):
     _near(grads[1], dz_TV.T @ arrays[0], 1e-10, "head")
 
 
-@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_sdpo_as_published(alpha, implementation):
     """Student's top k with tail, is_clip 2, rollout weights up to 2, micro-batches of one sequence,
@@ -314,7 +315,7 @@ def test_the_union_counts_an_id_once(tail):
         np.testing.assert_allclose(dz_TV, union[1], rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("implementation", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 def test_rows_of_weight_0_that_are_live(implementation):
     """A correct prefix: reported as ever, weight exactly 0, and no gradient of its own; rows that
     are neither live nor weighted may hold anything."""
@@ -342,8 +343,9 @@ def test_rows_of_weight_0_that_are_live(implementation):
     np.testing.assert_array_equal(grads[0][:9], 0)
     assert np.abs(grads[0][9:]).min(axis=1).all()
     assert float(loss) == float(plain)
-    for mine, theirs in zip(grads, plain_grads, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_array_equal(grads[0], plain_grads[0])
+    # live rows of weight 0 move the others to other blocks, whose sums add up in another order
+    _near(grads[1], plain_grads[1], 1e-14, "head")
     for leaf in (nothing[0][0], *nothing[1]):
         np.testing.assert_array_equal(leaf, 0)
     np.testing.assert_array_equal(nothing[0][1].value_T, stats.value_T)

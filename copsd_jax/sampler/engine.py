@@ -37,7 +37,6 @@ from copsd_jax import mesh, model
 from copsd_jax.kernels import attention
 from copsd_jax.sampler import truncate
 
-
 INSERTED = 64  # entries that are copied at a time; a cache has room for as many behind a prompt
 
 
@@ -181,8 +180,9 @@ class Packed(NamedTuple):
 
 
 def prefill(decoder: model.Decoder, weights: Weights, packed: Packed) -> model.Output:
-    """Runs packed prompts: hidden [R, T, D]; keys and values as in a cache, [layers, R, K, T + 64, H],
-    so that every block that begins in the row ends in it.
+    """Runs packed prompts: hidden [R, T, D], keys and values [layers, R, K, T + 64, H].
+
+    With the 64 entries more, every block that begins in the row ends in it.
 
     A prompt whose first 4 tokens stand in another's place, and one of its own:
       segments 1 1 1 1 2 2 3 3 3 0     parents -1 -1 -1 -1 1 1 -1 -1 -1 -1

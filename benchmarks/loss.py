@@ -1,0 +1,273 @@
+"""Time and memory of the divergence, forward and gradient, against its floor and other forms.
+
+    python benchmarks/loss.py --shape=smollm2 --tokens=512,2048 [--head] [--dtype=float32]
+
+The floor are the matmuls that no exact form can do without, alone, of the same size and in the same
+run: logits of both sides and the gradient to the hidden states, with --head the head's gradient.
+All forms take turns, so that what else the machine does falls on all of them; a line of JSON each:
+
+  chunked, dense, pallas   `losses.divergence` (pallas where the platform has kernels)
+  remat_chunked            blocks under jax.checkpoint, automatic differentiation: the usual way
+  liger, trl               the public torch losses, on a GPU and where they can be imported
+
+`seconds` is the least of the repetitions and `seconds_median` the median; `cpu_seconds` the least
+processor time of all threads. `temporary_bytes` is what the compiled program needs beyond arguments
+and results (torch: the peak beyond what was allocated before). `matmuls` are in units of 2 T D V.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+
+from copsd_jax import chunked, divergences, losses
+
+# Width and vocabulary of the output matrix.
+SHAPES = {
+    "smollm2": (576, 49152),
+    "qwen3-0.6b": (1024, 151936),
+    "qwen3-1.7b": (2048, 151936),
+    "qwen3-4b": (2560, 151936),
+    "qwen3-8b": (4096, 151936),
+}
+FORMS = ("floor", "chunked", "remat_chunked", "dense", "pallas", "liger", "trl")
+
+
+def arrays(tokens: int, width: int, vocabulary: int, live: float) -> tuple[np.ndarray, ...]:
+    """Hidden states of both sides, one head for both, tokens, weights; float32."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+    weight_T = (rng.random(tokens) < live).astype(np.float32) / tokens
+    head = draw(vocabulary, width) * np.float32(2 / width**0.5)
+    sampled_T = rng.integers(0, vocabulary, tokens).astype(np.int32)
+    return draw(tokens, width), draw(tokens, width), head, sampled_T, weight_T
+
+
+def matmuls(jaxpr: Any, trips: int, times: int = 1) -> int:
+    """FLOP of all matmuls in a jaxpr; `trips` of loops whose number only the data knows."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            inner = int(np.prod([eqn.invars[0].aval.shape[axis] for axis in contract]))
+            total += times * 2 * inner * eqn.outvars[0].aval.size
+        length = eqn.params.get("length", trips if eqn.primitive.name == "while" else 1)
+        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+            total += matmuls(sub, trips, times * length)
+    return total
+
+
+def floor(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head: bool) -> tuple:
+    """The matmuls alone, with results in the states' dtype."""
+    del tokens_T, weight_T
+    dot = lambda a, b, *axes: chunked.dot(a, b, *axes).astype(a.dtype)  # noqa: E731
+    dz_TV, teacher_TV = dot(hidden_s, head, 1, 1), dot(hidden_t, head, 1, 1)
+    grad_hidden_TD = dot(dz_TV, head, 1, 0)
+    return grad_hidden_TD, dot(dz_TV, hidden_s, 0, 0) if train_head else None, teacher_TV
+
+
+def ours(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, name, settings, chunk):
+    """Loss and gradient of `losses.divergence`."""
+
+    def loss(hidden_s, head_s):
+        shared = head if not train_head else jax.lax.stop_gradient(head)
+        return losses.divergence(
+            hidden_s, hidden_t, head_s if train_head else shared, shared, tokens_T, weight_T,
+            settings, implementation=name, chunk=chunk, train_head=train_head,
+        )  # fmt: skip
+
+    grad = jax.value_and_grad(loss, (0, 1) if train_head else 0, has_aux=True)
+    return grad(hidden_s, head)
+
+
+def remat(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, settings, chunk):
+    """Blocks whose logits are computed again in the backward pass."""
+
+    def loss(hidden_s, head_s):
+        fixed = jax.lax.stop_gradient(head)
+
+        @jax.checkpoint
+        def block(total, rows):
+            hidden_s, hidden_t, tokens_T, weight_T = rows
+            z_s, z_t = chunked.dot(hidden_s, head_s, 1, 1), chunked.dot(hidden_t, fixed, 1, 1)
+            value_T, _ = divergences.value(z_s, jax.lax.stop_gradient(z_t), tokens_T, settings)
+            return total + jnp.sum(value_T * weight_T), None
+
+        rows = (hidden_s, hidden_t, tokens_T, weight_T)
+        blocks = jax.tree.map(lambda x: x.reshape(-1, min(chunk, len(x)), *x.shape[1:]), rows)
+        return jax.lax.scan(block, jnp.zeros((), jnp.float32), blocks)[0]
+
+    return jax.value_and_grad(loss, (0, 1) if train_head else 0)(hidden_s, head)
+
+
+def jax_forms(args: argparse.Namespace, settings: losses.Divergence, platform: str) -> dict:
+    """{form: function of the arrays}."""
+    common = {"train_head": args.head, "settings": settings, "chunk": args.chunk}
+    forms: dict[str, Callable] = {"floor": functools.partial(floor, train_head=args.head)}
+    for name in ("chunked", "dense"):
+        forms[name] = functools.partial(ours, name=name, **common)
+    forms["remat_chunked"] = functools.partial(remat, **common)
+    if platform != "cpu":
+        name = losses.resolve("pallas", settings, platform)
+        forms["pallas"] = functools.partial(ours, name=name, **common)
+    return forms
+
+
+def torch_forms(args: argparse.Namespace, data: tuple) -> tuple[dict, dict]:
+    """{form: call without arguments}, {form: why it is left out}."""
+    try:
+        import torch
+    except ImportError as error:
+        return {}, dict.fromkeys(("liger", "trl"), str(error))
+    if not torch.cuda.is_available():
+        return {}, dict.fromkeys(("liger", "trl"), "torch sees no GPU")
+    if args.divergence != "jsd":
+        return {}, dict.fromkeys(("liger", "trl"), "only --divergence=jsd is in all of them")
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    hidden_s, hidden_t, head = (torch.tensor(x, device="cuda", dtype=dtype) for x in data[:3])
+    labels = torch.tensor(data[3], device="cuda", dtype=torch.int64)
+    hidden_s.requires_grad_(True)
+    head_s = head.clone().requires_grad_(True) if args.head else head
+
+    def graded(loss: Callable) -> Callable:
+        def call() -> None:
+            hidden_s.grad = head_s.grad = None
+            loss().backward()
+            torch.cuda.synchronize()
+
+        return call
+
+    forms, left_out = {}, {}
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=args.beta)
+        forms["liger"] = graded(lambda: liger(hidden_s, head_s, hidden_t, head, labels))
+    except (ImportError, TypeError) as error:
+        left_out["liger"] = str(error)
+    try:
+        from trl.experimental.gkd import GKDTrainer
+
+        plain = functools.partial(GKDTrainer.generalized_jsd_loss, beta=args.beta)
+        forms["trl"] = graded(
+            lambda: plain((hidden_s @ head_s.T)[None], (hidden_t @ head.T)[None], labels[None])
+        )
+    except ImportError as error:
+        left_out["trl"] = str(error)
+    return forms, left_out
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and processor seconds of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    jax.block_until_ready(call())
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def prepare(args: argparse.Namespace, tokens: int) -> tuple[dict, dict, dict]:
+    """Compiled calls, what is known of each before it runs, and why some are left out."""
+    width, vocabulary = SHAPES[args.shape]
+    device = jax.devices()[0]
+    settings = losses.Divergence(
+        args.divergence, beta=args.beta, clip_mode=args.clip_mode, temperature=1.1
+    )
+    data = arrays(tokens, width, vocabulary, args.live)
+    dtype = jnp.dtype(args.dtype)
+    placed = [jax.device_put(jnp.asarray(x, dtype), device) for x in data[:3]]
+    placed += [jax.device_put(x, device) for x in data[3:]]
+    forms = jax_forms(args, settings, device.platform)
+    calls, known = {}, {}
+    for name in [name for name in FORMS if name in forms and name in args.forms]:
+        traced = jax.jit(forms[name]).trace(*placed)
+        compiled = traced.lower().compile()
+        flop = matmuls(traced.jaxpr.jaxpr, -(-tokens // args.chunk))
+        memory = compiled.memory_analysis()
+        known[name] = {
+            "matmuls": None if name == "pallas" else flop / (2 * tokens * width * vocabulary),
+            "temporary_bytes": memory.temp_size_in_bytes,
+        }
+        calls[name] = functools.partial(compiled, *placed)
+    torches, left_out = {}, {}
+    if device.platform == "gpu":
+        torches, left_out = torch_forms(args, data)
+    for name in [name for name in torches if name in args.forms]:
+        calls[name], known[name] = torches[name], {"matmuls": None}
+    return calls, known, left_out
+
+
+def torch_peak(call: Callable) -> int:
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(args: argparse.Namespace, tokens: int) -> None:
+    calls, known, left_out = prepare(args, tokens)
+    times: dict[str, list] = {name: [] for name in calls}
+    for name, call in calls.items():
+        timed(call)
+        if name in ("liger", "trl"):
+            known[name]["temporary_bytes"] = torch_peak(call)
+    for _ in range(args.repetitions):
+        for name, call in calls.items():
+            times[name].append(timed(call))
+    common = {
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "shape": args.shape,
+        "tokens": tokens, "dtype": args.dtype, "head": args.head, "live": args.live,
+        "divergence": args.divergence, "clip_mode": args.clip_mode, "chunk": args.chunk,
+    }  # fmt: skip
+    least = {name: min(wall for wall, _ in pairs) for name, pairs in times.items()}
+    for name, pairs in times.items():
+        line = common | {
+            "form": name,
+            "seconds": least[name],
+            "seconds_median": statistics.median(wall for wall, _ in pairs),
+            "cpu_seconds": min(cpu for _, cpu in pairs),
+            "floor_fraction": least["floor"] / least[name] if "floor" in least else None,
+            **known[name],
+        }
+        print(json.dumps(line), flush=True)
+    for name, reason in left_out.items():
+        print(json.dumps(common | {"form": name, "skipped": reason}), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    platform = jax.devices()[0].platform
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--tokens", default="512,2048")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"),
+        default="float32" if platform == "cpu" else "bfloat16",
+    )  # fmt: skip
+    parser.add_argument("--head", action="store_true", help="the student's head trains as well")
+    parser.add_argument("--divergence", choices=("fkl", "rkl", "jsd"), default="jsd")
+    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--clip_mode", choices=divergences.CLIP_MODES, default="none")
+    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--live", type=float, default=1.0, help="share of rows with a weight")
+    parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--repetitions", type=int, default=5)
+    args = parser.parse_args()
+    args.forms = args.forms.split(",")
+    for tokens in map(int, args.tokens.split(",")):
+        measure(args, tokens)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

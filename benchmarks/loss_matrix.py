@@ -1,0 +1,55 @@
+"""The full product of the divergence's settings against float64, as a table of the largest errors.
+
+    python benchmarks/loss_matrix.py [--implementations=dense,chunked] > loss_matrix.txt
+
+What `tests/test_loss_matrix.py` does for all pairs of settings. Kernels run in interpret mode.
+"""
+
+import argparse
+import collections
+import pathlib
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import conftest  # noqa: E402, F401  the strict switches of the tests
+import jax  # noqa: E402
+import loss_cases  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--implementations", default=",".join(loss_cases.IMPLEMENTATIONS))
+    wanted = parser.parse_args().implementations.split(",")
+    started = time.time()
+    worst: dict = collections.defaultdict(lambda: collections.defaultdict(lambda: (0.0, "")))
+    counts, failures = collections.Counter(), []
+    for case in (case for name in wanted for case in loss_cases.product(name)):
+        kind = case["implementation"], case["dtype"]
+        found = loss_cases.errors(case)
+        counts[kind] += 1
+        for name, error in found.items():
+            worst[kind][name] = max(worst[kind][name], (error, str(case)))
+        if max(found.values()) > loss_cases.TOLERANCE[case["dtype"]]:
+            failures.append((str(case), max(found.values())))
+        if sum(counts.values()) % 200 == 0:
+            print(sum(counts.values()), len(failures), file=sys.stderr, flush=True)
+            jax.clear_caches()  # programs that will not come again fill the memory
+    factors = {name: len(values) for name, values in loss_cases.FACTORS.items()}
+    print(f"factors and their values: {factors}; what losses refuses is left out")
+    print(f"jax {jax.__version__}, {time.time() - started:.0f} s, errors in units of an array's")
+    print("largest magnitude (loss: of the sum of |weight x value|)")
+    for kind, count in counts.items():
+        print(f"\n{' '.join(kind)}: {count} cases, tolerance {loss_cases.TOLERANCE[kind[1]]:g}")
+        for name, (error, case) in worst[kind].items():
+            print(f"  {name:<16} {error:.1e}  {case}")
+    print(f"\n{sum(counts.values())} cases, {len(failures)} above their tolerance")
+    for case, error in failures:
+        print(f"  {error:.1e}  {case}")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Times block sizes of the divergence kernels on this machine's device and keeps the fastest.
+
+    python benchmarks/tune_loss.py --width=2048 --vocabulary=151936 [--head] [--dtype=float32]
+
+Starts from the rule of `copsd_jax/kernels/blocks.py` and changes one size at a time, as long as
+that is faster and a block's temporaries stay below --memory bytes. Prints a line of JSON for each
+candidate and writes the best into the table that the rule reads first (--table; one entry for each
+device kind, width, vocabulary, dtype and --head).
+
+--vocabulary is what one device holds: a part of the head where the mesh's axis tensor splits it.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from copsd_jax import divergences
+from copsd_jax.kernels import blocks, divergence_gpu, divergence_tpu
+
+CHOICES = {
+    "tpu": {
+        "tokens": (512, 1024, 1536, 2048, 3072, 4096),
+        "vocab": (256, 512, 1024, 2048),
+        "rows": (128, 256, 512),
+    },
+    "gpu": {
+        "tokens": (256, 512, 1024, 2048, 4096),
+        "vocab": (1024, 2048, 4096, 8192),
+        "warps": (4, 8, 16),
+    },
+}
+
+
+def neighbours(sizes: blocks.Blocks, choices: dict[str, tuple[int, ...]]) -> list[blocks.Blocks]:
+    """Each size one step up and one step down."""
+    found = []
+    for name, values in choices.items():
+        now = getattr(sizes, name)
+        below, above = [x for x in values if x < now], [x for x in values if x > now]
+        found += [dataclasses.replace(sizes, **{name: x}) for x in below[-1:] + above[:1]]
+    return [x for x in found if x.tokens % min(x.rows, x.tokens) == 0]
+
+
+def inputs(args: argparse.Namespace) -> tuple:
+    """Both sides' states, the head, tokens and weights."""
+    rng = np.random.default_rng(0)
+    shapes = [(args.tokens, args.width)] * 2 + [(args.vocabulary, args.width)]
+    arrays = [jnp.asarray(rng.standard_normal(x, np.float32), args.dtype) for x in shapes]
+    ids = rng.integers(0, args.vocabulary, args.tokens).astype(np.int32)
+    return (*arrays, jnp.asarray(ids), jnp.full((args.tokens,), 1 / args.tokens, jnp.float32))
+
+
+def seconds(args: argparse.Namespace, module: Any, sizes: blocks.Blocks, arrays: tuple) -> float:
+    """The median of the repetitions; infinity where it does not compile or fit."""
+    settings = divergences.Divergence(args.divergence, clip_mode=args.clip_mode)
+
+    @jax.jit
+    def run(hidden_s, hidden_t, head, tokens, weight):
+        return module.sweep(
+            settings, hidden_s, hidden_t, head, None, tokens, weight, None, None,
+            train_head=args.head, blocks=sizes, interpret=args.interpret,
+        )  # fmt: skip
+
+    times = []
+    try:
+        for _ in range(args.repetitions + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arrays))
+            times.append(time.perf_counter() - start)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # too much memory, as a rule
+        print(json.dumps({"sizes": dataclasses.asdict(sizes), "error": str(error)[:200]}))
+        return float("inf")
+    return statistics.median(times[1:])
+
+
+def search(start: blocks.Blocks, choices: dict[str, tuple[int, ...]], measure: Any) -> tuple:
+    """Goes to the fastest neighbour until none is faster; (sizes, seconds)."""
+    known = {start: measure(start)}
+    best = start
+    while True:
+        for sizes in neighbours(best, choices):
+            if sizes not in known:
+                known[sizes] = measure(sizes)
+        fastest = min(known, key=lambda sizes: known[sizes])
+        if fastest == best:
+            return best, known[best]
+        best = fastest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--vocabulary", type=int, required=True)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--head", action="store_true", help="the student's head trains as well")
+    parser.add_argument("--divergence", choices=("fkl", "rkl", "jsd", "sampled"), default="jsd")
+    parser.add_argument("--clip_mode", choices=divergences.CLIP_MODES, default="none")
+    parser.add_argument("--memory", type=float, default=2e9, help="bytes of a block's temporaries")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--table", type=pathlib.Path, default=blocks.TABLE)
+    parser.add_argument(
+        "--interpret", choices=("tpu", "gpu"), default="",
+        help="try this program out without such a device; its times mean nothing",
+    )  # fmt: skip
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    platform = args.interpret or device.platform
+    if platform not in CHOICES:
+        parser.error(f"the device is {device.platform}: the kernels run on tpu and gpu")
+    module: Any = {"tpu": divergence_tpu, "gpu": divergence_gpu}[platform]
+    rule = functools.partial(blocks.tpu, tied=True) if platform == "tpu" else blocks.gpu
+    shape = device.device_kind, args.width, args.vocabulary, jnp.dtype(args.dtype)
+    arrays = inputs(args)
+
+    most = args.memory / (args.vocabulary * blocks.entry_bytes(platform, args.dtype))
+
+    def measure(sizes: blocks.Blocks) -> float:
+        if sizes.tokens > most:
+            return float("inf")
+        took = seconds(args, module, sizes, arrays)
+        print(json.dumps({"sizes": dataclasses.asdict(sizes), "seconds": took}), flush=True)
+        return took
+
+    fits = [x for x in CHOICES[platform]["tokens"] if x <= most]
+    if not fits:
+        parser.error(f"--memory is {args.memory:.3g}: {most:.0f} tokens of a block fit, too few")
+    start = rule(*shape, train_head=args.head)
+    start = dataclasses.replace(start, tokens=min(start.tokens, fits[-1]))
+    best, took = search(start, CHOICES[platform], measure)
+    if took == float("inf"):
+        parser.error("no candidate ran: the lines above say why")
+    table = json.loads(args.table.read_text(encoding="utf-8")) if args.table.is_file() else {}
+    name = blocks.key(*shape, args.head)
+    table[name] = dataclasses.asdict(best)
+    args.table.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"{name}: {best}, {took:.4g} s, written to {args.table}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

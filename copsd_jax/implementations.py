@@ -1,0 +1,58 @@
+"""Which spelling of the divergence and of decode attention a run has, by the platform of its mesh.
+
+The platform is that of the mesh's devices, whatever the host's default backend is.
+"""
+
+from copsd_jax import config as config_lib
+from copsd_jax import losses
+from copsd_jax.kernels import attention as attention_lib
+
+
+def divergence(c: config_lib.Config) -> losses.Divergence | None:
+    """The settings of the divergence; None for a method without one."""
+    if c.method != "distill" or c.policy.weight >= 1:
+        return None
+    return losses.Divergence(
+        divergence=c.loss.divergence,
+        beta=c.loss.beta,
+        normalize_beta=c.loss.normalize_beta,
+        temperature=c.loss.temperature,
+        top_k=c.loss.top_k,
+        top_k_of=c.loss.top_k_of,
+        tail=c.loss.tail,
+        clip_mode=c.loss.clip_mode,
+        clip=c.loss.clip,
+        rollout_clip=c.loss.rollout_clip,
+        sampling_temperature=c.rollout.temperature or 1.0,  # as a greedy sampler reports it
+    )
+
+
+def loss(c: config_lib.Config, platform: str) -> str:
+    """Of losses.IMPLEMENTATIONS.
+
+    Raises:
+      ValueError: for one that cannot run there, naming the setting.
+    """
+    try:
+        return losses.resolve(
+            c.loss.implementation, divergence(c), platform, c.loss.skip_below
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"loss.{error}") from error
+
+
+def attention(c: config_lib.Config, platform: str) -> str:
+    """Of kernels.attention.IMPLEMENTATIONS, for decoding.
+
+    Raises:
+      ValueError: for kernels on a CPU.
+    """
+    name = c.sampler.attention
+    if name == "auto":
+        return attention_lib.PLATFORMS[platform]
+    if name == "pallas" and platform == "cpu":
+        raise ValueError(
+            "sampler.attention is 'pallas': its kernels are for gpu and tpu and the mesh is cpu, "
+            "take auto or blocks"
+        )
+    return f"pallas_{platform}" if name == "pallas" else name

@@ -1,0 +1,248 @@
+"""Block sizes of the divergence kernels: a rule by shape and chip, and a table of measured ones.
+
+`benchmarks/tune_loss.py` times candidates on the chip at hand and writes the table; where it has
+the shape, the rule reads it. A block's memory is what bounds it:
+
+  TPU: VMEM holds the hidden states of both sides (pass 1) or the float32 gradient (pass 3) of a
+    block of tokens, HBM what is kept of its entries; each pass reads the head once per block, so
+    the more tokens the better.
+  GPU: HBM holds both sides' float32 logits and the bfloat16 dz of a block, 10 bytes an entry.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from copsd_jax import divergences
+from copsd_jax.kernels import rows as rows_lib
+
+TABLE = pathlib.Path(__file__).with_name("tuned.json")
+MIB = 2**20
+LANES = 128  # of a TPU's registers: token counts and tile widths are multiples
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of a sweep.
+
+    Attributes:
+      tokens: of a block, whose temporaries exist once whatever the number of tokens; TPU: a
+        multiple of `rows`.
+      vocab: width of a vocabulary tile; TPU: a multiple of 128, GPU: a power of two.
+      rows: of a block that one program works on; TPU: a multiple of 128, GPU: unused.
+      warps: of a GPU program; TPU: unused.
+    """
+
+    tokens: int
+    vocab: int
+    rows: int = 256
+    warps: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Of one device: bfloat16 FLOP/s, HBM bytes/s and bytes, VMEM bytes (0 for a GPU)."""
+
+    flops: float
+    bandwidth: float
+    memory: float
+    vmem: int
+
+
+# Device kinds as JAX names them. Makers' data sheets; VMEM from jax.experimental.pallas.tpu.
+CHIPS = {
+    "TPU v5 lite": Chip(197e12, 819e9, 16e9, 128 * MIB),
+    "TPU v5": Chip(459e12, 2765e9, 95e9, 64 * MIB),
+    "TPU v6 lite": Chip(918e12, 1640e9, 32e9, 128 * MIB),
+    "TPU7x": Chip(1155e12, 3700e9, 96e9, 64 * MIB),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 80e9, 0),
+    "NVIDIA H200": Chip(989e12, 4800e9, 141e9, 0),
+}
+SMALLEST = Chip(0, 0, 16e9, 64 * MIB)  # in each respect, for a device that is not among them
+SPARE_VMEM = 14 * MIB  # registers that spill, and what the compiler adds
+KEPT = 1 / 8  # of a TPU's memory, for what is kept of a block's entries
+GPU_BYTES = 0.8e9  # of a block's logits and dz
+
+
+def tpu(
+    kind: str, width: int, vocabulary: int, dtype: jnp.dtype, *, tied: bool, train_head: bool
+) -> Blocks:
+    """The sizes for one shard.
+
+    Args:
+      kind: `device_kind` of the mesh's devices; an unknown one gets the smallest VMEM's.
+      width: D.
+      vocabulary: rows of the shard's head.
+      tied: whether both sides have one head.
+    """
+    found = tuned(kind, width, vocabulary, dtype, train_head)
+    if found:
+        return found
+    chip = CHIPS.get(kind, SMALLEST)
+    budget = chip.vmem - SPARE_VMEM
+    most = KEPT * chip.memory / (vocabulary * kept_bytes(dtype))
+    for tile in (1024, 512, 256, 128):  # the smallest, if nothing fits, comes last
+        for tokens in (4096, 2048, 1536, 1024, 512, 256, 128):
+            sizes = Blocks(tokens, tile, min(256, tokens))
+            need = vmem(sizes, width, dtype, tied=tied, train_head=train_head)
+            # Tiles may shrink, but not below what the matrix unit needs, before tokens do.
+            if need <= budget and tokens <= most and (tokens >= 1024 or tile <= 256):
+                return sizes
+    raise ValueError(
+        f"the width is {width}: no block of 128 tokens and 128 entries fits into {budget} bytes "
+        "of VMEM; use loss.implementation=chunked"
+    )
+
+
+def vmem(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train_head: bool) -> int:
+    """Bytes of VMEM that the hungriest pass holds; windows that move are held twice."""
+    item = jnp.dtype(dtype).itemsize
+    tile, block = sizes.vocab * width, sizes.tokens * width
+    entries = sizes.rows * sizes.vocab
+    stored = 2 * entries * kept_bytes(dtype)
+    first = 2 * block * item + 2 * tile * item * (1 if tied else 2) + 2 * entries * 4 + stored
+    third = block * 4 + 2 * tile * item + stored + entries * item
+    third += sizes.rows * width * 4  # of the product before it is added
+    if train_head:
+        third += block * item + 5 * tile * 4
+    return max(first, third)
+
+
+def gpu(
+    kind: str, width: int, vocabulary: int, dtype: jnp.dtype, *, train_head: bool = False
+) -> Blocks:
+    """As `tpu`: the longest block of whole 128 tokens in GPU_BYTES, at least 256."""
+    found = tuned(kind, width, vocabulary, dtype, train_head)
+    if found:
+        return found
+    tokens = int(GPU_BYTES / (vocabulary * entry_bytes("gpu", dtype))) // LANES * LANES
+    return Blocks(min(max(tokens, 256), 4096), 4096)
+
+
+def kept_bytes(dtype: jnp.dtype) -> int:
+    """What a TPU keeps of an entry: two float32, or both rounded into 32 bits."""
+    return 8 if jnp.dtype(dtype) == jnp.float32 else 4
+
+
+def entry_bytes(platform: str, dtype: jnp.dtype) -> int:
+    """Temporary memory of a block for each of its entries; a GPU holds logits and dz."""
+    return kept_bytes(dtype) if platform == "tpu" else 8 + jnp.dtype(dtype).itemsize
+
+
+def fit(sizes: Blocks, tokens: int) -> Blocks:
+    """TPU sizes with blocks evenly filled, and no longer than the tokens need."""
+    unit = min(sizes.rows, even(tokens, tokens, LANES))
+    return dataclasses.replace(sizes, rows=unit, tokens=even(tokens, sizes.tokens, unit))
+
+
+def even(tokens: int, most: int, unit: int) -> int:
+    """Rows of a block: as few blocks as `most` allows, evenly filled, in whole units.
+
+    5000 tokens, most 4096, unit 256 -> 2 blocks of 2560.
+    """
+    blocks = max(1, -(-tokens // most))
+    return -(-max(tokens, 1) // (blocks * unit)) * unit
+
+
+def key(kind: str, width: int, vocabulary: int, dtype: jnp.dtype, train_head: bool) -> str:
+    """Of an entry of the table."""
+    head = "head" if train_head else "hidden"
+    return f"{kind}, D {width}, V {vocabulary}, {jnp.dtype(dtype).name}, {head}"
+
+
+def tuned(
+    kind: str, width: int, vocabulary: int, dtype: jnp.dtype, train_head: bool
+) -> Blocks | None:
+    """The table's entry, None where it has none."""
+    entry = _table(TABLE).get(key(kind, width, vocabulary, dtype, train_head))
+    return Blocks(**entry) if entry else None
+
+
+@functools.cache
+def _table(path: pathlib.Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+# --- cost --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs of matmuls, bytes between HBM and VMEM, and exponentials or logarithms."""
+
+    flops: int
+    bytes: int
+    transcendentals: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Cost(*(a + b for a, b in pairs))
+
+    def estimate(self) -> pl.CostEstimate:
+        return pl.CostEstimate(
+            flops=self.flops,
+            bytes_accessed=self.bytes,
+            transcendentals=self.transcendentals,
+        )
+
+
+def tpu_cost(
+    settings: divergences.Divergence,
+    blocks: Blocks,
+    tokens: int,
+    width: int,
+    vocabulary: int,
+    dtype: jnp.dtype,
+    *,
+    tied: bool = True,
+    train_head: bool = False,
+) -> Cost:
+    """Of a sweep on one device: what every grid step moves that the step before did not hold."""
+    blocks = fit(blocks, tokens)
+    fused = rows_lib.fused(settings, train_head)
+    block = logits_cost(blocks, width, vocabulary, dtype, 1 if tied else 2)
+    block += gradient_cost(blocks, width, vocabulary, dtype, fused, train_head)
+    if rows_lib.two_passes(settings, train_head):
+        block += sums_cost(blocks, vocabulary, kept_bytes(dtype))
+    times = -(-tokens // blocks.tokens)
+    return Cost(*(times * x for x in dataclasses.astuple(block)))
+
+
+def _entries(blocks: Blocks, size: int) -> tuple[int, int]:
+    """Entries of a block with those of a cut tile, and bytes of 8 numbers a row and tile."""
+    tiles = -(-size // blocks.vocab)
+    return tiles * blocks.vocab * blocks.tokens, tiles * rows_lib.ROW_STATS * blocks.tokens * 4
+
+
+def logits_cost(blocks: Blocks, width: int, size: int, dtype: jnp.dtype, heads: int) -> Cost:
+    entries, numbers = _entries(blocks, size)
+    item = jnp.dtype(dtype).itemsize
+    moved = 2 * blocks.tokens * width * item + heads * _head(blocks, width, size) * item
+    moved += entries * kept_bytes(dtype) + numbers
+    return Cost(4 * entries * width, moved, 3 * entries)
+
+
+def sums_cost(blocks: Blocks, size: int, entry: int) -> Cost:
+    entries, numbers = _entries(blocks, size)
+    return Cost(0, entries * entry + 2 * numbers, 2 * entries)
+
+
+def gradient_cost(
+    blocks: Blocks, width: int, size: int, dtype: jnp.dtype, fused: bool, train_head: bool
+) -> Cost:
+    entries, numbers = _entries(blocks, size)
+    item, head = jnp.dtype(dtype).itemsize, _head(blocks, width, size)
+    moved = entries * kept_bytes(dtype) + (1 + fused) * numbers + head * item
+    moved += blocks.tokens * width * 4
+    if train_head:
+        moved += blocks.tokens * width * item + 2 * head * 4
+    return Cost((4 if train_head else 2) * entries * width, moved, 2 * entries)
+
+
+def _head(blocks: Blocks, width: int, size: int) -> int:
+    """Numbers in all tiles of the head; the part of the last one past the end counts too."""
+    return -(-size // blocks.vocab) * blocks.vocab * width
