@@ -272,8 +272,8 @@ def test_each_prompt_has_settings_of_its_own():
     pieces, valid = letters(), np.arange(300) < 20
     kinds = [
         jobs.Sampling(6, temperature=0.0),
-        jobs.Sampling(25, temperature=1.3, top_k=9, stop=("a",)),
-        jobs.Sampling(25, top_p=0.6, stop=("bb", "c"), stop_ids=(4,)),
+        jobs.Sampling(25, temperature=1.3, top_k=9, stop=("a",), stop_ids=tuple(range(2, 6))),
+        jobs.Sampling(25, top_p=0.9, stop=("bb", "c"), stop_ids=tuple(range(12, 19))),
     ]
     prompts = [(i, 3) for i in range(12)]
     options = {"shared": False, "valid_V": valid, "token_bytes": pieces, "slots": 4}
@@ -283,6 +283,8 @@ def test_each_prompt_has_settings_of_its_own():
         want = generate(kind, prompts, **options)
         same(got[number::3], want[number::3])
     assert {c.finish for c in got} == {"stop", "length"}
+    for number in (1, 2):
+        assert {c.ids[-1] for c in got[number::3]} & set(kinds[number].stop_ids)
 
 
 @pytest.mark.parametrize("cache, gap", [(jnp.bfloat16, 1e-2), (jnp.int8, 3e-2)])
