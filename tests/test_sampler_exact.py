@@ -17,7 +17,7 @@ from copsd_jax import hf, hub, mesh, model
 from copsd_jax.sampler import engine, host, jobs, truncate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-NEAR = 1e-4
+NEAR, F32 = 1e-4, jnp.float32
 TINY = model.SHAPES["tiny"]
 CONFIGS = {
     "tiny qwen3": (TINY, 160, 70),  # texts, tokens of each
@@ -140,19 +140,25 @@ def test_sampled_text_is_the_same_however_it_is_served(name):
             np.testing.assert_allclose(a.logps[:first], b.logps[:first], atol=1e-4)
     print(f"{name}: {differ} of {tokens} tokens differ")
     assert differ * 10_000 <= tokens
-    one = [(0.8, 100, 0.95, 0.01)]
     score = jax.jit(truncate.log_probs, static_argnums=2)
     valid = jnp.arange(CONFIGS[name][0].vocab_size) < CONFIGS[name][0].vocab_size - 1
+    edge = 0
     for c, logits in zip(want, predicting(name, want), strict=True):
-        dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
-        rows = truncate.Rows(*(jnp.full(len(logits), x, d)
-                               for x, d in zip(one[0], dtypes, strict=True)))  # fmt: skip
-        tempered, cut = score(logits, rows, truncate.form(one), valid)
         at = np.arange(len(c.ids)), np.array(c.ids)
-        np.testing.assert_allclose(c.logps, np.asarray(tempered)[at], atol=1e-4)
-        kept = np.isfinite(np.asarray(cut)[at])  # at the edge of a truncation rounding decides
-        assert kept.mean() > 0.9999
-        np.testing.assert_allclose(c.logps_truncated[kept], np.asarray(cut)[at][kept], atol=2e-4)
+        gaps = []
+        for top_p in (0.95, 0.95 - NEAR, 0.95 + NEAR):
+            one = (0.8, 100, top_p, 0.01)
+            dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+            rows = truncate.Rows(*(jnp.full(len(logits), x, d)
+                                   for x, d in zip(one, dtypes, strict=True)))  # fmt: skip
+            tempered, cut = score(logits, rows, truncate.form([one]), valid)
+            np.testing.assert_allclose(c.logps, np.asarray(tempered)[at], atol=1e-4)
+            gaps.append(np.abs(c.logps_truncated - np.asarray(cut)[at]))
+        # Where the mass passes 0.95 within rounding, one token more or less is kept.
+        assert (np.min(gaps, axis=0) <= 2e-4).all()
+        edge += int((gaps[0] > 2e-4).sum())
+    print(f"{name}: {edge} of {tokens} tokens at the edge of a truncation")
+    assert edge <= 0.005 * tokens
 
 
 def test_a_bfloat16_cache_agrees():
@@ -169,17 +175,17 @@ def test_a_bfloat16_cache_agrees():
 
 
 def test_50_000_samples_have_the_truncated_distribution():
-    """Second tokens of one text, drawn by the whole engine, against the exact distribution."""
-    name, count = "tiny qwen3", 50_000
-    config, decoder = CONFIGS[name][0], model.Decoder(CONFIGS[name][0], jnp.float32)
+    """Samples of one prompt, by the whole engine, against the exact distribution."""
+    count, config = 50_000, TINY
+    decoder, tree = model.Decoder(config, jnp.float32), model.init(config, jax.random.key(0), F32)
     sampling = jobs.Sampling(1, temperature=1.3, top_k=60, top_p=0.9, min_p=0.02)
     keys = jobs.stream_keys(3, "rollout", 0, ["row"] * count, range(count))
     out = host.generate(
-        decoder, weights(name), [(5, 6, 7)] * count, sampling, keys=keys,
+        decoder, tree, [(5, 6, 7)] * count, sampling, keys=keys,
         settings=jobs.Settings(slots=2_000, steps=1),
     ).completions  # fmt: skip
     whole = np.array([[5, 6, 7]], np.int32)
-    logits = np.asarray(_forward(config)(weights(name), whole, np.array([3]))[0, -1], np.float64)
+    logits = np.asarray(_forward(config)(tree, whole, np.array([3]))[0, -1], np.float64)
     x = logits / 1.3
     kept = np.argsort(-x, kind="stable")[:60]
     p = np.exp(x[kept] - x[kept].max())
