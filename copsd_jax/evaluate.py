@@ -12,12 +12,14 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
 from copsd_jax import (
     checkpoint,
@@ -48,10 +50,11 @@ def evaluate(
 
     Args:
       partial: a file that keeps each completion as soon as there is one, see `_sampled`. An
-        evaluation that was stopped goes on from it; it is removed at the end.
+        evaluation that was stopped goes on from it; who keeps the result removes it.
 
     Raises:
       ValueError: if `partial` was written by another evaluation.
+      RuntimeError: for `partial` with several processes.
     """
     plan, n = r.plan, r.plan.config.eval.samples
     asked = [
@@ -84,8 +87,6 @@ def evaluate(
          "problem": row.problem, "samples": given}
         for row, given in zip(rows, samples, strict=True)
     ]  # fmt: skip
-    if partial is not None:
-        partial.unlink()
     return {"scores": _scores(r, records), "problems": records}
 
 
@@ -103,7 +104,9 @@ def _sampled(r: run.Run, policy, asked, ids, keys, progress, partial) -> list[_S
       {"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}
     A last line without an end was being written when the evaluation was stopped: it is dropped.
     """
-    said = _kept(partial, _what(r, asked)) if partial is not None else {}
+    if partial is not None and jax.process_count() > 1:
+        raise RuntimeError("an evaluation is kept on disk by one process, not by several")
+    said = _kept(partial, _what(r, asked, policy), ids) if partial is not None else {}
     todo = [i for i in range(len(asked)) if i not in said]
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(partial.open("a", encoding="utf-8")) if partial else None
@@ -121,14 +124,14 @@ def _sampled(r: run.Run, policy, asked, ids, keys, progress, partial) -> list[_S
                 progress(stats._replace(done=stats.done + len(asked) - len(todo)))
 
         run.sample(
-            r, policy, [asked[i] for i in todo], "eval", keys[np.array(todo, int)],
+            r, policy, [asked[i] for i in todo], "eval", keys[todo],
             progress=further, done=done,
         )  # fmt: skip
     return [said[i] for i in range(len(asked))]
 
 
-def _what(r: run.Run, asked: Sequence[prompts.Prompt]) -> dict[str, Any]:
-    """What decides the completions, besides the weights: those of a step in its own directory."""
+def _what(r: run.Run, asked: Sequence[prompts.Prompt], policy) -> dict[str, Any]:
+    """What decides the completions."""
     c = r.plan.config
     digest = hashlib.sha256()
     for prompt in asked:
@@ -138,6 +141,7 @@ def _what(r: run.Run, asked: Sequence[prompts.Prompt]) -> dict[str, Any]:
     return {
         "prompts": len(asked),
         "sha256": digest.hexdigest(),
+        "policy": fingerprint(policy.params if policy.adapter is None else policy.adapter),
         "seed": c.seed,
         "stop": list(c.rollout.stop),
         **{f"eval.{name}": c.eval[name] for name in names},
@@ -145,22 +149,51 @@ def _what(r: run.Run, asked: Sequence[prompts.Prompt]) -> dict[str, Any]:
     }
 
 
-def _kept(partial: pathlib.Path, what: dict[str, Any]) -> dict[int, _Said]:
-    """Completions of a stopped evaluation, of which half a line is cut off; a new file else."""
-    if not partial.is_file():
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(what) + "\n", encoding="utf-8")
-        return {}
-    text = partial.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    head, *lines = whole.splitlines() or ["{}"]
-    if json.loads(head) != what:
+def fingerprint(tree: Any) -> list[int]:
+    """Two sums over the bits of all numbers, exact, so the same on any mesh."""
+    return [int(x) for x in jax.device_get(_sums(tree))]
+
+
+@jax.jit
+def _sums(tree: Any) -> tuple[jax.Array, jax.Array]:
+    plain = placed = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(tree):
+        width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
+        bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+        place = jnp.ones(bits.shape, jnp.uint32)
+        for axis in range(bits.ndim):  # odd factors: no number's bits are lost in the product
+            index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            place = place * jnp.uint32(2654435761) + index * jnp.uint32(2)
+        plain = plain * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
+        placed = placed * jnp.uint32(31) + jnp.sum(bits * place, dtype=jnp.uint32)
+    return plain, placed
+
+
+def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> dict[int, _Said]:
+    """Completions of a stopped evaluation, of which half a line is cut off; a new file else.
+
+    Those of another policy (a step that was trained again to other numbers) are thrown away, and
+    said to be.
+    """
+    whole = ""
+    if partial.is_file():
+        data = partial.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1].decode()
+    head, *lines = (json.loads(line) for line in whole.split("\n") if line) if whole else [{}]
+    if head and {**head, "policy": None} != {**what, "policy": None}:
         raise ValueError(
             f"{partial} was written by an evaluation of other prompts or settings: remove it"
         )
-    partial.write_text(whole, encoding="utf-8")
-    found = [json.loads(line) for line in lines]
-    return {line["index"]: _Said(line["ids"], line["finish"]) for line in found}
+    if not head or head["policy"] != what["policy"]:
+        if lines:
+            print(f"{partial} has completions of another policy: they are drawn again", flush=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(what) + "\n", encoding="utf-8")
+        return {}
+    os.truncate(partial, len(whole.encode()))
+    if any(ids[line["index"]] != line["id"] for line in lines):
+        raise ValueError(f"{partial} has completions of other problems: remove it")
+    return {line["index"]: _Said(line["ids"], line["finish"]) for line in lines}
 
 
 def groups(records: Sequence[dict]) -> dict[str, list[dict]]:
@@ -337,6 +370,7 @@ def main(argv: list[str]) -> int:
                     )
                 results[step] = {"step": step, **result}
                 workdir.write_json(file, results[step])
+                workdir.partial(file).unlink(missing_ok=True)
     print(overview(results))
     if 0 in results and len(results) > 1:
         last = max(results)

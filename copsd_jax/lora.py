@@ -69,8 +69,8 @@ class Projection(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("params", "scale"):
-            factor = self.get_variable("params", "scale").astype(self.dtype)
-            y = y * factor.reshape((1,) * (y.ndim - 1) + (-1,))
+            factor = self.get_variable("params", "scale").reshape((1,) * (y.ndim - 1) + (-1,))
+            y = (y.astype(jnp.float32) * factor).astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -115,7 +115,7 @@ def load(
         Run(
             plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
             weights.HandOver(
-                plan.mesh, merge=config.sampler.merge, int8=config.sampler.int8,
+                plan.mesh, frozen, merge=config.sampler.merge, int8=config.sampler.int8,
                 gather=config.sampler.gather,
             ),
             _served(plan, folder),
@@ -426,6 +426,7 @@ def warmup(run: Run, state: train_step.State) -> list[str]:
                 ),
                 adapter=adapter, adapter_scale=run.plan.adapter_scale,
                 valid_V=run.plan.valid_V, token_bytes=run.plan.token_bytes, limits=None,
+                longest=run.lengths[section] - sampling(run, section).max_tokens,
             )  # fmt: skip
             lines += [
                 f"  {section:<8} {program.name:<24} {program.seconds:6.1f} s, "

@@ -197,6 +197,7 @@ def _evaluation(r: run.Run, state, step: int, directory: pathlib.Path) -> dict |
             r, run.policies(r, state)[0], r.plan.eval_rows, update, workdir.partial(path)
         )
     workdir.write_json(path, {"step": step, **result})
+    workdir.partial(path).unlink(missing_ok=True)
     return {"step": step, **result}
 
 

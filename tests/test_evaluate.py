@@ -2,10 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import runs
 
-from copsd_jax import evaluate, run
+from copsd_jax import evaluate, mesh, run
 
 optax_promotes = runs.optax_promotes
 
@@ -53,12 +56,37 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
             seen = []
             got = evaluate.evaluate(r, policy, rows, seen.append, partial)
         assert got == want
-        assert not partial.exists()
         assert asked[0] == count
         assert asked[2] == count - len(lines)
         assert seen[0].done > len(lines)
         assert seen[-1].done == count
+        # A finished one costs nothing; of another policy nothing is taken.
+        assert evaluate.evaluate(r, policy, rows, None, partial) == want
+        assert asked[-1] == 0
+        other = policy._replace(adapter=jax.tree.map(lambda x: x + 0.3, policy.adapter))
+        assert evaluate.evaluate(r, other, rows, None, partial) != want
+        assert asked[-1] == count
+        assert (
+            json.loads(partial.read_text().splitlines()[0])["policy"] != json.loads(head)["policy"]
+        )
         # What was written by another evaluation is not taken for this one's.
         partial.write_text(json.dumps({"prompts": count}) + "\n")
         with pytest.raises(ValueError, match=r"partial.jsonl was written by an evaluation of oth"):
             evaluate.evaluate(r, policy, rows, None, partial)
+
+
+def test_fingerprints_of_weights():
+    """Every bit and every place counts; the mesh and the order of sums do not."""
+    tree = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones((8,), jnp.bfloat16)}
+    want = evaluate.fingerprint(tree)
+    with jax.set_mesh(mesh.make(8, 1, 1)):
+        assert evaluate.fingerprint({"a": mesh.replicate(tree["a"], mesh.current()),
+            "b": mesh.place_batch(tree["b"], mesh.current())}) == want  # fmt: skip
+    others = [
+        tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(8), np.float32(9)))},
+        tree | {"a": tree["a"].at[0].set(tree["a"][1]).at[1].set(tree["a"][0])},
+        tree | {"a": tree["a"].T.reshape(4, 6)},
+        tree | {"b": tree["b"].at[7].set(-1)},
+        {"a": tree["a"]},
+    ]
+    assert len({tuple(evaluate.fingerprint(x)) for x in [tree, *others]}) == 6

@@ -317,6 +317,47 @@ def test_a_refill_does_not_wait_for_the_slowest():
     assert out.stats.tokens == 60 + 120
 
 
+def test_prefilled_prompts_do_not_pile_up(monkeypatch):
+    """64 slots and prompts of which one fills a row: each has its slot before the next is made."""
+    held, insert = [], host._insert
+
+    def counted(job, state, ready, serving):
+        held.append(len({id(text.output) for part in ready for text in part}))
+        return insert(job, state, ready, serving)
+
+    monkeypatch.setattr(host, "_insert", counted)
+    prompts = [tuple(range(i, i + 100)) for i in range(30)] * 2
+    out = result(PLAIN, prompts, slots=32, pack=128, limits=[1 + i % 3 for i in range(60)])
+    assert max(held) <= 2
+    assert out.stats.prompt_tokens == 30 * 100
+
+
+def test_rows_and_caches_without_room_to_spare():
+    """A row that is full to its end, and a slot that its text fills: as each prompt alone."""
+    stem = tuple(range(100, 120))
+    for prompts, sizes in (
+        ([tuple(range(98)), tuple(range(150, 180))], {"pack": 128, "length": 110}),
+        ([(*stem, *range(k, k + 100)) for k in (0, 150)], {"length": 128}),
+    ):
+        keys, one = keys_of(prompts), dataclasses.replace(PLAIN, max_tokens=8)
+        got = generate(one, prompts, keys, **sizes)
+        want = [generate(one, [prompt], keys[i : i + 1], length=600)[0]
+                for i, prompt in enumerate(prompts)]  # fmt: skip
+        same(got, want)
+
+
+def test_a_slot_whose_text_ended_at_a_string_is_ended_on_the_device():
+    """Limits of 200 tokens, stops after a few, nothing waiting: few looks of the host."""
+    valid, pieces, looks = np.arange(300) < 20, letters(), []
+    sampling = jobs.Sampling(200, stop=("a", "b", "c", "d"))
+    out = generate(sampling, [(i, 3) for i in range(4)], shared=False, valid_V=valid,
+                   token_bytes=pieces, slots=4, progress=looks.append)  # fmt: skip
+    longest = max(len(c.ids) for c in out)
+    assert longest < 60
+    assert len(looks) <= longest // 4 + 1
+    assert looks[-1].tokens == sum(len(c.ids) for c in out)
+
+
 def compiled_events():
     """Every compilation of XLA from now on, whoever asks for it."""
     events = []
@@ -328,20 +369,23 @@ def compiled_events():
 
 def test_nothing_is_compiled_after_warmup():
     """Nor for other prompts, settings of the same form, limits and orders."""
-    size = jobs.Settings(slots=4, length=150, steps=5, pack=200)
+    size = jobs.Settings(slots=4, length=150, steps=5, pack=100)
     keys = np.asarray(keys_of([*PROMPTS, *PROMPTS]))
     options = dict(prefix=prefix(), adapter=None, adapter_scale=1.0, valid_V=None,
                    token_bytes=None, limits=None)  # fmt: skip
     job = jobs.plan(DECODER, params(), PROMPTS, [CUT] * 8, keys_n2=keys[:8], settings=size,
-                    **options)  # fmt: skip
+                    longest=138, **options)  # fmt: skip
     names = [program.name for program in host.warmup(job)]
     assert names == ["empty cache", "prefill 128", "insert 128", "prefill 256", "insert 256",
                      "decode 4 x 256"]  # fmt: skip
+    keys_of(PROMPTS)
     before, events = programs.built(), compiled_events()
-    generate(CUT, [*PROMPTS, *PROMPTS], keys, slots=4, length=150, steps=5, pack=200)
-    others = [(*range(i, i + 100), i) for i in range(8)]
+    generate(CUT, [*PROMPTS, *PROMPTS], keys, slots=4, length=150, steps=5, pack=100)
+    others = [(*range(i, i + 130), i) for i in range(8)]
     generate(dataclasses.replace(CUT, top_k=33, temperature=0.3), others, keys[:8], slots=4,
-             length=150, steps=5, pack=200, limits=[3, 4, 5, 6, 7, 8, 9, 10])  # fmt: skip
+             length=150, steps=5, pack=100, limits=[3, 4, 5, 6, 7, 8, 9, 10])  # fmt: skip
+    for count in (5, 6, 7):
+        keys_of(PROMPTS[:count])
     assert programs.built() == before
     assert events == []
 

@@ -1,6 +1,8 @@
 """Oracles: the trainer's own arrays (no copy), merged weights, products in float64."""
 
 import dataclasses
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +23,9 @@ def trees():
     return params, jax.tree.map(noise, adapter)
 
 
-def hand_over(devices, **changes):
+def hand_over(devices, frozen=None, **changes):
     settings = {"merge": False, "int8": False, "gather": True}
-    return weights.HandOver(devices, **settings | changes)
+    return weights.HandOver(devices, frozen, **settings | changes)
 
 
 def close(a, b, atol=1e-6):
@@ -43,7 +45,7 @@ def test_nothing_is_copied_where_both_layouts_are_one(sizes):
 def test_what_fsdp_splits_is_gathered_once_and_the_adapter_each_time():
     devices = mesh.make(1, 4, 2)
     params, adapter = (mesh.place(tree, devices) for tree in trees())
-    over = hand_over(devices)
+    over = hand_over(devices, params)
     base, first = over(params, adapter, 0.5)
     close(base, params)
     close(first, adapter)
@@ -56,7 +58,13 @@ def test_what_fsdp_splits_is_gathered_once_and_the_adapter_each_time():
     assert again is base
     close(second, later)
     other = jax.tree.map(lambda x: x * 2, params)
-    close(over(other, adapter, 0.5)[0], other)
+    moved = over(other, adapter, 0.5)[0]
+    close(moved, other)
+    kept = weakref.ref(moved["embed"]["embedding"])
+    assert over(params, adapter, 0.5)[0] is base
+    del moved
+    gc.collect()
+    assert kept() is None  # nothing is held of what is not frozen
     same = hand_over(devices, gather=False)(params, adapter, 0.5)
     assert same[0] is params
     assert same[1] is adapter
@@ -80,7 +88,7 @@ def test_int8_kernels():
     """Products with rounded kernels, and the rounding itself, at most half of a 127th."""
     params, adapter = trees()
     devices = mesh.make(1, 1, 1, devices=jax.devices()[:1])
-    over = hand_over(devices, int8=True)
+    over = hand_over(devices, params, int8=True)
     got, same = over(params, adapter, 0.5)
     assert same is adapter
     assert over(params, adapter, 0.5)[0] is got

@@ -8,11 +8,12 @@ on several processes all of them run this loop and call the same programs in the
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +110,7 @@ def generate(
     )  # fmt: skip
     if not job.prompts:
         return Result([], Stats(0, 0, 0, 0, float("nan"), 0.0))
-    with jax.set_mesh(job.mesh):
+    with jax.set_mesh(job.mesh), _told(job):
         return _run(job, progress, done)
 
 
@@ -179,7 +180,9 @@ def warmup(job: Job, memory: int | None = None) -> tuple[programs.Program, ...]:
     Raises:
       MemoryError: if they cannot fit the devices: which buffer is how large, and what would fit.
     """
-    with jax.set_mesh(job.mesh):
+    memory = _memory(job) if memory is None else memory
+    check_memory(job, 0, memory)
+    with jax.set_mesh(job.mesh), _told(job):
         state = state_shape(job)
         shards, slots = mesh.batch_shards(job.mesh), job.settings.slots
         made = [_empty(job)]
@@ -200,9 +203,20 @@ def warmup(job: Job, memory: int | None = None) -> tuple[programs.Program, ...]:
         cancel_J = jax.ShapeDtypeStruct((slots,), bool, sharding=_sharding(job))
         enough = jax.ShapeDtypeStruct((), jnp.int32, sharding=_sharding(job))
         made.append(_decode_program(job, state, cancel_J, enough))
-        memory = _memory(job) if memory is None else memory
-        check_memory(job, max(one.temporary for one in made), memory)
+        # The rows of one prefill wait for slots while the next is made.
+        check_memory(job, max(one.temporary for one in made) + 2 * _bytes(output), memory)
     return tuple(made)
+
+
+@contextlib.contextmanager
+def _told(job: Job) -> Iterator[None]:
+    """What a device or the compiler says when memory is short, with the sizes of the buffers."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        check_memory(job, 0, None)
 
 
 def _like(job: Job, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -210,9 +224,11 @@ def _like(job: Job, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def _memory(job: Job) -> int:
-    """Bytes of a device; of one that does not tell, more than any has."""
+    """Bytes of a device that others do not hold; of one that does not tell, more than any has."""
     stats = job.mesh.local_devices[0].memory_stats() or {}
-    return stats.get("bytes_limit", sys.maxsize)
+    if "bytes_limit" not in stats:
+        return sys.maxsize
+    return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - _bytes(job.weights))
 
 
 def _bytes(tree: Any) -> int:
@@ -307,12 +323,12 @@ def _run(job: Job, progress, done) -> Result:
     state = _made(job)
     tokens = prompt_tokens = drawn = possible = 0
     while waiting.texts or any(ready) or serving:
-        free = [[s for s in _slots_of(job, r) if s not in serving] for r in range(shards)]
-        while waiting.texts and any(
-            len(have) < len(want) for have, want in zip(ready, free, strict=True)
-        ):
-            prompt_tokens += _prefill(job, waiting, ready, free)
-        state = _insert(job, state, ready, free, serving)
+        state = _insert(job, state, ready, serving)
+        # Each prefill's texts go into their slots before the next: what waits ahead of a slot is
+        # of one or two prefills, whatever the number of slots.
+        while waiting.texts and len(serving) < slots:
+            prompt_tokens += _prefill(job, waiting, ready, _free(job, serving))
+            state = _insert(job, state, ready, serving)
         cancel[list(serving)] = False  # a new text came to life there
         more = bool(waiting.texts or any(ready))
         # While texts wait, the loop ends as soon as a sixteenth of the slots, or one, gets free.
@@ -323,14 +339,13 @@ def _run(job: Job, progress, done) -> Result:
         chunk = engine.unpacked(bits)
         cancel[:] = False
         for slot, row in list(serving.items()):
-            _collect(job, texts[row], int(job.request.stop[row]), chunk, slot)
+            tokens += _collect(job, texts[row], int(job.request.stop[row]), chunk, slot)
             if texts[row].stopped or not chunk.live_J[slot]:
                 cancel[slot] = chunk.live_J[slot]
                 del serving[slot]
                 completions[row] = _completion(job, row, texts.pop(row))
                 if done is not None:
                     done(row, completions[row])
-        tokens += int((chunk.token_JE >= 0).sum())
         if more:
             drawn += int((chunk.token_JE[:, 1:] >= 0).sum())
             possible += slots * int(steps)
@@ -346,18 +361,17 @@ def _run(job: Job, progress, done) -> Result:
 def _made(job: Job) -> engine.State:
     """An empty state on the devices."""
     check_memory(job, 0, _memory(job))
-    try:
-        return _empty(job).call()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        check_memory(job, 0, None)
-        raise
+    return _empty(job).call()
 
 
-def _slots_of(job: Job, shard: int) -> range:
-    per = job.settings.slots // mesh.batch_shards(job.mesh)
-    return range(shard * per, (shard + 1) * per)
+def _free(job: Job, serving: dict[int, int]) -> list[list[int]]:
+    """The free slots of each shard."""
+    shards = mesh.batch_shards(job.mesh)
+    per = job.settings.slots // shards
+    return [
+        [slot for slot in range(r * per, (r + 1) * per) if slot not in serving]
+        for r in range(shards)
+    ]
 
 
 def _host(job: Job, x, *axes):
@@ -365,19 +379,20 @@ def _host(job: Job, x, *axes):
 
 
 def _prefill(job: Job, waiting: _Waiting, ready, free) -> int:
-    """Prefills prompts for every shard that lacks texts; the number of tokens.
+    """Prefills a row of prompts for every shard; the number of tokens.
 
     A shard takes as many as its free slots need, and those that it will need next, but no more than
-    its share of what is left.
+    its share of what is left. One without a free slot takes some ahead if it has none: its row is
+    paid for anyway.
     """
     shards, per = len(ready), job.settings.slots // len(ready)
     share = waiting.texts // shards
     taken: list[list] = [[] for _ in range(shards)]
-    for r in sorted(range(shards), key=lambda r: len(ready[r]) - len(free[r])):
-        need = len(free[r]) - len(ready[r])
-        if need <= 0 or not waiting.texts:
-            continue
+    for r in sorted(range(shards), key=lambda r: -len(free[r])):
+        need = len(free[r])
         wanted = max(need, min(need + per, share))
+        if ready[r] or not wanted or not waiting.texts:
+            continue
         for prompt, rows in waiting.take(wanted, job.settings.pack):
             # On one shard the samples of a prompt stay together, whatever their number.
             room = max(1, wanted - sum(len(rows) for _, rows in taken[r]))
@@ -396,9 +411,9 @@ def _prefill(job: Job, waiting: _Waiting, ready, free) -> int:
     return sum(sizes)
 
 
-def _insert(job: Job, state, ready, free, serving: dict[int, int]):
+def _insert(job: Job, state, ready, serving: dict[int, int]):
     """Puts texts that are ready into free slots; notes them in `serving`."""
-    shards, per = len(ready), job.settings.slots // len(ready)
+    shards, per, free = len(ready), job.settings.slots // len(ready), _free(job, serving)
     outputs: dict[int, tuple[model.Output, list[list]]] = {}
     for r in range(shards):
         for slot in free[r][: len(ready[r])]:
@@ -430,8 +445,9 @@ def _entry(job: Job, parts: list[list], per: int) -> engine.Entry:
     return engine.Entry(slot, start, split, own, length, request, count)  # pyright: ignore
 
 
-def _collect(job: Job, text: _Text, stop_set: int, chunk: engine.Chunk, slot: int) -> None:
-    """Appends what a chunk drew for a slot, up to the token that completes a stop string."""
+def _collect(job: Job, text: _Text, stop_set: int, chunk: engine.Chunk, slot: int) -> int:
+    """Appends what a chunk drew for a slot, up to the token that completes a stop string; how many
+    tokens these are."""
     columns = np.flatnonzero(chunk.token_JE[slot] >= 0)
     stops = job.stops[stop_set]
     reach = max(map(len, stops), default=1) - 1
@@ -445,6 +461,7 @@ def _collect(job: Job, text: _Text, stop_set: int, chunk: engine.Chunk, slot: in
     text.parts.append(
         tuple(x[slot, columns] for x in (chunk.token_JE, chunk.logp_JE, chunk.logp_truncated_JE))
     )
+    return len(columns)
 
 
 def _completion(job: Job, row: int, text: _Text) -> Completion:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
@@ -61,7 +60,7 @@ class Job:
 
 def stream_keys(
     seed: int, purpose: str, step: int, row_ids: Sequence[str], samples: Sequence[int]
-) -> jax.Array:
+) -> np.ndarray:
     """Threefry key data, uint32 [n, 2]: seed, purpose, step, row id and sample folded in, in turn.
 
     The engine folds in the token's index. A row id counts by the first 64 bits of its SHA-256.
@@ -78,7 +77,12 @@ def stream_keys(
     root = jax.random.key(seed, impl="threefry2x32")
     for word in (PURPOSES[purpose], step):
         root = jax.random.fold_in(root, word)
-    return _row_keys(root, jnp.asarray(words_n2), jnp.asarray(samples, jnp.uint32))
+    # In powers of two, so that few numbers of texts are programs of their own.
+    size = 1 << max(0, len(samples) - 1).bit_length()
+    words = np.zeros((size, 2), np.uint32)
+    numbers = np.zeros(size, np.uint32)
+    words[: len(samples)], numbers[: len(samples)] = words_n2, samples
+    return np.asarray(_row_keys(root, words, numbers))[: len(samples)]
 
 
 @jax.jit
@@ -92,9 +96,13 @@ def _row_keys(root: jax.Array, words_n2: jax.Array, samples_n: jax.Array) -> jax
 
 def plan(
     decoder, params, prompts, each: Sequence[Sampling], *, keys_n2, settings, prefix, adapter,
-    adapter_scale, valid_V, token_bytes, limits,
+    adapter_scale, valid_V, token_bytes, limits, longest: int = 1,
 ) -> Job:  # fmt: skip
-    """What `generate` will do, checked."""
+    """What `generate` will do, checked.
+
+    Args:
+      longest: tokens of the longest prompt that other calls will have.
+    """
     prompts = [tuple(prompt) for prompt in prompts]
     if limits is None:
         limits = [s.max_tokens for s in each[: len(prompts)]]
@@ -104,7 +112,7 @@ def plan(
         _check_sampling(decoder.config, one, valid, token_bytes)
     shared = 0 if prefix is None else prefix.k.shape[2]
     _check_prompts(decoder.config, prompts, each, keys_n2, limits, shared, settings.length)
-    longest = max(map(len, prompts), default=1)
+    longest = max(longest, *map(len, prompts)) if prompts else longest
     # Behind a prompt there is room for the rest of a block that `insert` copies.
     length = settings.length + engine.INSERTED
     if not settings.length:

@@ -11,6 +11,7 @@ different attempts, say) stands in the row once, and they attend to it:
     split       4 of the first two prompts, 2 (all) of the third
 """
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -111,9 +112,8 @@ def row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Prompt,
 
 def fit(waiting: Sequence[Prompt], width: int) -> int:
     """How many of these distinct prompts, from the first on, a row of `width` tokens holds."""
-    # What is in common only makes them shorter, so a count without it is reached at least.
+    # More prompts never take less room; what is in common only makes them shorter.
     lengths = itertools.accumulate(map(len, waiting))
     sure = sum(1 for total in lengths if total <= width)
-    while sure < len(waiting) and tokens(waiting[: sure + 1]) <= width:
-        sure += 1
-    return sure
+    rest = range(sure + 1, len(waiting) + 1)
+    return sure + bisect.bisect_right(rest, width, key=lambda count: tokens(waiting[:count]))

@@ -23,25 +23,28 @@ class HandOver:
 
     Args:
       devices: the mesh of trainer and sampler.
+      frozen: weights that never change, of which what is made is kept; others are made anew.
       merge: the adapter becomes part of a copy of the base.
       int8: projections as `lora.quantised` makes them.
       gather: parameters whole along `fsdp`; otherwise as training has them.
     """
 
-    def __init__(self, devices: Mesh, *, merge: bool, int8: bool, gather: bool):
+    def __init__(self, devices: Mesh, frozen: Any, *, merge: bool, int8: bool, gather: bool):
+        self._frozen, self._base = frozen, None
         self._mesh, self._merge, self._int8 = devices, merge, int8
         self._gather = gather and devices.shape["fsdp"] > 1
-        self._base: tuple[Any, Any] | None = None  # what was handed over, and what came of it
 
     def __call__(self, params: Any, adapter: Any, scale: float) -> tuple[Any, Any]:
         """(params, adapter) to decode with; the adapter None where it is merged."""
         if adapter is not None and self._merge:
             return self._made(params, adapter, scale), None
         if self._gather or self._int8:
-            if self._base is None or self._base[0] is not params:
-                self._base = None  # gone before the new one is made
-                self._base = params, self._made(params, None, scale)
-            params = self._base[1]
+            if params is not self._frozen:
+                params = self._made(params, None, scale)
+            else:
+                if self._base is None:
+                    self._base = self._made(params, None, scale)
+                params = self._base
         if adapter is not None and self._gather:
             adapter = jax.device_put(adapter, mesh.shardings(adapter, self._mesh, gathered=True))
         return params, adapter
