@@ -352,7 +352,7 @@ def sample(
     policy: train_step.Policy,
     asked: Sequence[prompts.Prompt],
     section: str,
-    keys: jax.Array,
+    keys: np.ndarray,
     *,
     progress: Callable[[host.Stats], None] | None = None,
     done: Callable[[int, host.Completion], None] | None = None,

@@ -55,17 +55,15 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
             partial.write_text(partial.read_text() + '{"index": 0, "id": "x", "i')
             seen = []
             got = evaluate.evaluate(r, policy, rows, seen.append, partial)
+            # A finished one costs nothing; of another policy nothing is taken.
+            assert evaluate.evaluate(r, policy, rows, None, partial) == want
+            other = policy._replace(adapter=jax.tree.map(lambda x: x + 0.3, policy.adapter))
+            assert evaluate.evaluate(r, other, rows, None, partial) != want
         assert got == want
         assert asked[0] == count
-        assert asked[2] == count - len(lines)
+        assert asked[2:] == [count - len(lines), 0, count]
         assert seen[0].done > len(lines)
         assert seen[-1].done == count
-        # A finished one costs nothing; of another policy nothing is taken.
-        assert evaluate.evaluate(r, policy, rows, None, partial) == want
-        assert asked[-1] == 0
-        other = policy._replace(adapter=jax.tree.map(lambda x: x + 0.3, policy.adapter))
-        assert evaluate.evaluate(r, other, rows, None, partial) != want
-        assert asked[-1] == count
         assert (
             json.loads(partial.read_text().splitlines()[0])["policy"] != json.loads(head)["policy"]
         )
