@@ -18,10 +18,9 @@ if PROCESSES > 1:
     jax.distributed.initialize(f"127.0.0.1:{PORT}", num_processes=PROCESSES, process_id=RANK)
 
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from copsd_jax import mesh, model
-from copsd_jax.sampler import host, jobs
+from copsd_jax.sampler import engine, host, jobs
 
 CONFIG = model.SHAPES["tiny"]
 PROMPTS = [(i, 3, i % 5) for i in range(30)] + [(9, 9)] * 6
@@ -32,12 +31,18 @@ with jax.default_device(jax.local_devices()[0]):
     keys = jax.device_get(
         jobs.stream_keys(0, "rollout", 0, [str(i) for i in range(len(PROMPTS))], [0] * 36)
     )
-devices = mesh.make(4, 1, 1)
+devices = mesh.make(2, 1, 2)
+decoder = model.Decoder(CONFIG, jnp.float32)
 with jax.set_mesh(devices):
-    params = mesh.from_host(whole, devices, PartitionSpec())
+    places = mesh.shardings(whole, devices)
+    params = jax.tree.map(
+        lambda x, place: mesh.from_host(x, devices, place.spec), whole, places
+    )  # fmt: skip
     result = host.generate(
-        model.Decoder(CONFIG, jnp.float32), params, PROMPTS, jobs.Sampling(40, 1.0, 20, 0.95),
+        decoder, params, PROMPTS, jobs.Sampling(40, 1.0, 20, 0.95, stop=("ab", "c")),
         keys=keys, settings=jobs.Settings(slots=8, steps=4),
+        prefix=engine.encode_prefix(decoder, params, (4, 5, 6)),
+        token_bytes=[bytes([97 + i % 7]) for i in range(CONFIG.vocab_size)],
         limits=[1 + 7 * i % 40 for i in range(36)],
     )  # fmt: skip
 print(json.dumps([[list(c.ids), c.finish, [round(float(x), 4) for x in c.logps]]
