@@ -7,7 +7,7 @@ CONFIG ?= opsd
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test slow lint parity compile loss-matrix notebook seeds clean
+.PHONY: install demo test slow lint parity kernels compile loss-matrix notebook seeds clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,10 @@ $(VENV)/compile: $(VENV)/installed
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	touch $@
+
+# Kernels of the divergence in interpret mode, and the divergence on 8 devices against 1: minutes.
+kernels: install
+	$(BIN)/python -m pytest -n 2 -m slow tests/test_divergence_kernels.py tests/test_loss_sharded.py
 
 compile: $(VENV)/compile
 	$(BIN)/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py

@@ -1,6 +1,7 @@
 """How many parameters a plan has, and the memory that it needs."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from copsd_jax import mesh, model, plans
@@ -34,7 +35,11 @@ def memory(plan: plans.Plan) -> dict[str, int]:
     length = plan.longest["student"] + c.rollout.max_tokens
     copies = 4 + (c.teacher.weights == "ema")
     kept = 1 if c.model.remat == "layer" else 20
-    cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * item
+    entry = shape.head_dim * item
+    if c.sampler.cache != "auto":
+        scale = 4 if c.sampler.cache == "int8" else 0
+        entry = shape.head_dim * jnp.dtype(c.sampler.cache).itemsize + scale
+    cache = 2 * shape.n_layers * shape.n_kv_heads * entry
     dense = c.loss.implementation == "dense"
     # A chunk of the loss is of each device's tokens.
     tokens = micro * c.rollout.max_tokens

@@ -53,7 +53,7 @@ def evaluate(
         evaluation that was stopped goes on from it; who keeps the result removes it.
 
     Raises:
-      ValueError: if `partial` was written by another evaluation.
+      run.Unusable: if `partial` was written by another evaluation, or is damaged.
       RuntimeError: for `partial` with several processes.
     """
     plan, n = r.plan, r.plan.config.eval.samples
@@ -175,14 +175,21 @@ def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> di
     Those of another policy (a step that was trained again to other numbers) are thrown away, and
     said to be.
     """
-    whole = ""
+    whole = b""
     if partial.is_file():
-        data = partial.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1].decode()
-    head, *lines = (json.loads(line) for line in whole.split("\n") if line) if whole else [{}]
-    if head and {**head, "policy": None} != {**what, "policy": None}:
-        raise ValueError(
-            f"{partial} was written by an evaluation of other prompts or settings: remove it"
+        whole = partial.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]
+    try:
+        head, *lines = [json.loads(line) for line in whole.split(b"\n") if line] or [{}]
+        said = {line["index"]: _Said(line["ids"], line["finish"]) for line in lines}
+        other = sorted(k for k in what if head and k != "policy" and head[k] != what[k])
+        fit = all(ids[line["index"]] == line["id"] and line["index"] >= 0 for line in lines)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise run.Unusable(f"{partial} is damaged: remove it") from error
+    if other or not fit:
+        raise run.Unusable(
+            f"{partial} was written by an evaluation with other {', '.join(other) or 'problems'}: "
+            "remove it"
         )
     if not head or head["policy"] != what["policy"]:
         if lines:
@@ -190,10 +197,8 @@ def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> di
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(what) + "\n", encoding="utf-8")
         return {}
-    os.truncate(partial, len(whole.encode()))
-    if any(ids[line["index"]] != line["id"] for line in lines):
-        raise ValueError(f"{partial} has completions of other problems: remove it")
-    return {line["index"]: _Said(line["ids"], line["finish"]) for line in lines}
+    os.truncate(partial, len(whole))
+    return said
 
 
 def groups(records: Sequence[dict]) -> dict[str, list[dict]]:
@@ -329,7 +334,14 @@ def show(label: str, total: int) -> tuple[metrics.Progress, Callable[[host.Stats
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 only if every checkpoint asked for was evaluated."""
-    args = parse(argv)
+    try:
+        return _main(parse(argv))
+    except KeyboardInterrupt:
+        print("\nstopped: the same command continues", file=sys.stderr)
+        return 130
+
+
+def _main(args: argparse.Namespace) -> int:
     try:
         config = _config(args)
         out = args.out or args.workdir / "eval"

@@ -56,13 +56,20 @@ class EngineError(Exception):
     """The server of sampler.engine=server did not do what it was asked, in one sentence."""
 
 
+class Unusable(Exception):
+    """A file of the run that cannot be used, in one sentence with what to do."""
+
+
 @contextlib.contextmanager
 def resumable(directory: pathlib.Path) -> Iterator[None]:
-    """A server that fails ends the program with a sentence: no traceback would mend it."""
+    """What no traceback would mend ends the program with a sentence: a server that fails, a file
+    that is damaged, memory that is not there."""
     try:
         yield
-    except EngineError as error:
+    except (EngineError, Unusable) as error:
         raise SystemExit(f"error: {error}; the same command continues {directory}") from error
+    except MemoryError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def load(
@@ -403,13 +410,12 @@ def sample(
         )
 
 
-def warmup(run: Run, state: train_step.State) -> list[str]:
-    """Compiles the sampler's programs for rollouts and evaluation; a line on each.
+def warmup(run: Run, state: train_step.State) -> Iterator[str]:
+    """Compiles the sampler's programs for rollouts and evaluation; yields a line on each.
 
     Raises:
       MemoryError: if they do not fit the devices, naming the section's settings.
     """
-    lines = []
     params, adapter = run.hand_over(*policies(run, state)[0], run.plan.adapter_scale)
     sections = {"rollout": (run.plan.rows, run.plan.student),
                 "eval": (run.plan.eval_rows, run.plan.evaluation)}  # fmt: skip
@@ -428,12 +434,12 @@ def warmup(run: Run, state: train_step.State) -> list[str]:
                 valid_V=run.plan.valid_V, token_bytes=run.plan.token_bytes, limits=None,
                 longest=run.lengths[section] - sampling(run, section).max_tokens,
             )  # fmt: skip
-            lines += [
-                f"  {section:<8} {program.name:<24} {program.seconds:6.1f} s, "
-                f"{program.temporary / 2**20:,.0f} MiB while it runs"
-                for program in host.warmup(job)
-            ]
-    return lines
+            for program in host.warmup(job):
+                yield (
+                    f"  {section:<8} {program.name:<24} {program.seconds:6.1f} s, holds "
+                    f"{program.held / 2**20:,.0f} MiB, {program.temporary / 2**20:,.0f} more "
+                    "while it runs"
+                )
 
 
 @contextlib.contextmanager

@@ -60,7 +60,8 @@ def train(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> None:
         r, state = run.load(plan, config.train.steps, directory / "engine")
         if _warms_up(plan):
             print("compiling the sampler's programs", flush=True)
-            print("\n".join(run.warmup(r, state)), flush=True)
+            for line in run.warmup(r, state):
+                print(line, flush=True)
         with r.grader:
             # The evaluation of step 0 comes before a checkpoint is loaded: it is the initial
             # policy's, also when a run that was stopped before it is continued.

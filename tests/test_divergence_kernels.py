@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from copsd_jax import divergences
 from copsd_jax.kernels import blocks, divergence_gpu, divergence_tpu, rows
 
+pytestmark = pytest.mark.slow  # minutes; `make kernels`
+
 KERNELS = {
     "tpu": (divergence_tpu, blocks.Blocks(tokens=128, vocab=128, rows=128)),
     "gpu": (divergence_gpu, blocks.Blocks(tokens=16, vocab=128)),

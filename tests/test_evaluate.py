@@ -68,9 +68,19 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
             json.loads(partial.read_text().splitlines()[0])["policy"] != json.loads(head)["policy"]
         )
         # What was written by another evaluation is not taken for this one's.
-        partial.write_text(json.dumps({"prompts": count}) + "\n")
-        with pytest.raises(ValueError, match=r"partial.jsonl was written by an evaluation of oth"):
-            evaluate.evaluate(r, policy, rows, None, partial)
+        text = partial.read_text()
+        changed = json.dumps(json.loads(text.splitlines()[0]) | {"seed": 9}) + "\n"
+        for spoilt, message in (
+            (changed, "was written by an evaluation with other seed: remove it"),
+            ("garbage\n", "is damaged: remove it"),
+            ("[1, 2]\n", "is damaged: remove it"),
+            (text + '{"index": 99999, "id": "x", "ids": [1], "finish": "stop"}\n', "is damaged"),
+            (text + '{"index": 0, "id": "x"}\n', "is damaged"),
+            (text.replace('"id": "', '"id": "x'), "with other problems: remove it"),
+        ):
+            partial.write_text(spoilt)
+            with pytest.raises(run.Unusable, match=message):
+                evaluate.evaluate(r, other, rows, None, partial)
 
 
 def test_fingerprints_of_weights():

@@ -8,6 +8,8 @@ import pytest
 
 from copsd_jax import losses, mesh
 
+pytestmark = pytest.mark.slow  # minutes; `make kernels`
+
 USUAL = {
     "divergence": "jsd", "clip": "element", "top_k": "all", "weights": "live", "temperature": 1.3,
     "dtype": "float32", "inputs": "normal",

@@ -427,8 +427,12 @@ def test_memory_that_is_not_there():
         host.check_memory(job, 0, limit)
     with pytest.raises(MemoryError, match="no slot fits: a smaller length, cache=int8, or more"):
         host.check_memory(job, 0, weights)
-    with pytest.raises(MemoryError, match=r"50000000 slots x 2048 entries.*slots=25000000 halves"):
+    with pytest.raises(MemoryError, match=r"50000000 slots x 2048 entries.*slots=\d+ makes it fit"):
         generate(PLAIN, slots=50_000_000, length=1984)
+    with pytest.raises(
+        MemoryError, match=r"slots=32 halves the cache, cache=int8 makes it smaller"
+    ):
+        host.check_memory(job, 0, None)
 
 
 def test_keys():

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -226,6 +227,9 @@ def _like(job: Job, shape: tuple[int, ...], dtype: Any) -> Any:
 def _memory(job: Job) -> int:
     """Bytes of a device that others do not hold; of one that does not tell, more than any has."""
     stats = job.mesh.local_devices[0].memory_stats() or {}
+    if job.mesh.devices.flat[0].platform == "cpu":
+        pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return pages // jax.local_device_count()
     if "bytes_limit" not in stats:
         return sys.maxsize
     return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - _bytes(job.weights))
@@ -261,7 +265,8 @@ def check_memory(job: Job, temporary: int, limit: int | None) -> None:
     shards = mesh.batch_shards(job.mesh)
     fits = 0 if limit is None else (limit - held - temporary) // (cache * shards // s.slots)
     if limit is None:
-        cure = f"slots={max(1, s.slots // 2)} halves the cache, cache=int8 too where it is bfloat16"
+        cure = f"slots={max(1, s.slots // 2)} halves the cache"
+        cure += "" if np.dtype(s.cache) == np.int8 else ", cache=int8 makes it smaller"
     elif fits >= 1:
         cure = f"slots={fits * shards} makes it fit"
     else:
