@@ -256,6 +256,11 @@ BOTH = pytest.mark.parametrize("dialect", ["vllm", "sglang"])
 # ----------------------------------------------------------------------------- what is sampled
 
 
+# The stub answers from several threads; one at a time makes the weights and compiles: with the cache
+# of compiled programs, several at once now and then end the process.
+ONE = threading.Lock()
+
+
 @functools.cache
 def params():
     tree = model.init(CONFIG, jax.random.key(1), jnp.float32)
@@ -273,9 +278,9 @@ def _forward(ids_1L, tree):
 
 def by_model(ids):
     """Logits of the next id under the tiny model; what stands behind the ids cannot be seen."""
-    return np.asarray(_forward(jnp.asarray([[*ids, *[0] * (16 - len(ids))]], jnp.int32), params()))[
-        len(ids) - 1
-    ]
+    with ONE:
+        padded = jnp.asarray([[*ids, *[0] * (16 - len(ids))]], jnp.int32)
+        return np.asarray(_forward(padded, params()))[len(ids) - 1]
 
 
 @BOTH
