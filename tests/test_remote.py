@@ -256,8 +256,8 @@ BOTH = pytest.mark.parametrize("dialect", ["vllm", "sglang"])
 # ----------------------------------------------------------------------------- what is sampled
 
 
-# The stub answers from several threads; one at a time makes the weights and compiles: with the cache
-# of compiled programs, several at once now and then end the process.
+# The stub answers from several threads; one at a time makes the weights and compiles: several at
+# once now and then end the process, with the cache of compiled programs on disk.
 ONE = threading.Lock()
 
 
