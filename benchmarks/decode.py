@@ -55,7 +55,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax import hf, hub, model, problems, tokenizer
+from copsd_jax import hf, hub, mesh, model, problems, tokenizer
 from copsd_jax.kernels import attention
 from copsd_jax.sampler import host, jobs, programs
 
@@ -173,7 +173,7 @@ def load(args: argparse.Namespace) -> Model:
     file = FILES.get(args.shape)
     source = hub.resolve(file or hub.TINY, setting="--shape")
     config, dtype, tok = model.SHAPES[args.shape], jnp.dtype(args.dtype), tokenizer.load(source)
-    name = attention.PLATFORMS[jax.default_backend()]
+    name = attention.PLATFORMS[mesh.platform(mesh.current())]
     if file is not None:
         config = hf.load_config(source)
         params = hf.load_params(source, config, dtype)
