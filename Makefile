@@ -39,11 +39,15 @@ $(VENV)/parity: $(VENV)/installed
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m parity
 
-# Kernels and programs compiled for TPU and CUDA without such devices; needs ptxas for CUDA.
-$(VENV)/compile: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,tpu]'
-	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+# Kernels and programs compiled for TPU and CUDA without such devices; needs ptxas for CUDA. In an
+# environment of its own: beside torch's CUDA libraries, jax's CUDA plugin ends every process of a
+# machine without a GPU by a segmentation fault.
+COMPILE = $(VENV)-compile
+$(COMPILE)/installed: setup.py
+	$(PYTHON) -m venv $(COMPILE)
+	$(COMPILE)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,tpu]'
+	version=$$($(COMPILE)/bin/python -c 'import jax; print(jax.__version__)') && \
+	  $(COMPILE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	touch $@
 
@@ -51,8 +55,8 @@ $(VENV)/compile: $(VENV)/installed
 kernels: install
 	$(BIN)/python -m pytest -n 2 -m slow tests/test_divergence_kernels.py tests/test_loss_sharded.py
 
-compile: $(VENV)/compile
-	$(BIN)/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py
+compile: $(COMPILE)/installed
+	$(COMPILE)/bin/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py
 
 # Every combination of settings of the divergence against float64, half an hour.
 loss-matrix: install
@@ -68,4 +72,4 @@ seeds: install
 	$(BIN)/python benchmarks/seeds.py --config=configs/$(CONFIG).py --seeds=0,1,2
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(COMPILE) build dist *.egg-info
