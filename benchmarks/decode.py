@@ -17,9 +17,9 @@ timed: `compile_seconds` is not in `seconds`. One line of JSON each, in one run:
                batches, one cache for the longest prompt and limit of all, as its trainers have it
 
 Only tokens within a text's own limit count: what a batch draws for a row beyond it is waste.
-`steps` are the decode steps that the order of work needs (each text's first token comes from the
-prompt), `occupancy` the share of slots that draw a token of use (of ours: while texts wait), and
-`occupancy_to_the_end` that over all steps. `prompt_tokens` ran through the model, padding included.
+`steps` are the draws that the order of work needs, `occupancy` the share of slots that draw a token
+of use (of ours: while texts wait), `occupancy_to_the_end` that over all steps. `prompt_tokens` ran
+through the model, padding included.
 `logp_difference` is the largest difference to our forward's log-probabilities of the first prompt.
 
 With --pieces=N the systems take turns over N consecutive pieces of the work, so that what else the
@@ -128,19 +128,19 @@ def flat(lists: Sequence[list]) -> list:
 
 
 def refilled_steps(limits: Sequence[int], slots: int) -> int:
-    """Decode steps until slots that are refilled in order have drawn all texts.
+    """Draws until slots that are refilled in order have all texts.
 
-    The first token of a text takes no step: limits 5, 2, 3 with 2 slots -> max(4, 1 + 2) = 4.
+    Limits 5, 2, 3 with 2 slots -> max(5, 2 + 3) = 5.
     """
     busy = [0] * slots
     for limit in limits:
-        heapq.heapreplace(busy, busy[0] + limit - 1)
+        heapq.heapreplace(busy, busy[0] + limit)
     return max(busy)
 
 
 def batch_steps(limits: Sequence[int], batches: Sequence[Batch]) -> int:
-    """Decode steps of batches that run until their longest text ends: 5, 2 | 3, 3 -> 4 + 2."""
-    return sum(max(limits[i] for i in batch) - 1 for batch in batches)
+    """Draws of batches that run until their longest text ends: 5, 2 | 3, 3 -> 5 + 3."""
+    return sum(max(limits[i] for i in batch) for batch in batches)
 
 
 def make_work(args: argparse.Namespace, m: Model) -> Work:
@@ -348,7 +348,7 @@ def system_line(
     else:
         steps = batch_steps(work.limits, flat(work.pieces))
         known, extra = [], {}
-    overall = (tokens - len(work.limits)) / (slots * steps) if steps else None
+    overall = tokens / (slots * steps)
     waiting = sum(a * b for a, b in known) / sum(b for _, b in known) if known else overall
     return {
         "system": system, "tokens": tokens, "seconds": seconds,

@@ -210,8 +210,8 @@ def _blocks(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Arr
     """Live blocks only, W pairs in one go: their number, not the capacity, decides the time."""
     slots, _, length, size = cache.k.shape[1:]
     per_slot = length // BLOCK
-    # Two a slot: enough for one product to be worth its start, few enough to fill the last group.
-    group = min(max(16, 2 * slots), slots * per_slot)
+    # Four a slot: enough for one product to be worth its start, few enough to fill the last group.
+    group = min(max(16, 4 * slots), slots * per_slot)
     slot_X, block_X, live = live_blocks(length_J, per_slot, BLOCK)
     pad = (0, -slot_X.shape[0] % group)
     slot_X, block_X = jnp.pad(slot_X, pad), jnp.pad(block_X, pad)

@@ -12,7 +12,8 @@ product is spent on padding between them; what several prompts begin with stands
 `insert` copies a prompt's entries into a slot, and may do so for several slots, so that the samples
 of a prompt share its prefill. `decode` draws up to `steps` tokens for every live slot on the
 device. The first token of a slot comes from the hidden state of the prompt's last token, all others
-from the step that runs the token before.
+from the step that runs the token before; both are drawn together, so that the head is read once a
+step whatever slots are new.
 
 What a slot's cache holds at or behind `index` is left from prompts packed behind its own, or from
 the slot's former text: never seen, since a token attends to the entries up to its own.
@@ -21,7 +22,7 @@ On a mesh each of the R parts of its batch axes has J / R slots, and a row of pa
 own: no entry of a cache ever travels.
 
 Shapes: J slots, A cache length, R batch shards, T packed tokens, P prefix length, I texts that are
-inserted into a shard's slots, E = steps + 1 columns of a chunk.
+inserted into a shard's slots, E steps of a chunk.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ class State(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What one `decode` drew. A fresh slot begins in column 0, the others in column 1."""
+    """What one `decode` drew: a column for each step."""
 
     token_JE: jax.Array  # int32, -1 where nothing was drawn
     logp_JE: jax.Array  # float32, of the tempered distribution
@@ -96,7 +97,7 @@ class Looked(NamedTuple):
     """What the host looks at after a chunk."""
 
     bits_JX: jax.Array  # int32: the chunk's arrays side by side, in one transfer; see `unpacked`
-    steps: jax.Array  # int32: tokens that a slot which lived on has drawn, without a first one
+    steps: jax.Array  # int32: tokens that a slot which lived on has drawn
 
 
 def unpacked(bits_JX: np.ndarray) -> Chunk:
@@ -293,7 +294,7 @@ def decode(
     cancel_J: jax.Array,
     enough: jax.Array,
 ) -> tuple[State, Looked]:
-    """Draws the first token of fresh slots, then up to `steps` tokens for all live ones.
+    """Draws up to `steps` tokens for all live slots.
 
     Args:
       form: of all requests in the slots.
@@ -302,64 +303,58 @@ def decode(
     """
     cache, slots = state
     slots = slots._replace(live_J=slots.live_J & ~cancel_J)
-    shape = (slots.live_J.shape[0], steps + 1)
+    shape = (slots.live_J.shape[0], steps)
     chunk = Chunk(
         jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32),
         jnp.zeros(shape, jnp.float32), slots.live_J,
     )  # fmt: skip
-    slots, chunk = jax.lax.cond(
-        jnp.any(slots.fresh_J & slots.live_J),
-        lambda: _draw(form, weights, slots, chunk, slots.hidden_JD, slots.fresh_J, 0),
-        lambda: (slots, chunk),
-    )
-    slots = slots._replace(fresh_J=jnp.zeros_like(slots.fresh_J))
 
     def going(carry):
         step, _, slots, _ = carry
-        return (step <= steps) & (jnp.sum(slots.live_J) >= jnp.maximum(enough, 1))
+        return (step < steps) & (jnp.sum(slots.live_J) >= jnp.maximum(enough, 1))
 
     def advance(carry):
         step, cache, slots, chunk = carry
         cache, hidden_JD = _forward(decoder, weights, cache, slots)
-        slots, chunk = _draw(form, weights, slots, chunk, hidden_JD, slots.live_J, step)
+        hidden_JD = jnp.where(slots.fresh_J[:, None], slots.hidden_JD, hidden_JD)
+        slots, chunk = _draw(form, weights, slots, chunk, hidden_JD, step)
         return step + 1, cache, slots, chunk
 
     step, cache, slots, chunk = jax.lax.while_loop(
-        going, advance, (jnp.int32(1), cache, slots, chunk)
+        going, advance, (jnp.int32(0), cache, slots, chunk)
     )
     bits_JX = _packed(chunk._replace(live_J=slots.live_J))
-    return State(cache, slots), Looked(bits_JX, step - 1)
+    return State(cache, slots), Looked(bits_JX, step)
 
 
 def _forward(decoder, weights: Weights, cache: attention.Cache, slots: Slots):
-    """Runs each slot's last token; dead slots run along, and neither write nor attend."""
+    """Runs each slot's last token; dead and fresh slots run along, neither write nor attend."""
     shared = 0 if weights.prefix is None else weights.prefix.k.shape[2]
+    runs_J = slots.live_J & ~slots.fresh_J
     stream = model.Stream(
         slots.token_J[:, None], (slots.index_J + shared)[:, None],
-        slots.live_J[:, None].astype(jnp.int32), weights.adapter, weights.adapter_scale,
+        runs_J[:, None].astype(jnp.int32), weights.adapter, weights.adapter_scale,
         prefix=weights.prefix, cache=cache,
     )  # fmt: skip
     output = decoder.apply({"params": weights.params}, (stream,))[0]
     return output.cache, output.hidden_BLD[:, 0]
 
 
-def _draw(
-    form: truncate.Form, weights: Weights, slots: Slots, chunk: Chunk, hidden_JD, which_J, at
-):
-    """One token for the slots of `which` that live, noted in column `at`."""
-    which_J, request = which_J & slots.live_J, slots.request
+def _draw(form: truncate.Form, weights: Weights, slots: Slots, chunk: Chunk, hidden_JD, step):
+    """One token for each live slot, noted in column `step`."""
+    live_J, request = slots.live_J, slots.request
     logits_JV = model.logits(hidden_JD, model.head(weights.params))
     context = jax.sharding.get_abstract_mesh()
     token_J, logp_J, logp_truncated_J = truncate.sample(
         logits_JV, _token_keys(form, slots), request.rows, form, weights.valid_V,
         shards=1 if context.empty else context.shape["tensor"],
     )  # fmt: skip
-    one_J = which_J.astype(jnp.int32)
+    one_J = live_J.astype(jnp.int32)
     drawn_J = slots.drawn_J + one_J
     ended_J = weights.stop_XV[request.stop, token_J] | (drawn_J >= request.limit)
 
     def note(into_JE, value_J):
-        return into_JE.at[:, at].set(jnp.where(which_J, value_J, into_JE[:, at]))
+        return into_JE.at[:, step].set(jnp.where(live_J, value_J, into_JE[:, step]))
 
     chunk = chunk._replace(
         token_JE=note(chunk.token_JE, token_J),
@@ -367,8 +362,9 @@ def _draw(
         logp_truncated_JE=note(chunk.logp_truncated_JE, logp_truncated_J),
     )
     slots = slots._replace(
-        live_J=slots.live_J & ~(which_J & ended_J),
-        token_J=jnp.where(which_J, token_J, slots.token_J),
+        fresh_J=jnp.zeros_like(slots.fresh_J),
+        live_J=live_J & ~ended_J,
+        token_J=jnp.where(live_J, token_J, slots.token_J),
         index_J=slots.index_J + one_J,
         drawn_J=drawn_J,
     )

@@ -352,7 +352,7 @@ def _run(job: Job, progress, done) -> Result:
                 if done is not None:
                     done(row, completions[row])
         if more:
-            drawn += int((chunk.token_JE[:, 1:] >= 0).sum())
+            drawn += int((chunk.token_JE >= 0).sum())
             possible += slots * int(steps)
         stats = Stats(
             len(completions), len(job.prompts), tokens, prompt_tokens,
