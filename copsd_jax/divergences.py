@@ -197,7 +197,8 @@ def entries(
         e = jnp.where(clipped, settings.clip, e)
         b = jnp.where(clipped, entry.shift * student.p, b)
     if entry.shift:
-        e = e + entry.shift * (student.p - teacher.p)
+        # Without gradient: it sums to 0 whatever the logits, but for the rounding of its terms.
+        e = e + entry.shift * jax.lax.stop_gradient(student.p - teacher.p)
     return e, b, clipped
 
 
@@ -379,9 +380,9 @@ def value(
         few = kept(logits_s_TV, logits_t_TV, settings)
         student, _ = restrict(logits_s_TV, student, few, settings)
         teacher, _ = restrict(logits_t_TV, teacher, few, settings)
-    # A shifted entry has its minimum at p = q: its derivative there is 0, rounding apart.
-    equal_TK = student.p == teacher.p
-    student = jax.tree.map(lambda x: jnp.where(equal_TK, jax.lax.stop_gradient(x), x), student)
+    # Equal sides are the minimum: the derivative is 0 there, rounding apart.
+    equal_T1 = jnp.all(student.p == teacher.p, axis=-1, keepdims=True)
+    student = jax.tree.map(lambda x: jnp.where(equal_T1, jax.lax.stop_gradient(x), x), student)
     e_TK, _, clipped_TK = entries(student, teacher, settings)
     d_T = jnp.sum(e_TK, axis=-1)
     kappa = settings.clip
