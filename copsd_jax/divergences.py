@@ -380,9 +380,12 @@ def value(
         few = kept(logits_s_TV, logits_t_TV, settings)
         student, _ = restrict(logits_s_TV, student, few, settings)
         teacher, _ = restrict(logits_t_TV, teacher, few, settings)
-    # Equal sides are the minimum: the derivative is 0 there, rounding apart.
-    equal_T1 = jnp.all(student.p == teacher.p, axis=-1, keepdims=True)
-    student = jax.tree.map(lambda x: jnp.where(equal_T1, jax.lax.stop_gradient(x), x), student)
+    # Equal sides are the minimum: the derivative is 0 there, rounding apart. An equal entry of jsd
+    # has derivative 0 too, but a kink in its spelling.
+    equal = student.p == teacher.p
+    if settings.divergence != "jsd":
+        equal = jnp.all(equal, axis=-1, keepdims=True)
+    student = jax.tree.map(lambda x: jnp.where(equal, jax.lax.stop_gradient(x), x), student)
     e_TK, _, clipped_TK = entries(student, teacher, settings)
     d_T = jnp.sum(e_TK, axis=-1)
     kappa = settings.clip
