@@ -197,8 +197,7 @@ def entries(
         e = jnp.where(clipped, settings.clip, e)
         b = jnp.where(clipped, entry.shift * student.p, b)
     if entry.shift:
-        # Without gradient: it sums to 0 whatever the logits, but for the rounding of its terms.
-        e = e + entry.shift * jax.lax.stop_gradient(student.p - teacher.p)
+        e = e + entry.shift * (student.p - teacher.p)
     return e, b, clipped
 
 
@@ -362,6 +361,34 @@ def block(
     return stats, dz_TV * (scale * ratio_T)[:, None]
 
 
+def _smooth_entries(
+    student: Side, teacher: Side, settings: Divergence
+) -> tuple[jax.Array, jax.Array | None]:
+    """`entries` with the derivative of their plain formulas, for automatic differentiation.
+
+    Values are those of `entries`; a term of value 0 carries the derivative. It leaves out what adds
+    up to nothing and would only leave its rounding: the shift, and for jsd the dependence on M,
+    where βq (ln q - ln M) + (1 - β) p (ln p - ln M) is least (its derivative to M cancels that of
+    p ln p to ln p).
+    """
+    e, _, clipped = entries(*jax.lax.stop_gradient((student, teacher)), settings)
+    log_p, log_q = student.log, teacher.log
+    if settings.divergence == "fkl":
+        moves = -teacher.p * log_p
+    elif settings.divergence == "rkl":
+        moves = student.p * (log_p - log_q)
+    else:
+        beta, kept = settings.beta, (teacher.p > 0) | (student.p > 0)
+        log_mix = jnp.logaddexp(math.log1p(-beta) + log_p, math.log(beta) + log_q)
+        scale = 1 / beta if settings.normalize_beta else 1 - beta
+        moves = scale * student.p * jax.lax.stop_gradient(jnp.where(kept, log_p - log_mix, 0))
+    if clipped is not None:
+        moves = jnp.where(clipped, 0, moves)
+    # Equal sides are the minimum: the derivative is 0 there, rounding apart.
+    equal_T1 = jnp.all(student.p == teacher.p, axis=-1, keepdims=True)
+    return e + jnp.where(equal_T1, 0, moves - jax.lax.stop_gradient(moves)), clipped
+
+
 def value(
     logits_s_TV: jax.Array, logits_t_TV: jax.Array, tokens_T: jax.Array, settings: Divergence
 ) -> tuple[jax.Array, jax.Array]:
@@ -380,13 +407,7 @@ def value(
         few = kept(logits_s_TV, logits_t_TV, settings)
         student, _ = restrict(logits_s_TV, student, few, settings)
         teacher, _ = restrict(logits_t_TV, teacher, few, settings)
-    # Equal sides are the minimum: the derivative is 0 there, rounding apart. An equal entry of jsd
-    # has derivative 0 too, but a kink in its spelling.
-    equal = student.p == teacher.p
-    if settings.divergence != "jsd":
-        equal = jnp.all(equal, axis=-1, keepdims=True)
-    student = jax.tree.map(lambda x: jnp.where(equal, jax.lax.stop_gradient(x), x), student)
-    e_TK, _, clipped_TK = entries(student, teacher, settings)
+    e_TK, clipped_TK = _smooth_entries(student, teacher, settings)
     d_T = jnp.sum(e_TK, axis=-1)
     kappa = settings.clip
     value_T = {

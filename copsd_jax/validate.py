@@ -203,8 +203,9 @@ def _check_intervals(s: Mapping) -> None:
     for name in ("teacher.rho", "policy.weight"):
         if not 0 <= s[name] <= 1:
             _refuse(name, s[name], "it must be at least 0 and at most 1")
-    if not 0 < s["loss.beta"] < 1:
-        _refuse("loss.beta", s["loss.beta"], "it must lie between 0 and 1; the ends are fkl, rkl")
+    if not 1e-6 <= s["loss.beta"] <= 1 - 1e-6:  # nearer the ends float32 has no digits left
+        rule = "it must lie between 0.000001 and 0.999999; the ends are fkl, rkl"
+        _refuse("loss.beta", s["loss.beta"], rule)
     if 0 < s["policy.dual_clip"] <= 1:
         _refuse("policy.dual_clip", s["policy.dual_clip"], "it must be above 1 (0 is off)")
     if not math.isfinite(s["reward.threshold"]):
