@@ -64,8 +64,9 @@ def main(argv: list[str]) -> int:
         # It would say on every start that there is no torch, which nothing here needs.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         # Imported late: a wrong setting is refused before JAX is loaded.
-        from copsd_jax import train
+        from copsd_jax import processes, train
 
+        processes.start(config)
         plan, continued = train.prepare(config, workdir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from copsd_jax import (
     graders,
@@ -22,6 +22,7 @@ from copsd_jax import (
     model,
     peft,
     plans,
+    processes,
     prompts,
     rewards,
     token_stats,
@@ -92,23 +93,17 @@ def load(
         decode=implementations.attention(config, mesh.platform(plan.mesh)),
     )
     base = _weights(plan)
-    if config.train.trainable == "lora":
-        key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
-        trained = lora.init(plan.model_config, config.lora.rank, config.lora.targets, key)
-        frozen = base
-    else:
-        # A copy: what is trained is donated to the step, what is frozen must not be.
-        trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
-        frozen = base if _needs_initial(config) else {}
+    frozen = base if config.train.trainable == "lora" or _needs_initial(config) else {}
     names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
     tx, rate = train_step.optimizer(steps=steps, **{n: config.train[n] for n in names})
     teacher = config.teacher.weights if config.method == "distill" else "fixed"
-    state = mesh.place(train_step.init(trained, tx, teacher), plan.mesh)
+    state = _state(plan, base, tx, teacher)
     options = _options(plan)
+    whole = NamedSharding(plan.mesh, PartitionSpec())  # so that each process has all of it
     step = jax.jit(
         train_step.make(decoder, tx, options),
         donate_argnums=0,
-        out_shardings=(mesh.shardings(state, plan.mesh), None),
+        out_shardings=(mesh.shardings(state, plan.mesh), whole),
     )
     teacher_kv = None
     if config.method == "distill" and teacher == "fixed" and plan.shots and plan.rows:
@@ -153,17 +148,40 @@ def _needs_initial(config) -> bool:
     return config.policy.kl > 0 and (config.method == "grpo" or config.policy.weight > 0)
 
 
+def _born(make: Callable[..., Any], plan: plans.Plan, *args: Any) -> Any:
+    """`make(*args)`, whose arrays come into being on their shards and are nowhere whole."""
+    places = mesh.shardings(jax.eval_shape(make, *args), plan.mesh)
+    return jax.jit(make, out_shardings=places)(*args)
+
+
+def _state(plan: plans.Plan, base: dict, tx: Any, teacher: str) -> train_step.State:
+    """The State at step 0: of a new adapter, or of all weights in float32."""
+    c = plan.config
+
+    def adapter() -> train_step.State:
+        key = jax.random.fold_in(jax.random.key(c.seed), ADAPTER_STREAM)
+        trained = lora.init(plan.model_config, c.lora.rank, c.lora.targets, key)
+        return train_step.init(trained, tx, teacher)
+
+    def full(base: dict) -> train_step.State:
+        return train_step.init(jax.tree.map(lambda x: x.astype(jnp.float32), base), tx, teacher)
+
+    return _born(adapter, plan) if c.train.trainable == "lora" else _born(full, plan, base)
+
+
 def _weights(plan: plans.Plan) -> dict:
     """The base parameters, leaf by leaf onto their shards."""
-    shapes = model.abstract(plan.model_config, plan.dtype)
-    places = mesh.shardings(shapes, plan.mesh)
     if plan.config.model.init == "random":
-        key = jax.random.fold_in(jax.random.key(plan.config.seed), WEIGHTS_STREAM)
-        return jax.device_put(model.init(plan.model_config, key, plan.dtype), places)
+
+        def make() -> dict:
+            key = jax.random.fold_in(jax.random.key(plan.config.seed), WEIGHTS_STREAM)
+            return model.init(plan.model_config, key, plan.dtype)
+
+        return _born(make, plan)
 
     def put(path: tuple[str, ...], values: np.ndarray) -> jax.Array:
         spec = mesh.partition("/".join(path), values.shape, plan.mesh)
-        return jax.device_put(values, NamedSharding(plan.mesh, spec))
+        return mesh.put(values, NamedSharding(plan.mesh, spec))
 
     return hf.load_params(plan.weights_path, plan.model_config, plan.dtype, put)
 
@@ -466,11 +484,12 @@ def opened(prompt: prompts.Prompt, text: str) -> str:
 def grade(
     run: Run, golds: Sequence[str], asked: Sequence[prompts.Prompt], texts: Sequence[str]
 ) -> list[rewards.Verdict]:
-    """Verdicts on completions of these prompts; a bare reward counts as right from
+    """Verdicts on completions of these prompts, of the leading process: limits of time and a
+    user's function may end otherwise elsewhere. A bare reward counts as right from
     reward.threshold on."""
     whole = [opened(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
     threshold = run.plan.config.reward.threshold
     return [
         v if v.correct is not None else dataclasses.replace(v, correct=v.reward >= threshold)
-        for v in run.rewarder.score(golds, whole)
+        for v in processes.once(lambda: run.rewarder.score(golds, whole))
     ]
