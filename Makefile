@@ -7,7 +7,7 @@ CONFIG ?= opsd
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test slow lint parity kernels compile loss-matrix notebook seeds clean
+.PHONY: install demo test slow lint parity kernels processes compile loss-matrix notebook seeds clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -55,8 +55,11 @@ $(COMPILE)/installed: setup.py
 kernels: install
 	$(BIN)/python -m pytest -n 2 -m slow tests/test_divergence_kernels.py tests/test_loss_sharded.py
 
+processes: install
+	$(BIN)/python -m pytest -m slow tests/test_processes.py
+
 compile: $(COMPILE)/installed
-	$(COMPILE)/bin/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py
+	COPSD_COMPILE=1 $(COMPILE)/bin/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py
 
 # Every combination of settings of the divergence against float64, half an hour.
 loss-matrix: install

@@ -16,7 +16,10 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["copsd_jax", "copsd_jax.*"]),
-    package_data={"copsd_jax": ["languages.json", "problems/*.jsonl", "tiny_tokenizer/*"]},
+    package_data={
+        "copsd_jax": ["languages.json", "problems/*.jsonl", "tiny_tokenizer/*"],
+        "copsd_jax.kernels": ["tuned*.json"],  # there once `benchmarks/tune_loss.py` has run
+    },
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

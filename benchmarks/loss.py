@@ -11,25 +11,31 @@ All forms take turns, so that what else the machine does falls on all of them; a
   liger, trl               the public torch losses, on a GPU and where they can be imported
 
 `seconds` is the least of the repetitions and `seconds_median` the median; `cpu_seconds` the least
-processor time of all threads. `temporary_bytes` is what the compiled program needs beyond arguments
-and results (torch: the peak beyond what was allocated before). `matmuls` are in units of 2 T D V.
+processor time of all threads. `temporary_bytes` is what a form needs beyond its arguments and its
+results, the gradients: XLA's own number (torch: the peak less what is allocated after the call).
+`matmuls` are in units of 2 T D V. A form that fails, as for want of memory, has a line that says
+`failed`; the others go on, and the exit code is 1.
 """
 
 import argparse
 import functools
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+# JAX would take most of a GPU's memory, and leave torch too little. Before jax starts.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax import chunked, divergences, losses
+from copsd_jax import chunked, divergences, losses, token_blocks
 
 # Width and vocabulary of the output matrix.
 SHAPES = {
@@ -75,14 +81,15 @@ def floor(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head: bool) -> 
     return grad_hidden_TD, dot(dz_TV, hidden_s, 0, 0) if train_head else None, teacher_TV
 
 
-def ours(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, name, settings, chunk):
-    """Loss and gradient of `losses.divergence`."""
+def ours(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, name, settings, chunk, chip):
+    """Loss and gradient of `losses.divergence`, as training runs it on such a chip."""
 
     def loss(hidden_s, head_s):
         shared = head if not train_head else jax.lax.stop_gradient(head)
         return losses.divergence(
             hidden_s, hidden_t, head_s if train_head else shared, shared, tokens_T, weight_T,
             settings, implementation=name, chunk=chunk, train_head=train_head,
+            kernel=losses.Kernel(chip=chip),
         )  # fmt: skip
 
     grad = jax.value_and_grad(loss, (0, 1) if train_head else 0, has_aux=True)
@@ -90,7 +97,9 @@ def ours(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, name, sett
 
 
 def remat(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, settings, chunk):
-    """Blocks whose logits are computed again in the backward pass."""
+    """Blocks whose logits are computed again in the backward pass; the last one filled up by rows
+    without weight."""
+    step = min(chunk, len(weight_T))
 
     def loss(hidden_s, head_s):
         fixed = jax.lax.stop_gradient(head)
@@ -103,22 +112,24 @@ def remat(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, settings,
             return total + jnp.sum(value_T * weight_T), None
 
         rows = (hidden_s, hidden_t, tokens_T, weight_T)
-        blocks = jax.tree.map(lambda x: x.reshape(-1, min(chunk, len(x)), *x.shape[1:]), rows)
+        rows = jax.tree.map(lambda x: token_blocks.pad(x, step), rows)
+        blocks = jax.tree.map(lambda x: x.reshape(-1, step, *x.shape[1:]), rows)
         return jax.lax.scan(block, jnp.zeros((), jnp.float32), blocks)[0]
 
     return jax.value_and_grad(loss, (0, 1) if train_head else 0)(hidden_s, head)
 
 
-def jax_forms(args: argparse.Namespace, settings: losses.Divergence, platform: str) -> dict:
+def jax_forms(args: argparse.Namespace, settings: losses.Divergence, device: Any) -> dict:
     """{form: function of the arrays}."""
     common = {"train_head": args.head, "settings": settings, "chunk": args.chunk}
+    mine = common | {"chip": device.device_kind}
     forms: dict[str, Callable] = {"floor": functools.partial(floor, train_head=args.head)}
     for name in ("chunked", "dense"):
-        forms[name] = functools.partial(ours, name=name, **common)
+        forms[name] = functools.partial(ours, name=name, **mine)
     forms["remat_chunked"] = functools.partial(remat, **common)
-    if platform != "cpu":
-        name = losses.resolve("pallas", settings, platform)
-        forms["pallas"] = functools.partial(ours, name=name, **common)
+    if device.platform != "cpu":
+        name = losses.resolve("pallas", settings, device.platform)
+        forms["pallas"] = functools.partial(ours, name=name, **mine)
     return forms
 
 
@@ -173,8 +184,29 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def prepare(args: argparse.Namespace, tokens: int) -> tuple[dict, dict, dict]:
-    """Compiled calls, what is known of each before it runs, and why some are left out."""
+FAILURES = (RuntimeError, ValueError, MemoryError)  # jax's and torch's own are RuntimeErrors
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:400]
+
+
+def compile_form(args: argparse.Namespace, name: str, form: Callable, placed: list) -> tuple:
+    """A call without arguments, and what is known of it before it runs."""
+    width, vocabulary = SHAPES[args.shape]
+    tokens = len(placed[0])
+    traced = jax.jit(form).trace(*placed)
+    compiled = traced.lower().compile()
+    flop = matmuls(traced.jaxpr.jaxpr, -(-tokens // args.chunk))
+    memory: Any = compiled.memory_analysis()
+    return functools.partial(compiled, *placed), {
+        "matmuls": None if name == "pallas" else flop / (2 * tokens * width * vocabulary),
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def prepare(args: argparse.Namespace, tokens: int) -> tuple[dict, dict, dict, dict]:
+    """Compiled calls, what is known of each before it runs, why some are left out, or failed."""
     width, vocabulary = SHAPES[args.shape]
     device = jax.devices()[0]
     settings = losses.Divergence(
@@ -184,45 +216,58 @@ def prepare(args: argparse.Namespace, tokens: int) -> tuple[dict, dict, dict]:
     dtype = jnp.dtype(args.dtype)
     placed = [jax.device_put(jnp.asarray(x, dtype), device) for x in data[:3]]
     placed += [jax.device_put(x, device) for x in data[3:]]
-    forms = jax_forms(args, settings, device.platform)
-    calls, known = {}, {}
+    forms = jax_forms(args, settings, device)
+    calls, known, failed = {}, {}, {}
     for name in [name for name in FORMS if name in forms and name in args.forms]:
-        traced = jax.jit(forms[name]).trace(*placed)
-        compiled = traced.lower().compile()
-        flop = matmuls(traced.jaxpr.jaxpr, -(-tokens // args.chunk))
-        memory = compiled.memory_analysis()
-        known[name] = {
-            "matmuls": None if name == "pallas" else flop / (2 * tokens * width * vocabulary),
-            "temporary_bytes": memory.temp_size_in_bytes,
-        }
-        calls[name] = functools.partial(compiled, *placed)
+        try:
+            calls[name], known[name] = compile_form(args, name, forms[name], placed)
+        except FAILURES as error:
+            failed[name] = reason(error)
     torches, left_out = {}, {}
     if device.platform == "gpu":
-        torches, left_out = torch_forms(args, data)
+        try:
+            torches, left_out = torch_forms(args, data)
+        except RuntimeError as error:  # no memory for the arrays
+            failed |= dict.fromkeys(("liger", "trl"), reason(error))
     for name in [name for name in torches if name in args.forms]:
         calls[name], known[name] = torches[name], {"matmuls": None}
-    return calls, known, left_out
+    return calls, known, left_out, failed
 
 
 def torch_peak(call: Callable) -> int:
+    """Bytes beyond what stays: the arguments, and the gradients that the call leaves."""
     import torch
 
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     call()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
 
-def measure(args: argparse.Namespace, tokens: int) -> None:
-    calls, known, left_out = prepare(args, tokens)
-    times: dict[str, list] = {name: [] for name in calls}
-    for name, call in calls.items():
-        timed(call)
-        if name in ("liger", "trl"):
-            known[name]["temporary_bytes"] = torch_peak(call)
-    for _ in range(args.repetitions):
-        for name, call in calls.items():
-            times[name].append(timed(call))
+def repeat(calls: dict, known: dict, failed: dict, repetitions: int) -> dict[str, list]:
+    """{form: (wall, processor) seconds of each turn} of the forms that run to the end.
+
+    The first call of each warms up. One that fails goes from `calls` to `failed`.
+    """
+    times: dict[str, list] = {}
+    for turn in range(repetitions + 1):
+        for name, call in list(calls.items()):
+            try:
+                took = timed(call)
+                if turn:
+                    times.setdefault(name, []).append(took)
+                elif name in ("liger", "trl"):
+                    known[name]["temporary_bytes"] = torch_peak(call)
+            except FAILURES as error:
+                failed[name] = reason(error)
+                del calls[name]
+                times.pop(name, None)
+    return times
+
+
+def measure(args: argparse.Namespace, tokens: int) -> bool:
+    """A line for each form; whether none failed."""
+    calls, known, left_out, failed = prepare(args, tokens)
+    times = repeat(calls, known, failed, args.repetitions)
     common = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__, "shape": args.shape,
         "tokens": tokens, "dtype": args.dtype, "head": args.head, "live": args.live,
@@ -239,8 +284,10 @@ def measure(args: argparse.Namespace, tokens: int) -> None:
             **known[name],
         }
         print(json.dumps(line), flush=True)
-    for name, reason in left_out.items():
-        print(json.dumps(common | {"form": name, "skipped": reason}), flush=True)
+    for word, names in (("skipped", left_out), ("failed", failed)):
+        for name, why in names.items():
+            print(json.dumps(common | {"form": name, word: why}), flush=True)
+    return not failed
 
 
 def main() -> int:
@@ -264,9 +311,8 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
     args.forms = args.forms.split(",")
-    for tokens in map(int, args.tokens.split(",")):
-        measure(args, tokens)
-    return 0
+    fine = [measure(args, tokens) for tokens in map(int, args.tokens.split(","))]
+    return 0 if all(fine) else 1
 
 
 if __name__ == "__main__":

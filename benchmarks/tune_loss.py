@@ -3,16 +3,17 @@
     python benchmarks/tune_loss.py --width=2048 --vocabulary=151936 [--head] [--dtype=float32]
 
 Starts from the rule of `copsd_jax/kernels/blocks.py` and changes one size at a time, as long as
-that is faster and a block's temporaries stay below --memory bytes. Prints a line of JSON for each
-candidate and writes the best into the table that the rule reads first (--table; one entry for each
-device kind, width, vocabulary, dtype and --head).
+that is faster and a block's temporaries stay below --memory bytes; once where both sides share a
+head, once where each has its own. Prints a line of JSON for each candidate and writes the best into
+the table that the rule reads first (--table; one entry for each device kind, width, vocabulary,
+dtype, number of heads and --head). The width is the model's: what a TPU's kernels pad it to is
+measured and written.
 
 --vocabulary is what one device holds: a part of the head where the mesh's axis tensor splits it.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import statistics
@@ -25,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from copsd_jax import divergences
-from copsd_jax.kernels import blocks, divergence_gpu, divergence_tpu
+from copsd_jax.kernels import blocks
+from copsd_jax.kernels import divergence as kernels
 
 CHOICES = {
     "tpu": {
@@ -51,24 +53,31 @@ def neighbours(sizes: blocks.Blocks, choices: dict[str, tuple[int, ...]]) -> lis
     return [x for x in found if x.tokens % min(x.rows, x.tokens) == 0]
 
 
-def inputs(args: argparse.Namespace) -> tuple:
-    """Both sides' states, the head, tokens and weights."""
+def inputs(args: argparse.Namespace, width: int, tied: bool) -> tuple:
+    """Both sides' states and heads, tokens and weights; zeros beside the model's width."""
     rng = np.random.default_rng(0)
-    shapes = [(args.tokens, args.width)] * 2 + [(args.vocabulary, args.width)]
-    arrays = [jnp.asarray(rng.standard_normal(x, np.float32), args.dtype) for x in shapes]
+    beside = ((0, 0), (0, width - args.width))
+
+    def draw(rows: int) -> jax.Array:
+        drawn = rng.standard_normal((rows, args.width), np.float32)
+        return jnp.asarray(np.pad(drawn, beside), args.dtype)
+
+    arrays = draw(args.tokens), draw(args.tokens), draw(args.vocabulary)
+    head_t = None if tied else draw(args.vocabulary)
     ids = rng.integers(0, args.vocabulary, args.tokens).astype(np.int32)
-    return (*arrays, jnp.asarray(ids), jnp.full((args.tokens,), 1 / args.tokens, jnp.float32))
+    weight_T = jnp.full((args.tokens,), 1 / args.tokens, jnp.float32)
+    return (*arrays, head_t, jnp.asarray(ids), weight_T)
 
 
-def seconds(args: argparse.Namespace, module: Any, sizes: blocks.Blocks, arrays: tuple) -> float:
+def seconds(args: argparse.Namespace, sweep: Any, sizes: blocks.Blocks, arrays: tuple) -> float:
     """The median of the repetitions; infinity where it does not compile or fit."""
     settings = divergences.Divergence(args.divergence, clip_mode=args.clip_mode)
 
     @jax.jit
-    def run(hidden_s, hidden_t, head, tokens, weight):
-        return module.sweep(
-            settings, hidden_s, hidden_t, head, None, tokens, weight, None, None,
-            train_head=args.head, blocks=sizes, interpret=args.interpret,
+    def run(*arrays):
+        return sweep(
+            settings, *arrays, None, None, train_head=args.head, blocks=sizes,
+            interpret=bool(args.interpret),
         )  # fmt: skip
 
     times = []
@@ -97,6 +106,40 @@ def search(start: blocks.Blocks, choices: dict[str, tuple[int, ...]], measure: A
         best = fastest
 
 
+def tune(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, platform: str, tied: bool
+) -> None:
+    """Searches and writes one entry of the table."""
+    kernel = kernels.SWEEPS[f"pallas_{platform}"]
+    width = args.width + -args.width % kernel.lanes
+    rule: Any = {"tpu": blocks.tpu, "gpu": blocks.gpu}[platform]
+    shape = jax.devices()[0].device_kind, width, args.vocabulary, jnp.dtype(args.dtype)
+    arrays = inputs(args, width, tied)
+    most = args.memory / (args.vocabulary * blocks.entry_bytes(platform, jnp.dtype(args.dtype)))
+
+    def measure(sizes: blocks.Blocks) -> float:
+        if sizes.tokens > most:
+            return float("inf")
+        took = seconds(args, kernel.sweep, sizes, arrays)
+        line = {"tied": tied, "sizes": dataclasses.asdict(sizes), "seconds": took}
+        print(json.dumps(line), flush=True)
+        return took
+
+    fits = [x for x in CHOICES[platform]["tokens"] if x <= most]
+    if not fits:
+        parser.error(f"--memory is {args.memory:.3g}: {most:.0f} tokens of a block fit, too few")
+    start = rule(*shape, tied=tied, train_head=args.head)
+    start = dataclasses.replace(start, tokens=min(start.tokens, fits[-1]))
+    best, took = search(start, CHOICES[platform], measure)
+    if took == float("inf"):
+        parser.error("no candidate ran: the lines above say why")
+    table = json.loads(args.table.read_text(encoding="utf-8")) if args.table.is_file() else {}
+    name = blocks.key(*shape, tied=tied, train_head=args.head)
+    table[name] = dataclasses.asdict(best)
+    args.table.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"{name}: {best}, {took:.4g} s, written to {args.table}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,33 +163,8 @@ def main() -> int:
     platform = args.interpret or device.platform
     if platform not in CHOICES:
         parser.error(f"the device is {device.platform}: the kernels run on tpu and gpu")
-    module: Any = {"tpu": divergence_tpu, "gpu": divergence_gpu}[platform]
-    rule = functools.partial(blocks.tpu, tied=True) if platform == "tpu" else blocks.gpu
-    shape = device.device_kind, args.width, args.vocabulary, jnp.dtype(args.dtype)
-    arrays = inputs(args)
-
-    most = args.memory / (args.vocabulary * blocks.entry_bytes(platform, args.dtype))
-
-    def measure(sizes: blocks.Blocks) -> float:
-        if sizes.tokens > most:
-            return float("inf")
-        took = seconds(args, module, sizes, arrays)
-        print(json.dumps({"sizes": dataclasses.asdict(sizes), "seconds": took}), flush=True)
-        return took
-
-    fits = [x for x in CHOICES[platform]["tokens"] if x <= most]
-    if not fits:
-        parser.error(f"--memory is {args.memory:.3g}: {most:.0f} tokens of a block fit, too few")
-    start = rule(*shape, train_head=args.head)
-    start = dataclasses.replace(start, tokens=min(start.tokens, fits[-1]))
-    best, took = search(start, CHOICES[platform], measure)
-    if took == float("inf"):
-        parser.error("no candidate ran: the lines above say why")
-    table = json.loads(args.table.read_text(encoding="utf-8")) if args.table.is_file() else {}
-    name = blocks.key(*shape, args.head)
-    table[name] = dataclasses.asdict(best)
-    args.table.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"{name}: {best}, {took:.4g} s, written to {args.table}")
+    for tied in (True, False):
+        tune(parser, args, platform, tied)
     return 0
 
 

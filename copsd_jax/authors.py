@@ -9,7 +9,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from copsd_jax import contexts, data, openai_api, plans, processes, prompts, replies, run, steps, train_step
+from copsd_jax import (
+    contexts,
+    data,
+    openai_api,
+    plans,
+    processes,
+    prompts,
+    replies,
+    run,
+    steps,
+    train_step,
+)
 from copsd_jax.sampler import jobs
 
 

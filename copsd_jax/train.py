@@ -20,6 +20,7 @@ from copsd_jax import (
     estimates,
     evaluate,
     guards,
+    implementations,
     languages,
     mesh,
     metrics,
@@ -229,7 +230,7 @@ def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
         f"{np.dtype(plan.dtype).name}), {c.model.init}",
         f"  trained     {size['trained']:,} parameters ({c.train.trainable}"
         + (f" rank {c.lora.rank})" if c.train.trainable == "lora" else ")"),
-        f"  loss        {_loss(c)}",
+        f"  loss        {_loss(c)} ({implementations.loss(c, mesh.platform(plan.mesh))})",
         f"  problems    {c.data.path}: {_per_language(plan.rows)}; "
         f"dropped: {_counts(plan.dropped)}",
         f"  evaluation  {c.eval.path or 'none'}: {_per_language(plan.eval_rows)}; "

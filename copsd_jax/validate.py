@@ -170,8 +170,7 @@ def _check_ranges(s: Mapping) -> None:
         "eval.limit eval.every eval.max_tokens eval.temperature eval.top_k"
     ).split()
     positive = (
-        "loss.temperature loss.clip train.lr train.eps lora.alpha eval.grade_seconds "
-        "author.timeout sampler.timeout"
+        "train.lr train.eps lora.alpha eval.grade_seconds author.timeout sampler.timeout"
     ).split()
     for name in at_least_one:
         if s[name] < 1:
@@ -199,6 +198,12 @@ def _check_intervals(s: Mapping) -> None:
     for name in below_one.split():
         if not 0 <= s[name] < 1:
             _refuse(name, s[name], "it must be at least 0 and below 1")
+    for name in ("loss.temperature", "loss.clip"):
+        if not 1e-4 <= s[name] <= 1e4:  # beyond, float32 has no digits for the other terms
+            _refuse(name, s[name], "it must lie between 0.0001 and 10000")
+    for name in ("rollout.temperature", "eval.temperature", "author.temperature"):
+        if 0 < s[name] < 1e-4:
+            _refuse(name, s[name], "it is 0 (greedy) or at least 0.0001")
     if s["policy.weight"] == 1:
         _refuse("policy.weight", 1, "it is below 1: method=grpo is the policy gradient alone")
     for name in ("teacher.rho", "policy.weight"):
@@ -314,6 +319,8 @@ def _check_loss(s: Mapping) -> None:
         _refuse("loss.clip_mode", s["loss.clip_mode"], "the sampled divergence takes only none")
     if s["loss.divergence"] == "sampled" and s["loss.top_k"]:
         _refuse("loss.top_k", s["loss.top_k"], "the sampled divergence takes only 0")
+    if s["loss.top_k"] == 1 and not s["loss.tail"] and s["loss.top_k_of"] != "union":
+        _refuse("loss.top_k", 1, "one entry renormalised is always 1: take 2, or loss.tail=True")
     if s["loss.tail"] and not s["loss.top_k"]:
         _refuse("loss.tail", True, "loss.top_k is 0: all tokens are counted, there is no tail")
     kind = s["loss.implementation"]

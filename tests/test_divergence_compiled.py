@@ -6,6 +6,7 @@ environment have to be set before jax is imported, so this file runs itself as a
 `python FILE CHIP`, with the compiler's packages installed (libtpu; jax-cuda13-plugin, -pjrt).
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -33,10 +34,17 @@ VOCABULARY = 151936
 FKL = divergences.Divergence("fkl", temperature=1.1, sampling_temperature=0.8)
 JSD = divergences.Divergence("jsd", clip_mode="element", ratio_clip=2.0)
 SAMPLED = divergences.Divergence("sampled")
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {
+    "v4": {"topology_name": "v4:2x2x1", "chip_config_name": "megacore"},
+    "v5e": {"topology_name": "v5e:2x2"},
+    "v5p": {"topology_name": "v5p:2x2x1"},
+    "v6e": {"topology_name": "v6e:2x2"},
+    "tpu7x": {"topology_name": "tpu7x:2x2x1"},
+}
 # (T of a device, D, settings, train_head, devices over which the vocabulary is split)
 COMMON = [(32768, 2048, JSD, False, 1), (4096, 4096, FKL, False, 1)]
 PROGRAMS = {
+    "v4": [(4096, 2048, JSD, False, 1), (4096, 4096, FKL, False, 1)],
     "v5e": [*COMMON, (4096, 2048, JSD, False, 1)],
     "v5p": [*COMMON, (4096, 2048, JSD, True, 4)],
     "v6e": [*COMMON, (4096, 4096, FKL, True, 1)],
@@ -52,7 +60,7 @@ PROGRAMS = {
 
 
 def compiled(devices, tokens, width, settings, train_head, ways) -> dict:
-    """Bytes of temporary memory, the largest array, matmuls by XLA, and the kernels called."""
+    """Bytes of temporary memory, the largest array, FLOP by XLA and in kernels, kernels called."""
     mesh = Mesh(np.array(devices[:ways]), ("tensor",), axis_types=(AxisType.Auto,))
     kind, shards = devices[0].device_kind, P("tensor")
     entries = VOCABULARY // ways
@@ -82,17 +90,34 @@ def compiled(devices, tokens, width, settings, train_head, ways) -> dict:
     out = divergences.TokenStats(*[row_spec] * 8), row_spec, shards if train_head else None
     with jax.set_mesh(mesh):
         each = jax.shard_map(device, in_specs=specs, out_specs=out, check_vma=False)
-        program = jax.jit(each).lower(*arrays).compile()
+        traced = jax.jit(each).trace(*arrays)
+        program = traced.lower().compile()
     text: Any = program.as_text()
     memory: Any = program.memory_analysis()
     return {
         "temporary": memory.temp_size_in_bytes,
         "largest": max(map(math.prod, hlo.arrays(text))),
         "matmuls": hlo.matmuls(text, trips=-(-tokens // sizes.tokens)),
+        "kernel_matmuls": hlo.kernel_matmuls(traced.jaxpr.jaxpr),
         "kernels": text.count('custom_call_target="tpu_custom_call"')
         + text.count('custom_call_target="__gpu$xla.gpu.triton"'),
-        "block": sizes.tokens,
+        "sizes": dataclasses.asdict(sizes),
     }
+
+
+def plain(devices) -> list[float]:
+    """What `hlo.matmuls` counts of one matmul, and of three batched ones, in true numbers."""
+    place = NamedSharding(Mesh(np.array(devices[:1]), ("tensor",)), P())
+    counted = []
+    for batch in ((), (3,)):
+        a, b = (
+            jax.ShapeDtypeStruct((*batch, *shape), "bfloat16", sharding=place)
+            for shape in ((256, 512), (512, 384))
+        )
+        text: Any = jax.jit(jnp.matmul).lower(a, b).compile().as_text()
+        flop = 2 * 256 * 512 * 384 * math.prod(batch)
+        counted.append(hlo.matmuls(text, trips=0) / flop)
+    return counted
 
 
 def main(chip: str) -> None:
@@ -100,23 +125,26 @@ def main(chip: str) -> None:
         target = {"target_config": without_devices.H200, "topology": "1x1x4"}
         devices = topologies.get_topology_desc("x", platform="cuda", **target).devices
     else:
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=TOPOLOGIES[chip]
-        ).devices
-    print(json.dumps([compiled(devices, *program) for program in PROGRAMS[chip]]))
+        devices = topologies.get_topology_desc(platform="tpu", **TOPOLOGIES[chip]).devices
+        assert devices[0].device_kind in blocks.CHIPS
+    programs = [compiled(devices, *program) for program in PROGRAMS[chip]]
+    print(json.dumps({"programs": programs, "plain": plain(devices)}))
 
 
 # --- tests ------------------------------------------------------------------------------------
 
 
 def in_its_own_process(chip: str) -> list[dict]:
+    """The programs' numbers, from a counter that counts plain matmuls as what they are."""
     kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
         [sys.executable, __file__, chip],
         env=kept | without_devices.TPU, capture_output=True, text=True, timeout=560, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["plain"] == [1.0, 1.0]
+    return found["programs"]
 
 
 @pytest.mark.timeout(600)
@@ -124,15 +152,21 @@ def in_its_own_process(chip: str) -> list[dict]:
 def test_compiles_for_tpus(chip):
     """No overflow of VMEM, nothing of tokens x vocabulary, one block's words whatever T."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu, which compiles for TPUs")
+        hlo.missing("libtpu, which compiles for TPUs")
     results = in_its_own_process(chip)
     for program, result in zip(PROGRAMS[chip], results, strict=True):
         tokens, width, settings, train_head, ways = program
         entries = VOCABULARY // ways
         assert result["kernels"] == (3 if settings == JSD else 2)
-        assert result["matmuls"] == 0  # all of them in the kernels, which `blocks.tpu_cost` counts
+        sizes = blocks.fit(blocks.Blocks(**result["sizes"]), tokens)
+        padded = -(-entries // sizes.vocab) * sizes.vocab
+        whole = -(-tokens // sizes.tokens) * sizes.tokens
+        # All of them in the kernels: 3.0, or 4.0 with the head's gradient, of whole blocks.
+        assert result["matmuls"] == 0
+        assert result["kernel_matmuls"] == (3 + train_head) * 2 * whole * width * padded
+        assert whole <= 1.125 * tokens
         head = entries * width
-        words = min(tokens, result["block"]) * -(-entries // 1024) * 1024
+        words = sizes.tokens * padded
         assert result["largest"] == max(head, words, tokens * width)
         most = 4 * words + train_head * 4 * head + 4 * tokens * width * 2
         assert result["temporary"] < 1.05 * most
@@ -145,9 +179,9 @@ def test_compiles_for_tpus(chip):
 def test_compiles_for_h200():
     plugin = importlib.util.find_spec("jax_plugins")
     if plugin is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt, which compile for NVIDIA GPUs")
+        hlo.missing("jax-cuda13-plugin and jax-cuda13-pjrt, which compile for NVIDIA GPUs")
     if shutil.which("ptxas") is None:
-        pytest.skip("needs ptxas")
+        hlo.missing("ptxas")
     results = in_its_own_process("cuda")
     for program, result in zip(PROGRAMS["cuda"], results, strict=True):
         tokens, width, settings, train_head, ways = program
@@ -156,7 +190,8 @@ def test_compiles_for_h200():
         # The last block may be filled up.
         floor = (3 + train_head) * 2 * tokens * width * entries
         assert floor <= result["matmuls"] <= 1.03 * floor
-        logits = 2 * min(tokens, result["block"]) * entries
+        assert result["kernel_matmuls"] == 0
+        logits = 2 * min(tokens, result["sizes"]["tokens"]) * entries
         assert result["largest"] <= max(entries * width, logits, tokens * width)
         assert result["temporary"] < 5.5 * logits + train_head * 4 * entries * width
     many, few = (results[i]["temporary"] for i in (2, 3))

@@ -2,9 +2,14 @@
 
 import dataclasses
 import functools
+import importlib
+import itertools
 import json
+import sys
 from typing import Any
 
+import conftest
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -219,13 +224,14 @@ def test_equal_sides_are_exactly_zero(name, kernel, dtype):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("shards", [2, 8])
-def test_sharded_vocabulary(shards, kernel):
+@pytest.mark.parametrize(
+    "shards, settings", [(2, CASES[2]), (8, CASES[3]), (2, CASES[7])], ids=["2", "8", "2 sampled"]
+)
+def test_sharded_vocabulary(shards, settings, kernel):
     """300 entries on shards of a padded head; padding would win every maximum if it counted.
 
-    The eighth shard of eight holds nothing real.
+    The eighth shard of eight holds nothing real. The sampled token's own entry is on one shard.
     """
-    settings = CASES[2] if shards == 2 else CASES[3]
     arrays = _clear(settings, 11, 300, np.float32, oracle.KINK_MARGIN)
     size = {2: 160, 8: 43}[shards]
     pad = ((0, shards * size - 300), (0, 0))
@@ -292,25 +298,14 @@ def _moved(equation) -> int:
     return total
 
 
-def _pallas_calls(jaxpr, times=1):
-    for equation in jaxpr.eqns:
-        inner = times * equation.params.get("length", 1)
-        if equation.primitive.name == "pallas_call":
-            yield equation, times
-            continue
-        for value in equation.params.values():
-            for sub in value if isinstance(value, tuple | list) else [value]:
-                if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
-                    yield from _pallas_calls(getattr(sub, "jaxpr", sub), inner)
-
-
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "settings, train_head, tied",
     [(CASES[0], False, True), (CASES[2], False, True), (CASES[5], True, False)],
 )
 def test_cost_is_what_the_program_moves(settings, train_head, tied, dtype):
-    """Bytes from the block shapes and index maps of the traced kernels, step by step."""
+    """Bytes from the block shapes and index maps of the traced kernels, step by step, and FLOP
+    from their matmuls."""
     sizes = blocks.Blocks(tokens=512, vocab=256, rows=256)
     shapes = [(1000, 256)] * 2 + [(700, 256)] * 2
     arrays: list[Any] = [jax.ShapeDtypeStruct(x, dtype) for x in shapes]
@@ -319,13 +314,14 @@ def test_cost_is_what_the_program_moves(settings, train_head, tied, dtype):
     jaxpr = jax.make_jaxpr(
         functools.partial(divergence_tpu.sweep, settings, train_head=train_head, blocks=sizes)
     )(*arrays)
-    found = list(_pallas_calls(jaxpr.jaxpr))
+    found = list(hlo.kernels(jaxpr.jaxpr))
     assert len(found) == 2 + rows.two_passes(settings, train_head)
     cost = blocks.tpu_cost(settings, sizes, 1000, 256, 700, dtype, tied=tied, train_head=train_head)
     assert cost.bytes == sum(times * _moved(equation) for equation, times in found)
     estimates = [(times, equation.params["cost_estimate"]) for equation, times in found]
     assert cost.bytes == sum(times * x.bytes_accessed for times, x in estimates)
     assert cost.flops == sum(times * x.flops for times, x in estimates)
+    assert cost.flops == hlo.kernel_matmuls(jaxpr.jaxpr)
     assert cost.flops == (3 + train_head) * 2 * 1024 * 256 * 768  # in whole blocks
 
 
@@ -342,29 +338,71 @@ def test_time_by_count(settings, kind, most):
     assert vocabulary * sizes.tokens * 4 <= chip.memory / 8
 
 
-def test_block_sizes(tmp_path, monkeypatch):
+def test_block_sizes():
+    """Whole lanes that fit the chip's VMEM, and what no chip of its size takes is refused."""
     assert blocks.even(5000, 4096, 256) == 2560
     assert blocks.even(1, 4096, 128) == 128
     assert blocks.fit(blocks.Blocks(4096, 1024, 256), 130).rows == 256
-    for kind in ("", *blocks.CHIPS):
-        for width in (576, 1024, 2048, 4096, 8192):
-            for head in (False, True):
-                sizes = blocks.tpu(
-                    "TPU" if "NV" in kind else kind, width, 151936, jnp.bfloat16,
-                    tied=True, train_head=head,
-                )  # fmt: skip
-                assert sizes.tokens % sizes.rows == sizes.vocab % 128 == 0
+    options: dict[str, Any] = {"dtype": jnp.bfloat16, "tied": True}
+    kinds = [kind for kind in ("", *blocks.CHIPS) if "NV" not in kind]
+    for kind, width, head in itertools.product(kinds, (576, 1024, 2048, 4096), (False, True)):
+        vmem = blocks.CHIPS[kind].vmem if kind else 16 * blocks.MIB
+        if (vmem, width, head) == (16 * blocks.MIB, 4096, True):
+            with pytest.raises(
+                ValueError, match=r"width is 4096: no block.*implementation=chunked"
+            ):
+                blocks.tpu(kind, width, 151936, train_head=head, **options)
+            continue
+        sizes = blocks.tpu(kind, width, 151936, train_head=head, **options)
+        assert sizes.tokens % sizes.rows == sizes.vocab % 128 == 0
+        need = blocks.vmem(sizes, width, train_head=head, **options)
+        assert need < blocks.vmem_limit(need) <= vmem
+        assert blocks.vmem_limit(need) >= need + min(14 * blocks.MIB, vmem // 4) or vmem > 2**24
     assert blocks.gpu("NVIDIA H200", 4096, 151936, jnp.bfloat16).tokens == 512
     with pytest.raises(ValueError, match="width is 1048576"):
         blocks.tpu("", 2**20, 1000, jnp.bfloat16, tied=True, train_head=False)
+
+
+def test_no_chip_is_smaller_than_the_smallest():
+    for chip in blocks.CHIPS.values():
+        assert chip.memory >= blocks.SMALLEST.memory
+        assert not chip.vmem or chip.vmem >= blocks.SMALLEST.vmem
+
+
+def test_measured_sizes(tmp_path, monkeypatch):
+    """The table's entry is for one chip, shape, dtype, number of heads and gradients."""
     measured = blocks.Blocks(640, 512, 128)
     table = tmp_path / "tuned.json"
-    name = blocks.key("TPU v6 lite", 2048, 151936, jnp.bfloat16, False)
+    arguments = "TPU v6 lite", 2048, 151936, jnp.bfloat16
+    name = blocks.key(*arguments, tied=True, train_head=False)
     table.write_text(json.dumps({name: dataclasses.asdict(measured)}))
     monkeypatch.setattr(blocks, "TABLE", table)
-    arguments = "TPU v6 lite", 2048, 151936, jnp.bfloat16
-    assert blocks.tpu(*arguments, tied=True, train_head=False) == measured
-    assert blocks.tpu(*arguments, tied=True, train_head=True) != measured
+    for rule in (blocks.tpu, blocks.gpu):
+        for tied, head in itertools.product((True, False), repeat=2):
+            found = rule(*arguments, tied=tied, train_head=head)
+            assert (found == measured) == (tied and not head)
+        assert rule("TPU v5", *arguments[1:], tied=True, train_head=False) != measured
+
+
+@pytest.mark.parametrize("platform, width", [("tpu", 128), ("gpu", 100)])
+def test_the_tuner_measures_both_forms(platform, width, tmp_path, monkeypatch, capsys):
+    """Width 100 as the kernels get it: in whole lanes for a TPU. Times mean nothing here."""
+    table = tmp_path / "tuned.json"
+    arguments = "--width=100 --vocabulary=300 --tokens=16 --repetitions=1 --dtype=float32"
+    monkeypatch.syspath_prepend(str(conftest.ROOT / "benchmarks"))
+    tune_loss = importlib.import_module("tune_loss")
+    monkeypatch.setattr(tune_loss, "CHOICES", {platform: {"tokens": (128,)}})
+    argv = ["tune_loss.py", *arguments.split(), f"--interpret={platform}", f"--table={table}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    tune_loss.main()
+    kind = jax.devices()[0].device_kind
+    names = [
+        blocks.key(kind, width, 300, jnp.float32, tied=tied, train_head=False)
+        for tied in (True, False)
+    ]
+    assert sorted(json.loads(table.read_text())) == sorted(names)
+    ran = [line for line in capsys.readouterr().out.splitlines() if '"seconds"' in line]
+    assert [json.loads(line)["tied"] for line in ran] == [True, False]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

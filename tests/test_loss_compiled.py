@@ -3,14 +3,23 @@
 Read from the optimised program's text by `hlo.py`, which is tested first.
 """
 
+import argparse
 import dataclasses
+import functools
+import importlib
+import json
 import math
+import os
+import sys
+import types
 
+import conftest
 import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_train_step import CONFIG, OPTIONS, TX
@@ -54,6 +63,54 @@ def test_the_reader_by_hand():
     assert hlo.collectives(TEXT) == [("all-reduce", (4, 5))]
     assert (8, 5) in hlo.arrays(TEXT)
     assert max(map(math.prod, hlo.arrays(TEXT))) == 40
+
+
+CONVOLUTIONS = """
+HloModule small
+
+ENTRY %main (a: f32[4,8], b: f32[8,5], c: f32[3,4,8], d: f32[3,8,5]) -> f32[3,4,5] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,5]{1,0} parameter(1)
+  %c = f32[3,4,8]{2,1,0} parameter(2)
+  %d = f32[3,8,5]{2,1,0} parameter(3)
+  %one = f32[4,5]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+  ROOT %three = f32[3,4,5]{2,1,0} convolution(%c, %d), \
+window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf
+}
+"""
+
+
+def test_the_reader_on_a_tpu_by_hand():
+    """One product of 320 FLOP, and three in a window of which one place meets a number at a
+    time."""
+    assert hlo.matmuls(CONVOLUTIONS, 0) == 320 * 4
+
+
+def test_the_reader_of_kernels_by_hand():
+    """Two programs a block, each a product of 2 · 4 · 5 · 8 = 320 FLOP, for 3 blocks; in one of
+    them a second product, which counts as the dearer branch everywhere."""
+
+    def kernel(a_ref, b_ref, out_ref):
+        out_ref[...] = jnp.dot(a_ref[...], b_ref[...])
+
+        @pl.when(pl.program_id(0) == 0)
+        def _():
+            out_ref[...] += jnp.dot(a_ref[...], b_ref[...])
+
+    def run(a_NTC, b):
+        strip, whole = (lambda i: (i, 0)), (lambda i: (0, 0))
+        call = pl.pallas_call(
+            kernel,
+            grid=(2,),
+            in_specs=[pl.BlockSpec((4, 8), strip), pl.BlockSpec((8, 5), whole)],
+            out_specs=pl.BlockSpec((4, 5), strip),
+            out_shape=jax.ShapeDtypeStruct((8, 5), jnp.float32),
+        )
+        return jax.lax.map(lambda a: call(a, b), a_NTC)
+
+    shapes = [jax.ShapeDtypeStruct(x, jnp.float32) for x in ((3, 8, 8), (8, 5))]
+    jaxpr = jax.make_jaxpr(run)(*shapes).jaxpr
+    assert hlo.kernel_matmuls(jaxpr) == 3 * 2 * (320 + 320)
 
 
 def test_the_reader_on_a_program():
@@ -208,7 +265,9 @@ def test_the_head_is_gathered_once_a_step():
         )
         placed = mesh.place(state, devices), mesh.place(params, devices)
         lowered = step.lower(*placed, mesh.place_batch(batch, devices), None, None)
-    found, entry = hlo.computations(lowered.compile().as_text())
+    # The compiler must not be what moves them out of the loop.
+    plain = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    found, entry = hlo.computations(lowered.compile(compiler_options=plain).as_text())
     gathers = [
         name == entry
         for name, ops in found.items()
@@ -216,3 +275,83 @@ def test_the_head_is_gathered_once_a_step():
         if op.kind.startswith("all-gather") and (46, 64) in hlo.arrays(op.shape)
     ]
     assert gathers == [True]
+
+
+# --- the benchmark ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """`benchmarks/loss.py` with a small shape."""
+    monkeypatch.syspath_prepend(str(conftest.ROOT / "benchmarks"))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "unset")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE")
+    monkeypatch.delitem(sys.modules, "loss", raising=False)
+    module = importlib.import_module("loss")
+    monkeypatch.setattr(module, "SHAPES", {"smollm2": (WIDTH, VOCABULARY)})
+    return module
+
+
+def _lines(benchmark, monkeypatch, capsys, arguments: str) -> tuple[int, dict]:
+    monkeypatch.setattr(sys, "argv", ["loss.py", "--repetitions=2", *arguments.split()])
+    code = benchmark.main()
+    lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    found = {line["form"]: line for line in lines}
+    assert len(found) == len(lines)
+    return code, found
+
+
+def test_the_benchmark_counts_and_times(benchmark, monkeypatch, capsys):
+    """64 tokens in blocks of 16: three matmuls are the floor, checkpoints compute two again."""
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    code, lines = _lines(benchmark, monkeypatch, capsys, "--tokens=64 --chunk=16")
+    assert code == 0
+    counts = {name: line["matmuls"] for name, line in lines.items()}
+    assert counts == {"floor": 3, "chunked": 3, "remat_chunked": 5, "dense": 3}
+    for line in lines.values():
+        assert line["seconds"] <= line["seconds_median"]
+        assert line["floor_fraction"] == lines["floor"]["seconds"] / line["seconds"]
+
+
+def test_the_benchmark_survives_forms_that_fail(benchmark, monkeypatch, capsys):
+    """One does not compile, one compiles and has no memory when it runs for the second time."""
+
+    def no_memory(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    calls = []
+
+    def timed(call, timed=benchmark.timed):
+        calls.append(call)
+        return timed(no_memory if len(calls) == 5 else call)  # of three forms the second
+
+    monkeypatch.setattr(benchmark, "remat", no_memory)
+    monkeypatch.setattr(benchmark, "timed", timed)
+    code, lines = _lines(benchmark, monkeypatch, capsys, "--tokens=20 --chunk=8")
+    assert code == 1
+    failed = {name for name, line in lines.items() if "failed" in line}
+    assert failed == {"remat_chunked", "chunked"}
+    assert lines["chunked"]["failed"] == "JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    assert {name for name, line in lines.items() if "seconds" in line} == {"floor", "dense"}
+
+
+def test_the_benchmark_forms_agree(benchmark, monkeypatch):
+    """Loss and gradients of all forms, with 20 tokens in blocks of 8; kernels get the chip."""
+    data = benchmark.arrays(20, WIDTH, VOCABULARY, 0.6)
+    settings = losses.Divergence("jsd", temperature=1.1)
+    common = {"train_head": True, "settings": settings, "chunk": 8}
+    dense = functools.partial(benchmark.ours, name="dense", chip="", **common)
+    (want, _), grads = jax.jit(dense)(*data)
+    got, remat_grads = jax.jit(functools.partial(benchmark.remat, **common))(*data)
+    for mine, theirs in zip((got, *remat_grads), (want, *grads), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    args = argparse.Namespace(head=False, chunk=8)
+    device = types.SimpleNamespace(platform="tpu", device_kind="TPU v4")
+    forms = benchmark.jax_forms(args, settings, device)
+
+    def stop(*_, implementation, kernel, **__):
+        raise RuntimeError(f"{implementation} on {kernel.chip}")
+
+    monkeypatch.setattr(losses, "divergence", stop)
+    with pytest.raises(RuntimeError, match="pallas_tpu on TPU v4"):
+        forms["pallas"](*data)

@@ -22,6 +22,8 @@ CASES = [
     ("chunked", (2, 2, 2), {"top_k": "union tail", "weights": "some"}),
     ("pallas_tpu", (2, 2, 2), {}),
     ("pallas_gpu", (2, 2, 2), {"divergence": "fkl", "weights": "ratio"}),
+    ("pallas_tpu", (2, 2, 2), {"divergence": "sampled", "clip": "none", "weights": "ratio"}),
+    ("pallas_gpu", (1, 1, 8), {"divergence": "sampled", "clip": "none"}),
     ("dense", (2, 2, 2), {}),
 ]
 
@@ -35,6 +37,35 @@ def test_eight_devices_equal_one(implementation, shape, changes):
     devices = mesh.make(*shape)
     with jax.set_mesh(devices):
         got = jax.jit(loss_cases.run, static_argnums=(0, 1))(implementation, settings, *args)
+    for mine, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        largest = max(np.abs(theirs).max(), 1e-30)
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * largest)
+
+
+LIVE = (24, 5, 0, 1)  # rows of each of four shards of 25, or two of 50
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "sampled"])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)])
+def test_shards_with_few_and_many_blocks(shape, divergence):
+    """Three, one, no and one block of 8, or four and one, equal a single device's logits at once;
+    rows without weight hold NaN."""
+    rng = np.random.default_rng(0)
+    tokens, width, entries = 100, 8, 61
+    live_T = np.concatenate([rng.permutation(np.arange(25) < count) for count in LIVE])
+    states = [rng.normal(size=(tokens, width)) for _ in range(2)]
+    states = [np.where(live_T[:, None], x, np.nan).astype(np.float32) for x in states]
+    heads = [rng.normal(size=(entries, width)).astype(np.float32) for _ in range(2)]
+    old_T, rollout_T = (rng.normal(size=tokens).astype(np.float32) - 4 for _ in range(2))
+    ids = rng.integers(0, entries, tokens).astype(np.int32)
+    arrays = (*states, *heads, ids, old_T, rollout_T)
+    weight_T = np.where(live_T, rng.uniform(0.2, 1, tokens), 0).astype(np.float32)
+    settings = losses.Divergence(divergence, temperature=1.3, ratio_clip=1.3)
+    args = (settings, arrays, weight_T, live_T)
+    want = loss_cases.run("dense", *args)
+    assert np.isfinite(want[1][0]).all()
+    with jax.set_mesh(mesh.make(*shape)):
+        got = jax.jit(loss_cases.run, static_argnums=(0, 1))("chunked", *args)
     for mine, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         largest = max(np.abs(theirs).max(), 1e-30)
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * largest)

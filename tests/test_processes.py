@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import conftest
 import pytest
@@ -43,7 +44,7 @@ def ended(started: subprocess.Popen) -> tuple[str, str]:
     return out, err
 
 
-def close(a: object, b: object, name: str = "") -> None:
+def close(a: Any, b: Any, name: str = "") -> None:
     """Equal, numbers to rounding in another order; what clocks say is left out."""
     if name.startswith(("seconds/", "tokens_per")):
         return
@@ -61,6 +62,7 @@ def close(a: object, b: object, name: str = "") -> None:
         assert a == b, name
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(tmp_path):
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
     out, _ = ended(launch(tmp_path / "two", 2, 2, *mesh))

@@ -235,6 +235,29 @@ def test_a_value_that_nothing_reads_is_refused(name):
     assert refusal(live | setting) == ""
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss__temperature": 1e-5}, "loss.temperature is 1e-05: it must lie between 0.0001 and"),
+        ({"loss__temperature": 2e4}, "loss.temperature is 20000.0: it must lie between"),
+        ({"loss__temperature": float("nan")}, "loss.temperature is nan: it must lie between"),
+        ({"loss__clip_mode": "huber", "loss__clip": 1e-300}, "loss.clip is 1e-300: it must lie"),
+        ({"rollout__temperature": 1e-5}, "rollout.temperature is 1e-05: it is 0 (greedy) or at"),
+        ({"eval__temperature": 1e-300}, "eval.temperature is 1e-300: it is 0 (greedy) or at"),
+        ({"loss__top_k": 1}, "loss.top_k is 1: one entry renormalised is always 1"),
+        ({"loss__beta": 1e-9, "loss__divergence": "jsd"}, "loss.beta is 1e-09: it must lie betw"),
+        ({"loss__temperature": 1e-4}, ""),
+        ({"loss__clip_mode": "huber", "loss__clip": 1e4}, ""),
+        ({"rollout__temperature": 1e-4, "eval__temperature": 0.0}, ""),
+        ({"loss__top_k": 1, "loss__tail": True}, ""),
+        ({"loss__top_k": 1, "loss__top_k_of": "union"}, ""),
+    ],
+)
+def test_numbers_with_which_nothing_would_be_trained(settings, said):
+    assert refusal(settings).startswith(said)
+    assert bool(refusal(settings)) == bool(said)
+
+
 def test_every_condition_has_a_case():
     assert set(DEAD) == {name for read in validate.READ for name in read.names.split()}
 

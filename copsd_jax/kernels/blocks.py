@@ -55,6 +55,7 @@ class Chip:
 
 # Device kinds as JAX names them. Makers' data sheets; VMEM from jax.experimental.pallas.tpu.
 CHIPS = {
+    "TPU v4": Chip(275e12, 1228e9, 32 * 2**30, 16 * MIB),
     "TPU v5 lite": Chip(197e12, 819e9, 16e9, 128 * MIB),
     "TPU v5": Chip(459e12, 2765e9, 95e9, 64 * MIB),
     "TPU v6 lite": Chip(918e12, 1640e9, 32e9, 128 * MIB),
@@ -62,8 +63,8 @@ CHIPS = {
     "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 80e9, 0),
     "NVIDIA H200": Chip(989e12, 4800e9, 141e9, 0),
 }
-SMALLEST = Chip(0, 0, 16e9, 64 * MIB)  # in each respect, for a device that is not among them
-SPARE_VMEM = 14 * MIB  # registers that spill, and what the compiler adds
+SMALLEST = Chip(0, 0, 8e9, 16 * MIB)  # in each respect (TPU v2), for one that is not among them
+SPARE_VMEM = 14 * MIB  # at most: registers that spill, and what the compiler adds
 KEPT = 1 / 8  # of a TPU's memory, for what is kept of a block's entries
 GPU_BYTES = 0.8e9  # of a block's logits and dz
 
@@ -78,24 +79,43 @@ def tpu(
       width: D.
       vocabulary: rows of the shard's head.
       tied: whether both sides have one head.
+
+    Raises:
+      ValueError: a width of which not even the smallest tiles fit.
     """
-    found = tuned(kind, width, vocabulary, dtype, train_head)
+    found = tuned(kind, width, vocabulary, dtype, tied=tied, train_head=train_head)
     if found:
         return found
     chip = CHIPS.get(kind, SMALLEST)
-    budget = chip.vmem - SPARE_VMEM
+    budget = chip.vmem - spare(chip.vmem)
     most = KEPT * chip.memory / (vocabulary * kept_bytes(dtype))
     for tile in (1024, 512, 256, 128):  # the smallest, if nothing fits, comes last
         for tokens in (4096, 2048, 1536, 1024, 512, 256, 128):
             sizes = Blocks(tokens, tile, min(256, tokens))
             need = vmem(sizes, width, dtype, tied=tied, train_head=train_head)
-            # Tiles may shrink, but not below what the matrix unit needs, before tokens do.
-            if need <= budget and tokens <= most and (tokens >= 1024 or tile <= 256):
+            # Tiles may shrink, but not below what the matrix unit needs, before tokens do; with
+            # few tokens a block waits for the head, so the narrowest tiles come before those.
+            enough = {1024: 1024, 512: 1024, 256: 256, 128: 128}[tile]
+            if need <= budget and enough <= tokens <= most:
                 return sizes
     raise ValueError(
         f"the width is {width}: no block of 128 tokens and 128 entries fits into {budget} bytes "
-        "of VMEM; use loss.implementation=chunked"
+        f"of the VMEM of {kind or 'the smallest TPU'}; use loss.implementation=chunked"
     )
+
+
+def spare(vmem: int) -> int:
+    """Bytes of a chip's VMEM that no block is planned into."""
+    return min(SPARE_VMEM, vmem // 4)
+
+
+def vmem_limit(need: int) -> int:
+    """What a kernel that needs so many bytes of VMEM may take, on every chip whose rule allows it.
+
+    All of the smallest chip's, or more than that: chips that such a block fits have the room.
+    """
+    least = SMALLEST.vmem
+    return least if need <= least - spare(least) else need + SPARE_VMEM
 
 
 def vmem(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train_head: bool) -> int:
@@ -113,10 +133,16 @@ def vmem(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train_head:
 
 
 def gpu(
-    kind: str, width: int, vocabulary: int, dtype: jnp.dtype, *, train_head: bool = False
+    kind: str,
+    width: int,
+    vocabulary: int,
+    dtype: jnp.dtype,
+    *,
+    tied: bool = True,
+    train_head: bool = False,
 ) -> Blocks:
     """As `tpu`: the longest block of whole 128 tokens in GPU_BYTES, at least 256."""
-    found = tuned(kind, width, vocabulary, dtype, train_head)
+    found = tuned(kind, width, vocabulary, dtype, tied=tied, train_head=train_head)
     if found:
         return found
     tokens = int(GPU_BYTES / (vocabulary * entry_bytes("gpu", dtype))) // LANES * LANES
@@ -148,17 +174,21 @@ def even(tokens: int, most: int, unit: int) -> int:
     return -(-max(tokens, 1) // (blocks * unit)) * unit
 
 
-def key(kind: str, width: int, vocabulary: int, dtype: jnp.dtype, train_head: bool) -> str:
-    """Of an entry of the table."""
-    head = "head" if train_head else "hidden"
-    return f"{kind}, D {width}, V {vocabulary}, {jnp.dtype(dtype).name}, {head}"
+def key(
+    kind: str, width: int, vocabulary: int, dtype: jnp.dtype, *, tied: bool, train_head: bool
+) -> str:
+    """Of an entry of the table: the width as the kernels get it, so a TPU's in whole lanes."""
+    heads = "one head" if tied else "two heads"
+    grads = "head's gradient" if train_head else "states' gradient"
+    return f"{kind}, D {width}, V {vocabulary}, {jnp.dtype(dtype).name}, {heads}, {grads}"
 
 
 def tuned(
-    kind: str, width: int, vocabulary: int, dtype: jnp.dtype, train_head: bool
+    kind: str, width: int, vocabulary: int, dtype: jnp.dtype, *, tied: bool, train_head: bool
 ) -> Blocks | None:
     """The table's entry, None where it has none."""
-    entry = _table(TABLE).get(key(kind, width, vocabulary, dtype, train_head))
+    name = key(kind, width, vocabulary, dtype, tied=tied, train_head=train_head)
+    entry = _table(TABLE).get(name)
     return Blocks(**entry) if entry else None
 
 

@@ -51,9 +51,10 @@ def _blocks_tpu(chip: str, head_VD: jax.Array, tied: bool, train_head: bool) -> 
 
 
 def _blocks_gpu(chip: str, head_VD: jax.Array, tied: bool, train_head: bool) -> blocks_lib.Blocks:
-    del tied
     entries, width = head_VD.shape
-    return blocks_lib.gpu(chip, width, entries, head_VD.dtype, train_head=train_head)
+    return blocks_lib.gpu(
+        chip, width, entries, head_VD.dtype, tied=tied, train_head=train_head
+    )  # fmt: skip
 
 
 class Sweep(NamedTuple):

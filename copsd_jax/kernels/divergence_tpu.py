@@ -352,7 +352,7 @@ def _grid(blocks: blocks_lib.Blocks, size: int) -> tuple[int, int]:
 
 def _params(need: int, *order: Any) -> pltpu.CompilerParams:
     """Order of the tiles and of the rows: a chip of two cores splits a parallel axis."""
-    limit = need + blocks_lib.SPARE_VMEM
+    limit = blocks_lib.vmem_limit(need)
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=limit)
 
 
