@@ -97,7 +97,7 @@ size() {
   done
   CHIPS=$((chips < CHIPS_PER_HOST ? chips : CHIPS_PER_HOST))
   ((chips % CHIPS == 0)) ||
-    fail "TOPOLOGY is '$TOPOLOGY': its $chips chips are no multiple of CHIPS_PER_HOST=$CHIPS_PER_HOST"
+    fail "TOPOLOGY is '$TOPOLOGY': $chips chips do not divide by CHIPS_PER_HOST=$CHIPS_PER_HOST"
   HOSTS=$((chips / CHIPS))
   ((SLICES == 1 || HOSTS > 1)) ||
     fail "SLICES is '$SLICES': GKE connects slices of several hosts only, and $TOPOLOGY is one host"
@@ -114,7 +114,7 @@ volume() {
   elif [[ $SHARED =~ ^([A-Za-z0-9.-]+):(/[A-Za-z0-9._/-]*)$ ]]; then
     VOLUME="nfs: {server: \"${BASH_REMATCH[1]}\", path: \"${BASH_REMATCH[2]}\"}"
   else
-    fail "SHARED is '$SHARED': the disk of the work directory, as pvc:CLAIM, host:/export or gs://NAME"
+    fail "SHARED is '$SHARED': where the work directory is, as pvc:CLAIM, host:/export or gs://NAME"
   fi
 }
 
@@ -186,7 +186,7 @@ run() {
     "${DELETE[@]}"
   fi
   "${APPLY[@]}" <<< "$text"
-  echo "$((SLICES * HOSTS)) processes on $SLICES x $TPU $TOPOLOGY; the run: $WORKDIR on $SHARED; log:"
+  echo "$((SLICES * HOSTS)) processes on $SLICES x $TPU $TOPOLOGY; $WORKDIR on $SHARED; log:"
   quoted "${FOLLOW[@]}"
 }
 

@@ -17,7 +17,7 @@
 # to have a hierarchical namespace. Models and data files are best there too.
 #
 # Cost: chips x hours x price, from the first host that is there until `delete`, idle or not. Listed
-# in the US in 2025, a chip and hour: about USD 1.20 (v5e), 2.70 (v6e), 4.20 (v5p), spot about a half
+# in the US in 2025, a chip and hour: about USD 1.20 (v5e), 2.70 (v6e), 4.20 (v5p), spot about half
 # or less: 16 chips of v5e some USD 19 an hour. Prices differ by region and change: look them up.
 # Duration: minutes to days until there are machines, by size, zone and spot; about five minutes to
 # install; then the run's own time, with some minutes of compilation at each start.
@@ -82,10 +82,10 @@ check_run() {
   local hosts=$(((chips + 3) / 4))
   hosts=$((hosts * SLICES))
   ((hosts <= HOSTS_AT_ONCE)) ||
-    fail "SLICES=$SLICES of $ACCELERATOR are $hosts hosts, but gcloud runs a command on no more than" \
+    fail "SLICES=$SLICES of $ACCELERATOR are $hosts hosts, and gcloud reaches no more than" \
       "$HOSTS_AT_ONCE at the same time: use launch/gke.sh"
   [[ $SHARED =~ ^[A-Za-z0-9.-]+:/[A-Za-z0-9._/-]*$ || $SHARED =~ ^gs://[a-z0-9._-]+$ ]] ||
-    fail "SHARED is '$SHARED': the disk of the work directory, as host:/export (NFS) or gs://NAME"
+    fail "SHARED is '$SHARED': where the work directory is, as host:/export (NFS) or gs://NAME"
   [[ $MOUNT =~ ^(/[A-Za-z0-9._-]+)+$ ]] || fail "MOUNT is '$MOUNT': it must be an absolute path"
   check_program "$MOUNT"
   check_sent
