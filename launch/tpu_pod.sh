@@ -86,6 +86,7 @@ check_run() {
       "$HOSTS_AT_ONCE at the same time: use launch/gke.sh"
   [[ $SHARED =~ ^[A-Za-z0-9.-]+:/[A-Za-z0-9._/-]*$ || $SHARED =~ ^gs://[a-z0-9._-]+$ ]] ||
     fail "SHARED is '$SHARED': where the work directory is, as host:/export (NFS) or gs://NAME"
+  [[ $PYTHON =~ ^3\.[0-9.]+$ ]] || fail "PYTHON is '$PYTHON': it must be a version, as 3.12"
   [[ $MOUNT =~ ^(/[A-Za-z0-9._-]+)+$ ]] || fail "MOUNT is '$MOUNT': it must be an absolute path"
   check_program "$MOUNT"
   check_sent

@@ -125,22 +125,22 @@ def test_pod_replaces_spot_slices_that_were_taken_away(shell):
 
 
 @pytest.mark.parametrize(
-    "states, program, code, creations, message",
+    "states, program, code, starts, message",
     [
-        (["ACTIVE", "ACTIVE"], 3, 3, 0, "error: ended with 3; copsd still costs"),
+        (["ACTIVE", "ACTIVE"], 3, 3, 1, "error: ended with 3; copsd still costs"),
         (["FAILED"], 0, 2, 0, "error: the request copsd failed"),
-        (["ACTIVE", ""] * 3, 255, 2, 0, "error: copsd was taken away more than RESTARTS=2 times"),
+        (["ACTIVE", ""] * 3, 255, 2, 3, "error: copsd was taken away more than RESTARTS=2 times"),
     ],
 )
-def test_pod_stops_where_another_start_cannot_help(
-    shell, states, program, code, creations, message
-):
+def test_pod_stops_where_another_start_cannot_help(shell, states, program, code, starts, message):
     shell.answer(list=[[s, 0] for s in states], exec=[["", program]])
     done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **POD, RESTARTS="2")
     assert done.returncode == code
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
-    assert [call[4] for call in shell.calls() if call[0] == "gcloud"].count("create") == creations
+    calls = shell.calls()
+    assert sum(" flock " in call[-1] for call in calls) == starts
+    assert not any("create" in call for call in calls)
 
 
 def test_pod_says_when_gcloud_fails_and_asks_for_nothing(shell):
@@ -338,6 +338,7 @@ BELOW = {"tpu_pod.sh": "/mnt/shared", "gke.sh": "/mnt/shared", "slurm.sh": "/scr
         ("tpu_pod.sh", {"SHARED": "/local"}, "SHARED is '/local'"),
         ("tpu_pod.sh", {"WHEN_DONE": "stop"}, "WHEN_DONE is 'stop'"),
         ("tpu_pod.sh", {"MOUNT": "shared"}, "MOUNT is 'shared'"),
+        ("tpu_pod.sh", {"PYTHON": "python3.12"}, "PYTHON is 'python3.12'"),
         ("gke.sh", {"IMAGE": ""}, "IMAGE is missing"),
         ("gke.sh", {"IMAGE": "a b"}, "IMAGE is 'a b'"),
         ("gke.sh", {"TPU": "v5"}, "TPU is 'v5': it must be one of: v4 v5e v5p v6e tpu7x"),

@@ -1,5 +1,5 @@
-"""The launcher for GKE: its manifest against the schemas of Kubernetes and one for JobSet, the number
-of Pods against the chips of the topology, and what is done with it."""
+"""The launcher for GKE: its manifest against the schemas of Kubernetes and one for JobSet, the
+number of Pods against the chips of the topology, and what is done with it."""
 
 import itertools
 import json
