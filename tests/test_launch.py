@@ -338,7 +338,7 @@ BELOW = {"tpu_pod.sh": "/mnt/shared", "gke.sh": "/mnt/shared", "slurm.sh": "/scr
         ("tpu_pod.sh", {"SHARED": "/local"}, "SHARED is '/local'"),
         ("tpu_pod.sh", {"WHEN_DONE": "stop"}, "WHEN_DONE is 'stop'"),
         ("tpu_pod.sh", {"MOUNT": "shared"}, "MOUNT is 'shared'"),
-        ("tpu_pod.sh", {"PYTHON": "python3.12"}, "PYTHON is 'python3.12'"),
+        ("tpu_pod.sh", {"PYTHON_VERSION": "python3"}, "PYTHON_VERSION is 'python3'"),
         ("gke.sh", {"IMAGE": ""}, "IMAGE is missing"),
         ("gke.sh", {"IMAGE": "a b"}, "IMAGE is 'a b'"),
         ("gke.sh", {"TPU": "v5"}, "TPU is 'v5': it must be one of: v4 v5e v5p v6e tpu7x"),
