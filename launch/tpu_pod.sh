@@ -86,7 +86,8 @@ check_run() {
       "$HOSTS_AT_ONCE at the same time: use launch/gke.sh"
   [[ $SHARED =~ ^[A-Za-z0-9.-]+:/[A-Za-z0-9._/-]*$ || $SHARED =~ ^gs://[a-z0-9._-]+$ ]] ||
     fail "SHARED is '$SHARED': where the work directory is, as host:/export (NFS) or gs://NAME"
-  [[ $PYTHON_VERSION =~ ^3\.[0-9.]+$ ]] || fail "PYTHON_VERSION is '$PYTHON_VERSION': it must be a version, as 3.12"
+  [[ $PYTHON_VERSION =~ ^3\.[0-9.]+$ ]] ||
+    fail "PYTHON_VERSION is '$PYTHON_VERSION': it must be a version, as 3.12"
   [[ $MOUNT =~ ^(/[A-Za-z0-9._-]+)+$ ]] || fail "MOUNT is '$MOUNT': it must be an absolute path"
   check_program "$MOUNT"
   check_sent
