@@ -367,16 +367,18 @@ def _smooth_entries(
     """`entries` with the derivative of their plain formulas, for automatic differentiation.
 
     Values are those of `entries`; a term of value 0 carries the derivative. It leaves out what adds
-    up to nothing and would only leave its rounding: the shift, and for jsd the dependence on M,
-    where βq (ln q - ln M) + (1 - β) p (ln p - ln M) is least (its derivative to M cancels that of
-    p ln p to ln p).
+    up to nothing and would only leave its rounding: the shift; for rkl, unless entries are clipped,
+    the derivative of ln p (p in each entry, Σp = 1); for jsd the dependence on M, where
+    βq (ln q - ln M) + (1 - β) p (ln p - ln M) is least (its derivative to M cancels that of p ln p
+    to ln p).
     """
     e, _, clipped = entries(*jax.lax.stop_gradient((student, teacher)), settings)
     log_p, log_q = student.log, teacher.log
     if settings.divergence == "fkl":
         moves = -teacher.p * log_p
     elif settings.divergence == "rkl":
-        moves = student.p * (log_p - log_q)
+        gap = log_p - log_q
+        moves = student.p * (gap if clipped is not None else jax.lax.stop_gradient(gap))
     else:
         beta, kept = settings.beta, (teacher.p > 0) | (student.p > 0)
         log_mix = jnp.logaddexp(math.log1p(-beta) + log_p, math.log(beta) + log_q)
