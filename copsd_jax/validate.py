@@ -198,9 +198,10 @@ def _check_intervals(s: Mapping) -> None:
     for name in below_one.split():
         if not 0 <= s[name] < 1:
             _refuse(name, s[name], "it must be at least 0 and below 1")
-    for name in ("loss.temperature", "loss.clip"):
-        if not 1e-4 <= s[name] <= 1e4:  # beyond, float32 has no digits for the other terms
-            _refuse(name, s[name], "it must lie between 0.0001 and 10000")
+    # Beyond, float32 has no digits left for the other terms.
+    for name, least, most in (("loss.temperature", 1e-4, 1e4), ("loss.clip", 1e-9, 1e9)):
+        if not least <= s[name] <= most:
+            _refuse(name, s[name], f"it must lie between {least:g} and {most:g}")
     for name in ("rollout.temperature", "eval.temperature", "author.temperature"):
         if 0 < s[name] < 1e-4:
             _refuse(name, s[name], "it is 0 (greedy) or at least 0.0001")

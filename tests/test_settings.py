@@ -247,7 +247,7 @@ def test_a_value_that_nothing_reads_is_refused(name):
         ({"loss__top_k": 1}, "loss.top_k is 1: one entry renormalised is always 1"),
         ({"loss__beta": 1e-9, "loss__divergence": "jsd"}, "loss.beta is 1e-09: it must lie betw"),
         ({"loss__temperature": 1e-4}, ""),
-        ({"loss__clip_mode": "huber", "loss__clip": 1e4}, ""),
+        ({"loss__clip_mode": "huber", "loss__clip": 1e-9}, ""),
         ({"rollout__temperature": 1e-4, "eval__temperature": 0.0}, ""),
         ({"loss__top_k": 1, "loss__tail": True}, ""),
         ({"loss__top_k": 1, "loss__top_k_of": "union"}, ""),
