@@ -394,7 +394,8 @@ def _smooth_entries(
 def value(
     logits_s_TV: jax.Array, logits_t_TV: jax.Array, tokens_T: jax.Array, settings: Divergence
 ) -> tuple[jax.Array, jax.Array]:
-    """Value and clipped mass of each token, [T], for automatic differentiation: no closed forms.
+    """Value and clipped mass of each token, [T], for automatic differentiation: no closed form of
+    the softmax's gradient; see `_smooth_entries`.
 
     Args: as of `block`.
     """

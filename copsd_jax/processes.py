@@ -6,11 +6,11 @@ each holds its own devices' part of every array. What may come out differently o
 get its result: `once`. Only the leading process writes files and says how the run goes.
 """
 
-import io
+import os
 import pickle
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ def start(config: config_lib.Config) -> None:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"mesh.coordinator is {m.coordinator!r}: {reason}") from error
     if not leads():
-        sys.stdout = io.StringIO()  # errors alone, on stderr
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - errors alone, on stderr
 
 
 def leads() -> bool:
@@ -58,23 +58,32 @@ def leads() -> bool:
 def once(function: Callable[[], Result]) -> Result:
     """What `function` returns on the leading process, on all of them; it is called there alone.
 
-    All processes wait here for it. What it returns or raises has to be picklable.
+    All processes wait here for it, so whatever goes wrong there is told to them.
 
     Raises:
-      Exception: what it raises there, everywhere.
+      Exception: what it raises there, everywhere; RuntimeError for what cannot be pickled.
     """
     if jax.process_count() == 1:
         return function()
-    told: Any = None
+    said = b""
     if leads():
         try:
-            told = (function(), None)
+            said = pickle.dumps((function(), None))
         except Exception as error:
-            told = (None, error)
-    result, error = _broadcast(told)
+            said = _pickled(error)
+    result, error = pickle.loads(_broadcast(said))
     if error is not None:
         raise error
     return result
+
+
+def _pickled(error: Exception) -> bytes:
+    try:
+        said = pickle.dumps((None, error))
+        pickle.loads(said)  # an exception with arguments of its own may not come back
+    except Exception:
+        return pickle.dumps((None, RuntimeError(repr(error))))
+    return said
 
 
 def meet(name: str) -> None:
@@ -83,11 +92,10 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _broadcast(value: Any) -> Any:
-    """The leading process's value, on all; sizes in powers of two, for few compilations."""
-    said = np.frombuffer(pickle.dumps(value), np.uint8) if leads() else np.zeros(0, np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(said.size)))
+def _broadcast(said: bytes) -> bytes:
+    """The leading process's bytes, on all; sizes in powers of two, for few compilations."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
     room = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
-    room[: said.size] = said
+    room[: len(said)] = np.frombuffer(said, np.uint8)
     whole = np.asarray(multihost_utils.broadcast_one_to_all(room))
-    return pickle.loads(whole[:size].tobytes())
+    return whole[:size].tobytes()

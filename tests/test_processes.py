@@ -127,6 +127,11 @@ try:
     processes.once(fails)
 except ValueError as error:
     said = str(error)
+try:  # the others must not wait for what cannot be sent
+    processes.once(lambda: work.__get__(sys))
+    said += ", nothing"
+except (RuntimeError, TypeError, AttributeError):
+    said += ", unsent"
 processes.meet("end")
 print(told["rank"], len(told["long"]), len(calls), said, file=sys.stderr)
 print("spoken")
@@ -145,7 +150,7 @@ def test_the_leading_process_works_for_all():
     both = [one.communicate(timeout=120) for one in started]
     assert [one.returncode for one in started] == [0, 0], both
     said = [err.splitlines()[-1] for _, err in both]
-    assert said == ["0 5000 1 of the first", "0 5000 0 of the first"]
+    assert said == ["0 5000 1 of the first, unsent", "0 5000 0 of the first, unsent"]
     assert ["spoken" in out for out, _ in both] == [True, False]
 
 
