@@ -85,12 +85,7 @@ def load(
       ValueError: a server without a folder.
     """
     config = plan.config
-    decoder = model.Decoder(
-        plan.model_config,
-        plan.dtype,
-        remat=config.model.remat,
-        decode=implementations.attention(config, mesh.platform(plan.mesh)),
-    )
+    decoder = make_decoder(plan)
     base = _weights(plan)
     if config.train.trainable == "lora":
         key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
@@ -99,19 +94,13 @@ def load(
     else:
         # A copy: what is trained is donated to the step, what is frozen must not be.
         trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
-        frozen = base if _needs_initial(config) else {}
-    names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
-    tx, rate = train_step.optimizer(steps=steps, **{n: config.train[n] for n in names})
-    teacher = config.teacher.weights if config.method == "distill" else "fixed"
-    state = mesh.place(train_step.init(trained, tx, teacher), plan.mesh)
-    options = _options(plan)
-    step = jax.jit(
-        train_step.make(decoder, tx, options),
-        donate_argnums=0,
-        out_shardings=(mesh.shardings(state, plan.mesh), None),
-    )
+        frozen = base if needs_initial(config) else {}
+    tx, rate = make_optimizer(config, steps)
+    options = make_options(plan)
+    state = mesh.place(train_step.init(trained, tx, options.teacher), plan.mesh)
+    step = make_step(plan, decoder, tx, options, state)
     teacher_kv = None
-    if config.method == "distill" and teacher == "fixed" and plan.shots and plan.rows:
+    if config.method == "distill" and options.teacher == "fixed" and plan.shots and plan.rows:
         prefix = plans.probe(plan, plan.rows[0]).prefix_ids
         initial = train_step.policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (engine.encode_prefix(decoder, initial.params, prefix),)
@@ -121,15 +110,46 @@ def load(
     return (
         Run(
             plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
-            weights.HandOver(
-                plan.mesh, frozen, merge=config.sampler.merge, int8=config.sampler.int8,
-                gather=config.sampler.gather,
-            ),
+            make_hand_over(plan, frozen),
             _served(plan, folder),
             _lengths(plan),
         ),
         state,
     )  # fmt: skip
+
+
+def make_decoder(frame: plans.Frame | plans.Plan) -> model.Decoder:
+    return model.Decoder(
+        frame.model_config,
+        frame.dtype,
+        remat=frame.config.model.remat,
+        decode=implementations.attention(frame.config, mesh.platform(frame.mesh)),
+    )
+
+
+def make_optimizer(config, steps: int) -> tuple[Any, Callable[[Any], Any]]:
+    """The optimizer and its learning rate of a step; `steps` is the last one."""
+    names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
+    return train_step.optimizer(steps=steps, **{n: config.train[n] for n in names})
+
+
+def make_step(frame: plans.Frame | plans.Plan, decoder, tx, options, state) -> Any:
+    """The jitted training step; `state` may be abstract, its values are not read."""
+    return jax.jit(
+        train_step.make(decoder, tx, options),
+        donate_argnums=0,
+        out_shardings=(mesh.shardings(state, frame.mesh), None),
+    )
+
+
+def make_hand_over(
+    frame: plans.Frame | plans.Plan, frozen: dict, **call: Callable
+) -> weights.HandOver:
+    """What hands weights to the sampler; `call` as HandOver has it."""
+    s = frame.config.sampler
+    return weights.HandOver(
+        frame.mesh, frozen, merge=s.merge, int8=s.int8, gather=s.gather, **call
+    )
 
 
 def _lengths(plan: plans.Plan) -> dict[str, int]:
@@ -146,7 +166,7 @@ def _lengths(plan: plans.Plan) -> dict[str, int]:
     return out
 
 
-def _needs_initial(config) -> bool:
+def needs_initial(config) -> bool:
     """Whether full fine-tuning has to keep the initial weights."""
     if config.method == "distill" and config.teacher.weights in ("fixed", "trust_region"):
         return True
@@ -168,7 +188,8 @@ def _weights(plan: plans.Plan) -> dict:
     return hf.load_params(plan.weights_path, plan.model_config, plan.dtype, put)
 
 
-def _options(plan: plans.Plan) -> train_step.Options:
+def make_options(plan: plans.Frame | plans.Plan) -> train_step.Options:
+    """The static choices of a run's step."""
     c = plan.config
     completions = c.train.batch * c.rollout.per_prompt
     micro = c.train.micro_batch or completions
@@ -253,24 +274,35 @@ def sampling(run: Run, section: str) -> jobs.Sampling:
 
     Stop strings end answers, not what an author writes.
     """
-    plan, s = run.plan, run.plan.config[section]
+    plan = run.plan
+    stop = () if section == "author" else tuple(plan.config.rollout.stop)
+    return make_sampling(plan.config, section, plan.stop_ids, stop)
+
+
+def make_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> jobs.Sampling:
+    """`sampling` of a config, with what ends a text."""
+    s = config[section]
     return jobs.Sampling(
-        max_tokens=s.max_tokens or plan.config.rollout.max_tokens,  # 0 of eval is the rollout's
+        max_tokens=s.max_tokens or config.rollout.max_tokens,  # 0 of eval is the rollout's
         temperature=s.temperature,
         top_k=s.top_k,
         top_p=s.top_p,
         min_p=s.min_p,
-        stop_ids=plan.stop_ids,
-        stop=() if section == "author" else tuple(plan.config.rollout.stop),
+        stop_ids=stop_ids,
+        stop=stop,
     )
 
 
 def sampler(run: Run, section: str) -> jobs.Settings:
     """The sampler's size of `rollout`, `eval` or `author`."""
-    c = run.plan.config
+    return make_sampler(run.plan.config, section, run.lengths[section])
+
+
+def make_sampler(c, section: str, length: int) -> jobs.Settings:
+    """`sampler` of a config; `length` is the cache entries of a slot, 0 for what a call needs."""
     return jobs.Settings(
         slots=c[section].slots,
-        length=run.lengths[section],
+        length=length,
         steps=c.sampler.steps,
         pack=c.sampler.pack,
         cache=None if c.sampler.cache == "auto" else jnp.dtype(c.sampler.cache),

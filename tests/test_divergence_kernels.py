@@ -13,7 +13,7 @@ import pytest
 from jax import core as jax_core
 from jax.sharding import PartitionSpec as P
 
-from copsd_jax import divergences
+from copsd_jax import chips, divergences
 from copsd_jax.kernels import blocks, divergence_gpu, divergence_tpu, rows
 
 pytestmark = pytest.mark.slow  # minutes; `make kernels`
@@ -334,7 +334,7 @@ def test_cost_is_what_the_program_moves(settings, train_head, tied, dtype):
 def test_time_by_count(settings, kind, most):
     """FLOPs over peak plus bytes over bandwidth, in units of three matmuls at the peak."""
     tokens, width, vocabulary = 32768, 2048, 151936
-    chip = blocks.CHIPS[kind]
+    chip = chips.CHIPS[kind]
     sizes = blocks.tpu(kind, width, vocabulary, jnp.bfloat16, tied=True, train_head=False)
     cost = blocks.tpu_cost(settings, sizes, tokens, width, vocabulary, jnp.bfloat16)
     floor = 3 * 2 * tokens * width * vocabulary / chip.flops
@@ -346,7 +346,7 @@ def test_block_sizes(tmp_path, monkeypatch):
     assert blocks.even(5000, 4096, 256) == 2560
     assert blocks.even(1, 4096, 128) == 128
     assert blocks.fit(blocks.Blocks(4096, 1024, 256), 130).rows == 256
-    for kind in ("", *blocks.CHIPS):
+    for kind in ("", *chips.CHIPS):
         for width in (576, 1024, 2048, 4096, 8192):
             for head in (False, True):
                 sizes = blocks.tpu(
