@@ -251,7 +251,9 @@ class _Maker(NamedTuple):
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            self.programs.append(failed(name, held, error))
+            one = failed(name, held, error)
+            # Where results are a part of their own, that part says what they take.
+            self.programs.append(one if keeps else dataclasses.replace(one, needed=0))
             return None
         facts = compiled.facts(
             name, program, time.perf_counter() - begun, self.frame.mesh, turns=turns
@@ -389,7 +391,7 @@ def _phases(one: plans.Frame, long: Lengths, limit: float, said) -> dict[str, Ph
     # Full fine-tuning casts the masters for each phase of sampling.
     cast = 0 if lora_run else size(base)
     phases = {
-        "placement": Phase("placement", {**resident, "read": 0 if lora_run else size(base)},
+        "placement": Phase("placement", {**resident, "read": size(base) if frozen == {} else 0},
                            placing.programs),
         "hand-over": Phase("hand-over", {**resident, "sampler's weights": copies + cast},
                            handing.programs),

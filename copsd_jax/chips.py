@@ -175,9 +175,7 @@ def usable(chip: Chip) -> float:
     """
     if chip.vmem:
         return chip.usable
-    given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "").lstrip(".")
-    said = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
-    return chip.usable * (float(said) if said and given else GPU_FRACTION)
+    return chip.usable * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or GPU_FRACTION)
 
 
 def gpu_description(kind: str) -> str:

@@ -192,7 +192,7 @@ def largest(built: aot.Built) -> dict:
         )
     shards = mesh.batch_shards(one.mesh)
     for name, setting in (("rollout", "rollout.slots"), ("evaluation", "eval.slots")):
-        if name in built.phases:
+        if name in built.phases and "cache" in built.phases[name].parts:
             phase = built.phases[name]
             section = one.config[setting.partition(".")[0]]
             slots = -(-section.slots // shards) * shards
@@ -230,21 +230,27 @@ def check(built: aot.Built, found: dict, said: Callable[[str], None]) -> dict:
 def sentence(built: aot.Built, found: dict) -> str:
     """First of the report: whether it fits; if not, by how much, and what would."""
     usable, kind = found["usable"], built.target.kind
-    name, phase = max(built.phases.items(), key=lambda item: item[1].total)
-    need, have = phase.total / GIB, usable / GIB
+    needs = {name: need(phase, found["model"][name]) for name, phase in built.phases.items()}
+    name = max(needs, key=lambda name: needs[name])
+    most, have = needs[name] / GIB, usable / GIB
     where = f"{found['devices']} x {kind}"
     if found["fits"]:
         return (
-            f"fits: the {name} takes most, {need:.2f} of {have:.2f} GiB on each device of {where}"
+            f"fits: the {name} takes most, {most:.2f} of {have:.2f} GiB on each device of {where}"
         )
     cure = f"; {found['advice'][0]} would fit" if found["advice"] else ""
-    if phase.total <= usable:
+    if most <= have:
         why = next(p.failure for ph in built.phases.values() for p in ph.programs if p.failure)
         return f"does not fit: the compiler finds no room on {where}: {why}{cure}"
     return (
-        f"does not fit: the {name} needs {need:.2f} GiB on each device of {where}, which has "
-        f"{have:.2f}: {need - have:.2f} GiB too much{cure}"
+        f"does not fit: the {name} needs {most:.2f} GiB on each device of {where}, which has "
+        f"{have:.2f}: {most - have:.2f} GiB too much{cure}"
     )
+
+
+def need(phase: aot.Phase, model: dict) -> float:
+    """Bytes of a phase; by the model of memory where the compiler was not asked or did not say."""
+    return max(phase.total, model.get("total", 0)) if _failed(phase) else phase.total
 
 
 def text(found: dict) -> str:
@@ -284,6 +290,7 @@ def _table(found: dict) -> list[str]:
         if kept:
             told.append(f"activations {kept / GIB:.2f}")
         told.append(f"temporaries {(phase['working'] - kept) / GIB:.2f}")
+        told = told if not any("failure" in p for p in phase["programs"].values()) else told[:-1]
         share = phase["total"] / found["usable"]
         lines.append(f"  {name:<11} {phase['total'] / GIB:8.2f} ({share:4.0%})  {', '.join(told)}")
         if model:
