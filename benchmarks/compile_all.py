@@ -42,7 +42,7 @@ def main() -> int:
         start = time.time()
         done = subprocess.run(
             [sys.executable, "-m", "copsd_jax.main", *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False,
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         print(done.stdout, end="")
         if done.returncode not in (0, 1):

@@ -6,10 +6,8 @@ and a place, and no values. Lengths are the caps of the settings: no data is rea
 """
 
 import dataclasses
-import importlib.util
 import pathlib
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,12 +16,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from copsd_jax import chips, compiled, hf, implementations, layout, lora, mesh, model, plans
+from copsd_jax import (
+    chips,
+    compiled,
+    hf,
+    implementations,
+    layout,
+    lora,
+    mesh,
+    model,
+    plans,
+    token_blocks,
+    train_step,
+    validate,
+)
 from copsd_jax import run as run_lib
-from copsd_jax import token_blocks, train_step, validate
 from copsd_jax.sampler import engine, host, jobs
 
 EXEMPLAR_TOKENS = 64  # of a worked example, whose text is not read; the bundled ones have 55
@@ -99,58 +108,6 @@ class Built(NamedTuple):
 
 
 # --- what is meant ----------------------------------------------------------------------------
-
-
-def devices(target: chips.Target) -> list:
-    """Devices of a topology.
-
-    Raises:
-      ValueError: for a topology that there is none of, or without its compiler; the sentence says
-        what to install.
-    """
-    if target.platform == "cuda":
-        return _cards(target)
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "--dry_run for TPUs needs their compiler: "
-            f'{sys.executable} -m pip install "jax[tpu]=={jax.__version__}"'
-        )
-    settings: dict[str, Any] = {}
-    if target.kind == "v4":
-        settings["chip_config_name"] = "megacore"
-    if target.shape == (1, 1):
-        settings["chips_per_host_bounds"] = (1, 1, 1)
-    if target.slices > 1:
-        settings["num_slices"] = target.slices
-    name = f"{target.kind}:{target.topology}"
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
-    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--dry_run is {target.name!r}: there is no such slice: {reason}") from error
-    return list(found.devices)
-
-
-def _cards(target: chips.Target) -> list:
-    spec = importlib.util.find_spec
-    if spec("jax_plugins") is None or spec("jax_plugins.xla_cuda13") is None:
-        version = jax.__version__
-        raise ValueError(
-            "--dry_run for GPUs needs their compiler: "
-            f"{sys.executable} -m pip install --no-deps jax-cuda13-plugin=={version} "
-            f"jax-cuda13-pjrt=={version}"
-        )
-    if shutil.which("ptxas") is None:
-        raise ValueError(
-            "--dry_run for GPUs needs the program ptxas on PATH: "
-            f"{sys.executable} -m pip install nvidia-cuda-nvcc, which brings it as "
-            "nvidia/cu13/bin/ptxas"
-        )
-    found = topologies.get_topology_desc(
-        platform="cuda", topology_name="x", topology=f"1x{target.topology}",
-        target_config=chips.gpu_description(target.kind),
-    )  # fmt: skip
-    return list(found.devices)
 
 
 def shape_of(config: Any) -> model.ModelConfig:
@@ -432,7 +389,9 @@ def _sections(c: Any, long: Lengths) -> list[tuple[str, str, int, int]]:
     return out
 
 
-def sampling(one, long: Lengths, section: str, asked: int, drawn: int, weights, held, said) -> Phase:
+def sampling(
+    one, long: Lengths, section: str, asked: int, drawn: int, weights, held, said
+) -> Phase:
     """The sampler's programs of a section, with its cache."""
     params, adapter = weights
     make = _Maker(one, said, [])

@@ -14,16 +14,15 @@ beside what the compiler reports.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from copsd_jax import aot, chips, layout, lora, mesh, model, plans
+from copsd_jax import aot, chips, layout, lora, mesh, model, plans, train_step
 from copsd_jax import run as run_lib
-from copsd_jax import train_step
 from copsd_jax.kernels import blocks
 from copsd_jax.sampler import engine, packing
 
@@ -64,14 +63,36 @@ def _size(tree: Any, where: Any, *, gathered: bool = False) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
+class _Shapes(NamedTuple):
+    base: Any
+    int8: Any  # the base with its projections rounded
+    trained: Any
+    state: train_step.State
+
+
+_SHAPES: dict[Any, _Shapes] = {}
+
+
+def _shapes(frame: Any) -> _Shapes:
+    """Trees of shapes, which proposals of other meshes share."""
+    c, m = frame.config, frame.model_config
+    names = ("train.trainable", "train.max_grad_norm", "teacher.weights", "lora.rank")
+    key = (m, np.dtype(frame.dtype), tuple(c.lora.targets),
+           tuple(c[name.partition(".")[0]][name.partition(".")[2]] for name in names))  # fmt: skip
+    if key not in _SHAPES:
+        base = model.abstract(m, frame.dtype)
+        trained = plans.trained_shapes(c, m)
+        tx, _ = run_lib.make_optimizer(c, max(1, c.train.steps))
+        state = jax.eval_shape(lambda t: train_step.init(t, tx, c.teacher.weights), trained)
+        _SHAPES[key] = _Shapes(base, jax.eval_shape(lora.quantised, base), trained, state)
+    return _SHAPES[key]
+
+
 def _held(frame: Any) -> dict[str, int]:
     """What is always there, and the sampler's copies of weights."""
     c, where = frame.config, frame.mesh
     full = c.train.trainable == "full"
-    base = model.abstract(frame.model_config, frame.dtype)
-    trained = plans.trained_shapes(c, frame.model_config)
-    tx, _ = run_lib.make_optimizer(c, max(1, c.train.steps))
-    state = jax.eval_shape(lambda t: train_step.init(t, tx, c.teacher.weights), trained)
+    base, _, trained, state = _shapes(frame)
     frozen = _size(base, where) if not full or run_lib.needs_initial(c) else 0
     return {
         "weights": frozen + (_size(trained, where) if full else 0),
@@ -84,17 +105,15 @@ def _held(frame: Any) -> dict[str, int]:
 def _copies(frame: Any) -> tuple[int, int]:
     """(of the weights that the sampler reads, what of it stays through the step)."""
     c, where = frame.config, frame.mesh
-    base = model.abstract(frame.model_config, frame.dtype)
-    if c.sampler.int8:
-        base = jax.eval_shape(lora.quantised, base)
+    shapes = _shapes(frame)
+    base = shapes.int8 if c.sampler.int8 else shapes.base
     gather = c.sampler.gather and where.shape["fsdp"] > 1
     moved = gather or c.sampler.int8
     whole = _size(base, where, gathered=gather)
     if c.train.trainable == "full":
-        cast = _size(model.abstract(frame.model_config, frame.dtype), where)
+        cast = _size(shapes.base, where)
         return (whole if moved else 0) + cast, 0
-    adapter = plans.trained_shapes(c, frame.model_config)
-    more = _size(adapter, where, gathered=True) if gather and not c.sampler.merge else 0
+    more = _size(shapes.trained, where, gathered=True) if gather and not c.sampler.merge else 0
     if c.sampler.merge:
         return whole, 0
     return (whole if moved else 0) + more, whole if moved else 0
@@ -114,6 +133,7 @@ def _sampling(frame: Any, long: aot.Lengths, phase: str) -> dict[str, int]:
     entry = m.head_dim * kept.itemsize + (4 if kept == jnp.int8 else 0)
     width = packing.buckets(c.sampler.pack, asked)[-1]
     row = 2 * m.n_layers * heads * (width + engine.INSERTED) * m.head_dim * item
+    row += width * m.d_model * item
     vocabulary = m.vocab_size // tensor
     logits = slots * vocabulary * 4 * 3
     layer = width * (m.d_model * 4 + 3 * m.d_ff // tensor) * item
@@ -148,10 +168,10 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
     longest = max(student, teacher) // rows
     heads = m.n_heads // tensor
     attention = rows * heads * min(longest, QUERIES) * longest * 10
-    trained = plans.trained_shapes(c, m)
-    grads = 2 * _size(trained, where)
+    shapes = _shapes(frame)
+    grads = 2 * _size(shapes.trained, where)
     full = c.train.trainable == "full"
-    base = _size(model.abstract(m, frame.dtype), where)
+    base = _size(shapes.base, where)
     gathered = m.vocab_size // tensor * m.d_model * item * (2 if full else 1)
     if where.shape["fsdp"] > 1:
         gathered += 2 * _one_layer(m, tensor, item)
@@ -257,9 +277,9 @@ def _meshes(frame: plans.Frame, config: Any, devices: int, words: str) -> Iterat
             fsdp = devices // tensor
             if devices % tensor or completions % fsdp:
                 continue
-            where = AbstractMesh((1, fsdp, tensor), mesh.AXES, (AxisType.Auto,) * 3)
+            where: Any = AbstractMesh((1, fsdp, tensor), mesh.AXES, (AxisType.Auto,) * 3)
             try:
-                mesh.shardings(model.abstract(frame.model_config, frame.dtype), where)
+                mesh.shardings(_shapes(frame).base, where)
             except ValueError:
                 continue
             changed = _changed(config, {"model.remat": remat})

@@ -1,10 +1,10 @@
 """Accelerators that a run may be meant for: what a device has, and the names of their groups.
 
-Sources. TPU: Cloud TPU documentation, pages v4, v5e, v5p, v6e and tpu7x (FLOP/s, bandwidth, links of
-a chip, network of a pod divided by its chips), VMEM from jax.experimental.pallas.tpu; `usable` is
-what the compiler of libtpu 0.0.42 allows a program. GPU: NVIDIA's data sheets (A100 SXM 80 GB, H100
-SXM, H200 SXM), the network one adapter of 400 Gb/s a GPU (A100: 200). A device is what JAX counts as
-one: a chip, of tpu7x one of its two cores.
+Sources. TPU: Cloud TPU documentation, pages v4, v5e, v5p, v6e and tpu7x (FLOP/s, bandwidth, links
+of a chip, network of a pod divided by its chips), VMEM from jax.experimental.pallas.tpu; `usable`
+is what the compiler of libtpu 0.0.42 allows a program. GPU: NVIDIA's data sheets (A100 SXM 80 GB,
+H100 SXM, H200 SXM), the network one adapter of 400 Gb/s a GPU (A100: 200). A device is what JAX
+counts as one: a chip, of tpu7x one of its two cores.
 
 Nothing here imports JAX: names are checked, and the environment is set, before it starts.
 """

@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from copsd_jax import chips
+from copsd_jax import chips, hlo
 
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "token": 0}
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
@@ -30,17 +28,6 @@ _FREE = frozenset(
     "slice-done dynamic-slice-done dynamic-update-slice-done all-reduce-done all-gather-done "
     "collective-permute-done send-done recv-done domain get-dimension-size".split()
 )
-
-
-class Op(NamedTuple):
-    """One instruction: its name, the text of its result, its operands, all behind them."""
-
-    name: str
-    result: str
-    kind: str
-    operands: tuple[str, ...]
-    rest: str
-    root: bool
 
 
 class Cost(NamedTuple):
@@ -133,85 +120,19 @@ def by_axis(found: Facts) -> dict[str, dict[str, tuple[int, float]]]:
 
 def read(text: str, mesh: Any = None, *, turns: int = 1) -> tuple[tuple, tuple]:
     """(costs, collectives) of a program's text."""
-    found, entry = _computations(text)
-    program = _Program(found, mesh, turns, [], [])
+    found, entry = hlo.computations(text)
+    program = _Program(found, mesh, turns, [], [], set())
     _walk(program, entry, 1)
     return tuple(program.costs), tuple(program.collectives)
 
 
 class _Program(NamedTuple):
-    computations: dict[str, dict[str, Op]]
+    computations: dict[str, dict[str, hlo.Op]]
     mesh: Any
     turns: int
     costs: list[Cost]
     collectives: list[Collective]
-
-
-def _computations(text: str) -> tuple[dict[str, dict[str, Op]], str]:
-    """{computation: {instruction: Op}} and the name of the entry."""
-    found: dict[str, dict[str, Op]] = {}
-    entry, ops = "", {}
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-        if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)):
-            ops = found[head[2]] = {}
-            entry = head[2] if head[1] else entry
-        elif op := _op(line):
-            ops[op.name] = op
-    return found, entry
-
-
-def _op(line: str) -> Op | None:
-    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line)
-    if not found:
-        return None
-    text = found[3]
-    end = _closing(text) if text.startswith("(") else text.index(" ")
-    result, text = text[:end], text[end:].strip()
-    kind = text[: text.index("(")]
-    text = text[len(kind) :]
-    end = _closing(text)
-    operands = tuple(re.findall(r"%([\w.\-]+)", text[:end]))
-    if kind in ("parameter", "constant"):
-        operands = (text[1 : end - 1],)
-    return Op(found[2], result, kind, operands, text[end:], bool(found[1]))
-
-
-def _closing(text: str) -> int:
-    """The place behind the bracket that closes the first character."""
-    depth = 0
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return match.end()
-    raise ValueError(f"no closing bracket in {text[:80]!r}")
-
-
-def _arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
-    """(element type, dimensions, whether in main memory) of each array of a result."""
-    out = []
-    for kind, dims, layout in _ARRAY.findall(text):
-        shape = tuple(int(size.lstrip("<=")) for size in dims.split(",")) if dims else ()
-        space = re.search(r"S\((\d+)\)", layout)
-        out.append((kind, shape, not space or space[1] == "0"))
-    return out
-
-
-def _size(array: tuple[str, tuple[int, ...], bool]) -> float:
-    kind, shape, _ = array
-    bits = _BITS.get(kind)
-    if bits is None:
-        bits = int(found[1]) if (found := re.search(r"^[a-z]+(\d+)", kind)) else 0
-    return math.prod(shape) * bits / 8
-
-
-def _bytes(text: str) -> float:
-    """Bytes in main memory of a result."""
-    return sum(_size(array) for array in _arrays(text) if array[2])
-
-
-def _whole(text: str) -> float:
-    """Bytes of a result, wherever it lies."""
-    return sum(map(_size, _arrays(text)))
+    channels: set[str]  # of the collectives met so far
 
 
 # --- walking ----------------------------------------------------------------------------------
@@ -229,7 +150,7 @@ def _walk(program: _Program, name: str, times: int) -> None:
         elif op.kind == "conditional":
             _dearest(program, op, times)
         elif op.kind.removesuffix("-start") in COLLECTIVES:
-            program.collectives.append(_collective(program, ops, op, times))
+            _exchange(program, ops, op, times)
         elif op.kind not in _FREE:
             inner = _named(op, "calls") if op.kind == "fusion" else ""
             flops = _fused(program, inner, times) if inner else _flops(ops, op)
@@ -237,12 +158,12 @@ def _walk(program: _Program, name: str, times: int) -> None:
             program.costs.append(Cost(op.name, flops, moved, times))
 
 
-def _named(op: Op, key: str) -> str:
+def _named(op: hlo.Op, key: str) -> str:
     found = re.search(rf"\b{key}=%?([\w.\-]+)", op.rest)
     return found[1] if found else ""
 
 
-def _turns(program: _Program, op: Op) -> int:
+def _turns(program: _Program, op: hlo.Op) -> int:
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.rest)
     if known:
         return int(known[1])
@@ -250,20 +171,12 @@ def _turns(program: _Program, op: Op) -> int:
     bounds = [
         int(value)
         for one in condition.values()
-        if one.kind == "constant" and (value := one_integer(one)) is not None
+        if one.kind == "constant" and (value := hlo.integer(one)) is not None
     ]
     return max([bound for bound in bounds if bound > 1], default=program.turns)
 
 
-def one_integer(op: Op) -> int | None:
-    """The value of a scalar integer constant; None for any other."""
-    if not re.match(r"[su]\d+\[\]", op.result):
-        return None
-    found = re.fullmatch(r"-?\d+", op.operands[0]) if op.operands else None
-    return int(found[0]) if found else None
-
-
-def _dearest(program: _Program, op: Op, times: int) -> None:
+def _dearest(program: _Program, op: hlo.Op, times: int) -> None:
     """Of the branches of a conditional the one with most FLOPs, then bytes."""
     names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.rest)
     for group in re.findall(r"branch_computations=\{(.*?)\}", op.rest):
@@ -288,7 +201,7 @@ def _fused(program: _Program, name: str, times: int) -> float:
             inner = _named(op, "calls") or _named(op, "to_apply")
             total += _fused(program, inner, times) if inner in program.computations else 0.0
         elif op.kind.removesuffix("-start") in COLLECTIVES:
-            program.collectives.append(_collective(program, ops, op, times))
+            _exchange(program, ops, op, times)
         else:
             total += _flops(ops, op)
     return total
@@ -297,12 +210,12 @@ def _fused(program: _Program, name: str, times: int) -> float:
 # --- FLOPs ------------------------------------------------------------------------------------
 
 
-def _flops(ops: dict[str, Op], op: Op) -> float:
+def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     if op.kind == "dot":
-        left = _arrays(ops[op.operands[0]].result)[0][1]
+        left = hlo.arrays(ops[op.operands[0]].result)[0][1]
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
         inner = math.prod(left[int(a)] for a in axes[1].split(",") if a) if axes else 1
-        return 2.0 * inner * math.prod(_arrays(op.result)[0][1])
+        return 2.0 * inner * math.prod(hlo.arrays(op.result)[0][1])
     if op.kind == "convolution":
         return _convolution(ops, op)
     if op.kind == "custom-call":
@@ -314,26 +227,26 @@ def _flops(ops: dict[str, Op], op: Op) -> float:
     return 0.0
 
 
-def _target(op: Op) -> str:
+def _target(op: hlo.Op) -> str:
     found = re.search(r'custom_call_target="([^"]+)"', op.rest)
     return found[1] if found else ""
 
 
-def _gemm(ops: dict[str, Op], op: Op) -> float:
-    left = _arrays(ops[op.operands[0]].result)[0][1]
+def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+    left = hlo.arrays(ops[op.operands[0]].result)[0][1]
     axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.rest)
     inner = [int(a) for a in re.findall(r"\d+", axes[1])] if axes else [len(left) - 1]
-    return 2.0 * math.prod(left[a] for a in inner) * math.prod(_arrays(op.result)[0][1])
+    return 2.0 * math.prod(left[a] for a in inner) * math.prod(hlo.arrays(op.result)[0][1])
 
 
-def _convolution(ops: dict[str, Op], op: Op) -> float:
+def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Matmuls are convolutions to a TPU; batch dimensions are spatial ones, dilated so that each
     output meets one input. What falls into holes or padding is not counted."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     if not labels:
         return 0.0
-    left, right = (_arrays(ops[name].result)[0][1] for name in op.operands[:2])
-    out = _arrays(op.result)[0][1]
+    left, right = (hlo.arrays(ops[name].result)[0][1] for name in op.operands[:2])
+    out = hlo.arrays(op.result)[0][1]
     window = re.search(r"window=\{([^}]*)\}", op.rest)
     text = window[1] if window else ""
     total = 2.0 * right[labels[2].index("i")]
@@ -366,26 +279,26 @@ def _meetings(left: int, right: int, out: int, window: dict[str, int]) -> int:
 # --- bytes ------------------------------------------------------------------------------------
 
 
-def _moved(program: _Program, ops: dict[str, Op], op: Op) -> float:
+def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Bytes that an instruction reads from and writes to main memory."""
-    result = _bytes(op.result)
+    result = hlo.in_memory(op.result)
     if op.kind == "custom-call":
         estimate = re.search(r'"cost_estimate":\{[^{}]*"bytes_accessed":"?(\d+)', op.rest)
         if estimate:
             return float(estimate[1])
     if op.kind in ("copy-start", "slice-start"):
         # Of (result, source, state): what arrives was read once, and written if not on the chip.
-        arrays = [array for array in _arrays(op.result) if array[1]]
-        least = min(map(_size, arrays), default=0.0)
+        arrays = [array for array in hlo.arrays(op.result) if array[1]]
+        least = min(map(hlo.size, arrays), default=0.0)
         return least * (2 if all(array[2] for array in arrays) else 1)
     if op.kind in ("dynamic-slice", "slice", "gather", "iota", "broadcast"):
-        read = 0.0 if op.kind in ("iota", "broadcast") else _whole(op.result)
+        read = 0.0 if op.kind in ("iota", "broadcast") else hlo.whole(op.result)
         return result + read
     if op.kind in ("dynamic-update-slice", "scatter"):
-        return 2 * _whole(ops[op.operands[1]].result)
+        return 2 * hlo.whole(ops[op.operands[1]].result)
     if op.kind == "fusion" and (inner := _named(op, "calls")) in program.computations:
         return _fusion_bytes(program, inner, ops, op)
-    read = [_bytes(ops[name].result) for name in op.operands if name in ops]
+    read = [hlo.in_memory(ops[name].result) for name in op.operands if name in ops]
     if op.kind == "custom-call":
         # What is updated in place is not moved whole; how much of it, the text does not say.
         aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", op.rest)
@@ -395,23 +308,23 @@ def _moved(program: _Program, ops: dict[str, Op], op: Op) -> float:
     return max(0.0, result) + sum(read)
 
 
-def _fusion_bytes(program: _Program, inner: str, ops: dict[str, Op], op: Op) -> float:
+def _fusion_bytes(program: _Program, inner: str, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Whole operands and results, but of those that are only cut from or into, the cut."""
     total = _written(program.computations[inner], op)
     for number, name in enumerate(op.operands):
-        if name in ops and _bytes(ops[name].result):
+        if name in ops and hlo.in_memory(ops[name].result):
             total += _read(program, inner, _parameter(program, inner, number))
     return total
 
 
-def _parameter(program: _Program, name: str, number: int) -> Op:
+def _parameter(program: _Program, name: str, number: int) -> hlo.Op:
     return next(
         op for op in program.computations[name].values()
         if op.kind == "parameter" and int(op.operands[0]) == number
     )  # fmt: skip
 
 
-def _read(program: _Program, inner: str, one: Op) -> float:
+def _read(program: _Program, inner: str, one: hlo.Op) -> float:
     """Bytes of an operand that a fusion reads, fusions in it included."""
     total = 0.0
     users = [op for op in program.computations[inner].values() if one.name in op.operands]
@@ -426,42 +339,52 @@ def _read(program: _Program, inner: str, one: Op) -> float:
                 if name == one.name:
                     total += _read(program, called, _parameter(program, called, number))
         elif user.kind in ("dynamic-slice", "slice", "gather") and user.operands[0] == one.name:
-            total += _whole(user.result)
+            total += hlo.whole(user.result)
         elif user.kind == "dynamic-update-slice" and user.operands[0] == one.name:
             continue
         else:
-            return _whole(one.result)
-    return min(total, _whole(one.result))
+            return hlo.whole(one.result)
+    return min(total, hlo.whole(one.result))
 
 
-def _written(inner: dict[str, Op], op: Op) -> float:
+def _written(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Of results that are updates in place, the update."""
     root = next((one for one in inner.values() if one.root), None)
     if root is None:
-        return _bytes(op.result)
+        return hlo.in_memory(op.result)
     parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
-    arrays = _arrays(op.result)
+    arrays = hlo.arrays(op.result)
     if len(parts) != len(arrays):
-        return _bytes(op.result)
+        return hlo.in_memory(op.result)
     total = 0.0
     for part, array in zip(parts, arrays, strict=True):
         while part.kind == "bitcast":
             part = inner[part.operands[0]]
         if part.kind == "dynamic-update-slice":
-            total += _whole(inner[part.operands[1]].result)
+            total += hlo.whole(inner[part.operands[1]].result)
         elif array[2]:
-            total += _size(array)
+            total += hlo.size(array)
     return total
 
 
 # --- collectives ------------------------------------------------------------------------------
 
 
-def _collective(program: _Program, ops: dict[str, Op], op: Op, times: int) -> Collective:
+def _exchange(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> None:
+    """Notes a collective. One that goes on beside several fusions stands in each of them, on one
+    channel: it counts once."""
+    channel = re.search(r"channel_id=(\d+)", op.rest)
+    if channel and channel[1] in program.channels:
+        return
+    program.channels.update(channel.groups() if channel else ())
+    program.collectives.append(_collective(program, ops, op, times))
+
+
+def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> Collective:
     kind = op.kind.removesuffix("-start")
-    groups = replica_groups(op.rest, 1 if program.mesh is None else program.mesh.devices.size)
+    groups = hlo.replica_groups(op.rest, 1 if program.mesh is None else program.mesh.devices.size)
     size = max(map(len, groups), default=1)
-    given = sum(_whole(ops[name].result) for name in op.operands if name in ops)
+    given = sum(hlo.whole(ops[name].result) for name in op.operands if name in ops)
     share = (size - 1) / size
     sent = {
         "all-gather": given * (size - 1),
@@ -471,61 +394,6 @@ def _collective(program: _Program, ops: dict[str, Op], op: Op, times: int) -> Co
     }.get(kind, given * share)
     axes, network = _axes(program.mesh, groups)
     return Collective(kind, axes, network, sent, times)
-
-
-def replica_groups(rest: str, devices: int) -> list[list[int]]:
-    """The groups of partitions that exchange, of each spelling; pairs of a permutation.
-
-    `{{0,1},{2,3}}`, `[2,2]<=[4]` (the same), `[2,2]<=[2,2]T(1,0)` -> [[0, 2], [1, 3]]; the same
-    again `mesh['a'=2,'b'=2] {'a'}` and `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`.
-    """
-    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", rest):
-        return [[int(x) for x in p.split(",")] for p in re.findall(r"\{([\d,]+)\}", pairs[1])]
-    if iota := re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest
-    ):  # fmt: skip
-        shape, dims = ([int(x) for x in iota[i].split(",")] for i in (1, 2))
-        order = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            order = order.transpose([int(x) for x in iota[3].split(",")])
-        return order.reshape(shape).tolist()
-    if named := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", rest
-    ):  # fmt: skip
-        return _named_groups(*named.groups())
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
-        return [[int(x) for x in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed[1])]
-    return [list(range(devices))]
-
-
-def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[int]]:
-    """Of axes by name; `'a':(2)3` is the part of 'a' that is left of 2 outer and has 3."""
-    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
-    ids = np.arange(math.prod(axes.values()))
-    if order:
-        shape, turn, listed = (
-            re.search(pattern, order)
-            for pattern in (r"\[([\d,]+)\](?:T|$)", r"T\(([\d,]+)", r"^\{?([\d,]+)\}?$")
-        )
-        if listed:
-            ids = np.array([int(x) for x in listed[1].split(",")])
-        if shape:
-            ids = ids.reshape([int(x) for x in shape[1].split(",")])
-        if turn:
-            ids = ids.transpose([int(x) for x in turn[1].split(",")])
-    parts: dict[str, list[tuple[str, int]]] = {name: [(name, size)] for name, size in axes.items()}
-    chosen = []
-    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", exchanged):
-        if before:
-            outer, part = int(before), int(size)
-            rest = axes[name] // outer // part
-            parts[name] = [(f"{name} outer", outer), (name, part), (f"{name} inner", rest)]
-        chosen.append(name)
-    names = [part for one in parts.values() for part, _ in one]
-    grid = ids.reshape([size for one in parts.values() for _, size in one])
-    last = [names.index(name) for name in chosen]
-    grid = np.moveaxis(grid, last, range(grid.ndim - len(last), grid.ndim))
-    return grid.reshape(-1, math.prod(grid.shape[grid.ndim - len(last) :])).tolist()
 
 
 def _axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:

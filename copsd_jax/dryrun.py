@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from copsd_jax import aot, budget, chips, compiled, mesh
+from copsd_jax import aot, budget, chips, compiled, mesh, slices
 
 GIB = 2**30
 REACHED = 0.7  # of the maker's rates, which is what well-made programs reach; not measured here
@@ -30,7 +30,7 @@ def main(config: Any, target: chips.Target, out: str, search: bool) -> int:
     """
     said = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     limit = chips.usable(target.chip)
-    built = aot.build(config, target, aot.devices(target), limit, said)
+    built = aot.build(config, target, slices.devices(target), limit, said)
     found = report(built)
     if search and found["fits"]:
         found["largest"]["checked"] = check(built, found["largest"], said)
@@ -255,17 +255,18 @@ def need(phase: aot.Phase, model: dict) -> float:
 
 def text(found: dict) -> str:
     """The report for people."""
+    caps = ", ".join(f"{name} {value}" for name, value in found["lengths"].items() if value)
     lines = [found["sentence"], ""]
     lines += [
         f"target      {found['target']}: {found['devices']} devices, mesh {found['mesh']}",
-        f"lengths     at the caps: {', '.join(f'{k} {v}' for k, v in found['lengths'].items() if v)}",
+        f"lengths     at the caps: {caps}",
         "",
         "memory on each device, GiB",
     ]
     lines += _table(found)
     lines += ["", "programs: FLOP, bytes, and what travels, on each device"]
     for phase, one in found["phases"].items():
-        for name, program in one["programs"].items():
+        for name, program in _told(one["programs"]).items():
             lines += _program(f"{phase}: {name}", program)
     lines += ["", *_time(found["time"]), ""]
     for name, value in found["largest"].items():
@@ -299,6 +300,13 @@ def _table(found: dict) -> list[str]:
                 f"{model['of_compiler'] - 1:+.0%}"
             )
     return lines
+
+
+def _told(programs: dict) -> dict:
+    """Without those of smaller buckets of prompts, and those that only copy."""
+    buckets = [name for name in programs if name.startswith("prefill")]
+    quiet = (*buckets[:-1], "empty cache", *(n for n in programs if n.startswith("insert")))
+    return {name: program for name, program in programs.items() if name not in quiet}
 
 
 def _program(name: str, program: dict) -> list[str]:

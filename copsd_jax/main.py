@@ -6,9 +6,10 @@ directory (default: runs/<config>[-<preset>]). The same command again continues 
     --dry_run=v5e:4x8 [--dry_run_json=FILE] [--search]
 
 compiles every program of the run for devices that nobody has to own (also v5e-32, 2*v5e:16x16 for
-two slices, cuda:h200:1x8) and says whether it fits, what takes the memory, and how long a step would
-take. It reads no weights, tokenizer or problems. --search compiles once more, with the largest
-micro-batch and numbers of slots that fit. Exit code: 0 fits, 1 does not, 2 is a mistake in a setting.
+two slices, cuda:h200:1x8) and says whether it fits, what takes the memory, and how long a step
+would take. It reads no weights, tokenizer or problems. --search compiles once more, with the
+largest micro-batch and numbers of slots that fit. Exit code: 0 fits, 1 does not, 2 a setting is
+wrong.
 """
 
 import os

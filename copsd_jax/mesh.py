@@ -1,8 +1,9 @@
 """The device mesh, and one table from a parameter's name to its place on it.
 
 Axes: `data` and `fsdp` split the completions of a batch; `fsdp` also splits parameters, `tensor`
-splits their other dimension. Slices of TPUs, which a network joins, are the outermost part of `data`. Shardings are Auto axes with pinned outputs, so any function that
-compiles on one device compiles on the mesh.
+splits their other dimension. Slices of TPUs, which a network joins, are the outermost part of
+`data`. Shardings are Auto axes with pinned outputs, so any function that compiles on one device
+compiles on the mesh.
 """
 
 import collections
@@ -145,6 +146,18 @@ def current() -> Mesh:
     """The mesh of the surrounding `jax.set_mesh`; outside of one, the default device alone."""
     context = jax.sharding.get_mesh()
     return make(1, 1, 1, jax.devices()[:1]) if context.empty else context
+
+
+def rowwise(x: jax.Array) -> jax.Array:
+    """Keeps an array's rows where the batch's are, its other dimensions whole.
+
+    Left alone the compiler cuts hidden states along the width where `fsdp` cuts the weights, and
+    then sums them over the devices in every layer: far more than the weights that it saves.
+    """
+    sizes = jax.sharding.get_abstract_mesh()
+    if sizes.empty or x.shape[0] % (sizes.shape["data"] * sizes.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *(None,) * (x.ndim - 1)))
 
 
 def from_host(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

@@ -44,10 +44,7 @@ from copsd_jax.sampler import dialects, jobs, remote
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What a run's programs are made from: shapes and settings, no problem, prompt or weight.
-
-    A Plan has these fields too: whatever takes a Frame takes it.
-    """
+    """What a run's programs are made from, no problem, prompt or weight; a Plan has it all too."""
 
     config: config_lib.Config
     mesh: Mesh

@@ -147,9 +147,7 @@ def make_hand_over(
 ) -> weights.HandOver:
     """What hands weights to the sampler; `call` as HandOver has it."""
     s = frame.config.sampler
-    return weights.HandOver(
-        frame.mesh, frozen, merge=s.merge, int8=s.int8, gather=s.gather, **call
-    )
+    return weights.HandOver(frame.mesh, frozen, merge=s.merge, int8=s.int8, gather=s.gather, **call)
 
 
 def _lengths(plan: plans.Plan) -> dict[str, int]:

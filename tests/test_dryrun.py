@@ -18,8 +18,7 @@ import pytest
 import runs
 from jax.sharding import AbstractMesh, AxisType
 
-from copsd_jax import aot, budget, chips, data, dryrun, main, mesh, methods, run, train_step
-from copsd_jax.sampler import jobs
+from copsd_jax import aot, budget, chips, dryrun, main, mesh, methods, slices
 
 optax_promotes = runs.optax_promotes
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
@@ -62,6 +61,7 @@ def test_parts_are_what_a_run_holds(built):
     assert parts["weights"] - real["weights"] == embedding * 64 * 4 // 4
     assert parts["sampler's weights"] - real["sampler's weights"] == embedding * 64 * 4 // 2
     cache = 2 * 2 * 32 // 4 * 1 * 256 * 16 * 4  # k and v, layers, slots, heads, entries, size
+    cache += 32 // 4 * (64 * 4 + 2 + 3 * 4 + 2 * 4 + 8 + 4 * 4)  # what a slot has besides
     assert built.phases["rollout"].parts["cache"] == cache
     assert parts["average"] == real["average"]
 
@@ -78,7 +78,8 @@ def test_batches_have_the_arrays_of_the_methods(card):
     made = aot.batch(c, long)
     assert jax.tree.structure(made) == jax.tree.structure(real)
     for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(real), strict=True):
-        assert ours.dtype == theirs.dtype and ours.ndim == theirs.ndim
+        assert ours.dtype == theirs.dtype
+        assert ours.ndim == theirs.ndim
         assert ours.shape[0] == theirs.shape[0]
         assert all(a >= b for a, b in zip(ours.shape, theirs.shape, strict=True))
 
@@ -92,7 +93,7 @@ def test_every_program_of_the_run_is_there(built):
         assert names[phase] == [
             "empty cache", "prefill 128", "insert 128", f"decode {slots} x 256",
         ]  # fmt: skip
-    config = runs.config("sft", **MESH, **SHORT)
+    config = runs.config("sft", **MESH, prompt__max_tokens=120, sampler__pack=128)
     assert set(aot.build(config, V5E8, jax.devices(), 1e12).phases) == {
         "placement", "hand-over", "evaluation", "step",
     }  # fmt: skip
@@ -105,7 +106,7 @@ def test_model_of_memory_agrees_where_it_is_exact(built):
     exact = ("weights", "adapters", "optimizer", "average", "cache", "batch", "sampler's weights",
              "prompts' keys")  # fmt: skip
     for phase in ("rollout", "evaluation", "step"):
-        parts = budget.parts(frame, built.lengths, phase, kind="TPU v5 lite")
+        parts = budget.parts(frame, built.lengths, phase, kind="TPU v5 lite") or {}
         for name in exact:
             if name in built.phases[phase].parts:
                 known = built.phases[phase].parts[name]
@@ -115,14 +116,15 @@ def test_model_of_memory_agrees_where_it_is_exact(built):
 def test_report(built, monkeypatch):
     monkeypatch.setattr(chips, "usable", lambda chip: 2**30)
     found = dryrun.report(built)
-    assert found["fits"] and found["sentence"].startswith("fits: the ")
+    assert found["fits"]
+    assert found["sentence"].startswith("fits: the ")
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
     step = found["phases"]["step"]
     assert step["total"] == sum(step["parts"].values()) + step["working"]
     largest = found["largest"]
     assert largest["train.micro_batch"] == 8
     cache = built.phases["rollout"].parts["cache"]
-    assert 0.5 < largest["rollout.slots"] / (2**30 / (cache / 32)) < 1
+    assert 0.4 < largest["rollout.slots"] / (2**30 / (cache / 32)) < 1
     assert json.loads(json.dumps(found)) == found
     monkeypatch.setattr(chips, "usable", lambda chip: built.phases["step"].total - 1)
     found = dryrun.report(built)
@@ -134,8 +136,8 @@ def test_report(built, monkeypatch):
 def test_time_of_sampling_by_hand(built):
     c, chip = built.frame.config, built.target.chip
     programs = {p.name: p for p in built.phases["rollout"].programs}
-    decode = dryrun._seconds([programs["decode 32 x 256"]], chip)
-    prefill = dryrun._seconds([programs["prefill 128"]], chip)
+    decode = dryrun._seconds([programs["decode 32 x 256"]], chip) or 0.0
+    prefill = dryrun._seconds([programs["prefill 128"]], chip) or 0.0
     # 8 texts in 32 slots: one wave of 8 tokens; 2 prompts of 120 tokens on each of 4 shards.
     assert dryrun.times(built)["parts"]["rollout"] == pytest.approx(2 * prefill + 8 * decode / 16)
     assert (c.train.batch, c.rollout.max_tokens, c.sampler.steps) == (8, 8, 16)
@@ -156,33 +158,43 @@ def test_exit_codes(capsys, monkeypatch, tmp_path):
         missing = lambda name: None if name in ("libtpu", "jax_plugins") else real(name)  # noqa: E731
         patch.setattr(importlib.util, "find_spec", missing)
         code, _, said = dry(capsys, "--dry_run=v5e:2x4")
-        assert code == 2 and f'-m pip install "jax[tpu]=={jax.__version__}"' in said
+        assert code == 2
+        assert f'-m pip install "jax[tpu]=={jax.__version__}"' in said
         code, _, said = dry(capsys, "--dry_run=cuda:h200:1x8")
-        assert code == 2 and "jax-cuda13-plugin==" in said
-    monkeypatch.setattr(aot, "devices", lambda target: jax.devices())
+        assert code == 2
+        assert "jax-cuda13-plugin==" in said
+    monkeypatch.setattr(slices, "devices", lambda target: jax.devices())
     code, _, said = dry(capsys, "--dry_run=v5e-8", "--config.train.batch=4")
-    assert code == 2 and "do not divide over 8 devices" in said
-    code, _, said = dry(capsys, "--dry_run=v5e-8", "--config.model.shape=", card="grpo.py:tiny")
-    assert code == 2 and "knows the shapes of tiny, qwen3_0_6b" in said
+    assert code == 2
+    assert "do not divide over 8 devices" in said
+    code, _, said = dry(
+        capsys, "--dry_run=v5e-8", "--config.model.shape=", "--config.model.path=some/one"
+    )
+    assert code == 2
+    assert "knows the shapes of tiny, qwen3_0_6b" in said
     # 8B in float32 with optimizer on eight devices that split nothing.
     code, out, _ = dry(
         capsys, "--dry_run=v5e-8", "--config.train.trainable=full", "--config.train.batch=16",
         "--config.train.micro_batch=8", "--config.loss.group=2", card="opsd.py:qwen3_8b_nothink",
     )  # fmt: skip
     first = out.splitlines()[0]
-    assert code == 1 and first.startswith("does not fit: the ") and "GiB too much; " in first
-    assert "would fit" in first and "not compiled" in out
+    assert code == 1
+    assert first.startswith("does not fit: the ")
+    assert "GiB too much; " in first
+    assert "would fit" in first
+    assert "not compiled" in out
 
 
 def test_what_fits_ends_with_0_and_writes_json(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(aot, "devices", lambda target: jax.devices())
+    monkeypatch.setattr(slices, "devices", lambda target: jax.devices())
     file = tmp_path / "report.json"
     code, out, _ = dry(
         capsys, "--dry_run=v5e-8", f"--dry_run_json={file}", "--config.eval.path=",
         "--config.data.path=", "--config.prompt.max_tokens=100", "--config.sampler.pack=128",
         "--config.teacher.max_tokens=100",
     )  # fmt: skip
-    assert code == 0 and out.startswith("fits: ")
+    assert code == 0
+    assert out.startswith("fits: ")
     assert json.loads(file.read_text())["fits"]
     assert not list(tmp_path.glob("runs*"))
 
@@ -222,10 +234,13 @@ def test_slices_are_the_outermost_part_of_data():
 
 
 def test_memory_that_the_compiler_does_not_find():
-    used = RuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
-                        "memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.")  # fmt: skip
+    used = RuntimeError(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
+    )
     found = aot.failed("step", 2**30, used)
-    assert found.needed == int(19.5 * 2**30) and found.facts is None
+    assert found.needed == int(19.5 * 2**30)
+    assert found.facts is None
     other = RuntimeError("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries "
                          "(200.00G) exceeds available HBM (30.75G).")  # fmt: skip
     assert aot.failed("step", 5, other).needed == 200 * 2**30
@@ -260,7 +275,8 @@ def check(found: dict) -> None:
     by_hand = 16 * 16 * 2 * (2 * layer + 512 * 64)
     assert by_hand < decode["flops"] < by_hand + 16 * 16 * 2 * 2 * 2.5 * adapters
     step = found["phases"]["step"]["programs"]["training step"]
-    assert step["temporary"] > 0 and step["flops"] > 0
+    assert step["temporary"] > 0
+    assert step["flops"] > 0
     assert set(step["collectives"]) <= {"data", "fsdp", "tensor", "data+fsdp", "fsdp+tensor",
                                         "data+fsdp+tensor"}  # fmt: skip
 
