@@ -60,26 +60,24 @@ def make(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh
     shape = tuple(sizes.values())
     if int(np.prod(shape)) != len(devices):
         raise ValueError(f"{sizes}: their product must be the number of devices, {len(devices)}")
-    auto = (AxisType.Auto,) * 3
     slices = collections.defaultdict(list)
     for device in devices:
         slices[getattr(device, "slice_index", 0)].append(device)
-    if len(slices) == 1:
-        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
     data, *inner = shape
     if data % len(slices):
         raise ValueError(
             f"mesh.data is {data}: it must be a multiple of the number of slices, {len(slices)}, "
             "since only data goes over the network between them"
         )
-    # Slices outermost: what crosses the network is one reduction of the gradients a step.
+    # Slices outermost: what crosses the network is one reduction of the gradients a step. An axis
+    # of a torus may be split, as 4 x 4 x 4 into 32 x 2.
     parts = [
         mesh_utils.create_device_mesh(
             (data // len(slices), *inner), slices[index], allow_split_physical_axes=True
         )
-        for index in sorted(slices)
+        for index in sorted(slices, key=lambda index: index or 0)
     ]
-    return Mesh(np.concatenate(parts), AXES, axis_types=auto)
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def platform(mesh: Mesh) -> str:

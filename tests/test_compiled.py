@@ -126,6 +126,33 @@ def test_what_the_compiler_for_tpus_writes():
     assert by_name["k"][1:] == (1000, 77, 28)
 
 
+# An exchange that goes on beside two products stands in the fusion of each.
+BESIDE = """HloModule m
+
+%first (a: f32[8,64]) -> (f32[8,64], f32[32,64]) {
+  %a = f32[8,64]{1,0} parameter(0)
+  %g = f32[32,64]{1,0} all-gather(%a), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %r = (f32[8,64]{1,0}, f32[32,64]{1,0}) tuple(%a, %g)
+}
+
+%second (b: f32[8,64]) -> f32[32,64] {
+  %b = f32[8,64]{1,0} parameter(0)
+  ROOT %h = f32[32,64]{1,0} all-gather(%b), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY %main (x: f32[8,64]) -> f32[32,64] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %y = (f32[8,64]{1,0}, f32[32,64]{1,0}) fusion(%x), kind=kCustom, calls=%first
+  ROOT %z = f32[32,64]{1,0} fusion(%x), kind=kCustom, calls=%second
+}
+"""
+
+
+def test_an_exchange_beside_several_products_counts_once():
+    (one,) = compiled.read(BESIDE, mesh.make(2, 2, 2))[1]
+    assert one == compiled.Collective("all-gather", "fsdp+tensor", False, 3 * 8 * 64 * 4, 1)
+
+
 @pytest.mark.parametrize(
     "stride, pad, left_hole, right_hole", [(1, 0, 1, 1), (2, 3, 2, 1), (1, 4, 1, 2), (3, 2, 4, 1)]
 )

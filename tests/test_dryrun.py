@@ -248,6 +248,24 @@ def test_memory_that_the_compiler_does_not_find():
         aot.failed("step", 5, RuntimeError("another"))
 
 
+def test_rows_stay_where_they_are():
+    """What is summed over fsdp are gradients and the weights' parts, not every layer's states."""
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in SHORT.items()]
+    config = main.parse(
+        ["main", f"--config={conftest.ROOT / 'configs/opsd.py'}:tiny", *flags,
+         "--config.mesh.fsdp=8", "--config.mesh.data=1", "--config.rollout.max_tokens=64",
+         "--config.sampler.engine=server", "--config.sampler.pack=512", "--config.eval.path=",
+         "--config.sampler.url=http://x", "--config.sampler.model=m"]
+    )[0]  # fmt: skip
+    made = aot.build(config, V5E8, jax.devices(), 1e12)
+    facts = made.phases["step"].programs[-1].facts
+    assert facts is not None
+    summed = sum(x.bytes * x.times for x in facts.collectives if x.kind == "all-reduce")
+    weights = 8 * made.phases["step"].parts["weights"]
+    states = 2 * 8 * 192 * 64 * 4  # of the student alone: layers, rows, positions, width
+    assert 0 < summed < 4 * weights < 3 * states
+
+
 # --- compilers of accelerators -------------------------------------------------------------------
 
 
