@@ -205,7 +205,8 @@ def _entries(frame: Any, tokens: int, kind: str) -> int:
         return 4 * 4 * min(tokens, c.loss.chunk) * m.vocab_size
     chip = chips.CHIPS.get(kind or _kind(where))
     if chip is None or not chip.vmem:
-        return int(blocks.GPU_BYTES)
+        most = blocks.gpu(kind or _kind(where), m.d_model, m.vocab_size, frame.dtype).tokens
+        return min(most, tokens) * m.vocab_size * blocks.entry_bytes("gpu", frame.dtype)
     sizes = blocks.tpu(
         kind or _kind(where), m.d_model, m.vocab_size // where.shape["tensor"], frame.dtype,
         tied=True, train_head=c.train.trainable == "full",

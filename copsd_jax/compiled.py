@@ -26,7 +26,7 @@ _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
     "partition-id replica-id opt-barrier add-dependency async-update async-done copy-done "
     "slice-done dynamic-slice-done dynamic-update-slice-done all-reduce-done all-gather-done "
-    "collective-permute-done send-done recv-done domain get-dimension-size".split()
+    "collective-permute-done send-done recv recv-done domain get-dimension-size".split()
 )
 
 
@@ -149,6 +149,10 @@ def _walk(program: _Program, name: str, times: int) -> None:
                 _walk(program, inner, times)
         elif op.kind == "conditional":
             _dearest(program, op, times)
+        elif op.kind == "send":
+            # Between slices of TPUs, which only `data` has: what their hosts pass on.
+            sent = hlo.whole(ops[op.operands[0]].result)
+            program.collectives.append(Collective("send", "data", True, sent, times))
         elif op.kind.removesuffix("-start") in COLLECTIVES:
             _exchange(program, ops, op, times)
         elif op.kind not in _FREE:

@@ -148,6 +148,26 @@ ENTRY %main (x: f32[8,64]) -> f32[32,64] {
 """
 
 
+BETWEEN = """HloModule m
+
+ENTRY %main (x: f32[8,64]) -> f32[8,64] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[8,64]{1,0}, u32[], token[]) send(%x, %t), channel_id=3, is_host_transfer=true
+  %d = token[] send-done(%s), channel_id=3, is_host_transfer=true
+  %r = (f32[8,64]{1,0}, u32[], token[]) recv(%d), channel_id=2, is_host_transfer=true
+  %e = (f32[8,64]{1,0}, token[]) recv-done(%r), channel_id=2, is_host_transfer=true
+  ROOT %out = f32[8,64]{1,0} get-tuple-element(%e), index=0
+}
+"""
+
+
+def test_what_slices_send_one_another_goes_over_the_network():
+    costs, collectives = compiled.read(BETWEEN, mesh.make(2, 2, 2))
+    assert collectives == (compiled.Collective("send", "data", True, 8 * 64 * 4, 1),)
+    assert not costs
+
+
 def test_an_exchange_beside_several_products_counts_once():
     (one,) = compiled.read(BESIDE, mesh.make(2, 2, 2))[1]
     assert one == compiled.Collective("all-gather", "fsdp+tensor", False, 3 * 8 * 64 * 4, 1)
