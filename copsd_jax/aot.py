@@ -1,6 +1,6 @@
 """Every program of a run, compiled for devices that nobody has to own.
 
-The programs are made by the very functions that a run makes them with (`run.make_*`,
+The programs are made by the very functions that a run makes them with (`making.*`,
 `sampler.jobs.plan`, `sampler.host.warmup`, `train_step.make`), of arrays that have a shape, a dtype
 and a place, and no values. Lengths are the caps of the settings: no data is read.
 """
@@ -24,7 +24,7 @@ from copsd_jax import (
     hf,
     implementations,
     layout,
-    lora,
+    making,
     mesh,
     model,
     plans,
@@ -262,17 +262,10 @@ def failed(name: str, arguments: int, error: BaseException) -> Program:
 def first_state(frame: plans.Frame, make: _Maker, base: Any) -> tuple[Any, Any, Any]:
     """(state, optimizer, options) of step 0, and the program that makes it."""
     c = frame.config
-    options = run_lib.make_options(frame)
-    tx, _ = run_lib.make_optimizer(c, max(1, c.train.steps))
+    options = making.options(frame)
+    tx, _ = making.optimizer(c, max(1, c.train.steps))
 
-    def begun(base: Any) -> train_step.State:
-        if c.train.trainable == "lora":
-            key = jax.random.key(c.seed)
-            trained = lora.init(frame.model_config, c.lora.rank, c.lora.targets, key)
-        else:
-            trained = jax.tree.map(lambda x: x.astype(jnp.float32), base)
-        return train_step.init(trained, tx, options.teacher)
-
+    begun = making.first_state(frame, tx, options.teacher)
     shapes = jax.eval_shape(begun, base)
     places = mesh.shardings(shapes, frame.mesh)
     given = base if c.train.trainable == "full" else {}
@@ -328,7 +321,7 @@ def _phases(one: plans.Frame, long: Lengths, limit: float, said) -> dict[str, Ph
     lora_run = c.train.trainable == "lora"
     placing, handing = _Maker(one, said, []), _Maker(one, said, [])
     state, tx, options = first_state(one, placing, base)
-    frozen = base if lora_run or run_lib.needs_initial(c) else {}
+    frozen = base if lora_run or making.needs_initial(c) else {}
     resident = {
         "weights": size(frozen) + (0 if lora_run else size(state.trained)),
         "adapters": size(state.trained) if lora_run else 0,
@@ -341,7 +334,7 @@ def _phases(one: plans.Frame, long: Lengths, limit: float, said) -> dict[str, Ph
         name = "weights" if len(args) > 1 else "adapter"  # as HandOver has them
         return handing(f"{name} to the sampler", program, *args, keeps=False)
 
-    hand_over = run_lib.make_hand_over(one, frozen if lora_run else {}, call=call)
+    hand_over = making.hand_over(one, frozen if lora_run else {}, call=call)
     params, adapter = hand_over(*student, one.adapter_scale)
     copies = 0 if params is student.params else size(params)
     copies += 0 if adapter is student.adapter else size(adapter)
@@ -395,7 +388,7 @@ def sampling(
     """The sampler's programs of a section, with its cache."""
     params, adapter = weights
     make = _Maker(one, said, [])
-    decoder = run_lib.make_decoder(one)
+    decoder = making.decoder(one)
     shape = one.model_config
     # An author's prompts have no worked examples; its texts are as long as a call needs.
     prefix = None if section == "author" else _prefix(one, make, decoder, long, weights)
@@ -403,9 +396,9 @@ def sampling(
     valid_V = np.ones(shape.vocab_size, bool)
     valid_V[-1] = False  # tokenizers have fewer ids than embeddings have rows
     job = jobs.plan(
-        decoder, params, [(0,) * asked], [run_lib.make_sampling(one.config, section, (0,), ())],
+        decoder, params, [(0,) * asked], [making.sampling(one.config, section, (0,), ())],
         keys_n2=np.zeros((1, 2), np.uint32),
-        settings=run_lib.make_sampler(one.config, section, length), prefix=prefix,
+        settings=making.sampler(one.config, section, length), prefix=prefix,
         adapter=adapter, adapter_scale=one.adapter_scale, valid_V=valid_V, token_bytes=None,
         limits=None, longest=asked, put=mesh.abstract,
     )  # fmt: skip
@@ -453,7 +446,7 @@ def step(one, long: Lengths, trees, parts, held, said) -> Phase:
     state, frozen, base = trees
     tx, options = parts
     c, make = one.config, _Maker(one, said, [])
-    decoder = run_lib.make_decoder(one)
+    decoder = making.decoder(one)
     whole = PartitionSpec()
     arrays = mesh.abstract(batch(c, long), one.mesh, PartitionSpec(mesh.BATCH))
     prefix = kvs = None
@@ -463,7 +456,7 @@ def step(one, long: Lengths, trees, parts, held, said) -> Phase:
         kv = _prefix(one, _Maker(one, lambda _: None, make.programs), decoder, long, (base, None))
         kvs = (kv,) * (2 if options.teacher == "trust_region" else 1)
     factor = mesh.abstract(np.float32(1), one.mesh, whole)
-    jitted = run_lib.make_step(one, decoder, tx, options, state)
+    jitted = making.step(one, decoder, tx, options, state)
     make(
         "training step", jitted, state, frozen, arrays, prefix, kvs, factor,
         turns=_blocks(one, options, arrays),

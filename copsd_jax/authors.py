@@ -9,7 +9,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from copsd_jax import contexts, data, openai_api, plans, prompts, replies, run, steps, train_step
+from copsd_jax import (
+    contexts,
+    data,
+    openai_api,
+    plans,
+    processes,
+    prompts,
+    replies,
+    run,
+    steps,
+    train_step,
+)
 from copsd_jax.sampler import jobs
 
 
@@ -158,7 +169,7 @@ def _server(r: run.Run, state: train_step.State, asked: list[Asked], step: int) 
         for one, (conversation, _) in zip(asked, fitted, strict=True)
         if conversation
     ]
-    answers = iter(openai_api.ask_all(server(c), requests))
+    answers = iter(processes.once(lambda: openai_api.ask_all(server(c), requests)))
     out = []
     for one, (conversation, shortened) in zip(asked, fitted, strict=True):
         if not conversation:

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from copsd_jax import aot, chips, layout, lora, mesh, model, plans, train_step
-from copsd_jax import run as run_lib
+from copsd_jax import aot, chips, layout, lora, making, mesh, model, plans, train_step
 from copsd_jax.kernels import blocks
 from copsd_jax.sampler import engine, packing
 
@@ -82,7 +81,7 @@ def _shapes(frame: Any) -> _Shapes:
     if key not in _SHAPES:
         base = model.abstract(m, frame.dtype)
         trained = plans.trained_shapes(c, m)
-        tx, _ = run_lib.make_optimizer(c, max(1, c.train.steps))
+        tx, _ = making.optimizer(c, max(1, c.train.steps))
         state = jax.eval_shape(lambda t: train_step.init(t, tx, c.teacher.weights), trained)
         _SHAPES[key] = _Shapes(base, jax.eval_shape(lora.quantised, base), trained, state)
     return _SHAPES[key]
@@ -93,7 +92,7 @@ def _held(frame: Any) -> dict[str, int]:
     c, where = frame.config, frame.mesh
     full = c.train.trainable == "full"
     base, _, trained, state = _shapes(frame)
-    frozen = _size(base, where) if not full or run_lib.needs_initial(c) else 0
+    frozen = _size(base, where) if not full or making.needs_initial(c) else 0
     return {
         "weights": frozen + (_size(trained, where) if full else 0),
         "adapters": 0 if full else _size(trained, where),

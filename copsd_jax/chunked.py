@@ -196,7 +196,8 @@ def _filtered(dz_TV, hidden_TD, head_VD, weight_T, train_head, skip_below, axis)
 
     head = jnp.zeros(head_VD.shape, wide(hidden_TD)) if train_head else None
     grads = jnp.zeros(hidden_TD.shape, wide(hidden_TD)), head
-    grads = jax.lax.fori_loop(jnp.int32(0), jnp.int32(tiles), tile, grads)
+    if tiles:  # a loop of no turns would trace a tile that is not there
+        grads = jax.lax.fori_loop(jnp.int32(0), jnp.int32(tiles), tile, grads)
     return (tile(jnp.int32(tiles), grads, rest) if rest else grads), skipped_T
 
 

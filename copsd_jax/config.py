@@ -233,6 +233,10 @@ def _training(c: Config) -> None:
     h.data = -1  # devices along each axis; -1 takes the rest
     h.fsdp = 1  # also splits parameters
     h.tensor = 1  # splits heads, MLP and vocabulary
+    h.coordinator = ""  # of several processes: host:port of the first, or auto on a known cluster
+    h.processes = 1  # how many there are, with host:port
+    h.process = 0  # which of them this one is, with host:port
+    h.heartbeat = 20  # seconds of silence after which a process is dead, and all others end
 
 
 SECTIONS = (_inputs, _teaching, _objective, _sampler, _training)

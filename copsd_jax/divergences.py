@@ -361,6 +361,34 @@ def block(
     return stats, dz_TV * (scale * ratio_T)[:, None]
 
 
+def _smooth_entries(
+    student: Side, teacher: Side, settings: Divergence
+) -> tuple[jax.Array, jax.Array | None]:
+    """`entries` with the derivative of their plain formulas, for automatic differentiation.
+
+    Values are those of `entries`; a term of value 0 carries the derivative. It leaves out what adds
+    up to nothing and would only leave its rounding: the shift, and for jsd the dependence on M,
+    where βq (ln q - ln M) + (1 - β) p (ln p - ln M) is least (its derivative to M cancels that of
+    p ln p to ln p).
+    """
+    e, _, clipped = entries(*jax.lax.stop_gradient((student, teacher)), settings)
+    log_p, log_q = student.log, teacher.log
+    if settings.divergence == "fkl":
+        moves = -teacher.p * log_p
+    elif settings.divergence == "rkl":
+        moves = student.p * (log_p - log_q)
+    else:
+        beta, kept = settings.beta, (teacher.p > 0) | (student.p > 0)
+        log_mix = jnp.logaddexp(math.log1p(-beta) + log_p, math.log(beta) + log_q)
+        scale = 1 / beta if settings.normalize_beta else 1 - beta
+        moves = scale * student.p * jax.lax.stop_gradient(jnp.where(kept, log_p - log_mix, 0))
+    if clipped is not None:
+        moves = jnp.where(clipped, 0, moves)
+    # Equal sides are the minimum: the derivative is 0 there, rounding apart.
+    equal_T1 = jnp.all(student.p == teacher.p, axis=-1, keepdims=True)
+    return e + jnp.where(equal_T1, 0, moves - jax.lax.stop_gradient(moves)), clipped
+
+
 def value(
     logits_s_TV: jax.Array, logits_t_TV: jax.Array, tokens_T: jax.Array, settings: Divergence
 ) -> tuple[jax.Array, jax.Array]:
@@ -379,10 +407,7 @@ def value(
         few = kept(logits_s_TV, logits_t_TV, settings)
         student, _ = restrict(logits_s_TV, student, few, settings)
         teacher, _ = restrict(logits_t_TV, teacher, few, settings)
-    # A shifted entry has its minimum at p = q: its derivative there is 0, rounding apart.
-    equal_TK = student.p == teacher.p
-    student = jax.tree.map(lambda x: jnp.where(equal_TK, jax.lax.stop_gradient(x), x), student)
-    e_TK, _, clipped_TK = entries(student, teacher, settings)
+    e_TK, clipped_TK = _smooth_entries(student, teacher, settings)
     d_T = jnp.sum(e_TK, axis=-1)
     kappa = settings.clip
     value_T = {

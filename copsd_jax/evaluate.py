@@ -27,6 +27,7 @@ from copsd_jax import (
     graders,
     metrics,
     plans,
+    processes,
     prompts,
     run,
     train_step,
@@ -54,7 +55,6 @@ def evaluate(
 
     Raises:
       run.Unusable: if `partial` was written by another evaluation, or is damaged.
-      RuntimeError: for `partial` with several processes.
     """
     plan, n = r.plan, r.plan.config.eval.samples
     asked = [
@@ -87,7 +87,8 @@ def evaluate(
          "problem": row.problem, "samples": given}
         for row, given in zip(rows, samples, strict=True)
     ]  # fmt: skip
-    return {"scores": _scores(r, records), "problems": records}
+    # Answers are compared under limits of time, too.
+    return {"scores": processes.once(lambda: _scores(r, records)), "problems": records}
 
 
 class _Said(NamedTuple):
@@ -104,12 +105,15 @@ def _sampled(r: run.Run, policy, asked, ids, keys, progress, partial) -> list[_S
       {"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}
     A last line without an end was being written when the evaluation was stopped: it is dropped.
     """
-    if partial is not None and jax.process_count() > 1:
-        raise RuntimeError("an evaluation is kept on disk by one process, not by several")
-    said = _kept(partial, _what(r, asked, policy), ids) if partial is not None else {}
+    said: dict[int, _Said] = {}
+    if partial is not None:
+        what = _what(r, asked, policy)
+        said = processes.once(lambda: _kept(partial, what, ids))
     todo = [i for i in range(len(asked)) if i not in said]
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(partial.open("a", encoding="utf-8")) if partial else None
+        stream = None
+        if partial is not None and processes.leads():
+            stream = stack.enter_context(partial.open("a", encoding="utf-8"))
 
         def done(k: int, completion: host.Completion) -> None:
             i = todo[k]

@@ -33,10 +33,11 @@ def loss(c: config_lib.Config, platform: str) -> str:
     Raises:
       ValueError: for one that cannot run there, naming the setting.
     """
+    mixed = c.teacher.weights == "trust_region" and c.train.trainable == "full"
     try:
         return losses.resolve(
-            c.loss.implementation, divergence(c), platform, c.loss.skip_below
-        )  # fmt: skip
+            c.loss.implementation, divergence(c), platform, c.loss.skip_below, not mixed
+        )
     except ValueError as error:
         raise ValueError(f"loss.{error}") from error
 

@@ -57,7 +57,11 @@ class Rows(NamedTuple):
 
 
 def resolve(
-    implementation: str, settings: Divergence | None, platform: str, skip_below: float = 0.0
+    implementation: str,
+    settings: Divergence | None,
+    platform: str,
+    skip_below: float = 0.0,
+    one_width: bool = True,
 ) -> str:
     """The implementation that runs, one of IMPLEMENTATIONS.
 
@@ -68,6 +72,8 @@ def resolve(
       implementation: one of CHOICES.
       settings: None without a divergence: log-probabilities alone have no kernel.
       platform: cpu, gpu or tpu, of the mesh that the loss runs on; see `mesh.platform`.
+      one_width: whether both sides' states have one width. Those of a mix of policies with heads
+        of their own stand side by side (`train_step`).
 
     Raises:
       ValueError: an unknown name; pallas where it cannot run, with what to change; a filter with
@@ -86,6 +92,8 @@ def resolve(
         reason = "there is no divergence to compute"
     elif settings.top_k:
         reason = f"its kernels have no top_k, which is {settings.top_k}"
+    elif not one_width:
+        reason = "its kernels need states of one width, and a trust region of all weights has two"
     elif skip_below:
         reason = f"its kernels have no filter, and skip_below is {skip_below}"
     if implementation == "pallas" and reason:

@@ -110,8 +110,9 @@ def main(argv: list[str]) -> int:
             from copsd_jax import dryrun
 
             return dryrun.main(config, dry.target, dry.json, dry.search)
-        from copsd_jax import train
+        from copsd_jax import processes, train
 
+        processes.start(config)
         plan, continued = train.prepare(config, workdir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

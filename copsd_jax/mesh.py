@@ -131,13 +131,17 @@ def shardings(tree: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
 
 def place(tree: Any, mesh: Mesh) -> Any:
     """Puts parameters, adapters or optimizer state where the table says."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, each device's part on it; nothing travels."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
 
 def place_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
     """Splits arrays along `axis` over the batch axes of the mesh."""
-    spec = PartitionSpec(*([None] * axis), BATCH)
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+    return from_host(tree, mesh, PartitionSpec(*([None] * axis), BATCH))
 
 
 def current() -> Mesh:
@@ -159,11 +163,8 @@ def rowwise(x: jax.Array) -> jax.Array:
 
 
 def from_host(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """NumPy arrays that every process has whole, each device's part on it; nothing travels."""
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), tree
-    )
+    """`put` of all arrays of a tree, with one partition."""
+    return jax.tree.map(lambda x: put(x, NamedSharding(mesh, spec)), tree)
 
 
 def abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
@@ -182,4 +183,4 @@ def abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Puts a whole copy of each array on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return from_host(tree, mesh, PartitionSpec())

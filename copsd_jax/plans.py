@@ -373,7 +373,7 @@ def saved_config(directory: pathlib.Path) -> config_lib.Config:
         node = config[section] if section else config
         node[key] = tuple(value) if isinstance(value, list) else value
     # Of this machine's devices, whatever the run had: no number depends on it.
-    config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh.update(config_lib.default().mesh)
     return config
 
 

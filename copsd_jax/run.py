@@ -16,12 +16,12 @@ from jax.sharding import NamedSharding
 from copsd_jax import (
     graders,
     hf,
-    implementations,
-    lora,
+    making,
     mesh,
     model,
     peft,
     plans,
+    processes,
     prompts,
     rewards,
     token_stats,
@@ -30,7 +30,7 @@ from copsd_jax import (
 from copsd_jax.sampler import engine, host, jobs, remote, weights
 
 # Random streams of a seed besides the sampler's, whose purposes count from 0.
-ADAPTER_STREAM, WEIGHTS_STREAM = 1001, 1002
+WEIGHTS_STREAM = 1002  # another is making's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,20 +85,17 @@ def load(
       ValueError: a server without a folder.
     """
     config = plan.config
-    decoder = make_decoder(plan)
+    decoder = making.decoder(plan)
     base = _weights(plan)
-    if config.train.trainable == "lora":
-        key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
-        trained = lora.init(plan.model_config, config.lora.rank, config.lora.targets, key)
-        frozen = base
-    else:
-        # A copy: what is trained is donated to the step, what is frozen must not be.
-        trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
-        frozen = base if needs_initial(config) else {}
-    tx, rate = make_optimizer(config, steps)
-    options = make_options(plan)
-    state = mesh.place(train_step.init(trained, tx, options.teacher), plan.mesh)
-    step = make_step(plan, decoder, tx, options, state)
+    frozen = base if config.train.trainable == "lora" or making.needs_initial(config) else {}
+    tx, rate = making.optimizer(config, steps)
+    options = making.options(plan)
+    state = _born(
+        making.first_state(plan, tx, options.teacher),
+        plan,
+        base if config.train.trainable == "full" else {},
+    )
+    step = making.step(plan, decoder, tx, options, state)
     teacher_kv = None
     if config.method == "distill" and options.teacher == "fixed" and plan.shots and plan.rows:
         prefix = plans.probe(plan, plan.rows[0]).prefix_ids
@@ -110,44 +107,12 @@ def load(
     return (
         Run(
             plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
-            make_hand_over(plan, frozen),
+            making.hand_over(plan, frozen),
             _served(plan, folder),
             _lengths(plan),
         ),
         state,
     )  # fmt: skip
-
-
-def make_decoder(frame: plans.Frame | plans.Plan) -> model.Decoder:
-    return model.Decoder(
-        frame.model_config,
-        frame.dtype,
-        remat=frame.config.model.remat,
-        decode=implementations.attention(frame.config, mesh.platform(frame.mesh)),
-    )
-
-
-def make_optimizer(config, steps: int) -> tuple[Any, Callable[[Any], Any]]:
-    """The optimizer and its learning rate of a step; `steps` is the last one."""
-    names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
-    return train_step.optimizer(steps=steps, **{n: config.train[n] for n in names})
-
-
-def make_step(frame: plans.Frame | plans.Plan, decoder, tx, options, state) -> Any:
-    """The jitted training step; `state` may be abstract, its values are not read."""
-    return jax.jit(
-        train_step.make(decoder, tx, options),
-        donate_argnums=0,
-        out_shardings=(mesh.shardings(state, frame.mesh), None),
-    )
-
-
-def make_hand_over(
-    frame: plans.Frame | plans.Plan, frozen: dict, **call: Callable
-) -> weights.HandOver:
-    """What hands weights to the sampler; `call` as HandOver has it."""
-    s = frame.config.sampler
-    return weights.HandOver(frame.mesh, frozen, merge=s.merge, int8=s.int8, gather=s.gather, **call)
 
 
 def _lengths(plan: plans.Plan) -> dict[str, int]:
@@ -164,77 +129,27 @@ def _lengths(plan: plans.Plan) -> dict[str, int]:
     return out
 
 
-def needs_initial(config) -> bool:
-    """Whether full fine-tuning has to keep the initial weights."""
-    if config.method == "distill" and config.teacher.weights in ("fixed", "trust_region"):
-        return True
-    return config.policy.kl > 0 and (config.method == "grpo" or config.policy.weight > 0)
+def _born(make: Callable[..., Any], plan: plans.Plan, *args: Any) -> Any:
+    """`make(*args)`, whose arrays come into being on their shards and are nowhere whole."""
+    places = mesh.shardings(jax.eval_shape(make, *args), plan.mesh)
+    return jax.jit(make, out_shardings=places)(*args)
 
 
 def _weights(plan: plans.Plan) -> dict:
     """The base parameters, leaf by leaf onto their shards."""
-    shapes = model.abstract(plan.model_config, plan.dtype)
-    places = mesh.shardings(shapes, plan.mesh)
     if plan.config.model.init == "random":
-        key = jax.random.fold_in(jax.random.key(plan.config.seed), WEIGHTS_STREAM)
-        return jax.device_put(model.init(plan.model_config, key, plan.dtype), places)
+
+        def make() -> dict:
+            key = jax.random.fold_in(jax.random.key(plan.config.seed), WEIGHTS_STREAM)
+            return model.init(plan.model_config, key, plan.dtype)
+
+        return _born(make, plan)
 
     def put(path: tuple[str, ...], values: np.ndarray) -> jax.Array:
         spec = mesh.partition("/".join(path), values.shape, plan.mesh)
-        return jax.device_put(values, NamedSharding(plan.mesh, spec))
+        return mesh.put(values, NamedSharding(plan.mesh, spec))
 
     return hf.load_params(plan.weights_path, plan.model_config, plan.dtype, put)
-
-
-def make_options(plan: plans.Frame | plans.Plan) -> train_step.Options:
-    """The static choices of a run's step."""
-    c = plan.config
-    completions = c.train.batch * c.rollout.per_prompt
-    micro = c.train.micro_batch or completions
-    distills = c.method == "distill"
-    divergence = implementations.divergence(c)
-    return train_step.Options(
-        trainable=c.train.trainable,
-        teacher=c.teacher.weights if distills else "fixed",
-        ema_decay=c.teacher.ema_decay,
-        adapter_scale=plan.adapter_scale,
-        divergence=divergence,
-        implementation=implementations.loss(c, mesh.platform(plan.mesh)),
-        chunk=c.loss.chunk,
-        norm=c.loss.norm,
-        group=c.loss.group or micro,
-        micro_batches=completions // micro,
-        rho=c.teacher.rho,
-        weight=1 - c.policy.weight if distills else 0.0,
-        policy=_policy_loss(c),
-        skip_below=c.loss.skip_below,
-        chip=plan.mesh.devices.flat[0].device_kind,
-    )
-
-
-POLICY_NORMS = {"sequence": "seq_mean_all", "token": "global_token_mean", "constant": "constant"}
-
-
-def _policy_loss(c) -> train_step.PolicyLoss | None:
-    """The loss on sampled tokens of a method; None where there is none."""
-    if c.method == "sft":
-        return train_step.PolicyLoss("nll", 1.0, 1.0, POLICY_NORMS[c.policy.norm], 1)
-    weight = 1.0 if c.method == "grpo" else c.policy.weight
-    if not weight:
-        return None
-    return train_step.PolicyLoss(
-        kind="surrogate",
-        weight=weight,
-        temperature=c.rollout.temperature or 1.0,
-        norm=POLICY_NORMS[c.policy.norm],
-        length=c.rollout.max_tokens,
-        clip_low=c.policy.clip_low,
-        clip_high=c.policy.clip_high,
-        dual_clip=c.policy.dual_clip,
-        kl=c.policy.kl,
-        old=c.policy.old,
-        rollout_clip=c.policy.rollout_clip,
-    )
 
 
 @contextlib.contextmanager
@@ -274,37 +189,12 @@ def sampling(run: Run, section: str) -> jobs.Sampling:
     """
     plan = run.plan
     stop = () if section == "author" else tuple(plan.config.rollout.stop)
-    return make_sampling(plan.config, section, plan.stop_ids, stop)
-
-
-def make_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> jobs.Sampling:
-    """`sampling` of a config, with what ends a text."""
-    s = config[section]
-    return jobs.Sampling(
-        max_tokens=s.max_tokens or config.rollout.max_tokens,  # 0 of eval is the rollout's
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
-        stop_ids=stop_ids,
-        stop=stop,
-    )
+    return making.sampling(plan.config, section, plan.stop_ids, stop)
 
 
 def sampler(run: Run, section: str) -> jobs.Settings:
     """The sampler's size of `rollout`, `eval` or `author`."""
-    return make_sampler(run.plan.config, section, run.lengths[section])
-
-
-def make_sampler(c, section: str, length: int) -> jobs.Settings:
-    """`sampler` of a config; `length` is the cache entries of a slot, 0 for what a call needs."""
-    return jobs.Settings(
-        slots=c[section].slots,
-        length=length,
-        steps=c.sampler.steps,
-        pack=c.sampler.pack,
-        cache=None if c.sampler.cache == "auto" else jnp.dtype(c.sampler.cache),
-    )
+    return making.sampler(run.plan.config, section, run.lengths[section])
 
 
 class Served:
@@ -496,11 +386,12 @@ def opened(prompt: prompts.Prompt, text: str) -> str:
 def grade(
     run: Run, golds: Sequence[str], asked: Sequence[prompts.Prompt], texts: Sequence[str]
 ) -> list[rewards.Verdict]:
-    """Verdicts on completions of these prompts; a bare reward counts as right from
+    """Verdicts on completions of these prompts, of the leading process: limits of time and a
+    user's function may end otherwise elsewhere. A bare reward counts as right from
     reward.threshold on."""
     whole = [opened(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
     threshold = run.plan.config.reward.threshold
     return [
         v if v.correct is not None else dataclasses.replace(v, correct=v.reward >= threshold)
-        for v in run.rewarder.score(golds, whole)
+        for v in processes.once(lambda: run.rewarder.score(golds, whole))
     ]

@@ -1,12 +1,13 @@
 """The loop, flat and in order of execution."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from copsd_jax import (
     mesh,
     metrics,
     plans,
+    processes,
     run,
     train_step,
     workdir,
@@ -49,6 +51,7 @@ def train(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> None:
     config, started = plan.config, time.monotonic()
     method = methods_lib.METHODS[config.method]
     print(summary(plan, directory, continued), flush=True)
+    processes.meet("checked")  # nothing is written before all have looked
     workdir.create(directory, config_lib.flat(config), _facts(plan))
     with (
         run.scope(plan),
@@ -66,25 +69,37 @@ def train(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> None:
             # The evaluation of step 0 comes before a checkpoint is loaded: it is the initial
             # policy's, also when a run that was stopped before it is continued.
             before = _evaluation(r, state, 0, directory)
-            if checkpoints.steps():
-                state = checkpoints.load(checkpoints.steps()[-1], state)
+            saved = processes.once(checkpoints.steps)
+            if saved:
+                state = checkpoints.load(saved[-1], state)
             first = int(state.step)
-            with metrics.Writer(directory, resume=first + 1) as writer:
+            with _writer(directory, first) as writer:
                 state, stopped = _steps(r, method, state, first, writer, checkpoints, directory)
             after = _evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
     print(_ending(plan, before, after, directory, seconds, stopped), flush=True)
 
 
-def _steps(r, method, state, first, writer, checkpoints, directory) -> tuple[train_step.State, str]:
+@contextlib.contextmanager
+def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapping], None]]:
+    """What takes (step, metrics); the leading process's writes them down."""
+    if not processes.leads():
+        yield lambda step, values: None
+        return
+    with metrics.Writer(directory, resume=first + 1) as writer:
+        yield writer.write
+
+
+def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[train_step.State, str]:
     """Steps `first` … train.steps - 1, or until a guard stops the run; the reason if one did."""
     plan, c = r.plan, r.plan.config
     timer = metrics.Timer()
     order = data.iterator(
         plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
     )
-    guard = guards.replay(plan.guards, metrics.lines(directory, first))
-    said = workdir.read_events(directory, first)
+    written = processes.once(lambda: metrics.lines(directory, first))
+    guard = guards.replay(plan.guards, written)
+    said = processes.once(lambda: workdir.read_events(directory, first))
     with metrics.Progress("step", c.train.steps, start=first) as progress:
         for step in range(first, first if guard["stopped"] else c.train.steps):
             with timer("rollout"):
@@ -103,7 +118,7 @@ def _steps(r, method, state, first, writer, checkpoints, directory) -> tuple[tra
                 "learning_rate": float(r.rate(step)) * float(factor),
                 **timer.take(),
             }
-            writer.write(step + 1, values)
+            write(step + 1, values)
             guard, events = guards.check(plan.guards, guard, step + 1, values)
             if events:
                 said += [dataclasses.asdict(event) for event in events]
@@ -189,8 +204,9 @@ def _evaluation(r: run.Run, state, step: int, directory: pathlib.Path) -> dict |
     if not r.plan.eval_rows:
         return None
     path = workdir.step_file(directory, "eval", step)
-    if path.is_file():
-        return workdir.read_json(path)
+    known = processes.once(lambda: workdir.read_json(path) if path.is_file() else None)
+    if known is not None:
+        return known
     total = len(r.plan.eval_rows) * r.plan.config.eval.samples
     progress, update = evaluate.show(f"evaluation at step {step}:", total)
     with progress:
@@ -198,7 +214,7 @@ def _evaluation(r: run.Run, state, step: int, directory: pathlib.Path) -> dict |
             r, run.policies(r, state)[0], r.plan.eval_rows, update, workdir.partial(path)
         )
     workdir.write_json(path, {"step": step, **result})
-    workdir.partial(path).unlink(missing_ok=True)
+    processes.once(lambda: workdir.partial(path).unlink(missing_ok=True))
     return {"step": step, **result}
 
 

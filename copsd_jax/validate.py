@@ -113,6 +113,7 @@ def settings(config: config_lib.Config, *, train: bool = True, data: bool = True
         _refuse("data.path", "", "name a file of problems, or tfds:NAME/SPLIT")
     _check_data(s)
     _check_training(s)
+    _check_processes(s)
     if train:
         _check_read(s)
 
@@ -160,7 +161,7 @@ def _check_ranges(s: Mapping) -> None:
         "prompt.max_tokens teacher.max_tokens rollout.per_prompt rollout.max_tokens rollout.slots "
         "loss.chunk train.batch train.save_every lora.rank eval.samples eval.slots "
         "author.max_tokens author.slots author.concurrency sampler.steps sampler.pack "
-        "sampler.concurrency"
+        "sampler.concurrency mesh.processes mesh.heartbeat"
     ).split()
     at_least_zero = (
         "seed data.limit loss.group prompt.exemplars rollout.temperature rollout.top_k "
@@ -206,8 +207,9 @@ def _check_intervals(s: Mapping) -> None:
     for name in ("teacher.rho", "policy.weight"):
         if not 0 <= s[name] <= 1:
             _refuse(name, s[name], "it must be at least 0 and at most 1")
-    if not 0 < s["loss.beta"] < 1:
-        _refuse("loss.beta", s["loss.beta"], "it must lie between 0 and 1; the ends are fkl, rkl")
+    if not 1e-6 <= s["loss.beta"] <= 1 - 1e-6:  # nearer the ends float32 has no digits left
+        rule = "it must lie between 0.000001 and 0.999999; the ends are fkl, rkl"
+        _refuse("loss.beta", s["loss.beta"], rule)
     if 0 < s["policy.dual_clip"] <= 1:
         _refuse("policy.dual_clip", s["policy.dual_clip"], "it must be above 1 (0 is off)")
     if not math.isfinite(s["reward.threshold"]):
@@ -325,6 +327,19 @@ def _check_loss(s: Mapping) -> None:
         _refuse("loss.implementation", kind, "loss.top_k needs chunked or auto")
     if kind == "pallas" and s["method"] != "distill":
         _refuse("loss.implementation", kind, f"method={s['method']} needs chunked or auto")
+
+
+def _check_processes(s: Mapping) -> None:
+    """mesh.coordinator, and the two settings that go with host:port alone."""
+    where, explicit = s["mesh.coordinator"], re.fullmatch(r".+:\d+", s["mesh.coordinator"])
+    if where not in ("", "auto") and not explicit:
+        _refuse("mesh.coordinator", where, "it is '' for one process, auto, or host:port")
+    for name, alone in (("mesh.processes", 1), ("mesh.process", 0)):
+        if not explicit and s[name] != alone:
+            _refuse(name, s[name], f"mesh.coordinator is {where!r}: it goes with host:port alone")
+    if not 0 <= s["mesh.process"] < s["mesh.processes"]:
+        rule = f"processes count from 0, and mesh.processes is {s['mesh.processes']}"
+        _refuse("mesh.process", s["mesh.process"], rule)
 
 
 # How the answers of each reward.kind can be asked for; a function's, in any way.

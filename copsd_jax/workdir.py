@@ -20,6 +20,7 @@ import sys
 import tempfile
 
 from copsd_jax import config as config_lib
+from copsd_jax import processes
 
 # Settings that cannot change the numbers: a run may be continued with other values of them.
 FREE = (
@@ -131,8 +132,21 @@ def check_facts(directory: pathlib.Path, facts: dict) -> None:
 def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
     """Makes the directory with config.json and run.json, which gains a start each time.
 
-    `facts` are the caller's own (devices, fingerprints); versions, commit, time are added here.
+    The leading process does it, and the others wait. `facts` are the caller's own (devices,
+    fingerprints); versions, commit, time are added here.
+
+    Raises:
+      OSError: if it cannot be made, or is not in sight of every process.
     """
+    processes.once(lambda: _create(directory, settings, facts))
+    if not (directory / "run.json").is_file():
+        raise OSError(
+            f"--workdir={directory} is not the leading process's: it has to be one directory for "
+            "all processes, on a disk that they share"
+        )
+
+
+def _create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
     for name in ("rollouts", "eval", "checkpoints"):
         (directory / name).mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", {k: _listed(v) for k, v in settings.items()})
@@ -173,7 +187,9 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
-    """Whole or not at all: a reader never meets half a file."""
+    """By the leading process; whole or not at all: a reader never meets half a file."""
+    if not processes.leads():
+        return
     temporary = path.with_suffix(path.suffix + ".part")
     text = json.dumps(value, ensure_ascii=False, indent=1)
     temporary.write_text(text + "\n", encoding="utf-8")
@@ -181,7 +197,9 @@ def write_json(path: pathlib.Path, value: object) -> None:
 
 
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
-    """One row a line; whole or not at all."""
+    """One row a line; by the leading process, whole or not at all."""
+    if not processes.leads():
+        return
     temporary = path.with_suffix(path.suffix + ".part")
     with temporary.open("w", encoding="utf-8") as file:
         for row in rows:

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from copsd_jax import chunked, divergences, losses
+from copsd_jax import chunked, config, divergences, implementations, losses
 from copsd_jax.kernels import blocks as blocks_lib
 from copsd_jax.kernels import divergence as kernels
 
@@ -396,6 +396,47 @@ def test_the_filter_leaves_out_small_tiles(train_head):
     _close(grads[1] + 1, (kept_TV.T @ hidden_s) * train_head + 1, 2e-5)
 
 
+def test_the_filter_of_fewer_entries_than_a_tile():
+    """300 entries are one short tile: all of it, or nothing."""
+    arrays = _arrays(3, 5, 300)
+    settings, weight_T = losses.Divergence("fkl"), np.full(5, 0.2, np.float32)
+    z_s, z_t = oracle.logits(arrays[0], arrays[2]), oracle.logits(arrays[1], arrays[3])
+    frozen = oracle.freeze(z_s, z_t, arrays[4], settings)
+    dz_TV = oracle.slope(z_s, z_t, arrays[4], settings, frozen) * 0.2
+    for below, want in ((1e-9, dz_TV @ arrays[2]), (2.0, 0 * arrays[0])):
+
+        def total(hidden, below=below):
+            return losses.divergence(
+                hidden, *arrays[1:], weight_T, settings, implementation="chunked", chunk=8,
+                skip_below=below,
+            )  # fmt: skip
+
+        grad, stats = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(arrays[0]))
+        np.testing.assert_allclose(grad, want, atol=1e-6)
+        np.testing.assert_allclose(stats.skipped_T, float(below > 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "chunked"])
+@pytest.mark.parametrize("name", ["fkl", "rkl", "jsd"])
+def test_entries_far_below_the_others(name, implementation):
+    """50 to 200 nats down, where probabilities underflow and their quotients overflow."""
+    settings = losses.Divergence(name)
+    head_s = np.array([[0.0], [1], [2], [-50], [-100], [-200]], np.float32)
+    head_t = np.array([[1.0], [0], [2], [-51], [-99], [-180]], np.float32)
+    one, token, weight_T = np.ones((1, 1), np.float32), np.zeros(1, np.int32), np.ones(1)
+    z_s, z_t = np.float64(head_s.T), np.float64(head_t.T)
+    frozen = oracle.freeze(z_s, z_t, token, settings)
+    want = oracle.slope(z_s, z_t, token, settings, frozen) @ head_s
+
+    def total(hidden):
+        return losses.divergence(
+            hidden, one, head_s, head_t, token, weight_T.astype(np.float32), settings,
+            implementation=implementation, chunk=8,
+        )[0]  # fmt: skip
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.asarray(one)), want, rtol=1e-5, atol=5e-7)
+
+
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 4])
 @pytest.mark.parametrize("norm", NORMS)
 def test_token_weights(norm, micro_batch):
@@ -512,3 +553,15 @@ def test_what_runs_follows_from_the_mesh(implementation, settings, skip_below, w
         else:
             with pytest.raises(ValueError, match=expected):
                 losses.resolve(implementation, settings, platform, skip_below)
+
+
+def test_a_mix_of_heads_has_no_kernel():
+    assert losses.resolve("auto", PLAIN, "tpu", one_width=False) == "chunked"
+    with pytest.raises(ValueError, match="one width, and a trust region of all weights has two"):
+        losses.resolve("pallas", PLAIN, "tpu", one_width=False)
+    c = config.default()
+    c.teacher.weights, c.loss.implementation = "trust_region", "pallas"
+    assert implementations.loss(c, "tpu") == "pallas_tpu"  # one head, of the base
+    c.train.trainable = "full"
+    with pytest.raises(ValueError, match=r"loss\.implementation is 'pallas'.*trust region"):
+        implementations.loss(c, "tpu")
