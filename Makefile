@@ -7,7 +7,7 @@ CONFIG ?= opsd
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test slow lint parity kernels processes compile loss-matrix notebook seeds clean
+.PHONY: install demo test slow lint parity kernels processes compile compile-all loss-matrix notebook seeds clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -59,7 +59,11 @@ processes: install
 	$(BIN)/python -m pytest -m slow tests/test_processes.py
 
 compile: $(COMPILE)/installed
-	COPSD_COMPILE=1 $(COMPILE)/bin/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py
+	COPSD_COMPILE=1 $(COMPILE)/bin/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py tests/test_dryrun.py
+
+# Dry runs of large models on the devices that they are meant for, half an hour on 2 cores.
+compile-all: $(COMPILE)/installed
+	$(COMPILE)/bin/python benchmarks/compile_all.py > benchmarks/results/compile_all.txt
 
 # Every combination of settings of the divergence against float64, half an hour.
 loss-matrix: install

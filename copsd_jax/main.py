@@ -2,21 +2,55 @@
 
 Trains as the experiment card says, evaluates before and after, and leaves everything in the work
 directory (default: runs/<config>[-<preset>]). The same command again continues the run.
+
+    --dry_run=v5e:4x8 [--dry_run_json=FILE] [--search]
+
+compiles every program of the run for devices that nobody has to own (also v5e-32, 2*v5e:16x16 for
+two slices, cuda:h200:1x8) and says whether it fits, what takes the memory, and how long a step
+would take. It reads no weights, tokenizer or problems. --search compiles once more, with the
+largest micro-batch and numbers of slots that fit. Exit code: 0 fits, 1 does not, 2 a setting is
+wrong.
 """
 
 import os
 import pathlib
 import sys
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
 
+from copsd_jax import chips, validate
 from copsd_jax import config as config_lib
-from copsd_jax import validate
+
+
+class Dry(NamedTuple):
+    """A dry run, as asked for."""
+
+    target: chips.Target
+    json: str  # where the report goes besides; "" for nowhere
+    search: bool
+
+
+class Command(NamedTuple):
+    """A command line."""
+
+    config: config_lib.Config
+    workdir: pathlib.Path
+    dry: Dry | None
 
 
 def parse(argv: list[str]) -> tuple[config_lib.Config, pathlib.Path]:
     """(config, work directory) of a command line; the config is validated as far as it goes alone.
+
+    Raises:
+      as `command`.
+    """
+    return command(argv)[:2]
+
+
+def command(argv: list[str]) -> Command:
+    """What a command line asks for; the config is validated as far as it goes alone.
 
     Raises:
       ValueError: for an unknown flag, setting or preset, or a value of another type.
@@ -37,6 +71,9 @@ def parse(argv: list[str]) -> tuple[config_lib.Config, pathlib.Path]:
         "config", None, "experiment card", flag_values=values, sys_argv=argv[1:]
     )
     workdir = flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
+    target = flags.DEFINE_string("dry_run", "", "devices to compile for", flag_values=values)
+    report = flags.DEFINE_string("dry_run_json", "", "its report as JSON", flag_values=values)
+    search = flags.DEFINE_boolean("search", False, "compile the largest", flag_values=values)
     try:
         rest = values(argv)
     except flags.Error as error:
@@ -48,10 +85,14 @@ def parse(argv: list[str]) -> tuple[config_lib.Config, pathlib.Path]:
     if config.value is None:
         raise ValueError("--config is missing: for example --config=configs/opsd.py")
     config_lib.split_lists(config.value)
-    validate.settings(config.value)
+    if not target.value and (report.value or search.value):
+        raise ValueError("--dry_run_json and --search go with --dry_run, for example =v5e:4x8")
+    dry = Dry(chips.parse(target.value), report.value, search.value) if target.value else None
+    validate.settings(config.value, data=dry is None)
     name, _, preset = config_flags.get_config_filename(values["config"]).partition(":")
     stem = pathlib.Path(name).stem + (f"-{preset}" if preset else "")
-    return config.value, pathlib.Path(workdir.value or pathlib.Path("runs") / stem)
+    place = pathlib.Path(workdir.value or pathlib.Path("runs") / stem)
+    return Command(config.value, place, dry)
 
 
 def main(argv: list[str]) -> int:
@@ -60,10 +101,15 @@ def main(argv: list[str]) -> int:
         print(f"{__doc__}\nSettings, with their defaults:\n{config_lib.help_text()}")
         return 0
     try:
-        config, workdir = parse(argv)
+        config, workdir, dry = command(argv)
         # It would say on every start that there is no torch, which nothing here needs.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         # Imported late: a wrong setting is refused before JAX is loaded.
+        if dry is not None:
+            os.environ |= chips.ENVIRONMENT
+            from copsd_jax import dryrun
+
+            return dryrun.main(config, dry.target, dry.json, dry.search)
         from copsd_jax import processes, train
 
         processes.start(config)

@@ -1,14 +1,17 @@
 """The device mesh, and one table from a parameter's name to its place on it.
 
 Axes: `data` and `fsdp` split the completions of a batch; `fsdp` also splits parameters, `tensor`
-splits their other dimension. Shardings are Auto axes with pinned outputs, so any function that
-compiles on one device compiles on the mesh.
+splits their other dimension. Slices of TPUs, which a network joins, are the outermost part of
+`data`. Shardings are Auto axes with pinned outputs, so any function that compiles on one device
+compiles on the mesh.
 """
 
+import collections
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -43,7 +46,8 @@ def make(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh
     """A mesh of all devices; one size may be -1 for the rest.
 
     Raises:
-      ValueError: if the sizes do not multiply to the number of devices.
+      ValueError: if the sizes do not multiply to the number of devices, or data is no multiple of
+        the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
@@ -56,7 +60,24 @@ def make(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh
     shape = tuple(sizes.values())
     if int(np.prod(shape)) != len(devices):
         raise ValueError(f"{sizes}: their product must be the number of devices, {len(devices)}")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = collections.defaultdict(list)
+    for device in devices:
+        slices[getattr(device, "slice_index", 0)].append(device)
+    data, *inner = shape
+    if data % len(slices):
+        raise ValueError(
+            f"mesh.data is {data}: it must be a multiple of the number of slices, {len(slices)}, "
+            "since only data goes over the network between them"
+        )
+    # Slices outermost: what crosses the network is one reduction of the gradients a step. An axis
+    # of a torus may be split, as 4 x 4 x 4 into 32 x 2.
+    parts = [
+        mesh_utils.create_device_mesh(
+            (data // len(slices), *inner), slices[index], allow_split_physical_axes=True
+        )
+        for index in sorted(slices, key=lambda index: index or 0)
+    ]
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def platform(mesh: Mesh) -> str:
@@ -129,9 +150,35 @@ def current() -> Mesh:
     return make(1, 1, 1, jax.devices()[:1]) if context.empty else context
 
 
+def rowwise(x: jax.Array) -> jax.Array:
+    """Keeps an array's rows where the batch's are, its other dimensions whole.
+
+    Left alone the compiler cuts hidden states along the width where `fsdp` cuts the weights, and
+    then sums them over the devices in every layer: far more than the weights that it saves.
+    """
+    sizes = jax.sharding.get_abstract_mesh()
+    if sizes.empty or x.shape[0] % (sizes.shape["data"] * sizes.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *(None,) * (x.ndim - 1)))
+
+
 def from_host(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """`put` of all arrays of a tree, with one partition."""
     return jax.tree.map(lambda x: put(x, NamedSharding(mesh, spec)), tree)
+
+
+def abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
+    """A tree of arrays or shapes as jax.ShapeDtypeStructs on the mesh; nothing is moved.
+
+    Args:
+      places: a tree of shardings, or one PartitionSpec for all arrays.
+    """
+    if isinstance(places, PartitionSpec):
+        one = NamedSharding(mesh, places)
+        places = jax.tree.map(lambda _: one, tree)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+    )
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from copsd_jax import lora
+from copsd_jax import lora, mesh
 from copsd_jax.kernels import attention
 
 REMAT = ("none", "layer")
@@ -332,7 +332,7 @@ class Layer(nn.Module):
         x = self.mlp_norm(hidden)
         hidden = hidden + project("down", nn.silu(project("gate", x)) * project("up", x))
         own = KV(k, v) if self.return_kv and cache is None else None
-        return (hidden, cache), own
+        return (mesh.rowwise(hidden), cache), own
 
     def _qkv(self, project, x, angle_BLE):
         c = self.config
@@ -403,7 +403,8 @@ class Decoder(nn.Module):
             c, self.dtype, self.query_block, self.decode,
             tuple(s.adapter_scale for s in streams), return_kv, name="layers",
         )  # fmt: skip
-        carry = tuple((embedding[s.tokens_BL].astype(self.dtype), s.cache) for s in streams)
+        embed = lambda s: mesh.rowwise(embedding[s.tokens_BL].astype(self.dtype))  # noqa: E731
+        carry = tuple((embed(s), s.cache) for s in streams)
         slices = tuple((s.adapter, s.prefix) for s in streams)
         index = jnp.arange(c.n_layers, dtype=jnp.int32)
         carry, kvs = layers(carry, (index, slices), tuple(_rows(c, s) for s in streams))

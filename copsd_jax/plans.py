@@ -43,6 +43,17 @@ from copsd_jax.sampler import dialects, jobs, remote
 
 
 @dataclasses.dataclass(frozen=True)
+class Frame:
+    """What a run's programs are made from, no problem, prompt or weight; a Plan has it all too."""
+
+    config: config_lib.Config
+    mesh: Mesh
+    dtype: Any  # of base weights and compute
+    model_config: model.ModelConfig
+    adapter_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A run that can be carried out, without its weights."""
 
@@ -126,7 +137,7 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     return Plan(
         config=config,
         mesh=devices,
-        dtype=_dtype(config.model.dtype, devices),
+        dtype=dtype(config.model.dtype, devices),
         weights_path=path,
         model_config=model_config,
         tokenizer=tok,
@@ -144,13 +155,18 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
         selection=chosen,
         guards=rules,
         records=records,
-        adapter_scale=config.lora.alpha / config.lora.rank,
+        adapter_scale=adapter_scale(config),
         longest=longest,
         server=server,
     )
 
 
-def _dtype(name: str, devices: Mesh) -> Any:
+def adapter_scale(config: config_lib.Config) -> float:
+    return config.lora.alpha / config.lora.rank
+
+
+def dtype(name: str, devices: Mesh) -> Any:
+    """Of base weights and compute, by `model.dtype` and the mesh's platform."""
     auto = jnp.float32 if mesh.platform(devices) == "cpu" else jnp.bfloat16
     return {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
 

@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from copsd_jax import (
     graders,
     hf,
-    implementations,
-    lora,
+    making,
     mesh,
     model,
     peft,
@@ -31,7 +30,7 @@ from copsd_jax import (
 from copsd_jax.sampler import engine, host, jobs, remote, weights
 
 # Random streams of a seed besides the sampler's, whose purposes count from 0.
-ADAPTER_STREAM, WEIGHTS_STREAM = 1001, 1002
+WEIGHTS_STREAM = 1002  # another is making's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,27 +85,19 @@ def load(
       ValueError: a server without a folder.
     """
     config = plan.config
-    decoder = model.Decoder(
-        plan.model_config,
-        plan.dtype,
-        remat=config.model.remat,
-        decode=implementations.attention(config, mesh.platform(plan.mesh)),
-    )
+    decoder = making.decoder(plan)
     base = _weights(plan)
-    frozen = base if config.train.trainable == "lora" or _needs_initial(config) else {}
-    names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
-    tx, rate = train_step.optimizer(steps=steps, **{n: config.train[n] for n in names})
-    teacher = config.teacher.weights if config.method == "distill" else "fixed"
-    state = _state(plan, base, tx, teacher)
-    options = _options(plan)
-    whole = NamedSharding(plan.mesh, PartitionSpec())  # so that each process has all of it
-    step = jax.jit(
-        train_step.make(decoder, tx, options),
-        donate_argnums=0,
-        out_shardings=(mesh.shardings(state, plan.mesh), whole),
+    frozen = base if config.train.trainable == "lora" or making.needs_initial(config) else {}
+    tx, rate = making.optimizer(config, steps)
+    options = making.options(plan)
+    state = _born(
+        making.first_state(plan, tx, options.teacher),
+        plan,
+        base if config.train.trainable == "full" else {},
     )
+    step = making.step(plan, decoder, tx, options, state)
     teacher_kv = None
-    if config.method == "distill" and teacher == "fixed" and plan.shots and plan.rows:
+    if config.method == "distill" and options.teacher == "fixed" and plan.shots and plan.rows:
         prefix = plans.probe(plan, plan.rows[0]).prefix_ids
         initial = train_step.policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (engine.encode_prefix(decoder, initial.params, prefix),)
@@ -116,10 +107,7 @@ def load(
     return (
         Run(
             plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
-            weights.HandOver(
-                plan.mesh, frozen, merge=config.sampler.merge, int8=config.sampler.int8,
-                gather=config.sampler.gather,
-            ),
+            making.hand_over(plan, frozen),
             _served(plan, folder),
             _lengths(plan),
         ),
@@ -141,32 +129,10 @@ def _lengths(plan: plans.Plan) -> dict[str, int]:
     return out
 
 
-def _needs_initial(config) -> bool:
-    """Whether full fine-tuning has to keep the initial weights."""
-    if config.method == "distill" and config.teacher.weights in ("fixed", "trust_region"):
-        return True
-    return config.policy.kl > 0 and (config.method == "grpo" or config.policy.weight > 0)
-
-
 def _born(make: Callable[..., Any], plan: plans.Plan, *args: Any) -> Any:
     """`make(*args)`, whose arrays come into being on their shards and are nowhere whole."""
     places = mesh.shardings(jax.eval_shape(make, *args), plan.mesh)
     return jax.jit(make, out_shardings=places)(*args)
-
-
-def _state(plan: plans.Plan, base: dict, tx: Any, teacher: str) -> train_step.State:
-    """The State at step 0: of a new adapter, or of all weights in float32."""
-    c = plan.config
-
-    def adapter() -> train_step.State:
-        key = jax.random.fold_in(jax.random.key(c.seed), ADAPTER_STREAM)
-        trained = lora.init(plan.model_config, c.lora.rank, c.lora.targets, key)
-        return train_step.init(trained, tx, teacher)
-
-    def full(base: dict) -> train_step.State:
-        return train_step.init(jax.tree.map(lambda x: x.astype(jnp.float32), base), tx, teacher)
-
-    return _born(adapter, plan) if c.train.trainable == "lora" else _born(full, plan, base)
 
 
 def _weights(plan: plans.Plan) -> dict:
@@ -184,56 +150,6 @@ def _weights(plan: plans.Plan) -> dict:
         return mesh.put(values, NamedSharding(plan.mesh, spec))
 
     return hf.load_params(plan.weights_path, plan.model_config, plan.dtype, put)
-
-
-def _options(plan: plans.Plan) -> train_step.Options:
-    c = plan.config
-    completions = c.train.batch * c.rollout.per_prompt
-    micro = c.train.micro_batch or completions
-    distills = c.method == "distill"
-    divergence = implementations.divergence(c)
-    return train_step.Options(
-        trainable=c.train.trainable,
-        teacher=c.teacher.weights if distills else "fixed",
-        ema_decay=c.teacher.ema_decay,
-        adapter_scale=plan.adapter_scale,
-        divergence=divergence,
-        implementation=implementations.loss(c, mesh.platform(plan.mesh)),
-        chunk=c.loss.chunk,
-        norm=c.loss.norm,
-        group=c.loss.group or micro,
-        micro_batches=completions // micro,
-        rho=c.teacher.rho,
-        weight=1 - c.policy.weight if distills else 0.0,
-        policy=_policy_loss(c),
-        skip_below=c.loss.skip_below,
-        chip=plan.mesh.devices.flat[0].device_kind,
-    )
-
-
-POLICY_NORMS = {"sequence": "seq_mean_all", "token": "global_token_mean", "constant": "constant"}
-
-
-def _policy_loss(c) -> train_step.PolicyLoss | None:
-    """The loss on sampled tokens of a method; None where there is none."""
-    if c.method == "sft":
-        return train_step.PolicyLoss("nll", 1.0, 1.0, POLICY_NORMS[c.policy.norm], 1)
-    weight = 1.0 if c.method == "grpo" else c.policy.weight
-    if not weight:
-        return None
-    return train_step.PolicyLoss(
-        kind="surrogate",
-        weight=weight,
-        temperature=c.rollout.temperature or 1.0,
-        norm=POLICY_NORMS[c.policy.norm],
-        length=c.rollout.max_tokens,
-        clip_low=c.policy.clip_low,
-        clip_high=c.policy.clip_high,
-        dual_clip=c.policy.dual_clip,
-        kl=c.policy.kl,
-        old=c.policy.old,
-        rollout_clip=c.policy.rollout_clip,
-    )
 
 
 @contextlib.contextmanager
@@ -271,28 +187,14 @@ def sampling(run: Run, section: str) -> jobs.Sampling:
 
     Stop strings end answers, not what an author writes.
     """
-    plan, s = run.plan, run.plan.config[section]
-    return jobs.Sampling(
-        max_tokens=s.max_tokens or plan.config.rollout.max_tokens,  # 0 of eval is the rollout's
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
-        stop_ids=plan.stop_ids,
-        stop=() if section == "author" else tuple(plan.config.rollout.stop),
-    )
+    plan = run.plan
+    stop = () if section == "author" else tuple(plan.config.rollout.stop)
+    return making.sampling(plan.config, section, plan.stop_ids, stop)
 
 
 def sampler(run: Run, section: str) -> jobs.Settings:
     """The sampler's size of `rollout`, `eval` or `author`."""
-    c = run.plan.config
-    return jobs.Settings(
-        slots=c[section].slots,
-        length=run.lengths[section],
-        steps=c.sampler.steps,
-        pack=c.sampler.pack,
-        cache=None if c.sampler.cache == "auto" else jnp.dtype(c.sampler.cache),
-    )
+    return making.sampler(run.plan.config, section, run.lengths[section])
 
 
 class Served:

@@ -81,12 +81,13 @@ LARGEST = {
 }
 
 
-def settings(config: config_lib.Config, *, train: bool = True) -> None:
+def settings(config: config_lib.Config, *, train: bool = True, data: bool = True) -> None:
     """Checks all that can be checked without files, weights or devices.
 
     Args:
       train: whether something will be trained; a saved run may be evaluated and exported even if
         it has values that nothing read.
+      data: whether problems will be read.
 
     Raises:
       ValueError: in one sentence with the setting, its value and the choices.
@@ -108,6 +109,8 @@ def settings(config: config_lib.Config, *, train: bool = True) -> None:
     _check_policy(s)
     _check_loss(s)
     _check_answers(s)
+    if data and not s["data.path"]:
+        _refuse("data.path", "", "name a file of problems, or tfds:NAME/SPLIT")
     _check_data(s)
     _check_training(s)
     _check_processes(s)
@@ -366,8 +369,6 @@ def _check_answers(s: Mapping) -> None:
 
 
 def _check_data(s: Mapping) -> None:
-    if not s["data.path"]:
-        _refuse("data.path", "", "name a file of problems, or tfds:NAME/SPLIT")
     english = s["context.problem_en"] or s["context.solution"]
     if s["context.kind"] == "crosslingual" and not english:
         _refuse("context.problem_en", False, "crosslingual needs it or context.solution")

@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from copsd_jax import divergences
+from copsd_jax import chips, divergences
 from copsd_jax.kernels import blocks, divergence_gpu, divergence_tpu
 
 VOCABULARY = 151936
@@ -126,7 +126,7 @@ def main(chip: str) -> None:
         devices = topologies.get_topology_desc("x", platform="cuda", **target).devices
     else:
         devices = topologies.get_topology_desc(platform="tpu", **TOPOLOGIES[chip]).devices
-        assert devices[0].device_kind in blocks.CHIPS
+        assert devices[0].device_kind in chips.CHIPS
     programs = [compiled(devices, *program) for program in PROGRAMS[chip]]
     print(json.dumps({"programs": programs, "plain": plain(devices)}))
 

@@ -18,7 +18,7 @@ import pytest
 from jax import core as jax_core
 from jax.sharding import PartitionSpec as P
 
-from copsd_jax import divergences
+from copsd_jax import chips, divergences
 from copsd_jax.kernels import blocks, divergence_gpu, divergence_tpu, rows
 
 pytestmark = pytest.mark.slow  # minutes; `make kernels`
@@ -330,7 +330,7 @@ def test_cost_is_what_the_program_moves(settings, train_head, tied, dtype):
 def test_time_by_count(settings, kind, most):
     """FLOPs over peak plus bytes over bandwidth, in units of three matmuls at the peak."""
     tokens, width, vocabulary = 32768, 2048, 151936
-    chip = blocks.CHIPS[kind]
+    chip = chips.CHIPS[kind]
     sizes = blocks.tpu(kind, width, vocabulary, jnp.bfloat16, tied=True, train_head=False)
     cost = blocks.tpu_cost(settings, sizes, tokens, width, vocabulary, jnp.bfloat16)
     floor = 3 * 2 * tokens * width * vocabulary / chip.flops
@@ -344,9 +344,9 @@ def test_block_sizes():
     assert blocks.even(1, 4096, 128) == 128
     assert blocks.fit(blocks.Blocks(4096, 1024, 256), 130).rows == 256
     options: dict[str, Any] = {"dtype": jnp.bfloat16, "tied": True}
-    kinds = [kind for kind in ("", *blocks.CHIPS) if "NV" not in kind]
+    kinds = [kind for kind in ("", *chips.CHIPS) if "NV" not in kind]
     for kind, width, head in itertools.product(kinds, (576, 1024, 2048, 4096), (False, True)):
-        vmem = blocks.CHIPS[kind].vmem if kind else 16 * blocks.MIB
+        vmem = chips.CHIPS[kind].vmem if kind else 16 * blocks.MIB
         if (vmem, width, head) == (16 * blocks.MIB, 4096, True):
             with pytest.raises(
                 ValueError, match=r"width is 4096: no block.*implementation=chunked"
@@ -364,7 +364,7 @@ def test_block_sizes():
 
 
 def test_no_chip_is_smaller_than_the_smallest():
-    for chip in blocks.CHIPS.values():
+    for chip in chips.CHIPS.values():
         assert chip.memory >= blocks.SMALLEST.memory
         assert not chip.vmem or chip.vmem >= blocks.SMALLEST.vmem
 

@@ -17,7 +17,7 @@ import pathlib
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from copsd_jax import divergences
+from copsd_jax import chips, divergences
 from copsd_jax.kernels import rows as rows_lib
 
 TABLE = pathlib.Path(__file__).with_name("tuned.json")
@@ -43,27 +43,7 @@ class Blocks:
     warps: int = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Of one device: bfloat16 FLOP/s, HBM bytes/s and bytes, VMEM bytes (0 for a GPU)."""
-
-    flops: float
-    bandwidth: float
-    memory: float
-    vmem: int
-
-
-# Device kinds as JAX names them. Makers' data sheets; VMEM from jax.experimental.pallas.tpu.
-CHIPS = {
-    "TPU v4": Chip(275e12, 1228e9, 32 * 2**30, 16 * MIB),
-    "TPU v5 lite": Chip(197e12, 819e9, 16e9, 128 * MIB),
-    "TPU v5": Chip(459e12, 2765e9, 95e9, 64 * MIB),
-    "TPU v6 lite": Chip(918e12, 1640e9, 32e9, 128 * MIB),
-    "TPU7x": Chip(1155e12, 3700e9, 96e9, 64 * MIB),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 80e9, 0),
-    "NVIDIA H200": Chip(989e12, 4800e9, 141e9, 0),
-}
-SMALLEST = Chip(0, 0, 8e9, 16 * MIB)  # in each respect (TPU v2), for one that is not among them
+SMALLEST = chips.Chip(0, 0, 8e9, 16 * MIB)  # in each respect (TPU v2): for one that is unknown
 SPARE_VMEM = 14 * MIB  # at most: registers that spill, and what the compiler adds
 KEPT = 1 / 8  # of a TPU's memory, for what is kept of a block's entries
 GPU_BYTES = 0.8e9  # of a block's logits and dz
@@ -86,7 +66,7 @@ def tpu(
     found = tuned(kind, width, vocabulary, dtype, tied=tied, train_head=train_head)
     if found:
         return found
-    chip = CHIPS.get(kind, SMALLEST)
+    chip = chips.CHIPS.get(kind, SMALLEST)
     budget = chip.vmem - spare(chip.vmem)
     most = KEPT * chip.memory / (vocabulary * kept_bytes(dtype))
     for tile in (1024, 512, 256, 128):  # the smallest, if nothing fits, comes last

@@ -155,7 +155,7 @@ def encode(decoder: model.Decoder, params: Any, tokens_1P, adapter, adapter_scal
     return decoder.apply({"params": params}, (stream,), return_kv=True)[0].kv
 
 
-_encode = jax.jit(encode, static_argnames=("decoder", "adapter_scale"))
+encoded = jax.jit(encode, static_argnames=("decoder", "adapter_scale"))
 
 
 def encode_prefix(
@@ -168,7 +168,7 @@ def encode_prefix(
     if len(prefix_ids) == 0:
         return None
     tokens_1P = jnp.asarray([list(prefix_ids)], jnp.int32)
-    return _encode(decoder, params, tokens_1P, adapter, adapter_scale)
+    return encoded(decoder, params, tokens_1P, adapter, adapter_scale)
 
 
 class Packed(NamedTuple):

@@ -96,12 +96,13 @@ def _row_keys(root: jax.Array, words_n2: jax.Array, samples_n: jax.Array) -> jax
 
 def plan(
     decoder, params, prompts, each: Sequence[Sampling], *, keys_n2, settings, prefix, adapter,
-    adapter_scale, valid_V, token_bytes, limits, longest: int = 1,
+    adapter_scale, valid_V, token_bytes, limits, longest: int = 1, put: Any = mesh.from_host,
 ) -> Job:  # fmt: skip
     """What `generate` will do, checked.
 
     Args:
       longest: tokens of the longest prompt that other calls will have.
+      put: brings NumPy arrays onto the mesh; `mesh.abstract` where its devices are not there.
     """
     prompts = [tuple(prompt) for prompt in prompts]
     if limits is None:
@@ -137,8 +138,8 @@ def plan(
         weights=engine.Weights(
             params, adapter, prefix,
             # No mask at all where it would change nothing: it costs a pass over the logits.
-            None if valid.all() else mesh.from_host(valid, devices, PartitionSpec()),
-            mesh.from_host(stop_XV, devices, PartitionSpec()),
+            None if valid.all() else put(valid, devices, PartitionSpec()),
+            put(stop_XV, devices, PartitionSpec()),
             adapter_scale,
         ),
         form=truncate.form([(s.temperature, s.top_k, s.top_p, s.min_p) for s in each]),

@@ -10,6 +10,7 @@ there was one large, which is felt where a step is short; the copy costs the mem
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,9 +28,14 @@ class HandOver:
       merge: the adapter becomes part of a copy of the base.
       int8: projections as `lora.quantised` makes them.
       gather: parameters whole along `fsdp`; otherwise as training has them.
+      call: calls a jitted function; another than the default may compile it only.
     """
 
-    def __init__(self, devices: Mesh, frozen: Any, *, merge: bool, int8: bool, gather: bool):
+    def __init__(
+        self, devices: Mesh, frozen: Any, *, merge: bool, int8: bool, gather: bool,
+        call: Callable[..., Any] = lambda program, *args: program(*args),
+    ):  # fmt: skip
+        self._call = call
         self._frozen, self._base = frozen, None
         self._mesh, self._merge, self._int8 = devices, merge, int8
         self._gather = gather and devices.shape["fsdp"] > 1
@@ -46,21 +52,36 @@ class HandOver:
                     self._base = self._made(params, None, scale)
                 params = self._base
         if adapter is not None and self._gather:
-            adapter = jax.device_put(adapter, mesh.shardings(adapter, self._mesh, gathered=True))
+            places = mesh.shardings(adapter, self._mesh, gathered=True)
+            adapter = self._call(_mover(places), adapter)
         return params, adapter
+
+    def kept(self) -> Any:
+        """What is made once a run and stays: the frozen base as the sampler reads it, or None."""
+        return self._base
 
     def _made(self, params: Any, adapter: Any, scale: float) -> Any:
         made = functools.partial(_made, scale=scale, int8=self._int8)
         places = mesh.shardings(
             jax.eval_shape(made, params, adapter), self._mesh, gathered=self._gather
         )
-        return _program(scale, self._int8, places)(params, adapter)
+        return self._call(_program(scale, self._int8, places), params, adapter)
 
 
 def _made(params: Any, adapter: Any, *, scale: float, int8: bool) -> Any:
     if adapter is not None:
         params = lora.merge(params, adapter, scale)
     return lora.quantised(params) if int8 else params
+
+
+def _mover(places: Any) -> Any:
+    leaves, tree = jax.tree.flatten(places)
+    return _moved(tuple(leaves), tree)
+
+
+@functools.lru_cache
+def _moved(leaves: tuple, tree: Any) -> Any:
+    return jax.jit(lambda x: x, out_shardings=jax.tree.unflatten(tree, leaves))
 
 
 def _program(scale: float, int8: bool, places: Any) -> Any:

@@ -1,0 +1,58 @@
+"""Dry runs of large models on the devices they are meant for, none of which has to be here.
+
+    python benchmarks/compile_all.py > benchmarks/results/compile_all.txt
+
+prints the report of each command, its exit code and its seconds. `make compile-all` has what it
+needs: libtpu, and for the GPU jax's CUDA plugin and ptxas.
+"""
+
+import subprocess
+import sys
+import time
+
+# Caps that texts of mathematical problems keep, and evaluation, which the presets leave out.
+CAPS = (
+    "--config.prompt.max_tokens=1024 --config.teacher.max_tokens=2048 "
+    "--config.rollout.max_tokens=1024 --config.sampler.pack=1024 --config.eval.path=any "
+    "--config.eval.max_tokens=4096 --config.eval.slots=128 --config.rollout.slots=128"
+)
+SMALL, LARGE = "configs/opsd.py:qwen3_1_7b", "configs/opsd.py:qwen3_8b_nothink"
+# preset, devices, mesh and batch
+RUNS = [
+    (SMALL, "v5e:4x4", "--config.mesh.data=1 --config.mesh.fsdp=16"),
+    (LARGE, "v5e:16x16", "--config.mesh.fsdp=32 --config.mesh.tensor=8 "
+     "--config.train.micro_batch=32"),
+    (LARGE, "v5p:4x4x4", "--config.mesh.fsdp=32 --config.mesh.tensor=2 "
+     "--config.train.micro_batch=32"),
+    (LARGE, "v5p:8x8x8", "--config.model.path=Qwen/Qwen3-32B --config.mesh.fsdp=64 "
+     "--config.mesh.tensor=8 --config.train.batch=64 --config.train.micro_batch=64"),
+    (LARGE, "2*v5e:16x16", "--config.mesh.data=2 --config.mesh.fsdp=32 --config.mesh.tensor=8 "
+     "--config.train.batch=64 --config.train.micro_batch=64"),
+    (SMALL, "cuda:h200:1x1", "--config.train.micro_batch=4"),
+    # The one that cannot fit.
+    (LARGE, "v5e:2x2", "--config.train.trainable=full"),
+]  # fmt: skip
+
+
+def main() -> int:
+    begun, codes = time.time(), []
+    for card, target, settings in RUNS:
+        arguments = [f"--config={card}", f"--dry_run={target}", *CAPS.split(), *settings.split()]
+        print(f"$ python -m copsd_jax.main {' '.join(arguments)}", flush=True)
+        start = time.time()
+        done = subprocess.run(
+            [sys.executable, "-m", "copsd_jax.main", *arguments],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        print(done.stdout, end="")
+        told = done.stdout.startswith(("fits: ", "does not fit: "))
+        if not told:
+            print(done.stderr[-2000:])
+        codes.append(done.returncode if told else -1)
+        print(f"exit code {done.returncode}, {time.time() - start:.0f} s\n", flush=True)
+    print(f"all in {(time.time() - begun) / 60:.1f} minutes")
+    return 0 if codes == [0] * (len(RUNS) - 1) + [1] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""A model of what lies in a device's memory, by part; no compiler, milliseconds.
+
+What a run holds (weights, optimizer, caches) follows from shapes and partitions and is exact. What
+programs add while they run is estimated, of a device with b rows of L tokens of a micro-batch:
+
+  activations  the inputs of layers kept for the backward pass, layers x b x L x D; without remat
+               all that a layer's backward pass reads
+  temporaries  one layer's intermediate values, the block of attention logits, gradients of what is
+               trained, the gathered head, the loss's block of entries, and hidden states
+
+It says what to change where a run does not fit, without compiling each choice; `dryrun` prints it
+beside what the compiler reports.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from copsd_jax import aot, chips, layout, lora, making, mesh, model, plans, train_step
+from copsd_jax.kernels import blocks
+from copsd_jax.sampler import engine, packing
+
+QUERIES = model.QUERY_BLOCK
+ADVICE = 3  # proposals at most
+ROOM = 0.97  # of a device's memory, for a model that may be wrong
+
+
+def parts(
+    frame: Any, long: aot.Lengths, phase: str, *, micro: int = 0, kind: str = ""
+) -> dict[str, int] | None:
+    """Bytes on each device by part, of a phase of `aot.build`; None for one without a model.
+
+    Args:
+      micro: completions of a micro-batch; 0 for the config's.
+      kind: the device's; "" for that of the frame's mesh.
+    """
+    held = _held(frame)
+    if phase == "step":
+        return held | _step(frame, long, micro, kind)
+    if phase in ("rollout", "evaluation"):
+        return held | _sampling(frame, long, phase)
+    return None
+
+
+def micro_batches(config: Any, shards: int) -> list[int]:
+    """Completions that a micro-batch of this config may have."""
+    completions = config.train.batch * config.rollout.per_prompt
+    return [m for m in range(shards, completions + 1, shards) if completions % m == 0]
+
+
+def _size(tree: Any, where: Any, *, gathered: bool = False) -> int:
+    """Bytes of each device's part of parameters, adapters or optimizer state."""
+    places = mesh.shardings(tree, where, gathered=gathered)
+    sizes = jax.tree.map(
+        lambda x, place: int(np.prod(place.shard_shape(x.shape))) * x.dtype.itemsize, tree, places
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+class _Shapes(NamedTuple):
+    base: Any
+    int8: Any  # the base with its projections rounded
+    trained: Any
+    state: train_step.State
+
+
+_SHAPES: dict[Any, _Shapes] = {}
+
+
+def _shapes(frame: Any) -> _Shapes:
+    """Trees of shapes, which proposals of other meshes share."""
+    c, m = frame.config, frame.model_config
+    names = ("train.trainable", "train.max_grad_norm", "teacher.weights", "lora.rank")
+    key = (m, np.dtype(frame.dtype), tuple(c.lora.targets),
+           tuple(c[name.partition(".")[0]][name.partition(".")[2]] for name in names))  # fmt: skip
+    if key not in _SHAPES:
+        base = model.abstract(m, frame.dtype)
+        trained = plans.trained_shapes(c, m)
+        tx, _ = making.optimizer(c, max(1, c.train.steps))
+        state = jax.eval_shape(lambda t: train_step.init(t, tx, c.teacher.weights), trained)
+        _SHAPES[key] = _Shapes(base, jax.eval_shape(lora.quantised, base), trained, state)
+    return _SHAPES[key]
+
+
+def _held(frame: Any) -> dict[str, int]:
+    """What is always there, and the sampler's copies of weights."""
+    c, where = frame.config, frame.mesh
+    full = c.train.trainable == "full"
+    base, _, trained, state = _shapes(frame)
+    frozen = _size(base, where) if not full or making.needs_initial(c) else 0
+    return {
+        "weights": frozen + (_size(trained, where) if full else 0),
+        "adapters": 0 if full else _size(trained, where),
+        "optimizer": _size(state.optimizer, where),
+        "average": 0 if state.ema is None else _size(state.ema, where),
+    }
+
+
+def _copies(frame: Any) -> tuple[int, int]:
+    """(of the weights that the sampler reads, what of it stays through the step)."""
+    c, where = frame.config, frame.mesh
+    shapes = _shapes(frame)
+    base = shapes.int8 if c.sampler.int8 else shapes.base
+    gather = c.sampler.gather and where.shape["fsdp"] > 1
+    moved = gather or c.sampler.int8
+    whole = _size(base, where, gathered=gather)
+    if c.train.trainable == "full":
+        cast = _size(shapes.base, where)
+        return (whole if moved else 0) + cast, 0
+    more = _size(shapes.trained, where, gathered=True) if gather and not c.sampler.merge else 0
+    if c.sampler.merge:
+        return whole, 0
+    return (whole if moved else 0) + more, whole if moved else 0
+
+
+def _sampling(frame: Any, long: aot.Lengths, phase: str) -> dict[str, int]:
+    c, m, where = frame.config, frame.model_config, frame.mesh
+    section = c.rollout if phase == "rollout" else c.eval
+    asked = long.student if phase == "rollout" else long.evaluation
+    drawn = long.completion if phase == "rollout" else long.answer
+    shards, tensor = where.shape["data"] * where.shape["fsdp"], where.shape["tensor"]
+    slots = -(-section.slots // shards)
+    entries = -(-(asked + drawn + engine.INSERTED) // 128) * 128
+    heads = _split(m.n_kv_heads, tensor)
+    item = np.dtype(frame.dtype).itemsize
+    kept = jnp.dtype(frame.dtype if c.sampler.cache == "auto" else c.sampler.cache)
+    entry = m.head_dim * kept.itemsize + (4 if kept == jnp.int8 else 0)
+    width = packing.buckets(c.sampler.pack, asked)[-1]
+    row = 2 * m.n_layers * heads * (width + engine.INSERTED) * m.head_dim * item
+    row += width * m.d_model * item
+    vocabulary = m.vocab_size // tensor
+    logits = slots * vocabulary * 4 * 3
+    layer = width * (m.d_model * 4 + 3 * m.d_ff // tensor) * item
+    attention = m.n_heads // tensor * min(width, QUERIES) * width * 6
+    return {
+        "sampler's weights": _copies(frame)[0],
+        "cache": 2 * m.n_layers * slots * heads * entries * entry,
+        "prompts' keys": 2 * row,
+        "examples' keys": 2 * m.n_layers * m.n_kv_heads * long.prefix * m.head_dim * item,
+        "temporaries": max(logits, layer + attention + row),
+    }
+
+
+def _split(size: int, over: int) -> int:
+    return size // over if size % over == 0 else size
+
+
+def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int]:
+    c, m, where = frame.config, frame.model_config, frame.mesh
+    tensor, shards = where.shape["tensor"], where.shape["data"] * where.shape["fsdp"]
+    item = np.dtype(frame.dtype).itemsize
+    completions = c.train.batch * c.rollout.per_prompt
+    rows = max(1, (micro or c.train.micro_batch or completions) // shards)
+    C = layout.bucket(long.completion)
+    student = rows * layout.bucket(long.student + long.completion)
+    taught = c.method == "distill"
+    teacher = rows * layout.bucket(long.teacher + long.completion) if taught else 0
+    layer = _layer(m, tensor, item)
+    kept = m.d_model * item if c.model.remat == "layer" else layer
+    # The backward pass holds a layer's values and their gradients; the teacher's go forward only.
+    working = max(2 * student * layer, (student + teacher) * layer // 2)
+    longest = max(student, teacher) // rows
+    heads = m.n_heads // tensor
+    attention = rows * heads * min(longest, QUERIES) * longest * 10
+    shapes = _shapes(frame)
+    grads = 2 * _size(shapes.trained, where)
+    full = c.train.trainable == "full"
+    base = _size(shapes.base, where)
+    gathered = m.vocab_size // tensor * m.d_model * item * (2 if full else 1)
+    if where.shape["fsdp"] > 1:
+        gathered += 2 * _one_layer(m, tensor, item)
+    states = 4 * rows * C * m.d_model * 4
+    return {
+        "sampler's weights": _copies(frame)[1],
+        "batch": _batch(completions // shards, long, C, taught),
+        "activations": m.n_layers * student * kept,
+        "temporaries": working + attention + grads + gathered + states
+        + (base if full else 0) + _entries(frame, rows * C, kind),
+    }  # fmt: skip
+
+
+def _layer(m: model.ModelConfig, tensor: int, item: int) -> int:
+    """Bytes of a layer's values for a token."""
+    heads = (2 * m.n_heads + 2 * m.n_kv_heads) * m.head_dim // tensor
+    return (4 * m.d_model + heads + 3 * m.d_ff // tensor) * item
+
+
+def _one_layer(m: model.ModelConfig, tensor: int, item: int) -> int:
+    """Bytes of a layer's weights, whole along fsdp."""
+    return sum(a * b for a, b in m.projections().values()) * item // tensor
+
+
+def _entries(frame: Any, tokens: int, kind: str) -> int:
+    """What the divergence keeps of a block."""
+    c, m, where = frame.config, frame.model_config, frame.mesh
+    if c.method != "distill":
+        return 3 * 4 * min(tokens, c.loss.chunk) * m.vocab_size // where.shape["tensor"]
+    if c.loss.top_k or c.loss.implementation == "chunked":
+        return 4 * 4 * min(tokens, c.loss.chunk) * m.vocab_size
+    chip = chips.CHIPS.get(kind or _kind(where))
+    if chip is None or not chip.vmem:
+        most = blocks.gpu(kind or _kind(where), m.d_model, m.vocab_size, frame.dtype).tokens
+        return min(most, tokens) * m.vocab_size * blocks.entry_bytes("gpu", frame.dtype)
+    sizes = blocks.tpu(
+        kind or _kind(where), m.d_model, m.vocab_size // where.shape["tensor"], frame.dtype,
+        tied=True, train_head=c.train.trainable == "full",
+    )  # fmt: skip
+    block = min(sizes.tokens, -(-tokens // 128) * 128)
+    return block * m.vocab_size // where.shape["tensor"] * blocks.kept_bytes(frame.dtype)
+
+
+def _kind(where: Any) -> str:
+    return where.devices.flat[0].device_kind if hasattr(where, "devices") else ""
+
+
+def _batch(rows: int, long: aot.Lengths, C: int, taught: bool) -> int:
+    """All of a step's rows on a device: three int32 a position, and an index and more a token."""
+    sides = [layout.bucket(long.student + long.completion)]
+    sides += [layout.bucket(long.teacher + long.completion)] if taught else []
+    return rows * (sum(12 * length + 4 * C for length in sides) + 10 * C)
+
+
+# --- advice -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """A change of settings, in words and as a frame."""
+
+    words: str
+    frame: plans.Frame
+    micro: int
+
+
+def advice(frame: plans.Frame, target: chips.Target, long: aot.Lengths, usable: float) -> list[str]:
+    """Up to three changes with which the model of memory fits, the smallest first."""
+    out = []
+    for choice in _choices(frame, target):
+        need = [
+            sum((parts(choice.frame, long, phase, micro=choice.micro, kind=_kind(frame.mesh)) or {})
+                .values())
+            for phase in ("rollout", "step", *(("evaluation",) if frame.config.eval.path else ()))
+        ]  # fmt: skip
+        if max(need) <= ROOM * usable:
+            out.append(choice.words)
+        if len(out) == ADVICE:
+            break
+    return out
+
+
+def _choices(frame: plans.Frame, target: chips.Target) -> Iterator[_Choice]:
+    """On these devices first other meshes and micro-batches, then adapters, then more devices."""
+    yield from _meshes(frame, frame.config, frame.mesh.devices.size, "")
+    if frame.config.train.trainable == "full":
+        config = _changed(frame.config, {"train.trainable": "lora"})
+        yield from _meshes(frame, config, frame.mesh.devices.size, "--config.train.trainable=lora ")
+    if target.platform != "tpu":
+        return
+    table = chips.FLAT if target.kind in ("v5e", "v6e") else chips.CUBES
+    per_chip = frame.mesh.devices.size // (int(np.prod(target.shape)) * target.slices)
+    for count, topology in table.items():
+        if count > int(np.prod(target.shape)) * target.slices:
+            words = f"{target.kind}:{topology} with "
+            yield from _meshes(frame, frame.config, count * per_chip, words)
+
+
+def _meshes(frame: plans.Frame, config: Any, devices: int, words: str) -> Iterator[_Choice]:
+    """Parameters split over all devices, batch over as many as it has completions for."""
+    completions = config.train.batch * config.rollout.per_prompt
+    for remat in dict.fromkeys((config.model.remat, "layer")):
+        for tensor in (1, 2, 4, 8):
+            fsdp = devices // tensor
+            if devices % tensor or completions % fsdp:
+                continue
+            where: Any = AbstractMesh((1, fsdp, tensor), mesh.AXES, (AxisType.Auto,) * 3)
+            try:
+                mesh.shardings(_shapes(frame).base, where)
+            except ValueError:
+                continue
+            changed = _changed(config, {"model.remat": remat})
+            told = f"{words}--config.mesh.data=1 --config.mesh.fsdp={fsdp}"
+            told += f" --config.mesh.tensor={tensor}" if tensor > 1 else ""
+            told += f" --config.model.remat={remat}" if remat != config.model.remat else ""
+            for micro in reversed(micro_batches(config, fsdp)):
+                if micro > (config.train.micro_batch or completions) and micro != fsdp:
+                    continue
+                more = "" if micro == (config.train.micro_batch or completions) else (
+                    f" --config.train.micro_batch={micro}"
+                )  # fmt: skip
+                other: Any = dataclasses.replace(frame, config=changed, mesh=where)
+                yield _Choice(told + more, other, micro)
+
+
+def _changed(config: Any, values: dict[str, Any]) -> Any:
+    changed = config.copy_and_resolve_references()
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        changed[section][key] = value
+    return changed

@@ -1,0 +1,204 @@
+"""Accelerators that a run may be meant for: what a device has, and the names of their groups.
+
+Sources. TPU: Cloud TPU documentation, pages v4, v5e, v5p, v6e and tpu7x (FLOP/s, bandwidth, links
+of a chip, network of a pod divided by its chips), VMEM from jax.experimental.pallas.tpu; `usable`
+is what the compiler of libtpu 0.0.42 allows a program. GPU: NVIDIA's data sheets (A100 SXM 80 GB,
+H100 SXM, H200 SXM), the network one adapter of 400 Gb/s a GPU (A100: 200). A device is what JAX
+counts as one: a chip, of tpu7x one of its two cores.
+
+Nothing here imports JAX: names are checked, and the environment is set, before it starts.
+"""
+
+import dataclasses
+import os
+import re
+
+GIB = 2**30
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Of one device.
+
+    Attributes:
+      flops: bfloat16 FLOP/s of its matrix units.
+      bandwidth: bytes/s of its memory.
+      memory: bytes of its memory, as the maker counts them.
+      vmem: bytes of VMEM; 0 for a GPU.
+      usable: bytes that programs and their arrays may take.
+      link: bytes/s that it sends to devices of its own slice, along one dimension of a torus in
+        both directions, or by NVLink.
+      network: bytes/s that it sends between slices or hosts.
+    """
+
+    flops: float
+    bandwidth: float
+    memory: float
+    vmem: int
+    usable: float = 0.0
+    link: float = 0.0
+    network: float = 0.0
+
+
+# By device kind, as JAX names them.
+CHIPS = {
+    "TPU v4": Chip(275e12, 1228e9, 34.4e9, 16 * MIB, 30.75 * GIB, 100e9, 6.25e9),
+    "TPU v5 lite": Chip(197e12, 819e9, 16e9, 128 * MIB, 15.75 * GIB, 100e9, 3.125e9),
+    "TPU v5": Chip(459e12, 2765e9, 95e9, 64 * MIB, 95.74 * GIB, 200e9, 6.25e9),
+    "TPU v6 lite": Chip(918e12, 1640e9, 32e9, 128 * MIB, 31.25 * GIB, 200e9, 12.5e9),
+    "TPU7x": Chip(1155e12, 3700e9, 96e9, 64 * MIB, 94.75 * GIB, 100e9, 12.5e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 80e9, 0, 79.25 * GIB, 300e9, 25e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 80e9, 0, 79.18 * GIB, 450e9, 50e9),
+    "NVIDIA H200": Chip(989e12, 4800e9, 141e9, 0, 140.4 * GIB, 450e9, 50e9),
+}
+CPU = Chip(1e11, 2e10, 8e9, 0, 8 * GIB, 1e10, 1e9)  # for programs compiled for this machine
+
+KINDS = {
+    "v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x",
+}  # fmt: skip
+ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
+CARDS = {
+    "a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200",
+}  # fmt: skip
+# What a name's number counts: cores, two of which a chip has, or chips.
+COUNTS_CORES = ("v4", "v5p", "tpu7x")
+FLAT = {
+    1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
+}  # fmt: skip
+CUBES = {
+    4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
+    512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16",
+}  # fmt: skip
+GPU_FRACTION = 0.75  # of a GPU's memory that JAX takes by default
+
+# The compiler for TPUs asks the cloud which machine it is on, unless it is told.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
+
+CHOICES = (
+    "v5e:4x8 (also v4, v5p, v6e, tpu7x), v5e-32, 2*v5e:16x16 for two slices, cuda:h200:1x8 for one "
+    "host of eight (also h100, a100)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices that nobody has to own.
+
+    Attributes:
+      name: as it was asked for.
+      platform: tpu or cuda.
+      kind: v4, v5e, v5p, v6e, tpu7x; a100, h100, h200.
+      shape: chips along each dimension of a slice; for cuda hosts and cards of each.
+      slices: joined by a network; 1 for cuda.
+    """
+
+    name: str
+    platform: str
+    kind: str
+    shape: tuple[int, ...]
+    slices: int
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[(KINDS | CARDS)[self.kind]]
+
+    @property
+    def topology(self) -> str:
+        return "x".join(map(str, self.shape))
+
+
+def parse(text: str) -> Target:
+    """`v5e:4x8`, `v5e-32`, `2*v5p:4x4x4`, `cuda:h200:1x8`.
+
+    v5p-128 has 64 chips: of v4, v5p and tpu7x the number counts cores, of v5e and v6e chips.
+
+    Raises:
+      ValueError: in one sentence with the choices.
+    """
+    lower = text.strip().lower()
+    if lower.startswith("cuda:"):
+        return _cards(text, lower)
+    found = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9]+?)(?::(\d+(?:x\d+){1,2})|-(\d+))", lower)
+    kind = ALIASES.get(found[2], found[2]) if found else ""
+    if not found or kind not in KINDS:
+        raise ValueError(f"--dry_run is {text!r}: the choices are like {CHOICES}")
+    shape = _shape(text, kind, found[3], found[4])
+    slices = int(found[1] or 1)
+    if slices < 1 or min(shape) < 1:
+        raise ValueError(f"--dry_run is {text!r}: numbers of slices and chips are at least 1")
+    return Target(text, "tpu", kind, shape, slices)
+
+
+def _shape(text: str, kind: str, topology: str | None, number: str | None) -> tuple[int, ...]:
+    table = FLAT if kind in ("v5e", "v6e") else CUBES
+    dimensions = 2 if table is FLAT else 3
+    if topology is None:
+        count = int(number or 0)
+        chips = count // 2 if kind in COUNTS_CORES else count
+        if chips not in table or (kind in COUNTS_CORES and count % 2):
+            cores = 2 if kind in COUNTS_CORES else 1
+            names = ", ".join(f"{kind}-{cores * size}" for size in table)
+            raise ValueError(f"--dry_run is {text!r}: the names of {kind} are {names}")
+        topology = table[chips]
+    shape = tuple(map(int, topology.split("x")))
+    if len(shape) != dimensions:
+        example = next(reversed(table.values()))
+        raise ValueError(
+            f"--dry_run is {text!r}: a topology of {kind} has {dimensions} numbers, as {example}"
+        )
+    return shape
+
+
+def _cards(text: str, lower: str) -> Target:
+    found = re.fullmatch(r"cuda:(?:([a-z0-9]+):)?(\d+)x(\d+)", lower)
+    card = (found[1] or "h100") if found else ""
+    if not found or card not in CARDS:
+        raise ValueError(
+            f"--dry_run is {text!r}: a GPU target is cuda:CARD:HOSTSxCARDS, as cuda:h200:1x8, with "
+            f"CARD one of {', '.join(CARDS)}"
+        )
+    shape = int(found[2]), int(found[3])
+    if min(shape) < 1:
+        raise ValueError(f"--dry_run is {text!r}: there is at least one host and one card")
+    return Target(text, "cuda", card, shape, 1)
+
+
+def usable(chip: Chip) -> float:
+    """Bytes of a device that a run may take; of a GPU what JAX takes of it, see GPU_FRACTION.
+
+    The environment's XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise, as to JAX itself.
+    """
+    if chip.vmem:
+        return chip.usable
+    return chip.usable * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or GPU_FRACTION)
+
+
+def gpu_description(kind: str) -> str:
+    """What the compiler for CUDA has to know of a card: a protocol buffer as text."""
+    name, cores, shared, cache, clock, major, bandwidth, memory = {
+        "a100": (CARDS["a100"], 108, 167936, 41943040, 1.41, 8, 2039, 85093515264),
+        "h100": (CARDS["h100"], 132, 233472, 52428800, 1.98, 9, 3350, 85017493504),
+        "h200": (CARDS["h200"], 132, 233472, 62914560, 1.98, 9, 4800, 150754820096),
+    }[kind]
+    optin = shared - 1024
+    fpus = 64 if major == 8 else 128
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores}
+  fpus_per_core: {fpus} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: {bandwidth}000000000 l2_cache_size: {cache}
+  clock_rate_ghz: {clock} device_memory_size: {memory}
+  shared_memory_per_block_optin: {optin} cuda_compute_capability {{ major: {major} minor: 0 }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 minor: 0 }}
+device_description_str: "{name}"
+"""

