@@ -201,7 +201,10 @@ def largest(built: aot.Built) -> dict:
             decode = next((p for p in phase.programs if p.name.startswith("decode")), None)
             work = decode.needed / slots if decode and decode.facts else 0.0
             room = usable - (phase.total - phase.parts["cache"])
-            out[setting] = max(0, int(room / (of_slot + work))) // shards * shards
+            most = max(0, int(room / (of_slot + work))) // shards * shards
+            # More slots than a step has completions would stay empty.
+            texts = one.config.train.batch * one.config.rollout.per_prompt
+            out[setting] = min(most, -(-texts // shards) * shards) if name == "rollout" else most
     return out
 
 
@@ -214,7 +217,6 @@ def check(built: aot.Built, found: dict, said: Callable[[str], None]) -> dict:
         if value:
             config[section][key] = value
     config.lock()
-    # A group of the loss may be what the micro-batch was.
     usable = chips.usable(built.target.chip)
     devices = list(built.frame.mesh.devices.flat)
     again = aot.build(config, built.target, devices, usable, said)

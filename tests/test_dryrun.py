@@ -123,8 +123,9 @@ def test_report(built, monkeypatch):
     assert step["total"] == sum(step["parts"].values()) + step["working"]
     largest = found["largest"]
     assert largest["train.micro_batch"] == 8
-    cache = built.phases["rollout"].parts["cache"]
-    assert 0.4 < largest["rollout.slots"] / (2**30 / (cache / 32)) < 1
+    assert largest["rollout.slots"] == 8  # a step's completions
+    of_slot = built.phases["evaluation"].parts["cache"] / built.frame.config.eval.slots
+    assert 0.4 < largest["eval.slots"] / (2**30 / of_slot) < 1
     assert json.loads(json.dumps(found)) == found
     monkeypatch.setattr(chips, "usable", lambda chip: built.phases["step"].total - 1)
     found = dryrun.report(built)
@@ -304,8 +305,13 @@ def check(found: dict) -> None:
 def test_compiles_for_a_slice_of_v5e(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu, which compiles for TPUs")
-    found = report("v5e:2x2", tmp_path, "--config.mesh.data=1", "--config.mesh.fsdp=2",
-                   "--config.mesh.tensor=2")  # fmt: skip
+    found = report("v5e:2x2", tmp_path, "--search", "--config.mesh.data=1",
+                   "--config.mesh.fsdp=2", "--config.mesh.tensor=2")  # fmt: skip
+    # All completions of a step in one micro-batch and in slots at once, compiled with them.
+    assert found["largest"]["train.micro_batch"] == found["largest"]["rollout.slots"] == 8
+    again = found["largest"]["checked"]
+    assert all(one["fits"] for one in again.values())
+    assert again["rollout"]["total"] < found["phases"]["rollout"]["total"]  # which has 32 slots
     assert found["devices"] == 4
     check(found)
     step = found["phases"]["step"]["programs"]["training step"]

@@ -1,0 +1,80 @@
+"""One device against eight in every kind of mesh, and against two processes of four devices each.
+
+Three plain SGD steps in float32 with an adapter that is not zero (tests/mesh_process.py, each mesh
+in processes of its own): the rows and the sampled tokens are the same, losses and gradients equal
+to rounding, and so is the change of the parameters.
+"""
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent / "mesh_process.py"
+ONE = (1, 1, 1)
+
+
+def outcome(folder: pathlib.Path, card: str, sizes: tuple[int, int, int], processes: int = 1):
+    """What the script wrote, by name."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    file = folder / f"{card}_{'_'.join(map(str, sizes))}_{processes}.npz"
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), card, *map(str, sizes), str(file), str(rank),
+             str(processes), str(port)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    said = [one.communicate(timeout=280)[0] for one in started]
+    assert [one.returncode for one in started] == [0] * processes, said[0][-3000:]
+    with np.load(file) as values:
+        return dict(values)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The outcome on one device, by card; each is run once."""
+    known = {}
+
+    def of(card: str):
+        if card not in known:
+            known[card] = outcome(tmp_path_factory.mktemp("one"), card, ONE)
+        return known[card]
+
+    return of
+
+
+def close(one: dict, many: dict) -> None:
+    """The bounds: 1e-5 of the loss and of each gradient's norm, 1e-4 of each change's norm."""
+    assert one.keys() == many.keys()
+    bounds = {"loss": 1e-5, "gradient": 1e-5, "change": 1e-4}
+    for name, expected in one.items():
+        kind = name.split()[0]
+        if kind in ("rows", "tokens"):
+            np.testing.assert_array_equal(many[name], expected, err_msg=name)
+            continue
+        norm = np.linalg.norm(np.asarray(expected, np.float64))
+        assert norm > 1e-4, name
+        gap = np.linalg.norm(np.asarray(many[name], np.float64) - expected)
+        assert gap <= bounds[kind] * norm, (name, gap / norm)
+
+
+CASES = [
+    ((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((1, 1, 8), 1), ((2, 2, 2), 2), ((8, 1, 1), 2),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["copsd", "sdpo"])
+@pytest.mark.parametrize(("sizes", "processes"), CASES)
+def test_a_mesh_changes_nothing(alone, tmp_path, card, sizes, processes):
+    one = alone(card)
+    assert len({name for name in one if name.startswith("gradient")}) == 14
+    assert len({tuple(row) for row in one["tokens 0"].tolist()}) > 8
+    close(one, outcome(tmp_path, card, sizes, processes))

@@ -1,0 +1,84 @@
+"""What a compiled training step exchanges, read from its text on eight devices that split weights.
+
+The oracle is arithmetic: a layer's weights are so many bytes, and a device lacks 7/8 of them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from copsd_jax import compiled, layout, lora, losses, mesh, model, train_step
+
+F32 = jnp.float32
+SHAPE = dataclasses.replace(model.SHAPES["tiny"], n_layers=5, d_model=128, d_ff=256)
+OPTIONS = train_step.Options(
+    trainable="lora", teacher="fixed", ema_decay=0.0, adapter_scale=1.0,
+    divergence=losses.Divergence("fkl"), implementation="chunked", chunk=64,
+    norm="global_token_mean", group=8, micro_batches=1,
+)  # fmt: skip
+
+
+def gathered(micro_batches: int, remat: str) -> float:
+    """Bytes of all-gathers in the loops over layers of a step, by bytes of one gather of all."""
+    devices = mesh.make(1, 8, 1)
+    options = dataclasses.replace(OPTIONS, micro_batches=micro_batches)
+    decoder = model.Decoder(SHAPE, F32, remat=remat)
+    tx = optax.sgd(1e-3)
+    frozen = model.abstract(SHAPE, F32)
+    trained = jax.eval_shape(lambda: lora.init(SHAPE, 4, lora.TARGETS, jax.random.key(0)))
+    state = jax.eval_shape(lambda t: train_step.init(t, tx, "fixed"), trained)
+    batch = layout.pack([[1] * 9] * 16, [[2] * 40] * 16, [[3] * 20] * 16)
+    with jax.set_mesh(devices):
+        state = mesh.abstract(state, devices, mesh.shardings(state, devices))
+        program = (
+            jax.jit(train_step.make(decoder, tx, options))
+            .lower(
+                state,
+                mesh.abstract(frozen, devices, mesh.shardings(frozen, devices)),
+                mesh.abstract(batch, devices, PartitionSpec(mesh.BATCH)),
+                None,
+                None,
+            )
+            .compile()
+        )
+    text = program.as_text()
+    assert text
+    _, collectives = compiled.read(text, devices)
+    in_layers = [
+        one for one in collectives
+        if one.kind == "all-gather" and one.times == SHAPE.n_layers * micro_batches
+    ]  # fmt: skip
+    weights = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen["layers"]) if x.ndim == 3
+    )
+    return sum(one.bytes * one.times for one in in_layers) / (weights * 7 / 8) / micro_batches
+
+
+def apart(decoder, sides, scale):
+    """`train_step._hidden` with a pass over the layers for each side."""
+    out = []
+    for policy, side, prefix in sides:
+        stream = model.Stream(
+            side.tokens_BL, side.positions_BL, side.segments_BL, policy.adapter, scale, prefix
+        )
+        hidden = decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD
+        out.append(hidden.reshape(-1, hidden.shape[-1])[side.gather_BC.reshape(-1)])
+    return out
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_weights_of_a_layer_are_gathered_twice_a_step_not_three_times(monkeypatch, remat):
+    """Once for both sides on the way forward, once backward; adapters are the rest."""
+    adapters = 2 * 4 * sum(map(sum, SHAPE.projections().values()))  # forward and backward, at most
+    weights = sum(a * b for a, b in SHAPE.projections().values())
+    together = gathered(1, remat)
+    assert 2 <= together <= 2 + 2 * adapters / weights
+    monkeypatch.setattr(train_step, "_hidden", apart)
+    separate = gathered(1, remat)
+    assert 3 <= separate <= 3 + 2 * adapters / weights
+    np.testing.assert_allclose(separate - together, 1, atol=1e-6)
