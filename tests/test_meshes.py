@@ -50,8 +50,11 @@ def alone(tmp_path_factory):
     return of
 
 
-def close(one: dict, many: dict) -> None:
-    """The bounds: 1e-5 of the loss and of each gradient's norm, 1e-4 of each change's norm."""
+def close(one: dict, many: dict, terms: float) -> None:
+    """The bounds: 1e-5 of the loss and of each gradient's norm, 1e-4 of each change's norm.
+
+    `terms`: the size of what the loss is the sum of, where that is more than the loss.
+    """
     assert one.keys() == many.keys()
     bounds = {"loss": 1e-5, "gradient": 1e-5, "change": 1e-4}
     for name, expected in one.items():
@@ -60,7 +63,8 @@ def close(one: dict, many: dict) -> None:
             np.testing.assert_array_equal(many[name], expected, err_msg=name)
             continue
         norm = np.linalg.norm(np.asarray(expected, np.float64))
-        assert norm > 1e-4, name
+        assert norm > 1e-5, name
+        norm = max(norm, terms) if kind == "loss" else norm
         gap = np.linalg.norm(np.asarray(many[name], np.float64) - expected)
         assert gap <= bounds[kind] * norm, (name, gap / norm)
 
@@ -77,4 +81,5 @@ def test_a_mesh_changes_nothing(alone, tmp_path, card, sizes, processes):
     one = alone(card)
     assert len({name for name in one if name.startswith("gradient")}) == 14
     assert len({tuple(row) for row in one["tokens 0"].tolist()}) > 8
-    close(one, outcome(tmp_path, card, sizes, processes))
+    # Surrogates of one group are of size one, and cancel but for rounding.
+    close(one, outcome(tmp_path, card, sizes, processes), 1.0 if card == "sdpo" else 0.0)
