@@ -223,12 +223,23 @@ def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     if op.kind == "convolution":
         return _convolution(ops, op)
     if op.kind == "custom-call":
-        estimate = re.search(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)', op.rest)
+        estimate = _estimate(op)
         if estimate:
-            return float(estimate[1])
+            return estimate[0]
         if "gemm" in (_target(op) or ""):
             return _gemm(ops, op)
     return 0.0
+
+
+def _estimate(op: hlo.Op) -> tuple[float, float] | None:
+    """(FLOPs, bytes) that a kernel's author states: Mosaic's calls have them, of Triton's calls
+    the name of a scope, `cost:FLOPS:BYTES`."""
+    flops = re.search(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)', op.rest)
+    moved = re.search(r'"cost_estimate":\{[^{}]*"bytes_accessed":"?(\d+)', op.rest)
+    if flops and moved:
+        return float(flops[1]), float(moved[1])
+    named = re.search(r'op_name="[^"]*\bcost:(\d+):(\d+)', op.rest)
+    return (float(named[1]), float(named[2])) if named else None
 
 
 def _target(op: hlo.Op) -> str:
@@ -287,9 +298,9 @@ def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Bytes that an instruction reads from and writes to main memory."""
     result = hlo.in_memory(op.result)
     if op.kind == "custom-call":
-        estimate = re.search(r'"cost_estimate":\{[^{}]*"bytes_accessed":"?(\d+)', op.rest)
+        estimate = _estimate(op)
         if estimate:
-            return float(estimate[1])
+            return estimate[1]
     if op.kind in ("copy-start", "slice-start"):
         # Of (result, source, state): what arrives was read once, and written if not on the chip.
         arrays = [array for array in hlo.arrays(op.result) if array[1]]

@@ -70,6 +70,20 @@ def test_a_layer_is_read_once_and_not_all_layers_each_time():
     assert weights <= moved(text) <= 3.2 * weights
 
 
+def test_kernels_of_triton_state_their_cost_in_the_name_of_a_scope():
+    text = """HloModule m
+
+ENTRY %main (x: bf16[4,16,16]) -> f32[16,16] {
+  %x = bf16[4,16,16]{2,1,0} parameter(0)
+  ROOT %k = f32[16,16]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(decode)/while/cost:300:77/decode_attention/pallas_call"}
+}
+"""  # noqa: E501
+    (cost,) = compiled.read(text)[0]
+    assert (cost.flops, cost.bytes, cost.times) == (300, 77, 1)
+    (plain,) = compiled.read(text.replace("cost:", "a:"))[0]
+    assert (plain.flops, plain.bytes) == (0, 4 * 16 * 16 * 2 + 16 * 16 * 4)
+
+
 def test_a_cache_that_is_written_in_place_is_not_moved():
     def write(cache, x):
         return jax.lax.fori_loop(

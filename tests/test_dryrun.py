@@ -326,4 +326,8 @@ def test_compiles_for_an_h200(tmp_path):
         pytest.skip("needs ptxas")
     found = report("cuda:h200:1x2", tmp_path)
     assert found["devices"] == 2
+    # Two layers' kernels that read half the cache of their own layer each, not four times all.
+    decode = found["phases"]["rollout"]["programs"]["decode 32 x 256"]
+    cache = found["phases"]["rollout"]["parts"]["cache"]
+    assert decode["bytes"] < 7.5 * cache  # with weights and what is computed; else 8.2
     assert found["phases"]["step"]["programs"]["training step"]["flops"] > 0

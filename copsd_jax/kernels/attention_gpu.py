@@ -134,6 +134,7 @@ def attend(
     scales = [] if k_scale is None or v_scale is None else [k_scale, v_scale]
     splits = -(-length // blocks.split)
     mean_length = length / 2 if mean_length is None else mean_length
+    estimate = cost(q_JKMH.shape, k.dtype, mean_length)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     shape = (splits, slots, heads, queries)
     call: Any = pl.pallas_call(
@@ -141,12 +142,14 @@ def attend(
         grid=(splits, heads, slots),
         out_shape=[float32((*shape, size)), float32(shape), float32(shape)],
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
-        cost_estimate=cost(q_JKMH.shape, k.dtype, mean_length),
+        cost_estimate=estimate,
         interpret=interpret,
         name="decode_attention",
     )
     start_S = jnp.arange(splits, dtype=jnp.int32) * blocks.split
-    out, top, total = call(layer.reshape(1), length_J, q_JKMH, k, v, *scales)
+    # Triton's calls keep no estimate in a program's text, but the names of their scopes.
+    with jax.named_scope(f"cost:{estimate.flops}:{estimate.bytes_accessed}"):
+        out, top, total = call(layer.reshape(1), length_J, q_JKMH, k, v, *scales)
     return _together(out, top, total, start_S[:, None] < length_J[None, :])
 
 
