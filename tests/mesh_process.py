@@ -1,8 +1,8 @@
 """Three plain SGD steps of a run on a mesh; the leading process writes down what came out.
 
 Run as: mesh_process.py CARD DATA FSDP TENSOR FILE [RANK PROCESSES PORT], with eight CPU devices in
-all. FILE becomes an npz: ids of rows and sampled tokens of each step, loss of each step, gradient of
-the first and parameters after the last, leaf by leaf.
+all, one for a mesh of one. FILE becomes an npz: ids of rows and sampled tokens of each step, loss of
+each step, gradient of the first and change of the parameters after the last, leaf by leaf.
 """
 
 import os

@@ -77,7 +77,7 @@ ENTRY %main (x: bf16[4,16,16]) -> f32[16,16] {
   %x = bf16[4,16,16]{2,1,0} parameter(0)
   ROOT %k = f32[16,16]{1,0} custom-call(%x), custom_call_target="t", metadata={op_name="f/cost:300:77/k"}
 }
-"""
+"""  # noqa: E501
     (cost,) = compiled.read(text)[0]
     assert (cost.flops, cost.bytes, cost.times) == (300, 77, 1)
     (plain,) = compiled.read(text.replace("cost:", "a:"))[0]
@@ -128,7 +128,7 @@ ENTRY %main (x.1: bf16[2,1,16]) -> bf16[2,1,16] {
   %while = (s32[]{:T(128)}, bf16[2,1,16]{2,1,0}) while(%t), condition=%cond, body=%body
   ROOT %out = bf16[2,1,16]{2,1,0} get-tuple-element(%while), index=1
 }
-"""
+"""  # noqa: E501
 
 
 def test_what_the_compiler_for_tpus_writes():
