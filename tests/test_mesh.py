@@ -38,8 +38,10 @@ def test_refusals():
     devices = mesh.make(2, 2, 2)
     with pytest.raises(ValueError, match="no partition for parameter 'layers/z/kernel'"):
         mesh.partition("layers/z/kernel", (1, 2, 3), devices)
-    with pytest.raises(ValueError, match=r"mesh\.tensor is 2: it does not divide 7"):
-        mesh.partition("layers/q/kernel", (1, 2, 7), devices)
+    with pytest.raises(ValueError, match=r"has shape \(2, 8\), but its partition"):
+        mesh.partition("layers/q/kernel", (2, 8), devices)
+    with pytest.raises(ValueError, match="layers/k/kernel follows from the model's key_heads"):
+        mesh.partition("layers/k/kernel", (1, 2, 8), devices)
     with pytest.raises(ValueError, match="must be the number of devices, 8"):
         mesh.make(3, 1, 1)
     with pytest.raises(ValueError, match="one of them may be -1"):
