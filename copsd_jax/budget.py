@@ -143,7 +143,7 @@ def _sampling(frame: Any, long: aot.Lengths, phase: str) -> dict[str, int]:
         "sampler's weights": _copies(frame)[0],
         "cache": 2 * m.n_layers * slots * heads * entries * entry,
         "prompts' keys": 2 * row,
-        "examples' keys": 2 * m.n_layers * m.n_kv_heads * long.prefix * m.head_dim * item,
+        "examples' keys": 2 * m.n_layers * heads * long.prefix * m.head_dim * item,
         "temporaries": max(logits, layer + attention + row),
     }
 
