@@ -73,7 +73,7 @@ def job(target: str, cache: str) -> jobs.Job:
     whole = NamedSharding(here, PartitionSpec())
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        shapes, mesh.shardings(shapes, here, gathered=True),
+        shapes, mesh.shardings(shapes, here, config.n_kv_heads, gathered=True),
     )  # fmt: skip
     like = lambda *shape: jax.ShapeDtypeStruct(shape, bool, sharding=whole)  # noqa: E731
     zero = np.zeros(1, np.int32)

@@ -145,8 +145,7 @@ def frame(config: Any, found: list) -> plans.Frame:
     validate.shards(config, mesh.batch_shards(where))
     validate.vocabulary(config, shape.vocab_size)
     implementations.loss(config, mesh.platform(where))
-    mesh.shardings(model.abstract(shape, jnp.float32), where)
-    mesh.shardings(plans.trained_shapes(config, shape), where)
+    mesh.key_repeats(shape.n_heads, shape.n_kv_heads, where.shape["tensor"])
     dtype = plans.dtype(config.model.dtype, where)
     return plans.Frame(config, where, dtype, shape, plans.adapter_scale(config))
 
@@ -267,7 +266,7 @@ def first_state(frame: plans.Frame, make: _Maker, base: Any) -> tuple[Any, Any, 
 
     begun = making.first_state(frame, tx, options.teacher)
     shapes = jax.eval_shape(begun, base)
-    places = mesh.shardings(shapes, frame.mesh)
+    places = making.places(shapes, frame)
     given = base if c.train.trainable == "full" else {}
     make("state at step 0", jax.jit(begun, out_shardings=places), given, keeps=False)
     return mesh.abstract(shapes, frame.mesh, places), tx, options
@@ -317,7 +316,7 @@ def build(
 def _phases(one: plans.Frame, long: Lengths, limit: float, said) -> dict[str, Phase]:
     c, where = one.config, one.mesh
     shapes = model.abstract(one.model_config, one.dtype)
-    base = mesh.abstract(shapes, where, mesh.shardings(shapes, where))
+    base = mesh.abstract(shapes, where, making.places(shapes, one))
     lora_run = c.train.trainable == "lora"
     placing, handing = _Maker(one, said, []), _Maker(one, said, [])
     state, tx, options = first_state(one, placing, base)

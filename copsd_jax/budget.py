@@ -53,9 +53,9 @@ def micro_batches(config: Any, shards: int) -> list[int]:
     return [m for m in range(shards, completions + 1, shards) if completions % m == 0]
 
 
-def _size(tree: Any, where: Any, *, gathered: bool = False) -> int:
+def _size(tree: Any, frame: Any, *, gathered: bool = False) -> int:
     """Bytes of each device's part of parameters, adapters or optimizer state."""
-    places = mesh.shardings(tree, where, gathered=gathered)
+    places = mesh.shardings(tree, frame.mesh, frame.model_config.n_kv_heads, gathered=gathered)
     sizes = jax.tree.map(
         lambda x, place: int(np.prod(place.shard_shape(x.shape))) * x.dtype.itemsize, tree, places
     )
@@ -89,15 +89,15 @@ def _shapes(frame: Any) -> _Shapes:
 
 def _held(frame: Any) -> dict[str, int]:
     """What is always there, and the sampler's copies of weights."""
-    c, where = frame.config, frame.mesh
+    c = frame.config
     full = c.train.trainable == "full"
     base, _, trained, state = _shapes(frame)
-    frozen = _size(base, where) if not full or making.needs_initial(c) else 0
+    frozen = _size(base, frame) if not full or making.needs_initial(c) else 0
     return {
-        "weights": frozen + (_size(trained, where) if full else 0),
-        "adapters": 0 if full else _size(trained, where),
-        "optimizer": _size(state.optimizer, where),
-        "average": 0 if state.ema is None else _size(state.ema, where),
+        "weights": frozen + (_size(trained, frame) if full else 0),
+        "adapters": 0 if full else _size(trained, frame),
+        "optimizer": _size(state.optimizer, frame),
+        "average": 0 if state.ema is None else _size(state.ema, frame),
     }
 
 
@@ -108,11 +108,11 @@ def _copies(frame: Any) -> tuple[int, int]:
     base = shapes.int8 if c.sampler.int8 else shapes.base
     gather = c.sampler.gather and where.shape["fsdp"] > 1
     moved = gather or c.sampler.int8
-    whole = _size(base, where, gathered=gather)
+    whole = _size(base, frame, gathered=gather)
     if c.train.trainable == "full":
-        cast = _size(shapes.base, where)
+        cast = _size(shapes.base, frame)
         return (whole if moved else 0) + cast, 0
-    more = _size(shapes.trained, where, gathered=True) if gather and not c.sampler.merge else 0
+    more = _size(shapes.trained, frame, gathered=True) if gather and not c.sampler.merge else 0
     if c.sampler.merge:
         return whole, 0
     return (whole if moved else 0) + more, whole if moved else 0
@@ -126,28 +126,31 @@ def _sampling(frame: Any, long: aot.Lengths, phase: str) -> dict[str, int]:
     shards, tensor = where.shape["data"] * where.shape["fsdp"], where.shape["tensor"]
     slots = -(-section.slots // shards)
     entries = -(-(asked + drawn + engine.INSERTED) // 128) * 128
-    heads = _split(m.n_kv_heads, tensor)
+    heads = _key_heads(m, tensor)
     item = np.dtype(frame.dtype).itemsize
     kept = jnp.dtype(frame.dtype if c.sampler.cache == "auto" else c.sampler.cache)
     entry = m.head_dim * kept.itemsize + (4 if kept == jnp.int8 else 0)
     width = packing.buckets(c.sampler.pack, asked)[-1]
     row = 2 * m.n_layers * heads * (width + engine.INSERTED) * m.head_dim * item
     row += width * m.d_model * item
-    vocabulary = m.vocab_size // tensor
+    vocabulary = -(-m.vocab_size // tensor)
     logits = slots * vocabulary * 4 * 3
+    if m.vocab_size % tensor:  # the padded head
+        logits += vocabulary * m.d_model * item
     layer = width * (m.d_model * 4 + 3 * m.d_ff // tensor) * item
     attention = m.n_heads // tensor * min(width, QUERIES) * width * 6
     return {
         "sampler's weights": _copies(frame)[0],
         "cache": 2 * m.n_layers * slots * heads * entries * entry,
         "prompts' keys": 2 * row,
-        "examples' keys": 2 * m.n_layers * m.n_kv_heads * long.prefix * m.head_dim * item,
+        "examples' keys": 2 * m.n_layers * heads * long.prefix * m.head_dim * item,
         "temporaries": max(logits, layer + attention + row),
     }
 
 
-def _split(size: int, over: int) -> int:
-    return size // over if size % over == 0 else size
+def _key_heads(m: model.ModelConfig, tensor: int) -> int:
+    """Of a device, repeated where there are too few."""
+    return m.n_kv_heads * mesh.key_repeats(m.n_heads, m.n_kv_heads, tensor) // tensor
 
 
 def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int]:
@@ -168,9 +171,9 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
     heads = m.n_heads // tensor
     attention = rows * heads * min(longest, QUERIES) * longest * 10
     shapes = _shapes(frame)
-    grads = 2 * _size(shapes.trained, where)
+    grads = 2 * _size(shapes.trained, frame)
     full = c.train.trainable == "full"
-    base = _size(shapes.base, where)
+    base = _size(shapes.base, frame)
     gathered = m.vocab_size // tensor * m.d_model * item * (2 if full else 1)
     if where.shape["fsdp"] > 1:
         gathered += 2 * _one_layer(m, tensor, item)
@@ -186,7 +189,7 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
 
 def _layer(m: model.ModelConfig, tensor: int, item: int) -> int:
     """Bytes of a layer's values for a token."""
-    heads = (2 * m.n_heads + 2 * m.n_kv_heads) * m.head_dim // tensor
+    heads = (2 * m.n_heads // tensor + 2 * _key_heads(m, tensor)) * m.head_dim
     return (4 * m.d_model + heads + 3 * m.d_ff // tensor) * item
 
 
@@ -275,13 +278,9 @@ def _meshes(frame: plans.Frame, config: Any, devices: int, words: str) -> Iterat
     for remat in dict.fromkeys((config.model.remat, "layer")):
         for tensor in (1, 2, 4, 8):
             fsdp = devices // tensor
-            if devices % tensor or completions % fsdp:
+            if devices % tensor or completions % fsdp or frame.model_config.n_heads % tensor:
                 continue
             where: Any = AbstractMesh((1, fsdp, tensor), mesh.AXES, (AxisType.Auto,) * 3)
-            try:
-                mesh.shardings(_shapes(frame).base, where)
-            except ValueError:
-                continue
             changed = _changed(config, {"model.remat": remat})
             told = f"{words}--config.mesh.data=1 --config.mesh.fsdp={fsdp}"
             told += f" --config.mesh.tensor={tensor}" if tensor > 1 else ""

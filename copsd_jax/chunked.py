@@ -358,7 +358,7 @@ def _split_score(logits_TV, tokens_T, temperature: float, axis: str) -> tuple:
 
 def _score(static: tuple, gradient: bool, hidden_TD, head_VD, rows: tuple, live_T) -> tuple:
     """`score` of all live rows, over the whole mesh."""
-    temperature, chunk, _ = static
+    temperature, chunk, train_head = static
     entries = head_VD.shape[0]
 
     def device(inputs: tuple, heads: tuple, axis: str | None) -> tuple:
@@ -372,6 +372,8 @@ def _score(static: tuple, gradient: bool, hidden_TD, head_VD, rows: tuple, live_
         return token_blocks.walk(block, tuple(rows), live_T, chunk, STRIP)
 
     heads = (head_VD.astype(hidden_TD.dtype),)
+    if train_head:  # a frozen one was gathered ahead
+        heads = (token_blocks.divided(heads[0], split_vocabulary=True),)
     inputs = (hidden_TD, *rows, live_T)
     return token_blocks.spread(device, inputs, heads, split_vocabulary=True)
 

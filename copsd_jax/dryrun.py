@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from copsd_jax import aot, budget, chips, compiled, mesh, slices
+from copsd_jax import aot, budget, chips, compiled, estimates, mesh, slices
 
 GIB = 2**30
 REACHED = 0.7  # of the maker's rates, which is what well-made programs reach; not measured here
@@ -50,6 +50,7 @@ def report(built: aot.Built) -> dict:
         "devices": one.mesh.devices.size,
         "device": built.target.kind,
         "mesh": {name: int(size) for name, size in one.mesh.shape.items()},
+        "whole": estimates.uneven(one),
         "usable": usable,
         "fits": fits,
         "lengths": built.lengths._asdict(),
@@ -261,6 +262,7 @@ def text(found: dict) -> str:
     lines = [found["sentence"], ""]
     lines += [
         f"target      {found['target']}: {found['devices']} devices, mesh {found['mesh']}",
+        *([f"whole       {found['whole']}"] if found["whole"] else []),
         f"lengths     at the caps: {caps}",
         "",
         "memory on each device, GiB",

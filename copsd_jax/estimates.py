@@ -39,7 +39,8 @@ def memory(plan: plans.Plan) -> dict[str, int]:
     if c.sampler.cache != "auto":
         scale = 4 if c.sampler.cache == "int8" else 0
         entry = shape.head_dim * jnp.dtype(c.sampler.cache).itemsize + scale
-    cache = 2 * shape.n_layers * shape.n_kv_heads * entry
+    repeats = mesh.key_repeats(shape.n_heads, shape.n_kv_heads, plan.mesh.shape["tensor"])
+    cache = 2 * shape.n_layers * shape.n_kv_heads * repeats * entry
     dense = c.loss.implementation == "dense"
     # A chunk of the loss is of each device's tokens.
     tokens = micro * c.rollout.max_tokens
@@ -52,3 +53,22 @@ def memory(plan: plans.Plan) -> dict[str, int]:
         "activations": micro * length * shape.d_model * shape.n_layers * kept * item,
         "logits": 4 * 4 * tokens * shape.vocab_size,
     }
+
+
+def uneven(frame: plans.Frame | plans.Plan) -> str:
+    """Which parameters stay whole along an axis of the mesh that does not divide them, and what
+    this costs; '' for none. Trained values count with what `memory` counts of them."""
+    c, where, shape = frame.config, frame.mesh, frame.model_config
+    base = model.abstract(shape, frame.dtype)
+    names, more = mesh.whole(base, where, shape.n_kv_heads)
+    own, extra = mesh.whole(plans.trained_shapes(c, shape), where, shape.n_kv_heads)
+    if not names and not own:
+        return ""
+    told = [
+        f"along mesh.{axis}={where.shape[axis]} "
+        + ", ".join(dict.fromkeys((*names.get(axis, ()), *own.get(axis, ()))))
+        for axis in mesh.AXES
+        if axis in names or axis in own
+    ]
+    more += (4 + (c.teacher.weights == "ema")) * extra
+    return f"{'; '.join(told)}: {more / 2**20:,.1f} MiB more on each device"

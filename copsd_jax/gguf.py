@@ -308,9 +308,21 @@ def tensors(path: pathlib.Path) -> dict[str, safetensors.Tensor]:
     return out
 
 
-def _read(path: pathlib.Path, stored: Stored, heads: int | None) -> np.ndarray:
-    """Decoded values, float32; rows in Hugging Face's order where `heads` are interleaved."""
+def _read(
+    path: pathlib.Path, stored: Stored, heads: int | None, part: tuple[slice, ...] = ()
+) -> np.ndarray:
+    """Decoded values, float32; rows in Hugging Face's order where `heads` are interleaved.
+
+    Of a part only its rows are decoded, and of them the blocks of numbers that it touches.
+    """
+    *rows, columns = part or (slice(None),) * len(stored.shape)
+    begin, end, _ = columns.indices(stored.shape[-1])
+    block, size = gguf.GGML_QUANT_SIZES[stored.type]
+    first, last = begin // block, -(-end // block)
     raw = np.memmap(path, np.uint8, "r", stored.offset, (stored.size,))
-    encoded = np.frombuffer(raw, np.uint8).reshape(*stored.shape[:-1], -1)
-    values = gguf.dequantize(encoded, stored.type).reshape(stored.shape)
-    return unpermute(values, heads) if heads else values
+    encoded = np.frombuffer(raw, np.uint8).reshape(*stored.shape[:-1], -1, size)
+    order = unpermute(np.arange(stored.shape[0]), heads)[rows[0]] if heads else None
+    picked = encoded[(*rows, slice(first, last)) if order is None else (order, slice(first, last))]
+    picked = picked.reshape(*picked.shape[:-2], -1)
+    values = gguf.dequantize(picked, stored.type).reshape(*picked.shape[:-1], -1)
+    return values[..., begin - first * block : end - first * block]

@@ -52,7 +52,8 @@ EMBEDDING, HEAD = TOP["embed", "embedding"], TOP["head", "kernel"]
 NOT_WEIGHTS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 Path = tuple[str, ...]
-Put = Callable[[Path, np.ndarray], Any]
+Part = Callable[[tuple[slice, ...]], np.ndarray]  # the values of a leaf within slices
+Put = Callable[[Path, tuple[int, ...], Part], Any]
 
 
 resolve = hub.resolve  # so that all about a model is found under hf
@@ -278,8 +279,8 @@ def check(path: pathlib.Path, config: model.ModelConfig) -> None:
     _match(tensors(path), config, path)
 
 
-def _place(_: Path, values: np.ndarray) -> jax.Array:
-    return jnp.asarray(values)
+def _place(_: Path, shape: tuple[int, ...], part: Part) -> jax.Array:
+    return jnp.asarray(part(tuple(slice(0, size) for size in shape)))
 
 
 def load_params(
@@ -287,22 +288,23 @@ def load_params(
 ) -> dict:
     """The parameter tree, kernels [in, out], layers stacked in the first axis.
 
-    Tensors are read, converted to `dtype` and stacked one leaf at a time, so that the host holds
-    what `put` keeps and one leaf besides.
+    Leaf by leaf, of which `put` reads the parts that it needs: the host holds what `put` keeps and
+    one part besides.
 
     Args:
       path: resolved directory or GGUF.
       config: of `load_config`.
       dtype: of all parameters.
-      put: (path of the leaf, host array) -> leaf; default places on jax's default device.
+      put: (path of the leaf, its shape, what reads a part of it as a host array of `dtype`) ->
+        leaf; the slices of a part have start and stop. The default reads all of it and places it
+        on jax's default device.
 
     Raises:
       FileNotFoundError, ValueError: as `check`; and a tied model whose stored head differs.
     """
     found = tensors(path)
     _match(found, config, path)
-    tied_copy = config.tie_embeddings and HEAD in found
-    if tied_copy and not np.array_equal(found[HEAD].read(), found[EMBEDDING].read()):
+    if config.tie_embeddings and HEAD in found and not _equal(found[HEAD], found[EMBEDDING]):
         raise ValueError(f"{path}: tied embeddings, but {HEAD} is not equal to {EMBEDDING}")
     slots: dict[Path, list[tuple[str, Slot]]] = {}
     for name, slot in table(config).items():
@@ -310,17 +312,32 @@ def load_params(
     params: dict = {}
     for leaf, shape in _leaves(config).items():
         node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), leaf[:-1], params)
-        # The array has no name here, so that it is gone before the next one is made.
-        node[leaf[-1]] = put(leaf, _stack(found, slots[leaf], np.empty(shape, np.dtype(dtype))))
+        node[leaf[-1]] = put(
+            leaf, shape, functools.partial(_part, found, slots[leaf], np.dtype(dtype))
+        )
     return params
 
 
-def _stack(found: Mapping, slots: list[tuple[str, Slot]], values: np.ndarray) -> np.ndarray:
-    """`values`, filled with the tensors of one leaf."""
-    for name, slot in slots:
-        tensor = found[name].read()
-        index = ... if slot.layer is None else slot.layer
-        values[index] = tensor.T if slot.transposed else tensor
+def _equal(one: safetensors.Tensor, other: safetensors.Tensor) -> bool:
+    """Whether two stored tensors are equal, 1024 rows at a time."""
+    cuts = [(slice(row, row + 1024), slice(None)) for row in range(0, one.shape[0], 1024)]
+    return all(np.array_equal(one.read(cut), other.read(cut)) for cut in cuts)
+
+
+def _part(
+    found: Mapping, slots: list[tuple[str, Slot]], dtype: np.dtype, cuts: tuple[slice, ...]
+) -> np.ndarray:
+    """The values of a leaf within slices, of each of its tensors no more than that."""
+    values = np.empty([cut.stop - cut.start for cut in cuts], dtype)
+    if slots[0][1].layer is None:
+        values[...] = found[slots[0][0]].read(cuts)
+        return values
+    layers, *own = cuts
+    for into, (name, slot) in zip(values, slots[layers], strict=True):
+        if slot.transposed:
+            into[...] = found[name].read(tuple(own[::-1])).T
+        else:
+            into[...] = found[name].read(tuple(own))
     return values
 
 

@@ -259,6 +259,8 @@ def _sweep(
     """Statistics and, if wanted, gradients of Σ weight · value, over the whole mesh."""
     entries = heads[0].shape[0]
     heads = tuple(jnp.asarray(head, x.dtype) for x, head in zip(hidden, heads, strict=False))
+    if how.train_head:  # frozen ones were gathered ahead
+        heads = tuple(token_blocks.divided(head, not settings.top_k) for head in heads)
 
     def device(inputs: tuple, heads: tuple, axis: str | None) -> tuple:
         args: Any = (settings, *inputs, heads)

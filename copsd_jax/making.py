@@ -14,11 +14,13 @@ ADAPTER_STREAM = 1001  # random stream of a seed besides the sampler's, whose pu
 
 
 def decoder(frame: plans.Frame | plans.Plan) -> model.Decoder:
+    m = frame.model_config
     return model.Decoder(
-        frame.model_config,
+        m,
         frame.dtype,
         remat=frame.config.model.remat,
         decode=implementations.attention(frame.config, mesh.platform(frame.mesh)),
+        key_repeats=mesh.key_repeats(m.n_heads, m.n_kv_heads, frame.mesh.shape["tensor"]),
     )
 
 
@@ -28,20 +30,28 @@ def optimizer(config, steps: int) -> tuple[Any, Callable[[Any], Any]]:
     return train_step.optimizer(steps=steps, **{n: config.train[n] for n in names})
 
 
+def places(tree: Any, frame: plans.Frame | plans.Plan) -> Any:
+    """Where parameters, adapters and optimizer state of this model lie."""
+    return mesh.shardings(tree, frame.mesh, frame.model_config.n_kv_heads)
+
+
 def step(frame: plans.Frame | plans.Plan, decoder, tx, options, state) -> Any:
     """The jitted training step; `state` may be abstract, its values are not read."""
     whole = NamedSharding(frame.mesh, PartitionSpec())  # so that each process has all of it
     return jax.jit(
         train_step.make(decoder, tx, options),
         donate_argnums=0,
-        out_shardings=(mesh.shardings(state, frame.mesh), whole),
+        out_shardings=(places(state, frame), whole),
     )
 
 
 def hand_over(frame: plans.Frame | plans.Plan, frozen: dict, **call: Callable) -> weights.HandOver:
     """What hands weights to the sampler; `call` as HandOver has it."""
     s = frame.config.sampler
-    return weights.HandOver(frame.mesh, frozen, merge=s.merge, int8=s.int8, gather=s.gather, **call)
+    return weights.HandOver(
+        frame.mesh, frozen, frame.model_config.n_kv_heads, merge=s.merge, int8=s.int8,
+        gather=s.gather, **call,
+    )  # fmt: skip
 
 
 def first_state(frame: plans.Frame | plans.Plan, tx: Any, teacher: str) -> Callable[..., Any]:

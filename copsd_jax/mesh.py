@@ -1,12 +1,19 @@
-"""The device mesh, and one table from a parameter's name to its place on it.
+"""The device mesh, and one table from an array's name to its place on it.
 
 Axes: `data` and `fsdp` split the completions of a batch; `fsdp` also splits parameters, `tensor`
 splits their other dimension. Slices of TPUs, which a network joins, are the outermost part of
 `data`. Shardings are Auto axes with pinned outputs, so any function that compiles on one device
 compiles on the mesh.
+
+What an axis does not divide stays whole along it (`whole` says which and what it costs), with two
+rules besides: keys and values are cut between heads only, and the model repeats its K key heads
+until `tensor` divides them (`key_repeats`); a vocabulary that `tensor` does not divide is stored
+cut along the width, and padded by the programs that split it.
 """
 
 import collections
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +24,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes over which completions are split
 
-# Partition of each parameter by its name. `layers/...` leaves carry a leading axis of layers.
+# Partition of each array by its name. `layers/...` leaves carry a leading axis of layers.
 _COLUMN = (None, "fsdp", "tensor")  # [layers, in, out] of a projection into heads or the MLP
 _ROW = (None, "tensor", "fsdp")  # [layers, in, out] of a projection back to the width
-PARTITIONS: dict[str, tuple[str | None, ...]] = {
+_SLOTS = (None, BATCH, "tensor", None)  # [layers, J, K, A] of the sampler
+Axis = str | tuple[str, ...] | None
+PARTITIONS: dict[str, tuple[Axis, ...]] = {
     "embed/embedding": ("tensor", "fsdp"),
     "head/kernel": ("tensor", "fsdp"),
     "final_norm/scale": (None,),
@@ -39,7 +48,11 @@ PARTITIONS: dict[str, tuple[str | None, ...]] = {
     **{f"{name}/b": (None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
     **{f"{name}/a": (None, "tensor", None) for name in ("o", "down")},
     **{f"{name}/b": (None, None, "fsdp") for name in ("o", "down")},
+    # Decode caches and prompts on their way into them, with one more axis H; int8 caches' scales.
+    **{f"cache/{name}": (*_SLOTS, None) for name in ("k", "v")},
+    **{f"cache/{name}_scale": _SLOTS for name in ("k", "v")},
 }
+VOCABULARIES = ("embed/embedding", "head/kernel")  # [V, D]
 
 
 def make(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
@@ -95,48 +108,152 @@ def _name(path: tuple) -> str:
     return "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
-def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Where a parameter lies.
+def _names(axis: Axis) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else axis or ()
+
+
+def _size(mesh: Mesh, axis: Axis) -> int:
+    return math.prod(mesh.shape[name] for name in _names(axis))
+
+
+def key_repeats(heads: int, key_heads: int, tensor: int) -> int:
+    """How often the model repeats each key head, so that `tensor` divides them.
+
+    The smallest divisor r of the M queries per key head for which `tensor` divides K r; every
+    device then has whole key heads with M / r queries each: N = 8 and K = 2 on tensor = 4 -> 2.
+
+    Args:
+      heads: N, query heads.
+      key_heads: K.
+      tensor: size of that axis.
 
     Raises:
-      ValueError: for a name that the table lacks, or a dimension that its axis does not divide.
+      ValueError: `tensor` does not divide the query heads.
     """
+    if heads % tensor:
+        choices = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(
+            f"mesh.tensor is {tensor}: it does not divide the model's {heads} query heads, the "
+            f"choices are {choices}"
+        )
+    queries = heads // key_heads
+    return next(r for r in range(1, queries + 1) if not queries % r and not key_heads * r % tensor)
+
+
+def partition(
+    name: str, shape: tuple[int, ...], mesh: Mesh, key_heads: int | None = None
+) -> PartitionSpec:
+    """Where an array of the table lies.
+
+    Args:
+      key_heads: K of the model; needed for keys and values where `tensor` is larger than 1.
+
+    Raises:
+      ValueError: for a name that the table lacks, or a shape of another rank; without key_heads.
+    """
+    axes = _axes(name, shape)
+    if name in VOCABULARIES and shape[0] % mesh.shape["tensor"]:
+        choices: tuple[Axis, ...] = (("fsdp", "tensor"), "fsdp", "tensor")
+        axes = None, next((axis for axis in choices if not shape[1] % _size(mesh, axis)), None)
+    axes = [
+        None if size % _size(mesh, axis) else axis for size, axis in zip(shape, axes, strict=True)
+    ]
+    if "tensor" in axes and name.split("/")[-2] in ("k", "v") and mesh.shape["tensor"] > 1:
+        if key_heads is None:
+            raise ValueError(f"the partition of {name} follows from the model's key_heads")
+        if key_heads % mesh.shape["tensor"]:
+            axes[axes.index("tensor")] = None
+    return PartitionSpec(*axes)
+
+
+def _axes(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
+    """The table's entry."""
     if name not in PARTITIONS:
         raise ValueError(f"no partition for parameter {name!r}: add it to mesh.PARTITIONS")
     axes = PARTITIONS[name]
     if len(axes) != len(shape):
         raise ValueError(f"{name} has shape {shape}, but its partition {axes}")
-    for size, axis in zip(shape, axes, strict=True):
-        if axis and size % mesh.shape[axis]:
-            raise ValueError(
-                f"mesh.{axis} is {mesh.shape[axis]}: it does not divide {size} of {name} {shape}"
-            )
-    return PartitionSpec(*axes)
+    return axes
 
 
-def shardings(tree: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
+def _without(axis: Axis, name: str) -> Axis:
+    """`axis`, which may be several, without the one of that name."""
+    left = tuple(one for one in _names(axis) if one != name)
+    return left if len(left) > 1 else left[0] if left else None
+
+
+def shardings(
+    tree: Any, mesh: Mesh, key_heads: int | None = None, *, gathered: bool = False
+) -> Any:
     """NamedShardings of a tree of parameters, adapters or optimizer state; scalars replicated.
 
-    `gathered` are those for decoding: whole along `fsdp`, where training splits them.
+    `gathered` are those for decoding: whole along `fsdp`, where training splits them. `key_heads`
+    as for `partition`.
     """
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
-        spec = partition(_name(path), leaf.shape, mesh) if leaf.ndim else PartitionSpec()
+        spec = PartitionSpec()
+        if leaf.ndim:
+            spec = partition(_name(path), leaf.shape, mesh, key_heads)
         if gathered:
-            spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+            spec = PartitionSpec(*(_without(axis, "fsdp") for axis in spec))
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
+def whole(tree: Any, mesh: Mesh, key_heads: int | None) -> tuple[dict[str, list[str]], int]:
+    """What stays whole along an axis that should cut it: names by axis, and bytes in all that each
+    device holds for it beyond its even part."""
+    names: dict[str, list[str]] = collections.defaultdict(list)
+    more = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not leaf.ndim:
+            continue
+        name = _name(path)
+        spec = partition(name, leaf.shape, mesh, key_heads)
+        found = {one for axis in spec for one in _names(axis)}
+        wanted = {one for axis in _axes(name, leaf.shape) for one in _names(axis)}
+        missing = sorted(one for one in wanted - found if mesh.shape[one] > 1)
+        for axis in missing:
+            names[axis] += [] if name in names[axis] else [name]
+        parts = math.prod(mesh.shape[axis] for axis in found)
+        size = leaf.size * leaf.dtype.itemsize // parts
+        more += size - size // math.prod(mesh.shape[axis] for axis in missing)
+    return dict(names), more
+
+
+def place(tree: Any, mesh: Mesh, key_heads: int | None = None) -> Any:
     """Puts parameters, adapters or optimizer state where the table says."""
-    return jax.tree.map(put, tree, shardings(tree, mesh))
+    return jax.tree.map(put, tree, shardings(tree, mesh, key_heads))
 
 
 def put(x: Any, sharding: NamedSharding) -> jax.Array:
     """An array that every process has whole, each device's part on it; nothing travels."""
     return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+
+def read(
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    part: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """An array of which this process reads what its own devices need, and holds one part of.
+
+    Args:
+      part: the values within slices, one for each axis, with start and stop; called once for each
+        part that differs, however many devices hold it.
+    """
+    devices: dict[tuple, list] = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = (cut.indices(size)[:2] for cut, size in zip(index or (), shape, strict=True))
+        devices[tuple(bounds)].append(device)
+    pieces = []
+    for bounds, those in devices.items():
+        values = part(tuple(slice(*pair) for pair in bounds))
+        pieces += jax.block_until_ready([jax.device_put(values, device) for device in those])
+        del values  # before the next part is read
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
 def place_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
@@ -160,6 +277,15 @@ def rowwise(x: jax.Array) -> jax.Array:
     if sizes.empty or x.shape[0] % (sizes.shape["data"] * sizes.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *(None,) * (x.ndim - 1)))
+
+
+def headwise(x_BLKH: jax.Array) -> jax.Array:
+    """Puts each head on its devices along `tensor`, which divides them."""
+    sizes = jax.sharding.get_abstract_mesh()
+    if sizes.empty or x_BLKH.shape[2] % sizes.shape["tensor"]:
+        return x_BLKH
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x_BLKH, PartitionSpec(free, free, "tensor", free))
 
 
 def from_host(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

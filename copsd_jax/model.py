@@ -298,6 +298,7 @@ class Layer(nn.Module):
     decode: str
     scales: tuple[float, ...]  # of the streams' adapters
     return_kv: bool
+    key_repeats: int
 
     def setup(self):
         c = self.config
@@ -344,8 +345,11 @@ class Layer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = _rotate(q.astype(jnp.float32), angle_BLE) * jnp.float32(c.head_dim**-0.5)
         k = _rotate(k.astype(jnp.float32), angle_BLE)
-        q = q.reshape(*x.shape[:2], c.n_kv_heads, -1, c.head_dim)
-        return q.astype(self.dtype), k.astype(self.dtype), v
+        k = k.astype(self.dtype)
+        if self.key_repeats > 1:  # what is downstream sees K r heads, with M / r queries each
+            k, v = (mesh.headwise(jnp.repeat(x, self.key_repeats, axis=2)) for x in (k, v))
+        q = q.reshape(*x.shape[:2], k.shape[2], -1, c.head_dim)
+        return q.astype(self.dtype), k, v
 
 
 class _Matrix(nn.Module):
@@ -369,6 +373,7 @@ class Decoder(nn.Module):
       remat: 'none', or 'layer' to keep only the layers' inputs for the backward pass.
       query_block: rows longer than this attend block by block of queries.
       decode: how a stream with a cache attends to it, of attention.IMPLEMENTATIONS.
+      key_repeats: how often each key head stands in attention and caches, see mesh.key_repeats.
     """
 
     config: ModelConfig
@@ -376,6 +381,12 @@ class Decoder(nn.Module):
     remat: str = "none"
     query_block: int = QUERY_BLOCK
     decode: str = "blocks"
+    key_repeats: int = 1
+
+    @property
+    def key_heads(self) -> int:
+        """K of prefixes and caches."""
+        return self.config.n_kv_heads * self.key_repeats
 
     @nn.compact
     def __call__(self, streams: tuple[Stream, ...], return_kv: bool = False) -> tuple[Output, ...]:
@@ -401,7 +412,7 @@ class Decoder(nn.Module):
         )  # fmt: skip
         layers = layers(
             c, self.dtype, self.query_block, self.decode,
-            tuple(s.adapter_scale for s in streams), return_kv, name="layers",
+            tuple(s.adapter_scale for s in streams), return_kv, self.key_repeats, name="layers",
         )  # fmt: skip
         embed = lambda s: mesh.rowwise(embedding[s.tokens_BL].astype(self.dtype))  # noqa: E731
         carry = tuple((embed(s), s.cache) for s in streams)

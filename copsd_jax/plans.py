@@ -113,9 +113,7 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     implementations.attention(config, mesh.platform(devices))
     path, model_config, tok = _model(config)
     validate.vocabulary(config, model_config.vocab_size)
-    # Refuses a mesh that does not divide a parameter.
-    mesh.shardings(model.abstract(model_config, jnp.float32), devices)
-    mesh.shardings(trained_shapes(config, model_config), devices)
+    mesh.key_repeats(model_config.n_heads, model_config.n_kv_heads, devices.shape["tensor"])
     sides = _sides(config, registry, exemplars, tok)
     shots = _shots(config, sides["teacher"], context) if config.method == "distill" else ()
     examine = functools.partial(prompts.student, tok, sides["evaluation"])

@@ -131,12 +131,12 @@ def _lengths(plan: plans.Plan) -> dict[str, int]:
 
 def _born(make: Callable[..., Any], plan: plans.Plan, *args: Any) -> Any:
     """`make(*args)`, whose arrays come into being on their shards and are nowhere whole."""
-    places = mesh.shardings(jax.eval_shape(make, *args), plan.mesh)
+    places = making.places(jax.eval_shape(make, *args), plan)
     return jax.jit(make, out_shardings=places)(*args)
 
 
 def _weights(plan: plans.Plan) -> dict:
-    """The base parameters, leaf by leaf onto their shards."""
+    """The base parameters, born on their shards; each process reads its own devices' parts."""
     if plan.config.model.init == "random":
 
         def make() -> dict:
@@ -145,9 +145,9 @@ def _weights(plan: plans.Plan) -> dict:
 
         return _born(make, plan)
 
-    def put(path: tuple[str, ...], values: np.ndarray) -> jax.Array:
-        spec = mesh.partition("/".join(path), values.shape, plan.mesh)
-        return mesh.put(values, NamedSharding(plan.mesh, spec))
+    def put(path: hf.Path, shape: tuple[int, ...], part: hf.Part) -> jax.Array:
+        spec = mesh.partition("/".join(path), shape, plan.mesh, plan.model_config.n_kv_heads)
+        return mesh.read(shape, NamedSharding(plan.mesh, spec), part)
 
     return hf.load_params(plan.weights_path, plan.model_config, plan.dtype, put)
 

@@ -24,10 +24,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Tensor(NamedTuple):
-    """One stored tensor: its shape, and how to read it."""
+    """One stored tensor: its shape, and how to read it.
+
+    `read()` gives all of it. Of a tensor in a file `read(part)` gives the values within slices, one
+    for each axis, and fetches little else.
+    """
 
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
 def read_json(file: pathlib.Path) -> dict:
@@ -88,11 +92,13 @@ def _check_entry(file: pathlib.Path, name: str, entry: Mapping) -> None:
         raise ValueError(f"{file}: tensor {name} has {end - begin} bytes for {entry['shape']}")
 
 
-def _read(file: pathlib.Path, start: int, entry: Mapping) -> np.ndarray:
-    """One tensor, as a view of a memory map that lives as long as the view."""
+def _read(
+    file: pathlib.Path, start: int, entry: Mapping, part: tuple[slice, ...] = ()
+) -> np.ndarray:
+    """One tensor or a part, as a view of a memory map that lives as long as the view."""
     begin, end = entry["data_offsets"]
     raw = np.memmap(file, np.uint8, "r", start + begin, (end - begin,))
-    return np.frombuffer(raw, DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return np.frombuffer(raw, DTYPES[entry["dtype"]]).reshape(entry["shape"])[part]
 
 
 def _shards(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:

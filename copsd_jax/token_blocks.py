@@ -109,7 +109,37 @@ def gathered(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
     split = axes(split_vocabulary)
     if not split.rows and not split.vocabulary:
         return head_VD
-    return jax.lax.with_sharding_constraint(head_VD, P(split.vocabulary, None))
+    shards = jax.sharding.get_abstract_mesh().shape[VOCABULARY] if split.vocabulary else 1
+    padded = jax.lax.with_sharding_constraint(_cut(head_VD, shards), P(split.vocabulary, None))
+    return padded[: len(head_VD)]
+
+
+def divided(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
+    """A head as it is stored where the axis divides the vocabulary, split along both dimensions.
+
+    For heads that come from the parameters to `spread` directly: those that `mesh.partition` splits
+    along the width alone would otherwise be brought together whole on every device first.
+    """
+    split = axes(split_vocabulary)
+    if not split.vocabulary:
+        return head_VD
+    shards = jax.sharding.get_abstract_mesh().shape[VOCABULARY]
+    return _cut(head_VD, shards)[: len(head_VD)]
+
+
+def _cut(head_VD: jax.Array, shards: int) -> jax.Array:
+    """Padded to a multiple of `shards`, and then split along both dimensions; else as it is."""
+    if len(head_VD) % shards == 0:
+        return head_VD
+    width = head_VD.shape[1]
+    fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
+    padded = pad(head_VD, shards)
+    if width % (fsdp * shards) == 0:
+        # From the width's parts to the vocabulary's in one exchange between the axis's devices.
+        padded = jax.lax.with_sharding_constraint(padded, P(None, ("fsdp", VOCABULARY)))
+    return jax.lax.with_sharding_constraint(
+        padded, P(VOCABULARY, "fsdp" if width % fsdp == 0 else None)
+    )
 
 
 def pad(x: jax.Array, multiple: int) -> jax.Array:

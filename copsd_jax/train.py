@@ -242,6 +242,7 @@ def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
         f"{plan.longest['teacher']} (teacher)",
         f"  devices     {plan.mesh.size} x {mesh.platform(plan.mesh)}, "
         f"mesh {dict(plan.mesh.shape)}",
+        *([f"  whole       {uneven}"] if (uneven := estimates.uneven(plan)) else []),
         "  memory      "
         + ", ".join(
             f"{name} {size / 2**30:.2f} GiB" for name, size in estimates.memory(plan).items()

@@ -34,7 +34,7 @@ with jax.default_device(jax.local_devices()[0]):
 devices = mesh.make(2, 1, 2)
 decoder = model.Decoder(CONFIG, jnp.float32)
 with jax.set_mesh(devices):
-    places = mesh.shardings(whole, devices)
+    places = mesh.shardings(whole, devices, CONFIG.n_kv_heads)
     params = jax.tree.map(
         lambda x, place: mesh.from_host(x, devices, place.spec), whole, places
     )  # fmt: skip

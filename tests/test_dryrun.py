@@ -3,8 +3,10 @@
 Two tests compile for accelerators that are not here, in processes of their own.
 """
 
+import functools
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,9 +18,11 @@ import jax
 import numpy as np
 import pytest
 import runs
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from copsd_jax import aot, budget, chips, dryrun, main, mesh, methods, slices
+from copsd_jax import aot, budget, chips, dryrun, estimates, main, making, mesh, methods, slices
+from copsd_jax.kernels import attention
+from copsd_jax.sampler import engine
 
 optax_promotes = runs.optax_promotes
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
@@ -168,6 +172,9 @@ def test_exit_codes(capsys, monkeypatch, tmp_path):
     code, _, said = dry(capsys, "--dry_run=v5e-8", "--config.train.batch=4")
     assert code == 2
     assert "do not divide over 8 devices" in said
+    code, _, said = dry(capsys, "--dry_run=v5e-8", "--config.mesh.data=1", "--config.mesh.tensor=8")
+    assert code == 2
+    assert "mesh.tensor is 8: it does not divide the model's 4 query heads" in said
     code, _, said = dry(
         capsys, "--dry_run=v5e-8", "--config.model.shape=", "--config.model.path=some/one"
     )
@@ -221,6 +228,38 @@ class Device:
 
     def __init__(self, number: int, slice_index: int):
         self.id, self.slice_index = number, slice_index
+
+
+def test_what_stays_whole_is_told():
+    """2 key heads on a tensor axis of 4: kernels of k and v, and their adapters' b of rank 8."""
+    changes = {"mesh__data": 2, "mesh__tensor": 4, "lora__rank": 8, "lora__targets": ("k", "o")}
+    frame = aot.frame(runs.config("opsd", **changes), jax.devices())
+    kernels, b = 2 * (2 * 64 * 32) * 4, (2 * 8 * 32) * 4
+    told = f"{3 / 4 * (kernels + 4 * b) / 2**20:,.1f} MiB more on each device"
+    want = "along mesh.tensor=4 layers/k/kernel, layers/v/kernel, k/b: "
+    assert estimates.uneven(frame) == want + told
+    assert estimates.uneven(aot.frame(runs.config("opsd"), jax.devices())) == ""
+
+
+def test_the_model_of_memory_counts_repeated_key_heads():
+    """2 key heads on a tensor axis of 4, where each device has one: the cache that a run makes."""
+    frame = aot.frame(runs.config("opsd", mesh__data=2, mesh__tensor=4), jax.devices())
+    long = aot.lengths(frame.config, frame.model_config)
+    counted = budget.parts(frame, long, "rollout")
+    entries = -(-(long.student + long.completion + engine.INSERTED) // 128) * 128
+    slots = -(-frame.config.rollout.slots // 2) * 2
+    decoder = making.decoder(frame)
+    assert decoder.key_heads == 4
+    state = jax.eval_shape(
+        functools.partial(engine.empty, decoder, slots, entries, frame.dtype)
+    ).cache
+    specs = attention.axes(frame.mesh, slots, decoder.key_heads)
+    place = NamedSharding(frame.mesh, PartitionSpec(None, *specs))
+    held = sum(
+        math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x in state if x is not None
+    )
+    assert counted is not None
+    assert counted["cache"] == held
 
 
 def test_slices_are_the_outermost_part_of_data():

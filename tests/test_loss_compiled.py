@@ -263,7 +263,7 @@ def test_the_head_is_gathered_once_a_step():
             train_step.make(decoder, TX, options),
             out_shardings=(mesh.shardings(state, devices), None),
         )
-        placed = mesh.place(state, devices), mesh.place(params, devices)
+        placed = mesh.place(state, devices), mesh.place(params, devices, config.n_kv_heads)
         lowered = step.lower(*placed, mesh.place_batch(batch, devices), None, None)
     # The compiler must not be what moves them out of the loop.
     plain = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

@@ -58,6 +58,9 @@ def test_settings(refused):
     assert "the choices are smollm2, tiny" in refused(card="opsd.py:huge")
     assert "micro_batch is 3: it must divide" in refused("--config.train.micro_batch=3")
     assert "over 8 devices" in refused("--config.train.batch=4")
+    message = refused("--config.mesh.data=1", "--config.mesh.tensor=8")
+    assert "mesh.tensor is 8: it does not divide the model's 4 query heads" in message
+    assert "the choices are 1, 2, 4" in message
     assert "loss.top_k is -1" in refused("--config.loss.top_k=-1")
     assert "rollout.top_k is 99999: the model has" in refused("--config.rollout.top_k=99999")
     assert "loss.top_k is 99999: the model has" in refused("--config.loss.top_k=99999")

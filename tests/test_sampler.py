@@ -248,7 +248,7 @@ def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
     devices = jax.devices()[: int(np.prod(sizes))]
     with jax.set_mesh(mesh.make(*sizes, devices=devices)) as _:
         here = mesh.current()
-        placed = jax.device_put(tree, mesh.shardings(tree, here, gathered=True))
+        placed = jax.device_put(tree, mesh.shardings(tree, here, CONFIG.n_kv_heads, gathered=True))
         got = result(
             sampling, prompts, keys, shared=False, params=placed, slots=8,
             prefix=engine.encode_prefix(DECODER, placed, PREFIX),

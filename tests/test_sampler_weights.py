@@ -25,7 +25,7 @@ def trees():
 
 def hand_over(devices, frozen=None, **changes):
     settings = {"merge": False, "int8": False, "gather": True}
-    return weights.HandOver(devices, frozen, **settings | changes)
+    return weights.HandOver(devices, frozen, CONFIG.n_kv_heads, **settings | changes)
 
 
 def close(a, b, atol=1e-6):
@@ -36,7 +36,7 @@ def close(a, b, atol=1e-6):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (2, 1, 4)])
 def test_nothing_is_copied_where_both_layouts_are_one(sizes):
     devices = mesh.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    params, adapter = (mesh.place(tree, devices) for tree in trees())
+    params, adapter = (mesh.place(tree, devices, CONFIG.n_kv_heads) for tree in trees())
     got = hand_over(devices)(params, adapter, 0.5)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves((params, adapter)), strict=True):
         assert x is y
@@ -44,7 +44,7 @@ def test_nothing_is_copied_where_both_layouts_are_one(sizes):
 
 def test_what_fsdp_splits_is_gathered_once_and_the_adapter_each_time():
     devices = mesh.make(1, 4, 2)
-    params, adapter = (mesh.place(tree, devices) for tree in trees())
+    params, adapter = (mesh.place(tree, devices, CONFIG.n_kv_heads) for tree in trees())
     over = hand_over(devices, params)
     base, first = over(params, adapter, 0.5)
     close(base, params)
@@ -73,7 +73,7 @@ def test_what_fsdp_splits_is_gathered_once_and_the_adapter_each_time():
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_merged(sizes):
     devices = mesh.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    params, adapter = (mesh.place(tree, devices) for tree in trees())
+    params, adapter = (mesh.place(tree, devices, CONFIG.n_kv_heads) for tree in trees())
     got, none = hand_over(devices, merge=True)(params, adapter, 0.5)
     assert none is None
     for name in lora.TARGETS:
@@ -114,7 +114,7 @@ def test_int8_weights_on_a_mesh_and_in_the_sampler():
     texts = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         devices = mesh.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-        placed = [mesh.place(tree, devices) for tree in (params, adapter)]
+        placed = [mesh.place(tree, devices, CONFIG.n_kv_heads) for tree in (params, adapter)]
         tree, side = hand_over(devices, int8=True)(*placed, 0.5)
         with jax.set_mesh(devices):
             out = host.generate(DECODER, tree, prompts, sampling, keys=keys, adapter=side,

@@ -129,7 +129,7 @@ def test_any_mesh_gives_the_numbers_of_one_device(decoder, params, shape):
     with jax.set_mesh(devices):
         spread, spread_aux = step(
             mesh.place(state, devices),
-            mesh.place(params, devices),
+            mesh.place(params, devices, CONFIG.n_kv_heads),
             mesh.place_batch(batch, devices),
             None,
             None,
@@ -287,7 +287,7 @@ def test_micro_batches_on_eight_devices_equal_one(decoder, params):
         train_step.make(decoder, TX, options), out_shardings=(mesh.shardings(state, devices), None)
     )
     with jax.set_mesh(devices):
-        placed = mesh.place(state, devices), mesh.place(params, devices)
+        placed = mesh.place(state, devices), mesh.place(params, devices, CONFIG.n_kv_heads)
         many, spread = step(*placed, mesh.place_batch(batch, devices), None, None)
     np.testing.assert_allclose(spread.tokens.value_T, aux.tokens.value_T, atol=1e-5)
     jax.tree.map(

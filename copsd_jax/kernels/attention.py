@@ -132,7 +132,8 @@ def axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...], str | Non
     shards = mesh.batch_shards(shape)
     if slots % shards:
         raise ValueError(f"slots are {slots}: the {shards} parts of the mesh must divide them")
-    return mesh.BATCH, "tensor" if heads % shape.shape["tensor"] == 0 else None
+    _, slot, head, *_ = mesh.partition("cache/k", (1, slots, heads, 1, 1), shape)
+    return slot, head
 
 
 def _step(implementation: str, q, k, v, cache: Cache, layer, index_J) -> tuple[Part, Cache]:

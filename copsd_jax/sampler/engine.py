@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from copsd_jax import mesh, model
+from copsd_jax import mesh, model, token_blocks
 from copsd_jax.kernels import attention
 from copsd_jax.sampler import truncate
 
@@ -129,7 +129,7 @@ def empty(decoder: model.Decoder, slots: int, length: int, dtype: Any) -> State:
         ),
     )  # fmt: skip
     return State(
-        attention.empty(c.n_layers, slots, c.n_kv_heads, length, c.head_dim, dtype),
+        attention.empty(c.n_layers, slots, decoder.key_heads, length, c.head_dim, dtype),
         Slots(
             hidden_JD=zeros(decoder.dtype, c.d_model), fresh_J=zeros(bool), live_J=zeros(bool),
             token_J=zeros(jnp.int32), index_J=zeros(jnp.int32), drawn_J=zeros(jnp.int32),
@@ -313,11 +313,14 @@ def decode(
         step, _, slots, _ = carry
         return (step < steps) & (jnp.sum(slots.live_J) >= jnp.maximum(enough, 1))
 
+    head_VD = _head(weights)
+
     def advance(carry):
         step, cache, slots, chunk = carry
         cache, hidden_JD = _forward(decoder, weights, cache, slots)
         hidden_JD = jnp.where(slots.fresh_J[:, None], slots.hidden_JD, hidden_JD)
-        slots, chunk = _draw(form, weights, slots, chunk, hidden_JD, step)
+        logits_JV = model.logits(hidden_JD, head_VD)
+        slots, chunk = _draw(form, weights, slots, chunk, logits_JV, step)
         return step + 1, cache, slots, chunk
 
     step, cache, slots, chunk = jax.lax.while_loop(
@@ -340,10 +343,20 @@ def _forward(decoder, weights: Weights, cache: attention.Cache, slots: Slots):
     return output.cache, output.hidden_BLD[:, 0]
 
 
-def _draw(form: truncate.Form, weights: Weights, slots: Slots, chunk: Chunk, hidden_JD, step):
+def _head(weights: Weights) -> jax.Array:
+    """The head; a vocabulary that `tensor` does not divide is padded and split along it once a
+    chunk, since a head that is split along the width would sum all logits over the devices in each
+    step."""
+    head_VD = model.head(weights.params)
+    context = jax.sharding.get_abstract_mesh()
+    if context.empty or head_VD.shape[0] % context.shape["tensor"] == 0:
+        return head_VD
+    return token_blocks.gathered(head_VD, split_vocabulary=True)
+
+
+def _draw(form: truncate.Form, weights: Weights, slots: Slots, chunk: Chunk, logits_JV, step):
     """One token for each live slot, noted in column `step`."""
     live_J, request = slots.live_J, slots.request
-    logits_JV = model.logits(hidden_JD, model.head(weights.params))
     context = jax.sharding.get_abstract_mesh()
     token_J, logp_J, logp_truncated_J = truncate.sample(
         logits_JV, _token_keys(form, slots), request.rows, form, weights.valid_V,

@@ -144,7 +144,7 @@ def _empty(job: Job) -> programs.Program:
 
 
 def _prefill_program(job: Job, packed: engine.Packed) -> programs.Program:
-    head = attention.axes(job.mesh, job.settings.slots, job.decoder.config.n_kv_heads)[1]
+    head = attention.axes(job.mesh, job.settings.slots, job.decoder.key_heads)[1]
     pair = _sharding(job, None, mesh.BATCH, head)
     width = packed.tokens_RT.shape[1]
     return programs.program(

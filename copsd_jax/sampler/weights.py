@@ -25,6 +25,7 @@ class HandOver:
     Args:
       devices: the mesh of trainer and sampler.
       frozen: weights that never change, of which what is made is kept; others are made anew.
+      key_heads: K of the model, see mesh.partition.
       merge: the adapter becomes part of a copy of the base.
       int8: projections as `lora.quantised` makes them.
       gather: parameters whole along `fsdp`; otherwise as training has them.
@@ -32,11 +33,12 @@ class HandOver:
     """
 
     def __init__(
-        self, devices: Mesh, frozen: Any, *, merge: bool, int8: bool, gather: bool,
+        self, devices: Mesh, frozen: Any, key_heads: int | None = None, *,
+        merge: bool, int8: bool, gather: bool,
         call: Callable[..., Any] = lambda program, *args: program(*args),
     ):  # fmt: skip
         self._call = call
-        self._frozen, self._base = frozen, None
+        self._frozen, self._base, self._key_heads = frozen, None, key_heads
         self._mesh, self._merge, self._int8 = devices, merge, int8
         self._gather = gather and devices.shape["fsdp"] > 1
 
@@ -52,7 +54,7 @@ class HandOver:
                     self._base = self._made(params, None, scale)
                 params = self._base
         if adapter is not None and self._gather:
-            places = mesh.shardings(adapter, self._mesh, gathered=True)
+            places = mesh.shardings(adapter, self._mesh, self._key_heads, gathered=True)
             adapter = self._call(_mover(places), adapter)
         return params, adapter
 
@@ -63,8 +65,9 @@ class HandOver:
     def _made(self, params: Any, adapter: Any, scale: float) -> Any:
         made = functools.partial(_made, scale=scale, int8=self._int8)
         places = mesh.shardings(
-            jax.eval_shape(made, params, adapter), self._mesh, gathered=self._gather
-        )
+            jax.eval_shape(made, params, adapter), self._mesh, self._key_heads,
+            gathered=self._gather,
+        )  # fmt: skip
         return self._call(_program(scale, self._int8, places), params, adapter)
 
 
