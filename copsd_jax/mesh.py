@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -112,7 +113,7 @@ def _names(axis: Axis) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else axis or ()
 
 
-def _size(mesh: Mesh, axis: Axis) -> int:
+def _size(mesh: Any, axis: Axis) -> int:
     return math.prod(mesh.shape[name] for name in _names(axis))
 
 
@@ -151,19 +152,24 @@ def partition(
     Raises:
       ValueError: for a name that the table lacks, or a shape of another rank; without key_heads.
     """
-    axes = _axes(name, shape)
-    if name in VOCABULARIES and shape[0] % mesh.shape["tensor"]:
-        choices: tuple[Axis, ...] = (("fsdp", "tensor"), "fsdp", "tensor")
-        axes = None, next((axis for axis in choices if not shape[1] % _size(mesh, axis)), None)
-    axes = [
-        None if size % _size(mesh, axis) else axis for size, axis in zip(shape, axes, strict=True)
-    ]
+    axes = _stored(name, shape, mesh)
     if "tensor" in axes and name.split("/")[-2] in ("k", "v") and mesh.shape["tensor"] > 1:
         if key_heads is None:
             raise ValueError(f"the partition of {name} follows from the model's key_heads")
         if key_heads % mesh.shape["tensor"]:
             axes[axes.index("tensor")] = None
     return PartitionSpec(*axes)
+
+
+def _stored(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
+    """The axes that divide their dimensions."""
+    axes = _axes(name, shape)
+    if name in VOCABULARIES and shape[0] % mesh.shape["tensor"]:
+        choices: tuple[Axis, ...] = (("fsdp", "tensor"), "fsdp", "tensor")
+        axes = None, next((axis for axis in choices if not shape[1] % _size(mesh, axis)), None)
+    return [
+        None if size % _size(mesh, axis) else axis for size, axis in zip(shape, axes, strict=True)
+    ]
 
 
 def _axes(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
@@ -277,6 +283,43 @@ def rowwise(x: jax.Array) -> jax.Array:
     if sizes.empty or x.shape[0] % (sizes.shape["data"] * sizes.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *(None,) * (x.ndim - 1)))
+
+
+def lookup(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """table[tokens], [B, L, D], where the tokens' rows are split over the batch axes.
+
+    Each device looks its part of the width up, for all rows of its `fsdp` group, and the group
+    exchanges parts for rows: what travels is one copy of the result. The compiler, left alone, has
+    the whole batch's states on every device.
+    """
+    sizes = jax.sharding.get_abstract_mesh()
+    groups = 1 if sizes.empty else sizes.shape["fsdp"]
+    if groups == 1 or tokens_BL.shape[0] % (sizes.shape["data"] * groups):
+        return table_VD[tokens_BL]
+    spec = _stored("embed/embedding", table_VD.shape, sizes)
+    if "fsdp" not in _names(spec[1]):
+        return table_VD[tokens_BL]
+
+    def device(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+        all_BL = jax.lax.all_gather(tokens_BL, "fsdp", tiled=True)
+        if spec[0] is None:
+            x_BLD = table_VD[all_BL]
+        else:
+            own_BL = all_BL - jax.lax.axis_index("tensor") * jnp.int32(len(table_VD))
+            here_BL = (own_BL >= 0) & (own_BL < len(table_VD))
+            x_BLD = table_VD[jnp.where(here_BL, own_BL, 0)]
+            x_BLD = jnp.where(here_BL[:, :, None], x_BLD, jnp.zeros((), x_BLD.dtype))
+            x_BLD = jax.lax.psum(x_BLD, "tensor")
+        if "tensor" in _names(spec[1]):
+            x_BLD = jax.lax.all_gather(x_BLD, "tensor", axis=2, tiled=True)
+        return jax.lax.all_to_all(x_BLD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    rows = PartitionSpec(BATCH, None)
+    run = jax.shard_map(
+        device, in_specs=(PartitionSpec(*spec), rows), out_specs=PartitionSpec(BATCH, None, None),
+        check_vma=False,
+    )  # fmt: skip
+    return run(table_VD, tokens_BL)
 
 
 def headwise(x_BLKH: jax.Array) -> jax.Array:

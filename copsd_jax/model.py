@@ -414,7 +414,10 @@ class Decoder(nn.Module):
             c, self.dtype, self.query_block, self.decode,
             tuple(s.adapter_scale for s in streams), return_kv, self.key_repeats, name="layers",
         )  # fmt: skip
-        embed = lambda s: mesh.rowwise(embedding[s.tokens_BL].astype(self.dtype))  # noqa: E731
+        embed = lambda s: mesh.rowwise(  # noqa: E731
+            (mesh.lookup(embedding, s.tokens_BL) if s.cache is None else embedding[s.tokens_BL])
+            .astype(self.dtype)
+        )  # fmt: skip
         carry = tuple((embed(s), s.cache) for s in streams)
         slices = tuple((s.adapter, s.prefix) for s in streams)
         index = jnp.arange(c.n_layers, dtype=jnp.int32)

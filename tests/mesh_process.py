@@ -1,8 +1,8 @@
 """Three plain SGD steps of a run on a mesh; the leading process writes down what came out.
 
 Run as: mesh_process.py CARD DATA FSDP TENSOR FILE [RANK PROCESSES PORT], with eight CPU devices in
-all, one for a mesh of one. FILE becomes an npz: ids of rows and sampled tokens of each step, loss of
-each step, gradient of the first and change of the parameters after the last, leaf by leaf.
+all, one for a mesh of one. FILE becomes an npz: ids of rows and sampled tokens of each step, loss
+of each step, gradient of the first and change of the parameters after the last, leaf by leaf.
 """
 
 import os
@@ -61,7 +61,7 @@ def begun(plan: plans.Plan, state: train_step.State, tx) -> train_step.State:
         name: {"a": leaf["a"], "b": 0.05 * draw.standard_normal(leaf["b"].shape, np.float32)}
         for name, leaf in sorted(state.trained.items())
     }
-    places = mesh.shardings(trained, plan.mesh)
+    places = mesh.shardings(trained, plan.mesh, plan.model_config.n_kv_heads)
     trained = jax.tree.map(
         lambda x, place: x if isinstance(x, jax.Array) else mesh.put(x, place), trained, places
     )

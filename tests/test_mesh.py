@@ -189,3 +189,28 @@ def test_refusals():
     with pytest.raises(ValueError, match="one of them may be -1"):
         mesh.make(-1, -1, 1)
     assert mesh.make(-1, 2, 2).shape["data"] == 2
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 2, 4), (8, 1, 1)])
+@pytest.mark.parametrize("V", [40, 37])  # that tensor divides, and does not
+def test_lookup_is_indexing_and_its_gradient_a_sum_of_rows(sizes, V):
+    devices = mesh.make(*sizes)
+    draw = np.random.default_rng(0)
+    table = draw.standard_normal((V, 16), np.float32)
+    tokens = draw.integers(0, V, (8, 5)).astype(np.int32)
+    weights = draw.standard_normal((8, 5, 16), np.float32)
+    placed = mesh.place({"embed": {"embedding": jnp.asarray(table)}}, devices)["embed"]["embedding"]
+
+    def loss(table, tokens):
+        x = mesh.lookup(table, tokens)
+        return jnp.sum(x * jnp.asarray(weights)), x
+
+    with jax.set_mesh(devices):
+        program = jax.jit(jax.grad(loss, has_aux=True)).lower(
+            placed, mesh.place_batch(tokens, devices)
+        ).compile()  # fmt: skip
+        grad, x = program(placed, mesh.place_batch(tokens, devices))
+    np.testing.assert_array_equal(x, table[tokens])
+    expected = np.zeros((V, 16))
+    np.add.at(expected, tokens.reshape(-1), weights.reshape(-1, 16).astype(np.float64))
+    np.testing.assert_allclose(grad, expected, atol=1e-5)
