@@ -232,7 +232,7 @@ def _training(c: Config) -> None:
     c.mesh = h = config_dict.ConfigDict()
     h.data = -1  # devices along each axis; -1 takes the rest
     h.fsdp = 1  # also splits parameters
-    h.tensor = 1  # splits heads, MLP and vocabulary
+    h.tensor = 1  # splits heads, MLP and vocabulary; must divide the model's query heads
     h.coordinator = ""  # of several processes: host:port of the first, or auto on a known cluster
     h.processes = 1  # how many there are, with host:port
     h.process = 0  # which of them this one is, with host:port

@@ -150,7 +150,7 @@ def test_a_part_is_read_once_whatever_devices_have_it():
         np.testing.assert_array_equal(got, whole)
         assert got.sharding == sharding
         assert len(cuts) == count
-    assert mesh.read((), NamedSharding(devices, P()), lambda _: np.float32(3)) == 3
+    assert mesh.read((), NamedSharding(devices, P()), lambda _: np.array(3, np.float32)) == 3
 
 
 def test_partitions_by_hand():
