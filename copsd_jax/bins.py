@@ -116,6 +116,43 @@ def plan(
         micros += max(1, micros // 16)
 
 
+def apart(lengths: Sequence[int], completions: int, *, shards: int, micros: int, budget: int):
+    """(micro-batches, rows of a bin) where each row has one sample, as if all were the longest.
+
+    A budget is rounded up to whole samples, since shorter ones would use it up.
+
+    Args:
+      lengths: of a row of each side.
+    """
+    rows = -(-budget // sum(lengths)) if budget else -(-completions // (micros * shards))
+    return -(-completions // (rows * shards)), rows
+
+
+def plan_apart(
+    completions_B: Sequence[int],
+    sides: Sequence[Texts],
+    *,
+    shards: int,
+    micros: int = 1,
+    budget: int = 0,
+    row: int = 0,
+) -> Plan:
+    """`plan`, but one completion a row: for a dry run, whose texts are as long as they may be.
+
+    Raises:
+      ValueError: as `plan`.
+    """
+    longest = [max(row, _longest(completions_B, side)) for side in sides]
+    if budget:
+        check_budget(budget, longest)
+    lengths = [rounded(n, LEAST) for n in longest]
+    B = len(completions_B)
+    micros, rows = apart(lengths, B, shards=shards, micros=micros, budget=budget)
+    places = tuple([Place(b % rows, 0, side.prompts_B[b]) for b in range(B)] for side in sides)
+    sizes = tuple(Size(rows, length) for length in lengths)
+    return Plan(micros, shards, [b // rows for b in range(B)], sizes, places)
+
+
 def check_budget(budget: int, longest: Sequence[int]) -> None:
     """Whether train.micro_tokens holds a sample with these tokens on each side.
 

@@ -33,8 +33,9 @@ theirs:
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from copsd_jax import bins, mesh
 
@@ -170,14 +171,22 @@ def fills(batch: Batch) -> dict[str, float]:
     )
 
 
-def place(batch: Batch, where: Mesh) -> Batch:
-    """The batch on the mesh: rows split over its axes of the batch; of a packed one each bin where
-    its rows are, and the arrays of completions whole on every device."""
+def places(batch: Batch, where: Mesh) -> Batch:
+    """Shardings: rows split over the mesh's axes of the batch; of a packed batch each bin where its
+    rows are, and the arrays of completions whole on every device."""
+    whole = NamedSharding(where, PartitionSpec())
     if batch.source_UST is None:
-        return mesh.place_batch(batch, where)
-    apart = {"student": batch.student, "teacher": batch.teacher, "source_UST": batch.source_UST}
-    rest = mesh.replicate(batch._replace(**dict.fromkeys(apart)), where)
-    return rest._replace(**mesh.place_batch(apart, where, axis=1))
+        rows = NamedSharding(where, PartitionSpec(mesh.BATCH))
+        return jax.tree.map(lambda _: rows, batch)
+    rows = NamedSharding(where, PartitionSpec(None, mesh.BATCH))
+    student, teacher = jax.tree.map(lambda _: rows, (batch.student, batch.teacher))
+    rest = jax.tree.map(lambda _: whole, batch)
+    return rest._replace(student=student, teacher=teacher, source_UST=rows)
+
+
+def place(batch: Batch, where: Mesh) -> Batch:
+    """The batch on the mesh, from arrays that every process has."""
+    return jax.tree.map(mesh.put, batch, places(batch, where))
 
 
 # --- several samples in a row -----------------------------------------------------------------

@@ -49,14 +49,14 @@ def step(frame: plans.Frame | plans.Plan, decoder, tx, options, state) -> Any:
 
 
 def packed(
-    frame: plans.Frame | plans.Plan, batch: layout.Batch, alike: bool = True
+    frame: plans.Frame | plans.Plan, batch: layout.Batch, caps: bool = False
 ) -> layout.Batch:
     """The batch of `layout.pack`, its samples in rows and micro-batches as train.pack says.
 
     Every process makes the same of the same lengths.
 
     Args:
-      alike: whether prompts may stand once where train.pack=shared.
+      caps: of a dry run's batch, with texts as long as they may be: one a row, none shared.
 
     Raises:
       ValueError: a sample that train.micro_tokens does not hold.
@@ -65,8 +65,8 @@ def packed(
     if c.train.pack == "off":
         return batch
     shared = c.train.pack == "shared"
-    lengths, sides = layout.texts(batch, shared and alike)
-    plan = bins.plan(
+    lengths, sides = layout.texts(batch, shared and not caps)
+    plan = (bins.plan_apart if caps else bins.plan)(
         lengths, sides, shards=mesh.batch_shards(frame.mesh), micros=options(frame).micro_batches,
         budget=c.train.micro_tokens, row=c.train.row_tokens,
     )  # fmt: skip

@@ -103,7 +103,7 @@ def with_policy(batch):
 @pytest.mark.parametrize("norm", NORMS)
 def test_groups_with_their_prompts_once_equal_rows_of_their_own(decoder, params, norm):
     batch = layout.pack(*samples(1, 8))
-    rows, plan = arranged(batch, micros=2)
+    rows, _ = arranged(batch, micros=2)
     assert rows.student.tokens_BL.size < 0.6 * batch.student.tokens_BL.size
     assert_same(step(decoder, params, rows, norm=norm), step(decoder, params, batch, norm=norm))
 
@@ -198,6 +198,6 @@ def test_a_run_with_packed_rows_has_the_metrics_of_one_without(tmp_path):
         assert on.pop("micro_batches") == 1
         for name, value in off.items():
             if name.startswith("fill_"):
-                assert on[name] > value
+                assert 0.5 < on[name] <= 1
             elif not name.startswith("seconds/"):
                 assert on[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
