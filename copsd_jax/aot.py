@@ -447,7 +447,8 @@ def step(one, long: Lengths, trees, parts, held, said) -> Phase:
     c, make = one.config, _Maker(one, said, [])
     decoder = making.decoder(one)
     whole = PartitionSpec()
-    arrays = mesh.abstract(batch(c, long), one.mesh, PartitionSpec(mesh.BATCH))
+    rows = making.packed(one, batch(c, long), caps=True)
+    arrays = mesh.abstract(rows, one.mesh, layout.places(rows, one.mesh))
     prefix = kvs = None
     if long.prefix:
         prefix = mesh.abstract(np.zeros(long.prefix, np.int32), one.mesh, whole)
@@ -468,8 +469,10 @@ def step(one, long: Lengths, trees, parts, held, said) -> Phase:
 def _blocks(one, options: train_step.Options, arrays: layout.Batch) -> int:
     """Blocks of tokens that the loss goes over, if every token has weight."""
     B, C = arrays.mask_BC.shape
-    shards = mesh.batch_shards(one.mesh)
-    tokens = B * C // options.micro_batches // shards
+    if arrays.source_UST is not None:
+        tokens = arrays.source_UST.shape[2]
+    else:
+        tokens = B * C // options.micro_batches // mesh.batch_shards(one.mesh)
     return token_blocks.size(tokens, options.chunk, 1)[0]
 
 

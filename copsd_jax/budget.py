@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from copsd_jax import aot, chips, layout, lora, making, mesh, model, plans, train_step
+from copsd_jax import aot, bins, chips, layout, lora, making, mesh, model, plans, train_step
 from copsd_jax.kernels import blocks
 from copsd_jax.sampler import engine, packing
 
@@ -153,23 +153,66 @@ def _key_heads(m: model.ModelConfig, tensor: int) -> int:
     return m.n_kv_heads * mesh.key_repeats(m.n_heads, m.n_kv_heads, tensor) // tensor
 
 
+class Rows(NamedTuple):
+    """Of a micro-batch on one device, if every text is as long as it may be.
+
+    Attributes:
+      micros: micro-batches.
+      count: rows of each side.
+      student, teacher: their lengths, 0 without a teacher.
+      tokens: places for completion tokens.
+    """
+
+    micros: int
+    count: int
+    student: int
+    teacher: int
+    tokens: int
+
+    @property
+    def micro_tokens(self) -> int:
+        return self.count * (self.student + self.teacher)
+
+
+def rows(frame: Any, long: aot.Lengths, micro: int = 0) -> Rows:
+    """Rows of a micro-batch of `micro` completions, 0 for what the config says: packed rows as one
+    sample each."""
+    c = frame.config
+    shards = frame.mesh.shape["data"] * frame.mesh.shape["fsdp"]
+    completions = c.train.batch * c.rollout.per_prompt
+    size = layout.bucket
+    if c.train.pack != "off":
+        size = lambda n: bins.rounded(max(n, c.train.row_tokens), bins.LEAST)  # noqa: E731
+    student = size(long.student + long.completion)
+    teacher = size(long.teacher + long.completion) if c.method == "distill" else 0
+    budget = 0 if micro else c.train.micro_tokens
+    micro = micro or c.train.micro_batch or completions
+    micros, count = bins.apart(
+        [student, teacher], completions, shards=shards, micros=completions // micro, budget=budget
+    )
+    each = layout.bucket(long.completion) if c.train.pack == "off" else student
+    return Rows(micros, count, student, teacher, count * each)
+
+
+def micro_setting(frame: Any, long: aot.Lengths, micro: int) -> tuple[str, int]:
+    """The setting that makes micro-batches of so many completions, and its value."""
+    if frame.config.train.micro_tokens:
+        return "train.micro_tokens", rows(frame, long, micro).micro_tokens
+    return "train.micro_batch", micro
+
+
 def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int]:
     c, m, where = frame.config, frame.model_config, frame.mesh
-    tensor, shards = where.shape["tensor"], where.shape["data"] * where.shape["fsdp"]
-    item = np.dtype(frame.dtype).itemsize
-    completions = c.train.batch * c.rollout.per_prompt
-    rows = max(1, (micro or c.train.micro_batch or completions) // shards)
-    C = layout.bucket(long.completion)
-    student = rows * layout.bucket(long.student + long.completion)
-    taught = c.method == "distill"
-    teacher = rows * layout.bucket(long.teacher + long.completion) if taught else 0
+    tensor, item = where.shape["tensor"], np.dtype(frame.dtype).itemsize
+    found = rows(frame, long, micro)
+    student, teacher = found.count * found.student, found.count * found.teacher
     layer = _layer(m, tensor, item)
     kept = m.d_model * item if c.model.remat == "layer" else layer
     # The backward pass holds a layer's values and their gradients; the teacher's go forward only.
     working = max(2 * student * layer, (student + teacher) * layer // 2)
-    longest = max(student, teacher) // rows
+    longest = max(found.student, found.teacher)
     heads = m.n_heads // tensor
-    attention = rows * heads * min(longest, QUERIES) * longest * 10
+    attention = found.count * heads * min(longest, QUERIES) * longest * 10
     shapes = _shapes(frame)
     grads = 2 * _size(shapes.trained, frame)
     full = c.train.trainable == "full"
@@ -177,13 +220,13 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
     gathered = m.vocab_size // tensor * m.d_model * item * (2 if full else 1)
     if where.shape["fsdp"] > 1:
         gathered += 2 * _one_layer(m, tensor, item)
-    states = 4 * rows * C * m.d_model * 4
+    states = 4 * found.tokens * m.d_model * 4
     return {
         "sampler's weights": _copies(frame)[1],
-        "batch": _batch(completions // shards, long, C, taught),
+        "batch": _batch(frame, found, long),
         "activations": m.n_layers * student * kept,
         "temporaries": working + attention + grads + gathered + states
-        + (base if full else 0) + _entries(frame, rows * C, kind),
+        + (base if full else 0) + _entries(frame, found.tokens, kind),
     }  # fmt: skip
 
 
@@ -221,11 +264,17 @@ def _kind(where: Any) -> str:
     return where.devices.flat[0].device_kind if hasattr(where, "devices") else ""
 
 
-def _batch(rows: int, long: aot.Lengths, C: int, taught: bool) -> int:
-    """All of a step's rows on a device: three int32 a position, and an index and more a token."""
-    sides = [layout.bucket(long.student + long.completion)]
-    sides += [layout.bucket(long.teacher + long.completion)] if taught else []
-    return rows * (sum(12 * length + 4 * C for length in sides) + 10 * C)
+def _batch(frame: Any, found: Rows, long: aot.Lengths) -> int:
+    """All of a step's rows on a device: three int32 a position (four with shared prompts), and an
+    index and more a token. Where rows are packed, completions' own arrays are on every device."""
+    c = frame.config
+    C, sides = layout.bucket(long.completion), 2 if found.teacher else 1
+    positions = found.micros * found.micro_tokens
+    if c.train.pack == "off":
+        return 12 * positions + found.micros * found.count * (4 * sides + 10) * C
+    each = 16 if c.train.pack == "shared" else 12
+    index = found.micros * found.tokens * 4 * (sides + 1)
+    return each * positions + index + c.train.batch * c.rollout.per_prompt * 10 * C
 
 
 # --- advice -----------------------------------------------------------------------------------
@@ -285,13 +334,16 @@ def _meshes(frame: plans.Frame, config: Any, devices: int, words: str) -> Iterat
             told = f"{words}--config.mesh.data=1 --config.mesh.fsdp={fsdp}"
             told += f" --config.mesh.tensor={tensor}" if tensor > 1 else ""
             told += f" --config.model.remat={remat}" if remat != config.model.remat else ""
+            other: Any = dataclasses.replace(frame, config=changed, mesh=where)
+            long = aot.lengths(changed, frame.model_config)
+            now = config.train.micro_batch or completions
+            if config.train.micro_tokens:
+                now = rows(other, long).count * fsdp
             for micro in reversed(micro_batches(config, fsdp)):
-                if micro > (config.train.micro_batch or completions) and micro != fsdp:
+                if micro > now and micro != fsdp:
                     continue
-                more = "" if micro == (config.train.micro_batch or completions) else (
-                    f" --config.train.micro_batch={micro}"
-                )  # fmt: skip
-                other: Any = dataclasses.replace(frame, config=changed, mesh=where)
+                name, value = micro_setting(other, long, micro)
+                more = "" if micro == now else f" --config.{name}={value}"
                 yield _Choice(told + more, other, micro)
 
 

@@ -189,6 +189,9 @@ def _training(c: Config) -> None:
     n.steps = 100  # optimizer steps; 0 evaluates only
     n.batch = 32  # problems per step
     n.micro_batch = 0  # completions per gradient accumulation step; 0 for all at once
+    n.micro_tokens = 0  # instead: tokens of its rows on each device, both sides, with a train.pack
+    n.pack = "off"  # rows: several samples in a row; shared: and what they have as prompt once
+    n.row_tokens = 0  # of a packed row, if no sample is longer; 0 for what suits a step's lengths
     n.trainable = "lora"  # or full: every weight
     n.lr = 5e-6  # peak learning rate
     n.schedule = "linear"  # to 0 at the last step, after warm-up

@@ -182,7 +182,7 @@ def largest(built: aot.Built) -> dict:
     if "step" in built.phases:
         now = built.phases["step"].total
         base = sum((budget.parts(one, long, "step") or {}).values())
-        out["train.micro_batch"] = max(
+        most = max(
             (
                 micro
                 for micro in budget.micro_batches(one.config, mesh.batch_shards(one.mesh))
@@ -191,6 +191,8 @@ def largest(built: aot.Built) -> dict:
             ),
             default=0,
         )
+        name, value = budget.micro_setting(one, long, most or 1)
+        out[name] = value if most else 0
     shards = mesh.batch_shards(one.mesh)
     for name, setting in (("rollout", "rollout.slots"), ("evaluation", "eval.slots")):
         if name in built.phases and "cache" in built.phases[name].parts:

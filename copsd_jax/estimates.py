@@ -33,6 +33,9 @@ def memory(plan: plans.Plan) -> dict[str, int]:
     completions = c.train.batch * c.rollout.per_prompt
     micro = c.train.micro_batch or completions
     length = plan.longest["student"] + c.rollout.max_tokens
+    rows = micro * length  # tokens of the student's side
+    if c.train.micro_tokens:
+        rows = min(rows, c.train.micro_tokens * mesh.batch_shards(plan.mesh))
     copies = 4 + (c.teacher.weights == "ema")
     kept = 1 if c.model.remat == "layer" else 20
     entry = shape.head_dim * item
@@ -43,14 +46,14 @@ def memory(plan: plans.Plan) -> dict[str, int]:
     cache = 2 * shape.n_layers * shape.n_kv_heads * repeats * entry
     dense = c.loss.implementation == "dense"
     # A chunk of the loss is of each device's tokens.
-    tokens = micro * c.rollout.max_tokens
+    tokens = min(rows, micro * c.rollout.max_tokens)
     if not dense:
         tokens = min(tokens, c.loss.chunk * mesh.batch_shards(plan.mesh))
     return {
         "weights": _bytes(model.abstract(shape, plan.dtype)),
         "training state": copies * _bytes(plans.trained_shapes(plan.config, plan.model_config)),
         "decode cache": cache * c.rollout.slots * length,
-        "activations": micro * length * shape.d_model * shape.n_layers * kept * item,
+        "activations": rows * shape.d_model * shape.n_layers * kept * item,
         "logits": 4 * 4 * tokens * shape.vocab_size,
     }
 

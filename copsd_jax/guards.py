@@ -50,7 +50,8 @@ _PLAIN = """
     ratio advantage advantage_negative
     policy_loss policy_tokens policy_entropy policy_ratio ratio_clipped kl_initial
     taught filtered overlong_teacher_prompts leaked replies_cut slot_occupancy
-    seconds/rollout seconds/sampler seconds/step
+    fill_student fill_teacher micro_batches
+    seconds/rollout seconds/sampler seconds/packing seconds/step
 """
 METRICS = (
     *_PLAIN.split(),

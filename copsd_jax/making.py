@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from copsd_jax import implementations, lora, mesh, model, plans, train_step
+from copsd_jax import (
+    bins,
+    implementations,
+    layout,
+    lora,
+    mesh,
+    model,
+    plans,
+    prompts,
+    train_step,
+)
 from copsd_jax.sampler import jobs, weights
 
 ADAPTER_STREAM = 1001  # random stream of a seed besides the sampler's, whose purposes count from 0
@@ -42,6 +52,52 @@ def step(frame: plans.Frame | plans.Plan, decoder, tx, options, state) -> Any:
         train_step.make(decoder, tx, options),
         donate_argnums=0,
         out_shardings=(places(state, frame), whole),
+    )
+
+
+def packed(
+    frame: plans.Frame | plans.Plan, batch: layout.Batch, caps: bool = False
+) -> layout.Batch:
+    """The batch of `layout.pack`, its samples in rows and micro-batches as train.pack says.
+
+    Every process makes the same of the same lengths.
+
+    Args:
+      caps: of a dry run's batch, with texts as long as they may be: one a row, none shared.
+
+    Raises:
+      ValueError: a sample that train.micro_tokens does not hold.
+    """
+    c = frame.config
+    if c.train.pack == "off":
+        return batch
+    shared = c.train.pack == "shared"
+    lengths, sides = layout.texts(batch, shared and not caps)
+    plan = (bins.plan_apart if caps else bins.plan)(
+        lengths, sides, shards=mesh.batch_shards(frame.mesh), micros=options(frame).micro_batches,
+        budget=c.train.micro_tokens, row=c.train.row_tokens,
+    )  # fmt: skip
+    return layout.packed(batch, plan, shared)
+
+
+def check_rows(plan: plans.Plan) -> None:
+    """Whether train.micro_tokens holds the longest sample that a step may have.
+
+    Raises:
+      ValueError: with the least that would.
+    """
+    c = plan.config
+    if not c.train.micro_tokens or not plan.rows:
+        return
+    prompts_of = {"student": prompts.student(plan.tokenizer, plan.student, plan.rows[0])}
+    if c.method == "distill":
+        prompts_of["teacher"] = plans.probe(plan, plan.rows[0])
+    bins.check_budget(
+        c.train.micro_tokens,
+        [
+            max(c.train.row_tokens, plan.longest[side] - len(one.prefix_ids) + c.rollout.max_tokens)
+            for side, one in prompts_of.items()
+        ],
     )
 
 

@@ -22,6 +22,8 @@ from copsd_jax import (
     guards,
     implementations,
     languages,
+    layout,
+    making,
     mesh,
     metrics,
     plans,
@@ -42,6 +44,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[plans.P
     """
     known = workdir.check(directory, config_lib.flat(config))
     plan = plans.make(config)
+    making.check_rows(plan)
     if known:
         workdir.check_facts(directory, _facts(plan))
     return plan, known
@@ -105,8 +108,10 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
         for step in range(first, first if guard["stopped"] else c.train.steps):
             with timer("rollout"):
                 work = method.make_batch(r, state, next(order), step)
+            with timer("packing"):
+                rows = making.packed(plan, work.batch)
             with timer("step"):
-                batch = mesh.place_batch(work.batch, plan.mesh)
+                batch = layout.place(rows, plan.mesh)
                 factor = np.float32(guard["factor"])
                 state, aux = r.step(
                     state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor
@@ -114,6 +119,7 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
                 aux = jax.device_get(aux)  # waits for the step
             values = {
                 **measured(r.options.policy, aux.metrics),
+                **layout.fills(rows),
                 **work.metrics,
                 **attempts.add_tokens(r, work, aux),
                 "learning_rate": float(r.rate(step)) * float(factor),

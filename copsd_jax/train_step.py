@@ -187,7 +187,13 @@ def _hidden(
     """
     streams = [
         model.Stream(
-            side.tokens_BL, side.positions_BL, side.segments_BL, policy.adapter, scale, prefix
+            side.tokens_BL,
+            side.positions_BL,
+            side.segments_BL,
+            policy.adapter,
+            scale,
+            prefix,
+            parents_BL=side.parents_BL,
         )
         for policy, side, prefix in sides
     ]
@@ -198,11 +204,24 @@ def _hidden(
             decoder.apply({"params": policy.params}, (stream,))[0]
             for (policy, _, _), stream in zip(sides, streams, strict=True)
         ]
-    gathered = []
-    for output, (_, side, _) in zip(outputs, sides, strict=True):
-        flat = output.hidden_BLD.reshape(-1, output.hidden_BLD.shape[-1])
-        gathered.append(flat[side.gather_BC.reshape(-1)])
-    return gathered
+    return [
+        _gathered(output.hidden_BLD, side.gather_BC)
+        for output, (_, side, _) in zip(outputs, sides, strict=True)
+    ]
+
+
+def _gathered(hidden_BLD: jax.Array, gather_BC: jax.Array) -> jax.Array:
+    """[B x C, D]; row b of the index is into the b-th equal part of the rows alone.
+
+    Said so, as one gather for each part, no hidden state travels between devices.
+    """
+    parts, D = len(gather_BC), hidden_BLD.shape[-1]
+    hidden_BLD = hidden_BLD.reshape(parts, -1, D)
+    start_B = jnp.arange(parts, dtype=jnp.int32) * hidden_BLD.shape[1]
+    taken_BCD = jax.vmap(lambda hidden_LD, at_C: hidden_LD[at_C])(
+        hidden_BLD, gather_BC - start_B[:, None]
+    )
+    return taken_BCD.reshape(-1, D)
 
 
 def _flat(x: Any) -> Any:
@@ -326,7 +345,8 @@ def make(
 ) -> Callable[..., tuple[State, Aux]]:
     """The step: `step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1)`.
 
-    `batch` is a layout.Batch of all the step's completions; `student_prefix` int32 [P] or None;
+    `batch` is a layout.Batch of all the step's completions, packed or not (then
+    `options.micro_batches` cuts it); `student_prefix` int32 [P] or None;
     `teacher_kv` the KVs of the teacher's prefix under each of `teachers`, or None. The loss is
     sum(weight x value) with the weights of `losses.token_weights` over the whole step, so that
     micro-batches add up to it. Returns (state, Aux).
@@ -334,8 +354,7 @@ def make(
     loss = _loss(decoder, options)
 
     def step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1.0):
-        n = options.micro_batches
-        B, C = batch.mask_BC.shape
+        cut, join = _cuts(batch, options.micro_batches)
         weights = _weights(batch, options)
         head = None  # one of all policies, where it does not train: brought together once a step
         if options.trainable == "lora":
@@ -351,10 +370,10 @@ def make(
             return (total + value, jax.tree.map(jnp.add, grads, grad)), stats
 
         zeros = jax.tree.map(jnp.zeros_like, state.trained)
-        inputs = (_split(batch, n), tuple(_cut(weight, n) for weight in weights))
+        inputs = (_split(batch, options.micro_batches), tuple(cut(weight) for weight in weights))
         start = (jnp.zeros((), jnp.float32), zeros)
         (total, grads), stats = jax.lax.scan(accumulate, start, inputs)
-        tokens, policy = jax.tree.map(lambda x: _join(x.reshape(n, B // n, C)), stats)
+        tokens, policy = jax.tree.map(join, stats)
         updates, opt_state = tx.update(grads, state.optimizer, state.trained)
         # AdamW's update is proportional to the learning rate, weight decay included.
         updates = jax.tree.map(lambda x: x * jnp.asarray(lr_factor, x.dtype), updates)
@@ -373,6 +392,24 @@ def make(
     return step
 
 
+def _cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
+    """What deals an array [B, C] out to the micro-batches, and what brings theirs, flat, back."""
+    B, C = batch.mask_BC.shape
+    source_UST = batch.source_UST
+    if source_UST is None:
+        return lambda x: _cut(x, n), lambda x: _join(x.reshape(n, B // n, C))
+
+    def cut(x_BC: jax.Array) -> jax.Array:
+        none = jnp.zeros((1,), x_BC.dtype)
+        return jnp.concatenate([x_BC.reshape(-1), none])[source_UST]
+
+    def join(x: jax.Array) -> jax.Array:
+        flat = jnp.zeros((B * C,), x.dtype)
+        return flat.at[source_UST.reshape(-1)].set(x.reshape(-1), mode="drop").reshape(B, C)
+
+    return cut, join
+
+
 def _cut(x: jax.Array, n: int) -> jax.Array:
     """[B, ...] as [n, B / n, ...]; row b becomes row b // n of micro-batch b % n.
 
@@ -387,10 +424,16 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 def _split(batch: layout.Batch, n: int) -> layout.Batch:
-    """All arrays cut into n micro-batches; gather indices, flat in B x L, become local ones.
+    """All arrays cut into micro-batches: as they were packed, or into n, when gather indices, flat
+    in B x L, become local ones.
 
     B = 4, n = 2, L = 10: sample 3 is row 1 of micro-batch 1, so its index 34 becomes 14.
     """
+    cut, _ = _cuts(batch, n)
+    rest = batch._replace(student=None, teacher=None, source_UST=None)
+    rest = jax.tree.map(cut, rest)
+    if batch.source_UST is not None:
+        return rest._replace(student=batch.student, teacher=batch.teacher)
 
     def side(s: layout.Side) -> layout.Side:
         B, L = s.tokens_BL.shape
@@ -398,7 +441,6 @@ def _split(batch: layout.Batch, n: int) -> layout.Batch:
         local = s._replace(gather_BC=s.gather_BC - ((b - b // n) * L)[:, None])
         return jax.tree.map(lambda x: _cut(x, n), local)
 
-    rest = jax.tree.map(lambda x: _cut(x, n), batch._replace(student=None, teacher=None))
     teacher = None if batch.teacher is None else side(batch.teacher)
     return rest._replace(student=side(batch.student), teacher=teacher)
 

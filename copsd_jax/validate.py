@@ -53,6 +53,7 @@ CHOICES = {
     "sampler.warmup": ("auto", "always", "never"),
     "train.trainable": ("lora", "full"),
     "train.schedule": ("constant", "linear", "cosine"),
+    "train.pack": ("off", "rows", "shared"),
     "loss.divergence": ("fkl", "rkl", "jsd", "sampled"),
     "loss.clip_mode": ("none", "element", "token", "token_weight", "huber"),
     "loss.top_k_of": ("teacher", "student", "union"),
@@ -131,7 +132,7 @@ def vocabulary(config: config_lib.Config, vocab_size: int) -> None:
 
 
 def shards(config: config_lib.Config, devices: int) -> None:
-    """Completions of a micro-batch against the devices that share them.
+    """Completions of a micro-batch against the devices that share them, unless rows are packed.
 
     Raises:
       ValueError: they do not divide.
@@ -139,7 +140,7 @@ def shards(config: config_lib.Config, devices: int) -> None:
     s = config_lib.flat(config)
     completions = s["train.batch"] * s["rollout.per_prompt"]
     micro = s["train.micro_batch"] or completions
-    if micro % devices:
+    if micro % devices and s["train.pack"] == "off":
         _refuse(
             "train.micro_batch" if s["train.micro_batch"] else "train.batch",
             s["train.micro_batch"] or s["train.batch"],
@@ -167,21 +168,19 @@ def _check_ranges(s: Mapping) -> None:
         "seed data.limit loss.group prompt.exemplars rollout.temperature rollout.top_k "
         "author.temperature author.top_k author.retries author.backoff context.section_tokens "
         "policy.clip_high policy.dual_clip policy.kl policy.rollout_clip loss.rollout_clip "
-        "loss.top_k loss.skip_below train.steps "
-        "sampler.retries sampler.backoff sampler.max_model_len "
-        "train.micro_batch train.warmup train.weight_decay train.max_grad_norm train.keep "
-        "eval.limit eval.every eval.max_tokens eval.temperature eval.top_k"
+        "loss.top_k loss.skip_below sampler.retries sampler.backoff sampler.max_model_len "
+        "train.steps train.micro_batch train.micro_tokens train.row_tokens train.warmup "
+        "train.weight_decay train.max_grad_norm train.keep eval.limit eval.every eval.max_tokens "
+        "eval.temperature eval.top_k"
     ).split()
-    positive = (
-        "train.lr train.eps lora.alpha eval.grade_seconds author.timeout sampler.timeout"
-    ).split()
+    positive = "train.lr train.eps lora.alpha eval.grade_seconds author.timeout sampler.timeout"
     for name in at_least_one:
         if s[name] < 1:
             _refuse(name, s[name], "it must be at least 1")
     for name in at_least_zero:
         if not (s[name] >= 0 and math.isfinite(s[name])):
             _refuse(name, s[name], "it must be at least 0, and finite")
-    for name in positive:
+    for name in positive.split():
         if not (s[name] > 0 and math.isfinite(s[name])):
             _refuse(name, s[name], "it must be a positive number")
     for name, value in s.items():
@@ -490,6 +489,8 @@ READ = (
         "prompt.exemplars_path prompt.exemplars_lang", "prompt.exemplars",
         lambda s: s["prompt.exemplars"] > 0,
     ),
+    _one_of("train.micro_tokens train.row_tokens", "train.pack", "rows", "shared"),
+    _one_of("train.micro_tokens", "train.micro_batch", 0),
     _one_of("lora.rank lora.alpha lora.targets sampler.merge", "train.trainable", "lora"),
     _one_of(
         "sampler.steps sampler.pack sampler.cache sampler.attention sampler.merge sampler.int8 "

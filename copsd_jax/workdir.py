@@ -26,6 +26,10 @@ from copsd_jax import processes
 FREE = (
     "description",
     "mesh.",
+    # As the number of slots: the same tokens in other rows.
+    "train.pack",
+    "train.row_tokens",
+    "train.micro_tokens",
     "train.save_every",
     "train.keep",
     "train.log_rollouts",

@@ -20,7 +20,20 @@ import pytest
 import runs
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from copsd_jax import aot, budget, chips, dryrun, estimates, main, making, mesh, methods, slices
+from copsd_jax import (
+    aot,
+    bins,
+    budget,
+    chips,
+    dryrun,
+    estimates,
+    layout,
+    main,
+    making,
+    mesh,
+    methods,
+    slices,
+)
 from copsd_jax.kernels import attention
 from copsd_jax.sampler import engine
 
@@ -86,6 +99,44 @@ def test_batches_have_the_arrays_of_the_methods(card):
         assert ours.ndim == theirs.ndim
         assert ours.shape[0] == theirs.shape[0]
         assert all(a >= b for a, b in zip(ours.shape, theirs.shape, strict=True))
+
+
+@pytest.mark.parametrize("pack", ["rows", "shared"])
+@pytest.mark.parametrize("card", ["opsd", "grpo"])
+def test_packed_rows_at_the_caps(card, pack):
+    """Rows as the budget of tokens has them, one sample each; bytes as the model of memory counts
+    them, and the arrays of a real run."""
+    settings = {"train__pack": pack, "train__micro_tokens": 1500, "train__batch": 16}
+    one = aot.frame(runs.config(card, **MESH, **SHORT, **settings), jax.devices())
+    long = aot.lengths(one.config, one.model_config)
+    batch = aot.batch(one.config, long)
+    rows = making.packed(one, batch, caps=True)
+    apart = sum(side.tokens_BL.shape[1] for side in (batch.student, batch.teacher) if side)
+    longest = [long.student, long.teacher][: 1 if card == "grpo" else 2]
+    lengths = [bins.rounded(prompt + long.completion, 32) for prompt in longest]
+    count = -(-1500 // sum(lengths))
+    assert apart >= sum(lengths)
+    micros = -(-len(batch.mask_BC) // (4 * count))
+    assert rows.student.tokens_BL.shape == (micros, 4 * count, lengths[0])
+    assert (rows.student.parents_BL is None) == (pack == "rows")
+    held = aot.size(mesh.abstract(rows, one.mesh, layout.places(rows, one.mesh)))
+    found = budget.parts(one, long, "step", kind="TPU v5 lite") or {}
+    assert found["batch"] == pytest.approx(held, rel=0.03)
+    real = making.packed(one, batch)
+    assert jax.tree.structure(real) == jax.tree.structure(rows)
+
+
+def test_a_packed_step_is_compiled_and_told_by_its_tokens(monkeypatch):
+    settings = {"train__pack": "shared", "train__micro_tokens": 1500, "eval__path": ""}
+    config = runs.config("opsd", **MESH, **SHORT, **settings)
+    made = aot.build(config, V5E8, jax.devices(), 1e12)
+    assert [p.name for p in made.phases["step"].programs] == ["training step"]
+    monkeypatch.setattr(chips, "usable", lambda chip: 2**30)
+    long = made.lengths
+    each = sum(bins.rounded(n + long.completion, 32) for n in (long.student, long.teacher))
+    assert (
+        dryrun.report(made)["largest"]["train.micro_tokens"] == 2 * each
+    )  # 8 completions, 4 shards
 
 
 def test_every_program_of_the_run_is_there(built):
