@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from copsd_jax import data, languages, making, mesh, methods, model, plans, run, train_step
+from copsd_jax import data, languages, layout, making, mesh, methods, model, plans, run, train_step
 
 # Eight query heads, so that `tensor` may be eight; the two key heads are then repeated.
 model.SHAPES["tiny"] = dataclasses.replace(model.SHAPES["tiny"], n_heads=8)
@@ -38,10 +38,12 @@ STEPS, RATE = 3, 0.3
 SETTINGS = {
     # Two micro-batches of eight completions.
     "copsd": {"train__batch": 16, "train__micro_batch": 8, "rollout__max_tokens": 8},
-    # Groups of eight with a reward that differs within them, under both terms of the loss.
+    # Groups of eight with a reward that differs within them, under both terms of the loss, in
+    # packed rows that share their prompts.
     "sdpo": {
         "train__batch": 2, "train__micro_batch": 8, "rollout__per_prompt": 8,
-        "rollout__max_tokens": 8, "policy__weight": 0.5, "reward__kind": "runs:by_text",
+        "train__pack": "shared", "rollout__max_tokens": 8, "policy__weight": 0.5,
+        "reward__kind": "runs:by_text",
     },
 }  # fmt: skip
 
@@ -93,7 +95,7 @@ def main() -> None:
             for k in range(STEPS):
                 rows = next(order)
                 work = method.make_batch(r, state, rows, k)
-                batch = mesh.place_batch(work.batch, plan.mesh)
+                batch = layout.place(making.packed(plan, work.batch), plan.mesh)
                 state, aux = step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, 1.0)
                 out[f"rows {k}"] = np.array([row.id for row in rows])
                 out[f"tokens {k}"] = work.batch.completion_BC
