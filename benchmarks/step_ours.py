@@ -9,6 +9,7 @@ The second prints a line of JSON when it is loaded, then one for each line of st
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -31,9 +32,11 @@ from copsd_jax import (
     layout,
     losses,
     main,
+    making,
     mesh,
     methods,
     model,
+    pages,
     plans,
     problems,
     prompts,
@@ -96,17 +99,22 @@ def write_problems(work: dict, file: pathlib.Path) -> None:
     plan = plans.make(card(work), evaluate=False)
     made = []
     for raw, row in zip(rows, plan.rows, strict=True):
-        asked = lambda text, row=row: prompts.student(  # noqa: E731
-            plan.tokenizer, plan.student, dataclasses.replace(row, problem=text)
-        ).length  # fmt: skip
+        asked = functools.partial(_length, plan, row, "problem")
         problem = fitted(asked, raw["problem"], work["prompt"])
-        longer = dataclasses.replace(row, problem=problem)
-        told = lambda text, row=longer: plans.probe(  # noqa: E731
-            plan, dataclasses.replace(row, solution=text)
-        ).length
-        made.append(raw | {"problem": problem, "solution": fitted(told, raw["solution"],
-                                                                 work["teacher"])})  # fmt: skip
+        told = functools.partial(
+            _length, plan, dataclasses.replace(row, problem=problem), "solution"
+        )
+        solution = fitted(told, raw["solution"], work["teacher"])
+        made.append(raw | {"problem": problem, "solution": solution})
     write_rows(file, made)
+
+
+def _length(plan: plans.Plan, row: data.Row, field: str, text: str) -> int:
+    """Tokens of the prompt with this problem, or of the teacher's with this solution."""
+    row = dataclasses.replace(row, **{field: text})
+    if field == "solution":
+        return plans.probe(plan, row).length
+    return prompts.student(plan.tokenizer, plan.student, row).length
 
 
 def write_rows(file: pathlib.Path, rows: list[dict]) -> None:
@@ -116,7 +124,8 @@ def write_rows(file: pathlib.Path, rows: list[dict]) -> None:
 
 
 def begin(file: pathlib.Path) -> dict:
-    """The work, on its devices."""
+    """The work, on its devices, with memory as `main` has it."""
+    pages.keep()
     work = json.loads(file.read_text(encoding="utf-8"))
     if work["devices"]:
         jax.config.update("jax_num_cpu_devices", work["devices"])
@@ -141,7 +150,7 @@ def prepare(file: pathlib.Path) -> None:
             else ADAPTER_SCALE * rng.standard_normal(x.shape).astype(np.float32)
             for name, leaf in state.trained.items() for factor, x in leaf.items()
         }  # fmt: skip
-    np.savez(file.parent / "adapter.npz", **adapter)
+    np.savez(file.parent / "adapter.npz", allow_pickle=False, **adapter)
     ask = lambda row: prompts.student(plan.tokenizer, plan.student, row)  # noqa: E731
     tell = lambda row: plans.probe(plan, row)  # noqa: E731
     ids = {
@@ -266,9 +275,10 @@ class Trainer:
 
 def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
     """{part: (function, arguments)} of the parts of a micro-batch, and of the update."""
-    r, options, decoder = t.r, t.r.options, t.r.decoder
+    options, decoder, settings = t.r.options, t.r.decoder, t.r.options.divergence
     state, frozen, n = t.state, t.r.frozen, t.r.options.micro_batches
-    tx = main_optimizer(t.plan.config)
+    tx = making.optimizer(t.plan.config, 10**6)[0]
+    assert settings is not None
     policies = lambda trained, frozen: train_step.policies(  # noqa: E731
         state._replace(trained=trained), frozen, options, decoder.dtype
     )
@@ -290,7 +300,7 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
         weight_T = losses.token_weights(micro.loss_BC, options.norm).reshape(-1)
         value = lambda hidden_TD: losses.divergence(  # noqa: E731
             hidden_TD, hidden_t_TD, model.head(frozen), model.head(frozen),
-            micro.completion_BC.reshape(-1), weight_T, options.divergence,
+            micro.completion_BC.reshape(-1), weight_T, settings,
             implementation=options.implementation, chunk=options.chunk,
             live_T=micro.mask_BC.reshape(-1), skip_below=options.skip_below,
             logp_rollout_T=micro.logp_rollout_BC.reshape(-1),
@@ -310,12 +320,6 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
         "loss": (loss, (frozen, hidden_s_TD, hidden_t_TD, micro)),
         "update": (update, (state, jax.tree.map(jnp.ones_like, state.trained))),
     }
-
-
-def main_optimizer(c: config.Config) -> Any:
-    from copsd_jax import making
-
-    return making.optimizer(c, 10**6)[0]
 
 
 def parts(t: Trainer, repetitions: int) -> dict:
