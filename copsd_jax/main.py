@@ -20,7 +20,7 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from copsd_jax import chips, validate
+from copsd_jax import chips, pages, validate
 from copsd_jax import config as config_lib
 
 
@@ -110,6 +110,7 @@ def main(argv: list[str]) -> int:
             from copsd_jax import dryrun
 
             return dryrun.main(config, dry.target, dry.json, dry.search)
+        pages.keep()
         from copsd_jax import processes, train
 
         processes.start(config)

@@ -1,0 +1,385 @@
+"""This package's training step, part by part, for benchmarks/step.py.
+
+    python benchmarks/step_ours.py prepare work.json   writes problems, weights and an adapter
+    python benchmarks/step_ours.py work.json           runs steps
+
+The second prints a line of JSON when it is loaded, then one for each line of standard input:
+"step", "profile" (a step, traced), "parts" (programs of single parts) or "end".
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import step_memory
+
+from copsd_jax import (
+    attempts,
+    config,
+    contexts,
+    data,
+    hf,
+    layout,
+    losses,
+    main,
+    making,
+    mesh,
+    methods,
+    model,
+    pages,
+    plans,
+    problems,
+    prompts,
+    run,
+    train,
+    train_step,
+)
+from copsd_jax.methods import distill
+from copsd_jax.sampler import host
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILLERS = (" one", " the", " a", " x", ".", "!", "x")  # texts of one token in some tokenizer
+ADAPTER_SCALE = 0.02  # deviation of the adapter's b, which training begins at 0
+
+
+# --- what both systems work on ----------------------------------------------------------------
+
+
+def card(work: dict) -> config.Config:
+    """The settings of a run of this work."""
+    size = work["model"]
+    argv = ["main", f"--config={ROOT / 'configs' / 'opsd.py'}:{size['preset']}", *work["settings"]]
+    c = main.parse(argv)[0]
+    c.model.path, c.model.init, c.model.shape = size["path"], size["init"], size["shape"]
+    c.model.dtype = work["dtype"]
+    c.data.path, c.eval.path = work["problems"], ""
+    c.prompt.template, c.prompt.exemplars = "plain", 0
+    c.prompt.thinking = c.teacher.thinking = c.eval.thinking = "none"
+    c.rollout.max_tokens, c.rollout.stop = work["completion"], ()
+    c.rollout.temperature, c.rollout.slots = 1.0, work["batch"]
+    c.loss.divergence, c.loss.beta = work["divergence"], work["beta"]
+    c.train.batch, c.train.steps = work["batch"], 10**6
+    c.train.schedule, c.train.warmup = "constant", 0
+    c.lora.rank, c.lora.alpha = work["rank"], 2.0 * work["rank"]
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = work["mesh"]
+    return c
+
+
+def fitted(length: Callable[[str], int], start: str, wanted: int) -> str:
+    """`start` with fillers behind it, such that length(text) is `wanted`.
+
+    Raises:
+      ValueError: if it is longer without any, or no filler is a token of its own.
+    """
+    missing = wanted - length(start)
+    if missing < 0:
+        raise ValueError(f"{wanted} tokens are too few: the text alone has {wanted - missing}")
+    for filler in FILLERS:
+        text = start + filler * missing
+        if length(text) == wanted:
+            return text
+    raise ValueError(f"none of {FILLERS} fills a text up to {wanted} tokens")
+
+
+def write_problems(work: dict, file: pathlib.Path) -> None:
+    """Problems and solutions of exactly the prompts' lengths, each beginning with its own text."""
+    with open(problems.path("train"), encoding="utf-8") as lines:
+        rows = [json.loads(next(lines)) for _ in range(work["batch"])]
+    write_rows(file, rows)  # for the plan, which knows templates and tokenizer
+    plan = plans.make(card(work), evaluate=False)
+    made = []
+    for raw, row in zip(rows, plan.rows, strict=True):
+        asked = functools.partial(_length, plan, row, "problem")
+        problem = fitted(asked, raw["problem"], work["prompt"])
+        told = functools.partial(
+            _length, plan, dataclasses.replace(row, problem=problem), "solution"
+        )
+        solution = fitted(told, raw["solution"], work["teacher"])
+        made.append(raw | {"problem": problem, "solution": solution})
+    write_rows(file, made)
+
+
+def _length(plan: plans.Plan, row: data.Row, field: str, text: str) -> int:
+    """Tokens of the prompt with this problem, or of the teacher's with this solution."""
+    row = dataclasses.replace(row, **{field: text})
+    if field == "solution":
+        return plans.probe(plan, row).length
+    return prompts.student(plan.tokenizer, plan.student, row).length
+
+
+def write_rows(file: pathlib.Path, rows: list[dict]) -> None:
+    names = ("id", "problem", "solution", "answer")
+    lines = [json.dumps({name: row[name] for name in names}) for row in rows]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def begin(file: pathlib.Path) -> dict:
+    """The work, on its devices, with memory as `main` has it."""
+    pages.keep()
+    work = json.loads(file.read_text(encoding="utf-8"))
+    if work["devices"]:
+        jax.config.update("jax_num_cpu_devices", work["devices"])
+    return work
+
+
+def prepare(file: pathlib.Path) -> None:
+    """Adds to work.json where the problems, the weights and the adapter lie, and the prompts."""
+    work = begin(file)
+    work["problems"] = str(file.parent / "problems.jsonl")
+    write_problems(work, pathlib.Path(work["problems"]))
+    plan = plans.make(card(work), evaluate=False)
+    with run.scope(plan):
+        r, state = run.load(plan, 1)
+        folder = hf.save(
+            file.parent / "weights", jax.device_get(r.frozen), plan.model_config,
+            source_path=plan.weights_path, tokenizer=plan.tokenizer,
+        )  # fmt: skip
+        rng = np.random.default_rng(work["seed"])
+        adapter = {
+            f"{name}/{factor}": np.asarray(x) if factor == "a"
+            else ADAPTER_SCALE * rng.standard_normal(x.shape).astype(np.float32)
+            for name, leaf in state.trained.items() for factor, x in leaf.items()
+        }  # fmt: skip
+    np.savez(file.parent / "adapter.npz", allow_pickle=False, **adapter)
+    ask = lambda row: prompts.student(plan.tokenizer, plan.student, row)  # noqa: E731
+    tell = lambda row: plans.probe(plan, row)  # noqa: E731
+    ids = {
+        name: [[*p.prefix_ids, *p.ids] for p in map(make, plan.rows)]
+        for name, make in (("student_prompts", ask), ("teacher_prompts", tell))
+    }
+    c = plan.config.train
+    work |= ids | {
+        "weights": str(folder), "adapter": str(file.parent / "adapter.npz"),
+        "adapter_scale": plan.adapter_scale, "max_grad_norm": c.max_grad_norm,
+        "optimizer": {name: c[name] for name in ("lr", "b1", "b2", "eps", "weight_decay")},
+        "shape": dataclasses.asdict(plan.model_config) | {
+            "projections": plan.model_config.projections()},
+    }  # fmt: skip
+    work["model"] |= {"path": str(folder), "init": "pretrained", "shape": ""}
+    file.write_text(json.dumps(work), encoding="utf-8")
+
+
+# --- a step -------------------------------------------------------------------------------------
+
+
+class Parts:
+    """Wall and processor seconds by part of a step; a part within another counts as its own."""
+
+    def __init__(self):
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+        self._inner = [[0.0, 0.0]]  # of the parts around: what parts in them took
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        self._inner.append([0.0, 0.0])
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - wall, time.process_time() - cpu
+            inner = self._inner.pop()
+            for total, own, within in zip((self.wall, self.cpu), took, inner, strict=True):
+                total[part] = total.get(part, 0.0) + own - within
+            self._inner[-1] = [a + b for a, b in zip(self._inner[-1], took, strict=True)]
+
+    def around(self, part: str, call: Callable) -> Callable:
+        """`call`, whose time is the part's."""
+
+        def timed(*args: Any, **settings: Any) -> Any:
+            with self(part):
+                return call(*args, **settings)
+
+        return timed
+
+
+class Trainer:
+    """A loaded run, one step of which is what `train` does in one, saving and printing apart."""
+
+    def __init__(self, work: dict):
+        self.work = work
+        plan = plans.make(card(work), evaluate=False)
+        self.plan = dataclasses.replace(plan, stop_ids=())  # a completion has its full length
+        self.parts = Parts()
+        self.number = 0
+        self._program: Any = None
+
+    def load(self) -> None:
+        """Weights, and the adapter that all systems begin with."""
+        r, self.state = run.load(self.plan, 10**6)
+        saved = np.load(self.work["adapter"])
+        adapter = {
+            name: {factor: saved[f"{name}/{factor}"] for factor in "ab"}
+            for name in self.state.trained
+        }
+        self.state = self.state._replace(trained=mesh.place(adapter, self.plan.mesh))
+        hand_over: Any = self.parts.around("hand_over", r.hand_over)
+        self.r = dataclasses.replace(r, hand_over=hand_over)
+        for module, name, part in (
+            (host, "generate", "rollout"), (plans, "teach", "contexts"),
+            (contexts, "privileged", "contexts"), (distill, "_views", "contexts"),
+            (layout, "pack", "packing"), (mesh, "place_batch", "packing"),
+        ):  # fmt: skip
+            setattr(module, name, self.parts.around(part, getattr(module, name)))
+
+    def step(self) -> dict:
+        """One step; what it took and found."""
+        self.parts.wall.clear()
+        self.parts.cpu.clear()
+        first = self._program is None
+        with self.parts("host"):
+            wall, cpu = time.perf_counter(), time.process_time()
+            method = methods.METHODS["distill"]
+            rows: list[data.Row] = list(self.plan.rows)
+            made = method.make_batch(self.r, self.state, rows, self.number)
+            batch = mesh.place_batch(made.batch, self.plan.mesh)
+            args = (self.r.frozen, batch, made.student_prefix, made.teacher_kv, np.float32(1))
+            if first:
+                self._program = self.r.step.lower(self.state, *args).compile()
+            with self.parts("training"):
+                self.state, aux = self._program(self.state, *args)
+                jax.block_until_ready(self.state)
+            aux = jax.device_get(aux)
+            values = {
+                **train.measured(self.r.options.policy, aux.metrics),
+                **made.metrics, **attempts.add_tokens(self.r, made, aux),
+            }  # fmt: skip
+            took = time.perf_counter() - wall, time.process_time() - cpu
+        self.number += 1
+        self.batch = batch
+        ids = [record["completion_ids"] for record in made.records]
+        assert {len(x) for x in ids} == {self.work["completion"]}
+        return {
+            "seconds": took[0], "cpu_seconds": took[1],
+            "parts": dict(self.parts.wall), "cpu_parts": dict(self.parts.cpu),
+            "loss": values["loss"], "grad_norm": values["grad_norm"], "completions": ids,
+            "logp_gap_max": values["logp_gap_max"], "memory": step_memory.peak(),
+            "temporary_bytes": self._program.memory_analysis().temp_size_in_bytes,
+            "rows": {"student": batch.student.tokens_BL.shape,
+                     "teacher": batch.teacher.tokens_BL.shape},
+        }  # fmt: skip
+
+
+# --- single parts -------------------------------------------------------------------------------
+
+
+def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
+    """{part: (function, arguments)} of the parts of a micro-batch, and of the update."""
+    options, decoder, settings = t.r.options, t.r.decoder, t.r.options.divergence
+    state, frozen, n = t.state, t.r.frozen, t.r.options.micro_batches
+    tx = making.optimizer(t.plan.config, 10**6)[0]
+    assert settings is not None
+    policies = lambda trained, frozen: train_step.policies(  # noqa: E731
+        state._replace(trained=trained), frozen, options, decoder.dtype
+    )
+    micro = jax.jit(lambda batch: jax.tree.map(lambda x: x[0], train_step._split(batch, n)))(
+        t.batch
+    )
+
+    def states(policy: train_step.Policy, side: layout.Side) -> jax.Array:
+        return train_step._hidden(decoder, [(policy, side, None)], options.adapter_scale)[0]
+
+    def teacher(trained, frozen, side):
+        return states(policies(trained, frozen)[1], side)
+
+    def student(trained, frozen, side, slope_TD):
+        hidden_TD, back = jax.vjp(lambda x: states(policies(x, frozen)[0], side), trained)
+        return hidden_TD, back(slope_TD)
+
+    def loss(frozen, hidden_s_TD, hidden_t_TD, micro):
+        weight_T = losses.token_weights(micro.loss_BC, options.norm).reshape(-1)
+        value = lambda hidden_TD: losses.divergence(  # noqa: E731
+            hidden_TD, hidden_t_TD, model.head(frozen), model.head(frozen),
+            micro.completion_BC.reshape(-1), weight_T, settings,
+            implementation=options.implementation, chunk=options.chunk,
+            live_T=micro.mask_BC.reshape(-1), skip_below=options.skip_below,
+            logp_rollout_T=micro.logp_rollout_BC.reshape(-1),
+            kernel=losses.Kernel(chip=options.chip),
+        )  # fmt: skip
+        return jax.value_and_grad(value, has_aux=True)(hidden_s_TD)
+
+    def update(state, gradient):
+        updates, opt_state = tx.update(gradient, state.optimizer, state.trained)
+        return optax.apply_updates(state.trained, updates), opt_state
+
+    hidden_t_TD = jax.jit(teacher)(state.trained, frozen, micro.teacher)
+    hidden_s_TD = jax.jit(teacher)(state.trained, frozen, micro.student)
+    return {
+        "teacher": (teacher, (state.trained, frozen, micro.teacher)),
+        "student": (student, (state.trained, frozen, micro.student, hidden_s_TD)),
+        "loss": (loss, (frozen, hidden_s_TD, hidden_t_TD, micro)),
+        "update": (update, (state, jax.tree.map(jnp.ones_like, state.trained))),
+    }
+
+
+def parts(t: Trainer, repetitions: int) -> dict:
+    """Seconds of a step's parts as programs of their own: the least of the repetitions."""
+    micro = t.r.options.micro_batches
+    wall, cpu, temporary = {}, {}, {}
+    for name, (function, args) in programs(t).items():
+        compiled = jax.jit(function).lower(*args).compile()
+        took = []
+        for _ in range(repetitions + 1):
+            begun = time.perf_counter(), time.process_time()
+            jax.block_until_ready(compiled(*args))
+            took.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+        times = 1 if name == "update" else micro
+        wall[name], cpu[name] = (times * min(x[i] for x in took[1:]) for i in (0, 1))
+        memory: Any = compiled.memory_analysis()
+        temporary[name] = memory.temp_size_in_bytes
+    return {"parts": wall, "cpu_parts": cpu, "temporary_bytes": temporary}
+
+
+def matmul_rate(dtype: str, size: int = 2048) -> float:
+    """FLOP/s of a square product, best of 7."""
+    a = jnp.ones((size, size), dtype)
+    product, seconds = jax.jit(jnp.dot), []
+    for _ in range(8):
+        begun = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def serve(file: pathlib.Path) -> None:
+    """Answers the lines of standard input."""
+    t = Trainer(begin(file))
+    with run.scope(t.plan):
+        t.load()
+        known = {
+            "loaded": step_memory.now(), "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(), "platform": jax.devices()[0].platform,
+            "versions": {"jax": jax.__version__},
+        }  # fmt: skip
+        print(json.dumps(known), flush=True)
+        with t.r.grader:
+            for line in sys.stdin:
+                print(json.dumps(_answer(t, json.loads(line))), flush=True)
+
+
+def _answer(t: Trainer, asked: str) -> dict:
+    if asked == "step":
+        return t.step()
+    if asked == "profile":
+        with jax.profiler.trace(t.work["profile"]):
+            return t.step()
+    if asked == "parts":
+        return parts(t, t.work["repetitions"])
+    return {"matmul_rate": matmul_rate(t.work["dtype"])}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "prepare":
+        prepare(pathlib.Path(sys.argv[2]))
+    else:
+        serve(pathlib.Path(sys.argv[1]))

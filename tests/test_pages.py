@@ -1,0 +1,68 @@
+"""Oracle: the system's count of pages that a process had cleared for it."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import conftest
+import pytest
+
+from copsd_jax import pages
+
+# Blocks as large as XLA's, in a thread as XLA's, written three times; pages of the last two.
+SCRIPT = """
+import ctypes, resource, sys, threading
+from copsd_jax import pages
+if sys.argv[1] == "keep":
+    assert pages.keep()
+libc, size = ctypes.CDLL(None), ctypes.c_size_t(200 << 20)
+libc.malloc.restype = ctypes.c_void_p
+def block():
+    pointer = ctypes.c_void_p(libc.malloc(size))
+    libc.memset(pointer, 1, size)
+    libc.free(pointer)
+def work():
+    block()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block()
+    block()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+def cleared(mode: str) -> int:
+    env = {**os.environ, "PYTHONPATH": str(conftest.ROOT), "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run(
+        [sys.executable, "-c", SCRIPT, mode], env=env, check=True, capture_output=True, text=True
+    )
+    return int(out.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_pages_of_a_freed_block_are_used_again():
+    assert cleared("as it is") > 50_000  # 200 MiB twice, pages of 4 KiB
+    assert cleared("keep") < 500
+
+
+@pytest.mark.parametrize(
+    "platforms, found, wanted",
+    [("cpu", ["cuda"], False), ("cuda,cpu", [], True), ("", ["cuda"], True), ("", [], False)],
+)
+def test_only_without_an_accelerator(monkeypatch, platforms, found, wanted):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(pages.importlib.metadata, "entry_points", lambda group: found)
+    monkeypatch.setattr(pages.importlib.util, "find_spec", lambda name: None)
+    assert pages.accelerated() is wanted
+    if wanted:
+        assert pages.keep() is False
+
+
+def test_libtpu_is_an_accelerator(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(pages.importlib.metadata, "entry_points", lambda group: [])
+    monkeypatch.setattr(pages.importlib.util, "find_spec", lambda name: object())
+    assert pages.accelerated() is True
