@@ -8,17 +8,21 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from copsd_jax import implementations, lora, mesh, model, plans, train_step
+from copsd_jax.kernels import attention_rows
 from copsd_jax.sampler import jobs, weights
 
 ADAPTER_STREAM = 1001  # random stream of a seed besides the sampler's, whose purposes count from 0
 
 
 def decoder(frame: plans.Frame | plans.Plan) -> model.Decoder:
+    c, platform = frame.config, mesh.platform(frame.mesh)
     return model.Decoder(
         frame.model_config,
         frame.dtype,
-        remat=frame.config.model.remat,
-        decode=implementations.attention(frame.config, mesh.platform(frame.mesh)),
+        remat=implementations.remat(c, platform),
+        query_block=attention_rows.CPU_BLOCK if platform == "cpu" else model.QUERY_BLOCK,
+        decode=implementations.attention(c, platform),
+        attention=implementations.rows(c, platform, frame.dtype, frame.model_config),
     )
 
 
