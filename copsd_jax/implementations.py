@@ -5,11 +5,14 @@ The platform is that of the mesh's devices, whatever the host's default backend 
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from copsd_jax import config as config_lib
 from copsd_jax import losses, model
 from copsd_jax.kernels import attention as attention_lib
+from copsd_jax.kernels import attention_rows
 
 
 def divergence(c: config_lib.Config) -> losses.Divergence | None:
@@ -81,9 +84,23 @@ def rows(c: config_lib.Config, platform: str, dtype: Any, shape: model.ModelConf
             reason = f"it needs model.dtype=bfloat16, which is {np.dtype(dtype).name}"
         elif shape.head_dim % 8 or shape.head_dim > 128:
             reason = f"heads of {shape.head_dim} are none of 8, 16, ... 128"
+        else:
+            reason = _without_cudnn(shape.head_dim)
     if reason:
         raise ValueError(f"model.attention is {name!r}: {reason}, take auto or portable")
     return name
+
+
+def _without_cudnn(size: int) -> str:
+    """Why jax would not call cuDNN here; "" if it would."""
+    row = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
+    ids = attention_rows.Rows(jax.ShapeDtypeStruct((1, 64), jnp.int32))
+    q = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
+    try:
+        jax.eval_shape(lambda *a: attention_rows.cudnn(*a, None), q, row, row, ids)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"jax says {str(error).splitlines()[0]!r}"
+    return ""
 
 
 def remat(c: config_lib.Config, platform: str) -> str:

@@ -1,6 +1,7 @@
 """Oracle: softmax attention in float64 NumPy, query by query, over the keys that it sees, and its
 gradient by the chain rule written out."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copsd_jax import mesh
+from copsd_jax import config as config_lib
+from copsd_jax import implementations, mesh, model
 from copsd_jax.kernels import attention_rows, attention_splash
 
 B, L, K, M, H, P = 2, 21, 2, 2, 16, 5
@@ -113,6 +115,7 @@ def test_blocks_and_groups(block):
 def test_ranges():
     assert attention_rows._ranges(11, 4) == [(0, 4), (4, 8), (8, 11)]
     assert attention_rows._ranges(20, 2) == [(i, i + 4) for i in range(0, 20, 4)]
+    assert attention_rows._ranges(4000, 512) == [(0, 2048), (2048, 4000)]
 
 
 @pytest.mark.parametrize("name", ["portable", "splash"])
@@ -165,6 +168,49 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads(sizes, kind):
     with jax.set_mesh(mesh.make(*sizes, jax.devices()[: np.prod(sizes)])) as _:
         form = lambda *args: attention_rows.on_mesh(here, *args)  # noqa: E731
         close(both(form, arrays, *kind), jax.tree.map(np.asarray, want), 1e-5)
+
+
+def config(**values):
+    made = config_lib.default()
+    for name, value in values.items():
+        made.model[name] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    "name, platform, said",
+    [
+        ("auto", "tpu", "splash"), ("auto", "gpu", "portable"), ("auto", "cpu", "portable"),
+        ("portable", "tpu", "portable"),
+        ("splash", "cpu", "model.attention is 'splash': it runs on tpu and the mesh is cpu, take"),
+        ("cudnn", "tpu", "model.attention is 'cudnn': it runs on gpu and the mesh is tpu, take"),
+    ],
+)  # fmt: skip
+def test_which_form_runs(name, platform, said):
+    try:
+        found = implementations.rows(
+            config(attention=name), platform, jnp.bfloat16, model.SHAPES["qwen3_1_7b"]
+        )
+    except ValueError as error:
+        found = str(error)
+    assert found == said or (" is " in said and found.startswith(said))
+
+
+def test_cudnn_is_refused_with_the_reason():
+    shape = model.SHAPES["qwen3_1_7b"]
+    rows = functools.partial(implementations.rows, config(attention="cudnn"), "gpu")
+    with pytest.raises(ValueError, match="it needs model.dtype=bfloat16, which is float32"):
+        rows(jnp.float32, shape)
+    with pytest.raises(ValueError, match="heads of 12 are none of 8, 16"):
+        rows(jnp.bfloat16, dataclasses.replace(shape, head_dim=12))
+    with pytest.raises(ValueError, match="jax says 'cuDNN is not detected.', take auto or"):
+        rows(jnp.bfloat16, shape)
+
+
+def test_offload_is_refused_elsewhere():
+    assert implementations.remat(config(remat="offload"), "tpu") == "offload"
+    with pytest.raises(ValueError, match="model.remat is 'offload': it runs on tpu and the mesh"):
+        implementations.remat(config(remat="offload"), "gpu")
 
 
 def test_refusal():

@@ -33,7 +33,8 @@ IMPLEMENTATIONS = ("portable", "splash", "cudnn")
 KEPT = "attention"  # name of what the backward pass needs of attention, for remat's policies
 MASKED = -1e30  # finite, so that a query without any key gives finite numbers
 CPU_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more at SmolLM2's shape
-GROUPS = 8  # ranges of queries, each with a range of keys of its own; more save less than they cost
+GROUPS = 8  # ranges of queries, each with a range of keys of its own; more save little
+FEW = 2  # of large blocks: the compiler for TPU takes some 10 s for each range
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -178,8 +179,8 @@ class _Keys(NamedTuple):
 
 
 def _ranges(length: int, block: int) -> list[tuple[int, int]]:
-    """At most GROUPS ranges of whole blocks: 11 in blocks of 4 -> (0, 4), (4, 8), (8, 11)."""
-    width = block * -(-length // (block * GROUPS))
+    """A few ranges of whole blocks: 11 in blocks of 4 -> (0, 4), (4, 8), (8, 11)."""
+    width = block * -(-length // (block * (GROUPS if block <= CPU_BLOCK else FEW)))
     return [(start, min(start + width, length)) for start in range(0, length, width)]
 
 
