@@ -148,8 +148,7 @@ def frame(config: Any, found: list) -> plans.Frame:
     mesh.shardings(model.abstract(shape, jnp.float32), where)
     mesh.shardings(plans.trained_shapes(config, shape), where)
     dtype = plans.dtype(config.model.dtype, where)
-    implementations.remat(config, mesh.platform(where))
-    implementations.rows(config, mesh.platform(where), dtype, shape)
+    implementations.check(config, mesh.platform(where), dtype, shape)
     return plans.Frame(config, where, dtype, shape, plans.adapter_scale(config))
 
 

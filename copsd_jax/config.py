@@ -43,7 +43,7 @@ def _inputs(c: Config) -> None:
     # outputs of projections and attention; attention: its output and the layer's input; layer: the
     # input; offload: the input, in the host's memory (tpu)
     m.remat = "none"
-    # Of training, scoring and prefill (sampler.attention is decoding's). splash: jax's kernel (tpu);
+    # Of training, scoring and prefill (sampler.attention: of decoding). splash: jax's kernel (tpu);
     # cudnn: NVIDIA's (gpu, half precision); portable: anywhere; auto: splash on tpu, else portable
     m.attention = "auto"
     m.shape = ""  # shape of a random model instead of path's: a name in copsd_jax.model.SHAPES

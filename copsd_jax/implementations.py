@@ -94,10 +94,13 @@ def rows(c: config_lib.Config, platform: str, dtype: Any, shape: model.ModelConf
 def _without_cudnn(size: int) -> str:
     """Why jax would not call cuDNN here; "" if it would."""
     row = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
-    ids = attention_rows.Rows(jax.ShapeDtypeStruct((1, 64), jnp.int32))
+    ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     q = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
     try:
-        jax.eval_shape(lambda *a: attention_rows.cudnn(*a, None), q, row, row, ids)
+        jax.eval_shape(
+            lambda q, k, v, ids: attention_rows.cudnn(q, k, v, attention_rows.Rows(ids), None),
+            q, row, row, ids,
+        )  # fmt: skip
     except (RuntimeError, NotImplementedError) as error:
         return f"jax says {str(error).splitlines()[0]!r}"
     return ""
@@ -115,3 +118,14 @@ def remat(c: config_lib.Config, platform: str) -> str:
             + ", ".join(name for name in model.REMAT if name != "offload")
         )
     return c.model.remat
+
+
+def check(c: config_lib.Config, platform: str, dtype: Any, shape: model.ModelConfig) -> None:
+    """Refuses, before anything is built, what cannot run of attention and remat.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    attention(c, platform)
+    remat(c, platform)
+    rows(c, platform, dtype, shape)

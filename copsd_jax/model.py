@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-
 from jax.ad_checkpoint import checkpoint_name
 
 from copsd_jax import lora, mesh
@@ -271,6 +270,7 @@ class Layer(nn.Module):
         q_BLKMH, k, v = self._qkv(project, self.attn_norm(hidden), rows.angle_BLE)
         if cache is None:
             shared = None if prefix is None else attention_rows.Prefix(prefix.k[0], prefix.v[0])
+            assert rows.segments_BL is not None  # of a stream without a cache
             seen = attention_rows.Rows(rows.segments_BL, rows.parents_BL)
             out = attention_rows.attend(q_BLKMH, k, v, seen, shared, self.attention, self.block)
         else:

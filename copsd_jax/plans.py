@@ -110,11 +110,9 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     if train:
         validate.shards(config, mesh.batch_shards(devices))
         implementations.loss(config, mesh.platform(devices))
-    implementations.attention(config, mesh.platform(devices))
-    implementations.remat(config, mesh.platform(devices))
     path, model_config, tok = _model(config)
     kind = dtype(config.model.dtype, devices)
-    implementations.rows(config, mesh.platform(devices), kind, model_config)
+    implementations.check(config, mesh.platform(devices), kind, model_config)
     validate.vocabulary(config, model_config.vocab_size)
     # Refuses a mesh that does not divide a parameter.
     mesh.shardings(model.abstract(model_config, jnp.float32), devices)

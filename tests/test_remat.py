@@ -5,6 +5,7 @@ Oracles: gradients without remat, sizes written out by hand, products counted in
 
 import dataclasses
 import functools
+from typing import Any
 
 import hlo
 import jax
@@ -30,7 +31,8 @@ def loss(adapter, params, tokens, remat="none", streams=1):
     """Of one stream, or of one whose teacher goes through the layers with it."""
     own = model.Stream(tokens, tokens, jnp.ones_like(tokens), adapter)
     rows = (own, dataclasses.replace(own, adapter=None))[:streams]
-    out = model.Decoder(CONFIG, jnp.float32, remat).apply({"params": params}, rows)
+    apply: Any = model.Decoder(CONFIG, jnp.float32, remat).apply
+    out = apply({"params": params}, rows)
     target = jax.lax.stop_gradient(out[-1].hidden_BLD)
     return jnp.sum(jnp.sin(out[0].hidden_BLD) * target)
 
@@ -54,6 +56,7 @@ def test_gradients_are_those_without_remat(remat):
 
 def kept(remat, **options):
     """Values per token and layer that the backward pass is handed."""
+
     def back(adapter, params, rows):
         return jax.vjp(lambda a: loss(a, params, rows, remat, **options), adapter)[1]
 
@@ -78,7 +81,8 @@ def test_nothing_of_the_teacher_is_kept(remat):
 def matmuls(remat, streams, slope=True):
     run = functools.partial(loss, remat=remat, streams=streams)
     run = jax.jit(jax.grad(run) if slope else run)
-    return hlo.matmuls(run.lower(*trees()[::-1], tokens()).compile().as_text(), 1)
+    text: Any = run.lower(*trees()[::-1], tokens()).compile().as_text()
+    return hlo.matmuls(text, 1)
 
 
 WIDTHS = (D + N * H) * 2 + (D + K * H) * 2 + (D + F) * 3  # of the adapters, in and out

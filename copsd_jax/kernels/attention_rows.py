@@ -91,7 +91,7 @@ def attend(
 
 def on_mesh(here: Callable[..., jax.Array], q_BLKMH, k_BLKH, v_BLKH, rows: Rows, prefix):
     """`here`, each device with its own rows and heads."""
-    context = jax.sharding.get_abstract_mesh()
+    context: Any = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
         return here(q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
     row = mesh.BATCH if q_BLKMH.shape[0] % mesh.batch_shards(context) == 0 else None
@@ -157,12 +157,13 @@ def _backward(block: int, kept, g_BLKMH):
 
     def summed(parts):  # [B, K, H, S] of growing S -> [B, L, K, H]
         pad = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, length - x.shape[3]),))  # noqa: E731
-        return sum(map(pad, parts)).transpose(0, 3, 1, 2)
+        return functools.reduce(jnp.add, map(pad, parts)).transpose(0, 3, 1, 2)
 
     of_k, of_v = (summed([total[i] for total in totals]).astype(k_BLKH.dtype) for i in (0, 1))
-    of_prefix = None if prefix is None else Prefix(
-        *(sum(total[i] for total in totals).transpose(2, 0, 1).astype(k_BLKH.dtype) for i in (2, 3))
-    )  # fmt: skip
+    of_prefix = None
+    if prefix is not None:  # [K, H, P] -> [P, K, H]
+        whole = [functools.reduce(jnp.add, [total[i] for total in totals]) for i in (2, 3)]
+        of_prefix = Prefix(*(x.transpose(2, 0, 1).astype(k_BLKH.dtype) for x in whole))
     return jnp.concatenate(slopes, 1), of_k, of_v, None, of_prefix
 
 
@@ -294,7 +295,7 @@ def cudnn(
     B, L, K, M, H = q_BLKMH.shape
     even = lambda x: jnp.pad(x, ((0, 0), (0, L % 2)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
     q, k, v = even(q_BLKMH.reshape(B, L, K * M, H)), even(k_BLKH), even(v_BLKH)
-    parents = None if rows.parents_BL is None else even(rows.parents_BL + 1) - 1
+    parents = None if rows.parents_BL is None else even(rows.parents_BL)
     wider = Rows(even(rows.segments_BL), parents)
     index = jnp.arange(L + L % 2, dtype=jnp.int32)
     visible = seen(wider, index, wider.segments_BL)

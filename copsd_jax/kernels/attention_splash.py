@@ -69,7 +69,7 @@ def attend(
             q, k, v, segments
         )
     else:
-        parents = None if rows.parents_BL is None else wide(rows.parents_BL + 1) - 1
+        parents = None if rows.parents_BL is None else wide(rows.parents_BL)
         wider = attention_rows.Rows(segments, parents)
         out = checkpoint_name(_masked((block, interpret), q, k, v, wider, prefix),
                               attention_rows.KEPT)  # fmt: skip
@@ -95,7 +95,7 @@ def _causal(heads: int, length: int, block: int, interpret: bool) -> Any:
 # --- with a mask of its own -------------------------------------------------------------------
 
 
-def _one_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> jax.Array:
+def _one_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> Any:
     """A row [N, W, H] against the prefix and its own keys."""
     block, interpret = static
     parents_1W = None if parents_W is None else parents_W[None]
@@ -111,7 +111,7 @@ def _one_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> jax.
         there = np.arange(prefix.k_PKH.shape[0] + pad) < prefix.k_PKH.shape[0]
         there = jnp.broadcast_to(jnp.asarray(there)[None], (mask_WS.shape[0], there.size))
         mask_WS = jnp.concatenate([there, mask_WS], axis=1)
-    kernel = kernel_lib.make_splash_mha_single_device(
+    kernel: Any = kernel_lib.make_splash_mha_single_device(
         mask_WS[None], block_sizes=_sizes(block), interpret=interpret
     )
     # jax 0.10 makes an array of this flag, and then asks it.
@@ -123,7 +123,9 @@ def _one_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> jax.
 def _masked(static, q_BNWH, k_BKWH, v_BKWH, rows: attention_rows.Rows, prefix) -> jax.Array:
     """Row by row: only one mask lives at a time."""
     each = (q_BNWH, k_BKWH, v_BKWH, rows.segments_BL, rows.parents_BL)
-    return jax.lax.map(lambda row: _one_row(static, *row, prefix), each)
+    return jax.lax.map(
+        lambda row: _one_row(static, row[0], row[1], row[2], row[3], row[4], prefix), each
+    )
 
 
 def _masked_forward(static, q_BNWH, k_BKWH, v_BKWH, rows, prefix):
