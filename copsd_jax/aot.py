@@ -147,6 +147,7 @@ def frame(config: Any, found: list) -> plans.Frame:
     implementations.loss(config, mesh.platform(where))
     mesh.key_repeats(shape.n_heads, shape.n_kv_heads, where.shape["tensor"])
     dtype = plans.dtype(config.model.dtype, where)
+    implementations.check(config, mesh.platform(where), dtype, shape)
     return plans.Frame(config, where, dtype, shape, plans.adapter_scale(config))
 
 

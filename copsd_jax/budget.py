@@ -3,10 +3,11 @@
 What a run holds (weights, optimizer, caches) follows from shapes and partitions and is exact. What
 programs add while they run is estimated, of a device with b rows of L tokens of a micro-batch:
 
-  activations  the inputs of layers kept for the backward pass, layers x b x L x D; without remat
-               all that a layer's backward pass reads
-  temporaries  one layer's intermediate values, the block of attention logits, gradients of what is
-               trained, the gathered head, the loss's block of entries, and hidden states
+  activations  what remat keeps of layers for the backward pass, layers x b x L x (their inputs D;
+               attention's output and sum; outputs of projections; or all that it reads)
+  temporaries  one layer's intermediate values, the block of attention logits (of splash, a mask of
+               rows with parents or examples), gradients of what is trained, the gathered head, the
+               loss's block of entries, and hidden states
 
 It says what to change where a run does not fit, without compiling each choice; `dryrun` prints it
 beside what the compiler reports.
@@ -43,7 +44,7 @@ def parts(
     if phase == "step":
         return held | _step(frame, long, micro, kind)
     if phase in ("rollout", "evaluation"):
-        return held | _sampling(frame, long, phase)
+        return held | _sampling(frame, long, phase, kind)
     return None
 
 
@@ -118,7 +119,7 @@ def _copies(frame: Any) -> tuple[int, int]:
     return (whole if moved else 0) + more, whole if moved else 0
 
 
-def _sampling(frame: Any, long: aot.Lengths, phase: str) -> dict[str, int]:
+def _sampling(frame: Any, long: aot.Lengths, phase: str, kind: str) -> dict[str, int]:
     c, m, where = frame.config, frame.model_config, frame.mesh
     section = c.rollout if phase == "rollout" else c.eval
     asked = long.student if phase == "rollout" else long.evaluation
@@ -138,7 +139,10 @@ def _sampling(frame: Any, long: aot.Lengths, phase: str) -> dict[str, int]:
     if m.vocab_size % tensor:  # the padded head
         logits += vocabulary * m.d_model * item
     layer = width * (m.d_model * 4 + 3 * m.d_ff // tensor) * item
+    # Prompts have parents: splash holds a mask of the row.
     attention = m.n_heads // tensor * min(width, QUERIES) * width * 6
+    if _splash(frame, kind):
+        attention = 5 * width * (width + long.prefix)
     return {
         "sampler's weights": _copies(frame)[0],
         "cache": 2 * m.n_layers * slots * heads * entries * entry,
@@ -207,12 +211,15 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
     found = rows(frame, long, micro)
     student, teacher = found.count * found.student, found.count * found.teacher
     layer = _layer(m, tensor, item)
-    kept = m.d_model * item if c.model.remat == "layer" else layer
+    kept = _kept(m, c.model.remat, tensor, item)
     # The backward pass holds a layer's values and their gradients; the teacher's go forward only.
     working = max(2 * student * layer, (student + teacher) * layer // 2)
     longest = max(found.student, found.teacher)
     heads = m.n_heads // tensor
     attention = found.count * heads * min(longest, QUERIES) * longest * 10
+    if _splash(frame, kind):
+        # One row's mask at a time, in both orders.
+        attention = 10 * longest * (longest + long.prefix) if long.prefix else 0
     shapes = _shapes(frame)
     grads = 2 * _size(shapes.trained, frame)
     full = c.train.trainable == "full"
@@ -228,6 +235,25 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
         "temporaries": working + attention + grads + gathered + states
         + (base if full else 0) + _entries(frame, found.tokens, kind),
     }  # fmt: skip
+
+
+def _splash(frame: Any, kind: str) -> bool:
+    """Whether attention of rows holds no logits."""
+    chip = chips.CHIPS.get(kind or _kind(frame.mesh))
+    return chip is not None and bool(chip.vmem) and frame.config.model.attention != "portable"
+
+
+def _kept(m: model.ModelConfig, remat: str, tensor: int, item: int) -> int:
+    """Bytes of a layer's values for a token that are kept for the backward pass."""
+    query, key = m.n_heads * m.head_dim // tensor, m.n_kv_heads * m.head_dim // tensor
+    attention = query * item + 4 * m.n_heads // tensor
+    return {
+        "none": _layer(m, tensor, item),
+        "dots": (2 * m.d_model + query + 2 * key + 2 * m.d_ff // tensor) * item + attention,
+        "attention": m.d_model * item + attention,
+        "layer": m.d_model * item,
+        "offload": 0,
+    }[remat]
 
 
 def _layer(m: model.ModelConfig, tensor: int, item: int) -> int:

@@ -25,8 +25,8 @@ def memory(plan: plans.Plan) -> dict[str, int]:
     """Bytes by part, over all devices; activations without what the compiler adds.
 
     Weights; trained values with gradients, two AdamW moments and the average; the decode cache; the
-    inputs of layers kept for the backward pass of a micro-batch (all of a layer's about 20 times
-    its width without remat); the blocks of logits of the loss.
+    inputs of layers kept for the backward pass of a micro-batch (without remat all of a layer's,
+    about 20 times its width, of projections 10); the blocks of logits of the loss.
     """
     c, shape = plan.config, plan.model_config
     item = np.dtype(plan.dtype).itemsize
@@ -37,7 +37,7 @@ def memory(plan: plans.Plan) -> dict[str, int]:
     if c.train.micro_tokens:
         rows = min(rows, c.train.micro_tokens * mesh.batch_shards(plan.mesh))
     copies = 4 + (c.teacher.weights == "ema")
-    kept = 1 if c.model.remat == "layer" else 20
+    kept = {"none": 20, "dots": 10, "attention": 2, "layer": 1, "offload": 0}[c.model.remat]
     entry = shape.head_dim * item
     if c.sampler.cache != "auto":
         scale = 4 if c.sampler.cache == "int8" else 0

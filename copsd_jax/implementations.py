@@ -1,11 +1,18 @@
-"""Which spelling of the divergence and of decode attention a run has, by the platform of its mesh.
+"""Which spelling of the divergence and of attention a run has, by the platform of its mesh.
 
 The platform is that of the mesh's devices, whatever the host's default backend is.
 """
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from copsd_jax import config as config_lib
-from copsd_jax import losses
+from copsd_jax import losses, model
 from copsd_jax.kernels import attention as attention_lib
+from copsd_jax.kernels import attention_rows
 
 
 def divergence(c: config_lib.Config) -> losses.Divergence | None:
@@ -57,3 +64,68 @@ def attention(c: config_lib.Config, platform: str) -> str:
             "take auto or blocks"
         )
     return f"pallas_{platform}" if name == "pallas" else name
+
+
+def rows(c: config_lib.Config, platform: str, dtype: Any, shape: model.ModelConfig) -> str:
+    """Of kernels.attention_rows.IMPLEMENTATIONS, for training, scoring and prefill.
+
+    `auto` takes cudnn nowhere: it was lowered, but never run.
+
+    Raises:
+      ValueError: for one that cannot run there.
+    """
+    name = c.model.attention
+    if name == "auto":
+        return "splash" if platform == "tpu" else "portable"
+    home = {"portable": platform, "splash": "tpu", "cudnn": "gpu"}[name]
+    reason = f"it runs on {home} and the mesh is {platform}" if home != platform else ""
+    if name == "cudnn" and not reason:
+        if np.dtype(dtype).itemsize != 2:
+            reason = f"it needs model.dtype=bfloat16, which is {np.dtype(dtype).name}"
+        elif shape.head_dim % 8 or shape.head_dim > 128:
+            reason = f"heads of {shape.head_dim} are none of 8, 16, ... 128"
+        else:
+            reason = _without_cudnn(shape.head_dim)
+    if reason:
+        raise ValueError(f"model.attention is {name!r}: {reason}, take auto or portable")
+    return name
+
+
+def _without_cudnn(size: int) -> str:
+    """Why jax would not call cuDNN here; "" if it would."""
+    row = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
+    ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    q = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
+    try:
+        jax.eval_shape(
+            lambda q, k, v, ids: attention_rows.cudnn(q, k, v, attention_rows.Rows(ids), None),
+            q, row, row, ids,
+        )  # fmt: skip
+    except (RuntimeError, NotImplementedError) as error:
+        return f"jax says {str(error).splitlines()[0]!r}"
+    return ""
+
+
+def remat(c: config_lib.Config, platform: str) -> str:
+    """A name of model.REMAT.
+
+    Raises:
+      ValueError: for one that cannot run there.
+    """
+    if c.model.remat == "offload" and platform != "tpu":
+        raise ValueError(
+            f"model.remat is 'offload': it runs on tpu and the mesh is {platform}, take one of "
+            + ", ".join(name for name in model.REMAT if name != "offload")
+        )
+    return c.model.remat
+
+
+def check(c: config_lib.Config, platform: str, dtype: Any, shape: model.ModelConfig) -> None:
+    """Refuses, before anything is built, what cannot run of attention and remat.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    attention(c, platform)
+    remat(c, platform)
+    rows(c, platform, dtype, shape)

@@ -18,18 +18,21 @@ from copsd_jax import (
     prompts,
     train_step,
 )
+from copsd_jax.kernels import attention_rows
 from copsd_jax.sampler import jobs, weights
 
 ADAPTER_STREAM = 1001  # random stream of a seed besides the sampler's, whose purposes count from 0
 
 
 def decoder(frame: plans.Frame | plans.Plan) -> model.Decoder:
-    m = frame.model_config
+    c, m, platform = frame.config, frame.model_config, mesh.platform(frame.mesh)
     return model.Decoder(
         m,
         frame.dtype,
-        remat=frame.config.model.remat,
-        decode=implementations.attention(frame.config, mesh.platform(frame.mesh)),
+        remat=implementations.remat(c, platform),
+        query_block=attention_rows.CPU_BLOCK if platform == "cpu" else model.QUERY_BLOCK,
+        decode=implementations.attention(c, platform),
+        attention=implementations.rows(c, platform, frame.dtype, m),
         key_repeats=mesh.key_repeats(m.n_heads, m.n_kv_heads, frame.mesh.shape["tensor"]),
     )
 

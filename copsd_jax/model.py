@@ -18,13 +18,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from copsd_jax import lora, mesh
-from copsd_jax.kernels import attention
+from copsd_jax.kernels import attention, attention_rows
 
-REMAT = ("none", "layer")
 QUERY_BLOCK = 512  # longer rows attend block by block of queries
-MASKED = attention.MASKED
+PROJECTION, INPUT = "projection", "layer_input"  # names of values, for the policies below
+_policies = jax.checkpoint_policies
+# What is kept of a layer for the backward pass, which computes the rest again; None keeps all.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "dots": _policies.save_only_these_names(PROJECTION, attention_rows.KEPT),
+    "attention": _policies.save_only_these_names(attention_rows.KEPT),
+    "layer": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -171,77 +183,6 @@ def _rotate(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _attend(q_BLKMH, k_BSKH, v_BSKH, seen_BLS, prefix: KV | None) -> jax.Array:
-    """Attention over the own keys that are seen and all of a prefix [1, P, K, H]: [B, L, K, M, H].
-
-    The two parts share one softmax (one maximum, one sum) but are never concatenated, so the prefix
-    is repeated neither for the rows nor for the queries of a key head.
-    """
-    dtype = v_BSKH.dtype
-    # Logits stay in the order that the products give (batch, queries, keys); only arrays without an
-    # axis of keys are transposed.
-    own = _product("blkmh,bskh->bklms", q_BLKMH, k_BSKH)
-    # Added, not selected: a selection would keep its [B, N, L, S] mask for the backward pass.
-    own = own + jnp.where(seen_BLS, jnp.float32(0), jnp.float32(MASKED))[:, None, :, None]
-    # The maximum cancels in the quotient, so it needs no gradient.
-    top_BKLM = jax.lax.stop_gradient(own).max(axis=-1)
-    if prefix is not None:
-        shared = _product("blkmh,pkh->kblmp", q_BLKMH, prefix.k[0])
-        top_KBLM = jax.lax.stop_gradient(shared).max(axis=-1)
-        top_BKLM = jnp.maximum(top_BKLM, top_KBLM.swapaxes(0, 1))
-    own = jnp.exp(own - top_BKLM[..., None])
-    total_BKLM = own.sum(axis=-1)
-    out_BKLMH = _product("bklms,bskh->bklmh", own.astype(dtype), v_BSKH)
-    if prefix is not None:
-        shared = jnp.exp(shared - top_BKLM.swapaxes(0, 1)[..., None])
-        total_BKLM = total_BKLM + shared.sum(axis=-1).swapaxes(0, 1)
-        shared = _product("kblmp,pkh->kblmh", shared.astype(dtype), prefix.v[0])
-        out_BKLMH = out_BKLMH + shared.swapaxes(0, 1)
-    return (out_BKLMH / total_BKLM[..., None]).swapaxes(1, 2).astype(dtype)
-
-
-def _seen(query_BL, parents_BL, query_index_L, segments_BS) -> jax.Array:
-    """[B, L, S]: same segment or the parent, and not later in the row."""
-    same = query_BL[:, :, None] == segments_BS[:, None, :]
-    if parents_BL is not None:
-        same = same | (parents_BL[:, :, None] == segments_BS[:, None, :])
-    index_S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)
-    return same & (index_S[None, None, :] <= query_index_L[None, :, None])
-
-
-def _attend_rows(q_BLKMH, k_BLKH, v_BLKH, rows: "_Rows", prefix: KV | None, block: int):
-    """`_attend` of whole rows; above `block` queries, block by block, each recomputed backwards.
-
-    Exact in both forms; the second never holds more than [B, N, block, L + P] logits.
-    """
-    segments_BL, parents_BL = rows.segments_BL, rows.parents_BL
-    length = q_BLKMH.shape[1]
-    index_L = jnp.arange(length, dtype=jnp.int32)
-    if length <= block:
-        seen = _seen(segments_BL, parents_BL, index_L, segments_BL)
-        return _attend(q_BLKMH, k_BLKH, v_BLKH, seen, prefix)
-    n = -(-length // block)
-    padding = n * block - length
-
-    def blocks(x):  # [B, L, ...] -> [n, B, block, ...]
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], n, block, *x.shape[2:]), 1, 0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # the loop prevents it already
-    def one(args):
-        # The mask must wait for q: else, as it depends on constants of the loops only, masks of
-        # all blocks, [B, L, L], are made ahead of the layers when a gradient is taken.
-        q, query, parents, index = jax.lax.optimization_barrier(args)
-        return _attend(q, k_BLKH, v_BLKH, _seen(query, parents, index, segments_BL), prefix)
-
-    # What the queries that fill the last block find is cut off below.
-    index = jnp.arange(n * block, dtype=jnp.int32).reshape(n, block)
-    parents = None if parents_BL is None else blocks(parents_BL)
-    out = jax.lax.map(one, (blocks(q_BLKMH), blocks(segments_BL), parents, index))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], n * block, *out.shape[3:])[:, :length]
-
-
 def _attend_cache(
     q_B1KMH, k_B1KH, v_B1KH, cache: attention.Cache, rows: "_Rows", layer, prefix, implementation
 ) -> tuple[jax.Array, attention.Cache]:
@@ -296,6 +237,7 @@ class Layer(nn.Module):
     dtype: Any
     block: int
     decode: str
+    attention: str
     scales: tuple[float, ...]  # of the streams' adapters
     return_kv: bool
     key_repeats: int
@@ -322,11 +264,16 @@ class Layer(nn.Module):
 
         def project(name, x):
             leaf = adapter[name] if adapter is not None and name in adapter else None
-            return getattr(self, name)(x, leaf, scale)
+            return checkpoint_name(getattr(self, name)(x, leaf, scale), PROJECTION)
 
+        if cache is None:
+            hidden = checkpoint_name(hidden, INPUT)
         q_BLKMH, k, v = self._qkv(project, self.attn_norm(hidden), rows.angle_BLE)
         if cache is None:
-            out = _attend_rows(q_BLKMH, k, v, rows, prefix, self.block)
+            shared = None if prefix is None else attention_rows.Prefix(prefix.k[0], prefix.v[0])
+            assert rows.segments_BL is not None  # of a stream without a cache
+            seen = attention_rows.Rows(rows.segments_BL, rows.parents_BL)
+            out = attention_rows.attend(q_BLKMH, k, v, seen, shared, self.attention, self.block)
         else:
             out, cache = _attend_cache(q_BLKMH, k, v, cache, rows, layer, prefix, self.decode)
         hidden = hidden + project("o", out.reshape(*out.shape[:2], -1))
@@ -370,9 +317,10 @@ class Decoder(nn.Module):
     Attributes:
       config: shape and constants.
       dtype: of all products and of the hidden states; weights are cast to it on use.
-      remat: 'none', or 'layer' to keep only the layers' inputs for the backward pass.
-      query_block: rows longer than this attend block by block of queries.
+      remat: what of a layer is kept for the backward pass, a name of REMAT.
+      query_block: rows longer than this attend block by block of queries (portable form).
       decode: how a stream with a cache attends to it, of attention.IMPLEMENTATIONS.
+      attention: how other streams do, of attention_rows.IMPLEMENTATIONS.
       key_repeats: how often each key head stands in attention and caches, see mesh.key_repeats.
     """
 
@@ -381,6 +329,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     query_block: int = QUERY_BLOCK
     decode: str = "blocks"
+    attention: str = "portable"
     key_repeats: int = 1
 
     @property
@@ -404,14 +353,15 @@ class Decoder(nn.Module):
         embedding = _Matrix("embedding", (c.vocab_size, c.d_model), self.dtype, name="embed")()
         if not c.tie_embeddings:
             _Matrix("kernel", (c.vocab_size, c.d_model), self.dtype, name="head")()
-        body = nn.remat(Layer, prevent_cse=False) if self.remat == "layer" else Layer
+        policy = REMAT[self.remat]
+        body = Layer if policy is None else nn.remat(Layer, prevent_cse=False, policy=policy)
         axes: Any = (0, nn.broadcast)
         layers = nn.scan(
             body, variable_axes={"params": 0}, split_rngs={"params": True},
             in_axes=axes, length=c.n_layers,
         )  # fmt: skip
         layers = layers(
-            c, self.dtype, self.query_block, self.decode,
+            c, self.dtype, self.query_block, self.decode, self.attention,
             tuple(s.adapter_scale for s in streams), return_kv, self.key_repeats, name="layers",
         )  # fmt: skip
         embed = lambda s: mesh.rowwise(  # noqa: E731

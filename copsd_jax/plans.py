@@ -110,8 +110,9 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     if train:
         validate.shards(config, mesh.batch_shards(devices))
         implementations.loss(config, mesh.platform(devices))
-    implementations.attention(config, mesh.platform(devices))
     path, model_config, tok = _model(config)
+    kind = dtype(config.model.dtype, devices)
+    implementations.check(config, mesh.platform(devices), kind, model_config)
     validate.vocabulary(config, model_config.vocab_size)
     mesh.key_repeats(model_config.n_heads, model_config.n_kv_heads, devices.shape["tensor"])
     sides = _sides(config, registry, exemplars, tok)
@@ -135,7 +136,7 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     return Plan(
         config=config,
         mesh=devices,
-        dtype=dtype(config.model.dtype, devices),
+        dtype=kind,
         weights_path=path,
         model_config=model_config,
         tokenizer=tok,

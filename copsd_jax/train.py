@@ -237,6 +237,7 @@ def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
         f"  trained     {size['trained']:,} parameters ({c.train.trainable}"
         + (f" rank {c.lora.rank})" if c.train.trainable == "lora" else ")"),
         f"  loss        {_loss(c)} ({implementations.loss(c, mesh.platform(plan.mesh))})",
+        f"  attention   {_attention(plan)}; remat {c.model.remat}",
         f"  problems    {c.data.path}: {_per_language(plan.rows)}; "
         f"dropped: {_counts(plan.dropped)}",
         f"  evaluation  {c.eval.path or 'none'}: {_per_language(plan.eval_rows)}; "
@@ -275,6 +276,18 @@ def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
     if unchecked:
         lines.append(f"  wording not checked by a speaker: {', '.join(unchecked)}")
     return "\n".join(lines)
+
+
+def _attention(plan: plans.Plan) -> str:
+    """The forms that run, of rows and of decoding."""
+    platform = mesh.platform(plan.mesh)
+    name = implementations.rows(plan.config, platform, plan.dtype, plan.model_config)
+    if name == "splash":
+        name += ", with a mask of its own where rows have parents or worked examples"
+    if plan.server is not None:
+        return f"{name} (training, scoring)"
+    decode = implementations.attention(plan.config, platform)
+    return f"{name} (training, scoring, prefill), {decode} (decoding)"
 
 
 def _loss(c) -> str:

@@ -38,6 +38,8 @@ FREE = (
     # As the number of slots: products of other shapes, the same texts but for their rounding.
     "sampler.steps",
     "sampler.pack",
+    "model.attention",
+    "model.remat",
     "sampler.attention",
     "sampler.gather",
     "sampler.warmup",
