@@ -333,6 +333,9 @@ def main(argv: Sequence[str]) -> int:
     """Exit code: 0 only if the systems agree."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU's memory
     args, good = parse(argv), True
+    if args.devices:
+        # Threads of XLA: with as many as devices, a collective that waits may hold all of them.
+        os.environ.setdefault("NPROC", str(4 * args.devices))
     for divergence in args.divergence:
         common = {
             "command": " ".join(["python", *sys.argv]), "divergence": divergence,
