@@ -252,7 +252,6 @@ def _kept(m: model.ModelConfig, remat: str, tensor: int, item: int) -> int:
         "dots": (2 * m.d_model + query + 2 * key + 2 * m.d_ff // tensor) * item + attention,
         "attention": m.d_model * item + attention,
         "layer": m.d_model * item,
-        "offload": 0,
     }[remat]
 
 

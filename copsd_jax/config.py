@@ -39,13 +39,8 @@ def _inputs(c: Config) -> None:
     m.revision = "main"  # of a repository id
     m.init = "pretrained"  # random: weights drawn from `seed`; path then gives shape and tokenizer
     m.dtype = "auto"  # of base weights and compute; auto is float32 on CPU, bfloat16 elsewhere
-    # Kept of a layer for the backward pass, which computes the rest again. none: keep all; dots:
-    # outputs of projections and attention; attention: its output and the layer's input; layer: the
-    # input; offload: the input, in the host's memory (tpu)
-    m.remat = "none"
-    # Of training, scoring and prefill (sampler.attention: of decoding). splash: jax's kernel (tpu);
-    # cudnn: NVIDIA's (gpu, half precision); portable: anywhere; auto: splash on tpu, else portable
-    m.attention = "auto"
+    m.remat = "none"  # kept of layers for the gradient: dots (products), attention, layer (input)
+    m.attention = "auto"  # of rows: splash (tpu), cudnn (gpu), portable; auto: splash or portable
     m.shape = ""  # shape of a random model instead of path's: a name in copsd_jax.model.SHAPES
     m.tokenizer = ""  # where the tokenizer is, when not at path
 

@@ -37,7 +37,7 @@ def memory(plan: plans.Plan) -> dict[str, int]:
     if c.train.micro_tokens:
         rows = min(rows, c.train.micro_tokens * mesh.batch_shards(plan.mesh))
     copies = 4 + (c.teacher.weights == "ema")
-    kept = {"none": 20, "dots": 10, "attention": 2, "layer": 1, "offload": 0}[c.model.remat]
+    kept = {"none": 20, "dots": 10, "attention": 2, "layer": 1}[c.model.remat]
     entry = shape.head_dim * item
     if c.sampler.cache != "auto":
         scale = 4 if c.sampler.cache == "int8" else 0

@@ -106,26 +106,11 @@ def _without_cudnn(size: int) -> str:
     return ""
 
 
-def remat(c: config_lib.Config, platform: str) -> str:
-    """A name of model.REMAT.
-
-    Raises:
-      ValueError: for one that cannot run there.
-    """
-    if c.model.remat == "offload" and platform != "tpu":
-        raise ValueError(
-            f"model.remat is 'offload': it runs on tpu and the mesh is {platform}, take one of "
-            + ", ".join(name for name in model.REMAT if name != "offload")
-        )
-    return c.model.remat
-
-
 def check(c: config_lib.Config, platform: str, dtype: Any, shape: model.ModelConfig) -> None:
-    """Refuses, before anything is built, what cannot run of attention and remat.
+    """Refuses, before anything is built, what cannot run of attention.
 
     Raises:
       ValueError: naming the setting.
     """
     attention(c, platform)
-    remat(c, platform)
     rows(c, platform, dtype, shape)

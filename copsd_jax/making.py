@@ -29,7 +29,7 @@ def decoder(frame: plans.Frame | plans.Plan) -> model.Decoder:
     return model.Decoder(
         m,
         frame.dtype,
-        remat=implementations.remat(c, platform),
+        remat=c.model.remat,
         query_block=attention_rows.CPU_BLOCK if platform == "cpu" else model.QUERY_BLOCK,
         decode=implementations.attention(c, platform),
         attention=implementations.rows(c, platform, frame.dtype, m),

@@ -24,7 +24,7 @@ from copsd_jax import lora, mesh
 from copsd_jax.kernels import attention, attention_rows
 
 QUERY_BLOCK = 512  # longer rows attend block by block of queries
-PROJECTION, INPUT = "projection", "layer_input"  # names of values, for the policies below
+PROJECTION = "projection"  # name of values, for the policies below
 _policies = jax.checkpoint_policies
 # What is kept of a layer for the backward pass, which computes the rest again; None keeps all.
 REMAT: dict[str, Any] = {
@@ -32,11 +32,7 @@ REMAT: dict[str, Any] = {
     "dots": _policies.save_only_these_names(PROJECTION, attention_rows.KEPT),
     "attention": _policies.save_only_these_names(attention_rows.KEPT),
     "layer": _policies.nothing_saveable,
-    "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT],
-        offload_src="device", offload_dst="pinned_host",
-    ),
-}  # fmt: skip
+}
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -266,8 +262,6 @@ class Layer(nn.Module):
             leaf = adapter[name] if adapter is not None and name in adapter else None
             return checkpoint_name(getattr(self, name)(x, leaf, scale), PROJECTION)
 
-        if cache is None:
-            hidden = checkpoint_name(hidden, INPUT)
         q_BLKMH, k, v = self._qkv(project, self.attn_norm(hidden), rows.angle_BLE)
         if cache is None:
             shared = None if prefix is None else attention_rows.Prefix(prefix.k[0], prefix.v[0])

@@ -15,7 +15,7 @@ CHOICES = {
     "method": ("distill", "grpo", "sft"),
     "model.init": ("pretrained", "random"),
     "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.remat": ("none", "dots", "attention", "layer", "offload"),
+    "model.remat": ("none", "dots", "attention", "layer"),
     "model.attention": ("auto", "portable", "splash", "cudnn"),
     "data.missing": ("error", "drop"),
     "data.overlong": ("error", "drop"),

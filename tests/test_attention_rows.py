@@ -167,8 +167,9 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads(sizes, kind, count):
     arrays = inputs(rows=count)
     here: Any = functools.partial(attention_splash.attend, interpret=True)
     want = both(here, arrays, *kind)
-    with jax.set_mesh(mesh.make(*sizes, jax.devices()[: np.prod(sizes)])) as _:
-        form = lambda q, k, v, r, p: attention_rows.on_mesh(here, q, k, v, r, p)  # noqa: E731
+    data, fsdp, tensor = sizes
+    with jax.set_mesh(mesh.make(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])) as _:
+        form = functools.partial(attention_rows.on_mesh, here)
         close(both(form, arrays, *kind), jax.tree.map(np.asarray, want), 1e-5)
 
 
@@ -207,12 +208,6 @@ def test_cudnn_is_refused_with_the_reason():
         rows(jnp.bfloat16, dataclasses.replace(shape, head_dim=12))
     with pytest.raises(ValueError, match=r"jax says 'cuDNN is not detected\.', take auto or"):
         rows(jnp.bfloat16, shape)
-
-
-def test_offload_is_refused_elsewhere():
-    assert implementations.remat(config(remat="offload"), "tpu") == "offload"
-    with pytest.raises(ValueError, match=r"model\.remat is 'offload': it runs on tpu and the mesh"):
-        implementations.remat(config(remat="offload"), "gpu")
 
 
 def test_refusal():

@@ -34,7 +34,7 @@ KEPT = "attention"  # name of what the backward pass needs of attention, for rem
 MASKED = -1e30  # finite, so that a query without any key gives finite numbers
 CPU_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more at SmolLM2's shape
 GROUPS = 8  # ranges of queries, each with a range of keys of its own; more save little
-FEW = 2  # of large blocks: the compiler for TPU takes some 10 s for each range
+FEW = 2  # of large blocks: the compiler for TPU takes 10 to 30 s for each range
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
