@@ -90,7 +90,8 @@ def test_packed_rows_at_the_caps(card, pack):
     """Rows as the budget of tokens has them, one sample each; bytes as the model of memory counts
     them, and the arrays of a real run."""
     settings = {"train__pack": pack, "train__micro_tokens": 1500, "train__batch": 16}
-    one = aot.frame(runs.config(card, **MESH, **SHORT, **settings), jax.devices())
+    short = {name: value for name, value in SHORT.items() if card == "opsd" or name[0] != "t"}
+    one = aot.frame(runs.config(card, **MESH, **short, **settings), jax.devices())
     long = aot.lengths(one.config, one.model_config)
     batch = aot.batch(one.config, long)
     rows = making.packed(one, batch, caps=True)
