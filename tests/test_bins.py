@@ -66,7 +66,7 @@ def test_rows_of_a_long_tail_are_nine_tenths_full(B, group, shards):
             alone = sum(
                 B * layout.bucket(max(np.add(side.prompts_B, completions))) for side in sides
             )
-            assert plan.micros * shards * tokens(plan) < alone / 2
+            assert plan.micros * shards * tokens(plan) < 0.6 * alone
 
 
 @pytest.mark.parametrize("budget", [8192, 16_384, 40_000])

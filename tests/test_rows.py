@@ -176,6 +176,9 @@ def test_no_hidden_state_travels(decoder, params):
         ]
         assert sent
         tokens = one.student.tokens_BL.size
+        side = layout.place(one, devices).student
+        for array in (side.tokens_BL, side.gather_BC):
+            assert array.addressable_shards[0].data.size == array.size // 8
         assert not [line for line in sent if f"[{tokens},{CONFIG.d_model}]" in line]
 
 
