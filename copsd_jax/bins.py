@@ -25,6 +25,9 @@ from typing import NamedTuple
 import numpy as np
 
 LEAST = 32  # rows are multiples of it
+SHORT = (
+    512  # tokens: rows up to this hold four samples at least, since attention costs little there
+)
 TRIED = 12  # sizes of a side, from the least one on
 
 
@@ -187,6 +190,7 @@ def _sizes(mean: int, longest: int, row: int) -> list[Size]:
         )
         return [Size(count, length) for count in counts]
     shortest = rounded(longest, LEAST, parts=2)  # half octaves: rows' lengths waste nothing
+    shortest = max(shortest, min(4 * shortest, SHORT))
     out, tokens = [], rounded(max(mean, longest), LEAST)
     for _ in range(TRIED):
         count = max(1, tokens // shortest)
@@ -208,14 +212,14 @@ def _search(
     count, everyone = micros * shards, range(len(completions_B))
     loads = [_load(completions_B, side, everyone) for side in sides]
     order = _order(completions_B, sides, loads)
+    # One row for each completion always works.
+    rows = rounded(-(-len(completions_B) // count))
     choices = [
-        _sizes(-(-load // count), most, row) for load, most in zip(loads, longest, strict=True)
+        [*_sizes(-(-load // count), most, row), Size(rows, rounded(max(row, most), LEAST))]
+        for load, most in zip(loads, longest, strict=True)
     ]
     total = lambda sizes: sum(size.tokens for size in sizes)  # noqa: E731
     tried = sorted(itertools.product(*choices), key=lambda sizes: (total(sizes), sizes))
-    # Last, one row for each completion, which always works.
-    rows = rounded(-(-len(completions_B) // count))
-    tried.append(tuple(Size(rows, rounded(max(row, most), LEAST)) for most in longest))
     for sizes, spread in itertools.product(tried, (False, True) if count > 1 else (False,)):
         if budget and total(sizes) > budget:
             continue
