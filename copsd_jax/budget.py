@@ -218,8 +218,9 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
     heads = m.n_heads // tensor
     attention = found.count * heads * min(longest, QUERIES) * longest * 10
     if _splash(frame, kind):
-        # One row's mask at a time, in both orders.
-        attention = 10 * longest * (longest + long.prefix) if long.prefix else 0
+        # One row's mask at a time, in both orders, where rows have parents or a prefix.
+        masked = long.prefix or c.train.pack == "shared"
+        attention = 10 * longest * (longest + long.prefix) if masked else 0
     shapes = _shapes(frame)
     grads = 2 * _size(shapes.trained, frame)
     full = c.train.trainable == "full"
@@ -294,12 +295,15 @@ def _batch(frame: Any, found: Rows, long: aot.Lengths) -> int:
     index and more a token. Where rows are packed, completions' own arrays are on every device."""
     c = frame.config
     C, sides = layout.bucket(long.completion), 2 if found.teacher else 1
+    policy = c.method != "distill" or c.policy.weight > 0
+    # Tokens and two masks; log-probabilities of what was sampled; mask and advantage of a policy.
+    own = 6 + 4 * (c.method != "sft") + 5 * policy
     positions = found.micros * found.micro_tokens
     if c.train.pack == "off":
-        return 12 * positions + found.micros * found.count * (4 * sides + 10) * C
+        return 12 * positions + found.micros * found.count * (4 * sides + own) * C
     each = 16 if c.train.pack == "shared" else 12
     index = found.micros * found.tokens * 4 * (sides + 1)
-    return each * positions + index + c.train.batch * c.rollout.per_prompt * 10 * C
+    return each * positions + index + c.train.batch * c.rollout.per_prompt * own * C
 
 
 # --- advice -----------------------------------------------------------------------------------

@@ -67,10 +67,13 @@ def step(decoder, params, batch, shape=None, prefix=None, kv=None, **changes):
     devices = mesh.make(*shape)
     jitted = jax.jit(
         train_step.make(decoder, KEPT, options),
-        out_shardings=(mesh.shardings(state, devices), None),
+        out_shardings=(mesh.shardings(state, devices, CONFIG.n_kv_heads), None),
     )
     with jax.set_mesh(devices):
-        placed = mesh.place(state, devices), mesh.place(params, devices, CONFIG.n_kv_heads)
+        placed = (
+            mesh.place(state, devices, CONFIG.n_kv_heads),
+            mesh.place(params, devices, CONFIG.n_kv_heads),
+        )
         new, aux = jitted(*placed, layout.place(batch, devices), prefix, kv)
     return new.optimizer, aux
 
@@ -166,9 +169,12 @@ def test_no_hidden_state_travels(decoder, params):
         with jax.set_mesh(devices):
             jitted = jax.jit(
                 train_step.make(decoder, KEPT, OPTIONS),
-                out_shardings=(mesh.shardings(state, devices), None),
+                out_shardings=(mesh.shardings(state, devices, CONFIG.n_kv_heads), None),
             )
-            placed = mesh.place(state, devices), mesh.place(params, devices, CONFIG.n_kv_heads)
+            placed = (
+                mesh.place(state, devices, CONFIG.n_kv_heads),
+                mesh.place(params, devices, CONFIG.n_kv_heads),
+            )
             lowered = jitted.lower(*placed, layout.place(one, devices), None, None)
         text = lowered.compile().as_text() or ""
         sent = [
