@@ -222,13 +222,16 @@ class Trainer:
             name: {factor: saved[f"{name}/{factor}"] for factor in "ab"}
             for name in self.state.trained
         }
-        self.state = self.state._replace(trained=mesh.place(adapter, self.plan.mesh))
+        self.state = self.state._replace(
+            trained=mesh.place(adapter, self.plan.mesh, self.plan.model_config.n_kv_heads)
+        )
         hand_over: Any = self.parts.around("hand_over", r.hand_over)
         self.r = dataclasses.replace(r, hand_over=hand_over)
         for module, name, part in (
             (host, "generate", "rollout"), (plans, "teach", "contexts"),
             (contexts, "privileged", "contexts"), (distill, "_views", "contexts"),
-            (layout, "pack", "packing"), (mesh, "place_batch", "packing"),
+            (layout, "pack", "packing"), (layout, "packed", "packing"),
+            (layout, "place", "packing"),
         ):  # fmt: skip
             setattr(module, name, self.parts.around(part, getattr(module, name)))
 
@@ -242,7 +245,7 @@ class Trainer:
             method = methods.METHODS["distill"]
             rows: list[data.Row] = list(self.plan.rows)
             made = method.make_batch(self.r, self.state, rows, self.number)
-            batch = mesh.place_batch(made.batch, self.plan.mesh)
+            batch = layout.place(making.packed(self.plan, made.batch), self.plan.mesh)
             args = (self.r.frozen, batch, made.student_prefix, made.teacher_kv, np.float32(1))
             if first:
                 self._program = self.r.step.lower(self.state, *args).compile()
@@ -324,7 +327,8 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
 
 def parts(t: Trainer, repetitions: int) -> dict:
     """Seconds of a step's parts as programs of their own: the least of the repetitions."""
-    micro = t.r.options.micro_batches
+    packed = t.batch.source_UST
+    micro = t.r.options.micro_batches if packed is None else len(packed)
     wall, cpu, temporary = {}, {}, {}
     for name, (function, args) in programs(t).items():
         compiled = jax.jit(function).lower(*args).compile()
