@@ -197,16 +197,15 @@ def _hidden(
         )
         for policy, side, prefix in sides
     ]
-    if all(policy.params is sides[0][0].params for policy, _, _ in sides):
-        outputs = decoder.apply({"params": sides[0][0].params}, tuple(streams))
-    else:
-        outputs = [
-            decoder.apply({"params": policy.params}, (stream,))[0]
-            for (policy, _, _), stream in zip(sides, streams, strict=True)
-        ]
+    outputs: dict[int, model.Output] = {}
+    for first, (policy, _, _) in enumerate(sides):
+        if first in outputs:
+            continue
+        those = [k for k, side in enumerate(sides) if side[0].params is policy.params]
+        found = decoder.apply({"params": policy.params}, tuple(streams[k] for k in those))
+        outputs |= dict(zip(those, found, strict=True))
     return [
-        _gathered(output.hidden_BLD, side.gather_BC)
-        for output, (_, side, _) in zip(outputs, sides, strict=True)
+        _gathered(outputs[k].hidden_BLD, side.gather_BC) for k, (_, side, _) in enumerate(sides)
     ]
 
 
@@ -281,12 +280,11 @@ def _loss(decoder: model.Decoder, options: Options) -> Callable[..., tuple[jax.A
     def loss(trained, state, frozen, head, micro, weights, student_prefix, teacher_kv):
         head_of = lambda side: model.head(side.params) if head is None else head  # noqa: E731
         student, teacher = policies(state._replace(trained=trained), frozen, options, decoder.dtype)
-        teacher = jax.lax.stop_gradient(teacher)
-        if options.trainable == "lora":
-            teacher = teacher._replace(params=frozen)  # the same object: one pass for all sides
-        still = jax.lax.stop_gradient(student)._replace(
-            params=frozen if options.trainable == "lora" else jax.lax.stop_gradient(student.params)
-        )
+        teacher, still = jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(student)
+        # The same weights are the same object: one pass for all sides that have them.
+        still = still._replace(params=student.params)
+        if options.trainable == "lora" or options.teacher == "live":
+            teacher = teacher._replace(params=student.params)
         encode = lambda side: None if student_prefix is None else engine.encode(  # noqa: E731
             decoder, side.params, student_prefix[None], side.adapter, options.adapter_scale
         )  # fmt: skip

@@ -23,14 +23,20 @@ OPTIONS = train_step.Options(
 )  # fmt: skip
 
 
-def gathered(micro_batches: int, remat: str) -> float:
-    """Bytes of all-gathers in the loops over layers of a step, by bytes of one gather of all."""
+def gathered(micro_batches: int, remat: str, trainable: str = "lora") -> tuple[float, float]:
+    """Bytes of all-gathers in the loops over layers of a step, by bytes of one gather of all; and
+    FLOPs of all products."""
     devices = mesh.make(1, 8, 1)
-    options = dataclasses.replace(OPTIONS, micro_batches=micro_batches)
+    teacher = "fixed" if trainable == "lora" else "live"
+    options = dataclasses.replace(
+        OPTIONS, micro_batches=micro_batches, trainable=trainable, teacher=teacher
+    )
     decoder = model.Decoder(SHAPE, F32, remat=remat)
     tx = optax.sgd(1e-3)
     frozen = model.abstract(SHAPE, F32)
-    trained = jax.eval_shape(lambda: lora.init(SHAPE, 4, lora.TARGETS, jax.random.key(0)))
+    trained = frozen
+    if trainable == "lora":
+        trained = jax.eval_shape(lambda: lora.init(SHAPE, 4, lora.TARGETS, jax.random.key(0)))
     state = jax.eval_shape(lambda t: train_step.init(t, tx, "fixed"), trained)
     batch = layout.pack([[1] * 9] * 16, [[2] * 40] * 16, [[3] * 20] * 16)
     with jax.set_mesh(devices):
@@ -48,7 +54,7 @@ def gathered(micro_batches: int, remat: str) -> float:
         )
     text = program.as_text()
     assert text
-    _, collectives = compiled.read(text, devices)
+    costs, collectives = compiled.read(text, devices)
     in_layers = [
         one for one in collectives
         if one.kind == "all-gather" and one.times == SHAPE.n_layers * micro_batches
@@ -56,7 +62,8 @@ def gathered(micro_batches: int, remat: str) -> float:
     weights = sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen["layers"]) if x.ndim == 3
     )
-    return sum(one.bytes * one.times for one in in_layers) / (weights * 7 / 8) / micro_batches
+    moved = sum(one.bytes * one.times for one in in_layers) / micro_batches
+    return moved / (weights * 7 / 8), sum(cost.flops * cost.times for cost in costs)
 
 
 def apart(decoder, sides, scale):
@@ -76,9 +83,29 @@ def test_weights_of_a_layer_are_gathered_twice_a_step_not_three_times(monkeypatc
     """Once for both sides on the way forward, once backward; adapters are the rest."""
     adapters = 2 * 4 * sum(map(sum, SHAPE.projections().values()))  # forward and backward, at most
     weights = sum(a * b for a, b in SHAPE.projections().values())
-    together = gathered(1, remat)
+    together, _ = gathered(1, remat)
     assert 2 <= together <= 2 + 2 * adapters / weights
     monkeypatch.setattr(train_step, "_hidden", apart)
-    separate = gathered(1, remat)
+    separate, _ = gathered(1, remat)
     assert 3 <= separate <= 3 + 2 * adapters / weights
     np.testing.assert_allclose(separate - together, 1, atol=1e-6)
+
+
+def without_gradient(decoder, sides, scale):
+    """`apart`, the weights of all sides but the student's as constants."""
+    (student, *others) = sides
+    others = [
+        (policy._replace(params=jax.lax.stop_gradient(policy.params)), side, prefix)
+        for policy, side, prefix in others
+    ]
+    return apart(decoder, [student, *others], scale)
+
+
+def test_all_weights_of_a_live_teacher_are_gathered_twice_too(monkeypatch):
+    """And the teacher goes through the layers once, forward."""
+    moved, flops = gathered(1, "layer", "full")
+    assert moved == pytest.approx(2, rel=1e-3)
+    monkeypatch.setattr(train_step, "_hidden", without_gradient)
+    moved, apart_flops = gathered(1, "layer", "full")
+    assert moved == pytest.approx(3, rel=1e-3)
+    assert flops == apart_flops
