@@ -271,7 +271,8 @@ def _batch(frame: Any, found: Rows, long: aot.Lengths) -> int:
         return 12 * positions + found.micros * found.count * (4 * sides + 10) * C
     each = 16 if c.train.pack == "shared" else 12
     index = found.micros * found.tokens * 4 * (sides + 1)
-    return each * positions + index + c.train.batch * c.rollout.per_prompt * 10 * C
+    token = 10 + (5 if c.method != "distill" or c.policy.weight else 0)  # with a policy loss
+    return each * positions + index + c.train.batch * c.rollout.per_prompt * token * C
 
 
 # --- advice -----------------------------------------------------------------------------------
