@@ -25,9 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 LEAST = 32  # rows are multiples of it
-SHORT = (
-    512  # tokens: rows up to this hold four samples at least, since attention costs little there
-)
+SHORT = 256  # tokens: rows below it are lengthened, to four samples or to this
 TRIED = 12  # sizes of a side, from the least one on
 
 
