@@ -19,6 +19,7 @@ head, H head size, P keys of the prefix.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ KEPT = "attention"  # name of what the backward pass needs of attention, for rem
 MASKED = -1e30  # finite, so that a query without any key gives finite numbers
 CPU_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more at SmolLM2's shape
 GROUPS = 8  # ranges of queries, each with a range of keys of its own; more save little
+WORTH = 2**24  # L L N H of a row below which small blocks cost more to compile than they save
+WHOLE = 512  # queries at once in rows below that
 FEW = 2  # of large blocks: the compiler for TPU takes 10 to 30 s for each range
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -70,7 +73,7 @@ def attend(
 
     Args:
       q_BLKMH: scaled and rotated.
-      block: queries of a block of the portable form.
+      block: queries of a block of the portable form; more where rows are small.
 
     Raises:
       ValueError: for an unknown implementation.
@@ -80,6 +83,8 @@ def attend(
             f"model.attention is {implementation!r}: the choices are {', '.join(IMPLEMENTATIONS)}"
         )
     if implementation == "portable":
+        work = math.prod(q_BLKMH.shape[1:]) * q_BLKMH.shape[1]
+        block = block if work >= WORTH else max(block, WHOLE)
         return _portable(block, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
     if implementation == "splash":
         # Pallas takes its time, and a CPU does without.
