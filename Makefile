@@ -56,10 +56,10 @@ kernels: install
 	$(BIN)/python -m pytest -n 2 -m slow tests/test_divergence_kernels.py tests/test_loss_sharded.py
 
 processes: install
-	$(BIN)/python -m pytest -m slow tests/test_processes.py
+	$(BIN)/python -m pytest -m slow tests/test_processes.py tests/test_meshes.py
 
 compile: $(COMPILE)/installed
-	COPSD_COMPILE=1 $(COMPILE)/bin/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py tests/test_dryrun.py
+	COPSD_COMPILE=1 $(COMPILE)/bin/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py tests/test_attention_rows_compiled.py tests/test_dryrun.py
 
 # Dry runs of large models on the devices that they are meant for, half an hour on 2 cores.
 compile-all: $(COMPILE)/installed

@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -334,8 +334,11 @@ def _phases(one: plans.Frame, long: Lengths, limit: float, said) -> dict[str, Ph
         name = "weights" if len(args) > 1 else "adapter"  # as HandOver has them
         return handing(f"{name} to the sampler", program, *args, keeps=False)
 
+    sampled = sections(c, long)
     hand_over = making.hand_over(one, frozen if lora_run else {}, call=call)
-    params, adapter = hand_over(*student, one.adapter_scale)
+    params, adapter = student
+    if sampled:
+        params, adapter = hand_over(*student, one.adapter_scale)
     copies = 0 if params is student.params else size(params)
     copies += 0 if adapter is student.adapter else size(adapter)
     # Full fine-tuning casts the masters for each phase of sampling.
@@ -343,11 +346,13 @@ def _phases(one: plans.Frame, long: Lengths, limit: float, said) -> dict[str, Ph
     phases = {
         "placement": Phase("placement", {**resident, "read": size(base) if frozen == {} else 0},
                            placing.programs),
-        "hand-over": Phase("hand-over", {**resident, "sampler's weights": copies + cast},
-                           handing.programs),
     }  # fmt: skip
+    if sampled:
+        phases["hand-over"] = Phase(
+            "hand-over", {**resident, "sampler's weights": copies + cast}, handing.programs
+        )
     handed = {**resident, "sampler's weights": copies + cast}
-    for name, section, asked, drawn in _sections(c, long):
+    for name, section, asked, drawn in sampled:
         if params is None or sum(handed.values()) > limit:
             phases[name] = _unmade(name, handed, f"sampler of {section}")
         else:
@@ -368,7 +373,7 @@ def _unmade(name: str, held: dict[str, int], program: str) -> Phase:
     return Phase(name, held, [Program(program, sum(held.values()), None, 0, reason)])
 
 
-def _sections(c: Any, long: Lengths) -> list[tuple[str, str, int, int]]:
+def sections(c: Any, long: Lengths) -> list[tuple[str, str, int, int]]:
     """(phase, section of the settings, prompt, completion) of what is sampled here."""
     if c.sampler.engine == "server":
         return []
@@ -475,7 +480,3 @@ def _blocks(one, options: train_step.Options, arrays: layout.Batch) -> int:
     else:
         tokens = B * C // options.micro_batches // mesh.batch_shards(one.mesh)
     return token_blocks.size(tokens, options.chunk, 1)[0]
-
-
-def largest(programs: Sequence[Program]) -> Program | None:
-    return max(programs, key=lambda program: program.needed, default=None)

@@ -126,6 +126,7 @@ def apart(lengths: Sequence[int], completions: int, *, shards: int, micros: int,
       lengths: of a row of each side.
     """
     rows = -(-budget // sum(lengths)) if budget else -(-completions // (micros * shards))
+    rows = min(rows, -(-completions // shards))
     return -(-completions // (rows * shards)), rows
 
 

@@ -105,6 +105,8 @@ def _held(frame: Any) -> dict[str, int]:
 def _copies(frame: Any) -> tuple[int, int]:
     """(of the weights that the sampler reads, what of it stays through the step)."""
     c, where = frame.config, frame.mesh
+    if not aot.sections(c, aot.lengths(c, frame.model_config)):
+        return 0, 0
     shapes = _shapes(frame)
     base = shapes.int8 if c.sampler.int8 else shapes.base
     gather = c.sampler.gather and where.shape["fsdp"] > 1
@@ -320,12 +322,14 @@ class _Choice:
 
 def advice(frame: plans.Frame, target: chips.Target, long: aot.Lengths, usable: float) -> list[str]:
     """Up to three changes with which the model of memory fits, the smallest first."""
+    phases = [name for name, *_ in aot.sections(frame.config, long)]
+    phases += ["step"] if frame.config.train.steps else []
     out = []
     for choice in _choices(frame, target):
         need = [
             sum((parts(choice.frame, long, phase, micro=choice.micro, kind=_kind(frame.mesh)) or {})
                 .values())
-            for phase in ("rollout", "step", *(("evaluation",) if frame.config.eval.path else ()))
+            for phase in phases
         ]  # fmt: skip
         if max(need) <= ROOM * usable:
             out.append(choice.words)
@@ -336,10 +340,11 @@ def advice(frame: plans.Frame, target: chips.Target, long: aot.Lengths, usable: 
 
 def _choices(frame: plans.Frame, target: chips.Target) -> Iterator[_Choice]:
     """On these devices first other meshes and micro-batches, then adapters, then more devices."""
-    yield from _meshes(frame, frame.config, frame.mesh.devices.size, "")
+    size, slices = frame.mesh.devices.size, target.slices
+    yield from _meshes(frame, frame.config, size, slices, "")
     if frame.config.train.trainable == "full":
         config = _changed(frame.config, {"train.trainable": "lora"})
-        yield from _meshes(frame, config, frame.mesh.devices.size, "--config.train.trainable=lora ")
+        yield from _meshes(frame, config, size, slices, "--config.train.trainable=lora ")
     if target.platform != "tpu":
         return
     table = chips.FLAT if target.kind in ("v5e", "v6e") else chips.CUBES
@@ -347,29 +352,37 @@ def _choices(frame: plans.Frame, target: chips.Target) -> Iterator[_Choice]:
     for count, topology in table.items():
         if count > int(np.prod(target.shape)) * target.slices:
             words = f"{target.kind}:{topology} with "
-            yield from _meshes(frame, frame.config, count * per_chip, words)
+            yield from _meshes(frame, frame.config, count * per_chip, 1, words)
 
 
-def _meshes(frame: plans.Frame, config: Any, devices: int, words: str) -> Iterator[_Choice]:
-    """Parameters split over all devices, batch over as many as it has completions for."""
+def _meshes(
+    frame: plans.Frame, config: Any, devices: int, data: int, words: str
+) -> Iterator[_Choice]:
+    """Parameters split over all devices of a slice, of which there are `data`; batch over as many
+    as it has completions for."""
     completions = config.train.batch * config.rollout.per_prompt
     for remat in dict.fromkeys((config.model.remat, "layer")):
         for tensor in (1, 2, 4, 8):
-            fsdp = devices // tensor
-            if devices % tensor or completions % fsdp or frame.model_config.n_heads % tensor:
+            fsdp = devices // (tensor * data)
+            shards = fsdp * data
+            if (
+                devices % (tensor * data)
+                or completions % shards
+                or frame.model_config.n_heads % tensor
+            ):
                 continue
-            where: Any = AbstractMesh((1, fsdp, tensor), mesh.AXES, (AxisType.Auto,) * 3)
+            where: Any = AbstractMesh((data, fsdp, tensor), mesh.AXES, (AxisType.Auto,) * 3)
             changed = _changed(config, {"model.remat": remat})
-            told = f"{words}--config.mesh.data=1 --config.mesh.fsdp={fsdp}"
+            told = f"{words}--config.mesh.data={data} --config.mesh.fsdp={fsdp}"
             told += f" --config.mesh.tensor={tensor}" if tensor > 1 else ""
             told += f" --config.model.remat={remat}" if remat != config.model.remat else ""
             other: Any = dataclasses.replace(frame, config=changed, mesh=where)
             long = aot.lengths(changed, frame.model_config)
             now = config.train.micro_batch or completions
             if config.train.micro_tokens:
-                now = rows(other, long).count * fsdp
-            for micro in reversed(micro_batches(config, fsdp)):
-                if micro > now and micro != fsdp:
+                now = rows(other, long).count * shards
+            for micro in reversed(micro_batches(config, shards)):
+                if micro > now and micro != shards:
                     continue
                 name, value = micro_setting(other, long, micro)
                 more = "" if micro == now else f" --config.{name}={value}"

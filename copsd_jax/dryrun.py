@@ -130,7 +130,9 @@ def _each_step(built: aot.Built) -> list[aot.Program]:
     programs = built.phases["hand-over"].programs
     lora = built.frame.config.train.trainable == "lora"
     merged = built.frame.config.sampler.merge
-    return programs[1:] if lora and not merged and len(programs) > 1 else programs
+    if not lora or merged:
+        return programs
+    return [program for program in programs if not program.name.startswith("weights")]
 
 
 def _seconds(programs: list[aot.Program], chip: chips.Chip) -> float | None:
@@ -146,7 +148,6 @@ def _seconds(programs: list[aot.Program], chip: chips.Chip) -> float | None:
 def _sampling(built: aot.Built, name: str, texts: int) -> float | None:
     """A phase of sampling: slots filled in waves, each prompt prefilled, each token drawn."""
     chip, c, long = built.target.chip, built.frame.config, built.lengths
-    section = {"rollout": "rollout", "author": "author"}[name]
     programs = built.phases[name].programs
     asked, drawn = {
         "rollout": (long.student, long.completion), "author": (long.writer, long.reply),
@@ -166,7 +167,6 @@ def _sampling(built: aot.Built, name: str, texts: int) -> float | None:
     token = _seconds([decode], chip)
     if token is None or prefill is None:
         return None
-    del section
     return rows * prefill + steps * token / c.sampler.steps
 
 
@@ -337,5 +337,8 @@ def _time(found: dict) -> list[str]:
         f"{found['total']:.2f} s ({parts}), {found['tokens_per_second']:,.0f} completion tokens/s"
     ]
     if "step_mfu" in found:
-        lines.append(f"model FLOPs utilisation of the training step: {found['step_mfu']:.0%}")
+        lines.append(
+            "FLOPs utilisation of the training step, padding and recomputation included: "
+            f"{found['step_mfu']:.0%}"
+        )
     return lines

@@ -69,7 +69,7 @@ def attention(c: config_lib.Config, platform: str) -> str:
 def rows(c: config_lib.Config, platform: str, dtype: Any, shape: model.ModelConfig) -> str:
     """Of kernels.attention_rows.IMPLEMENTATIONS, for training, scoring and prefill.
 
-    `auto` takes cudnn nowhere: it was lowered, but never run.
+    `auto` takes cudnn nowhere: it was never run.
 
     Raises:
       ValueError: for one that cannot run there.

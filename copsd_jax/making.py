@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from copsd_jax import (
     bins,
+    contexts,
     implementations,
     layout,
     lora,
@@ -95,10 +96,15 @@ def check_rows(plan: plans.Plan) -> None:
     prompts_of = {"student": prompts.student(plan.tokenizer, plan.student, plan.rows[0])}
     if c.method == "distill":
         prompts_of["teacher"] = plans.probe(plan, plan.rows[0])
+    longest = dict(plan.longest)
+    if {"feedback", "other"} & {
+        *contexts.reads(plan.context)
+    }:  # of which no length is known before
+        longest["teacher"] = plans.teacher_limit(c, plan.model_config)
     bins.check_budget(
         c.train.micro_tokens,
         [
-            max(c.train.row_tokens, plan.longest[side] - len(one.prefix_ids) + c.rollout.max_tokens)
+            max(c.train.row_tokens, longest[side] - len(one.prefix_ids) + c.rollout.max_tokens)
             for side, one in prompts_of.items()
         ],
     )

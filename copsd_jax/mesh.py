@@ -76,7 +76,9 @@ def make(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh
         raise ValueError(f"{sizes}: their product must be the number of devices, {len(devices)}")
     slices = collections.defaultdict(list)
     for device in devices:
-        slices[getattr(device, "slice_index", 0)].append(device)
+        # GPUs have an index of their host there, whose network takes any axis.
+        own = 0 if device.platform == "gpu" else getattr(device, "slice_index", 0)
+        slices[own].append(device)
     data, *inner = shape
     if data % len(slices):
         raise ValueError(

@@ -373,6 +373,7 @@ def saved_config(directory: pathlib.Path) -> config_lib.Config:
         node[key] = tuple(value) if isinstance(value, list) else value
     # Of this machine's devices, whatever the run had: no number depends on it.
     config.mesh.update(config_lib.default().mesh)
+    config.model.attention = config.sampler.attention = "auto"
     return config
 
 

@@ -202,7 +202,7 @@ def _hidden(
         if first in outputs:
             continue
         those = [k for k, side in enumerate(sides) if side[0].params is policy.params]
-        found = decoder.apply({"params": policy.params}, tuple(streams[k] for k in those))
+        found: Any = decoder.apply({"params": policy.params}, tuple(streams[k] for k in those))
         outputs |= dict(zip(those, found, strict=True))
     return [
         _gathered(outputs[k].hidden_BLD, side.gather_BC) for k, (_, side, _) in enumerate(sides)

@@ -8,12 +8,14 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import types
 
 import conftest
+import hlo
 import jax
 import numpy as np
 import pytest
@@ -115,7 +117,7 @@ def test_packed_rows_at_the_caps(card, pack):
     apart = sum(side.tokens_BL.shape[1] for side in (batch.student, batch.teacher) if side)
     longest = [long.student, long.teacher][: 1 if card == "grpo" else 2]
     lengths = [bins.rounded(prompt + long.completion, 32) for prompt in longest]
-    count = -(-1500 // sum(lengths))
+    count = min(-(-1500 // sum(lengths)), len(batch.mask_BC) // 4)
     assert apart >= sum(lengths)
     micros = -(-len(batch.mask_BC) // (4 * count))
     assert rows.student.tokens_BL.shape == (micros, 4 * count, lengths[0])
@@ -282,6 +284,38 @@ class Device:
         self.id, self.slice_index = number, slice_index
 
 
+def test_hosts_of_gpus_are_no_slices():
+    """JAX numbers them like slices; their network carries any axis."""
+    devices = [Device(number, number // 4) for number in range(8)]
+    for device in devices:
+        device.platform = "gpu"
+    assert mesh.make(1, 8, 1, devices).shape["fsdp"] == 8
+
+
+def test_sizes_that_are_proposed_for_slices_are_such_that_a_mesh_has():
+    """Two slices of four: what does not fit gets proposals that split nothing over the network."""
+    config = runs.config("opsd", mesh__data=8)
+    frame, target = aot.frame(config, jax.devices()), chips.parse("2*v5e:2x2")
+    devices = [Device(number, number // 4) for number in range(8)]
+    said = budget.advice(frame, target, aot.lengths(config, frame.model_config), 1e12)
+    assert len(said) == 3
+    for words in said:
+        sizes = dict(re.findall(r"mesh\.(\w+)=(\d+)", words))
+        made = mesh.make(
+            int(sizes["data"]), int(sizes["fsdp"]), int(sizes.get("tensor", 1)), devices
+        )
+        assert made.shape["data"] == 2
+
+
+def test_nothing_is_handed_to_a_sampler_that_nothing_asks():
+    config = runs.config("sft", eval__path="", mesh__fsdp=8, mesh__data=1)
+    made = aot.build(config, V5E8, jax.devices(), 1e12)
+    assert set(made.phases) == {"placement", "step"}
+    assert not made.phases["step"].parts["sampler's weights"]
+    found = budget.parts(made.frame, made.lengths, "step", kind="TPU v5 lite") or {}
+    assert not found["sampler's weights"]
+
+
 def test_what_stays_whole_is_told():
     """2 key heads on a tensor axis of 4: kernels of k and v, and their adapters' b of rank 8."""
     changes = {"mesh__data": 2, "mesh__tensor": 4, "lora__rank": 8, "lora__targets": ("k", "o")}
@@ -395,7 +429,7 @@ def check(found: dict) -> None:
 
 def test_compiles_for_a_slice_of_v5e(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu, which compiles for TPUs")
+        hlo.missing("libtpu, which compiles for TPUs")
     found = report("v5e:2x2", tmp_path, "--search", "--config.mesh.data=1",
                    "--config.mesh.fsdp=2", "--config.mesh.tensor=2")  # fmt: skip
     # All completions of a step in one micro-batch and in slots at once, compiled with them.
@@ -412,9 +446,9 @@ def test_compiles_for_a_slice_of_v5e(tmp_path):
 def test_compiles_for_an_h200(tmp_path):
     plugin = importlib.util.find_spec("jax_plugins")
     if plugin is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt, which compile for NVIDIA GPUs")
+        hlo.missing("jax-cuda13-plugin and jax-cuda13-pjrt, which compile for NVIDIA GPUs")
     if shutil.which("ptxas") is None:
-        pytest.skip("needs ptxas")
+        hlo.missing("ptxas")
     found = report("cuda:h200:1x2", tmp_path)
     assert found["devices"] == 2
     # Two layers' kernels that read half the cache of their own layer each, not four times all.
