@@ -11,7 +11,7 @@ import pytest
 import runs
 from test_train_step import CONFIG, OPTIONS, make_adapter
 
-from copsd_jax import bins, layout, main, mesh, model, train_step
+from copsd_jax import bins, compiled, layout, main, mesh, model, train_step
 from copsd_jax.sampler import engine
 
 CONFIG = dataclasses.replace(CONFIG, vocab_size=96)
@@ -182,6 +182,8 @@ def test_no_hidden_state_travels(decoder, params):
         ]
         assert sent
         tokens = one.student.tokens_BL.size
+        others = [x for x in compiled.read(text, devices)[1] if x.kind != "all-reduce"]
+        assert max((x.bytes for x in others), default=0) < tokens * CONFIG.d_model * 4 / 8
         side = layout.place(one, devices).student
         for array in (side.tokens_BL, side.gather_BC):
             assert array.addressable_shards[0].data.size == array.size // 8
