@@ -7,7 +7,7 @@ CONFIG ?= opsd
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test slow lint parity kernels processes compile compile-all loss-matrix notebook seeds clean
+.PHONY: install demo test slow lint parity kernels processes meshes compile compile-all loss-matrix notebook seeds clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -56,7 +56,12 @@ kernels: install
 	$(BIN)/python -m pytest -n 2 -m slow tests/test_divergence_kernels.py tests/test_loss_sharded.py
 
 processes: install
-	$(BIN)/python -m pytest -m slow tests/test_processes.py tests/test_meshes.py
+	$(BIN)/python -m pytest -m slow tests/test_processes.py
+	$(BIN)/python -m pytest -m slow tests/test_meshes.py -k "2-2-2_two or 1-1-8"
+
+# Every kind of mesh of eight devices, and two processes, against one device: minutes.
+meshes: install
+	$(BIN)/python -m pytest -m slow tests/test_meshes.py
 
 compile: $(COMPILE)/installed
 	COPSD_COMPILE=1 $(COMPILE)/bin/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py tests/test_attention_rows_compiled.py tests/test_dryrun.py

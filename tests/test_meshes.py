@@ -69,14 +69,15 @@ def close(one: dict, many: dict, terms: float) -> None:
         assert gap <= bounds[kind] * norm, (name, gap / norm)
 
 
-CASES = [
-    ((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((1, 1, 8), 1), ((2, 2, 2), 2), ((8, 1, 1), 2),
-]  # fmt: skip
+CASES = {
+    "8-1-1": ((8, 1, 1), 1), "1-8-1": ((1, 8, 1), 1), "2-2-2": ((2, 2, 2), 1),
+    "1-1-8": ((1, 1, 8), 1), "2-2-2_two": ((2, 2, 2), 2), "8-1-1_two": ((8, 1, 1), 2),
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("card", ["copsd", "sdpo"])
-@pytest.mark.parametrize(("sizes", "processes"), CASES)
+@pytest.mark.parametrize(("sizes", "processes"), CASES.values(), ids=CASES)
 def test_a_mesh_changes_nothing(alone, tmp_path, card, sizes, processes):
     one = alone(card)
     assert len({name for name in one if name.startswith("gradient")}) == 14
