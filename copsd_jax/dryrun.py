@@ -60,7 +60,17 @@ def report(built: aot.Built) -> dict:
         "largest": largest(built),
         "compile_seconds": round(built.seconds, 1),
     }
-    found["advice"] = [] if fits else budget.advice(one, built.target, built.lengths, usable)
+    # Where the compiler has shown the model to promise too much, so do its proposals.
+    short = max(
+        (
+            phase.total / found["model"][name]["total"]
+            for name, phase in built.phases.items()
+            if found["model"][name] and not _failed(phase)
+        ),
+        default=1.0,
+    )
+    room = usable / max(1.0, short)
+    found["advice"] = [] if fits else budget.advice(one, built.target, built.lengths, room)
     found["sentence"] = sentence(built, found)
     return found
 
@@ -277,7 +287,8 @@ def text(found: dict) -> str:
     lines += ["", *_time(found["time"]), ""]
     for name, value in found["largest"].items():
         if name != "checked":
-            lines.append(f"largest that fits, by the model of memory: {name}={value}")
+            told = f"{name}={value}" if value else f"no {name}"
+            lines.append(f"largest that is of use and fits, by the model of memory: {told}")
     for name, one in found["largest"].get("checked", {}).items():
         state = "fits" if one["fits"] else "does not fit"
         lines.append(f"  compiled with them: {name} {one['total'] / GIB:.2f} GiB, {state}")

@@ -85,6 +85,8 @@ def command(argv: list[str]) -> Command:
     if config.value is None:
         raise ValueError("--config is missing: for example --config=configs/opsd.py")
     config_lib.split_lists(config.value)
+    if values["dry_run"].present and not target.value:
+        raise ValueError(f"--dry_run is '': the choices are {chips.CHOICES}")
     if not target.value and (report.value or search.value):
         raise ValueError("--dry_run_json and --search go with --dry_run, for example =v5e:4x8")
     dry = Dry(chips.parse(target.value), report.value, search.value) if target.value else None

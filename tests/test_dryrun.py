@@ -211,6 +211,9 @@ def dry(capsys, *flags: str, card="opsd.py:tiny") -> tuple[int, str, str]:
 def test_exit_codes(capsys, monkeypatch, tmp_path):
     """2 for what no run would take, 1 for what does not fit; the model is not compiled then."""
     assert dry(capsys, "--dry_run=v5e:3")[0] == 2
+    code, _, said = dry(capsys, "--dry_run=")
+    assert code == 2
+    assert "--dry_run is '': the choices are v5e:4x8" in said
     assert dry(capsys, "--search")[0] == 2
     real = importlib.util.find_spec
     with monkeypatch.context() as patch:
