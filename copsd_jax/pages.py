@@ -2,7 +2,8 @@
 
 XLA allocates the temporary memory of a program anew at each call. glibc takes blocks of such sizes
 from the system and gives them back when they are freed, so each call has every page of it cleared
-again: 10 to 20 % of the processor time of a training step on a CPU (benchmarks/results/step.md).
+again: 10 to 20 % of the processor time of a training step on a CPU that is one micro-batch
+(benchmarks/results/step.md).
 The most that is resident at a time is the same.
 """
 

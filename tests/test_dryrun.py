@@ -192,6 +192,20 @@ def test_report(built, monkeypatch):
     assert "0.00 GiB too much" in found["sentence"]
 
 
+def test_proposals_take_what_the_compiler_found(built, monkeypatch):
+    """A model of memory that promises four times too much has a quarter of the memory to propose
+    for; one that promises too little, all of it."""
+    rooms = []
+    monkeypatch.setattr(budget, "advice", lambda *args: rooms.append(args[-1]) or [])
+    monkeypatch.setattr(chips, "usable", lambda chip: 1000)
+    for share in (0.25, 3.0):
+        monkeypatch.setattr(
+            dryrun, "_model", lambda made, name, phase, share=share: {"total": phase.total * share}
+        )
+        dryrun.report(built)
+    assert rooms == [pytest.approx(250), 1000]
+
+
 def test_time_of_sampling_by_hand(built):
     c, chip = built.frame.config, built.target.chip
     programs = {p.name: p for p in built.phases["rollout"].programs}

@@ -11,7 +11,7 @@ import pytest
 import runs
 from test_train_step import CONFIG, OPTIONS, make_adapter
 
-from copsd_jax import bins, compiled, layout, main, mesh, model, train_step
+from copsd_jax import bins, compiled, layout, main, making, mesh, model, plans, train_step
 from copsd_jax.sampler import engine
 
 CONFIG = dataclasses.replace(CONFIG, vocab_size=96)
@@ -212,3 +212,11 @@ def test_a_run_with_packed_rows_has_the_metrics_of_one_without(tmp_path):
                 assert 0.5 < on[name] <= 1
             elif not name.startswith("seconds/"):
                 assert on[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_a_budget_for_feedback_holds_the_longest_prompt_that_there_may_be():
+    """What a grader will say is not known before; teacher.max_tokens bounds it."""
+    settings = {"context__kind": "feedback", "train__pack": "rows", "teacher__max_tokens": 600}
+    plan = plans.make(runs.config("opsd", **settings, train__micro_tokens=300))
+    with pytest.raises(ValueError, match=r"\+ 608 tokens"):  # and a completion of 8
+        making.check_rows(plan)

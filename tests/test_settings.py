@@ -287,6 +287,14 @@ def test_a_saved_run_is_read_with_values_that_nothing_read(tmp_path):
         plans.make(found)
 
 
+def test_a_run_trained_with_kernels_of_other_devices_can_be_evaluated_here(tmp_path):
+    saved = runs.config("opsd")
+    saved.model.attention, saved.sampler.attention = "splash", "pallas"
+    workdir.create(tmp_path, config_lib.flat(saved), {})
+    plan = plans.make(plans.saved_config(tmp_path), train=False)
+    assert plan.config.model.attention == plan.config.sampler.attention == "auto"
+
+
 # ------------------------------------------------------------------------------------ the data
 
 
