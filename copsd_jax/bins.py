@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEAST = 32  # rows are multiples of it
+LEAST = 16  # rows are multiples of it
 SHORT = 256  # tokens: rows below it are lengthened, to four samples or to this
 TRIED = 12  # sizes of a side, from the least one on
 

@@ -143,9 +143,11 @@ class Stream:
     tokens_BL: jax.Array  # int32
     positions_BL: jax.Array  # int32; the first own token of a text has position P
     segments_BL: jax.Array | None  # int32; 0 is padding; None with a cache only
-    adapter: dict | None = None  # a tree of lora.init
+    adapter: Any = None  # a tree of lora.init, or None
     adapter_scale: float = 1.0  # static
-    prefix: KV | None = None  # [layers, 1, P, K, H], shared by all rows; gradients flow through it
+    prefix: Any = (
+        None  # KV [layers, 1, P, K, H] that all rows see, or None; gradients flow through it
+    )
     cache: attention.Cache | None = None  # of B slots
     parents_BL: jax.Array | None = None  # int32; -1 for none
 
@@ -316,6 +318,9 @@ class Decoder(nn.Module):
       decode: how a stream with a cache attends to it, of attention.IMPLEMENTATIONS.
       attention: how other streams do, of attention_rows.IMPLEMENTATIONS.
       key_repeats: how often each key head stands in attention and caches, see mesh.key_repeats.
+      unstacked: for streams with caches: params have `layer_0`, `layer_1`, … instead of `layers`,
+        and adapters and prefixes are tuples of a tree for each layer, instead of stacked arrays
+        that are scanned. XLA on CPU copies each slice of a stack before it reads it.
     """
 
     config: ModelConfig
@@ -325,6 +330,7 @@ class Decoder(nn.Module):
     decode: str = "blocks"
     attention: str = "portable"
     key_repeats: int = 1
+    unstacked: bool = False
 
     @property
     def key_heads(self) -> int:
@@ -347,16 +353,9 @@ class Decoder(nn.Module):
         embedding = _Matrix("embedding", (c.vocab_size, c.d_model), self.dtype, name="embed")()
         if not c.tie_embeddings:
             _Matrix("kernel", (c.vocab_size, c.d_model), self.dtype, name="head")()
-        policy = REMAT[self.remat]
-        body = Layer if policy is None else nn.remat(Layer, prevent_cse=False, policy=policy)
-        axes: Any = (0, nn.broadcast)
-        layers = nn.scan(
-            body, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=axes, length=c.n_layers,
-        )  # fmt: skip
-        layers = layers(
+        layers = (
             c, self.dtype, self.query_block, self.decode, self.attention,
-            tuple(s.adapter_scale for s in streams), return_kv, self.key_repeats, name="layers",
+            tuple(s.adapter_scale for s in streams), return_kv, self.key_repeats,
         )  # fmt: skip
         embed = lambda s: mesh.rowwise(  # noqa: E731
             (mesh.lookup(embedding, s.tokens_BL) if s.cache is None else embedding[s.tokens_BL])
@@ -364,13 +363,33 @@ class Decoder(nn.Module):
         )  # fmt: skip
         carry = tuple((embed(s), s.cache) for s in streams)
         slices = tuple((s.adapter, s.prefix) for s in streams)
-        index = jnp.arange(c.n_layers, dtype=jnp.int32)
-        carry, kvs = layers(carry, (index, slices), tuple(_rows(c, s) for s in streams))
+        run = self._apart if self.unstacked else self._scan
+        carry, kvs = run(layers, carry, slices, tuple(_rows(c, s) for s in streams))
         norm = Norm(c.rms_eps, self.dtype, name="final_norm")
         return tuple(
             Output(_blank(norm(hidden), stream.segments_BL), kv, cache)
             for (hidden, cache), kv, stream in zip(carry, kvs, streams, strict=True)
         )
+
+    def _scan(self, layers: tuple, carry, slices, rows):
+        """Carry and keys and values behind the layers, of which `layers` has what Layer needs."""
+        policy = REMAT[self.remat]
+        body = Layer if policy is None else nn.remat(Layer, prevent_cse=False, policy=policy)
+        axes: Any = (0, nn.broadcast)
+        count = self.config.n_layers
+        scan = nn.scan(
+            body, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=axes, length=count,
+        )  # fmt: skip
+        index = jnp.arange(count, dtype=jnp.int32)
+        return scan(*layers, name="layers")(carry, (index, slices), rows)
+
+    def _apart(self, layers: tuple, carry, slices, rows):
+        """`_scan`, layer by layer."""
+        for i in range(self.config.n_layers):
+            own = tuple(tuple(None if x is None else x[i] for x in both) for both in slices)
+            carry, kvs = Layer(*layers, name=f"layer_{i}")(carry, (jnp.int32(i), own), rows)
+        return carry, kvs
 
 
 def _rows(config: ModelConfig, stream: Stream) -> _Rows:
@@ -383,7 +402,10 @@ def _rows(config: ModelConfig, stream: Stream) -> _Rows:
         return _Rows(angle, stream.segments_BL, stream.parents_BL)
     if stream.tokens_BL.shape[1] != 1:
         raise ValueError(f"tokens are {stream.tokens_BL.shape}: with a cache a row has one token")
-    offset = 0 if stream.prefix is None else stream.prefix.k.shape[2]
+    offset = 0
+    if stream.prefix is not None:
+        first = stream.prefix if isinstance(stream.prefix, KV) else stream.prefix[0]
+        offset = first.k.shape[-3]
     index_B = stream.positions_BL[:, 0] - jnp.int32(offset)
     if stream.segments_BL is not None:
         index_B = jnp.where(stream.segments_BL[:, 0] > 0, index_B, jnp.int32(-1))

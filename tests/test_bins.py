@@ -113,7 +113,7 @@ def test_rows_and_micro_batches_as_asked(how):
 def test_a_row_of_a_few_completions_for_many_devices():
     plan = bins.plan([5, 3], [bins.Texts([2, 2], [0, 0])], shards=8)
     assert counted([5, 3], [bins.Texts([2, 2], [0, 0])], plan) in (10, 12)
-    assert plan.sizes == (bins.Size(1, 32),)
+    assert plan.sizes == (bins.Size(1, 16),)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_picture_in_numbers():
     C = batch.mask_BC.shape[1]
     assert rows.source_UST[0, 0, :6].tolist() == [0, 1, 2, C, 2 * C, 2 * C + 1]
     assert (rows.source_UST[0, 0, 6:] == 3 * C).all()
-    assert layout.fills(rows) == {"fill_student": 9 / 32, "micro_batches": 1.0}
+    assert layout.fills(rows) == {"fill_student": 9 / 16, "micro_batches": 1.0}
     assert layout.fills(batch) == {"fill_student": 11 / 96}
 
 

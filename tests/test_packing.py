@@ -87,7 +87,8 @@ def test_fit_counts_what_is_in_common_once():
 @pytest.mark.parametrize(
     "pack, longest, widths",
     [(512, 90, (128, 256, 512)), (512, 700, (128, 256, 512, 1024)), (1, 1, (128,)),
-     (129, 1, (128, 256))],
+     (129, 1, (128, 144)), (400, 90, (128, 256, 400)), (400, 700, (128, 256, 400, 512, 1024)),
+     (300, 512, (128, 256, 304, 512))],
 )  # fmt: skip
 def test_buckets(pack, longest, widths):
     assert packing.buckets(pack, longest) == widths

@@ -225,6 +225,44 @@ def test_adapter_equals_merged_weights():
     assert [c.ids for c in want] != [c.ids for c in generate(PLAIN)]
 
 
+@pytest.mark.parametrize("adapted, shared", [(False, False), (False, True), (True, True)])
+def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
+    options = {"shared": shared and not adapted}
+    if adapted:
+        adapter = lora.init(CONFIG, 2, lora.TARGETS, jax.random.key(1))
+        noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape)  # noqa: E731
+        options |= {"adapter": jax.tree.map(noise, adapter), "adapter_scale": 0.5}
+        options["prefix"] = engine.encode_prefix(
+            DECODER, params(), PREFIX, options["adapter"], options["adapter_scale"]
+        )
+    with jax.set_mesh(mesh.make(1, 1, 1, devices=jax.devices()[:1])):
+        stacked = generate(CUT, **options)
+        monkeypatch.setattr(engine, "UNSTACKED", 0)
+        same(generate(CUT, **options), stacked)
+
+
+def test_when_layers_are_arrays_of_their_own():
+    one = mesh.make(1, 1, 1, devices=jax.devices()[:1])
+    large = model.init(
+        dataclasses.replace(CONFIG, d_ff=8192), jax.random.key(0), jnp.float32
+    )  # of 7 MiB a layer
+    place = lambda tree, where: mesh.place(tree, where, CONFIG.n_kv_heads)  # noqa: E731
+    params = place(large, one)
+    layers = engine.unstacked(params, None, None, one)
+    assert layers is not None
+    assert len(layers) == CONFIG.n_layers
+    begin = params["layers"]["up"]["kernel"].unsafe_buffer_pointer()
+    for i, layer in enumerate(layers):  # no memory of their own
+        kernel = layer.params["up"]["kernel"]
+        assert kernel.unsafe_buffer_pointer() == begin + i * kernel.nbytes
+        np.testing.assert_array_equal(kernel, large["layers"]["up"]["kernel"][i])
+    two = mesh.make(1, 1, 2, devices=jax.devices()[:2])
+    assert engine.unstacked(place(large, two), None, None, two) is None
+    assert engine.unstacked(jax.eval_shape(lambda: params), None, None, one) is None
+    small = place(model.init(CONFIG, jax.random.key(0), jnp.float32), one)
+    assert engine.unstacked(small, None, None, one) is None
+
+
 def test_bfloat16_weights():
     decoder = model.Decoder(CONFIG, jnp.bfloat16)
     tree = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
@@ -407,7 +445,8 @@ def test_10_000_generations_leave_nothing_behind():
     assert grown < 20_000  # KiB; the cache alone has 4 MiB, made 20 times
 
 
-def test_memory_that_is_not_there():
+def test_memory_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(engine, "UNSTACKED", 0)  # weights in two shapes are counted once
     size = jobs.Settings(slots=64, length=960, cache=jnp.bfloat16)
     keys = np.zeros((1, 2), np.uint32)
     job = jobs.plan(DECODER, params(), [(1,)], [PLAIN], keys_n2=keys, settings=size, prefix=None,

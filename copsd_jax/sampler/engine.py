@@ -32,18 +32,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from copsd_jax import mesh, model, token_blocks
 from copsd_jax.kernels import attention
 from copsd_jax.sampler import truncate
 
+UNSTACKED = 2**20  # bytes of a layer from which `unstacked` pays
 INSERTED = 64  # entries that are copied at a time; a cache has room for as many behind a prompt
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "adapter", "prefix", "valid_V", "stop_XV"),
+    data_fields=("params", "adapter", "prefix", "valid_V", "stop_XV", "layers"),
     meta_fields=("adapter_scale",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,37 @@ class Weights:
     valid_V: jax.Array | None  # bool: ids that may be drawn; None for all
     stop_XV: jax.Array  # bool: sets of ids that end a text
     adapter_scale: float = 1.0  # static
+    layers: tuple | None = None  # of `unstacked`, for decoding
+
+
+class Layer(NamedTuple):
+    """What a decode step reads of one layer."""
+
+    params: Any
+    adapter: Any  # or None
+    prefix: model.KV | None  # [1, P, K, H]
+
+
+def unstacked(params: Any, adapter: Any, prefix: model.KV | None, devices: Mesh) -> tuple | None:
+    """The stacked arrays as one `Layer` each, in the same memory; None where it does not pay.
+
+    A decode step on a CPU is bound by reading the weights once, and XLA copies each slice of a
+    stack first. Without that a step of 8 slots takes two thirds of the time, and its program some
+    seconds more to compile. Elsewhere, on several devices, and where layers are small it is None.
+    """
+    leaves = jax.tree.leaves((params["layers"], adapter, prefix))
+    if devices.size > 1 or not all(isinstance(x, jax.Array) for x in leaves):
+        return None
+    count = len(leaves[0])
+    if mesh.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACKED * count:
+        return None
+    # NumPy's views of JAX's arrays, and JAX's of those, share memory on a CPU.
+    place = NamedSharding(devices, PartitionSpec())
+    whole = jax.tree.map(np.asarray, (params["layers"], adapter, prefix))
+    return tuple(
+        Layer(*jax.tree.map(lambda x: jax.device_put(x[i], place), whole))  # noqa: B023
+        for i in range(count)
+    )
 
 
 class Request(NamedTuple):
@@ -319,7 +351,7 @@ def decode(
         step, cache, slots, chunk = carry
         cache, hidden_JD = _forward(decoder, weights, cache, slots)
         hidden_JD = jnp.where(slots.fresh_J[:, None], slots.hidden_JD, hidden_JD)
-        logits_JV = model.logits(hidden_JD, head_VD)
+        logits_JV = _logits(hidden_JD, head_VD, head_first=weights.layers is not None)
         slots, chunk = _draw(form, weights, slots, chunk, logits_JV, step)
         return step + 1, cache, slots, chunk
 
@@ -334,13 +366,28 @@ def _forward(decoder, weights: Weights, cache: attention.Cache, slots: Slots):
     """Runs each slot's last token; dead and fresh slots run along, neither write nor attend."""
     shared = 0 if weights.prefix is None else weights.prefix.k.shape[2]
     runs_J = slots.live_J & ~slots.fresh_J
+    params, adapter, prefix = weights.params, weights.adapter, weights.prefix
+    if weights.layers is not None:
+        decoder = decoder.clone(unstacked=True)
+        own, adapters, prefixes = zip(*weights.layers, strict=True)
+        adapter, prefix = adapter and adapters, prefix and prefixes
+        params = {name: params[name] for name in params if name != "layers"}
+        params |= {f"layer_{i}": one for i, one in enumerate(own)}
     stream = model.Stream(
         slots.token_J[:, None], (slots.index_J + shared)[:, None],
-        runs_J[:, None].astype(jnp.int32), weights.adapter, weights.adapter_scale,
-        prefix=weights.prefix, cache=cache,
+        runs_J[:, None].astype(jnp.int32), adapter, weights.adapter_scale,
+        prefix=prefix, cache=cache,
     )  # fmt: skip
-    output = decoder.apply({"params": weights.params}, (stream,))[0]
+    output = decoder.apply({"params": params}, (stream,))[0]
     return output.cache, output.hidden_BLD[:, 0]
+
+
+def _logits(hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool) -> jax.Array:
+    """[J, V]; with the head as the left factor XLA on CPU reads it once, without packing it."""
+    if not head_first:
+        return model.logits(hidden_JD, head_VD)
+    head_VD = head_VD.astype(hidden_JD.dtype)
+    return jnp.einsum("vd,jd->vj", head_VD, hidden_JD, preferred_element_type=jnp.float32).T
 
 
 def _head(weights: Weights) -> jax.Array:

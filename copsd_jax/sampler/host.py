@@ -232,7 +232,7 @@ def _memory(job: Job) -> int:
         return pages // jax.local_device_count()
     if "bytes_limit" not in stats:
         return sys.maxsize
-    return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - _bytes(job.weights))
+    return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - _weights(job))
 
 
 def _bytes(tree: Any) -> int:
@@ -241,6 +241,11 @@ def _bytes(tree: Any) -> int:
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     )
+
+
+def _weights(job: Job) -> int:
+    """Bytes of the weights on each device; those of `layers` share theirs with the others."""
+    return _bytes(dataclasses.replace(job.weights, layers=None))
 
 
 def check_memory(job: Job, temporary: int, limit: int | None) -> None:
@@ -252,7 +257,7 @@ def check_memory(job: Job, temporary: int, limit: int | None) -> None:
     Raises:
       MemoryError: in one sentence.
     """
-    s, cache, held = job.settings, _bytes(state_shape(job)), _bytes(job.weights)
+    s, cache, held = job.settings, _bytes(state_shape(job)), _weights(job)
     if limit is not None and cache + held + temporary <= limit:
         return
     parts = {

@@ -140,7 +140,7 @@ def plan(
             # No mask at all where it would change nothing: it costs a pass over the logits.
             None if valid.all() else put(valid, devices, PartitionSpec()),
             put(stop_XV, devices, PartitionSpec()),
-            adapter_scale,
+            adapter_scale, engine.unstacked(params, adapter, prefix, devices),
         ),
         form=truncate.form([(s.temperature, s.top_k, s.top_p, s.min_p) for s in each]),
         settings=settings, mesh=devices, prompts=prompts,

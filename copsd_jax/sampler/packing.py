@@ -20,6 +20,7 @@ import numpy as np
 
 SHARED = 16  # tokens that prompts must have in common for a segment of their own
 SMALLEST = 128  # tokens of the smallest bucket
+WIDTH = 16  # of which buckets are multiples
 
 Prompt = tuple[int, ...]
 
@@ -33,14 +34,19 @@ class Place(NamedTuple):
 
 
 def buckets(pack: int, longest: int) -> tuple[int, ...]:
-    """Widths of packed rows: powers of two from 128 to the first that holds `pack` and `longest`.
+    """Widths of packed rows: powers of two from 128 below `pack`, `pack` itself (a multiple of 16),
+    and more powers of two up to one that holds `longest`.
 
-    buckets(512, 90) -> 128, 256, 512; buckets(512, 700) -> 128, 256, 512, 1024.
+    buckets(512, 90) -> 128, 256, 512; buckets(400, 700) -> 128, 256, 400, 512, 1024.
     """
-    sizes = [SMALLEST]
-    while sizes[-1] < max(pack, longest):
-        sizes.append(2 * sizes[-1])
-    return tuple(sizes)
+    own = max(SMALLEST, -(-pack // WIDTH) * WIDTH)
+    size, sizes = SMALLEST, {own}
+    while size < max(own, longest):
+        sizes.add(size)
+        size *= 2
+    if longest > own:
+        sizes.add(size)
+    return tuple(sorted(sizes))
 
 
 def common(a: Prompt, b: Prompt) -> int:
