@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from copsd_jax import aot, bins, chips, layout, lora, making, mesh, model, plans, train_step
+from copsd_jax.kernels import attention as attention_lib
 from copsd_jax.kernels import attention_rows, blocks
 from copsd_jax.sampler import engine, packing
 
@@ -144,17 +145,21 @@ def _sampling(frame: Any, long: aot.Lengths, phase: str, kind: str) -> dict[str,
         decode += vocabulary * m.d_model * item
     if _tpu(frame, kind):
         decode += _before_decoding(frame)
-    layer = width * (m.d_model * 4 + 3 * m.d_ff // tensor) * item
+    if c.sampler.attention == "blocks" or (kind or _kind(where)) == "cpu":
+        # Keys and values of the pairs of slot and block that are looked at together.
+        pairs = min(max(16, 4 * slots), slots * entries // attention_lib.BLOCK)
+        decode += 2 * pairs * heads * attention_lib.BLOCK * m.head_dim * item
+    layer = width * _layer(m, tensor, item)
     # Prompts have parents: splash holds a mask of the row.
-    attention = m.n_heads // tensor * min(width, QUERIES) * width * 6
+    logits = m.n_heads // tensor * _queries(frame, width, kind) * width * 6
     if _splash(frame, kind):
-        attention = 5 * width * (width + long.prefix)
+        logits = 5 * width * (width + long.prefix)
     return {
         "sampler's weights": _copies(frame)[0],
         "cache": 2 * m.n_layers * slots * heads * entries * entry,
         "prompts' keys": 2 * row,
         "examples' keys": 2 * m.n_layers * heads * long.prefix * m.head_dim * item,
-        "temporaries": max(decode, layer + attention + row),
+        "temporaries": max(decode, layer + logits + row),
     }
 
 
@@ -270,10 +275,10 @@ def _forward(frame: Any, found: Rows, long: aot.Lengths, kind: str) -> int:
     item, longest = np.dtype(frame.dtype).itemsize, max(found.student, found.teacher)
     states = 2 * found.count * (found.student + found.teacher) * m.d_model * item
     # Logits and their exponentials, float32.
-    attention = _attention(frame, found.count, longest, long, kind, 8, 5)
-    attention += found.count * longest * (2 * m.d_model + _heads(m, tensor)) * item
+    attending = _attention(frame, found.count, longest, long, kind, 8, 5)
+    attending += found.count * longest * (2 * m.d_model + _heads(m, tensor)) * item
     mlp = found.count * longest * (m.d_model + 3 * m.d_ff // tensor) * item
-    return states + max(attention, mlp) + _masks(frame, found, kind)
+    return states + max(attending, mlp) + _masks(frame, found, kind)
 
 
 def _backward(frame: Any, found: Rows, long: aot.Lengths, kind: str) -> int:
@@ -282,11 +287,11 @@ def _backward(frame: Any, found: Rows, long: aot.Lengths, kind: str) -> int:
     m, tensor = frame.model_config, frame.mesh.shape["tensor"]
     item, tokens = np.dtype(frame.dtype).itemsize, found.count * found.student
     # Weights and their gradients, float32 and rounded; sums for keys and values are float32.
-    attention = _attention(frame, found.count, found.student, long, kind, 8 + 2 * item, 10)
-    attention += tokens * (4 * m.d_model + _heads(m, tensor)) * item
-    attention += tokens * 4 * _key_heads(m, tensor) * m.head_dim * 4
+    attending = _attention(frame, found.count, found.student, long, kind, 8 + 2 * item, 10)
+    attending += tokens * (4 * m.d_model + _heads(m, tensor)) * item
+    attending += tokens * 4 * _key_heads(m, tensor) * m.head_dim * 4
     mlp = 2 * tokens * _layer(m, tensor, item)
-    return max(attention, mlp) + _masks(frame, found, kind)
+    return max(attending, mlp) + _masks(frame, found, kind)
 
 
 def _attention(
@@ -298,7 +303,7 @@ def _attention(
         there = long.prefix or frame.config.train.pack == "shared"
         return masked * length * (length + long.prefix) if there else 0
     heads = frame.model_config.n_heads // frame.mesh.shape["tensor"]
-    return count * heads * min(length, QUERIES) * (length + long.prefix) * entry
+    return count * heads * _queries(frame, length, kind) * (length + long.prefix) * entry
 
 
 def _masks(frame: Any, found: Rows, kind: str) -> int:
@@ -308,9 +313,20 @@ def _masks(frame: Any, found: Rows, kind: str) -> int:
         return 0
     total = 0
     for length in (found.student, found.teacher):
-        ranges = min(attention_rows.FEW, -(-length // QUERIES))  # the last ends with the row
-        total += min(length, QUERIES) * length * (ranges + 1) // 2
+        queries = _queries(frame, length, kind)
+        most = attention_rows.GROUPS if queries <= attention_rows.CPU_BLOCK else attention_rows.FEW
+        ranges = min(most, -(-length // max(1, queries)))  # the last ends with the row
+        total += queries * length * (ranges + 1) // 2
     return 2 * 4 * found.count * total
+
+
+def _queries(frame: Any, length: int, kind: str) -> int:
+    """Queries of a block of portable attention, as `making.decoder` and `attend` have them."""
+    m = frame.model_config
+    small = length**2 * m.n_heads * m.head_dim < attention_rows.WORTH
+    if (kind or _kind(frame.mesh)) == "cpu":
+        return min(length, attention_rows.WHOLE if small else attention_rows.CPU_BLOCK)
+    return min(length, QUERIES)
 
 
 def _tpu(frame: Any, kind: str) -> bool:
@@ -355,7 +371,8 @@ def _entries(frame: Any, tokens: int, kind: str) -> int:
     c, m, where = frame.config, frame.model_config, frame.mesh
     if c.method != "distill":
         return 3 * 4 * min(tokens, c.loss.chunk) * m.vocab_size // where.shape["tensor"]
-    if c.loss.top_k or c.loss.implementation == "chunked":
+    cpu = (kind or _kind(where)) == "cpu"
+    if c.loss.top_k or cpu or c.loss.implementation == "chunked":
         return 4 * 4 * min(tokens, c.loss.chunk) * m.vocab_size
     chip = chips.CHIPS.get(kind or _kind(where))
     if chip is None or not chip.vmem:
