@@ -239,8 +239,8 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
     c, m, where = frame.config, frame.model_config, frame.mesh
     tensor, item = where.shape["tensor"], np.dtype(frame.dtype).itemsize
     found = rows(frame, long, micro)
-    student, teacher = found.count * found.student, found.count * found.teacher
-    kept = _kept(m, c.model.remat, tensor, item)
+    student = found.count * found.student
+    kept = _kept(frame, tensor, item)
     shapes = _shapes(frame)
     full, fsdp = c.train.trainable == "full", where.shape["fsdp"] > 1
     # Of all micro-batches, and of the one at hand.
@@ -339,16 +339,22 @@ def _splash(frame: Any, kind: str) -> bool:
     return _tpu(frame, kind) and frame.config.model.attention != "portable"
 
 
-def _kept(m: model.ModelConfig, remat: str, tensor: int, item: int) -> int:
+def _kept(frame: Any, tensor: int, item: int) -> int:
     """Bytes of a layer's values for a token that are kept for the backward pass."""
+    c, m = frame.config, frame.model_config
     query, key = m.n_heads * m.head_dim // tensor, m.n_kv_heads * m.head_dim // tensor
-    attention = query * item + 4 * m.n_heads // tensor
+    mlp, out = m.d_ff // tensor, query * item + 4 * m.n_heads // tensor
+    if c.model.remat == "none":
+        # Norms' inputs are float32. Of SiLU: gate, sigmoid, 1 - sigmoid, product; then up, product.
+        norms = 2 * m.d_model + (query + key if m.qk_norm else 0)
+        lows = 0 if c.train.trainable == "full" else c.lora.rank * len(c.lora.targets)
+        read = 2 * m.d_model + 2 * query + 2 * key + 6 * mlp + lows
+        return norms * 4 + read * item + out
     return {
-        "none": _layer(m, tensor, item),
-        "dots": (2 * m.d_model + query + 2 * key + 2 * m.d_ff // tensor) * item + attention,
-        "attention": m.d_model * item + attention,
+        "dots": (2 * m.d_model + query + 2 * key + 2 * mlp) * item + out,
+        "attention": m.d_model * item + out,
         "layer": m.d_model * item,
-    }[remat]
+    }[c.model.remat]
 
 
 def _layer(m: model.ModelConfig, tensor: int, item: int) -> int:
