@@ -5,9 +5,11 @@ programs add while they run is estimated, of a device with b rows of L tokens of
 
   activations  what remat keeps of layers for the backward pass, layers x b x L x (their inputs D;
                attention's output and sum; outputs of projections; or all that it reads)
-  temporaries  one layer's intermediate values, the block of attention logits (of splash, a mask of
-               rows with parents or examples), gradients of what is trained, the gathered head, the
-               loss's block of entries, and hidden states
+  temporaries  what is there all the time (gradients of what is trained, the gathered head, a
+               layer's weights), and the most of three that follow one another: a layer forward,
+               the loss's block of entries with its hidden states, a layer backward. A layer has
+               its own values and either the block of attention logits (of splash, a mask of rows
+               with parents or examples) or what is between the products of its MLP
 
 It says what to change where a run does not fit, without compiling each choice; `dryrun` prints it
 beside what the compiler reports.
@@ -23,7 +25,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from copsd_jax import aot, bins, chips, layout, lora, making, mesh, model, plans, train_step
-from copsd_jax.kernels import blocks
+from copsd_jax.kernels import attention as attention_lib
+from copsd_jax.kernels import attention_rows, blocks
 from copsd_jax.sampler import engine, packing
 
 QUERIES = model.QUERY_BLOCK
@@ -137,21 +140,46 @@ def _sampling(frame: Any, long: aot.Lengths, phase: str, kind: str) -> dict[str,
     row = 2 * m.n_layers * heads * (width + engine.INSERTED) * m.head_dim * item
     row += width * m.d_model * item
     vocabulary = -(-m.vocab_size // tensor)
-    logits = slots * vocabulary * 4 * 3
+    decode = slots * vocabulary * 4 * 3
     if m.vocab_size % tensor:  # the padded head
-        logits += vocabulary * m.d_model * item
-    layer = width * (m.d_model * 4 + 3 * m.d_ff // tensor) * item
+        decode += vocabulary * m.d_model * item
+    if _tpu(frame, kind):
+        decode += _before_decoding(frame)
+    if c.sampler.attention == "blocks" or (kind or _kind(where)) == "cpu":
+        # Keys and values of the pairs of slot and block that are looked at together.
+        pairs = min(max(16, 4 * slots), slots * entries // attention_lib.BLOCK)
+        decode += 2 * pairs * heads * attention_lib.BLOCK * m.head_dim * item
+    layer = width * _layer(m, tensor, item)
     # Prompts have parents: splash holds a mask of the row.
-    attention = m.n_heads // tensor * min(width, QUERIES) * width * 6
+    logits = m.n_heads // tensor * _queries(frame, width, kind) * width * 6
     if _splash(frame, kind):
-        attention = 5 * width * (width + long.prefix)
+        logits = 5 * width * (width + long.prefix)
     return {
         "sampler's weights": _copies(frame)[0],
         "cache": 2 * m.n_layers * slots * heads * entries * entry,
         "prompts' keys": 2 * row,
         "examples' keys": 2 * m.n_layers * heads * long.prefix * m.head_dim * item,
-        "temporaries": max(logits, layer + attention + row),
+        "temporaries": max(decode, layer + logits + row),
     }
+
+
+def _before_decoding(frame: Any) -> int:
+    """What the compiler for TPU takes out of the loop over tokens and holds through it: kernels of
+    q, k and v of all layers in another layout, and adapters in the compute dtype."""
+    c, shapes = frame.config, _shapes(frame)
+    gathered = c.sampler.gather and frame.mesh.shape["fsdp"] > 1
+    base = shapes.int8 if c.sampler.int8 else shapes.base
+    layers = {name: base["layers"][name] for name in ("q", "k", "v")}
+    held = _size({"layers": layers}, frame, gathered=gathered)
+    return held + (0 if c.sampler.merge else _rounded_adapters(frame, gathered=gathered))
+
+
+def _rounded_adapters(frame: Any, *, gathered: bool) -> int:
+    """Adapters, float32 at rest, in the compute dtype; 0 of a run without."""
+    if frame.config.train.trainable == "full":
+        return 0
+    held = _size(_shapes(frame).trained, frame, gathered=gathered)
+    return held * np.dtype(frame.dtype).itemsize // 4
 
 
 def _key_heads(m: model.ModelConfig, tensor: int) -> int:
@@ -211,57 +239,132 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
     c, m, where = frame.config, frame.model_config, frame.mesh
     tensor, item = where.shape["tensor"], np.dtype(frame.dtype).itemsize
     found = rows(frame, long, micro)
-    student, teacher = found.count * found.student, found.count * found.teacher
-    layer = _layer(m, tensor, item)
-    kept = _kept(m, c.model.remat, tensor, item)
-    # The backward pass holds a layer's values and their gradients; the teacher's go forward only.
-    working = max(2 * student * layer, (student + teacher) * layer // 2)
-    longest = max(found.student, found.teacher)
-    heads = m.n_heads // tensor
-    attention = found.count * heads * min(longest, QUERIES) * longest * 10
-    if _splash(frame, kind):
-        # One row's mask at a time, in both orders, where rows have parents or a prefix.
-        masked = long.prefix or c.train.pack == "shared"
-        attention = 10 * longest * (longest + long.prefix) if masked else 0
+    student = found.count * found.student
+    kept = _kept(frame, tensor, item)
     shapes = _shapes(frame)
-    grads = 2 * _size(shapes.trained, frame)
-    full = c.train.trainable == "full"
-    base = _size(shapes.base, frame)
-    gathered = m.vocab_size // tensor * m.d_model * item * (2 if full else 1)
-    if where.shape["fsdp"] > 1:
-        gathered += 2 * _one_layer(m, tensor, item)
+    full, fsdp = c.train.trainable == "full", where.shape["fsdp"] > 1
+    # Of all micro-batches, and of the one at hand.
+    always = 2 * _size(shapes.trained, frame)
+    # A layer's weights are cut out of those of all; along fsdp, the next one's come meanwhile.
+    always += _one_layer(m, tensor, item) * (2 if fsdp else 1)
+    if fsdp or m.vocab_size % tensor:
+        always += -(-m.vocab_size // tensor) * m.d_model * item * (2 if full else 1)
+    if full:
+        always += _size(shapes.base, frame)
+    elif found.micros > 1 and _tpu(frame, kind):  # taken out of the loop over micro-batches
+        always += _rounded_adapters(frame, gathered=True)
+    # What meets in the loss: states of both sides, and gradients to the student's.
     states = 4 * found.tokens * m.d_model * 4
+    most = max(
+        _forward(frame, found, long, kind),
+        states + _entries(frame, found.tokens, kind),
+        _backward(frame, found, long, kind),
+    )
     return {
         "sampler's weights": _copies(frame)[1],
         "batch": _batch(frame, found, long),
         "activations": m.n_layers * student * kept,
-        "temporaries": working + attention + grads + gathered + states
-        + (base if full else 0) + _entries(frame, found.tokens, kind),
-    }  # fmt: skip
+        "temporaries": always + most,
+    }
+
+
+def _forward(frame: Any, found: Rows, long: aot.Lengths, kind: str) -> int:
+    """A layer's values forward: the states of all sides before and after it, and of the longest
+    side what its attention or its MLP holds."""
+    m, tensor = frame.model_config, frame.mesh.shape["tensor"]
+    item, longest = np.dtype(frame.dtype).itemsize, max(found.student, found.teacher)
+    states = 2 * found.count * (found.student + found.teacher) * m.d_model * item
+    # Logits and their exponentials, float32.
+    attending = _attention(frame, found.count, longest, long, kind, 8, 5)
+    attending += found.count * longest * (2 * m.d_model + _heads(m, tensor)) * item
+    mlp = found.count * longest * (m.d_model + 3 * m.d_ff // tensor) * item
+    return states + max(attending, mlp) + _masks(frame, found, kind)
+
+
+def _backward(frame: Any, found: Rows, long: aot.Lengths, kind: str) -> int:
+    """A layer's values and their gradients, of the student: at its MLP, where all of both are
+    there, or at its attention, where the MLP's are gone."""
+    m, tensor = frame.model_config, frame.mesh.shape["tensor"]
+    item, tokens = np.dtype(frame.dtype).itemsize, found.count * found.student
+    # Weights and their gradients, float32 and rounded; sums for keys and values are float32.
+    attending = _attention(frame, found.count, found.student, long, kind, 8 + 2 * item, 10)
+    attending += tokens * (4 * m.d_model + _heads(m, tensor)) * item
+    attending += tokens * 4 * _key_heads(m, tensor) * m.head_dim * 4
+    mlp = 2 * tokens * _layer(m, tensor, item)
+    return max(attending, mlp) + _masks(frame, found, kind)
+
+
+def _attention(
+    frame: Any, count: int, length: int, long: aot.Lengths, kind: str, entry: int, masked: int
+) -> int:
+    """Bytes of a block of queries against all keys, `entry` for each of its logits; splash holds
+    one row's mask at a time, `masked` for each entry, where rows have parents or a prefix."""
+    if _splash(frame, kind):
+        there = long.prefix or frame.config.train.pack == "shared"
+        return masked * length * (length + long.prefix) if there else 0
+    heads = frame.model_config.n_heads // frame.mesh.shape["tensor"]
+    return count * heads * _queries(frame, length, kind) * (length + long.prefix) * entry
+
+
+def _masks(frame: Any, found: Rows, kind: str) -> int:
+    """The two constants that the portable form's mask selects from, float32, which XLA lays out as
+    arrays ahead of the layers: of a block of queries against the keys of each range of them."""
+    if _splash(frame, kind):
+        return 0
+    total = 0
+    for length in (found.student, found.teacher):
+        queries = _queries(frame, length, kind)
+        most = attention_rows.GROUPS if queries <= attention_rows.CPU_BLOCK else attention_rows.FEW
+        ranges = min(most, -(-length // max(1, queries)))  # the last ends with the row
+        total += queries * length * (ranges + 1) // 2
+    return 2 * 4 * found.count * total
+
+
+def _queries(frame: Any, length: int, kind: str) -> int:
+    """Queries of a block of portable attention, as `making.decoder` and `attend` have them."""
+    m = frame.model_config
+    small = length**2 * m.n_heads * m.head_dim < attention_rows.WORTH
+    if (kind or _kind(frame.mesh)) == "cpu":
+        return min(length, attention_rows.WHOLE if small else attention_rows.CPU_BLOCK)
+    return min(length, QUERIES)
+
+
+def _tpu(frame: Any, kind: str) -> bool:
+    chip = chips.CHIPS.get(kind or _kind(frame.mesh))
+    return chip is not None and bool(chip.vmem)
 
 
 def _splash(frame: Any, kind: str) -> bool:
     """Whether attention of rows holds no logits."""
-    chip = chips.CHIPS.get(kind or _kind(frame.mesh))
-    return chip is not None and bool(chip.vmem) and frame.config.model.attention != "portable"
+    return _tpu(frame, kind) and frame.config.model.attention != "portable"
 
 
-def _kept(m: model.ModelConfig, remat: str, tensor: int, item: int) -> int:
+def _kept(frame: Any, tensor: int, item: int) -> int:
     """Bytes of a layer's values for a token that are kept for the backward pass."""
+    c, m = frame.config, frame.model_config
     query, key = m.n_heads * m.head_dim // tensor, m.n_kv_heads * m.head_dim // tensor
-    attention = query * item + 4 * m.n_heads // tensor
+    mlp, out = m.d_ff // tensor, query * item + 4 * m.n_heads // tensor
+    if c.model.remat == "none":
+        # Norms' inputs are float32. Of SiLU: gate, sigmoid, 1 - sigmoid, product; then up, product.
+        norms = 2 * m.d_model + (query + key if m.qk_norm else 0)
+        lows = 0 if c.train.trainable == "full" else c.lora.rank * len(c.lora.targets)
+        read = 2 * m.d_model + 2 * query + 2 * key + 6 * mlp + lows
+        return norms * 4 + read * item + out
     return {
-        "none": _layer(m, tensor, item),
-        "dots": (2 * m.d_model + query + 2 * key + 2 * m.d_ff // tensor) * item + attention,
-        "attention": m.d_model * item + attention,
+        "dots": (2 * m.d_model + query + 2 * key + 2 * mlp) * item + out,
+        "attention": m.d_model * item + out,
         "layer": m.d_model * item,
-    }[remat]
+    }[c.model.remat]
 
 
 def _layer(m: model.ModelConfig, tensor: int, item: int) -> int:
     """Bytes of a layer's values for a token."""
-    heads = (2 * m.n_heads // tensor + 2 * _key_heads(m, tensor)) * m.head_dim
-    return (4 * m.d_model + heads + 3 * m.d_ff // tensor) * item
+    return (4 * m.d_model + _heads(m, tensor) + 3 * m.d_ff // tensor) * item
+
+
+def _heads(m: model.ModelConfig, tensor: int) -> int:
+    """Numbers of a token in queries, keys, values and attention's output."""
+    return (2 * m.n_heads // tensor + 2 * _key_heads(m, tensor)) * m.head_dim
 
 
 def _one_layer(m: model.ModelConfig, tensor: int, item: int) -> int:
@@ -274,7 +377,8 @@ def _entries(frame: Any, tokens: int, kind: str) -> int:
     c, m, where = frame.config, frame.model_config, frame.mesh
     if c.method != "distill":
         return 3 * 4 * min(tokens, c.loss.chunk) * m.vocab_size // where.shape["tensor"]
-    if c.loss.top_k or c.loss.implementation == "chunked":
+    cpu = (kind or _kind(where)) == "cpu"
+    if c.loss.top_k or cpu or c.loss.implementation == "chunked":
         return 4 * 4 * min(tokens, c.loss.chunk) * m.vocab_size
     chip = chips.CHIPS.get(kind or _kind(where))
     if chip is None or not chip.vmem:

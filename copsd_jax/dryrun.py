@@ -101,12 +101,13 @@ def _phase(phase: aot.Phase) -> dict:
 
 
 def _model(built: aot.Built, name: str, phase: aot.Phase) -> dict:
-    """The model of memory beside what the compiler reports."""
+    """The model of memory beside what the compiler reports, where it reports all of a phase."""
     parts = budget.parts(built.frame, built.lengths, name)
     if parts is None:
         return {}
     total = sum(parts.values())
-    return {"parts": parts, "total": total, "of_compiler": total / max(1, phase.total)}
+    of_compiler = None if _failed(phase) else total / max(1, phase.total)
+    return {"parts": parts, "total": total, "of_compiler": of_compiler}
 
 
 # --- time -------------------------------------------------------------------------------------
@@ -312,10 +313,8 @@ def _table(found: dict) -> list[str]:
         share = phase["total"] / found["usable"]
         lines.append(f"  {name:<11} {phase['total'] / GIB:8.2f} ({share:4.0%})  {', '.join(told)}")
         if model:
-            lines.append(
-                f"  {'':<11} {model['total'] / GIB:8.2f} by the model of memory, "
-                f"{model['of_compiler'] - 1:+.0%}"
-            )
+            told = "" if model["of_compiler"] is None else f", {model['of_compiler'] - 1:+.0%}"
+            lines.append(f"  {'':<11} {model['total'] / GIB:8.2f} by the model of memory{told}")
     return lines
 
 
