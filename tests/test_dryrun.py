@@ -118,7 +118,7 @@ def test_packed_rows_at_the_caps(card, pack):
     rows = making.packed(one, batch, caps=True)
     apart = sum(side.tokens_BL.shape[1] for side in (batch.student, batch.teacher) if side)
     longest = [long.student, long.teacher][: 1 if card == "grpo" else 2]
-    lengths = [bins.rounded(prompt + long.completion, 32) for prompt in longest]
+    lengths = [bins.rounded(prompt + long.completion, 16) for prompt in longest]
     count = min(-(-1500 // sum(lengths)), len(batch.mask_BC) // 4)
     assert apart >= sum(lengths)
     micros = -(-len(batch.mask_BC) // (4 * count))
@@ -138,10 +138,9 @@ def test_a_packed_step_is_compiled_and_told_by_its_tokens(monkeypatch):
     assert [p.name for p in made.phases["step"].programs] == ["training step"]
     monkeypatch.setattr(chips, "usable", lambda chip: 2**30)
     long = made.lengths
-    each = sum(bins.rounded(n + long.completion, 32) for n in (long.student, long.teacher))
-    assert (
-        dryrun.report(made)["largest"]["train.micro_tokens"] == 2 * each
-    )  # 8 completions, 4 shards
+    each = sum(-(-(n + long.completion) // 16) * 16 for n in (long.student, long.teacher))
+    largest = dryrun.report(made)["largest"]["train.micro_tokens"]
+    assert largest == 2 * each  # 8 completions, 4 shards
 
 
 def test_every_program_of_the_run_is_there(built):
