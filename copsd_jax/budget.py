@@ -282,15 +282,17 @@ def _forward(frame: Any, found: Rows, long: aot.Lengths, kind: str) -> int:
 
 
 def _backward(frame: Any, found: Rows, long: aot.Lengths, kind: str) -> int:
-    """A layer's values and their gradients, of the student: at its MLP, where all of both are
-    there, or at its attention, where the MLP's are gone."""
+    """A layer's values, which remat computes again, and their gradients, of the student: at its
+    MLP, where all of both are there, or at its attention, where the MLP's are gone."""
     m, tensor = frame.model_config, frame.mesh.shape["tensor"]
     item, tokens = np.dtype(frame.dtype).itemsize, found.count * found.student
     # Weights and their gradients, float32 and rounded; sums for keys and values are float32.
     attending = _attention(frame, found.count, found.student, long, kind, 8 + 2 * item, 10)
     attending += tokens * (4 * m.d_model + _heads(m, tensor)) * item
     attending += tokens * 4 * _key_heads(m, tensor) * m.head_dim * 4
-    mlp = 2 * tokens * _layer(m, tensor, item)
+    again = _layer(m, tensor, item) + _lows(frame) * item
+    again = 0 if frame.config.model.remat == "none" else again
+    mlp = tokens * (_layer(m, tensor, item) + again)
     return max(attending, mlp) + _masks(frame, found, kind)
 
 
@@ -347,8 +349,7 @@ def _kept(frame: Any, tensor: int, item: int) -> int:
     if c.model.remat == "none":
         # Norms' inputs are float32. Of SiLU: gate, sigmoid, 1 - sigmoid, product; then up, product.
         norms = 2 * m.d_model + (query + key if m.qk_norm else 0)
-        lows = 0 if c.train.trainable == "full" else c.lora.rank * len(c.lora.targets)
-        read = 2 * m.d_model + 2 * query + 2 * key + 6 * mlp + lows
+        read = 2 * m.d_model + 2 * query + 2 * key + 6 * mlp + _lows(frame)
         return norms * 4 + read * item + out
     return {
         "dots": (2 * m.d_model + query + 2 * key + 2 * mlp) * item + out,
@@ -360,6 +361,12 @@ def _kept(frame: Any, tensor: int, item: int) -> int:
 def _layer(m: model.ModelConfig, tensor: int, item: int) -> int:
     """Bytes of a layer's values for a token."""
     return (4 * m.d_model + _heads(m, tensor) + 3 * m.d_ff // tensor) * item
+
+
+def _lows(frame: Any) -> int:
+    """Numbers of a token between the factors of a layer's adapters."""
+    c = frame.config
+    return 0 if c.train.trainable == "full" else c.lora.rank * len(c.lora.targets)
 
 
 def _heads(m: model.ModelConfig, tensor: int) -> int:
