@@ -30,7 +30,8 @@ steps that takes than one queue, as a share.
 same run (--bandwidth gives it in GB/s). `floor_fraction` is then the time in which the weights of
 steps at full occupancy, and each text's live cache, can be read once, as a share of the time taken.
 --context=N adds a line `step`: decode steps of all slots alone, at contexts of N/2 to 3N/2 tokens,
-against weights and live cache over the bandwidth.
+against weights and live cache over the bandwidth; and `step_stacked`, with the layers scanned also
+where a run reads each by itself (one CPU device).
 """
 
 import argparse
@@ -452,10 +453,10 @@ def main(argv: Sequence[str]) -> int:
     needed = decode_floor.needed_bytes(lengths, work.limits, args.slots, size, entry)
     common = common_line(args, work, bandwidth)
     good = True
-    if args.context:
+    for stacked in (False, True) if args.context else ():
         line = decode_floor.step_line(
             m.decoder, m.params, slots=args.slots, steps=args.steps, context=args.context,
-            cache=args.cache or args.dtype, bandwidth=bandwidth,
+            cache=args.cache or args.dtype, bandwidth=bandwidth, stacked=stacked,
         )  # fmt: skip
         print(json.dumps(common | line), flush=True)
     for line in measure(args, m, work, bandwidth and needed / bandwidth / 1e9):

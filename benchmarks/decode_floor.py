@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax import model
+from copsd_jax import mesh, model
 from copsd_jax.sampler import engine, jobs, truncate
 
 
@@ -61,11 +61,14 @@ def measured_bandwidth(size: int, dtype: Any, width: int = 4096) -> float:
 
 def step_line(
     decoder: model.Decoder, params: Any, *, slots: int, steps: int, context: int, cache: Any,
-    bandwidth: float | None,
+    bandwidth: float | None, stacked: bool,
 ) -> dict:  # fmt: skip
     """Decode steps alone, all slots live, contexts from a half to 3/2 of `context`.
 
     The best of 5 chunks of `steps` tokens; bandwidth in GB/s.
+
+    Args:
+      stacked: layers scanned also where runs read each by itself (`engine.unstacked`).
     """
     config, cache = decoder.config, jnp.dtype(cache)
     index_J = np.linspace(context / 2, context * 3 / 2, slots).astype(np.int32)
@@ -80,7 +83,8 @@ def step_line(
         request=old.request._replace(limit=old.request.limit + 2**30, rows=rows),
     ))  # fmt: skip
     stop_XV = jnp.zeros((jobs.STOP_SETS, config.vocab_size), bool)
-    weights = engine.Weights(params, None, None, None, stop_XV)
+    layers = None if stacked else engine.unstacked(params, None, None, mesh.current())
+    weights = engine.Weights(params, None, None, None, stop_XV, layers=layers)
     static = decoder, truncate.form([(1.0, 0, 1.0, 0.0)]), steps
     cancel_J, enough = jnp.zeros(slots, bool), jnp.int32(1)
     compiled = jax.jit(engine.decode, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -95,7 +99,8 @@ def step_line(
     entries = int(index_J.sum()) + slots * (best * steps + (steps + 1) / 2)
     floor = weight_bytes(config, params) + entries * entry_bytes(config, cache)
     return {
-        "system": "step", "step_seconds": times[best], "tokens_per_second": slots / times[best],
+        "system": "step_stacked" if stacked else "step",
+        "step_seconds": times[best], "tokens_per_second": slots / times[best],
         "mean_context": entries / slots, "cache_length": length, "cache": cache.name,
         "floor_bytes": floor, "achieved_gb_per_second": floor / times[best] / 1e9,
         "floor_fraction": bandwidth and floor / bandwidth / 1e9 / times[best],

@@ -316,9 +316,8 @@ def _masks(frame: Any, found: Rows, kind: str) -> int:
     total = 0
     for length in (found.student, found.teacher):
         queries = _queries(frame, length, kind)
-        most = attention_rows.GROUPS if queries <= attention_rows.CPU_BLOCK else attention_rows.FEW
-        ranges = min(most, -(-length // max(1, queries)))  # the last ends with the row
-        total += queries * length * (ranges + 1) // 2
+        ranges = attention_rows.ranges(length, queries) if length else []
+        total += queries * sum(stop for _, stop in ranges)
     return 2 * 4 * found.count * total
 
 

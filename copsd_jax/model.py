@@ -344,12 +344,14 @@ class Decoder(nn.Module):
         A stream with a cache gets it back, updated, in `cache`.
 
         Raises:
-          ValueError: for an unknown `remat`, a stream with neither segments nor a cache, or one
-            with a cache and more than one token a row.
+          ValueError: for an unknown `remat`, a stream with neither segments nor a cache, one with
+            a cache and more than one token a row, or none with `unstacked`.
         """
         c = self.config
         if self.remat not in REMAT:
             raise ValueError(f"model.remat is {self.remat!r}: the choices are {', '.join(REMAT)}")
+        if self.unstacked and any(s.cache is None for s in streams):
+            raise ValueError("unstacked is True: it is for streams with a cache")
         embedding = _Matrix("embedding", (c.vocab_size, c.d_model), self.dtype, name="embed")()
         if not c.tie_embeddings:
             _Matrix("kernel", (c.vocab_size, c.d_model), self.dtype, name="head")()

@@ -107,16 +107,16 @@ def test_values_and_gradients(name, kind):
 @pytest.mark.parametrize("block", [1, 2, 7, 21, 512])
 def test_blocks_and_groups(block):
     """21 ranges would be more than GROUPS: with blocks of 1 and 2 some hold several."""
-    assert len(attention_rows._ranges(L, block)) == {1: 7, 2: 6, 7: 3, 21: 1, 512: 1}[block]
+    assert len(attention_rows.ranges(L, block)) == {1: 7, 2: 6, 7: 3, 21: 1, 512: 1}[block]
     arrays = inputs()
     form = forms(block)["portable"]
     close(both(form, arrays, *KINDS["all"]), oracle(*arrays, *KINDS["all"]), 2e-6)
 
 
 def test_ranges():
-    assert attention_rows._ranges(11, 4) == [(0, 4), (4, 8), (8, 11)]
-    assert attention_rows._ranges(20, 2) == [(i, i + 4) for i in range(0, 20, 4)]
-    assert attention_rows._ranges(4000, 512) == [(0, 2048), (2048, 4000)]
+    assert attention_rows.ranges(11, 4) == [(0, 4), (4, 8), (8, 11)]
+    assert attention_rows.ranges(20, 2) == [(i, i + 4) for i in range(0, 20, 4)]
+    assert attention_rows.ranges(4000, 512) == [(0, 2048), (2048, 4000)]
 
 
 @pytest.mark.parametrize("name", ["portable", "splash"])

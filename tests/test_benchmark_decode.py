@@ -119,7 +119,7 @@ def test_a_line_for_each_system(decode, capsys):
         decode, capsys, "--systems=ours,fixed,tunix", "--bandwidth=10", "--pieces=2",
         "--context=40", "--steps=2", "--prompt_tokens=12", "--cache=int8",
     )  # fmt: skip
-    assert (code, set(found)) == (0, {"step", "ours", "fixed", "tunix"})
+    assert (code, set(found)) == (0, {"step", "step_stacked", "ours", "fixed", "tunix"})
     assert "tunix_env.sh" in found["tunix"]["skipped"]
     limits = decode.draw_limits(12, 4, 9, 0)
     for name in ("ours", "fixed"):

@@ -238,7 +238,11 @@ def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
     with jax.set_mesh(mesh.make(1, 1, 1, devices=jax.devices()[:1])):
         stacked = generate(CUT, **options)
         monkeypatch.setattr(engine, "UNSTACKED", 0)
+        used, forward = [], engine._forward
+        watched = lambda *args: used.append(args[1].layers) or forward(*args)  # noqa: E731
+        monkeypatch.setattr(engine, "_forward", watched)
         same(generate(CUT, **options), stacked)
+    assert [len(layers) for layers in used] == [CONFIG.n_layers]  # traced once, with them
 
 
 def test_when_layers_are_arrays_of_their_own():
@@ -261,6 +265,7 @@ def test_when_layers_are_arrays_of_their_own():
     assert engine.unstacked(jax.eval_shape(lambda: params), None, None, one) is None
     small = place(model.init(CONFIG, jax.random.key(0), jnp.float32), one)
     assert engine.unstacked(small, None, None, one) is None
+    assert engine.unstacked(place(lora.quantised(large), one), None, None, one) is None
 
 
 def test_bfloat16_weights():
@@ -461,6 +466,7 @@ def test_memory_that_is_not_there(monkeypatch):
         r"out of memory: on each device the cache .64 slots x 1024 entries of bfloat16. 0.02 GiB, "
         r".*the weights 0.00 GiB.*, and it has 0.01 GiB; slots={} makes it fit$"
     )
+    assert job.weights.layers is not None
     limit = (cache + 64 * slots) // 2 + weights
     with pytest.raises(MemoryError, match=message.format(32)):
         host.check_memory(job, 0, limit)

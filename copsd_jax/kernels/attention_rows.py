@@ -130,7 +130,7 @@ def _forward(block: int, q_BLKMH, k_BLKH, v_BLKH, rows: Rows, prefix: Prefix | N
     """The output, and what the backward pass needs."""
     index_L = jnp.arange(q_BLKMH.shape[1], dtype=jnp.int32)
     outs, lses = [], []
-    for start, stop in _ranges(q_BLKMH.shape[1], block):
+    for start, stop in ranges(q_BLKMH.shape[1], block):
         keys = _Keys(k_BLKH[:, :stop].swapaxes(1, 2), v_BLKH[:, :stop].swapaxes(1, 2),
                      rows.segments_BL[:, :stop], prefix)  # fmt: skip
         parts = jax.tree.map(lambda x: x[:, start:stop], (q_BLKMH, rows, index_L[None]))  # noqa: B023
@@ -150,7 +150,7 @@ def _backward(block: int, kept, g_BLKMH):
     delta_BLKM = jnp.sum(g_BLKMH.astype(f32) * out_BLKMH.astype(f32), axis=-1)
     whole = (q_BLKMH, g_BLKMH, lse_BLKM, delta_BLKM, rows, index_L[None])
     slopes, totals = [], []
-    for start, stop in _ranges(length, block):
+    for start, stop in ranges(length, block):
         keys = _Keys(k_BLKH[:, :stop].swapaxes(1, 2), v_BLKH[:, :stop].swapaxes(1, 2),
                      rows.segments_BL[:, :stop], prefix)  # fmt: skip
         parts = jax.tree.map(lambda x: x[:, start:stop], whole)  # noqa: B023
@@ -184,7 +184,7 @@ class _Keys(NamedTuple):
     prefix: Prefix | None
 
 
-def _ranges(length: int, block: int) -> list[tuple[int, int]]:
+def ranges(length: int, block: int) -> list[tuple[int, int]]:
     """A few ranges of whole blocks: 11 in blocks of 4 -> (0, 4), (4, 8), (8, 11)."""
     width = block * -(-length // (block * (GROUPS if block <= CPU_BLOCK else FEW)))
     return [(start, min(start + width, length)) for start in range(0, length, width)]

@@ -72,11 +72,15 @@ def unstacked(params: Any, adapter: Any, prefix: model.KV | None, devices: Mesh)
     """The stacked arrays as one `Layer` each, in the same memory; None where it does not pay.
 
     A decode step on a CPU is bound by reading the weights once, and XLA copies each slice of a
-    stack first. Without that a step of 8 slots takes two thirds of the time, and its program some
-    seconds more to compile. Elsewhere, on several devices, and where layers are small it is None.
+    stack first. Without that, and with the head as left factor, a step of 8 slots takes two thirds
+    of the time, and its program of 30 layers some 10 s more to compile. It is None elsewhere, on
+    several devices, where layers are small, and for int8 kernels, which XLA would convert for all
+    layers ahead of the loop over tokens.
     """
     leaves = jax.tree.leaves((params["layers"], adapter, prefix))
     if devices.size > 1 or not all(isinstance(x, jax.Array) for x in leaves):
+        return None
+    if any(x.dtype == jnp.int8 for x in leaves):
         return None
     count = len(leaves[0])
     if mesh.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACKED * count:
