@@ -89,6 +89,8 @@ def command(argv: list[str]) -> Command:
         raise ValueError(f"--dry_run is '': the choices are {chips.CHOICES}")
     if not target.value and (report.value or search.value):
         raise ValueError("--dry_run_json and --search go with --dry_run, for example =v5e:4x8")
+    if report.value and not pathlib.Path(report.value).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--dry_run_json={report.value!r}: its folder does not exist")
     dry = Dry(chips.parse(target.value), report.value, search.value) if target.value else None
     validate.settings(config.value, data=dry is None)
     name, _, preset = config_flags.get_config_filename(values["config"]).partition(":")
