@@ -138,6 +138,7 @@ class Stream:
       with cache: rows of one token (L = 1). It is written at index positions - P and attends to
         that index and all before it. `segments` may be None; where it is 0 the slot is dead.
     In both ways every token sees the whole prefix, whose P keys stand at positions 0 … P - 1.
+    Where the decoder is `unstacked`, adapter and prefix are tuples of what each layer has of them.
     """
 
     tokens_BL: jax.Array  # int32
@@ -145,9 +146,7 @@ class Stream:
     segments_BL: jax.Array | None  # int32; 0 is padding; None with a cache only
     adapter: Any = None  # a tree of lora.init, or None
     adapter_scale: float = 1.0  # static
-    prefix: Any = (
-        None  # KV [layers, 1, P, K, H] that all rows see, or None; gradients flow through it
-    )
+    prefix: Any = None  # KV [layers, 1, P, K, H] that all rows see; gradients flow through it
     cache: attention.Cache | None = None  # of B slots
     parents_BL: jax.Array | None = None  # int32; -1 for none
 
