@@ -56,7 +56,7 @@ kernels: install
 	$(BIN)/python -m pytest -n 2 -m slow tests/test_divergence_kernels.py tests/test_loss_sharded.py
 
 processes: install
-	$(BIN)/python -m pytest -m slow tests/test_processes.py
+	$(BIN)/python -m pytest -m slow tests/test_processes.py tests/test_sampler_processes.py tests/test_bugs.py
 	$(BIN)/python -m pytest -m slow tests/test_meshes.py -k "2-2-2_two or 1-1-8"
 
 # Every kind of mesh of eight devices, and two processes, against one device: minutes.

@@ -44,6 +44,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -238,7 +239,8 @@ def prepared(args: argparse.Namespace, divergence: str, folder: pathlib.Path) ->
     file = folder / "work.json"
     file.write_text(json.dumps(work), encoding="utf-8")
     command = [sys.executable, str(HERE / "step_ours.py"), "prepare", str(file)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    if code := subprocess.run(command, stdout=sys.stderr).returncode:
+        sys.exit(code)  # it has said why
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -319,7 +321,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args, args.settings = parser.parse_known_args(argv)
     args.systems = [name for name in args.systems.split(",") if name]
     args.divergence = args.divergence.split(",")
+    if not re.fullmatch(r"-?\d+,-?\d+,-?\d+", args.mesh):
+        parser.error(f"--mesh is {args.mesh!r}: write data,fsdp,tensor")
     args.mesh = [int(size) for size in args.mesh.split(",")]
+    for name in ("batch", "prompt", "completion", "teacher", "rank", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1")
     if unknown := set(args.systems) - set(SYSTEMS):
         parser.error(f"--systems has {', '.join(sorted(unknown))}: choices are {SYSTEMS}")
     if unknown := set(args.divergence) - {"fkl", "jsd"}:

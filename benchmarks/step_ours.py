@@ -384,6 +384,9 @@ def _answer(t: Trainer, asked: str) -> dict:
 
 if __name__ == "__main__":
     if sys.argv[1] == "prepare":
-        prepare(pathlib.Path(sys.argv[2]))
+        try:
+            prepare(pathlib.Path(sys.argv[2]))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
     else:
         serve(pathlib.Path(sys.argv[1]))

@@ -326,7 +326,7 @@ def _config(args: argparse.Namespace) -> config_lib.Config:
 
 def show(label: str, total: int) -> tuple[metrics.Progress, Callable[[host.Stats], None]]:
     """A progress line, and the sampler's callback that feeds it."""
-    progress, seen = metrics.Progress(label, total), [0]
+    progress, seen = metrics.Progress(label, total, stream=processes.progress()), [0]
 
     def update(stats: host.Stats) -> None:
         busy = {} if math.isnan(stats.occupancy) else {"occupancy": stats.occupancy}

@@ -10,7 +10,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from jax.experimental import multihost_utils
 from copsd_jax import config as config_lib
 
 Result = TypeVar("Result")
+
+_NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
 
 
 def start(config: config_lib.Config) -> None:
@@ -47,12 +49,17 @@ def start(config: config_lib.Config) -> None:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"mesh.coordinator is {m.coordinator!r}: {reason}") from error
     if not leads():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - errors alone, on stderr
+        sys.stdout = _NOWHERE  # errors alone, on stderr
 
 
 def leads() -> bool:
     """Whether this is the process that writes files and speaks."""
     return jax.process_index() == 0
+
+
+def progress() -> TextIO:
+    """Where progress is shown: stderr of the leading process; of the others nowhere."""
+    return sys.stderr if leads() else _NOWHERE
 
 
 def once(function: Callable[[], Result]) -> Result:

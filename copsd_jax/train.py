@@ -104,7 +104,8 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
     written = processes.once(lambda: metrics.lines(directory, first))
     guard = guards.replay(plan.guards, written)
     said = processes.once(lambda: workdir.read_events(directory, first))
-    with metrics.Progress("step", c.train.steps, start=first) as progress:
+    stream = processes.progress()
+    with metrics.Progress("step", c.train.steps, first, stream) as progress:
         for step in range(first, first if guard["stopped"] else c.train.steps):
             with timer("rollout"):
                 work = method.make_batch(r, state, next(order), step)

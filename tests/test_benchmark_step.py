@@ -82,6 +82,22 @@ def lines(*argv):
     return {line["system"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("--batch=0", "--batch is 0: it must be at least 1"),
+        ("--mesh=2,2", "--mesh is '2,2': write data,fsdp,tensor"),
+        ("--divergence=l2", "--divergence has l2: choices are fkl, jsd"),
+        ("--batches=2", "unknown: --batches=2; settings are --config.name=value"),
+    ],
+)
+def test_wrong_sizes_are_named(step, capsys, given, said):
+    with pytest.raises(SystemExit) as ended:
+        step.parse([given])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_both_systems_agree():
     if importlib.util.find_spec("torch") is None:

@@ -127,6 +127,7 @@ def test_no_steps_and_evaluations_in_between(tmp_path):
     assert names == ["step_000000.json", "step_000001.json", "step_000002.json"]
 
 
+@pytest.mark.slow
 def test_a_mesh_with_all_axes_gives_the_run_of_one_axis(tmp_path):
     """Prompts sampled and numbers measured do not depend on the mesh."""
     lines = []

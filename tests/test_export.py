@@ -35,7 +35,9 @@ def student_logits(workdir, ids_BL):
         stream = model.Stream(
             ids_BL, positions, jnp.ones_like(ids_BL), policy.adapter, r.plan.adapter_scale
         )
-        hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD
+        hidden = jax.jit(
+            lambda params: r.decoder.apply({"params": params}, (stream,))[0].hidden_BLD
+        )(policy.params)
         return np.asarray(model.logits(hidden, model.head(policy.params)))
 
 
@@ -52,7 +54,9 @@ def test_the_exported_model_is_the_trained_one(trained, tmp_path, capsys):
     positions = jnp.broadcast_to(jnp.arange(17, dtype=jnp.int32), ids.shape)
     decoder = model.Decoder(config, jnp.float32)
     stream = model.Stream(ids, positions, jnp.ones_like(ids))
-    hidden = decoder.apply({"params": params}, (stream,))[0].hidden_BLD
+    hidden = jax.jit(lambda params: decoder.apply({"params": params}, (stream,))[0].hidden_BLD)(
+        params
+    )
     found = np.asarray(model.logits(hidden, model.head(params)))
     np.testing.assert_allclose(found, student_logits(trained, ids), atol=1e-4)
     # A second export to the same place is refused, and so is a checkpoint that is not there.

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,8 +137,11 @@ def test_value_and_gradient(settings):
 def test_equal_sides_are_exactly_zero(settings, implementation):
     hidden, _, head, _, tokens = _arrays(0)
     weight_T = np.full(TOKENS, 1 / TOKENS, np.float32)
-    arrays = (hidden, hidden, head, head, tokens)
-    (loss, stats), grads = _run(settings, implementation, CHUNK, True, arrays, weight_T)
+    arrays = jax.tree.map(jnp.asarray, (hidden, hidden, head, head, tokens))
+    call = _loss_and_gradient
+    if implementation != "dense":
+        call = jax.jit(call, static_argnums=(0, 1, 2, 3), compiler_options=conftest.FUSED)
+    (loss, stats), grads = call(settings, implementation, CHUNK, True, arrays, weight_T)
     assert float(loss) == 0
     for leaf in (stats.value_T, *grads):
         np.testing.assert_array_equal(leaf, 0)

@@ -1,8 +1,10 @@
 """Top-k sets, the tail, importance weights and rows of weight 0, in float64 to 1e-6 and better."""
 
 import dataclasses
+import functools
 import itertools
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,7 +227,7 @@ def test_equal_sides_are_exactly_zero_with_a_tail(name, whose):
     tokens_T = jnp.zeros(4, jnp.int32)
     settings = dataclasses.replace(PLAIN, divergence=name, top_k=20, top_k_of=whose, tail=True)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=conftest.FUSED)
     def run(z_s, z_t):
         dense = lambda z_s: divergences.value(z_s, z_t, tokens_T, settings)[0].sum()  # noqa: E731
         stats, dz_TV = divergences.block(z_s, z_t, tokens_T, settings)

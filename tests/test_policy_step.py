@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train_step import CONFIG, OPTIONS, SCALE, TX, make_adapter, make_samples, run
+from test_train_step import CONFIG, OPTIONS, TX, forward, make_adapter, make_samples, row, run
 
 from copsd_jax import layout, losses, model, train_step
 
@@ -42,41 +42,50 @@ def make_batch(seed, teacher=True):
 
 
 def logits(decoder, params, adapter, prompt, completion):
-    """[n, V] of one sample alone, differentiable."""
-    ids = jnp.asarray([[*prompt, *completion]], jnp.int32)
-    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    stream = model.Stream(ids, positions, jnp.ones_like(ids), adapter, SCALE)
-    hidden = decoder.apply({"params": params}, (stream,))[0].hidden_BLD
-    z = model.logits(hidden, model.head(params))[0]
+    """float64 [n, V] of the completion's tokens."""
+    z = np.asarray(forward(decoder, params, adapter, row(prompt, completion)), np.float64)
     return z[len(prompt) - 1 : len(prompt) - 1 + len(completion)]
 
 
+def summed(one, adapter, samples):
+    """(value, gradient) of the sum over samples of `one(adapter, *sample)`, one after the other."""
+    graded = jax.jit(jax.value_and_grad(one))
+    found = [graded(adapter, *sample) for sample in samples]
+    return jax.tree.map(lambda *each: sum(np.asarray(x, np.float64) for x in each), *found)
+
+
 def by_hand(decoder, params, samples, batch, settings, divisor):
-    """loss(adapter), sample by sample, with `divisor(n)` the weight of a token's value."""
+    """loss(adapter) with its gradient, sample by sample; `divisor(n)`: of a token's value."""
     students, _, completions = samples
+    index = np.arange(batch.mask_BC.shape[1])
 
-    def loss(adapter):
-        total = 0.0
+    def one(adapter, ids_1L, first, tokens_N, mask_N, rollout_N, adv_N, weight):
+        at = first + index
+        z = forward(decoder, params, adapter, ids_1L)[at] / settings.temperature
+        lp = jax.nn.log_softmax(z)[index, tokens_N]
+        base = forward(decoder, params, None, ids_1L)[at] / settings.temperature
+        ref = jax.nn.log_softmax(base)[index, tokens_N]
+        old = jax.lax.stop_gradient(lp) if settings.old == "trainer" else rollout_N
+        ratio = jnp.exp(lp - old)
+        bounded = jnp.clip(ratio, 1 - settings.clip_low, 1 + settings.clip_high)
+        value = -jnp.minimum(ratio * adv_N, bounded * adv_N)
+        if settings.rollout_clip:
+            mismatch = jnp.exp(jax.lax.stop_gradient(lp) - rollout_N)
+            value = value * jnp.minimum(mismatch, settings.rollout_clip)
+        if settings.kl:
+            value = value + settings.kl * (jnp.exp(ref - lp) - (ref - lp) - 1)
+        return jnp.sum(jnp.where(mask_N, value, 0.0)) * weight
+
+    def each():
         for b, (prompt, completion) in enumerate(zip(students, completions, strict=True)):
-            n, ids = len(completion), np.asarray(completion)
-            z = logits(decoder, params, adapter, prompt, completion) / settings.temperature
-            lp = jax.nn.log_softmax(z)[np.arange(n), ids]
-            base = logits(decoder, params, None, prompt, completion) / settings.temperature
-            ref = jax.nn.log_softmax(base)[np.arange(n), ids]
-            rollout = batch.logp_rollout_BC[b, :n]
-            old = jax.lax.stop_gradient(lp) if settings.old == "trainer" else rollout
-            ratio, adv = jnp.exp(lp - old), batch.advantage_BC[b, :n]
-            bounded = jnp.clip(ratio, 1 - settings.clip_low, 1 + settings.clip_high)
-            value = -jnp.minimum(ratio * adv, bounded * adv)
-            if settings.rollout_clip:
-                mismatch = jnp.exp(jax.lax.stop_gradient(lp) - rollout)
-                value = value * jnp.minimum(mismatch, settings.rollout_clip)
-            if settings.kl:
-                value = value + settings.kl * (jnp.exp(ref - lp) - (ref - lp) - 1)
-            total = total + jnp.sum(value) / divisor(n)
-        return total
+            n = len(completion)
+            tokens = np.asarray(completion + [0] * (len(index) - n), np.int32)
+            yield (
+                row(prompt, completion), np.int32(len(prompt) - 1), tokens, index < n,
+                batch.logp_rollout_BC[b], batch.advantage_BC[b], np.float32(1 / divisor(n)),
+            )  # fmt: skip
 
-    return loss
+    return lambda adapter: summed(one, adapter, each())
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,7 @@ def test_policy_loss_and_its_gradient(decoder, params, changes, divisor):
     loss = by_hand(
         decoder, params, samples, batch, settings, lambda n: divisor(len(samples[0]), tokens, n)
     )
-    value, grad = jax.value_and_grad(loss)(state.trained)
+    value, grad = loss(state.trained)
     np.testing.assert_allclose(aux.metrics["loss"], value, rtol=2e-5, atol=1e-6)
     for before, after, g in zip(
         *map(jax.tree.leaves, (state.trained, new.trained, grad)), strict=True
@@ -115,7 +124,7 @@ def test_cross_entropy_is_that_of_the_completion_alone(decoder, params):
     _, aux = run(decoder, params, state, batch, divergence=None, policy=settings)
     total, count = 0.0, 0
     for prompt, _, completion in zip(*samples, strict=True):
-        z = np.asarray(logits(decoder, params, state.trained, prompt, completion), np.float64)
+        z = logits(decoder, params, state.trained, prompt, completion)
         lp = z - np.log(np.exp(z).sum(-1, keepdims=True))
         total -= lp[np.arange(len(completion)), completion].sum()
         count += len(completion)
@@ -171,8 +180,8 @@ def test_trust_region_mixes_the_logits_of_initial_and_current_policy(decoder, pa
     changes = {"teacher": "trust_region", "rho": 0.3, "trainable": trainable}
     _, aux = run(decoder, params, state, batch, **changes)
     for b, (prompt, completion) in enumerate(zip(teachers, completions, strict=True)):
-        initial = np.asarray(logits(decoder, params, None, prompt, completion), np.float64)
-        live = np.asarray(logits(decoder, moved, adapter, prompt, completion), np.float64)
+        initial = logits(decoder, params, None, prompt, completion)
+        live = logits(decoder, moved, adapter, prompt, completion)
         mixed = (0.7 * initial + 0.3 * live) / 1.3
         lq = mixed - np.log(np.exp(mixed).sum(-1, keepdims=True))
         expected = lq[np.arange(len(completion)), completion]
@@ -207,16 +216,20 @@ def test_tokens_without_loss_are_scored_but_move_nothing(decoder, params):
     # The gradient by hand, from suffix tokens alone.
     students, teachers, completions = samples
 
-    def loss(adapter):
-        total = 0.0
-        for s, t, completion in zip(students, teachers, completions, strict=True):
-            if len(completion) > 3:
-                lp = jax.nn.log_softmax(logits(decoder, params, adapter, s, completion)[3:] / 1.3)
-                lq = jax.nn.log_softmax(logits(decoder, params, None, t, completion)[3:] / 1.3)
-                total = total + jnp.sum(jnp.exp(lq) * (lq - lp))
-        return total / float(suffix.sum())
+    index = np.arange(batch.mask_BC.shape[1])
 
-    grad = jax.grad(loss)(state.trained)
+    def one(adapter, student_1L, of_student, teacher_1L, of_teacher, mask_N):
+        z = forward(decoder, params, adapter, student_1L)[of_student + index]
+        z_teacher = forward(decoder, params, None, teacher_1L)[of_teacher + index]
+        lp, lq = jax.nn.log_softmax(z / 1.3), jax.nn.log_softmax(z_teacher / 1.3)
+        return jnp.sum(jnp.where(mask_N[:, None], jnp.exp(lq) * (lq - lp), 0.0))
+
+    each = (
+        (row(s, c), np.int32(len(s) - 1), row(t, c), np.int32(len(t) - 1), suffix[b])
+        for b, (s, t, c) in enumerate(zip(students, teachers, completions, strict=True))
+    )
+    _, grad = summed(one, state.trained, each)
+    grad = jax.tree.map(lambda g: g / suffix.sum(), grad)
     for before, after, g in zip(
         *map(jax.tree.leaves, (state.trained, new.trained, grad)), strict=True
     ):

@@ -65,9 +65,10 @@ def close(a: Any, b: Any, name: str = "") -> None:
 @pytest.mark.slow
 def test_two_processes_make_the_run_of_one(tmp_path):
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
-    out, _ = ended(launch(tmp_path / "two", 2, 2, *mesh))
+    out, err = ended(launch(tmp_path / "two", 2, 2, *mesh))
     ended(launch(tmp_path / "one", 1, 4, *mesh))
     assert out.count("a random model of two layers") == 1  # one process speaks
+    assert err.count("step 2/2") == 1
     one, two = tmp_path / "one", tmp_path / "two"
     names = {str(path.relative_to(one)) for path in one.glob("*/step_*.json*")}
     assert len(names) >= 4

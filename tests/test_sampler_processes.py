@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = pathlib.Path(__file__).parent / "sampler_process.py"
 
 
@@ -28,6 +30,7 @@ def together(processes: int) -> list:
     return [json.loads(out.splitlines()[-1]) for out, *_ in ended]
 
 
+@pytest.mark.slow
 def test_every_process_has_every_text_and_they_are_those_of_one():
     (alone,) = together(1)
     first, second = together(2)

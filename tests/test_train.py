@@ -100,20 +100,23 @@ def test_rollout_files_hold_what_was_trained_on(whole):
         rows = read_lines(whole / "rollouts/step_000001.jsonl")
         assert {row["lang"] for row in rows} == {"sw", "fr"}
         student, teacher = run.policies(r, state)
+
+        @jax.jit
+        def forward(policy, ids):
+            positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+            stream = model.Stream(
+                ids, positions, jnp.ones_like(ids), policy.adapter, r.plan.adapter_scale
+            )
+            hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD
+            return jax.nn.log_softmax(model.logits(hidden, model.head(policy.params)))[0]
+
+        alone = lambda *args: np.asarray(forward(*args))  # noqa: E731
         for row in rows[:2]:
             for side, policy in (("student", student), ("teacher", teacher)):
                 prompt, completion = row[f"{side}_prompt_ids"], row["completion_ids"]
                 assert r.plan.tokenizer.decode(prompt) == row[f"{side}_prompt"]
-                ids = jnp.asarray([prompt + completion], jnp.int32)
-                positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-                stream = model.Stream(
-                    ids, positions, jnp.ones_like(ids), policy.adapter, r.plan.adapter_scale
-                )
-                hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD
-                logp = jax.nn.log_softmax(model.logits(hidden, model.head(policy.params)))[0]
-                expected = [
-                    float(logp[len(prompt) - 1 + t, token]) for t, token in enumerate(completion)
-                ]
+                logp = alone(policy, np.asarray([prompt + completion], np.int32))
+                expected = [logp[len(prompt) - 1 + t, token] for t, token in enumerate(completion)]
                 np.testing.assert_allclose(row[f"logp_{side}"], expected, atol=1e-4)
             np.testing.assert_allclose(row["logp_sampler"], row["logp_student"], atol=1e-4)
 

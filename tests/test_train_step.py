@@ -1,6 +1,7 @@
 """Oracles: the same numbers by another route: one sample, one device, one micro-batch at a time."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -61,13 +62,24 @@ def run(decoder, params, state, batch, prefix=None, teacher_kv=None, **changes):
     return step(state, params, batch, prefix, teacher_kv)
 
 
-def log_softmax_by_hand(decoder, params, adapter, prompt, completion):
-    """float64 log-probabilities [n, V] of one sample alone: no padding, no packing, no gather."""
-    ids = jnp.asarray([[*prompt, *completion]], jnp.int32)
-    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    stream = model.Stream(ids, positions, jnp.ones_like(ids), adapter, SCALE)
+def row(prompt, completion):
+    """ids [1, 40] of a sample alone; what stands behind it, causal attention does not see."""
+    ids = [*prompt, *completion]
+    return np.asarray([ids + [0] * (40 - len(ids))], np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(decoder, params, adapter, ids_1L):
+    """Logits [40, V] of one sample alone, differentiable."""
+    positions = jnp.arange(ids_1L.shape[1], dtype=jnp.int32)[None]
+    stream = model.Stream(ids_1L, positions, jnp.ones_like(ids_1L), adapter, SCALE)
     hidden = decoder.apply({"params": params}, (stream,))[0].hidden_BLD
-    z = np.asarray(model.logits(hidden, model.head(params)), np.float64)[0]
+    return model.logits(hidden, model.head(params))[0]
+
+
+def log_softmax_by_hand(decoder, params, adapter, prompt, completion):
+    """float64 log-probabilities [n, V] of one sample alone: no padding before it, no gather."""
+    z = np.asarray(forward(decoder, params, adapter, row(prompt, completion)), np.float64)
     z = z[len(prompt) - 1 : len(prompt) - 1 + len(completion)] / 1.3
     return (
         z
