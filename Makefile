@@ -7,7 +7,7 @@ CONFIG ?= opsd
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test slow lint parity kernels processes meshes compile compile-all loss-matrix notebook seeds clean
+.PHONY: install demo test slow lint parity kernels runs processes meshes compile compile-all loss-matrix notebook seeds clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -55,8 +55,13 @@ $(COMPILE)/installed: setup.py
 kernels: install
 	$(BIN)/python -m pytest -n 2 -m slow tests/test_divergence_kernels.py tests/test_loss_sharded.py
 
+# Whole runs of tiny models.
+runs: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/test_methods.py \
+	  tests/test_bugs.py tests/test_records.py tests/test_export.py tests/test_rows.py
+
 processes: install
-	$(BIN)/python -m pytest -m slow tests/test_processes.py tests/test_sampler_processes.py tests/test_bugs.py
+	$(BIN)/python -m pytest -m slow tests/test_processes.py tests/test_sampler_processes.py
 	$(BIN)/python -m pytest -m slow tests/test_meshes.py -k "2-2-2_two or 1-1-8"
 
 # Every kind of mesh of eight devices, and two processes, against one device: minutes.

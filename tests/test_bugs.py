@@ -20,6 +20,7 @@ def first_rows(r):
     return data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
 
 
+@pytest.mark.slow
 def test_bug_14_the_length_of_an_analysis_is_a_setting():
     lengths = []
     for limit in (3, 9):
@@ -36,6 +37,7 @@ def test_bug_14_the_length_of_an_analysis_is_a_setting():
     assert lengths[0] < lengths[1]
 
 
+@pytest.mark.slow
 def test_bug_23_rollout_files_hold_their_own_step_only(tmp_path):
     workdir = tmp_path / "w"
     settings = {"train__batch": 8, "rollout__per_prompt": 2, "eval__path": "", "train__steps": 2}
@@ -49,6 +51,7 @@ def test_bug_23_rollout_files_hold_their_own_step_only(tmp_path):
     assert ids == [row.id for row in order for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_bug_24_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     argv = runs.argv("opsd", tmp_path / "w", eval__path="", train__steps=1)
     assert main.main(argv) == 0
@@ -88,6 +91,7 @@ def test_bug_28_an_evaluation_is_of_the_adapter_it_is_asked_for():
     assert texts[0] != texts[1]
 
 
+@pytest.mark.slow
 def test_bug_31_saved_adapters_are_not_empty(tmp_path):
     workdir = tmp_path / "w"
     settings = {"eval__path": "", "train__steps": 1, "train__lr": 0.01}
@@ -102,6 +106,7 @@ def test_bug_31_saved_adapters_are_not_empty(tmp_path):
         assert float(np.abs(leaves["b"]).max()) > 1e-4  # zero before the step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["fixed", "ema", "live"])
 def test_full_fine_tuning_runs_and_leaves_the_frozen_copy(teacher):
     """Two steps: the first one's donated buffers must not be anybody else's."""
@@ -117,6 +122,7 @@ def test_full_fine_tuning_runs_and_leaves_the_frozen_copy(teacher):
         assert int(state.step) == 2
 
 
+@pytest.mark.slow
 def test_no_steps_and_evaluations_in_between(tmp_path):
     argv = runs.argv("opsd", tmp_path / "a", train__steps=0, eval__limit=2)
     assert main.main(argv) == 0

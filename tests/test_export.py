@@ -150,6 +150,7 @@ def test_the_ema_teacher_is_saved_and_restored(tmp_path):
     assert isinstance(last, train_step.State)
 
 
+@pytest.mark.slow
 def test_a_run_with_worked_examples_is_evaluated_and_exported(tmp_path, capsys):
     """Both programs read no training rows, from which the shared prefix of a run is made."""
     argv = runs.argv("opsd", tmp_path / "w", prompt__exemplars=2, train__steps=1, eval__limit=2)

@@ -382,19 +382,8 @@ def test_a_new_context_is_one_function_and_one_entry(monkeypatch):
         assert contexts.needs(settings) == ("answer",)
 
 
-QUICK = ("rosd", "grpo")  # with a teacher and a context of its own, and without
-
-
-@pytest.mark.parametrize(
-    "card",
-    [
-        *QUICK,
-        *(
-            pytest.param(c, marks=pytest.mark.slow)
-            for c in ("opsd", "copsd", "critique", "sdpo", "sft")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["rosd", "grpo", "opsd", "copsd", "critique", "sdpo", "sft"])
 def test_every_card_runs_five_steps_and_writes_its_diagnostics(card, tmp_path):
     argv = runs.argv(card, tmp_path / "w", train__steps=5, train__save_every=5, eval__limit=2)
     assert main.main(argv) == 0
@@ -498,6 +487,7 @@ def written_out(*args, **kwargs):
     return prompts.Prompt((), prompt.prefix_ids + prompt.ids, prompt.text, prompt.state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["trust_region", "ema", "live"])
 def test_teachers_that_move_read_the_exemplars_with_their_own_weights(weights, monkeypatch):
     """With worked examples as a shared prefix, a step gives the numbers of rows written out."""

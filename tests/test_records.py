@@ -186,6 +186,7 @@ def test_a_mean_over_no_tokens_is_left_out(monkeypatch):
     assert values["logp_gap_max"] > 0  # of completions without loss too
 
 
+@pytest.mark.slow
 def test_what_a_guard_reads_of_a_step_without_loss(tmp_path, capsys):
     """With 0 for the divergence of no token, this rule would stop the run."""
     argv = runs.argv(
@@ -207,6 +208,7 @@ def test_a_guard_on_no_metric_is_refused_before_weights_are_read():
     plans.make(runs.config("opsd", guards__rules="overlap>0.9:stop,advantage_mark>3:warn"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "card, settings",
     [
@@ -397,6 +399,7 @@ def test_how_a_server_is_asked_may_change():
         assert not name.startswith(workdir.FREE)
 
 
+@pytest.mark.slow
 def test_events_of_a_run_in_two_pieces_are_those_of_one(tmp_path, monkeypatch):
     """A rule acts at step 3; the run is killed in step 4, behind the checkpoint of step 2."""
     make = methods.METHODS["distill"].make_batch

@@ -194,6 +194,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_with_packed_rows_has_the_metrics_of_one_without(tmp_path):
     """Two steps of the tiny card with groups, sampled anew each; and the fill that it reports."""
     made = {}
