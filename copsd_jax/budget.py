@@ -30,6 +30,7 @@ from copsd_jax.kernels import attention_rows, blocks
 from copsd_jax.sampler import engine, packing
 
 QUERIES = model.QUERY_BLOCK
+LANES = 128  # of a TPU: the last dimension of an array is a multiple of it, or padded
 ADVICE = 3  # proposals at most
 ROOM = 0.97  # of a device's memory, for a model that may be wrong
 
@@ -154,12 +155,16 @@ def _sampling(frame: Any, long: aot.Lengths, phase: str, kind: str) -> dict[str,
     logits = m.n_heads // tensor * _queries(frame, width, kind) * width * 6
     if _splash(frame, kind):
         logits = 5 * width * (width + long.prefix)
+    cache = 2 * m.n_layers * slots * heads * entries * entry
+    # Of narrow heads the entries are in the lanes; to write texts in, XLA lays the heads there.
+    padded = _padded(frame, kind)
+    inserting = cache * padded // m.head_dim if padded > m.head_dim else 0
     return {
         "sampler's weights": _copies(frame)[0],
-        "cache": 2 * m.n_layers * slots * heads * entries * entry,
+        "cache": cache,
         "prompts' keys": 2 * row,
         "examples' keys": 2 * m.n_layers * heads * long.prefix * m.head_dim * item,
-        "temporaries": max(decode, layer + logits + row),
+        "temporaries": max(decode, layer + logits + row, inserting),
     }
 
 
@@ -180,6 +185,12 @@ def _rounded_adapters(frame: Any, *, gathered: bool) -> int:
         return 0
     held = _size(_shapes(frame).trained, frame, gathered=gathered)
     return held * np.dtype(frame.dtype).itemsize // 4
+
+
+def _padded(frame: Any, kind: str) -> int:
+    """Numbers that a head takes as the last dimension of an array."""
+    size = frame.model_config.head_dim
+    return -(-size // LANES) * LANES if _tpu(frame, kind) else size
 
 
 def _key_heads(m: model.ModelConfig, tensor: int) -> int:
@@ -240,7 +251,7 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
     tensor, item = where.shape["tensor"], np.dtype(frame.dtype).itemsize
     found = rows(frame, long, micro)
     student = found.count * found.student
-    kept = _kept(frame, tensor, item)
+    kept = _kept(frame, tensor, item, kind)
     shapes = _shapes(frame)
     full, fsdp = c.train.trainable == "full", where.shape["fsdp"] > 1
     # Of all micro-batches, and of the one at hand.
@@ -263,7 +274,7 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
     return {
         "sampler's weights": _copies(frame)[1],
         "batch": _batch(frame, found, long),
-        "activations": m.n_layers * student * kept,
+        "activations": m.n_layers * (student + long.prefix) * kept,
         "temporaries": always + most,
     }
 
@@ -340,7 +351,7 @@ def _splash(frame: Any, kind: str) -> bool:
     return _tpu(frame, kind) and frame.config.model.attention != "portable"
 
 
-def _kept(frame: Any, tensor: int, item: int) -> int:
+def _kept(frame: Any, tensor: int, item: int, kind: str) -> int:
     """Bytes of a layer's values for a token that are kept for the backward pass."""
     c, m = frame.config, frame.model_config
     query, key = m.n_heads * m.head_dim // tensor, m.n_kv_heads * m.head_dim // tensor
@@ -349,7 +360,8 @@ def _kept(frame: Any, tensor: int, item: int) -> int:
         # Norms' inputs are float32. Of SiLU: gate, sigmoid, 1 - sigmoid, product; then up, product.
         norms = 2 * m.d_model + (query + key if m.qk_norm else 0)
         read = 2 * m.d_model + 2 * query + 2 * key + 6 * mlp + _lows(frame)
-        return norms * 4 + read * item + out
+        more = (_padded(frame, kind) - m.head_dim) * (m.n_heads + 2 * m.n_kv_heads) // tensor
+        return norms * 4 + (read + more) * item + out
     return {
         "dots": (2 * m.d_model + query + 2 * key + 2 * mlp) * item + out,
         "attention": m.d_model * item + out,
