@@ -240,7 +240,7 @@ def prepared(args: argparse.Namespace, divergence: str, folder: pathlib.Path) ->
     file.write_text(json.dumps(work), encoding="utf-8")
     command = [sys.executable, str(HERE / "step_ours.py"), "prepare", str(file)]
     if code := subprocess.run(command, stdout=sys.stderr).returncode:
-        sys.exit(code)  # it has said why
+        sys.exit(code if code > 0 else f"error: step_ours.py prepare ended by signal {-code}")
     return json.loads(file.read_text(encoding="utf-8"))
 
 

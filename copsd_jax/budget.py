@@ -30,7 +30,7 @@ from copsd_jax.kernels import attention_rows, blocks
 from copsd_jax.sampler import engine, packing
 
 QUERIES = model.QUERY_BLOCK
-LANES = 128  # of a TPU: the last dimension of an array is a multiple of it, or padded
+LANES = 128  # of a TPU, which the last dimension of an array fills; seen with heads of 64
 ADVICE = 3  # proposals at most
 ROOM = 0.97  # of a device's memory, for a model that may be wrong
 
@@ -155,13 +155,13 @@ def _sampling(frame: Any, long: aot.Lengths, phase: str, kind: str) -> dict[str,
     logits = m.n_heads // tensor * _queries(frame, width, kind) * width * 6
     if _splash(frame, kind):
         logits = 5 * width * (width + long.prefix)
-    cache = 2 * m.n_layers * slots * heads * entries * entry
+    cached = 2 * m.n_layers * slots * heads * entries
     # Of narrow heads the entries are in the lanes; to write texts in, XLA lays the heads there.
     padded = _padded(frame, kind)
-    inserting = cache * padded // m.head_dim if padded > m.head_dim else 0
+    inserting = cached * padded * kept.itemsize if padded > m.head_dim else 0
     return {
         "sampler's weights": _copies(frame)[0],
-        "cache": cache,
+        "cache": cached * entry,
         "prompts' keys": 2 * row,
         "examples' keys": 2 * m.n_layers * heads * long.prefix * m.head_dim * item,
         "temporaries": max(decode, layer + logits + row, inserting),
@@ -190,7 +190,7 @@ def _rounded_adapters(frame: Any, *, gathered: bool) -> int:
 def _padded(frame: Any, kind: str) -> int:
     """Numbers that a head takes as the last dimension of an array."""
     size = frame.model_config.head_dim
-    return -(-size // LANES) * LANES if _tpu(frame, kind) else size
+    return LANES if size < LANES and _tpu(frame, kind) else size
 
 
 def _key_heads(m: model.ModelConfig, tensor: int) -> int:
@@ -274,7 +274,7 @@ def _step(frame: Any, long: aot.Lengths, micro: int, kind: str) -> dict[str, int
     return {
         "sampler's weights": _copies(frame)[1],
         "batch": _batch(frame, found, long),
-        "activations": m.n_layers * (student + long.prefix) * kept,
+        "activations": m.n_layers * (student + long.prefix) * kept,  # the prefix once for all
         "temporaries": always + most,
     }
 
@@ -360,6 +360,7 @@ def _kept(frame: Any, tensor: int, item: int, kind: str) -> int:
         # Norms' inputs are float32. Of SiLU: gate, sigmoid, 1 - sigmoid, product; then up, product.
         norms = 2 * m.d_model + (query + key if m.qk_norm else 0)
         read = 2 * m.d_model + 2 * query + 2 * key + 6 * mlp + _lows(frame)
+        # One of two of the queries, keys and values are kept by heads.
         more = (_padded(frame, kind) - m.head_dim) * (m.n_heads + 2 * m.n_kv_heads) // tensor
         return norms * 4 + (read + more) * item + out
     return {

@@ -9,8 +9,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA's threads: with as many threads as devices, devices that wait for one another in a collective
 # hold all of them, and on a machine with few cores the program now and then waits for ever.
 os.environ.setdefault("NPROC", "32")
-# Compiling is most of the suite's time: the first halves it. The second halves it again; later
-# releases do not know it, and would end at it.
+# Compiling is most of the suite's time: the first halves it. The second takes two fifths off what
+# is left; later releases do not know it, and would end at it.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
@@ -25,7 +25,7 @@ jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-# `compiler_options` that undo the second flag, for what holds only in code as users have it.
+# `compiler_options` that undo the second flag, for zeros that are exact only with users' fusions.
 FUSED = {"xla_cpu_use_fusion_emitters": True} if "emitters" in os.environ["XLA_FLAGS"] else {}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ def _run(z_s, z_t, settings, tokens_T=None, compiled=False):
     """Compiled only where fusion could matter: most of the time is compilation."""
     tokens_T = np.zeros(len(z_s), np.int32) if tokens_T is None else tokens_T
     block = functools.partial(divergences.block, settings=settings)
-    block = jax.jit(block) if compiled else block
+    block = jax.jit(block, compiler_options=conftest.FUSED) if compiled else block
     out = block(jnp.asarray(z_s, jnp.float32), jnp.asarray(z_t, jnp.float32), jnp.asarray(tokens_T))
     return jax.tree.map(np.asarray, out)
 

@@ -220,7 +220,7 @@ def test_model_of_memory_agrees_with_compilers_of_accelerators(name, monkeypatch
 
 def test_heads_narrower_than_the_lanes_of_a_tpu():
     """SmolLM2 on `--dry_run=v5e:2x2`: to insert a prompt XLA lays the whole cache out anew, with 64
-    numbers of a head padded to 128; so are queries and keys that the backward pass reads."""
+    numbers of a head padded to 128; so are queries, keys and values kept for the backward pass."""
     counted = _counted("configs/opsd.py", "v5e:2x2", "--config.mesh.data=4")
     assert counted("rollout") == pytest.approx(0.96, rel=0.07)
     assert counted("evaluation") == pytest.approx(3.65, rel=0.07)
