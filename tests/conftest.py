@@ -43,7 +43,8 @@ def shared() -> pathlib.Path:
 @pytest.fixture(scope="module", autouse=True)
 def _programs_end_with_their_file():
     """Each compiled program takes pages of its own, and Linux gives a process 65,530 ranges of
-    them: a worker that kept those of all files would end by a segmentation fault."""
+    them. A worker that kept those of all files had 38,000 when another ended by a segmentation
+    fault, most likely for want of them."""
     yield
     jax.clear_caches()
 

@@ -173,9 +173,17 @@ def test_model_of_memory_agrees_where_it_is_exact(built):
                 assert parts[name] == pytest.approx(known, rel=0.03), (phase, name)
 
 
+# Of the steps of these jax 0.12 needs 14 and 11 % less than the model of memory says.
+LESS = pytest.mark.xfail(not conftest.OLD_JAX, reason="too much for jax 0.12", strict=True)
+
+
 @pytest.mark.parametrize(
-    ("remat", "teacher"), [("layer", 1024), ("layer", 128), ("none", 1024), ("", 0)]
-)
+    ("remat", "teacher"),
+    [
+        pytest.param("layer", 1024, marks=LESS), ("layer", 128), ("none", 1024),
+        pytest.param("", 0, marks=LESS),
+    ],
+)  # fmt: skip
 def test_model_of_memory_agrees_with_a_compiler(remat, teacher, built):
     """Rows long enough that temporaries are most of what the step takes; short ones on a mesh."""
     settings = {
@@ -191,9 +199,7 @@ def test_model_of_memory_agrees_with_a_compiler(remat, teacher, built):
         made = aot.build(runs.config("opsd", **settings), V5E8, jax.devices()[:1], 1e12)
     for phase in made.phases.keys() & {"rollout", "evaluation", "step"}:
         counted = budget.parts(made.frame, made.lengths, phase) or {}
-        # The compiler of jax 0.12 takes up to 16 % less than that of 0.10, which CI has.
-        near = pytest.approx(made.phases[phase].total, rel=0.1 if conftest.OLD_JAX else 0.2)
-        assert sum(counted.values()) == near, phase
+        assert sum(counted.values()) == pytest.approx(made.phases[phase].total, rel=0.1), phase
     assert made.phases["step"].working > 0.8 * made.phases["step"].total
 
 
