@@ -53,23 +53,23 @@ $(COMPILE)/installed: setup.py
 
 # Kernels of the divergence in interpret mode, and the divergence on 8 devices against 1: minutes.
 kernels: install
-	$(BIN)/python -m pytest -n 2 -m slow tests/test_divergence_kernels.py tests/test_loss_sharded.py
+	$(BIN)/python -m pytest -n 2 -m slow tests/losses/test_divergence_kernels.py tests/losses/test_loss_sharded.py
 
 # Whole runs of tiny models.
 runs: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/test_methods.py \
-	  tests/test_bugs.py tests/test_records.py tests/test_export.py tests/test_rows.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/methods/test_methods.py \
+	  tests/training/test_known_bugs.py tests/training/test_records.py tests/commands/test_export.py tests/training/test_packed_rows.py
 
 processes: install
-	$(BIN)/python -m pytest -m slow tests/test_processes.py tests/test_sampler_processes.py
-	$(BIN)/python -m pytest -m slow tests/test_meshes.py -k "2-2-2_two or 1-1-8"
+	$(BIN)/python -m pytest -m slow tests/runtime/test_processes.py tests/sampler/test_sampler_processes.py
+	$(BIN)/python -m pytest -m slow tests/runtime/test_meshes.py -k "2-2-2_two or 1-1-8"
 
 # Every kind of mesh of eight devices, and two processes, against one device: minutes.
 meshes: install
-	$(BIN)/python -m pytest -m slow tests/test_meshes.py
+	$(BIN)/python -m pytest -m slow tests/runtime/test_meshes.py
 
 compile: $(COMPILE)/installed
-	COPSD_COMPILE=1 $(COMPILE)/bin/python -m pytest -rs tests/test_attention_compiled.py tests/test_divergence_compiled.py tests/test_attention_rows_compiled.py tests/test_dryrun.py
+	COPSD_COMPILE=1 $(COMPILE)/bin/python -m pytest -rs tests/attention/test_decode_attention_compiled.py tests/losses/test_divergence_compiled.py tests/attention/test_row_attention_compiled.py tests/dryrun/test_dry_run.py
 
 # Dry runs of large models on the devices that they are meant for, half an hour on 2 cores.
 compile-all: $(COMPILE)/installed

@@ -17,8 +17,8 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["copsd_jax", "copsd_jax.*"]),
     package_data={
-        "copsd_jax": ["languages.json", "problems/*.jsonl", "tiny_tokenizer/*"],
-        "copsd_jax.kernels": ["tuned*.json"],  # there once `benchmarks/tune_loss.py` has run
+        "copsd_jax.problems": ["languages.json", "bundled/*.jsonl"],
+        "copsd_jax.weights": ["tiny_tokenizer/*"],
     },
     install_requires=[
         "jax>=0.10.2",

@@ -56,9 +56,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax import hf, hub, mesh, model, problems, tokenizer
-from copsd_jax.kernels import attention
-from copsd_jax.sampler import host, jobs, programs
+from copsd_jax.attention import decode_attention
+from copsd_jax.model import transformer
+from copsd_jax.problems import bundled
+from copsd_jax.runtime import sharding
+from copsd_jax.sampler import loop, program_cache, request
+from copsd_jax.weights import hf, hub, tokenizer
 
 HERE = pathlib.Path(__file__).parent
 SIGMA = 1.2
@@ -70,7 +73,7 @@ Batch = list[int]  # texts, by their index
 
 
 class Model(NamedTuple):
-    decoder: model.Decoder
+    decoder: transformer.Decoder
     params: Any
     source: pathlib.Path  # of the tokenizer, and of the weights where they are not random
     tokenizer: Any
@@ -152,7 +155,7 @@ def make_work(args: argparse.Namespace, m: Model) -> Work:
         vocab = m.decoder.config.vocab_size
         prompts = [tuple(rng.integers(0, vocab, max(1, size)).tolist()) for size in sizes]
     else:
-        lines = problems.path("train").read_text(encoding="utf-8").splitlines()
+        lines = bundled.path("train").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line)["problem"] for line in lines]
         prompts = [_chat(m.tokenizer, rows[i % len(rows)]) for i in range(args.prompts)]
     count = args.prompts * args.samples
@@ -173,25 +176,29 @@ def load(args: argparse.Namespace) -> Model:
     """The weights at hand, or random ones with the package's own tokenizer beside them."""
     file = FILES.get(args.shape)
     source = hub.resolve(file or hub.TINY, setting="--shape")
-    config, dtype, tok = model.SHAPES[args.shape], jnp.dtype(args.dtype), tokenizer.load(source)
-    name = attention.PLATFORMS[mesh.platform(mesh.current())]
+    config, dtype, tok = (
+        transformer.SHAPES[args.shape],
+        jnp.dtype(args.dtype),
+        tokenizer.load(source),
+    )
+    name = decode_attention.PLATFORMS[sharding.platform(sharding.current())]
     if file is not None:
         config = hf.load_config(source)
         params = hf.load_params(source, config, dtype)
     else:
         config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(tok)))
-        params = model.init(config, jax.random.key(args.seed), dtype)
-    decoder = model.Decoder(config, dtype, decode=name)
+        params = transformer.init(config, jax.random.key(args.seed), dtype)
+    decoder = transformer.Decoder(config, dtype, decode=name)
     return Model(decoder, params, source, tok, file is None)
 
 
 # --- our engine -------------------------------------------------------------------------------
 
 
-def _settings(args: argparse.Namespace, work: Work, texts: Sequence[int]) -> jobs.Settings:
+def _settings(args: argparse.Namespace, work: Work, texts: Sequence[int]) -> request.Settings:
     need = max(len(work.prompts[i]) + work.limits[i] for i in texts)
-    return jobs.Settings(
-        slots=args.slots, length=jobs.capacity(need), steps=args.steps, pack=args.pack,
+    return request.Settings(
+        slots=args.slots, length=request.capacity(need), steps=args.steps, pack=args.pack,
         cache=jnp.dtype(args.cache or args.dtype),
     )  # fmt: skip
 
@@ -199,27 +206,29 @@ def _settings(args: argparse.Namespace, work: Work, texts: Sequence[int]) -> job
 def _keys(args: argparse.Namespace, texts: Sequence[int]) -> np.ndarray:
     names = [f"prompt {i // args.samples}" for i in texts]
     samples = [i % args.samples for i in texts]
-    return np.asarray(jobs.stream_keys(args.seed, "rollout", 0, names, samples))
+    return np.asarray(request.stream_keys(args.seed, "rollout", 0, names, samples))
 
 
-def _warm(args, m: Model, work: Work, texts: list[int], settings: jobs.Settings, sampling) -> None:
+def _warm(
+    args, m: Model, work: Work, texts: list[int], settings: request.Settings, sampling
+) -> None:
     """Compiles all that a call with these settings needs, and runs a little of it."""
     prompts, keys_n2 = [work.prompts[i] for i in texts], _keys(args, texts)
-    job = jobs.plan(
+    job = request.plan(
         m.decoder, m.params, prompts, [sampling] * len(texts), keys_n2=keys_n2, settings=settings,
         prefix=None, adapter=None, adapter_scale=1.0, valid_V=None, token_bytes=None, limits=None,
     )  # fmt: skip
-    host.warmup(job)
+    loop.warmup(job)
     few = min(len(texts), 2 * args.slots)
-    host.generate(
+    loop.generate(
         m.decoder, m.params, prompts[:few], sampling, keys=keys_n2[:few], settings=settings,
         limits=[WARM_LIMIT] * few,
     )  # fmt: skip
 
 
 def engine_runner(args: argparse.Namespace, m: Model, work: Work, refill: bool) -> Runner:
-    """Calls of `host.generate`: one for each piece, or one for each batch."""
-    begun, sampling = time.perf_counter(), jobs.Sampling(max_tokens=WARM_LIMIT)
+    """Calls of `loop.generate`: one for each piece, or one for each batch."""
+    begun, sampling = time.perf_counter(), request.Sampling(max_tokens=WARM_LIMIT)
     everything = list(range(len(work.limits)))
     calls = [[flat(piece)] if refill else piece for piece in work.pieces]
     sizes = [[_settings(args, work, everything if refill else t) for t in p] for p in calls]
@@ -228,11 +237,11 @@ def engine_runner(args: argparse.Namespace, m: Model, work: Work, refill: bool) 
     keys = [[_keys(args, texts) for texts in piece] for piece in calls]
 
     def run(number: int) -> Measured:
-        built, prompt_tokens, share = programs.built(), 0, float("nan")
+        built, prompt_tokens, share = program_cache.built(), 0, float("nan")
         started = time.perf_counter()
         for texts, size, key in zip(calls[number], sizes[number], keys[number], strict=True):
             limits = [work.limits[i] for i in texts]
-            completions, stats = host.generate(
+            completions, stats = loop.generate(
                 m.decoder, m.params, [work.prompts[i] for i in texts], sampling, keys=key,
                 settings=size, limits=limits,
             )  # fmt: skip
@@ -240,7 +249,7 @@ def engine_runner(args: argparse.Namespace, m: Model, work: Work, refill: bool) 
             prompt_tokens += stats.prompt_tokens
             share = stats.occupancy
         seconds = time.perf_counter() - started
-        assert programs.built() == built, "compiled while timed"
+        assert program_cache.built() == built, "compiled while timed"
         return Measured(seconds, prompt_tokens, None if math.isnan(share) else share)
 
     known = {
@@ -257,9 +266,9 @@ def our_log_probs(m: Model, prompt: Sequence[int]) -> list[float]:
 
     @jax.jit
     def forward(params):
-        stream = model.Stream(tokens_1L, positions_1L, jnp.ones_like(tokens_1L))
+        stream = transformer.Stream(tokens_1L, positions_1L, jnp.ones_like(tokens_1L))
         hidden_LD = m.decoder.apply({"params": params}, (stream,))[0].hidden_BLD[0, :-1]
-        logits_LV = model.logits(hidden_LD, model.head(params)).astype(jnp.float32)
+        logits_LV = transformer.logits(hidden_LD, transformer.head(params)).astype(jnp.float32)
         logp_LV = jax.nn.log_softmax(logits_LV)
         return jnp.take_along_axis(logp_LV, tokens_1L[0, 1:, None], axis=1)[:, 0]
 
@@ -413,7 +422,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=model.SHAPES, default="smollm2_135m")
+    parser.add_argument("--shape", choices=transformer.SHAPES, default="smollm2_135m")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--slots", type=int, default=8)
@@ -425,8 +434,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pieces", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cache", choices=("float32", "bfloat16", "int8"), help="default: dtype")
-    parser.add_argument("--steps", type=int, default=jobs.Settings.steps)
-    parser.add_argument("--pack", type=int, default=jobs.Settings.pack)
+    parser.add_argument("--steps", type=int, default=request.Settings.steps)
+    parser.add_argument("--pack", type=int, default=request.Settings.pack)
     parser.add_argument("--tunix", type=pathlib.Path, help="folder of benchmarks/tunix_env.sh")
     parser.add_argument("--floor", action="store_true", help="measure the bandwidth")
     parser.add_argument("--bandwidth", type=float, help="GB/s; not measured then")

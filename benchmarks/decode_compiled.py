@@ -25,9 +25,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from copsd_jax import mesh, model
-from copsd_jax.kernels import attention_gpu, attention_tpu
-from copsd_jax.sampler import engine, host, jobs, packing, truncate
+from copsd_jax.attention import decode_attention_gpu, decode_attention_tpu
+from copsd_jax.model import transformer
+from copsd_jax.runtime import sharding
+from copsd_jax.sampler import engine, loop, prompt_packing, request, truncation
 
 SLOTS, CONTEXT, LENGTH = 256, 1200, 4096
 # target: mesh, kernel, bytes of a device
@@ -63,44 +64,47 @@ def devices(target: str):
     return list(found.devices)
 
 
-def job(target: str, cache: str) -> jobs.Job:
+def job(target: str, cache: str) -> request.Job:
     """What a rollout phase would be, of arrays that are not there."""
     sizes, kernel, _ = TARGETS[target]
-    here = mesh.make(*sizes, devices=devices(target))
-    config = model.SHAPES["qwen3_1_7b"]
-    decoder = model.Decoder(config, jnp.bfloat16, decode=kernel)
-    shapes = model.abstract(config, jnp.bfloat16)
+    here = sharding.make(*sizes, devices=devices(target))
+    config = transformer.SHAPES["qwen3_1_7b"]
+    decoder = transformer.Decoder(config, jnp.bfloat16, decode=kernel)
+    shapes = transformer.abstract(config, jnp.bfloat16)
     whole = NamedSharding(here, PartitionSpec())
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        shapes, mesh.shardings(shapes, here, config.n_kv_heads, gathered=True),
+        shapes, sharding.shardings(shapes, here, config.n_kv_heads, gathered=True),
     )  # fmt: skip
     like = lambda *shape: jax.ShapeDtypeStruct(shape, bool, sharding=whole)  # noqa: E731
     zero = np.zeros(1, np.int32)
-    rows = truncate.Rows(*[zero.astype(np.float32)] * 4)._replace(top_k_J=zero)
-    return jobs.Job(
+    rows = truncation.Rows(*[zero.astype(np.float32)] * 4)._replace(top_k_J=zero)
+    return request.Job(
         decoder=decoder,
         weights=engine.Weights(
             params, None, None, like(config.vocab_size), like(4, config.vocab_size)
         ),
-        form=truncate.form([(1.0, 0, 1.0, 0.0)]),
-        settings=jobs.Settings(SLOTS, LENGTH, 16, 1024, jnp.dtype(cache)),
+        form=truncation.form([(1.0, 0, 1.0, 0.0)]),
+        settings=request.Settings(SLOTS, LENGTH, 16, 1024, jnp.dtype(cache)),
         mesh=here, prompts=[(1,)], request=engine.Request(zero, np.zeros((1, 2), np.uint32), zero,
                                                          rows),
         stops=[()], token_bytes=(), stop_XV=np.zeros((4, config.vocab_size), bool),
-        buckets=packing.buckets(1024, 1),
+        buckets=prompt_packing.buckets(1024, 1),
     )  # fmt: skip
 
 
-def bytes_of_step(one: jobs.Job, target: str, cache: str) -> dict[str, float]:
+def bytes_of_step(one: request.Job, target: str, cache: str) -> dict[str, float]:
     """What a device reads for one token of each of its slots at the mean context, in GB."""
     data, _, tensor = TARGETS[target][0]
-    config, kernel = one.decoder.config, attention_tpu if tensor > 1 else attention_gpu
+    config, kernel = (
+        one.decoder.config,
+        decode_attention_tpu if tensor > 1 else decode_attention_gpu,
+    )
     shape = (
         SLOTS // data, config.n_kv_heads // tensor, config.n_heads // config.n_kv_heads,
         config.head_dim,
     )  # fmt: skip
-    weights = host._bytes(one.weights.params)
+    weights = loop._bytes(one.weights.params)
     entry = 2 * (config.head_dim * jnp.dtype(cache).itemsize + 4 * (cache == "int8"))
     live = config.n_layers * shape[0] * shape[1] * CONTEXT * entry
     read = config.n_layers * kernel.cost(shape, cache, CONTEXT).bytes_accessed
@@ -114,9 +118,9 @@ def main() -> None:
     for cache in ("bfloat16", "int8"):
         one = job(TARGET, cache)
         with jax.set_mesh(one.mesh):
-            made = host.warmup(one, TARGETS[TARGET][2])
+            made = loop.warmup(one, TARGETS[TARGET][2])
         decode = made[-1]
-        held = host._bytes(host.state_shape(one)) + host._bytes(one.weights)
+        held = loop._bytes(loop.state_shape(one)) + loop._bytes(one.weights)
         print(json.dumps({
             "target": TARGET, "cache": cache, "slots": SLOTS, "entries": LENGTH,
             "context": CONTEXT, "mesh": TARGETS[TARGET][0],

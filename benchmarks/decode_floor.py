@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax import mesh, model
-from copsd_jax.sampler import engine, jobs, truncate
+from copsd_jax.model import transformer
+from copsd_jax.runtime import sharding
+from copsd_jax.sampler import engine, request, truncation
 
 
 def needed_bytes(
@@ -33,13 +34,13 @@ def needed_bytes(
     return steps * weights + entries * entry
 
 
-def weight_bytes(config: model.ModelConfig, params: Any) -> int:
+def weight_bytes(config: transformer.ModelConfig, params: Any) -> int:
     """Bytes of the weights that a step reads: an embedding that is not the head is only indexed."""
     total = sum(x.nbytes for x in jax.tree.leaves(params))
     return total if config.tie_embeddings else total - params["embed"]["embedding"].nbytes
 
 
-def entry_bytes(config: model.ModelConfig, dtype: Any) -> int:
+def entry_bytes(config: transformer.ModelConfig, dtype: Any) -> int:
     """Bytes of a token's keys and values in all layers, scales of an int8 cache included."""
     head = config.head_dim * jnp.dtype(dtype).itemsize + (4 if jnp.dtype(dtype) == jnp.int8 else 0)
     return 2 * config.n_layers * config.n_kv_heads * head
@@ -60,7 +61,7 @@ def measured_bandwidth(size: int, dtype: Any, width: int = 4096) -> float:
 
 
 def step_line(
-    decoder: model.Decoder, params: Any, *, slots: int, steps: int, context: int, cache: Any,
+    decoder: transformer.Decoder, params: Any, *, slots: int, steps: int, context: int, cache: Any,
     bandwidth: float | None, stacked: bool,
 ) -> dict:  # fmt: skip
     """Decode steps alone, all slots live, contexts from a half to 3/2 of `context`.
@@ -72,7 +73,7 @@ def step_line(
     """
     config, cache = decoder.config, jnp.dtype(cache)
     index_J = np.linspace(context / 2, context * 3 / 2, slots).astype(np.int32)
-    length = jobs.capacity(int(index_J.max()) + 7 * steps)
+    length = request.capacity(int(index_J.max()) + 7 * steps)
     state = engine.empty(decoder, slots, length, cache)
     old = state.slots
     rows = old.request.rows._replace(  # a buffer each: what is donated must not be shared
@@ -82,10 +83,10 @@ def step_line(
         live_J=jnp.ones(slots, bool), index_J=jnp.asarray(index_J), drawn_J=old.drawn_J + 1,
         request=old.request._replace(limit=old.request.limit + 2**30, rows=rows),
     ))  # fmt: skip
-    stop_XV = jnp.zeros((jobs.STOP_SETS, config.vocab_size), bool)
-    layers = None if stacked else engine.unstacked(params, None, None, mesh.current())
+    stop_XV = jnp.zeros((request.STOP_SETS, config.vocab_size), bool)
+    layers = None if stacked else engine.unstacked(params, None, None, sharding.current())
     weights = engine.Weights(params, None, None, None, stop_XV, layers=layers)
-    static = decoder, truncate.form([(1.0, 0, 1.0, 0.0)]), steps
+    static = decoder, truncation.form([(1.0, 0, 1.0, 0.0)]), steps
     cancel_J, enough = jnp.zeros(slots, bool), jnp.int32(1)
     compiled = jax.jit(engine.decode, static_argnums=(0, 1, 2), donate_argnums=4)
     program = compiled.lower(*static, weights, state, cancel_J, enough).compile()

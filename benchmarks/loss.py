@@ -6,7 +6,7 @@ The floor are the matmuls that no exact form can do without, alone, of the same 
 run: logits of both sides and the gradient to the hidden states, with --head the head's gradient.
 All forms take turns, so that what else the machine does falls on all of them; a line of JSON each:
 
-  chunked, dense, pallas   `losses.divergence` (pallas where the platform has kernels)
+  chunked, dense, pallas   `divergence_loss.divergence` (pallas where the platform has kernels)
   remat_chunked            blocks under jax.checkpoint, automatic differentiation: the usual way
   liger, trl               the public torch losses, on a GPU and where they can be imported
 
@@ -35,7 +35,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax import chunked, divergences, losses, token_blocks
+from copsd_jax.losses import chunked, divergence_loss, divergences, token_blocks
 
 # Width and vocabulary of the output matrix.
 SHAPES = {
@@ -82,14 +82,14 @@ def floor(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head: bool) -> 
 
 
 def ours(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, name, settings, chunk, chip):
-    """Loss and gradient of `losses.divergence`, as training runs it on such a chip."""
+    """Loss and gradient of `divergence_loss.divergence`, as training runs it on such a chip."""
 
     def loss(hidden_s, head_s):
         shared = head if not train_head else jax.lax.stop_gradient(head)
-        return losses.divergence(
+        return divergence_loss.divergence(
             hidden_s, hidden_t, head_s if train_head else shared, shared, tokens_T, weight_T,
             settings, implementation=name, chunk=chunk, train_head=train_head,
-            kernel=losses.Kernel(chip=chip),
+            kernel=divergence_loss.Kernel(chip=chip),
         )  # fmt: skip
 
     grad = jax.value_and_grad(loss, (0, 1) if train_head else 0, has_aux=True)
@@ -119,7 +119,7 @@ def remat(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, settings,
     return jax.value_and_grad(loss, (0, 1) if train_head else 0)(hidden_s, head)
 
 
-def jax_forms(args: argparse.Namespace, settings: losses.Divergence, device: Any) -> dict:
+def jax_forms(args: argparse.Namespace, settings: divergence_loss.Divergence, device: Any) -> dict:
     """{form: function of the arrays}."""
     common = {"train_head": args.head, "settings": settings, "chunk": args.chunk}
     mine = common | {"chip": device.device_kind}
@@ -128,7 +128,7 @@ def jax_forms(args: argparse.Namespace, settings: losses.Divergence, device: Any
         forms[name] = functools.partial(ours, name=name, **mine)
     forms["remat_chunked"] = functools.partial(remat, **common)
     if device.platform != "cpu":
-        name = losses.resolve("pallas", settings, device.platform)
+        name = divergence_loss.resolve("pallas", settings, device.platform)
         forms["pallas"] = functools.partial(ours, name=name, **mine)
     return forms
 
@@ -209,7 +209,7 @@ def prepare(args: argparse.Namespace, tokens: int) -> tuple[dict, dict, dict, di
     """Compiled calls, what is known of each before it runs, why some are left out, or failed."""
     width, vocabulary = SHAPES[args.shape]
     device = jax.devices()[0]
-    settings = losses.Divergence(
+    settings = divergence_loss.Divergence(
         args.divergence, beta=args.beta, clip_mode=args.clip_mode, temperature=1.1
     )
     data = arrays(tokens, width, vocabulary, args.live)

@@ -2,8 +2,8 @@
 
     python benchmarks/loss_matrix.py [--implementations=dense,chunked] > loss_matrix.txt
 
-What `tests/test_loss_matrix.py` does for all pairs of settings. Kernels run in interpret mode. It
-needs the package's extra `test`.
+What `tests/losses/test_loss_matrix.py` does for all pairs of settings. Kernels run in interpret
+mode. It needs the package's extra `test`.
 """
 
 import argparse

@@ -15,8 +15,10 @@ import sys
 
 import numpy as np
 
-from copsd_jax import evaluate, metrics, train, workdir
+from copsd_jax import evaluate, train
 from copsd_jax import main as main_lib
+from copsd_jax.metrics import metrics
+from copsd_jax.runtime import workdir
 
 
 def load(directory: pathlib.Path) -> tuple[dict, dict]:

@@ -52,7 +52,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from copsd_jax import chips
+from copsd_jax.runtime import hardware
 
 HERE = pathlib.Path(__file__).parent
 SYSTEMS = ("ours", "torch")
@@ -221,8 +221,8 @@ def compared(ours: dict, torch: dict) -> dict:
 
 def peak_rate(known: dict, rates: Sequence[float]) -> float:
     """FLOP/s of all devices: the makers' number, of a CPU the best that was measured."""
-    if known.get("device") in chips.CHIPS:
-        return chips.CHIPS[known["device"]].flops * known["devices"]
+    if known.get("device") in hardware.CHIPS:
+        return hardware.CHIPS[known["device"]].flops * known["devices"]
     return max(rates)
 
 

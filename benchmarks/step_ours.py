@@ -23,29 +23,17 @@ import numpy as np
 import optax
 import step_memory
 
-from copsd_jax import (
-    attempts,
-    config,
-    contexts,
-    data,
-    hf,
-    layout,
-    losses,
-    main,
-    making,
-    mesh,
-    methods,
-    model,
-    pages,
-    plans,
-    problems,
-    prompts,
-    run,
-    train,
-    train_step,
-)
-from copsd_jax.methods import distill
-from copsd_jax.sampler import host
+from copsd_jax import main, train
+from copsd_jax.config import settings
+from copsd_jax.losses import divergence_loss
+from copsd_jax.methods import distill, table
+from copsd_jax.model import transformer
+from copsd_jax.problems import bundled, data
+from copsd_jax.runtime import malloc, sharding
+from copsd_jax.sampler import loop
+from copsd_jax.teaching import contexts, prompts
+from copsd_jax.training import builders, layout, loaded_run, rollouts, run_plan, train_step
+from copsd_jax.weights import hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILLERS = (" one", " the", " a", " x", ".", "!", "x")  # texts of one token in some tokenizer
@@ -55,7 +43,7 @@ ADAPTER_SCALE = 0.02  # deviation of the adapter's b, which training begins at 0
 # --- what both systems work on ----------------------------------------------------------------
 
 
-def card(work: dict) -> config.Config:
+def card(work: dict) -> settings.Config:
     """The settings of a run of this work."""
     size = work["model"]
     argv = ["main", f"--config={ROOT / 'configs' / 'opsd.py'}:{size['preset']}", *work["settings"]]
@@ -93,10 +81,10 @@ def fitted(length: Callable[[str], int], start: str, wanted: int) -> str:
 
 def write_problems(work: dict, file: pathlib.Path) -> None:
     """Problems and solutions of exactly the prompts' lengths, each beginning with its own text."""
-    with open(problems.path("train"), encoding="utf-8") as lines:
+    with open(bundled.path("train"), encoding="utf-8") as lines:
         rows = [json.loads(next(lines)) for _ in range(work["batch"])]
     write_rows(file, rows)  # for the plan, which knows templates and tokenizer
-    plan = plans.make(card(work), evaluate=False)
+    plan = run_plan.make(card(work), evaluate=False)
     made = []
     for raw, row in zip(rows, plan.rows, strict=True):
         asked = functools.partial(_length, plan, row, "problem")
@@ -109,11 +97,11 @@ def write_problems(work: dict, file: pathlib.Path) -> None:
     write_rows(file, made)
 
 
-def _length(plan: plans.Plan, row: data.Row, field: str, text: str) -> int:
+def _length(plan: run_plan.Plan, row: data.Row, field: str, text: str) -> int:
     """Tokens of the prompt with this problem, or of the teacher's with this solution."""
     row = dataclasses.replace(row, **{field: text})
     if field == "solution":
-        return plans.probe(plan, row).length
+        return run_plan.probe(plan, row).length
     return prompts.student(plan.tokenizer, plan.student, row).length
 
 
@@ -125,7 +113,7 @@ def write_rows(file: pathlib.Path, rows: list[dict]) -> None:
 
 def begin(file: pathlib.Path) -> dict:
     """The work, on its devices, with memory as `main` has it."""
-    pages.keep()
+    malloc.keep()
     work = json.loads(file.read_text(encoding="utf-8"))
     if work["devices"]:
         jax.config.update("jax_num_cpu_devices", work["devices"])
@@ -137,9 +125,9 @@ def prepare(file: pathlib.Path) -> None:
     work = begin(file)
     work["problems"] = str(file.parent / "problems.jsonl")
     write_problems(work, pathlib.Path(work["problems"]))
-    plan = plans.make(card(work), evaluate=False)
-    with run.scope(plan):
-        r, state = run.load(plan, 1)
+    plan = run_plan.make(card(work), evaluate=False)
+    with loaded_run.scope(plan):
+        r, state = loaded_run.load(plan, 1)
         folder = hf.save(
             file.parent / "weights", jax.device_get(r.frozen), plan.model_config,
             source_path=plan.weights_path, tokenizer=plan.tokenizer,
@@ -152,7 +140,7 @@ def prepare(file: pathlib.Path) -> None:
         }  # fmt: skip
     np.savez(file.parent / "adapter.npz", allow_pickle=False, **adapter)
     ask = lambda row: prompts.student(plan.tokenizer, plan.student, row)  # noqa: E731
-    tell = lambda row: plans.probe(plan, row)  # noqa: E731
+    tell = lambda row: run_plan.probe(plan, row)  # noqa: E731
     ids = {
         name: [[*p.prefix_ids, *p.ids] for p in map(make, plan.rows)]
         for name, make in (("student_prompts", ask), ("teacher_prompts", tell))
@@ -208,7 +196,7 @@ class Trainer:
 
     def __init__(self, work: dict):
         self.work = work
-        plan = plans.make(card(work), evaluate=False)
+        plan = run_plan.make(card(work), evaluate=False)
         self.plan = dataclasses.replace(plan, stop_ids=())  # a completion has its full length
         self.parts = Parts()
         self.number = 0
@@ -216,19 +204,19 @@ class Trainer:
 
     def load(self) -> None:
         """Weights, and the adapter that all systems begin with."""
-        r, self.state = run.load(self.plan, 10**6)
+        r, self.state = loaded_run.load(self.plan, 10**6)
         saved = np.load(self.work["adapter"])
         adapter = {
             name: {factor: saved[f"{name}/{factor}"] for factor in "ab"}
             for name in self.state.trained
         }
         self.state = self.state._replace(
-            trained=mesh.place(adapter, self.plan.mesh, self.plan.model_config.n_kv_heads)
+            trained=sharding.place(adapter, self.plan.mesh, self.plan.model_config.n_kv_heads)
         )
         hand_over: Any = self.parts.around("hand_over", r.hand_over)
         self.r = dataclasses.replace(r, hand_over=hand_over)
         for module, name, part in (
-            (host, "generate", "rollout"), (plans, "teach", "contexts"),
+            (loop, "generate", "rollout"), (run_plan, "teach", "contexts"),
             (contexts, "privileged", "contexts"), (distill, "_views", "contexts"),
             (layout, "pack", "packing"), (layout, "packed", "packing"),
             (layout, "place", "packing"),
@@ -242,10 +230,10 @@ class Trainer:
         first = self._program is None
         with self.parts("host"):
             wall, cpu = time.perf_counter(), time.process_time()
-            method = methods.METHODS["distill"]
+            method = table.METHODS["distill"]
             rows: list[data.Row] = list(self.plan.rows)
             made = method.make_batch(self.r, self.state, rows, self.number)
-            batch = layout.place(making.packed(self.plan, made.batch), self.plan.mesh)
+            batch = layout.place(builders.packed(self.plan, made.batch), self.plan.mesh)
             args = (self.r.frozen, batch, made.student_prefix, made.teacher_kv, np.float32(1))
             if first:
                 self._program = self.r.step.lower(self.state, *args).compile()
@@ -255,7 +243,7 @@ class Trainer:
             aux = jax.device_get(aux)
             values = {
                 **train.measured(self.r.options.policy, aux.metrics),
-                **made.metrics, **attempts.add_tokens(self.r, made, aux),
+                **made.metrics, **rollouts.add_tokens(self.r, made, aux),
             }  # fmt: skip
             took = time.perf_counter() - wall, time.process_time() - cpu
         self.number += 1
@@ -280,7 +268,7 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
     """{part: (function, arguments)} of the parts of a micro-batch, and of the update."""
     options, decoder, settings = t.r.options, t.r.decoder, t.r.options.divergence
     state, frozen, n = t.state, t.r.frozen, t.r.options.micro_batches
-    tx = making.optimizer(t.plan.config, 10**6)[0]
+    tx = builders.optimizer(t.plan.config, 10**6)[0]
     assert settings is not None
     policies = lambda trained, frozen: train_step.policies(  # noqa: E731
         state._replace(trained=trained), frozen, options, decoder.dtype
@@ -300,14 +288,14 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
         return hidden_TD, back(slope_TD)
 
     def loss(frozen, hidden_s_TD, hidden_t_TD, micro):
-        weight_T = losses.token_weights(micro.loss_BC, options.norm).reshape(-1)
-        value = lambda hidden_TD: losses.divergence(  # noqa: E731
-            hidden_TD, hidden_t_TD, model.head(frozen), model.head(frozen),
+        weight_T = divergence_loss.token_weights(micro.loss_BC, options.norm).reshape(-1)
+        value = lambda hidden_TD: divergence_loss.divergence(  # noqa: E731
+            hidden_TD, hidden_t_TD, transformer.head(frozen), transformer.head(frozen),
             micro.completion_BC.reshape(-1), weight_T, settings,
             implementation=options.implementation, chunk=options.chunk,
             live_T=micro.mask_BC.reshape(-1), skip_below=options.skip_below,
             logp_rollout_T=micro.logp_rollout_BC.reshape(-1),
-            kernel=losses.Kernel(chip=options.chip),
+            kernel=divergence_loss.Kernel(chip=options.chip),
         )  # fmt: skip
         return jax.value_and_grad(value, has_aux=True)(hidden_s_TD)
 
@@ -358,7 +346,7 @@ def matmul_rate(dtype: str, size: int = 2048) -> float:
 def serve(file: pathlib.Path) -> None:
     """Answers the lines of standard input."""
     t = Trainer(begin(file))
-    with run.scope(t.plan):
+    with loaded_run.scope(t.plan):
         t.load()
         known = {
             "loaded": step_memory.now(), "device": jax.devices()[0].device_kind,

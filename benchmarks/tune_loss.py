@@ -2,7 +2,7 @@
 
     python benchmarks/tune_loss.py --width=2048 --vocabulary=151936 [--head] [--dtype=float32]
 
-Starts from the rule of `copsd_jax/kernels/blocks.py` and changes one size at a time, as long as
+Starts from the rule of `losses/pallas/block_sizes.py` and changes one size at a time, as long as
 that is faster and a block's temporaries stay below --memory bytes; once where both sides share a
 head, once where each has its own. Prints a line of JSON for each candidate and writes the best into
 the table that the rule reads first (--table; one entry for each device kind, width, vocabulary,
@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax import divergences
-from copsd_jax.kernels import blocks
-from copsd_jax.kernels import divergence as kernels
+from copsd_jax.losses import divergences
+from copsd_jax.losses.pallas import block_sizes
+from copsd_jax.losses.pallas import dispatch as kernels
 
 CHOICES = {
     "tpu": {
@@ -43,7 +43,9 @@ CHOICES = {
 }
 
 
-def neighbours(sizes: blocks.Blocks, choices: dict[str, tuple[int, ...]]) -> list[blocks.Blocks]:
+def neighbours(
+    sizes: block_sizes.Blocks, choices: dict[str, tuple[int, ...]]
+) -> list[block_sizes.Blocks]:
     """Each size one step up and one step down."""
     found = []
     for name, values in choices.items():
@@ -69,7 +71,9 @@ def inputs(args: argparse.Namespace, width: int, tied: bool) -> tuple:
     return (*arrays, head_t, jnp.asarray(ids), weight_T)
 
 
-def seconds(args: argparse.Namespace, sweep: Any, sizes: blocks.Blocks, arrays: tuple) -> float:
+def seconds(
+    args: argparse.Namespace, sweep: Any, sizes: block_sizes.Blocks, arrays: tuple
+) -> float:
     """The median of the repetitions; infinity where it does not compile or fit."""
     settings = divergences.Divergence(args.divergence, clip_mode=args.clip_mode)
 
@@ -92,7 +96,7 @@ def seconds(args: argparse.Namespace, sweep: Any, sizes: blocks.Blocks, arrays: 
     return statistics.median(times[1:])
 
 
-def search(start: blocks.Blocks, choices: dict[str, tuple[int, ...]], measure: Any) -> tuple:
+def search(start: block_sizes.Blocks, choices: dict[str, tuple[int, ...]], measure: Any) -> tuple:
     """Goes to the fastest neighbour until none is faster; (sizes, seconds)."""
     known = {start: measure(start)}
     best = start
@@ -112,12 +116,14 @@ def tune(
     """Searches and writes one entry of the table."""
     kernel = kernels.SWEEPS[f"pallas_{platform}"]
     width = args.width + -args.width % kernel.lanes
-    rule: Any = {"tpu": blocks.tpu, "gpu": blocks.gpu}[platform]
+    rule: Any = {"tpu": block_sizes.tpu, "gpu": block_sizes.gpu}[platform]
     shape = jax.devices()[0].device_kind, width, args.vocabulary, jnp.dtype(args.dtype)
     arrays = inputs(args, width, tied)
-    most = args.memory / (args.vocabulary * blocks.entry_bytes(platform, jnp.dtype(args.dtype)))
+    most = args.memory / (
+        args.vocabulary * block_sizes.entry_bytes(platform, jnp.dtype(args.dtype))
+    )
 
-    def measure(sizes: blocks.Blocks) -> float:
+    def measure(sizes: block_sizes.Blocks) -> float:
         if sizes.tokens > most:
             return float("inf")
         took = seconds(args, kernel.sweep, sizes, arrays)
@@ -134,7 +140,7 @@ def tune(
     if took == float("inf"):
         parser.error("no candidate ran: the lines above say why")
     table = json.loads(args.table.read_text(encoding="utf-8")) if args.table.is_file() else {}
-    name = blocks.key(*shape, tied=tied, train_head=args.head)
+    name = block_sizes.key(*shape, tied=tied, train_head=args.head)
     table[name] = dataclasses.asdict(best)
     args.table.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     print(f"{name}: {best}, {took:.4g} s, written to {args.table}")
@@ -153,7 +159,7 @@ def main() -> int:
     parser.add_argument("--clip_mode", choices=divergences.CLIP_MODES, default="none")
     parser.add_argument("--memory", type=float, default=2e9, help="bytes of a block's temporaries")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--table", type=pathlib.Path, default=blocks.TABLE)
+    parser.add_argument("--table", type=pathlib.Path, default=block_sizes.TABLE)
     parser.add_argument(
         "--interpret", choices=("tpu", "gpu"), default="",
         help="try this program out without such a device; its times mean nothing",

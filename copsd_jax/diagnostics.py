@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax import metrics, model, run, train_step
+from copsd_jax.metrics import metrics
+from copsd_jax.model import transformer
+from copsd_jax.training import loaded_run, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +27,18 @@ class Token:
     teacher: list[tuple[str, float]]
 
 
-def tokens(r: run.Run, state: train_step.State, record: dict, best: int = 3) -> list[Token]:
+def tokens(r: loaded_run.Run, state: train_step.State, record: dict, best: int = 3) -> list[Token]:
     """Both sides' view of a record of W/rollouts, under the weights of `state`.
 
     Runs the two prompts with the completion behind them, unpadded and alone.
     """
     completion = record["completion_ids"]
-    student = ((1.0, run.policies(r, state)[0]),)
+    student = ((1.0, loaded_run.policies(r, state)[0]),)
     sides = {
         "student": _log_probs(r, student, record["student_prompt_ids"], completion),
-        "teacher": _log_probs(r, run.teachers(r, state), record["teacher_prompt_ids"], completion),
+        "teacher": _log_probs(
+            r, loaded_run.teachers(r, state), record["teacher_prompt_ids"], completion
+        ),
     }
     spell = lambda i: str(r.plan.tokenizer.decode([int(i)]))  # noqa: E731
     out = []
@@ -48,7 +52,9 @@ def tokens(r: run.Run, state: train_step.State, record: dict, best: int = 3) -> 
     return out
 
 
-def _log_probs(r: run.Run, mix: tuple, prompt: list[int], completion: list[int]) -> np.ndarray:
+def _log_probs(
+    r: loaded_run.Run, mix: tuple, prompt: list[int], completion: list[int]
+) -> np.ndarray:
     """float32 log-probabilities [C, V] of the positions that predict the completion, under a mix
     of policies' logits with their shares."""
     ids_1L = jnp.asarray([[*prompt, *completion]], jnp.int32)
@@ -56,12 +62,12 @@ def _log_probs(r: run.Run, mix: tuple, prompt: list[int], completion: list[int])
     first = len(prompt) - 1  # the last prompt token predicts the first completion token
     total = 0
     for share, policy in mix:
-        stream = model.Stream(
+        stream = transformer.Stream(
             ids_1L, positions_1L, jnp.ones_like(ids_1L), policy.adapter, r.plan.adapter_scale
         )
         hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD[0]
         hidden_CD = hidden[first : first + len(completion)]
-        total = total + share * model.logits(hidden_CD, model.head(policy.params))
+        total = total + share * transformer.logits(hidden_CD, transformer.head(policy.params))
     return np.asarray(jax.nn.log_softmax(total))
 
 

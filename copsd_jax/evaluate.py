@@ -21,27 +21,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from copsd_jax import (
-    checkpoint,
-    data,
-    graders,
-    metrics,
-    plans,
-    processes,
-    prompts,
-    run,
-    train_step,
-    workdir,
-)
-from copsd_jax import config as config_lib
-from copsd_jax.sampler import host, jobs
+from copsd_jax.config import settings as config_lib
+from copsd_jax.metrics import metrics
+from copsd_jax.problems import data
+from copsd_jax.rewards import graders
+from copsd_jax.runtime import checkpoint, processes, workdir
+from copsd_jax.sampler import loop, request
+from copsd_jax.teaching import prompts
+from copsd_jax.training import loaded_run, run_plan, train_step
 
 
 def evaluate(
-    r: run.Run,
+    r: loaded_run.Run,
     policy: train_step.Policy,
     rows: Sequence[data.Row],
-    progress: Callable[[host.Stats], None] | None = None,
+    progress: Callable[[loop.Stats], None] | None = None,
     partial: pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """`{'scores': {name: {...}}, 'problems': [...]}`; names are languages, and language/group.
@@ -63,11 +57,11 @@ def evaluate(
         for prompt in [prompts.student(plan.tokenizer, plan.evaluation, row)] * n
     ]
     ids = [row.id for row in rows for _ in range(n)]
-    keys = jobs.stream_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))
+    keys = request.stream_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))
     completions = _sampled(r, policy, asked, ids, keys, progress, partial)
-    texts = [run.text(r, completion.ids) for completion in completions]
+    texts = [loaded_run.text(r, completion.ids) for completion in completions]
     golds = [row.answer for row in rows for _ in range(n)]
-    grades = run.grade(r, golds, asked, texts)
+    grades = loaded_run.grade(r, golds, asked, texts)
     samples = [
         [
             {
@@ -98,7 +92,7 @@ class _Said(NamedTuple):
     finish: str
 
 
-def _sampled(r: run.Run, policy, asked, ids, keys, progress, partial) -> list[_Said]:
+def _sampled(r: loaded_run.Run, policy, asked, ids, keys, progress, partial) -> list[_Said]:
     """The completions, from the file as far as it has them.
 
     The file's first line says what is evaluated, each other one holds a completion:
@@ -115,7 +109,7 @@ def _sampled(r: run.Run, policy, asked, ids, keys, progress, partial) -> list[_S
         if partial is not None and processes.leads():
             stream = stack.enter_context(partial.open("a", encoding="utf-8"))
 
-        def done(k: int, completion: host.Completion) -> None:
+        def done(k: int, completion: loop.Completion) -> None:
             i = todo[k]
             said[i] = _Said(list(completion.ids), completion.finish)
             if stream is not None:
@@ -123,18 +117,18 @@ def _sampled(r: run.Run, policy, asked, ids, keys, progress, partial) -> list[_S
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
                 stream.flush()
 
-        def further(stats: host.Stats) -> None:
+        def further(stats: loop.Stats) -> None:
             if progress is not None:
                 progress(stats._replace(done=stats.done + len(asked) - len(todo)))
 
-        run.sample(
+        loaded_run.sample(
             r, policy, [asked[i] for i in todo], "eval", keys[todo],
             progress=further, done=done,
         )  # fmt: skip
     return [said[i] for i in range(len(asked))]
 
 
-def _what(r: run.Run, asked: Sequence[prompts.Prompt], policy) -> dict[str, Any]:
+def _what(r: loaded_run.Run, asked: Sequence[prompts.Prompt], policy) -> dict[str, Any]:
     """What decides the completions."""
     c = r.plan.config
     digest = hashlib.sha256()
@@ -189,9 +183,9 @@ def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> di
         other = sorted(k for k in what if head and k != "policy" and head[k] != what[k])
         fit = all(ids[line["index"]] == line["id"] and line["index"] >= 0 for line in lines)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise run.Unusable(f"{partial} is damaged: remove it") from error
+        raise loaded_run.Unusable(f"{partial} is damaged: remove it") from error
     if other or not fit:
-        raise run.Unusable(
+        raise loaded_run.Unusable(
             f"{partial} was written by an evaluation with other {', '.join(other) or 'problems'}: "
             "remove it"
         )
@@ -221,7 +215,7 @@ def groups(records: Sequence[dict]) -> dict[str, list[dict]]:
     return out
 
 
-def _scores(r: run.Run, records: Sequence[dict]) -> dict[str, dict[str, float]]:
+def _scores(r: loaded_run.Run, records: Sequence[dict]) -> dict[str, dict[str, float]]:
     def sample(s: dict) -> metrics.Sample:
         return metrics.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
 
@@ -306,7 +300,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _config(args: argparse.Namespace) -> config_lib.Config:
     """The run's config with the flags' changes."""
-    config = plans.saved_config(args.workdir)
+    config = run_plan.saved_config(args.workdir)
     e, changes = config.eval, {}
     if args.path:
         changes["path"] = args.path
@@ -324,11 +318,11 @@ def _config(args: argparse.Namespace) -> config_lib.Config:
     return config
 
 
-def show(label: str, total: int) -> tuple[metrics.Progress, Callable[[host.Stats], None]]:
+def show(label: str, total: int) -> tuple[metrics.Progress, Callable[[loop.Stats], None]]:
     """A progress line, and the sampler's callback that feeds it."""
     progress, seen = metrics.Progress(label, total, stream=processes.progress()), [0]
 
-    def update(stats: host.Stats) -> None:
+    def update(stats: loop.Stats) -> None:
         busy = {} if math.isnan(stats.occupancy) else {"occupancy": stats.occupancy}
         progress.update(stats.done, stats.tokens - seen[0], **busy)
         seen[0] = stats.tokens
@@ -350,15 +344,15 @@ def _main(args: argparse.Namespace) -> int:
         config = _config(args)
         out = args.out or args.workdir / "eval"
         workdir.check_writable(out, "--out")
-        plan = plans.make(config, train=False)
+        plan = run_plan.make(config, train=False)
         if not plan.eval_rows:
             raise ValueError("eval.path is '': name problems with --path")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with (
-        run.scope(plan),
-        run.resumable(out),
+        loaded_run.scope(plan),
+        loaded_run.resumable(out),
         checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints,
     ):
         saved = checkpoints.steps()
@@ -373,7 +367,9 @@ def _main(args: argparse.Namespace) -> int:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
             return 2
         # Beside the results where these go elsewhere: the run's directory may not be writable.
-        r, initial = run.load(plan, config.train.steps, (args.out or args.workdir) / "engine")
+        r, initial = loaded_run.load(
+            plan, config.train.steps, (args.out or args.workdir) / "engine"
+        )
         results = {}
         with r.grader:
             for step in steps:
@@ -382,7 +378,11 @@ def _main(args: argparse.Namespace) -> int:
                 file = out / workdir.step_file(out, "eval", step).name
                 with progress:
                     result = evaluate(
-                        r, run.policies(r, state)[0], plan.eval_rows, update, workdir.partial(file)
+                        r,
+                        loaded_run.policies(r, state)[0],
+                        plan.eval_rows,
+                        update,
+                        workdir.partial(file),
                     )
                 results[step] = {"step": step, **result}
                 workdir.write_json(file, results[step])

@@ -20,14 +20,15 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from copsd_jax import chips, pages, validate
-from copsd_jax import config as config_lib
+from copsd_jax.config import setting_rules
+from copsd_jax.config import settings as config_lib
+from copsd_jax.runtime import hardware, malloc
 
 
 class Dry(NamedTuple):
     """A dry run, as asked for."""
 
-    target: chips.Target
+    target: hardware.Target
     json: str  # where the report goes besides; "" for nowhere
     search: bool
 
@@ -86,13 +87,13 @@ def command(argv: list[str]) -> Command:
         raise ValueError("--config is missing: for example --config=configs/opsd.py")
     config_lib.split_lists(config.value)
     if values["dry_run"].present and not target.value:
-        raise ValueError(f"--dry_run is '': the choices are {chips.CHOICES}")
+        raise ValueError(f"--dry_run is '': the choices are {hardware.CHOICES}")
     if not target.value and (report.value or search.value):
         raise ValueError("--dry_run_json and --search go with --dry_run, for example =v5e:4x8")
     if report.value and not pathlib.Path(report.value).absolute().parent.is_dir():
         raise FileNotFoundError(f"--dry_run_json={report.value!r}: its folder does not exist")
-    dry = Dry(chips.parse(target.value), report.value, search.value) if target.value else None
-    validate.settings(config.value, data=dry is None)
+    dry = Dry(hardware.parse(target.value), report.value, search.value) if target.value else None
+    setting_rules.settings(config.value, data=dry is None)
     name, _, preset = config_flags.get_config_filename(values["config"]).partition(":")
     stem = pathlib.Path(name).stem + (f"-{preset}" if preset else "")
     place = pathlib.Path(workdir.value or pathlib.Path("runs") / stem)
@@ -110,12 +111,13 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         # Imported late: a wrong setting is refused before JAX is loaded.
         if dry is not None:
-            os.environ |= chips.ENVIRONMENT
-            from copsd_jax import dryrun
+            os.environ |= hardware.ENVIRONMENT
+            from copsd_jax.dryrun import report
 
-            return dryrun.main(config, dry.target, dry.json, dry.search)
-        pages.keep()
-        from copsd_jax import processes, train
+            return report.main(config, dry.target, dry.json, dry.search)
+        malloc.keep()
+        from copsd_jax import train
+        from copsd_jax.runtime import processes
 
         processes.start(config)
         plan, continued = train.prepare(config, workdir)

@@ -13,61 +13,57 @@ from typing import Any
 import jax
 import numpy as np
 
-from copsd_jax import (
-    attempts,
-    checkpoint,
-    data,
-    estimates,
-    evaluate,
+from copsd_jax import evaluate
+from copsd_jax.config import settings as config_lib
+from copsd_jax.methods import table
+from copsd_jax.metrics import metrics
+from copsd_jax.problems import data, languages
+from copsd_jax.runtime import checkpoint, processes, sharding, workdir
+from copsd_jax.training import (
+    backends,
+    builders,
     guards,
-    implementations,
-    languages,
     layout,
-    making,
-    mesh,
-    metrics,
-    plans,
-    processes,
-    run,
+    loaded_run,
+    memory,
+    rollouts,
+    run_plan,
     train_step,
-    workdir,
 )
-from copsd_jax import config as config_lib
-from copsd_jax import methods as methods_lib
 
 
-def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[plans.Plan, bool]:
+def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_plan.Plan, bool]:
     """The checked plan, and whether the directory holds the run already. Writes nothing.
 
     Raises:
       ValueError, OSError: in one sentence.
     """
     known = workdir.check(directory, config_lib.flat(config))
-    plan = plans.make(config)
-    making.check_rows(plan)
+    plan = run_plan.make(config)
+    builders.check_rows(plan)
     if known:
         workdir.check_facts(directory, _facts(plan))
     return plan, known
 
 
-def train(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> None:
+def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None:
     """Evaluates, trains, evaluates again; continues a run from its newest checkpoint."""
     config, started = plan.config, time.monotonic()
-    method = methods_lib.METHODS[config.method]
+    method = table.METHODS[config.method]
     print(summary(plan, directory, continued), flush=True)
     processes.meet("checked")  # nothing is written before all have looked
     workdir.create(directory, config_lib.flat(config), _facts(plan))
     with (
-        run.scope(plan),
-        run.resumable(directory),
+        loaded_run.scope(plan),
+        loaded_run.resumable(directory),
         checkpoint.Checkpoints(
             directory / "checkpoints", config.train.keep, writer=True
         ) as checkpoints,
     ):
-        r, state = run.load(plan, config.train.steps, directory / "engine")
+        r, state = loaded_run.load(plan, config.train.steps, directory / "engine")
         if _warms_up(plan):
             print("compiling the sampler's programs", flush=True)
-            for line in run.warmup(r, state):
+            for line in loaded_run.warmup(r, state):
                 print(line, flush=True)
         with r.grader:
             # The evaluation of step 0 comes before a checkpoint is loaded: it is the initial
@@ -110,7 +106,7 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
             with timer("rollout"):
                 work = method.make_batch(r, state, next(order), step)
             with timer("packing"):
-                rows = making.packed(plan, work.batch)
+                rows = builders.packed(plan, work.batch)
             with timer("step"):
                 batch = layout.place(rows, plan.mesh)
                 factor = np.float32(guard["factor"])
@@ -122,7 +118,7 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
                 **measured(r.options.policy, aux.metrics),
                 **layout.fills(rows),
                 **work.metrics,
-                **attempts.add_tokens(r, work, aux),
+                **rollouts.add_tokens(r, work, aux),
                 "learning_rate": float(r.rate(step)) * float(factor),
                 **timer.take(),
             }
@@ -195,19 +191,19 @@ def failures(step: int, records: list[dict]) -> list[str]:
     ]
 
 
-def _warms_up(plan: plans.Plan) -> bool:
+def _warms_up(plan: run_plan.Plan) -> bool:
     if plan.server is not None:
         return False
-    auto = mesh.platform(plan.mesh) != "cpu"  # where compiling is slow next to a step
+    auto = sharding.platform(plan.mesh) != "cpu"  # where compiling is slow next to a step
     return {"auto": auto, "always": True, "never": False}[plan.config.sampler.warmup]
 
 
-def _codes(plan: plans.Plan) -> list[str]:
+def _codes(plan: run_plan.Plan) -> list[str]:
     """Languages in the order of data.lang, as the rows spell them."""
     return [languages.resolve(code, plan.student.languages) for code in plan.config.data.lang]
 
 
-def _evaluation(r: run.Run, state, step: int, directory: pathlib.Path) -> dict | None:
+def _evaluation(r: loaded_run.Run, state, step: int, directory: pathlib.Path) -> dict | None:
     """The scores of a step, from its file if it is there already; None without problems."""
     if not r.plan.eval_rows:
         return None
@@ -219,17 +215,17 @@ def _evaluation(r: run.Run, state, step: int, directory: pathlib.Path) -> dict |
     progress, update = evaluate.show(f"evaluation at step {step}:", total)
     with progress:
         result = evaluate.evaluate(
-            r, run.policies(r, state)[0], r.plan.eval_rows, update, workdir.partial(path)
+            r, loaded_run.policies(r, state)[0], r.plan.eval_rows, update, workdir.partial(path)
         )
     workdir.write_json(path, {"step": step, **result})
     processes.once(lambda: workdir.partial(path).unlink(missing_ok=True))
     return {"step": step, **result}
 
 
-def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
+def summary(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> str:
     """What will run, before it does."""
     c, shape = plan.config, plan.model_config
-    size = estimates.parameters(plan)
+    size = memory.parameters(plan)
     completions = c.train.batch * c.rollout.per_prompt
     lines = [
         c.description or c.method,
@@ -237,7 +233,7 @@ def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
         f"{np.dtype(plan.dtype).name}), {c.model.init}",
         f"  trained     {size['trained']:,} parameters ({c.train.trainable}"
         + (f" rank {c.lora.rank})" if c.train.trainable == "lora" else ")"),
-        f"  loss        {_loss(c)} ({implementations.loss(c, mesh.platform(plan.mesh))})",
+        f"  loss        {_loss(c)} ({backends.loss(c, sharding.platform(plan.mesh))})",
         f"  attention   {_attention(plan)}; remat {c.model.remat}",
         f"  problems    {c.data.path}: {_per_language(plan.rows)}; "
         f"dropped: {_counts(plan.dropped)}",
@@ -248,13 +244,11 @@ def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
         f"{c.train.steps} steps",
         f"  prompts     at most {plan.longest['student']} tokens (student), "
         f"{plan.longest['teacher']} (teacher)",
-        f"  devices     {plan.mesh.size} x {mesh.platform(plan.mesh)}, "
+        f"  devices     {plan.mesh.size} x {sharding.platform(plan.mesh)}, "
         f"mesh {dict(plan.mesh.shape)}",
-        *([f"  whole       {uneven}"] if (uneven := estimates.uneven(plan)) else []),
+        *([f"  whole       {uneven}"] if (uneven := memory.uneven(plan)) else []),
         "  memory      "
-        + ", ".join(
-            f"{name} {size / 2**30:.2f} GiB" for name, size in estimates.memory(plan).items()
-        )
+        + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.memory(plan).items())
         + " (estimate, all devices)",
         f"  directory   {directory}" + (" (continued)" if continued else ""),
     ]
@@ -279,15 +273,15 @@ def summary(plan: plans.Plan, directory: pathlib.Path, continued: bool) -> str:
     return "\n".join(lines)
 
 
-def _attention(plan: plans.Plan) -> str:
+def _attention(plan: run_plan.Plan) -> str:
     """The forms that run, of rows and of decoding."""
-    platform = mesh.platform(plan.mesh)
-    name = implementations.rows(plan.config, platform, plan.dtype, plan.model_config)
+    platform = sharding.platform(plan.mesh)
+    name = backends.rows(plan.config, platform, plan.dtype, plan.model_config)
     if name == "splash":
         name += ", with a mask of its own where rows have parents or worked examples"
     if plan.server is not None:
         return f"{name} (training, scoring)"
-    decode = implementations.attention(plan.config, platform)
+    decode = backends.attention(plan.config, platform)
     return f"{name} (training, scoring, prefill), {decode} (decoding)"
 
 
@@ -319,13 +313,13 @@ def _counts(counter: collections.Counter) -> str:
     return ", ".join(f"{count} ({reason})" for reason, count in counter.items()) or "none"
 
 
-def _facts(plan: plans.Plan) -> dict:
+def _facts(plan: run_plan.Plan) -> dict:
     """What of this start goes into run.json."""
     return {
         "devices": [str(device) for device in plan.mesh.devices.flat],
         "seed": plan.config.seed,
         "model": str(plan.weights_path),
-        "model_fingerprint": plans.fingerprint(plan),
+        "model_fingerprint": run_plan.fingerprint(plan),
         "data_fingerprint": data.fingerprint(plan.rows),
         "eval_fingerprint": data.fingerprint(plan.eval_rows),
         "exemplars_fingerprint": data.fingerprint(plan.student.exemplars),

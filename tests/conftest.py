@@ -51,9 +51,10 @@ def _programs_end_with_their_file():
 
 # Files of few and long tests. pytest-xdist hands out whole files in this order.
 LONGEST = (
-    "sampler methods records bugs rows losses train_step train remote_run dryrun export "
-    "policy_step truncate model authors losses_topk loss_matrix attention_kernels attention_rows "
-    "remat loss_compiled graders mesh_numbers settings remote sampler_weights step_compiled hf"
+    "sampler methods records known_bugs packed_rows divergence_loss train_step train remote_run "
+    "dry_run export policy_step truncation transformer authors divergence_loss_topk loss_matrix "
+    "decode_attention_kernels row_attention remat loss_compiled graders sharded_step "
+    "setting_rules remote_engine handover step_compiled hf"
 ).split()
 
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 
-from copsd_jax import losses
-from copsd_jax.kernels import blocks
-from copsd_jax.kernels import divergence as kernels
+from copsd_jax.losses import divergence_loss
+from copsd_jax.losses.pallas import block_sizes
+from copsd_jax.losses.pallas import dispatch as kernels
 
 # 23 tokens in blocks of at most 8, and 61 entries: no block divides them.
 TOKENS, WIDTH, VOCABULARY, CHUNK = 23, 8, 61, 8
-SMALL = blocks.Blocks(tokens=128, vocab=128, rows=128)
+SMALL = block_sizes.Blocks(tokens=128, vocab=128, rows=128)
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "dense": {},
     "chunked": {},
@@ -93,12 +93,12 @@ def pairs() -> list[Case]:
     return chosen
 
 
-def settings(case: Case) -> losses.Divergence:
+def settings(case: Case) -> divergence_loss.Divergence:
     """All but the clip's size."""
     name, _, normal = case["divergence"].partition(" ")
     whose, _, tail = case["top_k"].partition(" ")
     ratio = case["weights"] == "ratio"
-    return losses.Divergence(
+    return divergence_loss.Divergence(
         name, 0.3, bool(normal), case["temperature"], 0 if whose == "all" else 5, case["clip"],
         sampling_temperature=1.2 if ratio else case["temperature"],
         top_k_of="teacher" if whose == "all" else whose, tail=bool(tail),
@@ -162,7 +162,7 @@ def _inputs(kind: str, dtype: str, weights: str, sampling: float, seed: int) -> 
 
 
 @functools.cache
-def _clip(s: losses.Divergence) -> float:
+def _clip(s: divergence_loss.Divergence) -> float:
     """κ among the larger entries or tokens of the usual inputs; one for all of them, so that cases
     with one shape share a program."""
     inputs = _inputs("normal", "float32", "all", 1.0, 0)
@@ -172,7 +172,7 @@ def _clip(s: losses.Divergence) -> float:
     return round(float(np.quantile(found[found > 1e-3], 0.7)), 4)
 
 
-def ready(case: Case) -> tuple[Inputs, losses.Divergence, oracle.Frozen]:
+def ready(case: Case) -> tuple[Inputs, divergence_loss.Divergence, oracle.Frozen]:
     """Inputs with no entry or token so near the clip, nor a top k so near a tie, that rounding
     could put it on the other side."""
     s = settings(case)
@@ -192,7 +192,7 @@ def ready(case: Case) -> tuple[Inputs, losses.Divergence, oracle.Frozen]:
     raise AssertionError(f"no inputs with a margin: {case}")
 
 
-def slope(z_s, z_t, tokens_T, s: losses.Divergence, frozen: oracle.Frozen) -> np.ndarray:
+def slope(z_s, z_t, tokens_T, s: divergence_loss.Divergence, frozen: oracle.Frozen) -> np.ndarray:
     """`oracle.slope` where p may be 0 in float64 and a tail at its floor: from p ∘ a, not from a.
 
     A tail at its floor is a constant: the value does not depend on it.
@@ -228,7 +228,9 @@ def slope(z_s, z_t, tokens_T, s: losses.Divergence, frozen: oracle.Frozen) -> np
     return factor * (wc - whole * wc.sum(axis=1, keepdims=True))
 
 
-def _want(inputs: Inputs, s: losses.Divergence, frozen: oracle.Frozen) -> dict[str, np.ndarray]:
+def _want(
+    inputs: Inputs, s: divergence_loss.Divergence, frozen: oracle.Frozen
+) -> dict[str, np.ndarray]:
     z_s, z_t, tokens_T = inputs.z_s, inputs.z_t, inputs.arrays[4]
     rows, live_T = np.arange(len(tokens_T)), inputs.live_T
     weight_T = inputs.weight_T.astype(np.float64)
@@ -255,12 +257,12 @@ def _want(inputs: Inputs, s: losses.Divergence, frozen: oracle.Frozen) -> dict[s
     }
 
 
-def run(implementation: str, s: losses.Divergence, arrays: tuple, weight_T, live_T):
+def run(implementation: str, s: divergence_loss.Divergence, arrays: tuple, weight_T, live_T):
     """((loss, stats), gradients to the states and to the head of the student)."""
 
     def loss(hidden_s, head_s):
         _, hidden_t, _, head_t, tokens_T, old_T, rollout_T = arrays
-        return losses.divergence(
+        return divergence_loss.divergence(
             hidden_s, hidden_t, head_s, head_t, tokens_T, weight_T, s,
             implementation=implementation, chunk=CHUNK, train_head=True, logp_old_T=old_T,
             logp_rollout_T=rollout_T, live_T=live_T, **IMPLEMENTATIONS[implementation],

@@ -30,14 +30,18 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from copsd_jax import data, languages, layout, making, mesh, methods, model, plans, run, train_step
-from copsd_jax.kernels import attention_rows
+from copsd_jax import methods
+from copsd_jax.attention import row_attention
+from copsd_jax.model import transformer
+from copsd_jax.problems import data, languages
+from copsd_jax.runtime import sharding
+from copsd_jax.training import builders, layout, loaded_run, run_plan, train_step
 
 # Eight query heads, so that `tensor` may be eight; the two key heads are then repeated.
-model.SHAPES["tiny"] = dataclasses.replace(model.SHAPES["tiny"], n_heads=8)
+transformer.SHAPES["tiny"] = dataclasses.replace(transformer.SHAPES["tiny"], n_heads=8)
 STEPS, RATE = 3, 0.3
 if CARD == "copsd":
-    attention_rows.WORTH = 0  # blocks of queries also where rows are small
+    row_attention.WORTH = 0  # blocks of queries also where rows are small
 SETTINGS = {
     # Two micro-batches of eight completions.
     "copsd": {"train__batch": 16, "train__micro_batch": 8, "rollout__max_tokens": 8},
@@ -59,18 +63,18 @@ def recorded() -> optax.GradientTransformation:
     )
 
 
-def begun(plan: plans.Plan, state: train_step.State, tx) -> train_step.State:
+def begun(plan: run_plan.Plan, state: train_step.State, tx) -> train_step.State:
     """The State whose adapter's b, which is born as 0, is drawn from a seed instead."""
     draw = np.random.default_rng(5)
     trained = {
         name: {"a": leaf["a"], "b": 0.05 * draw.standard_normal(leaf["b"].shape, np.float32)}
         for name, leaf in sorted(state.trained.items())
     }
-    places = mesh.shardings(trained, plan.mesh, plan.model_config.n_kv_heads)
+    places = sharding.shardings(trained, plan.mesh, plan.model_config.n_kv_heads)
     trained = jax.tree.map(
-        lambda x, place: x if isinstance(x, jax.Array) else mesh.put(x, place), trained, places
+        lambda x, place: x if isinstance(x, jax.Array) else sharding.put(x, place), trained, places
     )
-    return run._born(
+    return loaded_run._born(
         lambda tree: train_step.init(tree, tx, "fixed"), plan, trained
     )  # fmt: skip
 
@@ -84,13 +88,13 @@ def whole(tree, devices) -> dict[str, np.ndarray]:
 
 def main() -> None:
     names = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), SIZES, strict=True))
-    plan = plans.make(runs.config(CARD, **SETTINGS[CARD], **names))
+    plan = run_plan.make(runs.config(CARD, **SETTINGS[CARD], **names))
     c, out = plan.config, {}
-    with run.scope(plan):
-        r, state = run.load(plan, STEPS)
+    with loaded_run.scope(plan):
+        r, state = loaded_run.load(plan, STEPS)
         tx = recorded()
         state = begun(plan, state, tx)
-        step = making.step(plan, r.decoder, tx, r.options, state)
+        step = builders.step(plan, r.decoder, tx, r.options, state)
         method = methods.METHODS[c.method]
         codes = [languages.resolve(code, plan.student.languages) for code in c.data.lang]
         order = data.iterator(plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=0)
@@ -98,7 +102,7 @@ def main() -> None:
             for k in range(STEPS):
                 rows = next(order)
                 work = method.make_batch(r, state, rows, k)
-                batch = layout.place(making.packed(plan, work.batch), plan.mesh)
+                batch = layout.place(builders.packed(plan, work.batch), plan.mesh)
                 state, aux = step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, 1.0)
                 out[f"rows {k}"] = np.array([row.id for row in rows])
                 out[f"tokens {k}"] = work.batch.completion_BC

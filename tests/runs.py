@@ -8,8 +8,9 @@ import conftest
 import jax
 import pytest
 
-from copsd_jax import main, plans, run
-from copsd_jax.sampler import host
+from copsd_jax import main
+from copsd_jax.sampler import loop
+from copsd_jax.training import loaded_run, run_plan
 
 
 def config(card: str, **settings):
@@ -36,16 +37,16 @@ def optax_promotes():
 @contextlib.contextmanager
 def loaded(card: str, **settings):
     """(run, state at step 0) of a tiny run, with its mesh set."""
-    plan = plans.make(config(card, **settings))
+    plan = run_plan.make(config(card, **settings))
     with jax.set_mesh(plan.mesh):
-        r, state = run.load(plan, plan.config.train.steps)
+        r, state = loaded_run.load(plan, plan.config.train.steps)
         with r.grader:
             yield r, state
 
 
-def sampled(completions) -> host.Result:
-    """What `run.sample` returns, of completions that a test made."""
-    return host.Result(completions, host.Stats(len(completions), len(completions), 0, 0, 0.5, 0.0))
+def sampled(completions) -> loop.Result:
+    """What `loaded_run.sample` returns, of completions that a test made."""
+    return loop.Result(completions, loop.Stats(len(completions), len(completions), 0, 0, 0.5, 0.0))
 
 
 def by_text(gold: str, text: str) -> float:

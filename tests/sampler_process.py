@@ -19,28 +19,29 @@ if PROCESSES > 1:
 
 import jax.numpy as jnp
 
-from copsd_jax import mesh, model
-from copsd_jax.sampler import engine, host, jobs
+from copsd_jax.model import transformer
+from copsd_jax.runtime import sharding
+from copsd_jax.sampler import engine, loop, request
 
-CONFIG = model.SHAPES["tiny"]
+CONFIG = transformer.SHAPES["tiny"]
 PROMPTS = [(i, 3, i % 5) for i in range(30)] + [(9, 9)] * 6
 
 assert len(jax.devices()) == 4
 with jax.default_device(jax.local_devices()[0]):
-    whole = jax.device_get(model.init(CONFIG, jax.random.key(0), jnp.float32))
+    whole = jax.device_get(transformer.init(CONFIG, jax.random.key(0), jnp.float32))
     keys = jax.device_get(
-        jobs.stream_keys(0, "rollout", 0, [str(i) for i in range(len(PROMPTS))], [0] * 36)
+        request.stream_keys(0, "rollout", 0, [str(i) for i in range(len(PROMPTS))], [0] * 36)
     )
-devices = mesh.make(2, 1, 2)
-decoder = model.Decoder(CONFIG, jnp.float32)
+devices = sharding.make(2, 1, 2)
+decoder = transformer.Decoder(CONFIG, jnp.float32)
 with jax.set_mesh(devices):
-    places = mesh.shardings(whole, devices, CONFIG.n_kv_heads)
+    places = sharding.shardings(whole, devices, CONFIG.n_kv_heads)
     params = jax.tree.map(
-        lambda x, place: mesh.from_host(x, devices, place.spec), whole, places
+        lambda x, place: sharding.from_host(x, devices, place.spec), whole, places
     )  # fmt: skip
-    result = host.generate(
-        decoder, params, PROMPTS, jobs.Sampling(40, 1.0, 20, 0.95, stop=("ab", "c")),
-        keys=keys, settings=jobs.Settings(slots=8, steps=4),
+    result = loop.generate(
+        decoder, params, PROMPTS, request.Sampling(40, 1.0, 20, 0.95, stop=("ab", "c")),
+        keys=keys, settings=request.Settings(slots=8, steps=4),
         prefix=engine.encode_prefix(decoder, params, (4, 5, 6)),
         token_bytes=[bytes([97 + i % 7]) for i in range(CONFIG.vocab_size)],
         limits=[1 + 7 * i % 40 for i in range(36)],

@@ -1,5 +1,4 @@
-"""What trains the student: one file and one table entry a method."""
+"""The methods, one file each, and the authors of contexts.
 
-from copsd_jax.methods import distill, grpo, sft
-
-METHODS = {"distill": distill, "grpo": grpo, "sft": sft}
+May import: config, problems, runtime, teaching, losses, sampler, servers, training.
+"""

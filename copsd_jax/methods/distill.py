@@ -4,8 +4,8 @@
 
 The student p samples y for the problem x with its current weights; the teacher q, the same network
 with weights chosen by `teacher.weights`, reads the context c too and scores y. D and its clip are
-`losses.Divergence`, c is `context.*`, written by `author.*`, and w (`tokens.*`) is 0 where a token
-carries no loss. With `policy.weight` the loss is (1 - weight) x this + weight x GRPO's.
+`divergence_loss.Divergence`, c is `context.*`, written by `author.*`, and w (`tokens.*`) is 0 where
+a token carries no loss. With `policy.weight` the loss is (1 - weight) x this + weight x GRPO's.
 
 Sources: OPSD arXiv 2601.18734 v3, COPSD 2605.09548, ROSD 2605.28014, critique 2606.11173, SDPO
 2601.20802; routing by success as in SRPO 2604.02288.
@@ -22,54 +22,43 @@ the user's turn.
 
 import numpy as np
 
-from copsd_jax import (
-    attempts,
-    authors,
-    contexts,
-    data,
-    groups,
-    layout,
-    plans,
-    policy_losses,
-    prompts,
-    replies,
-    run,
-    selection,
-    train_step,
-)
-from copsd_jax.attempts import Rollouts, Work
-from copsd_jax.methods import grpo
+from copsd_jax.losses import policy_loss
+from copsd_jax.methods import authors, grpo
+from copsd_jax.problems import data
+from copsd_jax.teaching import contexts, groups, prompts, replies, token_selection
+from copsd_jax.training import layout, loaded_run, rollouts, run_plan, train_step
+from copsd_jax.training.rollouts import Rollouts, Work
 
 
-def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
+def make_batch(r: loaded_run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
     """Samples, grades, has contexts written, builds the teacher's prompts, packs."""
     c = r.plan.config
-    done = attempts.make(r, run.policies(r, state)[0], rows, step)
+    done = rollouts.make(r, loaded_run.policies(r, state)[0], rows, step)
     wanted = _wanted(c, done)
     views = _views(r, done, step)
     written = _replies(r, state, done, views, wanted, step)
     told = [
-        plans.teach(r.plan, view, reply) if keep else None
+        run_plan.teach(r.plan, view, reply) if keep else None
         for view, reply, keep in zip(views, written, wanted, strict=True)
     ]
-    told, overlong = plans.within(r.plan, done.asked, told)
+    told, overlong = run_plan.within(r.plan, done.asked, told)
     masks, found = _select(r, done, views, written, told)
     batch = _pack(done, told, masks)
     if c.policy.weight:
         batch = grpo.policy(c, done, batch, c.policy.route == "successes")
-    records = attempts.records(r, done)
+    records = rollouts.records(r, done)
     for i, record in enumerate(records):
         record |= _about(told[i], written[i], found[i], views[i], wanted[i])
         if told[i]:
             shown = contexts.privileged(r.plan.context, views[i], written[i])
             record["privileged_text"] = shown
-    probe = plans.probe(r.plan, done.rows[0])
+    probe = run_plan.probe(r.plan, done.rows[0])
     return Work(
         batch,
-        *attempts.prefixes(r, state, done.asked[0], probe),
+        *rollouts.prefixes(r, state, done.asked[0], probe),
         records,
         {
-            **attempts.metrics(records, done.sampler),
+            **rollouts.metrics(records, done.sampler),
             "overlong_teacher_prompts": float(overlong),
             "taught": float(sum(prompt is not None for prompt in told)),
             "filtered": float(wanted.count(False)),
@@ -82,13 +71,13 @@ def _wanted(c, done: Rollouts) -> list[bool]:
     """Which completions are to be distilled at all, before anything is written for them."""
     wanted = np.ones(len(done.rows), bool)
     if c.context.filter_groups:
-        wanted &= policy_losses.informative(done.rewards(), np.asarray(done.groups))
+        wanted &= policy_loss.informative(done.rewards(), np.asarray(done.groups))
     if c.context.correct == "skip" or c.policy.route == "successes":
         wanted &= ~np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
     return wanted.tolist()
 
 
-def _views(r: run.Run, done: Rollouts, step: int) -> list[contexts.Attempt]:
+def _views(r: loaded_run.Run, done: Rollouts, step: int) -> list[contexts.Attempt]:
     """What the context may read of each completion."""
     c, reads = r.plan.config, contexts.reads(r.plan.context)
     siblings: list[int | None] = [None] * len(done.rows)
@@ -125,14 +114,14 @@ def _replies(r, state, done: Rollouts, views, wanted, step: int) -> list[replies
     return [next(made) if keep else replies.FILTERED for keep in wanted]
 
 
-def _select(r: run.Run, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
+def _select(r: loaded_run.Run, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
     """The tokens of each completion that carry loss, and how its error was found."""
     masks, found = [], []
     for i, completion in enumerate(done.completions):
         n = len(completion.ids)
         mask, status = np.zeros(n, bool), "untaught"
         if told[i] is not None:
-            mask, status = selection.mask(
+            mask, status = token_selection.mask(
                 r.plan.selection, done.decoded[i], done.starts[i], n, views[i], written[i]
             )
         masks.append(mask)
@@ -175,17 +164,17 @@ def _about(told, reply: replies.Reply, found: str, view: contexts.Attempt, wante
     }
 
 
-def _statuses(r: run.Run, records: list[dict]) -> dict[str, float]:
+def _statuses(r: loaded_run.Run, records: list[dict]) -> dict[str, float]:
     """Counts of statuses, of those that this run's context and tokens can have; of shortened
     sections, in how many completions' prompts, the writer's or the teacher's."""
     out = {}
     if "reply" in contexts.reads(r.plan.context):
-        out |= attempts.counts("reply", [record["reply_status"] for record in records], ["ok"])
+        out |= rollouts.counts("reply", [record["reply_status"] for record in records], ["ok"])
         out["leaked"] = float(sum(record["leaked"] for record in records))
         out["replies_cut"] = float(sum(record["reply_cut"] for record in records))
     if r.plan.selection.select != "all":
-        out |= attempts.counts("located", [record["located"] for record in records], ["exact"])
+        out |= rollouts.counts("located", [record["located"] for record in records], ["exact"])
     if r.plan.context.section_tokens:
         cut = [kind for x in records for kind in {*x["shortened"], *x["writer_shortened"]}]
-        out |= attempts.counts("shortened", sorted(cut), [])
+        out |= rollouts.counts("shortened", sorted(cut), [])
     return out

@@ -16,13 +16,15 @@ methods.
 
 import numpy as np
 
-from copsd_jax import attempts, data, layout, policy_losses, run, train_step
-from copsd_jax.attempts import Rollouts, Work
+from copsd_jax.losses import policy_loss
+from copsd_jax.problems import data
+from copsd_jax.training import layout, loaded_run, rollouts, train_step
+from copsd_jax.training.rollouts import Rollouts, Work
 
 
-def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
+def make_batch(r: loaded_run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
     """Samples, grades, gives advantages, packs. A row without an answer has none."""
-    done = attempts.make(r, run.policies(r, state)[0], rows, step)
+    done = rollouts.make(r, loaded_run.policies(r, state)[0], rows, step)
     prefix_ids = done.asked[0].prefix_ids
     batch = layout.pack(
         [prompt.ids for prompt in done.asked],
@@ -31,15 +33,15 @@ def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: 
         student_prefix=len(prefix_ids),
     )
     batch = policy(r.plan.config, done, batch, successes_only=False)
-    records = attempts.records(r, done)
+    records = rollouts.records(r, done)
     for b, record in enumerate(records):
         record["advantage"] = float(batch.advantage_BC[b, 0])
-    informative = policy_losses.informative(done.rewards(), np.asarray(done.groups))
+    informative = policy_loss.informative(done.rewards(), np.asarray(done.groups))
     return Work(
         batch,
-        *attempts.prefixes(r, state, done.asked[0], None),
+        *rollouts.prefixes(r, state, done.asked[0], None),
         records,
-        {**attempts.metrics(records, done.sampler), "informative": float(informative.mean())},
+        {**rollouts.metrics(records, done.sampler), "informative": float(informative.mean())},
     )
 
 
@@ -51,11 +53,11 @@ def policy(c, done: Rollouts, batch: layout.Batch, successes_only: bool) -> layo
     policy loss, as in DAPO.
     """
     rewards_B, groups_B = done.rewards(), np.asarray(done.groups)
-    advantage_B = policy_losses.advantages(rewards_B, groups_B, scale=c.policy.scale)
+    advantage_B = policy_loss.advantages(rewards_B, groups_B, scale=c.policy.scale)
     success_B = np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
     kept_B = success_B if successes_only else np.ones(len(rewards_B), bool)
     if c.context.filter_groups:
-        kept_B = kept_B & policy_losses.informative(rewards_B, groups_B)
+        kept_B = kept_B & policy_loss.informative(rewards_B, groups_B)
     C = batch.mask_BC.shape[1]
     return batch._replace(
         policy_BC=batch.mask_BC & kept_B[:, None],

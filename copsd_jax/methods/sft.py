@@ -9,11 +9,13 @@ completion only, and `policy.norm` as normaliser. Rows whose target is longer th
 
 import numpy as np
 
-from copsd_jax import attempts, data, layout, prompts, run, train_step
-from copsd_jax.attempts import Work
+from copsd_jax.problems import data
+from copsd_jax.teaching import prompts
+from copsd_jax.training import layout, loaded_run, rollouts, train_step
+from copsd_jax.training.rollouts import Work
 
 
-def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
+def make_batch(r: loaded_run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
     """Prompts and solutions as token ids, packed. Nothing is sampled."""
     plan, c = r.plan, r.plan.config
     asked = [prompts.student(plan.tokenizer, plan.student, row) for row in rows]
@@ -35,7 +37,7 @@ def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: 
             "problem": row.problem,
             "student_prompt": prompt.text,
             "student_prompt_ids": [*prompt.prefix_ids, *prompt.ids],
-            "completion": run.text(r, target),
+            "completion": loaded_run.text(r, target),
             "completion_ids": list(target),
             "finish": "data",
             "gold": row.answer,
@@ -43,5 +45,5 @@ def make_batch(r: run.Run, state: train_step.State, rows: list[data.Row], step: 
         }
         for row, prompt, target in zip(rows, asked, targets, strict=True)
     ]
-    metrics = {"completion_tokens": attempts.mean([len(target) for target in targets])}
-    return Work(batch, *attempts.prefixes(r, state, asked[0], None), records, metrics)
+    metrics = {"completion_tokens": rollouts.mean([len(target) for target in targets])}
+    return Work(batch, *rollouts.prefixes(r, state, asked[0], None), records, metrics)

@@ -1,12 +1,4 @@
-"""The bundled word problems: package data, written by `generate.py`."""
+"""Problems as rows: sources and readers, languages, bundled files, and the rows of a step.
 
-import pathlib
-
-NAMES = ("train", "held_out", "exemplars")
-
-
-def path(name: str) -> pathlib.Path:
-    """The JSONL file of one bundled set; raises ValueError on an unknown name."""
-    if name not in NAMES:
-        raise ValueError(f"no bundled problems named {name!r}; there are {', '.join(NAMES)}")
-    return pathlib.Path(__file__).parent / f"{name}.jsonl"
+May import: nothing of the package.
+"""

@@ -1,1 +1,4 @@
-"""The sampler: `truncate` (which tokens), `engine` (prefill, insert, decode), `host` (the loop)."""
+"""The sampler: slots that are refilled, by prefill, insert and decode.
+
+May import: runtime, attention, losses, model.
+"""

@@ -34,9 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from copsd_jax import mesh, model, token_blocks
-from copsd_jax.kernels import attention
-from copsd_jax.sampler import truncate
+from copsd_jax.attention import decode_attention
+from copsd_jax.losses import token_blocks
+from copsd_jax.model import transformer
+from copsd_jax.runtime import sharding
+from copsd_jax.sampler import truncation
 
 UNSTACKED = 2**20  # bytes of a layer from which `unstacked` pays
 INSERTED = 64  # entries that are copied at a time; a cache has room for as many behind a prompt
@@ -53,7 +55,7 @@ class Weights:
 
     params: Any
     adapter: Any
-    prefix: model.KV | None
+    prefix: transformer.KV | None
     valid_V: jax.Array | None  # bool: ids that may be drawn; None for all
     stop_XV: jax.Array  # bool: sets of ids that end a text
     adapter_scale: float = 1.0  # static
@@ -65,10 +67,12 @@ class Layer(NamedTuple):
 
     params: Any
     adapter: Any  # or None
-    prefix: model.KV | None  # [1, P, K, H]
+    prefix: transformer.KV | None  # [1, P, K, H]
 
 
-def unstacked(params: Any, adapter: Any, prefix: model.KV | None, devices: Mesh) -> tuple | None:
+def unstacked(
+    params: Any, adapter: Any, prefix: transformer.KV | None, devices: Mesh
+) -> tuple | None:
     """The stacked arrays as one `Layer` each, in the same memory; None where it does not pay.
 
     A decode step on a CPU is bound by reading the weights once, and XLA copies each slice of a
@@ -83,7 +87,7 @@ def unstacked(params: Any, adapter: Any, prefix: model.KV | None, devices: Mesh)
     if any(x.dtype == jnp.int8 for x in leaves):
         return None
     count = len(leaves[0])
-    if mesh.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACKED * count:
+    if sharding.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACKED * count:
         return None
     # NumPy's views of JAX's arrays, and JAX's of those, share memory on a CPU.
     place = NamedSharding(devices, PartitionSpec())
@@ -100,7 +104,7 @@ class Request(NamedTuple):
     limit: jax.Array  # int32: tokens to draw at most
     key: jax.Array  # uint32 [..., 2]: threefry key data; token t is drawn with fold_in(key, t)
     stop: jax.Array  # int32: which of the sets of stop ids
-    rows: truncate.Rows
+    rows: truncation.Rows
 
 
 class Slots(NamedTuple):
@@ -116,7 +120,7 @@ class Slots(NamedTuple):
 
 
 class State(NamedTuple):
-    cache: attention.Cache  # [layers, J, K, A, H]
+    cache: decode_attention.Cache  # [layers, J, K, A, H]
     slots: Slots
 
 
@@ -151,7 +155,7 @@ def _packed(chunk: Chunk) -> jax.Array:
     return jnp.concatenate([chunk.token_JE, *bits, live_J1], axis=1)
 
 
-def empty(decoder: model.Decoder, slots: int, length: int, dtype: Any) -> State:
+def empty(decoder: transformer.Decoder, slots: int, length: int, dtype: Any) -> State:
     """A state without texts; `length` is A: the longest prompt and all it may draw."""
     c = decoder.config
 
@@ -160,12 +164,12 @@ def empty(decoder: model.Decoder, slots: int, length: int, dtype: Any) -> State:
 
     request = Request(
         zeros(jnp.int32), zeros(jnp.uint32, 2), zeros(jnp.int32),
-        truncate.Rows(
+        truncation.Rows(
             zeros(jnp.float32), zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32)
         ),
     )  # fmt: skip
     return State(
-        attention.empty(c.n_layers, slots, decoder.key_heads, length, c.head_dim, dtype),
+        decode_attention.empty(c.n_layers, slots, decoder.key_heads, length, c.head_dim, dtype),
         Slots(
             hidden_JD=zeros(decoder.dtype, c.d_model), fresh_J=zeros(bool), live_J=zeros(bool),
             token_J=zeros(jnp.int32), index_J=zeros(jnp.int32), drawn_J=zeros(jnp.int32),
@@ -176,18 +180,18 @@ def empty(decoder: model.Decoder, slots: int, length: int, dtype: Any) -> State:
 
 def places(state: State, shape: Any) -> State:
     """The PartitionSpec of each array of a state on a mesh."""
-    slot, head = attention.axes(shape, *state.cache.k.shape[1:3])
+    slot, head = decode_attention.axes(shape, *state.cache.k.shape[1:3])
     return State(
         jax.tree.map(lambda _: PartitionSpec(None, slot, head), state.cache),
         jax.tree.map(lambda _: PartitionSpec(slot), state.slots),
     )
 
 
-def encode(decoder: model.Decoder, params: Any, tokens_1P, adapter, adapter_scale: float):
+def encode(decoder: transformer.Decoder, params: Any, tokens_1P, adapter, adapter_scale: float):
     """Keys and values [layers, 1, P, K, H] of the tokens all prompts begin with; differentiable."""
     positions = jnp.arange(tokens_1P.shape[1], dtype=jnp.int32)[None]
     ones = jnp.ones_like(tokens_1P)
-    stream = model.Stream(tokens_1P, positions, ones, adapter, adapter_scale)
+    stream = transformer.Stream(tokens_1P, positions, ones, adapter, adapter_scale)
     return decoder.apply({"params": params}, (stream,), return_kv=True)[0].kv
 
 
@@ -195,8 +199,8 @@ encoded = jax.jit(encode, static_argnames=("decoder", "adapter_scale"))
 
 
 def encode_prefix(
-    decoder: model.Decoder, params: Any, prefix_ids, adapter=None, adapter_scale: float = 1.0
-) -> model.KV | None:
+    decoder: transformer.Decoder, params: Any, prefix_ids, adapter=None, adapter_scale: float = 1.0
+) -> transformer.KV | None:
     """Keys and values [layers, 1, P, K, H] of the tokens all prompts begin with; None for none.
 
     They hold for one set of weights and one adapter only.
@@ -216,7 +220,7 @@ class Packed(NamedTuple):
     parents_RT: jax.Array  # the segment that holds a prompt's beginning, -1 for none
 
 
-def prefill(decoder: model.Decoder, weights: Weights, packed: Packed) -> model.Output:
+def prefill(decoder: transformer.Decoder, weights: Weights, packed: Packed) -> transformer.Output:
     """Runs packed prompts: hidden [R, T, D], keys and values [layers, R, K, T + 64, H].
 
     With the 64 entries more, every block that begins in the row ends in it.
@@ -226,15 +230,15 @@ def prefill(decoder: model.Decoder, weights: Weights, packed: Packed) -> model.O
       index    0 1 2 3 4 5 0 1 2 0
     """
     shared = 0 if weights.prefix is None else weights.prefix.k.shape[2]
-    stream = model.Stream(
+    stream = transformer.Stream(
         packed.tokens_RT, packed.index_RT + shared, packed.segments_RT,
         weights.adapter, weights.adapter_scale,
         prefix=weights.prefix, parents_BL=packed.parents_RT,
     )  # fmt: skip
     output = decoder.apply({"params": weights.params}, (stream,), return_kv=True)[0]
     room = ((0, 0), (0, 0), (0, 0), (0, INSERTED), (0, 0))
-    kv = model.KV(*(jnp.pad(x.swapaxes(2, 3), room) for x in output.kv))
-    return model.Output(output.hidden_BLD, kv)
+    kv = transformer.KV(*(jnp.pad(x.swapaxes(2, 3), room) for x in output.kv))
+    return transformer.Output(output.hidden_BLD, kv)
 
 
 class Entry(NamedTuple):
@@ -252,7 +256,7 @@ class Entry(NamedTuple):
     count_R: jax.Array  # int32
 
 
-def insert(state: State, output: model.Output, entry: Entry) -> State:
+def insert(state: State, output: transformer.Output, entry: Entry) -> State:
     """Puts prefilled prompts into slots; several entries may share a prompt.
 
     Args:
@@ -263,18 +267,18 @@ def insert(state: State, output: model.Output, entry: Entry) -> State:
     context = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
         return _insert(state, output.hidden_BLD, kv, entry)
-    where, split = places(state, context), PartitionSpec(mesh.BATCH)
+    where, split = places(state, context), PartitionSpec(sharding.BATCH)
     head = where.cache.k[2]
-    pair: Any = PartitionSpec(None, mesh.BATCH, head)
+    pair: Any = PartitionSpec(None, sharding.BATCH, head)
     return jax.shard_map(
         _insert,
-        in_specs=(where, split, model.KV(pair, pair), jax.tree.map(lambda _: split, entry)),
+        in_specs=(where, split, transformer.KV(pair, pair), jax.tree.map(lambda _: split, entry)),
         out_specs=where,
         check_vma=False,
     )(state, output.hidden_BLD, kv, entry)
 
 
-def _insert(state: State, hidden_1TD, kv: model.KV, entry: Entry) -> State:
+def _insert(state: State, hidden_1TD, kv: transformer.KV, entry: Entry) -> State:
     """`insert` of one shard: one row of prompts."""
     entry = jax.tree.map(lambda x: x[0], entry)
     layers, _, heads, _, size = kv.k.shape
@@ -284,11 +288,11 @@ def _insert(state: State, hidden_1TD, kv: model.KV, entry: Entry) -> State:
             lambda x: x[i] if x.ndim else x, tuple(entry)
         )
 
-        def piece(cache: attention.Cache, source, target, tokens) -> attention.Cache:
+        def piece(cache: decode_attention.Cache, source, target, tokens) -> decode_attention.Cache:
             # In whole blocks: what they write beyond the piece is not live yet, or the next piece
             # writes it again. Slices, not a gather, for which XLA would lay the cache out anew; on
             # TPU it does so all the same for heads narrower than its lanes.
-            def copy(b, cache: attention.Cache) -> attention.Cache:
+            def copy(b, cache: decode_attention.Cache) -> decode_attention.Cache:
                 k, v = (
                     jax.lax.dynamic_slice(
                         x, (0, 0, 0, source + b * INSERTED, 0), (layers, 1, heads, INSERTED, size)
@@ -299,7 +303,7 @@ def _insert(state: State, hidden_1TD, kv: model.KV, entry: Entry) -> State:
                     lambda whole, new: jax.lax.dynamic_update_slice(
                         whole, new, (0, slot, 0, target + b * INSERTED, *(0,) * (whole.ndim - 4))
                     ),
-                    cache, attention.entries(cache, k, v),
+                    cache, decode_attention.entries(cache, k, v),
                 )  # fmt: skip
 
             return jax.lax.fori_loop(0, -(-tokens // INSERTED), copy, cache)
@@ -323,8 +327,8 @@ def _insert(state: State, hidden_1TD, kv: model.KV, entry: Entry) -> State:
 
 
 def decode(
-    decoder: model.Decoder,
-    form: truncate.Form,
+    decoder: transformer.Decoder,
+    form: truncation.Form,
     steps: int,
     weights: Weights,
     state: State,
@@ -367,7 +371,7 @@ def decode(
     return State(cache, slots), Looked(bits_JX, step)
 
 
-def _forward(decoder, weights: Weights, cache: attention.Cache, slots: Slots):
+def _forward(decoder, weights: Weights, cache: decode_attention.Cache, slots: Slots):
     """Runs each slot's last token; dead and fresh slots run along, neither write nor attend."""
     shared = 0 if weights.prefix is None else weights.prefix.k.shape[2]
     runs_J = slots.live_J & ~slots.fresh_J
@@ -378,7 +382,7 @@ def _forward(decoder, weights: Weights, cache: attention.Cache, slots: Slots):
         adapter, prefix = adapter and adapters, prefix and prefixes
         params = {name: params[name] for name in params if name != "layers"}
         params |= {f"layer_{i}": one for i, one in enumerate(own)}
-    stream = model.Stream(
+    stream = transformer.Stream(
         slots.token_J[:, None], (slots.index_J + shared)[:, None],
         runs_J[:, None].astype(jnp.int32), adapter, weights.adapter_scale,
         prefix=prefix, cache=cache,
@@ -390,7 +394,7 @@ def _forward(decoder, weights: Weights, cache: attention.Cache, slots: Slots):
 def _logits(hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool) -> jax.Array:
     """[J, V]; with the head as the left factor XLA on CPU reads it once, without packing it."""
     if not head_first:
-        return model.logits(hidden_JD, head_VD)
+        return transformer.logits(hidden_JD, head_VD)
     head_VD = head_VD.astype(hidden_JD.dtype)
     return jnp.einsum("vd,jd->vj", head_VD, hidden_JD, preferred_element_type=jnp.float32).T
 
@@ -399,18 +403,18 @@ def _head(weights: Weights) -> jax.Array:
     """The head; a vocabulary that `tensor` does not divide is padded and split along it once a
     chunk, since a head that is split along the width would sum all logits over the devices in each
     step."""
-    head_VD = model.head(weights.params)
+    head_VD = transformer.head(weights.params)
     context = jax.sharding.get_abstract_mesh()
     if context.empty or head_VD.shape[0] % context.shape["tensor"] == 0:
         return head_VD
     return token_blocks.gathered(head_VD, split_vocabulary=True)
 
 
-def _draw(form: truncate.Form, weights: Weights, slots: Slots, chunk: Chunk, logits_JV, step):
+def _draw(form: truncation.Form, weights: Weights, slots: Slots, chunk: Chunk, logits_JV, step):
     """One token for each live slot, noted in column `step`."""
     live_J, request = slots.live_J, slots.request
     context = jax.sharding.get_abstract_mesh()
-    token_J, logp_J, logp_truncated_J = truncate.sample(
+    token_J, logp_J, logp_truncated_J = truncation.sample(
         logits_JV, _token_keys(form, slots), request.rows, form, weights.valid_V,
         shards=1 if context.empty else context.shape["tensor"],
     )  # fmt: skip
@@ -436,7 +440,7 @@ def _draw(form: truncate.Form, weights: Weights, slots: Slots, chunk: Chunk, log
     return slots, chunk
 
 
-def _token_keys(form: truncate.Form, slots: Slots) -> jax.Array:
+def _token_keys(form: truncation.Form, slots: Slots) -> jax.Array:
     """[J, 2] uint32: each slot's key with the index of the token to draw folded in."""
     if not form.noise:
         return slots.request.key

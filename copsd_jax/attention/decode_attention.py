@@ -1,0 +1,276 @@
+"""Attention of one new token per slot over the live part of a cache of keys and values.
+
+A cache holds J texts, [layers, J, K, A, H]; text j has `length` live entries, the rest is garbage.
+A decode step writes one entry for each live slot and attends to all its entries up to that one:
+
+    slot  length   blocks of 64 entries that are read
+      0      70    0 1
+      1       0    none: a dead slot
+      2      64    0
+
+`dense` reads the whole capacity and masks: the oracle. `blocks` walks over the list of live
+(slot, block) pairs, some at a time, in plain XLA: it runs anywhere, and its cost follows the
+number of live entries. `pallas` reads the same blocks in a kernel, straight from the cache, where
+`blocks` copies them first. All give numerator, maximum and sum of one softmax apart, so that the
+part of a shared prefix can join it.
+
+An int8 cache has one float32 scale per entry and head: the largest magnitude becomes 127.
+
+Shapes: J slots, K key heads, M queries per key head, H head size, A entries, W pairs at a time.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from copsd_jax.runtime import sharding
+
+BLOCK = 64  # entries of a block of the portable form; on CPU 32 costs a fifth more, 128 as much
+ENTRIES = 128  # A is a multiple of it, for every form
+MASKED = -1e30  # finite, so that a slot without any entry gives finite numbers
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class Cache(NamedTuple):
+    """Keys (RoPE applied) and values of all layers; the scales of an int8 cache, else None."""
+
+    k: jax.Array  # [layers, J, K, A, H], float32, bfloat16 or int8
+    v: jax.Array
+    k_scale: jax.Array | None = None  # float32 [layers, J, K, A]
+    v_scale: jax.Array | None = None
+
+
+class Part(NamedTuple):
+    """One part of a softmax: over these keys, exp(logit - top) times value, and its sum."""
+
+    out_JKMH: jax.Array  # float32
+    top_JKM: jax.Array  # float32; MASKED where nothing is seen
+    total_JKM: jax.Array  # float32
+
+
+def empty(layers: int, slots: int, heads: int, length: int, size: int, dtype: Any) -> Cache:
+    """A cache of zeros; `length` is A."""
+    shape = (layers, slots, heads, length, size)
+
+    def zeros(shape, dtype):  # a buffer each: what is donated must not be shared
+        return jnp.zeros(shape, dtype)
+
+    if jnp.dtype(dtype) != jnp.int8:
+        return Cache(zeros(shape, dtype), zeros(shape, dtype))
+    scale = shape[:-1], jnp.float32
+    return Cache(zeros(shape, dtype), zeros(shape, dtype), zeros(*scale), zeros(*scale))
+
+
+def quantised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., H] as int8 and its float32 scale [...]: x is about int8 times scale."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), jnp.float32(1e-30)) / 127
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+
+
+def entries(cache: Cache, k: jax.Array, v: jax.Array) -> Cache:
+    """Keys and values [..., H] as the cache holds them."""
+    if cache.k_scale is None:
+        return Cache(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+    (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
+    return Cache(k, v, k_scale, v_scale)
+
+
+def step(
+    q_JKMH: jax.Array,
+    k_JKH: jax.Array,
+    v_JKH: jax.Array,
+    cache: Cache,
+    layer: jax.Array,
+    index_J: jax.Array,
+    implementation: str,
+) -> tuple[Part, Cache]:
+    """Writes the entry at `index` of each slot, then attends to entries 0 … index.
+
+    On a mesh (`jax.set_mesh`) slots are split over its batch axes and key heads over `tensor`,
+    where it divides them; each device reads and writes its own.
+
+    Args:
+      q_JKMH: scaled and rotated queries, in compute dtype.
+      cache: updated in place where it is donated, or carried by a loop.
+      layer: int32 scalar.
+      index_J: int32; negative for a dead slot, which writes nothing and sees nothing.
+      implementation: one of IMPLEMENTATIONS.
+
+    Raises:
+      ValueError: for an unknown implementation, or slots that the mesh does not divide.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"decode attention is {implementation!r}: the choices are {', '.join(IMPLEMENTATIONS)}"
+        )
+    here = functools.partial(_step, implementation)
+    context = jax.sharding.get_abstract_mesh()
+    if context.empty or context.size == 1:
+        return here(q_JKMH, k_JKH, v_JKH, cache, layer, index_J)
+    slot, head = axes(context, *cache.k.shape[1:3])
+    place: Any = PartitionSpec(slot, head)
+    inside = PartitionSpec(None, slot, head)
+    return jax.shard_map(
+        here,
+        in_specs=(place, place, place, inside, PartitionSpec(), PartitionSpec(slot)),
+        out_specs=(Part(place, place, place), inside),
+        check_vma=False,
+    )(q_JKMH, k_JKH, v_JKH, cache, layer, index_J)
+
+
+def axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...], str | None]:
+    """The mesh axes of slots and of key heads; heads that `tensor` does not divide are replicated.
+
+    Raises:
+      ValueError: if the batch axes do not divide the slots.
+    """
+    shards = sharding.batch_shards(shape)
+    if slots % shards:
+        raise ValueError(f"slots are {slots}: the {shards} parts of the mesh must divide them")
+    _, slot, head, *_ = sharding.partition("cache/k", (1, slots, heads, 1, 1), shape)
+    return slot, head
+
+
+def _step(implementation: str, q, k, v, cache: Cache, layer, index_J) -> tuple[Part, Cache]:
+    """`step` on one device."""
+    write = _write_tpu if implementation == "pallas_tpu" else _write
+    cache = write(cache, entries(cache, k, v), layer, index_J)
+    return IMPLEMENTATIONS[implementation](q, cache, layer, index_J + 1), cache
+
+
+def _write(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
+    rows_J = jnp.arange(index_J.shape[0], dtype=jnp.int32)
+    # Beyond A an entry is dropped; a negative index would count from the end.
+    at_J = jnp.where(index_J < 0, cache.k.shape[3], index_J)
+    return jax.tree.map(
+        lambda whole, new: whole.at[layer, rows_J, :, at_J].set(new, mode="drop"), cache, new
+    )
+
+
+def _write_tpu(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
+    """In a kernel: XLA's scatter wants another layout there, and copies the whole cache for it."""
+    from copsd_jax.attention import (
+        decode_attention_tpu,  # Pallas takes its time, and a CPU does without
+    )
+
+    present = [x for x in cache if x is not None]
+    wanted = [x for x in new if x is not None]
+    return Cache(*decode_attention_tpu.write(tuple(present), tuple(wanted), layer, index_J))
+
+
+# --- dense ------------------------------------------------------------------------------------
+
+
+def _dense(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array) -> Part:
+    """All entries of the layer, those that are not live masked."""
+    one = jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), cache
+    )  # fmt: skip
+    index_A = jnp.arange(cache.k.shape[3], dtype=jnp.int32)
+    return _softmax(q_JKMH, one, index_A[None, :] < length_J[:, None])
+
+
+def _softmax(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> Part:
+    """Queries [W, K, M, H] against entries [W, K, S, H] of their own; a Part of leading axis W."""
+    dtype = q_WKMH.dtype
+    logit = _product("wkmh,wksh->wkms", q_WKMH, block.k.astype(dtype))
+    if block.k_scale is not None:
+        logit = logit * block.k_scale[:, :, None]
+    seen = seen_WS[:, None, None]
+    logit = jnp.where(seen, logit, jnp.float32(MASKED))
+    top = jnp.max(logit, axis=-1)
+    weight = jnp.where(seen, jnp.exp(logit - top[..., None]), jnp.float32(0))
+    total = jnp.sum(weight, axis=-1)
+    if block.v_scale is not None:
+        weight = weight * jnp.where(seen, block.v_scale[:, :, None], jnp.float32(0))
+    # Garbage may be anything, and 0 times infinity is not 0.
+    v = jnp.where(seen_WS[:, None, :, None], block.v, jnp.zeros((), block.v.dtype)).astype(dtype)
+    return Part(_product("wkms,wksh->wkmh", weight.astype(dtype), v), top, total)
+
+
+# --- blocks -----------------------------------------------------------------------------------
+
+
+def live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[jax.Array, ...]:
+    """The list of live (slot, block) pairs, slot by slot: slot_X, block_X int32, and their number.
+
+    Lengths 70, 0, 64 with blocks of 64 -> (0, 0), (0, 1), (2, 0), then garbage; number 3.
+    """
+    number_J = -(-length_J // block)
+    end_J = jnp.cumsum(number_J)
+    index_X = jnp.arange(length_J.shape[0] * per_slot, dtype=jnp.int32)
+    slot_X = jnp.searchsorted(end_J, index_X, side="right", method="compare_all")
+    slot_X = jnp.minimum(slot_X, length_J.shape[0] - 1).astype(jnp.int32)
+    return slot_X, index_X - (end_J - number_J)[slot_X], end_J[-1]
+
+
+def _blocks(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array) -> Part:
+    """Live blocks only, W pairs in one go: their number, not the capacity, decides the time."""
+    slots, _, length, size = cache.k.shape[1:]
+    per_slot = length // BLOCK
+    # Four a slot: enough for one product to be worth its start, few enough to fill the last group.
+    group = min(max(16, 4 * slots), slots * per_slot)
+    slot_X, block_X, live = live_blocks(length_J, per_slot, BLOCK)
+    pad = (0, -slot_X.shape[0] % group)
+    slot_X, block_X = jnp.pad(slot_X, pad), jnp.pad(block_X, pad)
+    cut = jax.tree.map(
+        lambda x: x.reshape(*x.shape[:3], per_slot, BLOCK, *x.shape[4:]), cache
+    )  # fmt: skip
+
+    def some(carry: tuple[jax.Array, Part]) -> tuple[jax.Array, Part]:
+        first, sofar = carry
+        slot_W, block_W = (jax.lax.dynamic_slice(x, (first,), (group,)) for x in (slot_X, block_X))
+        live_W = first + jnp.arange(group, dtype=jnp.int32) < live
+        index_WS = block_W[:, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None]
+        seen_WS = (index_WS < length_J[slot_W][:, None]) & live_W[:, None]
+        here = jax.tree.map(lambda x: x[layer, slot_W, :, block_W], cut)
+        part = _softmax(q_JKMH[slot_W], here, seen_WS)
+        top_JKM = sofar.top_JKM.at[slot_W].max(part.top_JKM)
+        # Scatter-add: a slot may have several blocks in one group.
+        scale_WKM = (
+            jnp.exp(part.top_JKM - top_JKM[slot_W]) * live_W.astype(jnp.float32)[:, None, None]
+        )
+        old_JKM = jnp.exp(sofar.top_JKM - top_JKM)
+        out_JKMH = (
+            (sofar.out_JKMH * old_JKM[..., None])
+            .at[slot_W]
+            .add(part.out_JKMH * scale_WKM[..., None])
+        )
+        total_JKM = (sofar.total_JKM * old_JKM).at[slot_W].add(part.total_JKM * scale_WKM)
+        return first + group, Part(out_JKMH, top_JKM, total_JKM)
+
+    shape = q_JKMH.shape[:-1]
+    none = Part(
+        jnp.zeros((*shape, size), jnp.float32), jnp.full(shape, MASKED, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )  # fmt: skip
+    return jax.lax.while_loop(lambda c: c[0] < live, some, (jnp.int32(0), none))[1]
+
+
+# --- pallas -----------------------------------------------------------------------------------
+
+
+def _pallas_tpu(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array) -> Part:
+    from copsd_jax.attention import decode_attention_tpu
+
+    return Part(*decode_attention_tpu.attend(q_JKMH, *cache, layer, length_J))
+
+
+def _pallas_gpu(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array) -> Part:
+    from copsd_jax.attention import decode_attention_gpu
+
+    return Part(*decode_attention_gpu.attend(q_JKMH, *cache, layer, length_J))
+
+
+IMPLEMENTATIONS = {
+    "dense": _dense,
+    "blocks": _blocks,
+    "pallas_tpu": _pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
+}
+PLATFORMS = {"cpu": "blocks", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # of a mesh's devices

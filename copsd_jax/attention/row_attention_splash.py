@@ -1,0 +1,154 @@
+"""jax's splash attention for TPU, on rows of segments, parents and a shared prefix.
+
+Two forms, chosen when a program is traced:
+
+  rows of segments   the causal mask is computed in the kernel, and so are the segments'. All
+                     blocks on and under the diagonal are visited.
+  with parents or    two ids a pair cannot say what is seen: the mask is an array, made for one row
+  a prefix           at a time (4 L (L + P) bytes, twice in the backward pass), and blocks in which
+                     nothing is seen are left out. The kernel's own gradient would keep the masks
+                     of all rows; here the backward pass makes them again, and with them the
+                     forward kernel's output: 9 products a pair in place of 7.
+
+The kernel is jax.experimental.pallas.ops.tpu.splash_attention (FlashAttention-2 with a list of
+blocks to visit). Rows are padded to whole blocks with segment 0, which sees itself.
+
+Shapes: as in attention_rows.py; N = K x M query heads, W a padded length.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
+
+from copsd_jax.attention import row_attention
+
+LANES = 128  # block sizes are multiples of it
+LARGEST = 512  # a block's logits and their gradient in float32 take 2 MiB of the 16 of VMEM
+# A step of the kernels' grid costs about as much as 256 x 256 pairs of queries and keys, so that
+# small blocks, which fit a row best, are not always cheaper.
+STEP = 256 * 256
+
+
+def block_size(length: int) -> int:
+    """Queries and keys of a block: 352 -> 384, 640 -> 384 (two of them), 2048 -> 512."""
+
+    def cost(block: int) -> int:
+        n = -(-length // block)
+        return n * (n + 1) // 2 * (block * block + STEP)
+
+    return min(range(LANES, LARGEST + 1, LANES), key=cost)
+
+
+def attend(
+    q_BLKMH, k_BLKH, v_BLKH, rows: row_attention.Rows, prefix, interpret: bool = False
+) -> jax.Array:
+    """`row_attention.attend` on one device.
+
+    Args:
+      interpret: to run without a TPU.
+    """
+    B, L, K, M, H = q_BLKMH.shape
+    block = block_size(L)
+    pad = -L % block
+
+    def wide(x):  # [B, L, ...] -> [B, W, ...]
+        return jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+
+    heads = lambda x: wide(x).swapaxes(1, 2)  # noqa: E731
+    q, k, v = heads(q_BLKMH.reshape(B, L, K * M, H)), heads(k_BLKH), heads(v_BLKH)
+    segments = wide(rows.segments_BL)
+    if rows.parents_BL is None and prefix is None:
+        kernel = _causal(K * M, L + pad, block, interpret)
+        out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, kernel_lib.SegmentIds(s, s)))(
+            q, k, v, segments
+        )
+    else:
+        parents = None if rows.parents_BL is None else wide(rows.parents_BL)
+        wider = row_attention.Rows(segments, parents)
+        out = checkpoint_name(_masked((block, interpret), q, k, v, wider, prefix),
+                              row_attention.KEPT)  # fmt: skip
+    return out.swapaxes(1, 2)[:, :L].reshape(B, L, K, M, H)
+
+
+def _sizes(block: int) -> kernel_lib.BlockSizes:
+    return kernel_lib.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+
+
+def _causal(heads: int, length: int, block: int, interpret: bool) -> Any:
+    mask = mask_lib.MultiHeadMask([mask_lib.CausalMask((length, length))] * heads)
+    return kernel_lib.make_splash_mha_single_device(
+        mask, block_sizes=_sizes(block), residual_checkpoint_name=row_attention.KEPT,
+        interpret=interpret,
+    )  # fmt: skip
+
+
+# --- with a mask of its own -------------------------------------------------------------------
+
+
+def _one_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> Any:
+    """A row [N, W, H] against the prefix and its own keys."""
+    block, interpret = static
+    parents_1W = None if parents_W is None else parents_W[None]
+    index_W = jnp.arange(segments_W.shape[0], dtype=jnp.int32)
+    row = row_attention.Rows(segments_W[None], parents_1W)
+    mask_WS = row_attention.seen(row, index_W, segments_W[None])[0]
+    if prefix is not None:
+        pad = -prefix.k_PKH.shape[0] % block
+        shared = [jnp.pad(x.swapaxes(0, 1), ((0, 0), (0, pad), (0, 0))) for x in prefix]
+        k_KWH, v_KWH = (
+            jnp.concatenate(pair, axis=1) for pair in zip(shared, (k_KWH, v_KWH), strict=True)
+        )
+        there = np.arange(prefix.k_PKH.shape[0] + pad) < prefix.k_PKH.shape[0]
+        there = jnp.broadcast_to(jnp.asarray(there)[None], (mask_WS.shape[0], there.size))
+        mask_WS = jnp.concatenate([there, mask_WS], axis=1)
+    kernel: Any = kernel_lib.make_splash_mha_single_device(
+        mask_WS[None], block_sizes=_sizes(block), interpret=interpret
+    )
+    # jax 0.10 makes an array of this flag, and then asks it.
+    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+    return kernel(q_NWH, k_KWH, v_KWH)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _masked(static, q_BNWH, k_BKWH, v_BKWH, rows: row_attention.Rows, prefix) -> jax.Array:
+    """Row by row: only one mask lives at a time."""
+    each = (q_BNWH, k_BKWH, v_BKWH, rows.segments_BL, rows.parents_BL)
+    return jax.lax.map(
+        lambda row: _one_row(static, row[0], row[1], row[2], row[3], row[4], prefix), each
+    )
+
+
+def _masked_forward(static, q_BNWH, k_BKWH, v_BKWH, rows, prefix):
+    out = _masked(static, q_BNWH, k_BKWH, v_BKWH, rows, prefix)
+    return out, (q_BNWH, k_BKWH, v_BKWH, rows, prefix)
+
+
+def _masked_backward(static, kept, g_BNWH):
+    *qkv, rows, prefix = kept
+
+    def one(total, row):
+        *qkv, segments, parents, g = row
+        back = jax.vjp(lambda q, k, v, p: _one_row(static, q, k, v, segments, parents, p),
+                       *qkv, prefix)[1]  # fmt: skip
+        *slopes, of_prefix = back(g)
+        more = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, of_prefix)
+        return more, tuple(slopes)
+
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), prefix)
+    each = (*qkv, rows.segments_BL, rows.parents_BL, g_BNWH)
+    total, slopes = jax.lax.scan(one, zero, each)
+    of_prefix = jax.tree.map(lambda a, x: a.astype(x.dtype), total, prefix)
+    return *slopes, None, of_prefix
+
+
+_masked.defvjp(_masked_forward, _masked_backward)

@@ -1,0 +1,436 @@
+"""What a compiled program costs, read from its own text and sizes; nothing is run.
+
+The compiler's own cost analysis counts the body of a loop once. Here each instruction counts as
+often as its loop turns, so that the sum over a scan of layers is the sum over the layers. A loop
+whose turns are only known when it runs turns as often as the constant that its condition compares
+with, and without one as often as the caller says.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from copsd_jax.dryrun import hlo
+from copsd_jax.runtime import hardware
+
+COLLECTIVES = (
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "collective-permute", "collective-broadcast",
+)  # fmt: skip
+# Instructions that move nothing themselves.
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
+    "partition-id replica-id opt-barrier add-dependency async-update async-done copy-done "
+    "slice-done dynamic-slice-done dynamic-update-slice-done all-reduce-done all-gather-done "
+    "collective-permute-done send-done recv recv-done domain get-dimension-size".split()
+)
+
+
+class Cost(NamedTuple):
+    """An instruction: matmul FLOPs, bytes to and from memory, and how often it runs."""
+
+    name: str
+    flops: float
+    bytes: float
+    times: int
+
+
+class Collective(NamedTuple):
+    """Arrays that travel.
+
+    Attributes:
+      axes: of the mesh, joined by +, along which devices exchange; `slices` where a network does.
+      bytes: that a device sends each time.
+      times: how often it runs.
+    """
+
+    kind: str
+    axes: str
+    network: bool
+    bytes: float
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Of one compiled program, on each device."""
+
+    name: str
+    seconds: float  # of compilation
+    flops: float  # of matmuls
+    bytes: float  # to and from memory
+    arguments: int
+    outputs: int
+    aliased: int
+    temporary: int
+    costs: tuple[Cost, ...]
+    collectives: tuple[Collective, ...]
+
+    @property
+    def added(self) -> int:
+        """Bytes that running it takes besides its arguments."""
+        return self.temporary + max(0, self.outputs - self.aliased)
+
+
+def facts(
+    name: str, program: Any, seconds: float, mesh: Any = None, *, turns: int = 1
+) -> Facts:  # fmt: skip
+    """Facts of a jax.stages.Compiled.
+
+    Args:
+      mesh: that it was compiled for, to name the axes of collectives; None for one device.
+      turns: of loops about which the text says nothing.
+    """
+    costs, collectives = read(program.as_text(), mesh, turns=turns)
+    memory = program.memory_analysis()
+    return Facts(
+        name, seconds,
+        sum(c.flops * c.times for c in costs), sum(c.bytes * c.times for c in costs),
+        memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes, costs, collectives,
+    )  # fmt: skip
+
+
+def seconds(found: Facts, chip: hardware.Chip) -> tuple[float, float]:
+    """(of computing, of exchanging) by roofline: each instruction takes as long as its FLOPs or
+    its bytes would alone, whichever is longer, and exchanges do not overlap one another."""
+    own = sum(max(c.flops / chip.flops, c.bytes / chip.bandwidth) * c.times for c in found.costs)
+    travel = sum(
+        c.bytes * c.times / (chip.network if c.network else chip.link) for c in found.collectives
+    )
+    return own, travel
+
+
+def by_axis(found: Facts) -> dict[str, dict[str, tuple[int, float]]]:
+    """{axes: {kind: (how many run, bytes that a device sends)}}."""
+    out: dict = collections.defaultdict(dict)
+    for one in found.collectives:
+        name = one.axes + (" (network)" if one.network else "")
+        count, size = out[name].get(one.kind, (0, 0.0))
+        out[name][one.kind] = (count + one.times, size + one.bytes * one.times)
+    return dict(out)
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def read(text: str, mesh: Any = None, *, turns: int = 1) -> tuple[tuple, tuple]:
+    """(costs, collectives) of a program's text."""
+    found, entry = hlo.computations(text)
+    program = _Program(found, mesh, turns, [], [], set())
+    _walk(program, entry, 1)
+    return tuple(program.costs), tuple(program.collectives)
+
+
+class _Program(NamedTuple):
+    computations: dict[str, dict[str, hlo.Op]]
+    mesh: Any
+    turns: int
+    costs: list[Cost]
+    collectives: list[Collective]
+    channels: set[str]  # of the collectives met so far
+
+
+# --- walking ----------------------------------------------------------------------------------
+
+
+def _walk(program: _Program, name: str, times: int) -> None:
+    ops = program.computations[name]
+    for op in ops.values():
+        if op.kind == "while":
+            _walk(program, _named(op, "body"), times * _turns(program, op))
+        elif op.kind in ("call", "async-start"):
+            inner = _named(op, "calls") or _named(op, "to_apply")
+            if inner:
+                _walk(program, inner, times)
+        elif op.kind == "conditional":
+            _dearest(program, op, times)
+        elif op.kind == "send":
+            # Between slices of TPUs, which only `data` has: what their hosts pass on.
+            sent = hlo.whole(ops[op.operands[0]].result)
+            program.collectives.append(Collective("send", "data", True, sent, times))
+        elif op.kind.removesuffix("-start") in COLLECTIVES:
+            _exchange(program, ops, op, times)
+        elif op.kind not in _FREE:
+            inner = _named(op, "calls") if op.kind == "fusion" else ""
+            flops = _fused(program, inner, times) if inner else _flops(ops, op)
+            moved = _moved(program, ops, op)
+            program.costs.append(Cost(op.name, flops, moved, times))
+
+
+def _named(op: hlo.Op, key: str) -> str:
+    found = re.search(rf"\b{key}=%?([\w.\-]+)", op.rest)
+    return found[1] if found else ""
+
+
+def _turns(program: _Program, op: hlo.Op) -> int:
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.rest)
+    if known:
+        return int(known[1])
+    condition = program.computations[_named(op, "condition")]
+    bounds = [
+        int(value)
+        for one in condition.values()
+        if one.kind == "constant" and (value := hlo.integer(one)) is not None
+    ]
+    return max([bound for bound in bounds if bound > 1], default=program.turns)
+
+
+def _dearest(program: _Program, op: hlo.Op, times: int) -> None:
+    """Of the branches of a conditional the one with most FLOPs, then bytes."""
+    names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.rest)
+    for group in re.findall(r"branch_computations=\{(.*?)\}", op.rest):
+        names += [name.strip().lstrip("%") for name in group.split(",")]
+    tried = []
+    for name in names:
+        branch = program._replace(costs=[], collectives=[])
+        _walk(branch, name, times)
+        work = [sum(getattr(c, key) * c.times for c in branch.costs) for key in ("flops", "bytes")]
+        tried.append((work, branch))
+    if tried:
+        _, best = max(tried, key=lambda one: one[0])
+        program.costs.extend(best.costs)
+        program.collectives.extend(best.collectives)
+
+
+def _fused(program: _Program, name: str, times: int) -> float:
+    """FLOPs of a fusion; collectives inside it are noted."""
+    ops, total = program.computations[name], 0.0
+    for op in ops.values():
+        if op.kind in ("fusion", "call"):
+            inner = _named(op, "calls") or _named(op, "to_apply")
+            total += _fused(program, inner, times) if inner in program.computations else 0.0
+        elif op.kind.removesuffix("-start") in COLLECTIVES:
+            _exchange(program, ops, op, times)
+        else:
+            total += _flops(ops, op)
+    return total
+
+
+# --- FLOPs ------------------------------------------------------------------------------------
+
+
+def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+    if op.kind == "dot":
+        left = hlo.arrays(ops[op.operands[0]].result)[0][1]
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
+        inner = math.prod(left[int(a)] for a in axes[1].split(",") if a) if axes else 1
+        return 2.0 * inner * math.prod(hlo.arrays(op.result)[0][1])
+    if op.kind == "convolution":
+        return _convolution(ops, op)
+    if op.kind == "custom-call":
+        estimate = _estimate(op)
+        if estimate:
+            return estimate[0]
+        if "gemm" in (_target(op) or ""):
+            return _gemm(ops, op)
+    return 0.0
+
+
+def _estimate(op: hlo.Op) -> tuple[float, float] | None:
+    """(FLOPs, bytes) that a kernel's author states: Mosaic's calls have them, of Triton's calls
+    the name of a scope, `cost:FLOPS:BYTES`."""
+    flops = re.search(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)', op.rest)
+    moved = re.search(r'"cost_estimate":\{[^{}]*"bytes_accessed":"?(\d+)', op.rest)
+    if flops and moved:
+        return float(flops[1]), float(moved[1])
+    named = re.search(r'op_name="[^"]*\bcost:(\d+):(\d+)', op.rest)
+    return (float(named[1]), float(named[2])) if named else None
+
+
+def _target(op: hlo.Op) -> str:
+    found = re.search(r'custom_call_target="([^"]+)"', op.rest)
+    return found[1] if found else ""
+
+
+def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+    left = hlo.arrays(ops[op.operands[0]].result)[0][1]
+    axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.rest)
+    inner = [int(a) for a in re.findall(r"\d+", axes[1])] if axes else [len(left) - 1]
+    return 2.0 * math.prod(left[a] for a in inner) * math.prod(hlo.arrays(op.result)[0][1])
+
+
+def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+    """Matmuls are convolutions to a TPU; batch dimensions are spatial ones, dilated so that each
+    output meets one input. What falls into holes or padding is not counted."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
+    if not labels:
+        return 0.0
+    left, right = (hlo.arrays(ops[name].result)[0][1] for name in op.operands[:2])
+    out = hlo.arrays(op.result)[0][1]
+    window = re.search(r"window=\{([^}]*)\}", op.rest)
+    text = window[1] if window else ""
+    total = 2.0 * right[labels[2].index("i")]
+    total *= out[labels[3].index("b")] * out[labels[3].index("f")]
+    for k in range(sum(character.isdigit() for character in labels[1])):
+        total *= _meetings(
+            left[labels[1].index(str(k))], right[labels[2].index(str(k))],
+            out[labels[3].index(str(k))], _window(text, k),
+        )  # fmt: skip
+    return total
+
+
+def _window(text: str, k: int) -> dict[str, int]:
+    """Numbers of spatial dimension k of a window such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
+    out = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
+    for name in out:
+        if found := re.search(rf"\b{name}=(\S+)", text):
+            out[name] = int(found[1].split("x")[k].split("_")[0])
+    return out
+
+
+def _meetings(left: int, right: int, out: int, window: dict[str, int]) -> int:
+    """Pairs of output and kernel positions that meet an input, not a hole or padding."""
+    at = np.arange(out)[:, None] * window["stride"] - window["pad"]
+    at = at + np.arange(right)[None] * window["rhs_dilate"]
+    inside = (at >= 0) & (at <= (left - 1) * window["lhs_dilate"])
+    return int((inside & (at % window["lhs_dilate"] == 0)).sum())
+
+
+# --- bytes ------------------------------------------------------------------------------------
+
+
+def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+    """Bytes that an instruction reads from and writes to main memory."""
+    result = hlo.in_memory(op.result)
+    if op.kind == "custom-call":
+        estimate = _estimate(op)
+        if estimate:
+            return estimate[1]
+    if op.kind in ("copy-start", "slice-start"):
+        # Of (result, source, state): what arrives was read once, and written if not on the chip.
+        arrays = [array for array in hlo.arrays(op.result) if array[1]]
+        least = min(map(hlo.size, arrays), default=0.0)
+        return least * (2 if all(array[2] for array in arrays) else 1)
+    if op.kind in ("dynamic-slice", "slice", "gather", "iota", "broadcast"):
+        read = 0.0 if op.kind in ("iota", "broadcast") else hlo.whole(op.result)
+        return result + read
+    if op.kind in ("dynamic-update-slice", "scatter"):
+        return 2 * hlo.whole(ops[op.operands[1]].result)
+    if op.kind == "fusion" and (inner := _named(op, "calls")) in program.computations:
+        return _fusion_bytes(program, inner, ops, op)
+    read = [hlo.in_memory(ops[name].result) for name in op.operands if name in ops]
+    if op.kind == "custom-call":
+        # What is updated in place is not moved whole; how much of it, the text does not say.
+        aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", op.rest)
+        for number in re.findall(r": \((\d+),", aliases[1]) if aliases else ():
+            result -= read[int(number)]
+            read[int(number)] = 0.0
+    return max(0.0, result) + sum(read)
+
+
+def _fusion_bytes(program: _Program, inner: str, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+    """Whole operands and results, but of those that are only cut from or into, the cut."""
+    total = _written(program.computations[inner], op)
+    for number, name in enumerate(op.operands):
+        if name in ops and hlo.in_memory(ops[name].result):
+            total += _read(program, inner, _parameter(program, inner, number))
+    return total
+
+
+def _parameter(program: _Program, name: str, number: int) -> hlo.Op:
+    return next(
+        op for op in program.computations[name].values()
+        if op.kind == "parameter" and int(op.operands[0]) == number
+    )  # fmt: skip
+
+
+def _read(program: _Program, inner: str, one: hlo.Op) -> float:
+    """Bytes of an operand that a fusion reads, fusions in it included."""
+    total = 0.0
+    users = [op for op in program.computations[inner].values() if one.name in op.operands]
+    for user in users:
+        if user.kind == "parameter":
+            continue
+        called = _named(user, "calls") if user.kind == "fusion" else ""
+        if user.kind == "bitcast":
+            total += _read(program, inner, user)
+        elif called in program.computations:
+            for number, name in enumerate(user.operands):
+                if name == one.name:
+                    total += _read(program, called, _parameter(program, called, number))
+        elif user.kind in ("dynamic-slice", "slice", "gather") and user.operands[0] == one.name:
+            total += hlo.whole(user.result)
+        elif user.kind == "dynamic-update-slice" and user.operands[0] == one.name:
+            continue
+        else:
+            return hlo.whole(one.result)
+    return min(total, hlo.whole(one.result))
+
+
+def _written(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
+    """Of results that are updates in place, the update."""
+    root = next((one for one in inner.values() if one.root), None)
+    if root is None:
+        return hlo.in_memory(op.result)
+    parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
+    arrays = hlo.arrays(op.result)
+    if len(parts) != len(arrays):
+        return hlo.in_memory(op.result)
+    total = 0.0
+    for part, array in zip(parts, arrays, strict=True):
+        while part.kind == "bitcast":
+            part = inner[part.operands[0]]
+        if part.kind == "dynamic-update-slice":
+            total += hlo.whole(inner[part.operands[1]].result)
+        elif array[2]:
+            total += hlo.size(array)
+    return total
+
+
+# --- collectives ------------------------------------------------------------------------------
+
+
+def _exchange(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> None:
+    """Notes a collective. One that goes on beside several fusions stands in each of them, on one
+    channel: it counts once."""
+    channel = re.search(r"channel_id=(\d+)", op.rest)
+    if channel and channel[1] in program.channels:
+        return
+    program.channels.update(channel.groups() if channel else ())
+    program.collectives.append(_collective(program, ops, op, times))
+
+
+def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> Collective:
+    kind = op.kind.removesuffix("-start")
+    groups = hlo.replica_groups(op.rest, 1 if program.mesh is None else program.mesh.devices.size)
+    size = max(map(len, groups), default=1)
+    given = sum(hlo.whole(ops[name].result) for name in op.operands if name in ops)
+    share = (size - 1) / size
+    sent = {
+        "all-gather": given * (size - 1),
+        "all-reduce": 2 * given * share,
+        "collective-permute": given,
+        "collective-broadcast": given,
+    }.get(kind, given * share)
+    axes, network = _axes(program.mesh, groups)
+    return Collective(kind, axes, network, sent, times)
+
+
+def _axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
+    """Axes along which the members of groups differ, and whether a network joins them.
+
+    Partitions are numbered as the mesh's devices lie in it.
+    """
+    if mesh is None:
+        return "", False
+    places = np.stack(np.unravel_index(np.arange(mesh.devices.size), mesh.devices.shape), axis=1)
+    where = [_host(device) for device in mesh.devices.flat]
+    differ, network = np.zeros(places.shape[1], bool), False
+    for group in groups:
+        differ |= (places[list(group)] != places[group[0]]).any(axis=0)
+        network |= len({where[i] for i in group}) > 1
+    names = [name for name, other in zip(mesh.axis_names, differ, strict=True) if other]
+    return "+".join(names), network
+
+
+def _host(device: Any) -> Any:
+    """What a device is joined to by its own links: a TPU its slice, a GPU its host."""
+    if device.platform == "tpu":
+        return getattr(device, "slice_index", 0)
+    return device.process_index

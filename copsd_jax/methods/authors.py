@@ -1,0 +1,269 @@
+"""Who writes a context that needs writing: the student, the teacher, a rule, a server, or a file.
+
+The writer's text is read strictly, and every completion gets a `replies.Reply` with a status. A
+status that is not usable leaves the completion without a context; how many there are of each is a
+metric.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from copsd_jax.problems import data
+from copsd_jax.runtime import processes
+from copsd_jax.sampler import request
+from copsd_jax.servers import client
+from copsd_jax.teaching import contexts, prompts, replies, solution_steps
+from copsd_jax.training import loaded_run, run_plan, train_step
+
+
+class Asked(NamedTuple):
+    """What a writer is asked about one completion."""
+
+    attempt: contexts.Attempt
+    sample: int
+    found: str | None  # the final answer that the grader found in the attempt
+
+
+class Written(NamedTuple):
+    """A writer's text, or why there is none.
+
+    Attributes:
+      status: "written"; "cut", which has a text too; or another of replies.STATUSES.
+      detail: of a failure, a line for people.
+      shortened: the sections of the writer's prompt that were cut to context.section_tokens.
+      seen: the attempt as that prompt showed it; None where it was whole, or nobody was shown it.
+    """
+
+    text: str
+    status: str
+    detail: str = ""
+    shortened: tuple[str, ...] = ()
+    seen: str | None = None
+
+
+def write(
+    r: loaded_run.Run, state: train_step.State, asked: Sequence[Asked], step: int
+) -> list[replies.Reply]:
+    """A reply for each completion, in their order.
+
+    A context that does not read the attempt is written once a problem.
+    """  # fmt: skip
+    reads = contexts.reads(r.plan.context)
+    if "reply" not in reads:
+        return [replies.NONE] * len(asked)
+    each = "attempt" in reads
+    key = lambda one: (one.attempt.row.id, one.sample if each else 0)  # noqa: E731
+    distinct = {key(one): one if each else one._replace(sample=0) for one in asked}
+    texts = AUTHORS[r.plan.config.author.kind](r, state, list(distinct.values()), step)
+    made = {
+        name: _read(r, one, written)
+        for (name, one), written in zip(distinct.items(), texts, strict=True)
+    }
+    return [made[key(one)] for one in asked]
+
+
+# ------------------------------------------------------------------------------------- writers
+
+
+def _sampled(
+    r: loaded_run.Run, policy: train_step.Policy, asked: list[Asked], step: int
+) -> list[Written]:
+    """The sampler again, with author.* settings."""
+    plan, c = r.plan, r.plan.config
+    made = [
+        contexts.writer_prompt(plan.tokenizer, plan.writer, plan.context, one.attempt)
+        for one in asked
+    ]
+    out = [_unasked(prompt, plan) for prompt in made]
+    todo = [i for i, written in enumerate(out) if written is None]
+    wanted = [prompt for prompt in (made[i] for i in todo) if prompt is not None]
+    keys = request.stream_keys(
+        c.seed, "author", step, [asked[i].attempt.row.id for i in todo],
+        [asked[i].sample for i in todo],
+    )  # fmt: skip
+    done = loaded_run.sample(r, policy, wanted, "author", keys).completions if todo else []
+    for i, prompt, completion in zip(todo, wanted, done, strict=True):
+        text = loaded_run.opened(prompt, loaded_run.text(r, completion.ids))
+        status = "cut" if completion.finish == "length" else "written"
+        seen = _seen(plan, asked[i].attempt, prompt.shortened)
+        out[i] = Written(text, status, shortened=prompt.shortened, seen=seen)
+    return [written for written in out if written is not None]
+
+
+def _unasked(prompt: prompts.Prompt | None, plan: run_plan.Plan) -> Written | None:
+    """Why a writer is not asked; None if it is."""
+    if prompt is None:
+        return Written("", "not_asked")
+    held = plan.model_config.max_position
+    if plan.server is not None and plan.server.max_model_len:
+        held = min(held, plan.server.max_model_len)
+    room = held - plan.config.author.max_tokens
+    return Written("", "overlong") if prompt.length > room else None
+
+
+def _seen(plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[str]) -> str | None:
+    """The attempt as a writer's prompt shows it, where it is shortened there."""
+    if "attempt" not in shortened:
+        return None
+    return prompts.shorten(plan.tokenizer, attempt.text, plan.context.section_tokens)
+
+
+def _student(
+    r: loaded_run.Run, state: train_step.State, asked: list[Asked], step: int
+) -> list[Written]:
+    return _sampled(r, loaded_run.policies(r, state)[0], asked, step)
+
+
+def _teacher(
+    r: loaded_run.Run, state: train_step.State, asked: list[Asked], step: int
+) -> list[Written]:
+    """The teacher's own weights: of `fixed` the initial policy, whatever the student has become."""
+    return _sampled(r, loaded_run.policies(r, state)[1], asked, step)
+
+
+def _grader(
+    r: loaded_run.Run, state: train_step.State, asked: list[Asked], step: int
+) -> list[Written]:
+    del state, step
+    return [Written(rule(r.plan.context.kind, one), "written") for one in asked]
+
+
+def rule(kind: str, asked: Asked) -> str:
+    """What the rule that knows the steps of the bundled problems writes about an attempt."""
+    attempt = asked.attempt
+    verdict = solution_steps.check(
+        attempt.text, attempt.row.solution, attempt.row.answer, asked.found, bool(attempt.correct)
+    )
+    if kind == "critique":
+        if verdict.wrong_step:
+            # A critic counts steps without those that state the answer.
+            before = solution_steps.split(attempt.text).steps[: verdict.wrong_step - 1]
+            number = 1 + sum(not step.final for step in before)
+            verdict = dataclasses.replace(verdict, wrong_step=number)
+        return replies.rule_critique(verdict, attempt.row.answer)
+    if attempt.correct:
+        # By luck, perhaps: what is right is explained, as every author is asked to.
+        verdict = dataclasses.replace(verdict, case="right")
+    return replies.rule_reflection(attempt.text, verdict, attempt.row.solution)
+
+
+def _server(
+    r: loaded_run.Run, state: train_step.State, asked: list[Asked], step: int
+) -> list[Written]:
+    """An OpenAI-compatible server; seeds follow from the run's, so that a cache can serve them."""
+    del state, step
+    plan, c = r.plan, r.plan.config
+    conversations = [contexts.ask(plan.context, one.attempt) for one in asked]
+    fitted = [
+        ((), ())
+        if conversation is None
+        else contexts.fit(plan.tokenizer, plan.context, conversation)
+        for conversation in conversations
+    ]
+    requests = [
+        client.Request(
+            messages=prompts.messages(plan.writer, one.attempt.row, conversation),
+            temperature=c.author.temperature,
+            top_p=c.author.top_p,
+            max_tokens=c.author.max_tokens,
+            seed=c.seed + one.sample,
+        )
+        for one, (conversation, _) in zip(asked, fitted, strict=True)
+        if conversation
+    ]
+    answers = iter(processes.once(lambda: client.ask_all(server(c), requests)))
+    out = []
+    for one, (conversation, shortened) in zip(asked, fitted, strict=True):
+        if not conversation:
+            out.append(Written("", "not_asked"))
+            continue
+        answer = next(answers)
+        status = "written" if answer.status == "ok" else answer.status
+        seen = _seen(plan, one.attempt, shortened)
+        out.append(Written(answer.text, status, answer.detail, shortened, seen))
+    return out
+
+
+def server(c) -> client.Server:
+    """The server of the settings author.*."""
+    names = "url model key_env timeout retries backoff concurrency cache".split()
+    return client.Server(**{name: c.author[name] for name in names})
+
+
+def _file(
+    r: loaded_run.Run, state: train_step.State, asked: list[Asked], step: int
+) -> list[Written]:
+    del state, step
+    return [
+        Written(r.plan.records[key], "written") if key in r.plan.records else Written("", "missing")
+        for key in ((one.attempt.row.id, one.sample) for one in asked)
+    ]
+
+
+AUTHORS: dict[str, Callable[..., list[Written]]] = {
+    "student": _student,
+    "teacher": _teacher,
+    "grader": _grader,
+    "server": _server,
+    "file": _file,
+}
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def _read(r: loaded_run.Run, asked: Asked, written: Written) -> replies.Reply:
+    """The reply that a text holds, under the policy for leaked answers."""
+    c, attempt, kind = r.plan.config, asked.attempt, r.plan.context.kind
+    if written.seen is not None:
+        # A critic can repeat only the steps that it was shown.
+        attempt = dataclasses.replace(attempt, text=written.seen)
+    if written.status == "written" or (written.status == "cut" and _taken_cut(kind, written, c)):
+        reply = guard_leak(parse(kind, attempt, written.text, c), attempt.row, c.context.leak)
+    else:
+        reply = replies.Reply(written.status, raw=written.text)
+    return dataclasses.replace(
+        reply, cut=written.status == "cut", detail=written.detail, shortened=written.shortened
+    )
+
+
+def _taken_cut(kind: str, written: Written, c) -> bool:
+    """Whether a reply that ended at author.max_tokens is read all the same, as published: an
+    analysis always, a reflection by ROSD's own reader. Another is unusable, even if its tags are
+    whole: it may have gone on to take back what it said."""
+    published = kind == "reason_first" or (kind == "reflection" and c.parity.reflection_tags)
+    return published and bool(written.text)
+
+
+def parse(kind: str, attempt: contexts.Attempt, text: str, c) -> replies.Reply:
+    """Reads a writer's text strictly; of an unusable reply nothing is left but a quote.
+
+    `attempt` is as the writer was shown it.
+    """
+    if kind == "reason_first":
+        return replies.analysis(text)
+    if kind == "critique":
+        own = [
+            attempt.text[s.start : s.end]
+            for s in solution_steps.split(attempt.text).steps
+            if not s.final
+        ]
+        reply = replies.verify_critique(replies.critique(text), own)
+    else:
+        form = "explain" if attempt.correct else "diagnose"
+        read = replies.reflection_as_published if c.parity.reflection_tags else replies.reflection
+        reply = read(text, form)
+    if reply.usable:
+        return reply
+    return replies.Reply(reply.status, quote=reply.quote, raw=reply.raw)
+
+
+def guard_leak(reply: replies.Reply, row: data.Row, policy: str) -> replies.Reply:
+    """context.leak, for an explanation that gives the final answer away."""
+    if not reply.text or not row.answer or not replies.leak(reply.text, row.answer):
+        return reply
+    if policy == "drop":
+        return replies.Reply("leak_dropped", quote=reply.quote, raw=reply.raw)
+    text = replies.mask_leak(reply.text, row.answer) if policy == "mask" else reply.text
+    return dataclasses.replace(reply, text=text, leaked=True)

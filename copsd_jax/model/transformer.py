@@ -1,0 +1,457 @@
+"""One decoder for Qwen3 (dense), Qwen2.5, Llama 3 and SmolLM2; config fields differ, code does not.
+
+A call takes a tuple of streams (tokens with positions, segments and perhaps an adapter, a shared
+prefix or a cache) and runs all of them through each layer, so that student and teacher share one
+pass over the weights. It returns hidden states; the head is apart (`head`, `logits`), since losses
+and sampler want it at chosen positions only.
+
+Letters: B sequences, L tokens of a sequence, S keys of a sequence, V vocabulary, D width, N query
+heads, K key heads, M = N/K queries per key head, H head size, J decode slots, P prefix length.
+Norms, RoPE, softmax and attention logits are float32 in every compute dtype.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from copsd_jax.attention import decode_attention, row_attention
+from copsd_jax.model import lora
+from copsd_jax.runtime import sharding
+
+QUERY_BLOCK = 512  # longer rows attend block by block of queries
+PROJECTION = "projection"  # name of values, for the policies below
+_policies = jax.checkpoint_policies
+# What is kept of a layer for the backward pass, which computes the rest again; None keeps all.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "dots": _policies.save_only_these_names(PROJECTION, row_attention.KEPT),
+    "attention": _policies.save_only_these_names(row_attention.KEPT),
+    "layer": _policies.nothing_saveable,
+}
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's slowing of low rotary frequencies, for texts beyond `original_max_position`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and constants of a model, as in its Hugging Face config."""
+
+    family: str  # qwen3, qwen2 (Qwen2.5 too) or llama (SmolLM2 too)
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    rms_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    max_position: int
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(input, output) width of each projection of a layer."""
+        query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return {
+            "q": (self.d_model, query),
+            "k": (self.d_model, key),
+            "v": (self.d_model, key),
+            "o": (query, self.d_model),
+            "gate": (self.d_model, self.d_ff),
+            "up": (self.d_model, self.d_ff),
+            "down": (self.d_ff, self.d_model),
+        }
+
+
+def _qwen3(d_model: int, d_ff: int, n_layers: int, n_heads: int, tied: bool) -> ModelConfig:
+    return ModelConfig(
+        family="qwen3", vocab_size=151_936, d_model=d_model, d_ff=d_ff, n_layers=n_layers,
+        n_heads=n_heads, n_kv_heads=8, head_dim=128, rope_theta=1e6, rope_scaling=None,
+        rms_eps=1e-6, tie_embeddings=tied, qkv_bias=False, qk_norm=True, max_position=40_960,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "tiny": dataclasses.replace(
+        _qwen3(64, 128, 2, 4, True),
+        vocab_size=512, n_kv_heads=2, head_dim=16, rope_theta=1e4, max_position=4096,
+    ),
+    "qwen3_0_6b": _qwen3(1024, 3072, 28, 16, True),
+    "qwen3_1_7b": _qwen3(2048, 6144, 28, 16, True),
+    "qwen3_4b": _qwen3(2560, 9728, 36, 32, True),
+    "qwen3_8b": _qwen3(4096, 12_288, 36, 32, False),
+    "qwen3_32b": _qwen3(5120, 25_600, 64, 64, False),
+    "smollm2_135m": ModelConfig(
+        family="llama", vocab_size=49_152, d_model=576, d_ff=1536, n_layers=30, n_heads=9,
+        n_kv_heads=3, head_dim=64, rope_theta=1e5, rope_scaling=None, rms_eps=1e-5,
+        tie_embeddings=True, qkv_bias=False, qk_norm=False, max_position=8192,
+    ),
+}  # fmt: skip
+
+
+class KV(NamedTuple):
+    """Keys (RoPE applied) and values of all layers, each [layers, B, L, K, H]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        "tokens_BL",
+        "positions_BL",
+        "segments_BL",
+        "adapter",
+        "prefix",
+        "cache",
+        "parents_BL",
+    ),
+    meta_fields=("adapter_scale",),
+)
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One batch of rows and how they are to be read.
+
+    Rows are read in one of two ways:
+      without cache: a token attends to the tokens of its own segment, and of the segment that
+        `parents` names, at or before its index in the row. Segment 0 is padding: no other segment
+        sees it, and its hidden state is 0 with no gradient.
+      with cache: rows of one token (L = 1). It is written at index positions - P and attends to
+        that index and all before it. `segments` may be None; where it is 0 the slot is dead.
+    In both ways every token sees the whole prefix, whose P keys stand at positions 0 … P - 1.
+    Where the decoder is `unstacked`, adapter and prefix are tuples of what each layer has of them.
+    """
+
+    tokens_BL: jax.Array  # int32
+    positions_BL: jax.Array  # int32; the first own token of a text has position P
+    segments_BL: jax.Array | None  # int32; 0 is padding; None with a cache only
+    adapter: Any = None  # a tree of lora.init, or None
+    adapter_scale: float = 1.0  # static
+    prefix: Any = None  # KV [layers, 1, P, K, H] that all rows see; gradients flow through it
+    cache: decode_attention.Cache | None = None  # of B slots
+    parents_BL: jax.Array | None = None  # int32; -1 for none
+
+
+class Output(NamedTuple):
+    """Hidden states after the final norm, in compute dtype, and keys and values if asked for."""
+
+    hidden_BLD: jax.Array
+    kv: KV | None
+    cache: decode_attention.Cache | None = None  # of a stream with a cache, updated
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair of a head, float32 [H/2] (RoFormer eq. 15)."""
+    frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        # By the turns that a pair makes over the original context: with many, it stays as it is;
+        # with few, it is slowed down by the factor; between the two bounds it is interpolated.
+        turns = scaling.original_max_position * frequency / (2 * np.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+        frequency = frequency * (keep + (1 - keep) / scaling.factor)
+    return frequency.astype(np.float32)
+
+
+def _rotate(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
+    """Rotary embedding, float32; E = H/2: dimension i is paired with i + H/2 (Hugging Face)."""
+    cos, sin = jnp.cos(angle_BLE)[:, :, None], jnp.sin(angle_BLE)[:, :, None]
+    first, second = jnp.split(x_BLNH, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _attend_cache(
+    q_B1KMH,
+    k_B1KH,
+    v_B1KH,
+    cache: decode_attention.Cache,
+    rows: "_Rows",
+    layer,
+    prefix,
+    implementation,
+) -> tuple[jax.Array, decode_attention.Cache]:
+    """Attention of each slot's token to its live entries, itself included, and the prefix."""
+    q_JKMH, dtype = q_B1KMH[:, 0], q_B1KMH.dtype
+    assert rows.index_B is not None  # of a stream with a cache
+    own, cache = decode_attention.step(
+        q_JKMH, k_B1KH[:, 0], v_B1KH[:, 0], cache, layer, rows.index_B, implementation
+    )
+    out_JKMH, top_JKM, total_JKM = own
+    if prefix is not None:
+        shared = _product("jkmh,pkh->jkmp", q_JKMH, prefix.k[0])
+        top_JKM = jnp.maximum(own.top_JKM, shared.max(axis=-1))
+        shared = jnp.exp(shared - top_JKM[..., None])
+        scale_JKM = jnp.exp(own.top_JKM - top_JKM)
+        total_JKM = own.total_JKM * scale_JKM + shared.sum(axis=-1)
+        shared = _product("jkmp,pkh->jkmh", shared.astype(dtype), prefix.v[0])
+        out_JKMH = own.out_JKMH * scale_JKM[..., None] + shared
+    # A dead slot without a prefix has seen nothing: 0 / 0.
+    total_JKM = jnp.maximum(total_JKM, jnp.float32(1e-30))
+    return (out_JKMH / total_JKM[..., None])[:, None].astype(dtype), cache
+
+
+class Norm(nn.Module):
+    """RMSNorm over the last axis, in float32; the result is cast to `dtype`."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + jnp.float32(self.eps))
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x * scale).astype(self.dtype)
+
+
+class _Rows(NamedTuple):
+    """What all layers need of a stream, alike."""
+
+    angle_BLE: jax.Array  # float32 RoPE angles
+    segments_BL: jax.Array | None = None
+    parents_BL: jax.Array | None = None
+    index_B: jax.Array | None = None  # where the cache is written, -1 for a dead slot
+
+
+class Layer(nn.Module):
+    """One decoder layer over all streams; the body of the scan."""
+
+    config: ModelConfig
+    dtype: Any
+    block: int
+    decode: str
+    attention: str
+    scales: tuple[float, ...]  # of the streams' adapters
+    return_kv: bool
+    key_repeats: int
+
+    def setup(self):
+        c = self.config
+        for name, (_, out) in c.projections().items():
+            bias = c.qkv_bias and name in ("q", "k", "v")
+            setattr(self, name, lora.Projection(out, bias, self.dtype))
+        norms = ("attn_norm", "mlp_norm") + (("q_norm", "k_norm") if c.qk_norm else ())
+        for name in norms:
+            setattr(self, name, Norm(c.rms_eps, self.dtype))
+
+    def __call__(self, carry, scanned, rows: tuple[_Rows, ...]):
+        """carry: (hidden, cache) of each stream; scanned: layer, (adapter, prefix) of each."""
+        layer, slices = scanned
+        streams = zip(carry, slices, rows, self.scales, strict=True)
+        results = [self._stream(*stream, layer) for stream in streams]
+        return tuple(state for state, _ in results), tuple(kv for _, kv in results)
+
+    def _stream(self, state, slices, rows: _Rows, scale: float, layer):
+        hidden, cache = state
+        adapter, prefix = slices
+
+        def project(name, x):
+            leaf = adapter[name] if adapter is not None and name in adapter else None
+            return checkpoint_name(getattr(self, name)(x, leaf, scale), PROJECTION)
+
+        q_BLKMH, k, v = self._qkv(project, self.attn_norm(hidden), rows.angle_BLE)
+        if cache is None:
+            shared = None if prefix is None else row_attention.Prefix(prefix.k[0], prefix.v[0])
+            assert rows.segments_BL is not None  # of a stream without a cache
+            seen = row_attention.Rows(rows.segments_BL, rows.parents_BL)
+            out = row_attention.attend(q_BLKMH, k, v, seen, shared, self.attention, self.block)
+        else:
+            out, cache = _attend_cache(q_BLKMH, k, v, cache, rows, layer, prefix, self.decode)
+        hidden = hidden + project("o", out.reshape(*out.shape[:2], -1))
+        x = self.mlp_norm(hidden)
+        hidden = hidden + project("down", nn.silu(project("gate", x)) * project("up", x))
+        own = KV(k, v) if self.return_kv and cache is None else None
+        return (sharding.rowwise(hidden), cache), own
+
+    def _qkv(self, project, x, angle_BLE):
+        c = self.config
+        q, k, v = (
+            project(name, x).reshape(*x.shape[:2], heads, c.head_dim)
+            for name, heads in (("q", c.n_heads), ("k", c.n_kv_heads), ("v", c.n_kv_heads))
+        )
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = _rotate(q.astype(jnp.float32), angle_BLE) * jnp.float32(c.head_dim**-0.5)
+        k = _rotate(k.astype(jnp.float32), angle_BLE)
+        k = k.astype(self.dtype)
+        if self.key_repeats > 1:  # what is downstream sees K r heads, with M / r queries each
+            k, v = (sharding.headwise(jnp.repeat(x, self.key_repeats, axis=2)) for x in (k, v))
+        q = q.reshape(*x.shape[:2], k.shape[2], -1, c.head_dim)
+        return q.astype(self.dtype), k, v
+
+
+class _Matrix(nn.Module):
+    """One [V, D] matrix: the embedding, or an untied head."""
+
+    field: str
+    shape: tuple[int, int]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param(self.field, nn.initializers.normal(0.02), self.shape, self.dtype)
+
+
+class Decoder(nn.Module):
+    """The model without its head.
+
+    Attributes:
+      config: shape and constants.
+      dtype: of all products and of the hidden states; weights are cast to it on use.
+      remat: what of a layer is kept for the backward pass, a name of REMAT.
+      query_block: rows longer than this attend block by block of queries (portable form).
+      decode: how a stream with a cache attends to it, of attention.IMPLEMENTATIONS.
+      attention: how other streams do, of attention_rows.IMPLEMENTATIONS.
+      key_repeats: how often each key head stands in attention and caches, see mesh.key_repeats.
+      unstacked: for streams with caches: params have `layer_0`, `layer_1`, … instead of `layers`,
+        and adapters and prefixes are tuples of a tree for each layer, instead of stacked arrays
+        that are scanned. XLA on CPU copies each slice of a stack before it reads it.
+    """
+
+    config: ModelConfig
+    dtype: Any
+    remat: str = "none"
+    query_block: int = QUERY_BLOCK
+    decode: str = "blocks"
+    attention: str = "portable"
+    key_repeats: int = 1
+    unstacked: bool = False
+
+    @property
+    def key_heads(self) -> int:
+        """K of prefixes and caches."""
+        return self.config.n_kv_heads * self.key_repeats
+
+    @nn.compact
+    def __call__(self, streams: tuple[Stream, ...], return_kv: bool = False) -> tuple[Output, ...]:
+        """Hidden states of each stream; with `return_kv` own keys and values [layers, B, L, K, H].
+
+        A stream with a cache gets it back, updated, in `cache`.
+
+        Raises:
+          ValueError: for an unknown `remat`, a stream with neither segments nor a cache, one with
+            a cache and more than one token a row, or none with `unstacked`.
+        """
+        c = self.config
+        if self.remat not in REMAT:
+            raise ValueError(f"model.remat is {self.remat!r}: the choices are {', '.join(REMAT)}")
+        if self.unstacked and any(s.cache is None for s in streams):
+            raise ValueError("unstacked is True: it is for streams with a cache")
+        embedding = _Matrix("embedding", (c.vocab_size, c.d_model), self.dtype, name="embed")()
+        if not c.tie_embeddings:
+            _Matrix("kernel", (c.vocab_size, c.d_model), self.dtype, name="head")()
+        layers = (
+            c, self.dtype, self.query_block, self.decode, self.attention,
+            tuple(s.adapter_scale for s in streams), return_kv, self.key_repeats,
+        )  # fmt: skip
+        embed = lambda s: sharding.rowwise(  # noqa: E731
+            (sharding.lookup(embedding, s.tokens_BL) if s.cache is None else embedding[s.tokens_BL])
+            .astype(self.dtype)
+        )  # fmt: skip
+        carry = tuple((embed(s), s.cache) for s in streams)
+        slices = tuple((s.adapter, s.prefix) for s in streams)
+        run = self._apart if self.unstacked else self._scan
+        carry, kvs = run(layers, carry, slices, tuple(_rows(c, s) for s in streams))
+        norm = Norm(c.rms_eps, self.dtype, name="final_norm")
+        return tuple(
+            Output(_blank(norm(hidden), stream.segments_BL), kv, cache)
+            for (hidden, cache), kv, stream in zip(carry, kvs, streams, strict=True)
+        )
+
+    def _scan(self, layers: tuple, carry, slices, rows):
+        """Carry and keys and values behind the layers, of which `layers` has what Layer needs."""
+        policy = REMAT[self.remat]
+        body = Layer if policy is None else nn.remat(Layer, prevent_cse=False, policy=policy)
+        axes: Any = (0, nn.broadcast)
+        count = self.config.n_layers
+        scan = nn.scan(
+            body, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=axes, length=count,
+        )  # fmt: skip
+        index = jnp.arange(count, dtype=jnp.int32)
+        return scan(*layers, name="layers")(carry, (index, slices), rows)
+
+    def _apart(self, layers: tuple, carry, slices, rows):
+        """`_scan`, layer by layer."""
+        for i in range(self.config.n_layers):
+            own = tuple(tuple(None if x is None else x[i] for x in both) for both in slices)
+            carry, kvs = Layer(*layers, name=f"layer_{i}")(carry, (jnp.int32(i), own), rows)
+        return carry, kvs
+
+
+def _rows(config: ModelConfig, stream: Stream) -> _Rows:
+    """RoPE angles, and what else the layers read."""
+    frequency = jnp.asarray(rope_frequencies(config))
+    angle = stream.positions_BL.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    if stream.cache is None:
+        if stream.segments_BL is None:
+            raise ValueError("segments_BL is None: only a stream with a cache may leave it out")
+        return _Rows(angle, stream.segments_BL, stream.parents_BL)
+    if stream.tokens_BL.shape[1] != 1:
+        raise ValueError(f"tokens are {stream.tokens_BL.shape}: with a cache a row has one token")
+    offset = 0
+    if stream.prefix is not None:
+        first = stream.prefix if isinstance(stream.prefix, KV) else stream.prefix[0]
+        offset = first.k.shape[-3]
+    index_B = stream.positions_BL[:, 0] - jnp.int32(offset)
+    if stream.segments_BL is not None:
+        index_B = jnp.where(stream.segments_BL[:, 0] > 0, index_B, jnp.int32(-1))
+    return _Rows(angle, index_B=index_B)
+
+
+def _blank(hidden_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
+    """Zero, without gradient, where there is padding."""
+    if segments_BL is None:
+        return hidden_BLD
+    return jnp.where((segments_BL > 0)[:, :, None], hidden_BLD, jnp.zeros((), hidden_BLD.dtype))
+
+
+def head(params: dict) -> jax.Array:
+    """The output matrix [V, D]: the embedding where tied, else the head's own."""
+    return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
+
+
+def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """[..., D] -> float32 [..., V], summed in float32; the head is cast to hidden's dtype."""
+    return jnp.einsum(
+        "...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _init(config: ModelConfig, dtype: Any, key: jax.Array) -> dict:
+    one = jnp.zeros((1, 1), jnp.int32)
+    variables: Any = Decoder(config, dtype).init(key, (Stream(one, one, one),))
+    return variables["params"]
+
+
+def init(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
+    """Random weights: matrices normal with deviation 0.02, norms 1, biases 0."""
+    return jax.jit(functools.partial(_init, config, dtype))(key)
+
+
+def abstract(config: ModelConfig, dtype: Any) -> dict:
+    """The tree of `init` as jax.ShapeDtypeStruct, without any memory."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(functools.partial(_init, config, dtype), key)

@@ -1,0 +1,4 @@
+"""Devices and their names, sharding, processes, the work directory and checkpoints.
+
+May import: config.
+"""

@@ -1,0 +1,245 @@
+"""A run is its work directory: what lies where in it, and which run it belongs to.
+
+W/config.json            every setting
+W/run.json               versions, commit, devices, seed, fingerprints of model and data
+W/metrics.jsonl          one line a step, and W/tensorboard/ with the same
+W/events.jsonl           what guards did, where one did something: step, action, text
+W/rollouts/step_NNNNNN.jsonl
+W/eval/step_NNNNNN.json, and while it is being made step_NNNNNN.partial.jsonl
+W/checkpoints/           Orbax
+W/engine/                weights for the server of sampler.engine=server, the newest alone
+"""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+
+from copsd_jax.config import settings as config_lib
+from copsd_jax.runtime import processes
+
+# Settings that cannot change the numbers: a run may be continued with other values of them.
+FREE = (
+    "description",
+    "mesh.",
+    # As the number of slots: the same tokens in other rows.
+    "train.pack",
+    "train.row_tokens",
+    "train.micro_tokens",
+    "train.save_every",
+    "train.keep",
+    "train.log_rollouts",
+    "rollout.slots",
+    "eval.slots",
+    # As the number of slots: products of other shapes, the same texts but for their rounding.
+    "sampler.steps",
+    "sampler.pack",
+    "model.attention",
+    "model.remat",
+    "sampler.attention",
+    "sampler.gather",
+    "sampler.warmup",
+    "eval.every",
+    "author.slots",
+    # How long and how often a server is asked, not what. Failures are not of the settings: a
+    # server that fails otherwise, or answers otherwise, is no other run.
+    "author.timeout",
+    "author.retries",
+    "author.backoff",
+    "author.concurrency",
+    "author.key_env",
+    "sampler.url",
+    "sampler.key_env",
+    "sampler.timeout",
+    "sampler.retries",
+    "sampler.backoff",
+    "sampler.concurrency",
+    "sampler.folder",
+)
+_PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers grain ml-collections numpy".split()
+
+
+def _listed(value: object) -> object:
+    return [_listed(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def check_writable(directory: pathlib.Path, flag: str) -> None:
+    """Refuses a directory that cannot be made or written, by making one beside it and removing it.
+
+    Raises:
+      OSError: naming the flag.
+    """
+    parent = directory
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{flag}={directory}: {parent} is a file")
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
+        reason = error.strerror or error
+        raise PermissionError(
+            f"{flag}={directory}: {parent} cannot be written ({reason})"
+        ) from error
+
+
+def check(directory: pathlib.Path, settings: dict[str, object]) -> bool:
+    """Whether the directory holds this very run already; writes nothing.
+
+    Raises:
+      ValueError: if it belongs to another config (the differences are named), or to none.
+      OSError: if it cannot be written.
+    """
+    check_writable(directory, "--workdir")
+    if not directory.exists() or not any(directory.iterdir()):
+        return False
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"--workdir={directory} holds files but no config.json: not a run of ours")
+    # A setting that is newer than the run had its default.
+    defaults = config_lib.flat(config_lib.default())
+    old = {name: _listed(value) for name, value in defaults.items()} | read_settings(directory)
+    differences = [
+        f"{name} was {old.get(name)!r}, now {_listed(settings.get(name))!r}"
+        for name in sorted(old.keys() | settings.keys())
+        if old.get(name) != _listed(settings.get(name)) and not name.startswith(FREE)
+    ]
+    if differences:
+        raise ValueError(
+            f"--workdir={directory} belongs to another config ({'; '.join(differences)}): "
+            "choose another directory, or the same settings"
+        )
+    return True
+
+
+def check_facts(directory: pathlib.Path, facts: dict) -> None:
+    """Refuses to continue a run on other data or another model than it began with.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    path = directory / "run.json"
+    if not path.is_file():  # stopped before it was written: nothing was trained yet
+        return
+    old = read_json(path)["starts"][0]
+    # A fingerprint that is newer than the run cannot be held against it.
+    kinds = [name for name in facts if name.endswith("fingerprint") and name in old]
+    changed = [name for name in kinds if old[name] != facts[name]]
+    if changed:
+        raise ValueError(
+            f"--workdir={directory} was begun with other contents than there are now "
+            f"({', '.join(changed)}): choose another directory, or restore the files"
+        )
+
+
+def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
+    """Makes the directory with config.json and run.json, which gains a start each time.
+
+    The leading process does it, and the others wait. `facts` are the caller's own (devices,
+    fingerprints); versions, commit, time are added here.
+
+    Raises:
+      OSError: if it cannot be made, or is not in sight of every process.
+    """
+    processes.once(lambda: _create(directory, settings, facts))
+    if not (directory / "run.json").is_file():
+        raise OSError(
+            f"--workdir={directory} is not the leading process's: it has to be one directory for "
+            "all processes, on a disk that they share"
+        )
+
+
+def _create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
+    for name in ("rollouts", "eval", "checkpoints"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", {k: _listed(v) for k, v in settings.items()})
+    path = directory / "run.json"
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    start = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        **facts,
+    }
+    write_json(path, {"starts": [*starts, start]})
+
+
+def read_settings(directory: pathlib.Path) -> dict[str, object]:
+    """The settings of an existing run, flat.
+
+    Raises:
+      FileNotFoundError: if it is no work directory.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--workdir={directory} holds no config.json: not a run of ours")
+    try:
+        settings = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings: it is not a file of ours")
+    return settings
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """A file of `write_json`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: pathlib.Path, value: object) -> None:
+    """By the leading process; whole or not at all: a reader never meets half a file."""
+    if not processes.leads():
+        return
+    temporary = path.with_suffix(path.suffix + ".part")
+    text = json.dumps(value, ensure_ascii=False, indent=1)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
+    """One row a line; by the leading process, whole or not at all."""
+    if not processes.leads():
+        return
+    temporary = path.with_suffix(path.suffix + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
+    """The events of W/events.jsonl up to a step, that one included; none without the file."""
+    path = directory / "events.jsonl"
+    if not path.is_file():
+        return []
+    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [event for event in events if event["step"] <= steps]
+
+
+def step_file(directory: pathlib.Path, kind: str, step: int) -> pathlib.Path:
+    """W/rollouts/step_000007.jsonl or W/eval/step_000007.json."""
+    suffix = {"rollouts": "jsonl", "eval": "json"}[kind]
+    return directory / kind / f"step_{step:06d}.{suffix}"
+
+
+def _commit() -> str:
+    """The commit of the code where it is a git checkout, else ''."""
+    here = pathlib.Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True
+        )
+    except FileNotFoundError:  # no git on this machine
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def partial(file: pathlib.Path) -> pathlib.Path:
+    """Where the completions of an evaluation are kept until `file` is written."""
+    return file.with_suffix(".partial.jsonl")

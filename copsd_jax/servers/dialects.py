@@ -1,0 +1,213 @@
+"""How servers of completions over token ids are spoken to: what is sent, and what a reply means.
+
+As the servers' documentation and sources of 2026 have it:
+  vllm: POST /v1/completions with `prompt` a list of ids. The ids drawn come back by
+    `return_token_ids` (vLLM 0.10.2 or later), or are spelt "token_id:7" by
+    `return_tokens_as_token_ids`; both are asked for, and have to agree. Any other server that
+    speaks this is a `vllm`.
+  sglang: POST /generate with `input_ids`; the ids stand beside their log-probabilities.
+
+Addresses have {base}, the server's url with its /v1, or {root}, the url without.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from copsd_jax.sampler import request
+
+
+class Row(NamedTuple):
+    """One completion that is asked for."""
+
+    number: int  # in the caller's list
+    prompt: tuple[int, ...]
+    sampling: request.Sampling
+    limit: int
+    seed: int
+
+
+class Reply(NamedTuple):
+    """What a dialect found; the lists as the server wrote them, not yet checked."""
+
+    ids: Any
+    logps: Any
+    finish: object
+
+
+class Dialect(NamedTuple):
+    """One way to ask.
+
+    Attributes:
+      generate: address of a completion.
+      body: (model, adapter or "", row) -> the request.
+      read: (parsed reply, row) -> Reply. Raises ValueError with the end of a sentence that begins
+        with "the completion of row 3".
+      coldest: the lowest temperature above 0 that the server leaves as it is.
+      load, unload: addresses; both take lora_name, the first lora_path too.
+      swap: a model's folder -> (address, body) of what has to be called to read it, in order.
+      needs_adapters, needs_swap: what has to be switched on for that.
+    """
+
+    generate: str
+    body: Callable[[str, str, Row], dict[str, Any]]
+    read: Callable[[Any, Row], Reply]
+    coldest: float
+    load: str
+    unload: str
+    swap: Callable[[str], list[tuple[str, dict]]]
+    needs_adapters: str
+    needs_swap: str
+
+
+# Servers fill in what a request leaves out from the model's generation_config.json.
+PLAIN = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+def _common(row: Row) -> dict[str, Any]:
+    """What both dialects call by the same name. Of top_k both take -1 for all."""
+    s = row.sampling
+    return {
+        "temperature": float(s.temperature),
+        "top_p": float(s.top_p),
+        "top_k": s.top_k or -1,
+        "min_p": float(s.min_p),
+        "stop_token_ids": list(s.stop_ids),
+        "stop": list(s.stop),
+        "skip_special_tokens": False,  # token_bytes has special tokens as their text, too
+        "spaces_between_special_tokens": False,
+        **PLAIN,
+    }
+
+
+def _vllm_body(model: str, adapter: str, row: Row) -> dict[str, Any]:
+    return {
+        **_common(row),
+        "model": adapter or model,
+        "prompt": list(row.prompt),
+        "max_tokens": row.limit,
+        "n": 1,
+        "stream": False,
+        "echo": False,
+        "add_special_tokens": False,
+        "seed": row.seed,
+        "ignore_eos": True,  # the stop ids are all in stop_token_ids
+        "include_stop_str_in_output": True,
+        "logprobs": 0,  # of the token that was drawn, and of no other
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+
+
+def _vllm_reply(reply: Any, row: Row) -> Reply:
+    choice = _at(reply, "choices", 0)
+    logps = _at(choice, "logprobs", "token_logprobs")
+    spelt = _spelt(_at(choice, "logprobs", "tokens"))
+    ids = choice.get("token_ids")
+    if ids is None and spelt is None:
+        raise ValueError(
+            "has no token ids: the server has to know return_token_ids (vLLM 0.10.2 or later) or "
+            "run with --return-tokens-as-token-ids"
+        )
+    if ids is not None and spelt is not None and ids != spelt:
+        raise ValueError("has log-probabilities of other tokens than those in token_ids")
+    read = choice.get("prompt_token_ids")
+    if read is not None and read != list(row.prompt):
+        raise ValueError("is of another prompt than the one sent (prompt_token_ids)")
+    return Reply(spelt if ids is None else ids, logps, _at(choice, "finish_reason"))
+
+
+def _spelt(tokens: Any) -> list[int] | None:
+    """The ids of "token_id:7", …; None where tokens are spelt otherwise."""
+    if not isinstance(tokens, list):
+        raise ValueError("has no list in logprobs.tokens")
+    found = [re.fullmatch(r"token_id:([0-9]{1,9})", str(token)) for token in tokens]
+    return [int(match[1]) for match in found if match] if all(found) and found else None
+
+
+def _sglang_body(model: str, adapter: str, row: Row) -> dict[str, Any]:
+    del model  # a server has one
+    params = {
+        **_common(row),
+        "max_new_tokens": row.limit,
+        "n": 1,
+        # It would pass over stop_token_ids as well.
+        "ignore_eos": not row.sampling.stop_ids,
+        "no_stop_trim": True,
+        "sampling_seed": row.seed,
+    }
+    body = {
+        "input_ids": list(row.prompt),
+        "sampling_params": params,
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "top_logprobs_num": 0,
+        "return_text_in_logprobs": False,
+        "stream": False,
+    }
+    return {**body, "lora_path": adapter} if adapter else body
+
+
+def _sglang_reply(reply: Any, row: Row) -> Reply:
+    hint = ": the server has to return the tokens' log-probabilities (return_logprob)"
+    pairs = _at(reply, "meta_info", "output_token_logprobs", hint=hint)
+    if not isinstance(pairs, list):
+        raise ValueError("has no list in meta_info.output_token_logprobs")
+    ids = [_at(pair, 1) for pair in pairs]
+    if reply.get("output_ids") not in (None, ids):
+        raise ValueError("has log-probabilities of other tokens than those in output_ids")
+    if reply["meta_info"].get("prompt_tokens") not in (None, len(row.prompt)):
+        raise ValueError(f"is of another prompt than the one sent, of {len(row.prompt)} tokens")
+    finish = _at(reply, "meta_info", "finish_reason")
+    matched = finish.get("matched") if isinstance(finish, dict) else None
+    if isinstance(matched, str) and matched not in row.sampling.stop:
+        raise ValueError(f"was stopped by {matched!r}, which is no stop string")  # NaN, it says
+    kind = finish.get("type") if isinstance(finish, dict) else finish
+    return Reply(ids, [_at(pair, 0) for pair in pairs], kind)
+
+
+def _at(value: Any, *path: str | int, hint: str = "") -> Any:
+    """value[path[0]][path[1]]…; what is absent is named."""
+    found = value
+    for step in path:
+        try:
+            found = found[step]
+        except (LookupError, TypeError):
+            raise ValueError(f"has no {'.'.join(map(str, path))}{hint}") from None
+    return found
+
+
+def _vllm_swap(folder: str) -> list[tuple[str, dict]]:
+    read = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+    return [("{root}/collective_rpc", read), ("{root}/reset_prefix_cache", {})]
+
+
+def _sglang_swap(folder: str) -> list[tuple[str, dict]]:
+    return [("{root}/update_weights_from_disk", {"model_path": folder, "flush_cache": True})]
+
+
+DIALECTS: dict[str, Dialect] = {
+    "vllm": Dialect(
+        generate="{base}/completions",
+        body=_vllm_body,
+        read=_vllm_reply,
+        coldest=0.01,
+        load="{base}/load_lora_adapter",
+        unload="{base}/unload_lora_adapter",
+        swap=_vllm_swap,
+        needs_adapters="vLLM needs --enable-lora, --max-lora-rank, and the environment variable "
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True",
+        needs_swap="vLLM needs the environment variable VLLM_SERVER_DEV_MODE=1",
+    ),
+    "sglang": Dialect(
+        generate="{root}/generate",
+        body=_sglang_body,
+        read=_sglang_reply,
+        coldest=1e-6,
+        load="{root}/load_lora_adapter",
+        unload="{root}/unload_lora_adapter",
+        swap=_sglang_swap,
+        needs_adapters="SGLang needs --enable-lora, --max-lora-rank and --lora-target-modules",
+        needs_swap="SGLang reads models of the shape that it was started with",
+    ),
+}

@@ -1,0 +1,108 @@
+"""The problems of a run: loaded, and fit for its method, context, author and reward."""
+
+import collections
+
+from copsd_jax.config import settings as config_lib
+from copsd_jax.problems import data, languages
+from copsd_jax.rewards import reward_functions
+from copsd_jax.teaching import contexts, solution_steps
+
+
+def none() -> tuple[list[data.Row], collections.Counter]:
+    """No rows, none dropped."""
+    return [], collections.Counter()
+
+
+def train_rows(config, context, registry) -> tuple[list[data.Row], collections.Counter]:
+    """Rows to train on and those dropped by reason; refuses what the method cannot use."""
+    rows, dropped = data.load(
+        config.data.path, config.data.lang, missing=config.data.missing,
+        fields=_fields(config.data.path, config.data.fields),
+        needs=needs(config, context), limit=config.data.limit, registry=registry,
+    )  # fmt: skip
+    _check_train(config, rows)
+    return rows, dropped
+
+
+def _check_train(config, rows: list[data.Row]) -> None:
+    """Refuses rows that the reward, the context or the author cannot use."""
+    if config.method != "sft":
+        reward_functions.check_golds(
+            config.reward.kind, {row.id: row.answer for row in rows if row.answer}, "data.path"
+        )
+    if config.context.kind == "other_problem" and config.method == "distill":
+        for lang in {row.lang for row in rows}:
+            if len({row.answer for row in rows if row.lang == lang}) < 2:
+                raise ValueError(
+                    f"context.kind is 'other_problem': data.path is {config.data.path!r}, and no "
+                    f"two of its problems in {lang!r} have different answers"
+                )
+    if config.author.kind == "grader":
+        unknown = [row for row in rows if not solution_steps.covers(row.solution, row.answer)]
+        if unknown:
+            raise ValueError(
+                f"author.kind is 'grader': it reads solutions that are equations up to the answer, "
+                f"and {len(unknown)} of {len(rows)} rows have others, as {unknown[0].id!r} with "
+                f"{unknown[0].solution[:80]!r}"
+            )
+
+
+def eval_rows(config, registry) -> tuple[list[data.Row], collections.Counter]:
+    """Rows to evaluate on and those dropped by reason."""
+    if not config.eval.path:
+        return none()
+    rows, dropped = data.load(
+        config.eval.path, config.eval.lang or config.data.lang, missing=config.data.missing,
+        fields=_fields(config.eval.path, config.eval.fields), needs=("answer",),
+        limit=config.eval.limit, registry=registry, setting="eval.path",
+    )  # fmt: skip
+    reward_functions.check_golds(
+        config.reward.kind, {row.id: row.answer for row in rows}, "eval.path"
+    )
+    return rows, dropped
+
+
+def exemplars(config, registry) -> tuple[data.Row, ...]:
+    """The worked examples of prompt.exemplars."""
+    count = config.prompt.exemplars
+    if not count:
+        return ()
+    rows, _ = data.load(
+        config.prompt.exemplars_path, (config.prompt.exemplars_lang,),
+        fields=_fields(config.prompt.exemplars_path, config.data.fields),
+        needs=("answer", "solution"), registry=registry, setting="prompt.exemplars_path",
+    )  # fmt: skip
+    if len(rows) < count:
+        raise ValueError(
+            f"prompt.exemplars is {count}: {config.prompt.exemplars_path} has {len(rows)} rows"
+        )
+    return tuple(rows[:count])
+
+
+def _fields(path: str, fields: str) -> str:
+    """The field map of a source; bundled files have our names already."""
+    return "" if path.startswith("bundled:") else fields
+
+
+def check_shares(config: config_lib.Config, rows: list[data.Row], registry) -> None:
+    """Every language with a share needs a row."""
+    weights = tuple(config.data.weights) or (1.0,) * len(config.data.lang)
+    found = {row.lang for row in rows}
+    for code, weight in zip(config.data.lang, weights, strict=True):
+        if weight and languages.resolve(code, registry) not in found:
+            raise ValueError(f"data.lang is {code!r}: no row is left in that language")
+
+
+def needs(config: config_lib.Config, context: contexts.Settings) -> tuple[str, ...]:
+    """The fields of a row that the method, its context and its author need."""
+    if config.method == "grpo":
+        return ("answer",)
+    if config.method == "sft":
+        return ("solution", "answer")
+    wanted = list(contexts.needs(context))
+    if config.author.kind == "grader":
+        wanted.append("solution")
+    skips = config.context.correct == "skip"
+    if config.policy.weight or config.context.filter_groups or skips:
+        wanted.append("answer")
+    return tuple(dict.fromkeys(wanted))

@@ -1,0 +1,117 @@
+"""Which spelling of the divergence and of attention a run has, by the platform of its mesh.
+
+The platform is that of the mesh's devices, whatever the host's default backend is.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from copsd_jax.attention import decode_attention as attention_lib
+from copsd_jax.attention import row_attention
+from copsd_jax.config import settings as config_lib
+from copsd_jax.losses import divergence_loss
+from copsd_jax.model import transformer
+
+
+def divergence(c: config_lib.Config) -> divergence_loss.Divergence | None:
+    """The settings of the divergence; None for a method without one."""
+    if c.method != "distill" or c.policy.weight >= 1:
+        return None
+    return divergence_loss.Divergence(
+        divergence=c.loss.divergence,
+        beta=c.loss.beta,
+        normalize_beta=c.loss.normalize_beta,
+        temperature=c.loss.temperature,
+        top_k=c.loss.top_k,
+        top_k_of=c.loss.top_k_of,
+        tail=c.loss.tail,
+        clip_mode=c.loss.clip_mode,
+        clip=c.loss.clip,
+        rollout_clip=c.loss.rollout_clip,
+        sampling_temperature=c.rollout.temperature or 1.0,  # as a greedy sampler reports it
+    )
+
+
+def loss(c: config_lib.Config, platform: str) -> str:
+    """Of losses.IMPLEMENTATIONS.
+
+    Raises:
+      ValueError: for one that cannot run there, naming the setting.
+    """
+    mixed = c.teacher.weights == "trust_region" and c.train.trainable == "full"
+    try:
+        return divergence_loss.resolve(
+            c.loss.implementation, divergence(c), platform, c.loss.skip_below, not mixed
+        )
+    except ValueError as error:
+        raise ValueError(f"loss.{error}") from error
+
+
+def attention(c: config_lib.Config, platform: str) -> str:
+    """Of kernels.attention.IMPLEMENTATIONS, for decoding.
+
+    Raises:
+      ValueError: for kernels on a CPU.
+    """
+    name = c.sampler.attention
+    if name == "auto":
+        return attention_lib.PLATFORMS[platform]
+    if name == "pallas" and platform == "cpu":
+        raise ValueError(
+            "sampler.attention is 'pallas': its kernels are for gpu and tpu and the mesh is cpu, "
+            "take auto or blocks"
+        )
+    return f"pallas_{platform}" if name == "pallas" else name
+
+
+def rows(c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig) -> str:
+    """Of kernels.attention_rows.IMPLEMENTATIONS, for training, scoring and prefill.
+
+    `auto` takes cudnn nowhere: it was never run.
+
+    Raises:
+      ValueError: for one that cannot run there.
+    """
+    name = c.model.attention
+    if name == "auto":
+        return "splash" if platform == "tpu" else "portable"
+    home = {"portable": platform, "splash": "tpu", "cudnn": "gpu"}[name]
+    reason = f"it runs on {home} and the mesh is {platform}" if home != platform else ""
+    if name == "cudnn" and not reason:
+        if np.dtype(dtype).itemsize != 2:
+            reason = f"it needs model.dtype=bfloat16, which is {np.dtype(dtype).name}"
+        elif shape.head_dim % 8 or shape.head_dim > 128:
+            reason = f"heads of {shape.head_dim} are none of 8, 16, ... 128"
+        else:
+            reason = _without_cudnn(shape.head_dim)
+    if reason:
+        raise ValueError(f"model.attention is {name!r}: {reason}, take auto or portable")
+    return name
+
+
+def _without_cudnn(size: int) -> str:
+    """Why jax would not call cuDNN here; "" if it would."""
+    row = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
+    ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    q = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
+    try:
+        jax.eval_shape(
+            lambda q, k, v, ids: row_attention.cudnn(q, k, v, row_attention.Rows(ids), None),
+            q, row, row, ids,
+        )  # fmt: skip
+    except (RuntimeError, NotImplementedError) as error:
+        return f"jax says {str(error).splitlines()[0]!r}"
+    return ""
+
+
+def check(c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig) -> None:
+    """Refuses, before anything is built, what cannot run of attention.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    attention(c, platform)
+    rows(c, platform, dtype, shape)

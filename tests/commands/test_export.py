@@ -1,0 +1,164 @@
+"""Oracle: the adapter merged by hand; transformers' own model where torch is installed."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from copsd_jax import evaluate, export, main
+from copsd_jax.config import settings as config_lib
+from copsd_jax.model import transformer
+from copsd_jax.runtime import checkpoint, workdir
+from copsd_jax.training import loaded_run, train_step
+from copsd_jax.weights import hf, peft
+
+optax_promotes = runs.optax_promotes
+
+SETTINGS = {"train__steps": 2, "eval__path": "", "train__lr": 0.01}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("export") / "w"
+    assert main.main(runs.argv("opsd", workdir, **SETTINGS)) == 0
+    return workdir
+
+
+def student_logits(workdir, ids_BL):
+    """Of the newest checkpoint, with the adapter as it is."""
+    with runs.loaded("opsd", **SETTINGS) as (r, like):
+        with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+            state = checkpoints.load(2, like)
+        policy = loaded_run.policies(r, state)[0]
+        assert policy.adapter is not None
+        assert float(np.abs(policy.adapter["q"]["b"]).max()) > 1e-3
+        positions = jnp.broadcast_to(jnp.arange(ids_BL.shape[1], dtype=jnp.int32), ids_BL.shape)
+        stream = transformer.Stream(
+            ids_BL, positions, jnp.ones_like(ids_BL), policy.adapter, r.plan.adapter_scale
+        )
+        hidden = jax.jit(
+            lambda params: r.decoder.apply({"params": params}, (stream,))[0].hidden_BLD
+        )(policy.params)
+        return np.asarray(transformer.logits(hidden, transformer.head(policy.params)))
+
+
+IDS = np.random.default_rng(0).integers(0, 1400, (2, 17)).astype(np.int32)
+
+
+def test_the_exported_model_is_the_trained_one(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert export.main(["export", f"--workdir={trained}", f"--out={out}"]) == 0
+    assert str(out) in capsys.readouterr().out.splitlines()[-1]
+    config = hf.load_config(out)
+    params = hf.load_params(out, config, jnp.float32)
+    ids = jnp.asarray(IDS)
+    positions = jnp.broadcast_to(jnp.arange(17, dtype=jnp.int32), ids.shape)
+    decoder = transformer.Decoder(config, jnp.float32)
+    stream = transformer.Stream(ids, positions, jnp.ones_like(ids))
+    hidden = jax.jit(lambda params: decoder.apply({"params": params}, (stream,))[0].hidden_BLD)(
+        params
+    )
+    found = np.asarray(transformer.logits(hidden, transformer.head(params)))
+    np.testing.assert_allclose(found, student_logits(trained, ids), atol=1e-4)
+    # A second export to the same place is refused, and so is a checkpoint that is not there.
+    assert export.main(["export", f"--workdir={trained}", f"--out={out}"]) == 2
+    assert export.main(["e", f"--workdir={trained}", f"--out={tmp_path / 'b'}", "--step=7"]) == 2
+    assert "the checkpoints are [1, 2]" in capsys.readouterr().err
+    assert export.main(["e", f"--workdir={tmp_path}", f"--out={tmp_path / 'b'}"]) == 2
+
+
+def test_the_exported_adapter_is_the_trained_one(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["export", f"--workdir={trained}", f"--out={out}", "--format=peft"]
+    assert export.main([*flags, "--step=1"]) == 0
+    assert "step 1 of" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    assert (
+        json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    )
+    with (
+        runs.loaded("opsd", **SETTINGS) as (r, like),
+        checkpoint.Checkpoints(trained / "checkpoints") as checkpoints,
+    ):
+        policy = loaded_run.policies(r, checkpoints.load(1, like))[0]
+        found, alpha = peft.read(out, r.plan.model_config)
+        assert alpha / r.plan.config.lora.rank == r.plan.adapter_scale
+    jax.tree.map(np.testing.assert_array_equal, found, policy.adapter)
+    assert export.main(flags) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_all_weights_are_no_adapter(tmp_path, capsys):
+    settings = SETTINGS | {"train__trainable": "full", "train__steps": 1}
+    saved = runs.config("opsd", **settings)
+    workdir.create(tmp_path / "w", config_lib.flat(saved), {})
+    flags = ["e", f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / 'o'}", "--format=peft"]
+    assert export.main(flags) == 2
+    assert "--format=peft: train.trainable is full" in capsys.readouterr().err
+
+
+@pytest.mark.parity
+def test_transformers_gives_the_same_logits(trained, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch (extra `parity`)")
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    assert export.main(["export", f"--workdir={trained}", f"--out={out}"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = theirs(torch.tensor(IDS.astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(found, student_logits(trained, jnp.asarray(IDS)), atol=1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer.encode("Habari 12", add_special_tokens=False)) == "Habari 12"
+
+
+def test_the_evaluation_program(trained, tmp_path, capsys):
+    """Checkpoints in one table; other problems need a directory of their own."""
+    flags = ["evaluate", f"--workdir={trained}", "--path=bundled:held_out", "--samples=1"]
+    assert evaluate.main(flags) == 2
+    assert "--out is missing: with other path, samples" in capsys.readouterr().err
+    problems = tmp_path / "p.jsonl"
+    rows = [{"id": i, "problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
+    problems.write_text("\n".join(map(json.dumps, rows)))  # no solutions: none are needed
+    flags = ["evaluate", f"--workdir={trained}", f"--path={problems}", f"--out={tmp_path / 'o'}"]
+    assert evaluate.main([*flags, "--steps=0,2"]) == 0
+    printed = capsys.readouterr().out
+    assert "step 2 against step 0" in printed
+    files = sorted(p.name for p in (tmp_path / "o").iterdir())
+    assert files == ["step_000000.json", "step_000002.json"]
+    saved = json.loads((tmp_path / "o" / files[1]).read_text())
+    assert saved["scores"]["en"]["problems"] == 3
+    assert evaluate.main([*flags, "--steps=5"]) == 2
+    assert "no checkpoint of [5], there are [1, 2]" in capsys.readouterr().err
+
+
+def test_the_ema_teacher_is_saved_and_restored(tmp_path):
+    workdir = tmp_path / "w"
+    settings = {**SETTINGS, "teacher__weights": "ema", "teacher__ema_decay": 0.5}
+    assert main.main(runs.argv("opsd", workdir, **settings)) == 0
+    with (
+        runs.loaded("opsd", **settings) as (_, like),
+        checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
+    ):
+        first, last = checkpoints.load(1, like), checkpoints.load(2, like)
+    expected = jax.tree.map(
+        lambda e, t: 0.5 * np.asarray(e, np.float64) + 0.5 * np.asarray(t, np.float64),
+        first.ema,
+        last.trained,
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), last.ema, expected)
+    assert isinstance(last, train_step.State)
+
+
+@pytest.mark.slow
+def test_a_run_with_worked_examples_is_evaluated_and_exported(tmp_path, capsys):
+    """Both programs read no training rows, from which the shared prefix of a run is made."""
+    argv = runs.argv("opsd", tmp_path / "w", prompt__exemplars=2, train__steps=1, eval__limit=2)
+    assert main.main(argv) == 0
+    assert evaluate.main(["evaluate", f"--workdir={tmp_path / 'w'}"]) == 0
+    assert export.main(["export", f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / 'd'}"]) == 0
+    assert (tmp_path / "d" / "model.safetensors").is_file()

