@@ -30,8 +30,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from copsd_jax import methods
 from copsd_jax.attention import row_attention
+from copsd_jax.methods import table
 from copsd_jax.model import transformer
 from copsd_jax.problems import data, languages
 from copsd_jax.runtime import sharding
@@ -95,7 +95,7 @@ def main() -> None:
         tx = recorded()
         state = begun(plan, state, tx)
         step = builders.step(plan, r.decoder, tx, r.options, state)
-        method = methods.METHODS[c.method]
+        method = table.METHODS[c.method]
         codes = [languages.resolve(code, plan.student.languages) for code in c.data.lang]
         order = data.iterator(plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=0)
         with r.grader:

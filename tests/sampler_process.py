@@ -19,9 +19,9 @@ if PROCESSES > 1:
 
 import jax.numpy as jnp
 
-from copsd_jax.model import transformer
+from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.runtime import sharding
-from copsd_jax.sampler import engine, loop, request
+from copsd_jax.sampler import loop, request
 
 CONFIG = transformer.SHAPES["tiny"]
 PROMPTS = [(i, 3, i % 5) for i in range(30)] + [(9, 9)] * 6
@@ -42,7 +42,7 @@ with jax.set_mesh(devices):
     result = loop.generate(
         decoder, params, PROMPTS, request.Sampling(40, 1.0, 20, 0.95, stop=("ab", "c")),
         keys=keys, settings=request.Settings(slots=8, steps=4),
-        prefix=engine.encode_prefix(decoder, params, (4, 5, 6)),
+        prefix=shared_prefix.encode_prefix(decoder, params, (4, 5, 6)),
         token_bytes=[bytes([97 + i % 7]) for i in range(CONFIG.vocab_size)],
         limits=[1 + 7 * i % 40 for i in range(36)],
     )  # fmt: skip

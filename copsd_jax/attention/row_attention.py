@@ -1,17 +1,12 @@
-"""Attention of whole rows of tokens: training, scoring, prefill (decoding is in attention.py).
+"""Attention of whole rows of tokens: training, scoring, prefill (not decoding).
 
-A token sees the keys of its own segment and of the one that `parents` names, at or before its
-index in the row, and all keys of a shared prefix. One softmax goes over all of them, and nothing
-is repeated for rows or queries.
-
-    index     0 1 2 3 4 5 6        token 5 (segment 3, parent 1) sees keys 0, 1, 2 and 5
-    segment   1 1 1 2 2 3 3
-    parent    . . . 1 1 1 1
+`visibility` says which keys a token sees. One softmax goes over all of them, and nothing is
+repeated for rows or queries.
 
 `portable` is plain array code. Blocks of queries meet the keys up to their own end only, so that
 about half of the products are left out; what the backward pass needs are the output and the
 log-sum-exp of each query (FlashAttention-2, arXiv 2307.08691, section 3.1), never the weights.
-`splash` is jax's kernel for TPU (attention_splash.py), `cudnn` NVIDIA's through
+`splash` is jax's kernel for TPU (row_attention_splash.py), `cudnn` NVIDIA's through
 jax.nn.dot_product_attention.
 
 Shapes: B rows, L tokens of a row, Q queries of a block, S keys, K key heads, M queries per key
@@ -28,11 +23,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from copsd_jax.attention import visibility
 from copsd_jax.runtime import sharding
 
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
-KEPT = "attention"  # name of what the backward pass needs of attention, for remat's policies
-MASKED = -1e30  # finite, so that a query without any key gives finite numbers
 CPU_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more at SmolLM2's shape
 GROUPS = 8  # ranges of queries, each with a range of keys of its own; more save little
 WORTH = 2**24  # L L N H of a row below which small blocks cost more to compile than they save
@@ -42,26 +36,12 @@ FEW = 2  # of large blocks: the compiler for TPU takes 10 to 30 s for each range
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-class Rows(NamedTuple):
-    """Which keys of its row a token sees."""
-
-    segments_BL: jax.Array  # int32
-    parents_BL: jax.Array | None = None  # int32, -1 for none; None where no token has one
-
-
-class Prefix(NamedTuple):
-    """Keys and values that every token sees; gradients flow through them."""
-
-    k_PKH: jax.Array
-    v_PKH: jax.Array
-
-
 def attend(
     q_BLKMH: jax.Array,
     k_BLKH: jax.Array,
     v_BLKH: jax.Array,
-    rows: Rows,
-    prefix: Prefix | None,
+    rows: visibility.Visibility,
+    prefix: visibility.Prefix | None,
     implementation: str,
     block: int,
 ) -> jax.Array:
@@ -94,7 +74,9 @@ def attend(
     return on_mesh(cudnn, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
 
 
-def on_mesh(here: Callable[..., jax.Array], q_BLKMH, k_BLKH, v_BLKH, rows: Rows, prefix):
+def on_mesh(
+    here: Callable[..., jax.Array], q_BLKMH, k_BLKH, v_BLKH, rows: visibility.Visibility, prefix
+):
     """`here`, each device with its own rows and heads."""
     context: Any = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
@@ -109,24 +91,29 @@ def on_mesh(here: Callable[..., jax.Array], q_BLKMH, k_BLKH, v_BLKH, rows: Rows,
     )(q_BLKMH, k_BLKH, v_BLKH, rows, prefix)  # fmt: skip
 
 
-def seen(query: Rows, index_Q: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """[B, Q, S]: same segment or the parent, and not later in the row."""
-    same = query.segments_BL[:, :, None] == segments_BS[:, None, :]
-    if query.parents_BL is not None:
-        same = same | (query.parents_BL[:, :, None] == segments_BS[:, None, :])
-    index_S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)
-    return same & (index_S[None, None, :] <= index_Q[None, :, None])
-
-
 # --- portable ---------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _portable(block: int, q_BLKMH, k_BLKH, v_BLKH, rows: Rows, prefix: Prefix | None):
+def _portable(
+    block: int,
+    q_BLKMH,
+    k_BLKH,
+    v_BLKH,
+    rows: visibility.Visibility,
+    prefix: visibility.Prefix | None,
+):
     return _forward(block, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)[0]
 
 
-def _forward(block: int, q_BLKMH, k_BLKH, v_BLKH, rows: Rows, prefix: Prefix | None):
+def _forward(
+    block: int,
+    q_BLKMH,
+    k_BLKH,
+    v_BLKH,
+    rows: visibility.Visibility,
+    prefix: visibility.Prefix | None,
+):
     """The output, and what the backward pass needs."""
     index_L = jnp.arange(q_BLKMH.shape[1], dtype=jnp.int32)
     outs, lses = [], []
@@ -137,8 +124,8 @@ def _forward(block: int, q_BLKMH, k_BLKH, v_BLKH, rows: Rows, prefix: Prefix | N
         _, (out, lse) = _each(functools.partial(_forward_block, keys), (), parts, block)
         outs.append(out)
         lses.append(lse)
-    out_BLKMH = checkpoint_name(jnp.concatenate(outs, 1), KEPT)
-    lse_BLKM = checkpoint_name(jnp.concatenate(lses, 1), KEPT)
+    out_BLKMH = checkpoint_name(jnp.concatenate(outs, 1), visibility.KEPT)
+    lse_BLKM = checkpoint_name(jnp.concatenate(lses, 1), visibility.KEPT)
     return out_BLKMH, (q_BLKMH, k_BLKH, v_BLKH, rows, prefix, out_BLKMH, lse_BLKM)
 
 
@@ -168,7 +155,7 @@ def _backward(block: int, kept, g_BLKMH):
     of_prefix = None
     if prefix is not None:  # [K, H, P] -> [P, K, H]
         whole = [functools.reduce(jnp.add, [total[i] for total in totals]) for i in (2, 3)]
-        of_prefix = Prefix(*(x.transpose(2, 0, 1).astype(k_BLKH.dtype) for x in whole))
+        of_prefix = visibility.Prefix(*(x.transpose(2, 0, 1).astype(k_BLKH.dtype) for x in whole))
     return jnp.concatenate(slopes, 1), of_k, of_v, None, of_prefix
 
 
@@ -181,7 +168,7 @@ class _Keys(NamedTuple):
     k_BKSH: jax.Array
     v_BKSH: jax.Array
     segments_BS: jax.Array
-    prefix: Prefix | None
+    prefix: visibility.Prefix | None
 
 
 def ranges(length: int, block: int) -> list[tuple[int, int]]:
@@ -208,12 +195,12 @@ def _each(one: Callable[..., Any], carry: Any, parts: Any, block: int) -> Any:
     return carry, jax.tree.map(joined, out)
 
 
-def _logits(keys: _Keys, q_BKQMH, query: Rows, index_1Q):
+def _logits(keys: _Keys, q_BKQMH, query: visibility.Visibility, index_1Q):
     """Those of the own keys [B, K, Q, M, S], and of the prefix [K, B, Q, M, P] or None."""
     own = _product("bkqmh,bksh->bkqms", q_BKQMH, keys.k_BKSH)
-    visible = seen(query, index_1Q[0], keys.segments_BS)
+    visible = visibility.visible_keys(query, index_1Q[0], keys.segments_BS)
     # Added, not selected: a sum is one pass, whatever it is fused with.
-    own = own + jnp.where(visible, jnp.float32(0), jnp.float32(MASKED))[:, None, :, None]
+    own = own + jnp.where(visible, jnp.float32(0), jnp.float32(visibility.MASKED))[:, None, :, None]
     if keys.prefix is None:
         return own, None
     # Axes in the order that the product gives: only arrays without keys are ever transposed.
@@ -288,7 +275,12 @@ def _backward_block(keys: _Keys, carry, part):
 
 
 def cudnn(
-    q_BLKMH, k_BLKH, v_BLKH, rows: Rows, prefix: Prefix | None, implementation: Any = "cudnn"
+    q_BLKMH,
+    k_BLKH,
+    v_BLKH,
+    rows: visibility.Visibility,
+    prefix: visibility.Prefix | None,
+    implementation: Any = "cudnn",
 ) -> jax.Array:
     """Which keys are seen goes in as a mask [B, 1, L, P + L], exact for every kind of row.
 
@@ -301,9 +293,9 @@ def cudnn(
     even = lambda x: jnp.pad(x, ((0, 0), (0, L % 2)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
     q, k, v = even(q_BLKMH.reshape(B, L, K * M, H)), even(k_BLKH), even(v_BLKH)
     parents = None if rows.parents_BL is None else even(rows.parents_BL)
-    wider = Rows(even(rows.segments_BL), parents)
+    wider = visibility.Visibility(even(rows.segments_BL), parents)
     index = jnp.arange(L + L % 2, dtype=jnp.int32)
-    visible = seen(wider, index, wider.segments_BL)
+    visible = visibility.visible_keys(wider, index, wider.segments_BL)
     if prefix is not None:
         P = prefix.k_PKH.shape[0]
         there = (jnp.arange(P + P % 2, dtype=jnp.int32) < P)[None, None]
@@ -318,4 +310,4 @@ def cudnn(
         q, k, v, mask=visible[:, None], scale=1.0, is_causal=prefix is None,
         implementation=implementation,
     )  # fmt: skip
-    return checkpoint_name(out, KEPT)[:, :L].reshape(B, L, K, M, H)
+    return checkpoint_name(out, visibility.KEPT)[:, :L].reshape(B, L, K, M, H)

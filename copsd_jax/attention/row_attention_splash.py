@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 
-from copsd_jax.attention import row_attention
+from copsd_jax.attention import visibility
 
 LANES = 128  # block sizes are multiples of it
 LARGEST = 512  # a block's logits and their gradient in float32 take 2 MiB of the 16 of VMEM
@@ -46,7 +46,7 @@ def block_size(length: int) -> int:
 
 
 def attend(
-    q_BLKMH, k_BLKH, v_BLKH, rows: row_attention.Rows, prefix, interpret: bool = False
+    q_BLKMH, k_BLKH, v_BLKH, rows: visibility.Visibility, prefix, interpret: bool = False
 ) -> jax.Array:
     """`row_attention.attend` on one device.
 
@@ -70,9 +70,9 @@ def attend(
         )
     else:
         parents = None if rows.parents_BL is None else wide(rows.parents_BL)
-        wider = row_attention.Rows(segments, parents)
+        wider = visibility.Visibility(segments, parents)
         out = checkpoint_name(_masked((block, interpret), q, k, v, wider, prefix),
-                              row_attention.KEPT)  # fmt: skip
+                              visibility.KEPT)  # fmt: skip
     return out.swapaxes(1, 2)[:, :L].reshape(B, L, K, M, H)
 
 
@@ -87,7 +87,7 @@ def _sizes(block: int) -> kernel_lib.BlockSizes:
 def _causal(heads: int, length: int, block: int, interpret: bool) -> Any:
     mask = mask_lib.MultiHeadMask([mask_lib.CausalMask((length, length))] * heads)
     return kernel_lib.make_splash_mha_single_device(
-        mask, block_sizes=_sizes(block), residual_checkpoint_name=row_attention.KEPT,
+        mask, block_sizes=_sizes(block), residual_checkpoint_name=visibility.KEPT,
         interpret=interpret,
     )  # fmt: skip
 
@@ -100,8 +100,8 @@ def _one_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> Any:
     block, interpret = static
     parents_1W = None if parents_W is None else parents_W[None]
     index_W = jnp.arange(segments_W.shape[0], dtype=jnp.int32)
-    row = row_attention.Rows(segments_W[None], parents_1W)
-    mask_WS = row_attention.seen(row, index_W, segments_W[None])[0]
+    row = visibility.Visibility(segments_W[None], parents_1W)
+    mask_WS = visibility.visible_keys(row, index_W, segments_W[None])[0]
     if prefix is not None:
         pad = -prefix.k_PKH.shape[0] % block
         shared = [jnp.pad(x.swapaxes(0, 1), ((0, 0), (0, pad), (0, 0))) for x in prefix]
@@ -120,7 +120,7 @@ def _one_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _masked(static, q_BNWH, k_BKWH, v_BKWH, rows: row_attention.Rows, prefix) -> jax.Array:
+def _masked(static, q_BNWH, k_BKWH, v_BKWH, rows: visibility.Visibility, prefix) -> jax.Array:
     """Row by row: only one mask lives at a time."""
     each = (q_BNWH, k_BKWH, v_BKWH, rows.segments_BL, rows.parents_BL)
     return jax.lax.map(

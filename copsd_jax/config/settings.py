@@ -275,7 +275,7 @@ def unknown_setting(name: str, known: Mapping) -> str:
     same_end.sort(key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())
     likely = list(dict.fromkeys([*same_end, *near]))
     hint = f": did you mean {' or '.join(likely)}?" if likely else ""
-    return f"--config.{name} is no setting{hint or ': all are in copsd_jax/config.py'}"
+    return f"--config.{name} is no setting{hint or ': all are in copsd_jax/config/settings.py'}"
 
 
 def help_text() -> str:

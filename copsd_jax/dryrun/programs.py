@@ -21,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from copsd_jax.config import setting_rules
 from copsd_jax.dryrun import program_cost
 from copsd_jax.losses import token_blocks
-from copsd_jax.model import transformer
+from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.runtime import hardware, sharding
-from copsd_jax.sampler import engine, loop, request
+from copsd_jax.sampler import loop, request
 from copsd_jax.training import backends, builders, layout, run_plan, train_step
 from copsd_jax.training import loaded_run as run_lib
 from copsd_jax.weights import hf
@@ -432,7 +432,7 @@ def _prefix(one, make: _Maker, decoder, long: Lengths, weights) -> transformer.K
     whole = NamedSharding(one.mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((1, long.prefix), jnp.int32, sharding=whole)
     bound = jax.jit(
-        lambda params, tokens, adapter: engine.encode(
+        lambda params, tokens, adapter: shared_prefix.encode(
             decoder, params, tokens, adapter, one.adapter_scale
         )
     )

@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from copsd_jax.attention import decode_attention, row_attention
+from copsd_jax.attention import decode_attention, row_attention, visibility
 from copsd_jax.model import lora
 from copsd_jax.runtime import sharding
 
@@ -30,8 +30,8 @@ _policies = jax.checkpoint_policies
 # What is kept of a layer for the backward pass, which computes the rest again; None keeps all.
 REMAT: dict[str, Any] = {
     "none": None,
-    "dots": _policies.save_only_these_names(PROJECTION, row_attention.KEPT),
-    "attention": _policies.save_only_these_names(row_attention.KEPT),
+    "dots": _policies.save_only_these_names(PROJECTION, visibility.KEPT),
+    "attention": _policies.save_only_these_names(visibility.KEPT),
     "layer": _policies.nothing_saveable,
 }
 
@@ -273,9 +273,9 @@ class Layer(nn.Module):
 
         q_BLKMH, k, v = self._qkv(project, self.attn_norm(hidden), rows.angle_BLE)
         if cache is None:
-            shared = None if prefix is None else row_attention.Prefix(prefix.k[0], prefix.v[0])
+            shared = None if prefix is None else visibility.Prefix(prefix.k[0], prefix.v[0])
             assert rows.segments_BL is not None  # of a stream without a cache
-            seen = row_attention.Rows(rows.segments_BL, rows.parents_BL)
+            seen = visibility.Visibility(rows.segments_BL, rows.parents_BL)
             out = row_attention.attend(q_BLKMH, k, v, seen, shared, self.attention, self.block)
         else:
             out, cache = _attend_cache(q_BLKMH, k, v, cache, rows, layer, prefix, self.decode)

@@ -90,7 +90,7 @@ def generate(
       sampling: one for all, or one for each prompt.
       keys: uint32 [n, 2] from `request.stream_keys`, one per prompt.
       settings: the sampler's size; slots are rounded up to a multiple of the mesh's batch shards.
-      prefix: `engine.encode_prefix` with the same params and adapter.
+      prefix: `shared_prefix.encode_prefix` with the same params and adapter.
       valid_V: bool [V], ids that may be drawn; None for all.
       token_bytes: the bytes of each id, needed for stop strings.
       limits: most tokens of each completion; None for its sampling's max_tokens.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from copsd_jax.attention import decode_attention as attention_lib
-from copsd_jax.attention import row_attention
+from copsd_jax.attention import row_attention, visibility
 from copsd_jax.config import settings as config_lib
 from copsd_jax.losses import divergence_loss
 from copsd_jax.model import transformer
@@ -99,7 +99,7 @@ def _without_cudnn(size: int) -> str:
     q = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
     try:
         jax.eval_shape(
-            lambda q, k, v, ids: row_attention.cudnn(q, k, v, row_attention.Rows(ids), None),
+            lambda q, k, v, ids: row_attention.cudnn(q, k, v, visibility.Visibility(ids), None),
             q, row, row, ids,
         )  # fmt: skip
     except (RuntimeError, NotImplementedError) as error:

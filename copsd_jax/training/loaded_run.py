@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from copsd_jax.metrics import token_stats
-from copsd_jax.model import transformer
+from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.rewards import graders, reward_functions
 from copsd_jax.runtime import processes, sharding
-from copsd_jax.sampler import engine, handover, loop, request
+from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import prompts
 from copsd_jax.training import builders, run_plan, train_step
@@ -94,7 +94,7 @@ def load(
     if config.method == "distill" and options.teacher == "fixed" and plan.shots and plan.rows:
         prefix = run_plan.probe(plan, plan.rows[0]).prefix_ids
         initial = train_step.policies(state, frozen, options, plan.dtype)[1]
-        teacher_kv = (engine.encode_prefix(decoder, initial.params, prefix),)
+        teacher_kv = (shared_prefix.encode_prefix(decoder, initial.params, prefix),)
     grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
     rewarder = reward_functions.make(
         config.reward.kind, grader, prompts.ANSWERS[config.prompt.answer]
@@ -173,7 +173,7 @@ def encode_prefix(
     run: Run, policy: train_step.Policy, prefix_ids: Sequence[int]
 ) -> transformer.KV | None:
     """Keys of the exemplars under a policy; None without exemplars."""
-    return engine.encode_prefix(
+    return shared_prefix.encode_prefix(
         run.decoder, policy.params, prefix_ids, policy.adapter, run.plan.adapter_scale
     )
 
@@ -316,7 +316,7 @@ def sample(
             sampling(run, section),
             keys=keys,
             settings=sampler(run, section),
-            prefix=engine.encode_prefix(run.decoder, params, prefix_ids, adapter, scale),
+            prefix=shared_prefix.encode_prefix(run.decoder, params, prefix_ids, adapter, scale),
             adapter=adapter,
             adapter_scale=scale,
             valid_V=run.plan.valid_V,
@@ -343,7 +343,7 @@ def warmup(run: Run, state: train_step.State) -> Iterator[str]:
             job = request.plan(
                 run.decoder, params, [prompt.ids], [sampling(run, section)],
                 keys_n2=np.zeros((1, 2), np.uint32), settings=sampler(run, section),
-                prefix=engine.encode_prefix(
+                prefix=shared_prefix.encode_prefix(
                     run.decoder, params, prompt.prefix_ids, adapter, run.plan.adapter_scale
                 ),
                 adapter=adapter, adapter_scale=run.plan.adapter_scale,

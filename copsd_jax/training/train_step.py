@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from copsd_jax.losses import divergence_loss, policy_loss, token_blocks
-from copsd_jax.model import transformer
-from copsd_jax.sampler import engine
+from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.training import layout
 
 
@@ -287,7 +286,7 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
         still = still._replace(params=student.params)
         if options.trainable == "lora" or options.teacher == "live":
             teacher = teacher._replace(params=student.params)
-        encode = lambda side: None if student_prefix is None else engine.encode(  # noqa: E731
+        encode = lambda side: None if student_prefix is None else shared_prefix.encode(  # noqa: E731
             decoder, side.params, student_prefix[None], side.adapter, options.adapter_scale
         )  # fmt: skip
         sides = [(student, micro.student, encode(student))]

@@ -1,4 +1,4 @@
 """Weights, adapters and tokenizers in their file formats, and where they are found.
 
-May import: runtime, model.
+May import: model.
 """

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copsd_jax.attention import row_attention, row_attention_splash
+from copsd_jax.attention import row_attention, row_attention_splash, visibility
 from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
@@ -80,11 +80,11 @@ def forms(block=5):
 def both(form, arrays, segments, parents, prefix):
     """The output and gradients of one form."""
     given: Any = [None if x is None else jnp.asarray(x) for x in (segments, parents)]
-    rows = row_attention.Rows(*given)
+    rows = visibility.Visibility(*given)
 
     @jax.jit
     def run(q, k, v, pk, pv, g):
-        given = (q, k, v, row_attention.Prefix(pk, pv)) if prefix else (q, k, v)
+        given = (q, k, v, visibility.Prefix(pk, pv)) if prefix else (q, k, v)
         attend = lambda q, k, v, p=None: form(q, k, v, rows, p)  # noqa: E731
         out, back = jax.vjp(attend, *given)
         return out, jax.tree.leaves(back(g))
@@ -216,6 +216,6 @@ def test_cudnn_is_refused_with_the_reason():
 
 def test_refusal():
     q, k, v = inputs()[:3]
-    rows = row_attention.Rows(jnp.asarray(ALONE))
+    rows = visibility.Visibility(jnp.asarray(ALONE))
     with pytest.raises(ValueError, match=r"model\.attention is 'fast': the choices are portable"):
         row_attention.attend(q, k, v, rows, None, "fast", 8)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from copsd_jax.attention import row_attention
+from copsd_jax.attention import row_attention, visibility
 from copsd_jax.model import lora, transformer
 from copsd_jax.runtime import sharding
 
@@ -70,11 +70,11 @@ def attention(devices, form, K, M, H, L, parents, ways) -> dict:
     shared: Any = array((PREFIX, K, H), "bfloat16", None, "tensor")
 
     def gradient(q, k, v, ids, parents, prefix, g):
-        seen = row_attention.Rows(ids, parents)
+        seen = visibility.Visibility(ids, parents)
         attend = lambda q, k, v: row_attention.attend(q, k, v, seen, prefix, form, 512)  # noqa: E731
         return jax.vjp(attend, q, k, v)[1](g)
 
-    extra = (ids, row_attention.Prefix(shared, shared)) if parents else (None, None)
+    extra = (ids, visibility.Prefix(shared, shared)) if parents else (None, None)
     with jax.set_mesh(where):
         return facts(jax.jit(gradient).lower(q, k, k, ids, *extra, q).compile())
 

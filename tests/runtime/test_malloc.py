@@ -14,9 +14,9 @@ from copsd_jax.runtime import malloc
 # Blocks as large as XLA's, in a thread as XLA's, written three times; pages of the last two.
 SCRIPT = """
 import ctypes, resource, sys, threading
-from copsd_jax import pages
+from copsd_jax.runtime import malloc
 if sys.argv[1] == "keep":
-    assert pages.keep()
+    assert malloc.keep()
 libc, size = ctypes.CDLL(None), ctypes.c_size_t(200 << 20)
 libc.malloc.restype = ctypes.c_void_p
 def block():

@@ -10,10 +10,11 @@ import socket
 import subprocess
 import sys
 
+import conftest
 import numpy as np
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parent / "mesh_process.py"
+SCRIPT = conftest.ROOT / "tests" / "mesh_process.py"
 ONE = (1, 1, 1)
 
 

@@ -114,7 +114,8 @@ TOLD = """
 import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from copsd_jax import config, processes
+from copsd_jax import config
+from copsd_jax.runtime import processes
 c = config.default()
 c.mesh.coordinator, c.mesh.processes, c.mesh.process = sys.argv[2], 2, int(sys.argv[1])
 processes.start(c)

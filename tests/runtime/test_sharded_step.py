@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from copsd_jax.losses import divergence_loss
-from copsd_jax.model import lora, transformer
+from copsd_jax.model import lora, shared_prefix, transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, handover, loop, request
 from copsd_jax.training import layout, train_step
@@ -110,7 +110,7 @@ def test_sampled_tokens_are_those_of_one_device(name):
     keys = request.stream_keys(0, "rollout", 0, [str(i) for i in range(6)], [0] * 6)
 
     def run(decoder, params, adapter):
-        prefix = engine.encode_prefix(decoder, params, (7, 250, 31), adapter, SCALE)
+        prefix = shared_prefix.encode_prefix(decoder, params, (7, 250, 31), adapter, SCALE)
         return loop.generate(
             decoder, params, PROMPTS, sampling, keys=keys, prefix=prefix, adapter=adapter,
             adapter_scale=SCALE, settings=request.Settings(slots=4, steps=4),

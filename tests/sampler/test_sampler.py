@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copsd_jax.model import lora, transformer
+from copsd_jax.model import lora, shared_prefix, transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, loop, program_cache, request, truncation
 
@@ -32,7 +32,7 @@ def params():
 
 @functools.cache
 def prefix():
-    return engine.encode_prefix(DECODER, params(), PREFIX)
+    return shared_prefix.encode_prefix(DECODER, params(), PREFIX)
 
 
 def keys_of(prompts, seed=0):
@@ -218,10 +218,10 @@ def test_adapter_equals_merged_weights():
     key = jax.random.key(3)
     adapter = lora.init(CONFIG, 4, ("q", "v", "down"), key)
     adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape, x.dtype), adapter)
-    kv = engine.encode_prefix(DECODER, params(), PREFIX, adapter, 0.5)
+    kv = shared_prefix.encode_prefix(DECODER, params(), PREFIX, adapter, 0.5)
     run = functools.partial(generate, PLAIN, shared=False)
     merged = lora.merge(params(), adapter, 0.5)
-    want = run(params=merged, prefix=engine.encode_prefix(DECODER, merged, PREFIX))
+    want = run(params=merged, prefix=shared_prefix.encode_prefix(DECODER, merged, PREFIX))
     same(run(prefix=kv, adapter=adapter, adapter_scale=0.5), want, atol=1e-4)
     assert [c.ids for c in want] != [c.ids for c in generate(PLAIN)]
 
@@ -233,7 +233,7 @@ def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
         adapter = lora.init(CONFIG, 2, lora.TARGETS, jax.random.key(1))
         noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape)  # noqa: E731
         options |= {"adapter": jax.tree.map(noise, adapter), "adapter_scale": 0.5}
-        options["prefix"] = engine.encode_prefix(
+        options["prefix"] = shared_prefix.encode_prefix(
             DECODER, params(), PREFIX, options["adapter"], options["adapter_scale"]
         )
     with jax.set_mesh(sharding.make(1, 1, 1, devices=jax.devices()[:1])):
@@ -297,7 +297,7 @@ def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
         )
         got = result(
             sampling, prompts, keys, shared=False, params=placed, slots=8,
-            prefix=engine.encode_prefix(DECODER, placed, PREFIX),
+            prefix=shared_prefix.encode_prefix(DECODER, placed, PREFIX),
         )  # fmt: skip
     same(got.completions, want)
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copsd_jax.model import transformer
+from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.runtime import sharding
-from copsd_jax.sampler import engine, loop, request, truncation
+from copsd_jax.sampler import loop, request, truncation
 from copsd_jax.weights import hf, hub
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -235,7 +235,7 @@ def test_oracle_sees_a_prefix_as_plain_tokens():
     keys = request.stream_keys(0, "rollout", 0, ["a"], [0])
     sampling = request.Sampling(20, temperature=0.0)
     run = functools.partial(loop.generate, decoder, weights(name), keys=keys, sampling=sampling)
-    kv = engine.encode_prefix(decoder, weights(name), (4, 5, 6))
+    kv = shared_prefix.encode_prefix(decoder, weights(name), (4, 5, 6))
     apart = run(prompts=[(7, 8)], prefix=kv).completions[0]
     whole = run(prompts=[(4, 5, 6, 7, 8)]).completions[0]
     assert apart.ids == whole.ids

@@ -4,14 +4,14 @@ Slots over `data`, heads over `tensor`, a shared prefix, and stop strings that t
 """
 
 import json
-import pathlib
 import socket
 import subprocess
 import sys
 
+import conftest
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parent / "sampler_process.py"
+SCRIPT = conftest.ROOT / "tests" / "sampler_process.py"
 
 
 def together(processes: int) -> list:

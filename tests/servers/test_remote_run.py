@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from test_remote import FAULTS, spoken
+from test_remote_engine import FAULTS, spoken
 
 from copsd_jax import evaluate, main, methods
 from copsd_jax.config import setting_rules

@@ -13,9 +13,8 @@ from test_train_step import CONFIG, OPTIONS, make_adapter
 
 from copsd_jax import main
 from copsd_jax.dryrun import program_cost
-from copsd_jax.model import transformer
+from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.runtime import sharding
-from copsd_jax.sampler import engine
 from copsd_jax.training import builders, layout, row_packing, run_plan, train_step
 
 CONFIG = dataclasses.replace(CONFIG, vocab_size=96)
@@ -126,7 +125,7 @@ def test_different_prompts(decoder, params, shared):
 def test_worked_examples_in_front(decoder, params):
     batch = layout.pack(*samples(3, 8), student_prefix=5, teacher_prefix=3)
     prefix = jnp.asarray([5, 6, 7, 8, 9], jnp.int32)
-    how = {"prefix": prefix, "kv": (engine.encode_prefix(decoder, params, [11, 12, 13]),)}
+    how = {"prefix": prefix, "kv": (shared_prefix.encode_prefix(decoder, params, [11, 12, 13]),)}
     rows, _ = arranged(batch)
     assert_same(step(decoder, params, rows, **how), step(decoder, params, batch, **how))
 

@@ -1,0 +1,40 @@
+"""Which keys each token of a row sees; shared by all forms of row attention.
+
+A token sees the keys of its own segment and of the one that `parents` names, at or before its
+index in the row, and all keys of a shared prefix.
+
+    index     0 1 2 3 4 5 6        token 5 (segment 3, parent 1) sees keys 0, 1, 2 and 5
+    segment   1 1 1 2 2 3 3
+    parent    . . . 1 1 1 1
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+KEPT = "attention"  # name of what the backward pass needs of attention, for remat's policies
+MASKED = -1e30  # finite, so that a query without any key gives finite numbers
+
+
+class Visibility(NamedTuple):
+    """Which keys of its row a token sees."""
+
+    segments_BL: jax.Array  # int32
+    parents_BL: jax.Array | None = None  # int32, -1 for none; None where no token has one
+
+
+class Prefix(NamedTuple):
+    """Keys and values that every token sees; gradients flow through them."""
+
+    k_PKH: jax.Array
+    v_PKH: jax.Array
+
+
+def visible_keys(query: Visibility, index_Q: jax.Array, segments_BS: jax.Array) -> jax.Array:
+    """[B, Q, S]: same segment or the parent, and not later in the row."""
+    same = query.segments_BL[:, :, None] == segments_BS[:, None, :]
+    if query.parents_BL is not None:
+        same = same | (query.parents_BL[:, :, None] == segments_BS[:, None, :])
+    index_S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)
+    return same & (index_S[None, None, :] <= index_Q[None, :, None])
