@@ -17,7 +17,7 @@ import numpy as np
 
 from copsd_jax import evaluate, train
 from copsd_jax import main as main_lib
-from copsd_jax.metrics import metrics
+from copsd_jax.metrics import scoring, terminal
 from copsd_jax.runtime import workdir
 
 
@@ -30,7 +30,7 @@ def load(directory: pathlib.Path) -> tuple[dict, dict]:
 def shares(result: dict) -> dict[str, dict[str, float]]:
     """{group: {problem: share of correct samples}}."""
     return {
-        name: {p["id"]: metrics.avg_at_n([s["correct"] for s in p["samples"]]) for p in part}
+        name: {p["id"]: scoring.avg_at_n([s["correct"] for s in p["samples"]]) for p in part}
         for name, part in evaluate.groups(result["problems"]).items()
     }
 
@@ -64,7 +64,7 @@ def main() -> int:
         gains = [
             float(np.mean([new[name][i] - old[name][i] for i in problems])) for old, new in pairs
         ]
-        paired = metrics.paired(before, after)
+        paired = scoring.paired(before, after)
         line = {
             "config": args.config, "settings": rest, "seeds": args.seeds, "group": name,
             "problems": len(problems), "before": float(np.mean(before)),
@@ -79,7 +79,7 @@ def main() -> int:
              " ".join(f"{gain * 100:+.1f}" for gain in gains)]
         )  # fmt: skip
     headers = ["problems", "n", "before", "after", "points", "95 % interval", "each seed"]
-    print(metrics.table(headers, rows))
+    print(terminal.table(headers, rows))
     return 0
 
 

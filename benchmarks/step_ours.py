@@ -28,7 +28,7 @@ from copsd_jax.config import settings
 from copsd_jax.losses import divergence_loss
 from copsd_jax.methods import distill, table
 from copsd_jax.model import transformer
-from copsd_jax.problems import bundled, data
+from copsd_jax.problems import bundled, problem_row
 from copsd_jax.runtime import malloc, sharding
 from copsd_jax.sampler import loop
 from copsd_jax.teaching import contexts, prompts
@@ -97,7 +97,7 @@ def write_problems(work: dict, file: pathlib.Path) -> None:
     write_rows(file, made)
 
 
-def _length(plan: run_plan.Plan, row: data.Row, field: str, text: str) -> int:
+def _length(plan: run_plan.Plan, row: problem_row.Row, field: str, text: str) -> int:
     """Tokens of the prompt with this problem, or of the teacher's with this solution."""
     row = dataclasses.replace(row, **{field: text})
     if field == "solution":
@@ -231,7 +231,7 @@ class Trainer:
         with self.parts("host"):
             wall, cpu = time.perf_counter(), time.process_time()
             method = table.METHODS["distill"]
-            rows: list[data.Row] = list(self.plan.rows)
+            rows: list[problem_row.Row] = list(self.plan.rows)
             made = method.make_batch(self.r, self.state, rows, self.number)
             batch = layout.place(builders.packed(self.plan, made.batch), self.plan.mesh)
             args = (self.r.frozen, batch, made.student_prefix, made.teacher_kv, np.float32(1))

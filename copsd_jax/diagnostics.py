@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax.metrics import metrics
+from copsd_jax.metrics import terminal
 from copsd_jax.model import transformer
 from copsd_jax.training import loaded_run, train_step
 
@@ -80,4 +80,4 @@ def table(views: list[Token]) -> str:
         for v in views
     ]  # fmt: skip
     headers = ["token", "ln q - ln p", "student", "teacher", "student's best", "teacher's best"]
-    return metrics.table(headers, rows)
+    return terminal.table(headers, rows)

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.metrics import metrics
-from copsd_jax.problems import data
+from copsd_jax.metrics import scoring, terminal
+from copsd_jax.problems import problem_row
 from copsd_jax.rewards import graders
 from copsd_jax.runtime import checkpoint, processes, workdir
 from copsd_jax.sampler import loop, request
@@ -34,7 +34,7 @@ from copsd_jax.training import loaded_run, run_plan, train_step
 def evaluate(
     r: loaded_run.Run,
     policy: train_step.Policy,
-    rows: Sequence[data.Row],
+    rows: Sequence[problem_row.Row],
     progress: Callable[[loop.Stats], None] | None = None,
     partial: pathlib.Path | None = None,
 ) -> dict[str, Any]:
@@ -216,11 +216,11 @@ def groups(records: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def _scores(r: loaded_run.Run, records: Sequence[dict]) -> dict[str, dict[str, float]]:
-    def sample(s: dict) -> metrics.Sample:
-        return metrics.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
+    def sample(s: dict) -> scoring.Sample:
+        return scoring.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
 
     return {
-        name: metrics.score(
+        name: scoring.score(
             [[sample(s) for s in record["samples"]] for record in part],
             r.grader.same_class,
             graders.UNRESOLVED,
@@ -231,7 +231,7 @@ def _scores(r: loaded_run.Run, records: Sequence[dict]) -> dict[str, dict[str, f
 
 def _averages(records: Sequence[dict]) -> dict[str, float]:
     return {
-        record["id"]: metrics.avg_at_n([s["correct"] for s in record["samples"]])
+        record["id"]: scoring.avg_at_n([s["correct"] for s in record["samples"]])
         for record in records
     }
 
@@ -242,7 +242,7 @@ def comparison(before: dict, after: dict) -> str:
     new = groups(after["problems"])
     for name, old in groups(before["problems"]).items():
         left, right = _averages(old), _averages(new[name])
-        paired = metrics.paired(list(left.values()), [right[i] for i in left])
+        paired = scoring.paired(list(left.values()), [right[i] for i in left])
         scores = after["scores"][name]
         rows.append(
             [
@@ -258,7 +258,7 @@ def comparison(before: dict, after: dict) -> str:
             ]
         )
     headers = ["problems", "n", "before", "after", "points", "95 % interval", "p", "format", "cut"]
-    return metrics.table(headers, rows)
+    return scores.table(headers, rows)
 
 
 def overview(results: dict[int, dict]) -> str:
@@ -274,7 +274,7 @@ def overview(results: dict[int, dict]) -> str:
             )  # fmt: skip
     headers = ["step", "problems", "n", "samples", "avg@n", "95 % interval", "pass@n", "maj@n",
                "format", "cut", "tokens"]  # fmt: skip
-    return metrics.table(headers, rows)
+    return terminal.table(headers, rows)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -318,9 +318,9 @@ def _config(args: argparse.Namespace) -> config_lib.Config:
     return config
 
 
-def show(label: str, total: int) -> tuple[metrics.Progress, Callable[[loop.Stats], None]]:
+def show(label: str, total: int) -> tuple[terminal.Progress, Callable[[loop.Stats], None]]:
     """A progress line, and the sampler's callback that feeds it."""
-    progress, seen = metrics.Progress(label, total, stream=processes.progress()), [0]
+    progress, seen = terminal.Progress(label, total, stream=processes.progress()), [0]
 
     def update(stats: loop.Stats) -> None:
         busy = {} if math.isnan(stats.occupancy) else {"occupancy": stats.occupancy}

@@ -16,8 +16,8 @@ import numpy as np
 from copsd_jax import evaluate
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import table
-from copsd_jax.metrics import metrics
-from copsd_jax.problems import data, languages
+from copsd_jax.metrics import metric_files, terminal
+from copsd_jax.problems import batches, languages, problem_row
 from copsd_jax.runtime import checkpoint, processes, sharding, workdir
 from copsd_jax.training import (
     backends,
@@ -86,22 +86,22 @@ def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapp
     if not processes.leads():
         yield lambda step, values: None
         return
-    with metrics.Writer(directory, resume=first + 1) as writer:
+    with metric_files.Writer(directory, resume=first + 1) as writer:
         yield writer.write
 
 
 def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[train_step.State, str]:
     """Steps `first` … train.steps - 1, or until a guard stops the run; the reason if one did."""
     plan, c = r.plan, r.plan.config
-    timer = metrics.Timer()
-    order = data.iterator(
+    timer = terminal.Timer()
+    order = batches.iterator(
         plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
     )
-    written = processes.once(lambda: metrics.lines(directory, first))
+    written = processes.once(lambda: metric_files.lines(directory, first))
     guard = guards.replay(plan.guards, written)
     said = processes.once(lambda: workdir.read_events(directory, first))
     stream = processes.progress()
-    with metrics.Progress("step", c.train.steps, first, stream) as progress:
+    with terminal.Progress("step", c.train.steps, first, stream) as progress:
         for step in range(first, first if guard["stopped"] else c.train.steps):
             with timer("rollout"):
                 work = method.make_batch(r, state, next(order), step)
@@ -304,7 +304,7 @@ def _loss(c) -> str:
     )
 
 
-def _per_language(rows: list[data.Row]) -> str:
+def _per_language(rows: list[problem_row.Row]) -> str:
     counts = collections.Counter(row.lang for row in rows)
     return ", ".join(f"{lang} {count:,}" for lang, count in counts.items()) or "none"
 
@@ -320,9 +320,9 @@ def _facts(plan: run_plan.Plan) -> dict:
         "seed": plan.config.seed,
         "model": str(plan.weights_path),
         "model_fingerprint": run_plan.fingerprint(plan),
-        "data_fingerprint": data.fingerprint(plan.rows),
-        "eval_fingerprint": data.fingerprint(plan.eval_rows),
-        "exemplars_fingerprint": data.fingerprint(plan.student.exemplars),
+        "data_fingerprint": problem_row.fingerprint(plan.rows),
+        "eval_fingerprint": problem_row.fingerprint(plan.eval_rows),
+        "exemplars_fingerprint": problem_row.fingerprint(plan.student.exemplars),
         "author_fingerprint": _replies_fingerprint(plan.records),
         "dropped": dict(plan.dropped),
         "eval_dropped": dict(plan.eval_dropped),
@@ -354,13 +354,13 @@ NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 def _totals(directory: pathlib.Path, steps: int) -> str:
     """How many completions of the run had each status, as a table; "" where none is counted."""
     totals: collections.Counter[str] = collections.Counter()
-    for line in metrics.lines(directory, steps):
+    for line in metric_files.lines(directory, steps):
         for name, value in json.loads(line).items():
             counted = name in COUNTED or name.startswith(COUNTED_PREFIXES)
             if counted and name not in NOT_COUNTED:
                 totals[name] += int(value)
     rows = [[name.replace("_", " "), f"{count:,}"] for name, count in totals.items() if count]
-    return metrics.table(["completions", "n"], rows) if rows else ""
+    return terminal.table(["completions", "n"], rows) if rows else ""
 
 
 def _ending(
@@ -378,7 +378,7 @@ def _ending(
     totals = _totals(directory, plan.config.train.steps)
     if totals:
         lines += ["", totals]
-    lines += ["", f"{metrics.duration(seconds)} min; everything is in {directory}"]
+    lines += ["", f"{terminal.duration(seconds)} min; everything is in {directory}"]
     if stopped:
         lines.append(f"stopped by a guard: {stopped}")
     return "\n".join(lines)

@@ -33,7 +33,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from copsd_jax.attention import row_attention
 from copsd_jax.methods import table
 from copsd_jax.model import transformer
-from copsd_jax.problems import data, languages
+from copsd_jax.problems import batches, languages
 from copsd_jax.runtime import sharding
 from copsd_jax.training import builders, layout, loaded_run, run_plan, train_step
 
@@ -97,7 +97,7 @@ def main() -> None:
         step = builders.step(plan, r.decoder, tx, r.options, state)
         method = table.METHODS[c.method]
         codes = [languages.resolve(code, plan.student.languages) for code in c.data.lang]
-        order = data.iterator(plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=0)
+        order = batches.iterator(plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=0)
         with r.grader:
             for k in range(STEPS):
                 rows = next(order)

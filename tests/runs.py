@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from copsd_jax import main
+from copsd_jax.problems import batches
 from copsd_jax.sampler import loop
 from copsd_jax.training import loaded_run, run_plan
 
@@ -42,6 +43,11 @@ def loaded(card: str, **settings):
         r, state = loaded_run.load(plan, plan.config.train.steps)
         with r.grader:
             yield r, state
+
+
+def batch_at(rows, langs, weights, batch: int, seed: int, step: int) -> list:
+    """The rows of one step."""
+    return next(batches.iterator(rows, langs, weights, batch, seed, step))
 
 
 def sampled(completions) -> loop.Result:

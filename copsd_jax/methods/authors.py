@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from copsd_jax.problems import data
+from copsd_jax.problems import problem_row
 from copsd_jax.runtime import processes
 from copsd_jax.sampler import request
 from copsd_jax.servers import client
@@ -259,7 +259,7 @@ def parse(kind: str, attempt: contexts.Attempt, text: str, c) -> replies.Reply:
     return replies.Reply(reply.status, quote=reply.quote, raw=reply.raw)
 
 
-def guard_leak(reply: replies.Reply, row: data.Row, policy: str) -> replies.Reply:
+def guard_leak(reply: replies.Reply, row: problem_row.Row, policy: str) -> replies.Reply:
     """context.leak, for an explanation that gives the final answer away."""
     if not reply.text or not row.answer or not replies.leak(reply.text, row.answer):
         return reply

@@ -24,13 +24,15 @@ import numpy as np
 
 from copsd_jax.losses import policy_loss
 from copsd_jax.methods import authors, grpo
-from copsd_jax.problems import data
+from copsd_jax.problems import problem_row
 from copsd_jax.teaching import contexts, groups, prompts, replies, token_selection
 from copsd_jax.training import layout, loaded_run, rollouts, run_plan, train_step
 from copsd_jax.training.rollouts import Rollouts, Work
 
 
-def make_batch(r: loaded_run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
+def make_batch(
+    r: loaded_run.Run, state: train_step.State, rows: list[problem_row.Row], step: int
+) -> Work:
     """Samples, grades, has contexts written, builds the teacher's prompts, packs."""
     c = r.plan.config
     done = rollouts.make(r, loaded_run.policies(r, state)[0], rows, step)

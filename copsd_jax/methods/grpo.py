@@ -17,12 +17,14 @@ methods.
 import numpy as np
 
 from copsd_jax.losses import policy_loss
-from copsd_jax.problems import data
+from copsd_jax.problems import problem_row
 from copsd_jax.training import layout, loaded_run, rollouts, train_step
 from copsd_jax.training.rollouts import Rollouts, Work
 
 
-def make_batch(r: loaded_run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
+def make_batch(
+    r: loaded_run.Run, state: train_step.State, rows: list[problem_row.Row], step: int
+) -> Work:
     """Samples, grades, gives advantages, packs. A row without an answer has none."""
     done = rollouts.make(r, loaded_run.policies(r, state)[0], rows, step)
     prefix_ids = done.asked[0].prefix_ids

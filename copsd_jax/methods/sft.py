@@ -9,13 +9,15 @@ completion only, and `policy.norm` as normaliser. Rows whose target is longer th
 
 import numpy as np
 
-from copsd_jax.problems import data
+from copsd_jax.problems import problem_row
 from copsd_jax.teaching import prompts
 from copsd_jax.training import layout, loaded_run, rollouts, train_step
 from copsd_jax.training.rollouts import Work
 
 
-def make_batch(r: loaded_run.Run, state: train_step.State, rows: list[data.Row], step: int) -> Work:
+def make_batch(
+    r: loaded_run.Run, state: train_step.State, rows: list[problem_row.Row], step: int
+) -> Work:
     """Prompts and solutions as token ids, packed. Nothing is sampled."""
     plan, c = r.plan, r.plan.config
     asked = [prompts.student(plan.tokenizer, plan.student, row) for row in rows]

@@ -10,7 +10,7 @@ besides the row the context is made of.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from copsd_jax.problems import data
+from copsd_jax.problems import problem_row
 from copsd_jax.teaching import prompts, replies
 from copsd_jax.teaching.prompts import Conversation, Section, Turn
 
@@ -44,12 +44,12 @@ class Attempt:
       other: another problem of the data, for the control.
     """
 
-    row: data.Row
+    row: problem_row.Row
     text: str = ""
     correct: bool | None = None
     feedback: str = ""
     sibling: str = ""
-    other: data.Row | None = None
+    other: problem_row.Row | None = None
 
 
 def _never(settings: Settings, attempt: Attempt) -> None:
@@ -244,7 +244,7 @@ def reads(settings: Settings) -> tuple[str, ...]:
     return _context(settings).reads(settings)
 
 
-def ideal(row: data.Row, worked: str) -> Attempt:
+def ideal(row: problem_row.Row, worked: str) -> Attempt:
     """The attempt that a row's own solution makes: what an exemplar stands for."""
     return Attempt(row, worked, True, "The answer is right.", worked, row)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from copsd_jax.problems import data
+from copsd_jax.problems import problem_row
 
 SIBLINGS = ("first", "shortest", "sampled")
 
@@ -49,8 +49,8 @@ def siblings(
 
 
 def others(
-    pool: Sequence[data.Row], rows: Sequence[data.Row], seed: Sequence[int]
-) -> list[data.Row | None]:
+    pool: Sequence[problem_row.Row], rows: Sequence[problem_row.Row], seed: Sequence[int]
+) -> list[problem_row.Row | None]:
     """For each row another problem of the pool, in its language and with another answer; or None.
 
     The control of a context: what a solution is worth that belongs to another problem. Rows of one
@@ -59,7 +59,7 @@ def others(
     Args:
       seed: whole numbers that the draw depends on, with the row's id.
     """
-    found: dict[str, data.Row | None] = {}
+    found: dict[str, problem_row.Row | None] = {}
     rng = np.random.default_rng(list(seed))
     for row in rows:
         if row.id in found:

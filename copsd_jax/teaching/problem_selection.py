@@ -3,19 +3,19 @@
 import collections
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.problems import data, languages
+from copsd_jax.problems import languages, problem_row, sources
 from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import contexts, solution_steps
 
 
-def none() -> tuple[list[data.Row], collections.Counter]:
+def none() -> tuple[list[problem_row.Row], collections.Counter]:
     """No rows, none dropped."""
     return [], collections.Counter()
 
 
-def train_rows(config, context, registry) -> tuple[list[data.Row], collections.Counter]:
+def train_rows(config, context, registry) -> tuple[list[problem_row.Row], collections.Counter]:
     """Rows to train on and those dropped by reason; refuses what the method cannot use."""
-    rows, dropped = data.load(
+    rows, dropped = sources.load(
         config.data.path, config.data.lang, missing=config.data.missing,
         fields=_fields(config.data.path, config.data.fields),
         needs=needs(config, context), limit=config.data.limit, registry=registry,
@@ -24,7 +24,7 @@ def train_rows(config, context, registry) -> tuple[list[data.Row], collections.C
     return rows, dropped
 
 
-def _check_train(config, rows: list[data.Row]) -> None:
+def _check_train(config, rows: list[problem_row.Row]) -> None:
     """Refuses rows that the reward, the context or the author cannot use."""
     if config.method != "sft":
         reward_functions.check_golds(
@@ -47,11 +47,11 @@ def _check_train(config, rows: list[data.Row]) -> None:
             )
 
 
-def eval_rows(config, registry) -> tuple[list[data.Row], collections.Counter]:
+def eval_rows(config, registry) -> tuple[list[problem_row.Row], collections.Counter]:
     """Rows to evaluate on and those dropped by reason."""
     if not config.eval.path:
         return none()
-    rows, dropped = data.load(
+    rows, dropped = sources.load(
         config.eval.path, config.eval.lang or config.data.lang, missing=config.data.missing,
         fields=_fields(config.eval.path, config.eval.fields), needs=("answer",),
         limit=config.eval.limit, registry=registry, setting="eval.path",
@@ -62,12 +62,12 @@ def eval_rows(config, registry) -> tuple[list[data.Row], collections.Counter]:
     return rows, dropped
 
 
-def exemplars(config, registry) -> tuple[data.Row, ...]:
+def exemplars(config, registry) -> tuple[problem_row.Row, ...]:
     """The worked examples of prompt.exemplars."""
     count = config.prompt.exemplars
     if not count:
         return ()
-    rows, _ = data.load(
+    rows, _ = sources.load(
         config.prompt.exemplars_path, (config.prompt.exemplars_lang,),
         fields=_fields(config.prompt.exemplars_path, config.data.fields),
         needs=("answer", "solution"), registry=registry, setting="prompt.exemplars_path",
@@ -84,7 +84,7 @@ def _fields(path: str, fields: str) -> str:
     return "" if path.startswith("bundled:") else fields
 
 
-def check_shares(config: config_lib.Config, rows: list[data.Row], registry) -> None:
+def check_shares(config: config_lib.Config, rows: list[problem_row.Row], registry) -> None:
     """Every language with a share needs a row."""
     weights = tuple(config.data.weights) or (1.0,) * len(config.data.lang)
     found = {row.lang for row in rows}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import tokenizers
 import transformers
 
-from copsd_jax.problems import data, languages
+from copsd_jax.problems import languages, problem_row
 from copsd_jax.teaching import solution_steps
 
 Tokenizer = transformers.PreTrainedTokenizerFast
@@ -30,7 +30,7 @@ class Section(NamedTuple):
 
     kind: str
     text: str = ""
-    row: data.Row | None = None  # whose solution is shown, if not the problem's own
+    row: problem_row.Row | None = None  # whose solution is shown, if not the problem's own
 
 
 class Turn(NamedTuple):
@@ -60,7 +60,7 @@ class Spec:
     thinking: str
     answer: str
     languages: Mapping[str, languages.Language]
-    exemplars: tuple[data.Row, ...] = ()
+    exemplars: tuple[problem_row.Row, ...] = ()
     form: str = "plain"
 
 
@@ -97,18 +97,18 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _shown(row: data.Row, part: Section) -> data.Row:
+def _shown(row: problem_row.Row, part: Section) -> problem_row.Row:
     """Whose solution a section shows."""
     return part.row or row
 
 
-def _solution_plain(row: data.Row) -> str:
+def _solution_plain(row: problem_row.Row) -> str:
     return _line(row.solution) + (f" ({row.answer})" if row.answer else "")
 
 
 # The plain wording. A block starts with its line break, and the last one ends in "Answer:" on
 # both sides, so that the first completion token has the same place in both formats.
-PLAIN: dict[str, Callable[[data.Row, Section], str]] = {
+PLAIN: dict[str, Callable[[problem_row.Row, Section], str]] = {
     "problem": lambda row, part: f"Question: {_line(row.problem)}",
     "problem_en": lambda row, part: f"\nEnglish question: {_line(row.problem_en)}",
     "solution": lambda row, part: f"\nReference solution: {_solution_plain(_shown(row, part))}",
@@ -131,7 +131,7 @@ PLAIN_GAP = "\n\n"  # after an exemplar
 
 # The chat wording: blocks of a turn, apart by a blank line, in the order of the sections. The
 # instruction follows a transition on the next line.
-CHAT: dict[str, Callable[[languages.Language, data.Row, Section], str]] = {
+CHAT: dict[str, Callable[[languages.Language, problem_row.Row, Section], str]] = {
     "problem": lambda lang, row, part: f"{lang.label_problem}: {row.problem}",
     "problem_en": lambda lang, row, part: f"{lang.label_problem_en}: {row.problem_en}",
     "solution": lambda lang, row, part: (
@@ -184,7 +184,7 @@ def _tagged(solution: str) -> str:
     return " ".join(tagged(s.number, solution[s.start : s.end]) for s in known)
 
 
-def worked(spec: Spec, row: data.Row) -> str:
+def worked(spec: Spec, row: problem_row.Row) -> str:
     """The completion that a row's own solution makes: of an exemplar, and the target of SFT.
 
     Raises:
@@ -196,7 +196,7 @@ def worked(spec: Spec, row: data.Row) -> str:
     return f"{solution} {ANSWERS[spec.answer].format(row.answer)}"
 
 
-def _content(spec: Spec, row: data.Row, turn: Turn) -> str:
+def _content(spec: Spec, row: problem_row.Row, turn: Turn) -> str:
     """A turn's text in the chat template."""
     lang = spec.languages[row.lang]
     text = ""
@@ -369,9 +369,9 @@ def _plain(tokenizer: Tokenizer, shared: str, own: str) -> Prompt:
 def build(
     tokenizer: Tokenizer,
     spec: Spec,
-    row: data.Row,
+    row: problem_row.Row,
     conversation: Conversation,
-    shots: Sequence[tuple[data.Row, Conversation]] = (),
+    shots: Sequence[tuple[problem_row.Row, Conversation]] = (),
 ) -> Prompt:
     """The prompt whose completion answers `conversation` about `row`.
 
@@ -400,24 +400,24 @@ def build(
     return _chat(tokenizer, spec.thinking, shown, start, opening)
 
 
-def _check_sections(row: data.Row, conversation: Conversation) -> None:
+def _check_sections(row: problem_row.Row, conversation: Conversation) -> None:
     for part in (part for turn in conversation for part in turn.sections):
         shown, field = _shown(row, part), {"gold": "answer"}.get(part.kind, part.kind)
         if field in ("problem", "problem_en", "solution", "answer") and not getattr(shown, field):
             raise ValueError(f"row {shown.id!r} has no {field}, which its prompt shows")
 
 
-def _plain_text(row: data.Row, conversation: Conversation) -> str:
+def _plain_text(row: problem_row.Row, conversation: Conversation) -> str:
     return "".join(PLAIN[s.kind](row, s) for turn in conversation for s in turn.sections)
 
 
-def messages(spec: Spec, row: data.Row, conversation: Conversation) -> list[dict[str, str]]:
+def messages(spec: Spec, row: problem_row.Row, conversation: Conversation) -> list[dict[str, str]]:
     """A conversation as `role` and `content`, in the wording of the chat template."""
     return [{"role": turn.role, "content": _content(spec, row, turn)} for turn in conversation]
 
 
 def target(
-    tokenizer: Tokenizer, spec: Spec, row: data.Row, stop: Sequence[str], state: str
+    tokenizer: Tokenizer, spec: Spec, row: problem_row.Row, stop: Sequence[str], state: str
 ) -> tuple[int, ...]:
     """The completion that SFT trains: `worked`, and what ends it.
 
@@ -444,7 +444,7 @@ def shorten(tokenizer: Tokenizer, text: str, limit: int) -> str:
     return text if len(offsets) <= limit else text[: offsets[limit][0]].rstrip()
 
 
-def student(tokenizer: Tokenizer, spec: Spec, row: data.Row) -> Prompt:
+def student(tokenizer: Tokenizer, spec: Spec, row: problem_row.Row) -> Prompt:
     """What the student sees, in training, baselines and evaluation alike."""
     return build(tokenizer, spec, row, STUDENT, [(shot, STUDENT) for shot in spec.exemplars])
 
@@ -464,13 +464,13 @@ def check_states(student: Prompt, teacher: Prompt, allow: bool) -> None:
 
 
 def within(
-    rows: Sequence[data.Row],
-    make: Callable[[data.Row], Prompt],
+    rows: Sequence[problem_row.Row],
+    make: Callable[[problem_row.Row], Prompt],
     limit: int,
     *,
     setting: str,
     overlong: str,
-) -> tuple[list[data.Row], int]:
+) -> tuple[list[problem_row.Row], int]:
     """Rows whose prompt has at most `limit` tokens, and how many had more. Nothing is cut.
 
     Args:

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from copsd_jax.problems import data
+from copsd_jax.problems import sources
 from copsd_jax.rewards import graders
 from copsd_jax.teaching import solution_steps
 
@@ -385,7 +385,7 @@ def from_file(path: str, setting: str = "author.path") -> dict[tuple[str, int], 
       FileNotFoundError, ValueError: in one sentence with file and line.
     """
     out: dict[tuple[str, int], str] = {}
-    for where, fields in data.read(path, setting=setting):
+    for where, fields in sources.read(path, setting=setting):
         row, sample, problem = fields.get("id"), fields.get("sample", 0), _problem(fields)
         if not problem and (row, sample) in out:
             problem = f"id {row!r} with sample {sample} occurs twice"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from copsd_jax.metrics import token_stats
-from copsd_jax.problems import data
+from copsd_jax.problems import problem_row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.sampler import loop, request
 from copsd_jax.teaching import prompts, solution_steps, token_spans
@@ -30,7 +30,7 @@ class Rollouts(NamedTuple):
       sampler: how busy it kept the device.
     """
 
-    rows: list[data.Row]
+    rows: list[problem_row.Row]
     samples: list[int]
     groups: list[int]
     asked: list[prompts.Prompt]
@@ -60,7 +60,7 @@ class Work(NamedTuple):
 
 
 def make(
-    r: loaded_run.Run, policy: train_step.Policy, rows: Sequence[data.Row], step: int
+    r: loaded_run.Run, policy: train_step.Policy, rows: Sequence[problem_row.Row], step: int
 ) -> Rollouts:  # fmt: skip
     """Samples rollout.per_prompt completions of each row under a policy, and grades them."""
     plan, c = r.plan, r.plan.config
@@ -108,7 +108,9 @@ def _known(completion: loop.Completion) -> loop.Completion:
     )
 
 
-def _repeat(rows: Sequence[data.Row], per_prompt: int) -> tuple[list[data.Row], list[int]]:
+def _repeat(
+    rows: Sequence[problem_row.Row], per_prompt: int
+) -> tuple[list[problem_row.Row], list[int]]:
     """Each row G times, with its sample numbers; a row that occurs twice goes on counting."""
     seen: collections.Counter[str] = collections.Counter()
     repeated, samples = [], []

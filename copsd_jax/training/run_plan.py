@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.model import lora, transformer
-from copsd_jax.problems import data, languages
+from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.runtime import sharding, workdir
 from copsd_jax.sampler import request
@@ -60,8 +60,8 @@ class Plan:
     token_bytes: list[bytes]
     stop_ids: tuple[int, ...]
     valid_V: np.ndarray
-    rows: list[data.Row]
-    eval_rows: list[data.Row]
+    rows: list[problem_row.Row]
+    eval_rows: list[problem_row.Row]
     dropped: collections.Counter  # of training rows, by reason
     eval_dropped: collections.Counter
     student: prompts.Spec
@@ -304,18 +304,18 @@ def _shots(
     return tuple(out)
 
 
-def _probed(row: data.Row) -> contexts.Attempt:
+def _probed(row: problem_row.Row) -> contexts.Attempt:
     """An attempt in which everything is there, as short as can be."""
     return contexts.Attempt(row, "-", False, "-", "-", row)
 
 
-def _probe(tok, spec: prompts.Spec, context, shots, row: data.Row) -> prompts.Prompt:
+def _probe(tok, spec: prompts.Spec, context, shots, row: problem_row.Row) -> prompts.Prompt:
     prompt = contexts.teach(tok, spec, context, _probed(row), replies.PROBE, shots)
     assert prompt is not None  # a probe has all that a context reads
     return prompt
 
 
-def probe(plan: Plan, row: data.Row) -> prompts.Prompt:
+def probe(plan: Plan, row: problem_row.Row) -> prompts.Prompt:
     """The teacher's prompt with the shortest attempt and reply: its exemplars, its state and its
     least length."""
     return _probe(plan.tokenizer, plan.teacher, plan.context, plan.shots, row)
@@ -411,12 +411,12 @@ def _model(config) -> tuple[pathlib.Path, transformer.ModelConfig, prompts.Token
     return path, hf.load_config(path), tok
 
 
-def _fitting(rows, make, side: str, config, dropped) -> tuple[list[data.Row], int]:
+def _fitting(rows, make, side: str, config, dropped) -> tuple[list[problem_row.Row], int]:
     """Rows whose prompt fits, and the longest prompt's length; others are counted."""
     setting, limit = f"{side}.max_tokens", config[side].max_tokens
     lengths = []
 
-    def measured(row: data.Row) -> prompts.Prompt:
+    def measured(row: problem_row.Row) -> prompts.Prompt:
         prompt = make(row)
         lengths.append(prompt.length)
         return prompt
@@ -447,7 +447,9 @@ def _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, long
     return rows
 
 
-def _with_short_targets(rows, tok, spec: prompts.Spec, ask, config, dropped) -> list[data.Row]:
+def _with_short_targets(
+    rows, tok, spec: prompts.Spec, ask, config, dropped
+) -> list[problem_row.Row]:
     """Rows whose target of SFT fits; others are counted, or refused."""
     limit, kept = config.rollout.max_tokens, []
     for row in rows:

@@ -11,7 +11,6 @@ import runs
 from copsd_jax import evaluate, main
 from copsd_jax.methods import distill
 from copsd_jax.model import transformer
-from copsd_jax.problems import data
 from copsd_jax.runtime import checkpoint
 from copsd_jax.teaching import contexts, replies
 from copsd_jax.training import loaded_run, rollouts, run_plan
@@ -131,7 +130,7 @@ def test_agreement_is_measured_at_the_sampling_temperature():
     with runs.loaded(
         "opsd", rollout__temperature=0.7, loss__temperature=1.6, rollout__top_k=20
     ) as (r, state):
-        rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
+        rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = distill.make_batch(r, state, rows, 0)
         _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
         gaps = rollouts.add_tokens(r, work, jax.device_get(aux))
@@ -144,7 +143,7 @@ def test_agreement_is_measured_at_the_sampling_temperature():
 def test_context_none_gives_no_loss():
     """Student and teacher prompts are equal, b is 0: below 1e-6 through sampler and model."""
     with runs.loaded("opsd", context__kind="none") as (r, state):
-        rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
+        rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = distill.make_batch(r, state, rows, 0)
         for record in work.records:
             assert record["student_prompt_ids"] == record["teacher_prompt_ids"]
@@ -163,7 +162,7 @@ def test_bug_15_and_16_the_teacher_itself_writes_the_analysis():
         author__max_tokens=5,
         author__temperature=1.0,
     ) as (r, state):
-        rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
+        rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         first = distill.make_batch(r, state, rows, 0)
         moved = state._replace(trained=jax.tree.map(lambda x: x + 0.5, state.trained))
         second = distill.make_batch(r, moved, rows, 0)
@@ -193,7 +192,7 @@ def test_overlong_teacher_prompts_carry_no_loss_and_are_counted():
         author__temperature=1.0,
         teacher__max_tokens=250,
     ) as (r, state):
-        rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
+        rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = distill.make_batch(r, state, rows, 0)
         told = [
             run_plan.teach(r.plan, contexts.Attempt(row), replies.analysis(record["reply"]))

@@ -18,7 +18,7 @@ from test_token_selection import TEXT, chosen, tiny
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import table
-from copsd_jax.problems import data, languages
+from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import graders
 from copsd_jax.runtime import workdir
 from copsd_jax.teaching import contexts, prompts, replies
@@ -378,7 +378,7 @@ def test_forms_of_answers_in_every_language_and_in_worked_examples():
         ("en", "sw", "amh"), ("choice", "none"), ("plain", "step_tags")
     ):
         code = languages.resolve(lang, registry)
-        row = data.Row("r", "Which?", "So it is.", "B", code, "x")
+        row = problem_row.Row("r", "Which?", "So it is.", "B", code, "x")
         spec = prompts.Spec("chat", "off", form, registry, (), steps)
         (turn,) = prompts.messages(spec, row, prompts.STUDENT)
         label, *instruction = turn["content"].split("\n\n", 1)
@@ -391,7 +391,7 @@ def test_forms_of_answers_in_every_language_and_in_worked_examples():
 
 def test_nothing_follows_a_transition_where_the_data_ask():
     registry = languages.load("")
-    row = data.Row("r", "Which?", "So it is.", "B", "en", "x")
+    row = problem_row.Row("r", "Which?", "So it is.", "B", "en", "x")
     for form, end in (("choice", f"\n{ASKED}"), ("none", "")):
         spec = prompts.Spec("chat", "off", form, registry)
         attempt = contexts.Attempt(row)

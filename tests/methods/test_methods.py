@@ -14,7 +14,7 @@ import runs
 
 from copsd_jax import main, methods
 from copsd_jax.methods import authors
-from copsd_jax.problems import data
+from copsd_jax.problems import problem_row
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import loop
 from copsd_jax.teaching import contexts, prompts, replies
@@ -117,7 +117,7 @@ def test_rosd_distils_from_the_first_error_on(monkeypatch):
 
 
 def test_a_right_answer_by_a_wrong_step_is_explained():
-    row = data.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
+    row = problem_row.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
     attempt = contexts.Attempt(row, "17 + 3 = 7. \\boxed{7}", True)
     text = authors.rule("reflection", authors.Asked(attempt, 0, "7"))
     assert replies.reflection(text, "explain").status == "ok"
@@ -135,7 +135,7 @@ def test_a_right_answer_by_a_wrong_step_is_explained():
 )
 def test_the_rules_critiques_are_read_as_any_critics(text, status):
     config = runs.config("critique")
-    row = data.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
+    row = problem_row.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
     attempt = contexts.Attempt(row, text, False)
     found = "8" if "8." in text else "1" if "1." in text else None
     written = authors.rule("critique", authors.Asked(attempt, 0, found))
@@ -245,7 +245,7 @@ def test_grpo_advantages_of_a_step(monkeypatch):
 
 def test_sft_targets_are_solution_and_end(monkeypatch):
     with runs.loaded("sft") as (r, state):
-        rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
+        rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = methods.METHODS["sft"].make_batch(r, state, rows, 0)
         for row, record in zip(rows, work.records, strict=True):
             assert record["completion"] == right(row)
@@ -263,7 +263,7 @@ def test_sft_targets_are_solution_and_end(monkeypatch):
 
 def test_other_problem_shows_another_problems_solution(monkeypatch):
     with runs.loaded("opsd", context__kind="other_problem") as (r, state):
-        rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
+        rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         script(monkeypatch, ["\\boxed{1}"] * 8, ["\\boxed{1}"] * 8)
         work = methods.METHODS["distill"].make_batch(r, state, rows, 0)
         again = methods.METHODS["distill"].make_batch(r, state, rows, 0)
@@ -286,7 +286,7 @@ def test_other_problem_shows_another_problems_solution(monkeypatch):
 )
 def test_a_leaked_answer(policy, status, text):
     config = runs.config("rosd", context__leak=policy)
-    row = data.Row("r", "p", "3 * 5 = 15.", "15", "en", "p")
+    row = problem_row.Row("r", "p", "3 * 5 = 15.", "15", "en", "p")
     reply = replies.reflection("<explanation>so 15 is right</explanation>", "explain")
     kept = authors.guard_leak(reply, row, config.context.leak)
     assert (kept.status, kept.text) == (status, text)
@@ -451,10 +451,10 @@ def rendering(name, lang, monkeypatch):
         state,
     ):
         problem, solution, answer = PROBLEMS[lang]
-        row = data.Row("r", problem, solution, answer, lang, ENGLISH)
+        row = problem_row.Row("r", problem, solution, answer, lang, ENGLISH)
         good = prompts.worked(r.plan.student, row)
         script(monkeypatch, [WRONG, good] if batch else [WRONG])
-        other = data.Row("o", "Another?", "2 * 4 = 8.", "8", lang, "Another?")
+        other = problem_row.Row("o", "Another?", "2 * 4 = 8.", "8", lang, "Another?")
         r.plan.rows[:] = [row, other]
         method = methods.METHODS[r.plan.config.method]
         work = method.make_batch(r, state, [row], 0)

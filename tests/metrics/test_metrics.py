@@ -8,38 +8,16 @@ import math
 import struct
 
 import hypothesis
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import strategies
 
-from copsd_jax.metrics import metrics
+from copsd_jax.metrics import metric_files, scoring, terminal
 
 FEW = hypothesis.settings(max_examples=40, derandomize=True, deadline=None, database=None)
 
 
 # ---- means and statistics --------------------------------------------------------------------
-
-
-@FEW
-@hypothesis.given(
-    strategies.lists(strategies.integers(-99, 99), min_size=1), strategies.integers(0)
-)
-def test_means_of_parts_merge_to_the_mean_of_all(values, cut):
-    cut %= len(values) + 1
-    parts = [metrics.Mean(sum(part), len(part)) for part in (values[:cut], values[cut:])]
-    assert parts[0].merge(parts[1]).value() == pytest.approx(sum(values) / len(values))
-
-
-def test_mean_passes_through_jit_and_is_nan_of_nothing():
-    def of(values):
-        return metrics.Mean(values.sum(), jnp.asarray(values.size, jnp.float32))
-
-    mean = jax.jit(of)(jnp.arange(4, dtype=jnp.float32))
-    assert isinstance(mean, metrics.Mean)
-    assert mean.value() == 1.5
-    assert math.isnan(metrics.Mean().value())
 
 
 @pytest.mark.parametrize(
@@ -54,7 +32,7 @@ def test_mean_passes_through_jit_and_is_nan_of_nothing():
     ],
 )
 def test_interval_of_zeros_and_ones_is_wilsons(correct, n, low, high):
-    assert metrics.interval([1.0] * correct + [0.0] * (n - correct)) == pytest.approx(
+    assert scoring.interval([1.0] * correct + [0.0] * (n - correct)) == pytest.approx(
         (correct / n, low, high), abs=6e-5
     )
 
@@ -62,8 +40,8 @@ def test_interval_of_zeros_and_ones_is_wilsons(correct, n, low, high):
 def test_interval_is_clustered_by_problem():
     """Twelve like samples of a problem say no more than one; unlike samples do."""
     problems = [1.0] * 30 + [0.0] * 70
-    _, low, high = metrics.interval(problems)
-    _, low_mixed, high_mixed = metrics.interval([0.3] * 50 + [0.4] * 25 + [0.2] * 25)
+    _, low, high = scoring.interval(problems)
+    _, low_mixed, high_mixed = scoring.interval([0.3] * 50 + [0.4] * 25 + [0.2] * 25)
     assert high - low == pytest.approx(0.178, abs=0.003)
     # The standard error by hand: sqrt(0.005 / 100); Wilson shrinks towards 1/2 a little.
     assert high_mixed - low_mixed == pytest.approx(2 * 1.96 * math.sqrt(0.005 / 100), rel=0.01)
@@ -74,7 +52,7 @@ def test_interval_covers_the_truth():
     hits = 0
     for _ in range(500):
         rates = rng.beta(0.6, 1.4, size=60)  # mean 0.3; problems differ
-        _, low, high = metrics.interval(rng.binomial(8, rates) / 8)
+        _, low, high = scoring.interval(rng.binomial(8, rates) / 8)
         hits += low <= 0.3 <= high
     assert 0.92 <= hits / 500 <= 0.98
 
@@ -82,34 +60,34 @@ def test_interval_covers_the_truth():
 @pytest.mark.parametrize("bad", [[], [0.5, 1.1], [-0.1], [math.nan], [[0.5]]])
 def test_interval_refuses_what_is_no_share(bad):
     with pytest.raises(ValueError):
-        metrics.interval(bad)
+        scoring.interval(bad)
 
 
 @pytest.mark.parametrize("up, down", [(0, 0), (1, 0), (5, 0), (3, 7), (6, 6), (9, 2)])
 def test_sign_test_by_enumeration(up, down):
     n = up + down
     extreme = [abs(sum(signs)) >= abs(up - down) for signs in itertools.product((1, -1), repeat=n)]
-    assert metrics.sign_test(up, down) == pytest.approx(sum(extreme) / 2**n)
+    assert scoring.sign_test(up, down) == pytest.approx(sum(extreme) / 2**n)
 
 
 def test_sign_test_of_many():
-    assert metrics.sign_test(1500, 1500) == 1.0
-    assert metrics.sign_test(3000, 0) == 0.0  # 2^-2999 is below the smallest float
-    assert metrics.sign_test(60, 40) == pytest.approx(0.0569, abs=5e-5)
+    assert scoring.sign_test(1500, 1500) == 1.0
+    assert scoring.sign_test(3000, 0) == 0.0  # 2^-2999 is below the smallest float
+    assert scoring.sign_test(60, 40) == pytest.approx(0.0569, abs=5e-5)
 
 
 def test_paired_by_hand():
     # 12 wrong turn right, 3 right turn wrong, of 40.
     before = [0] * 12 + [1] * 3 + [1] * 10 + [0] * 15
     after = [1] * 12 + [0] * 3 + [1] * 10 + [0] * 15
-    result = metrics.paired(before, after)
+    result = scoring.paired(before, after)
     assert result.difference == pytest.approx(9 / 40)
     assert result.p == pytest.approx(0.03515625)  # binomial(15): 2 * 576 / 32768
     error = math.sqrt((15 / 40 - (9 / 40) ** 2) / 40)
     assert result.low == pytest.approx(9 / 40 - 1.96 * error, abs=0.02)
     assert result.high == pytest.approx(9 / 40 + 1.96 * error, abs=0.02)
-    assert metrics.paired(before, after) == result  # the seed is fixed
-    back = metrics.paired(after, before)
+    assert scoring.paired(before, after) == result  # the seed is fixed
+    back = scoring.paired(after, before)
     assert back.difference == -result.difference
     assert back.p == result.p
 
@@ -119,14 +97,14 @@ def test_bootstrap_interval_by_enumeration():
     before, after = [0.0, 0.0, 0.5], [1.0, 0.25, 0.25]
     change = [1.0, 0.25, -0.25]
     means = [np.mean(draw) for draw in itertools.product(change, repeat=3)]
-    result = metrics.paired(before, after)
+    result = scoring.paired(before, after)
     low, high = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
     assert (result.low, result.high) == (pytest.approx(low), pytest.approx(high))
 
 
 def test_paired_refuses_unequal_sets():
     with pytest.raises(ValueError, match="3 scores before and 2 after"):
-        metrics.paired([0, 1, 0], [0, 1])
+        scoring.paired([0, 1, 0], [0, 1])
 
 
 # ---- scores ----------------------------------------------------------------------------------
@@ -136,13 +114,13 @@ def test_pass_at_k_by_enumeration():
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
-            assert metrics.pass_at_k(n, c, k) == pytest.approx(np.mean([any(d) for d in draws]))
+            assert scoring.pass_at_k(n, c, k) == pytest.approx(np.mean([any(d) for d in draws]))
 
 
 @pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)])
 def test_pass_at_k_refuses(n, c, k):
     with pytest.raises(ValueError, match="pass@k"):
-        metrics.pass_at_k(n, c, k)
+        scoring.pass_at_k(n, c, k)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +135,11 @@ def test_pass_at_k_refuses(n, c, k):
     ],
 )
 def test_maj_at_n(classes, correct, value):
-    assert metrics.maj_at_n(classes, correct) == value
+    assert scoring.maj_at_n(classes, correct) == value
 
 
 def sample(answer, correct, status="plain", tokens=10, truncated=False):
-    return metrics.Sample(answer, correct, status, tokens, truncated)
+    return scoring.Sample(answer, correct, status, tokens, truncated)
 
 
 def by_string(answers):
@@ -174,22 +152,22 @@ def test_score_by_hand():
         [sample("1", True), sample("2", False), sample("2", False), sample("1", True)],
         [sample(None, False, "no_answer", 30, True), sample("3", False, "timeout")] * 2,
     ]
-    result = metrics.score(problems, by_string, ("timeout", "died"))
+    result = scoring.score(problems, by_string, ("timeout", "died"))
     assert list(result)[:3] == ["problems", "samples", "avg_at_n"]
     expected = {
         "problems": 2, "samples": 4, "avg_at_n": 0.25, "pass_at_2": (5 / 6) / 2, "pass_at_n": 0.5,
         "maj_at_n": 0.5, "format_rate": 0.75, "truncated": 0.25, "unresolved": 0.25,
         "mean_tokens": 15.0,
     }  # fmt: skip
-    _, low, high = metrics.interval([0.5, 0.0])
+    _, low, high = scoring.interval([0.5, 0.0])
     assert result == pytest.approx({**expected, "low": low, "high": high})
 
 
 def test_score_refuses_unequal_groups():
     with pytest.raises(ValueError, match=r"\[1, 2\]"):
-        metrics.score([[sample("1", True)], [sample("1", True)] * 2], by_string, ())
+        scoring.score([[sample("1", True)], [sample("1", True)] * 2], by_string, ())
     with pytest.raises(ValueError):
-        metrics.score([], by_string, ())
+        scoring.score([], by_string, ())
 
 
 # ---- where numbers go ------------------------------------------------------------------------
@@ -200,21 +178,21 @@ def lines(folder):
 
 
 def test_writer_writes_through_at_once(tmp_path):
-    writer = metrics.Writer(tmp_path / "new")
-    writer.write(0, {"loss": jnp.asarray(0.5, jnp.float32), "n": 3, "m": metrics.Mean(3.0, 2)})
-    assert lines(tmp_path / "new") == [{"step": 0, "loss": 0.5, "n": 3, "m": 1.5}]
+    writer = metric_files.Writer(tmp_path / "new")
+    writer.write(0, {"loss": jnp.asarray(0.5, jnp.float32), "n": 3})
+    assert lines(tmp_path / "new") == [{"step": 0, "loss": 0.5, "n": 3}]
     writer.write(1, {"loss": math.nan, "gap": -math.inf})
     assert lines(tmp_path / "new")[1] == {"step": 1, "loss": "nan", "gap": "-inf"}
     writer.close()
 
 
 def test_a_continued_run_repeats_no_step(tmp_path):
-    with metrics.Writer(tmp_path) as writer:
+    with metric_files.Writer(tmp_path) as writer:
         for step in range(6):
             writer.write(step, {"loss": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # the kill came here
-    with metrics.Writer(tmp_path, resume=3) as writer:
+    with metric_files.Writer(tmp_path, resume=3) as writer:
         assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
         for step in range(3, 8):
             writer.write(step, {"loss": 10 * step})
@@ -225,14 +203,14 @@ def test_a_broken_line_is_refused_with_its_number(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step":\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not JSON"):
-        metrics.Writer(tmp_path, resume=2)
+        metric_files.Writer(tmp_path, resume=2)
     assert path.read_text().count("\n") == 3
 
 
 def test_tensorboard_holds_the_scalars(tmp_path):
     from tensorboardX.proto import event_pb2
 
-    with metrics.Writer(tmp_path) as writer:
+    with metric_files.Writer(tmp_path) as writer:
         writer.write(7, {"loss": 0.25})
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, found = path.read_bytes(), []
@@ -253,7 +231,7 @@ class Clock:
 
 def test_timer_sums_by_part_and_starts_anew():
     clock = Clock()
-    timer = metrics.Timer(clock)
+    timer = terminal.Timer(clock)
     for seconds in (1.0, 2.5):
         with timer("rollout"):
             clock.now += seconds
@@ -266,7 +244,7 @@ def test_timer_sums_by_part_and_starts_anew():
 
 def test_progress_in_a_log():
     clock, stream = Clock(), io.StringIO()
-    with metrics.Progress("step", 12, stream=stream, seconds=5.0, clock=clock) as progress:
+    with terminal.Progress("step", 12, stream=stream, seconds=5.0, clock=clock) as progress:
         for step in range(1, 12):
             clock.now += 2.0
             progress.update(step, tokens=1000, loss=1 / step)
@@ -278,7 +256,7 @@ def test_progress_in_a_log():
 
 def test_progress_shows_the_end_and_counts_from_a_resumed_step():
     clock, stream = Clock(), io.StringIO()
-    progress = metrics.Progress("step", 12, start=10, stream=stream, clock=clock)
+    progress = terminal.Progress("step", 12, start=10, stream=stream, clock=clock)
     for step in (11, 12):
         clock.now += 2.0
         progress.update(step)
@@ -290,7 +268,7 @@ def test_progress_shows_the_end_and_counts_from_a_resumed_step():
 def test_progress_on_a_terminal_is_one_live_line():
     clock, stream = Clock(), io.StringIO()
     stream.isatty = lambda: True
-    with metrics.Progress("prompt", 3, stream=stream, clock=clock) as progress:
+    with terminal.Progress("prompt", 3, stream=stream, clock=clock) as progress:
         for done in (1, 2, 3):
             clock.now += 100.0
             progress.update(done)
@@ -304,11 +282,11 @@ def test_progress_on_a_terminal_is_one_live_line():
 
 @pytest.mark.parametrize("seconds, text", [(7, "0:07"), (200, "3:20"), (3725.4, "1:02:05")])
 def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text
+    assert terminal.duration(seconds) == text
 
 
 def test_table_aligns_wide_characters():
-    text = metrics.table(["lang", "n"], [["中文", 5], ["en", 1234]])
+    text = terminal.table(["lang", "n"], [["中文", 5], ["en", 1234]])
     assert text == "lang     n\n----  ----\n中文     5\nen    1234"
     with pytest.raises(ValueError, match="1 cells for 2 headers"):
-        metrics.table(["a", "b"], [["x"]])
+        terminal.table(["a", "b"], [["x"]])

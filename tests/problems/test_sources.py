@@ -5,13 +5,15 @@ import itertools
 import json
 import sys
 
+import build_tfds
 import hypothesis
 import pyarrow
 import pyarrow.parquet
 import pytest
+import runs
 from hypothesis import strategies as st
 
-from copsd_jax.problems import data
+from copsd_jax.problems import batches, problem_row, sources
 
 RECORDS = [
     {
@@ -52,7 +54,7 @@ def changed(k, **fields):
 @pytest.mark.parametrize("lang", ["sw", "yor", "amh", "en"])
 def test_formats_give_the_same_rows(tmp_path, kind, lang):
     path = write(tmp_path / f"d.{kind}", RECORDS, kind)
-    rows, dropped = data.load(path, (lang,), needs=("solution", "answer", "problem_en"))
+    rows, dropped = sources.load(path, (lang,), needs=("solution", "answer", "problem_en"))
     source = "problem" if lang == "en" else f"problem_{lang}"
     expected = [(r["id"], r[source], r["solution"], str(r["Answer"])) for r in RECORDS]
     assert [(r.id, r.problem, r.solution, r.answer) for r in rows] == expected
@@ -63,7 +65,7 @@ def test_formats_give_the_same_rows(tmp_path, kind, lang):
 
 def test_several_languages_have_ids_of_their_own(tmp_path):
     path = write(tmp_path / "d.jsonl", RECORDS, "jsonl")
-    rows, _ = data.load(path, ("sw", "en"))
+    rows, _ = sources.load(path, ("sw", "en"))
     assert len({row.id for row in rows}) == 10
     assert [row.id for row in rows if row.lang == "en"] == [f"r{i}/en" for i in range(5)]
 
@@ -72,20 +74,20 @@ def test_several_languages_have_ids_of_their_own(tmp_path):
 def test_bug_26_sw_and_swa_are_one_language(tmp_path, code):
     records = [{"problem": "Two?", "problem_swa": "Mbili?", "answer": "2"}]
     path = write(tmp_path / "d.jsonl", records, "jsonl")
-    (row,), _ = data.load(path, (code,))
-    (same,), _ = data.load(path, ("sw",))
+    (row,), _ = sources.load(path, (code,))
+    (same,), _ = sources.load(path, ("sw",))
     assert row.problem == "Mbili?"
     assert row == same
     with pytest.raises(ValueError, match="each once"):
-        data.load(path, ("sw", "swa"))
+        sources.load(path, ("sw", "swa"))
 
 
 def test_bug_20_missing_translation_is_never_the_english_problem(tmp_path):
     records = changed(2, problem_sw=None)
     path = write(tmp_path / "d.jsonl", records, "jsonl")
     with pytest.raises(ValueError, match=r"d\.jsonl, line 3: problem_sw is missing.*of 5.*: 1"):
-        data.load(path, ("sw",))
-    rows, dropped = data.load(path, ("sw",), missing="drop")
+        sources.load(path, ("sw",))
+    rows, dropped = sources.load(path, ("sw",), missing="drop")
     assert [row.id for row in rows] == ["r0", "r1", "r3", "r4"]
     assert dropped == {"problem_sw is missing": 1}
     assert not {row.problem for row in rows} & {r["problem"] for r in RECORDS}
@@ -94,14 +96,14 @@ def test_bug_20_missing_translation_is_never_the_english_problem(tmp_path):
 def test_bug_20_unknown_language_is_refused(tmp_path):
     path = write(tmp_path / "d.jsonl", RECORDS, "jsonl")
     with pytest.raises(ValueError, match="tlh"):
-        data.load(path, ("tlh",))
+        sources.load(path, ("tlh",))
 
 
 def test_bug_21_any_language_of_the_registry_is_read_alike(tmp_path):
     records = [{"problem": "Two?", f"problem_{c}": f"2 {c}", "answer": "2"} for c in ("vai", "ja")]
     path = write(tmp_path / "d.jsonl", records, "jsonl")
     for code in ("vai", "ja"):
-        rows, dropped = data.load(path, (code,), missing="drop")
+        rows, dropped = sources.load(path, (code,), missing="drop")
         assert [row.problem for row in rows] == [f"2 {code}"]
         assert dropped == {f"problem_{code} is missing": 1}
 
@@ -121,16 +123,16 @@ def test_bug_21_any_language_of_the_registry_is_read_alike(tmp_path):
 )
 def test_each_reason_is_named_and_counted(tmp_path, fields, needs, reason):
     path = write(tmp_path / "d.jsonl", changed(1, **fields), "jsonl")
-    rows, dropped = data.load(path, ("sw",), needs=needs, missing="drop")
+    rows, dropped = sources.load(path, ("sw",), needs=needs, missing="drop")
     assert dropped == {reason: 1}
     assert len(rows) == 4
     with pytest.raises(ValueError, match="line 2"):
-        data.load(path, ("sw",), needs=needs)
+        sources.load(path, ("sw",), needs=needs)
 
 
 def test_what_is_not_needed_may_be_absent(tmp_path):
     records = [{"problem": "Two?", "answer": 2.0}]
-    (row,), _ = data.load(write(tmp_path / "d.json", records, "json"), ("en",))
+    (row,), _ = sources.load(write(tmp_path / "d.json", records, "json"), ("en",))
     assert (row.solution, row.answer, row.id) == ("", "2", "row1")
 
 
@@ -148,28 +150,28 @@ def test_broken_files_are_refused_with_the_line(tmp_path, text, message):
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"bad\.json.*{message}"):
-        data.load(str(path), ("en",), needs=())
+        sources.load(str(path), ("en",), needs=())
 
 
 def test_other_bad_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"eval\.path is .*gone.jsonl.*no such file"):
-        data.load(str(tmp_path / "gone.jsonl"), ("en",), setting="eval.path")
+        sources.load(str(tmp_path / "gone.jsonl"), ("en",), setting="eval.path")
     with pytest.raises(ValueError, match=r"bundled:exemplars"):
-        data.load("bundled:trian", ("en",))
+        sources.load("bundled:trian", ("en",))
     with pytest.raises(ValueError, match="must end in"):
-        data.load("x.csv", ("en",))
+        sources.load("x.csv", ("en",))
     (tmp_path / "l.jsonl").write_bytes(b'{"a": 1}\n{"problem": "\xff"}')
     with pytest.raises(ValueError, match=r"line 2: .*UTF-8"):
-        data.load(str(tmp_path / "l.jsonl"), ("en",))
+        sources.load(str(tmp_path / "l.jsonl"), ("en",))
     (tmp_path / "p.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match="not a parquet file"):
-        data.load(str(tmp_path / "p.parquet"), ("en",))
+        sources.load(str(tmp_path / "p.parquet"), ("en",))
 
 
 def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"problem": "a\u2028b", "answer": "1"}\r\n\r\n{"problem": "c", "answer": 2}\n')
-    rows, _ = data.load(str(path), ("en",))
+    rows, _ = sources.load(str(path), ("en",))
     assert [row.problem for row in rows] == ["a\u2028b", "c"]
 
 
@@ -177,75 +179,77 @@ def test_field_map(tmp_path):
     records = [{"question": "Two?", "m_query": "Mbili?", "final": 2, "idx": 9}]
     path = write(tmp_path / "d.jsonl", records, "jsonl")
     fields = "problem=question,problem_sw=m_query,answer=final,id=idx"
-    (row,), _ = data.load(path, ("sw",), fields=fields)
+    (row,), _ = sources.load(path, ("sw",), fields=fields)
     assert (row.id, row.problem, row.problem_en, row.answer) == ("9", "Mbili?", "Two?", "2")
     with pytest.raises(ValueError, match=r"data\.fields.*no 'frage'; it has question"):
-        data.load(path, ("en",), fields="problem=frage")
+        sources.load(path, ("en",), fields="problem=frage")
     with pytest.raises(ValueError, match="'probelm' is none of"):
-        data.load(path, ("en",), fields="probelm=question")
+        sources.load(path, ("en",), fields="probelm=question")
     with pytest.raises(ValueError, match="ours=theirs"):
-        data.load(path, ("en",), fields="problem:question")
+        sources.load(path, ("en",), fields="problem:question")
 
 
 def test_tsv_has_one_language_and_no_solution(tmp_path):
     path = tmp_path / "mgsm.tsv"
     path.write_text("Mbili na mbili?\t4\nTatu?\t1,000\n")
-    rows, _ = data.load(str(path), ("sw",))
+    rows, _ = sources.load(str(path), ("sw",))
     assert [(r.problem, r.answer, r.problem_en) for r in rows] == [
         ("Mbili na mbili?", "4", ""),
         ("Tatu?", "1,000", ""),
     ]
     with pytest.raises(ValueError, match="problem is missing"):
-        data.load(str(path), ("sw",), needs=("problem_en",))
+        sources.load(str(path), ("sw",), needs=("problem_en",))
     with pytest.raises(ValueError, match="one language"):
-        data.load(str(path), ("sw", "en"))
+        sources.load(str(path), ("sw", "en"))
     path.write_text("a\t1\nb\n")
     with pytest.raises(ValueError, match=r"line 2: .* has 1 cells"):
-        data.load(str(path), ("sw",))
+        sources.load(str(path), ("sw",))
 
 
-@pytest.mark.parametrize("name", data.BUNDLED)
+@pytest.mark.parametrize("name", sources.BUNDLED)
 def test_bundled_problems_have_every_field_in_every_language(name):
     needs = ("solution", "answer", "problem_en", "group")
-    rows, dropped = data.load(f"bundled:{name}", ("en", "sw", "fr", "es"), needs=needs)
+    rows, dropped = sources.load(f"bundled:{name}", ("en", "sw", "fr", "es"), needs=needs)
     counts = collections.Counter(row.lang for row in rows)
     assert len(set(counts.values())) == 1
     assert len(counts) == 4
     assert not dropped
-    assert len(data.load(f"bundled:{name}", ("en", "sw"), limit=3)[0]) == 6
+    assert len(sources.load(f"bundled:{name}", ("en", "sw"), limit=3)[0]) == 6
 
 
 def test_fingerprint_tells_rows_and_order_apart():
-    rows, _ = data.load("bundled:exemplars", ("en",))
-    prints = {data.fingerprint(r) for r in (rows, rows[::-1], rows[1:], list(rows))}
+    rows, _ = sources.load("bundled:exemplars", ("en",))
+    prints = {problem_row.fingerprint(r) for r in (rows, rows[::-1], rows[1:], list(rows))}
     assert len(prints) == 3
 
 
 def test_tfds_round_trip_without_tensorflow(tmp_path):
     records = [*changed(3, problem_sw_ok=None, problem_yor=None), {"problem": "x", "extra": [1]}]
     path = write(tmp_path / "d.jsonl", records, "jsonl")
-    folder = data.build_tfds(path, "my_math", str(tmp_path / "tfds"))
+    folder = build_tfds.build_tfds(path, "my_math", str(tmp_path / "tfds"))
     assert folder.name == "1.0.0"
     for source in ("tfds:my_math/train", "tfds:my_math:1.0.0/train"):
         for lang in ("sw", "yor", "amh"):
             kwargs = {"missing": "drop", "needs": ("solution", "answer")}
-            expected = data.load(path, (lang,), **kwargs)
-            assert data.load(source, (lang,), data_dir=str(tmp_path / "tfds"), **kwargs) == expected
+            expected = sources.load(path, (lang,), **kwargs)
+            assert (
+                sources.load(source, (lang,), data_dir=str(tmp_path / "tfds"), **kwargs) == expected
+            )
     with pytest.raises(ValueError, match="no split 'test'; the choices are train"):
-        data.load("tfds:my_math/test", ("sw",), data_dir=str(tmp_path / "tfds"))
+        sources.load("tfds:my_math/test", ("sw",), data_dir=str(tmp_path / "tfds"))
     with pytest.raises(FileNotFoundError, match=r"2\.0\.0"):
-        data.load("tfds:my_math:2.0.0/train", ("sw",), data_dir=str(tmp_path / "tfds"))
+        sources.load("tfds:my_math:2.0.0/train", ("sw",), data_dir=str(tmp_path / "tfds"))
     with pytest.raises(FileExistsError, match="another version"):
-        data.build_tfds(path, "my_math", str(tmp_path / "tfds"))
-    data.build_tfds(path, "my_math", str(tmp_path / "tfds"), version="10.0.0")
+        build_tfds.build_tfds(path, "my_math", str(tmp_path / "tfds"))
+    build_tfds.build_tfds(path, "my_math", str(tmp_path / "tfds"), version="10.0.0")
     with pytest.raises(ValueError, match=r"write tfds:NAME/SPLIT"):
-        data.load("tfds:my_math", ("sw",), data_dir=str(tmp_path / "tfds"))
+        sources.load("tfds:my_math", ("sw",), data_dir=str(tmp_path / "tfds"))
     assert "tensorflow" not in sys.modules
 
 
 def make_rows(counts):
     return [
-        data.Row(f"{i}/{lang}", "p", "s", "a", lang, "p")
+        problem_row.Row(f"{i}/{lang}", "p", "s", "a", lang, "p")
         for lang, n in counts.items()
         for i in range(n)
     ]
@@ -253,20 +257,20 @@ def make_rows(counts):
 
 def test_step_k_from_scratch_is_the_kth_of_a_running_iterator():
     rows, langs, weights = make_rows({"en": 7, "sw": 5}), ("en", "sw"), (0.75, 0.25)
-    running = iter(data.order(rows, langs, weights, 3).to_iter_dataset())  # Grain's own
-    ours = data.iterator(rows, langs, weights, 4, 3)
+    running = iter(batches.order(rows, langs, weights, 3).to_iter_dataset())  # Grain's own
+    ours = batches.iterator(rows, langs, weights, 4, 3)
     for step in range(5):
         expected = list(itertools.islice(running, 4))
-        assert data.batch_at(rows, langs, weights, 4, 3, step) == expected
+        assert runs.batch_at(rows, langs, weights, 4, 3, step) == expected
         assert next(ours) == expected
-    assert next(data.iterator(rows, langs, weights, 4, 3, step=5)) == next(ours)
+    assert next(batches.iterator(rows, langs, weights, 4, 3, step=5)) == next(ours)
 
 
 @hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(n=st.integers(1, 12), batch=st.integers(1, 5), seed=st.integers(0, 2**32))
 def test_every_row_once_per_epoch(n, batch, seed):
     rows = make_rows({"en": n})
-    stream = itertools.chain.from_iterable(data.iterator(rows, ("en",), (), batch, seed))
+    stream = itertools.chain.from_iterable(batches.iterator(rows, ("en",), (), batch, seed))
     for _ in range(3):
         epoch = list(itertools.islice(stream, n))
         assert sorted(epoch, key=lambda r: r.id) == sorted(rows, key=lambda r: r.id)
@@ -274,29 +278,29 @@ def test_every_row_once_per_epoch(n, batch, seed):
 
 def test_epochs_and_seeds_have_different_orders():
     rows = make_rows({"en": 50})
-    first, second = (data.batch_at(rows, ("en",), (), 50, 0, epoch) for epoch in (0, 1))
+    first, second = (runs.batch_at(rows, ("en",), (), 50, 0, epoch) for epoch in (0, 1))
     assert first != second
     assert first != rows
-    assert first != data.batch_at(rows, ("en",), (), 50, 1, 0)
+    assert first != runs.batch_at(rows, ("en",), (), 50, 1, 0)
 
 
 @pytest.mark.parametrize("weights", [(1, 3), (0.2, 0.6), (0, 2.0), ()])
 def test_weights_hold(weights):
     rows = make_rows({"en": 10, "sw": 10})
-    picked = data.batch_at(rows, ("en", "sw"), weights, 40, 0, 5)
+    picked = runs.batch_at(rows, ("en", "sw"), weights, 40, 0, 5)
     share = (weights or (1, 1))[1] / sum(weights or (1, 1))
     assert abs(sum(row.lang == "sw" for row in picked) - 40 * share) <= 1
 
 
 def test_parallel_languages_are_not_in_step():
     rows = make_rows({"en": 40, "sw": 40})
-    picked = data.batch_at(rows, ("en", "sw"), (), 40, 0, 0)
+    picked = runs.batch_at(rows, ("en", "sw"), (), 40, 0, 0)
     english, swahili = ([r.id.split("/")[0] for r in picked if r.lang == c] for c in ("en", "sw"))
     assert english != swahili
 
 
 def test_an_order_without_rows_is_refused():
     with pytest.raises(ValueError, match="no row is in language 'sw'"):
-        data.batch_at(make_rows({"en": 2}), ("en", "sw"), (), 2, 0, 0)
+        runs.batch_at(make_rows({"en": 2}), ("en", "sw"), (), 2, 0, 0)
     with pytest.raises(ValueError, match=r"data\.weights"):
-        data.batch_at(make_rows({"en": 2}), ("en",), (1, 2), 2, 0, 0)
+        runs.batch_at(make_rows({"en": 2}), ("en",), (1, 2), 2, 0, 0)

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import transformers
 
-from copsd_jax.problems import data, languages
+from copsd_jax.problems import languages, problem_row
 from copsd_jax.teaching import contexts, prompts, replies
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -20,10 +20,12 @@ ROWS = {
 
 def make_row(lang="sw"):
     code = languages.resolve(lang, REGISTRY)
-    return data.Row("r", ROWS[lang], "10 + 3 = 13.", "13", code, ROWS["en"])
+    return problem_row.Row("r", ROWS[lang], "10 + 3 = 13.", "13", code, ROWS["en"])
 
 
-SHOT = data.Row("e", "3 boxes of 5?", "3 * 5 = 15.", "15", make_row("en").lang, "3 boxes of 5?")
+SHOT = problem_row.Row(
+    "e", "3 boxes of 5?", "3 * 5 = 15.", "15", make_row("en").lang, "3 boxes of 5?"
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_plain_teacher_has_exemplars_in_its_own_format(tiny, case):
 
 
 def test_plain_solutions_stay_on_their_line(tiny):
-    row = data.Row("r", "a\nb", "one\n\ntwo", "2", make_row("en").lang, "a\nb")
+    row = problem_row.Row("r", "a\nb", "one\n\ntwo", "2", make_row("en").lang, "a\nb")
     made = teach(tiny, spec("none", "plain"), settings("reference"), row)
     assert made.text == "Question: a b\nReference solution: one two (2)\nAnswer:"
 
@@ -262,7 +264,7 @@ def test_needs_are_what_the_prompt_shows(tiny):
         row = make_row()
         made = teach(tiny, spec(), chosen, row)
         for name in ("problem_en", "solution"):
-            poor = data.Row(**{**vars(row), name: ""})
+            poor = problem_row.Row(**{**vars(row), name: ""})
             if name in contexts.needs(chosen):
                 with pytest.raises(ValueError, match=f"no {name}"):
                     teach(tiny, spec(), chosen, poor)

@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 from hypothesis import strategies as st
 
-from copsd_jax.problems import data, languages
+from copsd_jax.problems import languages, problem_row
 from copsd_jax.teaching import prompts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -35,12 +35,14 @@ def code(lang):
 
 def make_row(lang="sw", problem=None, key="r"):
     problem = PROBLEMS[lang] if problem is None else problem
-    return data.Row(key, problem, "10 + 3 = 13.", "13", code(lang), PROBLEMS["en"])
+    return problem_row.Row(key, problem, "10 + 3 = 13.", "13", code(lang), PROBLEMS["en"])
 
 
 SHOTS = (
-    data.Row("e0", "There are 3 boxes of 5. How many?", "3 * 5 = 15.", "15", code("en"), "x"),
-    data.Row("e1", "Ana has 9, loses 4. How many?", "9 - 4 = 5.", "5", code("en"), "x"),
+    problem_row.Row(
+        "e0", "There are 3 boxes of 5. How many?", "3 * 5 = 15.", "15", code("en"), "x"
+    ),
+    problem_row.Row("e1", "Ana has 9, loses 4. How many?", "9 - 4 = 5.", "5", code("en"), "x"),
 )
 
 

@@ -8,7 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from copsd_jax.problems import data
+from copsd_jax.problems import sources
 from copsd_jax.teaching import replies, solution_steps
 
 QUOTE, WHY = "<error_quote>5 * 3 = 16</error_quote>", "<explanation>5 * 3 is 15.</explanation>"
@@ -450,7 +450,7 @@ SAID = {
 @pytest.mark.parametrize("tags", [False, True])
 @pytest.mark.parametrize("how", PERTURBED)
 def test_what_the_rule_writes_is_read_back(how, tags):
-    rows = [record.fields for record in data.read("bundled:train")][:120]
+    rows = [record.fields for record in sources.read("bundled:train")][:120]
     assert sum(row["steps"] > 1 for row in rows) > 20
     for row in rows:
         gold = row["answer"]

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import transformers
 
-from copsd_jax.problems import data
+from copsd_jax.problems import problem_row
 from copsd_jax.teaching import contexts, replies, token_selection, token_spans
 from copsd_jax.weights import tokenizer
 
-ROW = data.Row("r", "p", "3 * 5 = 15 and 15 - 4 = 11.", "11", "en", "p")
+ROW = problem_row.Row("r", "p", "3 * 5 = 15 and 15 - 4 = 11.", "11", "en", "p")
 TEXT = "3 * 5 = 15. 15 - 4 = 12. The answer is 12."
 
 

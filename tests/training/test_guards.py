@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from copsd_jax.metrics import metrics, token_stats
+from copsd_jax.metrics import metric_files, token_stats
 from copsd_jax.training import guards
 
 
@@ -217,7 +217,7 @@ def series():
 def test_a_run_in_two_pieces_decides_as_one(tmp_path):
     rules = guards.parse(RULES)
     state, decided = guards.start(rules), []
-    with metrics.Writer(tmp_path) as writer:
+    with metric_files.Writer(tmp_path) as writer:
         for step, values in series():
             writer.write(step, values)
             before = json.dumps(state)

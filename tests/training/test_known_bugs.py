@@ -12,7 +12,6 @@ import runs
 from copsd_jax import evaluate, main
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import distill
-from copsd_jax.problems import data
 from copsd_jax.runtime import checkpoint
 from copsd_jax.training import loaded_run
 
@@ -20,7 +19,7 @@ optax_promotes = runs.optax_promotes
 
 
 def first_rows(r):
-    return data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
+    return runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
 
 
 @pytest.mark.slow
@@ -49,7 +48,7 @@ def test_bug_23_rollout_files_hold_their_own_step_only(tmp_path):
         lines = (workdir / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()
         assert len(lines) == 16
     with runs.loaded("opsd", **settings) as (r, _):
-        order = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 1)
+        order = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 1)
     ids = [json.loads(line)["id"] for line in lines]
     assert ids == [row.id for row in order for _ in range(2)]
 

@@ -15,7 +15,6 @@ from test_methods import completion, one_device, right, row_with, script, spoile
 
 from copsd_jax import main, train
 from copsd_jax.methods import authors, table
-from copsd_jax.problems import data
 from copsd_jax.runtime import workdir
 from copsd_jax.teaching import contexts
 from copsd_jax.training import guards, loaded_run, rollouts, run_plan
@@ -82,7 +81,7 @@ def test_records_of_grpo_hold_what_its_loss_knows_of_each_token(monkeypatch):
 
 def test_records_of_sft_say_which_tokens_it_trains():
     with runs.loaded("sft") as (r, state):
-        rows = data.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
+        rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work, values = stepped(r, state, rows)
     for record in work.records:
         assert record["policy_mask"] == [1] * len(record["completion_ids"])
@@ -214,7 +213,7 @@ def test_a_guard_on_no_metric_is_refused_before_weights_are_read():
 )  # fmt: skip
 def test_guards_know_every_metric_that_a_run_writes(card, settings):
     with runs.loaded(card, **settings) as (r, state):
-        rows = data.batch_at(r.plan.rows, ["en"], (), r.plan.config.train.batch, 0, 0)
+        rows = runs.batch_at(r.plan.rows, ["en"], (), r.plan.config.train.batch, 0, 0)
         _, values = stepped(r, state, rows)
     assert values.keys() <= set(guards.METRICS)
 

@@ -1,4 +1,4 @@
-"""Problems from files and data sets, as rows, and which rows belong to which step.
+"""Reads problems from files and data sets into rows.
 
 A source is a JSONL file, a JSON list, a parquet file, a TSV file (question TAB answer, no header),
 `bundled:train|held_out|exemplars`, or `tfds:NAME[:VERSION]/SPLIT`. All of them give records in
@@ -7,47 +7,21 @@ and, where there is one, `problem_<code>_ok` (the translation's quality flag, wh
 """
 
 import collections
-import dataclasses
-import hashlib
 import importlib.resources
 import json
 import math
 import pathlib
 import unicodedata
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from copsd_jax.problems import languages
+from copsd_jax.problems import languages, problem_row
 
 BUNDLED = ("train", "held_out", "exemplars")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv")
 FIELDS = ("id", "problem", "solution", "answer", "Answer", "group", "wording")  # and problem_*
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One problem in one language.
-
-    Attributes:
-      id: unique among the rows of a source and the languages asked for.
-      problem: the problem's text in `lang`.
-      solution: the reference solution (English in COPSD's data), "" where a source has none.
-      answer: the final answer, "" where a source has none.
-      lang: the code of the problem's language, as languages.json writes it.
-      problem_en: the English problem, "" where a source has none.
-      group: any label by which scores are reported apart (bundled rows: the wording's), or "".
-    """
-
-    id: str
-    problem: str
-    solution: str
-    answer: str
-    lang: str
-    problem_en: str
-    group: str = ""
 
 
 class Record(NamedTuple):
@@ -57,7 +31,7 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
-class _Unusable(Exception):
+class UnusableValue(Exception):
     """Why a record gives no row: the reason that is counted and reported."""
 
 
@@ -198,7 +172,7 @@ def read(
     return _read_json(path, file.read_bytes())
 
 
-def _rename(path: str, records: list[Record], fields: str) -> list[Record]:
+def rename_fields(path: str, records: list[Record], fields: str) -> list[Record]:
     """Records with the fields of a map "ours=theirs,ours=theirs" under our names too."""
     pairs = [tuple(pair.split("=")) for pair in fields.split(",") if pair]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
@@ -220,24 +194,24 @@ def _rename(path: str, records: list[Record], fields: str) -> list[Record]:
     ]
 
 
-def _text(name: str, value: object) -> str:
-    """A field's value as text without surrounding blanks; raises _Unusable with the reason."""
+def to_text(name: str, value: object) -> str:
+    """A field's value as text without surrounding blanks; raises UnusableValue with the reason."""
     if isinstance(value, bytes):
         value = value.decode("utf-8")
     if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
-        raise _Unusable(f"{name} is missing")
+        raise UnusableValue(f"{name} is missing")
     if isinstance(value, float | np.floating) and not math.isfinite(value):
-        raise _Unusable(f"{name} is {value}")
+        raise UnusableValue(f"{name} is {value}")
     if isinstance(value, float | np.floating) and float(value).is_integer():
         value = int(value)
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise _Unusable(f"{name} is not text ({type(value).__name__})")
+        raise UnusableValue(f"{name} is not text ({type(value).__name__})")
     if not value.strip():
-        raise _Unusable(f"{name} is empty")
+        raise UnusableValue(f"{name} is empty")
     if any("\ud800" <= char <= "\udfff" for char in value):
-        raise _Unusable(f"{name} holds half a character (a lone surrogate)")
+        raise UnusableValue(f"{name} holds half a character (a lone surrogate)")
     # One spelling of each letter: most tokenizers would tell the others apart.
     return unicodedata.normalize("NFC", value.strip())
 
@@ -246,8 +220,8 @@ def _first(record: Record, names: Sequence[str]) -> str:
     """The text of the first of `names` that the record has."""
     for name in names:
         if name in record.fields:
-            return _text(name, record.fields[name])
-    raise _Unusable(f"{names[0]} is missing")
+            return to_text(name, record.fields[name])
+    raise UnusableValue(f"{names[0]} is missing")
 
 
 def _optional(record: Record, names: Sequence[str], needed: bool) -> str:
@@ -268,12 +242,14 @@ def _problem(record: Record, codes: Sequence[str]) -> str:
         flag = True if flag is None else flag  # parquet writes an absent field as null
         accepted = flag.decode() == "true" if isinstance(flag, bytes) else flag
         if not (isinstance(accepted, bool | np.bool_ | np.integer) and accepted == 1):
-            raise _Unusable(f"{name}_ok is not true")
+            raise UnusableValue(f"{name}_ok is not true")
     return _first(record, names)
 
 
-def _row(record: Record, lang: str, codes: Sequence[str], needs: Sequence[str], key: str) -> Row:
-    return Row(
+def _row(
+    record: Record, lang: str, codes: Sequence[str], needs: Sequence[str], key: str
+) -> problem_row.Row:
+    return problem_row.Row(
         id=key,
         problem=_problem(record, codes),
         solution=_optional(record, ("solution",), "solution" in needs),
@@ -306,7 +282,7 @@ def load(
     registry: Mapping[str, languages.Language] | None = None,
     setting: str = "data.path",
     data_dir: str | None = None,
-) -> tuple[list[Row], collections.Counter[str]]:
+) -> tuple[list[problem_row.Row], collections.Counter[str]]:
     """Rows of a source in the languages asked for, language after language.
 
     Args:
@@ -333,7 +309,7 @@ def load(
     if path.endswith(".tsv") and len(codes) > 1:
         raise ValueError(f"{setting} is {path!r}: a TSV file holds one language, not {langs}")
     records = read(path, lang=codes[0], setting=setting, data_dir=data_dir)
-    records = _rename(path, records, fields)[: limit or None]
+    records = rename_fields(path, records, fields)[: limit or None]
     ids = _ids(path, records)
     rows, dropped, first = [], collections.Counter[str](), {}
     for lang in codes:
@@ -342,7 +318,7 @@ def load(
             key = f"{key}/{lang}" if len(codes) > 1 else key
             try:
                 rows.append(_row(record, lang, names, needs, key))
-            except _Unusable as reason:
+            except UnusableValue as reason:
                 dropped[str(reason)] += 1
                 first.setdefault(str(reason), record.where)
     _refuse(path, dropped, first, len(rows), missing)
@@ -365,136 +341,3 @@ def _refuse(
         )
     if not kept:
         raise ValueError(f"{path}: it holds no rows")
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    """SHA-256 of the rows and their order, to tell whether two runs saw the same data."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(dataclasses.astuple(row)).encode())
-    return digest.hexdigest()
-
-
-def order(rows: Sequence[Row], langs: Sequence[str], weights: Sequence[float], seed: int) -> Any:
-    """The endless order of rows as a `grain.MapDataset`: element i is the i-th row used.
-
-    Each language is shuffled anew in each of its epochs, from `seed` and its code alone; a
-    mixture takes each language's next row as often as its weight says.
-
-    Args:
-      rows: of all languages.
-      langs: the codes in the order of `weights`.
-      weights: shares, not all 0; () for equal shares.
-    """
-    import grain  # here: importing the package must not need the data stack
-
-    weights = tuple(weights) or (1.0,) * len(langs)
-    if len(weights) != len(langs) or min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"data.weights is {weights}: one number >= 0 for each of {tuple(langs)}")
-    parts, shares = [], []
-    for lang, weight in zip(langs, weights, strict=True):
-        mine = [row for row in rows if row.lang == lang]
-        if weight and not mine:
-            raise ValueError(f"no row is in language {lang!r}, whose share is {weight}")
-        if weight:
-            # The code goes into the seed, or parallel data would give the same problem in all
-            # languages at once.
-            own = np.random.SeedSequence([seed, zlib.crc32(lang.encode())]).generate_state(1)
-            parts.append(grain.MapDataset.source(mine).seed(int(own[0])).shuffle().repeat())
-            shares.append(weight / sum(weights))
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares)
-
-
-def batch_at(
-    rows: Sequence[Row],
-    langs: Sequence[str],
-    weights: Sequence[float],
-    batch: int,
-    seed: int,
-    step: int,
-) -> list[Row]:
-    """The rows of step `step`: elements step * batch ... of `order`, whatever came before.
-
-    A row occurs twice in one step where an epoch ends inside it or has fewer rows than `batch`.
-    """
-    return next(iterator(rows, langs, weights, batch, seed, step))
-
-
-def iterator(
-    rows: Sequence[Row],
-    langs: Sequence[str],
-    weights: Sequence[float],
-    batch: int,
-    seed: int,
-    step: int = 0,
-) -> Iterator[list[Row]]:
-    """The rows of steps `step`, `step + 1`, …: `batch_at` without building the order anew."""
-    dataset = order(rows, langs, weights, seed)
-    while True:
-        yield [dataset[i] for i in range(step * batch, (step + 1) * batch)]
-        step += 1
-
-
-def build_tfds(
-    source_path: str,
-    name: str,
-    data_dir: str,
-    *,
-    fields: str = "",
-    split: str = "train",
-    version: str = "1.0.0",
-) -> pathlib.Path:
-    """Turns a source into a TFDS data set in ArrayRecord, readable without TensorFlow.
-
-    The fields that rows are made of become text features, an absent one an empty text; others
-    are left out. `tfds:NAME/SPLIT` with the same `data_dir` reads it back, in the same order.
-
-    Returns:
-      The folder of the data set's version.
-    Raises:
-      FileExistsError: the version is there already.
-      ValueError: the source cannot be read, or a field holds no text, number or boolean.
-    """
-    import tensorflow_datasets as tfds
-
-    folder = pathlib.Path(data_dir) / name / version
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: choose another version or remove it")
-    records = _rename(source_path, read(source_path, setting="source_path"), fields)
-    found = {column for record in records for column in record.fields}
-    columns = sorted(c for c in found if c in FIELDS or c.startswith("problem_"))
-    examples = [_example(source_path, record, columns) for record in records]
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(version)
-        code_path = None  # or it looks for the class's file, by a package that pip leaves out
-
-        def _info(self):
-            features = tfds.features.FeaturesDict({c: tfds.features.Text() for c in columns})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager):
-            del dl_manager
-            return {split: self._generate_examples()}
-
-        def _generate_examples(self):
-            yield from enumerate(examples)
-
-    Builder.name = name
-    Builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
-    return folder
-
-
-def _example(path: str, record: Record, columns: Sequence[str]) -> dict[str, str]:
-    """A record's fields as texts, "" for an absent one."""
-    out = dict.fromkeys(columns, "")
-    for column in columns:
-        value = record.fields.get(column)
-        if isinstance(value, bool):
-            out[column] = "true" if value else "false"
-        elif value is not None and value != "":
-            try:
-                out[column] = _text(column, value)
-            except _Unusable as error:
-                raise ValueError(f"{path}, {record.where}: {error}") from error
-    return out

@@ -1,0 +1,172 @@
+"""Scores of problems with their intervals, and comparisons of two scores."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
+RESAMPLES = 10_000
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): the mean of per-problem scores with its 95 % interval.
+
+    Args:
+      values: one score in [0, 1] per problem, the mean over the problem's samples: samples of one
+        problem are alike, so the problem is the unit.
+
+    Wilson's interval (1927) with n = mean (1 - mean) / (variance / problems), which is the number
+    of problems where scores are 0 or 1 and more where each is a mean of several samples. Unlike
+    mean +- 1.96 errors it stays in [0, 1] and has a width at 0 and at 1.
+
+    Raises:
+      ValueError: without values, or for a value outside [0, 1].
+    """
+    scores = _shares(values)
+    mean, variance = float(scores.mean()), float(scores.var())
+    n = len(scores)
+    size = n * mean * (1 - mean) / variance if variance > 0 else float(n)
+    centre = (mean + Z95**2 / (2 * size)) / (1 + Z95**2 / size)
+    half = Z95 / (1 + Z95**2 / size)
+    half *= math.sqrt(mean * (1 - mean) / size + Z95**2 / (4 * size**2))
+    return mean, max(0.0, centre - half), min(1.0, centre + half)
+
+
+class Paired(NamedTuple):
+    """After minus before, its 95 % interval, and the p-value of no difference."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def paired(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Paired:
+    """Compares two scores of the same problems, in the same order.
+
+    Args:
+      before, after: one score in [0, 1] per problem; several samples or several seeds of a problem
+        are averaged first, since the problem is what is drawn.
+      seed: of the resamples.
+
+    The interval is the percentile bootstrap over problems (10,000 resamples of the differences).
+    p is the exact two-sided sign test on the problems that changed, which for scores of 0 and 1 is
+    McNemar's exact test.
+
+    Raises:
+      ValueError: for unequal numbers of problems, none, or a value outside [0, 1].
+    """
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} scores before and {len(after)} after do not pair")
+    differences = _shares(after) - _shares(before)
+    n = len(differences)
+    rng = np.random.default_rng(seed)
+    rows = max(1, 1_000_000 // n)  # at a time, to bound the memory
+    means = []
+    for start in range(0, RESAMPLES, rows):
+        draw = rng.integers(n, size=(min(rows, RESAMPLES - start), n))
+        means.append(differences[draw].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    up, down = int((differences > 0).sum()), int((differences < 0).sum())
+    return Paired(float(differences.mean()), float(low), float(high), sign_test(up, down))
+
+
+def sign_test(up: int, down: int) -> float:
+    """Exact two-sided p-value of `up` and `down` under equal odds."""
+    n = up + down
+    tail = sum(math.comb(n, k) for k in range(min(up, down) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def _shares(values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"one score per problem is needed, not an array of shape {array.shape}")
+    if not ((array >= 0) & (array <= 1)).all():
+        raise ValueError(f"scores lie in [0, 1], not in [{array.min()}, {array.max()}]")
+    return array
+
+
+# ---- scores ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One graded completion: `answer`, `correct`, `status` of its Grade, and its length."""
+
+    answer: str | None
+    correct: bool
+    status: str
+    tokens: int
+    truncated: bool  # ended by the limit of tokens, not by a stop
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased chance that k of n samples, c of them correct, hold a correct one (Chen et al. 2021,
+    equation 1): 1 - C(n - c, k) / C(n, k)."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def avg_at_n(correct: Sequence[bool]) -> float:
+    """Share of correct samples of one problem."""
+    return sum(map(bool, correct)) / len(correct)
+
+
+def maj_at_n(classes: Sequence[int], correct: Sequence[bool]) -> float:
+    """1 if the largest class of equal answers is correct, else 0; ties go to the first seen.
+
+    Args:
+      classes: of each sample, as `graders.Grader.same_class` gives them; -1 has no vote.
+      correct: of each sample; a class is graded by its first member.
+    """
+    votes = collections.Counter(k for k in classes if k >= 0)
+    if not votes:
+        return 0.0
+    winner = max(votes, key=lambda k: votes[k])  # the first of equals: a Counter keeps the order
+    return float(correct[list(classes).index(winner)])
+
+
+def score(
+    problems: Sequence[Sequence[Sample]],
+    same_class: Callable[[Sequence[str | None]], list[int]],
+    unresolved: Sequence[str],
+) -> dict[str, float]:
+    """The scores of one group of problems, such as those of one language.
+
+    Args:
+      problems: the n samples of each problem; n is the same for all.
+      same_class: `graders.Grader.same_class`.
+      unresolved: the statuses that mean "no decision": `graders.UNRESOLVED`.
+
+    Returns:
+      `problems`, `samples` (n), `avg_at_n` with its interval `low`, `high`, `pass_at_n`,
+      `pass_at_2`, `pass_at_4` ... for powers of two below n, `maj_at_n`, `format_rate`, `truncated`
+      and `unresolved` (shares of samples), `mean_tokens`.
+
+    Raises:
+      ValueError: without problems, or for unequal numbers of samples.
+    """
+    sizes = {len(samples) for samples in problems}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(f"each problem needs the same number of samples, not {sorted(sizes)}")
+    n = sizes.pop()
+    correct = [[sample.correct for sample in samples] for samples in problems]
+    every = [sample for samples in problems for sample in samples]
+    average, low, high = interval([avg_at_n(row) for row in correct])
+    out = {"problems": len(problems), "samples": n, "avg_at_n": average, "low": low, "high": high}
+    names = {f"pass_at_{2**i}": 2**i for i in range(1, n.bit_length()) if 2**i < n}
+    for name, k in {**names, "pass_at_n": n}.items():
+        out[name] = float(np.mean([pass_at_k(n, sum(row), k) for row in correct]))
+    votes = [same_class([sample.answer for sample in samples]) for samples in problems]
+    out["maj_at_n"] = float(np.mean([maj_at_n(v, c) for v, c in zip(votes, correct, strict=True)]))
+    out["format_rate"] = float(np.mean([sample.answer is not None for sample in every]))
+    out["truncated"] = float(np.mean([sample.truncated for sample in every]))
+    out["unresolved"] = float(np.mean([sample.status in unresolved for sample in every]))
+    out["mean_tokens"] = float(np.mean([sample.tokens for sample in every]))
+    return out

@@ -1,0 +1,136 @@
+"""What a terminal shows: progress, times and tables."""
+
+import collections
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TextIO
+
+from rich import cells
+
+
+class Timer:
+    """Seconds by part of the loop: `with timer("rollout"): ...`; parts may nest or repeat."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._seconds[part] += self._clock() - start
+
+    def take(self) -> dict[str, float]:
+        """`{"seconds/rollout": 1.5, ...}` since the last call, and starts anew."""
+        out = {f"seconds/{part}": seconds for part, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return out
+
+
+class Progress:
+    """A line on the state of long work: live on a terminal, else a new one every few seconds.
+
+    Args:
+      label: what is counted, as in "step 12/100".
+      total: of steps, prompts ...; `start` of them were done before.
+      seconds: between lines where the stream is no terminal; the last state is always written.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        start: int = 0,
+        stream: TextIO | None = None,
+        seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._label, self._total, self._seconds = label, total, seconds
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._clock = clock
+        # (time, done, tokens so far) of late: speeds follow the present, not the compilation.
+        self._late = collections.deque([(clock(), start, 0)], maxlen=20)
+        self._written = -math.inf
+        self._width = 0
+        self._pending = ""
+
+    def update(self, done: int, tokens: int = 0, **values: float) -> None:
+        """`done` of `total` are finished, `tokens` more since the last call; values are shown."""
+        now = self._clock()
+        self._late.append((now, done, self._late[-1][2] + tokens))
+        self._pending = self._line(done, values)
+        if self._live:
+            self._stream.write("\r" + self._pending.ljust(self._width))
+            self._stream.flush()
+            self._width = len(self._pending)
+        elif now - self._written >= self._seconds or done >= self._total:
+            self._flush_line(now)
+
+    def _flush_line(self, now: float) -> None:
+        self._stream.write(self._pending + "\n")
+        self._stream.flush()
+        self._written, self._pending = now, ""
+
+    def _line(self, done: int, values: Mapping[str, float]) -> str:
+        (first, done_then, tokens_then), (last, _, tokens) = self._late[0], self._late[-1]
+        parts = [f"{self._label} {done}/{self._total}"]
+        parts += [f"{name} {value:.4g}" for name, value in values.items()]
+        if tokens > tokens_then and last > first:
+            parts.append(f"{(tokens - tokens_then) / (last - first):,.0f} tokens/s")
+        if done > done_then and last > first and done < self._total:
+            left = (self._total - done) * (last - first) / (done - done_then)
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
+
+    def close(self) -> None:
+        """Ends the live line, or writes a last state not yet written."""
+        if self._live and self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+        elif self._pending:
+            self._flush_line(self._clock())
+        self._width, self._pending = 0, ""
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `3:20`, `1:02:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned plain text: the first column to the left, the others to the right.
+
+    Widths are a terminal's (CJK characters take two columns).
+
+    Raises:
+      ValueError: for a row of another length than the headers.
+    """
+    lines = [[str(cell) for cell in row] for row in (headers, *rows)]
+    for row in lines:
+        if len(row) != len(headers):
+            raise ValueError(f"a row has {len(row)} cells for {len(headers)} headers: {row}")
+    widths = [max(cells.cell_len(row[i]) for row in lines) for i in range(len(headers))]
+    lines.insert(1, ["-" * width for width in widths])
+    text = []
+    for row in lines:
+        padded = []
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            blanks = " " * (width - cells.cell_len(cell))
+            padded.append(blanks + cell if index else cell + blanks)
+        text.append("  ".join(padded).rstrip())
+    return "\n".join(text)

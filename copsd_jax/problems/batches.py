@@ -1,0 +1,59 @@
+"""Which rows belong to which step: an endless order of rows, a function of the seed alone."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from copsd_jax.problems import problem_row
+
+
+def order(
+    rows: Sequence[problem_row.Row], langs: Sequence[str], weights: Sequence[float], seed: int
+) -> Any:
+    """The endless order of rows as a `grain.MapDataset`: element i is the i-th row used.
+
+    Each language is shuffled anew in each of its epochs, from `seed` and its code alone; a
+    mixture takes each language's next row as often as its weight says.
+
+    Args:
+      rows: of all languages.
+      langs: the codes in the order of `weights`.
+      weights: shares, not all 0; () for equal shares.
+    """
+    import grain  # here: importing the package must not need the data stack
+
+    weights = tuple(weights) or (1.0,) * len(langs)
+    if len(weights) != len(langs) or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"data.weights is {weights}: one number >= 0 for each of {tuple(langs)}")
+    parts, shares = [], []
+    for lang, weight in zip(langs, weights, strict=True):
+        mine = [row for row in rows if row.lang == lang]
+        if weight and not mine:
+            raise ValueError(f"no row is in language {lang!r}, whose share is {weight}")
+        if weight:
+            # The code goes into the seed, or parallel data would give the same problem in all
+            # languages at once.
+            own = np.random.SeedSequence([seed, zlib.crc32(lang.encode())]).generate_state(1)
+            parts.append(grain.MapDataset.source(mine).seed(int(own[0])).shuffle().repeat())
+            shares.append(weight / sum(weights))
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares)
+
+
+def iterator(
+    rows: Sequence[problem_row.Row],
+    langs: Sequence[str],
+    weights: Sequence[float],
+    batch: int,
+    seed: int,
+    step: int = 0,
+) -> Iterator[list[problem_row.Row]]:
+    """Yields the rows of steps `step`, `step + 1`, …: elements step * batch ... of `order`.
+
+    A row occurs twice in one step where an epoch ends inside it or has fewer rows than `batch`.
+    """
+    dataset = order(rows, langs, weights, seed)
+    while True:
+        yield [dataset[i] for i in range(step * batch, (step + 1) * batch)]
+        step += 1
