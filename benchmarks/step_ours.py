@@ -293,7 +293,7 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
             hidden_TD, hidden_t_TD, transformer.head(frozen), transformer.head(frozen),
             micro.completion_BC.reshape(-1), weight_T, settings,
             implementation=options.implementation, chunk=options.chunk,
-            live_T=micro.mask_BC.reshape(-1), skip_below=options.skip_below,
+            live_T=micro.mask_BC.reshape(-1),
             logp_rollout_T=micro.logp_rollout_BC.reshape(-1),
             kernel=divergence_loss.Kernel(chip=options.chip),
         )  # fmt: skip

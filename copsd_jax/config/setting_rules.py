@@ -169,7 +169,7 @@ def _check_ranges(s: Mapping) -> None:
         "seed data.limit loss.group prompt.exemplars rollout.temperature rollout.top_k "
         "author.temperature author.top_k author.retries author.backoff context.section_tokens "
         "policy.clip_high policy.dual_clip policy.kl policy.rollout_clip loss.rollout_clip "
-        "loss.top_k loss.skip_below sampler.retries sampler.backoff sampler.max_model_len "
+        "loss.top_k sampler.retries sampler.backoff sampler.max_model_len "
         "train.steps train.micro_batch train.micro_tokens train.row_tokens train.warmup "
         "train.weight_decay train.max_grad_norm train.keep eval.limit eval.every eval.max_tokens "
         "eval.temperature eval.top_k"
@@ -328,9 +328,6 @@ def _check_loss(s: Mapping) -> None:
     if s["loss.tail"] and not s["loss.top_k"]:
         _refuse("loss.tail", True, "loss.top_k is 0: all tokens are counted, there is no tail")
     kind = s["loss.implementation"]
-    if s["loss.skip_below"] and kind not in ("auto", "chunked"):
-        rule = f"loss.implementation={kind} has no filter, take chunked or auto"
-        _refuse("loss.skip_below", s["loss.skip_below"], rule)
     if kind == "pallas" and s["loss.top_k"]:
         _refuse("loss.implementation", kind, "loss.top_k needs chunked or auto")
     if kind == "pallas" and s["method"] != "distill":
@@ -438,7 +435,7 @@ READ = (
     _one_of(
         "teacher.weights teacher.thinking teacher.max_tokens context.kind context.correct "
         "tokens.select parity.template_mismatch loss.divergence loss.temperature loss.top_k "
-        "loss.rollout_clip loss.clip_mode loss.norm loss.group loss.skip_below",
+        "loss.rollout_clip loss.clip_mode loss.norm loss.group",
         "method", "distill",
     ),
     _one_of("context.filter_groups", "method", "distill", "grpo"),

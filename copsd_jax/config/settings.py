@@ -141,7 +141,6 @@ def _objective(c: Config) -> None:
     s.group = 0  # completions of a group of micro_token_mean, in global order; 0: train.micro_batch
     s.implementation = "auto"  # chunked on CPU and for top_k, else pallas; dense is the oracle
     s.chunk = 1024  # tokens at a time of the chunked form, on each device
-    s.skip_below = 0.0  # chunked: gradients of vocabulary tiles below it are left out; 0 is off
 
     c.policy = y = config_dict.ConfigDict()
     y.weight = 0.0  # of the policy gradient in distill's loss; 1 - weight is the divergence's

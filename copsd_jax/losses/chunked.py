@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from copsd_jax.losses import divergences, token_blocks
 
 STRIP = 8  # rows of a block that a CPU works on at a time: their temporaries stay in its cache
-TILE = 512  # entries of the vocabulary whose gradient is skipped together
 FLOOR = -1e30  # logits of padding: no mass, and finite
 
 
@@ -60,13 +59,11 @@ def scale(x_TD: jax.Array, by: jax.Array) -> jax.Array:
 
 
 class Swept(NamedTuple):
-    """Of a block: statistics, ∂(Σ weight · value) / ∂hidden, the same to the student's head, and
-    of each token the share of Σ|dz| that the filter left out; None where not asked for."""
+    """Statistics of a block, ∂(Σ weight · value) / ∂hidden, and the same to the student's head."""
 
     stats: divergences.TokenStats
     grad_hidden_TD: jax.Array | None
     grad_head_VD: jax.Array | None
-    skipped_T: jax.Array | None
 
 
 def sweep(
@@ -83,7 +80,6 @@ def sweep(
     gradient: bool,
     train_head: bool,
     shard: Shard,
-    skip_below: float,
 ) -> Swept:
     """Three matmuls: both logits, the gradient to the states; a fourth for the head's gradient.
 
@@ -92,8 +88,6 @@ def sweep(
       tokens_T: int32, ids of the whole vocabulary.
       weight_T: of each row's value in the sum whose gradient is taken.
       gradient: False for the statistics alone, two matmuls.
-      skip_below: tiles of TILE entries whose |dz| nowhere in the block reaches it take no part in
-        the gradient; 0 for all of them.
     """
     logits_s_TV = _logits(hidden_s_TD, head_s_VD, shard)
     logits_t_TV = _logits(hidden_t_TD, head_t_VD, shard)
@@ -103,24 +97,17 @@ def sweep(
     else:
         stats, dz_TV = _block(logits_s_TV, logits_t_TV, rows, settings)
     if not gradient:
-        return Swept(stats, None, None, None)
-    skipped_T = None
-    if skip_below:
-        grads, skipped_T = _filtered(
-            dz_TV, hidden_s_TD, head_s_VD, weight_T, train_head, skip_below, shard.axis
-        )
-    else:
-        grads = _gradients(dz_TV, hidden_s_TD, head_s_VD, weight_T, train_head)
+        return Swept(stats, None, None)
+    grads = _gradients(dz_TV, hidden_s_TD, head_s_VD, weight_T, train_head)
     grad_hidden_TD, grad_head_VD = grads
     if shard.axis:
         grad_hidden_TD = jax.lax.psum(grad_hidden_TD, shard.axis)
     grad_hidden_TD = (grad_hidden_TD * weight_T[:, None]).astype(hidden_s_TD.dtype)
-    return Swept(stats, grad_hidden_TD, grad_head_VD, skipped_T)
+    return Swept(stats, grad_hidden_TD, grad_head_VD)
 
 
 def device(
     chunk: int,
-    skip_below: float,
     settings: divergences.Divergence,
     hidden: tuple[jax.Array, jax.Array],
     rows: tuple,
@@ -140,10 +127,9 @@ def device(
         args: Any = (*hidden, heads[0], heads[-1], *rows)
         out = sweep(
             settings, *args, gradient=gradient, train_head=train_head,
-            shard=Shard(vocab_axis, vocab_size), skip_below=skip_below,
+            shard=Shard(vocab_axis, vocab_size),
         )  # fmt: skip
-        stats = out.stats._replace(skipped_T=out.skipped_T)
-        return (stats, out.grad_hidden_TD), out.grad_head_VD
+        return (out.stats, out.grad_hidden_TD), out.grad_head_VD
 
     return token_blocks.walk(block, (hidden, rows), live_T, chunk, STRIP)
 
@@ -170,41 +156,6 @@ def _gradients(dz_TV, hidden_TD, head_VD, weight_T, train_head) -> tuple:
     dz_TV = dz_TV.astype(hidden_TD.dtype)
     grad_head_VD = dot(dz_TV, scale(hidden_TD, weight_T), 0, 0) if train_head else None
     return dot(dz_TV, head_VD, 1, 0), grad_head_VD
-
-
-def _filtered(dz_TV, hidden_TD, head_VD, weight_T, train_head, skip_below, axis) -> tuple:
-    """`_gradients` without the tiles of the vocabulary in which no |dz| reaches `skip_below`, and
-    the share of each row's Σ|dz| that lay in them."""
-    tiles, rest = divmod(dz_TV.shape[1], TILE)
-    size_TV = jnp.abs(dz_TV)
-    size_TN = _by_tile(size_TV, jnp.sum)
-    kept_N = jnp.max(_by_tile(size_TV, jnp.max), axis=0) >= skip_below
-    sums = [jnp.sum(jnp.where(kept_N[None], 0, size_TN), axis=1), jnp.sum(size_TN, axis=1)]
-    left_T, all_T = _sum(sums, axis) if axis else sums
-    skipped_T = left_T / jnp.maximum(all_T, jnp.finfo(all_T.dtype).tiny)
-
-    def add(n: jax.Array, grads: tuple, count: int = TILE) -> tuple:
-        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, n * TILE, count, axis)  # noqa: E731
-        hidden, head = grads
-        new = _gradients(cut(dz_TV, 1), hidden_TD, cut(head_VD, 0), weight_T, train_head)
-        if head is not None:
-            head = jax.lax.dynamic_update_slice_in_dim(head, new[1], n * TILE, 0)
-        return hidden + new[0], head
-
-    def tile(n: jax.Array, grads: tuple, count: int = TILE) -> tuple:
-        return jax.lax.cond(kept_N[n], lambda g: add(n, g, count), lambda g: g, grads)
-
-    head = jnp.zeros(head_VD.shape, wide(hidden_TD)) if train_head else None
-    grads = jnp.zeros(hidden_TD.shape, wide(hidden_TD)), head
-    if tiles:  # a loop of no turns would trace a tile that is not there
-        grads = jax.lax.fori_loop(jnp.int32(0), jnp.int32(tiles), tile, grads)
-    return (tile(jnp.int32(tiles), grads, rest) if rest else grads), skipped_T
-
-
-def _by_tile(x_TV: jax.Array, reduce: Callable) -> jax.Array:
-    """[T, tiles], of x at least 0; the last tile may be shorter."""
-    x_TV = jnp.pad(x_TV, ((0, 0), (0, -x_TV.shape[1] % TILE)))
-    return reduce(x_TV.reshape(len(x_TV), -1, TILE), axis=2)
 
 
 def _block(logits_s_TV: jax.Array, logits_t_TV: jax.Array, rows: tuple, settings):

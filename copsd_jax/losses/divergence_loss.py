@@ -43,7 +43,6 @@ class How:
     implementation: str
     chunk: int
     train_head: bool = False
-    skip_below: float = 0.0
     kernel: Kernel = kernels.PLAIN
 
 
@@ -60,13 +59,12 @@ def resolve(
     implementation: str,
     settings: Divergence | None,
     platform: str,
-    skip_below: float = 0.0,
     one_width: bool = True,
 ) -> str:
     """The implementation that runs, one of IMPLEMENTATIONS.
 
     auto is chunked on a CPU, and on GPU and TPU the kernels where they can do the settings: all but
-    the top-k forms and the filter `skip_below`, which only chunked has.
+    the top-k forms, which only chunked has.
 
     Args:
       implementation: one of CHOICES.
@@ -76,15 +74,12 @@ def resolve(
         of their own stand side by side (`train_step`).
 
     Raises:
-      ValueError: an unknown name; pallas where it cannot run, with what to change; a filter with
-        dense.
+      ValueError: an unknown name; pallas where it cannot run, with what to change.
     """
     if implementation not in CHOICES:
         raise ValueError(
             f"implementation is {implementation!r}: the choices are {', '.join(CHOICES)}"
         )
-    if implementation == "dense" and skip_below:
-        raise ValueError(f"skip_below is {skip_below}: dense has no filter, take chunked or 0")
     reason = ""
     if platform not in ("gpu", "tpu"):
         reason = f"its kernels are for gpu and tpu and the mesh is {platform}"
@@ -94,8 +89,6 @@ def resolve(
         reason = f"its kernels have no top_k, which is {settings.top_k}"
     elif not one_width:
         reason = "its kernels need states of one width, and a trust region of all weights has two"
-    elif skip_below:
-        reason = f"its kernels have no filter, and skip_below is {skip_below}"
     if implementation == "pallas" and reason:
         raise ValueError(f"implementation is 'pallas': {reason}, take chunked or auto")
     if implementation in ("auto", "pallas"):
@@ -118,7 +111,6 @@ def divergence(
     logp_old_T: jax.Array | None = None,
     logp_rollout_T: jax.Array | None = None,
     live_T: jax.Array | None = None,
-    skip_below: float = 0.0,
     kernel: Kernel = kernels.PLAIN,
 ) -> tuple[jax.Array, TokenStats]:
     """Σ_t weight_t · value_t and what is known of each token.
@@ -140,8 +132,6 @@ def divergence(
       logp_old_T, logp_rollout_T: see `divergences.importance`; read only where its clips are on.
       live_T: bool, rows whose statistics are wanted though their weight may be 0; rows of other
         weight are always live. None for those alone.
-      skip_below: chunked only: tiles of the vocabulary whose |∂value/∂logits| stays below it over
-        a block of tokens are left out of the gradient, and `TokenStats.skipped_T` is there. 0: off.
       kernel: of pallas_tpu and pallas_gpu.
 
     Returns:
@@ -151,7 +141,7 @@ def divergence(
       ValueError: unknown implementation or one that lacks a setting, shapes that do not fit, top_k
         above the vocabulary, rollout_clip without logp_rollout_T.
     """
-    how = How(implementation, chunk, train_head, skip_below, kernel)
+    how = How(implementation, chunk, train_head, kernel)
     rows = Rows(tokens_T, weight_T, logp_old_T, logp_rollout_T)
     _check(how, IMPLEMENTATIONS, (hidden_s_TD, hidden_t_TD), (*rows, live_T))
     _check_heads(head_s_VD, head_t_VD, settings, how)
@@ -172,8 +162,6 @@ def divergence(
     else:
         swept: Any = _swept(settings, how, hidden, heads, rows, alive_T)
         loss, stats = swept
-    if stats.skipped_T is None:
-        stats = stats._replace(skipped_T=jnp.zeros_like(stats.value_T))
     return loss, jax.lax.stop_gradient(stats)
 
 
@@ -191,11 +179,6 @@ def _check(how: How, choices: Any, hidden: tuple, per_token: Any) -> None:
         )
     if how.chunk < 1:
         raise ValueError(f"chunk is {how.chunk}: it must be at least 1")
-    if how.skip_below and how.implementation != "chunked":
-        raise ValueError(
-            f"skip_below is {how.skip_below}: implementation {how.implementation} has no filter, "
-            "take chunked or 0"
-        )
     shapes = [x.shape for x in per_token if x is not None]
     if len({*(x.shape[:1] for x in hidden), *shapes}) != 1:
         raise ValueError(
@@ -270,7 +253,7 @@ def _sweep(
         }  # fmt: skip
         if how.implementation in kernels.SWEEPS:
             return kernels.device(how.implementation, how.kernel, *args, **static)
-        return chunked.device(how.chunk, how.skip_below, *args, **static)
+        return chunked.device(how.chunk, *args, **static)
 
     (stats, grad_hidden_TD), grad_head_VD = token_blocks.spread(
         device, (hidden, tuple(rows), alive_T), heads, split_vocabulary=not settings.top_k
@@ -283,8 +266,7 @@ def _swept(
     settings: Divergence, how: How, hidden: tuple, heads: tuple, rows: Rows, alive_T: jax.Array
 ) -> tuple[jax.Array, TokenStats]:
     """The value alone, two matmuls per block; differentiation goes through `_swept_forward`."""
-    gradient = how.skip_below > 0  # without it there is nothing to filter, and nothing to report
-    stats = _sweep(settings, how, gradient, hidden, heads, rows, alive_T)[0]
+    stats = _sweep(settings, how, False, hidden, heads, rows, alive_T)[0]
     return jnp.sum(rows.weight_T * stats.value_T), stats
 
 

@@ -106,8 +106,6 @@ class TokenStats(NamedTuple):
       clipped_mass_T: element: teacher's mass Σ q_v on the clipped entries (q renormalised under
         top_k without a tail). token, token_weight, huber: 1 where d > κ, else 0. none: 0.
       ratio_T: the factor of `importance`; 1 where it is off.
-      skipped_T: the share of Σ_v |dz_v| that a filter leaves out of the gradient; 0 without one,
-        None where nothing here can filter.
     """
 
     value_T: jax.Array
@@ -118,7 +116,6 @@ class TokenStats(NamedTuple):
     entropy_teacher_T: jax.Array
     clipped_mass_T: jax.Array
     ratio_T: jax.Array
-    skipped_T: jax.Array | None = None
 
 
 class Side(NamedTuple):

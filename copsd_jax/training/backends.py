@@ -44,7 +44,7 @@ def loss(c: config_lib.Config, platform: str) -> str:
     mixed = c.teacher.weights == "trust_region" and c.train.trainable == "full"
     try:
         return divergence_loss.resolve(
-            c.loss.implementation, divergence(c), platform, c.loss.skip_below, not mixed
+            c.loss.implementation, divergence(c), platform, one_width=not mixed
         )
     except ValueError as error:
         raise ValueError(f"loss.{error}") from error

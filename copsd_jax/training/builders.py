@@ -159,7 +159,6 @@ def options(plan: run_plan.Frame | run_plan.Plan) -> train_step.Options:
         rho=c.teacher.rho,
         weight=1 - c.policy.weight if distills else 0.0,
         policy=_policy_loss(c),
-        skip_below=c.loss.skip_below,
         chip=plan.mesh.devices.flat[0].device_kind,
     )
 

@@ -45,7 +45,6 @@ class Options:
     rho: float = 0.0  # trust_region: share of the current policy
     weight: float = 1.0  # of the divergence in the loss
     policy: "PolicyLoss | None" = None
-    skip_below: float = 0.0  # of the divergence's gradient, see losses.divergence
     chip: str = ""  # device kind of the mesh, for the block sizes of kernels
 
 
@@ -309,7 +308,7 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
                 _flat(micro.completion_BC), _flat(weights[0]), options.divergence,
                 implementation=options.implementation, chunk=options.chunk,
                 train_head=options.trainable == "full", live_T=_flat(micro.mask_BC),
-                logp_rollout_T=_flat(micro.logp_rollout_BC), skip_below=options.skip_below,
+                logp_rollout_T=_flat(micro.logp_rollout_BC),
                 kernel=divergence_loss.Kernel(chip=options.chip),
             )  # fmt: skip
             total = total + value
@@ -475,7 +474,6 @@ def _means(
         "entropy_student": _mean(stats.entropy_student_T, batch.mask_BC),
         "entropy_teacher": mean(stats.entropy_teacher_T),
         "clipped_mass": mean(stats.clipped_mass_T),
-        **({"skipped_mass": mean(stats.skipped_T)} if options.skip_below else {}),
         "loss_tokens": batch.loss_BC.sum().astype(jnp.float32),
     }
 

@@ -182,7 +182,6 @@ DEAD = {
     "loss.clip": (0.5, [{}, GRPO], {"loss__clip_mode": "element"}),
     "loss.norm": ("seq_mean", [GRPO, SFT], {}),
     "loss.group": (1, [GRPO, SFT, {"loss__norm": "seq_mean"}], {}),
-    "loss.skip_below": (0.1, [GRPO, SFT], {}),
     "policy.scale": ("none", [{}, SFT], GRPO),
     "policy.clip_low": (0.3, [{}, SFT], GRPO),
     "policy.clip_high": (0.3, [{}, SFT], MIXED),

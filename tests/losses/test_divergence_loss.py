@@ -334,9 +334,9 @@ def test_what_a_kernel_is_given(shared, monkeypatch):
         calls.append(([x.shape for x in args[:5]], args[2] is args[3]))
         out = chunked.sweep(
             settings, *args, gradient=True, train_head=train_head,
-            shard=chunked.Shard(None, vocab_size), skip_below=0.0,
+            shard=chunked.Shard(None, vocab_size),
         )  # fmt: skip
-        return out[:3]
+        return out
 
     rule = lambda chip, head_VD, tied, head: blocks_lib.Blocks(4, 0)  # noqa: E731
     monkeypatch.setitem(kernels.SWEEPS, "pallas_tpu", kernels.Sweep(sweep, rule, 16))
@@ -364,67 +364,6 @@ def test_what_a_kernel_is_given(shared, monkeypatch):
         states, head = (rows, 16), (VOCABULARY, 16)
         assert calls
         assert all(call == ([states, states, head, head, (rows,)], shared) for call in calls)
-
-
-@pytest.mark.parametrize("train_head", [False, True])
-def test_the_filter_leaves_out_small_tiles(train_head):
-    """Tiles of 512 entries, the last of 76: by float64, block by block of 7 rows."""
-    tokens, vocabulary, below = 21, 1100, 0.01
-    hidden_s, hidden_t, head_s, head_t, tokens_T = _arrays(14, tokens, vocabulary)
-    # Large in other tiles for other rows, so that blocks differ in what they keep.
-    hidden_s[:7, 0], hidden_s[7:, 0], head_s[:, 0] = -3, 3, 0
-    head_s[512:1024, 0], head_s[1024:, 0] = 2, -2
-    hidden_t[:, 0], head_t[:, 0] = hidden_s[:, 0], head_s[:, 0]
-    arrays = (hidden_s, hidden_t, head_s, head_t, tokens_T)
-    settings, weight_T = (
-        divergence_loss.Divergence("jsd"),
-        np.linspace(0.5, 1, tokens, dtype=np.float32),
-    )
-    z_s, z_t = oracle.logits(hidden_s, head_s), oracle.logits(hidden_t, head_t)
-    frozen = oracle.freeze(z_s, z_t, tokens_T, settings)
-    dz_TV = oracle.slope(z_s, z_t, tokens_T, settings, frozen)
-    left_out = np.zeros(dz_TV.shape, bool)
-    for block in (slice(0, 7), slice(7, 14), slice(14, 21)):
-        for tile in (slice(0, 512), slice(512, 1024), slice(1024, 1100)):
-            left_out[block, tile] = np.abs(dz_TV[block, tile]).max() < below
-    assert 0.2 < left_out.mean() < 0.8
-    assert left_out[:7].any(0).tolist() != left_out[7:].any(0).tolist()
-    kept_TV = np.where(left_out, 0, dz_TV) * weight_T[:, None]
-    share_T = (np.abs(dz_TV) * left_out).sum(axis=1) / np.abs(dz_TV).sum(axis=1)
-
-    def total(hidden, head):
-        return divergence_loss.divergence(
-            hidden, hidden_t, head, head_t, tokens_T, weight_T, settings, implementation="chunked",
-            chunk=8, train_head=train_head, skip_below=below,
-        )  # fmt: skip
-
-    grad = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
-    (loss, stats), grads = grad(*(jnp.asarray(arrays[i]) for i in (0, 2)))
-    value_T = oracle.value(z_s, z_t, tokens_T, settings, frozen)
-    _close(loss, weight_T @ value_T, 2e-5)  # the value is not filtered
-    _close(stats.skipped_T, share_T, 2e-5)
-    _close(grads[0], kept_TV @ head_s, 2e-5)
-    _close(grads[1] + 1, (kept_TV.T @ hidden_s) * train_head + 1, 2e-5)
-
-
-def test_the_filter_of_fewer_entries_than_a_tile():
-    """300 entries are one short tile: all of it, or nothing."""
-    arrays = _arrays(3, 5, 300)
-    settings, weight_T = divergence_loss.Divergence("fkl"), np.full(5, 0.2, np.float32)
-    z_s, z_t = oracle.logits(arrays[0], arrays[2]), oracle.logits(arrays[1], arrays[3])
-    frozen = oracle.freeze(z_s, z_t, arrays[4], settings)
-    dz_TV = oracle.slope(z_s, z_t, arrays[4], settings, frozen) * 0.2
-    for below, want in ((1e-9, dz_TV @ arrays[2]), (2.0, 0 * arrays[0])):
-
-        def total(hidden, below=below):
-            return divergence_loss.divergence(
-                hidden, *arrays[1:], weight_T, settings, implementation="chunked", chunk=8,
-                skip_below=below,
-            )  # fmt: skip
-
-        grad, stats = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(arrays[0]))
-        np.testing.assert_allclose(grad, want, atol=1e-6)
-        np.testing.assert_allclose(stats.skipped_T, float(below > 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
@@ -506,8 +445,6 @@ def test_wrong_arguments_are_refused():
     for name in ("pallas_tpu", "pallas_gpu"):
         with pytest.raises(ValueError, match=f"top_k is 5: implementation {name}.*take chunked"):
             call(settings=CASES[1], implementation=name)
-    with pytest.raises(ValueError, match=r"skip_below is 0.1: implementation dense.*take chunked"):
-        call(implementation="dense", skip_below=0.1)
     with pytest.raises(ValueError, match="chunk is 0"):
         call(chunk=0)
     with pytest.raises(ValueError, match=r"top_k is 62: the vocabulary has 61"):
@@ -541,31 +478,28 @@ FEW = divergence_loss.Divergence("jsd", top_k=5)
 
 
 @pytest.mark.parametrize(
-    "implementation, settings, skip_below, want",
+    "implementation, settings, want",
     [
-        ("dense", PLAIN, 0.0, ("dense", "dense", "dense")),
-        ("chunked", FEW, 0.1, ("chunked", "chunked", "chunked")),
-        ("auto", PLAIN, 0.0, ("chunked", "pallas_gpu", "pallas_tpu")),
-        ("auto", FEW, 0.0, ("chunked", "chunked", "chunked")),
-        ("auto", None, 0.0, ("chunked", "chunked", "chunked")),
-        ("auto", PLAIN, 0.1, ("chunked", "chunked", "chunked")),
-        ("pallas", PLAIN, 0.0, ("mesh is cpu, take chunked", "pallas_gpu", "pallas_tpu")),
-        ("pallas", FEW, 0.0, ("mesh is cpu", "no top_k, which is 5, take", "no top_k")),
-        ("pallas", PLAIN, 0.1, ("mesh is cpu", "skip_below is 0.1, take chunked", "no filter")),
-        ("pallas", None, 0.0, ("mesh is cpu", "no divergence", "no divergence")),
-        ("dense", PLAIN, 0.1, ("dense has no filter",) * 3),
-        ("fast", PLAIN, 0.0, ("'fast': the choices are auto, dense, chunked, pallas",) * 3),
+        ("dense", PLAIN, ("dense", "dense", "dense")),
+        ("chunked", FEW, ("chunked", "chunked", "chunked")),
+        ("auto", PLAIN, ("chunked", "pallas_gpu", "pallas_tpu")),
+        ("auto", FEW, ("chunked", "chunked", "chunked")),
+        ("auto", None, ("chunked", "chunked", "chunked")),
+        ("pallas", PLAIN, ("mesh is cpu, take chunked", "pallas_gpu", "pallas_tpu")),
+        ("pallas", FEW, ("mesh is cpu", "no top_k, which is 5, take", "no top_k")),
+        ("pallas", None, ("mesh is cpu", "no divergence", "no divergence")),
+        ("fast", PLAIN, ("'fast': the choices are auto, dense, chunked, pallas",) * 3),
     ],
 )
-def test_what_runs_follows_from_the_mesh(implementation, settings, skip_below, want):
+def test_what_runs_follows_from_the_mesh(implementation, settings, want):
     """By the platform of the mesh, whatever the host is; a refusal is one sentence."""
     for platform, expected in zip(("cpu", "gpu", "tpu"), want, strict=True):
         if expected in divergence_loss.IMPLEMENTATIONS:
-            got = divergence_loss.resolve(implementation, settings, platform, skip_below)
+            got = divergence_loss.resolve(implementation, settings, platform)
             assert got == expected
         else:
             with pytest.raises(ValueError, match=expected):
-                divergence_loss.resolve(implementation, settings, platform, skip_below)
+                divergence_loss.resolve(implementation, settings, platform)
 
 
 def test_a_mix_of_heads_has_no_kernel():
