@@ -61,7 +61,7 @@ from copsd_jax.model import transformer
 from copsd_jax.problems import bundled
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import loop, program_cache, request
-from copsd_jax.weights import hf, hub, tokenizer
+from copsd_jax.weights import hf, hf_config, hub, tokenizer
 
 HERE = pathlib.Path(__file__).parent
 SIGMA = 1.2
@@ -181,13 +181,13 @@ def load(args: argparse.Namespace) -> Model:
         jnp.dtype(args.dtype),
         tokenizer.load(source),
     )
-    name = decode_attention.PLATFORMS[sharding.platform(sharding.current())]
+    name = decode_attention.PLATFORM_IMPLEMENTATIONS[sharding.platform(sharding.current())]
     if file is not None:
-        config = hf.load_config(source)
+        config = hf_config.load_config(source)
         params = hf.load_params(source, config, dtype)
     else:
         config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(tok)))
-        params = transformer.init(config, jax.random.key(args.seed), dtype)
+        params = transformer.init_params(config, jax.random.key(args.seed), dtype)
     decoder = transformer.Decoder(config, dtype, decode=name)
     return Model(decoder, params, source, tok, file is None)
 
@@ -268,7 +268,9 @@ def our_log_probs(m: Model, prompt: Sequence[int]) -> list[float]:
     def forward(params):
         stream = transformer.Stream(tokens_1L, positions_1L, jnp.ones_like(tokens_1L))
         hidden_LD = m.decoder.apply({"params": params}, (stream,))[0].hidden_BLD[0, :-1]
-        logits_LV = transformer.logits(hidden_LD, transformer.head(params)).astype(jnp.float32)
+        logits_LV = transformer.compute_logits(hidden_LD, transformer.get_head(params)).astype(
+            jnp.float32
+        )
         logp_LV = jax.nn.log_softmax(logits_LV)
         return jnp.take_along_axis(logp_LV, tokens_1L[0, 1:, None], axis=1)[:, 0]
 

@@ -70,7 +70,7 @@ def job(target: str, cache: str) -> request.Job:
     here = sharding.make(*sizes, devices=devices(target))
     config = transformer.SHAPES["qwen3_1_7b"]
     decoder = transformer.Decoder(config, jnp.bfloat16, decode=kernel)
-    shapes = transformer.abstract(config, jnp.bfloat16)
+    shapes = transformer.abstract_params(config, jnp.bfloat16)
     whole = NamedSharding(here, PartitionSpec())
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -107,7 +107,7 @@ def bytes_of_step(one: request.Job, target: str, cache: str) -> dict[str, float]
     weights = loop._bytes(one.weights.params)
     entry = 2 * (config.head_dim * jnp.dtype(cache).itemsize + 4 * (cache == "int8"))
     live = config.n_layers * shape[0] * shape[1] * CONTEXT * entry
-    read = config.n_layers * kernel.cost(shape, cache, CONTEXT).bytes_accessed
+    read = config.n_layers * kernel.estimate_cost(shape, cache, CONTEXT).bytes_accessed
     return {
         "weights": weights / 1e9, "live cache": live / 1e9, "attention reads": read / 1e9,
         "floor over read": (weights + live) / (weights + read),

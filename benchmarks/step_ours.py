@@ -290,7 +290,7 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
     def loss(frozen, hidden_s_TD, hidden_t_TD, micro):
         weight_T = divergence_loss.token_weights(micro.loss_BC, options.norm).reshape(-1)
         value = lambda hidden_TD: divergence_loss.divergence(  # noqa: E731
-            hidden_TD, hidden_t_TD, transformer.head(frozen), transformer.head(frozen),
+            hidden_TD, hidden_t_TD, transformer.get_head(frozen), transformer.get_head(frozen),
             micro.completion_BC.reshape(-1), weight_T, settings,
             implementation=options.implementation, chunk=options.chunk,
             live_T=micro.mask_BC.reshape(-1),

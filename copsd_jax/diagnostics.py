@@ -67,7 +67,9 @@ def _log_probs(
         )
         hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD[0]
         hidden_CD = hidden[first : first + len(completion)]
-        total = total + share * transformer.logits(hidden_CD, transformer.head(policy.params))
+        total = total + share * transformer.compute_logits(
+            hidden_CD, transformer.get_head(policy.params)
+        )
     return np.asarray(jax.nn.log_softmax(total))
 
 

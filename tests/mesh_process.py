@@ -41,7 +41,7 @@ from copsd_jax.training import builders, layout, loaded_run, run_plan, train_ste
 transformer.SHAPES["tiny"] = dataclasses.replace(transformer.SHAPES["tiny"], n_heads=8)
 STEPS, RATE = 3, 0.3
 if CARD == "copsd":
-    row_attention.WORTH = 0  # blocks of queries also where rows are small
+    row_attention.SMALL_WORK = 0  # blocks of queries also where rows are small
 SETTINGS = {
     # Two micro-batches of eight completions.
     "copsd": {"train__batch": 16, "train__micro_batch": 8, "rollout__max_tokens": 8},

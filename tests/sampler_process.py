@@ -28,7 +28,7 @@ PROMPTS = [(i, 3, i % 5) for i in range(30)] + [(9, 9)] * 6
 
 assert len(jax.devices()) == 4
 with jax.default_device(jax.local_devices()[0]):
-    whole = jax.device_get(transformer.init(CONFIG, jax.random.key(0), jnp.float32))
+    whole = jax.device_get(transformer.init_params(CONFIG, jax.random.key(0), jnp.float32))
     keys = jax.device_get(
         request.stream_keys(0, "rollout", 0, [str(i) for i in range(len(PROMPTS))], [0] * 36)
     )
@@ -42,7 +42,7 @@ with jax.set_mesh(devices):
     result = loop.generate(
         decoder, params, PROMPTS, request.Sampling(40, 1.0, 20, 0.95, stop=("ab", "c")),
         keys=keys, settings=request.Settings(slots=8, steps=4),
-        prefix=shared_prefix.encode_prefix(decoder, params, (4, 5, 6)),
+        prefix=shared_prefix.encode_ids(decoder, params, (4, 5, 6)),
         token_bytes=[bytes([97 + i % 7]) for i in range(CONFIG.vocab_size)],
         limits=[1 + 7 * i % 40 for i in range(36)],
     )  # fmt: skip

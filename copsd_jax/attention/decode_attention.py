@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec
 from copsd_jax.runtime import sharding
 
 BLOCK = 64  # entries of a block of the portable form; on CPU 32 costs a fifth more, 128 as much
-ENTRIES = 128  # A is a multiple of it, for every form
+CACHE_LENGTH_MULTIPLE = 128  # A is a multiple of it, for every form
 MASKED = -1e30  # finite, so that a slot without any entry gives finite numbers
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -44,7 +44,7 @@ class Cache(NamedTuple):
     v_scale: jax.Array | None = None
 
 
-class Part(NamedTuple):
+class PartialSoftmax(NamedTuple):
     """One part of a softmax: over these keys, exp(logit - top) times value, and its sum."""
 
     out_JKMH: jax.Array  # float32
@@ -52,7 +52,7 @@ class Part(NamedTuple):
     total_JKM: jax.Array  # float32
 
 
-def empty(layers: int, slots: int, heads: int, length: int, size: int, dtype: Any) -> Cache:
+def create_cache(layers: int, slots: int, heads: int, length: int, size: int, dtype: Any) -> Cache:
     """A cache of zeros; `length` is A."""
     shape = (layers, slots, heads, length, size)
 
@@ -65,22 +65,22 @@ def empty(layers: int, slots: int, heads: int, length: int, size: int, dtype: An
     return Cache(zeros(shape, dtype), zeros(shape, dtype), zeros(*scale), zeros(*scale))
 
 
-def quantised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[..., H] as int8 and its float32 scale [...]: x is about int8 times scale."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), jnp.float32(1e-30)) / 127
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def entries(cache: Cache, k: jax.Array, v: jax.Array) -> Cache:
+def convert_entries(cache: Cache, k: jax.Array, v: jax.Array) -> Cache:
     """Keys and values [..., H] as the cache holds them."""
     if cache.k_scale is None:
         return Cache(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
-    (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
+    (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
     return Cache(k, v, k_scale, v_scale)
 
 
-def step(
+def write_and_attend(
     q_JKMH: jax.Array,
     k_JKH: jax.Array,
     v_JKH: jax.Array,
@@ -88,7 +88,7 @@ def step(
     layer: jax.Array,
     index_J: jax.Array,
     implementation: str,
-) -> tuple[Part, Cache]:
+) -> tuple[PartialSoftmax, Cache]:
     """Writes the entry at `index` of each slot, then attends to entries 0 … index.
 
     On a mesh (`jax.set_mesh`) slots are split over its batch axes and key heads over `tensor`,
@@ -108,22 +108,22 @@ def step(
         raise ValueError(
             f"decode attention is {implementation!r}: the choices are {', '.join(IMPLEMENTATIONS)}"
         )
-    here = functools.partial(_step, implementation)
+    here = functools.partial(_write_and_attend, implementation)
     context = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
         return here(q_JKMH, k_JKH, v_JKH, cache, layer, index_J)
-    slot, head = axes(context, *cache.k.shape[1:3])
+    slot, head = find_mesh_axes(context, *cache.k.shape[1:3])
     place: Any = PartitionSpec(slot, head)
     inside = PartitionSpec(None, slot, head)
     return jax.shard_map(
         here,
         in_specs=(place, place, place, inside, PartitionSpec(), PartitionSpec(slot)),
-        out_specs=(Part(place, place, place), inside),
+        out_specs=(PartialSoftmax(place, place, place), inside),
         check_vma=False,
     )(q_JKMH, k_JKH, v_JKH, cache, layer, index_J)
 
 
-def axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...], str | None]:
+def find_mesh_axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...], str | None]:
     """The mesh axes of slots and of key heads; heads that `tensor` does not divide are replicated.
 
     Raises:
@@ -136,10 +136,12 @@ def axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...], str | Non
     return slot, head
 
 
-def _step(implementation: str, q, k, v, cache: Cache, layer, index_J) -> tuple[Part, Cache]:
-    """`step` on one device."""
+def _write_and_attend(
+    implementation: str, q, k, v, cache: Cache, layer, index_J
+) -> tuple[PartialSoftmax, Cache]:
+    """`write_and_attend` on one device."""
     write = _write_tpu if implementation == "pallas_tpu" else _write
-    cache = write(cache, entries(cache, k, v), layer, index_J)
+    cache = write(cache, convert_entries(cache, k, v), layer, index_J)
     return IMPLEMENTATIONS[implementation](q, cache, layer, index_J + 1), cache
 
 
@@ -160,13 +162,15 @@ def _write_tpu(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -
 
     present = [x for x in cache if x is not None]
     wanted = [x for x in new if x is not None]
-    return Cache(*decode_attention_tpu.write(tuple(present), tuple(wanted), layer, index_J))
+    return Cache(*decode_attention_tpu.write_entries(tuple(present), tuple(wanted), layer, index_J))
 
 
 # --- dense ------------------------------------------------------------------------------------
 
 
-def _dense(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array) -> Part:
+def _dense(
+    q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array
+) -> PartialSoftmax:
     """All entries of the layer, those that are not live masked."""
     one = jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), cache
@@ -175,7 +179,7 @@ def _dense(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Arra
     return _softmax(q_JKMH, one, index_A[None, :] < length_J[:, None])
 
 
-def _softmax(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> Part:
+def _softmax(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> PartialSoftmax:
     """Queries [W, K, M, H] against entries [W, K, S, H] of their own; a Part of leading axis W."""
     dtype = q_WKMH.dtype
     logit = _product("wkmh,wksh->wkms", q_WKMH, block.k.astype(dtype))
@@ -190,13 +194,13 @@ def _softmax(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> Part:
         weight = weight * jnp.where(seen, block.v_scale[:, :, None], jnp.float32(0))
     # Garbage may be anything, and 0 times infinity is not 0.
     v = jnp.where(seen_WS[:, None, :, None], block.v, jnp.zeros((), block.v.dtype)).astype(dtype)
-    return Part(_product("wkms,wksh->wkmh", weight.astype(dtype), v), top, total)
+    return PartialSoftmax(_product("wkms,wksh->wkmh", weight.astype(dtype), v), top, total)
 
 
 # --- blocks -----------------------------------------------------------------------------------
 
 
-def live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[jax.Array, ...]:
+def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[jax.Array, ...]:
     """The list of live (slot, block) pairs, slot by slot: slot_X, block_X int32, and their number.
 
     Lengths 70, 0, 64 with blocks of 64 -> (0, 0), (0, 1), (2, 0), then garbage; number 3.
@@ -209,20 +213,22 @@ def live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[jax.Arr
     return slot_X, index_X - (end_J - number_J)[slot_X], end_J[-1]
 
 
-def _blocks(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array) -> Part:
+def _blocks(
+    q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array
+) -> PartialSoftmax:
     """Live blocks only, W pairs in one go: their number, not the capacity, decides the time."""
     slots, _, length, size = cache.k.shape[1:]
     per_slot = length // BLOCK
     # Four a slot: enough for one product to be worth its start, few enough to fill the last group.
     group = min(max(16, 4 * slots), slots * per_slot)
-    slot_X, block_X, live = live_blocks(length_J, per_slot, BLOCK)
+    slot_X, block_X, live = list_live_blocks(length_J, per_slot, BLOCK)
     pad = (0, -slot_X.shape[0] % group)
     slot_X, block_X = jnp.pad(slot_X, pad), jnp.pad(block_X, pad)
     cut = jax.tree.map(
         lambda x: x.reshape(*x.shape[:3], per_slot, BLOCK, *x.shape[4:]), cache
     )  # fmt: skip
 
-    def some(carry: tuple[jax.Array, Part]) -> tuple[jax.Array, Part]:
+    def some(carry: tuple[jax.Array, PartialSoftmax]) -> tuple[jax.Array, PartialSoftmax]:
         first, sofar = carry
         slot_W, block_W = (jax.lax.dynamic_slice(x, (first,), (group,)) for x in (slot_X, block_X))
         live_W = first + jnp.arange(group, dtype=jnp.int32) < live
@@ -242,10 +248,10 @@ def _blocks(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Arr
             .add(part.out_JKMH * scale_WKM[..., None])
         )
         total_JKM = (sofar.total_JKM * old_JKM).at[slot_W].add(part.total_JKM * scale_WKM)
-        return first + group, Part(out_JKMH, top_JKM, total_JKM)
+        return first + group, PartialSoftmax(out_JKMH, top_JKM, total_JKM)
 
     shape = q_JKMH.shape[:-1]
-    none = Part(
+    none = PartialSoftmax(
         jnp.zeros((*shape, size), jnp.float32), jnp.full(shape, MASKED, jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )  # fmt: skip
@@ -255,16 +261,20 @@ def _blocks(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Arr
 # --- pallas -----------------------------------------------------------------------------------
 
 
-def _pallas_tpu(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array) -> Part:
+def _pallas_tpu(
+    q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array
+) -> PartialSoftmax:
     from copsd_jax.attention import decode_attention_tpu
 
-    return Part(*decode_attention_tpu.attend(q_JKMH, *cache, layer, length_J))
+    return PartialSoftmax(*decode_attention_tpu.attend(q_JKMH, *cache, layer, length_J))
 
 
-def _pallas_gpu(q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array) -> Part:
+def _pallas_gpu(
+    q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array
+) -> PartialSoftmax:
     from copsd_jax.attention import decode_attention_gpu
 
-    return Part(*decode_attention_gpu.attend(q_JKMH, *cache, layer, length_J))
+    return PartialSoftmax(*decode_attention_gpu.attend(q_JKMH, *cache, layer, length_J))
 
 
 IMPLEMENTATIONS = {
@@ -273,4 +283,8 @@ IMPLEMENTATIONS = {
     "pallas_tpu": _pallas_tpu,
     "pallas_gpu": _pallas_gpu,
 }
-PLATFORMS = {"cpu": "blocks", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # of a mesh's devices
+PLATFORM_IMPLEMENTATIONS = {
+    "cpu": "blocks",
+    "gpu": "pallas_gpu",
+    "tpu": "pallas_tpu",
+}  # of a mesh's devices

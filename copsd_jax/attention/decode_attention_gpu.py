@@ -37,7 +37,7 @@ _PROGRAMS = 4  # per processor: enough to even out what they do
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class BlockSizes:
     """How the work is cut.
 
     Attributes:
@@ -53,7 +53,7 @@ class Blocks:
     stages: int = 3
 
 
-def default_blocks(q_shape, k_shape, dtype) -> Blocks:
+def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
     """Splits as long as leaves each processor four programs, where slots hold a quarter of A.
 
     A product's keys and values are 16 to 32 KiB, three of them under way: two programs a
@@ -71,10 +71,10 @@ def default_blocks(q_shape, k_shape, dtype) -> Blocks:
     split = CHUNK
     while split < min(wanted, 512) and split < length:
         split *= 2
-    return Blocks(keys, split)
+    return BlockSizes(keys, split)
 
 
-def cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
+def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
     """FLOPs (of M rows, not of 16) and bytes of one call.
 
     Args:
@@ -102,7 +102,7 @@ def attend(
     layer: jax.Array,
     length_J: jax.Array,
     *,
-    blocks: Blocks | None = None,
+    blocks: BlockSizes | None = None,
     mean_length: float | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -116,7 +116,7 @@ def attend(
       k_scale, v_scale: float32 [layers, J, K, A], what an int8 entry is multiplied by; else None.
       layer: int32 scalar.
       length_J: int32, 0 … A; 0 for a dead slot.
-      blocks: None for `default_blocks`.
+      blocks: None for `choose_blocks`.
       mean_length: what the compiler is told that slots hold; None for half of A.
       interpret: to run without a GPU.
 
@@ -129,12 +129,12 @@ def attend(
     """
     slots, heads, queries, size = q_JKMH.shape
     length = k.shape[3]
-    blocks = blocks or default_blocks(q_JKMH.shape, k.shape, k.dtype)
-    _check(q_JKMH.shape, k, blocks)
+    blocks = blocks or choose_blocks(q_JKMH.shape, k.shape, k.dtype)
+    _check_shapes(q_JKMH.shape, k, blocks)
     scales = [] if k_scale is None or v_scale is None else [k_scale, v_scale]
     splits = -(-length // blocks.split)
     mean_length = length / 2 if mean_length is None else mean_length
-    estimate = cost(q_JKMH.shape, k.dtype, mean_length)
+    estimate = estimate_cost(q_JKMH.shape, k.dtype, mean_length)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     shape = (splits, slots, heads, queries)
     call: Any = pl.pallas_call(
@@ -150,10 +150,10 @@ def attend(
     # Triton's calls keep no estimate in a program's text, but the names of their scopes.
     with jax.named_scope(f"cost:{estimate.flops}:{estimate.bytes_accessed}"):
         out, top, total = call(layer.reshape(1), length_J, q_JKMH, k, v, *scales)
-    return _together(out, top, total, start_S[:, None] < length_J[None, :])
+    return _merge_splits(out, top, total, start_S[:, None] < length_J[None, :])
 
 
-def _check(q_shape: tuple[int, ...], k: jax.Array, blocks: Blocks) -> None:
+def _check_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: BlockSizes) -> None:
     queries, size, length = q_shape[2], q_shape[3], k.shape[3]
     if length % CHUNK or not length:
         raise ValueError(f"the cache length is {length}: it must be a multiple of {CHUNK}")
@@ -175,7 +175,7 @@ def _check(q_shape: tuple[int, ...], k: jax.Array, blocks: Blocks) -> None:
         )
 
 
-def _kernel(blocks: Blocks, scaled: bool, layer_1, length_J, q_ref, k_ref, v_ref, *refs):
+def _kernel(blocks: BlockSizes, scaled: bool, layer_1, length_J, q_ref, k_ref, v_ref, *refs):
     """One split of one slot and key head."""
     scale_refs, (out_ref, top_ref, total_ref) = refs[: 2 * scaled], refs[2 * scaled :]
     split, head, slot = (pl.program_id(axis) for axis in range(3))
@@ -200,7 +200,9 @@ def _kernel(blocks: Blocks, scaled: bool, layer_1, length_J, q_ref, k_ref, v_ref
                 mask = jnp.broadcast_to(mask, at.shape)
                 return plt.load(at, mask=mask, other=jnp.zeros((), ref.dtype))
 
-            return _add(part, q_RH, load(k_ref), load(v_ref), [load(r) for r in scale_refs], seen_S)
+            return _add_block(
+                part, q_RH, load(k_ref), load(v_ref), [load(r) for r in scale_refs], seen_S
+            )
 
         none_R = jnp.full((_ROWS,), MASKED, jnp.float32)
         part = jnp.zeros((_ROWS, size), jnp.float32), none_R, jnp.zeros_like(none_R)
@@ -212,7 +214,7 @@ def _kernel(blocks: Blocks, scaled: bool, layer_1, length_J, q_ref, k_ref, v_ref
         plt.store(total_ref.at[(*at, row_R)], total_R, mask=row_R < queries)
 
 
-def _add(part, q_RH, k_SH, v_SH, scales_S, seen_S):
+def _add_block(part, q_RH, k_SH, v_SH, scales_S, seen_S):
     """A part of a softmax and one more block of entries; what is not seen was loaded as 0."""
     out_RH, top_R, total_R = part
     dtype = q_RH.dtype
@@ -238,7 +240,7 @@ def _product(a_RX: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     )
 
 
-def _together(out_SJKMH, top_SJKM, total_SJKM, live_SJ):
+def _merge_splits(out_SJKMH, top_SJKM, total_SJKM, live_SJ):
     """One part of the parts of all splits; those that are not live were never written."""
     live = live_SJ[:, :, None, None]
     top_SJKM = jnp.where(live, top_SJKM, MASKED)

@@ -51,7 +51,7 @@ _ROWS = 4 << 20  # bytes of VMEM for queries and results of the slots of one pro
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class BlockSizes:
     """How the work is cut.
 
     Attributes:
@@ -65,13 +65,13 @@ class Blocks:
     slots: int
 
 
-def chip() -> str:
+def get_chip() -> str:
     """jax's `device_kind` of the mesh in use (`jax.set_mesh`); v5e where there is none of TPUs."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return V5E if device is None or device.platform != "tpu" else device.device_kind
 
 
-def default_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> Blocks:
+def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
     """A block whose fetch takes about 1 us, three of them, and as many slots as VMEM holds.
 
     Args:
@@ -95,10 +95,10 @@ def default_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> Blocks:
     row = 4 * 2 * (2 * heads * -(-queries // 8) * 8 * lanes + 2 * -(-heads // 8) * 8 * 128)
     two_cores = chip in _TWO_CORES and slots > 1
     programs = max(-(-slots * row // _ROWS), 1 + two_cores)
-    return Blocks(keys, 3, -(-slots // programs))
+    return BlockSizes(keys, 3, -(-slots // programs))
 
 
-def cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
+def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
     """FLOPs and bytes of one call: a slot's live entries and half a chunk beyond them.
 
     Args:
@@ -126,7 +126,7 @@ def attend(
     layer: jax.Array,
     length_J: jax.Array,
     *,
-    blocks: Blocks | None = None,
+    blocks: BlockSizes | None = None,
     mean_length: float | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -139,7 +139,7 @@ def attend(
       k_scale, v_scale: float32 [layers, J, K, A], what an int8 entry is multiplied by; else None.
       layer: int32 scalar.
       length_J: int32, 0 … A; 0 for a dead slot.
-      blocks: None for `default_blocks` of the mesh's chip.
+      blocks: None for `choose_blocks` of the mesh's chip.
       mean_length: what the compiler is told that slots hold; None for half of A.
       interpret: True, or pltpu.InterpretParams, to run without a TPU.
 
@@ -154,7 +154,7 @@ def attend(
     length = k.shape[3]
     if length % CHUNK or not length:
         raise ValueError(f"the cache length is {length}: it must be a multiple of {CHUNK}")
-    blocks = blocks or default_blocks(q_JKMH.shape, k.shape, k.dtype, chip())
+    blocks = blocks or choose_blocks(q_JKMH.shape, k.shape, k.dtype, get_chip())
     if blocks.keys % CHUNK or not 0 < blocks.keys <= length:
         raise ValueError(
             f"blocks.keys is {blocks.keys}: it must be a multiple of {CHUNK} up to {length}"
@@ -185,7 +185,7 @@ def attend(
         ),
         out_shape=[float32(q_JKMH.shape), float32(q_JKMH.shape[:3]), float32(q_JKMH.shape[:3])],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        cost_estimate=cost(q_JKMH.shape, k.dtype, mean_length),
+        cost_estimate=estimate_cost(q_JKMH.shape, k.dtype, mean_length),
         interpret=interpret,
         name="decode_attention",
     )(
@@ -194,7 +194,7 @@ def attend(
     )  # fmt: skip
 
 
-def _kernel(blocks: Blocks, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
+def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
     """All slots of one program, one after the other; n caches (keys, values and their scales)."""
     caches, (out_ref, top_ref, total_ref), buffers, (sem, ahead) = (
         refs[:n], refs[n : n + 3], refs[n + 3 : 2 * n + 3], refs[2 * n + 3 :],
@@ -245,7 +245,7 @@ def _kernel(blocks: Blocks, turned: bool, n: int, layer_1, length_J, q_ref, *ref
         fetch(number + depth - 1)
         copies(lambda copy: copy.wait(), slot, block, number)
         at = jax.lax.rem(number, depth)
-        return _add(part, q_ref[slot], [buffer[at] for buffer in buffers], turned, left)
+        return _add_block(part, q_ref[slot], [buffer[at] for buffer in buffers], turned, left)
 
     def one(slot, number):
         length = length_J[first + slot]
@@ -272,7 +272,7 @@ def _kernel(blocks: Blocks, turned: bool, n: int, layer_1, length_J, q_ref, *ref
     jax.lax.fori_loop(0, group, one, jnp.int32(0))
 
 
-def _add(part, q_KMH, block, turned: bool, left):
+def _add_block(part, q_KMH, block, turned: bool, left):
     """A part of a softmax and one more block: its first `left` entries, all where that is None."""
     (out_KMH, top_KM1, total_KM1), (k, v, *scales) = part, block
     dtype, entries = q_KMH.dtype, 2 if turned else 1
@@ -309,7 +309,7 @@ def _product(a_KMX: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     )  # fmt: skip
 
 
-def write(
+def write_entries(
     caches: tuple[jax.Array, ...],
     entries: tuple[jax.Array, ...],
     layer: jax.Array,
@@ -331,7 +331,7 @@ def write(
       interpret: True, or pltpu.InterpretParams, to run without a TPU.
     """
     turned = entries[0].shape[2] % 128 != 0
-    tiles = [_tile(x, turned) for x in caches]
+    tiles = [_find_tile(x, turned) for x in caches]
     if turned:
         caches = tuple(x.swapaxes(3, 4) if x.ndim == 5 else x for x in caches)
     # An axis of length 1 where the entries are.
@@ -355,7 +355,7 @@ def write(
         for x in entries
     ]
     caches = pl.pallas_call(
-        functools.partial(_write, tiles, length),
+        functools.partial(_write_kernel, tiles, length),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=index_J.shape, in_specs=[*new, *places], out_specs=places
         ),
@@ -368,14 +368,14 @@ def write(
     return tuple(x.swapaxes(3, 4) if turned and x.ndim == 5 else x for x in caches)
 
 
-def _tile(cache: jax.Array, turned: bool) -> tuple[int, int]:
+def _find_tile(cache: jax.Array, turned: bool) -> tuple[int, int]:
     """The axis of the entries as they lie in memory, and how many of them make a tile."""
     if cache.ndim == 4:
         return 3, 128
     return (4, 128) if turned else (3, 32 // cache.dtype.itemsize)
 
 
-def _write(tiles, length: int, layer_1, index_J, *refs):
+def _write_kernel(tiles, length: int, layer_1, index_J, *refs):
     """One slot's tile of each cache, with its entry."""
     del layer_1  # in the index maps
     index, n = index_J[pl.program_id(0)], len(tiles)

@@ -6,7 +6,7 @@ repeated for rows or queries.
 `portable` is plain array code. Blocks of queries meet the keys up to their own end only, so that
 about half of the products are left out; what the backward pass needs are the output and the
 log-sum-exp of each query (FlashAttention-2, arXiv 2307.08691, section 3.1), never the weights.
-`splash` is jax's kernel for TPU (row_attention_splash.py), `cudnn` NVIDIA's through
+`splash` is jax's kernel for TPU (row_attention_splash.py), `attend_cudnn` NVIDIA's through
 jax.nn.dot_product_attention.
 
 Shapes: B rows, L tokens of a row, Q queries of a block, S keys, K key heads, M queries per key
@@ -27,11 +27,11 @@ from copsd_jax.attention import visibility
 from copsd_jax.runtime import sharding
 
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
-CPU_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more at SmolLM2's shape
-GROUPS = 8  # ranges of queries, each with a range of keys of its own; more save little
-WORTH = 2**24  # L L N H of a row below which small blocks cost more to compile than they save
-WHOLE = 512  # queries at once in rows below that
-FEW = 2  # of large blocks: the compiler for TPU takes 10 to 30 s for each range
+CPU_QUERY_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more at SmolLM2's shape
+MAX_RANGES = 8  # ranges of queries, each with a range of keys of its own; more save little
+SMALL_WORK = 2**24  # L L N H of a row below which small blocks cost more to compile than they save
+SMALL_WORK_BLOCK = 512  # queries at once in rows below that
+MAX_RANGES_LARGE_BLOCKS = 2  # of large blocks: the compiler for TPU takes 10 to 30 s for each range
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -64,17 +64,17 @@ def attend(
         )
     if implementation == "portable":
         work = math.prod(q_BLKMH.shape[1:]) * q_BLKMH.shape[1]
-        block = block if work >= WORTH else max(block, WHOLE)
-        return _portable(block, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
+        block = block if work >= SMALL_WORK else max(block, SMALL_WORK_BLOCK)
+        return _attend_portable(block, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
     if implementation == "splash":
         # Pallas takes its time, and a CPU does without.
         from copsd_jax.attention import row_attention_splash
 
-        return on_mesh(row_attention_splash.attend, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
-    return on_mesh(cudnn, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
+        return attend_on_mesh(row_attention_splash.attend, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
+    return attend_on_mesh(attend_cudnn, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
 
 
-def on_mesh(
+def attend_on_mesh(
     here: Callable[..., jax.Array], q_BLKMH, k_BLKH, v_BLKH, rows: visibility.Visibility, prefix
 ):
     """`here`, each device with its own rows and heads."""
@@ -95,7 +95,7 @@ def on_mesh(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _portable(
+def _attend_portable(
     block: int,
     q_BLKMH,
     k_BLKH,
@@ -117,15 +117,15 @@ def _forward(
     """The output, and what the backward pass needs."""
     index_L = jnp.arange(q_BLKMH.shape[1], dtype=jnp.int32)
     outs, lses = [], []
-    for start, stop in ranges(q_BLKMH.shape[1], block):
-        keys = _Keys(k_BLKH[:, :stop].swapaxes(1, 2), v_BLKH[:, :stop].swapaxes(1, 2),
+    for start, stop in split_queries(q_BLKMH.shape[1], block):
+        keys = _VisibleKeys(k_BLKH[:, :stop].swapaxes(1, 2), v_BLKH[:, :stop].swapaxes(1, 2),
                      rows.segments_BL[:, :stop], prefix)  # fmt: skip
         parts = jax.tree.map(lambda x: x[:, start:stop], (q_BLKMH, rows, index_L[None]))  # noqa: B023
-        _, (out, lse) = _each(functools.partial(_forward_block, keys), (), parts, block)
+        _, (out, lse) = _scan_blocks(functools.partial(_forward_block, keys), (), parts, block)
         outs.append(out)
         lses.append(lse)
-    out_BLKMH = checkpoint_name(jnp.concatenate(outs, 1), visibility.KEPT)
-    lse_BLKM = checkpoint_name(jnp.concatenate(lses, 1), visibility.KEPT)
+    out_BLKMH = checkpoint_name(jnp.concatenate(outs, 1), visibility.CHECKPOINT_NAME)
+    lse_BLKM = checkpoint_name(jnp.concatenate(lses, 1), visibility.CHECKPOINT_NAME)
     return out_BLKMH, (q_BLKMH, k_BLKH, v_BLKH, rows, prefix, out_BLKMH, lse_BLKM)
 
 
@@ -137,12 +137,12 @@ def _backward(block: int, kept, g_BLKMH):
     delta_BLKM = jnp.sum(g_BLKMH.astype(f32) * out_BLKMH.astype(f32), axis=-1)
     whole = (q_BLKMH, g_BLKMH, lse_BLKM, delta_BLKM, rows, index_L[None])
     slopes, totals = [], []
-    for start, stop in ranges(length, block):
-        keys = _Keys(k_BLKH[:, :stop].swapaxes(1, 2), v_BLKH[:, :stop].swapaxes(1, 2),
+    for start, stop in split_queries(length, block):
+        keys = _VisibleKeys(k_BLKH[:, :stop].swapaxes(1, 2), v_BLKH[:, :stop].swapaxes(1, 2),
                      rows.segments_BL[:, :stop], prefix)  # fmt: skip
         parts = jax.tree.map(lambda x: x[:, start:stop], whole)  # noqa: B023
-        total, slope = _each(
-            functools.partial(_backward_block, keys), _no_slopes(keys), parts, block
+        total, slope = _scan_blocks(
+            functools.partial(_backward_block, keys), _zero_gradients(keys), parts, block
         )
         slopes.append(slope)
         totals.append(total)
@@ -159,10 +159,10 @@ def _backward(block: int, kept, g_BLKMH):
     return jnp.concatenate(slopes, 1), of_k, of_v, None, of_prefix
 
 
-_portable.defvjp(_forward, _backward)
+_attend_portable.defvjp(_forward, _backward)
 
 
-class _Keys(NamedTuple):
+class _VisibleKeys(NamedTuple):
     """What a range of queries attends to."""
 
     k_BKSH: jax.Array
@@ -171,13 +171,15 @@ class _Keys(NamedTuple):
     prefix: visibility.Prefix | None
 
 
-def ranges(length: int, block: int) -> list[tuple[int, int]]:
+def split_queries(length: int, block: int) -> list[tuple[int, int]]:
     """A few ranges of whole blocks: 11 in blocks of 4 -> (0, 4), (4, 8), (8, 11)."""
-    width = block * -(-length // (block * (GROUPS if block <= CPU_BLOCK else FEW)))
+    width = block * -(
+        -length // (block * (MAX_RANGES if block <= CPU_QUERY_BLOCK else MAX_RANGES_LARGE_BLOCKS))
+    )
     return [(start, min(start + width, length)) for start in range(0, length, width)]
 
 
-def _each(one: Callable[..., Any], carry: Any, parts: Any, block: int) -> Any:
+def _scan_blocks(one: Callable[..., Any], carry: Any, parts: Any, block: int) -> Any:
     """`one(carry, part)` for each block of queries, as a scan does it, along axis 1 of `parts`."""
     length = max(x.shape[1] for x in jax.tree.leaves(parts))
     if length <= block:
@@ -195,24 +197,27 @@ def _each(one: Callable[..., Any], carry: Any, parts: Any, block: int) -> Any:
     return carry, jax.tree.map(joined, out)
 
 
-def _logits(keys: _Keys, q_BKQMH, query: visibility.Visibility, index_1Q):
+def _compute_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Visibility, index_1Q):
     """Those of the own keys [B, K, Q, M, S], and of the prefix [K, B, Q, M, P] or None."""
     own = _product("bkqmh,bksh->bkqms", q_BKQMH, keys.k_BKSH)
     visible = visibility.visible_keys(query, index_1Q[0], keys.segments_BS)
     # Added, not selected: a sum is one pass, whatever it is fused with.
-    own = own + jnp.where(visible, jnp.float32(0), jnp.float32(visibility.MASKED))[:, None, :, None]
+    own = (
+        own
+        + jnp.where(visible, jnp.float32(0), jnp.float32(visibility.MASKED_LOGIT))[:, None, :, None]
+    )
     if keys.prefix is None:
         return own, None
     # Axes in the order that the product gives: only arrays without keys are ever transposed.
     return own, _product("kbqmh,pkh->kbqmp", q_BKQMH.swapaxes(0, 1), keys.prefix.k_PKH)
 
 
-def _forward_block(keys: _Keys, carry, part):
+def _forward_block(keys: _VisibleKeys, carry, part):
     # The mask must wait for q: else, as it depends on constants of the loops only, masks of all
     # blocks are made ahead of the layers when a gradient is taken.
     q, query, index = jax.lax.optimization_barrier(part)
     q, dtype = q.swapaxes(1, 2), keys.v_BKSH.dtype
-    own, shared = _logits(keys, q, query, index)
+    own, shared = _compute_logits(keys, q, query, index)
     top_BKQM = own.max(axis=-1)
     if shared is not None:
         top_BKQM = jnp.maximum(top_BKQM, shared.max(axis=-1).swapaxes(0, 1))
@@ -229,7 +234,7 @@ def _forward_block(keys: _Keys, carry, part):
     return carry, (out.swapaxes(1, 2), (top_BKQM + jnp.log(total_BKQM)).swapaxes(1, 2))
 
 
-def _no_slopes(keys: _Keys) -> tuple[jax.Array, ...]:
+def _zero_gradients(keys: _VisibleKeys) -> tuple[jax.Array, ...]:
     """Zeros: of keys and values [B, K, H, S], of the prefix [K, H, P]."""
     batch, heads, count, size = keys.k_BKSH.shape
     shapes = [(batch, heads, size, count)] * 2
@@ -238,7 +243,7 @@ def _no_slopes(keys: _Keys) -> tuple[jax.Array, ...]:
     return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
 
 
-def _backward_block(keys: _Keys, carry, part):
+def _backward_block(keys: _VisibleKeys, carry, part):
     """Gradient to the block's queries; those to the keys are added to `carry`.
 
     The small factor comes first in products over queries: XLA on CPU transposes the first one in
@@ -247,7 +252,7 @@ def _backward_block(keys: _Keys, carry, part):
     q, g, lse, delta, query, index = jax.lax.optimization_barrier(part)
     dtype = keys.v_BKSH.dtype
     q, g, lse, delta = (x.swapaxes(1, 2) for x in (q, g, lse, delta))
-    own, shared = _logits(keys, q, query, index)
+    own, shared = _compute_logits(keys, q, query, index)
     weight = jnp.exp(own - lse[..., None])
     slope = weight * (_product("bkqmh,bksh->bkqms", g, keys.v_BKSH) - delta[..., None])
     slope = slope.astype(dtype)
@@ -274,7 +279,7 @@ def _backward_block(keys: _Keys, carry, part):
 # --- cudnn ------------------------------------------------------------------------------------
 
 
-def cudnn(
+def attend_cudnn(
     q_BLKMH,
     k_BLKH,
     v_BLKH,
@@ -310,4 +315,4 @@ def cudnn(
         q, k, v, mask=visible[:, None], scale=1.0, is_causal=prefix is None,
         implementation=implementation,
     )  # fmt: skip
-    return checkpoint_name(out, visibility.KEPT)[:, :L].reshape(B, L, K, M, H)
+    return checkpoint_name(out, visibility.CHECKPOINT_NAME)[:, :L].reshape(B, L, K, M, H)

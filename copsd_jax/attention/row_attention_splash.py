@@ -29,20 +29,20 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from copsd_jax.attention import visibility
 
 LANES = 128  # block sizes are multiples of it
-LARGEST = 512  # a block's logits and their gradient in float32 take 2 MiB of the 16 of VMEM
+MAX_BLOCK = 512  # a block's logits and their gradient in float32 take 2 MiB of the 16 of VMEM
 # A step of the kernels' grid costs about as much as 256 x 256 pairs of queries and keys, so that
 # small blocks, which fit a row best, are not always cheaper.
-STEP = 256 * 256
+GRID_STEP_PAIRS = 256 * 256
 
 
-def block_size(length: int) -> int:
+def choose_block(length: int) -> int:
     """Queries and keys of a block: 352 -> 384, 640 -> 384 (two of them), 2048 -> 512."""
 
     def cost(block: int) -> int:
         n = -(-length // block)
-        return n * (n + 1) // 2 * (block * block + STEP)
+        return n * (n + 1) // 2 * (block * block + GRID_STEP_PAIRS)
 
-    return min(range(LANES, LARGEST + 1, LANES), key=cost)
+    return min(range(LANES, MAX_BLOCK + 1, LANES), key=cost)
 
 
 def attend(
@@ -54,7 +54,7 @@ def attend(
       interpret: to run without a TPU.
     """
     B, L, K, M, H = q_BLKMH.shape
-    block = block_size(L)
+    block = choose_block(L)
     pad = -L % block
 
     def wide(x):  # [B, L, ...] -> [B, W, ...]
@@ -64,19 +64,19 @@ def attend(
     q, k, v = heads(q_BLKMH.reshape(B, L, K * M, H)), heads(k_BLKH), heads(v_BLKH)
     segments = wide(rows.segments_BL)
     if rows.parents_BL is None and prefix is None:
-        kernel = _causal(K * M, L + pad, block, interpret)
+        kernel = _causal_kernel(K * M, L + pad, block, interpret)
         out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, kernel_lib.SegmentIds(s, s)))(
             q, k, v, segments
         )
     else:
         parents = None if rows.parents_BL is None else wide(rows.parents_BL)
         wider = visibility.Visibility(segments, parents)
-        out = checkpoint_name(_masked((block, interpret), q, k, v, wider, prefix),
-                              visibility.KEPT)  # fmt: skip
+        out = checkpoint_name(_attend_masked((block, interpret), q, k, v, wider, prefix),
+                              visibility.CHECKPOINT_NAME)  # fmt: skip
     return out.swapaxes(1, 2)[:, :L].reshape(B, L, K, M, H)
 
 
-def _sizes(block: int) -> kernel_lib.BlockSizes:
+def _block_sizes(block: int) -> kernel_lib.BlockSizes:
     return kernel_lib.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
@@ -84,10 +84,10 @@ def _sizes(block: int) -> kernel_lib.BlockSizes:
     )  # fmt: skip
 
 
-def _causal(heads: int, length: int, block: int, interpret: bool) -> Any:
+def _causal_kernel(heads: int, length: int, block: int, interpret: bool) -> Any:
     mask = mask_lib.MultiHeadMask([mask_lib.CausalMask((length, length))] * heads)
     return kernel_lib.make_splash_mha_single_device(
-        mask, block_sizes=_sizes(block), residual_checkpoint_name=visibility.KEPT,
+        mask, block_sizes=_block_sizes(block), residual_checkpoint_name=visibility.CHECKPOINT_NAME,
         interpret=interpret,
     )  # fmt: skip
 
@@ -95,7 +95,7 @@ def _causal(heads: int, length: int, block: int, interpret: bool) -> Any:
 # --- with a mask of its own -------------------------------------------------------------------
 
 
-def _one_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> Any:
+def _attend_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> Any:
     """A row [N, W, H] against the prefix and its own keys."""
     block, interpret = static
     parents_1W = None if parents_W is None else parents_W[None]
@@ -112,7 +112,7 @@ def _one_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> Any:
         there = jnp.broadcast_to(jnp.asarray(there)[None], (mask_WS.shape[0], there.size))
         mask_WS = jnp.concatenate([there, mask_WS], axis=1)
     kernel: Any = kernel_lib.make_splash_mha_single_device(
-        mask_WS[None], block_sizes=_sizes(block), interpret=interpret
+        mask_WS[None], block_sizes=_block_sizes(block), interpret=interpret
     )
     # jax 0.10 makes an array of this flag, and then asks it.
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
@@ -120,16 +120,18 @@ def _one_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _masked(static, q_BNWH, k_BKWH, v_BKWH, rows: visibility.Visibility, prefix) -> jax.Array:
+def _attend_masked(
+    static, q_BNWH, k_BKWH, v_BKWH, rows: visibility.Visibility, prefix
+) -> jax.Array:
     """Row by row: only one mask lives at a time."""
     each = (q_BNWH, k_BKWH, v_BKWH, rows.segments_BL, rows.parents_BL)
     return jax.lax.map(
-        lambda row: _one_row(static, row[0], row[1], row[2], row[3], row[4], prefix), each
+        lambda row: _attend_row(static, row[0], row[1], row[2], row[3], row[4], prefix), each
     )
 
 
 def _masked_forward(static, q_BNWH, k_BKWH, v_BKWH, rows, prefix):
-    out = _masked(static, q_BNWH, k_BKWH, v_BKWH, rows, prefix)
+    out = _attend_masked(static, q_BNWH, k_BKWH, v_BKWH, rows, prefix)
     return out, (q_BNWH, k_BKWH, v_BKWH, rows, prefix)
 
 
@@ -138,7 +140,7 @@ def _masked_backward(static, kept, g_BNWH):
 
     def one(total, row):
         *qkv, segments, parents, g = row
-        back = jax.vjp(lambda q, k, v, p: _one_row(static, q, k, v, segments, parents, p),
+        back = jax.vjp(lambda q, k, v, p: _attend_row(static, q, k, v, segments, parents, p),
                        *qkv, prefix)[1]  # fmt: skip
         *slopes, of_prefix = back(g)
         more = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, of_prefix)
@@ -151,4 +153,4 @@ def _masked_backward(static, kept, g_BNWH):
     return *slopes, None, of_prefix
 
 
-_masked.defvjp(_masked_forward, _masked_backward)
+_attend_masked.defvjp(_masked_forward, _masked_backward)

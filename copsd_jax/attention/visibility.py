@@ -13,8 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-KEPT = "attention"  # name of what the backward pass needs of attention, for remat's policies
-MASKED = -1e30  # finite, so that a query without any key gives finite numbers
+CHECKPOINT_NAME = (
+    "attention"  # name of what the backward pass needs of attention, for remat's policies
+)
+MASKED_LOGIT = -1e30  # finite, so that a query without any key gives finite numbers
 
 
 class Visibility(NamedTuple):

@@ -88,11 +88,13 @@ def _shapes(frame: Any) -> _Shapes:
     key = (m, np.dtype(frame.dtype), tuple(c.lora.targets),
            tuple(c[name.partition(".")[0]][name.partition(".")[2]] for name in names))  # fmt: skip
     if key not in _SHAPES:
-        base = transformer.abstract(m, frame.dtype)
+        base = transformer.abstract_params(m, frame.dtype)
         trained = run_plan.trained_shapes(c, m)
         tx, _ = builders.optimizer(c, max(1, c.train.steps))
         state = jax.eval_shape(lambda t: train_step.init(t, tx, c.teacher.weights), trained)
-        _SHAPES[key] = _Shapes(base, jax.eval_shape(lora.quantised, base), trained, state)
+        _SHAPES[key] = _Shapes(
+            base, jax.eval_shape(lora.quantise_projections, base), trained, state
+        )
     return _SHAPES[key]
 
 
@@ -331,7 +333,7 @@ def _masks(frame: Any, found: Rows, kind: str) -> int:
     total = 0
     for length in (found.student, found.teacher):
         queries = _queries(frame, length, kind)
-        ranges = row_attention.ranges(length, queries) if length else []
+        ranges = row_attention.split_queries(length, queries) if length else []
         total += queries * sum(stop for _, stop in ranges)
     return 2 * 4 * found.count * total
 
@@ -339,9 +341,11 @@ def _masks(frame: Any, found: Rows, kind: str) -> int:
 def _queries(frame: Any, length: int, kind: str) -> int:
     """Queries of a block of portable attention, as `builders.decoder` and `attend` have them."""
     m = frame.model_config
-    small = length**2 * m.n_heads * m.head_dim < row_attention.WORTH
+    small = length**2 * m.n_heads * m.head_dim < row_attention.SMALL_WORK
     if (kind or _kind(frame.mesh)) == "cpu":
-        return min(length, row_attention.WHOLE if small else row_attention.CPU_BLOCK)
+        return min(
+            length, row_attention.SMALL_WORK_BLOCK if small else row_attention.CPU_QUERY_BLOCK
+        )
     return min(length, QUERIES)
 
 

@@ -26,7 +26,7 @@ from copsd_jax.runtime import hardware, sharding
 from copsd_jax.sampler import loop, request
 from copsd_jax.training import backends, builders, layout, run_plan, train_step
 from copsd_jax.training import loaded_run as run_lib
-from copsd_jax.weights import hf
+from copsd_jax.weights import hf_config
 
 EXEMPLAR_TOKENS = 64  # of a worked example, whose text is not read; the bundled ones have 55
 
@@ -113,7 +113,7 @@ def shape_of(config: Any) -> transformer.ModelConfig:
     if m.init == "random" and m.shape:
         name = m.shape
     elif pathlib.Path(m.path).is_dir():
-        return hf.load_config(pathlib.Path(m.path))
+        return hf_config.load_config(pathlib.Path(m.path))
     else:
         name = m.path.rstrip("/").split("/")[-1].lower()
     plain = re.sub(r"[-.]", "_", name.removeprefix("llm-"))
@@ -309,7 +309,7 @@ def build(
 
 def _phases(one: run_plan.Frame, long: Lengths, limit: float, said) -> dict[str, Phase]:
     c, where = one.config, one.mesh
-    shapes = transformer.abstract(one.model_config, one.dtype)
+    shapes = transformer.abstract_params(one.model_config, one.dtype)
     base = sharding.abstract(shapes, where, builders.places(shapes, one))
     lora_run = c.train.trainable == "lora"
     placing, handing = _Maker(one, said, []), _Maker(one, said, [])

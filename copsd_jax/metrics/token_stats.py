@@ -58,7 +58,7 @@ def classes(
     """int8 [V]: for each id the place of its class in `CLASSES`; once a vocabulary.
 
     Args:
-      token_bytes: of `tokenizer.token_bytes`.
+      token_bytes: of `tokenizer.list_token_bytes`.
       stop_ids: end, whether special or not.
     """
     stops, specials = set(stop_ids), set(special_ids)

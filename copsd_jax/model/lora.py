@@ -17,8 +17,8 @@ from flax import linen as nn
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-class Shape(Protocol):
-    """What `init` needs to know of a model."""
+class LayerShapes(Protocol):
+    """What `init_adapter` needs to know of a model."""
 
     @property
     def n_layers(self) -> int: ...
@@ -55,7 +55,8 @@ class Projection(nn.Module):
 
     Base and adapter leaves are cast to `dtype` for the products whatever they are stored in: in a
     bfloat16 model the float32 adapter is rounded on use, and its gradient is float32 again. A base
-    kernel may be int8, with a leaf `scale`, float32 [features], beside it (see `quantised`).
+    kernel may be int8, with a leaf `scale`, float32 [features], beside it
+    (see `quantise_projections`).
     """
 
     features: int
@@ -81,7 +82,7 @@ class Projection(nn.Module):
         return y
 
 
-def init(config: Shape, rank: int, targets: Sequence[str], key: jax.Array) -> dict:
+def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: jax.Array) -> dict:
     """A new adapter tree, float32: `a` uniform in ±1/sqrt(in) (PEFT's default), `b` zero.
 
     Raises:
@@ -104,7 +105,7 @@ def init(config: Shape, rank: int, targets: Sequence[str], key: jax.Array) -> di
     return adapter
 
 
-def merge(params: dict, adapter: dict, scale: float) -> dict:
+def merge_adapter(params: dict, adapter: dict, scale: float) -> dict:
     """Base weights with the adapter added in: `kernel + a b scale`, summed in float32.
 
     Returns a new tree that shares all other leaves with `params`; no leaf is changed.
@@ -120,7 +121,7 @@ def merge(params: dict, adapter: dict, scale: float) -> dict:
     return {**params, "layers": layers}
 
 
-def quantised(params: dict) -> dict:
+def quantise_projections(params: dict) -> dict:
     """The projections' kernels as int8, each column with a float32 `scale`; all else as it is.
 
     A column's largest magnitude becomes 127: the rounding is at most 1/254 of it. For decoding.

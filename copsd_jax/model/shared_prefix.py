@@ -19,7 +19,7 @@ def encode(decoder: transformer.Decoder, params: Any, tokens_1P, adapter, adapte
 _encode = jax.jit(encode, static_argnames=("decoder", "adapter_scale"))
 
 
-def encode_prefix(
+def encode_ids(
     decoder: transformer.Decoder, params: Any, prefix_ids, adapter=None, adapter_scale: float = 1.0
 ) -> transformer.KV | None:
     """Keys and values [layers, 1, P, K, H] of the tokens all prompts begin with; None for none.

@@ -2,8 +2,8 @@
 
 A call takes a tuple of streams (tokens with positions, segments and perhaps an adapter, a shared
 prefix or a cache) and runs all of them through each layer, so that student and teacher share one
-pass over the weights. It returns hidden states; the head is apart (`head`, `logits`), since losses
-and sampler want it at chosen positions only.
+pass over the weights. It returns hidden states. The head is apart (`get_head`,
+`compute_logits`), since losses and the sampler want it at chosen positions only.
 
 Letters: B sequences, L tokens of a sequence, S keys of a sequence, V vocabulary, D width, N query
 heads, K key heads, M = N/K queries per key head, H head size, J decode slots, P prefix length.
@@ -30,8 +30,8 @@ _policies = jax.checkpoint_policies
 # What is kept of a layer for the backward pass, which computes the rest again; None keeps all.
 REMAT: dict[str, Any] = {
     "none": None,
-    "dots": _policies.save_only_these_names(PROJECTION, visibility.KEPT),
-    "attention": _policies.save_only_these_names(visibility.KEPT),
+    "dots": _policies.save_only_these_names(PROJECTION, visibility.CHECKPOINT_NAME),
+    "attention": _policies.save_only_these_names(visibility.CHECKPOINT_NAME),
     "layer": _policies.nothing_saveable,
 }
 
@@ -186,7 +186,7 @@ def _attend_cache(
     k_B1KH,
     v_B1KH,
     cache: decode_attention.Cache,
-    rows: "_Rows",
+    rows: "_StreamInputs",
     layer,
     prefix,
     implementation,
@@ -194,7 +194,7 @@ def _attend_cache(
     """Attention of each slot's token to its live entries, itself included, and the prefix."""
     q_JKMH, dtype = q_B1KMH[:, 0], q_B1KMH.dtype
     assert rows.index_B is not None  # of a stream with a cache
-    own, cache = decode_attention.step(
+    own, cache = decode_attention.write_and_attend(
         q_JKMH, k_B1KH[:, 0], v_B1KH[:, 0], cache, layer, rows.index_B, implementation
     )
     out_JKMH, top_JKM, total_JKM = own
@@ -226,7 +226,7 @@ class Norm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
-class _Rows(NamedTuple):
+class _StreamInputs(NamedTuple):
     """What all layers need of a stream, alike."""
 
     angle_BLE: jax.Array  # float32 RoPE angles
@@ -256,14 +256,14 @@ class Layer(nn.Module):
         for name in norms:
             setattr(self, name, Norm(c.rms_eps, self.dtype))
 
-    def __call__(self, carry, scanned, rows: tuple[_Rows, ...]):
+    def __call__(self, carry, scanned, rows: tuple[_StreamInputs, ...]):
         """carry: (hidden, cache) of each stream; scanned: layer, (adapter, prefix) of each."""
         layer, slices = scanned
         streams = zip(carry, slices, rows, self.scales, strict=True)
         results = [self._stream(*stream, layer) for stream in streams]
         return tuple(state for state, _ in results), tuple(kv for _, kv in results)
 
-    def _stream(self, state, slices, rows: _Rows, scale: float, layer):
+    def _stream(self, state, slices, rows: _StreamInputs, scale: float, layer):
         hidden, cache = state
         adapter, prefix = slices
 
@@ -373,10 +373,10 @@ class Decoder(nn.Module):
         carry = tuple((embed(s), s.cache) for s in streams)
         slices = tuple((s.adapter, s.prefix) for s in streams)
         run = self._apart if self.unstacked else self._scan
-        carry, kvs = run(layers, carry, slices, tuple(_rows(c, s) for s in streams))
+        carry, kvs = run(layers, carry, slices, tuple(_prepare_inputs(c, s) for s in streams))
         norm = Norm(c.rms_eps, self.dtype, name="final_norm")
         return tuple(
-            Output(_blank(norm(hidden), stream.segments_BL), kv, cache)
+            Output(_zero_padding(norm(hidden), stream.segments_BL), kv, cache)
             for (hidden, cache), kv, stream in zip(carry, kvs, streams, strict=True)
         )
 
@@ -401,14 +401,14 @@ class Decoder(nn.Module):
         return carry, kvs
 
 
-def _rows(config: ModelConfig, stream: Stream) -> _Rows:
+def _prepare_inputs(config: ModelConfig, stream: Stream) -> _StreamInputs:
     """RoPE angles, and what else the layers read."""
     frequency = jnp.asarray(rope_frequencies(config))
     angle = stream.positions_BL.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
     if stream.cache is None:
         if stream.segments_BL is None:
             raise ValueError("segments_BL is None: only a stream with a cache may leave it out")
-        return _Rows(angle, stream.segments_BL, stream.parents_BL)
+        return _StreamInputs(angle, stream.segments_BL, stream.parents_BL)
     if stream.tokens_BL.shape[1] != 1:
         raise ValueError(f"tokens are {stream.tokens_BL.shape}: with a cache a row has one token")
     offset = 0
@@ -418,40 +418,40 @@ def _rows(config: ModelConfig, stream: Stream) -> _Rows:
     index_B = stream.positions_BL[:, 0] - jnp.int32(offset)
     if stream.segments_BL is not None:
         index_B = jnp.where(stream.segments_BL[:, 0] > 0, index_B, jnp.int32(-1))
-    return _Rows(angle, index_B=index_B)
+    return _StreamInputs(angle, index_B=index_B)
 
 
-def _blank(hidden_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
+def _zero_padding(hidden_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
     """Zero, without gradient, where there is padding."""
     if segments_BL is None:
         return hidden_BLD
     return jnp.where((segments_BL > 0)[:, :, None], hidden_BLD, jnp.zeros((), hidden_BLD.dtype))
 
 
-def head(params: dict) -> jax.Array:
+def get_head(params: dict) -> jax.Array:
     """The output matrix [V, D]: the embedding where tied, else the head's own."""
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
 
 
-def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
+def compute_logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
     """[..., D] -> float32 [..., V], summed in float32; the head is cast to hidden's dtype."""
     return jnp.einsum(
         "...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
 
 
-def _init(config: ModelConfig, dtype: Any, key: jax.Array) -> dict:
+def _init_params(config: ModelConfig, dtype: Any, key: jax.Array) -> dict:
     one = jnp.zeros((1, 1), jnp.int32)
     variables: Any = Decoder(config, dtype).init(key, (Stream(one, one, one),))
     return variables["params"]
 
 
-def init(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
     """Random weights: matrices normal with deviation 0.02, norms 1, biases 0."""
-    return jax.jit(functools.partial(_init, config, dtype))(key)
+    return jax.jit(functools.partial(_init_params, config, dtype))(key)
 
 
-def abstract(config: ModelConfig, dtype: Any) -> dict:
-    """The tree of `init` as jax.ShapeDtypeStruct, without any memory."""
+def abstract_params(config: ModelConfig, dtype: Any) -> dict:
+    """The tree of `init_params` as jax.ShapeDtypeStruct, without any memory."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(functools.partial(_init, config, dtype), key)
+    return jax.eval_shape(functools.partial(_init_params, config, dtype), key)

@@ -169,7 +169,9 @@ def empty(decoder: transformer.Decoder, slots: int, length: int, dtype: Any) -> 
         ),
     )  # fmt: skip
     return State(
-        decode_attention.empty(c.n_layers, slots, decoder.key_heads, length, c.head_dim, dtype),
+        decode_attention.create_cache(
+            c.n_layers, slots, decoder.key_heads, length, c.head_dim, dtype
+        ),
         Slots(
             hidden_JD=zeros(decoder.dtype, c.d_model), fresh_J=zeros(bool), live_J=zeros(bool),
             token_J=zeros(jnp.int32), index_J=zeros(jnp.int32), drawn_J=zeros(jnp.int32),
@@ -180,7 +182,7 @@ def empty(decoder: transformer.Decoder, slots: int, length: int, dtype: Any) -> 
 
 def places(state: State, shape: Any) -> State:
     """The PartitionSpec of each array of a state on a mesh."""
-    slot, head = decode_attention.axes(shape, *state.cache.k.shape[1:3])
+    slot, head = decode_attention.find_mesh_axes(shape, *state.cache.k.shape[1:3])
     return State(
         jax.tree.map(lambda _: PartitionSpec(None, slot, head), state.cache),
         jax.tree.map(lambda _: PartitionSpec(slot), state.slots),
@@ -279,7 +281,7 @@ def _insert(state: State, hidden_1TD, kv: transformer.KV, entry: Entry) -> State
                     lambda whole, new: jax.lax.dynamic_update_slice(
                         whole, new, (0, slot, 0, target + b * INSERTED, *(0,) * (whole.ndim - 4))
                     ),
-                    cache, decode_attention.entries(cache, k, v),
+                    cache, decode_attention.convert_entries(cache, k, v),
                 )  # fmt: skip
 
             return jax.lax.fori_loop(0, -(-tokens // INSERTED), copy, cache)
@@ -370,7 +372,7 @@ def _forward(decoder, weights: Weights, cache: decode_attention.Cache, slots: Sl
 def _logits(hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool) -> jax.Array:
     """[J, V]; with the head as the left factor XLA on CPU reads it once, without packing it."""
     if not head_first:
-        return transformer.logits(hidden_JD, head_VD)
+        return transformer.compute_logits(hidden_JD, head_VD)
     head_VD = head_VD.astype(hidden_JD.dtype)
     return jnp.einsum("vd,jd->vj", head_VD, hidden_JD, preferred_element_type=jnp.float32).T
 
@@ -379,7 +381,7 @@ def _head(weights: Weights) -> jax.Array:
     """The head; a vocabulary that `tensor` does not divide is padded and split along it once a
     chunk, since a head that is split along the width would sum all logits over the devices in each
     step."""
-    head_VD = transformer.head(weights.params)
+    head_VD = transformer.get_head(weights.params)
     context = jax.sharding.get_abstract_mesh()
     if context.empty or head_VD.shape[0] % context.shape["tensor"] == 0:
         return head_VD

@@ -28,7 +28,7 @@ class HandOver:
       frozen: weights that never change, of which what is made is kept; others are made anew.
       key_heads: K of the model, see mesh.partition.
       merge: the adapter becomes part of a copy of the base.
-      int8: projections as `lora.quantised` makes them.
+      int8: projections as `lora.quantise_projections` makes them.
       gather: parameters whole along `fsdp`; otherwise as training has them.
       call: calls a jitted function; another than the default may compile it only.
     """
@@ -74,8 +74,8 @@ class HandOver:
 
 def _made(params: Any, adapter: Any, *, scale: float, int8: bool) -> Any:
     if adapter is not None:
-        params = lora.merge(params, adapter, scale)
-    return lora.quantised(params) if int8 else params
+        params = lora.merge_adapter(params, adapter, scale)
+    return lora.quantise_projections(params) if int8 else params
 
 
 def _mover(places: Any) -> Any:

@@ -90,7 +90,7 @@ def generate(
       sampling: one for all, or one for each prompt.
       keys: uint32 [n, 2] from `request.stream_keys`, one per prompt.
       settings: the sampler's size; slots are rounded up to a multiple of the mesh's batch shards.
-      prefix: `shared_prefix.encode_prefix` with the same params and adapter.
+      prefix: `shared_prefix.encode_ids` with the same params and adapter.
       valid_V: bool [V], ids that may be drawn; None for all.
       token_bytes: the bytes of each id, needed for stop strings.
       limits: most tokens of each completion; None for its sampling's max_tokens.
@@ -145,7 +145,7 @@ def _empty(job: Job) -> program_cache.Program:
 
 
 def _prefill_program(job: Job, packed: engine.Packed) -> program_cache.Program:
-    head = decode_attention.axes(job.mesh, job.settings.slots, job.decoder.key_heads)[1]
+    head = decode_attention.find_mesh_axes(job.mesh, job.settings.slots, job.decoder.key_heads)[1]
     pair = _sharding(job, None, sharding.BATCH, head)
     width = packed.tokens_RT.shape[1]
     return program_cache.program(

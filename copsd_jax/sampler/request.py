@@ -126,7 +126,8 @@ def plan(
     settings = dataclasses.replace(
         settings,
         slots=-(-settings.slots // shards) * shards,
-        length=-(-length // decode_attention.ENTRIES) * decode_attention.ENTRIES,
+        length=-(-length // decode_attention.CACHE_LENGTH_MULTIPLE)
+        * decode_attention.CACHE_LENGTH_MULTIPLE,
         cache=decoder.dtype if settings.cache is None else settings.cache,
     )
     stops = list(dict.fromkeys(_ends(s) for s in each))
@@ -172,7 +173,7 @@ def _request(each: Sequence[Sampling], limits, keys_n2: Any, stops: list) -> eng
 
 def capacity(length: int) -> int:
     """The smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that holds `length`."""
-    size = decode_attention.ENTRIES
+    size = decode_attention.CACHE_LENGTH_MULTIPLE
     while size < length:
         size = 256 if size == 128 else size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size

@@ -84,7 +84,7 @@ def decode(ids: Sequence[int] | np.ndarray, token_bytes: Sequence[bytes]) -> Dec
 
     Args:
       ids: the C token ids.
-      token_bytes: the bytes of every id of the vocabulary (`tokenizer.token_bytes`).
+      token_bytes: the bytes of every id of the vocabulary (`tokenizer.list_token_bytes`).
 
     Raises:
       ValueError: an id that the vocabulary lacks.

@@ -58,7 +58,7 @@ def attention(c: config_lib.Config, platform: str) -> str:
     """
     name = c.sampler.attention
     if name == "auto":
-        return attention_lib.PLATFORMS[platform]
+        return attention_lib.PLATFORM_IMPLEMENTATIONS[platform]
     if name == "pallas" and platform == "cpu":
         raise ValueError(
             "sampler.attention is 'pallas': its kernels are for gpu and tpu and the mesh is cpu, "
@@ -99,7 +99,9 @@ def _without_cudnn(size: int) -> str:
     q = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
     try:
         jax.eval_shape(
-            lambda q, k, v, ids: row_attention.cudnn(q, k, v, visibility.Visibility(ids), None),
+            lambda q, k, v, ids: row_attention.attend_cudnn(
+                q, k, v, visibility.Visibility(ids), None
+            ),
             q, row, row, ids,
         )  # fmt: skip
     except (RuntimeError, NotImplementedError) as error:

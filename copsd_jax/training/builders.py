@@ -23,7 +23,7 @@ def decoder(frame: run_plan.Frame | run_plan.Plan) -> transformer.Decoder:
         m,
         frame.dtype,
         remat=c.model.remat,
-        query_block=row_attention.CPU_BLOCK if platform == "cpu" else transformer.QUERY_BLOCK,
+        query_block=row_attention.CPU_QUERY_BLOCK if platform == "cpu" else transformer.QUERY_BLOCK,
         decode=backends.attention(c, platform),
         attention=backends.rows(c, platform, frame.dtype, m),
         key_repeats=sharding.key_repeats(m.n_heads, m.n_kv_heads, frame.mesh.shape["tensor"]),
@@ -123,7 +123,7 @@ def first_state(frame: run_plan.Frame | run_plan.Plan, tx: Any, teacher: str) ->
     def begun(base: dict) -> train_step.State:
         if c.train.trainable == "lora":
             key = jax.random.fold_in(jax.random.key(c.seed), ADAPTER_STREAM)
-            trained = lora.init(frame.model_config, c.lora.rank, c.lora.targets, key)
+            trained = lora.init_adapter(frame.model_config, c.lora.rank, c.lora.targets, key)
         else:
             trained = jax.tree.map(lambda x: x.astype(jnp.float32), base)
         return train_step.init(trained, tx, teacher)

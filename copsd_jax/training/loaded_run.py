@@ -94,7 +94,7 @@ def load(
     if config.method == "distill" and options.teacher == "fixed" and plan.shots and plan.rows:
         prefix = run_plan.probe(plan, plan.rows[0]).prefix_ids
         initial = train_step.policies(state, frozen, options, plan.dtype)[1]
-        teacher_kv = (shared_prefix.encode_prefix(decoder, initial.params, prefix),)
+        teacher_kv = (shared_prefix.encode_ids(decoder, initial.params, prefix),)
     grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
     rewarder = reward_functions.make(
         config.reward.kind, grader, prompts.ANSWERS[config.prompt.answer]
@@ -137,11 +137,11 @@ def _weights(plan: run_plan.Plan) -> dict:
 
         def make() -> dict:
             key = jax.random.fold_in(jax.random.key(plan.config.seed), WEIGHTS_STREAM)
-            return transformer.init(plan.model_config, key, plan.dtype)
+            return transformer.init_params(plan.model_config, key, plan.dtype)
 
         return _born(make, plan)
 
-    def put(path: hf.Path, shape: tuple[int, ...], part: hf.Part) -> jax.Array:
+    def put(path: hf.LeafPath, shape: tuple[int, ...], part: hf.ReadPart) -> jax.Array:
         spec = sharding.partition("/".join(path), shape, plan.mesh, plan.model_config.n_kv_heads)
         return sharding.read(shape, NamedSharding(plan.mesh, spec), part)
 
@@ -173,7 +173,7 @@ def encode_prefix(
     run: Run, policy: train_step.Policy, prefix_ids: Sequence[int]
 ) -> transformer.KV | None:
     """Keys of the exemplars under a policy; None without exemplars."""
-    return shared_prefix.encode_prefix(
+    return shared_prefix.encode_ids(
         run.decoder, policy.params, prefix_ids, policy.adapter, run.plan.adapter_scale
     )
 
@@ -316,7 +316,7 @@ def sample(
             sampling(run, section),
             keys=keys,
             settings=sampler(run, section),
-            prefix=shared_prefix.encode_prefix(run.decoder, params, prefix_ids, adapter, scale),
+            prefix=shared_prefix.encode_ids(run.decoder, params, prefix_ids, adapter, scale),
             adapter=adapter,
             adapter_scale=scale,
             valid_V=run.plan.valid_V,
@@ -343,7 +343,7 @@ def warmup(run: Run, state: train_step.State) -> Iterator[str]:
             job = request.plan(
                 run.decoder, params, [prompt.ids], [sampling(run, section)],
                 keys_n2=np.zeros((1, 2), np.uint32), settings=sampler(run, section),
-                prefix=shared_prefix.encode_prefix(
+                prefix=shared_prefix.encode_ids(
                     run.decoder, params, prompt.prefix_ids, adapter, run.plan.adapter_scale
                 ),
                 adapter=adapter, adapter_scale=run.plan.adapter_scale,

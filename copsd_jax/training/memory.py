@@ -16,7 +16,7 @@ def _bytes(tree: object) -> int:
 def parameters(plan: run_plan.Plan) -> dict[str, int]:
     """Numbers of parameters: of the base, and trained."""
     count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
-    base = transformer.abstract(plan.model_config, plan.dtype)
+    base = transformer.abstract_params(plan.model_config, plan.dtype)
     return {
         "base": count(base),
         "trained": count(run_plan.trained_shapes(plan.config, plan.model_config)),
@@ -52,7 +52,7 @@ def memory(plan: run_plan.Plan) -> dict[str, int]:
     if not dense:
         tokens = min(tokens, c.loss.chunk * sharding.batch_shards(plan.mesh))
     return {
-        "weights": _bytes(transformer.abstract(shape, plan.dtype)),
+        "weights": _bytes(transformer.abstract_params(shape, plan.dtype)),
         "training state": copies * _bytes(run_plan.trained_shapes(plan.config, plan.model_config)),
         "decode cache": cache * c.rollout.slots * length,
         "activations": rows * shape.d_model * shape.n_layers * kept * item,
@@ -64,7 +64,7 @@ def uneven(frame: run_plan.Frame | run_plan.Plan) -> str:
     """Which parameters stay whole along an axis of the mesh that does not divide them, and what
     this costs; '' for none. Trained values count with what `memory` counts of them."""
     c, where, shape = frame.config, frame.mesh, frame.model_config
-    base = transformer.abstract(shape, frame.dtype)
+    base = transformer.abstract_params(shape, frame.dtype)
     names, more = sharding.whole(base, where, shape.n_kv_heads)
     own, extra = sharding.whole(run_plan.trained_shapes(c, shape), where, shape.n_kv_heads)
     if not names and not own:

@@ -33,7 +33,7 @@ from copsd_jax.teaching import (
     token_selection,
 )
 from copsd_jax.training import backends, guards
-from copsd_jax.weights import hf, hub, tokenizer
+from copsd_jax.weights import hf, hf_config, hub, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     if config.model.init == "pretrained":
         # Last: of a repository, everything else is refused before its weights are downloaded.
         path = hub.resolve(config.model.path, config.model.revision)
-        hf.check(path, model_config)
+        hf.check_weights(path, model_config)
     return Plan(
         config=config,
         mesh=devices,
@@ -140,10 +140,10 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
         weights_path=path,
         model_config=model_config,
         tokenizer=tok,
-        token_bytes=tokenizer.token_bytes(tok),
-        stop_ids=tokenizer.stop_ids(tok, path),
+        token_bytes=tokenizer.list_token_bytes(tok),
+        stop_ids=tokenizer.find_stop_ids(tok, path),
         special_ids=tuple(sorted(tok.get_added_vocab().values())),
-        valid_V=tokenizer.valid_ids(tok, model_config.vocab_size),
+        valid_V=tokenizer.mark_valid_ids(tok, model_config.vocab_size),
         rows=rows,
         eval_rows=eval_rows,
         dropped=dropped,
@@ -408,7 +408,7 @@ def _model(config) -> tuple[pathlib.Path, transformer.ModelConfig, prompts.Token
             # As wide as the tokenizer, in multiples that a mesh divides.
             shape = dataclasses.replace(shape, vocab_size=-(-len(tok) // 64) * 64)
         return path, shape, tok
-    return path, hf.load_config(path), tok
+    return path, hf_config.load_config(path), tok
 
 
 def _fitting(rows, make, side: str, config, dropped) -> tuple[list[problem_row.Row], int]:
@@ -498,9 +498,9 @@ def teacher_limit(config: config_lib.Config, model_config: transformer.ModelConf
 def trained_shapes(config: config_lib.Config, shape: transformer.ModelConfig) -> Any:
     """Shapes of what is trained, without memory."""
     if config.train.trainable == "full":
-        return transformer.abstract(shape, jnp.float32)
+        return transformer.abstract_params(shape, jnp.float32)
     c = config.lora
-    return jax.eval_shape(lambda: lora.init(shape, c.rank, c.targets, jax.random.key(0)))
+    return jax.eval_shape(lambda: lora.init_adapter(shape, c.rank, c.targets, jax.random.key(0)))
 
 
 def fingerprint(plan: Plan) -> str:

@@ -278,7 +278,7 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
     policy = options.policy
 
     def loss(trained, state, frozen, head, micro, weights, student_prefix, teacher_kv):
-        head_of = lambda side: transformer.head(side.params) if head is None else head  # noqa: E731
+        head_of = lambda side: transformer.get_head(side.params) if head is None else head  # noqa: E731
         student, teacher = policies(state._replace(trained=trained), frozen, options, decoder.dtype)
         teacher, still = jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(student)
         # The same weights are the same object: one pass for all sides that have them.
@@ -357,7 +357,7 @@ def make(
         head = None  # one of all policies, where it does not train: brought together once a step
         if options.trainable == "lora":
             few = options.divergence is not None and options.divergence.top_k > 0
-            head = token_blocks.gathered(transformer.head(frozen), split_vocabulary=not few)
+            head = token_blocks.gathered(transformer.get_head(frozen), split_vocabulary=not few)
 
         def accumulate(carry, inputs):
             total, grads = carry

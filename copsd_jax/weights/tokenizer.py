@@ -14,7 +14,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from copsd_jax.weights import gguf, hf
+from copsd_jax.weights import gguf_files, hf_config
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of a GGUF
 
@@ -53,7 +53,7 @@ SPLITTERS = {
 
 
 def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer at a resolved path (`hf.resolve`): a folder with tokenizer.json, or a GGUF.
+    """The tokenizer at a resolved path (`hub.resolve`): a folder with tokenizer.json, or a GGUF.
 
     tokenizer.json is taken as it stands, without the classes that transformers would build anew;
     no code from the folder is run.
@@ -73,7 +73,7 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
         raise ValueError(f"{path}: its tokenizer cannot be read: {reason}") from error
 
 
-def _choose(fields: Mapping[str, Any], path: pathlib.Path) -> tuple:
+def _choose_splitter(fields: Mapping[str, Any], path: pathlib.Path) -> tuple:
     kind, name = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise ValueError(f"{path}: tokenizer {kind!r} is not supported, only gpt2 (byte-level BPE)")
@@ -86,8 +86,8 @@ def _choose(fields: Mapping[str, Any], path: pathlib.Path) -> tuple:
 
 def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     """Vocabulary, merges, splitter, special tokens and chat template of a GGUF."""
-    fields = gguf.metadata(path)
-    splitter, normalizer, ignore_merges = _choose(fields, path)
+    fields = gguf_files.read_metadata(path)
+    splitter, normalizer, ignore_merges = _choose_splitter(fields, path)
     pieces: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = fields["tokenizer.ggml.token_type"]
     vocab = {piece: i for i, piece in enumerate(pieces) if types[i] != UNUSED}
@@ -131,13 +131,13 @@ def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> An
     )
 
 
-def stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path) -> tuple[int, ...]:
+def find_stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path) -> tuple[int, ...]:
     """All ids that end a text: of the model's generation settings, config and tokenizer; sorted.
 
     Raises:
       ValueError: there is none, so that no text could end.
     """
-    ids = set(hf.generation_stops(path))
+    ids = set(hf_config.read_stop_ids(path))
     if tok.eos_token is not None:
         ids.add(tok.get_vocab()[str(tok.eos_token)])
     if not ids:
@@ -145,7 +145,7 @@ def stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path) -> t
     return tuple(sorted(ids))
 
 
-def valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
+def mark_valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
     """bool [V]: which of the model's ids the tokenizer has; the others are never sampled.
 
     Raises:
@@ -163,7 +163,7 @@ def valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -> np.
 
 
 @functools.cache
-def _byte_of() -> dict[str, int]:
+def _byte_alphabet() -> dict[str, int]:
     """The byte that each letter of the byte-level alphabet stands for (GPT-2's table).
 
     Printable bytes of Latin-1 stand for themselves; the others, in order, are letters from 256 on.
@@ -174,7 +174,7 @@ def _byte_of() -> dict[str, int]:
     return table | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def token_bytes(tok: transformers.PreTrainedTokenizerFast) -> list[bytes]:
+def list_token_bytes(tok: transformers.PreTrainedTokenizerFast) -> list[bytes]:
     """The bytes of each id, special tokens as their text; b"" for an id that the tokenizer lacks.
 
     A text's bytes are those of its tokens in a row: a character may begin in one token and end in
@@ -186,7 +186,7 @@ def token_bytes(tok: transformers.PreTrainedTokenizerFast) -> list[bytes]:
     added = {i: token.content for i, token in tok.added_tokens_decoder.items()}
     vocab = tok.get_vocab()
     out = [b""] * (max(vocab.values()) + 1)
-    byte_of = _byte_of()
+    byte_of = _byte_alphabet()
     for piece, i in vocab.items():
         if i in added:
             out[i] = added[i].encode()

@@ -18,8 +18,8 @@ def inputs(dtype, seed=0, scale=1.0, slots=J):
     """Queries, new entries and a cache whose dead entries are not numbers."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.normal(0, scale, shape), jnp.float32)  # noqa: E731
-    cache = decode_attention.empty(LAYERS, slots, K, A, H, dtype)
-    cache = decode_attention.entries(cache, normal(*cache.k.shape), normal(*cache.v.shape))
+    cache = decode_attention.create_cache(LAYERS, slots, K, A, H, dtype)
+    cache = decode_attention.convert_entries(cache, normal(*cache.k.shape), normal(*cache.v.shape))
     float_type = jnp.float32 if dtype == jnp.int8 else dtype
     q, k, v = normal(slots, K, M, H), normal(slots, K, H), normal(slots, K, H)
     return q.astype(float_type), k.astype(float_type), v.astype(float_type), cache
@@ -87,7 +87,7 @@ def test_parts_equal_plain_attention(implementation, dtype, scale, tolerance):
 
 
 def test_the_list_of_live_blocks():
-    slot_X, block_X, number = decode_attention.live_blocks(jnp.asarray([70, 0, 64]), 4, 64)
+    slot_X, block_X, number = decode_attention.list_live_blocks(jnp.asarray([70, 0, 64]), 4, 64)
     assert int(number) == 3
     assert list(zip(slot_X[:3].tolist(), block_X[:3].tolist(), strict=True)) == [
         (0, 0), (0, 1), (2, 0),
@@ -100,13 +100,13 @@ def test_a_step_writes_its_entry_and_sees_it(dtype):
     """Index 255 is the last entry, and a dead slot (-1) leaves its cache as it is."""
     q, k, v, cache = inputs(dtype)
     index = np.array([69, -1, 0, 128, 255], np.int32)
-    run = jax.jit(functools.partial(decode_attention.step, implementation="blocks"))
+    run = jax.jit(functools.partial(decode_attention.write_and_attend, implementation="blocks"))
     part, new = run(q, k, v, spoilt(cache, index), jnp.int32(1), jnp.asarray(index))
     at = np.arange(J), slice(None), index
     by_hand = jax.tree.map(
         lambda x, entry: x.at[1, 0, :, 69].set(entry[0]).at[1, 2, :, 0].set(entry[2])
         .at[1, 3, :, 128].set(entry[3]).at[1, 4, :, 255].set(entry[4]),
-        cache, decode_attention.entries(cache, k, v),
+        cache, decode_attention.convert_entries(cache, k, v),
     )  # fmt: skip
     np.testing.assert_array_equal(np.asarray(new.k[1])[at][[0, 2, 3, 4]],
                                   np.asarray(by_hand.k[1])[at][[0, 2, 3, 4]])  # fmt: skip
@@ -121,11 +121,11 @@ def test_a_step_writes_its_entry_and_sees_it(dtype):
 
 def test_int8_rounds_to_a_255th_of_the_range():
     x = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
-    whole, scale = decode_attention.quantised(jnp.asarray(x))
+    whole, scale = decode_attention.quantise(jnp.asarray(x))
     assert whole.dtype == jnp.int8
     error = np.abs(np.asarray(whole) * np.asarray(scale)[:, None] - x).max(axis=1)
     assert (error <= np.abs(x).max(axis=1) / 254 * 1.0001).all()
-    np.testing.assert_array_equal(decode_attention.quantised(jnp.zeros((3, 16)))[0], 0)
+    np.testing.assert_array_equal(decode_attention.quantise(jnp.zeros((3, 16)))[0], 0)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 1, 2), (1, 2, 4)])
@@ -133,7 +133,7 @@ def test_on_a_mesh_each_device_has_its_slots_and_heads(sizes):
     """Key heads that `tensor` does not divide (2 over 4) are on all of its devices."""
     q, k, v, cache = inputs(jnp.float32, slots=8)
     index = jnp.asarray([69, -1, 0, 128, 255, 63, 64, -1], jnp.int32)
-    run = jax.jit(functools.partial(decode_attention.step, implementation="blocks"))
+    run = jax.jit(functools.partial(decode_attention.write_and_attend, implementation="blocks"))
     want = run(q, k, v, cache, jnp.int32(1), index)
     with jax.set_mesh(sharding.make(*sizes)) as _:
         got = run(q, k, v, cache, jnp.int32(1), index)
@@ -149,9 +149,9 @@ def test_refusals():
     q, k, v, cache = inputs(jnp.float32)
     args = (q, k, v, cache, jnp.int32(0), jnp.zeros(J, jnp.int32))
     with pytest.raises(ValueError, match="decode attention is 'fast': the choices are dense, bl"):
-        decode_attention.step(*args, "fast")
+        decode_attention.write_and_attend(*args, "fast")
     with (
         jax.set_mesh(sharding.make(8, 1, 1)),
         pytest.raises(ValueError, match="slots are 5: the 8 p"),
     ):
-        decode_attention.step(*args, "blocks")
+        decode_attention.write_and_attend(*args, "blocks")

@@ -16,8 +16,8 @@ LAYER = 1
 LENGTHS = (0, 256, 1, 127, 128, 129, 0, 255, 257, 383, 384)
 # Slots of a program that do not divide the slots; splits that are cut by the cache's end.
 BLOCKS = {
-    "tpu": decode_attention_tpu.Blocks(keys=256, buffers=2, slots=4),
-    "gpu": decode_attention_gpu.Blocks(keys=32, split=256),
+    "tpu": decode_attention_tpu.BlockSizes(keys=256, buffers=2, slots=4),
+    "gpu": decode_attention_gpu.BlockSizes(keys=32, split=256),
 }
 KERNELS: dict[str, Any] = {"tpu": decode_attention_tpu, "gpu": decode_attention_gpu}
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "int8": 1e-2}
@@ -172,7 +172,7 @@ def test_write_puts_one_entry_into_each_slot(case):
         for j, at in enumerate(index):
             if 0 <= at < 384:
                 cache[LAYER, j, :, at] = entry[j]
-    write = jax.jit(functools.partial(decode_attention_tpu.write, interpret=True))
+    write = jax.jit(functools.partial(decode_attention_tpu.write_entries, interpret=True))
     got = write(caches, new, jnp.int32(LAYER), index)
     for mine, exact in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.asarray(mine), exact)
@@ -181,16 +181,16 @@ def test_write_puts_one_entry_into_each_slot(case):
 def test_default_blocks():
     """At Qwen3-1.7B's shape: 1 us of 8 heads is 200 entries on v5e, 390 on v6e."""
     q, k = (16, 8, 2, 128), (28, 16, 8, 4096, 128)
-    assert decode_attention_tpu.default_blocks(q, k, jnp.bfloat16) == decode_attention_tpu.Blocks(
-        256, 3, 16
-    )
-    assert decode_attention_tpu.default_blocks(q, k, jnp.bfloat16, "TPU v6 lite").keys == 384
-    assert decode_attention_tpu.default_blocks(q, k, jnp.bfloat16, "TPU v5").slots == 8  # two cores
+    assert decode_attention_tpu.choose_blocks(
+        q, k, jnp.bfloat16
+    ) == decode_attention_tpu.BlockSizes(256, 3, 16)
+    assert decode_attention_tpu.choose_blocks(q, k, jnp.bfloat16, "TPU v6 lite").keys == 384
+    assert decode_attention_tpu.choose_blocks(q, k, jnp.bfloat16, "TPU v5").slots == 8  # two cores
     with pytest.raises(ValueError, match="chip is 'TPU v4': the choices are TPU v5 lite,"):
-        decode_attention_tpu.default_blocks(q, k, jnp.bfloat16, "TPU v4")
+        decode_attention_tpu.choose_blocks(q, k, jnp.bfloat16, "TPU v4")
     # 132 processors: one slot of 8 heads is split as far as it goes, 256 slots are not.
-    assert decode_attention_gpu.default_blocks((1, *q[1:]), k, jnp.bfloat16).split == 128
-    assert decode_attention_gpu.default_blocks((256, *q[1:]), k, jnp.bfloat16).split == 512
+    assert decode_attention_gpu.choose_blocks((1, *q[1:]), k, jnp.bfloat16).split == 128
+    assert decode_attention_gpu.choose_blocks((256, *q[1:]), k, jnp.bfloat16).split == 512
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -198,7 +198,7 @@ def test_cost(name):
     """Counted for one slot, then scaled: 3 heads, 2 queries, 10 live entries of size 64, int8."""
     live = 10 + (64 if name == "tpu" else 0)  # chunks of 128 are half used at their end
     multiplications = sum(1 for _ in range(3 * 2) for _ in range(live) for _ in range(64 * 2))
-    got = KERNELS[name].cost((5, 3, 2, 64), jnp.int8, 10)
+    got = KERNELS[name].estimate_cost((5, 3, 2, 64), jnp.int8, 10)
     assert got.flops == 5 * 2 * multiplications
     assert got.transcendentals == 5 * 3 * 2 * live
     rows = 3 * 2 * (64 * 4 + 64 * 4 + 4 + 4)
@@ -229,11 +229,11 @@ def test_precision_of_products(name, dtype):
 REFUSED = [
     ("tpu", {"length": 96}, None, "the cache length is 96: it must be a multiple of 128"),
     ("gpu", {"length": 96}, None, "the cache length is 96: it must be a multiple of 128"),
-    ("tpu", {}, decode_attention_tpu.Blocks(192, 2, 2), "blocks.keys is 192: .* a multiple"),
-    ("tpu", {}, decode_attention_tpu.Blocks(512, 2, 2), "blocks.keys is 512: .* up to 384"),
-    ("tpu", {}, decode_attention_tpu.Blocks(128, 1, 2), "blocks.buffers is 1: .* at least 2"),
-    ("gpu", {}, decode_attention_gpu.Blocks(48, 192), "are 48 and 192: a power of two"),
-    ("gpu", {}, decode_attention_gpu.Blocks(64, 96), "are 64 and 96: .* a multiple of it"),
+    ("tpu", {}, decode_attention_tpu.BlockSizes(192, 2, 2), "blocks.keys is 192: .* a multiple"),
+    ("tpu", {}, decode_attention_tpu.BlockSizes(512, 2, 2), "blocks.keys is 512: .* up to 384"),
+    ("tpu", {}, decode_attention_tpu.BlockSizes(128, 1, 2), "blocks.buffers is 1: .* at least 2"),
+    ("gpu", {}, decode_attention_gpu.BlockSizes(48, 192), "are 48 and 192: a power of two"),
+    ("gpu", {}, decode_attention_gpu.BlockSizes(64, 96), "are 64 and 96: .* a multiple of it"),
     ("gpu", {"queries": 17}, None, "are 17 and 64: at most 16"),
     ("gpu", {"size": 96}, None, "are 2 and 96: .* a power of two"),
     ("gpu", {"dtype": "int8", "slots": 30_000}, None, "2\\*\\*31 to 2\\*\\*32"),

@@ -71,9 +71,9 @@ def oracle(q, k, v, pk, pv, g, segments, parents, prefix):
 
 def forms(block=5):
     return {
-        "portable": functools.partial(row_attention._portable, block),
+        "portable": functools.partial(row_attention._attend_portable, block),
         "splash": functools.partial(row_attention_splash.attend, interpret=True),
-        "cudnn": functools.partial(row_attention.cudnn, implementation="xla"),
+        "cudnn": functools.partial(row_attention.attend_cudnn, implementation="xla"),
     }
 
 
@@ -109,16 +109,16 @@ def test_values_and_gradients(name, kind):
 @pytest.mark.parametrize("block", [1, 2, 7, 21, 512])
 def test_blocks_and_groups(block):
     """21 ranges would be more than GROUPS: with blocks of 1 and 2 some hold several."""
-    assert len(row_attention.ranges(L, block)) == {1: 7, 2: 6, 7: 3, 21: 1, 512: 1}[block]
+    assert len(row_attention.split_queries(L, block)) == {1: 7, 2: 6, 7: 3, 21: 1, 512: 1}[block]
     arrays = inputs()
     form = forms(block)["portable"]
     close(both(form, arrays, *KINDS["all"]), oracle(*arrays, *KINDS["all"]), 2e-6)
 
 
 def test_ranges():
-    assert row_attention.ranges(11, 4) == [(0, 4), (4, 8), (8, 11)]
-    assert row_attention.ranges(20, 2) == [(i, i + 4) for i in range(0, 20, 4)]
-    assert row_attention.ranges(4000, 512) == [(0, 2048), (2048, 4000)]
+    assert row_attention.split_queries(11, 4) == [(0, 4), (4, 8), (8, 11)]
+    assert row_attention.split_queries(20, 2) == [(i, i + 4) for i in range(0, 20, 4)]
+    assert row_attention.split_queries(4000, 512) == [(0, 2048), (2048, 4000)]
 
 
 @pytest.mark.parametrize("name", ["portable", "splash"])
@@ -139,7 +139,7 @@ def test_bfloat16(name):
 
 def test_splash_in_several_blocks(monkeypatch):
     """300 tokens of random segments in 3 blocks, of which some hold nothing that is seen."""
-    monkeypatch.setattr(row_attention_splash, "block_size", lambda length: 128)
+    monkeypatch.setattr(row_attention_splash, "choose_block", lambda length: 128)
     rng = np.random.default_rng(1)
     segments = np.sort(rng.integers(1, 6, (1, 300)), axis=1).astype(np.int32)
     parents = np.where(segments > 3, segments - 3, -1).astype(np.int32)
@@ -155,7 +155,7 @@ def test_splash_in_several_blocks(monkeypatch):
     "length, block", [(1, 128), (128, 128), (129, 256), (352, 384), (640, 384), (2048, 512)]
 )
 def test_block_sizes(length, block):
-    assert row_attention_splash.block_size(length) == block
+    assert row_attention_splash.choose_block(length) == block
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads(sizes, kind, count):
     with jax.set_mesh(
         sharding.make(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
     ) as _:
-        form = functools.partial(row_attention.on_mesh, here)
+        form = functools.partial(row_attention.attend_on_mesh, here)
         close(both(form, arrays, *kind), jax.tree.map(np.asarray, want), 1e-5)
 
 

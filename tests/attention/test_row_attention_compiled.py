@@ -85,8 +85,8 @@ def passes(devices, shape: str, length: int, form: str, remat: str) -> dict:
     where = sharding.make(1, len(devices), 1, devices)
     bf16 = jnp.bfloat16
     trees = (
-        transformer.abstract(config, bf16),
-        jax.eval_shape(lambda: lora.init(config, 16, lora.TARGETS, jax.random.key(0))),
+        transformer.abstract_params(config, bf16),
+        jax.eval_shape(lambda: lora.init_adapter(config, 16, lora.TARGETS, jax.random.key(0))),
     )
     params, adapter = (sharding.abstract(t, where, sharding.shardings(t, where)) for t in trees)
     one = np.zeros((len(devices), length), np.int32)

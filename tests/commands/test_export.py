@@ -13,7 +13,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint, workdir
 from copsd_jax.training import loaded_run, train_step
-from copsd_jax.weights import hf, peft
+from copsd_jax.weights import hf, hf_config, peft
 
 optax_promotes = runs.optax_promotes
 
@@ -42,7 +42,7 @@ def student_logits(workdir, ids_BL):
         hidden = jax.jit(
             lambda params: r.decoder.apply({"params": params}, (stream,))[0].hidden_BLD
         )(policy.params)
-        return np.asarray(transformer.logits(hidden, transformer.head(policy.params)))
+        return np.asarray(transformer.compute_logits(hidden, transformer.get_head(policy.params)))
 
 
 IDS = np.random.default_rng(0).integers(0, 1400, (2, 17)).astype(np.int32)
@@ -52,7 +52,7 @@ def test_the_exported_model_is_the_trained_one(trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert export.main(["export", f"--workdir={trained}", f"--out={out}"]) == 0
     assert str(out) in capsys.readouterr().out.splitlines()[-1]
-    config = hf.load_config(out)
+    config = hf_config.load_config(out)
     params = hf.load_params(out, config, jnp.float32)
     ids = jnp.asarray(IDS)
     positions = jnp.broadcast_to(jnp.arange(17, dtype=jnp.int32), ids.shape)
@@ -61,7 +61,7 @@ def test_the_exported_model_is_the_trained_one(trained, tmp_path, capsys):
     hidden = jax.jit(lambda params: decoder.apply({"params": params}, (stream,))[0].hidden_BLD)(
         params
     )
-    found = np.asarray(transformer.logits(hidden, transformer.head(params)))
+    found = np.asarray(transformer.compute_logits(hidden, transformer.get_head(params)))
     np.testing.assert_allclose(found, student_logits(trained, ids), atol=1e-4)
     # A second export to the same place is refused, and so is a checkpoint that is not there.
     assert export.main(["export", f"--workdir={trained}", f"--out={out}"]) == 2

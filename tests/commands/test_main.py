@@ -18,7 +18,7 @@ import safetensors.numpy
 from copsd_jax import main
 from copsd_jax.model import transformer
 from copsd_jax.training import loaded_run, run_plan
-from copsd_jax.weights import hf, hub, tokenizer
+from copsd_jax.weights import hf, hf_config, hub, tokenizer
 
 
 @pytest.fixture
@@ -99,7 +99,6 @@ def test_files_of_problems(refused, tmp_path):
 
 
 def test_the_default_model_without_its_wheel_prints_the_command(refused, monkeypatch):
-    find_spec = hf.importlib.util.find_spec if hasattr(hf, "importlib") else None
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
@@ -127,7 +126,7 @@ def saved(tmp_path_factory):
     """A whole tiny model as a Hugging Face folder."""
     shape = dataclasses.replace(transformer.SHAPES["tiny"], vocab_size=1472)
     tok = tokenizer.load(hub.resolve("tiny"))
-    params = transformer.init(shape, jax.random.key(0), jnp.float32)
+    params = transformer.init_params(shape, jax.random.key(0), jnp.float32)
     folder = tmp_path_factory.mktemp("saved") / "m"
     return hf.save(folder, params, shape, source_path=hub.resolve("tiny"), tokenizer=tok)
 
@@ -163,7 +162,7 @@ def test_repositories_are_refused_before_their_weights_are_fetched(refused, monk
         return hub.HERE / "tiny_tokenizer"
 
     monkeypatch.setattr(run_plan.hub, "resolve", resolve)
-    monkeypatch.setattr(hf, "load_config", lambda path: transformer.SHAPES["qwen3_1_7b"])
+    monkeypatch.setattr(hf_config, "load_config", lambda path: transformer.SHAPES["qwen3_1_7b"])
     flags = ("--config.model.init=pretrained", "--config.model.shape=", "--config.model.path=a/b")
     assert "parity.template_mismatch" in refused(*flags, "--config.teacher.thinking=on")
     assert asked == [("a/b", False)]

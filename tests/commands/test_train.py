@@ -101,9 +101,9 @@ def test_rollout_files_hold_what_was_trained_on(whole):
                 ids, positions, jnp.ones_like(ids), policy.adapter, r.plan.adapter_scale
             )
             hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD
-            return jax.nn.log_softmax(transformer.logits(hidden, transformer.head(policy.params)))[
-                0
-            ]
+            return jax.nn.log_softmax(
+                transformer.compute_logits(hidden, transformer.get_head(policy.params))
+            )[0]
 
         alone = lambda *args: np.asarray(forward(*args))  # noqa: E731
         for row in rows[:2]:

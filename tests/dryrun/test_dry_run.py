@@ -434,7 +434,7 @@ def test_the_model_of_memory_counts_repeated_key_heads():
     state = jax.eval_shape(
         functools.partial(engine.empty, decoder, slots, entries, frame.dtype)
     ).cache
-    specs = decode_attention.axes(frame.mesh, slots, decoder.key_heads)
+    specs = decode_attention.find_mesh_axes(frame.mesh, slots, decoder.key_heads)
     place = NamedSharding(frame.mesh, PartitionSpec(None, *specs))
     held = sum(
         math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x in state if x is not None

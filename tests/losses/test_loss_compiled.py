@@ -257,8 +257,8 @@ def test_the_head_is_gathered_once_a_step():
     of 46, whose width 64 lies on four devices."""
     config = dataclasses.replace(CONFIG, vocab_size=92, tie_embeddings=False)
     decoder, devices = transformer.Decoder(config, jnp.float32), sharding.make(1, 4, 2)
-    params = transformer.init(config, jax.random.key(0), jnp.float32)
-    state = train_step.init(lora.init(config, 8, ("q",), jax.random.key(1)), TX, "fixed")
+    params = transformer.init_params(config, jax.random.key(0), jnp.float32)
+    state = train_step.init(lora.init_adapter(config, 8, ("q",), jax.random.key(1)), TX, "fixed")
     batch = layout.pack([[1, 2]] * 8, [[3, 4, 5]] * 8, [[6, 7, 8]] * 8)
     options = dataclasses.replace(OPTIONS, micro_batches=2)
     with jax.set_mesh(devices):

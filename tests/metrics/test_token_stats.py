@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies
 
 from copsd_jax.metrics import token_stats as stats
-from copsd_jax.weights import hf, tokenizer
+from copsd_jax.weights import hub, tokenizer
 
 # ---- classes ---------------------------------------------------------------------------------
 
@@ -51,9 +51,9 @@ def test_what_a_tokenizer_says_of_a_token_goes_first():
 
 
 def test_the_table_of_a_vocabulary():
-    tok = tokenizer.load(hf.resolve("tiny"))
-    pieces = tokenizer.token_bytes(tok)
-    stops = tokenizer.stop_ids(tok, hf.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve("tiny"))
+    pieces = tokenizer.list_token_bytes(tok)
+    stops = tokenizer.find_stop_ids(tok, hub.resolve("tiny"))
     table_V = stats.classes(pieces, stops, tok.all_special_ids)
     assert (table_V.dtype, table_V.shape) == (np.int8, (len(pieces),))
     text = "<think>\nAmina has 12 + 3 apples.</think>\\boxed{15}<|im_end|>"

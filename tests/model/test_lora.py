@@ -21,13 +21,13 @@ def params() -> dict:
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(0.1, 0.3, leaf.shape), F32),
-        transformer.abstract(CONFIG, F32),
+        transformer.abstract_params(CONFIG, F32),
     )
 
 
 def filled(targets=lora.TARGETS) -> dict:
     """An adapter whose `b` is not 0."""
-    adapter = lora.init(CONFIG, 3, targets, jax.random.key(0))
+    adapter = lora.init_adapter(CONFIG, 3, targets, jax.random.key(0))
     rng = np.random.default_rng(1)
     return {
         name: {"a": leaf["a"], "b": jnp.asarray(rng.normal(0, 0.3, leaf["b"].shape), F32)}
@@ -59,7 +59,7 @@ def test_projection_equals_numpy(use_bias):
 def test_init_is_uniform_below_one_over_root_in_with_b_zero():
     wide = transformer.SHAPES["qwen3_0_6b"]
     wide = dataclasses.replace(wide, n_layers=2)
-    adapter = lora.init(wide, 8, ("q", "down"), jax.random.key(0))
+    adapter = lora.init_adapter(wide, 8, ("q", "down"), jax.random.key(0))
     assert set(adapter) == {"q", "down"}
     for name, width, out in (("q", 1024, 2048), ("down", 3072, 1024)):
         a, b = adapter[name]["a"], adapter[name]["b"]
@@ -69,7 +69,7 @@ def test_init_is_uniform_below_one_over_root_in_with_b_zero():
         bound = width**-0.5
         assert 0.99 * bound < np.abs(a).max() <= bound
         np.testing.assert_allclose(np.std(a), bound / 3**0.5, rtol=0.03)  # of a uniform variable
-    alone = lora.init(wide, 8, ("down",), jax.random.key(0))
+    alone = lora.init_adapter(wide, 8, ("down",), jax.random.key(0))
     np.testing.assert_array_equal(alone["down"]["a"], adapter["down"]["a"])
     assert (
         np.abs(np.corrcoef(adapter["q"]["a"][0].ravel(), adapter["q"]["a"][1].ravel()))[0, 1] < 0.1
@@ -78,18 +78,18 @@ def test_init_is_uniform_below_one_over_root_in_with_b_zero():
 
 def test_unknown_target_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"lora\.targets is 'query': .*q, k, v, o, gate, up, down"):
-        lora.init(CONFIG, 2, ("q", "query"), jax.random.key(0))
+        lora.init_adapter(CONFIG, 2, ("q", "query"), jax.random.key(0))
 
 
 def test_b_zero_equals_base_exactly(params):
-    fresh = lora.init(CONFIG, 3, lora.TARGETS, jax.random.key(1))
+    fresh = lora.init_adapter(CONFIG, 3, lora.TARGETS, jax.random.key(1))
     np.testing.assert_array_equal(hidden(params, fresh, 2.0), hidden(params, None, 1.0))
 
 
 @pytest.mark.parametrize("targets", [lora.TARGETS, ("k", "down")], ids=str)
 def test_merged_equals_unmerged(params, targets):
     adapter = filled(targets)
-    merged = lora.merge(params, adapter, 0.5)
+    merged = lora.merge_adapter(params, adapter, 0.5)
     apart = hidden(params, adapter, 0.5)
     np.testing.assert_allclose(hidden(merged, None, 1.0), apart, atol=2e-5)
     assert np.abs(apart - hidden(params, None, 1.0)).max() > 0.05
@@ -105,7 +105,7 @@ def test_merged_equals_unmerged(params, targets):
 
 def test_merge_keeps_the_kernels_dtype(params):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    merged = lora.merge(half, filled(), 0.5)
+    merged = lora.merge_adapter(half, filled(), 0.5)
     assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
 
 

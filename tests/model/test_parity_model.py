@@ -11,7 +11,7 @@ import transformers
 
 from copsd_jax.attention import decode_attention
 from copsd_jax.model import transformer
-from copsd_jax.weights import hf
+from copsd_jax.weights import hf, hf_config
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs torch (extra parity)")
@@ -51,7 +51,7 @@ def pair(request, tmp_path_factory):
             weight.copy_(mean + 0.15 * torch.randn_like(weight))
     folder = tmp_path_factory.mktemp("saved")
     theirs.save_pretrained(folder)
-    config = hf.load_config(folder)
+    config = hf_config.load_config(folder)
     assert config.tie_embeddings == tied
     assert (config.rope_scaling is not None) == (family == "llama3")
     return theirs, config, hf.load_params(folder, config, jnp.float32)
@@ -60,7 +60,7 @@ def pair(request, tmp_path_factory):
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, stream):
     (out,) = transformer.Decoder(config, jnp.float32).apply({"params": params}, (stream,))
-    return transformer.logits(out.hidden_BLD, transformer.head(params)), out.cache
+    return transformer.compute_logits(out.hidden_BLD, transformer.get_head(params)), out.cache
 
 
 def _theirs(theirs, ids) -> np.ndarray:
@@ -102,7 +102,7 @@ def test_32_greedy_tokens_from_the_cache(pair):
         torch.tensor(prompts), attention_mask=torch.ones(3, 9, dtype=torch.long),
         do_sample=False, max_new_tokens=32, min_new_tokens=32, pad_token_id=0,
     )[:, 9:].numpy()  # fmt: skip
-    cache = decode_attention.empty(
+    cache = decode_attention.create_cache(
         config.n_layers, 3, config.n_kv_heads, 128, config.head_dim, jnp.float32
     )  # fmt: skip
     texts = np.array(prompts)

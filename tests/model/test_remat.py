@@ -23,8 +23,8 @@ POLICIES = ["none", "dots", "attention", "layer"]
 
 @functools.cache
 def trees():
-    params = transformer.init(CONFIG, jax.random.key(0), jnp.float32)
-    adapter = lora.init(CONFIG, R, lora.TARGETS, jax.random.key(1))
+    params = transformer.init_params(CONFIG, jax.random.key(0), jnp.float32)
+    adapter = lora.init_adapter(CONFIG, R, lora.TARGETS, jax.random.key(1))
     return params, jax.tree.map(lambda x: x + jnp.float32(0.03), adapter)
 
 

@@ -37,14 +37,14 @@ def random_params(config: transformer.ModelConfig, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(0.3, 0.5, leaf.shape), F32),
-        transformer.abstract(config, F32),
+        transformer.abstract_params(config, F32),
     )
 
 
 def adapter_of(config: transformer.ModelConfig, seed: int = 5) -> dict:
     """An adapter of rank 3 with a `b` that is not 0."""
     rng = np.random.default_rng(seed)
-    tree = lora.init(config, 3, lora.TARGETS, jax.random.key(seed))
+    tree = lora.init_adapter(config, 3, lora.TARGETS, jax.random.key(seed))
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), F32), tree)
 
 
@@ -329,7 +329,7 @@ def _value_and_slopes(**options):
 )
 def test_remat_and_blocks_change_no_number(options, monkeypatch):
     """Block sizes that divide the length of 12 and that do not; gradients to all arguments."""
-    monkeypatch.setattr(row_attention, "WORTH", 0)  # blocks also where rows are small
+    monkeypatch.setattr(row_attention, "SMALL_WORK", 0)  # blocks also where rows are small
     params, adapter = random_params(TINY), adapter_of(TINY)
     prefix = transformer.KV(*jax.random.normal(jax.random.key(1), (2, 2, 1, 3, 2, 8)))
     own = text(2, 12, start=3)
@@ -350,9 +350,9 @@ def _sizes(jaxpr) -> list[int]:
 
 
 def test_long_rows_never_hold_all_logits_and_a_prefix_is_never_repeated(monkeypatch):
-    monkeypatch.setattr(row_attention, "WORTH", 0)  # blocks also where rows are small
+    monkeypatch.setattr(row_attention, "SMALL_WORK", 0)  # blocks also where rows are small
     config = dataclasses.replace(TINY, n_layers=1)
-    params = transformer.abstract(config, F32)
+    params = transformer.abstract_params(config, F32)
     shape = jax.ShapeDtypeStruct((2, 256), jnp.int32)
     kv = jax.ShapeDtypeStruct((1, 1, 8192, 2, 8), F32)
     rows = transformer.Stream(shape, shape, shape)
@@ -393,7 +393,7 @@ def test_cache_is_updated_in_place():
         return transformer.Stream(tokens, positions, None, cache=cache)
 
     compiled = jax.jit(decode, donate_argnums=1).lower(
-        transformer.abstract(config, F32), cache, one
+        transformer.abstract_params(config, F32), cache, one
     )
     memory = compiled.compile().memory_analysis()
     held = sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))
@@ -413,8 +413,8 @@ def test_bfloat16_stays_near_float32():
         assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(jnp.bfloat16)}
         error = np.abs(np.asarray(out.hidden_BLD, np.float32) - np.asarray(exact.hidden_BLD))
         assert error.mean() < 0.02 * np.abs(exact.hidden_BLD).mean()
-        head = transformer.head(weights).astype(jnp.bfloat16)
-        assert transformer.logits(out.hidden_BLD, head).dtype == F32
+        head = transformer.get_head(weights).astype(jnp.bfloat16)
+        assert transformer.compute_logits(out.hidden_BLD, head).dtype == F32
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -423,14 +423,14 @@ def test_head_and_logits(family):
     leaf = params["head"]["kernel"] if family == "llama" else params["embed"]["embedding"]
     hidden = np.random.default_rng(0).normal(size=(2, 3, 32))
     expected = hidden @ np.asarray(leaf, np.float64).T
-    got = transformer.logits(jnp.asarray(hidden, F32), transformer.head(params))
+    got = transformer.compute_logits(jnp.asarray(hidden, F32), transformer.get_head(params))
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_init_has_the_abstract_tree_and_its_statistics():
     for config in CONFIGS.values():
-        params = transformer.init(config, jax.random.key(0), F32)
-        tree = transformer.abstract(config, F32)
+        params = transformer.init_params(config, jax.random.key(0), F32)
+        tree = transformer.abstract_params(config, F32)
         assert jax.tree.structure(params) == jax.tree.structure(tree)
         for (path, leaf), like in zip(
             jax.tree.leaves_with_path(params), jax.tree.leaves(tree), strict=True
@@ -443,9 +443,9 @@ def test_init_has_the_abstract_tree_and_its_statistics():
                 assert 0.018 < np.std(leaf) < 0.022
     kernel = params["layers"]["q"]["kernel"]
     assert np.abs(kernel[0] - kernel[1]).max() > 0.01  # layers differ
-    assert {leaf.dtype for leaf in jax.tree.leaves(transformer.abstract(TINY, jnp.bfloat16))} == {
-        jnp.dtype(jnp.bfloat16)
-    }
+    assert {
+        leaf.dtype for leaf in jax.tree.leaves(transformer.abstract_params(TINY, jnp.bfloat16))
+    } == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_init_has_the_abstract_tree_and_its_statistics():
     ],
 )
 def test_shapes_have_the_published_sizes(name, parameters):
-    tree = transformer.abstract(transformer.SHAPES[name], jnp.bfloat16)
+    tree = transformer.abstract_params(transformer.SHAPES[name], jnp.bfloat16)
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == parameters
 
 

@@ -38,13 +38,13 @@ def decoder_of(config: transformer.ModelConfig, tensor: int) -> transformer.Deco
 @functools.cache
 def trees(config: transformer.ModelConfig) -> tuple[dict, dict]:
     """Weights with logits of some deviation, and an adapter whose b is not zero."""
-    params = transformer.init(config, jax.random.key(0), jnp.float32)
+    params = transformer.init_params(config, jax.random.key(0), jnp.float32)
 
     def noise(x, seed, size):
         return x + size * jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
 
     params = jax.tree.map(lambda x: noise(x, 1, 0.1), params)
-    adapter = lora.init(config, 4, lora.TARGETS, jax.random.key(2))
+    adapter = lora.init_adapter(config, 4, lora.TARGETS, jax.random.key(2))
     return params, jax.tree.map(lambda x: noise(x, 3, 0.03), adapter)
 
 
@@ -110,7 +110,7 @@ def test_sampled_tokens_are_those_of_one_device(name):
     keys = request.stream_keys(0, "rollout", 0, [str(i) for i in range(6)], [0] * 6)
 
     def run(decoder, params, adapter):
-        prefix = shared_prefix.encode_prefix(decoder, params, (7, 250, 31), adapter, SCALE)
+        prefix = shared_prefix.encode_ids(decoder, params, (7, 250, 31), adapter, SCALE)
         return loop.generate(
             decoder, params, PROMPTS, sampling, keys=keys, prefix=prefix, adapter=adapter,
             adapter_scale=SCALE, settings=request.Settings(slots=4, steps=4),

@@ -18,8 +18,8 @@ DECODER = transformer.Decoder(CONFIG, jnp.float32)
 
 
 def trees():
-    params = transformer.init(CONFIG, jax.random.key(0), jnp.float32)
-    adapter = lora.init(CONFIG, 4, lora.TARGETS, jax.random.key(1))
+    params = transformer.init_params(CONFIG, jax.random.key(0), jnp.float32)
+    adapter = lora.init_adapter(CONFIG, 4, lora.TARGETS, jax.random.key(1))
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape)  # noqa: E731
     return params, jax.tree.map(noise, adapter)
 

@@ -25,14 +25,14 @@ GREEDY = request.Sampling(max_tokens=12, temperature=0.0)
 
 @functools.cache
 def params():
-    tree = transformer.init(CONFIG, jax.random.key(0), jnp.float32)
+    tree = transformer.init_params(CONFIG, jax.random.key(0), jnp.float32)
     tree["head"]["kernel"] = tree["head"]["kernel"] * 12.0  # logits of deviation 2
     return tree
 
 
 @functools.cache
 def prefix():
-    return shared_prefix.encode_prefix(DECODER, params(), PREFIX)
+    return shared_prefix.encode_ids(DECODER, params(), PREFIX)
 
 
 def keys_of(prompts, seed=0):
@@ -63,7 +63,7 @@ def _forward(tokens_BL, lengths_B, tree, length):
     positions = jnp.broadcast_to(index_L[None], tokens_BL.shape)
     segments = (index_L[None] < lengths_B[:, None]).astype(jnp.int32)
     out = DECODER.apply({"params": tree}, (transformer.Stream(tokens_BL, positions, segments),))[0]
-    return transformer.logits(out.hidden_BLD, transformer.head(tree))
+    return transformer.compute_logits(out.hidden_BLD, transformer.get_head(tree))
 
 
 def predicting(prompts, completions, shared=PREFIX, tree=None):
@@ -216,12 +216,12 @@ def test_every_token_has_noise_of_its_own():
 
 def test_adapter_equals_merged_weights():
     key = jax.random.key(3)
-    adapter = lora.init(CONFIG, 4, ("q", "v", "down"), key)
+    adapter = lora.init_adapter(CONFIG, 4, ("q", "v", "down"), key)
     adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape, x.dtype), adapter)
-    kv = shared_prefix.encode_prefix(DECODER, params(), PREFIX, adapter, 0.5)
+    kv = shared_prefix.encode_ids(DECODER, params(), PREFIX, adapter, 0.5)
     run = functools.partial(generate, PLAIN, shared=False)
-    merged = lora.merge(params(), adapter, 0.5)
-    want = run(params=merged, prefix=shared_prefix.encode_prefix(DECODER, merged, PREFIX))
+    merged = lora.merge_adapter(params(), adapter, 0.5)
+    want = run(params=merged, prefix=shared_prefix.encode_ids(DECODER, merged, PREFIX))
     same(run(prefix=kv, adapter=adapter, adapter_scale=0.5), want, atol=1e-4)
     assert [c.ids for c in want] != [c.ids for c in generate(PLAIN)]
 
@@ -230,10 +230,10 @@ def test_adapter_equals_merged_weights():
 def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
     options = {"shared": shared and not adapted}
     if adapted:
-        adapter = lora.init(CONFIG, 2, lora.TARGETS, jax.random.key(1))
+        adapter = lora.init_adapter(CONFIG, 2, lora.TARGETS, jax.random.key(1))
         noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape)  # noqa: E731
         options |= {"adapter": jax.tree.map(noise, adapter), "adapter_scale": 0.5}
-        options["prefix"] = shared_prefix.encode_prefix(
+        options["prefix"] = shared_prefix.encode_ids(
             DECODER, params(), PREFIX, options["adapter"], options["adapter_scale"]
         )
     with jax.set_mesh(sharding.make(1, 1, 1, devices=jax.devices()[:1])):
@@ -248,7 +248,7 @@ def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
 
 def test_when_layers_are_arrays_of_their_own():
     one = sharding.make(1, 1, 1, devices=jax.devices()[:1])
-    large = transformer.init(
+    large = transformer.init_params(
         dataclasses.replace(CONFIG, d_ff=8192), jax.random.key(0), jnp.float32
     )  # of 7 MiB a layer
     place = lambda tree, where: sharding.place(tree, where, CONFIG.n_kv_heads)  # noqa: E731
@@ -264,9 +264,9 @@ def test_when_layers_are_arrays_of_their_own():
     two = sharding.make(1, 1, 2, devices=jax.devices()[:2])
     assert engine.unstacked(place(large, two), None, None, two) is None
     assert engine.unstacked(jax.eval_shape(lambda: params), None, None, one) is None
-    small = place(transformer.init(CONFIG, jax.random.key(0), jnp.float32), one)
+    small = place(transformer.init_params(CONFIG, jax.random.key(0), jnp.float32), one)
     assert engine.unstacked(small, None, None, one) is None
-    assert engine.unstacked(place(lora.quantised(large), one), None, None, one) is None
+    assert engine.unstacked(place(lora.quantise_projections(large), one), None, None, one) is None
 
 
 def test_bfloat16_weights():
@@ -297,7 +297,7 @@ def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
         )
         got = result(
             sampling, prompts, keys, shared=False, params=placed, slots=8,
-            prefix=shared_prefix.encode_prefix(DECODER, placed, PREFIX),
+            prefix=shared_prefix.encode_ids(DECODER, placed, PREFIX),
         )  # fmt: skip
     same(got.completions, want)
 

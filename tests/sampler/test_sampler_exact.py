@@ -39,8 +39,8 @@ WAYS = [
 def weights(name):
     config = CONFIGS[name][0]
     if name != "SmolLM2":
-        tree = transformer.init(config, jax.random.key(0), jnp.float32)
-        head = transformer.head(tree) * 8.0  # logits that differ
+        tree = transformer.init_params(config, jax.random.key(0), jnp.float32)
+        head = transformer.get_head(tree) * 8.0  # logits that differ
         if config.tie_embeddings:
             return tree | {"embed": {"embedding": head}}
         return tree | {"head": {"kernel": head}}
@@ -94,7 +94,7 @@ def _forward(config):
         out = decoder.apply(
             {"params": tree}, (transformer.Stream(tokens_BL, positions, segments),)
         )[0]
-        return transformer.logits(out.hidden_BLD, transformer.head(tree))
+        return transformer.compute_logits(out.hidden_BLD, transformer.get_head(tree))
 
     return jax.jit(run)
 
@@ -201,7 +201,7 @@ def test_50_000_samples_have_the_truncated_distribution():
     count, config = 50_000, TINY
     decoder, tree = (
         transformer.Decoder(config, jnp.float32),
-        transformer.init(config, jax.random.key(0), F32),
+        transformer.init_params(config, jax.random.key(0), F32),
     )
     sampling = request.Sampling(1, temperature=1.3, top_k=60, top_p=0.9, min_p=0.02)
     keys = request.stream_keys(3, "rollout", 0, ["row"] * count, range(count))
@@ -235,7 +235,7 @@ def test_oracle_sees_a_prefix_as_plain_tokens():
     keys = request.stream_keys(0, "rollout", 0, ["a"], [0])
     sampling = request.Sampling(20, temperature=0.0)
     run = functools.partial(loop.generate, decoder, weights(name), keys=keys, sampling=sampling)
-    kv = shared_prefix.encode_prefix(decoder, weights(name), (4, 5, 6))
+    kv = shared_prefix.encode_ids(decoder, weights(name), (4, 5, 6))
     apart = run(prompts=[(7, 8)], prefix=kv).completions[0]
     whole = run(prompts=[(4, 5, 6, 7, 8)]).completions[0]
     assert apart.ids == whole.ids

@@ -264,7 +264,7 @@ ONE = threading.Lock()
 
 @functools.cache
 def params():
-    tree = transformer.init(CONFIG, jax.random.key(1), jnp.float32)
+    tree = transformer.init_params(CONFIG, jax.random.key(1), jnp.float32)
     tree["head"]["kernel"] = tree["head"]["kernel"] * 12.0  # logits of deviation 2
     return tree
 
@@ -274,7 +274,7 @@ def _forward(ids_1L, tree):
     positions = jnp.arange(ids_1L.shape[1], dtype=jnp.int32)[None]
     stream = transformer.Stream(ids_1L, positions, jnp.ones_like(ids_1L))
     hidden = DECODER.apply({"params": tree}, (stream,))[0].hidden_BLD[0]
-    return transformer.logits(hidden, transformer.head(tree))
+    return transformer.compute_logits(hidden, transformer.get_head(tree))
 
 
 def by_model(ids):

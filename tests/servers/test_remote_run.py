@@ -26,7 +26,7 @@ from copsd_jax.runtime import checkpoint
 from copsd_jax.sampler import loop, request
 from copsd_jax.servers import dialects, remote_engine
 from copsd_jax.training import loaded_run, run_plan, train_step
-from copsd_jax.weights import hf, peft
+from copsd_jax.weights import hf, hf_config, peft
 
 optax_promotes = runs.optax_promotes
 
@@ -44,7 +44,7 @@ class Stub(http.server.ThreadingHTTPServer):
         plan = run_plan.make(runs.config("opsd", **SETTINGS), evaluate=False)
         self.config, self.plan = plan.model_config, plan
         key = jax.random.fold_in(jax.random.key(plan.config.seed), loaded_run.WEIGHTS_STREAM)
-        self.params = transformer.init(self.config, key, jnp.float32)
+        self.params = transformer.init_params(self.config, key, jnp.float32)
         self.decoder = transformer.Decoder(self.config, jnp.float32)
         self.adapters, self.asked, self.loaded = {}, [], []
         self.left = math.inf  # completions until it dies
@@ -76,7 +76,7 @@ class Stub(http.server.ThreadingHTTPServer):
             del self.adapters[body["lora_name"]]
         elif path == "/collective_rpc":
             folder = run_plan.pathlib.Path(body["kwargs"]["weights_path"])
-            self.params = hf.load_params(folder, hf.load_config(folder), jnp.float32)
+            self.params = hf.load_params(folder, hf_config.load_config(folder), jnp.float32)
             self.loaded.append(folder.name)
 
 

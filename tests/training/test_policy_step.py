@@ -26,7 +26,7 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def params():
-    return transformer.init(CONFIG, jax.random.key(0), jnp.float32)
+    return transformer.init_params(CONFIG, jax.random.key(0), jnp.float32)
 
 
 def make_batch(seed, teacher=True):

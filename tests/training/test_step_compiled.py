@@ -37,10 +37,12 @@ def gathered(micro_batches: int, remat: str, trainable: str = "lora") -> tuple[f
     )
     decoder = transformer.Decoder(SHAPE, F32, remat=remat)
     tx = optax.sgd(1e-3)
-    frozen = transformer.abstract(SHAPE, F32)
+    frozen = transformer.abstract_params(SHAPE, F32)
     trained = frozen
     if trainable == "lora":
-        trained = jax.eval_shape(lambda: lora.init(SHAPE, 4, lora.TARGETS, jax.random.key(0)))
+        trained = jax.eval_shape(
+            lambda: lora.init_adapter(SHAPE, 4, lora.TARGETS, jax.random.key(0))
+        )
     state = jax.eval_shape(lambda t: train_step.init(t, tx, "fixed"), trained)
     batch = layout.pack([[1] * 9] * 16, [[2] * 40] * 16, [[3] * 20] * 16)
     with jax.set_mesh(devices):

@@ -38,12 +38,12 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def params():
-    return transformer.init(CONFIG, jax.random.key(0), jnp.float32)
+    return transformer.init_params(CONFIG, jax.random.key(0), jnp.float32)
 
 
 def make_adapter(seed: int, size: float = 0.05) -> dict:
     """An adapter whose b is not zero, so that student and initial policy differ."""
-    adapter = lora.init(CONFIG, 4, ("q", "v", "down"), jax.random.key(seed))
+    adapter = lora.init_adapter(CONFIG, 4, ("q", "v", "down"), jax.random.key(seed))
     key = jax.random.key(seed + 100)
     return jax.tree.map(lambda x: x + size * jax.random.normal(key, x.shape, jnp.float32), adapter)
 
@@ -76,7 +76,7 @@ def forward(decoder, params, adapter, ids_1L):
     positions = jnp.arange(ids_1L.shape[1], dtype=jnp.int32)[None]
     stream = transformer.Stream(ids_1L, positions, jnp.ones_like(ids_1L), adapter, SCALE)
     hidden = decoder.apply({"params": params}, (stream,))[0].hidden_BLD
-    return transformer.logits(hidden, transformer.head(params))[0]
+    return transformer.compute_logits(hidden, transformer.get_head(params))[0]
 
 
 def log_softmax_by_hand(decoder, params, adapter, prompt, completion):
@@ -114,7 +114,7 @@ def test_bug_04_values_of_a_ragged_batch_equal_those_of_each_sample_alone(decode
 def test_equal_contexts_give_no_loss_and_no_gradient(decoder, params):
     """Through the model, in float32, below 1e-6: teacher = student context, b = 0."""
     students, _, completions = make_samples(1)
-    adapter = lora.init(CONFIG, 4, ("q", "v", "down"), jax.random.key(0))
+    adapter = lora.init_adapter(CONFIG, 4, ("q", "v", "down"), jax.random.key(0))
     state = train_step.init(adapter, TX, "fixed")
     batch = layout.pack(students, students, completions)
     _, aux = run(decoder, params, state, batch)
@@ -128,10 +128,10 @@ def test_equal_contexts_give_no_loss_and_no_gradient(decoder, params):
 def test_any_mesh_gives_the_numbers_of_one_device(decoder, params, shape):
     config = dataclasses.replace(CONFIG, vocab_size=96)
     decoder = transformer.Decoder(config, jnp.float32)
-    params = transformer.init(config, jax.random.key(0), jnp.float32)
+    params = transformer.init_params(config, jax.random.key(0), jnp.float32)
     samples = make_samples(2)
     batch = jax.tree.map(lambda x: np.minimum(x, 95) if x.max() == 96 else x, layout.pack(*samples))
-    adapter = lora.init(config, 8, ("q", "o", "down"), jax.random.key(1))
+    adapter = lora.init_adapter(config, 8, ("q", "o", "down"), jax.random.key(1))
     adapter = jax.tree.map(lambda x: x + 0.03, adapter)
     state = train_step.init(adapter, TX, "fixed")
     alone, aux = run(decoder, params, state, batch)
@@ -180,7 +180,7 @@ def test_a_shared_prefix_equals_writing_it_in_front_of_every_prompt(decoder, par
         [prefix_s + s for s in students], [prefix_t + t for t in teachers], completions
     )
     plain, aux = run(decoder, params, state, whole)
-    kv = shared_prefix.encode_prefix(decoder, params, prefix_t)
+    kv = shared_prefix.encode_ids(decoder, params, prefix_t)
     batch = layout.pack(students, teachers, completions, student_prefix=5, teacher_prefix=3)
     shared, aux_shared = run(decoder, params, state, batch, jnp.asarray(prefix_s, jnp.int32), (kv,))
     np.testing.assert_allclose(aux_shared.metrics["loss"], aux.metrics["loss"], rtol=1e-5)
@@ -328,7 +328,7 @@ def test_bug_06_an_end_token_that_equals_padding_is_trained(decoder, params):
 def test_the_divergence_falls_on_a_batch_that_stays():
     """Thirty steps towards the teacher's context halve the divergence."""
     decoder = transformer.Decoder(CONFIG, jnp.float32)
-    params = transformer.init(CONFIG, jax.random.key(5), jnp.float32)
+    params = transformer.init_params(CONFIG, jax.random.key(5), jnp.float32)
     params = jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params)  # contexts must matter
     batch = layout.pack(*make_samples(11))
     tx = optax.adam(1e-2)

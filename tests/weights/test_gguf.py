@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from copsd_jax.model import transformer
-from copsd_jax.weights import gguf, hf
+from copsd_jax.weights import gguf_files, hf, hf_config
 
 CONFIG = transformer.ModelConfig(
     family="llama", vocab_size=96, d_model=64, d_ff=96, n_layers=2, n_heads=4, n_kv_heads=2,
@@ -102,7 +102,7 @@ def write(
         else:
             writer.add_key_value(key, value, format.GGUFValueType.get_type(value))
     values = {}
-    for name, slot in hf.table(config).items():
+    for name, slot in hf.build_weight_table(config).items():
         w = rng.normal(size=slot.shape).astype(np.float32)
         one = len(slot.shape) == 1
         used = "F32" if one else kind
@@ -126,7 +126,7 @@ def write(
 def test_every_tensor_type(tmp_path, kind):
     path = tmp_path / "m.gguf"
     expected = write(path, CONFIG, kind)
-    found = gguf.tensors(path)
+    found = gguf_files.open_tensors(path)
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert tensor.shape == expected[name].shape, name
@@ -139,10 +139,10 @@ def test_every_tensor_type(tmp_path, kind):
 def test_every_family(tmp_path, family):
     path, config = tmp_path / "m.gguf", FAMILIES[family]
     expected = write(path, config)
-    assert gguf.config(path) == config
-    for name, tensor in gguf.tensors(path).items():
+    assert gguf_files.load_config(path) == config
+    for name, tensor in gguf_files.open_tensors(path).items():
         np.testing.assert_array_equal(tensor.read(), expected[name], err_msg=name)
-    hf.check(path, config)
+    hf.check_weights(path, config)
 
 
 def test_metadata_equal_the_package_s_reader(tmp_path):
@@ -153,8 +153,8 @@ def test_metadata_equal_the_package_s_reader(tmp_path):
     write(path, CONFIG, "Q4_0", meta=[*meta, ("general.alignment", 64)])
     theirs = format.GGUFReader(path)
     expected = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
-    assert gguf.metadata(path) == expected
-    for ours, stored in zip(gguf.open_file(path).tensors, theirs.tensors, strict=True):
+    assert gguf_files.read_metadata(path) == expected
+    for ours, stored in zip(gguf_files.read_header(path).tensors, theirs.tensors, strict=True):
         assert ours.name == stored.name
         assert (ours.offset, ours.size) == (stored.data_offset, stored.n_bytes)
         assert ours.shape == tuple(reversed(stored.shape.tolist()))
@@ -165,14 +165,14 @@ def test_damaged_file_is_refused_or_read(tmp_path):
     path = tmp_path / "m.gguf"
     write(path, CONFIG, meta=[("a.list", ["x", "y"])])
     whole, rng = path.read_bytes(), np.random.default_rng(0)
-    front = gguf.open_file(path).tensors[0].offset
+    front = gguf_files.read_header(path).tensors[0].offset
     refused = 0
     for _ in range(300):
         damaged = bytearray(whole)
         damaged[rng.integers(front)] = rng.integers(256)
         path.write_bytes(damaged)
         try:
-            hf.check(path, hf.load_config(path))
+            hf.check_weights(path, hf_config.load_config(path))
         except ValueError:
             refused += 1
     assert refused > 50
@@ -181,7 +181,7 @@ def test_damaged_file_is_refused_or_read(tmp_path):
 def test_rows_of_a_head():
     original = np.arange(8)[:, None]  # two heads of four rows
     stored = np.array([0, 2, 1, 3, 4, 6, 5, 7])[:, None]
-    np.testing.assert_array_equal(gguf.unpermute(stored, 2), original)
+    np.testing.assert_array_equal(gguf_files.unpermute(stored, 2), original)
 
 
 def _llama3_divisors(factor, low, high, positions, head_dim, theta):
@@ -205,15 +205,15 @@ def test_llama3_scaling_is_recognised(tmp_path, factor):
     path, config = tmp_path / "m.gguf", dataclasses.replace(CONFIG, rope_theta=5e5)
     write(path, config, extra=[("rope_freqs.weight", divisors)])
     scaling = transformer.RopeScaling(factor, 1.0, 4.0, 8192)
-    assert gguf.config(path) == dataclasses.replace(config, rope_scaling=scaling)
-    hf.check(path, gguf.config(path))
+    assert gguf_files.load_config(path) == dataclasses.replace(config, rope_scaling=scaling)
+    hf.check_weights(path, gguf_files.load_config(path))
 
 
 def test_other_scaling_is_refused(tmp_path):
     path = tmp_path / "m.gguf"
     write(path, CONFIG, extra=[("rope_freqs.weight", np.full(8, 3.0, np.float32))])
     with pytest.raises(ValueError, match=r"rope_freqs\.weight is not Llama 3's"):
-        gguf.config(path)
+        gguf_files.load_config(path)
 
 
 @pytest.mark.parametrize(
@@ -229,37 +229,37 @@ def test_options_are_refused(tmp_path, meta, message):
     path = tmp_path / "m.gguf"
     write(path, CONFIG, meta=[meta])
     with pytest.raises(ValueError, match=message):
-        gguf.config(path)
+        gguf_files.load_config(path)
 
 
 def test_architecture_is_refused_by_name(tmp_path):
     path = tmp_path / "m.gguf"
     write(path, dataclasses.replace(CONFIG, family="gemma3"))
     with pytest.raises(ValueError, match=r"'gemma3' is not supported; .* llama, qwen2, qwen3"):
-        gguf.config(path)
+        gguf_files.load_config(path)
 
 
 def test_tensor_type_is_refused_by_name(tmp_path):
     path = tmp_path / "m.gguf"
     write(path, CONFIG, extra=[("blk.2.attn_q.weight", np.zeros((4, 4), np.float64))])
     with pytest.raises(ValueError, match=r"blk\.2\.attn_q\.weight has type F64"):
-        gguf.tensors(path)
+        gguf_files.open_tensors(path)
 
 
 def test_tensor_name_is_refused(tmp_path):
     path = tmp_path / "m.gguf"
     write(path, CONFIG, extra=[("blk.0.ffn_gate_inp.weight", np.zeros((4, 4), np.float32))])
     with pytest.raises(ValueError, match=r"blk\.0\.ffn_gate_inp\.weight"):
-        gguf.tensors(path)
+        gguf_files.open_tensors(path)
 
 
 def test_missing_and_extra_tensors_are_refused(tmp_path):
     path = tmp_path / "m.gguf"
     write(path, CONFIG, extra=[("blk.2.attn_q.weight", np.zeros((64, 64), np.float32))])
     with pytest.raises(ValueError, match=r"\(1\): model\.layers\.2\.self_attn\.q_proj"):
-        hf.check(path, gguf.config(path))
+        hf.check_weights(path, gguf_files.load_config(path))
     with pytest.raises(ValueError, match=r"lacks tensors \(8\): model\.layers\.2\.input_layernorm"):
-        hf.check(path, dataclasses.replace(CONFIG, n_layers=3))
+        hf.check_weights(path, dataclasses.replace(CONFIG, n_layers=3))
 
 
 @pytest.mark.parametrize("keep", [0.0001, 0.01, 0.5, 0.999])
@@ -269,4 +269,4 @@ def test_truncated_file_is_refused(tmp_path, keep):
     whole = path.read_bytes()
     path.write_bytes(whole[: max(1, int(keep * len(whole)))])
     with pytest.raises(ValueError, match="not a whole GGUF file"):
-        gguf.config(path)
+        gguf_files.load_config(path)

@@ -17,7 +17,7 @@ import safetensors.numpy
 import transformers
 
 from copsd_jax.model import transformer
-from copsd_jax.weights import hf, tokenizer
+from copsd_jax.weights import hf, hf_config, hub, tokenizer
 
 TINY = dataclasses.replace(
     transformer.SHAPES["tiny"],
@@ -106,7 +106,8 @@ def random_params(c: transformer.ModelConfig, dtype) -> dict:
     """A tree without compiling model.init, which other tests cover."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), transformer.abstract(c, dtype)
+        lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype),
+        transformer.abstract_params(c, dtype),
     )
 
 
@@ -121,14 +122,14 @@ def flat(tree: dict) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_table_has_every_tensor_and_fills_every_slot_once(family):
     config = CONFIGS[family]
-    table = hf.table(config)
+    table = hf.build_weight_table(config)
     assert {name: slot.shape for name, slot in table.items()} == _expected_shapes(config)
     filled = [(slot.path, slot.layer) for slot in table.values()]
     assert len(set(filled)) == len(filled)
     sizes = {path: 0 for path, _ in filled}
     for slot in table.values():
         sizes[slot.path] += int(np.prod(slot.shape))
-    expected = jax.tree.leaves_with_path(transformer.abstract(config, jnp.float32))
+    expected = jax.tree.leaves_with_path(transformer.abstract_params(config, jnp.float32))
     assert sizes == {tuple(k.key for k in path): leaf.size for path, leaf in expected}
 
 
@@ -136,8 +137,8 @@ def test_table_has_every_tensor_and_fills_every_slot_once(family):
 def test_every_value_arrives(tmp_path, family):
     config = CONFIGS[family]
     theirs = write(tmp_path, config)
-    assert hf.load_config(tmp_path) == config
-    hf.check(tmp_path, config)
+    assert hf_config.load_config(tmp_path) == config
+    hf.check_weights(tmp_path, config)
     params = hf.load_params(tmp_path, config, jnp.float32)
     for i in range(config.n_layers):
         layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), params["layers"])
@@ -163,9 +164,9 @@ def test_every_value_arrives(tmp_path, family):
     np.testing.assert_array_equal(params["embed"]["embedding"], embedding)
     np.testing.assert_array_equal(params["final_norm"]["scale"], theirs["model.norm.weight"])
     head = embedding if config.tie_embeddings else theirs["lm_head.weight"]
-    np.testing.assert_array_equal(transformer.head(params), head)
+    np.testing.assert_array_equal(transformer.get_head(params), head)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
-    expected = transformer.abstract(config, jnp.float32)
+    expected = transformer.abstract_params(config, jnp.float32)
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
 
 
@@ -186,12 +187,12 @@ def test_number_types(tmp_path, stored, wanted):
 def test_save_then_load_is_bit_equal(tmp_path, family, dtype, shard_bytes):
     config = dataclasses.replace(CONFIGS[family], vocab_size=1500)
     params = random_params(config, dtype)
-    source, out = hf.resolve("tiny"), tmp_path / "out"
+    source, out = hub.resolve("tiny"), tmp_path / "out"
     tok = tokenizer.load(source)
     hf.save(out, params, config, source_path=source, tokenizer=tok, shard_bytes=shard_bytes)
     assert (out / "model.safetensors").exists() == (shard_bytes == hf.SHARD_BYTES)
-    assert hf.load_config(out) == config
-    hf.check(out, config)
+    assert hf_config.load_config(out) == config
+    hf.check_weights(out, config)
     again = hf.load_params(out, config, dtype)
     before, after = flat(params), flat(again)
     assert before.keys() == after.keys()
@@ -205,7 +206,7 @@ def test_what_is_saved_is_what_the_safetensors_package_reads(tmp_path):
     config = CONFIGS["llama"]
     theirs = write(tmp_path / "in", config)
     params = hf.load_params(tmp_path / "in", config, jnp.float32)
-    tok = tokenizer.load(hf.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve("tiny"))
     out = hf.save(tmp_path / "out", params, config, source_path=tmp_path / "in", tokenizer=tok)
     saved = safetensors.numpy.load_file(out / "model.safetensors")
     assert saved.keys() == theirs.keys()
@@ -217,7 +218,7 @@ def test_what_is_saved_is_what_the_safetensors_package_reads(tmp_path):
 
 
 def test_saved_tokenizer_and_generation_settings(tmp_path):
-    source, tok = tmp_path / "in", tokenizer.load(hf.resolve("tiny"))
+    source, tok = tmp_path / "in", tokenizer.load(hub.resolve("tiny"))
     write(source, TINY)
     settings = {"eos_token_id": [95, 3], "temperature": 0.6, "do_sample": True}
     (source / "generation_config.json").write_text(json.dumps(settings))
@@ -234,18 +235,18 @@ def test_saved_tokenizer_and_generation_settings(tmp_path):
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["eos_token_id"] == sorted([3, 95, tok.eos_token_id])
     assert generation["temperature"] == 0.6
-    assert tokenizer.stop_ids(again, out) == tokenizer.stop_ids(tok, source)
+    assert tokenizer.find_stop_ids(again, out) == tokenizer.find_stop_ids(tok, source)
 
 
 def test_save_leaves_what_is_there(tmp_path):
-    tok = tokenizer.load(hf.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve("tiny"))
     params = random_params(TINY, jnp.float32)
     (tmp_path / "mine").write_text("")
     with pytest.raises(FileExistsError, match="not empty"):
-        hf.save(tmp_path, params, TINY, source_path=hf.resolve("tiny"), tokenizer=tok)
+        hf.save(tmp_path, params, TINY, source_path=hub.resolve("tiny"), tokenizer=tok)
     other = CONFIGS["qwen2"]
     with pytest.raises(ValueError, match="not those of this config"):
-        hf.save(tmp_path / "x", params, other, source_path=hf.resolve("tiny"), tokenizer=tok)
+        hf.save(tmp_path / "x", params, other, source_path=hub.resolve("tiny"), tokenizer=tok)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
@@ -257,7 +258,7 @@ def test_memory_stays_near_the_model(tmp_path):
     """Loading holds what is kept and one leaf besides, not the file a second time."""
     config = dataclasses.replace(TINY, vocab_size=4096, d_model=256, d_ff=1024, n_layers=4)
     write(tmp_path, config)
-    leaves = jax.tree.leaves(transformer.abstract(config, jnp.float32))
+    leaves = jax.tree.leaves(transformer.abstract_params(config, jnp.float32))
     total = sum(leaf.size * 4 for leaf in leaves)
     largest = max(leaf.size * 4 for leaf in leaves)
 
@@ -300,7 +301,7 @@ def test_config_of_transformers_5(tmp_path):
     raw = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in raw  # the layout under test
     assert "rope_theta" not in raw
-    assert hf.load_config(tmp_path) == CONFIGS["llama"]
+    assert hf_config.load_config(tmp_path) == CONFIGS["llama"]
 
 
 def test_published_configs(tmp_path):
@@ -314,7 +315,7 @@ def test_published_configs(tmp_path):
         "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(qwen))
-    assert hf.load_config(tmp_path) == transformer.SHAPES["qwen3_1_7b"]
+    assert hf_config.load_config(tmp_path) == transformer.SHAPES["qwen3_1_7b"]
     smollm2 = {
         "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 576,
         "intermediate_size": 1536, "max_position_embeddings": 8192, "model_type": "llama",
@@ -323,7 +324,7 @@ def test_published_configs(tmp_path):
         "vocab_size": 49152,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(smollm2))
-    assert hf.load_config(tmp_path) == transformer.SHAPES["smollm2_135m"]
+    assert hf_config.load_config(tmp_path) == transformer.SHAPES["smollm2_135m"]
 
 
 @pytest.mark.parametrize(
@@ -348,19 +349,19 @@ def test_published_configs(tmp_path):
 def test_unsupported_configs_are_refused_by_name(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps(_theirs(TINY) | changes))
     with pytest.raises(ValueError, match=message):
-        hf.load_config(tmp_path)
+        hf_config.load_config(tmp_path)
 
 
 def test_broken_configs_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        hf.load_config(tmp_path)
+        hf_config.load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"a": 1,}')
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
-        hf.load_config(tmp_path)
+        hf_config.load_config(tmp_path)
     raw = {k: v for k, v in _theirs(TINY).items() if k != "hidden_size"}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="lacks hidden_size"):
-        hf.load_config(tmp_path)
+        hf_config.load_config(tmp_path)
 
 
 # Damaged folders.
@@ -386,7 +387,7 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
 def test_wrong_tensors_are_refused(tmp_path, change, message):
     write(tmp_path, TINY, change(_random(TINY)))
     with pytest.raises(ValueError, match=message):
-        hf.check(tmp_path, TINY)
+        hf.check_weights(tmp_path, TINY)
     with pytest.raises(ValueError, match=message):
         hf.load_params(tmp_path, TINY, jnp.float32)
 
@@ -397,7 +398,7 @@ def test_truncated_weights_are_refused(tmp_path, keep):
     file = tmp_path / "model.safetensors"
     os.truncate(file, keep if isinstance(keep, int) else int(keep * file.stat().st_size))
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
-        hf.check(tmp_path, TINY)
+        hf.check_weights(tmp_path, TINY)
 
 
 def test_other_damage_is_refused(tmp_path):
@@ -406,14 +407,14 @@ def test_other_damage_is_refused(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole + b"\0")
     with pytest.raises(ValueError, match="longer than its header says"):
-        hf.check(tmp_path, TINY)
+        hf.check_weights(tmp_path, TINY)
     file.write_bytes(whole[:8] + b"[" + whole[9:])
     with pytest.raises(ValueError, match="damaged safetensors header"):
-        hf.check(tmp_path, TINY)
+        hf.check_weights(tmp_path, TINY)
     file.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"no weights: neither model\.safetensors nor"):
-        hf.check(tmp_path, TINY)
+        hf.check_weights(tmp_path, TINY)
 
 
 def test_head_of_a_tied_model(tmp_path):
@@ -421,7 +422,7 @@ def test_head_of_a_tied_model(tmp_path):
     theirs = _random(TINY)
     embedding = theirs["model.embed_tokens.weight"]
     write(tmp_path, TINY, theirs | {"lm_head.weight": embedding.copy()})
-    hf.check(tmp_path, TINY)
+    hf.check_weights(tmp_path, TINY)
     assert "head" not in hf.load_params(tmp_path, TINY, jnp.float32)
     write(tmp_path, TINY, theirs | {"lm_head.weight": embedding + 1})
     with pytest.raises(ValueError, match=r"tied embeddings, but lm_head\.weight is not equal"):
@@ -431,13 +432,13 @@ def test_head_of_a_tied_model(tmp_path):
 def test_head_of_an_untied_model_must_be_there(tmp_path):
     write(tmp_path, TINY)
     with pytest.raises(ValueError, match=r"lacks tensors \(1\): lm_head\.weight"):
-        hf.check(tmp_path, dataclasses.replace(TINY, tie_embeddings=False))
+        hf.check_weights(tmp_path, dataclasses.replace(TINY, tie_embeddings=False))
 
 
 def test_rotary_constants_are_no_weights(tmp_path):
     constant = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
     write(tmp_path, TINY, _random(TINY) | constant)
-    hf.check(tmp_path, TINY)
+    hf.check_weights(tmp_path, TINY)
     hf.load_params(tmp_path, TINY, jnp.float32)
 
 
@@ -472,11 +473,11 @@ def test_index_and_shards_must_agree(sharded):
     folder, index = sharded
     _write_index(folder, index | {GATE: "a.safetensors" if "b" in index[GATE] else "b.safetensors"})
     with pytest.raises(ValueError, match=f"disagree about tensor {GATE}"):
-        hf.check(folder, TINY)
+        hf.check_weights(folder, TINY)
     _write_index(folder, index)
     (folder / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.safetensors does not exist"):
-        hf.check(folder, TINY)
+        hf.check_weights(folder, TINY)
 
 
 def test_check_reads_headers_only(tmp_path):
@@ -492,8 +493,8 @@ def test_check_reads_headers_only(tmp_path):
     os.truncate(file, 8 + len(text) + at)
     assert at > 60e9
     start = time.monotonic()
-    hf.check(tmp_path, config)
+    hf.check_weights(tmp_path, config)
     assert time.monotonic() - start < 5
     os.truncate(file, 8 + len(text) + at - 1)
     with pytest.raises(ValueError, match="truncated"):
-        hf.check(tmp_path, config)
+        hf.check_weights(tmp_path, config)

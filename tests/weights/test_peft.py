@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from copsd_jax.model import lora, transformer
-from copsd_jax.weights import hf, peft
+from copsd_jax.weights import hf, hf_config, peft
 
 CONFIG = dataclasses.replace(
     transformer.SHAPES["tiny"],
@@ -36,7 +36,7 @@ MODULES = {
 
 def adapter_of(targets=lora.TARGETS, seed=0):
     """Random in both factors."""
-    tree = lora.init(CONFIG, RANK, targets, jax.random.key(seed))
+    tree = lora.init_adapter(CONFIG, RANK, targets, jax.random.key(seed))
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return jax.tree.unflatten(
@@ -197,15 +197,15 @@ def test_torch_gives_the_logits_of_base_and_adapter(tmp_path):
     """The base in transformers, to whose weights B A alpha / r of the folder is added."""
     torch = pytest.importorskip("torch", reason="needs torch (extra `parity`)")
     transformers = pytest.importorskip("transformers")
-    params = transformer.init(CONFIG, jax.random.key(3), jnp.float32)
-    config = hf._config_json(CONFIG, "float32", {})
+    params = transformer.init_params(CONFIG, jax.random.key(3), jnp.float32)
+    config = hf_config.to_config_json(CONFIG, "float32", {})
     kind = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[CONFIG.family]
     theirs = getattr(transformers, f"{kind}ForCausalLM")(
         getattr(transformers, f"{kind}Config")(**config)
     ).eval()
     weights = {
         name: torch.tensor(np.array(tensor.read()))
-        for name, tensor in hf._outgoing(params, CONFIG).items()
+        for name, tensor in hf._export_tensors(params, CONFIG).items()
     }
     folder = peft.write(tmp_path / "a", adapter_of(), CONFIG, alpha=ALPHA, base="")
     ids = np.random.default_rng(0).integers(0, 40, (2, 9)).astype(np.int32)
@@ -233,7 +233,7 @@ def test_torch_gives_the_logits_of_base_and_adapter(tmp_path):
     )
     decoder = transformer.Decoder(CONFIG, jnp.float32)
     hidden = decoder.apply({"params": params}, (stream,))[0].hidden_BLD
-    ours = np.asarray(transformer.logits(hidden, transformer.head(params)))
+    ours = np.asarray(transformer.compute_logits(hidden, transformer.get_head(params)))
     found = logits()
     assert np.abs(found - bare).max() > 0.1
     np.testing.assert_allclose(ours, found, atol=1e-4)

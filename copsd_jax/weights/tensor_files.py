@@ -113,7 +113,7 @@ def _shards(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
     return [SINGLE], None
 
 
-def tensors(folder: pathlib.Path) -> dict[str, Tensor]:
+def open_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     """Name -> tensor of a model's folder, one file or sharded; reads headers only.
 
     Raises:
@@ -136,7 +136,7 @@ def tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     return out
 
 
-def write(file: pathlib.Path, items: Iterable[tuple[str, Tensor]], dtype: np.dtype) -> None:
+def write_file(file: pathlib.Path, items: Iterable[tuple[str, Tensor]], dtype: np.dtype) -> None:
     """Writes tensors, all of one number type, reading each when its turn comes."""
     items = list(items)
     code = next(key for key, value in DTYPES.items() if value == dtype)
@@ -170,11 +170,11 @@ def write_folder(
         shards[-1].append((name, tensor))
         held, total = held + size, total + size
     if len(shards) == 1:
-        return write(folder / SINGLE, shards[0], dtype)
+        return write_file(folder / SINGLE, shards[0], dtype)
     index = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        write(folder / file, shard, dtype)
+        write_file(folder / file, shard, dtype)
         index |= {name: file for name, _ in shard}
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
     (folder / INDEX).write_text(text + "\n", encoding="utf-8")

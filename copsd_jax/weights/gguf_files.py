@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 
 from copsd_jax.model import transformer
-from copsd_jax.weights import safetensors
+from copsd_jax.weights import tensor_files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # The tensor types whose decoding is compared with a second one in the tests, and the block formats
@@ -62,7 +62,7 @@ NUMBERS = {  # metadata type -> struct code
 ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (Llama 3's scaling)
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in the file: shape in NumPy's order, place of its encoded values."""
 
     name: str
@@ -72,11 +72,11 @@ class Stored(NamedTuple):
     size: int
 
 
-class File(NamedTuple):
+class Header(NamedTuple):
     """What stands before the values."""
 
     metadata: dict[str, Any]
-    tensors: tuple[Stored, ...]
+    tensors: tuple[StoredTensor, ...]
 
 
 class _Cursor:
@@ -113,7 +113,7 @@ class _Cursor:
         return [self.value(item) for _ in range(count)]
 
 
-def _tensor(cursor: _Cursor) -> Stored:
+def _parse_tensor(cursor: _Cursor) -> StoredTensor:
     """One entry of the list of tensors; its offset counts from the first value."""
     name = cursor.string()
     (rank,) = cursor.numbers("I")
@@ -121,10 +121,10 @@ def _tensor(cursor: _Cursor) -> Stored:
     kind = gguf.GGMLQuantizationType(cursor.numbers("I")[0])
     block, bytes_per_block = gguf.GGML_QUANT_SIZES[kind]
     size = math.prod(shape) // block * bytes_per_block
-    return Stored(name, kind, shape, cursor.numbers("Q")[0], size)
+    return StoredTensor(name, kind, shape, cursor.numbers("Q")[0], size)
 
 
-def _parse(data: mmap.mmap) -> File:
+def _parse_header(data: mmap.mmap) -> Header:
     cursor = _Cursor(data)
     magic, version, n_tensors, n_fields = (cursor.numbers(code)[0] for code in "IIQQ")
     if magic != gguf.GGUF_MAGIC or version not in gguf.READER_SUPPORTED_VERSIONS:
@@ -133,7 +133,7 @@ def _parse(data: mmap.mmap) -> File:
     for _ in range(n_fields):
         key = cursor.string()
         fields[key] = cursor.value(cursor.numbers("I")[0])
-    listed = [_tensor(cursor) for _ in range(n_tensors)]
+    listed = [_parse_tensor(cursor) for _ in range(n_tensors)]
     alignment = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     start = -(-cursor.at // alignment) * alignment
     stored = tuple(x._replace(offset=start + x.offset) for x in listed)
@@ -142,36 +142,36 @@ def _parse(data: mmap.mmap) -> File:
         raise ValueError(f"{end} bytes expected")
     if len({x.name for x in stored}) < len(stored):
         raise ValueError("a tensor is listed twice")
-    return File(fields, stored)
+    return Header(fields, stored)
 
 
-def open_file(path: pathlib.Path) -> File:
+def read_header(path: pathlib.Path) -> Header:
     """Metadata and list of tensors.
 
     Raises:
       ValueError: the file is truncated or no GGUF.
     """
     stat = path.stat()
-    return _open(path, stat.st_size, stat.st_mtime_ns)
+    return _read_header(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=2)
-def _open(path: pathlib.Path, size: int, mtime: int) -> File:
+def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
     try:
         with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(data)
+            return _parse_header(data)
     except (ValueError, KeyError, struct.error) as error:
         raise ValueError(
             f"{path} is not a whole GGUF file, it may be truncated ({size} bytes; {error})"
         ) from error
 
 
-def metadata(path: pathlib.Path) -> dict[str, Any]:
+def read_metadata(path: pathlib.Path) -> dict[str, Any]:
     """All metadata, key to value: numbers, strings, booleans and lists of them."""
-    return open_file(path).metadata
+    return read_header(path).metadata
 
 
-def _number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
+def _get_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
     if key not in fields:
         raise ValueError(f"{path} has no metadata {key}")
     value = fields[key]
@@ -181,7 +181,7 @@ def _number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _refuse_unsupported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
+def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
     """The architecture, if it and its options are supported."""
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
@@ -204,7 +204,7 @@ def _rope_scaling(
     path: pathlib.Path, head_dim: int, theta: float
 ) -> transformer.RopeScaling | None:
     """Llama 3's scaling from the stored divisors, which are all that a GGUF keeps of it."""
-    stored = [x for x in open_file(path).tensors if x.name == ROPE_FACTORS]
+    stored = [x for x in read_header(path).tensors if x.name == ROPE_FACTORS]
     if not stored:
         return None
     divisors = _read(path, stored[0], None)
@@ -232,16 +232,16 @@ def llama3_divisors(scaling: transformer.RopeScaling, head_dim: int, theta: floa
     return 1.0 / (share + (1.0 - share) / scaling.factor)
 
 
-def config(path: pathlib.Path) -> transformer.ModelConfig:
+def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     """The model's shape and constants.
 
     Raises:
       ValueError: an architecture or option that is not supported, or a missing key, by name.
     """
-    fields = metadata(path)
-    arch = _refuse_unsupported(fields, path)
-    get = lambda key: _number(fields, f"{arch}.{key}", path)  # noqa: E731
-    shapes = {x.name: x.shape for x in open_file(path).tensors}
+    fields = read_metadata(path)
+    arch = _check_supported(fields, path)
+    get = lambda key: _get_number(fields, f"{arch}.{key}", path)  # noqa: E731
+    shapes = {x.name: x.shape for x in read_header(path).tensors}
     if "token_embd.weight" not in shapes:
         raise ValueError(f"{path} has no tensor token_embd.weight")
     n_heads, d_model = get("attention.head_count"), get("embedding_length")
@@ -270,7 +270,7 @@ def config(path: pathlib.Path) -> transformer.ModelConfig:
     )
 
 
-def hf_name(name: str, path: pathlib.Path) -> str:
+def to_hf_name(name: str, path: pathlib.Path) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names raise."""
     parts = name.split(".")
     if len(parts) == 2 and parts[0] in TOP_NAMES:
@@ -288,16 +288,16 @@ def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
     return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def tensors(path: pathlib.Path) -> dict[str, safetensors.Tensor]:
+def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
     """Every weight by its Hugging Face name; `read` gives float32 in Hugging Face's layout.
 
     Raises:
       ValueError: a tensor name or type that is not supported, by name.
     """
-    c = config(path)
+    c = load_config(path)
     heads = {"attn_q": c.n_heads, "attn_k": c.n_kv_heads} if c.family == "llama" else {}
     out = {}
-    for stored in open_file(path).tensors:
+    for stored in read_header(path).tensors:
         if stored.name == ROPE_FACTORS:  # part of the config
             continue
         if stored.type.name not in TENSOR_TYPES:
@@ -305,14 +305,14 @@ def tensors(path: pathlib.Path) -> dict[str, safetensors.Tensor]:
                 f"{path}: tensor {stored.name} has type {stored.type.name}, which is not "
                 f"supported; supported are {', '.join(TENSOR_TYPES)}"
             )
-        name = hf_name(stored.name, path)
+        name = to_hf_name(stored.name, path)
         read = functools.partial(_read, path, stored, heads.get(stored.name.split(".")[-2]))
-        out[name] = safetensors.Tensor(stored.shape, read)
+        out[name] = tensor_files.Tensor(stored.shape, read)
     return out
 
 
 def _read(
-    path: pathlib.Path, stored: Stored, heads: int | None, part: tuple[slice, ...] = ()
+    path: pathlib.Path, stored: StoredTensor, heads: int | None, part: tuple[slice, ...] = ()
 ) -> np.ndarray:
     """Decoded values, float32; rows in Hugging Face's order where `heads` are interleaved.
 

@@ -1,0 +1,181 @@
+"""Configs of Hugging Face models in and out, and their end-of-text ids.
+
+A GGUF file's config arrives here too (gguf_files.py).
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from copsd_jax.model import transformer
+from copsd_jax.weights import gguf_files, hub, tensor_files
+
+ARCHITECTURES = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+}
+
+
+def _find_family(raw: Mapping, file: pathlib.Path) -> str:
+    names = raw.get("architectures") or [f"model_type {raw.get('model_type')!r}"]
+    if names[0] not in ARCHITECTURES:
+        raise ValueError(
+            f"{file}: architecture {names[0]} is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[names[0]]
+
+
+def _check_options(raw: Mapping, file: pathlib.Path) -> None:
+    """Options of supported architectures that change the computation in ways not built here."""
+    only = {
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "use_sliding_window": (False,),
+        "partial_rotary_factor": (1.0,),
+        "quantization_config": (),
+    }
+    for key, allowed in only.items():
+        if raw.get(key) is not None and raw[key] not in allowed:
+            choices = " or ".join(map(repr, allowed)) or "none"
+            raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported, only {choices}")
+    for kind in raw.get("layer_types") or ():
+        if kind != "full_attention":
+            raise ValueError(f"{file}: layer type {kind} is not supported, only full_attention")
+
+
+def _read_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.RopeScaling | None]:
+    """Base and scaling: transformers 5's rope_parameters, or 4's rope_theta and rope_scaling."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        raise ValueError(f"{file}: RoPE type {kind!r} is not supported, only default and llama3")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [key for key in keys if key not in rope]
+    if missing:
+        raise ValueError(f"{file}: RoPE type llama3 lacks {', '.join(missing)}")
+    factor, low, high = (float(rope[key]) for key in keys[:3])
+    return float(theta), transformer.RopeScaling(factor, low, high, int(rope[keys[3]]))
+
+
+def load_config(path: pathlib.Path) -> transformer.ModelConfig:
+    """The shape of the model at a resolved path: a directory with config.json, or a GGUF.
+
+    Raises:
+      FileNotFoundError: no config.json.
+      ValueError: unreadable, or an architecture or option that is not supported, by name.
+    """
+    config = gguf_files.load_config(path) if path.suffix == ".gguf" else _load_folder_config(path)
+    _check_numbers(config, path)
+    return config
+
+
+def _check_numbers(config: transformer.ModelConfig, path: pathlib.Path) -> None:
+    """Sizes that no model has come from damaged files, and would fail far from here."""
+    c = dataclasses.asdict(config)
+    for key in ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
+        if not (isinstance(c[key], int) and 0 < c[key] < 10**7):
+            raise ValueError(f"{path}: the config's {key} is {c[key]!r}")
+    for key in ("rope_theta", "rms_eps"):
+        if not (isinstance(c[key], int | float) and 0 < c[key] < math.inf):
+            raise ValueError(f"{path}: the config's {key} is {c[key]!r}")
+    if config.n_heads % config.n_kv_heads or config.head_dim % 2 or config.n_layers > 1000:
+        raise ValueError(
+            f"{path}: the config's {config.n_layers} layers of {config.n_heads} heads and "
+            f"{config.n_kv_heads} key heads of size {config.head_dim} do not make a model"
+        )
+
+
+def _load_folder_config(path: pathlib.Path) -> transformer.ModelConfig:
+    file = path / "config.json"
+    raw = tensor_files.read_json(file)
+    family = _find_family(raw, file)
+    _check_options(raw, file)
+    theta, scaling = _read_rope(raw, file)
+    needed = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "max_position_embeddings"),
+    )
+    missing = [key for key in needed if key not in raw]
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}")
+    heads = raw["num_attention_heads"]
+    return transformer.ModelConfig(
+        family=family,
+        vocab_size=raw["vocab_size"],
+        d_model=raw["hidden_size"],
+        d_ff=raw["intermediate_size"],
+        n_layers=raw["num_hidden_layers"],
+        n_heads=heads,
+        n_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_eps=raw.get("rms_norm_eps", 1e-6),
+        tie_embeddings=raw.get("tie_word_embeddings", False),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        max_position=raw["max_position_embeddings"],
+    )
+
+
+def read_stop_ids(path: pathlib.Path) -> list[int]:
+    """Every end-of-text id of generation_config.json and config.json, or of a GGUF; sorted.
+
+    Absent files add nothing: a tokenizer's folder has neither.
+    """
+    if path.suffix == ".gguf":
+        fields = gguf_files.read_metadata(path)
+        keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+        found = [fields.get(f"tokenizer.ggml.{key}") for key in keys]
+    else:
+        files = [path / name for name in hub.CONFIG_FILES]
+        found = [
+            tensor_files.read_json(file).get("eos_token_id") for file in files if file.is_file()
+        ]
+    ids = [i for entry in found for i in (entry if isinstance(entry, list) else [entry])]
+    return sorted({int(i) for i in ids if i is not None})
+
+
+def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str, Any]) -> dict:
+    """config.json in the layouts of transformers 4 and 5 at once."""
+    architecture = next(name for name, family in ARCHITECTURES.items() if family == config.family)
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if (scaling := config.rope_scaling) is not None:
+        rope = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    return {
+        "architectures": [architecture],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position,
+        "rms_norm_eps": config.rms_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope if config.rope_scaling else None,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,  # of o as well; Qwen2's biases of q, k, v go without saying
+        "use_sliding_window": False,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        **ids,
+    }
