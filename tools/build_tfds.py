@@ -45,7 +45,8 @@ def build_tfds(
     columns = sorted(c for c in found if c in sources.FIELDS or c.startswith("problem_"))
     examples = [_example(source_path, record, columns) for record in records]
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    # TFDS refuses the class name Builder outside a package.
+    class ProblemsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
         code_path = None  # or it looks for the class's file, by a package that pip leaves out
 
@@ -60,8 +61,8 @@ def build_tfds(
         def _generate_examples(self):
             yield from enumerate(examples)
 
-    Builder.name = name
-    Builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    ProblemsBuilder.name = name
+    ProblemsBuilder(data_dir=data_dir, file_format="array_record").download_and_prepare()
     return folder
 
 

@@ -290,8 +290,9 @@ def _segments(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _apart(before: str, c: str) -> bool:
-    """Whether a character leaves what precedes it as it is; not so for Bengali ে + া, say."""
-    if unicodedata.combining(c):
+    """Tells whether composition never joins `c` with `before`; Bengali ে + া, say, do compose."""
+    # U+0F73 and a few others are no combining characters, but come apart into some.
+    if unicodedata.combining(unicodedata.normalize("NFD", c)[0]):
         return False
     left, right, both = (unicodedata.normalize("NFC", part) for part in (before, c, before + c))
     return both == left + right

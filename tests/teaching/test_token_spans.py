@@ -519,6 +519,7 @@ ODD = (
 
 @SOME
 @hypothesis.given(strategies.text(ODD, max_size=20))
+@hypothesis.example("a\u0f73\u0301")  # the accent composes with the a, across U+0F71 and U+0F72
 def test_composition_is_unicodes_and_points_back(text):
     composed = token_spans._compose(text)
     assert composed.text == unicodedata.normalize("NFC", text)
