@@ -7,7 +7,7 @@ CONFIG ?= opsd
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test slow lint parity kernels runs processes meshes compile compile-all loss-matrix notebook seeds clean
+.PHONY: install demo test slow lint parity kernels runs processes meshes compile compile-all loss-matrix notebook seeds docs clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -83,6 +83,11 @@ notebook: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,notebook]'
 	COPSD_STEPS=1 COPSD_EVAL_LIMIT=4 $(BIN)/python -m jupyter nbconvert --to notebook --execute \
 	  --ExecutePreprocessor.timeout=1200 --output-dir build notebooks/quickstart.ipynb
+
+# The pages in docs/, and the modules' reference from their docstrings; warnings are errors.
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,docs]'
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs build/docs/html
 
 # Three runs with other seeds, and the interval of the gain over all of them.
 seeds: install

@@ -57,5 +57,6 @@ setuptools.setup(
         ],
         "parity": ["torch>=2.8", "accelerate>=1"],
         "notebook": ["nbconvert>=7", "ipykernel>=6"],
+        "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"],
     },
 )
