@@ -83,7 +83,7 @@ def _example(path: str, record: sources.Record, columns: Sequence[str]) -> dict[
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", help="a JSONL, JSON, parquet or TSV file")
     parser.add_argument("name", help="the name of the data set")
     parser.add_argument("data_dir", help="the folder that holds TFDS data sets")

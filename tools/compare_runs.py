@@ -111,7 +111,7 @@ def compare(left: pathlib.Path, right: pathlib.Path) -> int:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run")
     runs.add_argument("tree", type=pathlib.Path)
