@@ -35,3 +35,4 @@ generate.write(HERE)
 def setup(app) -> None:
     """Rewrites docstrings before napoleon reads their sections."""
     app.connect("autodoc-process-docstring", docstrings.process, priority=1)
+    app.connect("autodoc-skip-member", docstrings.skip)

@@ -16,6 +16,12 @@ def process(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = convert(lines)
 
 
+def skip(app, what, name, obj, skipped: bool, options) -> bool | None:
+    """Leaves out the fields of named tuples that have no docstring of their own."""
+    del app, what, name, skipped, options
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field") else None
+
+
 def convert(lines: list[str]) -> list[str]:
     """Returns the lines as reStructuredText; Google's sections keep their indentation.
 
