@@ -258,7 +258,7 @@ def comparison(before: dict, after: dict) -> str:
             ]
         )
     headers = ["problems", "n", "before", "after", "points", "95 % interval", "p", "format", "cut"]
-    return scores.table(headers, rows)
+    return terminal.table(headers, rows)
 
 
 def overview(results: dict[int, dict]) -> str:
