@@ -31,7 +31,7 @@ def shares(result: dict) -> dict[str, dict[str, float]]:
     """{group: {problem: share of correct samples}}."""
     return {
         name: {p["id"]: scoring.avg_at_n([s["correct"] for s in p["samples"]]) for p in part}
-        for name, part in evaluate.groups(result["problems"]).items()
+        for name, part in evaluate.group_records(result["problems"]).items()
     }
 
 

@@ -84,7 +84,7 @@ def write_problems(work: dict, file: pathlib.Path) -> None:
     with open(bundled.path("train"), encoding="utf-8") as lines:
         rows = [json.loads(next(lines)) for _ in range(work["batch"])]
     write_rows(file, rows)  # for the plan, which knows templates and tokenizer
-    plan = run_plan.make(card(work), evaluate=False)
+    plan = run_plan.make_plan(card(work), evaluate=False)
     made = []
     for raw, row in zip(rows, plan.rows, strict=True):
         asked = functools.partial(_length, plan, row, "problem")
@@ -101,7 +101,7 @@ def _length(plan: run_plan.Plan, row: problem_row.Row, field: str, text: str) ->
     """Tokens of the prompt with this problem, or of the teacher's with this solution."""
     row = dataclasses.replace(row, **{field: text})
     if field == "solution":
-        return run_plan.probe(plan, row).length
+        return run_plan.build_probe_prompt(plan, row).length
     return prompts.student(plan.tokenizer, plan.student, row).length
 
 
@@ -125,9 +125,9 @@ def prepare(file: pathlib.Path) -> None:
     work = begin(file)
     work["problems"] = str(file.parent / "problems.jsonl")
     write_problems(work, pathlib.Path(work["problems"]))
-    plan = run_plan.make(card(work), evaluate=False)
-    with loaded_run.scope(plan):
-        r, state = loaded_run.load(plan, 1)
+    plan = run_plan.make_plan(card(work), evaluate=False)
+    with loaded_run.set_mesh_and_precision(plan):
+        r, state = loaded_run.load_run(plan, 1)
         folder = hf.save(
             file.parent / "weights", jax.device_get(r.frozen), plan.model_config,
             source_path=plan.weights_path, tokenizer=plan.tokenizer,
@@ -140,7 +140,7 @@ def prepare(file: pathlib.Path) -> None:
         }  # fmt: skip
     np.savez(file.parent / "adapter.npz", allow_pickle=False, **adapter)
     ask = lambda row: prompts.student(plan.tokenizer, plan.student, row)  # noqa: E731
-    tell = lambda row: run_plan.probe(plan, row)  # noqa: E731
+    tell = lambda row: run_plan.build_probe_prompt(plan, row)  # noqa: E731
     ids = {
         name: [[*p.prefix_ids, *p.ids] for p in map(make, plan.rows)]
         for name, make in (("student_prompts", ask), ("teacher_prompts", tell))
@@ -196,7 +196,7 @@ class Trainer:
 
     def __init__(self, work: dict):
         self.work = work
-        plan = run_plan.make(card(work), evaluate=False)
+        plan = run_plan.make_plan(card(work), evaluate=False)
         self.plan = dataclasses.replace(plan, stop_ids=())  # a completion has its full length
         self.parts = Parts()
         self.number = 0
@@ -204,7 +204,7 @@ class Trainer:
 
     def load(self) -> None:
         """Weights, and the adapter that all systems begin with."""
-        r, self.state = loaded_run.load(self.plan, 10**6)
+        r, self.state = loaded_run.load_run(self.plan, 10**6)
         saved = np.load(self.work["adapter"])
         adapter = {
             name: {factor: saved[f"{name}/{factor}"] for factor in "ab"}
@@ -233,7 +233,7 @@ class Trainer:
             method = table.METHODS["distill"]
             rows: list[problem_row.Row] = list(self.plan.rows)
             made = method.make_batch(self.r, self.state, rows, self.number)
-            batch = layout.place(builders.packed(self.plan, made.batch), self.plan.mesh)
+            batch = layout.place_batch(builders.pack_batch(self.plan, made.batch), self.plan.mesh)
             args = (self.r.frozen, batch, made.student_prefix, made.teacher_kv, np.float32(1))
             if first:
                 self._program = self.r.step.lower(self.state, *args).compile()
@@ -243,7 +243,7 @@ class Trainer:
             aux = jax.device_get(aux)
             values = {
                 **train.measured(self.r.options.policy, aux.metrics),
-                **made.metrics, **rollouts.add_tokens(self.r, made, aux),
+                **made.metrics, **rollouts.add_token_values(self.r, made, aux),
             }  # fmt: skip
             took = time.perf_counter() - wall, time.process_time() - cpu
         self.number += 1
@@ -268,9 +268,9 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
     """{part: (function, arguments)} of the parts of a micro-batch, and of the update."""
     options, decoder, settings = t.r.options, t.r.decoder, t.r.options.divergence
     state, frozen, n = t.state, t.r.frozen, t.r.options.micro_batches
-    tx = builders.optimizer(t.plan.config, 10**6)[0]
+    tx = builders.build_optimizer(t.plan.config, 10**6)[0]
     assert settings is not None
-    policies = lambda trained, frozen: train_step.policies(  # noqa: E731
+    policies = lambda trained, frozen: train_step.derive_policies(  # noqa: E731
         state._replace(trained=trained), frozen, options, decoder.dtype
     )
     micro = jax.jit(lambda batch: jax.tree.map(lambda x: x[0], train_step._split(batch, n)))(
@@ -346,7 +346,7 @@ def matmul_rate(dtype: str, size: int = 2048) -> float:
 def serve(file: pathlib.Path) -> None:
     """Answers the lines of standard input."""
     t = Trainer(begin(file))
-    with loaded_run.scope(t.plan):
+    with loaded_run.set_mesh_and_precision(t.plan):
         t.load()
         known = {
             "loaded": step_memory.now(), "device": jax.devices()[0].device_kind,

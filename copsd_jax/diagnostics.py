@@ -12,7 +12,7 @@ from copsd_jax.training import loaded_run, train_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Token:
+class TokenView:
     """One completion token, in nats at temperature 1.
 
     `advantage` is ln q - ln p, teacher minus student: above 0 the teacher wants it more. `student`
@@ -27,17 +27,19 @@ class Token:
     teacher: list[tuple[str, float]]
 
 
-def tokens(r: loaded_run.Run, state: train_step.State, record: dict, best: int = 3) -> list[Token]:
+def compare_tokens(
+    r: loaded_run.LoadedRun, state: train_step.State, record: dict, best: int = 3
+) -> list[TokenView]:
     """Both sides' view of a record of W/rollouts, under the weights of `state`.
 
     Runs the two prompts with the completion behind them, unpadded and alone.
     """
     completion = record["completion_ids"]
-    student = ((1.0, loaded_run.policies(r, state)[0]),)
+    student = ((1.0, loaded_run.derive_policies(r, state)[0]),)
     sides = {
         "student": _log_probs(r, student, record["student_prompt_ids"], completion),
         "teacher": _log_probs(
-            r, loaded_run.teachers(r, state), record["teacher_prompt_ids"], completion
+            r, loaded_run.teacher_mixture(r, state), record["teacher_prompt_ids"], completion
         ),
     }
     spell = lambda i: str(r.plan.tokenizer.decode([int(i)]))  # noqa: E731
@@ -48,12 +50,14 @@ def tokens(r: loaded_run.Run, state: train_step.State, record: dict, best: int =
             top = np.argsort(-logp_CV[t])[:best]
             favourites[name] = [(spell(i), float(np.exp(logp_CV[t, i]))) for i in top]
         p, q = float(sides["student"][t, token]), float(sides["teacher"][t, token])
-        out.append(Token(spell(token), q - p, p, q, favourites["student"], favourites["teacher"]))
+        out.append(
+            TokenView(spell(token), q - p, p, q, favourites["student"], favourites["teacher"])
+        )
     return out
 
 
 def _log_probs(
-    r: loaded_run.Run, mix: tuple, prompt: list[int], completion: list[int]
+    r: loaded_run.LoadedRun, mix: tuple, prompt: list[int], completion: list[int]
 ) -> np.ndarray:
     """float32 log-probabilities [C, V] of the positions that predict the completion, under a mix
     of policies' logits with their shares."""
@@ -73,7 +77,7 @@ def _log_probs(
     return np.asarray(jax.nn.log_softmax(total))
 
 
-def table(views: list[Token]) -> str:
+def format_table(views: list[TokenView]) -> str:
     """One row a token: text, advantage, and what each side would rather write."""
     show = lambda favourites: " ".join(f"{text!r} {p:.0%}" for text, p in favourites)  # noqa: E731
     rows = [

@@ -32,7 +32,7 @@ from copsd_jax.training import loaded_run, run_plan, train_step
 
 
 def evaluate(
-    r: loaded_run.Run,
+    r: loaded_run.LoadedRun,
     policy: train_step.Policy,
     rows: Sequence[problem_row.Row],
     progress: Callable[[loop.Stats], None] | None = None,
@@ -59,9 +59,9 @@ def evaluate(
     ids = [row.id for row in rows for _ in range(n)]
     keys = request.stream_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))
     completions = _sampled(r, policy, asked, ids, keys, progress, partial)
-    texts = [loaded_run.text(r, completion.ids) for completion in completions]
+    texts = [loaded_run.decode_completion(r, completion.ids) for completion in completions]
     golds = [row.answer for row in rows for _ in range(n)]
-    grades = loaded_run.grade(r, golds, asked, texts)
+    grades = loaded_run.grade_completions(r, golds, asked, texts)
     samples = [
         [
             {
@@ -92,7 +92,7 @@ class _Said(NamedTuple):
     finish: str
 
 
-def _sampled(r: loaded_run.Run, policy, asked, ids, keys, progress, partial) -> list[_Said]:
+def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partial) -> list[_Said]:
     """The completions, from the file as far as it has them.
 
     The file's first line says what is evaluated, each other one holds a completion:
@@ -128,7 +128,7 @@ def _sampled(r: loaded_run.Run, policy, asked, ids, keys, progress, partial) -> 
     return [said[i] for i in range(len(asked))]
 
 
-def _what(r: loaded_run.Run, asked: Sequence[prompts.Prompt], policy) -> dict[str, Any]:
+def _what(r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt], policy) -> dict[str, Any]:
     """What decides the completions."""
     c = r.plan.config
     digest = hashlib.sha256()
@@ -139,7 +139,7 @@ def _what(r: loaded_run.Run, asked: Sequence[prompts.Prompt], policy) -> dict[st
     return {
         "prompts": len(asked),
         "sha256": digest.hexdigest(),
-        "policy": fingerprint(policy.params if policy.adapter is None else policy.adapter),
+        "policy": fingerprint_arrays(policy.params if policy.adapter is None else policy.adapter),
         "seed": c.seed,
         "stop": list(c.rollout.stop),
         **{f"eval.{name}": c.eval[name] for name in names},
@@ -147,7 +147,7 @@ def _what(r: loaded_run.Run, asked: Sequence[prompts.Prompt], policy) -> dict[st
     }
 
 
-def fingerprint(tree: Any) -> list[int]:
+def fingerprint_arrays(tree: Any) -> list[int]:
     """Two sums over the bits of all numbers, exact, so the same on any mesh."""
     return [int(x) for x in jax.device_get(_sums(tree))]
 
@@ -183,9 +183,9 @@ def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> di
         other = sorted(k for k in what if head and k != "policy" and head[k] != what[k])
         fit = all(ids[line["index"]] == line["id"] and line["index"] >= 0 for line in lines)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise loaded_run.Unusable(f"{partial} is damaged: remove it") from error
+        raise loaded_run.UnusableFile(f"{partial} is damaged: remove it") from error
     if other or not fit:
-        raise loaded_run.Unusable(
+        raise loaded_run.UnusableFile(
             f"{partial} was written by an evaluation with other {', '.join(other) or 'problems'}: "
             "remove it"
         )
@@ -199,7 +199,7 @@ def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> di
     return said
 
 
-def groups(records: Sequence[dict]) -> dict[str, list[dict]]:
+def group_records(records: Sequence[dict]) -> dict[str, list[dict]]:
     """Records by language, and by language/group where a language has several groups."""
     by_lang = collections.defaultdict(list)
     for record in records:
@@ -215,7 +215,7 @@ def groups(records: Sequence[dict]) -> dict[str, list[dict]]:
     return out
 
 
-def _scores(r: loaded_run.Run, records: Sequence[dict]) -> dict[str, dict[str, float]]:
+def _scores(r: loaded_run.LoadedRun, records: Sequence[dict]) -> dict[str, dict[str, float]]:
     def sample(s: dict) -> scoring.Sample:
         return scoring.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
 
@@ -225,7 +225,7 @@ def _scores(r: loaded_run.Run, records: Sequence[dict]) -> dict[str, dict[str, f
             r.grader.same_class,
             graders.UNRESOLVED,
         )
-        for name, part in groups(records).items()
+        for name, part in group_records(records).items()
     }
 
 
@@ -236,11 +236,11 @@ def _averages(records: Sequence[dict]) -> dict[str, float]:
     }
 
 
-def comparison(before: dict, after: dict) -> str:
+def format_comparison(before: dict, after: dict) -> str:
     """A table of two evaluations of the same problems, with the interval of the difference."""
     rows = []
-    new = groups(after["problems"])
-    for name, old in groups(before["problems"]).items():
+    new = group_records(after["problems"])
+    for name, old in group_records(before["problems"]).items():
         left, right = _averages(old), _averages(new[name])
         paired = scoring.paired(list(left.values()), [right[i] for i in left])
         scores = after["scores"][name]
@@ -261,7 +261,7 @@ def comparison(before: dict, after: dict) -> str:
     return terminal.table(headers, rows)
 
 
-def overview(results: dict[int, dict]) -> str:
+def format_overview(results: dict[int, dict]) -> str:
     """One row for each step and group."""
     rows = []
     for step, result in sorted(results.items()):
@@ -277,7 +277,7 @@ def overview(results: dict[int, dict]) -> str:
     return terminal.table(headers, rows)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse_flags(argv: list[str]) -> argparse.Namespace:
     """The program's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m copsd_jax.evaluate",
@@ -300,7 +300,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _config(args: argparse.Namespace) -> config_lib.Config:
     """The run's config with the flags' changes."""
-    config = run_plan.saved_config(args.workdir)
+    config = run_plan.load_config(args.workdir)
     e, changes = config.eval, {}
     if args.path:
         changes["path"] = args.path
@@ -318,7 +318,7 @@ def _config(args: argparse.Namespace) -> config_lib.Config:
     return config
 
 
-def show(label: str, total: int) -> tuple[terminal.Progress, Callable[[loop.Stats], None]]:
+def show_progress(label: str, total: int) -> tuple[terminal.Progress, Callable[[loop.Stats], None]]:
     """A progress line, and the sampler's callback that feeds it."""
     progress, seen = terminal.Progress(label, total, stream=processes.progress()), [0]
 
@@ -333,7 +333,7 @@ def show(label: str, total: int) -> tuple[terminal.Progress, Callable[[loop.Stat
 def main(argv: list[str]) -> int:
     """Exit code: 0 only if every checkpoint asked for was evaluated."""
     try:
-        return _main(parse(argv))
+        return _main(parse_flags(argv))
     except KeyboardInterrupt:
         print("\nstopped: the same command continues", file=sys.stderr)
         return 130
@@ -344,15 +344,15 @@ def _main(args: argparse.Namespace) -> int:
         config = _config(args)
         out = args.out or args.workdir / "eval"
         workdir.check_writable(out, "--out")
-        plan = run_plan.make(config, train=False)
+        plan = run_plan.make_plan(config, train=False)
         if not plan.eval_rows:
             raise ValueError("eval.path is '': name problems with --path")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with (
-        loaded_run.scope(plan),
-        loaded_run.resumable(out),
+        loaded_run.set_mesh_and_precision(plan),
+        loaded_run.exit_on_failure(out),
         checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints,
     ):
         saved = checkpoints.steps()
@@ -367,19 +367,21 @@ def _main(args: argparse.Namespace) -> int:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
             return 2
         # Beside the results where these go elsewhere: the run's directory may not be writable.
-        r, initial = loaded_run.load(
+        r, initial = loaded_run.load_run(
             plan, config.train.steps, (args.out or args.workdir) / "engine"
         )
         results = {}
         with r.grader:
             for step in steps:
                 state = checkpoints.load(step, initial) if step else initial
-                progress, update = show(f"step {step}:", len(plan.eval_rows) * config.eval.samples)
+                progress, update = show_progress(
+                    f"step {step}:", len(plan.eval_rows) * config.eval.samples
+                )
                 file = out / workdir.step_file(out, "eval", step).name
                 with progress:
                     result = evaluate(
                         r,
-                        loaded_run.policies(r, state)[0],
+                        loaded_run.derive_policies(r, state)[0],
                         plan.eval_rows,
                         update,
                         workdir.partial(file),
@@ -387,10 +389,10 @@ def _main(args: argparse.Namespace) -> int:
                 results[step] = {"step": step, **result}
                 workdir.write_json(file, results[step])
                 workdir.partial(file).unlink(missing_ok=True)
-    print(overview(results))
+    print(format_overview(results))
     if 0 in results and len(results) > 1:
         last = max(results)
-        print(f"\nstep {last} against step 0\n{comparison(results[0], results[last])}")
+        print(f"\nstep {last} against step 0\n{format_comparison(results[0], results[last])}")
     print(f"\nresults are in {out}")
     return 0
 

@@ -14,7 +14,7 @@ from copsd_jax.training import loaded_run, run_plan
 from copsd_jax.weights import hf, peft
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse_flags(argv: list[str]) -> argparse.Namespace:
     """The program's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m copsd_jax.export",
@@ -32,17 +32,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 only if the model was written."""
-    args = parse(argv)
+    args = parse_flags(argv)
     try:
-        config = run_plan.saved_config(args.workdir)
+        config = run_plan.load_config(args.workdir)
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise FileExistsError(f"--out={args.out} exists and is not empty")
         workdir.check_writable(args.out, "--out")
         if args.format == "peft" and config.train.trainable != "lora":
             raise ValueError("--format=peft: train.trainable is full, there is no adapter; hf")
-        plan = run_plan.make(config, train=False, evaluate=False)
+        plan = run_plan.make_plan(config, train=False, evaluate=False)
         with (
-            loaded_run.scope(plan),
+            loaded_run.set_mesh_and_precision(plan),
             checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints,
         ):
             saved = checkpoints.steps()
@@ -51,10 +51,10 @@ def main(argv: list[str]) -> int:
             step = saved[-1] if args.step == -1 else args.step
             if step not in saved:
                 raise ValueError(f"--step={step}: the checkpoints are {saved}")
-            r, state = loaded_run.load(plan, config.train.steps)
+            r, state = loaded_run.load_run(plan, config.train.steps)
             with r.grader:
                 state = checkpoints.load(step, state)
-        student = loaded_run.policies(r, state)[0]
+        student = loaded_run.derive_policies(r, state)[0]
         params = student.params
         if args.format == "peft":
             assert student.adapter is not None  # as checked

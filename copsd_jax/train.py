@@ -39,8 +39,8 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
       ValueError, OSError: in one sentence.
     """
     known = workdir.check(directory, config_lib.flat(config))
-    plan = run_plan.make(config)
-    builders.check_rows(plan)
+    plan = run_plan.make_plan(config)
+    builders.check_row_budget(plan)
     if known:
         workdir.check_facts(directory, _facts(plan))
     return plan, known
@@ -54,16 +54,16 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
     processes.meet("checked")  # nothing is written before all have looked
     workdir.create(directory, config_lib.flat(config), _facts(plan))
     with (
-        loaded_run.scope(plan),
-        loaded_run.resumable(directory),
+        loaded_run.set_mesh_and_precision(plan),
+        loaded_run.exit_on_failure(directory),
         checkpoint.Checkpoints(
             directory / "checkpoints", config.train.keep, writer=True
         ) as checkpoints,
     ):
-        r, state = loaded_run.load(plan, config.train.steps, directory / "engine")
+        r, state = loaded_run.load_run(plan, config.train.steps, directory / "engine")
         if _warms_up(plan):
             print("compiling the sampler's programs", flush=True)
-            for line in loaded_run.warmup(r, state):
+            for line in loaded_run.compile_sampler(r, state):
                 print(line, flush=True)
         with r.grader:
             # The evaluation of step 0 comes before a checkpoint is loaded: it is the initial
@@ -98,7 +98,7 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
         plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
     )
     written = processes.once(lambda: metric_files.lines(directory, first))
-    guard = guards.replay(plan.guards, written)
+    guard = guards.replay_metrics(plan.guards, written)
     said = processes.once(lambda: workdir.read_events(directory, first))
     stream = processes.progress()
     with terminal.Progress("step", c.train.steps, first, stream) as progress:
@@ -106,9 +106,9 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
             with timer("rollout"):
                 work = method.make_batch(r, state, next(order), step)
             with timer("packing"):
-                rows = builders.packed(plan, work.batch)
+                rows = builders.pack_batch(plan, work.batch)
             with timer("step"):
-                batch = layout.place(rows, plan.mesh)
+                batch = layout.place_batch(rows, plan.mesh)
                 factor = np.float32(guard["factor"])
                 state, aux = r.step(
                     state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor
@@ -116,14 +116,14 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
                 aux = jax.device_get(aux)  # waits for the step
             values = {
                 **measured(r.options.policy, aux.metrics),
-                **layout.fills(rows),
+                **layout.measure_fill(rows),
                 **work.metrics,
-                **rollouts.add_tokens(r, work, aux),
+                **rollouts.add_token_values(r, work, aux),
                 "learning_rate": float(r.rate(step)) * float(factor),
                 **timer.take(),
             }
             write(step + 1, values)
-            guard, events = guards.check(plan.guards, guard, step + 1, values)
+            guard, events = guards.apply_rules(plan.guards, guard, step + 1, values)
             if events:
                 said += [dataclasses.asdict(event) for event in events]
                 workdir.write_jsonl(directory / "events.jsonl", said)
@@ -203,7 +203,7 @@ def _codes(plan: run_plan.Plan) -> list[str]:
     return [languages.resolve(code, plan.student.languages) for code in plan.config.data.lang]
 
 
-def _evaluation(r: loaded_run.Run, state, step: int, directory: pathlib.Path) -> dict | None:
+def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:
     """The scores of a step, from its file if it is there already; None without problems."""
     if not r.plan.eval_rows:
         return None
@@ -212,10 +212,14 @@ def _evaluation(r: loaded_run.Run, state, step: int, directory: pathlib.Path) ->
     if known is not None:
         return known
     total = len(r.plan.eval_rows) * r.plan.config.eval.samples
-    progress, update = evaluate.show(f"evaluation at step {step}:", total)
+    progress, update = evaluate.show_progress(f"evaluation at step {step}:", total)
     with progress:
         result = evaluate.evaluate(
-            r, loaded_run.policies(r, state)[0], r.plan.eval_rows, update, workdir.partial(path)
+            r,
+            loaded_run.derive_policies(r, state)[0],
+            r.plan.eval_rows,
+            update,
+            workdir.partial(path),
         )
     workdir.write_json(path, {"step": step, **result})
     processes.once(lambda: workdir.partial(path).unlink(missing_ok=True))
@@ -233,7 +237,7 @@ def summary(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> st
         f"{np.dtype(plan.dtype).name}), {c.model.init}",
         f"  trained     {size['trained']:,} parameters ({c.train.trainable}"
         + (f" rank {c.lora.rank})" if c.train.trainable == "lora" else ")"),
-        f"  loss        {_loss(c)} ({backends.loss(c, sharding.platform(plan.mesh))})",
+        f"  loss        {_loss(c)} ({backends.choose_loss(c, sharding.platform(plan.mesh))})",
         f"  attention   {_attention(plan)}; remat {c.model.remat}",
         f"  problems    {c.data.path}: {_per_language(plan.rows)}; "
         f"dropped: {_counts(plan.dropped)}",
@@ -276,12 +280,12 @@ def summary(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> st
 def _attention(plan: run_plan.Plan) -> str:
     """The forms that run, of rows and of decoding."""
     platform = sharding.platform(plan.mesh)
-    name = backends.rows(plan.config, platform, plan.dtype, plan.model_config)
+    name = backends.choose_row_attention(plan.config, platform, plan.dtype, plan.model_config)
     if name == "splash":
         name += ", with a mask of its own where rows have parents or worked examples"
     if plan.server is not None:
         return f"{name} (training, scoring)"
-    decode = backends.attention(plan.config, platform)
+    decode = backends.choose_decode_attention(plan.config, platform)
     return f"{name} (training, scoring, prefill), {decode} (decoding)"
 
 
@@ -319,7 +323,7 @@ def _facts(plan: run_plan.Plan) -> dict:
         "devices": [str(device) for device in plan.mesh.devices.flat],
         "seed": plan.config.seed,
         "model": str(plan.weights_path),
-        "model_fingerprint": run_plan.fingerprint(plan),
+        "model_fingerprint": run_plan.fingerprint_weights(plan),
         "data_fingerprint": problem_row.fingerprint(plan.rows),
         "eval_fingerprint": problem_row.fingerprint(plan.eval_rows),
         "exemplars_fingerprint": problem_row.fingerprint(plan.student.exemplars),
@@ -369,7 +373,7 @@ def _ending(
     """The table of scores, counts of statuses, where everything is, and why a run was stopped."""
     lines = []
     if before and after:
-        lines += ["", evaluate.comparison(before, after)]
+        lines += ["", evaluate.format_comparison(before, after)]
         lines += [
             "",
             "before and after: share of correct answers; points: difference with the interval of a",

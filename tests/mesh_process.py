@@ -75,7 +75,7 @@ def begun(plan: run_plan.Plan, state: train_step.State, tx) -> train_step.State:
         lambda x, place: x if isinstance(x, jax.Array) else sharding.put(x, place), trained, places
     )
     return loaded_run._born(
-        lambda tree: train_step.init(tree, tx, "fixed"), plan, trained
+        lambda tree: train_step.init_state(tree, tx, "fixed"), plan, trained
     )  # fmt: skip
 
 
@@ -88,13 +88,13 @@ def whole(tree, devices) -> dict[str, np.ndarray]:
 
 def main() -> None:
     names = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), SIZES, strict=True))
-    plan = run_plan.make(runs.config(CARD, **SETTINGS[CARD], **names))
+    plan = run_plan.make_plan(runs.config(CARD, **SETTINGS[CARD], **names))
     c, out = plan.config, {}
-    with loaded_run.scope(plan):
-        r, state = loaded_run.load(plan, STEPS)
+    with loaded_run.set_mesh_and_precision(plan):
+        r, state = loaded_run.load_run(plan, STEPS)
         tx = recorded()
         state = begun(plan, state, tx)
-        step = builders.step(plan, r.decoder, tx, r.options, state)
+        step = builders.build_step(plan, r.decoder, tx, r.options, state)
         method = table.METHODS[c.method]
         codes = [languages.resolve(code, plan.student.languages) for code in c.data.lang]
         order = batches.iterator(plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=0)
@@ -102,7 +102,7 @@ def main() -> None:
             for k in range(STEPS):
                 rows = next(order)
                 work = method.make_batch(r, state, rows, k)
-                batch = layout.place(builders.packed(plan, work.batch), plan.mesh)
+                batch = layout.place_batch(builders.pack_batch(plan, work.batch), plan.mesh)
                 state, aux = step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, 1.0)
                 out[f"rows {k}"] = np.array([row.id for row in rows])
                 out[f"tokens {k}"] = work.batch.completion_BC

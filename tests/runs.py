@@ -38,9 +38,9 @@ def optax_promotes():
 @contextlib.contextmanager
 def loaded(card: str, **settings):
     """(run, state at step 0) of a tiny run, with its mesh set."""
-    plan = run_plan.make(config(card, **settings))
+    plan = run_plan.make_plan(config(card, **settings))
     with jax.set_mesh(plan.mesh):
-        r, state = loaded_run.load(plan, plan.config.train.steps)
+        r, state = loaded_run.load_run(plan, plan.config.train.steps)
         with r.grader:
             yield r, state
 

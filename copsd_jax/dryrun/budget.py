@@ -90,8 +90,8 @@ def _shapes(frame: Any) -> _Shapes:
     if key not in _SHAPES:
         base = transformer.abstract_params(m, frame.dtype)
         trained = run_plan.trained_shapes(c, m)
-        tx, _ = builders.optimizer(c, max(1, c.train.steps))
-        state = jax.eval_shape(lambda t: train_step.init(t, tx, c.teacher.weights), trained)
+        tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
+        state = jax.eval_shape(lambda t: train_step.init_state(t, tx, c.teacher.weights), trained)
         _SHAPES[key] = _Shapes(
             base, jax.eval_shape(lora.quantise_projections, base), trained, state
         )
@@ -103,7 +103,7 @@ def _held(frame: Any) -> dict[str, int]:
     c = frame.config
     full = c.train.trainable == "full"
     base, _, trained, state = _shapes(frame)
-    frozen = _size(base, frame) if not full or builders.needs_initial(c) else 0
+    frozen = _size(base, frame) if not full or builders.needs_initial_weights(c) else 0
     return {
         "weights": frozen + (_size(trained, frame) if full else 0),
         "adapters": 0 if full else _size(trained, frame),
@@ -231,17 +231,17 @@ def rows(frame: Any, long: programs.Lengths, micro: int = 0) -> Rows:
     c = frame.config
     shards = frame.mesh.shape["data"] * frame.mesh.shape["fsdp"]
     completions = c.train.batch * c.rollout.per_prompt
-    size = layout.bucket
+    size = layout.pad_length
     if c.train.pack != "off":
-        size = lambda n: row_packing.rounded(max(n, c.train.row_tokens), row_packing.LEAST)  # noqa: E731
+        size = lambda n: row_packing.round_up(max(n, c.train.row_tokens), row_packing.ROW_MULTIPLE)  # noqa: E731
     student = size(long.student + long.completion)
     teacher = size(long.teacher + long.completion) if c.method == "distill" else 0
     budget = 0 if micro else c.train.micro_tokens
     micro = micro or c.train.micro_batch or completions
-    micros, count = row_packing.apart(
+    micros, count = row_packing.size_bins(
         [student, teacher], completions, shards=shards, micros=completions // micro, budget=budget
     )
-    each = layout.bucket(long.completion) if c.train.pack == "off" else student
+    each = layout.pad_length(long.completion) if c.train.pack == "off" else student
     return Rows(micros, count, student, teacher, count * each)
 
 
@@ -339,7 +339,7 @@ def _masks(frame: Any, found: Rows, kind: str) -> int:
 
 
 def _queries(frame: Any, length: int, kind: str) -> int:
-    """Queries of a block of portable attention, as `builders.decoder` and `attend` have them."""
+    """Queries of a block of portable attention, as `build_decoder` and `attend` have them."""
     m = frame.model_config
     small = length**2 * m.n_heads * m.head_dim < row_attention.SMALL_WORK
     if (kind or _kind(frame.mesh)) == "cpu":
@@ -427,7 +427,7 @@ def _batch(frame: Any, found: Rows, long: programs.Lengths) -> int:
     """All of a step's rows on a device: three int32 a position (four with shared prompts), and an
     index and more a token. Where rows are packed, completions' own arrays are on every device."""
     c = frame.config
-    C, sides = layout.bucket(long.completion), 2 if found.teacher else 1
+    C, sides = layout.pad_length(long.completion), 2 if found.teacher else 1
     policy = c.method != "distill" or c.policy.weight > 0
     # Tokens and two masks; log-probabilities of what was sampled; mask and advantage of a policy.
     own = 6 + 4 * (c.method != "sft") + 5 * policy
@@ -447,12 +447,12 @@ class _Choice:
     """A change of settings, in words and as a frame."""
 
     words: str
-    frame: run_plan.Frame
+    frame: run_plan.ProgramPlan
     micro: int
 
 
 def advice(
-    frame: run_plan.Frame, target: hardware.Target, long: programs.Lengths, usable: float
+    frame: run_plan.ProgramPlan, target: hardware.Target, long: programs.Lengths, usable: float
 ) -> list[str]:
     """Up to three changes with which the model of memory fits, the smallest first."""
     phases = [name for name, *_ in programs.sections(frame.config, long)]
@@ -471,7 +471,7 @@ def advice(
     return out
 
 
-def _choices(frame: run_plan.Frame, target: hardware.Target) -> Iterator[_Choice]:
+def _choices(frame: run_plan.ProgramPlan, target: hardware.Target) -> Iterator[_Choice]:
     """On these devices first other meshes and micro-batches, then adapters, then more devices."""
     size, slices = frame.mesh.devices.size, target.slices
     yield from _meshes(frame, frame.config, size, slices, "")
@@ -489,7 +489,7 @@ def _choices(frame: run_plan.Frame, target: hardware.Target) -> Iterator[_Choice
 
 
 def _meshes(
-    frame: run_plan.Frame, config: Any, devices: int, data: int, words: str
+    frame: run_plan.ProgramPlan, config: Any, devices: int, data: int, words: str
 ) -> Iterator[_Choice]:
     """Parameters split over all devices of a slice, of which there are `data`; batch over as many
     as it has completions for."""

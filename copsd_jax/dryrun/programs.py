@@ -1,7 +1,7 @@
 """Every program of a run, compiled for devices that nobody has to own.
 
 The programs are made by the very functions that a run makes them with (`making.*`,
-`request.plan`, `loop.warmup`, `train_step.make`), of arrays that have a shape, a dtype
+`request.plan`, `loop.warmup`, `train_step.make_step`), of arrays that have a shape, a dtype
 and a place, and no values. Lengths are the caps of the settings: no data is read.
 """
 
@@ -93,7 +93,7 @@ class Phase:
 class Built(NamedTuple):
     """All that was compiled."""
 
-    frame: run_plan.Frame
+    frame: run_plan.ProgramPlan
     target: hardware.Target
     lengths: Lengths
     phases: dict[str, Phase]
@@ -127,8 +127,8 @@ def shape_of(config: Any) -> transformer.ModelConfig:
     return transformer.SHAPES[max(known, key=len)]
 
 
-def frame(config: Any, found: list) -> run_plan.Frame:
-    """What the programs are made from, checked as `run_plan.make` checks it.
+def frame(config: Any, found: list) -> run_plan.ProgramPlan:
+    """What the programs are made from, checked as `run_plan.make_plan` checks it.
 
     Raises:
       ValueError: in one sentence.
@@ -137,11 +137,11 @@ def frame(config: Any, found: list) -> run_plan.Frame:
     where = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, found)
     setting_rules.shards(config, sharding.batch_shards(where))
     setting_rules.vocabulary(config, shape.vocab_size)
-    backends.loss(config, sharding.platform(where))
+    backends.choose_loss(config, sharding.platform(where))
     sharding.key_repeats(shape.n_heads, shape.n_kv_heads, where.shape["tensor"])
-    dtype = run_plan.dtype(config.model.dtype, where)
-    backends.check(config, sharding.platform(where), dtype, shape)
-    return run_plan.Frame(config, where, dtype, shape, run_plan.adapter_scale(config))
+    dtype = run_plan.choose_dtype(config.model.dtype, where)
+    backends.check_attention(config, sharding.platform(where), dtype, shape)
+    return run_plan.ProgramPlan(config, where, dtype, shape, run_plan.adapter_scale(config))
 
 
 def lengths(config: Any, shape: transformer.ModelConfig) -> Lengths:
@@ -184,7 +184,7 @@ def size(tree: Any) -> int:
 class _Maker(NamedTuple):
     """Compiles, and keeps what it compiled."""
 
-    frame: run_plan.Frame
+    frame: run_plan.ProgramPlan
     said: Callable[[str], None]
     programs: list[Program]
 
@@ -252,15 +252,15 @@ def failed(name: str, arguments: int, error: BaseException) -> Program:
     return Program(name, arguments, None, max(0, needed), line)
 
 
-def first_state(frame: run_plan.Frame, make: _Maker, base: Any) -> tuple[Any, Any, Any]:
+def first_state(frame: run_plan.ProgramPlan, make: _Maker, base: Any) -> tuple[Any, Any, Any]:
     """(state, optimizer, options) of step 0, and the program that makes it."""
     c = frame.config
-    options = builders.options(frame)
-    tx, _ = builders.optimizer(c, max(1, c.train.steps))
+    options = builders.build_options(frame)
+    tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
 
-    begun = builders.first_state(frame, tx, options.teacher)
+    begun = builders.build_initializer(frame, tx, options.teacher)
     shapes = jax.eval_shape(begun, base)
-    places = builders.places(shapes, frame)
+    places = builders.find_shardings(shapes, frame)
     given = base if c.train.trainable == "full" else {}
     make("state at step 0", jax.jit(begun, out_shardings=places), given, keeps=False)
     return sharding.abstract(shapes, frame.mesh, places), tx, options
@@ -270,7 +270,7 @@ def batch(config: Any, long: Lengths) -> layout.Batch:
     """A step's batch of the longest texts: NumPy arrays of zeros, as the methods make them."""
     B = config.train.batch * config.rollout.per_prompt
     distills = config.method == "distill"
-    out = layout.pack(
+    out = layout.build_batch(
         [[0] * long.student] * B, [[0] * long.teacher] * B if distills else None,
         [[0] * long.completion] * B,
     )  # fmt: skip
@@ -302,19 +302,19 @@ def build(
     one = frame(config, found)
     long = lengths(config, one.model_config)
     plan_like: Any = one
-    with run_lib.scope(plan_like):
+    with run_lib.set_mesh_and_precision(plan_like):
         phases = _phases(one, long, limit, said)
     return Built(one, target, long, phases, time.perf_counter() - begun)
 
 
-def _phases(one: run_plan.Frame, long: Lengths, limit: float, said) -> dict[str, Phase]:
+def _phases(one: run_plan.ProgramPlan, long: Lengths, limit: float, said) -> dict[str, Phase]:
     c, where = one.config, one.mesh
     shapes = transformer.abstract_params(one.model_config, one.dtype)
-    base = sharding.abstract(shapes, where, builders.places(shapes, one))
+    base = sharding.abstract(shapes, where, builders.find_shardings(shapes, one))
     lora_run = c.train.trainable == "lora"
     placing, handing = _Maker(one, said, []), _Maker(one, said, [])
     state, tx, options = first_state(one, placing, base)
-    frozen = base if lora_run or builders.needs_initial(c) else {}
+    frozen = base if lora_run or builders.needs_initial_weights(c) else {}
     resident = {
         "weights": size(frozen) + (0 if lora_run else size(state.trained)),
         "adapters": size(state.trained) if lora_run else 0,
@@ -328,7 +328,7 @@ def _phases(one: run_plan.Frame, long: Lengths, limit: float, said) -> dict[str,
         return handing(f"{name} to the sampler", program, *args, keeps=False)
 
     sampled = sections(c, long)
-    hand_over = builders.hand_over(one, frozen if lora_run else {}, call=call)
+    hand_over = builders.build_hand_over(one, frozen if lora_run else {}, call=call)
     params, adapter = student
     if sampled:
         params, adapter = hand_over(*student, one.adapter_scale)
@@ -386,7 +386,7 @@ def sampling(
     """The sampler's programs of a section, with its cache."""
     params, adapter = weights
     make = _Maker(one, said, [])
-    decoder = builders.decoder(one)
+    decoder = builders.build_decoder(one)
     shape = one.model_config
     # An author's prompts have no worked examples; its texts are as long as a call needs.
     prefix = None if section == "author" else _prefix(one, make, decoder, long, weights)
@@ -394,9 +394,9 @@ def sampling(
     valid_V = np.ones(shape.vocab_size, bool)
     valid_V[-1] = False  # tokenizers have fewer ids than embeddings have rows
     job = request.plan(
-        decoder, params, [(0,) * asked], [builders.sampling(one.config, section, (0,), ())],
+        decoder, params, [(0,) * asked], [builders.build_sampling(one.config, section, (0,), ())],
         keys_n2=np.zeros((1, 2), np.uint32),
-        settings=builders.sampler(one.config, section, length), prefix=prefix,
+        settings=builders.build_sampler_settings(one.config, section, length), prefix=prefix,
         adapter=adapter, adapter_scale=one.adapter_scale, valid_V=valid_V, token_bytes=None,
         limits=None, longest=asked, put=sharding.abstract,
     )  # fmt: skip
@@ -444,10 +444,10 @@ def step(one, long: Lengths, trees, parts, held, said) -> Phase:
     state, frozen, base = trees
     tx, options = parts
     c, make = one.config, _Maker(one, said, [])
-    decoder = builders.decoder(one)
+    decoder = builders.build_decoder(one)
     whole = PartitionSpec()
-    rows = builders.packed(one, batch(c, long), caps=True)
-    arrays = sharding.abstract(rows, one.mesh, layout.places(rows, one.mesh))
+    rows = builders.pack_batch(one, batch(c, long), caps=True)
+    arrays = sharding.abstract(rows, one.mesh, layout.batch_shardings(rows, one.mesh))
     prefix = kvs = None
     if long.prefix:
         prefix = sharding.abstract(np.zeros(long.prefix, np.int32), one.mesh, whole)
@@ -455,7 +455,7 @@ def step(one, long: Lengths, trees, parts, held, said) -> Phase:
         kv = _prefix(one, _Maker(one, lambda _: None, make.programs), decoder, long, (base, None))
         kvs = (kv,) * (2 if options.teacher == "trust_region" else 1)
     factor = sharding.abstract(np.float32(1), one.mesh, whole)
-    jitted = builders.step(one, decoder, tx, options, state)
+    jitted = builders.build_step(one, decoder, tx, options, state)
     make(
         "training step", jitted, state, frozen, arrays, prefix, kvs, factor,
         turns=_blocks(one, options, arrays),

@@ -17,7 +17,7 @@ from copsd_jax.teaching import contexts, prompts, replies, solution_steps
 from copsd_jax.training import loaded_run, run_plan, train_step
 
 
-class Asked(NamedTuple):
+class AuthorRequest(NamedTuple):
     """What a writer is asked about one completion."""
 
     attempt: contexts.Attempt
@@ -25,7 +25,7 @@ class Asked(NamedTuple):
     found: str | None  # the final answer that the grader found in the attempt
 
 
-class Written(NamedTuple):
+class AuthorText(NamedTuple):
     """A writer's text, or why there is none.
 
     Attributes:
@@ -42,8 +42,8 @@ class Written(NamedTuple):
     seen: str | None = None
 
 
-def write(
-    r: loaded_run.Run, state: train_step.State, asked: Sequence[Asked], step: int
+def write_replies(
+    r: loaded_run.LoadedRun, state: train_step.State, asked: Sequence[AuthorRequest], step: int
 ) -> list[replies.Reply]:
     """A reply for each completion, in their order.
 
@@ -67,8 +67,8 @@ def write(
 
 
 def _sampled(
-    r: loaded_run.Run, policy: train_step.Policy, asked: list[Asked], step: int
-) -> list[Written]:
+    r: loaded_run.LoadedRun, policy: train_step.Policy, asked: list[AuthorRequest], step: int
+) -> list[AuthorText]:
     """The sampler again, with author.* settings."""
     plan, c = r.plan, r.plan.config
     made = [
@@ -84,22 +84,22 @@ def _sampled(
     )  # fmt: skip
     done = loaded_run.sample(r, policy, wanted, "author", keys).completions if todo else []
     for i, prompt, completion in zip(todo, wanted, done, strict=True):
-        text = loaded_run.opened(prompt, loaded_run.text(r, completion.ids))
+        text = loaded_run.restore_think_tag(prompt, loaded_run.decode_completion(r, completion.ids))
         status = "cut" if completion.finish == "length" else "written"
         seen = _seen(plan, asked[i].attempt, prompt.shortened)
-        out[i] = Written(text, status, shortened=prompt.shortened, seen=seen)
+        out[i] = AuthorText(text, status, shortened=prompt.shortened, seen=seen)
     return [written for written in out if written is not None]
 
 
-def _unasked(prompt: prompts.Prompt | None, plan: run_plan.Plan) -> Written | None:
+def _unasked(prompt: prompts.Prompt | None, plan: run_plan.Plan) -> AuthorText | None:
     """Why a writer is not asked; None if it is."""
     if prompt is None:
-        return Written("", "not_asked")
+        return AuthorText("", "not_asked")
     held = plan.model_config.max_position
     if plan.server is not None and plan.server.max_model_len:
         held = min(held, plan.server.max_model_len)
     room = held - plan.config.author.max_tokens
-    return Written("", "overlong") if prompt.length > room else None
+    return AuthorText("", "overlong") if prompt.length > room else None
 
 
 def _seen(plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[str]) -> str | None:
@@ -110,26 +110,26 @@ def _seen(plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[st
 
 
 def _student(
-    r: loaded_run.Run, state: train_step.State, asked: list[Asked], step: int
-) -> list[Written]:
-    return _sampled(r, loaded_run.policies(r, state)[0], asked, step)
+    r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
+) -> list[AuthorText]:
+    return _sampled(r, loaded_run.derive_policies(r, state)[0], asked, step)
 
 
 def _teacher(
-    r: loaded_run.Run, state: train_step.State, asked: list[Asked], step: int
-) -> list[Written]:
+    r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
+) -> list[AuthorText]:
     """The teacher's own weights: of `fixed` the initial policy, whatever the student has become."""
-    return _sampled(r, loaded_run.policies(r, state)[1], asked, step)
+    return _sampled(r, loaded_run.derive_policies(r, state)[1], asked, step)
 
 
 def _grader(
-    r: loaded_run.Run, state: train_step.State, asked: list[Asked], step: int
-) -> list[Written]:
+    r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
+) -> list[AuthorText]:
     del state, step
-    return [Written(rule(r.plan.context.kind, one), "written") for one in asked]
+    return [AuthorText(write_by_rule(r.plan.context.kind, one), "written") for one in asked]
 
 
-def rule(kind: str, asked: Asked) -> str:
+def write_by_rule(kind: str, asked: AuthorRequest) -> str:
     """What the rule that knows the steps of the bundled problems writes about an attempt."""
     attempt = asked.attempt
     verdict = solution_steps.check(
@@ -149,8 +149,8 @@ def rule(kind: str, asked: Asked) -> str:
 
 
 def _server(
-    r: loaded_run.Run, state: train_step.State, asked: list[Asked], step: int
-) -> list[Written]:
+    r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
+) -> list[AuthorText]:
     """An OpenAI-compatible server; seeds follow from the run's, so that a cache can serve them."""
     del state, step
     plan, c = r.plan, r.plan.config
@@ -172,36 +172,38 @@ def _server(
         for one, (conversation, _) in zip(asked, fitted, strict=True)
         if conversation
     ]
-    answers = iter(processes.once(lambda: client.ask_all(server(c), requests)))
+    answers = iter(processes.once(lambda: client.ask_all(build_server(c), requests)))
     out = []
     for one, (conversation, shortened) in zip(asked, fitted, strict=True):
         if not conversation:
-            out.append(Written("", "not_asked"))
+            out.append(AuthorText("", "not_asked"))
             continue
         answer = next(answers)
         status = "written" if answer.status == "ok" else answer.status
         seen = _seen(plan, one.attempt, shortened)
-        out.append(Written(answer.text, status, answer.detail, shortened, seen))
+        out.append(AuthorText(answer.text, status, answer.detail, shortened, seen))
     return out
 
 
-def server(c) -> client.Server:
+def build_server(c) -> client.Server:
     """The server of the settings author.*."""
     names = "url model key_env timeout retries backoff concurrency cache".split()
     return client.Server(**{name: c.author[name] for name in names})
 
 
 def _file(
-    r: loaded_run.Run, state: train_step.State, asked: list[Asked], step: int
-) -> list[Written]:
+    r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
+) -> list[AuthorText]:
     del state, step
     return [
-        Written(r.plan.records[key], "written") if key in r.plan.records else Written("", "missing")
+        AuthorText(r.plan.records[key], "written")
+        if key in r.plan.records
+        else AuthorText("", "missing")
         for key in ((one.attempt.row.id, one.sample) for one in asked)
     ]
 
 
-AUTHORS: dict[str, Callable[..., list[Written]]] = {
+AUTHORS: dict[str, Callable[..., list[AuthorText]]] = {
     "student": _student,
     "teacher": _teacher,
     "grader": _grader,
@@ -213,14 +215,16 @@ AUTHORS: dict[str, Callable[..., list[Written]]] = {
 # ------------------------------------------------------------------------------------- reading
 
 
-def _read(r: loaded_run.Run, asked: Asked, written: Written) -> replies.Reply:
+def _read(r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText) -> replies.Reply:
     """The reply that a text holds, under the policy for leaked answers."""
     c, attempt, kind = r.plan.config, asked.attempt, r.plan.context.kind
     if written.seen is not None:
         # A critic can repeat only the steps that it was shown.
         attempt = dataclasses.replace(attempt, text=written.seen)
     if written.status == "written" or (written.status == "cut" and _taken_cut(kind, written, c)):
-        reply = guard_leak(parse(kind, attempt, written.text, c), attempt.row, c.context.leak)
+        reply = apply_leak_policy(
+            read_reply(kind, attempt, written.text, c), attempt.row, c.context.leak
+        )
     else:
         reply = replies.Reply(written.status, raw=written.text)
     return dataclasses.replace(
@@ -228,7 +232,7 @@ def _read(r: loaded_run.Run, asked: Asked, written: Written) -> replies.Reply:
     )
 
 
-def _taken_cut(kind: str, written: Written, c) -> bool:
+def _taken_cut(kind: str, written: AuthorText, c) -> bool:
     """Whether a reply that ended at author.max_tokens is read all the same, as published: an
     analysis always, a reflection by ROSD's own reader. Another is unusable, even if its tags are
     whole: it may have gone on to take back what it said."""
@@ -236,7 +240,7 @@ def _taken_cut(kind: str, written: Written, c) -> bool:
     return published and bool(written.text)
 
 
-def parse(kind: str, attempt: contexts.Attempt, text: str, c) -> replies.Reply:
+def read_reply(kind: str, attempt: contexts.Attempt, text: str, c) -> replies.Reply:
     """Reads a writer's text strictly; of an unusable reply nothing is left but a quote.
 
     `attempt` is as the writer was shown it.
@@ -259,7 +263,7 @@ def parse(kind: str, attempt: contexts.Attempt, text: str, c) -> replies.Reply:
     return replies.Reply(reply.status, quote=reply.quote, raw=reply.raw)
 
 
-def guard_leak(reply: replies.Reply, row: problem_row.Row, policy: str) -> replies.Reply:
+def apply_leak_policy(reply: replies.Reply, row: problem_row.Row, policy: str) -> replies.Reply:
     """context.leak, for an explanation that gives the final answer away."""
     if not reply.text or not row.answer or not replies.leak(reply.text, row.answer):
         return reply

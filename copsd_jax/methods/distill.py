@@ -27,40 +27,40 @@ from copsd_jax.methods import authors, grpo
 from copsd_jax.problems import problem_row
 from copsd_jax.teaching import contexts, groups, prompts, replies, token_selection
 from copsd_jax.training import layout, loaded_run, rollouts, run_plan, train_step
-from copsd_jax.training.rollouts import Rollouts, Work
+from copsd_jax.training.rollouts import Rollouts, StepInputs
 
 
 def make_batch(
-    r: loaded_run.Run, state: train_step.State, rows: list[problem_row.Row], step: int
-) -> Work:
+    r: loaded_run.LoadedRun, state: train_step.State, rows: list[problem_row.Row], step: int
+) -> StepInputs:
     """Samples, grades, has contexts written, builds the teacher's prompts, packs."""
     c = r.plan.config
-    done = rollouts.make(r, loaded_run.policies(r, state)[0], rows, step)
+    done = rollouts.sample_rollouts(r, loaded_run.derive_policies(r, state)[0], rows, step)
     wanted = _wanted(c, done)
     views = _views(r, done, step)
     written = _replies(r, state, done, views, wanted, step)
     told = [
-        run_plan.teach(r.plan, view, reply) if keep else None
+        run_plan.build_teacher_prompt(r.plan, view, reply) if keep else None
         for view, reply, keep in zip(views, written, wanted, strict=True)
     ]
-    told, overlong = run_plan.within(r.plan, done.asked, told)
+    told, overlong = run_plan.drop_overlong(r.plan, done.asked, told)
     masks, found = _select(r, done, views, written, told)
     batch = _pack(done, told, masks)
     if c.policy.weight:
-        batch = grpo.policy(c, done, batch, c.policy.route == "successes")
-    records = rollouts.records(r, done)
+        batch = grpo.add_advantages(c, done, batch, c.policy.route == "successes")
+    records = rollouts.build_records(r, done)
     for i, record in enumerate(records):
         record |= _about(told[i], written[i], found[i], views[i], wanted[i])
         if told[i]:
             shown = contexts.privileged(r.plan.context, views[i], written[i])
             record["privileged_text"] = shown
-    probe = run_plan.probe(r.plan, done.rows[0])
-    return Work(
+    probe = run_plan.build_probe_prompt(r.plan, done.rows[0])
+    return StepInputs(
         batch,
-        *rollouts.prefixes(r, state, done.asked[0], probe),
+        *rollouts.encode_prefixes(r, state, done.asked[0], probe),
         records,
         {
-            **rollouts.metrics(records, done.sampler),
+            **rollouts.measure_rollouts(records, done.sampler),
             "overlong_teacher_prompts": float(overlong),
             "taught": float(sum(prompt is not None for prompt in told)),
             "filtered": float(wanted.count(False)),
@@ -79,7 +79,7 @@ def _wanted(c, done: Rollouts) -> list[bool]:
     return wanted.tolist()
 
 
-def _views(r: loaded_run.Run, done: Rollouts, step: int) -> list[contexts.Attempt]:
+def _views(r: loaded_run.LoadedRun, done: Rollouts, step: int) -> list[contexts.Attempt]:
     """What the context may read of each completion."""
     c, reads = r.plan.config, contexts.reads(r.plan.context)
     siblings: list[int | None] = [None] * len(done.rows)
@@ -108,15 +108,17 @@ def _views(r: loaded_run.Run, done: Rollouts, step: int) -> list[contexts.Attemp
 def _replies(r, state, done: Rollouts, views, wanted, step: int) -> list[replies.Reply]:
     """What the author writes about the completions that are wanted; nothing about the others."""
     asked = [
-        authors.Asked(views[i], done.samples[i], verdict.answer if verdict else None)
+        authors.AuthorRequest(views[i], done.samples[i], verdict.answer if verdict else None)
         for i, verdict in enumerate(done.verdicts)
         if wanted[i]
     ]
-    made = iter(authors.write(r, state, asked, step))
+    made = iter(authors.write_replies(r, state, asked, step))
     return [next(made) if keep else replies.FILTERED for keep in wanted]
 
 
-def _select(r: loaded_run.Run, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
+def _select(
+    r: loaded_run.LoadedRun, done: Rollouts, views, written, told
+) -> tuple[list, list[str]]:
     """The tokens of each completion that carry loss, and how its error was found."""
     masks, found = [], []
     for i, completion in enumerate(done.completions):
@@ -133,7 +135,7 @@ def _select(r: loaded_run.Run, done: Rollouts, views, written, told) -> tuple[li
 
 def _pack(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Batch:
     """Both layouts. A completion without context carries no loss, under any prompt: its own."""
-    batch = layout.pack(
+    batch = layout.build_batch(
         [prompt.ids for prompt in done.asked],
         [(t or s).ids for t, s in zip(told, done.asked, strict=True)],
         [completion.ids for completion in done.completions],
@@ -142,8 +144,8 @@ def _pack(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Ba
     )
     C = batch.mask_BC.shape[1]
     return batch._replace(
-        loss_BC=layout.per_token(masks, C, bool),
-        logp_rollout_BC=layout.per_token([d.logps for d in done.completions], C, np.float32),
+        loss_BC=layout.pad_rows(masks, C, bool),
+        logp_rollout_BC=layout.pad_rows([d.logps for d in done.completions], C, np.float32),
     )
 
 
@@ -166,17 +168,21 @@ def _about(told, reply: replies.Reply, found: str, view: contexts.Attempt, wante
     }
 
 
-def _statuses(r: loaded_run.Run, records: list[dict]) -> dict[str, float]:
+def _statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
     """Counts of statuses, of those that this run's context and tokens can have; of shortened
     sections, in how many completions' prompts, the writer's or the teacher's."""
     out = {}
     if "reply" in contexts.reads(r.plan.context):
-        out |= rollouts.counts("reply", [record["reply_status"] for record in records], ["ok"])
+        out |= rollouts.count_statuses(
+            "reply", [record["reply_status"] for record in records], ["ok"]
+        )
         out["leaked"] = float(sum(record["leaked"] for record in records))
         out["replies_cut"] = float(sum(record["reply_cut"] for record in records))
     if r.plan.selection.select != "all":
-        out |= rollouts.counts("located", [record["located"] for record in records], ["exact"])
+        out |= rollouts.count_statuses(
+            "located", [record["located"] for record in records], ["exact"]
+        )
     if r.plan.context.section_tokens:
         cut = [kind for x in records for kind in {*x["shortened"], *x["writer_shortened"]}]
-        out |= rollouts.counts("shortened", sorted(cut), [])
+        out |= rollouts.count_statuses("shortened", sorted(cut), [])
     return out

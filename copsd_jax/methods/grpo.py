@@ -19,35 +19,38 @@ import numpy as np
 from copsd_jax.losses import policy_loss
 from copsd_jax.problems import problem_row
 from copsd_jax.training import layout, loaded_run, rollouts, train_step
-from copsd_jax.training.rollouts import Rollouts, Work
+from copsd_jax.training.rollouts import Rollouts, StepInputs
 
 
 def make_batch(
-    r: loaded_run.Run, state: train_step.State, rows: list[problem_row.Row], step: int
-) -> Work:
+    r: loaded_run.LoadedRun, state: train_step.State, rows: list[problem_row.Row], step: int
+) -> StepInputs:
     """Samples, grades, gives advantages, packs. A row without an answer has none."""
-    done = rollouts.make(r, loaded_run.policies(r, state)[0], rows, step)
+    done = rollouts.sample_rollouts(r, loaded_run.derive_policies(r, state)[0], rows, step)
     prefix_ids = done.asked[0].prefix_ids
-    batch = layout.pack(
+    batch = layout.build_batch(
         [prompt.ids for prompt in done.asked],
         None,
         [completion.ids for completion in done.completions],
         student_prefix=len(prefix_ids),
     )
-    batch = policy(r.plan.config, done, batch, successes_only=False)
-    records = rollouts.records(r, done)
+    batch = add_advantages(r.plan.config, done, batch, successes_only=False)
+    records = rollouts.build_records(r, done)
     for b, record in enumerate(records):
         record["advantage"] = float(batch.advantage_BC[b, 0])
     informative = policy_loss.informative(done.rewards(), np.asarray(done.groups))
-    return Work(
+    return StepInputs(
         batch,
-        *rollouts.prefixes(r, state, done.asked[0], None),
+        *rollouts.encode_prefixes(r, state, done.asked[0], None),
         records,
-        {**rollouts.metrics(records, done.sampler), "informative": float(informative.mean())},
+        {
+            **rollouts.measure_rollouts(records, done.sampler),
+            "informative": float(informative.mean()),
+        },
     )
 
 
-def policy(c, done: Rollouts, batch: layout.Batch, successes_only: bool) -> layout.Batch:
+def add_advantages(c, done: Rollouts, batch: layout.Batch, successes_only: bool) -> layout.Batch:
     """The batch with advantages, and the tokens with policy loss.
 
     All tokens of a completion have its advantage. In a group whose rewards are all equal it is 0,
@@ -64,5 +67,5 @@ def policy(c, done: Rollouts, batch: layout.Batch, successes_only: bool) -> layo
     return batch._replace(
         policy_BC=batch.mask_BC & kept_B[:, None],
         advantage_BC=np.where(batch.mask_BC, advantage_B[:, None], 0.0).astype(np.float32),
-        logp_rollout_BC=layout.per_token([d.logps for d in done.completions], C, np.float32),
+        logp_rollout_BC=layout.pad_rows([d.logps for d in done.completions], C, np.float32),
     )

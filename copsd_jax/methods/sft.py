@@ -12,12 +12,12 @@ import numpy as np
 from copsd_jax.problems import problem_row
 from copsd_jax.teaching import prompts
 from copsd_jax.training import layout, loaded_run, rollouts, train_step
-from copsd_jax.training.rollouts import Work
+from copsd_jax.training.rollouts import StepInputs
 
 
 def make_batch(
-    r: loaded_run.Run, state: train_step.State, rows: list[problem_row.Row], step: int
-) -> Work:
+    r: loaded_run.LoadedRun, state: train_step.State, rows: list[problem_row.Row], step: int
+) -> StepInputs:
     """Prompts and solutions as token ids, packed. Nothing is sampled."""
     plan, c = r.plan, r.plan.config
     asked = [prompts.student(plan.tokenizer, plan.student, row) for row in rows]
@@ -25,7 +25,7 @@ def make_batch(
         prompts.target(plan.tokenizer, plan.student, row, c.rollout.stop, prompt.state)
         for row, prompt in zip(rows, asked, strict=True)
     ]
-    batch = layout.pack(
+    batch = layout.build_batch(
         [prompt.ids for prompt in asked], None, targets, student_prefix=len(asked[0].prefix_ids)
     )
     batch = batch._replace(
@@ -39,7 +39,7 @@ def make_batch(
             "problem": row.problem,
             "student_prompt": prompt.text,
             "student_prompt_ids": [*prompt.prefix_ids, *prompt.ids],
-            "completion": loaded_run.text(r, target),
+            "completion": loaded_run.decode_completion(r, target),
             "completion_ids": list(target),
             "finish": "data",
             "gold": row.answer,
@@ -48,4 +48,4 @@ def make_batch(
         for row, prompt, target in zip(rows, asked, targets, strict=True)
     ]
     metrics = {"completion_tokens": rollouts.mean([len(target) for target in targets])}
-    return Work(batch, *rollouts.prefixes(r, state, asked[0], None), records, metrics)
+    return StepInputs(batch, *rollouts.encode_prefixes(r, state, asked[0], None), records, metrics)

@@ -16,7 +16,7 @@ from copsd_jax.losses import divergence_loss
 from copsd_jax.model import transformer
 
 
-def divergence(c: config_lib.Config) -> divergence_loss.Divergence | None:
+def build_divergence(c: config_lib.Config) -> divergence_loss.Divergence | None:
     """The settings of the divergence; None for a method without one."""
     if c.method != "distill" or c.policy.weight >= 1:
         return None
@@ -35,7 +35,7 @@ def divergence(c: config_lib.Config) -> divergence_loss.Divergence | None:
     )
 
 
-def loss(c: config_lib.Config, platform: str) -> str:
+def choose_loss(c: config_lib.Config, platform: str) -> str:
     """Of losses.IMPLEMENTATIONS.
 
     Raises:
@@ -44,13 +44,13 @@ def loss(c: config_lib.Config, platform: str) -> str:
     mixed = c.teacher.weights == "trust_region" and c.train.trainable == "full"
     try:
         return divergence_loss.resolve(
-            c.loss.implementation, divergence(c), platform, one_width=not mixed
+            c.loss.implementation, build_divergence(c), platform, one_width=not mixed
         )
     except ValueError as error:
         raise ValueError(f"loss.{error}") from error
 
 
-def attention(c: config_lib.Config, platform: str) -> str:
+def choose_decode_attention(c: config_lib.Config, platform: str) -> str:
     """Of kernels.attention.IMPLEMENTATIONS, for decoding.
 
     Raises:
@@ -67,7 +67,9 @@ def attention(c: config_lib.Config, platform: str) -> str:
     return f"pallas_{platform}" if name == "pallas" else name
 
 
-def rows(c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig) -> str:
+def choose_row_attention(
+    c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig
+) -> str:
     """Of kernels.attention_rows.IMPLEMENTATIONS, for training, scoring and prefill.
 
     `auto` takes cudnn nowhere: it was never run.
@@ -109,11 +111,13 @@ def _without_cudnn(size: int) -> str:
     return ""
 
 
-def check(c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig) -> None:
+def check_attention(
+    c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig
+) -> None:
     """Refuses, before anything is built, what cannot run of attention.
 
     Raises:
       ValueError: naming the setting.
     """
-    attention(c, platform)
-    rows(c, platform, dtype, shape)
+    choose_decode_attention(c, platform)
+    choose_row_attention(c, platform, dtype, shape)

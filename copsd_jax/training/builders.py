@@ -17,44 +17,44 @@ from copsd_jax.training import backends, layout, row_packing, run_plan, train_st
 ADAPTER_STREAM = 1001  # random stream of a seed besides the sampler's, whose purposes count from 0
 
 
-def decoder(frame: run_plan.Frame | run_plan.Plan) -> transformer.Decoder:
+def build_decoder(frame: run_plan.ProgramPlan | run_plan.Plan) -> transformer.Decoder:
     c, m, platform = frame.config, frame.model_config, sharding.platform(frame.mesh)
     return transformer.Decoder(
         m,
         frame.dtype,
         remat=c.model.remat,
         query_block=row_attention.CPU_QUERY_BLOCK if platform == "cpu" else transformer.QUERY_BLOCK,
-        decode=backends.attention(c, platform),
-        attention=backends.rows(c, platform, frame.dtype, m),
+        decode=backends.choose_decode_attention(c, platform),
+        attention=backends.choose_row_attention(c, platform, frame.dtype, m),
         key_repeats=sharding.key_repeats(m.n_heads, m.n_kv_heads, frame.mesh.shape["tensor"]),
     )
 
 
-def optimizer(config, steps: int) -> tuple[Any, Callable[[Any], Any]]:
+def build_optimizer(config, steps: int) -> tuple[Any, Callable[[Any], Any]]:
     """The optimizer and its learning rate of a step; `steps` is the last one."""
     names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
-    return train_step.optimizer(steps=steps, **{n: config.train[n] for n in names})
+    return train_step.make_optimizer(steps=steps, **{n: config.train[n] for n in names})
 
 
-def places(tree: Any, frame: run_plan.Frame | run_plan.Plan) -> Any:
+def find_shardings(tree: Any, frame: run_plan.ProgramPlan | run_plan.Plan) -> Any:
     """Where parameters, adapters and optimizer state of this model lie."""
     return sharding.shardings(tree, frame.mesh, frame.model_config.n_kv_heads)
 
 
-def step(frame: run_plan.Frame | run_plan.Plan, decoder, tx, options, state) -> Any:
+def build_step(frame: run_plan.ProgramPlan | run_plan.Plan, decoder, tx, options, state) -> Any:
     """The jitted training step; `state` may be abstract, its values are not read."""
     whole = NamedSharding(frame.mesh, PartitionSpec())  # so that each process has all of it
     return jax.jit(
-        train_step.make(decoder, tx, options),
+        train_step.make_step(decoder, tx, options),
         donate_argnums=0,
-        out_shardings=(places(state, frame), whole),
+        out_shardings=(find_shardings(state, frame), whole),
     )
 
 
-def packed(
-    frame: run_plan.Frame | run_plan.Plan, batch: layout.Batch, caps: bool = False
+def pack_batch(
+    frame: run_plan.ProgramPlan | run_plan.Plan, batch: layout.Batch, caps: bool = False
 ) -> layout.Batch:
-    """The batch of `layout.pack`, its samples in rows and micro-batches as train.pack says.
+    """The batch of `layout.build_batch`, its samples in rows and micro-batches as train.pack says.
 
     Every process makes the same of the same lengths.
 
@@ -68,15 +68,16 @@ def packed(
     if c.train.pack == "off":
         return batch
     shared = c.train.pack == "shared"
-    lengths, sides = layout.texts(batch, shared and not caps)
-    plan = (row_packing.plan_apart if caps else row_packing.plan)(
+    lengths, sides = layout.measure_prompts(batch, shared and not caps)
+    plan = (row_packing.plan_one_per_row if caps else row_packing.plan_rows)(
         lengths, sides, shards=sharding.batch_shards(frame.mesh),
-        micros=options(frame).micro_batches, budget=c.train.micro_tokens, row=c.train.row_tokens,
+        micros=build_options(frame).micro_batches, budget=c.train.micro_tokens,
+        row=c.train.row_tokens,
     )  # fmt: skip
-    return layout.packed(batch, plan, shared)
+    return layout.pack_rows(batch, plan, shared)
 
 
-def check_rows(plan: run_plan.Plan) -> None:
+def check_row_budget(plan: run_plan.Plan) -> None:
     """Whether train.micro_tokens holds the longest sample that a step may have.
 
     Raises:
@@ -87,7 +88,7 @@ def check_rows(plan: run_plan.Plan) -> None:
         return
     prompts_of = {"student": prompts.student(plan.tokenizer, plan.student, plan.rows[0])}
     if c.method == "distill":
-        prompts_of["teacher"] = run_plan.probe(plan, plan.rows[0])
+        prompts_of["teacher"] = run_plan.build_probe_prompt(plan, plan.rows[0])
     longest = dict(plan.longest)
     if {"feedback", "other"} & {
         *contexts.reads(plan.context)
@@ -102,8 +103,8 @@ def check_rows(plan: run_plan.Plan) -> None:
     )
 
 
-def hand_over(
-    frame: run_plan.Frame | run_plan.Plan, frozen: dict, **call: Callable
+def build_hand_over(
+    frame: run_plan.ProgramPlan | run_plan.Plan, frozen: dict, **call: Callable
 ) -> handover.HandOver:
     """What hands weights to the sampler; `call` as HandOver has it."""
     s = frame.config.sampler
@@ -113,7 +114,9 @@ def hand_over(
     )  # fmt: skip
 
 
-def first_state(frame: run_plan.Frame | run_plan.Plan, tx: Any, teacher: str) -> Callable[..., Any]:
+def build_initializer(
+    frame: run_plan.ProgramPlan | run_plan.Plan, tx: Any, teacher: str
+) -> Callable[..., Any]:
     """What makes the State at step 0, of a new adapter, or of all weights in float32.
 
     A function of the base parameters, which an adapter does not read.
@@ -126,32 +129,32 @@ def first_state(frame: run_plan.Frame | run_plan.Plan, tx: Any, teacher: str) ->
             trained = lora.init_adapter(frame.model_config, c.lora.rank, c.lora.targets, key)
         else:
             trained = jax.tree.map(lambda x: x.astype(jnp.float32), base)
-        return train_step.init(trained, tx, teacher)
+        return train_step.init_state(trained, tx, teacher)
 
     return begun
 
 
-def needs_initial(config) -> bool:
+def needs_initial_weights(config) -> bool:
     """Whether full fine-tuning has to keep the initial weights."""
     if config.method == "distill" and config.teacher.weights in ("fixed", "trust_region"):
         return True
     return config.policy.kl > 0 and (config.method == "grpo" or config.policy.weight > 0)
 
 
-def options(plan: run_plan.Frame | run_plan.Plan) -> train_step.Options:
+def build_options(plan: run_plan.ProgramPlan | run_plan.Plan) -> train_step.Options:
     """The static choices of a run's step."""
     c = plan.config
     completions = c.train.batch * c.rollout.per_prompt
     micro = c.train.micro_batch or completions
     distills = c.method == "distill"
-    divergence = backends.divergence(c)
+    divergence = backends.build_divergence(c)
     return train_step.Options(
         trainable=c.train.trainable,
         teacher=c.teacher.weights if distills else "fixed",
         ema_decay=c.teacher.ema_decay,
         adapter_scale=plan.adapter_scale,
         divergence=divergence,
-        implementation=backends.loss(c, sharding.platform(plan.mesh)),
+        implementation=backends.choose_loss(c, sharding.platform(plan.mesh)),
         chunk=c.loss.chunk,
         norm=c.loss.norm,
         group=c.loss.group or micro,
@@ -188,7 +191,7 @@ def _policy_loss(c) -> train_step.PolicyLoss | None:
     )
 
 
-def sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> request.Sampling:
+def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> request.Sampling:
     """How completions of a section are drawn, with what ends a text."""
     s = config[section]
     return request.Sampling(
@@ -202,7 +205,7 @@ def sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> request.S
     )
 
 
-def sampler(c, section: str, length: int) -> request.Settings:
+def build_sampler_settings(c, section: str, length: int) -> request.Settings:
     """The sampler's size of a section; `length`: cache entries of a slot, 0 for a call's need."""
     return request.Settings(
         slots=c[section].slots,

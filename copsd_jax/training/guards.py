@@ -11,9 +11,9 @@ A rule is one string of `guards.rules`, without blanks:
 A value that is nan is beyond every limit. `warn` speaks once each time the limit is passed, `lr`
 acts every STEPS steps for as long as it is. A step without the metric (no graded answer, no token
 with loss) is passed over, but a count that is not there is 0: names are checked before the run, by
-`known`, and not by what its first step happens to have. What the guards know is a small dictionary
-that follows from the lines of metrics.jsonl alone, so that a continued run decides as one in one
-piece.
+`check_metrics`, and not by what its first step happens to have. What the guards know is a small
+dictionary that follows from the lines of metrics.jsonl alone, so that a continued run decides as
+one in one piece.
 """
 
 import copy
@@ -99,7 +99,7 @@ class Event:
     text: str
 
 
-def parse(texts: Sequence[str]) -> tuple[Rule, ...]:
+def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
     """The rules of `guards.rules`.
 
     Raises:
@@ -112,7 +112,7 @@ def parse(texts: Sequence[str]) -> tuple[Rule, ...]:
     return rules
 
 
-def known(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+def check_metrics(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """The same rules, if every metric is one of `METRICS`, which some run can have.
 
     Raises:
@@ -164,14 +164,14 @@ def _parse(text: str) -> Rule:
     return rule
 
 
-def start(rules: Sequence[Rule]) -> State:
+def init_state(rules: Sequence[Rule]) -> State:
     """The state before the first step. `factor` is the learning rate's so far, `stopped` the reason
     why the run stops, or ""."""
     memory = [{"first": None, "over": 0} for _ in rules]
     return {"steps": 0, "factor": 1.0, "stopped": "", "rules": memory}
 
 
-def check(
+def apply_rules(
     rules: Sequence[Rule], state: State, step: int, metrics: Mapping[str, Any]
 ) -> tuple[State, list[Event]]:
     """The state after a step, and what its metrics ask for; `state` itself stays as it is.
@@ -238,18 +238,18 @@ def _text(rule: Rule, step: int, value: float, limit: float, over: int) -> str:
     )
 
 
-def replay(rules: Sequence[Rule], lines: Iterable[str]) -> State:
+def replay_metrics(rules: Sequence[Rule], lines: Iterable[str]) -> State:
     """The state after the steps whose metrics.jsonl lines these are, in their order.
 
     Raises:
       ValueError: for a line that is no line of metrics.jsonl.
     """
-    state = start(rules)
+    state = init_state(rules)
     for number, line in enumerate(lines, 1):
         try:
             metrics = json.loads(line)
             step = int(metrics["step"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} is no line of metrics.jsonl: {line[:80]!r}") from error
-        state, _ = check(rules, state, step, metrics)
+        state, _ = apply_rules(rules, state, step, metrics)
     return state

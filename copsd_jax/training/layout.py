@@ -17,7 +17,7 @@ The gather index is flat into rows x length. Masks come from lengths, never from
 completion's end token counts even where it equals the padding token. With a shared prefix of P
 tokens (worked examples), positions begin at P; the prefix itself is in no row.
 
-`packed` puts several samples into a row, as `bins` has planned it, and cuts the batch into
+`pack_rows` puts several samples into a row, as `bins` has planned it, and cuts the batch into
 micro-batches. A prompt that completions of a row share stands in it once, and is the parent of
 theirs:
 
@@ -40,7 +40,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from copsd_jax.runtime import sharding
 from copsd_jax.training import row_packing
 
-Array = Any  # np.ndarray from `pack`, jax.Array inside a step
+Array = Any  # np.ndarray from `build_batch`, jax.Array inside a step
 
 
 class Side(NamedTuple):
@@ -85,7 +85,7 @@ class Batch(NamedTuple):
     source_UST: Array = None
 
 
-def bucket(length: int) -> int:
+def pad_length(length: int) -> int:
     """The padded length for `length` tokens: few distinct sizes, hence few compilations.
 
     Multiples of 32 up to 256, 64 up to 512, 128 up to 2,048, 512 beyond: from 128 tokens on,
@@ -99,7 +99,7 @@ def _side(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], prefix: int, C: int
 ) -> Side:
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    B, L = len(prompts), bucket(max(lengths))
+    B, L = len(prompts), pad_length(max(lengths))
     tokens_BL = np.zeros((B, L), np.int32)
     segments_BL = np.zeros((B, L), np.int32)
     gather_BC = np.zeros((B, C), np.int32)
@@ -115,7 +115,7 @@ def _side(
     return Side(tokens_BL, positions_BL, segments_BL, gather_BC)
 
 
-def per_token(values: Sequence[Any], C: int, dtype: Any) -> np.ndarray:
+def pad_rows(values: Sequence[Any], C: int, dtype: Any) -> np.ndarray:
     """Lists of different lengths as rows of [B, C], 0 behind their ends."""
     out_BC = np.zeros((len(values), C), dtype)
     for b, row in enumerate(values):
@@ -123,7 +123,7 @@ def per_token(values: Sequence[Any], C: int, dtype: Any) -> np.ndarray:
     return out_BC
 
 
-def pack(
+def build_batch(
     student_prompts: Sequence[Sequence[int]],
     teacher_prompts: Sequence[Sequence[int]] | None,
     completions: Sequence[Sequence[int]],
@@ -145,20 +145,20 @@ def pack(
             f"{len(student_prompts)} student prompts, {len(taught)} teacher prompts, "
             f"{len(completions)} completions: the numbers must be equal"
         )
-    B, C = len(completions), bucket(max((len(c) for c in completions), default=1))
-    mask_BC = per_token([[True] * len(completion) for completion in completions], C, bool)
+    B, C = len(completions), pad_length(max((len(c) for c in completions), default=1))
+    mask_BC = pad_rows([[True] * len(completion) for completion in completions], C, bool)
     return Batch(
         student=_side(student_prompts, completions, student_prefix, C),
         teacher=None
         if teacher_prompts is None
         else _side(teacher_prompts, completions, teacher_prefix, C),
-        completion_BC=per_token(completions, C, np.int32),
+        completion_BC=pad_rows(completions, C, np.int32),
         mask_BC=mask_BC,
         loss_BC=mask_BC if teacher_prompts is not None else np.zeros((B, C), bool),
     )
 
 
-def fills(batch: Batch) -> dict[str, float]:
+def measure_fill(batch: Batch) -> dict[str, float]:
     """Metrics `fill_student`, `fill_teacher`: the share of row tokens that are no padding; of a
     packed batch also into how many micro-batches it is cut."""
     sides = {"fill_student": batch.student, "fill_teacher": batch.teacher}
@@ -172,7 +172,7 @@ def fills(batch: Batch) -> dict[str, float]:
     )
 
 
-def places(batch: Batch, where: Mesh) -> Batch:
+def batch_shardings(batch: Batch, where: Mesh) -> Batch:
     """Shardings: rows split over the mesh's axes of the batch; of a packed batch each bin where its
     rows are, and the arrays of completions whole on every device."""
     whole = NamedSharding(where, PartitionSpec())
@@ -185,16 +185,16 @@ def places(batch: Batch, where: Mesh) -> Batch:
     return rest._replace(student=student, teacher=teacher, source_UST=rows)
 
 
-def place(batch: Batch, where: Mesh) -> Batch:
+def place_batch(batch: Batch, where: Mesh) -> Batch:
     """The batch on the mesh, from arrays that every process has."""
-    return jax.tree.map(sharding.put, batch, places(batch, where))
+    return jax.tree.map(sharding.put, batch, batch_shardings(batch, where))
 
 
 # --- several samples in a row -----------------------------------------------------------------
 
 
-def texts(batch: Batch, shared: bool) -> tuple[list[int], list[row_packing.Texts]]:
-    """Lengths of the completions, and the prompts of each side, as `row_packing.plan` takes them.
+def measure_prompts(batch: Batch, shared: bool) -> tuple[list[int], list[row_packing.Prompts]]:
+    """Lengths of the completions, and the prompts of each side, as `plan_rows` takes them.
 
     Args:
       shared: whether prompts with equal tokens are one, or each stands for itself.
@@ -208,18 +208,18 @@ def texts(batch: Batch, shared: bool) -> tuple[list[int], list[row_packing.Texts
         if shared:
             ids = (side.tokens_BL[b, :length].tobytes() for b, length in enumerate(prompts_B))
             families_B = [known.setdefault(prompt, b) for b, prompt in enumerate(ids)]
-        found.append(row_packing.Texts(prompts_B, families_B))
+        found.append(row_packing.Prompts(prompts_B, families_B))
     return own_B, found
 
 
-def packed(batch: Batch, plan: row_packing.Plan, shared: bool) -> Batch:
-    """The batch of `pack` with its samples in rows and micro-batches as planned.
+def pack_rows(batch: Batch, plan: row_packing.RowPlan, shared: bool) -> Batch:
+    """The batch of `build_batch` with its samples in rows and micro-batches as planned.
 
     Args:
-      shared: as in `texts`, of which the plan was made.
+      shared: as in `measure_prompts`, of which the plan was made.
     """
     B, C = batch.mask_BC.shape
-    own_B, prompts = texts(batch, shared)
+    own_B, prompts = measure_prompts(batch, shared)
     source_US = np.full((plan.micros * plan.shards, plan.sizes[0].tokens), B * C, np.int32)
     used, start_B = np.zeros(len(source_US), int), np.zeros(B, int)
     for b, own in enumerate(own_B):
@@ -241,8 +241,8 @@ def packed(batch: Batch, plan: row_packing.Plan, shared: bool) -> Batch:
 
 
 def _rows(
-    side: Side, own_B: list[int], prompts_B: Sequence[int], start_B, plan: row_packing.Plan, k: int,
-    shared: bool,
+    side: Side, own_B: list[int], prompts_B: Sequence[int], start_B, plan: row_packing.RowPlan,
+    k: int, shared: bool,
 ) -> Side:  # fmt: skip
     """One side's rows; `start_B` is where a completion's tokens begin among those of its bin."""
     size, places = plan.sizes[k], plan.places[k]

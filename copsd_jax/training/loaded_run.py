@@ -28,7 +28,7 @@ WEIGHTS_STREAM = 1002  # another is making's
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """A plan with its weights, compiled functions and helpers."""
 
     plan: run_plan.Plan
@@ -42,7 +42,7 @@ class Run:
     token_classes: np.ndarray  # int8 [V], of token_stats
     teacher_kv: tuple[transformer.KV | None, ...] | None  # of the fixed teacher's exemplars
     hand_over: handover.HandOver  # of a policy to the sampler
-    served: "Served | None"  # of a policy to the server of sampler.engine=server
+    served: "ServedPolicy | None"  # of a policy to the server of sampler.engine=server
     lengths: dict[str, int]  # cache entries of a slot, of rollout, eval and author
 
 
@@ -50,25 +50,25 @@ class EngineError(Exception):
     """The server of sampler.engine=server did not do what it was asked, in one sentence."""
 
 
-class Unusable(Exception):
+class UnusableFile(Exception):
     """A file of the run that cannot be used, in one sentence with what to do."""
 
 
 @contextlib.contextmanager
-def resumable(directory: pathlib.Path) -> Iterator[None]:
+def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
     """What no traceback would mend ends the program with a sentence: a server that fails, a file
     that is damaged, memory that is not there."""
     try:
         yield
-    except (EngineError, Unusable) as error:
+    except (EngineError, UnusableFile) as error:
         raise SystemExit(f"error: {error}; the same command continues {directory}") from error
     except MemoryError as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def load(
+def load_run(
     plan: run_plan.Plan, steps: int, folder: pathlib.Path | None = None
-) -> tuple[Run, train_step.State]:
+) -> tuple[LoadedRun, train_step.State]:
     """Reads the weights onto the mesh; the parts of the run and the State at step 0.
 
     Args:
@@ -79,21 +79,23 @@ def load(
       ValueError: a server without a folder.
     """
     config = plan.config
-    decoder = builders.decoder(plan)
+    decoder = builders.build_decoder(plan)
     base = _weights(plan)
-    frozen = base if config.train.trainable == "lora" or builders.needs_initial(config) else {}
-    tx, rate = builders.optimizer(config, steps)
-    options = builders.options(plan)
+    frozen = (
+        base if config.train.trainable == "lora" or builders.needs_initial_weights(config) else {}
+    )
+    tx, rate = builders.build_optimizer(config, steps)
+    options = builders.build_options(plan)
     state = _born(
-        builders.first_state(plan, tx, options.teacher),
+        builders.build_initializer(plan, tx, options.teacher),
         plan,
         base if config.train.trainable == "full" else {},
     )
-    step = builders.step(plan, decoder, tx, options, state)
+    step = builders.build_step(plan, decoder, tx, options, state)
     teacher_kv = None
     if config.method == "distill" and options.teacher == "fixed" and plan.shots and plan.rows:
-        prefix = run_plan.probe(plan, plan.rows[0]).prefix_ids
-        initial = train_step.policies(state, frozen, options, plan.dtype)[1]
+        prefix = run_plan.build_probe_prompt(plan, plan.rows[0]).prefix_ids
+        initial = train_step.derive_policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (shared_prefix.encode_ids(decoder, initial.params, prefix),)
     grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
     rewarder = reward_functions.make(
@@ -101,9 +103,9 @@ def load(
     )
     classes = token_stats.classes(plan.token_bytes, plan.stop_ids, plan.special_ids)
     return (
-        Run(
+        LoadedRun(
             plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
-            builders.hand_over(plan, frozen),
+            builders.build_hand_over(plan, frozen),
             _served(plan, folder),
             _lengths(plan),
         ),
@@ -127,7 +129,7 @@ def _lengths(plan: run_plan.Plan) -> dict[str, int]:
 
 def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
     """`make(*args)`, whose arrays come into being on their shards and are nowhere whole."""
-    places = builders.places(jax.eval_shape(make, *args), plan)
+    places = builders.find_shardings(jax.eval_shape(make, *args), plan)
     return jax.jit(make, out_shardings=places)(*args)
 
 
@@ -149,7 +151,7 @@ def _weights(plan: run_plan.Plan) -> dict:
 
 
 @contextlib.contextmanager
-def scope(plan: run_plan.Plan) -> Iterator[None]:
+def set_mesh_and_precision(plan: run_plan.Plan) -> Iterator[None]:
     """Within it the plan's programs run: on its mesh, and float32 products in float32.
 
     Accelerators would otherwise round the operands of float32 products to fewer bits.
@@ -159,18 +161,20 @@ def scope(plan: run_plan.Plan) -> Iterator[None]:
         yield
 
 
-def policies(run: Run, state: train_step.State) -> tuple[train_step.Policy, train_step.Policy]:
+def derive_policies(
+    run: LoadedRun, state: train_step.State
+) -> tuple[train_step.Policy, train_step.Policy]:
     """(student, teacher) weights of a state."""
-    return train_step.policies(state, run.frozen, run.options, run.plan.dtype)
+    return train_step.derive_policies(state, run.frozen, run.options, run.plan.dtype)
 
 
-def teachers(run: Run, state: train_step.State) -> tuple:
-    """The policies that the teacher mixes, with their shares; see `train_step.teachers`."""
-    return train_step.teachers(*policies(run, state), run.options)
+def teacher_mixture(run: LoadedRun, state: train_step.State) -> tuple:
+    """The policies that the teacher mixes, with their shares; see `train_step.teacher_mixture`."""
+    return train_step.teacher_mixture(*derive_policies(run, state), run.options)
 
 
 def encode_prefix(
-    run: Run, policy: train_step.Policy, prefix_ids: Sequence[int]
+    run: LoadedRun, policy: train_step.Policy, prefix_ids: Sequence[int]
 ) -> transformer.KV | None:
     """Keys of the exemplars under a policy; None without exemplars."""
     return shared_prefix.encode_ids(
@@ -178,22 +182,22 @@ def encode_prefix(
     )
 
 
-def sampling(run: Run, section: str) -> request.Sampling:
+def _sampling(run: LoadedRun, section: str) -> request.Sampling:
     """Sampling settings of `rollout`, `eval` or `author`.
 
     Stop strings end answers, not what an author writes.
     """
     plan = run.plan
     stop = () if section == "author" else tuple(plan.config.rollout.stop)
-    return builders.sampling(plan.config, section, plan.stop_ids, stop)
+    return builders.build_sampling(plan.config, section, plan.stop_ids, stop)
 
 
-def sampler(run: Run, section: str) -> request.Settings:
+def _sampler_settings(run: LoadedRun, section: str) -> request.Settings:
     """The sampler's size of `rollout`, `eval` or `author`."""
-    return builders.sampler(run.plan.config, section, run.lengths[section])
+    return builders.build_sampler_settings(run.plan.config, section, run.lengths[section])
 
 
-class Served:
+class ServedPolicy:
     """Hands weights over to a server; knows which policy it holds.
 
     Policies are told apart by the identity of their arrays, which are not kept alive. An adapter
@@ -252,13 +256,13 @@ class Served:
         return server
 
 
-def _served(plan: run_plan.Plan, folder: pathlib.Path | None) -> Served | None:
+def _served(plan: run_plan.Plan, folder: pathlib.Path | None) -> ServedPolicy | None:
     if plan.server is None:
         return None
     chosen = pathlib.Path(plan.config.sampler.folder) if plan.config.sampler.folder else folder
     if chosen is None:
         raise ValueError("sampler.folder is '': without a work directory, name one")
-    return Served(plan, chosen)
+    return ServedPolicy(plan, chosen)
 
 
 @contextlib.contextmanager
@@ -271,7 +275,7 @@ def _asked() -> Iterator[None]:
 
 
 def sample(
-    run: Run,
+    run: LoadedRun,
     policy: train_step.Policy,
     asked: Sequence[prompts.Prompt],
     section: str,
@@ -294,7 +298,7 @@ def sample(
             return remote_engine.generate(
                 server,
                 [(*prompt.prefix_ids, *prompt.ids) for prompt in asked],
-                sampling(run, section),
+                _sampling(run, section),
                 keys=keys,
                 vocab_size=run.plan.model_config.vocab_size,
                 valid_V=run.plan.valid_V,
@@ -313,9 +317,9 @@ def sample(
             run.decoder,
             params,
             [prompt.ids for prompt in asked],
-            sampling(run, section),
+            _sampling(run, section),
             keys=keys,
-            settings=sampler(run, section),
+            settings=_sampler_settings(run, section),
             prefix=shared_prefix.encode_ids(run.decoder, params, prefix_ids, adapter, scale),
             adapter=adapter,
             adapter_scale=scale,
@@ -326,13 +330,13 @@ def sample(
         )
 
 
-def warmup(run: Run, state: train_step.State) -> Iterator[str]:
+def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
     """Compiles the sampler's programs for rollouts and evaluation; yields a line on each.
 
     Raises:
       MemoryError: if they do not fit the devices, naming the section's settings.
     """
-    params, adapter = run.hand_over(*policies(run, state)[0], run.plan.adapter_scale)
+    params, adapter = run.hand_over(*derive_policies(run, state)[0], run.plan.adapter_scale)
     sections = {"rollout": (run.plan.rows, run.plan.student),
                 "eval": (run.plan.eval_rows, run.plan.evaluation)}  # fmt: skip
     for section, (rows, spec) in sections.items():
@@ -341,14 +345,14 @@ def warmup(run: Run, state: train_step.State) -> Iterator[str]:
         prompt = prompts.student(run.plan.tokenizer, spec, rows[0])
         with _named(section):
             job = request.plan(
-                run.decoder, params, [prompt.ids], [sampling(run, section)],
-                keys_n2=np.zeros((1, 2), np.uint32), settings=sampler(run, section),
+                run.decoder, params, [prompt.ids], [_sampling(run, section)],
+                keys_n2=np.zeros((1, 2), np.uint32), settings=_sampler_settings(run, section),
                 prefix=shared_prefix.encode_ids(
                     run.decoder, params, prompt.prefix_ids, adapter, run.plan.adapter_scale
                 ),
                 adapter=adapter, adapter_scale=run.plan.adapter_scale,
                 valid_V=run.plan.valid_V, token_bytes=run.plan.token_bytes, limits=None,
-                longest=run.lengths[section] - sampling(run, section).max_tokens,
+                longest=run.lengths[section] - _sampling(run, section).max_tokens,
             )  # fmt: skip
             for program in loop.warmup(job):
                 yield (
@@ -367,25 +371,25 @@ def _named(section: str) -> Iterator[None]:
         raise MemoryError(f"{section}.slots, {section}.max_tokens, sampler.*: {error}") from error
 
 
-def text(run: Run, ids: Sequence[int]) -> str:
+def decode_completion(run: LoadedRun, ids: Sequence[int]) -> str:
     """Completion ids as text, without the token that ended it."""
     stops = set(run.plan.stop_ids)
     return prompts.text_of(run.plan.tokenizer, [i for i in ids if i not in stops])
 
 
-def opened(prompt: prompts.Prompt, text: str) -> str:
+def restore_think_tag(prompt: prompts.Prompt, text: str) -> str:
     """A completion with the think block that its prompt opened: without a closing tag nothing in
     it is an answer, or an analysis."""
     return ("<think>\n" if prompt.state == "open" else "") + text
 
 
-def grade(
-    run: Run, golds: Sequence[str], asked: Sequence[prompts.Prompt], texts: Sequence[str]
+def grade_completions(
+    run: LoadedRun, golds: Sequence[str], asked: Sequence[prompts.Prompt], texts: Sequence[str]
 ) -> list[reward_functions.Verdict]:
     """Verdicts on completions of these prompts, of the leading process: limits of time and a
     user's function may end otherwise elsewhere. A bare reward counts as right from
     reward.threshold on."""
-    whole = [opened(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
+    whole = [restore_think_tag(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
     threshold = run.plan.config.reward.threshold
     return [
         v if v.correct is not None else dataclasses.replace(v, correct=v.reward >= threshold)

@@ -60,7 +60,7 @@ def memory(plan: run_plan.Plan) -> dict[str, int]:
     }
 
 
-def uneven(frame: run_plan.Frame | run_plan.Plan) -> str:
+def uneven(frame: run_plan.ProgramPlan | run_plan.Plan) -> str:
     """Which parameters stay whole along an axis of the mesh that does not divide them, and what
     this costs; '' for none. Trained values count with what `memory` counts of them."""
     c, where, shape = frame.config, frame.mesh, frame.model_config

@@ -49,7 +49,7 @@ class Rollouts(NamedTuple):
         return np.array([verdict.reward if verdict else 0.0 for verdict in self.verdicts])
 
 
-class Work(NamedTuple):
+class StepInputs(NamedTuple):
     """What a step trains on, and what is known of it before the step."""
 
     batch: layout.Batch
@@ -59,8 +59,8 @@ class Work(NamedTuple):
     metrics: dict[str, float]
 
 
-def make(
-    r: loaded_run.Run, policy: train_step.Policy, rows: Sequence[problem_row.Row], step: int
+def sample_rollouts(
+    r: loaded_run.LoadedRun, policy: train_step.Policy, rows: Sequence[problem_row.Row], step: int
 ) -> Rollouts:  # fmt: skip
     """Samples rollout.per_prompt completions of each row under a policy, and grades them."""
     plan, c = r.plan, r.plan.config
@@ -74,9 +74,11 @@ def make(
         token_spans.decode([i for i in done.ids if i not in stops], plan.token_bytes)
         for done in completions
     ]
-    starts = [answer_start(prompt, text.text) for prompt, text in zip(asked, decoded, strict=True)]
+    starts = [
+        find_answer_start(prompt, text.text) for prompt, text in zip(asked, decoded, strict=True)
+    ]
     graded = [i for i, row in enumerate(repeated) if row.answer]
-    verdicts = loaded_run.grade(
+    verdicts = loaded_run.grade_completions(
         r, [repeated[i].answer for i in graded], [asked[i] for i in graded],
         [decoded[i].text for i in graded],
     )  # fmt: skip
@@ -97,8 +99,8 @@ def make(
 def _known(completion: loop.Completion) -> loop.Completion:
     """Log-probabilities that a server does not give, NaN, as empty arrays.
 
-    A record then has [], which JSON has too, and a batch 0 (`layout.per_token`). Nothing reads
-    that 0: losses that would are refused (`run_plan.make`). But a NaN times a weight of 0 is NaN.
+    A record then has [], which JSON has too, and a batch 0 (`layout.pad_rows`). Nothing reads
+    that 0: losses that would are refused (`make_plan`). But a NaN times a weight of 0 is NaN.
     """
     known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
     return dataclasses.replace(
@@ -122,7 +124,7 @@ def _repeat(
     return repeated, samples
 
 
-def answer_start(prompt: prompts.Prompt, text: str) -> int:
+def find_answer_start(prompt: prompts.Prompt, text: str) -> int:
     """Where the answer begins: behind the last </think>; at the end of a text that thinks on."""
     closed = text.rfind("</think>")
     opened = text.rfind("<think>")
@@ -131,7 +133,7 @@ def answer_start(prompt: prompts.Prompt, text: str) -> int:
     return closed + len("</think>") if closed >= 0 else 0
 
 
-def records(r: loaded_run.Run, done: Rollouts) -> list[dict]:
+def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
     """One dictionary a completion, as written to W/rollouts; methods add theirs."""
     out = []
     for i, row in enumerate(done.rows):
@@ -147,8 +149,8 @@ def records(r: loaded_run.Run, done: Rollouts) -> list[dict]:
                 "completion": done.decoded[i].text,
                 "completion_ids": list(completion.ids),
                 "finish": completion.finish,
-                "logp_sampler": rounded(completion.logps),
-                "logp_sampler_truncated": rounded(completion.logps_truncated),
+                "logp_sampler": round_values(completion.logps),
+                "logp_sampler_truncated": round_values(completion.logps_truncated),
                 "gold": row.answer,
                 "answer": verdict.answer if verdict else None,
                 "correct": verdict.correct if verdict else None,
@@ -167,7 +169,7 @@ def _steps(decoded: token_spans.Decoded, start: int) -> list[list[int]]:
     return [list(token_spans.tokens(decoded, start + s.start, start + s.end)) for s in known]
 
 
-def rounded(values: Any) -> list[float]:
+def round_values(values: Any) -> list[float]:
     """Six decimals, as records hold them."""
     return [round(float(value), 6) for value in values]
 
@@ -177,7 +179,7 @@ def mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def metrics(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
+def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
     """Means over the step's completions, and how many were graded with which status; the sampler's
     speed, and the share of its slots that drew tokens while prompts were waiting."""
     graded = [record for record in made if record["correct"] is not None]
@@ -197,21 +199,24 @@ def metrics(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
         **({"correct": mean([record["correct"] for record in graded])} if graded else {}),
         **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
         **({"format": mean(formed)} if formed else {}),
-        **counts("grade", statuses, []),
+        **count_statuses("grade", statuses, []),
         # Without a queue there is nothing to say of occupancy.
         **({} if math.isnan(sampler.occupancy) else {"slot_occupancy": sampler.occupancy}),
         "seconds/sampler": sampler.seconds,
     }
 
 
-def counts(name: str, statuses: Sequence[str], known: Sequence[str]) -> dict[str, float]:
+def count_statuses(name: str, statuses: Sequence[str], known: Sequence[str]) -> dict[str, float]:
     """`name_status`: how many completions have each status; known ones also where none has."""
     found = collections.Counter(statuses)
     return {f"{name}_{status}": float(found[status]) for status in dict.fromkeys([*known, *found])}
 
 
-def prefixes(
-    r: loaded_run.Run, state: train_step.State, asked: prompts.Prompt, told: prompts.Prompt | None
+def encode_prefixes(
+    r: loaded_run.LoadedRun,
+    state: train_step.State,
+    asked: prompts.Prompt,
+    told: prompts.Prompt | None,
 ) -> tuple[np.ndarray | None, tuple | None]:
     """The student's shared tokens, and the keys of the teacher's under each of its policies."""
     student = np.asarray(asked.prefix_ids, np.int32) if asked.prefix_ids else None
@@ -221,12 +226,14 @@ def prefixes(
         return student, r.teacher_kv
     kvs = tuple(
         loaded_run.encode_prefix(r, policy, told.prefix_ids)
-        for _, policy in loaded_run.teachers(r, state)
+        for _, policy in loaded_run.teacher_mixture(r, state)
     )
     return student, kvs
 
 
-def add_tokens(r: loaded_run.Run, work: Work, aux: train_step.Aux) -> dict[str, float]:
+def add_token_values(
+    r: loaded_run.LoadedRun, work: StepInputs, aux: train_step.Aux
+) -> dict[str, float]:
     """Adds the step's per-token values to the records; returns metrics of tokens.
 
     `loss_mask` are the tokens of the divergence, `policy_mask` those of the policy loss or of the
@@ -262,45 +269,45 @@ def add_tokens(r: loaded_run.Run, work: Work, aux: train_step.Aux) -> dict[str, 
 
 
 def _add_divergence(
-    r: loaded_run.Run, record: dict, batch: layout.Batch, tokens, b: int, n: int
+    r: loaded_run.LoadedRun, record: dict, batch: layout.Batch, tokens, b: int, n: int
 ) -> None:
     """The student's side of every completion, and the teacher's of those that it was told about;
     `ratio` is the capped weight of the sampler's tokens, where loss.rollout_clip is on."""
     record["loss_mask"] = [int(x) for x in batch.loss_BC[b, :n]]
-    record["logp_student"] = rounded(tokens.logp_student_T[b, :n])
-    record["entropy_student"] = rounded(tokens.entropy_student_T[b, :n])
+    record["logp_student"] = round_values(tokens.logp_student_T[b, :n])
+    record["entropy_student"] = round_values(tokens.entropy_student_T[b, :n])
     if not record["taught"]:
         return
-    record["divergence"] = rounded(tokens.value_T[b, :n])
-    record["logp_teacher"] = rounded(tokens.logp_teacher_T[b, :n])
-    record["entropy_teacher"] = rounded(tokens.entropy_teacher_T[b, :n])
-    record["clipped_mass"] = rounded(tokens.clipped_mass_T[b, :n])
+    record["divergence"] = round_values(tokens.value_T[b, :n])
+    record["logp_teacher"] = round_values(tokens.logp_teacher_T[b, :n])
+    record["entropy_teacher"] = round_values(tokens.entropy_teacher_T[b, :n])
+    record["clipped_mass"] = round_values(tokens.clipped_mass_T[b, :n])
     if r.options.divergence and r.options.divergence.rollout_clip:
-        record["ratio"] = rounded(tokens.ratio_T[b, :n])
+        record["ratio"] = round_values(tokens.ratio_T[b, :n])
     advantage = np.subtract(record["logp_teacher"], record["logp_student"]).tolist()
     record["advantage_by_step"] = token_stats.advantage_by_step(advantage, record["steps"])
 
 
 def _add_policy(
-    r: loaded_run.Run, record: dict, batch: layout.Batch, policy, b: int, n: int
+    r: loaded_run.LoadedRun, record: dict, batch: layout.Batch, policy, b: int, n: int
 ) -> None:
     """Values of the policy loss at its temperature; of a cross entropy those that it has.
 
     `policy_ratio` is p(y) trainer / p(y) sampler before any clip, where the loss makes use of it.
     """
     settings = r.options.policy
-    record["policy_loss"] = rounded(policy.value_T[b, :n])
-    record["logp_policy"] = rounded(policy.logp_T[b, :n])
-    record["entropy_policy"] = rounded(policy.entropy_T[b, :n])
+    record["policy_loss"] = round_values(policy.value_T[b, :n])
+    record["logp_policy"] = round_values(policy.logp_T[b, :n])
+    record["entropy_policy"] = round_values(policy.entropy_T[b, :n])
     if settings is None or settings.kind == "nll":
         return
     record["advantage"] = float(batch.advantage_BC[b, 0])
     record["ratio_clipped"] = [int(x) for x in policy.clipped_T[b, :n]]
     if settings.kl:
-        record["kl_initial"] = rounded(policy.kl_T[b, :n])
+        record["kl_initial"] = round_values(policy.kl_T[b, :n])
     if settings.old == "sampler" or settings.rollout_clip:
         log = np.clip(policy.logp_T[b, :n] - batch.logp_rollout_BC[b, :n], -20, 20)
-        record["policy_ratio"] = rounded(np.exp(log))
+        record["policy_ratio"] = round_values(np.exp(log))
 
 
 def _ratios(made: list[dict]) -> dict[str, float]:

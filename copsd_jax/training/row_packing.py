@@ -24,19 +24,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEAST = 16  # rows are multiples of it
-SHORT = 256  # tokens: rows below it are lengthened, to four samples or to this
-TRIED = 12  # sizes of a side, from the least one on
+ROW_MULTIPLE = 16  # rows are multiples of it
+SHORT_ROW = 256  # tokens: rows below it are lengthened, to four samples or to this
+SIZES_TRIED = 12  # sizes of a side, from the least one on
 
 
-class Texts(NamedTuple):
+class Prompts(NamedTuple):
     """One side's prompts: their lengths, and equal numbers for those that may stand once."""
 
     prompts_B: Sequence[int]
     families_B: Sequence[int]
 
 
-class Size(NamedTuple):
+class RowShape(NamedTuple):
     """One side's rows of a bin: how many, and their tokens."""
 
     count: int
@@ -47,7 +47,7 @@ class Size(NamedTuple):
         return self.count * self.length
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """A completion on one side: its row of the bin, where in it the prompt begins, and where the
     completion itself does."""
 
@@ -56,7 +56,7 @@ class Place(NamedTuple):
     own: int
 
 
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """Where everything stands.
 
     Attributes:
@@ -68,26 +68,26 @@ class Plan(NamedTuple):
     micros: int
     shards: int
     bin_B: list[int]
-    sizes: tuple[Size, ...]
-    places: tuple[list[Place], ...]
+    sizes: tuple[RowShape, ...]
+    places: tuple[list[Position], ...]
 
 
-def rounded(number: int, least: int = 1, parts: int = 16) -> int:
+def round_up(number: int, least: int = 1, parts: int = 16) -> int:
     """Up to a multiple of `least` and of the power of two below divided by `parts`:
     35 -> 36, 1,100 -> 1,152."""
     step = max(least, (1 << max(0, number.bit_length() - 1)) // parts)
     return max(1, -(-number // step)) * step
 
 
-def plan(
+def plan_rows(
     completions_B: Sequence[int],
-    sides: Sequence[Texts],
+    sides: Sequence[Prompts],
     *,
     shards: int,
     micros: int = 1,
     budget: int = 0,
     row: int = 0,
-) -> Plan:
+) -> RowPlan:
     """Puts completions into bins and rows.
 
     Args:
@@ -117,7 +117,7 @@ def plan(
         micros += max(1, micros // 16)
 
 
-def apart(lengths: Sequence[int], completions: int, *, shards: int, micros: int, budget: int):
+def size_bins(lengths: Sequence[int], completions: int, *, shards: int, micros: int, budget: int):
     """(micro-batches, rows of a bin) where each row has one sample, as if all were the longest.
 
     A budget is rounded up to whole samples, since shorter ones would use it up.
@@ -130,29 +130,29 @@ def apart(lengths: Sequence[int], completions: int, *, shards: int, micros: int,
     return -(-completions // (rows * shards)), rows
 
 
-def plan_apart(
+def plan_one_per_row(
     completions_B: Sequence[int],
-    sides: Sequence[Texts],
+    sides: Sequence[Prompts],
     *,
     shards: int,
     micros: int = 1,
     budget: int = 0,
     row: int = 0,
-) -> Plan:
-    """`plan`, but one completion a row: for a dry run, whose texts are as long as they may be.
+) -> RowPlan:
+    """`plan_rows`, but one completion a row: for a dry run, whose texts are as long as they may be.
 
     Raises:
-      ValueError: as `plan`.
+      ValueError: as `plan_rows`.
     """
     longest = [max(row, _longest(completions_B, side)) for side in sides]
     if budget:
         check_budget(budget, longest)
-    lengths = [rounded(n, LEAST) for n in longest]
+    lengths = [round_up(n, ROW_MULTIPLE) for n in longest]
     B = len(completions_B)
-    micros, rows = apart(lengths, B, shards=shards, micros=micros, budget=budget)
-    places = tuple([Place(b % rows, 0, side.prompts_B[b]) for b in range(B)] for side in sides)
-    sizes = tuple(Size(rows, length) for length in lengths)
-    return Plan(micros, shards, [b // rows for b in range(B)], sizes, places)
+    micros, rows = size_bins(lengths, B, shards=shards, micros=micros, budget=budget)
+    places = tuple([Position(b % rows, 0, side.prompts_B[b]) for b in range(B)] for side in sides)
+    sizes = tuple(RowShape(rows, length) for length in lengths)
+    return RowPlan(micros, shards, [b // rows for b in range(B)], sizes, places)
 
 
 def check_budget(budget: int, longest: Sequence[int]) -> None:
@@ -161,7 +161,7 @@ def check_budget(budget: int, longest: Sequence[int]) -> None:
     Raises:
       ValueError: with the least that would.
     """
-    lengths = [rounded(n, LEAST) for n in longest]
+    lengths = [round_up(n, ROW_MULTIPLE) for n in longest]
     if sum(lengths) > budget:
         raise ValueError(
             f"train.micro_tokens is {budget}: the longest sample takes rows of "
@@ -170,51 +170,54 @@ def check_budget(budget: int, longest: Sequence[int]) -> None:
         )
 
 
-def _longest(completions_B: Sequence[int], side: Texts) -> int:
+def _longest(completions_B: Sequence[int], side: Prompts) -> int:
     return max(p + c for p, c in zip(side.prompts_B, completions_B, strict=True))
 
 
-def _load(completions_B: Sequence[int], side: Texts, members: Sequence[int]) -> int:
+def _load(completions_B: Sequence[int], side: Prompts, members: Sequence[int]) -> int:
     """Tokens of these completions with each of their prompts once."""
     prompts = {side.families_B[b]: side.prompts_B[b] for b in members}
     return sum(completions_B[b] for b in members) + sum(prompts.values())
 
 
-def _sizes(mean: int, longest: int, row: int) -> list[Size]:
+def _sizes(mean: int, longest: int, row: int) -> list[RowShape]:
     """Sizes that a side may have, the smallest first: 1/16 apart, from the mean of all bins on."""
     if row:
-        length = rounded(max(row, longest), LEAST)
+        length = round_up(max(row, longest), ROW_MULTIPLE)
         counts = itertools.accumulate(
-            range(TRIED), lambda n, _: rounded(n + 1), initial=rounded(-(-mean // length))
+            range(SIZES_TRIED), lambda n, _: round_up(n + 1), initial=round_up(-(-mean // length))
         )
-        return [Size(count, length) for count in counts]
-    shortest = rounded(longest, LEAST, parts=2)  # half octaves: rows' lengths waste nothing
-    shortest = max(shortest, min(4 * shortest, SHORT))
-    out, tokens = [], rounded(max(mean, longest), LEAST)
-    for _ in range(TRIED):
+        return [RowShape(count, length) for count in counts]
+    shortest = round_up(longest, ROW_MULTIPLE, parts=2)  # half octaves: rows' lengths waste nothing
+    shortest = max(shortest, min(4 * shortest, SHORT_ROW))
+    out, tokens = [], round_up(max(mean, longest), ROW_MULTIPLE)
+    for _ in range(SIZES_TRIED):
         count = max(1, tokens // shortest)
-        out.append(Size(count, -(-tokens // (count * LEAST)) * LEAST))
-        tokens = rounded(tokens + 1, LEAST)
+        out.append(RowShape(count, -(-tokens // (count * ROW_MULTIPLE)) * ROW_MULTIPLE))
+        tokens = round_up(tokens + 1, ROW_MULTIPLE)
     return out
 
 
 def _search(
     completions_B: Sequence[int],
-    sides: Sequence[Texts],
+    sides: Sequence[Prompts],
     longest: Sequence[int],
     micros: int,
     shards: int,
     row: int,
     budget: int,
-) -> Plan | None:
+) -> RowPlan | None:
     """The plan with the fewest tokens that works; None if none is within the budget."""
     count, everyone = micros * shards, range(len(completions_B))
     loads = [_load(completions_B, side, everyone) for side in sides]
     order = _order(completions_B, sides, loads)
     # One row for each completion always works.
-    rows = rounded(-(-len(completions_B) // count))
+    rows = round_up(-(-len(completions_B) // count))
     choices = [
-        [*_sizes(-(-load // count), most, row), Size(rows, rounded(max(row, most), LEAST))]
+        [
+            *_sizes(-(-load // count), most, row),
+            RowShape(rows, round_up(max(row, most), ROW_MULTIPLE)),
+        ]
         for load, most in zip(loads, longest, strict=True)
     ]
     total = lambda sizes: sum(size.tokens for size in sizes)  # noqa: E731
@@ -224,11 +227,11 @@ def _search(
             continue
         found = _fill(completions_B, sides, sizes, order, count, spread)
         if found is not None:
-            return Plan(micros, shards, found[0], sizes, found[1])
+            return RowPlan(micros, shards, found[0], sizes, found[1])
     return None
 
 
-def _order(completions_B, sides: Sequence[Texts], loads: Sequence[int]) -> list[int]:
+def _order(completions_B, sides: Sequence[Prompts], loads: Sequence[int]) -> list[int]:
     """Completions as they are placed: the prompts of the student with most tokens first, by the
     side where that is more of all; of a prompt, the longest first."""
     families = collections.defaultdict(list)
@@ -252,7 +255,7 @@ def _order(completions_B, sides: Sequence[Texts], loads: Sequence[int]) -> list[
 class _Side:
     """The rows of one side while they fill."""
 
-    def __init__(self, texts: Texts, size: Size, bins: int):
+    def __init__(self, texts: Prompts, size: RowShape, bins: int):
         self.texts, self.size = texts, size
         self.room = np.full((bins, size.count), size.length)  # tokens left of each row
         self.most = self.room.max(axis=1)  # of the emptiest row of each bin
@@ -271,7 +274,7 @@ class _Side:
             out[where] |= self.behind(b, own, where) is not None
         return out
 
-    def put(self, b: int, own: int, where: int) -> Place:
+    def put(self, b: int, own: int, where: int) -> Position:
         """Places the completion in a bin that holds it."""
         prompt = self.texts.prompts_B[b]
         found = self.behind(b, own, where)
@@ -286,7 +289,7 @@ class _Side:
         self.room[where, row] -= own
         self.most[where] = self.room[where].max()
         self.used[where] += before - self.room[where].sum()
-        return Place(row, begin, at)
+        return Position(row, begin, at)
 
 
 def _fill(completions_B, sides, sizes, order: list[int], bins: int, spread: bool):

@@ -1,6 +1,6 @@
 """What will run: settings, problems, shapes, tokenizer and prompts, checked without any weight.
 
-`make` refuses what cannot work, in seconds and in one sentence, and writes nothing.
+`make_plan` refuses what cannot work, in seconds and in one sentence, and writes nothing.
 """
 
 import collections
@@ -37,7 +37,7 @@ from copsd_jax.weights import hf, hf_config, hub, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Frame:
+class ProgramPlan:
     """What a run's programs are made from, no problem, prompt or weight; a Plan has it all too."""
 
     config: config_lib.Config
@@ -79,7 +79,7 @@ class Plan:
     server: remote_engine.Server | None  # of sampler.engine=server, which answered
 
 
-def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True) -> Plan:
+def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool = True) -> Plan:
     """Checks a config against files, shapes and devices; reads no weights, writes nothing.
 
     Args:
@@ -109,10 +109,10 @@ def make(config: config_lib.Config, *, train: bool = True, evaluate: bool = True
     devices = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
         setting_rules.shards(config, sharding.batch_shards(devices))
-        backends.loss(config, sharding.platform(devices))
+        backends.choose_loss(config, sharding.platform(devices))
     path, model_config, tok = _model(config)
-    kind = dtype(config.model.dtype, devices)
-    backends.check(config, sharding.platform(devices), kind, model_config)
+    kind = choose_dtype(config.model.dtype, devices)
+    backends.check_attention(config, sharding.platform(devices), kind, model_config)
     setting_rules.vocabulary(config, model_config.vocab_size)
     sharding.key_repeats(model_config.n_heads, model_config.n_kv_heads, devices.shape["tensor"])
     sides = _sides(config, registry, exemplars, tok)
@@ -164,7 +164,7 @@ def adapter_scale(config: config_lib.Config) -> float:
     return config.lora.alpha / config.lora.rank
 
 
-def dtype(name: str, devices: Mesh) -> Any:
+def choose_dtype(name: str, devices: Mesh) -> Any:
     """Of base weights and compute, by `model.dtype` and the mesh's platform."""
     auto = jnp.float32 if sharding.platform(devices) == "cpu" else jnp.bfloat16
     return {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
@@ -198,7 +198,9 @@ def _sides(config, registry, exemplars, tok) -> dict[str, prompts.Spec]:
 
 
 def _guards(config: config_lib.Config) -> tuple[guards.Rule, ...]:
-    return guards.known(guards.parse([rule for rule in config.guards.rules.split(",") if rule]))
+    return guards.check_metrics(
+        guards.parse_rules([rule for rule in config.guards.rules.split(",") if rule])
+    )
 
 
 def _selection(config: config_lib.Config) -> token_selection.Settings:
@@ -315,20 +317,20 @@ def _probe(tok, spec: prompts.Spec, context, shots, row: problem_row.Row) -> pro
     return prompt
 
 
-def probe(plan: Plan, row: problem_row.Row) -> prompts.Prompt:
+def build_probe_prompt(plan: Plan, row: problem_row.Row) -> prompts.Prompt:
     """The teacher's prompt with the shortest attempt and reply: its exemplars, its state and its
     least length."""
     return _probe(plan.tokenizer, plan.teacher, plan.context, plan.shots, row)
 
 
-def teach(
+def build_teacher_prompt(
     plan: Plan, attempt: contexts.Attempt, reply: replies.Reply = replies.NONE
 ) -> prompts.Prompt | None:
     """`contexts.teach` with the plan's settings and exemplars."""
     return contexts.teach(plan.tokenizer, plan.teacher, plan.context, attempt, reply, plan.shots)
 
 
-def within(
+def drop_overlong(
     plan: Plan, asked: Sequence[prompts.Prompt], told: Sequence[prompts.Prompt | None]
 ) -> tuple[list[prompts.Prompt | None], int]:
     """A step's teacher prompts with None for those that are too long, and how many these are.
@@ -352,7 +354,7 @@ def within(
     return kept, overlong
 
 
-def saved_config(directory: pathlib.Path) -> config_lib.Config:
+def load_config(directory: pathlib.Path) -> config_lib.Config:
     """The config of a work directory.
 
     Raises:
@@ -503,7 +505,7 @@ def trained_shapes(config: config_lib.Config, shape: transformer.ModelConfig) ->
     return jax.eval_shape(lambda: lora.init_adapter(shape, c.rank, c.targets, jax.random.key(0)))
 
 
-def fingerprint(plan: Plan) -> str:
+def fingerprint_weights(plan: Plan) -> str:
     """SHA-256 of the weights' files by name, size and first and last MiB; '' for random weights."""
     if plan.config.model.init == "random":
         return ""

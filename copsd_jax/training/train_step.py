@@ -1,9 +1,8 @@
 """One optimizer step: layouts, losses, gradients over micro-batches, update, EMA.
 
-`make` returns a pure function of (state, frozen, batch, ...). What is trained is one tree, whatever
-it is: LoRA adapters, or all parameters. The loss has up to two terms: a divergence from a teacher,
-which is a choice of weights in `teachers` and nothing more, and a policy loss on the sampled
-tokens.
+`make_step` returns a pure function of (state, frozen, batch, ...). One tree is trained: LoRA
+adapters, or all parameters. The loss has up to two terms: a divergence from a teacher, which is a
+choice of weights in `teacher_mixture` and nothing more, and a policy loss on the sampled tokens.
 """
 
 import dataclasses
@@ -91,7 +90,7 @@ class Aux(NamedTuple):
     policy: PolicyStats | None = None
 
 
-def optimizer(
+def make_optimizer(
     *,
     steps: int,
     lr: float,
@@ -122,13 +121,13 @@ def optimizer(
     return optax.chain(*chain), rate
 
 
-def init(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State:
+def init_state(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State:
     """State at step 0. The average begins as a copy of what is trained, before any update."""
     ema = jax.tree.map(jnp.copy, trained) if teacher == "ema" else None
     return State(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema)
 
 
-def policies(state: State, frozen: dict, options: Options, dtype: jnp.dtype) -> tuple:
+def derive_policies(state: State, frozen: dict, options: Options, dtype: jnp.dtype) -> tuple:
     """(student, teacher) of this state; of a trust region the initial policy, which writes.
 
     LoRA: `frozen` is the base; `fixed` is the base without adapter, which is the initial policy
@@ -147,10 +146,10 @@ def policies(state: State, frozen: dict, options: Options, dtype: jnp.dtype) -> 
     return Policy(student, None), Policy(teacher, None)
 
 
-def teachers(
+def teacher_mixture(
     student: Policy, teacher: Policy, options: Options
 ) -> tuple[tuple[float, Policy], ...]:
-    """The policies whose logits the teacher mixes, with their shares, from those of `policies`.
+    """The policies whose logits the teacher mixes, with their shares.
 
     One of share 1; of a trust region the initial policy with 1 - rho and the student's with rho,
     both on the teacher's input (SDPO's geometric interpolation).
@@ -279,7 +278,9 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
 
     def loss(trained, state, frozen, head, micro, weights, student_prefix, teacher_kv):
         head_of = lambda side: transformer.get_head(side.params) if head is None else head  # noqa: E731
-        student, teacher = policies(state._replace(trained=trained), frozen, options, decoder.dtype)
+        student, teacher = derive_policies(
+            state._replace(trained=trained), frozen, options, decoder.dtype
+        )
         teacher, still = jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(student)
         # The same weights are the same object: one pass for all sides that have them.
         still = still._replace(params=student.params)
@@ -289,7 +290,7 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
             decoder, side.params, student_prefix[None], side.adapter, options.adapter_scale
         )  # fmt: skip
         sides = [(student, micro.student, encode(student))]
-        mix = teachers(still, teacher, options) if options.divergence else ()
+        mix = teacher_mixture(still, teacher, options) if options.divergence else ()
         kvs = teacher_kv if mix and teacher_kv is not None else [None] * len(mix)
         sides += [(side, micro.teacher, kv) for (_, side), kv in zip(mix, kvs, strict=True)]
         initial = Policy(frozen, None)
@@ -338,16 +339,16 @@ def _weights(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Arra
     return distill_BC, policy_BC
 
 
-def make(
+def make_step(
     decoder: transformer.Decoder, tx: optax.GradientTransformation, options: Options
 ) -> Callable[..., tuple[State, Aux]]:
     """The step: `step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1)`.
 
     `batch` is a layout.Batch of all the step's completions, packed or not (then
     `options.micro_batches` cuts it); `student_prefix` int32 [P] or None;
-    `teacher_kv` the KVs of the teacher's prefix under each of `teachers`, or None. The loss is
-    sum(weight x value) with the weights of `divergence_loss.token_weights` over the whole step, so
-    that micro-batches add up to it. Returns (state, Aux).
+    `teacher_kv` the KVs of the teacher's prefix under each of `teacher_mixture`, or None. The loss
+    is sum(weight x value) with the weights of `divergence_loss.token_weights` over the whole step,
+    so that micro-batches add up to it. Returns (state, Aux).
     """
     loss = _loss(decoder, options)
 

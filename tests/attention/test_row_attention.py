@@ -195,7 +195,7 @@ def config(**values):
 )  # fmt: skip
 def test_which_form_runs(name, platform, said):
     try:
-        found = backends.rows(
+        found = backends.choose_row_attention(
             config(attention=name), platform, jnp.bfloat16, transformer.SHAPES["qwen3_1_7b"]
         )
     except ValueError as error:
@@ -205,7 +205,7 @@ def test_which_form_runs(name, platform, said):
 
 def test_cudnn_is_refused_with_the_reason():
     shape = transformer.SHAPES["qwen3_1_7b"]
-    rows = functools.partial(backends.rows, config(attention="cudnn"), "gpu")
+    rows = functools.partial(backends.choose_row_attention, config(attention="cudnn"), "gpu")
     with pytest.raises(ValueError, match=r"it needs model\.dtype=bfloat16, which is float32"):
         rows(jnp.float32, shape)
     with pytest.raises(ValueError, match="heads of 12 are none of 8, 16"):

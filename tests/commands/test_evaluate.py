@@ -36,7 +36,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
     }  # fmt: skip
     partial = tmp_path / "eval" / "step_000000.partial.jsonl"
     with runs.loaded("opsd", **settings) as (r, state):
-        policy, rows = loaded_run.policies(r, state)[0], r.plan.eval_rows
+        policy, rows = loaded_run.derive_policies(r, state)[0], r.plan.eval_rows
         count = len(rows) * 3
         want = evaluate.evaluate(r, policy, rows)
         asked, sample = [], loaded_run.sample
@@ -81,16 +81,16 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
             (text.replace('"id": "', '"id": "x'), "with other problems: remove it"),
         ):
             partial.write_text(spoilt)
-            with pytest.raises(loaded_run.Unusable, match=message):
+            with pytest.raises(loaded_run.UnusableFile, match=message):
                 evaluate.evaluate(r, other, rows, None, partial)
 
 
 def test_fingerprints_of_weights():
     """Every bit and every place counts; the mesh and the order of sums do not."""
     tree = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones((8,), jnp.bfloat16)}
-    want = evaluate.fingerprint(tree)
+    want = evaluate.fingerprint_arrays(tree)
     with jax.set_mesh(sharding.make(8, 1, 1)):
-        assert evaluate.fingerprint({"a": sharding.replicate(tree["a"], sharding.current()),
+        assert evaluate.fingerprint_arrays({"a": sharding.replicate(tree["a"], sharding.current()),
             "b": sharding.place_batch(tree["b"], sharding.current())}) == want  # fmt: skip
     others = [
         tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(8), np.float32(9)))},
@@ -99,4 +99,4 @@ def test_fingerprints_of_weights():
         tree | {"b": tree["b"].at[7].set(-1)},
         {"a": tree["a"]},
     ]
-    assert len({tuple(evaluate.fingerprint(x)) for x in [tree, *others]}) == 6
+    assert len({tuple(evaluate.fingerprint_arrays(x)) for x in [tree, *others]}) == 6

@@ -28,7 +28,7 @@ def refused(tmp_path, capsys, monkeypatch):
     def never(*_, **__):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(loaded_run, "load", never)
+    monkeypatch.setattr(loaded_run, "load_run", never)
     monkeypatch.setattr(hf, "load_params", never)
 
     def check(*flags: str, card: str = "opsd.py:tiny", workdir=None) -> str:

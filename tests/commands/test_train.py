@@ -92,7 +92,7 @@ def test_rollout_files_hold_what_was_trained_on(whole):
     with runs.loaded("copsd", **SETTINGS) as (r, state):
         rows = read_lines(whole / "rollouts/step_000001.jsonl")
         assert {row["lang"] for row in rows} == {"sw", "fr"}
-        student, teacher = loaded_run.policies(r, state)
+        student, teacher = loaded_run.derive_policies(r, state)
 
         @jax.jit
         def forward(policy, ids):
@@ -133,7 +133,7 @@ def test_agreement_is_measured_at_the_sampling_temperature():
         rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = distill.make_batch(r, state, rows, 0)
         _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
-        gaps = rollouts.add_tokens(r, work, jax.device_get(aux))
+        gaps = rollouts.add_token_values(r, work, jax.device_get(aux))
         assert gaps["logp_gap_max"] < 1e-4
         record = work.records[0]
         assert np.abs(np.subtract(record["logp_sampler"], record["logp_student"])).max() > 1e-2
@@ -195,7 +195,9 @@ def test_overlong_teacher_prompts_carry_no_loss_and_are_counted():
         rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = distill.make_batch(r, state, rows, 0)
         told = [
-            run_plan.teach(r.plan, contexts.Attempt(row), replies.analysis(record["reply"]))
+            run_plan.build_teacher_prompt(
+                r.plan, contexts.Attempt(row), replies.analysis(record["reply"])
+            )
             for row, record in zip(rows, work.records, strict=True)
         ]
         long = [prompt.length > 250 for prompt in told]
@@ -207,8 +209,8 @@ def test_overlong_teacher_prompts_carry_no_loss_and_are_counted():
 def test_evaluation_groups_and_comparison():
     """Scores by hand from the samples that the evaluation returns."""
     with runs.loaded("copsd", eval__limit=4, eval__samples=2, eval__temperature=1.0) as (r, state):
-        result = evaluate.evaluate(r, loaded_run.policies(r, state)[0], r.plan.eval_rows)
-        again = evaluate.evaluate(r, loaded_run.policies(r, state)[0], r.plan.eval_rows)
+        result = evaluate.evaluate(r, loaded_run.derive_policies(r, state)[0], r.plan.eval_rows)
+        again = evaluate.evaluate(r, loaded_run.derive_policies(r, state)[0], r.plan.eval_rows)
     assert result == again
     assert set(result["scores"]) >= {"sw", "fr"}
     for lang in ("sw", "fr"):
@@ -223,5 +225,5 @@ def test_evaluation_groups_and_comparison():
         for sample in problem["samples"]:
             sample["correct"] = True
     better["scores"] = {k: {**v, "avg_at_n": 1.0} for k, v in result["scores"].items()}
-    table = evaluate.comparison(result, better)
+    table = evaluate.format_comparison(result, better)
     assert "+100.0" in table

@@ -272,19 +272,19 @@ def test_a_saved_run_is_read_with_values_that_nothing_read(tmp_path):
     saved.teacher.thinking = "off"
     saved.lora.targets = ("q", "v")
     workdir.create(tmp_path, config_lib.flat(saved), {})
-    found = run_plan.saved_config(tmp_path)
+    found = run_plan.load_config(tmp_path)
     assert config_lib.flat(found) == config_lib.flat(saved)
-    plan = run_plan.make(found, train=False)
+    plan = run_plan.make_plan(found, train=False)
     assert plan.config.teacher.thinking == "off"
     with pytest.raises(ValueError, match=r"teacher\.thinking is 'off': nothing reads it"):
-        run_plan.make(found)
+        run_plan.make_plan(found)
 
 
 def test_a_run_trained_with_kernels_of_other_devices_can_be_evaluated_here(tmp_path):
     saved = runs.config("opsd")
     saved.model.attention, saved.sampler.attention = "splash", "pallas"
     workdir.create(tmp_path, config_lib.flat(saved), {})
-    plan = run_plan.make(run_plan.saved_config(tmp_path), train=False)
+    plan = run_plan.make_plan(run_plan.load_config(tmp_path), train=False)
     assert plan.config.model.attention == plan.config.sampler.attention == "auto"
 
 
@@ -306,12 +306,12 @@ def test_fields_that_a_row_needs(tmp_path, settings, missing):
     path.write_text(json.dumps(row | {missing: ""}) + "\n")
     asked = {"data__path": path, "train__batch": 1, "eval__path": ""}
     with pytest.raises(ValueError, match=f"{missing} is empty"):
-        run_plan.make(runs.config("opsd", **asked, **settings))
+        run_plan.make_plan(runs.config("opsd", **asked, **settings))
     if missing == "answer":  # which reference does without
-        assert run_plan.make(runs.config("opsd", **asked)).rows
+        assert run_plan.make_plan(runs.config("opsd", **asked)).rows
     other = {"problem": "q", "solution": "1 + 2 = 3.", "answer": "3"}
     path.write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n")
-    assert run_plan.make(runs.config("opsd", **asked, **settings)).rows
+    assert run_plan.make_plan(runs.config("opsd", **asked, **settings)).rows
 
 
 def test_groups_of_equal_rewards_are_filtered_as_in_dapo(monkeypatch):
@@ -361,7 +361,7 @@ def test_what_is_asked_for_is_rewarded(tmp_path, monkeypatch, kind, form, answer
         script(monkeypatch, said)
         work = table.METHODS["grpo"].make_batch(r, state, r.plan.rows, 0)
         prompt = prompts.student(r.plan.tokenizer, r.plan.evaluation, r.plan.eval_rows[0])
-        graded = loaded_run.grade(r, [answer] * 2, [prompt] * 2, said)
+        graded = loaded_run.grade_completions(r, [answer] * 2, [prompt] * 2, said)
         assert r.grader.same_class(["B", "A", "B"]) == [0, 1, 0]
     assert [record["reward"] for record in work.records] == [1.0, 0.0]
     assert [verdict.correct for verdict in graded] == [True, False]
@@ -445,7 +445,7 @@ def module(tmp_path, monkeypatch):
 def test_functions_of_tokens_are_refused_before_a_run(module, name):
     select = f"{module}:{name}"
     with pytest.raises(ValueError, match=rf"tokens\.select is '{select}': it is no .*function of"):
-        run_plan.make(runs.config("opsd", tokens__select=select))
+        run_plan.make_plan(runs.config("opsd", tokens__select=select))
 
 
 @pytest.mark.parametrize(

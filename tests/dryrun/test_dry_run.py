@@ -105,19 +105,19 @@ def test_packed_rows_at_the_caps(card, pack):
     one = programs.frame(runs.config(card, **MESH, **short, **settings), jax.devices())
     long = programs.lengths(one.config, one.model_config)
     batch = programs.batch(one.config, long)
-    rows = builders.packed(one, batch, caps=True)
+    rows = builders.pack_batch(one, batch, caps=True)
     apart = sum(side.tokens_BL.shape[1] for side in (batch.student, batch.teacher) if side)
     longest = [long.student, long.teacher][: 1 if card == "grpo" else 2]
-    lengths = [row_packing.rounded(prompt + long.completion, 16) for prompt in longest]
+    lengths = [row_packing.round_up(prompt + long.completion, 16) for prompt in longest]
     count = min(-(-1500 // sum(lengths)), len(batch.mask_BC) // 4)
     assert apart >= sum(lengths)
     micros = -(-len(batch.mask_BC) // (4 * count))
     assert rows.student.tokens_BL.shape == (micros, 4 * count, lengths[0])
     assert (rows.student.parents_BL is None) == (pack == "rows")
-    held = programs.size(sharding.abstract(rows, one.mesh, layout.places(rows, one.mesh)))
+    held = programs.size(sharding.abstract(rows, one.mesh, layout.batch_shardings(rows, one.mesh)))
     found = budget.parts(one, long, "step", kind="TPU v5 lite") or {}
     assert found["batch"] == pytest.approx(held, rel=0.03)
-    real = builders.packed(one, batch)
+    real = builders.pack_batch(one, batch)
     assert jax.tree.structure(real) == jax.tree.structure(rows)
 
 
@@ -234,7 +234,7 @@ def _counted(card, target, *flags):
     assert math.prod(sizes) == math.prod(found.shape) * found.slices
     where: Any = AbstractMesh(sizes, sharding.AXES, (AxisType.Auto,) * 3)
     shape = programs.shape_of(config)
-    frame = run_plan.Frame(
+    frame = run_plan.ProgramPlan(
         config, where, np.dtype(jnp.bfloat16), shape, run_plan.adapter_scale(config)
     )  # fmt: skip
     kind = (hardware.KINDS | hardware.CARDS)[found.kind]
@@ -429,7 +429,7 @@ def test_the_model_of_memory_counts_repeated_key_heads():
     counted = budget.parts(frame, long, "rollout")
     entries = -(-(long.student + long.completion + engine.INSERTED) // 128) * 128
     slots = -(-frame.config.rollout.slots // 2) * 2
-    decoder = builders.decoder(frame)
+    decoder = builders.build_decoder(frame)
     assert decoder.key_heads == 4
     state = jax.eval_shape(
         functools.partial(engine.empty, decoder, slots, entries, frame.dtype)

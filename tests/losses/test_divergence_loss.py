@@ -508,7 +508,7 @@ def test_a_mix_of_heads_has_no_kernel():
         divergence_loss.resolve("pallas", PLAIN, "tpu", one_width=False)
     c = settings.default()
     c.teacher.weights, c.loss.implementation = "trust_region", "pallas"
-    assert backends.loss(c, "tpu") == "pallas_tpu"  # one head, of the base
+    assert backends.choose_loss(c, "tpu") == "pallas_tpu"  # one head, of the base
     c.train.trainable = "full"
     with pytest.raises(ValueError, match=r"loss\.implementation is 'pallas'.*trust region"):
-        backends.loss(c, "tpu")
+        backends.choose_loss(c, "tpu")

@@ -258,12 +258,14 @@ def test_the_head_is_gathered_once_a_step():
     config = dataclasses.replace(CONFIG, vocab_size=92, tie_embeddings=False)
     decoder, devices = transformer.Decoder(config, jnp.float32), sharding.make(1, 4, 2)
     params = transformer.init_params(config, jax.random.key(0), jnp.float32)
-    state = train_step.init(lora.init_adapter(config, 8, ("q",), jax.random.key(1)), TX, "fixed")
-    batch = layout.pack([[1, 2]] * 8, [[3, 4, 5]] * 8, [[6, 7, 8]] * 8)
+    state = train_step.init_state(
+        lora.init_adapter(config, 8, ("q",), jax.random.key(1)), TX, "fixed"
+    )
+    batch = layout.build_batch([[1, 2]] * 8, [[3, 4, 5]] * 8, [[6, 7, 8]] * 8)
     options = dataclasses.replace(OPTIONS, micro_batches=2)
     with jax.set_mesh(devices):
         step = jax.jit(
-            train_step.make(decoder, TX, options),
+            train_step.make_step(decoder, TX, options),
             out_shardings=(sharding.shardings(state, devices), None),
         )
         placed = sharding.place(state, devices), sharding.place(params, devices, config.n_kv_heads)

@@ -91,9 +91,9 @@ def test_rosd_distils_from_the_first_error_on(monkeypatch):
         wrong, prefix = spoiled(one)
         script(monkeypatch, [right(one), wrong, wrong, right(one)] + [right(two)] * 4)
         written = []
-        rule = authors.rule
+        rule = authors.write_by_rule
         monkeypatch.setattr(
-            authors, "rule", lambda kind, asked: written.append(asked) or rule(kind, asked)
+            authors, "write_by_rule", lambda kind, asked: written.append(asked) or rule(kind, asked)
         )
         work = methods.METHODS["distill"].make_batch(r, state, [one, two], 0)
         assert len(written) == 4
@@ -119,7 +119,7 @@ def test_rosd_distils_from_the_first_error_on(monkeypatch):
 def test_a_right_answer_by_a_wrong_step_is_explained():
     row = problem_row.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
     attempt = contexts.Attempt(row, "17 + 3 = 7. \\boxed{7}", True)
-    text = authors.rule("reflection", authors.Asked(attempt, 0, "7"))
+    text = authors.write_by_rule("reflection", authors.AuthorRequest(attempt, 0, "7"))
     assert replies.reflection(text, "explain").status == "ok"
     assert "17 - 10 = 7." in text
 
@@ -138,8 +138,8 @@ def test_the_rules_critiques_are_read_as_any_critics(text, status):
     row = problem_row.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
     attempt = contexts.Attempt(row, text, False)
     found = "8" if "8." in text else "1" if "1." in text else None
-    written = authors.rule("critique", authors.Asked(attempt, 0, found))
-    reply = authors.parse("critique", attempt, written, config)
+    written = authors.write_by_rule("critique", authors.AuthorRequest(attempt, 0, found))
+    reply = authors.read_reply("critique", attempt, written, config)
     assert reply.status == status
     assert "<step_" in reply.trace
     assert "17 - 10 = 7" in reply.trace
@@ -288,7 +288,7 @@ def test_a_leaked_answer(policy, status, text):
     config = runs.config("rosd", context__leak=policy)
     row = problem_row.Row("r", "p", "3 * 5 = 15.", "15", "en", "p")
     reply = replies.reflection("<explanation>so 15 is right</explanation>", "explain")
-    kept = authors.guard_leak(reply, row, config.context.leak)
+    kept = authors.apply_leak_policy(reply, row, config.context.leak)
     assert (kept.status, kept.text) == (status, text)
     assert kept.leaked is (policy != "drop")
 
@@ -325,7 +325,7 @@ REFUSED = [
 @pytest.mark.parametrize("card, settings, named", REFUSED)
 def test_refusals_name_the_setting(card, settings, named):
     with pytest.raises((ValueError, OSError), match=named.replace(".", r"\.")):
-        run_plan.make(runs.config(card, **settings))
+        run_plan.make_plan(runs.config(card, **settings))
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_what_data_and_modules_lack_is_refused_before_the_run(
     monkeypatch.syspath_prepend(str(tmp_path))
     values = {k: tmp_path / "empty.jsonl" if v == "EMPTY" else v for k, v in settings.items()}
     with pytest.raises(ValueError, match=said):
-        run_plan.make(runs.config(card, **values))
+        run_plan.make_plan(runs.config(card, **values))
 
 
 def raising(problem, answer, reply):
@@ -368,7 +368,7 @@ def test_the_rule_is_refused_where_solutions_are_no_equations(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"problem": "p", "solution": "By symmetry.", "answer": "3"}) + "\n")
     with pytest.raises(ValueError, match=r"author\.kind is 'grader'.*By symmetry"):
-        run_plan.make(runs.config("rosd", data__path=str(path)))
+        run_plan.make_plan(runs.config("rosd", data__path=str(path)))
 
 
 def test_a_new_context_is_one_function_and_one_entry(monkeypatch):
@@ -527,7 +527,7 @@ def test_sft_closes_a_think_block_that_its_prompt_opened():
     with runs.loaded("sft", prompt__thinking="prefix", eval__thinking="prefix") as (r, state):
         rows = r.plan.rows[:8]
         work = methods.METHODS["sft"].make_batch(r, state, rows, 0)
-        graded = loaded_run.grade(
+        graded = loaded_run.grade_completions(
             r,
             [row.answer for row in rows],
             [prompts.student(r.plan.tokenizer, r.plan.student, row) for row in rows],
@@ -542,11 +542,13 @@ def test_sft_drops_solutions_that_are_too_long(tmp_path):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plan = run_plan.make(runs.config("sft", data__path=path, train__batch=1))
+    plan = run_plan.make_plan(runs.config("sft", data__path=path, train__batch=1))
     assert [row.problem for row in plan.rows] == ["p0"]
     assert plan.dropped == {"solution above rollout.max_tokens=64": 1}
     with pytest.raises(ValueError, match=r"solution of \d+ tokens, rollout\.max_tokens is 64"):
-        run_plan.make(runs.config("sft", data__path=path, train__batch=1, data__overlong="error"))
+        run_plan.make_plan(
+            runs.config("sft", data__path=path, train__batch=1, data__overlong="error")
+        )
 
 
 def test_a_dead_writer_of_reason_first_teaches_nothing(monkeypatch):

@@ -52,7 +52,7 @@ def samples(rows: int = 8) -> layout.Batch:
     rng = np.random.default_rng(0)
     draw = lambda low, high: rng.integers(1, 509, rng.integers(low, high)).tolist()  # noqa: E731
     texts = [[draw(*size) for _ in range(rows)] for size in ((2, 12), (10, 25), (1, 9))]
-    return layout.pack(*texts)
+    return layout.build_batch(*texts)
 
 
 def step_of(config, tensor: int, trainable: str, out: object = None):
@@ -61,7 +61,7 @@ def step_of(config, tensor: int, trainable: str, out: object = None):
         divergence=divergence_loss.Divergence(temperature=1.3), implementation="chunked", chunk=16,
         norm="global_token_mean", group=8, micro_batches=1,
     )  # fmt: skip
-    return jax.jit(train_step.make(decoder_of(config, tensor), TX, options), out_shardings=out)
+    return jax.jit(train_step.make_step(decoder_of(config, tensor), TX, options), out_shardings=out)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_loss_and_gradient_are_those_of_one_device(name, trainable):
     batch = samples()
     # The full model starts away from the teacher, which keeps the given weights.
     trained = adapter if trainable == "lora" else jax.tree.map(lambda x: 1.1 * x, params)
-    state = train_step.init(trained, TX, "fixed")
+    state = train_step.init_state(trained, TX, "fixed")
     alone, aux = step_of(config, 1, trainable)(state, params, batch, None, None)
     devices = sharding.make(1, 1, tensor, jax.devices()[:tensor])
     place = functools.partial(sharding.place, mesh=devices, key_heads=config.n_kv_heads)

@@ -60,7 +60,7 @@ def parts_by_hand(name: str, c: transformer.ModelConfig, fsdp: int, tensor: int)
 def trees(config: transformer.ModelConfig) -> list[Any]:
     params = transformer.abstract_params(config, jnp.float32)
     adapter = jax.eval_shape(lambda: lora.init_adapter(config, 8, lora.TARGETS, jax.random.key(0)))
-    state = lambda t: train_step.init(t, optax.adamw(1e-3), "ema")  # noqa: E731
+    state = lambda t: train_step.init_state(t, optax.adamw(1e-3), "ema")  # noqa: E731
     states = [jax.eval_shape(state, tree) for tree in (params, adapter)]
     return [params, jax.eval_shape(lora.quantise_projections, params), adapter, *states]
 

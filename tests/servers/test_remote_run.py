@@ -41,7 +41,7 @@ class Stub(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Engine)
-        plan = run_plan.make(runs.config("opsd", **SETTINGS), evaluate=False)
+        plan = run_plan.make_plan(runs.config("opsd", **SETTINGS), evaluate=False)
         self.config, self.plan = plan.model_config, plan
         key = jax.random.fold_in(jax.random.key(plan.config.seed), loaded_run.WEIGHTS_STREAM)
         self.params = transformer.init_params(self.config, key, jnp.float32)
@@ -187,7 +187,7 @@ def test_its_evaluations_are_ours(engine, trained, tmp_path):
         with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
             last = checkpoints.load(3, initial)
         for step, state in ((0, initial), (3, last)):
-            ours = evaluate.evaluate(r, loaded_run.policies(r, state)[0], r.plan.eval_rows)
+            ours = evaluate.evaluate(r, loaded_run.derive_policies(r, state)[0], r.plan.eval_rows)
             theirs = json.loads((workdir / "eval" / f"step_{step:06d}.json").read_text())
             assert theirs["problems"] == ours["problems"]
             assert theirs["scores"] == ours["scores"]
@@ -253,7 +253,7 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
     settings = served(engine, sampler__folder=tmp_path / "weights")
     with runs.loaded("opsd", **settings) as (r, state):
         assert r.served is not None
-        student, teacher = loaded_run.policies(r, state)
+        student, teacher = loaded_run.derive_policies(r, state)
         base = r.plan.server
         assert base is not None
         assert base.max_model_len == 512
@@ -327,18 +327,18 @@ def test_a_server_that_is_not_there(tmp_path, capsys):
 
 def test_clips_that_a_servers_numbers_allow(engine):
     fine = served(engine, loss__rollout_clip=2.0)
-    assert run_plan.make(runs.config("opsd", **fine)).server is not None
+    assert run_plan.make_plan(runs.config("opsd", **fine)).server is not None
     for changes in (dict(policy__old="sampler"), dict(policy__rollout_clip=2.0)):
         grpo = served(engine, rollout__per_prompt=2, **changes)
-        assert run_plan.make(runs.config("grpo", **grpo)).server is not None
+        assert run_plan.make_plan(runs.config("grpo", **grpo)).server is not None
         with pytest.raises(ValueError, match=rf"{next(iter(changes)).replace('__', '.')} is .*raw"):
-            run_plan.make(runs.config("grpo", **grpo | {"sampler__logprobs": "raw"}))
+            run_plan.make_plan(runs.config("grpo", **grpo | {"sampler__logprobs": "raw"}))
 
 
 def test_without_a_directory_a_folder_is_named(engine):
-    plan = run_plan.make(runs.config("opsd", **served(engine)))
+    plan = run_plan.make_plan(runs.config("opsd", **served(engine)))
     with jax.set_mesh(plan.mesh), pytest.raises(ValueError, match=r"sampler\.folder is ''"):
-        loaded_run.load(plan, 1)
+        loaded_run.load_run(plan, 1)
 
 
 def test_choices_are_those_of_the_client():

@@ -11,10 +11,10 @@ from copsd_jax.training import guards
 
 def run(texts, series):
     """(final state, [(step, action)]) of steps 1, 2, ... with these metrics."""
-    rules = guards.parse(texts)
-    state, fired = guards.start(rules), []
+    rules = guards.parse_rules(texts)
+    state, fired = guards.init_state(rules), []
     for step, values in enumerate(series, 1):
-        state, events = guards.check(rules, state, step, values)
+        state, events = guards.apply_rules(rules, state, step, values)
         fired += [(event.step, event.action) for event in events]
     return state, fired
 
@@ -38,7 +38,7 @@ def of(name, *values):
     ],
 )
 def test_rules(text, rule):
-    assert guards.parse([text]) == (guards.Rule(*rule, text=text),)
+    assert guards.parse_rules([text]) == (guards.Rule(*rule, text=text),)
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,15 @@ def test_rules(text, rule):
 )
 def test_what_is_no_rule_is_refused(text, reason):
     with pytest.raises(ValueError) as error:
-        guards.parse([text])
+        guards.parse_rules([text])
     assert str(error.value).startswith(f"guards.rules has {text!r}: ")
     assert reason in str(error.value)
 
 
 def test_a_rule_that_occurs_twice_is_refused():
-    guards.parse(["a>1:lr*0.5", "a>2:lr*0.5"])
+    guards.parse_rules(["a>1:lr*0.5", "a>2:lr*0.5"])
     with pytest.raises(ValueError, match=r"'a>1:lr\*0\.5': it occurs twice"):
-        guards.parse(["a>1:lr*0.5", "b>1:stop", "a>1:lr*0.5"])
+        guards.parse_rules(["a>1:lr*0.5", "b>1:stop", "a>1:lr*0.5"])
 
 
 # ---- decisions -------------------------------------------------------------------------------
@@ -116,12 +116,12 @@ def test_the_learning_rate_is_multiplied_each_time():
 
 
 def test_what_the_events_say():
-    rules = guards.parse(["x>2*first@2:stop", "y<0.1:lr*0.5", "z>5:warn"])
-    state = guards.start(rules)
+    rules = guards.parse_rules(["x>2*first@2:stop", "y<0.1:lr*0.5", "z>5:warn"])
+    state = guards.init_state(rules)
     for step, x in ((7, 10), (8, 21)):
-        state, events = guards.check(rules, state, step, {"x": x, "y": 1.0, "z": 5})
+        state, events = guards.apply_rules(rules, state, step, {"x": x, "y": 1.0, "z": 5})
         assert events == []
-    state, events = guards.check(rules, state, 9, {"x": 22.22222, "y": 0.05, "z": math.nan})
+    state, events = guards.apply_rules(rules, state, 9, {"x": 22.22222, "y": 0.05, "z": math.nan})
     assert [event.text for event in events] == [
         "step 9: x is 22.22, above 20 (2 x its first value) for 2 steps: the run stops "
         "(guards.rules x>2*first@2:stop)",
@@ -130,7 +130,7 @@ def test_what_the_events_say():
         "step 9: z is nan, beyond 5 for 1 step: a warning (guards.rules z>5:warn)",
     ]
     assert state["stopped"] == events[0].text
-    later, events = guards.check(rules, state, 10, {"x": 1, "y": 1.0, "z": 0})
+    later, events = guards.apply_rules(rules, state, 10, {"x": 1, "y": 1.0, "z": 0})
     assert (events, later["stopped"]) == ([], state["stopped"])  # it stays stopped
 
 
@@ -151,11 +151,11 @@ def test_a_name_that_is_no_metric_is_refused_before_the_run():
         ("divergence_at_128>9:stop", "did you mean divergence_at_128_511"),
     ]:
         with pytest.raises(ValueError) as error:
-            guards.known(guards.parse(["loss>3:stop", text]))
+            guards.check_metrics(guards.parse_rules(["loss>3:stop", text]))
         assert str(error.value).startswith(f"guards.rules has {text!r}: ")
         assert reason in str(error.value)
     with pytest.raises(ValueError, match=r"no metric 'qq': there are loss, .*reply_STATUS"):
-        guards.known(guards.parse(["qq>1:stop"]))
+        guards.check_metrics(guards.parse_rules(["qq>1:stop"]))
 
 
 CONDITIONAL = ("overlap", "divergence_at_128_511", "correct", "advantage_number", "entropy_teacher",
@@ -166,10 +166,10 @@ CONDITIONAL = ("overlap", "divergence_at_128_511", "correct", "advantage_number"
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_a_metric_that_only_some_steps_have_is_no_error(name):
     """Neither before the run, nor in a step that lacks it, which may be the first."""
-    rules = guards.known(guards.parse([f"{name}>0.5@2:stop"]))
-    state, steps = guards.start(rules), [{"loss": 1}, {name: 2}, {"loss": 1}, {name: 2}]
+    rules = guards.check_metrics(guards.parse_rules([f"{name}>0.5@2:stop"]))
+    state, steps = guards.init_state(rules), [{"loss": 1}, {name: 2}, {"loss": 1}, {name: 2}]
     for step, values in enumerate(steps, 1):
-        state, _ = guards.check(rules, state, step, values)
+        state, _ = guards.apply_rules(rules, state, step, values)
     # Two steps in a row that have it; a count that is not there is 0, and ends the row.
     assert bool(state["stopped"]) != name.startswith(("reply", "located", "grade", "shortened"))
 
@@ -191,10 +191,12 @@ def test_a_relative_limit_is_of_the_first_value_above_0(first):
 
 
 def test_a_relative_limit_of_what_is_below_0_is_refused():
-    guards.known(guards.parse(["advantage_negative>2*first:warn", "divergence>2*first:warn"]))
+    guards.check_metrics(
+        guards.parse_rules(["advantage_negative>2*first:warn", "divergence>2*first:warn"])
+    )
     for name in ("logp_student", "advantage", "advantage_number"):
         with pytest.raises(ValueError, match=f"{name} is below 0"):
-            guards.known(guards.parse([f"{name}>2*first:warn"]))
+            guards.check_metrics(guards.parse_rules([f"{name}>2*first:warn"]))
 
 
 # ---- a continued run -------------------------------------------------------------------------
@@ -215,13 +217,13 @@ def series():
 
 
 def test_a_run_in_two_pieces_decides_as_one(tmp_path):
-    rules = guards.parse(RULES)
-    state, decided = guards.start(rules), []
+    rules = guards.parse_rules(RULES)
+    state, decided = guards.init_state(rules), []
     with metric_files.Writer(tmp_path) as writer:
         for step, values in series():
             writer.write(step, values)
             before = json.dumps(state)
-            after, events = guards.check(rules, state, step, values)
+            after, events = guards.apply_rules(rules, state, step, values)
             assert json.dumps(state) == before  # not changed
             decided.append((after, events))
             state = after
@@ -229,26 +231,28 @@ def test_a_run_in_two_pieces_decides_as_one(tmp_path):
     assert fired == {"warn", "lr", "stop"}  # the nan of step 17 stops
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     for cut in range(41):
-        again = guards.replay(rules, lines[:cut])
+        again = guards.replay_metrics(rules, lines[:cut])
         for (step, values), (after, events) in list(zip(series(), decided, strict=True))[cut:]:
-            again, said = guards.check(rules, again, step, values)
+            again, said = guards.apply_rules(rules, again, step, values)
             assert (again, said) == (after, events)
 
 
 def test_the_state_is_json():
-    rules = guards.parse(RULES)
-    state, _ = guards.check(rules, guards.start(rules), 1, {"loss": 9.0, "length": 1, "rare": 0})
+    rules = guards.parse_rules(RULES)
+    state, _ = guards.apply_rules(
+        rules, guards.init_state(rules), 1, {"loss": 9.0, "length": 1, "rare": 0}
+    )
     assert json.loads(json.dumps(state, allow_nan=False)) == state
 
 
 @pytest.mark.parametrize("line", ['{"loss": 1', '{"loss": 1}', "[1]", ""])
 def test_a_line_that_is_none_of_metrics_is_refused(line):
-    rules = guards.parse(["loss>3:warn"])
+    rules = guards.parse_rules(["loss>3:warn"])
     with pytest.raises(ValueError, match=r"line 2 is no line of metrics\.jsonl"):
-        guards.replay(rules, ['{"step": 1, "loss": 1}', line])
+        guards.replay_metrics(rules, ['{"step": 1, "loss": 1}', line])
 
 
 def test_a_stopped_run_is_known_as_stopped():
-    rules = guards.parse(["loss>3:stop"])
+    rules = guards.parse_rules(["loss>3:stop"])
     lines = [json.dumps({"step": step, "loss": loss}) for step, loss in ((1, 1), (2, 4))]
-    assert guards.replay(rules, lines)["stopped"].startswith("step 2: loss is 4, above 3")
+    assert guards.replay_metrics(rules, lines)["stopped"].startswith("step 2: loss is 4, above 3")

@@ -1,4 +1,4 @@
-"""Oracle: the same step on the batch of `layout.pack`, one completion a row, on one device."""
+"""Oracle: the same step on the batch of `build_batch`, one completion a row, on one device."""
 
 import dataclasses
 import json
@@ -53,23 +53,23 @@ def samples(seed: int, group: int, B: int = 16):
 
 
 def arranged(batch, shared=True, **how):
-    lengths, sides = layout.texts(batch, shared)
-    plan = row_packing.plan(lengths, sides, **{"shards": 1} | how)
-    return layout.packed(batch, plan, shared), plan
+    lengths, sides = layout.measure_prompts(batch, shared)
+    plan = row_packing.plan_rows(lengths, sides, **{"shards": 1} | how)
+    return layout.pack_rows(batch, plan, shared), plan
 
 
 def step(decoder, params, batch, shape=None, prefix=None, kv=None, **changes):
     """(gradient, Aux) of a step, on the first device or a mesh."""
     options = dataclasses.replace(OPTIONS, **changes)
-    state = train_step.init(make_adapter(1), KEPT, "fixed")
+    state = train_step.init_state(make_adapter(1), KEPT, "fixed")
     if shape is None:
-        new, aux = jax.jit(train_step.make(decoder, KEPT, options))(
+        new, aux = jax.jit(train_step.make_step(decoder, KEPT, options))(
             state, params, batch, prefix, kv
         )
         return new.optimizer, aux
     devices = sharding.make(*shape)
     jitted = jax.jit(
-        train_step.make(decoder, KEPT, options),
+        train_step.make_step(decoder, KEPT, options),
         out_shardings=(sharding.shardings(state, devices, CONFIG.n_kv_heads), None),
     )
     with jax.set_mesh(devices):
@@ -77,7 +77,7 @@ def step(decoder, params, batch, shape=None, prefix=None, kv=None, **changes):
             sharding.place(state, devices, CONFIG.n_kv_heads),
             sharding.place(params, devices, CONFIG.n_kv_heads),
         )
-        new, aux = jitted(*placed, layout.place(batch, devices), prefix, kv)
+        new, aux = jitted(*placed, layout.place_batch(batch, devices), prefix, kv)
     return new.optimizer, aux
 
 
@@ -108,7 +108,7 @@ def with_policy(batch):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_groups_with_their_prompts_once_equal_rows_of_their_own(decoder, params, norm):
-    batch = layout.pack(*samples(1, 8))
+    batch = layout.build_batch(*samples(1, 8))
     rows, _ = arranged(batch, micros=2)
     assert rows.student.tokens_BL.size < 0.6 * batch.student.tokens_BL.size
     assert_same(step(decoder, params, rows, norm=norm), step(decoder, params, batch, norm=norm))
@@ -116,14 +116,14 @@ def test_groups_with_their_prompts_once_equal_rows_of_their_own(decoder, params,
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_different_prompts(decoder, params, shared):
-    batch = layout.pack(*samples(2, 1))
+    batch = layout.build_batch(*samples(2, 1))
     rows, _ = arranged(batch, shared)
     assert (rows.student.parents_BL is None) == (not shared)
     assert_same(step(decoder, params, rows), step(decoder, params, batch))
 
 
 def test_worked_examples_in_front(decoder, params):
-    batch = layout.pack(*samples(3, 8), student_prefix=5, teacher_prefix=3)
+    batch = layout.build_batch(*samples(3, 8), student_prefix=5, teacher_prefix=3)
     prefix = jnp.asarray([5, 6, 7, 8, 9], jnp.int32)
     how = {"prefix": prefix, "kv": (shared_prefix.encode_ids(decoder, params, [11, 12, 13]),)}
     rows, _ = arranged(batch)
@@ -139,7 +139,7 @@ def test_policy_loss(decoder, params, mixed):
     )  # fmt: skip
     how = {"policy": settings} if mixed else {"policy": settings, "divergence": None}
     ask, tell, completions = samples(4, 8)
-    batch = with_policy(layout.pack(ask, tell if mixed else None, completions))
+    batch = with_policy(layout.build_batch(ask, tell if mixed else None, completions))
     rows, _ = arranged(batch)
     assert_same(step(decoder, params, rows, **how), step(decoder, params, batch, **how))
 
@@ -147,7 +147,7 @@ def test_policy_loss(decoder, params, mixed):
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_meshes(decoder, params, shape):
     """Bins of 8 and 4 shards, two micro-batches, against one device and rows apart."""
-    batch = with_policy(layout.pack(*samples(5, 4, 32)))
+    batch = with_policy(layout.build_batch(*samples(5, 4, 32)))
     shards = shape[0] * shape[1]
     rows, plan = arranged(batch, shards=shards, micros=2)
     assert {*range(2 * shards)} >= {*plan.bin_B}
@@ -156,7 +156,7 @@ def test_meshes(decoder, params, shape):
 
 
 def test_micro_batches_by_a_budget_of_tokens(decoder, params):
-    batch = layout.pack(*samples(6, 2))
+    batch = layout.build_batch(*samples(6, 2))
     rows, plan = arranged(batch, budget=256)
     assert plan.micros > 2
     assert sum(size.tokens for size in plan.sizes) <= 256
@@ -166,19 +166,19 @@ def test_micro_batches_by_a_budget_of_tokens(decoder, params):
 
 def test_no_hidden_state_travels(decoder, params):
     """In no program of a mesh is there a collective of as many states as rows have tokens."""
-    batch = layout.pack(*samples(5, 1, 32))
-    devices, state = sharding.make(8, 1, 1), train_step.init(make_adapter(1), KEPT, "fixed")
+    batch = layout.build_batch(*samples(5, 1, 32))
+    devices, state = sharding.make(8, 1, 1), train_step.init_state(make_adapter(1), KEPT, "fixed")
     for one in (batch, arranged(batch, shards=8)[0]):
         with jax.set_mesh(devices):
             jitted = jax.jit(
-                train_step.make(decoder, KEPT, OPTIONS),
+                train_step.make_step(decoder, KEPT, OPTIONS),
                 out_shardings=(sharding.shardings(state, devices, CONFIG.n_kv_heads), None),
             )
             placed = (
                 sharding.place(state, devices, CONFIG.n_kv_heads),
                 sharding.place(params, devices, CONFIG.n_kv_heads),
             )
-            lowered = jitted.lower(*placed, layout.place(one, devices), None, None)
+            lowered = jitted.lower(*placed, layout.place_batch(one, devices), None, None)
         text = lowered.compile().as_text() or ""
         sent = [
             line for line in text.splitlines() if "all-gather(" in line or "all-reduce(" in line
@@ -187,7 +187,7 @@ def test_no_hidden_state_travels(decoder, params):
         tokens = one.student.tokens_BL.size
         others = [x for x in program_cost.read(text, devices)[1] if x.kind != "all-reduce"]
         assert max((x.bytes for x in others), default=0) < tokens * CONFIG.d_model * 4 / 8
-        side = layout.place(one, devices).student
+        side = layout.place_batch(one, devices).student
         for array in (side.tokens_BL, side.gather_BC):
             assert array.addressable_shards[0].data.size == array.size // 8
         assert not [line for line in sent if f"[{tokens},{CONFIG.d_model}]" in line]
@@ -221,6 +221,6 @@ def test_a_run_with_packed_rows_has_the_metrics_of_one_without(tmp_path):
 def test_a_budget_for_feedback_holds_the_longest_prompt_that_there_may_be():
     """What a grader will say is not known before; teacher.max_tokens bounds it."""
     settings = {"context__kind": "feedback", "train__pack": "rows", "teacher__max_tokens": 600}
-    plan = run_plan.make(runs.config("opsd", **settings, train__micro_tokens=300))
+    plan = run_plan.make_plan(runs.config("opsd", **settings, train__micro_tokens=300))
     with pytest.raises(ValueError, match=r"\+ 608 tokens"):  # and a completion of 8
-        builders.check_rows(plan)
+        builders.check_row_budget(plan)

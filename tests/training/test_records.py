@@ -29,7 +29,7 @@ def stepped(r, state, rows):
     _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
     aux = jax.device_get(aux)
     values = {**train.measured(r.options.policy, aux.metrics), **work.metrics}
-    return work, values | rollouts.add_tokens(r, work, aux)
+    return work, values | rollouts.add_token_values(r, work, aux)
 
 
 def over(records, name, mask):
@@ -196,8 +196,8 @@ def test_what_a_guard_reads_of_a_step_without_loss(tmp_path, capsys):
 
 def test_a_guard_on_no_metric_is_refused_before_weights_are_read():
     with pytest.raises(ValueError, match=r"guards\.rules has 'divergance>2:stop'.*divergence"):
-        run_plan.make(runs.config("opsd", guards__rules="divergance>2:stop"))
-    run_plan.make(runs.config("opsd", guards__rules="overlap>0.9:stop,advantage_mark>3:warn"))
+        run_plan.make_plan(runs.config("opsd", guards__rules="divergance>2:stop"))
+    run_plan.make_plan(runs.config("opsd", guards__rules="overlap>0.9:stop,advantage_mark>3:warn"))
 
 
 @pytest.mark.slow
@@ -296,8 +296,8 @@ def test_an_analysis_is_taken_as_far_as_it_came_and_counted(monkeypatch):
         endings(monkeypatch, [(right(row),)], [("First the sum is", "length")])
         work = table.METHODS["distill"].make_batch(r, state, [row], 0)
         # A server may have used up its tokens for thinking that it does not show.
-        asked = authors.Asked(contexts.Attempt(row), 0, None)
-        read = [authors._read(r, asked, authors.Written(text, "cut")) for text in ("Half", "")]
+        asked = authors.AuthorRequest(contexts.Attempt(row), 0, None)
+        read = [authors._read(r, asked, authors.AuthorText(text, "cut")) for text in ("Half", "")]
     assert (work.records[0]["reply_status"], work.records[0]["reply_cut"]) == ("ok", True)
     assert "First the sum is" in work.records[0]["teacher_prompt"]
     assert work.metrics["replies_cut"] == 1
@@ -364,7 +364,7 @@ def test_replies_and_exemplars_belong_to_the_run(tmp_path):
         path.write_text(json.dumps({"id": "a", "reply": reply}) + "\n")
         row = {"problem": "p", "solution": f"{n} + 1 = {n + 1}.", "answer": str(n + 1)}
         shots.write_text(json.dumps(row) + "\n")
-        plan = run_plan.make(runs.config(
+        plan = run_plan.make_plan(runs.config(
             "critique", author__kind="file", author__path=path, prompt__exemplars=1,
             prompt__exemplars_path=shots,
         ))  # fmt: skip

@@ -22,7 +22,7 @@ def law(seed: int, B: int, group: int = 1):
     tell = ask + np.repeat(rng.integers(100, 401, B // group), group)
     families = np.repeat(np.arange(B // group), group).tolist()
     return completions.tolist(), [
-        row_packing.Texts(ask.tolist(), families), row_packing.Texts(tell.tolist(), families)
+        row_packing.Prompts(ask.tolist(), families), row_packing.Prompts(tell.tolist(), families)
     ]  # fmt: skip
 
 
@@ -61,11 +61,11 @@ def test_rows_of_a_long_tail_are_nine_tenths_full(B, group, shards):
     for seed in range(20 if B == 64 else 3):
         completions, sides = law(seed, B, group)
         for how in ({}, {"budget": 16_384})[: 2 if seed < 3 else 1]:
-            plan = row_packing.plan(completions, sides, shards=shards, **how)
+            plan = row_packing.plan_rows(completions, sides, shards=shards, **how)
             live = counted(completions, sides, plan)
             assert live >= 0.9 * plan.micros * shards * tokens(plan)
             alone = sum(
-                B * layout.bucket(max(np.add(side.prompts_B, completions))) for side in sides
+                B * layout.pad_length(max(np.add(side.prompts_B, completions))) for side in sides
             )
             assert plan.micros * shards * tokens(plan) < 0.6 * alone
 
@@ -73,7 +73,7 @@ def test_rows_of_a_long_tail_are_nine_tenths_full(B, group, shards):
 @pytest.mark.parametrize("budget", [8192, 16_384, 40_000])
 def test_no_micro_batch_is_above_the_budget(budget):
     completions, sides = law(0, 64, 8)
-    plan = row_packing.plan(completions, sides, shards=2, budget=budget)
+    plan = row_packing.plan_rows(completions, sides, shards=2, budget=budget)
     assert tokens(plan) <= budget
     whole = counted(completions, sides, plan)
     assert plan.micros <= 1 + 1.3 * whole / (2 * budget)
@@ -82,16 +82,16 @@ def test_no_micro_batch_is_above_the_budget(budget):
 def test_a_budget_below_a_sample_names_the_setting_and_what_would_do():
     completions, sides = law(0, 64)
     longest = [max(np.add(side.prompts_B, completions)) for side in sides]
-    least = sum(row_packing.rounded(int(n), row_packing.LEAST) for n in longest)
+    least = sum(row_packing.round_up(int(n), row_packing.ROW_MULTIPLE) for n in longest)
     with pytest.raises(ValueError, match=rf"train\.micro_tokens is {least - 1}: .* least {least}$"):
-        row_packing.plan(completions, sides, shards=2, budget=least - 1)
-    assert tokens(row_packing.plan(completions, sides, shards=2, budget=least)) <= least
+        row_packing.plan_rows(completions, sides, shards=2, budget=least - 1)
+    assert tokens(row_packing.plan_rows(completions, sides, shards=2, budget=least)) <= least
 
 
 def test_groups_save_their_prompts():
     """Of 8 completions the prompt stands about once: at most one more for each bin and row."""
     completions, sides = law(1, 128, 8)
-    plan = row_packing.plan(completions, sides, shards=2)
+    plan = row_packing.plan_rows(completions, sides, shards=2)
     for k in range(2):
         at = {(plan.bin_B[b], place.row, place.prompt) for b, place in enumerate(plan.places[k])}
         assert len(at) <= 16 + 32
@@ -100,21 +100,23 @@ def test_groups_save_their_prompts():
 @pytest.mark.parametrize("how", [{"micros": 3}, {"row": 4096}, {"micros": 2, "row": 512}])
 def test_rows_and_micro_batches_as_asked(how):
     completions, sides = law(2, 64)
-    plan = row_packing.plan(completions, sides, shards=2, **how)
+    plan = row_packing.plan_rows(completions, sides, shards=2, **how)
     counted(completions, sides, plan)
     assert plan.micros == how.get("micros", 1)
-    assert plan == row_packing.plan(completions, sides, shards=2, **how)
+    assert plan == row_packing.plan_rows(completions, sides, shards=2, **how)
     for side, size in zip(sides, plan.sizes, strict=True):
         longest = int(max(np.add(side.prompts_B, completions)))
-        assert size.length % row_packing.LEAST == 0
+        assert size.length % row_packing.ROW_MULTIPLE == 0
         if "row" in how:
-            assert size.length == row_packing.rounded(max(how["row"], longest), row_packing.LEAST)
+            assert size.length == row_packing.round_up(
+                max(how["row"], longest), row_packing.ROW_MULTIPLE
+            )
 
 
 def test_a_row_of_a_few_completions_for_many_devices():
-    plan = row_packing.plan([5, 3], [row_packing.Texts([2, 2], [0, 0])], shards=8)
-    assert counted([5, 3], [row_packing.Texts([2, 2], [0, 0])], plan) in (10, 12)
-    assert plan.sizes == (row_packing.Size(1, 16),)
+    plan = row_packing.plan_rows([5, 3], [row_packing.Prompts([2, 2], [0, 0])], shards=8)
+    assert counted([5, 3], [row_packing.Prompts([2, 2], [0, 0])], plan) in (10, 12)
+    assert plan.sizes == (row_packing.RowShape(1, 16),)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_a_row_of_a_few_completions_for_many_devices():
      (33, 32, 64), (1023, 32, 1024), (1025, 32, 1088)],
 )  # fmt: skip
 def test_sizes_are_a_sixteenth_apart(number, least, known):
-    assert row_packing.rounded(number, least) == known
+    assert row_packing.round_up(number, least) == known
 
 
 # --- arrays -----------------------------------------------------------------------------------
@@ -131,10 +133,12 @@ def test_sizes_are_a_sixteenth_apart(number, least, known):
 
 def test_picture_in_numbers():
     """Tokens of the picture in `layout`: a b are 1 2, u is 3; a prefix of 10 tokens."""
-    batch = layout.pack([[1, 2], [1, 2], [3]], None, [[7, 8, 9], [6], [5, 4]], student_prefix=10)
-    lengths, sides = layout.texts(batch, True)
-    assert (lengths, sides) == ([3, 1, 2], [row_packing.Texts([2, 2, 1], [0, 0, 2])])
-    rows = layout.packed(batch, row_packing.plan(lengths, sides, shards=1), True)
+    batch = layout.build_batch(
+        [[1, 2], [1, 2], [3]], None, [[7, 8, 9], [6], [5, 4]], student_prefix=10
+    )
+    lengths, sides = layout.measure_prompts(batch, True)
+    assert (lengths, sides) == ([3, 1, 2], [row_packing.Prompts([2, 2, 1], [0, 0, 2])])
+    rows = layout.pack_rows(batch, row_packing.plan_rows(lengths, sides, shards=1), True)
     side = rows.student
     part = lambda x: x[0, 0, :12].tolist()  # noqa: E731
     assert part(side.tokens_BL) == [1, 2, 7, 8, 9, 6, 3, 5, 4, 0, 0, 0]
@@ -145,8 +149,8 @@ def test_picture_in_numbers():
     C = batch.mask_BC.shape[1]
     assert rows.source_UST[0, 0, :6].tolist() == [0, 1, 2, C, 2 * C, 2 * C + 1]
     assert (rows.source_UST[0, 0, 6:] == 3 * C).all()
-    assert layout.fills(rows) == {"fill_student": 9 / 16, "micro_batches": 1.0}
-    assert layout.fills(batch) == {"fill_student": 11 / 96}
+    assert layout.measure_fill(rows) == {"fill_student": 9 / 16, "micro_batches": 1.0}
+    assert layout.measure_fill(batch) == {"fill_student": 11 / 96}
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -155,10 +159,10 @@ def test_every_token_is_predicted_from_the_one_before_on_its_own_device(shared):
     draw = lambda low, high: rng.integers(1, 99, rng.integers(low, high)).tolist()  # noqa: E731
     ask, tell = ([p for p in (draw(2, 30) for _ in range(6)) for _ in range(4)] for _ in range(2))
     completions = [draw(1, 60) for _ in range(24)]
-    batch = layout.pack(ask, tell, completions, student_prefix=7, teacher_prefix=9)
-    lengths, sides = layout.texts(batch, shared)
-    plan = row_packing.plan(lengths, sides, shards=3, micros=2)
-    rows = layout.packed(batch, plan, shared)
+    batch = layout.build_batch(ask, tell, completions, student_prefix=7, teacher_prefix=9)
+    lengths, sides = layout.measure_prompts(batch, shared)
+    plan = row_packing.plan_rows(lengths, sides, shards=3, micros=2)
+    rows = layout.pack_rows(batch, plan, shared)
     C, seen = batch.mask_BC.shape[1], set()
     taught: Any = rows.teacher
     for side, prompts, prefix in ((rows.student, ask, 7), (taught, tell, 9)):
@@ -180,15 +184,15 @@ def test_every_token_is_predicted_from_the_one_before_on_its_own_device(shared):
 def test_the_longest_sample_is_known_before_the_run():
     """What the plan asks for holds what a step with the longest prompt and completion takes."""
     settings = {"train__pack": "rows", "train__micro_tokens": 32, "rollout__max_tokens": 99}
-    plan = run_plan.make(runs.config("opsd", **settings))
+    plan = run_plan.make_plan(runs.config("opsd", **settings))
     with pytest.raises(ValueError, match=r"micro_tokens is 32: .* at least (\d+)$") as found:
-        builders.check_rows(plan)
+        builders.check_row_budget(plan)
     least = int(str(found.value).split()[-1])
-    builders.check_rows(
-        run_plan.make(runs.config("opsd", **settings | {"train__micro_tokens": least}))
+    builders.check_row_budget(
+        run_plan.make_plan(runs.config("opsd", **settings | {"train__micro_tokens": least}))
     )
     c = plan.config
     prefix = programs.EXEMPLAR_TOKENS * c.prompt.exemplars
     assert prefix == 0
     sizes = [plan.longest[side] + c.rollout.max_tokens for side in ("student", "teacher")]
-    assert least == sum(row_packing.rounded(n, row_packing.LEAST) for n in sizes)
+    assert least == sum(row_packing.round_up(n, row_packing.ROW_MULTIPLE) for n in sizes)

@@ -43,12 +43,12 @@ def gathered(micro_batches: int, remat: str, trainable: str = "lora") -> tuple[f
         trained = jax.eval_shape(
             lambda: lora.init_adapter(SHAPE, 4, lora.TARGETS, jax.random.key(0))
         )
-    state = jax.eval_shape(lambda t: train_step.init(t, tx, "fixed"), trained)
-    batch = layout.pack([[1] * 9] * 16, [[2] * 40] * 16, [[3] * 20] * 16)
+    state = jax.eval_shape(lambda t: train_step.init_state(t, tx, "fixed"), trained)
+    batch = layout.build_batch([[1] * 9] * 16, [[2] * 40] * 16, [[3] * 20] * 16)
     with jax.set_mesh(devices):
         state = sharding.abstract(state, devices, sharding.shardings(state, devices))
         program = (
-            jax.jit(train_step.make(decoder, tx, options))
+            jax.jit(train_step.make_step(decoder, tx, options))
             .lower(
                 state,
                 sharding.abstract(frozen, devices, sharding.shardings(frozen, devices)),

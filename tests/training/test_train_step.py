@@ -60,7 +60,7 @@ def make_samples(seed: int, n: int = 8) -> tuple[list, list, list]:
 
 def run(decoder, params, state, batch, prefix=None, teacher_kv=None, **changes):
     options = dataclasses.replace(OPTIONS, **changes)
-    step = jax.jit(train_step.make(decoder, TX, options))
+    step = jax.jit(train_step.make_step(decoder, TX, options))
     return step(state, params, batch, prefix, teacher_kv)
 
 
@@ -94,8 +94,8 @@ def test_bug_04_values_of_a_ragged_batch_equal_those_of_each_sample_alone(decode
     """Divergence and log-probabilities per token, both sides, prompts of unequal length."""
     adapter = make_adapter(1)
     students, teachers, completions = make_samples(0)
-    batch = layout.pack(students, teachers, completions)
-    state = train_step.init(adapter, TX, "fixed")
+    batch = layout.build_batch(students, teachers, completions)
+    state = train_step.init_state(adapter, TX, "fixed")
     _, aux = run(decoder, params, state, batch)
     for b, (s, t, c) in list(enumerate(zip(students, teachers, completions, strict=True)))[:3]:
         lp = log_softmax_by_hand(decoder, params, adapter, s, c)
@@ -115,12 +115,12 @@ def test_equal_contexts_give_no_loss_and_no_gradient(decoder, params):
     """Through the model, in float32, below 1e-6: teacher = student context, b = 0."""
     students, _, completions = make_samples(1)
     adapter = lora.init_adapter(CONFIG, 4, ("q", "v", "down"), jax.random.key(0))
-    state = train_step.init(adapter, TX, "fixed")
-    batch = layout.pack(students, students, completions)
+    state = train_step.init_state(adapter, TX, "fixed")
+    batch = layout.build_batch(students, students, completions)
     _, aux = run(decoder, params, state, batch)
     assert abs(float(aux.metrics["loss"])) < 1e-6
     assert float(aux.metrics["grad_norm"]) < 1e-6
-    _, other = run(decoder, params, train_step.init(make_adapter(1), TX, "fixed"), batch)
+    _, other = run(decoder, params, train_step.init_state(make_adapter(1), TX, "fixed"), batch)
     assert float(other.metrics["grad_norm"]) > 1e-3  # the test can fail
 
 
@@ -130,14 +130,16 @@ def test_any_mesh_gives_the_numbers_of_one_device(decoder, params, shape):
     decoder = transformer.Decoder(config, jnp.float32)
     params = transformer.init_params(config, jax.random.key(0), jnp.float32)
     samples = make_samples(2)
-    batch = jax.tree.map(lambda x: np.minimum(x, 95) if x.max() == 96 else x, layout.pack(*samples))
+    batch = jax.tree.map(
+        lambda x: np.minimum(x, 95) if x.max() == 96 else x, layout.build_batch(*samples)
+    )
     adapter = lora.init_adapter(config, 8, ("q", "o", "down"), jax.random.key(1))
     adapter = jax.tree.map(lambda x: x + 0.03, adapter)
-    state = train_step.init(adapter, TX, "fixed")
+    state = train_step.init_state(adapter, TX, "fixed")
     alone, aux = run(decoder, params, state, batch)
     devices = sharding.make(*shape)
     step = jax.jit(
-        train_step.make(decoder, TX, OPTIONS),
+        train_step.make_step(decoder, TX, OPTIONS),
         out_shardings=(sharding.shardings(state, devices), None),
     )
     with jax.set_mesh(devices):
@@ -160,8 +162,8 @@ def test_any_mesh_gives_the_numbers_of_one_device(decoder, params, shape):
 @pytest.mark.parametrize("norm", ["micro_token_mean", "global_token_mean", "seq_mean"])
 def test_four_micro_batches_equal_one(decoder, params, norm):
     """The normaliser's groups are settings of their own, so accumulation changes nothing."""
-    batch = layout.pack(*make_samples(3))
-    state = train_step.init(make_adapter(1), TX, "fixed")
+    batch = layout.build_batch(*make_samples(3))
+    state = train_step.init_state(make_adapter(1), TX, "fixed")
     one, aux = run(decoder, params, state, batch, norm=norm, group=2)
     four, aux4 = run(decoder, params, state, batch, norm=norm, group=2, micro_batches=4)
     np.testing.assert_allclose(aux4.metrics["loss"], aux.metrics["loss"], rtol=1e-5)
@@ -175,13 +177,13 @@ def test_a_shared_prefix_equals_writing_it_in_front_of_every_prompt(decoder, par
     """Loss and gradient, also through the prefix's own keys."""
     students, teachers, completions = make_samples(4)
     prefix_s, prefix_t = [5, 6, 7, 8, 9], [11, 12, 13]
-    state = train_step.init(make_adapter(2), TX, "fixed")
-    whole = layout.pack(
+    state = train_step.init_state(make_adapter(2), TX, "fixed")
+    whole = layout.build_batch(
         [prefix_s + s for s in students], [prefix_t + t for t in teachers], completions
     )
     plain, aux = run(decoder, params, state, whole)
     kv = shared_prefix.encode_ids(decoder, params, prefix_t)
-    batch = layout.pack(students, teachers, completions, student_prefix=5, teacher_prefix=3)
+    batch = layout.build_batch(students, teachers, completions, student_prefix=5, teacher_prefix=3)
     shared, aux_shared = run(decoder, params, state, batch, jnp.asarray(prefix_s, jnp.int32), (kv,))
     np.testing.assert_allclose(aux_shared.metrics["loss"], aux.metrics["loss"], rtol=1e-5)
     jax.tree.map(
@@ -192,9 +194,9 @@ def test_a_shared_prefix_equals_writing_it_in_front_of_every_prompt(decoder, par
 def test_teachers_are_the_weights_they_are_named_after(decoder, params):
     """fixed: without adapter; live: the student's; ema: the average, which is step 0 at first."""
     students, _, completions = make_samples(5)
-    batch = layout.pack(students, students, completions)
+    batch = layout.build_batch(students, students, completions)
     adapter, average = make_adapter(1), make_adapter(7)
-    state = train_step.init(adapter, TX, "ema")._replace(ema=average)
+    state = train_step.init_state(adapter, TX, "ema")._replace(ema=average)
     by_hand = {"fixed": None, "live": adapter, "ema": average}
     for teacher, weights in by_hand.items():
         _, aux = run(decoder, params, state, batch, teacher=teacher)
@@ -206,9 +208,9 @@ def test_teachers_are_the_weights_they_are_named_after(decoder, params):
 
 
 def test_bug_11_average_begins_at_step_0_and_bug_12_moves_in_float32(decoder, params):
-    batch = layout.pack(*make_samples(6))
+    batch = layout.build_batch(*make_samples(6))
     adapter = make_adapter(1)
-    state = train_step.init(adapter, TX, "ema")
+    state = train_step.init_state(adapter, TX, "ema")
     jax.tree.map(np.testing.assert_array_equal, state.ema, adapter)
     for _ in range(2):
         old = state
@@ -226,8 +228,8 @@ def test_bug_11_average_begins_at_step_0_and_bug_12_moves_in_float32(decoder, pa
 
 def test_full_fine_tuning_trains_every_weight_against_the_frozen_copy(decoder, params):
     students, teachers, completions = make_samples(8)
-    batch = layout.pack(students, teachers, completions)
-    state = train_step.init(jax.tree.map(jnp.copy, params), TX, "fixed")
+    batch = layout.build_batch(students, teachers, completions)
+    state = train_step.init_state(jax.tree.map(jnp.copy, params), TX, "fixed")
     new, aux = run(decoder, params, state, batch, trainable="full")
     n = len(completions[0])
     lq = log_softmax_by_hand(decoder, params, None, teachers[0], completions[0])
@@ -242,7 +244,7 @@ def test_full_fine_tuning_trains_every_weight_against_the_frozen_copy(decoder, p
 
     def loss_at(size):
         moved = {**params, "embed": {"embedding": params["embed"]["embedding"] + size * direction}}
-        state = train_step.init(moved, TX, "fixed")
+        state = train_step.init_state(moved, TX, "fixed")
         return float(run(decoder, params, state, batch, trainable="full")[1].metrics["loss"])
 
     slope = (loss_at(tiny) - loss_at(-tiny)) / (2 * tiny)
@@ -251,8 +253,8 @@ def test_full_fine_tuning_trains_every_weight_against_the_frozen_copy(decoder, p
 
 
 def test_bug_10_a_step_without_any_token_is_finite(decoder, params):
-    batch = layout.pack([[1, 2]] * 8, [[3, 4]] * 8, [[]] * 8)
-    state = train_step.init(make_adapter(1), TX, "fixed")
+    batch = layout.build_batch([[1, 2]] * 8, [[3, 4]] * 8, [[]] * 8)
+    state = train_step.init_state(make_adapter(1), TX, "fixed")
     new, aux = run(decoder, params, state, batch)
     assert float(aux.metrics["loss"]) == 0.0
     jax.tree.map(np.testing.assert_array_equal, new.trained, state.trained)
@@ -268,7 +270,7 @@ def test_bug_10_a_step_without_any_token_is_finite(decoder, params):
     ],
 )
 def test_learning_rates_by_hand(schedule, warmup, expected):
-    _, rate = train_step.optimizer(
+    _, rate = train_step.make_optimizer(
         steps=4, lr=1.0, schedule=schedule, warmup=warmup, weight_decay=0.0, b1=0.9, b2=0.99,
         eps=1e-8, max_grad_norm=0.0,
     )  # fmt: skip
@@ -277,7 +279,7 @@ def test_learning_rates_by_hand(schedule, warmup, expected):
 
 def test_micro_batches_by_hand():
     """B = 4, n = 2: sample b is row b // 2 of micro-batch b % 2, and its index moves along."""
-    batch = layout.pack([[1, 2], [3], [4, 5, 6], [7]], [[8]] * 4, [[1], [2, 3], [4], [5]])
+    batch = layout.build_batch([[1, 2], [3], [4, 5, 6], [7]], [[8]] * 4, [[1], [2, 3], [4], [5]])
     cut = train_step._split(batch, 2)
     for b in range(4):
         micro, row = b % 2, b // 2
@@ -292,13 +294,13 @@ def test_micro_batches_by_hand():
 
 
 def test_micro_batches_on_eight_devices_equal_one(decoder, params):
-    batch = layout.pack(*make_samples(9, n=16))
-    state = train_step.init(make_adapter(1), TX, "fixed")
+    batch = layout.build_batch(*make_samples(9, n=16))
+    state = train_step.init_state(make_adapter(1), TX, "fixed")
     one, aux = run(decoder, params, state, batch, micro_batches=2)
     devices = sharding.make(8, 1, 1)
     options = dataclasses.replace(OPTIONS, micro_batches=2)
     step = jax.jit(
-        train_step.make(decoder, TX, options),
+        train_step.make_step(decoder, TX, options),
         out_shardings=(sharding.shardings(state, devices), None),
     )
     with jax.set_mesh(devices):
@@ -313,8 +315,8 @@ def test_micro_batches_on_eight_devices_equal_one(decoder, params):
 def test_bug_06_an_end_token_that_equals_padding_is_trained(decoder, params):
     """Token 0 fills empty places; as a sampled end token it has value and gradient."""
     students, teachers, _ = make_samples(10)
-    batch = layout.pack(students, teachers, [[5, 0]] + [[]] * 7)
-    state = train_step.init(make_adapter(1), TX, "fixed")
+    batch = layout.build_batch(students, teachers, [[5, 0]] + [[]] * 7)
+    state = train_step.init_state(make_adapter(1), TX, "fixed")
     _, aux = run(decoder, params, state, batch)
     assert float(aux.metrics["tokens"]) == 2
     lp = log_softmax_by_hand(decoder, params, state.trained, students[0], [5, 0])
@@ -330,12 +332,12 @@ def test_the_divergence_falls_on_a_batch_that_stays():
     decoder = transformer.Decoder(CONFIG, jnp.float32)
     params = transformer.init_params(CONFIG, jax.random.key(5), jnp.float32)
     params = jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params)  # contexts must matter
-    batch = layout.pack(*make_samples(11))
+    batch = layout.build_batch(*make_samples(11))
     tx = optax.adam(1e-2)
     values = []
     with jax.numpy_dtype_promotion("standard"):  # which AdamW relies on
-        state = train_step.init(make_adapter(1, 0.01), tx, "fixed")
-        step = jax.jit(train_step.make(decoder, tx, OPTIONS))
+        state = train_step.init_state(make_adapter(1, 0.01), tx, "fixed")
+        step = jax.jit(train_step.make_step(decoder, tx, OPTIONS))
         for _ in range(30):
             state, aux = step(state, params, batch, None, None)
             values.append(float(aux.metrics["loss"]))
