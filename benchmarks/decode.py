@@ -57,6 +57,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from copsd_jax.attention import decode_attention
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.problems import bundled
 from copsd_jax.runtime import sharding
@@ -195,10 +196,12 @@ def load(args: argparse.Namespace) -> Model:
 # --- our engine -------------------------------------------------------------------------------
 
 
-def _settings(args: argparse.Namespace, work: Work, texts: Sequence[int]) -> request.Settings:
+def _settings(
+    args: argparse.Namespace, work: Work, texts: Sequence[int]
+) -> request.SamplerSettings:
     need = max(len(work.prompts[i]) + work.limits[i] for i in texts)
-    return request.Settings(
-        slots=args.slots, length=request.capacity(need), steps=args.steps, pack=args.pack,
+    return request.SamplerSettings(
+        slots=args.slots, length=request.round_up_length(need), steps=args.steps, pack=args.pack,
         cache=jnp.dtype(args.cache or args.dtype),
     )  # fmt: skip
 
@@ -206,23 +209,23 @@ def _settings(args: argparse.Namespace, work: Work, texts: Sequence[int]) -> req
 def _keys(args: argparse.Namespace, texts: Sequence[int]) -> np.ndarray:
     names = [f"prompt {i // args.samples}" for i in texts]
     samples = [i % args.samples for i in texts]
-    return np.asarray(request.stream_keys(args.seed, "rollout", 0, names, samples))
+    return np.asarray(request.derive_keys(args.seed, "rollout", 0, names, samples))
 
 
 def _warm(
-    args, m: Model, work: Work, texts: list[int], settings: request.Settings, sampling
+    args, m: Model, work: Work, texts: list[int], settings: request.SamplerSettings, sampling
 ) -> None:
     """Compiles all that a call with these settings needs, and runs a little of it."""
     prompts, keys_n2 = [work.prompts[i] for i in texts], _keys(args, texts)
-    job = request.plan(
-        m.decoder, m.params, prompts, [sampling] * len(texts), keys_n2=keys_n2, settings=settings,
-        prefix=None, adapter=None, adapter_scale=1.0, valid_V=None, token_bytes=None, limits=None,
+    job = request.prepare_inputs(
+        m.decoder, policy_lib.Policy(m.params), prompts, [sampling] * len(texts), keys_n2=keys_n2,
+        settings=settings, prefix=None, vocabulary=None, limits=None,
     )  # fmt: skip
-    loop.warmup(job)
+    loop.compile_programs(job)
     few = min(len(texts), 2 * args.slots)
     loop.generate(
-        m.decoder, m.params, prompts[:few], sampling, keys=keys_n2[:few], settings=settings,
-        limits=[WARM_LIMIT] * few,
+        m.decoder, policy_lib.Policy(m.params), prompts[:few], sampling, keys=keys_n2[:few],
+        settings=settings, limits=[WARM_LIMIT] * few,
     )  # fmt: skip
 
 
@@ -237,19 +240,19 @@ def engine_runner(args: argparse.Namespace, m: Model, work: Work, refill: bool) 
     keys = [[_keys(args, texts) for texts in piece] for piece in calls]
 
     def run(number: int) -> Measured:
-        built, prompt_tokens, share = program_cache.built(), 0, float("nan")
+        built, prompt_tokens, share = program_cache.list_programs(), 0, float("nan")
         started = time.perf_counter()
         for texts, size, key in zip(calls[number], sizes[number], keys[number], strict=True):
             limits = [work.limits[i] for i in texts]
             completions, stats = loop.generate(
-                m.decoder, m.params, [work.prompts[i] for i in texts], sampling, keys=key,
-                settings=size, limits=limits,
+                m.decoder, policy_lib.Policy(m.params), [work.prompts[i] for i in texts],
+                sampling, keys=key, settings=size, limits=limits,
             )  # fmt: skip
             assert [len(c.ids) for c in completions] == limits
             prompt_tokens += stats.prompt_tokens
             share = stats.occupancy
         seconds = time.perf_counter() - started
-        assert program_cache.built() == built, "compiled while timed"
+        assert program_cache.list_programs() == built, "compiled while timed"
         return Measured(seconds, prompt_tokens, None if math.isnan(share) else share)
 
     known = {
@@ -436,8 +439,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pieces", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cache", choices=("float32", "bfloat16", "int8"), help="default: dtype")
-    parser.add_argument("--steps", type=int, default=request.Settings.steps)
-    parser.add_argument("--pack", type=int, default=request.Settings.pack)
+    parser.add_argument("--steps", type=int, default=request.SamplerSettings.steps)
+    parser.add_argument("--pack", type=int, default=request.SamplerSettings.pack)
     parser.add_argument("--tunix", type=pathlib.Path, help="folder of benchmarks/tunix_env.sh")
     parser.add_argument("--floor", action="store_true", help="measure the bandwidth")
     parser.add_argument("--bandwidth", type=float, help="GB/s; not measured then")

@@ -26,6 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from copsd_jax.attention import decode_attention_gpu, decode_attention_tpu
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, loop, prompt_packing, request, truncation
@@ -64,7 +65,7 @@ def devices(target: str):
     return list(found.devices)
 
 
-def job(target: str, cache: str) -> request.Job:
+def job(target: str, cache: str) -> request.Inputs:
     """What a rollout phase would be, of arrays that are not there."""
     sizes, kernel, _ = TARGETS[target]
     here = sharding.make(*sizes, devices=devices(target))
@@ -78,22 +79,23 @@ def job(target: str, cache: str) -> request.Job:
     )  # fmt: skip
     like = lambda *shape: jax.ShapeDtypeStruct(shape, bool, sharding=whole)  # noqa: E731
     zero = np.zeros(1, np.int32)
-    rows = truncation.Rows(*[zero.astype(np.float32)] * 4)._replace(top_k_J=zero)
-    return request.Job(
+    rows = truncation.RowSettings(*[zero.astype(np.float32)] * 4)._replace(top_k_J=zero)
+    return request.Inputs(
         decoder=decoder,
-        weights=engine.Weights(
-            params, None, None, like(config.vocab_size), like(4, config.vocab_size)
+        weights=engine.Constants(
+            policy_lib.Policy(params), None, like(config.vocab_size), like(4, config.vocab_size)
         ),
-        form=truncation.form([(1.0, 0, 1.0, 0.0)]),
-        settings=request.Settings(SLOTS, LENGTH, 16, 1024, jnp.dtype(cache)),
+        form=truncation.find_features([(1.0, 0, 1.0, 0.0)]),
+        settings=request.SamplerSettings(SLOTS, LENGTH, 16, 1024, jnp.dtype(cache)),
         mesh=here, prompts=[(1,)], request=engine.Request(zero, np.zeros((1, 2), np.uint32), zero,
                                                          rows),
-        stops=[()], token_bytes=(), stop_XV=np.zeros((4, config.vocab_size), bool),
-        buckets=prompt_packing.buckets(1024, 1),
+        stops=[()], vocabulary=request.Vocabulary(np.ones(config.vocab_size, bool)),
+        stop_XV=np.zeros((4, config.vocab_size), bool),
+        buckets=prompt_packing.list_buckets(1024, 1),
     )  # fmt: skip
 
 
-def bytes_of_step(one: request.Job, target: str, cache: str) -> dict[str, float]:
+def bytes_of_step(one: request.Inputs, target: str, cache: str) -> dict[str, float]:
     """What a device reads for one token of each of its slots at the mean context, in GB."""
     data, _, tensor = TARGETS[target][0]
     config, kernel = (
@@ -104,7 +106,7 @@ def bytes_of_step(one: request.Job, target: str, cache: str) -> dict[str, float]
         SLOTS // data, config.n_kv_heads // tensor, config.n_heads // config.n_kv_heads,
         config.head_dim,
     )  # fmt: skip
-    weights = loop._bytes(one.weights.params)
+    weights = loop.device_bytes(one.weights.policy.params)
     entry = 2 * (config.head_dim * jnp.dtype(cache).itemsize + 4 * (cache == "int8"))
     live = config.n_layers * shape[0] * shape[1] * CONTEXT * entry
     read = config.n_layers * kernel.estimate_cost(shape, cache, CONTEXT).bytes_accessed
@@ -118,9 +120,9 @@ def main() -> None:
     for cache in ("bfloat16", "int8"):
         one = job(TARGET, cache)
         with jax.set_mesh(one.mesh):
-            made = loop.warmup(one, TARGETS[TARGET][2])
+            made = loop.compile_programs(one, TARGETS[TARGET][2])
         decode = made[-1]
-        held = loop._bytes(loop.state_shape(one)) + loop._bytes(one.weights)
+        held = loop.device_bytes(loop.abstract_state(one)) + loop.device_bytes(one.weights)
         print(json.dumps({
             "target": TARGET, "cache": cache, "slots": SLOTS, "entries": LENGTH,
             "context": CONTEXT, "mesh": TARGETS[TARGET][0],

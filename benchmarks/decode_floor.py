@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, request, truncation
@@ -69,12 +70,12 @@ def step_line(
     The best of 5 chunks of `steps` tokens; bandwidth in GB/s.
 
     Args:
-      stacked: layers scanned also where runs read each by itself (`engine.unstacked`).
+      stacked: layers scanned also where runs read each by itself (`engine.unstack_layers`).
     """
     config, cache = decoder.config, jnp.dtype(cache)
     index_J = np.linspace(context / 2, context * 3 / 2, slots).astype(np.int32)
-    length = request.capacity(int(index_J.max()) + 7 * steps)
-    state = engine.empty(decoder, slots, length, cache)
+    length = request.round_up_length(int(index_J.max()) + 7 * steps)
+    state = engine.init_state(decoder, slots, length, cache)
     old = state.slots
     rows = old.request.rows._replace(  # a buffer each: what is donated must not be shared
         temperature_J=jnp.ones(slots, jnp.float32), top_p_J=jnp.ones(slots, jnp.float32)
@@ -84,9 +85,10 @@ def step_line(
         request=old.request._replace(limit=old.request.limit + 2**30, rows=rows),
     ))  # fmt: skip
     stop_XV = jnp.zeros((request.STOP_SETS, config.vocab_size), bool)
-    layers = None if stacked else engine.unstacked(params, None, None, sharding.current())
-    weights = engine.Weights(params, None, None, None, stop_XV, layers=layers)
-    static = decoder, truncation.form([(1.0, 0, 1.0, 0.0)]), steps
+    policy = policy_lib.Policy(params)
+    layers = None if stacked else engine.unstack_layers(policy, None, sharding.current())
+    weights = engine.Constants(policy, None, None, stop_XV, layers)
+    static = decoder, truncation.find_features([(1.0, 0, 1.0, 0.0)]), steps
     cancel_J, enough = jnp.zeros(slots, bool), jnp.int32(1)
     compiled = jax.jit(engine.decode, static_argnums=(0, 1, 2), donate_argnums=4)
     program = compiled.lower(*static, weights, state, cancel_J, enough).compile()

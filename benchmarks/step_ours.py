@@ -27,6 +27,7 @@ from copsd_jax import main, train
 from copsd_jax.config import settings
 from copsd_jax.losses import divergence_loss
 from copsd_jax.methods import distill, table
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.problems import bundled, problem_row
 from copsd_jax.runtime import malloc, sharding
@@ -197,7 +198,8 @@ class Trainer:
     def __init__(self, work: dict):
         self.work = work
         plan = run_plan.make_plan(card(work), evaluate=False)
-        self.plan = dataclasses.replace(plan, stop_ids=())  # a completion has its full length
+        ends = dataclasses.replace(plan.vocabulary, stop_ids=())  # a completion has its full length
+        self.plan = dataclasses.replace(plan, vocabulary=ends)
         self.parts = Parts()
         self.number = 0
         self._program: Any = None
@@ -277,8 +279,8 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
         t.batch
     )
 
-    def states(policy: train_step.Policy, side: layout.Side) -> jax.Array:
-        return train_step._hidden(decoder, [(policy, side, None)], options.adapter_scale)[0]
+    def states(policy: policy_lib.Policy, side: layout.Side) -> jax.Array:
+        return train_step._hidden(decoder, [(policy, side, None)])[0]
 
     def teacher(trained, frozen, side):
         return states(policies(trained, frozen)[1], side)

@@ -67,7 +67,7 @@ def _log_probs(
     total = 0
     for share, policy in mix:
         stream = transformer.Stream(
-            ids_1L, positions_1L, jnp.ones_like(ids_1L), policy.adapter, r.plan.adapter_scale
+            ids_1L, positions_1L, jnp.ones_like(ids_1L), policy.adapter, policy.scale
         )
         hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD[0]
         hidden_CD = hidden[first : first + len(completion)]

@@ -23,17 +23,18 @@ import jax.numpy as jnp
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import scoring, terminal
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.problems import problem_row
 from copsd_jax.rewards import graders
 from copsd_jax.runtime import checkpoint, processes, workdir
 from copsd_jax.sampler import loop, request
 from copsd_jax.teaching import prompts
-from copsd_jax.training import loaded_run, run_plan, train_step
+from copsd_jax.training import loaded_run, run_plan
 
 
 def evaluate(
     r: loaded_run.LoadedRun,
-    policy: train_step.Policy,
+    policy: policy_lib.Policy,
     rows: Sequence[problem_row.Row],
     progress: Callable[[loop.Stats], None] | None = None,
     partial: pathlib.Path | None = None,
@@ -57,7 +58,7 @@ def evaluate(
         for prompt in [prompts.student(plan.tokenizer, plan.evaluation, row)] * n
     ]
     ids = [row.id for row in rows for _ in range(n)]
-    keys = request.stream_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))
+    keys = request.derive_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))
     completions = _sampled(r, policy, asked, ids, keys, progress, partial)
     texts = [loaded_run.decode_completion(r, completion.ids) for completion in completions]
     golds = [row.answer for row in rows for _ in range(n)]

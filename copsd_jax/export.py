@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
             )  # fmt: skip
         else:
             if student.adapter is not None:
-                params = lora.merge_adapter(params, student.adapter, plan.adapter_scale)
+                params = lora.merge_adapter(params, student.adapter, student.scale)
             hf.save(
                 args.out, params, plan.model_config,
                 source_path=plan.weights_path, tokenizer=plan.tokenizer,

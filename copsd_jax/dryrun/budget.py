@@ -138,13 +138,13 @@ def _sampling(frame: Any, long: programs.Lengths, phase: str, kind: str) -> dict
     drawn = long.completion if phase == "rollout" else long.answer
     shards, tensor = where.shape["data"] * where.shape["fsdp"], where.shape["tensor"]
     slots = -(-section.slots // shards)
-    entries = -(-(asked + drawn + engine.INSERTED) // 128) * 128
+    entries = -(-(asked + drawn + engine.INSERT_BLOCK) // 128) * 128
     heads = _key_heads(m, tensor)
     item = np.dtype(frame.dtype).itemsize
     kept = jnp.dtype(frame.dtype if c.sampler.cache == "auto" else c.sampler.cache)
     entry = m.head_dim * kept.itemsize + (4 if kept == jnp.int8 else 0)
-    width = prompt_packing.buckets(c.sampler.pack, asked)[-1]
-    row = 2 * m.n_layers * heads * (width + engine.INSERTED) * m.head_dim * item
+    width = prompt_packing.list_buckets(c.sampler.pack, asked)[-1]
+    row = 2 * m.n_layers * heads * (width + engine.INSERT_BLOCK) * m.head_dim * item
     row += width * m.d_model * item
     vocabulary = -(-m.vocab_size // tensor)
     decode = slots * vocabulary * 4 * 3

@@ -1,8 +1,8 @@
 """Every program of a run, compiled for devices that nobody has to own.
 
 The programs are made by the very functions that a run makes them with (`making.*`,
-`request.plan`, `loop.warmup`, `train_step.make_step`), of arrays that have a shape, a dtype
-and a place, and no values. Lengths are the caps of the settings: no data is read.
+`request.prepare_inputs`, `loop.compile_programs`, `train_step.make_step`), of arrays that have
+a shape, a dtype and a place, and no values. Lengths are the caps of the settings: no data is read.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from copsd_jax.config import setting_rules
 from copsd_jax.dryrun import program_cost
 from copsd_jax.losses import token_blocks
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.runtime import hardware, sharding
 from copsd_jax.sampler import loop, request
@@ -321,7 +322,7 @@ def _phases(one: run_plan.ProgramPlan, long: Lengths, limit: float, said) -> dic
         "optimizer": size(state.optimizer),
         "average": size(state.ema),
     }
-    student = train_step.Policy(base, state.trained if lora_run else None)
+    student = policy_lib.Policy(base, state.trained if lora_run else None, one.adapter_scale)
 
     def call(program: Any, *args: Any) -> Any:
         name = "weights" if len(args) > 1 else "adapter"  # as HandOver has them
@@ -329,11 +330,9 @@ def _phases(one: run_plan.ProgramPlan, long: Lengths, limit: float, said) -> dic
 
     sampled = sections(c, long)
     hand_over = builders.build_hand_over(one, frozen if lora_run else {}, call=call)
-    params, adapter = student
-    if sampled:
-        params, adapter = hand_over(*student, one.adapter_scale)
-    copies = 0 if params is student.params else size(params)
-    copies += 0 if adapter is student.adapter else size(adapter)
+    handed_over = hand_over(student) if sampled else student
+    copies = 0 if handed_over.params is student.params else size(handed_over.params)
+    copies += 0 if handed_over.adapter is student.adapter else size(handed_over.adapter)
     # Full fine-tuning casts the masters for each phase of sampling.
     cast = 0 if lora_run else size(base)
     phases = {
@@ -346,11 +345,10 @@ def _phases(one: run_plan.ProgramPlan, long: Lengths, limit: float, said) -> dic
         )
     handed = {**resident, "sampler's weights": copies + cast}
     for name, section, asked, drawn in sampled:
-        if params is None or sum(handed.values()) > limit:
+        if handed_over.params is None or sum(handed.values()) > limit:
             phases[name] = _unmade(name, handed, f"sampler of {section}")
         else:
-            weights = (params, adapter)
-            phases[name] = sampling(one, long, section, asked, drawn, weights, handed, said)
+            phases[name] = sampling(one, long, section, asked, drawn, handed_over, handed, said)
     kept = hand_over.kept()
     held = {**resident, "sampler's weights": 0 if kept is None else size(kept)}
     if c.train.steps and sum(held.values()) > limit:
@@ -381,30 +379,28 @@ def sections(c: Any, long: Lengths) -> list[tuple[str, str, int, int]]:
 
 
 def sampling(
-    one, long: Lengths, section: str, asked: int, drawn: int, weights, held, said
+    one, long: Lengths, section: str, asked: int, drawn: int, policy: policy_lib.Policy, held, said
 ) -> Phase:
     """The sampler's programs of a section, with its cache."""
-    params, adapter = weights
     make = _Maker(one, said, [])
     decoder = builders.build_decoder(one)
     shape = one.model_config
     # An author's prompts have no worked examples; its texts are as long as a call needs.
-    prefix = None if section == "author" else _prefix(one, make, decoder, long, weights)
+    prefix = None if section == "author" else _prefix(one, make, decoder, long, policy)
     length = 0 if section == "author" else asked + drawn
     valid_V = np.ones(shape.vocab_size, bool)
     valid_V[-1] = False  # tokenizers have fewer ids than embeddings have rows
-    job = request.plan(
-        decoder, params, [(0,) * asked], [builders.build_sampling(one.config, section, (0,), ())],
+    job = request.prepare_inputs(
+        decoder, policy, [(0,) * asked], [builders.build_sampling(one.config, section, (0,), ())],
         keys_n2=np.zeros((1, 2), np.uint32),
         settings=builders.build_sampler_settings(one.config, section, length), prefix=prefix,
-        adapter=adapter, adapter_scale=one.adapter_scale, valid_V=valid_V, token_bytes=None,
-        limits=None, longest=asked, put=sharding.abstract,
+        vocabulary=request.Vocabulary(valid_V), limits=None, longest=asked, put=sharding.abstract,
     )  # fmt: skip
     said(f"compiling the sampler of {section}")
     programs, rows = make.programs, 0
     held_by_job = size(job.weights)
     try:
-        made = loop.warmup(job, sys.maxsize)
+        made = loop.compile_programs(job, sys.maxsize)
     except MemoryError as error:
         programs.append(failed(f"sampler of {section}", held_by_job, _cause(error)))
         made = ()
@@ -415,7 +411,7 @@ def sampling(
         programs.append(Program(program.name, facts.arguments, facts, needed))
         if program.name.startswith("prefill"):
             rows = max(rows, 2 * facts.outputs)
-    cache = size(loop.state_shape(job))
+    cache = size(loop.abstract_state(job))
     parts = {**held, "cache": cache, "prompts' keys": rows, "examples' keys": size(prefix)}
     return Phase(section, parts, programs)
 
@@ -425,18 +421,15 @@ def _cause(error: BaseException) -> BaseException:
     return error.__cause__ or error.__context__ or error
 
 
-def _prefix(one, make: _Maker, decoder, long: Lengths, weights) -> transformer.KV | None:
+def _prefix(
+    one, make: _Maker, decoder, long: Lengths, policy: policy_lib.Policy
+) -> transformer.KV | None:
     if not long.prefix:
         return None
-    params, adapter = weights
     whole = NamedSharding(one.mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((1, long.prefix), jnp.int32, sharding=whole)
-    bound = jax.jit(
-        lambda params, tokens, adapter: shared_prefix.encode(
-            decoder, params, tokens, adapter, one.adapter_scale
-        )
-    )
-    return make("worked examples", bound, params, tokens, adapter, keeps=False)
+    bound = jax.jit(lambda policy, tokens: shared_prefix.encode(decoder, policy, tokens))
+    return make("worked examples", bound, policy, tokens, keeps=False)
 
 
 def step(one, long: Lengths, trees, parts, held, said) -> Phase:
@@ -452,7 +445,13 @@ def step(one, long: Lengths, trees, parts, held, said) -> Phase:
     if long.prefix:
         prefix = sharding.abstract(np.zeros(long.prefix, np.int32), one.mesh, whole)
     if long.prefix and c.method == "distill":
-        kv = _prefix(one, _Maker(one, lambda _: None, make.programs), decoder, long, (base, None))
+        kv = _prefix(
+            one,
+            _Maker(one, lambda _: None, make.programs),
+            decoder,
+            long,
+            policy_lib.Policy(base, scale=one.adapter_scale),
+        )
         kvs = (kv,) * (2 if options.teacher == "trust_region" else 1)
     factor = sharding.abstract(np.float32(1), one.mesh, whole)
     jitted = builders.build_step(one, decoder, tx, options, state)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.problems import problem_row
 from copsd_jax.runtime import processes
 from copsd_jax.sampler import request
@@ -67,7 +68,7 @@ def write_replies(
 
 
 def _sampled(
-    r: loaded_run.LoadedRun, policy: train_step.Policy, asked: list[AuthorRequest], step: int
+    r: loaded_run.LoadedRun, policy: policy_lib.Policy, asked: list[AuthorRequest], step: int
 ) -> list[AuthorText]:
     """The sampler again, with author.* settings."""
     plan, c = r.plan, r.plan.config
@@ -78,7 +79,7 @@ def _sampled(
     out = [_unasked(prompt, plan) for prompt in made]
     todo = [i for i, written in enumerate(out) if written is None]
     wanted = [prompt for prompt in (made[i] for i in todo) if prompt is not None]
-    keys = request.stream_keys(
+    keys = request.derive_keys(
         c.seed, "author", step, [asked[i].attempt.row.id for i in todo],
         [asked[i].sample for i in todo],
     )  # fmt: skip
@@ -162,7 +163,7 @@ def _server(
         for conversation in conversations
     ]
     requests = [
-        client.Request(
+        client.ChatRequest(
             messages=prompts.messages(plan.writer, one.attempt.row, conversation),
             temperature=c.author.temperature,
             top_p=c.author.top_p,

@@ -25,8 +25,6 @@ Shapes: J slots, A cache length, R batch shards, T packed tokens, P prefix lengt
 inserted into a shard's slots, E steps of a chunk.
 """
 
-import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,33 +34,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from copsd_jax.attention import decode_attention
 from copsd_jax.losses import token_blocks
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import truncation
 
-UNSTACKED = 2**20  # bytes of a layer from which `unstacked` pays
-INSERTED = 64  # entries that are copied at a time; a cache has room for as many behind a prompt
+UNSTACK_FROM = 2**20  # bytes of a layer from which `unstack_layers` pays
+INSERT_BLOCK = 64  # entries that are copied at a time; a cache has room for as many behind a prompt
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("params", "adapter", "prefix", "valid_V", "stop_XV", "layers"),
-    meta_fields=("adapter_scale",),
-)
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """What a program reads and never changes."""
-
-    params: Any
-    adapter: Any
-    prefix: transformer.KV | None
-    valid_V: jax.Array | None  # bool: ids that may be drawn; None for all
-    stop_XV: jax.Array  # bool: sets of ids that end a text
-    adapter_scale: float = 1.0  # static
-    layers: tuple | None = None  # of `unstacked`, for decoding
-
-
-class Layer(NamedTuple):
+class LayerWeights(NamedTuple):
     """What a decode step reads of one layer."""
 
     params: Any
@@ -70,10 +51,22 @@ class Layer(NamedTuple):
     prefix: transformer.KV | None  # [1, P, K, H]
 
 
-def unstacked(
-    params: Any, adapter: Any, prefix: transformer.KV | None, devices: Mesh
-) -> tuple | None:
-    """The stacked arrays as one `Layer` each, in the same memory; None where it does not pay.
+class Constants(NamedTuple):
+    """What a program reads and never changes."""
+
+    policy: policy_lib.Policy
+    prefix: transformer.KV | None
+    valid_V: jax.Array | None  # bool: ids that may be drawn; None for all
+    stop_XV: jax.Array  # bool: sets of ids that end a text
+    layers: tuple[LayerWeights, ...] | None = None  # of `unstack_layers`, for decoding
+
+
+def unstack_layers(
+    policy: policy_lib.Policy, prefix: transformer.KV | None, devices: Mesh
+) -> tuple[LayerWeights, ...] | None:
+    """Returns the stacked arrays as one `LayerWeights` each, in the same memory.
+
+    Returns None where it does not pay.
 
     A decode step on a CPU is bound by reading the weights once, and XLA copies each slice of a
     stack first. Without that, and with the head as left factor, a step of 8 slots takes about 0.7
@@ -81,19 +74,20 @@ def unstacked(
     several devices, where layers are small, and for int8 kernels, which XLA would convert for all
     layers ahead of the loop over tokens.
     """
-    leaves = jax.tree.leaves((params["layers"], adapter, prefix))
+    stacks = (policy.params["layers"], policy.adapter, prefix)
+    leaves = jax.tree.leaves(stacks)
     if devices.size > 1 or not all(isinstance(x, jax.Array) for x in leaves):
         return None
     if any(x.dtype == jnp.int8 for x in leaves):
         return None
     count = len(leaves[0])
-    if sharding.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACKED * count:
+    if sharding.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACK_FROM * count:
         return None
     # NumPy's views of JAX's arrays, and JAX's of those, share memory on a CPU.
     place = NamedSharding(devices, PartitionSpec())
-    whole = jax.tree.map(np.asarray, (params["layers"], adapter, prefix))
+    whole = jax.tree.map(np.asarray, stacks)
     return tuple(
-        Layer(*jax.tree.map(lambda x: jax.device_put(x[i], place), whole))  # noqa: B023
+        LayerWeights(*jax.tree.map(lambda x: jax.device_put(x[i], place), whole))  # noqa: B023
         for i in range(count)
     )
 
@@ -104,7 +98,7 @@ class Request(NamedTuple):
     limit: jax.Array  # int32: tokens to draw at most
     key: jax.Array  # uint32 [..., 2]: threefry key data; token t is drawn with fold_in(key, t)
     stop: jax.Array  # int32: which of the sets of stop ids
-    rows: truncation.Rows
+    rows: truncation.RowSettings
 
 
 class Slots(NamedTuple):
@@ -119,12 +113,12 @@ class Slots(NamedTuple):
     request: Request
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     cache: decode_attention.Cache  # [layers, J, K, A, H]
     slots: Slots
 
 
-class Chunk(NamedTuple):
+class DrawnTokens(NamedTuple):
     """What one `decode` drew: a column for each step."""
 
     token_JE: jax.Array  # int32, -1 where nothing was drawn
@@ -133,29 +127,31 @@ class Chunk(NamedTuple):
     live_J: jax.Array  # bool, after the chunk
 
 
-class Looked(NamedTuple):
+class DecodeResult(NamedTuple):
     """What the host looks at after a chunk."""
 
-    bits_JX: jax.Array  # int32: the chunk's arrays side by side, in one transfer; see `unpacked`
+    bits_JX: (
+        jax.Array
+    )  # int32: the chunk's arrays side by side, in one transfer; see `unpack_tokens`
     steps: jax.Array  # int32: tokens that a slot which lived on has drawn
 
 
-def unpacked(bits_JX: np.ndarray) -> Chunk:
+def unpack_tokens(bits_JX: np.ndarray) -> DrawnTokens:
     """The NumPy arrays of a chunk: columns of tokens, both log-probabilities (as bits), live."""
     columns = (bits_JX.shape[1] - 1) // 3
     token, logp, truncated = (bits_JX[:, i * columns : (i + 1) * columns] for i in range(3))
     whole: Any = (token, logp.view(np.float32), truncated.view(np.float32), bits_JX[:, -1] > 0)
-    return Chunk(*whole)
+    return DrawnTokens(*whole)
 
 
-def _packed(chunk: Chunk) -> jax.Array:
+def _pack_tokens(chunk: DrawnTokens) -> jax.Array:
     """One array, which on a mesh is one collective: several at once may wait for one another."""
     bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in chunk[1:3]]
     live_J1 = chunk.live_J[:, None].astype(jnp.int32)
     return jnp.concatenate([chunk.token_JE, *bits, live_J1], axis=1)
 
 
-def empty(decoder: transformer.Decoder, slots: int, length: int, dtype: Any) -> State:
+def init_state(decoder: transformer.Decoder, slots: int, length: int, dtype: Any) -> DecodeState:
     """A state without texts; `length` is A: the longest prompt and all it may draw."""
     c = decoder.config
 
@@ -164,11 +160,11 @@ def empty(decoder: transformer.Decoder, slots: int, length: int, dtype: Any) -> 
 
     request = Request(
         zeros(jnp.int32), zeros(jnp.uint32, 2), zeros(jnp.int32),
-        truncation.Rows(
+        truncation.RowSettings(
             zeros(jnp.float32), zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32)
         ),
     )  # fmt: skip
-    return State(
+    return DecodeState(
         decode_attention.create_cache(
             c.n_layers, slots, decoder.key_heads, length, c.head_dim, dtype
         ),
@@ -180,16 +176,16 @@ def empty(decoder: transformer.Decoder, slots: int, length: int, dtype: Any) -> 
     )  # fmt: skip
 
 
-def places(state: State, shape: Any) -> State:
+def partition_state(state: DecodeState, shape: Any) -> DecodeState:
     """The PartitionSpec of each array of a state on a mesh."""
     slot, head = decode_attention.find_mesh_axes(shape, *state.cache.k.shape[1:3])
-    return State(
+    return DecodeState(
         jax.tree.map(lambda _: PartitionSpec(None, slot, head), state.cache),
         jax.tree.map(lambda _: PartitionSpec(slot), state.slots),
     )
 
 
-class Packed(NamedTuple):
+class PackedPrompts(NamedTuple):
     """Prompts one behind the other in rows, int32 [R, T]."""
 
     tokens_RT: jax.Array  # anything where there is none
@@ -198,7 +194,9 @@ class Packed(NamedTuple):
     parents_RT: jax.Array  # the segment that holds a prompt's beginning, -1 for none
 
 
-def prefill(decoder: transformer.Decoder, weights: Weights, packed: Packed) -> transformer.Output:
+def prefill(
+    decoder: transformer.Decoder, weights: Constants, packed: PackedPrompts
+) -> transformer.Output:
     """Runs packed prompts: hidden [R, T, D], keys and values [layers, R, K, T + 64, H].
 
     With the 64 entries more, every block that begins in the row ends in it.
@@ -210,16 +208,16 @@ def prefill(decoder: transformer.Decoder, weights: Weights, packed: Packed) -> t
     shared = 0 if weights.prefix is None else weights.prefix.k.shape[2]
     stream = transformer.Stream(
         packed.tokens_RT, packed.index_RT + shared, packed.segments_RT,
-        weights.adapter, weights.adapter_scale,
+        weights.policy.adapter, weights.policy.scale,
         prefix=weights.prefix, parents_BL=packed.parents_RT,
     )  # fmt: skip
-    output = decoder.apply({"params": weights.params}, (stream,), return_kv=True)[0]
-    room = ((0, 0), (0, 0), (0, 0), (0, INSERTED), (0, 0))
+    output = decoder.apply({"params": weights.policy.params}, (stream,), return_kv=True)[0]
+    room = ((0, 0), (0, 0), (0, 0), (0, INSERT_BLOCK), (0, 0))
     kv = transformer.KV(*(jnp.pad(x.swapaxes(2, 3), room) for x in output.kv))
     return transformer.Output(output.hidden_BLD, kv)
 
 
-class Entry(NamedTuple):
+class Insertion(NamedTuple):
     """Texts to put into slots, arrays [R, I]; of each shard the first `count` are meant.
 
     A prompt is the `split` tokens from `start` of its shard's row, then those from `own`.
@@ -234,7 +232,7 @@ class Entry(NamedTuple):
     count_R: jax.Array  # int32
 
 
-def insert(state: State, output: transformer.Output, entry: Entry) -> State:
+def insert(state: DecodeState, output: transformer.Output, entry: Insertion) -> DecodeState:
     """Puts prefilled prompts into slots; several entries may share a prompt.
 
     Args:
@@ -245,7 +243,7 @@ def insert(state: State, output: transformer.Output, entry: Entry) -> State:
     context = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
         return _insert(state, output.hidden_BLD, kv, entry)
-    where, split = places(state, context), PartitionSpec(sharding.BATCH)
+    where, split = partition_state(state, context), PartitionSpec(sharding.BATCH)
     head = where.cache.k[2]
     pair: Any = PartitionSpec(None, sharding.BATCH, head)
     return jax.shard_map(
@@ -256,12 +254,12 @@ def insert(state: State, output: transformer.Output, entry: Entry) -> State:
     )(state, output.hidden_BLD, kv, entry)
 
 
-def _insert(state: State, hidden_1TD, kv: transformer.KV, entry: Entry) -> State:
+def _insert(state: DecodeState, hidden_1TD, kv: transformer.KV, entry: Insertion) -> DecodeState:
     """`insert` of one shard: one row of prompts."""
     entry = jax.tree.map(lambda x: x[0], entry)
     layers, _, heads, _, size = kv.k.shape
 
-    def one(i, state: State) -> State:
+    def one(i, state: DecodeState) -> DecodeState:
         slot, start, split, own, length, request, _ = jax.tree.map(
             lambda x: x[i] if x.ndim else x, tuple(entry)
         )
@@ -273,18 +271,21 @@ def _insert(state: State, hidden_1TD, kv: transformer.KV, entry: Entry) -> State
             def copy(b, cache: decode_attention.Cache) -> decode_attention.Cache:
                 k, v = (
                     jax.lax.dynamic_slice(
-                        x, (0, 0, 0, source + b * INSERTED, 0), (layers, 1, heads, INSERTED, size)
+                        x,
+                        (0, 0, 0, source + b * INSERT_BLOCK, 0),
+                        (layers, 1, heads, INSERT_BLOCK, size),
                     )
                     for x in kv
                 )
                 return jax.tree.map(
                     lambda whole, new: jax.lax.dynamic_update_slice(
-                        whole, new, (0, slot, 0, target + b * INSERTED, *(0,) * (whole.ndim - 4))
+                        whole, new,
+                        (0, slot, 0, target + b * INSERT_BLOCK, *(0,) * (whole.ndim - 4)),
                     ),
                     cache, decode_attention.convert_entries(cache, k, v),
                 )  # fmt: skip
 
-            return jax.lax.fori_loop(0, -(-tokens // INSERTED), copy, cache)
+            return jax.lax.fori_loop(0, -(-tokens // INSERT_BLOCK), copy, cache)
 
         cache = piece(state.cache, start, 0, split)
         cache = piece(cache, own, split, length - split)
@@ -299,20 +300,20 @@ def _insert(state: State, hidden_1TD, kv: transformer.KV, entry: Entry) -> State
             drawn_J=old.drawn_J.at[slot].set(0),
             request=jax.tree.map(lambda x, new: x.at[slot].set(new), old.request, request),
         )
-        return State(cache, slots)
+        return DecodeState(cache, slots)
 
     return jax.lax.fori_loop(0, entry.count_R, one, state)
 
 
 def decode(
     decoder: transformer.Decoder,
-    form: truncation.Form,
+    form: truncation.Features,
     steps: int,
-    weights: Weights,
-    state: State,
+    weights: Constants,
+    state: DecodeState,
     cancel_J: jax.Array,
     enough: jax.Array,
-) -> tuple[State, Looked]:
+) -> tuple[DecodeState, DecodeResult]:
     """Draws up to `steps` tokens for all live slots.
 
     Args:
@@ -323,7 +324,7 @@ def decode(
     cache, slots = state
     slots = slots._replace(live_J=slots.live_J & ~cancel_J)
     shape = (slots.live_J.shape[0], steps)
-    chunk = Chunk(
+    chunk = DrawnTokens(
         jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32),
         jnp.zeros(shape, jnp.float32), slots.live_J,
     )  # fmt: skip
@@ -345,15 +346,15 @@ def decode(
     step, cache, slots, chunk = jax.lax.while_loop(
         going, advance, (jnp.int32(0), cache, slots, chunk)
     )
-    bits_JX = _packed(chunk._replace(live_J=slots.live_J))
-    return State(cache, slots), Looked(bits_JX, step)
+    bits_JX = _pack_tokens(chunk._replace(live_J=slots.live_J))
+    return DecodeState(cache, slots), DecodeResult(bits_JX, step)
 
 
-def _forward(decoder, weights: Weights, cache: decode_attention.Cache, slots: Slots):
+def _forward(decoder, weights: Constants, cache: decode_attention.Cache, slots: Slots):
     """Runs each slot's last token; dead and fresh slots run along, neither write nor attend."""
     shared = 0 if weights.prefix is None else weights.prefix.k.shape[2]
     runs_J = slots.live_J & ~slots.fresh_J
-    params, adapter, prefix = weights.params, weights.adapter, weights.prefix
+    params, adapter, prefix = weights.policy.params, weights.policy.adapter, weights.prefix
     if weights.layers is not None:
         decoder = decoder.clone(unstacked=True)
         own, adapters, prefixes = zip(*weights.layers, strict=True)
@@ -362,7 +363,7 @@ def _forward(decoder, weights: Weights, cache: decode_attention.Cache, slots: Sl
         params |= {f"layer_{i}": one for i, one in enumerate(own)}
     stream = transformer.Stream(
         slots.token_J[:, None], (slots.index_J + shared)[:, None],
-        runs_J[:, None].astype(jnp.int32), adapter, weights.adapter_scale,
+        runs_J[:, None].astype(jnp.int32), adapter, weights.policy.scale,
         prefix=prefix, cache=cache,
     )  # fmt: skip
     output = decoder.apply({"params": params}, (stream,))[0]
@@ -377,18 +378,20 @@ def _logits(hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool) -> ja
     return jnp.einsum("vd,jd->vj", head_VD, hidden_JD, preferred_element_type=jnp.float32).T
 
 
-def _head(weights: Weights) -> jax.Array:
+def _head(weights: Constants) -> jax.Array:
     """The head; a vocabulary that `tensor` does not divide is padded and split along it once a
     chunk, since a head that is split along the width would sum all logits over the devices in each
     step."""
-    head_VD = transformer.get_head(weights.params)
+    head_VD = transformer.get_head(weights.policy.params)
     context = jax.sharding.get_abstract_mesh()
     if context.empty or head_VD.shape[0] % context.shape["tensor"] == 0:
         return head_VD
     return token_blocks.gathered(head_VD, split_vocabulary=True)
 
 
-def _draw(form: truncation.Form, weights: Weights, slots: Slots, chunk: Chunk, logits_JV, step):
+def _draw(
+    form: truncation.Features, weights: Constants, slots: Slots, chunk: DrawnTokens, logits_JV, step
+):
     """One token for each live slot, noted in column `step`."""
     live_J, request = slots.live_J, slots.request
     context = jax.sharding.get_abstract_mesh()
@@ -418,7 +421,7 @@ def _draw(form: truncation.Form, weights: Weights, slots: Slots, chunk: Chunk, l
     return slots, chunk
 
 
-def _token_keys(form: truncation.Form, slots: Slots) -> jax.Array:
+def _token_keys(form: truncation.Features, slots: Slots) -> jax.Array:
     """[J, 2] uint32: each slot's key with the index of the token to draw folded in."""
     if not form.noise:
         return slots.request.key

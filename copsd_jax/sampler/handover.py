@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from copsd_jax.model import lora
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.runtime import sharding
 
 
@@ -43,10 +44,11 @@ class HandOver:
         self._mesh, self._merge, self._int8 = devices, merge, int8
         self._gather = gather and devices.shape["fsdp"] > 1
 
-    def __call__(self, params: Any, adapter: Any, scale: float) -> tuple[Any, Any]:
-        """(params, adapter) to decode with; the adapter None where it is merged."""
+    def __call__(self, policy: policy_lib.Policy) -> policy_lib.Policy:
+        """Returns the policy to decode with; its adapter is None where it is merged."""
+        params, adapter, scale = policy.params, policy.adapter, policy.scale
         if adapter is not None and self._merge:
-            return self._made(params, adapter, scale), None
+            return policy_lib.Policy(self._made(params, adapter, scale), scale=scale)
         if self._gather or self._int8:
             if params is not self._frozen:
                 params = self._made(params, None, scale)
@@ -57,7 +59,7 @@ class HandOver:
         if adapter is not None and self._gather:
             places = sharding.shardings(adapter, self._mesh, self._key_heads, gathered=True)
             adapter = self._call(_mover(places), adapter)
-        return params, adapter
+        return policy_lib.Policy(params, adapter, scale)
 
     def kept(self) -> Any:
         """What is made once a run and stays: the frozen base as the sampler reads it, or None."""

@@ -23,10 +23,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from copsd_jax.attention import decode_attention
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, program_cache, prompt_packing, request
-from copsd_jax.sampler.request import Job
+from copsd_jax.sampler.request import Inputs as Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Result(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Text:
+class _PartialCompletion:
     """A completion in the making."""
 
     parts: list[tuple] = dataclasses.field(default_factory=list)
@@ -66,33 +67,29 @@ class _Text:
 
 def generate(
     decoder: transformer.Decoder,
-    params: Any,
+    policy: policy_lib.Policy,
     prompts: Sequence[Sequence[int]],
     sampling: request.Sampling | Sequence[request.Sampling],
     *,
     keys: Any,
-    settings: request.Settings = request.Settings(),  # noqa: B008 - frozen
+    settings: request.SamplerSettings = request.SamplerSettings(),  # noqa: B008 - frozen
     prefix: transformer.KV | None = None,
-    adapter: Any = None,
-    adapter_scale: float = 1.0,
-    valid_V: Any = None,
-    token_bytes: Sequence[bytes] | None = None,
+    vocabulary: request.Vocabulary | None = None,
     limits: Sequence[int] | None = None,
     progress: Callable[[Stats], None] | None = None,
     done: Callable[[int, Completion], None] | None = None,
 ) -> Result:
     """A completion for each prompt, in their order. Equal prompts share their prefill.
 
-    Runs on the mesh of the surrounding `jax.set_mesh`, where params and adapter have to be.
+    Runs on the mesh of the surrounding `jax.set_mesh`, where the policy has to be.
 
     Args:
       prompts: token ids without the shared prefix, at least one each.
       sampling: one for all, or one for each prompt.
-      keys: uint32 [n, 2] from `request.stream_keys`, one per prompt.
+      keys: uint32 [n, 2] from `request.derive_keys`, one per prompt.
       settings: the sampler's size; slots are rounded up to a multiple of the mesh's batch shards.
-      prefix: `shared_prefix.encode_ids` with the same params and adapter.
-      valid_V: bool [V], ids that may be drawn; None for all.
-      token_bytes: the bytes of each id, needed for stop strings.
+      prefix: `shared_prefix.encode_ids` with the same policy.
+      vocabulary: ids that may be drawn, and their bytes; None for all ids, without stop strings.
       limits: most tokens of each completion; None for its sampling's max_tokens.
       progress: called with what was reached after each look of the host.
       done: called with (index of the prompt, completion) as soon as it is complete.
@@ -105,15 +102,14 @@ def generate(
     each = [sampling] * len(prompts) if isinstance(sampling, request.Sampling) else list(sampling)
     if isinstance(sampling, request.Sampling) and not prompts:
         each = [sampling]  # checked all the same
-    job = request.plan(
-        decoder, params, prompts, each, keys_n2=keys_n2, settings=settings, prefix=prefix,
-        adapter=adapter, adapter_scale=adapter_scale, valid_V=valid_V, token_bytes=token_bytes,
-        limits=limits,
+    job = request.prepare_inputs(
+        decoder, policy, prompts, each, keys_n2=keys_n2, settings=settings, prefix=prefix,
+        vocabulary=vocabulary, limits=limits,
     )  # fmt: skip
     if not job.prompts:
         return Result([], Stats(0, 0, 0, 0, float("nan"), 0.0))
-    with jax.set_mesh(job.mesh), _told(job):
-        return _run(job, progress, done)
+    with jax.set_mesh(job.mesh), _explain_memory_errors(job):
+        return _sample_all(job, progress, done)
 
 
 # --- programs ---------------------------------------------------------------------------------
@@ -123,32 +119,32 @@ def _sharding(job: Job, *axes: Any) -> Any:
     return NamedSharding(job.mesh, PartitionSpec(*axes))
 
 
-def state_shape(job: Job) -> engine.State:
+def abstract_state(job: Job) -> engine.DecodeState:
     """A state as jax.ShapeDtypeStructs with shardings."""
     s = job.settings
-    shape = jax.eval_shape(lambda: engine.empty(job.decoder, s.slots, s.length, s.cache))
+    shape = jax.eval_shape(lambda: engine.init_state(job.decoder, s.slots, s.length, s.cache))
     return jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(job, *spec)),
-        shape, engine.places(shape, job.mesh),
+        shape, engine.partition_state(shape, job.mesh),
     )  # fmt: skip
 
 
-def _places(tree: Any) -> Any:
+def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def _empty(job: Job) -> program_cache.Program:
+def _init_program(job: Job) -> program_cache.Program:
     s = job.settings
     static = (job.decoder, s.slots, s.length, np.dtype(s.cache))
-    places = _places(state_shape(job))
-    return program_cache.program("empty cache", engine.empty, static, (), None, places)
+    places = _shardings(abstract_state(job))
+    return program_cache.get_program("empty cache", engine.init_state, static, (), None, places)
 
 
-def _prefill_program(job: Job, packed: engine.Packed) -> program_cache.Program:
+def _prefill_program(job: Job, packed: engine.PackedPrompts) -> program_cache.Program:
     head = decode_attention.find_mesh_axes(job.mesh, job.settings.slots, job.decoder.key_heads)[1]
     pair = _sharding(job, None, sharding.BATCH, head)
     width = packed.tokens_RT.shape[1]
-    return program_cache.program(
+    return program_cache.get_program(
         f"prefill {width}", engine.prefill, (job.decoder,), (job.weights, packed), None,
         transformer.Output(_sharding(job, sharding.BATCH), transformer.KV(pair, pair)),
     )  # fmt: skip
@@ -156,22 +152,22 @@ def _prefill_program(job: Job, packed: engine.Packed) -> program_cache.Program:
 
 def _insert_program(job: Job, state, output, entry) -> program_cache.Program:
     width = output.hidden_BLD.shape[1]
-    return program_cache.program(
-        f"insert {width}", engine.insert, (), (state, output, entry), 0, _places(state)
+    return program_cache.get_program(
+        f"insert {width}", engine.insert, (), (state, output, entry), 0, _shardings(state)
     )
 
 
 def _decode_program(job: Job, state, cancel_J, enough) -> program_cache.Program:
     whole = _sharding(job)  # on every device, so on every process
-    return program_cache.program(
+    return program_cache.get_program(
         f"decode {job.settings.slots} x {job.settings.length}", engine.decode,
         (job.decoder, job.form, job.settings.steps),
         (job.weights, state, cancel_J, enough), 4,
-        (_places(state), engine.Looked(whole, whole)),
+        (_shardings(state), engine.DecodeResult(whole, whole)),
     )  # fmt: skip
 
 
-def warmup(job: Job, memory: int | None = None) -> tuple[program_cache.Program, ...]:
+def compile_programs(job: Job, memory: int | None = None) -> tuple[program_cache.Program, ...]:
     """Compiles all that calls of this size need: nothing is compiled after it, and nothing is run.
 
     Arrays of the job may be jax.ShapeDtypeStructs with shardings.
@@ -182,14 +178,14 @@ def warmup(job: Job, memory: int | None = None) -> tuple[program_cache.Program, 
     Raises:
       MemoryError: if they cannot fit the devices: which buffer is how large, and what would fit.
     """
-    memory = _memory(job) if memory is None else memory
+    memory = _free_memory(job) if memory is None else memory
     check_memory(job, 0, memory)
-    with jax.set_mesh(job.mesh), _told(job):
-        state = state_shape(job)
+    with jax.set_mesh(job.mesh), _explain_memory_errors(job):
+        state = abstract_state(job)
         shards, slots = sharding.batch_shards(job.mesh), job.settings.slots
-        made = [_empty(job)]
+        made = [_init_program(job)]
         for width in job.buckets:
-            packed = engine.Packed(*[_like(job, (shards, width), jnp.int32)] * 4)
+            packed = engine.PackedPrompts(*[_like(job, (shards, width), jnp.int32)] * 4)
             made.append(_prefill_program(job, packed))
             run = functools.partial(engine.prefill, job.decoder)
             shapes = jax.eval_shape(run, job.weights, packed)
@@ -199,19 +195,19 @@ def warmup(job: Job, memory: int | None = None) -> tuple[program_cache.Program, 
             )  # fmt: skip
             entry = jax.tree.map(
                 lambda x: _like(job, x.shape, x.dtype),
-                _entry(job, [[] for _ in range(shards)], slots // shards),
+                _pack_insertions(job, [[] for _ in range(shards)], slots // shards),
             )
             made.append(_insert_program(job, state, output, entry))
         cancel_J = jax.ShapeDtypeStruct((slots,), bool, sharding=_sharding(job))
         enough = jax.ShapeDtypeStruct((), jnp.int32, sharding=_sharding(job))
         made.append(_decode_program(job, state, cancel_J, enough))
         # The rows of one prefill wait for slots while the next is made.
-        check_memory(job, max(one.temporary for one in made) + 2 * _bytes(output), memory)
+        check_memory(job, max(one.temporary for one in made) + 2 * device_bytes(output), memory)
     return tuple(made)
 
 
 @contextlib.contextmanager
-def _told(job: Job) -> Iterator[None]:
+def _explain_memory_errors(job: Job) -> Iterator[None]:
     """What a device or the compiler says when memory is short, with the sizes of the buffers."""
     try:
         yield
@@ -225,7 +221,7 @@ def _like(job: Job, shape: tuple[int, ...], dtype: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(job, sharding.BATCH))
 
 
-def _memory(job: Job) -> int:
+def _free_memory(job: Job) -> int:
     """Bytes of a device that others do not hold; of one that does not tell, more than any has."""
     stats = job.mesh.local_devices[0].memory_stats() or {}
     if job.mesh.devices.flat[0].platform == "cpu":
@@ -236,7 +232,7 @@ def _memory(job: Job) -> int:
     return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - _weights(job))
 
 
-def _bytes(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
     """Bytes on each device."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
@@ -246,7 +242,7 @@ def _bytes(tree: Any) -> int:
 
 def _weights(job: Job) -> int:
     """Bytes of the weights on each device; those of `layers` share theirs with the others."""
-    return _bytes(dataclasses.replace(job.weights, layers=None))
+    return device_bytes(job.weights._replace(layers=None))
 
 
 def check_memory(job: Job, temporary: int, limit: int | None) -> None:
@@ -258,7 +254,7 @@ def check_memory(job: Job, temporary: int, limit: int | None) -> None:
     Raises:
       MemoryError: in one sentence.
     """
-    s, cache, held = job.settings, _bytes(state_shape(job)), _weights(job)
+    s, cache, held = job.settings, device_bytes(abstract_state(job)), _weights(job)
     if limit is not None and cache + held + temporary <= limit:
         return
     parts = {
@@ -284,12 +280,12 @@ def check_memory(job: Job, temporary: int, limit: int | None) -> None:
 # --- the loop ---------------------------------------------------------------------------------
 
 
-class _Ready(NamedTuple):
+class _Prefilled(NamedTuple):
     """A text whose prompt is prefilled."""
 
     row: int
     output: transformer.Output  # of the rows of all shards
-    place: prompt_packing.Place
+    place: prompt_packing.Placement
 
 
 class _Waiting:
@@ -311,7 +307,7 @@ class _Waiting:
             candidates.append(prompt)
             texts += len(rows)
         taken = []
-        for _ in range(max(1, prompt_packing.fit(candidates, width))):
+        for _ in range(max(1, prompt_packing.count_fitting(candidates, width))):
             taken.append(self.groups.popleft())
             self.texts -= len(taken[-1][1])
         return taken
@@ -321,40 +317,40 @@ class _Waiting:
         self.texts += len(rows)
 
 
-def _run(job: Job, progress, done) -> Result:
+def _sample_all(job: Job, progress, done) -> Result:
     """Refill, decode, collect."""
     begun = time.perf_counter()
     slots, shards = job.settings.slots, sharding.batch_shards(job.mesh)
     waiting = _Waiting(job.prompts)
-    ready: list[collections.deque[_Ready]] = [collections.deque() for _ in range(shards)]
-    texts = {row: _Text() for row in range(len(job.prompts))}
+    ready: list[collections.deque[_Prefilled]] = [collections.deque() for _ in range(shards)]
+    texts = {row: _PartialCompletion() for row in range(len(job.prompts))}
     completions: dict[int, Completion] = {}
     serving: dict[int, int] = {}  # slot -> row of its text
     cancel = np.zeros(slots, bool)  # slots that the host ended while they live on the device
-    state = _made(job)
+    state = _make_state(job)
     tokens = prompt_tokens = drawn = possible = 0
     while waiting.texts or any(ready) or serving:
-        state = _insert(job, state, ready, serving)
+        state = _insert_prefilled(job, state, ready, serving)
         # Each prefill's texts go into their slots before the next: what waits ahead of a slot is
         # of one or two prefills, whatever the number of slots.
         while waiting.texts and len(serving) < slots:
-            prompt_tokens += _prefill(job, waiting, ready, _free(job, serving))
-            state = _insert(job, state, ready, serving)
+            prompt_tokens += _prefill_row(job, waiting, ready, _list_free_slots(job, serving))
+            state = _insert_prefilled(job, state, ready, serving)
         cancel[list(serving)] = False  # a new text came to life there
         more = bool(waiting.texts or any(ready))
         # While texts wait, the loop ends as soon as a sixteenth of the slots, or one, gets free.
         enough = max(1, len(serving) - max(1, slots // 16) + 1) if more else 1
-        args = _host(job, cancel), _host(job, np.int32(enough))
+        args = _to_devices(job, cancel), _to_devices(job, np.int32(enough))
         state, looked = _decode_program(job, state, *args).call(job.weights, state, *args)
         bits, steps = jax.device_get(looked)
-        chunk = engine.unpacked(bits)
+        chunk = engine.unpack_tokens(bits)
         cancel[:] = False
         for slot, row in list(serving.items()):
-            tokens += _collect(job, texts[row], int(job.request.stop[row]), chunk, slot)
+            tokens += _append_tokens(job, texts[row], int(job.request.stop[row]), chunk, slot)
             if texts[row].stopped or not chunk.live_J[slot]:
                 cancel[slot] = chunk.live_J[slot]
                 del serving[slot]
-                completions[row] = _completion(job, row, texts.pop(row))
+                completions[row] = _finish(job, row, texts.pop(row))
                 if done is not None:
                     done(row, completions[row])
         if more:
@@ -369,13 +365,13 @@ def _run(job: Job, progress, done) -> Result:
     return Result([completions[row] for row in range(len(job.prompts))], stats)
 
 
-def _made(job: Job) -> engine.State:
+def _make_state(job: Job) -> engine.DecodeState:
     """An empty state on the devices."""
-    check_memory(job, 0, _memory(job))
-    return _empty(job).call()
+    check_memory(job, 0, _free_memory(job))
+    return _init_program(job).call()
 
 
-def _free(job: Job, serving: dict[int, int]) -> list[list[int]]:
+def _list_free_slots(job: Job, serving: dict[int, int]) -> list[list[int]]:
     """The free slots of each shard."""
     shards = sharding.batch_shards(job.mesh)
     per = job.settings.slots // shards
@@ -385,11 +381,11 @@ def _free(job: Job, serving: dict[int, int]) -> list[list[int]]:
     ]
 
 
-def _host(job: Job, x, *axes):
+def _to_devices(job: Job, x, *axes):
     return sharding.from_host(x, job.mesh, PartitionSpec(*axes))
 
 
-def _prefill(job: Job, waiting: _Waiting, ready, free) -> int:
+def _prefill_row(job: Job, waiting: _Waiting, ready, free) -> int:
     """Prefills a row of prompts for every shard; the number of tokens.
 
     A shard takes as many as its free slots need, and those that it will need next, but no more than
@@ -411,20 +407,22 @@ def _prefill(job: Job, waiting: _Waiting, ready, free) -> int:
             if rows[len(keep) :]:
                 waiting.back(prompt, rows[len(keep) :])
             taken[r].append((prompt, keep))
-    sizes = [prompt_packing.tokens([prompt for prompt, _ in part]) for part in taken]
+    sizes = [prompt_packing.count_tokens([prompt for prompt, _ in part]) for part in taken]
     width = next(size for size in job.buckets if size >= max(sizes))
-    rows = [prompt_packing.row([prompt for prompt, _ in part], width) for part in taken]
-    packed = _host(job, engine.Packed(*np.stack([row for row, _ in rows], axis=1)), sharding.BATCH)
+    rows = [prompt_packing.pack_row([prompt for prompt, _ in part], width) for part in taken]
+    packed = _to_devices(
+        job, engine.PackedPrompts(*np.stack([row for row, _ in rows], axis=1)), sharding.BATCH
+    )
     output = _prefill_program(job, packed).call(job.weights, packed)
     for r, part in enumerate(taken):
         for prompt, texts in part:
-            ready[r].extend(_Ready(row, output, rows[r][1][prompt]) for row in texts)
+            ready[r].extend(_Prefilled(row, output, rows[r][1][prompt]) for row in texts)
     return sum(sizes)
 
 
-def _insert(job: Job, state, ready, serving: dict[int, int]):
+def _insert_prefilled(job: Job, state, ready, serving: dict[int, int]):
     """Puts texts that are ready into free slots; notes them in `serving`."""
-    shards, per, free = len(ready), job.settings.slots // len(ready), _free(job, serving)
+    shards, per, free = len(ready), job.settings.slots // len(ready), _list_free_slots(job, serving)
     outputs: dict[int, tuple[transformer.Output, list[list]]] = {}
     for r in range(shards):
         for slot in free[r][: len(ready[r])]:
@@ -433,12 +431,12 @@ def _insert(job: Job, state, ready, serving: dict[int, int]):
             parts = outputs.setdefault(id(text.output), (text.output, [[] for _ in range(shards)]))
             parts[1][r].append((slot - r * per, text))
     for output, parts in outputs.values():
-        entry = _host(job, _entry(job, parts, per), sharding.BATCH)
+        entry = _to_devices(job, _pack_insertions(job, parts, per), sharding.BATCH)
         state = _insert_program(job, state, output, entry).call(state, output, entry)
     return state
 
 
-def _entry(job: Job, parts: list[list], per: int) -> engine.Entry:
+def _pack_insertions(job: Job, parts: list[list], per: int) -> engine.Insertion:
     """NumPy arrays of the (local slot, text) pairs of each shard.
 
     Prompts of 3 and 2 tokens in one row, for slots 4, 5 (both the first) and 7:
@@ -453,17 +451,19 @@ def _entry(job: Job, parts: list[list], per: int) -> engine.Entry:
     request = jax.tree.map(lambda x: x[rows], job.request)
     count: Any = np.array([len(part) for part in parts], np.int32)
     slot, start, split, own, length = (part for part in numbers)
-    return engine.Entry(slot, start, split, own, length, request, count)  # pyright: ignore
+    return engine.Insertion(slot, start, split, own, length, request, count)  # pyright: ignore
 
 
-def _collect(job: Job, text: _Text, stop_set: int, chunk: engine.Chunk, slot: int) -> int:
+def _append_tokens(
+    job: Job, text: _PartialCompletion, stop_set: int, chunk: engine.DrawnTokens, slot: int
+) -> int:
     """Appends what a chunk drew for a slot, up to the token that completes a stop string; how many
     tokens these are."""
     columns = np.flatnonzero(chunk.token_JE[slot] >= 0)
     stops = job.stops[stop_set]
     reach = max(map(len, stops), default=1) - 1
     for number, column in enumerate(columns if stops else ()):
-        text.tail += job.token_bytes[int(chunk.token_JE[slot, column])]
+        text.tail += job.vocabulary.token_bytes[int(chunk.token_JE[slot, column])]
         if any(stop in text.tail for stop in stops):
             text.stopped = True
             columns = columns[: number + 1]
@@ -475,7 +475,7 @@ def _collect(job: Job, text: _Text, stop_set: int, chunk: engine.Chunk, slot: in
     return len(columns)
 
 
-def _completion(job: Job, row: int, text: _Text) -> Completion:
+def _finish(job: Job, row: int, text: _PartialCompletion) -> Completion:
     ids, logps, logps_truncated = (np.concatenate(x) for x in zip(*text.parts, strict=True))
     ended = text.stopped or job.stop_XV[job.request.stop[row], ids[-1]]
     return Completion(

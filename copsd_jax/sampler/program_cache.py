@@ -25,7 +25,7 @@ class Program(NamedTuple):
 _BUILT: dict[Any, Program] = {}
 
 
-def program(
+def get_program(
     name: str, function: Callable, static: tuple, args: tuple, donate: int | None, places: Any
 ) -> Program:
     """`function(*static, *args)` compiled for these arguments, which may be ShapeDtypeStructs.
@@ -57,6 +57,6 @@ def program(
     return _BUILT[key]
 
 
-def built() -> tuple[Program, ...]:
+def list_programs() -> tuple[Program, ...]:
     """All programs so far, in the order in which they were compiled."""
     return tuple(_BUILT.values())

@@ -25,7 +25,7 @@ WIDTH = 16  # of which buckets are multiples
 Prompt = tuple[int, ...]
 
 
-class Place(NamedTuple):
+class Placement(NamedTuple):
     """Where a prompt stands in a row: `split` tokens from `start`, then the rest from `own`."""
 
     start: int
@@ -33,7 +33,7 @@ class Place(NamedTuple):
     own: int
 
 
-def buckets(pack: int, longest: int) -> tuple[int, ...]:
+def list_buckets(pack: int, longest: int) -> tuple[int, ...]:
     """Widths of packed rows: powers of two from 128 below `pack`, `pack` itself (a multiple of 16),
     and more powers of two up to one that holds `longest`.
 
@@ -49,20 +49,20 @@ def buckets(pack: int, longest: int) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-def common(a: Prompt, b: Prompt) -> int:
+def count_common(a: Prompt, b: Prompt) -> int:
     """Number of tokens that both begin with."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def families(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt]]]:
+def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt]]]:
     """(tokens in common, prompts) of groups of distinct prompts; 0 for one that stands alone.
 
     In lexical order prompts with a common beginning are neighbours. Of all ways to cut that list,
     the one that saves most: m prompts with s tokens in common save (m - 1) s.
     """
     distinct = sorted(set(prompts))
-    both = [common(a, b) for a, b in itertools.pairwise(distinct)]
+    both = [count_common(a, b) for a, b in itertools.pairwise(distinct)]
     best: list[tuple[int, int, int]] = [(0, 0, 0)]  # tokens saved, start of the last group, shared
     for end in range(1, len(distinct) + 1):
         choices = [(best[end - 1][0], end - 1, 0)]
@@ -81,19 +81,19 @@ def families(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt]]]:
     return out[::-1]
 
 
-def tokens(prompts: Sequence[Prompt]) -> int:
+def count_tokens(prompts: Sequence[Prompt]) -> int:
     """Tokens that these prompts take in a row."""
     return sum(
         shared + sum(len(prompt) - shared for prompt in members)
-        for shared, members in families(prompts)
+        for shared, members in group_by_beginning(prompts)
     )
 
 
-def row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Prompt, Place]]:
+def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Prompt, Placement]]:
     """int32 [4, width]: tokens, index, segments, parents; and where each prompt stands."""
     out = np.zeros((4, width), np.int32)
     out[3] = -1
-    places: dict[Prompt, Place] = {}
+    places: dict[Prompt, Placement] = {}
     at, segment = 0, 0
 
     def put(piece: Prompt, first: int, parent: int) -> None:
@@ -104,22 +104,22 @@ def row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Prompt,
         out[2, part], out[3, part] = segment, parent
         at += len(piece)
 
-    for shared, members in families(prompts):
+    for shared, members in group_by_beginning(prompts):
         start, parent = at, -1
         if shared:
             put(members[0][:shared], 0, -1)
             parent = segment
         for prompt in members:
-            places[prompt] = Place(start if shared else at, shared or len(prompt), at)
+            places[prompt] = Placement(start if shared else at, shared or len(prompt), at)
             if len(prompt) > shared:
                 put(prompt[shared:], shared, parent)
     return out, places
 
 
-def fit(waiting: Sequence[Prompt], width: int) -> int:
+def count_fitting(waiting: Sequence[Prompt], width: int) -> int:
     """How many of these distinct prompts, from the first on, a row of `width` tokens holds."""
     # More prompts never take less room; what is in common only makes them shorter.
     lengths = itertools.accumulate(map(len, waiting))
     sure = sum(1 for total in lengths if total <= width)
     rest = range(sure + 1, len(waiting) + 1)
-    return sure + bisect.bisect_right(rest, width, key=lambda count: tokens(waiting[:count]))
+    return sure + bisect.bisect_right(rest, width, key=lambda count: count_tokens(waiting[:count]))

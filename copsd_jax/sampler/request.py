@@ -10,12 +10,28 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from copsd_jax.attention import decode_attention
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, prompt_packing, truncation
 
 PURPOSES = {"rollout": 0, "evaluation": 1, "author": 2}
 STOP_SETS = 4  # sets of stop ids that a program holds at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The ids of a model as its tokenizer uses them.
+
+    Attributes:
+      valid_V: bool, the ids that the tokenizer has, which alone may be drawn.
+      token_bytes: the bytes of each id; stop strings need those of every valid id.
+      stop_ids: the ids that end a text. The sampler reads those of `Sampling`, not these.
+    """
+
+    valid_V: np.ndarray
+    token_bytes: Sequence[bytes] = ()
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +48,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SamplerSettings:
     """The size of a sampler; no text depends on it."""
 
     slots: int = 32  # texts decoded at once
@@ -43,23 +59,23 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Inputs:
     """All that one call needs and does not change."""
 
     decoder: transformer.Decoder
-    weights: engine.Weights
-    form: truncation.Form
-    settings: Settings  # with its length
+    weights: engine.Constants
+    form: truncation.Features
+    settings: SamplerSettings  # with its length
     mesh: Mesh
     prompts: Sequence[tuple[int, ...]]
     request: engine.Request  # NumPy arrays, one entry a prompt
     stops: Sequence[tuple[bytes, ...]]  # of each set
-    token_bytes: Sequence[bytes]
+    vocabulary: Vocabulary
     stop_XV: np.ndarray
     buckets: tuple[int, ...]
 
 
-def stream_keys(
+def derive_keys(
     seed: int, purpose: str, step: int, row_ids: Sequence[str], samples: Sequence[int]
 ) -> np.ndarray:
     """Threefry key data, uint32 [n, 2]: seed, purpose, step, row id and sample folded in, in turn.
@@ -95,10 +111,10 @@ def _row_keys(root: jax.Array, words_n2: jax.Array, samples_n: jax.Array) -> jax
     return jax.vmap(one)(words_n2, samples_n)
 
 
-def plan(
-    decoder, params, prompts, each: Sequence[Sampling], *, keys_n2, settings, prefix, adapter,
-    adapter_scale, valid_V, token_bytes, limits, longest: int = 1, put: Any = sharding.from_host,
-) -> Job:  # fmt: skip
+def prepare_inputs(
+    decoder, policy: policy_lib.Policy, prompts, each: Sequence[Sampling], *, keys_n2, settings,
+    prefix, vocabulary: Vocabulary | None, limits, longest: int = 1, put: Any = sharding.from_host,
+) -> Inputs:  # fmt: skip
     """What `generate` will do, checked.
 
     Args:
@@ -108,19 +124,21 @@ def plan(
     prompts = [tuple(prompt) for prompt in prompts]
     if limits is None:
         limits = [s.max_tokens for s in each[: len(prompts)]]
-    valid = np.ones(decoder.config.vocab_size, bool) if valid_V is None else np.asarray(valid_V)
-    _check_settings(decoder.config, settings, valid)
+    if vocabulary is None:
+        vocabulary = Vocabulary(np.ones(decoder.config.vocab_size, bool))
+    valid_V = vocabulary.valid_V
+    _check_settings(decoder.config, settings, valid_V)
     for one in dict.fromkeys(each):
-        _check_sampling(decoder.config, one, valid, token_bytes)
+        _check_sampling(decoder.config, one, vocabulary)
     shared = 0 if prefix is None else prefix.k.shape[2]
     _check_prompts(decoder.config, prompts, each, keys_n2, limits, shared, settings.length)
     longest = max(longest, *map(len, prompts)) if prompts else longest
     # Behind a prompt there is room for the rest of a block that `insert` copies.
-    length = settings.length + engine.INSERTED
+    length = settings.length + engine.INSERT_BLOCK
     if not settings.length:
         pairs = zip(prompts, limits, strict=True)
         need = max((len(prompt) + limit for prompt, limit in pairs), default=1)
-        length = capacity(need + engine.INSERTED)
+        length = round_up_length(need + engine.INSERT_BLOCK)
     devices = sharding.current()
     shards = sharding.batch_shards(devices)
     settings = dataclasses.replace(
@@ -130,40 +148,40 @@ def plan(
         * decode_attention.CACHE_LENGTH_MULTIPLE,
         cache=decoder.dtype if settings.cache is None else settings.cache,
     )
-    stops = list(dict.fromkeys(_ends(s) for s in each))
+    stops = list(dict.fromkeys(_stop_conditions(s) for s in each))
     sets = max(STOP_SETS, 1 << (len(stops) - 1).bit_length())
-    stop_XV = np.zeros((sets, len(valid)), bool)
+    stop_XV = np.zeros((sets, len(valid_V)), bool)
     for row, (ids, texts) in zip(stop_XV, stops, strict=False):
-        row[:] = _stop_table(ids, texts, token_bytes or (), len(valid))
-    return Job(
+        row[:] = _stop_table(ids, texts, vocabulary.token_bytes, len(valid_V))
+    return Inputs(
         decoder=decoder,
-        weights=engine.Weights(
-            params, adapter, prefix,
+        weights=engine.Constants(
+            policy, prefix,
             # No mask at all where it would change nothing: it costs a pass over the logits.
-            None if valid.all() else put(valid, devices, PartitionSpec()),
+            None if valid_V.all() else put(valid_V, devices, PartitionSpec()),
             put(stop_XV, devices, PartitionSpec()),
-            adapter_scale, engine.unstacked(params, adapter, prefix, devices),
+            engine.unstack_layers(policy, prefix, devices),
         ),
-        form=truncation.form([(s.temperature, s.top_k, s.top_p, s.min_p) for s in each]),
+        form=truncation.find_features([(s.temperature, s.top_k, s.top_p, s.min_p) for s in each]),
         settings=settings, mesh=devices, prompts=prompts,
-        request=_request(each[: len(prompts)], limits, keys_n2, stops),
-        stops=[texts for _, texts in stops], token_bytes=token_bytes or (), stop_XV=stop_XV,
-        buckets=prompt_packing.buckets(settings.pack, longest),
+        request=_pack_requests(each[: len(prompts)], limits, keys_n2, stops),
+        stops=[texts for _, texts in stops], vocabulary=vocabulary, stop_XV=stop_XV,
+        buckets=prompt_packing.list_buckets(settings.pack, longest),
     )  # fmt: skip
 
 
-def _ends(sampling: Sampling) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
+def _stop_conditions(sampling: Sampling) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
     return tuple(sampling.stop_ids), tuple(text.encode() for text in sampling.stop)
 
 
-def _request(each: Sequence[Sampling], limits, keys_n2: Any, stops: list) -> engine.Request:
+def _pack_requests(each: Sequence[Sampling], limits, keys_n2: Any, stops: list) -> engine.Request:
     number = {ends: i for i, ends in enumerate(stops)}
 
     def column(name: str, dtype: Any) -> Any:
         return np.array([getattr(one, name) for one in each], dtype)
 
-    stop: Any = np.array([number[_ends(one)] for one in each], np.int32)
-    rows = truncation.Rows(
+    stop: Any = np.array([number[_stop_conditions(one)] for one in each], np.int32)
+    rows = truncation.RowSettings(
         column("temperature", np.float32), column("top_k", np.int32),
         column("top_p", np.float32), column("min_p", np.float32),
     )  # fmt: skip
@@ -171,7 +189,7 @@ def _request(each: Sequence[Sampling], limits, keys_n2: Any, stops: list) -> eng
     return engine.Request(limit, keys_n2, stop, rows)
 
 
-def capacity(length: int) -> int:
+def round_up_length(length: int) -> int:
     """The smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that holds `length`."""
     size = decode_attention.CACHE_LENGTH_MULTIPLE
     while size < length:
@@ -191,7 +209,7 @@ def _stop_table(
     return table
 
 
-def _check_settings(config, settings: Settings, valid_V) -> None:
+def _check_settings(config, settings: SamplerSettings, valid_V) -> None:
     vocab = config.vocab_size
     for name, least in (("slots", 1), ("steps", 1), ("pack", 1), ("length", 0)):
         value = getattr(settings, name)
@@ -209,9 +227,9 @@ def _check_settings(config, settings: Settings, valid_V) -> None:
         )
 
 
-def _check_sampling(config, sampling: Sampling, valid_V, token_bytes) -> None:
+def _check_sampling(config, sampling: Sampling, vocabulary: Vocabulary) -> None:
     vocab = config.vocab_size
-    truncation.check(
+    truncation.check_settings(
         sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, vocab_size=vocab
     )
     if sampling.max_tokens < 1:
@@ -221,12 +239,11 @@ def _check_sampling(config, sampling: Sampling, valid_V, token_bytes) -> None:
             raise ValueError(f"stop_ids has {token}: the model has the ids 0 to {vocab - 1}")
     if "" in sampling.stop:
         raise ValueError(f"stop is {sampling.stop!r}: a stop string must not be empty")
-    if sampling.stop and token_bytes is None:
-        raise ValueError(f"stop is {sampling.stop!r}: stop strings need token_bytes")
-    if sampling.stop and (len(token_bytes) > vocab or valid_V[len(token_bytes) :].any()):
+    count = len(vocabulary.token_bytes)
+    if sampling.stop and (count > vocab or vocabulary.valid_V[count:].any()):
         raise ValueError(
-            f"token_bytes has {len(token_bytes)} entries: it must have one for each valid id and "
-            f"at most {vocab}"
+            f"stop is {sampling.stop!r}: stop strings need token_bytes of every valid id and of "
+            f"at most {vocab}, and there are {count}"
         )
 
 

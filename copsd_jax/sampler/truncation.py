@@ -2,9 +2,9 @@
 
 Ids that the tokenizer lacks are out before everything that truncates. The tempered distribution is
 the model's own, over all ids, as the trainer sees it. Every row has settings of its own, as data
-(`Rows`); which machinery a compiled program contains is static (`Form`), so what no row uses costs
-nothing. A row's result depends on its own settings alone, and on the Form that serves it only by
-the rounding of sums.
+(`RowSettings`); which machinery a compiled program contains is static (`Features`), so what no row
+uses costs nothing. A row's result depends on its own settings alone, and on the
+`Features` that serve it only by the rounding of sums.
 
 What each setting keeps:
   top_k: exactly k tokens; of equal logits the lower ids.
@@ -39,7 +39,7 @@ _TINY = 0x00800000  # bits of the smallest normal float32
 _ONE = 0x3F800000  # bits of 1.0
 
 
-class Rows(NamedTuple):
+class RowSettings(NamedTuple):
     """The settings of each row of logits. A temperature of 0 makes the others of its row void."""
 
     temperature_J: jax.Array  # float32, 0 is greedy
@@ -49,8 +49,8 @@ class Rows(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
-    """What a program contains. It must serve the settings of all rows; see `form`."""
+class Features:
+    """What a program contains. It must serve the settings of all rows; see `find_features`."""
 
     greedy: bool  # some row may have temperature 0
     noise: bool  # some row may have a temperature above 0; those below are about such rows
@@ -61,7 +61,7 @@ class Form:
     min_p: bool  # some row may have min_p above 0
 
 
-def form(settings: Sequence[tuple[float, int, float, float]]) -> Form:
+def find_features(settings: Sequence[tuple[float, int, float, float]]) -> Features:
     """The least Form that serves all (temperature, top_k, top_p, min_p).
 
     Raises ValueError without any settings.
@@ -70,7 +70,7 @@ def form(settings: Sequence[tuple[float, int, float, float]]) -> Form:
         raise ValueError("settings are empty: a Form serves at least one row")
     noisy = [s for s in settings if s[0] > 0]
     largest = max((s[1] for s in noisy), default=0)
-    return Form(
+    return Features(
         greedy=len(noisy) < len(settings),
         noise=bool(noisy),
         tempered=any(s[0] != 1 for s in noisy),
@@ -81,7 +81,9 @@ def form(settings: Sequence[tuple[float, int, float, float]]) -> Form:
     )
 
 
-def check(temperature: float, top_k: int, top_p: float, min_p: float, vocab_size: int) -> None:
+def check_settings(
+    temperature: float, top_k: int, top_p: float, min_p: float, vocab_size: int
+) -> None:
     """Raises ValueError, in one sentence, for a setting outside its range."""
     rules: Sequence[tuple[str, float, bool, str]] = (
         ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0 (0 is greedy)"),
@@ -95,12 +97,12 @@ def check(temperature: float, top_k: int, top_p: float, min_p: float, vocab_size
 
 
 def log_probs(
-    logits_JV: jax.Array, rows: Rows, form: Form, valid_V: jax.Array | None
+    logits_JV: jax.Array, rows: RowSettings, form: Features, valid_V: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities (tempered_JV, truncated_JV), float32; truncated -inf where none can occur.
 
     The plain spelling of what `sample` draws from: it holds [J, V] arrays. `valid_V` is bool, ids
-    that may be drawn; None for all. `form` is static.
+    that may be drawn; None for all. `find_features` is static.
     """
     x_JV = _tempered(logits_JV, rows, form)
     tempered_JV = jax.nn.log_softmax(x_JV, axis=-1)
@@ -131,8 +133,8 @@ class _Drawn(NamedTuple):
 def sample(
     logits_JV: jax.Array,
     key_J2: jax.Array,
-    rows: Rows,
-    form: Form,
+    rows: RowSettings,
+    form: Features,
     valid_V: jax.Array | None,
     *,
     shards: int = 1,
@@ -168,7 +170,7 @@ def sample(
     return drawn.token_J, value_J - log_total_J, value_J - jnp.log(drawn.mass_J)
 
 
-def _draw(x_JNb, high_JN, mass_JN, key_J2, rows: Rows, form: Form) -> _Drawn:
+def _draw(x_JNb, high_JN, mass_JN, key_J2, rows: RowSettings, form: Features) -> _Drawn:
     """Goes each way that some row needs, and gives each row its own."""
     blocks = high_JN.shape[1]
     ways: list[tuple[jax.Array, _Drawn]] = []
@@ -198,7 +200,7 @@ def _greedy(x_JNb, high_JN) -> _Drawn:
     return _Drawn(_token(block_J, inner_J), value_J, jnp.ones_like(value_J))
 
 
-def _among_best(x_JNb, high_JN, noise_JX, rows: Rows, form: Form) -> _Drawn:
+def _among_best(x_JNb, high_JN, noise_JX, rows: RowSettings, form: Features) -> _Drawn:
     """Draws among the top k."""
     best = _best(x_JNb, high_JN, rows, form)
     noise_JK = noise_JX[:, : best.value_JK.shape[1]]
@@ -211,7 +213,7 @@ def _among_best(x_JNb, high_JN, noise_JX, rows: Rows, form: Form) -> _Drawn:
     )
 
 
-def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: Rows, form: Form) -> _Drawn:
+def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, form: Features) -> _Drawn:
     """Draws from the whole vocabulary: first a block, then a token in it."""
     blocks = high_JN.shape[1]
     peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
@@ -237,7 +239,7 @@ def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: Rows, form: Form) -> _Dr
     return _Drawn(_token(block_J, inner_J), value_J, jnp.sum(mass_JN, axis=-1))
 
 
-def _tempered(logits_JV: jax.Array, rows: Rows, form: Form) -> jax.Array:
+def _tempered(logits_JV: jax.Array, rows: RowSettings, form: Features) -> jax.Array:
     """Logits over the temperature in float32; greedy rows as they are."""
     x_JV = logits_JV.astype(jnp.float32)
     if not form.tempered:
@@ -274,7 +276,7 @@ class _Best(NamedTuple):
     kept_JK: jax.Array  # bool, by all settings; nowhere in a row without top_k
 
 
-def _best(x_JNb, high_JN, rows: Rows, form: Form) -> _Best:
+def _best(x_JNb, high_JN, rows: RowSettings, form: Features) -> _Best:
     value_JK, id_JK = _top_k_blocks(x_JNb, high_JN, _candidates(high_JN.shape[1], form))
     within_JK = jnp.arange(value_JK.shape[1])[None, :] < rows.top_k_J[:, None]
     weight_JK = jnp.where(within_JK, jnp.exp(value_JK - value_JK[:, :1]), 0.0)
@@ -286,7 +288,7 @@ def _best(x_JNb, high_JN, rows: Rows, form: Form) -> _Best:
     return _Best(value_JK, id_JK, weight_JK, kept_JK)
 
 
-def _candidates(blocks: int, form: Form) -> int:
+def _candidates(blocks: int, form: Features) -> int:
     """K: a cap that is a power of two may exceed the vocabulary, which no top_k does."""
     return min(form.cap, blocks * BLOCK)
 
@@ -329,7 +331,7 @@ def _crossing(weight_JK: jax.Array, top_p_J1: jax.Array) -> jax.Array:
     return jnp.where(top_p_J1 < 1, edge_J1, 0.0)
 
 
-def _without_top_k(rows: Rows, form: Form) -> Rows:
+def _without_top_k(rows: RowSettings, form: Features) -> RowSettings:
     """Settings for the search of the whole vocabulary, which other rows must not prolong."""
     if not (form.cap or form.greedy):
         return rows
@@ -337,7 +339,7 @@ def _without_top_k(rows: Rows, form: Form) -> Rows:
     return rows._replace(top_p_J=jnp.where(elsewhere_J, 1.0, rows.top_p_J))
 
 
-def _floor(weight_JX: jax.Array, rows: Rows, form: Form) -> jax.Array:
+def _floor(weight_JX: jax.Array, rows: RowSettings, form: Features) -> jax.Array:
     """The smallest weight that top-p and min-p keep; weights are relative to the largest, 1."""
     floor_J1 = jnp.zeros((weight_JX.shape[0], 1), jnp.float32)
     if form.min_p:

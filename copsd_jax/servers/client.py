@@ -1,6 +1,7 @@
 """Asks an OpenAI-compatible server for chat completions, many at once, each question once.
 
-`call` and `each` below are the transport alone: any request to such a server, and many at once.
+`send_call` and `run_concurrently` below are the transport alone: any request to such a server, and
+many at once.
 
 The standard library's `http.client` is enough, and leaves the socket to us: every single read gets
 no more than what is left of the request's time, so that a server that sends a byte now and then
@@ -83,7 +84,7 @@ class Server:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class ChatRequest:
     """One question. Equal requests of a call are asked once: other samples need other seeds."""
 
     messages: Sequence[Mapping[str, str]]  # each with "role" and "content"
@@ -94,7 +95,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class ChatAnswer:
     """What became of a request; `text` is "" unless the status is in USABLE."""
 
     text: str
@@ -113,7 +114,7 @@ class Outcome(NamedTuple):
     after: float = 0.0  # seconds that the server asks to wait
 
 
-class Call(NamedTuple):
+class HttpCall(NamedTuple):
     """One HTTP request, and what its reply means.
 
     Attributes:
@@ -128,7 +129,7 @@ class Call(NamedTuple):
     read: Callable[[bytes], Outcome]
 
 
-def check(server: Server, prefix: str = "server.") -> None:
+def check_server(server: Server, prefix: str = "server.") -> None:
     """Refuses what could not work, without asking anything; `prefix` is the settings' in messages.
 
     Raises:
@@ -182,8 +183,10 @@ def read_key(server: Server, prefix: str = "server.") -> str:
 
 
 def ask_all(
-    server: Server, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
-) -> list[Answer]:
+    server: Server,
+    requests: Sequence[ChatRequest],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[ChatAnswer]:
     """Answers in the order of the requests; what the cache holds is not asked again.
 
     A pause grows exponentially with a jitter that depends on request and attempt alone, and is at
@@ -192,7 +195,7 @@ def ask_all(
     `progress` is called in this thread with (answers there, of how many).
 
     Raises:
-      ValueError: as `check` does of URL and key, where something is to be asked.
+      ValueError: as `check_server` does of URL and key, where something is to be asked.
     """
     digests = [_digest(server, request) for request in requests]
     answers = {digest: _cached(server, digest) for digest in dict.fromkeys(digests)}
@@ -205,27 +208,29 @@ def ask_all(
 def _ask_missing(server, key, missing, digests, answers, progress) -> None:
     """Fills in `answers`."""
 
-    def ask(item: tuple[str, Request], stop: threading.Event) -> Answer:
+    def ask(item: tuple[str, ChatRequest], stop: threading.Event) -> ChatAnswer:
         return _ask(server, key, *item, stop)
 
     items = {digest: (digest, request) for digest, request in missing.items()}
-    with contextlib.closing(each(server.concurrency, ask, items)) as done:
+    with contextlib.closing(run_concurrently(server.concurrency, ask, items)) as done:
         for digest, answer in done:
             answers[digest] = answer
             if progress is not None:
                 progress(sum(answers[d] is not None for d in digests), len(digests))
 
 
-def _ask(server: Server, key: str, digest: str, request: Request, stop: threading.Event) -> Answer:
+def _ask(
+    server: Server, key: str, digest: str, request: ChatRequest, stop: threading.Event
+) -> ChatAnswer:
     body = {"model": server.model, **_fields(request)}
     url = server.url.rstrip("/") + "/chat/completions"
-    outcome, attempts = call(server, key, Call("POST", url, body, _content), digest, stop)
-    answer = Answer(blot(outcome.value, key), outcome.status, attempts, outcome.detail)
+    outcome, attempts = send_call(server, key, HttpCall("POST", url, body, _content), digest, stop)
+    answer = ChatAnswer(redact_key(outcome.value, key), outcome.status, attempts, outcome.detail)
     _keep(server, digest, answer)
     return answer
 
 
-def _fields(request: Request) -> dict[str, Any]:
+def _fields(request: ChatRequest) -> dict[str, Any]:
     """The part of the body that is the request's; numbers in one form, so that 1 is 1.0."""
     fields: dict[str, Any] = {
         "messages": [dict(message) for message in request.messages],
@@ -248,14 +253,14 @@ def _content(body: bytes) -> Outcome:
     return Outcome("cut" if cut else "ok", text)
 
 
-def _digest(server: Server, request: Request) -> str:
+def _digest(server: Server, request: ChatRequest) -> str:
     """SHA-256 of all that an answer depends on; the key and how often one tries are no part."""
     asked = {"url": server.url.rstrip("/"), "model": server.model, **_fields(request)}
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _cached(server: Server, digest: str) -> Answer | None:
+def _cached(server: Server, digest: str) -> ChatAnswer | None:
     """The kept answer; None where there is none, or after a warning, where it cannot be read."""
     path = pathlib.Path(server.cache) / f"{digest}.json"
     if not server.cache or not path.exists():
@@ -264,14 +269,14 @@ def _cached(server: Server, digest: str) -> Answer | None:
         found = workdir.read_json(path)
         text, status = found["text"], found["status"]
         if isinstance(text, str) and status in USABLE:
-            return Answer(text, status, attempts=0)
+            return ChatAnswer(text, status, attempts=0)
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         pass  # as a file of another form
     print(f"warning: {path} is no answer of ours: asked again", file=sys.stderr, flush=True)
     return None
 
 
-def _keep(server: Server, digest: str, answer: Answer) -> None:
+def _keep(server: Server, digest: str, answer: ChatAnswer) -> None:
     """Writes a usable answer, whole or not at all, also beside other threads and runs."""
     if not server.cache or answer.status not in USABLE:
         return
@@ -289,13 +294,13 @@ def _keep(server: Server, digest: str, answer: Answer) -> None:
 # ----------------------------------------------------------------------------------- transport
 
 
-def each(
+def run_concurrently(
     concurrency: int, work: Callable[[Item, threading.Event], Result], items: Mapping[Name, Item]
 ) -> Generator[tuple[Name, Result], None, None]:
     """(name, work(item, stop)) of each item as it is done, so many at once in threads.
 
     Close the iterator (contextlib.closing): should its reader be stopped, nothing more is begun and
-    `stop` is set, at which `call` ends what it is at.
+    `stop` is set, at which `send_call` ends what it is at.
     """
     stop = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(concurrency)
@@ -308,8 +313,8 @@ def each(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def call(
-    server: Server, key: str, what: Call, name: str, stop: threading.Event
+def send_call(
+    server: Server, key: str, what: HttpCall, name: str, stop: threading.Event
 ) -> tuple[Outcome, int]:
     """Attempts until one ends the matter: (the last one's outcome, how many there were).
 
@@ -325,7 +330,7 @@ def call(
     return outcome, attempt
 
 
-def blot(text: str, key: str) -> str:
+def redact_key(text: str, key: str) -> str:
     """`text` without the key; one as short as the usual "EMPTY" is no secret, and may be a word."""
     return text.replace(key, "[key]") if len(key) >= 8 else text
 
@@ -338,7 +343,7 @@ def _pause(server: Server, name: str, attempt: int, after: float) -> float:
     return max(min(grown, server.timeout) * factor, after)
 
 
-def _attempt(server: Server, key: str, what: Call, stop: threading.Event) -> Outcome:
+def _attempt(server: Server, key: str, what: HttpCall, stop: threading.Event) -> Outcome:
     """Sends the request once."""
     deadline = time.monotonic() + server.timeout
     try:
@@ -346,7 +351,7 @@ def _attempt(server: Server, key: str, what: Call, stop: threading.Event) -> Out
     except TimeoutError:
         return Outcome("timeout", detail="no connection within the time", again=True)
     except OSError as error:
-        return Outcome("unreachable", detail=line(str(error)), again=True)
+        return Outcome("unreachable", detail=to_one_line(str(error)), again=True)
     with contextlib.closing(sock):
         try:
             reply = _exchange(what, key, _Limited(sock, deadline, stop))
@@ -358,7 +363,7 @@ def _attempt(server: Server, key: str, what: Call, stop: threading.Event) -> Out
     return _outcome(what, *reply)
 
 
-def _exchange(what: Call, key: str, sock: "_Limited") -> tuple[int, Mapping[str, str], bytes]:
+def _exchange(what: HttpCall, key: str, sock: "_Limited") -> tuple[int, Mapping[str, str], bytes]:
     """Status, headers and body (at most _LARGEST bytes and one) of the reply."""
     parts = urllib.parse.urlsplit(what.url)
     kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
@@ -373,17 +378,17 @@ def _exchange(what: Call, key: str, sock: "_Limited") -> tuple[int, Mapping[str,
     if reply.length and len(text) <= _LARGEST:
         raise http.client.IncompleteRead(b"", reply.length)
     # Blotted before anything is cut out of it: half a key is a secret too.
-    return reply.status, reply.headers, blot(text, key).encode("latin-1")
+    return reply.status, reply.headers, redact_key(text, key).encode("latin-1")
 
 
-def _outcome(what: Call, status: int, headers: Mapping[str, str], body: bytes) -> Outcome:
+def _outcome(what: HttpCall, status: int, headers: Mapping[str, str], body: bytes) -> Outcome:
     """What a complete reply means."""
     if 200 <= status < 300:
         return _read(what, body)
     asked = headers.get("Retry-After", "").strip()
     after = float(asked) if re.fullmatch("[0-9]{1,9}", asked) else 0.0
     wait = f", Retry-After {asked}" if after else ""
-    detail = f"HTTP {status}{wait}: {line(body.decode(errors='replace'))}"
+    detail = f"HTTP {status}{wait}: {to_one_line(body.decode(errors='replace'))}"
     if 400 <= status < 500:
         return Outcome("refused", detail=detail, again=status in _AGAIN, after=after)
     if status >= 500:
@@ -391,20 +396,20 @@ def _outcome(what: Call, status: int, headers: Mapping[str, str], body: bytes) -
     return Outcome("bad_reply", detail=detail)  # a redirect is the same the next time
 
 
-def _read(what: Call, body: bytes) -> Outcome:
+def _read(what: HttpCall, body: bytes) -> Outcome:
     if len(body) > _LARGEST:
         return Outcome("bad_reply", detail=f"more than {_LARGEST} bytes")
     try:
         return what.read(body)
     except (ValueError, RecursionError):
-        said = line(body.decode(errors="replace"))
+        said = to_one_line(body.decode(errors="replace"))
         return Outcome("bad_reply", detail=f"no JSON: {said}", again=True)
     except (LookupError, TypeError, AttributeError):
-        said = line(body.decode(errors="replace"))
+        said = to_one_line(body.decode(errors="replace"))
         return Outcome("bad_reply", detail=f"JSON of another form: {said}", again=True)
 
 
-def line(text: str) -> str:
+def to_one_line(text: str) -> str:
     """On one line of printable characters, since a server wrote it."""
     text = "".join(char if char.isprintable() else " " for char in text[:4096])
     return " ".join(text.split())[:_DETAIL]

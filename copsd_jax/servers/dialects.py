@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from copsd_jax.sampler import request
 
 
-class Row(NamedTuple):
+class CompletionRequest(NamedTuple):
     """One completion that is asked for."""
 
     number: int  # in the caller's list
@@ -27,7 +27,7 @@ class Row(NamedTuple):
     seed: int
 
 
-class Reply(NamedTuple):
+class RawCompletion(NamedTuple):
     """What a dialect found; the lists as the server wrote them, not yet checked."""
 
     ids: Any
@@ -50,8 +50,8 @@ class Dialect(NamedTuple):
     """
 
     generate: str
-    body: Callable[[str, str, Row], dict[str, Any]]
-    read: Callable[[Any, Row], Reply]
+    body: Callable[[str, str, CompletionRequest], dict[str, Any]]
+    read: Callable[[Any, CompletionRequest], RawCompletion]
     coldest: float
     load: str
     unload: str
@@ -64,7 +64,7 @@ class Dialect(NamedTuple):
 PLAIN = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
-def _common(row: Row) -> dict[str, Any]:
+def _common(row: CompletionRequest) -> dict[str, Any]:
     """What both dialects call by the same name. Of top_k both take -1 for all."""
     s = row.sampling
     return {
@@ -80,7 +80,7 @@ def _common(row: Row) -> dict[str, Any]:
     }
 
 
-def _vllm_body(model: str, adapter: str, row: Row) -> dict[str, Any]:
+def _vllm_body(model: str, adapter: str, row: CompletionRequest) -> dict[str, Any]:
     return {
         **_common(row),
         "model": adapter or model,
@@ -99,7 +99,7 @@ def _vllm_body(model: str, adapter: str, row: Row) -> dict[str, Any]:
     }
 
 
-def _vllm_reply(reply: Any, row: Row) -> Reply:
+def _vllm_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
     choice = _at(reply, "choices", 0)
     logps = _at(choice, "logprobs", "token_logprobs")
     spelt = _spelt(_at(choice, "logprobs", "tokens"))
@@ -114,7 +114,7 @@ def _vllm_reply(reply: Any, row: Row) -> Reply:
     read = choice.get("prompt_token_ids")
     if read is not None and read != list(row.prompt):
         raise ValueError("is of another prompt than the one sent (prompt_token_ids)")
-    return Reply(spelt if ids is None else ids, logps, _at(choice, "finish_reason"))
+    return RawCompletion(spelt if ids is None else ids, logps, _at(choice, "finish_reason"))
 
 
 def _spelt(tokens: Any) -> list[int] | None:
@@ -125,7 +125,7 @@ def _spelt(tokens: Any) -> list[int] | None:
     return [int(match[1]) for match in found if match] if all(found) and found else None
 
 
-def _sglang_body(model: str, adapter: str, row: Row) -> dict[str, Any]:
+def _sglang_body(model: str, adapter: str, row: CompletionRequest) -> dict[str, Any]:
     del model  # a server has one
     params = {
         **_common(row),
@@ -148,7 +148,7 @@ def _sglang_body(model: str, adapter: str, row: Row) -> dict[str, Any]:
     return {**body, "lora_path": adapter} if adapter else body
 
 
-def _sglang_reply(reply: Any, row: Row) -> Reply:
+def _sglang_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
     hint = ": the server has to return the tokens' log-probabilities (return_logprob)"
     pairs = _at(reply, "meta_info", "output_token_logprobs", hint=hint)
     if not isinstance(pairs, list):
@@ -163,7 +163,7 @@ def _sglang_reply(reply: Any, row: Row) -> Reply:
     if isinstance(matched, str) and matched not in row.sampling.stop:
         raise ValueError(f"was stopped by {matched!r}, which is no stop string")  # NaN, it says
     kind = finish.get("type") if isinstance(finish, dict) else finish
-    return Reply(ids, [_at(pair, 0) for pair in pairs], kind)
+    return RawCompletion(ids, [_at(pair, 0) for pair in pairs], kind)
 
 
 def _at(value: Any, *path: str | int, hint: str = "") -> Any:

@@ -12,8 +12,8 @@ What a server's log-probabilities are of is the server's choice, and nothing in 
   tempered: at the sampling temperature, nothing truncated (SGLang's default).
   processed: tempered, and truncated by top-k, top-p, min-p (vLLM's --logprobs-mode
     processed_logprobs).
-What does not follow from them is NaN in a Completion (`reported`): the trainer has its own. Where
-several of top-k, top-p and min-p are on, a server may apply them in another order than
+What does not follow from them is NaN in a Completion (`reports_log_probs`): the trainer has its
+own. Where several of top-k, top-p and min-p are on, a server may apply them in another order than
 `truncate`; what is drawn from is then its distribution.
 
 A server serves one run: its weights are changed by `hand_over`.
@@ -27,7 +27,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ LOGPROBS = ("raw", "tempered", "processed")
 
 
 @dataclasses.dataclass(frozen=True)
-class Server:
+class EngineServer:
     """Where the engine is, and how it is spoken to.
 
     Attributes:
@@ -66,23 +66,16 @@ class Server:
     adapter: str = ""
 
 
-class _Vocabulary(NamedTuple):
-    valid_V: np.ndarray  # bool
-    token_bytes: Sequence[bytes]
-
-
 # ------------------------------------------------------------------------------------ generate
 
 
 def generate(
-    server: Server,
+    server: EngineServer,
     prompts: Sequence[Sequence[int]],
     sampling: request.Sampling | Sequence[request.Sampling],
     *,
     keys: Any,
-    vocab_size: int,
-    valid_V: Any = None,
-    token_bytes: Sequence[bytes] | None = None,
+    vocabulary: request.Vocabulary,
     limits: Sequence[int] | None = None,
     progress: Callable[[loop.Stats], None] | None = None,
     done: Callable[[int, loop.Completion], None] | None = None,
@@ -92,19 +85,17 @@ def generate(
     Args:
       prompts: token ids, whole: a shared prefix included (the server has its own prefix cache).
       sampling: one for all prompts, or one each.
-      keys: uint32 [n, 2] from `request.stream_keys`, one per prompt.
-      vocab_size: V of the model.
-      valid_V: bool [V], ids that the tokenizer has; None for all. The server does not know of it:
-        an id outside, which a trained model hardly ever draws, is an error.
-      token_bytes: the bytes of each id, needed for stop strings.
+      keys: uint32 [n, 2] from `request.derive_keys`, one per prompt.
+      vocabulary: of the model. The server does not know of its valid ids: another one, which a
+        trained model hardly ever draws, is an error.
       limits: most tokens of each completion; None for sampling.max_tokens each.
       progress: called with what was reached after each completion.
       done: called with (index of the prompt, completion) as soon as it is there.
 
     Returns:
       As `loop.generate` does. `logps` and `logps_truncated` are NaN where the server's numbers do
-      not give them; see `reported`. Of the stats, prompt_tokens are those sent, whatever the
-      server's cache saves, and occupancy is NaN.
+      not give them; see `reports_log_probs`. Of the stats, prompt_tokens are those sent, whatever
+      the server's cache saves, and occupancy is NaN.
 
     Raises:
       ValueError: in one sentence, for settings or prompts that cannot be served; nothing is asked.
@@ -112,16 +103,13 @@ def generate(
       RuntimeError: a reply that is not what was asked for, with the server's address and the row.
         At the first failure all other requests end.
     """
-    valid = np.ones(vocab_size, bool) if valid_V is None else np.asarray(valid_V)
     rows = _rows(prompts, sampling, keys, limits)
-    check(server)
+    check_server(server)
     for row in rows:
-        _check_row(server, row, vocab_size)
-    _check_vocabulary(rows, vocab_size, valid, token_bytes)
-    vocabulary = _Vocabulary(valid, token_bytes or ())
+        _check_row(server, row, vocabulary)
     key = client.read_key(_api(server), "sampler.")
 
-    def ask(row: dialects.Row, stop: threading.Event) -> loop.Completion:
+    def ask(row: dialects.CompletionRequest, stop: threading.Event) -> loop.Completion:
         return _ask(server, key, row, vocabulary, stop)
 
     found: dict[int, loop.Completion] = {}
@@ -129,7 +117,7 @@ def generate(
     sent = sum(len(row.prompt) for row in rows)
     stats = loop.Stats(0, len(rows), 0, sent, float("nan"), 0.0)
     items = {row.number: row for row in rows}
-    with contextlib.closing(client.each(server.concurrency, ask, items)) as answers:
+    with contextlib.closing(client.run_concurrently(server.concurrency, ask, items)) as answers:
         for number, completion in answers:
             found[number] = completion
             tokens += len(completion.ids)
@@ -142,7 +130,7 @@ def generate(
     return loop.Result([found[number] for number in range(len(rows))], stats)
 
 
-def reported(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
+def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
     """Whether a server's numbers give (logps, logps_truncated) of these settings.
 
     Greedy is reported at temperature 1, and its truncated distribution is certain. Without top-k,
@@ -156,7 +144,7 @@ def reported(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
     return logprobs == "tempered" or whole, logprobs == "processed" or whole
 
 
-def _rows(prompts, sampling, keys, limits) -> list[dialects.Row]:
+def _rows(prompts, sampling, keys, limits) -> list[dialects.CompletionRequest]:
     """Everything by row; the seed has the first 53 bits of the key, which any JSON reader keeps."""
     n = len(prompts)
     settings = [sampling] * n if isinstance(sampling, request.Sampling) else list(sampling)
@@ -172,14 +160,18 @@ def _rows(prompts, sampling, keys, limits) -> list[dialects.Row]:
             raise ValueError(f"{name} has {len(found)} entries for {n} prompts")
     seeds = [(int(high) << 21) | (int(low) >> 11) for high, low in keys_n2]
     return [
-        dialects.Row(i, tuple(map(int, prompts[i])), settings[i], int(limits[i]), seeds[i])
+        dialects.CompletionRequest(
+            i, tuple(map(int, prompts[i])), settings[i], int(limits[i]), seeds[i]
+        )
         for i in range(n)
     ]
 
 
-def _check_row(server: Server, row: dialects.Row, vocab_size: int) -> None:
-    s, number = row.sampling, row.number
-    truncation.check(s.temperature, s.top_k, s.top_p, s.min_p, vocab_size=vocab_size)
+def _check_row(
+    server: EngineServer, row: dialects.CompletionRequest, vocabulary: request.Vocabulary
+) -> None:
+    s, number, vocab_size = row.sampling, row.number, len(vocabulary.valid_V)
+    truncation.check_settings(s.temperature, s.top_k, s.top_p, s.min_p, vocab_size=vocab_size)
     coldest = dialects.DIALECTS[server.dialect].coldest
     if 0 < s.temperature < coldest:
         raise ValueError(
@@ -191,6 +183,12 @@ def _check_row(server: Server, row: dialects.Row, vocab_size: int) -> None:
             raise ValueError(f"stop_ids has {token}: the model has the ids 0 to {vocab_size - 1}")
     if "" in s.stop:
         raise ValueError(f"stop is {s.stop!r}: a stop string must not be empty")
+    count = len(vocabulary.token_bytes)
+    if s.stop and vocabulary.valid_V[count:].any():
+        raise ValueError(
+            f"stop is {s.stop!r}: stop strings need token_bytes of every valid id, and there are "
+            f"{count}"
+        )
     if row.limit < 1:
         raise ValueError(f"limits[{number}] is {row.limit}: a completion has at least 1 token")
     if not row.prompt:
@@ -207,30 +205,19 @@ def _check_row(server: Server, row: dialects.Row, vocab_size: int) -> None:
         )
 
 
-def _check_vocabulary(rows, vocab_size: int, valid: np.ndarray, token_bytes) -> None:
-    if valid.shape != (vocab_size,) or not valid.any():
-        raise ValueError(
-            f"valid_V has shape {valid.shape} and {int(valid.sum())} ids: it must have shape "
-            f"({vocab_size},) and at least one id"
-        )
-    stop = next((row.sampling.stop for row in rows if row.sampling.stop), None)
-    if stop and (token_bytes is None or valid[len(token_bytes) :].any()):
-        count = 0 if token_bytes is None else len(token_bytes)
-        raise ValueError(
-            f"stop is {stop!r}: stop strings need token_bytes of every valid id, and there are "
-            f"{count}"
-        )
-
-
 def _ask(
-    server: Server, key: str, row: dialects.Row, vocabulary: _Vocabulary, stop: threading.Event
+    server: EngineServer,
+    key: str,
+    row: dialects.CompletionRequest,
+    vocabulary: request.Vocabulary,
+    stop: threading.Event,
 ) -> loop.Completion:
     dialect = dialects.DIALECTS[server.dialect]
     url = _address(server, dialect.generate)
     body = dialect.body(server.model, server.adapter, row)
-    what = client.Call("POST", url, body, _json)
+    what = client.HttpCall("POST", url, body, _json)
     name = f"{server.adapter}:{row.seed}"
-    outcome, attempts = client.call(_api(server), key, what, name, stop)
+    outcome, attempts = client.send_call(_api(server), key, what, name, stop)
     if outcome.status != "ok":
         raise OSError(
             f"{url} gave no completion of row {row.number} in {attempts} attempts "
@@ -253,7 +240,10 @@ def _json(body: bytes) -> client.Outcome:
 
 
 def _completion(
-    logprobs: str, row: dialects.Row, reply: dialects.Reply, vocabulary: _Vocabulary
+    logprobs: str,
+    row: dialects.CompletionRequest,
+    reply: dialects.RawCompletion,
+    vocabulary: request.Vocabulary,
 ) -> loop.Completion:
     ids, logps = _ids(row, reply.ids, vocabulary), _logps(reply)
     end = _end(row.sampling, ids, vocabulary.token_bytes)
@@ -276,7 +266,7 @@ def _completion(
     # A server looks for stop strings after some tokens; ours end with the one that completes it.
     given = np.asarray(logps[:end], np.float32)
     absent = np.full_like(given, np.nan)
-    tempered, truncated = reported(logprobs, row.sampling)
+    tempered, truncated = reports_log_probs(logprobs, row.sampling)
     certain = row.sampling.temperature == 0
     return loop.Completion(
         ids=tuple(ids[:end]),
@@ -286,7 +276,7 @@ def _completion(
     )
 
 
-def _ids(row: dialects.Row, ids: list, vocabulary: _Vocabulary) -> list[int]:
+def _ids(row: dialects.CompletionRequest, ids: list, vocabulary: request.Vocabulary) -> list[int]:
     if not isinstance(ids, list) or not ids or any(type(token) is not int for token in ids):
         raise ValueError("has no list of token ids, or an empty one")
     if len(ids) > row.limit:
@@ -301,7 +291,7 @@ def _ids(row: dialects.Row, ids: list, vocabulary: _Vocabulary) -> list[int]:
     return ids
 
 
-def _logps(reply: dialects.Reply) -> list[float]:
+def _logps(reply: dialects.RawCompletion) -> list[float]:
     logps = reply.logps
     if not isinstance(logps, list) or len(logps) != len(reply.ids):
         found = f"{len(logps)}" if isinstance(logps, list) else "no list of"
@@ -334,24 +324,24 @@ def _end(
 # ------------------------------------------------------------------------- checks and weights
 
 
-def _address(server: Server, of: str) -> str:
+def _address(server: EngineServer, of: str) -> str:
     base = server.url.rstrip("/")
     return of.format(base=base, root=base.removesuffix("/v1"))
 
 
-def _api(server: Server) -> client.Server:
+def _api(server: EngineServer) -> client.Server:
     """The part of it that the transport knows."""
     names = "url model key_env timeout retries backoff concurrency".split()
     return client.Server(**{name: getattr(server, name) for name in names}, cache="")
 
 
-def check(server: Server, prefix: str = "sampler.") -> None:
+def check_server(server: EngineServer, prefix: str = "sampler.") -> None:
     """Refuses settings that could not work, without asking anything.
 
     Raises:
       ValueError: in one sentence with the setting, its value and the choices.
     """
-    client.check(_api(server), prefix)
+    client.check_server(_api(server), prefix)
     for name, choices in (("dialect", tuple(dialects.DIALECTS)), ("logprobs", LOGPROBS)):
         if getattr(server, name) not in choices:
             value = getattr(server, name)
@@ -360,16 +350,16 @@ def check(server: Server, prefix: str = "sampler.") -> None:
         raise ValueError(f"{prefix}max_model_len is {server.max_model_len}: at least 2")
 
 
-def connect(server: Server, prefix: str = "sampler.") -> Server:
+def connect(server: EngineServer, prefix: str = "sampler.") -> EngineServer:
     """Asks the server for its models; the server with max_model_len filled in, if it tells.
 
     Raises:
-      ValueError: as `check`; or it does not serve `model` (the names are listed), or less than
-        max_model_len tokens.
+      ValueError: as `check_server`; or it does not serve `model` (the names are listed), or less
+        than max_model_len tokens.
       OSError: it does not answer, or not in the expected form.
     """
-    check(server, prefix)
-    served = models(server)
+    check_server(server, prefix)
+    served = list_models(server)
     if server.model not in served:
         raise ValueError(
             f"{prefix}model is {server.model!r}: {server.url} serves "
@@ -383,7 +373,7 @@ def connect(server: Server, prefix: str = "sampler.") -> Server:
     return dataclasses.replace(server, max_model_len=server.max_model_len or length)
 
 
-def models(server: Server) -> dict[str, int | None]:
+def list_models(server: EngineServer) -> dict[str, int | None]:
     """The names that the server knows, adapters included, and how many tokens each holds.
 
     Raises:
@@ -394,11 +384,11 @@ def models(server: Server) -> dict[str, int | None]:
         entries = json.loads(body)["data"]
         return client.Outcome("ok", {e["id"]: e.get("max_model_len") for e in entries})
 
-    what = client.Call("GET", _address(server, "{base}/models"), None, read)
+    what = client.HttpCall("GET", _address(server, "{base}/models"), None, read)
     return _call(server, what, "tell its models")
 
 
-def hand_over(server: Server, folder: str | pathlib.Path) -> Server:
+def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
     """Has the server load a folder of weights; the server to ask from then on.
 
     The folder, which the server has to see under the same path, is an adapter's as PEFT writes it
@@ -424,9 +414,9 @@ def hand_over(server: Server, folder: str | pathlib.Path) -> Server:
     return dataclasses.replace(server, adapter="")
 
 
-def _hand_adapter(server: Server, path: pathlib.Path) -> Server:
+def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
     dialect, name = dialects.DIALECTS[server.dialect], _name(path)
-    served = models(server)
+    served = list_models(server)
     if server.adapter not in ("", name) and server.adapter in served:
         what = _command(_address(server, dialect.unload), {"lora_name": server.adapter})
         _change(server, what, f"unload the adapter {server.adapter}", server.adapter, False)
@@ -436,13 +426,13 @@ def _hand_adapter(server: Server, path: pathlib.Path) -> Server:
     return dataclasses.replace(server, adapter=name)
 
 
-def _change(server: Server, what: client.Call, task: str, name: str, there: bool) -> None:
+def _change(server: EngineServer, what: client.HttpCall, task: str, name: str, there: bool) -> None:
     """Calls; a refusal stands unless the adapter is there, or not there, all the same: a second
     attempt is refused where the first was heard and its reply got lost."""
     try:
         _call(server, what, task, dialects.DIALECTS[server.dialect].needs_adapters)
     except OSError:
-        if (name in models(server)) != there:
+        if (name in list_models(server)) != there:
             raise
 
 
@@ -456,8 +446,8 @@ def _name(path: pathlib.Path) -> str:
     return f"copsd-{digest.hexdigest()[:16]}"
 
 
-def _command(url: str, body: Mapping[str, Any]) -> client.Call:
-    return client.Call("POST", url, body, _accepted)
+def _command(url: str, body: Mapping[str, Any]) -> client.HttpCall:
+    return client.HttpCall("POST", url, body, _accepted)
 
 
 def _accepted(body: bytes) -> client.Outcome:
@@ -468,15 +458,15 @@ def _accepted(body: bytes) -> client.Outcome:
     except ValueError:
         return client.Outcome("ok", text)  # vLLM answers in words
     if isinstance(said, dict) and said.get("success") is False:
-        return client.Outcome("refused", detail=client.line(text))
+        return client.Outcome("refused", detail=client.to_one_line(text))
     return client.Outcome("ok", text)
 
 
-def _call(server: Server, what: client.Call, task: str, needs: str = "") -> Any:
+def _call(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
     """What the reply holds; OSError with what the server said, and what it may need."""
     api = _api(server)
     key = client.read_key(api, "sampler.")
-    outcome, attempts = client.call(api, key, what, what.url, threading.Event())
+    outcome, attempts = client.send_call(api, key, what, what.url, threading.Event())
     if outcome.status == "ok":
         return outcome.value
     hint = f" ({needs})" if needs else ""

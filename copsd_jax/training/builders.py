@@ -205,9 +205,9 @@ def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> req
     )
 
 
-def build_sampler_settings(c, section: str, length: int) -> request.Settings:
+def build_sampler_settings(c, section: str, length: int) -> request.SamplerSettings:
     """The sampler's size of a section; `length`: cache entries of a slot, 0 for a call's need."""
-    return request.Settings(
+    return request.SamplerSettings(
         slots=c[section].slots,
         length=length,
         steps=c.sampler.steps,

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from copsd_jax.metrics import token_stats
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.rewards import graders, reward_functions
 from copsd_jax.runtime import processes, sharding
@@ -96,12 +97,14 @@ def load_run(
     if config.method == "distill" and options.teacher == "fixed" and plan.shots and plan.rows:
         prefix = run_plan.build_probe_prompt(plan, plan.rows[0]).prefix_ids
         initial = train_step.derive_policies(state, frozen, options, plan.dtype)[1]
-        teacher_kv = (shared_prefix.encode_ids(decoder, initial.params, prefix),)
+        teacher_kv = (shared_prefix.encode_ids(decoder, initial, prefix),)
     grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
     rewarder = reward_functions.make(
         config.reward.kind, grader, prompts.ANSWERS[config.prompt.answer]
     )
-    classes = token_stats.classes(plan.token_bytes, plan.stop_ids, plan.special_ids)
+    classes = token_stats.classes(
+        plan.vocabulary.token_bytes, plan.vocabulary.stop_ids, plan.special_ids
+    )
     return (
         LoadedRun(
             plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
@@ -163,7 +166,7 @@ def set_mesh_and_precision(plan: run_plan.Plan) -> Iterator[None]:
 
 def derive_policies(
     run: LoadedRun, state: train_step.State
-) -> tuple[train_step.Policy, train_step.Policy]:
+) -> tuple[policy_lib.Policy, policy_lib.Policy]:
     """(student, teacher) weights of a state."""
     return train_step.derive_policies(state, run.frozen, run.options, run.plan.dtype)
 
@@ -174,12 +177,10 @@ def teacher_mixture(run: LoadedRun, state: train_step.State) -> tuple:
 
 
 def encode_prefix(
-    run: LoadedRun, policy: train_step.Policy, prefix_ids: Sequence[int]
+    run: LoadedRun, policy: policy_lib.Policy, prefix_ids: Sequence[int]
 ) -> transformer.KV | None:
     """Keys of the exemplars under a policy; None without exemplars."""
-    return shared_prefix.encode_ids(
-        run.decoder, policy.params, prefix_ids, policy.adapter, run.plan.adapter_scale
-    )
+    return shared_prefix.encode_ids(run.decoder, policy, prefix_ids)
 
 
 def _sampling(run: LoadedRun, section: str) -> request.Sampling:
@@ -189,10 +190,10 @@ def _sampling(run: LoadedRun, section: str) -> request.Sampling:
     """
     plan = run.plan
     stop = () if section == "author" else tuple(plan.config.rollout.stop)
-    return builders.build_sampling(plan.config, section, plan.stop_ids, stop)
+    return builders.build_sampling(plan.config, section, plan.vocabulary.stop_ids, stop)
 
 
-def _sampler_settings(run: LoadedRun, section: str) -> request.Settings:
+def _sampler_settings(run: LoadedRun, section: str) -> request.SamplerSettings:
     """The sampler's size of `rollout`, `eval` or `author`."""
     return builders.build_sampler_settings(run.plan.config, section, run.lengths[section])
 
@@ -212,10 +213,10 @@ class ServedPolicy:
     def __init__(self, plan: run_plan.Plan, folder: pathlib.Path):
         assert plan.server is not None
         self._plan, self._folder, self._base = plan, folder, plan.server
-        self._server: remote_engine.Server = plan.server
+        self._server: remote_engine.EngineServer = plan.server
         self._held: list[weakref.ref] = []
 
-    def __call__(self, policy: train_step.Policy) -> remote_engine.Server:
+    def __call__(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
         """The server to ask for completions of this policy.
 
         Raises:
@@ -235,7 +236,7 @@ class ServedPolicy:
             self._held = [weakref.ref(leaf) for leaf in leaves]
         return self._server
 
-    def _handed(self, policy: train_step.Policy) -> remote_engine.Server:
+    def _handed(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
         plan, c = self._plan, self._plan.config
         former = sorted(self._folder.glob("policy_*"))
         number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)
@@ -276,7 +277,7 @@ def _asked() -> Iterator[None]:
 
 def sample(
     run: LoadedRun,
-    policy: train_step.Policy,
+    policy: policy_lib.Policy,
     asked: Sequence[prompts.Prompt],
     section: str,
     keys: np.ndarray,
@@ -300,31 +301,25 @@ def sample(
                 [(*prompt.prefix_ids, *prompt.ids) for prompt in asked],
                 _sampling(run, section),
                 keys=keys,
-                vocab_size=run.plan.model_config.vocab_size,
-                valid_V=run.plan.valid_V,
-                token_bytes=run.plan.token_bytes,
+                vocabulary=run.plan.vocabulary,
                 progress=progress,
                 done=done,
             )
     prefixes = {prompt.prefix_ids for prompt in asked}
     if len(prefixes) > 1:
         raise ValueError(f"the prompts begin with {len(prefixes)} different sets of exemplars")
-    scale = run.plan.adapter_scale
-    params, adapter = run.hand_over(policy.params, policy.adapter, scale)
+    policy = run.hand_over(policy)
     prefix_ids = prefixes.pop() if prefixes else ()
     with _named(section):
         return loop.generate(
             run.decoder,
-            params,
+            policy,
             [prompt.ids for prompt in asked],
             _sampling(run, section),
             keys=keys,
             settings=_sampler_settings(run, section),
-            prefix=shared_prefix.encode_ids(run.decoder, params, prefix_ids, adapter, scale),
-            adapter=adapter,
-            adapter_scale=scale,
-            valid_V=run.plan.valid_V,
-            token_bytes=run.plan.token_bytes,
+            prefix=shared_prefix.encode_ids(run.decoder, policy, prefix_ids),
+            vocabulary=run.plan.vocabulary,
             progress=progress,
             done=done,
         )
@@ -336,7 +331,7 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
     Raises:
       MemoryError: if they do not fit the devices, naming the section's settings.
     """
-    params, adapter = run.hand_over(*derive_policies(run, state)[0], run.plan.adapter_scale)
+    policy = run.hand_over(derive_policies(run, state)[0])
     sections = {"rollout": (run.plan.rows, run.plan.student),
                 "eval": (run.plan.eval_rows, run.plan.evaluation)}  # fmt: skip
     for section, (rows, spec) in sections.items():
@@ -344,17 +339,14 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
             continue
         prompt = prompts.student(run.plan.tokenizer, spec, rows[0])
         with _named(section):
-            job = request.plan(
-                run.decoder, params, [prompt.ids], [_sampling(run, section)],
+            job = request.prepare_inputs(
+                run.decoder, policy, [prompt.ids], [_sampling(run, section)],
                 keys_n2=np.zeros((1, 2), np.uint32), settings=_sampler_settings(run, section),
-                prefix=shared_prefix.encode_ids(
-                    run.decoder, params, prompt.prefix_ids, adapter, run.plan.adapter_scale
-                ),
-                adapter=adapter, adapter_scale=run.plan.adapter_scale,
-                valid_V=run.plan.valid_V, token_bytes=run.plan.token_bytes, limits=None,
+                prefix=encode_prefix(run, policy, prompt.prefix_ids),
+                vocabulary=run.plan.vocabulary, limits=None,
                 longest=run.lengths[section] - _sampling(run, section).max_tokens,
             )  # fmt: skip
-            for program in loop.warmup(job):
+            for program in loop.compile_programs(job):
                 yield (
                     f"  {section:<8} {program.name:<24} {program.seconds:6.1f} s, holds "
                     f"{program.held / 2**20:,.0f} MiB, {program.temporary / 2**20:,.0f} more "
@@ -373,7 +365,7 @@ def _named(section: str) -> Iterator[None]:
 
 def decode_completion(run: LoadedRun, ids: Sequence[int]) -> str:
     """Completion ids as text, without the token that ended it."""
-    stops = set(run.plan.stop_ids)
+    stops = set(run.plan.vocabulary.stop_ids)
     return prompts.text_of(run.plan.tokenizer, [i for i in ids if i not in stops])
 
 

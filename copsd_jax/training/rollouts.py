@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from copsd_jax.metrics import token_stats
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.problems import problem_row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.sampler import loop, request
@@ -60,19 +61,18 @@ class StepInputs(NamedTuple):
 
 
 def sample_rollouts(
-    r: loaded_run.LoadedRun, policy: train_step.Policy, rows: Sequence[problem_row.Row], step: int
+    r: loaded_run.LoadedRun, policy: policy_lib.Policy, rows: Sequence[problem_row.Row], step: int
 ) -> Rollouts:  # fmt: skip
     """Samples rollout.per_prompt completions of each row under a policy, and grades them."""
     plan, c = r.plan, r.plan.config
     repeated, samples = _repeat(rows, c.rollout.per_prompt)
     asked = [prompts.student(plan.tokenizer, plan.student, row) for row in repeated]
-    keys = request.stream_keys(c.seed, "rollout", step, [row.id for row in repeated], samples)
+    keys = request.derive_keys(c.seed, "rollout", step, [row.id for row in repeated], samples)
     sampled, stats = loaded_run.sample(r, policy, asked, "rollout", keys)
     completions = [_known(completion) for completion in sampled]
-    stops = set(plan.stop_ids)
+    stops, pieces = set(plan.vocabulary.stop_ids), plan.vocabulary.token_bytes
     decoded = [
-        token_spans.decode([i for i in done.ids if i not in stops], plan.token_bytes)
-        for done in completions
+        token_spans.decode([i for i in done.ids if i not in stops], pieces) for done in completions
     ]
     starts = [
         find_answer_start(prompt, text.text) for prompt, text in zip(asked, decoded, strict=True)

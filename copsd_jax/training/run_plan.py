@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from copsd_jax.config import setting_rules
@@ -57,9 +56,7 @@ class Plan:
     weights_path: pathlib.Path
     model_config: transformer.ModelConfig
     tokenizer: prompts.Tokenizer
-    token_bytes: list[bytes]
-    stop_ids: tuple[int, ...]
-    valid_V: np.ndarray
+    vocabulary: request.Vocabulary
     rows: list[problem_row.Row]
     eval_rows: list[problem_row.Row]
     dropped: collections.Counter  # of training rows, by reason
@@ -76,7 +73,7 @@ class Plan:
     special_ids: tuple[int, ...]
     adapter_scale: float
     longest: dict[str, int]  # tokens of the longest prompt of each side
-    server: remote_engine.Server | None  # of sampler.engine=server, which answered
+    server: remote_engine.EngineServer | None  # of sampler.engine=server, which answered
 
 
 def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool = True) -> Plan:
@@ -140,10 +137,8 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
         weights_path=path,
         model_config=model_config,
         tokenizer=tok,
-        token_bytes=tokenizer.list_token_bytes(tok),
-        stop_ids=tokenizer.find_stop_ids(tok, path),
+        vocabulary=_build_vocabulary(tok, path, model_config.vocab_size),
         special_ids=tuple(sorted(tok.get_added_vocab().values())),
-        valid_V=tokenizer.mark_valid_ids(tok, model_config.vocab_size),
         rows=rows,
         eval_rows=eval_rows,
         dropped=dropped,
@@ -157,6 +152,14 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
         adapter_scale=adapter_scale(config),
         longest=longest,
         server=server,
+    )
+
+
+def _build_vocabulary(tok: prompts.Tokenizer, path: pathlib.Path, size: int) -> request.Vocabulary:
+    return request.Vocabulary(
+        valid_V=tokenizer.mark_valid_ids(tok, size),
+        token_bytes=tokenizer.list_token_bytes(tok),
+        stop_ids=tokenizer.find_stop_ids(tok, path),
     )
 
 
@@ -226,18 +229,22 @@ def _author(config: config_lib.Config) -> dict[tuple[str, int], str]:
     """Refuses a server or a file that cannot answer; the file's replies."""
     if config.author.kind == "server":
         names = "url model key_env timeout retries backoff concurrency cache".split()
-        client.check(client.Server(**{name: config.author[name] for name in names}), "author.")
+        client.check_server(
+            client.Server(**{name: config.author[name] for name in names}), "author."
+        )
     return replies.from_file(config.author.path) if config.author.kind == "file" else {}
 
 
-def _server(config: config_lib.Config, train: bool) -> remote_engine.Server | None:
+def _server(config: config_lib.Config, train: bool) -> remote_engine.EngineServer | None:
     """The server of sampler.*, of settings that go with one; nothing is asked."""
     s = config.sampler
     if s.engine != "server":
         return None
     names = "url model key_env timeout retries backoff concurrency dialect logprobs".split()
-    server = remote_engine.Server(**{n: s[n] for n in names}, max_model_len=s.max_model_len or None)
-    remote_engine.check(server)
+    server = remote_engine.EngineServer(
+        **{n: s[n] for n in names}, max_model_len=s.max_model_len or None
+    )
+    remote_engine.check_server(server)
     if (count := jax.process_count()) > 1:
         raise ValueError(f"sampler.engine is 'server': one process asks it, and there are {count}")
     if s.folder:
@@ -256,7 +263,7 @@ def _check_reported(config: config_lib.Config) -> None:
     """Losses that read the sampler's log-probabilities need a server that gives them."""
     c, r = config, config.rollout
     drawn = request.Sampling(r.max_tokens, r.temperature, r.top_k, r.top_p, r.min_p)
-    given = remote_engine.reported(c.sampler.logprobs, drawn)[0]
+    given = remote_engine.reports_log_probs(c.sampler.logprobs, drawn)[0]
     for section, key, off in (
         ("policy", "old", "trainer"), ("policy", "rollout_clip", 0), ("loss", "rollout_clip", 0),
     ):  # fmt: skip
@@ -268,7 +275,9 @@ def _check_reported(config: config_lib.Config) -> None:
             )
 
 
-def _connected(config, server: remote_engine.Server | None, longest) -> remote_engine.Server | None:
+def _connected(
+    config, server: remote_engine.EngineServer | None, longest
+) -> remote_engine.EngineServer | None:
     """The server once it answered, with room for each side's longest prompt and completion."""
     if server is None:
         return None

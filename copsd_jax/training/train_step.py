@@ -6,6 +6,7 @@ choice of weights in `teacher_mixture` and nothing more, and a policy loss on th
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from copsd_jax.losses import divergence_loss, policy_loss, token_blocks
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.training import layout
 
@@ -62,13 +64,6 @@ class PolicyLoss:
     kl: float = 0.0
     old: str = "trainer"  # | 'sampler'
     rollout_clip: float = 0.0
-
-
-class Policy(NamedTuple):
-    """Weights to run the model with: base parameters, and an adapter or None."""
-
-    params: dict
-    adapter: dict | None
 
 
 class PolicyStats(NamedTuple):
@@ -127,28 +122,31 @@ def init_state(trained: dict, tx: optax.GradientTransformation, teacher: str) ->
     return State(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema)
 
 
-def derive_policies(state: State, frozen: dict, options: Options, dtype: jnp.dtype) -> tuple:
+def derive_policies(
+    state: State, frozen: dict, options: Options, dtype: jnp.dtype
+) -> tuple[policy_lib.Policy, policy_lib.Policy]:
     """(student, teacher) of this state; of a trust region the initial policy, which writes.
 
     LoRA: `frozen` is the base; `fixed` is the base without adapter, which is the initial policy
     since adapters begin at 0. Full: `frozen` is the initial weights where they are needed.
     """
+    side = functools.partial(policy_lib.Policy, scale=options.adapter_scale)
     if options.trainable == "lora":
         teacher = {
             "fixed": None, "trust_region": None, "live": state.trained, "ema": state.ema,
         }[options.teacher]  # fmt: skip
-        return Policy(frozen, state.trained), Policy(frozen, teacher)
+        return side(frozen, state.trained), side(frozen, teacher)
     cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)  # noqa: E731
     student = cast(state.trained)
     if options.teacher in ("fixed", "trust_region"):
-        return Policy(student, None), Policy(frozen, None)
+        return side(student), side(frozen)
     teacher = student if options.teacher == "live" else cast(state.ema)
-    return Policy(student, None), Policy(teacher, None)
+    return side(student), side(teacher)
 
 
 def teacher_mixture(
-    student: Policy, teacher: Policy, options: Options
-) -> tuple[tuple[float, Policy], ...]:
+    student: policy_lib.Policy, teacher: policy_lib.Policy, options: Options
+) -> tuple[tuple[float, policy_lib.Policy], ...]:
     """The policies whose logits the teacher mixes, with their shares.
 
     One of share 1; of a trust region the initial policy with 1 - rho and the student's with rho,
@@ -177,8 +175,7 @@ def _mixed(
 
 def _hidden(
     decoder: transformer.Decoder,
-    sides: list[tuple[Policy, layout.Side, transformer.KV | None]],
-    scale: float,
+    sides: list[tuple[policy_lib.Policy, layout.Side, transformer.KV | None]],
 ) -> list[jax.Array]:
     """Hidden states `[B x C, D]` that predict the completion tokens, for each side.
 
@@ -190,7 +187,7 @@ def _hidden(
             side.positions_BL,
             side.segments_BL,
             policy.adapter,
-            scale,
+            policy.scale,
             prefix,
             parents_BL=side.parents_BL,
         )
@@ -283,20 +280,20 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
         )
         teacher, still = jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(student)
         # The same weights are the same object: one pass for all sides that have them.
-        still = still._replace(params=student.params)
+        still = dataclasses.replace(still, params=student.params)
         if options.trainable == "lora" or options.teacher == "live":
-            teacher = teacher._replace(params=student.params)
+            teacher = dataclasses.replace(teacher, params=student.params)
         encode = lambda side: None if student_prefix is None else shared_prefix.encode(  # noqa: E731
-            decoder, side.params, student_prefix[None], side.adapter, options.adapter_scale
+            decoder, side, student_prefix[None]
         )  # fmt: skip
         sides = [(student, micro.student, encode(student))]
         mix = teacher_mixture(still, teacher, options) if options.divergence else ()
         kvs = teacher_kv if mix and teacher_kv is not None else [None] * len(mix)
         sides += [(side, micro.teacher, kv) for (_, side), kv in zip(mix, kvs, strict=True)]
-        initial = Policy(frozen, None)
+        initial = policy_lib.Policy(frozen, scale=options.adapter_scale)
         if policy and policy.kl:
             sides.append((initial, micro.student, encode(initial)))
-        hidden_s, *others = _hidden(decoder, sides, options.adapter_scale)
+        hidden_s, *others = _hidden(decoder, sides)
         others = jax.lax.stop_gradient(others)
         total, stats, policy_stats = jnp.zeros((), jnp.float32), None, None
         if options.divergence:

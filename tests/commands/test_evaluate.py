@@ -1,5 +1,6 @@
 """An evaluation that is stopped goes on: oracle, one that never was."""
 
+import dataclasses
 import json
 
 import jax
@@ -59,7 +60,9 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
             got = evaluate.evaluate(r, policy, rows, seen.append, partial)
             # A finished one costs nothing; of another policy nothing is taken.
             assert evaluate.evaluate(r, policy, rows, None, partial) == want
-            other = policy._replace(adapter=jax.tree.map(lambda x: x + 0.3, policy.adapter))
+            other = dataclasses.replace(
+                policy, adapter=jax.tree.map(lambda x: x + 0.3, policy.adapter)
+            )
             assert evaluate.evaluate(r, other, rows, None, partial) != want
         assert got == want
         assert asked[0] == count

@@ -29,7 +29,7 @@ from copsd_jax.attention import decode_attention
 from copsd_jax.dryrun import budget, programs, report, topologies
 from copsd_jax.runtime import hardware, sharding
 from copsd_jax.sampler import engine
-from copsd_jax.training import builders, layout, memory, row_packing, run_plan
+from copsd_jax.training import builders, layout, loaded_run, memory, row_packing, run_plan
 
 optax_promotes = runs.optax_promotes
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
@@ -57,11 +57,11 @@ def built():
 
 def test_parts_are_what_a_run_holds(built):
     with runs.loaded("opsd", **MESH, **SHORT) as (r, state):
-        held = r.hand_over(r.frozen, state.trained, r.plan.adapter_scale)
+        held = r.hand_over(loaded_run.policies(r, state)[0])
         real = {
             "weights": on_device(r.frozen), "adapters": on_device(state.trained),
             "optimizer": on_device(state.optimizer), "average": 0,
-            "sampler's weights": on_device(held[0]),
+            "sampler's weights": on_device(held.params),
         }  # fmt: skip
     parts = built.phases["step"].parts
     # The tokenizer makes the real vocabulary a little wider or narrower than the shape's.
@@ -427,12 +427,12 @@ def test_the_model_of_memory_counts_repeated_key_heads():
     frame = programs.frame(runs.config("opsd", mesh__data=2, mesh__tensor=4), jax.devices())
     long = programs.lengths(frame.config, frame.model_config)
     counted = budget.parts(frame, long, "rollout")
-    entries = -(-(long.student + long.completion + engine.INSERTED) // 128) * 128
+    entries = -(-(long.student + long.completion + engine.INSERT_BLOCK) // 128) * 128
     slots = -(-frame.config.rollout.slots // 2) * 2
     decoder = builders.build_decoder(frame)
     assert decoder.key_heads == 4
     state = jax.eval_shape(
-        functools.partial(engine.empty, decoder, slots, entries, frame.dtype)
+        functools.partial(engine.init_state, decoder, slots, entries, frame.dtype)
     ).cache
     specs = decode_attention.find_mesh_axes(frame.mesh, slots, decoder.key_heads)
     place = NamedSharding(frame.mesh, PartitionSpec(None, *specs))

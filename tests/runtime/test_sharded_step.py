@@ -12,6 +12,7 @@ import pytest
 
 from copsd_jax.losses import divergence_loss
 from copsd_jax.model import lora, shared_prefix, transformer
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, handover, loop, request
 from copsd_jax.training import layout, train_step
@@ -107,23 +108,24 @@ def test_sampled_tokens_are_those_of_one_device(name):
     config, tensor = CASES[name]
     params, adapter = trees(config)
     sampling = [request.Sampling(10, 1.1), request.Sampling(10, 1.1, top_k=40, top_p=0.9)] * 3
-    keys = request.stream_keys(0, "rollout", 0, [str(i) for i in range(6)], [0] * 6)
+    keys = request.derive_keys(0, "rollout", 0, [str(i) for i in range(6)], [0] * 6)
 
-    def run(decoder, params, adapter):
-        prefix = shared_prefix.encode_ids(decoder, params, (7, 250, 31), adapter, SCALE)
+    def run(decoder, policy):
+        prefix = shared_prefix.encode_ids(decoder, policy, (7, 250, 31))
         return loop.generate(
-            decoder, params, PROMPTS, sampling, keys=keys, prefix=prefix, adapter=adapter,
-            adapter_scale=SCALE, settings=request.Settings(slots=4, steps=4),
+            decoder, policy, PROMPTS, sampling, keys=keys, prefix=prefix,
+            settings=request.SamplerSettings(slots=4, steps=4),
         ).completions  # fmt: skip
 
-    want = run(decoder_of(config, 1), params, adapter)
+    want = run(decoder_of(config, 1), policy_lib.Policy(params, adapter, SCALE))
     devices = sharding.make(1, 1, tensor, jax.devices()[:tensor])
     with jax.set_mesh(devices):
         place = functools.partial(sharding.place, mesh=devices, key_heads=config.n_kv_heads)
         hand_over = handover.HandOver(
             devices, None, config.n_kv_heads, merge=False, int8=False, gather=True
         )
-        got = run(decoder_of(config, tensor), *hand_over(place(params), place(adapter), SCALE))
+        placed = policy_lib.Policy(place(params), place(adapter), SCALE)
+        got = run(decoder_of(config, tensor), hand_over(placed))
     assert [c.ids for c in got] == [c.ids for c in want]
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
@@ -135,11 +137,15 @@ def test_padding_is_never_drawn():
     config = CASES[FIRST][0]
     params = trees(config)[0] | {"head": {"kernel": jnp.zeros((509, 64), jnp.float32)}}
     devices = sharding.make(1, 1, 8)
-    keys = request.stream_keys(0, "rollout", 0, [str(i) for i in range(16)], [0] * 16)
+    keys = request.derive_keys(0, "rollout", 0, [str(i) for i in range(16)], [0] * 16)
     with jax.set_mesh(devices):
         placed = sharding.place(params, devices, config.n_kv_heads)
         out = loop.generate(
-            decoder_of(config, 8), placed, [(1, 2)] * 16, request.Sampling(40), keys=keys
+            decoder_of(config, 8),
+            policy_lib.Policy(placed),
+            [(1, 2)] * 16,
+            request.Sampling(40),
+            keys=keys,
         ).completions
     drawn = np.array([c.ids for c in out])
     assert drawn.max() < 509
@@ -153,9 +159,9 @@ def test_each_device_has_the_key_heads_of_its_queries():
     decoder = decoder_of(config, tensor)
     assert (decoder.key_repeats, decoder.key_heads) == (4, 8)
     devices = sharding.make(1, 1, tensor)
-    state = jax.eval_shape(lambda: engine.empty(decoder, 4, 128, jnp.float32))
+    state = jax.eval_shape(lambda: engine.init_state(decoder, 4, 128, jnp.float32))
     assert state.cache.k.shape == (2, 4, 8, 128, 8)
-    spec: Any = engine.places(state, devices).cache.k
+    spec: Any = engine.partition_state(state, devices).cache.k
     assert jax.sharding.NamedSharding(devices, spec).shard_shape(state.cache.k.shape)[2] == 1
     params, _ = trees(config)
     one, many = transformer.Decoder(config, jnp.float32), decoder

@@ -92,8 +92,10 @@ def test_every_leaf_of_every_shape_lies_where_it_should():
             for dtype in (jnp.bfloat16, jnp.int8):
                 repeats = sharding.key_repeats(config.n_heads, config.n_kv_heads, tensor)
                 decoder = transformer.Decoder(config, jnp.bfloat16, key_repeats=repeats)
-                state = jax.eval_shape(functools.partial(engine.empty, decoder, 32, 128, dtype))
-                places = engine.places(state, where)
+                state = jax.eval_shape(
+                    functools.partial(engine.init_state, decoder, 32, 128, dtype)
+                )
+                places = engine.partition_state(state, where)
                 for leaf, spec in zip(*map(jax.tree.leaves, (state, places)), strict=True):
                     parts = fsdp * (tensor if leaf.ndim > 3 else 1)
                     assert held(leaf, NamedSharding(where, spec)) == 1 / parts

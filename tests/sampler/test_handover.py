@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from copsd_jax.model import lora, transformer
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import handover, loop, request
 
@@ -38,16 +39,20 @@ def close(a, b, atol=1e-6):
 def test_nothing_is_copied_where_both_layouts_are_one(sizes):
     devices = sharding.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     params, adapter = (sharding.place(tree, devices, CONFIG.n_kv_heads) for tree in trees())
-    got = hand_over(devices)(params, adapter, 0.5)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves((params, adapter)), strict=True):
+    policy = policy_lib.Policy(params, adapter, 0.5)
+    got = hand_over(devices)(policy)
+    assert got.scale == 0.5
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(policy), strict=True):
         assert x is y
 
 
 def test_what_fsdp_splits_is_gathered_once_and_the_adapter_each_time():
     devices = sharding.make(1, 4, 2)
     params, adapter = (sharding.place(tree, devices, CONFIG.n_kv_heads) for tree in trees())
+    policy = policy_lib.Policy(params, adapter, 0.5)
     over = hand_over(devices, params)
-    base, first = over(params, adapter, 0.5)
+    handed = over(policy)
+    base, first = handed.params, handed.adapter
     close(base, params)
     close(first, adapter)
     kernel = base["layers"]["q"]["kernel"]
@@ -55,28 +60,29 @@ def test_what_fsdp_splits_is_gathered_once_and_the_adapter_each_time():
     a = first["q"]["a"]
     assert a.sharding.shard_shape(a.shape) == a.shape
     later = jax.tree.map(lambda x: x + 1, adapter)
-    again, second = over(params, later, 0.5)
-    assert again is base
-    close(second, later)
+    again = over(dataclasses.replace(policy, adapter=later))
+    assert again.params is base
+    close(again.adapter, later)
     other = jax.tree.map(lambda x: x * 2, params)
-    moved = over(other, adapter, 0.5)[0]
+    moved = over(dataclasses.replace(policy, params=other)).params
     close(moved, other)
     kept = weakref.ref(moved["embed"]["embedding"])
-    assert over(params, adapter, 0.5)[0] is base
+    assert over(policy).params is base
     del moved
     gc.collect()
     assert kept() is None  # nothing is held of what is not frozen
-    same = hand_over(devices, gather=False)(params, adapter, 0.5)
-    assert same[0] is params
-    assert same[1] is adapter
+    same = hand_over(devices, gather=False)(policy)
+    assert same.params is params
+    assert same.adapter is adapter
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_merged(sizes):
     devices = sharding.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     params, adapter = (sharding.place(tree, devices, CONFIG.n_kv_heads) for tree in trees())
-    got, none = hand_over(devices, merge=True)(params, adapter, 0.5)
-    assert none is None
+    merged = hand_over(devices, merge=True)(policy_lib.Policy(params, adapter, 0.5))
+    assert merged.adapter is None
+    got = merged.params
     for name in lora.TARGETS:
         parts = params["layers"][name]["kernel"], adapter[name]["a"], adapter[name]["b"]
         kernel, a, b = (np.asarray(x, np.float64) for x in parts)
@@ -90,9 +96,11 @@ def test_int8_kernels():
     params, adapter = trees()
     devices = sharding.make(1, 1, 1, devices=jax.devices()[:1])
     over = hand_over(devices, params, int8=True)
-    got, same = over(params, adapter, 0.5)
-    assert same is adapter
-    assert over(params, adapter, 0.5)[0] is got
+    policy = policy_lib.Policy(params, adapter, 0.5)
+    handed = over(policy)
+    got = handed.params
+    assert handed.adapter is adapter
+    assert over(policy).params is got
     plain = dict(got, layers=dict(got["layers"]))
     for name in lora.TARGETS:
         kernel = np.asarray(params["layers"][name]["kernel"])
@@ -111,14 +119,20 @@ def test_int8_kernels():
 def test_int8_weights_on_a_mesh_and_in_the_sampler():
     params, adapter = trees()
     prompts, sampling = [(5, 6), (7,)], request.Sampling(8, temperature=0.0)
-    keys = request.stream_keys(0, "rollout", 0, ["a", "b"], [0, 0])
+    keys = request.derive_keys(0, "rollout", 0, ["a", "b"], [0, 0])
     texts = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         devices = sharding.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
         placed = [sharding.place(tree, devices, CONFIG.n_kv_heads) for tree in (params, adapter)]
-        tree, side = hand_over(devices, int8=True)(*placed, 0.5)
+        policy = hand_over(devices, int8=True)(policy_lib.Policy(*placed, 0.5))
         with jax.set_mesh(devices):
-            out = loop.generate(DECODER, tree, prompts, sampling, keys=keys, adapter=side,
-                                adapter_scale=0.5, settings=request.Settings(slots=8))  # fmt: skip
+            out = loop.generate(
+                DECODER,
+                policy,
+                prompts,
+                sampling,
+                keys=keys,
+                settings=request.SamplerSettings(slots=8),
+            )
         texts.append([c.ids for c in out.completions])
     assert texts[0] == texts[1]

@@ -14,7 +14,7 @@ STEM = tuple(range(100, 120))
 
 def test_the_picture():
     stem = STEM[:16]
-    rows, places = prompt_packing.row([(*stem, 1, 2), (*stem, 3), (7, 8)], 32)
+    rows, places = prompt_packing.pack_row([(*stem, 1, 2), (*stem, 3), (7, 8)], 32)
     assert places[(7, 8)] == (0, 2, 0)
     assert places[(*stem, 1, 2)] == (2, 16, 18)
     assert places[(*stem, 3)] == (2, 16, 20)
@@ -39,7 +39,7 @@ def test_the_picture():
     ],
 )
 def test_families_save_tokens(prompts, shared):
-    found = prompt_packing.families(prompts)
+    found = prompt_packing.group_by_beginning(prompts)
     assert sorted(n for n, _ in found) == sorted(shared)
     assert sorted(p for _, members in found for p in members) == sorted(set(prompts))
 
@@ -57,9 +57,9 @@ texts = st.lists(
 @given(texts)
 def test_every_token_sees_its_own_prompt(parts):
     prompts = [(*(STEM * 2)[:n], *rest) for n, rest in parts]
-    total = prompt_packing.tokens(prompts)
+    total = prompt_packing.count_tokens(prompts)
     assert total <= sum(map(len, set(prompts)))
-    rows, places = prompt_packing.row(prompts, total)
+    rows, places = prompt_packing.pack_row(prompts, total)
     tokens, index, segments, parents = rows
     assert (segments > 0).all()
     for prompt, place in places.items():
@@ -76,7 +76,7 @@ def test_every_token_sees_its_own_prompt(parts):
 
 def test_fit_counts_what_is_in_common_once():
     prompts = [(*STEM, i) for i in range(5)]
-    assert [prompt_packing.fit(prompts, width) for width in (20, 21, 22, 23, 25, 99)] == [
+    assert [prompt_packing.count_fitting(prompts, width) for width in (20, 21, 22, 23, 25, 99)] == [
         0,
         1,
         2,
@@ -86,9 +86,9 @@ def test_fit_counts_what_is_in_common_once():
     ]
     for n, width in itertools.product(range(6), (10, 30, 60)):
         many = [tuple(range(k, k + 9 + k)) for k in range(n)]
-        count = prompt_packing.fit(many, width)
-        assert count == 0 or prompt_packing.tokens(many[:count]) <= width
-        assert count == n or prompt_packing.tokens(many[: count + 1]) > width
+        count = prompt_packing.count_fitting(many, width)
+        assert count == 0 or prompt_packing.count_tokens(many[:count]) <= width
+        assert count == n or prompt_packing.count_tokens(many[: count + 1]) > width
 
 
 @pytest.mark.parametrize(
@@ -98,4 +98,4 @@ def test_fit_counts_what_is_in_common_once():
      (300, 512, (128, 256, 304, 512))],
 )  # fmt: skip
 def test_buckets(pack, longest, widths):
-    assert prompt_packing.buckets(pack, longest) == widths
+    assert prompt_packing.list_buckets(pack, longest) == widths

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from copsd_jax.model import lora, shared_prefix, transformer
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, loop, program_cache, request, truncation
 
@@ -32,15 +33,15 @@ def params():
 
 @functools.cache
 def prefix():
-    return shared_prefix.encode_ids(DECODER, params(), PREFIX)
+    return shared_prefix.encode_ids(DECODER, policy_lib.Policy(params()), PREFIX)
 
 
 def keys_of(prompts, seed=0):
     names = [f"row {i}" for i in range(len(prompts))]
-    return request.stream_keys(seed, "rollout", 0, names, [0] * len(prompts))
+    return request.derive_keys(seed, "rollout", 0, names, [0] * len(prompts))
 
 
-SIZES = [field.name for field in dataclasses.fields(request.Settings)]
+SIZES = [field.name for field in dataclasses.fields(request.SamplerSettings)]
 
 
 def result(sampling, prompts=PROMPTS, keys=None, shared=True, decoder=DECODER, **options):
@@ -49,8 +50,14 @@ def result(sampling, prompts=PROMPTS, keys=None, shared=True, decoder=DECODER, *
     sizes |= {name: options.pop(name) for name in SIZES if name in options}
     if shared:
         options["prefix"] = prefix()
-    return loop.generate(decoder, options.pop("params", params()), prompts, sampling,
-                         keys=keys, settings=request.Settings(**sizes), **options)  # fmt: skip
+    policy = options.pop("policy", policy_lib.Policy(options.pop("params", params())))
+    vocabulary = request.Vocabulary(
+        options.pop("valid_V", np.ones(300, bool)), options.pop("token_bytes", ())
+    )
+    return loop.generate(
+        decoder, policy, prompts, sampling, keys=keys, settings=request.SamplerSettings(**sizes),
+        vocabulary=vocabulary, **options,
+    )  # fmt: skip
 
 
 def generate(*args, **options):
@@ -105,11 +112,13 @@ def test_log_probs_equal_the_full_forward(sampling):
     out = generate(sampling, valid_V=valid)
     one = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
     dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
-    settings = truncation.Rows(*(jnp.full(12, x, d) for x, d in zip(one, dtypes, strict=True)))
+    settings = truncation.RowSettings(
+        *(jnp.full(12, x, d) for x, d in zip(one, dtypes, strict=True))
+    )
     score = jax.jit(truncation.log_probs, static_argnums=2)
     for c, logits in zip(out, predicting(PROMPTS, out), strict=True):
         assert max(c.ids) < 290
-        rows = score(logits, settings, truncation.form([one]), jnp.asarray(valid))
+        rows = score(logits, settings, truncation.find_features([one]), jnp.asarray(valid))
         for got, want in zip((c.logps, c.logps_truncated), rows, strict=True):
             assert got.dtype == np.float32
             np.testing.assert_allclose(got, want[np.arange(12), np.array(c.ids)], atol=1e-4)
@@ -218,11 +227,12 @@ def test_adapter_equals_merged_weights():
     key = jax.random.key(3)
     adapter = lora.init_adapter(CONFIG, 4, ("q", "v", "down"), key)
     adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape, x.dtype), adapter)
-    kv = shared_prefix.encode_ids(DECODER, params(), PREFIX, adapter, 0.5)
+    policy = policy_lib.Policy(params(), adapter, 0.5)
+    kv = shared_prefix.encode_ids(DECODER, policy, PREFIX)
     run = functools.partial(generate, PLAIN, shared=False)
-    merged = lora.merge_adapter(params(), adapter, 0.5)
-    want = run(params=merged, prefix=shared_prefix.encode_ids(DECODER, merged, PREFIX))
-    same(run(prefix=kv, adapter=adapter, adapter_scale=0.5), want, atol=1e-4)
+    merged = policy_lib.Policy(lora.merge_adapter(params(), adapter, 0.5))
+    want = run(policy=merged, prefix=shared_prefix.encode_ids(DECODER, merged, PREFIX))
+    same(run(prefix=kv, policy=policy), want, atol=1e-4)
     assert [c.ids for c in want] != [c.ids for c in generate(PLAIN)]
 
 
@@ -232,16 +242,17 @@ def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
     if adapted:
         adapter = lora.init_adapter(CONFIG, 2, lora.TARGETS, jax.random.key(1))
         noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape)  # noqa: E731
-        options |= {"adapter": jax.tree.map(noise, adapter), "adapter_scale": 0.5}
-        options["prefix"] = shared_prefix.encode_ids(
-            DECODER, params(), PREFIX, options["adapter"], options["adapter_scale"]
-        )
+        policy = policy_lib.Policy(params(), jax.tree.map(noise, adapter), 0.5)
+        prefix_kv = shared_prefix.encode_ids(DECODER, policy, PREFIX)
+        options |= {"policy": policy, "prefix": prefix_kv}
     with jax.set_mesh(sharding.make(1, 1, 1, devices=jax.devices()[:1])):
         stacked = generate(CUT, **options)
-        monkeypatch.setattr(engine, "UNSTACKED", 0)
+        monkeypatch.setattr(engine, "UNSTACK_FROM", 0)
         same(generate(CUT, **options), stacked)
-        real = engine.unstacked
-        monkeypatch.setattr(engine, "unstacked", lambda *a: jax.tree.map(jnp.zeros_like, real(*a)))
+        real = engine.unstack_layers
+        monkeypatch.setattr(
+            engine, "unstack_layers", lambda *a: jax.tree.map(jnp.zeros_like, real(*a))
+        )
         changed = generate(CUT, **options)
     assert [c.ids for c in changed] != [c.ids for c in stacked]  # it is these that are read
 
@@ -251,22 +262,24 @@ def test_when_layers_are_arrays_of_their_own():
     large = transformer.init_params(
         dataclasses.replace(CONFIG, d_ff=8192), jax.random.key(0), jnp.float32
     )  # of 7 MiB a layer
-    place = lambda tree, where: sharding.place(tree, where, CONFIG.n_kv_heads)  # noqa: E731
-    params = place(large, one)
-    layers = engine.unstacked(params, None, None, one)
+    place = lambda tree, where: policy_lib.Policy(  # noqa: E731
+        sharding.place(tree, where, CONFIG.n_kv_heads)
+    )
+    policy = place(large, one)
+    layers = engine.unstack_layers(policy, None, one)
     assert layers is not None
     assert len(layers) == CONFIG.n_layers
-    begin = params["layers"]["up"]["kernel"].unsafe_buffer_pointer()
+    begin = policy.params["layers"]["up"]["kernel"].unsafe_buffer_pointer()
     for i, layer in enumerate(layers):  # no memory of their own
         kernel = layer.params["up"]["kernel"]
         assert kernel.unsafe_buffer_pointer() == begin + i * kernel.nbytes
         np.testing.assert_array_equal(kernel, large["layers"]["up"]["kernel"][i])
     two = sharding.make(1, 1, 2, devices=jax.devices()[:2])
-    assert engine.unstacked(place(large, two), None, None, two) is None
-    assert engine.unstacked(jax.eval_shape(lambda: params), None, None, one) is None
+    assert engine.unstack_layers(place(large, two), None, two) is None
+    assert engine.unstack_layers(jax.eval_shape(lambda: policy), None, one) is None
     small = place(transformer.init_params(CONFIG, jax.random.key(0), jnp.float32), one)
-    assert engine.unstacked(small, None, None, one) is None
-    assert engine.unstacked(place(lora.quantise_projections(large), one), None, None, one) is None
+    assert engine.unstack_layers(small, None, one) is None
+    assert engine.unstack_layers(place(lora.quantise_projections(large), one), None, one) is None
 
 
 def test_bfloat16_weights():
@@ -297,7 +310,7 @@ def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
         )
         got = result(
             sampling, prompts, keys, shared=False, params=placed, slots=8,
-            prefix=shared_prefix.encode_ids(DECODER, placed, PREFIX),
+            prefix=shared_prefix.encode_ids(DECODER, policy_lib.Policy(placed), PREFIX),
         )  # fmt: skip
     same(got.completions, want)
 
@@ -365,13 +378,13 @@ def test_a_refill_does_not_wait_for_the_slowest():
 
 def test_prefilled_prompts_do_not_pile_up(monkeypatch):
     """64 slots and prompts of which one fills a row: each has its slot before the next is made."""
-    held, insert = [], loop._insert
+    held, insert = [], loop._insert_prefilled
 
     def counted(job, state, ready, serving):
         held.append(len({id(text.output) for part in ready for text in part}))
         return insert(job, state, ready, serving)
 
-    monkeypatch.setattr(loop, "_insert", counted)
+    monkeypatch.setattr(loop, "_insert_prefilled", counted)
     prompts = [tuple(range(i, i + 100)) for i in range(30)] * 2
     out = result(PLAIN, prompts, slots=32, pack=128, limits=[1 + i % 3 for i in range(60)])
     assert max(held) <= 2
@@ -415,24 +428,24 @@ def compiled_events():
 
 def test_nothing_is_compiled_after_warmup():
     """Nor for other prompts, settings of the same form, limits and orders."""
-    size = request.Settings(slots=4, length=150, steps=5, pack=100)
+    size = request.SamplerSettings(slots=4, length=150, steps=5, pack=100)
     keys = np.asarray(keys_of([*PROMPTS, *PROMPTS]))
-    options = dict(prefix=prefix(), adapter=None, adapter_scale=1.0, valid_V=None,
-                   token_bytes=None, limits=None)  # fmt: skip
-    job = request.plan(DECODER, params(), PROMPTS, [CUT] * 8, keys_n2=keys[:8], settings=size,
-                    longest=138, **options)  # fmt: skip
-    names = [program.name for program in loop.warmup(job)]
+    job = request.prepare_inputs(
+        DECODER, policy_lib.Policy(params()), PROMPTS, [CUT] * 8, keys_n2=keys[:8], settings=size,
+        longest=138, prefix=prefix(), vocabulary=None, limits=None,
+    )  # fmt: skip
+    names = [program.name for program in loop.compile_programs(job)]
     assert names == ["empty cache", "prefill 128", "insert 128", "prefill 256", "insert 256",
                      "decode 4 x 256"]  # fmt: skip
     keys_of(PROMPTS)
-    before, events = program_cache.built(), compiled_events()
+    before, events = program_cache.list_programs(), compiled_events()
     generate(CUT, [*PROMPTS, *PROMPTS], keys, slots=4, length=150, steps=5, pack=100)
     others = [(*range(i, i + 130), i) for i in range(8)]
     generate(dataclasses.replace(CUT, top_k=33, temperature=0.3), others, keys[:8], slots=4,
              length=150, steps=5, pack=100, limits=[3, 4, 5, 6, 7, 8, 9, 10])  # fmt: skip
     for count in (5, 6, 7):
         keys_of(PROMPTS[:count])
-    assert program_cache.built() == before
+    assert program_cache.list_programs() == before
     assert events == []
 
 
@@ -443,26 +456,29 @@ def test_10_000_generations_leave_nothing_behind():
     generate(PLAIN, prompts, keys, limits=[1 + i % 6 for i in range(500)])
     gc.collect()
     before, size = len(jax.live_arrays()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    built = program_cache.built()
+    built = program_cache.list_programs()
     for _ in range(20):
         generate(PLAIN, prompts, keys, limits=[1 + i % 6 for i in range(500)])
     gc.collect()
-    assert program_cache.built() == built
+    assert program_cache.list_programs() == built
     assert len(jax.live_arrays()) == before
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size
     assert grown < 20_000  # KiB; the cache alone has 4 MiB, made 20 times
 
 
 def test_memory_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(engine, "UNSTACKED", 0)  # weights in two shapes are counted once
-    size = request.Settings(slots=64, length=960, cache=jnp.bfloat16)
+    monkeypatch.setattr(engine, "UNSTACK_FROM", 0)  # weights in two shapes are counted once
+    size = request.SamplerSettings(slots=64, length=960, cache=jnp.bfloat16)
     keys = np.zeros((1, 2), np.uint32)
-    job = request.plan(DECODER, params(), [(1,)], [PLAIN], keys_n2=keys, settings=size, prefix=None,
-                    adapter=None, adapter_scale=1.0, valid_V=None, token_bytes=None,
-                    limits=None)  # fmt: skip
+    job = request.prepare_inputs(
+        DECODER, policy_lib.Policy(params()), [(1,)], [PLAIN], keys_n2=keys, settings=size,
+        prefix=None, vocabulary=None, limits=None,
+    )  # fmt: skip
     entry = 2 * 2 * 2 * 16 * 2  # layers, keys and values, key heads, head size, bytes
     cache = 64 * 1024 * entry
-    slots = sum(x.nbytes // 64 for x in jax.tree.leaves(engine.empty(DECODER, 64, 128, bool).slots))
+    slots = sum(
+        x.nbytes // 64 for x in jax.tree.leaves(engine.init_state(DECODER, 64, 128, bool).slots)
+    )
     weights = sum(x.nbytes for x in jax.tree.leaves(params())) + 4 * 300
     loop.check_memory(job, 1 << 20, cache + 64 * slots + weights + (1 << 20))
     message = (
@@ -486,7 +502,7 @@ def test_memory_that_is_not_there(monkeypatch):
 def test_keys():
     """The chain by hand; every part counts; nothing else does."""
     rows = ["a", "a", "b", "a"]
-    keys = np.asarray(request.stream_keys(1, "evaluation", 2, rows, [0, 1, 0, 0]))
+    keys = np.asarray(request.derive_keys(1, "evaluation", 2, rows, [0, 1, 0, 0]))
     assert keys.dtype == np.uint32
     assert keys.shape == (4, 2)
     fold = jax.random.fold_in
@@ -494,11 +510,11 @@ def test_keys():
     by_hand = functools.reduce(fold, words, jax.random.key(1, impl="threefry2x32"))
     np.testing.assert_array_equal(keys[1], jax.random.key_data(by_hand))
     np.testing.assert_array_equal(keys[0], keys[3])
-    others = [request.stream_keys(*a, ["a"], [0]) for a in
+    others = [request.derive_keys(*a, ["a"], [0]) for a in
               ((1, "rollout", 2), (1, "evaluation", 3), (2, "evaluation", 2))]  # fmt: skip
     assert len({tuple(k) for k in [*keys[:3].tolist(), *(np.asarray(o)[0] for o in others)]}) == 6
     with pytest.raises(ValueError, match=r"purpose is 'x': the choices are rollout, evaluation"):
-        request.stream_keys(0, "x", 0, [], [])
+        request.derive_keys(0, "x", 0, [], [])
 
 
 def test_no_prompts():
@@ -533,7 +549,7 @@ def test_no_prompts():
         ({"keys": np.zeros((3, 2), np.uint32)}, "keys are uint32"),
         (
             {"sampling": request.Sampling(3, stop=("a",)), "token_bytes": [b"a"]},
-            "token_bytes has 1 entries",
+            "of every valid id and of at most 300, and there are 1",
         ),
     ],
 )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import loop, request, truncation
@@ -68,7 +69,7 @@ def texts(name, sampling, way=WAYS[0], cache=None):
     slots, steps, pack, length, backwards, devices = way
     config, decoder = CONFIGS[name][0], transformer.Decoder(CONFIGS[name][0], jnp.float32)
     asked = prompts(name)[: served(name, way)]
-    keys = np.asarray(request.stream_keys(7, "rollout", 0, [str(i) for i in range(len(asked))],
+    keys = np.asarray(request.derive_keys(7, "rollout", 0, [str(i) for i in range(len(asked))],
                                        [0] * len(asked)))  # fmt: skip
     order = range(len(asked))[:: -1 if backwards else 1]
     with jax.set_mesh(sharding.make(devices, 1, 1, devices=jax.devices()[:devices])):
@@ -77,8 +78,10 @@ def texts(name, sampling, way=WAYS[0], cache=None):
             tree = sharding.replicate(tree, sharding.current())
         valid = np.arange(config.vocab_size) < config.vocab_size - 1
         out = loop.generate(
-            decoder, tree, [asked[i] for i in order], sampling, keys=keys[list(order)],
-            settings=request.Settings(slots, length, steps, pack, cache), valid_V=valid,
+            decoder, policy_lib.Policy(tree), [asked[i] for i in order], sampling,
+            keys=keys[list(order)],
+            settings=request.SamplerSettings(slots, length, steps, pack, cache),
+            vocabulary=request.Vocabulary(valid),
         ).completions  # fmt: skip
     return out[:: -1 if backwards else 1]
 
@@ -168,9 +171,9 @@ def test_sampled_text_is_the_same_however_it_is_served(name):
         for top_p in (0.95, 0.95 - NEAR, 0.95 + NEAR):
             one = (0.8, 100, top_p, 0.01)
             dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
-            rows = truncation.Rows(*(jnp.full(len(logits), x, d)
+            rows = truncation.RowSettings(*(jnp.full(len(logits), x, d)
                                    for x, d in zip(one, dtypes, strict=True)))  # fmt: skip
-            tempered, cut = score(logits, rows, truncation.form([one]), valid)
+            tempered, cut = score(logits, rows, truncation.find_features([one]), valid)
             np.testing.assert_allclose(c.logps, np.asarray(tempered)[at], atol=1e-4)
             gaps.append(np.abs(c.logps_truncated - np.asarray(cut)[at]))
             if top_p == 0.95:
@@ -204,10 +207,10 @@ def test_50_000_samples_have_the_truncated_distribution():
         transformer.init_params(config, jax.random.key(0), F32),
     )
     sampling = request.Sampling(1, temperature=1.3, top_k=60, top_p=0.9, min_p=0.02)
-    keys = request.stream_keys(3, "rollout", 0, ["row"] * count, range(count))
+    keys = request.derive_keys(3, "rollout", 0, ["row"] * count, range(count))
     out = loop.generate(
-        decoder, tree, [(5, 6, 7)] * count, sampling, keys=keys,
-        settings=request.Settings(slots=2_000, steps=1),
+        decoder, policy_lib.Policy(tree), [(5, 6, 7)] * count, sampling, keys=keys,
+        settings=request.SamplerSettings(slots=2_000, steps=1),
     ).completions  # fmt: skip
     whole = np.array([[5, 6, 7]], np.int32)
     logits = np.asarray(_forward(config)(tree, whole, np.array([3]))[0, -1], np.float64)
@@ -232,10 +235,11 @@ def test_50_000_samples_have_the_truncated_distribution():
 def test_oracle_sees_a_prefix_as_plain_tokens():
     """The prefix of the engine is what its tokens are: else the tests above would miss it."""
     name, decoder = "tiny qwen3", transformer.Decoder(TINY, jnp.float32)
-    keys = request.stream_keys(0, "rollout", 0, ["a"], [0])
+    keys = request.derive_keys(0, "rollout", 0, ["a"], [0])
     sampling = request.Sampling(20, temperature=0.0)
-    run = functools.partial(loop.generate, decoder, weights(name), keys=keys, sampling=sampling)
-    kv = shared_prefix.encode_ids(decoder, weights(name), (4, 5, 6))
+    policy = policy_lib.Policy(weights(name))
+    run = functools.partial(loop.generate, decoder, policy, keys=keys, sampling=sampling)
+    kv = shared_prefix.encode_ids(decoder, policy, (4, 5, 6))
     apart = run(prompts=[(7, 8)], prefix=kv).completions[0]
     whole = run(prompts=[(4, 5, 6, 7, 8)]).completions[0]
     assert apart.ids == whole.ids

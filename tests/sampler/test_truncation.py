@@ -71,7 +71,7 @@ def problem(count, vocab, seed=0, scale=3.0):
 def rows_of(settings):
     types = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
     columns = zip(*settings, strict=True)
-    return truncation.Rows(*(jnp.asarray(c, t) for c, t in zip(columns, types, strict=True)))
+    return truncation.RowSettings(*(jnp.asarray(c, t) for c, t in zip(columns, types, strict=True)))
 
 
 def keys_of(count, seed=7):
@@ -87,12 +87,12 @@ def compiled(function, form):
 
 
 def log_probs(logits, settings, valid, form=None):
-    run = compiled(truncation.log_probs, form or truncation.form(settings))
+    run = compiled(truncation.log_probs, form or truncation.find_features(settings))
     return jax.device_get(run(logits, rows_of(settings), jnp.asarray(valid)))
 
 
 def sample(logits, keys, settings, valid, form=None):
-    run = compiled(truncation.sample, form or truncation.form(settings))
+    run = compiled(truncation.sample, form or truncation.find_features(settings))
     return jax.device_get(run(logits, keys, rows_of(settings), jnp.asarray(valid)))
 
 
@@ -138,7 +138,7 @@ def test_mixed_rows_equal_each_row_alone(largest):
 
 def both(logits, keys, settings, valid):
     """`sample` and `log_probs` in one program, which compiles faster than two."""
-    run = all_at_once(truncation.form(settings))
+    run = all_at_once(truncation.find_features(settings))
     return jax.device_get(run(logits, keys, rows_of(settings), valid))
 
 
@@ -161,7 +161,7 @@ def test_a_row_depends_on_its_key_logits_and_settings_alone():
     moved = sample(logits[order], keys[order], [settings[j] for j in order], valid)
     for a, b in zip(plain, moved, strict=True):
         np.testing.assert_array_equal(a[order], b)
-    form = truncation.form(settings)
+    form = truncation.find_features(settings)
     others = [s if j % 3 == 0 else PLAIN for j, s in enumerate(settings)]
     for a, b in zip(plain, sample(logits, keys, others, valid, form), strict=True):
         np.testing.assert_array_equal(a[::3], b[::3])
@@ -310,7 +310,7 @@ def test_ids_outside_valid_are_never_drawn():
     keys = keys_of(len(settings))
     token, *_ = sample(logits, keys, settings, few)
     assert set(token.tolist()) == {140, 150, 160}
-    form, rows = truncation.form(settings), rows_of(settings)
+    form, rows = truncation.find_features(settings), rows_of(settings)
     everywhere = sample(logits, keys, settings, np.ones(300, bool))
     unmasked = jax.jit(lambda x, k, r: truncation.sample(x, k, r, form, None))(logits, keys, rows)
     np.testing.assert_array_equal(unmasked[0], everywhere[0])
@@ -323,7 +323,7 @@ def test_rows_and_vocabulary_split_over_devices(vocab):
     """Eight devices equal one. With `shards`, no device gets the logits of a whole row."""
     assert vocab % (128 * 2)
     settings = [s for s in SETTINGS * 2 if s[1] <= 20][:16]
-    form, rows = truncation.form(settings), rows_of(settings)
+    form, rows = truncation.find_features(settings), rows_of(settings)
     logits, valid = problem(len(settings), vocab, seed=6)
     keys = keys_of(len(settings))
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -353,11 +353,11 @@ def test_rows_and_vocabulary_split_over_devices(vocab):
 
 
 def test_form_is_the_least_that_serves_all():
-    off = truncation.Form(
+    off = truncation.Features(
         greedy=False, noise=True, tempered=False, cap=0, full=True, top_p=False, min_p=False
     )
-    assert vars(truncation.form([PLAIN])) == vars(off)
-    greedy = vars(truncation.form([(0.0, 40, 0.9, 0.1)]))
+    assert vars(truncation.find_features([PLAIN])) == vars(off)
+    greedy = vars(truncation.find_features([(0.0, 40, 0.9, 0.1)]))
     assert greedy == dict.fromkeys(greedy, False) | {"greedy": True, "cap": 0}
     for settings, changed in (
         ([(0.7, 0, 1.0, 0.0)], {"tempered": True}),
@@ -370,9 +370,9 @@ def test_form_is_the_least_that_serves_all():
         ([(1.0, 0, 0.9, 0.0), PLAIN], {"top_p": True}),
         ([PLAIN, (1.0, 0, 1.0, 0.1)], {"min_p": True}),
     ):
-        assert vars(truncation.form(settings)) == vars(off) | changed, settings
+        assert vars(truncation.find_features(settings)) == vars(off) | changed, settings
     with pytest.raises(ValueError, match="at least one"):
-        truncation.form([])
+        truncation.find_features([])
 
 
 @pytest.mark.parametrize(
@@ -388,4 +388,4 @@ def test_form_is_the_least_that_serves_all():
 )
 def test_settings_out_of_range(settings, name):
     with pytest.raises(ValueError, match=f"^{name} is .*must be"):
-        truncation.check(*settings, vocab_size=10)
+        truncation.check_settings(*settings, vocab_size=10)

@@ -190,10 +190,10 @@ def server_of(critic, **changes: object) -> client.Server:
     return at(critic.server_address[1], **changes)
 
 
-def ask(text: str, **changes: object) -> client.Request:
+def ask(text: str, **changes: object) -> client.ChatRequest:
     messages = [{"role": "system", "content": "Be strict."}, {"role": "user", "content": text}]
     settings = dict(temperature=0.0, top_p=1.0, max_tokens=64, seed=1)
-    return client.Request(messages, **{**settings, **changes})
+    return client.ChatRequest(messages, **{**settings, **changes})
 
 
 def closed_port() -> int:
@@ -378,7 +378,7 @@ def test_cache_names_files_by_content(critic, tmp_path):
     name = hashlib.sha256(canonical.encode()).hexdigest() + ".json"
     assert [path.name for path in pathlib.Path(server.cache).iterdir()] == [name]
 
-    def sent(server: client.Server, request: client.Request) -> bool:
+    def sent(server: client.Server, request: client.ChatRequest) -> bool:
         critic.requests.clear()
         client.ask_all(server, [request])
         return bool(critic.requests)
@@ -487,20 +487,20 @@ def test_a_stopped_caller_begins_nothing_more(critic):
 )
 def test_check_refuses(changes, message, monkeypatch):
     monkeypatch.setenv(VARIABLE, KEY)
-    client.check(at(8000))
+    client.check_server(at(8000))
     with pytest.raises(ValueError) as raised:
-        client.check(at(8000, **changes))
+        client.check_server(at(8000, **changes))
     assert message in str(raised.value)
 
 
 def test_check_shows_no_secrets(monkeypatch):
     with pytest.raises(ValueError) as raised:
-        client.check(at(1, url=f"http://me:{KEY}@host/v1"))
+        client.check_server(at(1, url=f"http://me:{KEY}@host/v1"))
     assert KEY not in str(raised.value)
     for value in (KEY + "\n", f"{KEY} {KEY}", KEY + "é"):
         monkeypatch.setenv(VARIABLE, value)
         with pytest.raises(ValueError, match=f"critic.key_env is '{VARIABLE}'") as raised:
-            client.check(at(1), "critic.")
+            client.check_server(at(1), "critic.")
         assert KEY not in str(raised.value)
         with pytest.raises(ValueError) as raised:
             client.ask_all(at(1), [ask("ok")])
@@ -511,6 +511,6 @@ def test_check_refuses_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, KEY)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"server\.cache"):
-        client.check(at(1, cache=str(tmp_path / "file" / "cache")))
-    client.check(at(1, cache=str(tmp_path / "cache")))
+        client.check_server(at(1, cache=str(tmp_path / "file" / "cache")))
+    client.check_server(at(1, cache=str(tmp_path / "cache")))
     assert not (tmp_path / "cache").exists()

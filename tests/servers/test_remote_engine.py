@@ -230,24 +230,27 @@ def engine(monkeypatch):
         stub.shutdown()
 
 
-def at(port: int, **changes: object) -> remote_engine.Server:
-    server = remote_engine.Server(
+def at(port: int, **changes: object) -> remote_engine.EngineServer:
+    server = remote_engine.EngineServer(
         f"http://127.0.0.1:{port}/v1", "tiny", VARIABLE, timeout=20.0, retries=2, backoff=0.01,
         concurrency=4, dialect="vllm", logprobs="tempered",
     )  # fmt: skip
     return dataclasses.replace(server, **changes)
 
 
-def server_of(engine, **changes: object) -> remote_engine.Server:
+def server_of(engine, **changes: object) -> remote_engine.EngineServer:
     return at(engine.server_address[1], **changes)
 
 
 def keys_of(n: int, seed: int = 0):
-    return request.stream_keys(seed, "rollout", 0, [f"row {i}" for i in range(n)], [0] * n)
+    return request.derive_keys(seed, "rollout", 0, [f"row {i}" for i in range(n)], [0] * n)
 
 
 def generate(server, prompts, sampling: Any = PLAIN, **more):
-    more = {"keys": keys_of(len(prompts)), "vocab_size": V, **more}
+    vocabulary = request.Vocabulary(
+        more.pop("valid_V", np.ones(V, bool)), more.pop("token_bytes", ())
+    )
+    more = {"keys": keys_of(len(prompts)), "vocabulary": vocabulary, **more}
     return remote_engine.generate(server, prompts, sampling, **more)
 
 
@@ -326,7 +329,7 @@ def test_log_probabilities_are_the_models(engine, dialect, logprobs):
                 assert np.isnan(found).all()
         if s.temperature == 0:
             assert list(one.ids) == [int(np.argmax(row)) for row in whole]
-        assert remote_engine.reported(logprobs, s) == tuple(x == "t" for x in known)
+        assert remote_engine.reports_log_probs(logprobs, s) == tuple(x == "t" for x in known)
 
 
 def by_model_rows(ids):
@@ -666,8 +669,6 @@ def test_ids_that_only_the_log_probabilities_spell(engine):
         (dict(prompts=[(1,), (V,)]), f"prompt 1 has ids {V} to {V}"),
         (dict(keys=np.zeros((2, 2), np.int64)), "keys are int64 (2, 2)"),
         (dict(keys=np.zeros((1, 2), np.uint32)), "keys are uint32 (1, 2)"),
-        (dict(valid_V=np.ones(V - 1, bool)), f"valid_V has shape ({V - 1},)"),
-        (dict(valid_V=np.zeros(V, bool)), "0 ids"),
         (dict(server=dict(max_model_len=7), prompts=[(1,), (1, 2)]), "prompt 1 has 2 tokens and"),
         (dict(server=dict(dialect="tgi")), "sampler.dialect is 'tgi': the choices are vllm, sgla"),
         (dict(server=dict(logprobs="all")), "sampler.logprobs is 'all': the choices are raw, tem"),

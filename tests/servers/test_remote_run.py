@@ -21,11 +21,12 @@ from test_remote_engine import FAULTS, spoken
 
 from copsd_jax import evaluate, main, methods
 from copsd_jax.config import setting_rules
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint
 from copsd_jax.sampler import loop, request
 from copsd_jax.servers import dialects, remote_engine
-from copsd_jax.training import loaded_run, run_plan, train_step
+from copsd_jax.training import loaded_run, run_plan
 from copsd_jax.weights import hf, hf_config, peft
 
 optax_promotes = runs.optax_promotes
@@ -59,9 +60,10 @@ class Stub(http.server.ThreadingHTTPServer):
         )
         key_2 = np.array([body["seed"] >> 21, body["seed"] % 2**21], np.uint32)
         made = loop.generate(
-            self.decoder, self.params, [body["prompt"]], sampling, keys=key_2[None],
-            settings=request.Settings(1, self.max_model_len, 8, 512, None), adapter=adapter,
-            adapter_scale=scale, valid_V=self.plan.valid_V,
+            self.decoder, policy_lib.Policy(self.params, adapter, scale), [body["prompt"]],
+            sampling, keys=key_2[None],
+            settings=request.SamplerSettings(1, self.max_model_len, 8, 512, None),
+            vocabulary=self.plan.vocabulary,
         ).completions[0]  # fmt: skip
         logps = [float(x) for x in made.logps]
         return spoken(body["prompt"], [int(i) for i in made.ids], logps, made.finish)
@@ -260,18 +262,18 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
         assert r.served(student) == r.served(teacher) == base  # b is 0 at the start
         one = jax.tree.map(jnp.array, student.adapter)
         one["down"]["b"] = one["down"]["b"].at[-1, 0, 0].set(1e-30)
-        policy = train_step.Policy(student.params, one)
+        policy = policy_lib.Policy(student.params, one)
         held = r.served(policy)
         assert held.adapter in engine.adapters
         assert r.served(teacher) == base
-        assert r.served(train_step.Policy(student.params, dict(one))) == held
+        assert r.served(policy_lib.Policy(student.params, dict(one))) == held
         assert len(told) == 1
         adapter, alpha = peft.read(told[0], r.plan.model_config)
         jax.tree.map(np.testing.assert_array_equal, adapter, one)
         assert alpha / r.plan.config.lora.rank == r.plan.adapter_scale
         # Other arrays are another policy; what was written for the former one goes.
         other = jax.tree.map(lambda x: x * 2, one)
-        assert r.served(train_step.Policy(student.params, other)).adapter != held.adapter
+        assert r.served(policy_lib.Policy(student.params, other)).adapter != held.adapter
         assert len(told) == 2
         assert list((tmp_path / "weights").iterdir()) == told[1:]
         # A server that does not take it holds the former one, and is told again.

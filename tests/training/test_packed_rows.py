@@ -13,6 +13,7 @@ from test_train_step import CONFIG, OPTIONS, make_adapter
 
 from copsd_jax import main
 from copsd_jax.dryrun import program_cost
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.training import builders, layout, row_packing, run_plan, train_step
@@ -125,7 +126,8 @@ def test_different_prompts(decoder, params, shared):
 def test_worked_examples_in_front(decoder, params):
     batch = layout.build_batch(*samples(3, 8), student_prefix=5, teacher_prefix=3)
     prefix = jnp.asarray([5, 6, 7, 8, 9], jnp.int32)
-    how = {"prefix": prefix, "kv": (shared_prefix.encode_ids(decoder, params, [11, 12, 13]),)}
+    kv = shared_prefix.encode_ids(decoder, policy_lib.Policy(params), [11, 12, 13])
+    how = {"prefix": prefix, "kv": (kv,)}
     rows, _ = arranged(batch)
     assert_same(step(decoder, params, rows, **how), step(decoder, params, batch, **how))
 

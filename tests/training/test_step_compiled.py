@@ -72,12 +72,17 @@ def gathered(micro_batches: int, remat: str, trainable: str = "lora") -> tuple[f
     return moved / (weights * 7 / 8), sum(cost.flops * cost.times for cost in costs)
 
 
-def apart(decoder, sides, scale):
+def apart(decoder, sides):
     """`train_step._hidden` with a pass over the layers for each side."""
     out = []
     for policy, side, prefix in sides:
         stream = transformer.Stream(
-            side.tokens_BL, side.positions_BL, side.segments_BL, policy.adapter, scale, prefix
+            side.tokens_BL,
+            side.positions_BL,
+            side.segments_BL,
+            policy.adapter,
+            policy.scale,
+            prefix,
         )
         hidden = decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD
         out.append(hidden.reshape(-1, hidden.shape[-1])[side.gather_BC.reshape(-1)])
@@ -97,14 +102,14 @@ def test_weights_of_a_layer_are_gathered_twice_a_step_not_three_times(monkeypatc
     np.testing.assert_allclose(separate - together, 1, atol=1e-6)
 
 
-def without_gradient(decoder, sides, scale):
+def without_gradient(decoder, sides):
     """`apart`, the weights of all sides but the student's as constants."""
     (student, *others) = sides
     others = [
-        (policy._replace(params=jax.lax.stop_gradient(policy.params)), side, prefix)
+        (dataclasses.replace(policy, params=jax.lax.stop_gradient(policy.params)), side, prefix)
         for policy, side, prefix in others
     ]
-    return apart(decoder, [student, *others], scale)
+    return apart(decoder, [student, *others])
 
 
 def test_all_weights_of_a_live_teacher_are_gathered_twice_too(monkeypatch):

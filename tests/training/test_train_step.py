@@ -11,6 +11,7 @@ import pytest
 
 from copsd_jax.losses import divergence_loss
 from copsd_jax.model import lora, shared_prefix, transformer
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.runtime import sharding
 from copsd_jax.training import layout, train_step
 
@@ -182,7 +183,7 @@ def test_a_shared_prefix_equals_writing_it_in_front_of_every_prompt(decoder, par
         [prefix_s + s for s in students], [prefix_t + t for t in teachers], completions
     )
     plain, aux = run(decoder, params, state, whole)
-    kv = shared_prefix.encode_ids(decoder, params, prefix_t)
+    kv = shared_prefix.encode_ids(decoder, policy_lib.Policy(params), prefix_t)
     batch = layout.build_batch(students, teachers, completions, student_prefix=5, teacher_prefix=3)
     shared, aux_shared = run(decoder, params, state, batch, jnp.asarray(prefix_s, jnp.int32), (kv,))
     np.testing.assert_allclose(aux_shared.metrics["loss"], aux.metrics["loss"], rtol=1e-5)
