@@ -30,7 +30,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_marked_commands_run(tmp_path: pathlib.Path):
     assert len(commands()) > 3
     python = tmp_path / "bin" / "python"
