@@ -69,7 +69,7 @@ class Divergence:
     rollout_clip: float = 0.0
 
     def __post_init__(self) -> None:
-        known = (*ENTRIES, "sampled")
+        known = (*DIVERGENCES, "sampled")
         if self.divergence not in known:
             raise ValueError(f"divergence is {self.divergence!r}: the choices are {known}")
         if self.clip_mode not in CLIP_MODES:
@@ -168,10 +168,48 @@ def _jsd(student: Side, teacher: Side, settings: Divergence) -> Entry:
     return Entry(q_part + p_part, p_part, 0.0)
 
 
-ENTRIES: dict[str, Callable[[Side, Side, Divergence], Entry]] = {
-    "fkl": _fkl,
-    "rkl": _rkl,
-    "jsd": _jsd,
+def _fkl_plain(student: Side, teacher: Side, settings: Divergence, clips: bool) -> jax.Array:
+    del settings, clips
+    return -teacher.p * student.log
+
+
+def _rkl_plain(student: Side, teacher: Side, settings: Divergence, clips: bool) -> jax.Array:
+    """The derivative of ln p cancels in the sum (p in each entry, Σp = 1), unless entries clip."""
+    del settings
+    gap = student.log - teacher.log
+    return student.p * (gap if clips else jax.lax.stop_gradient(gap))
+
+
+def _jsd_plain(student: Side, teacher: Side, settings: Divergence, clips: bool) -> jax.Array:
+    """βq (ln q - ln M) + (1 - β) p (ln p - ln M) is least in M: its derivative to M cancels that
+    of p ln p to ln p."""
+    del clips
+    beta, kept = settings.beta, (teacher.p > 0) | (student.p > 0)
+    log_mix = jnp.logaddexp(math.log1p(-beta) + student.log, math.log(beta) + teacher.log)
+    scale = 1 / beta if settings.normalize_beta else 1 - beta
+    return scale * student.p * jax.lax.stop_gradient(jnp.where(kept, student.log - log_mix, 0))
+
+
+class Kind(NamedTuple):
+    """An entry of the table of divergences.
+
+    Attributes:
+      entries: the terms of the sum over the vocabulary with their derivative in closed form.
+      plain: a plain formula with the same derivative to the student, for automatic differentiation
+        (implementation dense). Its value is not read. Terms whose derivatives add up to 0 may be
+        left out. The last argument says whether single entries are clipped.
+      settings: the settings that this divergence reads and others do not, such as loss.beta.
+    """
+
+    entries: Callable[[Side, Side, Divergence], Entry]
+    plain: Callable[[Side, Side, Divergence, bool], jax.Array]
+    settings: tuple[str, ...] = ()
+
+
+DIVERGENCES: dict[str, Kind] = {
+    "fkl": Kind(_fkl, _fkl_plain),
+    "rkl": Kind(_rkl, _rkl_plain),
+    "jsd": Kind(_jsd, _jsd_plain, settings=("loss.beta", "loss.normalize_beta")),
 }
 
 
@@ -187,7 +225,7 @@ def entries(
       b: shifted, with ∂e_v/∂ln p_v = 0 at clipped entries.
       clipped: bool; None unless the mode is element.
     """
-    entry = ENTRIES[settings.divergence](student, teacher, settings)
+    entry = DIVERGENCES[settings.divergence].entries(student, teacher, settings)
     e, b, clipped = entry.e, entry.b, None
     if settings.clip_mode == "element":
         clipped = e > settings.clip
@@ -363,24 +401,12 @@ def _smooth_entries(
 ) -> tuple[jax.Array, jax.Array | None]:
     """`entries` with the derivative of their plain formulas, for automatic differentiation.
 
-    Values are those of `entries`; a term of value 0 carries the derivative. It leaves out what adds
-    up to nothing and would only leave its rounding: the shift; for rkl, unless entries are clipped,
-    the derivative of ln p (p in each entry, Σp = 1); for jsd the dependence on M, where
-    βq (ln q - ln M) + (1 - β) p (ln p - ln M) is least (its derivative to M cancels that of p ln p
-    to ln p).
+    Values are those of `entries`; a term of value 0 carries the derivative. It leaves out the
+    shift and other terms whose derivatives add up to 0: they would leave only their rounding.
     """
     e, _, clipped = entries(*jax.lax.stop_gradient((student, teacher)), settings)
-    log_p, log_q = student.log, teacher.log
-    if settings.divergence == "fkl":
-        moves = -teacher.p * log_p
-    elif settings.divergence == "rkl":
-        gap = log_p - log_q
-        moves = student.p * (gap if clipped is not None else jax.lax.stop_gradient(gap))
-    else:
-        beta, kept = settings.beta, (teacher.p > 0) | (student.p > 0)
-        log_mix = jnp.logaddexp(math.log1p(-beta) + log_p, math.log(beta) + log_q)
-        scale = 1 / beta if settings.normalize_beta else 1 - beta
-        moves = scale * student.p * jax.lax.stop_gradient(jnp.where(kept, log_p - log_mix, 0))
+    plain = DIVERGENCES[settings.divergence].plain
+    moves = plain(student, teacher, settings, clipped is not None)
     if clipped is not None:
         moves = jnp.where(clipped, 0, moves)
     # Equal sides are the minimum: the derivative is 0 there, rounding apart.

@@ -19,7 +19,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from copsd_jax.rewards import graders
 
@@ -72,7 +72,7 @@ class Rewarder:
         if len(golds) != len(texts):
             raise ValueError(f"{len(golds)} gold answers and {len(texts)} texts do not pair")
         if self.function is None:
-            return KINDS[self.kind](self, golds, texts)
+            return REWARDS[self.kind].score(self, golds, texts)
         return [
             _computed(self.kind, self.function, *pair) for pair in zip(golds, texts, strict=True)
         ]
@@ -82,7 +82,7 @@ def make(kind: str, grader: graders.Grader, form: str = "") -> Rewarder:
     r"""The rewarder of `reward.kind`.
 
     Args:
-      kind: a key of `KINDS`, or "module:function" for an importable f(gold, text) that returns a
+      kind: a key of `REWARDS`, or "module:function" for an importable f(gold, text) that returns a
         number or (number, feedback).
       grader: finds and compares answers (kind answer); stays the caller's to close.
       form: how an answer is written, with `{}` for it (`prompts.ANSWERS`), for the feedback.
@@ -90,7 +90,7 @@ def make(kind: str, grader: graders.Grader, form: str = "") -> Rewarder:
     Raises:
       ValueError: as `check`.
     """
-    function = None if kind in KINDS else _resolve(kind)
+    function = None if kind in REWARDS else _resolve(kind)
     return Rewarder(kind, grader, form, function)
 
 
@@ -100,7 +100,7 @@ def check(kind: str) -> None:
     Raises:
       ValueError: with the choices, for a kind that is none of them.
     """
-    if kind not in KINDS:
+    if kind not in REWARDS:
         _resolve(kind)
 
 
@@ -297,10 +297,12 @@ def check_golds(kind: str, golds: Mapping[str, str], setting: str) -> None:
     Raises:
       ValueError: naming the first such row.
     """
-    reads = {"choice": _letter, "tool_call": _gold_calls}
-    for row, gold in golds.items() if kind in reads else ():
+    read = REWARDS[kind].read_gold if kind in REWARDS else None
+    if read is None:
+        return
+    for row, gold in golds.items():
         try:
-            reads[kind](gold)
+            read(gold)
         except ValueError as error:
             raise ValueError(
                 f"reward.kind is {kind!r}: the answer {gold[:80]!r} of row {row!r} of {setting} "
@@ -325,7 +327,7 @@ def _resolve(kind: str) -> Callable:
         inspect.signature(function).bind("gold", "text")
     except OF_IMPORT as error:
         raise ValueError(
-            f"reward.kind is {kind!r}: the choices are {', '.join(KINDS)}, or module:function of "
+            f"reward.kind is {kind!r}: the choices are {', '.join(REWARDS)}, or module:function of "
             f"an importable function of (gold, text); {error}"
         ) from error
     return function
@@ -346,8 +348,28 @@ def _computed(kind: str, function: Callable, gold: str, text: str) -> Verdict:
     return Verdict(float(pair[0]), None, None, "computed", pair[1])
 
 
-KINDS: dict[str, Callable[[Rewarder, Sequence[str], Sequence[str]], list[Verdict]]] = {
-    "answer": _answers,
-    "choice": functools.partial(_each, _letter, _choice),
-    "tool_call": functools.partial(_each, _gold_calls, _tool_call),
+class Reward(NamedTuple):
+    """An entry of the table of rewards.
+
+    Attributes:
+      score: a verdict for each gold answer and text.
+      read_gold: raises ValueError for a gold answer that cannot be read; None: all can be.
+      forms: the choices of prompt.answer whose answers it finds; () for all of them.
+      settings: the settings that this reward reads and others do not, such as eval.extract.
+    """
+
+    score: Callable[[Rewarder, Sequence[str], Sequence[str]], list[Verdict]]
+    read_gold: Callable[[str], object] | None = None
+    forms: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+
+REWARDS: dict[str, Reward] = {
+    "answer": Reward(_answers, forms=("boxed", "answer_is"), settings=("eval.extract",)),
+    "choice": Reward(
+        functools.partial(_each, _letter, _choice), read_gold=_letter, forms=("choice", "none")
+    ),
+    "tool_call": Reward(
+        functools.partial(_each, _gold_calls, _tool_call), read_gold=_gold_calls, forms=("none",)
+    ),
 }

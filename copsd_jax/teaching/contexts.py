@@ -58,12 +58,25 @@ def _never(settings: Settings, attempt: Attempt) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """An entry of the table; only `teach` has no default."""
+    """An entry of the table; only `teach` has no default.
+
+    Attributes:
+      teach: the conversation under which the teacher scores; None where there is nothing to teach.
+      ask: the conversation that an author completes; None where there is nothing to ask about.
+      needs: the fields that a row must have.
+      reads: which of `READS` the context is made of, besides the row.
+      authors: the choices of author.kind; "none" where nobody has to write anything.
+      locates_error: whether a reply names an error, which tokens.select=from_error needs.
+      settings: the settings that this context reads and others do not, such as context.sibling.
+    """
 
     teach: Callable[[Settings, Attempt, replies.Reply], Conversation | None]
     ask: Callable[[Settings, Attempt], Conversation | None] = _never
     needs: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
     reads: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
+    authors: tuple[str, ...] = ("none",)
+    locates_error: bool = False
+    settings: tuple[str, ...] = ()
 
 
 def _user(*parts: str | Section) -> Turn:
@@ -203,21 +216,52 @@ def _answer(settings: Settings) -> tuple[str, ...]:
 
 CONTEXTS: dict[str, Context] = {
     "reference": Context(_reference, needs=_solution),
-    "crosslingual": Context(_crosslingual, needs=_crosslingual_needs),
+    "crosslingual": Context(
+        _crosslingual,
+        needs=_crosslingual_needs,
+        settings=("context.problem_en", "context.solution"),
+    ),
     "reason_first": Context(
-        _reason_teach, ask=_reason_ask, needs=_solution, reads=lambda settings: ("reply",)
+        _reason_teach,
+        ask=_reason_ask,
+        needs=_solution,
+        reads=lambda settings: ("reply",),
+        authors=("student", "teacher", "server", "file"),
+        settings=("context.section_tokens",),
     ),
     "reflection": Context(
         _reflection,
         ask=_reflection_ask,
         needs=_answer,
         reads=lambda settings: ("reply", "attempt", "siblings"),
+        authors=("student", "teacher", "grader", "server", "file"),
+        locates_error=True,
+        settings=(
+            "context.sibling", "context.feedback", "context.section_tokens", "context.leak",
+            "parity.reflection_tags", "parity.reflection_fallback",
+        ),
     ),
     "critique": Context(
-        _critique, ask=_critique_ask, needs=_answer, reads=lambda settings: ("reply", "attempt")
+        _critique,
+        ask=_critique_ask,
+        needs=_answer,
+        reads=lambda settings: ("reply", "attempt"),
+        authors=("student", "teacher", "grader", "server", "file"),
+        locates_error=True,
+        settings=("context.section_tokens",),
     ),
-    "sibling": Context(_sibling, needs=_answer, reads=_sibling_reads),
-    "feedback": Context(_feedback, needs=_answer, reads=lambda settings: ("feedback",)),
+    "sibling": Context(
+        _sibling,
+        needs=_answer,
+        reads=_sibling_reads,
+        settings=("context.sibling", "context.feedback", "context.section_tokens"),
+    ),
+    "feedback": Context(
+        _feedback,
+        needs=_answer,
+        reads=lambda settings: ("feedback",),
+        settings=("context.section_tokens",),
+    ),
     "other_problem": Context(
         _other_problem,
         needs=lambda settings: ("solution", "answer"),

@@ -150,7 +150,7 @@ def test_equal_sides_are_exactly_zero(settings, implementation):
 
 
 @pytest.mark.parametrize("implementation", PORTABLE)
-@pytest.mark.parametrize("name", divergences.ENTRIES)
+@pytest.mark.parametrize("name", divergences.DIVERGENCES)
 def test_sides_that_agree_on_some_entries(name, implementation):
     """Entries with p = q bit for bit have no slope of their own, next to others that have."""
     settings = divergence_loss.Divergence(name, 0.3)

@@ -216,7 +216,7 @@ def test_importance_by_hand():
     np.testing.assert_allclose(got, [1, 1.5, 0.5, 1.5, np.exp(-60)], rtol=1e-5)
 
 
-EQUAL_CASES = list(zip(divergences.ENTRIES, divergences.TOP_K_OF, strict=True))
+EQUAL_CASES = list(zip(divergences.DIVERGENCES, divergences.TOP_K_OF, strict=True))
 
 
 @pytest.mark.parametrize("name, whose", EQUAL_CASES)
@@ -237,7 +237,7 @@ def test_equal_sides_are_exactly_zero_with_a_tail(name, whose):
         np.testing.assert_array_equal(leaf, 0)
 
 
-@pytest.mark.parametrize("name", divergences.ENTRIES)
+@pytest.mark.parametrize("name", divergences.DIVERGENCES)
 def test_an_empty_tail_changes_nothing(name):
     """top_k = V: both tails are the constant 1e-7, and the rest is the whole vocabulary's."""
     arrays = _arrays(6)
@@ -252,7 +252,7 @@ def test_an_empty_tail_changes_nothing(name):
         np.testing.assert_allclose(dz_TV, want_TV, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", divergences.ENTRIES)
+@pytest.mark.parametrize("name", divergences.DIVERGENCES)
 def test_a_tail_at_its_floor_does_not_move(name):
     """A student sure of its top k: a tail below 1e-7 is 1e-7, with no gradient of its own.
 

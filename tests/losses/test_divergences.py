@@ -12,7 +12,7 @@ import pytest
 
 from copsd_jax.losses import divergences
 
-NAMES = tuple(divergences.ENTRIES)
+NAMES = tuple(divergences.DIVERGENCES)
 # The worked example of the clip: the teacher is sure of token 0, the student prefers token 1, five
 # other tokens share the rest.
 STUDENT = np.array([0.069, 0.514] + [0.417 / 5] * 5)

@@ -310,7 +310,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_a_function_of_the_users(score, module):
-    for kind in (f"{module}:length", *reward_functions.KINDS):
+    for kind in (f"{module}:length", *reward_functions.REWARDS):
         reward_functions.check(kind)
     assert score(f"{module}:length", "ab", "abc") == reward_functions.Verdict(
         1.5, None, None, "computed", ""
@@ -363,7 +363,7 @@ def test_an_unknown_kind_is_refused_with_the_choices(grader, module, kind, reaso
 
 
 def test_every_status_is_in_the_table(grader, module):
-    kinds = [*reward_functions.KINDS, f"{module}:length"]
+    kinds = [*reward_functions.REWARDS, f"{module}:length"]
     texts = ["", r"\boxed{x+}", r"\boxed{1}", "<answer>", "<answer>xx</answer>", "Action: f",
              "Action Input: f"]  # fmt: skip
     golds = {"choice": "A", "tool_call": "Action: f", "answer": "x^2+1"}
