@@ -46,7 +46,7 @@ def main() -> int:
     for seed in args.seeds.split(","):
         directory = pathlib.Path(args.out) / f"{card}-{seed}"
         argv = ["main", f"--config={args.config}", f"--workdir={directory}", *rest]
-        config, _ = main_lib.parse([*argv, f"--config.seed={seed}"])
+        config, *_ = main_lib.parse_command([*argv, f"--config.seed={seed}"])
         plan, continued = train.prepare(config, directory)
         if directories and not continued and config.eval.temperature == 0:
             # Greedy answers of the initial policy are the same for all seeds.

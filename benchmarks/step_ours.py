@@ -48,7 +48,7 @@ def card(work: dict) -> settings.Config:
     """The settings of a run of this work."""
     size = work["model"]
     argv = ["main", f"--config={ROOT / 'configs' / 'opsd.py'}:{size['preset']}", *work["settings"]]
-    c = main.parse(argv)[0]
+    c = main.parse_command(argv)[0]
     c.model.path, c.model.init, c.model.shape = size["path"], size["init"], size["shape"]
     c.model.dtype = work["dtype"]
     c.data.path, c.eval.path = work["problems"], ""

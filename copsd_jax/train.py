@@ -230,7 +230,7 @@ def summary(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> st
     """What will run, before it does."""
     c, shape = plan.config, plan.model_config
     size = memory.parameters(plan)
-    completions = c.train.batch * c.rollout.per_prompt
+    completions = config_lib.completions_per_step(c)
     lines = [
         c.description or c.method,
         f"  model       {c.model.path} ({shape.family}, {size['base']:,} parameters, "
@@ -291,12 +291,13 @@ def _attention(plan: run_plan.Plan) -> str:
 
 def _loss(c) -> str:
     """The method's slots in one line."""
-    if c.method == "sft":
+    method = config_lib.traits(c)
+    if not method.samples:
         return "cross entropy of the solutions"
     policy = (
         f"policy gradient, advantages by {c.policy.scale}, {c.policy.norm} mean, KL {c.policy.kl}"
     )
-    if c.method == "grpo":
+    if method.policy_gradient:
         return policy
     author = "" if c.author.kind == "none" else f" written by {c.author.kind}"
     entries = f", {c.loss.top_k_of}'s top {c.loss.top_k}" if c.loss.top_k else ""

@@ -18,7 +18,7 @@ def config(card: str, **settings):
     """The parsed config of `configs/<card>.py:tiny`; `train__steps=3` is --config.train.steps=3."""
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
     argv = ["main", f"--config={conftest.ROOT / 'configs' / card}.py:tiny", *flags]
-    return main.parse(argv)[0]
+    return main.parse_command(argv)[0]
 
 
 def argv(card: str, workdir: pathlib.Path, **settings) -> list[str]:

@@ -26,6 +26,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from copsd_jax.attention import decode_attention as attention_lib
 from copsd_jax.attention import row_attention
+from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import programs
 from copsd_jax.losses.pallas import block_sizes
 from copsd_jax.model import lora, transformer
@@ -58,7 +59,7 @@ def parts(
 
 def micro_batches(config: Any, shards: int) -> list[int]:
     """Completions that a micro-batch of this config may have."""
-    completions = config.train.batch * config.rollout.per_prompt
+    completions = config_lib.completions_per_step(config)
     return [m for m in range(shards, completions + 1, shards) if completions % m == 0]
 
 
@@ -230,12 +231,12 @@ def rows(frame: Any, long: programs.Lengths, micro: int = 0) -> Rows:
     sample each."""
     c = frame.config
     shards = frame.mesh.shape["data"] * frame.mesh.shape["fsdp"]
-    completions = c.train.batch * c.rollout.per_prompt
+    completions = config_lib.completions_per_step(c)
     size = layout.pad_length
     if c.train.pack != "off":
         size = lambda n: row_packing.round_up(max(n, c.train.row_tokens), row_packing.ROW_MULTIPLE)  # noqa: E731
     student = size(long.student + long.completion)
-    teacher = size(long.teacher + long.completion) if c.method == "distill" else 0
+    teacher = size(long.teacher + long.completion) if config_lib.traits(c).teacher else 0
     budget = 0 if micro else c.train.micro_tokens
     micro = micro or c.train.micro_batch or completions
     micros, count = row_packing.size_bins(
@@ -402,7 +403,7 @@ def _one_layer(m: transformer.ModelConfig, tensor: int, item: int) -> int:
 def _entries(frame: Any, tokens: int, kind: str) -> int:
     """What the divergence keeps of a block."""
     c, m, where = frame.config, frame.model_config, frame.mesh
-    if c.method != "distill":
+    if not config_lib.traits(c).teacher:
         return 3 * 4 * min(tokens, c.loss.chunk) * m.vocab_size // where.shape["tensor"]
     cpu = (kind or _kind(where)) == "cpu"
     if c.loss.top_k or cpu or c.loss.implementation == "chunked":
@@ -428,15 +429,15 @@ def _batch(frame: Any, found: Rows, long: programs.Lengths) -> int:
     index and more a token. Where rows are packed, completions' own arrays are on every device."""
     c = frame.config
     C, sides = layout.pad_length(long.completion), 2 if found.teacher else 1
-    policy = c.method != "distill" or c.policy.weight > 0
+    policy = not config_lib.traits(c).teacher or c.policy.weight > 0
     # Tokens and two masks; log-probabilities of what was sampled; mask and advantage of a policy.
-    own = 6 + 4 * (c.method != "sft") + 5 * policy
+    own = 6 + 4 * config_lib.traits(c).samples + 5 * policy
     positions = found.micros * found.micro_tokens
     if c.train.pack == "off":
         return 12 * positions + found.micros * found.count * (4 * sides + own) * C
     each = 16 if c.train.pack == "shared" else 12
     index = found.micros * found.tokens * 4 * (sides + 1)
-    return each * positions + index + c.train.batch * c.rollout.per_prompt * own * C
+    return each * positions + index + config_lib.completions_per_step(c) * own * C
 
 
 # --- advice -----------------------------------------------------------------------------------
@@ -493,7 +494,7 @@ def _meshes(
 ) -> Iterator[_Choice]:
     """Parameters split over all devices of a slice, of which there are `data`; batch over as many
     as it has completions for."""
-    completions = config.train.batch * config.rollout.per_prompt
+    completions = config_lib.completions_per_step(config)
     for remat in dict.fromkeys((config.model.remat, "layer")):
         for tensor in (1, 2, 4, 8):
             fsdp = devices // (tensor * data)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from copsd_jax.config import setting_rules
+from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import program_cost
 from copsd_jax.losses import token_blocks
 from copsd_jax.model import policy as policy_lib
@@ -136,8 +137,8 @@ def frame(config: Any, found: list) -> run_plan.ProgramPlan:
     """
     shape = shape_of(config)
     where = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, found)
-    setting_rules.shards(config, sharding.batch_shards(where))
-    setting_rules.vocabulary(config, shape.vocab_size)
+    setting_rules.check_shards(config, sharding.batch_shards(where))
+    setting_rules.check_vocabulary(config, shape.vocab_size)
     backends.choose_loss(config, sharding.platform(where))
     sharding.key_repeats(shape.n_heads, shape.n_kv_heads, where.shape["tensor"])
     dtype = run_plan.choose_dtype(config.model.dtype, where)
@@ -269,16 +270,16 @@ def first_state(frame: run_plan.ProgramPlan, make: _Maker, base: Any) -> tuple[A
 
 def batch(config: Any, long: Lengths) -> layout.Batch:
     """A step's batch of the longest texts: NumPy arrays of zeros, as the methods make them."""
-    B = config.train.batch * config.rollout.per_prompt
-    distills = config.method == "distill"
+    B = config_lib.completions_per_step(config)
+    method = config_lib.traits(config)
     out = layout.build_batch(
-        [[0] * long.student] * B, [[0] * long.teacher] * B if distills else None,
+        [[0] * long.student] * B, [[0] * long.teacher] * B if method.teacher else None,
         [[0] * long.completion] * B,
     )  # fmt: skip
     logps_BC = np.zeros(out.mask_BC.shape, np.float32)
-    if distills or config.method == "grpo":
+    if method.samples:
         out = out._replace(logp_rollout_BC=logps_BC)
-    if not distills or config.policy.weight:
+    if not method.teacher or config.policy.weight:
         out = out._replace(policy_BC=out.mask_BC, advantage_BC=logps_BC)
     return out
 
@@ -369,7 +370,7 @@ def sections(c: Any, long: Lengths) -> list[tuple[str, str, int, int]]:
     if c.sampler.engine == "server":
         return []
     out = []
-    if c.method != "sft" and c.train.steps:
+    if config_lib.traits(c).samples and c.train.steps:
         out.append(("rollout", "rollout", long.student, long.completion))
     if c.author.kind in ("student", "teacher"):
         out.append(("author", "author", long.writer, long.reply))
@@ -444,7 +445,7 @@ def step(one, long: Lengths, trees, parts, held, said) -> Phase:
     prefix = kvs = None
     if long.prefix:
         prefix = sharding.abstract(np.zeros(long.prefix, np.int32), one.mesh, whole)
-    if long.prefix and c.method == "distill":
+    if long.prefix and config_lib.traits(c).teacher:
         kv = _prefix(
             one,
             _Maker(one, lambda _: None, make.programs),

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import budget, program_cost, programs, topologies
 from copsd_jax.runtime import hardware, sharding
-from copsd_jax.training import memory
+from copsd_jax.training import memory, table_rules
 
 GIB = 2**30
 REACHED = 0.7  # of the maker's rates, which is what well-made programs reach; not measured here
@@ -30,6 +31,7 @@ def main(config: Any, target: hardware.Target, out: str, search: bool) -> int:
       ValueError: for settings or devices that no run could have.
       OSError: if `out` cannot be written.
     """
+    table_rules.check(config, data=False)
     said = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     limit = hardware.usable(target.chip)
     built = programs.build(config, target, topologies.devices(target), limit, said)
@@ -118,7 +120,7 @@ def _model(built: programs.Built, name: str, phase: programs.Phase) -> dict:
 def times(built: programs.Built) -> dict:
     """Seconds of a step's parts at the caps: every completion as long as it may be."""
     chip, c = built.target.chip, built.frame.config
-    completions = c.train.batch * c.rollout.per_prompt
+    completions = config_lib.completions_per_step(c)
     out = {}
     for name in ("rollout", "author"):
         if name in built.phases:
@@ -219,7 +221,7 @@ def largest(built: programs.Built) -> dict:
             room = usable - (phase.total - phase.parts["cache"])
             most = max(0, int(room / (of_slot + work))) // shards * shards
             # More slots than a step has completions would stay empty.
-            texts = one.config.train.batch * one.config.rollout.per_prompt
+            texts = config_lib.completions_per_step(one.config)
             out[setting] = min(most, -(-texts // shards) * shards) if name == "rollout" else most
     return out
 

@@ -188,8 +188,7 @@ def _server(
 
 def build_server(c) -> client.Server:
     """The server of the settings author.*."""
-    names = "url model key_env timeout retries backoff concurrency cache".split()
-    return client.Server(**{name: c.author[name] for name in names})
+    return client.Server(**{name: c.author[name] for name in (*client.FIELDS, "cache")})
 
 
 def _file(

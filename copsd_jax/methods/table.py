@@ -1,5 +1,10 @@
-"""The methods by name: one file and one entry each."""
+"""The methods' modules by name; `config.methods` declares the names and traits."""
 
-from copsd_jax.methods import distill, grpo, sft
+import importlib
+from types import ModuleType
 
-METHODS = {"distill": distill, "grpo": grpo, "sft": sft}
+from copsd_jax.config import methods
+
+METHODS: dict[str, ModuleType] = {
+    name: importlib.import_module(f"copsd_jax.methods.{name}") for name in methods.METHODS
+}

@@ -170,10 +170,11 @@ def _create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -
 
 
 def read_settings(directory: pathlib.Path) -> dict[str, object]:
-    """The settings of an existing run, flat.
+    """Returns the settings of an existing run by name, without those that no longer exist.
 
     Raises:
       FileNotFoundError: if it is no work directory.
+      ValueError: for a broken file, or a retired setting that had an effect.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -184,7 +185,7 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings: it is not a file of ours")
-    return settings
+    return config_lib.without_retired(settings, f"--workdir={directory}")
 
 
 def read_json(path: pathlib.Path) -> dict:

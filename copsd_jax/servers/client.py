@@ -80,7 +80,11 @@ class Server:
     retries: int
     backoff: float
     concurrency: int
-    cache: str
+    cache: str = ""
+
+
+# The fields that every server has, as the settings `author.*` and `sampler.*` name them.
+FIELDS = tuple(field.name for field in dataclasses.fields(Server) if field.name != "cache")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -331,8 +331,7 @@ def _address(server: EngineServer, of: str) -> str:
 
 def _api(server: EngineServer) -> client.Server:
     """The part of it that the transport knows."""
-    names = "url model key_env timeout retries backoff concurrency".split()
-    return client.Server(**{name: getattr(server, name) for name in names}, cache="")
+    return client.Server(**{name: getattr(server, name) for name in client.FIELDS})
 
 
 def check_server(server: EngineServer, prefix: str = "sampler.") -> None:

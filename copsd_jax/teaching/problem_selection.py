@@ -20,21 +20,21 @@ def train_rows(config, context, registry) -> tuple[list[problem_row.Row], collec
         fields=_fields(config.data.path, config.data.fields),
         needs=needs(config, context), limit=config.data.limit, registry=registry,
     )  # fmt: skip
-    _check_train(config, rows)
+    _check_train(config, context, rows)
     return rows, dropped
 
 
-def _check_train(config, rows: list[problem_row.Row]) -> None:
+def _check_train(config, context: contexts.Settings, rows: list[problem_row.Row]) -> None:
     """Refuses rows that the reward, the context or the author cannot use."""
-    if config.method != "sft":
+    if config_lib.traits(config).samples:
         reward_functions.check_golds(
             config.reward.kind, {row.id: row.answer for row in rows if row.answer}, "data.path"
         )
-    if config.context.kind == "other_problem" and config.method == "distill":
+    if config_lib.traits(config).teacher and "other" in contexts.reads(context):
         for lang in {row.lang for row in rows}:
             if len({row.answer for row in rows if row.lang == lang}) < 2:
                 raise ValueError(
-                    f"context.kind is 'other_problem': data.path is {config.data.path!r}, and no "
+                    f"context.kind is {context.kind!r}: data.path is {config.data.path!r}, and no "
                     f"two of its problems in {lang!r} have different answers"
                 )
     if config.author.kind == "grader":
@@ -95,10 +95,11 @@ def check_shares(config: config_lib.Config, rows: list[problem_row.Row], registr
 
 def needs(config: config_lib.Config, context: contexts.Settings) -> tuple[str, ...]:
     """The fields of a row that the method, its context and its author need."""
-    if config.method == "grpo":
-        return ("answer",)
-    if config.method == "sft":
+    method = config_lib.traits(config)
+    if not method.samples:
         return ("solution", "answer")
+    if not method.teacher:
+        return ("answer",)
     wanted = list(contexts.needs(context))
     if config.author.kind == "grader":
         wanted.append("solution")

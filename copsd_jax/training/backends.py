@@ -18,7 +18,7 @@ from copsd_jax.model import transformer
 
 def build_divergence(c: config_lib.Config) -> divergence_loss.Divergence | None:
     """The settings of the divergence; None for a method without one."""
-    if c.method != "distill" or c.policy.weight >= 1:
+    if not config_lib.traits(c).teacher:
         return None
     return divergence_loss.Divergence(
         divergence=c.loss.divergence,

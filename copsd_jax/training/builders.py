@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from copsd_jax.attention import row_attention
+from copsd_jax.config import settings as config_lib
 from copsd_jax.model import lora, transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import handover, request
@@ -87,7 +88,7 @@ def check_row_budget(plan: run_plan.Plan) -> None:
     if not c.train.micro_tokens or not plan.rows:
         return
     prompts_of = {"student": prompts.student(plan.tokenizer, plan.student, plan.rows[0])}
-    if c.method == "distill":
+    if config_lib.traits(c).teacher:
         prompts_of["teacher"] = run_plan.build_probe_prompt(plan, plan.rows[0])
     longest = dict(plan.longest)
     if {"feedback", "other"} & {
@@ -136,17 +137,18 @@ def build_initializer(
 
 def needs_initial_weights(config) -> bool:
     """Whether full fine-tuning has to keep the initial weights."""
-    if config.method == "distill" and config.teacher.weights in ("fixed", "trust_region"):
+    method = config_lib.traits(config)
+    if method.teacher and config.teacher.weights in ("fixed", "trust_region"):
         return True
-    return config.policy.kl > 0 and (config.method == "grpo" or config.policy.weight > 0)
+    return config.policy.kl > 0 and (method.policy_gradient or config.policy.weight > 0)
 
 
 def build_options(plan: run_plan.ProgramPlan | run_plan.Plan) -> train_step.Options:
     """The static choices of a run's step."""
     c = plan.config
-    completions = c.train.batch * c.rollout.per_prompt
+    completions = config_lib.completions_per_step(c)
     micro = c.train.micro_batch or completions
-    distills = c.method == "distill"
+    distills = config_lib.traits(c).teacher
     divergence = backends.build_divergence(c)
     return train_step.Options(
         trainable=c.train.trainable,
@@ -171,9 +173,10 @@ POLICY_NORMS = {"sequence": "seq_mean_all", "token": "global_token_mean", "const
 
 def _policy_loss(c) -> train_step.PolicyLoss | None:
     """The loss on sampled tokens of a method; None where there is none."""
-    if c.method == "sft":
+    method = config_lib.traits(c)
+    if not method.samples:
         return train_step.PolicyLoss("nll", 1.0, 1.0, POLICY_NORMS[c.policy.norm], 1)
-    weight = 1.0 if c.method == "grpo" else c.policy.weight
+    weight = 1.0 if method.policy_gradient else c.policy.weight
     if not weight:
         return None
     return train_step.PolicyLoss(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import token_stats
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
@@ -94,7 +95,7 @@ def load_run(
     )
     step = builders.build_step(plan, decoder, tx, options, state)
     teacher_kv = None
-    if config.method == "distill" and options.teacher == "fixed" and plan.shots and plan.rows:
+    if options.teacher == "fixed" and plan.shots and plan.rows:
         prefix = run_plan.build_probe_prompt(plan, plan.rows[0]).prefix_ids
         initial = train_step.derive_policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (shared_prefix.encode_ids(decoder, initial, prefix),)
@@ -335,7 +336,8 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
     sections = {"rollout": (run.plan.rows, run.plan.student),
                 "eval": (run.plan.eval_rows, run.plan.evaluation)}  # fmt: skip
     for section, (rows, spec) in sections.items():
-        if not rows or (section == "rollout" and run.plan.config.method == "sft"):
+        samples = section != "rollout" or config_lib.traits(run.plan.config).samples
+        if not rows or not samples:
             continue
         prompt = prompts.student(run.plan.tokenizer, spec, rows[0])
         with _named(section):

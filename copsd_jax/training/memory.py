@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.training import run_plan
@@ -32,7 +33,7 @@ def memory(plan: run_plan.Plan) -> dict[str, int]:
     """
     c, shape = plan.config, plan.model_config
     item = np.dtype(plan.dtype).itemsize
-    completions = c.train.batch * c.rollout.per_prompt
+    completions = config_lib.completions_per_step(c)
     micro = c.train.micro_batch or completions
     length = plan.longest["student"] + c.rollout.max_tokens
     rows = micro * length  # tokens of the student's side

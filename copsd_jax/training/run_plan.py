@@ -19,7 +19,6 @@ from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.model import lora, transformer
 from copsd_jax.problems import languages, problem_row
-from copsd_jax.rewards import reward_functions
 from copsd_jax.runtime import sharding, workdir
 from copsd_jax.sampler import request
 from copsd_jax.servers import client, dialects, remote_engine
@@ -31,7 +30,7 @@ from copsd_jax.teaching import (
     solution_steps,
     token_selection,
 )
-from copsd_jax.training import backends, guards
+from copsd_jax.training import backends, guards, table_rules
 from copsd_jax.weights import hf, hf_config, hub, tokenizer
 
 
@@ -86,12 +85,12 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     Raises:
       ValueError, OSError: in one sentence.
     """
-    setting_rules.settings(config, train=train)
+    table_rules.check(config, train=train)
     server = _server(config, train) if train or evaluate else None
     registry = languages.load(config.languages_file)
     _check_languages(config, registry)
-    context, chosen, rules = _context(config), _selection(config), _guards(config)
-    reward_functions.check(config.reward.kind)
+    context, chosen = table_rules.context_settings(config), _selection(config)
+    rules = _guards(config)
     # The cheap checks first: files of problems, then devices, then the model's headers.
     records = _author(config) if train else {}
     rows, dropped = (
@@ -105,15 +104,15 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     exemplars = problem_selection.exemplars(config, registry)
     devices = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
-        setting_rules.shards(config, sharding.batch_shards(devices))
+        setting_rules.check_shards(config, sharding.batch_shards(devices))
         backends.choose_loss(config, sharding.platform(devices))
     path, model_config, tok = _model(config)
     kind = choose_dtype(config.model.dtype, devices)
     backends.check_attention(config, sharding.platform(devices), kind, model_config)
-    setting_rules.vocabulary(config, model_config.vocab_size)
+    setting_rules.check_vocabulary(config, model_config.vocab_size)
     sharding.key_repeats(model_config.n_heads, model_config.n_kv_heads, devices.shape["tensor"])
     sides = _sides(config, registry, exemplars, tok)
-    shots = _shots(config, sides["teacher"], context) if config.method == "distill" else ()
+    shots = _shots(config, sides["teacher"], context)
     examine = functools.partial(prompts.student, tok, sides["evaluation"])
     longest = {"teacher": 0}
     rows = _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, longest)
@@ -191,7 +190,7 @@ def _sides(config, registry, exemplars, tok) -> dict[str, prompts.Spec]:
         for name, thinking in opening.items()
     }  # fmt: skip
     settings = {"student": "prompt", "evaluation": "eval"}
-    if config.method == "distill":
+    if config_lib.traits(config).teacher:
         settings["teacher"] = "teacher"
     if config.author.kind in ("student", "teacher"):
         settings["writer"] = "author"
@@ -213,25 +212,11 @@ def _selection(config: config_lib.Config) -> token_selection.Settings:
     return chosen
 
 
-def _context(config: config_lib.Config) -> contexts.Settings:
-    """Methods without a teacher have the context none."""
-    return contexts.Settings(
-        config.context.kind if config.method == "distill" else "none",
-        config.context.problem_en,
-        config.context.solution,
-        config.context.feedback,
-        config.context.section_tokens,
-        config.parity.reflection_fallback,
-    )
-
-
 def _author(config: config_lib.Config) -> dict[tuple[str, int], str]:
     """Refuses a server or a file that cannot answer; the file's replies."""
     if config.author.kind == "server":
-        names = "url model key_env timeout retries backoff concurrency cache".split()
-        client.check_server(
-            client.Server(**{name: config.author[name] for name in names}), "author."
-        )
+        fields = {name: config.author[name] for name in (*client.FIELDS, "cache")}
+        client.check_server(client.Server(**fields), "author.")
     return replies.from_file(config.author.path) if config.author.kind == "file" else {}
 
 
@@ -240,10 +225,8 @@ def _server(config: config_lib.Config, train: bool) -> remote_engine.EngineServe
     s = config.sampler
     if s.engine != "server":
         return None
-    names = "url model key_env timeout retries backoff concurrency dialect logprobs".split()
-    server = remote_engine.EngineServer(
-        **{n: s[n] for n in names}, max_model_len=s.max_model_len or None
-    )
+    fields = {name: s[name] for name in (*client.FIELDS, "dialect", "logprobs")}
+    server = remote_engine.EngineServer(**fields, max_model_len=s.max_model_len or None)
     remote_engine.check_server(server)
     if (count := jax.process_count()) > 1:
         raise ValueError(f"sampler.engine is 'server': one process asks it, and there are {count}")
@@ -284,7 +267,7 @@ def _connected(
     server = remote_engine.connect(server)
     completion, room = config.rollout.max_tokens, server.max_model_len
     for side, name, tokens in (
-        ("student", "rollout.max_tokens", 0 if config.method == "sft" else completion),
+        ("student", "rollout.max_tokens", completion if config_lib.traits(config).samples else 0),
         ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
         ("writer", "author.max_tokens", config.author.max_tokens),
     ):
@@ -299,8 +282,10 @@ def _connected(
 def _shots(
     config, teacher: prompts.Spec, context: contexts.Settings
 ) -> tuple[tuple[contexts.Attempt, replies.Reply], ...]:
-    """The teacher's exemplars, with what a rule writes about each one's own solution."""
+    """Returns the teacher's exemplars, each with a rule's reply about its own solution."""
     out = []
+    if not config_lib.traits(config).teacher:
+        return ()
     for row in teacher.exemplars:
         attempt = contexts.ideal(row, prompts.worked(teacher, row))
         reply = replies.NONE
@@ -409,11 +394,6 @@ def _model(config) -> tuple[pathlib.Path, transformer.ModelConfig, prompts.Token
         else path
     )
     if config.model.init == "random" and config.model.shape:
-        if config.model.shape not in transformer.SHAPES:
-            raise ValueError(
-                f"model.shape is {config.model.shape!r}: the choices are "
-                f"{', '.join(transformer.SHAPES)}"
-            )
         shape = transformer.SHAPES[config.model.shape]
         if config.model.shape == "tiny":
             # As wide as the tokenizer, in multiples that a mesh divides.
@@ -449,9 +429,9 @@ def _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, long
     ask = functools.partial(prompts.student, tok, sides["student"])
     tell = functools.partial(_probe, tok, sides["teacher"], context, shots)
     rows, longest["student"] = _fitting(rows, ask, "prompt", config, dropped)
-    if config.method == "sft":
+    if not config_lib.traits(config).samples:
         return _with_short_targets(rows, tok, sides["student"], ask, config, dropped)
-    if config.method == "distill":
+    if config_lib.traits(config).teacher:
         rows, longest["teacher"] = _fitting(rows, tell, "teacher", config, dropped)
         for row in rows[:1]:
             prompts.check_states(ask(row), tell(row), config.parity.template_mismatch)

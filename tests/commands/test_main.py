@@ -193,13 +193,13 @@ def test_work_directories(refused, tmp_path):
 
 def test_default_directory_and_overrides(monkeypatch):
     path = conftest.ROOT / "configs" / "opsd.py"
-    config, workdir = main.parse(
+    config, workdir, _ = main.parse_command(
         ["main", f"--config={path}:tiny", "--config.data.lang=sw,fr", "--config.train.lr=0.5"]
     )
     assert str(workdir) == "runs/opsd-tiny"
     assert config.data.lang == ("sw", "fr")
     assert config.train.lr == 0.5
-    assert str(main.parse(["main", f"--config={path}"])[1]) == "runs/opsd"
+    assert str(main.parse_command(["main", f"--config={path}"])[1]) == "runs/opsd"
     assert runs.config("opsd").train.lr == 1e-3  # an earlier call leaves nothing behind
 
 

@@ -15,14 +15,13 @@ import runs
 from test_methods import one_device, right, row_with, script
 from test_token_selection import TEXT, chosen, tiny
 
-from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import table
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import graders
 from copsd_jax.runtime import workdir
 from copsd_jax.teaching import contexts, prompts, replies
-from copsd_jax.training import loaded_run, run_plan
+from copsd_jax.training import loaded_run, run_plan, table_rules
 
 assert one_device
 assert tiny
@@ -38,7 +37,7 @@ def config(**settings):
 def refusal(settings, **how):
     """What is said about settings; "" if they are fine."""
     try:
-        setting_rules.settings(config(**settings), **how)
+        table_rules.check(config(**settings), **how)
     except ValueError as error:
         return str(error)
     return ""
@@ -152,6 +151,8 @@ DEAD = {
     "author.min_p": (0.5, [{}, RULE, SERVER], REFLECTION),
     "author.slots": (9, [{}, RULE, SERVER], REFLECTION),
     "author.thinking": ("off", [{}, RULE, SERVER], REFLECTION),
+    "author.path": ("replies.jsonl", [{}, SERVER], REFLECTION | {"author__kind": "file"}),
+    "author.url": ("http://h:2/v1", [{}, REFLECTION], SERVER),
     "author.model": ("m", [{}, REFLECTION], SERVER),
     "author.key_env": ("KEY", [{}, REFLECTION], SERVER),
     "author.timeout": (9.0, [{}, REFLECTION], SERVER),
@@ -234,14 +235,17 @@ def test_a_value_that_nothing_reads_is_refused(name):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"loss__temperature": 1e-5}, "loss.temperature is 1e-05: it must lie between 0.0001 and"),
-        ({"loss__temperature": 2e4}, "loss.temperature is 20000.0: it must lie between"),
-        ({"loss__temperature": float("nan")}, "loss.temperature is nan: it must lie between"),
-        ({"loss__clip_mode": "huber", "loss__clip": 1e-300}, "loss.clip is 1e-300: it must lie"),
-        ({"rollout__temperature": 1e-5}, "rollout.temperature is 1e-05: it is 0 (greedy) or at"),
-        ({"eval__temperature": 1e-300}, "eval.temperature is 1e-300: it is 0 (greedy) or at"),
+        ({"loss__temperature": 1e-5}, "loss.temperature is 1e-05: it must be between 0.0001 and"),
+        ({"loss__temperature": 2e4}, "loss.temperature is 20000.0: it must be between"),
+        ({"loss__temperature": float("nan")}, "loss.temperature is nan: it must be between"),
+        ({"loss__clip_mode": "huber", "loss__clip": 1e-300}, "loss.clip is 1e-300: it must be"),
+        (
+            {"rollout__temperature": 1e-5},
+            "rollout.temperature is 1e-05: it must be 0 (greedy) or at",
+        ),
+        ({"eval__temperature": 1e-300}, "eval.temperature is 1e-300: it must be 0 (greedy) or at"),
         ({"loss__top_k": 1}, "loss.top_k is 1: one entry renormalised is always 1"),
-        ({"loss__beta": 1e-9, "loss__divergence": "jsd"}, "loss.beta is 1e-09: it must lie betw"),
+        ({"loss__beta": 1e-9, "loss__divergence": "jsd"}, "loss.beta is 1e-09: it must be betw"),
         ({"loss__temperature": 1e-4}, ""),
         ({"loss__clip_mode": "huber", "loss__clip": 1e-9}, ""),
         ({"rollout__temperature": 1e-4, "eval__temperature": 0.0}, ""),
@@ -255,7 +259,7 @@ def test_numbers_with_which_nothing_would_be_trained(settings, said):
 
 
 def test_every_condition_has_a_case():
-    assert set(DEAD) == {name for read in setting_rules.READ for name in read.names.split()}
+    assert set(DEAD) == {name for name, s in config_lib.SETTINGS.items() if s.read_when}
 
 
 def test_feedback_and_norm_have_a_second_place():
@@ -411,9 +415,7 @@ def test_a_grader_of_other_forms_compares_and_never_extracts():
     with pytest.raises(ValueError, match="pattern is 'prose'"):
         graders.Grader("prose", "last_after_think", 5.0)
     assert set(graders.PATTERNS) | set(graders.OTHERS) == set(prompts.ANSWERS)
-    assert set(prompts.ANSWERS) == set(prompts.INSTRUCTIONS) == set(
-        setting_rules.CHOICES["prompt.answer"]
-    )  # fmt: skip
+    assert set(prompts.ANSWERS) == set(prompts.INSTRUCTIONS)
 
 
 # --------------------------------------------------------------------------------- the user's own

@@ -228,7 +228,7 @@ def _counted(card, target, *flags):
     """GiB of a phase on each device, by the model of memory."""
     found = hardware.parse(target)
     path = f"--config={conftest.ROOT / card}"
-    config = main.parse(["main", path, f"--dry_run={target}", *flags])[0]
+    config = main.parse_command(["main", path, f"--dry_run={target}", *flags])[0]
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sizes = tuple(1 if size < 0 else size for size in sizes)
     assert math.prod(sizes) == math.prod(found.shape) * found.slices
@@ -472,7 +472,7 @@ def test_memory_that_the_compiler_does_not_find():
 def test_rows_stay_where_they_are():
     """What is summed over fsdp are gradients and the weights' parts, not every layer's states."""
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in SHORT.items()]
-    config = main.parse(
+    config = main.parse_command(
         ["main", f"--config={conftest.ROOT / 'configs/opsd.py'}:tiny", *flags,
          "--config.mesh.fsdp=8", "--config.mesh.data=1", "--config.rollout.max_tokens=64",
          "--config.sampler.engine=server", "--config.sampler.pack=512", "--config.eval.path=",

@@ -379,7 +379,7 @@ def test_a_new_context_is_one_function_and_one_entry(monkeypatch):
     monkeypatch.setattr(contexts, "CONTEXTS", dict(contexts.CONTEXTS))
     exec("# A new context" + code, scope)
     settings = contexts.Settings("answer_only")
-    with runs.loaded("opsd", context__kind="none") as (r, _):
+    with runs.loaded("opsd", context__kind="answer_only") as (r, _):
         row = r.plan.rows[0]
         made = contexts.teach(r.plan.tokenizer, r.plan.teacher, settings, contexts.Attempt(row))
         assert row.answer in made.text

@@ -180,7 +180,7 @@ def test_settings_that_do_not_fit_are_refused(values, said):
     c = settings.default()
     c.mesh.update(values)
     with pytest.raises(ValueError, match=said):
-        setting_rules.settings(c)
+        setting_rules.check(c)
 
 
 def test_the_launcher_prints_its_commands():

@@ -70,6 +70,17 @@ def test_damaged_and_older_settings(tmp_path):
         workdir.check(tmp_path / "old", {**every, "loss.beta": 0.1})
 
 
+def test_a_run_with_a_retired_setting_goes_on_if_it_had_no_effect(tmp_path):
+    every = config_lib.flat(config_lib.default())
+    workdir.create(tmp_path, every | {"loss.skip_below": 0.0}, {})
+    assert workdir.check(tmp_path, every)
+    assert "loss.skip_below" not in workdir.read_settings(tmp_path)
+    workdir.create(tmp_path, every | {"loss.skip_below": 0.5}, {})
+    for read in (workdir.check, lambda path, _: workdir.read_settings(path)):
+        with pytest.raises(ValueError, match=r"has loss\.skip_below=0\.5: .* run with 0\.0 can go"):
+            read(tmp_path, every)
+
+
 def test_json_is_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
     workdir.write_json(path, {"a": "ü"})

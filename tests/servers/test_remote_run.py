@@ -20,12 +20,11 @@ import runs
 from test_remote_engine import FAULTS, spoken
 
 from copsd_jax import evaluate, main, methods
-from copsd_jax.config import setting_rules
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint
 from copsd_jax.sampler import loop, request
-from copsd_jax.servers import dialects, remote_engine
+from copsd_jax.servers import remote_engine
 from copsd_jax.training import loaded_run, run_plan
 from copsd_jax.weights import hf, hf_config, peft
 
@@ -341,8 +340,3 @@ def test_without_a_directory_a_folder_is_named(engine):
     plan = run_plan.make_plan(runs.config("opsd", **served(engine)))
     with jax.set_mesh(plan.mesh), pytest.raises(ValueError, match=r"sampler\.folder is ''"):
         loaded_run.load_run(plan, 1)
-
-
-def test_choices_are_those_of_the_client():
-    assert setting_rules.CHOICES["sampler.dialect"] == tuple(dialects.DIALECTS)
-    assert setting_rules.CHOICES["sampler.logprobs"] == remote_engine.LOGPROBS

@@ -1,0 +1,88 @@
+"""The check of settings that choose an entry of a table: contexts, rewards, divergences and others.
+
+`main` checks all other settings before it imports a table (`config.setting_rules`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from copsd_jax.config import setting_rules
+from copsd_jax.config import settings as config_lib
+from copsd_jax.losses import divergence_loss, divergences
+from copsd_jax.model import transformer
+from copsd_jax.rewards import reward_functions
+from copsd_jax.servers import dialects, remote_engine
+from copsd_jax.teaching import contexts, prompts
+
+
+def tables() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Returns, by setting, the entries of its table, each with the settings that it reads."""
+    entries = {
+        "context.kind": contexts.CONTEXTS,
+        "reward.kind": reward_functions.REWARDS,
+        "loss.divergence": divergences.DIVERGENCES,
+    }
+    found = {
+        name: {key: entry.settings for key, entry in table.items()}
+        for name, table in entries.items()
+    }
+    found["loss.divergence"]["sampled"] = ()
+    names = {
+        "model.shape": ("", *transformer.SHAPES),
+        "prompt.answer": prompts.ANSWERS,
+        "loss.top_k_of": divergences.TOP_K_OF,
+        "loss.clip_mode": divergences.CLIP_MODES,
+        "loss.implementation": divergence_loss.CHOICES,
+        "sampler.dialect": dialects.DIALECTS,
+        "sampler.logprobs": remote_engine.LOGPROBS,
+    }
+    return found | {name: dict.fromkeys(table, ()) for name, table in names.items()}
+
+
+def check(config: config_lib.Config, *, train: bool = True, data: bool = True) -> None:
+    """Refuses settings that cannot work: those of `setting_rules.check`, with all tables.
+
+    Raises:
+      ValueError: in one sentence with the setting, its value and the choices.
+    """
+    setting_rules.check(config, tables(), train=train, data=data)
+    s = config_lib.flat(config)
+    reward_functions.check(s["reward.kind"])
+    _check_context(s, context_settings(config))
+    forms = prompts.ANSWERS
+    if s["reward.kind"] in reward_functions.REWARDS:
+        forms = reward_functions.REWARDS[s["reward.kind"]].forms or forms
+    if s["prompt.answer"] not in forms:
+        rule = f"with reward.kind={s['reward.kind']} it is one of {', '.join(forms)}"
+        setting_rules.refuse(s, "prompt.answer", rule)
+
+
+def context_settings(config: config_lib.Config) -> contexts.Settings:
+    """Returns the settings of the context; methods without a teacher have the context "none"."""
+    c = config.context
+    return contexts.Settings(
+        kind=c.kind if config_lib.traits(config).teacher else "none",
+        problem_en=c.problem_en,
+        solution=c.solution,
+        feedback=c.feedback,
+        section_tokens=c.section_tokens,
+        fallback=config.parity.reflection_fallback,
+    )
+
+
+def _check_context(s: Mapping[str, Any], settings: contexts.Settings) -> None:
+    """Refuses an author, a choice of tokens or a single completion that a context cannot use."""
+    context, author = contexts.CONTEXTS[settings.kind], s["author.kind"]
+    if author not in context.authors:
+        rule = f"with context.kind={settings.kind} it is one of {', '.join(context.authors)}"
+        setting_rules.refuse(s, "author.kind", rule)
+    if s["tokens.select"] in ("from_error", "error_step") and not context.locates_error:
+        locating = [name for name, entry in contexts.CONTEXTS.items() if entry.locates_error]
+        rule = f"it goes with context.kind={', '.join(locating)}"
+        setting_rules.refuse(s, "tokens.select", rule)
+    # The rule of the grader and a file know what is right without a sibling's success.
+    compares = "siblings" in context.reads(settings) and author not in ("grader", "file")
+    if compares and s["rollout.per_prompt"] < 2:
+        why = f"context.kind={settings.kind}"
+        why += f" with author.kind={author}" if author != "none" else ""
+        setting_rules.refuse(s, "rollout.per_prompt", f"{why} needs at least 2")
