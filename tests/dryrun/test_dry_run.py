@@ -24,9 +24,10 @@ import pytest
 import runs
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from copsd_jax import main, methods
+from copsd_jax import main
 from copsd_jax.attention import decode_attention
 from copsd_jax.dryrun import budget, programs, report, topologies
+from copsd_jax.methods import table
 from copsd_jax.runtime import hardware, sharding
 from copsd_jax.sampler import engine
 from copsd_jax.training import builders, layout, loaded_run, memory, row_packing, run_plan
@@ -82,7 +83,7 @@ def test_batches_have_the_arrays_of_the_methods(card):
     settings = {"rollout__max_tokens": 64} if card == "sft" else {}
     with runs.loaded(card, mesh__data=-1, train__batch=8, **settings) as (r, state):
         rows = r.plan.rows[:8]
-        work = methods.METHODS[r.plan.config.method].make_batch(r, state, rows, 0)
+        work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, 0)
         real = work.batch
         c = r.plan.config
     long = programs.lengths(c, r.plan.model_config)

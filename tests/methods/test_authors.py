@@ -12,8 +12,8 @@ import pytest
 import runs
 from test_methods import one_device, right, row_with, script
 
-from copsd_jax import main, methods, train
-from copsd_jax.methods import distill
+from copsd_jax import main, train
+from copsd_jax.methods import distill, table
 
 optax_promotes = runs.optax_promotes
 one_device = one_device
@@ -139,7 +139,7 @@ def test_replies_from_a_file(monkeypatch, tmp_path):
         rollout__per_prompt=2, train__batch=1,
     ) as (r, state):  # fmt: skip
         script(monkeypatch, ["1 + 1 = 3.", "1 + 1 = 3."])
-        work = methods.METHODS["distill"].make_batch(r, state, [row], 0)
+        work = table.METHODS["distill"].make_batch(r, state, [row], 0)
     assert [record["reply_status"] for record in work.records] == ["missing", "ok"]
     assert work.metrics["reply_missing"] == 1
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import runs
 
-from copsd_jax import main, methods
-from copsd_jax.methods import authors
+from copsd_jax import main
+from copsd_jax.methods import authors, table
 from copsd_jax.problems import problem_row
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import loop
@@ -95,7 +95,7 @@ def test_rosd_distils_from_the_first_error_on(monkeypatch):
         monkeypatch.setattr(
             authors, "write_by_rule", lambda kind, asked: written.append(asked) or rule(kind, asked)
         )
-        work = methods.METHODS["distill"].make_batch(r, state, [one, two], 0)
+        work = table.METHODS["distill"].make_batch(r, state, [one, two], 0)
         assert len(written) == 4
         end = r.plan.tokenizer.eos_token
         for b in (0, 3):
@@ -155,7 +155,7 @@ def test_all_wrong_groups_cost_no_reflection(monkeypatch):
             [wrong] * 4 + [right(two), right(two), "\\boxed{1}", "\\boxed{1}"],
             [note, note, f"<error_quote>\\boxed{{1}}</error_quote>{note}", note],
         )
-        work = methods.METHODS["distill"].make_batch(r, state, [one, two], 0)
+        work = table.METHODS["distill"].make_batch(r, state, [one, two], 0)
     assert [len(prompts) for prompts in asked] == [8, 4]  # nothing is asked about group one
     assert [record["reply_status"] for record in work.records] == (
         ["filtered"] * 4 + ["ok", "ok", "ok", "no_quote"]
@@ -180,7 +180,7 @@ def test_a_reflection_that_cannot_be_read_teaches_nothing_or_as_published(monkey
             row = row_with(r, 1)
             texts = [text.replace("RIGHT", right(row)) for text in calls[0]]
             script(patch, texts, calls[1])
-            work = methods.METHODS["distill"].make_batch(r, state, [row], 0)
+            work = table.METHODS["distill"].make_batch(r, state, [row], 0)
         assert work.records[0]["reply_status"] == "no_explanation"
         assert work.records[0]["taught"] is fallback
         assert work.batch.loss_BC[0].any() == fallback
@@ -193,7 +193,7 @@ def test_sdpo_shows_a_sibling_and_never_its_own(monkeypatch):
         one, two = row_with(r, 2), row_with(r, 1)
         texts = ["\\boxed{1}", right(one), "<think>\nsecret\n</think>\n\n" + right(one)]
         script(monkeypatch, [*texts, right(two), "\\boxed{1}", "no answer"])
-        work = methods.METHODS["distill"].make_batch(r, state, [one, two], 0)
+        work = table.METHODS["distill"].make_batch(r, state, [one, two], 0)
     shown = [record["sibling"] for record in work.records]
     assert shown == [right(one), right(one), right(one), None, right(two), right(two)]
     assert "secret" not in work.records[1]["teacher_prompt"]
@@ -207,7 +207,7 @@ def test_a_lone_success_without_feedback_carries_no_loss(monkeypatch):
     with runs.loaded("sdpo", **settings) as (r, state):
         row = row_with(r, 1)
         script(monkeypatch, [right(row), "\\boxed{1}"])
-        work = methods.METHODS["distill"].make_batch(r, state, [row], 0)
+        work = table.METHODS["distill"].make_batch(r, state, [row], 0)
     assert [record["taught"] for record in work.records] == [False, True]
     assert work.batch.loss_BC.any(axis=1).tolist() == [False, True]
     assert work.batch.mask_BC.any(axis=1).tolist() == [True, True]
@@ -218,7 +218,7 @@ def test_routing_sends_successes_to_the_policy_gradient(monkeypatch):
     with runs.loaded("sdpo", **settings) as (r, state):
         row = row_with(r, 1)
         script(monkeypatch, ["\\boxed{1}", right(row)])
-        work = methods.METHODS["distill"].make_batch(r, state, [row], 0)
+        work = table.METHODS["distill"].make_batch(r, state, [row], 0)
     assert work.batch.loss_BC.any(axis=1).tolist() == [True, False]
     assert work.batch.policy_BC.any(axis=1).tolist() == [False, True]
     np.testing.assert_array_equal(work.batch.policy_BC[1], work.batch.mask_BC[1])
@@ -233,7 +233,7 @@ def test_grpo_advantages_of_a_step(monkeypatch):
     ):
         one, two = row_with(r, 1), row_with(r, 2)
         script(monkeypatch, [right(one)] * 3 + ["\\boxed{1}"] + ["\\boxed{1}"] * 4)
-        work = methods.METHODS["grpo"].make_batch(r, state, [one, two], 0)
+        work = table.METHODS["grpo"].make_batch(r, state, [one, two], 0)
         _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
     np.testing.assert_allclose(work.batch.advantage_BC[:, 0], [0.25] * 3 + [-0.75] + [0.0] * 4)
     assert work.metrics["informative"] == 0.5
@@ -246,7 +246,7 @@ def test_grpo_advantages_of_a_step(monkeypatch):
 def test_sft_targets_are_solution_and_end(monkeypatch):
     with runs.loaded("sft") as (r, state):
         rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
-        work = methods.METHODS["sft"].make_batch(r, state, rows, 0)
+        work = table.METHODS["sft"].make_batch(r, state, rows, 0)
         for row, record in zip(rows, work.records, strict=True):
             assert record["completion"] == right(row)
             assert record["completion_ids"][-1] == r.plan.tokenizer.eos_token_id
@@ -265,8 +265,8 @@ def test_other_problem_shows_another_problems_solution(monkeypatch):
     with runs.loaded("opsd", context__kind="other_problem") as (r, state):
         rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         script(monkeypatch, ["\\boxed{1}"] * 8, ["\\boxed{1}"] * 8)
-        work = methods.METHODS["distill"].make_batch(r, state, rows, 0)
-        again = methods.METHODS["distill"].make_batch(r, state, rows, 0)
+        work = table.METHODS["distill"].make_batch(r, state, rows, 0)
+        again = table.METHODS["distill"].make_batch(r, state, rows, 0)
         solutions = {row.solution for row in r.plan.rows}
     for row, record, same in zip(rows, work.records, again.records, strict=True):
         shown = {s for s in solutions if f"\n{s}\n" in record["teacher_prompt"]}
@@ -361,7 +361,7 @@ def test_a_selection_that_raises_names_itself_and_the_row(monkeypatch):
         row = row_with(r, 1)
         script(monkeypatch, [right(row)])
         with pytest.raises(ValueError, match=f"tokens.select.*{row.id}.*KeyError.*no such step"):
-            methods.METHODS["distill"].make_batch(r, state, [row], 0)
+            table.METHODS["distill"].make_batch(r, state, [row], 0)
 
 
 def test_the_rule_is_refused_where_solutions_are_no_equations(tmp_path):
@@ -456,7 +456,7 @@ def rendering(name, lang, monkeypatch):
         script(monkeypatch, [WRONG, good] if batch else [WRONG])
         other = problem_row.Row("o", "Another?", "2 * 4 = 8.", "8", lang, "Another?")
         r.plan.rows[:] = [row, other]
-        method = methods.METHODS[r.plan.config.method]
+        method = table.METHODS[r.plan.config.method]
         work = method.make_batch(r, state, [row], 0)
         record = work.records[0]
         mask = work.batch.loss_BC[0] if work.batch.teacher is not None else work.batch.policy_BC[0]
@@ -511,7 +511,7 @@ def test_teachers_that_move_read_the_exemplars_with_their_own_weights(weights, m
                 if not shared:
                     patch.setattr(prompts, "build", written_out)
                 script(patch, ["10 + 3 = 13. \\boxed{13}", "\\boxed{2}"])
-                work = methods.METHODS["distill"].make_batch(r, state, rows, 0)
+                work = table.METHODS["distill"].make_batch(r, state, rows, 0)
             assert (work.teacher_kv is not None) == shared
             _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
             found.append(jax.device_get(aux))
@@ -526,7 +526,7 @@ def test_teachers_that_move_read_the_exemplars_with_their_own_weights(weights, m
 def test_sft_closes_a_think_block_that_its_prompt_opened():
     with runs.loaded("sft", prompt__thinking="prefix", eval__thinking="prefix") as (r, state):
         rows = r.plan.rows[:8]
-        work = methods.METHODS["sft"].make_batch(r, state, rows, 0)
+        work = table.METHODS["sft"].make_batch(r, state, rows, 0)
         graded = loaded_run.grade_completions(
             r,
             [row.answer for row in rows],
@@ -558,7 +558,7 @@ def test_a_dead_writer_of_reason_first_teaches_nothing(monkeypatch):
         train__batch=2,
     ) as (r, state):  # fmt: skip
         script(monkeypatch, ["\\boxed{1}"] * 2, ["<think>\n</think>", "It adds."])
-        work = methods.METHODS["distill"].make_batch(r, state, r.plan.rows[:2], 0)
+        work = table.METHODS["distill"].make_batch(r, state, r.plan.rows[:2], 0)
     assert [record["reply_status"] for record in work.records] == ["empty", "ok"]
     assert [record["taught"] for record in work.records] == [False, True]
     assert work.batch.loss_BC.any(axis=1).tolist() == [False, True]

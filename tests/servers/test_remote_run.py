@@ -19,7 +19,8 @@ import pytest
 import runs
 from test_remote_engine import FAULTS, spoken
 
-from copsd_jax import evaluate, main, methods
+from copsd_jax import evaluate, main
+from copsd_jax.methods import table
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint
@@ -217,9 +218,9 @@ def test_a_server_that_dies_ends_the_run_and_another_goes_on(trained, tmp_path, 
 def test_log_probabilities_that_a_server_does_not_give(engine, tmp_path, monkeypatch):
     """Raw ones at another temperature: absent from records and metrics, and no NaN in the loss."""
     changes = {"sampler__logprobs": "raw", "train__steps": 1, "eval__path": ""}
-    workdir, real, made = tmp_path / "w", methods.METHODS["distill"].make_batch, []
+    workdir, real, made = tmp_path / "w", table.METHODS["distill"].make_batch, []
     keep = lambda *of: made.append(real(*of)) or made[-1]  # noqa: E731
-    monkeypatch.setattr(methods.METHODS["distill"], "make_batch", keep)
+    monkeypatch.setattr(table.METHODS["distill"], "make_batch", keep)
     assert main.main(runs.argv("opsd", workdir, **served(engine, **changes))) == 0
     (measured,) = lines(workdir / "metrics.jsonl")
     assert measured["logp_absent"] == 1.0

@@ -24,7 +24,7 @@ def refusal(**settings) -> str:
     """The sentence with which a tiny run is refused, planned or compiled ahead of time."""
     config = runs.config("opsd", **settings)
     with pytest.raises(ValueError) as planned:
-        run_plan.make(config)
+        run_plan.make_plan(config)
     with pytest.raises(ValueError) as compiled:
         report.main(config, target=None, out="", search=False)  # type: ignore[arg-type]
     assert str(compiled.value) == str(planned.value)
@@ -42,10 +42,10 @@ def test_a_context_is_one_entry(monkeypatch):
     )
     entry = contexts.Context(answer_only, needs=lambda settings: ("answer",))
     monkeypatch.setitem(contexts.CONTEXTS, "answer_only", entry)
-    plan = run_plan.make(runs.config("opsd", context__kind="answer_only"))
+    plan = run_plan.make_plan(runs.config("opsd", context__kind="answer_only"))
     row = plan.rows[0]
-    assert f"The answer is {row.answer}." in run_plan.probe(plan, row).text
-    assert row.solution not in run_plan.probe(plan, row).text
+    assert f"The answer is {row.answer}." in run_plan.build_probe_prompt(plan, row).text
+    assert row.solution not in run_plan.build_probe_prompt(plan, row).text
     assert "other_problem, none, answer_only" in refusal(context__kind="answer")
     # What the entry does not ask for is refused as of any other.
     assert "with context.kind=answer_only it is one of none" in refusal(
@@ -85,7 +85,7 @@ def test_a_divergence_is_one_entry(monkeypatch):
     kind = divergences.Kind(hellinger, hellinger_plain, settings=("loss.beta",))
     monkeypatch.setitem(divergences.DIVERGENCES, "hellinger", kind)
     config = runs.config("opsd", loss__divergence="hellinger", loss__beta=0.3)
-    settings = backends.divergence(run_plan.make(config).config)
+    settings = backends.build_divergence(run_plan.make_plan(config).config)
     assert settings is not None
     z_s, z_t = (jax.random.normal(jax.random.key(k), (3, 7)) for k in (0, 1))
     tokens = jnp.zeros(3, jnp.int32)
@@ -106,7 +106,7 @@ def test_a_reward_is_one_entry(monkeypatch):
     entry = reward_functions.Reward(longest, forms=("none",))
     monkeypatch.setitem(reward_functions.REWARDS, "length", entry)
     assert "with reward.kind=length it is one of none" in refusal(reward__kind="length")
-    plan = run_plan.make(runs.config("opsd", reward__kind="length", prompt__answer="none"))
+    plan = run_plan.make_plan(runs.config("opsd", reward__kind="length", prompt__answer="none"))
     with graders.Grader("none", "last_after_think", 5.0, workers=1) as grader:
         rewarder = reward_functions.make(plan.config.reward.kind, grader)
         assert [v.reward for v in rewarder.score(["2", "3"], ["four", "x"])] == [4.0, 1.0]
