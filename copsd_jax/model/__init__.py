@@ -1,4 +1,4 @@
-"""The decoder of all model families, LoRA adapters, and keys of shared prefixes.
+"""The decoder of all model families, LoRA adapters, and keys and values of shared prefixes.
 
 May import: runtime, attention.
 """

@@ -1,10 +1,10 @@
-"""Linear projections with optional low-rank adapters (LoRA, Hu et al. 2021).
+"""Linear projections with optional low-rank adapters (LoRA).
 
 An adapter is a tree of its own, `{'q': {'a': [layers, in, R], 'b': [layers, R, out]}, ...}` in
-float32, never part of the base weights: a projection gets its slice as an argument, so the same
-base weights serve the student (with it) and the initial policy (without it).
+float32, and never part of the base weights. A projection gets its slice as an argument, so that the
+same base weights serve the student (with the adapter) and the initial policy (without it).
 
-R is the rank.
+R is the rank. Source: Hu et al. 2021 (arXiv 2106.09685).
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,25 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class LayerShapes(Protocol):
-    """What `init_adapter` needs to know of a model."""
+    """The part of `transformer.ModelConfig` that `init_adapter` reads."""
 
     @property
-    def n_layers(self) -> int: ...
+    def n_layers(self) -> int:
+        """Returns the number of layers."""
+        ...
 
-    def projections(self) -> dict[str, tuple[int, int]]: ...
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Returns the (input, output) width of each projection of a layer."""
+        ...
 
 
 @jax.custom_vjp
 def _expand(low: jax.Array, b: jax.Array) -> jax.Array:
-    """`low @ b`, [..., R] x [R, out].
+    """Multiplies `low` [..., R] by `b` [R, out], with a gradient that is cheap on CPU.
 
-    The gradient to `b` has its factors in the other order than automatic differentiation's: XLA on
-    CPU transposes the left one in memory, which should be the narrow `low` and not the gradient of
-    the output (a sixth of a training step). Reverse mode only.
+    The gradient to `b` swaps the two factors of automatic differentiation. XLA on CPU transposes
+    the left factor in memory, which should be the narrow `low` and not the gradient of the output
+    (a sixth of a training step). Reverse mode only.
     """
     return low @ b
 
@@ -41,22 +45,27 @@ def _expand_forward(low, b):
     return low @ b, (low, b)
 
 
-def _expand_backward(saved, slope):
+def _expand_backward(saved, grad):
     low, b = saved
-    slope_b = low.reshape(-1, low.shape[-1]).T @ slope.reshape(-1, slope.shape[-1])
-    return slope @ b.T, slope_b
+    grad_b = low.reshape(-1, low.shape[-1]).T @ grad.reshape(-1, grad.shape[-1])
+    return grad @ b.T, grad_b
 
 
 _expand.defvjp(_expand_forward, _expand_backward)
 
 
 class Projection(nn.Module):
-    """`y = x W + bias + (x a scale) b`, all products in `dtype`.
+    """A linear layer, `y = x W + bias + (x a scale) b`, with all products in `dtype`.
 
-    Base and adapter leaves are cast to `dtype` for the products whatever they are stored in: in a
-    bfloat16 model the float32 adapter is rounded on use, and its gradient is float32 again. A base
-    kernel may be int8, with a leaf `scale`, float32 [features], beside it
-    (see `quantise_projections`).
+    Base and adapter leaves are cast to `dtype` for the products, whatever type they are stored in.
+    In a bfloat16 model the float32 adapter is rounded on use, and its gradient is float32 again. A
+    base kernel may be int8, with a leaf `scale`, float32 [features], beside it (see
+    `quantise_projections`).
+
+    Attributes:
+      features: output width.
+      use_bias: whether there is a bias.
+      dtype: type of the products and of the output.
     """
 
     features: int
@@ -65,7 +74,16 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, adapter: dict | None = None, scale: float = 1.0) -> jax.Array:
-        """[..., in] in `dtype` -> [..., features]; `adapter` is {'a': [in, R], 'b': [R, out]}."""
+        """Projects x.
+
+        Args:
+          x: [..., in] in `dtype`.
+          adapter: {'a': [in, R], 'b': [R, features]} of this layer, or None.
+          scale: factor of the adapter.
+
+        Returns:
+          [..., features] in `dtype`.
+        """
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         y = x @ kernel.astype(self.dtype)
@@ -76,17 +94,23 @@ class Projection(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if adapter is not None:
-            # Scaled where it is narrow.
+            # The scale is applied where the array is narrow, R instead of `features` wide.
             low = (x @ adapter["a"].astype(self.dtype)) * jnp.asarray(scale, self.dtype)
             y = y + _expand(low, adapter["b"].astype(self.dtype))
         return y
 
 
 def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: jax.Array) -> dict:
-    """A new adapter tree, float32: `a` uniform in ±1/sqrt(in) (PEFT's default), `b` zero.
+    """Creates an adapter tree, float32: `a` uniform in ±1/sqrt(in) (PEFT's default), `b` zero.
+
+    Args:
+      config: number of layers and widths of the model.
+      rank: R.
+      targets: names of projections, of TARGETS.
+      key: random key.
 
     Raises:
-      ValueError: for a target that no layer has, naming the choices.
+      ValueError: for a target that no layer has; the message lists the choices.
     """
     sizes = config.projections()
     adapter = {}
@@ -95,7 +119,7 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
             raise ValueError(f"lora.targets is {target!r}: the choices are {', '.join(sizes)}")
         width, out = sizes[target]
         bound = width**-0.5
-        # The key follows from the target's name, so adding a target leaves the others as they were.
+        # The key depends on the target alone, so that another target does not change this one.
         target_key = jax.random.fold_in(key, TARGETS.index(target))
         shape = (config.n_layers, width, rank)
         adapter[target] = {
@@ -106,9 +130,15 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
 
 
 def merge_adapter(params: dict, adapter: dict, scale: float) -> dict:
-    """Base weights with the adapter added in: `kernel + a b scale`, summed in float32.
+    """Adds an adapter to the base weights, `kernel + a b scale`, summed in float32.
 
-    Returns a new tree that shares all other leaves with `params`; no leaf is changed.
+    Args:
+      params: tree of base weights; it is not changed.
+      adapter: tree of `init_adapter`.
+      scale: factor of the adapter.
+
+    Returns:
+      A new tree that shares all other leaves with `params`.
     """
     layers = dict(params["layers"])
     for target, leaf in adapter.items():
@@ -122,9 +152,10 @@ def merge_adapter(params: dict, adapter: dict, scale: float) -> dict:
 
 
 def quantise_projections(params: dict) -> dict:
-    """The projections' kernels as int8, each column with a float32 `scale`; all else as it is.
+    """Quantises the kernels of all projections to int8, with a float32 `scale` for each column.
 
-    A column's largest magnitude becomes 127: the rounding is at most 1/254 of it. For decoding.
+    The largest magnitude of a column becomes 127, so that the rounding error is at most 1/254 of
+    it. Other leaves stay as they are. The result is for decoding.
     """
     layers = dict(params["layers"])
     for target in TARGETS:

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that all prompts begin with."""
+"""Keys and values of a shared prefix: the tokens that all prompts begin with."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,15 @@ from copsd_jax.model import transformer
 def encode(
     decoder: transformer.Decoder, policy: policy_lib.Policy, tokens_1P: jax.Array
 ) -> transformer.KV:
-    """Keys and values [layers, 1, P, K, H] of the tokens all prompts begin with; differentiable."""
+    """Computes the keys and values [layers, 1, P, K, H] of a prefix, inside a traced function.
+
+    Gradients flow to the policy's arrays.
+
+    Args:
+      decoder: the model.
+      policy: parameters and adapter.
+      tokens_1P: int32 tokens of the prefix.
+    """
     positions = jnp.arange(tokens_1P.shape[1], dtype=jnp.int32)[None]
     ones = jnp.ones_like(tokens_1P)
     stream = transformer.Stream(tokens_1P, positions, ones, policy.adapter, policy.scale)
@@ -25,9 +33,14 @@ _encode = jax.jit(encode, static_argnames="decoder")
 def encode_ids(
     decoder: transformer.Decoder, policy: policy_lib.Policy, prefix_ids: Sequence[int]
 ) -> transformer.KV | None:
-    """Keys and values [layers, 1, P, K, H] of the tokens all prompts begin with; None for none.
+    """Computes the keys and values [layers, 1, P, K, H] of a prefix of ids, in a jitted call.
 
-    They hold for this policy only.
+    They are valid for this policy only.
+
+    Args:
+      decoder: the model.
+      policy: parameters and adapter.
+      prefix_ids: the P ids of the prefix; the result is None if there are none.
     """
     if len(prefix_ids) == 0:
         return None

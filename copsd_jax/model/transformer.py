@@ -1,8 +1,8 @@
-"""One decoder for Qwen3 (dense), Qwen2.5, Llama 3 and SmolLM2; config fields differ, code does not.
+"""One decoder for Qwen3 (dense), Qwen2.5, Llama 3 and SmolLM2, which differ in their config only.
 
-A call takes a tuple of streams (tokens with positions, segments and perhaps an adapter, a shared
-prefix or a cache) and runs all of them through each layer, so that student and teacher share one
-pass over the weights. It returns hidden states. The head is apart (`get_head`,
+A call takes a tuple of streams: tokens with positions and segments, perhaps with an adapter, a
+shared prefix or a cache. It runs all of them through each layer, so that student and teacher share
+one pass over the weights. It returns hidden states. The head is apart (`get_head`,
 `compute_logits`), since losses and the sampler want it at chosen positions only.
 
 Letters: B sequences, L tokens of a sequence, S keys of a sequence, V vocabulary, D width, N query
@@ -24,10 +24,11 @@ from copsd_jax.attention import decode_attention, row_attention, visibility
 from copsd_jax.model import lora
 from copsd_jax.runtime import sharding
 
-QUERY_BLOCK = 512  # longer rows attend block by block of queries
-PROJECTION = "projection"  # name of values, for the policies below
+QUERY_BLOCK = 512  # queries of a block; longer rows attend block by block
+PROJECTION = "projection"  # checkpoint name of the projections' outputs
 _policies = jax.checkpoint_policies
-# What is kept of a layer for the backward pass, which computes the rest again; None keeps all.
+# Policies of the values that a layer keeps for the backward pass, which computes the rest again.
+# None keeps all of them.
 REMAT: dict[str, Any] = {
     "none": None,
     "dots": _policies.save_only_these_names(PROJECTION, visibility.CHECKPOINT_NAME),
@@ -40,7 +41,7 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's slowing of low rotary frequencies, for texts beyond `original_max_position`."""
+    """Constants of Llama 3's RoPE scaling, which slows low frequencies for longer texts."""
 
     factor: float
     low_freq_factor: float
@@ -69,7 +70,7 @@ class ModelConfig:
     max_position: int
 
     def projections(self) -> dict[str, tuple[int, int]]:
-        """(input, output) width of each projection of a layer."""
+        """Returns the (input, output) width of each projection of a layer."""
         query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         return {
             "q": (self.d_model, query),
@@ -130,52 +131,84 @@ class KV(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """One batch of rows and how they are to be read.
+    """One batch of rows, with the adapter, prefix and cache that they use.
 
-    Rows are read in one of two ways:
-      without cache: a token attends to the tokens of its own segment, and of the segment that
-        `parents` names, at or before its index in the row. Segment 0 is padding: no other segment
-        sees it, and its hidden state is 0 with no gradient.
-      with cache: rows of one token (L = 1). It is written at index positions - P and attends to
-        that index and all before it. `segments` may be None; where it is 0 the slot is dead.
-    In both ways every token sees the whole prefix, whose P keys stand at positions 0 … P - 1.
-    Where the decoder is `unstacked`, adapter and prefix are tuples of what each layer has of them.
+    Without a cache, a token attends to the tokens of its own segment, and of the segment that
+    `parents` names, at or before its index in the row (picture in attention/visibility.py).
+    Segment 0 is padding: no other segment sees it, and its hidden state is 0 without a gradient.
+
+    With a cache, a row has one token (L = 1), and B is the number of slots. The token is written at
+    index position - P of its slot, and attends to that index and all before it.
+
+    In both cases every token sees the whole prefix, whose P keys have positions 0 … P - 1.
+
+    Attributes:
+      tokens_BL: int32.
+      positions_BL: int32; the first own token of a text has position P.
+      segments_BL: int32, 0 for padding or a dead slot; None is possible with a cache only.
+      adapter: tree of `lora.init_adapter`, or None; a tuple of trees, one for each layer, if the
+        decoder is `unstacked`.
+      adapter_scale: factor of the adapter, static.
+      prefix: KV [layers, 1, P, K, H] that all rows see, or None; gradients flow through it. A tuple
+        of KV [1, P, K, H], one for each layer, if the decoder is `unstacked`.
+      cache: cache of B slots, or None.
+      parents_BL: int32, -1 for tokens without a parent segment; None if no token has one.
     """
 
-    tokens_BL: jax.Array  # int32
-    positions_BL: jax.Array  # int32; the first own token of a text has position P
-    segments_BL: jax.Array | None  # int32; 0 is padding; None with a cache only
-    adapter: Any = None  # a tree of lora.init, or None
-    adapter_scale: float = 1.0  # static
-    prefix: Any = None  # KV [layers, 1, P, K, H] that all rows see; gradients flow through it
-    cache: decode_attention.Cache | None = None  # of B slots
-    parents_BL: jax.Array | None = None  # int32; -1 for none
+    tokens_BL: jax.Array
+    positions_BL: jax.Array
+    segments_BL: jax.Array | None
+    adapter: Any = None
+    adapter_scale: float = 1.0
+    prefix: Any = None
+    cache: decode_attention.Cache | None = None
+    parents_BL: jax.Array | None = None
 
 
 class Output(NamedTuple):
-    """Hidden states after the final norm, in compute dtype, and keys and values if asked for."""
+    """The results of one stream.
+
+    Attributes:
+      hidden_BLD: hidden states after the final norm, in compute dtype.
+      kv: own keys and values [layers, B, L, K, H] if `return_kv` was set, else None.
+      cache: the updated cache of a stream with a cache, else None.
+    """
 
     hidden_BLD: jax.Array
     kv: KV | None
-    cache: decode_attention.Cache | None = None  # of a stream with a cache, updated
+    cache: decode_attention.Cache | None = None
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each pair of a head, float32 [H/2] (RoFormer eq. 15)."""
+def compute_llama3_factors(scaling: RopeScaling, frequency: np.ndarray) -> np.ndarray:
+    """Returns the factors, float64 [H/2], that Llama 3's scaling multiplies frequencies by.
+
+    They follow from the turns that a pair makes over the original context. With many turns it keeps
+    its frequency, with few it is slowed down by `scaling.factor`, and between the two bounds the
+    factor is interpolated.
+
+    Args:
+      scaling: the constants of the scaling.
+      frequency: radians per position, float64 [H/2].
+    """
+    turns = scaling.original_max_position * frequency / (2 * np.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return keep + (1 - keep) / scaling.factor
+
+
+def compute_rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Returns the radians per position of each pair of a head, float32 [H/2].
+
+    Source: RoFormer (arXiv 2104.09864), equation 15.
+    """
     frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is not None:
-        # By the turns that a pair makes over the original context: with many, it stays as it is;
-        # with few, it is slowed down by the factor; between the two bounds it is interpolated.
-        turns = scaling.original_max_position * frequency / (2 * np.pi)
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-        frequency = frequency * (keep + (1 - keep) / scaling.factor)
+    if config.rope_scaling is not None:
+        frequency = frequency * compute_llama3_factors(config.rope_scaling, frequency)
     return frequency.astype(np.float32)
 
 
 def _rotate(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
-    """Rotary embedding, float32; E = H/2: dimension i is paired with i + H/2 (Hugging Face)."""
+    """Rotates pairs (i, i + H/2) of each head, as Hugging Face does; float32, E = H/2."""
     cos, sin = jnp.cos(angle_BLE)[:, :, None], jnp.sin(angle_BLE)[:, :, None]
     first, second = jnp.split(x_BLNH, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -186,16 +219,16 @@ def _attend_cache(
     k_B1KH,
     v_B1KH,
     cache: decode_attention.Cache,
-    rows: "_StreamInputs",
+    inputs: "_StreamInputs",
     layer,
     prefix,
     implementation,
 ) -> tuple[jax.Array, decode_attention.Cache]:
-    """Attention of each slot's token to its live entries, itself included, and the prefix."""
+    """Attends from each slot's token to its live entries, itself included, and to the prefix."""
     q_JKMH, dtype = q_B1KMH[:, 0], q_B1KMH.dtype
-    assert rows.index_B is not None  # of a stream with a cache
+    assert inputs.index_B is not None  # It is set for a stream with a cache.
     own, cache = decode_attention.write_and_attend(
-        q_JKMH, k_B1KH[:, 0], v_B1KH[:, 0], cache, layer, rows.index_B, implementation
+        q_JKMH, k_B1KH[:, 0], v_B1KH[:, 0], cache, layer, inputs.index_B, implementation
     )
     out_JKMH, top_JKM, total_JKM = own
     if prefix is not None:
@@ -206,19 +239,23 @@ def _attend_cache(
         total_JKM = own.total_JKM * scale_JKM + shared.sum(axis=-1)
         shared = _product("jkmp,pkh->jkmh", shared.astype(dtype), prefix.v[0])
         out_JKMH = own.out_JKMH * scale_JKM[..., None] + shared
-    # A dead slot without a prefix has seen nothing: 0 / 0.
+    # A dead slot without a prefix has seen nothing, which would give 0 / 0.
     total_JKM = jnp.maximum(total_JKM, jnp.float32(1e-30))
     return (out_JKMH / total_JKM[..., None])[:, None].astype(dtype), cache
 
 
 class Norm(nn.Module):
-    """RMSNorm over the last axis, in float32; the result is cast to `dtype`."""
+    """RMSNorm over the last axis, in float32; the result is cast to `dtype`.
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
+    """
 
     eps: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x, [..., D] in any float type, to [..., D] in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + jnp.float32(self.eps))
@@ -227,27 +264,39 @@ class Norm(nn.Module):
 
 
 class _StreamInputs(NamedTuple):
-    """What all layers need of a stream, alike."""
+    """Inputs of a stream that are the same in all layers."""
 
-    angle_BLE: jax.Array  # float32 RoPE angles
+    angle_BLE: jax.Array  # float32 RoPE angles, E = H/2
     segments_BL: jax.Array | None = None
     parents_BL: jax.Array | None = None
-    index_B: jax.Array | None = None  # where the cache is written, -1 for a dead slot
+    index_B: jax.Array | None = None  # cache index that the token is written to, -1 if dead
 
 
 class Layer(nn.Module):
-    """One decoder layer over all streams; the body of the scan."""
+    """One decoder layer over all streams; the body of the scan.
+
+    Attributes:
+      config: config of the model.
+      dtype: type of all products and of the hidden states.
+      block: queries of a block of row attention.
+      decode: implementation of decode attention.
+      attention: implementation of row attention.
+      scales: factors of the streams' adapters.
+      return_kv: whether own keys and values are returned.
+      key_repeats: how often each key head is repeated.
+    """
 
     config: ModelConfig
     dtype: Any
     block: int
     decode: str
     attention: str
-    scales: tuple[float, ...]  # of the streams' adapters
+    scales: tuple[float, ...]
     return_kv: bool
     key_repeats: int
 
     def setup(self):
+        """Creates the projections and norms."""
         c = self.config
         for name, (_, out) in c.projections().items():
             bias = c.qkv_bias and name in ("q", "k", "v")
@@ -256,14 +305,23 @@ class Layer(nn.Module):
         for name in norms:
             setattr(self, name, Norm(c.rms_eps, self.dtype))
 
-    def __call__(self, carry, scanned, rows: tuple[_StreamInputs, ...]):
-        """carry: (hidden, cache) of each stream; scanned: layer, (adapter, prefix) of each."""
+    def __call__(self, carry, scanned, inputs: tuple[_StreamInputs, ...]):
+        """Runs all streams through the layer.
+
+        Args:
+          carry: (hidden_BLD, cache or None) of each stream.
+          scanned: index of the layer, and this layer's (adapter, prefix) of each stream.
+          inputs: of each stream.
+
+        Returns:
+          The new carry, and the KV [B, L, K, H] of each stream or None.
+        """
         layer, slices = scanned
-        streams = zip(carry, slices, rows, self.scales, strict=True)
-        results = [self._stream(*stream, layer) for stream in streams]
+        streams = zip(carry, slices, inputs, self.scales, strict=True)
+        results = [self._run_stream(*stream, layer) for stream in streams]
         return tuple(state for state, _ in results), tuple(kv for _, kv in results)
 
-    def _stream(self, state, slices, rows: _StreamInputs, scale: float, layer):
+    def _run_stream(self, state, slices, inputs: _StreamInputs, scale: float, layer):
         hidden, cache = state
         adapter, prefix = slices
 
@@ -271,14 +329,14 @@ class Layer(nn.Module):
             leaf = adapter[name] if adapter is not None and name in adapter else None
             return checkpoint_name(getattr(self, name)(x, leaf, scale), PROJECTION)
 
-        q_BLKMH, k, v = self._qkv(project, self.attn_norm(hidden), rows.angle_BLE)
+        q_BLKMH, k, v = self._qkv(project, self.attn_norm(hidden), inputs.angle_BLE)
         if cache is None:
             shared = None if prefix is None else visibility.Prefix(prefix.k[0], prefix.v[0])
-            assert rows.segments_BL is not None  # of a stream without a cache
-            seen = visibility.Visibility(rows.segments_BL, rows.parents_BL)
+            assert inputs.segments_BL is not None  # It is set for a stream without a cache.
+            seen = visibility.Visibility(inputs.segments_BL, inputs.parents_BL)
             out = row_attention.attend(q_BLKMH, k, v, seen, shared, self.attention, self.block)
         else:
-            out, cache = _attend_cache(q_BLKMH, k, v, cache, rows, layer, prefix, self.decode)
+            out, cache = _attend_cache(q_BLKMH, k, v, cache, inputs, layer, prefix, self.decode)
         hidden = hidden + project("o", out.reshape(*out.shape[:2], -1))
         x = self.mlp_norm(hidden)
         hidden = hidden + project("down", nn.silu(project("gate", x)) * project("up", x))
@@ -296,7 +354,8 @@ class Layer(nn.Module):
         q = _rotate(q.astype(jnp.float32), angle_BLE) * jnp.float32(c.head_dim**-0.5)
         k = _rotate(k.astype(jnp.float32), angle_BLE)
         k = k.astype(self.dtype)
-        if self.key_repeats > 1:  # what is downstream sees K r heads, with M / r queries each
+        # Downstream there are K r key heads with M / r queries each.
+        if self.key_repeats > 1:
             k, v = (sharding.headwise(jnp.repeat(x, self.key_repeats, axis=2)) for x in (k, v))
         q = q.reshape(*x.shape[:2], k.shape[2], -1, c.head_dim)
         return q.astype(self.dtype), k, v
@@ -318,16 +377,17 @@ class Decoder(nn.Module):
     """The model without its head.
 
     Attributes:
-      config: shape and constants.
-      dtype: of all products and of the hidden states; weights are cast to it on use.
-      remat: what of a layer is kept for the backward pass, a name of REMAT.
+      config: config of the model.
+      dtype: type of all products and of the hidden states; weights are cast to it on use.
+      remat: policy of the values that a layer keeps for the backward pass, a key of REMAT.
       query_block: rows longer than this attend block by block of queries (portable form).
-      decode: how a stream with a cache attends to it, of attention.IMPLEMENTATIONS.
-      attention: how other streams do, of attention_rows.IMPLEMENTATIONS.
-      key_repeats: how often each key head stands in attention and caches, see mesh.key_repeats.
-      unstacked: for streams with caches: params have `layer_0`, `layer_1`, … instead of `layers`,
-        and adapters and prefixes are tuples of a tree for each layer, instead of stacked arrays
-        that are scanned. XLA on CPU copies each slice of a stack before it reads it.
+      decode: attention of streams with a cache, a key of decode_attention.IMPLEMENTATIONS.
+      attention: attention of other streams, one of row_attention.IMPLEMENTATIONS.
+      key_repeats: how often attention and caches repeat each key head (`sharding.key_repeats`).
+      unstacked: runs the layers one by one instead of scanning stacked arrays, for streams with a
+        cache only. Parameters then have `layer_0`, `layer_1`, … instead of `layers`, and adapters
+        and prefixes are tuples of a tree for each layer. Reason: XLA on CPU copies each slice of a
+        stacked array before it reads the slice.
     """
 
     config: ModelConfig
@@ -341,24 +401,29 @@ class Decoder(nn.Module):
 
     @property
     def key_heads(self) -> int:
-        """K of prefixes and caches."""
+        """Number of key heads, K, of prefixes and caches."""
         return self.config.n_kv_heads * self.key_repeats
 
     @nn.compact
     def __call__(self, streams: tuple[Stream, ...], return_kv: bool = False) -> tuple[Output, ...]:
-        """Hidden states of each stream; with `return_kv` own keys and values [layers, B, L, K, H].
+        """Runs all streams through the model.
 
-        A stream with a cache gets it back, updated, in `cache`.
+        Args:
+          streams: batches of rows.
+          return_kv: whether to return keys and values of streams without a cache.
+
+        Returns:
+          The output of each stream.
 
         Raises:
-          ValueError: for an unknown `remat`, a stream with neither segments nor a cache, one with
-            a cache and more than one token a row, or none with `unstacked`.
+          ValueError: for an unknown `remat`, a stream with neither segments nor a cache, a cache
+            with more than one token in a row, or `unstacked` and a stream without a cache.
         """
         c = self.config
         if self.remat not in REMAT:
             raise ValueError(f"model.remat is {self.remat!r}: the choices are {', '.join(REMAT)}")
         if self.unstacked and any(s.cache is None for s in streams):
-            raise ValueError("unstacked is True: it is for streams with a cache")
+            raise ValueError("unstacked is True: every stream must have a cache")
         embedding = _Matrix("embedding", (c.vocab_size, c.d_model), self.dtype, name="embed")()
         if not c.tie_embeddings:
             _Matrix("kernel", (c.vocab_size, c.d_model), self.dtype, name="head")()
@@ -372,7 +437,7 @@ class Decoder(nn.Module):
         )  # fmt: skip
         carry = tuple((embed(s), s.cache) for s in streams)
         slices = tuple((s.adapter, s.prefix) for s in streams)
-        run = self._apart if self.unstacked else self._scan
+        run = self._run_unstacked if self.unstacked else self._run_scan
         carry, kvs = run(layers, carry, slices, tuple(_prepare_inputs(c, s) for s in streams))
         norm = Norm(c.rms_eps, self.dtype, name="final_norm")
         return tuple(
@@ -380,8 +445,15 @@ class Decoder(nn.Module):
             for (hidden, cache), kv, stream in zip(carry, kvs, streams, strict=True)
         )
 
-    def _scan(self, layers: tuple, carry, slices, rows):
-        """Carry and keys and values behind the layers, of which `layers` has what Layer needs."""
+    def _run_scan(self, layers: tuple, carry, slices, inputs):
+        """Runs the layers by a scan; returns the carry, and the stacked keys and values.
+
+        Args:
+          layers: arguments of Layer.
+          carry: as of Layer.
+          slices: (adapter, prefix) of each stream, with a leading axis of layers.
+          inputs: of each stream.
+        """
         policy = REMAT[self.remat]
         body = Layer if policy is None else nn.remat(Layer, prevent_cse=False, policy=policy)
         axes: Any = (0, nn.broadcast)
@@ -391,26 +463,28 @@ class Decoder(nn.Module):
             in_axes=axes, length=count,
         )  # fmt: skip
         index = jnp.arange(count, dtype=jnp.int32)
-        return scan(*layers, name="layers")(carry, (index, slices), rows)
+        return scan(*layers, name="layers")(carry, (index, slices), inputs)
 
-    def _apart(self, layers: tuple, carry, slices, rows):
-        """`_scan`, layer by layer."""
+    def _run_unstacked(self, layers: tuple, carry, slices, inputs):
+        """Runs the layers one by one, with the arguments and results of `_run_scan`."""
         for i in range(self.config.n_layers):
             own = tuple(tuple(None if x is None else x[i] for x in both) for both in slices)
-            carry, kvs = Layer(*layers, name=f"layer_{i}")(carry, (jnp.int32(i), own), rows)
+            carry, kvs = Layer(*layers, name=f"layer_{i}")(carry, (jnp.int32(i), own), inputs)
         return carry, kvs
 
 
 def _prepare_inputs(config: ModelConfig, stream: Stream) -> _StreamInputs:
-    """RoPE angles, and what else the layers read."""
-    frequency = jnp.asarray(rope_frequencies(config))
+    """Computes RoPE angles and cache indices, and checks that the stream is complete."""
+    frequency = jnp.asarray(compute_rope_frequencies(config))
     angle = stream.positions_BL.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
     if stream.cache is None:
         if stream.segments_BL is None:
             raise ValueError("segments_BL is None: only a stream with a cache may leave it out")
         return _StreamInputs(angle, stream.segments_BL, stream.parents_BL)
     if stream.tokens_BL.shape[1] != 1:
-        raise ValueError(f"tokens are {stream.tokens_BL.shape}: with a cache a row has one token")
+        raise ValueError(
+            f"tokens have shape {stream.tokens_BL.shape}: with a cache a row has one token"
+        )
     offset = 0
     if stream.prefix is not None:
         first = stream.prefix if isinstance(stream.prefix, KV) else stream.prefix[0]
@@ -422,19 +496,22 @@ def _prepare_inputs(config: ModelConfig, stream: Stream) -> _StreamInputs:
 
 
 def _zero_padding(hidden_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
-    """Zero, without gradient, where there is padding."""
+    """Replaces the hidden states of padding by 0, without a gradient."""
     if segments_BL is None:
         return hidden_BLD
     return jnp.where((segments_BL > 0)[:, :, None], hidden_BLD, jnp.zeros((), hidden_BLD.dtype))
 
 
 def get_head(params: dict) -> jax.Array:
-    """The output matrix [V, D]: the embedding where tied, else the head's own."""
+    """Returns the output matrix [V, D]: the head's own, or the embedding if they are tied."""
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
 
 
 def compute_logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """[..., D] -> float32 [..., V], summed in float32; the head is cast to hidden's dtype."""
+    """Computes the logits, float32 [..., V], of hidden states [..., D].
+
+    Products are in the hidden states' dtype, to which the head is cast, and sums are in float32.
+    """
     return jnp.einsum(
         "...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
@@ -447,11 +524,11 @@ def _init_params(config: ModelConfig, dtype: Any, key: jax.Array) -> dict:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
-    """Random weights: matrices normal with deviation 0.02, norms 1, biases 0."""
+    """Creates random parameters: matrices normal with deviation 0.02, norms 1, biases 0."""
     return jax.jit(functools.partial(_init_params, config, dtype))(key)
 
 
 def abstract_params(config: ModelConfig, dtype: Any) -> dict:
-    """The tree of `init_params` as jax.ShapeDtypeStruct, without any memory."""
+    """Returns the tree of `init_params` as jax.ShapeDtypeStructs, which take no memory."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(functools.partial(_init_params, config, dtype), key)

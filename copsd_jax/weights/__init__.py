@@ -1,4 +1,4 @@
-"""Weights, adapters and tokenizers in their file formats, and where they are found.
+"""Files of weights, adapters and tokenizers, and the places where models are found.
 
 May import: model.
 """

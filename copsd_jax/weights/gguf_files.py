@@ -1,10 +1,11 @@
-"""Reads GGUF files: shape of the model from the metadata, tensors under their Hugging Face names.
+"""GGUF files: the model's config from the metadata, tensors under their Hugging Face names.
 
-The layout of a file (little endian): magic, version, counts; metadata as key, type, value; a list
-of tensors; the encoded values, aligned. Encodings are decoded to float32 by the `gguf` package, one
+A file (little endian) holds magic, version and counts, then metadata as key, type and value, then a
+list of tensors, then the encoded values, aligned. The `gguf` package decodes them to float32, one
 tensor at a time from a memory map.
-Rows of q and k are put back into Hugging Face's order for `llama` files, whose rotary halves
-llama.cpp stores interleaved; `qwen2` and `qwen3` files keep the original order.
+
+llama.cpp interleaves the rotary halves of q and k in `llama` files, so their rows are put back into
+Hugging Face's order. Files of `qwen2` and `qwen3` keep the original order.
 """
 
 import functools
@@ -22,8 +23,8 @@ from copsd_jax.model import transformer
 from copsd_jax.weights import tensor_files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# The tensor types whose decoding is compared with a second one in the tests, and the block formats
-# that the gguf package decodes besides.
+# First the types whose decoding the tests compare with a second decoder, then other block formats
+# that the gguf package decodes.
 TENSOR_TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"),
     *("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
@@ -63,26 +64,27 @@ ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (Llama 
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in the file: shape in NumPy's order, place of its encoded values."""
+    """An entry of the list of tensors."""
 
     name: str
     type: gguf.GGMLQuantizationType
-    shape: tuple[int, ...]
-    offset: int
-    size: int
+    shape: tuple[int, ...]  # in NumPy's order
+    offset: int  # of the encoded values, bytes from the start of the file
+    size: int  # bytes of the encoded values
 
 
 class Header(NamedTuple):
-    """What stands before the values."""
+    """The metadata and the list of tensors, which stand before the values."""
 
     metadata: dict[str, Any]
     tensors: tuple[StoredTensor, ...]
 
 
 class _Cursor:
-    """Reads numbers, strings and lists from mapped bytes, one after the other.
+    """A reader of numbers, strings and lists from mapped bytes, one after the other.
 
-    The package's own reader makes an array of every string of the vocabulary, which takes seconds.
+    The gguf package's own reader makes an array of every string of the vocabulary, which takes
+    seconds.
     """
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -90,7 +92,7 @@ class _Cursor:
         self.at = 0
 
     def numbers(self, code: str, count: int = 1) -> tuple:
-        """`count` little-endian numbers of a struct code; struct.error at the end of the file."""
+        """Reads `count` little-endian numbers of a struct code; raises struct.error at the end."""
         values = struct.unpack_from(f"<{count}{code}", self.data, self.at)
         self.at += struct.calcsize(f"<{count}{code}")
         return values
@@ -102,7 +104,7 @@ class _Cursor:
         return raw.decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """A metadata value of one of the format's types: string, array, number."""
+        """Reads a metadata value of one of the format's types: string, array or number."""
         if kind == gguf.GGUFValueType.STRING:
             return self.string()
         if kind != gguf.GGUFValueType.ARRAY:
@@ -114,7 +116,7 @@ class _Cursor:
 
 
 def _parse_tensor(cursor: _Cursor) -> StoredTensor:
-    """One entry of the list of tensors; its offset counts from the first value."""
+    """Reads one entry of the list of tensors; its offset counts from the first value."""
     name = cursor.string()
     (rank,) = cursor.numbers("I")
     shape = tuple(reversed(cursor.numbers("Q", rank)))
@@ -128,7 +130,7 @@ def _parse_header(data: mmap.mmap) -> Header:
     cursor = _Cursor(data)
     magic, version, n_tensors, n_fields = (cursor.numbers(code)[0] for code in "IIQQ")
     if magic != gguf.GGUF_MAGIC or version not in gguf.READER_SUPPORTED_VERSIONS:
-        raise ValueError("no GGUF of version 2 or 3")
+        raise ValueError("it is not a GGUF of version 2 or 3")
     fields = {}
     for _ in range(n_fields):
         key = cursor.string()
@@ -146,15 +148,16 @@ def _parse_header(data: mmap.mmap) -> Header:
 
 
 def read_header(path: pathlib.Path) -> Header:
-    """Metadata and list of tensors.
+    """Reads the metadata and the list of tensors.
 
     Raises:
-      ValueError: the file is truncated or no GGUF.
+      ValueError: if the file is truncated or not a GGUF.
     """
     stat = path.stat()
     return _read_header(path, stat.st_size, stat.st_mtime_ns)
 
 
+# Size and time are keys of the cache, so that a file that changes is read again.
 @functools.lru_cache(maxsize=2)
 def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
     try:
@@ -167,7 +170,7 @@ def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, Any]:
-    """All metadata, key to value: numbers, strings, booleans and lists of them."""
+    """Reads the metadata, key to value: numbers, strings, booleans and lists of them."""
     return read_header(path).metadata
 
 
@@ -177,12 +180,12 @@ def _get_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
     value = fields[key]
     if not isinstance(value, int | float):
         raise ValueError(f"{path}: {key} is {value!r}; one number for all layers is supported")
-    # A float32 as the decimal number that was meant: 1e-5, not 9.999999747378752e-06.
+    # Returns the decimal number that was meant by a float32: 1e-5, not 9.999999747378752e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
-    """The architecture, if it and its options are supported."""
+    """Returns the architecture; raises ValueError if it or an option is not supported."""
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise ValueError(
@@ -203,14 +206,15 @@ def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
 def _rope_scaling(
     path: pathlib.Path, head_dim: int, theta: float
 ) -> transformer.RopeScaling | None:
-    """Llama 3's scaling from the stored divisors, which are all that a GGUF keeps of it."""
+    """Finds Llama 3's scaling from the stored divisors; a GGUF keeps nothing else of it."""
     stored = [x for x in read_header(path).tensors if x.name == ROPE_FACTORS]
     if not stored:
         return None
     divisors = _read(path, stored[0], None)
-    for factor in (8.0, 32.0):  # Llama 3.1 and 3.3; 3.2
+    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    for factor in (8.0, 32.0):  # 8 in Llama 3.1 and 3.3, 32 in Llama 3.2
         scaling = transformer.RopeScaling(factor, 1.0, 4.0, 8192)
-        expected = llama3_divisors(scaling, head_dim, theta)
+        expected = 1 / transformer.compute_llama3_factors(scaling, frequency)
         if expected.shape == divisors.shape and np.allclose(expected, divisors, rtol=1e-4):
             return scaling
     raise ValueError(
@@ -219,24 +223,11 @@ def _rope_scaling(
     )
 
 
-def llama3_divisors(scaling: transformer.RopeScaling, head_dim: int, theta: float) -> np.ndarray:
-    """What each of the head_dim / 2 rotary frequencies is divided by (float64).
-
-    High frequencies keep 1, low ones get `factor`; between the two the reciprocal is linear in the
-    number of turns that a frequency makes over `original_max_position`.
-    """
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    share = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return 1.0 / (share + (1.0 - share) / scaling.factor)
-
-
 def load_config(path: pathlib.Path) -> transformer.ModelConfig:
-    """The model's shape and constants.
+    """Reads the config of the model in a GGUF.
 
     Raises:
-      ValueError: an architecture or option that is not supported, or a missing key, by name.
+      ValueError: for an unsupported architecture or option, or a missing key.
     """
     fields = read_metadata(path)
     arch = _check_supported(fields, path)
@@ -271,7 +262,15 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
 
 
 def to_hf_name(name: str, path: pathlib.Path) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names raise."""
+    """Converts `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`.
+
+    Args:
+      name: name of a tensor in the file.
+      path: the file, for the error message.
+
+    Raises:
+      ValueError: for a name that no supported architecture has.
+    """
     parts = name.split(".")
     if len(parts) == 2 and parts[0] in TOP_NAMES:
         return f"{TOP_NAMES[parts[0]]}.{parts[1]}"
@@ -281,24 +280,33 @@ def to_hf_name(name: str, path: pathlib.Path) -> str:
 
 
 def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k from rotary pairs (2i, 2i+1) to Hugging Face's (i, i + head_dim / 2).
+    """Permutes rows of q or k from rotary pairs (2i, 2i+1) to Hugging Face's (i, i + H / 2).
 
     Example, one head of 4 rows: stored 0 2 1 3 of the original comes back as 0 1 2 3.
+
+    Args:
+      w: [heads x H, ...].
+      heads: number of heads.
+
+    Returns:
+      An array of the same shape.
     """
     return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
-    """Every weight by its Hugging Face name; `read` gives float32 in Hugging Face's layout.
+    """Maps Hugging Face names to the tensors of a GGUF.
+
+    `read` returns float32 in Hugging Face's layout.
 
     Raises:
-      ValueError: a tensor name or type that is not supported, by name.
+      ValueError: for an unsupported tensor name or type.
     """
     c = load_config(path)
     heads = {"attn_q": c.n_heads, "attn_k": c.n_kv_heads} if c.family == "llama" else {}
     out = {}
     for stored in read_header(path).tensors:
-        if stored.name == ROPE_FACTORS:  # part of the config
+        if stored.name == ROPE_FACTORS:  # It is a part of the config.
             continue
         if stored.type.name not in TENSOR_TYPES:
             raise ValueError(
@@ -314,9 +322,15 @@ def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
 def _read(
     path: pathlib.Path, stored: StoredTensor, heads: int | None, part: tuple[slice, ...] = ()
 ) -> np.ndarray:
-    """Decoded values, float32; rows in Hugging Face's order where `heads` are interleaved.
+    """Decodes a tensor, or a part of it, to float32.
 
-    Of a part only its rows are decoded, and of them the blocks of numbers that it touches.
+    Only the rows of the part are decoded, and of them the blocks of numbers that it touches.
+
+    Args:
+      path: the file.
+      stored: entry of the tensor.
+      heads: number of heads whose rows are interleaved, or None.
+      part: a slice for each axis; () for the whole tensor.
     """
     *rows, columns = part or (slice(None),) * len(stored.shape)
     begin, end, _ = columns.indices(stored.shape[-1])

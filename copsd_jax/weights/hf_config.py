@@ -30,7 +30,7 @@ def _find_family(raw: Mapping, file: pathlib.Path) -> str:
 
 
 def _check_options(raw: Mapping, file: pathlib.Path) -> None:
-    """Options of supported architectures that change the computation in ways not built here."""
+    """Raises ValueError for an option that changes the computation in a way not built here."""
     only = {
         "hidden_act": ("silu",),
         "attention_bias": (False,),
@@ -49,7 +49,10 @@ def _check_options(raw: Mapping, file: pathlib.Path) -> None:
 
 
 def _read_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.RopeScaling | None]:
-    """Base and scaling: transformers 5's rope_parameters, or 4's rope_theta and rope_scaling."""
+    """Reads the base and the scaling of RoPE, in the layouts of transformers 4 and 5.
+
+    Version 5 has rope_parameters, version 4 has rope_theta and rope_scaling.
+    """
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -66,11 +69,14 @@ def _read_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.Rop
 
 
 def load_config(path: pathlib.Path) -> transformer.ModelConfig:
-    """The shape of the model at a resolved path: a directory with config.json, or a GGUF.
+    """Loads the config of a model.
+
+    Args:
+      path: a folder with config.json or a GGUF, as `hub.resolve` returns it.
 
     Raises:
-      FileNotFoundError: no config.json.
-      ValueError: unreadable, or an architecture or option that is not supported, by name.
+      FileNotFoundError: if there is no config.json.
+      ValueError: if it cannot be read, or names an unsupported architecture or option.
     """
     config = gguf_files.load_config(path) if path.suffix == ".gguf" else _load_folder_config(path)
     _check_numbers(config, path)
@@ -78,7 +84,10 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
 
 
 def _check_numbers(config: transformer.ModelConfig, path: pathlib.Path) -> None:
-    """Sizes that no model has come from damaged files, and would fail far from here."""
+    """Raises ValueError for sizes that no model has.
+
+    They come from damaged files, and would fail far from here.
+    """
     c = dataclasses.asdict(config)
     for key in ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
         if not (isinstance(c[key], int) and 0 < c[key] < 10**7):
@@ -127,9 +136,12 @@ def _load_folder_config(path: pathlib.Path) -> transformer.ModelConfig:
 
 
 def read_stop_ids(path: pathlib.Path) -> list[int]:
-    """Every end-of-text id of generation_config.json and config.json, or of a GGUF; sorted.
+    """Reads the end-of-text ids of generation_config.json and config.json, or of a GGUF, sorted.
 
     Absent files add nothing: a tokenizer's folder has neither.
+
+    Args:
+      path: a folder or a GGUF, as `hub.resolve` returns it.
     """
     if path.suffix == ".gguf":
         fields = gguf_files.read_metadata(path)
@@ -145,7 +157,13 @@ def read_stop_ids(path: pathlib.Path) -> list[int]:
 
 
 def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str, Any]) -> dict:
-    """config.json in the layouts of transformers 4 and 5 at once."""
+    """Returns the content of config.json, in the layouts of transformers 4 and 5 at once.
+
+    Args:
+      config: config of the model.
+      dtype: number type of the weights.
+      ids: bos_token_id, eos_token_id, pad_token_id.
+    """
     architecture = next(name for name, family in ARCHITECTURES.items() if family == config.family)
     rope: dict[str, Any] = {"rope_type": "default"}
     if (scaling := config.rope_scaling) is not None:
@@ -173,9 +191,23 @@ def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str
         "rope_scaling": rope if config.rope_scaling else None,
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,  # of o as well; Qwen2's biases of q, k, v go without saying
+        # It would also mean a bias of `o`. Biases of q, k and v are implied by model_type qwen2.
+        "attention_bias": False,
         "use_sliding_window": False,
         "torch_dtype": dtype,
         "dtype": dtype,
         **ids,
     }
+
+
+def to_generation_json(source: pathlib.Path, ids: Mapping[str, Any]) -> dict:
+    """Returns the content of generation_config.json: the source's settings with every stop id.
+
+    Args:
+      source: the resolved path that the model came from.
+      ids: bos_token_id, eos_token_id, pad_token_id.
+    """
+    file = source / "generation_config.json"
+    own = tensor_files.read_json(file) if source.is_dir() and file.is_file() else {}
+    stops = sorted({*read_stop_ids(source), ids["eos_token_id"]} - {None})
+    return {**ids, **own, "eos_token_id": stops}

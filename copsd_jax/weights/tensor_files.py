@@ -1,19 +1,23 @@
-"""safetensors files in and out, tensor by tensor.
+"""safetensors files, JSON files, and folders that appear only once they are complete.
 
-The format is eight bytes of header length (little endian), a JSON header (name -> dtype, shape,
-data_offsets) and the raw values. Reading it directly lets checks end before any weight is read, and
-lets tensors stream from a memory map in every number type, bfloat16 included.
+The `safetensors` library reads: its headers are checked when a file is opened, and slices of a
+tensor are read without the rest. Importing ml_dtypes gives it bfloat16 in NumPy. Writing is done
+here, because the library's writer needs all tensors of a file in memory at once.
 """
 
+import contextlib
 import functools
 import json
 import math
+import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -24,10 +28,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Tensor(NamedTuple):
-    """One stored tensor: its shape, and how to read it.
+    """A stored tensor that has not been read yet.
 
-    `read()` gives all of it. Of a tensor in a file `read(part)` gives the values within slices, one
-    for each axis, and fetches little else.
+    Attributes:
+      shape: shape of the whole tensor.
+      read: `read()` returns all values. `read(part)` takes one slice for each axis, with bounds
+        inside the shape, and reads little else of the file.
     """
 
     shape: tuple[int, ...]
@@ -35,10 +41,11 @@ class Tensor(NamedTuple):
 
 
 def read_json(file: pathlib.Path) -> dict:
-    """The JSON object of a file.
+    """Reads a file that holds one JSON object.
 
     Raises:
-      FileNotFoundError, ValueError: absent, or not a JSON object.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is not a JSON object.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}")
@@ -51,58 +58,92 @@ def read_json(file: pathlib.Path) -> dict:
     return value
 
 
-def header(file: pathlib.Path) -> tuple[int, dict[str, dict]]:
-    """(offset of the values, name -> dtype, shape, data_offsets).
+def write_json(file: pathlib.Path, value: dict) -> None:
+    """Writes a JSON object, indented, with a line end."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a new folder beside `target`, which takes that name when the block ends.
+
+    A folder named `target` is therefore always complete.
+
+    Args:
+      target: absent, or an empty folder.
 
     Raises:
-      FileNotFoundError, ValueError: absent, truncated or damaged, or an unsupported number type.
+      FileExistsError: if the target exists and is not an empty folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    if target.exists():
+        target.rmdir()  # It was empty above.
+    os.rename(partial, target)
+
+
+def open_file(file: pathlib.Path) -> dict[str, Tensor]:
+    """Maps names to the tensors of one safetensors file; reads its header only.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is truncated or damaged, or has an unsupported number type.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise ValueError(f"{file} is truncated or no safetensors file ({size} bytes)")
-        try:
-            entries = json.loads(f.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} has a damaged safetensors header: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{file} has a damaged safetensors header: not an object")
-    entries.pop("__metadata__", None)
-    start = 8 + length
-    end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if end != size:
-        state = "truncated" if size < end else "longer than its header says"
-        raise ValueError(f"{file} is {state}: {size} bytes, {end} expected")
-    for name, entry in entries.items():
-        _check_entry(file, name, entry)
-    return start, entries
-
-
-def _check_entry(file: pathlib.Path, name: str, entry: Mapping) -> None:
-    if entry["dtype"] not in DTYPES:
+    try:
+        # Typed Any, because the library's own stub does not know that NumPy gets arrays.
+        opened: Any = safetensors.safe_open(file, framework="numpy")
+    except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{file}: tensor {name} has type {entry['dtype']}, which is not supported; supported "
-            f"are {', '.join(DTYPES)}"
-        )
-    begin, end = entry["data_offsets"]
-    if end - begin != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
-        raise ValueError(f"{file}: tensor {name} has {end - begin} bytes for {entry['shape']}")
+            f"{file} is truncated or damaged ({file.stat().st_size} bytes): {error}"
+        ) from error
+    tensors = {}
+    for name in opened.keys():  # noqa: SIM118 - it is no mapping
+        stored = opened.get_slice(name)
+        if stored.get_dtype() not in DTYPES:
+            raise ValueError(
+                f"{file}: tensor {name} has type {stored.get_dtype()}, which is not supported; "
+                f"supported are {', '.join(DTYPES)}"
+            )
+        tensors[name] = Tensor(tuple(stored.get_shape()), functools.partial(_read, stored))
+    return tensors
 
 
-def _read(
-    file: pathlib.Path, start: int, entry: Mapping, part: tuple[slice, ...] = ()
-) -> np.ndarray:
-    """One tensor or a part, as a view of a memory map that lives as long as the view."""
-    begin, end = entry["data_offsets"]
-    raw = np.memmap(file, np.uint8, "r", start + begin, (end - begin,))
-    return np.frombuffer(raw, DTYPES[entry["dtype"]]).reshape(entry["shape"])[part]
+def _read(stored: Any, part: tuple[slice, ...] = ()) -> np.ndarray:
+    """Copies a tensor of an open file, or a part of it."""
+    return stored[part]
 
 
-def _shards(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the files, and the index (tensor -> file name) if there is one."""
+def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
+    """Maps names to the tensors of a model's folder, one file or several; reads headers only.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is damaged or unsupported, or if the index and the files disagree.
+    """
+    files, index = _list_files(folder)
+    tensors: dict[str, Tensor] = {}
+    file_of: dict[str, str] = {}
+    for file in files:
+        for name, tensor in open_file(folder / file).items():
+            if name in file_of:
+                raise ValueError(f"{folder}: tensor {name} is in {file_of[name]} and in {file}")
+            file_of[name] = file
+            tensors[name] = tensor
+    if index is not None and index != file_of:
+        name = min(set(index.items()) ^ set(file_of.items()))[0]
+        raise ValueError(f"{folder / INDEX} and the files disagree about tensor {name}")
+    return tensors
+
+
+def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
+    """Returns the files' names, and the index (tensor -> file name) if there is one."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):
@@ -113,53 +154,44 @@ def _shards(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
     return [SINGLE], None
 
 
-def open_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
-    """Name -> tensor of a model's folder, one file or sharded; reads headers only.
-
-    Raises:
-      FileNotFoundError, ValueError: missing, truncated, contradictory or unsupported files.
-    """
-    files, index = _shards(folder)
-    out: dict[str, Tensor] = {}
-    where: dict[str, str] = {}
-    for file in files:
-        start, entries = header(folder / file)
-        for name, entry in entries.items():
-            if name in where:
-                raise ValueError(f"{folder}: tensor {name} is in {where[name]} and in {file}")
-            where[name] = file
-            read = functools.partial(_read, folder / file, start, entry)
-            out[name] = Tensor(tuple(entry["shape"]), read)
-    if index is not None and index != where:
-        name = min(set(index.items()) ^ set(where.items()))[0]
-        raise ValueError(f"{folder / INDEX} and the files disagree about tensor {name}")
-    return out
-
-
 def write_file(file: pathlib.Path, items: Iterable[tuple[str, Tensor]], dtype: np.dtype) -> None:
-    """Writes tensors, all of one number type, reading each when its turn comes."""
+    """Writes tensors of one number type to a safetensors file, reading one at a time.
+
+    A file is eight bytes of header length (little endian), a JSON header, and the raw values.
+    """
     items = list(items)
     code = next(key for key, value in DTYPES.items() if value == dtype)
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers wants the format
+    # transformers refuses files without this format.
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in items:
         begin, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        entries[name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8
+        header[name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # The values begin at a multiple of 8.
     with file.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in items:
             values = tensor.read()
             if values.dtype != dtype or values.shape != tensor.shape:
-                raise ValueError(f"{name} is {values.dtype} {values.shape}, not {dtype}")
+                raise ValueError(
+                    f"{name} is {values.dtype} {values.shape}: the header says {dtype} "
+                    f"{tensor.shape}"
+                )
             f.write(np.ascontiguousarray(values).view(np.uint8).data)
 
 
 def write_folder(
     folder: pathlib.Path, items: Mapping[str, Tensor], dtype: np.dtype, shard_bytes: int
 ) -> None:
-    """One file, or, above `shard_bytes` of values, several and an index; in the order of items."""
+    """Writes tensors in their order, to one file or, above `shard_bytes`, to several and an index.
+
+    Args:
+      folder: an existing folder.
+      items: name -> tensor.
+      dtype: number type of all tensors.
+      shard_bytes: most bytes of values in a file that has more than one tensor.
+    """
     shards: list[list[tuple[str, Tensor]]] = [[]]
     held, total = 0, 0
     for name, tensor in items.items():
@@ -176,6 +208,4 @@ def write_folder(
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / file, shard, dtype)
         index |= {name: file for name, _ in shard}
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
-    return None
+    return write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})

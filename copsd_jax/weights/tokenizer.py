@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders and of GGUF files, and what the sampler needs to know of them.
+"""Tokenizers of Hugging Face folders and GGUF files, and their stop ids, valid ids and bytes.
 
 Only byte-level BPE is supported (Qwen, Llama 3, SmolLM2): every token is a run of bytes, so that
 text can be decoded token by token and a stop string found in bytes.
@@ -20,7 +20,10 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of a GGUF
 
 
 def _pattern(numbers: str) -> str:
-    """Where Llama 3 and Qwen cut text; they differ in how many digits stay together."""
+    """Returns the regular expression by which Llama 3 and Qwen cut text.
+
+    They differ in the number of digits that stay together, the argument.
+    """
     return (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
         + numbers
@@ -53,14 +56,17 @@ SPLITTERS = {
 
 
 def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer at a resolved path (`hub.resolve`): a folder with tokenizer.json, or a GGUF.
+    """Loads the tokenizer of a model.
 
-    tokenizer.json is taken as it stands, without the classes that transformers would build anew;
-    no code from the folder is run.
+    tokenizer.json is taken as it stands: transformers' tokenizer classes of single models, which
+    would build parts of it anew, are not used. No code from the folder is run.
+
+    Args:
+      path: a folder with tokenizer.json or a GGUF, as `hub.resolve` returns it.
 
     Raises:
-      FileNotFoundError: no tokenizer.json.
-      ValueError: a kind of tokenizer that is not supported, by name.
+      FileNotFoundError: if there is no tokenizer.json.
+      ValueError: if the tokenizer cannot be read, or its kind is not supported.
     """
     if path.suffix == ".gguf":
         return _from_gguf(path)
@@ -85,7 +91,7 @@ def _choose_splitter(fields: Mapping[str, Any], path: pathlib.Path) -> tuple:
 
 
 def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-    """Vocabulary, merges, splitter, special tokens and chat template of a GGUF."""
+    """Builds a tokenizer from the vocabulary, merges, splitter and template of a GGUF."""
     fields = gguf_files.read_metadata(path)
     splitter, normalizer, ignore_merges = _choose_splitter(fields, path)
     pieces: list[str] = fields["tokenizer.ggml.tokens"]
@@ -120,7 +126,10 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
 
 
 def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> Any:
-    """A first token on plain text, where the file asks for it (templates carry their own)."""
+    """Builds a post-processor that puts a first token before plain text, if the file asks for it.
+
+    Chat templates carry their own first token.
+    """
     if not fields.get("tokenizer.ggml.add_bos_token", False):
         return processors.ByteLevel(trim_offsets=False)
     bos = special["bos_token"]
@@ -132,24 +141,38 @@ def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> An
 
 
 def find_stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path) -> tuple[int, ...]:
-    """All ids that end a text: of the model's generation settings, config and tokenizer; sorted.
+    """Finds the ids that end a text in the generation settings, the config and the tokenizer.
+
+    Args:
+      tok: the tokenizer.
+      path: the resolved path of the model.
+
+    Returns:
+      The ids, sorted.
 
     Raises:
-      ValueError: there is none, so that no text could end.
+      ValueError: if there is none, so that no text could end.
     """
     ids = set(hf_config.read_stop_ids(path))
     if tok.eos_token is not None:
         ids.add(tok.get_vocab()[str(tok.eos_token)])
     if not ids:
-        raise ValueError(f"{path} names no end-of-text token")
+        raise ValueError(f"{path} does not name an end-of-text token")
     return tuple(sorted(ids))
 
 
 def mark_valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
-    """bool [V]: which of the model's ids the tokenizer has; the others are never sampled.
+    """Marks the ids of the model that the tokenizer has; the others are never sampled.
+
+    Args:
+      tok: the tokenizer.
+      vocab_size: V, number of the model's embeddings.
+
+    Returns:
+      bool [V].
 
     Raises:
-      ValueError: the tokenizer has ids that the model lacks.
+      ValueError: if the tokenizer has ids that the model lacks.
     """
     ids = np.fromiter(tok.get_vocab().values(), np.int64)
     if ids.max() >= vocab_size:
@@ -164,9 +187,9 @@ def mark_valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """The byte that each letter of the byte-level alphabet stands for (GPT-2's table).
+    """Maps each letter of the byte-level alphabet to its byte (GPT-2's table).
 
-    Printable bytes of Latin-1 stand for themselves; the others, in order, are letters from 256 on.
+    Printable bytes of Latin-1 stand for themselves. The others, in order, are letters from 256 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -175,13 +198,13 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def list_token_bytes(tok: transformers.PreTrainedTokenizerFast) -> list[bytes]:
-    """The bytes of each id, special tokens as their text; b"" for an id that the tokenizer lacks.
+    """Lists the bytes of each id: the text of a special token, b"" for an id that is missing.
 
-    A text's bytes are those of its tokens in a row: a character may begin in one token and end in
-    another, and `b"".join(...).decode("utf-8", "replace")` is what the tokenizer decodes.
+    The bytes of a text are those of its tokens in a row, since a character may begin in one token
+    and end in another. `b"".join(...).decode("utf-8", "replace")` equals the tokenizer's own text.
 
     Raises:
-      ValueError: the tokenizer is no byte-level BPE.
+      ValueError: if the tokenizer is not a byte-level BPE.
     """
     added = {i: token.content for i, token in tok.added_tokens_decoder.items()}
     vocab = tok.get_vocab()
@@ -193,7 +216,7 @@ def list_token_bytes(tok: transformers.PreTrainedTokenizerFast) -> list[bytes]:
         elif unknown := set(piece) - byte_of.keys():
             raise ValueError(
                 f"the tokenizer is not supported: token {i} is {piece!r}, and {min(unknown)!r} is "
-                "no letter of byte-level BPE"
+                "not a letter of byte-level BPE"
             )
         else:
             out[i] = bytes(byte_of[letter] for letter in piece)

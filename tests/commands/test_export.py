@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_reader
 import pytest
 import runs
 
@@ -13,7 +14,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint, workdir
 from copsd_jax.training import loaded_run, train_step
-from copsd_jax.weights import hf, hf_config, peft
+from copsd_jax.weights import hf, hf_config
 
 optax_promotes = runs.optax_promotes
 
@@ -86,7 +87,7 @@ def test_the_exported_adapter_is_the_trained_one(trained, tmp_path, capsys):
         checkpoint.Checkpoints(trained / "checkpoints") as checkpoints,
     ):
         policy = loaded_run.derive_policies(r, checkpoints.load(1, like))[0]
-        found, alpha = peft.read(out, r.plan.model_config)
+        found, alpha = peft_reader.read(out)
         assert alpha / r.plan.config.lora.rank == r.plan.adapter_scale
     jax.tree.map(np.testing.assert_array_equal, found, policy.adapter)
     assert export.main(flags) == 2

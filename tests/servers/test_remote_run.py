@@ -15,6 +15,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_reader
 import pytest
 import runs
 from test_remote_engine import FAULTS, spoken
@@ -27,7 +28,7 @@ from copsd_jax.runtime import checkpoint
 from copsd_jax.sampler import loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.training import loaded_run, run_plan
-from copsd_jax.weights import hf, hf_config, peft
+from copsd_jax.weights import hf, hf_config
 
 optax_promotes = runs.optax_promotes
 
@@ -70,7 +71,7 @@ class Stub(http.server.ThreadingHTTPServer):
 
     def manage(self, path, body):
         if path.endswith("/load_lora_adapter"):
-            adapter, alpha = peft.read(body["lora_path"], self.config)
+            adapter, alpha = peft_reader.read(body["lora_path"])
             rank = adapter["q"]["a"].shape[-1]
             self.adapters[body["lora_name"]] = adapter, alpha / rank
             self.loaded.append(body["lora_name"])
@@ -268,7 +269,7 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
         assert r.served(teacher) == base
         assert r.served(policy_lib.Policy(student.params, dict(one))) == held
         assert len(told) == 1
-        adapter, alpha = peft.read(told[0], r.plan.model_config)
+        adapter, alpha = peft_reader.read(told[0])
         jax.tree.map(np.testing.assert_array_equal, adapter, one)
         assert alpha / r.plan.config.lora.rank == r.plan.adapter_scale
         # Other arrays are another policy; what was written for the former one goes.

@@ -84,8 +84,8 @@ def test_one_of_four_processes_reads_its_parts_only(tmp_path, monkeypatch, numbe
     taken = collections.Counter()
     read = tensor_files._read
 
-    def counted(file, start, entry, part=()):
-        values = read(file, start, entry, part)
+    def counted(stored, part=()):
+        values = read(stored, part)
         taken["bytes"] += values.nbytes
         return values
 

@@ -365,5 +365,5 @@ def test_character_over_two_tokens(tiny_bytes):
 def test_other_kinds_of_tokens_are_refused():
     backend = tokenizers.Tokenizer(models.WordLevel({"▁apples": 0}, unk_token="▁apples"))
     tok = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
-    with pytest.raises(ValueError, match="token 0 is '▁apples', and '▁' is no letter"):
+    with pytest.raises(ValueError, match="token 0 is '▁apples', and '▁' is not a letter"):
         tokenizer.list_token_bytes(tok)
