@@ -1,4 +1,4 @@
-"""Attention of whole rows, and of single queries to a decode cache; Pallas kernels of both.
+"""Row attention for training and prefill, decode attention to a cache, and their Pallas kernels.
 
 May import: runtime.
 """

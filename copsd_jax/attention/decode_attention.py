@@ -1,18 +1,19 @@
-"""Attention of one new token per slot over the live part of a cache of keys and values.
+"""Decode attention: one new token per slot attends to the live part of a cache.
 
-A cache holds J texts, [layers, J, K, A, H]; text j has `length` live entries, the rest is garbage.
-A decode step writes one entry for each live slot and attends to all its entries up to that one:
+A cache [layers, J, K, A, H] holds the keys and values of J texts. Text j has `length` live entries,
+and the rest is garbage. A decode step writes one entry for each live slot and attends to all its
+entries up to that one:
 
     slot  length   blocks of 64 entries that are read
       0      70    0 1
       1       0    none: a dead slot
       2      64    0
 
-`dense` reads the whole capacity and masks: the oracle. `blocks` walks over the list of live
-(slot, block) pairs, some at a time, in plain XLA: it runs anywhere, and its cost follows the
-number of live entries. `pallas` reads the same blocks in a kernel, straight from the cache, where
-`blocks` copies them first. All give numerator, maximum and sum of one softmax apart, so that the
-part of a shared prefix can join it.
+`dense` reads the whole capacity and masks it; it is the oracle of the others. `blocks` walks over
+the list of live (slot, block) pairs, some at a time, in plain XLA. It runs anywhere, and its cost
+follows the number of live entries. The kernels `pallas_tpu` and `pallas_gpu` read the same blocks
+straight from the cache, where `blocks` copies them first. All of them return numerator, maximum and
+sum of a softmax apart, so that the keys of a shared prefix can join it.
 
 An int8 cache has one float32 scale per entry and head: the largest magnitude becomes 127.
 
@@ -26,37 +27,52 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from copsd_jax.attention import visibility
 from copsd_jax.runtime import sharding
 
-BLOCK = 64  # entries of a block of the portable form; on CPU 32 costs a fifth more, 128 as much
-CACHE_LENGTH_MULTIPLE = 128  # A is a multiple of it, for every form
-MASKED = -1e30  # finite, so that a slot without any entry gives finite numbers
+BLOCK = 64  # entries of a block of `blocks`; on CPU 32 costs a fifth more, and 128 costs as much
+CACHE_LENGTH_MULTIPLE = 128  # every form needs a cache length A that is a multiple of this
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Cache(NamedTuple):
-    """Keys (RoPE applied) and values of all layers; the scales of an int8 cache, else None."""
+    """Keys (RoPE applied) and values of all layers, and the scales of an int8 cache."""
 
     k: jax.Array  # [layers, J, K, A, H], float32, bfloat16 or int8
     v: jax.Array
-    k_scale: jax.Array | None = None  # float32 [layers, J, K, A]
+    k_scale: jax.Array | None = None  # float32 [layers, J, K, A]; None unless int8
     v_scale: jax.Array | None = None
 
 
 class PartialSoftmax(NamedTuple):
-    """One part of a softmax: over these keys, exp(logit - top) times value, and its sum."""
+    """The share of some keys in a softmax over more keys.
 
-    out_JKMH: jax.Array  # float32
-    top_JKM: jax.Array  # float32; MASKED where nothing is seen
-    total_JKM: jax.Array  # float32
+    Attributes:
+      out_JKMH: float32, sum over these keys of exp(logit - top) times value.
+      top_JKM: float32, the largest logit; visibility.MASKED_LOGIT if no key is seen.
+      total_JKM: float32, sum of exp(logit - top).
+    """
+
+    out_JKMH: jax.Array
+    top_JKM: jax.Array
+    total_JKM: jax.Array
 
 
 def create_cache(layers: int, slots: int, heads: int, length: int, size: int, dtype: Any) -> Cache:
-    """A cache of zeros; `length` is A."""
+    """Creates a cache of zeros.
+
+    Args:
+      layers: number of layers.
+      slots: J.
+      heads: K.
+      length: A.
+      size: H.
+      dtype: float32, bfloat16 or int8.
+    """
     shape = (layers, slots, heads, length, size)
 
-    def zeros(shape, dtype):  # a buffer each: what is donated must not be shared
+    def zeros(shape, dtype):  # Each array needs its own buffer, since caches are donated.
         return jnp.zeros(shape, dtype)
 
     if jnp.dtype(dtype) != jnp.int8:
@@ -66,14 +82,23 @@ def create_cache(layers: int, slots: int, heads: int, length: int, size: int, dt
 
 
 def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[..., H] as int8 and its float32 scale [...]: x is about int8 times scale."""
+    """Quantises x [..., H] to int8 [..., H] and float32 scales [...], so that x ≈ int8 x scale."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), jnp.float32(1e-30)) / 127
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
 def convert_entries(cache: Cache, k: jax.Array, v: jax.Array) -> Cache:
-    """Keys and values [..., H] as the cache holds them."""
+    """Converts keys and values to the number types of a cache.
+
+    Args:
+      cache: the cache.
+      k: keys [..., H].
+      v: values [..., H].
+
+    Returns:
+      A Cache of k and v [..., H], with scales [...] if the cache is int8.
+    """
     if cache.k_scale is None:
         return Cache(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
     (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
@@ -89,34 +114,39 @@ def write_and_attend(
     index_J: jax.Array,
     implementation: str,
 ) -> tuple[PartialSoftmax, Cache]:
-    """Writes the entry at `index` of each slot, then attends to entries 0 … index.
+    """Writes an entry at `index` of each slot, then attends to entries 0 … index.
 
-    On a mesh (`jax.set_mesh`) slots are split over its batch axes and key heads over `tensor`,
-    where it divides them; each device reads and writes its own.
+    On a mesh (`jax.set_mesh`) slots are split over its batch axes, and key heads over `tensor` if
+    it divides them. Each device reads and writes its own.
 
     Args:
-      q_JKMH: scaled and rotated queries, in compute dtype.
-      cache: updated in place where it is donated, or carried by a loop.
+      q_JKMH: queries, scaled and rotated, in compute dtype.
+      k_JKH: new keys, rotated.
+      v_JKH: new values.
+      cache: updated in place if it is donated, or carried by a loop.
       layer: int32 scalar.
       index_J: int32; negative for a dead slot, which writes nothing and sees nothing.
-      implementation: one of IMPLEMENTATIONS.
+      implementation: a key of IMPLEMENTATIONS.
+
+    Returns:
+      The softmax over each slot's own entries, and the updated cache.
 
     Raises:
-      ValueError: for an unknown implementation, or slots that the mesh does not divide.
+      ValueError: for an unknown implementation, or if the mesh does not divide the slots.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"decode attention is {implementation!r}: the choices are {', '.join(IMPLEMENTATIONS)}"
         )
-    here = functools.partial(_write_and_attend, implementation)
+    local = functools.partial(_write_and_attend, implementation)
     context = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
-        return here(q_JKMH, k_JKH, v_JKH, cache, layer, index_J)
+        return local(q_JKMH, k_JKH, v_JKH, cache, layer, index_J)
     slot, head = find_mesh_axes(context, *cache.k.shape[1:3])
     place: Any = PartitionSpec(slot, head)
     inside = PartitionSpec(None, slot, head)
     return jax.shard_map(
-        here,
+        local,
         in_specs=(place, place, place, inside, PartitionSpec(), PartitionSpec(slot)),
         out_specs=(PartialSoftmax(place, place, place), inside),
         check_vma=False,
@@ -124,7 +154,12 @@ def write_and_attend(
 
 
 def find_mesh_axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...], str | None]:
-    """The mesh axes of slots and of key heads; heads that `tensor` does not divide are replicated.
+    """Finds the mesh axes of slots and of key heads.
+
+    Args:
+      shape: a mesh, or an abstract one.
+      slots: J.
+      heads: K; replicated if `tensor` does not divide them.
 
     Raises:
       ValueError: if the batch axes do not divide the slots.
@@ -139,7 +174,7 @@ def find_mesh_axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...],
 def _write_and_attend(
     implementation: str, q, k, v, cache: Cache, layer, index_J
 ) -> tuple[PartialSoftmax, Cache]:
-    """`write_and_attend` on one device."""
+    """Computes `write_and_attend` on one device."""
     write = _write_tpu if implementation == "pallas_tpu" else _write
     cache = write(cache, convert_entries(cache, k, v), layer, index_J)
     return IMPLEMENTATIONS[implementation](q, cache, layer, index_J + 1), cache
@@ -147,7 +182,7 @@ def _write_and_attend(
 
 def _write(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
     rows_J = jnp.arange(index_J.shape[0], dtype=jnp.int32)
-    # Beyond A an entry is dropped; a negative index would count from the end.
+    # An entry beyond A is dropped, while a negative index would count from the end.
     at_J = jnp.where(index_J < 0, cache.k.shape[3], index_J)
     return jax.tree.map(
         lambda whole, new: whole.at[layer, rows_J, :, at_J].set(new, mode="drop"), cache, new
@@ -155,14 +190,13 @@ def _write(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Ca
 
 
 def _write_tpu(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
-    """In a kernel: XLA's scatter wants another layout there, and copies the whole cache for it."""
-    from copsd_jax.attention import (
-        decode_attention_tpu,  # Pallas takes its time, and a CPU does without
-    )
+    """Writes in a kernel: XLA's scatter needs another layout there, and copies the whole cache."""
+    # Imported lazily: Pallas is slow to import, and a CPU does not need it.
+    from copsd_jax.attention import decode_attention_tpu
 
-    present = [x for x in cache if x is not None]
-    wanted = [x for x in new if x is not None]
-    return Cache(*decode_attention_tpu.write_entries(tuple(present), tuple(wanted), layer, index_J))
+    caches = tuple(x for x in cache if x is not None)
+    entries = tuple(x for x in new if x is not None)
+    return Cache(*decode_attention_tpu.write_entries(caches, entries, layer, index_J))
 
 
 # --- dense ------------------------------------------------------------------------------------
@@ -171,7 +205,7 @@ def _write_tpu(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -
 def _dense(
     q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array
 ) -> PartialSoftmax:
-    """All entries of the layer, those that are not live masked."""
+    """Attends to all entries of the layer, and masks those that are not live."""
     one = jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), cache
     )  # fmt: skip
@@ -180,19 +214,19 @@ def _dense(
 
 
 def _softmax(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> PartialSoftmax:
-    """Queries [W, K, M, H] against entries [W, K, S, H] of their own; a Part of leading axis W."""
+    """Attends from queries [W, K, M, H] to their own entries [W, K, S, H]; W replaces J."""
     dtype = q_WKMH.dtype
     logit = _product("wkmh,wksh->wkms", q_WKMH, block.k.astype(dtype))
     if block.k_scale is not None:
         logit = logit * block.k_scale[:, :, None]
     seen = seen_WS[:, None, None]
-    logit = jnp.where(seen, logit, jnp.float32(MASKED))
+    logit = jnp.where(seen, logit, jnp.float32(visibility.MASKED_LOGIT))
     top = jnp.max(logit, axis=-1)
     weight = jnp.where(seen, jnp.exp(logit - top[..., None]), jnp.float32(0))
     total = jnp.sum(weight, axis=-1)
     if block.v_scale is not None:
         weight = weight * jnp.where(seen, block.v_scale[:, :, None], jnp.float32(0))
-    # Garbage may be anything, and 0 times infinity is not 0.
+    # Entries that are not live may hold anything, and 0 times infinity is not 0.
     v = jnp.where(seen_WS[:, None, :, None], block.v, jnp.zeros((), block.v.dtype)).astype(dtype)
     return PartialSoftmax(_product("wkms,wksh->wkmh", weight.astype(dtype), v), top, total)
 
@@ -201,9 +235,17 @@ def _softmax(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> PartialSoft
 
 
 def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[jax.Array, ...]:
-    """The list of live (slot, block) pairs, slot by slot: slot_X, block_X int32, and their number.
+    """Lists the live (slot, block) pairs, slot by slot.
 
-    Lengths 70, 0, 64 with blocks of 64 -> (0, 0), (0, 1), (2, 0), then garbage; number 3.
+    Lengths 70, 0, 64 with blocks of 64 give (0, 0), (0, 1), (2, 0), then garbage, and number 3.
+
+    Args:
+      length_J: int32 live entries of each slot.
+      per_slot: blocks of a slot.
+      block: entries of a block.
+
+    Returns:
+      slot_X and block_X, int32 [J x per_slot], and the number of live pairs, an int32 scalar.
     """
     number_J = -(-length_J // block)
     end_J = jnp.cumsum(number_J)
@@ -216,10 +258,11 @@ def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[ja
 def _blocks(
     q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array
 ) -> PartialSoftmax:
-    """Live blocks only, W pairs in one go: their number, not the capacity, decides the time."""
+    """Attends to live blocks, W pairs at a time; their number, not the capacity, sets the time."""
     slots, _, length, size = cache.k.shape[1:]
     per_slot = length // BLOCK
-    # Four a slot: enough for one product to be worth its start, few enough to fill the last group.
+    # Four pairs a slot are enough for a product to be worth its start, and few enough that the last
+    # group is mostly full.
     group = min(max(16, 4 * slots), slots * per_slot)
     slot_X, block_X, live = list_live_blocks(length_J, per_slot, BLOCK)
     pad = (0, -slot_X.shape[0] % group)
@@ -237,7 +280,7 @@ def _blocks(
         here = jax.tree.map(lambda x: x[layer, slot_W, :, block_W], cut)
         part = _softmax(q_JKMH[slot_W], here, seen_WS)
         top_JKM = sofar.top_JKM.at[slot_W].max(part.top_JKM)
-        # Scatter-add: a slot may have several blocks in one group.
+        # The sums are scattered, because a slot may have several blocks in one group.
         scale_WKM = (
             jnp.exp(part.top_JKM - top_JKM[slot_W]) * live_W.astype(jnp.float32)[:, None, None]
         )
@@ -252,7 +295,8 @@ def _blocks(
 
     shape = q_JKMH.shape[:-1]
     none = PartialSoftmax(
-        jnp.zeros((*shape, size), jnp.float32), jnp.full(shape, MASKED, jnp.float32),
+        jnp.zeros((*shape, size), jnp.float32),
+        jnp.full(shape, visibility.MASKED_LOGIT, jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )  # fmt: skip
     return jax.lax.while_loop(lambda c: c[0] < live, some, (jnp.int32(0), none))[1]
@@ -278,13 +322,7 @@ def _pallas_gpu(
 
 
 IMPLEMENTATIONS = {
-    "dense": _dense,
-    "blocks": _blocks,
-    "pallas_tpu": _pallas_tpu,
-    "pallas_gpu": _pallas_gpu,
-}
-PLATFORM_IMPLEMENTATIONS = {
-    "cpu": "blocks",
-    "gpu": "pallas_gpu",
-    "tpu": "pallas_tpu",
-}  # of a mesh's devices
+    "dense": _dense, "blocks": _blocks, "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu
+}  # fmt: skip
+# Platform of a mesh's devices -> implementation.
+PLATFORM_IMPLEMENTATIONS = {"cpu": "blocks", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}

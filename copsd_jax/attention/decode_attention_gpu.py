@@ -1,23 +1,23 @@
 """Decode attention for NVIDIA GPUs (Pallas, Triton): reads only the live part of a stacked cache.
 
-One query token per slot attends to the first `length` entries of its slot. A program takes one
-slot, one key head and one split of the entries (flash-decoding: Dao et al. 2023), so that the
-processors are busy also with few slots, and long slots are shared by many programs:
+One query token per slot attends to the first `length` entries of its slot. A program handles one
+slot, one key head and one split of the entries (flash-decoding: Dao et al. 2023). The processors
+are therefore busy with few slots too, and many programs share a long slot:
 
     length 300, splits of 128     program    0          1            2           3
                                   entries  0 … 127   128 … 255   256 … 299   none: ends at once
 
-Loads are masked, so entries at or beyond the length are never read. The parts of a slot's splits
-are put together in XLA: they are M (H + 2) float32 for a split's 2 H entries, 1/256 of the bytes
-at M 2 and a split of 512 entries in bfloat16.
+Loads are masked, so entries at or beyond the length are never read. XLA merges the results of a
+slot's splits: M (H + 2) float32 for each split of 2 H numbers per entry, which is 1/256 of the
+bytes for M = 2 and a split of 512 entries in bfloat16.
 
-Tensor cores or plain multiply-adds: an entry of one head is 4 H bytes in bfloat16 (keys and
-values) and 2 M H multiply-adds. A processor of an H200 gets some 20 bytes a cycle, 26 cycles for
-an entry of H = 128, and does 128 multiply-adds a cycle: 2 M cycles, and as much for conversions
-and reductions across lanes; M = 8 would miss the floor. Tensor cores take the M rows as 16, their
-least, at 16 FLOP a byte, where the machine has 200. So products are `dot`s of 16 rows; what fills
-them repeats the last query. Float32 products are exact (no TF32): 2 x 16 rows are 32 cycles for
-the 52 that the entry's 8 H bytes take.
+Why tensor cores: an entry of one head has 4 H bytes in bfloat16 (keys and values) and needs 2 M H
+multiply-adds. A processor of an H200 gets some 20 bytes a cycle, so an entry of H = 128 takes 26
+cycles. Plain multiply-adds, 128 a cycle, would take 2 M cycles, and as many again for conversions
+and reductions across lanes: with M = 8 they would be slower than memory. Tensor cores compute 16
+rows at least, which is 16 FLOP a byte, where the machine has 200. So products are `dot`s of 16
+rows, and the last query is repeated to fill them. Float32 products are exact (no TF32): 2 x 16 rows
+take 32 cycles, while the entry's 8 H bytes take 52.
 """
 
 import dataclasses
@@ -29,22 +29,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-MASKED = -1e30  # top of a slot that sees nothing
-CHUNK = 128  # the cache length is a multiple of it
+from copsd_jax.attention import visibility
+
+CHUNK = 128  # the cache length is a multiple of this
 _ROWS = 16  # least rows of a dot
-_PROCESSORS = 132  # of H100 and H200; a rule for A100 (108) would not differ
-_PROGRAMS = 4  # per processor: enough to even out what they do
+_PROCESSORS = 132  # of H100 and H200; the 108 of an A100 would give the same rule
+_PROGRAMS = 4  # programs per processor, enough to even out their loads
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How the work is cut.
+    """Sizes by which the work is divided.
 
     Attributes:
-      keys: entries in one product, a power of two, at least 16.
-      split: entries of one program, a multiple of keys.
-      warps: of 32 threads, per program.
-      stages: products whose loads are under way at once.
+      keys: entries of one product, a power of two, at least 16.
+      split: entries of one program, a multiple of `keys`.
+      warps: warps of 32 threads in a program.
+      stages: products whose loads are in flight at once.
     """
 
     keys: int = 64
@@ -54,15 +55,16 @@ class BlockSizes:
 
 
 def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
-    """Splits as long as leaves each processor four programs, where slots hold a quarter of A.
+    """Chooses the longest splits that leave each processor four programs.
 
-    A product's keys and values are 16 to 32 KiB, three of them under way: two programs a
-    processor keep 100 KiB on the way to it, more than the 29 KiB that 36 GB/s x 800 ns ask for.
+    The rule assumes that slots are a quarter full. The keys and values of a product have 16 to 32
+    KiB, and three products are in flight. So two programs on a processor keep 100 KiB in flight,
+    more than the 29 KiB that 36 GB/s x 800 ns need.
 
     Args:
       q_shape: [J, K, M, H] of one device.
       k_shape: [layers, J, K, A, H] of one device.
-      dtype: of the cache.
+      dtype: type of the cache.
     """
     slots, heads, _, size = q_shape
     length = k_shape[3]
@@ -75,12 +77,12 @@ def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
 
 
 def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
-    """FLOPs (of M rows, not of 16) and bytes of one call.
+    """Estimates the FLOPs (of M rows, not of 16) and bytes of one call.
 
     Args:
       q_shape: [J, K, M, H].
-      dtype: of the cache; an int8 entry has a float32 scale.
-      mean_length: live entries, on average over all J slots.
+      dtype: type of the cache; an int8 entry has a float32 scale.
+      mean_length: live entries of a slot, on average over all J slots.
     """
     slots, heads, queries, size = q_shape
     dtype = jnp.dtype(dtype)
@@ -106,26 +108,30 @@ def attend(
     mean_length: float | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of each slot's query over entries 0 … length - 1, as one part of a softmax.
+    """Attends from each slot's queries to its entries 0 … length - 1, as one part of a softmax.
 
     Args:
       q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated; M at most 16, H a power of
         two. Products are in its dtype (entries are converted in registers), sums and softmax in
         float32.
-      k, v: the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; A a multiple of 128.
-      k_scale, v_scale: float32 [layers, J, K, A], what an int8 entry is multiplied by; else None.
+      k: keys of the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; A a multiple of
+        128.
+      v: values, of the same shape and type.
+      k_scale: float32 [layers, J, K, A], factors of int8 keys; else None.
+      v_scale: factors of int8 values; else None.
       layer: int32 scalar.
       length_J: int32, 0 … A; 0 for a dead slot.
-      blocks: None for `choose_blocks`.
-      mean_length: what the compiler is told that slots hold; None for half of A.
-      interpret: to run without a GPU.
+      blocks: block sizes; None for those of `choose_blocks`.
+      mean_length: live entries of a slot in the cost estimate; None for half of A.
+      interpret: runs the kernel without a GPU.
 
     Returns:
-      out [J, K, M, H], the sum of exp(logit - top) v; top [J, K, M], the largest logit; total
-      [J, K, M], the sum of exp(logit - top); all float32. A dead slot gives 0, -1e30 and 0.
+      The fields of `decode_attention.PartialSoftmax`, all float32: out [J, K, M, H], the sum of
+      exp(logit - top) v; top [J, K, M], the largest logit; total [J, K, M], the sum of
+      exp(logit - top). A dead slot gives 0, -1e30 and 0.
 
     Raises:
-      ValueError: for shapes or blocks that do not fit, or an int8 cache of 2 to 4 GiB.
+      ValueError: for unsupported shapes or blocks, or an int8 cache of 2 to 4 GiB.
     """
     slots, heads, queries, size = q_JKMH.shape
     length = k.shape[3]
@@ -147,7 +153,7 @@ def attend(
         name="decode_attention",
     )
     start_S = jnp.arange(splits, dtype=jnp.int32) * blocks.split
-    # Triton's calls keep no estimate in a program's text, but the names of their scopes.
+    # The text of a program keeps the scope names of Triton's calls, but no cost estimate.
     with jax.named_scope(f"cost:{estimate.flops}:{estimate.bytes_accessed}"):
         out, top, total = call(layer.reshape(1), length_J, q_JKMH, k, v, *scales)
     return _merge_splits(out, top, total, start_S[:, None] < length_J[None, :])
@@ -167,7 +173,8 @@ def _check_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: BlockSizes) ->
             f"blocks.keys and blocks.split are {blocks.keys} and {blocks.split}: a power of two "
             f"from {_ROWS} on and a multiple of it are needed"
         )
-    # Offsets are 64 bits wide in arrays above 4 GiB only, and the 32 of others are signed.
+    # Offsets have 64 bits in arrays above 4 GiB only. In others they are signed numbers of 32 bits,
+    # which reach 2 GiB.
     if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
         raise ValueError(
             f"an int8 cache of keys has {k.size} bytes on a device: sizes from 2**31 to 2**32 "
@@ -176,7 +183,7 @@ def _check_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: BlockSizes) ->
 
 
 def _kernel(blocks: BlockSizes, scaled: bool, layer_1, length_J, q_ref, k_ref, v_ref, *refs):
-    """One split of one slot and key head."""
+    """Computes one split of one slot and key head."""
     scale_refs, (out_ref, top_ref, total_ref) = refs[: 2 * scaled], refs[2 * scaled :]
     split, head, slot = (pl.program_id(axis) for axis in range(3))
     layer, length = layer_1[0], length_J[slot]
@@ -204,7 +211,7 @@ def _kernel(blocks: BlockSizes, scaled: bool, layer_1, length_J, q_ref, k_ref, v
                 part, q_RH, load(k_ref), load(v_ref), [load(r) for r in scale_refs], seen_S
             )
 
-        none_R = jnp.full((_ROWS,), MASKED, jnp.float32)
+        none_R = jnp.full((_ROWS,), visibility.MASKED_LOGIT, jnp.float32)
         part = jnp.zeros((_ROWS, size), jnp.float32), none_R, jnp.zeros_like(none_R)
         number = jax.lax.div(stop - start + blocks.keys - 1, blocks.keys)
         out_RH, top_R, total_R = jax.lax.fori_loop(0, number, add, part)
@@ -215,13 +222,13 @@ def _kernel(blocks: BlockSizes, scaled: bool, layer_1, length_J, q_ref, k_ref, v
 
 
 def _add_block(part, q_RH, k_SH, v_SH, scales_S, seen_S):
-    """A part of a softmax and one more block of entries; what is not seen was loaded as 0."""
+    """Adds a block of entries to a partial softmax; entries that are not seen were loaded as 0."""
     out_RH, top_R, total_R = part
     dtype = q_RH.dtype
     logit_RS = _product(q_RH, k_SH.astype(dtype), 1)
     if scales_S:
         logit_RS = logit_RS * scales_S[0][None, :]
-    logit_RS = jnp.where(seen_S[None, :], logit_RS, MASKED)
+    logit_RS = jnp.where(seen_S[None, :], logit_RS, visibility.MASKED_LOGIT)
     new_R = jnp.maximum(top_R, jnp.max(logit_RS, axis=1))
     shrink_R = jnp.exp(top_R - new_R)
     weight_RS = jnp.exp(logit_RS - new_R[:, None])
@@ -233,7 +240,7 @@ def _add_block(part, q_RH, k_SH, v_SH, scales_S, seen_S):
 
 
 def _product(a_RX: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Product over the last axis of a and `axis` of b, summed in float32."""
+    """Multiplies over the last axis of a and `axis` of b, summed in float32."""
     exact = jax.lax.Precision.HIGHEST if a_RX.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a_RX, b, (((1,), (axis,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
@@ -241,9 +248,9 @@ def _product(a_RX: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 def _merge_splits(out_SJKMH, top_SJKM, total_SJKM, live_SJ):
-    """One part of the parts of all splits; those that are not live were never written."""
+    """Merges the partial softmaxes of all splits; those that are not live were never written."""
     live = live_SJ[:, :, None, None]
-    top_SJKM = jnp.where(live, top_SJKM, MASKED)
+    top_SJKM = jnp.where(live, top_SJKM, visibility.MASKED_LOGIT)
     top_JKM = jnp.max(top_SJKM, axis=0)
     scale_SJKM = jnp.where(live, jnp.exp(top_SJKM - top_JKM[None]), 0.0)
     total_JKM = jnp.sum(jnp.where(live, total_SJKM, 0.0) * scale_SJKM, axis=0)

@@ -2,27 +2,28 @@
 
 One query token per slot attends to the first `length` entries of its slot. The kernel walks over
 the live blocks in order of slots and fetches them itself, `buffers` - 1 blocks ahead and across
-slots; of a slot's last block only the chunks of 128 entries that hold a live one:
+slots. From a slot's last block it fetches only the chunks of 128 entries that hold a live one:
 
     lengths 300, 0, 40; blocks of 256     fetch        0          1          2
                                           slot         0          0          2
                                           entries   0 … 255   256 … 383   0 … 127
 
-A dead slot costs a look at its length. (A grid of slots and blocks would cost about 0.35 us a step
-even where there is nothing to do: 256 slots of 4096 entries over 28 layers, 40 ms a token in
-blocks of 256. A prefetched list of live blocks would have to be made by XLA in every layer.)
+A dead slot costs one look at its length. (A grid of slots and blocks would cost about 0.35 us for
+each step without work: 40 ms a token for 256 slots of 4096 entries over 28 layers, in blocks of
+256. A prefetched list of live blocks would have to be made by XLA in every layer.)
 
-Size of a block. Compiled for v5e, a block of 256 entries of 8 heads in bfloat16 is 530 instruction
-words, 0.36 us at 1.5 GHz without stalls, and 1.28 us to fetch (1 MiB at 819 GB/s): 150 words start
-copies and look for the next block, whatever its size, and 380 compute. The products load each
-128 x 128 tile of keys or values into a matrix unit once, and the M queries (1 to 8) fill 8 of its
-rows at one price. Half of a slot's last block is computed in vain on average, but not fetched, and
-a fetch takes some 1 us to begin. So a block should take about 1 us to fetch: long enough to hide
-what it costs itself and the start of the next, no longer. An int8 block is converted first: 384
-entries are 1370 words, 0.92 us, for 0.99 us of fetching, so that int8 saves room more than time.
+Size of a block. Compiled for v5e, a block of 256 entries of 8 heads in bfloat16 has 530 instruction
+words, 0.36 us at 1.5 GHz without stalls. Fetching it takes 1.28 us (1 MiB at 819 GB/s). Of the
+words, 150 start copies and look for the next block, whatever its size, and 380 compute. Products
+load each 128 x 128 tile of keys or values into a matrix unit once, and the M queries (1 to 8) fill
+8 of its rows at one price. On average half of a slot's last block is computed in vain, though not
+fetched, and a fetch takes some 1 us to begin. So a block should take about 1 us to fetch, just long
+enough to hide its own computation and the start of the next fetch. An int8 block is converted
+first: 384 entries have 1370 words, 0.92 us, for 0.99 us of fetching. So int8 saves more memory than
+time.
 
-Where H is no multiple of 128, XLA keeps a cache with the entries along the lanes, [..., H, A],
-which needs no padding; the kernel reads it as it lies.
+If H is not a multiple of 128, XLA stores a cache with the entries along the lanes, [..., H, A],
+which needs no padding. The kernel reads this layout as it is.
 """
 
 import dataclasses
@@ -34,30 +35,31 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-MASKED = -1e30  # top of a slot that sees nothing
-CHUNK = 128  # entries of one copy; the cache length is a multiple of it
+from copsd_jax.attention import visibility
+
+CHUNK = 128  # entries of one copy; the cache length is a multiple of this
 V5E = "TPU v5 lite"
-# Bytes per second of HBM, by jax's device_kind; of one core where a device has two. v4 is missing
-# since Mosaic cannot compile the kernel for it (no gather across sublanes).
+# Bytes per second of HBM by jax's device_kind, for one core if a device has two. v4 is missing,
+# because Mosaic cannot compile the kernel for it (no gather across sublanes).
 BANDWIDTH = {
     V5E: 8.2e11, "TPU v5": 1.2e12, "TPU v5p": 1.2e12, "TPU v6 lite": 1.6e12, "TPU v6e": 1.6e12,
     "TPU7x": 3.7e12,
 }  # fmt: skip
-_TWO_CORES = ("TPU v5", "TPU v5p")  # that share one device
+_TWO_CORES = ("TPU v5", "TPU v5p")  # devices of two cores
 _FETCH = 1e-6  # seconds that the fetch of a block should take
-_LONGEST = 1024  # entries in a block
-_BUFFERS = 8 << 20  # bytes of VMEM for keys and values, at most
+_LONGEST = 1024  # most entries of a block
+_BUFFERS = 8 << 20  # most bytes of VMEM for keys and values
 _ROWS = 4 << 20  # bytes of VMEM for queries and results of the slots of one program
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How the work is cut.
+    """Sizes by which the work is divided.
 
     Attributes:
       keys: entries computed at once, a multiple of 128.
       buffers: blocks in VMEM, at least 2.
-      slots: slots of one program; programs follow one another, or share the two cores of v5p.
+      slots: slots of one program. Programs run one after the other, or on the two cores of a v5p.
     """
 
     keys: int
@@ -66,18 +68,18 @@ class BlockSizes:
 
 
 def get_chip() -> str:
-    """jax's `device_kind` of the mesh in use (`jax.set_mesh`); v5e where there is none of TPUs."""
+    """Returns the `device_kind` of the mesh in use (`jax.set_mesh`), or v5e if it has no TPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return V5E if device is None or device.platform != "tpu" else device.device_kind
 
 
 def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
-    """A block whose fetch takes about 1 us, three of them, and as many slots as VMEM holds.
+    """Chooses blocks that take about 1 us to fetch, three of them, and all slots that VMEM holds.
 
     Args:
       q_shape: [J, K, M, H] of one device.
       k_shape: [layers, J, K, A, H] of one device.
-      dtype: of the cache.
+      dtype: type of the cache.
       chip: jax's `device_kind`.
 
     Raises:
@@ -90,7 +92,8 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
     wanted = BANDWIDTH[chip] * _FETCH / entry
     most = min(_LONGEST, length, _BUFFERS // (3 * entry))
     keys = max(CHUNK, min(round(wanted / CHUNK), most // CHUNK) * CHUNK)
-    # Tiles of 8 x 128 in float32, twice: queries and out; top and total, queries along the lanes.
+    # Bytes of a slot in float32 tiles of 8 x 128, double-buffered: queries and out, then top and
+    # total, which have the queries along the lanes.
     lanes = -(-size // 128) * 128
     row = 4 * 2 * (2 * heads * -(-queries // 8) * 8 * lanes + 2 * -(-heads // 8) * 8 * 128)
     two_cores = chip in _TWO_CORES and slots > 1
@@ -99,12 +102,12 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
 
 
 def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
-    """FLOPs and bytes of one call: a slot's live entries and half a chunk beyond them.
+    """Estimates the FLOPs and bytes of one call, from live entries and half a chunk beyond them.
 
     Args:
       q_shape: [J, K, M, H].
-      dtype: of the cache; an int8 entry has a float32 scale.
-      mean_length: live entries, on average over all J slots.
+      dtype: type of the cache; an int8 entry has a float32 scale.
+      mean_length: live entries of a slot, on average over all J slots.
     """
     slots, heads, queries, size = q_shape
     dtype = jnp.dtype(dtype)
@@ -130,25 +133,29 @@ def attend(
     mean_length: float | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of each slot's query over entries 0 … length - 1, as one part of a softmax.
+    """Attends from each slot's queries to its entries 0 … length - 1, as one part of a softmax.
 
     Args:
       q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. Products are in its dtype
         (entries are converted in VMEM), sums and softmax in float32.
-      k, v: the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; A a multiple of 128.
-      k_scale, v_scale: float32 [layers, J, K, A], what an int8 entry is multiplied by; else None.
+      k: keys of the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; A a multiple of
+        128.
+      v: values, of the same shape and type.
+      k_scale: float32 [layers, J, K, A], factors of int8 keys; else None.
+      v_scale: factors of int8 values; else None.
       layer: int32 scalar.
       length_J: int32, 0 … A; 0 for a dead slot.
-      blocks: None for `choose_blocks` of the mesh's chip.
-      mean_length: what the compiler is told that slots hold; None for half of A.
-      interpret: True, or pltpu.InterpretParams, to run without a TPU.
+      blocks: block sizes; None for those of `choose_blocks` for the mesh's chip.
+      mean_length: live entries of a slot in the cost estimate; None for half of A.
+      interpret: True or pltpu.InterpretParams run the kernel without a TPU.
 
     Returns:
-      out [J, K, M, H], the sum of exp(logit - top) v; top [J, K, M], the largest logit; total
-      [J, K, M], the sum of exp(logit - top); all float32. A dead slot gives 0, -1e30 and 0.
+      The fields of `decode_attention.PartialSoftmax`, all float32: out [J, K, M, H], the sum of
+      exp(logit - top) v; top [J, K, M], the largest logit; total [J, K, M], the sum of
+      exp(logit - top). A dead slot gives 0, -1e30 and 0.
 
     Raises:
-      ValueError: for a cache length that is no multiple of 128, or blocks that do not fit it.
+      ValueError: for a cache length that is not a multiple of 128, or blocks that do not fit it.
     """
     slots, heads, queries, size = q_JKMH.shape
     length = k.shape[3]
@@ -162,7 +169,7 @@ def attend(
     if blocks.buffers < 2:
         raise ValueError(f"blocks.buffers is {blocks.buffers}: it must be at least 2")
     turned = size % 128 != 0
-    if turned:  # no copy: this is how they lie
+    if turned:  # This does not copy, since it is the layout in memory.
         k, v = k.swapaxes(3, 4), v.swapaxes(3, 4)
     mean_length = length / 2 if mean_length is None else mean_length
     caches = [k, v] if k_scale is None or v_scale is None else [k, v, k_scale, v_scale]
@@ -189,13 +196,13 @@ def attend(
         interpret=interpret,
         name="decode_attention",
     )(
-        # Slots that only fill the last program are dead.
+        # Length 0 makes dead slots of those that only fill the last program.
         layer.reshape(1), jnp.pad(length_J, (0, programs * blocks.slots - slots)), q_JKMH, *caches
     )  # fmt: skip
 
 
 def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
-    """All slots of one program, one after the other; n caches (keys, values and their scales)."""
+    """Computes the slots of one program in turn, from n caches: keys, values and their scales."""
     caches, (out_ref, top_ref, total_ref), buffers, (sem, ahead) = (
         refs[:n], refs[n : n + 3], refs[n + 3 : 2 * n + 3], refs[2 * n + 3 :],
     )  # fmt: skip
@@ -213,7 +220,7 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
                 entries = pl.ds(pl.multiple_of(start, CHUNK), CHUNK)
                 into = pl.ds(chunk * CHUNK, CHUNK)
                 for i, (cache, buffer) in enumerate(zip(caches, buffers, strict=True)):
-                    # Whole axes, then the entries, then (not turned) the head's.
+                    # Whole axes come first, then the entries, then H unless it is turned.
                     axis = (slice(None),) * (2 if turned and i < 2 else 1)
                     from_ = cache.at[(layer_1[0], first + slot, *axis, entries)]
                     act(pltpu.make_async_copy(from_, buffer.at[(at, *axis, into)], sem.at[at]))
@@ -227,7 +234,7 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
         )
 
     def fetch(number):
-        """Starts the copies of the next block that nobody has asked for yet."""
+        """Starts the copies of the next block that has not been asked for."""
         slot, block = ahead[0], ahead[1]
 
         @pl.when(slot < group)
@@ -249,8 +256,8 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
 
     def one(slot, number):
         length = length_J[first + slot]
-        full = jax.lax.div(jnp.maximum(length - 1, 0), keys)  # blocks that need no mask
-        none = jnp.full((*q_ref.shape[1:3], 1), MASKED, jnp.float32)
+        full = jax.lax.div(jnp.maximum(length - 1, 0), keys)  # number of blocks without a mask
+        none = jnp.full((*q_ref.shape[1:3], 1), visibility.MASKED_LOGIT, jnp.float32)
         part = jnp.zeros(q_ref.shape[1:], jnp.float32), none, jnp.zeros_like(none)
         part = jax.lax.fori_loop(
             0, full, lambda block, part: add(part, slot, block, number + block, None), part
@@ -273,7 +280,7 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
 
 
 def _add_block(part, q_KMH, block, turned: bool, left):
-    """A part of a softmax and one more block: its first `left` entries, all where that is None."""
+    """Adds a block to a partial softmax: its first `left` entries, or all if that is None."""
     (out_KMH, top_KM1, total_KM1), (k, v, *scales) = part, block
     dtype, entries = q_KMH.dtype, 2 if turned else 1
     logit_KMS = _product(q_KMH, k.astype(dtype), 3 - entries)
@@ -282,8 +289,8 @@ def _add_block(part, q_KMH, block, turned: bool, left):
     seen = None
     if left is not None:
         seen = jax.lax.broadcasted_iota(jnp.int32, logit_KMS.shape, 2) < left
-        logit_KMS = jnp.where(seen, logit_KMS, MASKED)
-        # Weight 0 is not enough: what lies beyond is garbage, and 0 times NaN is NaN.
+        logit_KMS = jnp.where(seen, logit_KMS, visibility.MASKED_LOGIT)
+        # A weight of 0 is not enough: entries beyond are garbage, and 0 times NaN is NaN.
         v = jnp.where(
             jax.lax.broadcasted_iota(jnp.int32, v.shape, entries) < left, v, jnp.zeros_like(v)
         )
@@ -300,8 +307,8 @@ def _add_block(part, q_KMH, block, turned: bool, left):
 
 
 def _product(a_KMX: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Product over the last axis of a and `axis` of b, for each key head, summed in float32."""
-    # By default the unit would round float32 to bfloat16.
+    """Multiplies over the last axis of a and `axis` of b, for each key head, summed in float32."""
+    # By default the matrix unit would round float32 to bfloat16.
     exact = jax.lax.Precision.HIGHEST if a_KMX.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a_KMX, b, (((2,), (axis,)), ((0,), (0,))),
@@ -317,24 +324,24 @@ def write_entries(
     *,
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
-    """Puts one entry of each slot into a layer of caches [layers, J, K, A, H] or [layers, J, K, A].
+    """Writes one entry of each slot into a layer of caches [layers, J, K, A(, H)].
 
-    In place: the caches must be donated, or carried by a loop. A scatter of XLA moves one row after
-    the other, and copies a cache whose rows it would rather have in another order; here the tiles
+    The update is in place if the caches are donated, or carried by a loop. XLA's scatter would move
+    one row after the other, and copy a cache if it prefers another order of rows. Here the tiles
     that hold the entries are read, changed and written back in a pipeline over slots.
 
     Args:
       caches: keys and values, and for int8 their float32 scales; A a multiple of 128.
-      entries: of each cache, [J, K, H] or [J, K], in its dtype.
+      entries: entries of each cache, [J, K, H] or [J, K], in its dtype.
       layer: int32 scalar.
-      index_J: int32; outside 0 … A - 1 for a slot that keeps what it has.
-      interpret: True, or pltpu.InterpretParams, to run without a TPU.
+      index_J: int32; a slot with an index outside 0 … A - 1 stays as it is.
+      interpret: True or pltpu.InterpretParams run the kernel without a TPU.
     """
     turned = entries[0].shape[2] % 128 != 0
     tiles = [_find_tile(x, turned) for x in caches]
     if turned:
         caches = tuple(x.swapaxes(3, 4) if x.ndim == 5 else x for x in caches)
-    # An axis of length 1 where the entries are.
+    # Each entry gets an axis of length 1 at the place of the cache's entries.
     entries = tuple(
         jnp.expand_dims(x, axis - 1) for x, (axis, _) in zip(entries, tiles, strict=True)
     )
@@ -369,21 +376,21 @@ def write_entries(
 
 
 def _find_tile(cache: jax.Array, turned: bool) -> tuple[int, int]:
-    """The axis of the entries as they lie in memory, and how many of them make a tile."""
+    """Finds the axis of the entries in memory, and the number of entries of a tile."""
     if cache.ndim == 4:
         return 3, 128
     return (4, 128) if turned else (3, 32 // cache.dtype.itemsize)
 
 
 def _write_kernel(tiles, length: int, layer_1, index_J, *refs):
-    """One slot's tile of each cache, with its entry."""
-    del layer_1  # in the index maps
+    """Writes one slot's entry into its tile of each cache."""
+    del layer_1  # The index maps of the grid use it.
     index, n = index_J[pl.program_id(0)], len(tiles)
     for (axis, size), new, old, out in zip(
         tiles, refs[:n], refs[n : 2 * n], refs[2 * n :], strict=True
     ):
         value = old[0, 0]
-        # Units of v5e know no selection among 8 or 16 bits.
+        # A v5e cannot select among numbers of 8 or 16 bits.
         wide = jnp.int32 if value.dtype == jnp.int8 else jnp.float32
         place = jax.lax.broadcasted_iota(jnp.int32, value.shape, axis - 2)
         here = (place == jax.lax.rem(index, size)) & (index >= 0) & (index < length)

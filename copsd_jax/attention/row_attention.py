@@ -1,12 +1,12 @@
-"""Attention of whole rows of tokens: training, scoring, prefill (not decoding).
+"""Attention of whole rows of tokens, for training, scoring and prefill (not for decoding).
 
-`visibility` says which keys a token sees. One softmax goes over all of them, and nothing is
+visibility.py defines the keys that a token sees. One softmax goes over all of them, and no key is
 repeated for rows or queries.
 
-`portable` is plain array code. Blocks of queries meet the keys up to their own end only, so that
-about half of the products are left out; what the backward pass needs are the output and the
-log-sum-exp of each query (FlashAttention-2, arXiv 2307.08691, section 3.1), never the weights.
-`splash` is jax's kernel for TPU (row_attention_splash.py), `attend_cudnn` NVIDIA's through
+`portable` is plain array code. A block of queries is multiplied with the keys up to its own end
+only, which leaves out about half of the products. The backward pass keeps the output and the
+log-sum-exp of each query, never the weights (FlashAttention-2, arXiv 2307.08691, section 3.1).
+`splash` is jax's kernel for TPU (row_attention_splash.py), and `cudnn` is NVIDIA's, through
 jax.nn.dot_product_attention.
 
 Shapes: B rows, L tokens of a row, Q queries of a block, S keys, K key heads, M queries per key
@@ -27,8 +27,8 @@ from copsd_jax.attention import visibility
 from copsd_jax.runtime import sharding
 
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
-CPU_QUERY_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more at SmolLM2's shape
-MAX_RANGES = 8  # ranges of queries, each with a range of keys of its own; more save little
+CPU_QUERY_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more for SmolLM2
+MAX_RANGES = 8  # of queries, each with its own range of keys; more ranges save little
 SMALL_WORK = 2**24  # L L N H of a row below which small blocks cost more to compile than they save
 SMALL_WORK_BLOCK = 512  # queries at once in rows below that
 MAX_RANGES_LARGE_BLOCKS = 2  # of large blocks: the compiler for TPU takes 10 to 30 s for each range
@@ -45,15 +45,23 @@ def attend(
     implementation: str,
     block: int,
 ) -> jax.Array:
-    """softmax(q k^T) v over the keys that each token sees: [B, L, K, M, H] in v's dtype.
+    """Computes softmax(q k^T) v over the keys that each token sees.
 
-    Differentiable in q, k, v and the prefix, in reverse mode. On a mesh (`jax.set_mesh`) the
-    kernels' rows are split over its batch axes and key heads over `tensor`, where these divide
-    them; the portable form is left to the compiler.
+    It is differentiable in q, k, v and the prefix, in reverse mode. On a mesh (`jax.set_mesh`) the
+    kernels split rows over its batch axes and key heads over `tensor`, if these divide them. The
+    portable form is left to the compiler.
 
     Args:
-      q_BLKMH: scaled and rotated.
-      block: queries of a block of the portable form; more where rows are small.
+      q_BLKMH: queries, scaled and rotated.
+      k_BLKH: keys, rotated.
+      v_BLKH: values.
+      rows: visibility of the keys.
+      prefix: keys and values that every token sees, or None.
+      implementation: one of IMPLEMENTATIONS.
+      block: queries of a block of the portable form; small rows have larger blocks.
+
+    Returns:
+      [B, L, K, M, H] in the dtype of v.
 
     Raises:
       ValueError: for an unknown implementation.
@@ -67,7 +75,7 @@ def attend(
         block = block if work >= SMALL_WORK else max(block, SMALL_WORK_BLOCK)
         return _attend_portable(block, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
     if implementation == "splash":
-        # Pallas takes its time, and a CPU does without.
+        # Imported lazily: Pallas is slow to import, and a CPU does not need it.
         from copsd_jax.attention import row_attention_splash
 
         return attend_on_mesh(row_attention_splash.attend, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
@@ -75,18 +83,32 @@ def attend(
 
 
 def attend_on_mesh(
-    here: Callable[..., jax.Array], q_BLKMH, k_BLKH, v_BLKH, rows: visibility.Visibility, prefix
-):
-    """`here`, each device with its own rows and heads."""
+    kernel: Callable[..., jax.Array],
+    q_BLKMH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
+    rows: visibility.Visibility,
+    prefix: visibility.Prefix | None,
+) -> jax.Array:
+    """Calls a kernel on each device with that device's rows and heads; [B, L, K, M, H].
+
+    Args:
+      kernel: attention on one device, called with the other arguments.
+      q_BLKMH: as of `attend`.
+      k_BLKH: as of `attend`.
+      v_BLKH: as of `attend`.
+      rows: as of `attend`.
+      prefix: as of `attend`.
+    """
     context: Any = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
-        return here(q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
+        return kernel(q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
     row = sharding.BATCH if q_BLKMH.shape[0] % sharding.batch_shards(context) == 0 else None
     head = "tensor" if k_BLKH.shape[2] % context.shape["tensor"] == 0 else None
     place, each = PartitionSpec(row, None, head), PartitionSpec(row)
     shared: Any = PartitionSpec(None, head)
     return jax.shard_map(
-        here,
+        kernel,
         in_specs=(place, place, place, each, shared), out_specs=place, check_vma=False,
     )(q_BLKMH, k_BLKH, v_BLKH, rows, prefix)  # fmt: skip
 
@@ -114,7 +136,7 @@ def _forward(
     rows: visibility.Visibility,
     prefix: visibility.Prefix | None,
 ):
-    """The output, and what the backward pass needs."""
+    """Returns the output, and the residuals of the backward pass."""
     index_L = jnp.arange(q_BLKMH.shape[1], dtype=jnp.int32)
     outs, lses = [], []
     for start, stop in split_queries(q_BLKMH.shape[1], block):
@@ -136,34 +158,36 @@ def _backward(block: int, kept, g_BLKMH):
     f32 = jnp.float32
     delta_BLKM = jnp.sum(g_BLKMH.astype(f32) * out_BLKMH.astype(f32), axis=-1)
     whole = (q_BLKMH, g_BLKMH, lse_BLKM, delta_BLKM, rows, index_L[None])
-    slopes, totals = [], []
+    query_grads, key_grads = [], []
     for start, stop in split_queries(length, block):
         keys = _VisibleKeys(k_BLKH[:, :stop].swapaxes(1, 2), v_BLKH[:, :stop].swapaxes(1, 2),
                      rows.segments_BL[:, :stop], prefix)  # fmt: skip
         parts = jax.tree.map(lambda x: x[:, start:stop], whole)  # noqa: B023
-        total, slope = _scan_blocks(
+        key_grad, query_grad = _scan_blocks(
             functools.partial(_backward_block, keys), _zero_gradients(keys), parts, block
         )
-        slopes.append(slope)
-        totals.append(total)
+        query_grads.append(query_grad)
+        key_grads.append(key_grad)
 
-    def summed(parts):  # [B, K, H, S] of growing S -> [B, L, K, H]
+    def add_ranges(parts):  # [B, K, H, S] of growing S -> [B, L, K, H]
         pad = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, length - x.shape[3]),))  # noqa: E731
         return functools.reduce(jnp.add, map(pad, parts)).transpose(0, 3, 1, 2)
 
-    of_k, of_v = (summed([total[i] for total in totals]).astype(k_BLKH.dtype) for i in (0, 1))
-    of_prefix = None
+    k_grad, v_grad = (
+        add_ranges([grads[i] for grads in key_grads]).astype(k_BLKH.dtype) for i in (0, 1)
+    )
+    prefix_grad = None
     if prefix is not None:  # [K, H, P] -> [P, K, H]
-        whole = [functools.reduce(jnp.add, [total[i] for total in totals]) for i in (2, 3)]
-        of_prefix = visibility.Prefix(*(x.transpose(2, 0, 1).astype(k_BLKH.dtype) for x in whole))
-    return jnp.concatenate(slopes, 1), of_k, of_v, None, of_prefix
+        sums = [functools.reduce(jnp.add, [grads[i] for grads in key_grads]) for i in (2, 3)]
+        prefix_grad = visibility.Prefix(*(x.transpose(2, 0, 1).astype(k_BLKH.dtype) for x in sums))
+    return jnp.concatenate(query_grads, 1), k_grad, v_grad, None, prefix_grad
 
 
 _attend_portable.defvjp(_forward, _backward)
 
 
 class _VisibleKeys(NamedTuple):
-    """What a range of queries attends to."""
+    """Keys and values that a range of queries may attend to."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -172,49 +196,55 @@ class _VisibleKeys(NamedTuple):
 
 
 def split_queries(length: int, block: int) -> list[tuple[int, int]]:
-    """A few ranges of whole blocks: 11 in blocks of 4 -> (0, 4), (4, 8), (8, 11)."""
+    """Splits queries into a few ranges of whole blocks: 11 by 4 -> (0, 4), (4, 8), (8, 11).
+
+    Args:
+      length: number of queries.
+      block: queries of a block.
+    """
     width = block * -(
         -length // (block * (MAX_RANGES if block <= CPU_QUERY_BLOCK else MAX_RANGES_LARGE_BLOCKS))
     )
     return [(start, min(start + width, length)) for start in range(0, length, width)]
 
 
-def _scan_blocks(one: Callable[..., Any], carry: Any, parts: Any, block: int) -> Any:
-    """`one(carry, part)` for each block of queries, as a scan does it, along axis 1 of `parts`."""
+def _scan_blocks(step: Callable[..., Any], carry: Any, parts: Any, block: int) -> Any:
+    """Runs `step(carry, part)` as a scan over blocks of queries, along axis 1 of `parts`."""
     length = max(x.shape[1] for x in jax.tree.leaves(parts))
     if length <= block:
-        return one(carry, parts)
+        return step(carry, parts)
     n = -(-length // block)
 
     def split(x):  # [B, L, ...] -> [n, B, block, ...]
         x = jnp.pad(x, ((0, 0), (0, n * block - length)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], n, block, *x.shape[2:]), 1, 0)
 
-    def joined(x):  # without what the queries that fill the last block find
+    def join(x):  # drops the results of queries that only fill the last block
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], n * block, *x.shape[3:])[:, :length]
 
-    carry, out = jax.lax.scan(one, carry, jax.tree.map(split, parts))
-    return carry, jax.tree.map(joined, out)
+    carry, out = jax.lax.scan(step, carry, jax.tree.map(split, parts))
+    return carry, jax.tree.map(join, out)
 
 
 def _compute_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Visibility, index_1Q):
-    """Those of the own keys [B, K, Q, M, S], and of the prefix [K, B, Q, M, P] or None."""
+    """Computes logits of the row's keys [B, K, Q, M, S], and of the prefix [K, B, Q, M, P]."""
     own = _product("bkqmh,bksh->bkqms", q_BKQMH, keys.k_BKSH)
-    visible = visibility.visible_keys(query, index_1Q[0], keys.segments_BS)
-    # Added, not selected: a sum is one pass, whatever it is fused with.
+    visible = visibility.mark_visible_keys(query, index_1Q[0], keys.segments_BS)
+    # The mask is added, not selected: a sum is one pass over memory, whatever it is fused with.
     own = (
         own
         + jnp.where(visible, jnp.float32(0), jnp.float32(visibility.MASKED_LOGIT))[:, None, :, None]
     )
     if keys.prefix is None:
         return own, None
-    # Axes in the order that the product gives: only arrays without keys are ever transposed.
+    # Axes stay in the order of the product, so that only arrays without keys are transposed.
     return own, _product("kbqmh,pkh->kbqmp", q_BKQMH.swapaxes(0, 1), keys.prefix.k_PKH)
 
 
 def _forward_block(keys: _VisibleKeys, carry, part):
-    # The mask must wait for q: else, as it depends on constants of the loops only, masks of all
-    # blocks are made ahead of the layers when a gradient is taken.
+    # The barrier makes the mask wait for q. The mask depends on constants of the loops only, so
+    # without a barrier the masks of all blocks would be made ahead of the layers when a gradient is
+    # taken.
     q, query, index = jax.lax.optimization_barrier(part)
     q, dtype = q.swapaxes(1, 2), keys.v_BKSH.dtype
     own, shared = _compute_logits(keys, q, query, index)
@@ -235,7 +265,7 @@ def _forward_block(keys: _VisibleKeys, carry, part):
 
 
 def _zero_gradients(keys: _VisibleKeys) -> tuple[jax.Array, ...]:
-    """Zeros: of keys and values [B, K, H, S], of the prefix [K, H, P]."""
+    """Returns zeros for keys and values [B, K, H, S], and for those of the prefix [K, H, P]."""
     batch, heads, count, size = keys.k_BKSH.shape
     shapes = [(batch, heads, size, count)] * 2
     if keys.prefix is not None:
@@ -244,34 +274,36 @@ def _zero_gradients(keys: _VisibleKeys) -> tuple[jax.Array, ...]:
 
 
 def _backward_block(keys: _VisibleKeys, carry, part):
-    """Gradient to the block's queries; those to the keys are added to `carry`.
+    """Computes the gradient of a block's queries, and adds those of the keys to `carry`.
 
-    The small factor comes first in products over queries: XLA on CPU transposes the first one in
-    memory, which should not be the weights.
+    In products over queries the small factor comes first, since XLA on CPU transposes the first one
+    in memory. This should not be the array of weights.
     """
     q, g, lse, delta, query, index = jax.lax.optimization_barrier(part)
     dtype = keys.v_BKSH.dtype
     q, g, lse, delta = (x.swapaxes(1, 2) for x in (q, g, lse, delta))
     own, shared = _compute_logits(keys, q, query, index)
     weight = jnp.exp(own - lse[..., None])
-    slope = weight * (_product("bkqmh,bksh->bkqms", g, keys.v_BKSH) - delta[..., None])
-    slope = slope.astype(dtype)
+    grad_logit = weight * (_product("bkqmh,bksh->bkqms", g, keys.v_BKSH) - delta[..., None])
+    grad_logit = grad_logit.astype(dtype)
     more = [
-        _product("bkqmh,bkqms->bkhs", q, slope),
+        _product("bkqmh,bkqms->bkhs", q, grad_logit),
         _product("bkqmh,bkqms->bkhs", g, weight.astype(dtype)),
     ]
-    out = _product("bkqms,bksh->bkqmh", slope, keys.k_BKSH)
+    out = _product("bkqms,bksh->bkqmh", grad_logit, keys.k_BKSH)
     if shared is not None:
         assert keys.prefix is not None
         q, g, lse, delta = (x.swapaxes(0, 1) for x in (q, g, lse, delta))
         weight = jnp.exp(shared - lse[..., None])
-        slope = weight * (_product("kbqmh,pkh->kbqmp", g, keys.prefix.v_PKH) - delta[..., None])
-        slope = slope.astype(dtype)
+        grad_logit = weight * (
+            _product("kbqmh,pkh->kbqmp", g, keys.prefix.v_PKH) - delta[..., None]
+        )
+        grad_logit = grad_logit.astype(dtype)
         more += [
-            _product("kbqmh,kbqmp->khp", q, slope),
+            _product("kbqmh,kbqmp->khp", q, grad_logit),
             _product("kbqmh,kbqmp->khp", g, weight.astype(dtype)),
         ]
-        out = out + _product("kbqmp,pkh->kbqmh", slope, keys.prefix.k_PKH).swapaxes(0, 1)
+        out = out + _product("kbqmp,pkh->kbqmh", grad_logit, keys.prefix.k_PKH).swapaxes(0, 1)
     carry = tuple(a + b for a, b in zip(carry, more, strict=True))
     return carry, out.astype(dtype).swapaxes(1, 2)
 
@@ -280,19 +312,28 @@ def _backward_block(keys: _VisibleKeys, carry, part):
 
 
 def attend_cudnn(
-    q_BLKMH,
-    k_BLKH,
-    v_BLKH,
+    q_BLKMH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
     rows: visibility.Visibility,
     prefix: visibility.Prefix | None,
     implementation: Any = "cudnn",
 ) -> jax.Array:
-    """Which keys are seen goes in as a mask [B, 1, L, P + L], exact for every kind of row.
+    """Attends through jax.nn.dot_product_attention, with a mask of [B, 1, L, P + L].
 
-    Lengths become even, without which cuDNN takes no gradient under a mask.
+    The mask is exact for every kind of row. Lengths are padded to even numbers, because cuDNN has
+    no gradient under a mask for odd ones.
 
     Args:
-      implementation: 'xla' computes the same without a GPU (tests).
+      q_BLKMH: as of `attend`.
+      k_BLKH: as of `attend`.
+      v_BLKH: as of `attend`.
+      rows: as of `attend`.
+      prefix: as of `attend`.
+      implementation: 'xla' computes the same without a GPU, for tests.
+
+    Returns:
+      [B, L, K, M, H].
     """
     B, L, K, M, H = q_BLKMH.shape
     even = lambda x: jnp.pad(x, ((0, 0), (0, L % 2)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
@@ -300,7 +341,7 @@ def attend_cudnn(
     parents = None if rows.parents_BL is None else even(rows.parents_BL)
     wider = visibility.Visibility(even(rows.segments_BL), parents)
     index = jnp.arange(L + L % 2, dtype=jnp.int32)
-    visible = visibility.visible_keys(wider, index, wider.segments_BL)
+    visible = visibility.mark_visible_keys(wider, index, wider.segments_BL)
     if prefix is not None:
         P = prefix.k_PKH.shape[0]
         there = (jnp.arange(P + P % 2, dtype=jnp.int32) < P)[None, None]

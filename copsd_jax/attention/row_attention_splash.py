@@ -1,19 +1,19 @@
-"""jax's splash attention for TPU, on rows of segments, parents and a shared prefix.
+"""Row attention by jax's splash kernel for TPU, with segments, parents and a shared prefix.
 
-Two forms, chosen when a program is traced:
+There are two forms, chosen when a program is traced:
 
-  rows of segments   the causal mask is computed in the kernel, and so are the segments'. All
-                     blocks on and under the diagonal are visited.
-  with parents or    two ids a pair cannot say what is seen: the mask is an array, made for one row
-  a prefix           at a time (4 L (L + P) bytes, twice in the backward pass), and blocks in which
-                     nothing is seen are left out. The kernel's own gradient would keep the masks
-                     of all rows; here the backward pass makes them again, and with them the
-                     forward kernel's output: 9 products a pair in place of 7.
+  rows of segments   The kernel computes the causal mask and the mask of segments. It visits all
+                     blocks on and under the diagonal.
+  with parents or    The kernel's segment ids cannot express this visibility, so the mask is an
+  a prefix           array. It is made for one row at a time (4 L (L + P) bytes, twice in the
+                     backward pass), and blocks without a visible key are left out. The kernel's own
+                     gradient would keep the masks of all rows. Here the backward pass makes them
+                     again, and with them the forward kernel's output: 9 products a pair, not 7.
 
 The kernel is jax.experimental.pallas.ops.tpu.splash_attention (FlashAttention-2 with a list of
 blocks to visit). Rows are padded to whole blocks with segment 0, which sees itself.
 
-Shapes: as in attention_rows.py; N = K x M query heads, W a padded length.
+Shapes: as in row_attention.py; N = K x M query heads, W a padded length.
 """
 
 import functools
@@ -28,15 +28,19 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from copsd_jax.attention import visibility
 
-LANES = 128  # block sizes are multiples of it
-MAX_BLOCK = 512  # a block's logits and their gradient in float32 take 2 MiB of the 16 of VMEM
-# A step of the kernels' grid costs about as much as 256 x 256 pairs of queries and keys, so that
-# small blocks, which fit a row best, are not always cheaper.
+LANES = 128  # block sizes are multiples of this
+MAX_BLOCK = 512  # its logits and their gradient in float32 take 2 of the 16 MiB of VMEM
+# A step of the kernels' grid costs about as much as 256 x 256 pairs of queries and keys. Small
+# blocks waste fewer pairs at the end of a row, but need more steps.
 GRID_STEP_PAIRS = 256 * 256
 
 
 def choose_block(length: int) -> int:
-    """Queries and keys of a block: 352 -> 384, 640 -> 384 (two of them), 2048 -> 512."""
+    """Chooses the queries and keys of a block: 352 -> 384, 640 -> 384 (two blocks), 2048 -> 512.
+
+    Args:
+      length: L.
+    """
 
     def cost(block: int) -> int:
         n = -(-length // block)
@@ -46,12 +50,25 @@ def choose_block(length: int) -> int:
 
 
 def attend(
-    q_BLKMH, k_BLKH, v_BLKH, rows: visibility.Visibility, prefix, interpret: bool = False
+    q_BLKMH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
+    rows: visibility.Visibility,
+    prefix: visibility.Prefix | None,
+    interpret: bool = False,
 ) -> jax.Array:
-    """`row_attention.attend` on one device.
+    """Computes `row_attention.attend` on one device.
 
     Args:
-      interpret: to run without a TPU.
+      q_BLKMH: as of `row_attention.attend`.
+      k_BLKH: as of `row_attention.attend`.
+      v_BLKH: as of `row_attention.attend`.
+      rows: as of `row_attention.attend`.
+      prefix: as of `row_attention.attend`.
+      interpret: runs the kernel without a TPU.
+
+    Returns:
+      [B, L, K, M, H].
     """
     B, L, K, M, H = q_BLKMH.shape
     block = choose_block(L)
@@ -96,12 +113,12 @@ def _causal_kernel(heads: int, length: int, block: int, interpret: bool) -> Any:
 
 
 def _attend_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> Any:
-    """A row [N, W, H] against the prefix and its own keys."""
+    """Attends from one row [N, W, H] to the prefix and its own keys, with a mask of its own."""
     block, interpret = static
     parents_1W = None if parents_W is None else parents_W[None]
     index_W = jnp.arange(segments_W.shape[0], dtype=jnp.int32)
     row = visibility.Visibility(segments_W[None], parents_1W)
-    mask_WS = visibility.visible_keys(row, index_W, segments_W[None])[0]
+    mask_WS = visibility.mark_visible_keys(row, index_W, segments_W[None])[0]
     if prefix is not None:
         pad = -prefix.k_PKH.shape[0] % block
         shared = [jnp.pad(x.swapaxes(0, 1), ((0, 0), (0, pad), (0, 0))) for x in prefix]
@@ -114,7 +131,7 @@ def _attend_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> A
     kernel: Any = kernel_lib.make_splash_mha_single_device(
         mask_WS[None], block_sizes=_block_sizes(block), interpret=interpret
     )
-    # jax 0.10 makes an array of this flag, and then asks it.
+    # jax 0.10 turns this flag into an array and then tests it in Python.
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
     return kernel(q_NWH, k_KWH, v_KWH)
 
@@ -123,7 +140,7 @@ def _attend_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> A
 def _attend_masked(
     static, q_BNWH, k_BKWH, v_BKWH, rows: visibility.Visibility, prefix
 ) -> jax.Array:
-    """Row by row: only one mask lives at a time."""
+    """Attends row by row, so that only one mask exists at a time."""
     each = (q_BNWH, k_BKWH, v_BKWH, rows.segments_BL, rows.parents_BL)
     return jax.lax.map(
         lambda row: _attend_row(static, row[0], row[1], row[2], row[3], row[4], prefix), each
@@ -142,15 +159,15 @@ def _masked_backward(static, kept, g_BNWH):
         *qkv, segments, parents, g = row
         back = jax.vjp(lambda q, k, v, p: _attend_row(static, q, k, v, segments, parents, p),
                        *qkv, prefix)[1]  # fmt: skip
-        *slopes, of_prefix = back(g)
-        more = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, of_prefix)
-        return more, tuple(slopes)
+        *grads, prefix_grad = back(g)
+        more = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, prefix_grad)
+        return more, tuple(grads)
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), prefix)
     each = (*qkv, rows.segments_BL, rows.parents_BL, g_BNWH)
-    total, slopes = jax.lax.scan(one, zero, each)
-    of_prefix = jax.tree.map(lambda a, x: a.astype(x.dtype), total, prefix)
-    return *slopes, None, of_prefix
+    total, grads = jax.lax.scan(one, zero, each)
+    prefix_grad = jax.tree.map(lambda a, x: a.astype(x.dtype), total, prefix)
+    return *grads, None, prefix_grad
 
 
 _attend_masked.defvjp(_masked_forward, _masked_backward)

@@ -1,4 +1,4 @@
-"""Which keys each token of a row sees; shared by all forms of row attention.
+"""Visibility of keys within a row, shared by all forms of row attention.
 
 A token sees the keys of its own segment and of the one that `parents` names, at or before its
 index in the row, and all keys of a shared prefix.
@@ -20,10 +20,10 @@ MASKED_LOGIT = -1e30  # finite, so that a query without any key gives finite num
 
 
 class Visibility(NamedTuple):
-    """Which keys of its row a token sees."""
+    """Segments that decide which keys of its row each token sees."""
 
     segments_BL: jax.Array  # int32
-    parents_BL: jax.Array | None = None  # int32, -1 for none; None where no token has one
+    parents_BL: jax.Array | None = None  # int32, -1 for no parent; None if no token has one
 
 
 class Prefix(NamedTuple):
@@ -33,8 +33,14 @@ class Prefix(NamedTuple):
     v_PKH: jax.Array
 
 
-def visible_keys(query: Visibility, index_Q: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """[B, Q, S]: same segment or the parent, and not later in the row."""
+def mark_visible_keys(query: Visibility, index_Q: jax.Array, segments_BS: jax.Array) -> jax.Array:
+    """Returns bool [B, Q, S]: whether a key has the query's segment or parent, and is not later.
+
+    Args:
+      query: visibility of the queries [B, Q].
+      index_Q: int32 index of each query in its row.
+      segments_BS: int32 segments of the keys, from the start of the row.
+    """
     same = query.segments_BL[:, :, None] == segments_BS[:, None, :]
     if query.parents_BL is not None:
         same = same | (query.parents_BL[:, :, None] == segments_BS[:, None, :])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copsd_jax.attention import decode_attention
+from copsd_jax.attention import decode_attention, visibility
 from copsd_jax.runtime import sharding
 
 LAYERS, J, K, M, A, H = 2, 5, 2, 3, 256, 16
@@ -82,7 +82,7 @@ def test_parts_equal_plain_attention(implementation, dtype, scale, tolerance):
     got = np.log(np.asarray(part.total_JKM)[live]) + np.asarray(part.top_JKM)[live]
     size = np.abs(log_total[live]).max()
     np.testing.assert_allclose(got, log_total[live], rtol=0, atol=tolerance * size)
-    for name, value in (("out_JKMH", 0), ("total_JKM", 0), ("top_JKM", decode_attention.MASKED)):
+    for name, value in (("out_JKMH", 0), ("total_JKM", 0), ("top_JKM", visibility.MASKED_LOGIT)):
         np.testing.assert_array_equal(np.asarray(getattr(part, name))[~live], np.float32(value))
 
 
