@@ -20,6 +20,7 @@ import transformers
 from copsd_jax.model import transformer
 from copsd_jax.weights import gguf_files, hf_config, tensor_files
 
+STRIP_ROWS = 64  # rows of a stored matrix that are read at once
 SHARD_BYTES = 5 * 10**9  # of values in one file
 
 TOP: dict[tuple[str, ...], str] = {
@@ -62,6 +63,7 @@ class LeafSlice(NamedTuple):
     transposed: bool  # our kernels are [in, out], theirs [out, in]
 
 
+@functools.lru_cache(maxsize=4)  # Each call would trace the model again.
 def _leaf_shapes(config: transformer.ModelConfig) -> dict[LeafPath, tuple[int, ...]]:
     """Maps the path of every parameter of the model to its shape."""
     flat, _ = jax.tree.flatten_with_path(transformer.abstract_params(config, jnp.float32))
@@ -166,7 +168,7 @@ def load_params(
     """Loads the tree of parameters: kernels [in, out], layers stacked along the first axis.
 
     Leaves are read one by one, and `place` reads only the parts of a leaf that it needs. The host
-    then holds what `place` keeps, one part, and a stored tensor of this part.
+    then holds the arrays that `place` keeps and one part besides.
 
     Args:
       path: a folder or a GGUF, as `hub.resolve` returns it.
@@ -200,9 +202,9 @@ def load_params(
 
 
 def _tensors_equal(one: tensor_files.Tensor, other: tensor_files.Tensor) -> bool:
-    """Compares two stored matrices, 1024 rows at a time."""
+    """Compares two stored matrices, strip by strip."""
     rows, columns = one.shape
-    parts = [(slice(row, min(row + 1024, rows)), slice(0, columns)) for row in range(0, rows, 1024)]
+    parts = [(strip, slice(0, columns)) for strip in _split_rows(0, rows)]
     return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
 
 
@@ -220,12 +222,18 @@ def _read_leaf_part(
         return values.astype(dtype, copy=not values.flags.writeable)
     values = np.empty([cut.stop - cut.start for cut in part], dtype)
     layers, *own = part
-    for into, (name, entry) in zip(values, entries[layers], strict=True):
-        if entry.transposed:
-            into[...] = found[name].read(tuple(own[::-1])).T
-        else:
-            into[...] = found[name].read(tuple(own))
+    for layer_values, (name, entry) in zip(values, entries[layers], strict=True):
+        into = layer_values.T if entry.transposed else layer_values
+        rows, *others = own[::-1] if entry.transposed else own
+        for strip in _split_rows(rows.start, rows.stop):
+            here = slice(strip.start - rows.start, strip.stop - rows.start)
+            into[here] = found[name].read((strip, *others))
     return values
+
+
+def _split_rows(start: int, stop: int) -> list[slice]:
+    """Splits rows into strips, so that little is held beside the array that is filled."""
+    return [slice(row, min(row + STRIP_ROWS, stop)) for row in range(start, stop, STRIP_ROWS)]
 
 
 # --- saving -----------------------------------------------------------------------------------
