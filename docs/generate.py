@@ -5,6 +5,7 @@ import pathlib
 import re
 
 from copsd_jax.config import settings
+from copsd_jax.training import table_rules
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "copsd_jax"
@@ -63,18 +64,19 @@ def _index_page(folders: list[pathlib.Path]) -> str:
 
 
 def _settings_tables() -> str:
-    """One table per section, from the lines of `--help`."""
+    """One table per section: default, meaning, choices or range, and when a setting is read."""
     sections: dict[str, list[str]] = {}
-    for line in settings.help_text().splitlines():
-        found = re.match(r" *--config\.([\w.]+)=(.*?) {2,}(.*)", line)
-        if not found:
-            raise ValueError(f"a line of the settings' help has another form: {line!r}")
-        name, default, meaning = found.groups()
-        section = name.rpartition(".")[0] or "run"
-        cells = f"`{name}`", f"`{default}`", meaning.replace("|", "\\|")
-        sections.setdefault(section, []).append(f"| {' | '.join(cells)} |")
+    for setting in settings.describe(table_rules.tables()):
+        meaning = [setting.comment]
+        if setting.allowed:
+            meaning.append("Allowed: " + re.sub("^, ", "'', ", setting.allowed))
+        if setting.read_when:
+            meaning.append(f"Read with {setting.read_when}")
+        cells = f"`{setting.name}`", f"`{setting.default!r}`", "<br>".join(meaning)
+        row = " | ".join(cell.replace("|", "\\|") for cell in cells)
+        sections.setdefault(setting.name.rpartition(".")[0], []).append(f"| {row} |")
     parts = []
     for section, rows in sections.items():
-        title = "The run" if section == "run" else section
+        title = section or "The run"
         parts += [f"## {title}", "", "| setting | default | meaning |", "|---|---|---|", *rows, ""]
     return "\n".join(parts)
