@@ -82,10 +82,10 @@ def job(target: str, cache: str) -> request.Inputs:
     rows = truncation.RowSettings(*[zero.astype(np.float32)] * 4)._replace(top_k_J=zero)
     return request.Inputs(
         decoder=decoder,
-        weights=engine.Constants(
+        constants=engine.Constants(
             policy_lib.Policy(params), None, like(config.vocab_size), like(4, config.vocab_size)
         ),
-        form=truncation.find_features([(1.0, 0, 1.0, 0.0)]),
+        features=truncation.find_features([(1.0, 0, 1.0, 0.0)]),
         settings=request.SamplerSettings(SLOTS, LENGTH, 16, 1024, jnp.dtype(cache)),
         mesh=here, prompts=[(1,)], request=engine.Request(zero, np.zeros((1, 2), np.uint32), zero,
                                                          rows),
@@ -106,7 +106,7 @@ def bytes_of_step(one: request.Inputs, target: str, cache: str) -> dict[str, flo
         SLOTS // data, config.n_kv_heads // tensor, config.n_heads // config.n_kv_heads,
         config.head_dim,
     )  # fmt: skip
-    weights = loop.device_bytes(one.weights.policy.params)
+    weights = loop.device_bytes(one.constants.policy.params)
     entry = 2 * (config.head_dim * jnp.dtype(cache).itemsize + 4 * (cache == "int8"))
     live = config.n_layers * shape[0] * shape[1] * CONTEXT * entry
     read = config.n_layers * kernel.estimate_cost(shape, cache, CONTEXT).bytes_accessed
@@ -122,7 +122,7 @@ def main() -> None:
         with jax.set_mesh(one.mesh):
             made = loop.compile_programs(one, TARGETS[TARGET][2])
         decode = made[-1]
-        held = loop.device_bytes(loop.abstract_state(one)) + loop.device_bytes(one.weights)
+        held = loop.device_bytes(loop.abstract_state(one)) + loop.device_bytes(one.constants)
         print(json.dumps({
             "target": TARGET, "cache": cache, "slots": SLOTS, "entries": LENGTH,
             "context": CONTEXT, "mesh": TARGETS[TARGET][0],

@@ -258,7 +258,9 @@ def summary(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> st
     ]
     if plan.server is not None:
         s = plan.server
-        lines.append(f"  sampler     {s.model} at {s.url} ({s.dialect}, {s.logprobs} logprobs)")
+        lines.append(
+            f"  sampler     {s.api.model} at {s.api.url} ({s.dialect}, {s.logprobs} logprobs)"
+        )
     if c.parity.template_mismatch:
         lines.append(
             "  parity.template_mismatch is set: student and teacher start in different states of "

@@ -399,7 +399,7 @@ def sampling(
     )  # fmt: skip
     said(f"compiling the sampler of {section}")
     programs, rows = make.programs, 0
-    held_by_job = size(job.weights)
+    held_by_job = size(job.constants)
     try:
         made = loop.compile_programs(job, sys.maxsize)
     except MemoryError as error:

@@ -188,7 +188,7 @@ def _server(
 
 def build_server(c) -> client.Server:
     """The server of the settings author.*."""
-    return client.Server(**{name: c.author[name] for name in (*client.FIELDS, "cache")})
+    return client.server_from_settings(c.author, c.author.cache)
 
 
 def _file(

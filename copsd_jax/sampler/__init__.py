@@ -1,4 +1,4 @@
-"""The sampler: slots that are refilled, by prefill, insert and decode.
+"""The sampler: prefill, insert and decode over slots that are refilled as their texts end.
 
 May import: runtime, attention, losses, model.
 """

@@ -1,28 +1,41 @@
-"""Prefill, insert, decode: pure functions on one pytree, for J slots that live and die apart.
+"""Prefill, insert and decode: three pure functions over the state of J decode slots.
 
-A slot holds one text. Its entries in the cache, with a shared prefix of P tokens, a prompt of 3
-tokens and two tokens drawn so far (a, b; b not yet through the model):
+The division is JetStream's. A slot holds one text; slots are filled, decoded and freed
+independently of one another:
 
-    token       [prefix 0 … P-1]   p0   p1   p2   a    b
-    position     0 … P-1           P    P+1  P+2  P+3  P+4
-    cache index  (not in it)       0    1    2    3    4      <- `index`: where b will be written
+    prompts --prefill--> keys and values of all prompts, packed in rows
+                                      |
+                                   insert   one prompt into each free slot
+                                      v
+    DecodeState   slot 0: text   slot 1: text   slot 2: free   ...
+                     |  ^
+                   decode   up to E tokens for every live slot, in a loop on the device
+                     v
+    DecodeResult  the tokens drawn; a slot whose text ended is free again
 
-`prefill` runs prompts packed one behind the other in a row (segments keep them apart), so no
-product is spent on padding between them; what several prompts begin with stands there once.
-`insert` copies a prompt's entries into a slot, and may do so for several slots, so that the samples
-of a prompt share its prefill. `decode` draws up to `steps` tokens for every live slot on the
-device. The first token of a slot comes from the hidden state of the prompt's last token, all others
-from the step that runs the token before; both are drawn together, so that the head is read once a
-step whatever slots are new.
+`prefill` runs prompts packed one behind the other in a row, so that no product is spent on padding
+between them. Segments keep the prompts apart, and a beginning that several prompts share is run
+once. `insert` copies the entries of a prompt into a slot. It may copy one prompt into several
+slots, so that all samples of a prompt share its prefill. `decode` draws tokens for all live slots.
+The first token of a slot comes from the hidden state of the prompt's last token, every other token
+from the step that runs the token before. Both are drawn together, so a step reads the head once,
+however many slots are new.
 
-What a slot's cache holds at or behind `index` is left from prompts packed behind its own, or from
-the slot's former text: never seen, since a token attends to the entries up to its own.
+The cache of one slot, with a shared prefix of P tokens, a prompt of 3 tokens, and two tokens drawn
+so far (a and b, of which b has not been through the model):
 
-On a mesh each of the R parts of its batch axes has J / R slots, and a row of packed prompts of its
-own: no entry of a cache ever travels.
+    token       [prefix 0 ... P-1]   p0   p1   p2   a    b
+    position     0 ... P-1           P    P+1  P+2  P+3  P+4
+    cache index  (not in the slot)   0    1    2    3    4    <- `index_J`: b is written there next
 
-Shapes: J slots, A cache length, R batch shards, T packed tokens, P prefix length, I texts that are
-inserted into a shard's slots, E steps of a chunk.
+Entries at or behind `index_J` are left over from the prompt packed behind this one or from the
+slot's former text. They are never seen, since a token attends to the entries up to its own.
+
+On a mesh, each of the R parts of the batch axes has J / R slots and a row of packed prompts of its
+own, so no cache entry ever travels between devices.
+
+Shapes: J slots, A cache length, R batch shards, T packed tokens, P prefix length, I texts inserted
+into the slots of one shard, E steps of one `decode`, X sets of stop ids.
 """
 
 from typing import Any, NamedTuple
@@ -40,11 +53,11 @@ from copsd_jax.runtime import sharding
 from copsd_jax.sampler import truncation
 
 UNSTACK_FROM = 2**20  # bytes of a layer from which `unstack_layers` pays
-INSERT_BLOCK = 64  # entries that are copied at a time; a cache has room for as many behind a prompt
+INSERT_BLOCK = 64  # entries that `insert` copies at a time; a cache has this many beyond a prompt
 
 
 class LayerWeights(NamedTuple):
-    """What a decode step reads of one layer."""
+    """The arrays of one layer that a decode step reads."""
 
     params: Any
     adapter: Any  # or None
@@ -52,27 +65,26 @@ class LayerWeights(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What a program reads and never changes."""
+    """Arrays that the programs of a call read and never change."""
 
     policy: policy_lib.Policy
-    prefix: transformer.KV | None
+    prefix: transformer.KV | None  # [layers, 1, P, K, H]
     valid_V: jax.Array | None  # bool: ids that may be drawn; None for all
     stop_XV: jax.Array  # bool: sets of ids that end a text
-    layers: tuple[LayerWeights, ...] | None = None  # of `unstack_layers`, for decoding
+    layers: tuple[LayerWeights, ...] | None = None  # from `unstack_layers`, for `decode`
 
 
 def unstack_layers(
     policy: policy_lib.Policy, prefix: transformer.KV | None, devices: Mesh
 ) -> tuple[LayerWeights, ...] | None:
-    """Returns the stacked arrays as one `LayerWeights` each, in the same memory.
+    """Returns views of the stacked arrays, one `LayerWeights` per layer, or None if it is no gain.
 
-    Returns None where it does not pay.
-
-    A decode step on a CPU is bound by reading the weights once, and XLA copies each slice of a
-    stack first. Without that, and with the head as left factor, a step of 8 slots takes about 0.7
-    of the time, and its program of 30 layers some 10 s more to compile. It is None elsewhere, on
-    several devices, where layers are small, and for int8 kernels, which XLA would convert for all
-    layers ahead of the loop over tokens.
+    The time of a decode step on a CPU is the time to read the weights once, and XLA copies each
+    slice of a stack before it reads it. Without these copies, and with the head as the left factor
+    of its product, a step of 8 slots takes about 0.7 of the time. Compiling a program of 30 layers
+    takes some 10 s longer. The result is None on other platforms, on several devices, where layers
+    are small, and for int8 kernels, which XLA would convert for all layers ahead of the loop over
+    tokens.
     """
     stacks = (policy.params["layers"], policy.adapter, prefix)
     leaves = jax.tree.leaves(stacks)
@@ -83,79 +95,86 @@ def unstack_layers(
     count = len(leaves[0])
     if sharding.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACK_FROM * count:
         return None
-    # NumPy's views of JAX's arrays, and JAX's of those, share memory on a CPU.
-    place = NamedSharding(devices, PartitionSpec())
-    whole = jax.tree.map(np.asarray, stacks)
+    # On a CPU, NumPy's views of JAX arrays and JAX's views of NumPy arrays share their memory.
+    replicated = NamedSharding(devices, PartitionSpec())
+    views = jax.tree.map(np.asarray, stacks)
     return tuple(
-        LayerWeights(*jax.tree.map(lambda x: jax.device_put(x[i], place), whole))  # noqa: B023
+        LayerWeights(*jax.tree.map(lambda x: jax.device_put(x[i], replicated), views))  # noqa: B023
         for i in range(count)
     )
 
 
 class Request(NamedTuple):
-    """What is asked of a text: arrays with one entry per slot, or per text to insert."""
+    """Limits, keys and settings of texts: arrays with one entry per slot, or per text to insert."""
 
-    limit: jax.Array  # int32: tokens to draw at most
+    limit: jax.Array  # int32: most tokens to draw
     key: jax.Array  # uint32 [..., 2]: threefry key data; token t is drawn with fold_in(key, t)
-    stop: jax.Array  # int32: which of the sets of stop ids
+    stop: jax.Array  # int32: index of the set of stop ids
     rows: truncation.RowSettings
 
 
 class Slots(NamedTuple):
-    """What there is of each slot besides its cache."""
+    """The state of each slot besides its cache."""
 
-    hidden_JD: jax.Array  # of the prompt's last token, read while `fresh`
+    hidden_JD: jax.Array  # hidden state of the prompt's last token, read while the slot is fresh
     fresh_J: jax.Array  # bool: the first token is still to be drawn
     live_J: jax.Array  # bool
-    token_J: jax.Array  # int32: the token drawn last, not yet in the cache
-    index_J: jax.Array  # int32: its index in the cache
+    token_J: jax.Array  # int32: the token drawn last, which is not yet in the cache
+    index_J: jax.Array  # int32: the index of that token in the cache
     drawn_J: jax.Array  # int32: tokens drawn so far
     request: Request
 
 
 class DecodeState(NamedTuple):
+    """The state that `insert` and `decode` update."""
+
     cache: decode_attention.Cache  # [layers, J, K, A, H]
     slots: Slots
 
 
 class DrawnTokens(NamedTuple):
-    """What one `decode` drew: a column for each step."""
+    """The tokens of one `decode`, one column per step."""
 
     token_JE: jax.Array  # int32, -1 where nothing was drawn
-    logp_JE: jax.Array  # float32, of the tempered distribution
-    logp_truncated_JE: jax.Array  # float32, of the one drawn from
-    live_J: jax.Array  # bool, after the chunk
+    logp_JE: jax.Array  # float32, under the tempered distribution
+    logp_truncated_JE: jax.Array  # float32, under the distribution that was drawn from
+    live_J: jax.Array  # bool, after the last step
 
 
 class DecodeResult(NamedTuple):
-    """What the host looks at after a chunk."""
+    """The part of a `decode` that goes to the host."""
 
-    bits_JX: (
-        jax.Array
-    )  # int32: the chunk's arrays side by side, in one transfer; see `unpack_tokens`
-    steps: jax.Array  # int32: tokens that a slot which lived on has drawn
+    packed_JX: jax.Array  # int32: the arrays of `DrawnTokens` side by side; see `unpack_tokens`
+    steps: jax.Array  # int32: tokens drawn for a slot that stayed live
 
 
-def unpack_tokens(bits_JX: np.ndarray) -> DrawnTokens:
-    """The NumPy arrays of a chunk: columns of tokens, both log-probabilities (as bits), live."""
-    columns = (bits_JX.shape[1] - 1) // 3
-    token, logp, truncated = (bits_JX[:, i * columns : (i + 1) * columns] for i in range(3))
-    whole: Any = (token, logp.view(np.float32), truncated.view(np.float32), bits_JX[:, -1] > 0)
-    return DrawnTokens(*whole)
+def unpack_tokens(packed_JX: np.ndarray) -> DrawnTokens:
+    """Splits a packed array into NumPy arrays; log-probabilities are packed as their bits."""
+    columns = (packed_JX.shape[1] - 1) // 3
+    token, logp, truncated = (packed_JX[:, i * columns : (i + 1) * columns] for i in range(3))
+    arrays: Any = (token, logp.view(np.float32), truncated.view(np.float32), packed_JX[:, -1] > 0)
+    return DrawnTokens(*arrays)
 
 
-def _pack_tokens(chunk: DrawnTokens) -> jax.Array:
-    """One array, which on a mesh is one collective: several at once may wait for one another."""
-    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in chunk[1:3]]
-    live_J1 = chunk.live_J[:, None].astype(jnp.int32)
-    return jnp.concatenate([chunk.token_JE, *bits, live_J1], axis=1)
+def _pack_tokens(drawn: DrawnTokens) -> jax.Array:
+    """Returns one array, which is one collective on a mesh: several might wait for one another."""
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in drawn[1:3]]
+    live_J1 = drawn.live_J[:, None].astype(jnp.int32)
+    return jnp.concatenate([drawn.token_JE, *bits, live_J1], axis=1)
 
 
 def init_state(decoder: transformer.Decoder, slots: int, length: int, dtype: Any) -> DecodeState:
-    """A state without texts; `length` is A: the longest prompt and all it may draw."""
+    """Returns a state whose slots are all free.
+
+    Args:
+      decoder: gives the shapes.
+      slots: J.
+      length: A, enough for the longest prompt with its completion.
+      dtype: of keys and values, int8 included.
+    """
     c = decoder.config
 
-    def zeros(dtype, *width):  # a buffer each: what is donated must not be shared
+    def zeros(dtype, *width):  # each array has a buffer of its own: donated ones must not be shared
         return jnp.zeros((slots, *width), dtype)
 
     request = Request(
@@ -176,54 +195,63 @@ def init_state(decoder: transformer.Decoder, slots: int, length: int, dtype: Any
     )  # fmt: skip
 
 
-def partition_state(state: DecodeState, shape: Any) -> DecodeState:
-    """The PartitionSpec of each array of a state on a mesh."""
-    slot, head = decode_attention.find_mesh_axes(shape, *state.cache.k.shape[1:3])
+def partition_state(state: DecodeState, mesh: Any) -> DecodeState:
+    """Returns the PartitionSpec of each array of a state on a mesh, abstract or not."""
+    slot, head = decode_attention.find_mesh_axes(mesh, *state.cache.k.shape[1:3])
     return DecodeState(
         jax.tree.map(lambda _: PartitionSpec(None, slot, head), state.cache),
         jax.tree.map(lambda _: PartitionSpec(slot), state.slots),
     )
 
 
-class PackedPrompts(NamedTuple):
-    """Prompts one behind the other in rows, int32 [R, T]."""
+# --- prefill ------------------------------------------------------------------------------------
 
-    tokens_RT: jax.Array  # anything where there is none
-    index_RT: jax.Array  # of each token in its own prompt, from 0
-    segments_RT: jax.Array  # 1, 2, …; 0 where there is no token
-    parents_RT: jax.Array  # the segment that holds a prompt's beginning, -1 for none
+
+class PackedPrompts(NamedTuple):
+    """Prompts one behind the other in rows, int32 [R, T]; see `prompt_packing.pack_row`."""
+
+    tokens_RT: jax.Array  # any id at padding
+    index_RT: jax.Array  # index of each token in its own prompt, from 0
+    segments_RT: jax.Array  # 1, 2, ...; 0 is padding
+    parents_RT: jax.Array  # the segment that holds the prompt's beginning, -1 for none
 
 
 def prefill(
-    decoder: transformer.Decoder, weights: Constants, packed: PackedPrompts
+    decoder: transformer.Decoder, constants: Constants, packed: PackedPrompts
 ) -> transformer.Output:
-    """Runs packed prompts: hidden [R, T, D], keys and values [layers, R, K, T + 64, H].
+    """Runs packed prompts through the model.
 
-    With the 64 entries more, every block that begins in the row ends in it.
-
-    A prompt whose first 4 tokens stand in another's place, and one of its own:
+    A prompt whose first 4 tokens stand in another segment, and a prompt on its own:
       segments 1 1 1 1 2 2 3 3 3 0     parents -1 -1 -1 -1 1 1 -1 -1 -1 -1
       index    0 1 2 3 4 5 0 1 2 0
+
+    Returns:
+      Hidden states [R, T, D], and keys and values [layers, R, K, T + INSERT_BLOCK, H]. The
+      additional entries make room for a block that begins near the end of the row.
     """
-    shared = 0 if weights.prefix is None else weights.prefix.k.shape[2]
+    shared = 0 if constants.prefix is None else constants.prefix.k.shape[2]
     stream = transformer.Stream(
         packed.tokens_RT, packed.index_RT + shared, packed.segments_RT,
-        weights.policy.adapter, weights.policy.scale,
-        prefix=weights.prefix, parents_BL=packed.parents_RT,
+        constants.policy.adapter, constants.policy.scale,
+        prefix=constants.prefix, parents_BL=packed.parents_RT,
     )  # fmt: skip
-    output = decoder.apply({"params": weights.policy.params}, (stream,), return_kv=True)[0]
+    output = decoder.apply({"params": constants.policy.params}, (stream,), return_kv=True)[0]
     room = ((0, 0), (0, 0), (0, 0), (0, INSERT_BLOCK), (0, 0))
     kv = transformer.KV(*(jnp.pad(x.swapaxes(2, 3), room) for x in output.kv))
     return transformer.Output(output.hidden_BLD, kv)
 
 
-class Insertion(NamedTuple):
-    """Texts to put into slots, arrays [R, I]; of each shard the first `count` are meant.
+# --- insert -------------------------------------------------------------------------------------
 
-    A prompt is the `split` tokens from `start` of its shard's row, then those from `own`.
+
+class Insertion(NamedTuple):
+    """Prompts to put into slots, arrays [R, I]; the first `count_R` entries of a shard are real.
+
+    The entries of a prompt are `split` tokens from `start` of its shard's row, then those from
+    `own` on; see `prompt_packing.Placement`.
     """
 
-    slot_RI: jax.Array  # int32: where to, among the shard's slots
+    slot_RI: jax.Array  # int32: the target among the slots of the shard
     start_RI: jax.Array  # int32
     split_RI: jax.Array  # int32
     own_RI: jax.Array  # int32
@@ -232,63 +260,44 @@ class Insertion(NamedTuple):
     count_R: jax.Array  # int32
 
 
-def insert(state: DecodeState, output: transformer.Output, entry: Insertion) -> DecodeState:
-    """Puts prefilled prompts into slots; several entries may share a prompt.
+def insert(state: DecodeState, output: transformer.Output, insertion: Insertion) -> DecodeState:
+    """Copies prefilled prompts into slots, which become live; several slots may get one prompt.
 
     Args:
-      output: of `prefill`.
+      state: its free slots are those to fill.
+      output: the result of `prefill`.
+      insertion: which prompt goes where.
     """
     kv = output.kv
     assert kv is not None  # prefill asks for it
-    context = jax.sharding.get_abstract_mesh()
-    if context.empty or context.size == 1:
-        return _insert(state, output.hidden_BLD, kv, entry)
-    where, split = partition_state(state, context), PartitionSpec(sharding.BATCH)
-    head = where.cache.k[2]
-    pair: Any = PartitionSpec(None, sharding.BATCH, head)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _insert_shard(state, output.hidden_BLD, kv, insertion)
+    specs, batch = partition_state(state, mesh), PartitionSpec(sharding.BATCH)
+    heads = specs.cache.k[2]
+    kv_spec: Any = PartitionSpec(None, sharding.BATCH, heads)
     return jax.shard_map(
-        _insert,
-        in_specs=(where, split, transformer.KV(pair, pair), jax.tree.map(lambda _: split, entry)),
-        out_specs=where,
+        _insert_shard,
+        in_specs=(
+            specs, batch, transformer.KV(kv_spec, kv_spec), jax.tree.map(lambda _: batch, insertion)
+        ),
+        out_specs=specs,
         check_vma=False,
-    )(state, output.hidden_BLD, kv, entry)
+    )(state, output.hidden_BLD, kv, insertion)  # fmt: skip
 
 
-def _insert(state: DecodeState, hidden_1TD, kv: transformer.KV, entry: Insertion) -> DecodeState:
-    """`insert` of one shard: one row of prompts."""
-    entry = jax.tree.map(lambda x: x[0], entry)
-    layers, _, heads, _, size = kv.k.shape
+def _insert_shard(
+    state: DecodeState, hidden_1TD: jax.Array, kv: transformer.KV, insertion: Insertion
+) -> DecodeState:
+    """Inserts the prompts of one shard, which has one row."""
+    insertion = jax.tree.map(lambda x: x[0], insertion)
 
-    def one(i, state: DecodeState) -> DecodeState:
+    def insert_text(i, state: DecodeState) -> DecodeState:
         slot, start, split, own, length, request, _ = jax.tree.map(
-            lambda x: x[i] if x.ndim else x, tuple(entry)
+            lambda x: x[i] if x.ndim else x, tuple(insertion)
         )
-
-        def piece(cache: decode_attention.Cache, source, target, tokens) -> decode_attention.Cache:
-            # In whole blocks: what they write beyond the piece is not live yet, or the next piece
-            # writes it again. Slices, not a gather, for which XLA would lay the cache out anew; on
-            # TPU it does so all the same for heads narrower than its lanes.
-            def copy(b, cache: decode_attention.Cache) -> decode_attention.Cache:
-                k, v = (
-                    jax.lax.dynamic_slice(
-                        x,
-                        (0, 0, 0, source + b * INSERT_BLOCK, 0),
-                        (layers, 1, heads, INSERT_BLOCK, size),
-                    )
-                    for x in kv
-                )
-                return jax.tree.map(
-                    lambda whole, new: jax.lax.dynamic_update_slice(
-                        whole, new,
-                        (0, slot, 0, target + b * INSERT_BLOCK, *(0,) * (whole.ndim - 4)),
-                    ),
-                    cache, decode_attention.convert_entries(cache, k, v),
-                )  # fmt: skip
-
-            return jax.lax.fori_loop(0, -(-tokens // INSERT_BLOCK), copy, cache)
-
-        cache = piece(state.cache, start, 0, split)
-        cache = piece(cache, own, split, length - split)
+        cache = _copy_entries(state.cache, kv, slot, start, 0, split)
+        cache = _copy_entries(cache, kv, slot, own, split, length - split)
         last = jnp.where(length > split, own + length - split, start + length) - 1
         old = state.slots
         slots = Slots(
@@ -302,14 +311,46 @@ def _insert(state: DecodeState, hidden_1TD, kv: transformer.KV, entry: Insertion
         )
         return DecodeState(cache, slots)
 
-    return jax.lax.fori_loop(0, entry.count_R, one, state)
+    return jax.lax.fori_loop(0, insertion.count_R, insert_text, state)
+
+
+def _copy_entries(
+    cache: decode_attention.Cache, kv: transformer.KV, slot, source, target, tokens
+) -> decode_attention.Cache:
+    """Copies `tokens` entries from index `source` of a row to index `target` of a slot.
+
+    The copy is in whole blocks. The entries it writes beyond `tokens` are not live yet, or the next
+    copy writes them again. It uses slices and no gather, for which XLA would change the layout of
+    the cache; on TPU it does so all the same for heads narrower than its lanes.
+    """
+    layers, _, heads, _, size = kv.k.shape
+
+    def copy_block(b, cache: decode_attention.Cache) -> decode_attention.Cache:
+        k, v = (
+            jax.lax.dynamic_slice(
+                x, (0, 0, 0, source + b * INSERT_BLOCK, 0), (layers, 1, heads, INSERT_BLOCK, size)
+            )
+            for x in kv
+        )
+        at = target + b * INSERT_BLOCK
+        return jax.tree.map(
+            lambda whole, new: jax.lax.dynamic_update_slice(
+                whole, new, (0, slot, 0, at, *(0,) * (whole.ndim - 4))
+            ),
+            cache, decode_attention.convert_entries(cache, k, v),
+        )  # fmt: skip
+
+    return jax.lax.fori_loop(0, -(-tokens // INSERT_BLOCK), copy_block, cache)
+
+
+# --- decode -------------------------------------------------------------------------------------
 
 
 def decode(
     decoder: transformer.Decoder,
-    form: truncation.Features,
+    features: truncation.Features,
     steps: int,
-    weights: Constants,
+    constants: Constants,
     state: DecodeState,
     cancel_J: jax.Array,
     enough: jax.Array,
@@ -317,99 +358,111 @@ def decode(
     """Draws up to `steps` tokens for all live slots.
 
     Args:
-      form: of all requests in the slots.
+      decoder: static.
+      features: static; serve the settings of all requests in the slots.
+      steps: E, static.
+      constants: weights, prefix, and sets of ids.
+      state: donated by the sampler's loop.
       cancel_J: bool; slots to end before anything is drawn.
-      enough: int32; the loop ends early when fewer slots than this live (at least 1).
+      enough: int32; the loop ends early once fewer slots than this are live (at least 1).
     """
     cache, slots = state
     slots = slots._replace(live_J=slots.live_J & ~cancel_J)
     shape = (slots.live_J.shape[0], steps)
-    chunk = DrawnTokens(
+    drawn = DrawnTokens(
         jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32),
         jnp.zeros(shape, jnp.float32), slots.live_J,
     )  # fmt: skip
 
-    def going(carry):
+    def goes_on(carry):
         step, _, slots, _ = carry
         return (step < steps) & (jnp.sum(slots.live_J) >= jnp.maximum(enough, 1))
 
-    head_VD = _head(weights)
+    head_VD = _head(constants)
 
     def advance(carry):
-        step, cache, slots, chunk = carry
-        cache, hidden_JD = _forward(decoder, weights, cache, slots)
+        step, cache, slots, drawn = carry
+        cache, hidden_JD = _run_last_tokens(decoder, constants, cache, slots)
         hidden_JD = jnp.where(slots.fresh_J[:, None], slots.hidden_JD, hidden_JD)
-        logits_JV = _logits(hidden_JD, head_VD, head_first=weights.layers is not None)
-        slots, chunk = _draw(form, weights, slots, chunk, logits_JV, step)
-        return step + 1, cache, slots, chunk
+        logits_JV = _logits(hidden_JD, head_VD, head_first=constants.layers is not None)
+        slots, drawn = _draw(features, constants, slots, drawn, logits_JV, step)
+        return step + 1, cache, slots, drawn
 
-    step, cache, slots, chunk = jax.lax.while_loop(
-        going, advance, (jnp.int32(0), cache, slots, chunk)
+    step, cache, slots, drawn = jax.lax.while_loop(
+        goes_on, advance, (jnp.int32(0), cache, slots, drawn)
     )
-    bits_JX = _pack_tokens(chunk._replace(live_J=slots.live_J))
-    return DecodeState(cache, slots), DecodeResult(bits_JX, step)
+    packed_JX = _pack_tokens(drawn._replace(live_J=slots.live_J))
+    return DecodeState(cache, slots), DecodeResult(packed_JX, step)
 
 
-def _forward(decoder, weights: Constants, cache: decode_attention.Cache, slots: Slots):
-    """Runs each slot's last token; dead and fresh slots run along, neither write nor attend."""
-    shared = 0 if weights.prefix is None else weights.prefix.k.shape[2]
+def _run_last_tokens(
+    decoder: transformer.Decoder, constants: Constants, cache: decode_attention.Cache, slots: Slots
+) -> tuple[decode_attention.Cache, jax.Array]:
+    """Runs each slot's last token; returns the cache and hidden_JD.
+
+    Dead and fresh slots run along, but they neither write to the cache nor attend.
+    """
+    shared = 0 if constants.prefix is None else constants.prefix.k.shape[2]
     runs_J = slots.live_J & ~slots.fresh_J
-    params, adapter, prefix = weights.policy.params, weights.policy.adapter, weights.prefix
-    if weights.layers is not None:
+    policy, prefix = constants.policy, constants.prefix
+    params, adapter = policy.params, policy.adapter
+    if constants.layers is not None:
         decoder = decoder.clone(unstacked=True)
-        own, adapters, prefixes = zip(*weights.layers, strict=True)
+        own, adapters, prefixes = zip(*constants.layers, strict=True)
         adapter, prefix = adapter and adapters, prefix and prefixes
         params = {name: params[name] for name in params if name != "layers"}
-        params |= {f"layer_{i}": one for i, one in enumerate(own)}
+        params |= {f"layer_{i}": layer for i, layer in enumerate(own)}
     stream = transformer.Stream(
         slots.token_J[:, None], (slots.index_J + shared)[:, None],
-        runs_J[:, None].astype(jnp.int32), adapter, weights.policy.scale,
-        prefix=prefix, cache=cache,
+        runs_J[:, None].astype(jnp.int32), adapter, policy.scale, prefix=prefix, cache=cache,
     )  # fmt: skip
     output = decoder.apply({"params": params}, (stream,))[0]
     return output.cache, output.hidden_BLD[:, 0]
 
 
 def _logits(hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool) -> jax.Array:
-    """[J, V]; with the head as the left factor XLA on CPU reads it once, without packing it."""
+    """Returns logits [J, V]; with the head as left factor, XLA on CPU reads it once, unpacked."""
     if not head_first:
         return transformer.compute_logits(hidden_JD, head_VD)
     head_VD = head_VD.astype(hidden_JD.dtype)
     return jnp.einsum("vd,jd->vj", head_VD, hidden_JD, preferred_element_type=jnp.float32).T
 
 
-def _head(weights: Constants) -> jax.Array:
-    """The head; a vocabulary that `tensor` does not divide is padded and split along it once a
-    chunk, since a head that is split along the width would sum all logits over the devices in each
-    step."""
-    head_VD = transformer.get_head(weights.policy.params)
-    context = jax.sharding.get_abstract_mesh()
-    if context.empty or head_VD.shape[0] % context.shape["tensor"] == 0:
+def _head(constants: Constants) -> jax.Array:
+    """Returns the head, split along the vocabulary over the mesh's `tensor` axis.
+
+    A vocabulary that this axis does not divide is padded once per `decode`. A head that is split
+    along the width instead would sum all logits over the devices in every step.
+    """
+    head_VD = transformer.get_head(constants.policy.params)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or head_VD.shape[0] % mesh.shape["tensor"] == 0:
         return head_VD
     return token_blocks.gathered(head_VD, split_vocabulary=True)
 
 
 def _draw(
-    form: truncation.Features, weights: Constants, slots: Slots, chunk: DrawnTokens, logits_JV, step
-):
-    """One token for each live slot, noted in column `step`."""
+    features: truncation.Features, constants: Constants, slots: Slots, drawn: DrawnTokens,
+    logits_JV: jax.Array, step: jax.Array,
+) -> tuple[Slots, DrawnTokens]:  # fmt: skip
+    """Draws one token for each live slot and writes it to column `step`."""
     live_J, request = slots.live_J, slots.request
-    context = jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.get_abstract_mesh()
     token_J, logp_J, logp_truncated_J = truncation.sample(
-        logits_JV, _token_keys(form, slots), request.rows, form, weights.valid_V,
-        shards=1 if context.empty else context.shape["tensor"],
+        logits_JV, _token_keys(features, slots), request.rows, features, constants.valid_V,
+        shards=1 if mesh.empty else mesh.shape["tensor"],
     )  # fmt: skip
     one_J = live_J.astype(jnp.int32)
     drawn_J = slots.drawn_J + one_J
-    ended_J = weights.stop_XV[request.stop, token_J] | (drawn_J >= request.limit)
+    ended_J = constants.stop_XV[request.stop, token_J] | (drawn_J >= request.limit)
 
-    def note(into_JE, value_J):
+    def write(into_JE, value_J):
         return into_JE.at[:, step].set(jnp.where(live_J, value_J, into_JE[:, step]))
 
-    chunk = chunk._replace(
-        token_JE=note(chunk.token_JE, token_J),
-        logp_JE=note(chunk.logp_JE, logp_J),
-        logp_truncated_JE=note(chunk.logp_truncated_JE, logp_truncated_J),
+    drawn = drawn._replace(
+        token_JE=write(drawn.token_JE, token_J),
+        logp_JE=write(drawn.logp_JE, logp_J),
+        logp_truncated_JE=write(drawn.logp_truncated_JE, logp_truncated_J),
     )
     slots = slots._replace(
         fresh_J=jnp.zeros_like(slots.fresh_J),
@@ -418,12 +471,12 @@ def _draw(
         index_J=slots.index_J + one_J,
         drawn_J=drawn_J,
     )
-    return slots, chunk
+    return slots, drawn
 
 
-def _token_keys(form: truncation.Features, slots: Slots) -> jax.Array:
-    """[J, 2] uint32: each slot's key with the index of the token to draw folded in."""
-    if not form.noise:
+def _token_keys(features: truncation.Features, slots: Slots) -> jax.Array:
+    """Returns uint32 [J, 2]: each slot's key with the index of the token to draw folded in."""
+    if not features.noise:
         return slots.request.key
     keys_J = jax.random.wrap_key_data(slots.request.key, impl="threefry2x32")
     return jax.random.key_data(jax.vmap(jax.random.fold_in)(keys_J, slots.drawn_J))

@@ -1,12 +1,12 @@
-"""A policy's weights as the sampler reads them, made at the start of a rollout phase.
+"""Hand-over of a policy's weights to the sampler, at the start of each rollout phase.
 
-Training may split parameters over `fsdp`; a decode step would gather all of them for every token.
-So they are gathered once, on the devices, and what does not change (the frozen base under adapters)
-once a run. Where both layouts are one, the very arrays of the trainer are used.
+Training may split parameters over `fsdp`. A decode step would then gather all of them for every
+token, so they are gathered once per phase, on the devices. The frozen base under adapters is
+gathered once per run. If both layouts are the same, the sampler reads the trainer's own arrays.
 
-The adapter is applied beside the base, as the trainer does, or merged into a copy of it: with rank
-R it costs R (in + out) more multiplications of in x out per token, and two small products where
-there was one large, which is felt where a step is short; the copy costs the memory of the base.
+The adapter is applied beside the base, as in training, or merged into a copy of the base. Beside
+the base, rank R costs R (in + out) multiplications per token, in addition to in x out, and two
+small products more, which matters if a step is short. The copy costs the memory of the base.
 """
 
 import functools
@@ -22,16 +22,16 @@ from copsd_jax.runtime import sharding
 
 
 class HandOver:
-    """Hands weights over to the sampler; keeps the frozen base where it had to be moved.
+    """A function that hands policies to the sampler; it keeps a moved copy of the frozen base.
 
     Args:
       devices: the mesh of trainer and sampler.
-      frozen: weights that never change, of which what is made is kept; others are made anew.
-      key_heads: K of the model, see mesh.partition.
-      merge: the adapter becomes part of a copy of the base.
-      int8: projections as `lora.quantise_projections` makes them.
-      gather: parameters whole along `fsdp`; otherwise as training has them.
-      call: calls a jitted function; another than the default may compile it only.
+      frozen: weights that never change; their copy is kept, copies of others are made anew.
+      key_heads: K of the model, see `sharding.partition`.
+      merge: merges the adapter into a copy of the base.
+      int8: quantises projections with `lora.quantise_projections`.
+      gather: makes parameters whole along `fsdp`; otherwise they stay as in training.
+      call: calls a jitted function; a dry run passes one that only compiles it.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class HandOver:
         """Returns the policy to decode with; its adapter is None where it is merged."""
         params, adapter, scale = policy.params, policy.adapter, policy.scale
         if adapter is not None and self._merge:
-            return policy_lib.Policy(self._made(params, adapter, scale), scale=scale)
+            return policy_lib.Policy(self._convert(params, adapter, scale), scale=scale)
         if self._gather or self._int8:
             if params is not self._frozen:
-                params = self._made(params, None, scale)
+                params = self._convert(params, None, scale)
             else:
                 if self._base is None:
-                    self._base = self._made(params, None, scale)
+                    self._base = self._convert(params, None, scale)
                 params = self._base
         if adapter is not None and self._gather:
             places = sharding.shardings(adapter, self._mesh, self._key_heads, gathered=True)
@@ -62,43 +62,43 @@ class HandOver:
         return policy_lib.Policy(params, adapter, scale)
 
     def kept(self) -> Any:
-        """What is made once a run and stays: the frozen base as the sampler reads it, or None."""
+        """Returns the copy of the frozen base that stays for the whole run, or None."""
         return self._base
 
-    def _made(self, params: Any, adapter: Any, scale: float) -> Any:
-        made = functools.partial(_made, scale=scale, int8=self._int8)
+    def _convert(self, params: Any, adapter: Any, scale: float) -> Any:
+        convert = functools.partial(_convert, scale=scale, int8=self._int8)
         places = sharding.shardings(
-            jax.eval_shape(made, params, adapter), self._mesh, self._key_heads,
+            jax.eval_shape(convert, params, adapter), self._mesh, self._key_heads,
             gathered=self._gather,
         )  # fmt: skip
         return self._call(_program(scale, self._int8, places), params, adapter)
 
 
-def _made(params: Any, adapter: Any, *, scale: float, int8: bool) -> Any:
+def _convert(params: Any, adapter: Any, *, scale: float, int8: bool) -> Any:
     if adapter is not None:
         params = lora.merge_adapter(params, adapter, scale)
     return lora.quantise_projections(params) if int8 else params
 
 
-def _mover(places: Any) -> Any:
-    leaves, tree = jax.tree.flatten(places)
-    return _moved(tuple(leaves), tree)
+def _mover(shardings: Any) -> Any:
+    leaves, tree = jax.tree.flatten(shardings)
+    return _compile_mover(tuple(leaves), tree)
 
 
 @functools.lru_cache
-def _moved(leaves: tuple, tree: Any) -> Any:
+def _compile_mover(leaves: tuple, tree: Any) -> Any:
     return jax.jit(lambda x: x, out_shardings=jax.tree.unflatten(tree, leaves))
 
 
 def _program(scale: float, int8: bool, places: Any) -> Any:
     leaves, tree = jax.tree.flatten(places)
-    return _compiled(scale, int8, tuple(leaves), tree)
+    return _compile_program(scale, int8, tuple(leaves), tree)
 
 
 @functools.lru_cache
-def _compiled(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
-    """One jitted function for each target, so that a phase compiles nothing that one before had."""
+def _compile_program(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
+    """Returns one jitted function per target, so that no later phase compiles it again."""
     return jax.jit(
-        functools.partial(_made, scale=scale, int8=int8),
+        functools.partial(_convert, scale=scale, int8=int8),
         out_shardings=jax.tree.unflatten(tree, leaves),
     )

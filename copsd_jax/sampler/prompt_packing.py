@@ -1,7 +1,7 @@
-"""Which prompts are prefilled together, and where each stands in its row.
+"""Packing of prompts into rows for prefill.
 
-Prompts are packed one behind the other. What several of them begin with (the same problem before
-different attempts, say) stands in the row once, and they attend to it:
+Prompts are packed one behind the other. A beginning that several prompts share, such as the same
+problem before different attempts, stands in the row once, and they all attend to it:
 
     prompts     a b c d X Y    a b c d Z    p q
     row         a b c d | X Y | Z | p q
@@ -18,15 +18,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-SHARED = 16  # tokens that prompts must have in common for a segment of their own
+SHARED = 16  # least number of common tokens that get a segment of their own
 SMALLEST = 128  # tokens of the smallest bucket
-WIDTH = 16  # of which buckets are multiples
+WIDTH = 16  # buckets are multiples of it
 
 Prompt = tuple[int, ...]
 
 
 class Placement(NamedTuple):
-    """Where a prompt stands in a row: `split` tokens from `start`, then the rest from `own`."""
+    """Position of a prompt in a row: `split` tokens from `start`, then the rest from `own`."""
 
     start: int
     split: int
@@ -34,8 +34,10 @@ class Placement(NamedTuple):
 
 
 def list_buckets(pack: int, longest: int) -> tuple[int, ...]:
-    """Widths of packed rows: powers of two from 128 below `pack`, `pack` itself (a multiple of 16),
-    and more powers of two up to one that holds `longest`.
+    """Returns the widths of packed rows, in ascending order.
+
+    They are the powers of two from 128 below `pack`, `pack` itself rounded up to a multiple of 16,
+    and further powers of two up to one that holds `longest`.
 
     buckets(512, 90) -> 128, 256, 512; buckets(400, 700) -> 128, 256, 400, 512, 1024.
     """
@@ -50,16 +52,16 @@ def list_buckets(pack: int, longest: int) -> tuple[int, ...]:
 
 
 def count_common(a: Prompt, b: Prompt) -> int:
-    """Number of tokens that both begin with."""
+    """Counts the tokens that both prompts begin with."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt]]]:
-    """(tokens in common, prompts) of groups of distinct prompts; 0 for one that stands alone.
+    """Groups distinct prompts by their beginnings: (tokens in common or 0, prompts of the group).
 
-    In lexical order prompts with a common beginning are neighbours. Of all ways to cut that list,
-    the one that saves most: m prompts with s tokens in common save (m - 1) s.
+    In lexical order, prompts with a common beginning are neighbours. Of all ways to cut that list
+    into groups, it finds the one that saves most: m prompts with s tokens in common save (m - 1) s.
     """
     distinct = sorted(set(prompts))
     both = [count_common(a, b) for a, b in itertools.pairwise(distinct)]
@@ -82,7 +84,7 @@ def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt
 
 
 def count_tokens(prompts: Sequence[Prompt]) -> int:
-    """Tokens that these prompts take in a row."""
+    """Counts the tokens that these prompts take in a row."""
     return sum(
         shared + sum(len(prompt) - shared for prompt in members)
         for shared, members in group_by_beginning(prompts)
@@ -90,7 +92,7 @@ def count_tokens(prompts: Sequence[Prompt]) -> int:
 
 
 def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Prompt, Placement]]:
-    """int32 [4, width]: tokens, index, segments, parents; and where each prompt stands."""
+    """Packs prompts: int32 [4, width] of tokens, index, segments, parents; and their placements."""
     out = np.zeros((4, width), np.int32)
     out[3] = -1
     places: dict[Prompt, Placement] = {}
@@ -117,8 +119,8 @@ def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Pr
 
 
 def count_fitting(waiting: Sequence[Prompt], width: int) -> int:
-    """How many of these distinct prompts, from the first on, a row of `width` tokens holds."""
-    # More prompts never take less room; what is in common only makes them shorter.
+    """Counts how many of these distinct prompts, from the first on, fit a row of `width` tokens."""
+    # More prompts never take less room, and common beginnings only make them shorter.
     lengths = itertools.accumulate(map(len, waiting))
     sure = sum(1 for total in lengths if total <= width)
     rest = range(sure + 1, len(waiting) + 1)

@@ -1,4 +1,8 @@
-"""What is asked of the sampler: prompts, settings and random streams, checked before it starts."""
+"""Settings and inputs of one call of the sampler, checked before anything runs.
+
+`Vocabulary`, `Sampling` and `SamplerSettings` are a caller's. `prepare_inputs` checks them with the
+prompts and builds `Inputs`, the read-only inputs of the call. `derive_keys` makes random streams.
+"""
 
 import dataclasses
 import hashlib
@@ -16,7 +20,7 @@ from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, prompt_packing, truncation
 
 PURPOSES = {"rollout": 0, "evaluation": 1, "author": 2}
-STOP_SETS = 4  # sets of stop ids that a program holds at least
+STOP_SETS = 4  # least number of sets of stop ids that a program has room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn and what ends them."""
+    """Settings with which completions are drawn, and the ids and strings that end them."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -49,41 +53,54 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """The size of a sampler; no text depends on it."""
+    """The size of a sampler, on which no text depends."""
 
     slots: int = 32  # texts decoded at once
-    length: int = 0  # cache entries of a slot; 0: what the longest text of a call needs
-    steps: int = 16  # tokens per slot between two looks of the host
-    pack: int = 512  # prompt tokens that are prefilled at once, where prompts are not longer
-    cache: Any = None  # dtype of keys and values, int8 too; None for the decoder's
+    length: int = 0  # cache entries of a slot; 0 takes what the longest text of a call needs
+    steps: int = 16  # most tokens per slot of one decode call
+    pack: int = 512  # tokens of a row of prompts; a longer prompt has a row of its own
+    cache: Any = None  # dtype of keys and values, int8 included; None takes the decoder's
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """All that one call needs and does not change."""
+    """The read-only inputs of one call of the sampler."""
 
     decoder: transformer.Decoder
-    weights: engine.Constants
-    form: truncation.Features
-    settings: SamplerSettings  # with its length
+    constants: engine.Constants
+    features: truncation.Features
+    settings: (
+        SamplerSettings  # with its length and cache dtype set, and slots a multiple of the shards
+    )
     mesh: Mesh
     prompts: Sequence[tuple[int, ...]]
-    request: engine.Request  # NumPy arrays, one entry a prompt
-    stops: Sequence[tuple[bytes, ...]]  # of each set
+    request: engine.Request  # NumPy arrays with one entry per prompt
+    stops: Sequence[tuple[bytes, ...]]  # stop strings of each set of stop ids
     vocabulary: Vocabulary
-    stop_XV: np.ndarray
-    buckets: tuple[int, ...]
+    stop_XV: np.ndarray  # bool: sets of ids that end a text
+    buckets: tuple[int, ...]  # widths of rows of prompts, ascending
 
 
 def derive_keys(
     seed: int, purpose: str, step: int, row_ids: Sequence[str], samples: Sequence[int]
 ) -> np.ndarray:
-    """Threefry key data, uint32 [n, 2]: seed, purpose, step, row id and sample folded in, in turn.
+    """Returns one random stream for each sample of each row.
 
-    The engine folds in the token's index. A row id counts by the first 64 bits of its SHA-256.
+    Seed, purpose, step, row id (the first 64 bits of its SHA-256) and sample are folded in, in
+    turn. The engine folds in the token's index.
+
+    Args:
+      seed: of the run.
+      purpose: a key of PURPOSES.
+      step: of training.
+      row_ids: of n problems.
+      samples: of n numbers, which tell samples of one problem apart.
+
+    Returns:
+      Threefry key data, uint32 [n, 2].
 
     Raises:
-      ValueError: for an unknown purpose, naming the choices, or lists of unequal lengths.
+      ValueError: the purpose is unknown, or the lists have unequal lengths.
     """
     if purpose not in PURPOSES:
         raise ValueError(f"purpose is {purpose!r}: the choices are {', '.join(PURPOSES)}")
@@ -94,7 +111,7 @@ def derive_keys(
     root = jax.random.key(seed, impl="threefry2x32")
     for word in (PURPOSES[purpose], step):
         root = jax.random.fold_in(root, word)
-    # In powers of two, so that few numbers of texts are programs of their own.
+    # Sizes are rounded up to powers of two, so that few programs serve all numbers of texts.
     size = 1 << max(0, len(samples) - 1).bit_length()
     words = np.zeros((size, 2), np.uint32)
     numbers = np.zeros(size, np.uint32)
@@ -112,14 +129,36 @@ def _row_keys(root: jax.Array, words_n2: jax.Array, samples_n: jax.Array) -> jax
 
 
 def prepare_inputs(
-    decoder, policy: policy_lib.Policy, prompts, each: Sequence[Sampling], *, keys_n2, settings,
-    prefix, vocabulary: Vocabulary | None, limits, longest: int = 1, put: Any = sharding.from_host,
-) -> Inputs:  # fmt: skip
-    """What `generate` will do, checked.
+    decoder: transformer.Decoder,
+    policy: policy_lib.Policy,
+    prompts: Sequence[Sequence[int]],
+    each: Sequence[Sampling],
+    *,
+    keys_n2: np.ndarray,
+    settings: SamplerSettings,
+    prefix: transformer.KV | None = None,
+    vocabulary: Vocabulary | None = None,
+    limits: Sequence[int] | None = None,
+    longest: int = 1,
+    put: Any = sharding.from_host,
+) -> Inputs:
+    """Checks the arguments of `loop.generate` and builds the inputs of its programs.
 
     Args:
-      longest: tokens of the longest prompt that other calls will have.
-      put: brings NumPy arrays onto the mesh; `sharding.abstract` where its devices are not there.
+      decoder: the model.
+      policy: its weights, on the mesh or abstract.
+      prompts: token ids without the shared prefix.
+      each: the settings of each prompt; without prompts, settings to check.
+      keys_n2: uint32, as `derive_keys` returns them.
+      settings: the sampler's size.
+      prefix: keys and values of the shared prefix.
+      vocabulary: None allows all ids.
+      limits: most tokens of each completion; None takes max_tokens of its settings.
+      longest: tokens of the longest prompt of other calls that share the compiled programs.
+      put: moves NumPy arrays to the mesh; `sharding.abstract` if its devices are not present.
+
+    Raises:
+      ValueError: settings or prompts cannot be served.
     """
     prompts = [tuple(prompt) for prompt in prompts]
     if limits is None:
@@ -128,26 +167,14 @@ def prepare_inputs(
         vocabulary = Vocabulary(np.ones(decoder.config.vocab_size, bool))
     valid_V = vocabulary.valid_V
     _check_settings(decoder.config, settings, valid_V)
-    for one in dict.fromkeys(each):
-        _check_sampling(decoder.config, one, vocabulary)
+    for sampling in dict.fromkeys(each):
+        check_sampling(sampling, vocabulary)
+    check_prompts(decoder.config.vocab_size, prompts, each, keys_n2, limits)
     shared = 0 if prefix is None else prefix.k.shape[2]
-    _check_prompts(decoder.config, prompts, each, keys_n2, limits, shared, settings.length)
+    _check_lengths(prompts, limits, shared, settings.length, decoder.config.max_position)
     longest = max(longest, *map(len, prompts)) if prompts else longest
-    # Behind a prompt there is room for the rest of a block that `insert` copies.
-    length = settings.length + engine.INSERT_BLOCK
-    if not settings.length:
-        pairs = zip(prompts, limits, strict=True)
-        need = max((len(prompt) + limit for prompt, limit in pairs), default=1)
-        length = round_up_length(need + engine.INSERT_BLOCK)
     devices = sharding.current()
-    shards = sharding.batch_shards(devices)
-    settings = dataclasses.replace(
-        settings,
-        slots=-(-settings.slots // shards) * shards,
-        length=-(-length // decode_attention.CACHE_LENGTH_MULTIPLE)
-        * decode_attention.CACHE_LENGTH_MULTIPLE,
-        cache=decoder.dtype if settings.cache is None else settings.cache,
-    )
+    settings = _complete_settings(settings, prompts, limits, devices, decoder.dtype)
     stops = list(dict.fromkeys(_stop_conditions(s) for s in each))
     sets = max(STOP_SETS, 1 << (len(stops) - 1).bit_length())
     stop_XV = np.zeros((sets, len(valid_V)), bool)
@@ -155,14 +182,16 @@ def prepare_inputs(
         row[:] = _stop_table(ids, texts, vocabulary.token_bytes, len(valid_V))
     return Inputs(
         decoder=decoder,
-        weights=engine.Constants(
+        constants=engine.Constants(
             policy, prefix,
-            # No mask at all where it would change nothing: it costs a pass over the logits.
+            # A mask costs a pass over the logits, so there is none if all ids are valid.
             None if valid_V.all() else put(valid_V, devices, PartitionSpec()),
             put(stop_XV, devices, PartitionSpec()),
             engine.unstack_layers(policy, prefix, devices),
         ),
-        form=truncation.find_features([(s.temperature, s.top_k, s.top_p, s.min_p) for s in each]),
+        features=truncation.find_features(
+            [(s.temperature, s.top_k, s.top_p, s.min_p) for s in each]
+        ),
         settings=settings, mesh=devices, prompts=prompts,
         request=_pack_requests(each[: len(prompts)], limits, keys_n2, stops),
         stops=[texts for _, texts in stops], vocabulary=vocabulary, stop_XV=stop_XV,
@@ -170,11 +199,34 @@ def prepare_inputs(
     )  # fmt: skip
 
 
+def _complete_settings(
+    settings: SamplerSettings, prompts: Sequence[Sequence[int]], limits: Sequence[int], mesh: Mesh,
+    dtype: Any,
+) -> SamplerSettings:  # fmt: skip
+    """Fills in length and cache dtype, and rounds slots and length up."""
+    # Beyond a text there is room for the rest of a block that `insert` copies.
+    length = settings.length + engine.INSERT_BLOCK
+    if not settings.length:
+        pairs = zip(prompts, limits, strict=True)
+        need = max((len(prompt) + limit for prompt, limit in pairs), default=1)
+        length = round_up_length(need + engine.INSERT_BLOCK)
+    shards, multiple = sharding.batch_shards(mesh), decode_attention.CACHE_LENGTH_MULTIPLE
+    return dataclasses.replace(
+        settings,
+        slots=-(-settings.slots // shards) * shards,
+        length=-(-length // multiple) * multiple,
+        cache=dtype if settings.cache is None else settings.cache,
+    )
+
+
 def _stop_conditions(sampling: Sampling) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
     return tuple(sampling.stop_ids), tuple(text.encode() for text in sampling.stop)
 
 
-def _pack_requests(each: Sequence[Sampling], limits, keys_n2: Any, stops: list) -> engine.Request:
+def _pack_requests(
+    each: Sequence[Sampling], limits: Sequence[int], keys_n2: Any, stops: list
+) -> engine.Request:
+    """Builds arrays with one entry per prompt; `stops` lists the sets of stop conditions."""
     number = {ends: i for i, ends in enumerate(stops)}
 
     def column(name: str, dtype: Any) -> Any:
@@ -190,7 +242,7 @@ def _pack_requests(each: Sequence[Sampling], limits, keys_n2: Any, stops: list) 
 
 
 def round_up_length(length: int) -> int:
-    """The smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that holds `length`."""
+    """Returns the smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that holds `length`."""
     size = decode_attention.CACHE_LENGTH_MULTIPLE
     while size < length:
         size = 256 if size == 128 else size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -200,7 +252,7 @@ def round_up_length(length: int) -> int:
 def _stop_table(
     stop_ids: Sequence[int], stops: Sequence[bytes], token_bytes: Sequence[bytes], vocab: int
 ) -> np.ndarray:
-    """bool [V]: ids that end a text by themselves, stop strings within one token included."""
+    """Returns bool [V]: ids that end a text alone, also by a stop string within their bytes."""
     table = np.zeros(vocab, bool)
     table[list(stop_ids)] = True
     if stops:
@@ -209,8 +261,9 @@ def _stop_table(
     return table
 
 
-def _check_settings(config, settings: SamplerSettings, valid_V) -> None:
-    vocab = config.vocab_size
+def _check_settings(
+    config: transformer.ModelConfig, settings: SamplerSettings, valid_V: np.ndarray
+) -> None:
     for name, least in (("slots", 1), ("steps", 1), ("pack", 1), ("length", 0)):
         value = getattr(settings, name)
         if value < least:
@@ -220,34 +273,48 @@ def _check_settings(config, settings: SamplerSettings, valid_V) -> None:
         raise ValueError(
             f"cache is {np.dtype(settings.cache).name}: the choices are float32, bfloat16, int8"
         )
-    if valid_V.shape != (vocab,) or not valid_V.any():
+    if valid_V.shape != (config.vocab_size,) or not valid_V.any():
         raise ValueError(
             f"valid_V has shape {valid_V.shape} and {int(valid_V.sum())} ids: it must have shape "
-            f"({vocab},) and at least one id"
+            f"({config.vocab_size},) and at least one id"
         )
 
 
-def _check_sampling(config, sampling: Sampling, vocabulary: Vocabulary) -> None:
-    vocab = config.vocab_size
+def check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
+    """Refuses settings that cannot be served.
+
+    Raises:
+      ValueError: a number is out of its range, a stop id is not one of the model's, a stop string
+        is empty, or the bytes of some valid ids are missing, which stop strings need.
+    """
+    size, count = len(vocabulary.valid_V), len(vocabulary.token_bytes)
     truncation.check_settings(
-        sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, vocab_size=vocab
+        sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, vocab_size=size
     )
     if sampling.max_tokens < 1:
         raise ValueError(f"max_tokens is {sampling.max_tokens!r}: it must be at least 1")
     for token in sampling.stop_ids:
-        if not 0 <= token < vocab:
-            raise ValueError(f"stop_ids has {token}: the model has the ids 0 to {vocab - 1}")
+        if not 0 <= token < size:
+            raise ValueError(f"stop_ids has {token}: the model has the ids 0 to {size - 1}")
     if "" in sampling.stop:
         raise ValueError(f"stop is {sampling.stop!r}: a stop string must not be empty")
-    count = len(vocabulary.token_bytes)
-    if sampling.stop and (count > vocab or vocabulary.valid_V[count:].any()):
+    if sampling.stop and (count > size or vocabulary.valid_V[count:].any()):
         raise ValueError(
             f"stop is {sampling.stop!r}: stop strings need token_bytes of every valid id and of "
-            f"at most {vocab}, and there are {count}"
+            f"at most {size}, and there are {count}"
         )
 
 
-def _check_prompts(config, prompts, each, keys_n2, limits, shared: int, length: int) -> None:
+def check_prompts(
+    vocab_size: int, prompts: Sequence[Sequence[int]], each: Sequence[Sampling],
+    keys_n2: np.ndarray, limits: Sequence[int],
+) -> None:  # fmt: skip
+    """Refuses prompts that cannot be served, and lists of unequal lengths.
+
+    Raises:
+      ValueError: a list has not one entry for each prompt, the keys are no uint32 [n, 2], a prompt
+        is empty or has ids that the model lacks, or a limit is below 1.
+    """
     if prompts and len(each) != len(prompts):
         raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
     if keys_n2.shape != (len(prompts), 2) or keys_n2.dtype != np.uint32:
@@ -262,18 +329,26 @@ def _check_prompts(config, prompts, each, keys_n2, limits, shared: int, length: 
             raise ValueError(f"limits[{i}] is {limit}: a completion has at least 1 token")
         if not prompt:
             raise ValueError(f"prompt {i} is empty: it must have at least one token")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(
                 f"prompt {i} has ids {min(prompt)} to {max(prompt)}: the model has the ids 0 to "
-                f"{config.vocab_size - 1}"
+                f"{vocab_size - 1}"
             )
+
+
+def _check_lengths(
+    prompts: Sequence[Sequence[int]], limits: Sequence[int], shared: int, length: int,
+    positions: int,
+) -> None:  # fmt: skip
+    """Refuses texts longer than a slot's cache (0 is no bound) or than the model's positions."""
+    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if length and len(prompt) + limit > length:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens and may get {limit} more: length is "
                 f"{length}, the cache entries of a slot"
             )
-        if shared + len(prompt) + limit > config.max_position:
+        if shared + len(prompt) + limit > positions:
             raise ValueError(
                 f"prompt {i} has {shared + len(prompt)} tokens (shared prefix {shared}) and may "
-                f"get {limit} more: the model has {config.max_position} positions"
+                f"get {limit} more: the model has {positions} positions"
             )

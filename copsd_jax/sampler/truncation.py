@@ -1,26 +1,25 @@
 """From logits to a token: temperature, then top-k, top-p, min-p, renormalised after each.
 
-Ids that the tokenizer lacks are out before everything that truncates. The tempered distribution is
-the model's own, over all ids, as the trainer sees it. Every row has settings of its own, as data
-(`RowSettings`); which machinery a compiled program contains is static (`Features`), so what no row
-uses costs nothing. A row's result depends on its own settings alone, and on the
-`Features` that serve it only by the rounding of sums.
-
-What each setting keeps:
-  top_k: exactly k tokens; of equal logits the lower ids.
-  top_p: the most probable tokens until their mass, renormalised after top_k, reaches p, the token
-    that crosses p included, and all tokens exactly as probable as that one.
+The temperature gives the tempered distribution: the model's own over all ids, as the trainer sees
+it. Ids that the tokenizer lacks are then excluded, and each truncation keeps:
+  top_k: exactly k tokens; of equal logits, the lower ids.
+  top_p: the most probable tokens until their mass, renormalised after top_k, reaches p. It keeps
+    the token that crosses p, and all tokens exactly as probable as that one.
   min_p: tokens at least min_p times as probable as the most probable one. Renormalising changes no
-    ratio, so this is one threshold whatever came before.
-The most probable token survives each of them. Temperature 0 is greedy: the tempered distribution is
-then the one at temperature 1, and the truncated one puts all mass on the argmax (lowest id first).
+    ratio, so this is one threshold, whatever was truncated before.
+The most probable token survives each truncation. Temperature 0 is greedy: the tempered distribution
+is then the one at temperature 1, and the truncated one puts all mass on the argmax (lowest id
+first).
 
-The vocabulary is never sorted and gets no random number per token. It is looked at in blocks of
-128: the k best tokens lie in the k blocks with the highest maxima; and a token is drawn in two
-stages, a block by its mass and then a token of that block, each by the Gumbel argmax. The product
+Each row has its own settings, as data (`RowSettings`). Which operations a compiled program contains
+is static (`Features`), so a setting that no row uses costs nothing. The result of a row depends on
+its own settings alone, and on the features only by the rounding of sums. If some rows have a top_k
+and some have none, both kinds of draw run, and each row keeps its own.
+
+The vocabulary is never sorted, and gets no random number per token. It is divided into blocks of
+128 tokens. The k best tokens lie in the k blocks with the highest maxima. A token is drawn in two
+stages, a block by its mass and then a token of that block, each by the Gumbel argmax: the product
 of both probabilities is the token's own.
-
-Where some rows have a top_k and some have none, both ways are taken and each row keeps its own.
 
 Shapes: J rows, V vocabulary, K = cap candidates, N blocks, X any set of candidates.
 """
@@ -33,14 +32,14 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128  # tokens; the lanes of a TPU register, and near the square root of a vocabulary
-FINE = 8  # tokens; what a block among the best is cut into
+FINE = 8  # tokens; the best blocks are divided into blocks of this size
 LEAST_CAP = 16  # candidates; a smaller top_k costs the same, and shares the compiled program
 _TINY = 0x00800000  # bits of the smallest normal float32
 _ONE = 0x3F800000  # bits of 1.0
 
 
 class RowSettings(NamedTuple):
-    """The settings of each row of logits. A temperature of 0 makes the others of its row void."""
+    """Settings of each row of logits; with temperature 0 the other settings have no effect."""
 
     temperature_J: jax.Array  # float32, 0 is greedy
     top_k_J: jax.Array  # int32, 0 is off
@@ -50,7 +49,7 @@ class RowSettings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a program contains. It must serve the settings of all rows; see `find_features`."""
+    """Operations that a program contains, enough for all rows; see `find_features`."""
 
     greedy: bool  # some row may have temperature 0
     noise: bool  # some row may have a temperature above 0; those below are about such rows
@@ -62,12 +61,13 @@ class Features:
 
 
 def find_features(settings: Sequence[tuple[float, int, float, float]]) -> Features:
-    """The least Form that serves all (temperature, top_k, top_p, min_p).
+    """Returns the fewest features that serve all rows of (temperature, top_k, top_p, min_p).
 
-    Raises ValueError without any settings.
+    Raises:
+      ValueError: the settings are empty.
     """
     if not settings:
-        raise ValueError("settings are empty: a Form serves at least one row")
+        raise ValueError("settings are empty: give those of at least one row")
     noisy = [s for s in settings if s[0] > 0]
     largest = max((s[1] for s in noisy), default=0)
     return Features(
@@ -84,7 +84,11 @@ def find_features(settings: Sequence[tuple[float, int, float, float]]) -> Featur
 def check_settings(
     temperature: float, top_k: int, top_p: float, min_p: float, vocab_size: int
 ) -> None:
-    """Raises ValueError, in one sentence, for a setting outside its range."""
+    """Checks the ranges of one row's settings.
+
+    Raises:
+      ValueError: a setting is outside its range, which the message names.
+    """
     rules: Sequence[tuple[str, float, bool, str]] = (
         ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0 (0 is greedy)"),
         ("top_k", top_k, 0 <= top_k <= vocab_size, f"0 (off) to {vocab_size}, the vocabulary"),
@@ -96,66 +100,38 @@ def check_settings(
             raise ValueError(f"{name} is {value!r}: it must be {rule}")
 
 
-def log_probs(
-    logits_JV: jax.Array, rows: RowSettings, form: Features, valid_V: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities (tempered_JV, truncated_JV), float32; truncated -inf where none can occur.
-
-    The plain spelling of what `sample` draws from: it holds [J, V] arrays. `valid_V` is bool, ids
-    that may be drawn; None for all. `find_features` is static.
-    """
-    x_JV = _tempered(logits_JV, rows, form)
-    tempered_JV = jax.nn.log_softmax(x_JV, axis=-1)
-    x_JV = _masked(x_JV, valid_V)
-    kept_JV = jnp.zeros(x_JV.shape, bool)
-    if form.full:
-        weight_JV = jnp.exp(x_JV - jnp.max(x_JV, axis=-1, keepdims=True))
-        kept_JV = weight_JV >= _floor(weight_JV, _without_top_k(rows, form), form)
-    if form.cap:
-        x_JNb = _blocks(x_JV)
-        best = _best(x_JNb, jnp.max(x_JNb, axis=-1), rows, form)
-        row_J1 = jnp.arange(x_JV.shape[0])[:, None]
-        among_JV = jnp.zeros(x_JV.shape, bool).at[row_J1, best.id_JK].set(best.kept_JK)
-        kept_JV = jnp.where(rows.top_k_J[:, None] > 0, among_JV, kept_JV)
-    if form.greedy:
-        best_J = jnp.argmax(x_JV, axis=-1)
-        hit_JV = jnp.arange(x_JV.shape[-1])[None, :] == best_J[:, None]
-        kept_JV = jnp.where(rows.temperature_J[:, None] == 0, hit_JV, kept_JV)
-    return tempered_JV, jax.nn.log_softmax(jnp.where(kept_JV, x_JV, -jnp.inf), axis=-1)
-
-
 class _Drawn(NamedTuple):
     token_J: jax.Array  # int32
     value_J: jax.Array  # its tempered logit
-    mass_J: jax.Array  # of all that was kept, relative to the row's highest logit
+    mass_J: jax.Array  # of all tokens kept, relative to the row's highest logit
 
 
 def sample(
     logits_JV: jax.Array,
     key_J2: jax.Array,
     rows: RowSettings,
-    form: Features,
+    features: Features,
     valid_V: jax.Array | None,
     *,
     shards: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One token per row from `log_probs`' truncated distribution.
+    """Draws one token per row from its truncated distribution.
 
     Args:
-      logits_JV: any floating dtype.
-      key_J2: uint32, the data of one threefry key per row. Row j's token depends on key j, logits
-        j and settings j alone. Temperature 0 ignores it.
-      rows: of the same J.
-      form: static; serves all of `rows`.
-      valid_V: as for `log_probs`.
-      shards: static; over how many devices V is split. It changes no result: the blocks are padded
-        to a multiple, without which a compiler gathers all logits of a row on each device.
+      logits_JV: of any floating dtype.
+      key_J2: uint32, the data of one threefry key per row. The token of row j depends on key j,
+        logits j and settings j alone. Temperature 0 ignores the key.
+      rows: settings of the same J rows.
+      features: static; those of `find_features` for all rows.
+      valid_V: bool, the ids that may be drawn; None for all.
+      shards: static; the number of devices that V is split over. It changes no result. The blocks
+        are padded to a multiple of it; otherwise a compiler gathers all logits on each device.
 
     Returns:
-      token_J int32, its log-probability under the tempered distribution and under the truncated
-      one, float32.
+      token_J int32, and its log-probabilities [J] float32 under the tempered and the truncated
+      distribution.
     """
-    whole_JV = _tempered(logits_JV, rows, form)
+    whole_JV = _tempered(logits_JV, rows, features)
     x_JNb = _blocks(_masked(whole_JV, valid_V), shards)
     high_JN = jnp.max(x_JNb, axis=-1)
     peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
@@ -165,25 +141,25 @@ def sample(
         log_total_J = jnp.log(jnp.sum(mass_JN, axis=-1))
     else:
         log_total_J = jax.nn.logsumexp(whole_JV, axis=-1) - peak_J1[:, 0]
-    drawn = _draw(x_JNb, high_JN, mass_JN, key_J2, rows, form)
+    drawn = _draw(x_JNb, high_JN, mass_JN, key_J2, rows, features)
     value_J = drawn.value_J - peak_J1[:, 0]
     return drawn.token_J, value_J - log_total_J, value_J - jnp.log(drawn.mass_J)
 
 
-def _draw(x_JNb, high_JN, mass_JN, key_J2, rows: RowSettings, form: Features) -> _Drawn:
-    """Goes each way that some row needs, and gives each row its own."""
+def _draw(x_JNb, high_JN, mass_JN, key_J2, rows: RowSettings, features: Features) -> _Drawn:
+    """Runs every kind of draw that some row needs, and selects each row's own."""
     blocks = high_JN.shape[1]
     ways: list[tuple[jax.Array, _Drawn]] = []
-    if form.noise:
-        # A row's numbers are the first of its key's stream, so that the widest need serves all.
-        width = max(blocks + BLOCK if form.full else 0, _candidates(blocks, form))
+    if features.noise:
+        # A row reads the first numbers of its key's stream, so the widest need serves all rows.
+        width = max(blocks + BLOCK if features.full else 0, _candidates(blocks, features))
         noise_JX = _gumbel(key_J2, width)
-        if form.full:
-            drawn = _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows, form)
+        if features.full:
+            drawn = _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows, features)
             ways.append((rows.top_k_J == 0, drawn))
-        if form.cap:
-            ways.append((rows.top_k_J > 0, _among_best(x_JNb, high_JN, noise_JX, rows, form)))
-    if form.greedy:
+        if features.cap:
+            ways.append((rows.top_k_J > 0, _among_best(x_JNb, high_JN, noise_JX, rows, features)))
+    if features.greedy:
         ways.append((rows.temperature_J == 0, _greedy(x_JNb, high_JN)))
     drawn = ways[0][1]
     for mine_J, other in ways[1:]:
@@ -200,9 +176,9 @@ def _greedy(x_JNb, high_JN) -> _Drawn:
     return _Drawn(_token(block_J, inner_J), value_J, jnp.ones_like(value_J))
 
 
-def _among_best(x_JNb, high_JN, noise_JX, rows: RowSettings, form: Features) -> _Drawn:
-    """Draws among the top k."""
-    best = _best(x_JNb, high_JN, rows, form)
+def _among_best(x_JNb, high_JN, noise_JX, rows: RowSettings, features: Features) -> _Drawn:
+    """Draws from each row's top k."""
+    best = _best(x_JNb, high_JN, rows, features)
     noise_JK = noise_JX[:, : best.value_JK.shape[1]]
     noisy_JK = jnp.where(best.kept_JK, best.value_JK, -jnp.inf) + noise_JK
     choice_J1 = jnp.argmax(noisy_JK, axis=-1, keepdims=True)
@@ -213,15 +189,15 @@ def _among_best(x_JNb, high_JN, noise_JX, rows: RowSettings, form: Features) -> 
     )
 
 
-def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, form: Features) -> _Drawn:
-    """Draws from the whole vocabulary: first a block, then a token in it."""
+def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, features: Features) -> _Drawn:
+    """Draws from the whole vocabulary: first a block, then a token of it."""
     blocks = high_JN.shape[1]
     peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
     floor_J1 = None
-    if form.top_p or form.min_p:
+    if features.top_p or features.min_p:
         weight_JNb = jnp.exp(x_JNb - peak_J1[:, :, None])
         weight_JV = weight_JNb.reshape(weight_JNb.shape[0], -1)
-        floor_J1 = _floor(weight_JV, _without_top_k(rows, form), form)
+        floor_J1 = _floor(weight_JV, _without_top_k(rows, features), features)
         kept_JNb = weight_JNb >= floor_J1[:, :, None]
         mass_JN = jnp.sum(jnp.where(kept_JNb, weight_JNb, 0.0), axis=-1)
     noisy_JN = jnp.log(mass_JN) + noise_JX[:, BLOCK : BLOCK + blocks]
@@ -230,7 +206,7 @@ def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, form: Featu
     if floor_J1 is None:
         noisy_Jb = value_Jb + noise_JX[:, :BLOCK]
     else:
-        # A block that has mass keeps its best token, whichever way a second exp rounds.
+        # A block with mass keeps its best token, however the second exp rounds.
         edge_Jb = value_Jb == jnp.max(value_Jb, axis=-1, keepdims=True)
         kept_Jb = (jnp.exp(value_Jb - peak_J1) >= floor_J1) | edge_Jb
         noisy_Jb = jnp.where(kept_Jb, value_Jb, -jnp.inf) + noise_JX[:, :BLOCK]
@@ -239,21 +215,21 @@ def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, form: Featu
     return _Drawn(_token(block_J, inner_J), value_J, jnp.sum(mass_JN, axis=-1))
 
 
-def _tempered(logits_JV: jax.Array, rows: RowSettings, form: Features) -> jax.Array:
-    """Logits over the temperature in float32; greedy rows as they are."""
+def _tempered(logits_JV: jax.Array, rows: RowSettings, features: Features) -> jax.Array:
+    """Divides logits by the temperature, in float32; greedy rows stay as they are."""
     x_JV = logits_JV.astype(jnp.float32)
-    if not form.tempered:
+    if not features.tempered:
         return x_JV
     return x_JV / jnp.where(rows.temperature_J == 0, 1.0, rows.temperature_J)[:, None]
 
 
 def _masked(x_JV: jax.Array, valid_V: jax.Array | None) -> jax.Array:
-    """-inf at ids that may not be drawn."""
+    """Sets the logits of ids that may not be drawn to -inf."""
     return x_JV if valid_V is None else jnp.where(valid_V[None, :], x_JV, -jnp.inf)
 
 
 def _blocks(x_JV: jax.Array, shards: int = 1) -> jax.Array:
-    """[J, N, 128], N a multiple of `shards`; what the vocabulary does not fill is -inf."""
+    """Returns blocks [J, N, 128], N a multiple of `shards`; padding is -inf."""
     rows, size = x_JV.shape
     x_JV = jnp.pad(x_JV, ((0, 0), (0, -size % (BLOCK * shards))), constant_values=-jnp.inf)
     return x_JV.reshape(rows, -1, BLOCK)
@@ -268,37 +244,37 @@ def _token(block_J: jax.Array, inner_J: jax.Array) -> jax.Array:
 
 
 class _Best(NamedTuple):
-    """The candidates of a row, best first."""
+    """Candidates of each row, best first."""
 
     value_JK: jax.Array  # tempered logits
     id_JK: jax.Array  # int32
     weight_JK: jax.Array  # relative to the best; 0 from the row's own top_k on
-    kept_JK: jax.Array  # bool, by all settings; nowhere in a row without top_k
+    kept_JK: jax.Array  # bool, by all settings; False in rows without top_k
 
 
-def _best(x_JNb, high_JN, rows: RowSettings, form: Features) -> _Best:
-    value_JK, id_JK = _top_k_blocks(x_JNb, high_JN, _candidates(high_JN.shape[1], form))
+def _best(x_JNb, high_JN, rows: RowSettings, features: Features) -> _Best:
+    value_JK, id_JK = _top_k_blocks(x_JNb, high_JN, _candidates(high_JN.shape[1], features))
     within_JK = jnp.arange(value_JK.shape[1])[None, :] < rows.top_k_J[:, None]
     weight_JK = jnp.where(within_JK, jnp.exp(value_JK - value_JK[:, :1]), 0.0)
     kept_JK = within_JK
-    if form.top_p:
+    if features.top_p:
         kept_JK &= weight_JK >= _crossing(weight_JK, rows.top_p_J[:, None])
-    if form.min_p:
+    if features.min_p:
         kept_JK &= weight_JK >= rows.min_p_J[:, None]
     return _Best(value_JK, id_JK, weight_JK, kept_JK)
 
 
-def _candidates(blocks: int, form: Features) -> int:
-    """K: a cap that is a power of two may exceed the vocabulary, which no top_k does."""
-    return min(form.cap, blocks * BLOCK)
+def _candidates(blocks: int, features: Features) -> int:
+    """Returns K. The cap is a power of two, which may exceed the vocabulary; top_k never does."""
+    return min(features.cap, blocks * BLOCK)
 
 
 def _top_k_blocks(x_JNb: jax.Array, high_JN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of each row in descending order, lower ids first, and their ids.
+    """Returns the k largest of each row in descending order, lower ids first, and their ids.
 
-    k blocks whose maxima are the highest hold k values that no other block exceeds, so nothing
-    outside of them can be among the k best. They are kept in order of id, for equal values, and
-    cut into finer blocks, of which the same holds.
+    The k blocks with the highest maxima hold k values that no other block exceeds, so no token of
+    another block can be among the k best. They stay in the order of ids, for the sake of equal
+    values, and are divided into finer blocks, for which the same holds.
     """
     rows, blocks, width = x_JNb.shape
     block_JK = None
@@ -317,13 +293,13 @@ def _top_k_blocks(x_JNb: jax.Array, high_JN: jax.Array, k: int) -> tuple[jax.Arr
 
 
 def _top_k(value_JX: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest, lower indices first; lax alone puts 0 before an equal -0."""
+    """Returns the k largest, lower indices first; lax.top_k alone puts 0 before an equal -0."""
     value_JK, at_JK = jax.lax.top_k(jnp.where(value_JX == 0, 0.0, value_JX), k)
     return value_JK, at_JK
 
 
 def _crossing(weight_JK: jax.Array, top_p_J1: jax.Array) -> jax.Array:
-    """The weight [J, 1] of the token that crosses top_p, of weights in descending order."""
+    """Returns the weight [J, 1] of the token that crosses top_p; weights descend along K."""
     mass_JK = jnp.cumsum(weight_JK, axis=-1)
     before_JK = jnp.pad(mass_JK[:, :-1], ((0, 0), (1, 0)))
     needed_JK = before_JK < top_p_J1 * mass_JK[:, -1:]
@@ -331,32 +307,33 @@ def _crossing(weight_JK: jax.Array, top_p_J1: jax.Array) -> jax.Array:
     return jnp.where(top_p_J1 < 1, edge_J1, 0.0)
 
 
-def _without_top_k(rows: RowSettings, form: Features) -> RowSettings:
-    """Settings for the search of the whole vocabulary, which other rows must not prolong."""
-    if not (form.cap or form.greedy):
+def _without_top_k(rows: RowSettings, features: Features) -> RowSettings:
+    """Turns top_p off in rows that another draw serves, so that they do not prolong the search."""
+    if not (features.cap or features.greedy):
         return rows
     elsewhere_J = (rows.top_k_J > 0) | (rows.temperature_J == 0)
     return rows._replace(top_p_J=jnp.where(elsewhere_J, 1.0, rows.top_p_J))
 
 
-def _floor(weight_JX: jax.Array, rows: RowSettings, form: Features) -> jax.Array:
-    """The smallest weight that top-p and min-p keep; weights are relative to the largest, 1."""
+def _floor(weight_JX: jax.Array, rows: RowSettings, features: Features) -> jax.Array:
+    """Returns the smallest weight that top-p and min-p keep; the largest weight is 1."""
     floor_J1 = jnp.zeros((weight_JX.shape[0], 1), jnp.float32)
-    if form.min_p:
+    if features.min_p:
         floor_J1 = rows.min_p_J[:, None]
     return (
         jnp.maximum(floor_J1, _nucleus(weight_JX, rows.top_p_J[:, None]))
-        if form.top_p
+        if features.top_p
         else floor_J1
     )
 
 
 def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
-    """A threshold [J, 1] that exactly the tokens of the top-p set reach; 0 where it is off.
+    """Returns a threshold [J, 1] that exactly the top-p set reaches; 0 where it is off.
 
-    Bisection over the bits of float32, which order like the numbers they spell: `low` is always a
-    threshold whose set has the mass, `high` one whose set has not. A row is settled when one token
-    at most lies between them, or none could; halving on, for other rows, then changes no set.
+    It is a bisection over the bits of float32, which have the same order as their numbers. The set
+    of tokens at `low` always has the mass, the set at `high` never has. A row is settled when at
+    most one token lies between them, or no number does. Further halving, for the sake of other
+    rows, then changes no set.
     """
     need_J1 = top_p_J1 * jnp.sum(weight_JX, axis=-1, keepdims=True)
 
@@ -383,7 +360,7 @@ def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
 
     on_J1 = top_p_J1 < 1
     low = jnp.full_like(need_J1, _TINY, jnp.int32)
-    high = jnp.where(on_J1, _ONE + 1, _TINY + 1)  # settled from the start where it is off
+    high = jnp.where(on_J1, _ONE + 1, _TINY + 1)  # a row without top_p is settled from the start
     low, *_ = jax.lax.while_loop(
         unsettled, halve, (low, high, measure(low)[1], jnp.zeros_like(low))
     )
@@ -391,10 +368,10 @@ def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
 
 
 def _gumbel(key_J2: jax.Array, size: int) -> jax.Array:
-    """Standard Gumbel noise [J, size] float32, row j from key j alone.
+    """Returns standard Gumbel noise [J, size] float32, row j from key j alone.
 
-    Number i is the same whatever the size: threefry in its partitionable form, JAX's default,
-    makes it from key and index.
+    Number i does not depend on the size: threefry in its partitionable form, JAX's default, makes
+    it from key and index.
     """
     keys_J = jax.random.wrap_key_data(key_J2, impl="threefry2x32")
     return jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32))(keys_J)

@@ -1,4 +1,4 @@
-"""Servers over HTTP: their client, and completions drawn by one instead of the sampler.
+"""Servers over HTTP: a chat client, and completions drawn on a server instead of the sampler.
 
 May import: runtime, sampler.
 """

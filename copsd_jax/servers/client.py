@@ -1,16 +1,17 @@
-"""Asks an OpenAI-compatible server for chat completions, many at once, each question once.
+"""Client of OpenAI-compatible servers: chat completions, many at once, each question once.
 
-`send_call` and `run_concurrently` below are the transport alone: any request to such a server, and
-many at once.
+`ask_all` asks for chat completions and caches the answers. `send_call` and `run_concurrently` are
+the transport below it, which serves any request to such a server.
 
-The standard library's `http.client` is enough, and leaves the socket to us: every single read gets
-no more than what is left of the request's time, so that a server that sends a byte now and then
-cannot hold a run. (Timeouts of the usual clients start anew with every byte.) Redirects are not
-followed, since the key would go along, and proxies of the environment are not used.
+The transport uses the standard library's `http.client`, since httpx and the other common clients
+have no total deadline: their timeouts start anew with every byte. Here every read gets only the
+rest of the request's time, so a server that sends a byte now and then cannot hold up a run.
+Redirects are not followed, since the key would go with them, and proxies of the environment are not
+used.
 
-What a server does is an answer with a status, never an exception. The key is read from the
-environment when something is asked; it is in no message or cache file, and blotted out where a
-server echoes it.
+A failure of the server is an answer with a status, never an exception. The key is read from the
+environment when something is asked. It is in no message or cache file, and is removed from the
+replies of a server that echoes it.
 """
 
 import concurrent.futures
@@ -37,20 +38,20 @@ from typing import Any, NamedTuple, TypeVar, cast
 from copsd_jax.runtime import workdir
 
 STATUSES = {
-    "ok": "a whole answer",
+    "ok": "a complete answer",
     "cut": "an answer that ended at max_tokens (finish_reason length)",
-    "timeout": "no whole reply within the time",
+    "timeout": "no complete reply within the time",
     "refused": "the server refuses the request (HTTP 4xx)",
     "server_error": "the server failed (HTTP 5xx)",
-    "bad_reply": "no reply of the expected form: broken off, no JSON, or no content in it",
+    "bad_reply": "a reply of another form: broken off, not JSON, or without content",
     "unreachable": "no connection",
 }
-USABLE = ("ok", "cut")  # has a text, and is kept in the cache
+USABLE = ("ok", "cut")  # the statuses of answers that have a text and are cached
 
-_AGAIN = frozenset({408, 409, 425, 429})  # of the 4xx: what another attempt can mend
+_AGAIN = frozenset({408, 409, 425, 429})  # the 4xx that another attempt can mend
 _LARGEST = 1 << 24  # bytes of a reply
-_DETAIL = 300  # characters of what a server says of a failure
-_LOOK = 0.25  # seconds between two looks at whether the caller is stopped
+_DETAIL = 300  # characters of a server's message about a failure
+_LOOK = 0.25  # seconds between checks whether the caller has stopped
 
 Name = TypeVar("Name")
 Item = TypeVar("Item")
@@ -59,18 +60,18 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """Where and how to ask.
+    """Address of a server, and how to use it.
 
     Attributes:
       url: the base, for example "http://localhost:8000/v1"; "/chat/completions" is appended.
-      model: the model's name there.
+      model: the model's name on the server.
       key_env: the environment variable that holds the key, "" for a server without keys.
-      timeout: seconds of one attempt, from the connection to the last byte (looking up the host's
-        name comes on top), and the longest pause between two.
+      timeout: seconds of one attempt, from the connection to the last byte, without the look-up of
+        the host's name; also the longest pause between two attempts.
       retries: further attempts after the first.
-      backoff: seconds before the second attempt; doubled for each further one.
-      concurrency: requests under way at once.
-      cache: folder with one file per answered request, "" for none.
+      backoff: seconds before the second attempt, doubled for each further one.
+      concurrency: most requests in flight.
+      cache: folder with one file per answered request, "" for no cache.
     """
 
     url: str
@@ -83,13 +84,9 @@ class Server:
     cache: str = ""
 
 
-# The fields that every server has, as the settings `author.*` and `sampler.*` name them.
-FIELDS = tuple(field.name for field in dataclasses.fields(Server) if field.name != "cache")
-
-
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-    """One question. Equal requests of a call are asked once: other samples need other seeds."""
+    """One question; equal requests of a call are sent once, so samples need different seeds."""
 
     messages: Sequence[Mapping[str, str]]  # each with "role" and "content"
     temperature: float
@@ -100,7 +97,7 @@ class ChatRequest:
 
 @dataclasses.dataclass(frozen=True)
 class ChatAnswer:
-    """What became of a request; `text` is "" unless the status is in USABLE."""
+    """Result of a request; `text` is "" unless the status is in USABLE."""
 
     text: str
     status: str  # a key of STATUSES
@@ -109,22 +106,24 @@ class ChatAnswer:
 
 
 class Outcome(NamedTuple):
-    """What became of an attempt, or of the last one."""
+    """Result of one attempt, or of the last attempt."""
 
     status: str  # a key of STATUSES
-    value: Any = ""  # what Call.read found
+    value: Any = ""  # as HttpCall.read returned it
     detail: str = ""  # of a failure, one line for people
     again: bool = False  # whether another attempt may end better
-    after: float = 0.0  # seconds that the server asks to wait
+    after: float = 0.0  # seconds to wait, as the server asks
 
 
 class HttpCall(NamedTuple):
-    """One HTTP request, and what its reply means.
+    """One HTTP request, and the function that reads its reply.
 
     Attributes:
-      body: sent as JSON; None for none.
-      read: the bytes of a reply with status 2xx -> Outcome. It may raise what reading JSON of
-        another form raises (ValueError, LookupError, TypeError, AttributeError): a bad_reply.
+      method: "GET" or "POST".
+      url: the whole address.
+      body: sent as JSON; None sends no body.
+      read: turns the bytes of a reply with status 2xx into an Outcome. The errors of reading JSON
+        of another form (ValueError, LookupError, TypeError, AttributeError) make it a bad_reply.
     """
 
     method: str
@@ -133,8 +132,21 @@ class HttpCall(NamedTuple):
     read: Callable[[bytes], Outcome]
 
 
+def server_from_settings(settings: Mapping[str, Any], cache: str = "") -> Server:
+    """Builds a server from a section of settings, each named as the field it sets.
+
+    The folder `cache` is given apart: `sampler.cache` is a dtype.
+    """
+    names = (field.name for field in dataclasses.fields(Server) if field.name != "cache")
+    return Server(**{name: settings[name] for name in names}, cache=cache)
+
+
 def check_server(server: Server, prefix: str = "server.") -> None:
-    """Refuses what could not work, without asking anything; `prefix` is the settings' in messages.
+    """Checks the fields of a server, without sending anything.
+
+    Args:
+      server: to check.
+      prefix: of the settings' names in messages.
 
     Raises:
       ValueError: a malformed URL, an empty model, a missing or unusable key, a number out of range.
@@ -162,17 +174,17 @@ def _check_url(url: str, setting: str) -> None:
         elif parts.path.rstrip("/").endswith("/completions"):
             problem = "give the base, without /chat/completions or /completions"
         (parts.hostname or "").encode("idna")
-    except ValueError as error:  # of port, brackets, or a name that is none
+    except ValueError as error:  # the port, the brackets or the host's name are malformed
         problem = str(error)
-    if problem:  # what stands before an @ may be a password
+    if problem:  # the part before an @ may be a password
         raise ValueError(f"{setting} is {re.sub('//[^/]*@', '//...@', url)!r}: {problem}")
 
 
 def read_key(server: Server, prefix: str = "server.") -> str:
-    """The key, "" where none is needed. Messages show the variable's name, not its value.
+    """Returns the key, "" if none is needed; messages show the variable's name, not its value.
 
     Raises:
-      ValueError: the variable of key_env is not set, or its value can be in no header.
+      ValueError: the variable of key_env is not set, or its value cannot be in a header.
     """
     if not server.key_env:
         return ""
@@ -191,15 +203,19 @@ def ask_all(
     requests: Sequence[ChatRequest],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ChatAnswer]:
-    """Answers in the order of the requests; what the cache holds is not asked again.
+    """Returns answers in the order of the requests; cached answers are not asked again.
 
-    A pause grows exponentially with a jitter that depends on request and attempt alone, and is at
-    least what Retry-After asks for. Where that is more than `server.timeout`, the request ends.
+    The pause between attempts grows exponentially, with a jitter that depends on request and
+    attempt alone, and is at least the Retry-After. If that exceeds `server.timeout`, the request
+    ends.
 
-    `progress` is called in this thread with (answers there, of how many).
+    Args:
+      server: to ask.
+      requests: equal ones are sent once.
+      progress: called in this thread with (answers so far, requests).
 
     Raises:
-      ValueError: as `check_server` does of URL and key, where something is to be asked.
+      ValueError: the URL or the key is unusable, and some request is not cached.
     """
     digests = [_digest(server, request) for request in requests]
     answers = {digest: _cached(server, digest) for digest in dict.fromkeys(digests)}
@@ -235,7 +251,7 @@ def _ask(
 
 
 def _fields(request: ChatRequest) -> dict[str, Any]:
-    """The part of the body that is the request's; numbers in one form, so that 1 is 1.0."""
+    """Returns the request's part of the body, with numbers in one form, so that 1 equals 1.0."""
     fields: dict[str, Any] = {
         "messages": [dict(message) for message in request.messages],
         "temperature": float(request.temperature),
@@ -246,26 +262,26 @@ def _fields(request: ChatRequest) -> dict[str, Any]:
 
 
 def _content(body: bytes) -> Outcome:
-    """The text of the first choice."""
+    """Reads the text of the first choice."""
     choice = json.loads(body)["choices"][0]
     text, finish = choice["message"].get("content"), choice.get("finish_reason")
-    cut = finish == "length"  # all of max_tokens may have gone into hidden thinking
+    cut = finish == "length"  # hidden thinking may have used all of max_tokens
     if not isinstance(text := text or ("" if cut else None), str):
         return Outcome("bad_reply", detail="no content in choices[0].message", again=True)
-    # Half of a surrogate pair is JSON but no text: neither a tokenizer nor a file takes it.
+    # Half of a surrogate pair is valid JSON, but no tokenizer or file takes it as text.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Outcome("cut" if cut else "ok", text)
 
 
 def _digest(server: Server, request: ChatRequest) -> str:
-    """SHA-256 of all that an answer depends on; the key and how often one tries are no part."""
+    """Returns the SHA-256 of everything that an answer depends on, not of key or retries."""
     asked = {"url": server.url.rstrip("/"), "model": server.model, **_fields(request)}
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _cached(server: Server, digest: str) -> ChatAnswer | None:
-    """The kept answer; None where there is none, or after a warning, where it cannot be read."""
+    """Reads the cached answer; returns None if there is none, with a warning if it is malformed."""
     path = pathlib.Path(server.cache) / f"{digest}.json"
     if not server.cache or not path.exists():
         return None
@@ -275,13 +291,17 @@ def _cached(server: Server, digest: str) -> ChatAnswer | None:
         if isinstance(text, str) and status in USABLE:
             return ChatAnswer(text, status, attempts=0)
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        pass  # as a file of another form
-    print(f"warning: {path} is no answer of ours: asked again", file=sys.stderr, flush=True)
+        pass  # the same as a file of another form
+    print(
+        f"warning: {path} is not a cached answer: the request is sent again",
+        file=sys.stderr,
+        flush=True,
+    )
     return None
 
 
 def _keep(server: Server, digest: str, answer: ChatAnswer) -> None:
-    """Writes a usable answer, whole or not at all, also beside other threads and runs."""
+    """Writes a usable answer to the cache atomically, as other threads and runs may do too."""
     if not server.cache or answer.status not in USABLE:
         return
     path = pathlib.Path(server.cache) / f"{digest}.json"
@@ -291,7 +311,7 @@ def _keep(server: Server, digest: str, answer: ChatAnswer) -> None:
         with os.fdopen(handle, "w") as file:  # ASCII
             json.dump({"model": server.model, "status": answer.status, "text": answer.text}, file)
         os.replace(part, path)
-    except OSError as error:  # a full disk loses the copy, not the answer
+    except OSError as error:  # with a full disk the copy is lost, not the answer
         print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
 
@@ -301,10 +321,15 @@ def _keep(server: Server, digest: str, answer: ChatAnswer) -> None:
 def run_concurrently(
     concurrency: int, work: Callable[[Item, threading.Event], Result], items: Mapping[Name, Item]
 ) -> Generator[tuple[Name, Result], None, None]:
-    """(name, work(item, stop)) of each item as it is done, so many at once in threads.
+    """Yields (name, work(item, stop)) for each item as it finishes, from several threads.
 
-    Close the iterator (contextlib.closing): should its reader be stopped, nothing more is begun and
-    `stop` is set, at which `send_call` ends what it is at.
+    Close the iterator (contextlib.closing). If its reader stops early, no further item starts, and
+    `stop` is set, so that `send_call` ends the requests in flight.
+
+    Args:
+      concurrency: most items at once.
+      work: called with an item and `stop`.
+      items: by name.
     """
     stop = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(concurrency)
@@ -320,10 +345,14 @@ def run_concurrently(
 def send_call(
     server: Server, key: str, what: HttpCall, name: str, stop: threading.Event
 ) -> tuple[Outcome, int]:
-    """Attempts until one ends the matter: (the last one's outcome, how many there were).
+    """Sends a request until an attempt is final; returns its outcome and the number of attempts.
 
-    `server` says how long and how often to try (see `ask_all`), and nothing else; `name` parts the
-    pauses of requests that failed together.
+    Args:
+      server: gives the timeout, retries and backoff (see `ask_all`), and nothing else.
+      key: of the server, "" for none.
+      what: the request.
+      name: makes the pauses of requests that failed together differ.
+      stop: ends the request when set.
     """
     attempt, outcome = 0, Outcome("unreachable", again=True)
     while outcome.again and attempt <= server.retries and outcome.after <= server.timeout:
@@ -335,12 +364,12 @@ def send_call(
 
 
 def redact_key(text: str, key: str) -> str:
-    """`text` without the key; one as short as the usual "EMPTY" is no secret, and may be a word."""
+    """Removes the key from a text; a short key such as "EMPTY" is not secret and may be a word."""
     return text.replace(key, "[key]") if len(key) >= 8 else text
 
 
 def _pause(server: Server, name: str, attempt: int, after: float) -> float:
-    """Seconds before the next attempt; the jitter, 1/2 to 1, parts what failed together."""
+    """Returns the seconds before the next attempt; the jitter is a factor from 1/2 to 1."""
     draw = hashlib.sha256(f"{name}:{attempt}".encode()).digest()
     factor = 0.5 + int.from_bytes(draw[:4]) / 2**33
     grown = server.backoff * 2.0 ** min(attempt - 1, 60)
@@ -360,7 +389,7 @@ def _attempt(server: Server, key: str, what: HttpCall, stop: threading.Event) ->
         try:
             reply = _exchange(what, key, _Limited(sock, deadline, stop))
         except TimeoutError:
-            return Outcome("timeout", detail="no whole reply within the time", again=True)
+            return Outcome("timeout", detail="no complete reply within the time", again=True)
         except (http.client.HTTPException, OSError) as error:
             detail = f"the reply broke off or is no HTTP: {type(error).__name__}"
             return Outcome("bad_reply", detail=detail, again=True)
@@ -368,7 +397,7 @@ def _attempt(server: Server, key: str, what: HttpCall, stop: threading.Event) ->
 
 
 def _exchange(what: HttpCall, key: str, sock: "_Limited") -> tuple[int, Mapping[str, str], bytes]:
-    """Status, headers and body (at most _LARGEST bytes and one) of the reply."""
+    """Returns the status, headers and body of the reply, of at most _LARGEST + 1 bytes."""
     parts = urllib.parse.urlsplit(what.url)
     kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     connection = kind[parts.scheme](parts.hostname or "", parts.port)
@@ -381,12 +410,12 @@ def _exchange(what: HttpCall, key: str, sock: "_Limited") -> tuple[int, Mapping[
     text = reply.read(_LARGEST + 1).decode("latin-1")
     if reply.length and len(text) <= _LARGEST:
         raise http.client.IncompleteRead(b"", reply.length)
-    # Blotted before anything is cut out of it: half a key is a secret too.
+    # The key is removed before any part is cut out: half a key is a secret too.
     return reply.status, reply.headers, redact_key(text, key).encode("latin-1")
 
 
 def _outcome(what: HttpCall, status: int, headers: Mapping[str, str], body: bytes) -> Outcome:
-    """What a complete reply means."""
+    """Returns the outcome of a complete reply."""
     if 200 <= status < 300:
         return _read(what, body)
     asked = headers.get("Retry-After", "").strip()
@@ -397,7 +426,7 @@ def _outcome(what: HttpCall, status: int, headers: Mapping[str, str], body: byte
         return Outcome("refused", detail=detail, again=status in _AGAIN, after=after)
     if status >= 500:
         return Outcome("server_error", detail=detail, again=True, after=after)
-    return Outcome("bad_reply", detail=detail)  # a redirect is the same the next time
+    return Outcome("bad_reply", detail=detail)  # the server would redirect again
 
 
 def _read(what: HttpCall, body: bytes) -> Outcome:
@@ -414,7 +443,7 @@ def _read(what: HttpCall, body: bytes) -> Outcome:
 
 
 def to_one_line(text: str) -> str:
-    """On one line of printable characters, since a server wrote it."""
+    """Returns a server's text on one line of printable characters."""
     text = "".join(char if char.isprintable() else " " for char in text[:4096])
     return " ".join(text.split())[:_DETAIL]
 
@@ -431,7 +460,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def _connect(url: str, deadline: float) -> socket.socket:
-    """A connection to the first of the host's addresses that takes one."""
+    """Returns a connection to the first address of the host that accepts one."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -448,9 +477,9 @@ def _connect(url: str, deadline: float) -> socket.socket:
 
 
 class _Limited(io.RawIOBase):
-    """What `http.client` needs of a socket, with one deadline for all that is sent and read.
+    """Socket for `http.client` with one deadline for everything that is sent and read.
 
-    Reading ends soon after `stop` is set: a reply may be minutes away.
+    Reading ends soon after `stop` is set, since a reply may be minutes away.
     """
 
     def __init__(self, sock: socket.socket, deadline: float, stop: threading.Event):
@@ -477,4 +506,4 @@ class _Limited(io.RawIOBase):
         raise TimeoutError
 
     def close(self) -> None:
-        """Nothing: the connection is closed as soon as a last reply begins, and by `_attempt`."""
+        """Keeps the socket open: http.client calls this early, and `_attempt` closes it."""

@@ -1,13 +1,13 @@
-"""How servers of completions over token ids are spoken to: what is sent, and what a reply means.
+"""Dialects of servers that complete token ids: the requests they take and the replies they give.
 
-As the servers' documentation and sources of 2026 have it:
-  vllm: POST /v1/completions with `prompt` a list of ids. The ids drawn come back by
-    `return_token_ids` (vLLM 0.10.2 or later), or are spelt "token_id:7" by
-    `return_tokens_as_token_ids`; both are asked for, and have to agree. Any other server that
-    speaks this is a `vllm`.
-  sglang: POST /generate with `input_ids`; the ids stand beside their log-probabilities.
+They follow the servers' documentation and sources of 2026:
+  vllm: POST /v1/completions, with `prompt` a list of ids. The drawn ids come back as such with
+    `return_token_ids` (vLLM 0.10.2 or later), or as "token_id:7" with
+    `return_tokens_as_token_ids`. Both are requested, and they have to agree. Other servers that
+    accept these requests are `vllm` too.
+  sglang: POST /generate, with `input_ids`. The ids come back beside their log-probabilities.
 
-Addresses have {base}, the server's url with its /v1, or {root}, the url without.
+In addresses, {base} is the server's url with its /v1, and {root} the url without it.
 """
 
 import re
@@ -18,9 +18,9 @@ from copsd_jax.sampler import request
 
 
 class CompletionRequest(NamedTuple):
-    """One completion that is asked for."""
+    """Request for one completion."""
 
-    number: int  # in the caller's list
+    number: int  # index of the prompt in the caller's list
     prompt: tuple[int, ...]
     sampling: request.Sampling
     limit: int
@@ -28,7 +28,7 @@ class CompletionRequest(NamedTuple):
 
 
 class RawCompletion(NamedTuple):
-    """What a dialect found; the lists as the server wrote them, not yet checked."""
+    """Completion as the server wrote it, not yet checked."""
 
     ids: Any
     logps: Any
@@ -36,17 +36,19 @@ class RawCompletion(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """One way to ask.
+    """Addresses, requests and replies of one kind of server.
 
     Attributes:
-      generate: address of a completion.
+      generate: the address for completions.
       body: (model, adapter or "", row) -> the request.
       read: (parsed reply, row) -> Reply. Raises ValueError with the end of a sentence that begins
         with "the completion of row 3".
-      coldest: the lowest temperature above 0 that the server leaves as it is.
-      load, unload: addresses; both take lora_name, the first lora_path too.
-      swap: a model's folder -> (address, body) of what has to be called to read it, in order.
-      needs_adapters, needs_swap: what has to be switched on for that.
+      coldest: the lowest temperature above 0 that the server does not change.
+      load: the address that loads an adapter, given lora_name and lora_path.
+      unload: the address that unloads an adapter, given lora_name.
+      swap: a model's folder -> (address, body) of the calls that load it, in order.
+      needs_adapters: the options a server needs for adapters, for error messages.
+      needs_swap: the options a server needs to load a model, for error messages.
     """
 
     generate: str
@@ -60,12 +62,12 @@ class Dialect(NamedTuple):
     needs_swap: str
 
 
-# Servers fill in what a request leaves out from the model's generation_config.json.
+# Servers take fields that a request leaves out from the model's generation_config.json.
 PLAIN = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 def _common(row: CompletionRequest) -> dict[str, Any]:
-    """What both dialects call by the same name. Of top_k both take -1 for all."""
+    """Returns the fields that both dialects share; both take top_k=-1 for all tokens."""
     s = row.sampling
     return {
         "temperature": float(s.temperature),
@@ -74,7 +76,7 @@ def _common(row: CompletionRequest) -> dict[str, Any]:
         "min_p": float(s.min_p),
         "stop_token_ids": list(s.stop_ids),
         "stop": list(s.stop),
-        "skip_special_tokens": False,  # token_bytes has special tokens as their text, too
+        "skip_special_tokens": False,  # token_bytes has the text of special tokens too
         "spaces_between_special_tokens": False,
         **PLAIN,
     }
@@ -93,7 +95,7 @@ def _vllm_body(model: str, adapter: str, row: CompletionRequest) -> dict[str, An
         "seed": row.seed,
         "ignore_eos": True,  # the stop ids are all in stop_token_ids
         "include_stop_str_in_output": True,
-        "logprobs": 0,  # of the token that was drawn, and of no other
+        "logprobs": 0,  # of the drawn token alone
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
@@ -118,7 +120,7 @@ def _vllm_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
 
 
 def _spelt(tokens: Any) -> list[int] | None:
-    """The ids of "token_id:7", …; None where tokens are spelt otherwise."""
+    """Parses tokens such as "token_id:7"; returns None if they have another form."""
     if not isinstance(tokens, list):
         raise ValueError("has no list in logprobs.tokens")
     found = [re.fullmatch(r"token_id:([0-9]{1,9})", str(token)) for token in tokens]
@@ -126,12 +128,12 @@ def _spelt(tokens: Any) -> list[int] | None:
 
 
 def _sglang_body(model: str, adapter: str, row: CompletionRequest) -> dict[str, Any]:
-    del model  # a server has one
+    del model  # an SGLang server has one model
     params = {
         **_common(row),
         "max_new_tokens": row.limit,
         "n": 1,
-        # It would pass over stop_token_ids as well.
+        # With ignore_eos, SGLang would ignore stop_token_ids as well.
         "ignore_eos": not row.sampling.stop_ids,
         "no_stop_trim": True,
         "sampling_seed": row.seed,
@@ -161,13 +163,13 @@ def _sglang_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
     finish = _at(reply, "meta_info", "finish_reason")
     matched = finish.get("matched") if isinstance(finish, dict) else None
     if isinstance(matched, str) and matched not in row.sampling.stop:
-        raise ValueError(f"was stopped by {matched!r}, which is no stop string")  # NaN, it says
+        raise ValueError(f"was stopped by {matched!r}, which is no stop string")  # a NaN error
     kind = finish.get("type") if isinstance(finish, dict) else finish
     return RawCompletion(ids, [_at(pair, 0) for pair in pairs], kind)
 
 
 def _at(value: Any, *path: str | int, hint: str = "") -> Any:
-    """value[path[0]][path[1]]…; what is absent is named."""
+    """Returns value[path[0]][path[1]]...; the error names the path if it is absent."""
     found = value
     for step in path:
         try:

@@ -1,22 +1,22 @@
-"""The sampler's face for an engine in another process: a completions server over token ids.
+"""The sampler's interface to an engine in another process, a server that completes token ids.
 
-Token ids go there and come back; no text is read. Every prompt is a request of its own, with a
-seed that follows from its key: where the server is deterministic (SGLang with
+Token ids are sent and come back; no text is read. Every prompt is a request of its own, with a seed
+that follows from its key. If the server is deterministic (SGLang with
 --enable-deterministic-inference, vLLM in its batch-invariant mode), the same keys give the same
-texts. Elsewhere they do not: products of another batch round otherwise, so a text may change with
-its neighbours, and a stopped run does not continue bit for bit. `sampler.host` has no such limit.
+texts. Other servers round products of another batch differently, so a text may change with the
+texts beside it, and a stopped run does not continue bit for bit. `sampler.loop` has no such limit.
 
-What a server's log-probabilities are of is the server's choice, and nothing in a reply says it:
+The server decides which distribution its log-probabilities are of, and no reply says it:
   raw: the model's own distribution, at temperature 1 (vLLM's default; SGLang's with
     SGLANG_RETURN_ORIGINAL_LOGPROB).
   tempered: at the sampling temperature, nothing truncated (SGLang's default).
   processed: tempered, and truncated by top-k, top-p, min-p (vLLM's --logprobs-mode
     processed_logprobs).
-What does not follow from them is NaN in a Completion (`reports_log_probs`): the trainer has its
-own. Where several of top-k, top-p and min-p are on, a server may apply them in another order than
-`truncate`; what is drawn from is then its distribution.
+A Completion has NaN for log-probabilities that do not follow from them (`reports_log_probs`); the
+trainer computes its own. If several of top-k, top-p and min-p are on, a server may apply them in
+another order than `truncation`, and then draws from that distribution.
 
-A server serves one run: its weights are changed by `hand_over`.
+A server serves one run, since `hand_over` changes its weights.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from copsd_jax.sampler import loop, request, truncation
+from copsd_jax.sampler import loop, request
 from copsd_jax.servers import client, dialects
 
 LOGPROBS = ("raw", "tempered", "processed")
@@ -40,26 +40,18 @@ LOGPROBS = ("raw", "tempered", "processed")
 
 @dataclasses.dataclass(frozen=True)
 class EngineServer:
-    """Where the engine is, and how it is spoken to.
+    """The address of an engine, and how to use it.
 
     Attributes:
-      url: the base with /v1, as "http://localhost:8000/v1", of either dialect.
-      model: its name there (`GET /v1/models`).
-      key_env, timeout, retries, backoff, concurrency: as of `client.Server`; `timeout` has to
-        hold for the longest completion, queue included, and for loading weights.
+      api: the server. `api.url` is the base with /v1 for either dialect; `api.timeout` has to cover
+        the longest completion, its time in the queue included, and loading weights.
       dialect: a key of `dialects.DIALECTS`.
       logprobs: one of LOGPROBS.
-      max_model_len: most tokens of a prompt and its completion; None for what the server says.
-      adapter: the adapter's name there, of `hand_over`; "" for the model as it is.
+      max_model_len: most tokens of a prompt and its completion; None takes the server's number.
+      adapter: the name on the server of the adapter from `hand_over`; "" for the base model.
     """
 
-    url: str
-    model: str
-    key_env: str
-    timeout: float
-    retries: int
-    backoff: float
-    concurrency: int
+    api: client.Server
     dialect: str
     logprobs: str
     max_model_len: int | None = None
@@ -80,34 +72,33 @@ def generate(
     progress: Callable[[loop.Stats], None] | None = None,
     done: Callable[[int, loop.Completion], None] | None = None,
 ) -> loop.Result:
-    """A completion for each prompt, in their order.
+    """Samples one completion for each prompt on a server.
 
     Args:
-      prompts: token ids, whole: a shared prefix included (the server has its own prefix cache).
-      sampling: one for all prompts, or one each.
+      server: with its weights and adapter.
+      prompts: token ids with the shared prefix, for which the server has a cache of its own.
+      sampling: settings of all prompts, or one for each.
       keys: uint32 [n, 2] from `request.derive_keys`, one per prompt.
-      vocabulary: of the model. The server does not know of its valid ids: another one, which a
-        trained model hardly ever draws, is an error.
-      limits: most tokens of each completion; None for sampling.max_tokens each.
-      progress: called with what was reached after each completion.
-      done: called with (index of the prompt, completion) as soon as it is there.
+      vocabulary: of the model. The server does not know its valid ids, so a completion with another
+        id, which a trained model hardly ever draws, is an error.
+      limits: most tokens of each completion; None takes its max_tokens.
+      progress: called with the statistics after each completion.
+      done: called with (index of the prompt, completion) as soon as it is complete.
 
     Returns:
-      As `loop.generate` does. `logps` and `logps_truncated` are NaN where the server's numbers do
-      not give them; see `reports_log_probs`. Of the stats, prompt_tokens are those sent, whatever
-      the server's cache saves, and occupancy is NaN.
+      The result as of `loop.generate`. `logps` and `logps_truncated` are NaN if they do not follow
+      from the server's numbers; see `reports_log_probs`. In the statistics, prompt_tokens counts
+      the tokens sent, whatever the server's cache saves, and occupancy is NaN.
 
     Raises:
-      ValueError: in one sentence, for settings or prompts that cannot be served; nothing is asked.
-      OSError: the server gave no reply to a row, with what it said after the last attempt.
-      RuntimeError: a reply that is not what was asked for, with the server's address and the row.
-        At the first failure all other requests end.
+      ValueError: settings or prompts cannot be served; nothing is sent.
+      OSError: the server did not complete a row; the message has its last reply. At the first
+        failure all other requests end.
+      RuntimeError: a reply does not fit its request; the message has the address and the row.
     """
-    rows = _rows(prompts, sampling, keys, limits)
     check_server(server)
-    for row in rows:
-        _check_row(server, row, vocabulary)
-    key = client.read_key(_api(server), "sampler.")
+    rows = _build_requests(server, prompts, sampling, keys, limits, vocabulary)
+    key = client.read_key(server.api, "sampler.")
 
     def ask(row: dialects.CompletionRequest, stop: threading.Event) -> loop.Completion:
         return _ask(server, key, row, vocabulary, stop)
@@ -117,7 +108,7 @@ def generate(
     sent = sum(len(row.prompt) for row in rows)
     stats = loop.Stats(0, len(rows), 0, sent, float("nan"), 0.0)
     items = {row.number: row for row in rows}
-    with contextlib.closing(client.run_concurrently(server.concurrency, ask, items)) as answers:
+    with contextlib.closing(client.run_concurrently(server.api.concurrency, ask, items)) as answers:
         for number, completion in answers:
             found[number] = completion
             tokens += len(completion.ids)
@@ -131,10 +122,14 @@ def generate(
 
 
 def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
-    """Whether a server's numbers give (logps, logps_truncated) of these settings.
+    """Returns whether (logps, logps_truncated) of these settings follow from a server's numbers.
 
-    Greedy is reported at temperature 1, and its truncated distribution is certain. Without top-k,
-    top-p and min-p both distributions are one.
+    Greedy rows are reported at temperature 1, and their truncated distribution is certain. Without
+    top-k, top-p and min-p both distributions are the same.
+
+    Args:
+      logprobs: one of LOGPROBS.
+      sampling: the settings.
     """
     whole = not sampling.top_k and sampling.top_p == 1 and not sampling.min_p
     if sampling.temperature == 0:
@@ -144,65 +139,37 @@ def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, 
     return logprobs == "tempered" or whole, logprobs == "processed" or whole
 
 
-def _rows(prompts, sampling, keys, limits) -> list[dialects.CompletionRequest]:
-    """Everything by row; the seed has the first 53 bits of the key, which any JSON reader keeps."""
-    n = len(prompts)
-    settings = [sampling] * n if isinstance(sampling, request.Sampling) else list(sampling)
-    limits = [each.max_tokens for each in settings] if limits is None else list(limits)
+def _build_requests(
+    server: EngineServer, prompts, sampling, keys, limits, vocabulary: request.Vocabulary
+) -> list[dialects.CompletionRequest]:
+    """Checks the arguments of `generate` and joins them to one request per prompt.
+
+    A seed has the first 53 bits of the key, which every JSON reader keeps.
+    """
+    prompts = [tuple(map(int, prompt)) for prompt in prompts]
+    one = isinstance(sampling, request.Sampling)
+    each = [sampling] * len(prompts) if one else list(sampling)
+    limits = [s.max_tokens for s in each] if limits is None else list(map(int, limits))
     keys_n2 = np.asarray(jax.device_get(keys))
-    if keys_n2.shape != (n, 2) or keys_n2.dtype != np.uint32:
-        raise ValueError(
-            f"keys are {keys_n2.dtype} {keys_n2.shape}: they must be uint32 ({n}, 2), one for "
-            "each prompt"
-        )
-    for name, found in (("sampling", settings), ("limits", limits)):
-        if len(found) != n:
-            raise ValueError(f"{name} has {len(found)} entries for {n} prompts")
+    for s in dict.fromkeys(each):
+        request.check_sampling(s, vocabulary)
+        coldest = dialects.DIALECTS[server.dialect].coldest
+        if 0 < s.temperature < coldest:
+            raise ValueError(
+                f"temperature is {s.temperature}: a {server.dialect} server takes 0 or at least "
+                f"{coldest}, and changes a value between them"
+            )
+    request.check_prompts(len(vocabulary.valid_V), prompts, each, keys_n2, limits)
+    longest = server.max_model_len
+    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        if longest and len(prompt) + limit > longest:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens and may get {limit} more: "
+                f"{server.api.url} holds {longest} (sampler.max_model_len)"
+            )
     seeds = [(int(high) << 21) | (int(low) >> 11) for high, low in keys_n2]
-    return [
-        dialects.CompletionRequest(
-            i, tuple(map(int, prompts[i])), settings[i], int(limits[i]), seeds[i]
-        )
-        for i in range(n)
-    ]
-
-
-def _check_row(
-    server: EngineServer, row: dialects.CompletionRequest, vocabulary: request.Vocabulary
-) -> None:
-    s, number, vocab_size = row.sampling, row.number, len(vocabulary.valid_V)
-    truncation.check_settings(s.temperature, s.top_k, s.top_p, s.min_p, vocab_size=vocab_size)
-    coldest = dialects.DIALECTS[server.dialect].coldest
-    if 0 < s.temperature < coldest:
-        raise ValueError(
-            f"temperature is {s.temperature}: a {server.dialect} server takes 0 or at least "
-            f"{coldest}, and changes what lies between"
-        )
-    for token in s.stop_ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"stop_ids has {token}: the model has the ids 0 to {vocab_size - 1}")
-    if "" in s.stop:
-        raise ValueError(f"stop is {s.stop!r}: a stop string must not be empty")
-    count = len(vocabulary.token_bytes)
-    if s.stop and vocabulary.valid_V[count:].any():
-        raise ValueError(
-            f"stop is {s.stop!r}: stop strings need token_bytes of every valid id, and there are "
-            f"{count}"
-        )
-    if row.limit < 1:
-        raise ValueError(f"limits[{number}] is {row.limit}: a completion has at least 1 token")
-    if not row.prompt:
-        raise ValueError(f"prompt {number} is empty: it must have at least one token")
-    if min(row.prompt) < 0 or max(row.prompt) >= vocab_size:
-        raise ValueError(
-            f"prompt {number} has ids {min(row.prompt)} to {max(row.prompt)}: the model has the "
-            f"ids 0 to {vocab_size - 1}"
-        )
-    if server.max_model_len and len(row.prompt) + row.limit > server.max_model_len:
-        raise ValueError(
-            f"prompt {number} has {len(row.prompt)} tokens and may get {row.limit} more: "
-            f"{server.url} holds {server.max_model_len} (sampler.max_model_len)"
-        )
+    columns = zip(range(len(prompts)), prompts, each, limits, seeds, strict=True)
+    return [dialects.CompletionRequest(*values) for values in columns]
 
 
 def _ask(
@@ -214,10 +181,10 @@ def _ask(
 ) -> loop.Completion:
     dialect = dialects.DIALECTS[server.dialect]
     url = _address(server, dialect.generate)
-    body = dialect.body(server.model, server.adapter, row)
+    body = dialect.body(server.api.model, server.adapter, row)
     what = client.HttpCall("POST", url, body, _json)
     name = f"{server.adapter}:{row.seed}"
-    outcome, attempts = client.send_call(_api(server), key, what, name, stop)
+    outcome, attempts = client.send_call(server.api, key, what, name, stop)
     if outcome.status != "ok":
         raise OSError(
             f"{url} gave no completion of row {row.number} in {attempts} attempts "
@@ -234,9 +201,9 @@ def _json(body: bytes) -> client.Outcome:
     return client.Outcome("ok", json.loads(body))
 
 
-# ------------------------------------------------------------------- what a reply has to hold
+# ---------------------------------------------------------------------- checks of a reply
 #
-# These raise ValueError with the end of the sentence that `_ask` begins.
+# They raise ValueError with the end of the sentence that `_ask` begins.
 
 
 def _completion(
@@ -263,7 +230,8 @@ def _completion(
         )
     if reply.finish not in ("stop", "length"):
         raise ValueError(f"has the finish_reason {reply.finish!r}: it must be stop or length")
-    # A server looks for stop strings after some tokens; ours end with the one that completes it.
+    # A server checks for stop strings after some tokens; here a text ends at the token that
+    # completes one.
     given = np.asarray(logps[:end], np.float32)
     absent = np.full_like(given, np.nan)
     tempered, truncated = reports_log_probs(logprobs, row.sampling)
@@ -298,7 +266,7 @@ def _logps(reply: dialects.RawCompletion) -> list[float]:
         raise ValueError(f"has {found} log-probabilities for {len(reply.ids)} tokens")
     for value in logps:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not -1e9 <= value <= 1e-3:  # no NaN; rounding may pass 0
+        if not number or not -1e9 <= value <= 1e-3:  # NaN fails this too; rounding may exceed 0
             raise ValueError(f"has the log-probability {value!r}: it must be a number up to 0")
     return logps
 
@@ -306,7 +274,7 @@ def _logps(reply: dialects.RawCompletion) -> list[float]:
 def _end(
     sampling: request.Sampling, ids: Sequence[int], token_bytes: Sequence[bytes]
 ) -> int | None:
-    """How many tokens there are up to the first that ends the text; None where none does."""
+    """Counts the tokens up to the first that ends the text; returns None if none does."""
     stops = [text.encode() for text in sampling.stop]
     reach = max(map(len, stops), default=1) - 1
     tail = b""
@@ -325,22 +293,21 @@ def _end(
 
 
 def _address(server: EngineServer, of: str) -> str:
-    base = server.url.rstrip("/")
+    base = server.api.url.rstrip("/")
     return of.format(base=base, root=base.removesuffix("/v1"))
 
 
-def _api(server: EngineServer) -> client.Server:
-    """The part of it that the transport knows."""
-    return client.Server(**{name: getattr(server, name) for name in client.FIELDS})
-
-
 def check_server(server: EngineServer, prefix: str = "sampler.") -> None:
-    """Refuses settings that could not work, without asking anything.
+    """Checks the settings of a server, without sending anything.
+
+    Args:
+      server: to check.
+      prefix: of the settings' names in messages.
 
     Raises:
-      ValueError: in one sentence with the setting, its value and the choices.
+      ValueError: a setting cannot work; the message has its value and the choices.
     """
-    client.check_server(_api(server), prefix)
+    client.check_server(server.api, prefix)
     for name, choices in (("dialect", tuple(dialects.DIALECTS)), ("logprobs", LOGPROBS)):
         if getattr(server, name) not in choices:
             value = getattr(server, name)
@@ -350,33 +317,36 @@ def check_server(server: EngineServer, prefix: str = "sampler.") -> None:
 
 
 def connect(server: EngineServer, prefix: str = "sampler.") -> EngineServer:
-    """Asks the server for its models; the server with max_model_len filled in, if it tells.
+    """Returns the server with max_model_len filled in, after asking for its models.
+
+    Args:
+      server: to connect to.
+      prefix: of the settings' names in messages.
 
     Raises:
-      ValueError: as `check_server`; or it does not serve `model` (the names are listed), or less
-        than max_model_len tokens.
-      OSError: it does not answer, or not in the expected form.
+      ValueError: as of `check_server`; or it does not serve `model`, or not max_model_len tokens.
+      OSError: it gives no reply of the expected form.
     """
     check_server(server, prefix)
     served = list_models(server)
-    if server.model not in served:
+    if server.api.model not in served:
         raise ValueError(
-            f"{prefix}model is {server.model!r}: {server.url} serves "
+            f"{prefix}model is {server.api.model!r}: {server.api.url} serves "
             f"{', '.join(map(repr, served)) or 'nothing'}"
         )
-    length = served[server.model]
+    length = served[server.api.model]
     if server.max_model_len and length and server.max_model_len > length:
         raise ValueError(
-            f"{prefix}max_model_len is {server.max_model_len}: {server.url} holds {length}"
+            f"{prefix}max_model_len is {server.max_model_len}: {server.api.url} holds {length}"
         )
     return dataclasses.replace(server, max_model_len=server.max_model_len or length)
 
 
 def list_models(server: EngineServer) -> dict[str, int | None]:
-    """The names that the server knows, adapters included, and how many tokens each holds.
+    """Returns the server's models and adapters by name, with the most tokens each takes, or None.
 
     Raises:
-      OSError: it does not answer, or not in the expected form.
+      OSError: it gives no reply of the expected form.
     """
 
     def read(body: bytes) -> client.Outcome:
@@ -388,18 +358,20 @@ def list_models(server: EngineServer) -> dict[str, int | None]:
 
 
 def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
-    """Has the server load a folder of weights; the server to ask from then on.
+    """Loads a folder of weights on the server; returns the server to ask from then on.
 
-    The folder, which the server has to see under the same path, is an adapter's as PEFT writes it
-    (adapter_config.json), or a model's as Hugging Face has it (config.json) with all weights.
+    An adapter gets a name that follows from its contents. Servers cache the keys and values of
+    prompts by the adapter's name, so new weights under an old name would meet stale entries. It
+    also makes an interrupted call repeatable. The former adapter is unloaded.
 
-    An adapter gets a name that follows from its contents. Servers keep the keys and values of
-    prompts by the adapter's name, so that new weights under an old name would read stale ones;
-    and an interrupted call can be repeated. The server's former adapter is unloaded.
+    Args:
+      server: with the former weights.
+      folder: an adapter as PEFT writes it (adapter_config.json), or a model with all weights in
+        Hugging Face's layout (config.json). The server has to see it under the same path.
 
     Raises:
       ValueError: the folder is neither.
-      OSError: the server did not take it, with what it said and what it needs.
+      OSError: the server did not load it; the message has its reply and the options it needs.
     """
     path = pathlib.Path(folder).resolve()
     if (path / "adapter_config.json").is_file():
@@ -426,8 +398,10 @@ def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
 
 
 def _change(server: EngineServer, what: client.HttpCall, task: str, name: str, there: bool) -> None:
-    """Calls; a refusal stands unless the adapter is there, or not there, all the same: a second
-    attempt is refused where the first was heard and its reply got lost."""
+    """Loads or unloads an adapter; a refusal counts only if the change did not happen.
+
+    A second attempt is refused if the first one succeeded and its reply was lost.
+    """
     try:
         _call(server, what, task, dialects.DIALECTS[server.dialect].needs_adapters)
     except OSError:
@@ -450,7 +424,7 @@ def _command(url: str, body: Mapping[str, Any]) -> client.HttpCall:
 
 
 def _accepted(body: bytes) -> client.Outcome:
-    """Status 2xx is success, unless the reply says otherwise."""
+    """Reads a reply of status 2xx as success, unless it says otherwise."""
     text = body.decode(errors="replace")
     try:
         said = json.loads(text)
@@ -462,8 +436,8 @@ def _accepted(body: bytes) -> client.Outcome:
 
 
 def _call(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
-    """What the reply holds; OSError with what the server said, and what it may need."""
-    api = _api(server)
+    """Returns the value of the reply, or raises OSError with the server's message and `needs`."""
+    api = server.api
     key = client.read_key(api, "sampler.")
     outcome, attempts = client.send_call(api, key, what, what.url, threading.Event())
     if outcome.status == "ok":

@@ -215,8 +215,8 @@ def _selection(config: config_lib.Config) -> token_selection.Settings:
 def _author(config: config_lib.Config) -> dict[tuple[str, int], str]:
     """Refuses a server or a file that cannot answer; the file's replies."""
     if config.author.kind == "server":
-        fields = {name: config.author[name] for name in (*client.FIELDS, "cache")}
-        client.check_server(client.Server(**fields), "author.")
+        author = config.author
+        client.check_server(client.server_from_settings(author, author.cache), "author.")
     return replies.from_file(config.author.path) if config.author.kind == "file" else {}
 
 
@@ -225,8 +225,9 @@ def _server(config: config_lib.Config, train: bool) -> remote_engine.EngineServe
     s = config.sampler
     if s.engine != "server":
         return None
-    fields = {name: s[name] for name in (*client.FIELDS, "dialect", "logprobs")}
-    server = remote_engine.EngineServer(**fields, max_model_len=s.max_model_len or None)
+    server = remote_engine.EngineServer(
+        client.server_from_settings(s), s.dialect, s.logprobs, s.max_model_len or None
+    )
     remote_engine.check_server(server)
     if (count := jax.process_count()) > 1:
         raise ValueError(f"sampler.engine is 'server': one process asks it, and there are {count}")
@@ -274,7 +275,7 @@ def _connected(
         if room and tokens and longest.get(side) and longest[side] + tokens > room:
             raise ValueError(
                 f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
-                f"passes the {room} that {server.url} holds (sampler.max_model_len)"
+                f"passes the {room} that {server.api.url} holds (sampler.max_model_len)"
             )
     return server
 

