@@ -46,3 +46,19 @@ def test_marked_commands_run(tmp_path: pathlib.Path):
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert shutil.which("sh")
     assert (tmp_path / "tiny" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_examples_of_the_python_page_run(tmp_path: pathlib.Path):
+    """With the tiny preset in place of the page's card."""
+    text = (conftest.ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S))
+    assert "configs/copsd.py" in code
+    code = code.replace("configs/copsd.py", 'configs/opsd.py:tiny", "--config.train.steps=2')
+    code = code.replace("--workdir=W", f"--workdir={tmp_path / 'W'}")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=conftest.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ln q - ln p" in done.stdout
