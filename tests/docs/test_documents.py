@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 
 import conftest
@@ -109,6 +110,38 @@ def test_modules_and_settings_in_backticks_exist(path):
                 assert name in SETTINGS, f"{path.name} names the setting {name}"
             if re.fullmatch(r"\w+\.\*", name):
                 assert first in SECTIONS, f"{path.name} names the settings {name}"
+
+
+def programs() -> list:
+    """The Python of the documents and of the notebook."""
+    out = []
+    for path in TOP + PAGES:
+        blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)
+        if blocks:
+            out.append(pytest.param("\n".join(blocks), id=path.name))
+    notebook = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    lines = "\n".join(cells).split("\n")
+    code = "\n".join(line.replace("!{", "pass  # {") for line in lines)
+    return [*out, pytest.param(code, id="quickstart.ipynb")]
+
+
+@pytest.mark.parametrize("code", programs())
+def test_names_in_programs_exist(code):
+    """`module.name` of each module of the package that a program imports, and what it imports."""
+    tree, modules = ast.parse(code), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("copsd_jax"):
+            for alias in node.names:
+                modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    assert modules
+    for name in modules.values():
+        assert exists(name), name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id, "")
+            if module and (ROOT / f"{module.replace('.', '/')}.py").is_file():
+                assert exists(f"{module}.{node.attr}"), f"{module}.{node.attr}"
 
 
 def test_a_name_that_does_not_exist_is_found():
