@@ -182,7 +182,7 @@ def load(args: argparse.Namespace) -> Model:
         jnp.dtype(args.dtype),
         tokenizer.load(source),
     )
-    name = decode_attention.PLATFORM_IMPLEMENTATIONS[sharding.platform(sharding.current())]
+    name = decode_attention.PLATFORM_IMPLEMENTATIONS[sharding.platform(sharding.current_mesh())]
     if file is not None:
         config = hf_config.load_config(source)
         params = hf.load_params(source, config, dtype)

@@ -68,7 +68,7 @@ def devices(target: str):
 def job(target: str, cache: str) -> request.Inputs:
     """What a rollout phase would be, of arrays that are not there."""
     sizes, kernel, _ = TARGETS[target]
-    here = sharding.make(*sizes, devices=devices(target))
+    here = sharding.make_mesh(*sizes, devices=devices(target))
     config = transformer.SHAPES["qwen3_1_7b"]
     decoder = transformer.Decoder(config, jnp.bfloat16, decode=kernel)
     shapes = transformer.abstract_params(config, jnp.bfloat16)

@@ -86,7 +86,7 @@ def step_line(
     ))  # fmt: skip
     stop_XV = jnp.zeros((request.STOP_SETS, config.vocab_size), bool)
     policy = policy_lib.Policy(params)
-    layers = None if stacked else engine.unstack_layers(policy, None, sharding.current())
+    layers = None if stacked else engine.unstack_layers(policy, None, sharding.current_mesh())
     weights = engine.Constants(policy, None, None, stop_XV, layers)
     static = decoder, truncation.find_features([(1.0, 0, 1.0, 0.0)]), steps
     cancel_J, enough = jnp.zeros(slots, bool), jnp.int32(1)

@@ -114,7 +114,7 @@ def write_rows(file: pathlib.Path, rows: list[dict]) -> None:
 
 def begin(file: pathlib.Path) -> dict:
     """The work, on its devices, with memory as `main` has it."""
-    malloc.keep()
+    malloc.keep_freed_memory()
     work = json.loads(file.read_text(encoding="utf-8"))
     if work["devices"]:
         jax.config.update("jax_num_cpu_devices", work["devices"])
@@ -213,7 +213,9 @@ class Trainer:
             for name in self.state.trained
         }
         self.state = self.state._replace(
-            trained=sharding.place(adapter, self.plan.mesh, self.plan.model_config.n_kv_heads)
+            trained=sharding.shard_by_name(
+                adapter, self.plan.mesh, self.plan.model_config.n_kv_heads
+            )
         )
         hand_over: Any = self.parts.around("hand_over", r.hand_over)
         self.r = dataclasses.replace(r, hand_over=hand_over)

@@ -83,7 +83,7 @@ def evaluate(
         for row, given in zip(rows, samples, strict=True)
     ]  # fmt: skip
     # Answers are compared under limits of time, too.
-    return {"scores": processes.once(lambda: _scores(r, records)), "problems": records}
+    return {"scores": processes.run_on_leader(lambda: _scores(r, records)), "problems": records}
 
 
 class _Said(NamedTuple):
@@ -103,11 +103,11 @@ def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partia
     said: dict[int, _Said] = {}
     if partial is not None:
         what = _what(r, asked, policy)
-        said = processes.once(lambda: _kept(partial, what, ids))
+        said = processes.run_on_leader(lambda: _kept(partial, what, ids))
     todo = [i for i in range(len(asked)) if i not in said]
     with contextlib.ExitStack() as stack:
         stream = None
-        if partial is not None and processes.leads():
+        if partial is not None and processes.is_leader():
             stream = stack.enter_context(partial.open("a", encoding="utf-8"))
 
         def done(k: int, completion: loop.Completion) -> None:
@@ -321,7 +321,7 @@ def _config(args: argparse.Namespace) -> config_lib.Config:
 
 def show_progress(label: str, total: int) -> tuple[terminal.Progress, Callable[[loop.Stats], None]]:
     """A progress line, and the sampler's callback that feeds it."""
-    progress, seen = terminal.Progress(label, total, stream=processes.progress()), [0]
+    progress, seen = terminal.Progress(label, total, stream=processes.progress_stream()), [0]
 
     def update(stats: loop.Stats) -> None:
         busy = {} if math.isnan(stats.occupancy) else {"occupancy": stats.occupancy}
@@ -385,11 +385,11 @@ def _main(args: argparse.Namespace) -> int:
                         loaded_run.derive_policies(r, state)[0],
                         plan.eval_rows,
                         update,
-                        workdir.partial(file),
+                        workdir.partial_file(file),
                     )
                 results[step] = {"step": step, **result}
                 workdir.write_json(file, results[step])
-                workdir.partial(file).unlink(missing_ok=True)
+                workdir.partial_file(file).unlink(missing_ok=True)
     print(format_overview(results))
     if 0 in results and len(results) > 1:
         last = max(results)

@@ -65,11 +65,11 @@ def main(argv: list[str]) -> int:
             from copsd_jax.dryrun import report
 
             return report.main(config, dry_run.target, dry_run.report_path, dry_run.search)
-        malloc.keep()
+        malloc.keep_freed_memory()
         from copsd_jax import train
         from copsd_jax.runtime import processes
 
-        processes.start(config)
+        processes.connect(config)
         plan, continued = train.prepare(config, workdir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -135,7 +135,7 @@ def _parse_dry_run(target: str, report: str, search: bool) -> DryRun | None:
         raise ValueError("--dry_run_json and --search go with --dry_run, for example =v5e:4x8")
     if report and not pathlib.Path(report).absolute().parent.is_dir():
         raise FileNotFoundError(f"--dry_run_json={report!r}: its folder does not exist")
-    return DryRun(hardware.parse(target), report, search) if target else None
+    return DryRun(hardware.parse_target(target), report, search) if target else None
 
 
 def _default_workdir(values: flags.FlagValues) -> str:

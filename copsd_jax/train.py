@@ -38,11 +38,11 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
     Raises:
       ValueError, OSError: in one sentence.
     """
-    known = workdir.check(directory, config_lib.flat(config))
+    known = workdir.check_directory(directory, config_lib.flat(config))
     plan = run_plan.make_plan(config)
     builders.check_row_budget(plan)
     if known:
-        workdir.check_facts(directory, _facts(plan))
+        workdir.check_fingerprints(directory, _facts(plan))
     return plan, known
 
 
@@ -51,7 +51,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
     config, started = plan.config, time.monotonic()
     method = table.METHODS[config.method]
     print(summary(plan, directory, continued), flush=True)
-    processes.meet("checked")  # nothing is written before all have looked
+    processes.wait_for_all("checked")  # nothing is written before all have looked
     workdir.create(directory, config_lib.flat(config), _facts(plan))
     with (
         loaded_run.set_mesh_and_precision(plan),
@@ -69,7 +69,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             # The evaluation of step 0 comes before a checkpoint is loaded: it is the initial
             # policy's, also when a run that was stopped before it is continued.
             before = _evaluation(r, state, 0, directory)
-            saved = processes.once(checkpoints.steps)
+            saved = processes.run_on_leader(checkpoints.steps)
             if saved:
                 state = checkpoints.load(saved[-1], state)
             first = int(state.step)
@@ -83,7 +83,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
 @contextlib.contextmanager
 def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapping], None]]:
     """What takes (step, metrics); the leading process's writes them down."""
-    if not processes.leads():
+    if not processes.is_leader():
         yield lambda step, values: None
         return
     with metric_files.Writer(directory, resume=first + 1) as writer:
@@ -97,10 +97,10 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
     order = batches.iterator(
         plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
     )
-    written = processes.once(lambda: metric_files.lines(directory, first))
+    written = processes.run_on_leader(lambda: metric_files.lines(directory, first))
     guard = guards.replay_metrics(plan.guards, written)
-    said = processes.once(lambda: workdir.read_events(directory, first))
-    stream = processes.progress()
+    said = processes.run_on_leader(lambda: workdir.read_events(directory, first))
+    stream = processes.progress_stream()
     with terminal.Progress("step", c.train.steps, first, stream) as progress:
         for step in range(first, first if guard["stopped"] else c.train.steps):
             with timer("rollout"):
@@ -208,7 +208,7 @@ def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Pa
     if not r.plan.eval_rows:
         return None
     path = workdir.step_file(directory, "eval", step)
-    known = processes.once(lambda: workdir.read_json(path) if path.is_file() else None)
+    known = processes.run_on_leader(lambda: workdir.read_json(path) if path.is_file() else None)
     if known is not None:
         return known
     total = len(r.plan.eval_rows) * r.plan.config.eval.samples
@@ -219,17 +219,17 @@ def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Pa
             loaded_run.derive_policies(r, state)[0],
             r.plan.eval_rows,
             update,
-            workdir.partial(path),
+            workdir.partial_file(path),
         )
     workdir.write_json(path, {"step": step, **result})
-    processes.once(lambda: workdir.partial(path).unlink(missing_ok=True))
+    processes.run_on_leader(lambda: workdir.partial_file(path).unlink(missing_ok=True))
     return {"step": step, **result}
 
 
 def summary(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> str:
     """What will run, before it does."""
     c, shape = plan.config, plan.model_config
-    size = memory.parameters(plan)
+    size = memory.count_parameters(plan)
     completions = config_lib.completions_per_step(c)
     lines = [
         c.description or c.method,
@@ -250,7 +250,7 @@ def summary(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> st
         f"{plan.longest['teacher']} (teacher)",
         f"  devices     {plan.mesh.size} x {sharding.platform(plan.mesh)}, "
         f"mesh {dict(plan.mesh.shape)}",
-        *([f"  whole       {uneven}"] if (uneven := memory.uneven(plan)) else []),
+        *([f"  whole       {uneven}"] if (uneven := memory.describe_undivided(plan)) else []),
         "  memory      "
         + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.memory(plan).items())
         + " (estimate, all devices)",

@@ -72,7 +72,9 @@ def begun(plan: run_plan.Plan, state: train_step.State, tx) -> train_step.State:
     }
     places = sharding.shardings(trained, plan.mesh, plan.model_config.n_kv_heads)
     trained = jax.tree.map(
-        lambda x, place: x if isinstance(x, jax.Array) else sharding.put(x, place), trained, places
+        lambda x, place: x if isinstance(x, jax.Array) else sharding.shard_array(x, place),
+        trained,
+        places,
     )
     return loaded_run._born(
         lambda tree: train_step.init_state(tree, tx, "fixed"), plan, trained

@@ -34,12 +34,12 @@ with jax.default_device(jax.local_devices()[0]):
     keys = jax.device_get(
         request.derive_keys(0, "rollout", 0, [str(i) for i in range(len(PROMPTS))], [0] * 36)
     )
-devices = sharding.make(2, 1, 2)
+devices = sharding.make_mesh(2, 1, 2)
 decoder = transformer.Decoder(CONFIG, jnp.float32)
 with jax.set_mesh(devices):
     places = sharding.shardings(whole, devices, CONFIG.n_kv_heads)
     params = jax.tree.map(
-        lambda x, place: sharding.from_host(x, devices, place.spec), whole, places
+        lambda x, place: sharding.shard_tree(x, devices, place.spec), whole, places
     )  # fmt: skip
     policy = policy_lib.Policy(params)
     result = loop.generate(

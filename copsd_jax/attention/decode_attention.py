@@ -167,7 +167,7 @@ def find_mesh_axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...],
     shards = sharding.batch_shards(shape)
     if slots % shards:
         raise ValueError(f"slots are {slots}: the {shards} parts of the mesh must divide them")
-    _, slot, head, *_ = sharding.partition("cache/k", (1, slots, heads, 1, 1), shape)
+    _, slot, head, *_ = sharding.partition_spec("cache/k", (1, slots, heads, 1, 1), shape)
     return slot, head
 
 

@@ -103,7 +103,7 @@ def attend_on_mesh(
     context: Any = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
         return kernel(q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
-    row = sharding.BATCH if q_BLKMH.shape[0] % sharding.batch_shards(context) == 0 else None
+    row = sharding.BATCH_AXES if q_BLKMH.shape[0] % sharding.batch_shards(context) == 0 else None
     head = "tensor" if k_BLKH.shape[2] % context.shape["tensor"] == 0 else None
     place, each = PartitionSpec(row, None, head), PartitionSpec(row)
     shared: Any = PartitionSpec(None, head)

@@ -43,7 +43,7 @@ ROOM = 0.97  # of a device's memory, for a model that may be wrong
 def parts(
     frame: Any, long: programs.Lengths, phase: str, *, micro: int = 0, kind: str = ""
 ) -> dict[str, int] | None:
-    """Bytes on each device by part, of a phase of `programs.build`; None for one without a model.
+    """Bytes on each device by part, of a phase; None for one without a model.
 
     Args:
       micro: completions of a micro-batch; 0 for the config's.
@@ -116,7 +116,7 @@ def _held(frame: Any) -> dict[str, int]:
 def _copies(frame: Any) -> tuple[int, int]:
     """(of the weights that the sampler reads, what of it stays through the step)."""
     c, where = frame.config, frame.mesh
-    if not programs.sections(c, programs.lengths(c, frame.model_config)):
+    if not programs.sampled_sections(c, programs.longest_texts(c, frame.model_config)):
         return 0, 0
     shapes = _shapes(frame)
     base = shapes.int8 if c.sampler.int8 else shapes.base
@@ -456,7 +456,7 @@ def advice(
     frame: run_plan.ProgramPlan, target: hardware.Target, long: programs.Lengths, usable: float
 ) -> list[str]:
     """Up to three changes with which the model of memory fits, the smallest first."""
-    phases = [name for name, *_ in programs.sections(frame.config, long)]
+    phases = [name for name, *_ in programs.sampled_sections(frame.config, long)]
     phases += ["step"] if frame.config.train.steps else []
     out = []
     for choice in _choices(frame, target):
@@ -481,7 +481,7 @@ def _choices(frame: run_plan.ProgramPlan, target: hardware.Target) -> Iterator[_
         yield from _meshes(frame, config, size, slices, "--config.train.trainable=lora ")
     if target.platform != "tpu":
         return
-    table = hardware.FLAT if target.kind in ("v5e", "v6e") else hardware.CUBES
+    table = hardware.TOPOLOGIES_2D if target.kind in ("v5e", "v6e") else hardware.TOPOLOGIES_3D
     per_chip = frame.mesh.devices.size // (int(np.prod(target.shape)) * target.slices)
     for count, topology in table.items():
         if count > int(np.prod(target.shape)) * target.slices:
@@ -511,7 +511,7 @@ def _meshes(
             told += f" --config.mesh.tensor={tensor}" if tensor > 1 else ""
             told += f" --config.model.remat={remat}" if remat != config.model.remat else ""
             other: Any = dataclasses.replace(frame, config=changed, mesh=where)
-            long = programs.lengths(changed, frame.model_config)
+            long = programs.longest_texts(changed, frame.model_config)
             now = config.train.micro_batch or completions
             if config.train.micro_tokens:
                 now = rows(other, long).count * shards

@@ -25,7 +25,7 @@ class Op(NamedTuple):
     root: bool
 
 
-def computations(text: str) -> tuple[dict[str, dict[str, Op]], str]:
+def parse_computations(text: str) -> tuple[dict[str, dict[str, Op]], str]:
     """{computation: {instruction: Op}} and the name of the entry."""
     found: dict[str, dict[str, Op]] = {}
     entry, ops = "", {}
@@ -64,7 +64,7 @@ def _closing(text: str) -> int:
     raise ValueError(f"no closing bracket in {text[:80]!r}")
 
 
-def arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
+def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
     """(element type, dimensions, whether in main memory) of each array of a result."""
     out = []
     for kind, dims, layout in _ARRAY.findall(text):
@@ -74,7 +74,7 @@ def arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
     return out
 
 
-def size(array: tuple[str, tuple[int, ...], bool]) -> float:
+def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
     kind, shape, _ = array
     bits = _BITS.get(kind)
     if bits is None:
@@ -82,17 +82,17 @@ def size(array: tuple[str, tuple[int, ...], bool]) -> float:
     return math.prod(shape) * bits / 8
 
 
-def in_memory(text: str) -> float:
+def main_memory_bytes(text: str) -> float:
     """Bytes in main memory of a result."""
-    return sum(size(array) for array in arrays(text) if array[2])
+    return sum(array_bytes(array) for array in parse_arrays(text) if array[2])
 
 
-def whole(text: str) -> float:
+def total_bytes(text: str) -> float:
     """Bytes of a result, wherever it lies."""
-    return sum(map(size, arrays(text)))
+    return sum(map(array_bytes, parse_arrays(text)))
 
 
-def integer(op: Op) -> int | None:
+def constant_value(op: Op) -> int | None:
     """The value of a scalar integer constant; None for any other."""
     if not re.match(r"[su]\d+\[\]", op.result):
         return None
@@ -100,7 +100,7 @@ def integer(op: Op) -> int | None:
     return int(found[0]) if found else None
 
 
-def replica_groups(rest: str, devices: int) -> list[list[int]]:
+def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
     """The groups of partitions that exchange, of each spelling; pairs of a permutation.
 
     `{{0,1},{2,3}}`, `[2,2]<=[4]` (the same), `[2,2]<=[2,2]T(1,0)` -> [[0, 2], [1, 3]]; the same

@@ -57,7 +57,7 @@ class Collective(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class Analysis:
     """Of one compiled program, on each device."""
 
     name: str
@@ -77,18 +77,18 @@ class Facts:
         return self.temporary + max(0, self.outputs - self.aliased)
 
 
-def facts(
+def analyse(
     name: str, program: Any, seconds: float, mesh: Any = None, *, turns: int = 1
-) -> Facts:  # fmt: skip
+) -> Analysis:  # fmt: skip
     """Facts of a jax.stages.Compiled.
 
     Args:
       mesh: that it was compiled for, to name the axes of collectives; None for one device.
       turns: of loops about which the text says nothing.
     """
-    costs, collectives = read(program.as_text(), mesh, turns=turns)
+    costs, collectives = read_text(program.as_text(), mesh, turns=turns)
     memory = program.memory_analysis()
-    return Facts(
+    return Analysis(
         name, seconds,
         sum(c.flops * c.times for c in costs), sum(c.bytes * c.times for c in costs),
         memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
@@ -96,7 +96,7 @@ def facts(
     )  # fmt: skip
 
 
-def seconds(found: Facts, chip: hardware.Chip) -> tuple[float, float]:
+def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float]:
     """(of computing, of exchanging) by roofline: each instruction takes as long as its FLOPs or
     its bytes would alone, whichever is longer, and exchanges do not overlap one another."""
     own = sum(max(c.flops / chip.flops, c.bytes / chip.bandwidth) * c.times for c in found.costs)
@@ -106,7 +106,7 @@ def seconds(found: Facts, chip: hardware.Chip) -> tuple[float, float]:
     return own, travel
 
 
-def by_axis(found: Facts) -> dict[str, dict[str, tuple[int, float]]]:
+def sum_by_axes(found: Analysis) -> dict[str, dict[str, tuple[int, float]]]:
     """{axes: {kind: (how many run, bytes that a device sends)}}."""
     out: dict = collections.defaultdict(dict)
     for one in found.collectives:
@@ -119,9 +119,9 @@ def by_axis(found: Facts) -> dict[str, dict[str, tuple[int, float]]]:
 # --- text -------------------------------------------------------------------------------------
 
 
-def read(text: str, mesh: Any = None, *, turns: int = 1) -> tuple[tuple, tuple]:
+def read_text(text: str, mesh: Any = None, *, turns: int = 1) -> tuple[tuple, tuple]:
     """(costs, collectives) of a program's text."""
-    found, entry = hlo.computations(text)
+    found, entry = hlo.parse_computations(text)
     program = _Program(found, mesh, turns, [], [], set())
     _walk(program, entry, 1)
     return tuple(program.costs), tuple(program.collectives)
@@ -152,7 +152,7 @@ def _walk(program: _Program, name: str, times: int) -> None:
             _dearest(program, op, times)
         elif op.kind == "send":
             # Between slices of TPUs, which only `data` has: what their hosts pass on.
-            sent = hlo.whole(ops[op.operands[0]].result)
+            sent = hlo.total_bytes(ops[op.operands[0]].result)
             program.collectives.append(Collective("send", "data", True, sent, times))
         elif op.kind.removesuffix("-start") in COLLECTIVES:
             _exchange(program, ops, op, times)
@@ -176,7 +176,7 @@ def _turns(program: _Program, op: hlo.Op) -> int:
     bounds = [
         int(value)
         for one in condition.values()
-        if one.kind == "constant" and (value := hlo.integer(one)) is not None
+        if one.kind == "constant" and (value := hlo.constant_value(one)) is not None
     ]
     return max([bound for bound in bounds if bound > 1], default=program.turns)
 
@@ -217,10 +217,10 @@ def _fused(program: _Program, name: str, times: int) -> float:
 
 def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     if op.kind == "dot":
-        left = hlo.arrays(ops[op.operands[0]].result)[0][1]
+        left = hlo.parse_arrays(ops[op.operands[0]].result)[0][1]
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
         inner = math.prod(left[int(a)] for a in axes[1].split(",") if a) if axes else 1
-        return 2.0 * inner * math.prod(hlo.arrays(op.result)[0][1])
+        return 2.0 * inner * math.prod(hlo.parse_arrays(op.result)[0][1])
     if op.kind == "convolution":
         return _convolution(ops, op)
     if op.kind == "custom-call":
@@ -249,10 +249,10 @@ def _target(op: hlo.Op) -> str:
 
 
 def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    left = hlo.arrays(ops[op.operands[0]].result)[0][1]
+    left = hlo.parse_arrays(ops[op.operands[0]].result)[0][1]
     axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.rest)
     inner = [int(a) for a in re.findall(r"\d+", axes[1])] if axes else [len(left) - 1]
-    return 2.0 * math.prod(left[a] for a in inner) * math.prod(hlo.arrays(op.result)[0][1])
+    return 2.0 * math.prod(left[a] for a in inner) * math.prod(hlo.parse_arrays(op.result)[0][1])
 
 
 def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
@@ -261,8 +261,8 @@ def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     if not labels:
         return 0.0
-    left, right = (hlo.arrays(ops[name].result)[0][1] for name in op.operands[:2])
-    out = hlo.arrays(op.result)[0][1]
+    left, right = (hlo.parse_arrays(ops[name].result)[0][1] for name in op.operands[:2])
+    out = hlo.parse_arrays(op.result)[0][1]
     window = re.search(r"window=\{([^}]*)\}", op.rest)
     text = window[1] if window else ""
     total = 2.0 * right[labels[2].index("i")]
@@ -297,24 +297,24 @@ def _meetings(left: int, right: int, out: int, window: dict[str, int]) -> int:
 
 def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Bytes that an instruction reads from and writes to main memory."""
-    result = hlo.in_memory(op.result)
+    result = hlo.main_memory_bytes(op.result)
     if op.kind == "custom-call":
         estimate = _estimate(op)
         if estimate:
             return estimate[1]
     if op.kind in ("copy-start", "slice-start"):
         # Of (result, source, state): what arrives was read once, and written if not on the chip.
-        arrays = [array for array in hlo.arrays(op.result) if array[1]]
-        least = min(map(hlo.size, arrays), default=0.0)
+        arrays = [array for array in hlo.parse_arrays(op.result) if array[1]]
+        least = min(map(hlo.array_bytes, arrays), default=0.0)
         return least * (2 if all(array[2] for array in arrays) else 1)
     if op.kind in ("dynamic-slice", "slice", "gather", "iota", "broadcast"):
-        read = 0.0 if op.kind in ("iota", "broadcast") else hlo.whole(op.result)
+        read = 0.0 if op.kind in ("iota", "broadcast") else hlo.total_bytes(op.result)
         return result + read
     if op.kind in ("dynamic-update-slice", "scatter"):
-        return 2 * hlo.whole(ops[op.operands[1]].result)
+        return 2 * hlo.total_bytes(ops[op.operands[1]].result)
     if op.kind == "fusion" and (inner := _named(op, "calls")) in program.computations:
         return _fusion_bytes(program, inner, ops, op)
-    read = [hlo.in_memory(ops[name].result) for name in op.operands if name in ops]
+    read = [hlo.main_memory_bytes(ops[name].result) for name in op.operands if name in ops]
     if op.kind == "custom-call":
         # What is updated in place is not moved whole; how much of it, the text does not say.
         aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", op.rest)
@@ -328,7 +328,7 @@ def _fusion_bytes(program: _Program, inner: str, ops: dict[str, hlo.Op], op: hlo
     """Whole operands and results, but of those that are only cut from or into, the cut."""
     total = _written(program.computations[inner], op)
     for number, name in enumerate(op.operands):
-        if name in ops and hlo.in_memory(ops[name].result):
+        if name in ops and hlo.main_memory_bytes(ops[name].result):
             total += _read(program, inner, _parameter(program, inner, number))
     return total
 
@@ -355,31 +355,31 @@ def _read(program: _Program, inner: str, one: hlo.Op) -> float:
                 if name == one.name:
                     total += _read(program, called, _parameter(program, called, number))
         elif user.kind in ("dynamic-slice", "slice", "gather") and user.operands[0] == one.name:
-            total += hlo.whole(user.result)
+            total += hlo.total_bytes(user.result)
         elif user.kind == "dynamic-update-slice" and user.operands[0] == one.name:
             continue
         else:
-            return hlo.whole(one.result)
-    return min(total, hlo.whole(one.result))
+            return hlo.total_bytes(one.result)
+    return min(total, hlo.total_bytes(one.result))
 
 
 def _written(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Of results that are updates in place, the update."""
     root = next((one for one in inner.values() if one.root), None)
     if root is None:
-        return hlo.in_memory(op.result)
+        return hlo.main_memory_bytes(op.result)
     parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
-    arrays = hlo.arrays(op.result)
+    arrays = hlo.parse_arrays(op.result)
     if len(parts) != len(arrays):
-        return hlo.in_memory(op.result)
+        return hlo.main_memory_bytes(op.result)
     total = 0.0
     for part, array in zip(parts, arrays, strict=True):
         while part.kind == "bitcast":
             part = inner[part.operands[0]]
         if part.kind == "dynamic-update-slice":
-            total += hlo.whole(inner[part.operands[1]].result)
+            total += hlo.total_bytes(inner[part.operands[1]].result)
         elif array[2]:
-            total += hlo.size(array)
+            total += hlo.array_bytes(array)
     return total
 
 
@@ -398,9 +398,11 @@ def _exchange(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int)
 
 def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> Collective:
     kind = op.kind.removesuffix("-start")
-    groups = hlo.replica_groups(op.rest, 1 if program.mesh is None else program.mesh.devices.size)
+    groups = hlo.parse_replica_groups(
+        op.rest, 1 if program.mesh is None else program.mesh.devices.size
+    )
     size = max(map(len, groups), default=1)
-    given = sum(hlo.whole(ops[name].result) for name in op.operands if name in ops)
+    given = sum(hlo.total_bytes(ops[name].result) for name in op.operands if name in ops)
     share = (size - 1) / size
     sent = {
         "all-gather": given * (size - 1),

@@ -65,7 +65,7 @@ class Program:
 
     name: str
     arguments: int
-    facts: program_cost.Facts | None
+    facts: program_cost.Analysis | None
     needed: int
     failure: str = ""
 
@@ -92,7 +92,7 @@ class Phase:
         return sum(self.parts.values()) + self.working
 
 
-class Built(NamedTuple):
+class CompiledRun(NamedTuple):
     """All that was compiled."""
 
     frame: run_plan.ProgramPlan
@@ -105,7 +105,7 @@ class Built(NamedTuple):
 # --- what is meant ----------------------------------------------------------------------------
 
 
-def shape_of(config: Any) -> transformer.ModelConfig:
+def find_model_config(config: Any) -> transformer.ModelConfig:
     """The model's shape by its name, or from a folder's config.json; nothing else is read.
 
     Raises:
@@ -129,14 +129,14 @@ def shape_of(config: Any) -> transformer.ModelConfig:
     return transformer.SHAPES[max(known, key=len)]
 
 
-def frame(config: Any, found: list) -> run_plan.ProgramPlan:
+def make_frame(config: Any, found: list) -> run_plan.ProgramPlan:
     """What the programs are made from, checked as `run_plan.make_plan` checks it.
 
     Raises:
       ValueError: in one sentence.
     """
-    shape = shape_of(config)
-    where = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, found)
+    shape = find_model_config(config)
+    where = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, found)
     setting_rules.check_shards(config, sharding.batch_shards(where))
     setting_rules.check_vocabulary(config, shape.vocab_size)
     backends.choose_loss(config, sharding.platform(where))
@@ -146,7 +146,7 @@ def frame(config: Any, found: list) -> run_plan.ProgramPlan:
     return run_plan.ProgramPlan(config, where, dtype, shape, run_plan.adapter_scale(config))
 
 
-def lengths(config: Any, shape: transformer.ModelConfig) -> Lengths:
+def longest_texts(config: Any, shape: transformer.ModelConfig) -> Lengths:
     """The caps, within the positions that the model knows.
 
     Raises:
@@ -203,11 +203,11 @@ class _Maker(NamedTuple):
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            one = failed(name, held, error)
+            one = failed_program(name, held, error)
             # Where results are a part of their own, that part says what they take.
             self.programs.append(one if keeps else dataclasses.replace(one, needed=0))
             return None
-        facts = program_cost.facts(
+        facts = program_cost.analyse(
             name, program, time.perf_counter() - begun, self.frame.mesh, turns=turns
         )
         needed = (facts.added if keeps else facts.temporary) + max(0, facts.arguments - held)
@@ -234,7 +234,7 @@ def _placed(where: Mesh) -> Callable[[Any], Any]:
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def failed(name: str, arguments: int, error: BaseException) -> Program:
+def failed_program(name: str, arguments: int, error: BaseException) -> Program:
     """A program for which the compiler finds no room, with what it would take.
 
     Raises:
@@ -265,10 +265,10 @@ def first_state(frame: run_plan.ProgramPlan, make: _Maker, base: Any) -> tuple[A
     places = builders.find_shardings(shapes, frame)
     given = base if c.train.trainable == "full" else {}
     make("state at step 0", jax.jit(begun, out_shardings=places), given, keeps=False)
-    return sharding.abstract(shapes, frame.mesh, places), tx, options
+    return sharding.to_abstract(shapes, frame.mesh, places), tx, options
 
 
-def batch(config: Any, long: Lengths) -> layout.Batch:
+def longest_batch(config: Any, long: Lengths) -> layout.Batch:
     """A step's batch of the longest texts: NumPy arrays of zeros, as the methods make them."""
     B = config_lib.completions_per_step(config)
     method = config_lib.traits(config)
@@ -284,13 +284,13 @@ def batch(config: Any, long: Lengths) -> layout.Batch:
     return out
 
 
-def build(
+def compile_run(
     config: Any,
     target: hardware.Target,
     found: list,
     limit: float,
     said: Callable[[str], None] = lambda _: None,
-) -> Built:
+) -> CompiledRun:
     """Compiles every program of a run for these devices.
 
     Args:
@@ -301,18 +301,18 @@ def build(
       ValueError: for settings that no run would take.
     """
     begun = time.perf_counter()
-    one = frame(config, found)
-    long = lengths(config, one.model_config)
+    one = make_frame(config, found)
+    long = longest_texts(config, one.model_config)
     plan_like: Any = one
     with run_lib.set_mesh_and_precision(plan_like):
         phases = _phases(one, long, limit, said)
-    return Built(one, target, long, phases, time.perf_counter() - begun)
+    return CompiledRun(one, target, long, phases, time.perf_counter() - begun)
 
 
 def _phases(one: run_plan.ProgramPlan, long: Lengths, limit: float, said) -> dict[str, Phase]:
     c, where = one.config, one.mesh
     shapes = transformer.abstract_params(one.model_config, one.dtype)
-    base = sharding.abstract(shapes, where, builders.find_shardings(shapes, one))
+    base = sharding.to_abstract(shapes, where, builders.find_shardings(shapes, one))
     lora_run = c.train.trainable == "lora"
     placing, handing = _Maker(one, said, []), _Maker(one, said, [])
     state, tx, options = first_state(one, placing, base)
@@ -329,7 +329,7 @@ def _phases(one: run_plan.ProgramPlan, long: Lengths, limit: float, said) -> dic
         name = "weights" if len(args) > 1 else "adapter"  # as HandOver has them
         return handing(f"{name} to the sampler", program, *args, keeps=False)
 
-    sampled = sections(c, long)
+    sampled = sampled_sections(c, long)
     hand_over = builders.build_hand_over(one, frozen if lora_run else {}, call=call)
     handed_over = hand_over(student) if sampled else student
     copies = 0 if handed_over.params is student.params else size(handed_over.params)
@@ -349,13 +349,15 @@ def _phases(one: run_plan.ProgramPlan, long: Lengths, limit: float, said) -> dic
         if handed_over.params is None or sum(handed.values()) > limit:
             phases[name] = _unmade(name, handed, f"sampler of {section}")
         else:
-            phases[name] = sampling(one, long, section, asked, drawn, handed_over, handed, said)
+            phases[name] = compile_sampler(
+                one, long, section, asked, drawn, handed_over, handed, said
+            )
     kept = hand_over.kept()
     held = {**resident, "sampler's weights": 0 if kept is None else size(kept)}
     if c.train.steps and sum(held.values()) > limit:
         phases["step"] = _unmade("step", held, "training step")
     elif c.train.steps:
-        phases["step"] = step(one, long, (state, frozen, base), (tx, options), held, said)
+        phases["step"] = compile_step(one, long, (state, frozen, base), (tx, options), held, said)
     return phases
 
 
@@ -365,7 +367,7 @@ def _unmade(name: str, held: dict[str, int], program: str) -> Phase:
     return Phase(name, held, [Program(program, sum(held.values()), None, 0, reason)])
 
 
-def sections(c: Any, long: Lengths) -> list[tuple[str, str, int, int]]:
+def sampled_sections(c: Any, long: Lengths) -> list[tuple[str, str, int, int]]:
     """(phase, section of the settings, prompt, completion) of what is sampled here."""
     if c.sampler.engine == "server":
         return []
@@ -379,7 +381,7 @@ def sections(c: Any, long: Lengths) -> list[tuple[str, str, int, int]]:
     return out
 
 
-def sampling(
+def compile_sampler(
     one, long: Lengths, section: str, asked: int, drawn: int, policy: policy_lib.Policy, held, said
 ) -> Phase:
     """The sampler's programs of a section, with its cache."""
@@ -395,7 +397,7 @@ def sampling(
         decoder, policy, [(0,) * asked], [builders.build_sampling(one.config, section, (0,), ())],
         keys_n2=np.zeros((1, 2), np.uint32),
         settings=builders.build_sampler_settings(one.config, section, length), prefix=prefix,
-        vocabulary=request.Vocabulary(valid_V), limits=None, longest=asked, put=sharding.abstract,
+        vocabulary=request.Vocabulary(valid_V), limits=None, longest=asked, put=sharding.to_abstract,  # noqa: E501
     )  # fmt: skip
     said(f"compiling the sampler of {section}")
     programs, rows = make.programs, 0
@@ -403,11 +405,11 @@ def sampling(
     try:
         made = loop.compile_programs(job, sys.maxsize)
     except MemoryError as error:
-        programs.append(failed(f"sampler of {section}", held_by_job, _cause(error)))
+        programs.append(failed_program(f"sampler of {section}", held_by_job, _cause(error)))
         made = ()
     for program in made:
         call: Any = program.call
-        facts = program_cost.facts(program.name, call, program.seconds, one.mesh)
+        facts = program_cost.analyse(program.name, call, program.seconds, one.mesh)
         needed = 0 if program.name == "empty cache" else facts.temporary
         programs.append(Program(program.name, facts.arguments, facts, needed))
         if program.name.startswith("prefill"):
@@ -433,18 +435,18 @@ def _prefix(
     return make("worked examples", bound, policy, tokens, keeps=False)
 
 
-def step(one, long: Lengths, trees, parts, held, said) -> Phase:
+def compile_step(one, long: Lengths, trees, parts, held, said) -> Phase:
     """The training step, teacher included, on a batch of the longest texts."""
     state, frozen, base = trees
     tx, options = parts
     c, make = one.config, _Maker(one, said, [])
     decoder = builders.build_decoder(one)
     whole = PartitionSpec()
-    rows = builders.pack_batch(one, batch(c, long), caps=True)
-    arrays = sharding.abstract(rows, one.mesh, layout.batch_shardings(rows, one.mesh))
+    rows = builders.pack_batch(one, longest_batch(c, long), caps=True)
+    arrays = sharding.to_abstract(rows, one.mesh, layout.batch_shardings(rows, one.mesh))
     prefix = kvs = None
     if long.prefix:
-        prefix = sharding.abstract(np.zeros(long.prefix, np.int32), one.mesh, whole)
+        prefix = sharding.to_abstract(np.zeros(long.prefix, np.int32), one.mesh, whole)
     if long.prefix and config_lib.traits(c).teacher:
         kv = _prefix(
             one,
@@ -454,7 +456,7 @@ def step(one, long: Lengths, trees, parts, held, said) -> Phase:
             policy_lib.Policy(base, scale=one.adapter_scale),
         )
         kvs = (kv,) * (2 if options.teacher == "trust_region" else 1)
-    factor = sharding.abstract(np.float32(1), one.mesh, whole)
+    factor = sharding.to_abstract(np.float32(1), one.mesh, whole)
     jitted = builders.build_step(one, decoder, tx, options, state)
     make(
         "training step", jitted, state, frozen, arrays, prefix, kvs, factor,

@@ -33,35 +33,35 @@ def main(config: Any, target: hardware.Target, out: str, search: bool) -> int:
     """
     table_rules.check(config, data=False)
     said = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    limit = hardware.usable(target.chip)
-    built = programs.build(config, target, topologies.devices(target), limit, said)
-    found = report(built)
+    limit = hardware.usable_memory(target.chip)
+    built = programs.compile_run(config, target, topologies.make_devices(target), limit, said)
+    found = build_report(built)
     if search and found["fits"]:
-        found["largest"]["checked"] = check(built, found["largest"], said)
-    print(text(found))
+        found["largest"]["checked"] = compile_proposals(built, found["largest"], said)
+    print(format_report(found))
     if out:
         pathlib.Path(out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0 if found["fits"] else 1
 
 
-def report(built: programs.Built) -> dict:
+def build_report(built: programs.CompiledRun) -> dict:
     """Everything that is known of a dry run, as JSON has it; bytes, seconds, FLOPs of a device."""
     one, chip = built.frame, built.target.chip
-    usable = hardware.usable(chip)
+    usable = hardware.usable_memory(chip)
     fits = all(phase.total <= usable and not _failed(phase) for phase in built.phases.values())
     found = {
         "target": built.target.name,
         "devices": one.mesh.devices.size,
         "device": built.target.kind,
         "mesh": {name: int(size) for name, size in one.mesh.shape.items()},
-        "whole": memory.uneven(one),
+        "whole": memory.describe_undivided(one),
         "usable": usable,
         "fits": fits,
         "lengths": built.lengths._asdict(),
         "phases": {name: _phase(phase) for name, phase in built.phases.items()},
         "model": {name: _model(built, name, phase) for name, phase in built.phases.items()},
-        "time": times(built),
-        "largest": largest(built),
+        "time": estimate_times(built),
+        "largest": propose_sizes(built),
         "compile_seconds": round(built.seconds, 1),
     }
     # Where the compiler has shown the model to promise too much, so do its proposals.
@@ -75,7 +75,7 @@ def report(built: programs.Built) -> dict:
     )
     room = usable / max(1.0, short)
     found["advice"] = [] if fits else budget.advice(one, built.target, built.lengths, room)
-    found["sentence"] = sentence(built, found)
+    found["sentence"] = write_sentence(built, found)
     return found
 
 
@@ -91,7 +91,7 @@ def _phase(phase: programs.Phase) -> dict:
         if facts is None:
             one["failure"] = program.failure
         else:
-            axes = program_cost.by_axis(facts)
+            axes = program_cost.sum_by_axes(facts)
             one |= {
                 "compile_seconds": round(facts.seconds, 1), "flops": facts.flops,
                 "bytes": facts.bytes, "temporary": facts.temporary,
@@ -104,7 +104,7 @@ def _phase(phase: programs.Phase) -> dict:
     }  # fmt: skip
 
 
-def _model(built: programs.Built, name: str, phase: programs.Phase) -> dict:
+def _model(built: programs.CompiledRun, name: str, phase: programs.Phase) -> dict:
     """The model of memory beside what the compiler reports, where it reports all of a phase."""
     parts = budget.parts(built.frame, built.lengths, name)
     if parts is None:
@@ -117,7 +117,7 @@ def _model(built: programs.Built, name: str, phase: programs.Phase) -> dict:
 # --- time -------------------------------------------------------------------------------------
 
 
-def times(built: programs.Built) -> dict:
+def estimate_times(built: programs.CompiledRun) -> dict:
     """Seconds of a step's parts at the caps: every completion as long as it may be."""
     chip, c = built.target.chip, built.frame.config
     completions = config_lib.completions_per_step(c)
@@ -140,7 +140,7 @@ def times(built: programs.Built) -> dict:
     return found
 
 
-def _each_step(built: programs.Built) -> list[programs.Program]:
+def _each_step(built: programs.CompiledRun) -> list[programs.Program]:
     """Programs of the hand-over that run every step: under adapters the base moves once a run."""
     programs = built.phases["hand-over"].programs
     lora = built.frame.config.train.trainable == "lora"
@@ -156,11 +156,11 @@ def _seconds(programs: list[programs.Program], chip: hardware.Chip) -> float | N
     for program in programs:
         if program.facts is None:
             return None
-        total += max(program_cost.seconds(program.facts, chip)) / REACHED
+        total += max(program_cost.roofline_seconds(program.facts, chip)) / REACHED
     return total
 
 
-def _sampling(built: programs.Built, name: str, texts: int) -> float | None:
+def _sampling(built: programs.CompiledRun, name: str, texts: int) -> float | None:
     """A phase of sampling: slots filled in waves, each prompt prefilled, each token drawn."""
     chip, c, long = built.target.chip, built.frame.config, built.lengths
     programs = built.phases[name].programs
@@ -188,11 +188,11 @@ def _sampling(built: programs.Built, name: str, texts: int) -> float | None:
 # --- what fits --------------------------------------------------------------------------------
 
 
-def largest(built: programs.Built) -> dict:
+def propose_sizes(built: programs.CompiledRun) -> dict:
     """The largest micro-batch of completions and numbers of slots that fit, by the model of memory
     around what was compiled; 0 if none does."""
     one, long = built.frame, built.lengths
-    usable = hardware.usable(built.target.chip)
+    usable = hardware.usable_memory(built.target.chip)
     out: dict[str, int] = {}
     if "step" in built.phases:
         now = built.phases["step"].total
@@ -226,7 +226,9 @@ def largest(built: programs.Built) -> dict:
     return out
 
 
-def check(built: programs.Built, found: dict, said: Callable[[str], None]) -> dict:
+def compile_proposals(
+    built: programs.CompiledRun, found: dict, said: Callable[[str], None]
+) -> dict:
     """Compiles once more with the largest sizes; whether they fit."""
     config = built.frame.config.copy_and_resolve_references()
     config.unlock()
@@ -235,9 +237,9 @@ def check(built: programs.Built, found: dict, said: Callable[[str], None]) -> di
         if value:
             config[section][key] = value
     config.lock()
-    usable = hardware.usable(built.target.chip)
+    usable = hardware.usable_memory(built.target.chip)
     devices = list(built.frame.mesh.devices.flat)
-    again = programs.build(config, built.target, devices, usable, said)
+    again = programs.compile_run(config, built.target, devices, usable, said)
     return {
         name: {"total": phase.total, "fits": phase.total <= usable and not _failed(phase)}
         for name, phase in again.phases.items()
@@ -247,7 +249,7 @@ def check(built: programs.Built, found: dict, said: Callable[[str], None]) -> di
 # --- words ------------------------------------------------------------------------------------
 
 
-def sentence(built: programs.Built, found: dict) -> str:
+def write_sentence(built: programs.CompiledRun, found: dict) -> str:
     """First of the report: whether it fits; if not, by how much, and what would."""
     usable, kind = found["usable"], built.target.kind
     needs = {name: need(phase, found["model"][name]) for name, phase in built.phases.items()}
@@ -273,7 +275,7 @@ def need(phase: programs.Phase, model: dict) -> float:
     return max(phase.total, model.get("total", 0)) if _failed(phase) else phase.total
 
 
-def text(found: dict) -> str:
+def format_report(found: dict) -> str:
     """The report for people."""
     caps = ", ".join(f"{name} {value}" for name, value in found["lengths"].items() if value)
     lines = [found["sentence"], ""]

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from copsd_jax.runtime import hardware
 
 
-def devices(target: hardware.Target) -> list:
+def make_devices(target: hardware.Target) -> list:
     """Devices of a topology.
 
     Raises:
@@ -59,6 +59,6 @@ def _cards(target: hardware.Target) -> list:
         )
     found = topologies.get_topology_desc(
         platform="cuda", topology_name="x", topology=f"1x{target.topology}",
-        target_config=hardware.gpu_description(target.kind),
+        target_config=hardware.describe_gpu(target.kind),
     )  # fmt: skip
     return list(found.devices)

@@ -45,7 +45,7 @@ def axes(split_vocabulary: bool) -> Axes:
         whole heads, and the axis that would split them splits the tokens as well.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
-    rows = tuple(name for name in mesh_lib.BATCH if sizes.get(name, 1) > 1)
+    rows = tuple(name for name in mesh_lib.BATCH_AXES if sizes.get(name, 1) > 1)
     if sizes.get(VOCABULARY, 1) == 1:
         return Axes(rows, None)
     return Axes(rows, VOCABULARY) if split_vocabulary else Axes((*rows, VOCABULARY), None)
@@ -117,8 +117,9 @@ def gathered(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
 def divided(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
     """A head as it is stored where the axis divides the vocabulary, split along both dimensions.
 
-    For heads that come from the parameters to `spread` directly: those that `sharding.partition`
-    splits along the width alone would otherwise be brought together whole on every device first.
+    For heads that come from the parameters to `spread` directly: those that
+    `sharding.partition_spec` splits along the width alone would otherwise be brought together whole
+    on every device first.
     """
     split = axes(split_vocabulary)
     if not split.vocabulary:

@@ -173,7 +173,7 @@ def _server(
         for one, (conversation, _) in zip(asked, fitted, strict=True)
         if conversation
     ]
-    answers = iter(processes.once(lambda: client.ask_all(build_server(c), requests)))
+    answers = iter(processes.run_on_leader(lambda: client.ask_all(build_server(c), requests)))
     out = []
     for one, (conversation, shortened) in zip(asked, fitted, strict=True):
         if not conversation:

@@ -341,7 +341,7 @@ class Layer(nn.Module):
         x = self.mlp_norm(hidden)
         hidden = hidden + project("down", nn.silu(project("gate", x)) * project("up", x))
         own = KV(k, v) if self.return_kv and cache is None else None
-        return (sharding.rowwise(hidden), cache), own
+        return (sharding.constrain_rows(hidden), cache), own
 
     def _qkv(self, project, x, angle_BLE):
         c = self.config
@@ -356,7 +356,9 @@ class Layer(nn.Module):
         k = k.astype(self.dtype)
         # Downstream there are K r key heads with M / r queries each.
         if self.key_repeats > 1:
-            k, v = (sharding.headwise(jnp.repeat(x, self.key_repeats, axis=2)) for x in (k, v))
+            k, v = (
+                sharding.constrain_heads(jnp.repeat(x, self.key_repeats, axis=2)) for x in (k, v)
+            )
         q = q.reshape(*x.shape[:2], k.shape[2], -1, c.head_dim)
         return q.astype(self.dtype), k, v
 
@@ -431,8 +433,9 @@ class Decoder(nn.Module):
             c, self.dtype, self.query_block, self.decode, self.attention,
             tuple(s.adapter_scale for s in streams), return_kv, self.key_repeats,
         )  # fmt: skip
-        embed = lambda s: sharding.rowwise(  # noqa: E731
-            (sharding.lookup(embedding, s.tokens_BL) if s.cache is None else embedding[s.tokens_BL])
+        look_up = sharding.look_up
+        embed = lambda s: sharding.constrain_rows(  # noqa: E731
+            (look_up(embedding, s.tokens_BL) if s.cache is None else embedding[s.tokens_BL])
             .astype(self.dtype)
         )  # fmt: skip
         carry = tuple((embed(s), s.cache) for s in streams)

@@ -54,19 +54,19 @@ CHIPS = {
 }
 CPU = Chip(1e11, 2e10, 8e9, 0, 8 * GIB, 1e10, 1e9)  # for programs compiled for this machine
 
-KINDS = {
+TPU_KINDS = {
     "v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x",
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
-CARDS = {
+GPU_KINDS = {
     "a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200",
 }  # fmt: skip
 # What a name's number counts: cores, two of which a chip has, or chips.
 COUNTS_CORES = ("v4", "v5p", "tpu7x")
-FLAT = {
+TOPOLOGIES_2D = {
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
 }  # fmt: skip
-CUBES = {
+TOPOLOGIES_3D = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
     512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16",
 }  # fmt: skip
@@ -105,14 +105,14 @@ class Target:
 
     @property
     def chip(self) -> Chip:
-        return CHIPS[(KINDS | CARDS)[self.kind]]
+        return CHIPS[(TPU_KINDS | GPU_KINDS)[self.kind]]
 
     @property
     def topology(self) -> str:
         return "x".join(map(str, self.shape))
 
 
-def parse(text: str) -> Target:
+def parse_target(text: str) -> Target:
     """`v5e:4x8`, `v5e-32`, `2*v5p:4x4x4`, `cuda:h200:1x8`.
 
     v5p-128 has 64 chips: of v4, v5p and tpu7x the number counts cores, of v5e and v6e chips.
@@ -125,7 +125,7 @@ def parse(text: str) -> Target:
         return _cards(text, lower)
     found = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9]+?)(?::(\d+(?:x\d+){1,2})|-(\d+))", lower)
     kind = ALIASES.get(found[2], found[2]) if found else ""
-    if not found or kind not in KINDS:
+    if not found or kind not in TPU_KINDS:
         raise ValueError(f"--dry_run is {text!r}: the choices are like {CHOICES}")
     shape = _shape(text, kind, found[3], found[4])
     slices = int(found[1] or 1)
@@ -135,8 +135,8 @@ def parse(text: str) -> Target:
 
 
 def _shape(text: str, kind: str, topology: str | None, number: str | None) -> tuple[int, ...]:
-    table = FLAT if kind in ("v5e", "v6e") else CUBES
-    dimensions = 2 if table is FLAT else 3
+    table = TOPOLOGIES_2D if kind in ("v5e", "v6e") else TOPOLOGIES_3D
+    dimensions = 2 if table is TOPOLOGIES_2D else 3
     if topology is None:
         count = int(number or 0)
         chips = count // 2 if kind in COUNTS_CORES else count
@@ -157,10 +157,10 @@ def _shape(text: str, kind: str, topology: str | None, number: str | None) -> tu
 def _cards(text: str, lower: str) -> Target:
     found = re.fullmatch(r"cuda:(?:([a-z0-9]+):)?(\d+)x(\d+)", lower)
     card = (found[1] or "h100") if found else ""
-    if not found or card not in CARDS:
+    if not found or card not in GPU_KINDS:
         raise ValueError(
             f"--dry_run is {text!r}: a GPU target is cuda:CARD:HOSTSxCARDS, as cuda:h200:1x8, with "
-            f"CARD one of {', '.join(CARDS)}"
+            f"CARD one of {', '.join(GPU_KINDS)}"
         )
     shape = int(found[2]), int(found[3])
     if min(shape) < 1:
@@ -168,7 +168,7 @@ def _cards(text: str, lower: str) -> Target:
     return Target(text, "cuda", card, shape, 1)
 
 
-def usable(chip: Chip) -> float:
+def usable_memory(chip: Chip) -> float:
     """Bytes of a device that a run may take; of a GPU what JAX takes of it, see GPU_FRACTION.
 
     The environment's XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise, as to JAX itself.
@@ -178,12 +178,12 @@ def usable(chip: Chip) -> float:
     return chip.usable * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or GPU_FRACTION)
 
 
-def gpu_description(kind: str) -> str:
+def describe_gpu(kind: str) -> str:
     """What the compiler for CUDA has to know of a card: a protocol buffer as text."""
     name, cores, shared, cache, clock, major, bandwidth, memory = {
-        "a100": (CARDS["a100"], 108, 167936, 41943040, 1.41, 8, 2039, 85093515264),
-        "h100": (CARDS["h100"], 132, 233472, 52428800, 1.98, 9, 3350, 85017493504),
-        "h200": (CARDS["h200"], 132, 233472, 62914560, 1.98, 9, 4800, 150754820096),
+        "a100": (GPU_KINDS["a100"], 108, 167936, 41943040, 1.41, 8, 2039, 85093515264),
+        "h100": (GPU_KINDS["h100"], 132, 233472, 52428800, 1.98, 9, 3350, 85017493504),
+        "h200": (GPU_KINDS["h200"], 132, 233472, 62914560, 1.98, 9, 4800, 150754820096),
     }[kind]
     optin = shared - 1024
     fpus = 64 if major == 8 else 128

@@ -17,7 +17,7 @@ import platform
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
-def accelerated() -> bool:
+def may_have_accelerator() -> bool:
     """Whether JAX may find something else than a CPU; asked before JAX starts."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
@@ -26,13 +26,13 @@ def accelerated() -> bool:
     return bool(plugins) or importlib.util.find_spec("libtpu") is not None
 
 
-def keep() -> bool:
+def keep_freed_memory() -> bool:
     """Has malloc keep what is freed, in one arena for all threads; whether it will.
 
     To be called before JAX starts its threads, whose arenas would else be there already. It changes
     speed alone: with an accelerator or another library than glibc it does nothing.
     """
-    if accelerated() or platform.libc_ver()[0] != "glibc":
+    if may_have_accelerator() or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(*pair) for pair in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1)))

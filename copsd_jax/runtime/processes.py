@@ -3,7 +3,7 @@
 Every process runs the same code on the same numbers and calls the same programs in the same order;
 each holds its own devices' part of every array. What may come out differently on two machines
 (clocks, servers, files that are being written) is done by the leading process alone, and the others
-get its result: `once`. Only the leading process writes files and says how the run goes.
+get its result: `run_on_leader`. Only the leading process writes files and says how the run goes.
 """
 
 import os
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 _NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
 
 
-def start(config: config_lib.Config) -> None:
+def connect(config: config_lib.Config) -> None:
     """Joins the processes of `mesh.*`, before anything asks for a device; nothing for a run alone.
 
     mesh.coordinator is '' for one process, 'auto' where Cloud TPU, GKE, SLURM or MPI say who is
@@ -48,21 +48,21 @@ def start(config: config_lib.Config) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"mesh.coordinator is {m.coordinator!r}: {reason}") from error
-    if not leads():
+    if not is_leader():
         sys.stdout = _NOWHERE  # errors alone, on stderr
 
 
-def leads() -> bool:
+def is_leader() -> bool:
     """Whether this is the process that writes files and speaks."""
     return jax.process_index() == 0
 
 
-def progress() -> TextIO:
+def progress_stream() -> TextIO:
     """Where progress is shown: stderr of the leading process; of the others nowhere."""
-    return sys.stderr if leads() else _NOWHERE
+    return sys.stderr if is_leader() else _NOWHERE
 
 
-def once(function: Callable[[], Result]) -> Result:
+def run_on_leader(function: Callable[[], Result]) -> Result:
     """What `function` returns on the leading process, on all of them; it is called there alone.
 
     All processes wait here for it, so whatever goes wrong there is told to them.
@@ -73,7 +73,7 @@ def once(function: Callable[[], Result]) -> Result:
     if jax.process_count() == 1:
         return function()
     said = b""
-    if leads():
+    if is_leader():
         try:
             said = pickle.dumps((function(), None))
         except Exception as error:
@@ -93,7 +93,7 @@ def _pickled(error: Exception) -> bytes:
     return said
 
 
-def meet(name: str) -> None:
+def wait_for_all(name: str) -> None:
     """Waits until all processes are here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

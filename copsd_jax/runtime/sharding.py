@@ -5,10 +5,10 @@ splits their other dimension. Slices of TPUs, which a network joins, are the out
 `data`. Shardings are Auto axes with pinned outputs, so any function that compiles on one device
 compiles on the mesh.
 
-What an axis does not divide stays whole along it (`whole` says which and what it costs), with two
-rules besides: keys and values are cut between heads only, and the model repeats its K key heads
-until `tensor` divides them (`key_repeats`); a vocabulary that `tensor` does not divide is stored
-cut along the width, and padded by the programs that split it.
+What an axis does not divide stays whole along it (`find_undivided` says which and what it costs),
+with two rules besides: keys and values are cut between heads only, and the model repeats its K key
+heads until `tensor` divides them (`key_repeats`); a vocabulary that `tensor` does not divide is
+stored cut along the width, and padded by the programs that split it.
 """
 
 import collections
@@ -23,12 +23,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the axes over which completions are split
+BATCH_AXES = ("data", "fsdp")  # the axes over which completions are split
 
 # Partition of each array by its name. `layers/...` leaves carry a leading axis of layers.
 _COLUMN = (None, "fsdp", "tensor")  # [layers, in, out] of a projection into heads or the MLP
 _ROW = (None, "tensor", "fsdp")  # [layers, in, out] of a projection back to the width
-_SLOTS = (None, BATCH, "tensor", None)  # [layers, J, K, A] of the sampler
+_SLOTS = (None, BATCH_AXES, "tensor", None)  # [layers, J, K, A] of the sampler
 Axis = str | tuple[str, ...] | None
 PARTITIONS: dict[str, tuple[Axis, ...]] = {
     "embed/embedding": ("tensor", "fsdp"),
@@ -56,7 +56,7 @@ PARTITIONS: dict[str, tuple[Axis, ...]] = {
 VOCABULARIES = ("embed/embedding", "head/kernel")  # [V, D]
 
 
-def make(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
     """A mesh of all devices; one size may be -1 for the rest.
 
     Raises:
@@ -143,7 +143,7 @@ def key_repeats(heads: int, key_heads: int, tensor: int) -> int:
     return next(r for r in range(1, queries + 1) if not queries % r and not key_heads * r % tensor)
 
 
-def partition(
+def partition_spec(
     name: str, shape: tuple[int, ...], mesh: Mesh, key_heads: int | None = None
 ) -> PartitionSpec:
     """Where an array of the table lies.
@@ -196,13 +196,13 @@ def shardings(
     """NamedShardings of a tree of parameters, adapters or optimizer state; scalars replicated.
 
     `gathered` are those for decoding: whole along `fsdp`, where training splits them. `key_heads`
-    as for `partition`.
+    as for `partition_spec`.
     """
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
         spec = PartitionSpec()
         if leaf.ndim:
-            spec = partition(_name(path), leaf.shape, mesh, key_heads)
+            spec = partition_spec(_name(path), leaf.shape, mesh, key_heads)
         if gathered:
             spec = PartitionSpec(*(_without(axis, "fsdp") for axis in spec))
         return NamedSharding(mesh, spec)
@@ -210,7 +210,9 @@ def shardings(
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def whole(tree: Any, mesh: Mesh, key_heads: int | None) -> tuple[dict[str, list[str]], int]:
+def find_undivided(
+    tree: Any, mesh: Mesh, key_heads: int | None
+) -> tuple[dict[str, list[str]], int]:
     """What stays whole along an axis that should cut it: names by axis, and bytes in all that each
     device holds for it beyond its even part."""
     names: dict[str, list[str]] = collections.defaultdict(list)
@@ -219,7 +221,7 @@ def whole(tree: Any, mesh: Mesh, key_heads: int | None) -> tuple[dict[str, list[
         if not leaf.ndim:
             continue
         name = _name(path)
-        spec = partition(name, leaf.shape, mesh, key_heads)
+        spec = partition_spec(name, leaf.shape, mesh, key_heads)
         found = {one for axis in spec for one in _names(axis)}
         wanted = {one for axis in _axes(name, leaf.shape) for one in _names(axis)}
         missing = sorted(one for one in wanted - found if mesh.shape[one] > 1)
@@ -231,17 +233,17 @@ def whole(tree: Any, mesh: Mesh, key_heads: int | None) -> tuple[dict[str, list[
     return dict(names), more
 
 
-def place(tree: Any, mesh: Mesh, key_heads: int | None = None) -> Any:
+def shard_by_name(tree: Any, mesh: Mesh, key_heads: int | None = None) -> Any:
     """Puts parameters, adapters or optimizer state where the table says."""
-    return jax.tree.map(put, tree, shardings(tree, mesh, key_heads))
+    return jax.tree.map(shard_array, tree, shardings(tree, mesh, key_heads))
 
 
-def put(x: Any, sharding: NamedSharding) -> jax.Array:
+def shard_array(x: Any, sharding: NamedSharding) -> jax.Array:
     """An array that every process has whole, each device's part on it; nothing travels."""
     return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
 
-def read(
+def load_shards(
     shape: tuple[int, ...],
     sharding: NamedSharding,
     part: Callable[[tuple[slice, ...]], np.ndarray],
@@ -266,16 +268,16 @@ def read(
 
 def place_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
     """Splits arrays along `axis` over the batch axes of the mesh."""
-    return from_host(tree, mesh, PartitionSpec(*([None] * axis), BATCH))
+    return shard_tree(tree, mesh, PartitionSpec(*([None] * axis), BATCH_AXES))
 
 
-def current() -> Mesh:
+def current_mesh() -> Mesh:
     """The mesh of the surrounding `jax.set_mesh`; outside of one, the default device alone."""
     context = jax.sharding.get_mesh()
-    return make(1, 1, 1, jax.devices()[:1]) if context.empty else context
+    return make_mesh(1, 1, 1, jax.devices()[:1]) if context.empty else context
 
 
-def rowwise(x: jax.Array) -> jax.Array:
+def constrain_rows(x: jax.Array) -> jax.Array:
     """Keeps an array's rows where the batch's are, its other dimensions whole.
 
     Left alone the compiler cuts hidden states along the width where `fsdp` cuts the weights, and
@@ -284,10 +286,10 @@ def rowwise(x: jax.Array) -> jax.Array:
     sizes = jax.sharding.get_abstract_mesh()
     if sizes.empty or x.shape[0] % (sizes.shape["data"] * sizes.shape["fsdp"]):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *(None,) * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *(None,) * (x.ndim - 1)))
 
 
-def lookup(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """table[tokens], [B, L, D], where the tokens' rows are split over the batch axes.
 
     Each device looks its part of the width up, for all rows of its `fsdp` group, and the group
@@ -316,15 +318,15 @@ def lookup(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
             x_BLD = jax.lax.all_gather(x_BLD, "tensor", axis=2, tiled=True)
         return jax.lax.all_to_all(x_BLD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
-    rows = PartitionSpec(BATCH, None)
+    rows = PartitionSpec(BATCH_AXES, None)
     run = jax.shard_map(
-        device, in_specs=(PartitionSpec(*spec), rows), out_specs=PartitionSpec(BATCH, None, None),
-        check_vma=False,
+        device, in_specs=(PartitionSpec(*spec), rows),
+        out_specs=PartitionSpec(BATCH_AXES, None, None), check_vma=False,
     )  # fmt: skip
     return run(table_VD, tokens_BL)
 
 
-def headwise(x_BLKH: jax.Array) -> jax.Array:
+def constrain_heads(x_BLKH: jax.Array) -> jax.Array:
     """Puts each head on its devices along `tensor`, which divides them."""
     sizes = jax.sharding.get_abstract_mesh()
     if sizes.empty or x_BLKH.shape[2] % sizes.shape["tensor"]:
@@ -333,12 +335,12 @@ def headwise(x_BLKH: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x_BLKH, PartitionSpec(free, free, "tensor", free))
 
 
-def from_host(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """`put` of all arrays of a tree, with one partition."""
-    return jax.tree.map(lambda x: put(x, NamedSharding(mesh, spec)), tree)
+def shard_tree(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """`shard_array` of all arrays of a tree, with one partition."""
+    return jax.tree.map(lambda x: shard_array(x, NamedSharding(mesh, spec)), tree)
 
 
-def abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
+def to_abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
     """A tree of arrays or shapes as jax.ShapeDtypeStructs on the mesh; nothing is moved.
 
     Args:
@@ -354,4 +356,4 @@ def abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Puts a whole copy of each array on every device."""
-    return from_host(tree, mesh, PartitionSpec())
+    return shard_tree(tree, mesh, PartitionSpec())

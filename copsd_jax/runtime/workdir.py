@@ -23,7 +23,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import processes
 
 # Settings that cannot change the numbers: a run may be continued with other values of them.
-FREE = (
+CHANGEABLE = (
     "description",
     "mesh.",
     # As the number of slots: the same tokens in other rows.
@@ -87,7 +87,7 @@ def check_writable(directory: pathlib.Path, flag: str) -> None:
         ) from error
 
 
-def check(directory: pathlib.Path, settings: dict[str, object]) -> bool:
+def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> bool:
     """Whether the directory holds this very run already; writes nothing.
 
     Raises:
@@ -105,7 +105,7 @@ def check(directory: pathlib.Path, settings: dict[str, object]) -> bool:
     differences = [
         f"{name} was {old.get(name)!r}, now {_listed(settings.get(name))!r}"
         for name in sorted(old.keys() | settings.keys())
-        if old.get(name) != _listed(settings.get(name)) and not name.startswith(FREE)
+        if old.get(name) != _listed(settings.get(name)) and not name.startswith(CHANGEABLE)
     ]
     if differences:
         raise ValueError(
@@ -115,7 +115,7 @@ def check(directory: pathlib.Path, settings: dict[str, object]) -> bool:
     return True
 
 
-def check_facts(directory: pathlib.Path, facts: dict) -> None:
+def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
     """Refuses to continue a run on other data or another model than it began with.
 
     Raises:
@@ -144,7 +144,7 @@ def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) ->
     Raises:
       OSError: if it cannot be made, or is not in sight of every process.
     """
-    processes.once(lambda: _create(directory, settings, facts))
+    processes.run_on_leader(lambda: _create(directory, settings, facts))
     if not (directory / "run.json").is_file():
         raise OSError(
             f"--workdir={directory} is not the leading process's: it has to be one directory for "
@@ -195,7 +195,7 @@ def read_json(path: pathlib.Path) -> dict:
 
 def write_json(path: pathlib.Path, value: object) -> None:
     """By the leading process; whole or not at all: a reader never meets half a file."""
-    if not processes.leads():
+    if not processes.is_leader():
         return
     temporary = path.with_suffix(path.suffix + ".part")
     text = json.dumps(value, ensure_ascii=False, indent=1)
@@ -205,7 +205,7 @@ def write_json(path: pathlib.Path, value: object) -> None:
 
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
     """One row a line; by the leading process, whole or not at all."""
-    if not processes.leads():
+    if not processes.is_leader():
         return
     temporary = path.with_suffix(path.suffix + ".part")
     with temporary.open("w", encoding="utf-8") as file:
@@ -241,6 +241,6 @@ def _commit() -> str:
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
-def partial(file: pathlib.Path) -> pathlib.Path:
+def partial_file(file: pathlib.Path) -> pathlib.Path:
     """Where the completions of an evaluation are kept until `file` is written."""
     return file.with_suffix(".partial.jsonl")

@@ -273,9 +273,9 @@ def insert(state: DecodeState, output: transformer.Output, insertion: Insertion)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _insert_shard(state, output.hidden_BLD, kv, insertion)
-    specs, batch = partition_state(state, mesh), PartitionSpec(sharding.BATCH)
+    specs, batch = partition_state(state, mesh), PartitionSpec(sharding.BATCH_AXES)
     heads = specs.cache.k[2]
-    kv_spec: Any = PartitionSpec(None, sharding.BATCH, heads)
+    kv_spec: Any = PartitionSpec(None, sharding.BATCH_AXES, heads)
     return jax.shard_map(
         _insert_shard,
         in_specs=(

@@ -27,7 +27,7 @@ class HandOver:
     Args:
       devices: the mesh of trainer and sampler.
       frozen: weights that never change; their copy is kept, copies of others are made anew.
-      key_heads: K of the model, see `sharding.partition`.
+      key_heads: K of the model, see `sharding.partition_spec`.
       merge: merges the adapter into a copy of the base.
       int8: quantises projections with `lora.quantise_projections`.
       gather: makes parameters whole along `fsdp`; otherwise they stay as in training.

@@ -234,7 +234,7 @@ def _list_free_slots(inputs: request.Inputs, serving: dict[int, int]) -> list[li
 
 
 def _to_devices(inputs: request.Inputs, x: Any, *axes: Any) -> Any:
-    return sharding.from_host(x, inputs.mesh, PartitionSpec(*axes))
+    return sharding.shard_tree(x, inputs.mesh, PartitionSpec(*axes))
 
 
 def _prefill_row(
@@ -265,7 +265,9 @@ def _prefill_row(
     width = next(size for size in inputs.buckets if size >= max(sizes))
     rows = [prompt_packing.pack_row([prompt for prompt, _ in part], width) for part in taken]
     packed = _to_devices(
-        inputs, engine.PackedPrompts(*np.stack([row for row, _ in rows], axis=1)), sharding.BATCH
+        inputs,
+        engine.PackedPrompts(*np.stack([row for row, _ in rows], axis=1)),
+        sharding.BATCH_AXES,
     )
     output = _prefill_program(inputs, packed).call(inputs.constants, packed)
     for r, part in enumerate(taken):
@@ -288,7 +290,7 @@ def _insert_prefilled(
             parts = outputs.setdefault(id(text.output), (text.output, [[] for _ in range(shards)]))
             parts[1][r].append((slot - r * per, text))
     for output, parts in outputs.values():
-        insertion = _to_devices(inputs, _pack_insertions(inputs, parts, per), sharding.BATCH)
+        insertion = _to_devices(inputs, _pack_insertions(inputs, parts, per), sharding.BATCH_AXES)
         state = _insert_program(inputs, state, output, insertion).call(state, output, insertion)
     return state
 
@@ -375,11 +377,11 @@ def _init_program(inputs: request.Inputs) -> program_cache.Program:
 def _prefill_program(inputs: request.Inputs, packed: engine.PackedPrompts) -> program_cache.Program:
     slots, key_heads = inputs.settings.slots, inputs.decoder.key_heads
     head = decode_attention.find_mesh_axes(inputs.mesh, slots, key_heads)[1]
-    pair = _sharding(inputs, None, sharding.BATCH, head)
+    pair = _sharding(inputs, None, sharding.BATCH_AXES, head)
     width = packed.tokens_RT.shape[1]
     return program_cache.get_program(
         f"prefill {width}", engine.prefill, (inputs.decoder,), (inputs.constants, packed), None,
-        transformer.Output(_sharding(inputs, sharding.BATCH), transformer.KV(pair, pair)),
+        transformer.Output(_sharding(inputs, sharding.BATCH_AXES), transformer.KV(pair, pair)),
     )  # fmt: skip
 
 
@@ -453,7 +455,7 @@ def _explain_memory_errors(inputs: request.Inputs) -> Iterator[None]:
 
 
 def _like(inputs: request.Inputs, shape: tuple[int, ...], dtype: Any) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(inputs, sharding.BATCH))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(inputs, sharding.BATCH_AXES))
 
 
 def _free_memory(inputs: request.Inputs) -> int:

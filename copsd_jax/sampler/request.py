@@ -140,7 +140,7 @@ def prepare_inputs(
     vocabulary: Vocabulary | None = None,
     limits: Sequence[int] | None = None,
     longest: int = 1,
-    put: Any = sharding.from_host,
+    put: Any = sharding.shard_tree,
 ) -> Inputs:
     """Checks the arguments of `loop.generate` and builds the inputs of its programs.
 
@@ -155,7 +155,7 @@ def prepare_inputs(
       vocabulary: None allows all ids.
       limits: most tokens of each completion; None takes max_tokens of its settings.
       longest: tokens of the longest prompt of other calls that share the compiled programs.
-      put: moves NumPy arrays to the mesh; `sharding.abstract` if its devices are not present.
+      put: moves NumPy arrays to the mesh; `sharding.to_abstract` if its devices are not present.
 
     Raises:
       ValueError: settings or prompts cannot be served.
@@ -173,7 +173,7 @@ def prepare_inputs(
     shared = 0 if prefix is None else prefix.k.shape[2]
     _check_lengths(prompts, limits, shared, settings.length, decoder.config.max_position)
     longest = max(longest, *map(len, prompts)) if prompts else longest
-    devices = sharding.current()
+    devices = sharding.current_mesh()
     settings = _complete_settings(settings, prompts, limits, devices, decoder.dtype)
     stops = list(dict.fromkeys(_stop_conditions(s) for s in each))
     sets = max(STOP_SETS, 1 << (len(stops) - 1).bit_length())

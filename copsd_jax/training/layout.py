@@ -177,9 +177,9 @@ def batch_shardings(batch: Batch, where: Mesh) -> Batch:
     rows are, and the arrays of completions whole on every device."""
     whole = NamedSharding(where, PartitionSpec())
     if batch.source_UST is None:
-        rows = NamedSharding(where, PartitionSpec(sharding.BATCH))
+        rows = NamedSharding(where, PartitionSpec(sharding.BATCH_AXES))
         return jax.tree.map(lambda _: rows, batch)
-    rows = NamedSharding(where, PartitionSpec(None, sharding.BATCH))
+    rows = NamedSharding(where, PartitionSpec(None, sharding.BATCH_AXES))
     student, teacher = jax.tree.map(lambda _: rows, (batch.student, batch.teacher))
     rest = jax.tree.map(lambda _: whole, batch)
     return rest._replace(student=student, teacher=teacher, source_UST=rows)
@@ -187,7 +187,7 @@ def batch_shardings(batch: Batch, where: Mesh) -> Batch:
 
 def place_batch(batch: Batch, where: Mesh) -> Batch:
     """The batch on the mesh, from arrays that every process has."""
-    return jax.tree.map(sharding.put, batch, batch_shardings(batch, where))
+    return jax.tree.map(sharding.shard_array, batch, batch_shardings(batch, where))
 
 
 # --- several samples in a row -----------------------------------------------------------------

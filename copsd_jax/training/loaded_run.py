@@ -148,8 +148,10 @@ def _weights(plan: run_plan.Plan) -> dict:
         return _born(make, plan)
 
     def put(path: hf.LeafPath, shape: tuple[int, ...], part: hf.ReadPart) -> jax.Array:
-        spec = sharding.partition("/".join(path), shape, plan.mesh, plan.model_config.n_kv_heads)
-        return sharding.read(shape, NamedSharding(plan.mesh, spec), part)
+        spec = sharding.partition_spec(
+            "/".join(path), shape, plan.mesh, plan.model_config.n_kv_heads
+        )
+        return sharding.load_shards(shape, NamedSharding(plan.mesh, spec), part)
 
     return hf.load_params(plan.weights_path, plan.model_config, plan.dtype, put)
 
@@ -387,5 +389,5 @@ def grade_completions(
     threshold = run.plan.config.reward.threshold
     return [
         v if v.correct is not None else dataclasses.replace(v, correct=v.reward >= threshold)
-        for v in processes.once(lambda: run.rewarder.score(golds, whole))
+        for v in processes.run_on_leader(lambda: run.rewarder.score(golds, whole))
     ]

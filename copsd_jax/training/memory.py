@@ -14,7 +14,7 @@ def _bytes(tree: object) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def parameters(plan: run_plan.Plan) -> dict[str, int]:
+def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
     """Numbers of parameters: of the base, and trained."""
     count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
     base = transformer.abstract_params(plan.model_config, plan.dtype)
@@ -61,13 +61,13 @@ def memory(plan: run_plan.Plan) -> dict[str, int]:
     }
 
 
-def uneven(frame: run_plan.ProgramPlan | run_plan.Plan) -> str:
+def describe_undivided(frame: run_plan.ProgramPlan | run_plan.Plan) -> str:
     """Which parameters stay whole along an axis of the mesh that does not divide them, and what
     this costs; '' for none. Trained values count with what `memory` counts of them."""
     c, where, shape = frame.config, frame.mesh, frame.model_config
     base = transformer.abstract_params(shape, frame.dtype)
-    names, more = sharding.whole(base, where, shape.n_kv_heads)
-    own, extra = sharding.whole(run_plan.trained_shapes(c, shape), where, shape.n_kv_heads)
+    names, more = sharding.find_undivided(base, where, shape.n_kv_heads)
+    own, extra = sharding.find_undivided(run_plan.trained_shapes(c, shape), where, shape.n_kv_heads)
     if not names and not own:
         return ""
     told = [

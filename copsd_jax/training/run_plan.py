@@ -102,7 +102,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
         problem_selection.eval_rows(config, registry) if evaluate else problem_selection.none()
     )
     exemplars = problem_selection.exemplars(config, registry)
-    devices = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    devices = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
         setting_rules.check_shards(config, sharding.batch_shards(devices))
         backends.choose_loss(config, sharding.platform(devices))

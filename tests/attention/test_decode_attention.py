@@ -135,7 +135,7 @@ def test_on_a_mesh_each_device_has_its_slots_and_heads(sizes):
     index = jnp.asarray([69, -1, 0, 128, 255, 63, 64, -1], jnp.int32)
     run = jax.jit(functools.partial(decode_attention.write_and_attend, implementation="blocks"))
     want = run(q, k, v, cache, jnp.int32(1), index)
-    with jax.set_mesh(sharding.make(*sizes)) as _:
+    with jax.set_mesh(sharding.make_mesh(*sizes)) as _:
         got = run(q, k, v, cache, jnp.int32(1), index)
         text = run.lower(q, k, v, cache, jnp.int32(1), index).compile().as_text()
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -151,7 +151,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="decode attention is 'fast': the choices are dense, bl"):
         decode_attention.write_and_attend(*args, "fast")
     with (
-        jax.set_mesh(sharding.make(8, 1, 1)),
+        jax.set_mesh(sharding.make_mesh(8, 1, 1)),
         pytest.raises(ValueError, match="slots are 5: the 8 p"),
     ):
         decode_attention.write_and_attend(*args, "blocks")

@@ -171,7 +171,7 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads(sizes, kind, count):
     want = both(here, arrays, *kind)
     data, fsdp, tensor = sizes
     with jax.set_mesh(
-        sharding.make(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
+        sharding.make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
     ) as _:
         form = functools.partial(row_attention.attend_on_mesh, here)
         close(both(form, arrays, *kind), jax.tree.map(np.asarray, want), 1e-5)

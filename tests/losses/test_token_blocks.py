@@ -73,7 +73,7 @@ def test_rows_and_entries_on_a_mesh(shape, split):
     divides; width 6 is divided by fsdp 2 and not by 8."""
     rng = np.random.default_rng(0)
     x_TD, head_VD = (rng.normal(size=(n, 6)).astype(np.float32) for n in (13, 11))
-    devices = sharding.make(*shape)
+    devices = sharding.make_mesh(*shape)
 
     def work(rows, heads, axis):
         total_T = jnp.sum(rows @ heads[0].T, axis=1)

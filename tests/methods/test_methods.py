@@ -26,9 +26,9 @@ optax_promotes = runs.optax_promotes
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Steps of a few completions, which eight devices do not divide."""
-    make = sharding.make
+    make = sharding.make_mesh
     monkeypatch.setattr(
-        sharding, "make", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
+        sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
     )  # fmt: skip
 
 

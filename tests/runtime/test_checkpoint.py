@@ -40,8 +40,8 @@ def test_round_trip_is_bit_equal_and_the_newest_are_kept(tmp_path):
 def test_loads_onto_another_mesh(tmp_path):
     with checkpoint.Checkpoints(tmp_path / "c", writer=True) as checkpoints:
         checkpoints.save(5, make_state(5))
-        devices = sharding.make(2, 2, 2)
-        like = sharding.place(make_state(0), devices)
+        devices = sharding.make_mesh(2, 2, 2)
+        like = sharding.shard_by_name(make_state(0), devices)
         loaded = checkpoints.load(5, like)
     assert loaded.trained["q"]["a"].sharding == like.trained["q"]["a"].sharding
     assert_same(jax.device_get(loaded), jax.device_get(make_state(5)))

@@ -24,14 +24,14 @@ from copsd_jax.runtime import hardware
     ],
 )
 def test_names(text, kind, shape, slices):
-    found = hardware.parse(text)
+    found = hardware.parse_target(text)
     assert (found.kind, found.shape, found.slices) == (kind, shape, slices)
     assert found.platform == ("cuda" if text.startswith("cuda") else "tpu")
     assert found.topology == "x".join(map(str, shape))
     assert found.name == text
 
 
-@pytest.mark.parametrize("table", [hardware.FLAT, hardware.CUBES])
+@pytest.mark.parametrize("table", [hardware.TOPOLOGIES_2D, hardware.TOPOLOGIES_3D])
 def test_topologies_have_as_many_chips_as_their_name_says(table):
     for count, topology in table.items():
         assert math.prod(map(int, topology.split("x"))) == count
@@ -53,25 +53,25 @@ def test_topologies_have_as_many_chips_as_their_name_says(table):
 )
 def test_refusals(text, said):
     with pytest.raises(ValueError, match="--dry_run is") as error:
-        hardware.parse(text)
+        hardware.parse_target(text)
     assert said in str(error.value)
 
 
 def test_every_kind_has_a_chip_with_all_numbers():
     for name in (
-        *(f"{kind}-8" for kind in hardware.KINDS),
-        *(f"cuda:{c}:1x1" for c in hardware.CARDS),
+        *(f"{kind}-8" for kind in hardware.TPU_KINDS),
+        *(f"cuda:{c}:1x1" for c in hardware.GPU_KINDS),
     ):
-        chip = hardware.parse(name).chip
+        chip = hardware.parse_target(name).chip
         assert 0 < chip.network < chip.link < chip.bandwidth < chip.flops
         assert 0.9 * chip.memory < chip.usable < 1.1 * chip.memory
         assert bool(chip.vmem) == (not name.startswith("cuda"))
 
 
 def test_jax_takes_part_of_a_gpu(monkeypatch):
-    h100, v5e = hardware.parse("cuda:h100:1x1").chip, hardware.parse("v5e-1").chip
+    h100, v5e = hardware.parse_target("cuda:h100:1x1").chip, hardware.parse_target("v5e-1").chip
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    assert hardware.usable(h100) == 0.75 * h100.usable
-    assert hardware.usable(v5e) == 15.75 * 2**30
+    assert hardware.usable_memory(h100) == 0.75 * h100.usable
+    assert hardware.usable_memory(v5e) == 15.75 * 2**30
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
-    assert hardware.usable(h100) == 0.9 * h100.usable
+    assert hardware.usable_memory(h100) == 0.9 * h100.usable

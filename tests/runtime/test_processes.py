@@ -158,12 +158,12 @@ def test_the_leading_process_works_for_all():
 
 
 def test_alone_nothing_is_broadcast():
-    assert processes.leads()
-    assert processes.once(lambda: 3) == 3
+    assert processes.is_leader()
+    assert processes.run_on_leader(lambda: 3) == 3
     with pytest.raises(KeyError):
-        processes.once(lambda: {}["absent"])
-    processes.meet("nobody else")
-    processes.start(settings.default())
+        processes.run_on_leader(lambda: {}["absent"])
+    processes.wait_for_all("nobody else")
+    processes.connect(settings.default())
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def test_loss_and_gradient_are_those_of_one_device(name, trainable):
     trained = adapter if trainable == "lora" else jax.tree.map(lambda x: 1.1 * x, params)
     state = train_step.init_state(trained, TX, "fixed")
     alone, aux = step_of(config, 1, trainable)(state, params, batch, None, None)
-    devices = sharding.make(1, 1, tensor, jax.devices()[:tensor])
-    place = functools.partial(sharding.place, mesh=devices, key_heads=config.n_kv_heads)
+    devices = sharding.make_mesh(1, 1, tensor, jax.devices()[:tensor])
+    place = functools.partial(sharding.shard_by_name, mesh=devices, key_heads=config.n_kv_heads)
     places = sharding.shardings(state, devices, config.n_kv_heads)
     with jax.set_mesh(devices):
         step = step_of(config, tensor, trainable, (places, None))
@@ -118,9 +118,9 @@ def test_sampled_tokens_are_those_of_one_device(name):
         ).completions  # fmt: skip
 
     want = run(decoder_of(config, 1), policy_lib.Policy(params, adapter, SCALE))
-    devices = sharding.make(1, 1, tensor, jax.devices()[:tensor])
+    devices = sharding.make_mesh(1, 1, tensor, jax.devices()[:tensor])
     with jax.set_mesh(devices):
-        place = functools.partial(sharding.place, mesh=devices, key_heads=config.n_kv_heads)
+        place = functools.partial(sharding.shard_by_name, mesh=devices, key_heads=config.n_kv_heads)
         hand_over = handover.HandOver(
             devices, None, config.n_kv_heads, merge=False, int8=False, gather=True
         )
@@ -136,10 +136,10 @@ def test_padding_is_never_drawn():
     """A head that likes no entry: with padding of zeros among them, ids beyond 509 would come."""
     config = CASES[FIRST][0]
     params = trees(config)[0] | {"head": {"kernel": jnp.zeros((509, 64), jnp.float32)}}
-    devices = sharding.make(1, 1, 8)
+    devices = sharding.make_mesh(1, 1, 8)
     keys = request.derive_keys(0, "rollout", 0, [str(i) for i in range(16)], [0] * 16)
     with jax.set_mesh(devices):
-        placed = sharding.place(params, devices, config.n_kv_heads)
+        placed = sharding.shard_by_name(params, devices, config.n_kv_heads)
         out = loop.generate(
             decoder_of(config, 8),
             policy_lib.Policy(placed),
@@ -158,7 +158,7 @@ def test_each_device_has_the_key_heads_of_its_queries():
     config, tensor = CASES[FIRST]
     decoder = decoder_of(config, tensor)
     assert (decoder.key_repeats, decoder.key_heads) == (4, 8)
-    devices = sharding.make(1, 1, tensor)
+    devices = sharding.make_mesh(1, 1, tensor)
     state = jax.eval_shape(lambda: engine.init_state(decoder, 4, 128, jnp.float32))
     assert state.cache.k.shape == (2, 4, 8, 128, 8)
     spec: Any = engine.partition_state(state, devices).cache.k

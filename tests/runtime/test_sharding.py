@@ -85,7 +85,7 @@ def test_every_leaf_of_every_shape_lies_where_it_should():
                 if not leaf.ndim:
                     continue
                 name = sharding._name(path)
-                spec = sharding.partition(name, leaf.shape, where, config.n_kv_heads)
+                spec = sharding.partition_spec(name, leaf.shape, where, config.n_kv_heads)
                 share = 1 / parts_by_hand(name, config, fsdp, tensor)
                 assert held(leaf, NamedSharding(where, spec)) == share, (name, fsdp, tensor)
                 seen.add(name)
@@ -104,7 +104,7 @@ def test_every_leaf_of_every_shape_lies_where_it_should():
 
 
 def test_unknown_names_are_refused_wherever_they_are():
-    where = sharding.make(8, 1, 1)
+    where = sharding.make_mesh(8, 1, 1)
     for tree in trees(transformer.SHAPES["tiny"]):
         assert len(jax.tree.leaves(sharding.shardings(tree, where))) == len(jax.tree.leaves(tree))
         wrong = jax.tree.map(lambda x: {"z": x}, tree)
@@ -129,7 +129,7 @@ def test_a_tensor_axis_that_does_not_divide_the_heads_is_refused():
 
 def test_what_stays_whole_is_named_with_its_bytes():
     """2 key heads over 4, and a width of 6 over 4: k and v, and all that the width is cut of."""
-    devices = sharding.make(1, 2, 4)
+    devices = sharding.make_mesh(1, 2, 4)
     tree = {
         "layers": {
             "k": {"kernel": jnp.zeros((2, 6, 8))},  # 384 bytes; 192 of two parts, 48 of eight
@@ -138,42 +138,57 @@ def test_what_stays_whole_is_named_with_its_bytes():
         },
         "embed": {"embedding": jnp.zeros((5, 8))},
     }
-    names, more = sharding.whole(tree, devices, key_heads=2)
+    names, more = sharding.find_undivided(tree, devices, key_heads=2)
     assert names == {"tensor": ["layers/k/kernel"], "fsdp": ["layers/gate/kernel"]}
     assert more == (192 - 48) + (112 - 56)
-    assert sharding.whole(tree, sharding.make(8, 1, 1), 2) == ({}, 0)
+    assert sharding.find_undivided(tree, sharding.make_mesh(8, 1, 1), 2) == ({}, 0)
 
 
 def test_a_part_is_read_once_whatever_devices_have_it():
-    devices = sharding.make(2, 2, 2)
+    devices = sharding.make_mesh(2, 2, 2)
     whole = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)
     for spec, count in ((P("fsdp", "tensor"), 4), (P(None, "tensor"), 2), (P(), 1)):
         cuts = []
         where = NamedSharding(devices, spec)
-        got = sharding.read(
+        got = sharding.load_shards(
             whole.shape, where, lambda part, cuts=cuts: cuts.append(part) or whole[part]
         )
         np.testing.assert_array_equal(got, whole)
         assert got.sharding == where
         assert len(cuts) == count
-    assert sharding.read((), NamedSharding(devices, P()), lambda _: np.array(3, np.float32)) == 3
+    assert (
+        sharding.load_shards((), NamedSharding(devices, P()), lambda _: np.array(3, np.float32))
+        == 3
+    )
 
 
 def test_partitions_by_hand():
-    devices = sharding.make(2, 2, 2)
-    assert sharding.partition("layers/q/kernel", (2, 8, 8), devices) == P(None, "fsdp", "tensor")
-    assert sharding.partition("layers/down/kernel", (2, 8, 8), devices) == P(None, "tensor", "fsdp")
-    assert sharding.partition("embed/embedding", (8, 8), devices) == P("tensor", "fsdp")
-    assert sharding.partition("embed/embedding", (7, 8), devices) == P(None, ("fsdp", "tensor"))
-    assert sharding.partition("head/kernel", (7, 6), devices) == P(None, "fsdp")
-    assert sharding.partition("layers/up/kernel", (2, 7, 8), devices) == P(None, None, "tensor")
-    assert sharding.partition("layers/k/kernel", (2, 8, 8), devices, 2) == P(None, "fsdp", "tensor")
-    assert sharding.partition("layers/k/kernel", (2, 8, 8), devices, 3) == P(None, "fsdp", None)
-    assert sharding.partition("v/b", (2, 4, 8), devices, 1) == P(None, None, None)
+    devices = sharding.make_mesh(2, 2, 2)
+    assert sharding.partition_spec("layers/q/kernel", (2, 8, 8), devices) == P(
+        None, "fsdp", "tensor"
+    )
+    assert sharding.partition_spec("layers/down/kernel", (2, 8, 8), devices) == P(
+        None, "tensor", "fsdp"
+    )
+    assert sharding.partition_spec("embed/embedding", (8, 8), devices) == P("tensor", "fsdp")
+    assert sharding.partition_spec("embed/embedding", (7, 8), devices) == P(
+        None, ("fsdp", "tensor")
+    )
+    assert sharding.partition_spec("head/kernel", (7, 6), devices) == P(None, "fsdp")
+    assert sharding.partition_spec("layers/up/kernel", (2, 7, 8), devices) == P(
+        None, None, "tensor"
+    )
+    assert sharding.partition_spec("layers/k/kernel", (2, 8, 8), devices, 2) == P(
+        None, "fsdp", "tensor"
+    )
+    assert sharding.partition_spec("layers/k/kernel", (2, 8, 8), devices, 3) == P(
+        None, "fsdp", None
+    )
+    assert sharding.partition_spec("v/b", (2, 4, 8), devices, 1) == P(None, None, None)
     tree = {"embed": {"embedding": jnp.zeros((7, 8))}}
     gathered = sharding.shardings(tree, devices, gathered=True)["embed"]["embedding"]
     assert gathered.spec == P(None, "tensor")
-    placed = sharding.place({"embed": {"embedding": jnp.zeros((8, 6))}}, devices)
+    placed = sharding.shard_by_name({"embed": {"embedding": jnp.zeros((8, 6))}}, devices)
     shards = placed["embed"]["embedding"].addressable_shards
     assert {shard.data.shape for shard in shards} == {(4, 3)}
     batch = sharding.place_batch(jnp.zeros((8, 3)), devices)
@@ -183,34 +198,34 @@ def test_partitions_by_hand():
 
 
 def test_refusals():
-    devices = sharding.make(2, 2, 2)
+    devices = sharding.make_mesh(2, 2, 2)
     with pytest.raises(ValueError, match="no partition for parameter 'layers/z/kernel'"):
-        sharding.partition("layers/z/kernel", (1, 2, 3), devices)
+        sharding.partition_spec("layers/z/kernel", (1, 2, 3), devices)
     with pytest.raises(ValueError, match=r"has shape \(2, 8\), but its partition"):
-        sharding.partition("layers/q/kernel", (2, 8), devices)
+        sharding.partition_spec("layers/q/kernel", (2, 8), devices)
     with pytest.raises(ValueError, match="layers/k/kernel follows from the model's key_heads"):
-        sharding.partition("layers/k/kernel", (1, 2, 8), devices)
+        sharding.partition_spec("layers/k/kernel", (1, 2, 8), devices)
     with pytest.raises(ValueError, match="must be the number of devices, 8"):
-        sharding.make(3, 1, 1)
+        sharding.make_mesh(3, 1, 1)
     with pytest.raises(ValueError, match="one of them may be -1"):
-        sharding.make(-1, -1, 1)
-    assert sharding.make(-1, 2, 2).shape["data"] == 2
+        sharding.make_mesh(-1, -1, 1)
+    assert sharding.make_mesh(-1, 2, 2).shape["data"] == 2
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 2, 4), (8, 1, 1)])
 @pytest.mark.parametrize("V", [40, 37])  # that tensor divides, and does not
 def test_lookup_is_indexing_and_its_gradient_a_sum_of_rows(sizes, V):
-    devices = sharding.make(*sizes)
+    devices = sharding.make_mesh(*sizes)
     draw = np.random.default_rng(0)
     table = draw.standard_normal((V, 16), np.float32)
     tokens = draw.integers(0, V, (8, 5)).astype(np.int32)
     weights = draw.standard_normal((8, 5, 16), np.float32)
-    placed = sharding.place({"embed": {"embedding": jnp.asarray(table)}}, devices)["embed"][
+    placed = sharding.shard_by_name({"embed": {"embedding": jnp.asarray(table)}}, devices)["embed"][
         "embedding"
     ]
 
     def loss(table, tokens):
-        x = sharding.lookup(table, tokens)
+        x = sharding.look_up(table, tokens)
         return jnp.sum(x * jnp.asarray(weights)), x
 
     with jax.set_mesh(devices):

@@ -37,8 +37,8 @@ def close(a, b, atol=1e-6):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (2, 1, 4)])
 def test_nothing_is_copied_where_both_layouts_are_one(sizes):
-    devices = sharding.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    params, adapter = (sharding.place(tree, devices, CONFIG.n_kv_heads) for tree in trees())
+    devices = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    params, adapter = (sharding.shard_by_name(tree, devices, CONFIG.n_kv_heads) for tree in trees())
     policy = policy_lib.Policy(params, adapter, 0.5)
     got = hand_over(devices)(policy)
     assert got.scale == 0.5
@@ -47,8 +47,8 @@ def test_nothing_is_copied_where_both_layouts_are_one(sizes):
 
 
 def test_what_fsdp_splits_is_gathered_once_and_the_adapter_each_time():
-    devices = sharding.make(1, 4, 2)
-    params, adapter = (sharding.place(tree, devices, CONFIG.n_kv_heads) for tree in trees())
+    devices = sharding.make_mesh(1, 4, 2)
+    params, adapter = (sharding.shard_by_name(tree, devices, CONFIG.n_kv_heads) for tree in trees())
     policy = policy_lib.Policy(params, adapter, 0.5)
     over = hand_over(devices, params)
     handed = over(policy)
@@ -78,8 +78,8 @@ def test_what_fsdp_splits_is_gathered_once_and_the_adapter_each_time():
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_merged(sizes):
-    devices = sharding.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    params, adapter = (sharding.place(tree, devices, CONFIG.n_kv_heads) for tree in trees())
+    devices = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    params, adapter = (sharding.shard_by_name(tree, devices, CONFIG.n_kv_heads) for tree in trees())
     merged = hand_over(devices, merge=True)(policy_lib.Policy(params, adapter, 0.5))
     assert merged.adapter is None
     got = merged.params
@@ -94,7 +94,7 @@ def test_merged(sizes):
 def test_int8_kernels():
     """Products with rounded kernels, and the rounding itself, at most half of a 127th."""
     params, adapter = trees()
-    devices = sharding.make(1, 1, 1, devices=jax.devices()[:1])
+    devices = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     over = hand_over(devices, params, int8=True)
     policy = policy_lib.Policy(params, adapter, 0.5)
     handed = over(policy)
@@ -122,8 +122,10 @@ def test_int8_weights_on_a_mesh_and_in_the_sampler():
     keys = request.derive_keys(0, "rollout", 0, ["a", "b"], [0, 0])
     texts = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
-        devices = sharding.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-        placed = [sharding.place(tree, devices, CONFIG.n_kv_heads) for tree in (params, adapter)]
+        devices = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+        placed = [
+            sharding.shard_by_name(tree, devices, CONFIG.n_kv_heads) for tree in (params, adapter)
+        ]
         policy = hand_over(devices, int8=True)(policy_lib.Policy(*placed, 0.5))
         with jax.set_mesh(devices):
             out = loop.generate(

@@ -246,7 +246,7 @@ def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
         policy = policy_lib.Policy(params(), jax.tree.map(noise, adapter), 0.5)
         prefix_kv = shared_prefix.encode_ids(DECODER, policy, PREFIX)
         options |= {"policy": policy, "prefix": prefix_kv}
-    with jax.set_mesh(sharding.make(1, 1, 1, devices=jax.devices()[:1])):
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
         stacked = generate(CUT, **options)
         monkeypatch.setattr(engine, "UNSTACK_FROM", 0)
         same(generate(CUT, **options), stacked)
@@ -259,12 +259,12 @@ def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
 
 
 def test_when_layers_are_arrays_of_their_own():
-    one = sharding.make(1, 1, 1, devices=jax.devices()[:1])
+    one = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     large = transformer.init_params(
         dataclasses.replace(CONFIG, d_ff=8192), jax.random.key(0), jnp.float32
     )  # of 7 MiB a layer
     place = lambda tree, where: policy_lib.Policy(  # noqa: E731
-        sharding.place(tree, where, CONFIG.n_kv_heads)
+        sharding.shard_by_name(tree, where, CONFIG.n_kv_heads)
     )
     policy = place(large, one)
     layers = engine.unstack_layers(policy, None, one)
@@ -275,7 +275,7 @@ def test_when_layers_are_arrays_of_their_own():
         kernel = layer.params["up"]["kernel"]
         assert kernel.unsafe_buffer_pointer() == begin + i * kernel.nbytes
         np.testing.assert_array_equal(kernel, large["layers"]["up"]["kernel"][i])
-    two = sharding.make(1, 1, 2, devices=jax.devices()[:2])
+    two = sharding.make_mesh(1, 1, 2, devices=jax.devices()[:2])
     assert engine.unstack_layers(place(large, two), None, two) is None
     assert engine.unstack_layers(jax.eval_shape(lambda: policy), None, one) is None
     small = place(transformer.init_params(CONFIG, jax.random.key(0), jnp.float32), one)
@@ -304,8 +304,8 @@ def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
     tree, keys = params(), keys_of(prompts)
     want = generate(sampling, prompts, keys, slots=3)
     devices = jax.devices()[: int(np.prod(sizes))]
-    with jax.set_mesh(sharding.make(*sizes, devices=devices)) as _:
-        here = sharding.current()
+    with jax.set_mesh(sharding.make_mesh(*sizes, devices=devices)) as _:
+        here = sharding.current_mesh()
         placed = jax.device_put(
             tree, sharding.shardings(tree, here, CONFIG.n_kv_heads, gathered=True)
         )
@@ -321,8 +321,8 @@ def test_few_texts_on_many_devices_end(count):
     """One slot on each of 8 devices: some have nothing to do while texts wait for others."""
     prompts = [(i, i + 1) for i in range(count)]
     want = generate(PLAIN, prompts, shared=False, slots=3)
-    with jax.set_mesh(sharding.make(8, 1, 1)):
-        placed = sharding.replicate(params(), sharding.current())
+    with jax.set_mesh(sharding.make_mesh(8, 1, 1)):
+        placed = sharding.replicate(params(), sharding.current_mesh())
         got = result(PLAIN, prompts, shared=False, params=placed, slots=8)
     same(got.completions, want)
 

@@ -73,10 +73,10 @@ def texts(name, sampling, way=WAYS[0], cache=None):
     keys = np.asarray(request.derive_keys(7, "rollout", 0, [str(i) for i in range(len(asked))],
                                        [0] * len(asked)))  # fmt: skip
     order = range(len(asked))[:: -1 if backwards else 1]
-    with jax.set_mesh(sharding.make(devices, 1, 1, devices=jax.devices()[:devices])):
+    with jax.set_mesh(sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])):
         tree = weights(name)
         if devices > 1:
-            tree = sharding.replicate(tree, sharding.current())
+            tree = sharding.replicate(tree, sharding.current_mesh())
         valid = np.arange(config.vocab_size) < config.vocab_size - 1
         out = loop.generate(
             decoder, policy_lib.Policy(tree), [asked[i] for i in order], sampling,

@@ -68,15 +68,15 @@ def step(decoder, params, batch, shape=None, prefix=None, kv=None, **changes):
             state, params, batch, prefix, kv
         )
         return new.optimizer, aux
-    devices = sharding.make(*shape)
+    devices = sharding.make_mesh(*shape)
     jitted = jax.jit(
         train_step.make_step(decoder, KEPT, options),
         out_shardings=(sharding.shardings(state, devices, CONFIG.n_kv_heads), None),
     )
     with jax.set_mesh(devices):
         placed = (
-            sharding.place(state, devices, CONFIG.n_kv_heads),
-            sharding.place(params, devices, CONFIG.n_kv_heads),
+            sharding.shard_by_name(state, devices, CONFIG.n_kv_heads),
+            sharding.shard_by_name(params, devices, CONFIG.n_kv_heads),
         )
         new, aux = jitted(*placed, layout.place_batch(batch, devices), prefix, kv)
     return new.optimizer, aux
@@ -169,7 +169,10 @@ def test_micro_batches_by_a_budget_of_tokens(decoder, params):
 def test_no_hidden_state_travels(decoder, params):
     """In no program of a mesh is there a collective of as many states as rows have tokens."""
     batch = layout.build_batch(*samples(5, 1, 32))
-    devices, state = sharding.make(8, 1, 1), train_step.init_state(make_adapter(1), KEPT, "fixed")
+    devices, state = (
+        sharding.make_mesh(8, 1, 1),
+        train_step.init_state(make_adapter(1), KEPT, "fixed"),
+    )
     for one in (batch, arranged(batch, shards=8)[0]):
         with jax.set_mesh(devices):
             jitted = jax.jit(
@@ -177,8 +180,8 @@ def test_no_hidden_state_travels(decoder, params):
                 out_shardings=(sharding.shardings(state, devices, CONFIG.n_kv_heads), None),
             )
             placed = (
-                sharding.place(state, devices, CONFIG.n_kv_heads),
-                sharding.place(params, devices, CONFIG.n_kv_heads),
+                sharding.shard_by_name(state, devices, CONFIG.n_kv_heads),
+                sharding.shard_by_name(params, devices, CONFIG.n_kv_heads),
             )
             lowered = jitted.lower(*placed, layout.place_batch(one, devices), None, None)
         text = lowered.compile().as_text() or ""
@@ -187,7 +190,7 @@ def test_no_hidden_state_travels(decoder, params):
         ]
         assert sent
         tokens = one.student.tokens_BL.size
-        others = [x for x in program_cost.read(text, devices)[1] if x.kind != "all-reduce"]
+        others = [x for x in program_cost.read_text(text, devices)[1] if x.kind != "all-reduce"]
         assert max((x.bytes for x in others), default=0) < tokens * CONFIG.d_model * 4 / 8
         side = layout.place_batch(one, devices).student
         for array in (side.tokens_BL, side.gather_BC):

@@ -372,23 +372,23 @@ def test_replies_and_exemplars_belong_to_the_run(tmp_path):
 
     before = facts("one", 2)
     workdir.create(tmp_path / "w", {}, before)
-    workdir.check_facts(tmp_path / "w", facts("one", 2))
+    workdir.check_fingerprints(tmp_path / "w", facts("one", 2))
     for reply, n, name in (("two", 2, "author"), ("one", 3, "exemplars")):
         with pytest.raises(ValueError, match=rf"\({name}_fingerprint\)"):
-            workdir.check_facts(tmp_path / "w", facts(reply, n))
+            workdir.check_fingerprints(tmp_path / "w", facts(reply, n))
     # A run of before there were these fingerprints goes on.
     old = {k: v for k, v in before.items() if k != "author_fingerprint"}
     workdir.create(tmp_path / "old", {}, old)
-    workdir.check_facts(tmp_path / "old", facts("two", 2))
+    workdir.check_fingerprints(tmp_path / "old", facts("two", 2))
 
 
 def test_how_a_server_is_asked_may_change():
     known = runs.config("opsd")
     for name in ("slots", "timeout", "retries", "backoff", "concurrency", "key_env"):
-        assert f"author.{name}".startswith(workdir.FREE), name
+        assert f"author.{name}".startswith(workdir.CHANGEABLE), name
         assert name in known.author
     for name in ("author.kind", "author.model", "author.url", "author.max_tokens", "author.path"):
-        assert not name.startswith(workdir.FREE)
+        assert not name.startswith(workdir.CHANGEABLE)
 
 
 @pytest.mark.slow

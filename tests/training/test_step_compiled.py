@@ -30,7 +30,7 @@ OPTIONS = train_step.Options(
 def gathered(micro_batches: int, remat: str, trainable: str = "lora") -> tuple[float, float]:
     """Bytes of all-gathers in the loops over layers of a step, by bytes of one gather of all; and
     FLOPs of all products."""
-    devices = sharding.make(1, 8, 1)
+    devices = sharding.make_mesh(1, 8, 1)
     teacher = "fixed" if trainable == "lora" else "live"
     options = dataclasses.replace(
         OPTIONS, micro_batches=micro_batches, trainable=trainable, teacher=teacher
@@ -46,13 +46,13 @@ def gathered(micro_batches: int, remat: str, trainable: str = "lora") -> tuple[f
     state = jax.eval_shape(lambda t: train_step.init_state(t, tx, "fixed"), trained)
     batch = layout.build_batch([[1] * 9] * 16, [[2] * 40] * 16, [[3] * 20] * 16)
     with jax.set_mesh(devices):
-        state = sharding.abstract(state, devices, sharding.shardings(state, devices))
+        state = sharding.to_abstract(state, devices, sharding.shardings(state, devices))
         program = (
             jax.jit(train_step.make_step(decoder, tx, options))
             .lower(
                 state,
-                sharding.abstract(frozen, devices, sharding.shardings(frozen, devices)),
-                sharding.abstract(batch, devices, PartitionSpec(sharding.BATCH)),
+                sharding.to_abstract(frozen, devices, sharding.shardings(frozen, devices)),
+                sharding.to_abstract(batch, devices, PartitionSpec(sharding.BATCH_AXES)),
                 None,
                 None,
             )
@@ -60,7 +60,7 @@ def gathered(micro_batches: int, remat: str, trainable: str = "lora") -> tuple[f
         )
     text = program.as_text()
     assert text
-    costs, collectives = program_cost.read(text, devices)
+    costs, collectives = program_cost.read_text(text, devices)
     in_layers = [
         one for one in collectives
         if one.kind == "all-gather" and one.times == SHAPE.n_layers * micro_batches

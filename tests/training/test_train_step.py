@@ -138,15 +138,15 @@ def test_any_mesh_gives_the_numbers_of_one_device(decoder, params, shape):
     adapter = jax.tree.map(lambda x: x + 0.03, adapter)
     state = train_step.init_state(adapter, TX, "fixed")
     alone, aux = run(decoder, params, state, batch)
-    devices = sharding.make(*shape)
+    devices = sharding.make_mesh(*shape)
     step = jax.jit(
         train_step.make_step(decoder, TX, OPTIONS),
         out_shardings=(sharding.shardings(state, devices), None),
     )
     with jax.set_mesh(devices):
         spread, spread_aux = step(
-            sharding.place(state, devices),
-            sharding.place(params, devices, CONFIG.n_kv_heads),
+            sharding.shard_by_name(state, devices),
+            sharding.shard_by_name(params, devices, CONFIG.n_kv_heads),
             sharding.place_batch(batch, devices),
             None,
             None,
@@ -298,14 +298,17 @@ def test_micro_batches_on_eight_devices_equal_one(decoder, params):
     batch = layout.build_batch(*make_samples(9, n=16))
     state = train_step.init_state(make_adapter(1), TX, "fixed")
     one, aux = run(decoder, params, state, batch, micro_batches=2)
-    devices = sharding.make(8, 1, 1)
+    devices = sharding.make_mesh(8, 1, 1)
     options = dataclasses.replace(OPTIONS, micro_batches=2)
     step = jax.jit(
         train_step.make_step(decoder, TX, options),
         out_shardings=(sharding.shardings(state, devices), None),
     )
     with jax.set_mesh(devices):
-        placed = sharding.place(state, devices), sharding.place(params, devices, CONFIG.n_kv_heads)
+        placed = (
+            sharding.shard_by_name(state, devices),
+            sharding.shard_by_name(params, devices, CONFIG.n_kv_heads),
+        )
         many, spread = step(*placed, sharding.place_batch(batch, devices), None, None)
     np.testing.assert_allclose(spread.tokens.value_T, aux.tokens.value_T, atol=1e-5)
     jax.tree.map(

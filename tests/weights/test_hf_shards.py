@@ -23,11 +23,11 @@ LARGE = dataclasses.replace(
 )
 
 
-def onto(devices, config, reading=sharding.read):
+def onto(devices, config, reading=sharding.load_shards):
     """What a run has as `put`."""
 
     def put(path, shape, part):
-        spec = sharding.partition("/".join(path), shape, devices, config.n_kv_heads)
+        spec = sharding.partition_spec("/".join(path), shape, devices, config.n_kv_heads)
         return reading(shape, jax.sharding.NamedSharding(devices, spec), part)
 
     return put
@@ -38,7 +38,7 @@ def onto(devices, config, reading=sharding.read):
 def test_parts_are_those_of_the_whole(tmp_path, config, sizes):
     test_hf.write(tmp_path, config)
     whole = hf.load_params(tmp_path, config, jnp.bfloat16)
-    devices = sharding.make(*sizes)
+    devices = sharding.make_mesh(*sizes)
     got = hf.load_params(tmp_path, config, jnp.bfloat16, onto(devices, config))
     places = sharding.shardings(got, devices, config.n_kv_heads)
     for one, other, place in zip(*map(jax.tree.leaves, (got, whole, places)), strict=True):
@@ -59,7 +59,7 @@ def test_parts_of_a_gguf(tmp_path, family, kind):
             part = (slice(1, 9), cut)[-len(tensor.shape) :]
             np.testing.assert_array_equal(tensor.read(part), all_of_it[part])
     whole = hf.load_params(path, config, jnp.float32)
-    got = hf.load_params(path, config, jnp.float32, onto(sharding.make(1, 4, 2), config))
+    got = hf.load_params(path, config, jnp.float32, onto(sharding.make_mesh(1, 4, 2), config))
     for one, other in zip(*map(jax.tree.leaves, (got, whole)), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -79,7 +79,7 @@ class Here:
 def test_one_of_four_processes_reads_its_parts_only(tmp_path, monkeypatch, number):
     """Two of eight devices, (1, 4, 2): bytes read of the file, and what the host holds at most."""
     test_hf.write(tmp_path, LARGE)
-    devices = sharding.make(1, 4, 2)
+    devices = sharding.make_mesh(1, 4, 2)
     mine = list(devices.devices[0, number])
     taken = collections.Counter()
     read = tensor_files._read
@@ -96,7 +96,7 @@ def test_one_of_four_processes_reads_its_parts_only(tmp_path, monkeypatch, numbe
     monkeypatch.setattr(jax, "make_array_from_single_device_arrays", assemble)
 
     def reading(shape, place, part):
-        return sharding.read(shape, Here(place, mine), part)  # pyright: ignore
+        return sharding.load_shards(shape, Here(place, mine), part)  # pyright: ignore
 
     hf._leaf_shapes(LARGE)  # traced once, so that its memory is not counted
     tracemalloc.start()
