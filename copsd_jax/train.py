@@ -252,8 +252,10 @@ def summary(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> st
         f"mesh {dict(plan.mesh.shape)}",
         *([f"  whole       {uneven}"] if (uneven := memory.describe_undivided(plan)) else []),
         "  memory      "
-        + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.memory(plan).items())
-        + " (estimate, all devices)",
+        + ", ".join(
+            f"{name} {size / 2**30:.2f} GiB" for name, size in memory.summarize_memory(plan).items()
+        )
+        + " (on each device, without the temporaries of programs)",
         f"  directory   {directory}" + (" (continued)" if continued else ""),
     ]
     if plan.server is not None:

@@ -1,8 +1,8 @@
-"""Every program of a run, compiled for devices that nobody has to own.
+"""Ahead-of-time compilation of a run's programs for devices that are not present.
 
-The programs are made by the very functions that a run makes them with (`making.*`,
-`request.prepare_inputs`, `loop.compile_programs`, `train_step.make_step`), of arrays that have
-a shape, a dtype and a place, and no values. Lengths are the caps of the settings: no data is read.
+The functions that build a run build the programs here too. Their arguments are abstract arrays,
+with a shape, a dtype and a sharding but no values. Texts are as long as the settings allow: no data
+is read.
 """
 
 import dataclasses
@@ -25,28 +25,33 @@ from copsd_jax.losses import token_blocks
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.runtime import hardware, sharding
-from copsd_jax.sampler import loop, request
-from copsd_jax.training import backends, builders, layout, run_plan, train_step
+from copsd_jax.sampler import engine, loop, request
+from copsd_jax.training import backends, builders, layout, memory, run_plan, train_step
 from copsd_jax.training import loaded_run as run_lib
 from copsd_jax.weights import hf_config
 
-EXEMPLAR_TOKENS = 64  # of a worked example, whose text is not read; the bundled ones have 55
+EXEMPLAR_TOKENS = 64  # assumed for a worked example; the bundled ones have at most 55
 
 
 class Lengths(NamedTuple):
-    """Most tokens of each part, from the settings' caps.
+    """The most tokens that each part of a text may have by the settings.
 
     Attributes:
-      prefix: worked examples in front of the student's and the teacher's prompts.
-      student, teacher, evaluation, writer: prompts without them.
-      completion, answer, reply: what is drawn in rollouts, evaluation, and by an author.
+      prefix: the worked examples in front of the student's and the teacher's prompts.
+      student: a student prompt without them.
+      teacher: a teacher prompt without them.
+      evaluation: an evaluation prompt without them.
+      author: a prompt of the author of contexts.
+      completion: a completion of a rollout.
+      answer: a completion of the evaluation.
+      reply: an author's reply.
     """
 
     prefix: int
     student: int
     teacher: int
     evaluation: int
-    writer: int
+    author: int
     completion: int
     answer: int
     reply: int
@@ -54,28 +59,31 @@ class Lengths(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program that was compiled, or was not, for want of memory.
+    """One program, compiled or refused by the compiler for want of memory.
 
     Attributes:
+      name: for the report.
       arguments: bytes of its arguments on each device, by their shapes.
-      facts: None for one that does not fit.
-      needed: bytes that it takes beyond its arguments.
-      failure: what the compiler said; "" for none.
+      cost: None if it was not compiled.
+      needed: bytes on each device that it takes beyond its arguments.
+      failure: the compiler's message; "" for none.
     """
 
     name: str
     arguments: int
-    facts: program_cost.Analysis | None
+    cost: program_cost.Analysis | None
     needed: int
     failure: str = ""
 
 
 @dataclasses.dataclass
 class Phase:
-    """A part of the run: what lies in memory, and the programs that run meanwhile.
+    """A part of the run: the arrays that it holds, and the programs that run meanwhile.
 
     Attributes:
-      parts: bytes on each device, by part.
+      name: for the report.
+      parts: bytes of the arrays on each device, by part.
+      programs: the programs that run in this phase.
     """
 
     name: str
@@ -84,32 +92,81 @@ class Phase:
 
     @property
     def working(self) -> int:
-        """Bytes beyond the parts that the hungriest program takes."""
+        """Bytes that the program with the largest need takes beyond the held arrays."""
         return max((program.needed for program in self.programs), default=0)
 
     @property
     def total(self) -> int:
+        """Bytes on each device, held arrays and temporaries together."""
         return sum(self.parts.values()) + self.working
+
+    @property
+    def failure(self) -> str:
+        """The message of the first program that was not compiled; "" for none."""
+        return next((p.failure for p in self.programs if p.failure), "")
+
+    def fits(self, usable: float) -> bool:
+        """Returns whether all programs were compiled and `usable` bytes of a device hold them."""
+        return not self.failure and self.total <= usable
+
+
+class Sampled(NamedTuple):
+    """A phase that samples: its settings' section, and the tokens of its longest text."""
+
+    phase: str
+    section: str
+    prompt: int
+    completion: int
+
+
+class Inputs(NamedTuple):
+    """Read-only inputs of the compilation of a phase.
+
+    Attributes:
+      frame: the settings, the mesh, the dtype and the model's shape.
+      lengths: the longest texts.
+      usable: bytes of a device; a phase that holds more is not compiled.
+      say: reports progress.
+    """
+
+    frame: run_plan.ProgramPlan
+    lengths: Lengths
+    usable: float
+    say: Callable[[str], None]
 
 
 class CompiledRun(NamedTuple):
-    """All that was compiled."""
+    """The result of a dry run's compilations.
 
-    frame: run_plan.ProgramPlan
+    Attributes:
+      inputs: their inputs.
+      target: the devices that they were compiled for.
+      phases: the phases of a run by name, in their order.
+      seconds: of wall time.
+    """
+
+    inputs: Inputs
     target: hardware.Target
-    lengths: Lengths
     phases: dict[str, Phase]
     seconds: float
 
+    @property
+    def frame(self) -> run_plan.ProgramPlan:
+        return self.inputs.frame
 
-# --- what is meant ----------------------------------------------------------------------------
+    @property
+    def lengths(self) -> Lengths:
+        return self.inputs.lengths
 
 
-def find_model_config(config: Any) -> transformer.ModelConfig:
-    """The model's shape by its name, or from a folder's config.json; nothing else is read.
+# --- from settings to shapes ------------------------------------------------------------------
+
+
+def find_model_config(config: config_lib.Config) -> transformer.ModelConfig:
+    """Returns the model's shape, by its name or from a folder's config.json.
 
     Raises:
-      ValueError: for a name that model.SHAPES lacks, with the choices.
+      ValueError: the name is not in `transformer.SHAPES`.
     """
     m = config.model
     if m.init == "random" and m.shape:
@@ -124,121 +181,172 @@ def find_model_config(config: Any) -> transformer.ModelConfig:
     if not known:
         raise ValueError(
             f"model.path is {m.path!r}: a dry run reads no repository, and knows the shapes of "
-            f"{', '.join(transformer.SHAPES)}; a folder with config.json would do too"
+            f"{', '.join(transformer.SHAPES)}. Name one of them, or a folder with config.json"
         )
     return transformer.SHAPES[max(known, key=len)]
 
 
-def make_frame(config: Any, found: list) -> run_plan.ProgramPlan:
-    """What the programs are made from, checked as `run_plan.make_plan` checks it.
+def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan:
+    """Builds the frame of a run on these devices, checked as a run's plan is checked.
 
     Raises:
-      ValueError: in one sentence.
+      ValueError: no run could have these settings.
     """
     shape = find_model_config(config)
-    where = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, found)
-    setting_rules.check_shards(config, sharding.batch_shards(where))
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    setting_rules.check_shards(config, sharding.batch_shards(mesh))
     setting_rules.check_vocabulary(config, shape.vocab_size)
-    backends.choose_loss(config, sharding.platform(where))
-    sharding.key_repeats(shape.n_heads, shape.n_kv_heads, where.shape["tensor"])
-    dtype = run_plan.choose_dtype(config.model.dtype, where)
-    backends.check_attention(config, sharding.platform(where), dtype, shape)
-    return run_plan.ProgramPlan(config, where, dtype, shape, run_plan.adapter_scale(config))
+    backends.choose_loss(config, sharding.platform(mesh))
+    sharding.key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
+    dtype = run_plan.choose_dtype(config.model.dtype, mesh)
+    backends.check_attention(config, sharding.platform(mesh), dtype, shape)
+    return run_plan.ProgramPlan(config, mesh, dtype, shape, run_plan.adapter_scale(config))
 
 
-def longest_texts(config: Any, shape: transformer.ModelConfig) -> Lengths:
-    """The caps, within the positions that the model knows.
+def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> Lengths:
+    """Returns the longest texts that the settings and the model's positions allow.
 
     Raises:
-      ValueError: if they leave no room for a prompt.
+      ValueError: they leave no room for a prompt.
     """
-    c, room = config, shape.max_position
+    c, positions = config, shape.max_position
     prefix = EXEMPLAR_TOKENS * c.prompt.exemplars
     completion, reply = c.rollout.max_tokens, c.author.max_tokens
     answer = c.eval.max_tokens or completion
-    prompt = lambda drawn: min(c.prompt.max_tokens, room - drawn) - prefix  # noqa: E731
-    found = Lengths(
-        prefix, prompt(completion), run_plan.teacher_limit(c, shape) - prefix, prompt(answer),
-        min(c.teacher.max_tokens, room - reply), completion, answer, reply,
+    prompt = lambda sampled: min(c.prompt.max_tokens, positions - sampled) - prefix  # noqa: E731
+    lengths = Lengths(
+        prefix=prefix, student=prompt(completion),
+        teacher=run_plan.teacher_limit(c, shape) - prefix, evaluation=prompt(answer),
+        author=min(c.teacher.max_tokens, positions - reply),
+        completion=completion, answer=answer, reply=reply,
     )  # fmt: skip
-    sizes = {"rollout": found.student, "evaluation": found.evaluation, "teacher": found.teacher}
-    for side, size in sizes.items():
-        if size < 1:
+    prompts = {
+        "rollout": lengths.student, "evaluation": lengths.evaluation, "teacher": lengths.teacher,
+    }  # fmt: skip
+    for side, tokens in prompts.items():
+        if tokens < 1:
             raise ValueError(
-                f"the {side}'s prompts have {size} tokens: rollout.max_tokens, eval.max_tokens, "
-                f"prompt.exemplars ({EXEMPLAR_TOKENS} each) and the model's {room} positions leave "
-                "no room for them"
+                f"the {side}'s prompts have {tokens} tokens: rollout.max_tokens, eval.max_tokens, "
+                f"prompt.exemplars ({EXEMPLAR_TOKENS} each) and the model's {positions} positions "
+                "leave no room for them. Lower one of these settings"
             )
-    return found
+    return lengths
 
 
-def size(tree: Any) -> int:
-    """Bytes on each device of arrays with shardings."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
+def sampled_sections(config: config_lib.Config, lengths: Lengths) -> list[Sampled]:
+    """Returns the phases that sample on these devices; none if a server samples."""
+    c, sections = config, []
+    if c.sampler.engine == "server":
+        return []
+    if config_lib.traits(c).samples and c.train.steps:
+        sections.append(Sampled("rollout", "rollout", lengths.student, lengths.completion))
+    if c.author.kind in ("student", "teacher"):
+        sections.append(Sampled("author", "author", lengths.author, lengths.reply))
+    if c.eval.path:
+        sections.append(Sampled("evaluation", "eval", lengths.evaluation, lengths.answer))
+    return sections
+
+
+def longest_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
+    """Builds the batch of a step with the longest texts; its NumPy arrays are zeros."""
+    B, method = config_lib.completions_per_step(config), config_lib.traits(config)
+    batch = layout.build_batch(
+        [[0] * lengths.student] * B,
+        [[0] * lengths.teacher] * B if method.teacher else None,
+        [[0] * lengths.completion] * B,
     )
+    zeros_BC = np.zeros(batch.mask_BC.shape, np.float32)
+    if method.samples:
+        batch = batch._replace(logp_rollout_BC=zeros_BC)
+    if not method.teacher or config.policy.weight:
+        batch = batch._replace(policy_BC=batch.mask_BC, advantage_BC=zeros_BC)
+    return batch
+
+
+def hold_phase(
+    frame: run_plan.ProgramPlan, lengths: Lengths, name: str, arrays: memory.HeldArrays
+) -> dict[str, int]:
+    """Returns the bytes on each device, by part, that a phase holds by shapes alone.
+
+    Args:
+      frame: its mesh may be an AbstractMesh.
+      lengths: the longest texts.
+      name: of the phase.
+      arrays: those of `frame`.
+    """
+    held = memory.count_resident(frame, arrays)
+    sections = {one.phase: one for one in sampled_sections(frame.config, lengths)}
+    if name == "placement":
+        return held | {"read": 0 if arrays.frozen else memory.count_bytes(arrays.base)}
+    if name == "step":
+        kept = memory.count_bytes(arrays.kept) if sections else 0
+        return held | {"sampler's weights": kept}
+    held["sampler's weights"] = memory.count_sampler_weights(frame, arrays)
+    if name == "hand-over":
+        return held
+    one = sections[name]
+    tokens = one.prompt + one.completion + engine.INSERT_BLOCK
+    # An author's texts are as long as a call needs, rounded up.
+    tokens = request.round_up_length(tokens) if name == "author" else tokens
+    return held | {"cache": memory.count_decode_state(frame, one.section, tokens)}
 
 
 # --- compiling --------------------------------------------------------------------------------
 
 
-class _Maker(NamedTuple):
-    """Compiles, and keeps what it compiled."""
+class _Compiler(NamedTuple):
+    """Compiles jitted functions, and collects their costs."""
 
-    frame: run_plan.ProgramPlan
-    said: Callable[[str], None]
+    inputs: Inputs
     programs: list[Program]
 
-    def __call__(self, name: str, jitted: Any, *args: Any, keeps: bool = True, turns: int = 1):
-        """The results of `jitted(*args)` as abstract arrays.
+    def __call__(
+        self, name: str, jitted: Any, *args: Any, keeps: bool = True, loop_turns: int = 1
+    ) -> Any:
+        """Returns the results of `jitted(*args)` as abstract arrays; None if it does not fit.
 
         Args:
-          keeps: whether results count as memory of the program, not as a part of their own.
+          name: of the program.
+          jitted: the function.
+          *args: abstract arrays.
+          keeps: whether the results count as memory of the program, not as a part of a phase.
+          loop_turns: of loops whose number of turns the program's text does not tell.
         """
-        self.said(f"compiling {name}")
+        self.inputs.say(f"compiling {name}")
+        mesh = self.inputs.frame.mesh
         lowered = jitted.lower(*args)
-        held = size(jax.tree.map(_placed(self.frame.mesh), (args,)))
+        held = memory.count_bytes(jax.tree.map(lambda x: _with_sharding(x, mesh), args))
         begun = time.perf_counter()
         try:
-            program = lowered.compile()
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            one = failed_program(name, held, error)
-            # Where results are a part of their own, that part says what they take.
-            self.programs.append(one if keeps else dataclasses.replace(one, needed=0))
+            program = failed_program(name, held, error)
+            # Results that are a part of a phase are counted there.
+            self.programs.append(program if keeps else dataclasses.replace(program, needed=0))
             return None
-        facts = program_cost.analyse(
-            name, program, time.perf_counter() - begun, self.frame.mesh, turns=turns
-        )
-        needed = (facts.added if keeps else facts.temporary) + max(0, facts.arguments - held)
-        self.programs.append(Program(name, held, facts, needed))
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            lowered.out_info, program.output_shardings,
-        )  # fmt: skip
+        seconds = time.perf_counter() - begun
+        cost = program_cost.analyse(name, compiled, seconds, mesh, turns=loop_turns)
+        needed = (cost.added if keeps else cost.temporary) + max(0, cost.arguments - held)
+        self.programs.append(Program(name, held, cost, needed))
+        return sharding.to_abstract(lowered.out_info, mesh, compiled.output_shardings)
 
 
-def _placed(where: Mesh) -> Callable[[Any], Any]:
-    """Arrays without a place count as whole on every device."""
-    whole = NamedSharding(where, PartitionSpec())
-
-    def one(x: Any) -> Any:
-        if not hasattr(x, "dtype"):
-            return jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-        sharding = getattr(x, "sharding", None) or whole
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return one
+def _with_sharding(x: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Returns an argument's shape; without a sharding it is whole on every device."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    if not hasattr(x, "dtype"):  # a Python number
+        return jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or whole)
 
 
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def failed_program(name: str, arguments: int, error: BaseException) -> Program:
-    """A program for which the compiler finds no room, with what it would take.
+    """Returns a program that the compiler refuses for want of memory, with what it would need.
 
     Raises:
-      the error itself, if it is another one.
+      BaseException: `error` itself, if it has another reason.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
@@ -247,231 +355,167 @@ def failed_program(name: str, arguments: int, error: BaseException) -> Program:
     temporary = re.search(r"temporaries \(([\d.]+)([KMGT]?)\)", text)
     needed = 0
     if used:
-        needed = int(float(used[1]) * UNITS[used[2]]) - arguments
+        needed = int(float(used[1]) * _UNITS[used[2]]) - arguments
     elif temporary:
-        needed = int(float(temporary[1]) * UNITS[temporary[2]])
-    line = text.strip().splitlines()[0]
-    return Program(name, arguments, None, max(0, needed), line)
-
-
-def first_state(frame: run_plan.ProgramPlan, make: _Maker, base: Any) -> tuple[Any, Any, Any]:
-    """(state, optimizer, options) of step 0, and the program that makes it."""
-    c = frame.config
-    options = builders.build_options(frame)
-    tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
-
-    begun = builders.build_initializer(frame, tx, options.teacher)
-    shapes = jax.eval_shape(begun, base)
-    places = builders.find_shardings(shapes, frame)
-    given = base if c.train.trainable == "full" else {}
-    make("state at step 0", jax.jit(begun, out_shardings=places), given, keeps=False)
-    return sharding.to_abstract(shapes, frame.mesh, places), tx, options
-
-
-def longest_batch(config: Any, long: Lengths) -> layout.Batch:
-    """A step's batch of the longest texts: NumPy arrays of zeros, as the methods make them."""
-    B = config_lib.completions_per_step(config)
-    method = config_lib.traits(config)
-    out = layout.build_batch(
-        [[0] * long.student] * B, [[0] * long.teacher] * B if method.teacher else None,
-        [[0] * long.completion] * B,
-    )  # fmt: skip
-    logps_BC = np.zeros(out.mask_BC.shape, np.float32)
-    if method.samples:
-        out = out._replace(logp_rollout_BC=logps_BC)
-    if not method.teacher or config.policy.weight:
-        out = out._replace(policy_BC=out.mask_BC, advantage_BC=logps_BC)
-    return out
+        needed = int(float(temporary[1]) * _UNITS[temporary[2]])
+    return Program(name, arguments, None, max(0, needed), text.strip().splitlines()[0])
 
 
 def compile_run(
-    config: Any,
+    config: config_lib.Config,
     target: hardware.Target,
-    found: list,
-    limit: float,
-    said: Callable[[str], None] = lambda _: None,
+    devices: list,
+    usable: float,
+    say: Callable[[str], None] = lambda _: None,
 ) -> CompiledRun:
     """Compiles every program of a run for these devices.
 
     Args:
-      limit: bytes of a device; what begins with more is not compiled.
-      said: told what is being done.
+      config: the settings of the run.
+      target: the devices by name, for the report.
+      devices: of a topology, or real ones.
+      usable: bytes of a device; a phase that holds more is not compiled.
+      say: reports progress.
 
     Raises:
-      ValueError: for settings that no run would take.
+      ValueError: no run could have these settings.
     """
     begun = time.perf_counter()
-    one = make_frame(config, found)
-    long = longest_texts(config, one.model_config)
-    plan_like: Any = one
-    with run_lib.set_mesh_and_precision(plan_like):
-        phases = _phases(one, long, limit, said)
-    return CompiledRun(one, target, long, phases, time.perf_counter() - begun)
+    frame = make_frame(config, devices)
+    lengths = longest_texts(config, frame.model_config)
+    inputs = Inputs(frame, lengths, usable, say)
+    sampled = [one.phase for one in sampled_sections(config, lengths)]
+    names = ["placement", *(["hand-over"] if sampled else []), *sampled]
+    names += ["step"] if config.train.steps else []
+    phases = {name: compile_phase(inputs, name) for name in names}
+    return CompiledRun(inputs, target, phases, time.perf_counter() - begun)
 
 
-def _phases(one: run_plan.ProgramPlan, long: Lengths, limit: float, said) -> dict[str, Phase]:
-    c, where = one.config, one.mesh
-    shapes = transformer.abstract_params(one.model_config, one.dtype)
-    base = sharding.to_abstract(shapes, where, builders.find_shardings(shapes, one))
-    lora_run = c.train.trainable == "lora"
-    placing, handing = _Maker(one, said, []), _Maker(one, said, [])
-    state, tx, options = first_state(one, placing, base)
-    frozen = base if lora_run or builders.needs_initial_weights(c) else {}
-    resident = {
-        "weights": size(frozen) + (0 if lora_run else size(state.trained)),
-        "adapters": size(state.trained) if lora_run else 0,
-        "optimizer": size(state.optimizer),
-        "average": size(state.ema),
-    }
-    student = policy_lib.Policy(base, state.trained if lora_run else None, one.adapter_scale)
-
-    def call(program: Any, *args: Any) -> Any:
-        name = "weights" if len(args) > 1 else "adapter"  # as HandOver has them
-        return handing(f"{name} to the sampler", program, *args, keeps=False)
-
-    sampled = sampled_sections(c, long)
-    hand_over = builders.build_hand_over(one, frozen if lora_run else {}, call=call)
-    handed_over = hand_over(student) if sampled else student
-    copies = 0 if handed_over.params is student.params else size(handed_over.params)
-    copies += 0 if handed_over.adapter is student.adapter else size(handed_over.adapter)
-    # Full fine-tuning casts the masters for each phase of sampling.
-    cast = 0 if lora_run else size(base)
-    phases = {
-        "placement": Phase("placement", {**resident, "read": size(base) if frozen == {} else 0},
-                           placing.programs),
-    }  # fmt: skip
-    if sampled:
-        phases["hand-over"] = Phase(
-            "hand-over", {**resident, "sampler's weights": copies + cast}, handing.programs
-        )
-    handed = {**resident, "sampler's weights": copies + cast}
-    for name, section, asked, drawn in sampled:
-        if handed_over.params is None or sum(handed.values()) > limit:
-            phases[name] = _unmade(name, handed, f"sampler of {section}")
+def compile_phase(inputs: Inputs, name: str) -> Phase:
+    """Compiles the programs of one phase, unless the arrays that it holds do not fit already."""
+    arrays = memory.held_arrays(inputs.frame)
+    parts = hold_phase(inputs.frame, inputs.lengths, name, arrays)
+    compiler = _Compiler(inputs, [])
+    if name not in ("placement", "hand-over") and sum(parts.values()) > inputs.usable:
+        reason = "not compiled: the arrays that it begins with do not fit"
+        return Phase(name, parts, [Program(name, sum(parts.values()), None, 0, reason)])
+    frame: Any = inputs.frame  # it reads the mesh and the dtype of a plan
+    with run_lib.set_mesh_and_precision(frame):
+        if name == "placement":
+            _compile_first_state(compiler, arrays)
+        elif name == "hand-over":
+            _compile_hand_over(compiler)
+        elif name == "step":
+            parts |= _compile_step(compiler, arrays)
         else:
-            phases[name] = compile_sampler(
-                one, long, section, asked, drawn, handed_over, handed, said
-            )
-    kept = hand_over.kept()
-    held = {**resident, "sampler's weights": 0 if kept is None else size(kept)}
-    if c.train.steps and sum(held.values()) > limit:
-        phases["step"] = _unmade("step", held, "training step")
-    elif c.train.steps:
-        phases["step"] = compile_step(one, long, (state, frozen, base), (tx, options), held, said)
-    return phases
+            parts |= _compile_sampler(compiler, arrays, name)
+    return Phase(name, parts, compiler.programs)
 
 
-def _unmade(name: str, held: dict[str, int], program: str) -> Phase:
-    """Minutes of compiling would only say what is known: the weights alone do not fit."""
-    reason = "not compiled: what it begins with does not fit"
-    return Phase(name, held, [Program(program, sum(held.values()), None, 0, reason)])
+def _compile_first_state(compiler: _Compiler, arrays: memory.HeldArrays) -> None:
+    frame = compiler.inputs.frame
+    tx, _ = builders.build_optimizer(frame.config, max(1, frame.config.train.steps))
+    make_state = builders.build_initializer(frame, tx, builders.build_options(frame).teacher)
+    base = arrays.base if frame.config.train.trainable == "full" else {}
+    shardings = builders.find_shardings(arrays.state, frame)
+    compiler("state at step 0", jax.jit(make_state, out_shardings=shardings), base, keeps=False)
 
 
-def sampled_sections(c: Any, long: Lengths) -> list[tuple[str, str, int, int]]:
-    """(phase, section of the settings, prompt, completion) of what is sampled here."""
-    if c.sampler.engine == "server":
-        return []
-    out = []
-    if config_lib.traits(c).samples and c.train.steps:
-        out.append(("rollout", "rollout", long.student, long.completion))
-    if c.author.kind in ("student", "teacher"):
-        out.append(("author", "author", long.writer, long.reply))
-    if c.eval.path:
-        out.append(("evaluation", "eval", long.evaluation, long.answer))
-    return out
+def _compile_hand_over(compiler: _Compiler) -> None:
+    def call(jitted: Any, *args: Any) -> Any:
+        name = "weights" if len(args) > 1 else "adapter"  # as HandOver calls its programs
+        compiler(f"{name} to the sampler", jitted, *args, keeps=False)
+        return jitted.eval_shape(*args)
+
+    memory.held_arrays(compiler.inputs.frame, call=call)
 
 
-def compile_sampler(
-    one, long: Lengths, section: str, asked: int, drawn: int, policy: policy_lib.Policy, held, said
-) -> Phase:
-    """The sampler's programs of a section, with its cache."""
-    make = _Maker(one, said, [])
-    decoder = builders.build_decoder(one)
-    shape = one.model_config
+def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str) -> dict[str, int]:
+    """Compiles the sampler of a phase; returns the bytes of prompts and worked examples."""
+    frame, lengths = compiler.inputs.frame, compiler.inputs.lengths
+    sections = sampled_sections(frame.config, lengths)
+    _, section, asked, completion = next(one for one in sections if one.phase == phase)
+    decoder, vocabulary = builders.build_decoder(frame), frame.model_config.vocab_size
     # An author's prompts have no worked examples; its texts are as long as a call needs.
-    prefix = None if section == "author" else _prefix(one, make, decoder, long, policy)
-    length = 0 if section == "author" else asked + drawn
-    valid_V = np.ones(shape.vocab_size, bool)
+    author = section == "author"
+    prefix = None if author else _compile_prefix(compiler, decoder, arrays.sampler)
+    valid_V = np.ones(vocabulary, bool)
     valid_V[-1] = False  # tokenizers have fewer ids than embeddings have rows
     job = request.prepare_inputs(
-        decoder, policy, [(0,) * asked], [builders.build_sampling(one.config, section, (0,), ())],
+        decoder, arrays.sampler, [(0,) * asked],
+        [builders.build_sampling(frame.config, section, (0,), ())],
         keys_n2=np.zeros((1, 2), np.uint32),
-        settings=builders.build_sampler_settings(one.config, section, length), prefix=prefix,
-        vocabulary=request.Vocabulary(valid_V), limits=None, longest=asked, put=sharding.to_abstract,  # noqa: E501
+        settings=builders.build_sampler_settings(
+            frame.config, section, 0 if author else asked + completion
+        ),
+        prefix=prefix, vocabulary=request.Vocabulary(valid_V), limits=None, longest=asked,
+        put=sharding.to_abstract,
     )  # fmt: skip
-    said(f"compiling the sampler of {section}")
-    programs, rows = make.programs, 0
-    held_by_job = size(job.constants)
+    compiler.inputs.say(f"compiling the sampler of {section}")
+    rows = 0
     try:
-        made = loop.compile_programs(job, sys.maxsize)
+        programs = loop.compile_programs(job, sys.maxsize)
     except MemoryError as error:
-        programs.append(failed_program(f"sampler of {section}", held_by_job, _cause(error)))
-        made = ()
-    for program in made:
-        call: Any = program.call
-        facts = program_cost.analyse(program.name, call, program.seconds, one.mesh)
-        needed = 0 if program.name == "empty cache" else facts.temporary
-        programs.append(Program(program.name, facts.arguments, facts, needed))
+        # The compiler's message is behind the sampler's own.
+        cause = error.__cause__ or error.__context__ or error
+        held = memory.count_bytes(job.weights)
+        compiler.programs.append(failed_program(f"sampler of {section}", held, cause))
+        programs = ()
+    for program in programs:
+        cost = program_cost.analyse(program.name, program.call, program.seconds, frame.mesh)
+        needed = 0 if program.name == "empty cache" else cost.temporary
+        compiler.programs.append(Program(program.name, cost.arguments, cost, needed))
         if program.name.startswith("prefill"):
-            rows = max(rows, 2 * facts.outputs)
-    cache = size(loop.abstract_state(job))
-    parts = {**held, "cache": cache, "prompts' keys": rows, "examples' keys": size(prefix)}
-    return Phase(section, parts, programs)
+            # The rows of one prefill wait for slots while the next prefill runs.
+            rows = max(rows, 2 * cost.outputs)
+    return {"prompts' keys": rows, "examples' keys": memory.count_bytes(prefix)}
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What the compiler said, behind an error that tells it in other words."""
-    return error.__cause__ or error.__context__ or error
-
-
-def _prefix(
-    one, make: _Maker, decoder, long: Lengths, policy: policy_lib.Policy
+def _compile_prefix(
+    compiler: _Compiler, decoder: transformer.Decoder, policy: policy_lib.Policy
 ) -> transformer.KV | None:
-    if not long.prefix:
+    """Compiles the encoding of the worked examples; returns their keys and values."""
+    frame, tokens = compiler.inputs.frame, compiler.inputs.lengths.prefix
+    if not tokens:
         return None
-    whole = NamedSharding(one.mesh, PartitionSpec())
-    tokens = jax.ShapeDtypeStruct((1, long.prefix), jnp.int32, sharding=whole)
-    bound = jax.jit(lambda policy, tokens: shared_prefix.encode(decoder, policy, tokens))
-    return make("worked examples", bound, policy, tokens, keeps=False)
+    whole = NamedSharding(frame.mesh, PartitionSpec())
+    tokens_1L = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=whole)
+    encode = jax.jit(lambda policy, tokens: shared_prefix.encode(decoder, policy, tokens))
+    return compiler("worked examples", encode, policy, tokens_1L, keeps=False)
 
 
-def compile_step(one, long: Lengths, trees, parts, held, said) -> Phase:
-    """The training step, teacher included, on a batch of the longest texts."""
-    state, frozen, base = trees
-    tx, options = parts
-    c, make = one.config, _Maker(one, said, [])
-    decoder = builders.build_decoder(one)
-    whole = PartitionSpec()
-    rows = builders.pack_batch(one, longest_batch(c, long), caps=True)
-    arrays = sharding.to_abstract(rows, one.mesh, layout.batch_shardings(rows, one.mesh))
+def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, int]:
+    """Compiles the training step, teacher included; returns the bytes of batch and examples."""
+    frame, lengths = compiler.inputs.frame, compiler.inputs.lengths
+    c = frame.config
+    tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
+    options, decoder = builders.build_options(frame), builders.build_decoder(frame)
+    rows = builders.pack_batch(frame, longest_batch(c, lengths), caps=True)
+    batch = sharding.to_abstract(rows, frame.mesh, layout.batch_shardings(rows, frame.mesh))
     prefix = kvs = None
-    if long.prefix:
-        prefix = sharding.to_abstract(np.zeros(long.prefix, np.int32), one.mesh, whole)
-    if long.prefix and config_lib.traits(c).teacher:
-        kv = _prefix(
-            one,
-            _Maker(one, lambda _: None, make.programs),
-            decoder,
-            long,
-            policy_lib.Policy(base, scale=one.adapter_scale),
-        )
+    if lengths.prefix:
+        zeros: Any = np.zeros(lengths.prefix, np.int32)
+        prefix = sharding.to_abstract(zeros, frame.mesh, PartitionSpec())
+    if lengths.prefix and config_lib.traits(c).teacher:
+        base = policy_lib.Policy(arrays.base, scale=frame.adapter_scale)
+        kv = _compile_prefix(compiler, decoder, base)
         kvs = (kv,) * (2 if options.teacher == "trust_region" else 1)
-    factor = sharding.to_abstract(np.float32(1), one.mesh, whole)
-    jitted = builders.build_step(one, decoder, tx, options, state)
-    make(
-        "training step", jitted, state, frozen, arrays, prefix, kvs, factor,
-        turns=_blocks(one, options, arrays),
+    factor = sharding.to_abstract(np.float32(1), frame.mesh, PartitionSpec())
+    jitted = builders.build_step(frame, decoder, tx, options, arrays.state)
+    compiler(
+        "training step", jitted, arrays.state, arrays.frozen, batch, prefix, kvs, factor,
+        loop_turns=_count_blocks(frame, options, batch),
     )  # fmt: skip
-    return Phase(
-        "step", {**held, "batch": size(arrays), "examples' keys": size(kvs)}, make.programs
-    )
+    return {"batch": memory.count_bytes(batch), "examples' keys": memory.count_bytes(kvs)}
 
 
-def _blocks(one, options: train_step.Options, arrays: layout.Batch) -> int:
-    """Blocks of tokens that the loss goes over, if every token has weight."""
-    B, C = arrays.mask_BC.shape
-    if arrays.source_UST is not None:
-        tokens = arrays.source_UST.shape[2]
+def _count_blocks(
+    frame: run_plan.ProgramPlan, options: train_step.Options, batch: layout.Batch
+) -> int:
+    """Returns the blocks of tokens that the loss goes over if every token has weight."""
+    B, C = batch.mask_BC.shape
+    if batch.source_UST is not None:
+        tokens = batch.source_UST.shape[2]
     else:
-        tokens = B * C // options.micro_batches // sharding.batch_shards(one.mesh)
+        tokens = B * C // options.micro_batches // sharding.batch_shards(frame.mesh)
     return token_blocks.size(tokens, options.chunk, 1)[0]

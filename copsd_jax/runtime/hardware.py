@@ -134,8 +134,13 @@ def parse_target(text: str) -> Target:
     return Target(text, "tpu", kind, shape, slices)
 
 
+def list_topologies(kind: str) -> dict[int, str]:
+    """Returns the topologies of a slice of TPUs, by their number of chips."""
+    return TOPOLOGIES_2D if kind in ("v5e", "v6e") else TOPOLOGIES_3D
+
+
 def _shape(text: str, kind: str, topology: str | None, number: str | None) -> tuple[int, ...]:
-    table = TOPOLOGIES_2D if kind in ("v5e", "v6e") else TOPOLOGIES_3D
+    table = list_topologies(kind)
     dimensions = 2 if table is TOPOLOGIES_2D else 3
     if topology is None:
         count = int(number or 0)

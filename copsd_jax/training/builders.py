@@ -143,6 +143,11 @@ def needs_initial_weights(config) -> bool:
     return config.policy.kl > 0 and (method.policy_gradient or config.policy.weight > 0)
 
 
+def teacher_weights(config) -> str:
+    """Returns teacher.weights; 'fixed' for a method without a teacher."""
+    return config.teacher.weights if config_lib.traits(config).teacher else "fixed"
+
+
 def build_options(plan: run_plan.ProgramPlan | run_plan.Plan) -> train_step.Options:
     """The static choices of a run's step."""
     c = plan.config
@@ -152,7 +157,7 @@ def build_options(plan: run_plan.ProgramPlan | run_plan.Plan) -> train_step.Opti
     divergence = backends.build_divergence(c)
     return train_step.Options(
         trainable=c.train.trainable,
-        teacher=c.teacher.weights if distills else "fixed",
+        teacher=teacher_weights(c),
         ema_decay=c.teacher.ema_decay,
         adapter_scale=plan.adapter_scale,
         divergence=divergence,

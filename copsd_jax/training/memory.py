@@ -1,21 +1,27 @@
-"""How many parameters a plan has, and the memory that it needs."""
+"""Parameter counts, and the memory that a run holds, computed from shapes and shardings.
+
+Nothing is allocated or compiled here. The temporaries of programs are known to the compiler alone:
+`dryrun` compiles the programs and reads them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from copsd_jax.attention import decode_attention
 from copsd_jax.config import settings as config_lib
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
-from copsd_jax.training import run_plan
-
-
-def _bytes(tree: object) -> int:
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+from copsd_jax.sampler import engine
+from copsd_jax.training import builders, run_plan, train_step
 
 
 def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
-    """Numbers of parameters: of the base, and trained."""
+    """Returns the number of parameters of the base model and of what is trained."""
     count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
     base = transformer.abstract_params(plan.model_config, plan.dtype)
     return {
@@ -24,57 +30,144 @@ def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
     }
 
 
-def memory(plan: run_plan.Plan) -> dict[str, int]:
-    """Bytes by part, over all devices; activations without what the compiler adds.
+def count_bytes(tree: Any) -> int:
+    """Returns the bytes that arrays with shardings take on each device."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
 
-    Weights; trained values with gradients, two AdamW moments and the average; the decode cache; the
-    inputs of layers kept for the backward pass of a micro-batch (without remat all of a layer's,
-    about 20 times its width, of projections 10); the blocks of logits of the loss.
+
+class HeldArrays(NamedTuple):
+    """The arrays that a run holds between its programs, as jax.ShapeDtypeStructs with shardings.
+
+    Attributes:
+      base: the parameters as they are loaded.
+      frozen: the parameters that are kept all the time; {} if full fine-tuning needs none.
+      state: the training state.
+      sampler: the policy that the sampler reads.
+      kept: the sampler's copy that stays through the training step; None if there is none.
     """
-    c, shape = plan.config, plan.model_config
-    item = np.dtype(plan.dtype).itemsize
-    completions = config_lib.completions_per_step(c)
-    micro = c.train.micro_batch or completions
-    length = plan.longest["student"] + c.rollout.max_tokens
-    rows = micro * length  # tokens of the student's side
-    if c.train.micro_tokens:
-        rows = min(rows, c.train.micro_tokens * sharding.batch_shards(plan.mesh))
-    copies = 4 + (c.teacher.weights == "ema")
-    kept = {"none": 20, "dots": 10, "attention": 2, "layer": 1}[c.model.remat]
-    entry = shape.head_dim * item
-    if c.sampler.cache != "auto":
-        scale = 4 if c.sampler.cache == "int8" else 0
-        entry = shape.head_dim * jnp.dtype(c.sampler.cache).itemsize + scale
-    repeats = sharding.key_repeats(shape.n_heads, shape.n_kv_heads, plan.mesh.shape["tensor"])
-    cache = 2 * shape.n_layers * shape.n_kv_heads * repeats * entry
-    dense = c.loss.implementation == "dense"
-    # A chunk of the loss is of each device's tokens.
-    tokens = min(rows, micro * c.rollout.max_tokens)
-    if not dense:
-        tokens = min(tokens, c.loss.chunk * sharding.batch_shards(plan.mesh))
+
+    base: dict
+    frozen: dict
+    state: train_step.State
+    sampler: policy_lib.Policy
+    kept: dict | None
+
+
+def _eval_shape(program: Any, *args: Any) -> Any:
+    return program.eval_shape(*args)
+
+
+def held_arrays(
+    frame: run_plan.ProgramPlan | run_plan.Plan, *, call: Callable[..., Any] = _eval_shape
+) -> HeldArrays:
+    """Returns the arrays that a run holds, made by the functions that the run makes them with.
+
+    Args:
+      frame: the settings, the model's shape and the mesh, which may be an AbstractMesh.
+      call: returns the abstract results of a jitted function of the hand-over.
+    """
+    c = frame.config
+    shapes = transformer.abstract_params(frame.model_config, frame.dtype)
+    base = sharding.to_abstract(shapes, frame.mesh, builders.find_shardings(shapes, frame))
+    tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
+    make_state = builders.build_initializer(frame, tx, builders.teacher_weights(c))
+    state = jax.eval_shape(make_state, base)
+    state = sharding.to_abstract(state, frame.mesh, builders.find_shardings(state, frame))
+    lora = c.train.trainable == "lora"
+    frozen = base if lora or builders.needs_initial_weights(c) else {}
+    hand_over = builders.build_hand_over(frame, frozen if lora else {}, call=call)
+    student = policy_lib.Policy(base, state.trained if lora else None, frame.adapter_scale)
+    sampler = hand_over(student)
+    return HeldArrays(base, frozen, state, sampler, hand_over.kept())
+
+
+def count_resident(
+    frame: run_plan.ProgramPlan | run_plan.Plan, arrays: HeldArrays
+) -> dict[str, int]:
+    """Returns the bytes on each device, by part, that a run holds all the time."""
+    trained = count_bytes(arrays.state.trained)
+    lora = frame.config.train.trainable == "lora"
     return {
-        "weights": _bytes(transformer.abstract_params(shape, plan.dtype)),
-        "training state": copies * _bytes(run_plan.trained_shapes(plan.config, plan.model_config)),
-        "decode cache": cache * c.rollout.slots * length,
-        "activations": rows * shape.d_model * shape.n_layers * kept * item,
-        "logits": 4 * 4 * tokens * shape.vocab_size,
+        "weights": count_bytes(arrays.frozen) + (0 if lora else trained),
+        "adapters": trained if lora else 0,
+        "optimizer": count_bytes(arrays.state.optimizer),
+        "average": count_bytes(arrays.state.ema),
+    }
+
+
+def count_sampler_weights(frame: run_plan.ProgramPlan | run_plan.Plan, arrays: HeldArrays) -> int:
+    """Returns the bytes on each device of the sampler's own copies of weights, while it samples."""
+    lora = frame.config.train.trainable == "lora"
+    policy = arrays.sampler
+    copies = 0 if policy.params is arrays.base else count_bytes(policy.params)
+    if lora and policy.adapter is not arrays.state.trained:
+        copies += count_bytes(policy.adapter)
+    # Full fine-tuning casts the float32 weights for each phase of sampling.
+    return copies if lora else copies + count_bytes(arrays.base)
+
+
+def count_decode_state(
+    frame: run_plan.ProgramPlan | run_plan.Plan, section: str, tokens: int
+) -> int:
+    """Returns the bytes on each device of the decode cache and of the slots that own its rows.
+
+    Args:
+      frame: the settings, the model's shape and the mesh.
+      section: the section of the settings that says how many slots there are.
+      tokens: entries that a slot needs, those that an insertion overwrites included.
+    """
+    m, settings = frame.model_config, builders.build_sampler_settings(frame.config, section, 0)
+    tensor, shards = frame.mesh.shape["tensor"], sharding.batch_shards(frame.mesh)
+    repeats = sharding.key_repeats(m.n_heads, m.n_kv_heads, tensor)
+    decoder = transformer.Decoder(m, frame.dtype, key_repeats=repeats)
+    slots = -(-settings.slots // shards) * shards
+    entries = (
+        -(-tokens // decode_attention.CACHE_LENGTH_MULTIPLE)
+        * decode_attention.CACHE_LENGTH_MULTIPLE
+    )
+    dtype = decoder.dtype if settings.cache is None else settings.cache
+    state = jax.eval_shape(lambda: engine.init_state(decoder, slots, entries, dtype))
+    specs = engine.partition_state(state, frame.mesh)
+    places = jax.tree.map(lambda spec: NamedSharding(frame.mesh, spec), specs)
+    return count_bytes(sharding.to_abstract(state, frame.mesh, places))
+
+
+def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
+    """Returns the bytes on each device of weights, training state and decode cache of rollouts."""
+    arrays = held_arrays(plan)
+    held = count_resident(plan, arrays)
+    tokens = plan.longest["student"] + plan.config.rollout.max_tokens + engine.INSERT_BLOCK
+    samples = plan.server is None and config_lib.traits(plan.config).samples
+    weights = held.pop("weights") + (count_sampler_weights(plan, arrays) if samples else 0)
+    return {
+        "weights": weights,
+        "training state": sum(held.values()),
+        "decode cache": count_decode_state(plan, "rollout", tokens) if samples else 0,
     }
 
 
 def describe_undivided(frame: run_plan.ProgramPlan | run_plan.Plan) -> str:
-    """Which parameters stay whole along an axis of the mesh that does not divide them, and what
-    this costs; '' for none. Trained values count with what `memory` counts of them."""
+    """Returns which parameters stay whole along an axis that does not divide them, and the cost.
+
+    Returns:
+      One line; '' if the mesh divides every parameter. The cost counts trained values with their
+      gradients, the two moments of AdamW and the average.
+    """
     c, where, shape = frame.config, frame.mesh, frame.model_config
     base = transformer.abstract_params(shape, frame.dtype)
     names, more = sharding.find_undivided(base, where, shape.n_kv_heads)
-    own, extra = sharding.find_undivided(run_plan.trained_shapes(c, shape), where, shape.n_kv_heads)
-    if not names and not own:
+    trained = run_plan.trained_shapes(c, shape)
+    trained_names, trained_more = sharding.find_undivided(trained, where, shape.n_kv_heads)
+    if not names and not trained_names:
         return ""
-    told = [
+    by_axis = [
         f"along mesh.{axis}={where.shape[axis]} "
-        + ", ".join(dict.fromkeys((*names.get(axis, ()), *own.get(axis, ()))))
+        + ", ".join(dict.fromkeys((*names.get(axis, ()), *trained_names.get(axis, ()))))
         for axis in sharding.AXES
-        if axis in names or axis in own
+        if axis in names or axis in trained_names
     ]
-    more += (4 + (c.teacher.weights == "ema")) * extra
-    return f"{'; '.join(told)}: {more / 2**20:,.1f} MiB more on each device"
+    more += (4 + (c.teacher.weights == "ema")) * trained_more
+    return f"{'; '.join(by_axis)}: {more / 2**20:,.1f} MiB more on each device"

@@ -1,0 +1,342 @@
+"""Settings that would fit a device's memory, proposed from what was compiled.
+
+The memory of a phase is affine in the micro-batch of the step and in the slots of a sampler. A
+phase is therefore compiled at two sizes where a proposal needs it, and the largest size below the
+line through both is proposed. For other meshes only the held arrays are known without compiling;
+they follow exactly from shapes.
+"""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from copsd_jax.config import settings as config_lib
+from copsd_jax.dryrun import programs
+from copsd_jax.runtime import hardware, sharding
+from copsd_jax.training import builders, memory, run_plan
+
+CHANGES = 3  # proposals at most
+MOST_SLOTS = 2**16  # of each batch shard
+SLOTS = {"rollout": "rollout.slots", "author": "author.slots", "evaluation": "eval.slots"}
+
+
+class Sizes(NamedTuple):
+    """The setting that sizes a phase.
+
+    Attributes:
+      setting: its name.
+      now: the run's value, rounded up as the run rounds it.
+      choices: all values that are of use, ascending.
+      second: the value to compile besides `now`; 0 if there is none.
+    """
+
+    setting: str
+    now: int
+    choices: Sequence[int]
+    second: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change of settings that would fit, or may fit.
+
+    Attributes:
+      words: flags of the command line, behind the devices if there are other devices.
+      held: bytes on each device of its arrays, without temporaries; 0 if compiled programs say that
+        it fits.
+      config: the changed settings.
+      target: the devices.
+    """
+
+    words: str
+    held: int
+    config: config_lib.Config
+    target: hardware.Target
+
+
+@dataclasses.dataclass
+class Proposals:
+    """The largest sizes that fit, and changes with which a run that does not fit would.
+
+    Attributes:
+      largest: the largest value that is of use and fits, by setting; 0 if no value fits.
+      changes: the smallest change first; empty if the run fits.
+      compilations: the number of phases that were compiled again for them.
+    """
+
+    largest: dict[str, int]
+    changes: list[Change]
+    compilations: int
+
+
+def propose(run: programs.CompiledRun, usable: float) -> Proposals:
+    """Proposes sizes and changes of settings; compiles phases at a second size where needed."""
+    proposals = Proposals({}, [], 0)
+    fixes: dict[str, Any] = {}
+    fixable = True
+    for name, phase in run.phases.items():
+        if name not in ("step", *SLOTS):
+            fixable = fixable and phase.fits(usable)
+            continue
+        sizes = size_settings(run, name, phase, usable)
+        value = _find_largest(run, phase, sizes, usable, proposals)
+        proposals.largest[sizes.setting] = value
+        if phase.fits(usable):
+            continue
+        if value:
+            fixes[sizes.setting] = value
+        elif name == "step" and _fits_with_remat(run, phase, sizes, usable, proposals):
+            fixes |= {"model.remat": "layer", sizes.setting: sizes.choices[0]}
+        else:
+            fixable = False
+    if fixes and fixable:
+        config = change_settings(run.frame.config, fixes)
+        proposals.changes.append(Change(_spell(fixes), 0, config, run.target))
+    if not all(phase.fits(usable) for phase in run.phases.values()):
+        room = CHANGES - len(proposals.changes)
+        proposals.changes += itertools.islice(_other_meshes(run, usable), room)
+    return proposals
+
+
+# --- sizes ------------------------------------------------------------------------------------
+
+
+def size_settings(
+    run: programs.CompiledRun, name: str, phase: programs.Phase, usable: float
+) -> Sizes:
+    """Returns the setting that sizes a phase, and the values to choose from."""
+    config, shards = run.frame.config, sharding.batch_shards(run.frame.mesh)
+    completions = config_lib.completions_per_step(config)
+    if name == "step":
+        setting, now, choices = _micro_batches(run, completions, shards)
+        second = choices[0] if now != choices[0] else next(iter(choices[1:]), 0)
+    else:
+        setting = SLOTS[name]
+        section, _, key = setting.partition(".")
+        now = _round_up(config[section][key], shards)
+        # More slots than a step has completions would stay empty.
+        most = MOST_SLOTS * shards if name == "evaluation" else _round_up(completions, shards)
+        choices = range(shards, most + 1, shards)
+        second = _halve(now, shards)
+    if phase.fits(usable) and now >= choices[-1]:
+        second = 0  # nothing larger is of use
+    elif not phase.fits(usable) and now == choices[0]:
+        second = 0  # nothing smaller exists
+    return Sizes(setting, now, choices, second)
+
+
+def _micro_batches(
+    run: programs.CompiledRun, completions: int, shards: int
+) -> tuple[str, int, Sequence[int]]:
+    """Returns the setting of a micro-batch's size, its value now, and its values."""
+    c = run.frame.config
+    if not c.train.micro_tokens:
+        choices = [m for m in range(shards, completions + 1, shards) if completions % m == 0]
+        return "train.micro_batch", c.train.micro_batch or completions, choices
+    batch = programs.longest_batch(c, run.lengths)
+    rows = builders.pack_batch(run.frame, batch, caps=True)
+    sides = [side for side in (rows.student, rows.teacher) if side is not None]
+    # One completion a row: tokens of a device's micro-batch come in whole samples.
+    sample = sum(side.tokens_BL.shape[-1] for side in sides)
+    each = rows.student.tokens_BL.shape[1] // shards
+    most = -(-completions // shards)
+    return "train.micro_tokens", each * sample, range(sample, most * sample + 1, sample)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return max(1, -(-number // multiple)) * multiple
+
+
+def _find_largest(
+    run: programs.CompiledRun,
+    phase: programs.Phase,
+    sizes: Sizes,
+    usable: float,
+    proposals: Proposals,
+) -> int:
+    """Returns the largest size of a phase that fits; 0 if none does."""
+    held = sum(phase.parts.values())
+    if held > usable:
+        # Nothing was compiled. Of the held arrays the cache alone depends on a size.
+        cache = phase.parts.get("cache", 0)
+        room = int((usable - held + cache) * sizes.now / cache) if cache else 0
+        slots = find_below(sizes.choices, float, room)
+        if not slots:
+            return 0
+        phase = _compile_again(run, phase.name, {sizes.setting: slots}, proposals)
+        shards = sizes.choices[0]
+        sizes = sizes._replace(now=slots, second=_halve(slots, shards))
+    if not sizes.second:
+        return sizes.choices[-1] if phase.fits(usable) else 0
+    other = _compile_again(run, phase.name, {sizes.setting: sizes.second}, proposals)
+    if _is_unknown(other) or _is_unknown(phase):
+        compiled = [(phase, sizes.now), (other, sizes.second)]
+        return max((size for one, size in compiled if one.fits(usable)), default=0)
+    line = memory_line((phase, sizes.now), (other, sizes.second))
+    return find_below(sizes.choices, line, usable)
+
+
+def _halve(slots: int, shards: int) -> int:
+    return _round_up(slots // 2, shards) if slots > shards else 2 * shards
+
+
+def find_below(choices: Sequence[int], line: Callable[[int], float], usable: float) -> int:
+    """Returns the largest of ascending sizes whose memory is not above `usable`; 0 for none."""
+    count = bisect.bisect_right(choices, usable, key=line)
+    return choices[count - 1] if count else 0
+
+
+def _is_unknown(phase: programs.Phase) -> bool:
+    """Returns whether the compiler refused a program without a word on its need."""
+    return any(program.failure and not program.needed for program in phase.programs)
+
+
+def memory_line(
+    one: tuple[programs.Phase, int], two: tuple[programs.Phase, int]
+) -> Callable[[int], float]:
+    """Returns the bytes of a phase on each device as a function of its size.
+
+    Every part and every program has a line of its own, so that another program may become the one
+    with the largest need.
+
+    Args:
+      one: a phase, and the size that it was compiled with.
+      two: the same with another size.
+    """
+    (phase, size), (other, other_size) = one, two
+
+    def at(here: int, there: int, wanted: int) -> float:
+        return here + (there - here) * (wanted - size) / (other_size - size)
+
+    needs = [(p.needed, q.needed) for p, q in zip(phase.programs, other.programs, strict=False)]
+    if len(phase.programs) != len(other.programs):  # one of them stands for all of a sampler
+        needs = [(phase.working, other.working)]
+    parts = phase.parts.keys() & other.parts.keys()
+
+    def total(wanted: int) -> float:
+        held = sum(at(phase.parts[k], other.parts[k], wanted) for k in parts)
+        return held + max((at(*need, wanted) for need in needs), default=0.0)
+
+    return total
+
+
+def _compile_again(
+    run: programs.CompiledRun, name: str, values: dict[str, Any], proposals: Proposals
+) -> programs.Phase:
+    """Compiles a phase with other settings, and counts it."""
+    config = change_settings(run.frame.config, values)
+    run.inputs.say(f"for proposals, with {_spell(values)}:")
+    frame = dataclasses.replace(run.frame, config=config)
+    proposals.compilations += 1
+    # The sampler's programs that do not depend on its slots come from its cache of programs.
+    return programs.compile_phase(run.inputs._replace(frame=frame), name)
+
+
+def _fits_with_remat(
+    run: programs.CompiledRun,
+    phase: programs.Phase,
+    sizes: Sizes,
+    usable: float,
+    proposals: Proposals,
+) -> bool:
+    """Returns whether the smallest micro-batch fits once only layers' inputs are kept."""
+    if run.frame.config.model.remat == "layer" or sum(phase.parts.values()) > usable:
+        return False
+    values = {"model.remat": "layer", sizes.setting: sizes.choices[0]}
+    return _compile_again(run, "step", values, proposals).fits(usable)
+
+
+# --- other meshes -----------------------------------------------------------------------------
+
+
+def _other_meshes(run: programs.CompiledRun, usable: float) -> Iterator[Change]:
+    """Yields meshes whose held arrays leave room: on these devices, with adapters, on more."""
+    frame, target = run.frame, run.target
+    devices, chips = frame.mesh.devices.size, int(np.prod(target.shape)) * target.slices
+    yield from _rank_meshes(run, usable, {}, devices, target)
+    if frame.config.train.trainable == "full":
+        yield from _rank_meshes(run, usable, {"train.trainable": "lora"}, devices, target)
+    if target.platform == "tpu":
+        for count, topology in hardware.list_topologies(target.kind).items():
+            if count > chips:
+                larger = hardware.parse_target(f"{target.kind}:{topology}")
+                yield from _rank_meshes(run, usable, {}, count * devices // chips, larger)
+
+
+def _rank_meshes(
+    run: programs.CompiledRun,
+    usable: float,
+    values: dict[str, Any],
+    devices: int,
+    target: hardware.Target,
+) -> Iterator[Change]:
+    """Yields meshes of so many devices that have room, the one with the least memory first."""
+    found = []
+    for mesh in _meshes(run.frame, devices, target.slices):
+        if not values and mesh == {f"mesh.{k}": n for k, n in run.frame.mesh.shape.items()}:
+            continue  # the mesh that does not fit
+        changes = {**values, **mesh, **_adapt_micro_batch(run.frame.config, mesh)}
+        config = change_settings(run.frame.config, changes)
+        held, total = _measure(run, config, mesh, usable)
+        if total <= usable:
+            more = "" if target is run.target else f"{target.name} with "
+            change = Change(more + _spell(changes), held, config, target)
+            found.append((held, mesh["mesh.tensor"], change))
+    yield from [change for *_, change in sorted(found, key=lambda one: one[:2])]
+
+
+def _meshes(frame: run_plan.ProgramPlan, devices: int, slices: int) -> Iterator[dict[str, int]]:
+    """Yields meshes that split the parameters over all devices of a slice."""
+    completions = config_lib.completions_per_step(frame.config)
+    for tensor in (1, 2, 4, 8):
+        fsdp = devices // (tensor * slices)
+        even = devices % (tensor * slices) == 0 and frame.model_config.n_heads % tensor == 0
+        if even and completions % (fsdp * slices) == 0:
+            yield {"mesh.data": slices, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+
+
+def _adapt_micro_batch(config: config_lib.Config, mesh: dict[str, int]) -> dict[str, int]:
+    """Returns the smallest micro-batch that a mesh can split, if it cannot split the present."""
+    shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
+    return {"train.micro_batch": shards} if config.train.micro_batch % shards else {}
+
+
+def _measure(
+    run: programs.CompiledRun, config: config_lib.Config, sizes: dict[str, int], usable: float
+) -> tuple[int, int]:
+    """Returns the bytes that a mesh holds, and those with the temporaries of the present mesh.
+
+    The temporaries of a mesh that is not compiled are unknown. Those of a phase that fits on the
+    present mesh stand for them; those of another phase are left out.
+    """
+    mesh: Any = AbstractMesh(tuple(sizes.values()), sharding.AXES, (AxisType.Auto,) * 3)
+    frame = dataclasses.replace(run.frame, config=config, mesh=mesh)
+    arrays, held, total = memory.held_arrays(frame), 0, 0
+    for name, phase in run.phases.items():
+        parts = sum(programs.hold_phase(frame, run.lengths, name, arrays).values())
+        held = max(held, parts)
+        total = max(total, parts + (phase.working if phase.fits(usable) else 0))
+    return held, total
+
+
+# --- words ------------------------------------------------------------------------------------
+
+
+def change_settings(config: config_lib.Config, values: dict[str, Any]) -> config_lib.Config:
+    """Returns a copy of the settings with other values."""
+    changed = config.copy_and_resolve_references()
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        changed[section][key] = value
+    return changed
+
+
+def _spell(values: dict[str, Any]) -> str:
+    """Returns settings as flags; a tensor axis of 1 is the default and goes without saying."""
+    shown = {name: value for name, value in values.items() if (name, value) != ("mesh.tensor", 1)}
+    return " ".join(f"--config.{name}={value}" for name, value in shown.items())
