@@ -15,7 +15,16 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "token": 0}
 
 
 class Op(NamedTuple):
-    """One instruction: its name, the text of its result, its operands, all behind them."""
+    """One instruction of a computation.
+
+    Attributes:
+      name: of the instruction.
+      result: the text of its result's type.
+      kind: its opcode.
+      operands: names of instructions; the text in brackets of a parameter or a constant.
+      rest: the text behind the operands.
+      root: whether the computation returns it.
+    """
 
     name: str
     result: str
@@ -26,7 +35,7 @@ class Op(NamedTuple):
 
 
 def parse_computations(text: str) -> tuple[dict[str, dict[str, Op]], str]:
-    """{computation: {instruction: Op}} and the name of the entry."""
+    """Parses a program into {computation: {instruction: Op}} and the name of the entry."""
     found: dict[str, dict[str, Op]] = {}
     entry, ops = "", {}
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
@@ -55,7 +64,7 @@ def _op(line: str) -> Op | None:
 
 
 def _closing(text: str) -> int:
-    """The place behind the bracket that closes the first character."""
+    """Returns the index behind the bracket that closes the first character."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -65,7 +74,7 @@ def _closing(text: str) -> int:
 
 
 def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
-    """(element type, dimensions, whether in main memory) of each array of a result."""
+    """Parses a result into (element type, dimensions, whether in main memory) of each array."""
     out = []
     for kind, dims, layout in _ARRAY.findall(text):
         shape = tuple(int(size.lstrip("<=")) for size in dims.split(",")) if dims else ()
@@ -75,6 +84,7 @@ def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
 
 
 def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
+    """Returns the bytes of an array of `parse_arrays`."""
     kind, shape, _ = array
     bits = _BITS.get(kind)
     if bits is None:
@@ -83,17 +93,17 @@ def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
 
 
 def main_memory_bytes(text: str) -> float:
-    """Bytes in main memory of a result."""
+    """Returns the bytes of a result in main memory."""
     return sum(array_bytes(array) for array in parse_arrays(text) if array[2])
 
 
 def total_bytes(text: str) -> float:
-    """Bytes of a result, wherever it lies."""
+    """Returns the bytes of a result in any memory."""
     return sum(map(array_bytes, parse_arrays(text)))
 
 
 def constant_value(op: Op) -> int | None:
-    """The value of a scalar integer constant; None for any other."""
+    """Returns the value of a scalar integer constant; None for any other instruction."""
     if not re.match(r"[su]\d+\[\]", op.result):
         return None
     found = re.fullmatch(r"-?\d+", op.operands[0]) if op.operands else None
@@ -101,10 +111,11 @@ def constant_value(op: Op) -> int | None:
 
 
 def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
-    """The groups of partitions that exchange, of each spelling; pairs of a permutation.
+    """Parses the groups of partitions that exchange, in each spelling; the pairs of a permutation.
 
-    `{{0,1},{2,3}}`, `[2,2]<=[4]` (the same), `[2,2]<=[2,2]T(1,0)` -> [[0, 2], [1, 3]]; the same
-    again `mesh['a'=2,'b'=2] {'a'}` and `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`.
+    `{{0,1},{2,3}}` and `[2,2]<=[4]` are the same groups; `[2,2]<=[2,2]T(1,0)` gives [[0, 2], [1,
+    3]]. In names they are `mesh['a'=2,'b'=2] {'a'}` and `mesh['a'=2,'b'=2],
+    device_ids=([2,2]T(1,0)) {'b'}`.
     """
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", rest):
         return [[int(x) for x in p.split(",")] for p in re.findall(r"\{([\d,]+)\}", pairs[1])]
@@ -126,7 +137,10 @@ def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
 
 
 def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[int]]:
-    """Of axes by name; `'a':(2)3` is the part of 'a' that is left of 2 outer and has 3."""
+    """Returns the groups of axes by name.
+
+    `'a':(2)3` is the part of axis 'a' that has 3 devices, inside an outer part of 2.
+    """
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     ids = np.arange(math.prod(axes.values()))
     if order:

@@ -32,7 +32,7 @@ _FREE = frozenset(
 
 
 class Cost(NamedTuple):
-    """An instruction: matmul FLOPs, bytes to and from memory, and how often it runs."""
+    """One instruction: FLOPs of matrix products, bytes of memory, and how often it runs."""
 
     name: str
     flops: float
@@ -41,11 +41,13 @@ class Cost(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """Arrays that travel.
+    """One exchange between devices.
 
     Attributes:
-      axes: of the mesh, joined by +, along which devices exchange; `slices` where a network does.
-      bytes: that a device sends each time.
+      kind: its opcode.
+      axes: the mesh axes along which devices exchange, joined by +.
+      network: whether it crosses the network between slices or hosts.
+      bytes: bytes that a device sends each time.
       times: how often it runs.
     """
 
@@ -58,7 +60,20 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """Of one compiled program, on each device."""
+    """Costs of one compiled program on each device.
+
+    Attributes:
+      name: of the program.
+      seconds: of its compilation.
+      flops: of its matrix products.
+      bytes: to and from main memory.
+      arguments: bytes of its arguments.
+      outputs: bytes of its results.
+      aliased: bytes of results that take over the memory of arguments.
+      temporary: bytes that it needs while it runs.
+      costs: of its instructions.
+      collectives: its exchanges.
+    """
 
     name: str
     seconds: float  # of compilation
@@ -80,10 +95,13 @@ class Analysis:
 def analyse(
     name: str, program: Any, seconds: float, mesh: Any = None, *, turns: int = 1
 ) -> Analysis:  # fmt: skip
-    """Facts of a jax.stages.Compiled.
+    """Reads the costs of a jax.stages.Compiled.
 
     Args:
-      mesh: that it was compiled for, to name the axes of collectives; None for one device.
+      name: of the program, for the report.
+      program: the compiled program.
+      seconds: of its compilation.
+      mesh: it names the axes of collectives; None for one device.
       turns: of loops about which the text says nothing.
     """
     costs, collectives = read_text(program.as_text(), mesh, turns=turns)
@@ -97,8 +115,11 @@ def analyse(
 
 
 def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float]:
-    """(of computing, of exchanging) by roofline: each instruction takes as long as its FLOPs or
-    its bytes would alone, whichever is longer, and exchanges do not overlap one another."""
+    """Estimates the seconds of computing and of exchanging, by roofline.
+
+    Each instruction takes the longer of the times of its FLOPs and of its bytes. Exchanges do not
+    overlap one another.
+    """
     own = sum(max(c.flops / chip.flops, c.bytes / chip.bandwidth) * c.times for c in found.costs)
     travel = sum(
         c.bytes * c.times / (chip.network if c.network else chip.link) for c in found.collectives
@@ -107,7 +128,7 @@ def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float
 
 
 def sum_by_axes(found: Analysis) -> dict[str, dict[str, tuple[int, float]]]:
-    """{axes: {kind: (how many run, bytes that a device sends)}}."""
+    """Sums collectives up: {axes: {kind: (how many run, bytes that a device sends)}}."""
     out: dict = collections.defaultdict(dict)
     for one in found.collectives:
         name = one.axes + (" (network)" if one.network else "")
@@ -120,7 +141,7 @@ def sum_by_axes(found: Analysis) -> dict[str, dict[str, tuple[int, float]]]:
 
 
 def read_text(text: str, mesh: Any = None, *, turns: int = 1) -> tuple[tuple, tuple]:
-    """(costs, collectives) of a program's text."""
+    """Reads the costs and the collectives out of a program's text."""
     found, entry = hlo.parse_computations(text)
     program = _Program(found, mesh, turns, [], [], set())
     _walk(program, entry, 1)
@@ -182,7 +203,7 @@ def _turns(program: _Program, op: hlo.Op) -> int:
 
 
 def _dearest(program: _Program, op: hlo.Op, times: int) -> None:
-    """Of the branches of a conditional the one with most FLOPs, then bytes."""
+    """Adds the branch of a conditional that has the most FLOPs, then bytes."""
     names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.rest)
     for group in re.findall(r"branch_computations=\{(.*?)\}", op.rest):
         names += [name.strip().lstrip("%") for name in group.split(",")]
@@ -199,7 +220,7 @@ def _dearest(program: _Program, op: hlo.Op, times: int) -> None:
 
 
 def _fused(program: _Program, name: str, times: int) -> float:
-    """FLOPs of a fusion; collectives inside it are noted."""
+    """Counts the FLOPs of a fusion, and adds the collectives inside it."""
     ops, total = program.computations[name], 0.0
     for op in ops.values():
         if op.kind in ("fusion", "call"):
@@ -233,8 +254,10 @@ def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _estimate(op: hlo.Op) -> tuple[float, float] | None:
-    """(FLOPs, bytes) that a kernel's author states: Mosaic's calls have them, of Triton's calls
-    the name of a scope, `cost:FLOPS:BYTES`."""
+    """Returns the FLOPs and bytes that a kernel's author states.
+
+    Mosaic's calls have an estimate. Triton's calls have the name of a scope, `cost:FLOPS:BYTES`.
+    """
     flops = re.search(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)', op.rest)
     moved = re.search(r'"cost_estimate":\{[^{}]*"bytes_accessed":"?(\d+)', op.rest)
     if flops and moved:
@@ -256,8 +279,11 @@ def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Matmuls are convolutions to a TPU; batch dimensions are spatial ones, dilated so that each
-    output meets one input. What falls into holes or padding is not counted."""
+    """Counts the FLOPs of a convolution, without what falls into holes or padding.
+
+    TPUs spell matrix products as convolutions. Batch dimensions are spatial ones, dilated so that
+    each output meets one input.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     if not labels:
         return 0.0
@@ -276,7 +302,7 @@ def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _window(text: str, k: int) -> dict[str, int]:
-    """Numbers of spatial dimension k of a window such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
+    """Reads the numbers of dimension k of a window as `size=8x1 stride=7x1 pad=0_0x0_0`."""
     out = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
     for name in out:
         if found := re.search(rf"\b{name}=(\S+)", text):
@@ -285,7 +311,7 @@ def _window(text: str, k: int) -> dict[str, int]:
 
 
 def _meetings(left: int, right: int, out: int, window: dict[str, int]) -> int:
-    """Pairs of output and kernel positions that meet an input, not a hole or padding."""
+    """Counts the pairs of output and kernel positions that meet an input, not a hole or padding."""
     at = np.arange(out)[:, None] * window["stride"] - window["pad"]
     at = at + np.arange(right)[None] * window["rhs_dilate"]
     inside = (at >= 0) & (at <= (left - 1) * window["lhs_dilate"])
@@ -296,7 +322,7 @@ def _meetings(left: int, right: int, out: int, window: dict[str, int]) -> int:
 
 
 def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Bytes that an instruction reads from and writes to main memory."""
+    """Counts the bytes that an instruction reads from and writes to main memory."""
     result = hlo.main_memory_bytes(op.result)
     if op.kind == "custom-call":
         estimate = _estimate(op)
@@ -325,7 +351,7 @@ def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _fusion_bytes(program: _Program, inner: str, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Whole operands and results, but of those that are only cut from or into, the cut."""
+    """Counts whole operands and results, or the parts that are read or updated of them."""
     total = _written(program.computations[inner], op)
     for number, name in enumerate(op.operands):
         if name in ops and hlo.main_memory_bytes(ops[name].result):
@@ -341,7 +367,7 @@ def _parameter(program: _Program, name: str, number: int) -> hlo.Op:
 
 
 def _read(program: _Program, inner: str, one: hlo.Op) -> float:
-    """Bytes of an operand that a fusion reads, fusions in it included."""
+    """Counts the bytes of an operand that a fusion reads, nested fusions included."""
     total = 0.0
     users = [op for op in program.computations[inner].values() if one.name in op.operands]
     for user in users:
@@ -364,7 +390,7 @@ def _read(program: _Program, inner: str, one: hlo.Op) -> float:
 
 
 def _written(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Of results that are updates in place, the update."""
+    """Counts the bytes of results; of an update in place, those of the update."""
     root = next((one for one in inner.values() if one.root), None)
     if root is None:
         return hlo.main_memory_bytes(op.result)
@@ -387,8 +413,10 @@ def _written(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _exchange(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> None:
-    """Notes a collective. One that goes on beside several fusions stands in each of them, on one
-    channel: it counts once."""
+    """Adds a collective, once for each channel.
+
+    A collective that runs beside several fusions stands in each of them, on one channel.
+    """
     channel = re.search(r"channel_id=(\d+)", op.rest)
     if channel and channel[1] in program.channels:
         return
@@ -415,9 +443,9 @@ def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: in
 
 
 def _axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
-    """Axes along which the members of groups differ, and whether a network joins them.
+    """Returns the axes along which members of groups differ, and whether a network joins them.
 
-    Partitions are numbered as the mesh's devices lie in it.
+    Partitions are numbered in the order of the mesh's devices.
     """
     if mesh is None:
         return "", False
@@ -432,7 +460,7 @@ def _axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
 
 
 def _host(device: Any) -> Any:
-    """What a device is joined to by its own links: a TPU its slice, a GPU its host."""
+    """Returns what links a device to others: the slice of a TPU, the host of a GPU."""
     if device.platform == "tpu":
         return getattr(device, "slice_index", 0)
     return device.process_index

@@ -152,10 +152,12 @@ class CompiledRun(NamedTuple):
 
     @property
     def frame(self) -> run_plan.ProgramPlan:
+        """The settings, the mesh, the dtype and the shape of the model."""
         return self.inputs.frame
 
     @property
     def lengths(self) -> Lengths:
+        """The longest texts."""
         return self.inputs.lengths
 
 

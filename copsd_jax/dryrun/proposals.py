@@ -75,7 +75,7 @@ class Proposals:
 
 
 def propose(run: programs.CompiledRun, usable: float) -> Proposals:
-    """Proposes sizes and changes of settings; compiles phases at a second size where needed."""
+    """Searches for sizes and settings that fit; compiles phases at a second size where needed."""
     proposals = Proposals({}, [], 0)
     fixes: dict[str, Any] = {}
     fixable = True

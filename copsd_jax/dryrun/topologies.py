@@ -12,11 +12,11 @@ from copsd_jax.runtime import hardware
 
 
 def make_devices(target: hardware.Target) -> list:
-    """Devices of a topology.
+    """Returns the devices of a topology, which only the compiler knows.
 
     Raises:
-      ValueError: for a topology that there is none of, or without its compiler; the sentence says
-        what to install.
+      ValueError: there is no such topology, or its compiler is not installed; the message has the
+        command that installs it.
     """
     if target.platform == "cuda":
         return _cards(target)

@@ -14,7 +14,10 @@ NAME = "state"
 
 
 def _checkpointer(directory: pathlib.Path, keep: int, writer: bool) -> ocp.training.Checkpointer:
-    """One that saves whenever asked (the default policies skip silently), and keeps the latest."""
+    """Builds a checkpointer that saves whenever asked and keeps the latest.
+
+    Orbax's default policies skip saves silently.
+    """
     policies: Any = ocp.training.save_decision_policies
     keeping: Any = ocp.training.preservation_policies
     return ocp.training.Checkpointer(
@@ -35,7 +38,13 @@ class Checkpoints:
     """The checkpoints of one work directory. Closing waits for a save under way."""
 
     def __init__(self, directory: pathlib.Path, keep: int = 0, writer: bool = False):
-        """`keep` newest ones survive a save, 0 keeps all; only a `writer` may save."""
+        """Opens the checkpoints of a directory.
+
+        Args:
+          directory: is created by the first save.
+          keep: how many of the newest survive a save; 0 keeps all.
+          writer: whether this process may save.
+        """
         self._checkpointer = _checkpointer(directory, keep, writer)
         self._directory = directory
 
@@ -46,14 +55,14 @@ class Checkpoints:
         self._checkpointer.close()
 
     def steps(self) -> list[int]:
-        """Steps that can be loaded, ascending. A save that was cut off is not among them."""
+        """Returns the steps that can be loaded, ascending; an unfinished save is not among them."""
         return sorted(item.step for item in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any) -> None:
-        """Saves and waits until the files are whole.
+        """Saves a state, and waits until the files are complete.
 
         Raises:
-          RuntimeError: if Orbax declined to save.
+          RuntimeError: Orbax declined to save.
         """
         shapes: Any = {
             name: [list(shape), dtype] for name, (shape, dtype) in _shapes(state).items()
@@ -65,10 +74,11 @@ class Checkpoints:
             raise RuntimeError(f"checkpoint {step} was not saved in {self._directory}")
 
     def load(self, step: int, like: Any) -> Any:
-        """The State of a step, with the shardings of `like` (arrays or ShapeDtypeStructs).
+        """Loads the state of a step, with the shardings of `like` (arrays or ShapeDtypeStructs).
 
         Raises:
-          ValueError: if the saved tree is another one, with the first difference.
+          ValueError: there is no such step, or the saved tree differs; the message has the
+            difference.
         """
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self._directory}: {self.steps()}")

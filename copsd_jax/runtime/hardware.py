@@ -19,7 +19,7 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one device.
+    """Rates and memory of one device.
 
     Attributes:
       flops: bfloat16 FLOP/s of its matrix units.
@@ -87,14 +87,14 @@ CHOICES = (
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices that nobody has to own.
+    """Devices to compile for, which need not be present.
 
     Attributes:
-      name: as it was asked for.
+      name: as the command line has it.
       platform: tpu or cuda.
       kind: v4, v5e, v5p, v6e, tpu7x; a100, h100, h200.
-      shape: chips along each dimension of a slice; for cuda hosts and cards of each.
-      slices: joined by a network; 1 for cuda.
+      shape: chips along each dimension of a slice; for cuda the hosts and the cards of each.
+      slices: slices joined by a network; 1 for cuda.
     """
 
     name: str
@@ -105,20 +105,23 @@ class Target:
 
     @property
     def chip(self) -> Chip:
+        """Rates and memory of one of the devices."""
         return CHIPS[(TPU_KINDS | GPU_KINDS)[self.kind]]
 
     @property
     def topology(self) -> str:
+        """The shape as the compiler spells it, such as 4x8."""
         return "x".join(map(str, self.shape))
 
 
 def parse_target(text: str) -> Target:
-    """`v5e:4x8`, `v5e-32`, `2*v5p:4x4x4`, `cuda:h200:1x8`.
+    """Parses `v5e:4x8`, `v5e-32`, `2*v5p:4x4x4` or `cuda:h200:1x8`.
 
-    v5p-128 has 64 chips: of v4, v5p and tpu7x the number counts cores, of v5e and v6e chips.
+    The number of v4, v5p and tpu7x counts cores, two for each chip; v5p-128 has 64 chips. The
+    number of v5e and v6e counts chips.
 
     Raises:
-      ValueError: in one sentence with the choices.
+      ValueError: there are no such devices; the message lists the choices.
     """
     lower = text.strip().lower()
     if lower.startswith("cuda:"):
@@ -174,9 +177,9 @@ def _cards(text: str, lower: str) -> Target:
 
 
 def usable_memory(chip: Chip) -> float:
-    """Bytes of a device that a run may take; of a GPU what JAX takes of it, see GPU_FRACTION.
+    """Returns the bytes of a device that a run may take.
 
-    The environment's XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise, as to JAX itself.
+    Of a GPU this is the share that JAX takes: XLA_PYTHON_CLIENT_MEM_FRACTION, or `GPU_FRACTION`.
     """
     if chip.vmem:
         return chip.usable
@@ -184,7 +187,7 @@ def usable_memory(chip: Chip) -> float:
 
 
 def describe_gpu(kind: str) -> str:
-    """What the compiler for CUDA has to know of a card: a protocol buffer as text."""
+    """Returns the description of a card that the compiler for CUDA needs, as protobuf text."""
     name, cores, shared, cache, clock, major, bandwidth, memory = {
         "a100": (GPU_KINDS["a100"], 108, 167936, 41943040, 1.41, 8, 2039, 85093515264),
         "h100": (GPU_KINDS["h100"], 132, 233472, 52428800, 1.98, 9, 3350, 85017493504),

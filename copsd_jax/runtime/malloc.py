@@ -18,7 +18,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def may_have_accelerator() -> bool:
-    """Whether JAX may find something else than a CPU; asked before JAX starts."""
+    """Returns whether JAX may find another device than a CPU; called before JAX starts."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms != "cpu"
@@ -27,10 +27,10 @@ def may_have_accelerator() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Has malloc keep what is freed, in one arena for all threads; whether it will.
+    """Tells malloc to keep freed memory, in one arena for all threads; returns whether it will.
 
-    To be called before JAX starts its threads, whose arenas would else be there already. It changes
-    speed alone: with an accelerator or another library than glibc it does nothing.
+    It must be called before JAX starts its threads, which would otherwise have arenas of their own.
+    It changes speed alone. With an accelerator, or a C library other than glibc, it does nothing.
     """
     if may_have_accelerator() or platform.libc_ver()[0] != "glibc":
         return False

@@ -24,14 +24,14 @@ _NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as 
 
 
 def connect(config: config_lib.Config) -> None:
-    """Joins the processes of `mesh.*`, before anything asks for a device; nothing for a run alone.
+    """Joins the processes of `mesh.*`, before anything asks for a device; one process joins none.
 
-    mesh.coordinator is '' for one process, 'auto' where Cloud TPU, GKE, SLURM or MPI say who is
-    there, or host:port with mesh.processes and mesh.process. A process that is silent for
-    mesh.heartbeat seconds is taken for dead, and ends all others.
+    mesh.coordinator is '' for one process, or 'auto' where Cloud TPU, GKE, SLURM or MPI tell the
+    processes, or host:port with mesh.processes and mesh.process. A process that is silent for
+    mesh.heartbeat seconds counts as dead, and ends all others.
 
     Raises:
-      ValueError: if the others cannot be found, naming the setting.
+      ValueError: the others cannot be found; the message names the setting.
     """
     m = config.mesh
     if not m.coordinator or jax.distributed.is_initialized():
@@ -53,22 +53,22 @@ def connect(config: config_lib.Config) -> None:
 
 
 def is_leader() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Returns whether this process writes the files and shows the progress."""
     return jax.process_index() == 0
 
 
 def progress_stream() -> TextIO:
-    """Where progress is shown: stderr of the leading process; of the others nowhere."""
+    """Returns the stream for progress: stderr of the leading process, nothing for the others."""
     return sys.stderr if is_leader() else _NOWHERE
 
 
 def run_on_leader(function: Callable[[], Result]) -> Result:
-    """What `function` returns on the leading process, on all of them; it is called there alone.
+    """Calls `function` on the leading process alone, and returns its result on all of them.
 
-    All processes wait here for it, so whatever goes wrong there is told to them.
+    All processes wait here for the result, and an error of the leading process is raised on all.
 
     Raises:
-      Exception: what it raises there, everywhere; RuntimeError for what cannot be pickled.
+      Exception: the error of `function`; a RuntimeError with its text if it cannot be pickled.
     """
     if jax.process_count() == 1:
         return function()
@@ -100,7 +100,7 @@ def wait_for_all(name: str) -> None:
 
 
 def _broadcast(said: bytes) -> bytes:
-    """The leading process's bytes, on all; sizes in powers of two, for few compilations."""
+    """Returns the leading process's bytes on all; padded to powers of two, for few compilations."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
     room = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
     room[: len(said)] = np.frombuffer(said, np.uint8)

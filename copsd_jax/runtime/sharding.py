@@ -57,10 +57,16 @@ VOCABULARIES = ("embed/embedding", "head/kernel")  # [V, D]
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
-    """A mesh of all devices; one size may be -1 for the rest.
+    """Builds the mesh of all devices; one size may be -1 for the rest.
+
+    Args:
+      data: size of the axis that splits completions alone.
+      fsdp: size of the axis that splits completions and parameters.
+      tensor: size of the axis that splits the other dimension of parameters.
+      devices: None for all devices of JAX.
 
     Raises:
-      ValueError: if the sizes do not multiply to the number of devices, or data is no multiple of
+      ValueError: the sizes do not multiply to the number of devices, or data is not a multiple of
         the number of slices.
     """
     devices = jax.devices() if devices is None else devices
@@ -97,17 +103,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
 
 
 def platform(mesh: Mesh) -> str:
-    """cpu, gpu or tpu: of the mesh's devices, whatever the host's default backend is."""
+    """Returns cpu, gpu or tpu, the platform of the mesh's devices and not of the host."""
     return mesh.devices.flat[0].platform
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of parts into which the completions of a micro-batch are split."""
+    """Returns the number of parts into which the completions of a micro-batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _name(path: tuple) -> str:
-    """`layers/q/kernel` of a tree path; fields of optimizer states are not part of a name."""
+    """Returns the name of a tree path, as `layers/q/kernel`, without fields of optimizer states."""
     return "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
@@ -120,15 +126,15 @@ def _size(mesh: Any, axis: Axis) -> int:
 
 
 def key_repeats(heads: int, key_heads: int, tensor: int) -> int:
-    """How often the model repeats each key head, so that `tensor` divides them.
+    """Returns how often the model repeats each key head, so that `tensor` divides them.
 
-    The smallest divisor r of the M queries per key head for which `tensor` divides K r; every
-    device then has whole key heads with M / r queries each: N = 8 and K = 2 on tensor = 4 -> 2.
+    It is the smallest divisor r of the M queries per key head for which `tensor` divides K r. Every
+    device then has whole key heads with M / r queries each: N = 8 and K = 2 on tensor = 4 give 2.
 
     Args:
-      heads: N, query heads.
-      key_heads: K.
-      tensor: size of that axis.
+      heads: N, the query heads.
+      key_heads: K, the key heads.
+      tensor: size of the axis.
 
     Raises:
       ValueError: `tensor` does not divide the query heads.
@@ -146,13 +152,16 @@ def key_repeats(heads: int, key_heads: int, tensor: int) -> int:
 def partition_spec(
     name: str, shape: tuple[int, ...], mesh: Mesh, key_heads: int | None = None
 ) -> PartitionSpec:
-    """Where an array of the table lies.
+    """Returns the PartitionSpec of an array by its name in `PARTITIONS`.
 
     Args:
+      name: as `layers/q/kernel`.
+      shape: of the array.
+      mesh: an axis that does not divide its dimension is left out.
       key_heads: K of the model; needed for keys and values where `tensor` is larger than 1.
 
     Raises:
-      ValueError: for a name that the table lacks, or a shape of another rank; without key_heads.
+      ValueError: the table lacks the name or has another rank, or key_heads is missing.
     """
     axes = _stored(name, shape, mesh)
     if "tensor" in axes and name.split("/")[-2] in ("k", "v") and mesh.shape["tensor"] > 1:
@@ -164,7 +173,7 @@ def partition_spec(
 
 
 def _stored(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
-    """The axes that divide their dimensions."""
+    """Returns the axes of the table that divide their dimensions."""
     axes = _axes(name, shape)
     if name in VOCABULARIES and shape[0] % mesh.shape["tensor"]:
         choices: tuple[Axis, ...] = (("fsdp", "tensor"), "fsdp", "tensor")
@@ -175,7 +184,7 @@ def _stored(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
 
 
 def _axes(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
-    """The table's entry."""
+    """Returns the table's entry of a name."""
     if name not in PARTITIONS:
         raise ValueError(f"no partition for parameter {name!r}: add it to mesh.PARTITIONS")
     axes = PARTITIONS[name]
@@ -185,7 +194,7 @@ def _axes(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
 
 
 def _without(axis: Axis, name: str) -> Axis:
-    """`axis`, which may be several, without the one of that name."""
+    """Returns an axis, or several, without the one of that name."""
     left = tuple(one for one in _names(axis) if one != name)
     return left if len(left) > 1 else left[0] if left else None
 
@@ -193,10 +202,13 @@ def _without(axis: Axis, name: str) -> Axis:
 def shardings(
     tree: Any, mesh: Mesh, key_heads: int | None = None, *, gathered: bool = False
 ) -> Any:
-    """NamedShardings of a tree of parameters, adapters or optimizer state; scalars replicated.
+    """Returns the NamedShardings of a tree of parameters, adapters or optimizer state.
 
-    `gathered` are those for decoding: whole along `fsdp`, where training splits them. `key_heads`
-    as for `partition_spec`.
+    Args:
+      tree: of arrays or shapes; scalars are whole on every device.
+      mesh: of the shardings.
+      key_heads: as for `partition_spec`.
+      gathered: whether parameters are whole along `fsdp`, as decoding reads them.
     """
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
@@ -213,8 +225,11 @@ def shardings(
 def find_undivided(
     tree: Any, mesh: Mesh, key_heads: int | None
 ) -> tuple[dict[str, list[str]], int]:
-    """What stays whole along an axis that should cut it: names by axis, and bytes in all that each
-    device holds for it beyond its even part."""
+    """Returns the parameters that stay whole along an axis that should split them, and the cost.
+
+    Returns:
+      Names by axis; and the bytes that each device holds beyond an even part, all of them together.
+    """
     names: dict[str, list[str]] = collections.defaultdict(list)
     more = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -234,12 +249,15 @@ def find_undivided(
 
 
 def shard_by_name(tree: Any, mesh: Mesh, key_heads: int | None = None) -> Any:
-    """Puts parameters, adapters or optimizer state where the table says."""
+    """Puts parameters, adapters or optimizer state on the mesh by `PARTITIONS`."""
     return jax.tree.map(shard_array, tree, shardings(tree, mesh, key_heads))
 
 
 def shard_array(x: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has whole, each device's part on it; nothing travels."""
+    """Returns the array, of the shape of `x`, with each device's part on the device.
+
+    Every process has all of `x`; nothing travels between them.
+    """
     return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
 
@@ -248,11 +266,14 @@ def load_shards(
     sharding: NamedSharding,
     part: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
-    """An array of which this process reads what its own devices need, and holds one part of.
+    """Returns an array of `shape`, of which this process reads only the parts of its own devices.
 
     Args:
-      part: the values within slices, one for each axis, with start and stop; called once for each
-        part that differs, however many devices hold it.
+      shape: of the whole array.
+      sharding: of the result.
+      part: returns the values within slices, one slice for each axis, with start and stop. It is
+        called once for each part that differs, however many devices hold it; one part is in memory
+        at a time.
     """
     devices: dict[tuple, list] = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -272,16 +293,17 @@ def place_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
 
 
 def current_mesh() -> Mesh:
-    """The mesh of the surrounding `jax.set_mesh`; outside of one, the default device alone."""
+    """Returns the mesh of `jax.set_mesh`; without one, a mesh of the default device."""
     context = jax.sharding.get_mesh()
     return make_mesh(1, 1, 1, jax.devices()[:1]) if context.empty else context
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keeps an array's rows where the batch's are, its other dimensions whole.
+    """Keeps the rows of `x`, of any shape, to the batch axes; the other dimensions stay whole.
 
-    Left alone the compiler cuts hidden states along the width where `fsdp` cuts the weights, and
-    then sums them over the devices in every layer: far more than the weights that it saves.
+    Left alone, the compiler splits hidden states along the width where `fsdp` splits the weights.
+    It then sums them over the devices in every layer, which costs far more than gathering the
+    weights.
     """
     sizes = jax.sharding.get_abstract_mesh()
     if sizes.empty or x.shape[0] % (sizes.shape["data"] * sizes.shape["fsdp"]):
@@ -290,11 +312,11 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-    """table[tokens], [B, L, D], where the tokens' rows are split over the batch axes.
+    """Returns table_VD[tokens_BL] as [B, L, D], with the rows split over the batch axes.
 
-    Each device looks its part of the width up, for all rows of its `fsdp` group, and the group
-    exchanges parts for rows: what travels is one copy of the result. The compiler, left alone, has
-    the whole batch's states on every device.
+    Each device looks up its part of the width, for all rows of its `fsdp` group. The group then
+    exchanges parts for rows, so that one copy of the result travels. Left alone, the compiler
+    brings the whole batch's states to every device.
     """
     sizes = jax.sharding.get_abstract_mesh()
     groups = 1 if sizes.empty else sizes.shape["fsdp"]
@@ -327,7 +349,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
 
 
 def constrain_heads(x_BLKH: jax.Array) -> jax.Array:
-    """Puts each head on its devices along `tensor`, which divides them."""
+    """Keeps the heads of [B, L, K, H] on their devices along `tensor`, if it divides them."""
     sizes = jax.sharding.get_abstract_mesh()
     if sizes.empty or x_BLKH.shape[2] % sizes.shape["tensor"]:
         return x_BLKH
@@ -336,14 +358,16 @@ def constrain_heads(x_BLKH: jax.Array) -> jax.Array:
 
 
 def shard_tree(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """`shard_array` of all arrays of a tree, with one partition."""
+    """Puts all arrays of a tree on the mesh with one PartitionSpec, as `shard_array` does."""
     return jax.tree.map(lambda x: shard_array(x, NamedSharding(mesh, spec)), tree)
 
 
 def to_abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
-    """A tree of arrays or shapes as jax.ShapeDtypeStructs on the mesh; nothing is moved.
+    """Returns arrays or shapes as jax.ShapeDtypeStructs with shardings; nothing is moved.
 
     Args:
+      tree: of arrays or shapes.
+      mesh: of a PartitionSpec.
       places: a tree of shardings, or one PartitionSpec for all arrays.
     """
     if isinstance(places, PartitionSpec):

@@ -68,10 +68,10 @@ def _listed(value: object) -> object:
 
 
 def check_writable(directory: pathlib.Path, flag: str) -> None:
-    """Refuses a directory that cannot be made or written, by making one beside it and removing it.
+    """Checks that a directory can be created or written, with a temporary one beside it.
 
     Raises:
-      OSError: naming the flag.
+      OSError: it cannot; the message names the flag.
     """
     parent = directory
     while not parent.exists():
@@ -88,11 +88,11 @@ def check_writable(directory: pathlib.Path, flag: str) -> None:
 
 
 def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> bool:
-    """Whether the directory holds this very run already; writes nothing.
+    """Returns whether the directory holds this very run already; writes nothing.
 
     Raises:
-      ValueError: if it belongs to another config (the differences are named), or to none.
-      OSError: if it cannot be written.
+      ValueError: it belongs to a run with other settings, which are named, or to no run.
+      OSError: it cannot be written.
     """
     check_writable(directory, "--workdir")
     if not directory.exists() or not any(directory.iterdir()):
@@ -116,10 +116,10 @@ def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> boo
 
 
 def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
-    """Refuses to continue a run on other data or another model than it began with.
+    """Checks that a run continues with the data and the model that it began with.
 
     Raises:
-      ValueError: naming what differs.
+      ValueError: the contents differ; the message names them.
     """
     path = directory / "run.json"
     if not path.is_file():  # stopped before it was written: nothing was trained yet
@@ -136,13 +136,17 @@ def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
 
 
 def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
-    """Makes the directory with config.json and run.json, which gains a start each time.
+    """Creates the directory with config.json and run.json, which gets one more start each time.
 
-    The leading process does it, and the others wait. `facts` are the caller's own (devices,
-    fingerprints); versions, commit, time are added here.
+    The leading process creates it, and the others wait.
+
+    Args:
+      directory: on a disk that all processes share.
+      settings: every setting by its name.
+      facts: devices and fingerprints; versions, commit and time are added here.
 
     Raises:
-      OSError: if it cannot be made, or is not in sight of every process.
+      OSError: it cannot be created, or another process does not see it.
     """
     processes.run_on_leader(lambda: _create(directory, settings, facts))
     if not (directory / "run.json").is_file():
@@ -170,11 +174,11 @@ def _create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -
 
 
 def read_settings(directory: pathlib.Path) -> dict[str, object]:
-    """Returns the settings of an existing run by name, without those that no longer exist.
+    """Reads the settings of an existing run, by their full names.
 
     Raises:
-      FileNotFoundError: if it is no work directory.
-      ValueError: for a broken file, or a retired setting that had an effect.
+      FileNotFoundError: the directory holds no run.
+      ValueError: config.json is not a file of settings.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -189,12 +193,15 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """A file of `write_json`."""
+    """Reads a file of `write_json`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
-    """By the leading process; whole or not at all: a reader never meets half a file."""
+    """Writes a JSON file on the leading process alone.
+
+    The file is renamed into place, so that a reader never meets half of it.
+    """
     if not processes.is_leader():
         return
     temporary = path.with_suffix(path.suffix + ".part")
@@ -204,7 +211,7 @@ def write_json(path: pathlib.Path, value: object) -> None:
 
 
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
-    """One row a line; by the leading process, whole or not at all."""
+    """Writes one row a line, on the leading process alone, and renames the file into place."""
     if not processes.is_leader():
         return
     temporary = path.with_suffix(path.suffix + ".part")
@@ -215,7 +222,7 @@ def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
 
 
 def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
-    """The events of W/events.jsonl up to a step, that one included; none without the file."""
+    """Reads the events of W/events.jsonl up to and including a step; none without the file."""
     path = directory / "events.jsonl"
     if not path.is_file():
         return []
@@ -224,13 +231,13 @@ def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
 
 
 def step_file(directory: pathlib.Path, kind: str, step: int) -> pathlib.Path:
-    """W/rollouts/step_000007.jsonl or W/eval/step_000007.json."""
+    """Returns W/rollouts/step_000007.jsonl or W/eval/step_000007.json, by kind."""
     suffix = {"rollouts": "jsonl", "eval": "json"}[kind]
     return directory / kind / f"step_{step:06d}.{suffix}"
 
 
 def _commit() -> str:
-    """The commit of the code where it is a git checkout, else ''."""
+    """Returns the commit of the code, or '' if it is not a git checkout."""
     here = pathlib.Path(__file__).parent
     try:
         found = subprocess.run(
@@ -242,5 +249,5 @@ def _commit() -> str:
 
 
 def partial_file(file: pathlib.Path) -> pathlib.Path:
-    """Where the completions of an evaluation are kept until `file` is written."""
+    """Returns the file that keeps the completions of an evaluation until `file` is written."""
     return file.with_suffix(".partial.jsonl")

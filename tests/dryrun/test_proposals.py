@@ -1,4 +1,4 @@
-"""Oracle: the compiler at the proposed sizes, and lines by hand; CPU devices stand in for others."""
+"""Oracle: the compiler at the proposed sizes, and lines by hand; CPU devices stand in."""
 
 import dataclasses
 from typing import Any
