@@ -1,16 +1,16 @@
-"""Dry runs of large models on the devices they are meant for, none of which has to be here.
+"""Dry runs of large models for the devices that they are meant for, which need not be present.
 
     python benchmarks/compile_all.py > benchmarks/results/compile_all.txt
 
-prints the report of each command, its exit code and its seconds. `make compile-all` has what it
-needs: libtpu, and for the GPU jax's CUDA plugin and ptxas.
+This prints the report of each command, its exit code and its seconds. `make compile-all` installs
+libtpu and jax's CUDA plugin for it; for the GPU it also needs ptxas on PATH.
 """
 
 import subprocess
 import sys
 import time
 
-# Caps that texts of mathematical problems keep, and evaluation, which the presets leave out.
+# Caps that texts of mathematical problems keep. The presets have no evaluation; this adds one.
 CAPS = (
     "--config.prompt.max_tokens=1024 --config.teacher.max_tokens=2048 "
     "--config.rollout.max_tokens=1024 --config.sampler.pack=1024 --config.eval.path=any "
@@ -29,12 +29,13 @@ RUNS = [
     (LARGE, "2*v5e:16x16", "--config.mesh.data=2 --config.mesh.fsdp=32 --config.mesh.tensor=8 "
      "--config.train.batch=64 --config.train.micro_batch=64"),
     (SMALL, "cuda:h200:1x1", "--config.train.micro_batch=4"),
-    # The one that cannot fit.
+    # This one cannot fit.
     (LARGE, "v5e:2x2", "--config.train.trainable=full"),
 ]  # fmt: skip
 
 
 def main() -> int:
+    """Runs all commands; returns 0 if all but the last fit, and the last does not."""
     begun, codes = time.time(), []
     for card, target, settings in RUNS:
         arguments = [f"--config={card}", f"--dry_run={target}", *CAPS.split(), *settings.split()]
@@ -45,10 +46,10 @@ def main() -> int:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         print(done.stdout, end="")
-        told = done.stdout.startswith(("fits: ", "does not fit: "))
-        if not told:
+        reported = done.stdout.startswith(("fits: ", "does not fit: "))
+        if not reported:
             print(done.stderr[-2000:])
-        codes.append(done.returncode if told else -1)
+        codes.append(done.returncode if reported else -1)
         print(f"exit code {done.returncode}, {time.time() - start:.0f} s\n", flush=True)
     print(f"all in {(time.time() - begun) / 60:.1f} minutes")
     return 0 if codes == [0] * (len(RUNS) - 1) + [1] else 1
