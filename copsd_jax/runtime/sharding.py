@@ -287,11 +287,6 @@ def load_shards(
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
-def place_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
-    """Splits arrays along `axis` over the batch axes of the mesh."""
-    return shard_tree(tree, mesh, PartitionSpec(*([None] * axis), BATCH_AXES))
-
-
 def current_mesh() -> Mesh:
     """Returns the mesh of `jax.set_mesh`; without one, a mesh of the default device."""
     context = jax.sharding.get_mesh()
@@ -376,8 +371,3 @@ def to_abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
     )
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts a whole copy of each array on every device."""
-    return shard_tree(tree, mesh, PartitionSpec())

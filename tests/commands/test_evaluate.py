@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import placing
 import pytest
 import runs
 
@@ -93,8 +94,8 @@ def test_fingerprints_of_weights():
     tree = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones((8,), jnp.bfloat16)}
     want = evaluate.fingerprint_arrays(tree)
     with jax.set_mesh(sharding.make_mesh(8, 1, 1)):
-        assert evaluate.fingerprint_arrays({"a": sharding.replicate(tree["a"], sharding.current_mesh()),  # noqa: E501
-            "b": sharding.place_batch(tree["b"], sharding.current_mesh())}) == want  # fmt: skip
+        assert evaluate.fingerprint_arrays({"a": placing.replicate(tree["a"], sharding.current_mesh()),  # noqa: E501
+            "b": placing.place_batch(tree["b"], sharding.current_mesh())}) == want  # fmt: skip
     others = [
         tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(8), np.float32(9)))},
         tree | {"a": tree["a"].at[0].set(tree["a"][1]).at[1].set(tree["a"][0])},

@@ -18,6 +18,7 @@ import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
+import placing
 import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
@@ -272,7 +273,7 @@ def test_the_head_is_gathered_once_a_step():
             sharding.shard_by_name(state, devices),
             sharding.shard_by_name(params, devices, config.n_kv_heads),
         )
-        lowered = step.lower(*placed, sharding.place_batch(batch, devices), None, None)
+        lowered = step.lower(*placed, placing.place_batch(batch, devices), None, None)
     # The compiler must not be what moves them out of the loop.
     plain = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
     found, entry = hlo.computations(lowered.compile(compiler_options=plain).as_text())

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import placing
 import pytest
 
 from copsd_jax.losses import divergence_loss
@@ -87,7 +88,7 @@ def test_loss_and_gradient_are_those_of_one_device(name, trainable):
     with jax.set_mesh(devices):
         step = step_of(config, tensor, trainable, (places, None))
         spread, spread_aux = step(
-            place(state), place(params), sharding.place_batch(batch, devices), None, None
+            place(state), place(params), placing.place_batch(batch, devices), None, None
         )
     np.testing.assert_allclose(spread_aux.metrics["loss"], aux.metrics["loss"], rtol=1e-5)
     for one, many, before in zip(

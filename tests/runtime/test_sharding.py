@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import placing
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -191,7 +192,7 @@ def test_partitions_by_hand():
     placed = sharding.shard_by_name({"embed": {"embedding": jnp.zeros((8, 6))}}, devices)
     shards = placed["embed"]["embedding"].addressable_shards
     assert {shard.data.shape for shard in shards} == {(4, 3)}
-    batch = sharding.place_batch(jnp.zeros((8, 3)), devices)
+    batch = placing.place_batch(jnp.zeros((8, 3)), devices)
     assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
     assert sharding.batch_shards(devices) == 4
     assert sharding.platform(devices) == "cpu"
@@ -230,9 +231,9 @@ def test_lookup_is_indexing_and_its_gradient_a_sum_of_rows(sizes, V):
 
     with jax.set_mesh(devices):
         program = jax.jit(jax.grad(loss, has_aux=True)).lower(
-            placed, sharding.place_batch(tokens, devices)
+            placed, placing.place_batch(tokens, devices)
         ).compile()  # fmt: skip
-        grad, x = program(placed, sharding.place_batch(tokens, devices))
+        grad, x = program(placed, placing.place_batch(tokens, devices))
     np.testing.assert_array_equal(x, table[tokens])
     expected = np.zeros((V, 16))
     np.add.at(expected, tokens.reshape(-1), weights.reshape(-1, 16).astype(np.float64))

@@ -8,6 +8,7 @@ import resource
 import jax
 import jax.numpy as jnp
 import numpy as np
+import placing
 import pytest
 import truncation_oracle
 
@@ -322,7 +323,7 @@ def test_few_texts_on_many_devices_end(count):
     prompts = [(i, i + 1) for i in range(count)]
     want = generate(PLAIN, prompts, shared=False, slots=3)
     with jax.set_mesh(sharding.make_mesh(8, 1, 1)):
-        placed = sharding.replicate(params(), sharding.current_mesh())
+        placed = placing.replicate(params(), sharding.current_mesh())
         got = result(PLAIN, prompts, shared=False, params=placed, slots=8)
     same(got.completions, want)
 

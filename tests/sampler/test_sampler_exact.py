@@ -11,6 +11,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import placing
 import pytest
 import truncation_oracle
 
@@ -76,7 +77,7 @@ def texts(name, sampling, way=WAYS[0], cache=None):
     with jax.set_mesh(sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])):
         tree = weights(name)
         if devices > 1:
-            tree = sharding.replicate(tree, sharding.current_mesh())
+            tree = placing.replicate(tree, sharding.current_mesh())
         valid = np.arange(config.vocab_size) < config.vocab_size - 1
         out = loop.generate(
             decoder, policy_lib.Policy(tree), [asked[i] for i in order], sampling,

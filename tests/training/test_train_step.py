@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import placing
 import pytest
 
 from copsd_jax.losses import divergence_loss
@@ -147,7 +148,7 @@ def test_any_mesh_gives_the_numbers_of_one_device(decoder, params, shape):
         spread, spread_aux = step(
             sharding.shard_by_name(state, devices),
             sharding.shard_by_name(params, devices, CONFIG.n_kv_heads),
-            sharding.place_batch(batch, devices),
+            placing.place_batch(batch, devices),
             None,
             None,
         )
@@ -309,7 +310,7 @@ def test_micro_batches_on_eight_devices_equal_one(decoder, params):
             sharding.shard_by_name(state, devices),
             sharding.shard_by_name(params, devices, CONFIG.n_kv_heads),
         )
-        many, spread = step(*placed, sharding.place_batch(batch, devices), None, None)
+        many, spread = step(*placed, placing.place_batch(batch, devices), None, None)
     np.testing.assert_allclose(spread.tokens.value_T, aux.tokens.value_T, atol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), many.trained, one.trained
