@@ -49,7 +49,7 @@ def built():
 
 def test_parts_are_what_a_run_holds(built):
     with runs.loaded("opsd", **MESH, **SHORT) as (r, state):
-        held = r.hand_over(loaded_run.policies(r, state)[0])
+        held = r.hand_over(loaded_run.derive_policies(r, state)[0])
         real = {
             "weights": on_device(r.frozen), "adapters": on_device(state.trained),
             "optimizer": on_device(state.optimizer), "average": 0,
