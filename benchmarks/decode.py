@@ -156,7 +156,7 @@ def make_work(args: argparse.Namespace, m: Model) -> Work:
         vocab = m.decoder.config.vocab_size
         prompts = [tuple(rng.integers(0, vocab, max(1, size)).tolist()) for size in sizes]
     else:
-        lines = bundled.path("train").read_text(encoding="utf-8").splitlines()
+        lines = bundled.find_file("train").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line)["problem"] for line in lines]
         prompts = [_chat(m.tokenizer, rows[i % len(rows)]) for i in range(args.prompts)]
     count = args.prompts * args.samples

@@ -82,7 +82,7 @@ def fitted(length: Callable[[str], int], start: str, wanted: int) -> str:
 
 def write_problems(work: dict, file: pathlib.Path) -> None:
     """Problems and solutions of exactly the prompts' lengths, each beginning with its own text."""
-    with open(bundled.path("train"), encoding="utf-8") as lines:
+    with open(bundled.find_file("train"), encoding="utf-8") as lines:
         rows = [json.loads(next(lines)) for _ in range(work["batch"])]
     write_rows(file, rows)  # for the plan, which knows templates and tokenizer
     plan = run_plan.make_plan(card(work), evaluate=False)
@@ -103,7 +103,7 @@ def _length(plan: run_plan.Plan, row: problem_row.Row, field: str, text: str) ->
     row = dataclasses.replace(row, **{field: text})
     if field == "solution":
         return run_plan.build_probe_prompt(plan, row).length
-    return prompts.student(plan.tokenizer, plan.student, row).length
+    return prompts.build_student_prompt(plan.tokenizer, plan.student, row).length
 
 
 def write_rows(file: pathlib.Path, rows: list[dict]) -> None:
@@ -140,7 +140,7 @@ def prepare(file: pathlib.Path) -> None:
             for name, leaf in state.trained.items() for factor, x in leaf.items()
         }  # fmt: skip
     np.savez(file.parent / "adapter.npz", allow_pickle=False, **adapter)
-    ask = lambda row: prompts.student(plan.tokenizer, plan.student, row)  # noqa: E731
+    ask = lambda row: prompts.build_student_prompt(plan.tokenizer, plan.student, row)  # noqa: E731
     tell = lambda row: run_plan.build_probe_prompt(plan, row)  # noqa: E731
     ids = {
         name: [[*p.prefix_ids, *p.ids] for p in map(make, plan.rows)]

@@ -55,7 +55,7 @@ def evaluate(
     asked = [
         prompt
         for row in rows
-        for prompt in [prompts.student(plan.tokenizer, plan.evaluation, row)] * n
+        for prompt in [prompts.build_student_prompt(plan.tokenizer, plan.evaluation, row)] * n
     ]
     ids = [row.id for row in rows for _ in range(n)]
     keys = request.derive_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))

@@ -94,7 +94,7 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
     """Steps `first` … train.steps - 1, or until a guard stops the run; the reason if one did."""
     plan, c = r.plan, r.plan.config
     timer = terminal.Timer()
-    order = batches.iterator(
+    order = batches.iterate_batches(
         plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
     )
     written = processes.run_on_leader(lambda: metric_files.lines(directory, first))
@@ -200,7 +200,7 @@ def _warms_up(plan: run_plan.Plan) -> bool:
 
 def _codes(plan: run_plan.Plan) -> list[str]:
     """Languages in the order of data.lang, as the rows spell them."""
-    return [languages.resolve(code, plan.student.languages) for code in plan.config.data.lang]
+    return [languages.resolve_code(code, plan.student.languages) for code in plan.config.data.lang]
 
 
 def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:
@@ -329,9 +329,9 @@ def _facts(plan: run_plan.Plan) -> dict:
         "seed": plan.config.seed,
         "model": str(plan.weights_path),
         "model_fingerprint": run_plan.fingerprint_weights(plan),
-        "data_fingerprint": problem_row.fingerprint(plan.rows),
-        "eval_fingerprint": problem_row.fingerprint(plan.eval_rows),
-        "exemplars_fingerprint": problem_row.fingerprint(plan.student.exemplars),
+        "data_fingerprint": problem_row.compute_fingerprint(plan.rows),
+        "eval_fingerprint": problem_row.compute_fingerprint(plan.eval_rows),
+        "exemplars_fingerprint": problem_row.compute_fingerprint(plan.student.exemplars),
         "author_fingerprint": _replies_fingerprint(plan.records),
         "dropped": dict(plan.dropped),
         "eval_dropped": dict(plan.eval_dropped),

@@ -98,8 +98,10 @@ def main() -> None:
         state = begun(plan, state, tx)
         step = builders.build_step(plan, r.decoder, tx, r.options, state)
         method = table.METHODS[c.method]
-        codes = [languages.resolve(code, plan.student.languages) for code in c.data.lang]
-        order = batches.iterator(plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=0)
+        codes = [languages.resolve_code(code, plan.student.languages) for code in c.data.lang]
+        order = batches.iterate_batches(
+            plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=0
+        )
         with r.grader:
             for k in range(STEPS):
                 rows = next(order)

@@ -47,7 +47,7 @@ def loaded(card: str, **settings):
 
 def batch_at(rows, langs, weights, batch: int, seed: int, step: int) -> list:
     """The rows of one step."""
-    return next(batches.iterator(rows, langs, weights, batch, seed, step))
+    return next(batches.iterate_batches(rows, langs, weights, batch, seed, step))
 
 
 def sampled(completions) -> loop.Result:

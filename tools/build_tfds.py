@@ -39,7 +39,7 @@ def build_tfds(
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another version or remove it")
     records = sources.rename_fields(
-        source_path, sources.read(source_path, setting="source_path"), fields
+        source_path, sources.read_records(source_path, setting="source_path"), fields
     )
     found = {column for record in records for column in record.fields}
     columns = sorted(c for c in found if c in sources.FIELDS or c.startswith("problem_"))
@@ -75,7 +75,7 @@ def _example(path: str, record: sources.Record, columns: Sequence[str]) -> dict[
             out[column] = "true" if value else "false"
         elif value is not None and value != "":
             try:
-                out[column] = sources.to_text(column, value)
+                out[column] = sources.convert_to_text(column, value)
             except sources.UnusableValue as error:
                 raise ValueError(f"{path}, {record.where}: {error}") from error
     return out

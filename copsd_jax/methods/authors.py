@@ -14,7 +14,15 @@ from copsd_jax.problems import problem_row
 from copsd_jax.runtime import processes
 from copsd_jax.sampler import request
 from copsd_jax.servers import client
-from copsd_jax.teaching import contexts, prompts, replies, solution_steps
+from copsd_jax.teaching import (
+    answer_leaks,
+    contexts,
+    conversations,
+    prompts,
+    replies,
+    teacher_prompts,
+    text_encoding,
+)
 from copsd_jax.training import loaded_run, run_plan, train_step
 
 
@@ -50,7 +58,7 @@ def write_replies(
 
     A context that does not read the attempt is written once a problem.
     """  # fmt: skip
-    reads = contexts.reads(r.plan.context)
+    reads = contexts.list_inputs(r.plan.context)
     if "reply" not in reads:
         return [replies.NONE] * len(asked)
     each = "attempt" in reads
@@ -73,7 +81,7 @@ def _sampled(
     """The sampler again, with author.* settings."""
     plan, c = r.plan, r.plan.config
     made = [
-        contexts.writer_prompt(plan.tokenizer, plan.writer, plan.context, one.attempt)
+        teacher_prompts.build_author_prompt(plan.tokenizer, plan.writer, plan.context, one.attempt)
         for one in asked
     ]
     out = [_unasked(prompt, plan) for prompt in made]
@@ -107,7 +115,7 @@ def _seen(plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[st
     """The attempt as a writer's prompt shows it, where it is shortened there."""
     if "attempt" not in shortened:
         return None
-    return prompts.shorten(plan.tokenizer, attempt.text, plan.context.section_tokens)
+    return text_encoding.truncate_text(plan.tokenizer, attempt.text, plan.context.section_tokens)
 
 
 def _student(
@@ -127,26 +135,9 @@ def _grader(
     r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
 ) -> list[AuthorText]:
     del state, step
-    return [AuthorText(write_by_rule(r.plan.context.kind, one), "written") for one in asked]
-
-
-def write_by_rule(kind: str, asked: AuthorRequest) -> str:
-    """What the rule that knows the steps of the bundled problems writes about an attempt."""
-    attempt = asked.attempt
-    verdict = solution_steps.check(
-        attempt.text, attempt.row.solution, attempt.row.answer, asked.found, bool(attempt.correct)
-    )
-    if kind == "critique":
-        if verdict.wrong_step:
-            # A critic counts steps without those that state the answer.
-            before = solution_steps.split(attempt.text).steps[: verdict.wrong_step - 1]
-            number = 1 + sum(not step.final for step in before)
-            verdict = dataclasses.replace(verdict, wrong_step=number)
-        return replies.rule_critique(verdict, attempt.row.answer)
-    if attempt.correct:
-        # By luck, perhaps: what is right is explained, as every author is asked to.
-        verdict = dataclasses.replace(verdict, case="right")
-    return replies.rule_reflection(attempt.text, verdict, attempt.row.solution)
+    write_by_rule = contexts.get_author(r.plan.context).write_by_rule
+    assert write_by_rule is not None  # author.kind=grader goes with such contexts alone
+    return [AuthorText(write_by_rule(one.attempt, one.found), "written") for one in asked]
 
 
 def _server(
@@ -155,16 +146,17 @@ def _server(
     """An OpenAI-compatible server; seeds follow from the run's, so that a cache can serve them."""
     del state, step
     plan, c = r.plan, r.plan.config
-    conversations = [contexts.ask(plan.context, one.attempt) for one in asked]
+    build = contexts.get_author(plan.context).build_conversation
+    unfitted = [build(plan.context, one.attempt) for one in asked]
     fitted = [
         ((), ())
         if conversation is None
-        else contexts.fit(plan.tokenizer, plan.context, conversation)
-        for conversation in conversations
+        else teacher_prompts.truncate_sections(plan.tokenizer, plan.context, conversation)
+        for conversation in unfitted
     ]
     requests = [
         client.ChatRequest(
-            messages=prompts.messages(plan.writer, one.attempt.row, conversation),
+            messages=conversations.render_messages(plan.writer, one.attempt.row, conversation),
             temperature=c.author.temperature,
             top_p=c.author.top_p,
             max_tokens=c.author.max_tokens,
@@ -217,14 +209,16 @@ AUTHORS: dict[str, Callable[..., list[AuthorText]]] = {
 
 def _read(r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText) -> replies.Reply:
     """The reply that a text holds, under the policy for leaked answers."""
-    c, attempt, kind = r.plan.config, asked.attempt, r.plan.context.kind
+    c, attempt, settings = r.plan.config, asked.attempt, r.plan.context
     if written.seen is not None:
         # A critic can repeat only the steps that it was shown.
         attempt = dataclasses.replace(attempt, text=written.seen)
-    if written.status == "written" or (written.status == "cut" and _taken_cut(kind, written, c)):
-        reply = apply_leak_policy(
-            read_reply(kind, attempt, written.text, c), attempt.row, c.context.leak
-        )
+    # As published, some replies that ended at author.max_tokens are read. Any other is unusable,
+    # even if its tags are complete: it might have gone on to withdraw what it said.
+    reads_cut = contexts.get_author(settings).reads_cut(settings) and bool(written.text)
+    if written.status == "written" or (written.status == "cut" and reads_cut):
+        reply = contexts.read_reply(settings, attempt, written.text)
+        reply = apply_leak_policy(reply, attempt.row, c.context.leak)
     else:
         reply = replies.Reply(written.status, raw=written.text)
     return dataclasses.replace(
@@ -232,42 +226,11 @@ def _read(r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText) ->
     )
 
 
-def _taken_cut(kind: str, written: AuthorText, c) -> bool:
-    """Whether a reply that ended at author.max_tokens is read all the same, as published: an
-    analysis always, a reflection by ROSD's own reader. Another is unusable, even if its tags are
-    whole: it may have gone on to take back what it said."""
-    published = kind == "reason_first" or (kind == "reflection" and c.parity.reflection_tags)
-    return published and bool(written.text)
-
-
-def read_reply(kind: str, attempt: contexts.Attempt, text: str, c) -> replies.Reply:
-    """Reads a writer's text strictly; of an unusable reply nothing is left but a quote.
-
-    `attempt` is as the writer was shown it.
-    """
-    if kind == "reason_first":
-        return replies.analysis(text)
-    if kind == "critique":
-        own = [
-            attempt.text[s.start : s.end]
-            for s in solution_steps.split(attempt.text).steps
-            if not s.final
-        ]
-        reply = replies.verify_critique(replies.critique(text), own)
-    else:
-        form = "explain" if attempt.correct else "diagnose"
-        read = replies.reflection_as_published if c.parity.reflection_tags else replies.reflection
-        reply = read(text, form)
-    if reply.usable:
-        return reply
-    return replies.Reply(reply.status, quote=reply.quote, raw=reply.raw)
-
-
 def apply_leak_policy(reply: replies.Reply, row: problem_row.Row, policy: str) -> replies.Reply:
     """context.leak, for an explanation that gives the final answer away."""
-    if not reply.text or not row.answer or not replies.leak(reply.text, row.answer):
+    if not reply.text or not row.answer or not answer_leaks.has_leak(reply.text, row.answer):
         return reply
     if policy == "drop":
         return replies.Reply("leak_dropped", quote=reply.quote, raw=reply.raw)
-    text = replies.mask_leak(reply.text, row.answer) if policy == "mask" else reply.text
+    text = answer_leaks.mask_leak(reply.text, row.answer) if policy == "mask" else reply.text
     return dataclasses.replace(reply, text=text, leaked=True)

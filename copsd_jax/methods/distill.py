@@ -52,7 +52,7 @@ def make_batch(
     for i, record in enumerate(records):
         record |= _about(told[i], written[i], found[i], views[i], wanted[i])
         if told[i]:
-            shown = contexts.privileged(r.plan.context, views[i], written[i])
+            shown = contexts.join_privileged_text(r.plan.context, views[i], written[i])
             record["privileged_text"] = shown
     probe = run_plan.build_probe_prompt(r.plan, done.rows[0])
     return StepInputs(
@@ -81,17 +81,21 @@ def _wanted(c, done: Rollouts) -> list[bool]:
 
 def _views(r: loaded_run.LoadedRun, done: Rollouts, step: int) -> list[contexts.Attempt]:
     """What the context may read of each completion."""
-    c, reads = r.plan.config, contexts.reads(r.plan.context)
+    c, reads = r.plan.config, contexts.list_inputs(r.plan.context)
     siblings: list[int | None] = [None] * len(done.rows)
     if "siblings" in reads:
-        siblings = groups.siblings(
+        siblings = groups.choose_siblings(
             [bool(verdict and verdict.reward >= c.reward.threshold) for verdict in done.verdicts],
             done.groups,
             [len(completion.ids) for completion in done.completions],
             c.context.sibling,
             (c.seed, step),
         )
-    others = groups.others(r.plan.rows, done.rows, (c.seed, step)) if "other" in reads else None
+    others = (
+        groups.choose_other_problems(r.plan.rows, done.rows, (c.seed, step))
+        if "other" in reads
+        else None
+    )
     return [
         contexts.Attempt(
             row=row,
@@ -125,7 +129,7 @@ def _select(
         n = len(completion.ids)
         mask, status = np.zeros(n, bool), "untaught"
         if told[i] is not None:
-            mask, status = token_selection.mask(
+            mask, status = token_selection.select_tokens(
                 r.plan.selection, done.decoded[i], done.starts[i], n, views[i], written[i]
             )
         masks.append(mask)
@@ -172,7 +176,7 @@ def _statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
     """Counts of statuses, of those that this run's context and tokens can have; of shortened
     sections, in how many completions' prompts, the writer's or the teacher's."""
     out = {}
-    if "reply" in contexts.reads(r.plan.context):
+    if "reply" in contexts.list_inputs(r.plan.context):
         out |= rollouts.count_statuses(
             "reply", [record["reply_status"] for record in records], ["ok"]
         )

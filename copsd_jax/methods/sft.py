@@ -20,9 +20,9 @@ def make_batch(
 ) -> StepInputs:
     """Prompts and solutions as token ids, packed. Nothing is sampled."""
     plan, c = r.plan, r.plan.config
-    asked = [prompts.student(plan.tokenizer, plan.student, row) for row in rows]
+    asked = [prompts.build_student_prompt(plan.tokenizer, plan.student, row) for row in rows]
     targets = [
-        prompts.target(plan.tokenizer, plan.student, row, c.rollout.stop, prompt.state)
+        prompts.encode_target(plan.tokenizer, plan.student, row, c.rollout.stop, prompt.state)
         for row, prompt in zip(rows, asked, strict=True)
     ]
     batch = layout.build_batch(

@@ -1,4 +1,4 @@
-"""Which rows belong to which step: an endless order of rows, a function of the seed alone."""
+"""Batches: the rows of each step, from an endless order that depends on the seed alone."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -9,20 +9,24 @@ import numpy as np
 from copsd_jax.problems import problem_row
 
 
-def order(
+def build_row_order(
     rows: Sequence[problem_row.Row], langs: Sequence[str], weights: Sequence[float], seed: int
 ) -> Any:
-    """The endless order of rows as a `grain.MapDataset`: element i is the i-th row used.
+    """Builds the endless order of rows as a `grain.MapDataset`: element i is the i-th row.
 
-    Each language is shuffled anew in each of its epochs, from `seed` and its code alone; a
-    mixture takes each language's next row as often as its weight says.
+    Each language is shuffled anew in each of its epochs, from `seed` and its code alone. A mixture
+    takes the next row of each language as often as its weight says.
 
     Args:
-      rows: of all languages.
+      rows: the rows of all languages.
       langs: the codes in the order of `weights`.
       weights: shares, not all 0; () for equal shares.
+      seed: the seed of the run.
+
+    Raises:
+      ValueError: a weight is missing or negative, or a language with a share has no row.
     """
-    import grain  # here: importing the package must not need the data stack
+    import grain  # imported lazily: importing the package must not need the data stack
 
     weights = tuple(weights) or (1.0,) * len(langs)
     if len(weights) != len(langs) or min(weights) < 0 or sum(weights) <= 0:
@@ -33,15 +37,15 @@ def order(
         if weight and not mine:
             raise ValueError(f"no row is in language {lang!r}, whose share is {weight}")
         if weight:
-            # The code goes into the seed, or parallel data would give the same problem in all
-            # languages at once.
+            # The code is part of the seed. Without it, parallel data would give the same problem
+            # in all languages at once.
             own = np.random.SeedSequence([seed, zlib.crc32(lang.encode())]).generate_state(1)
             parts.append(grain.MapDataset.source(mine).seed(int(own[0])).shuffle().repeat())
             shares.append(weight / sum(weights))
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares)
 
 
-def iterator(
+def iterate_batches(
     rows: Sequence[problem_row.Row],
     langs: Sequence[str],
     weights: Sequence[float],
@@ -49,11 +53,11 @@ def iterator(
     seed: int,
     step: int = 0,
 ) -> Iterator[list[problem_row.Row]]:
-    """Yields the rows of steps `step`, `step + 1`, …: elements step * batch ... of `order`.
+    """Yields the rows of step `step`, `step + 1`, and so on, without an end.
 
     A row occurs twice in one step where an epoch ends inside it or has fewer rows than `batch`.
     """
-    dataset = order(rows, langs, weights, seed)
+    dataset = build_row_order(rows, langs, weights, seed)
     while True:
         yield [dataset[i] for i in range(step * batch, (step + 1) * batch)]
         step += 1

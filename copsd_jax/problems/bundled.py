@@ -5,8 +5,14 @@ import pathlib
 NAMES = ("train", "held_out", "exemplars")
 
 
-def path(name: str) -> pathlib.Path:
-    """The JSONL file of one bundled set; raises ValueError on an unknown name."""
+def find_file(name: str) -> pathlib.Path:
+    """Finds the JSONL file of one bundled set.
+
+    Raises:
+      ValueError: unknown name.
+    """
     if name not in NAMES:
-        raise ValueError(f"no bundled problems named {name!r}; there are {', '.join(NAMES)}")
+        raise ValueError(
+            f"no bundled problems are named {name!r}; the choices are {', '.join(NAMES)}"
+        )
     return pathlib.Path(__file__).parent / "bundled" / f"{name}.jsonl"

@@ -18,27 +18,27 @@ from typing import Any
 
 BUILT_IN = pathlib.Path(__file__).parent / "languages.json"
 BOX = "\\boxed{}"
-ANSWER_IS = "The answer is"  # what graders look for, so it stands in English in every language
+ANSWER_IS = "The answer is"  # graders search for these words, so they are English in every language
 _CODE = re.compile(r"[a-z]{2,8}(?:[-_][a-z0-9]{1,8})*")
-_MARKERS = ("<|", "<think>", "</think>")  # a chat template's own; prompts put them in
+_MARKERS = ("<|", "<think>", "</think>")  # of chat templates; only prompts insert them
 
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    """A language's words around a problem; all texts are NFC, written in the language itself.
+    r"""A language's words around a problem; all texts are NFC, written in the language itself.
 
     Attributes:
-      code: as COPSD names it, in lower case: ISO 639-1 or 639-3.
+      code: its code in lower case, as in COPSD: ISO 639-1 or 639-3.
       name: the language's name for itself.
       english_name: its English name.
       script: the script of its texts, in English.
       aliases: other codes for it; fields of data and settings may use them.
-      label_problem: stands before the problem, without a colon.
-      label_problem_en: stands before the English problem.
-      label_solution: stands before the English solution.
+      label_problem: the label before the problem, without a colon.
+      label_problem_en: the label before the English problem.
+      label_solution: the label before the English solution.
       begin_reference: the line before the reference solution.
       end_reference: the line after it.
-      instruction: asks to reason step by step and to put the final answer in a `\\boxed{}`.
+      instruction: asks to reason step by step and to put the final answer in a `\boxed{}`.
       instruction_answer_is: asks to end with "The answer is N." instead, these words in English.
       think_prefix: opens the thinking, in the language.
       reason_first: asks the teacher to explain the reference solution without solving anew.
@@ -71,14 +71,15 @@ _NOT_TEXT = ("aliases", "checked_by_speaker")
 TEXTS = tuple(name for name in FIELDS if name not in _NOT_TEXT)
 
 
-def load(extra_path: str = "") -> dict[str, Language]:
-    """The built-in languages by code, with those of a user's file added or put in their place.
+def load_languages(extra_path: str = "") -> dict[str, Language]:
+    """Loads the built-in languages by code; a user's file adds some or replaces them.
 
     Args:
       extra_path: a JSON file as in the module's docstring; "" for none.
+
     Raises:
       FileNotFoundError: `extra_path` is no file.
-      ValueError: names the file, the language and the field, in one sentence.
+      ValueError: a language is wrong; names the file, the language and the field.
     """
     registry = _read(BUILT_IN)
     if extra_path:
@@ -87,8 +88,12 @@ def load(extra_path: str = "") -> dict[str, Language]:
     return registry
 
 
-def resolve(code: str, registry: Mapping[str, Language]) -> str:
-    """The registry's code for a code or alias in any case; ValueError lists the known ones."""
+def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
+    """Resolves a code or alias in any case to the registry's code.
+
+    Raises:
+      ValueError: the code is unknown; lists the known ones.
+    """
     wanted = code.strip().lower()
     for known, language in registry.items():
         if wanted == known or wanted in language.aliases:
@@ -96,14 +101,18 @@ def resolve(code: str, registry: Mapping[str, Language]) -> str:
     raise ValueError(f"unknown language {code!r}; known are {_listing(registry)}")
 
 
-def get(registry: Mapping[str, Language], code: str) -> Language:
-    """The language of a code or alias in any case; ValueError lists the known ones."""
-    return registry[resolve(code, registry)]
+def get_language(registry: Mapping[str, Language], code: str) -> Language:
+    """Returns the language of a code or alias in any case.
+
+    Raises:
+      ValueError: the code is unknown; lists the known ones.
+    """
+    return registry[resolve_code(code, registry)]
 
 
-def names(code: str, registry: Mapping[str, Language]) -> tuple[str, ...]:
-    """All codes of a language, its own first."""
-    language = get(registry, code)
+def list_codes(code: str, registry: Mapping[str, Language]) -> tuple[str, ...]:
+    """Lists all codes of a language, its own first."""
+    language = get_language(registry, code)
     return (language.code, *language.aliases)
 
 
@@ -116,7 +125,7 @@ def _listing(registry: Mapping[str, Language]) -> str:
 
 
 def _read(path: pathlib.Path) -> dict[str, Language]:
-    """The languages of one file, each checked by itself."""
+    """Reads the languages of one file and checks each by itself."""
     if not path.is_file():
         raise FileNotFoundError(f"no languages file at {path}")
     try:
@@ -128,7 +137,7 @@ def _read(path: pathlib.Path) -> dict[str, Language]:
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply") from error
     except _Repeated as error:
-        raise ValueError(f"{path}: the key {error.args[0]!r} stands twice in one object") from error
+        raise ValueError(f"{path}: the key {error.args[0]!r} occurs twice in one object") from error
     except ValueError as error:  # a number of more digits than Python converts
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not content:
@@ -137,7 +146,7 @@ def _read(path: pathlib.Path) -> dict[str, Language]:
 
 
 class _Repeated(Exception):
-    """A key that stands twice; plain JSON would silently keep the last."""
+    """A key that occurs twice; plain JSON would silently keep the last."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -150,7 +159,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _language(where: str, code: str, fields: Any) -> Language:
-    """One checked entry; `where` begins each message."""
+    """Checks one entry and returns its language; `where` begins each message."""
     if not _CODE.fullmatch(code):
         raise ValueError(f"{where}: a code has lower-case letters, like sw or zh_hant")
     if not isinstance(fields, dict):
@@ -174,7 +183,7 @@ def _check_text(where: str, text: Any, may_be_empty: bool) -> None:
         raise ValueError(f"{where}: is empty")
     if text != text.strip():
         raise ValueError(f"{where}: begins or ends with white space")
-    # Cc controls, Cs lone surrogates, Co private use, Cn unassigned: none is a word's part.
+    # Controls (Cc), lone surrogates (Cs), private use (Co), unassigned (Cn): none is in a word.
     bad = [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn")]
     if bad:
         raise ValueError(f"{where}: has the character U+{ord(bad[0]):04X}, which is no text")
@@ -186,7 +195,7 @@ def _check_text(where: str, text: Any, may_be_empty: bool) -> None:
 
 
 def _check_meaning(where: str, fields: dict[str, Any]) -> None:
-    """What the fields must be for prompts and graders to work."""
+    """Checks the fields that prompts and graders rely on."""
     if not isinstance(fields["checked_by_speaker"], bool):
         raise ValueError(f"{where}, field 'checked_by_speaker': must be true or false")
     aliases = fields["aliases"]
@@ -203,7 +212,7 @@ def _check_meaning(where: str, fields: dict[str, Any]) -> None:
 
 
 def _check_aliases(registry: Mapping[str, Language], path: str) -> None:
-    """Every code and alias means one language; `path` is the file read last."""
+    """Refuses an alias that means two languages; `path` is the file that was read last."""
     owner = {code: code for code in registry}
     for code, language in registry.items():
         for alias in language.aliases:

@@ -1,4 +1,4 @@
-"""The row: one problem in one language, as every part of a run sees it."""
+"""The row: one problem in one language."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ class Row:
       answer: the final answer, "" where a source has none.
       lang: the code of the problem's language, as languages.json writes it.
       problem_en: the English problem, "" where a source has none.
-      group: any label by which scores are reported apart (bundled rows: the wording's), or "".
+      group: any label by which scores are reported apart, or ""; of bundled rows, the wording.
     """
 
     id: str
@@ -29,8 +29,8 @@ class Row:
     group: str = ""
 
 
-def fingerprint(rows: Sequence[Row]) -> str:
-    """SHA-256 of the rows and their order, to tell whether two runs saw the same data."""
+def compute_fingerprint(rows: Sequence[Row]) -> str:
+    """Computes SHA-256 of the rows and their order, which tells whether two runs had equal data."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(dataclasses.astuple(row)).encode())

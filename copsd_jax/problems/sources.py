@@ -1,4 +1,4 @@
-"""Reads problems from files and data sets into rows.
+"""Sources of problems: files and data sets, read into rows.
 
 A source is a JSONL file, a JSON list, a parquet file, a TSV file (question TAB answer, no header),
 `bundled:train|held_out|exemplars`, or `tfds:NAME[:VERSION]/SPLIT`. All of them give records in
@@ -7,7 +7,6 @@ and, where there is one, `problem_<code>_ok` (the translation's quality flag, wh
 """
 
 import collections
-import importlib.resources
 import json
 import math
 import pathlib
@@ -17,22 +16,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from copsd_jax.problems import languages, problem_row
+from copsd_jax.problems import bundled, languages, problem_row
 
-BUNDLED = ("train", "held_out", "exemplars")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv")
 FIELDS = ("id", "problem", "solution", "answer", "Answer", "group", "wording")  # and problem_*
 
 
 class Record(NamedTuple):
-    """A record of a source and where it stands there ("line 7", "row 7"; counted from 1)."""
+    """A record of a source and its place there ("line 7", "row 7"; counted from 1)."""
 
     where: str
     fields: dict[str, Any]
 
 
 class UnusableValue(Exception):
-    """Why a record gives no row: the reason that is counted and reported."""
+    """The reason that a record gives no row; it is counted and reported."""
 
 
 def _decode(path: str, raw: bytes) -> str:
@@ -43,26 +41,26 @@ def _decode(path: str, raw: bytes) -> str:
         raise ValueError(f"{path}, line {line}: the text is not UTF-8") from error
 
 
-def _object(path: str, where: str, value: object) -> dict[str, Any]:
+def _check_object(path: str, where: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}, {where}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
 def _read_json(path: str, raw: bytes) -> list[Record]:
-    """A JSON list of objects, or one object per line."""
+    """Reads a JSON list of objects, or one object per line."""
     text = _decode(path, raw)
     line = 0
     try:
         if text.lstrip()[:1] == "[":
             rows = enumerate(json.loads(text), start=1)
-            return [Record(f"row {k}", _object(path, f"row {k}", value)) for k, value in rows]
+            return [Record(f"row {k}", _check_object(path, f"row {k}", value)) for k, value in rows]
         out = []
         # Not splitlines(): it also splits at U+2028, which JSON strings may hold.
         for line, content in enumerate(text.split("\n")):
             if content.strip():
                 where = f"line {line + 1}"
-                out.append(Record(where, _object(path, where, json.loads(content))))
+                out.append(Record(where, _check_object(path, where, json.loads(content))))
         return out
     except RecursionError as error:
         raise ValueError(f"{path}: the JSON is nested too deeply") from error
@@ -72,7 +70,7 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
 
 
 def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
-    """Question TAB answer on each line, no header; the question goes to `field`."""
+    """Reads question TAB answer on each line, without a header; the question goes to `field`."""
     out = []
     for k, line in enumerate(_decode(path, raw).split("\n"), start=1):
         if not line.strip():
@@ -85,7 +83,8 @@ def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
 
 
 def _read_parquet(path: str, raw: bytes) -> list[Record]:
-    import pyarrow  # here, since it is slow to import and most runs read no parquet
+    # Imported lazily: it is slow to import, and most runs read no parquet.
+    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -95,8 +94,8 @@ def _read_parquet(path: str, raw: bytes) -> list[Record]:
     return [Record(f"row {k}", row) for k, row in enumerate(table.to_pylist(), start=1)]
 
 
-def _tfds_directory(setting: str, path: str, name: str, data_dir: str | None) -> pathlib.Path:
-    """The folder of NAME[:VERSION] (the newest version unless given) under `data_dir`."""
+def _find_tfds_folder(setting: str, path: str, name: str, data_dir: str | None) -> pathlib.Path:
+    """Finds the folder of NAME[:VERSION] under `data_dir`; the newest version by default."""
     from tensorflow_datasets.core import constants
 
     name, _, version = name.partition(":")
@@ -116,12 +115,12 @@ def _tfds_directory(setting: str, path: str, name: str, data_dir: str | None) ->
 
 
 def _read_tfds(setting: str, path: str, data_dir: str | None) -> list[Record]:
-    import tensorflow_datasets as tfds  # here, since it is slow to import
+    import tensorflow_datasets as tfds  # imported lazily: it is slow to import
 
     name, slash, split = path.removeprefix("tfds:").rpartition("/")
     if not slash or not name or not split:
         raise ValueError(f"{setting} is {path!r}: write tfds:NAME/SPLIT or tfds:NAME:VERSION/SPLIT")
-    builder = tfds.builder_from_directory(_tfds_directory(setting, path, name, data_dir))
+    builder = tfds.builder_from_directory(_find_tfds_folder(setting, path, name, data_dir))
     if split.partition("[")[0] not in builder.info.splits:
         choices = ", ".join(builder.info.splits)
         raise ValueError(f"{setting} is {path!r}: no split {split!r}; the choices are {choices}")
@@ -140,23 +139,29 @@ def _read_tfds(setting: str, path: str, data_dir: str | None) -> list[Record]:
     return out
 
 
-def read(
+def read_records(
     path: str, *, lang: str = "en", setting: str = "data.path", data_dir: str | None = None
 ) -> list[Record]:
-    """All records of a source; `lang` is the language of a TSV file's questions.
+    """Reads all records of a source.
+
+    Args:
+      path: see the module's docstring.
+      lang: the language of a TSV file's questions.
+      setting: the setting that `path` comes from, for messages.
+      data_dir: the folder of TFDS data sets; None for TFDS's own default.
 
     Raises:
-      FileNotFoundError, ValueError: in one sentence that names the file and the line or row.
+      FileNotFoundError: there is no such file or data set.
+      ValueError: the source cannot be read; names the file and the line or row.
     """
     if path.startswith("tfds:"):
         return _read_tfds(setting, path, data_dir)
     if path.startswith("bundled:"):
         name = path.removeprefix("bundled:")
-        if name not in BUNDLED:
-            choices = ", ".join(f"bundled:{choice}" for choice in BUNDLED)
+        if name not in bundled.NAMES:
+            choices = ", ".join(f"bundled:{choice}" for choice in bundled.NAMES)
             raise ValueError(f"{setting} is {path!r}: the choices are {choices}")
-        file = importlib.resources.files("copsd_jax.problems") / "bundled" / f"{name}.jsonl"
-        return _read_json(path, file.read_bytes())
+        return _read_json(path, bundled.find_file(name).read_bytes())
     file = pathlib.Path(path).expanduser()
     if file.suffix not in SUFFIXES:
         raise ValueError(
@@ -173,7 +178,7 @@ def read(
 
 
 def rename_fields(path: str, records: list[Record], fields: str) -> list[Record]:
-    """Records with the fields of a map "ours=theirs,ours=theirs" under our names too."""
+    """Adds the fields of a map "ours=theirs,ours=theirs" to the records under our names."""
     pairs = [tuple(pair.split("=")) for pair in fields.split(",") if pair]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise ValueError(f"data.fields is {fields!r}: write ours=theirs,ours=theirs")
@@ -194,8 +199,12 @@ def rename_fields(path: str, records: list[Record], fields: str) -> list[Record]
     ]
 
 
-def to_text(name: str, value: object) -> str:
-    """A field's value as text without surrounding blanks; raises UnusableValue with the reason."""
+def convert_to_text(name: str, value: object) -> str:
+    """Converts a field's value to text in NFC without surrounding blanks.
+
+    Raises:
+      UnusableValue: the value is missing, empty or no text.
+    """
     if isinstance(value, bytes):
         value = value.decode("utf-8")
     if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
@@ -212,30 +221,30 @@ def to_text(name: str, value: object) -> str:
         raise UnusableValue(f"{name} is empty")
     if any("\ud800" <= char <= "\udfff" for char in value):
         raise UnusableValue(f"{name} holds half a character (a lone surrogate)")
-    # One spelling of each letter: most tokenizers would tell the others apart.
+    # NFC gives each letter one spelling: most tokenizers encode its other spellings differently.
     return unicodedata.normalize("NFC", value.strip())
 
 
-def _first(record: Record, names: Sequence[str]) -> str:
-    """The text of the first of `names` that the record has."""
+def _read_first(record: Record, names: Sequence[str]) -> str:
+    """Reads the text of the first of `names` that the record has."""
     for name in names:
         if name in record.fields:
-            return to_text(name, record.fields[name])
+            return convert_to_text(name, record.fields[name])
     raise UnusableValue(f"{names[0]} is missing")
 
 
-def _optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """The text of the first of `names` there is; "" if it is absent or blank and not needed."""
+def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
+    """Reads the first of `names` that the record has; "" if it is blank and not needed."""
     if not needed:
         found = [record.fields[name] for name in names if name in record.fields][:1]
         blank = [x is None or (isinstance(x, str | bytes) and not x.strip()) for x in found]
         if not found or blank[0] or (isinstance(found[0], float) and math.isnan(found[0])):
             return ""
-    return _first(record, names)
+    return _read_first(record, names)
 
 
-def _problem(record: Record, codes: Sequence[str]) -> str:
-    """The problem in a language that sources may call by any of `codes`."""
+def _read_problem(record: Record, codes: Sequence[str]) -> str:
+    """Reads the problem in a language that sources may call by any of `codes`."""
     names = [f"problem_{code}" for code in codes] + (["problem"] if "en" in codes else [])
     for name in names:
         flag = record.fields.get(f"{name}_ok")
@@ -243,35 +252,35 @@ def _problem(record: Record, codes: Sequence[str]) -> str:
         accepted = flag.decode() == "true" if isinstance(flag, bytes) else flag
         if not (isinstance(accepted, bool | np.bool_ | np.integer) and accepted == 1):
             raise UnusableValue(f"{name}_ok is not true")
-    return _first(record, names)
+    return _read_first(record, names)
 
 
-def _row(
+def _build_row(
     record: Record, lang: str, codes: Sequence[str], needs: Sequence[str], key: str
 ) -> problem_row.Row:
     return problem_row.Row(
         id=key,
-        problem=_problem(record, codes),
-        solution=_optional(record, ("solution",), "solution" in needs),
-        answer=_optional(record, ("answer", "Answer"), "answer" in needs),
+        problem=_read_problem(record, codes),
+        solution=_read_optional(record, ("solution",), "solution" in needs),
+        answer=_read_optional(record, ("answer", "Answer"), "answer" in needs),
         lang=lang,
-        problem_en=_optional(record, ("problem", "problem_en"), "problem_en" in needs),
-        group=_optional(record, ("group", "wording"), "group" in needs),
+        problem_en=_read_optional(record, ("problem", "problem_en"), "problem_en" in needs),
+        group=_read_optional(record, ("group", "wording"), "group" in needs),
     )
 
 
-def _ids(path: str, records: Sequence[Record]) -> list[str]:
-    """Each record's `id`, or its number where it has none; all different."""
+def _list_ids(path: str, records: Sequence[Record]) -> list[str]:
+    """Lists the `id` of each record, or its number if it has none; refuses equal ones."""
     seen: dict[str, str] = {}
     for k, record in enumerate(records, start=1):
-        key = _optional(record, ("id",), False) or f"row{k}"
+        key = _read_optional(record, ("id",), False) or f"row{k}"
         if key in seen:
-            raise ValueError(f"{path}: id {key!r} stands in {seen[key]} and in {record.where}")
+            raise ValueError(f"{path}: id {key!r} is in {seen[key]} and in {record.where}")
         seen[key] = record.where
     return list(seen)
 
 
-def load(
+def load_rows(
     path: str,
     langs: Sequence[str],
     *,
@@ -283,52 +292,55 @@ def load(
     setting: str = "data.path",
     data_dir: str | None = None,
 ) -> tuple[list[problem_row.Row], collections.Counter[str]]:
-    """Rows of a source in the languages asked for, language after language.
+    """Loads the rows of a source in the languages asked for, one language after the other.
 
     Args:
       path: see the module's docstring.
       langs: codes (or aliases) of languages.
       missing: "error", or "drop" to leave out records that lack what is needed, and count them.
       fields: other names of a source's fields, "problem=question,answer=final".
-      needs: what each row must have besides its problem: of `solution`, `answer`, `problem_en`,
-        `group`. Evaluation needs no solution.
+      needs: fields that each row must have besides its problem: some of `solution`, `answer`,
+        `problem_en`, `group`. Evaluation needs no solution.
       limit: use only the first n records of the source; 0 for all.
       registry: the languages; None for the built-in ones.
       setting: the setting that `path` comes from, for messages.
-      data_dir: where TFDS data sets lie; None for TFDS's own default.
+      data_dir: the folder of TFDS data sets; None for TFDS's own default.
+
     Returns:
-      The rows and how many were dropped by reason. With several languages a row's id is
+      The rows, and the number of dropped records by reason. With several languages a row's id is
       "<id>/<lang>", since a problem then occurs once per language.
+
     Raises:
-      FileNotFoundError, ValueError: in one sentence with the file, the line or row, and the count.
+      FileNotFoundError: there is no such file or data set.
+      ValueError: names the file, the line or row, and the number of records concerned.
     """
-    registry = languages.load() if registry is None else registry
-    codes = [languages.resolve(code, registry) for code in langs]
+    registry = languages.load_languages() if registry is None else registry
+    codes = [languages.resolve_code(code, registry) for code in langs]
     if len(set(codes)) != len(codes) or not codes:
         raise ValueError(f"the languages {', '.join(langs)} must be at least one, each once")
     if path.endswith(".tsv") and len(codes) > 1:
         raise ValueError(f"{setting} is {path!r}: a TSV file holds one language, not {langs}")
-    records = read(path, lang=codes[0], setting=setting, data_dir=data_dir)
+    records = read_records(path, lang=codes[0], setting=setting, data_dir=data_dir)
     records = rename_fields(path, records, fields)[: limit or None]
-    ids = _ids(path, records)
-    rows, dropped, first = [], collections.Counter[str](), {}
+    ids = _list_ids(path, records)
+    rows, dropped, first_places = [], collections.Counter[str](), {}
     for lang in codes:
-        names = languages.names(lang, registry)
+        names = languages.list_codes(lang, registry)
         for record, key in zip(records, ids, strict=True):
             key = f"{key}/{lang}" if len(codes) > 1 else key
             try:
-                rows.append(_row(record, lang, names, needs, key))
+                rows.append(_build_row(record, lang, names, needs, key))
             except UnusableValue as reason:
                 dropped[str(reason)] += 1
-                first.setdefault(str(reason), record.where)
-    _refuse(path, dropped, first, len(rows), missing)
+                first_places.setdefault(str(reason), record.where)
+    _check_dropped(path, dropped, first_places, len(rows), missing)
     return rows, dropped
 
 
-def _refuse(
+def _check_dropped(
     path: str, dropped: Mapping[str, int], first: Mapping[str, str], kept: int, missing: str
 ) -> None:
-    """Raises if anything is missing and must not be, or if nothing is left."""
+    """Refuses dropped records if data.missing is "error", and a source without rows."""
     if missing not in ("error", "drop"):
         raise ValueError(f"data.missing is {missing!r}: the choices are error, drop")
     if dropped and (missing == "error" or not kept):

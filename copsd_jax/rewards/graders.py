@@ -1,16 +1,15 @@
-"""Finds the answer in a text and decides whether it equals the gold answer.
+"""Graders: extract the answer from a text and compare it with the gold answer.
 
-Most answers are numbers or words, and are decided here, on strings. What is left goes to
-math-verify in worker processes under a time and a memory limit: sympy can be made to compute for
-hours or to fill the memory by a short formula, and its limits by signals do not interrupt C code. A
-worker that oversteps is killed and replaced; the outcome is a status that evaluation counts, never
-an exception.
+Most answers are numbers or words, and are compared as strings. The others go to math-verify in
+worker processes with a limit of time and of memory. A short formula can make sympy compute for
+hours or fill the memory, and sympy's own limits by signals do not interrupt C code. A worker that
+exceeds a limit is killed and replaced. The outcome is a status that evaluation counts, never an
+exception.
 
-A worker is `python -m copsd_jax.rewards.graders` behind two pipes with one JSON line per question,
-started when first needed. It is no fork: JAX has threads, and a forked copy of a threaded process
-may hang. Nothing that a model wrote is ever executed: of math-verify only the LaTeX reader is used,
-since its reader of plain expressions hands the text to sympy's `parse_expr`, which evaluates
-Python.
+A worker is `python -m copsd_jax.rewards.graders` behind two pipes, with one JSON line per question.
+It is started when first needed, and not forked: JAX has threads, and a forked copy of a threaded
+process may hang. Nothing that a model wrote is ever executed. Only the LaTeX reader of math-verify
+is used, since its reader of plain expressions calls sympy's `parse_expr`, which evaluates Python.
 """
 
 import concurrent.futures
@@ -31,18 +30,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 PATTERNS = ("boxed", "answer_is")
-OTHERS = ("choice", "none")  # forms of answers that other kinds of reward read
+OTHERS = ("choice", "none")  # forms of answers for other kinds of reward
 PLACES = ("last_after_think", "last_anywhere")
-STATUSES = {
-    "plain": "decided on strings and exact numbers",
-    "symbolic": "decided by math-verify",
-    "unparsed": "math-verify cannot read one of the two: not equal",
-    "timeout": "the time limit was hit: counted as not equal",
-    "died": "the worker ended, as a rule at its memory limit: counted as not equal",
-    "too_long": "not equal as strings, and too long for math-verify: counted as not equal",
-    "no_answer": "the text has no answer of the asked form",
-}
-UNRESOLVED = ("timeout", "died", "too_long")  # wrong for want of a decision
+STATUSES = (
+    "plain",  # decided on strings and exact numbers
+    "symbolic",  # decided by math-verify
+    "unparsed",  # math-verify cannot read one of the two: counted as not equal
+    "timeout",  # the time limit was reached: counted as not equal
+    "died",  # the worker ended, as a rule at its memory limit: counted as not equal
+    "too_long",  # not equal as strings, and too long for math-verify: counted as not equal
+    "no_answer",  # the text has no answer of the asked form
+)
+UNRESOLVED = ("timeout", "died", "too_long")  # counted as wrong without a decision
 
 _LONGEST = 1000  # characters of an answer that is read as a number or by math-verify
 _START_SECONDS = 120.0  # for a worker to import sympy on a busy machine
@@ -60,9 +59,10 @@ _ETHIOPIC_GROUP = re.compile(f"(?:({_ETHIOPIC_PAIR})(\u137b))?({_ETHIOPIC_PAIR})
 
 
 def _ethiopic(run: str) -> str:
-    """The ASCII digits of one Ge'ez numeral; a malformed one as it is.
+    """Converts one Ge'ez numeral to ASCII digits; returns a malformed one unchanged.
 
-    Ge'ez numbers have no places: ፪፻፴ is 2 x 100 + 30, and ፼ multiplies all before it by 10,000.
+    Ge'ez numerals are not positional: ፪፻፴ is 2 x 100 + 30, and ፼ multiplies all before it by
+    10,000.
     """
     total = 0
     for index, group in enumerate(run.split("\u137c")):
@@ -80,11 +80,11 @@ def _pair(text: str) -> int:
 
 
 def fold_digits(text: str) -> str:
-    """`text` with the digits of every script as ASCII, and with ASCII signs and separators.
+    """Converts digits, signs and separators of every script to ASCII.
 
-    Covers all of Unicode's decimal digits (category Nd, full-width forms among them), the Ge'ez
-    numerals of Amharic and Tigrinya, the Arabic separators and the full-width signs. Characters
-    such as ² or ½, which are no decimal digits, stay.
+    Covers all decimal digits of Unicode (category Nd, full-width forms too), the Ge'ez numerals of
+    Amharic and Tigrinya, the Arabic separators and the full-width signs. Characters such as ² or ½
+    are no decimal digits and stay.
     """
     if text.isascii():
         return text
@@ -99,19 +99,20 @@ _ANSWER_IS = re.compile(r"\bthe\s+(?:final\s+)?answer\s+is\b[^\S\n]*:?[^\S\n]*",
 _SENTENCE_END = re.compile("[.!?](?=\\s|$)|[\u3002\uff01\uff1f\u0964\u1362\u06d4\u061f]|\n")
 
 
-def extract(text: str, pattern: str, where: str) -> str | None:
-    r"""The answer that `text` states, as it is written there, or None.
+def extract_answer(text: str, pattern: str, where: str) -> str | None:
+    r"""Extracts the answer that a text states, as it is written there, or None.
 
     Args:
+      text: the completion.
       pattern: `boxed` takes the content of the last `\boxed{...}` (balanced, `\{` and `\}` do not
         count) or `\boxed x`; a last box that never closes is no answer, as in the reference.
         `answer_is` takes what follows the last "The answer is", to the end of sentence or line.
-      where: `last_after_think` looks behind the last `</think>` only. Where a `<think>` is open
-        at the end there is no answer yet. A text without either is all answer; a caller whose
-        prompt opened the block puts `<think>` in front. `last_anywhere` looks everywhere.
+      where: `last_after_think` searches behind the last `</think>`. If a `<think>` is open at the
+        end, there is no answer yet. If the text has neither, all of it is searched; a caller whose
+        prompt opened the block puts `<think>` in front. `last_anywhere` searches everywhere.
 
     Raises:
-      ValueError: for an unknown pattern or place.
+      ValueError: unknown pattern or place.
     """
     for name, value, choices in (("pattern", pattern, PATTERNS), ("where", where, PLACES)):
         if value not in choices:
@@ -140,7 +141,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _braced(body: str) -> str | None:
-    """The content of the braces that `body` starts with, or None if they never close."""
+    """Returns the content of the braces that `body` starts with; None if they never close."""
     depth = 0
     for match in re.finditer(r"\\.|[{}]", body, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -187,7 +188,7 @@ _SCALES = frozenset(
 
 
 def _fold(text: str) -> str:
-    """Folded digits, single blanks; without $, currency signs and invisible characters."""
+    """Folds digits, spacing, $, currency signs and invisible characters."""
     text = fold_digits(unicodedata.normalize("NFC", text)).replace("\\$", "")
     kept = (c for c in text if c.isascii() or unicodedata.category(c) not in ("Cf", "Sc"))
     text = _SPACING.sub(lambda match: _blank(match[0]), "".join(kept))
@@ -195,7 +196,7 @@ def _fold(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    r"""`_fold`, and the words of \text{...} as bare words."""
+    r"""Folds a text (`_fold`) and takes the words of \text{...} as bare words."""
     return " ".join(_TEXT.sub(r" \1 ", _fold(text)).split())
 
 
@@ -204,9 +205,9 @@ def _blank(spacing: str) -> str:
 
 
 def _number(text: str, comma: bool = False) -> str | None:
-    """A number's canonical digits ("-12.5") or None; with `comma`, also "12,5" for 12.5.
+    """Reads a number as canonical digits ("-12.5"), or None; with `comma`, "12,5" is 12.5.
 
-    Thousands may be grouped by comma, blank or apostrophe, in India's way, or by dots where that
+    Thousands may be grouped by comma, blank or apostrophe, in the Indian way, or by dots if they
     cannot be a decimal point. "1,234" is always 1234.
     """
     match = _NUMBER.fullmatch(text)
@@ -222,7 +223,7 @@ def _number(text: str, comma: bool = False) -> str | None:
 
 
 def _fraction(text: str) -> fractions.Fraction | None:
-    """The exact value of a number, a fraction of two numbers or a mixed number, or None."""
+    """Reads the exact value of a number, a fraction or a mixed number; None for other texts."""
     if len(text) > _LONGEST:
         return None
     number = _number(text)
@@ -240,10 +241,11 @@ def _fraction(text: str) -> fractions.Fraction | None:
 
 
 def normalize(text: str) -> str:
-    """The form in which two answers are compared as strings.
+    """Normalizes an answer to the form in which two answers are compared as strings.
 
-    Digits of every script folded; a number without thousands separators, leading and trailing
-    zeros; otherwise lower case and without blanks, except between digits ("1 1/2" is not 11/2).
+    Digits of every script are folded. A number loses thousands separators, leading zeros and
+    trailing zeros. Any other text becomes lower case and loses blanks, except between digits ("1
+    1/2" is not 11/2).
     """
     tidy = _tidy(text)
     number = _number(tidy)
@@ -253,7 +255,7 @@ def normalize(text: str) -> str:
 
 
 def _same_number(gold: str, answer: str) -> bool | None:
-    """Whether two tidied texts are the same number; None if that cannot be said of them."""
+    """Tells whether two tidied texts are the same number; None if that is undecided."""
     for one, other in ((gold, answer), (answer, gold)):
         number = _number(one)
         if number is None:
@@ -270,8 +272,8 @@ def _same_number(gold: str, answer: str) -> bool | None:
     return True if left is not None and left == right else None
 
 
-def plainly_equal(gold: str, answer: str) -> bool | None:
-    """Whether two answers are equal, if strings and exact numbers can tell; None if they cannot."""
+def compare_plainly(gold: str, answer: str) -> bool | None:
+    """Compares two answers as strings and exact numbers; None if that does not decide."""
     if normalize(gold) == normalize(answer):
         return True
     gold, answer = _tidy(gold), _tidy(answer)
@@ -286,7 +288,7 @@ def plainly_equal(gold: str, answer: str) -> bool | None:
 
 
 class _Worker:
-    """One process that compares by math-verify; started when first asked, replaced when lost."""
+    """A process that compares by math-verify; started when first asked, replaced when lost."""
 
     def __init__(self, memory: int):
         self._memory = memory
@@ -294,7 +296,7 @@ class _Worker:
         self._unread = b""
 
     def ask(self, gold: str, answer: str, seconds: float) -> str:
-        """`equal`, `unequal`, or one of the statuses `unparsed`, `timeout`, `died`."""
+        """Asks for a comparison: `equal`, `unequal`, `unparsed`, `timeout` or `died`."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         self._send([gold, answer, seconds])
@@ -358,7 +360,7 @@ class _Worker:
 
 
 def _serve(memory: int) -> None:
-    """The worker's life: one JSON line in, one out, until its input ends."""
+    """Runs a worker: answers each JSON line by one line, until the input ends."""
     import logging
     import resource
     import signal
@@ -392,28 +394,31 @@ def _serve(memory: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """What became of one text. `answer` as written, None exactly if not `formatted`."""
+    """The grade of one text; `answer` is as written, and None exactly if not `formatted`."""
 
     answer: str | None
     correct: bool
     formatted: bool
-    status: str  # a key of STATUSES
+    status: str  # one of STATUSES
 
 
 class Grader:
-    """Extracts and compares; a context manager, since it may own worker processes.
+    """A context manager that extracts and compares answers, and owns worker processes.
 
     Args:
-      pattern, where: as in `extract`; with a pattern of OTHERS it compares, and extracts nothing.
+      pattern: as in `extract_answer`; with a pattern of OTHERS it only compares.
+      where: as in `extract_answer`.
       seconds: time limit of one comparison by math-verify.
-      workers: processes at most; none is started before an answer needs one.
-      memory: bytes of address space of each (Linux only).
+      workers: largest number of processes; none is started before an answer needs one.
+      memory: address space of each worker in bytes (Linux only).
     """
 
     def __init__(
         self, pattern: str, where: str, seconds: float, workers: int = 2, memory: int = 2 << 30
     ):
-        extract("", PATTERNS[0] if pattern in OTHERS else pattern, where)  # refuses unknown names
+        extract_answer(
+            "", PATTERNS[0] if pattern in OTHERS else pattern, where
+        )  # refuses unknown names
         self._pattern, self._where, self._seconds = pattern, where, seconds
         self._workers = [_Worker(memory) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -433,8 +438,8 @@ class Grader:
             worker.close()
 
     def compare(self, gold: str, answer: str) -> tuple[bool, str]:
-        """(equal, status) of two answers; not equal wherever no decision was reached."""
-        plain = plainly_equal(gold, answer)
+        """Compares two answers; returns (equal, status), not equal if nothing was decided."""
+        plain = compare_plainly(gold, answer)
         if plain is not None:
             return plain, "plain"
         key = (_fold(gold), _fold(answer))
@@ -457,16 +462,16 @@ class Grader:
         return self.grade_all([(gold, text)])[0]
 
     def grade_all(self, pairs: Iterable[tuple[str, str]]) -> list[Grade]:
-        """Grades (gold, text) pairs, in their order; equal pairs of answers are compared once.
+        """Grades (gold, text) pairs in their order; compares equal pairs of answers once.
 
         Raises:
-          ValueError: for an empty gold answer.
+          ValueError: a gold answer is empty.
         """
         found = []
         for index, (gold, text) in enumerate(pairs):
             if not gold.strip():
                 raise ValueError(f"the gold answer of pair {index} is empty")
-            found.append((gold, extract(text, self._pattern, self._where)))
+            found.append((gold, extract_answer(text, self._pattern, self._where)))
         wanted = list(dict.fromkeys(pair for pair in found if pair[1] is not None))
         with concurrent.futures.ThreadPoolExecutor(len(self._workers)) as threads:
             compared = threads.map(lambda pair: self.compare(*pair), wanted)
@@ -475,7 +480,7 @@ class Grader:
         return [grades.get(pair, Grade(None, False, False, "no_answer")) for pair in found]
 
     def same_class(self, answers: Sequence[str | None]) -> list[int]:
-        """For each answer the number of its class of equal answers, counted by first seen.
+        """Groups equal answers; returns the number of each answer's class, in order of appearance.
 
         An answer is compared with the first of each class. None has no class: -1.
         """
@@ -489,12 +494,6 @@ class Grader:
             classes.append(next(same, len(firsts)))
             firsts += [answer] if classes[-1] == len(firsts) else []
         return classes
-
-
-def equal(gold: str, answer: str, seconds: float) -> bool:
-    """Whether two answers are equal. May start a worker of its own: a `Grader` is for many."""
-    with Grader("boxed", "last_anywhere", seconds, workers=1) as grader:
-        return grader.compare(gold, answer)[0]
 
 
 if __name__ == "__main__":

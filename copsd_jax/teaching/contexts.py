@@ -1,28 +1,26 @@
-"""What the teacher sees besides the problem: a table of small functions.
+"""Contexts: what the teacher sees besides the problem, one entry of `CONTEXTS` each.
 
-A context is `teach`, the conversation under which the teacher scores the student's tokens, made
-from the student's `Attempt` and from what a writer replied; None where it has nothing to teach
-(such a completion carries no loss). Where something must be written first, `ask` is the
-conversation that the writer completes. `needs` names the fields that a row must have, `reads` what
-besides the row the context is made of.
+An entry builds the conversation under which the teacher scores a completion. It reads the row, the
+student's `Attempt` and, if an author writes something first, the author's `Reply`. Whatever else
+differs between contexts is a field of the entry, so that a new context is one entry here.
+
+This module needs neither jax nor transformers: settings are checked against it before both start.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from copsd_jax.problems import problem_row
-from copsd_jax.teaching import prompts, replies
-from copsd_jax.teaching.prompts import Conversation, Section, Turn
+from copsd_jax.teaching import conversations, replies, rule_author, solution_steps
+from copsd_jax.teaching.conversations import Conversation, Section, Turn
 
-# What a context may read besides the row; a step provides it (`methods.distill`).
-READS = ("reply", "attempt", "siblings", "feedback", "other")
-# Sections that `Settings.section_tokens` may shorten; the question and the template never are.
-BUDGETED = ("attempt", "sibling", "feedback", "reflection", "critique", "analysis")
+# Inputs of a context besides the row; `methods.distill` provides them.
+INPUTS = ("reply", "attempt", "siblings", "feedback", "other")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Which context, and how much of it is shown; the settings `context.*`."""
+    """The kind of a context and how much of it is shown: the settings `context.*`."""
 
     kind: str
     problem_en: bool = True
@@ -30,18 +28,20 @@ class Settings:
     feedback: str = "never"
     section_tokens: int = 0
     fallback: bool = False  # parity.reflection_fallback
+    published_tags: bool = False  # parity.reflection_tags
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """The student's answer to a problem, and what the step knows of it.
+    """The student's answer to a problem, and its grading.
 
     Attributes:
+      row: the problem.
       text: the completion without its thinking.
-      correct: None where nothing is graded.
-      feedback: the grader's words.
+      correct: whether the answer is right; None if the reward does not say so.
+      feedback: the grader's feedback text.
       sibling: a successful completion of the same group, without its thinking, or "".
-      other: another problem of the data, for the control.
+      other: another problem of the data, for the context `other_problem`.
     """
 
     row: problem_row.Row
@@ -52,47 +52,75 @@ class Attempt:
     other: problem_row.Row | None = None
 
 
-def _never(settings: Settings, attempt: Attempt) -> None:
-    del settings, attempt
+@dataclasses.dataclass(frozen=True)
+class Author:
+    """The part of a context that an author writes.
+
+    Attributes:
+      build_conversation: returns the conversation that the author completes, or None if there is
+        nothing to ask about an attempt.
+      read: reads the author's text about an attempt, which is as the author was shown it.
+      kinds: the values of author.kind that can write it.
+      reads_cut: tells whether a reply that ended at author.max_tokens is read all the same.
+      write_by_rule: writes it from a rule (author.kind=grader), given an attempt and the answer
+        that the grader found in it; None if no rule can.
+      write_exemplar: returns the reply that stands for an exemplar; None if no reply does.
+      locates_error: whether a reply names an error, for tokens.select=from_error and error_step.
+    """
+
+    build_conversation: Callable[[Settings, Attempt], Conversation | None]
+    read: Callable[[Settings, Attempt, str], replies.Reply]
+    kinds: tuple[str, ...] = ("student", "teacher", "server", "file")
+    reads_cut: Callable[[Settings], bool] = lambda settings: False
+    write_by_rule: Callable[[Attempt, str | None], str] | None = None
+    write_exemplar: Callable[[Attempt], replies.Reply] | None = None
+    locates_error: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """An entry of the table; only `teach` has no default.
+    """An entry of `CONTEXTS`; only `build_conversation` has no default.
 
     Attributes:
-      teach: the conversation under which the teacher scores; None where there is nothing to teach.
-      ask: the conversation that an author completes; None where there is nothing to ask about.
-      needs: the fields that a row must have.
-      reads: which of `READS` the context is made of, besides the row.
-      authors: the choices of author.kind; "none" where nobody has to write anything.
-      locates_error: whether a reply names an error, which tokens.select=from_error needs.
-      settings: the settings that this context reads and others do not, such as context.sibling.
+      build_conversation: returns the teacher's conversation, or None if the context has nothing to
+        teach about an attempt; such a completion carries no loss.
+      row_fields: returns the fields that a row must have.
+      inputs: returns those of `INPUTS` that the context reads.
+      author: the part that an author writes; None if the context has none.
+      settings: names of the settings that this context reads and some others do not.
     """
 
-    teach: Callable[[Settings, Attempt, replies.Reply], Conversation | None]
-    ask: Callable[[Settings, Attempt], Conversation | None] = _never
-    needs: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
-    reads: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
-    authors: tuple[str, ...] = ("none",)
-    locates_error: bool = False
+    build_conversation: Callable[[Settings, Attempt, replies.Reply], Conversation | None]
+    row_fields: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
+    inputs: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
+    author: Author | None = None
     settings: tuple[str, ...] = ()
+
+    @property
+    def author_kinds(self) -> tuple[str, ...]:
+        """The values of author.kind that go with the context."""
+        return self.author.kinds if self.author else ("none",)
+
+    @property
+    def locates_error(self) -> bool:
+        """True if a reply names an error, for tokens.select=from_error and error_step."""
+        return self.author is not None and self.author.locates_error
 
 
 def _user(*parts: str | Section) -> Turn:
     return Turn("user", tuple(Section(p) if isinstance(p, str) else p for p in parts))
 
 
-# ------------------------------------------------------------------------- written by the data
+# ------------------------------------------------------------------------- from the data alone
 
 
-def _reference(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation:
+def _show_reference(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation:
     del settings, attempt, reply
     return (_user("problem", "solution", "transition", "instruction"),)
 
 
-def _crosslingual(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation:
-    """COPSD's teacher; without the solution there is nothing to make a transition from."""
+def _show_crosslingual(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation:
+    """Builds COPSD's conversation; without the solution there is no transition from it."""
     del attempt, reply
     english = ("problem_en",) if settings.problem_en else ()
     if settings.solution:
@@ -100,15 +128,15 @@ def _crosslingual(settings: Settings, attempt: Attempt, reply: replies.Reply) ->
     return (_user("problem", *english, "instruction"),)
 
 
-def _crosslingual_needs(settings: Settings) -> tuple[str, ...]:
-    wanted = (("problem_en", settings.problem_en), ("solution", settings.solution))
-    return tuple(name for name, shown in wanted if shown)
+def _list_crosslingual_fields(settings: Settings) -> tuple[str, ...]:
+    shown = (("problem_en", settings.problem_en), ("solution", settings.solution))
+    return tuple(name for name, is_shown in shown if is_shown)
 
 
-def _other_problem(
+def _show_other_problem(
     settings: Settings, attempt: Attempt, reply: replies.Reply
 ) -> Conversation | None:
-    """`reference` with another problem's solution: what a gain without the right one is."""
+    """Builds `reference` with another problem's solution: the control for the right one."""
     del settings, reply
     if attempt.other is None:
         return None
@@ -116,16 +144,18 @@ def _other_problem(
     return (_user("problem", solution, "transition", "instruction"),)
 
 
-def _none(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation:
+def _show_nothing(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation:
     del settings, attempt, reply
-    return prompts.STUDENT
+    return conversations.STUDENT
 
 
-# ------------------------------------------------------------------------ found in the group
+# ------------------------------------------------------------------- from the group and the grader
 
 
-def _sibling(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation | None:
-    """SDPO's re-prompt: another rollout that succeeded, and feedback where the setting says so."""
+def _show_sibling(
+    settings: Settings, attempt: Attempt, reply: replies.Reply
+) -> Conversation | None:
+    """Builds SDPO's re-prompt: a successful sibling, and feedback if context.feedback says so."""
     del reply
     shown = [Section("sibling", attempt.sibling)] if attempt.sibling else []
     wanted = {"never": False, "always": True, "without_sibling": not shown}[settings.feedback]
@@ -134,11 +164,13 @@ def _sibling(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conv
     return (_user("problem", *shown, "again", "instruction"),) if shown else None
 
 
-def _sibling_reads(settings: Settings) -> tuple[str, ...]:
+def _list_sibling_inputs(settings: Settings) -> tuple[str, ...]:
     return ("siblings", "feedback") if settings.feedback != "never" else ("siblings",)
 
 
-def _feedback(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation | None:
+def _show_feedback(
+    settings: Settings, attempt: Attempt, reply: replies.Reply
+) -> Conversation | None:
     del settings, reply
     if not attempt.feedback:
         return None
@@ -146,31 +178,36 @@ def _feedback(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Con
     return (_user("problem", feedback, "again", "instruction"),)
 
 
-# ------------------------------------------------------------------------ written by an author
+# ------------------------------------------------------------------------------- from an author
 
 
-def _reason_ask(settings: Settings, attempt: Attempt) -> Conversation:
+def _ask_analysis(settings: Settings, attempt: Attempt) -> Conversation:
     del settings, attempt
     return (_user("problem", "solution", "reason"),)
 
 
-def _reason_teach(
+def _show_analysis(
     settings: Settings, attempt: Attempt, reply: replies.Reply
 ) -> Conversation | None:
-    """The analysis is the assistant's turn of a proper conversation, then the user goes on.
+    """Builds a conversation in which the analysis is the assistant's turn.
 
-    Exemplars, about which nothing is ever written, are `reference`.
+    Nothing is ever written about exemplars; they are shown as `reference` shows them.
     """
     if reply == replies.NONE:
-        return _reference(settings, attempt, reply)
+        return _show_reference(settings, attempt, reply)
     if not reply.text:
         return None
-    written = Turn("assistant", (Section("analysis", reply.text),))
-    return (*_reason_ask(settings, attempt), written, _user("transition", "instruction"))
+    analysis = Turn("assistant", (Section("analysis", reply.text),))
+    return (*_ask_analysis(settings, attempt), analysis, _user("transition", "instruction"))
 
 
-def _reflection_ask(settings: Settings, attempt: Attempt) -> Conversation | None:
-    """ROSD's two requests: explain an own success, or diagnose a failure beside a success."""
+def _read_analysis(settings: Settings, attempt: Attempt, text: str) -> replies.Reply:
+    del settings, attempt
+    return replies.read_analysis(text)
+
+
+def _ask_reflection(settings: Settings, attempt: Attempt) -> Conversation | None:
+    """Builds ROSD's two requests: explain a success, or diagnose a failure beside a success."""
     del settings
     own = Section("attempt", attempt.text)
     if attempt.correct:
@@ -182,199 +219,191 @@ def _reflection_ask(settings: Settings, attempt: Attempt) -> Conversation | None
     return (_user("tutor", "problem", shown, own, "gold", request),)
 
 
-def _reflection(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation | None:
-    """The explanation alone: the sibling's solution is not shown, except as published on failure
-    (`parity.reflection_fallback`)."""
+def _show_reflection(
+    settings: Settings, attempt: Attempt, reply: replies.Reply
+) -> Conversation | None:
+    """Builds a conversation with the explanation alone, without the sibling's solution.
+
+    If the reply is not usable, parity.reflection_fallback shows the sibling, as published.
+    """
     if reply.text:
         return (_user("problem", Section("reflection", reply.text), "again", "instruction"),)
-    return _sibling(settings, attempt, reply) if settings.fallback else None
+    return _show_sibling(settings, attempt, reply) if settings.fallback else None
 
 
-def _critique_ask(settings: Settings, attempt: Attempt) -> Conversation:
+def _read_reflection(settings: Settings, attempt: Attempt, text: str) -> replies.Reply:
+    form = "explain" if attempt.correct else "diagnose"
+    if settings.published_tags:
+        return replies.read_published_reflection(text, form)
+    return replies.read_reflection(text, form)
+
+
+def _ask_critique(settings: Settings, attempt: Attempt) -> Conversation:
     del settings
     own, request = Section("attempt", attempt.text), Section("request", replies.CRITIQUE)
     return (_user("tutor", "problem", own, "gold", request),)
 
 
-def _critique(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation | None:
-    """The corrected trace in the attempt's own steps; the wrong step is nowhere quoted."""
+def _show_critique(
+    settings: Settings, attempt: Attempt, reply: replies.Reply
+) -> Conversation | None:
+    """Builds a conversation with the corrected steps; the wrong step is never quoted."""
     del settings, attempt
     if not reply.trace:
         return None
     return (_user("problem", Section("critique", reply.trace), "again", "instruction"),)
 
 
-def _solution(settings: Settings) -> tuple[str, ...]:
+def _read_critique(settings: Settings, attempt: Attempt, text: str) -> replies.Reply:
+    """Reads a critique and compares it with the steps that do not state the answer."""
     del settings
-    return ("solution",)
+    steps = solution_steps.split_steps(attempt.text)
+    own = [attempt.text[step.start : step.end] for step in steps if not step.final]
+    return replies.verify_critique(replies.read_critique(text), own)
 
 
-def _answer(settings: Settings) -> tuple[str, ...]:
-    del settings
-    return ("answer",)
+# ------------------------------------------------------------------------------------ the table
 
 
 CONTEXTS: dict[str, Context] = {
-    "reference": Context(_reference, needs=_solution),
+    "reference": Context(_show_reference, row_fields=lambda settings: ("solution",)),
     "crosslingual": Context(
-        _crosslingual,
-        needs=_crosslingual_needs,
+        _show_crosslingual,
+        row_fields=_list_crosslingual_fields,
         settings=("context.problem_en", "context.solution"),
     ),
     "reason_first": Context(
-        _reason_teach,
-        ask=_reason_ask,
-        needs=_solution,
-        reads=lambda settings: ("reply",),
-        authors=("student", "teacher", "server", "file"),
+        _show_analysis,
+        row_fields=lambda settings: ("solution",),
+        inputs=lambda settings: ("reply",),
+        author=Author(_ask_analysis, _read_analysis, reads_cut=lambda settings: True),
         settings=("context.section_tokens",),
     ),
     "reflection": Context(
-        _reflection,
-        ask=_reflection_ask,
-        needs=_answer,
-        reads=lambda settings: ("reply", "attempt", "siblings"),
-        authors=("student", "teacher", "grader", "server", "file"),
-        locates_error=True,
+        _show_reflection,
+        row_fields=lambda settings: ("answer",),
+        inputs=lambda settings: ("reply", "attempt", "siblings"),
+        author=Author(
+            _ask_reflection,
+            _read_reflection,
+            kinds=("student", "teacher", "grader", "server", "file"),
+            reads_cut=lambda settings: settings.published_tags,
+            write_by_rule=lambda attempt, found: rule_author.write_reflection(
+                attempt.row, attempt.text, found, bool(attempt.correct)
+            ),
+            write_exemplar=lambda attempt: rule_author.write_exemplar_reflection(attempt.row),
+            locates_error=True,
+        ),
         settings=(
-            "context.sibling", "context.feedback", "context.section_tokens", "context.leak",
-            "parity.reflection_tags", "parity.reflection_fallback",
+            "context.sibling",
+            "context.section_tokens",
+            "context.leak",
+            "context.feedback",  # with parity.reflection_fallback
+            "parity.reflection_tags",
+            "parity.reflection_fallback",
         ),
     ),
     "critique": Context(
-        _critique,
-        ask=_critique_ask,
-        needs=_answer,
-        reads=lambda settings: ("reply", "attempt"),
-        authors=("student", "teacher", "grader", "server", "file"),
-        locates_error=True,
+        _show_critique,
+        row_fields=lambda settings: ("answer",),
+        inputs=lambda settings: ("reply", "attempt"),
+        author=Author(
+            _ask_critique,
+            _read_critique,
+            kinds=("student", "teacher", "grader", "server", "file"),
+            write_by_rule=lambda attempt, found: rule_author.write_critique(
+                attempt.row, attempt.text, found, bool(attempt.correct)
+            ),
+            write_exemplar=lambda attempt: rule_author.write_exemplar_critique(
+                attempt.row, attempt.text
+            ),
+            locates_error=True,
+        ),
         settings=("context.section_tokens",),
     ),
     "sibling": Context(
-        _sibling,
-        needs=_answer,
-        reads=_sibling_reads,
+        _show_sibling,
+        row_fields=lambda settings: ("answer",),
+        inputs=_list_sibling_inputs,
         settings=("context.sibling", "context.feedback", "context.section_tokens"),
     ),
     "feedback": Context(
-        _feedback,
-        needs=_answer,
-        reads=lambda settings: ("feedback",),
+        _show_feedback,
+        row_fields=lambda settings: ("answer",),
+        inputs=lambda settings: ("feedback",),
         settings=("context.section_tokens",),
     ),
     "other_problem": Context(
-        _other_problem,
-        needs=lambda settings: ("solution", "answer"),
-        reads=lambda settings: ("other",),
+        _show_other_problem,
+        row_fields=lambda settings: ("solution", "answer"),
+        inputs=lambda settings: ("other",),
     ),
-    "none": Context(_none),
-}  # fmt: skip
+    "none": Context(_show_nothing),
+}
 
 
-def _context(settings: Settings) -> Context:
+def get_context(settings: Settings) -> Context:
+    """Returns the entry of `CONTEXTS` that `settings.kind` names.
+
+    Raises:
+      ValueError: the kind is unknown; the message lists the choices.
+    """
     if settings.kind not in CONTEXTS:
         choices = ", ".join(CONTEXTS)
         raise ValueError(f"context.kind is {settings.kind!r}: the choices are {choices}")
     return CONTEXTS[settings.kind]
 
 
-def needs(settings: Settings) -> tuple[str, ...]:
-    """The fields of a row that the teacher's prompt is made of."""
-    return _context(settings).needs(settings)
+def list_row_fields(settings: Settings) -> tuple[str, ...]:
+    """Lists the fields of a row that the context's prompts show."""
+    return get_context(settings).row_fields(settings)
 
 
-def reads(settings: Settings) -> tuple[str, ...]:
-    """Which of `READS` the teacher's prompt is made of, besides the row."""
-    return _context(settings).reads(settings)
+def list_inputs(settings: Settings) -> tuple[str, ...]:
+    """Lists those of `INPUTS` that the context reads."""
+    return get_context(settings).inputs(settings)
 
 
-def ideal(row: problem_row.Row, worked: str) -> Attempt:
-    """The attempt that a row's own solution makes: what an exemplar stands for."""
-    return Attempt(row, worked, True, "The answer is right.", worked, row)
-
-
-def ask(settings: Settings, attempt: Attempt) -> Conversation | None:
-    """The conversation that a writer completes; None where there is nothing to ask about."""
-    return _context(settings).ask(settings, attempt)
-
-
-def writer_prompt(
-    tokenizer: prompts.Tokenizer, spec: prompts.Spec, settings: Settings, attempt: Attempt
-) -> prompts.Prompt | None:
-    """`ask` as ids, without exemplars: no data holds a reply to show."""
-    conversation = ask(settings, attempt)
-    if conversation is None:
-        return None
-    conversation, shortened = fit(tokenizer, settings, conversation)
-    prompt = prompts.build(tokenizer, spec, attempt.row, conversation)
-    return dataclasses.replace(prompt, shortened=shortened)
-
-
-def teach(
-    tokenizer: prompts.Tokenizer,
-    spec: prompts.Spec,
-    settings: Settings,
-    attempt: Attempt,
-    reply: replies.Reply = replies.NONE,
-    shots: Sequence[tuple[Attempt, replies.Reply]] = (),
-) -> prompts.Prompt | None:
-    """The prompt under which the teacher scores the student's tokens.
-
-    Args:
-      reply: what the writer wrote.
-      shots: the exemplars with the replies that stand for them, in the context's own format.
-
-    Returns:
-      None where the context has nothing to teach.
+def get_author(settings: Settings) -> Author:
+    """Returns the part of a context that an author writes.
 
     Raises:
-      ValueError: an exemplar gives no context.
+      ValueError: the context has no such part.
     """
-    context = _context(settings)
-    conversation = context.teach(settings, attempt, reply)
-    if conversation is None:
-        return None
-    conversation, shortened = fit(tokenizer, settings, conversation)
-    examples = []
-    for shot, written in shots:
-        shown = context.teach(settings, shot, written)
-        if shown is None:
-            raise ValueError(f"exemplar {shot.row.id!r} gives no context {settings.kind!r}")
-        examples.append((shot.row, shown))
-    prompt = prompts.build(tokenizer, spec, attempt.row, conversation, examples)
-    return dataclasses.replace(prompt, shortened=shortened)
+    author = get_context(settings).author
+    if author is None:
+        raise ValueError(f"context.kind is {settings.kind!r}: no author writes anything for it")
+    return author
 
 
-def privileged(settings: Settings, attempt: Attempt, reply: replies.Reply) -> str:
-    """What the teacher is shown and the student is not: solutions, translations, written texts."""
-    conversation = _context(settings).teach(settings, attempt, reply) or ()
+def read_reply(settings: Settings, attempt: Attempt, text: str) -> replies.Reply:
+    """Reads an author's text strictly; an unusable reply keeps nothing but its quote.
+
+    Args:
+      settings: the settings of a context with an author.
+      attempt: the attempt as the author was shown it.
+      text: the author's text.
+    """
+    reply = get_author(settings).read(settings, attempt, text)
+    if reply.usable:
+        return reply
+    return replies.Reply(reply.status, quote=reply.quote, raw=reply.raw)
+
+
+def build_exemplar_attempt(row: problem_row.Row, completion: str) -> Attempt:
+    """Builds the attempt that stands for an exemplar: the row's own solution, graded as right."""
+    return Attempt(row, completion, True, "The answer is right.", completion, row)
+
+
+def join_privileged_text(settings: Settings, attempt: Attempt, reply: replies.Reply) -> str:
+    """Joins the texts that the teacher is shown and the student is not, one per line.
+
+    These are solutions, English translations, and whatever siblings, graders and authors wrote.
+    """
+    conversation = get_context(settings).build_conversation(settings, attempt, reply) or ()
     texts = []
     for part in (part for turn in conversation for part in turn.sections):
         row = part.row or attempt.row
         own = {"solution": row.solution, "problem_en": row.problem_en}.get(part.kind, "")
         texts += [text for text in (part.text, own) if text]
     return "\n".join(texts)
-
-
-def fit(
-    tokenizer: prompts.Tokenizer, settings: Settings, conversation: Conversation
-) -> tuple[Conversation, tuple[str, ...]]:
-    """Cuts the sections of `BUDGETED` to `section_tokens` tokens each (0: no budget).
-
-    Returns:
-      The conversation, and the kinds of the sections that were cut.
-    """
-    if not settings.section_tokens:
-        return conversation, ()
-    cut = []
-
-    def fitted(part: Section) -> Section:
-        if part.kind not in BUDGETED:
-            return part
-        text = prompts.shorten(tokenizer, part.text, settings.section_tokens)
-        if text != part.text:
-            cut.append(part.kind)
-        return part._replace(text=text)
-
-    turns = tuple(Turn(turn.role, tuple(map(fitted, turn.sections))) for turn in conversation)
-    return turns, tuple(cut)

@@ -1,4 +1,4 @@
-"""What the completions of one problem are to one another: success, sibling, difference.
+"""Choices from the group of a completion, and from the other problems of the data.
 
 A group is the rollout.per_prompt completions of one occurrence of a problem.
 """
@@ -12,19 +12,24 @@ from copsd_jax.problems import problem_row
 SIBLINGS = ("first", "shortest", "sampled")
 
 
-def siblings(
+def choose_siblings(
     success_B: Sequence[bool],
     groups_B: Sequence[int],
     lengths_B: Sequence[int],
     choice: str,
     seed: Sequence[int],
 ) -> list[int | None]:
-    """For each completion the index of a successful one of its group, never its own; or None.
+    """Chooses a successful sibling for each completion: another one of its group.
 
     Args:
+      success_B: whether each completion is successful.
+      groups_B: the group of each completion.
       lengths_B: tokens of each completion.
       choice: first in the order of samples, shortest (the first of equals), or sampled at random.
       seed: whole numbers from which `sampled` draws.
+
+    Returns:
+      The index of the sibling, or None, for each completion.
 
     Raises:
       ValueError: unknown choice.
@@ -37,27 +42,32 @@ def siblings(
         others = [
             j for j, g in enumerate(groups_B) if g == group and j != i and success_B[j]
         ]  # fmt: skip
-        draw = rng.random()  # one draw a completion, whatever its group holds
+        draw = rng.random()  # one draw per completion, so that no group changes another's draw
         if not others:
             out.append(None)
         elif choice == "sampled":
             out.append(others[int(draw * len(others))])
         else:
-            key = (lambda j: lengths_B[j]) if choice == "shortest" else (lambda j: 0)
-            out.append(min(others, key=key))
+            shortest = min(others, key=lambda j: lengths_B[j])
+            out.append(shortest if choice == "shortest" else others[0])
     return out
 
 
-def others(
+def choose_other_problems(
     pool: Sequence[problem_row.Row], rows: Sequence[problem_row.Row], seed: Sequence[int]
 ) -> list[problem_row.Row | None]:
-    """For each row another problem of the pool, in its language and with another answer; or None.
+    """Chooses another problem for each row, in its language and with another answer.
 
-    The control of a context: what a solution is worth that belongs to another problem. Rows of one
-    problem get one other.
+    It is the control of a context: how much a solution helps that belongs to another problem. All
+    rows of one problem get the same other problem.
 
     Args:
-      seed: whole numbers that the draw depends on, with the row's id.
+      pool: the problems to choose from.
+      rows: the rows.
+      seed: whole numbers from which the choice is drawn.
+
+    Returns:
+      The other problem, or None if there is none, for each row.
     """
     found: dict[str, problem_row.Row | None] = {}
     rng = np.random.default_rng(list(seed))

@@ -1,36 +1,42 @@
-"""The problems of a run: loaded, and fit for its method, context, author and reward."""
+"""The problems of a run: loaded, and checked against its method, context, author and reward."""
 
 import collections
+from collections.abc import Mapping
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.problems import languages, problem_row, sources
 from copsd_jax.rewards import reward_functions
-from copsd_jax.teaching import contexts, solution_steps
+from copsd_jax.teaching import contexts, step_checker
+
+Registry = Mapping[str, languages.Language]
 
 
-def none() -> tuple[list[problem_row.Row], collections.Counter]:
-    """No rows, none dropped."""
-    return [], collections.Counter()
+def load_train_rows(
+    config: config_lib.Config, context: contexts.Settings, registry: Registry
+) -> tuple[list[problem_row.Row], collections.Counter]:
+    """Loads the rows to train on, and counts dropped rows by reason.
 
-
-def train_rows(config, context, registry) -> tuple[list[problem_row.Row], collections.Counter]:
-    """Rows to train on and those dropped by reason; refuses what the method cannot use."""
-    rows, dropped = sources.load(
+    Raises:
+      ValueError: the reward, the context or the author cannot use the rows.
+    """
+    rows, dropped = sources.load_rows(
         config.data.path, config.data.lang, missing=config.data.missing,
         fields=_fields(config.data.path, config.data.fields),
-        needs=needs(config, context), limit=config.data.limit, registry=registry,
+        needs=list_row_fields(config, context), limit=config.data.limit, registry=registry,
     )  # fmt: skip
-    _check_train(config, context, rows)
+    _check_train_rows(config, context, rows)
     return rows, dropped
 
 
-def _check_train(config, context: contexts.Settings, rows: list[problem_row.Row]) -> None:
+def _check_train_rows(
+    config: config_lib.Config, context: contexts.Settings, rows: list[problem_row.Row]
+) -> None:
     """Refuses rows that the reward, the context or the author cannot use."""
     if config_lib.traits(config).samples:
-        reward_functions.check_golds(
+        reward_functions.check_gold_answers(
             config.reward.kind, {row.id: row.answer for row in rows if row.answer}, "data.path"
         )
-    if config_lib.traits(config).teacher and "other" in contexts.reads(context):
+    if config_lib.traits(config).teacher and "other" in contexts.list_inputs(context):
         for lang in {row.lang for row in rows}:
             if len({row.answer for row in rows if row.lang == lang}) < 2:
                 raise ValueError(
@@ -38,7 +44,7 @@ def _check_train(config, context: contexts.Settings, rows: list[problem_row.Row]
                     f"two of its problems in {lang!r} have different answers"
                 )
     if config.author.kind == "grader":
-        unknown = [row for row in rows if not solution_steps.covers(row.solution, row.answer)]
+        unknown = [row for row in rows if not step_checker.can_check(row.solution, row.answer)]
         if unknown:
             raise ValueError(
                 f"author.kind is 'grader': it reads solutions that are equations up to the answer, "
@@ -47,27 +53,29 @@ def _check_train(config, context: contexts.Settings, rows: list[problem_row.Row]
             )
 
 
-def eval_rows(config, registry) -> tuple[list[problem_row.Row], collections.Counter]:
-    """Rows to evaluate on and those dropped by reason."""
+def load_eval_rows(
+    config: config_lib.Config, registry: Registry
+) -> tuple[list[problem_row.Row], collections.Counter]:
+    """Loads the rows to evaluate on, and counts dropped rows by reason."""
     if not config.eval.path:
-        return none()
-    rows, dropped = sources.load(
+        return [], collections.Counter()
+    rows, dropped = sources.load_rows(
         config.eval.path, config.eval.lang or config.data.lang, missing=config.data.missing,
         fields=_fields(config.eval.path, config.eval.fields), needs=("answer",),
         limit=config.eval.limit, registry=registry, setting="eval.path",
     )  # fmt: skip
-    reward_functions.check_golds(
+    reward_functions.check_gold_answers(
         config.reward.kind, {row.id: row.answer for row in rows}, "eval.path"
     )
     return rows, dropped
 
 
-def exemplars(config, registry) -> tuple[problem_row.Row, ...]:
-    """The worked examples of prompt.exemplars."""
+def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[problem_row.Row, ...]:
+    """Loads the worked examples of prompt.exemplars."""
     count = config.prompt.exemplars
     if not count:
         return ()
-    rows, _ = sources.load(
+    rows, _ = sources.load_rows(
         config.prompt.exemplars_path, (config.prompt.exemplars_lang,),
         fields=_fields(config.prompt.exemplars_path, config.data.fields),
         needs=("answer", "solution"), registry=registry, setting="prompt.exemplars_path",
@@ -80,27 +88,31 @@ def exemplars(config, registry) -> tuple[problem_row.Row, ...]:
 
 
 def _fields(path: str, fields: str) -> str:
-    """The field map of a source; bundled files have our names already."""
+    """Returns the field map of a source; bundled files need none."""
     return "" if path.startswith("bundled:") else fields
 
 
-def check_shares(config: config_lib.Config, rows: list[problem_row.Row], registry) -> None:
-    """Every language with a share needs a row."""
+def check_language_shares(
+    config: config_lib.Config, rows: list[problem_row.Row], registry: Registry
+) -> None:
+    """Refuses a language with a share of data.weights for which no row is left."""
     weights = tuple(config.data.weights) or (1.0,) * len(config.data.lang)
     found = {row.lang for row in rows}
     for code, weight in zip(config.data.lang, weights, strict=True):
-        if weight and languages.resolve(code, registry) not in found:
-            raise ValueError(f"data.lang is {code!r}: no row is left in that language")
+        if weight and languages.resolve_code(code, registry) not in found:
+            raise ValueError(
+                f"data.lang is {code!r}: no row is left in that language; set its data.weights to 0"
+            )
 
 
-def needs(config: config_lib.Config, context: contexts.Settings) -> tuple[str, ...]:
-    """The fields of a row that the method, its context and its author need."""
+def list_row_fields(config: config_lib.Config, context: contexts.Settings) -> tuple[str, ...]:
+    """Lists the fields of a row that the method, its context and its author need."""
     method = config_lib.traits(config)
     if not method.samples:
         return ("solution", "answer")
     if not method.teacher:
         return ("answer",)
-    wanted = list(contexts.needs(context))
+    wanted = list(contexts.list_row_fields(context))
     if config.author.kind == "grader":
         wanted.append("solution")
     skips = config.context.correct == "skip"

@@ -1,8 +1,6 @@
-"""What a writer is asked to write about an attempt, and what is read from its text.
+"""Formats that an author is asked to write, and the strict reading of its replies.
 
-Formats are requested in one place, here, and read strictly: every text gives a `Reply` with a
-status of STATUSES, and no half-read text is guessed at. `rule_reflection` and `rule_critique` write
-the same formats from a rule that knows the steps (`solution_steps.check`), so they go the same way.
+Each text gives a `Reply` with a status of `STATUSES`; half-read text is never guessed at.
 
 ROSD (arXiv 2605.28014, ALGORITHMS.md 2.2) is the source of the reflections, the step-aligned
 critique (arXiv 2606.11173, ALGORITHMS.md 1.5) of the four cases; all wordings are our own.
@@ -10,24 +8,24 @@ critique (arXiv 2606.11173, ALGORITHMS.md 1.5) of the four cases; all wordings a
 
 import dataclasses
 import re
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from copsd_jax.problems import sources
-from copsd_jax.rewards import graders
-from copsd_jax.teaching import solution_steps
+from copsd_jax.teaching import answer_leaks, step_checker
 
 KINDS = ("diagnose", "explain")
 
 
 class Status(NamedTuple):
-    usable: bool  # whether the teacher is shown what was read
+    """An entry of `STATUSES`."""
+
+    usable: bool  # whether the teacher is shown the reply
     meaning: str
 
 
 STATUSES = {
-    "ok": Status(True, "as asked for"),
+    "ok": Status(True, "in the requested form"),
     "no_quote": Status(True, "a diagnosis that explains, and quotes no error"),
     "empty": Status(False, "nothing behind the thinking, or nothing in the explanation"),
     "unclosed": Status(False, "the thinking or a tag never ends, or ends without a beginning"),
@@ -35,22 +33,22 @@ STATUSES = {
     "misplaced_tag": Status(False, "a tag inside another, out of order, or not of this format"),
     "no_explanation": Status(False, "no explanation"),
     "no_case": Status(False, "no case, or none of the four"),
-    "no_step": Status(False, "the first wrong step is missing, is none, or is one too many"),
-    "bad_steps": Status(False, "steps that are none, empty, unclosed or not numbered 1 to n"),
+    "no_step": Status(False, "the first wrong step is missing, superfluous or not of the attempt"),
+    "bad_steps": Status(False, "no steps, or empty, unclosed or wrongly numbered ones"),
     "no_answer": Status(False, "no final answer"),
     "prefix_changed": Status(False, "the right steps are not those of the attempt"),
     "quotes_error": Status(False, "the wrong step is quoted"),
-    "thought": Status(True, "an analysis whose thinking never ends: what was thought is shown"),
+    "thought": Status(True, "an analysis whose thinking never ends: the thinking is shown"),
     "leak_dropped": Status(False, "the explanation gives the final answer away: context.leak=drop"),
-    # Where nothing was written.
-    "none": Status(False, "the context has no writer"),
-    "filtered": Status(False, "the completion is not to be distilled"),
+    # No reply was written.
+    "none": Status(False, "the context has no author"),
+    "filtered": Status(False, "the completion is not distilled"),
     "not_asked": Status(False, "there is nothing to ask about: a failure without a success"),
-    "overlong": Status(False, "the writer's prompt and reply pass the model's positions"),
+    "overlong": Status(False, "the author's prompt and reply exceed the model's positions"),
     "missing": Status(False, "author.path has no such record"),
     "cut": Status(False, "it ended at author.max_tokens"),
     **{
-        name: Status(False, f"of the server: {name}")
+        name: Status(False, f"failure of the server: {name}")
         for name in ("timeout", "refused", "server_error", "bad_reply", "unreachable")
     },
 }
@@ -58,17 +56,20 @@ STATUSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What was read from a writer's text.
+    """An author's text as it was read.
 
     Attributes:
-      status: a key of STATUSES.
+      status: a key of `STATUSES`.
       text: the explanation that the teacher is shown.
       quote: the quoted error, or "".
       step: the first wrong step of the attempt, counted from 1, or None.
-      case: a key of steps.CASES, of a critique.
-      trace: the corrected steps and answer, in tags, of a critique.
-      raw: all that was written.
+      case: the case of a critique, a key of `step_checker.CASES`, or "".
+      trace: the corrected steps and answer of a critique, in tags, or "".
+      raw: the whole text.
       leaked: whether the explanation gives the final answer away.
+      cut: whether the text ended at author.max_tokens, whatever its status is.
+      detail: of a failure, a line for people.
+      shortened: the sections of the author's prompt that were truncated.
     """
 
     status: str
@@ -78,19 +79,20 @@ class Reply:
     case: str = ""
     trace: str = ""
     raw: str = ""
-    leaked: bool = False  # the explanation gives the final answer away
-    cut: bool = False  # it ended at author.max_tokens, whatever was made of it
-    detail: str = ""  # of a failure, a line for people
-    shortened: tuple[str, ...] = ()  # sections of the writer's prompt that were cut
+    leaked: bool = False
+    cut: bool = False
+    detail: str = ""
+    shortened: tuple[str, ...] = ()
 
     @property
     def usable(self) -> bool:
+        """True if the teacher is shown the reply."""
         return STATUSES[self.status].usable
 
 
 NONE = Reply("none")
 FILTERED = Reply("filtered")
-PROBE = Reply("ok", text="-", trace="-")  # the shortest of everything, to measure a prompt
+PROBE = Reply("ok", text="-", trace="-")  # the shortest reply, which measures a prompt
 
 
 DIAGNOSE = """\
@@ -120,22 +122,27 @@ of the attempt, or one more than the number of its steps if only the final answe
 
 _REFLECTION = "error_quote|explanation"
 _CRITIQUE = "case|first_wrong|step_[0-9]+|answer"
-_NAMES = [f"step_{k}" for k in range(1, 10_000)]
 
 
-def _said(text: str) -> str | None:
-    """What stands behind the thinking; None where it never ends.
+def name_steps(count: int) -> list[str]:
+    """Returns the names of the tags of `count` steps: step_1, step_2, ..."""
+    return [f"step_{k}" for k in range(1, count + 1)]
 
-    A caller whose prompt opened the block puts `<think>` in front, as for `graders.extract`.
+
+def _drop_thinking(text: str) -> str | None:
+    """Returns the text behind the thinking; None if the thinking never ends.
+
+    A caller whose prompt opened the block puts `<think>` in front, as for `graders.extract_answer`.
     """
-    said = text.rpartition("</think>")[2]
-    return None if "<think>" in said else said.strip()
+    visible = text.rpartition("</think>")[2]
+    return None if "<think>" in visible else visible.strip()
 
 
-def _scan(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
-    """Tags in their order with their contents, and the first status and tag that is not in order.
+def _read_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
+    """Reads tags and their contents, in order; text outside the tags is ignored.
 
-    Text outside the tags is passed over: nobody is shown it.
+    Returns:
+      The pairs (tag, content), and the status and tag of the first error ("" if there is none).
     """
     found: list[tuple[str, str]] = []
     opened, start = "", 0
@@ -162,13 +169,21 @@ def _check_kind(kind: str) -> None:
         raise ValueError(f"kind is {kind!r}: the choices are {', '.join(KINDS)}")
 
 
-def reflection(text: str, kind: str) -> Reply:
-    """Reads a reply to DIAGNOSE or EXPLAIN; `kind` is one of KINDS, else ValueError."""
+def read_reflection(text: str, kind: str) -> Reply:
+    """Reads a reply to DIAGNOSE or EXPLAIN.
+
+    Args:
+      text: the author's text.
+      kind: one of `KINDS`.
+
+    Raises:
+      ValueError: unknown kind.
+    """
     _check_kind(kind)
-    said = _said(text)
+    said = _drop_thinking(text)
     if not said:
         return Reply("unclosed" if said is None else "empty", raw=text)
-    found, problem, _ = _scan(said, _REFLECTION)
+    found, problem, _ = _read_tags(said, _REFLECTION)
     fields = dict(found)
     if not problem and kind == "explain" and "error_quote" in fields:
         problem = "misplaced_tag"
@@ -181,10 +196,11 @@ def reflection(text: str, kind: str) -> Reply:
     return Reply(status, fields["explanation"], quote, raw=text)
 
 
-def reflection_as_published(text: str, kind: str) -> Reply:
-    """ROSD's reader: any case, the shortest match, a misspelt tag first, thinking not dropped.
+def read_published_reflection(text: str, kind: str) -> Reply:
+    """Reads a reply as ROSD's code does (parity.reflection_tags).
 
-    Quote and explanation are independent of one another, so a quote may come with the status
+    It takes tags in any case, the shortest match, a misspelt tag first, and does not drop the
+    thinking. Quote and explanation are independent, so a quote may come with the status
     no_explanation. The first tag name that occurs decides, even if nothing is in it.
     """
     _check_kind(kind)
@@ -200,11 +216,11 @@ def reflection_as_published(text: str, kind: str) -> Reply:
     return Reply(missing if said else "no_explanation", said, quote, raw=text)
 
 
-def analysis(text: str) -> Reply:
-    """Reads what a teacher of reason_first wrote: all that stands behind its thinking.
+def read_analysis(text: str) -> Reply:
+    """Reads the analysis of reason_first: the whole text behind the thinking.
 
-    An analysis whose thinking never ends is what was thought (status "thought"): unlike the other
-    formats it has no form that could be missed. An empty one has no text (status "empty").
+    If the thinking never ends, the analysis is the thinking (status "thought"), since it needs no
+    tags as other formats do. An empty analysis has the status "empty".
     """
     _, closed, after = text.rpartition("</think>")
     said = after.strip() if closed else text.replace("<think>", "").strip()
@@ -213,12 +229,12 @@ def analysis(text: str) -> Reply:
     return Reply("thought" if "<think>" in text and not closed else "ok", said, raw=text)
 
 
-def critique(text: str) -> Reply:
-    """Reads a reply to CRITIQUE; `trace` is its steps and answer, without what stands between."""
-    said = _said(text)
+def read_critique(text: str) -> Reply:
+    """Reads a reply to CRITIQUE; `trace` has its steps and answer without the text between."""
+    said = _drop_thinking(text)
     if not said:
         return Reply("unclosed" if said is None else "empty", raw=text)
-    found, problem, name = _scan(said, _CRITIQUE)
+    found, problem, name = _read_tags(said, _CRITIQUE)
     if problem:
         return Reply("bad_steps" if name.startswith("step_") else problem, raw=text)
     fields = dict(found)
@@ -226,11 +242,11 @@ def critique(text: str) -> Reply:
     case, step = fields.get("case", ""), fields.get("first_wrong")
     number = int(step) if step and re.fullmatch("[1-9][0-9]{0,5}", step) else None
     order = ["case", *(["first_wrong"] if step is not None else ()), *names, "answer"]
-    if case not in solution_steps.CASES:
+    if case not in step_checker.CASES:
         problem = "no_case"
     elif (case == "wrong") != (step is not None) or (step is not None and number is None):
         problem = "no_step"
-    elif not names or not all(map(fields.get, names)) or names != _NAMES[: len(names)]:
+    elif not names or not all(map(fields.get, names)) or names != name_steps(len(names)):
         problem = "bad_steps"
     elif not fields.get("answer"):
         problem = "no_answer"
@@ -240,45 +256,48 @@ def critique(text: str) -> Reply:
         problem = "no_step"
     if problem:
         return Reply(problem, raw=text)
-    return Reply("ok", step=number, case=case, trace=_trace(found), raw=text)
+    return Reply("ok", step=number, case=case, trace=_join_trace(found), raw=text)
 
 
-def _trace(fields: Sequence[tuple[str, str]]) -> str:
-    """Steps and answer in tags, a line each."""
+def _join_trace(fields: Sequence[tuple[str, str]]) -> str:
+    """Joins steps and answer in tags, one per line."""
     shown = [(name, text) for name, text in fields if name not in ("case", "first_wrong")]
     return "\n".join(f"<{name}>{text}</{name}>" for name, text in shown)
 
 
 def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
-    """Holds a critique against the attempt; its status changes where it may not be shown.
+    """Compares a critique with the attempt; changes its status if it may not be shown.
 
-    The steps before the first wrong one must be in the trace in their order and word for word but
-    for white space; missing ones may stand between them, except in a right attempt. The wrong step
-    must not occur in the rest: a model copies an error that it is shown (induction), and the copy
-    is what the student would be taught. Parts of the wrong step are not looked for.
+    The steps before the first wrong one must be in the trace, in order and word for word except for
+    white space. Other steps may stand between them, unless the attempt is right. The wrong step
+    must not occur in the rest: a model copies an error that it is shown, and the student would be
+    taught the copy. Parts of the wrong step are not searched for.
 
     Args:
+      reply: a critique, from `read_critique`.
       attempt_steps: the texts of the attempt's steps, with or without their tags.
     """
     if reply.status != "ok" or reply.case not in ("right", "wrong"):
         return reply
     own = [_bare(step) for step in attempt_steps]
-    *given, answer = [_bare(text) for _, text in _scan(reply.trace, _CRITIQUE)[0]]
+    *given, answer = [_bare(text) for _, text in _read_tags(reply.trace, _CRITIQUE)[0]]
     k = reply.step or len(own) + 1
     right, wrong = own[: k - 1], "".join(own[k - 1 : k]).rstrip(" .,;:!?")
     rest = [step for step in given if step not in right]
     status = "ok"
     if k > len(own) + 1:
         status = "no_step"
-    elif _behind(given, right) is None or (reply.case == "right" and given != own):
+    elif find_end(given, right) is None or (reply.case == "right" and given != own):
         status = "prefix_changed"
-    elif wrong and any(next(_words(text, wrong), None) for text in (*rest, answer)):
+    elif wrong and any(
+        next(answer_leaks.find_words(text, wrong), None) for text in (*rest, answer)
+    ):
         status = "quotes_error"
     return dataclasses.replace(reply, status=status)
 
 
-def _behind(given: Sequence[str], right: Sequence[str]) -> int | None:
-    """The place in `given` behind all of `right`, found in their order; None if they are not."""
+def find_end(given: Sequence[str], right: Sequence[str]) -> int | None:
+    """Finds the index in `given` behind all of `right` in order; None if one is missing."""
     at = 0
     for step in right:
         if step not in given[at:]:
@@ -293,112 +312,33 @@ def _bare(step: str) -> str:
 
 # --------------------------------------------------------------------------------------- leaks
 
-_DIGITS = r"(?:\d+|[\u1369-\u137c]+)"  # of any script; Ge'ez numerals have a run of their own
-# A number with separators inside: a blank only where a group of three follows, as in 10 000.
-_NUMBER = re.compile(
-    rf"{_DIGITS}(?:(?:[.,'’٫٬،．，]|\{{,\}}){_DIGITS}|(?:\\,|[ \u00a0\u202f])\d{{3}}(?!\d))*"
-)
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|(?<!\d)\d+\s*[/／⁄]\s*\d+")
-_MINUS = "-−‐‑–－﹣"
-# Scripts without blanks between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
-)
 
+def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, int], str]:
+    """Loads replies by row id and sample, from a file with the fields id, sample (or 0) and reply.
 
-def leak(text: str, answer: str) -> bool:
-    """Whether `text` states the final answer.
-
-    Numbers are compared as numbers, digits of all scripts alike: 13 is in "8 + 5 = 13." and not in
-    "130" or "1.13". Another answer must occur as whole words, in any case; a single letter in its
-    own case, since "a" is also a word. Numbers spelt out, and formulas written otherwise, are not
-    found. An unknown answer ("") is in no text.
-    """
-    return bool(_leaks(text, answer))
-
-
-def mask_leak(text: str, answer: str) -> str:
-    """`text` with "[...]" in place of each final answer that `leak` sees."""
-    out, at = [], 0
-    for start, end in _leaks(text, answer):
-        if start >= at:
-            out += [text[at:start], "[...]"]
-        at = max(at, end)
-    return "".join(out) + text[at:]
-
-
-def _leaks(text: str, answer: str) -> list[tuple[int, int]]:
-    """Characters [start, end) of each place that states the answer, in their order."""
-    if not answer.strip():
-        return []
-    spans = [match.span() for match in _FRACTION.finditer(text)]
-    spans += [(_sign(text, match.start()), match.end()) for match in _NUMBER.finditer(text)]
-    found = [s for s in spans if graders.plainly_equal(answer, text[slice(*s)]) is True]
-    if _NUMBER.fullmatch(answer.strip().lstrip(_MINUS + "+")) is None:
-        found += _words(text, answer)
-    return sorted(found)
-
-
-def _sign(text: str, start: int) -> int:
-    """Where a number with its sign starts: at a minus that neither joins words nor subtracts."""
-    before = text[max(start - 20, 0) : start].rstrip(" ")
-    minus = before[-1:]
-    if not minus or minus not in _MINUS or before[-2:-1].isalnum():
-        return start
-    operand = before[:-1].rstrip()[-1:]
-    if operand.isdigit() or operand in tuple(")]}"):
-        return start
-    return start - len(text[max(start - 20, 0) : start]) + len(before) - 1
-
-
-def _words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
-    """Where `wanted` occurs as whole words, white space, case and Unicode composition aside."""
-    wanted = " ".join(wanted.split())
-    forms = {unicodedata.normalize(form, wanted) for form in ("NFC", "NFD")} | {wanted}
-    pattern = "|".join(r"\s+".join(map(re.escape, form.split())) for form in sorted(forms))
-    case = re.NOFLAG if len(wanted) == 1 else re.IGNORECASE
-    for match in re.finditer(pattern, text, case):
-        start, end = match.span()
-        left, right = text[max(start - 2, 0) : start], text[end : end + 2][::-1]
-        if not (_goes_on(left, match[0][0]) or _goes_on(right, match[0][-1])):
-            yield start, end
-
-
-def _goes_on(beside: str, edge: str) -> bool:
-    """Whether the word or number of `edge` goes on in the text beside it, which ends there."""
-    near, further = beside[-1:], beside[-2:-1]
-    if edge.isdigit() and near in tuple(".,"):
-        return further.isdigit()
-    if not near or _UNSPACED.match(edge) or _UNSPACED.match(near):
-        return False
-    return _wordy(edge) and _wordy(near)
-
-
-def _wordy(char: str) -> bool:
-    return char.isalnum() or char == "_" or unicodedata.category(char)[0] == "M"
-
-
-def from_file(path: str, setting: str = "author.path") -> dict[tuple[str, int], str]:
-    """Texts by row id and sample, of a file with the fields id, sample (or 0) and reply.
+    Args:
+      path: a file of `sources.read_records`.
+      setting: the setting that `path` comes from, for messages.
 
     Raises:
-      FileNotFoundError, ValueError: in one sentence with file and line.
+      FileNotFoundError: there is no such file.
+      ValueError: a record is wrong; names the file and the line.
     """
     out: dict[tuple[str, int], str] = {}
-    for where, fields in sources.read(path, setting=setting):
-        row, sample, problem = fields.get("id"), fields.get("sample", 0), _problem(fields)
-        if not problem and (row, sample) in out:
-            problem = f"id {row!r} with sample {sample} occurs twice"
-        if problem:
-            raise ValueError(f"{path}, {where}: {problem}")
+    for where, fields in sources.read_records(path, setting=setting):
+        row, sample, fault = fields.get("id"), fields.get("sample", 0), _find_fault(fields)
+        if not fault and (row, sample) in out:
+            fault = f"id {row!r} with sample {sample} occurs twice"
+        if fault:
+            raise ValueError(f"{path}, {where}: {fault}")
         out[str(row), sample] = fields["reply"]
     if not out:
         raise ValueError(f"{setting} is {path!r}: it holds no replies")
     return out
 
 
-def _problem(fields: dict) -> str:
-    """What is wrong with a record, or ""."""
+def _find_fault(fields: dict) -> str:
+    """Finds what is wrong with a record of a reply file; "" if nothing is."""
     sample = fields.get("sample", 0)
     if unknown := sorted(fields.keys() - {"id", "sample", "reply"}):
         return f"unknown field {unknown[0]!r}: the fields are id, sample, reply"
@@ -411,42 +351,3 @@ def _problem(fields: dict) -> str:
         if re.search("[\ud800-\udfff]", value):
             return f"{name} holds half of a surrogate pair, which is no text"
     return ""
-
-
-def rule_reflection(text: str, verdict: solution_steps.Verdict, solution: str) -> str:
-    """What the rule writes about the attempt `text`, in the form of DIAGNOSE or EXPLAIN.
-
-    `verdict` is `solution_steps.check`'s. The quote is the error exactly; where none is made (a
-    step or the answer is missing) there is no quote.
-    """
-    quote, corrected = "", list(verdict.corrected)
-    if verdict.case == "right":
-        said = f"Each step is valid, and the last one gives the answer: {solution}"
-    elif verdict.wrong is None or verdict.wrong_step is None:
-        said = f"A step is missing. The whole solution is: {' '.join(corrected)}"
-    else:
-        quote = f"<error_quote>{text[slice(*verdict.wrong)]}</error_quote>\n"
-        before = solution_steps.split(text).steps[: verdict.wrong_step - 1]
-        kept = [text[step.start : step.end] for step in before if not step.final]
-        rest = corrected[_behind(corrected, kept) or 0 :]
-        said = f"The step should be {rest[0]}" if rest else f"The last step is: {corrected[-1]}"
-    return f"{quote}<explanation>{said}</explanation>"
-
-
-def rule_critique(verdict: solution_steps.Verdict, answer: str) -> str:
-    """What the rule writes in the form of CRITIQUE; `verdict` is `solution_steps.check`'s."""
-    first = [("first_wrong", str(verdict.wrong_step))] if verdict.case == "wrong" else []
-    trace = [*zip(_NAMES, verdict.corrected, strict=False), ("answer", answer)]
-    return "\n".join(f"<{n}>{text}</{n}>" for n, text in [("case", verdict.case), *first, *trace])
-
-
-def example(kind: str, text: str, solution: str, answer: str) -> Reply:
-    """The reply that stands for an exemplar, whose attempt is its own right solution.
-
-    A reflection names the whole solution where it would name the step that was missed, so that
-    exemplars and problems have one form.
-    """
-    if kind == "critique":
-        verdict = solution_steps.check(text, solution, answer, answer, True)
-        return critique(rule_critique(verdict, answer))
-    return Reply("ok", f"The step should be {solution}")

@@ -1,5 +1,8 @@
-"""Which tokens of a completion carry loss: all, from the first error on, the wrong step, or spans
-that a function of the user's names."""
+"""Selection of the tokens that carry loss (tokens.*).
+
+These are all tokens, those from the first error on, those of the wrong step, or spans that a
+function of the user's chooses.
+"""
 
 import dataclasses
 import importlib
@@ -13,11 +16,15 @@ import numpy as np
 from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import contexts, replies, solution_steps, token_spans
 
-# How an error was found. Besides localise.STATUSES: a critic's step, a completion that is right
-# (distilled whole), all tokens asked for, and spans of the user's function.
-# A quote that is not found leaves the policy on_failure: "failed" and "no_quote" with full or skip,
-# "closest_step" where step found one that shares words with the quote.
-STATUSES = (*token_spans.STATUSES, "closest_step", "step", "right", "all", "spans")
+# How the tokens were selected. If a quote is not found, tokens.on_failure decides.
+STATUSES = (
+    *token_spans.STATUSES,  # by a quote; "failed" and "no_quote" with on_failure=full or skip
+    "closest_step",  # by on_failure=step: the step that shares most words with the quote
+    "step",  # by the number of a critique's first wrong step
+    "right",  # the completion is right: all tokens
+    "all",  # tokens.select=all
+    "spans",  # by the user's function
+)
 FAILED = ("failed", "no_quote")
 
 
@@ -31,8 +38,8 @@ class Settings:
     fuzzy: float
 
 
-def function(select: str) -> Callable | None:
-    """The user's f(problem, answer, reply) -> [(start, end), ...] of `module:function`, or None.
+def import_span_function(select: str) -> Callable | None:
+    """Imports f(problem, answer, reply) -> [(start, end), ...] of `module:function`, or None.
 
     Spans are characters of the answer. The reply is the text that the teacher is shown.
 
@@ -45,7 +52,7 @@ def function(select: str) -> Callable | None:
     try:
         found: Any = getattr(importlib.import_module(module), name)
         inspect.signature(found).bind("problem", "answer", "reply")
-    except reward_functions.OF_IMPORT as error:
+    except reward_functions.IMPORT_ERRORS as error:
         raise ValueError(
             f"tokens.select is {select!r}: it is no importable function of (problem, answer, "
             f"reply); {error}"
@@ -53,11 +60,11 @@ def function(select: str) -> Callable | None:
     return found
 
 
-def _inside(select: str, span: Any, characters: int) -> tuple[int, int]:
-    """A span of the user's function, which knows the answer that it is in.
+def _check_span(select: str, span: Any, characters: int) -> tuple[int, int]:
+    """Returns a span of the user's function as (start, end).
 
     Raises:
-      ValueError: it is no (start, end) of that answer.
+      ValueError: it is no span of an answer of so many characters.
     """
     pair: tuple[Any, ...] = tuple(span) if isinstance(span, Sequence) else ()
     whole = len(pair) == 2 and all(isinstance(at, numbers.Integral) for at in pair)
@@ -69,8 +76,10 @@ def _inside(select: str, span: Any, characters: int) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-def _spans(select: str, spans_of: Callable, attempt, answer: str, reply) -> list:
-    """What the user's function returns; what it raises names the setting and the row."""
+def _call_span_function(
+    select: str, spans_of: Callable, attempt: contexts.Attempt, answer: str, reply: replies.Reply
+) -> list:
+    """Calls the user's function; its error is raised with the setting and the row."""
     try:
         return list(spans_of(attempt.row.problem, answer, reply.trace or reply.text))
     except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
@@ -80,7 +89,7 @@ def _spans(select: str, spans_of: Callable, attempt, answer: str, reply) -> list
         ) from error
 
 
-def mask(
+def select_tokens(
     settings: Settings,
     decoded: token_spans.Decoded,
     start: int,
@@ -88,60 +97,70 @@ def mask(
     attempt: contexts.Attempt,
     reply: replies.Reply,
 ) -> tuple[np.ndarray, str]:
-    """The tokens with loss, bool [length], and a status of STATUSES.
+    """Selects the tokens of a completion that carry loss.
 
     Args:
+      settings: the settings tokens.*.
       decoded: the completion without its end token.
-      start: where the answer begins in its text; errors are looked for from there on.
-      length: tokens of the completion, the end token included; it belongs to every suffix.
+      start: the character at which the answer begins; errors are searched for from there on.
+      length: tokens of the completion, with the end token, which belongs to every suffix.
+      attempt: the attempt.
+      reply: the author's reply about it.
+
+    Returns:
+      The mask of tokens with loss, bool [length], and one of `STATUSES`.
     """
     everything = np.ones(length, bool)
-    spans_of = function(settings.select)
+    spans_of = import_span_function(settings.select)
     if spans_of is not None:
         answer = decoded.text[start:]
         chosen = np.zeros(length, bool)
-        for span in _spans(settings.select, spans_of, attempt, answer, reply):
-            first, end = _inside(settings.select, span, len(answer))
-            chosen[slice(*token_spans.tokens(decoded, start + first, start + end))] = True
+        for span in _call_span_function(settings.select, spans_of, attempt, answer, reply):
+            first, end = _check_span(settings.select, span, len(answer))
+            chosen[slice(*token_spans.find_token_range(decoded, start + first, start + end))] = True
         return chosen, "spans"
     if settings.select == "all":
         return everything, "all"
     if attempt.correct:
         return everything, "right"
-    error, status = _error(settings, decoded.text[start:], reply)
+    error, status = _find_error(settings, decoded.text[start:], reply)
     if error is None:
         return (everything if settings.on_failure == "full" else ~everything), status
-    first, end = token_spans.tokens(decoded, start + error[0], start + error[1])
+    first, end = token_spans.find_token_range(decoded, start + error[0], start + error[1])
     chosen = np.zeros(length, bool)
     chosen[first : end if settings.select == "error_step" else length] = True
     return chosen, status
 
 
-def _error(
+def _find_error(
     settings: Settings, text: str, reply: replies.Reply
 ) -> tuple[tuple[int, int] | None, str]:
-    """The characters of the error: quoted, or the critic's step; None where none was found."""
-    known = solution_steps.split(text).steps
-    named = known[reply.step - 1] if reply.step and reply.step <= len(known) else None
+    """Finds the characters of the error, by its quote or by a critique's step; None if none."""
+    steps = solution_steps.split_steps(text)
+    named = steps[reply.step - 1] if reply.step and reply.step <= len(steps) else None
     if not reply.quote:
         if named:
             return (named.start, named.end), "step"
         return None, "failed" if reply.step else "no_quote"
-    found = token_spans.find(
+    found = token_spans.find_quote(
         text, reply.quote, occurrence=settings.occurrence, threshold=settings.fuzzy
     )
     if found.status in FAILED:
-        step = _closest(text, reply.quote, known) if settings.on_failure == "step" else None
+        step = (
+            _find_closest_step(text, reply.quote, steps) if settings.on_failure == "step" else None
+        )
         return ((step.start, step.end), "closest_step") if step else (None, found.status)
     if settings.select == "error_step":
-        for step in known:
+        for step in steps:
             if step.start <= found.start < step.end:
                 return (step.start, step.end), found.status
     return (found.start, found.end), found.status
 
 
-def _closest(text: str, quote: str, known) -> solution_steps.Step | None:
-    """The step that shares most words with a quote; None where no word is shared."""
+def _find_closest_step(
+    text: str, quote: str, steps: Sequence[solution_steps.Step]
+) -> solution_steps.Step | None:
+    """Finds the step that shares most words with a quote; None if no word is shared."""
     words = set(quote.split())
-    shared = [len(words & set(text[s.start : s.end].split())) for s in known]
-    return known[int(np.argmax(shared))] if any(shared) else None
+    shared = [len(words & set(text[s.start : s.end].split())) for s in steps]
+    return steps[int(np.argmax(shared))] if any(shared) else None

@@ -1,8 +1,8 @@
-r"""From a quoted error or a range of characters to token indices, exactly.
+r"""Spans of characters and of tokens: where a quoted error is in a completion.
 
-A completion is decoded once from the bytes of the tokens that were sampled, and each token keeps
-the characters that it holds a byte of. No text is encoded again: BPE may cut a prefix otherwise
-than the sampler did, which puts the index of ROSD's published code off (arXiv 2605.28014).
+A completion is decoded once, from the bytes of its sampled tokens, and each token keeps the span of
+the characters that its bytes belong to. No text is encoded again: BPE may split a prefix in another
+way than the sampler did, and then the index of ROSD's published code is wrong (arXiv 2605.28014).
 
     tokens      "3 +"   "\xc3"   "\xa9"   " = 8"        é is C3 A9, over two tokens
     characters   0 1 2    3        3        4 5 6 7
@@ -17,16 +17,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 OCCURRENCES = ("first", "last", "nearest")
-STATUSES = {
-    "exact": "the quote stands in the text, character for character",
-    "normalised": "it does but for Unicode composition, white space and LaTeX spacing",
-    "fuzzy": "a long enough part of it does",
-    "failed": "it does not",
-    "no_quote": "nothing was quoted",
-}
+STATUSES = (
+    "exact",  # the quote is in the text, character for character
+    "normalised",  # it is, except for Unicode composition, white space and LaTeX spacing
+    "fuzzy",  # a long enough part of it is
+    "failed",  # it is not
+    "no_quote",  # nothing was quoted
+)
 
-# One character of UTF-8, or what a decoder replaces by one U+FFFD: the longest beginning of a
-# well-formed sequence (Unicode, tables 3-7 and 3-8), else a single byte.
+# One character of UTF-8, or the bytes that a decoder replaces by one U+FFFD: the longest beginning
+# of a well-formed sequence (Unicode, tables 3-7 and 3-8), else a single byte.
 _CHARACTER = re.compile(
     rb"""[\x00-\x7f] | [\xc2-\xdf][\x80-\xbf]?
     | (?: \xe0[\xa0-\xbf] | [\xe1-\xec\xee\xef][\x80-\xbf] | \xed[\x80-\x9f] ) [\x80-\xbf]?
@@ -35,7 +35,8 @@ _CHARACTER = re.compile(
     re.VERBOSE,
 )
 
-# A line break \\ is no spacing, and must not lend its second half to a following comma or blank.
+# The line break \\ is no spacing. It is matched first, so that its second backslash does not form
+# another command with a following comma or blank.
 _SPACING = re.compile(
     r"""(?P<kept> \\\\ ) | (?P<comma> \{,\} )
     | (?: [\s~\u200b] | \\[,;:>!\s] | \\(?:q?quad|(?:thin|med|thick|en)space)(?![A-Za-z]) )+""",
@@ -46,7 +47,7 @@ _LONGEST = 32  # characters that are composed together; Unicode's stream-safe fo
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """The text of C tokens, and the characters [starts, ends) that each holds a byte of."""
+    """The text of C tokens, and the characters [starts, ends) that each token's bytes belong to."""
 
     text: str
     starts: np.ndarray  # int64 [C]
@@ -55,15 +56,11 @@ class Decoded:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Where a quote stands, in characters of the original text; -1, -1 where it does not."""
+    """Characters [start, end) of a quote in the original text; -1, -1 if it was not found."""
 
     start: int
     end: int
-    status: str  # a key of STATUSES
-
-    @property
-    def located(self) -> bool:
-        return self.start >= 0
+    status: str  # one of STATUSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,19 +72,19 @@ class _Normal:
     ends: np.ndarray
 
 
-def decode(ids: Sequence[int] | np.ndarray, token_bytes: Sequence[bytes]) -> Decoded:
-    """Text and spans of a completion, in time linear in its bytes.
+def decode_tokens(ids: Sequence[int] | np.ndarray, token_bytes: Sequence[bytes]) -> Decoded:
+    """Decodes a completion to its text and the spans of its tokens, in linear time.
 
-    The text is what a decoder makes of the tokens as they come, special tokens included, with
-    U+FFFD for what is no UTF-8. A character over several tokens is in the span of each; a token
-    without bytes has an empty span at the character that the next byte belongs to.
+    The text includes special tokens, and U+FFFD for bytes that are no UTF-8. A character over
+    several tokens is in the span of each. A token without bytes has an empty span at the character
+    that the next byte belongs to.
 
     Args:
-      ids: the C token ids.
+      ids: the token ids, int [C].
       token_bytes: the bytes of every id of the vocabulary (`tokenizer.list_token_bytes`).
 
     Raises:
-      ValueError: an id that the vocabulary lacks.
+      ValueError: the vocabulary lacks an id.
     """
     ids = np.asarray(ids, np.int64)
     outside = ids[(ids < 0) | (ids >= len(token_bytes))]
@@ -97,7 +94,7 @@ def decode(ids: Sequence[int] | np.ndarray, token_bytes: Sequence[bytes]) -> Dec
     joined = b"".join(pieces)
     is_first = np.zeros(len(joined) + 1, np.int64)
     is_first[[match.start() for match in _CHARACTER.finditer(joined)]] = 1
-    is_first[-1] = 1  # so that a token behind the last byte stands at the end of the text
+    is_first[-1] = 1  # a token behind the last byte starts at the end of the text
     character = np.cumsum(is_first) - 1
     sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
     stops = np.cumsum(sizes)
@@ -106,17 +103,19 @@ def decode(ids: Sequence[int] | np.ndarray, token_bytes: Sequence[bytes]) -> Dec
     return Decoded(joined.decode("utf-8", "replace"), starts, ends)
 
 
-def tokens(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
-    """The tokens [first, last) that hold characters [start, end), and no token besides.
+def find_token_range(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
+    """Finds the tokens [first, last) that hold characters [start, end), and no other token.
 
-    An empty range gives no token: (k, k) with k the token that holds character `start`, or C at
-    the end of the text.
+    An empty range gives (k, k), where token k holds character `start`, or k is C at the end of the
+    text.
 
     Raises:
       ValueError: the range is not inside the text.
     """
     if not 0 <= start <= end <= len(decoded.text):
-        raise ValueError(f"[{start}, {end}) is no range of a text of {len(decoded.text)}")
+        raise ValueError(
+            f"[{start}, {end}) is no range of a text of {len(decoded.text)} characters"
+        )
     reaching = np.flatnonzero(decoded.ends > start)
     first = int(reaching[0]) if reaching.size else len(decoded.ends)
     if start == end:
@@ -124,53 +123,45 @@ def tokens(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
     return first, int(np.flatnonzero(decoded.starts < end)[-1]) + 1
 
 
-def first_token(decoded: Decoded, found: Found) -> int:
-    """The first token that holds a character of what was found: the suffix from it on is distilled.
-
-    Raises:
-      ValueError: nothing was found; what happens then is a policy, and the caller's.
-    """
-    if not found.located:
-        raise ValueError(f"there is no first token: the quote's status is {found.status}")
-    return tokens(decoded, found.start, found.end)[0]
-
-
-def find(
+def find_quote(
     text: str, quote: str | None, *, occurrence: str, threshold: float, near: int | None = None
 ) -> Found:
-    r"""Where `quote` stands in `text`: exactly, else normalised, else a long part of it.
+    r"""Finds a quote in a text: exactly, else normalised, else a long part of it.
 
-    Exactly means code point by code point, as quoted or else without the white space around it.
-    Normalised means canonical composition (NFC), and spacing only where it separates: a run of
-    white space, `~`, `\,`, `\quad` and the like is one blank between two letters or between two
-    digits, and nothing elsewhere ("x+y" is "x + y"); `{,}` is a comma. Fuzzy is the longest
-    common substring of both normalised texts; what is found is that part. It is conservative on
-    purpose: an edit distance of the same threshold would also accept a quote with other numbers.
+    An exact match is equal code point by code point, as quoted or without the white space around
+    it. A normalised match is equal under canonical composition (NFC) and reduced spacing. A run of
+    white space, `~`, `\,`, `\quad` and the like counts as one blank between two letters or two
+    digits, and as nothing elsewhere ("x+y" is "x + y"). `{,}` is a comma. A fuzzy match is the
+    longest common substring of both normalised texts, and only that part is found. It is
+    conservative on purpose: an edit distance of the same threshold would also accept a quote with
+    other numbers.
 
-    Time is linear in both texts, but for Python's `rfind` on periodic ones. For 30,000 characters
-    (8k tokens) an exact match takes below 1 ms, any other some 50 ms.
+    Time is linear in both texts, except for Python's `rfind` on periodic ones. For 30,000
+    characters (8k tokens) an exact match takes less than 1 ms, any other about 50 ms.
 
     Args:
-      occurrence: which of several: `first`, `last` or `nearest`, by its start, to character
-        `near` (the earlier of two equally near). For a fuzzy match, of the equally long ones.
-      threshold: part of the normalised quote, above 0 and up to 1, that must be common.
+      text: the text.
+      quote: the quote, or None.
+      occurrence: the choice among several matches: `first`, `last`, or the `nearest` by its start
+        to character `near` (the earlier of two equally near). Fuzzy matches are equally long.
+      threshold: the share of the normalised quote, above 0 and up to 1, that must be common.
       near: a character of `text`; needed by `nearest`, not used by the others.
 
     Raises:
-      ValueError: an unknown occurrence, or a threshold or `near` out of range.
+      ValueError: unknown occurrence, or `threshold` or `near` out of range.
     """
-    _check(text, occurrence, threshold, near)
+    _check_search(text, occurrence, threshold, near)
     if quote is None or not quote.strip():
         return Found(-1, -1, "no_quote")
     for wanted in (quote, quote.strip()):
-        starts = _candidates(text, wanted, occurrence, near)
+        starts = _list_candidates(text, wanted, occurrence, near)
         if starts:
             start = starts[_pick(starts, occurrence, near)]
             return Found(start, start + len(wanted), "exact")
     return _find_normalised(text, quote, occurrence, threshold, near)
 
 
-def _check(text: str, occurrence: str, threshold: float, near: int | None) -> None:
+def _check_search(text: str, occurrence: str, threshold: float, near: int | None) -> None:
     if occurrence not in OCCURRENCES:
         raise ValueError(f"occurrence is {occurrence!r}; the choices are {', '.join(OCCURRENCES)}")
     if not 0 < threshold <= 1:
@@ -184,13 +175,13 @@ def _find_normalised(
 ) -> Found:
     normal, wanted = _normalise(text), _normalise(quote).text.strip()
     inner = None if near is None else int(np.searchsorted(normal.starts, near))
-    starts, length = _candidates(normal.text, wanted, occurrence, inner), len(wanted)
+    starts, length = _list_candidates(normal.text, wanted, occurrence, inner), len(wanted)
     status = "normalised"
     if not starts:
-        starts, length = _longest_common(normal.text, wanted)
+        starts, length = _find_longest_common(normal.text, wanted)
         status = "fuzzy"
-    # As a quotient: with .8, 4 of 5 is enough, whatever .8 * 5 is in binary.
-    if not wanted or length / len(wanted) < threshold:  # nothing but spacing, or too little
+    # A quotient, since .8 * 5 may be above 4 in binary. `wanted` is empty for a quote of spacing.
+    if not wanted or length / len(wanted) < threshold:
         return Found(-1, -1, "failed")
     start = starts[_pick([int(normal.starts[i]) for i in starts], occurrence, near)]
     part = normal.text[start : start + length]
@@ -200,11 +191,11 @@ def _find_normalised(
     return Found(int(normal.starts[start]), int(normal.ends[end - 1]), status)
 
 
-def _candidates(text: str, wanted: str, occurrence: str, near: int | None) -> list[int]:
-    """Starts, in order, among which the asked occurrence is, if there is any."""
+def _list_candidates(text: str, wanted: str, occurrence: str, near: int | None) -> list[int]:
+    """Lists starts of matches, in order, among which the asked occurrence is."""
     if occurrence == "nearest":
         assert near is not None
-        # The last that starts before `near`, the first that starts there or behind.
+        # The last match that starts before `near`, and the first that starts there or behind.
         both = (text.rfind(wanted, 0, max(near - 1 + len(wanted), 0)), text.find(wanted, near))
         return [start for start in both if start >= 0]
     start = text.find(wanted) if occurrence == "first" else text.rfind(wanted)
@@ -212,18 +203,18 @@ def _candidates(text: str, wanted: str, occurrence: str, near: int | None) -> li
 
 
 def _pick(starts: Sequence[int], occurrence: str, near: int | None) -> int:
-    """Which of several starts in ascending order: its place among them."""
+    """Picks the asked occurrence among starts in ascending order; returns its index."""
     if occurrence == "nearest":
         assert near is not None
         return min(range(len(starts)), key=lambda i: abs(starts[i] - near))
     return 0 if occurrence == "first" else len(starts) - 1
 
 
-# Normalising, with the way back.
+# ---- normalised texts, with spans of the original ---------------------------------------------
 
 
 def _normalise(text: str) -> _Normal:
-    """NFC with spacing reduced to blanks that separate, in linear time."""
+    """Normalises to NFC with spacing reduced to blanks that separate, in linear time."""
     composed = _compose(text)
     out: list[str] = []
     sources: list[tuple[int, int]] = []  # characters of `composed`
@@ -247,7 +238,7 @@ def _normalise(text: str) -> _Normal:
 
 
 def _separates(before: Sequence[str], after: str) -> bool:
-    """Whether a blank counts: between two letters (with their marks) or two digits."""
+    """Tells whether a blank counts: between two letters (with their marks) or two digits."""
     if not before or not after:
         return False
     kinds = {unicodedata.category(c)[0].replace("M", "L") for c in (before[-1], after)}
@@ -255,13 +246,13 @@ def _separates(before: Sequence[str], after: str) -> bool:
 
 
 def _compose(text: str) -> _Normal:
-    """NFC. What composition changed stands, as a whole, for the whole that it was made from."""
+    """Normalises to NFC; each changed part, as a whole, has the span of its original part."""
     if unicodedata.is_normalized("NFC", text):
         places = np.arange(len(text) + 1)
         return _Normal(text, places[:-1], places[1:])
     out: list[str] = []
     spans: list[tuple[int, int]] = []
-    for start, end in _segments(text):
+    for start, end in _split_segments(text):
         part = unicodedata.normalize("NFC", text[start:end])
         out.append(part)
         if part == text[start:end]:
@@ -272,8 +263,8 @@ def _compose(text: str) -> _Normal:
     return _Normal("".join(out), starts, ends)
 
 
-def _segments(text: str) -> Iterator[tuple[int, int]]:
-    """Parts that composition does not reach across: as a rule a letter with its marks."""
+def _split_segments(text: str) -> Iterator[tuple[int, int]]:
+    """Splits a text where composition does not reach across: as a rule into letters with marks."""
     start = 0
     for i, c in enumerate(text):
         if (
@@ -281,7 +272,7 @@ def _segments(text: str) -> Iterator[tuple[int, int]]:
             and (
                 c < "\u0300"  # nothing below composes with what precedes it
                 or i - start >= _LONGEST  # sorting a run of marks takes the square of its length
-                or _apart(text[start:i], c)
+                or _is_apart(text[start:i], c)
             )
         ):
             yield start, i
@@ -289,7 +280,7 @@ def _segments(text: str) -> Iterator[tuple[int, int]]:
     yield start, len(text)
 
 
-def _apart(before: str, c: str) -> bool:
+def _is_apart(before: str, c: str) -> bool:
     """Tells whether composition never joins `c` with `before`; Bengali ে + া, say, do compose."""
     # U+0F73 and a few others are no combining characters, but come apart into some.
     if unicodedata.combining(unicodedata.normalize("NFD", c)[0]):
@@ -298,23 +289,23 @@ def _apart(before: str, c: str) -> bool:
     return both == left + right
 
 
-# Longest common substring.
+# ---- longest common substring ----------------------------------------------------------------
 
 
-def _longest_common(text: str, wanted: str) -> tuple[list[int], int]:
-    """Where the longest parts of `wanted` in `text` start, in order, and their length."""
-    lengths = _common_lengths(text, wanted)
+def _find_longest_common(text: str, wanted: str) -> tuple[list[int], int]:
+    """Finds the starts of the longest parts of `wanted` in `text`, in order, and their length."""
+    lengths = _measure_common(text, wanted)
     longest = max(lengths, default=0)
     return [end - longest + 1 for end, size in enumerate(lengths) if size == longest], longest
 
 
-def _common_lengths(text: str, wanted: str) -> list[int]:
-    """For each character of `text`, the length of the longest part of `wanted` that ends there.
+def _measure_common(text: str, wanted: str) -> list[int]:
+    """Measures the longest part of `wanted` that ends at each character of `text`.
 
-    By the suffix automaton of `wanted` (Blumer et al. 1985): its states are read along the text, in
-    time linear in both; a table of all pairs would take their product.
+    The states of the suffix automaton of `wanted` (Blumer et al. 1985) are followed along the text,
+    in time linear in both; a table of all pairs would take their product.
     """
-    steps, parents, sizes = _automaton(wanted)
+    steps, parents, sizes = _build_automaton(wanted)
     state, length, out = 0, 0, []
     for c in text:
         while state and c not in steps[state]:
@@ -327,8 +318,8 @@ def _common_lengths(text: str, wanted: str) -> list[int]:
     return out
 
 
-def _automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[int]]:
-    """Transitions, suffix links and longest lengths of the states; state 0 is the empty word."""
+def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[int]]:
+    """Builds transitions, suffix links and longest lengths of the states; 0 is the empty word."""
     steps: list[dict[str, int]] = [{}]
     parents, sizes, last = [-1], [0], 0
     for c in word:
@@ -340,15 +331,15 @@ def _automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[int]]:
             steps[state][c] = new
             state = parents[state]
         if state >= 0:
-            parents[new] = _split(steps, parents, sizes, state, c)
+            parents[new] = _split_state(steps, parents, sizes, state, c)
         last = new
     return steps, parents, sizes
 
 
-def _split(
+def _split_state(
     steps: list[dict[str, int]], parents: list[int], sizes: list[int], state: int, c: str
 ) -> int:
-    """The state of (longest word of `state`) + c alone; a copy of the shared one where needed."""
+    """Returns the state of (longest word of `state`) + c alone; copies a shared one if needed."""
     target = steps[state][c]
     if sizes[target] == sizes[state] + 1:
         return target

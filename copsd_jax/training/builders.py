@@ -87,12 +87,14 @@ def check_row_budget(plan: run_plan.Plan) -> None:
     c = plan.config
     if not c.train.micro_tokens or not plan.rows:
         return
-    prompts_of = {"student": prompts.student(plan.tokenizer, plan.student, plan.rows[0])}
+    prompts_of = {
+        "student": prompts.build_student_prompt(plan.tokenizer, plan.student, plan.rows[0])
+    }
     if config_lib.traits(c).teacher:
         prompts_of["teacher"] = run_plan.build_probe_prompt(plan, plan.rows[0])
     longest = dict(plan.longest)
     if {"feedback", "other"} & {
-        *contexts.reads(plan.context)
+        *contexts.list_inputs(plan.context)
     }:  # of which no length is known before
         longest["teacher"] = run_plan.teacher_limit(c, plan.model_config)
     row_packing.check_budget(

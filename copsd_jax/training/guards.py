@@ -27,7 +27,7 @@ from typing import Any
 
 from copsd_jax.metrics import token_stats
 from copsd_jax.rewards import reward_functions
-from copsd_jax.teaching import contexts, replies, token_selection
+from copsd_jax.teaching import replies, teacher_prompts, token_selection
 
 ACTIONS = ("warn", "stop", "lr*FACTOR")
 GRAMMAR = "METRIC>LIMIT or METRIC<LIMIT, then @STEPS if not 1, then :ACTION"
@@ -43,7 +43,7 @@ COUNTS = {
     "reply": tuple(replies.STATUSES),
     "located": ("untaught", *token_selection.STATUSES),
     "grade": tuple(reward_functions.STATUSES),
-    "shortened": contexts.BUDGETED,
+    "shortened": teacher_prompts.TRUNCATED_SECTIONS,
 }
 _PLAIN = """
     loss grad_norm update_norm learning_rate tokens completion_tokens truncated

@@ -21,7 +21,7 @@ from copsd_jax.rewards import graders, reward_functions
 from copsd_jax.runtime import processes, sharding
 from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
-from copsd_jax.teaching import prompts
+from copsd_jax.teaching import conversations, prompts, text_encoding
 from copsd_jax.training import builders, run_plan, train_step
 from copsd_jax.weights import hf, peft
 
@@ -100,8 +100,8 @@ def load_run(
         initial = train_step.derive_policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (shared_prefix.encode_ids(decoder, initial, prefix),)
     grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
-    rewarder = reward_functions.make(
-        config.reward.kind, grader, prompts.ANSWERS[config.prompt.answer]
+    rewarder = reward_functions.build_rewarder(
+        config.reward.kind, grader, conversations.ANSWER_FORMS[config.prompt.answer]
     )
     classes = token_stats.classes(
         plan.vocabulary.token_bytes, plan.vocabulary.stop_ids, plan.special_ids
@@ -125,7 +125,7 @@ def _lengths(plan: run_plan.Plan) -> dict[str, int]:
         ("rollout", "student", plan.student, plan.rows, completion),
         ("eval", "evaluation", plan.evaluation, plan.eval_rows, config.eval.max_tokens),
     ):
-        first = [prompts.student(plan.tokenizer, spec, row) for row in rows[:1]]
+        first = [prompts.build_student_prompt(plan.tokenizer, spec, row) for row in rows[:1]]
         shared = sum(len(prompt.prefix_ids) for prompt in first)
         out[name] = plan.longest[side] - shared + (limit or completion) if rows else 0
     return out
@@ -341,7 +341,7 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
         samples = section != "rollout" or config_lib.traits(run.plan.config).samples
         if not rows or not samples:
             continue
-        prompt = prompts.student(run.plan.tokenizer, spec, rows[0])
+        prompt = prompts.build_student_prompt(run.plan.tokenizer, spec, rows[0])
         with _named(section):
             job = request.prepare_inputs(
                 run.decoder, policy, [prompt.ids], [_sampling(run, section)],
@@ -370,7 +370,7 @@ def _named(section: str) -> Iterator[None]:
 def decode_completion(run: LoadedRun, ids: Sequence[int]) -> str:
     """Completion ids as text, without the token that ended it."""
     stops = set(run.plan.vocabulary.stop_ids)
-    return prompts.text_of(run.plan.tokenizer, [i for i in ids if i not in stops])
+    return text_encoding.decode_ids(run.plan.tokenizer, [i for i in ids if i not in stops])
 
 
 def restore_think_tag(prompt: prompts.Prompt, text: str) -> str:

@@ -66,13 +66,14 @@ def sample_rollouts(
     """Samples rollout.per_prompt completions of each row under a policy, and grades them."""
     plan, c = r.plan, r.plan.config
     repeated, samples = _repeat(rows, c.rollout.per_prompt)
-    asked = [prompts.student(plan.tokenizer, plan.student, row) for row in repeated]
+    asked = [prompts.build_student_prompt(plan.tokenizer, plan.student, row) for row in repeated]
     keys = request.derive_keys(c.seed, "rollout", step, [row.id for row in repeated], samples)
     sampled, stats = loaded_run.sample(r, policy, asked, "rollout", keys)
     completions = [_known(completion) for completion in sampled]
     stops, pieces = set(plan.vocabulary.stop_ids), plan.vocabulary.token_bytes
     decoded = [
-        token_spans.decode([i for i in done.ids if i not in stops], pieces) for done in completions
+        token_spans.decode_tokens([i for i in done.ids if i not in stops], pieces)
+        for done in completions
     ]
     starts = [
         find_answer_start(prompt, text.text) for prompt, text in zip(asked, decoded, strict=True)
@@ -165,8 +166,10 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
 
 def _steps(decoded: token_spans.Decoded, start: int) -> list[list[int]]:
     """The tokens [first, end) of each step of the answer."""
-    known = solution_steps.split(decoded.text[start:]).steps
-    return [list(token_spans.tokens(decoded, start + s.start, start + s.end)) for s in known]
+    known = solution_steps.split_steps(decoded.text[start:])
+    return [
+        list(token_spans.find_token_range(decoded, start + s.start, start + s.end)) for s in known
+    ]
 
 
 def round_values(values: Any) -> list[float]:

@@ -24,10 +24,12 @@ from copsd_jax.sampler import request
 from copsd_jax.servers import client, dialects, remote_engine
 from copsd_jax.teaching import (
     contexts,
+    conversations,
     problem_selection,
     prompts,
     replies,
-    solution_steps,
+    teacher_prompts,
+    text_encoding,
     token_selection,
 )
 from copsd_jax.training import backends, guards, table_rules
@@ -54,18 +56,18 @@ class Plan:
     dtype: Any  # of base weights and compute
     weights_path: pathlib.Path
     model_config: transformer.ModelConfig
-    tokenizer: prompts.Tokenizer
+    tokenizer: text_encoding.Tokenizer
     vocabulary: request.Vocabulary
     rows: list[problem_row.Row]
     eval_rows: list[problem_row.Row]
     dropped: collections.Counter  # of training rows, by reason
     eval_dropped: collections.Counter
-    student: prompts.Spec
-    teacher: prompts.Spec
-    evaluation: prompts.Spec
-    writer: prompts.Spec  # of what an author is asked
+    student: conversations.PromptFormat
+    teacher: conversations.PromptFormat
+    evaluation: conversations.PromptFormat
+    writer: conversations.PromptFormat  # of what an author is asked
     context: contexts.Settings
-    shots: tuple[tuple[contexts.Attempt, replies.Reply], ...]  # the teacher's exemplars
+    shots: tuple[teacher_prompts.Exemplar, ...]  # the teacher's exemplars
     selection: token_selection.Settings
     guards: tuple[guards.Rule, ...]
     records: dict[tuple[str, int], str]  # author.kind=file: replies by row id and sample
@@ -87,21 +89,19 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     """
     table_rules.check(config, train=train)
     server = _server(config, train) if train or evaluate else None
-    registry = languages.load(config.languages_file)
+    registry = languages.load_languages(config.languages_file)
     _check_languages(config, registry)
     context, chosen = table_rules.context_settings(config), _selection(config)
     rules = _guards(config)
     # The cheap checks first: files of problems, then devices, then the model's headers.
     records = _author(config) if train else {}
     rows, dropped = (
-        problem_selection.train_rows(config, context, registry)
-        if train
-        else problem_selection.none()
+        problem_selection.load_train_rows(config, context, registry) if train else _no_rows()
     )
     eval_rows, eval_dropped = (
-        problem_selection.eval_rows(config, registry) if evaluate else problem_selection.none()
+        problem_selection.load_eval_rows(config, registry) if evaluate else _no_rows()
     )
-    exemplars = problem_selection.exemplars(config, registry)
+    exemplars = problem_selection.load_exemplars(config, registry)
     devices = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
         setting_rules.check_shards(config, sharding.batch_shards(devices))
@@ -112,16 +112,20 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     setting_rules.check_vocabulary(config, model_config.vocab_size)
     sharding.key_repeats(model_config.n_heads, model_config.n_kv_heads, devices.shape["tensor"])
     sides = _sides(config, registry, exemplars, tok)
-    shots = _shots(config, sides["teacher"], context)
-    examine = functools.partial(prompts.student, tok, sides["evaluation"])
+    has_teacher = config_lib.traits(config).teacher
+    shots = teacher_prompts.build_exemplars(sides["teacher"], context) if has_teacher else ()
+    examine = functools.partial(prompts.build_student_prompt, tok, sides["evaluation"])
     longest = {"teacher": 0}
     rows = _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, longest)
     found = _fitting(eval_rows, examine, "prompt", config, eval_dropped)
     eval_rows, longest["evaluation"] = found
     if train:
-        problem_selection.check_shares(config, rows, registry)
+        problem_selection.check_language_shares(config, rows, registry)
     if config.author.kind in ("student", "teacher"):
-        asks = (contexts.writer_prompt(tok, sides["writer"], context, _probed(r)) for r in rows)
+        asks = (
+            teacher_prompts.build_author_prompt(tok, sides["writer"], context, _probed(r))
+            for r in rows
+        )
         longest["writer"] = max((ask.length for ask in asks if ask), default=0)
     server = _connected(config, server, longest)
     _check_lengths(config, context, model_config, longest)
@@ -154,7 +158,13 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     )
 
 
-def _build_vocabulary(tok: prompts.Tokenizer, path: pathlib.Path, size: int) -> request.Vocabulary:
+def _no_rows() -> tuple[list[problem_row.Row], collections.Counter[str]]:
+    return [], collections.Counter()
+
+
+def _build_vocabulary(
+    tok: text_encoding.Tokenizer, path: pathlib.Path, size: int
+) -> request.Vocabulary:
     return request.Vocabulary(
         valid_V=tokenizer.mark_valid_ids(tok, size),
         token_bytes=tokenizer.list_token_bytes(tok),
@@ -172,7 +182,7 @@ def choose_dtype(name: str, devices: Mesh) -> Any:
     return {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
 
 
-def _sides(config, registry, exemplars, tok) -> dict[str, prompts.Spec]:
+def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFormat]:
     """How each side's prompts look; of those that the method uses, the template can do it."""
     opening = {
         "student": config.prompt.thinking,
@@ -184,7 +194,7 @@ def _sides(config, registry, exemplars, tok) -> dict[str, prompts.Spec]:
         opening["writer"] = opening["teacher"]
     p = config.prompt
     sides = {
-        name: prompts.Spec(
+        name: conversations.PromptFormat(
             p.template, thinking, p.answer, registry, () if name == "writer" else exemplars, p.form
         )
         for name, thinking in opening.items()
@@ -208,7 +218,7 @@ def _guards(config: config_lib.Config) -> tuple[guards.Rule, ...]:
 def _selection(config: config_lib.Config) -> token_selection.Settings:
     names = ("select", "on_failure", "occurrence", "fuzzy")
     chosen = token_selection.Settings(**{name: config.tokens[name] for name in names})
-    token_selection.function(chosen.select)  # refuses one that cannot be imported
+    token_selection.import_span_function(chosen.select)  # refuses one that cannot be imported
     return chosen
 
 
@@ -217,7 +227,7 @@ def _author(config: config_lib.Config) -> dict[tuple[str, int], str]:
     if config.author.kind == "server":
         author = config.author
         client.check_server(client.server_from_settings(author, author.cache), "author.")
-    return replies.from_file(config.author.path) if config.author.kind == "file" else {}
+    return replies.load_reply_file(config.author.path) if config.author.kind == "file" else {}
 
 
 def _server(config: config_lib.Config, train: bool) -> remote_engine.EngineServer | None:
@@ -280,34 +290,17 @@ def _connected(
     return server
 
 
-def _shots(
-    config, teacher: prompts.Spec, context: contexts.Settings
-) -> tuple[tuple[contexts.Attempt, replies.Reply], ...]:
-    """Returns the teacher's exemplars, each with a rule's reply about its own solution."""
-    out = []
-    if not config_lib.traits(config).teacher:
-        return ()
-    for row in teacher.exemplars:
-        attempt = contexts.ideal(row, prompts.worked(teacher, row))
-        reply = replies.NONE
-        if context.kind in ("reflection", "critique"):
-            if not solution_steps.covers(row.solution, row.answer):
-                raise ValueError(
-                    f"context.kind is {context.kind!r}: prompt.exemplars need solutions that are "
-                    f"equations, that of {row.id!r} is {row.solution!r}"
-                )
-            reply = replies.example(context.kind, attempt.text, row.solution, row.answer)
-        out.append((attempt, reply))
-    return tuple(out)
-
-
 def _probed(row: problem_row.Row) -> contexts.Attempt:
     """An attempt in which everything is there, as short as can be."""
     return contexts.Attempt(row, "-", False, "-", "-", row)
 
 
-def _probe(tok, spec: prompts.Spec, context, shots, row: problem_row.Row) -> prompts.Prompt:
-    prompt = contexts.teach(tok, spec, context, _probed(row), replies.PROBE, shots)
+def _probe(
+    tok, spec: conversations.PromptFormat, context, shots, row: problem_row.Row
+) -> prompts.Prompt:
+    prompt = teacher_prompts.build_teacher_prompt(
+        tok, spec, context, _probed(row), replies.PROBE, shots
+    )
     assert prompt is not None  # a probe has all that a context reads
     return prompt
 
@@ -321,8 +314,10 @@ def build_probe_prompt(plan: Plan, row: problem_row.Row) -> prompts.Prompt:
 def build_teacher_prompt(
     plan: Plan, attempt: contexts.Attempt, reply: replies.Reply = replies.NONE
 ) -> prompts.Prompt | None:
-    """`contexts.teach` with the plan's settings and exemplars."""
-    return contexts.teach(plan.tokenizer, plan.teacher, plan.context, attempt, reply, plan.shots)
+    """`teacher_prompts.build_teacher_prompt` with the plan's settings and exemplars."""
+    return teacher_prompts.build_teacher_prompt(
+        plan.tokenizer, plan.teacher, plan.context, attempt, reply, plan.shots
+    )
 
 
 def drop_overlong(
@@ -337,7 +332,7 @@ def drop_overlong(
     limit = teacher_limit(c, plan.model_config)
     for student, teacher in zip(asked, told, strict=True):
         if teacher is not None:
-            prompts.check_states(student, teacher, c.parity.template_mismatch)
+            prompts.check_template_states(student, teacher, c.parity.template_mismatch)
         if teacher is not None and teacher.length > limit:
             if c.data.overlong == "error":
                 raise ValueError(
@@ -381,12 +376,12 @@ def _check_languages(config: config_lib.Config, registry) -> None:
     for setting, codes in named.items():
         for code in codes:
             try:
-                languages.resolve(code, registry)
+                languages.resolve_code(code, registry)
             except ValueError as error:
                 raise ValueError(f"{setting} is {code!r}: {error}") from error
 
 
-def _model(config) -> tuple[pathlib.Path, transformer.ModelConfig, prompts.Tokenizer]:
+def _model(config) -> tuple[pathlib.Path, transformer.ModelConfig, text_encoding.Tokenizer]:
     """Where the model is, its shape, and its tokenizer."""
     path = hub.resolve(config.model.path, config.model.revision, weights=False)
     tok = tokenizer.load(
@@ -413,7 +408,7 @@ def _fitting(rows, make, side: str, config, dropped) -> tuple[list[problem_row.R
         lengths.append(prompt.length)
         return prompt
 
-    kept, gone = prompts.within(
+    kept, gone = prompts.keep_fitting_rows(
         rows, measured, limit, setting=setting, overlong=config.data.overlong
     )
     if gone:
@@ -427,7 +422,7 @@ def _fitting(rows, make, side: str, config, dropped) -> tuple[list[problem_row.R
 
 def _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, longest) -> list:
     """Training rows all of whose prompts fit; others are counted, lengths noted in `longest`."""
-    ask = functools.partial(prompts.student, tok, sides["student"])
+    ask = functools.partial(prompts.build_student_prompt, tok, sides["student"])
     tell = functools.partial(_probe, tok, sides["teacher"], context, shots)
     rows, longest["student"] = _fitting(rows, ask, "prompt", config, dropped)
     if not config_lib.traits(config).samples:
@@ -435,17 +430,17 @@ def _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, long
     if config_lib.traits(config).teacher:
         rows, longest["teacher"] = _fitting(rows, tell, "teacher", config, dropped)
         for row in rows[:1]:
-            prompts.check_states(ask(row), tell(row), config.parity.template_mismatch)
+            prompts.check_template_states(ask(row), tell(row), config.parity.template_mismatch)
     return rows
 
 
 def _with_short_targets(
-    rows, tok, spec: prompts.Spec, ask, config, dropped
+    rows, tok, spec: conversations.PromptFormat, ask, config, dropped
 ) -> list[problem_row.Row]:
     """Rows whose target of SFT fits; others are counted, or refused."""
     limit, kept = config.rollout.max_tokens, []
     for row in rows:
-        length = len(prompts.target(tok, spec, row, config.rollout.stop, ask(row).state))
+        length = len(prompts.encode_target(tok, spec, row, config.rollout.stop, ask(row).state))
         if length > limit and config.data.overlong == "error":
             raise ValueError(
                 f"row {row.id!r} has a solution of {length} tokens, rollout.max_tokens is {limit}; "
@@ -476,7 +471,7 @@ def _check_lengths(config, context, model_config: transformer.ModelConfig, longe
                 f"passes the model's {model_config.max_position} positions"
             )
     # The step's finds and replies make it longer, up to the limit above which it is left out.
-    reads = contexts.reads(context)
+    reads = contexts.list_inputs(context)
     longest["teacher"] += config.author.max_tokens if "reply" in reads else 0
     longest["teacher"] += completion if "siblings" in reads else 0
     longest["teacher"] = min(longest["teacher"], teacher_limit(config, model_config))

@@ -3,7 +3,7 @@
 `main` checks all other settings before it imports a table (`config.setting_rules`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from copsd_jax.config import setting_rules
@@ -12,7 +12,7 @@ from copsd_jax.losses import divergence_loss, divergences
 from copsd_jax.model import transformer
 from copsd_jax.rewards import reward_functions
 from copsd_jax.servers import dialects, remote_engine
-from copsd_jax.teaching import contexts, prompts
+from copsd_jax.teaching import contexts, conversations
 
 
 def tables() -> dict[str, dict[str, tuple[str, ...]]]:
@@ -29,7 +29,7 @@ def tables() -> dict[str, dict[str, tuple[str, ...]]]:
     found["loss.divergence"]["sampled"] = ()
     names = {
         "model.shape": ("", *transformer.SHAPES),
-        "prompt.answer": prompts.ANSWERS,
+        "prompt.answer": conversations.ANSWER_FORMS,
         "loss.top_k_of": divergences.TOP_K_OF,
         "loss.clip_mode": divergences.CLIP_MODES,
         "loss.implementation": divergence_loss.CHOICES,
@@ -47,11 +47,11 @@ def check(config: config_lib.Config, *, train: bool = True, data: bool = True) -
     """
     setting_rules.check(config, tables(), train=train, data=data)
     s = config_lib.flat(config)
-    reward_functions.check(s["reward.kind"])
+    reward_functions.check_kind(s["reward.kind"])
     _check_context(s, context_settings(config))
-    forms = prompts.ANSWERS
+    forms: Collection[str] = conversations.ANSWER_FORMS
     if s["reward.kind"] in reward_functions.REWARDS:
-        forms = reward_functions.REWARDS[s["reward.kind"]].forms or forms
+        forms = reward_functions.REWARDS[s["reward.kind"]].answer_forms
     if s["prompt.answer"] not in forms:
         rule = f"with reward.kind={s['reward.kind']} it is one of {', '.join(forms)}"
         setting_rules.refuse(s, "prompt.answer", rule)
@@ -67,21 +67,22 @@ def context_settings(config: config_lib.Config) -> contexts.Settings:
         feedback=c.feedback,
         section_tokens=c.section_tokens,
         fallback=config.parity.reflection_fallback,
+        published_tags=config.parity.reflection_tags,
     )
 
 
 def _check_context(s: Mapping[str, Any], settings: contexts.Settings) -> None:
     """Refuses an author, a choice of tokens or a single completion that a context cannot use."""
     context, author = contexts.CONTEXTS[settings.kind], s["author.kind"]
-    if author not in context.authors:
-        rule = f"with context.kind={settings.kind} it is one of {', '.join(context.authors)}"
+    if author not in context.author_kinds:
+        rule = f"with context.kind={settings.kind} it is one of {', '.join(context.author_kinds)}"
         setting_rules.refuse(s, "author.kind", rule)
     if s["tokens.select"] in ("from_error", "error_step") and not context.locates_error:
         locating = [name for name, entry in contexts.CONTEXTS.items() if entry.locates_error]
         rule = f"it goes with context.kind={', '.join(locating)}"
         setting_rules.refuse(s, "tokens.select", rule)
     # The rule of the grader and a file know what is right without a sibling's success.
-    compares = "siblings" in context.reads(settings) and author not in ("grader", "file")
+    compares = "siblings" in context.inputs(settings) and author not in ("grader", "file")
     if compares and s["rollout.per_prompt"] < 2:
         why = f"context.kind={settings.kind}"
         why += f" with author.kind={author}" if author != "none" else ""

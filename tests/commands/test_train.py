@@ -196,7 +196,7 @@ def test_overlong_teacher_prompts_carry_no_loss_and_are_counted():
         work = distill.make_batch(r, state, rows, 0)
         told = [
             run_plan.build_teacher_prompt(
-                r.plan, contexts.Attempt(row), replies.analysis(record["reply"])
+                r.plan, contexts.Attempt(row), replies.read_analysis(record["reply"])
             )
             for row, record in zip(rows, work.records, strict=True)
         ]

@@ -20,7 +20,7 @@ from copsd_jax.methods import table
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import graders
 from copsd_jax.runtime import workdir
-from copsd_jax.teaching import contexts, prompts, replies
+from copsd_jax.teaching import contexts, conversations, prompts, replies
 from copsd_jax.training import loaded_run, run_plan, table_rules
 
 assert one_device
@@ -364,7 +364,9 @@ def test_what_is_asked_for_is_rewarded(tmp_path, monkeypatch, kind, form, answer
     with runs.loaded("grpo", **rows, reward__kind=kind, prompt__answer=form) as (r, state):
         script(monkeypatch, said)
         work = table.METHODS["grpo"].make_batch(r, state, r.plan.rows, 0)
-        prompt = prompts.student(r.plan.tokenizer, r.plan.evaluation, r.plan.eval_rows[0])
+        prompt = prompts.build_student_prompt(
+            r.plan.tokenizer, r.plan.evaluation, r.plan.eval_rows[0]
+        )
         graded = loaded_run.grade_completions(r, [answer] * 2, [prompt] * 2, said)
         assert r.grader.same_class(["B", "A", "B"]) == [0, 1, 0]
     assert [record["reward"] for record in work.records] == [1.0, 0.0]
@@ -376,33 +378,36 @@ def test_what_is_asked_for_is_rewarded(tmp_path, monkeypatch, kind, form, answer
 
 
 def test_forms_of_answers_in_every_language_and_in_worked_examples():
-    registry = languages.load("")
+    registry = languages.load_languages("")
     for lang, form, steps in itertools.product(
         ("en", "sw", "amh"), ("choice", "none"), ("plain", "step_tags")
     ):
-        code = languages.resolve(lang, registry)
+        code = languages.resolve_code(lang, registry)
         row = problem_row.Row("r", "Which?", "So it is.", "B", code, "x")
-        spec = prompts.Spec("chat", "off", form, registry, (), steps)
-        (turn,) = prompts.messages(spec, row, prompts.STUDENT)
+        spec = conversations.PromptFormat("chat", "off", form, registry, (), steps)
+        (turn,) = conversations.render_messages(spec, row, conversations.STUDENT)
         label, *instruction = turn["content"].split("\n\n", 1)
         assert label == f"{registry[code].label_problem}: Which?"
-        wanted = [ASKED] * (form == "choice") + [prompts.STEP_TAGS] * (steps == "step_tags")
+        wanted = [ASKED] * (form == "choice") + [conversations.STEP_TAGS] * (steps == "step_tags")
         assert instruction == ([" ".join(wanted)] if wanted else [])
         written = {"choice": "So it is. <answer>B</answer>", "none": "So it is. B"}[form]
-        assert prompts.worked(dataclasses.replace(spec, form="plain"), row) == written
+        assert (
+            conversations.write_worked_completion(dataclasses.replace(spec, form="plain"), row)
+            == written
+        )
 
 
 def test_nothing_follows_a_transition_where_the_data_ask():
-    registry = languages.load("")
+    registry = languages.load_languages("")
     row = problem_row.Row("r", "Which?", "So it is.", "B", "en", "x")
     for form, end in (("choice", f"\n{ASKED}"), ("none", "")):
-        spec = prompts.Spec("chat", "off", form, registry)
+        spec = conversations.PromptFormat("chat", "off", form, registry)
         attempt = contexts.Attempt(row)
-        shown = contexts.CONTEXTS["reference"].teach(
+        shown = contexts.CONTEXTS["reference"].build_conversation(
             contexts.Settings("reference"), attempt, replies.NONE
         )
         assert shown is not None
-        (turn,) = prompts.messages(spec, row, shown)
+        (turn,) = conversations.render_messages(spec, row, shown)
         assert turn["content"].endswith(registry["en"].transition + end)
 
 
@@ -414,8 +419,8 @@ def test_a_grader_of_other_forms_compares_and_never_extracts():
                 grader.grade("B", "<answer>B</answer>")
     with pytest.raises(ValueError, match="pattern is 'prose'"):
         graders.Grader("prose", "last_after_think", 5.0)
-    assert set(graders.PATTERNS) | set(graders.OTHERS) == set(prompts.ANSWERS)
-    assert set(prompts.ANSWERS) == set(prompts.INSTRUCTIONS)
+    assert set(graders.PATTERNS) | set(graders.OTHERS) == set(conversations.ANSWER_FORMS)
+    assert set(conversations.ANSWER_FORMS) == set(conversations.INSTRUCTIONS)
 
 
 # --------------------------------------------------------------------------------- the user's own

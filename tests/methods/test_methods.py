@@ -17,7 +17,14 @@ from copsd_jax.methods import authors, table
 from copsd_jax.problems import problem_row
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import loop
-from copsd_jax.teaching import contexts, prompts, replies
+from copsd_jax.teaching import (
+    contexts,
+    conversations,
+    prompts,
+    replies,
+    rule_author,
+    teacher_prompts,
+)
 from copsd_jax.training import loaded_run, run_plan
 
 optax_promotes = runs.optax_promotes
@@ -91,9 +98,9 @@ def test_rosd_distils_from_the_first_error_on(monkeypatch):
         wrong, prefix = spoiled(one)
         script(monkeypatch, [right(one), wrong, wrong, right(one)] + [right(two)] * 4)
         written = []
-        rule = authors.write_by_rule
+        rule = rule_author.write_reflection
         monkeypatch.setattr(
-            authors, "write_by_rule", lambda kind, asked: written.append(asked) or rule(kind, asked)
+            rule_author, "write_reflection", lambda *given: written.append(given) or rule(*given)
         )
         work = table.METHODS["distill"].make_batch(r, state, [one, two], 0)
         assert len(written) == 4
@@ -118,9 +125,8 @@ def test_rosd_distils_from_the_first_error_on(monkeypatch):
 
 def test_a_right_answer_by_a_wrong_step_is_explained():
     row = problem_row.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
-    attempt = contexts.Attempt(row, "17 + 3 = 7. \\boxed{7}", True)
-    text = authors.write_by_rule("reflection", authors.AuthorRequest(attempt, 0, "7"))
-    assert replies.reflection(text, "explain").status == "ok"
+    text = rule_author.write_reflection(row, "17 + 3 = 7. \\boxed{7}", "7", True)
+    assert replies.read_reflection(text, "explain").status == "ok"
     assert "17 - 10 = 7." in text
 
 
@@ -134,12 +140,11 @@ def test_a_right_answer_by_a_wrong_step_is_explained():
     ],
 )
 def test_the_rules_critiques_are_read_as_any_critics(text, status):
-    config = runs.config("critique")
     row = problem_row.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
     attempt = contexts.Attempt(row, text, False)
     found = "8" if "8." in text else "1" if "1." in text else None
-    written = authors.write_by_rule("critique", authors.AuthorRequest(attempt, 0, found))
-    reply = authors.read_reply("critique", attempt, written, config)
+    written = rule_author.write_critique(row, text, found, False)
+    reply = contexts.read_reply(contexts.Settings("critique"), attempt, written)
     assert reply.status == status
     assert "<step_" in reply.trace
     assert "17 - 10 = 7" in reply.trace
@@ -287,7 +292,7 @@ def test_other_problem_shows_another_problems_solution(monkeypatch):
 def test_a_leaked_answer(policy, status, text):
     config = runs.config("rosd", context__leak=policy)
     row = problem_row.Row("r", "p", "3 * 5 = 15.", "15", "en", "p")
-    reply = replies.reflection("<explanation>so 15 is right</explanation>", "explain")
+    reply = replies.read_reflection("<explanation>so 15 is right</explanation>", "explain")
     kept = authors.apply_leak_policy(reply, row, config.context.leak)
     assert (kept.status, kept.text) == (status, text)
     assert kept.leaked is (policy != "drop")
@@ -381,10 +386,12 @@ def test_a_new_context_is_one_function_and_one_entry(monkeypatch):
     settings = contexts.Settings("answer_only")
     with runs.loaded("opsd", context__kind="answer_only") as (r, _):
         row = r.plan.rows[0]
-        made = contexts.teach(r.plan.tokenizer, r.plan.teacher, settings, contexts.Attempt(row))
+        made = teacher_prompts.build_teacher_prompt(
+            r.plan.tokenizer, r.plan.teacher, settings, contexts.Attempt(row)
+        )
         assert row.answer in made.text
         assert row.solution not in made.text
-        assert contexts.needs(settings) == ("answer",)
+        assert contexts.list_row_fields(settings) == ("answer",)
 
 
 @pytest.mark.slow
@@ -452,7 +459,7 @@ def rendering(name, lang, monkeypatch):
     ):
         problem, solution, answer = PROBLEMS[lang]
         row = problem_row.Row("r", problem, solution, answer, lang, ENGLISH)
-        good = prompts.worked(r.plan.student, row)
+        good = conversations.write_worked_completion(r.plan.student, row)
         script(monkeypatch, [WRONG, good] if batch else [WRONG])
         other = problem_row.Row("o", "Another?", "2 * 4 = 8.", "8", lang, "Another?")
         r.plan.rows[:] = [row, other]
@@ -483,7 +490,7 @@ def test_golden_renderings(name, monkeypatch):
         assert made + "\n" in known, made
 
 
-BUILD = prompts.build
+BUILD = prompts.build_prompt
 
 
 def written_out(*args, **kwargs):
@@ -509,7 +516,7 @@ def test_teachers_that_move_read_the_exemplars_with_their_own_weights(weights, m
             rows = r.plan.rows[:2]
             with monkeypatch.context() as patch:
                 if not shared:
-                    patch.setattr(prompts, "build", written_out)
+                    patch.setattr(prompts, "build_prompt", written_out)
                 script(patch, ["10 + 3 = 13. \\boxed{13}", "\\boxed{2}"])
                 work = table.METHODS["distill"].make_batch(r, state, rows, 0)
             assert (work.teacher_kv is not None) == shared
@@ -530,7 +537,7 @@ def test_sft_closes_a_think_block_that_its_prompt_opened():
         graded = loaded_run.grade_completions(
             r,
             [row.answer for row in rows],
-            [prompts.student(r.plan.tokenizer, r.plan.student, row) for row in rows],
+            [prompts.build_student_prompt(r.plan.tokenizer, r.plan.student, row) for row in rows],
             [record["completion"] for record in work.records],
         )
     assert all(verdict.correct for verdict in graded)

@@ -21,7 +21,7 @@ FIELDS = {
 
 
 def read(name: str) -> list[dict]:
-    lines = bundled.path(name).read_text(encoding="utf-8").splitlines()
+    lines = bundled.find_file(name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -48,7 +48,7 @@ def test_command_writes_the_committed_bytes(tmp_path):
     subprocess.run(command, check=True, timeout=60)
     for name in bundled.NAMES:
         written = (tmp_path / "out" / f"{name}.jsonl").read_bytes()
-        assert written == bundled.path(name).read_bytes(), name
+        assert written == bundled.find_file(name).read_bytes(), name
 
 
 def test_another_seed_gives_other_problems(sets):
@@ -57,8 +57,8 @@ def test_another_seed_gives_other_problems(sets):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'test'; there are train, held_out, exemplars"):
-        bundled.path("test")
+    with pytest.raises(ValueError, match="'test'; the choices are train, held_out, exemplars"):
+        bundled.find_file("test")
 
 
 def test_sizes(sets):

@@ -31,7 +31,7 @@ SCRIPTS = {
 
 @pytest.fixture(scope="module")
 def registry() -> dict[str, languages.Language]:
-    return languages.load()
+    return languages.load_languages()
 
 
 def entry(**changes) -> dict:
@@ -46,19 +46,19 @@ def load_file(tmp_path, content) -> dict[str, languages.Language]:
         path.write_bytes(content)
     else:
         path.write_text(json.dumps(content), encoding="utf-8")
-    return languages.load(str(path))
+    return languages.load_languages(str(path))
 
 
 def test_bug_26_every_code_of_the_paper_is_known(registry):
     assert len(POLYMATH + AFRIMGSM) == 28
     for code in POLYMATH + AFRIMGSM:
-        language = languages.get(registry, code)
-        assert code.lower() in languages.names(code, registry)
-        assert languages.get(registry, code.lower()) is language
+        language = languages.get_language(registry, code)
+        assert code.lower() in languages.list_codes(code, registry)
+        assert languages.get_language(registry, code.lower()) is language
     # Bug 26 of the reference: Swahili stood there twice, with texts of its own each.
-    assert len({languages.resolve(code, registry) for code in POLYMATH + AFRIMGSM}) == 27
+    assert len({languages.resolve_code(code, registry) for code in POLYMATH + AFRIMGSM}) == 27
     assert len(registry) == 27
-    assert languages.resolve("SWA", registry) == languages.resolve("sw", registry) == "sw"
+    assert languages.resolve_code("SWA", registry) == languages.resolve_code("sw", registry) == "sw"
 
 
 def test_texts_differ_between_languages(registry):
@@ -109,18 +109,18 @@ def test_bug_20_unknown_language_lists_the_known_ones(registry):
     """Bug 20 of the reference: an unknown language became English with a print."""
     for code in ("xx", "", "english", "sw,fr", "problem"):
         with pytest.raises(ValueError, match=r"unknown language .*en \(eng\).*sw \(swa\).*lin"):
-            languages.get(registry, code)
+            languages.get_language(registry, code)
 
 
 def test_a_file_adds_and_replaces(tmp_path, registry):
     mine = {"nya": entry(name="Chichewa", aliases=["ny"]), "fr": entry(name="autre")}
     loaded = load_file(tmp_path, mine)
     assert len(loaded) == 28
-    assert languages.get(loaded, "NY").name == "Chichewa"
+    assert languages.get_language(loaded, "NY").name == "Chichewa"
     assert loaded["fr"].name == "autre"
     assert loaded["sw"] == registry["sw"]
-    assert "fra" not in languages.names("fr", loaded)  # replaced as a whole, never mixed
-    assert languages.load()["fr"] == registry["fr"]  # and nothing sticks
+    assert "fra" not in languages.list_codes("fr", loaded)  # replaced as a whole, never mixed
+    assert languages.load_languages()["fr"] == registry["fr"]  # and nothing sticks
 
 
 WRONG = {
@@ -172,7 +172,7 @@ WRONG = {
     "not UTF-8": (b'{"nya": "\xff"}', "not UTF-8 at byte 9"),
     "deep": (b"[" * 100_000, "nested too deeply"),
     "huge number": (b'{"nya": ' + b"9" * 5000 + b"}", "integer string conversion"),
-    "twice": (b'{"nya": 1, "nya": 2}', "the key 'nya' stands twice"),
+    "twice": (b'{"nya": 1, "nya": 2}', "the key 'nya' occurs twice"),
 }
 
 
@@ -196,7 +196,7 @@ def test_every_field_is_required(tmp_path, field):
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(FileNotFoundError, match="no languages file at"):
-            languages.load(str(path))
+            languages.load_languages(str(path))
 
 
 JSON_VALUES = st.recursive(
@@ -236,8 +236,9 @@ def test_a_wheel_brings_the_data(tmp_path):
         archive.extractall(site)
     script = (
         "from copsd_jax.problems import bundled, languages\n"
-        "sizes = [len(bundled.path(n).read_text('utf-8').splitlines()) for n in bundled.NAMES]\n"
-        "print(languages.__file__, len(languages.load()), *sizes)\n"
+        "files = map(bundled.find_file, bundled.NAMES)\n"
+        "sizes = [len(file.read_text('utf-8').splitlines()) for file in files]\n"
+        "print(languages.__file__, len(languages.load_languages()), *sizes)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", script],

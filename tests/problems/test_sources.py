@@ -13,7 +13,7 @@ import pytest
 import runs
 from hypothesis import strategies as st
 
-from copsd_jax.problems import batches, problem_row, sources
+from copsd_jax.problems import batches, bundled, problem_row, sources
 
 RECORDS = [
     {
@@ -54,7 +54,7 @@ def changed(k, **fields):
 @pytest.mark.parametrize("lang", ["sw", "yor", "amh", "en"])
 def test_formats_give_the_same_rows(tmp_path, kind, lang):
     path = write(tmp_path / f"d.{kind}", RECORDS, kind)
-    rows, dropped = sources.load(path, (lang,), needs=("solution", "answer", "problem_en"))
+    rows, dropped = sources.load_rows(path, (lang,), needs=("solution", "answer", "problem_en"))
     source = "problem" if lang == "en" else f"problem_{lang}"
     expected = [(r["id"], r[source], r["solution"], str(r["Answer"])) for r in RECORDS]
     assert [(r.id, r.problem, r.solution, r.answer) for r in rows] == expected
@@ -65,7 +65,7 @@ def test_formats_give_the_same_rows(tmp_path, kind, lang):
 
 def test_several_languages_have_ids_of_their_own(tmp_path):
     path = write(tmp_path / "d.jsonl", RECORDS, "jsonl")
-    rows, _ = sources.load(path, ("sw", "en"))
+    rows, _ = sources.load_rows(path, ("sw", "en"))
     assert len({row.id for row in rows}) == 10
     assert [row.id for row in rows if row.lang == "en"] == [f"r{i}/en" for i in range(5)]
 
@@ -74,20 +74,20 @@ def test_several_languages_have_ids_of_their_own(tmp_path):
 def test_bug_26_sw_and_swa_are_one_language(tmp_path, code):
     records = [{"problem": "Two?", "problem_swa": "Mbili?", "answer": "2"}]
     path = write(tmp_path / "d.jsonl", records, "jsonl")
-    (row,), _ = sources.load(path, (code,))
-    (same,), _ = sources.load(path, ("sw",))
+    (row,), _ = sources.load_rows(path, (code,))
+    (same,), _ = sources.load_rows(path, ("sw",))
     assert row.problem == "Mbili?"
     assert row == same
     with pytest.raises(ValueError, match="each once"):
-        sources.load(path, ("sw", "swa"))
+        sources.load_rows(path, ("sw", "swa"))
 
 
 def test_bug_20_missing_translation_is_never_the_english_problem(tmp_path):
     records = changed(2, problem_sw=None)
     path = write(tmp_path / "d.jsonl", records, "jsonl")
     with pytest.raises(ValueError, match=r"d\.jsonl, line 3: problem_sw is missing.*of 5.*: 1"):
-        sources.load(path, ("sw",))
-    rows, dropped = sources.load(path, ("sw",), missing="drop")
+        sources.load_rows(path, ("sw",))
+    rows, dropped = sources.load_rows(path, ("sw",), missing="drop")
     assert [row.id for row in rows] == ["r0", "r1", "r3", "r4"]
     assert dropped == {"problem_sw is missing": 1}
     assert not {row.problem for row in rows} & {r["problem"] for r in RECORDS}
@@ -96,14 +96,14 @@ def test_bug_20_missing_translation_is_never_the_english_problem(tmp_path):
 def test_bug_20_unknown_language_is_refused(tmp_path):
     path = write(tmp_path / "d.jsonl", RECORDS, "jsonl")
     with pytest.raises(ValueError, match="tlh"):
-        sources.load(path, ("tlh",))
+        sources.load_rows(path, ("tlh",))
 
 
 def test_bug_21_any_language_of_the_registry_is_read_alike(tmp_path):
     records = [{"problem": "Two?", f"problem_{c}": f"2 {c}", "answer": "2"} for c in ("vai", "ja")]
     path = write(tmp_path / "d.jsonl", records, "jsonl")
     for code in ("vai", "ja"):
-        rows, dropped = sources.load(path, (code,), missing="drop")
+        rows, dropped = sources.load_rows(path, (code,), missing="drop")
         assert [row.problem for row in rows] == [f"2 {code}"]
         assert dropped == {f"problem_{code} is missing": 1}
 
@@ -123,16 +123,16 @@ def test_bug_21_any_language_of_the_registry_is_read_alike(tmp_path):
 )
 def test_each_reason_is_named_and_counted(tmp_path, fields, needs, reason):
     path = write(tmp_path / "d.jsonl", changed(1, **fields), "jsonl")
-    rows, dropped = sources.load(path, ("sw",), needs=needs, missing="drop")
+    rows, dropped = sources.load_rows(path, ("sw",), needs=needs, missing="drop")
     assert dropped == {reason: 1}
     assert len(rows) == 4
     with pytest.raises(ValueError, match="line 2"):
-        sources.load(path, ("sw",), needs=needs)
+        sources.load_rows(path, ("sw",), needs=needs)
 
 
 def test_what_is_not_needed_may_be_absent(tmp_path):
     records = [{"problem": "Two?", "answer": 2.0}]
-    (row,), _ = sources.load(write(tmp_path / "d.json", records, "json"), ("en",))
+    (row,), _ = sources.load_rows(write(tmp_path / "d.json", records, "json"), ("en",))
     assert (row.solution, row.answer, row.id) == ("", "2", "row1")
 
 
@@ -143,35 +143,35 @@ def test_what_is_not_needed_may_be_absent(tmp_path):
         ('[{"problem": "a"},\n\n {"problem": "b",}]', "line 3: broken JSON"),
         ('{"problem": "a", "answer": "1"}\n17\n', "line 2: expected a JSON object"),
         ("", "holds no rows"),
-        ('{"id": "x", "problem": "a"}\n{"id": "x", "problem": "b"}\n', "'x' stands in line 1 and"),
+        ('{"id": "x", "problem": "a"}\n{"id": "x", "problem": "b"}\n', "'x' is in line 1 and"),
     ],
 )
 def test_broken_files_are_refused_with_the_line(tmp_path, text, message):
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"bad\.json.*{message}"):
-        sources.load(str(path), ("en",), needs=())
+        sources.load_rows(str(path), ("en",), needs=())
 
 
 def test_other_bad_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"eval\.path is .*gone.jsonl.*no such file"):
-        sources.load(str(tmp_path / "gone.jsonl"), ("en",), setting="eval.path")
+        sources.load_rows(str(tmp_path / "gone.jsonl"), ("en",), setting="eval.path")
     with pytest.raises(ValueError, match=r"bundled:exemplars"):
-        sources.load("bundled:trian", ("en",))
+        sources.load_rows("bundled:trian", ("en",))
     with pytest.raises(ValueError, match="must end in"):
-        sources.load("x.csv", ("en",))
+        sources.load_rows("x.csv", ("en",))
     (tmp_path / "l.jsonl").write_bytes(b'{"a": 1}\n{"problem": "\xff"}')
     with pytest.raises(ValueError, match=r"line 2: .*UTF-8"):
-        sources.load(str(tmp_path / "l.jsonl"), ("en",))
+        sources.load_rows(str(tmp_path / "l.jsonl"), ("en",))
     (tmp_path / "p.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match="not a parquet file"):
-        sources.load(str(tmp_path / "p.parquet"), ("en",))
+        sources.load_rows(str(tmp_path / "p.parquet"), ("en",))
 
 
 def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"problem": "a\u2028b", "answer": "1"}\r\n\r\n{"problem": "c", "answer": 2}\n')
-    rows, _ = sources.load(str(path), ("en",))
+    rows, _ = sources.load_rows(str(path), ("en",))
     assert [row.problem for row in rows] == ["a\u2028b", "c"]
 
 
@@ -179,47 +179,47 @@ def test_field_map(tmp_path):
     records = [{"question": "Two?", "m_query": "Mbili?", "final": 2, "idx": 9}]
     path = write(tmp_path / "d.jsonl", records, "jsonl")
     fields = "problem=question,problem_sw=m_query,answer=final,id=idx"
-    (row,), _ = sources.load(path, ("sw",), fields=fields)
+    (row,), _ = sources.load_rows(path, ("sw",), fields=fields)
     assert (row.id, row.problem, row.problem_en, row.answer) == ("9", "Mbili?", "Two?", "2")
     with pytest.raises(ValueError, match=r"data\.fields.*no 'frage'; it has question"):
-        sources.load(path, ("en",), fields="problem=frage")
+        sources.load_rows(path, ("en",), fields="problem=frage")
     with pytest.raises(ValueError, match="'probelm' is none of"):
-        sources.load(path, ("en",), fields="probelm=question")
+        sources.load_rows(path, ("en",), fields="probelm=question")
     with pytest.raises(ValueError, match="ours=theirs"):
-        sources.load(path, ("en",), fields="problem:question")
+        sources.load_rows(path, ("en",), fields="problem:question")
 
 
 def test_tsv_has_one_language_and_no_solution(tmp_path):
     path = tmp_path / "mgsm.tsv"
     path.write_text("Mbili na mbili?\t4\nTatu?\t1,000\n")
-    rows, _ = sources.load(str(path), ("sw",))
+    rows, _ = sources.load_rows(str(path), ("sw",))
     assert [(r.problem, r.answer, r.problem_en) for r in rows] == [
         ("Mbili na mbili?", "4", ""),
         ("Tatu?", "1,000", ""),
     ]
     with pytest.raises(ValueError, match="problem is missing"):
-        sources.load(str(path), ("sw",), needs=("problem_en",))
+        sources.load_rows(str(path), ("sw",), needs=("problem_en",))
     with pytest.raises(ValueError, match="one language"):
-        sources.load(str(path), ("sw", "en"))
+        sources.load_rows(str(path), ("sw", "en"))
     path.write_text("a\t1\nb\n")
     with pytest.raises(ValueError, match=r"line 2: .* has 1 cells"):
-        sources.load(str(path), ("sw",))
+        sources.load_rows(str(path), ("sw",))
 
 
-@pytest.mark.parametrize("name", sources.BUNDLED)
+@pytest.mark.parametrize("name", bundled.NAMES)
 def test_bundled_problems_have_every_field_in_every_language(name):
     needs = ("solution", "answer", "problem_en", "group")
-    rows, dropped = sources.load(f"bundled:{name}", ("en", "sw", "fr", "es"), needs=needs)
+    rows, dropped = sources.load_rows(f"bundled:{name}", ("en", "sw", "fr", "es"), needs=needs)
     counts = collections.Counter(row.lang for row in rows)
     assert len(set(counts.values())) == 1
     assert len(counts) == 4
     assert not dropped
-    assert len(sources.load(f"bundled:{name}", ("en", "sw"), limit=3)[0]) == 6
+    assert len(sources.load_rows(f"bundled:{name}", ("en", "sw"), limit=3)[0]) == 6
 
 
 def test_fingerprint_tells_rows_and_order_apart():
-    rows, _ = sources.load("bundled:exemplars", ("en",))
-    prints = {problem_row.fingerprint(r) for r in (rows, rows[::-1], rows[1:], list(rows))}
+    rows, _ = sources.load_rows("bundled:exemplars", ("en",))
+    prints = {problem_row.compute_fingerprint(r) for r in (rows, rows[::-1], rows[1:], list(rows))}
     assert len(prints) == 3
 
 
@@ -231,19 +231,20 @@ def test_tfds_round_trip_without_tensorflow(tmp_path):
     for source in ("tfds:my_math/train", "tfds:my_math:1.0.0/train"):
         for lang in ("sw", "yor", "amh"):
             kwargs = {"missing": "drop", "needs": ("solution", "answer")}
-            expected = sources.load(path, (lang,), **kwargs)
+            expected = sources.load_rows(path, (lang,), **kwargs)
             assert (
-                sources.load(source, (lang,), data_dir=str(tmp_path / "tfds"), **kwargs) == expected
+                sources.load_rows(source, (lang,), data_dir=str(tmp_path / "tfds"), **kwargs)
+                == expected
             )
     with pytest.raises(ValueError, match="no split 'test'; the choices are train"):
-        sources.load("tfds:my_math/test", ("sw",), data_dir=str(tmp_path / "tfds"))
+        sources.load_rows("tfds:my_math/test", ("sw",), data_dir=str(tmp_path / "tfds"))
     with pytest.raises(FileNotFoundError, match=r"2\.0\.0"):
-        sources.load("tfds:my_math:2.0.0/train", ("sw",), data_dir=str(tmp_path / "tfds"))
+        sources.load_rows("tfds:my_math:2.0.0/train", ("sw",), data_dir=str(tmp_path / "tfds"))
     with pytest.raises(FileExistsError, match="another version"):
         build_tfds.build_tfds(path, "my_math", str(tmp_path / "tfds"))
     build_tfds.build_tfds(path, "my_math", str(tmp_path / "tfds"), version="10.0.0")
     with pytest.raises(ValueError, match=r"write tfds:NAME/SPLIT"):
-        sources.load("tfds:my_math", ("sw",), data_dir=str(tmp_path / "tfds"))
+        sources.load_rows("tfds:my_math", ("sw",), data_dir=str(tmp_path / "tfds"))
     assert "tensorflow" not in sys.modules
 
 
@@ -257,20 +258,22 @@ def make_rows(counts):
 
 def test_step_k_from_scratch_is_the_kth_of_a_running_iterator():
     rows, langs, weights = make_rows({"en": 7, "sw": 5}), ("en", "sw"), (0.75, 0.25)
-    running = iter(batches.order(rows, langs, weights, 3).to_iter_dataset())  # Grain's own
-    ours = batches.iterator(rows, langs, weights, 4, 3)
+    running = iter(
+        batches.build_row_order(rows, langs, weights, 3).to_iter_dataset()
+    )  # Grain's own
+    ours = batches.iterate_batches(rows, langs, weights, 4, 3)
     for step in range(5):
         expected = list(itertools.islice(running, 4))
         assert runs.batch_at(rows, langs, weights, 4, 3, step) == expected
         assert next(ours) == expected
-    assert next(batches.iterator(rows, langs, weights, 4, 3, step=5)) == next(ours)
+    assert next(batches.iterate_batches(rows, langs, weights, 4, 3, step=5)) == next(ours)
 
 
 @hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(n=st.integers(1, 12), batch=st.integers(1, 5), seed=st.integers(0, 2**32))
 def test_every_row_once_per_epoch(n, batch, seed):
     rows = make_rows({"en": n})
-    stream = itertools.chain.from_iterable(batches.iterator(rows, ("en",), (), batch, seed))
+    stream = itertools.chain.from_iterable(batches.iterate_batches(rows, ("en",), (), batch, seed))
     for _ in range(3):
         epoch = list(itertools.islice(stream, n))
         assert sorted(epoch, key=lambda r: r.id) == sorted(rows, key=lambda r: r.id)

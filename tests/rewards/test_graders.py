@@ -136,12 +136,12 @@ def test_geez_encoder_of_this_test():
     ],
 )
 def test_bug_29_boxed_after_think(text, answer):
-    assert graders.extract(text, "boxed", "last_after_think") == answer
+    assert graders.extract_answer(text, "boxed", "last_after_think") == answer
 
 
 def test_boxed_anywhere_is_the_references_rule():
-    assert graders.extract(r"<think>\boxed{1}</think> none", "boxed", "last_anywhere") == "1"
-    assert graders.extract(r"<think>\boxed{1}", "boxed", "last_anywhere") == "1"
+    assert graders.extract_answer(r"<think>\boxed{1}</think> none", "boxed", "last_anywhere") == "1"
+    assert graders.extract_answer(r"<think>\boxed{1}", "boxed", "last_anywhere") == "1"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_boxed_anywhere_is_the_references_rule():
     ],
 )
 def test_answer_is(text, answer):
-    assert graders.extract(text, "answer_is", "last_after_think") == answer
+    assert graders.extract_answer(text, "answer_is", "last_after_think") == answer
 
 
 @FEW
@@ -182,20 +182,20 @@ def test_a_balanced_box_comes_back_whole(body, tail):
     escaped = body.replace("\\", "").replace("{", r"\{").replace("}", r"\}")
     hypothesis.assume(escaped and "\\boxed" not in tail)
     text = f"{tail}\\boxed{{x{{{escaped}}}}}{tail}"
-    assert graders.extract(text, "boxed", "last_anywhere") == f"x{{{escaped}}}"
+    assert graders.extract_answer(text, "boxed", "last_anywhere") == f"x{{{escaped}}}"
 
 
 @FEW
 @hypothesis.given(strategies.text(max_size=80), strategies.sampled_from(graders.PATTERNS))
 def test_any_text_has_an_answer_or_none(text, pattern):
-    answer = graders.extract("The answer is" + text, pattern, "last_after_think")
+    answer = graders.extract_answer("The answer is" + text, pattern, "last_after_think")
     assert answer is None or answer
-    graders.plainly_equal(text, answer or "")
+    graders.compare_plainly(text, answer or "")
 
 
 def test_unknown_names_are_refused_with_the_choices():
     with pytest.raises(ValueError, match="'box': the choices are boxed, answer_is"):
-        graders.extract("", "box", "last_anywhere")
+        graders.extract_answer("", "box", "last_anywhere")
     with pytest.raises(ValueError, match="'first': the choices are last_after_think"):
         graders.Grader("boxed", "first", 1.0)
 
@@ -220,8 +220,8 @@ def test_unknown_names_are_refused_with_the_choices():
     ],
 )  # fmt: skip
 def test_plainly_equal(gold, answer):
-    assert graders.plainly_equal(gold, answer) is True
-    assert graders.plainly_equal(answer, gold) is True
+    assert graders.compare_plainly(gold, answer) is True
+    assert graders.compare_plainly(answer, gold) is True
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_plainly_equal(gold, answer):
      ("18", "Monday"), ("saw it", "was it"), ("9" * 5000, "9" * 4999 + "8"), ("12", "120")],
 )  # fmt: skip
 def test_plainly_unequal(gold, answer):
-    assert graders.plainly_equal(gold, answer) is False
-    assert graders.plainly_equal(answer, gold) is False
+    assert graders.compare_plainly(gold, answer) is False
+    assert graders.compare_plainly(answer, gold) is False
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_plainly_unequal(gold, answer):
      ("1/3", "0.333333"), ("0.5", "50%"), ("1/0", "2/0"), ("x+1", "1+x"), ("1,2", "2,1")],
 )  # fmt: skip
 def test_strings_do_not_tell(gold, answer):
-    assert graders.plainly_equal(gold, answer) is None
+    assert graders.compare_plainly(gold, answer) is None
 
 
 @FEW
@@ -249,15 +249,15 @@ def test_spellings_of_a_number(number, zeros):
     spellings = [f"{number:,}", f"{number:_}".replace("_", " "), f"${number}.{'0' * zeros}$"]
     spellings.append(f"{number}".translate(str.maketrans("0123456789", "०१२३४५६७८९")))
     for text in spellings:
-        assert graders.plainly_equal(str(number), text)
-        assert not graders.plainly_equal(str(number + 1), text)
+        assert graders.compare_plainly(str(number), text)
+        assert not graders.compare_plainly(str(number + 1), text)
 
 
 @FEW
 @hypothesis.given(strategies.text(max_size=40))
 def test_a_text_equals_itself_and_normal_forms_stay(text):
-    assert graders.plainly_equal(text, text) is True
-    assert graders.plainly_equal(text, f" ${text}$ ") is True
+    assert graders.compare_plainly(text, text) is True
+    assert graders.compare_plainly(text, f" ${text}$ ") is True
 
 
 # ---- workers ---------------------------------------------------------------------------------
@@ -424,12 +424,7 @@ def test_a_worker_that_dies_in_the_middle_is_a_status(monkeypatch):
 def test_long_texts_take_linear_time(hasty, text):
     start = time.monotonic()
     for pattern in graders.PATTERNS:
-        answer = graders.extract(text, pattern, "last_anywhere")
+        answer = graders.extract_answer(text, pattern, "last_anywhere")
         if answer:
             assert hasty.compare("5", answer) in [(False, "plain"), (False, "too_long")]
     assert time.monotonic() - start < 10
-
-
-def test_equal_on_its_own():
-    assert graders.equal("1,000", "1000", 1.0)
-    assert graders.equal("x+1", "1+x", 10.0)

@@ -11,7 +11,7 @@ from hypothesis import strategies
 from copsd_jax.rewards import graders, reward_functions
 
 NONE = r'There is no final answer of the form "\boxed{...}".'
-BOXED, ANSWER_IS = r"\boxed{{{}}}", "The answer is {}."  # as in prompts.ANSWERS
+BOXED, ANSWER_IS = r"\boxed{{{}}}", "The answer is {}."  # as in conversations.ANSWER_FORMS
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def grader():
 @pytest.fixture
 def score(grader):
     def one(kind, gold, text):
-        return reward_functions.make(kind, grader, BOXED).score([gold], [text])[0]
+        return reward_functions.build_rewarder(kind, grader, BOXED).score([gold], [text])[0]
 
     return one
 
@@ -54,7 +54,7 @@ def test_final_answers(score, text, verdict):
 
 def test_the_form_that_was_asked_for(grader):
     said = {
-        form: reward_functions.make("answer", grader, form).score(["1"], [""])[0].feedback
+        form: reward_functions.build_rewarder("answer", grader, form).score(["1"], [""])[0].feedback
         for form in ("", ANSWER_IS)
     }
     assert list(said.values()) == [
@@ -65,11 +65,11 @@ def test_the_form_that_was_asked_for(grader):
 
 def test_verdicts_keep_the_order_of_the_texts(grader):
     texts = [rf"\boxed{{{n}}}" for n in (3, 1, 2, 3)]
-    verdicts = reward_functions.make("answer", grader).score(["3", "2", "2", "1"], texts)
+    verdicts = reward_functions.build_rewarder("answer", grader).score(["3", "2", "2", "1"], texts)
     assert [v.reward for v in verdicts] == [1.0, 0.0, 1.0, 0.0]
     assert [v.answer for v in verdicts] == ["3", "1", "2", "3"]
     with pytest.raises(ValueError, match="1 gold answers and 4 texts"):
-        reward_functions.make("answer", grader).score(["3"], texts)
+        reward_functions.build_rewarder("answer", grader).score(["3"], texts)
 
 
 # ---- multiple choice -------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_choices(score, text, reward, status, feedback):
 
 def test_a_gold_answer_that_is_no_letter_is_refused(grader):
     with pytest.raises(ValueError, match="'choice': the gold answer of pair 1, 'blue', cannot"):
-        reward_functions.make("choice", grader).score(["A", "blue"], ["", ""])
+        reward_functions.build_rewarder("choice", grader).score(["A", "blue"], ["", ""])
 
 
 # ---- tool calls ------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def module(tmp_path, monkeypatch):
 
 def test_a_function_of_the_users(score, module):
     for kind in (f"{module}:length", *reward_functions.REWARDS):
-        reward_functions.check(kind)
+        reward_functions.check_kind(kind)
     assert score(f"{module}:length", "ab", "abc") == reward_functions.Verdict(
         1.5, None, None, "computed", ""
     )
@@ -321,7 +321,7 @@ def test_a_function_of_the_users(score, module):
 
 
 def test_what_a_text_makes_it_raise_is_counted(grader, module):
-    rewarder = reward_functions.make(f"{module}:length", grader)
+    rewarder = reward_functions.build_rewarder(f"{module}:length", grader)
     statuses = [v.status for v in rewarder.score(["", "a"], ["abc", "abc"])]
     assert statuses == ["raised:ZeroDivisionError", "computed"]
     assert rewarder.score([""], ["abc"])[0].reward == 0.0
@@ -351,10 +351,10 @@ def test_what_is_the_functions_own_fault_ends_the_run(score, module):
 def test_an_unknown_kind_is_refused_with_the_choices(grader, module, kind, reason):
     sys.modules.pop("this", None)
     with pytest.raises(ValueError) as error:
-        reward_functions.make(kind, grader)
+        reward_functions.build_rewarder(kind, grader)
     text = str(error.value)
     with pytest.raises(ValueError, match=re.escape(text)):
-        reward_functions.check(kind)
+        reward_functions.check_kind(kind)
     assert text.startswith(
         f"reward.kind is {kind!r}: the choices are answer, choice, tool_call, or module:function"
     )
@@ -370,10 +370,10 @@ def test_every_status_is_in_the_table(grader, module):
     seen = set()
     for kind in kinds:
         gold = golds.get(kind, "")
-        verdicts = reward_functions.make(kind, grader).score([gold] * len(texts), texts)
+        verdicts = reward_functions.build_rewarder(kind, grader).score([gold] * len(texts), texts)
         seen |= {verdict.status.split(":")[0] for verdict in verdicts}
-    assert seen <= reward_functions.STATUSES.keys()
-    assert seen >= reward_functions.STATUSES.keys() - {
+    assert seen <= set(reward_functions.STATUSES)
+    assert seen >= set(reward_functions.STATUSES) - {
         "timeout", "died", "too_long", "symbolic", "unparsed", "computed"
     }  # fmt: skip
 

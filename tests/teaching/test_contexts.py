@@ -1,15 +1,17 @@
 """Contexts: each teacher prompt written down apart, and the template's own rendering of it."""
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import transformers
 
 from copsd_jax.problems import languages, problem_row
-from copsd_jax.teaching import contexts, prompts, replies
+from copsd_jax.teaching import contexts, conversations, prompts, replies, teacher_prompts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-REGISTRY = languages.load()
+REGISTRY = languages.load_languages()
 ROWS = {
     "en": "Luc has 10 tomatoes and buys 3. How many?",
     "sw": "Luc ana nyanya 10. Ananunua 3 zaidi. Ana ngapi?",
@@ -19,7 +21,7 @@ ROWS = {
 
 
 def make_row(lang="sw"):
-    code = languages.resolve(lang, REGISTRY)
+    code = languages.resolve_code(lang, REGISTRY)
     return problem_row.Row("r", ROWS[lang], "10 + 3 = 13.", "13", code, ROWS["en"])
 
 
@@ -35,7 +37,7 @@ def tiny():
 
 
 def spec(thinking="prefix", template="chat", answer="boxed", exemplars=()):
-    return prompts.Spec(template, thinking, answer, REGISTRY, tuple(exemplars))
+    return conversations.PromptFormat(template, thinking, answer, REGISTRY, tuple(exemplars))
 
 
 def settings(kind, problem_en=True, solution=True):
@@ -45,14 +47,22 @@ def settings(kind, problem_en=True, solution=True):
 def teach(tokenizer, side, chosen, row, text=""):
     """The teacher's prompt for a row of which nothing is known but what a writer wrote."""
     shots = [
-        (contexts.ideal(shot, prompts.worked(side, shot)), replies.NONE) for shot in side.exemplars
+        (
+            contexts.build_exemplar_attempt(
+                shot, conversations.write_worked_completion(side, shot)
+            ),
+            replies.NONE,
+        )
+        for shot in side.exemplars
     ]
-    reply = replies.analysis(text) if text else replies.NONE
-    return contexts.teach(tokenizer, side, chosen, contexts.Attempt(row), reply, shots)
+    reply = replies.read_analysis(text) if text else replies.NONE
+    return teacher_prompts.build_teacher_prompt(
+        tokenizer, side, chosen, contexts.Attempt(row), reply, shots
+    )
 
 
 def ask(tokenizer, side, chosen, row):
-    return contexts.writer_prompt(tokenizer, side, chosen, contexts.Attempt(row))
+    return teacher_prompts.build_author_prompt(tokenizer, side, chosen, contexts.Attempt(row))
 
 
 def blocks(row):
@@ -142,7 +152,7 @@ def test_plain_solutions_stay_on_their_line(tiny):
 @pytest.mark.parametrize("exemplars", [(), (SHOT,)])
 def test_context_none_is_the_students_prompt(tiny, template, thinking, exemplars):
     side = spec(thinking, template, exemplars=exemplars)
-    student = prompts.student(tiny, side, make_row())
+    student = prompts.build_student_prompt(tiny, side, make_row())
     assert teach(tiny, side, settings("none"), make_row()) == student
     for kind in ("reference", "crosslingual", "reason_first"):
         other = teach(tiny, side, settings(kind), make_row())
@@ -173,7 +183,7 @@ def test_bug_16_the_analysis_is_a_turn_of_a_proper_conversation(tiny):
 
 def test_bug_16_an_open_think_block_does_not_reach_the_teacher(tiny):
     reply = "<think>\nIt never ends, 3 <|im_end|> is added"
-    read = replies.analysis(reply)
+    read = replies.read_analysis(reply)
     assert (read.text, read.status) == ("It never ends, 3 <|im_end|> is added", "thought")
     made = teach(tiny, spec(), settings("reason_first"), make_row(), reply)
     think, end = tiny.convert_tokens_to_ids(["<think>", "<|im_end|>"])
@@ -193,7 +203,7 @@ def test_bug_16_an_open_think_block_does_not_reach_the_teacher(tiny):
     ],
 )
 def test_analysis_and_its_status(reply, expected):
-    read = replies.analysis(reply)
+    read = replies.read_analysis(reply)
     assert (read.text, read.status) == expected
 
 
@@ -202,10 +212,15 @@ def test_without_an_analysis_nothing_is_taught(tiny, status):
     """A writer that fails must not turn reason_first into OPSD."""
     attempt = contexts.Attempt(make_row())
     reply = replies.Reply(status)
-    assert contexts.teach(tiny, spec(), settings("reason_first"), attempt, reply) is None
+    assert (
+        teacher_prompts.build_teacher_prompt(tiny, spec(), settings("reason_first"), attempt, reply)
+        is None
+    )
     # Exemplars, about which nothing is written, show the reference.
-    shown = contexts.teach(tiny, spec(), settings("reason_first"), attempt)
-    assert shown == contexts.teach(tiny, spec(), settings("reference"), attempt)
+    shown = teacher_prompts.build_teacher_prompt(tiny, spec(), settings("reason_first"), attempt)
+    assert shown == teacher_prompts.build_teacher_prompt(
+        tiny, spec(), settings("reference"), attempt
+    )
 
 
 def test_plain_reason_first(tiny):
@@ -223,11 +238,13 @@ def test_bug_22_prefix_only_where_it_is_set(tiny):
         side = spec(thinking)
         teacher = teach(tiny, side, settings("crosslingual"), row)
         assert teacher.state == state
-        prompts.check_states(prompts.student(tiny, side, row), teacher, allow=False)
+        prompts.check_template_states(
+            prompts.build_student_prompt(tiny, side, row), teacher, allow=False
+        )
     # OPSD v3: student off, teacher on.
     with pytest.raises(ValueError, match="template_mismatch"):
-        prompts.check_states(
-            prompts.student(tiny, spec("off"), row),
+        prompts.check_template_states(
+            prompts.build_student_prompt(tiny, spec("off"), row),
             teach(tiny, spec("on"), settings("reference"), row),
             allow=False,
         )
@@ -250,12 +267,31 @@ def test_bug_26_and_30_label_and_final_instruction(tiny, kind):
             assert f"<|im_start|>user\n{words.transition}\n{words.instruction}<|im_end|>" in text
 
 
-def test_bug_15_only_some_contexts_have_a_writer(tiny):
-    asking = {k for k in contexts.CONTEXTS if "reply" in contexts.reads(settings(k))}
-    assert asking == {"reason_first", "reflection", "critique"}
-    for kind in contexts.CONTEXTS:
-        attempt = contexts.Attempt(make_row(), "9", False, "wrong", "10 + 3 = 13.", make_row())
-        assert (contexts.ask(settings(kind), attempt) is not None) == (kind in asking)
+def test_bug_15_only_some_contexts_have_an_author():
+    with_author = {kind for kind, context in contexts.CONTEXTS.items() if context.author}
+    assert with_author == {"reason_first", "reflection", "critique"}
+    for kind, context in contexts.CONTEXTS.items():
+        assert ("reply" in context.inputs(settings(kind))) == (kind in with_author)
+        assert set(context.inputs(settings(kind))) <= set(contexts.INPUTS)
+        if context.author is None:
+            assert context.author_kinds == ("none",)
+            with pytest.raises(ValueError, match=f"{kind!r}: no author"):
+                contexts.get_author(settings(kind))
+            continue
+        by_rule = context.author.write_by_rule is not None
+        assert ("grader" in context.author_kinds) == by_rule
+
+
+def test_contexts_and_rewards_are_checked_without_jax_and_transformers():
+    """`main` reads the tables before it sets the environment in which jax starts."""
+    code = (
+        "import sys\n"
+        "from copsd_jax.rewards import reward_functions\n"
+        "from copsd_jax.teaching import contexts\n"
+        "print(sorted({'jax', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_needs_are_what_the_prompt_shows(tiny):
@@ -265,7 +301,7 @@ def test_needs_are_what_the_prompt_shows(tiny):
         made = teach(tiny, spec(), chosen, row)
         for name in ("problem_en", "solution"):
             poor = problem_row.Row(**{**vars(row), name: ""})
-            if name in contexts.needs(chosen):
+            if name in contexts.list_row_fields(chosen):
                 with pytest.raises(ValueError, match=f"no {name}"):
                     teach(tiny, spec(), chosen, poor)
             else:
@@ -274,4 +310,4 @@ def test_needs_are_what_the_prompt_shows(tiny):
 
 def test_an_unknown_context_lists_the_choices():
     with pytest.raises(ValueError, match=r"context\.kind is 'referense'.*crosslingual"):
-        contexts.needs(settings("referense"))
+        contexts.list_row_fields(settings("referense"))

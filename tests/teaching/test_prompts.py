@@ -12,11 +12,11 @@ import transformers
 from hypothesis import strategies as st
 
 from copsd_jax.problems import languages, problem_row
-from copsd_jax.teaching import prompts
+from copsd_jax.teaching import conversations, prompts, text_encoding
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ROOT / "copsd_jax" / "weights" / "tiny_tokenizer"
-REGISTRY = languages.load()
+REGISTRY = languages.load_languages()
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -30,7 +30,7 @@ PROBLEMS = {
 
 
 def code(lang):
-    return languages.resolve(lang, REGISTRY)
+    return languages.resolve_code(lang, REGISTRY)
 
 
 def make_row(lang="sw", problem=None, key="r"):
@@ -98,7 +98,7 @@ def any_tokenizer(request):
 
 
 def spec(thinking="off", template="chat", answer="boxed", exemplars=(), registry=REGISTRY):
-    return prompts.Spec(template, thinking, answer, registry, tuple(exemplars))
+    return conversations.PromptFormat(template, thinking, answer, registry, tuple(exemplars))
 
 
 def ids_of(prompt):
@@ -123,7 +123,7 @@ def test_student_equals_the_tokenizers_own_template(tiny, lang, thinking):
     )
     if thinking == "prefix":
         text += "<think>\n" + REGISTRY[row.lang].think_prefix.strip()
-    prompt = prompts.student(tiny, spec(thinking), row)
+    prompt = prompts.build_student_prompt(tiny, spec(thinking), row)
     assert prompt.text == text
     assert ids_of(prompt) == tiny.encode(text, add_special_tokens=False)
     assert prompt.prefix_ids == ()
@@ -134,7 +134,7 @@ def test_golden_ids(tiny):
         REGISTRY[code("en")], label_problem="Problem", instruction=r"Use \boxed{}."
     )
     row = make_row("en", "2 + 2?")
-    prompt = prompts.student(tiny, spec("off", registry={row.lang: english}), row)
+    prompt = prompts.build_student_prompt(tiny, spec("off", registry={row.lang: english}), row)
     assert prompt.text == (
         "<|im_start|>user\nProblem: 2 + 2?\n\nUse \\boxed{}.<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -156,7 +156,7 @@ def test_several_turns_with_exemplars_share_their_prefix(any_tokenizer):
     made = {}
     for lang in PROBLEMS:
         row = make_row(lang)
-        made[lang] = prompts.student(tokenizer, spec(thinking, exemplars=SHOTS), row)
+        made[lang] = prompts.build_student_prompt(tokenizer, spec(thinking, exemplars=SHOTS), row)
         messages = []
         for shot in SHOTS:
             answer = f"{shot.solution} \\boxed{{{shot.answer}}}"
@@ -174,7 +174,7 @@ def test_several_turns_with_exemplars_share_their_prefix(any_tokenizer):
         assert made[lang].text == text
         assert ids_of(made[lang]) == tokenizer.encode(text, add_special_tokens=False)
     assert len({prompt.prefix_ids for prompt in made.values()}) == 1
-    shared = prompts.text_of(tokenizer, made["en"].prefix_ids)
+    shared = text_encoding.decode_ids(tokenizer, made["en"].prefix_ids)
     assert r"\boxed{5}" in shared
     assert "Luc" not in shared
 
@@ -184,7 +184,9 @@ def test_plain_equals_encoding_the_text_at_once(any_tokenizer):
     prefixes = set()
     for lang in PROBLEMS:
         row = make_row(lang)
-        made = prompts.student(tokenizer, spec("none", "plain", "answer_is", SHOTS), row)
+        made = prompts.build_student_prompt(
+            tokenizer, spec("none", "plain", "answer_is", SHOTS), row
+        )
         text = (
             "Question: There are 3 boxes of 5. How many?\n"
             "Answer: 3 * 5 = 15. The answer is 15.\n\n"
@@ -197,15 +199,17 @@ def test_plain_equals_encoding_the_text_at_once(any_tokenizer):
         assert made.state == "plain"
         prefixes.add(made.prefix_ids)
     (prefix,) = prefixes
-    assert text.startswith(prompts.text_of(tokenizer, prefix))
-    assert prompts.text_of(tokenizer, prefix).endswith("answer is 5.\n\n")
+    assert text.startswith(text_encoding.decode_ids(tokenizer, prefix))
+    assert text_encoding.decode_ids(tokenizer, prefix).endswith("answer is 5.\n\n")
 
 
 def test_exemplars_end_where_no_token_crosses():
     """Wordings that merge over the seam: a blank in the header, line breaks before a word."""
     tokenizer = load(CHATML.replace("}}\n{{ m.content", "}} {{ m.content"))
     words = {code("en"): dataclasses.replace(REGISTRY[code("en")], label_problem="has")}
-    made = prompts.student(tokenizer, spec("none", exemplars=SHOTS, registry=words), make_row("en"))
+    made = prompts.build_student_prompt(
+        tokenizer, spec("none", exemplars=SHOTS, registry=words), make_row("en")
+    )
     assert ids_of(made) == tokenizer.encode(made.text, add_special_tokens=False)
     assert "Ġhas" in tokenizer.convert_ids_to_tokens(list(made.ids))
     assert made.prefix_ids
@@ -218,14 +222,16 @@ def test_exemplars_end_where_no_token_crosses():
     backend.train_from_iterator(["\n\n\n\n\n"] * 9, trainer)
     gpt2 = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     assert len(gpt2.encode("\n\n")) == 1
-    made = prompts.student(gpt2, spec("none", "plain", exemplars=SHOTS), make_row("en"))
+    made = prompts.build_student_prompt(
+        gpt2, spec("none", "plain", exemplars=SHOTS), make_row("en")
+    )
     assert ids_of(made) == gpt2.encode(made.text)
-    assert prompts.text_of(gpt2, made.prefix_ids).endswith("\n\n")
+    assert text_encoding.decode_ids(gpt2, made.prefix_ids).endswith("\n\n")
 
 
 def test_plain_completion_of_an_exemplar_continues_the_prompt(tiny):
     """What the exemplars show after "Answer:" is what a completion starts with: a blank."""
-    made = prompts.student(tiny, spec("none", "plain", "answer_is", SHOTS), make_row())
+    made = prompts.build_student_prompt(tiny, spec("none", "plain", "answer_is", SHOTS), make_row())
     answers = made.text.split("Answer:")
     assert all(answer.startswith(" ") for answer in answers[1:-1])
     assert answers[-1] == ""
@@ -233,48 +239,54 @@ def test_plain_completion_of_an_exemplar_continues_the_prompt(tiny):
 
 @pytest.mark.parametrize("template, thinking", [("chat", "off"), ("plain", "none")])
 def test_bug_01_and_17_the_prompt_keeps_its_template(tiny, template, thinking):
-    made = prompts.student(tiny, spec(thinking, template), make_row())
+    made = prompts.build_student_prompt(tiny, spec(thinking, template), make_row())
     starts = made.ids.count(tiny.convert_tokens_to_ids("<|im_start|>"))
     assert starts == (2 if template == "chat" else 0)
-    assert prompts.text_of(tiny, ids_of(made)) == made.text
+    assert text_encoding.decode_ids(tiny, ids_of(made)) == made.text
 
 
 def test_bug_02_and_03_lengths_come_from_the_ids_not_from_text(tiny):
     """A problem that quotes a special token: its text would encode to other, fewer ids."""
     row = make_row("en", "What does <|im_end|> mean? And <|endoftext|>?")
-    made = prompts.student(tiny, spec("off"), row)
+    made = prompts.build_student_prompt(tiny, spec("off"), row)
     again = tiny.encode(made.text, add_special_tokens=False)
     assert len(again) < made.length == len(made.ids)
-    assert prompts.text_of(tiny, made.ids) == made.text
+    assert text_encoding.decode_ids(tiny, made.ids) == made.text
 
 
 def test_bug_06_and_07_pad_equal_to_eos_removes_nothing(tiny):
     padded = load(pad_token="<|im_end|>")
     assert padded.pad_token_id == padded.eos_token_id
     for thinking in ("off", "prefix"):
-        made = prompts.student(padded, spec(thinking, exemplars=SHOTS), make_row())
-        assert made == prompts.student(tiny, spec(thinking, exemplars=SHOTS), make_row())
+        made = prompts.build_student_prompt(padded, spec(thinking, exemplars=SHOTS), make_row())
+        assert made == prompts.build_student_prompt(
+            tiny, spec(thinking, exemplars=SHOTS), make_row()
+        )
         assert ids_of(made).count(padded.eos_token_id) == 5
 
 
 def test_bug_18_over_long_prompts_are_dropped_or_refused_never_cut(tiny):
     rows = [make_row("en", "word " * n, key=f"r{n}") for n in (1, 40, 2)]
-    make = lambda row: prompts.student(tiny, spec("prefix"), row)  # noqa: E731
+    make = lambda row: prompts.build_student_prompt(tiny, spec("prefix"), row)  # noqa: E731
     limit = make(rows[0]).length + 10
-    kept, dropped = prompts.within(rows, make, limit, setting="prompt.max_tokens", overlong="drop")
+    kept, dropped = prompts.keep_fitting_rows(
+        rows, make, limit, setting="prompt.max_tokens", overlong="drop"
+    )
     assert ([row.id for row in kept], dropped) == (["r1", "r2"], 1)
     opening = REGISTRY[rows[0].lang].think_prefix.strip()
     assert all(make(row).text.endswith("<think>\n" + opening) for row in rows)
     with pytest.raises(ValueError, match=rf"'r40' .*prompt\.max_tokens is {limit}"):
-        prompts.within(rows, make, limit, setting="prompt.max_tokens", overlong="error")
+        prompts.keep_fitting_rows(rows, make, limit, setting="prompt.max_tokens", overlong="error")
     exact = make(rows[0]).length
-    assert prompts.within(rows[:1], make, exact, setting="x", overlong="error")[1] == 0
+    assert prompts.keep_fitting_rows(rows[:1], make, exact, setting="x", overlong="error")[1] == 0
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
 @pytest.mark.parametrize("exemplars", [(), SHOTS])
 def test_bug_19_one_start_token(llama, template, exemplars):
-    made = prompts.student(llama, spec("none", template, exemplars=exemplars), make_row())
+    made = prompts.build_student_prompt(
+        llama, spec("none", template, exemplars=exemplars), make_row()
+    )
     ids = ids_of(made)
     assert ids[0] == llama.bos_token_id
     assert ids.count(llama.bos_token_id) == 1
@@ -286,13 +298,13 @@ def test_bug_19_one_start_token(llama, template, exemplars):
 
 
 def test_no_start_token_where_the_tokenizer_adds_none(tiny):
-    made = prompts.student(tiny, spec("none", "plain"), make_row())
+    made = prompts.build_student_prompt(tiny, spec("none", "plain"), make_row())
     assert list(made.ids) == tiny.encode(made.text)
 
 
 def test_bug_22_states_are_told_apart_and_a_mismatch_is_refused(tiny, chatml):
     row = make_row()
-    made = {t: prompts.student(tiny, spec(t), row) for t in ("off", "on", "prefix")}
+    made = {t: prompts.build_student_prompt(tiny, spec(t), row) for t in ("off", "on", "prefix")}
     assert {t: p.state for t, p in made.items()} == {
         "off": "closed",
         "on": "unopened",
@@ -300,20 +312,20 @@ def test_bug_22_states_are_told_apart_and_a_mismatch_is_refused(tiny, chatml):
     }
     for student, teacher in [("off", "on"), ("off", "prefix"), ("on", "prefix")]:
         with pytest.raises(ValueError, match=r"parity\.template_mismatch"):
-            prompts.check_states(made[student], made[teacher], allow=False)
-        prompts.check_states(made[student], made[teacher], allow=True)
-        prompts.check_states(made[student], made[student], allow=False)
-    assert prompts.student(chatml, spec("none"), row).state == "plain"
+            prompts.check_template_states(made[student], made[teacher], allow=False)
+        prompts.check_template_states(made[student], made[teacher], allow=True)
+        prompts.check_template_states(made[student], made[student], allow=False)
+    assert prompts.build_student_prompt(chatml, spec("none"), row).state == "plain"
 
 
 def test_state_is_read_from_the_template_not_from_the_problem(tiny):
     row = make_row("en", "What is <think>\n\n</think>\n\n")
-    assert prompts.student(tiny, spec("on"), row).state == "unopened"
+    assert prompts.build_student_prompt(tiny, spec("on"), row).state == "unopened"
 
 
 def test_templates_that_open_the_block_themselves():
     always = load(CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
-    assert prompts.student(always, spec("none"), make_row()).state == "open"
+    assert prompts.build_student_prompt(always, spec("none"), make_row()).state == "open"
     switched = load(
         CHATML.replace(
             "assistant\n{% endif",
@@ -321,24 +333,24 @@ def test_templates_that_open_the_block_themselves():
             "{% endif %}{% endif",
         )
     )
-    made = prompts.student(switched, spec("prefix"), make_row())
+    made = prompts.build_student_prompt(switched, spec("prefix"), make_row())
     assert made.text.count("<think>") == 1
     assert made.state == "open"
-    assert prompts.student(switched, spec("off"), make_row()).state == "closed"
+    assert prompts.build_student_prompt(switched, spec("off"), make_row()).state == "closed"
 
 
 def test_thinking_that_a_template_cannot_do_is_refused(tiny, chatml):
     for thinking in ("off", "on", "prefix"):
         with pytest.raises(ValueError, match="no thinking switch"):
-            prompts.student(chatml, spec(thinking), make_row())
+            prompts.build_student_prompt(chatml, spec(thinking), make_row())
         with pytest.raises(ValueError, match="'plain'"):
-            prompts.student(tiny, spec(thinking, "plain"), make_row())
+            prompts.build_student_prompt(tiny, spec(thinking, "plain"), make_row())
     with pytest.raises(ValueError, match=r"eval\.thinking is 'none'.*'off', 'on', 'prefix'"):
         prompts.check_thinking(tiny, "chat", "none", "eval.thinking")
     bare = load()
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        prompts.student(bare, spec("off"), make_row())
+        prompts.build_student_prompt(bare, spec("off"), make_row())
 
 
 def test_bug_27_and_29_label_and_empty_think_block_stand_in_every_prompt(tiny):
@@ -348,9 +360,10 @@ def test_bug_27_and_29_label_and_empty_think_block_stand_in_every_prompt(tiny):
         label = REGISTRY[row.lang].label_problem
         for thinking in ("off", "on", "prefix"):
             assert (
-                f"user\n{label}: {row.problem}" in prompts.student(tiny, spec(thinking), row).text
+                f"user\n{label}: {row.problem}"
+                in prompts.build_student_prompt(tiny, spec(thinking), row).text
             )
-        text = prompts.student(tiny, spec("off"), row).text
+        text = prompts.build_student_prompt(tiny, spec("off"), row).text
         assert text.endswith("<think>\n\n</think>\n\n")
 
 
@@ -360,9 +373,9 @@ def test_bug_27_the_think_prefix_is_stripped(tiny):
         for key, lang in REGISTRY.items()
     }
     row = make_row()
-    assert prompts.student(tiny, spec("prefix", registry=padded), row) == prompts.student(
-        tiny, spec("prefix"), row
-    )
+    assert prompts.build_student_prompt(
+        tiny, spec("prefix", registry=padded), row
+    ) == prompts.build_student_prompt(tiny, spec("prefix"), row)
 
 
 HOSTILE = st.lists(
@@ -380,7 +393,7 @@ def test_no_text_of_a_problem_becomes_a_special_token(problem, thinking):
     tokenizer = _TINY
     template = "plain" if thinking == "plain" else "chat"
     made, clean = (
-        prompts.student(
+        prompts.build_student_prompt(
             tokenizer,
             spec("none" if thinking == "plain" else thinking, template, exemplars=SHOTS[:1]),
             make_row("en", text),
@@ -390,7 +403,7 @@ def test_no_text_of_a_problem_becomes_a_special_token(problem, thinking):
     added = set(tokenizer.get_added_vocab().values())
     assert [i for i in ids_of(made) if i in added] == [i for i in ids_of(clean) if i in added]
     assert made.prefix_ids == clean.prefix_ids
-    back = prompts.text_of(tokenizer, ids_of(made))
+    back = text_encoding.decode_ids(tokenizer, ids_of(made))
     assert back == unicodedata.normalize("NFC", made.text)
     if template == "chat":
         assert f": a {problem} z\n\n" in made.text
@@ -401,22 +414,24 @@ _TINY = load()
 
 def test_a_template_that_cannot_share_exemplars_is_refused():
     flat = load("{% for m in messages %}{{ m.content }}\n{% endfor %}")
-    prompts.student(flat, spec("none"), make_row())
+    prompts.build_student_prompt(flat, spec("none"), make_row())
     with pytest.raises(ValueError, match=r"prompt\.exemplars"):
-        prompts.student(flat, spec("none", exemplars=SHOTS), make_row())
+        prompts.build_student_prompt(flat, spec("none", exemplars=SHOTS), make_row())
     deaf = load("{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}")
     with pytest.raises(ValueError, match="exactly once"):
-        prompts.student(deaf, spec("none"), make_row())
+        prompts.build_student_prompt(deaf, spec("none"), make_row())
 
 
 def test_exemplars_need_solution_and_answer(tiny):
     shot = dataclasses.replace(SHOTS[0], answer="")
     with pytest.raises(ValueError, match="'e0' needs a solution and an answer"):
-        prompts.student(tiny, spec("off", exemplars=[shot]), make_row())
+        prompts.build_student_prompt(tiny, spec("off", exemplars=[shot]), make_row())
 
 
 def test_answer_is_asks_in_its_own_words(tiny):
     row = make_row()
-    text = prompts.student(tiny, spec("off", answer="answer_is", exemplars=SHOTS), row).text
+    text = prompts.build_student_prompt(
+        tiny, spec("off", answer="answer_is", exemplars=SHOTS), row
+    ).text
     assert "boxed" not in text
     assert "3 * 5 = 15. The answer is 15.<|im_end|>" in text

@@ -8,14 +8,14 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from copsd_jax.problems import sources
-from copsd_jax.teaching import replies, solution_steps
+from copsd_jax.problems import problem_row, sources
+from copsd_jax.teaching import answer_leaks, replies, rule_author, solution_steps, step_checker
 
 QUOTE, WHY = "<error_quote>5 * 3 = 16</error_quote>", "<explanation>5 * 3 is 15.</explanation>"
 
 
 def read(text: str, kind: str = "diagnose") -> tuple[str, str, str]:
-    reply = replies.reflection(text, kind)
+    reply = replies.read_reflection(text, kind)
     assert reply.raw == text
     assert (reply.step, reply.case, reply.trace) == (None, "", "")
     return reply.status, reply.text, reply.quote
@@ -75,7 +75,7 @@ def test_explanations(text, expected):
 
 
 def test_unknown_kinds_are_refused():
-    for reader in (replies.reflection, replies.reflection_as_published):
+    for reader in (replies.read_reflection, replies.read_published_reflection):
         with pytest.raises(ValueError, match="kind is 'critique': the choices are diagnose, expl"):
             reader(WHY, "critique")
 
@@ -102,12 +102,12 @@ def test_unknown_kinds_are_refused():
     ],
 )  # fmt: skip
 def test_reflections_as_published(text, expected):
-    reply = replies.reflection_as_published(text, "diagnose")
+    reply = replies.read_published_reflection(text, "diagnose")
     assert (reply.status, reply.text, reply.quote) == expected
 
 
 def test_explanations_as_published_have_no_quote():
-    reply = replies.reflection_as_published(QUOTE + WHY, "explain")
+    reply = replies.read_published_reflection(QUOTE + WHY, "explain")
     assert (reply.status, reply.text, reply.quote) == ("ok", "5 * 3 is 15.", "")
 
 
@@ -120,14 +120,16 @@ def critique(case="wrong", first="2", steps=("2 + 3 = 5", "5 * 3 = 15"), answer=
 TRACE = "<step_1>2 + 3 = 5</step_1>\n<step_2>5 * 3 = 15</step_2>\n<answer>15</answer>"
 
 
-@pytest.mark.parametrize("case", tuple(solution_steps.CASES))
+@pytest.mark.parametrize("case", tuple(step_checker.CASES))
 def test_the_four_cases_of_a_critique(case):
     first = "2" if case == "wrong" else ""
     text = "<think><case>right</case></think> I say: " + critique(case, first)
     step = 2 if case == "wrong" else None
     expected = replies.Reply("ok", "", "", step, case, TRACE, text)
-    assert replies.critique(text) == expected
-    assert replies.critique(text.replace("<step_2>", "that is,  <step_2>\n ")) == replies.Reply(
+    assert replies.read_critique(text) == expected
+    assert replies.read_critique(
+        text.replace("<step_2>", "that is,  <step_2>\n ")
+    ) == replies.Reply(
         "ok", "", "", step, case, TRACE, text.replace("<step_2>", "that is,  <step_2>\n ")
     )
 
@@ -178,7 +180,7 @@ def test_the_four_cases_of_a_critique(case):
     ],
 )  # fmt: skip
 def test_critiques(status, text):
-    reply = replies.critique(text)
+    reply = replies.read_critique(text)
     assert reply.status == status
     assert reply.raw == text
     if status != "ok":
@@ -233,7 +235,7 @@ ATTEMPT = ["2 + 3 = 5", "5 * 3 = 16", "16 is the answer"]
     ],
 )
 def test_critiques_against_the_attempt(status, text, attempt):
-    reply = replies.critique(text)
+    reply = replies.read_critique(text)
     assert reply.status == "ok"
     verified = replies.verify_critique(reply, attempt)
     assert verified.status == status
@@ -243,15 +245,15 @@ def test_critiques_against_the_attempt(status, text, attempt):
 
 
 def test_the_place_behind_the_right_steps():
-    assert replies._behind(["x", "a", "b", "x", "a", "y"], ["a", "b", "a"]) == 5
-    assert replies._behind(["a", "b"], ["a", "b", "a"]) is None
-    assert replies._behind(["a"], []) == 0
+    assert replies.find_end(["x", "a", "b", "x", "a", "y"], ["a", "b", "a"]) == 5
+    assert replies.find_end(["a", "b"], ["a", "b", "a"]) is None
+    assert replies.find_end(["a"], []) == 0
 
 
 def test_an_answer_that_is_stated_first():
     text = "The answer is 16. 2 + 3 = 5. 5 * 3 = 16."
-    verdict = solution_steps.check(text, "2 + 3 = 5 and 5 * 3 = 15.", "15", "16", False)
-    written = replies.rule_reflection(text, verdict, "")
+    row = problem_row.Row("r", "p", "2 + 3 = 5 and 5 * 3 = 15.", "15", "en", "p")
+    written = rule_author.write_reflection(row, text, "16", False)
     assert read(written) == ("ok", "The step should be 5 * 3 = 15.", "5 * 3 = 16")
 
 
@@ -274,12 +276,12 @@ def test_replies_that_do_as_the_requests_say_are_ok():
     explained = filled(replies.EXPLAIN, {"explanation": "5 * 3 is 15."})
     assert read(explained, "explain") == ("ok", "5 * 3 is 15.", "")
     whole = {"case": "wrong", "first_wrong": "2", "step_1": "2 + 3 = 5", "step_2": "5 * 3 = 15"}
-    reply = replies.critique(filled(replies.CRITIQUE, whole | {"answer": "15"}))
+    reply = replies.read_critique(filled(replies.CRITIQUE, whole | {"answer": "15"}))
     assert (reply.status, reply.step, reply.trace) == ("ok", 2, TRACE)
     named = re.findall(r"^(\w+):", replies.CRITIQUE, re.MULTILINE)
-    assert tuple(named) == tuple(solution_steps.CASES)
+    assert tuple(named) == tuple(step_checker.CASES)
     # The requests themselves, copied instead of followed, are no replies.
-    assert replies.critique(replies.CRITIQUE).status != "ok"
+    assert replies.read_critique(replies.CRITIQUE).status != "ok"
 
 
 LEAKS = [
@@ -321,8 +323,8 @@ LEAKS = [
 def test_leaks(answer, marked):
     text = marked.replace("«", "").replace("»", "")
     masked = re.sub("«[^»]*»", "[...]", marked)
-    assert replies.mask_leak(text, answer) == masked
-    assert replies.leak(text, answer) == ("«" in marked)
+    assert answer_leaks.mask_leak(text, answer) == masked
+    assert answer_leaks.has_leak(text, answer) == ("«" in marked)
 
 
 SCRIPTS = [
@@ -344,8 +346,8 @@ def test_a_number_leaks_exactly_where_it_is_in_a_list_of_numbers(numbers, answer
     digits = str.maketrans("0123456789", script)
     text = mark.join(map(str, numbers)).translate(digits) + "."
     shown = ["[...]" if n == answer else str(n).translate(digits) for n in numbers]
-    assert replies.leak(text, str(answer)) == (answer in numbers)
-    assert replies.mask_leak(text, str(answer)) == mark.join(shown) + "."
+    assert answer_leaks.has_leak(text, str(answer)) == (answer in numbers)
+    assert answer_leaks.mask_leak(text, str(answer)) == mark.join(shown) + "."
 
 
 @hypothesis.settings(deadline=None, derandomize=True, max_examples=200)
@@ -354,18 +356,18 @@ def test_a_number_leaks_exactly_where_it_is_in_a_list_of_numbers(numbers, answer
     st.sampled_from(["13", "-1", "1.3", "1/3", "a", "é x", "0"]),
 )
 def test_nothing_leaks_from_what_was_masked(text, answer):
-    masked = replies.mask_leak(text, answer)
-    assert not replies.leak(masked, answer)
-    assert replies.leak(text, answer) == (masked != text)
+    masked = answer_leaks.mask_leak(text, answer)
+    assert not answer_leaks.has_leak(masked, answer)
+    assert answer_leaks.has_leak(text, answer) == (masked != text)
 
 
 def test_long_hostile_texts_take_no_time():
     start = time.process_time()
     for text in ("1" * 60_000, "1 " * 9_000, "\\frac{" * 5_000, "<step_1>" * 4_000, "-" * 30_000):
-        replies.leak(text, "13")
-        replies.leak(text, "a b")
-        replies.critique(text)
-        replies.reflection(text, "diagnose")
+        answer_leaks.has_leak(text, "13")
+        answer_leaks.has_leak(text, "a b")
+        replies.read_critique(text)
+        replies.read_reflection(text, "diagnose")
     assert time.process_time() - start < 5
 
 
@@ -384,7 +386,11 @@ def test_replies_from_a_file(tmp_path):
         "",
         {"reply": "ọ̀nà", "sample": 0, "id": "b"},
     )
-    assert replies.from_file(path) == {("a", 0): "one\u2028line", ("a", 1): "", ("b", 0): "ọ̀nà"}
+    assert replies.load_reply_file(path) == {
+        ("a", 0): "one\u2028line",
+        ("a", 1): "",
+        ("b", 0): "ọ̀nà",
+    }
 
 
 @pytest.mark.parametrize(
@@ -409,13 +415,13 @@ def test_replies_from_a_file(tmp_path):
 def test_files_that_are_refused(tmp_path, record, message):
     path = write(tmp_path, {"id": "a", "reply": "x"}, record)
     with pytest.raises(ValueError) as raised:
-        replies.from_file(path)
+        replies.load_reply_file(path)
     assert str(raised.value).startswith(f"{path}, {message}")
 
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"author\.path is .*none\.jsonl"):
-        replies.from_file(str(tmp_path / "none.jsonl"))
+        replies.load_reply_file(str(tmp_path / "none.jsonl"))
 
 
 # What a student may make of a bundled solution: text and answer.
@@ -450,7 +456,7 @@ SAID = {
 @pytest.mark.parametrize("tags", [False, True])
 @pytest.mark.parametrize("how", PERTURBED)
 def test_what_the_rule_writes_is_read_back(how, tags):
-    rows = [record.fields for record in sources.read("bundled:train")][:120]
+    rows = [record.fields for record in sources.read_records("bundled:train")][:120]
     assert sum(row["steps"] > 1 for row in rows) > 20
     for row in rows:
         gold = row["answer"]
@@ -460,9 +466,10 @@ def test_what_the_rule_writes_is_read_back(how, tags):
             parts = [f"<step_{k}>{part}</step_{k}>" for k, part in enumerate(parts, start=shift)]
         text, found = PERTURBED[how](parts, gold)
         correct = found == gold
-        verdict = solution_steps.check(text, row["solution"], gold, found, correct)
-        written = replies.rule_reflection(text, verdict, row["solution"])
-        reply = replies.reflection(written, "explain" if correct else "diagnose")
+        verdict = step_checker.check_attempt(text, row["solution"], gold, found, correct)
+        problem = problem_row.Row("r", "p", row["solution"], gold, "en", "p")
+        written = rule_author.write_reflection(problem, text, found, correct)
+        reply = replies.read_reflection(written, "explain" if correct else "diagnose")
         assert reply.status == ("ok" if correct or verdict.wrong else "no_quote"), (text, written)
         if verdict.wrong:
             start, end = verdict.wrong
@@ -471,9 +478,9 @@ def test_what_the_rule_writes_is_read_back(how, tags):
             one = len(plain) == 1 and how.startswith("no first")  # so nothing is left of it
             said = SAID["a wrong step" if one else how]
             assert reply.text == said.format(first=plain[0], last=plain[-1])
-        own = [text[s.start : s.end] for s in solution_steps.split(text).steps if not s.final]
-        written = replies.rule_critique(verdict, gold)
-        reply = replies.verify_critique(replies.critique(written), own)
+        own = [text[s.start : s.end] for s in solution_steps.split_steps(text) if not s.final]
+        written = rule_author.write_critique(problem, text, found, correct)
+        reply = replies.verify_critique(replies.read_critique(written), own)
         assert (reply.status, reply.case) == ("ok", verdict.case), (text, written)
         assert reply.step == verdict.wrong_step
         assert reply.trace.endswith(f"\n<answer>{gold}</answer>")

@@ -11,13 +11,13 @@ from hypothesis import strategies
 
 from copsd_jax.problems import bundled
 from copsd_jax.rewards import graders
-from copsd_jax.teaching import solution_steps
+from copsd_jax.teaching import equations, solution_steps, step_checker
 
 SOME = hypothesis.settings(max_examples=200, derandomize=True, deadline=None, database=None)
 ROWS = [
     json.loads(line)
     for name in bundled.NAMES
-    for line in bundled.path(name).read_text(encoding="utf-8").splitlines()
+    for line in bundled.find_file(name).read_text(encoding="utf-8").splitlines()
 ]
 
 
@@ -71,16 +71,12 @@ ROWS = [
 def test_split(text, status, expected):
     if expected is None:
         expected = ["Hm.", "So.", "!11. Or 12.", "Bye"]
-    found = solution_steps.split(text)
-    assert found.status == status
-    assert found.form == ("tags" if status in ("tagged", "cut") else "sentences")
-    assert ["!" * s.final + text[s.start : s.end] for s in found.steps] == expected
-    assert [s.number for s in found.steps] == list(range(1, len(expected) + 1))
-
-
-def test_tables_cover_the_names():
-    assert set(solution_steps.STATUSES) == {"untagged", "tagged", "cut", "malformed"}
-    assert set(solution_steps.CASES) == {"right", "thin", "unfinished", "wrong"}
+    found = solution_steps.split_steps(text)
+    tags = [tag for tag in solution_steps._TAG.finditer(text) if tag[2]]
+    by_tags = solution_steps._split_at_tags(text, tags) is not None
+    assert by_tags == (status in ("tagged", "cut"))
+    assert ["!" * s.final + text[s.start : s.end] for s in found] == expected
+    assert [s.number for s in found] == list(range(1, len(expected) + 1))
 
 
 FRAGMENTS = [
@@ -109,9 +105,9 @@ FRAGMENTS += [
 @hypothesis.given(strategies.lists(strategies.sampled_from(FRAGMENTS), max_size=12))
 def test_steps_hold_all_of_the_text_but_tags_and_blanks(parts):
     text = "".join(parts)
-    found = solution_steps.split(text)
+    found = solution_steps.split_steps(text)
     at, rest = 0, ""
-    for step in found.steps:
+    for step in found:
         assert at <= step.start < step.end
         rest += text[at : step.start]
         assert text[step.start : step.end].strip() == text[step.start : step.end]
@@ -119,8 +115,8 @@ def test_steps_hold_all_of_the_text_but_tags_and_blanks(parts):
     rest += text[at:]
     rest = re.sub(r"</?(step_\d|answer)>", "", rest)
     assert not rest.strip()
-    for equation in solution_steps.equations(text):
-        assert sum(s.start <= equation.start and equation.end <= s.end for s in found.steps) == 1
+    for equation in equations.find_equations(text):
+        assert sum(s.start <= equation.start and equation.end <= s.end for s in found) == 1
 
 
 # ---- equations -------------------------------------------------------------------------------
@@ -195,13 +191,13 @@ def test_steps_hold_all_of_the_text_but_tags_and_blanks(parts):
 def test_equations(text, expected):
     found = [
         f"{text[e.start : e.end]} -> {e.value}{'' if e.true else ' false'}"
-        for e in solution_steps.equations(text)
+        for e in equations.find_equations(text)
     ]
     assert found == expected
 
 
 def test_results_on_the_way():
-    (equation,) = solution_steps.equations("3 * 5 - (2 + 2) = 11")
+    (equation,) = equations.find_equations("3 * 5 - (2 + 2) = 11")
     assert [int(value) for value in equation.results if value is not None] == [15, 4, 11]
 
 
@@ -241,21 +237,23 @@ def test_value_of_any_expression(tree, number, before):
     written, value, level = tree
     hypothesis.assume(level < 3)
     text, stated = number
-    found = solution_steps.equations(f"{before}{written} = {text}. And")
+    found = equations.find_equations(f"{before}{written} = {text}. And")
     assert len(found) == 1
     assert (found[0].start, found[0].end) == (len(before), len(before + written) + 3 + len(text))
     assert found[0].value == stated
     assert found[0].true == (value == stated)
     assert found[0].results[-1] == value
     if value is not None and value.denominator == 1 and value >= 0:
-        assert solution_steps.equations(f"{written} = {value}")[0].true
+        assert equations.find_equations(f"{written} = {value}")[0].true
 
 
 def test_time_does_not_grow_with_the_square():
     parts = ["(", "1+", "1=", "1+1=", "(1+", "-", "1,", "1 ", "9", "x", "\n", "<step_1>", ". "]
     for part in [*parts, "1 + 1 = 2. ", "1+1=2<step_1>", "1+1=2,", "The answer is "]:
         before = time.process_time()
-        solution_steps.check(part * (40_000 // len(part)), "1 + 1 = 2.", "2", None, correct=False)
+        step_checker.check_attempt(
+            part * (40_000 // len(part)), "1 + 1 = 2.", "2", None, correct=False
+        )
         assert time.process_time() - before < 4, part
 
 
@@ -264,13 +262,13 @@ def test_time_does_not_grow_with_the_square():
 TWO = "3 * 5 = 15 and 15 - 4 = 11."
 
 
-def judged(text: str, solution: str, gold: str) -> solution_steps.Verdict:
+def judged(text: str, solution: str, gold: str) -> step_checker.StepVerdict:
     for pattern in ("answer_is", "boxed"):
-        found = graders.extract(text, pattern, "last_anywhere")
+        found = graders.extract_answer(text, pattern, "last_anywhere")
         if found is not None:
             break
-    correct = found is not None and bool(graders.plainly_equal(gold, found))
-    return solution_steps.check(text, solution, gold, found, correct)
+    correct = found is not None and bool(graders.compare_plainly(gold, found))
+    return step_checker.check_attempt(text, solution, gold, found, correct)
 
 
 @pytest.mark.parametrize(
@@ -359,8 +357,6 @@ def test_check(text, case, step, wrong, corrected):
     assert (verdict.case, verdict.wrong_step) == (case, step)
     assert (verdict.wrong and text[slice(*verdict.wrong)]) == wrong
     assert "|".join(verdict.corrected) == corrected
-    found = solution_steps.split(text)
-    assert (verdict.form, verdict.status) == (found.form, found.status)
 
 
 def test_each_equation_reaches_one_of_equal_results():
@@ -401,7 +397,7 @@ def perturbed(part: str) -> list[str]:
 def test_every_bundled_solution_is_known_and_right():
     assert {len(equations_of(row)) for row in ROWS} == {1, 2}
     for row in ROWS:
-        assert solution_steps.covers(row["solution"], row["answer"])
+        assert step_checker.can_check(row["solution"], row["answer"])
         parts = equations_of(row)
         for text in traces(parts, row["answer"]):
             verdict = judged(text, row["solution"], row["answer"])
@@ -426,7 +422,7 @@ def test_a_changed_number_in_step_k_is_wrong_in_step_k():
                 assert quoted.replace("×", "*") == other
                 assert number_lists(verdict.corrected) == number_lists(parts)
                 assert not any(quoted in line for line in verdict.corrected)
-                prefix = [text[s.start : s.end] for s in solution_steps.split(text).steps[:k]]
+                prefix = [text[s.start : s.end] for s in solution_steps.split_steps(text)[:k]]
                 assert list(verdict.corrected[:k]) == prefix
     assert turn > 4000
 
@@ -480,18 +476,18 @@ def test_another_wrong_answer_is_wrong_in_its_sentence():
     ],
 )
 def test_unknown_solutions_are_refused_by_name(solution, gold, reason):
-    assert not solution_steps.covers(solution, gold)
-    assert solution_steps.covers(solution) == reason.startswith("it ends")
+    assert not step_checker.can_check(solution, gold)
+    assert step_checker.can_check(solution) == reason.startswith("it ends")
     with pytest.raises(ValueError, match=f"{re.escape(repr(solution))}: {reason}"):
-        solution_steps.check("", solution, gold, None, correct=False)
+        step_checker.check_attempt("", solution, gold, None, correct=False)
 
 
 @pytest.mark.parametrize("solution, gold", [("7 / 2 = 3.5.", "3.5"), ("7 / 2 = 3.5", "7/2")])
 def test_golds_that_are_no_integers(solution, gold):
-    assert solution_steps.covers(solution, gold)
+    assert step_checker.can_check(solution, gold)
 
 
 @pytest.mark.parametrize("text, found, correct", [("11", None, True), (" ", "11", False)])
 def test_contradictions_are_refused(text, found, correct):
     with pytest.raises(ValueError, match="not so of the text"):
-        solution_steps.check(text, TWO, "11", found, correct)
+        step_checker.check_attempt(text, TWO, "11", found, correct)

@@ -26,8 +26,8 @@ def chosen(tiny, text, reply, correct=False, before="", **changes):
         **{"select": "from_error", "on_failure": "skip", "occurrence": "first", "fuzzy": 0.8}
         | changes
     )
-    decoded = token_spans.decode(ids, tokenizer.list_token_bytes(tiny))
-    mask, status = token_selection.mask(
+    decoded = token_spans.decode_tokens(ids, tokenizer.list_token_bytes(tiny))
+    mask, status = token_selection.select_tokens(
         settings, decoded, len(before), len(ids) + 1, contexts.Attempt(ROW, text, correct), reply
     )
     return tiny.decode(np.asarray(ids)[mask[:-1]].tolist()).strip(), bool(mask[-1]), status

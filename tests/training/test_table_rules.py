@@ -16,7 +16,7 @@ from copsd_jax.config.declaration import Choices, ListedBy
 from copsd_jax.dryrun import report
 from copsd_jax.losses import divergences
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.teaching import contexts, prompts
+from copsd_jax.teaching import contexts, conversations, replies
 from copsd_jax.training import backends, run_plan, table_rules
 
 
@@ -32,15 +32,15 @@ def refusal(**settings) -> str:
 
 
 def answer_only(settings, attempt, reply):
-    section = prompts.Section("reflection", f"The answer is {attempt.row.answer}.")
-    return (prompts.Turn("user", (prompts.Section("problem"), section)),)
+    section = conversations.Section("reflection", f"The answer is {attempt.row.answer}.")
+    return (conversations.Turn("user", (conversations.Section("problem"), section)),)
 
 
 def test_a_context_is_one_entry(monkeypatch):
     assert refusal(context__kind="answer_only").startswith(
         "context.kind is 'answer_only': the choices are reference, crosslingual"
     )
-    entry = contexts.Context(answer_only, needs=lambda settings: ("answer",))
+    entry = contexts.Context(answer_only, row_fields=lambda settings: ("answer",))
     monkeypatch.setitem(contexts.CONTEXTS, "answer_only", entry)
     plan = run_plan.make_plan(runs.config("opsd", context__kind="answer_only"))
     row = plan.rows[0]
@@ -57,11 +57,16 @@ def test_a_context_is_one_entry(monkeypatch):
 
 
 def test_a_context_says_which_settings_and_authors_go_with_it(monkeypatch):
+    author = contexts.Author(
+        lambda settings, attempt: None,
+        lambda settings, attempt, text: replies.read_analysis(text),
+        kinds=("none", "student"),
+        locates_error=True,
+    )
     entry = contexts.Context(
         answer_only,
-        reads=lambda settings: ("siblings",),
-        authors=("none", "student"),
-        locates_error=True,
+        inputs=lambda settings: ("siblings",),
+        author=author,
         settings=("context.solution",),
     )
     monkeypatch.setitem(contexts.CONTEXTS, "new", entry)
@@ -103,12 +108,12 @@ def longest(rewarder, golds, texts):
 def test_a_reward_is_one_entry(monkeypatch):
     said = "reward.kind is 'length': the choices are answer, choice, tool_call, module:function"
     assert refusal(reward__kind="length") == said
-    entry = reward_functions.Reward(longest, forms=("none",))
+    entry = reward_functions.Reward(longest, answer_forms=("none",))
     monkeypatch.setitem(reward_functions.REWARDS, "length", entry)
     assert "with reward.kind=length it is one of none" in refusal(reward__kind="length")
     plan = run_plan.make_plan(runs.config("opsd", reward__kind="length", prompt__answer="none"))
     with graders.Grader("none", "last_after_think", 5.0, workers=1) as grader:
-        rewarder = reward_functions.make(plan.config.reward.kind, grader)
+        rewarder = reward_functions.build_rewarder(plan.config.reward.kind, grader)
         assert [v.reward for v in rewarder.score(["2", "3"], ["four", "x"])] == [4.0, 1.0]
 
 

@@ -1,0 +1,97 @@
+"""Leaks: places of a text that give the final answer away."""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+
+from copsd_jax.rewards import graders
+
+_DIGITS = r"(?:\d+|[\u1369-\u137c]+)"  # of any script; Ge'ez numerals have a run of their own
+
+
+# A number with separators inside: a blank only where a group of three follows, as in 10 000.
+_NUMBER = re.compile(
+    rf"{_DIGITS}(?:(?:[.,'’٫٬،．，]|\{{,\}}){_DIGITS}|(?:\\,|[ \u00a0\u202f])\d{{3}}(?!\d))*"
+)
+
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|(?<!\d)\d+\s*[/／⁄]\s*\d+")
+
+_MINUS = "-−‐‑–－﹣"
+
+
+# Scripts without blanks between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+)
+
+
+def has_leak(text: str, answer: str) -> bool:
+    """Tells whether a text states the final answer.
+
+    Numbers are compared as numbers, in the digits of any script: 13 is in "8 + 5 = 13." and not in
+    "130" or "1.13". Any other answer must occur as whole words, in any case; a single letter must
+    have its own case, since "a" is also a word. Numbers in words, and formulas in another form, are
+    not found. An unknown answer ("") is in no text.
+    """
+    return bool(_find_leaks(text, answer))
+
+
+def mask_leak(text: str, answer: str) -> str:
+    """Replaces each final answer that `has_leak` finds by "[...]"."""
+    out, at = [], 0
+    for start, end in _find_leaks(text, answer):
+        if start >= at:
+            out += [text[at:start], "[...]"]
+        at = max(at, end)
+    return "".join(out) + text[at:]
+
+
+def _find_leaks(text: str, answer: str) -> list[tuple[int, int]]:
+    """Finds characters [start, end) of each place that states the answer, in order."""
+    if not answer.strip():
+        return []
+    spans = [match.span() for match in _FRACTION.finditer(text)]
+    spans += [(_find_sign(text, match.start()), match.end()) for match in _NUMBER.finditer(text)]
+    found = [s for s in spans if graders.compare_plainly(answer, text[slice(*s)]) is True]
+    if _NUMBER.fullmatch(answer.strip().lstrip(_MINUS + "+")) is None:
+        found += find_words(text, answer)
+    return sorted(found)
+
+
+def _find_sign(text: str, start: int) -> int:
+    """Finds where a number with its sign starts; a minus may not join words or subtract."""
+    before = text[max(start - 20, 0) : start].rstrip(" ")
+    minus = before[-1:]
+    if not minus or minus not in _MINUS or before[-2:-1].isalnum():
+        return start
+    operand = before[:-1].rstrip()[-1:]
+    if operand.isdigit() or operand in tuple(")]}"):
+        return start
+    return start - len(text[max(start - 20, 0) : start]) + len(before) - 1
+
+
+def find_words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
+    """Finds `wanted` as whole words, in any white space, case and Unicode composition."""
+    wanted = " ".join(wanted.split())
+    forms = {unicodedata.normalize(form, wanted) for form in ("NFC", "NFD")} | {wanted}
+    pattern = "|".join(r"\s+".join(map(re.escape, form.split())) for form in sorted(forms))
+    case = re.NOFLAG if len(wanted) == 1 else re.IGNORECASE
+    for match in re.finditer(pattern, text, case):
+        start, end = match.span()
+        left, right = text[max(start - 2, 0) : start], text[end : end + 2][::-1]
+        if not (_continues(left, match[0][0]) or _continues(right, match[0][-1])):
+            yield start, end
+
+
+def _continues(beside: str, edge: str) -> bool:
+    """Tells whether the word or number that ends in `edge` goes on in the text beside it."""
+    near, further = beside[-1:], beside[-2:-1]
+    if edge.isdigit() and near in tuple(".,"):
+        return further.isdigit()
+    if not near or _UNSPACED.match(edge) or _UNSPACED.match(near):
+        return False
+    return _is_word_character(edge) and _is_word_character(near)
+
+
+def _is_word_character(char: str) -> bool:
+    return char.isalnum() or char == "_" or unicodedata.category(char)[0] == "M"

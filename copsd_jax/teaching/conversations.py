@@ -1,0 +1,223 @@
+"""Conversations and their wording, for the student, the teacher and authors alike.
+
+A conversation is a tuple of turns, and a turn is a tuple of sections. A section names what it
+shows ("problem", "solution", ...). Two tables give its wording, `CHAT` and `PLAIN`, one for each
+template.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from copsd_jax.problems import languages, problem_row
+from copsd_jax.teaching import solution_steps
+
+
+class Section(NamedTuple):
+    """A part of a turn: a key of `CHAT` and `PLAIN`, and its text where no row holds it."""
+
+    kind: str
+    text: str = ""
+    row: problem_row.Row | None = None  # whose solution is shown, if not the problem's own
+
+
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str  # user or assistant
+    sections: tuple[Section, ...]
+
+
+Conversation = tuple[Turn, ...]
+
+STUDENT: Conversation = (Turn("user", (Section("problem"), Section("instruction"))),)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+    """The form of all prompts of the student, the teacher, the evaluation or the author.
+
+    Attributes:
+      template: "chat" (the tokenizer's own) or "plain" (text with labels, `PLAIN`).
+      thinking: "none" if the template has no thinking switch. Else "off" (an empty think block),
+        "on" (the model may open one) or "prefix" (one is open and has the language's first words).
+      answer: how a final answer is asked for and written, a key of `ANSWER_FORMS`.
+      languages: the languages by code.
+      exemplars: worked examples in front of every prompt.
+      form: "plain", or "step_tags" for answers with each step in `<step_k>` tags.
+    """
+
+    template: str
+    thinking: str
+    answer: str
+    languages: Mapping[str, languages.Language]
+    exemplars: tuple[problem_row.Row, ...] = ()
+    form: str = "plain"
+
+
+def join_lines(text: str) -> str:
+    """Joins a text into one line: in plain text a line break ends a block or a completion."""
+    return " ".join(text.split())
+
+
+def _shown_row(row: problem_row.Row, part: Section) -> problem_row.Row:
+    """Returns the row whose solution a section shows."""
+    return part.row or row
+
+
+def _plain_solution(row: problem_row.Row) -> str:
+    return join_lines(row.solution) + (f" ({row.answer})" if row.answer else "")
+
+
+# The plain wording. A block starts with its line break, and the last one ends in "Answer:" on
+# both sides, so that the first completion token has the same place in both formats.
+PLAIN: dict[str, Callable[[problem_row.Row, Section], str]] = {
+    "problem": lambda row, part: f"Question: {join_lines(row.problem)}",
+    "problem_en": lambda row, part: f"\nEnglish question: {join_lines(row.problem_en)}",
+    "solution": lambda row, part: f"\nReference solution: {_plain_solution(_shown_row(row, part))}",
+    "reason": lambda row, part: "\nAnalysis:",
+    "analysis": lambda row, part: f" {join_lines(part.text)}",
+    "transition": lambda row, part: "",
+    "tutor": lambda row, part: "",
+    "attempt": lambda row, part: f"\nAttempt: {join_lines(part.text)}",
+    "gold": lambda row, part: f"\nFinal answer: {join_lines(row.answer)}",
+    "request": lambda row, part: f"\n{join_lines(part.text)}\nReply:",
+    "sibling": lambda row, part: f"\nA correct answer: {join_lines(part.text)}",
+    "feedback": lambda row, part: f"\nFeedback: {join_lines(part.text)}",
+    "reflection": lambda row, part: f"\nHint: {join_lines(part.text)}",
+    "critique": lambda row, part: f"\nCorrected steps: {join_lines(part.text)}",
+    "again": lambda row, part: "",
+    "instruction": lambda row, part: "\nAnswer:",
+}
+
+PLAIN_START = "Question:"  # what every block of `PLAIN` starts with
+
+PLAIN_GAP = "\n\n"  # after an exemplar
+
+
+# The chat wording: blocks of a turn, apart by a blank line, in the order of the sections. The
+# instruction follows a transition on the next line.
+CHAT: dict[str, Callable[[languages.Language, problem_row.Row, Section], str]] = {
+    "problem": lambda lang, row, part: f"{lang.label_problem}: {row.problem}",
+    "problem_en": lambda lang, row, part: f"{lang.label_problem_en}: {row.problem_en}",
+    "solution": lambda lang, row, part: (
+        f"{lang.label_solution}:\n{lang.begin_reference}\n{_shown_row(row, part).solution}\n"
+        f"{lang.end_reference}"
+    ),
+    "reason": lambda lang, row, part: lang.reason_first,
+    "analysis": lambda lang, row, part: part.text,
+    "transition": lambda lang, row, part: lang.transition,
+    # In English for every language, as the papers have them.
+    "tutor": lambda lang, row, part: TUTOR,
+    "attempt": lambda lang, row, part: f"An attempt:\n{_fence('Attempt', part.text)}",
+    "gold": lambda lang, row, part: f"The final answer is known: {row.answer}",
+    "request": lambda lang, row, part: part.text,
+    "sibling": lambda lang, row, part: (
+        f"A correct answer from another attempt:\n{_fence('Answer', part.text)}"
+    ),
+    "feedback": lambda lang, row, part: f"Feedback on an earlier attempt:\n{part.text}",
+    "reflection": lambda lang, row, part: (
+        f"The key idea, found by reflecting on an earlier attempt:\n{part.text}"
+    ),
+    "critique": lambda lang, row, part: (
+        f"The steps of an earlier attempt, corrected:\n{_fence('Trace', part.text)}"
+    ),
+    "again": lambda lang, row, part: AGAIN,
+}
+
+TUTOR = "You are a careful tutor. You keep exactly to the format that is asked for."
+
+AGAIN = "Now solve the problem above correctly."
+
+STEP_TAGS = (
+    "Put each step in tags of its own, <step_1>...</step_1>, <step_2>...</step_2> and so on, and "
+    "the final answer behind the last step."
+)
+
+CHOICE = "Reason step by step, and give the letter of the right choice as <answer>letter</answer>."
+
+ANSWER_FORMS = {
+    "boxed": r"\boxed{{{}}}",
+    "answer_is": "The answer is {}.",
+    "choice": "<answer>{}</answer>",
+    "none": "{}",
+}
+
+INSTRUCTIONS: dict[str, Callable[[languages.Language], str]] = {
+    "boxed": lambda lang: lang.instruction,
+    "answer_is": lambda lang: lang.instruction_answer_is,
+    "choice": lambda lang: CHOICE,  # in English, as STEP_TAGS
+    "none": lambda lang: "",  # the problem says how it is to be answered
+}
+
+
+def _fence(name: str, text: str) -> str:
+    return f"--- {name} begins ---\n{text}\n--- {name} ends ---"
+
+
+def _tag_steps(solution: str) -> str:
+    return " ".join(
+        f"<step_{step.number}>{solution[step.start : step.end]}</step_{step.number}>"
+        for step in solution_steps.split_steps(solution)
+    )
+
+
+def write_worked_completion(prompt_format: PromptFormat, row: problem_row.Row) -> str:
+    """Writes the completion that consists of a row's solution and answer.
+
+    Exemplars are answered with it, and SFT trains it.
+
+    Raises:
+      ValueError: the row has no solution or no answer.
+    """
+    if not row.solution or not row.answer:
+        raise ValueError(
+            f"row {row.id!r} needs a solution and an answer: it is an exemplar or a target of SFT"
+        )
+    solution = _tag_steps(row.solution) if prompt_format.form == "step_tags" else row.solution
+    return f"{solution} {ANSWER_FORMS[prompt_format.answer].format(row.answer)}"
+
+
+def _render_chat_turn(prompt_format: PromptFormat, row: problem_row.Row, turn: Turn) -> str:
+    """Returns the content of a message: its sections, separated by blank lines."""
+    lang = prompt_format.languages[row.lang]
+    text = ""
+    for k, part in enumerate(turn.sections):
+        gap = "" if not k else "\n" if turn.sections[k - 1].kind == "transition" else "\n\n"
+        if part.kind != "instruction":
+            text += gap + CHAT[part.kind](lang, row, part)
+            continue
+        instructions = [
+            INSTRUCTIONS[prompt_format.answer](lang),
+            STEP_TAGS * (prompt_format.form == "step_tags"),
+        ]
+        text += gap * any(instructions) + " ".join(filter(None, instructions))
+    return text
+
+
+def check_sections(row: problem_row.Row, conversation: Conversation) -> None:
+    """Refuses a row without a field that the conversation shows.
+
+    Raises:
+      ValueError: names the row and the field.
+    """
+    for part in (part for turn in conversation for part in turn.sections):
+        shown = _shown_row(row, part)
+        field = "answer" if part.kind == "gold" else part.kind
+        if field in ("problem", "problem_en", "solution", "answer") and not getattr(shown, field):
+            raise ValueError(f"row {shown.id!r} has no {field}, which its prompt shows")
+
+
+def render_plain_text(row: problem_row.Row, conversation: Conversation) -> str:
+    """Renders a conversation as plain text with labels."""
+    return "".join(PLAIN[s.kind](row, s) for turn in conversation for s in turn.sections)
+
+
+def render_messages(
+    prompt_format: PromptFormat, row: problem_row.Row, conversation: Conversation
+) -> list[dict[str, str]]:
+    """Renders a conversation as messages with `role` and `content`, for a chat template."""
+    return [
+        {"role": turn.role, "content": _render_chat_turn(prompt_format, row, turn)}
+        for turn in conversation
+    ]

@@ -1,0 +1,183 @@
+"""A rule that finds the first wrong step of an attempt and corrects it.
+
+It replaces a model as the author of critiques and reflections, for problems that are solved by
+equations. It compares the equations of an attempt with those of the reference solution. The four
+cases are those of critique-conditioned self-distillation (arXiv 2606.11173).
+"""
+
+import bisect
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from copsd_jax.rewards import graders
+from copsd_jax.teaching import equations, solution_steps
+
+CASES = {
+    "right": "the right answer, and every needed step",
+    "thin": "the right answer, but a needed step is missing",
+    "unfinished": "no wrong step, but no answer",
+    "wrong": "a step or the answer is wrong",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepVerdict:
+    """The verdict of `check_attempt`.
+
+    Attributes:
+      case: a key of `CASES`.
+      wrong_step: the number of the earliest wrong step, counted from 1, or None.
+      wrong: characters [start, end) of the wrong equation, or of the step that states a wrong
+        answer; None if no step is wrong.
+      corrected: the steps of the corrected trace, without the final answer.
+    """
+
+    case: str
+    wrong_step: int | None
+    wrong: tuple[int, int] | None
+    corrected: tuple[str, ...]
+
+
+def check_attempt(
+    text: str, solution: str, gold: str, found: str | None, correct: bool
+) -> StepVerdict:
+    """Finds the earliest wrong step of an attempt, and corrects the attempt from there on.
+
+    The needed results are those of the solution's equations. An equation of the attempt reaches the
+    first result that has its value and is not reached yet, however it was computed. It also reaches
+    earlier results that it computes on the way, as "3 * 5 - 4 = 11" does.
+
+    A step is wrong if it has a false equation. If the attempt's answer is wrong or missing, a step
+    is also wrong if the value of an equation is no needed result; beside a right answer such an
+    equation is only another way to it. If no equation is wrong and the answer is, the wrong step is
+    the one that states the answer.
+
+    The corrected trace has the attempt's steps up to the wrong one, verbatim, without those that
+    state an answer. The solution's equations are inserted before the step that needs them, and at
+    the end, with the signs and spacing of the attempt. Of an unfinished attempt only equations that
+    reach a result are kept.
+
+    Args:
+      text: the attempt.
+      solution: the reference solution.
+      gold: the reference answer.
+      found: the attempt's answer, or None if it has none.
+      correct: whether `found` equals `gold`.
+
+    Raises:
+      ValueError: `can_check` refuses the solution, or `found` and `correct` contradict the text.
+    """
+    fault = _find_fault(solution, gold)
+    if fault:
+        raise ValueError(f"the rule does not know the solution {solution!r}: {fault}")
+    attempt, needed = solution_steps.split_steps(text), equations.find_equations(solution)
+    if (found is None and correct) or (found is not None and not attempt):
+        raise ValueError(f"answer {found!r}, correct: {correct}: not so of the text {text!r}")
+    reached = _match_results(equations.find_equations(text), needed)
+    wrong, span = _find_earliest_error(attempt, reached, found is not None, correct)
+    missing = len({i for _, new in reached for i in new or ()}) < len(needed)
+    case = "wrong" if wrong else "unfinished" if found is None else "thin" if missing else "right"
+    kept = [s for s in attempt if not s.final and (not wrong or s.number < wrong.number)]
+    spelt = [_respell(solution[e.start : e.end], text, [m for m, _ in reached]) for e in needed]
+    corrected = _correct_steps(text, kept, reached, spelt, condense=case == "unfinished")
+    number = wrong.number if wrong else None
+    return StepVerdict(case, number, span, corrected)
+
+
+def can_check(solution: str, gold: str | None = None) -> bool:
+    """Tells whether a solution has equations, all true, of which the last one gives `gold`."""
+    return _find_fault(solution, gold) is None
+
+
+def _find_fault(solution: str, gold: str | None) -> str | None:
+    needed = equations.find_equations(solution)
+    if not needed:
+        return "it has no equation"
+    for equation in needed:
+        if not equation.true:
+            return f"{solution[equation.start : equation.end]!r} is false"
+    if gold is not None and graders.compare_plainly(gold, str(needed[-1].value)) is not True:
+        return f"it ends in {needed[-1].value}, and the answer is {gold!r}"
+    return None
+
+
+_Reached = list[tuple[equations.Equation, set[int] | None]]
+
+
+def _match_results(
+    attempt: Sequence[equations.Equation], needed: Sequence[equations.Equation]
+) -> _Reached:
+    """Matches each equation with the results that it is the first to reach.
+
+    The set of results is empty if all were reached before, and None if its value is no result.
+    """
+    out: _Reached = []
+    done: set[int] = set()
+    for equation in attempt:
+        same = [i for i, it in enumerate(needed) if it.value == equation.value]
+        new = {i for i in same if i not in done}
+        if new:
+            first = min(new)
+            on_the_way = (i for i in range(first) if needed[i].value in equation.results)
+            new = {first, *on_the_way} - done
+        done |= new
+        out.append((equation, new if same else None))
+    return out
+
+
+def _find_earliest_error(
+    attempt: Sequence[solution_steps.Step], reached: _Reached, answered: bool, correct: bool
+) -> tuple[solution_steps.Step | None, tuple[int, int] | None]:
+    """Finds the earliest wrong step, and the characters of the error in it."""
+    for equation, new in reached:
+        if not equation.true or (new is None and not correct):
+            holds = next(s for s in attempt if s.start <= equation.start < s.end)
+            return holds, (equation.start, equation.end)
+    if correct or not answered:
+        return None, None
+    last = ([s for s in attempt if s.final] or attempt)[-1]
+    return last, (last.start, last.end)
+
+
+def _correct_steps(
+    text: str,
+    kept: Sequence[solution_steps.Step],
+    reached: _Reached,
+    spelt: Sequence[str],
+    condense: bool,
+) -> tuple[str, ...]:
+    """Joins the kept steps with the solution's equations (`spelt`) that they leave out.
+
+    With `condense`, a kept step is reduced to its equations that reach a result.
+    """
+    lines: list[str] = []
+    done: set[int] = set()
+    starts = [equation.start for equation, _ in reached]
+    for step in kept:
+        own = slice(*(bisect.bisect_left(starts, place) for place in (step.start, step.end)))
+        inside = [(equation, new) for equation, new in reached[own] if new]
+        new = {i for _, results in inside for i in results or ()}
+        lines += [spelt[i] for i in range(max(new, default=0)) if i not in done | new]
+        done |= set(range(max(new, default=-1) + 1)) | new
+        if condense:
+            lines += [f"{text[e.start : e.end]}." for e, _ in inside]
+        else:
+            lines.append(text[step.start : step.end])
+    return (*lines, *(line for i, line in enumerate(spelt) if i not in done))
+
+
+def _respell(equation: str, text: str, models: Sequence[equations.Equation]) -> str:
+    """Writes an equation of the solution as a step, with the signs and spacing of the attempt."""
+    signs: dict[str, str] = {}
+    for model in models:
+        for token in equations.TOKEN.finditer(text, model.start, model.end):
+            if token["sign"]:
+                signs.setdefault(equations.SIGNS.get(token[0], "*"), token[0])
+    written = [
+        signs.get(equations.SIGNS.get(token[0], "*"), token[0]) if token["sign"] else token[0]
+        for token in equations.TOKEN.finditer(equation)
+    ]
+    if models and not re.search(r"\s", text[models[0].start : models[0].end]):
+        written = [part for part in written if not part.isspace()]
+    return "".join(written) + "."
