@@ -35,7 +35,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax.losses import chunked, divergence_loss, divergences, token_blocks
+from copsd_jax.losses import dense, divergence_loss, divergences, precision, token_blocks
 
 # Width and vocabulary of the output matrix.
 SHAPES = {
@@ -75,7 +75,7 @@ def matmuls(jaxpr: Any, trips: int, times: int = 1) -> int:
 def floor(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head: bool) -> tuple:
     """The matmuls alone, with results in the states' dtype."""
     del tokens_T, weight_T
-    dot = lambda a, b, *axes: chunked.dot(a, b, *axes).astype(a.dtype)  # noqa: E731
+    dot = lambda a, b, *axes: precision.dot(a, b, *axes).astype(a.dtype)  # noqa: E731
     dz_TV, teacher_TV = dot(hidden_s, head, 1, 1), dot(hidden_t, head, 1, 1)
     grad_hidden_TD = dot(dz_TV, head, 1, 0)
     return grad_hidden_TD, dot(dz_TV, hidden_s, 0, 0) if train_head else None, teacher_TV
@@ -89,7 +89,7 @@ def ours(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, name, sett
         return divergence_loss.divergence(
             hidden_s, hidden_t, head_s if train_head else shared, shared, tokens_T, weight_T,
             settings, implementation=name, chunk=chunk, train_head=train_head,
-            kernel=divergence_loss.Kernel(chip=chip),
+            kernel=divergence_loss.KernelOptions(chip=chip),
         )  # fmt: skip
 
     grad = jax.value_and_grad(loss, (0, 1) if train_head else 0, has_aux=True)
@@ -107,8 +107,8 @@ def remat(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, settings,
         @jax.checkpoint
         def block(total, rows):
             hidden_s, hidden_t, tokens_T, weight_T = rows
-            z_s, z_t = chunked.dot(hidden_s, head_s, 1, 1), chunked.dot(hidden_t, fixed, 1, 1)
-            value_T, _ = divergences.value(z_s, jax.lax.stop_gradient(z_t), tokens_T, settings)
+            z_s, z_t = precision.dot(hidden_s, head_s, 1, 1), precision.dot(hidden_t, fixed, 1, 1)
+            value_T, _ = dense.compute_values(z_s, jax.lax.stop_gradient(z_t), tokens_T, settings)
             return total + jnp.sum(value_T * weight_T), None
 
         rows = (hidden_s, hidden_t, tokens_T, weight_T)

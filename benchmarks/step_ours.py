@@ -25,7 +25,7 @@ import step_memory
 
 from copsd_jax import main, train
 from copsd_jax.config import settings
-from copsd_jax.losses import divergence_loss
+from copsd_jax.losses import divergence_loss, loss_norms
 from copsd_jax.methods import distill, table
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
@@ -292,14 +292,14 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
         return hidden_TD, back(slope_TD)
 
     def loss(frozen, hidden_s_TD, hidden_t_TD, micro):
-        weight_T = divergence_loss.token_weights(micro.loss_BC, options.norm).reshape(-1)
+        weight_T = loss_norms.token_weights(micro.loss_BC, options.norm).reshape(-1)
         value = lambda hidden_TD: divergence_loss.divergence(  # noqa: E731
             hidden_TD, hidden_t_TD, transformer.get_head(frozen), transformer.get_head(frozen),
             micro.completion_BC.reshape(-1), weight_T, settings,
             implementation=options.implementation, chunk=options.chunk,
             live_T=micro.mask_BC.reshape(-1),
             logp_rollout_T=micro.logp_rollout_BC.reshape(-1),
-            kernel=divergence_loss.Kernel(chip=options.chip),
+            kernel=divergence_loss.KernelOptions(chip=options.chip),
         )  # fmt: skip
         return jax.value_and_grad(value, has_aux=True)(hidden_s_TD)
 

@@ -1,13 +1,12 @@
-"""Times block sizes of the divergence kernels on this machine's device and keeps the fastest.
+"""Times block sizes of the divergence kernels on this machine's device and prints the fastest.
 
     python benchmarks/tune_loss.py --width=2048 --vocabulary=151936 [--head] [--dtype=float32]
 
 Starts from the rule of `losses/pallas/block_sizes.py` and changes one size at a time, as long as
 that is faster and a block's temporaries stay below --memory bytes; once where both sides share a
-head, once where each has its own. Prints a line of JSON for each candidate and writes the best into
-the table that the rule reads first (--table; one entry for each device kind, width, vocabulary,
-dtype, number of heads and --head). The width is the model's: what a TPU's kernels pad it to is
-measured and written.
+head, once where each has its own. Prints a line of JSON for each candidate, and one for the best of
+each search beside the sizes of the rule. --width is the model's: the width to which a TPU's kernels
+pad it is measured and printed.
 
 --vocabulary is what one device holds: a part of the head where the mesh's axis tensor splits it.
 """
@@ -15,7 +14,6 @@ measured and written.
 import argparse
 import dataclasses
 import json
-import pathlib
 import statistics
 import sys
 import time
@@ -25,9 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax.losses import divergences
-from copsd_jax.losses.pallas import block_sizes
-from copsd_jax.losses.pallas import dispatch as kernels
+from copsd_jax.losses import divergences, split_vocabulary, token_values
+from copsd_jax.losses.pallas import block_sizes, dispatch
 
 CHOICES = {
     "tpu": {
@@ -79,8 +76,11 @@ def seconds(
 
     @jax.jit
     def run(*arrays):
+        hidden_s, hidden_t, head_s, head_t, tokens, weight = arrays
         return sweep(
-            settings, *arrays, None, None, train_head=args.head, blocks=sizes,
+            settings, (hidden_s, hidden_t), (head_s,) if head_t is None else (head_s, head_t),
+            token_values.TokenInputs(tokens, weight, None, None),
+            split_vocabulary.VocabularyShard(None, None), train_head=args.head, blocks=sizes,
             interpret=bool(args.interpret),
         )  # fmt: skip
 
@@ -113,10 +113,10 @@ def search(start: block_sizes.Blocks, choices: dict[str, tuple[int, ...]], measu
 def tune(
     parser: argparse.ArgumentParser, args: argparse.Namespace, platform: str, tied: bool
 ) -> None:
-    """Searches and writes one entry of the table."""
-    kernel = kernels.SWEEPS[f"pallas_{platform}"]
+    """Searches and prints the fastest sizes for one or two heads."""
+    kernel = dispatch.KERNELS[f"pallas_{platform}"]
     width = args.width + -args.width % kernel.lanes
-    rule: Any = {"tpu": block_sizes.tpu, "gpu": block_sizes.gpu}[platform]
+    rule: Any = {"tpu": block_sizes.choose_tpu, "gpu": block_sizes.choose_gpu}[platform]
     shape = jax.devices()[0].device_kind, width, args.vocabulary, jnp.dtype(args.dtype)
     arrays = inputs(args, width, tied)
     most = args.memory / (
@@ -139,11 +139,12 @@ def tune(
     best, took = search(start, CHOICES[platform], measure)
     if took == float("inf"):
         parser.error("no candidate ran: the lines above say why")
-    table = json.loads(args.table.read_text(encoding="utf-8")) if args.table.is_file() else {}
-    name = block_sizes.key(*shape, tied=tied, train_head=args.head)
-    table[name] = dataclasses.asdict(best)
-    args.table.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"{name}: {best}, {took:.4g} s, written to {args.table}")
+    line = {
+        "device": shape[0], "width": width, "vocabulary": args.vocabulary, "dtype": args.dtype,
+        "head": args.head, "tied": tied, "rule": dataclasses.asdict(start),
+        "best": dataclasses.asdict(best), "best_seconds": took,
+    }  # fmt: skip
+    print(json.dumps(line), flush=True)
 
 
 def main() -> int:
@@ -155,11 +156,10 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--head", action="store_true", help="the student's head trains as well")
-    parser.add_argument("--divergence", choices=("fkl", "rkl", "jsd", "sampled"), default="jsd")
+    parser.add_argument("--divergence", choices=dispatch.DIVERGENCES, default="jsd")
     parser.add_argument("--clip_mode", choices=divergences.CLIP_MODES, default="none")
     parser.add_argument("--memory", type=float, default=2e9, help="bytes of a block's temporaries")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--table", type=pathlib.Path, default=block_sizes.TABLE)
     parser.add_argument(
         "--interpret", choices=("tpu", "gpu"), default="",
         help="try this program out without such a device; its times mean nothing",

@@ -25,8 +25,8 @@ SMALL = block_sizes.Blocks(tokens=128, vocab=128, rows=128)
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "dense": {},
     "chunked": {},
-    "pallas_tpu": {"kernel": kernels.Kernel(blocks=SMALL, interpret=True)},
-    "pallas_gpu": {"kernel": kernels.Kernel(blocks=SMALL, interpret=True)},
+    "pallas_tpu": {"kernel": kernels.KernelOptions(blocks=SMALL, interpret=True)},
+    "pallas_gpu": {"kernel": kernels.KernelOptions(blocks=SMALL, interpret=True)},
 }
 FACTORS = {
     "divergence": ("fkl", "rkl", "jsd", "jsd normalised", "sampled"),

@@ -520,4 +520,4 @@ def _count_blocks(
         tokens = batch.source_UST.shape[2]
     else:
         tokens = B * C // options.micro_batches // sharding.batch_shards(frame.mesh)
-    return token_blocks.size(tokens, options.chunk, 1)[0]
+    return token_blocks.divide_evenly(tokens, options.chunk, 1)[0]

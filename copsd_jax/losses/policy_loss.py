@@ -23,18 +23,19 @@ SCALES = ("std", "none")
 LOG_RATIO = 20.0  # largest magnitude of ln ρ: keeps ρ and its products finite
 
 
-def advantages(
+def compute_advantages(
     rewards_B: np.ndarray, groups_B: np.ndarray, *, scale: str, eps: float = 1e-4
 ) -> np.ndarray:
-    """How much better each completion did than the mean of its group.
+    """Computes how much better each completion did than the mean of its group.
 
     The standard deviation has n - 1 in its divisor, as TRL's. A group of equal rewards gets exactly
     0, and so does a group of one (published code divides by NaN, or takes the reward itself).
+    Rewards 1, 0, 0, 1 of one group with scale none give 0.5, -0.5, -0.5, 0.5.
 
     Args:
       rewards_B: finite.
       groups_B: int, equal for completions of one prompt, in any order.
-      scale: std, as GRPO; none, as Dr. GRPO and SDPO's baseline.
+      scale: std divides by the group's deviation (GRPO); none does not (Dr. GRPO, SDPO's baseline).
       eps: added to the deviation.
 
     Returns:
@@ -53,8 +54,10 @@ def advantages(
     return out_B
 
 
-def informative(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
-    """Where the rewards of a completion's group differ, bool [B]: elsewhere all advantages are 0.
+def find_informative(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
+    """Finds the completions whose group has different rewards, bool [B].
+
+    The advantages of all others are 0.
 
     Raises:
       ValueError: shapes that do not fit, rewards that are not finite.
@@ -70,7 +73,7 @@ def _differ(rewards: np.ndarray) -> bool:
 
 
 def _groups(rewards_B: np.ndarray, groups_B: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rewards, row indices) of each group."""
+    """Returns (rewards, row indices) of each group."""
     rewards_B, groups_B = np.asarray(rewards_B, np.float64), np.asarray(groups_B)
     if rewards_B.ndim != 1 or rewards_B.shape != groups_B.shape:
         raise ValueError(f"rewards {rewards_B.shape} and groups {groups_B.shape} must both be [B]")
@@ -80,7 +83,7 @@ def _groups(rewards_B: np.ndarray, groups_B: np.ndarray) -> list[tuple[np.ndarra
     return [(rewards_B[at], at) for at in rows]
 
 
-def surrogate(
+def compute_surrogate(
     logp_BC: jax.Array,
     logp_old_BC: jax.Array,
     advantage_BC: jax.Array,
@@ -89,21 +92,24 @@ def surrogate(
     clip_high: float,
     dual_clip: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """-min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A), for A < 0 at most -dual_clip · A.
+    """Computes -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A), for A < 0 at most -dual_clip · A.
+
+    ρ = 1.5 with A = 1 and clip_high .2 gives -1.2, and its gradient is 0.
 
     Differentiable in logp_BC; a clipped token has no gradient. Sources: PPO (arXiv 1707.06347),
     GRPO equation 3, DAPO for unequal bounds, dual-clip PPO (arXiv 1912.09729) equation 5.
 
     Args:
-      logp_BC: of the sampled tokens under the policy that trains.
-      logp_old_BC: the same when they were sampled. On a rollout's first and only update it is
-        stop_gradient(logp_BC), which makes ρ = 1 with the gradient -A ∂ln π.
+      logp_BC: log-probabilities of the sampled tokens under the policy that trains.
+      logp_old_BC: the same when the tokens were sampled. On a rollout's first and only update it
+        is stop_gradient(logp_BC), which makes ρ = 1 with the gradient -A ∂ln π.
       advantage_BC: of the same shape.
-      clip_low, clip_high: 0 is without that bound; clip_low below 1.
-      dual_clip: above 1; 0 is without.
+      clip_low: below 1; 0 leaves the lower bound out.
+      clip_high: 0 leaves the upper bound out.
+      dual_clip: above 1; 0 leaves this bound out.
 
     Returns:
-      loss_BC, and clipped_BC, bool, where a bound is in force.
+      The loss [B, C], and bool [B, C], True where a bound replaces the ratio.
 
     Raises:
       ValueError: bounds out of range.
@@ -128,11 +134,11 @@ def surrogate(
     return -advantage_BC * jnp.where(clipped_BC, bound_BC, ratio_BC), clipped_BC
 
 
-def kl_to(logp_BC: jax.Array, logp_ref_BC: jax.Array) -> jax.Array:
-    """An estimate of KL(policy ‖ reference) from sampled tokens, as GRPO's equation 4 (k3).
+def estimate_kl(logp_BC: jax.Array, logp_ref_BC: jax.Array) -> jax.Array:
+    """Estimates KL(policy ‖ reference) from sampled tokens, [B, C], as GRPO's equation 4 (k3).
 
-    e^x - x - 1 with x = ln π_ref - ln π of the token: never negative, and unbiased for tokens drawn
-    from the policy. Differentiable in logp_BC.
+    The estimate is e^x - x - 1 with x = ln π_ref - ln π of the token. It is never negative, and
+    unbiased for tokens drawn from the policy. Differentiable in logp_BC.
     """
     x_BC = jax.lax.stop_gradient(logp_ref_BC) - logp_BC
     return jnp.expm1(x_BC) - x_BC

@@ -1,20 +1,23 @@
-"""Rows of tokens on a mesh: which device works on which, and in which blocks.
+"""Rows of tokens on a mesh: the device and the block that each row is computed in.
 
-`spread` gives each device its rows and its part of the vocabulary. `walk` puts the live rows of a
-device one behind the other and goes over them in blocks, as many as they fill and no more: with 5
-live rows of 9 and blocks of 2
+`spread` gives each device its rows and its part of the vocabulary. `walk` packs the live rows of a
+device one behind the other and goes over them in blocks, only as many as they fill. With 5 live
+rows of 9 and blocks of 2
 
     live      . x x . . x . x x
     order     1 2 | 5 7 | 8 0 | 3 4 | 6 -     the first three blocks run, the last two never do
 
-Alternatives, at T rows of which a share f is live. Weights of 0 alone: all T rows are multiplied,
-1 / f times the work. One compiled program for each of n sizes: no loop, but n programs, and up to
-f + 1 / n of the work where this has f + block / T. A copy of the live states in front: T D values
-read and written again; here each block gathers its own rows, and results go back by one gather.
+Alternatives, at T rows of which a share f is live:
+
+- Weights of 0 alone: all T rows are multiplied, 1 / f times the work.
+- One compiled program for each of n sizes: no loop, but n programs, and up to f + 1 / n of the work
+  where this has f + block / T.
+- A copy of the live states before the loop: T D values are written and read again. Here each block
+  gathers its own rows, and one gather puts the results back.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,25 +26,26 @@ from jax.sharding import PartitionSpec as P
 from copsd_jax.runtime import sharding as mesh_lib
 
 VOCABULARY = "tensor"  # the mesh axis that splits the heads' rows
+Tree = TypeVar("Tree")  # an array, or a tuple of arrays
 
 
 class Axes(NamedTuple):
     """The axes of the mesh in scope that have more than one device.
 
     Attributes:
-      rows: those that split the tokens.
-      vocabulary: the one that splits the heads, or None.
+      rows: the axes that split the tokens.
+      vocabulary: the axis that splits the heads, or None.
     """
 
     rows: tuple[str, ...]
     vocabulary: str | None
 
 
-def axes(split_vocabulary: bool) -> Axes:
-    """How the mesh of `jax.set_mesh` splits a loss; without a mesh, not at all.
+def find_axes(split_vocabulary: bool) -> Axes:
+    """Finds the axes with which the mesh of `jax.set_mesh` splits a loss; none without a mesh.
 
     Args:
-      split_vocabulary: False for work that needs whole rows of logits: every device then holds
+      split_vocabulary: False for work that needs whole rows of logits. Every device then holds
         whole heads, and the axis that would split them splits the tokens as well.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -57,36 +61,38 @@ def spread(
     heads: tuple[jax.Array, ...],
     split_vocabulary: bool,
 ) -> tuple[Any, jax.Array | None]:
-    """work(rows, heads, vocabulary axis) on every device of the mesh in scope.
+    """Runs work(rows, heads, vocabulary axis) on every device of the mesh in scope.
 
-    Each head comes whole in its width, gathered once, and is a part of the vocabulary or all of it;
-    padding rows of it are zeros at the end. Padding rows of `rows` are zeros (and False) as well.
+    The heads are gathered along their width once. `work` gets them with all or a part of the
+    vocabulary; their padding rows are zeros at the end. Padding rows of `rows` are zeros (and
+    False) as well.
 
     Args:
       work: returns arrays [rows, ...] and a sum over its rows of a head's shape, or None. It
         reduces over the vocabulary axis by itself.
       rows: arrays [T, ...].
       heads: [V, D].
+      split_vocabulary: see `find_axes`.
 
     Returns:
-      work's results for the T rows and the V entries.
+      The results of `work` for the T rows [T, ...], and the sum [V, D] or None.
     """
-    split = axes(split_vocabulary)
-    if not split.rows and not split.vocabulary:
+    axes = find_axes(split_vocabulary)
+    if not axes.rows and not axes.vocabulary:
         return work(rows, heads, None)
     sizes = jax.sharding.get_abstract_mesh().shape
     tokens, vocabulary = len(jax.tree.leaves(rows)[0]), len(heads[0])
     parts = 1
-    for name in split.rows:
+    for name in axes.rows:
         parts *= sizes[name]
-    row, head = P(split.rows or None), P(split.vocabulary, None)
-    # The sum over rows goes to the devices that keep the parameter, not to all.
-    scatter = "fsdp" in split.rows and heads[0].shape[1] % sizes["fsdp"] == 0
-    total = P(split.vocabulary, "fsdp" if scatter else None)
+    row, head = P(axes.rows or None), P(axes.vocabulary, None)
+    # The sum over rows is scattered to the devices that store the parameter.
+    scatter = "fsdp" in axes.rows and heads[0].shape[1] % sizes["fsdp"] == 0
+    total = P(axes.vocabulary, "fsdp" if scatter else None)
 
     def device(rows: Any, heads: tuple) -> tuple[Any, jax.Array | None]:
-        per_row, grad_VD = work(rows, heads, split.vocabulary)
-        others = tuple(name for name in split.rows if not (scatter and name == "fsdp"))
+        per_row, grad_VD = work(rows, heads, axes.vocabulary)
+        others = tuple(name for name in axes.rows if not (scatter and name == "fsdp"))
         if grad_VD is not None and scatter:
             grad_VD = jax.lax.psum_scatter(grad_VD, "fsdp", scatter_dimension=1, tiled=True)
         if grad_VD is not None and others:
@@ -95,48 +101,48 @@ def spread(
 
     run = jax.shard_map(device, in_specs=(row, head), out_specs=(row, total), check_vma=False)
     padded = jax.tree.map(lambda x: pad(x, parts), rows)
-    shards = sizes[VOCABULARY] if split.vocabulary else 1
+    shards = sizes[VOCABULARY] if axes.vocabulary else 1
     per_row, grad_VD = run(padded, tuple(pad(x, shards) for x in heads))
     per_row = jax.tree.map(lambda x: x[:tokens], per_row)
     return per_row, None if grad_VD is None else grad_VD[:vocabulary]
 
 
-def gathered(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
-    """A head as `spread` hands it to the devices: for loops around it, which gather it once then.
+def gather_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
+    """Gathers a head [V, D] as `spread` gives it to the devices.
 
-    It takes V D / (devices along the vocabulary) values on each device from there to the last use.
+    Call it before a loop around `spread`, which would gather the head in every turn. It takes
+    V D / (devices along the vocabulary) values on each device from there to the last use.
     """
-    split = axes(split_vocabulary)
-    if not split.rows and not split.vocabulary:
+    axes = find_axes(split_vocabulary)
+    if not axes.rows and not axes.vocabulary:
         return head_VD
-    shards = jax.sharding.get_abstract_mesh().shape[VOCABULARY] if split.vocabulary else 1
-    padded = jax.lax.with_sharding_constraint(_cut(head_VD, shards), P(split.vocabulary, None))
+    shards = jax.sharding.get_abstract_mesh().shape[VOCABULARY] if axes.vocabulary else 1
+    padded = _split_padded(head_VD, shards)
+    padded = jax.lax.with_sharding_constraint(padded, P(axes.vocabulary, None))
     return padded[: len(head_VD)]
 
 
-def divided(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
-    """A head as it is stored where the axis divides the vocabulary, split along both dimensions.
+def split_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
+    """Splits a head [V, D] along both dimensions where the mesh splits the vocabulary.
 
-    For heads that come from the parameters to `spread` directly: those that
-    `sharding.partition_spec` splits along the width alone would otherwise be brought together whole
-    on every device first.
+    Call it on heads that go from the parameters to `spread` directly. `sharding.partition` splits
+    some of them along the width alone; without this, every device would gather them whole first.
     """
-    split = axes(split_vocabulary)
-    if not split.vocabulary:
+    if not find_axes(split_vocabulary).vocabulary:
         return head_VD
     shards = jax.sharding.get_abstract_mesh().shape[VOCABULARY]
-    return _cut(head_VD, shards)[: len(head_VD)]
+    return _split_padded(head_VD, shards)[: len(head_VD)]
 
 
-def _cut(head_VD: jax.Array, shards: int) -> jax.Array:
-    """Padded to a multiple of `shards`, and then split along both dimensions; else as it is."""
+def _split_padded(head_VD: jax.Array, shards: int) -> jax.Array:
+    """Pads a head to a multiple of `shards` and splits it; returns a multiple unchanged."""
     if len(head_VD) % shards == 0:
         return head_VD
     width = head_VD.shape[1]
     fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
     padded = pad(head_VD, shards)
     if width % (fsdp * shards) == 0:
-        # From the width's parts to the vocabulary's in one exchange between the axis's devices.
+        # The next constraint then needs only one exchange between the devices of the axis.
         padded = jax.lax.with_sharding_constraint(padded, P(None, ("fsdp", VOCABULARY)))
     return jax.lax.with_sharding_constraint(
         padded, P(VOCABULARY, "fsdp" if width % fsdp == 0 else None)
@@ -144,16 +150,18 @@ def _cut(head_VD: jax.Array, shards: int) -> jax.Array:
 
 
 def pad(x: jax.Array, multiple: int) -> jax.Array:
-    """Zeros behind the first axis, to a multiple."""
+    """Appends zeros along the first axis, up to a multiple; the shape is [rows, ...]."""
     missing = -len(x) % multiple
     return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) if missing else x
 
 
-def size(tokens: int, most: int, multiple: int) -> tuple[int, int]:
-    """(blocks, rows of a block): as few blocks as `most` rows allow, evenly filled.
+def divide_evenly(tokens: int, most: int, multiple: int) -> tuple[int, int]:
+    """Divides tokens into as few blocks as `most` rows a block allow, evenly filled.
 
-    Rows are a multiple of `multiple` where there are more: 36 rows, at most 16, multiples of 8 ->
-    3 blocks of 16.
+    36 tokens, at most 16 rows, multiples of 8 -> 3 blocks of 16.
+
+    Returns:
+      The number of blocks, and the rows of each: a multiple of `multiple` if there are more.
     """
     blocks = max(1, -(-tokens // most))
     rows = -(-tokens // blocks)
@@ -167,24 +175,28 @@ def walk(
     most: int,
     multiple: int = 1,
 ) -> tuple[Any, jax.Array | None]:
-    """work(block of rows) over the live rows only, in blocks of at most `most`.
+    """Runs work(block of rows) over the live rows only, in blocks of at most `most`.
 
     Args:
-      work: returns arrays [rows, ...] and a sum over the block, or None. Rows that only fill a
-        block up are zeros in its arguments; what it returns for them is not used, but in the sum.
+      work: returns arrays [rows, ...] and a sum over the block, or None. Padding rows of a block
+        are zeros in its arguments. Its arrays are not used at them, but its sum contains them.
       rows: arrays [T, ...].
-      live_T: bool. What other rows hold is never used.
+      live_T: bool. Other rows may hold anything.
+      most: rows of a block.
+      multiple: see `divide_evenly`.
 
     Returns:
-      work's arrays for the T rows, zeros where they are not live, and the sum of the sums.
+      The arrays of `work` for the T rows [T, ...], zeros where they are not live, and the sum of
+      the sums.
     """
     rows, live_T = jax.tree.map(jnp.asarray, (rows, live_T))
     tokens = len(live_T)
-    blocks, count = size(tokens, most, multiple)
+    blocks, count = divide_evenly(tokens, most, multiple)
     if blocks == 1:
-        padded = jax.tree.map(lambda x: pad(x, count), masked(live_T, rows))
+        # The live rows are not packed: one block holds all rows.
+        padded = jax.tree.map(lambda x: pad(x, count), mask_rows(live_T, rows))
         per_row, total = work(padded)
-        return masked(live_T, jax.tree.map(lambda x: x[:tokens], per_row)), total
+        return mask_rows(live_T, jax.tree.map(lambda x: x[:tokens], per_row)), total
     live = jnp.sum(live_T, dtype=jnp.int32)
     order_T = jnp.argsort(~live_T, stable=True).astype(jnp.int32)
     order_T = pad(order_T, blocks * count)
@@ -197,24 +209,24 @@ def walk(
         start = i * count
         at = jax.lax.dynamic_slice_in_dim(order_T, start, count)
         here = start + jnp.arange(count, dtype=jnp.int32) < live
-        per_row, more = work(masked(here, _take(rows, at)))
+        per_row, more = work(mask_rows(here, _take(rows, at)))
         update = jax.lax.dynamic_update_slice_in_dim
-        packed = jax.tree.map(lambda all, new: update(all, new, start, 0), packed, per_row)
+        packed = jax.tree.map(lambda every, new: update(every, new, start, 0), packed, per_row)
         return packed, None if total is None else total + more
 
     blocks_live = (live + (count - 1)) // count
     packed, total = jax.lax.fori_loop(jnp.int32(0), blocks_live, block, (packed, total))
     place_T = jnp.maximum(jnp.cumsum(live_T, dtype=jnp.int32) - 1, 0)
-    return masked(live_T, _take(packed, place_T)), total
+    return mask_rows(live_T, _take(packed, place_T)), total
 
 
-def _take(tree: Any, at: jax.Array) -> Any:
-    """Rows of arrays [T, ...] by numbers that are known to lie within."""
+def _take(tree: Tree, at: jax.Array) -> Tree:
+    """Returns rows of arrays [T, ...] by numbers, which must lie within."""
     return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), tree)
 
 
-def masked(live_T: jax.Array, tree: Any) -> Any:
-    """Arrays [T, ...] with 0 in the rows that are not live."""
+def mask_rows(live_T: jax.Array, tree: Tree) -> Tree:
+    """Returns the arrays [T, ...] with 0 in the rows that are not live."""
 
     def mask(x: jax.Array) -> jax.Array:
         return jnp.where(jnp.expand_dims(live_T, range(1, x.ndim)), x, jnp.zeros((), x.dtype))

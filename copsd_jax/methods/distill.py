@@ -73,7 +73,7 @@ def _wanted(c, done: Rollouts) -> list[bool]:
     """Which completions are to be distilled at all, before anything is written for them."""
     wanted = np.ones(len(done.rows), bool)
     if c.context.filter_groups:
-        wanted &= policy_loss.informative(done.rewards(), np.asarray(done.groups))
+        wanted &= policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
     if c.context.correct == "skip" or c.policy.route == "successes":
         wanted &= ~np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
     return wanted.tolist()

@@ -38,7 +38,7 @@ def make_batch(
     records = rollouts.build_records(r, done)
     for b, record in enumerate(records):
         record["advantage"] = float(batch.advantage_BC[b, 0])
-    informative = policy_loss.informative(done.rewards(), np.asarray(done.groups))
+    informative = policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
     return StepInputs(
         batch,
         *rollouts.encode_prefixes(r, state, done.asked[0], None),
@@ -58,11 +58,11 @@ def add_advantages(c, done: Rollouts, batch: layout.Batch, successes_only: bool)
     policy loss, as in DAPO.
     """
     rewards_B, groups_B = done.rewards(), np.asarray(done.groups)
-    advantage_B = policy_loss.advantages(rewards_B, groups_B, scale=c.policy.scale)
+    advantage_B = policy_loss.compute_advantages(rewards_B, groups_B, scale=c.policy.scale)
     success_B = np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
     kept_B = success_B if successes_only else np.ones(len(rewards_B), bool)
     if c.context.filter_groups:
-        kept_B = kept_B & policy_loss.informative(rewards_B, groups_B)
+        kept_B = kept_B & policy_loss.find_informative(rewards_B, groups_B)
     C = batch.mask_BC.shape[1]
     return batch._replace(
         policy_BC=batch.mask_BC & kept_B[:, None],

@@ -438,7 +438,7 @@ def _head(constants: Constants) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or head_VD.shape[0] % mesh.shape["tensor"] == 0:
         return head_VD
-    return token_blocks.gathered(head_VD, split_vocabulary=True)
+    return token_blocks.gather_head(head_VD, split_vocabulary=True)
 
 
 def _draw(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from copsd_jax.losses import divergence_loss, policy_loss, token_blocks
+from copsd_jax.losses import divergence_loss, loss_norms, policy_loss, token_blocks
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.training import layout
@@ -252,7 +252,7 @@ def _policy_term(
         value_T = -logp_T
     else:
         old_T = own_T if settings.old == "trainer" else _flat(micro.logp_rollout_BC)
-        value_T, clipped_T = policy_loss.surrogate(
+        value_T, clipped_T = policy_loss.compute_surrogate(
             logp_T, old_T, _flat(micro.advantage_BC), clip_low=settings.clip_low,
             clip_high=settings.clip_high, dual_clip=settings.dual_clip,
         )  # fmt: skip
@@ -261,7 +261,7 @@ def _policy_term(
         value_T = value_T * jnp.minimum(jnp.exp(gap_T), settings.rollout_clip)
     if hidden_ref is not None:
         ref_T = jax.lax.stop_gradient(log_probs(hidden_ref, heads[1], False)[0])
-        kl_T = policy_loss.kl_to(logp_T, ref_T)
+        kl_T = policy_loss.estimate_kl(logp_T, ref_T)
         value_T = value_T + settings.kl * kl_T
     stats = PolicyStats(value_T, logp_T, entropy_T, clipped_T.astype(jnp.float32), kl_T)
     live_T = _flat(micro.policy_BC)
@@ -307,7 +307,7 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
                 implementation=options.implementation, chunk=options.chunk,
                 train_head=options.trainable == "full", live_T=_flat(micro.mask_BC),
                 logp_rollout_T=_flat(micro.logp_rollout_BC),
-                kernel=divergence_loss.Kernel(chip=options.chip),
+                kernel=divergence_loss.KernelOptions(chip=options.chip),
             )  # fmt: skip
             total = total + value
         if policy:
@@ -326,10 +326,10 @@ def _weights(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Arra
     zeros_BC = jnp.zeros(batch.mask_BC.shape, jnp.float32)
     distill_BC = policy_BC = zeros_BC
     if options.divergence:
-        distill_BC = divergence_loss.token_weights(batch.loss_BC, options.norm, options.group)
+        distill_BC = loss_norms.token_weights(batch.loss_BC, options.norm, options.group)
         distill_BC = distill_BC * options.weight
     if options.policy:
-        policy_BC = divergence_loss.token_weights(
+        policy_BC = loss_norms.token_weights(
             batch.policy_BC, options.policy.norm, options.group, length=options.policy.length
         )
         policy_BC = policy_BC * options.policy.weight
@@ -344,7 +344,7 @@ def make_step(
     `batch` is a layout.Batch of all the step's completions, packed or not (then
     `options.micro_batches` cuts it); `student_prefix` int32 [P] or None;
     `teacher_kv` the KVs of the teacher's prefix under each of `teacher_mixture`, or None. The loss
-    is sum(weight x value) with the weights of `divergence_loss.token_weights` over the whole step,
+    is sum(weight x value) with the weights of `loss_norms.token_weights` over the whole step,
     so that micro-batches add up to it. Returns (state, Aux).
     """
     loss = _loss(decoder, options)
@@ -355,7 +355,7 @@ def make_step(
         head = None  # one of all policies, where it does not train: brought together once a step
         if options.trainable == "lora":
             few = options.divergence is not None and options.divergence.top_k > 0
-            head = token_blocks.gathered(transformer.get_head(frozen), split_vocabulary=not few)
+            head = token_blocks.gather_head(transformer.get_head(frozen), split_vocabulary=not few)
 
         def accumulate(carry, inputs):
             total, grads = carry

@@ -7,7 +7,6 @@ environment have to be set before jax is imported, so this file runs itself as a
 """
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
@@ -27,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from copsd_jax.losses import divergences
+from copsd_jax.losses import divergences, split_vocabulary, token_values
 from copsd_jax.losses.pallas import block_sizes, divergence_gpu, divergence_tpu
 from copsd_jax.runtime import hardware
 
@@ -67,17 +66,19 @@ def compiled(devices, tokens, width, settings, train_head, ways) -> dict:
     entries = VOCABULARY // ways
     if devices[0].platform == "tpu":
         module: Any = divergence_tpu
-        sizes = block_sizes.tpu(
+        sizes = block_sizes.choose_tpu(
             kind, width, entries, jnp.bfloat16, tied=True, train_head=train_head
         )  # fmt: skip
     else:
         module = divergence_gpu
-        sizes = block_sizes.gpu(kind, width, entries, jnp.bfloat16, train_head=train_head)
+        sizes = block_sizes.choose_gpu(kind, width, entries, jnp.bfloat16, train_head=train_head)
 
     def device(hidden_s, hidden_t, head, tokens, row):
         return module.sweep(
-            settings, hidden_s, hidden_t, head, None, tokens, row, row, row,
-            train_head=train_head, vocab_axis="tensor", vocab_size=VOCABULARY - 5, blocks=sizes,
+            settings, (hidden_s, hidden_t), (head,),
+            token_values.TokenInputs(tokens, row, row, row),
+            split_vocabulary.VocabularyShard("tensor", VOCABULARY - 5), train_head=train_head,
+            blocks=sizes,
         )  # fmt: skip
 
     specs = (P(), P(), shards, P(), P())
@@ -88,7 +89,7 @@ def compiled(devices, tokens, width, settings, train_head, ways) -> dict:
         for shape, spec in zip(shapes, specs, strict=True)
     ]
     row_spec: Any = P()
-    out = divergences.TokenStats(*[row_spec] * 8), row_spec, shards if train_head else None
+    out = token_values.TokenStats(*[row_spec] * 8), row_spec, shards if train_head else None
     with jax.set_mesh(mesh):
         each = jax.shard_map(device, in_specs=specs, out_specs=out, check_vma=False)
         traced = jax.jit(each).trace(*arrays)
@@ -221,11 +222,16 @@ def test_lowers_without_device_or_plugin(settings, dtype, platform):
     module: Any = {"tpu": divergence_tpu, "cuda": divergence_gpu}[platform]
     call = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}[platform]
     sizes = block_sizes.Blocks(tokens=256, vocab=256, rows=128)
-    sweep = functools.partial(module.sweep, settings, train_head=True, blocks=sizes)
+
+    def sweep(states, head_s, head_t, tokens, row):
+        return module.sweep(
+            settings, (states, states), (head_s, head_t),
+            token_values.TokenInputs(tokens, row, row, row),
+            split_vocabulary.VocabularyShard(None, None), train_head=True, blocks=sizes,
+        )  # fmt: skip
+
     with without_device(platform):
-        traced = jax.jit(sweep).trace(
-            states, states, head, head, shape((300,), "int32"), row, row, row
-        )
+        traced = jax.jit(sweep).trace(states, head, head, shape((300,), "int32"), row)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count(f"custom_call @{call}") == (3 if settings == JSD else 2)
 

@@ -1,6 +1,5 @@
 """The divergence kernels in interpret mode equal float64 NumPy, on one device and on shards."""
 
-import dataclasses
 import functools
 import importlib
 import itertools
@@ -18,7 +17,7 @@ import pytest
 from jax import core as jax_core
 from jax.sharding import PartitionSpec as P
 
-from copsd_jax.losses import divergences
+from copsd_jax.losses import divergences, split_vocabulary, token_values
 from copsd_jax.losses.pallas import block_sizes, divergence_gpu, divergence_tpu, row_statistics
 from copsd_jax.runtime import hardware
 
@@ -63,11 +62,22 @@ def _logits(arrays):
 
 
 def _run(kernel: str, settings, arrays, train_head=True, **options):
-    module, sizes = KERNELS[kernel]
-    sweep = functools.partial(
-        module.sweep, settings, train_head=train_head, blocks=sizes, interpret=True, **options
-    )
+    sweep = functools.partial(_sweep, kernel, settings, train_head=train_head, **options)
     return jax.jit(sweep)(*arrays)
+
+
+def _sweep(
+    kernel, settings, hidden_s, hidden_t, head_s, head_t, *per_token, blocks=None, interpret=True,
+    train_head=True, axis=None, entries=None,
+):  # fmt: skip
+    """A kernel's sweep of arrays as `_arrays` draws them; head_t is None where it is head_s."""
+    module, sizes = KERNELS[kernel]
+    heads = (head_s,) if head_t is None else (head_s, head_t)
+    return module.sweep(
+        settings, (hidden_s, hidden_t), heads, token_values.TokenInputs(*per_token),
+        split_vocabulary.VocabularyShard(axis, entries), train_head=train_head,
+        blocks=blocks or sizes, interpret=interpret,
+    )  # fmt: skip
 
 
 def _expected(settings, arrays):
@@ -89,7 +99,7 @@ def _expected(settings, arrays):
         frozen.ratio_T,
     )
     dz = oracle.slope(z_s, z_t, tokens_T, settings, frozen) * weight_T[:, None].astype(np.float64)
-    return divergences.TokenStats(*stats), dz @ np.float64(arrays[2]), dz.T @ np.float64(arrays[0])
+    return token_values.TokenStats(*stats), dz @ np.float64(arrays[2]), dz.T @ np.float64(arrays[0])
 
 
 def _close(got, want, tolerance, name):
@@ -237,17 +247,13 @@ def test_sharded_vocabulary(shards, settings, kernel):
     pad = ((0, shards * size - 300), (0, 0))
     heads = [jnp.pad(x, pad, constant_values=9.0) for x in arrays[2:4]]
     mesh = jax.make_mesh((shards,), ("v",), axis_types=(jax.sharding.AxisType.Auto,))
-    module, sizes = KERNELS[kernel]
-    sweep = functools.partial(
-        module.sweep, settings, train_head=True, vocab_axis="v", vocab_size=300,
-        blocks=sizes, interpret=True,
-    )  # fmt: skip
+    sweep = functools.partial(_sweep, kernel, settings, axis="v", entries=300)
     row: Any = P()
     mapped = jax.shard_map(
         sweep,
         mesh=mesh,
         in_specs=(P(), P(), P("v"), P("v"), P(), P(), P(), P()),
-        out_specs=(divergences.TokenStats(*[row] * 8), row, P("v")),
+        out_specs=(token_values.TokenStats(*[row] * 8), row, P("v")),
         check_vma=False,
     )
     stats, grad, grad_head = jax.jit(mapped)(*arrays[:2], *heads, *arrays[4:])
@@ -312,19 +318,24 @@ def test_cost_is_what_the_program_moves(settings, train_head, tied, dtype):
     arrays[3] = None if tied else arrays[3]
     arrays += [jax.ShapeDtypeStruct((1000,), x) for x in (jnp.int32, *[jnp.float32] * 3)]
     jaxpr = jax.make_jaxpr(
-        functools.partial(divergence_tpu.sweep, settings, train_head=train_head, blocks=sizes)
+        functools.partial(
+            _sweep, "tpu", settings, train_head=train_head, blocks=sizes, interpret=False
+        )
     )(*arrays)
     found = list(hlo.kernels(jaxpr.jaxpr))
-    assert len(found) == 2 + row_statistics.two_passes(settings, train_head)
-    cost = block_sizes.tpu_cost(
-        settings, sizes, 1000, 256, 700, dtype, tied=tied, train_head=train_head
-    )
-    assert cost.bytes == sum(times * _moved(equation) for equation, times in found)
-    estimates = [(times, equation.params["cost_estimate"]) for equation, times in found]
-    assert cost.bytes == sum(times * x.bytes_accessed for times, x in estimates)
-    assert cost.flops == sum(times * x.flops for times, x in estimates)
-    assert cost.flops == hlo.kernel_matmuls(jaxpr.jaxpr)
-    assert cost.flops == (3 + train_head) * 2 * 1024 * 256 * 768  # in whole blocks
+    assert len(found) == 2 + row_statistics.needs_sums_pass(settings, train_head)
+    for equation, _ in found:
+        assert equation.params["cost_estimate"].bytes_accessed == _moved(equation)
+    flops, _ = _estimate(jaxpr.jaxpr)
+    assert flops == hlo.kernel_matmuls(jaxpr.jaxpr)
+    assert flops == (3 + train_head) * 2 * 1024 * 256 * 768  # in whole blocks
+
+
+def _estimate(jaxpr) -> tuple[int, int]:
+    """FLOP and bytes of a sweep, by the estimates of its kernels."""
+    found = [(times, equation.params["cost_estimate"]) for equation, times in hlo.kernels(jaxpr)]
+    flops = sum(times * estimate.flops for times, estimate in found)
+    return flops, sum(times * estimate.bytes_accessed for times, estimate in found)
 
 
 @pytest.mark.parametrize("kind, most", [("TPU v5 lite", 1.35), ("TPU v6 lite", 1.75)])
@@ -333,17 +344,25 @@ def test_time_by_count(settings, kind, most):
     """FLOPs over peak plus bytes over bandwidth, in units of three matmuls at the peak."""
     tokens, width, vocabulary = 32768, 2048, 151936
     chip = hardware.CHIPS[kind]
-    sizes = block_sizes.tpu(kind, width, vocabulary, jnp.bfloat16, tied=True, train_head=False)
-    cost = block_sizes.tpu_cost(settings, sizes, tokens, width, vocabulary, jnp.bfloat16)
+    sizes = block_sizes.choose_tpu(
+        kind, width, vocabulary, jnp.bfloat16, tied=True, train_head=False
+    )
+    states = jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16)
+    head = jax.ShapeDtypeStruct((vocabulary, width), jnp.bfloat16)
+    per_token = [jax.ShapeDtypeStruct((tokens,), x) for x in (jnp.int32, *[jnp.float32] * 3)]
+    sweep = functools.partial(
+        _sweep, "tpu", settings, train_head=False, blocks=sizes, interpret=False
+    )
+    flops, moved = _estimate(jax.make_jaxpr(sweep)(states, states, head, None, *per_token).jaxpr)
     floor = 3 * 2 * tokens * width * vocabulary / chip.flops
-    assert cost.flops / chip.flops + cost.bytes / chip.bandwidth <= most * floor
+    assert flops / chip.flops + moved / chip.bandwidth <= most * floor
     assert vocabulary * sizes.tokens * 4 <= chip.memory / 8
 
 
 def test_block_sizes():
     """Whole lanes that fit the chip's VMEM, and what no chip of its size takes is refused."""
-    assert block_sizes.even(5000, 4096, 256) == 2560
-    assert block_sizes.even(1, 4096, 128) == 128
+    assert block_sizes.even_rows(5000, 4096, 256) == 2560
+    assert block_sizes.even_rows(1, 4096, 128) == 128
     assert block_sizes.fit(block_sizes.Blocks(4096, 1024, 256), 130).rows == 256
     options: dict[str, Any] = {"dtype": jnp.bfloat16, "tied": True}
     kinds = [kind for kind in ("", *hardware.CHIPS) if "NV" not in kind]
@@ -353,19 +372,19 @@ def test_block_sizes():
             with pytest.raises(
                 ValueError, match=r"width is 4096: no block.*implementation=chunked"
             ):
-                block_sizes.tpu(kind, width, 151936, train_head=head, **options)
+                block_sizes.choose_tpu(kind, width, 151936, train_head=head, **options)
             continue
-        sizes = block_sizes.tpu(kind, width, 151936, train_head=head, **options)
+        sizes = block_sizes.choose_tpu(kind, width, 151936, train_head=head, **options)
         assert sizes.tokens % sizes.rows == sizes.vocab % 128 == 0
-        need = block_sizes.vmem(sizes, width, train_head=head, **options)
+        need = block_sizes.vmem_bytes(sizes, width, train_head=head, **options)
         assert need < block_sizes.vmem_limit(need) <= vmem
         assert (
             block_sizes.vmem_limit(need) >= need + min(14 * block_sizes.MIB, vmem // 4)
             or vmem > 2**24
         )
-    assert block_sizes.gpu("NVIDIA H200", 4096, 151936, jnp.bfloat16).tokens == 512
+    assert block_sizes.choose_gpu("NVIDIA H200", 4096, 151936, jnp.bfloat16).tokens == 512
     with pytest.raises(ValueError, match="width is 1048576"):
-        block_sizes.tpu("", 2**20, 1000, jnp.bfloat16, tied=True, train_head=False)
+        block_sizes.choose_tpu("", 2**20, 1000, jnp.bfloat16, tied=True, train_head=False)
 
 
 def test_no_chip_is_smaller_than_the_smallest():
@@ -374,49 +393,29 @@ def test_no_chip_is_smaller_than_the_smallest():
         assert not chip.vmem or chip.vmem >= block_sizes.SMALLEST.vmem
 
 
-def test_measured_sizes(tmp_path, monkeypatch):
-    """The table's entry is for one chip, shape, dtype, number of heads and gradients."""
-    measured = block_sizes.Blocks(640, 512, 128)
-    table = tmp_path / "tuned.json"
-    arguments = "TPU v6 lite", 2048, 151936, jnp.bfloat16
-    name = block_sizes.key(*arguments, tied=True, train_head=False)
-    table.write_text(json.dumps({name: dataclasses.asdict(measured)}))
-    monkeypatch.setattr(block_sizes, "TABLE", table)
-    for rule in (block_sizes.tpu, block_sizes.gpu):
-        for tied, head in itertools.product((True, False), repeat=2):
-            found = rule(*arguments, tied=tied, train_head=head)
-            assert (found == measured) == (tied and not head)
-        assert rule("TPU v5", *arguments[1:], tied=True, train_head=False) != measured
-
-
 @pytest.mark.parametrize("platform, width", [("tpu", 128), ("gpu", 100)])
-def test_the_tuner_measures_both_forms(platform, width, tmp_path, monkeypatch, capsys):
+def test_the_tuner_measures_both_forms(platform, width, monkeypatch, capsys):
     """Width 100 as the kernels get it: in whole lanes for a TPU. Times mean nothing here."""
-    table = tmp_path / "tuned.json"
     arguments = "--width=100 --vocabulary=300 --tokens=16 --repetitions=1 --dtype=float32"
     monkeypatch.syspath_prepend(str(conftest.ROOT / "benchmarks"))
     tune_loss = importlib.import_module("tune_loss")
     monkeypatch.setattr(tune_loss, "CHOICES", {platform: {"tokens": (128,)}})
-    argv = ["tune_loss.py", *arguments.split(), f"--interpret={platform}", f"--table={table}"]
+    argv = ["tune_loss.py", *arguments.split(), f"--interpret={platform}"]
     monkeypatch.setattr(sys, "argv", argv)
     tune_loss.main()
-    kind = jax.devices()[0].device_kind
-    names = [
-        block_sizes.key(kind, width, 300, jnp.float32, tied=tied, train_head=False)
-        for tied in (True, False)
-    ]
-    assert sorted(json.loads(table.read_text())) == sorted(names)
-    ran = [line for line in capsys.readouterr().out.splitlines() if '"seconds"' in line]
-    assert [json.loads(line)["tied"] for line in ran] == [True, False]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["tied"] for line in lines if "seconds" in line] == [True, False]
+    best = [line for line in lines if "best" in line]
+    assert [(line["width"], line["tied"]) for line in best] == [(width, True), (width, False)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_wrong_arguments_are_refused(kernel):
+def test_wrong_arguments_are_refused(kernel, monkeypatch):
     arrays = list(_arrays(0, 4, 40))
     with pytest.raises(ValueError, match=r"top_k is 3.*chunked"):
         _run(kernel, Divergence("fkl", top_k=3), tuple(arrays))
-    with pytest.raises(ValueError, match="vocab_size is 0"):
-        _run(kernel, CASES[0], tuple(arrays), vocab_size=0)
+    with pytest.raises(ValueError, match="vocabulary has 0 entries"):
+        _run(kernel, CASES[0], tuple(arrays), entries=0)
     mixed = (arrays[0].astype(jnp.bfloat16), *arrays[1:])
     with pytest.raises(ValueError, match=r"bfloat16.*float32.*alike"):
         _run(kernel, CASES[0], mixed)
@@ -426,3 +425,6 @@ def test_wrong_arguments_are_refused(kernel):
         narrow = tuple(x[:, :100] for x in arrays[:4])
         with pytest.raises(ValueError, match=r"width is 100.*128"):
             _run(kernel, CASES[0], (*narrow, *arrays[4:]))
+    monkeypatch.setitem(divergences.DIVERGENCES, "new", divergences.DIVERGENCES["rkl"])
+    with pytest.raises(ValueError, match=r"divergence is 'new': the kernels know fkl.*chunked"):
+        _run(kernel, Divergence("new"), tuple(arrays))

@@ -11,15 +11,15 @@ import oracle
 import pytest
 
 from copsd_jax.config import settings
-from copsd_jax.losses import chunked, divergence_loss, divergences
+from copsd_jax.losses import chunked, divergence_loss, divergences, loss_norms
 from copsd_jax.losses.pallas import block_sizes as blocks_lib
-from copsd_jax.losses.pallas import dispatch as kernels
+from copsd_jax.losses.pallas import dispatch
 from copsd_jax.training import backends
 
 # 36 tokens in chunks of at most 16: 3 blocks of 12 rows, padded to 2 strips of 8 each.
 ROWS, COLUMNS, CHUNK, MICRO = 4, 9, 16, 2
 TOKENS, WIDTH, VOCABULARY = ROWS * COLUMNS, 8, 61
-NORMS = tuple(divergence_loss.NORMS)
+NORMS = tuple(loss_norms.NORMS)
 PORTABLE = ("dense", "chunked")
 LENGTH = 11  # of the norm constant
 MASK_BC = (np.arange(COLUMNS)[None] < np.array([9, 4, 0, 6])[:, None]).astype(np.float32)
@@ -196,9 +196,7 @@ def test_rows_without_weight_contribute_nothing(implementation):
     np.testing.assert_allclose(grad_head, want[1][1], rtol=0, atol=1e-6)
     np.testing.assert_array_equal(grad_hidden[20:], 0)
     np.testing.assert_array_equal(np.stack(stats)[:, 20:], 0)
-    empty_T = divergence_loss.token_weights(np.zeros((ROWS, COLUMNS)), "micro_token_mean").reshape(
-        -1
-    )
+    empty_T = loss_norms.token_weights(np.zeros((ROWS, COLUMNS)), "micro_token_mean").reshape(-1)
     (loss, stats), grads = _compiled(settings, implementation, CHUNK, True, arrays, empty_T)
     for leaf in (loss, *stats, *grads):
         np.testing.assert_array_equal(leaf, 0)
@@ -328,18 +326,16 @@ def test_what_a_kernel_is_given(shared, monkeypatch):
     it, whole calls of its blocks of tokens over live rows only, and gradients cut back."""
     calls = []
 
-    def sweep(settings, *args, train_head, vocab_axis, vocab_size, blocks, interpret):
-        assert (vocab_axis, vocab_size, interpret) == (None, VOCABULARY, True)
+    def sweep(settings, hidden, heads, inputs, shard, *, train_head, blocks, interpret):
+        assert (shard.axis, shard.entries, interpret) == (None, VOCABULARY, True)
         assert blocks.tokens == 4
-        calls.append(([x.shape for x in args[:5]], args[2] is args[3]))
-        out = chunked.sweep(
-            settings, *args, gradient=True, train_head=train_head,
-            shard=chunked.Shard(None, vocab_size),
-        )  # fmt: skip
-        return out
+        calls.append([x.shape for x in (*hidden, *heads, inputs.tokens_T)])
+        return chunked.sweep_block(
+            settings, hidden, heads, inputs, shard, gradient=True, train_head=train_head
+        )
 
-    rule = lambda chip, head_VD, tied, head: blocks_lib.Blocks(4, 0)  # noqa: E731
-    monkeypatch.setitem(kernels.SWEEPS, "pallas_tpu", kernels.Sweep(sweep, rule, 16))
+    rule = lambda *_, **__: blocks_lib.Blocks(4, 0)  # noqa: E731
+    monkeypatch.setitem(dispatch.KERNELS, "pallas_tpu", dispatch.Kernel(sweep, rule, 16))
     hidden_s, hidden_t, head_s, head_t, tokens_T = _arrays(15, tokens=32)
     head_s, head_t = jnp.asarray(head_s), jnp.asarray(head_s if shared else head_t)
     weight_T = (np.arange(32) % 2 / 32).astype(np.float32)
@@ -350,7 +346,7 @@ def test_what_a_kernel_is_given(shared, monkeypatch):
             return divergence_loss.divergence(
                 hidden, hidden_t, head, other, tokens_T, weight_T,
                 divergence_loss.Divergence("rkl"), implementation=implementation, chunk=16,
-                train_head=train_head, kernel=divergence_loss.Kernel(interpret=True),
+                train_head=train_head, kernel=divergence_loss.KernelOptions(interpret=True),
             )  # fmt: skip
 
         return jax.value_and_grad(total, (0, 1), has_aux=True)(jnp.asarray(hidden_s), head_s)
@@ -363,7 +359,8 @@ def test_what_a_kernel_is_given(shared, monkeypatch):
             _close(mine, theirs, 1e-6) if np.any(theirs) else np.testing.assert_array_equal(mine, 0)
         states, head = (rows, 16), (VOCABULARY, 16)
         assert calls
-        assert all(call == ([states, states, head, head, (rows,)], shared) for call in calls)
+        heads = [head] if shared else [head, head]
+        assert all(call == [states, states, *heads, (rows,)] for call in calls)
 
 
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
@@ -390,7 +387,7 @@ def test_entries_far_below_the_others(name, implementation):
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 4])
 @pytest.mark.parametrize("norm", NORMS)
 def test_token_weights(norm, micro_batch):
-    got = divergence_loss.token_weights(MASK_BC.astype(bool), norm, micro_batch, LENGTH)
+    got = loss_norms.token_weights(MASK_BC.astype(bool), norm, micro_batch, LENGTH)
     want = oracle.weights(MASK_BC, norm, micro_batch or ROWS, LENGTH)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -399,13 +396,11 @@ def test_token_weights(norm, micro_batch):
 @pytest.mark.parametrize("norm", NORMS)
 def test_bug_10_token_weights_of_nothing(norm):
     """Bug 10: no token, no NaN; and a padding row changes only what counts completions."""
-    np.testing.assert_array_equal(
-        divergence_loss.token_weights(np.zeros((4, 3)), norm, 2, LENGTH), 0
-    )
+    np.testing.assert_array_equal(loss_norms.token_weights(np.zeros((4, 3)), norm, 2, LENGTH), 0)
     padded_BC = np.concatenate([MASK_BC, np.zeros((2, COLUMNS), np.float32)])
-    got = divergence_loss.token_weights(padded_BC, norm, 6, LENGTH)[:ROWS]
+    got = loss_norms.token_weights(padded_BC, norm, 6, LENGTH)[:ROWS]
     share = 4 / 6 if norm in ("seq_mean_all", "constant") else 1
-    want = np.asarray(divergence_loss.token_weights(MASK_BC, norm, 4, LENGTH)) * share
+    want = np.asarray(loss_norms.token_weights(MASK_BC, norm, 4, LENGTH)) * share
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
@@ -419,7 +414,7 @@ def test_bug_43_normalisers_that_do_not_depend_on_micro_batches():
     value_BC = np.array([1.0, 2, 9, 4])[:, None] * mask_BC
 
     def loss(norm, micro_batch):
-        weight_BC = divergence_loss.token_weights(mask_BC, norm, micro_batch, length=5)
+        weight_BC = loss_norms.token_weights(mask_BC, norm, micro_batch, length=5)
         return float((weight_BC * value_BC).sum())
 
     for norm, want in (
@@ -454,11 +449,11 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="one vocabulary"):
         call(arrays=(*arrays[:3], arrays[3][:-1], arrays[4]))
     with pytest.raises(ValueError, match=r"norm is 'mean'.*seq_mean"):
-        divergence_loss.token_weights(MASK_BC, "mean")
+        loss_norms.token_weights(MASK_BC, "mean")
     with pytest.raises(ValueError, match="micro_batch is 3"):
-        divergence_loss.token_weights(MASK_BC, "seq_mean", 3)
-    with pytest.raises(ValueError, match=r"constant.*length 0"):
-        divergence_loss.token_weights(MASK_BC, "constant")
+        loss_norms.token_weights(MASK_BC, "seq_mean", 3)
+    with pytest.raises(ValueError, match=r"constant.*length is 0"):
+        loss_norms.token_weights(MASK_BC, "constant")
     with pytest.raises(ValueError, match=r"rollout_clip is 2.*logp_rollout_T"):
         call(settings=dataclasses.replace(CASES[0], rollout_clip=2.0))
     with pytest.raises(ValueError, match="first axis"):
@@ -512,3 +507,29 @@ def test_a_mix_of_heads_has_no_kernel():
     c.train.trainable = "full"
     with pytest.raises(ValueError, match=r"loss\.implementation is 'pallas'.*trust region"):
         backends.choose_loss(c, "tpu")
+
+
+def test_a_new_divergence_is_one_entry(monkeypatch):
+    """Squared Hellinger distance: dense differentiates its value, chunked takes its derivative."""
+
+    def hellinger(student, teacher, settings):
+        del settings
+        root = jnp.sqrt(student.p * teacher.p)
+        return divergences.Entry(student.p + teacher.p - 2 * root, student.p - root, 0.0)
+
+    kind = divergences.Kind(hellinger)
+    monkeypatch.setitem(divergences.DIVERGENCES, "hellinger", kind)
+    new = divergence_loss.Divergence("hellinger", temperature=1.1)
+    arrays, weight_T = _arrays(16), np.full(TOKENS, 1 / TOKENS, np.float32)
+    (loss, stats), grads = _run(new, "dense", CHUNK, True, arrays, weight_T)
+    p, q = (
+        oracle.softmax(oracle.logits(arrays[i], arrays[i + 2]) / new.temperature) for i in (0, 1)
+    )
+    _close(stats.value_T, ((np.sqrt(p) - np.sqrt(q)) ** 2).sum(axis=1), 2e-5)
+    (chunked_loss, _), chunked_grads = _run(new, "chunked", CHUNK, True, arrays, weight_T)
+    _close(chunked_loss, loss, 1e-5)
+    for mine, want in zip(chunked_grads, grads, strict=True):
+        _close(mine, want, 1e-5)
+    assert divergence_loss.resolve("auto", new, "tpu") == "chunked"
+    with pytest.raises(ValueError, match="kernels do not know the divergence hellinger, take chun"):
+        divergence_loss.resolve("pallas", new, "gpu")

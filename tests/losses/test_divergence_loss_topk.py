@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 
-from copsd_jax.losses import divergence_loss, divergences
+from copsd_jax.losses import clips, dense, divergence_loss, divergences, token_values
 
 TOKENS, WIDTH, VOCABULARY, CHUNK = 21, 6, 23, 16  # chunked: 2 blocks of 11, padded to 16
 PORTABLE = ("dense", "chunked")
@@ -67,11 +67,11 @@ def _near(got, want, tolerance, what):
 
 
 def _block(z_s, z_t, settings, tokens_T=None, old_T=None, rollout_T=None):
-    """`divergences.block` in float64 and op by op: most of these tests' time is compilation."""
+    """`score_block` in float64 and op by op: most of these tests' time is compilation."""
     tokens_T = np.zeros(len(z_s), np.int32) if tokens_T is None else tokens_T
     with jax.enable_x64(True):
         args = jax.tree.map(jnp.asarray, (z_s, z_t, tokens_T, old_T, rollout_T))
-        out = divergences.block(*args[:3], settings, *args[3:])
+        out = token_values.score_block(*args[:3], settings, *args[3:])
         return jax.tree.map(np.asarray, out)
 
 
@@ -80,7 +80,9 @@ def _differentiated(z_s, z_t, settings, tokens_T=None, ratio_T=1.0):
     tokens_T = np.zeros(len(z_s), np.int32) if tokens_T is None else tokens_T
 
     def total(z_s):
-        value_T, mass_T = divergences.value(z_s, jnp.asarray(z_t), jnp.asarray(tokens_T), settings)
+        value_T, mass_T = dense.compute_values(
+            z_s, jnp.asarray(z_t), jnp.asarray(tokens_T), settings
+        )
         return jnp.sum(value_T * ratio_T), (value_T * ratio_T, mass_T)
 
     with jax.enable_x64(True):
@@ -204,7 +206,7 @@ def test_importance_by_hand():
 
     def factor(ratio_clip, rollout_clip, args=args):
         settings = dataclasses.replace(PLAIN, ratio_clip=ratio_clip, rollout_clip=rollout_clip)
-        return np.asarray(divergences.importance(*args, settings))
+        return np.asarray(clips.importance_ratio(*args, settings))
 
     np.testing.assert_array_equal(factor(0.0, 0.0), 1)
     np.testing.assert_allclose(factor(1.5, 0.0), [1, 1.5, 1, 1.5, np.exp(-20)], rtol=1e-5)
@@ -229,8 +231,8 @@ def test_equal_sides_are_exactly_zero_with_a_tail(name, whose):
 
     @functools.partial(jax.jit, compiler_options=conftest.FUSED)
     def run(z_s, z_t):
-        dense = lambda z_s: divergences.value(z_s, z_t, tokens_T, settings)[0].sum()  # noqa: E731
-        stats, dz_TV = divergences.block(z_s, z_t, tokens_T, settings)
+        dense = lambda z_s: dense.compute_values(z_s, z_t, tokens_T, settings)[0].sum()  # noqa: E731
+        stats, dz_TV = token_values.score_block(z_s, z_t, tokens_T, settings)
         return stats.value_T, dz_TV, *jax.value_and_grad(dense)(z_s)
 
     for leaf in run(z, z):
@@ -273,7 +275,7 @@ def test_a_tail_at_its_floor_does_not_move(name):
         np.testing.assert_allclose(grad_TV, want_TV, rtol=0, atol=2e-7 * largest)
     np.testing.assert_allclose(dense_TV, dz_TV, rtol=0, atol=1e-9)
     args = (*(jnp.asarray(x, jnp.float32) for x in (z_s, z_t)), jnp.asarray(tokens_T))
-    rough, rough_TV = divergences.block(*args, settings)
+    rough, rough_TV = token_values.score_block(*args, settings)
     np.testing.assert_allclose(rough.value_T, stats.value_T, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(rough_TV, dz_TV, rtol=0, atol=1e-5 * largest)
 

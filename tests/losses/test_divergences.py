@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 
-from copsd_jax.losses import divergences
+from copsd_jax.losses import clips, divergences, token_values
 
 NAMES = tuple(divergences.DIVERGENCES)
 # The worked example of the clip: the teacher is sure of token 0, the student prefers token 1, five
@@ -22,7 +22,7 @@ TEACHER = np.array([0.955, 0.007] + [0.038 / 5] * 5)
 def _run(z_s, z_t, settings, tokens_T=None, compiled=False):
     """Compiled only where fusion could matter: most of the time is compilation."""
     tokens_T = np.zeros(len(z_s), np.int32) if tokens_T is None else tokens_T
-    block = functools.partial(divergences.block, settings=settings)
+    block = functools.partial(token_values.score_block, settings=settings)
     block = jax.jit(block, compiler_options=conftest.FUSED) if compiled else block
     out = block(jnp.asarray(z_s, jnp.float32), jnp.asarray(z_t, jnp.float32), jnp.asarray(tokens_T))
     return jax.tree.map(np.asarray, out)
@@ -167,7 +167,7 @@ def test_token_clips():
         "huber": ([0, 0.004, 0.025, 0.175], [0, 0.4, 1, 1]),
     }
     for mode, (value, factor) in want.items():
-        got = divergences.token_clip(d_T, divergences.Divergence(clip_mode=mode, clip=0.05))
+        got = clips.clip_tokens(d_T, divergences.Divergence(clip_mode=mode, clip=0.05))
         np.testing.assert_allclose(got[0], value, rtol=1e-6, err_msg=mode)
         np.testing.assert_allclose(got[1], factor, rtol=1e-6, err_msg=mode)
 
@@ -204,7 +204,7 @@ def test_statistics():
         ({"top_k_of": "both"}, "teacher.*student.*union"),
         ({"tail": True}, "top_k is 0"),
         ({"ratio_clip": -1.0}, "ratio_clip is -1"),
-        ({"rollout_clip": -2.0}, "rollout_clip -2"),
+        ({"rollout_clip": -2.0}, "rollout_clip is -2"),
         ({"divergence": "sampled", "clip_mode": "token"}, "sampled"),
     ],
 )

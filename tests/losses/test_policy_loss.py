@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from copsd_jax.losses import divergence_loss, policy_loss
+from copsd_jax.losses import divergence_loss, loss_norms, policy_loss
 
 OFF = {"clip_low": 0.0, "clip_high": 0.0, "dual_clip": 0.0}
 
@@ -27,13 +27,13 @@ def test_advantages_by_hand():
     scaled = [
         0.865876, -0.4999, -0.865876, 0, -0.4999, -0.865876, -0.4999, 0, 0, 0.865876, 1.4997,
     ]  # fmt: skip
-    got = policy_loss.advantages(rewards_B, groups_B, scale="none")
+    got = policy_loss.compute_advantages(rewards_B, groups_B, scale="none")
     assert got.dtype == np.float64
     np.testing.assert_array_equal(got, plain)
-    got = policy_loss.advantages(rewards_B, groups_B, scale="std")
+    got = policy_loss.compute_advantages(rewards_B, groups_B, scale="std")
     np.testing.assert_allclose(got, scaled, atol=1e-6)
     want = [True, True, True, False, True, True, True, False, False, True, True]
-    np.testing.assert_array_equal(policy_loss.informative(rewards_B, groups_B), want)
+    np.testing.assert_array_equal(policy_loss.find_informative(rewards_B, groups_B), want)
 
 
 def test_advantages_of_graded_rewards():
@@ -41,16 +41,16 @@ def test_advantages_of_graded_rewards():
     rng = np.random.default_rng(0)
     groups_B = rng.integers(0, 5, 40)
     rewards_B = rng.choice([0.0, 0.1, 0.7, 1.0], 40)
-    got = policy_loss.advantages(rewards_B, groups_B, scale="std", eps=0.01)
+    got = policy_loss.compute_advantages(rewards_B, groups_B, scale="std", eps=0.01)
     for group in range(5):
         inside = rewards_B[groups_B == group]
         want = (inside - inside.mean()) / (
             np.sqrt(inside.var() * len(inside) / (len(inside) - 1)) + 0.01
         )
         np.testing.assert_allclose(got[groups_B == group], want, rtol=1e-12)
-    same = policy_loss.advantages(np.full(10, 0.1), np.zeros(10, int), scale="std", eps=0.0)
+    same = policy_loss.compute_advantages(np.full(10, 0.1), np.zeros(10, int), scale="std", eps=0.0)
     np.testing.assert_array_equal(same, 0)
-    assert len(policy_loss.advantages(np.zeros(0), np.zeros(0, int), scale="std")) == 0
+    assert len(policy_loss.compute_advantages(np.zeros(0), np.zeros(0, int), scale="std")) == 0
 
 
 def test_ratio_clip_by_hand():
@@ -65,7 +65,9 @@ def test_ratio_clip_by_hand():
     bounds = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
 
     def total(logp_BC):
-        out = policy_loss.surrogate(logp_BC, jnp.zeros_like(logp_BC), advantage_BC, **bounds)
+        out = policy_loss.compute_surrogate(
+            logp_BC, jnp.zeros_like(logp_BC), advantage_BC, **bounds
+        )
         return jnp.sum(out[0]), out
 
     (_, (loss_BC, clipped_BC)), grad_BC = jax.value_and_grad(total, has_aux=True)(logp_BC)
@@ -89,7 +91,7 @@ def test_surrogate_is_the_published_minimum(low, high, dual):
         args = (jnp.asarray(old), jnp.asarray(advantage))
 
         def total(logp_BC):
-            out = policy_loss.surrogate(logp_BC, *args, **bounds)
+            out = policy_loss.compute_surrogate(logp_BC, *args, **bounds)
             return jnp.sum(out[0]), out
 
         (_, (loss_BC, clipped_BC)), grad_BC = jax.value_and_grad(total, has_aux=True)(
@@ -111,7 +113,7 @@ def test_on_policy_it_is_the_policy_gradient():
     advantage_BC = jnp.asarray([[1.5, -0.5, 0.0]], jnp.float32)
 
     def total(*args):
-        out = policy_loss.surrogate(*args, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+        out = policy_loss.compute_surrogate(*args, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
         return jnp.sum(out[0]), out
 
     grads, (loss_BC, clipped_BC) = jax.grad(total, (0, 1, 2), has_aux=True)(
@@ -127,20 +129,20 @@ def test_far_ratios_stay_finite():
     """1e30 nats apart: bounded by e^20, and 0 where the advantage is 0."""
     logp_BC = jnp.asarray([[1e30, -1e30, 1e30]], jnp.float32)
     advantage_BC = jnp.asarray([[-1.0, -1.0, 0.0]], jnp.float32)
-    loss_BC, _ = policy_loss.surrogate(logp_BC, jnp.zeros((1, 3)), advantage_BC, **OFF)
+    loss_BC, _ = policy_loss.compute_surrogate(logp_BC, jnp.zeros((1, 3)), advantage_BC, **OFF)
     np.testing.assert_allclose(loss_BC, [[np.exp(20), np.exp(-20), 0]], rtol=1e-5)
 
 
 def test_kl_estimate():
     """By hand, and unbiased: its mean under the policy is the KL of two known distributions."""
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
-    got = policy_loss.kl_to(
+    got = policy_loss.estimate_kl(
         jnp.log(jnp.asarray(p, jnp.float32)), jnp.log(jnp.asarray(q, jnp.float32))
     )
     np.testing.assert_allclose(got, q / p - np.log(q / p) - 1, rtol=1e-5)
     np.testing.assert_allclose(got @ p, (p * np.log(p / q)).sum(), rtol=1e-5)
-    np.testing.assert_array_equal(policy_loss.kl_to(got, got), 0)
-    own, other = jax.grad(lambda *x: policy_loss.kl_to(*x).sum(), (0, 1))(
+    np.testing.assert_array_equal(policy_loss.estimate_kl(got, got), 0)
+    own, other = jax.grad(lambda *x: policy_loss.estimate_kl(*x).sum(), (0, 1))(
         jnp.asarray([-1.0]), jnp.asarray([-1.5])
     )
     np.testing.assert_allclose(own, 1 - np.exp(-0.5), rtol=1e-6)
@@ -157,7 +159,7 @@ def test_grpo_through_the_head(norm):
     hidden, head = rng.normal(size=(B * C, D)), rng.normal(size=(V, D))
     tokens = rng.integers(0, V, B * C).astype(np.int32)
     old_BC, ref_BC = (rng.normal(size=(B, C)) * 0.4 - 2.5 for _ in range(2))
-    advantage_B = policy_loss.advantages(
+    advantage_B = policy_loss.compute_advantages(
         np.array([1.0, 0, 1, 0]), np.array([0, 0, 1, 1]), scale="std"
     )
     bounds = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
@@ -186,10 +188,12 @@ def test_grpo_through_the_head(norm):
             live_T=mask_BC.reshape(-1),
         )[0].reshape(B, C)  # fmt: skip
         advantage_BC = jnp.asarray(np.repeat(advantage_B[:, None], C, axis=1))
-        value_BC, _ = policy_loss.surrogate(logp_BC, jnp.asarray(old_BC), advantage_BC, **bounds)
-        value_BC = value_BC + 0.04 * policy_loss.kl_to(logp_BC, jnp.asarray(ref_BC))
+        value_BC, _ = policy_loss.compute_surrogate(
+            logp_BC, jnp.asarray(old_BC), advantage_BC, **bounds
+        )
+        value_BC = value_BC + 0.04 * policy_loss.estimate_kl(logp_BC, jnp.asarray(ref_BC))
         weight_BC = oracle.weights(mask_BC, norm, B, 8)
-        assert np.allclose(weight_BC, divergence_loss.token_weights(mask_BC, norm, 0, 8), rtol=1e-6)
+        assert np.allclose(weight_BC, loss_norms.token_weights(mask_BC, norm, 0, 8), rtol=1e-6)
         return jnp.sum(weight_BC * value_BC)
 
     with jax.enable_x64(True):
@@ -215,11 +219,11 @@ def test_grpo_through_the_head(norm):
 )
 def test_wrong_rewards_are_refused(rewards, groups, scale, words):
     with pytest.raises(ValueError, match=words):
-        policy_loss.advantages(np.array(rewards), np.array(groups), scale=scale)
+        policy_loss.compute_advantages(np.array(rewards), np.array(groups), scale=scale)
 
 
 @pytest.mark.parametrize("wrong", [{"clip_low": 1.0}, {"clip_high": -0.1}, {"dual_clip": 1.0}])
 def test_wrong_bounds_are_refused(wrong):
     x = jnp.zeros((1, 1))
     with pytest.raises(ValueError, match=re.escape(" ".join(map(str, *wrong.items())))):
-        policy_loss.surrogate(x, x, x, **{**OFF, **wrong})
+        policy_loss.compute_surrogate(x, x, x, **{**OFF, **wrong})

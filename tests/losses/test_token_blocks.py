@@ -11,11 +11,11 @@ from copsd_jax.runtime import sharding
 
 def test_blocks_by_hand():
     """As few as allowed, evenly filled, in whole strips: 36 rows, at most 16."""
-    assert token_blocks.size(36, 16, 1) == (3, 12)
-    assert token_blocks.size(36, 16, 8) == (3, 16)
-    assert token_blocks.size(10, 4, 8) == (3, 4)
-    assert token_blocks.size(1, 1024, 8) == (1, 1)
-    assert token_blocks.size(1000, 1024, 8) == (1, 1000)
+    assert token_blocks.divide_evenly(36, 16, 1) == (3, 12)
+    assert token_blocks.divide_evenly(36, 16, 8) == (3, 16)
+    assert token_blocks.divide_evenly(10, 4, 8) == (3, 4)
+    assert token_blocks.divide_evenly(1, 1024, 8) == (1, 1)
+    assert token_blocks.divide_evenly(1000, 1024, 8) == (1, 1000)
 
 
 def _walk(rows, live_T, most, multiple, calls):
@@ -39,7 +39,7 @@ def test_only_live_rows_are_walked(tokens, most, share):
     calls: list = []
     (doubled, others), total = jax.jit(lambda *rows: _walk(rows, live_T, most, 1, calls))(x_TD, n_T)
     jax.effects_barrier()
-    blocks, count = token_blocks.size(tokens, most, 1)
+    blocks, count = token_blocks.divide_evenly(tokens, most, 1)
     at = np.flatnonzero(live_T)
     if blocks > 1:
         parts = [at[i : i + count] for i in range(0, len(at), count)]

@@ -14,7 +14,7 @@ from copsd_jax import main
 from copsd_jax.config import settings as config_lib
 from copsd_jax.config.declaration import Choices, ListedBy
 from copsd_jax.dryrun import report
-from copsd_jax.losses import divergences
+from copsd_jax.losses import dense, divergences, token_values
 from copsd_jax.rewards import graders, reward_functions
 from copsd_jax.teaching import contexts, conversations, replies
 from copsd_jax.training import backends, run_plan, table_rules
@@ -81,7 +81,7 @@ def hellinger(student, teacher, settings):
     return divergences.Entry(student.p + teacher.p - 2 * root, student.p - root, 0.0)
 
 
-def hellinger_plain(student, teacher, settings, clips):
+def hellinger_plain(student, teacher, settings):
     return student.p - 2 * jnp.exp((student.log + teacher.log) / 2)
 
 
@@ -94,11 +94,11 @@ def test_a_divergence_is_one_entry(monkeypatch):
     assert settings is not None
     z_s, z_t = (jax.random.normal(jax.random.key(k), (3, 7)) for k in (0, 1))
     tokens = jnp.zeros(3, jnp.int32)
-    stats, dz = divergences.block(z_s, z_t, tokens, settings)
+    stats, dz = token_values.score_block(z_s, z_t, tokens, settings)
     p, q = (np.asarray(jax.nn.softmax(z), np.float64) for z in (z_s, z_t))
     np.testing.assert_allclose(stats.value_T, ((p**0.5 - q**0.5) ** 2).sum(1), rtol=1e-5)
-    dense = jax.grad(lambda z: divergences.value(z, z_t, tokens, settings)[0].sum())(z_s)
-    np.testing.assert_allclose(dz, dense, atol=1e-6)
+    slope = jax.grad(lambda z: dense.compute_values(z, z_t, tokens, settings)[0].sum())(z_s)
+    np.testing.assert_allclose(dz, slope, atol=1e-6)
 
 
 def longest(rewarder, golds, texts):

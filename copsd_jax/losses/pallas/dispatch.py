@@ -1,132 +1,148 @@
-"""The divergence's kernels on a device: which one, in what blocks, over which rows."""
+"""The Pallas kernels on one device: choice of the kernel, its block sizes, and its rows."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from copsd_jax.losses import divergences, token_blocks
-from copsd_jax.losses.pallas import block_sizes as blocks_lib
+from copsd_jax.losses import divergences, split_vocabulary, token_blocks, token_values
+from copsd_jax.losses.pallas import block_sizes, row_statistics
 
 CALLS = 4  # blocks of tokens in a call that has the head's gradient
+DIVERGENCES = row_statistics.DIVERGENCES
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """Where and how the kernels run.
+class KernelOptions:
+    """Static options of the kernels.
 
     Attributes:
-      chip: `device_kind` of the mesh's devices, which block sizes depend on; "" for the smallest.
-      blocks: sizes instead of the chip's.
-      interpret: on any platform, step by step (tests).
+      chip: `device_kind` of the mesh's devices, which determines the block sizes; "" for those of
+        the smallest chip.
+      blocks: sizes that replace the chip's.
+      interpret: whether the kernels run in interpret mode, on any platform (tests).
     """
 
     chip: str = ""
-    blocks: blocks_lib.Blocks | None = None
+    blocks: block_sizes.Blocks | None = None
     interpret: bool = False
 
 
-PLAIN = Kernel()
+DEFAULT = KernelOptions()
 
 
-def _sweep_tpu(*args: Any, **keywords: Any) -> tuple:
-    from copsd_jax.losses.pallas import (
-        divergence_tpu,  # imported where a TPU, or a test, asks for it
-    )
+class SweepFunction(Protocol):
+    """A chip's sweep; `divergence_tpu.sweep` describes it."""
+
+    def __call__(
+        self,
+        settings: divergences.Divergence,
+        hidden: tuple[jax.Array, jax.Array],
+        heads: tuple[jax.Array, ...],
+        inputs: token_values.TokenInputs,
+        shard: split_vocabulary.VocabularyShard,
+        *,
+        train_head: bool,
+        blocks: block_sizes.Blocks | None,
+        interpret: bool,
+    ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
+        """Sweeps a device's rows; see `divergence_tpu.sweep`."""
+        ...
+
+
+def _sweep_tpu(*args, **keywords):
+    # Imported lazily: only a TPU, or a test, needs Mosaic.
+    from copsd_jax.losses.pallas import divergence_tpu
 
     return divergence_tpu.sweep(*args, **keywords)
 
 
-def _sweep_gpu(*args: Any, **keywords: Any) -> tuple:
+def _sweep_gpu(*args, **keywords):
+    # Imported lazily: only a GPU, or a test, needs Triton.
     from copsd_jax.losses.pallas import divergence_gpu
 
     return divergence_gpu.sweep(*args, **keywords)
 
 
-def _blocks_tpu(chip: str, head_VD: jax.Array, tied: bool, train_head: bool) -> blocks_lib.Blocks:
-    entries, width = head_VD.shape
-    return blocks_lib.tpu(
-        chip, width, entries, head_VD.dtype, tied=tied, train_head=train_head
-    )  # fmt: skip
+class Kernel(NamedTuple):
+    """The kernels of one kind of chip.
 
-
-def _blocks_gpu(chip: str, head_VD: jax.Array, tied: bool, train_head: bool) -> blocks_lib.Blocks:
-    entries, width = head_VD.shape
-    return blocks_lib.gpu(
-        chip, width, entries, head_VD.dtype, tied=tied, train_head=train_head
-    )  # fmt: skip
-
-
-class Sweep(NamedTuple):
-    """A kernel: sweep(settings, hidden_s, hidden_t, head_s, head_t, tokens, weight, old, rollout,
-    *, train_head, vocab_axis, vocab_size, blocks, interpret) -> (stats, grad_hidden, grad_head or
-    None) of a device's rows; the rule of its block sizes; the multiple that widths are padded to.
+    Attributes:
+      sweep: statistics and gradients of a device's rows.
+      choose_blocks: `block_sizes.choose_tpu`, or the counterpart of the chip.
+      lanes: the kernels take widths that are multiples of it.
     """
 
-    sweep: Callable[..., tuple]
-    blocks: Callable[[str, jax.Array, bool, bool], blocks_lib.Blocks]
+    sweep: SweepFunction
+    choose_blocks: Callable[..., block_sizes.Blocks]
     lanes: int
 
 
-SWEEPS: dict[str, Sweep] = {
-    "pallas_tpu": Sweep(_sweep_tpu, _blocks_tpu, blocks_lib.LANES),
-    "pallas_gpu": Sweep(_sweep_gpu, _blocks_gpu, 1),
+KERNELS: dict[str, Kernel] = {
+    "pallas_tpu": Kernel(_sweep_tpu, block_sizes.choose_tpu, block_sizes.LANES),
+    "pallas_gpu": Kernel(_sweep_gpu, block_sizes.choose_gpu, 1),
 }
 
 
-def device(
+def sweep_live(
     name: str,
-    kernel: Kernel,
+    options: KernelOptions,
     settings: divergences.Divergence,
     hidden: tuple[jax.Array, jax.Array],
-    rows: tuple,
-    live_T: jax.Array,
     heads: tuple[jax.Array, ...],
+    inputs: token_values.TokenInputs,
+    shard: split_vocabulary.VocabularyShard,
+    live_T: jax.Array,
     *,
     gradient: bool,
     train_head: bool,
-    vocab_axis: str | None,
-    vocab_size: int,
-) -> tuple[tuple, jax.Array | None]:
-    """A device's live rows in calls of a kernel, which has no form without the gradient.
+) -> tuple[tuple[token_values.TokenStats, jax.Array | None], jax.Array | None]:
+    """Sweeps a device's live rows in calls of a kernel, which always takes the gradient.
 
-    A call is one block of the kernel's own, so that few rows are run for nothing; with the head's
-    gradient CALLS of them, since each call's [V, D] is added to the others' in memory.
+    A call is one of the kernel's own blocks, so that few padding rows are computed. With the head's
+    gradient it is CALLS blocks, since the [V, D] result of each call is added in memory.
 
     Args:
-      name: a name of SWEEPS.
+      name: a name of `KERNELS`.
+      options: of the kernels.
+      settings: of the divergence.
       hidden: of student and teacher, [T, D] each.
-      rows: tokens, weights, old and sampler's log-probabilities; see `divergence_loss.Rows`.
-      live_T: bool; what other rows hold is never used.
-      heads: in the states' dtype; one where both sides share it.
-      gradient: False gives None for both gradients.
-      vocab_axis, vocab_size: the mesh axis that splits the heads, entries of the whole vocabulary.
+      heads: [V, D] in the states' dtype; one where both sides share it.
+      inputs: [T].
+      shard: this device's part of the vocabulary.
+      live_T: bool; other rows may hold anything.
+      gradient: False gives None for the gradient to the states.
+      train_head: whether the head's gradient is wanted.
 
     Returns:
-      (TokenStats, gradient to the student's states), and the head's gradient.
+      (TokenStats, gradient to the student's states [T, D]), and the head's gradient [V, D] or None.
     """
-    chosen, width = SWEEPS[name], hidden[0].shape[1]
-    heads = tuple(_widen(head, chosen.lanes) for head in heads)
-    tied, sizes = len(heads) == 1, kernel.blocks
-    if sizes is None:
-        sizes = chosen.blocks(kernel.chip, heads[0], tied, train_head)
+    kernel, width = KERNELS[name], hidden[0].shape[1]
+    heads = tuple(_pad_width(head, kernel.lanes) for head in heads)
+    blocks = options.blocks
+    if blocks is None:
+        entries, padded = heads[0].shape
+        blocks = kernel.choose_blocks(
+            options.chip, padded, entries, heads[0].dtype, tied=len(heads) == 1,
+            train_head=train_head,
+        )  # fmt: skip
 
-    def block(inputs: tuple) -> tuple:
-        hidden, rows = inputs
-        args: Any = (*(_widen(x, chosen.lanes) for x in hidden), heads[0], heads[-1], *rows)
-        stats, grad_hidden_TD, grad_head_VD = chosen.sweep(
-            settings, *args, train_head=train_head, vocab_axis=vocab_axis, vocab_size=vocab_size,
-            blocks=sizes, interpret=kernel.interpret,
+    def sweep(rows: tuple) -> tuple:
+        (hidden_s_TD, hidden_t_TD), inputs = rows
+        hidden = _pad_width(hidden_s_TD, kernel.lanes), _pad_width(hidden_t_TD, kernel.lanes)
+        stats, grad_hidden_TD, grad_head_VD = kernel.sweep(
+            settings, hidden, heads, inputs, shard, train_head=train_head, blocks=blocks,
+            interpret=options.interpret,
         )  # fmt: skip
         return (stats, grad_hidden_TD[:, :width] if gradient else None), grad_head_VD
 
-    most = sizes.tokens * (CALLS if train_head else 1)
-    out, grad_head_VD = token_blocks.walk(block, (hidden, rows), live_T, most)
+    most = blocks.tokens * (CALLS if train_head else 1)
+    out, grad_head_VD = token_blocks.walk(sweep, (hidden, inputs), live_T, most)
     return out, None if grad_head_VD is None else grad_head_VD[:, :width]
 
 
-def _widen(x: jax.Array, lanes: int) -> jax.Array:
-    """Zeros beside the last axis, to a multiple: they change no product."""
+def _pad_width(x: jax.Array, lanes: int) -> jax.Array:
+    """Appends zeros along the last axis, up to a multiple of `lanes`: they change no product."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % lanes))) if x.shape[1] % lanes else x

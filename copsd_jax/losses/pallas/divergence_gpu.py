@@ -1,15 +1,16 @@
 """The divergence over the whole vocabulary on an NVIDIA GPU, at three matmuls a token.
 
-The vendor's library does the matmuls of a block of N tokens; kernels (Pallas-Triton) do what lies
-between, in tiles of the vocabulary. One head for both sides meets the rows of both in one matmul.
-Entries are kept as float32 logits, so the numbers are those of `divergence_loss.py`'s blocks.
+The vendor's library does the matmuls of a block of N tokens. Kernels (Pallas-Triton) do the work
+between them, in tiles of the vocabulary. If both sides share a head, the rows of both are in one
+matmul. Entries are stored as float32 logits, so the numbers are those of `chunked`.
 
-Bytes an entry (one token, one id): logits written 8; statistics read 8; Σb read 8, left out for
-forward KL without an element clip and for the sampled token; dz read 8, written 2; its matmul 2. A
-row of 151,936 logits does not fit into shared memory, so every pass reads it again. At T 8192,
-D 4096, V 151,936 in bfloat16 on an H200 (989 TFLOP/s, 4.8 TB/s; floor 30.9 ms, TV = 1.24e9) that is
-28 bytes or 7.3 ms for forward KL, 36 or 9.3 ms for the others: 1.24 and 1.30 floors at the peak of
-both, and less against a floor that is measured, since no matmul reaches the peak.
+Bytes an entry (one token, one id): logits written 8; statistics read 8; Σb read 8, which forward KL
+without an element clip and the sampled token leave out; dz read 8, written 2; its matmul 2. A row
+of 151,936 logits does not fit into shared memory, so every pass reads it again. At T 8192, D 4096,
+V 151,936 in bfloat16 on an H200 (989 TFLOP/s, 4.8 TB/s; floor 30.9 ms, TV = 1.24e9) forward KL
+moves 28 bytes an entry, which takes 7.3 ms, and the others 36 bytes in 9.3 ms. That is 1.24 and
+1.30 floors at the peak of both, and less against a measured floor, since no matmul reaches the
+peak.
 
 Names: I vocabulary tiles, T tokens of a block, U width of a tile.
 """
@@ -21,86 +22,76 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from copsd_jax.losses import divergences
-from copsd_jax.losses.pallas import block_sizes as blocks_lib
-from copsd_jax.losses.pallas import row_statistics as rows_lib
-
-Divergence = divergences.Divergence
+from copsd_jax.losses import distributions, divergences, precision, split_vocabulary, token_values
+from copsd_jax.losses.pallas import block_sizes, row_statistics
 
 
 def sweep(
-    settings: Divergence,
-    hidden_s_TD: jax.Array,
-    hidden_t_TD: jax.Array,
-    head_s_VD: jax.Array,
-    head_t_VD: jax.Array | None,
-    tokens_T: jax.Array,
-    weight_T: jax.Array,
-    logp_old_T: jax.Array | None,
-    logp_rollout_T: jax.Array | None,
+    settings: divergences.Divergence,
+    hidden: tuple[jax.Array, jax.Array],
+    heads: tuple[jax.Array, ...],
+    inputs: token_values.TokenInputs,
+    shard: split_vocabulary.VocabularyShard,
     *,
     train_head: bool,
-    vocab_axis: str | None = None,
-    vocab_size: int | None = None,
-    blocks: blocks_lib.Blocks | None = None,
+    blocks: block_sizes.Blocks | None = None,
     interpret: bool = False,
-) -> tuple[divergences.TokenStats, jax.Array, jax.Array | None]:
-    """As `divergence_tpu.sweep`, for any width; blocks from `block_sizes.gpu`."""
-    tied = head_t_VD is None or head_t_VD is head_s_VD
-    dtype, (size, width) = hidden_s_TD.dtype, head_s_VD.shape
-    heads: tuple = (head_s_VD,) if tied else (head_s_VD, head_t_VD)
-    rows_lib.check(settings, (hidden_s_TD, hidden_t_TD), heads, vocab_size)
+) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
+    """Sweeps a device's rows as `divergence_tpu.sweep`, for any width.
+
+    Arguments, results and their shapes are the same, but for the block sizes, which are those of
+    `block_sizes.choose_gpu`.
+    """
+    row_statistics.check_inputs(settings, hidden, heads, shard)
+    size, width = heads[0].shape
     if blocks is None:
-        blocks = blocks_lib.gpu("", width, size, dtype, train_head=train_head)
-    passes = rows_lib.Passes(
+        blocks = block_sizes.choose_gpu("", width, size, hidden[0].dtype, train_head=train_head)
+    passes = row_statistics.Passes(
         functools.partial(_logits_pass, settings, blocks, interpret),
         _coefficients,
         functools.partial(_sums_pass, settings, blocks, interpret),
         functools.partial(_gradient_pass, settings, blocks, interpret),
     )
-    return rows_lib.sweep(
-        settings,
-        passes,
-        (hidden_s_TD, hidden_t_TD),
-        heads,
-        rows_lib.Rows(tokens_T, weight_T, logp_old_T, logp_rollout_T),
-        rows_lib.Vocabulary(size, vocab_size, vocab_axis),
-        train_head=train_head,
-        block=blocks_lib.even(tokens_T.shape[0], blocks.tokens, 8),
-    )
+    return row_statistics.sweep_blocks(
+        settings, passes, hidden, heads, inputs, shard, train_head=train_head,
+        block=block_sizes.even_rows(inputs.tokens_T.shape[0], blocks.tokens, 8),
+    )  # fmt: skip
 
 
 def _coefficients(
-    known: rows_lib.Known, sides: tuple, local_T: jax.Array, slope_T: jax.Array
+    result: row_statistics.LogitsResult, sides: tuple, local_T: jax.Array, slope_T: jax.Array
 ) -> jax.Array:
-    """What passes 2 and 3 read of each row, [T, 8]; the last is 0.
+    """Returns the numbers of each row that passes 2 and 3 read, [T, 8].
 
-    0 and 1, 2 and 3 the student's and the teacher's maximum and ln Σ exp; 4 Σb/Σp; 5 the sampled
-    token's place in this shard; 6 its p - 1.
+    0 and 1: the student's maximum and ln Σ exp; 2 and 3: the teacher's; 4: Σb/Σp; 5: the sampled
+    token's row in this shard; 6: its p - 1; 7: 0.
     """
     del sides
     place_T = local_T.astype(jnp.float32)
-    softmax = [*known.student[:2], *known.teacher[:2]]
-    rest = [slope_T, place_T, jnp.expm1(known.logp_T), jnp.zeros_like(slope_T)]
+    softmax = [*result.student[:2], *result.teacher[:2]]
+    rest = [slope_T, place_T, jnp.expm1(result.logp_T), jnp.zeros_like(slope_T)]
     return jnp.stack([*softmax, *rest], axis=1)
 
 
 # --- kernels: one row and one tile a program ------------------------------------------------------
 
 
-def _logit(settings: Divergence, logits_ref, row: jax.Array, width: int, here: jax.Array):
-    """z / τ of a tile, EMPTY past the last real entry; and which entries are real."""
+def _logit(
+    settings: divergences.Divergence, logits_ref, row: jax.Array, width: int, here: jax.Array
+):
+    """Loads z / τ of a tile, with EMPTY past the last real entry, and the mask of real entries."""
     start = pl.program_id(1) * width
     real_U = start + jnp.arange(width, dtype=jnp.int32) < here
     z_U = plgpu.load(logits_ref.at[row, pl.ds(start, width)], mask=real_U, other=0.0)
     if settings.temperature != 1:
         z_U = z_U * (1 / settings.temperature)
-    return jnp.where(real_U, z_U, rows_lib.EMPTY), real_U
+    return jnp.where(real_U, z_U, row_statistics.EMPTY), real_U
 
 
 def _both(settings, logits_refs, width: int, here: jax.Array):
-    """Both sides' tile; one array holds them one after the other, or two hold one each."""
+    """Loads the tile of both sides and the mask of real entries."""
     row = pl.program_id(0)
+    # One array holds the rows of the student and below them the teacher's; or there are two arrays.
     below = pl.num_programs(0) if len(logits_refs) == 1 else 0
     student_U, real_U = _logit(settings, logits_refs[0], row, width, here)
     teacher_U, _ = _logit(settings, logits_refs[-1], row + below, width, here)
@@ -108,19 +99,19 @@ def _both(settings, logits_refs, width: int, here: jax.Array):
 
 
 def _write(numbers_ref, numbers: list[jax.Array]) -> None:
-    """Numbers of this row and tile to [I, 8, T], the rest of the 8 as 0."""
+    """Writes numbers of this row and tile to [I, 8, T], and 0 for the rest of the 8."""
     row, tile = pl.program_id(0), pl.program_id(1)
-    for k in range(rows_lib.ROW_STATS):
+    for k in range(row_statistics.ROW_STATS):
         value = numbers[k] if k < len(numbers) else jnp.zeros((), jnp.float32)
         numbers_ref[tile, k, row] = value
 
 
 def _logits_kernel(settings, width, here_ref, *refs):
-    """Pass 1: maxima and sums of a tile."""
+    """Writes the maxima and sums of a tile (pass 1)."""
     *logits_refs, stats_ref = refs
     numbers, below = [], []
     for z_U in _both(settings, logits_refs, width, here_ref[0])[:2]:
-        top = jnp.maximum(jnp.max(z_U), rows_lib.FLOOR)
+        top = jnp.maximum(jnp.max(z_U), row_statistics.FLOOR)
         below.append(z_U - top)
         weight_U = jnp.exp(below[-1])
         numbers += [top, jnp.sum(weight_U), jnp.sum(weight_U * below[-1])]
@@ -131,22 +122,22 @@ def _logits_kernel(settings, width, here_ref, *refs):
 
 
 def _sides(settings, logits_refs, width, here, row_ref):
-    """Both distributions on a tile, 0 past the last real entry; and the row's other numbers."""
+    """Loads both distributions on a tile, 0 past the last real entry, and the row's numbers."""
     student_U, teacher_U, real_U = _both(settings, logits_refs, width, here)
     row = pl.program_id(0)
     sides = []
     for k, z_U in enumerate((student_U, teacher_U)):
         log_U = (z_U - row_ref[row, 2 * k]) - row_ref[row, 2 * k + 1]
         log_U = jnp.where(real_U, log_U, 0.0)
-        sides.append(divergences.Side(jnp.where(real_U, jnp.exp(log_U), 0.0), log_U))
+        sides.append(distributions.Distribution(jnp.where(real_U, jnp.exp(log_U), 0.0), log_U))
     return *sides, [row_ref[row, k] for k in (4, 5, 6)]
 
 
 def _sums_kernel(settings, width, here_ref, row_ref, *refs):
-    """Pass 2: Σ over the tile of e, b, p and the clipped teacher's mass."""
+    """Writes Σ over the tile of e, b, p and the clipped teacher's mass (pass 2)."""
     *logits_refs, sums_ref = refs
     student, teacher, _ = _sides(settings, logits_refs, width, here_ref[0], row_ref)
-    e_U, b_U, clipped_U = divergences.entries(student, teacher, settings)
+    e_U, b_U, clipped_U = divergences.compute_entries(student, teacher, settings)
     numbers = [jnp.sum(e_U), jnp.sum(b_U), jnp.sum(student.p)]
     if clipped_U is not None:
         numbers.append(jnp.sum(jnp.where(clipped_U, teacher.p, 0.0)))
@@ -154,7 +145,7 @@ def _sums_kernel(settings, width, here_ref, row_ref, *refs):
 
 
 def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
-    """Pass 3: dz of a tile."""
+    """Writes dz of a tile (pass 3)."""
     logits_refs, dz_ref = refs[:logits], refs[logits]
     student, teacher, (slope, place, miss) = _sides(
         settings, logits_refs, width, here_ref[0], row_ref
@@ -164,7 +155,7 @@ def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
     if settings.divergence == "sampled":
         dz_U = jnp.where(entry_U == place.astype(jnp.int32), miss, student.p)
     else:
-        e_U, b_U, _ = divergences.entries(student, teacher, settings)
+        e_U, b_U, _ = divergences.compute_entries(student, teacher, settings)
         dz_U = b_U if sums else b_U - student.p * slope
         if sums:
             _write(refs[logits + 1], [jnp.sum(e_U)])
@@ -176,7 +167,7 @@ def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
 
 
 def _call(kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes: int):
-    """One program a row and tile, over whole arrays in HBM; the last operand holds V columns."""
+    """Runs one program a row and tile over whole arrays in HBM; the last operand has V columns."""
     tokens = out_shape[0].shape[-1] if out_shape[0].ndim == 3 else out_shape[0].shape[0]
     size = operands[-1].shape[1]
     whole = pl.BlockSpec(memory_space=pl.ANY)
@@ -197,47 +188,51 @@ def _call(kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes
     )(*operands)
 
 
-def _numbers(tokens: int, size: int, blocks: blocks_lib.Blocks) -> jax.ShapeDtypeStruct:
+def _numbers(tokens: int, size: int, blocks: block_sizes.Blocks) -> jax.ShapeDtypeStruct:
     tiles = -(-size // blocks.vocab)
-    return jax.ShapeDtypeStruct((tiles, rows_lib.ROW_STATS, tokens), jnp.float32)
+    return jax.ShapeDtypeStruct((tiles, row_statistics.ROW_STATS, tokens), jnp.float32)
 
 
 def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
-    """Logits, [2T, V] or twice [T, V], and the statistics [I, 8, T]."""
+    """Returns the logits, [2T, V] or twice [T, V], and the statistics [I, 8, T]."""
     if len(heads) == 1:
-        kept = (rows_lib.dot(jnp.concatenate(hidden), heads[0], 1, 1),)
+        stored = (precision.dot(jnp.concatenate(hidden), heads[0], 1, 1),)
     else:
-        kept = tuple(
-            rows_lib.dot(x_TD, head_VD, 1, 1) for x_TD, head_VD in zip(hidden, heads, strict=True)
+        stored = tuple(
+            precision.dot(x_TD, head_VD, 1, 1) for x_TD, head_VD in zip(hidden, heads, strict=True)
         )
     kernel = functools.partial(_logits_kernel, settings, blocks.vocab)
     shape = _numbers(hidden[0].shape[0], heads[0].shape[0], blocks)
-    (stats_I8T,) = _call(kernel, "divergence_stats", blocks, interpret, (here_1, *kept), [shape], 8)
-    return kept, stats_I8T
+    (stats_I8T,) = _call(
+        kernel, "divergence_stats", blocks, interpret, (here_1, *stored), [shape], 8
+    )
+    return stored, stats_I8T
 
 
-def _sums_pass(settings, blocks, interpret, here_1, coefficients_T8, kept) -> jax.Array:
+def _sums_pass(settings, blocks, interpret, here_1, coefficients_T8, stored) -> jax.Array:
+    """Returns the sums of pass 2, [I, 8, T]."""
     kernel = functools.partial(_sums_kernel, settings, blocks.vocab)
-    shape = _numbers(coefficients_T8.shape[0], kept[0].shape[1], blocks)
-    operands = (here_1, coefficients_T8, *kept)
+    shape = _numbers(coefficients_T8.shape[0], stored[0].shape[1], blocks)
+    operands = (here_1, coefficients_T8, *stored)
     return _call(kernel, "divergence_sums", blocks, interpret, operands, [shape], 8)[0]
 
 
 def _gradient_pass(
-    settings, blocks, interpret, here_1, coefficients_T8, kept, head_VD, head_part
+    settings, blocks, interpret, here_1, coefficients_T8, stored, head_VD, head_part
 ) -> tuple:
+    """Returns dz W [T, D], sums [I, 8, T] or None, and the head's gradient or None."""
     (tokens, _), (size, _) = coefficients_T8.shape, head_VD.shape
-    fused = rows_lib.fused(settings, head_part is not None)
-    kernel = functools.partial(_gradient_kernel, settings, blocks.vocab, fused, len(kept))
+    fused = row_statistics.fuses_sums(settings, head_part is not None)
+    kernel = functools.partial(_gradient_kernel, settings, blocks.vocab, fused, len(stored))
     shapes = [jax.ShapeDtypeStruct((tokens, size), head_VD.dtype)]
     if fused:
         shapes.append(_numbers(tokens, size, blocks))
-    operands = (here_1, coefficients_T8, *kept)
+    operands = (here_1, coefficients_T8, *stored)
     item = head_VD.dtype.itemsize
     dz_TV, *sums = _call(
         kernel, "divergence_gradient", blocks, interpret, operands, shapes, 8 + item
     )
     grad_head_VD = None
     if head_part is not None:
-        grad_head_VD = head_part[1] + rows_lib.dot(dz_TV, head_part[0], 0, 0)
-    return rows_lib.dot(dz_TV, head_VD, 1, 0), sums[0] if fused else None, grad_head_VD
+        grad_head_VD = head_part[1] + precision.dot(dz_TV, head_part[0], 0, 0)
+    return precision.dot(dz_TV, head_VD, 1, 0), sums[0] if fused else None, grad_head_VD

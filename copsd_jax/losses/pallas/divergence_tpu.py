@@ -6,24 +6,25 @@ both log-sum-exps before any gradient, and Σb before dz = b - p Σb. At T 32,76
 in bfloat16 (floor 310.6 ms on v5e, 66.6 ms on v6e; TV = 4.98e9) the ways to get them are
 
   logits computed again     5 matmuls: 1.67 floors
-  float32 logits kept       16 bytes an entry, 24 with Σb: 80 or 119 GB; 1.47 floors on v5e for JSD
-  bfloat16 logits kept      8 or 12 bytes; loses p - q where p and q are close
+  float32 logits stored     16 bytes an entry, 24 with Σb: 80 or 119 GB; 1.47 floors on v5e for JSD
+  bfloat16 logits stored    8 or 12 bytes; loses p - q where p and q are close
   32 bits an entry (here)   8 or 12 bytes: 40 or 60 GB
 
 and each of the passes 1 and 3 reads the head once per token block: 2 · T/N · VD · 2 bytes, 10 GB at
-N = 4096, 20 GB at 2048. Hence (`block_sizes.tpu_cost`): forward KL 1.24 floors on v5e (N 2048, for
-its 16 GB) and 1.47 on v6e (N 4096), JSD and clipped forms 1.32 and 1.66, if vector work hides
-behind the matrix unit. What is kept of a block's entries is in HBM, [N, V], once, whatever T.
+N = 4096, 20 GB at 2048. The time of a sweep by count is its FLOP over the chip's peak plus its
+bytes over the bandwidth. Forward KL takes 1.24 floors on v5e (N 2048, for its 16 GB) and 1.47 on
+v6e (N 4096), JSD and clipped forms 1.32 and 1.66, if vector work hides behind the matrix unit. The
+stored entries of one block are in HBM, [N, V], for any T.
 
-What is kept of an entry, relative to its tile's maxima m_s and m_t of the row: the larger of
+An entry is stored relative to its tile's maxima m_s and m_t of the row: the larger of
 P = exp(z_s - m_s) and Q = exp(z_t - m_t), and d = (z_t - m_t) - (z_s - m_s), which gives the other
 one as larger · exp(-|d|). For bfloat16 states both are rounded to 10 bits after the leading one
-(P down to 2^-63 of the tile's maximum, |d| from 2^-16 to 2^16): a relative error of at most 2^-11
+(P down to 2^-63 of the tile's maximum, |d| from 2^-16 to 2^16). The relative error is at most 2^-11
 in the larger probability and in d, so 2^-10 in p - q and 2^-9 in every entry's divergence, however
 close the sides are; equal sides give exactly zero. Rounding dz to bfloat16 for its matmul costs
 2^-8 anyway. An entry within 2^-9 of the clip's κ may fall on its other side. For float32 states
 both numbers stay float32. Log-sum-exps, entropies and log-probabilities come from the unrounded
-logits; what rounding adds to Σp is divided out of dz.
+logits. Dividing by Σp removes from dz the error that rounding adds to Σp.
 
 Names: I vocabulary tiles, T tokens of a block, R rows of a grid step, U width of a tile.
 """
@@ -36,97 +37,83 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from copsd_jax.losses import divergences
-from copsd_jax.losses.pallas import block_sizes as blocks_lib
-from copsd_jax.losses.pallas import row_statistics as rows_lib
+from copsd_jax.losses import distributions, divergences, precision, split_vocabulary, token_values
+from copsd_jax.losses.pallas import block_sizes, row_statistics
 
-Divergence = divergences.Divergence
-
-STRIP = 16  # rows that elementwise work is done on at a time, so that it stays in registers
+STRIP = 16  # rows of elementwise work at a time, so that it stays in registers
 
 
 def sweep(
-    settings: Divergence,
-    hidden_s_TD: jax.Array,
-    hidden_t_TD: jax.Array,
-    head_s_VD: jax.Array,
-    head_t_VD: jax.Array | None,
-    tokens_T: jax.Array,
-    weight_T: jax.Array,
-    logp_old_T: jax.Array | None,
-    logp_rollout_T: jax.Array | None,
+    settings: divergences.Divergence,
+    hidden: tuple[jax.Array, jax.Array],
+    heads: tuple[jax.Array, ...],
+    inputs: token_values.TokenInputs,
+    shard: split_vocabulary.VocabularyShard,
     *,
     train_head: bool,
-    vocab_axis: str | None = None,
-    vocab_size: int | None = None,
-    blocks: blocks_lib.Blocks | None = None,
+    blocks: block_sizes.Blocks | None = None,
     interpret: bool = False,
-) -> tuple[divergences.TokenStats, jax.Array, jax.Array | None]:
-    """Statistics, and the gradients of Σ weight · value, in one sweep over blocks of tokens.
+) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
+    """Computes statistics and the gradients of Σ weight · value in one sweep over blocks of tokens.
 
     Call it on one device or inside shard_map; tokens are the device's own.
 
     Args:
-      hidden_s_TD, hidden_t_TD: float32 or bfloat16; D a multiple of 128.
-      head_s_VD: this device's rows of the head, rounded to the hidden states' dtype.
-      head_t_VD: the teacher's; the same array, or None, where both sides have one head: each tile
-        is then read once for both.
-      tokens_T: int32, ids of the whole vocabulary.
-      vocab_axis: mesh axis over which the heads are cut into shards of equal size, in order; None
-        if they are whole. Maxima, sums and the hidden states' gradient are joined over it.
-      vocab_size: real entries of the whole vocabulary; rows of the head from there on are padding,
-        have no probability and no gradient. None for all.
-      blocks: see `block_sizes.tpu`; None for the sizes of the chip with the smallest VMEM.
+      settings: of the divergence.
+      hidden: of student and teacher, [T, D] each, float32 or bfloat16; D is a multiple of 128.
+      heads: this device's rows of the heads, [V, D], rounded to the hidden states' dtype. One head
+        if both sides share it: each tile is then read once for both.
+      inputs: [T].
+      shard: this device's part of the vocabulary. Maxima, sums and the hidden states' gradient are
+        joined over its axis. Rows of the heads that are padding have no probability and no
+        gradient.
+      train_head: whether the gradient of the student's head is taken.
+      blocks: see `block_sizes.choose_tpu`; None for the sizes of the chip with the smallest VMEM.
+      interpret: whether the kernels run in interpret mode.
 
     Returns:
       stats: float32 [T].
-      grad_hidden_TD: in the dtype of hidden_s_TD.
+      grad_hidden_TD: in the hidden states' dtype.
       grad_head_VD: float32, of this device's tokens; None unless `train_head`.
 
     Raises:
-      ValueError: top_k, dtypes or a width that the kernels do not take.
+      ValueError: a divergence, top_k, dtypes or a width that the kernels do not take.
     """
-    tied = head_t_VD is None or head_t_VD is head_s_VD
-    dtype, (size, width) = hidden_s_TD.dtype, head_s_VD.shape
-    heads: tuple = (head_s_VD,) if tied else (head_s_VD, head_t_VD)
-    rows_lib.check(settings, (hidden_s_TD, hidden_t_TD), heads, vocab_size)
-    if width % blocks_lib.LANES:
+    row_statistics.check_inputs(settings, hidden, heads, shard)
+    size, width = heads[0].shape
+    if width % block_sizes.LANES:
         raise ValueError(
-            f"the width is {width}: the TPU kernels take multiples of {blocks_lib.LANES}; "
+            f"the width is {width}: the TPU kernels take multiples of {block_sizes.LANES}; "
             "loss.implementation=chunked takes any"
         )
     if blocks is None:
-        blocks = blocks_lib.tpu("", width, size, dtype, tied=tied, train_head=train_head)
-    blocks = blocks_lib.fit(blocks, tokens_T.shape[0])
-    passes = rows_lib.Passes(
+        blocks = block_sizes.choose_tpu(
+            "", width, size, hidden[0].dtype, tied=len(heads) == 1, train_head=train_head
+        )
+    blocks = block_sizes.fit(blocks, inputs.tokens_T.shape[0])
+    passes = row_statistics.Passes(
         functools.partial(_logits_pass, settings, blocks, interpret),
         _coefficients,
         functools.partial(_sums_pass, settings, blocks, interpret),
         functools.partial(_gradient_pass, settings, blocks, interpret),
     )
-    return rows_lib.sweep(
-        settings,
-        passes,
-        (hidden_s_TD, hidden_t_TD),
-        heads,
-        rows_lib.Rows(tokens_T, weight_T, logp_old_T, logp_rollout_T),
-        rows_lib.Vocabulary(size, vocab_size, vocab_axis),
-        train_head=train_head,
+    return row_statistics.sweep_blocks(
+        settings, passes, hidden, heads, inputs, shard, train_head=train_head,
         block=blocks.tokens,
-    )
+    )  # fmt: skip
 
 
 def _coefficients(
-    known: rows_lib.Known, sides: tuple, local_T: jax.Array, slope_T: jax.Array
+    result: row_statistics.LogitsResult, sides: tuple, local_T: jax.Array, slope_T: jax.Array
 ) -> jax.Array:
-    """What passes 2 and 3 read of each row and tile, [I, 8, T]; the last two are 0.
+    """Returns the numbers of each row and tile that passes 2 and 3 read, [I, 8, T].
 
-    0 p/P; 1 q/Q; 2 (ln q - ln p) - d; 3 Σb/Σp; 4 the sampled token's place in this shard;
-    5 p - 1 of the sampled token.
+    0: p/P; 1: q/Q; 2: (ln q - ln p) - d; 3: Σb/Σp; 4: the sampled token's row in this shard;
+    5: p - 1 of the sampled token; 6 and 7: 0.
     """
-    log_s_IT = known.student.log_prob(sides[0].top_IT)
-    log_t_IT = known.teacher.log_prob(sides[1].top_IT)
-    rows = (slope_T, local_T.astype(jnp.float32), jnp.expm1(known.logp_T))
+    log_s_IT = result.student.log_prob(sides[0].top_IT)
+    log_t_IT = result.teacher.log_prob(sides[1].top_IT)
+    rows = (slope_T, local_T.astype(jnp.float32), jnp.expm1(result.logp_T))
     rows_IT = [jnp.broadcast_to(row_T, log_s_IT.shape) for row_T in rows]
     zeros_IT = jnp.zeros_like(log_s_IT)
     return jnp.stack(
@@ -135,16 +122,17 @@ def _coefficients(
     )
 
 
-# --- what is kept of an entry ------------------------------------------------------------------
+# --- stored entries ----------------------------------------------------------------------------
 
-MANTISSA = 10  # bits of it that 16 bits hold
+MANTISSA = 10  # bits of the mantissa in a code of 16 bits
 SHIFT = 23 - MANTISSA
 LARGER_BASE = (127 - 63) << MANTISSA  # codes from 2^-63 up
 GAP_BASE = (127 - 16) << MANTISSA  # codes from 2^-16 up
 
 
 def _code(x: jax.Array, base: int, most: int) -> jax.Array:
-    """The float32 x >= 0 as an integer below 2^16; 0 for what is too small for a code."""
+    """Encodes float32 x >= 0 as an integer of at most `most`; x too small for a code becomes 0."""
+    # Half of the last bit is added, so that the shift rounds to nearest.
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) + (1 << (SHIFT - 1))
     return jnp.clip((bits >> SHIFT) - base, 0, most)
 
@@ -155,13 +143,17 @@ def _decode(code: jax.Array, base: int) -> jax.Array:
 
 
 def pack(larger: jax.Array, gap: jax.Array) -> jax.Array:
-    """Two float32 in one int32: larger in [0, 1] without a sign, |gap| below 2^16 with one."""
+    """Packs two float32 into one int32, of their shape.
+
+    The upper 16 bits hold `larger`, in [0, 1]. The lower 16 hold `gap`, |gap| below 2^16, with its
+    sign.
+    """
     code = _code(jnp.abs(gap), GAP_BASE, 0x7FFF) | jnp.where(gap < 0, 0x8000, 0)
     return (_code(larger, LARGER_BASE, 0xFFFF) << 16) | code
 
 
 def unpack(word: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """larger and gap, as `pack` rounded them."""
+    """Unpacks larger and gap, as `pack` rounded them, in the shape of the words."""
     gap = _decode(word & 0x7FFF, GAP_BASE)
     larger = _decode(jax.lax.shift_right_logical(word, 16), LARGER_BASE)
     return larger, jnp.where((word & 0x8000) != 0, -gap, gap)
@@ -171,7 +163,7 @@ def unpack(word: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _tile(head_ref, here) -> jax.Array:
-    """A tile of the head; what lies past the last real entry may be anything, so it becomes 0."""
+    """Loads a tile of the head, with 0 past the last real entry, where memory may hold anything."""
     tile_UD = head_ref[...]
     entry_U1 = jax.lax.broadcasted_iota(jnp.int32, (tile_UD.shape[0], 1), 0)
     entry_U1 = entry_U1 + pl.program_id(0) * tile_UD.shape[0]
@@ -183,13 +175,13 @@ def _rows(step: jax.Array, size: int):
 
 
 def _strips(count: int, work) -> None:
-    """work(rows of the strip), one strip after the other."""
+    """Runs work(rows of the strip), one strip after the other."""
     jax.lax.fori_loop(0, count // STRIP, lambda k, _: work(_rows(k, STRIP)), None)
 
 
 def _columns(numbers: list[jax.Array]) -> jax.Array:
-    """[S, 1] each -> [S, 128], number k in lane k."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, (numbers[0].shape[0], blocks_lib.LANES), 1)
+    """Puts numbers of shape [S, 1] into one [S, 128], number k in lane k."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (numbers[0].shape[0], block_sizes.LANES), 1)
     out = jnp.zeros(lane.shape, jnp.float32)
     for k, number in enumerate(numbers):
         out = jnp.where(lane == k, number, out)
@@ -197,20 +189,20 @@ def _columns(numbers: list[jax.Array]) -> jax.Array:
 
 
 def _transposed(ref) -> jax.Array:
-    """[1, 8, R] of a block -> [R, 128]."""
+    """Transposes [1, 8, R] of a block to [R, 128]."""
     rows_8R = ref[0]
-    blank = jnp.zeros((blocks_lib.LANES - rows_lib.ROW_STATS, rows_8R.shape[1]), jnp.float32)
+    blank = jnp.zeros((block_sizes.LANES - row_statistics.ROW_STATS, rows_8R.shape[1]), jnp.float32)
     return jnp.concatenate([rows_8R, blank], axis=0).T
 
 
 def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs):
-    """Pass 1 for one tile and the rows of a grid step: what is kept, and statistics."""
+    """Writes the stored entries and the statistics of one tile and a grid step's rows (pass 1)."""
     head_refs, stored_refs, (stats_ref, z_ref, column_ref) = refs[:heads], refs[heads:-3], refs[-3:]
     count, width = z_ref.shape[1:]
     rows = _rows(pl.program_id(1), count)
     tiles = [_tile(ref, here_ref[0]) for ref in head_refs]
     for k, hidden_ref in enumerate((hidden_s_ref, hidden_t_ref)):
-        z_ref[k] = rows_lib.dot(hidden_ref[rows, :], tiles[k % heads], 1, 1)
+        z_ref[k] = precision.dot(hidden_ref[rows, :], tiles[k % heads], 1, 1)
     entry_1U = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1) + pl.program_id(0) * width
     real_1U = entry_1U < here_ref[0]
     scale = 1 / settings.temperature
@@ -219,8 +211,8 @@ def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs)
         numbers, below, weights = [], [], []
         for k in (0, 1):
             z = z_ref[k, strip, :] if scale == 1 else z_ref[k, strip, :] * scale
-            z = jnp.where(real_1U, z, rows_lib.EMPTY)
-            top = jnp.maximum(jnp.max(z, axis=1, keepdims=True), rows_lib.FLOOR)
+            z = jnp.where(real_1U, z, row_statistics.EMPTY)
+            top = jnp.maximum(jnp.max(z, axis=1, keepdims=True), row_statistics.FLOOR)
             below.append(z - top)
             weights.append(jnp.exp(below[k]))
             moment = jnp.sum(weights[k] * below[k], axis=1, keepdims=True)
@@ -228,49 +220,51 @@ def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs)
         if settings.sampling_temperature != settings.temperature:
             sampling = jnp.exp(below[0] * (settings.temperature / settings.sampling_temperature))
             numbers.append(jnp.sum(sampling, axis=1, keepdims=True))
-        kept = jnp.maximum(*weights), below[1] - below[0]
-        kept = kept if len(stored_refs) == 2 else (pack(*kept),)
-        for ref, value in zip(stored_refs, kept, strict=True):
+        values = jnp.maximum(*weights), below[1] - below[0]
+        values = values if len(stored_refs) == 2 else (pack(*values),)
+        for ref, value in zip(stored_refs, values, strict=True):
             ref[strip, :] = value
         column_ref[strip, :] = _columns(numbers)
 
     _strips(count, work)
-    stats_ref[0] = column_ref[...].T[: rows_lib.ROW_STATS]
+    stats_ref[0] = column_ref[...].T[: row_statistics.ROW_STATS]
 
 
-def _kept(stored_refs, strip, column: jax.Array) -> tuple:
-    """Both sides of a strip of entries, from what pass 1 kept and the rows' coefficients.
+def _load_sides(
+    stored_refs, strip, column: jax.Array
+) -> tuple[distributions.Distribution, distributions.Distribution]:
+    """Loads both sides of a strip of entries, from the stored ones and the rows' coefficients.
 
-    The logarithms are right up to one number for both: the divergences take their difference.
+    Both logarithms are off by the same number: the divergences take their difference.
     """
-    kept = tuple(ref[strip, :] for ref in stored_refs)
-    larger, gap = kept if len(kept) == 2 else unpack(kept[0])
+    stored = tuple(ref[strip, :] for ref in stored_refs)
+    larger, gap = stored if len(stored) == 2 else unpack(stored[0])
     smaller = larger * jnp.exp(-jnp.abs(gap))
     p = jnp.where(gap > 0, smaller, larger) * column[:, 0:1]
     q = jnp.where(gap > 0, larger, smaller) * column[:, 1:2]
     log = gap + column[:, 2:3]
-    return divergences.Side(p, jnp.zeros_like(p)), divergences.Side(q, log)
+    return distributions.Distribution(p, jnp.zeros_like(p)), distributions.Distribution(q, log)
 
 
 def _sums_kernel(settings, coefficients_ref, *refs):
-    """Pass 2: Σ over the tile of e, b, p and the clipped teacher's mass."""
+    """Writes Σ over the tile of e, b, p and the clipped teacher's mass (pass 2)."""
     stored_refs, (sums_ref, column_ref) = refs[:-2], refs[-2:]
     column_ref[...] = _transposed(coefficients_ref)
 
     def work(strip) -> None:
-        student, teacher = _kept(stored_refs, strip, column_ref[strip, :])
-        e, b, clipped = divergences.entries(student, teacher, settings)
+        student, teacher = _load_sides(stored_refs, strip, column_ref[strip, :])
+        e, b, clipped = divergences.compute_entries(student, teacher, settings)
         parts = [e, b, student.p]
         if clipped is not None:
             parts.append(jnp.where(clipped, teacher.p, 0.0))
         column_ref[strip, :] = _columns([jnp.sum(x, axis=1, keepdims=True) for x in parts])
 
     _strips(column_ref.shape[0], work)
-    sums_ref[0] = column_ref[...].T[: rows_lib.ROW_STATS]
+    sums_ref[0] = column_ref[...].T[: row_statistics.ROW_STATS]
 
 
 def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_ref, *refs):
-    """Pass 3: dz of the tile, and its matmul with the tile of the head, added up in VMEM."""
+    """Computes dz of the tile and its matmul with the tile of the head, summed in VMEM (pass 3)."""
     stored_refs, head_ref, refs = refs[:stored], refs[stored], list(refs[stored + 1 :])
     missing: Any = None
     scaled_ref, old_ref = (refs.pop(0), refs.pop(0)) if head_part else (missing, missing)
@@ -284,13 +278,13 @@ def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_r
 
     def work(strip) -> None:
         column = column_ref[strip, :]
-        student, teacher = _kept(stored_refs, strip, column)
+        student, teacher = _load_sides(stored_refs, strip, column)
         if settings.divergence == "sampled":
             entry_1U = jax.lax.broadcasted_iota(jnp.int32, (1, dz_ref.shape[1]), 1)
             place = column[:, 4:5].astype(jnp.int32) - tile * dz_ref.shape[1]
             dz = jnp.where(entry_1U == place, column[:, 5:6], student.p)
         else:
-            e, b, _ = divergences.entries(student, teacher, settings)
+            e, b, _ = divergences.compute_entries(student, teacher, settings)
             dz = b if sums else b - student.p * column[:, 3:4]
             if sums:
                 column_ref[strip, :] = _columns([jnp.sum(e, axis=1, keepdims=True)])
@@ -298,8 +292,8 @@ def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_r
 
     _strips(dz_ref.shape[0], work)
     if sums:
-        sums_ref[0] = column_ref[...].T[: rows_lib.ROW_STATS]
-    product = rows_lib.dot(dz_ref[...], _tile(head_ref, here_ref[0]), 1, 0)
+        sums_ref[0] = column_ref[...].T[: row_statistics.ROW_STATS]
+    product = precision.dot(dz_ref[...], _tile(head_ref, here_ref[0]), 1, 0)
 
     @pl.when(tile == 0)
     def _():
@@ -310,7 +304,7 @@ def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_r
         total_ref[rows, :] += product
 
     if head_part:
-        product_UD = rows_lib.dot(dz_ref[...], scaled_ref[rows, :], 0, 0)
+        product_UD = precision.dot(dz_ref[...], scaled_ref[rows, :], 0, 0)
 
         @pl.when(step == 0)
         def _():
@@ -329,30 +323,31 @@ def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_r
 
 
 def _whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """Held in VMEM through the sweep, once."""
+    """Returns the spec of an array that stays in VMEM through the sweep, in one copy."""
     return pl.BlockSpec(array.shape, lambda i, r: (0, 0), pipeline_mode=pl.Buffered(1))
 
 
 def _specs(
-    blocks: blocks_lib.Blocks, width: int
+    blocks: block_sizes.Blocks, width: int
 ) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """Of a tile of the head, of kept entries, and of the numbers of rows; grid [I, T/R].
+    """Returns the specs of a tile of the head, of stored entries, and of the numbers of rows.
 
-    The tile of the head is the outer axis: it is read once for all rows of the block.
+    The grid is [I, T/R]. The tile of the head is the outer axis, so it is read once for all rows of
+    the block.
     """
     head = pl.BlockSpec((blocks.vocab, width), lambda i, r: (i, 0))
-    kept = pl.BlockSpec((blocks.rows, blocks.vocab), lambda i, r: (r, i))
-    numbers = pl.BlockSpec((1, rows_lib.ROW_STATS, blocks.rows), lambda i, r: (i, 0, r))
-    return head, kept, numbers
+    entries = pl.BlockSpec((blocks.rows, blocks.vocab), lambda i, r: (r, i))
+    numbers = pl.BlockSpec((1, row_statistics.ROW_STATS, blocks.rows), lambda i, r: (i, 0, r))
+    return head, entries, numbers
 
 
-def _grid(blocks: blocks_lib.Blocks, size: int) -> tuple[int, int]:
+def _grid(blocks: block_sizes.Blocks, size: int) -> tuple[int, int]:
     return -(-size // blocks.vocab), blocks.tokens // blocks.rows
 
 
 def _params(need: int, *order: Any) -> pltpu.CompilerParams:
-    """Order of the tiles and of the rows: a chip of two cores splits a parallel axis."""
-    limit = blocks_lib.vmem_limit(need)
+    """Returns parameters with the order of tiles and rows: two cores split a parallel axis."""
+    limit = block_sizes.vmem_limit(need)
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=limit)
 
 
@@ -360,48 +355,48 @@ SCALAR = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
-    """The kept entries [T, V] (one array or two) and the statistics [I, 8, T]."""
+    """Returns the stored entries [T, V] (one array or two) and the statistics [I, 8, T]."""
     (size, width), dtype = heads[0].shape, hidden[0].dtype
     grid = _grid(blocks, size)
-    head, kept, numbers = _specs(blocks, width)
-    kept_dtypes = (jnp.int32,) if dtype == jnp.bfloat16 else (jnp.float32,) * 2
-    need = blocks_lib.vmem(blocks, width, dtype, tied=len(heads) == 1, train_head=False)
+    head, stored, numbers = _specs(blocks, width)
+    stored_dtypes = (jnp.int32,) if dtype == jnp.bfloat16 else (jnp.float32,) * 2
+    need = block_sizes.vmem_bytes(blocks, width, dtype, tied=len(heads) == 1, train_head=False)
     entries = (blocks.tokens, grid[0] * blocks.vocab)
-    *kept_TV, stats_I8T = pl.pallas_call(
+    *stored_TV, stats_I8T = pl.pallas_call(
         functools.partial(_logits_kernel, settings, len(heads)),
         grid=grid,
         in_specs=[SCALAR, _whole(hidden[0]), _whole(hidden[1]), *[head] * len(heads)],
-        out_specs=[*[kept] * len(kept_dtypes), numbers],
+        out_specs=[*[stored] * len(stored_dtypes), numbers],
         out_shape=[
-            *(jax.ShapeDtypeStruct(entries, x) for x in kept_dtypes),
-            jax.ShapeDtypeStruct((grid[0], rows_lib.ROW_STATS, blocks.tokens), jnp.float32),
+            *(jax.ShapeDtypeStruct(entries, x) for x in stored_dtypes),
+            jax.ShapeDtypeStruct((grid[0], row_statistics.ROW_STATS, blocks.tokens), jnp.float32),
         ],
         scratch_shapes=[
             pltpu.VMEM((2, blocks.rows, blocks.vocab), jnp.float32),
-            pltpu.VMEM((blocks.rows, blocks_lib.LANES), jnp.float32),
+            pltpu.VMEM((blocks.rows, block_sizes.LANES), jnp.float32),
         ],
         compiler_params=_params(need, "parallel", "parallel"),
-        cost_estimate=blocks_lib.logits_cost(blocks, width, size, dtype, len(heads)).estimate(),
+        cost_estimate=block_sizes.estimate_logits_cost(blocks, width, size, dtype, len(heads)),
         interpret=interpret,
         name="divergence_logits",
     )(here_1, *hidden, *heads)
-    return tuple(kept_TV), stats_I8T
+    return tuple(stored_TV), stats_I8T
 
 
 def _sums_pass(settings, blocks, interpret, here_1, coefficients_I8T, stored) -> jax.Array:
-    """Sums of pass 2, [I, 8, T]."""
-    del here_1  # what is past the end was kept as 0
-    _, kept, numbers = _specs(blocks, 0)
+    """Returns the sums of pass 2, [I, 8, T]."""
+    del here_1  # pass 1 stored 0 past the last real entry
+    _, entries, numbers = _specs(blocks, 0)
     size = stored[0].shape[1]
     return pl.pallas_call(
         functools.partial(_sums_kernel, settings),
         grid=_grid(blocks, size),
-        in_specs=[numbers, *[kept] * len(stored)],
+        in_specs=[numbers, *[entries] * len(stored)],
         out_specs=numbers,
         out_shape=jax.ShapeDtypeStruct(coefficients_I8T.shape, jnp.float32),
-        scratch_shapes=[pltpu.VMEM((blocks.rows, blocks_lib.LANES), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((blocks.rows, block_sizes.LANES), jnp.float32)],
         compiler_params=_params(8 * blocks.rows * blocks.vocab * 4, "parallel", "parallel"),
-        cost_estimate=blocks_lib.sums_cost(blocks, size, 4 * len(stored)).estimate(),
+        cost_estimate=block_sizes.estimate_sums_cost(blocks, size, 4 * len(stored)),
         interpret=interpret,
         name="divergence_sums",
     )(coefficients_I8T, *stored)
@@ -410,17 +405,17 @@ def _sums_pass(settings, blocks, interpret, here_1, coefficients_I8T, stored) ->
 def _gradient_pass(
     settings, blocks, interpret, here_1, coefficients_I8T, stored, head_VD, head_part
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """dz W [T, D] without the rows' factors; sums [I, 8, T] if `fused`; the head's gradient.
+    """Returns dz W [T, D] without the rows' factors, sums [I, 8, T] or None, the head's gradient.
 
-    Args:
-      head_part: None, or the scaled hidden states and the head's gradient so far, overwritten.
+    `head_part` is None, or the scaled hidden states and the head's gradient so far, which is
+    overwritten.
     """
     (size, width), dtype = head_VD.shape, head_VD.dtype
-    fused = rows_lib.fused(settings, head_part is not None)
-    head, kept, numbers = _specs(blocks, width)
+    fused = row_statistics.fuses_sums(settings, head_part is not None)
+    head, entries, numbers = _specs(blocks, width)
     grad = jax.ShapeDtypeStruct((blocks.tokens, width), jnp.float32)
     operands = [here_1, coefficients_I8T, *stored, head_VD]
-    in_specs = [SCALAR, numbers, *[kept] * len(stored), head]
+    in_specs = [SCALAR, numbers, *[entries] * len(stored), head]
     outs = [(grad, pl.BlockSpec(memory_space=pl.ANY))]
     if fused:
         outs.append((jax.ShapeDtypeStruct(coefficients_I8T.shape, jnp.float32), numbers))
@@ -430,7 +425,7 @@ def _gradient_pass(
         operands += head_part
         in_specs += [_whole(head_part[0]), head]
         outs.append((jax.ShapeDtypeStruct((size, width), jnp.float32), head))
-    need = blocks_lib.vmem(blocks, width, dtype, tied=True, train_head=head_part is not None)
+    need = block_sizes.vmem_bytes(blocks, width, dtype, tied=True, train_head=head_part is not None)
     out = pl.pallas_call(
         functools.partial(_gradient_kernel, settings, fused, len(stored), head_part is not None),
         grid=_grid(blocks, size),
@@ -440,15 +435,15 @@ def _gradient_pass(
         scratch_shapes=[
             pltpu.VMEM((blocks.tokens, width), jnp.float32),
             pltpu.VMEM((blocks.rows, blocks.vocab), dtype),
-            pltpu.VMEM((blocks.rows, blocks_lib.LANES), jnp.float32),
+            pltpu.VMEM((blocks.rows, block_sizes.LANES), jnp.float32),
         ],
         input_output_aliases=aliases,
         compiler_params=_params(
             need, "arbitrary", "parallel" if head_part is None else "arbitrary"
         ),
-        cost_estimate=blocks_lib.gradient_cost(
+        cost_estimate=block_sizes.estimate_gradient_cost(
             blocks, width, size, dtype, fused, head_part is not None
-        ).estimate(),
+        ),
         interpret=interpret,
         name="divergence_gradient",
     )(*operands)

@@ -1,0 +1,83 @@
+"""Factors on the value of a whole token: the clip of its divergence, and the importance ratio."""
+
+import jax
+import jax.numpy as jnp
+
+from copsd_jax.losses import distributions, divergences
+
+LOG_RATIO = 20.0  # largest magnitude of an importance ratio's logarithm, as published
+
+
+def clip_tokens(
+    divergence_T: jax.Array, settings: divergences.Divergence
+) -> tuple[jax.Array, jax.Array]:
+    """Clips the divergence d of whole tokens.
+
+    Returns:
+      The value and ∂value/∂d, both of the argument's shape.
+    """
+    d_T, kappa = divergence_T, settings.clip
+    if settings.clip_mode == "token":
+        return jnp.minimum(d_T, kappa), (d_T <= kappa).astype(d_T.dtype)
+    if settings.clip_mode == "token_weight":
+        factor = kappa / jnp.maximum(d_T, kappa)
+        return d_T * factor, factor
+    if settings.clip_mode == "huber":
+        inside = jnp.minimum(d_T, kappa)
+        return inside * inside / (2 * kappa) + (d_T - inside), inside / kappa
+    return d_T, jnp.ones_like(d_T)
+
+
+def clipped_mass(
+    divergence_T: jax.Array,
+    clipped_TK: jax.Array | None,
+    teacher: distributions.Distribution,
+    settings: divergences.Divergence,
+) -> jax.Array:
+    """Returns `TokenStats.clipped_mass_T`, shape [T].
+
+    Args:
+      divergence_T: before a clip of whole tokens.
+      clipped_TK: bool, the clipped entries of mode element; None in the other modes.
+      teacher: [T, K]; read in mode element alone.
+      settings: of the divergence.
+    """
+    if clipped_TK is not None:
+        return jnp.sum(jnp.where(clipped_TK, teacher.p, 0), axis=-1)
+    if settings.clip_mode == "none":
+        return jnp.zeros_like(divergence_T)
+    return (divergence_T > settings.clip).astype(divergence_T.dtype)
+
+
+def importance_ratio(
+    logp_T: jax.Array,
+    logp_old_T: jax.Array | None,
+    logp_rollout_T: jax.Array | None,
+    settings: divergences.Divergence,
+) -> jax.Array:
+    """Returns min(exp(s - old), ratio_clip) · min(exp(old - rollout), rollout_clip), shape [T].
+
+    The result is a constant to differentiation. A clip of 0 leaves its factor out. Sources: SDPO
+    (arXiv 2601.20802) for the first factor; truncated importance sampling against the sampler's
+    own numbers for the second.
+
+    Args:
+      logp_T: s, of the sampled tokens under the student at the sampling temperature.
+      logp_old_T: the same when the rollouts were drawn; None stands for s.
+      logp_rollout_T: the sampler's own log-probabilities; needed where rollout_clip is on.
+      settings: with the two clips.
+
+    Raises:
+      ValueError: rollout_clip without logp_rollout_T.
+    """
+    logp_T = jax.lax.stop_gradient(logp_T)
+    logp_old_T = logp_T if logp_old_T is None else logp_old_T
+    ratio_T = jnp.ones_like(logp_T)
+    if settings.ratio_clip:
+        log_T = jnp.clip(logp_T - logp_old_T, -LOG_RATIO, LOG_RATIO)
+        ratio_T = ratio_T * jnp.minimum(jnp.exp(log_T), settings.ratio_clip)
+    if settings.rollout_clip:
+        if logp_rollout_T is None:
+            raise ValueError(f"rollout_clip is {settings.rollout_clip}: it needs logp_rollout_T")
+        ratio_T = ratio_T * jnp.minimum(jnp.exp(logp_old_T - logp_rollout_T), settings.rollout_clip)
+    return ratio_T

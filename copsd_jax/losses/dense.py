@@ -1,0 +1,126 @@
+"""The divergence with [tokens, vocabulary] arrays and automatic differentiation of the value.
+
+It is the reference for the other implementations: it uses neither their closed form of the
+gradient nor that of the softmax.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from copsd_jax.losses import (
+    clips,
+    distributions,
+    divergences,
+    precision,
+    token_values,
+    top_k,
+)
+
+Distribution = distributions.Distribution
+
+
+def compute_logits(hidden_TD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """Returns logits of shape [T, V] from operands rounded to the states' dtype.
+
+    The rounded operands are widened first: automatic differentiation of a mixed-precision matmul
+    would round its gradient.
+    """
+    dtype = precision.sum_dtype(hidden_TD)
+    wide_TD, head_VD = hidden_TD.astype(dtype), head_VD.astype(hidden_TD.dtype).astype(dtype)
+    return precision.dot(wide_TD, head_VD, 1, 1)
+
+
+def score_tokens(
+    settings: divergences.Divergence,
+    hidden: tuple[jax.Array, jax.Array],
+    heads: tuple[jax.Array, jax.Array],
+    inputs: token_values.TokenInputs,
+) -> token_values.TokenStats:
+    """Scores all tokens at once; `value_T` is differentiable in the student's states and head.
+
+    Args:
+      settings: of the divergence.
+      hidden: of student and teacher, [T, D] each.
+      heads: of student and teacher, [V, D] each.
+      inputs: [T].
+    """
+    tokens_T = inputs.tokens_T
+    logits_s_TV, logits_t_TV = map(compute_logits, hidden, heads)
+    student = distributions.softmax(logits_s_TV * (1 / settings.temperature))
+    teacher = distributions.softmax(logits_t_TV * (1 / settings.temperature))
+    sampling_T = distributions.log_prob(logits_s_TV, tokens_T, settings.sampling_temperature)
+    ratio_T = clips.importance_ratio(sampling_T, inputs.logp_old_T, inputs.logp_rollout_T, settings)
+    value_T, mass_T = compute_values(logits_s_TV, logits_t_TV, tokens_T, settings)
+    return token_values.TokenStats(
+        value_T * ratio_T,
+        distributions.pick(student.log, tokens_T),
+        distributions.pick(teacher.log, tokens_T),
+        sampling_T,
+        distributions.entropy(student),
+        distributions.entropy(teacher),
+        mass_T,
+        ratio_T,
+    )
+
+
+def compute_values(
+    logits_s_TV: jax.Array,
+    logits_t_TV: jax.Array,
+    tokens_T: jax.Array,
+    settings: divergences.Divergence,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the value and the clipped mass of each token, [T], for automatic differentiation.
+
+    Args:
+      logits_s_TV: of the student, not yet divided by τ.
+      logits_t_TV: of the teacher.
+      tokens_T: int32, the sampled tokens.
+      settings: of the divergence.
+    """
+    logits_s_TV = logits_s_TV * (1 / settings.temperature)
+    logits_t_TV = logits_t_TV * (1 / settings.temperature)
+    student, teacher = distributions.softmax(logits_s_TV), distributions.softmax(logits_t_TV)
+    if settings.divergence == "sampled":
+        logp_T = distributions.pick(student.log, tokens_T)
+        advantage_T = jax.lax.stop_gradient(distributions.pick(teacher.log, tokens_T) - logp_T)
+        return -advantage_T * logp_T, jnp.zeros_like(logp_T)
+    if settings.top_k:
+        best = top_k.choose(logits_s_TV, logits_t_TV, settings)
+        student, _ = top_k.restrict(logits_s_TV, student, best, settings)
+        teacher, _ = top_k.restrict(logits_t_TV, teacher, best, settings)
+    e_TK, clipped_TK = _differentiable_entries(student, teacher, settings)
+    d_T = jnp.sum(e_TK, axis=-1)
+    kappa = settings.clip
+    value_T = {
+        "none": lambda: d_T,
+        "element": lambda: d_T,
+        "token": lambda: jnp.where(d_T > kappa, kappa, d_T),
+        "token_weight": lambda: (
+            d_T * jax.lax.stop_gradient(jnp.where(d_T > kappa, kappa / d_T, 1.0))
+        ),
+        "huber": lambda: jnp.where(d_T > kappa, d_T - kappa / 2, d_T * d_T / (2 * kappa)),
+    }[settings.clip_mode]()
+    return value_T, clips.clipped_mass(d_T, clipped_TK, teacher, settings)
+
+
+def _differentiable_entries(
+    student: Distribution, teacher: Distribution, settings: divergences.Divergence
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the entries, whose derivative automatic differentiation takes, and the clipped ones.
+
+    The values are those of `divergences.compute_entries`. A term of value 0 carries the derivative,
+    which leaves out the shift, since that adds up to 0.
+    """
+    e, _, clipped = divergences.compute_entries(
+        *jax.lax.stop_gradient((student, teacher)), settings
+    )
+    kind = divergences.DIVERGENCES[settings.divergence]
+    if kind.plain is None:
+        moves = kind.entry(student, teacher, settings).e
+    else:
+        moves = kind.plain(student, teacher, settings)
+    if clipped is not None:
+        moves = jnp.where(clipped, 0, moves)
+    # Equal sides are the minimum: the derivative is 0 there, rounding apart.
+    equal_T1 = jnp.all(student.p == teacher.p, axis=-1, keepdims=True)
+    return e + jnp.where(equal_T1, 0, moves - jax.lax.stop_gradient(moves)), clipped

@@ -1,0 +1,67 @@
+"""Next-token distributions over the whole vocabulary, from logits."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Distribution(NamedTuple):
+    """Probabilities and their logarithms, in two arrays of one shape.
+
+    Both are kept: the logarithm stays exact where the probability underflows, and the exponential
+    is the expensive part.
+    """
+
+    p: jax.Array
+    log: jax.Array
+
+
+def softmax(logits: jax.Array) -> Distribution:
+    """Returns the softmax over the last axis, in the shape of the logits.
+
+    Student and teacher share this expression, so equal logits give bit-equal distributions.
+    """
+    # Subtract the maximum first: top + ln Σ would lose the digits of ln Σ where logits are large.
+    below = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(below)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return Distribution(weights * (1 / total), below - jnp.log(total))
+
+
+def pick(x_TV: jax.Array, tokens_T: jax.Array) -> jax.Array:
+    """Returns x_TV[t, tokens_T[t]], shape [T]."""
+    return jnp.take_along_axis(x_TV, tokens_T[:, None], axis=1)[:, 0]
+
+
+def entropy(distribution: Distribution) -> jax.Array:
+    """Returns the entropy -Σ p ln p in nats, of the distribution's shape without its last axis."""
+    return -jnp.sum(distribution.p * distribution.log, axis=-1)
+
+
+def log_prob(logits_TV: jax.Array, tokens_T: jax.Array, temperature: float) -> jax.Array:
+    """Returns ln softmax(logits / temperature)[token], shape [T]."""
+    tempered_TV = logits_TV * (1 / temperature)
+    below_TV = tempered_TV - jax.lax.stop_gradient(jnp.max(tempered_TV, axis=-1, keepdims=True))
+    return pick(below_TV, tokens_T) - jnp.log(jnp.sum(jnp.exp(below_TV), axis=-1))
+
+
+def score(
+    logits_TV: jax.Array, tokens_T: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scores given tokens, with the gradient in closed form.
+
+    Returns:
+      The log-probability of each token [T], the entropy [T], and the gradient of the former to the
+      logits [T, V].
+    """
+    scale = 1 / temperature
+    student = softmax(logits_TV * scale)
+    gradient_TV = subtract_one_hot(student, tokens_T) * -scale
+    return pick(student.log, tokens_T), entropy(student), gradient_TV
+
+
+def subtract_one_hot(student: Distribution, tokens_T: jax.Array) -> jax.Array:
+    """Returns p - 1[y], shape [T, V]: -∂ln p(y) / ∂(tempered logits)."""
+    vocabulary_1V = jnp.arange(student.p.shape[1], dtype=tokens_T.dtype)[None]
+    return jnp.where(vocabulary_1V == tokens_T[:, None], student.p - 1, student.p)

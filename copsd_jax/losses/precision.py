@@ -1,0 +1,37 @@
+"""Products that accumulate in float32, or in float64 for float64 operands."""
+
+import jax
+import jax.numpy as jnp
+
+
+def sum_dtype(x: jax.Array) -> jnp.dtype:
+    """Returns the dtype in which sums over x are taken: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """Multiplies two matrices of one dtype over the named axes.
+
+    Returns:
+      A matrix of shape [other axis of a, other axis of b], in `sum_dtype(a)`.
+    """
+    # Accelerators round float32 operands to fewer bits unless the precision is set.
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((axis_a,), (axis_b,)), ((), ())),
+        precision=precision, preferred_element_type=sum_dtype(a),
+    )  # fmt: skip
+
+
+def scale(x_TD: jax.Array, factor: jax.Array) -> jax.Array:
+    """Multiplies x by a scalar, or each row of x by its own number, and rounds once.
+
+    Args:
+      x_TD: [T, D] or [T].
+      factor: a scalar or [T], in `sum_dtype(x_TD)`.
+
+    Returns:
+      An array of the shape and dtype of x_TD.
+    """
+    factor = jnp.expand_dims(factor, range(factor.ndim, x_TD.ndim)) if factor.ndim else factor
+    return (x_TD.astype(sum_dtype(x_TD)) * factor).astype(x_TD.dtype)

@@ -1,0 +1,160 @@
+"""The closed forms of a block of tokens where each device holds one part of the vocabulary.
+
+For a block of T rows the devices of the axis exchange, per side, the row maxima (T); sums of
+exponentials, of exponentials times logarithms, and the sampled logits (7 T together); and the sums
+of e, b and the clipped mass (3 T). `chunked` adds one sum of the gradient to the states (T D).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from copsd_jax.losses import clips, distributions, divergences, token_values
+
+
+class VocabularyShard(NamedTuple):
+    """A device's part of the vocabulary; the parts are equal and in the order of a mesh axis.
+
+    Attributes:
+      axis: the mesh axis that splits the vocabulary; None if every device holds all of it.
+      entries: number of real entries of the whole vocabulary; later rows of a head are padding.
+        None (kernels alone) if no row is padding.
+    """
+
+    axis: str | None
+    entries: int | None
+
+
+def first_entry(axis: str, count: int) -> jax.Array:
+    """Returns the id of the first entry of this device's `count` entries, an int32 scalar."""
+    return jax.lax.axis_index(axis).astype(jnp.int32) * count
+
+
+def score_block(
+    logits_s_TV: jax.Array,
+    logits_t_TV: jax.Array,
+    inputs: token_values.TokenInputs,
+    settings: divergences.Divergence,
+    axis: str,
+) -> tuple[token_values.TokenStats, jax.Array]:
+    """Scores a block of tokens as `token_values.score_block`; settings without top-k.
+
+    Args:
+      logits_s_TV: of the student, this device's part; V is its number of entries.
+      logits_t_TV: of the teacher, the same part.
+      inputs: [T]; ids are those of the whole vocabulary.
+      settings: of the divergence.
+      axis: the mesh axis that splits the vocabulary.
+
+    Returns:
+      The statistics, equal on all devices, and this device's part of the gradient, [T, V].
+    """
+    tokens_T, _, logp_old_T, logp_rollout_T = inputs
+    factor, sampling = 1 / settings.temperature, 1 / settings.sampling_temperature
+    top_s_T1, top_t_T1 = _row_maxima([logits_s_TV, logits_t_TV], axis)
+    below_TV = logits_s_TV - top_s_T1
+    x_s_TV, x_t_TV = below_TV * factor, (logits_t_TV - top_t_T1) * factor
+    w_s_TV, w_t_TV = jnp.exp(x_s_TV), jnp.exp(x_t_TV)
+    total_s_T, total_t_T, total_y_T, log_s_T, log_t_T, y_s_T, y_t_T = _sum_parts(
+        [_sum_row(w_s_TV), _sum_row(w_t_TV), _sum_row(jnp.exp(below_TV * sampling)),
+         _sum_row(w_s_TV * x_s_TV), _sum_row(w_t_TV * x_t_TV),
+         _pick_here(below_TV, tokens_T, axis), _pick_here(x_t_TV, tokens_T, axis)], axis,
+    )  # fmt: skip
+    student = _distribution(x_s_TV, w_s_TV, total_s_T)
+    teacher = _distribution(x_t_TV, w_t_TV, total_t_T)
+    logp_T = y_s_T * factor - jnp.log(total_s_T)
+    logq_T = y_t_T - jnp.log(total_t_T)
+    sampling_T = y_s_T * sampling - jnp.log(total_y_T)
+    value_T, dz_TV, mass_T = _value(student, teacher, (logp_T, logq_T), tokens_T, settings, axis)
+    ratio_T = clips.importance_ratio(sampling_T, logp_old_T, logp_rollout_T, settings)
+    stats = token_values.TokenStats(
+        value_T * ratio_T, logp_T, logq_T, sampling_T,
+        jnp.log(total_s_T) - log_s_T / total_s_T, jnp.log(total_t_T) - log_t_T / total_t_T,
+        mass_T, ratio_T,
+    )  # fmt: skip
+    return stats, dz_TV * (factor * ratio_T)[:, None]
+
+
+def _value(
+    student: distributions.Distribution,
+    teacher: distributions.Distribution,
+    log_probs: tuple[jax.Array, jax.Array],
+    tokens_T: jax.Array,
+    settings: divergences.Divergence,
+    axis: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns value [T], its gradient to the tempered logits of this part [T, V], clipped mass [T].
+
+    `log_probs` are those of the sampled tokens under student and teacher, [T] each.
+    """
+    if settings.divergence == "sampled":
+        logp_T, logq_T = log_probs
+        advantage_T = logq_T - logp_T
+        value_T, mass_T = -advantage_T * logp_T, jnp.zeros_like(logp_T)
+        return value_T, advantage_T[:, None] * _subtract_one_hot(student, tokens_T, axis), mass_T
+    e_TV, b_TV, clipped_TV = divergences.compute_entries(student, teacher, settings)
+    q_TV = jnp.zeros_like(e_TV) if clipped_TV is None else jnp.where(clipped_TV, teacher.p, 0)
+    d_T, b_T, mass_T = _sum_parts([_sum_row(e_TV), _sum_row(b_TV), _sum_row(q_TV)], axis)
+    value_T, factor_T = clips.clip_tokens(d_T, settings)
+    dz_TV = (b_TV - student.p * b_T[:, None]) * factor_T[:, None]
+    if clipped_TV is None:
+        mass_T = clips.clipped_mass(d_T, None, teacher, settings)
+    return value_T, dz_TV, mass_T
+
+
+def score(
+    logits_TV: jax.Array, tokens_T: jax.Array, temperature: float, axis: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scores given tokens as `distributions.score`: log-probability [T], entropy [T], gradient."""
+    factor = 1 / temperature
+    x_TV = (logits_TV - _row_maxima([logits_TV], axis)[0]) * factor
+    weights_TV = jnp.exp(x_TV)
+    total_T, log_T, y_T = _sum_parts(
+        [_sum_row(weights_TV), _sum_row(weights_TV * x_TV), _pick_here(x_TV, tokens_T, axis)], axis
+    )
+    log_total_T = jnp.log(total_T)
+    student = _distribution(x_TV, weights_TV, total_T)
+    dz_TV = _subtract_one_hot(student, tokens_T, axis) * -factor
+    return y_T - log_total_T, log_total_T - log_T / total_T, dz_TV
+
+
+def _row_maxima(logits: list[jax.Array], axis: str) -> list[jax.Array]:
+    """Returns row maxima over the whole vocabulary, [T, 1] each, from one exchange."""
+    tops = jax.lax.pmax(jnp.stack([jnp.max(x_TV, axis=1) for x_TV in logits]), axis)
+    return [top_T[:, None] for top_T in tops]
+
+
+def _sum_row(x_TV: jax.Array) -> jax.Array:
+    return jnp.sum(x_TV, axis=1)
+
+
+def _sum_parts(sums: list[jax.Array], axis: str) -> list[jax.Array]:
+    """Returns sums [T] over all parts, from one exchange."""
+    return list(jax.lax.psum(jnp.stack(sums), axis))
+
+
+def _pick_here(x_TV: jax.Array, tokens_T: jax.Array, axis: str) -> jax.Array:
+    """Returns x[t, token] where the token lies in this part, else 0."""
+    count = x_TV.shape[1]
+    local_T = tokens_T - first_entry(axis, count)
+    here_T = (local_T >= 0) & (local_T < count)
+    return jnp.where(here_T, distributions.pick(x_TV, jnp.clip(local_T, 0, count - 1)), 0)
+
+
+def _distribution(
+    x_TV: jax.Array, weights_TV: jax.Array, total_T: jax.Array
+) -> distributions.Distribution:
+    """Normalises x = (logits - top) / τ by the sum of exponentials over the whole vocabulary."""
+    total_T1 = total_T[:, None]
+    return distributions.Distribution(weights_TV * (1 / total_T1), x_TV - jnp.log(total_T1))
+
+
+def _subtract_one_hot(
+    student: distributions.Distribution, tokens_T: jax.Array, axis: str
+) -> jax.Array:
+    """Returns p - 1[y] on this part."""
+    count = student.p.shape[1]
+    local_T1 = (tokens_T - first_entry(axis, count))[:, None]
+    one_hot = jnp.arange(count, dtype=jnp.int32)[None] == local_T1
+    return student.p - one_hot.astype(student.p.dtype)

@@ -1,0 +1,113 @@
+"""The value of each token, its statistics, and its gradient to the logits, in closed form."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from copsd_jax.losses import clips, distributions, divergences, top_k
+
+
+class TokenInputs(NamedTuple):
+    """Per-token inputs of the divergence besides the hidden states, [T]; constants.
+
+    Attributes:
+      tokens_T: int32, the sampled tokens, as ids of the whole vocabulary.
+      weight_T: factor of each token's value in the loss.
+      logp_old_T, logp_rollout_T: see `clips.importance_ratio`, which alone reads them; or None.
+    """
+
+    tokens_T: jax.Array
+    weight_T: jax.Array
+    logp_old_T: jax.Array | None
+    logp_rollout_T: jax.Array | None
+
+
+class TokenStats(NamedTuple):
+    """Statistics of each token, float32 [T], without gradient, in nats; 0 at rows not live.
+
+    Attributes:
+      value_T: the term that the loss sums: the divergence, clipped, times `ratio_T`.
+      logp_student_T, logp_teacher_T: log-probability of the sampled token over the whole
+        vocabulary, at the loss temperature.
+      logp_sampling_T: of the sampled token under the student at the sampling temperature. A
+        sampler of the same weights must have found this number.
+      entropy_student_T, entropy_teacher_T: of the distributions at the loss temperature.
+      clipped_mass_T: element: teacher's mass Σ q_v on the clipped entries (q renormalised under
+        top_k without a tail). token, token_weight, huber: 1 where d > κ, else 0. none: 0.
+      ratio_T: the factor of `clips.importance_ratio`; 1 where it is off.
+    """
+
+    value_T: jax.Array
+    logp_student_T: jax.Array
+    logp_teacher_T: jax.Array
+    logp_sampling_T: jax.Array
+    entropy_student_T: jax.Array
+    entropy_teacher_T: jax.Array
+    clipped_mass_T: jax.Array
+    ratio_T: jax.Array
+
+
+def score_block(
+    logits_s_TV: jax.Array,
+    logits_t_TV: jax.Array,
+    tokens_T: jax.Array,
+    settings: divergences.Divergence,
+    logp_old_T: jax.Array | None = None,
+    logp_rollout_T: jax.Array | None = None,
+) -> tuple[TokenStats, jax.Array]:
+    """Scores a block of tokens over the whole vocabulary.
+
+    Args:
+      logits_s_TV: of the student, float32 or float64, not yet divided by τ.
+      logits_t_TV: of the teacher.
+      tokens_T: int32, the sampled tokens.
+      settings: of the divergence.
+      logp_old_T: see `clips.importance_ratio`.
+      logp_rollout_T: see `clips.importance_ratio`.
+
+    Returns:
+      The statistics, and dz_TV = ∂value_t / ∂logits_s[t, v] of shape [T, V] in the logits' dtype.
+    """
+    scale = 1 / settings.temperature
+    sampling_T = distributions.log_prob(logits_s_TV, tokens_T, settings.sampling_temperature)
+    logits_s_TV, logits_t_TV = logits_s_TV * scale, logits_t_TV * scale
+    student, teacher = distributions.softmax(logits_s_TV), distributions.softmax(logits_t_TV)
+    logp_T = distributions.pick(student.log, tokens_T)
+    logq_T = distributions.pick(teacher.log, tokens_T)
+    if settings.divergence == "sampled":
+        advantage_T = logq_T - logp_T
+        value_T = -advantage_T * logp_T
+        dz_TV = advantage_T[:, None] * distributions.subtract_one_hot(student, tokens_T)
+        mass_T = jnp.zeros_like(value_T)
+    elif settings.top_k:
+        best = top_k.choose(logits_s_TV, logits_t_TV, settings)
+        inside, open_T1 = top_k.restrict(logits_s_TV, student, best, settings)
+        inside_t, _ = top_k.restrict(logits_t_TV, teacher, best, settings)
+        value_T, dz_TK, mass_T = _divergence(inside, inside_t, settings, open_T1)
+        dz_TV = top_k.scatter_gradient(dz_TK, inside, student.p, best)
+    else:
+        value_T, dz_TV, mass_T = _divergence(student, teacher, settings)
+    ratio_T = clips.importance_ratio(sampling_T, logp_old_T, logp_rollout_T, settings)
+    stats = TokenStats(
+        value_T * ratio_T, logp_T, logq_T, sampling_T,
+        distributions.entropy(student), distributions.entropy(teacher), mass_T, ratio_T,
+    )  # fmt: skip
+    return stats, dz_TV * (scale * ratio_T)[:, None]
+
+
+def _divergence(
+    student: distributions.Distribution,
+    teacher: distributions.Distribution,
+    settings: divergences.Divergence,
+    open_T1: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns value [T], its gradient to the tempered logits [T, K], and the clipped mass [T]."""
+    e_TK, b_TK, clipped_TK = divergences.compute_entries(student, teacher, settings)
+    if open_T1 is not None:  # a tail at its floor does not move
+        b_TK = jnp.concatenate([b_TK[:, :-1], jnp.where(open_T1, b_TK[:, -1:], 0)], axis=1)
+    d_T = jnp.sum(e_TK, axis=-1)
+    value_T, factor_T = clips.clip_tokens(d_T, settings)
+    dz_TK = b_TK - student.p * jnp.sum(b_TK, axis=-1, keepdims=True)
+    dz_TK = dz_TK * factor_T[:, None]
+    return value_T, dz_TK, clips.clipped_mass(d_T, clipped_TK, teacher, settings)
