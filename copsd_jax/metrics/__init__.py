@@ -1,4 +1,4 @@
-"""Scores with intervals, statistics of tokens, and what is written and printed of a run.
+"""Scores with intervals, statistics of tokens, metric files, and output for a terminal.
 
 May import: nothing of the package.
 """

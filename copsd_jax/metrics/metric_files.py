@@ -9,15 +9,16 @@ from typing import Any
 
 
 class Writer:
-    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`; only one process may hold it.
+    """Writer of `workdir/metrics.jsonl` and `workdir/tensorboard`; only one process may hold it.
 
-    Each line of the file is `{"step": s, name: number, ...}`, written through at once, so that a
-    killed run keeps what it reported. A run that continues at step `resume` drops the lines of
-    that step and later: it will write them again. Non-finite numbers are written as "nan", "inf",
-    "-inf", since JSON has none.
+    Each line of the file is `{"step": s, name: number, ...}`. It is flushed at once, so that a
+    killed run keeps its lines. A run that continues at step `resume` drops the lines of that step
+    and later, which it writes again. Non-finite numbers become "nan", "inf" and "-inf", since JSON
+    has none.
 
     Raises:
-      ValueError: for a line that is not JSON, unless it is the last one, cut off by a kill.
+      ValueError: a line of the existing file is not JSON. A last line that a kill cut off is
+        dropped.
     """
 
     def __init__(self, workdir: str | os.PathLike, resume: int = 0):
@@ -34,7 +35,7 @@ class Writer:
         self._board: Any = None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line. `values`: numbers, 0-d arrays or `Mean`s by name."""
+        """Writes one line of numbers, or scalar arrays, by name."""
         numbers = {name: _as_number(value) for name, value in values.items()}
         line = {"step": int(step)}
         line |= {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
@@ -46,7 +47,8 @@ class Writer:
 
     def _tensorboard(self) -> Any:
         if self._board is None:
-            import tensorboardX  # slow to import, and not needed by who only reads scores
+            # Imported lazily: it is slow to import, and a process that writes nothing needs none.
+            import tensorboardX
 
             folder = str(self._workdir / "tensorboard")
             purge = self._resume or None
@@ -54,6 +56,7 @@ class Writer:
         return self._board
 
     def close(self) -> None:
+        """Closes both files."""
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -66,7 +69,7 @@ class Writer:
 
 
 def lines(workdir: str | os.PathLike, steps: int) -> list[str]:
-    """The whole lines of metrics.jsonl up to a step, that one included."""
+    """Returns the complete lines of metrics.jsonl up to and including a step."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     return [line for line in _lines(path) if json.loads(line)["step"] <= steps]
 
@@ -76,7 +79,7 @@ def _as_number(value: Any) -> float | int:
 
 
 def _lines(path: pathlib.Path) -> list[str]:
-    """Whole lines of a JSONL file, without a last one that a kill cut off."""
+    """Returns the complete lines of a JSONL file, without a last line that a kill cut off."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()

@@ -13,18 +13,18 @@ RESAMPLES = 10_000
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): the mean of per-problem scores with its 95 % interval.
+    """Returns (mean, low, high): the mean of per-problem scores with its 95 % interval.
+
+    The interval is Wilson's (1927) with n = mean (1 - mean) / (variance / problems). That n is the
+    number of problems if scores are 0 or 1, and more if each is a mean of several samples. Unlike
+    mean ± 1.96 errors, the interval stays in [0, 1] and has a width at 0 and at 1.
 
     Args:
-      values: one score in [0, 1] per problem, the mean over the problem's samples: samples of one
+      values: one score in [0, 1] per problem, the mean over the problem's samples. Samples of one
         problem are alike, so the problem is the unit.
 
-    Wilson's interval (1927) with n = mean (1 - mean) / (variance / problems), which is the number
-    of problems where scores are 0 or 1 and more where each is a mean of several samples. Unlike
-    mean +- 1.96 errors it stays in [0, 1] and has a width at 0 and at 1.
-
     Raises:
-      ValueError: without values, or for a value outside [0, 1].
+      ValueError: no values, or a value outside [0, 1].
     """
     scores = _shares(values)
     mean, variance = float(scores.mean()), float(scores.var())
@@ -37,7 +37,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 class Paired(NamedTuple):
-    """After minus before, its 95 % interval, and the p-value of no difference."""
+    """A difference (after minus before), its 95 % interval, and the p-value of no difference."""
 
     difference: float
     low: float
@@ -48,24 +48,25 @@ class Paired(NamedTuple):
 def paired(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Paired:
     """Compares two scores of the same problems, in the same order.
 
-    Args:
-      before, after: one score in [0, 1] per problem; several samples or several seeds of a problem
-        are averaged first, since the problem is what is drawn.
-      seed: of the resamples.
-
     The interval is the percentile bootstrap over problems (10,000 resamples of the differences).
-    p is the exact two-sided sign test on the problems that changed, which for scores of 0 and 1 is
+    p is the exact two-sided sign test on the problems that changed. For scores of 0 and 1 it is
     McNemar's exact test.
 
+    Args:
+      before: one score in [0, 1] per problem. Average several samples or seeds of a problem first,
+        since problems are the unit of the resampling.
+      after: the same for the other run.
+      seed: of the resamples.
+
     Raises:
-      ValueError: for unequal numbers of problems, none, or a value outside [0, 1].
+      ValueError: unequal numbers of problems, none, or a value outside [0, 1].
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} scores before and {len(after)} after do not pair")
     differences = _shares(after) - _shares(before)
     n = len(differences)
     rng = np.random.default_rng(seed)
-    rows = max(1, 1_000_000 // n)  # at a time, to bound the memory
+    rows = max(1, 1_000_000 // n)  # resamples at a time, to bound the memory
     means = []
     for start in range(0, RESAMPLES, rows):
         draw = rng.integers(n, size=(min(rows, RESAMPLES - start), n))
@@ -76,7 +77,7 @@ def paired(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Pa
 
 
 def sign_test(up: int, down: int) -> float:
-    """Exact two-sided p-value of `up` and `down` under equal odds."""
+    """Returns the exact two-sided p-value of `up` and `down` changes under equal odds."""
     n = up + down
     tail = sum(math.comb(n, k) for k in range(min(up, down) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -106,24 +107,31 @@ class Sample:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that k of n samples, c of them correct, hold a correct one (Chen et al. 2021,
-    equation 1): 1 - C(n - c, k) / C(n, k)."""
+    """Estimates the chance that k samples contain a correct one, if c of n samples are correct.
+
+    The unbiased estimate is 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1).
+
+    Raises:
+      ValueError: c or k out of range.
+    """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def avg_at_n(correct: Sequence[bool]) -> float:
-    """Share of correct samples of one problem."""
+    """Returns the share of correct samples of one problem."""
     return sum(map(bool, correct)) / len(correct)
 
 
 def maj_at_n(classes: Sequence[int], correct: Sequence[bool]) -> float:
-    """1 if the largest class of equal answers is correct, else 0; ties go to the first seen.
+    """Returns 1 if the largest class of equal answers is correct, else 0.
+
+    A tie goes to the class seen first.
 
     Args:
-      classes: of each sample, as `graders.Grader.same_class` gives them; -1 has no vote.
-      correct: of each sample; a class is graded by its first member.
+      classes: class of each sample, as `graders.Grader.same_class` returns it; -1 has no vote.
+      correct: whether each sample is correct; a class is graded by its first member.
     """
     votes = collections.Counter(k for k in classes if k >= 0)
     if not votes:
@@ -137,7 +145,7 @@ def score(
     same_class: Callable[[Sequence[str | None]], list[int]],
     unresolved: Sequence[str],
 ) -> dict[str, float]:
-    """The scores of one group of problems, such as those of one language.
+    """Scores one group of problems, such as those of one language.
 
     Args:
       problems: the n samples of each problem; n is the same for all.
@@ -150,7 +158,7 @@ def score(
       and `unresolved` (shares of samples), `mean_tokens`.
 
     Raises:
-      ValueError: without problems, or for unequal numbers of samples.
+      ValueError: no problems, or unequal numbers of samples.
     """
     sizes = {len(samples) for samples in problems}
     if len(sizes) != 1 or 0 in sizes:

@@ -1,4 +1,4 @@
-"""What a terminal shows: progress, times and tables."""
+"""Progress lines, times and tables for a terminal."""
 
 import collections
 import contextlib
@@ -12,7 +12,7 @@ from rich import cells
 
 
 class Timer:
-    """Seconds by part of the loop: `with timer("rollout"): ...`; parts may nest or repeat."""
+    """Timer of the parts of a loop: `with timer("rollout"): ...`; parts may nest or repeat."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
@@ -20,6 +20,7 @@ class Timer:
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        """Adds the seconds of the `with` block to a part."""
         start = self._clock()
         try:
             yield
@@ -27,19 +28,22 @@ class Timer:
             self._seconds[part] += self._clock() - start
 
     def take(self) -> dict[str, float]:
-        """`{"seconds/rollout": 1.5, ...}` since the last call, and starts anew."""
+        """Returns `{"seconds/rollout": 1.5, ...}` since the last call, and starts anew."""
         out = {f"seconds/{part}": seconds for part, seconds in self._seconds.items()}
         self._seconds.clear()
         return out
 
 
 class Progress:
-    """A line on the state of long work: live on a terminal, else a new one every few seconds.
+    """A progress line: updated in place on a terminal, else a new line every few seconds.
 
     Args:
-      label: what is counted, as in "step 12/100".
-      total: of steps, prompts ...; `start` of them were done before.
-      seconds: between lines where the stream is no terminal; the last state is always written.
+      label: the unit that is counted, such as "step" in "step 12/100".
+      total: number of steps, prompts or the like.
+      start: number of them that were done before.
+      stream: standard error if None.
+      seconds: time between lines if the stream is no terminal. The last state is always written.
+      clock: returns seconds.
     """
 
     def __init__(
@@ -55,14 +59,14 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
         self._clock = clock
-        # (time, done, tokens so far) of late: speeds follow the present, not the compilation.
+        # The last (time, done, tokens so far): speeds follow the present, not the compilation.
         self._late = collections.deque([(clock(), start, 0)], maxlen=20)
         self._written = -math.inf
         self._width = 0
         self._pending = ""
 
     def update(self, done: int, tokens: int = 0, **values: float) -> None:
-        """`done` of `total` are finished, `tokens` more since the last call; values are shown."""
+        """Shows that `done` of `total` are finished, with `tokens` more tokens, and the values."""
         now = self._clock()
         self._late.append((now, done, self._late[-1][2] + tokens))
         self._pending = self._line(done, values)
@@ -106,19 +110,19 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """`0:07`, `3:20`, `1:02:05`."""
+    """Formats seconds as `0:07`, `3:20` or `1:02:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Aligned plain text: the first column to the left, the others to the right.
+    """Formats an aligned plain-text table: first column to the left, the others to the right.
 
-    Widths are a terminal's (CJK characters take two columns).
+    Widths are those of a terminal, where CJK characters take two columns.
 
     Raises:
-      ValueError: for a row of another length than the headers.
+      ValueError: a row has another length than the headers.
     """
     lines = [[str(cell) for cell in row] for row in (headers, *rows)]
     for row in lines:

@@ -1,8 +1,8 @@
-r"""What kind of token carries the divergence, and what completions look like: NumPy on the host.
+r"""Statistics of the tokens that carry the divergence, and of completions: NumPy on the host.
 
-Classes tell whether a teacher moves content (numbers, words) or style (marks, ends). They are a
-table per vocabulary, so that a step costs a lookup; so a token's class does not depend on its
-neighbours, and of a tag spelled in several tokens (`<`, `step`, `_`, `1`, `>`) only the brackets
+Classes tell whether a teacher moves content (numbers, words) or style (marks, ends). They are in
+one table per vocabulary, so that a step costs a lookup. A token's class therefore does not depend
+on its neighbours: of a tag spelled in several tokens (`<`, `step`, `_`, `1`, `>`) only the brackets
 are marks.
 """
 
@@ -18,23 +18,23 @@ CLASSES = {
     "number": "digits of any script, and one operator such as + - * / = ^",
     "word": "letters of any script, or some bytes of a character",
     "mark": r"special tokens, <think>, </think>, \boxed, braces, brackets of tags",
-    "end": "what ends a text",
+    "end": "tokens that end a text",
     "other": "white space and punctuation",
 }
-EDGES = (0, 8, 32, 128, 512)  # where buckets of positions start
+EDGES = (0, 8, 32, 128, 512)  # first positions of the buckets
 BUCKETS = ("0_7", "8_31", "32_127", "128_511", "512_up")  # their names
 
 _NAMES = tuple(CLASSES)
 _OPERATORS = frozenset("+-*/=^×÷±−·≈≠≤≥√%")
-# Angle brackets are of tags: few completions compare, and many are written in tags.
+# Angle brackets count as parts of tags: few completions compare numbers, and many contain tags.
 _MARK = re.compile(r"\\?boxed[{}]*|</?[a-z_]+>?|[^\w\s=-]*[{}<>][^\w\s=-]*")
 
 
 def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> str:
-    """A key of `CLASSES` for the bytes of one token.
+    """Returns the key of `CLASSES` for the bytes of one token.
 
-    A piece that is no whole UTF-8 is a word: byte-level tokenizers cut the letters of scripts they
-    saw little of (Ge'ez, Vai), and no single piece tells a letter from an emoji.
+    Bytes that are not complete UTF-8 are a word. Byte-level tokenizers cut the letters of rare
+    scripts (Ge'ez, Vai) into such pieces, and a single piece does not tell a letter from an emoji.
     """
     if end or special:
         return "end" if end else "mark"
@@ -47,7 +47,7 @@ def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> st
     kinds = {unicodedata.category(char)[0] for char in text}
     if kinds & {"L", "M"}:
         return "word"
-    # One operator: `**`, `--` and `//` are markup, rules and addresses.
+    # Exactly one operator: `**`, `--` and `//` are markup, rules and addresses.
     number = "N" in kinds or sum(char in _OPERATORS for char in text) == 1
     return "number" if number else "other"
 
@@ -55,11 +55,14 @@ def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> st
 def classes(
     token_bytes: Sequence[bytes], stop_ids: Collection[int], special_ids: Collection[int]
 ) -> np.ndarray:
-    """int8 [V]: for each id the place of its class in `CLASSES`; once a vocabulary.
+    """Returns for each id the index of its class in `CLASSES`, int8 [V].
+
+    Call it once per vocabulary.
 
     Args:
-      token_bytes: of `tokenizer.list_token_bytes`.
-      stop_ids: end, whether special or not.
+      token_bytes: bytes of each token, from `tokenizer.list_token_bytes`.
+      stop_ids: ids of class end, special or not.
+      special_ids: ids of class mark, unless they are stop ids.
     """
     stops, specials = set(stop_ids), set(special_ids)
     found = (
@@ -72,10 +75,10 @@ def classes(
 def by_class(
     values: Sequence[float] | np.ndarray, ids: Sequence[int] | np.ndarray, table_V: np.ndarray
 ) -> dict[str, tuple[float, int]]:
-    """(sum, count) of a completion's values by class; only classes that occur.
+    """Sums a completion's values by class: (sum, count) of each class that occurs.
 
     Raises:
-      ValueError: unless there is one value per id.
+      ValueError: the numbers of values and ids differ.
     """
     values_C, ids_C = _aligned(values, ids)
     class_C = table_V[ids_C]
@@ -93,16 +96,20 @@ def by_position(
     edges: Sequence[int] = EDGES,
     mask: Sequence[bool] | np.ndarray | None = None,
 ) -> dict[str, tuple[float, int]]:
-    """(sum, count) of a completion's values by bucket: `0_7`, `8_31` … `512_up`; no empty ones.
+    """Sums a completion's values by position: (sum, count) of `0_7`, `8_31` … `512_up`.
+
+    Buckets without a value are absent.
 
     Args:
-      mask: the values that count, at the positions that they have; None for all.
+      values: one value per token of the completion.
+      edges: first positions of the buckets, rising from 0.
+      mask: True for the values that count, at their positions; None for all.
 
     Raises:
-      ValueError: unless edges rise from 0.
+      ValueError: edges do not rise from 0.
     """
     if not edges or edges[0] or any(a >= b for a, b in itertools.pairwise(edges)):
-        raise ValueError(f"edges are {tuple(edges)}: they rise from 0")
+        raise ValueError(f"edges are {tuple(edges)}: they must rise from 0")
     ends = [*edges[1:], None]
     kept = np.ones(len(values), bool) if mask is None else np.asarray(mask, bool)
     out = {}
@@ -126,32 +133,33 @@ def _aligned(
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Share of a completion's n-grams that occurred in it before; 0 of fewer than n tokens.
+    """Returns the share of a completion's n-grams that occurred in it before.
 
-    1 - distinct / all, as in the papers' repetition rate with n = 4.
+    It is 1 - distinct / all, as in the papers' repetition rate with n = 4, and 0 for fewer than n
+    tokens.
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-# Scripts written without blanks between words: each character is taken for a word.
+# Scripts written without blanks between words: each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
 
 def _words(text: str) -> list[str]:
-    """Letters, marks and numbers between all else, without case."""
+    """Splits a text into words of letters, marks and numbers, without case."""
     text = unicodedata.normalize("NFC", text).casefold()
     kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
     return _WORD.findall("".join(kept))
 
 
 def overlap(completion: str, privileged: str, n: int = 3) -> float:
-    """Share of the completion's word n-grams that the privileged text has; 0 of fewer words.
+    """Returns the share of the completion's word n-grams that the privileged text contains.
 
-    n = 3: any two texts about one problem share its words and pairs of them, while longer n-grams
-    miss a copy with a word changed here and there. 1 is a copy; what two texts share because both
-    repeat the problem is in it, so that it is compared between steps rather than with 0.
+    It is 1 for a copy and 0 for fewer than n words. Any two texts about one problem share words and
+    pairs of words, and n-grams longer than 3 miss a copy with a few changed words. The share
+    includes n-grams of the problem that both texts repeat, so compare it between steps, not with 0.
     """
     theirs, ours = _words(privileged), _words(completion)
     known = {tuple(theirs[i : i + n]) for i in range(len(theirs) - n + 1)}
@@ -162,13 +170,14 @@ def overlap(completion: str, privileged: str, n: int = 3) -> float:
 def advantage_by_step(
     advantage_C: Sequence[float], ranges: Sequence[tuple[int, int]]
 ) -> list[float | None]:
-    """Mean of A_t = ln q - ln p over each step's tokens [start, stop); None for an empty step.
+    """Averages A_t = ln q - ln p over each step's tokens [start, stop); None for an empty step.
 
-    The figure of critique-conditioned self-distillation (arXiv 2606.11173): a reference solution
-    as context makes A_t negative nearly everywhere, a critique only at and after the wrong step.
+    It reproduces the figure of critique-conditioned self-distillation (arXiv 2606.11173): with a
+    reference solution as context A_t is negative nearly everywhere, with a critique only at and
+    after the wrong step.
 
     Raises:
-      ValueError: for a range outside the completion.
+      ValueError: a range lies outside the completion.
     """
     values_C = np.asarray(advantage_C, np.float64)
     means = []
@@ -200,25 +209,25 @@ class _Means:
 def summary(
     records: Sequence[Mapping[str, Any]], table_V: np.ndarray, n: int = 4
 ) -> dict[str, float]:
-    """Flat metrics of a step's rollout records, each the mean over the step's tokens.
+    """Returns flat metrics of a step's rollout records, each a mean over the step's tokens.
 
     Args:
       records: with `completion_ids`, and where the method has them, lists aligned to these:
-        `divergence` with `loss_mask`, `logp_student`, `logp_teacher` (nats); with `completion` and
-        `privileged_text` for the overlap.
-      table_V: of `classes`.
-      n: of the repetition.
+        `divergence` with `loss_mask`, `logp_student`, `logp_teacher` (nats). `completion` and
+        `privileged_text` give the overlap.
+      table_V: class of each id, as `classes` returns it.
+      n: length of the n-grams of the repetition.
 
     Returns:
-      `divergence_CLASS`, `divergence_at_0_7` …: over the tokens with loss, as the step's
-      `divergence`, whose parts they are. `advantage`, `advantage_CLASS`, `advantage_negative`
-      (share of tokens below 0): over all tokens of the completions that a teacher scored, with
-      loss or without, since what a context says of the right steps is seen there. As means over
-      completions `repetition`, `overlap`. What no record has is left out: a record without a
-      field, or with an empty list because it has no teacher, counts nowhere in it.
+      `divergence_CLASS`, `divergence_at_0_7` …: means over the tokens with loss; they are parts of
+      the step's `divergence`. `advantage`, `advantage_CLASS`, `advantage_negative` (share of tokens
+      below 0): over all tokens of the completions that a teacher scored, with loss or without,
+      since the right steps show the effect of a context too. `repetition`, `overlap`: means over
+      completions. A record without a field, or with an empty list because it has no teacher, does
+      not count in that metric. A metric that no record has is absent.
 
     Raises:
-      ValueError: for a list of another length than its completion.
+      ValueError: a list has another length than its completion.
     """
     means = _Means()
     for record in records:
@@ -238,7 +247,7 @@ def summary(
 
 
 def _add_divergence(means: _Means, record: Mapping[str, Any], table_V: np.ndarray) -> None:
-    """The tokens with loss, by class and by position in the completion."""
+    """Adds the tokens with loss, by class and by position in the completion."""
     value_C, ids_C = _aligned(record["divergence"], record["completion_ids"])
     loss_C = _aligned(record["loss_mask"], record["completion_ids"])[0] != 0
     _add_classes(means, "divergence", value_C[loss_C], ids_C[loss_C], table_V)

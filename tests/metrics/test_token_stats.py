@@ -94,7 +94,7 @@ def test_sums_by_position():
     found = stats.by_position([1.0, 2.0, 4.0, 8.0], (0, 2, 3), mask=[0, 1, 0, 1])
     assert found == {"0_1": (2, 1), "3_up": (8, 1)}
     for edges in ((), (1, 2), (0, 5, 5), (0, 5, 2)):
-        with pytest.raises(ValueError, match="they rise from 0"):
+        with pytest.raises(ValueError, match="they must rise from 0"):
             stats.by_position([1.0], edges)
 
 
