@@ -57,8 +57,8 @@ def score(
     """
     scale = 1 / temperature
     student = softmax(logits_TV * scale)
-    gradient_TV = subtract_one_hot(student, tokens_T) * -scale
-    return pick(student.log, tokens_T), entropy(student), gradient_TV
+    logp_T, entropy_T = pick(student.log, tokens_T), entropy(student)
+    return logp_T, entropy_T, subtract_one_hot(student, tokens_T) * -scale
 
 
 def subtract_one_hot(student: Distribution, tokens_T: jax.Array) -> jax.Array:
