@@ -125,8 +125,9 @@ def gather_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
 def split_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
     """Splits a head [V, D] along both dimensions where the mesh splits the vocabulary.
 
-    Call it on heads that go from the parameters to `spread` directly. `sharding.partition` splits
-    some of them along the width alone; without this, every device would gather them whole first.
+    Call it on heads that go from the parameters to `spread` directly. `sharding.partition_spec`
+    splits some of them along the width alone; without this, every device would gather them whole
+    first.
     """
     if not find_axes(split_vocabulary).vocabulary:
         return head_VD
