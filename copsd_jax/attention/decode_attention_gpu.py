@@ -114,8 +114,7 @@ def attend(
       q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated; M at most 16, H a power of
         two. Products are in its dtype (entries are converted in registers), sums and softmax in
         float32.
-      k: keys of the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; A a multiple of
-        128.
+      k: keys of the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; 128 divides A.
       v: values, of the same shape and type.
       k_scale: float32 [layers, J, K, A], factors of int8 keys; else None.
       v_scale: factors of int8 values; else None.
@@ -126,9 +125,8 @@ def attend(
       interpret: runs the kernel without a GPU.
 
     Returns:
-      The fields of `decode_attention.PartialSoftmax`, all float32: out [J, K, M, H], the sum of
-      exp(logit - top) v; top [J, K, M], the largest logit; total [J, K, M], the sum of
-      exp(logit - top). A dead slot gives 0, -1e30 and 0.
+      The fields of `decode_attention.PartialSoftmax`, float32: out [J, K, M, H], top [J, K, M] and
+      total [J, K, M]. A dead slot gives 0, -1e30 and 0.
 
     Raises:
       ValueError: for unsupported shapes or blocks, or an int8 cache of 2 to 4 GiB.

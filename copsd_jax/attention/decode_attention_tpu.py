@@ -138,8 +138,7 @@ def attend(
     Args:
       q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. Products are in its dtype
         (entries are converted in VMEM), sums and softmax in float32.
-      k: keys of the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; A a multiple of
-        128.
+      k: keys of the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; 128 divides A.
       v: values, of the same shape and type.
       k_scale: float32 [layers, J, K, A], factors of int8 keys; else None.
       v_scale: factors of int8 values; else None.
@@ -150,24 +149,16 @@ def attend(
       interpret: True or pltpu.InterpretParams run the kernel without a TPU.
 
     Returns:
-      The fields of `decode_attention.PartialSoftmax`, all float32: out [J, K, M, H], the sum of
-      exp(logit - top) v; top [J, K, M], the largest logit; total [J, K, M], the sum of
-      exp(logit - top). A dead slot gives 0, -1e30 and 0.
+      The fields of `decode_attention.PartialSoftmax`, float32: out [J, K, M, H], top [J, K, M] and
+      total [J, K, M]. A dead slot gives 0, -1e30 and 0.
 
     Raises:
       ValueError: for a cache length that is not a multiple of 128, or blocks that do not fit it.
     """
     slots, heads, queries, size = q_JKMH.shape
     length = k.shape[3]
-    if length % CHUNK or not length:
-        raise ValueError(f"the cache length is {length}: it must be a multiple of {CHUNK}")
     blocks = blocks or choose_blocks(q_JKMH.shape, k.shape, k.dtype, get_chip())
-    if blocks.keys % CHUNK or not 0 < blocks.keys <= length:
-        raise ValueError(
-            f"blocks.keys is {blocks.keys}: it must be a multiple of {CHUNK} up to {length}"
-        )
-    if blocks.buffers < 2:
-        raise ValueError(f"blocks.buffers is {blocks.buffers}: it must be at least 2")
+    _check_blocks(blocks, length)
     turned = size % 128 != 0
     if turned:  # This does not copy, since it is the layout in memory.
         k, v = k.swapaxes(3, 4), v.swapaxes(3, 4)
@@ -199,6 +190,17 @@ def attend(
         # Length 0 makes dead slots of those that only fill the last program.
         layer.reshape(1), jnp.pad(length_J, (0, programs * blocks.slots - slots)), q_JKMH, *caches
     )  # fmt: skip
+
+
+def _check_blocks(blocks: BlockSizes, length: int) -> None:
+    if length % CHUNK or not length:
+        raise ValueError(f"the cache length is {length}: it must be a multiple of {CHUNK}")
+    if blocks.keys % CHUNK or not 0 < blocks.keys <= length:
+        raise ValueError(
+            f"blocks.keys is {blocks.keys}: it must be a multiple of {CHUNK} up to {length}"
+        )
+    if blocks.buffers < 2:
+        raise ValueError(f"blocks.buffers is {blocks.buffers}: it must be at least 2")
 
 
 def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
