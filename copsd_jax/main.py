@@ -1,14 +1,16 @@
-"""python -m copsd_jax.main --config=configs/opsd.py[:preset] [--workdir=W] [--config.a.b=value ...]
+"""Trains as an experiment card says, and evaluates before and after.
 
-Trains as the experiment card says, evaluates before and after, and writes everything into the work
-directory (default: runs/<config>[-<preset>]). The same command again continues the run.
+    python -m copsd_jax.main --config=configs/opsd.py[:preset] [--workdir=W] [--config.A.B=X ...]
+
+Everything is written into the work directory (default: runs/<config>[-<preset>]). The same command
+again continues the run.
 
     --dry_run=v5e:4x8 [--dry_run_json=FILE] [--search]
 
-compiles every program of the run for devices that are not present (also v5e-32, 2*v5e:16x16 for
-two slices, cuda:h200:1x8). It reports whether the run fits, how the memory is used, and how long a
-step would take. It reads no weights, tokenizer or problems. --search compiles once more, with the
-largest micro-batch and numbers of slots that fit.
+A dry run compiles every program of the run for devices that are not present (also v5e-32,
+2*v5e:16x16 for two slices, cuda:h200:1x8). It reports whether the run fits, what takes the memory,
+and how long a step would take. It reads no weights, tokenizer or problems. --search compiles once
+more, with the largest micro-batch and numbers of slots that fit.
 
 Exit code: 0 the run ended as asked or would fit; 1 it would not fit; 2 a setting is wrong;
 130 interrupted.

@@ -152,7 +152,10 @@ def _check_author(s: Mapping) -> None:
 
 
 def _check_server(s: Mapping) -> None:
-    """A server holds the base and one adapter, or one set of weights: the student's."""
+    """Refuses a teacher as author that a server cannot hold beside the student.
+
+    A server holds the base and one adapter, or one set of weights.
+    """
     if s["sampler.engine"] != "server":
         return
     for name in ("sampler.url", "sampler.model"):
@@ -251,7 +254,7 @@ def _check_training(s: Mapping, completions: int) -> None:
 
 
 def _check_processes(s: Mapping) -> None:
-    """mesh.coordinator, and the two settings that go with host:port alone."""
+    """Checks mesh.coordinator, and the two settings that go with host:port alone."""
     where, explicit = s["mesh.coordinator"], re.fullmatch(r".+:\d+", s["mesh.coordinator"])
     if where not in ("", "auto") and not explicit:
         refuse(s, "mesh.coordinator", "it is '' for one process, auto, or host:port")

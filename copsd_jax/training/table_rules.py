@@ -16,7 +16,7 @@ from copsd_jax.teaching import contexts, conversations
 
 
 def tables() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Returns, by setting, the entries of its table, each with the settings that it reads."""
+    """Returns the entries of each setting's table, with the settings that each entry reads."""
     entries = {
         "context.kind": contexts.CONTEXTS,
         "reward.kind": reward_functions.REWARDS,
