@@ -16,7 +16,7 @@ SCRIPT = """
 import ctypes, resource, sys, threading
 from copsd_jax.runtime import malloc
 if sys.argv[1] == "keep":
-    assert malloc.keep()
+    assert malloc.keep_freed_memory()
 libc, size = ctypes.CDLL(None), ctypes.c_size_t(200 << 20)
 libc.malloc.restype = ctypes.c_void_p
 def block():

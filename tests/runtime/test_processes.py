@@ -114,28 +114,28 @@ TOLD = """
 import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from copsd_jax import config
+from copsd_jax.config import settings
 from copsd_jax.runtime import processes
-c = config.default()
+c = settings.default()
 c.mesh.coordinator, c.mesh.processes, c.mesh.process = sys.argv[2], 2, int(sys.argv[1])
-processes.start(c)
+processes.connect(c)
 calls = []
 def work():
     calls.append(1)
     return {"rank": jax.process_index(), "long": "x" * 5000}
-told = processes.once(work)
+told = processes.run_on_leader(work)
 def fails():
     raise ValueError("of the first")
 try:
-    processes.once(fails)
+    processes.run_on_leader(fails)
 except ValueError as error:
     said = str(error)
 try:  # the others must not wait for what cannot be sent
-    processes.once(lambda: work.__get__(sys))
+    processes.run_on_leader(lambda: work.__get__(sys))
     said += ", nothing"
 except (RuntimeError, TypeError, AttributeError):
     said += ", unsent"
-processes.meet("end")
+processes.wait_for_all("end")
 print(told["rank"], len(told["long"]), len(calls), said, file=sys.stderr)
 print("spoken")
 """
