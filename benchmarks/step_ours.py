@@ -23,7 +23,7 @@ import numpy as np
 import optax
 import step_memory
 
-from copsd_jax import main, train
+from copsd_jax import main
 from copsd_jax.config import settings
 from copsd_jax.losses import divergence_loss, loss_norms
 from copsd_jax.methods import distill, table
@@ -33,7 +33,14 @@ from copsd_jax.problems import bundled, problem_row
 from copsd_jax.runtime import malloc, sharding
 from copsd_jax.sampler import loop
 from copsd_jax.teaching import contexts, prompts
-from copsd_jax.training import builders, layout, loaded_run, rollouts, run_plan, train_step
+from copsd_jax.training import (
+    builders,
+    layout,
+    loaded_run,
+    rollout_records,
+    run_plan,
+    train_step,
+)
 from copsd_jax.weights import hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -102,7 +109,7 @@ def _length(plan: run_plan.Plan, row: problem_row.Row, field: str, text: str) ->
     """Tokens of the prompt with this problem, or of the teacher's with this solution."""
     row = dataclasses.replace(row, **{field: text})
     if field == "solution":
-        return run_plan.build_probe_prompt(plan, row).length
+        return plan.teacher.build_shortest(row).length
     return prompts.build_student_prompt(plan.tokenizer, plan.student, row).length
 
 
@@ -141,7 +148,7 @@ def prepare(file: pathlib.Path) -> None:
         }  # fmt: skip
     np.savez(file.parent / "adapter.npz", allow_pickle=False, **adapter)
     ask = lambda row: prompts.build_student_prompt(plan.tokenizer, plan.student, row)  # noqa: E731
-    tell = lambda row: run_plan.build_probe_prompt(plan, row)  # noqa: E731
+    tell = lambda row: plan.teacher.build_shortest(row)  # noqa: E731
     ids = {
         name: [[*p.prefix_ids, *p.ids] for p in map(make, plan.rows)]
         for name, make in (("student_prompts", ask), ("teacher_prompts", tell))
@@ -246,8 +253,8 @@ class Trainer:
                 jax.block_until_ready(self.state)
             aux = jax.device_get(aux)
             values = {
-                **train.measured(self.r.options.policy, aux.metrics),
-                **made.metrics, **rollouts.add_token_values(self.r, made, aux),
+                **rollout_records.drop_empty_means(self.r.options.policy, aux.metrics),
+                **made.metrics, **rollout_records.add_token_values(self.r, made, aux),
             }  # fmt: skip
             took = time.perf_counter() - wall, time.process_time() - cpu
         self.number += 1

@@ -10,7 +10,8 @@ PACKAGE = conftest.ROOT / "copsd_jax"
 # Files of the package itself may import every folder, and of one another these.
 COMMANDS = {
     "main": {"train"},
-    "train": {"evaluate"},
+    "train": {"evaluate", "summary"},
+    "summary": {"evaluate"},
     "evaluate": set(),
     "export": set(),
     "diagnostics": set(),

@@ -26,7 +26,16 @@ from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.runtime import hardware, sharding
 from copsd_jax.sampler import engine, loop, request
-from copsd_jax.training import backends, builders, layout, memory, run_plan, train_step
+from copsd_jax.training import (
+    backends,
+    builders,
+    layout,
+    memory,
+    model_headers,
+    prompt_lengths,
+    run_plan,
+    train_step,
+)
 from copsd_jax.training import loaded_run as run_lib
 from copsd_jax.weights import hf_config
 
@@ -200,9 +209,9 @@ def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan
     setting_rules.check_vocabulary(config, shape.vocab_size)
     backends.choose_loss(config, sharding.platform(mesh))
     sharding.key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
-    dtype = run_plan.choose_dtype(config.model.dtype, mesh)
+    dtype = model_headers.choose_dtype(config.model.dtype, mesh)
     backends.check_attention(config, sharding.platform(mesh), dtype, shape)
-    return run_plan.ProgramPlan(config, mesh, dtype, shape, run_plan.adapter_scale(config))
+    return run_plan.ProgramPlan(config, mesh, dtype, shape)
 
 
 def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> Lengths:
@@ -218,7 +227,7 @@ def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> 
     prompt = lambda sampled: min(c.prompt.max_tokens, positions - sampled) - prefix  # noqa: E731
     lengths = Lengths(
         prefix=prefix, student=prompt(completion),
-        teacher=run_plan.teacher_limit(c, shape) - prefix, evaluation=prompt(answer),
+        teacher=prompt_lengths.teacher_limit(c, shape) - prefix, evaluation=prompt(answer),
         author=min(c.teacher.max_tokens, positions - reply),
         completion=completion, answer=answer, reply=reply,
     )  # fmt: skip

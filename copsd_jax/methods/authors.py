@@ -81,7 +81,7 @@ def _sampled(
     """The sampler again, with author.* settings."""
     plan, c = r.plan, r.plan.config
     made = [
-        teacher_prompts.build_author_prompt(plan.tokenizer, plan.writer, plan.context, one.attempt)
+        teacher_prompts.build_author_prompt(plan.tokenizer, plan.author, plan.context, one.attempt)
         for one in asked
     ]
     out = [_unasked(prompt, plan) for prompt in made]
@@ -156,7 +156,7 @@ def _server(
     ]
     requests = [
         client.ChatRequest(
-            messages=conversations.render_messages(plan.writer, one.attempt.row, conversation),
+            messages=conversations.render_messages(plan.author, one.attempt.row, conversation),
             temperature=c.author.temperature,
             top_p=c.author.top_p,
             max_tokens=c.author.max_tokens,
@@ -188,8 +188,8 @@ def _file(
 ) -> list[AuthorText]:
     del state, step
     return [
-        AuthorText(r.plan.records[key], "written")
-        if key in r.plan.records
+        AuthorText(r.plan.replies[key], "written")
+        if key in r.plan.replies
         else AuthorText("", "missing")
         for key in ((one.attempt.row.id, one.sample) for one in asked)
     ]

@@ -26,7 +26,14 @@ from copsd_jax.losses import policy_loss
 from copsd_jax.methods import authors, grpo
 from copsd_jax.problems import problem_row
 from copsd_jax.teaching import contexts, groups, prompts, replies, token_selection
-from copsd_jax.training import layout, loaded_run, rollouts, run_plan, train_step
+from copsd_jax.training import (
+    layout,
+    loaded_run,
+    prompt_lengths,
+    rollout_records,
+    rollouts,
+    train_step,
+)
 from copsd_jax.training.rollouts import Rollouts, StepInputs
 
 
@@ -40,27 +47,27 @@ def make_batch(
     views = _views(r, done, step)
     written = _replies(r, state, done, views, wanted, step)
     told = [
-        run_plan.build_teacher_prompt(r.plan, view, reply) if keep else None
+        r.plan.teacher.build(view, reply) if keep else None
         for view, reply, keep in zip(views, written, wanted, strict=True)
     ]
-    told, overlong = run_plan.drop_overlong(r.plan, done.asked, told)
+    told, overlong = prompt_lengths.drop_overlong(c, r.plan.model_config, done.asked, told)
     masks, found = _select(r, done, views, written, told)
     batch = _pack(done, told, masks)
     if c.policy.weight:
         batch = grpo.add_advantages(c, done, batch, c.policy.route == "successes")
-    records = rollouts.build_records(r, done)
+    records = rollout_records.build_records(r, done)
     for i, record in enumerate(records):
         record |= _about(told[i], written[i], found[i], views[i], wanted[i])
         if told[i]:
             shown = contexts.join_privileged_text(r.plan.context, views[i], written[i])
             record["privileged_text"] = shown
-    probe = run_plan.build_probe_prompt(r.plan, done.rows[0])
+    probe = r.plan.teacher.build_shortest(done.rows[0])
     return StepInputs(
         batch,
         *rollouts.encode_prefixes(r, state, done.asked[0], probe),
         records,
         {
-            **rollouts.measure_rollouts(records, done.sampler),
+            **rollout_records.measure_rollouts(records, done.sampler),
             "overlong_teacher_prompts": float(overlong),
             "taught": float(sum(prompt is not None for prompt in told)),
             "filtered": float(wanted.count(False)),
@@ -177,16 +184,16 @@ def _statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
     sections, in how many completions' prompts, the writer's or the teacher's."""
     out = {}
     if "reply" in contexts.list_inputs(r.plan.context):
-        out |= rollouts.count_statuses(
+        out |= rollout_records.count_statuses(
             "reply", [record["reply_status"] for record in records], ["ok"]
         )
         out["leaked"] = float(sum(record["leaked"] for record in records))
         out["replies_cut"] = float(sum(record["reply_cut"] for record in records))
     if r.plan.selection.select != "all":
-        out |= rollouts.count_statuses(
+        out |= rollout_records.count_statuses(
             "located", [record["located"] for record in records], ["exact"]
         )
     if r.plan.context.section_tokens:
         cut = [kind for x in records for kind in {*x["shortened"], *x["writer_shortened"]}]
-        out |= rollouts.count_statuses("shortened", sorted(cut), [])
+        out |= rollout_records.count_statuses("shortened", sorted(cut), [])
     return out

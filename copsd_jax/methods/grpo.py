@@ -18,7 +18,7 @@ import numpy as np
 
 from copsd_jax.losses import policy_loss
 from copsd_jax.problems import problem_row
-from copsd_jax.training import layout, loaded_run, rollouts, train_step
+from copsd_jax.training import layout, loaded_run, rollout_records, rollouts, train_step
 from copsd_jax.training.rollouts import Rollouts, StepInputs
 
 
@@ -35,7 +35,7 @@ def make_batch(
         student_prefix=len(prefix_ids),
     )
     batch = add_advantages(r.plan.config, done, batch, successes_only=False)
-    records = rollouts.build_records(r, done)
+    records = rollout_records.build_records(r, done)
     for b, record in enumerate(records):
         record["advantage"] = float(batch.advantage_BC[b, 0])
     informative = policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
@@ -44,7 +44,7 @@ def make_batch(
         *rollouts.encode_prefixes(r, state, done.asked[0], None),
         records,
         {
-            **rollouts.measure_rollouts(records, done.sampler),
+            **rollout_records.measure_rollouts(records, done.sampler),
             "informative": float(informative.mean()),
         },
     )

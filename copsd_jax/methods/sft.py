@@ -11,7 +11,7 @@ import numpy as np
 
 from copsd_jax.problems import problem_row
 from copsd_jax.teaching import prompts
-from copsd_jax.training import layout, loaded_run, rollouts, train_step
+from copsd_jax.training import layout, loaded_run, rollout_records, rollouts, train_step
 from copsd_jax.training.rollouts import StepInputs
 
 
@@ -47,5 +47,5 @@ def make_batch(
         }
         for row, prompt, target in zip(rows, asked, targets, strict=True)
     ]
-    metrics = {"completion_tokens": rollouts.mean([len(target) for target in targets])}
+    metrics = {"completion_tokens": rollout_records.mean([len(target) for target in targets])}
     return StepInputs(batch, *rollouts.encode_prefixes(r, state, asked[0], None), records, metrics)

@@ -13,12 +13,12 @@ from copsd_jax.model import lora, transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import handover, request
 from copsd_jax.teaching import contexts, prompts
-from copsd_jax.training import backends, layout, row_packing, run_plan, train_step
+from copsd_jax.training import backends, layout, prompt_lengths, row_packing, run_plan, train_step
 
 ADAPTER_STREAM = 1001  # random stream of a seed besides the sampler's, whose purposes count from 0
 
 
-def build_decoder(frame: run_plan.ProgramPlan | run_plan.Plan) -> transformer.Decoder:
+def build_decoder(frame: run_plan.ProgramPlan) -> transformer.Decoder:
     c, m, platform = frame.config, frame.model_config, sharding.platform(frame.mesh)
     return transformer.Decoder(
         m,
@@ -37,12 +37,12 @@ def build_optimizer(config, steps: int) -> tuple[Any, Callable[[Any], Any]]:
     return train_step.make_optimizer(steps=steps, **{n: config.train[n] for n in names})
 
 
-def find_shardings(tree: Any, frame: run_plan.ProgramPlan | run_plan.Plan) -> Any:
+def find_shardings(tree: Any, frame: run_plan.ProgramPlan) -> Any:
     """Where parameters, adapters and optimizer state of this model lie."""
     return sharding.shardings(tree, frame.mesh, frame.model_config.n_kv_heads)
 
 
-def build_step(frame: run_plan.ProgramPlan | run_plan.Plan, decoder, tx, options, state) -> Any:
+def build_step(frame: run_plan.ProgramPlan, decoder, tx, options, state) -> Any:
     """The jitted training step; `state` may be abstract, its values are not read."""
     whole = NamedSharding(frame.mesh, PartitionSpec())  # so that each process has all of it
     return jax.jit(
@@ -53,7 +53,7 @@ def build_step(frame: run_plan.ProgramPlan | run_plan.Plan, decoder, tx, options
 
 
 def pack_batch(
-    frame: run_plan.ProgramPlan | run_plan.Plan, batch: layout.Batch, caps: bool = False
+    frame: run_plan.ProgramPlan, batch: layout.Batch, caps: bool = False
 ) -> layout.Batch:
     """The batch of `layout.build_batch`, its samples in rows and micro-batches as train.pack says.
 
@@ -91,12 +91,12 @@ def check_row_budget(plan: run_plan.Plan) -> None:
         "student": prompts.build_student_prompt(plan.tokenizer, plan.student, plan.rows[0])
     }
     if config_lib.traits(c).teacher:
-        prompts_of["teacher"] = run_plan.build_probe_prompt(plan, plan.rows[0])
+        prompts_of["teacher"] = plan.teacher.build_shortest(plan.rows[0])
     longest = dict(plan.longest)
     if {"feedback", "other"} & {
         *contexts.list_inputs(plan.context)
     }:  # of which no length is known before
-        longest["teacher"] = run_plan.teacher_limit(c, plan.model_config)
+        longest["teacher"] = prompt_lengths.teacher_limit(c, plan.model_config)
     row_packing.check_budget(
         c.train.micro_tokens,
         [
@@ -107,7 +107,7 @@ def check_row_budget(plan: run_plan.Plan) -> None:
 
 
 def build_hand_over(
-    frame: run_plan.ProgramPlan | run_plan.Plan, frozen: dict, **call: Callable
+    frame: run_plan.ProgramPlan, frozen: dict, **call: Callable
 ) -> handover.HandOver:
     """What hands weights to the sampler; `call` as HandOver has it."""
     s = frame.config.sampler
@@ -117,9 +117,7 @@ def build_hand_over(
     )  # fmt: skip
 
 
-def build_initializer(
-    frame: run_plan.ProgramPlan | run_plan.Plan, tx: Any, teacher: str
-) -> Callable[..., Any]:
+def build_initializer(frame: run_plan.ProgramPlan, tx: Any, teacher: str) -> Callable[..., Any]:
     """What makes the State at step 0, of a new adapter, or of all weights in float32.
 
     A function of the base parameters, which an adapter does not read.
@@ -150,7 +148,7 @@ def teacher_weights(config) -> str:
     return config.teacher.weights if config_lib.traits(config).teacher else "fixed"
 
 
-def build_options(plan: run_plan.ProgramPlan | run_plan.Plan) -> train_step.Options:
+def build_options(plan: run_plan.ProgramPlan) -> train_step.Options:
     """The static choices of a run's step."""
     c = plan.config
     completions = config_lib.completions_per_step(c)

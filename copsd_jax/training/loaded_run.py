@@ -95,8 +95,8 @@ def load_run(
     )
     step = builders.build_step(plan, decoder, tx, options, state)
     teacher_kv = None
-    if options.teacher == "fixed" and plan.shots and plan.rows:
-        prefix = run_plan.build_probe_prompt(plan, plan.rows[0]).prefix_ids
+    if options.teacher == "fixed" and plan.teacher.exemplars and plan.rows:
+        prefix = plan.teacher.build_shortest(plan.rows[0]).prefix_ids
         initial = train_step.derive_policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (shared_prefix.encode_ids(decoder, initial, prefix),)
     grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)

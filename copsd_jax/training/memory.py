@@ -17,7 +17,7 @@ from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine
-from copsd_jax.training import builders, run_plan, train_step
+from copsd_jax.training import builders, model_headers, run_plan, train_step
 
 
 def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
@@ -26,7 +26,7 @@ def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
     base = transformer.abstract_params(plan.model_config, plan.dtype)
     return {
         "base": count(base),
-        "trained": count(run_plan.trained_shapes(plan.config, plan.model_config)),
+        "trained": count(model_headers.trained_shapes(plan.config, plan.model_config)),
     }
 
 
@@ -61,7 +61,7 @@ def _eval_shape(program: Any, *args: Any) -> Any:
 
 
 def held_arrays(
-    frame: run_plan.ProgramPlan | run_plan.Plan, *, call: Callable[..., Any] = _eval_shape
+    frame: run_plan.ProgramPlan, *, call: Callable[..., Any] = _eval_shape
 ) -> HeldArrays:
     """Returns the arrays that a run holds, made by the functions that the run makes them with.
 
@@ -84,9 +84,7 @@ def held_arrays(
     return HeldArrays(base, frozen, state, sampler, hand_over.kept())
 
 
-def count_resident(
-    frame: run_plan.ProgramPlan | run_plan.Plan, arrays: HeldArrays
-) -> dict[str, int]:
+def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str, int]:
     """Returns the bytes on each device, by part, that a run holds all the time."""
     trained = count_bytes(arrays.state.trained)
     lora = frame.config.train.trainable == "lora"
@@ -98,7 +96,7 @@ def count_resident(
     }
 
 
-def count_sampler_weights(frame: run_plan.ProgramPlan | run_plan.Plan, arrays: HeldArrays) -> int:
+def count_sampler_weights(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> int:
     """Returns the bytes on each device of the sampler's own copies of weights, while it samples."""
     lora = frame.config.train.trainable == "lora"
     policy = arrays.sampler
@@ -109,9 +107,7 @@ def count_sampler_weights(frame: run_plan.ProgramPlan | run_plan.Plan, arrays: H
     return copies if lora else copies + count_bytes(arrays.base)
 
 
-def count_decode_state(
-    frame: run_plan.ProgramPlan | run_plan.Plan, section: str, tokens: int
-) -> int:
+def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -> int:
     """Returns the bytes on each device of the decode cache and of the slots that own its rows.
 
     Args:
@@ -149,7 +145,7 @@ def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
     }
 
 
-def describe_undivided(frame: run_plan.ProgramPlan | run_plan.Plan) -> str:
+def describe_undivided(frame: run_plan.ProgramPlan) -> str:
     """Returns which parameters stay whole along an axis that does not divide them, and the cost.
 
     Returns:
@@ -159,7 +155,7 @@ def describe_undivided(frame: run_plan.ProgramPlan | run_plan.Plan) -> str:
     c, where, shape = frame.config, frame.mesh, frame.model_config
     base = transformer.abstract_params(shape, frame.dtype)
     names, more = sharding.find_undivided(base, where, shape.n_kv_heads)
-    trained = run_plan.trained_shapes(c, shape)
+    trained = model_headers.trained_shapes(c, shape)
     trained_names, trained_more = sharding.find_undivided(trained, where, shape.n_kv_heads)
     if not names and not trained_names:
         return ""

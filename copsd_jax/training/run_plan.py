@@ -1,27 +1,23 @@
-"""What will run: settings, problems, shapes, tokenizer and prompts, checked without any weight.
+"""The plan of a run: settings, problems, shapes, tokenizer and prompts, checked without weights.
 
-`make_plan` refuses what cannot work, in seconds and in one sentence, and writes nothing.
+`make_plan` refuses a run that cannot work, in seconds and in one sentence, and writes nothing.
 """
 
 import collections
 import dataclasses
 import functools
-import hashlib
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
-from copsd_jax.model import lora, transformer
+from copsd_jax.model import transformer
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.runtime import sharding, workdir
 from copsd_jax.sampler import request
-from copsd_jax.servers import client, dialects, remote_engine
+from copsd_jax.servers import client, remote_engine
 from copsd_jax.teaching import (
     contexts,
     conversations,
@@ -32,134 +28,181 @@ from copsd_jax.teaching import (
     text_encoding,
     token_selection,
 )
-from copsd_jax.training import backends, guards, table_rules
-from copsd_jax.weights import hf, hf_config, hub, tokenizer
+from copsd_jax.training import (
+    backends,
+    guards,
+    model_headers,
+    prompt_lengths,
+    sampler_server,
+    table_rules,
+    teacher_side,
+)
+from copsd_jax.weights import hf, hub, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramPlan:
-    """What a run's programs are made from, no problem, prompt or weight; a Plan has it all too."""
+    """The part of a plan that determines a run's compiled programs.
+
+    Attributes:
+      dtype: of base weights and compute.
+    """
 
     config: config_lib.Config
     mesh: Mesh
-    dtype: Any  # of base weights and compute
+    dtype: Any
     model_config: transformer.ModelConfig
-    adapter_scale: float
+
+    @property
+    def adapter_scale(self) -> float:
+        """The factor of an adapter's product, alpha / rank."""
+        return self.config.lora.alpha / self.config.lora.rank
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A run that can be carried out, without its weights."""
+class Plan(ProgramPlan):
+    """A checked run without its weights.
 
-    config: config_lib.Config
-    mesh: Mesh
-    dtype: Any  # of base weights and compute
+    Attributes:
+      weights_path: the model's file or folder.
+      dropped: how many training rows were left out, by reason; `eval_dropped` likewise.
+      student, teacher, evaluation, author: how the prompts of each side are built.
+      replies: of author.kind=file, by row id and sample.
+      longest: tokens of the longest prompt of each side.
+      server: of sampler.engine=server; it has answered.
+    """
+
     weights_path: pathlib.Path
-    model_config: transformer.ModelConfig
     tokenizer: text_encoding.Tokenizer
     vocabulary: request.Vocabulary
+    special_ids: tuple[int, ...]
     rows: list[problem_row.Row]
+    dropped: collections.Counter
     eval_rows: list[problem_row.Row]
-    dropped: collections.Counter  # of training rows, by reason
     eval_dropped: collections.Counter
     student: conversations.PromptFormat
-    teacher: conversations.PromptFormat
+    teacher: teacher_side.TeacherSide
     evaluation: conversations.PromptFormat
-    writer: conversations.PromptFormat  # of what an author is asked
-    context: contexts.Settings
-    shots: tuple[teacher_prompts.Exemplar, ...]  # the teacher's exemplars
+    author: conversations.PromptFormat
     selection: token_selection.Settings
     guards: tuple[guards.Rule, ...]
-    records: dict[tuple[str, int], str]  # author.kind=file: replies by row id and sample
-    special_ids: tuple[int, ...]
-    adapter_scale: float
-    longest: dict[str, int]  # tokens of the longest prompt of each side
-    server: remote_engine.EngineServer | None  # of sampler.engine=server, which answered
+    replies: dict[tuple[str, int], str]
+    longest: dict[str, int]
+    server: remote_engine.EngineServer | None
+
+    @property
+    def context(self) -> contexts.Settings:
+        """The privileged context of the teacher."""
+        return self.teacher.context
 
 
 def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool = True) -> Plan:
-    """Checks a config against files, shapes and devices; reads no weights, writes nothing.
+    """Checks a config against files, shapes and devices; reads no weights and writes nothing.
 
     Args:
-      train: with the problems to train on; without, the plan has none.
-      evaluate: with the problems to evaluate on.
+      config: the settings of a run.
+      train: whether the plan has the problems to train on.
+      evaluate: whether the plan has the problems to evaluate on.
 
     Raises:
-      ValueError, OSError: in one sentence.
+      ValueError, OSError: in one sentence that names the setting.
     """
     table_rules.check(config, train=train)
-    server = _server(config, train) if train or evaluate else None
+    server = sampler_server.plan_server(config, train) if train or evaluate else None
     registry = languages.load_languages(config.languages_file)
     _check_languages(config, registry)
-    context, chosen = table_rules.context_settings(config), _selection(config)
+    context, selection = table_rules.context_settings(config), _selection(config)
     rules = _guards(config)
-    # The cheap checks first: files of problems, then devices, then the model's headers.
-    records = _author(config) if train else {}
-    rows, dropped = (
-        problem_selection.load_train_rows(config, context, registry) if train else _no_rows()
-    )
-    eval_rows, eval_dropped = (
-        problem_selection.load_eval_rows(config, registry) if evaluate else _no_rows()
-    )
-    exemplars = problem_selection.load_exemplars(config, registry)
-    devices = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    # The cheap checks come first: files of problems, then devices, then the model's headers.
+    written = _author_replies(config) if train else {}
+    problems = _read_problems(config, context, registry, train, evaluate)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
-        setting_rules.check_shards(config, sharding.batch_shards(devices))
-        backends.choose_loss(config, sharding.platform(devices))
-    path, model_config, tok = _model(config)
-    kind = choose_dtype(config.model.dtype, devices)
-    backends.check_attention(config, sharding.platform(devices), kind, model_config)
-    setting_rules.check_vocabulary(config, model_config.vocab_size)
-    sharding.key_repeats(model_config.n_heads, model_config.n_kv_heads, devices.shape["tensor"])
-    sides = _sides(config, registry, exemplars, tok)
-    has_teacher = config_lib.traits(config).teacher
-    shots = teacher_prompts.build_exemplars(sides["teacher"], context) if has_teacher else ()
-    examine = functools.partial(prompts.build_student_prompt, tok, sides["evaluation"])
-    longest = {"teacher": 0}
-    rows = _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, longest)
-    found = _fitting(eval_rows, examine, "prompt", config, eval_dropped)
-    eval_rows, longest["evaluation"] = found
+        setting_rules.check_shards(config, sharding.batch_shards(mesh))
+        backends.choose_loss(config, sharding.platform(mesh))
+    path, shape, tok = model_headers.read_headers(config)
+    dtype = model_headers.choose_dtype(config.model.dtype, mesh)
+    backends.check_attention(config, sharding.platform(mesh), dtype, shape)
+    setting_rules.check_vocabulary(config, shape.vocab_size)
+    sharding.key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
+    sides = _sides(config, registry, problems.exemplars, tok)
+    teacher = _teacher_side(config, tok, sides.pop("teacher"), context)
+    problems, longest = _keep_fitting(config, tok, sides, teacher, problems)
     if train:
-        problem_selection.check_language_shares(config, rows, registry)
-    if config.author.kind in ("student", "teacher"):
-        asks = (
-            teacher_prompts.build_author_prompt(tok, sides["writer"], context, _probed(r))
-            for r in rows
-        )
-        longest["writer"] = max((ask.length for ask in asks if ask), default=0)
-    server = _connected(config, server, longest)
-    _check_lengths(config, context, model_config, longest)
+        problem_selection.check_language_shares(config, problems.rows, registry)
+    server = sampler_server.connect_server(config, server, longest)
+    prompt_lengths.check_positions(config, shape, longest)
+    longest["teacher"] = prompt_lengths.bound_teacher(config, context, shape, longest["teacher"])
     if config.model.init == "pretrained":
-        # Last: of a repository, everything else is refused before its weights are downloaded.
+        # Weights are downloaded last, when everything else has been accepted.
         path = hub.resolve(config.model.path, config.model.revision)
-        hf.check_weights(path, model_config)
+        hf.check_weights(path, shape)
     return Plan(
-        config=config,
-        mesh=devices,
-        dtype=kind,
-        weights_path=path,
-        model_config=model_config,
-        tokenizer=tok,
-        vocabulary=_build_vocabulary(tok, path, model_config.vocab_size),
+        config, mesh, dtype, shape, path, tok,
+        _build_vocabulary(tok, path, shape.vocab_size),
         special_ids=tuple(sorted(tok.get_added_vocab().values())),
-        rows=rows,
-        eval_rows=eval_rows,
-        dropped=dropped,
-        eval_dropped=eval_dropped,
-        **sides,
-        context=context,
-        shots=shots,
-        selection=chosen,
-        guards=rules,
-        records=records,
-        adapter_scale=adapter_scale(config),
-        longest=longest,
-        server=server,
+        rows=problems.rows, dropped=problems.dropped,
+        eval_rows=problems.eval_rows, eval_dropped=problems.eval_dropped,
+        **sides, teacher=teacher, selection=selection, guards=rules, replies=written,
+        longest=longest, server=server,
+    )  # fmt: skip
+
+
+def _teacher_side(config, tok, spec, context) -> teacher_side.TeacherSide:
+    """Builds the teacher's side; only a method with a teacher has exemplars with replies."""
+    taught = config_lib.traits(config).teacher
+    exemplars = teacher_prompts.build_exemplars(spec, context) if taught else ()
+    return teacher_side.TeacherSide(tok, spec, context, exemplars)
+
+
+class _Problems(NamedTuple):
+    """Rows to train on, to evaluate on, and in front of every prompt."""
+
+    rows: list[problem_row.Row]
+    dropped: collections.Counter
+    eval_rows: list[problem_row.Row]
+    eval_dropped: collections.Counter
+    exemplars: tuple[problem_row.Row, ...]
+
+
+def _read_problems(config, context, registry, train: bool, evaluate: bool) -> _Problems:
+    none = lambda: ([], collections.Counter())  # noqa: E731
+    return _Problems(
+        *(problem_selection.load_train_rows(config, context, registry) if train else none()),
+        *(problem_selection.load_eval_rows(config, registry) if evaluate else none()),
+        problem_selection.load_exemplars(config, registry),
     )
 
 
-def _no_rows() -> tuple[list[problem_row.Row], collections.Counter[str]]:
-    return [], collections.Counter()
+def _keep_fitting(
+    config: config_lib.Config,
+    tok: text_encoding.Tokenizer,
+    sides: dict[str, conversations.PromptFormat],
+    teacher: teacher_side.TeacherSide,
+    problems: _Problems,
+) -> tuple[_Problems, dict[str, int]]:
+    """Returns the problems whose prompts fit, and the longest prompt's tokens of each side."""
+    trained = prompt_lengths.keep_fitting_training(
+        problems.rows, config, tok, sides["student"], teacher
+    )
+    examined = prompt_lengths.keep_fitting(
+        problems.eval_rows,
+        functools.partial(prompts.build_student_prompt, tok, sides["evaluation"]),
+        "evaluation", "prompt", config,
+    )  # fmt: skip
+    longest = {"teacher": 0, **trained.longest, **examined.longest}
+    if config.author.kind in ("student", "teacher"):
+        shortest = map(teacher_side.shortest_attempt, trained.rows)
+        asks = [
+            teacher_prompts.build_author_prompt(tok, sides["author"], teacher.context, a)
+            for a in shortest
+        ]
+        longest["author"] = max((ask.length for ask in asks if ask), default=0)
+    kept = problems._replace(
+        rows=trained.rows, dropped=problems.dropped + trained.dropped,
+        eval_rows=examined.rows, eval_dropped=problems.eval_dropped + examined.dropped,
+    )  # fmt: skip
+    return kept, longest
 
 
 def _build_vocabulary(
@@ -172,30 +215,20 @@ def _build_vocabulary(
     )
 
 
-def adapter_scale(config: config_lib.Config) -> float:
-    return config.lora.alpha / config.lora.rank
-
-
-def choose_dtype(name: str, devices: Mesh) -> Any:
-    """Of base weights and compute, by `model.dtype` and the mesh's platform."""
-    auto = jnp.float32 if sharding.platform(devices) == "cpu" else jnp.bfloat16
-    return {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
-
-
 def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFormat]:
-    """How each side's prompts look; of those that the method uses, the template can do it."""
+    """Builds each side's prompt settings; checks those of the sides that the method uses."""
     opening = {
         "student": config.prompt.thinking,
         "teacher": config.teacher.thinking,
         "evaluation": config.eval.thinking,
-        "writer": config.author.thinking,
+        "author": config.author.thinking,
     }
-    if opening["writer"] == "as_teacher":
-        opening["writer"] = opening["teacher"]
+    if opening["author"] == "as_teacher":
+        opening["author"] = opening["teacher"]
     p = config.prompt
     sides = {
         name: conversations.PromptFormat(
-            p.template, thinking, p.answer, registry, () if name == "writer" else exemplars, p.form
+            p.template, thinking, p.answer, registry, () if name == "author" else exemplars, p.form
         )
         for name, thinking in opening.items()
     }  # fmt: skip
@@ -203,7 +236,7 @@ def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFo
     if config_lib.traits(config).teacher:
         settings["teacher"] = "teacher"
     if config.author.kind in ("student", "teacher"):
-        settings["writer"] = "author"
+        settings["author"] = "author"
     for name, section in settings.items():
         prompts.check_thinking(tok, p.template, sides[name].thinking, f"{section}.thinking")
     return sides
@@ -222,134 +255,32 @@ def _selection(config: config_lib.Config) -> token_selection.Settings:
     return chosen
 
 
-def _author(config: config_lib.Config) -> dict[tuple[str, int], str]:
-    """Refuses a server or a file that cannot answer; the file's replies."""
+def _context(config: config_lib.Config) -> contexts.Settings:
+    """Returns the context's settings; methods without a teacher have the context none."""
+    return contexts.Settings(
+        config.context.kind if config.method == "distill" else "none",
+        config.context.problem_en,
+        config.context.solution,
+        config.context.feedback,
+        config.context.section_tokens,
+        config.parity.reflection_fallback,
+    )
+
+
+def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
+    """Checks the author's server or file; returns the replies of author.kind=file."""
     if config.author.kind == "server":
         author = config.author
         client.check_server(client.server_from_settings(author, author.cache), "author.")
     return replies.load_reply_file(config.author.path) if config.author.kind == "file" else {}
 
 
-def _server(config: config_lib.Config, train: bool) -> remote_engine.EngineServer | None:
-    """The server of sampler.*, of settings that go with one; nothing is asked."""
-    s = config.sampler
-    if s.engine != "server":
-        return None
-    server = remote_engine.EngineServer(
-        client.server_from_settings(s), s.dialect, s.logprobs, s.max_model_len or None
-    )
-    remote_engine.check_server(server)
-    if (count := jax.process_count()) > 1:
-        raise ValueError(f"sampler.engine is 'server': one process asks it, and there are {count}")
-    if s.folder:
-        workdir.check_writable(pathlib.Path(s.folder), "--config.sampler.folder")
-    coldest = dialects.DIALECTS[s.dialect].coldest
-    for section in ("rollout", "eval", "author"):
-        if 0 < (degree := config[section].temperature) < coldest:
-            rule = f"with sampler.dialect={s.dialect} it is 0 or at least {coldest}"
-            raise ValueError(f"{section}.temperature is {degree}: {rule}")
-    if train:
-        _check_reported(config)
-    return server
-
-
-def _check_reported(config: config_lib.Config) -> None:
-    """Losses that read the sampler's log-probabilities need a server that gives them."""
-    c, r = config, config.rollout
-    drawn = request.Sampling(r.max_tokens, r.temperature, r.top_k, r.top_p, r.min_p)
-    given = remote_engine.reports_log_probs(c.sampler.logprobs, drawn)[0]
-    for section, key, off in (
-        ("policy", "old", "trainer"), ("policy", "rollout_clip", 0), ("loss", "rollout_clip", 0),
-    ):  # fmt: skip
-        if not given and c[section][key] != off:
-            raise ValueError(
-                f"{section}.{key} is {c[section][key]!r}: it reads log-probabilities over all "
-                f"tokens at rollout.temperature={r.temperature}, which do not follow from "
-                f"sampler.logprobs={c.sampler.logprobs} with these rollout.*"
-            )
-
-
-def _connected(
-    config, server: remote_engine.EngineServer | None, longest
-) -> remote_engine.EngineServer | None:
-    """The server once it answered, with room for each side's longest prompt and completion."""
-    if server is None:
-        return None
-    server = remote_engine.connect(server)
-    completion, room = config.rollout.max_tokens, server.max_model_len
-    for side, name, tokens in (
-        ("student", "rollout.max_tokens", completion if config_lib.traits(config).samples else 0),
-        ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
-        ("writer", "author.max_tokens", config.author.max_tokens),
-    ):
-        if room and tokens and longest.get(side) and longest[side] + tokens > room:
-            raise ValueError(
-                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
-                f"passes the {room} that {server.api.url} holds (sampler.max_model_len)"
-            )
-    return server
-
-
-def _probed(row: problem_row.Row) -> contexts.Attempt:
-    """An attempt in which everything is there, as short as can be."""
-    return contexts.Attempt(row, "-", False, "-", "-", row)
-
-
-def _probe(
-    tok, spec: conversations.PromptFormat, context, shots, row: problem_row.Row
-) -> prompts.Prompt:
-    prompt = teacher_prompts.build_teacher_prompt(
-        tok, spec, context, _probed(row), replies.PROBE, shots
-    )
-    assert prompt is not None  # a probe has all that a context reads
-    return prompt
-
-
-def build_probe_prompt(plan: Plan, row: problem_row.Row) -> prompts.Prompt:
-    """The teacher's prompt with the shortest attempt and reply: its exemplars, its state and its
-    least length."""
-    return _probe(plan.tokenizer, plan.teacher, plan.context, plan.shots, row)
-
-
-def build_teacher_prompt(
-    plan: Plan, attempt: contexts.Attempt, reply: replies.Reply = replies.NONE
-) -> prompts.Prompt | None:
-    """`teacher_prompts.build_teacher_prompt` with the plan's settings and exemplars."""
-    return teacher_prompts.build_teacher_prompt(
-        plan.tokenizer, plan.teacher, plan.context, attempt, reply, plan.shots
-    )
-
-
-def drop_overlong(
-    plan: Plan, asked: Sequence[prompts.Prompt], told: Sequence[prompts.Prompt | None]
-) -> tuple[list[prompts.Prompt | None], int]:
-    """A step's teacher prompts with None for those that are too long, and how many these are.
-
-    Raises:
-      ValueError: with data.overlong=error, or if both sides start in different template states.
-    """
-    c, kept, overlong = plan.config, [], 0
-    limit = teacher_limit(c, plan.model_config)
-    for student, teacher in zip(asked, told, strict=True):
-        if teacher is not None:
-            prompts.check_template_states(student, teacher, c.parity.template_mismatch)
-        if teacher is not None and teacher.length > limit:
-            if c.data.overlong == "error":
-                raise ValueError(
-                    f"teacher.max_tokens is {c.teacher.max_tokens}: a teacher prompt with its "
-                    f"context has {teacher.length} tokens, and there is room for {limit}"
-                )
-            teacher, overlong = None, overlong + 1
-        kept.append(teacher)
-    return kept, overlong
-
-
 def load_config(directory: pathlib.Path) -> config_lib.Config:
-    """The config of a work directory.
+    """Loads the config of a work directory, for the devices of this machine.
 
     Raises:
-      FileNotFoundError: no run there.
-      ValueError: it has settings that this version lacks, or lacks some.
+      FileNotFoundError: the directory holds no run.
+      ValueError: the run has a setting that this version does not have.
     """
     config, saved = config_lib.default(), workdir.read_settings(directory)
     unknown = saved.keys() - config_lib.flat(config).keys()
@@ -361,7 +292,7 @@ def load_config(directory: pathlib.Path) -> config_lib.Config:
         section, _, key = name.rpartition(".")
         node = config[section] if section else config
         node[key] = tuple(value) if isinstance(value, list) else value
-    # Of this machine's devices, whatever the run had: no number depends on it.
+    # Mesh and kernels are chosen for this machine: no result depends on them.
     config.mesh.update(config_lib.default().mesh)
     config.model.attention = config.sampler.attention = "auto"
     return config
@@ -379,129 +310,3 @@ def _check_languages(config: config_lib.Config, registry) -> None:
                 languages.resolve_code(code, registry)
             except ValueError as error:
                 raise ValueError(f"{setting} is {code!r}: {error}") from error
-
-
-def _model(config) -> tuple[pathlib.Path, transformer.ModelConfig, text_encoding.Tokenizer]:
-    """Where the model is, its shape, and its tokenizer."""
-    path = hub.resolve(config.model.path, config.model.revision, weights=False)
-    tok = tokenizer.load(
-        hub.resolve(config.model.tokenizer, weights=False, setting="model.tokenizer")
-        if config.model.tokenizer
-        else path
-    )
-    if config.model.init == "random" and config.model.shape:
-        shape = transformer.SHAPES[config.model.shape]
-        if config.model.shape == "tiny":
-            # As wide as the tokenizer, in multiples that a mesh divides.
-            shape = dataclasses.replace(shape, vocab_size=-(-len(tok) // 64) * 64)
-        return path, shape, tok
-    return path, hf_config.load_config(path), tok
-
-
-def _fitting(rows, make, side: str, config, dropped) -> tuple[list[problem_row.Row], int]:
-    """Rows whose prompt fits, and the longest prompt's length; others are counted."""
-    setting, limit = f"{side}.max_tokens", config[side].max_tokens
-    lengths = []
-
-    def measured(row: problem_row.Row) -> prompts.Prompt:
-        prompt = make(row)
-        lengths.append(prompt.length)
-        return prompt
-
-    kept, gone = prompts.keep_fitting_rows(
-        rows, measured, limit, setting=setting, overlong=config.data.overlong
-    )
-    if gone:
-        dropped[f"prompt above {setting}={limit}"] += gone
-    if rows and not kept:
-        raise ValueError(
-            f"{setting} is {limit}: no row's prompt fits, the shortest has {min(lengths)} tokens"
-        )
-    return kept, max((n for n in lengths if n <= limit), default=0)
-
-
-def _train_rows_that_fit(config, tok, sides, context, shots, rows, dropped, longest) -> list:
-    """Training rows all of whose prompts fit; others are counted, lengths noted in `longest`."""
-    ask = functools.partial(prompts.build_student_prompt, tok, sides["student"])
-    tell = functools.partial(_probe, tok, sides["teacher"], context, shots)
-    rows, longest["student"] = _fitting(rows, ask, "prompt", config, dropped)
-    if not config_lib.traits(config).samples:
-        return _with_short_targets(rows, tok, sides["student"], ask, config, dropped)
-    if config_lib.traits(config).teacher:
-        rows, longest["teacher"] = _fitting(rows, tell, "teacher", config, dropped)
-        for row in rows[:1]:
-            prompts.check_template_states(ask(row), tell(row), config.parity.template_mismatch)
-    return rows
-
-
-def _with_short_targets(
-    rows, tok, spec: conversations.PromptFormat, ask, config, dropped
-) -> list[problem_row.Row]:
-    """Rows whose target of SFT fits; others are counted, or refused."""
-    limit, kept = config.rollout.max_tokens, []
-    for row in rows:
-        length = len(prompts.encode_target(tok, spec, row, config.rollout.stop, ask(row).state))
-        if length > limit and config.data.overlong == "error":
-            raise ValueError(
-                f"row {row.id!r} has a solution of {length} tokens, rollout.max_tokens is {limit}; "
-                "data.overlong=drop leaves such rows out"
-            )
-        kept += [row] if length <= limit else []
-    if rows and not kept:
-        raise ValueError(f"rollout.max_tokens is {limit}: no row's solution fits")
-    if len(kept) < len(rows):
-        dropped[f"solution above rollout.max_tokens={limit}"] += len(rows) - len(kept)
-    return kept
-
-
-def _check_lengths(config, context, model_config: transformer.ModelConfig, longest) -> None:
-    """Prompt and completion within the positions that the model knows."""
-    completion = config.rollout.max_tokens
-    needed = [
-        ("student", "rollout.max_tokens", completion),
-        ("teacher", "rollout.max_tokens", completion),
-        ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
-    ]
-    if "writer" in longest and config.author.kind in ("student", "teacher"):
-        needed.append(("writer", "author.max_tokens", config.author.max_tokens))
-    for side, name, tokens in needed:
-        if longest[side] + tokens > model_config.max_position:
-            raise ValueError(
-                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
-                f"passes the model's {model_config.max_position} positions"
-            )
-    # The step's finds and replies make it longer, up to the limit above which it is left out.
-    reads = contexts.list_inputs(context)
-    longest["teacher"] += config.author.max_tokens if "reply" in reads else 0
-    longest["teacher"] += completion if "siblings" in reads else 0
-    longest["teacher"] = min(longest["teacher"], teacher_limit(config, model_config))
-
-
-def teacher_limit(config: config_lib.Config, model_config: transformer.ModelConfig) -> int:
-    """The longest teacher prompt of a step, with all that it was given."""
-    return min(config.teacher.max_tokens, model_config.max_position - config.rollout.max_tokens)
-
-
-def trained_shapes(config: config_lib.Config, shape: transformer.ModelConfig) -> Any:
-    """Shapes of what is trained, without memory."""
-    if config.train.trainable == "full":
-        return transformer.abstract_params(shape, jnp.float32)
-    c = config.lora
-    return jax.eval_shape(lambda: lora.init_adapter(shape, c.rank, c.targets, jax.random.key(0)))
-
-
-def fingerprint_weights(plan: Plan) -> str:
-    """SHA-256 of the weights' files by name, size and first and last MiB; '' for random weights."""
-    if plan.config.model.init == "random":
-        return ""
-    path = plan.weights_path
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from copsd_jax.methods import distill
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint
 from copsd_jax.teaching import contexts, replies
-from copsd_jax.training import loaded_run, rollouts, run_plan
+from copsd_jax.training import loaded_run, rollout_records, run_plan
 
 optax_promotes = runs.optax_promotes
 
@@ -133,7 +133,7 @@ def test_agreement_is_measured_at_the_sampling_temperature():
         rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = distill.make_batch(r, state, rows, 0)
         _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
-        gaps = rollouts.add_token_values(r, work, jax.device_get(aux))
+        gaps = rollout_records.add_token_values(r, work, jax.device_get(aux))
         assert gaps["logp_gap_max"] < 1e-4
         record = work.records[0]
         assert np.abs(np.subtract(record["logp_sampler"], record["logp_student"])).max() > 1e-2

@@ -12,7 +12,7 @@ import pytest
 import runs
 from test_methods import one_device, right, row_with, script
 
-from copsd_jax import main, train
+from copsd_jax import main, summary
 from copsd_jax.methods import distill, table
 
 optax_promotes = runs.optax_promotes
@@ -100,11 +100,11 @@ def test_a_critic_that_fails_in_every_way(monkeypatch, tmp_path, critic):
     details = [record["reply_detail"] for record in work.records]
     assert details[2].startswith("HTTP 500")
     assert [bool(detail) for detail in details] == [False, True, True, True, False, False]
-    assert train.failures(7, work.records) == [
+    assert summary.format_failures(7, work.records) == [
         "warning: step 7: 3 of 6 completions have no reply, the first for timeout: "
         "no complete reply within the time"
     ]
-    assert train.failures(7, work.records[:1]) == []
+    assert summary.format_failures(7, work.records[:1]) == []
     assert "quoting" in work.records[5]["reply"]
 
 

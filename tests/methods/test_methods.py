@@ -387,7 +387,7 @@ def test_a_new_context_is_one_function_and_one_entry(monkeypatch):
     with runs.loaded("opsd", context__kind="answer_only") as (r, _):
         row = r.plan.rows[0]
         made = teacher_prompts.build_teacher_prompt(
-            r.plan.tokenizer, r.plan.teacher, settings, contexts.Attempt(row)
+            r.plan.tokenizer, r.plan.teacher.spec, settings, contexts.Attempt(row)
         )
         assert row.answer in made.text
         assert row.solution not in made.text

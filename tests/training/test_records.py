@@ -13,11 +13,11 @@ import pytest
 import runs
 from test_methods import completion, one_device, right, row_with, script, spoiled
 
-from copsd_jax import main, train
+from copsd_jax import main, summary
 from copsd_jax.methods import authors, table
 from copsd_jax.runtime import workdir
 from copsd_jax.teaching import contexts
-from copsd_jax.training import guards, loaded_run, rollouts, run_plan
+from copsd_jax.training import guards, loaded_run, rollout_records, run_plan
 
 optax_promotes = runs.optax_promotes
 one_device = one_device
@@ -28,8 +28,8 @@ def stepped(r, state, rows):
     work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, 0)
     _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
     aux = jax.device_get(aux)
-    values = {**train.measured(r.options.policy, aux.metrics), **work.metrics}
-    return work, values | rollouts.add_token_values(r, work, aux)
+    values = {**rollout_records.drop_empty_means(r.options.policy, aux.metrics), **work.metrics}
+    return work, values | rollout_records.add_token_values(r, work, aux)
 
 
 def over(records, name, mask):
@@ -232,7 +232,7 @@ def test_grade_statuses_are_counted(monkeypatch, tmp_path):
     assert values["format"] == 0.5
     # The table at the end leaves out what grading should come to.
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, **work.metrics}) + "\n")
-    table = train._totals(tmp_path, 1)
+    table = summary.format_totals(tmp_path, 1)
     assert "grade no answer" in table
     assert "grade plain" not in table
 
@@ -368,7 +368,7 @@ def test_replies_and_exemplars_belong_to_the_run(tmp_path):
             "critique", author__kind="file", author__path=path, prompt__exemplars=1,
             prompt__exemplars_path=shots,
         ))  # fmt: skip
-        return train._facts(plan)
+        return summary.collect_facts(plan)
 
     before = facts("one", 2)
     workdir.create(tmp_path / "w", {}, before)

@@ -44,8 +44,8 @@ def test_a_context_is_one_entry(monkeypatch):
     monkeypatch.setitem(contexts.CONTEXTS, "answer_only", entry)
     plan = run_plan.make_plan(runs.config("opsd", context__kind="answer_only"))
     row = plan.rows[0]
-    assert f"The answer is {row.answer}." in run_plan.build_probe_prompt(plan, row).text
-    assert row.solution not in run_plan.build_probe_prompt(plan, row).text
+    assert f"The answer is {row.answer}." in plan.teacher.build_shortest(row).text
+    assert row.solution not in plan.teacher.build_shortest(row).text
     assert "other_problem, none, answer_only" in refusal(context__kind="answer")
     # What the entry does not ask for is refused as of any other.
     assert "with context.kind=answer_only it is one of none" in refusal(

@@ -1,0 +1,207 @@
+"""Texts of a run for people: its plan, samples, failures, totals and the ending."""
+
+import collections
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from copsd_jax import evaluate
+from copsd_jax.config import settings as config_lib
+from copsd_jax.metrics import metric_files, terminal
+from copsd_jax.problems import problem_row
+from copsd_jax.runtime import sharding
+from copsd_jax.training import backends, memory, model_headers, run_plan
+
+
+def format_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> str:
+    """What will run, before it does."""
+    c, shape = plan.config, plan.model_config
+    size = memory.count_parameters(plan)
+    completions = config_lib.completions_per_step(c)
+    lines = [
+        c.description or c.method,
+        f"  model       {c.model.path} ({shape.family}, {size['base']:,} parameters, "
+        f"{np.dtype(plan.dtype).name}), {c.model.init}",
+        f"  trained     {size['trained']:,} parameters ({c.train.trainable}"
+        + (f" rank {c.lora.rank})" if c.train.trainable == "lora" else ")"),
+        f"  loss        {_format_loss(c)} "
+        f"({backends.choose_loss(c, sharding.platform(plan.mesh))})",
+        f"  attention   {_format_attention(plan)}; remat {c.model.remat}",
+        f"  problems    {c.data.path}: {_count_languages(plan.rows)}; "
+        f"dropped: {_format_counts(plan.dropped)}",
+        f"  evaluation  {c.eval.path or 'none'}: {_count_languages(plan.eval_rows)}; "
+        f"dropped: {_format_counts(plan.eval_dropped)}",
+        f"  a step      {c.train.batch} problems x {c.rollout.per_prompt} completions of at most "
+        f"{c.rollout.max_tokens} tokens = at most {completions * c.rollout.max_tokens:,} tokens; "
+        f"{c.train.steps} steps",
+        f"  prompts     at most {plan.longest['student']} tokens (student), "
+        f"{plan.longest['teacher']} (teacher)",
+        f"  devices     {plan.mesh.size} x {sharding.platform(plan.mesh)}, "
+        f"mesh {dict(plan.mesh.shape)}",
+        *([f"  whole       {uneven}"] if (uneven := memory.describe_undivided(plan)) else []),
+        "  memory      "
+        + ", ".join(
+            f"{name} {size / 2**30:.2f} GiB" for name, size in memory.summarize_memory(plan).items()
+        )
+        + " (on each device, without the temporaries of programs)",
+        f"  directory   {directory}" + (" (continued)" if continued else ""),
+    ]
+    if plan.server is not None:
+        s = plan.server
+        lines.append(
+            f"  sampler     {s.api.model} at {s.api.url} ({s.dialect}, {s.logprobs} logprobs)"
+        )
+    if c.parity.template_mismatch:
+        lines.append(
+            "  parity.template_mismatch is set: student and teacher start in different states of "
+            "the chat template, as published"
+        )
+    unchecked = sorted(
+        {
+            row.lang
+            for row in plan.rows
+            if c.prompt.template == "chat"
+            and not plan.student.languages[row.lang].checked_by_speaker
+        }
+    )
+    if unchecked:
+        lines.append(f"  wording not checked by a speaker: {', '.join(unchecked)}")
+    return "\n".join(lines)
+
+
+def _format_attention(plan: run_plan.Plan) -> str:
+    """The forms that run, of rows and of decoding."""
+    platform = sharding.platform(plan.mesh)
+    name = backends.choose_row_attention(plan.config, platform, plan.dtype, plan.model_config)
+    if name == "splash":
+        name += ", with a mask of its own where rows have parents or worked examples"
+    if plan.server is not None:
+        return f"{name} (training, scoring)"
+    decode = backends.choose_decode_attention(plan.config, platform)
+    return f"{name} (training, scoring, prefill), {decode} (decoding)"
+
+
+def _format_loss(c) -> str:
+    """The method's slots in one line."""
+    method = config_lib.traits(c)
+    if not method.samples:
+        return "cross entropy of the solutions"
+    policy = (
+        f"policy gradient, advantages by {c.policy.scale}, {c.policy.norm} mean, KL {c.policy.kl}"
+    )
+    if method.policy_gradient:
+        return policy
+    author = "" if c.author.kind == "none" else f" written by {c.author.kind}"
+    entries = f", {c.loss.top_k_of}'s top {c.loss.top_k}" if c.loss.top_k else ""
+    entries += " and tail" if c.loss.tail else ""
+    return (
+        f"context {c.context.kind}{author}; tokens {c.tokens.select}; teacher {c.teacher.weights}; "
+        f"{c.loss.divergence}{entries}, clip {c.loss.clip_mode}"
+        + (f"; {c.policy.weight:g} of {policy}" if c.policy.weight else "")
+    )
+
+
+def _count_languages(rows: list[problem_row.Row]) -> str:
+    counts = collections.Counter(row.lang for row in rows)
+    return ", ".join(f"{lang} {count:,}" for lang, count in counts.items()) or "none"
+
+
+def _format_counts(counter: collections.Counter) -> str:
+    return ", ".join(f"{count} ({reason})" for reason, count in counter.items()) or "none"
+
+
+def collect_facts(plan: run_plan.Plan) -> dict:
+    """What of this start goes into run.json."""
+    return {
+        "devices": [str(device) for device in plan.mesh.devices.flat],
+        "seed": plan.config.seed,
+        "model": str(plan.weights_path),
+        "model_fingerprint": ""
+        if plan.config.model.init == "random"
+        else model_headers.fingerprint_weights(plan.weights_path),
+        "data_fingerprint": problem_row.compute_fingerprint(plan.rows),
+        "eval_fingerprint": problem_row.compute_fingerprint(plan.eval_rows),
+        "exemplars_fingerprint": problem_row.compute_fingerprint(plan.student.exemplars),
+        "author_fingerprint": _fingerprint_replies(plan.replies),
+        "dropped": dict(plan.dropped),
+        "eval_dropped": dict(plan.eval_dropped),
+    }
+
+
+def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
+    """SHA-256 of the replies of author.path, in any order; "" for none."""
+    text = json.dumps([[*key, reply] for key, reply in sorted(records.items())])
+    return hashlib.sha256(text.encode()).hexdigest() if records else ""
+
+
+def format_failures(step: int, records: list[dict]) -> list[str]:
+    """One line on the replies of a step that a writer owes, with the reason of the first."""
+    raised = [r for r in records if str(r.get("grade_status", "")).startswith("raised")]
+    lines = [
+        f"warning: step {step}: the function of reward.kind failed for {len(raised)} of "
+        f"{len(records)} completions, the first with {raised[0]['grade_status'].split(':')[1]}"
+    ] if raised else []  # fmt: skip
+    failed = [record for record in records if record.get("reply_detail")]
+    if not failed:
+        return lines
+    first = failed[0]
+    return [
+        *lines,
+        f"warning: step {step}: {len(failed)} of {len(records)} completions have no reply, the "
+        f"first for {first['reply_status']}: {first['reply_detail']}",
+    ]
+
+
+def format_sample(step: int, records: list[dict]) -> str:
+    """One completion of a step, for people."""
+    record = records[0]
+    mark = {True: "right", False: "wrong", None: "not graded"}[record["correct"]]
+    lines = [f"--- sample of step {step} ({record['lang']}, {mark}, gold {record['gold']})"]
+    shown = f"{record['problem']}\n-> {record['completion'].strip()}"
+    lines += [f"    {line}" for line in shown.split("\n")]
+    return "\n".join(lines)
+
+
+COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked", "replies_cut")
+
+
+COUNTED_PREFIXES = ("reply_", "located_", "shortened_", "grade_")
+
+
+# What grading should come to: `correct` and `reward` say it.
+NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
+
+
+def format_totals(directory: pathlib.Path, steps: int) -> str:
+    """How many completions of the run had each status, as a table; "" where none is counted."""
+    totals: collections.Counter[str] = collections.Counter()
+    for line in metric_files.lines(directory, steps):
+        for name, value in json.loads(line).items():
+            counted = name in COUNTED or name.startswith(COUNTED_PREFIXES)
+            if counted and name not in NOT_COUNTED:
+                totals[name] += int(value)
+    rows = [[name.replace("_", " "), f"{count:,}"] for name, count in totals.items() if count]
+    return terminal.table(["completions", "n"], rows) if rows else ""
+
+
+def format_ending(
+    plan, before, after, directory: pathlib.Path, seconds: float, stopped: str
+) -> str:  # fmt: skip
+    """The table of scores, counts of statuses, where everything is, and why a run was stopped."""
+    lines = []
+    if before and after:
+        lines += ["", evaluate.format_comparison(before, after)]
+        lines += [
+            "",
+            "before and after: share of correct answers; points: difference with the interval of a",
+            "paired bootstrap over problems; p: exact sign test; cut: ended by the token limit",
+        ]
+    totals = format_totals(directory, plan.config.train.steps)
+    if totals:
+        lines += ["", totals]
+    lines += ["", f"{terminal.duration(seconds)} min; everything is in {directory}"]
+    if stopped:
+        lines.append(f"stopped by a guard: {stopped}")
+    return "\n".join(lines)

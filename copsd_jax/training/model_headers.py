@@ -1,0 +1,70 @@
+"""The model of a run before its weights are read: its files, shape, tokenizer and dtype."""
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from copsd_jax.config import settings as config_lib
+from copsd_jax.model import lora, transformer
+from copsd_jax.runtime import sharding
+from copsd_jax.teaching import text_encoding
+from copsd_jax.weights import hf_config, hub, tokenizer
+
+
+def read_headers(
+    config: config_lib.Config,
+) -> tuple[pathlib.Path, transformer.ModelConfig, text_encoding.Tokenizer]:
+    """Reads a model's config and tokenizer, downloading no weights.
+
+    Returns:
+      The path of the model, its shape, and its tokenizer.
+
+    Raises:
+      ValueError, OSError: a file is missing, or names an architecture that is not known.
+    """
+    path = hub.resolve(config.model.path, config.model.revision, weights=False)
+    tok = tokenizer.load(
+        hub.resolve(config.model.tokenizer, weights=False, setting="model.tokenizer")
+        if config.model.tokenizer
+        else path
+    )
+    if config.model.init == "random" and config.model.shape:
+        shape = transformer.SHAPES[config.model.shape]
+        if config.model.shape == "tiny":
+            # As wide as the tokenizer, in multiples that a mesh divides.
+            shape = dataclasses.replace(shape, vocab_size=-(-len(tok) // 64) * 64)
+        return path, shape, tok
+    return path, hf_config.load_config(path), tok
+
+
+def choose_dtype(name: str, devices: Mesh) -> Any:
+    """Returns the dtype of base weights and compute, from `model.dtype` and the mesh's platform."""
+    auto = jnp.float32 if sharding.platform(devices) == "cpu" else jnp.bfloat16
+    return {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+def trained_shapes(config: config_lib.Config, shape: transformer.ModelConfig) -> Any:
+    """Returns the shapes and dtypes of the trained parameters, without allocating them."""
+    if config.train.trainable == "full":
+        return transformer.abstract_params(shape, jnp.float32)
+    c = config.lora
+    return jax.eval_shape(lambda: lora.init_adapter(shape, c.rank, c.targets, jax.random.key(0)))
+
+
+def fingerprint_weights(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of the files of weights: names, sizes, first and last MiB of each."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()

@@ -1,0 +1,191 @@
+"""Lengths of prompts: which rows fit their limits, and what the model's positions allow."""
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from copsd_jax.config import settings as config_lib
+from copsd_jax.model import transformer
+from copsd_jax.problems import problem_row
+from copsd_jax.teaching import contexts, conversations, prompts, text_encoding
+from copsd_jax.training import teacher_side
+
+
+class FittingRows(NamedTuple):
+    """Rows whose prompts fit.
+
+    Attributes:
+      longest: tokens of the longest prompt of each side.
+      dropped: how many rows were left out, by reason.
+    """
+
+    rows: list[problem_row.Row]
+    longest: dict[str, int]
+    dropped: collections.Counter
+
+
+def keep_fitting(
+    rows: Sequence[problem_row.Row],
+    build: Callable[[problem_row.Row], prompts.Prompt],
+    side: str,
+    section: str,
+    config: config_lib.Config,
+) -> FittingRows:
+    """Returns the rows whose prompt fits `<section>.max_tokens`.
+
+    Args:
+      rows: the candidates.
+      build: builds a row's prompt.
+      side: the key of the result's `longest`.
+      section: the section of the settings that has the limit: prompt or teacher.
+      config: the run's settings; `data.overlong` says whether a long prompt is an error.
+
+    Raises:
+      ValueError: no row fits, or one does not with data.overlong=error.
+    """
+    setting, limit = f"{section}.max_tokens", config[section].max_tokens
+    lengths = []
+
+    def build_and_measure(row: problem_row.Row) -> prompts.Prompt:
+        prompt = build(row)
+        lengths.append(prompt.length)
+        return prompt
+
+    kept, gone = prompts.keep_fitting_rows(
+        rows, build_and_measure, limit, setting=setting, overlong=config.data.overlong
+    )
+    if rows and not kept:
+        raise ValueError(
+            f"{setting} is {limit}: no row's prompt fits, the shortest has {min(lengths)} tokens"
+        )
+    dropped = collections.Counter({f"prompt above {setting}={limit}": gone} if gone else {})
+    return FittingRows(kept, {side: max((n for n in lengths if n <= limit), default=0)}, dropped)
+
+
+def keep_fitting_training(
+    rows: Sequence[problem_row.Row],
+    config: config_lib.Config,
+    tokenizer: text_encoding.Tokenizer,
+    student: conversations.PromptFormat,
+    teacher: teacher_side.TeacherSide,
+) -> FittingRows:
+    """Returns the training rows whose prompts, and for SFT whose solutions, all fit.
+
+    Raises:
+      ValueError: as `keep_fitting`, or student and teacher start in different template states.
+    """
+    build = lambda row: prompts.build_student_prompt(tokenizer, student, row)  # noqa: E731
+    fitting = keep_fitting(rows, build, "student", "prompt", config)
+    if not config_lib.traits(config).samples:
+        return _keep_short_solutions(fitting, config, tokenizer, student)
+    if not config_lib.traits(config).teacher:
+        return fitting
+    taught = keep_fitting(fitting.rows, teacher.build_shortest, "teacher", "teacher", config)
+    for row in taught.rows[:1]:
+        prompts.check_template_states(
+            build(row), teacher.build_shortest(row), config.parity.template_mismatch
+        )
+    return FittingRows(
+        taught.rows, fitting.longest | taught.longest, fitting.dropped + taught.dropped
+    )
+
+
+def _keep_short_solutions(
+    fitting: FittingRows,
+    config: config_lib.Config,
+    tokenizer: text_encoding.Tokenizer,
+    student: conversations.PromptFormat,
+) -> FittingRows:
+    """Returns the rows whose solution, the target of SFT, fits `rollout.max_tokens`."""
+    limit, kept, rows = config.rollout.max_tokens, [], fitting.rows
+    for row in rows:
+        state = prompts.build_student_prompt(tokenizer, student, row).state
+        length = len(prompts.encode_target(tokenizer, student, row, config.rollout.stop, state))
+        if length > limit and config.data.overlong == "error":
+            raise ValueError(
+                f"row {row.id!r} has a solution of {length} tokens, rollout.max_tokens is {limit}; "
+                "data.overlong=drop leaves such rows out"
+            )
+        kept += [row] if length <= limit else []
+    if rows and not kept:
+        raise ValueError(f"rollout.max_tokens is {limit}: no row's solution fits")
+    long = collections.Counter(
+        {f"solution above rollout.max_tokens={limit}": len(rows) - len(kept)}
+    )
+    return FittingRows(kept, fitting.longest, fitting.dropped + long)
+
+
+def check_positions(
+    config: config_lib.Config, model_config: transformer.ModelConfig, longest: dict[str, int]
+) -> None:
+    """Checks that the longest prompt and a completion fit the model's positions.
+
+    Raises:
+      ValueError: naming the side and the setting.
+    """
+    completion = config.rollout.max_tokens
+    needed = [
+        ("student", "rollout.max_tokens", completion),
+        ("teacher", "rollout.max_tokens", completion),
+        ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
+    ]
+    if "author" in longest:
+        needed.append(("author", "author.max_tokens", config.author.max_tokens))
+    for side, name, tokens in needed:
+        if longest[side] + tokens > model_config.max_position:
+            raise ValueError(
+                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
+                f"passes the model's {model_config.max_position} positions"
+            )
+
+
+def bound_teacher(
+    config: config_lib.Config,
+    context: contexts.Settings,
+    model_config: transformer.ModelConfig,
+    shortest: int,
+) -> int:
+    """Returns the most tokens that a teacher prompt of a step may have.
+
+    Args:
+      config: the run's settings.
+      context: the privileged context; a reply or a sibling's answer makes prompts longer.
+      model_config: has the number of positions.
+      shortest: tokens of the longest teacher prompt with the shortest attempt and reply.
+    """
+    reads = contexts.list_inputs(context)
+    tokens = shortest + (config.author.max_tokens if "reply" in reads else 0)
+    tokens += config.rollout.max_tokens if "siblings" in reads else 0
+    return min(tokens, teacher_limit(config, model_config))
+
+
+def teacher_limit(config: config_lib.Config, model_config: transformer.ModelConfig) -> int:
+    """Returns the limit above which a teacher prompt is left out of a step, in tokens."""
+    return min(config.teacher.max_tokens, model_config.max_position - config.rollout.max_tokens)
+
+
+def drop_overlong(
+    config: config_lib.Config,
+    model_config: transformer.ModelConfig,
+    students: Sequence[prompts.Prompt],
+    teachers: Sequence[prompts.Prompt | None],
+) -> tuple[list[prompts.Prompt | None], int]:
+    """Returns a step's teacher prompts with None for each overlong one, and how many these are.
+
+    Raises:
+      ValueError: with data.overlong=error, or if both sides start in different template states.
+    """
+    kept, overlong = [], 0
+    limit = teacher_limit(config, model_config)
+    for student, teacher in zip(students, teachers, strict=True):
+        if teacher is not None:
+            prompts.check_template_states(student, teacher, config.parity.template_mismatch)
+        if teacher is not None and teacher.length > limit:
+            if config.data.overlong == "error":
+                raise ValueError(
+                    f"teacher.max_tokens is {config.teacher.max_tokens}: a teacher prompt with its "
+                    f"context has {teacher.length} tokens, and there is room for {limit}"
+                )
+            teacher, overlong = None, overlong + 1
+        kept.append(teacher)
+    return kept, overlong

@@ -1,0 +1,85 @@
+"""The server of sampler.engine=server: settings that go with one, and room for the prompts."""
+
+import pathlib
+
+import jax
+
+from copsd_jax.config import settings as config_lib
+from copsd_jax.runtime import workdir
+from copsd_jax.sampler import request
+from copsd_jax.servers import client, dialects, remote_engine
+
+
+def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineServer | None:
+    """Returns the server of sampler.*, or None for another engine; sends no request.
+
+    Args:
+      config: the run's settings.
+      train: whether the run trains, so that a loss may need the server's log-probabilities.
+
+    Raises:
+      ValueError: a setting does not go with a server.
+    """
+    s = config.sampler
+    if s.engine != "server":
+        return None
+    server = remote_engine.EngineServer(
+        client.server_from_settings(s), s.dialect, s.logprobs, s.max_model_len or None
+    )
+    remote_engine.check_server(server)
+    if (count := jax.process_count()) > 1:
+        raise ValueError(f"sampler.engine is 'server': it takes one process, and there are {count}")
+    if s.folder:
+        workdir.check_writable(pathlib.Path(s.folder), "--config.sampler.folder")
+    coldest = dialects.DIALECTS[s.dialect].coldest
+    for section in ("rollout", "eval", "author"):
+        if 0 < (degree := config[section].temperature) < coldest:
+            rule = f"with sampler.dialect={s.dialect} it is 0 or at least {coldest}"
+            raise ValueError(f"{section}.temperature is {degree}: {rule}")
+    if train:
+        _check_logprobs(config)
+    return server
+
+
+def _check_logprobs(config: config_lib.Config) -> None:
+    """Checks that the server returns log-probabilities if a loss reads them."""
+    c, r = config, config.rollout
+    drawn = request.Sampling(r.max_tokens, r.temperature, r.top_k, r.top_p, r.min_p)
+    given = remote_engine.reports_log_probs(c.sampler.logprobs, drawn)[0]
+    for section, key, off in (
+        ("policy", "old", "trainer"), ("policy", "rollout_clip", 0), ("loss", "rollout_clip", 0),
+    ):  # fmt: skip
+        if not given and c[section][key] != off:
+            raise ValueError(
+                f"{section}.{key} is {c[section][key]!r}: it reads log-probabilities over all "
+                f"tokens at rollout.temperature={r.temperature}, which do not follow from "
+                f"sampler.logprobs={c.sampler.logprobs} with these rollout.*"
+            )
+
+
+def connect_server(
+    config: config_lib.Config,
+    server: remote_engine.EngineServer | None,
+    longest: dict[str, int],
+) -> remote_engine.EngineServer | None:
+    """Connects to the server, and checks its room for the longest prompts and completions.
+
+    Raises:
+      OSError: the server does not answer.
+      ValueError: a side's longest prompt and completion pass its context length.
+    """
+    if server is None:
+        return None
+    server = remote_engine.connect(server)
+    completion, room = config.rollout.max_tokens, server.max_model_len
+    for side, name, tokens in (
+        ("student", "rollout.max_tokens", completion if config_lib.traits(config).samples else 0),
+        ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
+        ("author", "author.max_tokens", config.author.max_tokens),
+    ):
+        if room and tokens and longest.get(side) and longest[side] + tokens > room:
+            raise ValueError(
+                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
+                f"passes the {room} that {server.api.url} holds (sampler.max_model_len)"
+            )
+    return server

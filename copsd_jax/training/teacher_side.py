@@ -1,0 +1,51 @@
+"""The teacher's prompts of a run: one template, one context, and the exemplars in front."""
+
+import dataclasses
+
+from copsd_jax.problems import problem_row
+from copsd_jax.teaching import (
+    contexts,
+    conversations,
+    prompts,
+    replies,
+    teacher_prompts,
+    text_encoding,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSide:
+    """Everything that the prompts of a run's teacher have in common.
+
+    Attributes:
+      spec: template, thinking and form of the answer.
+      context: the privileged context.
+      exemplars: worked examples in front of every prompt, each with a reply.
+    """
+
+    tokenizer: text_encoding.Tokenizer
+    spec: conversations.PromptFormat
+    context: contexts.Settings
+    exemplars: tuple[teacher_prompts.Exemplar, ...]
+
+    def build(
+        self, attempt: contexts.Attempt, reply: replies.Reply = replies.NONE
+    ) -> prompts.Prompt | None:
+        """Builds the prompt for one completion; None if its context needs what is not there."""
+        return teacher_prompts.build_teacher_prompt(
+            self.tokenizer, self.spec, self.context, attempt, reply, self.exemplars
+        )
+
+    def build_shortest(self, row: problem_row.Row) -> prompts.Prompt:
+        """Builds the prompt with the shortest attempt and reply: no prompt of the row is shorter.
+
+        Its exemplars and its template state are those of every prompt of the teacher.
+        """
+        prompt = self.build(shortest_attempt(row), replies.PROBE)
+        assert prompt is not None  # the shortest attempt has everything that a context reads
+        return prompt
+
+
+def shortest_attempt(row: problem_row.Row) -> contexts.Attempt:
+    """Returns an attempt with every part present and as short as possible."""
+    return contexts.Attempt(row, "-", False, "-", "-", row)
