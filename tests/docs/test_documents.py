@@ -74,6 +74,16 @@ def test_files_in_backticks_exist(path):
             assert found, f"{path.name} names {name}"
 
 
+@pytest.mark.parametrize("path", CURRENT)
+def test_names_said_to_be_in_a_file_are_there(path):
+    """As in: `CONTEXTS` in `copsd_jax/teaching/contexts.py`."""
+    text = path.read_text(encoding="utf-8")
+    for name, file in re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.py)`", text):
+        file = next(ROOT / base / file for base in BASES if (ROOT / base / file).is_file())
+        found = re.search(rf"^(class |def )?{name}\b", file.read_text(encoding="utf-8"), flags=re.M)
+        assert found, f"{path.name} says that {name} is in {file}"
+
+
 def exists(name: str) -> bool:
     """Whether `copsd_jax.folder.module.name`, or a beginning of it, is in the package's files."""
     parts = name.split(".")
