@@ -469,7 +469,7 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
     except MemoryError as error:
         # The compiler's message is behind the sampler's own.
         cause = error.__cause__ or error.__context__ or error
-        held = memory.count_bytes(job.weights)
+        held = memory.count_bytes(job.constants)
         compiler.programs.append(failed_program(f"sampler of {section}", held, cause))
         programs = ()
     for program in programs:
