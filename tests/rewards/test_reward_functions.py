@@ -283,7 +283,7 @@ VALUES = strategies.recursive(
 def test_any_json_object_is_read_whole(arguments, tail):
     """The oracle is the json module over the object alone."""
     tail = tail.replace("Action", "").replace("think", "")
-    names, found = reward_functions._calls(
+    names, found = reward_functions._read_calls(
         f"Action: f\nAction Input: {json.dumps(arguments)}{tail}"
     )
     assert names == {"f": 1}
