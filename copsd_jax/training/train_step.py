@@ -1,8 +1,38 @@
-"""One optimizer step: layouts, losses, gradients over micro-batches, update, EMA.
+"""The train step: a pure function that scores one completion under two sequence layouts.
 
-`make_step` returns a pure function of (state, frozen, batch, ...). One tree is trained: LoRA
-adapters, or all parameters. The loss has up to two terms: a divergence from a teacher, which is a
-choice of weights in `teacher_mixture` and nothing more, and a policy loss on the sampled tokens.
+Student and teacher are policies over shared parameters. Both score the same completion y, each
+behind a prompt of its own: the student's prompt x, and a teacher's prompt c that usually adds
+privileged context. The same tokens therefore stand at other positions on the two sides:
+
+    student row    x  x  x  y1 y2 y3  .  .      hidden states that predict y1 y2 y3:
+    gathered             h1 h2 h3               h1 h2 h3, [B, C, D], with gradient
+
+    teacher row    c  c  c  c  c  y1 y2 y3      hidden states that predict y1 y2 y3:
+    gathered                   g1 g2 g3         g1 g2 g3, [B, C, D], no gradient
+
+After the gather both sides have equal shapes. `layout.py` has the index arithmetic, with numbers.
+
+Over the completion tokens y_bt of a step, the step minimizes
+
+    L(θ) = Σ_bt w_bt · D(p_bt, sg[q_bt])  +  Σ_bt u_bt · ℓ_bt(θ)
+
+    p_bt = softmax(z(θ; x_b, y_b,<t) / τ)                      student
+    q_bt = softmax(Σ_k s_k · z(θ_k; c_b, y_b,<t) / τ)          teacher, Σ_k s_k = 1
+
+with logits z, loss temperature τ and stop gradient sg. D is the divergence of
+`losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's surrogate, or the cross
+entropy of SFT. Either term may be absent. The weights w and u contain the normaliser and come from
+`loss_norms.token_weights` over the whole step, so the losses of micro-batches add up to L.
+
+The choice of the teacher is a choice of shares s_k and weights θ_k, and nothing more:
+
+    fixed         1 · θ_0                       the initial policy
+    ema           1 · θ_ema                     θ_ema ← d · θ_ema + (1 - d) · θ after every update
+    live          1 · θ                         the student's current weights
+    trust_region  (1 - ρ) · θ_0  and  ρ · θ     a geometric interpolation of policies (SDPO)
+
+One tree is trained: LoRA adapters, or all parameters. Mesh axes do not occur in this file. The
+shardings come from `layout.batch_shardings` and from `builders.build_step`.
 """
 
 import dataclasses
@@ -21,9 +51,12 @@ from copsd_jax.training import layout
 
 
 class State(NamedTuple):
-    """All that a step changes. `trained` and `ema` are float32 trees of one structure."""
+    """The state that a step updates.
 
-    step: jax.Array  # int32 scalar: steps done
+    `trained` and `ema` are float32 trees of one structure.
+    """
+
+    step: jax.Array  # int32 scalar: completed steps
     trained: dict
     optimizer: optax.OptState
     ema: dict | None  # teacher.weights=ema only; equals `trained` at step 0
@@ -38,37 +71,49 @@ class Options:
     ema_decay: float
     adapter_scale: float
     divergence: divergence_loss.Divergence | None  # None for a loss without a teacher
-    implementation: str  # a name of losses.IMPLEMENTATIONS, see losses.resolve
-    chunk: int
-    norm: str
-    group: int  # completions of a group of micro_token_mean
-    micro_batches: int
-    rho: float = 0.0  # trust_region: share of the current policy
-    weight: float = 1.0  # of the divergence in the loss
-    policy: "PolicyLoss | None" = None
-    chip: str = ""  # device kind of the mesh, for the block sizes of kernels
+    implementation: str  # of divergence_loss.IMPLEMENTATIONS, from `resolve`
+    chunk: int  # tokens per block of 'chunked'
+    norm: str  # of the divergence: a name of loss_norms.NORMS
+    group: int  # completions in one group of the norm micro_token_mean
+    micro_batches: int  # read for batches that are not packed
+    rho: float = 0.0  # trust_region: share of the student in the mix
+    weight: float = 1.0  # factor of the divergence in the loss
+    policy: "PolicyLoss | None" = None  # None for a loss without a policy term
+    chip: str = ""  # device kind of the mesh; kernels take their block sizes from it
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
-    """The loss on sampled tokens: GRPO's surrogate, or with kind 'nll' the cross entropy of SFT."""
+    """Settings of the loss on sampled tokens.
+
+    The loss is GRPO's surrogate, or with kind 'nll' the cross entropy of SFT.
+    """
 
     kind: str  # 'surrogate' | 'nll'
-    weight: float  # of this term in the loss
-    temperature: float  # of the distribution whose log-probabilities are taken
-    norm: str  # a name of losses.NORMS
-    length: int  # of the norm 'constant'
-    clip_low: float = 0.0
+    weight: float  # factor of this term in the loss
+    temperature: float  # divides the logits before the log-probabilities
+    norm: str  # a name of loss_norms.NORMS
+    length: int  # tokens: the longest completion, for the norm 'constant'
+    clip_low: float = 0.0  # bounds of the ratio, see `policy_loss.compute_surrogate`; 0 is off
     clip_high: float = 0.0
     dual_clip: float = 0.0
-    kl: float = 0.0
-    old: str = "trainer"  # | 'sampler'
-    rollout_clip: float = 0.0
+    kl: float = 0.0  # factor of the divergence from the initial policy; 0 is off
+    old: str = "trainer"  # | 'sampler': the source of the ratio's old log-probabilities
+    rollout_clip: float = 0.0  # cap of the weight p_trainer / p_sampler on each token; 0 is off
 
 
 class PolicyStats(NamedTuple):
-    """Per token of the policy loss, no gradient: its value, the log-probability and entropy at
-    its temperature, whether the ratio was clipped, and the divergence from the initial policy."""
+    """Statistics of the policy loss for each token, float32, without gradient; 0 at other tokens.
+
+    They are flat, [T], for a micro-batch and [B, C] in `Aux`.
+
+    Attributes:
+      value_T: the term that the loss sums, without its weight.
+      logp_T: log-probability of the sampled token at the loss's temperature, in nats.
+      entropy_T: entropy of the distribution at that temperature, in nats.
+      clipped_T: 1 where the ratio was clipped, else 0.
+      kl_T: estimated divergence from the initial policy, in nats; 0 where it is off.
+    """
 
     value_T: jax.Array
     logp_T: jax.Array
@@ -78,7 +123,7 @@ class PolicyStats(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a step measured: scalars, and per-token values `[B, C]` in the batch's order."""
+    """Measurements of a step: scalars, and values per token [B, C] in the batch's order."""
 
     metrics: dict[str, jax.Array]
     tokens: divergence_loss.TokenStats | None  # of the divergence
@@ -97,10 +142,25 @@ def make_optimizer(
     eps: float,
     max_grad_norm: float,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a global-norm clip, and its learning rate as a function of the step.
+    """Builds AdamW behind a global-norm clip, with its learning-rate schedule.
 
-    Warm-up rises linearly to `lr`; then constant, linear to 0 at `steps`, or cosine to 0 there.
-    Step k (from 0) of n linear steps without warm-up uses lr * (1 - k / n).
+    The warm-up rises linearly to `lr`. After it the rate is constant, or falls to 0 at `steps`,
+    linearly or as a cosine. Without warm-up, step k (from 0) of n linear steps uses
+    lr · (1 - k / n).
+
+    Args:
+      steps: optimizer steps of the whole run.
+      lr: peak learning rate.
+      schedule: constant, linear or cosine.
+      warmup: steps of warm-up; 0 for none.
+      weight_decay: of AdamW.
+      b1: of AdamW.
+      b2: of AdamW.
+      eps: of AdamW.
+      max_grad_norm: largest global norm of the gradient; 0 leaves the clip out.
+
+    Returns:
+      The transformation, and the learning rate as a function of the step.
     """
     decay = max(1, steps - warmup)
     after = {
@@ -108,7 +168,7 @@ def make_optimizer(
         "linear": lambda: optax.linear_schedule(lr, 0.0, decay),
         "cosine": lambda: optax.cosine_decay_schedule(lr, decay),
     }[schedule]()
-    # Step 0 of a warm-up already moves: (k + 1) / (warmup + 1) of lr.
+    # Step k of a warm-up uses (k + 1) / (warmup + 1) of lr, so step 0 already moves.
     rise = optax.linear_schedule(lr / (warmup + 1), lr, warmup) if warmup else None
     rate = optax.join_schedules([rise, after], [warmup]) if rise else after
     chain = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
@@ -117,7 +177,10 @@ def make_optimizer(
 
 
 def init_state(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State:
-    """State at step 0. The average begins as a copy of what is trained, before any update."""
+    """Returns the state at step 0.
+
+    With teacher `ema` the average begins as a copy of the trained tree, before any update.
+    """
     ema = jax.tree.map(jnp.copy, trained) if teacher == "ema" else None
     return State(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema)
 
@@ -125,10 +188,18 @@ def init_state(trained: dict, tx: optax.GradientTransformation, teacher: str) ->
 def derive_policies(
     state: State, frozen: dict, options: Options, dtype: jnp.dtype
 ) -> tuple[policy_lib.Policy, policy_lib.Policy]:
-    """(student, teacher) of this state; of a trust region the initial policy, which writes.
+    """Returns the policies (student, teacher) of a state.
 
-    LoRA: `frozen` is the base; `fixed` is the base without adapter, which is the initial policy
-    since adapters begin at 0. Full: `frozen` is the initial weights where they are needed.
+    With `lora`, `frozen` is the base, and a `fixed` teacher is the base without an adapter. That is
+    the initial policy, since adapters begin at 0. With `full`, `frozen` holds the initial
+    weights if they are needed. The teacher of a trust region is the initial policy, which also
+    writes the teacher's texts; `teacher_mixture` adds the student's share.
+
+    Args:
+      state: its `trained` and `ema` trees are read.
+      frozen: parameters that the run does not train.
+      options: trainable, teacher and adapter_scale are read.
+      dtype: of compute; with `full` the float32 trees are cast to it.
     """
     side = functools.partial(policy_lib.Policy, scale=options.adapter_scale)
     if options.trainable == "lora":
@@ -147,10 +218,11 @@ def derive_policies(
 def teacher_mixture(
     student: policy_lib.Policy, teacher: policy_lib.Policy, options: Options
 ) -> tuple[tuple[float, policy_lib.Policy], ...]:
-    """The policies whose logits the teacher mixes, with their shares.
+    """Returns the policies whose logits the teacher mixes, as pairs (share, policy).
 
-    One of share 1; of a trust region the initial policy with 1 - rho and the student's with rho,
-    both on the teacher's input (SDPO's geometric interpolation).
+    A teacher has one policy of share 1, except in a trust region. That one mixes the initial policy
+    with share 1 - rho and the student with share rho, both on the teacher's input. A mix of logits
+    is a geometric interpolation of the distributions (SDPO).
     """
     if options.teacher != "trust_region":
         return ((1.0, teacher),)
@@ -160,10 +232,10 @@ def teacher_mixture(
 def _mixed(
     shares: list[float], hidden: list[jax.Array], heads: list[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states and head whose logits are the mix of logits, [T, D] and [V, D].
+    """Returns hidden states [T, D] and a head [V, D] whose logits are the mix of all logits.
 
-    Of one head, logits are linear in the hidden states: their mix costs no further matmul. Of
-    several the states stand side by side, as do the heads.
+    With one common head the logits are linear in the hidden states, so the mix costs no further
+    matmul. Different heads are concatenated along D, and so are the states.
     """
     scaled = [
         h if s == 1.0 else h * jnp.asarray(s, h.dtype) for s, h in zip(shares, hidden, strict=True)
@@ -177,9 +249,9 @@ def _hidden(
     decoder: transformer.Decoder,
     sides: list[tuple[policy_lib.Policy, layout.Side, transformer.KV | None]],
 ) -> list[jax.Array]:
-    """Hidden states `[B x C, D]` that predict the completion tokens, for each side.
+    """Returns the hidden states [B · C, D] that predict the completion tokens, for each side.
 
-    Sides with the same base parameters go through the layers together.
+    Sides whose base parameters are the same object go through the layers together.
     """
     streams = [
         transformer.Stream(
@@ -206,9 +278,10 @@ def _hidden(
 
 
 def _gathered(hidden_BLD: jax.Array, gather_BC: jax.Array) -> jax.Array:
-    """[B x C, D]; row b of the index is into the b-th equal part of the rows alone.
+    """Gathers rows of the hidden states as [B · C, D].
 
-    Said so, as one gather for each part, no hidden state travels between devices.
+    Row b of the index reads the b-th of B equal parts of the flattened rows, and only that part.
+    One gather per part says so to the compiler, so no hidden state travels between devices.
     """
     parts, D = len(gather_BC), hidden_BLD.shape[-1]
     hidden_BLD = hidden_BLD.reshape(parts, -1, D)
@@ -232,13 +305,16 @@ def _policy_term(
     micro: layout.Batch,
     weight_BC: jax.Array,
 ) -> tuple[jax.Array, PolicyStats]:
-    """sum(weight x policy loss); `hidden_ref` are the initial policy's states, for its divergence,
-    and `heads` the student's and the initial policy's.
+    """Returns Σ weight · policy loss over the tokens of a micro-batch, and its statistics.
 
-    The ratio is exp(ln p - old) with old the trainer's own log-probability (exactly 1, gradient
-    and all) or the sampler's.
+    The ratio is exp(ln p - old). `old` is the sampler's log-probability or the trainer's own. The
+    latter makes the ratio exactly 1, and its gradient that of ln p.
+
+    `hidden_s` and `hidden_ref` are the states of the student and of the initial policy, [T, D], and
+    `heads` are the heads of both. The second of each is None without a divergence from the initial
+    policy.
     """
-    # One side's log-probabilities have no kernel: plain blocks are at their two matmuls already.
+    # Log-probabilities have no kernel: `chunked` already takes only two matmuls per block.
     implementation = "dense" if options.implementation == "dense" else "chunked"
     log_probs = lambda hidden, head, trained: divergence_loss.log_probs(  # noqa: E731
         hidden, head, _flat(micro.completion_BC), temperature=settings.temperature,
@@ -270,7 +346,7 @@ def _policy_term(
 
 
 def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple[jax.Array, tuple]]:
-    """The loss of a micro-batch, a function of what is trained first."""
+    """Builds the loss of a micro-batch; the trained tree is its first argument."""
     policy = options.policy
 
     def loss(trained, state, frozen, head, micro, weights, student_prefix, teacher_kv):
@@ -279,7 +355,9 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
             state._replace(trained=trained), frozen, options, decoder.dtype
         )
         teacher, still = jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(student)
-        # The same weights are the same object: one pass for all sides that have them.
+        # `_hidden` recognises equal base parameters by identity and runs their sides in one pass.
+        # `stop_gradient` returns new objects, so the shared ones are put back. The gradient is
+        # stopped again at the hidden states below.
         still = dataclasses.replace(still, params=student.params)
         if options.trainable == "lora" or options.teacher == "live":
             teacher = dataclasses.replace(teacher, params=student.params)
@@ -322,7 +400,7 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
 
 
 def _weights(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Weights `[B, C]` of the divergence and of the policy loss, over the whole step."""
+    """Returns the weights [B, C] of the divergence and of the policy loss, over the whole step."""
     zeros_BC = jnp.zeros(batch.mask_BC.shape, jnp.float32)
     distill_BC = policy_BC = zeros_BC
     if options.divergence:
@@ -339,21 +417,42 @@ def _weights(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Arra
 def make_step(
     decoder: transformer.Decoder, tx: optax.GradientTransformation, options: Options
 ) -> Callable[..., tuple[State, Aux]]:
-    """The step: `step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1)`.
+    """Builds the train step, a pure function that `builders.build_step` compiles.
 
-    `batch` is a layout.Batch of all the step's completions, packed or not (then
-    `options.micro_batches` cuts it); `student_prefix` int32 [P] or None;
-    `teacher_kv` the KVs of the teacher's prefix under each of `teacher_mixture`, or None. The loss
-    is sum(weight x value) with the weights of `loss_norms.token_weights` over the whole step,
-    so that micro-batches add up to it. Returns (state, Aux).
+        step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1.0) -> (State, Aux)
+
+    The step sums loss and gradient over the micro-batches, updates the trained tree once, and then
+    moves the teacher's average. The loss is Σ weight · value with the weights of
+    `loss_norms.token_weights` over the whole step, so that micro-batches add up to it.
+
+    Arguments of the step:
+
+      * state: the `State` before the step.
+      * frozen: parameters that the run does not train; see `derive_policies`.
+      * batch: a `layout.Batch` of all completions of the step. A packed batch contains its
+        micro-batches; another is cut into `options.micro_batches`.
+      * student_prefix: int32 [P], the exemplars of the student's prompts, or None.
+      * teacher_kv: keys and values of the teacher's prefix, one KV for each policy of
+        `teacher_mixture`, or None.
+      * lr_factor: float scalar that multiplies the update, as the guards set it.
+
+    Args:
+      decoder: the model.
+      tx: the optimizer of `make_optimizer`.
+      options: static choices.
+
+    Returns:
+      The step. Its metrics are float32 scalars, and its values per token have the shape [B, C].
     """
     loss = _loss(decoder, options)
 
     def step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1.0):
         cut, join = _cuts(batch, options.micro_batches)
         weights = _weights(batch, options)
-        head = None  # one of all policies, where it does not train: brought together once a step
+        head = None
         if options.trainable == "lora":
+            # All policies share the frozen head. It is gathered once per step, ahead of the loop.
+            # A top-k divergence needs whole vocabularies, so its head is not split along V.
             few = options.divergence is not None and options.divergence.top_k > 0
             head = token_blocks.gather_head(transformer.get_head(frozen), split_vocabulary=not few)
 
@@ -371,7 +470,8 @@ def make_step(
         (total, grads), stats = jax.lax.scan(accumulate, start, inputs)
         tokens, policy = jax.tree.map(join, stats)
         updates, opt_state = tx.update(grads, state.optimizer, state.trained)
-        # AdamW's update is proportional to the learning rate, weight decay included.
+        # AdamW's update is proportional to the learning rate, weight decay included, so a factor
+        # of the update is a factor of the rate.
         updates = jax.tree.map(lambda x: x * jnp.asarray(lr_factor, x.dtype), updates)
         trained: Any = optax.apply_updates(state.trained, updates)
         new = State(state.step + 1, trained, opt_state, _average(state.ema, trained, options))
@@ -389,12 +489,16 @@ def make_step(
 
 
 def _cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
-    """What deals an array [B, C] out to the micro-batches, and what brings theirs, flat, back."""
+    """Returns two functions: cut deals [B, C] out to the micro-batches, join is its inverse.
+
+    `join` takes the flat arrays of the micro-batches, stacked.
+    """
     B, C = batch.mask_BC.shape
     source_UST = batch.source_UST
     if source_UST is None:
         return lambda x: _cut(x, n), lambda x: _join(x.reshape(n, B // n, C))
 
+    # Places without a token have the index B * C: `cut` reads a zero there, `join` drops it.
     def cut(x_BC: jax.Array) -> jax.Array:
         none = jnp.zeros((1,), x_BC.dtype)
         return jnp.concatenate([x_BC.reshape(-1), none])[source_UST]
@@ -407,21 +511,23 @@ def _cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
 
 
 def _cut(x: jax.Array, n: int) -> jax.Array:
-    """[B, ...] as [n, B / n, ...]; row b becomes row b // n of micro-batch b % n.
+    """Reshapes [B, ...] to [n, B / n, ...]; row b becomes row b // n of micro-batch b % n.
 
-    Strided, so that each device's rows of every micro-batch are rows that it holds already.
+    The cut is strided, so a device's rows of every micro-batch are rows that it holds already.
     """
     return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
 
 def _join(x: jax.Array) -> jax.Array:
-    """The inverse of `_cut`."""
+    """Joins micro-batches [n, B / n, ...] to [B, ...], the inverse of `_cut`."""
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 def _split(batch: layout.Batch, n: int) -> layout.Batch:
-    """All arrays cut into micro-batches: as they were packed, or into n, when gather indices, flat
-    in B x L, become local ones.
+    """Splits all arrays of a batch into micro-batches.
+
+    A packed batch is split as it was packed. Any other is cut into n micro-batches, and its gather
+    indices, flat in B x L, become indices into the rows of one micro-batch.
 
     B = 4, n = 2, L = 10: sample 3 is row 1 of micro-batch 1, so its index 34 becomes 14.
     """
@@ -434,6 +540,7 @@ def _split(batch: layout.Batch, n: int) -> layout.Batch:
     def side(s: layout.Side) -> layout.Side:
         B, L = s.tokens_BL.shape
         b = jnp.arange(B, dtype=jnp.int32)
+        # Row b becomes row b // n of its micro-batch, so its indices fall by (b - b // n) L.
         local = s._replace(gather_BC=s.gather_BC - ((b - b // n) * L)[:, None])
         return jax.tree.map(lambda x: _cut(x, n), local)
 
@@ -442,10 +549,11 @@ def _split(batch: layout.Batch, n: int) -> layout.Batch:
 
 
 def _average(ema: dict | None, trained: dict, options: Options) -> dict | None:
-    """decay x average + (1 - decay) x new, in float32: in bfloat16 it would not move at .999.
+    """Averages the teacher's tree in float32: decay · average + (1 - decay) · new.
 
-    Of an adapter the two factors are averaged, each on its own, as published; the product of the
-    averages is not the average of the products.
+    In bfloat16 the average would not move at a decay of .999. The two factors of an adapter are
+    averaged separately, as published; the product of the averages is not the average of the
+    products.
     """
     if ema is None:
         return None
@@ -454,6 +562,7 @@ def _average(ema: dict | None, trained: dict, options: Options) -> dict | None:
 
 
 def _mean(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
+    """Averages x_BC over the tokens of a mask; an empty mask gives 0."""
     count = jnp.maximum(1, mask_BC.sum()).astype(jnp.float32)
     return jnp.where(mask_BC, x_BC, 0.0).sum() / count
 
@@ -461,7 +570,10 @@ def _mean(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
 def _means(
     stats: divergence_loss.TokenStats | None, batch: layout.Batch, options: Options
 ) -> dict[str, jax.Array]:
-    """Means over the tokens that carry distillation loss; the student's entropy over all."""
+    """Averages over the tokens with distillation loss.
+
+    The student's entropy alone is averaged over all tokens of the completions.
+    """
     if stats is None:
         return {}
     mean = lambda x: _mean(x, batch.loss_BC)  # noqa: E731
@@ -477,7 +589,7 @@ def _means(
 
 
 def _policy_means(stats: PolicyStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
-    """Means over the tokens that carry policy loss."""
+    """Averages over the tokens with policy loss."""
     if stats is None:
         return {}
     mean = lambda x: _mean(x, batch.policy_BC)  # noqa: E731
