@@ -1,9 +1,9 @@
 """Two sequence layouts of one rollout, and the only index arithmetic of the trainer.
 
-A sample is a student prompt, a teacher prompt and one completion. Both sides put the completion
-right behind their own prompt, without a gap, so its tokens stand at other positions on each side;
-`gather_BC` says for each completion token which position predicts it. From the gather on, both
-sides have equal shapes `[B, C]`.
+A sample is a student prompt, a teacher prompt and one completion. Each side puts the completion
+directly behind its own prompt, without a gap. The completion's tokens therefore have different
+positions on the two sides. `gather_BC` gives, for each completion token, the index of the position
+that predicts it. From the gather on, both sides have equal shapes [B, C].
 
     student prompt a b        teacher prompt u v w x      completion 7 8 9
 
@@ -14,12 +14,12 @@ sides have equal shapes `[B, C]`.
     predicts         7 8 9         predicts             7 8 9
 
 The gather index is flat into rows x length. Masks come from lengths, never from token values, so a
-completion's end token counts even where it equals the padding token. With a shared prefix of P
-tokens (worked examples), positions begin at P; the prefix itself is in no row.
+completion's end token counts even if it equals the padding token. With a shared prefix of P tokens
+(worked examples), positions begin at P; the prefix itself is in no row.
 
-`pack_rows` puts several samples into a row, as `bins` has planned it, and cuts the batch into
-micro-batches. A prompt that completions of a row share stands in it once, and is the parent of
-theirs:
+`pack_rows` puts several samples into a row, as a `row_packing.RowPlan` says, and cuts the batch
+into micro-batches. If completions in one row share a prompt, the row holds the prompt once, and its
+segment is the parent of theirs:
 
     prompt a b, completions 7 8 9 and 6;  prompt u, completion 5 4
 
@@ -27,7 +27,7 @@ theirs:
     position  0 1 2 3 4 2 0 1 2
     segment   1 1 2 2 2 3 4 5 5 0 0 0
     parent    - - 1 1 1 1 - 4 4 - - -
-    gather    1 2 3 1 6 7              of tokens 7 8 9 6 5 4, which stand one behind the other
+    gather    1 2 3 1 6 7              of tokens 7 8 9 6 5 4, in this order
 """
 
 from collections.abc import Sequence
@@ -44,11 +44,18 @@ Array = Any  # np.ndarray from `build_batch`, jax.Array inside a step
 
 
 class Side(NamedTuple):
-    """One layout. All int32: [B, L] tokens, positions and segments (0 is padding), [B, C] index.
+    """One layout: the rows of one side, and the gather index of its completion tokens.
 
-    Packed, [U, rows, L] and [U, shards, T]: U micro-batches, whose rows are `shards` equal parts;
-    the index of a part is into its own rows. Where prompts are shared, `parents_BL` is the segment
-    of a token's prompt, -1 for none.
+    All arrays are int32. A batch that is not packed has [B, L] rows and a [B, C] index. A packed
+    batch has [U, rows, L] rows and a [U, shards, T] index, for U micro-batches whose rows are
+    `shards` equal parts. The index of a part points into the part's own rows.
+
+    Attributes:
+      tokens_BL: token ids, 0 in padding.
+      positions_BL: position of each token in its text, counted from the shared prefix on.
+      segments_BL: segment of each token, numbered from 1 in each row; 0 is padding.
+      gather_BC: index of the position that predicts each completion token, flat in rows x length.
+      parents_BL: segment of the token's prompt, -1 for none; None if prompts are not shared.
     """
 
     tokens_BL: Array
@@ -59,19 +66,21 @@ class Side(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Both layouts of B completions, and what the losses need of their tokens.
+    """Both layouts of B completions, with the inputs of the losses for each token.
 
     Attributes:
-      teacher: None for losses without a teacher.
-      completion_BC: int32, the tokens.
-      mask_BC: bool, from lengths: where a token is.
+      student: the student's layout.
+      teacher: the teacher's layout; None for losses without a teacher.
+      completion_BC: int32 token ids.
+      mask_BC: bool, from lengths: True at tokens, False at padding.
       loss_BC: bool, tokens with distillation loss; within `mask_BC`.
       policy_BC: bool, tokens with policy loss, within `mask_BC`; None for losses without one.
-      advantage_BC: float32, of the policy loss; None as above.
-      logp_rollout_BC: float32, what the sampler found for each token at the sampling temperature,
-        or None where nothing was sampled.
-      source_UST: of a packed batch int32 [U, shards, T]: which token of B x C each place has, B x C
-        for none. The arrays above stay as they were sampled, [B, C].
+      advantage_BC: float32, the advantage in the policy loss; None as above.
+      logp_rollout_BC: float32, each token's log-probability in nats, as the sampler found it at the
+        sampling temperature; None if nothing was sampled.
+      source_UST: int32 [U, shards, T], of a packed batch: the flat index in B x C of the token at
+        each place, and B x C at a place without one. None if not packed. The arrays above stay as
+        they were sampled, [B, C].
     """
 
     student: Side
@@ -86,10 +95,10 @@ class Batch(NamedTuple):
 
 
 def pad_length(length: int) -> int:
-    """The padded length for `length` tokens: few distinct sizes, hence few compilations.
+    """Returns the padded length for `length` tokens.
 
-    Multiples of 32 up to 256, 64 up to 512, 128 up to 2,048, 512 beyond: from 128 tokens on,
-    padding adds at most a quarter.
+    The sizes are few, so that programs are few: multiples of 32 up to 256, 64 up to 512, 128 up to
+    2,048, and 512 beyond. From 128 tokens on, padding adds at most a quarter.
     """
     step = 32 if length <= 256 else 64 if length <= 512 else 128 if length <= 2048 else 512
     return max(step, -(-length // step) * step)
@@ -98,6 +107,7 @@ def pad_length(length: int) -> int:
 def _side(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], prefix: int, C: int
 ) -> Side:
+    """Builds the layout of one side, one sample per row."""
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     B, L = len(prompts), pad_length(max(lengths))
     tokens_BL = np.zeros((B, L), np.int32)
@@ -110,13 +120,15 @@ def _side(
         segments_BL[b, : lengths[b]] = 1
         # Completion token t stands at len(prompt) + t and is predicted one position before.
         gather_BC[b, : len(completion)] = b * L + len(prompt) - 1 + np.arange(len(completion))
-        gather_BC[b, len(completion) :] = b * L  # weight 0: any position of the row will do
+        gather_BC[b, len(completion) :] = (
+            b * L
+        )  # padding has weight 0, so any position of the row will do
     positions_BL = np.broadcast_to(prefix + np.arange(L, dtype=np.int32), (B, L)).copy()
     return Side(tokens_BL, positions_BL, segments_BL, gather_BC)
 
 
 def pad_rows(values: Sequence[Any], C: int, dtype: Any) -> np.ndarray:
-    """Lists of different lengths as rows of [B, C], 0 behind their ends."""
+    """Pads lists of different lengths with 0 to the rows of an array [B, C]."""
     out_BC = np.zeros((len(values), C), dtype)
     for b, row in enumerate(values):
         out_BC[b, : len(row)] = row
@@ -131,10 +143,17 @@ def build_batch(
     student_prefix: int = 0,
     teacher_prefix: int = 0,
 ) -> Batch:
-    """Both layouts of B samples; prompts without their shared prefixes, whose lengths are given.
+    """Builds both layouts of B samples, one sample per row, as NumPy arrays.
 
-    Without teacher prompts there is one layout. Every token carries distillation loss, until
-    `loss_BC` is replaced.
+    Every token carries distillation loss until `loss_BC` is replaced. Without teacher prompts there
+    is one layout, and no token carries distillation loss.
+
+    Args:
+      student_prompts: token ids of B prompts, without the shared prefix.
+      teacher_prompts: the teacher's, likewise; None for losses without a teacher.
+      completions: token ids of B completions.
+      student_prefix: tokens of the prefix that all student prompts share.
+      teacher_prefix: tokens of the prefix that all teacher prompts share.
 
     Raises:
       ValueError: if the lists differ in length or a prompt is empty.
@@ -159,8 +178,12 @@ def build_batch(
 
 
 def measure_fill(batch: Batch) -> dict[str, float]:
-    """Metrics `fill_student`, `fill_teacher`: the share of row tokens that are no padding; of a
-    packed batch also into how many micro-batches it is cut."""
+    """Measures the share of row tokens that are not padding.
+
+    Returns:
+      The metrics `fill_student` and `fill_teacher`, between 0 and 1, for the sides that exist. A
+      packed batch also has `micro_batches`, the number of its micro-batches.
+    """
     sides = {"fill_student": batch.student, "fill_teacher": batch.teacher}
     out = {
         name: float(np.count_nonzero(side.segments_BL) / side.segments_BL.size)
@@ -173,8 +196,11 @@ def measure_fill(batch: Batch) -> dict[str, float]:
 
 
 def batch_shardings(batch: Batch, where: Mesh) -> Batch:
-    """Shardings: rows split over the mesh's axes of the batch; of a packed batch each bin where its
-    rows are, and the arrays of completions whole on every device."""
+    """Returns the sharding of each array of a batch, as a Batch.
+
+    The mesh's batch axes split the rows. In a packed batch, the index of a bin is on the devices
+    that have its rows, and the arrays of completions are whole on every device.
+    """
     whole = NamedSharding(where, PartitionSpec())
     if batch.source_UST is None:
         rows = NamedSharding(where, PartitionSpec(sharding.BATCH_AXES))
@@ -186,7 +212,7 @@ def batch_shardings(batch: Batch, where: Mesh) -> Batch:
 
 
 def place_batch(batch: Batch, where: Mesh) -> Batch:
-    """The batch on the mesh, from arrays that every process has."""
+    """Places a batch on the mesh, from arrays that every process has."""
     return jax.tree.map(sharding.shard_array, batch, batch_shardings(batch, where))
 
 
@@ -194,10 +220,15 @@ def place_batch(batch: Batch, where: Mesh) -> Batch:
 
 
 def measure_prompts(batch: Batch, shared: bool) -> tuple[list[int], list[row_packing.Prompts]]:
-    """Lengths of the completions, and the prompts of each side, as `plan_rows` takes them.
+    """Measures completions and prompts, as `row_packing.plan_rows` takes them.
 
     Args:
-      shared: whether prompts with equal tokens are one, or each stands for itself.
+      batch: a batch of `build_batch`.
+      shared: whether prompts with equal tokens form one family. Otherwise each is its own.
+
+    Returns:
+      The lengths of the completions, in tokens, and the prompts of each side that exists, the
+      student's first.
     """
     own_B = batch.mask_BC.sum(axis=1).tolist()
     found = []
@@ -213,10 +244,15 @@ def measure_prompts(batch: Batch, shared: bool) -> tuple[list[int], list[row_pac
 
 
 def pack_rows(batch: Batch, plan: row_packing.RowPlan, shared: bool) -> Batch:
-    """The batch of `build_batch` with its samples in rows and micro-batches as planned.
+    """Packs the samples of a batch into rows and micro-batches, as planned.
 
     Args:
-      shared: as in `measure_prompts`, of which the plan was made.
+      batch: a batch of `build_batch`.
+      plan: the plan for its lengths.
+      shared: as in the call of `measure_prompts` from which the plan was made.
+
+    Returns:
+      The packed batch. Its layouts and `source_UST` have the shapes of `Side` and `Batch`.
     """
     B, C = batch.mask_BC.shape
     own_B, prompts = measure_prompts(batch, shared)
@@ -244,16 +280,20 @@ def _rows(
     side: Side, own_B: list[int], prompts_B: Sequence[int], start_B, plan: row_packing.RowPlan,
     k: int, shared: bool,
 ) -> Side:  # fmt: skip
-    """One side's rows; `start_B` is where a completion's tokens begin among those of its bin."""
+    """Packs the rows of side k, [U, rows, L], with their gather index [U, shards, T].
+
+    `start_B` is the place of a completion's first token among the completion tokens of its bin.
+    """
     size, places = plan.sizes[k], plan.places[k]
     shape = (plan.micros * plan.shards, size.count, size.length)
     tokens, positions, segments = np.zeros((3, *shape), np.int32)
     out = (tokens, positions, segments, np.full(shape, -1, np.int32))
-    # A place without a completion takes any position of its own part.
+    # A place without a completion token may point at any position of its own part; the first one
+    # of the part serves.
     parts = np.arange(len(tokens), dtype=np.int32) % plan.shards * size.tokens
     gather = np.repeat(parts[:, None], plan.sizes[0].tokens, axis=1)
-    last = np.zeros(shape[:2], int)  # segments of each row so far
-    known: dict[tuple[int, int, int], int] = {}  # segment of each prompt that stands there
+    last = np.zeros(shape[:2], int)  # number of segments in each row so far
+    known: dict[tuple[int, int, int], int] = {}  # (bin, row, begin) -> segment of that prompt
     for b, (own, prompt) in enumerate(zip(own_B, prompts_B, strict=True)):
         where, (row, begin, at) = plan.bin_B[b], places[b]
         if (where, row, begin) not in known:
@@ -266,6 +306,8 @@ def _rows(
             segment, parent = last[where, row], segment
         _put(out, (where, row, at), side, b, prompt, own, segment, parent)
         predicts = at - 1 + np.arange(own)
+        # The last token of the prompt predicts the first completion token. A shared prompt need not
+        # stand directly before it. The slice also covers an empty completion.
         predicts[:1] = begin + prompt - 1
         gather[where, start_B[b] : start_B[b] + own] = parts[where] + row * size.length + predicts
     tokens, positions, segments, parents = (x.reshape(plan.micros, -1, size.length) for x in out)
@@ -274,8 +316,10 @@ def _rows(
 
 
 def _put(out: tuple, at: tuple, side: Side, b: int, first: int, n: int, segment, parent) -> None:
-    """Sample b's tokens first ... first + n, at (bin, row, index); in `out` tokens, positions,
-    segments and parents."""
+    """Copies n tokens of sample b, from `first` on, to (bin, row, index) `at`.
+
+    `out` are the arrays of tokens, positions, segments and parents.
+    """
     where, row, index = at
     here, part = (where, row, slice(index, index + n)), slice(first, first + n)
     values = (side.tokens_BL[b, part], side.positions_BL[b, part], segment, parent)

@@ -1,16 +1,17 @@
-"""The train step: a pure function that scores one completion under two sequence layouts.
+"""The train step: a pure function that scores completions under two sequence layouts.
 
 Student and teacher are policies over shared parameters. Both score the same completion y, each
 behind a prompt of its own: the student's prompt x, and a teacher's prompt c that usually adds
 privileged context. The same tokens therefore stand at other positions on the two sides:
 
-    student row    x  x  x  y1 y2 y3  .  .      hidden states that predict y1 y2 y3:
-    gathered             h1 h2 h3               h1 h2 h3, [B, C, D], with gradient
+    student row    x  x  x  y1 y2 y3 .  .
+    gathered             h1 h2 h3              states that predict y1 y2 y3, with gradient
 
-    teacher row    c  c  c  c  c  y1 y2 y3      hidden states that predict y1 y2 y3:
-    gathered                   g1 g2 g3         g1 g2 g3, [B, C, D], no gradient
+    teacher row    c  c  c  c  c  y1 y2 y3
+    gathered                   g1 g2 g3        states that predict y1 y2 y3, without gradient
 
-After the gather both sides have equal shapes. `layout.py` has the index arithmetic, with numbers.
+The gathered states of both sides have one shape, [B · C, D]. `layout.py` has the index arithmetic,
+with numbers.
 
 Over the completion tokens y_bt of a step, the step minimizes
 
@@ -21,8 +22,9 @@ Over the completion tokens y_bt of a step, the step minimizes
 
 with logits z, loss temperature τ and stop gradient sg. D is the divergence of
 `losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's surrogate, or the cross
-entropy of SFT. Either term may be absent. The weights w and u contain the normaliser and come from
-`loss_norms.token_weights` over the whole step, so the losses of micro-batches add up to L.
+entropy of SFT. Either term may be absent. The weights w and u contain the factor of their term and
+the normaliser of `loss_norms.token_weights` over the whole step. The losses of micro-batches
+therefore add up to L.
 
 The choice of the teacher is a choice of shares s_k and weights θ_k, and nothing more:
 
@@ -103,9 +105,9 @@ class PolicyLoss:
 
 
 class PolicyStats(NamedTuple):
-    """Statistics of the policy loss for each token, float32, without gradient; 0 at other tokens.
+    """Statistics of the policy loss for each token, float32, without gradient.
 
-    They are flat, [T], for a micro-batch and [B, C] in `Aux`.
+    They are flat, [T], for a micro-batch and [B, C] in `Aux`. Tokens without policy loss have 0.
 
     Attributes:
       value_T: the term that the loss sums, without its weight.
@@ -191,9 +193,9 @@ def derive_policies(
     """Returns the policies (student, teacher) of a state.
 
     With `lora`, `frozen` is the base, and a `fixed` teacher is the base without an adapter. That is
-    the initial policy, since adapters begin at 0. With `full`, `frozen` holds the initial
-    weights if they are needed. The teacher of a trust region is the initial policy, which also
-    writes the teacher's texts; `teacher_mixture` adds the student's share.
+    the initial policy, since adapters begin at 0. With `full`, `frozen` holds the initial weights
+    if they are needed. The teacher of a trust region is the initial policy, which also writes the
+    texts of a teacher that is an author; `teacher_mixture` adds the student's share.
 
     Args:
       state: its `trained` and `ema` trees are read.
