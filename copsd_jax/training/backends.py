@@ -1,4 +1,4 @@
-"""Which spelling of the divergence and of attention a run has, by the platform of its mesh.
+"""Implementations of the divergence and of attention, chosen by the platform of a run's mesh.
 
 The platform is that of the mesh's devices, whatever the host's default backend is.
 """
@@ -17,7 +17,7 @@ from copsd_jax.model import transformer
 
 
 def build_divergence(c: config_lib.Config) -> divergence_loss.Divergence | None:
-    """The settings of the divergence; None for a method without one."""
+    """Builds the settings of the divergence, or returns None for a method without one."""
     if not config_lib.traits(c).teacher:
         return None
     return divergence_loss.Divergence(
@@ -31,15 +31,20 @@ def build_divergence(c: config_lib.Config) -> divergence_loss.Divergence | None:
         clip_mode=c.loss.clip_mode,
         clip=c.loss.clip,
         rollout_clip=c.loss.rollout_clip,
-        sampling_temperature=c.rollout.temperature or 1.0,  # as a greedy sampler reports it
+        # A greedy sampler, of temperature 0, reports log-probabilities at temperature 1.
+        sampling_temperature=c.rollout.temperature or 1.0,
     )
 
 
 def choose_loss(c: config_lib.Config, platform: str) -> str:
-    """Of losses.IMPLEMENTATIONS.
+    """Returns the run's name from `divergence_loss.IMPLEMENTATIONS`.
+
+    Args:
+      c: the settings of the run.
+      platform: platform of the mesh: cpu, gpu or tpu.
 
     Raises:
-      ValueError: for one that cannot run there, naming the setting.
+      ValueError: the chosen implementation cannot run there; the message names the setting.
     """
     mixed = c.teacher.weights == "trust_region" and c.train.trainable == "full"
     try:
@@ -51,10 +56,14 @@ def choose_loss(c: config_lib.Config, platform: str) -> str:
 
 
 def choose_decode_attention(c: config_lib.Config, platform: str) -> str:
-    """Of kernels.attention.IMPLEMENTATIONS, for decoding.
+    """Returns the run's key of `decode_attention.IMPLEMENTATIONS`, for decoding.
+
+    Args:
+      c: the settings of the run.
+      platform: platform of the mesh: cpu, gpu or tpu.
 
     Raises:
-      ValueError: for kernels on a CPU.
+      ValueError: kernels are chosen on a CPU.
     """
     name = c.sampler.attention
     if name == "auto":
@@ -70,12 +79,18 @@ def choose_decode_attention(c: config_lib.Config, platform: str) -> str:
 def choose_row_attention(
     c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig
 ) -> str:
-    """Of kernels.attention_rows.IMPLEMENTATIONS, for training, scoring and prefill.
+    """Returns the run's name from `row_attention.IMPLEMENTATIONS`.
 
-    `auto` takes cudnn nowhere: it was never run.
+    Training, scoring and prefill use it. `auto` never takes cudnn, which has not been run yet.
+
+    Args:
+      c: the settings of the run.
+      platform: platform of the mesh: cpu, gpu or tpu.
+      dtype: dtype of compute.
+      shape: the model, whose head size cudnn limits.
 
     Raises:
-      ValueError: for one that cannot run there.
+      ValueError: the chosen implementation cannot run there.
     """
     name = c.model.attention
     if name == "auto":
@@ -95,7 +110,8 @@ def choose_row_attention(
 
 
 def _without_cudnn(size: int) -> str:
-    """Why jax would not call cuDNN here; "" if it would."""
+    """Returns the reason why jax would not call cuDNN here, or "" if it would."""
+    # jax refuses while it traces, so shapes without values are enough.
     row = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
     ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     q = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
@@ -114,10 +130,16 @@ def _without_cudnn(size: int) -> str:
 def check_attention(
     c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig
 ) -> None:
-    """Refuses, before anything is built, what cannot run of attention.
+    """Checks that the chosen implementations of attention can run, before anything is built.
+
+    Args:
+      c: the settings of the run.
+      platform: platform of the mesh: cpu, gpu or tpu.
+      dtype: dtype of compute.
+      shape: the model.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: one cannot run; the message names the setting.
     """
     choose_decode_attention(c, platform)
     choose_row_attention(c, platform, dtype, shape)

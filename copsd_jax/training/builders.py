@@ -1,4 +1,4 @@
-"""What a run and a dry run make alike: decoder, optimizer, step, and the sampler's settings."""
+"""Builders that a run and a dry run share: decoder, optimizer, step, and the sampler's settings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +15,11 @@ from copsd_jax.sampler import handover, request
 from copsd_jax.teaching import contexts, prompts
 from copsd_jax.training import backends, layout, prompt_lengths, row_packing, run_plan, train_step
 
-ADAPTER_STREAM = 1001  # random stream of a seed besides the sampler's, whose purposes count from 0
+ADAPTER_STREAM = 1001  # a stream of the seed that differs from the sampler's, numbered from 0
 
 
 def build_decoder(frame: run_plan.ProgramPlan) -> transformer.Decoder:
+    """Builds the decoder of a run, with the implementations that fit its mesh."""
     c, m, platform = frame.config, frame.model_config, sharding.platform(frame.mesh)
     return transformer.Decoder(
         m,
@@ -32,19 +33,34 @@ def build_decoder(frame: run_plan.ProgramPlan) -> transformer.Decoder:
 
 
 def build_optimizer(config, steps: int) -> tuple[Any, Callable[[Any], Any]]:
-    """The optimizer and its learning rate of a step; `steps` is the last one."""
+    """Builds the optimizer, and its learning rate as a function of the step.
+
+    Args:
+      config: the settings of the run; section `train` is read.
+      steps: optimizer steps of the run, at whose end the schedule ends.
+    """
     names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
     return train_step.make_optimizer(steps=steps, **{n: config.train[n] for n in names})
 
 
 def find_shardings(tree: Any, frame: run_plan.ProgramPlan) -> Any:
-    """Where parameters, adapters and optimizer state of this model lie."""
+    """Returns the shardings of parameters, adapters or optimizer state of the model."""
     return sharding.shardings(tree, frame.mesh, frame.model_config.n_kv_heads)
 
 
 def build_step(frame: run_plan.ProgramPlan, decoder, tx, options, state) -> Any:
-    """The jitted training step; `state` may be abstract, its values are not read."""
-    whole = NamedSharding(frame.mesh, PartitionSpec())  # so that each process has all of it
+    """Builds the jitted train step, which donates its state.
+
+    Args:
+      frame: the programs of the run.
+      decoder: the model.
+      tx: the optimizer.
+      options: static choices of the step.
+      state: a State whose shapes give the output's shardings. It may be abstract, since no value is
+        read.
+    """
+    # Measurements are whole on every device, so that each process can read all of them.
+    whole = NamedSharding(frame.mesh, PartitionSpec())
     return jax.jit(
         train_step.make_step(decoder, tx, options),
         donate_argnums=0,
@@ -55,15 +71,18 @@ def build_step(frame: run_plan.ProgramPlan, decoder, tx, options, state) -> Any:
 def pack_batch(
     frame: run_plan.ProgramPlan, batch: layout.Batch, caps: bool = False
 ) -> layout.Batch:
-    """The batch of `layout.build_batch`, its samples in rows and micro-batches as train.pack says.
+    """Packs the samples of a batch into rows and micro-batches, as `train.pack` says.
 
-    Every process makes the same of the same lengths.
+    The plan follows from lengths alone, so every process makes the same one.
 
     Args:
-      caps: of a dry run's batch, with texts as long as they may be: one a row, none shared.
+      frame: the programs of the run.
+      batch: a batch of `layout.build_batch`; it is returned unchanged if `train.pack` is off.
+      caps: whether this is a dry run's batch, whose texts are as long as the limits allow. Each
+        then has a row of its own, and no prompt is shared.
 
     Raises:
-      ValueError: a sample that train.micro_tokens does not hold.
+      ValueError: a sample does not fit into `train.micro_tokens`.
     """
     c = frame.config
     if c.train.pack == "off":
@@ -79,10 +98,10 @@ def pack_batch(
 
 
 def check_row_budget(plan: run_plan.Plan) -> None:
-    """Whether train.micro_tokens holds the longest sample that a step may have.
+    """Checks that `train.micro_tokens` holds the longest sample that a step may have.
 
     Raises:
-      ValueError: with the least that would.
+      ValueError: it does not; the message gives the least value that would.
     """
     c = plan.config
     if not c.train.micro_tokens or not plan.rows:
@@ -95,7 +114,7 @@ def check_row_budget(plan: run_plan.Plan) -> None:
     longest = dict(plan.longest)
     if {"feedback", "other"} & {
         *contexts.list_inputs(plan.context)
-    }:  # of which no length is known before
+    }:  # the lengths of these texts are not known before the run, so the limit stands for them
         longest["teacher"] = prompt_lengths.teacher_limit(c, plan.model_config)
     row_packing.check_budget(
         c.train.micro_tokens,
@@ -109,7 +128,13 @@ def check_row_budget(plan: run_plan.Plan) -> None:
 def build_hand_over(
     frame: run_plan.ProgramPlan, frozen: dict, **call: Callable
 ) -> handover.HandOver:
-    """What hands weights to the sampler; `call` as HandOver has it."""
+    """Builds the function that hands policies to the sampler.
+
+    Args:
+      frame: the programs of the run.
+      frozen: parameters that the run does not train.
+      **call: `call` of `handover.HandOver`, or nothing.
+    """
     s = frame.config.sampler
     return handover.HandOver(
         frame.mesh, frozen, frame.model_config.n_kv_heads, merge=s.merge, int8=s.int8,
@@ -118,9 +143,15 @@ def build_hand_over(
 
 
 def build_initializer(frame: run_plan.ProgramPlan, tx: Any, teacher: str) -> Callable[..., Any]:
-    """What makes the State at step 0, of a new adapter, or of all weights in float32.
+    """Builds the function that makes the State at step 0 from the base parameters.
 
-    A function of the base parameters, which an adapter does not read.
+    The trained tree is a new adapter, or all weights in float32. A new adapter does not read the
+    base parameters.
+
+    Args:
+      frame: the programs of the run.
+      tx: the optimizer.
+      teacher: as `teacher_weights` returns it.
     """
     c = frame.config
 
@@ -136,7 +167,7 @@ def build_initializer(frame: run_plan.ProgramPlan, tx: Any, teacher: str) -> Cal
 
 
 def needs_initial_weights(config) -> bool:
-    """Whether full fine-tuning has to keep the initial weights."""
+    """Returns whether full fine-tuning has to keep the initial weights."""
     method = config_lib.traits(config)
     if method.teacher and config.teacher.weights in ("fixed", "trust_region"):
         return True
@@ -144,12 +175,12 @@ def needs_initial_weights(config) -> bool:
 
 
 def teacher_weights(config) -> str:
-    """Returns teacher.weights; 'fixed' for a method without a teacher."""
+    """Returns `teacher.weights`, or 'fixed' for a method without a teacher."""
     return config.teacher.weights if config_lib.traits(config).teacher else "fixed"
 
 
 def build_options(plan: run_plan.ProgramPlan) -> train_step.Options:
-    """The static choices of a run's step."""
+    """Builds the static choices of a run's step."""
     c = plan.config
     completions = config_lib.completions_per_step(c)
     micro = c.train.micro_batch or completions
@@ -177,7 +208,7 @@ POLICY_NORMS = {"sequence": "seq_mean_all", "token": "global_token_mean", "const
 
 
 def _policy_loss(c) -> train_step.PolicyLoss | None:
-    """The loss on sampled tokens of a method; None where there is none."""
+    """Builds the settings of the loss on sampled tokens, or returns None without one."""
     method = config_lib.traits(c)
     if not method.samples:
         return train_step.PolicyLoss("nll", 1.0, 1.0, POLICY_NORMS[c.policy.norm], 1)
@@ -200,10 +231,18 @@ def _policy_loss(c) -> train_step.PolicyLoss | None:
 
 
 def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> request.Sampling:
-    """How completions of a section are drawn, with what ends a text."""
+    """Builds the sampling settings of a section, with the ids and strings that end a completion.
+
+    Args:
+      config: the settings of the run.
+      section: rollout, eval or author.
+      stop_ids: token ids that end a completion.
+      stop: strings that end a completion.
+    """
     s = config[section]
     return request.Sampling(
-        max_tokens=s.max_tokens or config.rollout.max_tokens,  # 0 of eval is the rollout's
+        # In section eval, 0 takes the limit of section rollout.
+        max_tokens=s.max_tokens or config.rollout.max_tokens,
         temperature=s.temperature,
         top_k=s.top_k,
         top_p=s.top_p,
@@ -214,7 +253,13 @@ def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> req
 
 
 def build_sampler_settings(c, section: str, length: int) -> request.SamplerSettings:
-    """The sampler's size of a section; `length`: cache entries of a slot, 0 for a call's need."""
+    """Builds the size of the sampler for a section.
+
+    Args:
+      c: the settings of the run.
+      section: rollout, eval or author.
+      length: cache entries of a slot; 0 takes what the longest text of a call needs.
+    """
     return request.SamplerSettings(
         slots=c[section].slots,
         length=length,

@@ -5,15 +5,18 @@ A rule is one string of `guards.rules`, without blanks:
     METRIC > LIMIT [@STEPS] : ACTION          (or < LIMIT)
 
     repetition>0.5:stop                        above 0.5 in one step
-    entropy_student<0.1@3:lr*0.5               below 0.1 in 3 steps in a row
+    entropy_student<0.1@3:lr*0.5               below 0.1 in 3 consecutive steps
     completion_tokens>2*first:warn             more than twice the run's first value
 
-A value that is nan is beyond every limit. `warn` speaks once each time the limit is passed, `lr`
-acts every STEPS steps for as long as it is. A step without the metric (no graded answer, no token
-with loss) is passed over, but a count that is not there is 0: names are checked before the run, by
-`check_metrics`, and not by what its first step happens to have. What the guards know is a small
-dictionary that follows from the lines of metrics.jsonl alone, so that a continued run decides as
-one in one piece.
+A value that is NaN is beyond every limit. `warn` warns once each time the limit is passed. `lr`
+acts after every STEPS steps for as long as the value stays beyond it.
+
+A step without the metric (no graded answer, no token with loss) is skipped. An absent count of
+statuses, however, is 0. `check_metrics` therefore checks names before the run, and does not rely on
+the metrics of its first step.
+
+The guards' state is a small dictionary that follows from the lines of metrics.jsonl alone. A
+continued run thus decides as an uninterrupted one would.
 """
 
 import copy
@@ -38,7 +41,8 @@ _RULE = re.compile(
     rf"(?:@(?P<patience>\d+))?:(?:(?P<plain>warn|stop)|lr\*(?P<factor>{_NUMBER}))"
 )
 
-# How many completions have each status: only the statuses that occur are written.
+# Metrics `name_status` count the completions with each status. A step writes only those statuses
+# that occur.
 COUNTS = {
     "reply": tuple(replies.STATUSES),
     "located": ("untaught", *token_selection.STATUSES),
@@ -61,7 +65,7 @@ METRICS = (
     *(f"divergence_at_{bucket}" for bucket in token_stats.BUCKETS),
     *(f"{name}_{status}" for name, statuses in COUNTS.items() for status in statuses),
 )
-# Below 0 as a rule: no limit is a multiple of their first value.
+# These metrics are usually negative, so their first value cannot serve as a unit of the limit.
 _SIGNED = re.compile("logp_(student|teacher)|advantage(?!_negative)")
 
 State = dict[str, Any]  # JSON: {"steps", "factor", "stopped", "rules": [{"first", "over"}, ...]}
@@ -72,12 +76,14 @@ class Rule:
     """One rule.
 
     Attributes:
-      limit: of the metric; with `relative`, of its ratio to the run's first value above 0.
+      metric: name of a metric.
       above: fires above the limit, else below it.
-      patience: steps in a row, of those that have the metric.
+      limit: limit of the metric, or, if `relative`, of its ratio to the run's first value above 0.
+      relative: whether the rule was written with `*first`.
+      patience: consecutive steps beyond the limit, among the steps that have the metric.
       action: "warn", "lr" or "stop".
-      factor: of the learning rate, for "lr"; else 1.
-      text: as it was written.
+      factor: multiplies the learning rate, for "lr"; else 1.
+      text: the rule as it was written.
     """
 
     metric: str
@@ -92,7 +98,13 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A rule that fired: `text` for people (metric, value, limit, steps, what is done)."""
+    """A rule that fired.
+
+    Attributes:
+      step: number of the step, as in metrics.jsonl.
+      action: "warn", "lr" or "stop".
+      text: a message for people, with the metric, its value, the limit, the steps and the action.
+    """
 
     step: int
     action: str
@@ -100,10 +112,10 @@ class Event:
 
 
 def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
-    """The rules of `guards.rules`.
+    """Parses the rules of `guards.rules`.
 
     Raises:
-      ValueError: for a rule that is none, could never or would always fire, or occurs twice.
+      ValueError: a text is not a rule, could never fire, would always fire, or occurs twice.
     """
     rules = tuple(_parse(text) for text in texts)
     for index, text in enumerate(texts):
@@ -113,10 +125,11 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
 
 
 def check_metrics(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The same rules, if every metric is one of `METRICS`, which some run can have.
+    """Checks that every metric is one of `METRICS`, which some run can have, and returns the rules.
 
     Raises:
-      ValueError: naming the close ones.
+      ValueError: an unknown metric, with the names of similar ones; or a multiple of the first
+        value as the limit of a metric that is usually negative.
     """
     for rule in rules:
         if rule.metric not in METRICS:
@@ -135,10 +148,12 @@ def check_metrics(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 
 def _refusal(text: str, reason: str) -> ValueError:
+    """Returns the error for a rule, with the reason."""
     return ValueError(f"guards.rules has {text!r}: {reason}")
 
 
 def _parse(text: str) -> Rule:
+    """Parses one rule."""
     match = _RULE.fullmatch(text)
     if match is None:
         reason = f"a rule is {GRAMMAR}; LIMIT is a number or NUMBER*first"
@@ -165,8 +180,11 @@ def _parse(text: str) -> Rule:
 
 
 def init_state(rules: Sequence[Rule]) -> State:
-    """The state before the first step. `factor` is the learning rate's so far, `stopped` the reason
-    why the run stops, or ""."""
+    """Returns the state before the first step.
+
+    Its `factor` is the product of all learning-rate factors so far. Its `stopped` is the reason why
+    the run stops, or "".
+    """
     memory = [{"first": None, "over": 0} for _ in rules]
     return {"steps": 0, "factor": 1.0, "stopped": "", "rules": memory}
 
@@ -174,12 +192,16 @@ def init_state(rules: Sequence[Rule]) -> State:
 def apply_rules(
     rules: Sequence[Rule], state: State, step: int, metrics: Mapping[str, Any]
 ) -> tuple[State, list[Event]]:
-    """The state after a step, and what its metrics ask for; `state` itself stays as it is.
+    """Applies the rules to the metrics of one step.
 
     Args:
-      step: as in metrics.jsonl, for the texts.
-      metrics: numbers of the step by name; texts such as "nan" as metrics.jsonl has them.
+      rules: the rules of the run.
+      state: the state before the step, which is left unchanged.
+      step: number of the step, as in metrics.jsonl; messages name it.
+      metrics: numbers of the step by name; texts such as "nan", as in metrics.jsonl, count as well.
 
+    Returns:
+      The state after the step, and the rules that fired.
     """
     state = copy.deepcopy(state)
     events = []
@@ -189,7 +211,7 @@ def apply_rules(
         elif rule.metric.startswith(tuple(f"{name}_" for name in COUNTS)):
             value = 0.0
         else:
-            continue  # a step without graded answers, or without long completions
+            continue  # the step has no such value: no graded answer, or no long completion
         limit = _limit(rule, memory, value)
         beyond = math.isnan(value) or (value > limit if rule.above else value < limit)
         memory["over"] = memory["over"] + 1 if beyond else 0
@@ -204,9 +226,11 @@ def apply_rules(
 
 
 def _limit(rule: Rule, memory: dict[str, Any], value: float) -> float:
-    """The absolute limit; remembers the first finite value above 0: what begins with 0, as a
-    divergence from the initial policy does, has no multiples yet. Before there is one the limit is
-    the rule's side of infinity, which only nan is beyond."""
+    """Returns the absolute limit of a rule, and stores the metric's first finite value above 0.
+
+    A metric that begins at 0, such as a divergence from the initial policy, has no multiples yet.
+    Until it has a value above 0, the limit is infinite on the rule's side: only NaN is beyond it.
+    """
     if memory["first"] is None and math.isfinite(value) and value > 0:
         memory["first"] = value
     if not rule.relative:
@@ -217,13 +241,17 @@ def _limit(rule: Rule, memory: dict[str, Any], value: float) -> float:
 
 
 def _fires(rule: Rule, over: int) -> bool:
-    """Once per excursion; `lr` again after each further `patience` steps."""
+    """Returns whether a rule fires in the `over`-th consecutive step beyond its limit.
+
+    It fires once, and an `lr` rule again after each further `patience` steps.
+    """
     if rule.action == "lr":
         return over > 0 and over % rule.patience == 0
     return over == rule.patience
 
 
 def _text(rule: Rule, step: int, value: float, limit: float, over: int) -> str:
+    """Formats an event's message."""
     side = "beyond" if math.isnan(value) else "above" if rule.above else "below"
     relative = f" ({rule.limit:.4g} x its first value)" if rule.relative else ""
     since = f"for {over} steps" if over > 1 else "for 1 step"
@@ -239,10 +267,10 @@ def _text(rule: Rule, step: int, value: float, limit: float, over: int) -> str:
 
 
 def replay_metrics(rules: Sequence[Rule], lines: Iterable[str]) -> State:
-    """The state after the steps whose metrics.jsonl lines these are, in their order.
+    """Replays steps from their lines of metrics.jsonl, in order, and returns the state after them.
 
     Raises:
-      ValueError: for a line that is no line of metrics.jsonl.
+      ValueError: a line is not one of metrics.jsonl.
     """
     state = init_state(rules)
     for number, line in enumerate(lines, 1):

@@ -27,7 +27,7 @@ segment is the parent of theirs:
     position  0 1 2 3 4 2 0 1 2
     segment   1 1 2 2 2 3 4 5 5 0 0 0
     parent    - - 1 1 1 1 - 4 4 - - -
-    gather    1 2 3 1 6 7              of tokens 7 8 9 6 5 4, in this order
+    gather    1 2 3 1 6 7              of the tokens 7 8 9 6 5 4, packed without gaps
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Side(NamedTuple):
 
     Attributes:
       tokens_BL: token ids, 0 in padding.
-      positions_BL: position of each token in its text, counted from the shared prefix on.
+      positions_BL: position of each token in its text, the shared prefix included.
       segments_BL: segment of each token, numbered from 1 in each row; 0 is padding.
       gather_BC: index of the position that predicts each completion token, flat in rows x length.
       parents_BL: segment of the token's prompt, -1 for none; None if prompts are not shared.
@@ -120,9 +120,8 @@ def _side(
         segments_BL[b, : lengths[b]] = 1
         # Completion token t stands at len(prompt) + t and is predicted one position before.
         gather_BC[b, : len(completion)] = b * L + len(prompt) - 1 + np.arange(len(completion))
-        gather_BC[b, len(completion) :] = (
-            b * L
-        )  # padding has weight 0, so any position of the row will do
+        # Padding has weight 0, so any position of the row will do.
+        gather_BC[b, len(completion) :] = b * L
     positions_BL = np.broadcast_to(prefix + np.arange(L, dtype=np.int32), (B, L)).copy()
     return Side(tokens_BL, positions_BL, segments_BL, gather_BC)
 

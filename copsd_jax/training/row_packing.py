@@ -1,20 +1,23 @@
-"""Which completions share a row, a device and a micro-batch; a function of lengths alone.
+"""Packing of completions into rows, devices and micro-batches, from their lengths alone.
 
-A bin is what one shard has of one micro-batch: rows of the student's side and rows of the
-teacher's. All bins have equally many rows of one length, so that one program runs them. A
-completion has its tokens on both sides in one bin, so no hidden state travels. It goes into the
-first bin that has room for it on both sides, into the first row there. Where a prompt that it
-shares stands in the bin already, it goes behind that one if there is room, and needs no other:
+A bin is the share of one shard in one micro-batch: rows of the student's side and rows of the
+teacher's. All bins have equally many rows of one length, so that one program runs them. The tokens
+of a completion are in one bin on both sides, so no hidden state travels between devices.
+
+A completion goes into the first bin that has room for it on both sides, into the first row there
+with room. If its shared prompt is already in the bin, it goes behind that prompt if there is room,
+and takes no other copy:
 
     prompts     A of 3 tokens, with completions of 4, 2 and 2; B of 2, with 3 and 1; rows of 11
     row 0       A A A | 4 4 4 4 | 2 2 | 2 2
     row 1       B B | 3 3 3 | 1             without sharing: 7 + 3, 5 + 5, 3 of 11
 
-Prompts whose completions have most tokens come first, and of a prompt the longest completion: first
-fit decreasing, where none is shared. The least size that works is searched, beginning with the
-mean; at each also with completions put into the emptiest bin instead of the first. Sizes are 1/16
-apart, and rows' number and length follow from the size, so that steps with other lengths need few
-programs.
+The prompts whose completions have most tokens come first, and the longest completion of each prompt
+comes first. Without shared prompts this is first fit decreasing.
+
+The search takes the smallest bin that works, beginning with the mean load. For each size it also
+tries to put completions into the emptiest bin instead of the first. Sizes are 1/16 apart, and the
+number and length of rows follow from the size, so that steps with other lengths need few programs.
 """
 
 import collections
@@ -24,32 +27,44 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROW_MULTIPLE = 16  # rows are multiples of it
-SHORT_ROW = 256  # tokens: rows below it are lengthened, to four samples or to this
-SIZES_TRIED = 12  # sizes of a side, from the least one on
+ROW_MULTIPLE = 16  # row lengths are multiples of this
+SHORT_ROW = 256  # tokens: a shorter row is lengthened to hold four samples, or to this if less
+SIZES_TRIED = 12  # number of sizes of a side that the search tries, from the smallest on
 
 
 class Prompts(NamedTuple):
-    """One side's prompts: their lengths, and equal numbers for those that may stand once."""
+    """Prompts of one side.
+
+    Attributes:
+      prompts_B: length of each completion's prompt, in tokens.
+      families_B: a number for each completion. Completions with equal numbers may share one copy of
+        their prompt.
+    """
 
     prompts_B: Sequence[int]
     families_B: Sequence[int]
 
 
 class RowShape(NamedTuple):
-    """One side's rows of a bin: how many, and their tokens."""
+    """Rows that a bin has on one side: their number, and the tokens of each."""
 
     count: int
     length: int
 
     @property
     def tokens(self) -> int:
+        """The tokens of all rows together."""
         return self.count * self.length
 
 
 class Position(NamedTuple):
-    """A completion on one side: its row of the bin, where in it the prompt begins, and where the
-    completion itself does."""
+    """Position of a completion on one side.
+
+    Attributes:
+      row: row of the bin.
+      prompt: index in the row at which the prompt begins.
+      own: index in the row at which the completion itself begins.
+    """
 
     row: int
     prompt: int
@@ -57,12 +72,14 @@ class Position(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """Where everything stands.
+    """Assignment of completions to bins, rows and positions.
 
     Attributes:
-      bin_B: micro-batch x shards + shard of each completion.
-      sizes: of the sides.
-      places: of each side, of each completion.
+      micros: number of micro-batches.
+      shards: devices that split the rows of a micro-batch.
+      bin_B: bin of each completion: micro-batch x shards + shard.
+      sizes: rows of a bin, for each side.
+      places: positions of all completions, for each side.
     """
 
     micros: int
@@ -73,8 +90,11 @@ class RowPlan(NamedTuple):
 
 
 def round_up(number: int, least: int = 1, parts: int = 16) -> int:
-    """Up to a multiple of `least` and of the power of two below divided by `parts`:
-    35 -> 36, 1,100 -> 1,152."""
+    """Rounds up to a multiple of a step that grows with the number: 35 -> 36, 1,100 -> 1,152.
+
+    The step is the largest power of two that is not above the number, divided by `parts`, and at
+    least `least`.
+    """
     step = max(least, (1 << max(0, number.bit_length() - 1)) // parts)
     return max(1, -(-number // step)) * step
 
@@ -88,16 +108,16 @@ def plan_rows(
     budget: int = 0,
     row: int = 0,
 ) -> RowPlan:
-    """Puts completions into bins and rows.
+    """Plans the bin, row and position of each completion.
 
     Args:
-      completions_B: their lengths.
-      sides: the student's prompts, and the teacher's where there is one.
+      completions_B: lengths of the completions, in tokens.
+      sides: the student's prompts, and the teacher's if there is one.
       shards: devices that split the rows of a micro-batch.
-      micros: micro-batches.
-      budget: tokens of a bin at most, all sides; as few micro-batches as that allows. 0 for
-        `micros`.
-      row: tokens of a row, if no sample is longer; 0 for what suits the lengths.
+      micros: micro-batches; read if there is no budget.
+      budget: most tokens of a bin, over all sides; the plan has as few micro-batches as it allows.
+        0 takes `micros`.
+      row: tokens of a row, if no sample is longer; 0 takes a length that suits the samples.
 
     Raises:
       ValueError: a sample takes more than `budget`.
@@ -105,7 +125,7 @@ def plan_rows(
     longest = [_longest(completions_B, side) for side in sides]
     if not budget:
         found = _search(completions_B, sides, longest, micros, shards, row, 0)
-        assert found is not None  # one row for each completion is a size that works
+        assert found is not None  # one row per completion always works
         return found
     check_budget(budget, [max(row, n) for n in longest])
     whole = sum(_load(completions_B, side, range(len(completions_B))) for side in sides)
@@ -118,12 +138,16 @@ def plan_rows(
 
 
 def size_bins(lengths: Sequence[int], completions: int, *, shards: int, micros: int, budget: int):
-    """(micro-batches, rows of a bin) where each row has one sample, as if all were the longest.
+    """Returns (micro-batches, rows of a bin) for one sample per row, all as long as the longest.
 
     A budget is rounded up to whole samples, since shorter ones would use it up.
 
     Args:
-      lengths: of a row of each side.
+      lengths: tokens of a row, for each side.
+      completions: number of completions.
+      shards: devices that split the rows of a micro-batch.
+      micros: micro-batches; read if there is no budget.
+      budget: most tokens of a bin, over all sides; 0 takes `micros`.
     """
     rows = -(-budget // sum(lengths)) if budget else -(-completions // (micros * shards))
     rows = min(rows, -(-completions // shards))
@@ -139,10 +163,12 @@ def plan_one_per_row(
     budget: int = 0,
     row: int = 0,
 ) -> RowPlan:
-    """`plan_rows`, but one completion a row: for a dry run, whose texts are as long as they may be.
+    """Plans one completion per row, for a dry run, whose texts are as long as the limits allow.
+
+    The arguments are those of `plan_rows`.
 
     Raises:
-      ValueError: as `plan_rows`.
+      ValueError: a sample takes more than `budget`.
     """
     longest = [max(row, _longest(completions_B, side)) for side in sides]
     if budget:
@@ -156,10 +182,14 @@ def plan_one_per_row(
 
 
 def check_budget(budget: int, longest: Sequence[int]) -> None:
-    """Whether train.micro_tokens holds a sample with these tokens on each side.
+    """Checks that `train.micro_tokens` holds the longest sample.
+
+    Args:
+      budget: the setting, in tokens.
+      longest: tokens of the longest sample on each side.
 
     Raises:
-      ValueError: with the least that would.
+      ValueError: it does not; the message gives the least value that would.
     """
     lengths = [round_up(n, ROW_MULTIPLE) for n in longest]
     if sum(lengths) > budget:
@@ -171,24 +201,29 @@ def check_budget(budget: int, longest: Sequence[int]) -> None:
 
 
 def _longest(completions_B: Sequence[int], side: Prompts) -> int:
+    """Returns the tokens of the longest sample of a side."""
     return max(p + c for p, c in zip(side.prompts_B, completions_B, strict=True))
 
 
 def _load(completions_B: Sequence[int], side: Prompts, members: Sequence[int]) -> int:
-    """Tokens of these completions with each of their prompts once."""
+    """Counts the tokens of these completions, with each of their prompts once."""
     prompts = {side.families_B[b]: side.prompts_B[b] for b in members}
     return sum(completions_B[b] for b in members) + sum(prompts.values())
 
 
 def _sizes(mean: int, longest: int, row: int) -> list[RowShape]:
-    """Sizes that a side may have, the smallest first: 1/16 apart, from the mean of all bins on."""
+    """Returns the sizes that a side may have, the smallest first.
+
+    They are 1/16 apart, and begin with the mean load of all bins.
+    """
     if row:
         length = round_up(max(row, longest), ROW_MULTIPLE)
         counts = itertools.accumulate(
             range(SIZES_TRIED), lambda n, _: round_up(n + 1), initial=round_up(-(-mean // length))
         )
         return [RowShape(count, length) for count in counts]
-    shortest = round_up(longest, ROW_MULTIPLE, parts=2)  # half octaves: rows' lengths waste nothing
+    # Half octaves give few lengths. They waste nothing, since packing fills the longer rows.
+    shortest = round_up(longest, ROW_MULTIPLE, parts=2)
     shortest = max(shortest, min(4 * shortest, SHORT_ROW))
     out, tokens = [], round_up(max(mean, longest), ROW_MULTIPLE)
     for _ in range(SIZES_TRIED):
@@ -207,7 +242,7 @@ def _search(
     row: int,
     budget: int,
 ) -> RowPlan | None:
-    """The plan with the fewest tokens that works; None if none is within the budget."""
+    """Returns the feasible plan with the fewest tokens, or None if none fits the budget."""
     count, everyone = micros * shards, range(len(completions_B))
     loads = [_load(completions_B, side, everyone) for side in sides]
     order = _order(completions_B, sides, loads)
@@ -232,8 +267,11 @@ def _search(
 
 
 def _order(completions_B, sides: Sequence[Prompts], loads: Sequence[int]) -> list[int]:
-    """Completions as they are placed: the prompts of the student with most tokens first, by the
-    side where that is more of all; of a prompt, the longest first."""
+    """Orders the completions for placement.
+
+    The student's prompts with the largest share of all tokens come first. Of the shares on the two
+    sides the larger counts. Among the completions of a prompt the longest comes first.
+    """
     families = collections.defaultdict(list)
     for b, family in enumerate(sides[0].families_B):
         families[family].append(b)
@@ -257,18 +295,21 @@ class _Side:
 
     def __init__(self, texts: Prompts, size: RowShape, bins: int):
         self.texts, self.size = texts, size
-        self.room = np.full((bins, size.count), size.length)  # tokens left of each row
-        self.most = self.room.max(axis=1)  # of the emptiest row of each bin
-        self.used = np.zeros(bins)  # tokens
-        self.known = collections.defaultdict(dict)  # family -> bin -> [(row, where its prompt is)]
+        self.room = np.full((bins, size.count), size.length)  # free tokens in each row
+        self.most = self.room.max(axis=1)  # free tokens in the emptiest row of each bin
+        self.used = np.zeros(bins)  # tokens placed in each bin
+        self.known = collections.defaultdict(dict)  # family -> bin -> [(row, start of prompt)]
 
     def behind(self, b: int, own: int, where: int) -> tuple[int, int] | None:
-        """The row behind whose prompt the completion fits, and where that begins."""
+        """Returns (row, prompt start) of a placed prompt with room behind it, or None."""
         known = self.known[self.texts.families_B[b]].get(where, ())
         return next((place for place in known if self.room[where, place[0]] >= own), None)
 
     def holds(self, b: int, own: int) -> np.ndarray:
-        """Bins with room for the completion and, where it needs it, its prompt."""
+        """Returns bool [bins], True for bins with room for the completion.
+
+        A bin without a copy of its prompt that has room behind it needs room for the prompt as well.
+        """
         out = self.most >= self.texts.prompts_B[b] + own
         for where in self.known[self.texts.families_B[b]]:
             out[where] |= self.behind(b, own, where) is not None
@@ -293,11 +334,10 @@ class _Side:
 
 
 def _fill(completions_B, sides, sizes, order: list[int], bins: int, spread: bool):
-    """(bin of each completion, places of each side), or None if they do not fit.
+    """Fills the bins in order; returns (bin of each completion, positions per side), or None.
 
-    Args:
-      spread: instead of the first bin with room, one that has the student's prompt, or else the
-        emptiest.
+    It returns None if a completion does not fit. Without `spread`, a completion goes into the first
+    bin with room. With it, a bin that has the student's prompt comes first, then the emptiest one.
     """
     filling = [_Side(side, size, bins) for side, size in zip(sides, sizes, strict=True)]
     bin_B = [0] * len(order)
@@ -310,6 +350,7 @@ def _fill(completions_B, sides, sizes, order: list[int], bins: int, spread: bool
         where = int(np.argmax(fits))
         if spread:
             used = np.max([side.used / side.size.tokens for side in filling], axis=0)
+            # `used` is at most 1, so bins with the student's prompt come before all others.
             used[list(filling[0].known[sides[0].families_B[b]])] -= 1
             where = int(np.argmin(np.where(fits, used, np.inf)))
         bin_B[b] = where

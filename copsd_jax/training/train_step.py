@@ -155,10 +155,10 @@ def make_optimizer(
       lr: peak learning rate.
       schedule: constant, linear or cosine.
       warmup: steps of warm-up; 0 for none.
-      weight_decay: of AdamW.
-      b1: of AdamW.
-      b2: of AdamW.
-      eps: of AdamW.
+      weight_decay: AdamW's decay, multiplied by the learning rate.
+      b1: decay of AdamW's first moment.
+      b2: decay of AdamW's second moment.
+      eps: added to the root of the second moment.
       max_grad_norm: largest global norm of the gradient; 0 leaves the clip out.
 
     Returns:
@@ -201,7 +201,7 @@ def derive_policies(
       state: its `trained` and `ema` trees are read.
       frozen: parameters that the run does not train.
       options: trainable, teacher and adapter_scale are read.
-      dtype: of compute; with `full` the float32 trees are cast to it.
+      dtype: dtype of compute; with `full` the float32 trees are cast to it.
     """
     side = functools.partial(policy_lib.Policy, scale=options.adapter_scale)
     if options.trainable == "lora":
