@@ -308,7 +308,7 @@ class _Side:
     def holds(self, b: int, own: int) -> np.ndarray:
         """Returns bool [bins], True for bins with room for the completion.
 
-        A bin without a copy of its prompt that has room behind it needs room for the prompt as well.
+        A bin in which no copy of the prompt has room behind it needs room for the prompt too.
         """
         out = self.most >= self.texts.prompts_B[b] + own
         for where in self.known[self.texts.families_B[b]]:

@@ -335,6 +335,7 @@ def _policy_term(
             clip_high=settings.clip_high, dual_clip=settings.dual_clip,
         )  # fmt: skip
     if settings.rollout_clip:
+        # The bounds keep exp finite, as policy_loss.LOG_RATIO does for the ratio.
         gap_T = jnp.clip(own_T - _flat(micro.logp_rollout_BC), -20, 20)
         value_T = value_T * jnp.minimum(jnp.exp(gap_T), settings.rollout_clip)
     if hidden_ref is not None:
