@@ -73,11 +73,11 @@ State = dict[str, Any]  # JSON: {"steps", "factor", "stopped", "rules": [{"first
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One rule.
+    """A parsed rule of `guards.rules`.
 
     Attributes:
       metric: name of a metric.
-      above: fires above the limit, else below it.
+      above: whether the rule fires above the limit; otherwise it fires below.
       limit: limit of the metric, or, if `relative`, of its ratio to the run's first value above 0.
       relative: whether the rule was written with `*first`.
       patience: consecutive steps beyond the limit, among the steps that have the metric.

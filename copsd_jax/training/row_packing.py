@@ -1,8 +1,8 @@
 """Packing of completions into rows, devices and micro-batches, from their lengths alone.
 
 A bin is the share of one shard in one micro-batch: rows of the student's side and rows of the
-teacher's. All bins have equally many rows of one length, so that one program runs them. The tokens
-of a completion are in one bin on both sides, so no hidden state travels between devices.
+teacher's. All bins have equally many rows of one length, so that one program runs them. Both sides
+of a completion are in the same bin, so no hidden state travels between devices.
 
 A completion goes into the first bin that has room for it on both sides, into the first row there
 with room. If its shared prompt is already in the bin, it goes behind that prompt if there is room,
@@ -12,8 +12,8 @@ and takes no other copy:
     row 0       A A A | 4 4 4 4 | 2 2 | 2 2
     row 1       B B | 3 3 3 | 1             without sharing: 7 + 3, 5 + 5, 3 of 11
 
-The prompts whose completions have most tokens come first, and the longest completion of each prompt
-comes first. Without shared prompts this is first fit decreasing.
+The prompts whose completions have the most tokens come first. Among the completions of a prompt,
+the longest comes first. Without shared prompts this is first fit decreasing.
 
 The search takes the smallest bin that works, beginning with the mean load. For each size it also
 tries to put completions into the emptiest bin instead of the first. Sizes are 1/16 apart, and the
@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROW_MULTIPLE = 16  # row lengths are multiples of this
-SHORT_ROW = 256  # tokens: a shorter row is lengthened to hold four samples, or to this if less
+SHORT_ROW = 256  # tokens: shorter rows grow to four samples or to this, whichever is less
 SIZES_TRIED = 12  # number of sizes of a side that the search tries, from the smallest on
 
 
