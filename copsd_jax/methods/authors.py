@@ -1,8 +1,8 @@
-"""Who writes a context that needs writing: the student, the teacher, a rule, a server, or a file.
+"""The authors of contexts: the student, the teacher, the grader's rule, a server, or a file.
 
-The writer's text is read strictly, and every completion gets a `replies.Reply` with a status. A
-status that is not usable leaves the completion without a context; how many there are of each is a
-metric.
+An author's text is read strictly. Every completion gets a `replies.Reply` with a status, and a
+reply with an unusable status leaves its completion without a context. The counts of the statuses
+are metrics.
 """
 
 import dataclasses
@@ -27,21 +27,29 @@ from copsd_jax.training import loaded_run, run_plan, train_step
 
 
 class AuthorRequest(NamedTuple):
-    """What a writer is asked about one completion."""
+    """One completion for which an author writes a context.
+
+    Attributes:
+      attempt: the completion as contexts read it.
+      sample: the number of the completion among those of its problem.
+      found: the final answer that the grader found in the attempt, or None.
+    """
 
     attempt: contexts.Attempt
     sample: int
-    found: str | None  # the final answer that the grader found in the attempt
+    found: str | None
 
 
 class AuthorText(NamedTuple):
-    """A writer's text, or why there is none.
+    """An author's text for one completion, or the reason why there is none.
 
     Attributes:
-      status: "written"; "cut", which has a text too; or another of replies.STATUSES.
-      detail: of a failure, a line for people.
-      shortened: the sections of the writer's prompt that were cut to context.section_tokens.
-      seen: the attempt as that prompt showed it; None where it was whole, or nobody was shown it.
+      text: the text; "" if there is none.
+      status: "written"; "cut" for a text that ended at the token limit; or another key of
+        replies.STATUSES.
+      detail: the reason of a failure, as a line for people.
+      shortened: the sections of the author's prompt that were cut to context.section_tokens.
+      seen: the attempt as the author's prompt showed it, if it was shortened there; otherwise None.
     """
 
     text: str
@@ -54,9 +62,16 @@ class AuthorText(NamedTuple):
 def write_replies(
     r: loaded_run.LoadedRun, state: train_step.State, asked: Sequence[AuthorRequest], step: int
 ) -> list[replies.Reply]:
-    """A reply for each completion, in their order.
+    """Returns a reply for each completion, in the order of the requests.
 
-    A context that does not read the attempt is written once a problem.
+    If the context does not read the attempt, its text is written once per problem and shared by the
+    problem's completions. If it reads no reply, every reply is `replies.NONE`.
+
+    Args:
+      r: the loaded run, with the settings author.* and context.*.
+      state: gives the weights of the authors student and teacher.
+      asked: one request per completion.
+      step: the training step, which selects the random stream of the authors that sample.
     """  # fmt: skip
     reads = contexts.list_inputs(r.plan.context)
     if "reply" not in reads:
@@ -72,13 +87,13 @@ def write_replies(
     return [made[key(one)] for one in asked]
 
 
-# ------------------------------------------------------------------------------------- writers
+# --- authors ------------------------------------------------------------------------------------
 
 
 def _sampled(
     r: loaded_run.LoadedRun, policy: policy_lib.Policy, asked: list[AuthorRequest], step: int
 ) -> list[AuthorText]:
-    """The sampler again, with author.* settings."""
+    """Samples the texts with the run's sampler, under the settings author.*."""
     plan, c = r.plan, r.plan.config
     made = [
         teacher_prompts.build_author_prompt(plan.tokenizer, plan.author, plan.context, one.attempt)
@@ -101,7 +116,7 @@ def _sampled(
 
 
 def _unasked(prompt: prompts.Prompt | None, plan: run_plan.Plan) -> AuthorText | None:
-    """Why a writer is not asked; None if it is."""
+    """Returns a text that says why the author is not asked, or None if it is asked."""
     if prompt is None:
         return AuthorText("", "not_asked")
     held = plan.model_config.max_position
@@ -112,7 +127,7 @@ def _unasked(prompt: prompts.Prompt | None, plan: run_plan.Plan) -> AuthorText |
 
 
 def _seen(plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[str]) -> str | None:
-    """The attempt as a writer's prompt shows it, where it is shortened there."""
+    """Returns the attempt as shortened in an author's prompt, or None if it is whole there."""
     if "attempt" not in shortened:
         return None
     return text_encoding.truncate_text(plan.tokenizer, attempt.text, plan.context.section_tokens)
@@ -121,29 +136,37 @@ def _seen(plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[st
 def _student(
     r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
 ) -> list[AuthorText]:
+    """Samples the texts with the student's current weights."""
     return _sampled(r, loaded_run.derive_policies(r, state)[0], asked, step)
 
 
 def _teacher(
     r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
 ) -> list[AuthorText]:
-    """The teacher's own weights: of `fixed` the initial policy, whatever the student has become."""
+    """Samples the texts with the teacher's own weights.
+
+    With teacher.weights=fixed these are the initial policy's at every step.
+    """
     return _sampled(r, loaded_run.derive_policies(r, state)[1], asked, step)
 
 
 def _grader(
     r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
 ) -> list[AuthorText]:
+    """Writes the texts by the context's rule, from the verdict of the grader."""
     del state, step
     write_by_rule = contexts.get_author(r.plan.context).write_by_rule
-    assert write_by_rule is not None  # author.kind=grader goes with such contexts alone
+    assert write_by_rule is not None  # `table_rules` admits no other context
     return [AuthorText(write_by_rule(one.attempt, one.found), "written") for one in asked]
 
 
 def _server(
     r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
 ) -> list[AuthorText]:
-    """An OpenAI-compatible server; seeds follow from the run's, so that a cache can serve them."""
+    """Asks an OpenAI-compatible server for the texts.
+
+    Seeds follow from the run's seed and the sample, so that a cache can serve repeated requests.
+    """
     del state, step
     plan, c = r.plan, r.plan.config
     build = contexts.get_author(plan.context).build_conversation
@@ -179,13 +202,14 @@ def _server(
 
 
 def build_server(c) -> client.Server:
-    """The server of the settings author.*."""
+    """Builds the server of the settings author.*."""
     return client.server_from_settings(c.author, c.author.cache)
 
 
 def _file(
     r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
 ) -> list[AuthorText]:
+    """Takes the texts from the file author.path."""
     del state, step
     return [
         AuthorText(r.plan.replies[key], "written")
@@ -204,17 +228,17 @@ AUTHORS: dict[str, Callable[..., list[AuthorText]]] = {
 }
 
 
-# ------------------------------------------------------------------------------------- reading
+# --- reading ------------------------------------------------------------------------------------
 
 
 def _read(r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText) -> replies.Reply:
-    """The reply that a text holds, under the policy for leaked answers."""
+    """Reads the reply in a text, and applies the policy for leaked answers to it."""
     c, attempt, settings = r.plan.config, asked.attempt, r.plan.context
     if written.seen is not None:
-        # A critic can repeat only the steps that it was shown.
+        # A critique can repeat only the steps that its author was shown.
         attempt = dataclasses.replace(attempt, text=written.seen)
-    # As published, some replies that ended at author.max_tokens are read. Any other is unusable,
-    # even if its tags are complete: it might have gone on to withdraw what it said.
+    # As published, some contexts read replies that were cut at author.max_tokens. For the others
+    # a cut reply is unusable, even with complete tags: the missing rest may withdraw it.
     reads_cut = contexts.get_author(settings).reads_cut(settings) and bool(written.text)
     if written.status == "written" or (written.status == "cut" and reads_cut):
         reply = contexts.read_reply(settings, attempt, written.text)
@@ -227,7 +251,14 @@ def _read(r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText) ->
 
 
 def apply_leak_policy(reply: replies.Reply, row: problem_row.Row, policy: str) -> replies.Reply:
-    """context.leak, for an explanation that gives the final answer away."""
+    """Applies context.leak to a reply whose explanation contains the final answer.
+
+    Args:
+      reply: returned unchanged if its explanation does not contain the answer.
+      row: the problem; without a final answer nothing can leak.
+      policy: drop makes the reply unusable with the status "leak_dropped", mask masks the answer in
+        the explanation, and any other value only marks the reply as leaked.
+    """
     if not reply.text or not row.answer or not answer_leaks.has_leak(reply.text, row.answer):
         return reply
     if policy == "drop":

@@ -1,23 +1,30 @@
-"""On-policy self-distillation: OPSD, COPSD, ROSD, step-aligned critique, SDPO and their relatives.
+"""On-policy self-distillation: OPSD, COPSD, ROSD, step-aligned critique, SDPO and related methods.
 
     y ~ p(. | x),   loss = mean_t w_t D(q(. | x, c, y_<t) || p(. | x, y_<t))
 
-The student p samples y for the problem x with its current weights; the teacher q, the same network
-with weights chosen by `teacher.weights`, reads the context c too and scores y. D and its clip are
-`divergence_loss.Divergence`, c is `context.*`, written by `author.*`, and w (`tokens.*`) is 0 where
-a token carries no loss. With `policy.weight` the loss is (1 - weight) x this + weight x GRPO's.
+    x  the problem
+    y  the completion, sampled from the student p with its current weights
+    c  the privileged context (`context.*`), which `author.*` writes if it needs an author
+    q  the teacher: the same network with the weights of `teacher.weights`, which also reads c
+    D  the divergence with its clip (`divergence_loss.Divergence`)
+    w  the weights of tokens (`tokens.*`), 0 at a token without loss
+
+The teacher scores y and does not generate it. With `policy.weight` the loss is
+(1 - weight) x this loss + weight x GRPO's (`methods/grpo.py`).
 
 Sources: OPSD arXiv 2601.18734 v3, COPSD 2605.09548, ROSD 2605.28014, critique 2606.11173, SDPO
-2601.20802; routing by success as in SRPO 2604.02288.
+2601.20802. Routing by success follows SRPO 2604.02288.
 
-Departures: prompts and completions stay token ids from sampler to loss, prompt and completion
-stand without a gap at explicit positions, masks come from lengths, and a teacher that writes does
-so with its own weights (the originals used the merged student). An error is found in the
-characters of the sampled tokens, not by encoding text anew. A reply that cannot be read leaves the
-completion without loss and is counted; as published it gets SDPO's context instead
-(`parity.reflection_fallback`). With `context.filter_groups`, groups whose rewards are all equal are
-left out before anything is written for them. The originals' tutor is a system message, ours opens
-the user's turn.
+Departures:
+  - Prompts and completions stay token ids from the sampler to the loss. A completion follows its
+    prompt without a gap at explicit positions, and masks come from lengths.
+  - A teacher that writes uses its own weights. The originals used the merged student.
+  - An error is located in the characters of the sampled tokens, not by encoding the text anew.
+  - A reply that cannot be read leaves its completion without loss, and is counted. As published,
+    the completion gets SDPO's context instead (`parity.reflection_fallback`).
+  - With `context.filter_groups`, groups whose rewards are all equal are left out before a context
+    is written for them.
+  - The tutor's instructions open the user's turn. In the originals they are a system message.
 """
 
 import numpy as np
@@ -40,7 +47,19 @@ from copsd_jax.training.rollouts import Rollouts, StepInputs
 def make_batch(
     r: loaded_run.LoadedRun, state: train_step.State, rows: list[problem_row.Row], step: int
 ) -> StepInputs:
-    """Samples, grades, has contexts written, builds the teacher's prompts, packs."""
+    """Samples and grades rollouts, has contexts written, and lays out both sides of the batch.
+
+    Args:
+      r: the loaded run.
+      state: gives the weights of the student and of the teacher.
+      rows: the problems of the step.
+      step: selects the random streams of sampling, siblings and authors.
+
+    Returns:
+      The inputs of the train step, with one record per completion. Metrics count the completions
+      with a teacher prompt (taught), those left out beforehand (filtered), the teacher prompts that
+      are too long, and the statuses of replies and of located errors.
+    """
     c = r.plan.config
     done = rollouts.sample_rollouts(r, loaded_run.derive_policies(r, state)[0], rows, step)
     wanted = _wanted(c, done)
@@ -77,7 +96,7 @@ def make_batch(
 
 
 def _wanted(c, done: Rollouts) -> list[bool]:
-    """Which completions are to be distilled at all, before anything is written for them."""
+    """Returns which completions to distill, decided before any context is written."""
     wanted = np.ones(len(done.rows), bool)
     if c.context.filter_groups:
         wanted &= policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
@@ -87,7 +106,7 @@ def _wanted(c, done: Rollouts) -> list[bool]:
 
 
 def _views(r: loaded_run.LoadedRun, done: Rollouts, step: int) -> list[contexts.Attempt]:
-    """What the context may read of each completion."""
+    """Builds an attempt per completion: the parts of it that contexts may read."""
     c, reads = r.plan.config, contexts.list_inputs(r.plan.context)
     siblings: list[int | None] = [None] * len(done.rows)
     if "siblings" in reads:
@@ -117,7 +136,7 @@ def _views(r: loaded_run.LoadedRun, done: Rollouts, step: int) -> list[contexts.
 
 
 def _replies(r, state, done: Rollouts, views, wanted, step: int) -> list[replies.Reply]:
-    """What the author writes about the completions that are wanted; nothing about the others."""
+    """Returns the author's replies on wanted completions, and `FILTERED` for the others."""
     asked = [
         authors.AuthorRequest(views[i], done.samples[i], verdict.answer if verdict else None)
         for i, verdict in enumerate(done.verdicts)
@@ -130,7 +149,7 @@ def _replies(r, state, done: Rollouts, views, wanted, step: int) -> list[replies
 def _select(
     r: loaded_run.LoadedRun, done: Rollouts, views, written, told
 ) -> tuple[list, list[str]]:
-    """The tokens of each completion that carry loss, and how its error was found."""
+    """Returns each completion's mask of tokens with loss, and how its error was located."""
     masks, found = [], []
     for i, completion in enumerate(done.completions):
         n = len(completion.ids)
@@ -145,7 +164,10 @@ def _select(
 
 
 def _pack(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Batch:
-    """Both layouts. A completion without context carries no loss, under any prompt: its own."""
+    """Builds the student's and the teacher's layout.
+
+    A completion without a teacher prompt carries no loss, so its student prompt fills the gap.
+    """
     batch = layout.build_batch(
         [prompt.ids for prompt in done.asked],
         [(t or s).ids for t, s in zip(told, done.asked, strict=True)],
@@ -161,7 +183,7 @@ def _pack(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Ba
 
 
 def _about(told, reply: replies.Reply, found: str, view: contexts.Attempt, wanted: bool) -> dict:
-    """What a record says of a completion's context."""
+    """Returns the fields of a record that describe the completion's context."""
     return {
         "taught": told is not None,
         "filtered": not wanted,
@@ -180,8 +202,11 @@ def _about(told, reply: replies.Reply, found: str, view: contexts.Attempt, wante
 
 
 def _statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
-    """Counts of statuses, of those that this run's context and tokens can have; of shortened
-    sections, in how many completions' prompts, the writer's or the teacher's."""
+    """Counts the statuses that the run's context and choice of tokens can have.
+
+    A section counts as shortened once per completion, whether the prompt of the author or of the
+    teacher was cut.
+    """
     out = {}
     if "reply" in contexts.list_inputs(r.plan.context):
         out |= rollout_records.count_statuses(

@@ -1,17 +1,22 @@
-"""GRPO, the baseline of reinforcement learning; Dr. GRPO and DAPO are settings of it.
+"""GRPO, the reinforcement-learning baseline; Dr. GRPO and DAPO are settings of it.
 
-    A_i = (r_i - mean_G r) / (std_G r + 1e-4)
+    A_i  = (r_i - mean_G r) / (std_G r + 1e-4)
     loss = mean over completions of mean_t of -min(rho A, clip(rho, 1 - low, 1 + high) A)
            + kl (exp(d) - d - 1),   d = ln p_0(y_t) - ln p(y_t),   rho = p(y_t) / p_old(y_t)
 
-Sources: DeepSeekMath arXiv 2402.03300 (and TRL's form of it); Dr. GRPO 2503.20783 is
-`policy.scale=none policy.norm=constant`, DAPO 2503.14476 `policy.norm=token policy.clip_high=.28
-context.filter_groups=True`.
+    r    rewards; mean_G and std_G run over the group, the completions of one problem
+    p    the student, p_0 the initial policy, p_old the policy of `policy.old`
+    low, high, kl   `policy.clip_low`, `policy.clip_high`, `policy.kl`
 
-Departures: one update for each batch of rollouts, so that with `policy.old=trainer` the ratio is
-exactly 1; `sampler` takes the sampler's log-probabilities. Groups that are filtered make the step
-smaller; DAPO samples others in their place. Prompts, grader and report are those of the other
-methods.
+Sources: DeepSeekMath arXiv 2402.03300, in TRL's form. Dr. GRPO 2503.20783 is
+`policy.scale=none policy.norm=constant`. DAPO 2503.14476 is `policy.norm=token
+policy.clip_high=.28 context.filter_groups=True`.
+
+Departures:
+  - There is one update per batch of rollouts. With `policy.old=trainer` the ratio rho is therefore
+    exactly 1; with `policy.old=sampler` p_old is the sampler's log-probabilities.
+  - Filtered groups make the step smaller. DAPO samples other groups in their place.
+  - Prompts, grader and report are those of the other methods.
 """
 
 import numpy as np
@@ -25,7 +30,20 @@ from copsd_jax.training.rollouts import Rollouts, StepInputs
 def make_batch(
     r: loaded_run.LoadedRun, state: train_step.State, rows: list[problem_row.Row], step: int
 ) -> StepInputs:
-    """Samples, grades, gives advantages, packs. A row without an answer has none."""
+    """Samples and grades rollouts, computes their advantages, and lays out the student's side.
+
+    A row without a gold answer is not graded: its rewards are 0, and so are its advantages.
+
+    Args:
+      r: the loaded run.
+      state: gives the student's weights.
+      rows: the problems of the step.
+      step: selects the random stream of sampling.
+
+    Returns:
+      The inputs of the train step, with one record per completion. The metric `informative` is the
+      share of completions whose group has unequal rewards.
+    """
     done = rollouts.sample_rollouts(r, loaded_run.derive_policies(r, state)[0], rows, step)
     prefix_ids = done.asked[0].prefix_ids
     batch = layout.build_batch(
@@ -51,11 +69,17 @@ def make_batch(
 
 
 def add_advantages(c, done: Rollouts, batch: layout.Batch, successes_only: bool) -> layout.Batch:
-    """The batch with advantages, and the tokens with policy loss.
+    """Returns the batch with advantages, and with the mask of tokens that carry policy loss.
 
-    All tokens of a completion have its advantage. In a group whose rewards are all equal it is 0,
-    and they count in the normaliser, as published of GRPO; with context.filter_groups they carry no
-    policy loss, as in DAPO.
+    All tokens of a completion have its advantage. If the rewards of a group are all equal, its
+    advantage is 0 and its tokens count in the normaliser, as published for GRPO. With
+    context.filter_groups these tokens carry no policy loss, as in DAPO.
+
+    Args:
+      c: the settings of the run.
+      done: the graded rollouts of the batch.
+      batch: the layout of the rollouts, [B, C].
+      successes_only: whether only correct completions carry policy loss.
     """
     rewards_B, groups_B = done.rewards(), np.asarray(done.groups)
     advantage_B = policy_loss.compute_advantages(rewards_B, groups_B, scale=c.policy.scale)

@@ -1,10 +1,16 @@
 """Supervised fine-tuning on the reference solutions, the baseline without rollouts.
 
-    loss = -mean_t ln p(y_t | x, y_<t),   y the row's solution and answer
+    loss = -mean_t ln p(y_t | x, y_<t)
 
-Departures from OPSD's script: the prompts of the other methods with their template, loss on the
-completion only, and `policy.norm` as normaliser. Rows whose target is longer than
-`rollout.max_tokens` are dropped and counted, or refused.
+    x  the problem
+    y  the solution and the answer of the row
+
+Source: the SFT script of OPSD.
+
+Departures:
+  - Prompts and their template are those of the other methods.
+  - The loss is on the completion only, and `policy.norm` is its normaliser.
+  - Rows whose target is longer than `rollout.max_tokens` are dropped and counted, or refused.
 """
 
 import numpy as np
@@ -18,7 +24,17 @@ from copsd_jax.training.rollouts import StepInputs
 def make_batch(
     r: loaded_run.LoadedRun, state: train_step.State, rows: list[problem_row.Row], step: int
 ) -> StepInputs:
-    """Prompts and solutions as token ids, packed. Nothing is sampled."""
+    """Encodes prompts and solutions, and lays them out; nothing is sampled.
+
+    Args:
+      r: the loaded run.
+      state: gives the weights that encode the exemplars.
+      rows: the problems of the step, with solutions.
+      step: unused; the methods share one signature.
+
+    Returns:
+      The inputs of the train step, with one record per row.
+    """
     plan, c = r.plan, r.plan.config
     asked = [prompts.build_student_prompt(plan.tokenizer, plan.student, row) for row in rows]
     targets = [
