@@ -1,4 +1,4 @@
-"""What student and teacher think of each token of a completion."""
+"""Probabilities of student and teacher for each token of a completion."""
 
 import dataclasses
 
@@ -13,10 +13,15 @@ from copsd_jax.training import loaded_run, train_step
 
 @dataclasses.dataclass(frozen=True)
 class TokenView:
-    """One completion token, in nats at temperature 1.
+    """One completion token under both sides; log-probabilities are in nats at temperature 1.
 
-    `advantage` is ln q - ln p, teacher minus student: above 0 the teacher wants it more. `student`
-    and `teacher` are each side's best tokens with their probabilities.
+    Attributes:
+      text: the token, decoded alone.
+      advantage: ln q - ln p, teacher minus student; above 0 the teacher prefers the token more.
+      logp_student: ln p of the token.
+      logp_teacher: ln q of the token.
+      student: the student's most probable tokens at this position, with their probabilities.
+      teacher: the teacher's.
     """
 
     text: str
@@ -30,9 +35,18 @@ class TokenView:
 def compare_tokens(
     r: loaded_run.LoadedRun, state: train_step.State, record: dict, best: int = 3
 ) -> list[TokenView]:
-    """Both sides' view of a record of W/rollouts, under the weights of `state`.
+    """Compares student and teacher on a record of W/rollouts, under the weights of `state`.
 
-    Runs the two prompts with the completion behind them, unpadded and alone.
+    Each prompt runs with the completion behind it, unpadded and alone.
+
+    Args:
+      r: the loaded run.
+      state: gives the weights of both sides.
+      record: has student_prompt_ids, teacher_prompt_ids and completion_ids.
+      best: how many of the most probable tokens each view lists.
+
+    Returns:
+      One view per completion token.
     """
     completion = record["completion_ids"]
     student = ((1.0, loaded_run.derive_policies(r, state)[0]),)
@@ -59,8 +73,10 @@ def compare_tokens(
 def _log_probs(
     r: loaded_run.LoadedRun, mix: tuple, prompt: list[int], completion: list[int]
 ) -> np.ndarray:
-    """float32 log-probabilities [C, V] of the positions that predict the completion, under a mix
-    of policies' logits with their shares."""
+    """Returns log-probabilities, float32 [C, V], of the positions that predict the completion.
+
+    The logits are the sum of the policies' logits in `mix`, weighted with their shares.
+    """
     ids_1L = jnp.asarray([[*prompt, *completion]], jnp.int32)
     positions_1L = jnp.arange(ids_1L.shape[1], dtype=jnp.int32)[None]
     first = len(prompt) - 1  # the last prompt token predicts the first completion token
@@ -78,7 +94,10 @@ def _log_probs(
 
 
 def format_table(views: list[TokenView]) -> str:
-    """One row a token: text, advantage, and what each side would rather write."""
+    """Renders one line per token: its text, its advantage and the favourites of both sides.
+
+    The columns student and teacher are each side's probability of the token.
+    """
     show = lambda favourites: " ".join(f"{text!r} {p:.0%}" for text, p in favourites)  # noqa: E731
     rows = [
         [repr(v.text), f"{v.advantage:+.2f}", f"{np.exp(v.logp_student):.0%}",

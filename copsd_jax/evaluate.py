@@ -1,9 +1,10 @@
-"""`python -m copsd_jax.evaluate --workdir=W [--steps=0,12] [--path=FILE] [--lang=sw]`
+"""Evaluation: samples, grades and scores problems under a policy.
 
-Samples, grades and scores problems under a policy: avg@n, pass@n, maj@n, format rate, length,
-truncated share, for each language and group of problems. The prompts, the grader and what ends a
-text are those of training. As a program it evaluates the checkpoints of a work directory and
-prints one table.
+    python -m copsd_jax.evaluate --workdir=W [--steps=0,12] [--path=FILE] [--lang=sw]
+
+The scores of each language and group of problems are avg@n, pass@n, maj@n, format rate, length and
+truncated share. Prompts, grader and the conditions that end a text are those of training. The
+program evaluates checkpoints of a work directory and prints one table.
 """
 
 import argparse
@@ -39,17 +40,25 @@ def evaluate(
     progress: Callable[[loop.Stats], None] | None = None,
     partial: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """`{'scores': {name: {...}}, 'problems': [...]}`; names are languages, and language/group.
+    """Samples eval.samples completions of each problem under a policy, grades and scores them.
 
     Random streams depend on the seed, the problem and the sample alone, so two policies meet the
     same noise.
 
     Args:
-      partial: a file that keeps each completion as soon as there is one, see `_sampled`. An
-        evaluation that was stopped goes on from it; who keeps the result removes it.
+      r: the loaded run, with an open grader.
+      policy: the weights to sample with.
+      rows: the problems, with gold answers.
+      progress: receives the sampler's statistics; completions read from `partial` count as done.
+      partial: a file that keeps each completion as soon as it is drawn, see `_sampled`. A stopped
+        evaluation continues from it. The caller removes it once the result is saved.
+
+    Returns:
+      `{"scores": {name: {...}}, "problems": [...]}`. A name is a language, or language/group if the
+      language has several groups. Each problem lists its samples.
 
     Raises:
-      run.Unusable: if `partial` was written by another evaluation, or is damaged.
+      loaded_run.UnusableFile: another evaluation wrote `partial`, or the file is damaged.
     """
     plan, n = r.plan, r.plan.config.eval.samples
     asked = [
@@ -82,23 +91,23 @@ def evaluate(
          "problem": row.problem, "samples": given}
         for row, given in zip(rows, samples, strict=True)
     ]  # fmt: skip
-    # Answers are compared under limits of time, too.
+    # maj@n compares answers under time limits, which could end differently on another process.
     return {"scores": processes.run_on_leader(lambda: _scores(r, records)), "problems": records}
 
 
 class _Said(NamedTuple):
-    """What an evaluation needs of a completion."""
+    """The part of a completion that an evaluation keeps: its ids and why it ended."""
 
     ids: list[int]
     finish: str
 
 
 def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partial) -> list[_Said]:
-    """The completions, from the file as far as it has them.
+    """Returns the completions: those that the file has, and new samples for the others.
 
-    The file's first line says what is evaluated, each other one holds a completion:
+    The first line of the file describes the evaluation, and every other line holds a completion:
       {"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}
-    A last line without an end was being written when the evaluation was stopped: it is dropped.
+    A last line without a newline was cut off when the evaluation stopped, and is dropped.
     """
     said: dict[int, _Said] = {}
     if partial is not None:
@@ -130,7 +139,7 @@ def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partia
 
 
 def _what(r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt], policy) -> dict[str, Any]:
-    """What decides the completions."""
+    """Returns everything that determines the completions: prompts, policy and settings."""
     c = r.plan.config
     digest = hashlib.sha256()
     for prompt in asked:
@@ -149,18 +158,22 @@ def _what(r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt], policy) -> d
 
 
 def fingerprint_arrays(tree: Any) -> list[int]:
-    """Two sums over the bits of all numbers, exact, so the same on any mesh."""
+    """Returns two checksums, uint32, over the bits of all numbers of a tree of arrays.
+
+    The sums are exact, so they are equal on any mesh. The second one depends on places as well.
+    """
     return [int(x) for x in jax.device_get(_sums(tree))]
 
 
 @jax.jit
 def _sums(tree: Any) -> tuple[jax.Array, jax.Array]:
+    """Computes the plain sum and the sum weighted by place, uint32 scalars modulo 2**32."""
     plain = placed = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
         width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
         place = jnp.ones(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):  # odd factors: no number's bits are lost in the product
+        for axis in range(bits.ndim):  # odd factors keep all bits in the product
             index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * jnp.uint32(2654435761) + index * jnp.uint32(2)
         plain = plain * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
@@ -169,10 +182,10 @@ def _sums(tree: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> dict[int, _Said]:
-    """Completions of a stopped evaluation, of which half a line is cut off; a new file else.
+    """Returns the completions of a stopped evaluation, by index, and readies the file for more.
 
-    Those of another policy (a step that was trained again to other numbers) are thrown away, and
-    said to be.
+    A half-written last line is cut off. Completions of another policy are discarded with a message,
+    and the file begins anew; training a step again can give such a policy.
     """
     whole = b""
     if partial.is_file():
@@ -201,7 +214,10 @@ def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> di
 
 
 def group_records(records: Sequence[dict]) -> dict[str, list[dict]]:
-    """Records by language, and by language/group where a language has several groups."""
+    """Groups records by language, and also by language/group if a language has several groups.
+
+    A record without a group is in the group "other".
+    """
     by_lang = collections.defaultdict(list)
     for record in records:
         by_lang[record["lang"]].append(record)
@@ -217,6 +233,8 @@ def group_records(records: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def _scores(r: loaded_run.LoadedRun, records: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """Scores the records of each language and group."""
+
     def sample(s: dict) -> scoring.Sample:
         return scoring.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
 
@@ -231,6 +249,7 @@ def _scores(r: loaded_run.LoadedRun, records: Sequence[dict]) -> dict[str, dict[
 
 
 def _averages(records: Sequence[dict]) -> dict[str, float]:
+    """Returns the share of correct samples of each problem, by id."""
     return {
         record["id"]: scoring.avg_at_n([s["correct"] for s in record["samples"]])
         for record in records
@@ -238,7 +257,11 @@ def _averages(records: Sequence[dict]) -> dict[str, float]:
 
 
 def format_comparison(before: dict, after: dict) -> str:
-    """A table of two evaluations of the same problems, with the interval of the difference."""
+    """Renders a table of two evaluations of the same problems.
+
+    Each row has the difference in points, with the 95 % interval of a paired bootstrap over problems
+    and the p-value of an exact sign test.
+    """
     rows = []
     new = group_records(after["problems"])
     for name, old in group_records(before["problems"]).items():
@@ -263,7 +286,11 @@ def format_comparison(before: dict, after: dict) -> str:
 
 
 def format_overview(results: dict[int, dict]) -> str:
-    """One row for each step and group."""
+    """Renders a table with one row per step and group of problems.
+
+    Args:
+      results: the results of `evaluate` by step.
+    """
     rows = []
     for step, result in sorted(results.items()):
         for name, s in result["scores"].items():
@@ -279,7 +306,7 @@ def format_overview(results: dict[int, dict]) -> str:
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
-    """The program's flags."""
+    """Parses the program's flags; argv[0] is the program's name."""
     parser = argparse.ArgumentParser(
         prog="python -m copsd_jax.evaluate",
         description="Evaluates checkpoints of a work directory with its own settings.",
@@ -300,7 +327,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def _config(args: argparse.Namespace) -> config_lib.Config:
-    """The run's config with the flags' changes."""
+    """Returns the run's config with the changes that the flags make."""
     config = run_plan.load_config(args.workdir)
     e, changes = config.eval, {}
     if args.path:
@@ -320,7 +347,12 @@ def _config(args: argparse.Namespace) -> config_lib.Config:
 
 
 def show_progress(label: str, total: int) -> tuple[terminal.Progress, Callable[[loop.Stats], None]]:
-    """A progress line, and the sampler's callback that feeds it."""
+    """Creates a progress line, and the callback of the sampler that updates it.
+
+    Args:
+      label: the text in front of the line.
+      total: the number of completions.
+    """
     progress, seen = terminal.Progress(label, total, stream=processes.progress_stream()), [0]
 
     def update(stats: loop.Stats) -> None:
@@ -332,7 +364,10 @@ def show_progress(label: str, total: int) -> tuple[terminal.Progress, Callable[[
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 only if every checkpoint asked for was evaluated."""
+    """Returns the exit code: 0 only if every requested checkpoint was evaluated.
+
+    It is 2 after an error and 130 after an interrupt.
+    """
     try:
         return _main(parse_flags(argv))
     except KeyboardInterrupt:
@@ -341,6 +376,7 @@ def main(argv: list[str]) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    """Evaluates the requested checkpoints, writes their results and prints the tables."""
     try:
         config = _config(args)
         out = args.out or args.workdir / "eval"
@@ -367,7 +403,7 @@ def _main(args: argparse.Namespace) -> int:
         if absent:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
             return 2
-        # Beside the results where these go elsewhere: the run's directory may not be writable.
+        # With --out the engine's folder lies there too: the run's directory may be read-only.
         r, initial = loaded_run.load_run(
             plan, config.train.steps, (args.out or args.workdir) / "engine"
         )

@@ -1,7 +1,9 @@
-"""`python -m copsd_jax.export --workdir=W --out=D [--step=12] [--format=peft]`
+"""Export of a checkpoint to files that other programs load.
 
-Writes a checkpoint as a Hugging Face folder (merged safetensors, config, tokenizer, generation
-settings) that transformers and others load, or its adapter alone as PEFT's folder.
+    python -m copsd_jax.export --workdir=W --out=D [--step=12] [--format=peft]
+
+The result is a Hugging Face folder that transformers and others load: merged safetensors, config,
+tokenizer and generation settings. With `--format=peft` it is PEFT's folder of the adapter alone.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from copsd_jax.weights import hf, peft
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
-    """The program's flags."""
+    """Parses the program's flags; argv[0] is the program's name."""
     parser = argparse.ArgumentParser(
         prog="python -m copsd_jax.export",
         description="Writes a run's checkpoint as a Hugging Face model that transformers loads.",
@@ -31,7 +33,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 only if the model was written."""
+    """Returns the exit code: 0 if the model was written, 2 after an error on stderr."""
     args = parse_flags(argv)
     try:
         config = run_plan.load_config(args.workdir)
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> int:
         student = loaded_run.derive_policies(r, state)[0]
         params = student.params
         if args.format == "peft":
-            assert student.adapter is not None  # as checked
+            assert student.adapter is not None  # train.trainable is lora, as checked above
             peft.write(
                 args.out, student.adapter, plan.model_config,
                 alpha=config.lora.alpha, base=config.model.path,

@@ -1,4 +1,4 @@
-"""Texts of a run for people: its plan, samples, failures, totals and the ending."""
+"""Texts about a run for people: its plan, samples, failures, totals and ending."""
 
 import collections
 import hashlib
@@ -16,7 +16,13 @@ from copsd_jax.training import backends, memory, model_headers, run_plan
 
 
 def format_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> str:
-    """What will run, before it does."""
+    """Renders the plan of a run, which is printed before the run starts.
+
+    Args:
+      plan: the checked run.
+      directory: the work directory.
+      continued: whether the directory holds the run already.
+    """
     c, shape = plan.config, plan.model_config
     size = memory.count_parameters(plan)
     completions = config_lib.completions_per_step(c)
@@ -72,7 +78,7 @@ def format_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -
 
 
 def _format_attention(plan: run_plan.Plan) -> str:
-    """The forms that run, of rows and of decoding."""
+    """Names the implementations of attention in rows and in decoding."""
     platform = sharding.platform(plan.mesh)
     name = backends.choose_row_attention(plan.config, platform, plan.dtype, plan.model_config)
     if name == "splash":
@@ -84,7 +90,7 @@ def _format_attention(plan: run_plan.Plan) -> str:
 
 
 def _format_loss(c) -> str:
-    """The method's slots in one line."""
+    """Describes the method's context, tokens, teacher and divergence in one line."""
     method = config_lib.traits(c)
     if not method.samples:
         return "cross entropy of the solutions"
@@ -104,16 +110,18 @@ def _format_loss(c) -> str:
 
 
 def _count_languages(rows: list[problem_row.Row]) -> str:
+    """Counts rows by language: "sw 500, fr 20", or "none"."""
     counts = collections.Counter(row.lang for row in rows)
     return ", ".join(f"{lang} {count:,}" for lang, count in counts.items()) or "none"
 
 
 def _format_counts(counter: collections.Counter) -> str:
+    """Renders counts with their reasons, or "none"."""
     return ", ".join(f"{count} ({reason})" for reason, count in counter.items()) or "none"
 
 
 def collect_facts(plan: run_plan.Plan) -> dict:
-    """What of this start goes into run.json."""
+    """Returns the facts of a start for run.json: devices, fingerprints and counts."""
     return {
         "devices": [str(device) for device in plan.mesh.devices.flat],
         "seed": plan.config.seed,
@@ -131,13 +139,21 @@ def collect_facts(plan: run_plan.Plan) -> dict:
 
 
 def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
-    """SHA-256 of the replies of author.path, in any order; "" for none."""
+    """Returns the SHA-256 of the replies of author.path, in any order; "" for none."""
     text = json.dumps([[*key, reply] for key, reply in sorted(records.items())])
     return hashlib.sha256(text.encode()).hexdigest() if records else ""
 
 
 def format_failures(step: int, records: list[dict]) -> list[str]:
-    """One line on the replies of a step that a writer owes, with the reason of the first."""
+    """Lists warnings of a step, each with the reason of its first case.
+
+    One line counts the completions for which the user's reward function raised an exception. Another
+    counts those without a reply because their author failed.
+
+    Args:
+      step: the number of the step.
+      records: the records of the step's completions.
+    """
     raised = [r for r in records if str(r.get("grade_status", "")).startswith("raised")]
     lines = [
         f"warning: step {step}: the function of reward.kind failed for {len(raised)} of "
@@ -155,7 +171,7 @@ def format_failures(step: int, records: list[dict]) -> list[str]:
 
 
 def format_sample(step: int, records: list[dict]) -> str:
-    """One completion of a step, for people."""
+    """Renders the first completion of a step with its problem and grade."""
     record = records[0]
     mark = {True: "right", False: "wrong", None: "not graded"}[record["correct"]]
     lines = [f"--- sample of step {step} ({record['lang']}, {mark}, gold {record['gold']})"]
@@ -170,12 +186,20 @@ COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked", "replies_
 COUNTED_PREFIXES = ("reply_", "located_", "shortened_", "grade_")
 
 
-# What grading should come to: `correct` and `reward` say it.
+# The expected outcomes of grading, which `correct` and `reward` already report.
 NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 
 
 def format_totals(directory: pathlib.Path, steps: int) -> str:
-    """How many completions of the run had each status, as a table; "" where none is counted."""
+    """Renders a table of how many completions of the run had each status.
+
+    Args:
+      directory: the work directory, whose metrics are summed.
+      steps: the last step to count.
+
+    Returns:
+      The table, or "" if no status was counted.
+    """
     totals: collections.Counter[str] = collections.Counter()
     for line in metric_files.lines(directory, steps):
         for name, value in json.loads(line).items():
@@ -189,7 +213,16 @@ def format_totals(directory: pathlib.Path, steps: int) -> str:
 def format_ending(
     plan, before, after, directory: pathlib.Path, seconds: float, stopped: str
 ) -> str:  # fmt: skip
-    """The table of scores, counts of statuses, where everything is, and why a run was stopped."""
+    """Renders the end of a run: scores, counts of statuses, the directory, and a guard's reason.
+
+    Args:
+      plan: the checked run.
+      before: the evaluation before training, or None.
+      after: the evaluation after training, or None.
+      directory: the work directory.
+      seconds: the time of this start.
+      stopped: the reason why a guard stopped the run, or "".
+    """
     lines = []
     if before and after:
         lines += ["", evaluate.format_comparison(before, after)]

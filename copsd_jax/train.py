@@ -1,4 +1,4 @@
-"""The loop, flat and in order of execution."""
+"""The training loop, flat and in order of execution."""
 
 import contextlib
 import dataclasses
@@ -27,10 +27,18 @@ from copsd_jax.training import (
 
 
 def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_plan.Plan, bool]:
-    """The checked plan, and whether the directory holds the run already. Writes nothing.
+    """Checks a run and its directory; writes nothing.
+
+    Args:
+      config: the settings of the run.
+      directory: the work directory, new or of an earlier start of the same run.
+
+    Returns:
+      The checked plan, and whether the directory holds the run already.
 
     Raises:
-      ValueError, OSError: in one sentence.
+      ValueError, OSError: the run cannot work, or the directory holds another run or cannot be
+        written. The message is one sentence.
     """
     known = workdir.check_directory(directory, config_lib.flat(config))
     plan = run_plan.make_plan(config)
@@ -41,11 +49,17 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
 
 def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None:
-    """Evaluates, trains, evaluates again; continues a run from its newest checkpoint."""
+    """Trains, with evaluations before and after; continues a run from its newest checkpoint.
+
+    Args:
+      plan: the checked run, from `prepare`.
+      directory: the work directory, to which the run writes everything.
+      continued: whether the directory holds the run already.
+    """
     config, started = plan.config, time.monotonic()
     method = table.METHODS[config.method]
     print(summary.format_plan(plan, directory, continued), flush=True)
-    processes.wait_for_all("checked")  # nothing is written before all have looked
+    processes.wait_for_all("checked")  # no process writes before all have checked
     workdir.create(directory, config_lib.flat(config), summary.collect_facts(plan))
     with (
         loaded_run.set_mesh_and_precision(plan),
@@ -60,8 +74,8 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             for line in loaded_run.compile_sampler(r, state):
                 print(line, flush=True)
         with r.grader:
-            # The evaluation of step 0 comes before a checkpoint is loaded: it is the initial
-            # policy's, also when a run that was stopped before it is continued.
+            # The evaluation of step 0 is of the initial policy. It therefore comes before a
+            # checkpoint is loaded, also in a continued run that still lacks it.
             before = _evaluation(r, state, 0, directory)
             saved = processes.run_on_leader(checkpoints.steps)
             if saved:
@@ -76,7 +90,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
 
 @contextlib.contextmanager
 def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapping], None]]:
-    """What takes (step, metrics); the leading process's writes them down."""
+    """Yields a function of (step, metrics); on the leading process it writes them to files."""
     if not processes.is_leader():
         yield lambda step, values: None
         return
@@ -85,7 +99,11 @@ def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapp
 
 
 def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[train_step.State, str]:
-    """Steps `first` … train.steps - 1, or until a guard stops the run; the reason if one did."""
+    """Runs the steps from `first` on, to the end or until a guard stops the run.
+
+    Returns:
+      The last state, and the reason if a guard stopped the run, else "".
+    """
     plan, c = r.plan, r.plan.config
     timer = terminal.Timer()
     order = batches.iterate_batches(
@@ -107,7 +125,7 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
                 state, aux = r.step(
                     state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor
                 )
-                aux = jax.device_get(aux)  # waits for the step
+                aux = jax.device_get(aux)  # waits for the step, so that the timer sees all of it
             values = {
                 **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
                 **layout.measure_fill(rows),
@@ -152,19 +170,23 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
 
 
 def _warms_up(plan: run_plan.Plan) -> bool:
+    """Returns whether to compile the sampler's programs before the first rollout."""
     if plan.server is not None:
         return False
-    auto = sharding.platform(plan.mesh) != "cpu"  # where compiling is slow next to a step
+    auto = sharding.platform(plan.mesh) != "cpu"  # compiling takes longer than a step there
     return {"auto": auto, "always": True, "never": False}[plan.config.sampler.warmup]
 
 
 def _codes(plan: run_plan.Plan) -> list[str]:
-    """Languages in the order of data.lang, as the rows spell them."""
+    """Lists the languages in the order of data.lang, spelled as in the rows."""
     return [languages.resolve_code(code, plan.student.languages) for code in plan.config.data.lang]
 
 
 def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:
-    """The scores of a step, from its file if it is there already; None without problems."""
+    """Returns the evaluation of a step, or None without evaluation problems.
+
+    An evaluation that has a file already is read and not repeated.
+    """
     if not r.plan.eval_rows:
         return None
     path = workdir.step_file(directory, "eval", step)
