@@ -259,7 +259,7 @@ def _averages(records: Sequence[dict]) -> dict[str, float]:
 def format_comparison(before: dict, after: dict) -> str:
     """Renders a table of two evaluations of the same problems.
 
-    Each row has the difference in points, with the 95 % interval of a paired bootstrap over problems
+    Each row has the difference in points, the 95 % interval of a paired bootstrap over problems
     and the p-value of an exact sign test.
     """
     rows = []

@@ -147,8 +147,8 @@ def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
 def format_failures(step: int, records: list[dict]) -> list[str]:
     """Lists warnings of a step, each with the reason of its first case.
 
-    One line counts the completions for which the user's reward function raised an exception. Another
-    counts those without a reply because their author failed.
+    One line counts the completions for which the user's reward function raised an exception.
+    Another counts those without a reply because their author failed.
 
     Args:
       step: the number of the step.

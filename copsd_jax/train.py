@@ -49,7 +49,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
 
 def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None:
-    """Trains, with evaluations before and after; continues a run from its newest checkpoint.
+    """Executes a run with evaluations before and after; continues a run from its newest checkpoint.
 
     Args:
       plan: the checked run, from `prepare`.

@@ -1,4 +1,4 @@
-"""A plan's loaded parts: weights on the mesh, compiled functions, and what is done with them."""
+"""The loaded parts of a planned run: weights on the mesh, compiled functions, and their uses."""
 
 import contextlib
 import dataclasses
@@ -25,41 +25,67 @@ from copsd_jax.teaching import conversations, prompts, text_encoding
 from copsd_jax.training import builders, run_plan, train_step
 from copsd_jax.weights import hf, peft
 
-# Random streams of a seed besides the sampler's, whose purposes count from 0.
-WEIGHTS_STREAM = 1002  # another is making's
+# A random stream of the seed. The sampler's streams count from 0; builders.ADAPTER_STREAM is 1001.
+WEIGHTS_STREAM = 1002
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A plan with its weights, compiled functions and helpers."""
+    """A plan with its weights, compiled functions and helpers.
+
+    Attributes:
+      plan: the checked plan.
+      decoder: the model, without parameters.
+      frozen: for LoRA the base parameters. For full fine-tuning the initial parameters if the
+        teacher or the KL term needs them, else {}.
+      options: the static options of the train step.
+      step: the compiled train step.
+      rate: returns the learning rate of a step.
+      grader: grades final answers; a context manager that owns its processes.
+      rewarder: scores completions.
+      token_classes: int8 [V], the class of each token in `token_stats`.
+      teacher_kv: keys and values of the exemplars under the fixed teacher; None for other teachers
+        or without exemplars.
+      hand_over: hands a policy to the sampler.
+      served: hands a policy to the server of sampler.engine=server; None for other engines.
+      lengths: entries that the cache of a slot needs, for each of rollout, eval and author.
+    """
 
     plan: run_plan.Plan
     decoder: transformer.Decoder
-    frozen: dict  # LoRA: the base; full: the initial weights if the teacher is fixed, else {}
+    frozen: dict
     options: train_step.Options
     step: Callable[..., tuple[train_step.State, train_step.Aux]]
-    rate: Callable[[Any], Any]  # learning rate of a step
+    rate: Callable[[Any], Any]
     grader: graders.Grader
     rewarder: reward_functions.Rewarder
-    token_classes: np.ndarray  # int8 [V], of token_stats
-    teacher_kv: tuple[transformer.KV | None, ...] | None  # of the fixed teacher's exemplars
-    hand_over: handover.HandOver  # of a policy to the sampler
-    served: "ServedPolicy | None"  # of a policy to the server of sampler.engine=server
-    lengths: dict[str, int]  # cache entries of a slot, of rollout, eval and author
+    token_classes: np.ndarray
+    teacher_kv: tuple[transformer.KV | None, ...] | None
+    hand_over: handover.HandOver
+    served: "ServedPolicy | None"
+    lengths: dict[str, int]
 
 
 class EngineError(Exception):
-    """The server of sampler.engine=server did not do what it was asked, in one sentence."""
+    """A failure of the server of sampler.engine=server, described in one sentence."""
 
 
 class UnusableFile(Exception):
-    """A file of the run that cannot be used, in one sentence with what to do."""
+    """An unusable file of the run, described in one sentence that says what to do."""
 
 
 @contextlib.contextmanager
 def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
-    """What no traceback would mend ends the program with a sentence: a server that fails, a file
-    that is damaged, memory that is not there."""
+    """Ends the program with one sentence on failures for which a traceback is no help.
+
+    These are a server that fails, a damaged file, and too little memory.
+
+    Args:
+      directory: the work directory, which the message names as the place to continue.
+
+    Raises:
+      SystemExit: in place of EngineError, UnusableFile and MemoryError.
+    """
     try:
         yield
     except (EngineError, UnusableFile) as error:
@@ -71,14 +97,18 @@ def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
 def load_run(
     plan: run_plan.Plan, steps: int, folder: pathlib.Path | None = None
 ) -> tuple[LoadedRun, train_step.State]:
-    """Reads the weights onto the mesh; the parts of the run and the State at step 0.
+    """Loads the weights onto the mesh and builds the parts of the run.
 
     Args:
-      steps: the run's last step, towards which the learning rate decays.
-      folder: where weights for a server lie, if sampler.folder names none.
+      plan: the checked plan.
+      steps: the last step of the run, towards which the learning rate decays.
+      folder: the folder of weights for a server, if sampler.folder names none.
+
+    Returns:
+      The loaded run, and the training state at step 0.
 
     Raises:
-      ValueError: a server without a folder.
+      ValueError: there is a server and no folder.
     """
     config = plan.config
     decoder = builders.build_decoder(plan)
@@ -118,7 +148,10 @@ def load_run(
 
 
 def _lengths(plan: run_plan.Plan) -> dict[str, int]:
-    """Longest prompt, without exemplars, and completion; 0 where prompts are only known later."""
+    """Returns the cache entries of a slot: longest prompt without exemplars, and completion.
+
+    They are 0 for an author, whose prompts are not known yet, and for sections without rows.
+    """
     config, out = plan.config, {"author": 0}
     completion = config.rollout.max_tokens
     for name, side, spec, rows, limit in (
@@ -132,13 +165,13 @@ def _lengths(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
-    """`make(*args)`, whose arrays come into being on their shards and are nowhere whole."""
+    """Runs `make(*args)` in jit, so that its arrays are created on their shards, never whole."""
     places = builders.find_shardings(jax.eval_shape(make, *args), plan)
     return jax.jit(make, out_shardings=places)(*args)
 
 
 def _weights(plan: run_plan.Plan) -> dict:
-    """The base parameters, born on their shards; each process reads its own devices' parts."""
+    """Returns the base parameters; each process reads only the parts of its own devices."""
     if plan.config.model.init == "random":
 
         def make() -> dict:
@@ -158,7 +191,7 @@ def _weights(plan: run_plan.Plan) -> dict:
 
 @contextlib.contextmanager
 def set_mesh_and_precision(plan: run_plan.Plan) -> Iterator[None]:
-    """Within it the plan's programs run: on its mesh, and float32 products in float32.
+    """Sets the mesh of the plan's programs, and full precision of float32 products.
 
     Accelerators would otherwise round the operands of float32 products to fewer bits.
     """
@@ -170,26 +203,35 @@ def set_mesh_and_precision(plan: run_plan.Plan) -> Iterator[None]:
 def derive_policies(
     run: LoadedRun, state: train_step.State
 ) -> tuple[policy_lib.Policy, policy_lib.Policy]:
-    """(student, teacher) weights of a state."""
+    """Returns the policies (student, teacher) of a state."""
     return train_step.derive_policies(state, run.frozen, run.options, run.plan.dtype)
 
 
 def teacher_mixture(run: LoadedRun, state: train_step.State) -> tuple:
-    """The policies that the teacher mixes, with their shares; see `train_step.teacher_mixture`."""
+    """Returns the teacher's policies with their shares, as `train_step.teacher_mixture`."""
     return train_step.teacher_mixture(*derive_policies(run, state), run.options)
 
 
 def encode_prefix(
     run: LoadedRun, policy: policy_lib.Policy, prefix_ids: Sequence[int]
 ) -> transformer.KV | None:
-    """Keys of the exemplars under a policy; None without exemplars."""
+    """Computes the keys and values of the exemplars under a policy.
+
+    Args:
+      run: the loaded run.
+      policy: the parameters and adapter, for which alone the result is valid.
+      prefix_ids: the P token ids of the exemplars.
+
+    Returns:
+      Keys and values [layers, 1, P, K, H], or None without exemplars.
+    """
     return shared_prefix.encode_ids(run.decoder, policy, prefix_ids)
 
 
 def _sampling(run: LoadedRun, section: str) -> request.Sampling:
-    """Sampling settings of `rollout`, `eval` or `author`.
+    """Builds the sampling settings of the section `rollout`, `eval` or `author`.
 
-    Stop strings end answers, not what an author writes.
+    Stop strings end the answers of the student, and not the texts of an author.
     """
     plan = run.plan
     stop = () if section == "author" else tuple(plan.config.rollout.stop)
@@ -197,20 +239,20 @@ def _sampling(run: LoadedRun, section: str) -> request.Sampling:
 
 
 def _sampler_settings(run: LoadedRun, section: str) -> request.SamplerSettings:
-    """The sampler's size of `rollout`, `eval` or `author`."""
+    """Builds the sampler's size for the section `rollout`, `eval` or `author`."""
     return builders.build_sampler_settings(run.plan.config, section, run.lengths[section])
 
 
 class ServedPolicy:
-    """Hands weights over to a server; knows which policy it holds.
+    """A function that hands policies to a server and remembers which one the server holds.
 
-    Policies are told apart by the identity of their arrays, which are not kept alive. An adapter
-    goes there as PEFT's folder, all weights as Hugging Face's; each has a folder of its own, and
-    the former ones are removed once the server has the new one.
+    Policies are told apart by the identity of their arrays, which are referenced weakly. An adapter
+    is written in PEFT's layout, and full weights in Hugging Face's. Each policy gets a folder of
+    its own, and the former folders are removed once the server has loaded the new one.
 
     Args:
-      plan: with the server, which holds the base under its `model`.
-      folder: where the folders lie, in the server's sight too; of this run alone.
+      plan: has the server, which holds the base model under the name `sampler.model`.
+      folder: the parent of the folders. It belongs to this run alone, and the server sees it too.
     """
 
     def __init__(self, plan: run_plan.Plan, folder: pathlib.Path):
@@ -220,26 +262,27 @@ class ServedPolicy:
         self._held: list[weakref.ref] = []
 
     def __call__(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
-        """The server to ask for completions of this policy.
+        """Returns the server to ask for completions of this policy, after handing the weights over.
 
         Raises:
-          EngineError: it did not take the weights.
-          OSError: they cannot be written.
+          EngineError: the server did not load the weights.
+          OSError: the weights cannot be written.
         """
         adapter, trainable = policy.adapter, self._plan.config.train.trainable
         zero = adapter is None or not any(bool(jnp.any(leaf["b"])) for leaf in adapter.values())
         if trainable == "lora" and zero:
-            return self._base  # exactly what sampler.model is
+            return self._base  # an adapter with b = 0 changes nothing, so the base is the policy
         leaves = jax.tree.leaves(policy.params if adapter is None else adapter)
         if len(leaves) != len(self._held) or any(
             held() is not leaf for held, leaf in zip(self._held, leaves, strict=True)
         ):
-            self._held = []
+            self._held = []  # cleared first, so that the next call repeats a failed hand-over
             self._server = self._handed(policy)
             self._held = [weakref.ref(leaf) for leaf in leaves]
         return self._server
 
     def _handed(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
+        """Writes the policy to a new folder, and has the server load it."""
         plan, c = self._plan, self._plan.config
         former = sorted(self._folder.glob("policy_*"))
         number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)
@@ -261,6 +304,7 @@ class ServedPolicy:
 
 
 def _served(plan: run_plan.Plan, folder: pathlib.Path | None) -> ServedPolicy | None:
+    """Builds the hand-over to a server, or returns None for another engine."""
     if plan.server is None:
         return None
     chosen = pathlib.Path(plan.config.sampler.folder) if plan.config.sampler.folder else folder
@@ -271,7 +315,7 @@ def _served(plan: run_plan.Plan, folder: pathlib.Path | None) -> ServedPolicy | 
 
 @contextlib.contextmanager
 def _asked() -> Iterator[None]:
-    """Failures of a server, apart from those of this machine's files."""
+    """Raises failures of a server as EngineError, to set them apart from those of files."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -288,13 +332,24 @@ def sample(
     progress: Callable[[loop.Stats], None] | None = None,
     done: Callable[[int, loop.Completion], None] | None = None,
 ) -> loop.Result:
-    """One completion for each prompt under a policy, with the settings of a section.
+    """Samples one completion for each prompt under a policy, with the settings of a section.
 
-    All prompts share their exemplars. See `loop.generate` for the last two.
+    Args:
+      run: the loaded run.
+      policy: the weights to sample with.
+      asked: the prompts, which all begin with the same exemplars.
+      section: the section of settings: rollout, eval or author.
+      keys: uint32 [n, 2], one random key per prompt, from `request.derive_keys`.
+      progress: called with the statistics; see `loop.generate`.
+      done: called with each index and completion as soon as it is complete; see `loop.generate`.
+
+    Returns:
+      The completions in the order of the prompts, and statistics.
 
     Raises:
-      MemoryError: naming the section's settings.
-      EngineError: of sampler.engine=server.
+      ValueError: the prompts begin with different exemplars.
+      MemoryError: the cache does not fit the devices; the message names the section's settings.
+      EngineError: the server of sampler.engine=server failed.
     """
     if run.served is not None:
         server = run.served(policy)
@@ -329,10 +384,14 @@ def sample(
 
 
 def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
-    """Compiles the sampler's programs for rollouts and evaluation; yields a line on each.
+    """Compiles the sampler's programs for rollouts and evaluation, and yields a line about each.
+
+    Args:
+      run: the loaded run.
+      state: gives the student's weights.
 
     Raises:
-      MemoryError: if they do not fit the devices, naming the section's settings.
+      MemoryError: the programs do not fit the devices; the message names the section's settings.
     """
     policy = run.hand_over(derive_policies(run, state)[0])
     sections = {"rollout": (run.plan.rows, run.plan.student),
@@ -360,7 +419,7 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _named(section: str) -> Iterator[None]:
-    """A sampler that does not fit is told with the settings that are to blame."""
+    """Raises a MemoryError of the sampler with the names of the settings that decide its size."""
     try:
         yield
     except MemoryError as error:
@@ -368,23 +427,33 @@ def _named(section: str) -> Iterator[None]:
 
 
 def decode_completion(run: LoadedRun, ids: Sequence[int]) -> str:
-    """Completion ids as text, without the token that ended it."""
+    """Decodes completion ids to text, without the token that ended the completion."""
     stops = set(run.plan.vocabulary.stop_ids)
     return text_encoding.decode_ids(run.plan.tokenizer, [i for i in ids if i not in stops])
 
 
 def restore_think_tag(prompt: prompts.Prompt, text: str) -> str:
-    """A completion with the think block that its prompt opened: without a closing tag nothing in
-    it is an answer, or an analysis."""
+    """Returns a completion together with the think tag that its prompt opened.
+
+    Readers then see that a completion without a closing tag is all thinking, without an answer.
+    """
     return ("<think>\n" if prompt.state == "open" else "") + text
 
 
 def grade_completions(
     run: LoadedRun, golds: Sequence[str], asked: Sequence[prompts.Prompt], texts: Sequence[str]
 ) -> list[reward_functions.Verdict]:
-    """Verdicts on completions of these prompts, of the leading process: limits of time and a
-    user's function may end otherwise elsewhere. A bare reward counts as right from
-    reward.threshold on."""
+    """Grades completions, and marks them as correct if their reward reaches reward.threshold.
+
+    The threshold applies to verdicts without a correctness of their own. The verdicts are those of
+    the leading process: time limits and a user's function could give other results elsewhere.
+
+    Args:
+      run: the loaded run, with an open grader.
+      golds: the gold answer of each completion.
+      asked: the prompt of each completion.
+      texts: the completions as text.
+    """
     whole = [restore_think_tag(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
     threshold = run.plan.config.reward.threshold
     return [

@@ -1,4 +1,4 @@
-"""Records of the completions of a step, and the metrics that follow from them."""
+"""Records of the completions of a step, and the metrics computed from them."""
 
 import collections
 import math
@@ -15,7 +15,10 @@ from copsd_jax.training.rollouts import Rollouts, StepInputs
 
 
 def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
-    """One dictionary a completion, as written to W/rollouts; methods add theirs."""
+    """Builds one dictionary per completion, as W/rollouts stores it.
+
+    Methods add fields of their own, and `add_token_values` adds the values of tokens.
+    """
     out = []
     for i, row in enumerate(done.rows):
         completion, verdict = done.completions[i], done.verdicts[i]
@@ -45,7 +48,7 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
 
 
 def _step_spans(decoded: token_spans.Decoded, start: int) -> list[list[int]]:
-    """The tokens [first, end) of each step of the answer."""
+    """Returns the token range [first, end) of each step of the answer."""
     known = solution_steps.split_steps(decoded.text[start:])
     return [
         list(token_spans.find_token_range(decoded, start + s.start, start + s.end)) for s in known
@@ -53,22 +56,33 @@ def _step_spans(decoded: token_spans.Decoded, start: int) -> list[list[int]]:
 
 
 def round_values(values: Any) -> list[float]:
-    """Six decimals, as records hold them."""
+    """Rounds values to six decimals, the precision of records."""
     return [round(float(value), 6) for value in values]
 
 
 def mean(values: Sequence[float]) -> float:
-    """0 for none."""
+    """Returns the mean, or 0 for no values."""
     return float(np.mean(values)) if len(values) else 0.0
 
 
 def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
-    """Means over the step's completions, and how many were graded with which status; the sampler's
-    speed, and the share of its slots that drew tokens while prompts were waiting."""
+    """Computes the metrics of a step's rollouts.
+
+    They are means over the completions, counts of grading statuses, the sampler's seconds, and the
+    share of its slots that drew tokens while prompts waited.
+
+    Args:
+      made: the records of the step.
+      sampler: the statistics of the sampler.
+
+    Returns:
+      Values by name. `correct` and `reward` are absent if nothing is graded, `format` if no grading
+      looked for an answer, and `slot_occupancy` if no prompt had to wait.
+    """
     graded = [record for record in made if record["correct"] is not None]
-    # "raised:KeyError" is a "raised": the records know the exception.
+    # "raised:KeyError" counts as "raised"; the records keep the exception's name.
     statuses = [record["grade_status"].partition(":")[0] for record in graded]
-    # A function of the user's gives a reward, and finds no answer that could have a form.
+    # A user's function returns a reward only, so these statuses say nothing about the format.
     formed = [
         record["answer"] is not None
         for record, status in zip(graded, statuses, strict=True)
@@ -78,19 +92,25 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
         "completion_tokens": mean([len(record["completion_ids"]) for record in made]),
         "truncated": mean([record["finish"] == "length" for record in made]),
         "graded": float(len(graded)),
-        # Without a gold answer nothing is said, rather than 0.
+        # Without graded completions these metrics are absent: 0 would look like a result.
         **({"correct": mean([record["correct"] for record in graded])} if graded else {}),
         **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
         **({"format": mean(formed)} if formed else {}),
         **count_statuses("grade", statuses, []),
-        # Without a queue there is nothing to say of occupancy.
+        # Occupancy is NaN if no prompt had to wait.
         **({} if math.isnan(sampler.occupancy) else {"slot_occupancy": sampler.occupancy}),
         "seconds/sampler": sampler.seconds,
     }
 
 
 def count_statuses(name: str, statuses: Sequence[str], known: Sequence[str]) -> dict[str, float]:
-    """`name_status`: how many completions have each status; known ones also where none has."""
+    """Counts the completions with each status, as metrics named `name_status`.
+
+    Args:
+      name: the prefix of the metrics.
+      statuses: the status of each completion.
+      known: statuses that are reported even if their count is 0.
+    """
     found = collections.Counter(statuses)
     return {f"{name}_{status}": float(found[status]) for status in dict.fromkeys([*known, *found])}
 
@@ -98,13 +118,22 @@ def count_statuses(name: str, statuses: Sequence[str], known: Sequence[str]) -> 
 def add_token_values(
     r: loaded_run.LoadedRun, work: StepInputs, aux: train_step.Aux
 ) -> dict[str, float]:
-    """Adds the step's per-token values to the records; returns metrics of tokens.
+    """Adds the step's per-token values to the records, and returns metrics of tokens.
 
-    `loss_mask` are the tokens of the divergence, `policy_mask` those of the policy loss or of the
-    cross entropy. The gap is |log-probability of the drawn token in the sampler - in the trainer|,
-    both at the sampling temperature over the whole vocabulary. It is taken of every token whose
-    log-probability the step computed: with a divergence of all, with or without loss; otherwise of
-    completions with policy loss. `logp_absent` is the share of completions without the sampler's.
+    `loss_mask` marks the tokens of the divergence. `policy_mask` marks those of the policy loss or
+    of the cross entropy.
+
+    `logp_gap_mean` and `logp_gap_max` are of the gap |ln p of the sampled token in the sampler - in
+    the trainer|, in nats. Both log-probabilities are at the sampling temperature over the whole
+    vocabulary. The gap covers every token whose log-probability the step computed. With a
+    divergence these are all tokens, with or without loss; otherwise they are the tokens of
+    completions with policy loss. `logp_absent` is the share of completions without the sampler's
+    log-probabilities.
+
+    Args:
+      r: the loaded run.
+      work: the inputs of the step; its records are changed.
+      aux: the results of the step, on the host.
     """
     gaps, mask_BC = [], work.batch.mask_BC
     for b, record in enumerate(work.records):
@@ -135,8 +164,10 @@ def add_token_values(
 def _add_divergence(
     r: loaded_run.LoadedRun, record: dict, batch: layout.Batch, tokens, b: int, n: int
 ) -> None:
-    """The student's side of every completion, and the teacher's of those that it was told about;
-    `ratio` is the capped weight of the sampler's tokens, where loss.rollout_clip is on."""
+    """Adds the student's values to every record, and the teacher's to those with a teacher prompt.
+
+    `ratio` is the capped importance weight of the sampled tokens, present with loss.rollout_clip.
+    """
     record["loss_mask"] = [int(x) for x in batch.loss_BC[b, :n]]
     record["logp_student"] = round_values(tokens.logp_student_T[b, :n])
     record["entropy_student"] = round_values(tokens.entropy_student_T[b, :n])
@@ -155,9 +186,10 @@ def _add_divergence(
 def _add_policy(
     r: loaded_run.LoadedRun, record: dict, batch: layout.Batch, policy, b: int, n: int
 ) -> None:
-    """Values of the policy loss at its temperature; of a cross entropy those that it has.
+    """Adds the values of the policy loss at its temperature; a cross entropy has fewer of them.
 
-    `policy_ratio` is p(y) trainer / p(y) sampler before any clip, where the loss makes use of it.
+    `policy_ratio` is p(y) in the trainer / p(y) in the sampler before any clip. It is present only
+    if the loss uses it.
     """
     settings = r.options.policy
     record["policy_loss"] = round_values(policy.value_T[b, :n])
@@ -175,7 +207,7 @@ def _add_policy(
 
 
 def _mean_ratios(made: list[dict]) -> dict[str, float]:
-    """Means of the ratios over the tokens with the loss that they belong to."""
+    """Returns the mean of each ratio over the tokens that carry its loss."""
     out = {}
     for name, mask in (("ratio", "loss_mask"), ("policy_ratio", "policy_mask")):
         kept = [
@@ -197,8 +229,14 @@ OF_POLICY = ("policy_loss", "policy_entropy", "ratio_clipped", "kl_initial")
 def drop_empty_means(
     policy: train_step.PolicyLoss | None, values: Mapping[str, Any]
 ) -> dict[str, float]:  # fmt: skip
-    """The step's metrics without those that are the mean of nothing, for which a step has 0: where
-    no token carries their loss, or the loss has no ratio or no divergence from the initial policy.
+    """Returns the step's metrics without means over nothing, which the step reports as 0.
+
+    A mean is empty if no token carries its loss. `ratio_clipped` is empty for a cross entropy, and
+    `kl_initial` for a loss without the divergence from the initial policy.
+
+    Args:
+      policy: the settings of the policy loss, or None without one.
+      values: the metrics of the step, as scalars.
     """
     numbers = {name: float(value) for name, value in values.items()}
     empty = {name for name in OF_LOSS if numbers.get("loss_tokens") == 0}

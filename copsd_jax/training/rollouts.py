@@ -1,6 +1,6 @@
-"""The student's answers to a step's problems: sampled, graded, and recorded.
+"""The rollouts of a step: completions of the student, sampled and graded.
 
-What all methods that sample share. A group is the completions of one occurrence of a problem.
+All methods that sample share this file. A group is the completions of one occurrence of a problem.
 """
 
 import collections
@@ -22,11 +22,16 @@ class Rollouts(NamedTuple):
     """B completions of a step, in the order of the batch.
 
     Attributes:
-      groups: of each completion the number of its group.
-      decoded: the completions as text with the characters of each token, without the end token.
-      starts: where in that text the answer begins, behind the thinking.
-      verdicts: None where a row has no gold answer.
-      sampler: how busy it kept the device.
+      rows: the problem of each completion.
+      samples: the number of each completion among those of its problem, from 0.
+      groups: the number of each completion's group.
+      asked: the student's prompt of each completion.
+      completions: the ids as sampled, with log-probabilities and the reason of the end.
+      decoded: the text of each completion, with the characters of each token, without the end
+        token.
+      starts: the index in that text at which the answer begins, after the thinking.
+      verdicts: the grading of each completion; None if its row has no gold answer.
+      sampler: statistics of the sampler, such as how busy it kept the device.
     """
 
     rows: list[problem_row.Row]
@@ -40,28 +45,44 @@ class Rollouts(NamedTuple):
     sampler: loop.Stats
 
     def answer(self, i: int) -> str:
-        """The text of completion i without its thinking."""
+        """Returns the text of completion i without its thinking."""
         return self.decoded[i].text[self.starts[i] :].strip()
 
     def rewards(self) -> np.ndarray:
-        """float64 [B]; 0 where nothing is graded."""
+        """Returns the rewards, float64 [B]; 0 for completions that are not graded."""
         return np.array([verdict.reward if verdict else 0.0 for verdict in self.verdicts])
 
 
 class StepInputs(NamedTuple):
-    """What a step trains on, and what is known of it before the step."""
+    """The inputs of a train step, and the facts that are known before it runs.
+
+    Attributes:
+      batch: the layouts of both sides, with masks and advantages.
+      student_prefix: int32 [P], the exemplars of the student's prompts, or None.
+      teacher_kv: keys and values of the teacher's exemplars, one entry per policy of
+        `train_step.teacher_mixture`, or None.
+      records: one dictionary per completion.
+      metrics: values by name.
+    """
 
     batch: layout.Batch
-    student_prefix: np.ndarray | None  # int32 [P]
-    teacher_kv: tuple | None  # model.KV of each of train_step.teachers
-    records: list[dict]  # one a completion
+    student_prefix: np.ndarray | None
+    teacher_kv: tuple | None
+    records: list[dict]
     metrics: dict[str, float]
 
 
 def sample_rollouts(
     r: loaded_run.LoadedRun, policy: policy_lib.Policy, rows: Sequence[problem_row.Row], step: int
 ) -> Rollouts:  # fmt: skip
-    """Samples rollout.per_prompt completions of each row under a policy, and grades them."""
+    """Samples rollout.per_prompt completions of each row under a policy, and grades them.
+
+    Args:
+      r: the loaded run, with an open grader.
+      policy: the student's weights.
+      rows: the problems of the step. Completions of a row without a gold answer are not graded.
+      step: selects the random stream.
+    """
     plan, c = r.plan, r.plan.config
     repeated, samples = _repeat(rows, c.rollout.per_prompt)
     asked = [prompts.build_student_prompt(plan.tokenizer, plan.student, row) for row in repeated]
@@ -96,10 +117,11 @@ def sample_rollouts(
 
 
 def _known(completion: loop.Completion) -> loop.Completion:
-    """Log-probabilities that a server does not give, NaN, as empty arrays.
+    """Replaces log-probabilities that a server does not give, which are NaN, by empty arrays.
 
-    A record then has [], which JSON has too, and a batch 0 (`layout.pad_rows`). Nothing reads
-    that 0: losses that would are refused (`make_plan`). But a NaN times a weight of 0 is NaN.
+    A record then has [], which JSON can express, and a batch has 0 (`layout.pad_rows`). No loss
+    reads that 0, since `make_plan` refuses such losses. A NaN would spoil the loss even at weight
+    0.
     """
     known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
     return dataclasses.replace(
@@ -112,7 +134,10 @@ def _known(completion: loop.Completion) -> loop.Completion:
 def _repeat(
     rows: Sequence[problem_row.Row], per_prompt: int
 ) -> tuple[list[problem_row.Row], list[int]]:
-    """Each row G times, with its sample numbers; a row that occurs twice goes on counting."""
+    """Returns each row G times with sample numbers, G = per_prompt.
+
+    The numbers of a row that occurs twice go on counting, so that no random stream is used twice.
+    """
     seen: collections.Counter[str] = collections.Counter()
     repeated, samples = [], []
     for row in rows:
@@ -124,7 +149,14 @@ def _repeat(
 
 
 def find_answer_start(prompt: prompts.Prompt, text: str) -> int:
-    """Where the answer begins: behind the last </think>; at the end of a text that thinks on."""
+    """Returns the index at which the answer begins, after the last </think>.
+
+    It is 0 for a text without thinking, and the end of the text if the thinking is not closed.
+
+    Args:
+      prompt: its state says whether it opened the thinking.
+      text: the completion.
+    """
     closed = text.rfind("</think>")
     opened = text.rfind("<think>")
     if opened > closed or (closed < 0 and prompt.state == "open"):
@@ -138,7 +170,18 @@ def encode_prefixes(
     asked: prompts.Prompt,
     told: prompts.Prompt | None,
 ) -> tuple[np.ndarray | None, tuple | None]:
-    """The student's shared tokens, and the keys of the teacher's under each of its policies."""
+    """Returns the shared prefixes of both sides' prompts, which are the exemplars.
+
+    Args:
+      r: the loaded run.
+      state: gives the weights of the teacher's policies.
+      asked: a prompt of the student.
+      told: a prompt of the teacher, or None without a teacher.
+
+    Returns:
+      The student's prefix as ids, int32 [P], and the teacher's as keys and values
+      [layers, 1, P, K, H] under each of its policies. Each is None if there is none.
+    """
     student = np.asarray(asked.prefix_ids, np.int32) if asked.prefix_ids else None
     if told is None or not told.prefix_ids:
         return student, None
