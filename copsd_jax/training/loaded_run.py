@@ -81,7 +81,8 @@ def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
     These are a server that fails, a damaged file, and too little memory.
 
     Args:
-      directory: the work directory, which the message names as the place to continue.
+      directory: the work directory. Messages about servers and files say that the same command
+        continues it.
 
     Raises:
       SystemExit: in place of EngineError, UnusableFile and MemoryError.
@@ -453,6 +454,9 @@ def grade_completions(
       golds: the gold answer of each completion.
       asked: the prompt of each completion.
       texts: the completions as text.
+
+    Returns:
+      One verdict per completion, in their order.
     """
     whole = [restore_think_tag(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
     threshold = run.plan.config.reward.threshold

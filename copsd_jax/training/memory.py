@@ -1,7 +1,7 @@
 """Parameter counts, and the memory that a run holds, computed from shapes and shardings.
 
-Nothing is allocated or compiled here. The temporaries of programs are known to the compiler alone:
-`dryrun` compiles the programs and reads them.
+This file allocates and compiles nothing. Only the compiler knows the temporaries of programs:
+`dryrun` compiles the programs and reads their sizes.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,11 @@ from copsd_jax.training import builders, model_headers, run_plan, train_step
 
 
 def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
-    """Returns the number of parameters of the base model and of what is trained."""
+    """Returns the number of parameters of the base model and of the trained ones.
+
+    Returns:
+      {"base": number, "trained": number}; for LoRA the trained ones are those of the adapter.
+    """
     count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
     base = transformer.abstract_params(plan.model_config, plan.dtype)
     return {
@@ -31,7 +35,7 @@ def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def count_bytes(tree: Any) -> int:
-    """Returns the bytes that arrays with shardings take on each device."""
+    """Returns the bytes on each device of a tree of arrays with shardings."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -42,11 +46,11 @@ class HeldArrays(NamedTuple):
     """The arrays that a run holds between its programs, as jax.ShapeDtypeStructs with shardings.
 
     Attributes:
-      base: the parameters as they are loaded.
-      frozen: the parameters that are kept all the time; {} if full fine-tuning needs none.
+      base: the parameters as loaded.
+      frozen: the parameters that stay unchanged throughout; {} if full fine-tuning needs none.
       state: the training state.
       sampler: the policy that the sampler reads.
-      kept: the sampler's copy that stays through the training step; None if there is none.
+      kept: the sampler's copy that stays during the training step; None if there is none.
     """
 
     base: dict
@@ -57,13 +61,14 @@ class HeldArrays(NamedTuple):
 
 
 def _eval_shape(program: Any, *args: Any) -> Any:
+    """Returns the abstract results of a jitted function."""
     return program.eval_shape(*args)
 
 
 def held_arrays(
     frame: run_plan.ProgramPlan, *, call: Callable[..., Any] = _eval_shape
 ) -> HeldArrays:
-    """Returns the arrays that a run holds, made by the functions that the run makes them with.
+    """Returns the arrays that a run holds, from the functions with which the run creates them.
 
     Args:
       frame: the settings, the model's shape and the mesh, which may be an AbstractMesh.
@@ -85,7 +90,15 @@ def held_arrays(
 
 
 def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str, int]:
-    """Returns the bytes on each device, by part, that a run holds all the time."""
+    """Returns the bytes on each device that a run holds all the time, by part.
+
+    Args:
+      frame: the settings.
+      arrays: the arrays of `held_arrays`.
+
+    Returns:
+      The bytes of weights, adapters, optimizer and average, the teacher's moving average.
+    """
     trained = count_bytes(arrays.state.trained)
     lora = frame.config.train.trainable == "lora"
     return {
@@ -97,7 +110,12 @@ def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str,
 
 
 def count_sampler_weights(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> int:
-    """Returns the bytes on each device of the sampler's own copies of weights, while it samples."""
+    """Returns the bytes on each device of the sampler's own copies of weights, while it samples.
+
+    Args:
+      frame: the settings.
+      arrays: the arrays of `held_arrays`.
+    """
     lora = frame.config.train.trainable == "lora"
     policy = arrays.sampler
     copies = 0 if policy.params is arrays.base else count_bytes(policy.params)
@@ -112,8 +130,8 @@ def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -
 
     Args:
       frame: the settings, the model's shape and the mesh.
-      section: the section of the settings that says how many slots there are.
-      tokens: entries that a slot needs, those that an insertion overwrites included.
+      section: the section of the settings with the number of slots: rollout, eval or author.
+      tokens: the entries that a slot needs, including those that an insertion overwrites.
     """
     m, settings = frame.model_config, builders.build_sampler_settings(frame.config, section, 0)
     tensor, shards = frame.mesh.shape["tensor"], sharding.batch_shards(frame.mesh)
@@ -132,7 +150,10 @@ def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -
 
 
 def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
-    """Returns the bytes on each device of weights, training state and decode cache of rollouts."""
+    """Returns the bytes on each device of weights, training state and decode cache of rollouts.
+
+    The temporaries of programs are not included.
+    """
     arrays = held_arrays(plan)
     held = count_resident(plan, arrays)
     tokens = plan.longest["student"] + plan.config.rollout.max_tokens + engine.INSERT_BLOCK
@@ -146,11 +167,12 @@ def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def describe_undivided(frame: run_plan.ProgramPlan) -> str:
-    """Returns which parameters stay whole along an axis that does not divide them, and the cost.
+    """Describes the parameters that stay whole along a mesh axis that does not divide them.
 
     Returns:
-      One line; '' if the mesh divides every parameter. The cost counts trained values with their
-      gradients, the two moments of AdamW and the average.
+      One line with the parameters of each axis and the additional memory on each device; "" if the
+      mesh divides every parameter. The memory counts trained values with their gradients, the two
+      moments of AdamW and the average.
     """
     c, where, shape = frame.config, frame.mesh, frame.model_config
     base = transformer.abstract_params(shape, frame.dtype)

@@ -1,4 +1,4 @@
-"""The model of a run before its weights are read: its files, shape, tokenizer and dtype."""
+"""The headers of a run's model, known before its weights: files, shape, tokenizer and dtype."""
 
 import dataclasses
 import hashlib
@@ -21,11 +21,14 @@ def read_headers(
 ) -> tuple[pathlib.Path, transformer.ModelConfig, text_encoding.Tokenizer]:
     """Reads a model's config and tokenizer, downloading no weights.
 
+    Args:
+      config: the run's settings, of which model.* is read.
+
     Returns:
       The path of the model, its shape, and its tokenizer.
 
     Raises:
-      ValueError, OSError: a file is missing, or names an architecture that is not known.
+      ValueError, OSError: a file is missing, or names an unknown architecture.
     """
     path = hub.resolve(config.model.path, config.model.revision, weights=False)
     tok = tokenizer.load(
@@ -36,14 +39,19 @@ def read_headers(
     if config.model.init == "random" and config.model.shape:
         shape = transformer.SHAPES[config.model.shape]
         if config.model.shape == "tiny":
-            # As wide as the tokenizer, in multiples that a mesh divides.
+            # The vocabulary covers the tokenizer, rounded up to a multiple that a mesh divides.
             shape = dataclasses.replace(shape, vocab_size=-(-len(tok) // 64) * 64)
         return path, shape, tok
     return path, hf_config.load_config(path), tok
 
 
 def choose_dtype(name: str, devices: Mesh) -> Any:
-    """Returns the dtype of base weights and compute, from `model.dtype` and the mesh's platform."""
+    """Returns the dtype of base weights and compute, from `model.dtype` and the mesh's platform.
+
+    Args:
+      name: auto, float32 or bfloat16; auto is float32 on a CPU and bfloat16 elsewhere.
+      devices: the mesh.
+    """
     auto = jnp.float32 if sharding.platform(devices) == "cpu" else jnp.bfloat16
     return {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
 
@@ -57,7 +65,11 @@ def trained_shapes(config: config_lib.Config, shape: transformer.ModelConfig) ->
 
 
 def fingerprint_weights(path: pathlib.Path) -> str:
-    """Returns the SHA-256 of the files of weights: names, sizes, first and last MiB of each."""
+    """Returns a SHA-256 over the names, sizes, and first and last MiB of the weight files.
+
+    Args:
+      path: a file, or a folder with safetensors.
+    """
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     digest = hashlib.sha256()
     for file in files:

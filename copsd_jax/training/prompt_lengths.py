@@ -1,4 +1,4 @@
-"""Lengths of prompts: which rows fit their limits, and what the model's positions allow."""
+"""Lengths of prompts: the limits that rows must fit, and the positions of the model."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -15,8 +15,9 @@ class FittingRows(NamedTuple):
     """Rows whose prompts fit.
 
     Attributes:
-      longest: tokens of the longest prompt of each side.
-      dropped: how many rows were left out, by reason.
+      rows: the rows, in their order.
+      longest: the tokens of the longest prompt of each side.
+      dropped: the number of rows left out, by reason.
     """
 
     rows: list[problem_row.Row]
@@ -37,11 +38,11 @@ def keep_fitting(
       rows: the candidates.
       build: builds a row's prompt.
       side: the key of the result's `longest`.
-      section: the section of the settings that has the limit: prompt or teacher.
+      section: the section of the settings with the limit: prompt or teacher.
       config: the run's settings; `data.overlong` says whether a long prompt is an error.
 
     Raises:
-      ValueError: no row fits, or one does not with data.overlong=error.
+      ValueError: no row fits, or with data.overlong=error a row does not fit.
     """
     setting, limit = f"{section}.max_tokens", config[section].max_tokens
     lengths = []
@@ -69,7 +70,14 @@ def keep_fitting_training(
     student: conversations.PromptFormat,
     teacher: teacher_side.TeacherSide,
 ) -> FittingRows:
-    """Returns the training rows whose prompts, and for SFT whose solutions, all fit.
+    """Returns the training rows whose prompts all fit, and for SFT whose solutions fit too.
+
+    Args:
+      rows: the candidates.
+      config: the run's settings.
+      tokenizer: measures prompts and solutions.
+      student: the format of the student's prompts.
+      teacher: builds the teacher's prompts, which are measured with the shortest attempt and reply.
 
     Raises:
       ValueError: as `keep_fitting`, or student and teacher start in different template states.
@@ -118,10 +126,15 @@ def _keep_short_solutions(
 def check_positions(
     config: config_lib.Config, model_config: transformer.ModelConfig, longest: dict[str, int]
 ) -> None:
-    """Checks that the longest prompt and a completion fit the model's positions.
+    """Checks that each side's longest prompt and a completion fit the model's positions.
+
+    Args:
+      config: the run's settings, with the limits of completions.
+      model_config: has the number of positions.
+      longest: the tokens of the longest prompt of each side.
 
     Raises:
-      ValueError: naming the side and the setting.
+      ValueError: they do not fit; the message names the side and the setting.
     """
     completion = config.rollout.max_tokens
     needed = [
@@ -145,13 +158,13 @@ def bound_teacher(
     model_config: transformer.ModelConfig,
     shortest: int,
 ) -> int:
-    """Returns the most tokens that a teacher prompt of a step may have.
+    """Returns an upper bound for the tokens of the teacher's prompts in a step.
 
     Args:
       config: the run's settings.
       context: the privileged context; a reply or a sibling's answer makes prompts longer.
       model_config: has the number of positions.
-      shortest: tokens of the longest teacher prompt with the shortest attempt and reply.
+      shortest: the tokens of the longest teacher prompt with the shortest attempt and reply.
     """
     reads = contexts.list_inputs(context)
     tokens = shortest + (config.author.max_tokens if "reply" in reads else 0)
@@ -160,7 +173,7 @@ def bound_teacher(
 
 
 def teacher_limit(config: config_lib.Config, model_config: transformer.ModelConfig) -> int:
-    """Returns the limit above which a teacher prompt is left out of a step, in tokens."""
+    """Returns the most tokens of a teacher prompt; a step leaves out longer ones."""
     return min(config.teacher.max_tokens, model_config.max_position - config.rollout.max_tokens)
 
 
@@ -170,10 +183,20 @@ def drop_overlong(
     students: Sequence[prompts.Prompt],
     teachers: Sequence[prompts.Prompt | None],
 ) -> tuple[list[prompts.Prompt | None], int]:
-    """Returns a step's teacher prompts with None for each overlong one, and how many these are.
+    """Replaces a step's overlong teacher prompts by None, and counts them.
+
+    Args:
+      config: the run's settings.
+      model_config: has the number of positions.
+      students: the student's prompt of each completion.
+      teachers: the teacher's prompt of each completion, or None if it has none.
+
+    Returns:
+      The teacher's prompts, and the number of overlong ones.
 
     Raises:
-      ValueError: with data.overlong=error, or if both sides start in different template states.
+      ValueError: a prompt is overlong with data.overlong=error, or the two sides start in different
+        template states.
     """
     kept, overlong = [], 0
     limit = teacher_limit(config, model_config)

@@ -82,7 +82,7 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
     graded = [record for record in made if record["correct"] is not None]
     # "raised:KeyError" counts as "raised"; the records keep the exception's name.
     statuses = [record["grade_status"].partition(":")[0] for record in graded]
-    # A user's function returns a reward only, so these statuses say nothing about the format.
+    # A user's function extracts no answer, so these statuses say nothing about its format.
     formed = [
         record["answer"] is not None
         for record, status in zip(graded, statuses, strict=True)

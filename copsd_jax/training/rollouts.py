@@ -120,8 +120,7 @@ def _known(completion: loop.Completion) -> loop.Completion:
     """Replaces log-probabilities that a server does not give, which are NaN, by empty arrays.
 
     A record then has [], which JSON can express, and a batch has 0 (`layout.pad_rows`). No loss
-    reads that 0, since `make_plan` refuses such losses. A NaN would spoil the loss even at weight
-    0.
+    reads that 0, since `make_plan` refuses such losses. A NaN times a weight of 0 would be NaN.
     """
     known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
     return dataclasses.replace(

@@ -1,6 +1,7 @@
 """The plan of a run: settings, problems, shapes, tokenizer and prompts, checked without weights.
 
-`make_plan` refuses a run that cannot work, in seconds and in one sentence, and writes nothing.
+`make_plan` refuses a run that cannot work. It takes seconds, explains the refusal in one sentence,
+and writes nothing.
 """
 
 import collections
@@ -45,7 +46,10 @@ class ProgramPlan:
     """The part of a plan that determines a run's compiled programs.
 
     Attributes:
-      dtype: of base weights and compute.
+      config: the settings of the run.
+      mesh: the devices of the run.
+      dtype: the dtype of base weights and of compute.
+      model_config: the shape of the model.
     """
 
     config: config_lib.Config
@@ -65,11 +69,19 @@ class Plan(ProgramPlan):
 
     Attributes:
       weights_path: the model's file or folder.
-      dropped: how many training rows were left out, by reason; `eval_dropped` likewise.
+      tokenizer: the tokenizer of the model, or the one of model.tokenizer.
+      vocabulary: the ids that may be sampled, their bytes, and the ids that end a text.
+      special_ids: the ids of added tokens.
+      rows: the problems to train on.
+      dropped: the number of training rows left out, by reason.
+      eval_rows: the problems to evaluate on.
+      eval_dropped: the number of evaluation rows left out, by reason.
       student, teacher, evaluation, author: how the prompts of each side are built.
-      replies: of author.kind=file, by row id and sample.
-      longest: tokens of the longest prompt of each side.
-      server: of sampler.engine=server; it has answered.
+      selection: which tokens carry loss.
+      guards: the rules that watch the metrics.
+      replies: the replies of author.kind=file, by row id and sample.
+      longest: the tokens of the longest prompt of each side.
+      server: the server of sampler.engine=server, which has answered; None for other engines.
     """
 
     weights_path: pathlib.Path
@@ -92,12 +104,14 @@ class Plan(ProgramPlan):
 
     @property
     def context(self) -> contexts.Settings:
-        """The privileged context of the teacher."""
+        """The settings of the teacher's privileged context."""
         return self.teacher.context
 
 
 def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool = True) -> Plan:
     """Checks a config against files, shapes and devices; reads no weights and writes nothing.
+
+    Pretrained weights that are not on this machine are downloaded last, after all other checks.
 
     Args:
       config: the settings of a run.
@@ -105,7 +119,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
       evaluate: whether the plan has the problems to evaluate on.
 
     Raises:
-      ValueError, OSError: in one sentence that names the setting.
+      ValueError, OSError: the run cannot work; the message is one sentence that names the setting.
     """
     table_rules.check(config, train=train)
     server = sampler_server.plan_server(config, train) if train or evaluate else None
@@ -156,7 +170,15 @@ def _teacher_side(config, tok, spec, context) -> teacher_side.TeacherSide:
 
 
 class _Problems(NamedTuple):
-    """Rows to train on, to evaluate on, and in front of every prompt."""
+    """The rows of a plan.
+
+    Attributes:
+      rows: the problems to train on.
+      dropped: the number of training rows left out, by reason.
+      eval_rows: the problems to evaluate on.
+      eval_dropped: the number of evaluation rows left out, by reason.
+      exemplars: the worked examples in front of every prompt.
+    """
 
     rows: list[problem_row.Row]
     dropped: collections.Counter
@@ -166,6 +188,7 @@ class _Problems(NamedTuple):
 
 
 def _read_problems(config, context, registry, train: bool, evaluate: bool) -> _Problems:
+    """Reads the problems that the plan needs, and the exemplars."""
     none = lambda: ([], collections.Counter())  # noqa: E731
     return _Problems(
         *(problem_selection.load_train_rows(config, context, registry) if train else none()),
@@ -181,7 +204,7 @@ def _keep_fitting(
     teacher: teacher_side.TeacherSide,
     problems: _Problems,
 ) -> tuple[_Problems, dict[str, int]]:
-    """Returns the problems whose prompts fit, and the longest prompt's tokens of each side."""
+    """Returns the problems whose prompts fit, and the longest prompt of each side in tokens."""
     trained = prompt_lengths.keep_fitting_training(
         problems.rows, config, tok, sides["student"], teacher
     )
@@ -208,6 +231,7 @@ def _keep_fitting(
 def _build_vocabulary(
     tok: text_encoding.Tokenizer, path: pathlib.Path, size: int
 ) -> request.Vocabulary:
+    """Builds the vocabulary of the sampler from the tokenizer and the model's settings."""
     return request.Vocabulary(
         valid_V=tokenizer.mark_valid_ids(tok, size),
         token_bytes=tokenizer.list_token_bytes(tok),
@@ -216,7 +240,7 @@ def _build_vocabulary(
 
 
 def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFormat]:
-    """Builds each side's prompt settings; checks those of the sides that the method uses."""
+    """Builds each side's prompt format; checks the sides that the method uses."""
     opening = {
         "student": config.prompt.thinking,
         "teacher": config.teacher.thinking,
@@ -243,15 +267,17 @@ def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFo
 
 
 def _guards(config: config_lib.Config) -> tuple[guards.Rule, ...]:
+    """Parses the rules of guards.rules, and checks that their metrics exist."""
     return guards.check_metrics(
         guards.parse_rules([rule for rule in config.guards.rules.split(",") if rule])
     )
 
 
 def _selection(config: config_lib.Config) -> token_selection.Settings:
+    """Returns the settings of token selection; a function of the user is imported."""
     names = ("select", "on_failure", "occurrence", "fuzzy")
     chosen = token_selection.Settings(**{name: config.tokens[name] for name in names})
-    token_selection.import_span_function(chosen.select)  # refuses one that cannot be imported
+    token_selection.import_span_function(chosen.select)  # raises if it cannot be imported
     return chosen
 
 
@@ -278,6 +304,12 @@ def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
 def load_config(directory: pathlib.Path) -> config_lib.Config:
     """Loads the config of a work directory, for the devices of this machine.
 
+    Settings of the mesh and of attention kernels get their defaults here, since results do not
+    depend on them.
+
+    Args:
+      directory: the work directory of a run.
+
     Raises:
       FileNotFoundError: the directory holds no run.
       ValueError: the run has a setting that this version does not have.
@@ -292,13 +324,14 @@ def load_config(directory: pathlib.Path) -> config_lib.Config:
         section, _, key = name.rpartition(".")
         node = config[section] if section else config
         node[key] = tuple(value) if isinstance(value, list) else value
-    # Mesh and kernels are chosen for this machine: no result depends on them.
+    # The mesh and the kernels of the saved run may not suit this machine.
     config.mesh.update(config_lib.default().mesh)
     config.model.attention = config.sampler.attention = "auto"
     return config
 
 
 def _check_languages(config: config_lib.Config, registry) -> None:
+    """Checks that every language code in the settings is known."""
     named = {
         "data.lang": config.data.lang,
         "eval.lang": config.eval.lang,

@@ -1,4 +1,4 @@
-"""The server of sampler.engine=server: settings that go with one, and room for the prompts."""
+"""The server of sampler.engine=server: checks of its settings, and of its room for prompts."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
       train: whether the run trains, so that a loss may need the server's log-probabilities.
 
     Raises:
-      ValueError: a setting does not go with a server.
+      ValueError: a setting cannot be used with a server.
     """
     s = config.sampler
     if s.engine != "server":
@@ -42,7 +42,7 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
 
 
 def _check_logprobs(config: config_lib.Config) -> None:
-    """Checks that the server returns log-probabilities if a loss reads them."""
+    """Checks that the server returns the log-probabilities that a loss reads."""
     c, r = config, config.rollout
     drawn = request.Sampling(r.max_tokens, r.temperature, r.top_k, r.top_p, r.min_p)
     given = remote_engine.reports_log_probs(c.sampler.logprobs, drawn)[0]
@@ -62,11 +62,16 @@ def connect_server(
     server: remote_engine.EngineServer | None,
     longest: dict[str, int],
 ) -> remote_engine.EngineServer | None:
-    """Connects to the server, and checks its room for the longest prompts and completions.
+    """Returns the connected server after checking its room for the longest prompts and completions.
+
+    Args:
+      config: the run's settings, with the limits of completions.
+      server: the server of `plan_server`; None is returned unchanged.
+      longest: the tokens of the longest prompt of each side.
 
     Raises:
       OSError: the server does not answer.
-      ValueError: a side's longest prompt and completion pass its context length.
+      ValueError: the longest prompt of a side with its completion exceeds the context length.
     """
     if server is None:
         return None

@@ -1,4 +1,4 @@
-"""The check of settings that choose an entry of a table: contexts, rewards, divergences and others.
+"""Checks of settings that choose an entry of a table, such as contexts, rewards and divergences.
 
 `main` checks all other settings before it imports a table (`config.setting_rules`).
 """
@@ -16,7 +16,11 @@ from copsd_jax.teaching import contexts, conversations
 
 
 def tables() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Returns the entries of each setting's table, with the settings that each entry reads."""
+    """Returns the entries of each setting's table, with the settings that each entry reads.
+
+    Returns:
+      {setting: {entry: names of settings}}; the names are empty for entries that read none.
+    """
     entries = {
         "context.kind": contexts.CONTEXTS,
         "reward.kind": reward_functions.REWARDS,
@@ -40,10 +44,15 @@ def tables() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def check(config: config_lib.Config, *, train: bool = True, data: bool = True) -> None:
-    """Refuses settings that cannot work: those of `setting_rules.check`, with all tables.
+    """Checks the settings against the tables, after all checks of `setting_rules.check`.
+
+    Args:
+      config: the settings of a run.
+      train: whether something will be trained.
+      data: whether problems will be read.
 
     Raises:
-      ValueError: in one sentence with the setting, its value and the choices.
+      ValueError: a setting cannot work; the message has the setting, its value and the choices.
     """
     setting_rules.check(config, tables(), train=train, data=data)
     s = config_lib.flat(config)
@@ -58,7 +67,11 @@ def check(config: config_lib.Config, *, train: bool = True, data: bool = True) -
 
 
 def context_settings(config: config_lib.Config) -> contexts.Settings:
-    """Returns the settings of the context; methods without a teacher have the context "none"."""
+    """Returns the settings of the context; methods without a teacher have the context "none".
+
+    Args:
+      config: the settings of a run.
+    """
     c = config.context
     return contexts.Settings(
         kind=c.kind if config_lib.traits(config).teacher else "none",
@@ -72,7 +85,7 @@ def context_settings(config: config_lib.Config) -> contexts.Settings:
 
 
 def _check_context(s: Mapping[str, Any], settings: contexts.Settings) -> None:
-    """Refuses an author, a choice of tokens or a single completion that a context cannot use."""
+    """Refuses authors, token selections and group sizes that the context cannot use."""
     context, author = contexts.CONTEXTS[settings.kind], s["author.kind"]
     if author not in context.author_kinds:
         rule = f"with context.kind={settings.kind} it is one of {', '.join(context.author_kinds)}"
@@ -81,7 +94,7 @@ def _check_context(s: Mapping[str, Any], settings: contexts.Settings) -> None:
         locating = [name for name, entry in contexts.CONTEXTS.items() if entry.locates_error]
         rule = f"it goes with context.kind={', '.join(locating)}"
         setting_rules.refuse(s, "tokens.select", rule)
-    # The rule of the grader and a file know what is right without a sibling's success.
+    # Only the authors grader and file can do without a successful sibling.
     compares = "siblings" in context.inputs(settings) and author not in ("grader", "file")
     if compares and s["rollout.per_prompt"] < 2:
         why = f"context.kind={settings.kind}"

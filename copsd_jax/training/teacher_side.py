@@ -1,4 +1,4 @@
-"""The teacher's prompts of a run: one template, one context, and the exemplars in front."""
+"""The teacher's prompts of a run: one format, one context, and the exemplars in front."""
 
 import dataclasses
 
@@ -15,11 +15,12 @@ from copsd_jax.teaching import (
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSide:
-    """Everything that the prompts of a run's teacher have in common.
+    """The common parts of all prompts of a run's teacher.
 
     Attributes:
-      spec: template, thinking and form of the answer.
-      context: the privileged context.
+      tokenizer: encodes the prompts.
+      spec: the template, the thinking mode and the form of the answer.
+      context: the settings of the privileged context.
       exemplars: worked examples in front of every prompt, each with a reply.
     """
 
@@ -31,13 +32,21 @@ class TeacherSide:
     def build(
         self, attempt: contexts.Attempt, reply: replies.Reply = replies.NONE
     ) -> prompts.Prompt | None:
-        """Builds the prompt for one completion; None if its context needs what is not there."""
+        """Builds the prompt for one completion.
+
+        Args:
+          attempt: the completion and the facts about it that contexts may read.
+          reply: the author's reply on the completion.
+
+        Returns:
+          The prompt, or None if the context needs a part that is absent.
+        """
         return teacher_prompts.build_teacher_prompt(
             self.tokenizer, self.spec, self.context, attempt, reply, self.exemplars
         )
 
     def build_shortest(self, row: problem_row.Row) -> prompts.Prompt:
-        """Builds the prompt with the shortest attempt and reply: no prompt of the row is shorter.
+        """Builds the prompt with the shortest attempt and reply; no prompt of the row is shorter.
 
         Its exemplars and its template state are those of every prompt of the teacher.
         """
@@ -47,5 +56,5 @@ class TeacherSide:
 
 
 def shortest_attempt(row: problem_row.Row) -> contexts.Attempt:
-    """Returns an attempt with every part present and as short as possible."""
+    """Returns an attempt that has every part, each as short as possible."""
     return contexts.Attempt(row, "-", False, "-", "-", row)
