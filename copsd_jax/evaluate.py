@@ -117,6 +117,7 @@ def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partia
     with contextlib.ExitStack() as stack:
         stream = None
         if partial is not None and processes.is_leader():
+            # Other processes draw the same completions, and only the leader stores them.
             stream = stack.enter_context(partial.open("a", encoding="utf-8"))
 
         def done(k: int, completion: loop.Completion) -> None:
@@ -182,7 +183,7 @@ def _sums(tree: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> dict[int, _Said]:
-    """Returns the completions of a stopped evaluation, by index, and readies the file for more.
+    """Returns the completions of a stopped evaluation, by index, and prepares the file.
 
     A half-written last line is cut off. Completions of another policy are discarded with a message,
     and the file begins anew; training a step again can give such a policy.
@@ -259,8 +260,13 @@ def _averages(records: Sequence[dict]) -> dict[str, float]:
 def format_comparison(before: dict, after: dict) -> str:
     """Renders a table of two evaluations of the same problems.
 
-    Each row has the difference in points, the 95 % interval of a paired bootstrap over problems
-    and the p-value of an exact sign test.
+    Args:
+      before: a result of `evaluate`.
+      after: the result of a later evaluation.
+
+    Returns:
+      The table. Each row has the difference in points, the 95 % interval of a paired bootstrap over
+      problems, and the p-value of an exact sign test.
     """
     rows = []
     new = group_records(after["problems"])

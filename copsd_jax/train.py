@@ -110,10 +110,12 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
         plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
     )
     written = processes.run_on_leader(lambda: metric_files.lines(directory, first))
+    # The state of the guards follows from the metrics of earlier steps, so no file has to store it.
     guard = guards.replay_metrics(plan.guards, written)
     said = processes.run_on_leader(lambda: workdir.read_events(directory, first))
     stream = processes.progress_stream()
     with terminal.Progress("step", c.train.steps, first, stream) as progress:
+        # A continued run that a guard has stopped takes no further step.
         for step in range(first, first if guard["stopped"] else c.train.steps):
             with timer("rollout"):
                 work = method.make_batch(r, state, next(order), step)
@@ -144,6 +146,8 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
                     workdir.step_file(directory, "rollouts", step + 1), work.records
                 )
             last = step + 1 == c.train.steps or bool(guard["stopped"])
+            # The checkpoint comes last: a continued run finds the metrics and records of all steps
+            # before its checkpoint, and writes those of later steps again.
             if (step + 1) % c.train.save_every == 0 or last:
                 checkpoints.save(step + 1, state)
             progress.update(
@@ -203,6 +207,7 @@ def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Pa
             update,
             workdir.partial_file(path),
         )
+    # The completions are removed once the result that is made of them is in its file.
     workdir.write_json(path, {"step": step, **result})
     processes.run_on_leader(lambda: workdir.partial_file(path).unlink(missing_ok=True))
     return {"step": step, **result}

@@ -64,8 +64,8 @@ def write_replies(
 ) -> list[replies.Reply]:
     """Returns a reply for each completion, in the order of the requests.
 
-    If the context does not read the attempt, its text is written once per problem and shared by the
-    problem's completions. If it reads no reply, every reply is `replies.NONE`.
+    If the context does not read the attempt, one text is written per problem and shared by the
+    problem's completions. If the context reads no reply, every reply is `replies.NONE`.
 
     Args:
       r: the loaded run, with the settings author.* and context.*.
@@ -116,7 +116,7 @@ def _sampled(
 
 
 def _unasked(prompt: prompts.Prompt | None, plan: run_plan.Plan) -> AuthorText | None:
-    """Returns a text that says why the author is not asked, or None if it is asked."""
+    """Returns an empty text with the reason why the author is not asked, or None if it is."""
     if prompt is None:
         return AuthorText("", "not_asked")
     held = plan.model_config.max_position
@@ -256,8 +256,8 @@ def apply_leak_policy(reply: replies.Reply, row: problem_row.Row, policy: str) -
     Args:
       reply: returned unchanged if its explanation does not contain the answer.
       row: the problem; without a final answer nothing can leak.
-      policy: drop makes the reply unusable with the status "leak_dropped", mask masks the answer in
-        the explanation, and any other value only marks the reply as leaked.
+      policy: keep marks the reply as leaked; mask also masks the answer in the explanation; drop
+        makes the reply unusable, with the status "leak_dropped".
     """
     if not reply.text or not row.answer or not answer_leaks.has_leak(reply.text, row.answer):
         return reply

@@ -9,7 +9,7 @@
     D  the divergence with its clip (`divergence_loss.Divergence`)
     w  the weights of tokens (`tokens.*`), 0 at a token without loss
 
-The teacher scores y and does not generate it. With `policy.weight` the loss is
+The teacher scores y and does not generate it. With `policy.weight` above 0 the loss is
 (1 - weight) x this loss + weight x GRPO's (`methods/grpo.py`).
 
 Sources: OPSD arXiv 2601.18734 v3, COPSD 2605.09548, ROSD 2605.28014, critique 2606.11173, SDPO
@@ -20,8 +20,8 @@ Departures:
     prompt without a gap at explicit positions, and masks come from lengths.
   - A teacher that writes uses its own weights. The originals used the merged student.
   - An error is located in the characters of the sampled tokens, not by encoding the text anew.
-  - A reply that cannot be read leaves its completion without loss, and is counted. As published,
-    the completion gets SDPO's context instead (`parity.reflection_fallback`).
+  - A reply that cannot be read leaves its completion without loss, and is counted. In the
+    published code it gets SDPO's context instead (`parity.reflection_fallback`).
   - With `context.filter_groups`, groups whose rewards are all equal are left out before a context
     is written for them.
   - The tutor's instructions open the user's turn. In the originals they are a system message.
@@ -56,9 +56,9 @@ def make_batch(
       step: selects the random streams of sampling, siblings and authors.
 
     Returns:
-      The inputs of the train step, with one record per completion. Metrics count the completions
-      with a teacher prompt (taught), those left out beforehand (filtered), the teacher prompts that
-      are too long, and the statuses of replies and of located errors.
+      The inputs of the train step, with one record per completion. The metric `taught` counts the
+      completions with a teacher prompt, and `filtered` those that `_wanted` left out. Other metrics
+      count overlong teacher prompts, and the statuses of replies and of located errors.
     """
     c = r.plan.config
     done = rollouts.sample_rollouts(r, loaded_run.derive_policies(r, state)[0], rows, step)
@@ -166,7 +166,8 @@ def _select(
 def _pack(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Batch:
     """Builds the student's and the teacher's layout.
 
-    A completion without a teacher prompt carries no loss, so its student prompt fills the gap.
+    A completion without a teacher prompt carries no loss. Its student prompt then serves as the
+    teacher's, since every row of the layout needs one.
     """
     batch = layout.build_batch(
         [prompt.ids for prompt in done.asked],

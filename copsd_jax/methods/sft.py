@@ -28,9 +28,9 @@ def make_batch(
 
     Args:
       r: the loaded run.
-      state: gives the weights that encode the exemplars.
+      state: not read here; the methods share one signature.
       rows: the problems of the step, with solutions.
-      step: unused; the methods share one signature.
+      step: not read here.
 
     Returns:
       The inputs of the train step, with one record per row.

@@ -57,7 +57,12 @@ def choose_dtype(name: str, devices: Mesh) -> Any:
 
 
 def trained_shapes(config: config_lib.Config, shape: transformer.ModelConfig) -> Any:
-    """Returns the shapes and dtypes of the trained parameters, without allocating them."""
+    """Returns the shapes and dtypes of the trained parameters, without allocating them.
+
+    Args:
+      config: the settings of a run; train.trainable chooses the adapter or all parameters.
+      shape: the shape of the model.
+    """
     if config.train.trainable == "full":
         return transformer.abstract_params(shape, jnp.float32)
     c = config.lora

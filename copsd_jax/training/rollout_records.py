@@ -18,6 +18,10 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
     """Builds one dictionary per completion, as W/rollouts stores it.
 
     Methods add fields of their own, and `add_token_values` adds the values of tokens.
+
+    Args:
+      r: the loaded run.
+      done: the rollouts of the step, in the order of the records.
     """
     out = []
     for i, row in enumerate(done.rows):
@@ -202,6 +206,7 @@ def _add_policy(
     if settings.kl:
         record["kl_initial"] = round_values(policy.kl_T[b, :n])
     if settings.old == "sampler" or settings.rollout_clip:
+        # The loss limits the logarithm of the ratio in the same way (policy_loss.LOG_RATIO).
         log = np.clip(policy.logp_T[b, :n] - batch.logp_rollout_BC[b, :n], -20, 20)
         record["policy_ratio"] = round_values(np.exp(log))
 
