@@ -267,7 +267,7 @@ def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFo
 
 
 def _guards(config: config_lib.Config) -> tuple[guards.Rule, ...]:
-    """Parses the rules of guards.rules, and checks that their metrics exist."""
+    """Parses guards.rules, and checks that the metrics of the rules exist."""
     return guards.check_metrics(
         guards.parse_rules([rule for rule in config.guards.rules.split(",") if rule])
     )
