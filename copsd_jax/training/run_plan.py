@@ -281,18 +281,6 @@ def _selection(config: config_lib.Config) -> token_selection.Settings:
     return chosen
 
 
-def _context(config: config_lib.Config) -> contexts.Settings:
-    """Returns the context's settings; methods without a teacher have the context none."""
-    return contexts.Settings(
-        config.context.kind if config.method == "distill" else "none",
-        config.context.problem_en,
-        config.context.solution,
-        config.context.feedback,
-        config.context.section_tokens,
-        config.parity.reflection_fallback,
-    )
-
-
 def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
     """Checks the author's server or file; returns the replies of author.kind=file."""
     if config.author.kind == "server":
