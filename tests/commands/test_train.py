@@ -13,7 +13,7 @@ from copsd_jax.methods import distill
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint
 from copsd_jax.teaching import contexts, replies
-from copsd_jax.training import loaded_run, rollout_records, run_plan
+from copsd_jax.training import loaded_run, rollout_records
 
 optax_promotes = runs.optax_promotes
 
@@ -195,9 +195,7 @@ def test_overlong_teacher_prompts_carry_no_loss_and_are_counted():
         rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = distill.make_batch(r, state, rows, 0)
         told = [
-            run_plan.build_teacher_prompt(
-                r.plan, contexts.Attempt(row), replies.read_analysis(record["reply"])
-            )
+            r.plan.teacher.build(contexts.Attempt(row), replies.read_analysis(record["reply"]))
             for row, record in zip(rows, work.records, strict=True)
         ]
         long = [prompt.length > 250 for prompt in told]

@@ -71,7 +71,8 @@ class Stub(http.server.ThreadingHTTPServer):
 
     def manage(self, path, body):
         if path.endswith("/load_lora_adapter"):
-            adapter, alpha = peft_reader.read(body["lora_path"])
+            read, alpha = peft_reader.read(body["lora_path"])
+            adapter = jax.tree.map(jnp.asarray, read)
             rank = adapter["q"]["a"].shape[-1]
             self.adapters[body["lora_name"]] = adapter, alpha / rank
             self.loaded.append(body["lora_name"])
