@@ -1,1 +1,45 @@
-"""On-policy self-distillation of language models in JAX."""
+"""On-policy self-distillation of language models in JAX.
+
+The names of the Python API (`api.py`) are here too. They are imported on first use, so that
+`import copsd_jax` does not start JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from copsd_jax.api import (
+        Completion,
+        Model,
+        Scores,
+        build_prompts,
+        divergence,
+        load_model,
+        sample,
+        score,
+        train_step,
+    )
+
+__all__ = [
+    "Completion",
+    "Model",
+    "Scores",
+    "build_prompts",
+    "divergence",
+    "load_model",
+    "sample",
+    "score",
+    "train_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the API when one of its names is read."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("copsd_jax.api"), name)
+
+
+def __dir__() -> list[str]:
+    """Lists the module's attributes with the API's names."""
+    return sorted({*globals(), *__all__})

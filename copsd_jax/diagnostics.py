@@ -1,14 +1,21 @@
 """Probabilities of student and teacher for each token of a completion."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from copsd_jax.metrics import terminal
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
-from copsd_jax.training import loaded_run, train_step
+from copsd_jax.training import layout, loaded_run, train_step
+
+# Policies whose logits are mixed, with their shares.
+Mixture = tuple[tuple[float, policy_lib.Policy], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +44,7 @@ def compare_tokens(
 ) -> list[TokenView]:
     """Compares student and teacher on a record of W/rollouts, under the weights of `state`.
 
-    Each prompt runs with the completion behind it, unpadded and alone.
+    Each prompt runs with the completion behind it, each alone.
 
     Args:
       r: the loaded run.
@@ -51,10 +58,12 @@ def compare_tokens(
     completion = record["completion_ids"]
     student = ((1.0, loaded_run.derive_policies(r, state)[0]),)
     sides = {
-        "student": _log_probs(r, student, record["student_prompt_ids"], completion),
-        "teacher": _log_probs(
-            r, loaded_run.teacher_mixture(r, state), record["teacher_prompt_ids"], completion
-        ),
+        "student": (student, record["student_prompt_ids"]),
+        "teacher": (loaded_run.teacher_mixture(r, state), record["teacher_prompt_ids"]),
+    }
+    sides = {
+        name: np.asarray(score_tokens(r.decoder, mix, prompt, completion))
+        for name, (mix, prompt) in sides.items()
     }
     spell = lambda i: str(r.plan.tokenizer.decode([int(i)]))  # noqa: E731
     out = []
@@ -70,27 +79,43 @@ def compare_tokens(
     return out
 
 
-def _log_probs(
-    r: loaded_run.LoadedRun, mix: tuple, prompt: list[int], completion: list[int]
-) -> np.ndarray:
-    """Returns log-probabilities, float32 [C, V], of the positions that predict the completion.
+def score_tokens(
+    decoder: transformer.Decoder,
+    mix: Mixture,
+    prompt: Sequence[int],
+    completion: Sequence[int],
+) -> jax.Array:
+    """Scores every token of the vocabulary at each place of a completion behind its prompt.
 
-    The logits are the sum of the policies' logits in `mix`, weighted with their shares.
+    Args:
+      decoder: the model.
+      mix: policies whose logits are mixed, with their shares; see `train_step.teacher_mixture`.
+      prompt: token ids, at least one.
+      completion: C token ids.
+
+    Returns:
+      Log-probabilities, float32 [C, V].
+
+    Raises:
+      ValueError: the prompt is empty.
     """
-    ids_1L = jnp.asarray([[*prompt, *completion]], jnp.int32)
-    positions_1L = jnp.arange(ids_1L.shape[1], dtype=jnp.int32)[None]
-    first = len(prompt) - 1  # the last prompt token predicts the first completion token
-    total = 0
+    side = layout.build_batch([prompt], None, [completion]).student
+    return _log_probs(decoder, mix, side)[: len(completion)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probs(decoder: transformer.Decoder, mix: Mixture, side: layout.Side) -> jax.Array:
+    """Returns log-probabilities [C, V] of the one sample of a side, with its padding."""
+    total = jnp.zeros((), jnp.float32)
     for share, policy in mix:
         stream = transformer.Stream(
-            ids_1L, positions_1L, jnp.ones_like(ids_1L), policy.adapter, policy.scale
+            side.tokens_BL, side.positions_BL, side.segments_BL, policy.adapter, policy.scale
         )
-        hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD[0]
-        hidden_CD = hidden[first : first + len(completion)]
-        total = total + share * transformer.compute_logits(
-            hidden_CD, transformer.get_head(policy.params)
-        )
-    return np.asarray(jax.nn.log_softmax(total))
+        output: Any = decoder.apply({"params": policy.params}, (stream,))
+        hidden_CD = output[0].hidden_BLD[0][side.gather_BC[0]]
+        head_VD = transformer.get_head(policy.params)
+        total = total + share * transformer.compute_logits(hidden_CD, head_VD)
+    return jax.nn.log_softmax(total)
 
 
 def format_table(views: list[TokenView]) -> str:

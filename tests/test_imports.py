@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": set(),
     "export": set(),
     "diagnostics": set(),
+    "api": {"diagnostics"},
 }
 
 

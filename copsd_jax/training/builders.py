@@ -195,7 +195,7 @@ def build_options(plan: run_plan.ProgramPlan) -> train_step.Options:
         implementation=backends.choose_loss(c, sharding.platform(plan.mesh)),
         chunk=c.loss.chunk,
         norm=c.loss.norm,
-        group=c.loss.group or micro,
+        group=c.loss.group or c.train.micro_batch,
         micro_batches=completions // micro,
         rho=c.teacher.rho,
         weight=1 - c.policy.weight if distills else 0.0,

@@ -76,7 +76,7 @@ class Options:
     implementation: str  # of divergence_loss.IMPLEMENTATIONS, from `resolve`
     chunk: int  # tokens per block of 'chunked'
     norm: str  # of the divergence: a name of loss_norms.NORMS
-    group: int  # completions in one group of the norm micro_token_mean
+    group: int  # completions in one group of the norm micro_token_mean; 0: all of a step
     micro_batches: int  # read for batches that are not packed
     rho: float = 0.0  # trust_region: share of the student in the mix
     weight: float = 1.0  # factor of the divergence in the loss

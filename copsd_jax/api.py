@@ -1,0 +1,331 @@
+"""The library from Python: a model, its samples and scores, the divergence, and a training step.
+
+    import copsd_jax as cj
+
+    model = cj.load_model("tiny")  # random weights; or a folder, a .gguf file, a repository id
+    student, teacher = cj.build_prompts(model, "What is 3 + 4?", solution="3 + 4 = 7", answer="7")
+    (completion,) = cj.sample(model, [student], max_tokens=8)
+    p = cj.score(model, student, completion.ids)
+    q = cj.score(model, teacher, completion.ids, side="teacher")
+    print(cj.divergence(p, q))  # a number for each token
+    model, metrics = cj.train_step(model, [student], [teacher], [completion.ids])
+
+Nothing is changed in place: `train_step` returns the next model, and the former one stays usable.
+Every function does what a run of `copsd_jax.main` does, with the settings of the command line. A
+model of `load_model` is on JAX's first device.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from copsd_jax import diagnostics
+from copsd_jax.config import settings as config_lib
+from copsd_jax.losses import divergences, token_values
+from copsd_jax.problems import problem_row
+from copsd_jax.runtime import sharding
+from copsd_jax.sampler import loop, request
+from copsd_jax.teaching import contexts, prompts, text_encoding
+from copsd_jax.training import builders, layout, loaded_run, run_plan
+from copsd_jax.training import train_step as step_lib
+from copsd_jax.weights import hub
+
+Prompt = str | Sequence[int]  # token ids, or a text that is encoded as it stands
+Completion = loop.Completion
+
+# Settings of the path "tiny", whose template has a thinking switch.
+TINY: dict[str, Any] = {
+    "model.init": "random",
+    "model.shape": "tiny",
+    "prompt.thinking": "off",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model with its tokenizer, settings and training state.
+
+    Attributes:
+      run: weights that do not change, compiled functions, and the plan with the tokenizer.
+      state: what training changes: the step, the trained parameters and the optimizer.
+    """
+
+    run: loaded_run.LoadedRun
+    state: step_lib.State
+
+    @property
+    def tokenizer(self) -> text_encoding.Tokenizer:
+        """The model's tokenizer."""
+        return self.run.plan.tokenizer
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decodes token ids to text, without the token that ended it.
+
+        >>> import copsd_jax
+        >>> model = copsd_jax.load_model("tiny")
+        >>> model.decode(model.tokenizer.encode("3 + 4 = 7"))
+        '3 + 4 = 7'
+        """
+        return loaded_run.decode_completion(self.run, ids)
+
+
+class Scores(NamedTuple):
+    """A model's predictions of the C tokens of a completion.
+
+    Attributes:
+      ids_C: int32, the tokens.
+      logp_CV: float32, log-probabilities of the whole vocabulary at temperature 1, in nats.
+    """
+
+    ids_C: np.ndarray
+    logp_CV: jax.Array
+
+    @property
+    def logp_C(self) -> jax.Array:
+        """Log-probabilities of the tokens themselves, float32 [C]."""
+        return jnp.take_along_axis(self.logp_CV, self.ids_C[:, None], axis=1)[:, 0]
+
+
+def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) -> Model:
+    """Loads a model and a new adapter for it.
+
+    >>> import copsd_jax
+    >>> model = copsd_jax.load_model("tiny", {"lora.rank": 4, "train.lr": 1e-3})
+    >>> model.run.plan.model_config.n_layers, int(model.state.step)
+    (2, 0)
+
+    Args:
+      path: as the setting `model.path`: a Hugging Face folder or repository id, a .gguf file, or
+        "tiny" for two layers of random weights that show how everything works.
+      settings: other settings by name, as on the command line, such as `{"lora.rank": 4}`. The
+        learning rate is constant unless `train.schedule` says otherwise, and `teacher.thinking` is
+        that of the student's prompts.
+
+    Returns:
+      The model at step 0. The adapter has no effect yet, so that student and teacher are equal.
+
+    Raises:
+      ValueError: a setting is unknown or wrong, or the files do not hold a supported model.
+      FileNotFoundError: there is no such model.
+    """
+    chosen: dict[str, Any] = {"model.path": path, "train.schedule": "constant"}
+    chosen |= (TINY if path == hub.TINY else {}) | dict(settings or {})
+    if unknown := [name for name in chosen if name not in config_lib.SETTINGS]:
+        raise ValueError(config_lib.unknown_setting(unknown[0]))
+    config = config_lib.default()
+    # Both sides, and the evaluation that is not used here, start their answers alike.
+    thinking = chosen.get("prompt.thinking", config.prompt.thinking)
+    config.update_from_flattened_dict({"teacher.thinking": thinking, "eval.thinking": thinking})
+    config.update_from_flattened_dict(chosen)
+    if config.method != "distill" or config.policy.weight or config.loss.rollout_clip:
+        raise ValueError(
+            "method must be 'distill', policy.weight and loss.rollout_clip 0: train_step is given "
+            "neither rewards nor the sampler's log-probabilities; copsd_jax.main trains with them"
+        )
+    plan = run_plan.make_plan(config, train=False, evaluate=False)
+    # One device takes batches of any size; several would need a multiple of their number.
+    plan = dataclasses.replace(plan, mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
+    with loaded_run.set_mesh_and_precision(plan):
+        return Model(*loaded_run.load_run(plan, config.train.steps))
+
+
+def build_prompts(
+    model: Model, problem: str, *, solution: str, answer: str = "", lang: str = "en"
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Builds the prompts of student and teacher for one problem, by the model's template.
+
+    >>> import copsd_jax
+    >>> model = copsd_jax.load_model("tiny")
+    >>> student, teacher = copsd_jax.build_prompts(model, "What is 3 + 4?", solution="3 + 4 = 7")
+    >>> "3 + 4 = 7" in model.decode(student), "3 + 4 = 7" in model.decode(teacher)
+    (False, True)
+
+    Args:
+      model: the model, whose settings `prompt`, `teacher` and `context` give the wording.
+      problem: the text of the problem.
+      solution: the reference solution, which the teacher alone sees.
+      answer: the final answer, which plain prompts show behind the solution.
+      lang: code of the problem's language.
+
+    Returns:
+      Token ids of the student's and of the teacher's prompt.
+
+    Raises:
+      ValueError: the context needs more than the problem and its solution, or the two prompts end
+        in different states of the template.
+    """
+    plan = model.run.plan
+    row = problem_row.Row("", problem, solution, answer, lang, problem if lang == "en" else "")
+    student = prompts.build_student_prompt(plan.tokenizer, plan.student, row)
+    teacher = plan.teacher.build(contexts.Attempt(row))
+    if teacher is None:
+        raise ValueError(f"context.kind is {plan.context.kind!r}: it needs more than a solution")
+    prompts.check_template_states(student, teacher, plan.config.parity.template_mismatch)
+    return (*student.prefix_ids, *student.ids), (*teacher.prefix_ids, *teacher.ids)
+
+
+def _encode(model: Model, prompt: Prompt) -> tuple[int, ...]:
+    """Returns the ids of a prompt; a text becomes no special token."""
+    if isinstance(prompt, str):
+        return tuple(text_encoding.encode_text(model.tokenizer, prompt).ids)
+    return tuple(map(int, prompt))
+
+
+def sample(
+    model: Model, prompts: Sequence[Prompt], *, seed: int = 0, **sampling: Any
+) -> list[Completion]:
+    """Samples one completion for each prompt from the student.
+
+    >>> import copsd_jax
+    >>> model = copsd_jax.load_model("tiny")
+    >>> one, other = copsd_jax.sample(model, ["3 + 4 =", "3 + 4 ="], max_tokens=5)
+    >>> len(one.ids), one.finish, one.logps.shape
+    (5, 'length', (5,))
+
+    Args:
+      model: the model; its settings `rollout` hold for what `sampling` does not name.
+      prompts: texts or token ids. Give a prompt n times for n completions of it.
+      seed: of the random streams; equal calls with equal seeds give equal completions.
+      **sampling: fields of `sampler.request.Sampling`: max_tokens, temperature, top_k, top_p,
+        min_p, stop, stop_ids.
+
+    Returns:
+      Completions with `ids` (C of them), `logps` (float32 [C], under the tempered distribution) and
+      `finish`, "stop" or "length".
+
+    Raises:
+      ValueError: a prompt is empty or too long, or a setting of sampling is wrong.
+    """
+    run, plan = model.run, model.run.plan
+    asked = [_encode(model, prompt) for prompt in prompts]
+    chosen = builders.build_sampling(
+        plan.config, "rollout", plan.vocabulary.stop_ids, tuple(plan.config.rollout.stop)
+    )
+    with loaded_run.set_mesh_and_precision(plan):
+        return loop.generate(
+            run.decoder,
+            run.hand_over(loaded_run.derive_policies(run, model.state)[0]),
+            asked,
+            dataclasses.replace(chosen, **sampling),
+            keys=request.derive_keys(seed, "rollout", 0, [""] * len(asked), range(len(asked))),
+            settings=builders.build_sampler_settings(plan.config, "rollout", 0),
+            vocabulary=plan.vocabulary,
+        ).completions
+
+
+def score(
+    model: Model, prompt: Prompt, completion: Sequence[int], *, side: str = "student"
+) -> Scores:
+    """Scores the tokens of a completion behind a prompt.
+
+    >>> import copsd_jax
+    >>> model = copsd_jax.load_model("tiny")
+    >>> scores = copsd_jax.score(model, "3 + 4 =", model.tokenizer.encode(" 7"))
+    >>> scores.logp_CV.shape == (len(scores.ids_C), model.run.decoder.config.vocab_size)
+    True
+
+    Args:
+      model: the model.
+      prompt: a text or token ids, at least one.
+      completion: C token ids, such as `Completion.ids`.
+      side: "student" for the trained weights, "teacher" for those of `teacher.weights`: the initial
+        ones, if no setting says otherwise.
+
+    Returns:
+      The scores: log-probabilities [C, V] and the ids [C].
+
+    Raises:
+      ValueError: the prompt or the completion is empty, or there is no such side.
+    """
+    if side not in ("student", "teacher"):
+        raise ValueError(f"side is {side!r}: the choices are student, teacher")
+    if not len(completion):
+        raise ValueError("the completion is empty: there is no token to score")
+    run = model.run
+    with loaded_run.set_mesh_and_precision(run.plan):
+        mix = ((1.0, loaded_run.derive_policies(run, model.state)[0]),)
+        if side == "teacher":
+            mix = loaded_run.teacher_mixture(run, model.state)
+        logp_CV = diagnostics.score_tokens(run.decoder, mix, _encode(model, prompt), completion)
+    return Scores(np.asarray(completion, np.int32), logp_CV)
+
+
+def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: Any) -> jax.Array:
+    """Computes the divergence between two sides' predictions of the same tokens.
+
+    Equal sides give exactly 0.
+
+    >>> import copsd_jax
+    >>> import numpy as np
+    >>> even = copsd_jax.Scores(np.array([1]), np.log(np.float32([[0.5, 0.5]])))
+    >>> sure = copsd_jax.Scores(np.array([1]), np.log(np.float32([[0.1, 0.9]])))
+    >>> copsd_jax.divergence(even, sure).round(3).tolist()  # .1 ln(.1 / .5) + .9 ln(.9 / .5)
+    [0.368...]
+
+    Args:
+      student: scores of p.
+      teacher: scores of q, of the same tokens.
+      kind: "fkl" for KL(q ‖ p), "rkl" for KL(p ‖ q), "jsd", or "sampled".
+      **settings: other fields of `losses.divergences.Divergence`, such as beta, temperature, top_k
+        and clip.
+
+    Returns:
+      Nats per token, float32 [C].
+
+    Raises:
+      ValueError: the two sides scored different tokens, or a setting is wrong.
+    """
+    if not np.array_equal(student.ids_C, teacher.ids_C):
+        raise ValueError("student and teacher scored different tokens: score one completion twice")
+    # Log-probabilities are logits too: a softmax does not see a constant.
+    stats, _ = token_values.score_block(
+        jnp.asarray(student.logp_CV), jnp.asarray(teacher.logp_CV),
+        jnp.asarray(student.ids_C, jnp.int32), divergences.Divergence(kind, **settings),
+    )  # fmt: skip
+    return stats.value_T
+
+
+def train_step(
+    model: Model,
+    student_prompts: Sequence[Prompt],
+    teacher_prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[int]],
+) -> tuple[Model, dict[str, float]]:
+    """Trains the student by one optimizer step on the divergence of the teacher from the student.
+
+    >>> import copsd_jax
+    >>> model = copsd_jax.load_model("tiny")
+    >>> completion = model.tokenizer.encode(" 7")
+    >>> sides = ["3 + 4 ="], ["4 + 3 = 7. 3 + 4 ="]
+    >>> trained, metrics = copsd_jax.train_step(model, *sides, [completion])
+    >>> int(model.state.step), int(trained.state.step), metrics["loss"] > 0
+    (0, 1, True)
+
+    Args:
+      model: the model; its settings `loss`, `train` and `teacher` hold.
+      student_prompts: B texts or lists of token ids.
+      teacher_prompts: the prompts under which the teacher scores the same completions.
+      completions: token ids, such as `Completion.ids`.
+
+    Returns:
+      The model after the step, and metrics: loss (nats per token), grad_norm, tokens and others.
+
+    Raises:
+      ValueError: the lists differ in length, or a prompt is empty.
+    """
+    run, plan = model.run, model.run.plan
+    batch = layout.build_batch(
+        [_encode(model, prompt) for prompt in student_prompts],
+        [_encode(model, prompt) for prompt in teacher_prompts],
+        completions,
+    )
+    batch = builders.pack_batch(plan, batch)
+    with loaded_run.set_mesh_and_precision(plan):
+        # The step takes the memory of its state, which the former model still needs.
+        state = jax.tree.map(jnp.copy, model.state)
+        state, aux = run.step(state, run.frozen, layout.place_batch(batch, plan.mesh), None, None)
+    return Model(run, state), {name: float(x) for name, x in aux.metrics.items()}
