@@ -1,0 +1,207 @@
+"""The Python API against the model's own logits, NumPy in float64, and a step made by hand."""
+
+import doctest
+import inspect
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import optax_promotes  # noqa: F401
+
+import copsd_jax
+from copsd_jax import api
+from copsd_jax.model import lora, transformer
+from copsd_jax.model import policy as policy_lib
+from copsd_jax.training import layout, train_step
+
+SETTINGS = {"lora.rank": 4, "train.lr": 3e-4, "rollout.max_tokens": 6}
+PROBLEMS = (("What is 3 + 4?", "3 + 4 = 7"), ("What is 20 - 12, in words?", "20 - 12 = 8, eight"))
+
+
+@pytest.fixture(scope="module")
+def model() -> api.Model:
+    return copsd_jax.load_model("tiny", SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def work(model) -> tuple[list, list, list]:
+    """Prompts of both sides, and completions of unequal lengths; an odd number of them."""
+    sides = [copsd_jax.build_prompts(model, p, solution=s) for p, s in (*PROBLEMS, PROBLEMS[0])]
+    students, teachers = ([*side] for side in zip(*sides, strict=True))
+    completions = [c.ids for c in copsd_jax.sample(model, students, seed=3)]
+    return students, teachers, [completions[0], completions[1][:4], completions[2][:1]]
+
+
+@pytest.fixture(scope="module")
+def trained(model, work) -> api.Model:
+    """A model whose adapter does something."""
+    return copsd_jax.train_step(model, *work)[0]
+
+
+def examples() -> list:
+    found = doctest.DocTestFinder().find(api, "copsd_jax.api")
+    return [pytest.param(test, id=test.name) for test in found if test.examples]
+
+
+@pytest.mark.parametrize("test", examples())
+def test_examples_of_docstrings(test):
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_every_function_has_an_example():
+    with_example = {param.id for param in examples()}
+    for name in copsd_jax.__all__:
+        if inspect.isfunction(getattr(copsd_jax, name)):
+            assert f"copsd_jax.api.{name}" in with_example
+
+
+def logp_by_hand(model: api.Model, policy, prompt, completion) -> np.ndarray:
+    """float64 log-probabilities [C, V] of the unpadded sample."""
+    ids_1L = jnp.asarray([[*prompt, *completion]], jnp.int32)
+    positions_1L = jnp.arange(ids_1L.shape[1], dtype=jnp.int32)[None]
+    ones_1L = jnp.ones_like(ids_1L)
+    stream = transformer.Stream(ids_1L, positions_1L, ones_1L, policy.adapter, policy.scale)
+    hidden_LD = model.run.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD[0]
+    logits_LV = transformer.compute_logits(hidden_LD, transformer.get_head(policy.params))
+    z_CV = np.asarray(logits_LV, np.float64)[len(prompt) - 1 : -1]
+    z_CV = z_CV - z_CV.max(axis=-1, keepdims=True)
+    return z_CV - np.log(np.exp(z_CV).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_scores_are_the_log_softmax_of_the_logits(trained, work, side):
+    prompt, completion = work[1][0], work[2][0]
+    adapter = trained.state.trained if side == "student" else None
+    policy = policy_lib.Policy(trained.run.frozen, adapter, trained.run.options.adapter_scale)
+    expected_CV = logp_by_hand(trained, policy, prompt, completion)
+    scores = copsd_jax.score(trained, prompt, completion, side=side)
+    np.testing.assert_allclose(scores.logp_CV, expected_CV, atol=2e-5)
+    own_C = expected_CV[np.arange(len(completion)), list(completion)]
+    np.testing.assert_allclose(scores.logp_C, own_C, atol=2e-5)
+
+
+def test_the_sides_differ_after_a_step(trained, work):
+    prompt, completion = work[0][0], work[2][0]
+    sides = [copsd_jax.score(trained, prompt, completion, side=s) for s in ("student", "teacher")]
+    assert np.abs(sides[0].logp_CV - sides[1].logp_CV).max() > 1e-3
+
+
+def test_sampled_log_probabilities_are_those_of_the_scores(trained, work):
+    (one,) = copsd_jax.sample(trained, [work[0][0]], max_tokens=5, temperature=1.0)
+    scores = copsd_jax.score(trained, work[0][0], one.ids)
+    np.testing.assert_allclose(one.logps, scores.logp_C, atol=2e-5)
+
+
+def test_samples_depend_on_the_seed_alone(model):
+    texts = ["3 + 4 =", "3 + 4 ="]
+    one, again = copsd_jax.sample(model, texts, seed=1), copsd_jax.sample(model, texts, seed=1)
+    assert [c.ids for c in one] == [c.ids for c in again]
+    assert one[0].ids != one[1].ids
+    assert one[0].ids != copsd_jax.sample(model, texts, seed=2)[0].ids
+
+
+KINDS = {
+    "fkl": lambda p, q: q * np.log(q / p),
+    "rkl": lambda p, q: p * np.log(p / q),
+    "jsd": lambda p, q: (
+        0.5 * q * np.log(q / (0.5 * p + 0.5 * q)) + 0.5 * p * np.log(p / (0.5 * p + 0.5 * q))
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_divergence_equals_numpy(kind, temperature):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 5, 37)) * 2
+    ids_C = rng.integers(0, 37, 5).astype(np.int32)
+    found_C = copsd_jax.divergence(
+        *(api.Scores(ids_C, jax.nn.log_softmax(jnp.asarray(z, jnp.float32))) for z in logits),
+        kind,
+        temperature=temperature,
+    )
+    mass = np.exp(logits / temperature)
+    p, q = mass / mass.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(found_C, KINDS[kind](p, q).sum(axis=-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sampled"])
+def test_equal_prompts_give_exactly_zero(model, work, kind):
+    """At step 0, where the adapter has no effect, on both sides' own weights."""
+    prompt, completion = work[0][1], work[2][1]
+    p, q = (copsd_jax.score(model, prompt, completion, side=s) for s in ("student", "teacher"))
+    assert not np.any(copsd_jax.divergence(p, q, kind))
+    other = copsd_jax.score(model, work[1][1], completion, side="teacher")
+    assert np.any(copsd_jax.divergence(p, other, kind))  # the test can fail
+
+
+def test_a_step_is_that_of_make_step(model, work):
+    """From a state, optimizer and batch made by hand; the former model stays as it was."""
+    before = jax.tree.map(np.asarray, model.state.trained)
+    after, metrics = copsd_jax.train_step(model, *work)
+    c = model.run.plan.config.train
+    names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
+    tx, _ = train_step.make_optimizer(steps=10, **{name: c[name] for name in names})
+    state = train_step.init_state(jax.tree.map(jnp.asarray, before), tx, "fixed")
+    step = jax.jit(train_step.make_step(model.run.decoder, tx, model.run.options))
+    expected, aux = step(state, model.run.frozen, layout.build_batch(*work), None, None)
+    np.testing.assert_allclose(metrics["loss"], aux.metrics["loss"], rtol=1e-6)
+    assert metrics["tokens"] == 11
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        after.state.trained, expected.trained,
+    )  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, model.state.trained, before)
+    assert (int(model.state.step), int(after.state.step)) == (0, 1)
+
+
+def test_the_loss_is_the_mean_divergence_and_falls(model, work):
+    values, losses = [], []
+    for student, teacher, completion in zip(*work, strict=True):
+        p = copsd_jax.score(model, student, completion)
+        q = copsd_jax.score(model, teacher, completion, side="teacher")
+        values += copsd_jax.divergence(p, q).tolist()
+    for _ in range(5):
+        model, metrics = copsd_jax.train_step(model, *work)
+        losses.append(metrics["loss"])
+    np.testing.assert_allclose(losses[0], np.mean(values), rtol=1e-3)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_adapter_begins_without_effect(model):
+    adapter = lora.init_adapter(model.run.decoder.config, 4, lora.TARGETS, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, model.state.trained) == jax.tree.map(jnp.shape, adapter)
+    assert not any(np.any(leaf["b"]) for leaf in model.state.trained.values())
+
+
+def test_refusals(model):
+    with pytest.raises(ValueError, match=r"train\.learning_rate is no setting: did you mean"):
+        copsd_jax.load_model("tiny", {"train.learning_rate": 1.0})
+    with pytest.raises(ValueError, match="method must be 'distill'"):
+        copsd_jax.load_model("tiny", {"method": "grpo"})
+    with pytest.raises(FileNotFoundError, match=r"model\.path is 'nothing here'"):
+        copsd_jax.load_model("nothing here")
+    with pytest.raises(ValueError, match="the choices are student, teacher"):
+        copsd_jax.score(model, "a", [1], side="reader")
+    with pytest.raises(ValueError, match="no token to score"):
+        copsd_jax.score(model, "a", [])
+    with pytest.raises(ValueError, match="empty prompt"):
+        copsd_jax.score(model, "", [1])
+    p, q = (copsd_jax.score(model, "a", [token]) for token in (1, 2))
+    with pytest.raises(ValueError, match="different tokens"):
+        copsd_jax.divergence(p, q)
+
+
+def test_the_package_does_not_import_jax():
+    code = """
+import sys, copsd_jax
+assert set(copsd_jax.__all__) <= set(dir(copsd_jax))
+assert not hasattr(copsd_jax, "nothing")
+print({"jax", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+    assert copsd_jax.load_model is api.load_model
