@@ -1,18 +1,8 @@
 """The library from Python: a model, its samples and scores, the divergence, and a training step.
 
-    import copsd_jax as cj
-
-    model = cj.load_model("tiny")  # random weights; or a folder, a .gguf file, a repository id
-    student, teacher = cj.build_prompts(model, "What is 3 + 4?", solution="3 + 4 = 7", answer="7")
-    (completion,) = cj.sample(model, [student], max_tokens=8)
-    p = cj.score(model, student, completion.ids)
-    q = cj.score(model, teacher, completion.ids, side="teacher")
-    print(cj.divergence(p, q))  # a number for each token
-    model, metrics = cj.train_step(model, [student], [teacher], [completion.ids])
-
-Nothing is changed in place: `train_step` returns the next model, and the former one stays usable.
-Every function does what a run of `copsd_jax.main` does, with the settings of the command line. A
-model of `load_model` is on JAX's first device.
+`docs/python.md` shows all of it in ten lines. Functions change nothing in place: `train_step`
+returns the next model, and the former one stays usable. They call what `copsd_jax.main` calls, with
+the settings of the command line. A model of `load_model` is on JAX's first device.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +57,17 @@ def test_every_function_has_an_example():
     for name in copsd_jax.__all__:
         if inspect.isfunction(getattr(copsd_jax, name)):
             assert f"copsd_jax.api.{name}" in with_example
+
+
+def test_the_lines_of_the_document_run(capsys):
+    text = (conftest.ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 13
+    exec(compile(code, "docs/python.md", "exec"), {})
+    *tokens, loss = capsys.readouterr().out.splitlines()
+    assert len(tokens) == 8
+    values = [float(line.split()[-1]) for line in tokens]
+    np.testing.assert_allclose(float(loss.split()[-1]), np.mean(values), atol=1e-5)
 
 
 def logp_by_hand(model: api.Model, policy, prompt, completion) -> np.ndarray:
