@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from runs import optax_promotes  # noqa: F401
 
 import copsd_jax
@@ -181,6 +182,23 @@ def test_the_loss_is_the_mean_divergence_and_falls(model, work):
         losses.append(metrics["loss"])
     np.testing.assert_allclose(losses[0], np.mean(values), rtol=1e-3)
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_weights_of_a_run_on_eight_devices():
+    """A model of a run's own parts, whose settings are of eight completions on eight devices."""
+    with runs.loaded("opsd") as (run, state):
+        model = copsd_jax.Model(run, state)
+    assert model.run.plan.mesh.size == 8
+    prompts = copsd_jax.build_prompts(model, "What is 3 + 4?", solution="3 + 4 = 7")
+    (one,) = copsd_jax.sample(model, prompts[:1], max_tokens=4)
+    p, q = (
+        copsd_jax.score(model, prompt, one.ids, side=side)
+        for prompt, side in zip(prompts, ("student", "teacher"), strict=True)
+    )
+    values_C = copsd_jax.divergence(p, q)
+    after, metrics = copsd_jax.train_step(model, *([side] * 8 for side in prompts), [one.ids] * 8)
+    np.testing.assert_allclose(metrics["loss"], np.mean(values_C), rtol=1e-3)
+    assert (int(model.state.step), int(after.state.step)) == (0, 1)
 
 
 def test_the_adapter_begins_without_effect(model):
