@@ -19,7 +19,8 @@ from copsd_jax.losses import divergences, token_values
 from copsd_jax.problems import problem_row
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import loop, request
-from copsd_jax.teaching import contexts, prompts, text_encoding
+from copsd_jax.teaching import contexts, text_encoding
+from copsd_jax.teaching import prompts as prompts_lib
 from copsd_jax.training import builders, layout, loaded_run, run_plan
 from copsd_jax.training import train_step as step_lib
 from copsd_jax.weights import hub
@@ -53,7 +54,7 @@ class Model:
         return self.run.plan.tokenizer
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes token ids to text, without the token that ended it.
+        """Decodes token ids to text and leaves out tokens that end a text.
 
         >>> import copsd_jax
         >>> model = copsd_jax.load_model("tiny")
@@ -150,11 +151,11 @@ def build_prompts(
     """
     plan = model.run.plan
     row = problem_row.Row("", problem, solution, answer, lang, problem if lang == "en" else "")
-    student = prompts.build_student_prompt(plan.tokenizer, plan.student, row)
+    student = prompts_lib.build_student_prompt(plan.tokenizer, plan.student, row)
     teacher = plan.teacher.build(contexts.Attempt(row))
     if teacher is None:
         raise ValueError(f"context.kind is {plan.context.kind!r}: it needs more than a solution")
-    prompts.check_template_states(student, teacher, plan.config.parity.template_mismatch)
+    prompts_lib.check_template_states(student, teacher, plan.config.parity.template_mismatch)
     return (*student.prefix_ids, *student.ids), (*teacher.prefix_ids, *teacher.ids)
 
 
