@@ -102,11 +102,22 @@ def test_settings_are_read_without_jax():
     assert done.stdout.strip() == "set()"
 
 
+def code_lines(text: str) -> int:
+    """The lines of a file that are neither blank nor part of a comment or docstring."""
+    lines = text.splitlines()
+    code = {n for n, line in enumerate(lines, 1) if line.strip() and line.strip()[0] != "#"}
+    for node in ast.walk(ast.parse(text)):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+            code -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(code)
+
+
 def test_files_and_functions_stay_small():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert text.count("\n") <= 540, path
+        assert code_lines(text) <= 350, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                lines = node.end_lineno - node.lineno
+                lines = (node.end_lineno or 0) - node.lineno
                 assert lines <= 79, f"{path}: {node.name} has {lines} lines"

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import sys
 import time
@@ -471,10 +472,8 @@ def _free_memory(inputs: request.Inputs) -> int:
 
 def device_bytes(tree: Any) -> int:
     """Returns the bytes of a tree's arrays on each device."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _constant_bytes(inputs: request.Inputs) -> int:

@@ -93,7 +93,7 @@ def test_one_queue_or_one_call_for_each_batch(decode, monkeypatch, refill):
         texts = [types.SimpleNamespace(ids=[0] * limit) for limit in limits]
         return texts, types.SimpleNamespace(prompt_tokens=10, occupancy=0.5)
 
-    monkeypatch.setattr(decode.host, "generate", generate)
+    monkeypatch.setattr(decode.loop, "generate", generate)
     monkeypatch.setattr(decode, "_warm", lambda *_: None)
     args = decode.parse(["--slots=2", "--samples=4", "--pieces=2"])
     work = decode.Work([(1, 2, 3)] * 8, limits, decode.cut(8, 2, 2))

@@ -231,9 +231,9 @@ def test_equal_sides_are_exactly_zero_with_a_tail(name, whose):
 
     @functools.partial(jax.jit, compiler_options=conftest.FUSED)
     def run(z_s, z_t):
-        dense = lambda z_s: dense.compute_values(z_s, z_t, tokens_T, settings)[0].sum()  # noqa: E731
+        total = lambda z_s: dense.compute_values(z_s, z_t, tokens_T, settings)[0].sum()  # noqa: E731
         stats, dz_TV = token_values.score_block(z_s, z_t, tokens_T, settings)
-        return stats.value_T, dz_TV, *jax.value_and_grad(dense)(z_s)
+        return stats.value_T, dz_TV, *jax.value_and_grad(total)(z_s)
 
     for leaf in run(z, z):
         np.testing.assert_array_equal(leaf, 0)
