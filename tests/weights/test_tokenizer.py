@@ -304,7 +304,7 @@ def test_stop_ids_of_all_sources(tmp_path, files, expected):
 def test_no_stop_id_is_refused(tmp_path):
     tok = tokenizer.load(TINY)
     tok.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-text token"):
+    with pytest.raises(ValueError, match="does not name an end-of-text token"):
         tokenizer.find_stop_ids(tok, tmp_path)
 
 
