@@ -6,14 +6,11 @@ memory; its text and sizes say whether a cache is copied. Variables of the envir
 set before jax is imported, so this file runs itself as a program: `python FILE tpu|cuda`.
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from typing import Any
 
@@ -21,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import without_devices
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -31,36 +29,6 @@ LAYERS, SLOTS, QUERIES, LENGTH, TOKENS = 28, 256, 2, 4096, 8
 SHAPES = [
     ("bfloat16", 8, 128, 1), ("int8", 8, 128, 1), ("bfloat16", 8, 128, 4), ("bfloat16", 3, 64, 1),
 ]  # fmt: skip
-TPU = {
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}  # fmt: skip
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 62914560
-  clock_rate_ghz: 1.98
-  device_memory_size: 150754820096
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H200"
-"""
 
 
 # --- the program of its own -------------------------------------------------------------------
@@ -145,23 +113,13 @@ def main(platform: str) -> None:
     if platform == "tpu":
         devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
     else:
-        target = {"target_config": H200, "topology": "1x1x4"}
+        target = {"target_config": without_devices.H200, "topology": "1x1x4"}
         devices = topologies.get_topology_desc("x", platform="cuda", **target).devices
     results = [compiled(platform, devices, *shape) for shape in SHAPES]
     print(json.dumps(results, default=int))
 
 
 # --- tests ------------------------------------------------------------------------------------
-
-
-def in_its_own_process(platform: str) -> list[dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | TPU
-    done = subprocess.run(
-        [sys.executable, __file__, platform],
-        env=environment, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def check(result: dict, kernel: str) -> None:
@@ -174,7 +132,7 @@ def check(result: dict, kernel: str) -> None:
 def test_compiles_for_v5e_without_copies_of_the_cache():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu, which compiles for TPUs")
-    results = in_its_own_process("tpu")
+    results = without_devices.results_of_program(__file__, "tpu", 280)
     for result in results:
         check(result, "tpu_custom_call")
     # XLA counts a loop's body once: one layer of one token, where slots are half full.
@@ -189,20 +147,8 @@ def test_compiles_for_h200_without_copies_of_the_cache():
         pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt, which compile for NVIDIA GPUs")
     if shutil.which("ptxas") is None:
         pytest.skip("needs ptxas")
-    for result in in_its_own_process("cuda"):
+    for result in without_devices.results_of_program(__file__, "cuda", 280):
         check(result, "__gpu$xla.gpu.triton")
-
-
-def without_device(platform: str):
-    """From jax 0.11 on Triton is lowered for a device; an abstract one will do."""
-    if platform == "tpu" or jax.__version_info__ < (0, 11):
-        return contextlib.nullcontext()
-    sharding: Any = jax.sharding
-    device = sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = sharding.AbstractMesh(
-        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device
-    )  # fmt: skip
-    return sharding.use_abstract_mesh(mesh)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -216,7 +162,7 @@ def test_lowers_without_device_or_plugin(platform, dtype, size):
         "tpu": (decode_attention_tpu, "tpu_custom_call"),
         "cuda": (decode_attention_gpu, "__gpu$xla.gpu.triton"),
     }[platform]
-    with without_device(platform):
+    with without_devices.without_device(platform):
         traced = jax.jit(kernel.attend).trace(
             q, cache, cache, scale, scale, shape((), "int32"), index
         )

@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from typing import Any
 
@@ -19,6 +17,7 @@ import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
+import without_devices
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -27,10 +26,6 @@ from copsd_jax.model import lora, transformer
 from copsd_jax.runtime import sharding
 
 LENGTH, PREFIX = 4096, 300
-TPU = {
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}  # fmt: skip
 CASES = {  # form, K, M, H, L, parents and prefix, ways over key heads
     "splash": ("splash", 8, 2, 128, LENGTH, False, 1),
     "tensor": ("splash", 8, 2, 128, LENGTH, False, 2),
@@ -122,13 +117,7 @@ def main(wanted: str) -> None:
 def compiled() -> dict[str, dict]:
     if importlib.util.find_spec("libtpu") is None:
         hlo.missing("libtpu, which compiles for TPUs")
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | TPU
-    done = subprocess.run(
-        [sys.executable, __file__, "few"],
-        env=environment, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return without_devices.results_of_program(__file__, "few", 280)
 
 
 def test_splash_holds_no_logits():

@@ -10,9 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from typing import Any
 
@@ -21,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_decode_attention_compiled as without_devices
+import without_devices
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -138,13 +136,7 @@ def main(chip: str) -> None:
 
 def in_its_own_process(chip: str) -> list[dict]:
     """The programs' numbers, from a counter that counts plain matmuls as what they are."""
-    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, __file__, chip],
-        env=kept | without_devices.TPU, capture_output=True, text=True, timeout=560, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = without_devices.results_of_program(__file__, chip, 560)
     assert found["plain"] == [1.0, 1.0]
     return found["programs"]
 
