@@ -1,6 +1,5 @@
 """The declaration of one setting: default, comment, allowed values, and when it is read."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -54,8 +53,11 @@ class ListedBy(NamedTuple):
     setting: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
+Allowed = Choices | Range | None
+When = Condition | ListedBy
+
+
+class Setting(NamedTuple):
     """One setting of a run.
 
     Attributes:
@@ -68,16 +70,11 @@ class Setting:
 
     default: Any
     comment: str
-    allowed: Choices | Range | None = None
-    read_when: tuple[Condition | ListedBy, ...] = ()
+    allowed: Allowed
+    read_when: tuple[When, ...]
 
 
-def declare(
-    default: Any,
-    comment: str,
-    allowed: Choices | Range | None = None,
-    *read_when: Condition | ListedBy,
-) -> Setting:
+def declare(default: Any, comment: str, allowed: Allowed = None, *read_when: When) -> Setting:
     """Returns a Setting; its conditions are the last arguments."""
     return Setting(default, comment, allowed, read_when)
 
@@ -114,28 +111,22 @@ BELOW_ONE = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("above 0 and at most 1 (1 is off)", lambda value: 0 < value <= 1)
 # Smaller temperatures leave float32 no digits for other logits than the largest.
 TEMPERATURE = Range(
-    "0 (greedy) or at least 0.0001, and finite",
-    lambda value: value == 0 or 1e-4 <= value < math.inf,
+    "0 (greedy) or at least 0.0001, and finite", lambda value: not value or 1e-4 <= value < math.inf
 )
 DUAL_CLIP = Range("above 1 (0 is off)", lambda value: value == 0 or 1 < value < math.inf)
 
 
-def server(timeout: float, concurrency: int, read_when: Condition) -> dict[str, Setting]:
+def server(section: str, timeout: float, concurrency: int, read_when: When) -> dict[str, Setting]:
     """Returns the settings of a section that asks a server, by name; only defaults differ."""
-    return {
-        "url": declare("", "base address of the server: http://host:8000/v1", None, read_when),
-        "model": declare("", "name of the (base) model at the server", None, read_when),
-        "key_env": declare("", "environment variable with the key; '' for none", None, read_when),
-        "timeout": declare(
-            timeout, "seconds for one request, time in the server's queue included", POSITIVE,
-            read_when,
-        ),
-        "retries": declare(4, "how often a failed request is sent again", whole(0), read_when),
-        "backoff": declare(
-            1.0, "seconds before the first retry; doubled for each further one", NOT_NEGATIVE,
-            read_when,
-        ),
-        "concurrency": declare(
-            concurrency, "requests in flight at once", whole(1, 1000), read_when
-        ),
+    found = {
+        "url": declare("", "base address of the server: http://host:8000/v1"),
+        "model": declare("", "name of the (base) model at the server"),
+        "key_env": declare("", "environment variable with the key; '' for none"),
+        "timeout": declare(timeout, "seconds for one request, time in the server's queue included",
+            POSITIVE),
+        "retries": declare(4, "how often a failed request is sent again", whole(0)),
+        "backoff": declare(1.0, "seconds before the first retry; doubled for each further one",
+            NOT_NEGATIVE),
+        "concurrency": declare(concurrency, "requests in flight at once", whole(1, 1000)),
     }  # fmt: skip
+    return {f"{section}.{k}": one._replace(read_when=(read_when,)) for k, one in found.items()}

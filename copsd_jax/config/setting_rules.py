@@ -16,7 +16,7 @@ from copsd_jax.config.declaration import LARGEST, Choices, ListedBy, Range
 
 def check(
     config: config_lib.Config,
-    tables: config_lib.Tables | None = None,
+    tables: config_lib.Tables = None,
     *,
     train: bool = True,
     data: bool = True,
@@ -42,11 +42,8 @@ def check(
             _check_range(s, name, setting.allowed)
     if any(not isinstance(text, str) or not text for text in s["rollout.stop"]):
         refuse(s, "rollout.stop", "stop strings are texts, and must not be empty")
-    _check_author(s)
-    _check_server(s)
-    _check_groups(s)
-    _check_policy(s)
-    _check_loss(s)
+    for rule in (_check_author, _check_server, _check_groups, _check_policy, _check_loss):
+        rule(s)
     _check_data(s, data)
     _check_training(s, config_lib.completions_per_step(config))
     _check_processes(s)
@@ -78,11 +75,8 @@ def check_shards(config: config_lib.Config, devices: int) -> None:
     name = "train.micro_batch" if s["train.micro_batch"] else "train.batch"
     micro = s["train.micro_batch"] or config_lib.completions_per_step(config)
     if micro % devices and s["train.pack"] == "off":
-        refuse(
-            s, name,
-            f"{micro} completions of a micro-batch do not divide over {devices} devices "
-            "(mesh.data x mesh.fsdp)",
-        )  # fmt: skip
+        rule = f"{micro} completions of a micro-batch do not divide over {devices} devices"
+        refuse(s, name, f"{rule} (mesh.data x mesh.fsdp)")
 
 
 def refuse(s: Mapping, name: str, rule: str) -> NoReturn:
@@ -93,9 +87,7 @@ def refuse(s: Mapping, name: str, rule: str) -> NoReturn:
 # -------------------------------------------------------------------------------- single settings
 
 
-def _check_choice(
-    s: Mapping, name: str, allowed: Choices, tables: config_lib.Tables | None
-) -> None:
+def _check_choice(s: Mapping, name: str, allowed: Choices, tables: config_lib.Tables) -> None:
     choices = config_lib.choices(name, tables)
     for value in (s[name],) if isinstance(s[name], str) else s[name]:
         known = value in choices or (allowed.function and re.fullmatch(r"[\w.]+:\w+", value))
@@ -105,15 +97,14 @@ def _check_choice(
 
 
 def _check_range(s: Mapping, name: str, allowed: Range | None) -> None:
-    value = s[name]
+    value, largest = s[name], allowed.largest if allowed else LARGEST
     if allowed and not allowed.holds(value):
         refuse(s, name, f"it must be {allowed.words}")
-    largest = allowed.largest if allowed else LARGEST
     if isinstance(value, int) and value > largest:
         refuse(s, name, f"it must be at most {largest}")
 
 
-def _check_read(s: Mapping, tables: config_lib.Tables | None) -> None:
+def _check_read(s: Mapping, tables: config_lib.Tables) -> None:
     """Refuses values besides the default that nothing would read.
 
     A condition that names a setting need not repeat that one's own conditions.
@@ -121,14 +112,11 @@ def _check_read(s: Mapping, tables: config_lib.Tables | None) -> None:
     for name, setting in config_lib.SETTINGS.items():
         for when in setting.read_when if s[name] != setting.default else ():
             if not isinstance(when, ListedBy):
-                words, holds = when.words, when.holds(s)
-            elif tables:
-                words = config_lib.listed_by(name, when, tables)
-                holds = name in tables[when.setting].get(s[when.setting], ())
+                holds = when.holds(s)
             else:
-                continue
+                holds = not tables or name in tables[when.setting].get(s[when.setting], ())
             if not holds:
-                rule = f"nothing reads it, it goes with {words}"
+                rule = f"nothing reads it, it goes with {config_lib.spell(name, when, tables)}"
                 refuse(s, name, f"{rule} (else it stays at {setting.default!r})")
 
 
@@ -164,11 +152,9 @@ def _check_server(s: Mapping) -> None:
     weights, trainable = s["teacher.weights"], s["train.trainable"]
     held = weights == "live" or (trainable == "lora" and weights != "ema")
     if s["author.kind"] == "teacher" and not held:
-        refuse(
-            s, "author.kind",
-            "a server (sampler.engine) holds the student alone, not a teacher with "
-            f"teacher.weights={weights} beside train.trainable={trainable}; student would do",
-        )  # fmt: skip
+        teacher = f"teacher.weights={weights} beside train.trainable={trainable}"
+        rule = f"a server (sampler.engine) holds the student alone, not a teacher with {teacher}"
+        refuse(s, "author.kind", f"{rule}; student would do")
 
 
 def _check_groups(s: Mapping) -> None:
@@ -187,24 +173,22 @@ def _check_groups(s: Mapping) -> None:
 
 
 def _check_policy(s: Mapping) -> None:
-    if s["policy.weight"] and not methods.METHODS[s["method"]].teacher:
-        refuse(
-            s, "policy.weight", f"method is {s['method']}, and only a divergence is mixed with it"
-        )
+    method = s["method"]
+    if s["policy.weight"] and not methods.METHODS[method].teacher:
+        refuse(s, "policy.weight", f"method is {method}, and only a divergence is mixed with it")
     if s["policy.route"] != "all" and not s["policy.weight"]:
         refuse(s, "policy.route", "policy.weight is 0: there is nothing to route")
-    if s["policy.norm"] == "constant" and not methods.METHODS[s["method"]].samples:
-        refuse(s, "policy.norm", f"method={s['method']} takes sequence, token")
+    if s["policy.norm"] == "constant" and not methods.METHODS[method].samples:
+        refuse(s, "policy.norm", f"method={method} takes sequence, token")
     if s["policy.rollout_clip"] and s["policy.old"] == "sampler":
         rule = "policy.old=sampler has the sampler's probabilities in its ratio already: 0"
         refuse(s, "policy.rollout_clip", rule)
 
 
 def _check_loss(s: Mapping) -> None:
-    if s["loss.divergence"] == "sampled" and s["loss.clip_mode"] != "none":
-        refuse(s, "loss.clip_mode", "the sampled divergence takes only none")
-    if s["loss.divergence"] == "sampled" and s["loss.top_k"]:
-        refuse(s, "loss.top_k", "the sampled divergence takes only 0")
+    for name, off in (("loss.clip_mode", "none"), ("loss.top_k", 0)):
+        if s["loss.divergence"] == "sampled" and s[name] != off:
+            refuse(s, name, f"the sampled divergence takes only {off}")
     if s["loss.top_k"] == 1 and not s["loss.tail"] and s["loss.top_k_of"] != "union":
         refuse(s, "loss.top_k", "one entry renormalised is always 1: take 2, or loss.tail=True")
     if s["loss.tail"] and not s["loss.top_k"]:

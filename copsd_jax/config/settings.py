@@ -2,7 +2,7 @@
 
 A config file under `configs/` calls `default()`, changes what its experiment changes, and returns
 the result. `main` applies the typed overrides of the command line (`--config.train.steps=20`) and
-has `setting_rules` check it. Each setting is declared once, in `method_settings` or `run_settings`.
+has `setting_rules` check it. Each setting is declared once, in `setting_list`.
 """
 
 import difflib
@@ -11,21 +11,17 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-from copsd_jax.config import method_settings, methods, run_settings
-from copsd_jax.config.declaration import Choices, ListedBy, Setting
+from copsd_jax.config import methods, setting_list
+from copsd_jax.config.declaration import Choices, Condition, ListedBy
 
 # A locked ml_collections.ConfigDict, whose attributes no type checker knows.
 Config = Any
 
 # The entries of tables of the package: by setting and entry, the settings that the entry reads.
-Tables = Mapping[str, Mapping[str, Sequence[str]]]
+# None stands for tables that are not imported.
+Tables = Mapping[str, Mapping[str, Sequence[str]]] | None
 
-SECTIONS = method_settings.SETTINGS | run_settings.SETTINGS
-SETTINGS: dict[str, Setting] = {
-    f"{section}.{name}" if section else name: setting
-    for section, settings in SECTIONS.items()
-    for name, setting in settings.items()
-}
+SETTINGS = setting_list.SETTINGS
 
 # Settings that no longer exist, with the value at which they had no effect. A saved config may
 # hold them with that value.
@@ -34,24 +30,19 @@ RETIRED: dict[str, object] = {"loss.skip_below": 0.0}
 
 def default() -> Config:
     """Returns all settings with their defaults, as a locked ConfigDict."""
-    config = config_dict.ConfigDict()
-    for section, settings in SECTIONS.items():
-        node = config
-        if section:
-            node = config[section] = config_dict.ConfigDict()
-        for name, setting in settings.items():
-            node[name] = setting.default
-    return config.lock()
+    config: dict[str, Any] = {}
+    for name, setting in SETTINGS.items():
+        section, _, key = name.rpartition(".")
+        (config.setdefault(section, {}) if section else config)[key] = setting.default
+    return config_dict.ConfigDict(config).lock()
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """Returns the settings of a nested config by name, `{"train.steps": 100, ...}`, in order."""
     out = {}
     for key, value in config.items():
-        if isinstance(value, Mapping | config_dict.ConfigDict):
-            out.update(flat(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = value
+        nested = isinstance(value, Mapping | config_dict.ConfigDict)
+        out |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return out
 
 
@@ -79,10 +70,8 @@ def preset(table: Mapping[str, Callable], name: str, default_name: str) -> Calla
 def split_lists(config: Config) -> None:
     """Splits the lists of strings of the command line: ("sw,fr",) becomes ("sw", "fr")."""
     for section, name in (("data", "lang"), ("eval", "lang"), ("lora", "targets")):
-        value = config[section][name]
-        config[section][name] = tuple(
-            part for item in value for part in str(item).split(",") if part
-        )
+        parts = (part for item in config[section][name] for part in str(item).split(","))
+        config[section][name] = tuple(filter(None, parts))
 
 
 # ------------------------------------------------------------------- unknown and retired settings
@@ -137,7 +126,7 @@ class Description(NamedTuple):
     read_when: str
 
 
-def describe(tables: Tables | None = None) -> Iterator[Description]:
+def describe(tables: Tables = None) -> Iterator[Description]:
     """Yields every setting in words, in order.
 
     Args:
@@ -150,24 +139,23 @@ def describe(tables: Tables | None = None) -> Iterator[Description]:
             words = ", ".join(choices(name, tables)) or f"an entry of {allowed.table}"
         else:
             words = allowed.words if allowed else ""
-        conditions = "; and ".join(
-            when.words if not isinstance(when, ListedBy) else listed_by(name, when, tables)
-            for when in setting.read_when
-        )
+        conditions = "; and ".join(spell(name, when, tables) for when in setting.read_when)
         yield Description(name, setting.default, setting.comment, words, conditions)
 
 
-def choices(name: str, tables: Tables | None) -> tuple[str, ...]:
+def choices(name: str, tables: Tables) -> tuple[str, ...]:
     """Returns the choices of a setting; () if they are in a table that is not given."""
     allowed = SETTINGS[name].allowed
     if not isinstance(allowed, Choices) or (allowed.table and tables is None):
         return ()
     found = tuple(tables[name]) if allowed.table and tables else allowed.names
-    return (*found, "module:function") if allowed.function else found
+    return found + ("module:function",) * allowed.function
 
 
-def listed_by(name: str, when: ListedBy, tables: Tables | None) -> str:
-    """Returns the condition of a `ListedBy` in words: the entries that list the setting."""
+def spell(name: str, when: Condition | ListedBy, tables: Tables) -> str:
+    """Returns a condition in words; those of a `ListedBy` are the entries that list the setting."""
+    if isinstance(when, Condition):
+        return when.words
     entries = tables[when.setting] if tables else {}
     listing = [entry for entry, settings in entries.items() if name in settings]
     return f"{when.setting}={' or '.join(listing)}" if listing else f"some of {when.setting}"

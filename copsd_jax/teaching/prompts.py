@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from copsd_jax.config import setting_list
 from copsd_jax.problems import problem_row
 from copsd_jax.teaching import conversations, text_encoding
-
-THINKING = ("none", "off", "on", "prefix")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ def check_thinking(
     Args:
       tokenizer: the model's tokenizer.
       template: "chat" or "plain".
-      thinking: one of `THINKING`.
+      thinking: one of `setting_list.THINKING`.
       setting: the name of the setting that `thinking` comes from, for the message.
 
     Raises:
@@ -84,7 +83,8 @@ def check_thinking(
     if template == "plain":
         choices, why = ("none",), "prompt.template is 'plain'"
     elif has_thinking(tokenizer):
-        choices, why = THINKING[1:], "the tokenizer's chat template has a thinking switch"
+        choices = setting_list.THINKING[1:]
+        why = "the tokenizer's chat template has a thinking switch"
     else:
         choices, why = ("none",), "the tokenizer's chat template has no thinking switch"
     if thinking not in choices:
