@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "token": 0}
 
 
 class Op(NamedTuple):
@@ -51,16 +50,15 @@ def _op(line: str) -> Op | None:
     found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line)
     if not found:
         return None
-    text = found[3]
+    root, name, text = found.groups()
     end = _closing(text) if text.startswith("(") else text.index(" ")
-    result, text = text[:end], text[end:].strip()
-    kind = text[: text.index("(")]
-    text = text[len(kind) :]
+    result, (kind, paren, text) = text[:end], text[end:].strip().partition("(")
+    text = paren + text
     end = _closing(text)
     operands = tuple(re.findall(r"%([\w.\-]+)", text[:end]))
     if kind in ("parameter", "constant"):
         operands = (text[1 : end - 1],)
-    return Op(found[2], result, kind, operands, text[end:], bool(found[1]))
+    return Op(name, result, kind, operands, text[end:], bool(root))
 
 
 def _closing(text: str) -> int:
@@ -77,7 +75,7 @@ def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
     """Parses a result into (element type, dimensions, whether in main memory) of each array."""
     out = []
     for kind, dims, layout in _ARRAY.findall(text):
-        shape = tuple(int(size.lstrip("<=")) for size in dims.split(",")) if dims else ()
+        shape = tuple(map(int, re.findall(r"\d+", dims)))
         space = re.search(r"S\((\d+)\)", layout)
         out.append((kind, shape, not space or space[1] == "0"))
     return out
@@ -86,10 +84,8 @@ def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
 def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
     """Returns the bytes of an array of `parse_arrays`."""
     kind, shape, _ = array
-    bits = _BITS.get(kind)
-    if bits is None:
-        bits = int(found[1]) if (found := re.search(r"^[a-z]+(\d+)", kind)) else 0
-    return math.prod(shape) * bits / 8
+    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # none of a token
+    return math.prod(shape) * int(bits[1] if bits else 0) / 8
 
 
 def main_memory_bytes(text: str) -> float:
@@ -104,10 +100,8 @@ def total_bytes(text: str) -> float:
 
 def constant_value(op: Op) -> int | None:
     """Returns the value of a scalar integer constant; None for any other instruction."""
-    if not re.match(r"[su]\d+\[\]", op.result):
-        return None
-    found = re.fullmatch(r"-?\d+", op.operands[0]) if op.operands else None
-    return int(found[0]) if found else None
+    scalar = op.kind == "constant" and re.match(r"[su]\d+\[\]", op.result)
+    return int(op.operands[0]) if scalar and re.fullmatch(r"-?\d+", op.operands[0]) else None
 
 
 def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
@@ -117,23 +111,25 @@ def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
     3]]. In names they are `mesh['a'=2,'b'=2] {'a'}` and `mesh['a'=2,'b'=2],
     device_ids=([2,2]T(1,0)) {'b'}`.
     """
-    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", rest):
-        return [[int(x) for x in p.split(",")] for p in re.findall(r"\{([\d,]+)\}", pairs[1])]
-    if iota := re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest
-    ):  # fmt: skip
-        shape, dims = ([int(x) for x in iota[i].split(",")] for i in (1, 2))
-        order = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            order = order.transpose([int(x) for x in iota[3].split(",")])
-        return order.reshape(shape).tolist()
-    if named := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", rest
-    ):  # fmt: skip
-        return _named_groups(*named.groups())
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
-        return [[int(x) for x in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed[1])]
+    if found := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", rest):
+        return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
+        return _order(found[2]).reshape(_integers(found[1])).tolist()
+    named = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}"
+    if found := re.search(named, rest):
+        return _named_groups(*found.groups())
     return [list(range(devices))]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _order(text: str) -> np.ndarray:
+    """Returns the numbers of `[2,3]T(1,0)`: counted up in this shape, which is then transposed."""
+    ((shape, turn),) = re.findall(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", text)
+    ids = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
+    return ids.transpose(_integers(turn)) if turn else ids
 
 
 def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[int]]:
@@ -144,16 +140,7 @@ def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[in
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     ids = np.arange(math.prod(axes.values()))
     if order:
-        shape, turn, listed = (
-            re.search(pattern, order)
-            for pattern in (r"\[([\d,]+)\](?:T|$)", r"T\(([\d,]+)", r"^\{?([\d,]+)\}?$")
-        )
-        if listed:
-            ids = np.array([int(x) for x in listed[1].split(",")])
-        if shape:
-            ids = ids.reshape([int(x) for x in shape[1].split(",")])
-        if turn:
-            ids = ids.transpose([int(x) for x in turn[1].split(",")])
+        ids = _order(order) if "[" in order else np.array(_integers(order.strip("{}")))
     parts: dict[str, list[tuple[str, int]]] = {name: [(name, size)] for name, size in axes.items()}
     chosen = []
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", exchanged):

@@ -24,10 +24,8 @@ COLLECTIVES = (
 )  # fmt: skip
 # Instructions that move nothing themselves.
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
-    "partition-id replica-id opt-barrier add-dependency async-update async-done copy-done "
-    "slice-done dynamic-slice-done dynamic-update-slice-done all-reduce-done all-gather-done "
-    "collective-permute-done send-done recv recv-done domain get-dimension-size".split()
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
+    "opt-barrier add-dependency async-update recv domain get-dimension-size".split()
 )
 
 
@@ -76,9 +74,9 @@ class Analysis:
     """
 
     name: str
-    seconds: float  # of compilation
-    flops: float  # of matmuls
-    bytes: float  # to and from memory
+    seconds: float
+    flops: float
+    bytes: float
     arguments: int
     outputs: int
     aliased: int
@@ -92,9 +90,7 @@ class Analysis:
         return self.temporary + max(0, self.outputs - self.aliased)
 
 
-def analyse(
-    name: str, program: Any, seconds: float, mesh: Any = None, *, turns: int = 1
-) -> Analysis:  # fmt: skip
+def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 1) -> Analysis:
     """Reads the costs of a jax.stages.Compiled.
 
     Args:
@@ -121,10 +117,8 @@ def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float
     overlap one another.
     """
     own = sum(max(c.flops / chip.flops, c.bytes / chip.bandwidth) * c.times for c in found.costs)
-    travel = sum(
-        c.bytes * c.times / (chip.network if c.network else chip.link) for c in found.collectives
-    )
-    return own, travel
+    rates = {False: chip.link, True: chip.network}
+    return own, sum(c.bytes * c.times / rates[c.network] for c in found.collectives)
 
 
 def sum_by_axes(found: Analysis) -> dict[str, dict[str, tuple[int, float]]]:
@@ -166,8 +160,7 @@ def _walk(program: _Program, name: str, times: int) -> None:
         if op.kind == "while":
             _walk(program, _named(op, "body"), times * _turns(program, op))
         elif op.kind in ("call", "async-start"):
-            inner = _named(op, "calls") or _named(op, "to_apply")
-            if inner:
+            if inner := _called(op):
                 _walk(program, inner, times)
         elif op.kind == "conditional":
             _dearest(program, op, times)
@@ -177,11 +170,10 @@ def _walk(program: _Program, name: str, times: int) -> None:
             program.collectives.append(Collective("send", "data", True, sent, times))
         elif op.kind.removesuffix("-start") in COLLECTIVES:
             _exchange(program, ops, op, times)
-        elif op.kind not in _FREE:
-            inner = _named(op, "calls") if op.kind == "fusion" else ""
-            flops = _fused(program, inner, times) if inner else _flops(ops, op)
-            moved = _moved(program, ops, op)
-            program.costs.append(Cost(op.name, flops, moved, times))
+        elif op.kind not in _FREE and not op.kind.endswith("-done"):
+            fused = op.kind == "fusion"
+            flops = _fused(program, _called(op), times) if fused else _flops(ops, op)
+            program.costs.append(Cost(op.name, flops, _moved(program, ops, op), times))
 
 
 def _named(op: hlo.Op, key: str) -> str:
@@ -189,16 +181,15 @@ def _named(op: hlo.Op, key: str) -> str:
     return found[1] if found else ""
 
 
+def _called(op: hlo.Op) -> str:
+    return _named(op, "calls") or _named(op, "to_apply")
+
+
 def _turns(program: _Program, op: hlo.Op) -> int:
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.rest)
-    if known:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.rest):
         return int(known[1])
     condition = program.computations[_named(op, "condition")]
-    bounds = [
-        int(value)
-        for one in condition.values()
-        if one.kind == "constant" and (value := hlo.constant_value(one)) is not None
-    ]
+    bounds = [hlo.constant_value(one) or 0 for one in condition.values()]
     return max([bound for bound in bounds if bound > 1], default=program.turns)
 
 
@@ -224,8 +215,7 @@ def _fused(program: _Program, name: str, times: int) -> float:
     ops, total = program.computations[name], 0.0
     for op in ops.values():
         if op.kind in ("fusion", "call"):
-            inner = _named(op, "calls") or _named(op, "to_apply")
-            total += _fused(program, inner, times) if inner in program.computations else 0.0
+            total += _fused(program, _called(op), times)
         elif op.kind.removesuffix("-start") in COLLECTIVES:
             _exchange(program, ops, op, times)
         else:
@@ -236,19 +226,22 @@ def _fused(program: _Program, name: str, times: int) -> float:
 # --- FLOPs ------------------------------------------------------------------------------------
 
 
+def _shape(op: hlo.Op) -> tuple[int, ...]:
+    return hlo.parse_arrays(op.result)[0][1]
+
+
 def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     if op.kind == "dot":
-        left = hlo.parse_arrays(ops[op.operands[0]].result)[0][1]
+        left = _shape(ops[op.operands[0]])
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
         inner = math.prod(left[int(a)] for a in axes[1].split(",") if a) if axes else 1
-        return 2.0 * inner * math.prod(hlo.parse_arrays(op.result)[0][1])
+        return 2.0 * inner * math.prod(_shape(op))
     if op.kind == "convolution":
         return _convolution(ops, op)
     if op.kind == "custom-call":
-        estimate = _estimate(op)
-        if estimate:
+        if estimate := _estimate(op):
             return estimate[0]
-        if "gemm" in (_target(op) or ""):
+        if re.search(r'custom_call_target="[^"]*gemm', op.rest):
             return _gemm(ops, op)
     return 0.0
 
@@ -266,16 +259,11 @@ def _estimate(op: hlo.Op) -> tuple[float, float] | None:
     return (float(named[1]), float(named[2])) if named else None
 
 
-def _target(op: hlo.Op) -> str:
-    found = re.search(r'custom_call_target="([^"]+)"', op.rest)
-    return found[1] if found else ""
-
-
 def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    left = hlo.parse_arrays(ops[op.operands[0]].result)[0][1]
+    left = _shape(ops[op.operands[0]])
     axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.rest)
     inner = [int(a) for a in re.findall(r"\d+", axes[1])] if axes else [len(left) - 1]
-    return 2.0 * math.prod(left[a] for a in inner) * math.prod(hlo.parse_arrays(op.result)[0][1])
+    return 2.0 * math.prod(left[a] for a in inner) * math.prod(_shape(op))
 
 
 def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
@@ -287,17 +275,16 @@ def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     if not labels:
         return 0.0
-    left, right = (hlo.parse_arrays(ops[name].result)[0][1] for name in op.operands[:2])
-    out = hlo.parse_arrays(op.result)[0][1]
+    arrays = (ops[op.operands[0]], ops[op.operands[1]], op)
+    left, right, out = (
+        dict(zip(names, _shape(one), strict=True))
+        for names, one in zip(labels.groups(), arrays, strict=True)
+    )
     window = re.search(r"window=\{([^}]*)\}", op.rest)
-    text = window[1] if window else ""
-    total = 2.0 * right[labels[2].index("i")]
-    total *= out[labels[3].index("b")] * out[labels[3].index("f")]
-    for k in range(sum(character.isdigit() for character in labels[1])):
-        total *= _meetings(
-            left[labels[1].index(str(k))], right[labels[2].index(str(k))],
-            out[labels[3].index(str(k))], _window(text, k),
-        )  # fmt: skip
+    total = 2.0 * right["i"] * out["b"] * out["f"]
+    for k in filter(str.isdigit, labels[1]):
+        of_axis = _window(window[1] if window else "", int(k))
+        total *= _meetings(left[k], right[k], out[k], of_axis)
     return total
 
 
@@ -324,22 +311,21 @@ def _meetings(left: int, right: int, out: int, window: dict[str, int]) -> int:
 def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Counts the bytes that an instruction reads from and writes to main memory."""
     result = hlo.main_memory_bytes(op.result)
-    if op.kind == "custom-call":
-        estimate = _estimate(op)
-        if estimate:
-            return estimate[1]
+    if op.kind == "custom-call" and (estimate := _estimate(op)):
+        return estimate[1]
     if op.kind in ("copy-start", "slice-start"):
         # Of (result, source, state): what arrives was read once, and written if not on the chip.
         arrays = [array for array in hlo.parse_arrays(op.result) if array[1]]
         least = min(map(hlo.array_bytes, arrays), default=0.0)
         return least * (2 if all(array[2] for array in arrays) else 1)
-    if op.kind in ("dynamic-slice", "slice", "gather", "iota", "broadcast"):
-        read = 0.0 if op.kind in ("iota", "broadcast") else hlo.total_bytes(op.result)
-        return result + read
+    if op.kind in ("iota", "broadcast"):
+        return result
+    if op.kind in ("dynamic-slice", "slice", "gather"):
+        return result + hlo.total_bytes(op.result)
     if op.kind in ("dynamic-update-slice", "scatter"):
         return 2 * hlo.total_bytes(ops[op.operands[1]].result)
-    if op.kind == "fusion" and (inner := _named(op, "calls")) in program.computations:
-        return _fusion_bytes(program, inner, ops, op)
+    if op.kind == "fusion":
+        return _fusion_bytes(program, _called(op), ops, op)
     read = [hlo.main_memory_bytes(ops[name].result) for name in op.operands if name in ops]
     if op.kind == "custom-call":
         # What is updated in place is not moved whole; how much of it, the text does not say.
@@ -371,29 +357,24 @@ def _read(program: _Program, inner: str, one: hlo.Op) -> float:
     total = 0.0
     users = [op for op in program.computations[inner].values() if one.name in op.operands]
     for user in users:
-        if user.kind == "parameter":
-            continue
-        called = _named(user, "calls") if user.kind == "fusion" else ""
+        first = user.operands[0] == one.name
         if user.kind == "bitcast":
             total += _read(program, inner, user)
-        elif called in program.computations:
+        elif user.kind == "fusion":
+            called = _called(user)
             for number, name in enumerate(user.operands):
                 if name == one.name:
                     total += _read(program, called, _parameter(program, called, number))
-        elif user.kind in ("dynamic-slice", "slice", "gather") and user.operands[0] == one.name:
+        elif user.kind in ("dynamic-slice", "slice", "gather") and first:
             total += hlo.total_bytes(user.result)
-        elif user.kind == "dynamic-update-slice" and user.operands[0] == one.name:
-            continue
-        else:
+        elif user.kind != "parameter" and not (user.kind == "dynamic-update-slice" and first):
             return hlo.total_bytes(one.result)
     return min(total, hlo.total_bytes(one.result))
 
 
 def _written(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Counts the bytes of results; of an update in place, those of the update."""
-    root = next((one for one in inner.values() if one.root), None)
-    if root is None:
-        return hlo.main_memory_bytes(op.result)
+    root = next(one for one in inner.values() if one.root)
     parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
     arrays = hlo.parse_arrays(op.result)
     if len(parts) != len(arrays):
@@ -425,21 +406,16 @@ def _exchange(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int)
 
 
 def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> Collective:
-    kind = op.kind.removesuffix("-start")
-    groups = hlo.parse_replica_groups(
-        op.rest, 1 if program.mesh is None else program.mesh.devices.size
-    )
+    kind, mesh = op.kind.removesuffix("-start"), program.mesh
+    groups = hlo.parse_replica_groups(op.rest, 1 if mesh is None else mesh.devices.size)
     size = max(map(len, groups), default=1)
     given = sum(hlo.total_bytes(ops[name].result) for name in op.operands if name in ops)
     share = (size - 1) / size
     sent = {
-        "all-gather": given * (size - 1),
-        "all-reduce": 2 * given * share,
-        "collective-permute": given,
-        "collective-broadcast": given,
-    }.get(kind, given * share)
-    axes, network = _axes(program.mesh, groups)
-    return Collective(kind, axes, network, sent, times)
+        "all-gather": given * (size - 1), "all-reduce": 2 * given * share,
+        "collective-permute": given, "collective-broadcast": given,
+    }.get(kind, given * share)  # fmt: skip
+    return Collective(kind, *_axes(mesh, groups), sent, times)
 
 
 def _axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
