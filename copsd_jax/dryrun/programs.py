@@ -34,7 +34,6 @@ from copsd_jax.training import (
     model_headers,
     prompt_lengths,
     run_plan,
-    train_step,
 )
 from copsd_jax.training import loaded_run as run_lib
 from copsd_jax.weights import hf_config
@@ -122,52 +121,31 @@ class Phase:
 class Sampled(NamedTuple):
     """A phase that samples: its settings' section, and the tokens of its longest text."""
 
-    phase: str
     section: str
     prompt: int
     completion: int
 
 
-class Inputs(NamedTuple):
-    """Read-only inputs of the compilation of a phase.
+class Run(NamedTuple):
+    """A dry run: what is compiled and for which devices, and the phases that are compiled.
 
     Attributes:
       frame: the settings, the mesh, the dtype and the model's shape.
       lengths: the longest texts.
+      target: the devices by name.
       usable: bytes of a device; a phase that holds more is not compiled.
       say: reports progress.
+      phases: the phases of the run by name, in their order.
+      seconds: of wall time that compiling them took.
     """
 
     frame: run_plan.ProgramPlan
     lengths: Lengths
+    target: hardware.Target
     usable: float
     say: Callable[[str], None]
-
-
-class CompiledRun(NamedTuple):
-    """The result of a dry run's compilations.
-
-    Attributes:
-      inputs: their inputs.
-      target: the devices that they were compiled for.
-      phases: the phases of a run by name, in their order.
-      seconds: of wall time.
-    """
-
-    inputs: Inputs
-    target: hardware.Target
     phases: dict[str, Phase]
-    seconds: float
-
-    @property
-    def frame(self) -> run_plan.ProgramPlan:
-        """The settings, the mesh, the dtype and the shape of the model."""
-        return self.inputs.frame
-
-    @property
-    def lengths(self) -> Lengths:
-        """The longest texts."""
-        return self.inputs.lengths
+    seconds: float = 0.0
 
 
 # --- from settings to shapes ------------------------------------------------------------------
@@ -231,10 +209,9 @@ def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> 
         author=min(c.teacher.max_tokens, positions - reply),
         completion=completion, answer=answer, reply=reply,
     )  # fmt: skip
-    prompts = {
-        "rollout": lengths.student, "evaluation": lengths.evaluation, "teacher": lengths.teacher,
-    }  # fmt: skip
-    for side, tokens in prompts.items():
+    sides = ("rollout", "evaluation", "teacher")
+    prompts = (lengths.student, lengths.evaluation, lengths.teacher)
+    for side, tokens in zip(sides, prompts, strict=True):
         if tokens < 1:
             raise ValueError(
                 f"the {side}'s prompts have {tokens} tokens: rollout.max_tokens, eval.max_tokens, "
@@ -244,18 +221,18 @@ def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> 
     return lengths
 
 
-def sampled_sections(config: config_lib.Config, lengths: Lengths) -> list[Sampled]:
+def sampled_phases(run: Run) -> dict[str, Sampled]:
     """Returns the phases that sample on these devices; none if a server samples."""
-    c, sections = config, []
+    c, lengths, phases = run.frame.config, run.lengths, {}
     if c.sampler.engine == "server":
-        return []
+        return {}
     if config_lib.traits(c).samples and c.train.steps:
-        sections.append(Sampled("rollout", "rollout", lengths.student, lengths.completion))
+        phases["rollout"] = Sampled("rollout", lengths.student, lengths.completion)
     if c.author.kind in ("student", "teacher"):
-        sections.append(Sampled("author", "author", lengths.author, lengths.reply))
+        phases["author"] = Sampled("author", lengths.author, lengths.reply)
     if c.eval.path:
-        sections.append(Sampled("evaluation", "eval", lengths.evaluation, lengths.answer))
-    return sections
+        phases["evaluation"] = Sampled("eval", lengths.evaluation, lengths.answer)
+    return phases
 
 
 def longest_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
@@ -274,32 +251,29 @@ def longest_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
     return batch
 
 
-def hold_phase(
-    frame: run_plan.ProgramPlan, lengths: Lengths, name: str, arrays: memory.HeldArrays
-) -> dict[str, int]:
+def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]:
     """Returns the bytes on each device, by part, that a phase holds by shapes alone.
 
     Args:
-      frame: its mesh may be an AbstractMesh.
-      lengths: the longest texts.
+      run: the mesh of its frame may be an AbstractMesh.
       name: of the phase.
-      arrays: those of `frame`.
+      arrays: those of its frame.
     """
+    frame, sampled = run.frame, sampled_phases(run)
     held = memory.count_resident(frame, arrays)
-    sections = {one.phase: one for one in sampled_sections(frame.config, lengths)}
     if name == "placement":
         return held | {"read": 0 if arrays.frozen else memory.count_bytes(arrays.base)}
     if name == "step":
-        kept = memory.count_bytes(arrays.kept) if sections else 0
+        kept = memory.count_bytes(arrays.kept) if sampled else 0
         return held | {"sampler's weights": kept}
     held["sampler's weights"] = memory.count_sampler_weights(frame, arrays)
     if name == "hand-over":
         return held
-    one = sections[name]
-    tokens = one.prompt + one.completion + engine.INSERT_BLOCK
+    section, prompt, completion = sampled[name]
+    tokens = prompt + completion + engine.INSERT_BLOCK
     # An author's texts are as long as a call needs, rounded up.
     tokens = request.round_up_length(tokens) if name == "author" else tokens
-    return held | {"cache": memory.count_decode_state(frame, one.section, tokens)}
+    return held | {"cache": memory.count_decode_state(frame, section, tokens)}
 
 
 # --- compiling --------------------------------------------------------------------------------
@@ -308,7 +282,7 @@ def hold_phase(
 class _Compiler(NamedTuple):
     """Compiles jitted functions, and collects their costs."""
 
-    inputs: Inputs
+    run: Run
     programs: list[Program]
 
     def __call__(
@@ -323,8 +297,8 @@ class _Compiler(NamedTuple):
           keeps: whether the results count as memory of the program, not as a part of a phase.
           loop_turns: of loops whose number of turns the program's text does not tell.
         """
-        self.inputs.say(f"compiling {name}")
-        mesh = self.inputs.frame.mesh
+        self.run.say(f"compiling {name}")
+        mesh = self.run.frame.mesh
         lowered = jitted.lower(*args)
         held = memory.count_bytes(jax.tree.map(lambda x: _with_sharding(x, mesh), args))
         begun = time.perf_counter()
@@ -363,12 +337,9 @@ def failed_program(name: str, arguments: int, error: BaseException) -> Program:
     if "RESOURCE_EXHAUSTED" not in text:
         raise error
     used = re.search(r"Used ([\d.]+)([KMGT]?) of", text)
-    temporary = re.search(r"temporaries \(([\d.]+)([KMGT]?)\)", text)
-    needed = 0
-    if used:
-        needed = int(float(used[1]) * _UNITS[used[2]]) - arguments
-    elif temporary:
-        needed = int(float(temporary[1]) * _UNITS[temporary[2]])
+    found = used or re.search(r"temporaries \(([\d.]+)([KMGT]?)\)", text)
+    needed = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    needed -= arguments if used else 0
     return Program(name, arguments, None, max(0, needed), text.strip().splitlines()[0])
 
 
@@ -378,7 +349,7 @@ def compile_run(
     devices: list,
     usable: float,
     say: Callable[[str], None] = lambda _: None,
-) -> CompiledRun:
+) -> Run:
     """Compiles every program of a run for these devices.
 
     Args:
@@ -393,24 +364,22 @@ def compile_run(
     """
     begun = time.perf_counter()
     frame = make_frame(config, devices)
-    lengths = longest_texts(config, frame.model_config)
-    inputs = Inputs(frame, lengths, usable, say)
-    sampled = [one.phase for one in sampled_sections(config, lengths)]
+    run = Run(frame, longest_texts(config, frame.model_config), target, usable, say, {})
+    sampled = sampled_phases(run)
     names = ["placement", *(["hand-over"] if sampled else []), *sampled]
     names += ["step"] if config.train.steps else []
-    phases = {name: compile_phase(inputs, name) for name in names}
-    return CompiledRun(inputs, target, phases, time.perf_counter() - begun)
+    phases = {name: compile_phase(run, name) for name in names}
+    return run._replace(phases=phases, seconds=time.perf_counter() - begun)
 
 
-def compile_phase(inputs: Inputs, name: str) -> Phase:
+def compile_phase(run: Run, name: str) -> Phase:
     """Compiles the programs of one phase, unless the arrays that it holds do not fit already."""
-    arrays = memory.held_arrays(inputs.frame)
-    parts = hold_phase(inputs.frame, inputs.lengths, name, arrays)
-    compiler = _Compiler(inputs, [])
-    if name not in ("placement", "hand-over") and sum(parts.values()) > inputs.usable:
+    arrays = memory.held_arrays(run.frame)
+    parts, compiler = hold_phase(run, name, arrays), _Compiler(run, [])
+    if name not in ("placement", "hand-over") and sum(parts.values()) > run.usable:
         reason = "not compiled: the arrays that it begins with do not fit"
         return Phase(name, parts, [Program(name, sum(parts.values()), None, 0, reason)])
-    frame: Any = inputs.frame  # it reads the mesh and the dtype of a plan
+    frame: Any = run.frame  # it reads the mesh and the dtype of a plan
     with run_lib.set_mesh_and_precision(frame):
         if name == "placement":
             _compile_first_state(compiler, arrays)
@@ -424,7 +393,7 @@ def compile_phase(inputs: Inputs, name: str) -> Phase:
 
 
 def _compile_first_state(compiler: _Compiler, arrays: memory.HeldArrays) -> None:
-    frame = compiler.inputs.frame
+    frame = compiler.run.frame
     tx, _ = builders.build_optimizer(frame.config, max(1, frame.config.train.steps))
     make_state = builders.build_initializer(frame, tx, builders.build_options(frame).teacher)
     base = arrays.base if frame.config.train.trainable == "full" else {}
@@ -438,31 +407,27 @@ def _compile_hand_over(compiler: _Compiler) -> None:
         compiler(f"{name} to the sampler", jitted, *args, keeps=False)
         return jitted.eval_shape(*args)
 
-    memory.held_arrays(compiler.inputs.frame, call=call)
+    memory.held_arrays(compiler.run.frame, call=call)
 
 
 def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str) -> dict[str, int]:
     """Compiles the sampler of a phase; returns the bytes of prompts and worked examples."""
-    frame, lengths = compiler.inputs.frame, compiler.inputs.lengths
-    sections = sampled_sections(frame.config, lengths)
-    _, section, asked, completion = next(one for one in sections if one.phase == phase)
-    decoder, vocabulary = builders.build_decoder(frame), frame.model_config.vocab_size
+    frame, c = compiler.run.frame, compiler.run.frame.config
+    section, asked, completion = sampled_phases(compiler.run)[phase]
+    decoder = builders.build_decoder(frame)
     # An author's prompts have no worked examples; its texts are as long as a call needs.
     author = section == "author"
     prefix = None if author else _compile_prefix(compiler, decoder, arrays.sampler)
-    valid_V = np.ones(vocabulary, bool)
+    valid_V = np.ones(frame.model_config.vocab_size, bool)
     valid_V[-1] = False  # tokenizers have fewer ids than embeddings have rows
+    length = 0 if author else asked + completion
     job = request.prepare_inputs(
-        decoder, arrays.sampler, [(0,) * asked],
-        [builders.build_sampling(frame.config, section, (0,), ())],
+        decoder, arrays.sampler, [(0,) * asked], [builders.build_sampling(c, section, (0,), ())],
         keys_n2=np.zeros((1, 2), np.uint32),
-        settings=builders.build_sampler_settings(
-            frame.config, section, 0 if author else asked + completion
-        ),
-        prefix=prefix, vocabulary=request.Vocabulary(valid_V), limits=None, longest=asked,
-        put=sharding.to_abstract,
+        settings=builders.build_sampler_settings(c, section, length), prefix=prefix,
+        vocabulary=request.Vocabulary(valid_V), longest=asked, put=sharding.to_abstract,
     )  # fmt: skip
-    compiler.inputs.say(f"compiling the sampler of {section}")
+    compiler.run.say(f"compiling the sampler of {section}")
     rows = 0
     try:
         programs = loop.compile_programs(job, sys.maxsize)
@@ -486,7 +451,7 @@ def _compile_prefix(
     compiler: _Compiler, decoder: transformer.Decoder, policy: policy_lib.Policy
 ) -> transformer.KV | None:
     """Compiles the encoding of the worked examples; returns their keys and values."""
-    frame, tokens = compiler.inputs.frame, compiler.inputs.lengths.prefix
+    frame, tokens = compiler.run.frame, compiler.run.lengths.prefix
     if not tokens:
         return None
     whole = NamedSharding(frame.mesh, PartitionSpec())
@@ -497,34 +462,27 @@ def _compile_prefix(
 
 def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, int]:
     """Compiles the training step, teacher included; returns the bytes of batch and examples."""
-    frame, lengths = compiler.inputs.frame, compiler.inputs.lengths
-    c = frame.config
+    frame, lengths, c = compiler.run.frame, compiler.run.lengths, compiler.run.frame.config
     tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
     options, decoder = builders.build_options(frame), builders.build_decoder(frame)
     rows = builders.pack_batch(frame, longest_batch(c, lengths), caps=True)
     batch = sharding.to_abstract(rows, frame.mesh, layout.batch_shardings(rows, frame.mesh))
-    prefix = kvs = None
-    if lengths.prefix:
-        zeros: Any = np.zeros(lengths.prefix, np.int32)
-        prefix = sharding.to_abstract(zeros, frame.mesh, PartitionSpec())
+    examples = np.zeros(lengths.prefix, np.int32) if lengths.prefix else None
+    factor, kvs = np.float32(1), None
+    prefix, factor = sharding.to_abstract((examples, factor), frame.mesh, PartitionSpec())
     if lengths.prefix and config_lib.traits(c).teacher:
         base = policy_lib.Policy(arrays.base, scale=frame.adapter_scale)
         kv = _compile_prefix(compiler, decoder, base)
         kvs = (kv,) * (2 if options.teacher == "trust_region" else 1)
-    factor = sharding.to_abstract(np.float32(1), frame.mesh, PartitionSpec())
     jitted = builders.build_step(frame, decoder, tx, options, arrays.state)
-    compiler(
-        "training step", jitted, arrays.state, arrays.frozen, batch, prefix, kvs, factor,
-        loop_turns=_count_blocks(frame, options, batch),
-    )  # fmt: skip
+    args = (arrays.state, arrays.frozen, batch, prefix, kvs, factor)
+    compiler("training step", jitted, *args, loop_turns=_count_blocks(frame, batch))
     return {"batch": memory.count_bytes(batch), "examples' keys": memory.count_bytes(kvs)}
 
 
-def _count_blocks(
-    frame: run_plan.ProgramPlan, options: train_step.Options, batch: layout.Batch
-) -> int:
+def _count_blocks(frame: run_plan.ProgramPlan, batch: layout.Batch) -> int:
     """Returns the blocks of tokens that the loss goes over if every token has weight."""
-    B, C = batch.mask_BC.shape
+    options, (B, C) = builders.build_options(frame), batch.mask_BC.shape
     if batch.source_UST is not None:
         tokens = batch.source_UST.shape[2]
     else:

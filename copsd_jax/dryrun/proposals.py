@@ -26,15 +26,17 @@ SLOTS = {"rollout": "rollout.slots", "author": "author.slots", "evaluation": "ev
 
 
 class Sizes(NamedTuple):
-    """The setting that sizes a phase.
+    """A phase, and the setting that sizes it.
 
     Attributes:
+      phase: as it was compiled with the value `now`.
       setting: its name.
       now: the run's value, rounded up as the run rounds it.
       choices: all values that are of use, ascending.
       second: the value to compile besides `now`; 0 if there is none.
     """
 
+    phase: programs.Phase
     setting: str
     now: int
     choices: Sequence[int]
@@ -74,77 +76,68 @@ class Proposals:
     compilations: int
 
 
-def propose(run: programs.CompiledRun, usable: float) -> Proposals:
+def propose(run: programs.Run) -> Proposals:
     """Searches for sizes and settings that fit; compiles phases at a second size where needed."""
-    proposals = Proposals({}, [], 0)
-    fixes: dict[str, Any] = {}
-    fixable = True
+    proposals, fixes, fixable = Proposals({}, [], 0), {}, True
     for name, phase in run.phases.items():
+        fits = phase.fits(run.usable)
         if name not in ("step", *SLOTS):
-            fixable = fixable and phase.fits(usable)
+            fixable = fixable and fits
             continue
-        sizes = size_settings(run, name, phase, usable)
-        value = _find_largest(run, phase, sizes, usable, proposals)
+        sizes = size_settings(run, phase)
+        value = _find_largest(run, sizes, proposals)
         proposals.largest[sizes.setting] = value
-        if phase.fits(usable):
-            continue
-        if value:
+        if value and not fits:
             fixes[sizes.setting] = value
-        elif name == "step" and _fits_with_remat(run, phase, sizes, usable, proposals):
+        elif not fits and name == "step" and _fits_with_remat(run, sizes, proposals):
             fixes |= {"model.remat": "layer", sizes.setting: sizes.choices[0]}
-        else:
+        elif not fits:
             fixable = False
     if fixes and fixable:
         config = change_settings(run.frame.config, fixes)
         proposals.changes.append(Change(_spell(fixes), 0, config, run.target))
-    if not all(phase.fits(usable) for phase in run.phases.values()):
+    if not all(phase.fits(run.usable) for phase in run.phases.values()):
         room = CHANGES - len(proposals.changes)
-        proposals.changes += itertools.islice(_other_meshes(run, usable), room)
+        proposals.changes += itertools.islice(_other_meshes(run), room)
     return proposals
 
 
 # --- sizes ------------------------------------------------------------------------------------
 
 
-def size_settings(
-    run: programs.CompiledRun, name: str, phase: programs.Phase, usable: float
-) -> Sizes:
+def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
     """Returns the setting that sizes a phase, and the values to choose from."""
     config, shards = run.frame.config, sharding.batch_shards(run.frame.mesh)
     completions = config_lib.completions_per_step(config)
-    if name == "step":
+    if phase.name == "step":
         setting, now, choices = _micro_batches(run, completions, shards)
         second = choices[0] if now != choices[0] else next(iter(choices[1:]), 0)
     else:
-        setting = SLOTS[name]
+        setting = SLOTS[phase.name]
         section, _, key = setting.partition(".")
         now = _round_up(config[section][key], shards)
         # More slots than a step has completions would stay empty.
-        most = MOST_SLOTS * shards if name == "evaluation" else _round_up(completions, shards)
+        evaluates = phase.name == "evaluation"
+        most = MOST_SLOTS * shards if evaluates else _round_up(completions, shards)
         choices = range(shards, most + 1, shards)
         second = _halve(now, shards)
-    if phase.fits(usable) and now >= choices[-1]:
-        second = 0  # nothing larger is of use
-    elif not phase.fits(usable) and now == choices[0]:
-        second = 0  # nothing smaller exists
-    return Sizes(setting, now, choices, second)
+    # What fits may get no larger than is of use, and what does not fit no smaller than exists.
+    at_end = now >= choices[-1] if phase.fits(run.usable) else now == choices[0]
+    return Sizes(phase, setting, now, choices, 0 if at_end else second)
 
 
 def _micro_batches(
-    run: programs.CompiledRun, completions: int, shards: int
+    run: programs.Run, completions: int, shards: int
 ) -> tuple[str, int, Sequence[int]]:
     """Returns the setting of a micro-batch's size, its value now, and its values."""
     c = run.frame.config
     if not c.train.micro_tokens:
         choices = [m for m in range(shards, completions + 1, shards) if completions % m == 0]
         return "train.micro_batch", c.train.micro_batch or completions, choices
-    batch = programs.longest_batch(c, run.lengths)
-    rows = builders.pack_batch(run.frame, batch, caps=True)
-    sides = [side for side in (rows.student, rows.teacher) if side is not None]
+    rows = builders.pack_batch(run.frame, programs.longest_batch(c, run.lengths), caps=True)
     # One completion a row: tokens of a device's micro-batch come in whole samples.
-    sample = sum(side.tokens_BL.shape[-1] for side in sides)
-    each = rows.student.tokens_BL.shape[1] // shards
-    most = -(-completions // shards)
+    sample = sum(side.tokens_BL.shape[-1] for side in (rows.student, rows.teacher) if side)
+    each, most = rows.student.tokens_BL.shape[1] // shards, -(-completions // shards)
     return "train.micro_tokens", each * sample, range(sample, most * sample + 1, sample)
 
 
@@ -152,14 +145,9 @@ def _round_up(number: int, multiple: int) -> int:
     return max(1, -(-number // multiple)) * multiple
 
 
-def _find_largest(
-    run: programs.CompiledRun,
-    phase: programs.Phase,
-    sizes: Sizes,
-    usable: float,
-    proposals: Proposals,
-) -> int:
+def _find_largest(run: programs.Run, sizes: Sizes, proposals: Proposals) -> int:
     """Returns the largest size of a phase that fits; 0 if none does."""
+    phase, usable = sizes.phase, run.usable
     held = sum(phase.parts.values())
     if held > usable:
         # Nothing was compiled. Of the held arrays the cache alone depends on a size.
@@ -216,64 +204,54 @@ def memory_line(
     needs = [(p.needed, q.needed) for p, q in zip(phase.programs, other.programs, strict=False)]
     if len(phase.programs) != len(other.programs):  # one of them stands for all of a sampler
         needs = [(phase.working, other.working)]
-    parts = phase.parts.keys() & other.parts.keys()
+    parts = [(phase.parts[k], other.parts[k]) for k in phase.parts.keys() & other.parts.keys()]
 
     def total(wanted: int) -> float:
-        held = sum(at(phase.parts[k], other.parts[k], wanted) for k in parts)
+        held = sum(at(*part, wanted) for part in parts)
         return held + max((at(*need, wanted) for need in needs), default=0.0)
 
     return total
 
 
 def _compile_again(
-    run: programs.CompiledRun, name: str, values: dict[str, Any], proposals: Proposals
+    run: programs.Run, name: str, values: dict[str, Any], proposals: Proposals
 ) -> programs.Phase:
     """Compiles a phase with other settings, and counts it."""
     config = change_settings(run.frame.config, values)
-    run.inputs.say(f"for proposals, with {_spell(values)}:")
+    run.say(f"for proposals, with {_spell(values)}:")
     frame = dataclasses.replace(run.frame, config=config)
     proposals.compilations += 1
     # The sampler's programs that do not depend on its slots come from its cache of programs.
-    return programs.compile_phase(run.inputs._replace(frame=frame), name)
+    return programs.compile_phase(run._replace(frame=frame), name)
 
 
-def _fits_with_remat(
-    run: programs.CompiledRun,
-    phase: programs.Phase,
-    sizes: Sizes,
-    usable: float,
-    proposals: Proposals,
-) -> bool:
+def _fits_with_remat(run: programs.Run, sizes: Sizes, proposals: Proposals) -> bool:
     """Returns whether the smallest micro-batch fits once only layers' inputs are kept."""
-    if run.frame.config.model.remat == "layer" or sum(phase.parts.values()) > usable:
+    if run.frame.config.model.remat == "layer" or sum(sizes.phase.parts.values()) > run.usable:
         return False
     values = {"model.remat": "layer", sizes.setting: sizes.choices[0]}
-    return _compile_again(run, "step", values, proposals).fits(usable)
+    return _compile_again(run, "step", values, proposals).fits(run.usable)
 
 
 # --- other meshes -----------------------------------------------------------------------------
 
 
-def _other_meshes(run: programs.CompiledRun, usable: float) -> Iterator[Change]:
+def _other_meshes(run: programs.Run) -> Iterator[Change]:
     """Yields meshes whose held arrays leave room: on these devices, with adapters, on more."""
     frame, target = run.frame, run.target
     devices, chips = frame.mesh.devices.size, int(np.prod(target.shape)) * target.slices
-    yield from _rank_meshes(run, usable, {}, devices, target)
+    yield from _rank_meshes(run, {}, devices, target)
     if frame.config.train.trainable == "full":
-        yield from _rank_meshes(run, usable, {"train.trainable": "lora"}, devices, target)
+        yield from _rank_meshes(run, {"train.trainable": "lora"}, devices, target)
     if target.platform == "tpu":
         for count, topology in hardware.list_topologies(target.kind).items():
             if count > chips:
                 larger = hardware.parse_target(f"{target.kind}:{topology}")
-                yield from _rank_meshes(run, usable, {}, count * devices // chips, larger)
+                yield from _rank_meshes(run, {}, count * devices // chips, larger)
 
 
 def _rank_meshes(
-    run: programs.CompiledRun,
-    usable: float,
-    values: dict[str, Any],
-    devices: int,
-    target: hardware.Target,
+    run: programs.Run, values: dict[str, Any], devices: int, target: hardware.Target
 ) -> Iterator[Change]:
     """Yields meshes of so many devices that have room, the one with the least memory first."""
     found = []
@@ -282,8 +260,8 @@ def _rank_meshes(
             continue  # the mesh that does not fit
         changes = {**values, **mesh, **_adapt_micro_batch(run.frame.config, mesh)}
         config = change_settings(run.frame.config, changes)
-        held, total = _measure(run, config, mesh, usable)
-        if total <= usable:
+        held, total = _measure(run, config, mesh)
+        if total <= run.usable:
             more = "" if target is run.target else f"{target.name} with "
             change = Change(more + _spell(changes), held, config, target)
             found.append((held, mesh["mesh.tensor"], change))
@@ -307,7 +285,7 @@ def _adapt_micro_batch(config: config_lib.Config, mesh: dict[str, int]) -> dict[
 
 
 def _measure(
-    run: programs.CompiledRun, config: config_lib.Config, sizes: dict[str, int], usable: float
+    run: programs.Run, config: config_lib.Config, sizes: dict[str, int]
 ) -> tuple[int, int]:
     """Returns the bytes that a mesh holds, and those with the temporaries of the present mesh.
 
@@ -318,9 +296,9 @@ def _measure(
     frame = dataclasses.replace(run.frame, config=config, mesh=mesh)
     arrays, held, total = memory.held_arrays(frame), 0, 0
     for name, phase in run.phases.items():
-        parts = sum(programs.hold_phase(frame, run.lengths, name, arrays).values())
+        parts = sum(programs.hold_phase(run._replace(frame=frame), name, arrays).values())
         held = max(held, parts)
-        total = max(total, parts + (phase.working if phase.fits(usable) else 0))
+        total = max(total, parts + (phase.working if phase.fits(run.usable) else 0))
     return held, total
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from copsd_jax.config import settings as config_lib
@@ -38,22 +37,26 @@ def main(config: config_lib.Config, target: hardware.Target, out: str, search: b
       OSError: `out` cannot be written.
     """
     table_rules.check(config, data=False)
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    usable = hardware.usable_memory(target.chip)
-    run = programs.compile_run(config, target, topologies.make_devices(target), usable, say)
-    proposed = proposals.propose(run, usable)
+    run = _compile_run(config, target, topologies.make_devices(target))
+    proposed = proposals.propose(run)
     report = build_report(run, proposed)
     if search:
-        add_checks(report, run, proposed, say)
+        add_checks(report, run, proposed)
     print(format_report(report))
     if out:
         pathlib.Path(out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if report["fits"] else 1
 
 
-def build_report(run: programs.CompiledRun, proposed: proposals.Proposals) -> dict[str, Any]:
+def _compile_run(config: config_lib.Config, target: hardware.Target, devices: list) -> programs.Run:
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    usable = hardware.usable_memory(target.chip)
+    return programs.compile_run(config, target, devices, usable, say)
+
+
+def build_report(run: programs.Run, proposed: proposals.Proposals) -> dict[str, Any]:
     """Builds the report as JSON has it; bytes, seconds and FLOPs are those of one device."""
-    frame, usable = run.frame, hardware.usable_memory(run.target.chip)
+    frame, usable = run.frame, run.usable
     report = {
         "target": run.target.name,
         "devices": frame.mesh.devices.size,
@@ -73,12 +76,7 @@ def build_report(run: programs.CompiledRun, proposed: proposals.Proposals) -> di
     return report | {"sentence": summarize(run, report)}
 
 
-def add_checks(
-    report: dict[str, Any],
-    run: programs.CompiledRun,
-    proposed: proposals.Proposals,
-    say: Callable[[str], None],
-) -> None:
+def add_checks(report: dict[str, Any], run: programs.Run, proposed: proposals.Proposals) -> None:
     """Compiles what is proposed, and adds to the report whether it fits.
 
     This is the run with the largest sizes if it fits, and the first change if it does not.
@@ -92,13 +90,11 @@ def add_checks(
         place = report["advice"][0]
     else:
         return
-    devices = list(run.frame.mesh.devices.flat)
-    if target is not run.target:
-        devices = topologies.make_devices(target)
-    usable = hardware.usable_memory(target.chip)
-    again = programs.compile_run(config, target, devices, usable, say)
+    same = target is run.target
+    devices = list(run.frame.mesh.devices.flat) if same else topologies.make_devices(target)
+    again = _compile_run(config, target, devices)
     place["checked"] = {
-        name: {"total": phase.total, "fits": phase.fits(usable)}
+        name: {"total": phase.total, "fits": phase.fits(again.usable)}
         for name, phase in again.phases.items()
     }
 
@@ -130,7 +126,7 @@ def _describe_program(program: programs.Program) -> dict[str, Any]:
 # --- time -------------------------------------------------------------------------------------
 
 
-def estimate_times(run: programs.CompiledRun) -> dict[str, Any]:
+def estimate_times(run: programs.Run) -> dict[str, Any]:
     """Estimates the seconds of a step's parts, with every completion as long as it may be."""
     chip, c = run.target.chip, run.frame.config
     completions = config_lib.completions_per_step(c)
@@ -154,7 +150,7 @@ def estimate_times(run: programs.CompiledRun) -> dict[str, Any]:
     return times
 
 
-def _hand_over_programs(run: programs.CompiledRun) -> list[programs.Program]:
+def _hand_over_programs(run: programs.Run) -> list[programs.Program]:
     """Returns the programs that run at every step; a frozen base is handed over once a run."""
     found, c = run.phases["hand-over"].programs, run.frame.config
     if c.train.trainable == "full" or c.sampler.merge:
@@ -172,7 +168,7 @@ def _add_seconds(found: list[programs.Program], chip: hardware.Chip) -> float | 
     return total
 
 
-def _sampling_seconds(run: programs.CompiledRun, name: str, texts: int) -> float | None:
+def _sampling_seconds(run: programs.Run, name: str, texts: int) -> float | None:
     """Estimates a phase of sampling: prompts in rows, texts in waves of slots, all their tokens."""
     chip, c, lengths = run.target.chip, run.frame.config, run.lengths
     asked, drawn = {
@@ -199,7 +195,7 @@ def _sampling_seconds(run: programs.CompiledRun, name: str, texts: int) -> float
 # --- text -------------------------------------------------------------------------------------
 
 
-def summarize(run: programs.CompiledRun, report: dict[str, Any]) -> str:
+def summarize(run: programs.Run, report: dict[str, Any]) -> str:
     """Returns the first sentence of the report: whether the run fits, and if not, what to do."""
     usable, where = report["usable"], f"{report['devices']} x {run.target.kind}"
     phase = max(run.phases.values(), key=lambda phase: phase.total)

@@ -27,33 +27,27 @@ class Writer:
         self.path = self._workdir / "metrics.jsonl"
         self._workdir.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in _lines(self.path) if json.loads(line)["step"] < resume]
             part = self.path.with_suffix(".part")
-            part.write_text("".join(kept), encoding="utf-8")
+            part.write_text("".join(lines(workdir, resume - 1)), encoding="utf-8")
             os.replace(part, self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line of numbers, or scalar arrays, by name."""
-        numbers = {name: _as_number(value) for name, value in values.items()}
+        numbers = {name: v if type(v) is int else float(v) for name, v in values.items()}
         line = {"step": int(step)}
         line |= {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        board = self._tensorboard()
-        for name, number in numbers.items():
-            board.add_scalar(name, number, int(step))
-
-    def _tensorboard(self) -> Any:
         if self._board is None:
             # Imported lazily: it is slow to import, and a process that writes nothing needs none.
             import tensorboardX
 
-            folder = str(self._workdir / "tensorboard")
-            purge = self._resume or None
+            folder, purge = str(self._workdir / "tensorboard"), self._resume or None
             self._board = tensorboardX.SummaryWriter(folder, purge_step=purge, flush_secs=10)
-        return self._board
+        for name, number in numbers.items():
+            self._board.add_scalar(name, number, int(step))
 
     def close(self) -> None:
         """Closes both files."""
@@ -69,23 +63,18 @@ class Writer:
 
 
 def lines(workdir: str | os.PathLike, steps: int) -> list[str]:
-    """Returns the complete lines of metrics.jsonl up to and including a step."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    return [line for line in _lines(path) if json.loads(line)["step"] <= steps]
+    """Returns the lines of metrics.jsonl up to and including a step.
 
+    A last line that a kill cut off is left out.
 
-def _as_number(value: Any) -> float | int:
-    return value if type(value) is int else float(value)
-
-
-def _lines(path: pathlib.Path) -> list[str]:
-    """Returns the complete lines of a JSONL file, without a last line that a kill cut off."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    for number, line in enumerate(lines, 1):
+    Raises:
+      ValueError: another line is not JSON.
+    """
+    path, kept = pathlib.Path(workdir) / "metrics.jsonl", []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         try:
-            json.loads(line)
+            if line.endswith("\n") and json.loads(line)["step"] <= steps:
+                kept.append(line)
         except ValueError as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-    return lines
+    return kept

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import math
 import sys
 import time
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 from rich import cells
+
+SECONDS = 5.0  # between two lines of progress if the stream is no terminal
 
 
 class Timer:
@@ -35,35 +38,28 @@ class Timer:
 
 
 class Progress:
-    """A progress line: updated in place on a terminal, else a new line every few seconds.
+    """A progress line: updated in place on a terminal, else a new line every five seconds.
+
+    The last state is always written.
 
     Args:
       label: the unit that is counted, such as "step" in "step 12/100".
       total: number of steps, prompts or the like.
       start: number of them that were done before.
       stream: standard error if None.
-      seconds: time between lines if the stream is no terminal. The last state is always written.
       clock: returns seconds.
     """
 
     def __init__(
-        self,
-        label: str,
-        total: int,
-        start: int = 0,
-        stream: TextIO | None = None,
-        seconds: float = 5.0,
+        self, label: str, total: int, start: int = 0, stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
-    ):
-        self._label, self._total, self._seconds = label, total, seconds
+    ):  # fmt: skip
+        self._label, self._total, self._clock = label, total, clock
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
-        self._clock = clock
         # The last (time, done, tokens so far): speeds follow the present, not the compilation.
         self._late = collections.deque([(clock(), start, 0)], maxlen=20)
-        self._written = -math.inf
-        self._width = 0
-        self._pending = ""
+        self._written, self._width, self._pending = -math.inf, 0, ""
 
     def update(self, done: int, tokens: int = 0, **values: float) -> None:
         """Shows that `done` of `total` are finished, with `tokens` more tokens, and the values."""
@@ -71,16 +67,18 @@ class Progress:
         self._late.append((now, done, self._late[-1][2] + tokens))
         self._pending = self._line(done, values)
         if self._live:
-            self._stream.write("\r" + self._pending.ljust(self._width))
-            self._stream.flush()
+            self._write("\r" + self._pending.ljust(self._width))
             self._width = len(self._pending)
-        elif now - self._written >= self._seconds or done >= self._total:
+        elif now - self._written >= SECONDS or done >= self._total:
             self._flush_line(now)
 
     def _flush_line(self, now: float) -> None:
-        self._stream.write(self._pending + "\n")
-        self._stream.flush()
+        self._write(self._pending + "\n")
         self._written, self._pending = now, ""
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
 
     def _line(self, done: int, values: Mapping[str, float]) -> str:
         (first, done_then, tokens_then), (last, _, tokens) = self._late[0], self._late[-1]
@@ -96,8 +94,7 @@ class Progress:
     def close(self) -> None:
         """Ends the live line, or writes a last state not yet written."""
         if self._live and self._width:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._write("\n")
         elif self._pending:
             self._flush_line(self._clock())
         self._width, self._pending = 0, ""
@@ -130,11 +127,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
             raise ValueError(f"a row has {len(row)} cells for {len(headers)} headers: {row}")
     widths = [max(cells.cell_len(row[i]) for row in lines) for i in range(len(headers))]
     lines.insert(1, ["-" * width for width in widths])
-    text = []
-    for row in lines:
-        padded = []
-        for index, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            blanks = " " * (width - cells.cell_len(cell))
-            padded.append(blanks + cell if index else cell + blanks)
-        text.append("  ".join(padded).rstrip())
-    return "\n".join(text)
+
+    def pad(index: int, cell: str) -> str:
+        blanks = " " * (widths[index] - cells.cell_len(cell))
+        return blanks + cell if index else cell + blanks
+
+    return "\n".join("  ".join(itertools.starmap(pad, enumerate(row))).rstrip() for row in lines)

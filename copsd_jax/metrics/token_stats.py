@@ -6,10 +6,9 @@ on its neighbours: of a tag spelled in several tokens (`<`, `step`, `_`, `1`, `>
 are marks.
 """
 
-import itertools
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,11 @@ CLASSES = {
     "end": "tokens that end a text",
     "other": "white space and punctuation",
 }
-EDGES = (0, 8, 32, 128, 512)  # first positions of the buckets
-BUCKETS = ("0_7", "8_31", "32_127", "128_511", "512_up")  # their names
+# Buckets of positions in a completion.
+BUCKETS = {
+    "0_7": slice(0, 8), "8_31": slice(8, 32), "32_127": slice(32, 128),
+    "128_511": slice(128, 512), "512_up": slice(512, None),
+}  # fmt: skip
 
 _NAMES = tuple(CLASSES)
 _OPERATORS = frozenset("+-*/=^×÷±−·≈≠≤≥√%")
@@ -92,33 +94,17 @@ def by_class(
 
 
 def by_position(
-    values: Sequence[float] | np.ndarray,
-    edges: Sequence[int] = EDGES,
-    mask: Sequence[bool] | np.ndarray | None = None,
+    values: Sequence[float] | np.ndarray, mask: Sequence[bool] | np.ndarray
 ) -> dict[str, tuple[float, int]]:
-    """Sums a completion's values by position: (sum, count) of `0_7`, `8_31` … `512_up`.
-
-    Buckets without a value are absent.
+    """Sums a completion's values by position: (sum, count) of each of `BUCKETS` with a value.
 
     Args:
       values: one value per token of the completion.
-      edges: first positions of the buckets, rising from 0.
-      mask: True for the values that count, at their positions; None for all.
-
-    Raises:
-      ValueError: edges do not rise from 0.
+      mask: True for the values that count, at their positions.
     """
-    if not edges or edges[0] or any(a >= b for a, b in itertools.pairwise(edges)):
-        raise ValueError(f"edges are {tuple(edges)}: they must rise from 0")
-    ends = [*edges[1:], None]
-    kept = np.ones(len(values), bool) if mask is None else np.asarray(mask, bool)
-    out = {}
-    for start, end in zip(edges, ends, strict=True):
-        part = np.asarray(values, np.float64)[start:end][kept[start:end]]
-        if part.size:
-            name = f"{start}_up" if end is None else f"{start}_{end - 1}"
-            out[name] = (float(part.sum()), int(part.size))
-    return out
+    values_C, mask_C = np.asarray(values, np.float64), np.asarray(mask, bool)
+    parts = {name: values_C[places][mask_C[places]] for name, places in BUCKETS.items()}
+    return {name: (float(part.sum()), part.size) for name, part in parts.items() if part.size}
 
 
 def _aligned(
@@ -191,24 +177,7 @@ def advantage_by_step(
 # ---- records ---------------------------------------------------------------------------------
 
 
-class _Means:
-    """Means by name, over all tokens or completions that have a value."""
-
-    def __init__(self):
-        self._parts: dict[str, tuple[float, int]] = {}
-
-    def add(self, name: str, total: float, count: int) -> None:
-        if count:
-            old = self._parts.get(name, (0.0, 0))
-            self._parts[name] = (old[0] + total, old[1] + count)
-
-    def values(self) -> dict[str, float]:
-        return {name: total / count for name, (total, count) in self._parts.items()}
-
-
-def summary(
-    records: Sequence[Mapping[str, Any]], table_V: np.ndarray, n: int = 4
-) -> dict[str, float]:
+def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[str, float]:
     """Returns flat metrics of a step's rollout records, each a mean over the step's tokens.
 
     Args:
@@ -216,7 +185,6 @@ def summary(
         `divergence` with `loss_mask`, `logp_student`, `logp_teacher` (nats). `completion` and
         `privileged_text` give the overlap.
       table_V: class of each id, as `classes` returns it.
-      n: length of the n-grams of the repetition.
 
     Returns:
       `divergence_CLASS`, `divergence_at_0_7` …: means over the tokens with loss; they are parts of
@@ -229,32 +197,31 @@ def summary(
     Raises:
       ValueError: a list has another length than its completion.
     """
-    means = _Means()
+    sums: dict[str, tuple[float, int]] = {}
     for record in records:
-        ids = record["completion_ids"]
-        means.add("repetition", repetition(ids, n), 1)
-        if record.get("privileged_text"):
-            means.add("overlap", overlap(record["completion"], record["privileged_text"]), 1)
-        if record.get("divergence"):
-            _add_divergence(means, record, table_V)
-        if record.get("logp_teacher") and record.get("logp_student"):
-            student_C, _ = _aligned(record["logp_student"], ids)
-            advantage_C = _aligned(record["logp_teacher"], ids)[0] - student_C
-            means.add("advantage", float(advantage_C.sum()), len(ids))
-            means.add("advantage_negative", float((advantage_C < 0).sum()), len(ids))
-            _add_classes(means, "advantage", advantage_C, ids, table_V)
-    return means.values()
+        for name, total, count in _sum_record(record, table_V):
+            old = sums.get(name, (0.0, 0))
+            sums[name] = (old[0] + total, old[1] + count)
+    return {name: total / count for name, (total, count) in sums.items()}
 
 
-def _add_divergence(means: _Means, record: Mapping[str, Any], table_V: np.ndarray) -> None:
-    """Adds the tokens with loss, by class and by position in the completion."""
-    value_C, ids_C = _aligned(record["divergence"], record["completion_ids"])
-    loss_C = _aligned(record["loss_mask"], record["completion_ids"])[0] != 0
-    _add_classes(means, "divergence", value_C[loss_C], ids_C[loss_C], table_V)
-    for bucket, part in by_position(value_C, mask=loss_C).items():
-        means.add(f"divergence_at_{bucket}", *part)
-
-
-def _add_classes(means: _Means, name: str, values, ids, table_V: np.ndarray) -> None:
-    for kind, part in by_class(values, ids, table_V).items():
-        means.add(f"{name}_{kind}", *part)
+def _sum_record(record: Mapping[str, Any], table_V: np.ndarray) -> Iterator[tuple[str, float, int]]:
+    """Yields the name of each metric that a record has, its sum, and the number of its values."""
+    ids = record["completion_ids"]
+    yield "repetition", repetition(ids), 1
+    if record.get("privileged_text"):
+        yield "overlap", overlap(record["completion"], record["privileged_text"]), 1
+    if record.get("divergence"):
+        value_C, ids_C = _aligned(record["divergence"], ids)
+        loss_C = _aligned(record["loss_mask"], ids)[0] != 0
+        for kind, part in by_class(value_C[loss_C], ids_C[loss_C], table_V).items():
+            yield f"divergence_{kind}", *part
+        for bucket, part in by_position(value_C, loss_C).items():
+            yield f"divergence_at_{bucket}", *part
+    if record.get("logp_teacher") and record.get("logp_student"):
+        student_C, _ = _aligned(record["logp_student"], ids)
+        advantage_C = _aligned(record["logp_teacher"], ids)[0] - student_C
+        yield "advantage", float(advantage_C.sum()), len(ids)
+        yield "advantage_negative", float((advantage_C < 0).sum()), len(ids)
+        for kind, part in by_class(advantage_C, ids, table_V).items():
+            yield f"advantage_{kind}", *part

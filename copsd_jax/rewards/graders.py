@@ -122,8 +122,7 @@ def extract_answer(text: str, pattern: str, where: str) -> str | None:
         if text.rfind("<think>") > closed:
             return None
         text = text if closed < 0 else text[closed + len("</think>") :]
-    found = _boxed(text) if pattern == "boxed" else _answer_is(text)
-    return found or None
+    return (_boxed(text) if pattern == "boxed" else _answer_is(text)) or None
 
 
 def _boxed(text: str) -> str | None:
@@ -226,8 +225,7 @@ def _fraction(text: str) -> fractions.Fraction | None:
     """Reads the exact value of a number, a fraction or a mixed number; None for other texts."""
     if len(text) > _LONGEST:
         return None
-    number = _number(text)
-    if number is not None:
+    if number := _number(text):
         return fractions.Fraction(number)
     match = _FRACTION.fullmatch(text)
     if match is None:
@@ -248,10 +246,7 @@ def normalize(text: str) -> str:
     1/2" is not 11/2).
     """
     tidy = _tidy(text)
-    number = _number(tidy)
-    if number is not None:
-        return number
-    return re.sub(r"(?<!\d) | (?!\d)", "", tidy).casefold()
+    return _number(tidy) or re.sub(r"(?<!\d) | (?!\d)", "", tidy).casefold()
 
 
 def _same_number(gold: str, answer: str) -> bool | None:
@@ -267,9 +262,9 @@ def _same_number(gold: str, answer: str) -> bool | None:
         digits = _number(other, comma=True)
         if digits is not None:
             return digits == number
-    left, right = _fraction(gold), _fraction(answer)
+    left = _fraction(gold)
     # Unequal fractions go on: 0.333333 for 1/3 is a question of rounding.
-    return True if left is not None and left == right else None
+    return True if left is not None and left == _fraction(answer) else None
 
 
 def compare_plainly(gold: str, answer: str) -> bool | None:
@@ -292,14 +287,17 @@ class _Worker:
 
     def __init__(self, memory: int):
         self._memory = memory
-        self._process: subprocess.Popen | None = None
+        self._process: Any = None  # a subprocess.Popen while it runs
         self._unread = b""
 
     def ask(self, gold: str, answer: str, seconds: float) -> str:
         """Asks for a comparison: `equal`, `unequal`, `unparsed`, `timeout` or `died`."""
         if self._process is None or self._process.poll() is not None:
             self._start()
-        self._send([gold, answer, seconds])
+        question = json.dumps([gold, answer, seconds]).encode()
+        with contextlib.suppress(BrokenPipeError):  # it is gone: the reading side says `died`
+            self._process.stdin.write(question + b"\n")
+            self._process.stdin.flush()
         reply = self._receive(seconds)
         if reply in ("timeout", "died"):
             self.close()
@@ -309,14 +307,13 @@ class _Worker:
         self.close()
         package = pathlib.Path(__file__).resolve().parents[2]
         path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+        # In a session of its own: Ctrl-C is for the run, which then closes its workers.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "copsd_jax.rewards.graders", str(self._memory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is for the run, which then closes its workers
-        )
+            start_new_session=True,
+        )  # fmt: skip
         reply = self._receive(_START_SECONDS)
         if reply != "ready":
             self.close()
@@ -325,16 +322,7 @@ class _Worker:
                 "math_verify'` shows why"
             )
 
-    def _send(self, question: Any) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is gone: the reading side says `died`
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
-            self._process.stdin.flush()
-
     def _receive(self, seconds: float) -> str:
-        assert self._process is not None
-        assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
         deadline = time.monotonic() + seconds
         while b"\n" not in self._unread:
@@ -353,7 +341,7 @@ class _Worker:
             return
         self._process.kill()
         self._process.wait()
-        for pipe in filter(None, (self._process.stdin, self._process.stdout)):
+        for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(BrokenPipeError):  # an unsent question to who is gone
                 pipe.close()
         self._process, self._unread = None, b""
@@ -394,11 +382,10 @@ def _serve(memory: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """The grade of one text; `answer` is as written, and None exactly if not `formatted`."""
+    """The grade of one text; `answer` is as written, None without one of the asked form."""
 
     answer: str | None
     correct: bool
-    formatted: bool
     status: str  # one of STATUSES
 
 
@@ -416,9 +403,8 @@ class Grader:
     def __init__(
         self, pattern: str, where: str, seconds: float, workers: int = 2, memory: int = 2 << 30
     ):
-        extract_answer(
-            "", PATTERNS[0] if pattern in OTHERS else pattern, where
-        )  # refuses unknown names
+        # Refuses unknown names.
+        extract_answer("", PATTERNS[0] if pattern in OTHERS else pattern, where)
         self._pattern, self._where, self._seconds = pattern, where, seconds
         self._workers = [_Worker(memory) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -457,10 +443,6 @@ class Grader:
             self._cache[key] = verdict
         return verdict
 
-    def grade(self, gold: str, text: str) -> Grade:
-        """Grades one text; `grade_all` keeps all workers busy."""
-        return self.grade_all([(gold, text)])[0]
-
     def grade_all(self, pairs: Iterable[tuple[str, str]]) -> list[Grade]:
         """Grades (gold, text) pairs in their order; compares equal pairs of answers once.
 
@@ -476,8 +458,8 @@ class Grader:
         with concurrent.futures.ThreadPoolExecutor(len(self._workers)) as threads:
             compared = threads.map(lambda pair: self.compare(*pair), wanted)
             verdicts = dict(zip(wanted, compared, strict=True))
-        grades = {(g, a): Grade(a, same, True, why) for (g, a), (same, why) in verdicts.items()}
-        return [grades.get(pair, Grade(None, False, False, "no_answer")) for pair in found]
+        none = (False, "no_answer")
+        return [Grade(pair[1], *verdicts.get(pair, none)) for pair in found]
 
     def same_class(self, answers: Sequence[str | None]) -> list[int]:
         """Groups equal answers; returns the number of each answer's class, in order of appearance.
@@ -485,15 +467,15 @@ class Grader:
         An answer is compared with the first of each class. None has no class: -1.
         """
         firsts: list[str] = []
-        classes = []
-        for answer in answers:
-            if answer is None:
-                classes.append(-1)
-                continue
-            same = (k for k, first in enumerate(firsts) if self.compare(first, answer)[0])
-            classes.append(next(same, len(firsts)))
-            firsts += [answer] if classes[-1] == len(firsts) else []
-        return classes
+
+        def classify(answer: str) -> int:
+            for k, first in enumerate(firsts):
+                if self.compare(first, answer)[0]:
+                    return k
+            firsts.append(answer)
+            return len(firsts) - 1
+
+        return [-1 if answer is None else classify(answer) for answer in answers]
 
 
 if __name__ == "__main__":

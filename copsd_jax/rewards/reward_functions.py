@@ -77,10 +77,8 @@ class Rewarder:
             raise ValueError(f"{len(golds)} gold answers and {len(texts)} texts do not pair")
         if self.function is None:
             return REWARDS[self.kind].score(self, golds, texts)
-        return [
-            _compute_verdict(self.kind, self.function, *pair)
-            for pair in zip(golds, texts, strict=True)
-        ]
+        pairs = zip(golds, texts, strict=True)
+        return [_compute_verdict(self.kind, self.function, *pair) for pair in pairs]
 
 
 def build_rewarder(kind: str, grader: graders.Grader, form: str = "") -> Rewarder:
@@ -95,18 +93,7 @@ def build_rewarder(kind: str, grader: graders.Grader, form: str = "") -> Rewarde
     Raises:
       ValueError: the kind is unknown, or its function cannot be imported.
     """
-    function = None if kind in REWARDS else _import_function(kind)
-    return Rewarder(kind, grader, form, function)
-
-
-def check_kind(kind: str) -> None:
-    """Refuses a kind that `build_rewarder` would refuse, before anything is loaded.
-
-    Raises:
-      ValueError: the kind is unknown, or its function cannot be imported; lists the choices.
-    """
-    if kind not in REWARDS:
-        _import_function(kind)
+    return Rewarder(kind, grader, form, import_function(kind))
 
 
 def _shorten(text: str, shown: int = 200) -> str:
@@ -126,19 +113,21 @@ def _fail(status: str, feedback: str) -> Verdict:
     return Verdict(0.0, False, None, status, feedback)
 
 
-def _score_each(read: Callable, judge: Callable, rewarder: Rewarder, golds, texts) -> list[Verdict]:
-    """Scores each text by `judge`, with its gold answer as `read` returns it."""
-    verdicts = []
-    for index, (gold, text) in enumerate(zip(golds, texts, strict=True)):
-        try:
-            wanted = read(gold)
-        except ValueError as error:
-            raise ValueError(
-                f"reward.kind is {rewarder.kind!r}: the gold answer of pair {index}, "
-                f"{_shorten(gold)!r}, cannot be read: {error}"
-            ) from error
-        verdicts.append(judge(wanted, text))
-    return verdicts
+def _score_each(judge: Callable, rewarder: Rewarder, golds, texts) -> list[Verdict]:
+    """Scores each text by `judge`, with its gold answer as the kind reads it."""
+    pairs = enumerate(zip(golds, texts, strict=True))
+    return [judge(_read_gold(rewarder.kind, gold, f"pair {k}"), text) for k, (gold, text) in pairs]
+
+
+def _read_gold(kind: str, gold: str, where: str) -> Any:
+    read = REWARDS[kind].read_gold
+    try:
+        return read(gold) if read else gold
+    except ValueError as error:
+        raise ValueError(
+            f"reward.kind is {kind!r}: the gold answer {_shorten(gold)!r} of {where} cannot be "
+            f"read: {error}"
+        ) from error
 
 
 # ---- final answers ---------------------------------------------------------------------------
@@ -237,7 +226,7 @@ def _read_calls(text: str) -> _Calls:
             at = len(text) - len(body) + end  # a mark inside its strings is skipped
             continue
         at = mark.end()
-        name = text[at:].split("\n", 1)[0].split("Action Input:")[0].strip(" \t\r`*\"'.,;")
+        name = re.split("\n|Action Input:", text[at:], maxsplit=1)[0].strip(" \t\r`*\"'.,;")
         if not name:
             raise ValueError(f"`Action:` {names.total() + 1} names no function")
         names[name] += 1
@@ -246,16 +235,14 @@ def _read_calls(text: str) -> _Calls:
 
 def _read_gold_calls(gold: str) -> _Calls:
     """Reads calls from a text like a completion's, or ToolAlpaca's list of {"Action", ...}."""
-    names, arguments = collections.Counter(), {}
-    if not gold.lstrip().startswith("["):
-        names, arguments = _read_calls(gold)
-    else:
-        for call in _DECODER.decode(gold):
-            if not isinstance(call, dict) or not isinstance(call.get("Action"), str):
-                raise ValueError("a call of the list has no Action")
-            names[call["Action"]] += 1
-            given = call.get("Action_Input")
-            arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)
+    listed = gold.lstrip().startswith("[")
+    names, arguments = (collections.Counter(), {}) if listed else _read_calls(gold)
+    for call in _DECODER.decode(gold) if listed else ():
+        if not isinstance(call, dict) or not isinstance(call.get("Action"), str):
+            raise ValueError("a call of the list has no Action")
+        names[call["Action"]] += 1
+        given = call.get("Action_Input")
+        arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)
     if not names:
         # Otherwise a completion without any call would equal it, with two empty dictionaries.
         raise ValueError("it has no Action")
@@ -299,8 +286,14 @@ IMPORT_ERRORS = (
 )  # fmt: skip
 
 
-def _import_function(kind: str) -> Callable:
-    """Imports the function of "module:function"."""
+def import_function(kind: str) -> Callable | None:
+    """Imports the function of a kind "module:function"; returns None for a key of `REWARDS`.
+
+    Raises:
+      ValueError: the kind is unknown, or its function cannot be imported; lists the choices.
+    """
+    if kind in REWARDS:
+        return None
     module_name, _, name = kind.partition(":")
     try:
         if not name:  # a misspelt kind: not to be imported
@@ -351,21 +344,11 @@ class Reward:
 
 
 REWARDS: dict[str, Reward] = {
-    "answer": Reward(
-        _score_answers,
-        answer_forms=("boxed", "answer_is"),
-        settings=("eval.extract",),
-    ),
+    "answer": Reward(_score_answers, graders.PATTERNS, settings=("eval.extract",)),
     "choice": Reward(
-        functools.partial(_score_each, _read_letter, _score_choice),
-        answer_forms=("choice", "none"),
-        read_gold=_read_letter,
+        functools.partial(_score_each, _score_choice), ("choice", "none"), _read_letter
     ),
-    "tool_call": Reward(
-        functools.partial(_score_each, _read_gold_calls, _score_calls),
-        answer_forms=("none",),
-        read_gold=_read_gold_calls,
-    ),
+    "tool_call": Reward(functools.partial(_score_each, _score_calls), ("none",), _read_gold_calls),
 }
 
 
@@ -380,14 +363,5 @@ def check_gold_answers(kind: str, golds: Mapping[str, str], setting: str) -> Non
     Raises:
       ValueError: names the first such row.
     """
-    read_gold = REWARDS[kind].read_gold if kind in REWARDS else None
-    if read_gold is None:
-        return
-    for row, gold in golds.items():
-        try:
-            read_gold(gold)
-        except ValueError as error:
-            raise ValueError(
-                f"reward.kind is {kind!r}: the answer {gold[:80]!r} of row {row!r} of {setting} "
-                f"cannot be read: {error}"
-            ) from error
+    for row, gold in golds.items() if kind in REWARDS else ():
+        _read_gold(kind, gold, f"row {row!r} of {setting}")

@@ -56,7 +56,7 @@ def check(config: config_lib.Config, *, train: bool = True, data: bool = True) -
     """
     setting_rules.check(config, tables(), train=train, data=data)
     s = config_lib.flat(config)
-    reward_functions.check_kind(s["reward.kind"])
+    reward_functions.import_function(s["reward.kind"])
     _check_context(s, context_settings(config))
     forms: Collection[str] = conversations.ANSWER_FORMS
     if s["reward.kind"] in reward_functions.REWARDS:

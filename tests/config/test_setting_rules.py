@@ -416,7 +416,7 @@ def test_a_grader_of_other_forms_compares_and_never_extracts():
         with graders.Grader(form, "last_after_think", 5.0, workers=1) as grader:
             assert grader.compare("B", "B") == (True, "plain")
             with pytest.raises(ValueError, match=f"pattern is '{form}'"):
-                grader.grade("B", "<answer>B</answer>")
+                grader.grade_all([("B", "<answer>B</answer>")])
     with pytest.raises(ValueError, match="pattern is 'prose'"):
         graders.Grader("prose", "last_after_think", 5.0)
     assert set(graders.PATTERNS) | set(graders.OTHERS) == set(conversations.ANSWER_FORMS)

@@ -116,7 +116,7 @@ def test_a_packed_step_is_sized_by_its_tokens():
     assert [p.name for p in made.phases["step"].programs] == ["training step"]
     long = made.lengths
     each = sum(-(-(n + long.completion) // 16) * 16 for n in (long.student, long.teacher))
-    largest = proposals.propose(made, 2**30).largest
+    largest = proposals.propose(made._replace(usable=2**30)).largest
     assert largest["train.micro_tokens"] == 2 * each  # 8 completions, 4 shards
 
 
@@ -135,9 +135,9 @@ def test_every_program_of_the_run_is_there(built):
     }  # fmt: skip
 
 
-def test_report(built, monkeypatch):
-    monkeypatch.setattr(hardware, "usable_memory", lambda chip: 2**30)
-    found = report.build_report(built, proposals.propose(built, 2**30))
+def test_report(built):
+    run = built._replace(usable=2**30)
+    found = report.build_report(run, proposals.propose(run))
     assert found["fits"]
     assert found["sentence"].startswith("fits: the ")
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -150,9 +150,8 @@ def test_report(built, monkeypatch):
     assert 0.4 < largest["eval.slots"] / (2**30 / of_slot) < 1
     assert json.loads(json.dumps(found)) == found
     assert "phases compiled again for the proposals: 1" in report.format_report(found)
-    short = built.phases["step"].total - 1
-    monkeypatch.setattr(hardware, "usable_memory", lambda chip: short)
-    found = report.build_report(built, proposals.propose(built, short))
+    run = built._replace(usable=built.phases["step"].total - 1)
+    found = report.build_report(run, proposals.propose(run))
     assert not found["fits"]
     assert "does not fit: the step needs" in found["sentence"]
     assert "0.00 GiB too much; --config.train.micro_batch=4 would fit" in found["sentence"]

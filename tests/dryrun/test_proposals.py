@@ -24,10 +24,10 @@ def built():
     return programs.compile_run(runs.config("opsd", **MESH, **SHORT), V5E8, jax.devices(), 1e12)
 
 
-def compile_with(run: programs.CompiledRun, name: str, setting: str, size: int) -> programs.Phase:
+def compile_with(run: programs.Run, name: str, setting: str, size: int) -> programs.Phase:
     config = proposals.change_settings(run.frame.config, {setting: size})
     frame = dataclasses.replace(run.frame, config=config)
-    return programs.compile_phase(run.inputs._replace(frame=frame), name)
+    return programs.compile_phase(run._replace(frame=frame), name)
 
 
 def test_held_arrays_need_no_devices(built):
@@ -36,7 +36,7 @@ def test_held_arrays_need_no_devices(built):
     frame = dataclasses.replace(built.frame, mesh=mesh)
     arrays = memory.held_arrays(frame)
     for name, phase in built.phases.items():
-        parts = programs.hold_phase(frame, built.lengths, name, arrays)
+        parts = programs.hold_phase(built._replace(frame=frame), name, arrays)
         assert sum(parts.values()) > 0
         assert parts == {part: phase.parts[part] for part in parts}
 
@@ -92,8 +92,7 @@ def test_memory_is_a_line_in_the_size(name, setting, sizes):
     config = runs.config("opsd", **settings)
     frame = programs.make_frame(config, jax.devices()[:1])
     lengths = programs.longest_texts(config, frame.model_config)
-    inputs = programs.Inputs(frame, lengths, 1e12, lambda _: None)
-    run = programs.CompiledRun(inputs, V5E8, {}, 0.0)
+    run = programs.Run(frame, lengths, V5E8, 1e12, lambda _: None, {})
     small, large, third = (compile_with(run, name, setting, size) for size in sizes)
     line = proposals.memory_line((small, sizes[0]), (large, sizes[1]))
     assert line(sizes[0]) == pytest.approx(small.total)
@@ -109,20 +108,20 @@ def test_phases_that_are_compiled_again(built, monkeypatch):
     """A phase is compiled at one more size if a proposal needs it, and not where nothing would."""
     compiled = []
 
-    def compile_phase(inputs, name):
-        c = inputs.frame.config
+    def compile_phase(run, name):
+        c = run.frame.config
         compiled.append((name, c.train.micro_batch, c.eval.slots))
         return phase_of(c.eval.slots, 0, 0) if name == "evaluation" else built.phases[name]
 
     monkeypatch.setattr(programs, "compile_phase", compile_phase)
-    proposed = proposals.propose(built, 2**30)
+    proposed = proposals.propose(built._replace(usable=2**30))
     # All of a step's completions are one micro-batch already, and fill the slots of rollouts.
     assert compiled == [("evaluation", 0, 32)]
     assert proposed.compilations == 1
     assert proposed.largest["train.micro_batch"] == proposed.largest["rollout.slots"] == 8
     assert not proposed.changes
     compiled.clear()
-    proposals.propose(built, built.phases["step"].total - 1)
+    proposals.propose(built._replace(usable=built.phases["step"].total - 1))
     # The stand-in needs as much with 4 completions, so that fewer kept activations are tried too.
     assert compiled == [("evaluation", 0, 32), ("step", 4, 64), ("step", 4, 64)]
 
@@ -130,7 +129,7 @@ def test_phases_that_are_compiled_again(built, monkeypatch):
 def test_changes_for_a_step_that_does_not_fit(built):
     """The smaller micro-batch that fits is first, then other meshes by the bytes that they hold."""
     usable = built.phases["step"].total - 1
-    proposed = proposals.propose(built, usable)
+    proposed = proposals.propose(built._replace(usable=usable))
     assert proposed.largest["train.micro_batch"] == 4
     first, *meshes = proposed.changes
     assert first.words == "--config.train.micro_batch=4"
@@ -141,21 +140,19 @@ def test_changes_for_a_step_that_does_not_fit(built):
     assert [one.held for one in meshes] == sorted(one.held for one in meshes)
     # On real devices the first of them holds what was counted on a mesh without devices.
     frame = programs.make_frame(meshes[0].config, jax.devices())
-    arrays = memory.held_arrays(frame)
-    held = [programs.hold_phase(frame, built.lengths, name, arrays) for name in built.phases]
+    arrays, run = memory.held_arrays(frame), built._replace(frame=frame)
+    held = [programs.hold_phase(run, name, arrays) for name in built.phases]
     assert meshes[0].held == max(sum(parts.values()) for parts in held)
 
 
 def test_slots_where_the_cache_alone_does_not_fit(built, monkeypatch):
     """Nothing was compiled: the cache by shapes says which slots are worth compiling."""
     config = proposals.change_settings(built.frame.config, {"eval.slots": 4096})
-    inputs = built.inputs._replace(
-        frame=dataclasses.replace(built.frame, config=config), usable=2**24
-    )
-    phase = programs.compile_phase(inputs, "evaluation")
+    run = built._replace(frame=dataclasses.replace(built.frame, config=config), usable=2**24)
+    phase = programs.compile_phase(run, "evaluation")
     assert "not compiled" in phase.failure
-    run = built._replace(inputs=inputs, phases={"evaluation": phase})
-    proposed = proposals.propose(run, 2**24)
+    run = run._replace(phases={"evaluation": phase})
+    proposed = proposals.propose(run)
     slots = proposed.largest["eval.slots"]
     assert 0 < slots < 4096
     assert proposed.compilations == 2

@@ -244,7 +244,7 @@ def test_timer_sums_by_part_and_starts_anew():
 
 def test_progress_in_a_log():
     clock, stream = Clock(), io.StringIO()
-    with terminal.Progress("step", 12, stream=stream, seconds=5.0, clock=clock) as progress:
+    with terminal.Progress("step", 12, stream=stream, clock=clock) as progress:
         for step in range(1, 12):
             clock.now += 2.0
             progress.update(step, tokens=1000, loss=1 / step)

@@ -84,18 +84,22 @@ def test_sums_by_class():
 
 def test_sums_by_position():
     values = [2.0**-i for i in range(8)]
-    assert stats.by_position(values) == {"0_7": (2 - 2**-7, 8)}
-    assert stats.by_position([*values, 5, 6]) == {"0_7": (2 - 2**-7, 8), "8_31": (11, 2)}
-    ones = stats.by_position([1.0] * 600)
+    assert stats.by_position(values, [1] * 8) == {"0_7": (2 - 2**-7, 8)}
+    longer = stats.by_position([*values, 5, 6], [1] * 10)
+    assert longer == {"0_7": (2 - 2**-7, 8), "8_31": (11, 2)}
+    ones = stats.by_position([1.0] * 600, [1] * 600)
     assert ones == {"0_7": (8, 8), "8_31": (24, 24), "32_127": (96, 96), "128_511": (384, 384),
                     "512_up": (88, 88)}  # fmt: skip
-    assert stats.by_position([1, 2, 3], (0, 2)) == {"0_1": (3, 2), "2_up": (3, 1)}
-    assert stats.by_position([]) == {}
-    found = stats.by_position([1.0, 2.0, 4.0, 8.0], (0, 2, 3), mask=[0, 1, 0, 1])
-    assert found == {"0_1": (2, 1), "3_up": (8, 1)}
-    for edges in ((), (1, 2), (0, 5, 5), (0, 5, 2)):
-        with pytest.raises(ValueError, match="they must rise from 0"):
-            stats.by_position([1.0], edges)
+    assert stats.by_position([], []) == {}
+    found = stats.by_position([1.0, *[2.0] * 30, 4.0, 8.0], [0, 1, *[0] * 30, 1])
+    assert found == {"0_7": (2, 1), "32_127": (8, 1)}
+    # The buckets follow one another from 0, and their names say from where to where.
+    places = list(stats.BUCKETS.values())
+    assert [one.start for one in places] == [0, *(one.stop for one in places[:-1])]
+    last = [f"{one.stop - 1}" if one.stop else "up" for one in places]
+    assert list(stats.BUCKETS) == [
+        f"{one.start}_{end}" for one, end in zip(places, last, strict=True)
+    ]
 
 
 # ---- texts -----------------------------------------------------------------------------------

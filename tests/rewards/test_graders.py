@@ -295,12 +295,12 @@ def test_grades_keep_their_order(grader):
     grades = grader.grade_all(
         [("4", r"\boxed{2^2}"), ("4", "4"), ("4", r"\boxed{5}"), ("4", r"\boxed{2^2}")]
     )
-    assert grades[0] == graders.Grade("2^2", True, True, "symbolic")
-    assert grades[1] == graders.Grade(None, False, False, "no_answer")
-    assert grades[2] == graders.Grade("5", False, True, "plain")
+    assert grades[0] == graders.Grade("2^2", True, "symbolic")
+    assert grades[1] == graders.Grade(None, False, "no_answer")
+    assert grades[2] == graders.Grade("5", False, "plain")
     assert grades[3] == grades[0]
     assert {grade.status for grade in grades} <= set(graders.STATUSES)
-    assert grader.grade("4", r"\boxed{4}").correct
+    assert grader.grade_all([("4", r"\boxed{4}")])[0].correct
     with pytest.raises(ValueError, match="pair 1 is empty"):
         grader.grade_all([("1", ""), (" ", "")])
 
@@ -377,7 +377,7 @@ def test_hostile_answers_end_in_a_status(hasty, name):
 
 def test_time_out_is_a_status_and_the_worker_is_replaced():
     with graders.Grader("boxed", "last_anywhere", 0.5, workers=1) as grader:
-        assert grader.grade("5", r"\boxed{9^{9^{9^9}}}").status == "timeout"
+        assert grader.grade_all([("5", r"\boxed{9^{9^{9^9}}}")])[0].status == "timeout"
         assert grader._workers[0]._process is None
         assert grader.compare("4", "2^2") == (True, "symbolic")
         process = grader._workers[0]._process
