@@ -8,6 +8,7 @@ code to an object with exactly the fields of `Language` but `code`:
 An unknown code is an error, never English instead.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -20,6 +21,8 @@ BUILT_IN = pathlib.Path(__file__).parent / "languages.json"
 BOX = "\\boxed{}"
 ANSWER_IS = "The answer is"  # graders search for these words, so they are English in every language
 _CODE = re.compile(r"[a-z]{2,8}(?:[-_][a-z0-9]{1,8})*")
+# Controls, lone surrogates, private use, unassigned: none is in a word.
+_NO_TEXT = ("Cc", "Cs", "Co", "Cn")
 _MARKERS = ("<|", "<think>", "</think>")  # of chat templates; only prompts insert them
 
 
@@ -98,30 +101,9 @@ def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
     for known, language in registry.items():
         if wanted == known or wanted in language.aliases:
             return known
-    raise ValueError(f"unknown language {code!r}; known are {_listing(registry)}")
-
-
-def get_language(registry: Mapping[str, Language], code: str) -> Language:
-    """Returns the language of a code or alias in any case.
-
-    Raises:
-      ValueError: the code is unknown; lists the known ones.
-    """
-    return registry[resolve_code(code, registry)]
-
-
-def list_codes(code: str, registry: Mapping[str, Language]) -> tuple[str, ...]:
-    """Lists all codes of a language, its own first."""
-    language = get_language(registry, code)
-    return (language.code, *language.aliases)
-
-
-def _listing(registry: Mapping[str, Language]) -> str:
-    texts = []
-    for code, language in registry.items():
-        also = f" ({', '.join(language.aliases)})" if language.aliases else ""
-        texts.append(code + also)
-    return ", ".join(texts)
+    every = registry.values()
+    codes = (f"{x.code} ({', '.join(x.aliases)})" if x.aliases else x.code for x in every)
+    raise ValueError(f"unknown language {code!r}; known are {', '.join(codes)}")
 
 
 def _read(path: pathlib.Path) -> dict[str, Language]:
@@ -136,25 +118,19 @@ def _read(path: pathlib.Path) -> dict[str, Language]:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply") from error
-    except _Repeated as error:
-        raise ValueError(f"{path}: the key {error.args[0]!r} occurs twice in one object") from error
-    except ValueError as error:  # a number of more digits than Python converts
+    except ValueError as error:  # also a number of more digits than Python converts
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: must be a JSON object from language codes to their fields")
     return {code: _language(f"{path}: language {code!r}", code, v) for code, v in content.items()}
 
 
-class _Repeated(Exception):
-    """A key that occurs twice; plain JSON would silently keep the last."""
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = {}
-    for key, value in pairs:
-        if key in result:
-            raise _Repeated(key)
-        result[key] = value
+    """Returns a JSON object; plain JSON would silently keep the last of equal keys."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return result
 
 
@@ -164,11 +140,9 @@ def _language(where: str, code: str, fields: Any) -> Language:
         raise ValueError(f"{where}: a code has lower-case letters, like sw or zh_hant")
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: must be an object with the fields {', '.join(FIELDS)}")
-    missing = [name for name in FIELDS if name not in fields]
-    if missing:
+    if missing := [name for name in FIELDS if name not in fields]:
         raise ValueError(f"{where}: lacks the field {', '.join(missing)}")
-    unknown = [name for name in fields if name not in FIELDS]
-    if unknown:
+    if unknown := [name for name in fields if name not in FIELDS]:
         raise ValueError(f"{where}: unknown field {unknown[0]!r}; fields are {', '.join(FIELDS)}")
     for name in TEXTS:
         _check_text(f"{where}, field {name!r}", fields[name], may_be_empty=name == "note")
@@ -183,15 +157,12 @@ def _check_text(where: str, text: Any, may_be_empty: bool) -> None:
         raise ValueError(f"{where}: is empty")
     if text != text.strip():
         raise ValueError(f"{where}: begins or ends with white space")
-    # Controls (Cc), lone surrogates (Cs), private use (Co), unassigned (Cn): none is in a word.
-    bad = [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn")]
-    if bad:
+    if bad := [c for c in text if c != "\n" and unicodedata.category(c) in _NO_TEXT]:
         raise ValueError(f"{where}: has the character U+{ord(bad[0]):04X}, which is no text")
     if not unicodedata.is_normalized("NFC", text):
         raise ValueError(f"{where}: is not in Unicode form NFC")
-    for marker in _MARKERS:
-        if marker in text:
-            raise ValueError(f"{where}: has {marker!r}, which belongs to chat templates")
+    if markers := [marker for marker in _MARKERS if marker in text]:
+        raise ValueError(f"{where}: has {markers[0]!r}, which belongs to chat templates")
 
 
 def _check_meaning(where: str, fields: dict[str, Any]) -> None:
@@ -199,9 +170,8 @@ def _check_meaning(where: str, fields: dict[str, Any]) -> None:
     if not isinstance(fields["checked_by_speaker"], bool):
         raise ValueError(f"{where}, field 'checked_by_speaker': must be true or false")
     aliases = fields["aliases"]
-    if not isinstance(aliases, list) or not all(
-        isinstance(alias, str) and _CODE.fullmatch(alias) for alias in aliases
-    ):
+    codes = isinstance(aliases, list) and all(isinstance(x, str) for x in aliases)
+    if not codes or not all(map(_CODE.fullmatch, aliases)):
         raise ValueError(f"{where}, field 'aliases': must be a list of lower-case codes")
     if fields["instruction"].count(BOX) != 1:
         raise ValueError(f"{where}, field 'instruction': must have {BOX} once")

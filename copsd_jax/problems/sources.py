@@ -41,26 +41,23 @@ def _decode(path: str, raw: bytes) -> str:
         raise ValueError(f"{path}, line {line}: the text is not UTF-8") from error
 
 
-def _check_object(path: str, where: str, value: object) -> dict[str, Any]:
+def _record(path: str, where: str, value: object) -> Record:
     if not isinstance(value, dict):
         raise ValueError(f"{path}, {where}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return Record(where, value)
 
 
 def _read_json(path: str, raw: bytes) -> list[Record]:
     """Reads a JSON list of objects, or one object per line."""
     text = _decode(path, raw)
-    line = 0
+    line, out = 0, []
     try:
         if text.lstrip()[:1] == "[":
-            rows = enumerate(json.loads(text), start=1)
-            return [Record(f"row {k}", _check_object(path, f"row {k}", value)) for k, value in rows]
-        out = []
+            return [_record(path, f"row {k}", row) for k, row in enumerate(json.loads(text), 1)]
         # Not splitlines(): it also splits at U+2028, which JSON strings may hold.
         for line, content in enumerate(text.split("\n")):
             if content.strip():
-                where = f"line {line + 1}"
-                out.append(Record(where, _check_object(path, where, json.loads(content))))
+                out.append(_record(path, f"line {line + 1}", json.loads(content)))
         return out
     except RecursionError as error:
         raise ValueError(f"{path}: the JSON is nested too deeply") from error
@@ -94,18 +91,14 @@ def _read_parquet(path: str, raw: bytes) -> list[Record]:
     return [Record(f"row {k}", row) for k, row in enumerate(table.to_pylist(), start=1)]
 
 
-def _find_tfds_folder(setting: str, path: str, name: str, data_dir: str | None) -> pathlib.Path:
-    """Finds the folder of NAME[:VERSION] under `data_dir`; the newest version by default."""
+def _find_tfds_folder(setting: str, path: str, name: str) -> pathlib.Path:
+    """Finds the folder of NAME[:VERSION] of TFDS; the newest version by default."""
     from tensorflow_datasets.core import constants
+    from tensorflow_datasets.core.utils import version as version_lib
 
     name, _, version = name.partition(":")
-    root = pathlib.Path(data_dir or constants.DATA_DIR).expanduser() / name
-    found = {
-        tuple(map(int, p.parent.name.split("."))): p.parent
-        for p in root.glob("*.*.*/dataset_info.json")
-        if p.parent.name.replace(".", "").isdigit()
-    }
-    versions = [folder.name for _, folder in sorted(found.items())]
+    root = pathlib.Path(constants.DATA_DIR).expanduser() / name
+    versions = list(map(str, version_lib.list_all_versions(root)))
     if not versions or (version and version not in versions):
         have = f"it has {', '.join(versions)}" if versions else "there is none"
         raise FileNotFoundError(
@@ -114,13 +107,13 @@ def _find_tfds_folder(setting: str, path: str, name: str, data_dir: str | None) 
     return root / (version or versions[-1])
 
 
-def _read_tfds(setting: str, path: str, data_dir: str | None) -> list[Record]:
+def _read_tfds(setting: str, path: str) -> list[Record]:
     import tensorflow_datasets as tfds  # imported lazily: it is slow to import
 
     name, slash, split = path.removeprefix("tfds:").rpartition("/")
     if not slash or not name or not split:
         raise ValueError(f"{setting} is {path!r}: write tfds:NAME/SPLIT or tfds:NAME:VERSION/SPLIT")
-    builder = tfds.builder_from_directory(_find_tfds_folder(setting, path, name, data_dir))
+    builder = tfds.builder_from_directory(_find_tfds_folder(setting, path, name))
     if split.partition("[")[0] not in builder.info.splits:
         choices = ", ".join(builder.info.splits)
         raise ValueError(f"{setting} is {path!r}: no split {split!r}; the choices are {choices}")
@@ -139,23 +132,20 @@ def _read_tfds(setting: str, path: str, data_dir: str | None) -> list[Record]:
     return out
 
 
-def read_records(
-    path: str, *, lang: str = "en", setting: str = "data.path", data_dir: str | None = None
-) -> list[Record]:
+def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> list[Record]:
     """Reads all records of a source.
 
     Args:
       path: see the module's docstring.
       lang: the language of a TSV file's questions.
       setting: the setting that `path` comes from, for messages.
-      data_dir: the folder of TFDS data sets; None for TFDS's own default.
 
     Raises:
       FileNotFoundError: there is no such file or data set.
       ValueError: the source cannot be read; names the file and the line or row.
     """
     if path.startswith("tfds:"):
-        return _read_tfds(setting, path, data_dir)
+        return _read_tfds(setting, path)
     if path.startswith("bundled:"):
         name = path.removeprefix("bundled:")
         if name not in bundled.NAMES:
@@ -189,14 +179,10 @@ def rename_fields(path: str, records: list[Record], fields: str) -> list[Record]
         if records and not any(theirs in record.fields for record in records):
             have = ", ".join(map(str, records[0].fields))
             raise ValueError(f"data.fields is {fields!r}: {path} has no {theirs!r}; it has {have}")
-    return [
-        Record(
-            record.where,
-            record.fields
-            | {ours: record.fields[old] for ours, old in pairs if old in record.fields},
-        )
-        for record in records
-    ]
+    out = []
+    for where, found in records:
+        out.append(Record(where, found | {ours: found[old] for ours, old in pairs if old in found}))
+    return out
 
 
 def convert_to_text(name: str, value: object) -> str:
@@ -235,11 +221,10 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
     """Reads the first of `names` that the record has; "" if it is blank and not needed."""
-    if not needed:
-        found = [record.fields[name] for name in names if name in record.fields][:1]
-        blank = [x is None or (isinstance(x, str | bytes) and not x.strip()) for x in found]
-        if not found or blank[0] or (isinstance(found[0], float) and math.isnan(found[0])):
-            return ""
+    x = next((record.fields[name] for name in names if name in record.fields), None)
+    blank = x is None or (isinstance(x, str | bytes) and not x.strip())
+    if not needed and (blank or (isinstance(x, float) and math.isnan(x))):
+        return ""
     return _read_first(record, names)
 
 
@@ -247,10 +232,10 @@ def _read_problem(record: Record, codes: Sequence[str]) -> str:
     """Reads the problem in a language that sources may call by any of `codes`."""
     names = [f"problem_{code}" for code in codes] + (["problem"] if "en" in codes else [])
     for name in names:
-        flag = record.fields.get(f"{name}_ok")
-        flag = True if flag is None else flag  # parquet writes an absent field as null
+        flag = record.fields.get(f"{name}_ok")  # parquet writes an absent field as null
         accepted = flag.decode() == "true" if isinstance(flag, bytes) else flag
-        if not (isinstance(accepted, bool | np.bool_ | np.integer) and accepted == 1):
+        right = isinstance(accepted, bool | np.bool_ | np.integer) and accepted == 1
+        if flag is not None and not right:
             raise UnusableValue(f"{name}_ok is not true")
     return _read_first(record, names)
 
@@ -290,7 +275,6 @@ def load_rows(
     limit: int = 0,
     registry: Mapping[str, languages.Language] | None = None,
     setting: str = "data.path",
-    data_dir: str | None = None,
 ) -> tuple[list[problem_row.Row], collections.Counter[str]]:
     """Loads the rows of a source in the languages asked for, one language after the other.
 
@@ -304,7 +288,6 @@ def load_rows(
       limit: use only the first n records of the source; 0 for all.
       registry: the languages; None for the built-in ones.
       setting: the setting that `path` comes from, for messages.
-      data_dir: the folder of TFDS data sets; None for TFDS's own default.
 
     Returns:
       The rows, and the number of dropped records by reason. With several languages a row's id is
@@ -320,12 +303,12 @@ def load_rows(
         raise ValueError(f"the languages {', '.join(langs)} must be at least one, each once")
     if path.endswith(".tsv") and len(codes) > 1:
         raise ValueError(f"{setting} is {path!r}: a TSV file holds one language, not {langs}")
-    records = read_records(path, lang=codes[0], setting=setting, data_dir=data_dir)
+    records = read_records(path, lang=codes[0], setting=setting)
     records = rename_fields(path, records, fields)[: limit or None]
     ids = _list_ids(path, records)
     rows, dropped, first_places = [], collections.Counter[str](), {}
     for lang in codes:
-        names = languages.list_codes(lang, registry)
+        names = (lang, *registry[lang].aliases)
         for record, key in zip(records, ids, strict=True):
             key = f"{key}/{lang}" if len(codes) > 1 else key
             try:
@@ -341,8 +324,6 @@ def _check_dropped(
     path: str, dropped: Mapping[str, int], first: Mapping[str, str], kept: int, missing: str
 ) -> None:
     """Refuses dropped records if data.missing is "error", and a source without rows."""
-    if missing not in ("error", "drop"):
-        raise ValueError(f"data.missing is {missing!r}: the choices are error, drop")
     if dropped and (missing == "error" or not kept):
         reason = next(iter(dropped))
         more = "; ".join(f"{name}: {count}" for name, count in dropped.items())

@@ -294,10 +294,7 @@ class _Worker:
         """Asks for a comparison: `equal`, `unequal`, `unparsed`, `timeout` or `died`."""
         if self._process is None or self._process.poll() is not None:
             self._start()
-        question = json.dumps([gold, answer, seconds]).encode()
-        with contextlib.suppress(BrokenPipeError):  # it is gone: the reading side says `died`
-            self._process.stdin.write(question + b"\n")
-            self._process.stdin.flush()
+        self._send([gold, answer, seconds])
         reply = self._receive(seconds)
         if reply in ("timeout", "died"):
             self.close()
@@ -321,6 +318,11 @@ class _Worker:
                 f"the grader's worker did not start ({reply}): `{sys.executable} -c 'import "
                 "math_verify'` shows why"
             )
+
+    def _send(self, question: list) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it is gone: the reading side says `died`
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.flush()
 
     def _receive(self, seconds: float) -> str:
         pipe = self._process.stdout.fileno()

@@ -56,11 +56,6 @@ def test_another_seed_gives_other_problems(sets):
     assert [row["problem"] for row in other["train"]] != [r["problem"] for r in sets["train"]]
 
 
-def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'test'; the choices are train, held_out, exemplars"):
-        bundled.find_file("test")
-
-
 def test_sizes(sets):
     assert len(sets["train"]) >= 480
     wordings = collections.Counter(row["wording"] for row in sets["held_out"])
