@@ -92,7 +92,7 @@ SETTINGS: dict[str, Setting] = {
         "block; on: the model may open one; prefix: opened in the problem's language",
         one_of(*THINKING)),
     "prompt.answer": declare("boxed", "how an answer is asked for; none: the problem says it",
-        entry_of("teaching/prompts.py ANSWERS")),
+        entry_of("teaching/conversations.py ANSWER_FORMS")),
     "prompt.form": declare("plain", "step_tags: each step of an answer in tags <step_k>, both "
         "sides", one_of("plain", "step_tags")),
     "prompt.exemplars": declare(0, "worked examples in front of every prompt, both sides",

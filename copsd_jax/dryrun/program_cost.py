@@ -6,7 +6,6 @@ whose turns are only known when it runs turns as often as the constant that its 
 with, and without one as often as the caller says.
 """
 
-import collections
 import dataclasses
 import math
 import re
@@ -121,14 +120,14 @@ def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float
     return own, sum(c.bytes * c.times / rates[c.network] for c in found.collectives)
 
 
-def sum_by_axes(found: Analysis) -> dict[str, dict[str, tuple[int, float]]]:
-    """Sums collectives up: {axes: {kind: (how many run, bytes that a device sends)}}."""
-    out: dict = collections.defaultdict(dict)
+def sum_by_axes(found: Analysis) -> dict[str, dict[str, list]]:
+    """Sums collectives up: {axes: {kind: [how many run, bytes that a device sends]}}."""
+    out: dict[str, dict[str, list]] = {}
     for one in found.collectives:
         name = one.axes + (" (network)" if one.network else "")
-        count, size = out[name].get(one.kind, (0, 0.0))
-        out[name][one.kind] = (count + one.times, size + one.bytes * one.times)
-    return dict(out)
+        pair = out.setdefault(name, {}).setdefault(one.kind, [0, 0.0])
+        pair[:] = pair[0] + one.times, pair[1] + one.bytes * one.times
+    return out
 
 
 # --- text -------------------------------------------------------------------------------------

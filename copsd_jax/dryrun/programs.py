@@ -147,6 +147,11 @@ class Run(NamedTuple):
     phases: dict[str, Phase]
     seconds: float = 0.0
 
+    @property
+    def fits(self) -> bool:
+        """Whether all phases fit."""
+        return all(phase.fits(self.usable) for phase in self.phases.values())
+
 
 # --- from settings to shapes ------------------------------------------------------------------
 

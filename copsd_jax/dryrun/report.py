@@ -56,15 +56,15 @@ def _compile_run(config: config_lib.Config, target: hardware.Target, devices: li
 
 def build_report(run: programs.Run, proposed: proposals.Proposals) -> dict[str, Any]:
     """Builds the report as JSON has it; bytes, seconds and FLOPs are those of one device."""
-    frame, usable = run.frame, run.usable
+    frame = run.frame
     report = {
         "target": run.target.name,
         "devices": frame.mesh.devices.size,
         "device": run.target.kind,
         "mesh": {name: int(size) for name, size in frame.mesh.shape.items()},
         "whole": memory.describe_undivided(frame),
-        "usable": usable,
-        "fits": all(phase.fits(usable) for phase in run.phases.values()),
+        "usable": run.usable,
+        "fits": run.fits,
         "lengths": run.lengths._asdict(),
         "phases": {name: _describe_phase(phase) for name, phase in run.phases.items()},
         "time": estimate_times(run),
@@ -113,13 +113,9 @@ def _describe_program(program: programs.Program) -> dict[str, Any]:
     cost = program.cost
     if cost is None:
         return report | {"failure": program.failure}
-    axes = program_cost.sum_by_axes(cost)
     return report | {
         "compile_seconds": round(cost.seconds, 1), "flops": cost.flops, "bytes": cost.bytes,
-        "temporary": cost.temporary,
-        "collectives": {
-            axis: {kind: list(pair) for kind, pair in kinds.items()} for axis, kinds in axes.items()
-        },
+        "temporary": cost.temporary, "collectives": program_cost.sum_by_axes(cost),
     }  # fmt: skip
 
 
@@ -225,9 +221,8 @@ def _advise(change: dict[str, Any]) -> str:
 def format_report(report: dict[str, Any]) -> str:
     """Returns the report as text for people."""
     caps = ", ".join(f"{name} {value}" for name, value in report["lengths"].items() if value)
-    lines = [report["sentence"], ""]
-    lines.append(f"target      {report['target']}: {report['devices']} devices, "
-                 f"mesh {report['mesh']}")  # fmt: skip
+    devices = f"{report['devices']} devices, mesh {report['mesh']}"
+    lines = [report["sentence"], "", f"target      {report['target']}: {devices}"]
     lines += [f"whole       {report['whole']}"] if report["whole"] else []
     lines += [f"lengths     at the caps: {caps}", "", "memory on each device, GiB"]
     lines += [_format_phase(name, one, report) for name, one in report["phases"].items()]

@@ -10,6 +10,8 @@ from jax.experimental import topologies
 
 from copsd_jax.runtime import hardware
 
+_PIP = f"{sys.executable} -m pip install"
+
 
 def make_devices(target: hardware.Target) -> list:
     """Returns the devices of a topology, which only the compiler knows.
@@ -21,13 +23,9 @@ def make_devices(target: hardware.Target) -> list:
     if target.platform == "cuda":
         return _cards(target)
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "--dry_run for TPUs needs their compiler: "
-            f'{sys.executable} -m pip install "jax[tpu]=={jax.__version__}"'
-        )
-    settings: dict[str, Any] = {}
-    if target.kind == "v4":
-        settings["chip_config_name"] = "megacore"
+        command = f'{_PIP} "jax[tpu]=={jax.__version__}"'
+        raise ValueError(f"--dry_run for TPUs needs their compiler: {command}")
+    settings: dict[str, Any] = {"chip_config_name": "megacore"} if target.kind == "v4" else {}
     if target.shape == (1, 1):
         settings["chips_per_host_bounds"] = (1, 1, 1)
     if target.slices > 1:
@@ -36,9 +34,8 @@ def make_devices(target: hardware.Target) -> list:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        said = f"--dry_run is {target.name!r}: there is no such slice: {reason}"
-        raise ValueError(said) from error
+        said = f"--dry_run is {target.name!r}: there is no such slice: "
+        raise ValueError(said + str(error).strip().splitlines()[0]) from error
     return list(found.devices)
 
 
@@ -46,17 +43,12 @@ def _cards(target: hardware.Target) -> list:
     spec = importlib.util.find_spec
     if spec("jax_plugins") is None or spec("jax_plugins.xla_cuda13") is None:
         version = jax.__version__
-        raise ValueError(
-            "--dry_run for GPUs needs their compiler: "
-            f"{sys.executable} -m pip install --no-deps jax-cuda13-plugin=={version} "
-            f"jax-cuda13-pjrt=={version}"
-        )
+        packages = f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
+        command = f"{_PIP} --no-deps {packages}"
+        raise ValueError(f"--dry_run for GPUs needs their compiler: {command}")
     if shutil.which("ptxas") is None:
-        raise ValueError(
-            "--dry_run for GPUs needs the program ptxas on PATH: "
-            f"{sys.executable} -m pip install nvidia-cuda-nvcc, which brings it as "
-            "nvidia/cu13/bin/ptxas"
-        )
+        command = f"{_PIP} nvidia-cuda-nvcc, which brings it as nvidia/cu13/bin/ptxas"
+        raise ValueError(f"--dry_run for GPUs needs the program ptxas on PATH: {command}")
     found = topologies.get_topology_desc(
         platform="cuda", topology_name="x", topology=f"1x{target.topology}",
         target_config=hardware.describe_gpu(target.kind),

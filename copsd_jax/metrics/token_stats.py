@@ -86,11 +86,8 @@ def by_class(
     class_C = table_V[ids_C]
     sums = np.bincount(class_C, weights=values_C, minlength=len(_NAMES))
     counts = np.bincount(class_C, minlength=len(_NAMES))
-    return {
-        name: (float(total), int(count))
-        for name, total, count in zip(_NAMES, sums, counts, strict=True)
-        if count
-    }
+    parts = zip(_NAMES, sums, counts, strict=True)
+    return {name: (float(total), int(count)) for name, total, count in parts if count}
 
 
 def by_position(

@@ -254,7 +254,7 @@ def test_exchanges_by_axis_with_their_bytes():
     )
     assert one[:2] == ("collective-permute", "tensor")
     found = program_cost.analyse("p", program, 1.0, devices)
-    assert program_cost.sum_by_axes(found) == {"tensor": {"collective-permute": (1, local)}}
+    assert program_cost.sum_by_axes(found) == {"tensor": {"collective-permute": [1, local]}}
 
 
 def test_time_is_that_of_the_slower_side_of_each_instruction():

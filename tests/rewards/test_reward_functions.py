@@ -268,7 +268,8 @@ def test_half_a_character_can_be_written_to_a_file(score):
 def test_a_gold_answer_without_calls_is_refused(score, gold, reason):
     with pytest.raises(ValueError, match=re.escape(reason)) as error:
         score("tool_call", gold, "")
-    assert str(error.value).startswith("reward.kind is 'tool_call': the gold answer of pair 0")
+    named = f"reward.kind is 'tool_call': the gold answer {' '.join(gold.split())!r} of pair 0"
+    assert str(error.value).startswith(named)
 
 
 VALUES = strategies.recursive(
