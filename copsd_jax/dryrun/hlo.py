@@ -73,12 +73,10 @@ def _closing(text: str) -> int:
 
 def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
     """Parses a result into (element type, dimensions, whether in main memory) of each array."""
-    out = []
-    for kind, dims, layout in _ARRAY.findall(text):
-        shape = tuple(map(int, re.findall(r"\d+", dims)))
-        space = re.search(r"S\((\d+)\)", layout)
-        out.append((kind, shape, not space or space[1] == "0"))
-    return out
+    return [
+        (kind, tuple(map(int, re.findall(r"\d+", dims))), not re.search(r"S\([1-9]", layout))
+        for kind, dims, layout in _ARRAY.findall(text)
+    ]
 
 
 def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:

@@ -163,12 +163,10 @@ def find_model_config(config: config_lib.Config) -> transformer.ModelConfig:
       ValueError: the name is not in `transformer.SHAPES`.
     """
     m = config.model
-    if m.init == "random" and m.shape:
-        name = m.shape
-    elif pathlib.Path(m.path).is_dir():
+    name = m.shape if m.init == "random" else ""
+    if not name and pathlib.Path(m.path).is_dir():
         return hf_config.load_config(pathlib.Path(m.path))
-    else:
-        name = m.path.rstrip("/").split("/")[-1].lower()
+    name = name or m.path.rstrip("/").split("/")[-1].lower()
     plain = re.sub(r"[-.]", "_", name.removeprefix("llm-"))
     known = [key for key in transformer.SHAPES if plain == key or plain.startswith(f"{key}_")]
     known += ["smollm2_135m"] if plain == "smollm2" else []

@@ -126,10 +126,8 @@ def estimate_times(run: programs.Run) -> dict[str, Any]:
     """Estimates the seconds of a step's parts, with every completion as long as it may be."""
     chip, c = run.target.chip, run.frame.config
     completions = config_lib.completions_per_step(c)
-    parts: dict[str, float | None] = {}
-    for name in ("rollout", "author"):
-        if name in run.phases:
-            parts[name] = _sampling_seconds(run, name, completions)
+    sampling = [name for name in ("rollout", "author") if name in run.phases]
+    parts = {name: _sampling_seconds(run, name, completions) for name in sampling}
     if "hand-over" in run.phases:
         parts["hand-over"] = _add_seconds(_hand_over_programs(run), chip)
     if "step" in run.phases:
