@@ -147,9 +147,8 @@ class Run(NamedTuple):
     phases: dict[str, Phase]
     seconds: float = 0.0
 
-    @property
     def fits(self) -> bool:
-        """Whether all phases fit."""
+        """Returns whether every phase fits."""
         return all(phase.fits(self.usable) for phase in self.phases.values())
 
 

@@ -96,7 +96,7 @@ def propose(run: programs.Run) -> Proposals:
     if fixes and fixable:
         config = change_settings(run.frame.config, fixes)
         proposals.changes.append(Change(_spell(fixes), 0, config, run.target))
-    if not run.fits:
+    if not run.fits():
         room = CHANGES - len(proposals.changes)
         proposals.changes += itertools.islice(_other_meshes(run), room)
     return proposals
