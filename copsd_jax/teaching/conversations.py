@@ -157,7 +157,7 @@ def _fence(name: str, text: str) -> str:
 
 def _tag_steps(solution: str) -> str:
     return " ".join(
-        f"<step_{step.number}>{solution[step.start : step.end]}</step_{step.number}>"
+        f"<step_{step.number}>{step.text}</step_{step.number}>"
         for step in solution_steps.split_steps(solution)
     )
 
@@ -187,10 +187,8 @@ def _render_chat_turn(prompt_format: PromptFormat, row: problem_row.Row, turn: T
         if part.kind != "instruction":
             text += gap + CHAT[part.kind](lang, row, part)
             continue
-        instructions = [
-            INSTRUCTIONS[prompt_format.answer](lang),
-            STEP_TAGS * (prompt_format.form == "step_tags"),
-        ]
+        tags = STEP_TAGS * (prompt_format.form == "step_tags")
+        instructions = [INSTRUCTIONS[prompt_format.answer](lang), tags]
         text += gap * any(instructions) + " ".join(filter(None, instructions))
     return text
 
