@@ -10,7 +10,6 @@ This module needs neither jax nor transformers: settings are checked against it 
 import dataclasses
 from collections.abc import Callable
 
-from copsd_jax.problems import problem_row
 from copsd_jax.teaching import conversations, replies, rule_author, solution_steps
 from copsd_jax.teaching.conversations import Conversation, Section, Turn
 from copsd_jax.teaching.replies import Attempt, Reply
@@ -45,7 +44,6 @@ class Author:
       write_by_rule: writes it from a rule (author.kind=grader), given an attempt and the answer
         that the grader found in it; None if no rule can.
       write_exemplar: returns the reply that stands for an exemplar; None if no reply does.
-      locates_error: whether a reply names an error, for tokens.select=from_error and error_step.
     """
 
     build_conversation: Callable[[Settings, Attempt], Conversation | None]
@@ -54,7 +52,6 @@ class Author:
     reads_cut: Callable[[Settings], bool] = lambda settings: False
     write_by_rule: Callable[[Attempt, str | None], str] | None = None
     write_exemplar: Callable[[Attempt], Reply] | None = None
-    locates_error: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +65,7 @@ class Context:
       inputs: returns those of `INPUTS` that the context reads.
       author: the part that an author writes; None if the context has none.
       settings: names of the settings that this context reads and some others do not.
+      locates_error: whether a reply names an error, for tokens.select=from_error and error_step.
     """
 
     build_conversation: Callable[[Settings, Attempt, Reply], Conversation | None]
@@ -75,20 +73,22 @@ class Context:
     inputs: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
     author: Author | None = None
     settings: tuple[str, ...] = ()
+    locates_error: bool = False
 
     @property
     def author_kinds(self) -> tuple[str, ...]:
         """The values of author.kind that go with the context."""
         return self.author.kinds if self.author else ("none",)
 
-    @property
-    def locates_error(self) -> bool:
-        """True if a reply names an error, for tokens.select=from_error and error_step."""
-        return self.author is not None and self.author.locates_error
-
 
 def _user(*parts: str | Section) -> Turn:
     return Turn("user", tuple(Section(p) if isinstance(p, str) else p for p in parts))
+
+
+def _ask_again(*parts: Section) -> Conversation | None:
+    """Builds a re-prompt that shows those parts that have a text; None if none has."""
+    shown = [part for part in parts if part.text]
+    return (_user("problem", *shown, "again", "instruction"),) if shown else None
 
 
 # ------------------------------------------------------------------------- from the data alone
@@ -100,14 +100,13 @@ def _show_reference(settings: Settings, attempt: Attempt, reply: Reply) -> Conve
 
 def _show_crosslingual(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation:
     """Builds COPSD's conversation; without the solution there is no transition from it."""
-    english = ("problem_en",) if settings.problem_en else ()
-    solution = ("solution", "transition") if settings.solution else ()
+    english = ("problem_en",) * settings.problem_en
+    solution = ("solution", "transition") * settings.solution
     return (_user("problem", *english, *solution, "instruction"),)
 
 
 def _list_crosslingual_fields(settings: Settings) -> tuple[str, ...]:
-    shown = (("problem_en", settings.problem_en), ("solution", settings.solution))
-    return tuple(name for name, is_shown in shown if is_shown)
+    return ("problem_en",) * settings.problem_en + ("solution",) * settings.solution
 
 
 def _show_other_problem(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
@@ -127,11 +126,9 @@ def _show_nothing(settings: Settings, attempt: Attempt, reply: Reply) -> Convers
 
 def _show_sibling(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
     """Builds SDPO's re-prompt: a successful sibling, and feedback if context.feedback says so."""
-    shown = [Section("sibling", attempt.sibling)] if attempt.sibling else []
-    wanted = {"never": False, "always": True, "without_sibling": not shown}[settings.feedback]
-    if wanted and attempt.feedback:
-        shown.append(Section("feedback", attempt.feedback))
-    return (_user("problem", *shown, "again", "instruction"),) if shown else None
+    sibling = attempt.sibling
+    wanted = {"never": False, "always": True, "without_sibling": not sibling}[settings.feedback]
+    return _ask_again(Section("sibling", sibling), Section("feedback", attempt.feedback * wanted))
 
 
 def _list_sibling_inputs(settings: Settings) -> tuple[str, ...]:
@@ -139,10 +136,7 @@ def _list_sibling_inputs(settings: Settings) -> tuple[str, ...]:
 
 
 def _show_feedback(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    if not attempt.feedback:
-        return None
-    feedback = Section("feedback", attempt.feedback)
-    return (_user("problem", feedback, "again", "instruction"),)
+    return _ask_again(Section("feedback", attempt.feedback))
 
 
 # ------------------------------------------------------------------------------- from an author
@@ -187,7 +181,7 @@ def _show_reflection(settings: Settings, attempt: Attempt, reply: Reply) -> Conv
     If the reply is not usable, parity.reflection_fallback shows the sibling, as published.
     """
     if reply.text:
-        return (_user("problem", Section("reflection", reply.text), "again", "instruction"),)
+        return _ask_again(Section("reflection", reply.text))
     return _show_sibling(settings, attempt, reply) if settings.fallback else None
 
 
@@ -204,9 +198,7 @@ def _ask_critique(settings: Settings, attempt: Attempt) -> Conversation:
 
 def _show_critique(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
     """Builds a conversation with the corrected steps; the wrong step is never quoted."""
-    if not reply.trace:
-        return None
-    return (_user("problem", Section("critique", reply.trace), "again", "instruction"),)
+    return _ask_again(Section("critique", reply.trace))
 
 
 def _read_critique(settings: Settings, attempt: Attempt, text: str) -> Reply:
@@ -243,8 +235,8 @@ CONTEXTS: dict[str, Context] = {
             reads_cut=lambda settings: settings.published_tags,
             write_by_rule=rule_author.write_reflection,
             write_exemplar=rule_author.write_exemplar_reflection,
-            locates_error=True,
         ),
+        locates_error=True,
         settings=(
             "context.sibling",
             "context.section_tokens",
@@ -264,8 +256,8 @@ CONTEXTS: dict[str, Context] = {
             kinds=("student", "teacher", "grader", "server", "file"),
             write_by_rule=rule_author.write_critique,
             write_exemplar=rule_author.write_exemplar_critique,
-            locates_error=True,
         ),
+        locates_error=True,
         settings=("context.section_tokens",),
     ),
     "sibling": Context(
@@ -332,14 +324,9 @@ def read_reply(settings: Settings, attempt: Attempt, text: str) -> Reply:
       text: the author's text.
     """
     reply = get_author(settings).read(settings, attempt, text)
-    if reply.usable:
+    if replies.STATUSES[reply.status].usable:
         return reply
     return Reply(reply.status, quote=reply.quote, raw=reply.raw)
-
-
-def build_exemplar_attempt(row: problem_row.Row, completion: str) -> Attempt:
-    """Builds the attempt that stands for an exemplar: the row's own solution, graded as right."""
-    return Attempt(row, completion, True, "The answer is right.", completion, row)
 
 
 def join_privileged_text(settings: Settings, attempt: Attempt, reply: Reply) -> str:

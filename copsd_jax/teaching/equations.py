@@ -142,9 +142,7 @@ class _Reader:
             raise _Unreadable
         if kind == "number" and len(written) <= _LONGEST:
             return _read_number(written)
-        if SIGNS.get(written) == "-" and self.kind() == "number":
-            if self.tokens[self.at][2] != end:
-                raise _Unreadable
+        if SIGNS.get(written) == "-" and self.kind() == "number" and self.tokens[self.at][2] == end:
             value = self._operand()
             return None if value is None else -value
         if kind == "open":

@@ -103,11 +103,6 @@ class Reply:
     detail: str = ""
     shortened: tuple[str, ...] = ()
 
-    @property
-    def usable(self) -> bool:
-        """True if the teacher is shown the reply."""
-        return STATUSES[self.status].usable
-
 
 NONE = Reply("none")
 FILTERED = Reply("filtered")
@@ -141,11 +136,6 @@ of the attempt, or one more than the number of its steps if only the final answe
 
 _REFLECTION = "error_quote|explanation"
 _CRITIQUE = "case|first_wrong|step_[0-9]+|answer"
-
-
-def name_steps(count: int) -> list[str]:
-    """Returns the names of the tags of `count` steps: step_1, step_2, ..."""
-    return [f"step_{k}" for k in range(1, count + 1)]
 
 
 def join_tags(fields: Iterable[tuple[str, str]]) -> str:
@@ -240,13 +230,14 @@ def read_critique(text: str) -> Reply:
     fields = dict(found)
     names = [name for name, _ in found if name.startswith("step_")]
     case, step = fields.get("case", ""), fields.get("first_wrong")
+    numbered = [f"step_{k}" for k in range(1, len(names) + 1)]
     number = int(step) if step and re.fullmatch("[1-9][0-9]{0,5}", step) else None
     order = ["case", *(["first_wrong"] if step is not None else ()), *names, "answer"]
     if case not in step_checker.CASES:
         problem = "no_case"
     elif (case == "wrong") != (step is not None) or (step is not None and number is None):
         problem = "no_step"
-    elif not names or not all(map(fields.get, names)) or names != name_steps(len(names)):
+    elif not names or not all(map(fields.get, names)) or names != numbered:
         problem = "bad_steps"
     elif not fields.get("answer"):
         problem = "no_answer"

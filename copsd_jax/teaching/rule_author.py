@@ -50,7 +50,7 @@ def write_critique(attempt: Attempt, found: str | None) -> str:
     verdict = _check(attempt, found)
     # A critic counts steps without those that state the answer.
     first = [("first_wrong", str(len(verdict.kept) + 1))] if verdict.case == "wrong" else []
-    steps = zip(replies.name_steps(len(verdict.corrected)), verdict.corrected, strict=True)
+    steps = [(f"step_{k}", step) for k, step in enumerate(verdict.corrected, 1)]
     answer = ("answer", attempt.row.answer)
     return replies.join_tags([("case", verdict.case), *first, *steps, answer])
 

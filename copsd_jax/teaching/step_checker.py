@@ -157,10 +157,7 @@ def _correct_steps(
         new = {i for _, results in inside for i in results or ()}
         lines += [spelt[i] for i in range(max(new, default=0)) if i not in done | new]
         done |= set(range(max(new, default=-1) + 1)) | new
-        if condense:
-            lines += [f"{text[e.start : e.end]}." for e, _ in inside]
-        else:
-            lines.append(step.text)
+        lines += [f"{text[e.start : e.end]}." for e, _ in inside] if condense else [step.text]
     return (*lines, *(line for i, line in enumerate(spelt) if i not in done))
 
 

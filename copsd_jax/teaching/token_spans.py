@@ -108,10 +108,9 @@ def find_token_range(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
     Raises:
       ValueError: the range is not inside the text.
     """
-    if not 0 <= start <= end <= len(decoded.text):
-        raise ValueError(
-            f"[{start}, {end}) is no range of a text of {len(decoded.text)} characters"
-        )
+    size = len(decoded.text)
+    if not 0 <= start <= end <= size:
+        raise ValueError(f"[{start}, {end}) is no range of a text of {size} characters")
     reaching = np.flatnonzero(decoded.ends > start)
     first = int(reaching[0]) if reaching.size else len(decoded.ends)
     if start == end:
@@ -272,28 +271,21 @@ def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[i
         steps.append({})
         sizes.append(sizes[last] + 1)
         parents.append(0)
+        last = new
         while state >= 0 and c not in steps[state]:
             steps[state][c] = new
             state = parents[state]
-        if state >= 0:
-            parents[new] = _split_state(steps, parents, sizes, state, c)
-        last = new
+        if state < 0:
+            continue
+        parents[new] = target = steps[state][c]
+        if sizes[target] > sizes[state] + 1:
+            # The target is shared with longer words. A copy takes (longest word of `state`) + c.
+            parents[new] = copy = len(steps)
+            steps.append(dict(steps[target]))
+            sizes.append(sizes[state] + 1)
+            parents.append(parents[target])
+            parents[target] = copy
+            while state >= 0 and steps[state].get(c) == target:
+                steps[state][c] = copy
+                state = parents[state]
     return steps, parents, sizes
-
-
-def _split_state(
-    steps: list[dict[str, int]], parents: list[int], sizes: list[int], state: int, c: str
-) -> int:
-    """Returns the state of (longest word of `state`) + c alone; copies a shared one if needed."""
-    target = steps[state][c]
-    if sizes[target] == sizes[state] + 1:
-        return target
-    copy = len(steps)
-    steps.append(dict(steps[target]))
-    sizes.append(sizes[state] + 1)
-    parents.append(parents[target])
-    parents[target] = copy
-    while state >= 0 and steps[state].get(c) == target:
-        steps[state][c] = copy
-        state = parents[state]
-    return copy
