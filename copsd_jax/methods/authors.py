@@ -169,13 +169,9 @@ def _server(
     """
     del state, step
     plan, c = r.plan, r.plan.config
-    build = contexts.get_author(plan.context).build_conversation
-    unfitted = [build(plan.context, one.attempt) for one in asked]
     fitted = [
-        ((), ())
-        if conversation is None
-        else teacher_prompts.truncate_sections(plan.tokenizer, plan.context, conversation)
-        for conversation in unfitted
+        teacher_prompts.build_author_conversation(plan.tokenizer, plan.context, one.attempt)
+        for one in asked
     ]
     requests = [
         client.ChatRequest(

@@ -10,9 +10,9 @@ This module needs neither jax nor transformers: settings are checked against it 
 import dataclasses
 from collections.abc import Callable
 
-from copsd_jax.problems import problem_row
 from copsd_jax.teaching import conversations, replies, rule_author, solution_steps
 from copsd_jax.teaching.conversations import Conversation, Section, Turn
+from copsd_jax.teaching.replies import Attempt, Reply
 
 # Inputs of a context besides the row; `methods.distill` provides them.
 INPUTS = ("reply", "attempt", "siblings", "feedback", "other")
@@ -32,27 +32,6 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Attempt:
-    """The student's answer to a problem, and its grading.
-
-    Attributes:
-      row: the problem.
-      text: the completion without its thinking.
-      correct: whether the answer is right; None if the reward does not say so.
-      feedback: the grader's feedback text.
-      sibling: a successful completion of the same group, without its thinking, or "".
-      other: another problem of the data, for the context `other_problem`.
-    """
-
-    row: problem_row.Row
-    text: str = ""
-    correct: bool | None = None
-    feedback: str = ""
-    sibling: str = ""
-    other: problem_row.Row | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Author:
     """The part of a context that an author writes.
 
@@ -65,16 +44,14 @@ class Author:
       write_by_rule: writes it from a rule (author.kind=grader), given an attempt and the answer
         that the grader found in it; None if no rule can.
       write_exemplar: returns the reply that stands for an exemplar; None if no reply does.
-      locates_error: whether a reply names an error, for tokens.select=from_error and error_step.
     """
 
     build_conversation: Callable[[Settings, Attempt], Conversation | None]
-    read: Callable[[Settings, Attempt, str], replies.Reply]
+    read: Callable[[Settings, Attempt, str], Reply]
     kinds: tuple[str, ...] = ("student", "teacher", "server", "file")
     reads_cut: Callable[[Settings], bool] = lambda settings: False
     write_by_rule: Callable[[Attempt, str | None], str] | None = None
-    write_exemplar: Callable[[Attempt], replies.Reply] | None = None
-    locates_error: bool = False
+    write_exemplar: Callable[[Attempt], Reply] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,107 +65,88 @@ class Context:
       inputs: returns those of `INPUTS` that the context reads.
       author: the part that an author writes; None if the context has none.
       settings: names of the settings that this context reads and some others do not.
+      locates_error: whether a reply names an error, for tokens.select=from_error and error_step.
     """
 
-    build_conversation: Callable[[Settings, Attempt, replies.Reply], Conversation | None]
+    build_conversation: Callable[[Settings, Attempt, Reply], Conversation | None]
     row_fields: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
     inputs: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
     author: Author | None = None
     settings: tuple[str, ...] = ()
+    locates_error: bool = False
 
     @property
     def author_kinds(self) -> tuple[str, ...]:
         """The values of author.kind that go with the context."""
         return self.author.kinds if self.author else ("none",)
 
-    @property
-    def locates_error(self) -> bool:
-        """True if a reply names an error, for tokens.select=from_error and error_step."""
-        return self.author is not None and self.author.locates_error
-
 
 def _user(*parts: str | Section) -> Turn:
     return Turn("user", tuple(Section(p) if isinstance(p, str) else p for p in parts))
 
 
+def _ask_again(*parts: Section) -> Conversation | None:
+    """Builds a re-prompt that shows those parts that have a text; None if none has."""
+    shown = [part for part in parts if part.text]
+    return (_user("problem", *shown, "again", "instruction"),) if shown else None
+
+
 # ------------------------------------------------------------------------- from the data alone
 
 
-def _show_reference(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation:
-    del settings, attempt, reply
+def _show_reference(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation:
     return (_user("problem", "solution", "transition", "instruction"),)
 
 
-def _show_crosslingual(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation:
+def _show_crosslingual(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation:
     """Builds COPSD's conversation; without the solution there is no transition from it."""
-    del attempt, reply
-    english = ("problem_en",) if settings.problem_en else ()
-    if settings.solution:
-        return (_user("problem", *english, "solution", "transition", "instruction"),)
-    return (_user("problem", *english, "instruction"),)
+    english = ("problem_en",) * settings.problem_en
+    solution = ("solution", "transition") * settings.solution
+    return (_user("problem", *english, *solution, "instruction"),)
 
 
 def _list_crosslingual_fields(settings: Settings) -> tuple[str, ...]:
-    shown = (("problem_en", settings.problem_en), ("solution", settings.solution))
-    return tuple(name for name, is_shown in shown if is_shown)
+    return ("problem_en",) * settings.problem_en + ("solution",) * settings.solution
 
 
-def _show_other_problem(
-    settings: Settings, attempt: Attempt, reply: replies.Reply
-) -> Conversation | None:
+def _show_other_problem(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
     """Builds `reference` with another problem's solution: the control for the right one."""
-    del settings, reply
     if attempt.other is None:
         return None
     solution = Section("solution", row=attempt.other)
     return (_user("problem", solution, "transition", "instruction"),)
 
 
-def _show_nothing(settings: Settings, attempt: Attempt, reply: replies.Reply) -> Conversation:
-    del settings, attempt, reply
+def _show_nothing(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation:
     return conversations.STUDENT
 
 
 # ------------------------------------------------------------------- from the group and the grader
 
 
-def _show_sibling(
-    settings: Settings, attempt: Attempt, reply: replies.Reply
-) -> Conversation | None:
+def _show_sibling(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
     """Builds SDPO's re-prompt: a successful sibling, and feedback if context.feedback says so."""
-    del reply
-    shown = [Section("sibling", attempt.sibling)] if attempt.sibling else []
-    wanted = {"never": False, "always": True, "without_sibling": not shown}[settings.feedback]
-    if wanted and attempt.feedback:
-        shown.append(Section("feedback", attempt.feedback))
-    return (_user("problem", *shown, "again", "instruction"),) if shown else None
+    sibling = attempt.sibling
+    wanted = {"never": False, "always": True, "without_sibling": not sibling}[settings.feedback]
+    return _ask_again(Section("sibling", sibling), Section("feedback", attempt.feedback * wanted))
 
 
 def _list_sibling_inputs(settings: Settings) -> tuple[str, ...]:
     return ("siblings", "feedback") if settings.feedback != "never" else ("siblings",)
 
 
-def _show_feedback(
-    settings: Settings, attempt: Attempt, reply: replies.Reply
-) -> Conversation | None:
-    del settings, reply
-    if not attempt.feedback:
-        return None
-    feedback = Section("feedback", attempt.feedback)
-    return (_user("problem", feedback, "again", "instruction"),)
+def _show_feedback(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
+    return _ask_again(Section("feedback", attempt.feedback))
 
 
 # ------------------------------------------------------------------------------- from an author
 
 
 def _ask_analysis(settings: Settings, attempt: Attempt) -> Conversation:
-    del settings, attempt
     return (_user("problem", "solution", "reason"),)
 
 
-def _show_analysis(
-    settings: Settings, attempt: Attempt, reply: replies.Reply
-) -> Conversation | None:
+def _show_analysis(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
     """Builds a conversation in which the analysis is the assistant's turn.
 
     Nothing is ever written about exemplars; they are shown as `reference` shows them.
@@ -201,14 +159,12 @@ def _show_analysis(
     return (*_ask_analysis(settings, attempt), analysis, _user("transition", "instruction"))
 
 
-def _read_analysis(settings: Settings, attempt: Attempt, text: str) -> replies.Reply:
-    del settings, attempt
+def _read_analysis(settings: Settings, attempt: Attempt, text: str) -> Reply:
     return replies.read_analysis(text)
 
 
 def _ask_reflection(settings: Settings, attempt: Attempt) -> Conversation | None:
     """Builds ROSD's two requests: explain a success, or diagnose a failure beside a success."""
-    del settings
     own = Section("attempt", attempt.text)
     if attempt.correct:
         return (_user("tutor", "problem", own, "gold", Section("request", replies.EXPLAIN)),)
@@ -219,46 +175,35 @@ def _ask_reflection(settings: Settings, attempt: Attempt) -> Conversation | None
     return (_user("tutor", "problem", shown, own, "gold", request),)
 
 
-def _show_reflection(
-    settings: Settings, attempt: Attempt, reply: replies.Reply
-) -> Conversation | None:
+def _show_reflection(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
     """Builds a conversation with the explanation alone, without the sibling's solution.
 
     If the reply is not usable, parity.reflection_fallback shows the sibling, as published.
     """
     if reply.text:
-        return (_user("problem", Section("reflection", reply.text), "again", "instruction"),)
+        return _ask_again(Section("reflection", reply.text))
     return _show_sibling(settings, attempt, reply) if settings.fallback else None
 
 
-def _read_reflection(settings: Settings, attempt: Attempt, text: str) -> replies.Reply:
-    form = "explain" if attempt.correct else "diagnose"
-    if settings.published_tags:
-        return replies.read_published_reflection(text, form)
-    return replies.read_reflection(text, form)
+def _read_reflection(settings: Settings, attempt: Attempt, text: str) -> Reply:
+    published = settings.published_tags
+    read = replies.read_published_reflection if published else replies.read_reflection
+    return read(text, bool(attempt.correct))
 
 
 def _ask_critique(settings: Settings, attempt: Attempt) -> Conversation:
-    del settings
     own, request = Section("attempt", attempt.text), Section("request", replies.CRITIQUE)
     return (_user("tutor", "problem", own, "gold", request),)
 
 
-def _show_critique(
-    settings: Settings, attempt: Attempt, reply: replies.Reply
-) -> Conversation | None:
+def _show_critique(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
     """Builds a conversation with the corrected steps; the wrong step is never quoted."""
-    del settings, attempt
-    if not reply.trace:
-        return None
-    return (_user("problem", Section("critique", reply.trace), "again", "instruction"),)
+    return _ask_again(Section("critique", reply.trace))
 
 
-def _read_critique(settings: Settings, attempt: Attempt, text: str) -> replies.Reply:
+def _read_critique(settings: Settings, attempt: Attempt, text: str) -> Reply:
     """Reads a critique and compares it with the steps that do not state the answer."""
-    del settings
-    steps = solution_steps.split_steps(attempt.text)
-    own = [attempt.text[step.start : step.end] for step in steps if not step.final]
+    own = [step.text for step in solution_steps.split_steps(attempt.text) if not step.final]
     return replies.verify_critique(replies.read_critique(text), own)
 
 
@@ -288,12 +233,10 @@ CONTEXTS: dict[str, Context] = {
             _read_reflection,
             kinds=("student", "teacher", "grader", "server", "file"),
             reads_cut=lambda settings: settings.published_tags,
-            write_by_rule=lambda attempt, found: rule_author.write_reflection(
-                attempt.row, attempt.text, found, bool(attempt.correct)
-            ),
-            write_exemplar=lambda attempt: rule_author.write_exemplar_reflection(attempt.row),
-            locates_error=True,
+            write_by_rule=rule_author.write_reflection,
+            write_exemplar=rule_author.write_exemplar_reflection,
         ),
+        locates_error=True,
         settings=(
             "context.sibling",
             "context.section_tokens",
@@ -311,14 +254,10 @@ CONTEXTS: dict[str, Context] = {
             _ask_critique,
             _read_critique,
             kinds=("student", "teacher", "grader", "server", "file"),
-            write_by_rule=lambda attempt, found: rule_author.write_critique(
-                attempt.row, attempt.text, found, bool(attempt.correct)
-            ),
-            write_exemplar=lambda attempt: rule_author.write_exemplar_critique(
-                attempt.row, attempt.text
-            ),
-            locates_error=True,
+            write_by_rule=rule_author.write_critique,
+            write_exemplar=rule_author.write_exemplar_critique,
         ),
+        locates_error=True,
         settings=("context.section_tokens",),
     ),
     "sibling": Context(
@@ -376,7 +315,7 @@ def get_author(settings: Settings) -> Author:
     return author
 
 
-def read_reply(settings: Settings, attempt: Attempt, text: str) -> replies.Reply:
+def read_reply(settings: Settings, attempt: Attempt, text: str) -> Reply:
     """Reads an author's text strictly; an unusable reply keeps nothing but its quote.
 
     Args:
@@ -385,17 +324,12 @@ def read_reply(settings: Settings, attempt: Attempt, text: str) -> replies.Reply
       text: the author's text.
     """
     reply = get_author(settings).read(settings, attempt, text)
-    if reply.usable:
+    if replies.STATUSES[reply.status].usable:
         return reply
-    return replies.Reply(reply.status, quote=reply.quote, raw=reply.raw)
+    return Reply(reply.status, quote=reply.quote, raw=reply.raw)
 
 
-def build_exemplar_attempt(row: problem_row.Row, completion: str) -> Attempt:
-    """Builds the attempt that stands for an exemplar: the row's own solution, graded as right."""
-    return Attempt(row, completion, True, "The answer is right.", completion, row)
-
-
-def join_privileged_text(settings: Settings, attempt: Attempt, reply: replies.Reply) -> str:
+def join_privileged_text(settings: Settings, attempt: Attempt, reply: Reply) -> str:
     """Joins the texts that the teacher is shown and the student is not, one per line.
 
     These are solutions, English translations, and whatever siblings, graders and authors wrote.

@@ -60,11 +60,6 @@ def join_lines(text: str) -> str:
     return " ".join(text.split())
 
 
-def _shown_row(row: problem_row.Row, part: Section) -> problem_row.Row:
-    """Returns the row whose solution a section shows."""
-    return part.row or row
-
-
 def _plain_solution(row: problem_row.Row) -> str:
     return join_lines(row.solution) + (f" ({row.answer})" if row.answer else "")
 
@@ -74,7 +69,7 @@ def _plain_solution(row: problem_row.Row) -> str:
 PLAIN: dict[str, Callable[[problem_row.Row, Section], str]] = {
     "problem": lambda row, part: f"Question: {join_lines(row.problem)}",
     "problem_en": lambda row, part: f"\nEnglish question: {join_lines(row.problem_en)}",
-    "solution": lambda row, part: f"\nReference solution: {_plain_solution(_shown_row(row, part))}",
+    "solution": lambda row, part: f"\nReference solution: {_plain_solution(part.row or row)}",
     "reason": lambda row, part: "\nAnalysis:",
     "analysis": lambda row, part: f" {join_lines(part.text)}",
     "transition": lambda row, part: "",
@@ -101,7 +96,7 @@ CHAT: dict[str, Callable[[languages.Language, problem_row.Row, Section], str]] =
     "problem": lambda lang, row, part: f"{lang.label_problem}: {row.problem}",
     "problem_en": lambda lang, row, part: f"{lang.label_problem_en}: {row.problem_en}",
     "solution": lambda lang, row, part: (
-        f"{lang.label_solution}:\n{lang.begin_reference}\n{_shown_row(row, part).solution}\n"
+        f"{lang.label_solution}:\n{lang.begin_reference}\n{(part.row or row).solution}\n"
         f"{lang.end_reference}"
     ),
     "reason": lambda lang, row, part: lang.reason_first,
@@ -156,10 +151,8 @@ def _fence(name: str, text: str) -> str:
 
 
 def _tag_steps(solution: str) -> str:
-    return " ".join(
-        f"<step_{step.number}>{solution[step.start : step.end]}</step_{step.number}>"
-        for step in solution_steps.split_steps(solution)
-    )
+    steps = solution_steps.split_steps(solution)
+    return " ".join(f"<step_{s.number}>{s.text}</step_{s.number}>" for s in steps)
 
 
 def write_worked_completion(prompt_format: PromptFormat, row: problem_row.Row) -> str:
@@ -187,10 +180,8 @@ def _render_chat_turn(prompt_format: PromptFormat, row: problem_row.Row, turn: T
         if part.kind != "instruction":
             text += gap + CHAT[part.kind](lang, row, part)
             continue
-        instructions = [
-            INSTRUCTIONS[prompt_format.answer](lang),
-            STEP_TAGS * (prompt_format.form == "step_tags"),
-        ]
+        tags = STEP_TAGS * (prompt_format.form == "step_tags")
+        instructions = [INSTRUCTIONS[prompt_format.answer](lang), tags]
         text += gap * any(instructions) + " ".join(filter(None, instructions))
     return text
 
@@ -202,7 +193,7 @@ def check_sections(row: problem_row.Row, conversation: Conversation) -> None:
       ValueError: names the row and the field.
     """
     for part in (part for turn in conversation for part in turn.sections):
-        shown = _shown_row(row, part)
+        shown = part.row or row
         field = "answer" if part.kind == "gold" else part.kind
         if field in ("problem", "problem_en", "solution", "answer") and not getattr(shown, field):
             raise ValueError(f"row {shown.id!r} has no {field}, which its prompt shows")

@@ -3,23 +3,24 @@
 It is a small parser of our own: what a model wrote is never executed.
 """
 
-import dataclasses
 import fractions
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from copsd_jax.rewards import graders
 
+_Value = fractions.Fraction | None  # None where it divides by zero
 
-@dataclasses.dataclass(frozen=True)
-class Equation:
+
+class Equation(NamedTuple):
     """Characters [start, end) of an equation, and its values."""
 
     start: int
     end: int
-    value: fractions.Fraction | None  # of its last side; None where it divides by zero
+    value: _Value  # of its last side
     true: bool  # all sides are equal
-    results: tuple[fractions.Fraction | None, ...]  # of every operation in it, in order
+    results: tuple[_Value, ...]  # of every operation in it, in order
 
 
 TOKEN = re.compile(
@@ -55,14 +56,13 @@ def find_equations(text: str) -> list[Equation]:
     """
     found = []
     tokens = [(str(m.lastgroup), m[0], m.start(), m.end()) for m in TOKEN.finditer(text)]
-    tokens = [token for token in tokens if token[0] != "blank"]
+    tokens = [*(token for token in tokens if token[0] != "blank"), _END]
     at = 0
-    while at < len(tokens):
-        equation, behind = (
-            _read_equation(tokens, at) if _may_start(text, tokens, at) else (None, at)
-        )
-        if equation is not None:
-            found.append(equation)
+    while tokens[at] != _END:
+        behind = at
+        if _may_start(text, tokens, at):
+            equation, behind = _read_equation(tokens, at)
+            found += [equation] if equation else []
         at = max(behind, at + 1)
     return found
 
@@ -81,20 +81,10 @@ def _may_start(text: str, tokens: Sequence[_Token], at: int) -> bool:
 
 def _read_equation(tokens: Sequence[_Token], at: int) -> tuple[Equation | None, int]:
     """Reads the equation that begins with a token; returns it and the index of the next token."""
-    reader = _Reader(tokens, at)
-    try:
-        sides = [reader.side()]
-    except _Unreadable:
-        return None, at
-    while reader.kind() == "equal":
-        before, count = reader.at, len(reader.results)
-        reader.at += 1
-        try:
-            sides.append(reader.side())
-        except _Unreadable:
-            reader.at = before
-            del reader.results[count:]
-            break
+    reader = _Reader(tokens, at - 1)
+    sides = reader.read_behind(reader.side)
+    while sides and reader.kind() == "equal" and (side := reader.read_behind(reader.side)):
+        sides += side
     if len(sides) < 2 or not reader.results:
         return None, reader.at  # no equation begins inside what was read either
     true = sides[0] is not None and len(set(sides)) == 1
@@ -111,47 +101,48 @@ class _Reader:
 
     def __init__(self, tokens: Sequence[_Token], at: int):
         self.tokens, self.at = tokens, at
-        self.results: list[fractions.Fraction | None] = []
+        self.results: list[_Value] = []
         self._left = 0  # operands that the side may yet have
 
     def kind(self) -> str:
-        return (self.tokens[self.at] if self.at < len(self.tokens) else _END)[0]
+        return self.tokens[self.at][0]
 
-    def side(self) -> fractions.Fraction | None:
+    def read_behind(self, read: Callable[[], _Value]) -> list[_Value]:
+        """Reads what stands behind a token; [], and still at the token, if it is unreadable."""
+        before, count = self.at, len(self.results)
+        self.at += 1
+        try:
+            return [read()]
+        except _Unreadable:
+            self.at = before
+            del self.results[count:]
+            return []
+
+    def side(self) -> _Value:
         self._left = _MAX_OPERANDS
         return self._row("+-")
 
-    def _row(self, signs: str) -> fractions.Fraction | None:
+    def _row(self, signs: str) -> _Value:
         """Reads operands with signs of one precedence between them, from left to right."""
         read = self._operand if signs == "*/" else lambda: self._row("*/")
         value = read()
         while self.kind() == "sign":
-            before, written = self.at, self.tokens[self.at][1]
-            sign = SIGNS.get(written, "*")
-            if sign not in signs:
+            sign = SIGNS.get(self.tokens[self.at][1], "*")
+            if sign not in signs or not (operand := self.read_behind(read)):
                 break
-            self.at += 1
-            count = len(self.results)
-            try:
-                value = _apply(sign, value, read())
-            except _Unreadable:
-                self.at = before
-                del self.results[count:]
-                break
+            value = _apply(sign, value, *operand)
             self.results.append(value)
         return value
 
-    def _operand(self) -> fractions.Fraction | None:
-        kind, written, _, end = self.tokens[self.at] if self.at < len(self.tokens) else _END
+    def _operand(self) -> _Value:
+        kind, written, _, end = self.tokens[self.at]
         self._left -= _BRACKET_COST if kind == "open" else 1
         self.at += 1
         if self._left < 0:
             raise _Unreadable
         if kind == "number" and len(written) <= _LONGEST:
             return _read_number(written)
-        if SIGNS.get(written) == "-" and self.kind() == "number":
-            if self.tokens[self.at][2] != end:
-                raise _Unreadable
+        if SIGNS.get(written) == "-" and self.kind() == "number" and self.tokens[self.at][2] == end:
             value = self._operand()
             return None if value is None else -value
         if kind == "open":
@@ -172,9 +163,7 @@ def _read_number(written: str) -> fractions.Fraction | None:
     return fractions.Fraction(digits)
 
 
-def _apply(
-    sign: str, left: fractions.Fraction | None, right: fractions.Fraction | None
-) -> fractions.Fraction | None:
+def _apply(sign: str, left: _Value, right: _Value) -> _Value:
     if left is None or right is None or (sign == "/" and right == 0):
         return None
     if sign in "+-":

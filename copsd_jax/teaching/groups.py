@@ -9,8 +9,6 @@ import numpy as np
 
 from copsd_jax.problems import problem_row
 
-SIBLINGS = ("first", "shortest", "sampled")
-
 
 def choose_siblings(
     success_B: Sequence[bool],
@@ -30,26 +28,16 @@ def choose_siblings(
 
     Returns:
       The index of the sibling, or None, for each completion.
-
-    Raises:
-      ValueError: unknown choice.
     """
-    if choice not in SIBLINGS:
-        raise ValueError(f"context.sibling is {choice!r}: the choices are {', '.join(SIBLINGS)}")
     rng = np.random.default_rng(list(seed))
     out: list[int | None] = []
     for i, group in enumerate(groups_B):
-        others = [
-            j for j, g in enumerate(groups_B) if g == group and j != i and success_B[j]
-        ]  # fmt: skip
+        others = [j for j, g in enumerate(groups_B) if g == group and j != i and success_B[j]]
         draw = rng.random()  # one draw per completion, so that no group changes another's draw
-        if not others:
-            out.append(None)
-        elif choice == "sampled":
-            out.append(others[int(draw * len(others))])
-        else:
-            shortest = min(others, key=lambda j: lengths_B[j])
-            out.append(shortest if choice == "shortest" else others[0])
+        if choice == "shortest":
+            others.sort(key=lambda j: lengths_B[j])
+        k = int(draw * len(others)) if choice == "sampled" else 0
+        out.append(others[k] if others else None)
     return out
 
 
@@ -76,7 +64,6 @@ def choose_other_problems(
             continue
         start = int(rng.integers(len(pool)))
         turned = (pool[(start + k) % len(pool)] for k in range(len(pool)))
-        found[row.id] = next(
-            (o for o in turned if o.lang == row.lang and o.answer != row.answer), None
-        )
+        others = (o for o in turned if o.lang == row.lang and o.answer != row.answer)
+        found[row.id] = next(others, None)
     return [found[row.id] for row in rows]

@@ -4,16 +4,18 @@ import collections
 from collections.abc import Mapping
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.problems import languages, problem_row, sources
+from copsd_jax.problems import languages, sources
+from copsd_jax.problems.problem_row import Row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import contexts, step_checker
 
 Registry = Mapping[str, languages.Language]
+Loaded = tuple[list[Row], collections.Counter]  # the rows, and the dropped ones by reason
 
 
 def load_train_rows(
     config: config_lib.Config, context: contexts.Settings, registry: Registry
-) -> tuple[list[problem_row.Row], collections.Counter]:
+) -> Loaded:
     """Loads the rows to train on, and counts dropped rows by reason.
 
     Raises:
@@ -24,19 +26,11 @@ def load_train_rows(
         fields=_fields(config.data.path, config.data.fields),
         needs=list_row_fields(config, context), limit=config.data.limit, registry=registry,
     )  # fmt: skip
-    _check_train_rows(config, context, rows)
-    return rows, dropped
-
-
-def _check_train_rows(
-    config: config_lib.Config, context: contexts.Settings, rows: list[problem_row.Row]
-) -> None:
-    """Refuses rows that the reward, the context or the author cannot use."""
     if config_lib.traits(config).samples:
         reward_functions.check_gold_answers(
             config.reward.kind, {row.id: row.answer for row in rows if row.answer}, "data.path"
         )
-    if config_lib.traits(config).teacher and "other" in contexts.list_inputs(context):
+    if "other" in contexts.list_inputs(context):
         for lang in {row.lang for row in rows}:
             if len({row.answer for row in rows if row.lang == lang}) < 2:
                 raise ValueError(
@@ -51,11 +45,10 @@ def _check_train_rows(
                 f"and {len(unknown)} of {len(rows)} rows have others, as {unknown[0].id!r} with "
                 f"{unknown[0].solution[:80]!r}"
             )
+    return rows, dropped
 
 
-def load_eval_rows(
-    config: config_lib.Config, registry: Registry
-) -> tuple[list[problem_row.Row], collections.Counter]:
+def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
     """Loads the rows to evaluate on, and counts dropped rows by reason."""
     if not config.eval.path:
         return [], collections.Counter()
@@ -70,7 +63,7 @@ def load_eval_rows(
     return rows, dropped
 
 
-def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[problem_row.Row, ...]:
+def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, ...]:
     """Loads the worked examples of prompt.exemplars."""
     count = config.prompt.exemplars
     if not count:
@@ -92,9 +85,7 @@ def _fields(path: str, fields: str) -> str:
     return "" if path.startswith("bundled:") else fields
 
 
-def check_language_shares(
-    config: config_lib.Config, rows: list[problem_row.Row], registry: Registry
-) -> None:
+def check_language_shares(config: config_lib.Config, rows: list[Row], registry: Registry) -> None:
     """Refuses a language with a share of data.weights for which no row is left."""
     weights = tuple(config.data.weights) or (1.0,) * len(config.data.lang)
     found = {row.lang for row in rows}
@@ -115,7 +106,6 @@ def list_row_fields(config: config_lib.Config, context: contexts.Settings) -> tu
     wanted = list(contexts.list_row_fields(context))
     if config.author.kind == "grader":
         wanted.append("solution")
-    skips = config.context.correct == "skip"
-    if config.policy.weight or config.context.filter_groups or skips:
+    if config.policy.weight or config.context.filter_groups or config.context.correct == "skip":
         wanted.append("answer")
     return tuple(dict.fromkeys(wanted))

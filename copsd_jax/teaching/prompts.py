@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from copsd_jax.config import setting_list
-from copsd_jax.problems import problem_row
+from copsd_jax.problems.problem_row import Row
 from copsd_jax.teaching import conversations, text_encoding
+from copsd_jax.teaching.conversations import Conversation, PromptFormat
+from copsd_jax.teaching.text_encoding import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Prompt:
 
 
 @functools.lru_cache(maxsize=4)
-def has_thinking(tokenizer: text_encoding.Tokenizer) -> bool:
+def has_thinking(tokenizer: Tokenizer) -> bool:
     """Tells whether the chat template has a thinking switch: `enable_thinking` changes its text.
 
     Raises:
@@ -56,19 +58,15 @@ def has_thinking(tokenizer: text_encoding.Tokenizer) -> bool:
     return _render(tokenizer, message, "on") != _render(tokenizer, message, "off")
 
 
-def _render(tokenizer: text_encoding.Tokenizer, messages: list[dict], thinking: str) -> str:
+def _render(tokenizer: Tokenizer, messages: list[dict], thinking: str) -> str:
     """Renders messages by the chat template, up to the start of the assistant's turn."""
-    switch: dict[str, Any] = {} if thinking == "none" else {"enable_thinking": thinking != "off"}
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **switch
-    )
-    assert isinstance(text, str)
-    return text
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    if thinking != "none":
+        options["enable_thinking"] = thinking != "off"
+    return str(tokenizer.apply_chat_template(messages, **options))
 
 
-def check_thinking(
-    tokenizer: text_encoding.Tokenizer, template: str, thinking: str, setting: str
-) -> None:
+def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: str) -> None:
     """Refuses a kind of thinking that the template does not have.
 
     Args:
@@ -104,11 +102,7 @@ def _find_state(text: str, thinking: str) -> str:
 
 
 def _build_chat_prompt(
-    tokenizer: text_encoding.Tokenizer,
-    thinking: str,
-    messages: list[dict],
-    start: int,
-    opening: str,
+    tokenizer: Tokenizer, thinking: str, messages: list[dict], start: int, opening: str
 ) -> Prompt:
     """Renders messages by the chat template and encodes them.
 
@@ -127,19 +121,15 @@ def _build_chat_prompt(
         state = "open"
     cut = _find_shared_end(tokenizer, text, text.index(guard.mark)) if start else 0
     text = text.replace(guard.mark, "")
-    shared, own = (
-        tuple(text_encoding.encode_templated(tokenizer, t, guard.literal))
-        for t in (text[:cut], text[cut:])
-    )
-    return Prompt(shared, own, text_encoding.restore_tokens(text, guard.literal), state)
+    encode = functools.partial(text_encoding.encode_templated, tokenizer, literal=guard.literal)
+    shown = text_encoding.restore_tokens(text, guard.literal)
+    return Prompt(encode(text[:cut]), encode(text[cut:]), shown, state)
 
 
-def _find_shared_end(tokenizer: text_encoding.Tokenizer, text: str, end: int) -> int:
+def _find_shared_end(tokenizer: Tokenizer, text: str, end: int) -> int:
     """Returns the start of the last special token before `end`, which no token crosses."""
-    starts = [
-        match.start()
-        for match in text_encoding.find_added_tokens(tokenizer)[1].finditer(text, 0, end)
-    ]
+    _, pattern = text_encoding.find_added_tokens(tokenizer)
+    starts = [match.start() for match in pattern.finditer(text, 0, end)]
     if not starts:
         raise ValueError(
             "prompt.exemplars needs a chat template that starts turns with a special token"
@@ -151,14 +141,14 @@ def _find_shared_end(tokenizer: text_encoding.Tokenizer, text: str, end: int) ->
 
 
 @functools.lru_cache(maxsize=64)
-def _encode_plain_prefix(tokenizer: text_encoding.Tokenizer, text: str) -> tuple[int, ...]:
+def _encode_plain_prefix(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Encodes the exemplars as they are encoded if another block follows."""
     encoding = text_encoding.encode_text(tokenizer, text + conversations.PLAIN_START)
     count = sum(end <= len(text) for _, end in encoding.offsets)
     return tuple(encoding.ids[:count])
 
 
-def _build_plain_prompt(tokenizer: text_encoding.Tokenizer, shared: str, own: str) -> Prompt:
+def _build_plain_prompt(tokenizer: Tokenizer, shared: str, own: str) -> Prompt:
     """Encodes plain text, behind the start token if the tokenizer puts one in front of texts."""
     start = tuple(tokenizer.encode("", add_special_tokens=True))
     start = start[:1] if start[:1] == (tokenizer.bos_token_id,) else ()
@@ -178,11 +168,11 @@ def _build_plain_prompt(tokenizer: text_encoding.Tokenizer, shared: str, own: st
 
 
 def build_prompt(
-    tokenizer: text_encoding.Tokenizer,
-    prompt_format: conversations.PromptFormat,
-    row: problem_row.Row,
-    conversation: conversations.Conversation,
-    exemplars: Sequence[tuple[problem_row.Row, conversations.Conversation]] = (),
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    row: Row,
+    conversation: Conversation,
+    exemplars: Sequence[tuple[Row, Conversation]] = (),
 ) -> Prompt:
     """Builds the prompt whose completion answers `conversation` about `row`.
 
@@ -198,40 +188,28 @@ def build_prompt(
         solution.
     """
     check_thinking(tokenizer, prompt_format.template, prompt_format.thinking, "a side's thinking")
-    for shown, turns in [*exemplars, (row, conversation)]:
+    for shown, turns in (*exemplars, (row, conversation)):
         conversations.check_sections(shown, turns)
+    worked = [conversations.write_worked_completion(prompt_format, shot) for shot, _ in exemplars]
     if prompt_format.template == "plain":
-        shared = "".join(
-            conversations.render_plain_text(shot, turns)
-            + " "
-            + conversations.join_lines(conversations.write_worked_completion(prompt_format, shot))
-            + conversations.PLAIN_GAP
-            for shot, turns in exemplars
-        )
-        return _build_plain_prompt(
-            tokenizer, shared, conversations.render_plain_text(row, conversation)
-        )
-    shown = []
-    for shot, turns in exemplars:
-        shown += conversations.render_messages(prompt_format, shot, turns)
-        shown.append(
-            {
-                "role": "assistant",
-                "content": conversations.write_worked_completion(prompt_format, shot),
-            }
-        )
-    start = len(shown)
-    shown += conversations.render_messages(prompt_format, row, conversation)
+        shared = ""
+        for (shot, turns), text in zip(exemplars, worked, strict=True):
+            block = conversations.render_plain_text(shot, turns)
+            shared += f"{block} {conversations.join_lines(text)}{conversations.PLAIN_GAP}"
+        own = conversations.render_plain_text(row, conversation)
+        return _build_plain_prompt(tokenizer, shared, own)
+    messages = []
+    for (shot, turns), text in zip(exemplars, worked, strict=True):
+        messages += conversations.render_messages(prompt_format, shot, turns)
+        messages.append({"role": "assistant", "content": text})
+    start = len(messages)
+    messages += conversations.render_messages(prompt_format, row, conversation)
     opening = prompt_format.languages[row.lang].think_prefix.strip()
-    return _build_chat_prompt(tokenizer, prompt_format.thinking, shown, start, opening)
+    return _build_chat_prompt(tokenizer, prompt_format.thinking, messages, start, opening)
 
 
 def encode_target(
-    tokenizer: text_encoding.Tokenizer,
-    prompt_format: conversations.PromptFormat,
-    row: problem_row.Row,
-    stop: Sequence[str],
-    state: str,
+    tokenizer: Tokenizer, prompt_format: PromptFormat, row: Row, stop: Sequence[str], state: str
 ) -> tuple[int, ...]:
     """Encodes the completion that SFT trains: the row's solution and answer, and an end.
 
@@ -255,24 +233,16 @@ def encode_target(
     end: Any = tokenizer.eos_token_id
     if end is None:
         raise ValueError("method=sft needs a tokenizer with an end token; this one has none")
-    closing = state == "open"
-    closed = text_encoding.encode_templated(tokenizer, "\n</think>\n\n", {}) if closing else []
+    closing = "\n</think>\n\n" if state == "open" else ""
+    closed = text_encoding.encode_templated(tokenizer, closing, {})
     return (*closed, *text_encoding.encode_text(tokenizer, completion).ids, end)
 
 
-def build_student_prompt(
-    tokenizer: text_encoding.Tokenizer,
-    prompt_format: conversations.PromptFormat,
-    row: problem_row.Row,
-) -> Prompt:
+def build_student_prompt(tokenizer: Tokenizer, prompt_format: PromptFormat, row: Row) -> Prompt:
     """Builds the student's prompt, with the exemplars of its format."""
-    return build_prompt(
-        tokenizer,
-        prompt_format,
-        row,
-        conversations.STUDENT,
-        [(shot, conversations.STUDENT) for shot in prompt_format.exemplars],
-    )
+    student = conversations.STUDENT
+    shots = [(shot, student) for shot in prompt_format.exemplars]
+    return build_prompt(tokenizer, prompt_format, row, student, shots)
 
 
 def check_template_states(student: Prompt, teacher: Prompt, allow: bool) -> None:
@@ -295,13 +265,8 @@ def check_template_states(student: Prompt, teacher: Prompt, allow: bool) -> None
 
 
 def keep_fitting_rows(
-    rows: Sequence[problem_row.Row],
-    build: Callable[[problem_row.Row], Prompt],
-    limit: int,
-    *,
-    setting: str,
-    overlong: str,
-) -> tuple[list[problem_row.Row], int]:
+    rows: Sequence[Row], build: Callable[[Row], Prompt], limit: int, *, setting: str, overlong: str
+) -> tuple[list[Row], int]:
     """Keeps the rows whose prompt has at most `limit` tokens; no prompt is truncated.
 
     Args:
@@ -309,16 +274,14 @@ def keep_fitting_rows(
       build: builds a row's prompt.
       limit: tokens that a prompt may have.
       setting: the setting that `limit` comes from, for the message.
-      overlong: "drop", or "error" to raise at the first longer prompt.
+      overlong: data.overlong: "drop", or "error" to raise at the first longer prompt.
 
     Returns:
       The rows that are kept, and the number of the others.
 
     Raises:
-      ValueError: a prompt is longer and `overlong` is "error", or `overlong` is unknown.
+      ValueError: a prompt is longer and `overlong` is "error".
     """
-    if overlong not in ("drop", "error"):
-        raise ValueError(f"data.overlong is {overlong!r}: the choices are drop, error")
     kept = []
     for row in rows:
         length = build(row).length

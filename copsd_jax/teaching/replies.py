@@ -8,13 +8,11 @@ critique (arXiv 2606.11173, ALGORITHMS.md 1.5) of the four cases; all wordings a
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from copsd_jax.problems import sources
+from copsd_jax.problems import problem_row, sources
 from copsd_jax.teaching import answer_leaks, step_checker
-
-KINDS = ("diagnose", "explain")
 
 
 class Status(NamedTuple):
@@ -55,6 +53,27 @@ STATUSES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Attempt:
+    """The student's answer to a problem, and its grading.
+
+    Attributes:
+      row: the problem.
+      text: the completion without its thinking.
+      correct: whether the answer is right; None if the reward does not say so.
+      feedback: the grader's feedback text.
+      sibling: a successful completion of the same group, without its thinking, or "".
+      other: another problem of the data, for the context `other_problem`.
+    """
+
+    row: problem_row.Row
+    text: str = ""
+    correct: bool | None = None
+    feedback: str = ""
+    sibling: str = ""
+    other: problem_row.Row | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Reply:
     """An author's text as it was read.
 
@@ -83,11 +102,6 @@ class Reply:
     cut: bool = False
     detail: str = ""
     shortened: tuple[str, ...] = ()
-
-    @property
-    def usable(self) -> bool:
-        """True if the teacher is shown the reply."""
-        return STATUSES[self.status].usable
 
 
 NONE = Reply("none")
@@ -124,26 +138,23 @@ _REFLECTION = "error_quote|explanation"
 _CRITIQUE = "case|first_wrong|step_[0-9]+|answer"
 
 
-def name_steps(count: int) -> list[str]:
-    """Returns the names of the tags of `count` steps: step_1, step_2, ..."""
-    return [f"step_{k}" for k in range(1, count + 1)]
-
-
-def _drop_thinking(text: str) -> str | None:
-    """Returns the text behind the thinking; None if the thinking never ends.
-
-    A caller whose prompt opened the block puts `<think>` in front, as for `graders.extract_answer`.
-    """
-    visible = text.rpartition("</think>")[2]
-    return None if "<think>" in visible else visible.strip()
+def join_tags(fields: Iterable[tuple[str, str]]) -> str:
+    """Joins pairs (tag, content), one per line."""
+    return "\n".join(f"<{name}>{text}</{name}>" for name, text in fields)
 
 
 def _read_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
-    """Reads tags and their contents, in order; text outside the tags is ignored.
+    """Reads tags and their contents behind the thinking, in order; other text is ignored.
+
+    A caller whose prompt opened the think block puts `<think>` in front, as for
+    `graders.extract_answer`.
 
     Returns:
       The pairs (tag, content), and the status and tag of the first error ("" if there is none).
     """
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text or not text.strip():
+        return [], "unclosed" if "<think>" in text else "empty", ""
     found: list[tuple[str, str]] = []
     opened, start = "", 0
     for match in re.finditer(rf"<(/?)({names})>", text):
@@ -164,46 +175,28 @@ def _read_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
     return found, "unclosed" if opened else "", opened
 
 
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}: the choices are {', '.join(KINDS)}")
-
-
-def read_reflection(text: str, kind: str) -> Reply:
-    """Reads a reply to DIAGNOSE or EXPLAIN.
-
-    Args:
-      text: the author's text.
-      kind: one of `KINDS`.
-
-    Raises:
-      ValueError: unknown kind.
-    """
-    _check_kind(kind)
-    said = _drop_thinking(text)
-    if not said:
-        return Reply("unclosed" if said is None else "empty", raw=text)
-    found, problem, _ = _read_tags(said, _REFLECTION)
+def read_reflection(text: str, correct: bool) -> Reply:
+    """Reads a reply to EXPLAIN, if the attempt is right, or to DIAGNOSE."""
+    found, problem, _ = _read_tags(text, _REFLECTION)
     fields = dict(found)
-    if not problem and kind == "explain" and "error_quote" in fields:
+    if not problem and correct and "error_quote" in fields:
         problem = "misplaced_tag"
     if not problem and not fields.get("explanation"):
         problem = "empty" if "explanation" in fields else "no_explanation"
     if problem:
         return Reply(problem, raw=text)
     quote = fields.get("error_quote", "")
-    status = "no_quote" if kind == "diagnose" and not quote else "ok"
+    status = "ok" if correct or quote else "no_quote"
     return Reply(status, fields["explanation"], quote, raw=text)
 
 
-def read_published_reflection(text: str, kind: str) -> Reply:
-    """Reads a reply as ROSD's code does (parity.reflection_tags).
+def read_published_reflection(text: str, correct: bool) -> Reply:
+    """Reads a reply to EXPLAIN or DIAGNOSE as ROSD's code does (parity.reflection_tags).
 
     It takes tags in any case, the shortest match, a misspelt tag first, and does not drop the
     thinking. Quote and explanation are independent, so a quote may come with the status
     no_explanation. The first tag name that occurs decides, even if nothing is in it.
     """
-    _check_kind(kind)
 
     def first(name: str) -> str | None:
         match = re.search(rf"<{name}>(.*?)</{name}>", text, re.IGNORECASE | re.DOTALL)
@@ -211,9 +204,9 @@ def read_published_reflection(text: str, kind: str) -> Reply:
 
     names = ("explaination", "explanation", "reflection")
     said = next((found for name in names if (found := first(name)) is not None), "")
-    quote = (first("error_quote") or "") if kind == "diagnose" else ""
-    missing = "no_quote" if kind == "diagnose" and not quote else "ok"
-    return Reply(missing if said else "no_explanation", said, quote, raw=text)
+    quote = "" if correct else first("error_quote") or ""
+    status = "no_explanation" if not said else "ok" if correct or quote else "no_quote"
+    return Reply(status, said, quote, raw=text)
 
 
 def read_analysis(text: str) -> Reply:
@@ -231,22 +224,20 @@ def read_analysis(text: str) -> Reply:
 
 def read_critique(text: str) -> Reply:
     """Reads a reply to CRITIQUE; `trace` has its steps and answer without the text between."""
-    said = _drop_thinking(text)
-    if not said:
-        return Reply("unclosed" if said is None else "empty", raw=text)
-    found, problem, name = _read_tags(said, _CRITIQUE)
+    found, problem, name = _read_tags(text, _CRITIQUE)
     if problem:
         return Reply("bad_steps" if name.startswith("step_") else problem, raw=text)
     fields = dict(found)
     names = [name for name, _ in found if name.startswith("step_")]
     case, step = fields.get("case", ""), fields.get("first_wrong")
+    numbered = [f"step_{k}" for k in range(1, len(names) + 1)]
     number = int(step) if step and re.fullmatch("[1-9][0-9]{0,5}", step) else None
     order = ["case", *(["first_wrong"] if step is not None else ()), *names, "answer"]
     if case not in step_checker.CASES:
         problem = "no_case"
     elif (case == "wrong") != (step is not None) or (step is not None and number is None):
         problem = "no_step"
-    elif not names or not all(map(fields.get, names)) or names != name_steps(len(names)):
+    elif not names or not all(map(fields.get, names)) or names != numbered:
         problem = "bad_steps"
     elif not fields.get("answer"):
         problem = "no_answer"
@@ -256,13 +247,8 @@ def read_critique(text: str) -> Reply:
         problem = "no_step"
     if problem:
         return Reply(problem, raw=text)
-    return Reply("ok", step=number, case=case, trace=_join_trace(found), raw=text)
-
-
-def _join_trace(fields: Sequence[tuple[str, str]]) -> str:
-    """Joins steps and answer in tags, one per line."""
-    shown = [(name, text) for name, text in fields if name not in ("case", "first_wrong")]
-    return "\n".join(f"<{name}>{text}</{name}>" for name, text in shown)
+    trace = join_tags(found[-len(names) - 1 :])
+    return Reply("ok", step=number, case=case, trace=trace, raw=text)
 
 
 def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
@@ -289,9 +275,7 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
         status = "no_step"
     elif find_end(given, right) is None or (reply.case == "right" and given != own):
         status = "prefix_changed"
-    elif wrong and any(
-        next(answer_leaks.find_words(text, wrong), None) for text in (*rest, answer)
-    ):
+    elif wrong and any(next(answer_leaks.find_words(s, wrong), None) for s in (*rest, answer)):
         status = "quotes_error"
     return dataclasses.replace(reply, status=status)
 

@@ -1,21 +1,21 @@
 """Steps of an answer: the contents of its step tags, or its sentences."""
 
 import bisect
-import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from copsd_jax.teaching import equations
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Characters [start, end) of a step, without tags and the white space around it."""
 
     number: int  # from 1
     start: int
     end: int
     final: bool  # it states the answer
+    text: str
 
 
 _Span = tuple[int, int, bool]  # start, end, final
@@ -53,7 +53,7 @@ def split_steps(text: str) -> tuple[Step, ...]:
         part = text[start:end]
         start, end = start + len(part) - len(part.lstrip()), start + len(part.rstrip())
         if start < end:
-            steps.append(Step(len(steps) + 1, start, end, final))
+            steps.append(Step(len(steps) + 1, start, end, final, text[start:end]))
     return tuple(steps)
 
 

@@ -6,9 +6,9 @@ cases are those of critique-conditioned self-distillation (arXiv 2606.11173).
 """
 
 import bisect
-import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from copsd_jax.rewards import graders
 from copsd_jax.teaching import equations, solution_steps
@@ -21,8 +21,7 @@ CASES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class StepVerdict:
+class StepVerdict(NamedTuple):
     """The verdict of `check_attempt`.
 
     Attributes:
@@ -30,12 +29,14 @@ class StepVerdict:
       wrong_step: the number of the earliest wrong step, counted from 1, or None.
       wrong: characters [start, end) of the wrong equation, or of the step that states a wrong
         answer; None if no step is wrong.
+      kept: the attempt's steps up to the wrong one, without those that state an answer.
       corrected: the steps of the corrected trace, without the final answer.
     """
 
     case: str
     wrong_step: int | None
     wrong: tuple[int, int] | None
+    kept: tuple[str, ...]
     corrected: tuple[str, ...]
 
 
@@ -81,8 +82,8 @@ def check_attempt(
     kept = [s for s in attempt if not s.final and (not wrong or s.number < wrong.number)]
     spelt = [_respell(solution[e.start : e.end], text, [m for m, _ in reached]) for e in needed]
     corrected = _correct_steps(text, kept, reached, spelt, condense=case == "unfinished")
-    number = wrong.number if wrong else None
-    return StepVerdict(case, number, span, corrected)
+    texts = tuple(step.text for step in kept)
+    return StepVerdict(case, wrong.number if wrong else None, span, texts, corrected)
 
 
 def can_check(solution: str, gold: str | None = None) -> bool:
@@ -102,12 +103,12 @@ def _find_fault(solution: str, gold: str | None) -> str | None:
     return None
 
 
+_Equations = Sequence[equations.Equation]
+_Steps = Sequence[solution_steps.Step]
 _Reached = list[tuple[equations.Equation, set[int] | None]]
 
 
-def _match_results(
-    attempt: Sequence[equations.Equation], needed: Sequence[equations.Equation]
-) -> _Reached:
+def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
     """Matches each equation with the results that it is the first to reach.
 
     The set of results is empty if all were reached before, and None if its value is no result.
@@ -127,7 +128,7 @@ def _match_results(
 
 
 def _find_earliest_error(
-    attempt: Sequence[solution_steps.Step], reached: _Reached, answered: bool, correct: bool
+    attempt: _Steps, reached: _Reached, answered: bool, correct: bool
 ) -> tuple[solution_steps.Step | None, tuple[int, int] | None]:
     """Finds the earliest wrong step, and the characters of the error in it."""
     for equation, new in reached:
@@ -141,11 +142,7 @@ def _find_earliest_error(
 
 
 def _correct_steps(
-    text: str,
-    kept: Sequence[solution_steps.Step],
-    reached: _Reached,
-    spelt: Sequence[str],
-    condense: bool,
+    text: str, kept: _Steps, reached: _Reached, spelt: Sequence[str], condense: bool
 ) -> tuple[str, ...]:
     """Joins the kept steps with the solution's equations (`spelt`) that they leave out.
 
@@ -160,14 +157,11 @@ def _correct_steps(
         new = {i for _, results in inside for i in results or ()}
         lines += [spelt[i] for i in range(max(new, default=0)) if i not in done | new]
         done |= set(range(max(new, default=-1) + 1)) | new
-        if condense:
-            lines += [f"{text[e.start : e.end]}." for e, _ in inside]
-        else:
-            lines.append(text[step.start : step.end])
+        lines += [f"{text[e.start : e.end]}." for e, _ in inside] if condense else [step.text]
     return (*lines, *(line for i, line in enumerate(spelt) if i not in done))
 
 
-def _respell(equation: str, text: str, models: Sequence[equations.Equation]) -> str:
+def _respell(equation: str, text: str, models: _Equations) -> str:
     """Writes an equation of the solution as a step, with the signs and spacing of the attempt."""
     signs: dict[str, str] = {}
     for model in models:

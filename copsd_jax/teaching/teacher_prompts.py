@@ -4,16 +4,18 @@ import dataclasses
 from collections.abc import Sequence
 
 from copsd_jax.teaching import contexts, conversations, prompts, replies, text_encoding
+from copsd_jax.teaching.contexts import Settings
+from copsd_jax.teaching.conversations import Conversation, PromptFormat, Section
+from copsd_jax.teaching.replies import Attempt, Reply
+from copsd_jax.teaching.text_encoding import Tokenizer
 
-Exemplar = tuple[contexts.Attempt, replies.Reply]
+Exemplar = tuple[Attempt, Reply]
 # Sections that context.section_tokens may truncate: only texts that models or graders wrote.
 TRUNCATED_SECTIONS = ("attempt", "sibling", "feedback", "reflection", "critique", "analysis")
 
 
-def build_exemplars(
-    prompt_format: conversations.PromptFormat, settings: contexts.Settings
-) -> tuple[Exemplar, ...]:
-    """Builds the teacher's exemplars: attempts that are right, and the replies about them.
+def build_exemplars(prompt_format: PromptFormat, settings: Settings) -> tuple[Exemplar, ...]:
+    """Builds the teacher's exemplars: their own solutions as right attempts, and the replies.
 
     Raises:
       ValueError: a rule writes the replies, and it cannot check an exemplar's solution.
@@ -23,35 +25,43 @@ def build_exemplars(
     exemplars = []
     for row in prompt_format.exemplars:
         completion = conversations.write_worked_completion(prompt_format, row)
-        attempt = contexts.build_exemplar_attempt(row, completion)
+        attempt = Attempt(row, completion, True, "The answer is right.", completion, row)
         exemplars.append((attempt, write(attempt) if write else replies.NONE))
     return tuple(exemplars)
 
 
 def build_author_prompt(
-    tokenizer: text_encoding.Tokenizer,
-    prompt_format: conversations.PromptFormat,
-    settings: contexts.Settings,
-    attempt: contexts.Attempt,
+    tokenizer: Tokenizer, prompt_format: PromptFormat, settings: Settings, attempt: Attempt
 ) -> prompts.Prompt | None:
     """Builds the prompt that an author completes, or None if there is nothing to ask.
 
     It has no exemplars, since no data holds a reply to show.
     """
-    conversation = contexts.get_author(settings).build_conversation(settings, attempt)
+    conversation, shortened = build_author_conversation(tokenizer, settings, attempt)
     if conversation is None:
         return None
-    conversation, shortened = truncate_sections(tokenizer, settings, conversation)
     prompt = prompts.build_prompt(tokenizer, prompt_format, attempt.row, conversation)
     return dataclasses.replace(prompt, shortened=shortened)
 
 
+def build_author_conversation(
+    tokenizer: Tokenizer, settings: Settings, attempt: Attempt
+) -> tuple[Conversation | None, tuple[str, ...]]:
+    """Builds the conversation that an author completes, or None if there is nothing to ask.
+
+    Returns:
+      The conversation, and the kinds of its sections that were truncated.
+    """
+    conversation = contexts.get_author(settings).build_conversation(settings, attempt)
+    return _truncate_sections(tokenizer, settings, conversation)
+
+
 def build_teacher_prompt(
-    tokenizer: text_encoding.Tokenizer,
-    prompt_format: conversations.PromptFormat,
-    settings: contexts.Settings,
-    attempt: contexts.Attempt,
-    reply: replies.Reply = replies.NONE,
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    settings: Settings,
+    attempt: Attempt,
+    reply: Reply = replies.NONE,
     exemplars: Sequence[Exemplar] = (),
 ) -> prompts.Prompt | None:
     """Builds the prompt under which the teacher scores the student's tokens.
@@ -71,10 +81,10 @@ def build_teacher_prompt(
       ValueError: an exemplar gives no context.
     """
     build = contexts.get_context(settings).build_conversation
-    conversation = build(settings, attempt, reply)
+    whole = build(settings, attempt, reply)
+    conversation, shortened = _truncate_sections(tokenizer, settings, whole)
     if conversation is None:
         return None
-    conversation, shortened = truncate_sections(tokenizer, settings, conversation)
     shown = []
     for example, example_reply in exemplars:
         example_conversation = build(settings, example, example_reply)
@@ -85,21 +95,19 @@ def build_teacher_prompt(
     return dataclasses.replace(prompt, shortened=shortened)
 
 
-def truncate_sections(
-    tokenizer: text_encoding.Tokenizer,
-    settings: contexts.Settings,
-    conversation: conversations.Conversation,
-) -> tuple[conversations.Conversation, tuple[str, ...]]:
+def _truncate_sections(
+    tokenizer: Tokenizer, settings: Settings, conversation: Conversation | None
+) -> tuple[Conversation | None, tuple[str, ...]]:
     """Truncates each of `TRUNCATED_SECTIONS` to context.section_tokens tokens (0: no limit).
 
     Returns:
       The conversation, and the kinds of the sections that were truncated.
     """
-    if not settings.section_tokens:
+    if conversation is None or not settings.section_tokens:
         return conversation, ()
     shortened = []
 
-    def truncate(part: conversations.Section) -> conversations.Section:
+    def truncate(part: Section) -> Section:
         if part.kind not in TRUNCATED_SECTIONS:
             return part
         text = text_encoding.truncate_text(tokenizer, part.text, settings.section_tokens)

@@ -7,7 +7,7 @@ token, both are tokenized apart.
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
@@ -46,7 +46,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> tokenizers.Encoding:
     return encoding
 
 
-def encode_templated(tokenizer: Tokenizer, text: str, literal: Mapping[str, str]) -> list[int]:
+def encode_templated(tokenizer: Tokenizer, text: str, literal: dict[str, str]) -> tuple[int, ...]:
     """Encodes text with special tokens, as a chat template renders it.
 
     Args:
@@ -62,10 +62,10 @@ def encode_templated(tokenizer: Tokenizer, text: str, literal: Mapping[str, str]
         if match:
             ids.append(added[match.group()])
             at = match.end()
-    return ids
+    return tuple(ids)
 
 
-def restore_tokens(text: str, literal: Mapping[str, str]) -> str:
+def restore_tokens(text: str, literal: dict[str, str]) -> str:
     """Replaces the characters of `literal` by the texts that they stand for."""
     return "".join(literal.get(char, char) for char in text) if literal else text
 
@@ -100,6 +100,4 @@ def truncate_text(tokenizer: Tokenizer, text: str, limit: int) -> str:
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     """Decodes ids with special tokens shown and nothing tidied: the inverse of `build_prompt`."""
-    return tokenizer.decode(
-        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
+    return tokenizer.decode([*ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)

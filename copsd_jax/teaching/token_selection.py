@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 
 from copsd_jax.rewards import reward_functions
-from copsd_jax.teaching import contexts, replies, solution_steps, token_spans
+from copsd_jax.teaching import solution_steps, token_spans
+from copsd_jax.teaching.replies import Attempt, Reply
+from copsd_jax.teaching.solution_steps import Step
+from copsd_jax.teaching.token_spans import Decoded
 
 # How the tokens were selected. If a quote is not found, tokens.on_failure decides.
 STATUSES = (
@@ -25,7 +28,6 @@ STATUSES = (
     "all",  # tokens.select=all
     "spans",  # by the user's function
 )
-FAILED = ("failed", "no_quote")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _check_span(select: str, span: Any, characters: int) -> tuple[int, int]:
 
 
 def _call_span_function(
-    select: str, spans_of: Callable, attempt: contexts.Attempt, answer: str, reply: replies.Reply
+    select: str, spans_of: Callable, attempt: Attempt, answer: str, reply: Reply
 ) -> list:
     """Calls the user's function; its error is raised with the setting and the row."""
     try:
@@ -90,12 +92,7 @@ def _call_span_function(
 
 
 def select_tokens(
-    settings: Settings,
-    decoded: token_spans.Decoded,
-    start: int,
-    length: int,
-    attempt: contexts.Attempt,
-    reply: replies.Reply,
+    settings: Settings, decoded: Decoded, start: int, length: int, attempt: Attempt, reply: Reply
 ) -> tuple[np.ndarray, str]:
     """Selects the tokens of a completion that carry loss.
 
@@ -110,31 +107,25 @@ def select_tokens(
     Returns:
       The mask of tokens with loss, bool [length], and one of `STATUSES`.
     """
-    everything = np.ones(length, bool)
+    chosen = np.zeros(length, bool)
     spans_of = import_span_function(settings.select)
     if spans_of is not None:
         answer = decoded.text[start:]
-        chosen = np.zeros(length, bool)
         for span in _call_span_function(settings.select, spans_of, attempt, answer, reply):
             first, end = _check_span(settings.select, span, len(answer))
             chosen[slice(*token_spans.find_token_range(decoded, start + first, start + end))] = True
         return chosen, "spans"
-    if settings.select == "all":
-        return everything, "all"
-    if attempt.correct:
-        return everything, "right"
+    if settings.select == "all" or attempt.correct:
+        return ~chosen, "all" if settings.select == "all" else "right"
     error, status = _find_error(settings, decoded.text[start:], reply)
     if error is None:
-        return (everything if settings.on_failure == "full" else ~everything), status
+        return (~chosen if settings.on_failure == "full" else chosen), status
     first, end = token_spans.find_token_range(decoded, start + error[0], start + error[1])
-    chosen = np.zeros(length, bool)
     chosen[first : end if settings.select == "error_step" else length] = True
     return chosen, status
 
 
-def _find_error(
-    settings: Settings, text: str, reply: replies.Reply
-) -> tuple[tuple[int, int] | None, str]:
+def _find_error(settings: Settings, text: str, reply: Reply) -> tuple[tuple[int, int] | None, str]:
     """Finds the characters of the error, by its quote or by a critique's step; None if none."""
     steps = solution_steps.split_steps(text)
     named = steps[reply.step - 1] if reply.step and reply.step <= len(steps) else None
@@ -145,10 +136,8 @@ def _find_error(
     found = token_spans.find_quote(
         text, reply.quote, occurrence=settings.occurrence, threshold=settings.fuzzy
     )
-    if found.status in FAILED:
-        step = (
-            _find_closest_step(text, reply.quote, steps) if settings.on_failure == "step" else None
-        )
+    if found.status == "failed":
+        step = _find_closest_step(reply.quote, steps) if settings.on_failure == "step" else None
         return ((step.start, step.end), "closest_step") if step else (None, found.status)
     if settings.select == "error_step":
         for step in steps:
@@ -157,10 +146,8 @@ def _find_error(
     return (found.start, found.end), found.status
 
 
-def _find_closest_step(
-    text: str, quote: str, steps: Sequence[solution_steps.Step]
-) -> solution_steps.Step | None:
+def _find_closest_step(quote: str, steps: Sequence[Step]) -> Step | None:
     """Finds the step that shares most words with a quote; None if no word is shared."""
     words = set(quote.split())
-    shared = [len(words & set(text[s.start : s.end].split())) for s in steps]
+    shared = [len(words & set(step.text.split())) for step in steps]
     return steps[int(np.argmax(shared))] if any(shared) else None

@@ -9,14 +9,13 @@ way than the sampler did, and then the index of ROSD's published code is wrong (
     span        (0, 3)  (3, 4)   (3, 4)    (4, 8)
 """
 
-import dataclasses
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-OCCURRENCES = ("first", "last", "nearest")
 STATUSES = (
     "exact",  # the quote is in the text, character for character
     "normalised",  # it is, except for Unicode composition, white space and LaTeX spacing
@@ -45,8 +44,7 @@ _SPACING = re.compile(
 _LONGEST = 32  # characters that are composed together; Unicode's stream-safe form allows 30 marks
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """The text of C tokens, and the characters [starts, ends) that each token's bytes belong to."""
 
     text: str
@@ -54,8 +52,7 @@ class Decoded:
     ends: np.ndarray  # int64 [C]
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """Characters [start, end) of a quote in the original text; -1, -1 if it was not found."""
 
     start: int
@@ -63,8 +60,7 @@ class Found:
     status: str  # one of STATUSES
 
 
-@dataclasses.dataclass(frozen=True)
-class _Normal:
+class _Normal(NamedTuple):
     """A normalised text; the n-th character stands for [starts[n], ends[n]) of the original."""
 
     text: str
@@ -112,10 +108,9 @@ def find_token_range(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
     Raises:
       ValueError: the range is not inside the text.
     """
-    if not 0 <= start <= end <= len(decoded.text):
-        raise ValueError(
-            f"[{start}, {end}) is no range of a text of {len(decoded.text)} characters"
-        )
+    size = len(decoded.text)
+    if not 0 <= start <= end <= size:
+        raise ValueError(f"[{start}, {end}) is no range of a text of {size} characters")
     reaching = np.flatnonzero(decoded.ends > start)
     first = int(reaching[0]) if reaching.size else len(decoded.ends)
     if start == end:
@@ -123,9 +118,7 @@ def find_token_range(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
     return first, int(np.flatnonzero(decoded.starts < end)[-1]) + 1
 
 
-def find_quote(
-    text: str, quote: str | None, *, occurrence: str, threshold: float, near: int | None = None
-) -> Found:
+def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: float) -> Found:
     r"""Finds a quote in a text: exactly, else normalised, else a long part of it.
 
     An exact match is equal code point by code point, as quoted or without the white space around
@@ -142,72 +135,28 @@ def find_quote(
     Args:
       text: the text.
       quote: the quote, or None.
-      occurrence: the choice among several matches: `first`, `last`, or the `nearest` by its start
-        to character `near` (the earlier of two equally near). Fuzzy matches are equally long.
+      occurrence: the choice among several matches, `first` or `last`. Fuzzy matches are equally
+        long.
       threshold: the share of the normalised quote, above 0 and up to 1, that must be common.
-      near: a character of `text`; needed by `nearest`, not used by the others.
-
-    Raises:
-      ValueError: unknown occurrence, or `threshold` or `near` out of range.
     """
-    _check_search(text, occurrence, threshold, near)
     if quote is None or not quote.strip():
         return Found(-1, -1, "no_quote")
+    find = str.find if occurrence == "first" else str.rfind
     for wanted in (quote, quote.strip()):
-        starts = _list_candidates(text, wanted, occurrence, near)
-        if starts:
-            start = starts[_pick(starts, occurrence, near)]
+        start = find(text, wanted)
+        if start >= 0:
             return Found(start, start + len(wanted), "exact")
-    return _find_normalised(text, quote, occurrence, threshold, near)
-
-
-def _check_search(text: str, occurrence: str, threshold: float, near: int | None) -> None:
-    if occurrence not in OCCURRENCES:
-        raise ValueError(f"occurrence is {occurrence!r}; the choices are {', '.join(OCCURRENCES)}")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is {threshold}: it must be above 0 and at most 1")
-    if occurrence == "nearest" and (near is None or not 0 <= near <= len(text)):
-        raise ValueError(f"near is {near}: nearest needs a character of a text of {len(text)}")
-
-
-def _find_normalised(
-    text: str, quote: str, occurrence: str, threshold: float, near: int | None
-) -> Found:
     normal, wanted = _normalise(text), _normalise(quote).text.strip()
-    inner = None if near is None else int(np.searchsorted(normal.starts, near))
-    starts, length = _list_candidates(normal.text, wanted, occurrence, inner), len(wanted)
-    status = "normalised"
-    if not starts:
+    start, length, status = find(normal.text, wanted), len(wanted), "normalised"
+    if start < 0:
         starts, length = _find_longest_common(normal.text, wanted)
-        status = "fuzzy"
-    # A quotient, since .8 * 5 may be above 4 in binary. `wanted` is empty for a quote of spacing.
-    if not wanted or length / len(wanted) < threshold:
-        return Found(-1, -1, "failed")
-    start = starts[_pick([int(normal.starts[i]) for i in starts], occurrence, near)]
+        start, status = starts[0 if occurrence == "first" else -1], "fuzzy"
     part = normal.text[start : start + length]
-    if not part.strip():
+    # A quotient, since .8 * 5 may be above 4 in binary. `wanted` is empty for a quote of spacing.
+    if not wanted or length / len(wanted) < threshold or not part.strip():
         return Found(-1, -1, "failed")
     start, end = start + len(part) - len(part.lstrip()), start + len(part.rstrip())
     return Found(int(normal.starts[start]), int(normal.ends[end - 1]), status)
-
-
-def _list_candidates(text: str, wanted: str, occurrence: str, near: int | None) -> list[int]:
-    """Lists starts of matches, in order, among which the asked occurrence is."""
-    if occurrence == "nearest":
-        assert near is not None
-        # The last match that starts before `near`, and the first that starts there or behind.
-        both = (text.rfind(wanted, 0, max(near - 1 + len(wanted), 0)), text.find(wanted, near))
-        return [start for start in both if start >= 0]
-    start = text.find(wanted) if occurrence == "first" else text.rfind(wanted)
-    return [start] if start >= 0 else []
-
-
-def _pick(starts: Sequence[int], occurrence: str, near: int | None) -> int:
-    """Picks the asked occurrence among starts in ascending order; returns its index."""
-    if occurrence == "nearest":
-        assert near is not None
-        return min(range(len(starts)), key=lambda i: abs(starts[i] - near))
-    return 0 if occurrence == "first" else len(starts) - 1
 
 
 # ---- normalised texts, with spans of the original ---------------------------------------------
@@ -267,14 +216,9 @@ def _split_segments(text: str) -> Iterator[tuple[int, int]]:
     """Splits a text where composition does not reach across: as a rule into letters with marks."""
     start = 0
     for i, c in enumerate(text):
-        if (
-            i > start
-            and (
-                c < "\u0300"  # nothing below composes with what precedes it
-                or i - start >= _LONGEST  # sorting a run of marks takes the square of its length
-                or _is_apart(text[start:i], c)
-            )
-        ):
+        # Nothing below U+0300 composes with what precedes it. A run of marks is cut, since sorting
+        # it takes the square of its length.
+        if i > start and (c < "\u0300" or i - start >= _LONGEST or _is_apart(text[start:i], c)):
             yield start, i
             start = i
     yield start, len(text)
@@ -294,9 +238,9 @@ def _is_apart(before: str, c: str) -> bool:
 
 def _find_longest_common(text: str, wanted: str) -> tuple[list[int], int]:
     """Finds the starts of the longest parts of `wanted` in `text`, in order, and their length."""
-    lengths = _measure_common(text, wanted)
-    longest = max(lengths, default=0)
-    return [end - longest + 1 for end, size in enumerate(lengths) if size == longest], longest
+    lengths = [0, *_measure_common(text, wanted)]
+    longest = max(lengths)
+    return [end - longest for end, size in enumerate(lengths) if size == longest], longest
 
 
 def _measure_common(text: str, wanted: str) -> list[int]:
@@ -327,28 +271,21 @@ def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[i
         steps.append({})
         sizes.append(sizes[last] + 1)
         parents.append(0)
+        last = new
         while state >= 0 and c not in steps[state]:
             steps[state][c] = new
             state = parents[state]
-        if state >= 0:
-            parents[new] = _split_state(steps, parents, sizes, state, c)
-        last = new
+        if state < 0:
+            continue
+        parents[new] = target = steps[state][c]
+        if sizes[target] > sizes[state] + 1:
+            # The target is shared with longer words. A copy takes (longest word of `state`) + c.
+            parents[new] = copy = len(steps)
+            steps.append(dict(steps[target]))
+            sizes.append(sizes[state] + 1)
+            parents.append(parents[target])
+            parents[target] = copy
+            while state >= 0 and steps[state].get(c) == target:
+                steps[state][c] = copy
+                state = parents[state]
     return steps, parents, sizes
-
-
-def _split_state(
-    steps: list[dict[str, int]], parents: list[int], sizes: list[int], state: int, c: str
-) -> int:
-    """Returns the state of (longest word of `state`) + c alone; copies a shared one if needed."""
-    target = steps[state][c]
-    if sizes[target] == sizes[state] + 1:
-        return target
-    copy = len(steps)
-    steps.append(dict(steps[target]))
-    sizes.append(sizes[state] + 1)
-    parents.append(parents[target])
-    parents[target] = copy
-    while state >= 0 and steps[state].get(c) == target:
-        steps[state][c] = copy
-        state = parents[state]
-    return copy

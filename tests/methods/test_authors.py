@@ -13,7 +13,11 @@ import runs
 from test_methods import one_device, right, row_with, script
 
 from copsd_jax import main, summary
-from copsd_jax.methods import distill, table
+from copsd_jax.config import settings as config_lib
+from copsd_jax.methods import authors, distill, table
+from copsd_jax.teaching import contexts, replies
+from copsd_jax.teaching.conversations import Section, Turn
+from copsd_jax.training import run_plan
 
 optax_promotes = runs.optax_promotes
 one_device = one_device
@@ -142,6 +146,51 @@ def test_replies_from_a_file(monkeypatch, tmp_path):
         work = table.METHODS["distill"].make_batch(r, state, [row], 0)
     assert [record["reply_status"] for record in work.records] == ["missing", "ok"]
     assert work.metrics["reply_missing"] == 1
+
+
+def test_contexts_and_settings_name_the_authors_of_the_table():
+    named = {kind for context in contexts.CONTEXTS.values() for kind in context.author_kinds}
+    assert named == {"none", *authors.AUTHORS}
+    for setting in config_lib.SETTINGS.values():
+        for words in (getattr(when, "words", "") for when in setting.read_when):
+            if words.startswith("author.kind="):
+                assert set(words.removeprefix("author.kind=").split(" or ")) <= set(authors.AUTHORS)
+
+
+def user(*parts):
+    return (Turn("user", tuple(Section(*part.split("|")) for part in parts)),)
+
+
+HINT = contexts.Context(
+    lambda settings, attempt, reply: user("problem", f"reflection|{reply.text}", "instruction"),
+    inputs=lambda settings: ("reply", "attempt"),
+    author=contexts.Author(
+        lambda settings, attempt: user("problem", f"attempt|{attempt.text}"),
+        lambda settings, attempt, text: replies.Reply("ok", f"Hint: {text}"),
+        kinds=tuple(authors.AUTHORS),
+        write_by_rule=lambda attempt, found: f"not {found}",
+    ),
+)
+
+
+@pytest.mark.parametrize("kind", authors.AUTHORS)
+def test_a_new_context_with_an_author_is_one_entry(monkeypatch, tmp_path, critic, kind):
+    """Every kind of author writes for a context that is in no other file."""
+    monkeypatch.setitem(contexts.CONTEXTS, "hint", HINT)
+    row = run_plan.make_plan(runs.config("opsd")).rows[0]
+    path = tmp_path / "replies.jsonl"
+    path.write_text(json.dumps({"id": row.id, "reply": "not 3"}) + "\n")
+    critic.replies = {"\\boxed{3}": "not 3"}
+    chosen = {"file": {"author__path": path}, "server": settings(critic, tmp_path)}.get(kind, {})
+    chosen |= {"train__batch": 1, "author__kind": kind, "author__max_tokens": 64}
+    with runs.loaded("opsd", **chosen, context__kind="hint") as (r, state):
+        asked = script(monkeypatch, ["\\boxed{3}"], ["not 3"])
+        work = distill.make_batch(r, state, [row], 0)
+    assert [record["reply_status"] for record in work.records] == ["ok"]
+    assert "Hint: not 3" in work.records[0]["teacher_prompt"]
+    assert work.batch.loss_BC.any()
+    assert len(asked) == (2 if kind in ("student", "teacher") else 1)
+    assert critic.asked == ["\\boxed{3}"] * (kind == "server")
 
 
 def test_the_same_problem_of_a_critic_that_agrees(monkeypatch, tmp_path, critic):

@@ -23,6 +23,7 @@ from copsd_jax.teaching import (
     prompts,
     replies,
     rule_author,
+    step_checker,
     teacher_prompts,
 )
 from copsd_jax.training import loaded_run, run_plan
@@ -98,9 +99,9 @@ def test_rosd_distils_from_the_first_error_on(monkeypatch):
         wrong, prefix = spoiled(one)
         script(monkeypatch, [right(one), wrong, wrong, right(one)] + [right(two)] * 4)
         written = []
-        rule = rule_author.write_reflection
+        rule = step_checker.check_attempt
         monkeypatch.setattr(
-            rule_author, "write_reflection", lambda *given: written.append(given) or rule(*given)
+            step_checker, "check_attempt", lambda *given: written.append(given) or rule(*given)
         )
         work = table.METHODS["distill"].make_batch(r, state, [one, two], 0)
         assert len(written) == 4
@@ -125,8 +126,9 @@ def test_rosd_distils_from_the_first_error_on(monkeypatch):
 
 def test_a_right_answer_by_a_wrong_step_is_explained():
     row = problem_row.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
-    text = rule_author.write_reflection(row, "17 + 3 = 7. \\boxed{7}", "7", True)
-    assert replies.read_reflection(text, "explain").status == "ok"
+    attempt = contexts.Attempt(row, "17 + 3 = 7. \\boxed{7}", True)
+    text = rule_author.write_reflection(attempt, "7")
+    assert replies.read_reflection(text, correct=True).status == "ok"
     assert "17 - 10 = 7." in text
 
 
@@ -143,7 +145,7 @@ def test_the_rules_critiques_are_read_as_any_critics(text, status):
     row = problem_row.Row("r", "p", "17 - 10 = 7.", "7", "en", "p")
     attempt = contexts.Attempt(row, text, False)
     found = "8" if "8." in text else "1" if "1." in text else None
-    written = rule_author.write_critique(row, text, found, False)
+    written = rule_author.write_critique(attempt, found)
     reply = contexts.read_reply(contexts.Settings("critique"), attempt, written)
     assert reply.status == status
     assert "<step_" in reply.trace
@@ -292,7 +294,7 @@ def test_other_problem_shows_another_problems_solution(monkeypatch):
 def test_a_leaked_answer(policy, status, text):
     config = runs.config("rosd", context__leak=policy)
     row = problem_row.Row("r", "p", "3 * 5 = 15.", "15", "en", "p")
-    reply = replies.read_reflection("<explanation>so 15 is right</explanation>", "explain")
+    reply = replies.read_reflection("<explanation>so 15 is right</explanation>", True)
     kept = authors.apply_leak_policy(reply, row, config.context.leak)
     assert (kept.status, kept.text) == (status, text)
     assert kept.leaked is (policy != "drop")

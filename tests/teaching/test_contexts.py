@@ -46,15 +46,8 @@ def settings(kind, problem_en=True, solution=True):
 
 def teach(tokenizer, side, chosen, row, text=""):
     """The teacher's prompt for a row of which nothing is known but what a writer wrote."""
-    shots = [
-        (
-            contexts.build_exemplar_attempt(
-                shot, conversations.write_worked_completion(side, shot)
-            ),
-            replies.NONE,
-        )
-        for shot in side.exemplars
-    ]
+    shots = teacher_prompts.build_exemplars(side, chosen)
+    assert [reply for _, reply in shots] == [replies.NONE] * len(side.exemplars)
     reply = replies.read_analysis(text) if text else replies.NONE
     return teacher_prompts.build_teacher_prompt(
         tokenizer, side, chosen, contexts.Attempt(row), reply, shots

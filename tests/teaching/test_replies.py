@@ -14,8 +14,8 @@ from copsd_jax.teaching import answer_leaks, replies, rule_author, solution_step
 QUOTE, WHY = "<error_quote>5 * 3 = 16</error_quote>", "<explanation>5 * 3 is 15.</explanation>"
 
 
-def read(text: str, kind: str = "diagnose") -> tuple[str, str, str]:
-    reply = replies.read_reflection(text, kind)
+def read(text: str, correct: bool = False) -> tuple[str, str, str]:
+    reply = replies.read_reflection(text, correct)
     assert reply.raw == text
     assert (reply.step, reply.case, reply.trace) == (None, "", "")
     return reply.status, reply.text, reply.quote
@@ -71,13 +71,7 @@ def test_diagnoses(text, expected):
     ],
 )
 def test_explanations(text, expected):
-    assert read(text, "explain") == expected
-
-
-def test_unknown_kinds_are_refused():
-    for reader in (replies.read_reflection, replies.read_published_reflection):
-        with pytest.raises(ValueError, match="kind is 'critique': the choices are diagnose, expl"):
-            reader(WHY, "critique")
+    assert read(text, correct=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -102,12 +96,12 @@ def test_unknown_kinds_are_refused():
     ],
 )  # fmt: skip
 def test_reflections_as_published(text, expected):
-    reply = replies.read_published_reflection(text, "diagnose")
+    reply = replies.read_published_reflection(text, correct=False)
     assert (reply.status, reply.text, reply.quote) == expected
 
 
 def test_explanations_as_published_have_no_quote():
-    reply = replies.read_published_reflection(QUOTE + WHY, "explain")
+    reply = replies.read_published_reflection(QUOTE + WHY, correct=True)
     assert (reply.status, reply.text, reply.quote) == ("ok", "5 * 3 is 15.", "")
 
 
@@ -253,14 +247,13 @@ def test_the_place_behind_the_right_steps():
 def test_an_answer_that_is_stated_first():
     text = "The answer is 16. 2 + 3 = 5. 5 * 3 = 16."
     row = problem_row.Row("r", "p", "2 + 3 = 5 and 5 * 3 = 15.", "15", "en", "p")
-    written = rule_author.write_reflection(row, text, "16", False)
+    written = rule_author.write_reflection(replies.Attempt(row, text, False), "16")
     assert read(written) == ("ok", "The step should be 5 * 3 = 15.", "5 * 3 = 16")
 
 
 def test_which_statuses_are_usable():
     usable = {name for name, status in replies.STATUSES.items() if status.usable}
     assert usable == {"ok", "no_quote", "thought"}
-    assert all(replies.Reply(name).usable == (name in usable) for name in replies.STATUSES)
 
 
 def test_replies_that_do_as_the_requests_say_are_ok():
@@ -274,7 +267,7 @@ def test_replies_that_do_as_the_requests_say_are_ok():
     quote = {"error_quote": "5 * 3 = 16", "explanation": "5 * 3 is 15."}
     assert read(filled(replies.DIAGNOSE, quote)) == GOOD
     explained = filled(replies.EXPLAIN, {"explanation": "5 * 3 is 15."})
-    assert read(explained, "explain") == ("ok", "5 * 3 is 15.", "")
+    assert read(explained, correct=True) == ("ok", "5 * 3 is 15.", "")
     whole = {"case": "wrong", "first_wrong": "2", "step_1": "2 + 3 = 5", "step_2": "5 * 3 = 15"}
     reply = replies.read_critique(filled(replies.CRITIQUE, whole | {"answer": "15"}))
     assert (reply.status, reply.step, reply.trace) == ("ok", 2, TRACE)
@@ -367,7 +360,7 @@ def test_long_hostile_texts_take_no_time():
         answer_leaks.has_leak(text, "13")
         answer_leaks.has_leak(text, "a b")
         replies.read_critique(text)
-        replies.read_reflection(text, "diagnose")
+        replies.read_reflection(text, correct=False)
     assert time.process_time() - start < 5
 
 
@@ -468,8 +461,9 @@ def test_what_the_rule_writes_is_read_back(how, tags):
         correct = found == gold
         verdict = step_checker.check_attempt(text, row["solution"], gold, found, correct)
         problem = problem_row.Row("r", "p", row["solution"], gold, "en", "p")
-        written = rule_author.write_reflection(problem, text, found, correct)
-        reply = replies.read_reflection(written, "explain" if correct else "diagnose")
+        attempt = replies.Attempt(problem, text, correct)
+        written = rule_author.write_reflection(attempt, found)
+        reply = replies.read_reflection(written, correct)
         assert reply.status == ("ok" if correct or verdict.wrong else "no_quote"), (text, written)
         if verdict.wrong:
             start, end = verdict.wrong
@@ -478,8 +472,8 @@ def test_what_the_rule_writes_is_read_back(how, tags):
             one = len(plain) == 1 and how.startswith("no first")  # so nothing is left of it
             said = SAID["a wrong step" if one else how]
             assert reply.text == said.format(first=plain[0], last=plain[-1])
-        own = [text[s.start : s.end] for s in solution_steps.split_steps(text) if not s.final]
-        written = rule_author.write_critique(problem, text, found, correct)
+        own = [step.text for step in solution_steps.split_steps(text) if not step.final]
+        written = rule_author.write_critique(attempt, found)
         reply = replies.verify_critique(replies.read_critique(written), own)
         assert (reply.status, reply.case) == ("ok", verdict.case), (text, written)
         assert reply.step == verdict.wrong_step

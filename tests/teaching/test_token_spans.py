@@ -85,7 +85,6 @@ class Case:
     end: int
     status: str
     occurrence: str = "first"
-    near: int | None = None
 
 
 def passage(text: str, rng: np.random.Generator) -> tuple[str, int]:
@@ -145,16 +144,9 @@ def repeated(name, text, quote, start, rng) -> list[Case]:
         "fuzzy": quote + "§",
     }
     for status, wanted in spelt.items():
-        for policy, near, which in (
-            ("first", None, 0),
-            ("last", None, 2),
-            ("nearest", places[1] + 4, 1),
-            ("nearest", 0, 0),
-            ("nearest", len(whole), 2),
-        ):
-            start, end = places[which], places[which] + len(quote)
-            label = f"{name}-{status}-{policy}-{near}"
-            out.append(Case(label, whole, wanted, start, end, status, policy, near))
+        for policy, start in (("first", places[0]), ("last", places[2])):
+            end, label = start + len(quote), f"{name}-{status}-{policy}"
+            out.append(Case(label, whole, wanted, start, end, status, policy))
     return out
 
 
@@ -175,13 +167,13 @@ def marked(name, text, quote, start) -> list[Case]:
     ]
 
 
-def by_hand(name, text, quote, found, status, occurrence="first", near=None) -> Case:
+def by_hand(name, text, quote, found, status, occurrence="first") -> Case:
     """`found` is the part of the text, which stands there once, or else the span."""
     if isinstance(found, str):
         assert text.count(found) == 1, name
         found = (text.index(found), text.index(found) + len(found))
     start, end = found
-    return Case(name, text, quote, start, end, status, occurrence, near)
+    return Case(name, text, quote, start, end, status, occurrence)
 
 
 NOWHERE = (-1, -1)
@@ -215,13 +207,9 @@ HAND_MADE = [
     by_hand("three-of-five", "abcXX", "abcde", NOWHERE, "failed"),
     by_hand("no-blank-at-edge", "b foolish ones", "X foolish", "foolish", "fuzzy"),
     by_hand("overlap-last", "aaaa", "aa", (2, 4), "exact", "last"),
-    by_hand("overlap-near", "aaaa", "aa", (1, 3), "exact", "nearest", 1),
-    by_hand("tie", "a--a", "a", (0, 1), "exact", "nearest", 1),
-    by_hand("near-behind", "a--a", "a", (3, 4), "exact", "nearest", 2),
-    by_hand("near-in-gap", "x = 1,\n\n\n\n\nx = 1", "x=1", (0, 5), "normalised", "nearest", 2),
-    by_hand("near-gap-end", "x = 1,\n\n\n\n\nx = 1", "x=1", (11, 16), "normalised", "nearest", 7),
-    by_hand("near-gap-left", f"a +b{20 * ' '}a +b", "a+b", (0, 4), "normalised", "nearest", 8),
-    by_hand("near-composed", "e\u0323\u0302" * 2, "\u1ec7", (3, 6), "normalised", "nearest", 2),
+    by_hand("first-before-gap", "x = 1,\n\n\nx = 1", "x=1", (0, 5), "normalised"),
+    by_hand("last-behind-gap", "x = 1,\n\n\nx = 1", "x=1", (9, 14), "normalised", "last"),
+    by_hand("last-composed", "e\u0323\u0302" * 2, "\u1ec7", (3, 6), "normalised", "last"),
     by_hand("no-blank-at-end", "foolish ones b", "foolish ones X", "foolish ones", "fuzzy"),
     by_hand("marks-are-letters", "w\u1ecd\u0301 mo", "w\u1ecd\u0301mo", NOWHERE, "failed"),
     by_hand("ends-in-comma", "x  = 1{,} y", "x = 1,", "x  = 1{,}", "normalised"),
@@ -239,7 +227,7 @@ def test_there_are_enough_cases():
 
 def look(case: Case, threshold: float = 0.8) -> token_spans.Found:
     return token_spans.find_quote(
-        case.text, case.quote, occurrence=case.occurrence, threshold=threshold, near=case.near
+        case.text, case.quote, occurrence=case.occurrence, threshold=threshold
     )
 
 
@@ -432,7 +420,6 @@ def test_respelt_passage_is_found_where_it_stands(parts, forms, data):
         other.append(data.draw(strategies.sampled_from(choices)))
     other.append("")
     quote, _ = spell(units[first : last + 1], forms[1], other)
-    near = data.draw(strategies.integers(0, len(text)))
     whole, wanted = joined(units, gaps), joined(units[first : last + 1], other)
     size = len(wanted)
     at = [
@@ -441,14 +428,9 @@ def test_respelt_passage_is_found_where_it_stands(parts, forms, data):
         if whole[n][0] == wanted[0][0] and whole[n + 1 : n + size] == wanted[1:]
     ]
     starts = [spans[n][0] for n in at]
-    pick = {
-        "first": 0,
-        "last": -1,
-        "nearest": min(range(len(at)), key=lambda i: (abs(starts[i] - near), i)),
-    }
     hypothesis.assume("12" not in units or "3" not in units)  # "12" "3" also reads "1" "23"
-    for policy, which in pick.items():
-        found = token_spans.find_quote(text, quote, occurrence=policy, threshold=1.0, near=near)
+    for policy, which in (("first", 0), ("last", -1)):
+        found = token_spans.find_quote(text, quote, occurrence=policy, threshold=1.0)
         if found.status == "exact":
             assert text[found.start : found.end] == quote
             continue
@@ -470,21 +452,16 @@ LETTERS = strategies.text("aab01", max_size=25)
 @hypothesis.given(LETTERS, strategies.text("aab01", min_size=1, max_size=12), strategies.data())
 def test_fuzzy_is_the_longest_common_part(text, quote, data):
     threshold = data.draw(strategies.sampled_from([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0]))
-    near = data.draw(strategies.integers(0, len(text)))
     parts = longest_common(text, quote)
     size = len(min(parts, default=""))
     starts = [i for i in range(len(text)) if text[i : i + size] in parts]
     enough = parts and 10 * size >= round(10 * threshold) * len(quote)
     status = "failed" if not enough else "exact" if size == len(quote) else "fuzzy"
-    for policy in token_spans.OCCURRENCES:
-        found = token_spans.find_quote(
-            text, quote, occurrence=policy, threshold=threshold, near=near
-        )
+    for policy, which in (("first", 0), ("last", -1)):
+        found = token_spans.find_quote(text, quote, occurrence=policy, threshold=threshold)
         assert found.status == status
         if enough:
-            order = sorted(starts, key=lambda i: (abs(i - near), i))
-            expected = {"first": starts[0], "last": starts[-1], "nearest": order[0]}[policy]
-            assert (found.start, found.end) == (expected, expected + size)
+            assert (found.start, found.end) == (starts[which], starts[which] + size)
 
 
 def test_common_parts_of_all_short_words():
@@ -539,26 +516,11 @@ def test_time_does_not_grow_with_the_square():
     for text in texts:
         for quote in ("b" + text[9_000:17_000:2], text[:9_000] + "x" * 9_000):
             before = time.process_time()
-            token_spans.find_quote(text, quote, occurrence="nearest", threshold=0.8, near=5)
+            token_spans.find_quote(text, quote, occurrence="last", threshold=0.8)
             assert time.process_time() - before < 5
 
 
 # ---- refusals --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"occurrence": "middle"}, "'middle'; the choices are first, last, nearest"),
-        ({"threshold": 0.0}, "threshold is 0.0: it must be above 0"),
-        ({"threshold": 1.1}, "threshold is 1.1"),
-        ({"occurrence": "nearest"}, "near is None: nearest needs"),
-        ({"occurrence": "nearest", "near": 4}, "near is 4: .* text of 3"),
-    ],
-)
-def test_find_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
-        token_spans.find_quote("abc", "b", **{"occurrence": "first", "threshold": 0.8, **options})
 
 
 @pytest.mark.parametrize("ids", [[0, 2], [-1]])

@@ -61,13 +61,13 @@ def test_a_context_says_which_settings_and_authors_go_with_it(monkeypatch):
         lambda settings, attempt: None,
         lambda settings, attempt, text: replies.read_analysis(text),
         kinds=("none", "student"),
-        locates_error=True,
     )
     entry = contexts.Context(
         answer_only,
         inputs=lambda settings: ("siblings",),
         author=author,
         settings=("context.solution",),
+        locates_error=True,
     )
     monkeypatch.setitem(contexts.CONTEXTS, "new", entry)
     chosen = {"context__kind": "new", "context__solution": False, "tokens__select": "from_error"}
