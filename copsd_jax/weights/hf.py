@@ -98,9 +98,9 @@ def open_tensors(path: pathlib.Path) -> Tensors:
 
 
 def _abbreviate(tensors: set[str]) -> str:
-    """Formats names as `(8): a, b, c and 5 more`."""
-    first, more = ", ".join(sorted(tensors)[:3]), len(tensors) - 3
-    return f"({len(tensors)}): {first}" + (f" and {more} more" if more > 0 else "")
+    """Formats names as `a, b, c and 5 more`."""
+    first = ", ".join(sorted(tensors)[:3])
+    return first if len(tensors) <= 3 else f"{first} and {len(tensors) - 3} more"
 
 
 def _open_checked(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
@@ -111,14 +111,14 @@ def _open_checked(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
     found = open_tensors(path)
     wanted = {name: entry.shape for name, entry in build_weight_table(config).items()}
     if missing := set(wanted) - set(found):
-        raise ValueError(f"{path} lacks tensors {_abbreviate(missing)}")
+        raise ValueError(f"{path} lacks tensors ({len(missing)}): {_abbreviate(missing)}")
     if config.tie_embeddings and HEAD in found:
         wanted[HEAD] = wanted[EMBEDDING]
     extra = {name for name in set(found) - set(wanted) if not NOT_WEIGHTS.fullmatch(name)}
     if extra:
         raise ValueError(
-            f"{path} has tensors that a {config.family} model of this config does not have "
-            f"{_abbreviate(extra)}"
+            f"{path} has tensors ({len(extra)}) that a {config.family} model of this config does "
+            f"not have: {_abbreviate(extra)}"
         )
     for name, shape in wanted.items():
         if found[name].shape != shape:
