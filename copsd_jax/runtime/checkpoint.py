@@ -31,11 +31,11 @@ class Checkpoints:
           writer: whether this process may save.
         """
         self._directory = directory
+        saving: Any = ocp.training.save_decision_policies
         keeping: Any = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             str(directory.resolve()),
-            # Orbax's default policies skip saves silently.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            save_decision_policy=saving.FixedIntervalPolicy(1),  # the default skips saves silently
             preservation_policy=keeping.LatestN(keep) if keep else keeping.PreserveAll(),
             # A reader must not remove what a run beside it is writing.
             cleanup_tmp_directories=writer,

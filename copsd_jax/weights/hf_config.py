@@ -69,8 +69,8 @@ def _read_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.Rop
         raise ValueError(f"{file}: RoPE type {kind!r} is not supported, only default and llama3")
     if missing := [key for key in ROPE_KEYS if key not in rope]:
         raise ValueError(f"{file}: RoPE type llama3 lacks {', '.join(missing)}")
-    *factors, positions = (float(rope[key]) for key in ROPE_KEYS)
-    return float(theta), transformer.RopeScaling(*factors, int(positions))
+    factor, low, high, positions = (float(rope[key]) for key in ROPE_KEYS)
+    return float(theta), transformer.RopeScaling(factor, low, high, int(positions))
 
 
 def load_config(path: pathlib.Path) -> transformer.ModelConfig:

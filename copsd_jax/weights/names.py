@@ -4,7 +4,9 @@
 `blk.3.attn_q.weight` in a GGUF.
 """
 
-TOP = {  # path in our tree -> (Hugging Face's name, GGUF's name)
+TOP: dict[
+    tuple[str, ...], tuple[str, str]
+] = {  # path in our tree -> (Hugging Face's name, GGUF's name)
     ("embed", "embedding"): ("model.embed_tokens.weight", "token_embd.weight"),
     ("final_norm", "scale"): ("model.norm.weight", "output_norm.weight"),
     ("head", "kernel"): ("lm_head.weight", "output.weight"),
