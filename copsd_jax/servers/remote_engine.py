@@ -21,15 +21,15 @@ A server serves one run, since `hand_over` changes its weights.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from copsd_jax.sampler import loop, request
@@ -62,16 +62,11 @@ class EngineServer:
 
 
 def generate(
-    server: EngineServer,
-    prompts: Sequence[Sequence[int]],
-    sampling: request.Sampling | Sequence[request.Sampling],
-    *,
-    keys: Any,
-    vocabulary: request.Vocabulary,
-    limits: Sequence[int] | None = None,
-    progress: Callable[[loop.Stats], None] | None = None,
-    done: Callable[[int, loop.Completion], None] | None = None,
-) -> loop.Result:
+    server: EngineServer, prompts: Sequence[Sequence[int]],
+    sampling: request.Sampling | Sequence[request.Sampling], *, keys: Any,
+    vocabulary: request.Vocabulary, limits: Sequence[int] | None = None,
+    progress: loop.Progress = None, done: loop.Done = None,
+) -> loop.Result:  # fmt: skip
     """Samples one completion for each prompt on a server.
 
     Args:
@@ -97,17 +92,13 @@ def generate(
       RuntimeError: a reply does not fit its request; the message has the address and the row.
     """
     check_server(server)
-    rows = _build_requests(server, prompts, sampling, keys, limits, vocabulary)
-    key = client.read_key(server.api, "sampler.")
-
-    def ask(row: dialects.CompletionRequest, stop: threading.Event) -> loop.Completion:
-        return _ask(server, key, row, vocabulary, stop)
-
+    texts = request.list_texts(prompts, sampling, keys, limits, vocabulary)
+    items = dict(enumerate(_build_requests(server, texts)))
+    ask = functools.partial(_ask, server, client.read_key(server.api, "sampler."), vocabulary)
     found: dict[int, loop.Completion] = {}
     tokens, begun = 0, time.monotonic()
-    sent = sum(len(row.prompt) for row in rows)
-    stats = loop.Stats(0, len(rows), 0, sent, float("nan"), 0.0)
-    items = {row.number: row for row in rows}
+    sent = sum(len(text.prompt) for text in texts)
+    stats = loop.Stats(0, len(texts), 0, sent, float("nan"), 0.0)
     with contextlib.closing(client.run_concurrently(server.api.concurrency, ask, items)) as answers:
         for number, completion in answers:
             found[number] = completion
@@ -118,7 +109,7 @@ def generate(
                 done(number, completion)
             if progress is not None:
                 progress(stats)
-    return loop.Result([found[number] for number in range(len(rows))], stats)
+    return loop.Result([found[number] for number in items], stats)
 
 
 def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
@@ -140,45 +131,32 @@ def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, 
 
 
 def _build_requests(
-    server: EngineServer, prompts, sampling, keys, limits, vocabulary: request.Vocabulary
-) -> list[dialects.CompletionRequest]:
-    """Checks the arguments of `generate` and joins them to one request per prompt.
+    server: EngineServer, texts: Sequence[request.Text]
+) -> Iterator[dialects.CompletionRequest]:
+    """Yields the request for each text, and refuses a text that the server would change or cut.
 
     A seed has the first 53 bits of the key, which every JSON reader keeps.
     """
-    prompts = [tuple(map(int, prompt)) for prompt in prompts]
-    one = isinstance(sampling, request.Sampling)
-    each = [sampling] * len(prompts) if one else list(sampling)
-    limits = [s.max_tokens for s in each] if limits is None else list(map(int, limits))
-    keys_n2 = np.asarray(jax.device_get(keys))
-    for s in dict.fromkeys(each):
-        request.check_sampling(s, vocabulary)
-        coldest = dialects.DIALECTS[server.dialect].coldest
-        if 0 < s.temperature < coldest:
+    longest, coldest = server.max_model_len, dialects.DIALECTS[server.dialect].coldest
+    for number, (prompt, sampling, limit, (high, low)) in enumerate(texts):
+        if 0 < sampling.temperature < coldest:
             raise ValueError(
-                f"temperature is {s.temperature}: a {server.dialect} server takes 0 or at least "
-                f"{coldest}, and changes a value between them"
+                f"temperature is {sampling.temperature}: a {server.dialect} server takes 0 or at "
+                f"least {coldest}, and changes a value between them"
             )
-    request.check_prompts(len(vocabulary.valid_V), prompts, each, keys_n2, limits)
-    longest = server.max_model_len
-    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if longest and len(prompt) + limit > longest:
             raise ValueError(
                 f"prompt {number} has {len(prompt)} tokens and may get {limit} more: "
                 f"{server.api.url} holds {longest} (sampler.max_model_len)"
             )
-    seeds = [(int(high) << 21) | (int(low) >> 11) for high, low in keys_n2]
-    columns = zip(range(len(prompts)), prompts, each, limits, seeds, strict=True)
-    return [dialects.CompletionRequest(*values) for values in columns]
+        seed = (int(high) << 21) | (int(low) >> 11)
+        yield dialects.CompletionRequest(number, prompt, sampling, limit, seed)
 
 
 def _ask(
-    server: EngineServer,
-    key: str,
-    row: dialects.CompletionRequest,
-    vocabulary: request.Vocabulary,
+    server: EngineServer, key: str, vocabulary: request.Vocabulary, row: dialects.CompletionRequest,
     stop: threading.Event,
-) -> loop.Completion:
+) -> loop.Completion:  # fmt: skip
     dialect = dialects.DIALECTS[server.dialect]
     url = _address(server, dialect.generate)
     body = dialect.body(server.api.model, server.adapter, row)
@@ -207,17 +185,13 @@ def _json(body: bytes) -> client.Outcome:
 
 
 def _completion(
-    logprobs: str,
-    row: dialects.CompletionRequest,
-    reply: dialects.RawCompletion,
+    logprobs: str, row: dialects.CompletionRequest, reply: dialects.RawCompletion,
     vocabulary: request.Vocabulary,
-) -> loop.Completion:
+) -> loop.Completion:  # fmt: skip
     ids, logps = _ids(row, reply.ids, vocabulary), _logps(reply)
     end = _end(row.sampling, ids, vocabulary.token_bytes)
-    if end is not None and end < len(ids) and ids[end - 1] in row.sampling.stop_ids:
-        raise ValueError(
-            f"goes on behind the id {ids[end - 1]}, which is one of its stop_token_ids"
-        )
+    if end is not None and end < len(ids) and (last := ids[end - 1]) in row.sampling.stop_ids:
+        raise ValueError(f"goes on behind the id {last}, which is one of its stop_token_ids")
     if end is None and reply.finish == "stop":
         raise ValueError(
             f"was stopped at the id {ids[-1]}, which is none of {sorted(row.sampling.stop_ids)} "
@@ -276,17 +250,9 @@ def _end(
 ) -> int | None:
     """Counts the tokens up to the first that ends the text; returns None if none does."""
     stops = [text.encode() for text in sampling.stop]
-    reach = max(map(len, stops), default=1) - 1
-    tail = b""
-    for count, token in enumerate(ids, 1):
-        if token in sampling.stop_ids:
-            return count
-        if stops:
-            tail += token_bytes[token]
-            if any(stop in tail for stop in stops):
-                return count
-            tail = tail[max(0, len(tail) - reach) :]
-    return None
+    by_string, _ = request.find_stop(b"", ids, stops, token_bytes)
+    by_id = next((i for i, token in enumerate(ids, 1) if token in sampling.stop_ids), None)
+    return min((end for end in (by_string, by_id) if end is not None), default=None)
 
 
 # ------------------------------------------------------------------------- checks and weights
@@ -297,49 +263,36 @@ def _address(server: EngineServer, of: str) -> str:
     return of.format(base=base, root=base.removesuffix("/v1"))
 
 
-def check_server(server: EngineServer, prefix: str = "sampler.") -> None:
-    """Checks the settings of a server, without sending anything.
-
-    Args:
-      server: to check.
-      prefix: of the settings' names in messages.
+def check_server(server: EngineServer) -> None:
+    """Checks the settings sampler.* of a server, without sending anything.
 
     Raises:
       ValueError: a setting cannot work; the message has its value and the choices.
     """
-    client.check_server(server.api, prefix)
+    client.check_server(server.api, "sampler.")
     for name, choices in (("dialect", tuple(dialects.DIALECTS)), ("logprobs", LOGPROBS)):
-        if getattr(server, name) not in choices:
-            value = getattr(server, name)
-            raise ValueError(f"{prefix}{name} is {value!r}: the choices are {', '.join(choices)}")
+        if (value := getattr(server, name)) not in choices:
+            raise ValueError(f"sampler.{name} is {value!r}: the choices are {', '.join(choices)}")
     if server.max_model_len is not None and server.max_model_len < 2:
-        raise ValueError(f"{prefix}max_model_len is {server.max_model_len}: at least 2")
+        raise ValueError(f"sampler.max_model_len is {server.max_model_len}: at least 2")
 
 
-def connect(server: EngineServer, prefix: str = "sampler.") -> EngineServer:
+def connect(server: EngineServer) -> EngineServer:
     """Returns the server with max_model_len filled in, after asking for its models.
-
-    Args:
-      server: to connect to.
-      prefix: of the settings' names in messages.
 
     Raises:
       ValueError: as of `check_server`; or it does not serve `model`, or not max_model_len tokens.
       OSError: it gives no reply of the expected form.
     """
-    check_server(server, prefix)
-    served = list_models(server)
-    if server.api.model not in served:
-        raise ValueError(
-            f"{prefix}model is {server.api.model!r}: {server.api.url} serves "
-            f"{', '.join(map(repr, served)) or 'nothing'}"
-        )
-    length = served[server.api.model]
-    if server.max_model_len and length and server.max_model_len > length:
-        raise ValueError(
-            f"{prefix}max_model_len is {server.max_model_len}: {server.api.url} holds {length}"
-        )
-    return dataclasses.replace(server, max_model_len=server.max_model_len or length)
+    check_server(server)
+    api, served = server.api, list_models(server)
+    if api.model not in served:
+        names = ", ".join(map(repr, served)) or "nothing"
+        raise ValueError(f"sampler.model is {api.model!r}: {api.url} serves {names}")
+    asked, length = server.max_model_len, served[api.model]
+    if asked and length and asked > length:
+        raise ValueError(f"sampler.max_model_len is {asked}: {api.url} holds {length}")
+    return dataclasses.replace(server, max_model_len=asked or length)
 
 
 def list_models(server: EngineServer) -> dict[str, int | None]:
@@ -380,32 +333,32 @@ def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
         raise ValueError(f"{path} has neither adapter_config.json nor config.json")
     dialect = dialects.DIALECTS[server.dialect]
     for address, body in dialect.swap(str(path)):
-        what = _command(_address(server, address), body)
+        what = _command(server, address, body)
         _call(server, what, f"read the weights in {path}", dialect.needs_swap)
     return dataclasses.replace(server, adapter="")
 
 
 def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
-    dialect, name = dialects.DIALECTS[server.dialect], _name(path)
-    served = list_models(server)
+    name, served = _name(path), list_models(server)
     if server.adapter not in ("", name) and server.adapter in served:
-        what = _command(_address(server, dialect.unload), {"lora_name": server.adapter})
-        _change(server, what, f"unload the adapter {server.adapter}", server.adapter, False)
+        _change(server, "unload", {"lora_name": server.adapter})
     if name not in served:
-        what = _command(_address(server, dialect.load), {"lora_name": name, "lora_path": str(path)})
-        _change(server, what, f"load the adapter in {path}", name, True)
+        _change(server, "load", {"lora_name": name, "lora_path": str(path)})
     return dataclasses.replace(server, adapter=name)
 
 
-def _change(server: EngineServer, what: client.HttpCall, task: str, name: str, there: bool) -> None:
+def _change(server: EngineServer, verb: str, body: dict[str, str]) -> None:
     """Loads or unloads an adapter; a refusal counts only if the change did not happen.
 
     A second attempt is refused if the first one succeeded and its reply was lost.
     """
+    dialect, name = dialects.DIALECTS[server.dialect], body["lora_name"]
+    what = _command(server, f"{dialect.adapters}/{verb}_lora_adapter", body)
+    task = f"{verb} the adapter {body.get('lora_path', name)}"
     try:
-        _call(server, what, task, dialects.DIALECTS[server.dialect].needs_adapters)
+        _call(server, what, task, dialect.needs_adapters)
     except OSError:
-        if (name in list_models(server)) != there:
+        if (name in list_models(server)) != (verb == "load"):
             raise
 
 
@@ -414,13 +367,12 @@ def _name(path: pathlib.Path) -> str:
     for file in sorted(path.glob("adapter_*")):
         digest.update(f"{file.name}\0".encode())
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return f"copsd-{digest.hexdigest()[:16]}"
 
 
-def _command(url: str, body: Mapping[str, Any]) -> client.HttpCall:
-    return client.HttpCall("POST", url, body, _accepted)
+def _command(server: EngineServer, address: str, body: Mapping[str, Any]) -> client.HttpCall:
+    return client.HttpCall("POST", _address(server, address), body, _accepted)
 
 
 def _accepted(body: bytes) -> client.Outcome:
@@ -437,9 +389,8 @@ def _accepted(body: bytes) -> client.Outcome:
 
 def _call(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
     """Returns the value of the reply, or raises OSError with the server's message and `needs`."""
-    api = server.api
-    key = client.read_key(api, "sampler.")
-    outcome, attempts = client.send_call(api, key, what, what.url, threading.Event())
+    key = client.read_key(server.api, "sampler.")
+    outcome, attempts = client.send_call(server.api, key, what, what.url, threading.Event())
     if outcome.status == "ok":
         return outcome.value
     hint = f" ({needs})" if needs else ""
