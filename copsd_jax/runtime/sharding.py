@@ -26,8 +26,10 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes over which completions are split
 
 # Partition of each array by its name. `layers/...` leaves carry a leading axis of layers.
-_COLUMN = (None, "fsdp", "tensor")  # [layers, in, out] of a projection into heads or the MLP
-_ROW = (None, "tensor", "fsdp")  # [layers, in, out] of a projection back to the width
+_PROJECTIONS = {  # axes of the input and the output; the width is cut along fsdp
+    **dict.fromkeys(("q", "k", "v", "gate", "up"), ("fsdp", "tensor")),
+    **dict.fromkeys(("o", "down"), ("tensor", "fsdp")),
+}
 _SLOTS = (None, BATCH_AXES, "tensor", None)  # [layers, J, K, A] of the sampler
 Axis = str | tuple[str, ...] | None
 PARTITIONS: dict[str, tuple[Axis, ...]] = {
@@ -35,17 +37,13 @@ PARTITIONS: dict[str, tuple[Axis, ...]] = {
     "head/kernel": ("tensor", "fsdp"),
     "final_norm/scale": (None,),
     **{f"layers/{name}_norm/scale": (None, None) for name in ("attn", "mlp", "q", "k")},
-    **{f"layers/{name}/kernel": _COLUMN for name in ("q", "k", "v", "gate", "up")},
-    **{f"layers/{name}/kernel": _ROW for name in ("o", "down")},
+    **{f"layers/{name}/kernel": (None, *axes) for name, axes in _PROJECTIONS.items()},
     **{f"layers/{name}/bias": (None, "tensor") for name in ("q", "k", "v")},
     # Of int8 kernels: one number per output.
-    **{f"layers/{name}/scale": (None, "tensor") for name in ("q", "k", "v", "gate", "up")},
-    **{f"layers/{name}/scale": (None, "fsdp") for name in ("o", "down")},
+    **{f"layers/{name}/scale": (None, axes[1]) for name, axes in _PROJECTIONS.items()},
     # Adapters: a is [layers, in, rank], b is [layers, rank, out].
-    **{f"{name}/a": (None, "fsdp", None) for name in ("q", "k", "v", "gate", "up")},
-    **{f"{name}/b": (None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
-    **{f"{name}/a": (None, "tensor", None) for name in ("o", "down")},
-    **{f"{name}/b": (None, None, "fsdp") for name in ("o", "down")},
+    **{f"{name}/a": (None, axes[0], None) for name, axes in _PROJECTIONS.items()},
+    **{f"{name}/b": (None, None, axes[1]) for name, axes in _PROJECTIONS.items()},
     # Decode caches and prompts on their way into them, with one more axis H; int8 caches' scales.
     **{f"cache/{name}": (*_SLOTS, None) for name in ("k", "v")},
     **{f"cache/{name}_scale": _SLOTS for name in ("k", "v")},

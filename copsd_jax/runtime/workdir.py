@@ -104,9 +104,8 @@ def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
         return
     old = read_json(path)["starts"][0]
     # A fingerprint that is newer than the run cannot be held against it.
-    kinds = [name for name in facts if name.endswith("fingerprint") and name in old]
-    changed = [name for name in kinds if old[name] != facts[name]]
-    if changed:
+    now = {name: fact for name, fact in facts.items() if name.endswith("fingerprint")}
+    if changed := [name for name, fact in now.items() if old.get(name, fact) != fact]:
         raise ValueError(
             f"--workdir={directory} was begun with other contents than there are now "
             f"({', '.join(changed)}): choose another directory, or restore the files"

@@ -308,19 +308,12 @@ def _copy_entries(
     layers, _, heads, _, size = kv.k.shape
 
     def copy_block(b, cache: decode_attention.Cache) -> decode_attention.Cache:
-        k, v = (
-            jax.lax.dynamic_slice(
-                x, (0, 0, 0, source + b * INSERT_BLOCK, 0), (layers, 1, heads, INSERT_BLOCK, size)
-            )
-            for x in kv
-        )
-        at = target + b * INSERT_BLOCK
-        return jax.tree.map(
-            lambda whole, new: jax.lax.dynamic_update_slice(
-                whole, new, (0, slot, 0, at, *(0,) * (whole.ndim - 4))
-            ),
-            cache, decode_attention.convert_entries(cache, k, v),
-        )  # fmt: skip
+        out = (0, 0, 0, source + b * INSERT_BLOCK, 0)
+        into = (0, slot, 0, target + b * INSERT_BLOCK, 0)  # scales of int8 have no last axis
+        k, v = (jax.lax.dynamic_slice(x, out, (layers, 1, heads, INSERT_BLOCK, size)) for x in kv)
+        new = decode_attention.convert_entries(cache, k, v)
+        put = jax.lax.dynamic_update_slice
+        return jax.tree.map(lambda x, part: put(x, part, into[: x.ndim]), cache, new)
 
     return jax.lax.fori_loop(0, -(-tokens // INSERT_BLOCK), copy_block, cache)
 

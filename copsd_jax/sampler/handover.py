@@ -51,12 +51,10 @@ class HandOver:
             merged = self._convert(scale, self._int8, params, adapter)
             return policy_lib.Policy(merged, scale=scale)
         if self._gather or self._int8:
-            if params is not self._frozen:
-                params = self._convert(scale, self._int8, params, None)
-            else:
-                if self._base is None:
-                    self._base = self._convert(scale, self._int8, params, None)
-                params = self._base
+            frozen = params is self._frozen
+            kept = self._base if frozen else None
+            params = kept or self._convert(scale, self._int8, params, None)
+            self._base = params if frozen else self._base
         if adapter is not None and self._gather:
             adapter = self._convert(scale, False, adapter)
         return policy_lib.Policy(params, adapter, scale)

@@ -145,10 +145,9 @@ class _Waiting:
                 break
             candidates.append(prompt)
             texts += len(rows)
-        taken = []
-        for _ in range(max(1, prompt_packing.count_fitting(candidates, width))):
-            taken.append(self.groups.popleft())
-            self.texts -= len(taken[-1][1])
+        fitting = max(1, prompt_packing.count_fitting(candidates, width))
+        taken = [self.groups.popleft() for _ in range(fitting)]
+        self.texts -= sum(len(rows) for _, rows in taken)
         return taken
 
     def put_back(self, prompt: tuple[int, ...], rows: list[int]) -> None:
@@ -395,7 +394,7 @@ def compile_programs(
         shards, slots = sharding.batch_shards(inputs.mesh), inputs.settings.slots
         programs = [_init_program(inputs)]
         for width in inputs.buckets:
-            packed = _pack_prompts([[]] * shards, width)[0]
+            packed, _ = _pack_prompts([[]] * shards, width)
             packed = _to_abstract(inputs, packed, sharding.BATCH_AXES)
             programs.append(_prefill_program(inputs, packed))
             run = functools.partial(engine.prefill, inputs.decoder)

@@ -1,7 +1,8 @@
 """Settings and inputs of one call of the sampler, checked before anything runs.
 
-`Vocabulary`, `Sampling` and `SamplerSettings` are a caller's. `prepare_inputs` checks them with the
-prompts and builds `Inputs`, the read-only inputs of the call. `derive_keys` makes random streams.
+`Vocabulary`, `Sampling` and `SamplerSettings` are a caller's. `list_texts` checks and joins the
+arguments that every engine takes. `prepare_inputs` builds `Inputs`, the read-only inputs of a call
+of this sampler. `derive_keys` makes random streams.
 """
 
 import dataclasses
@@ -54,6 +55,15 @@ class Sampling:
     def row(self) -> tuple[float, int, float, float]:
         """The settings in the order of `truncation.RowSettings`."""
         return self.temperature, self.top_k, self.top_p, self.min_p
+
+
+class Text(NamedTuple):
+    """One completion to draw."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    limit: int  # most tokens to draw
+    key_2: np.ndarray  # uint32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +168,12 @@ def prepare_inputs(
     valid_V, devices = vocabulary.valid_V, sharding.current_mesh()
     _check_settings(decoder.config, settings, valid_V)
     texts = list_texts(prompts, sampling, keys_n2, limits, vocabulary)
-    shared = 0 if prefix is None else prefix.k.shape[2]
-    _check_lengths(texts, shared, settings.length, decoder.config.max_position)
+    if settings.length:
+        room = f"length is {settings.length}, the cache entries of a slot"
+        check_lengths(texts, settings.length, room)
+    shared, positions = 0 if prefix is None else prefix.k.shape[2], decoder.config.max_position
+    room = f"the model has {positions} positions (shared prefix {shared})"
+    check_lengths(texts, positions, room, shared)
     settings = _complete_settings(settings, texts, devices, decoder.dtype)
     kinds = _list_kinds(sampling)
     stops = list(dict.fromkeys(_stop_conditions(kind) for kind in kinds))
@@ -181,15 +195,6 @@ def prepare_inputs(
             settings.pack, max([longest, *(len(text.prompt) for text in texts)])
         ),
     )  # fmt: skip
-
-
-class Text(NamedTuple):
-    """One completion to draw."""
-
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    limit: int  # most tokens to draw
-    key_2: np.ndarray  # uint32
 
 
 def list_texts(
@@ -351,17 +356,13 @@ def _check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
         )
 
 
-def _check_lengths(texts: Sequence[Text], shared: int, length: int, positions: int) -> None:
-    """Refuses texts longer than a slot's cache (0 is no bound) or than the model's positions."""
+def check_lengths(texts: Sequence[Text], most: int, room: str, shared: int = 0) -> None:
+    """Refuses texts of more than `most` tokens, the shared prefix included.
+
+    Raises:
+      ValueError: a text is longer; the message ends with `room`.
+    """
     for i, text in enumerate(texts):
-        own, more = len(text.prompt), f"and may get {text.limit} more"
-        if length and own + text.limit > length:
-            raise ValueError(
-                f"prompt {i} has {own} tokens {more}: length is {length}, the cache entries of a "
-                "slot"
-            )
-        if shared + own + text.limit > positions:
-            raise ValueError(
-                f"prompt {i} has {shared + own} tokens (shared prefix {shared}) {more}: the model "
-                f"has {positions} positions"
-            )
+        tokens, more = shared + len(text.prompt), text.limit
+        if tokens + more > most:
+            raise ValueError(f"prompt {i} has {tokens} tokens and may get {more} more: {room}")

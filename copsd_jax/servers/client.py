@@ -51,6 +51,7 @@ USABLE = ("ok", "cut")  # the statuses of answers that have a text and are cache
 _AGAIN = frozenset({408, 409, 425, 429})  # the 4xx that another attempt can mend
 _LARGEST = 1 << 24  # bytes of a reply
 _DETAIL = 300  # characters of a server's message about a failure
+_tls = functools.cache(ssl.create_default_context)
 _LOOK = 0.25  # seconds between checks whether the caller has stopped
 
 Name = TypeVar("Name")
@@ -119,14 +120,12 @@ class HttpCall(NamedTuple):
     """One HTTP request, and the function that reads its reply.
 
     Attributes:
-      method: "GET" or "POST".
       url: the whole address.
-      body: sent as JSON; None sends no body.
+      body: sent as JSON by POST; None sends none, by GET.
       read: turns the bytes of a reply with status 2xx into an Outcome. The errors of reading JSON
         of another form (ValueError, LookupError, TypeError, AttributeError) make it a bad_reply.
     """
 
-    method: str
     url: str
     body: Mapping[str, Any] | None
     read: Callable[[bytes], Outcome]
@@ -236,7 +235,7 @@ def _ask(
     digest, request = item
     body = {"model": server.model, **_fields(request)}
     url = server.url.rstrip("/") + "/chat/completions"
-    outcome, attempts = send_call(server, key, HttpCall("POST", url, body, _content), digest, stop)
+    outcome, attempts = send_call(server, key, HttpCall(url, body, _content), digest, stop)
     answer = ChatAnswer(redact_key(outcome.value, key), outcome.status, attempts, outcome.detail)
     _keep(server, digest, answer)
     return answer
@@ -396,8 +395,8 @@ def _exchange(what: HttpCall, key: str, sock: "_Limited") -> tuple[int, Mapping[
     connection.sock = cast(socket.socket, sock)
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    body = None if what.body is None else json.dumps(what.body).encode()
-    connection.request(what.method, parts.path, body, headers)
+    method, body = ("GET", None) if what.body is None else ("POST", json.dumps(what.body).encode())
+    connection.request(method, parts.path, body, headers)
     reply = connection.getresponse()
     text = reply.read(_LARGEST + 1).decode("latin-1")
     if reply.length and len(text) <= _LARGEST:
@@ -443,11 +442,6 @@ def _left(deadline: float) -> float:
     if (seconds := deadline - time.monotonic()) <= 0:
         raise TimeoutError
     return seconds
-
-
-@functools.lru_cache(maxsize=1)
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
 
 
 def _connect(url: str, deadline: float) -> socket.socket:

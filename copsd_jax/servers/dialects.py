@@ -17,16 +17,6 @@ from typing import Any, NamedTuple
 from copsd_jax.sampler import request
 
 
-class CompletionRequest(NamedTuple):
-    """Request for one completion."""
-
-    number: int  # index of the prompt in the caller's list
-    prompt: tuple[int, ...]
-    sampling: request.Sampling
-    limit: int
-    seed: int
-
-
 class RawCompletion(NamedTuple):
     """Completion as the server wrote it, not yet checked."""
 
@@ -40,9 +30,9 @@ class Dialect(NamedTuple):
 
     Attributes:
       generate: the address for completions.
-      body: (model, adapter or "", row) -> the request.
-      read: (parsed reply, row) -> Reply. Raises ValueError with the end of a sentence that begins
-        with "the completion of row 3".
+      body: (model, adapter or "", text to draw) -> the request.
+      read: (parsed reply, text to draw) -> the completion. Raises ValueError with the end of a
+        sentence that begins with "the completion of row 3".
       coldest: the lowest temperature above 0 that the server does not change.
       adapters: the address under which load_lora_adapter and unload_lora_adapter are.
       swap: a model's folder -> (address, body) of the calls that load it, in order.
@@ -51,8 +41,8 @@ class Dialect(NamedTuple):
     """
 
     generate: str
-    body: Callable[[str, str, CompletionRequest], dict[str, Any]]
-    read: Callable[[Any, CompletionRequest], RawCompletion]
+    body: Callable[[str, str, request.Text], dict[str, Any]]
+    read: Callable[[Any, request.Text], RawCompletion]
     coldest: float
     adapters: str
     swap: Callable[[str], list[tuple[str, dict]]]
@@ -60,9 +50,15 @@ class Dialect(NamedTuple):
     needs_swap: str
 
 
-def _common(row: CompletionRequest) -> dict[str, Any]:
+def seed_of(text: request.Text) -> int:
+    """Returns the first 53 bits of the text's key, which every JSON reader keeps."""
+    high, low = map(int, text.key_2)
+    return (high << 21) | (low >> 11)
+
+
+def _common(text: request.Text) -> dict[str, Any]:
     """Returns the fields that both dialects share; both take top_k=-1 for all tokens."""
-    s = row.sampling
+    s = text.sampling
     return {
         "temperature": float(s.temperature), "top_p": float(s.top_p), "top_k": s.top_k or -1,
         "min_p": float(s.min_p), "stop_token_ids": list(s.stop_ids), "stop": list(s.stop), "n": 1,
@@ -73,11 +69,11 @@ def _common(row: CompletionRequest) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _vllm_body(model: str, adapter: str, row: CompletionRequest) -> dict[str, Any]:
+def _vllm_body(model: str, adapter: str, text: request.Text) -> dict[str, Any]:
     return {
-        **_common(row),
-        "model": adapter or model, "prompt": list(row.prompt), "max_tokens": row.limit,
-        "seed": row.seed, "stream": False, "echo": False, "add_special_tokens": False,
+        **_common(text),
+        "model": adapter or model, "prompt": list(text.prompt), "max_tokens": text.limit,
+        "seed": seed_of(text), "stream": False, "echo": False, "add_special_tokens": False,
         "ignore_eos": True,  # the stop ids are all in stop_token_ids
         "include_stop_str_in_output": True,
         "logprobs": 0,  # of the drawn token alone
@@ -85,7 +81,7 @@ def _vllm_body(model: str, adapter: str, row: CompletionRequest) -> dict[str, An
     }  # fmt: skip
 
 
-def _vllm_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
+def _vllm_reply(reply: Any, text: request.Text) -> RawCompletion:
     choice = _at(reply, "choices", 0)
     logps = _at(choice, "logprobs", "token_logprobs")
     spelt = _spelt(_at(choice, "logprobs", "tokens"))
@@ -98,7 +94,7 @@ def _vllm_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
     if ids is not None and spelt is not None and ids != spelt:
         raise ValueError("has log-probabilities of other tokens than those in token_ids")
     read = choice.get("prompt_token_ids")
-    if read is not None and read != list(row.prompt):
+    if read is not None and read != list(text.prompt):
         raise ValueError("is of another prompt than the one sent (prompt_token_ids)")
     return RawCompletion(spelt if ids is None else ids, logps, _at(choice, "finish_reason"))
 
@@ -111,22 +107,22 @@ def _spelt(tokens: Any) -> list[int] | None:
     return [int(match[1]) for match in found if match] if all(found) and found else None
 
 
-def _sglang_body(_: str, adapter: str, row: CompletionRequest) -> dict[str, Any]:
+def _sglang_body(_: str, adapter: str, text: request.Text) -> dict[str, Any]:
     """Returns a request without a model's name, since an SGLang server has one model."""
     params = {
-        **_common(row), "max_new_tokens": row.limit, "sampling_seed": row.seed,
+        **_common(text), "max_new_tokens": text.limit, "sampling_seed": seed_of(text),
         # With ignore_eos, SGLang would ignore stop_token_ids as well.
-        "ignore_eos": not row.sampling.stop_ids, "no_stop_trim": True,
+        "ignore_eos": not text.sampling.stop_ids, "no_stop_trim": True,
     }  # fmt: skip
     body = {
-        "input_ids": list(row.prompt), "sampling_params": params, "stream": False,
+        "input_ids": list(text.prompt), "sampling_params": params, "stream": False,
         "return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": 0,
         "return_text_in_logprobs": False,
     }  # fmt: skip
     return {**body, "lora_path": adapter} if adapter else body
 
 
-def _sglang_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
+def _sglang_reply(reply: Any, text: request.Text) -> RawCompletion:
     hint = ": the server has to return the tokens' log-probabilities (return_logprob)"
     pairs = _at(reply, "meta_info", "output_token_logprobs", hint=hint)
     if not isinstance(pairs, list):
@@ -134,11 +130,11 @@ def _sglang_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
     ids = [_at(pair, 1) for pair in pairs]
     if reply.get("output_ids") not in (None, ids):
         raise ValueError("has log-probabilities of other tokens than those in output_ids")
-    if reply["meta_info"].get("prompt_tokens") not in (None, len(row.prompt)):
-        raise ValueError(f"is of another prompt than the one sent, of {len(row.prompt)} tokens")
+    if reply["meta_info"].get("prompt_tokens") not in (None, len(text.prompt)):
+        raise ValueError(f"is of another prompt than the one sent, of {len(text.prompt)} tokens")
     finish = _at(reply, "meta_info", "finish_reason")
     matched = finish.get("matched") if isinstance(finish, dict) else None
-    if isinstance(matched, str) and matched not in row.sampling.stop:
+    if isinstance(matched, str) and matched not in text.sampling.stop:
         raise ValueError(f"was stopped by {matched!r}, which is no stop string")  # a NaN error
     kind = finish.get("type") if isinstance(finish, dict) else finish
     return RawCompletion(ids, [_at(pair, 0) for pair in pairs], kind)

@@ -27,7 +27,7 @@ import json
 import pathlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,13 +93,14 @@ def generate(
     """
     check_server(server)
     texts = request.list_texts(prompts, sampling, keys, limits, vocabulary)
-    items = dict(enumerate(_build_requests(server, texts)))
+    _check_texts(server, texts)
     ask = functools.partial(_ask, server, client.read_key(server.api, "sampler."), vocabulary)
     found: dict[int, loop.Completion] = {}
     tokens, begun = 0, time.monotonic()
     sent = sum(len(text.prompt) for text in texts)
     stats = loop.Stats(0, len(texts), 0, sent, float("nan"), 0.0)
-    with contextlib.closing(client.run_concurrently(server.api.concurrency, ask, items)) as answers:
+    rows = {number: (number, text) for number, text in enumerate(texts)}
+    with contextlib.closing(client.run_concurrently(server.api.concurrency, ask, rows)) as answers:
         for number, completion in answers:
             found[number] = completion
             tokens += len(completion.ids)
@@ -109,7 +110,7 @@ def generate(
                 done(number, completion)
             if progress is not None:
                 progress(stats)
-    return loop.Result([found[number] for number in items], stats)
+    return loop.Result([found[number] for number in rows], stats)
 
 
 def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
@@ -130,49 +131,38 @@ def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, 
     return logprobs == "tempered" or whole, logprobs == "processed" or whole
 
 
-def _build_requests(
-    server: EngineServer, texts: Sequence[request.Text]
-) -> Iterator[dialects.CompletionRequest]:
-    """Yields the request for each text, and refuses a text that the server would change or cut.
-
-    A seed has the first 53 bits of the key, which every JSON reader keeps.
-    """
+def _check_texts(server: EngineServer, texts: Sequence[request.Text]) -> None:
+    """Refuses a text that the server would draw otherwise or cut."""
     longest, coldest = server.max_model_len, dialects.DIALECTS[server.dialect].coldest
-    for number, (prompt, sampling, limit, (high, low)) in enumerate(texts):
-        if 0 < sampling.temperature < coldest:
-            raise ValueError(
-                f"temperature is {sampling.temperature}: a {server.dialect} server takes 0 or at "
-                f"least {coldest}, and changes a value between them"
-            )
-        if longest and len(prompt) + limit > longest:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens and may get {limit} more: "
-                f"{server.api.url} holds {longest} (sampler.max_model_len)"
-            )
-        seed = (int(high) << 21) | (int(low) >> 11)
-        yield dialects.CompletionRequest(number, prompt, sampling, limit, seed)
+    if longest:
+        room = f"{server.api.url} holds {longest} (sampler.max_model_len)"
+        request.check_lengths(texts, longest, room)
+    for degree in {text.sampling.temperature for text in texts}:
+        if 0 < degree < coldest:
+            rule = f"takes 0 or at least {coldest}, and changes a value between them"
+            raise ValueError(f"temperature is {degree}: a {server.dialect} server {rule}")
 
 
 def _ask(
-    server: EngineServer, key: str, vocabulary: request.Vocabulary, row: dialects.CompletionRequest,
+    server: EngineServer, key: str, vocabulary: request.Vocabulary, row: tuple[int, request.Text],
     stop: threading.Event,
 ) -> loop.Completion:  # fmt: skip
+    number, text = row
     dialect = dialects.DIALECTS[server.dialect]
     url = _address(server, dialect.generate)
-    body = dialect.body(server.api.model, server.adapter, row)
-    what = client.HttpCall("POST", url, body, _json)
-    name = f"{server.adapter}:{row.seed}"
+    what = client.HttpCall(url, dialect.body(server.api.model, server.adapter, text), _json)
+    name = f"{server.adapter}:{dialects.seed_of(text)}"
     outcome, attempts = client.send_call(server.api, key, what, name, stop)
     if outcome.status != "ok":
         raise OSError(
-            f"{url} gave no completion of row {row.number} in {attempts} attempts "
+            f"{url} gave no completion of row {number} in {attempts} attempts "
             f"({outcome.status}): {outcome.detail}"
         )
     try:
-        reply = dialect.read(outcome.value, row)
-        return _completion(server.logprobs, row, reply, vocabulary)
+        reply = dialect.read(outcome.value, text)
+        return _completion(server.logprobs, text, reply, vocabulary)
     except ValueError as error:
-        raise RuntimeError(f"{url}: the completion of row {row.number} {error}") from None
+        raise RuntimeError(f"{url}: the completion of row {number} {error}") from None
 
 
 def _json(body: bytes) -> client.Outcome:
@@ -185,21 +175,21 @@ def _json(body: bytes) -> client.Outcome:
 
 
 def _completion(
-    logprobs: str, row: dialects.CompletionRequest, reply: dialects.RawCompletion,
+    logprobs: str, text: request.Text, reply: dialects.RawCompletion,
     vocabulary: request.Vocabulary,
 ) -> loop.Completion:  # fmt: skip
-    ids, logps = _ids(row, reply.ids, vocabulary), _logps(reply)
-    end = _end(row.sampling, ids, vocabulary.token_bytes)
-    if end is not None and end < len(ids) and (last := ids[end - 1]) in row.sampling.stop_ids:
+    ids, logps = _ids(text, reply.ids, vocabulary), _logps(reply)
+    end = _end(text.sampling, ids, vocabulary.token_bytes)
+    if end is not None and end < len(ids) and (last := ids[end - 1]) in text.sampling.stop_ids:
         raise ValueError(f"goes on behind the id {last}, which is one of its stop_token_ids")
     if end is None and reply.finish == "stop":
         raise ValueError(
-            f"was stopped at the id {ids[-1]}, which is none of {sorted(row.sampling.stop_ids)} "
-            f"and ends none of {row.sampling.stop}: the server has stop ids of its own"
+            f"was stopped at the id {ids[-1]}, which is none of {sorted(text.sampling.stop_ids)} "
+            f"and ends none of {text.sampling.stop}: the server has stop ids of its own"
         )
-    if end is None and len(ids) < row.limit:
+    if end is None and len(ids) < text.limit:
         raise ValueError(
-            f"ended after {len(ids)} of {row.limit} tokens (finish_reason {reply.finish!r}): the "
+            f"ended after {len(ids)} of {text.limit} tokens (finish_reason {reply.finish!r}): the "
             "server has a limit of its own"
         )
     if reply.finish not in ("stop", "length"):
@@ -208,8 +198,8 @@ def _completion(
     # completes one.
     given = np.asarray(logps[:end], np.float32)
     absent = np.full_like(given, np.nan)
-    tempered, truncated = reports_log_probs(logprobs, row.sampling)
-    certain = row.sampling.temperature == 0
+    tempered, truncated = reports_log_probs(logprobs, text.sampling)
+    certain = text.sampling.temperature == 0
     return loop.Completion(
         ids=tuple(ids[:end]),
         logps=given if tempered else absent,
@@ -218,11 +208,11 @@ def _completion(
     )
 
 
-def _ids(row: dialects.CompletionRequest, ids: list, vocabulary: request.Vocabulary) -> list[int]:
+def _ids(text: request.Text, ids: list, vocabulary: request.Vocabulary) -> list[int]:
     if not isinstance(ids, list) or not ids or any(type(token) is not int for token in ids):
         raise ValueError("has no list of token ids, or an empty one")
-    if len(ids) > row.limit:
-        raise ValueError(f"has {len(ids)} tokens: at most {row.limit} were asked for")
+    if len(ids) > text.limit:
+        raise ValueError(f"has {len(ids)} tokens: at most {text.limit} were asked for")
     size = len(vocabulary.valid_V)
     for token in ids:
         if not 0 <= token < size or not vocabulary.valid_V[token]:
@@ -306,7 +296,7 @@ def list_models(server: EngineServer) -> dict[str, int | None]:
         entries = json.loads(body)["data"]
         return client.Outcome("ok", {e["id"]: e.get("max_model_len") for e in entries})
 
-    what = client.HttpCall("GET", _address(server, "{base}/models"), None, read)
+    what = client.HttpCall(_address(server, "{base}/models"), None, read)
     return _call(server, what, "tell its models")
 
 
@@ -372,7 +362,7 @@ def _name(path: pathlib.Path) -> str:
 
 
 def _command(server: EngineServer, address: str, body: Mapping[str, Any]) -> client.HttpCall:
-    return client.HttpCall("POST", _address(server, address), body, _accepted)
+    return client.HttpCall(_address(server, address), body, _accepted)
 
 
 def _accepted(body: bytes) -> client.Outcome:
@@ -393,8 +383,6 @@ def _call(server: EngineServer, what: client.HttpCall, task: str, needs: str = "
     outcome, attempts = client.send_call(server.api, key, what, what.url, threading.Event())
     if outcome.status == "ok":
         return outcome.value
+    problem = f"did not {task} in {attempts} attempts ({outcome.status})"
     hint = f" ({needs})" if needs else ""
-    raise OSError(
-        f"{what.url} did not {task} in {attempts} attempts ({outcome.status}): "
-        f"{outcome.detail}{hint}"
-    )
+    raise OSError(f"{what.url} {problem}: {outcome.detail}{hint}")

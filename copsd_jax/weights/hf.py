@@ -103,10 +103,22 @@ def _abbreviate(tensors: set[str]) -> str:
     return first if len(tensors) <= 3 else f"{first} and {len(tensors) - 3} more"
 
 
-def _open_checked(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
-    """Opens the tensors, and raises ValueError unless they are exactly those of the table.
+def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
+    """Opens a model, and refuses tensors that are not exactly those of the table.
 
-    A model with tied embeddings may store its head a second time.
+    File sizes and headers are read, in seconds, so it misses one thing that `load_params` refuses:
+    a model with tied embeddings may store its head a second time, and the copies may differ.
+
+    Args:
+      path: a folder or a GGUF, as `hub.resolve` returns it.
+      config: config of the model.
+
+    Returns:
+      The result of `open_tensors`.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: in one sentence with the file and the tensor.
     """
     found = open_tensors(path)
     wanted = {name: entry.shape for name, entry in build_weight_table(config).items()}
@@ -126,22 +138,6 @@ def _open_checked(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
                 f"{path}: tensor {name} has shape {found[name].shape}, the config wants {shape}"
             )
     return found
-
-
-def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> None:
-    """Refuses a model that `load_params` would refuse, from file sizes and headers, in seconds.
-
-    It misses one case: a model with tied embeddings whose second copy of the head differs.
-
-    Args:
-      path: a folder or a GGUF, as `hub.resolve` returns it.
-      config: config of the model.
-
-    Raises:
-      FileNotFoundError: if a file is missing.
-      ValueError: in one sentence with the file and the tensor.
-    """
-    _open_checked(path, config)
 
 
 def _place_on_default_device(_: LeafPath, shape: tuple[int, ...], read: ReadPart) -> jax.Array:
@@ -169,7 +165,7 @@ def load_params(
       FileNotFoundError: as `check_weights`.
       ValueError: as `check_weights`, and for a stored head that differs from tied embeddings.
     """
-    found = _open_checked(path, config)
+    found = check_weights(path, config)
     twice = config.tie_embeddings and HEAD in found
     if twice and not _tensors_equal(found[HEAD], found[EMBEDDING]):
         raise ValueError(f"{path}: tied embeddings, but {HEAD} is not equal to {EMBEDDING}")

@@ -38,14 +38,8 @@ def _find_family(raw: Mapping, file: pathlib.Path) -> str:
 
 def _check_options(raw: Mapping, file: pathlib.Path) -> None:
     """Raises ValueError for an option that changes the computation in a way not built here."""
-    only = {
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "use_sliding_window": (False,),
-        "partial_rotary_factor": (1.0,),
-        "quantization_config": (),
-    }
+    only = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,), "quantization_config": ()}
+    only |= dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), (False,))
     for key, allowed in only.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             choices = " or ".join(map(repr, allowed)) or "none"
@@ -158,24 +152,17 @@ def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str
         values = dataclasses.astuple(scaling)
         rope = {"rope_type": "llama3", **dict(zip(ROPE_KEYS, values, strict=True))}
     return {
-        "architectures": [architecture],
-        "model_type": config.family,
+        "architectures": [architecture], "model_type": config.family,
         **{key: getattr(config, field) for field, key in NEEDED.items()},
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_eps,
-        "rope_theta": config.rope_theta,
+        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "hidden_act": "silu", "rms_norm_eps": config.rms_eps, "rope_theta": config.rope_theta,
         "rope_scaling": rope if config.rope_scaling else None,
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
         # It would also mean a bias of `o`. Biases of q, k and v are implied by model_type qwen2.
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-        **ids,
-    }
+        "attention_bias": False, "use_sliding_window": False,
+        "torch_dtype": dtype, "dtype": dtype, **ids,
+    }  # fmt: skip
 
 
 def to_generation_json(source: pathlib.Path, ids: Mapping[str, Any]) -> dict:

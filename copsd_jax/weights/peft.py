@@ -81,19 +81,11 @@ def _transpose_layers(
 
 def _to_config_json(targets: list[str], rank: int, alpha: float, base: str) -> dict[str, Any]:
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
         # PEFT itself writes an integer wherever alpha is whole.
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0,
         # `self_attn.q_proj` becomes `q_proj`.
         "target_modules": [names.BLOCK[target][0].rpartition(".")[2] for target in targets],
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "inference_mode": True,
-    }
+        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+        "modules_to_save": None, "inference_mode": True,
+    }  # fmt: skip

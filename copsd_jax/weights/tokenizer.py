@@ -87,13 +87,12 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     if normalizer is not None:
         tok.normalizer = normalizer
     tok.pre_tokenizer, tok.decoder = splitter, decoders.ByteLevel()
-    added = [pair for pair in zip(pieces, types, strict=True) if pair[1] in (CONTROL, USER_DEFINED)]
-    tok.add_tokens(
-        [
-            tokenizers.AddedToken(piece, special=kind == CONTROL, normalized=False)
-            for piece, kind in added
-        ]
-    )
+    added = [
+        tokenizers.AddedToken(piece, special=kind == CONTROL, normalized=False)
+        for piece, kind in zip(pieces, types, strict=True)
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    tok.add_tokens(added)
     special = {
         f"{role}_token": pieces[fields[key]]
         for role, name in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()
