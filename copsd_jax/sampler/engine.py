@@ -285,11 +285,10 @@ def _insert_shard(
         cache = _copy_entries(state.cache, kv, slot, start, 0, split)
         cache = _copy_entries(cache, kv, slot, own, split, length - split)
         last = jnp.where(length > split, own + length - split, start + length) - 1
-        # No token has been drawn yet, so the former one is never read.
-        true, none = jnp.array(True), jnp.int32(0)
-        new = Slots(
-            hidden_JD=hidden_1TD[0, last], fresh_J=true, live_J=true,
-            token_J=state.slots.token_J[slot], index_J=length - 1, drawn_J=none, request=request,
+        yes, zero = jnp.array(True), jnp.int32(0)
+        new = Slots(  # `token_J` stays: nothing reads it before a token is drawn
+            hidden_JD=hidden_1TD[0, last], fresh_J=yes, live_J=yes,
+            token_J=state.slots.token_J[slot], index_J=length - 1, drawn_J=zero, request=request,
         )  # fmt: skip
         return DecodeState(cache, jax.tree.map(lambda x, y: x.at[slot].set(y), state.slots, new))
 
