@@ -13,25 +13,10 @@ from orbax.checkpoint import v1 as ocp
 NAME = "state"
 
 
-def _checkpointer(directory: pathlib.Path, keep: int, writer: bool) -> ocp.training.Checkpointer:
-    """Builds a checkpointer that saves whenever asked and keeps the latest.
-
-    Orbax's default policies skip saves silently.
-    """
-    policies: Any = ocp.training.save_decision_policies
-    keeping: Any = ocp.training.preservation_policies
-    return ocp.training.Checkpointer(
-        str(directory.resolve()),
-        save_decision_policy=policies.FixedIntervalPolicy(1),
-        preservation_policy=(keeping.LatestN(keep) if keep else keeping.PreserveAll()),
-        # A reader must not remove what a run beside it is writing.
-        cleanup_tmp_directories=writer,
-    )
-
-
-def _shapes(tree: Any) -> dict[str, tuple]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path): (tuple(x.shape), str(x.dtype)) for path, x in leaves}
+def _shapes(tree: Any) -> dict[str, Any]:
+    """Returns [shape, dtype] of every leaf as JSON has them, by the leaf's path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
 
 
 class Checkpoints:
@@ -45,8 +30,16 @@ class Checkpoints:
           keep: how many of the newest survive a save; 0 keeps all.
           writer: whether this process may save.
         """
-        self._checkpointer = _checkpointer(directory, keep, writer)
         self._directory = directory
+        saving: Any = ocp.training.save_decision_policies
+        keeping: Any = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            str(directory.resolve()),
+            save_decision_policy=saving.FixedIntervalPolicy(1),  # the default skips saves silently
+            preservation_policy=keeping.LatestN(keep) if keep else keeping.PreserveAll(),
+            # A reader must not remove what a run beside it is writing.
+            cleanup_tmp_directories=writer,
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -64,11 +57,8 @@ class Checkpoints:
         Raises:
           RuntimeError: Orbax declined to save.
         """
-        shapes: Any = {
-            name: [list(shape), dtype] for name, (shape, dtype) in _shapes(state).items()
-        }
         saved = self._checkpointer.save_checkpointables(
-            step, {NAME: state}, custom_metadata={"shapes": shapes}
+            step, {NAME: state}, custom_metadata={"shapes": _shapes(state)}
         )
         if not saved:
             raise RuntimeError(f"checkpoint {step} was not saved in {self._directory}")
@@ -83,8 +73,10 @@ class Checkpoints:
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self._directory}: {self.steps()}")
         metadata: Any = self._checkpointer.metadata(step).custom_metadata
-        saved = {k: (tuple(v[0]), v[1]) for k, v in metadata["shapes"].items()}
-        wanted = _shapes(like)
+        saved, wanted = (
+            {name: f"{dtype} {tuple(shape)}" for name, (shape, dtype) in shapes.items()}
+            for shapes in (metadata["shapes"], _shapes(like))
+        )
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
                 raise ValueError(

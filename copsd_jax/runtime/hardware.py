@@ -144,22 +144,19 @@ def list_topologies(kind: str) -> dict[int, str]:
 
 def _shape(text: str, kind: str, topology: str | None, number: str | None) -> tuple[int, ...]:
     table = list_topologies(kind)
-    dimensions = 2 if table is TOPOLOGIES_2D else 3
     if topology is None:
-        count = int(number or 0)
-        chips = count // 2 if kind in COUNTS_CORES else count
-        if chips not in table or (kind in COUNTS_CORES and count % 2):
-            cores = 2 if kind in COUNTS_CORES else 1
+        cores = 2 if kind in COUNTS_CORES else 1
+        chips, rest = divmod(int(number or 0), cores)
+        if rest or chips not in table:
             names = ", ".join(f"{kind}-{cores * size}" for size in table)
             raise ValueError(f"--dry_run is {text!r}: the names of {kind} are {names}")
         topology = table[chips]
-    shape = tuple(map(int, topology.split("x")))
-    if len(shape) != dimensions:
-        example = next(reversed(table.values()))
+    example = next(reversed(table.values()))
+    if (dimensions := example.count("x") + 1) != topology.count("x") + 1:
         raise ValueError(
             f"--dry_run is {text!r}: a topology of {kind} has {dimensions} numbers, as {example}"
         )
-    return shape
+    return tuple(map(int, topology.split("x")))
 
 
 def _cards(text: str, lower: str) -> Target:
@@ -193,8 +190,7 @@ def describe_gpu(kind: str) -> str:
         "h100": (GPU_KINDS["h100"], 132, 233472, 52428800, 1.98, 9, 3350, 85017493504),
         "h200": (GPU_KINDS["h200"], 132, 233472, 62914560, 1.98, 9, 4800, 150754820096),
     }[kind]
-    optin = shared - 1024
-    fpus = 64 if major == 8 else 128
+    optin, fpus = shared - 1024, 64 if major == 8 else 128
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152

@@ -36,15 +36,9 @@ def connect(config: config_lib.Config) -> None:
     m = config.mesh
     if not m.coordinator or jax.distributed.is_initialized():
         return
-    known = {}
-    if m.coordinator != "auto":
-        known = {
-            "coordinator_address": m.coordinator,
-            "num_processes": m.processes,
-            "process_id": m.process,
-        }
+    known = () if m.coordinator == "auto" else (m.coordinator, m.processes, m.process)
     try:
-        jax.distributed.initialize(**known, heartbeat_timeout_seconds=m.heartbeat)
+        jax.distributed.initialize(*known, heartbeat_timeout_seconds=m.heartbeat)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"mesh.coordinator is {m.coordinator!r}: {reason}") from error

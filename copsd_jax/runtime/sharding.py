@@ -26,29 +26,24 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes over which completions are split
 
 # Partition of each array by its name. `layers/...` leaves carry a leading axis of layers.
-_COLUMN = (None, "fsdp", "tensor")  # [layers, in, out] of a projection into heads or the MLP
-_ROW = (None, "tensor", "fsdp")  # [layers, in, out] of a projection back to the width
+_PROJECTIONS = {  # axes of the input and the output; the width is cut along fsdp
+    **dict.fromkeys(("q", "k", "v", "gate", "up"), ("fsdp", "tensor")),
+    **dict.fromkeys(("o", "down"), ("tensor", "fsdp")),
+}
 _SLOTS = (None, BATCH_AXES, "tensor", None)  # [layers, J, K, A] of the sampler
 Axis = str | tuple[str, ...] | None
 PARTITIONS: dict[str, tuple[Axis, ...]] = {
     "embed/embedding": ("tensor", "fsdp"),
     "head/kernel": ("tensor", "fsdp"),
     "final_norm/scale": (None,),
-    "layers/attn_norm/scale": (None, None),
-    "layers/mlp_norm/scale": (None, None),
-    "layers/q_norm/scale": (None, None),
-    "layers/k_norm/scale": (None, None),
-    **{f"layers/{name}/kernel": _COLUMN for name in ("q", "k", "v", "gate", "up")},
-    **{f"layers/{name}/kernel": _ROW for name in ("o", "down")},
+    **{f"layers/{name}_norm/scale": (None, None) for name in ("attn", "mlp", "q", "k")},
+    **{f"layers/{name}/kernel": (None, *axes) for name, axes in _PROJECTIONS.items()},
     **{f"layers/{name}/bias": (None, "tensor") for name in ("q", "k", "v")},
     # Of int8 kernels: one number per output.
-    **{f"layers/{name}/scale": (None, "tensor") for name in ("q", "k", "v", "gate", "up")},
-    **{f"layers/{name}/scale": (None, "fsdp") for name in ("o", "down")},
+    **{f"layers/{name}/scale": (None, axes[1]) for name, axes in _PROJECTIONS.items()},
     # Adapters: a is [layers, in, rank], b is [layers, rank, out].
-    **{f"{name}/a": (None, "fsdp", None) for name in ("q", "k", "v", "gate", "up")},
-    **{f"{name}/b": (None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
-    **{f"{name}/a": (None, "tensor", None) for name in ("o", "down")},
-    **{f"{name}/b": (None, None, "fsdp") for name in ("o", "down")},
+    **{f"{name}/a": (None, axes[0], None) for name, axes in _PROJECTIONS.items()},
+    **{f"{name}/b": (None, None, axes[1]) for name, axes in _PROJECTIONS.items()},
     # Decode caches and prompts on their way into them, with one more axis H; int8 caches' scales.
     **{f"cache/{name}": (*_SLOTS, None) for name in ("k", "v")},
     **{f"cache/{name}_scale": _SLOTS for name in ("k", "v")},
@@ -72,13 +67,13 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     devices = jax.devices() if devices is None else devices
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"{sizes}: sizes are at least 1, and one of them may be -1 for the rest")
     if free and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
-    if int(np.prod(shape)) != len(devices):
+    if math.prod(shape) != len(devices):
         raise ValueError(f"{sizes}: their product must be the number of devices, {len(devices)}")
     slices = collections.defaultdict(list)
     for device in devices:
@@ -93,11 +88,10 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
         )
     # Slices outermost: what crosses the network is one reduction of the gradients a step. An axis
     # of a torus may be split, as 4 x 4 x 4 into 32 x 2.
+    own_shape = (data // len(slices), *inner)
     parts = [
-        mesh_utils.create_device_mesh(
-            (data // len(slices), *inner), slices[index], allow_split_physical_axes=True
-        )
-        for index in sorted(slices, key=lambda index: index or 0)
+        mesh_utils.create_device_mesh(own_shape, devices, allow_split_physical_axes=True)
+        for _, devices in sorted(slices.items(), key=lambda item: item[0] or 0)
     ]
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -262,9 +256,7 @@ def shard_array(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def load_shards(
-    shape: tuple[int, ...],
-    sharding: NamedSharding,
-    part: Callable[[tuple[slice, ...]], np.ndarray],
+    shape: tuple[int, ...], sharding: NamedSharding, part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
     """Returns an array of `shape`, of which this process reads only the parts of its own devices.
 

@@ -24,41 +24,21 @@ from copsd_jax.runtime import processes
 
 # Settings that cannot change the numbers: a run may be continued with other values of them.
 CHANGEABLE = (
-    "description",
-    "mesh.",
-    # As the number of slots: the same tokens in other rows.
-    "train.pack",
-    "train.row_tokens",
-    "train.micro_tokens",
-    "train.save_every",
-    "train.keep",
-    "train.log_rollouts",
-    "rollout.slots",
-    "eval.slots",
-    # As the number of slots: products of other shapes, the same texts but for their rounding.
-    "sampler.steps",
-    "sampler.pack",
-    "model.attention",
-    "model.remat",
-    "sampler.attention",
-    "sampler.gather",
-    "sampler.warmup",
-    "eval.every",
-    "author.slots",
-    # How long and how often a server is asked, not what. Failures are not of the settings: a
-    # server that fails otherwise, or answers otherwise, is no other run.
-    "author.timeout",
-    "author.retries",
-    "author.backoff",
-    "author.concurrency",
-    "author.key_env",
-    "sampler.url",
-    "sampler.key_env",
-    "sampler.timeout",
-    "sampler.retries",
-    "sampler.backoff",
-    "sampler.concurrency",
-    "sampler.folder",
+    *("description", "mesh.", "train.save_every", "train.keep", "train.log_rollouts", "eval.every"),
+    # The same tokens in other rows.
+    *("rollout.slots", "eval.slots", "author.slots"),
+    *("train.pack", "train.row_tokens", "train.micro_tokens"),
+    # Products of other shapes, the same texts but for their rounding.
+    *("sampler.steps", "sampler.pack", "sampler.attention", "sampler.gather", "sampler.warmup"),
+    *("model.attention", "model.remat"),
+    # How long and how often a server is asked, not what. A different failure or reply of the server
+    # does not make this a different run.
+    *("sampler.url", "sampler.folder"),
+    *(
+        f"{section}.{name}"
+        for section in ("author", "sampler")
+        for name in ("timeout", "retries", "backoff", "concurrency", "key_env")
+    ),
 )
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers grain ml-collections numpy".split()
 
@@ -81,10 +61,8 @@ def check_writable(directory: pathlib.Path, flag: str) -> None:
     try:
         tempfile.TemporaryDirectory(dir=parent).cleanup()
     except OSError as error:
-        reason = error.strerror or error
-        raise PermissionError(
-            f"{flag}={directory}: {parent} cannot be written ({reason})"
-        ) from error
+        problem = f"{parent} cannot be written ({error.strerror or error})"
+        raise PermissionError(f"{flag}={directory}: {problem}") from error
 
 
 def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> bool:
@@ -126,9 +104,8 @@ def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
         return
     old = read_json(path)["starts"][0]
     # A fingerprint that is newer than the run cannot be held against it.
-    kinds = [name for name in facts if name.endswith("fingerprint") and name in old]
-    changed = [name for name in kinds if old[name] != facts[name]]
-    if changed:
+    now = {name: fact for name, fact in facts.items() if name.endswith("fingerprint")}
+    if changed := [name for name, fact in now.items() if old.get(name, fact) != fact]:
         raise ValueError(
             f"--workdir={directory} was begun with other contents than there are now "
             f"({', '.join(changed)}): choose another directory, or restore the files"
@@ -161,7 +138,7 @@ def _create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -
         (directory / name).mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", {k: _listed(v) for k, v in settings.items()})
     path = directory / "run.json"
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    starts = read_json(path)["starts"] if path.is_file() else []
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -198,27 +175,21 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
-    """Writes a JSON file on the leading process alone.
-
-    The file is renamed into place, so that a reader never meets half of it.
-    """
-    if not processes.is_leader():
-        return
-    temporary = path.with_suffix(path.suffix + ".part")
-    text = json.dumps(value, ensure_ascii=False, indent=1)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Writes a JSON file on the leading process alone."""
+    _write(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
-    """Writes one row a line, on the leading process alone, and renames the file into place."""
-    if not processes.is_leader():
-        return
-    temporary = path.with_suffix(path.suffix + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+    """Writes one row a line, on the leading process alone."""
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Renames a complete file into place, so that a reader never meets half of it."""
+    if processes.is_leader():
+        temporary = path.with_suffix(path.suffix + ".part")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
 
 
 def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
@@ -238,14 +209,11 @@ def step_file(directory: pathlib.Path, kind: str, step: int) -> pathlib.Path:
 
 def _commit() -> str:
     """Returns the commit of the code, or '' if it is not a git checkout."""
-    here = pathlib.Path(__file__).parent
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True
-        )
-    except FileNotFoundError:  # no git on this machine
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or no checkout
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def partial_file(file: pathlib.Path) -> pathlib.Path:

@@ -88,9 +88,7 @@ def unstack_layers(
     """
     stacks = (policy.params["layers"], policy.adapter, prefix)
     leaves = jax.tree.leaves(stacks)
-    if devices.size > 1 or not all(isinstance(x, jax.Array) for x in leaves):
-        return None
-    if any(x.dtype == jnp.int8 for x in leaves):
+    if devices.size > 1 or any(not isinstance(x, jax.Array) or x.dtype == jnp.int8 for x in leaves):
         return None
     count = len(leaves[0])
     if sharding.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACK_FROM * count:
@@ -133,18 +131,18 @@ class DecodeState(NamedTuple):
 
 
 class DrawnTokens(NamedTuple):
-    """The tokens of one `decode`, one column per step."""
+    """The tokens of one `decode` on the host, one column per step."""
 
-    token_JE: jax.Array  # int32, -1 where nothing was drawn
-    logp_JE: jax.Array  # float32, under the tempered distribution
-    logp_truncated_JE: jax.Array  # float32, under the distribution that was drawn from
-    live_J: jax.Array  # bool, after the last step
+    token_JE: np.ndarray  # int32, -1 where nothing was drawn
+    logp_JE: np.ndarray  # float32, under the tempered distribution
+    logp_truncated_JE: np.ndarray  # float32, under the distribution that was drawn from
+    live_J: np.ndarray  # bool, after the last step
 
 
 class DecodeResult(NamedTuple):
     """The part of a `decode` that goes to the host."""
 
-    packed_JX: jax.Array  # int32: the arrays of `DrawnTokens` side by side; see `unpack_tokens`
+    packed_JX: jax.Array  # int32: the arrays of `DrawnTokens` side by side; see `_pack_tokens`
     steps: jax.Array  # int32: tokens drawn for a slot that stayed live
 
 
@@ -152,15 +150,14 @@ def unpack_tokens(packed_JX: np.ndarray) -> DrawnTokens:
     """Splits a packed array into NumPy arrays; log-probabilities are packed as their bits."""
     columns = (packed_JX.shape[1] - 1) // 3
     token, logp, truncated = (packed_JX[:, i * columns : (i + 1) * columns] for i in range(3))
-    arrays: Any = (token, logp.view(np.float32), truncated.view(np.float32), packed_JX[:, -1] > 0)
-    return DrawnTokens(*arrays)
+    live_J = packed_JX[:, -1] > 0
+    return DrawnTokens(token, logp.view(np.float32), truncated.view(np.float32), live_J)
 
 
-def _pack_tokens(drawn: DrawnTokens) -> jax.Array:
+def _pack_tokens(drawn: tuple[jax.Array, ...], live_J: jax.Array) -> jax.Array:
     """Returns one array, which is one collective on a mesh: several might wait for one another."""
-    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in drawn[1:3]]
-    live_J1 = drawn.live_J[:, None].astype(jnp.int32)
-    return jnp.concatenate([drawn.token_JE, *bits, live_J1], axis=1)
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in drawn]
+    return jnp.concatenate([*bits, live_J[:, None].astype(jnp.int32)], axis=1)
 
 
 def init_state(decoder: transformer.Decoder, slots: int, length: int, dtype: Any) -> DecodeState:
@@ -179,20 +176,15 @@ def init_state(decoder: transformer.Decoder, slots: int, length: int, dtype: Any
 
     request = Request(
         zeros(jnp.int32), zeros(jnp.uint32, 2), zeros(jnp.int32),
-        truncation.RowSettings(
-            zeros(jnp.float32), zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32)
-        ),
+        truncation.RowSettings(*map(zeros, truncation.ROW_DTYPES)),
     )  # fmt: skip
+    numbers = [zeros(jnp.int32) for _ in range(3)]
     return DecodeState(
         decode_attention.create_cache(
             c.n_layers, slots, decoder.key_heads, length, c.head_dim, dtype
         ),
-        Slots(
-            hidden_JD=zeros(decoder.dtype, c.d_model), fresh_J=zeros(bool), live_J=zeros(bool),
-            token_J=zeros(jnp.int32), index_J=zeros(jnp.int32), drawn_J=zeros(jnp.int32),
-            request=request,
-        ),
-    )  # fmt: skip
+        Slots(zeros(decoder.dtype, c.d_model), zeros(bool), zeros(bool), *numbers, request=request),
+    )
 
 
 def partition_state(state: DecodeState, mesh: Any) -> DecodeState:
@@ -274,16 +266,10 @@ def insert(state: DecodeState, output: transformer.Output, insertion: Insertion)
     if mesh.empty or mesh.size == 1:
         return _insert_shard(state, output.hidden_BLD, kv, insertion)
     specs, batch = partition_state(state, mesh), PartitionSpec(sharding.BATCH_AXES)
-    heads = specs.cache.k[2]
-    kv_spec: Any = PartitionSpec(None, sharding.BATCH_AXES, heads)
-    return jax.shard_map(
-        _insert_shard,
-        in_specs=(
-            specs, batch, transformer.KV(kv_spec, kv_spec), jax.tree.map(lambda _: batch, insertion)
-        ),
-        out_specs=specs,
-        check_vma=False,
-    )(state, output.hidden_BLD, kv, insertion)  # fmt: skip
+    kv_spec = PartitionSpec(None, sharding.BATCH_AXES, specs.cache.k[2])
+    in_specs = (specs, batch, kv_spec, batch)
+    run = jax.shard_map(_insert_shard, in_specs=in_specs, out_specs=specs, check_vma=False)
+    return run(state, output.hidden_BLD, kv, insertion)
 
 
 def _insert_shard(
@@ -299,17 +285,12 @@ def _insert_shard(
         cache = _copy_entries(state.cache, kv, slot, start, 0, split)
         cache = _copy_entries(cache, kv, slot, own, split, length - split)
         last = jnp.where(length > split, own + length - split, start + length) - 1
-        old = state.slots
-        slots = Slots(
-            hidden_JD=old.hidden_JD.at[slot].set(hidden_1TD[0, last]),
-            fresh_J=old.fresh_J.at[slot].set(True),
-            live_J=old.live_J.at[slot].set(True),
-            token_J=old.token_J,
-            index_J=old.index_J.at[slot].set(length - 1),
-            drawn_J=old.drawn_J.at[slot].set(0),
-            request=jax.tree.map(lambda x, new: x.at[slot].set(new), old.request, request),
-        )
-        return DecodeState(cache, slots)
+        yes, zero = jnp.array(True), jnp.int32(0)
+        new = Slots(  # `token_J` stays: nothing reads it before a token is drawn
+            hidden_JD=hidden_1TD[0, last], fresh_J=yes, live_J=yes,
+            token_J=state.slots.token_J[slot], index_J=length - 1, drawn_J=zero, request=request,
+        )  # fmt: skip
+        return DecodeState(cache, jax.tree.map(lambda x, y: x.at[slot].set(y), state.slots, new))
 
     return jax.lax.fori_loop(0, insertion.count_R, insert_text, state)
 
@@ -326,19 +307,12 @@ def _copy_entries(
     layers, _, heads, _, size = kv.k.shape
 
     def copy_block(b, cache: decode_attention.Cache) -> decode_attention.Cache:
-        k, v = (
-            jax.lax.dynamic_slice(
-                x, (0, 0, 0, source + b * INSERT_BLOCK, 0), (layers, 1, heads, INSERT_BLOCK, size)
-            )
-            for x in kv
-        )
-        at = target + b * INSERT_BLOCK
-        return jax.tree.map(
-            lambda whole, new: jax.lax.dynamic_update_slice(
-                whole, new, (0, slot, 0, at, *(0,) * (whole.ndim - 4))
-            ),
-            cache, decode_attention.convert_entries(cache, k, v),
-        )  # fmt: skip
+        out = (0, 0, 0, source + b * INSERT_BLOCK, 0)
+        into = (0, slot, 0, target + b * INSERT_BLOCK, 0)  # scales of int8 have no last axis
+        k, v = (jax.lax.dynamic_slice(x, out, (layers, 1, heads, INSERT_BLOCK, size)) for x in kv)
+        new = decode_attention.convert_entries(cache, k, v)
+        put = jax.lax.dynamic_update_slice
+        return jax.tree.map(lambda x, part: put(x, part, into[: x.ndim]), cache, new)
 
     return jax.lax.fori_loop(0, -(-tokens // INSERT_BLOCK), copy_block, cache)
 
@@ -347,14 +321,9 @@ def _copy_entries(
 
 
 def decode(
-    decoder: transformer.Decoder,
-    features: truncation.Features,
-    steps: int,
-    constants: Constants,
-    state: DecodeState,
-    cancel_J: jax.Array,
-    enough: jax.Array,
-) -> tuple[DecodeState, DecodeResult]:
+    decoder: transformer.Decoder, features: truncation.Features, steps: int,
+    constants: Constants, state: DecodeState, cancel_J: jax.Array, enough: jax.Array,
+) -> tuple[DecodeState, DecodeResult]:  # fmt: skip
     """Draws up to `steps` tokens for all live slots.
 
     Args:
@@ -368,11 +337,8 @@ def decode(
     """
     cache, slots = state
     slots = slots._replace(live_J=slots.live_J & ~cancel_J)
-    shape = (slots.live_J.shape[0], steps)
-    drawn = DrawnTokens(
-        jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32),
-        jnp.zeros(shape, jnp.float32), slots.live_J,
-    )  # fmt: skip
+    zeros_JE = jnp.zeros((slots.live_J.shape[0], steps), jnp.float32)
+    drawn = (jnp.full_like(zeros_JE, -1, jnp.int32), zeros_JE, zeros_JE)
 
     def goes_on(carry):
         step, _, slots, _ = carry
@@ -388,11 +354,9 @@ def decode(
         slots, drawn = _draw(features, constants, slots, drawn, logits_JV, step)
         return step + 1, cache, slots, drawn
 
-    step, cache, slots, drawn = jax.lax.while_loop(
-        goes_on, advance, (jnp.int32(0), cache, slots, drawn)
-    )
-    packed_JX = _pack_tokens(drawn._replace(live_J=slots.live_J))
-    return DecodeState(cache, slots), DecodeResult(packed_JX, step)
+    start = (jnp.int32(0), cache, slots, drawn)
+    step, cache, slots, drawn = jax.lax.while_loop(goes_on, advance, start)
+    return DecodeState(cache, slots), DecodeResult(_pack_tokens(drawn, slots.live_J), step)
 
 
 def _run_last_tokens(
@@ -442,27 +406,23 @@ def _head(constants: Constants) -> jax.Array:
 
 
 def _draw(
-    features: truncation.Features, constants: Constants, slots: Slots, drawn: DrawnTokens,
-    logits_JV: jax.Array, step: jax.Array,
-) -> tuple[Slots, DrawnTokens]:  # fmt: skip
-    """Draws one token for each live slot and writes it to column `step`."""
+    features: truncation.Features, constants: Constants, slots: Slots,
+    drawn: tuple[jax.Array, ...], logits_JV: jax.Array, step: jax.Array,
+) -> tuple[Slots, tuple[jax.Array, ...]]:  # fmt: skip
+    """Draws one token for each live slot and writes it to column `step` of the arrays [J, E]."""
     live_J, request = slots.live_J, slots.request
     mesh = jax.sharding.get_abstract_mesh()
-    token_J, logp_J, logp_truncated_J = truncation.sample(
+    values = truncation.sample(
         logits_JV, _token_keys(features, slots), request.rows, features, constants.valid_V,
         shards=1 if mesh.empty else mesh.shape["tensor"],
     )  # fmt: skip
+    token_J = values[0]
     one_J = live_J.astype(jnp.int32)
     drawn_J = slots.drawn_J + one_J
     ended_J = constants.stop_XV[request.stop, token_J] | (drawn_J >= request.limit)
-
-    def write(into_JE, value_J):
-        return into_JE.at[:, step].set(jnp.where(live_J, value_J, into_JE[:, step]))
-
-    drawn = drawn._replace(
-        token_JE=write(drawn.token_JE, token_J),
-        logp_JE=write(drawn.logp_JE, logp_J),
-        logp_truncated_JE=write(drawn.logp_truncated_JE, logp_truncated_J),
+    drawn = tuple(
+        into_JE.at[:, step].set(jnp.where(live_J, value_J, into_JE[:, step]))
+        for into_JE, value_J in zip(drawn, values, strict=True)
     )
     slots = slots._replace(
         fresh_J=jnp.zeros_like(slots.fresh_J),

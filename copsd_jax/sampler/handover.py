@@ -48,57 +48,37 @@ class HandOver:
         """Returns the policy to decode with; its adapter is None where it is merged."""
         params, adapter, scale = policy.params, policy.adapter, policy.scale
         if adapter is not None and self._merge:
-            return policy_lib.Policy(self._convert(params, adapter, scale), scale=scale)
+            merged = self._convert(scale, self._int8, params, adapter)
+            return policy_lib.Policy(merged, scale=scale)
         if self._gather or self._int8:
-            if params is not self._frozen:
-                params = self._convert(params, None, scale)
-            else:
-                if self._base is None:
-                    self._base = self._convert(params, None, scale)
-                params = self._base
+            frozen = params is self._frozen
+            kept = self._base if frozen else None
+            params = kept or self._convert(scale, self._int8, params, None)
+            self._base = params if frozen else self._base
         if adapter is not None and self._gather:
-            places = sharding.shardings(adapter, self._mesh, self._key_heads, gathered=True)
-            adapter = self._call(_mover(places), adapter)
+            adapter = self._convert(scale, False, adapter)
         return policy_lib.Policy(params, adapter, scale)
 
     def kept(self) -> Any:
         """Returns the copy of the frozen base that stays for the whole run, or None."""
         return self._base
 
-    def _convert(self, params: Any, adapter: Any, scale: float) -> Any:
-        convert = functools.partial(_convert, scale=scale, int8=self._int8)
-        places = sharding.shardings(
-            jax.eval_shape(convert, params, adapter), self._mesh, self._key_heads,
-            gathered=self._gather,
-        )  # fmt: skip
-        return self._call(_program(scale, self._int8, places), params, adapter)
+    def _convert(self, scale: float, int8: bool, *trees: Any) -> Any:
+        """Moves one tree, or the base with an adapter or None."""
+        shapes = jax.eval_shape(functools.partial(_convert, scale=scale, int8=int8), *trees)
+        places = sharding.shardings(shapes, self._mesh, self._key_heads, gathered=self._gather)
+        leaves, tree = jax.tree.flatten(places)
+        return self._call(_program(scale, int8, tuple(leaves), tree), *trees)
 
 
-def _convert(params: Any, adapter: Any, *, scale: float, int8: bool) -> Any:
+def _convert(params: Any, adapter: Any = None, *, scale: float, int8: bool) -> Any:
     if adapter is not None:
         params = lora.merge_adapter(params, adapter, scale)
     return lora.quantise_projections(params) if int8 else params
 
 
-def _mover(shardings: Any) -> Any:
-    leaves, tree = jax.tree.flatten(shardings)
-    return _compile_mover(tuple(leaves), tree)
-
-
 @functools.lru_cache
-def _compile_mover(leaves: tuple, tree: Any) -> Any:
-    return jax.jit(lambda x: x, out_shardings=jax.tree.unflatten(tree, leaves))
-
-
-def _program(scale: float, int8: bool, places: Any) -> Any:
-    leaves, tree = jax.tree.flatten(places)
-    return _compile_program(scale, int8, tuple(leaves), tree)
-
-
-@functools.lru_cache
-def _compile_program(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
+def _program(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
     """Returns one jitted function per target, so that no later phase compiles it again."""
-    return jax.jit(
-        functools.partial(_convert, scale=scale, int8=int8),
-        out_shardings=jax.tree.unflatten(tree, leaves),
-    )
+    convert = functools.partial(_convert, scale=scale, int8=int8)
+    return jax.jit(convert, out_shardings=jax.tree.unflatten(tree, leaves))

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -63,25 +62,22 @@ class Result(NamedTuple):
 class _PartialCompletion:
     """The tokens of a text so far."""
 
-    parts: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
+    parts: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
     tail: bytes = b""  # the last bytes, for stop strings that span tokens
     stopped: bool = False
 
 
+Progress = Callable[[Stats], None] | None
+Done = Callable[[int, Completion], None] | None
+
+
 def generate(
-    decoder: transformer.Decoder,
-    policy: policy_lib.Policy,
-    prompts: Sequence[Sequence[int]],
-    sampling: request.Sampling | Sequence[request.Sampling],
-    *,
-    keys: Any,
+    decoder: transformer.Decoder, policy: policy_lib.Policy, prompts: Sequence[Sequence[int]],
+    sampling: request.Sampling | Sequence[request.Sampling], *, keys: Any,
     settings: request.SamplerSettings = request.SamplerSettings(),  # noqa: B008 - frozen
-    prefix: transformer.KV | None = None,
-    vocabulary: request.Vocabulary | None = None,
-    limits: Sequence[int] | None = None,
-    progress: Callable[[Stats], None] | None = None,
-    done: Callable[[int, Completion], None] | None = None,
-) -> Result:
+    prefix: transformer.KV | None = None, vocabulary: request.Vocabulary | None = None,
+    limits: Sequence[int] | None = None, progress: Progress = None, done: Done = None,
+) -> Result:  # fmt: skip
     """Samples one completion for each prompt; equal prompts share their prefill.
 
     It runs on the mesh of the surrounding `jax.set_mesh`, where the policy has to be.
@@ -107,12 +103,8 @@ def generate(
       ValueError: settings or prompts cannot be served.
       MemoryError: the cache does not fit the devices.
     """
-    keys_n2 = np.asarray(jax.device_get(keys))
-    each = [sampling] * len(prompts) if isinstance(sampling, request.Sampling) else list(sampling)
-    if isinstance(sampling, request.Sampling) and not prompts:
-        each = [sampling]  # so that it is checked all the same
     inputs = request.prepare_inputs(
-        decoder, policy, prompts, each, keys_n2=keys_n2, settings=settings, prefix=prefix,
+        decoder, policy, prompts, sampling, keys_n2=keys, settings=settings, prefix=prefix,
         vocabulary=vocabulary, limits=limits,
     )  # fmt: skip
     if not inputs.prompts:
@@ -153,10 +145,9 @@ class _Waiting:
                 break
             candidates.append(prompt)
             texts += len(rows)
-        taken = []
-        for _ in range(max(1, prompt_packing.count_fitting(candidates, width))):
-            taken.append(self.groups.popleft())
-            self.texts -= len(taken[-1][1])
+        fitting = max(1, prompt_packing.count_fitting(candidates, width))
+        taken = [self.groups.popleft() for _ in range(fitting)]
+        self.texts -= sum(len(rows) for _, rows in taken)
         return taken
 
     def put_back(self, prompt: tuple[int, ...], rows: list[int]) -> None:
@@ -165,41 +156,36 @@ class _Waiting:
         self.texts += len(rows)
 
 
-def _sample_all(
-    inputs: request.Inputs,
-    progress: Callable[[Stats], None] | None,
-    done: Callable[[int, Completion], None] | None,
-) -> Result:
+def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Result:
     started = time.perf_counter()
     slots, shards = inputs.settings.slots, sharding.batch_shards(inputs.mesh)
+    check_memory(inputs, 0, _free_memory(inputs))
+    state = _init_program(inputs).call()
     waiting = _Waiting(inputs.prompts)
     prefilled: _Queues = [collections.deque() for _ in range(shards)]
     texts = {row: _PartialCompletion() for row in range(len(inputs.prompts))}
     completions: dict[int, Completion] = {}
     serving: dict[int, int] = {}  # slot -> row of its text
     cancel = np.zeros(slots, bool)  # slots to end that are still live on the device
-    state = _make_state(inputs)
     tokens = prompt_tokens = busy = possible = 0
     while waiting.texts or any(prefilled) or serving:
         state = _insert_prefilled(inputs, state, prefilled, serving)
         # The texts of a prefill go into their slots before the next prefill, so at most two
         # prefills are held at a time, whatever the number of slots.
         while waiting.texts and len(serving) < slots:
-            prompt_tokens += _prefill_row(
-                inputs, waiting, prefilled, _list_free_slots(inputs, serving)
-            )
+            prompt_tokens += _prefill_row(inputs, waiting, prefilled, serving)
             state = _insert_prefilled(inputs, state, prefilled, serving)
         cancel[list(serving)] = False  # these slots now hold a new text
         more = bool(waiting.texts or any(prefilled))
         # While texts wait, decoding ends once a sixteenth of the slots (at least one) is free.
         enough = max(1, len(serving) - max(1, slots // 16) + 1) if more else 1
-        args = _to_devices(inputs, cancel), _to_devices(inputs, np.int32(enough))
+        args = _to_devices(inputs, (cancel, np.int32(enough)))
         state, result = _decode_program(inputs, state, *args).call(inputs.constants, state, *args)
         packed_JX, steps = jax.device_get(result)  # waits for the device
         drawn = engine.unpack_tokens(packed_JX)
         cancel[:] = False
         for slot, row in list(serving.items()):
-            tokens += _append_tokens(inputs, texts[row], int(inputs.request.stop[row]), drawn, slot)
+            tokens += _append_tokens(inputs, row, texts[row], drawn, slot)
             if texts[row].stopped or not drawn.live_J[slot]:
                 cancel[slot] = drawn.live_J[slot]
                 del serving[slot]
@@ -218,20 +204,10 @@ def _sample_all(
     return Result([completions[row] for row in range(len(inputs.prompts))], stats)
 
 
-def _make_state(inputs: request.Inputs) -> engine.DecodeState:
-    """Returns a state without texts on the devices."""
-    check_memory(inputs, 0, _free_memory(inputs))
-    return _init_program(inputs).call()
-
-
-def _list_free_slots(inputs: request.Inputs, serving: dict[int, int]) -> list[list[int]]:
-    """Lists the free slots of each shard."""
-    shards = sharding.batch_shards(inputs.mesh)
-    per = inputs.settings.slots // shards
-    return [
-        [slot for slot in range(r * per, (r + 1) * per) if slot not in serving]
-        for r in range(shards)
-    ]
+def _list_free_slots(slots: int, shards: int, serving: dict[int, int]) -> list[list[int]]:
+    """Lists the free slots of each shard, which has slots / shards of them."""
+    parts = np.arange(slots).reshape(shards, -1).tolist()
+    return [[slot for slot in part if slot not in serving] for part in parts]
 
 
 def _to_devices(inputs: request.Inputs, x: Any, *axes: Any) -> Any:
@@ -239,7 +215,7 @@ def _to_devices(inputs: request.Inputs, x: Any, *axes: Any) -> Any:
 
 
 def _prefill_row(
-    inputs: request.Inputs, waiting: _Waiting, prefilled: _Queues, free: list[list[int]]
+    inputs: request.Inputs, waiting: _Waiting, prefilled: _Queues, serving: dict[int, int]
 ) -> int:
     """Runs prefill on a row of prompts for every shard; returns the number of tokens.
 
@@ -247,12 +223,13 @@ def _prefill_row(
     share of the waiting texts. A shard without a free slot takes some ahead if it holds none, since
     its row is computed anyway.
     """
-    shards, per = len(prefilled), inputs.settings.slots // len(prefilled)
+    slots, shards = inputs.settings.slots, len(prefilled)
+    free = _list_free_slots(slots, shards, serving)
     share = waiting.texts // shards
     taken: list[list] = [[] for _ in range(shards)]
     for r in sorted(range(shards), key=lambda r: -len(free[r])):
         need = len(free[r])
-        wanted = max(need, min(need + per, share))
+        wanted = max(need, min(need + slots // shards, share))
         if prefilled[r] or not wanted or not waiting.texts:
             continue
         for prompt, rows in waiting.take(wanted, inputs.settings.pack):
@@ -262,27 +239,31 @@ def _prefill_row(
             if rows[len(keep) :]:
                 waiting.put_back(prompt, rows[len(keep) :])
             taken[r].append((prompt, keep))
-    sizes = [prompt_packing.count_tokens([prompt for prompt, _ in part]) for part in taken]
+    prompts = [[prompt for prompt, _ in part] for part in taken]
+    sizes = [prompt_packing.count_tokens(part) for part in prompts]
     width = next(size for size in inputs.buckets if size >= max(sizes))
-    rows = [prompt_packing.pack_row([prompt for prompt, _ in part], width) for part in taken]
-    packed = _to_devices(
-        inputs,
-        engine.PackedPrompts(*np.stack([row for row, _ in rows], axis=1)),
-        sharding.BATCH_AXES,
-    )
+    packed, places = _pack_prompts(prompts, width)
+    packed = _to_devices(inputs, packed, sharding.BATCH_AXES)
     output = _prefill_program(inputs, packed).call(inputs.constants, packed)
     for r, part in enumerate(taken):
         for prompt, texts in part:
-            prefilled[r].extend(_Prefilled(row, output, rows[r][1][prompt]) for row in texts)
+            prefilled[r].extend(_Prefilled(row, output, places[r][prompt]) for row in texts)
     return sum(sizes)
+
+
+def _pack_prompts(parts: list[list[tuple[int, ...]]], width: int) -> tuple[Any, tuple]:
+    """Builds NumPy arrays and placements from the prompts of each shard."""
+    packed = [prompt_packing.pack_row(part, width) for part in parts]
+    rows, places = zip(*packed, strict=True)
+    return engine.PackedPrompts(*np.stack(rows, axis=1)), places
 
 
 def _insert_prefilled(
     inputs: request.Inputs, state: engine.DecodeState, prefilled: _Queues, serving: dict[int, int]
 ) -> engine.DecodeState:
     """Puts prefilled texts into free slots and enters them in `serving`."""
-    shards, free = len(prefilled), _list_free_slots(inputs, serving)
-    per = inputs.settings.slots // shards  # slots of a shard
+    slots, shards = inputs.settings.slots, len(prefilled)
+    per, free = slots // shards, _list_free_slots(slots, shards, serving)
     outputs: dict[int, tuple[transformer.Output, list[list]]] = {}
     for r in range(shards):
         for slot in free[r][: len(prefilled[r])]:
@@ -309,33 +290,22 @@ def _pack_insertions(inputs: request.Inputs, parts: list[list], per: int) -> eng
             numbers[:, r, i] = slot, *text.place, len(inputs.prompts[text.row])
             rows[r, i] = text.row
     request = jax.tree.map(lambda x: x[rows], inputs.request)
-    count: Any = np.array([len(part) for part in parts], np.int32)
-    slot, start, split, own, length = (part for part in numbers)
-    return engine.Insertion(slot, start, split, own, length, request, count)  # pyright: ignore
+    fields: list[Any] = [*numbers, request, np.array([len(part) for part in parts], np.int32)]
+    return engine.Insertion(*fields)
 
 
 def _append_tokens(
-    inputs: request.Inputs,
-    text: _PartialCompletion,
-    stop_set: int,
-    drawn: engine.DrawnTokens,
-    slot: int,
+    inputs: request.Inputs, row: int, text: _PartialCompletion, drawn: engine.DrawnTokens, slot: int
 ) -> int:
     """Appends a slot's tokens, up to the one that completes a stop string; returns their number."""
     columns = np.flatnonzero(drawn.token_JE[slot] >= 0)
-    stops = inputs.stops[stop_set]
-    reach = max(map(len, stops), default=1) - 1
-    for number, column in enumerate(columns if stops else ()):
-        text.tail += inputs.vocabulary.token_bytes[int(drawn.token_JE[slot, column])]
-        if any(stop in text.tail for stop in stops):
-            text.stopped = True
-            columns = columns[: number + 1]
-            break
-        text.tail = text.tail[max(0, len(text.tail) - reach) :]
-    text.parts.append(
-        tuple(x[slot, columns] for x in (drawn.token_JE, drawn.logp_JE, drawn.logp_truncated_JE))
-    )
-    return len(columns)
+    end, text.tail = request.find_stop(
+        text.tail, drawn.token_JE[slot, columns].tolist(),
+        inputs.stops[int(inputs.request.stop[row])], inputs.vocabulary.token_bytes,
+    )  # fmt: skip
+    text.stopped = end is not None
+    text.parts.append([x[slot, columns[:end]] for x in drawn[:3]])
+    return len(columns[:end])
 
 
 def _finish(inputs: request.Inputs, row: int, text: _PartialCompletion) -> Completion:
@@ -354,14 +324,16 @@ def _sharding(inputs: request.Inputs, *axes: Any) -> Any:
     return NamedSharding(inputs.mesh, PartitionSpec(*axes))
 
 
+def _to_abstract(inputs: request.Inputs, x: Any, *axes: Any) -> Any:
+    return sharding.to_abstract(x, inputs.mesh, PartitionSpec(*axes))
+
+
 def abstract_state(inputs: request.Inputs) -> engine.DecodeState:
     """Returns a state as jax.ShapeDtypeStructs with shardings."""
     s = inputs.settings
     shape = jax.eval_shape(lambda: engine.init_state(inputs.decoder, s.slots, s.length, s.cache))
-    return jax.tree.map(
-        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(inputs, *spec)),
-        shape, engine.partition_state(shape, inputs.mesh),
-    )  # fmt: skip
+    specs = engine.partition_state(shape, inputs.mesh)
+    return jax.tree.map(lambda x, spec: _to_abstract(inputs, x, *spec), shape, specs)
 
 
 def _shardings(tree: Any) -> Any:
@@ -372,7 +344,7 @@ def _init_program(inputs: request.Inputs) -> program_cache.Program:
     s = inputs.settings
     static = (inputs.decoder, s.slots, s.length, np.dtype(s.cache))
     places = _shardings(abstract_state(inputs))
-    return program_cache.get_program("empty cache", engine.init_state, static, (), None, places)
+    return program_cache.get_program("empty cache", engine.init_state, static, (), (), places)
 
 
 def _prefill_program(inputs: request.Inputs, packed: engine.PackedPrompts) -> program_cache.Program:
@@ -381,7 +353,7 @@ def _prefill_program(inputs: request.Inputs, packed: engine.PackedPrompts) -> pr
     pair = _sharding(inputs, None, sharding.BATCH_AXES, head)
     width = packed.tokens_RT.shape[1]
     return program_cache.get_program(
-        f"prefill {width}", engine.prefill, (inputs.decoder,), (inputs.constants, packed), None,
+        f"prefill {width}", engine.prefill, (inputs.decoder,), (inputs.constants, packed), (),
         transformer.Output(_sharding(inputs, sharding.BATCH_AXES), transformer.KV(pair, pair)),
     )  # fmt: skip
 
@@ -389,7 +361,7 @@ def _prefill_program(inputs: request.Inputs, packed: engine.PackedPrompts) -> pr
 def _insert_program(inputs: request.Inputs, state, output, entry) -> program_cache.Program:
     width = output.hidden_BLD.shape[1]
     return program_cache.get_program(
-        f"insert {width}", engine.insert, (), (state, output, entry), 0, _shardings(state)
+        f"insert {width}", engine.insert, (), (state, output, entry), (0,), _shardings(state)
     )
 
 
@@ -398,7 +370,7 @@ def _decode_program(inputs: request.Inputs, state, cancel_J, enough) -> program_
     return program_cache.get_program(
         f"decode {inputs.settings.slots} x {inputs.settings.length}", engine.decode,
         (inputs.decoder, inputs.features, inputs.settings.steps),
-        (inputs.constants, state, cancel_J, enough), 4,
+        (inputs.constants, state, cancel_J, enough), (4,),
         (_shardings(state), engine.DecodeResult(whole, whole)),
     )  # fmt: skip
 
@@ -422,22 +394,19 @@ def compile_programs(
         shards, slots = sharding.batch_shards(inputs.mesh), inputs.settings.slots
         programs = [_init_program(inputs)]
         for width in inputs.buckets:
-            packed = engine.PackedPrompts(*[_like(inputs, (shards, width), jnp.int32)] * 4)
+            packed, _ = _pack_prompts([[]] * shards, width)
+            packed = _to_abstract(inputs, packed, sharding.BATCH_AXES)
             programs.append(_prefill_program(inputs, packed))
             run = functools.partial(engine.prefill, inputs.decoder)
-            shapes = jax.eval_shape(run, inputs.constants, packed)
-            output = jax.tree.map(
-                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                shapes, programs[-1].call.output_shardings,
+            output = sharding.to_abstract(
+                jax.eval_shape(run, inputs.constants, packed), inputs.mesh,
+                programs[-1].call.output_shardings,
             )  # fmt: skip
-            entry = jax.tree.map(
-                lambda x: _like(inputs, x.shape, x.dtype),
-                _pack_insertions(inputs, [[] for _ in range(shards)], slots // shards),
-            )
+            entry = _pack_insertions(inputs, [[]] * shards, slots // shards)
+            entry = _to_abstract(inputs, entry, sharding.BATCH_AXES)
             programs.append(_insert_program(inputs, state, output, entry))
-        cancel_J = jax.ShapeDtypeStruct((slots,), bool, sharding=_sharding(inputs))
-        enough = jax.ShapeDtypeStruct((), jnp.int32, sharding=_sharding(inputs))
-        programs.append(_decode_program(inputs, state, cancel_J, enough))
+        args = _to_abstract(inputs, (np.zeros(slots, bool), np.int32(0)))
+        programs.append(_decode_program(inputs, state, *args))
         # The rows of one prefill wait for slots while the next prefill runs.
         temporary = max(program.temporary for program in programs) + 2 * device_bytes(output)
         check_memory(inputs, temporary, memory)
@@ -455,14 +424,10 @@ def _explain_memory_errors(inputs: request.Inputs) -> Iterator[None]:
         check_memory(inputs, 0, None)
 
 
-def _like(inputs: request.Inputs, shape: tuple[int, ...], dtype: Any) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(inputs, sharding.BATCH_AXES))
-
-
 def _free_memory(inputs: request.Inputs) -> int:
     """Returns the bytes of a device that others do not hold, sys.maxsize if it does not tell."""
     stats = inputs.mesh.local_devices[0].memory_stats() or {}
-    if inputs.mesh.devices.flat[0].platform == "cpu":
+    if sharding.platform(inputs.mesh) == "cpu":
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return pages // jax.local_device_count()
     if "bytes_limit" not in stats:

@@ -26,7 +26,7 @@ _PROGRAMS: dict[Any, Program] = {}
 
 
 def get_program(
-    name: str, function: Callable, static: tuple, args: tuple, donate: int | None, shardings: Any
+    name: str, function: Callable, static: tuple, args: tuple, donate: tuple, shardings: Any
 ) -> Program:
     """Returns `function(*static, *args)` compiled for these arguments.
 
@@ -35,7 +35,7 @@ def get_program(
       function: the function to compile.
       static: its first arguments, hashable.
       args: its other arguments, which may be jax.ShapeDtypeStructs with shardings.
-      donate: index among all arguments of the one whose buffers become results; None for none.
+      donate: indices among all arguments of those whose buffers become results.
       shardings: of the results; None leaves them to the compiler.
     """
     leaves, tree = jax.tree.flatten((args, shardings))
@@ -44,9 +44,8 @@ def get_program(
     key = (function, static, tree, shapes, donate, scope)
     if key not in _PROGRAMS:
         started = time.perf_counter()
-        numbers = tuple(range(len(static)))
         jitted = jax.jit(
-            function, static_argnums=numbers, donate_argnums=() if donate is None else donate,
+            function, static_argnums=tuple(range(len(static))), donate_argnums=donate,
             out_shardings=shardings,
         )  # fmt: skip
         compiled = jitted.lower(*static, *args).compile()

@@ -85,10 +85,8 @@ def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt
 
 def count_tokens(prompts: Sequence[Prompt]) -> int:
     """Counts the tokens that these prompts take in a row."""
-    return sum(
-        shared + sum(len(prompt) - shared for prompt in members)
-        for shared, members in group_by_beginning(prompts)
-    )
+    groups = group_by_beginning(prompts)
+    return sum(sum(map(len, members)) - shared * (len(members) - 1) for shared, members in groups)
 
 
 def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Prompt, Placement]]:

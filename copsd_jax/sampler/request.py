@@ -1,13 +1,14 @@
 """Settings and inputs of one call of the sampler, checked before anything runs.
 
-`Vocabulary`, `Sampling` and `SamplerSettings` are a caller's. `prepare_inputs` checks them with the
-prompts and builds `Inputs`, the read-only inputs of the call. `derive_keys` makes random streams.
+`Vocabulary`, `Sampling` and `SamplerSettings` are a caller's. `list_texts` checks and joins the
+arguments that every engine takes. `prepare_inputs` builds `Inputs`, the read-only inputs of a call
+of this sampler. `derive_keys` makes random streams.
 """
 
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,6 +51,20 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()  # strings; a completion ends with the token that completes one
 
+    @property
+    def row(self) -> tuple[float, int, float, float]:
+        """The settings in the order of `truncation.RowSettings`."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
+
+class Text(NamedTuple):
+    """One completion to draw."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    limit: int  # most tokens to draw
+    key_2: np.ndarray  # uint32
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
@@ -69,9 +84,7 @@ class Inputs:
     decoder: transformer.Decoder
     constants: engine.Constants
     features: truncation.Features
-    settings: (
-        SamplerSettings  # with its length and cache dtype set, and slots a multiple of the shards
-    )
+    settings: SamplerSettings  # its length and cache dtype set, slots a multiple of the shards
     mesh: Mesh
     prompts: Sequence[tuple[int, ...]]
     request: engine.Request  # NumPy arrays with one entry per prompt
@@ -113,8 +126,7 @@ def derive_keys(
         root = jax.random.fold_in(root, word)
     # Sizes are rounded up to powers of two, so that few programs serve all numbers of texts.
     size = 1 << max(0, len(samples) - 1).bit_length()
-    words = np.zeros((size, 2), np.uint32)
-    numbers = np.zeros(size, np.uint32)
+    words, numbers = np.zeros((size, 2), np.uint32), np.zeros(size, np.uint32)
     words[: len(samples)], numbers[: len(samples)] = words_n2, samples
     return np.asarray(_row_keys(root, words, numbers))[: len(samples)]
 
@@ -129,26 +141,18 @@ def _row_keys(root: jax.Array, words_n2: jax.Array, samples_n: jax.Array) -> jax
 
 
 def prepare_inputs(
-    decoder: transformer.Decoder,
-    policy: policy_lib.Policy,
-    prompts: Sequence[Sequence[int]],
-    each: Sequence[Sampling],
-    *,
-    keys_n2: np.ndarray,
-    settings: SamplerSettings,
-    prefix: transformer.KV | None = None,
-    vocabulary: Vocabulary | None = None,
-    limits: Sequence[int] | None = None,
-    longest: int = 1,
-    put: Any = sharding.shard_tree,
-) -> Inputs:
+    decoder: transformer.Decoder, policy: policy_lib.Policy, prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling], *, keys_n2: Any, settings: SamplerSettings,
+    prefix: transformer.KV | None = None, vocabulary: Vocabulary | None = None,
+    limits: Sequence[int] | None = None, longest: int = 1, put: Any = sharding.shard_tree,
+) -> Inputs:  # fmt: skip
     """Checks the arguments of `loop.generate` and builds the inputs of its programs.
 
     Args:
       decoder: the model.
       policy: its weights, on the mesh or abstract.
       prompts: token ids without the shared prefix.
-      each: the settings of each prompt; without prompts, settings to check.
+      sampling: settings of all prompts, or one for each.
       keys_n2: uint32, as `derive_keys` returns them.
       settings: the sampler's size.
       prefix: keys and values of the shared prefix.
@@ -160,26 +164,20 @@ def prepare_inputs(
     Raises:
       ValueError: settings or prompts cannot be served.
     """
-    prompts = [tuple(prompt) for prompt in prompts]
-    if limits is None:
-        limits = [s.max_tokens for s in each[: len(prompts)]]
-    if vocabulary is None:
-        vocabulary = Vocabulary(np.ones(decoder.config.vocab_size, bool))
-    valid_V = vocabulary.valid_V
+    vocabulary = vocabulary or Vocabulary(np.ones(decoder.config.vocab_size, bool))
+    valid_V, devices = vocabulary.valid_V, sharding.current_mesh()
     _check_settings(decoder.config, settings, valid_V)
-    for sampling in dict.fromkeys(each):
-        check_sampling(sampling, vocabulary)
-    check_prompts(decoder.config.vocab_size, prompts, each, keys_n2, limits)
-    shared = 0 if prefix is None else prefix.k.shape[2]
-    _check_lengths(prompts, limits, shared, settings.length, decoder.config.max_position)
-    longest = max(longest, *map(len, prompts)) if prompts else longest
-    devices = sharding.current_mesh()
-    settings = _complete_settings(settings, prompts, limits, devices, decoder.dtype)
-    stops = list(dict.fromkeys(_stop_conditions(s) for s in each))
-    sets = max(STOP_SETS, 1 << (len(stops) - 1).bit_length())
-    stop_XV = np.zeros((sets, len(valid_V)), bool)
-    for row, (ids, texts) in zip(stop_XV, stops, strict=False):
-        row[:] = _stop_table(ids, texts, vocabulary.token_bytes, len(valid_V))
+    texts = list_texts(prompts, sampling, keys_n2, limits, vocabulary)
+    if settings.length:
+        room = f"length is {settings.length}, the cache entries of a slot"
+        check_lengths(texts, settings.length, room)
+    shared, positions = 0 if prefix is None else prefix.k.shape[2], decoder.config.max_position
+    room = f"the model has {positions} positions (shared prefix {shared})"
+    check_lengths(texts, positions, room, shared)
+    settings = _complete_settings(settings, texts, devices, decoder.dtype)
+    kinds = _list_kinds(sampling)
+    stops = list(dict.fromkeys(_stop_conditions(kind) for kind in kinds))
+    stop_XV = _stop_tables(stops, vocabulary)
     return Inputs(
         decoder=decoder,
         constants=engine.Constants(
@@ -189,26 +187,90 @@ def prepare_inputs(
             put(stop_XV, devices, PartitionSpec()),
             engine.unstack_layers(policy, prefix, devices),
         ),
-        features=truncation.find_features(
-            [(s.temperature, s.top_k, s.top_p, s.min_p) for s in each]
+        features=truncation.find_features([kind.row for kind in kinds]),
+        settings=settings, mesh=devices, prompts=[text.prompt for text in texts],
+        request=_pack_requests(texts, stops), stops=[strings for _, strings in stops],
+        vocabulary=vocabulary, stop_XV=stop_XV,
+        buckets=prompt_packing.list_buckets(
+            settings.pack, max([longest, *(len(text.prompt) for text in texts)])
         ),
-        settings=settings, mesh=devices, prompts=prompts,
-        request=_pack_requests(each[: len(prompts)], limits, keys_n2, stops),
-        stops=[texts for _, texts in stops], vocabulary=vocabulary, stop_XV=stop_XV,
-        buckets=prompt_packing.list_buckets(settings.pack, longest),
     )  # fmt: skip
 
 
+def list_texts(
+    prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], keys: Any,
+    limits: Sequence[int] | None, vocabulary: Vocabulary,
+) -> list[Text]:  # fmt: skip
+    """Returns one entry for each prompt, after checking the arguments of a `generate`.
+
+    Raises:
+      ValueError: settings cannot be served, a list has not one entry for each prompt, the keys are
+        no uint32 [n, 2], a prompt is empty or has ids that the model lacks, or a limit is below 1.
+    """
+    for kind in _list_kinds(sampling):
+        _check_sampling(kind, vocabulary)
+    count, size = len(prompts), len(vocabulary.valid_V)
+    each = [sampling] * count if isinstance(sampling, Sampling) else sampling
+    if len(each) != count:
+        raise ValueError(f"sampling has {len(each)} entries for {count} prompts")
+    keys_n2 = np.asarray(jax.device_get(keys))
+    if keys_n2.shape != (count, 2) or keys_n2.dtype != np.uint32:
+        raise ValueError(
+            f"keys are {keys_n2.dtype} {keys_n2.shape}: they must be uint32 ({count}, 2), one for "
+            "each prompt"
+        )
+    limits = [one.max_tokens for one in each] if limits is None else limits
+    if len(limits) != count:
+        raise ValueError(f"limits has {len(limits)} entries for {count} prompts")
+    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        if limit < 1:
+            raise ValueError(f"limits[{i}] is {limit}: a completion has at least 1 token")
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty: it must have at least one token")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= size:
+            rule = f"the model has the ids 0 to {size - 1}"
+            raise ValueError(f"prompt {i} has ids {low} to {high}: {rule}")
+    ids = (tuple(map(int, prompt)) for prompt in prompts)
+    return [Text(*text) for text in zip(ids, each, map(int, limits), keys_n2, strict=True)]
+
+
+def find_stop(
+    tail: bytes, tokens: Sequence[int], stops: Sequence[bytes], token_bytes: Sequence[bytes]
+) -> tuple[int | None, bytes]:
+    """Counts the tokens up to the first that completes a stop string.
+
+    Args:
+      tail: the last bytes before these tokens, as a former call returned them.
+      tokens: ids of the next tokens.
+      stops: the stop strings.
+      token_bytes: the bytes of each id.
+
+    Returns:
+      The number of tokens, None if no string is complete; and the last bytes of the text.
+    """
+    reach = max(map(len, stops), default=1) - 1
+    for count, token in enumerate(tokens if stops else (), 1):
+        tail += token_bytes[token]
+        if any(stop in tail for stop in stops):
+            return count, tail
+        tail = tail[max(0, len(tail) - reach) :]
+    return None, tail
+
+
+def _list_kinds(sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:
+    """Returns the settings that differ; those of all prompts count even if there is no prompt."""
+    return [sampling] if isinstance(sampling, Sampling) else list(dict.fromkeys(sampling))
+
+
 def _complete_settings(
-    settings: SamplerSettings, prompts: Sequence[Sequence[int]], limits: Sequence[int], mesh: Mesh,
-    dtype: Any,
-) -> SamplerSettings:  # fmt: skip
+    settings: SamplerSettings, texts: Sequence[Text], mesh: Mesh, dtype: Any
+) -> SamplerSettings:
     """Fills in length and cache dtype, and rounds slots and length up."""
     # Beyond a text there is room for the rest of a block that `insert` copies.
     length = settings.length + engine.INSERT_BLOCK
     if not settings.length:
-        pairs = zip(prompts, limits, strict=True)
-        need = max((len(prompt) + limit for prompt, limit in pairs), default=1)
+        need = max((len(text.prompt) + text.limit for text in texts), default=1)
         length = round_up_length(need + engine.INSERT_BLOCK)
     shards, multiple = sharding.batch_shards(mesh), decode_attention.CACHE_LENGTH_MULTIPLE
     return dataclasses.replace(
@@ -223,22 +285,20 @@ def _stop_conditions(sampling: Sampling) -> tuple[tuple[int, ...], tuple[bytes, 
     return tuple(sampling.stop_ids), tuple(text.encode() for text in sampling.stop)
 
 
-def _pack_requests(
-    each: Sequence[Sampling], limits: Sequence[int], keys_n2: Any, stops: list
-) -> engine.Request:
-    """Builds arrays with one entry per prompt; `stops` lists the sets of stop conditions."""
+def _pack_requests(texts: Sequence[Text], stops: list) -> engine.Request:
+    """Builds arrays with one entry per text; `stops` lists the sets of stop conditions."""
     number = {ends: i for i, ends in enumerate(stops)}
 
-    def column(name: str, dtype: Any) -> Any:
-        return np.array([getattr(one, name) for one in each], dtype)
+    def column(values: Any, dtype: Any) -> Any:
+        return np.array(values, dtype)
 
-    stop: Any = np.array([number[_stop_conditions(one)] for one in each], np.int32)
-    rows = truncation.RowSettings(
-        column("temperature", np.float32), column("top_k", np.int32),
-        column("top_p", np.float32), column("min_p", np.float32),
-    )  # fmt: skip
-    limit: Any = np.array(limits, np.int32)
-    return engine.Request(limit, keys_n2, stop, rows)
+    rows = np.array([text.sampling.row for text in texts]).reshape(-1, 4).T
+    return engine.Request(
+        column([text.limit for text in texts], np.int32),
+        column([text.key_2 for text in texts], np.uint32).reshape(-1, 2),
+        column([number[_stop_conditions(text.sampling)] for text in texts], np.int32),
+        truncation.RowSettings(*map(column, rows, truncation.ROW_DTYPES)),
+    )
 
 
 def round_up_length(length: int) -> int:
@@ -249,16 +309,16 @@ def round_up_length(length: int) -> int:
     return size
 
 
-def _stop_table(
-    stop_ids: Sequence[int], stops: Sequence[bytes], token_bytes: Sequence[bytes], vocab: int
-) -> np.ndarray:
-    """Returns bool [V]: ids that end a text alone, also by a stop string within their bytes."""
-    table = np.zeros(vocab, bool)
-    table[list(stop_ids)] = True
-    if stops:
-        inside = [any(stop in piece for stop in stops) for piece in token_bytes]
-        table[: len(inside)] |= inside
-    return table
+def _stop_tables(stops: list, vocabulary: Vocabulary) -> np.ndarray:
+    """Returns bool [X, V]: ids that end a text alone, also by a stop string within their bytes."""
+    sets = max(STOP_SETS, 1 << (len(stops) - 1).bit_length())
+    stop_XV = np.zeros((sets, len(vocabulary.valid_V)), bool)
+    for row_V, (ids, strings) in zip(stop_XV, stops, strict=False):
+        row_V[list(ids)] = True
+        if strings:
+            inside = [any(stop in piece for stop in strings) for piece in vocabulary.token_bytes]
+            row_V[: len(inside)] |= inside
+    return stop_XV
 
 
 def _check_settings(
@@ -268,11 +328,9 @@ def _check_settings(
         value = getattr(settings, name)
         if value < least:
             raise ValueError(f"{name} is {value!r}: it must be at least {least}")
-    dtypes = {np.dtype(name).name for name in ("float32", "bfloat16", "int8")}
-    if settings.cache is not None and np.dtype(settings.cache).name not in dtypes:
-        raise ValueError(
-            f"cache is {np.dtype(settings.cache).name}: the choices are float32, bfloat16, int8"
-        )
+    choices = ("float32", "bfloat16", "int8")
+    if settings.cache is not None and (name := np.dtype(settings.cache).name) not in choices:
+        raise ValueError(f"cache is {name}: the choices are {', '.join(choices)}")
     if valid_V.shape != (config.vocab_size,) or not valid_V.any():
         raise ValueError(
             f"valid_V has shape {valid_V.shape} and {int(valid_V.sum())} ids: it must have shape "
@@ -280,17 +338,10 @@ def _check_settings(
         )
 
 
-def check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
-    """Refuses settings that cannot be served.
-
-    Raises:
-      ValueError: a number is out of its range, a stop id is not one of the model's, a stop string
-        is empty, or the bytes of some valid ids are missing, which stop strings need.
-    """
+def _check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
+    """Refuses settings that cannot be served."""
     size, count = len(vocabulary.valid_V), len(vocabulary.token_bytes)
-    truncation.check_settings(
-        sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, vocab_size=size
-    )
+    truncation.check_settings(*sampling.row, vocab_size=size)
     if sampling.max_tokens < 1:
         raise ValueError(f"max_tokens is {sampling.max_tokens!r}: it must be at least 1")
     for token in sampling.stop_ids:
@@ -305,50 +356,13 @@ def check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
         )
 
 
-def check_prompts(
-    vocab_size: int, prompts: Sequence[Sequence[int]], each: Sequence[Sampling],
-    keys_n2: np.ndarray, limits: Sequence[int],
-) -> None:  # fmt: skip
-    """Refuses prompts that cannot be served, and lists of unequal lengths.
+def check_lengths(texts: Sequence[Text], most: int, room: str, shared: int = 0) -> None:
+    """Refuses texts of more than `most` tokens, the shared prefix included.
 
     Raises:
-      ValueError: a list has not one entry for each prompt, the keys are no uint32 [n, 2], a prompt
-        is empty or has ids that the model lacks, or a limit is below 1.
+      ValueError: a text is longer; the message ends with `room`.
     """
-    if prompts and len(each) != len(prompts):
-        raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
-    if keys_n2.shape != (len(prompts), 2) or keys_n2.dtype != np.uint32:
-        raise ValueError(
-            f"keys are {keys_n2.dtype} {keys_n2.shape}: they must be uint32 ({len(prompts)}, 2), "
-            "one for each prompt"
-        )
-    if len(limits) != len(prompts):
-        raise ValueError(f"limits has {len(limits)} entries for {len(prompts)} prompts")
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if limit < 1:
-            raise ValueError(f"limits[{i}] is {limit}: a completion has at least 1 token")
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty: it must have at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise ValueError(
-                f"prompt {i} has ids {min(prompt)} to {max(prompt)}: the model has the ids 0 to "
-                f"{vocab_size - 1}"
-            )
-
-
-def _check_lengths(
-    prompts: Sequence[Sequence[int]], limits: Sequence[int], shared: int, length: int,
-    positions: int,
-) -> None:  # fmt: skip
-    """Refuses texts longer than a slot's cache (0 is no bound) or than the model's positions."""
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if length and len(prompt) + limit > length:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and may get {limit} more: length is "
-                f"{length}, the cache entries of a slot"
-            )
-        if shared + len(prompt) + limit > positions:
-            raise ValueError(
-                f"prompt {i} has {shared + len(prompt)} tokens (shared prefix {shared}) and may "
-                f"get {limit} more: the model has {positions} positions"
-            )
+    for i, text in enumerate(texts):
+        tokens, more = shared + len(text.prompt), text.limit
+        if tokens + more > most:
+            raise ValueError(f"prompt {i} has {tokens} tokens and may get {more} more: {room}")

@@ -25,6 +25,7 @@ Shapes: J rows, V vocabulary, K = cap candidates, N blocks, X any set of candida
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,6 +46,9 @@ class RowSettings(NamedTuple):
     top_k_J: jax.Array  # int32, 0 is off
     top_p_J: jax.Array  # float32, 1 is off
     min_p_J: jax.Array  # float32, 0 is off
+
+
+ROW_DTYPES = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)  # of RowSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +111,9 @@ class _Drawn(NamedTuple):
 
 
 def sample(
-    logits_JV: jax.Array,
-    key_J2: jax.Array,
-    rows: RowSettings,
-    features: Features,
-    valid_V: jax.Array | None,
-    *,
-    shards: int = 1,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    logits_JV: jax.Array, key_J2: jax.Array, rows: RowSettings, features: Features,
+    valid_V: jax.Array | None, *, shards: int = 1,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Draws one token per row from its truncated distribution.
 
     Args:
@@ -163,9 +162,7 @@ def _draw(x_JNb, high_JN, mass_JN, key_J2, rows: RowSettings, features: Features
         ways.append((rows.temperature_J == 0, _greedy(x_JNb, high_JN)))
     drawn = ways[0][1]
     for mine_J, other in ways[1:]:
-        drawn = jax.tree.map(
-            lambda new, old, mine_J=mine_J: jnp.where(mine_J, new, old), other, drawn
-        )
+        drawn = jax.tree.map(functools.partial(jnp.where, mine_J), other, drawn)
     return drawn
 
 
@@ -320,11 +317,9 @@ def _floor(weight_JX: jax.Array, rows: RowSettings, features: Features) -> jax.A
     floor_J1 = jnp.zeros((weight_JX.shape[0], 1), jnp.float32)
     if features.min_p:
         floor_J1 = rows.min_p_J[:, None]
-    return (
-        jnp.maximum(floor_J1, _nucleus(weight_JX, rows.top_p_J[:, None]))
-        if features.top_p
-        else floor_J1
-    )
+    if features.top_p:
+        floor_J1 = jnp.maximum(floor_J1, _nucleus(weight_JX, rows.top_p_J[:, None]))
+    return floor_J1
 
 
 def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
@@ -351,19 +346,14 @@ def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
         middle = low + (high - low) // 2
         mass, count = measure(middle)
         enough = mass >= need_J1
-        return (
-            jnp.where(enough, middle, low),
-            jnp.where(enough, high, middle),
-            jnp.where(enough, count, at_low),
-            jnp.where(enough, at_high, count),
-        )
+        low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        return low, high, jnp.where(enough, count, at_low), jnp.where(enough, at_high, count)
 
     on_J1 = top_p_J1 < 1
     low = jnp.full_like(need_J1, _TINY, jnp.int32)
     high = jnp.where(on_J1, _ONE + 1, _TINY + 1)  # a row without top_p is settled from the start
-    low, *_ = jax.lax.while_loop(
-        unsettled, halve, (low, high, measure(low)[1], jnp.zeros_like(low))
-    )
+    start = low, high, measure(low)[1], jnp.zeros_like(low)
+    low = jax.lax.while_loop(unsettled, halve, start)[0]
     return jnp.where(on_J1, jax.lax.bitcast_convert_type(low, jnp.float32), 0.0)
 
 

@@ -51,6 +51,7 @@ USABLE = ("ok", "cut")  # the statuses of answers that have a text and are cache
 _AGAIN = frozenset({408, 409, 425, 429})  # the 4xx that another attempt can mend
 _LARGEST = 1 << 24  # bytes of a reply
 _DETAIL = 300  # characters of a server's message about a failure
+_tls = functools.cache(ssl.create_default_context)
 _LOOK = 0.25  # seconds between checks whether the caller has stopped
 
 Name = TypeVar("Name")
@@ -119,14 +120,12 @@ class HttpCall(NamedTuple):
     """One HTTP request, and the function that reads its reply.
 
     Attributes:
-      method: "GET" or "POST".
       url: the whole address.
-      body: sent as JSON; None sends no body.
+      body: sent as JSON by POST; None sends none, by GET.
       read: turns the bytes of a reply with status 2xx into an Outcome. The errors of reading JSON
         of another form (ValueError, LookupError, TypeError, AttributeError) make it a bad_reply.
     """
 
-    method: str
     url: str
     body: Mapping[str, Any] | None
     read: Callable[[bytes], Outcome]
@@ -199,10 +198,9 @@ def read_key(server: Server, prefix: str = "server.") -> str:
 
 
 def ask_all(
-    server: Server,
-    requests: Sequence[ChatRequest],
+    server: Server, requests: Sequence[ChatRequest],
     progress: Callable[[int, int], None] | None = None,
-) -> list[ChatAnswer]:
+) -> list[ChatAnswer]:  # fmt: skip
     """Returns answers in the order of the requests; cached answers are not asked again.
 
     The pause between attempts grows exponentially, with a jitter that depends on request and
@@ -219,32 +217,25 @@ def ask_all(
     """
     digests = [_digest(server, request) for request in requests]
     answers = {digest: _cached(server, digest) for digest in dict.fromkeys(digests)}
-    if missing := {d: r for d, r in zip(digests, requests, strict=True) if answers[d] is None}:
+    missing = {d: (d, r) for d, r in zip(digests, requests, strict=True) if answers[d] is None}
+    if missing:
         _check_url(server.url, "server.url")
-        _ask_missing(server, read_key(server), missing, digests, answers, progress)
+        ask = functools.partial(_ask, server, read_key(server))
+        with contextlib.closing(run_concurrently(server.concurrency, ask, missing)) as done:
+            for digest, answer in done:
+                answers[digest] = answer
+                if progress is not None:
+                    progress(sum(answers[d] is not None for d in digests), len(digests))
     return [answer for digest in digests if (answer := answers[digest]) is not None]
 
 
-def _ask_missing(server, key, missing, digests, answers, progress) -> None:
-    """Fills in `answers`."""
-
-    def ask(item: tuple[str, ChatRequest], stop: threading.Event) -> ChatAnswer:
-        return _ask(server, key, *item, stop)
-
-    items = {digest: (digest, request) for digest, request in missing.items()}
-    with contextlib.closing(run_concurrently(server.concurrency, ask, items)) as done:
-        for digest, answer in done:
-            answers[digest] = answer
-            if progress is not None:
-                progress(sum(answers[d] is not None for d in digests), len(digests))
-
-
 def _ask(
-    server: Server, key: str, digest: str, request: ChatRequest, stop: threading.Event
+    server: Server, key: str, item: tuple[str, ChatRequest], stop: threading.Event
 ) -> ChatAnswer:
+    digest, request = item
     body = {"model": server.model, **_fields(request)}
     url = server.url.rstrip("/") + "/chat/completions"
-    outcome, attempts = send_call(server, key, HttpCall("POST", url, body, _content), digest, stop)
+    outcome, attempts = send_call(server, key, HttpCall(url, body, _content), digest, stop)
     answer = ChatAnswer(redact_key(outcome.value, key), outcome.status, attempts, outcome.detail)
     _keep(server, digest, answer)
     return answer
@@ -292,12 +283,12 @@ def _cached(server: Server, digest: str) -> ChatAnswer | None:
             return ChatAnswer(text, status, attempts=0)
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         pass  # the same as a file of another form
-    print(
-        f"warning: {path} is not a cached answer: the request is sent again",
-        file=sys.stderr,
-        flush=True,
-    )
+    _warn(f"{path} is not a cached answer: the request is sent again")
     return None
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _keep(server: Server, digest: str, answer: ChatAnswer) -> None:
@@ -312,7 +303,7 @@ def _keep(server: Server, digest: str, answer: ChatAnswer) -> None:
             json.dump({"model": server.model, "status": answer.status, "text": answer.text}, file)
         os.replace(part, path)
     except OSError as error:  # with a full disk the copy is lost, not the answer
-        print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+        _warn(f"{path} cannot be written ({error.strerror})")
 
 
 # ----------------------------------------------------------------------------------- transport
@@ -404,8 +395,8 @@ def _exchange(what: HttpCall, key: str, sock: "_Limited") -> tuple[int, Mapping[
     connection.sock = cast(socket.socket, sock)
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    body = None if what.body is None else json.dumps(what.body).encode()
-    connection.request(what.method, parts.path, body, headers)
+    method, body = ("GET", None) if what.body is None else ("POST", json.dumps(what.body).encode())
+    connection.request(method, parts.path, body, headers)
     reply = connection.getresponse()
     text = reply.read(_LARGEST + 1).decode("latin-1")
     if reply.length and len(text) <= _LARGEST:
@@ -422,11 +413,10 @@ def _outcome(what: HttpCall, status: int, headers: Mapping[str, str], body: byte
     after = float(asked) if re.fullmatch("[0-9]{1,9}", asked) else 0.0
     wait = f", Retry-After {asked}" if after else ""
     detail = f"HTTP {status}{wait}: {to_one_line(body.decode(errors='replace'))}"
-    if 400 <= status < 500:
-        return Outcome("refused", detail=detail, again=status in _AGAIN, after=after)
-    if status >= 500:
-        return Outcome("server_error", detail=detail, again=True, after=after)
-    return Outcome("bad_reply", detail=detail)  # the server would redirect again
+    if status < 400:
+        return Outcome("bad_reply", detail=detail)  # the server would redirect again
+    kind = "refused" if status < 500 else "server_error"
+    return Outcome(kind, detail=detail, again=status >= 500 or status in _AGAIN, after=after)
 
 
 def _read(what: HttpCall, body: bytes) -> Outcome:
@@ -435,11 +425,11 @@ def _read(what: HttpCall, body: bytes) -> Outcome:
     try:
         return what.read(body)
     except (ValueError, RecursionError):
-        said = to_one_line(body.decode(errors="replace"))
-        return Outcome("bad_reply", detail=f"no JSON: {said}", again=True)
+        problem = "no JSON"
     except (LookupError, TypeError, AttributeError):
-        said = to_one_line(body.decode(errors="replace"))
-        return Outcome("bad_reply", detail=f"JSON of another form: {said}", again=True)
+        problem = "JSON of another form"
+    said = to_one_line(body.decode(errors="replace"))
+    return Outcome("bad_reply", detail=f"{problem}: {said}", again=True)
 
 
 def to_one_line(text: str) -> str:
@@ -452,11 +442,6 @@ def _left(deadline: float) -> float:
     if (seconds := deadline - time.monotonic()) <= 0:
         raise TimeoutError
     return seconds
-
-
-@functools.lru_cache(maxsize=1)
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
 
 
 def _connect(url: str, deadline: float) -> socket.socket:

@@ -17,16 +17,6 @@ from typing import Any, NamedTuple
 from copsd_jax.sampler import request
 
 
-class CompletionRequest(NamedTuple):
-    """Request for one completion."""
-
-    number: int  # index of the prompt in the caller's list
-    prompt: tuple[int, ...]
-    sampling: request.Sampling
-    limit: int
-    seed: int
-
-
 class RawCompletion(NamedTuple):
     """Completion as the server wrote it, not yet checked."""
 
@@ -40,68 +30,58 @@ class Dialect(NamedTuple):
 
     Attributes:
       generate: the address for completions.
-      body: (model, adapter or "", row) -> the request.
-      read: (parsed reply, row) -> Reply. Raises ValueError with the end of a sentence that begins
-        with "the completion of row 3".
+      body: (model, adapter or "", text to draw) -> the request.
+      read: (parsed reply, text to draw) -> the completion. Raises ValueError with the end of a
+        sentence that begins with "the completion of row 3".
       coldest: the lowest temperature above 0 that the server does not change.
-      load: the address that loads an adapter, given lora_name and lora_path.
-      unload: the address that unloads an adapter, given lora_name.
+      adapters: the address under which load_lora_adapter and unload_lora_adapter are.
       swap: a model's folder -> (address, body) of the calls that load it, in order.
       needs_adapters: the options a server needs for adapters, for error messages.
       needs_swap: the options a server needs to load a model, for error messages.
     """
 
     generate: str
-    body: Callable[[str, str, CompletionRequest], dict[str, Any]]
-    read: Callable[[Any, CompletionRequest], RawCompletion]
+    body: Callable[[str, str, request.Text], dict[str, Any]]
+    read: Callable[[Any, request.Text], RawCompletion]
     coldest: float
-    load: str
-    unload: str
+    adapters: str
     swap: Callable[[str], list[tuple[str, dict]]]
     needs_adapters: str
     needs_swap: str
 
 
-# Servers take fields that a request leaves out from the model's generation_config.json.
-PLAIN = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+def seed_of(text: request.Text) -> int:
+    """Returns the first 53 bits of the text's key, which every JSON reader keeps."""
+    high, low = map(int, text.key_2)
+    return (high << 21) | (low >> 11)
 
 
-def _common(row: CompletionRequest) -> dict[str, Any]:
+def _common(text: request.Text) -> dict[str, Any]:
     """Returns the fields that both dialects share; both take top_k=-1 for all tokens."""
-    s = row.sampling
+    s = text.sampling
     return {
-        "temperature": float(s.temperature),
-        "top_p": float(s.top_p),
-        "top_k": s.top_k or -1,
-        "min_p": float(s.min_p),
-        "stop_token_ids": list(s.stop_ids),
-        "stop": list(s.stop),
-        "skip_special_tokens": False,  # token_bytes has the text of special tokens too
-        "spaces_between_special_tokens": False,
-        **PLAIN,
-    }
+        "temperature": float(s.temperature), "top_p": float(s.top_p), "top_k": s.top_k or -1,
+        "min_p": float(s.min_p), "stop_token_ids": list(s.stop_ids), "stop": list(s.stop), "n": 1,
+        # token_bytes has the text of special tokens too
+        "skip_special_tokens": False, "spaces_between_special_tokens": False,
+        # A server takes fields that are left out from the model's generation_config.json.
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    }  # fmt: skip
 
 
-def _vllm_body(model: str, adapter: str, row: CompletionRequest) -> dict[str, Any]:
+def _vllm_body(model: str, adapter: str, text: request.Text) -> dict[str, Any]:
     return {
-        **_common(row),
-        "model": adapter or model,
-        "prompt": list(row.prompt),
-        "max_tokens": row.limit,
-        "n": 1,
-        "stream": False,
-        "echo": False,
-        "add_special_tokens": False,
-        "seed": row.seed,
+        **_common(text),
+        "model": adapter or model, "prompt": list(text.prompt), "max_tokens": text.limit,
+        "seed": seed_of(text), "stream": False, "echo": False, "add_special_tokens": False,
         "ignore_eos": True,  # the stop ids are all in stop_token_ids
         "include_stop_str_in_output": True,
         "logprobs": 0,  # of the drawn token alone
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
-    }
+        "return_token_ids": True, "return_tokens_as_token_ids": True,
+    }  # fmt: skip
 
 
-def _vllm_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
+def _vllm_reply(reply: Any, text: request.Text) -> RawCompletion:
     choice = _at(reply, "choices", 0)
     logps = _at(choice, "logprobs", "token_logprobs")
     spelt = _spelt(_at(choice, "logprobs", "tokens"))
@@ -114,7 +94,7 @@ def _vllm_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
     if ids is not None and spelt is not None and ids != spelt:
         raise ValueError("has log-probabilities of other tokens than those in token_ids")
     read = choice.get("prompt_token_ids")
-    if read is not None and read != list(row.prompt):
+    if read is not None and read != list(text.prompt):
         raise ValueError("is of another prompt than the one sent (prompt_token_ids)")
     return RawCompletion(spelt if ids is None else ids, logps, _at(choice, "finish_reason"))
 
@@ -127,30 +107,22 @@ def _spelt(tokens: Any) -> list[int] | None:
     return [int(match[1]) for match in found if match] if all(found) and found else None
 
 
-def _sglang_body(model: str, adapter: str, row: CompletionRequest) -> dict[str, Any]:
-    del model  # an SGLang server has one model
+def _sglang_body(_: str, adapter: str, text: request.Text) -> dict[str, Any]:
+    """Returns a request without a model's name, since an SGLang server has one model."""
     params = {
-        **_common(row),
-        "max_new_tokens": row.limit,
-        "n": 1,
+        **_common(text), "max_new_tokens": text.limit, "sampling_seed": seed_of(text),
         # With ignore_eos, SGLang would ignore stop_token_ids as well.
-        "ignore_eos": not row.sampling.stop_ids,
-        "no_stop_trim": True,
-        "sampling_seed": row.seed,
-    }
+        "ignore_eos": not text.sampling.stop_ids, "no_stop_trim": True,
+    }  # fmt: skip
     body = {
-        "input_ids": list(row.prompt),
-        "sampling_params": params,
-        "return_logprob": True,
-        "logprob_start_len": -1,
-        "top_logprobs_num": 0,
+        "input_ids": list(text.prompt), "sampling_params": params, "stream": False,
+        "return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": 0,
         "return_text_in_logprobs": False,
-        "stream": False,
-    }
+    }  # fmt: skip
     return {**body, "lora_path": adapter} if adapter else body
 
 
-def _sglang_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
+def _sglang_reply(reply: Any, text: request.Text) -> RawCompletion:
     hint = ": the server has to return the tokens' log-probabilities (return_logprob)"
     pairs = _at(reply, "meta_info", "output_token_logprobs", hint=hint)
     if not isinstance(pairs, list):
@@ -158,11 +130,11 @@ def _sglang_reply(reply: Any, row: CompletionRequest) -> RawCompletion:
     ids = [_at(pair, 1) for pair in pairs]
     if reply.get("output_ids") not in (None, ids):
         raise ValueError("has log-probabilities of other tokens than those in output_ids")
-    if reply["meta_info"].get("prompt_tokens") not in (None, len(row.prompt)):
-        raise ValueError(f"is of another prompt than the one sent, of {len(row.prompt)} tokens")
+    if reply["meta_info"].get("prompt_tokens") not in (None, len(text.prompt)):
+        raise ValueError(f"is of another prompt than the one sent, of {len(text.prompt)} tokens")
     finish = _at(reply, "meta_info", "finish_reason")
     matched = finish.get("matched") if isinstance(finish, dict) else None
-    if isinstance(matched, str) and matched not in row.sampling.stop:
+    if isinstance(matched, str) and matched not in text.sampling.stop:
         raise ValueError(f"was stopped by {matched!r}, which is no stop string")  # a NaN error
     kind = finish.get("type") if isinstance(finish, dict) else finish
     return RawCompletion(ids, [_at(pair, 0) for pair in pairs], kind)
@@ -190,26 +162,16 @@ def _sglang_swap(folder: str) -> list[tuple[str, dict]]:
 
 DIALECTS: dict[str, Dialect] = {
     "vllm": Dialect(
-        generate="{base}/completions",
-        body=_vllm_body,
-        read=_vllm_reply,
-        coldest=0.01,
-        load="{base}/load_lora_adapter",
-        unload="{base}/unload_lora_adapter",
+        "{base}/completions", _vllm_body, _vllm_reply, coldest=0.01, adapters="{base}",
         swap=_vllm_swap,
         needs_adapters="vLLM needs --enable-lora, --max-lora-rank, and the environment variable "
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True",
         needs_swap="vLLM needs the environment variable VLLM_SERVER_DEV_MODE=1",
     ),
     "sglang": Dialect(
-        generate="{root}/generate",
-        body=_sglang_body,
-        read=_sglang_reply,
-        coldest=1e-6,
-        load="{root}/load_lora_adapter",
-        unload="{root}/unload_lora_adapter",
+        "{root}/generate", _sglang_body, _sglang_reply, coldest=1e-6, adapters="{root}",
         swap=_sglang_swap,
         needs_adapters="SGLang needs --enable-lora, --max-lora-rank and --lora-target-modules",
         needs_swap="SGLang reads models of the shape that it was started with",
     ),
-}
+}  # fmt: skip

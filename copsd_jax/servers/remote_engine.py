@@ -21,15 +21,15 @@ A server serves one run, since `hand_over` changes its weights.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from copsd_jax.sampler import loop, request
@@ -62,16 +62,11 @@ class EngineServer:
 
 
 def generate(
-    server: EngineServer,
-    prompts: Sequence[Sequence[int]],
-    sampling: request.Sampling | Sequence[request.Sampling],
-    *,
-    keys: Any,
-    vocabulary: request.Vocabulary,
-    limits: Sequence[int] | None = None,
-    progress: Callable[[loop.Stats], None] | None = None,
-    done: Callable[[int, loop.Completion], None] | None = None,
-) -> loop.Result:
+    server: EngineServer, prompts: Sequence[Sequence[int]],
+    sampling: request.Sampling | Sequence[request.Sampling], *, keys: Any,
+    vocabulary: request.Vocabulary, limits: Sequence[int] | None = None,
+    progress: loop.Progress = None, done: loop.Done = None,
+) -> loop.Result:  # fmt: skip
     """Samples one completion for each prompt on a server.
 
     Args:
@@ -97,18 +92,15 @@ def generate(
       RuntimeError: a reply does not fit its request; the message has the address and the row.
     """
     check_server(server)
-    rows = _build_requests(server, prompts, sampling, keys, limits, vocabulary)
-    key = client.read_key(server.api, "sampler.")
-
-    def ask(row: dialects.CompletionRequest, stop: threading.Event) -> loop.Completion:
-        return _ask(server, key, row, vocabulary, stop)
-
+    texts = request.list_texts(prompts, sampling, keys, limits, vocabulary)
+    _check_texts(server, texts)
+    ask = functools.partial(_ask, server, client.read_key(server.api, "sampler."), vocabulary)
     found: dict[int, loop.Completion] = {}
     tokens, begun = 0, time.monotonic()
-    sent = sum(len(row.prompt) for row in rows)
-    stats = loop.Stats(0, len(rows), 0, sent, float("nan"), 0.0)
-    items = {row.number: row for row in rows}
-    with contextlib.closing(client.run_concurrently(server.api.concurrency, ask, items)) as answers:
+    sent = sum(len(text.prompt) for text in texts)
+    stats = loop.Stats(0, len(texts), 0, sent, float("nan"), 0.0)
+    rows = {number: (number, text) for number, text in enumerate(texts)}
+    with contextlib.closing(client.run_concurrently(server.api.concurrency, ask, rows)) as answers:
         for number, completion in answers:
             found[number] = completion
             tokens += len(completion.ids)
@@ -118,7 +110,7 @@ def generate(
                 done(number, completion)
             if progress is not None:
                 progress(stats)
-    return loop.Result([found[number] for number in range(len(rows))], stats)
+    return loop.Result([found[number] for number in rows], stats)
 
 
 def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
@@ -139,62 +131,38 @@ def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, 
     return logprobs == "tempered" or whole, logprobs == "processed" or whole
 
 
-def _build_requests(
-    server: EngineServer, prompts, sampling, keys, limits, vocabulary: request.Vocabulary
-) -> list[dialects.CompletionRequest]:
-    """Checks the arguments of `generate` and joins them to one request per prompt.
-
-    A seed has the first 53 bits of the key, which every JSON reader keeps.
-    """
-    prompts = [tuple(map(int, prompt)) for prompt in prompts]
-    one = isinstance(sampling, request.Sampling)
-    each = [sampling] * len(prompts) if one else list(sampling)
-    limits = [s.max_tokens for s in each] if limits is None else list(map(int, limits))
-    keys_n2 = np.asarray(jax.device_get(keys))
-    for s in dict.fromkeys(each):
-        request.check_sampling(s, vocabulary)
-        coldest = dialects.DIALECTS[server.dialect].coldest
-        if 0 < s.temperature < coldest:
-            raise ValueError(
-                f"temperature is {s.temperature}: a {server.dialect} server takes 0 or at least "
-                f"{coldest}, and changes a value between them"
-            )
-    request.check_prompts(len(vocabulary.valid_V), prompts, each, keys_n2, limits)
-    longest = server.max_model_len
-    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if longest and len(prompt) + limit > longest:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens and may get {limit} more: "
-                f"{server.api.url} holds {longest} (sampler.max_model_len)"
-            )
-    seeds = [(int(high) << 21) | (int(low) >> 11) for high, low in keys_n2]
-    columns = zip(range(len(prompts)), prompts, each, limits, seeds, strict=True)
-    return [dialects.CompletionRequest(*values) for values in columns]
+def _check_texts(server: EngineServer, texts: Sequence[request.Text]) -> None:
+    """Refuses a text that the server would draw otherwise or cut."""
+    longest, coldest = server.max_model_len, dialects.DIALECTS[server.dialect].coldest
+    if longest:
+        room = f"{server.api.url} holds {longest} (sampler.max_model_len)"
+        request.check_lengths(texts, longest, room)
+    for degree in {text.sampling.temperature for text in texts}:
+        if 0 < degree < coldest:
+            rule = f"takes 0 or at least {coldest}, and changes a value between them"
+            raise ValueError(f"temperature is {degree}: a {server.dialect} server {rule}")
 
 
 def _ask(
-    server: EngineServer,
-    key: str,
-    row: dialects.CompletionRequest,
-    vocabulary: request.Vocabulary,
+    server: EngineServer, key: str, vocabulary: request.Vocabulary, row: tuple[int, request.Text],
     stop: threading.Event,
-) -> loop.Completion:
+) -> loop.Completion:  # fmt: skip
+    number, text = row
     dialect = dialects.DIALECTS[server.dialect]
     url = _address(server, dialect.generate)
-    body = dialect.body(server.api.model, server.adapter, row)
-    what = client.HttpCall("POST", url, body, _json)
-    name = f"{server.adapter}:{row.seed}"
+    what = client.HttpCall(url, dialect.body(server.api.model, server.adapter, text), _json)
+    name = f"{server.adapter}:{dialects.seed_of(text)}"
     outcome, attempts = client.send_call(server.api, key, what, name, stop)
     if outcome.status != "ok":
         raise OSError(
-            f"{url} gave no completion of row {row.number} in {attempts} attempts "
+            f"{url} gave no completion of row {number} in {attempts} attempts "
             f"({outcome.status}): {outcome.detail}"
         )
     try:
-        reply = dialect.read(outcome.value, row)
-        return _completion(server.logprobs, row, reply, vocabulary)
+        reply = dialect.read(outcome.value, text)
+        return _completion(server.logprobs, text, reply, vocabulary)
     except ValueError as error:
-        raise RuntimeError(f"{url}: the completion of row {row.number} {error}") from None
+        raise RuntimeError(f"{url}: the completion of row {number} {error}") from None
 
 
 def _json(body: bytes) -> client.Outcome:
@@ -207,25 +175,21 @@ def _json(body: bytes) -> client.Outcome:
 
 
 def _completion(
-    logprobs: str,
-    row: dialects.CompletionRequest,
-    reply: dialects.RawCompletion,
+    logprobs: str, text: request.Text, reply: dialects.RawCompletion,
     vocabulary: request.Vocabulary,
-) -> loop.Completion:
-    ids, logps = _ids(row, reply.ids, vocabulary), _logps(reply)
-    end = _end(row.sampling, ids, vocabulary.token_bytes)
-    if end is not None and end < len(ids) and ids[end - 1] in row.sampling.stop_ids:
-        raise ValueError(
-            f"goes on behind the id {ids[end - 1]}, which is one of its stop_token_ids"
-        )
+) -> loop.Completion:  # fmt: skip
+    ids, logps = _ids(text, reply.ids, vocabulary), _logps(reply)
+    end = _end(text.sampling, ids, vocabulary.token_bytes)
+    if end is not None and end < len(ids) and (last := ids[end - 1]) in text.sampling.stop_ids:
+        raise ValueError(f"goes on behind the id {last}, which is one of its stop_token_ids")
     if end is None and reply.finish == "stop":
         raise ValueError(
-            f"was stopped at the id {ids[-1]}, which is none of {sorted(row.sampling.stop_ids)} "
-            f"and ends none of {row.sampling.stop}: the server has stop ids of its own"
+            f"was stopped at the id {ids[-1]}, which is none of {sorted(text.sampling.stop_ids)} "
+            f"and ends none of {text.sampling.stop}: the server has stop ids of its own"
         )
-    if end is None and len(ids) < row.limit:
+    if end is None and len(ids) < text.limit:
         raise ValueError(
-            f"ended after {len(ids)} of {row.limit} tokens (finish_reason {reply.finish!r}): the "
+            f"ended after {len(ids)} of {text.limit} tokens (finish_reason {reply.finish!r}): the "
             "server has a limit of its own"
         )
     if reply.finish not in ("stop", "length"):
@@ -234,8 +198,8 @@ def _completion(
     # completes one.
     given = np.asarray(logps[:end], np.float32)
     absent = np.full_like(given, np.nan)
-    tempered, truncated = reports_log_probs(logprobs, row.sampling)
-    certain = row.sampling.temperature == 0
+    tempered, truncated = reports_log_probs(logprobs, text.sampling)
+    certain = text.sampling.temperature == 0
     return loop.Completion(
         ids=tuple(ids[:end]),
         logps=given if tempered else absent,
@@ -244,11 +208,11 @@ def _completion(
     )
 
 
-def _ids(row: dialects.CompletionRequest, ids: list, vocabulary: request.Vocabulary) -> list[int]:
+def _ids(text: request.Text, ids: list, vocabulary: request.Vocabulary) -> list[int]:
     if not isinstance(ids, list) or not ids or any(type(token) is not int for token in ids):
         raise ValueError("has no list of token ids, or an empty one")
-    if len(ids) > row.limit:
-        raise ValueError(f"has {len(ids)} tokens: at most {row.limit} were asked for")
+    if len(ids) > text.limit:
+        raise ValueError(f"has {len(ids)} tokens: at most {text.limit} were asked for")
     size = len(vocabulary.valid_V)
     for token in ids:
         if not 0 <= token < size or not vocabulary.valid_V[token]:
@@ -276,17 +240,9 @@ def _end(
 ) -> int | None:
     """Counts the tokens up to the first that ends the text; returns None if none does."""
     stops = [text.encode() for text in sampling.stop]
-    reach = max(map(len, stops), default=1) - 1
-    tail = b""
-    for count, token in enumerate(ids, 1):
-        if token in sampling.stop_ids:
-            return count
-        if stops:
-            tail += token_bytes[token]
-            if any(stop in tail for stop in stops):
-                return count
-            tail = tail[max(0, len(tail) - reach) :]
-    return None
+    by_string, _ = request.find_stop(b"", ids, stops, token_bytes)
+    by_id = next((i for i, token in enumerate(ids, 1) if token in sampling.stop_ids), None)
+    return min((end for end in (by_string, by_id) if end is not None), default=None)
 
 
 # ------------------------------------------------------------------------- checks and weights
@@ -297,49 +253,36 @@ def _address(server: EngineServer, of: str) -> str:
     return of.format(base=base, root=base.removesuffix("/v1"))
 
 
-def check_server(server: EngineServer, prefix: str = "sampler.") -> None:
-    """Checks the settings of a server, without sending anything.
-
-    Args:
-      server: to check.
-      prefix: of the settings' names in messages.
+def check_server(server: EngineServer) -> None:
+    """Checks the settings sampler.* of a server, without sending anything.
 
     Raises:
       ValueError: a setting cannot work; the message has its value and the choices.
     """
-    client.check_server(server.api, prefix)
+    client.check_server(server.api, "sampler.")
     for name, choices in (("dialect", tuple(dialects.DIALECTS)), ("logprobs", LOGPROBS)):
-        if getattr(server, name) not in choices:
-            value = getattr(server, name)
-            raise ValueError(f"{prefix}{name} is {value!r}: the choices are {', '.join(choices)}")
+        if (value := getattr(server, name)) not in choices:
+            raise ValueError(f"sampler.{name} is {value!r}: the choices are {', '.join(choices)}")
     if server.max_model_len is not None and server.max_model_len < 2:
-        raise ValueError(f"{prefix}max_model_len is {server.max_model_len}: at least 2")
+        raise ValueError(f"sampler.max_model_len is {server.max_model_len}: at least 2")
 
 
-def connect(server: EngineServer, prefix: str = "sampler.") -> EngineServer:
+def connect(server: EngineServer) -> EngineServer:
     """Returns the server with max_model_len filled in, after asking for its models.
-
-    Args:
-      server: to connect to.
-      prefix: of the settings' names in messages.
 
     Raises:
       ValueError: as of `check_server`; or it does not serve `model`, or not max_model_len tokens.
       OSError: it gives no reply of the expected form.
     """
-    check_server(server, prefix)
-    served = list_models(server)
-    if server.api.model not in served:
-        raise ValueError(
-            f"{prefix}model is {server.api.model!r}: {server.api.url} serves "
-            f"{', '.join(map(repr, served)) or 'nothing'}"
-        )
-    length = served[server.api.model]
-    if server.max_model_len and length and server.max_model_len > length:
-        raise ValueError(
-            f"{prefix}max_model_len is {server.max_model_len}: {server.api.url} holds {length}"
-        )
-    return dataclasses.replace(server, max_model_len=server.max_model_len or length)
+    check_server(server)
+    api, served = server.api, list_models(server)
+    if api.model not in served:
+        names = ", ".join(map(repr, served)) or "nothing"
+        raise ValueError(f"sampler.model is {api.model!r}: {api.url} serves {names}")
+    asked, length = server.max_model_len, served[api.model]
+    if asked and length and asked > length:
+        raise ValueError(f"sampler.max_model_len is {asked}: {api.url} holds {length}")
+    return dataclasses.replace(server, max_model_len=asked or length)
 
 
 def list_models(server: EngineServer) -> dict[str, int | None]:
@@ -353,7 +296,7 @@ def list_models(server: EngineServer) -> dict[str, int | None]:
         entries = json.loads(body)["data"]
         return client.Outcome("ok", {e["id"]: e.get("max_model_len") for e in entries})
 
-    what = client.HttpCall("GET", _address(server, "{base}/models"), None, read)
+    what = client.HttpCall(_address(server, "{base}/models"), None, read)
     return _call(server, what, "tell its models")
 
 
@@ -380,32 +323,32 @@ def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
         raise ValueError(f"{path} has neither adapter_config.json nor config.json")
     dialect = dialects.DIALECTS[server.dialect]
     for address, body in dialect.swap(str(path)):
-        what = _command(_address(server, address), body)
+        what = _command(server, address, body)
         _call(server, what, f"read the weights in {path}", dialect.needs_swap)
     return dataclasses.replace(server, adapter="")
 
 
 def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
-    dialect, name = dialects.DIALECTS[server.dialect], _name(path)
-    served = list_models(server)
+    name, served = _name(path), list_models(server)
     if server.adapter not in ("", name) and server.adapter in served:
-        what = _command(_address(server, dialect.unload), {"lora_name": server.adapter})
-        _change(server, what, f"unload the adapter {server.adapter}", server.adapter, False)
+        _change(server, "unload", {"lora_name": server.adapter})
     if name not in served:
-        what = _command(_address(server, dialect.load), {"lora_name": name, "lora_path": str(path)})
-        _change(server, what, f"load the adapter in {path}", name, True)
+        _change(server, "load", {"lora_name": name, "lora_path": str(path)})
     return dataclasses.replace(server, adapter=name)
 
 
-def _change(server: EngineServer, what: client.HttpCall, task: str, name: str, there: bool) -> None:
+def _change(server: EngineServer, verb: str, body: dict[str, str]) -> None:
     """Loads or unloads an adapter; a refusal counts only if the change did not happen.
 
     A second attempt is refused if the first one succeeded and its reply was lost.
     """
+    dialect, name = dialects.DIALECTS[server.dialect], body["lora_name"]
+    what = _command(server, f"{dialect.adapters}/{verb}_lora_adapter", body)
+    task = f"{verb} the adapter {body.get('lora_path', name)}"
     try:
-        _call(server, what, task, dialects.DIALECTS[server.dialect].needs_adapters)
+        _call(server, what, task, dialect.needs_adapters)
     except OSError:
-        if (name in list_models(server)) != there:
+        if (name in list_models(server)) != (verb == "load"):
             raise
 
 
@@ -414,13 +357,12 @@ def _name(path: pathlib.Path) -> str:
     for file in sorted(path.glob("adapter_*")):
         digest.update(f"{file.name}\0".encode())
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return f"copsd-{digest.hexdigest()[:16]}"
 
 
-def _command(url: str, body: Mapping[str, Any]) -> client.HttpCall:
-    return client.HttpCall("POST", url, body, _accepted)
+def _command(server: EngineServer, address: str, body: Mapping[str, Any]) -> client.HttpCall:
+    return client.HttpCall(_address(server, address), body, _accepted)
 
 
 def _accepted(body: bytes) -> client.Outcome:
@@ -437,13 +379,10 @@ def _accepted(body: bytes) -> client.Outcome:
 
 def _call(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
     """Returns the value of the reply, or raises OSError with the server's message and `needs`."""
-    api = server.api
-    key = client.read_key(api, "sampler.")
-    outcome, attempts = client.send_call(api, key, what, what.url, threading.Event())
+    key = client.read_key(server.api, "sampler.")
+    outcome, attempts = client.send_call(server.api, key, what, what.url, threading.Event())
     if outcome.status == "ok":
         return outcome.value
+    problem = f"did not {task} in {attempts} attempts ({outcome.status})"
     hint = f" ({needs})" if needs else ""
-    raise OSError(
-        f"{what.url} did not {task} in {attempts} attempts ({outcome.status}): "
-        f"{outcome.detail}{hint}"
-    )
+    raise OSError(f"{what.url} {problem}: {outcome.detail}{hint}")

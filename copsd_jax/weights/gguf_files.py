@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 
 from copsd_jax.model import transformer
-from copsd_jax.weights import tensor_files
+from copsd_jax.weights import names, tensor_files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # First the types whose decoding the tests compare with a second decoder, then other block formats
@@ -29,37 +29,13 @@ TENSOR_TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"),
     *("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
-TOP_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-NUMBERS = {  # metadata type -> struct code
-    gguf.GGUFValueType.UINT8: "B",
-    gguf.GGUFValueType.INT8: "b",
-    gguf.GGUFValueType.UINT16: "H",
-    gguf.GGUFValueType.INT16: "h",
-    gguf.GGUFValueType.UINT32: "I",
-    gguf.GGUFValueType.INT32: "i",
-    gguf.GGUFValueType.UINT64: "Q",
-    gguf.GGUFValueType.INT64: "q",
-    gguf.GGUFValueType.FLOAT32: "f",
-    gguf.GGUFValueType.FLOAT64: "d",
-    gguf.GGUFValueType.BOOL: "?",
-}
+TOP_NAMES = {stored: name for name, stored in names.TOP.values()}
+LAYER_NAMES = {stored: name for name, stored in names.BLOCK.values()}
+_CODES = {  # metadata type -> struct code
+    "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q", "FLOAT32": "f", "BOOL": "?",
+    "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FLOAT64": "d",
+}  # fmt: skip
+NUMBERS = {gguf.GGUFValueType[kind]: code for kind, code in _CODES.items()}
 ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (Llama 3's scaling)
 
 
@@ -76,7 +52,7 @@ class StoredTensor(NamedTuple):
 class Header(NamedTuple):
     """The metadata and the list of tensors, which stand before the values."""
 
-    metadata: dict[str, Any]
+    metadata: dict[str, Any]  # numbers, strings, booleans and lists of them
     tensors: tuple[StoredTensor, ...]
 
 
@@ -169,11 +145,6 @@ def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
         ) from error
 
 
-def read_metadata(path: pathlib.Path) -> dict[str, Any]:
-    """Reads the metadata, key to value: numbers, strings, booleans and lists of them."""
-    return read_header(path).metadata
-
-
 def _get_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
     if key not in fields:
         raise ValueError(f"{path} has no metadata {key}")
@@ -188,10 +159,8 @@ def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
     """Returns the architecture; raises ValueError if it or an option is not supported."""
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
-        raise ValueError(
-            f"{path}: architecture {arch!r} is not supported; supported are "
-            f"{', '.join(ARCHITECTURES)}"
-        )
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: architecture {arch!r} is not supported; supported are {known}")
     for key, allowed in {
         f"{arch}.expert_count": (0,),
         f"{arch}.attention.sliding_window": (0,),
@@ -207,10 +176,10 @@ def _rope_scaling(
     path: pathlib.Path, head_dim: int, theta: float
 ) -> transformer.RopeScaling | None:
     """Finds Llama 3's scaling from the stored divisors; a GGUF keeps nothing else of it."""
-    stored = [x for x in read_header(path).tensors if x.name == ROPE_FACTORS]
-    if not stored:
+    stored = next((x for x in read_header(path).tensors if x.name == ROPE_FACTORS), None)
+    if stored is None:
         return None
-    divisors = _read(path, stored[0], None)
+    divisors = _read(path, stored, None)
     frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     for factor in (8.0, 32.0):  # 8 in Llama 3.1 and 3.3, 32 in Llama 3.2
         scaling = transformer.RopeScaling(factor, 1.0, 4.0, 8192)
@@ -229,10 +198,10 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     Raises:
       ValueError: for an unsupported architecture or option, or a missing key.
     """
-    fields = read_metadata(path)
+    fields, tensors = read_header(path)
     arch = _check_supported(fields, path)
     get = lambda key: _get_number(fields, f"{arch}.{key}", path)  # noqa: E731
-    shapes = {x.name: x.shape for x in read_header(path).tensors}
+    shapes = {x.name: x.shape for x in tensors}
     if "token_embd.weight" not in shapes:
         raise ValueError(f"{path} has no tensor token_embd.weight")
     n_heads, d_model = get("attention.head_count"), get("embedding_length")
@@ -243,22 +212,14 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
         raise ValueError(f"{path}: {rotary} = {fields[rotary]} with heads of {head_dim}")
     theta = get("rope.freq_base") if f"{arch}.rope.freq_base" in fields else 10_000.0
     return transformer.ModelConfig(
-        family=arch,
-        vocab_size=shapes["token_embd.weight"][0],
-        d_model=d_model,
-        d_ff=get("feed_forward_length"),
-        n_layers=get("block_count"),
-        n_heads=n_heads,
-        n_kv_heads=get("attention.head_count_kv"),
-        head_dim=head_dim,
-        rope_theta=theta,
+        family=arch, vocab_size=shapes["token_embd.weight"][0], d_model=d_model,
+        d_ff=get("feed_forward_length"), n_layers=get("block_count"), n_heads=n_heads,
+        n_kv_heads=get("attention.head_count_kv"), head_dim=head_dim, rope_theta=theta,
         rope_scaling=_rope_scaling(path, head_dim, theta),
         rms_eps=get("attention.layer_norm_rms_epsilon"),
-        tie_embeddings="output.weight" not in shapes,
-        qkv_bias=arch == "qwen2",
-        qk_norm=arch == "qwen3",
-        max_position=get("context_length"),
-    )
+        tie_embeddings="output.weight" not in shapes, qkv_bias=arch == "qwen2",
+        qk_norm=arch == "qwen3", max_position=get("context_length"),
+    )  # fmt: skip
 
 
 def to_hf_name(name: str, path: pathlib.Path) -> str:
@@ -271,9 +232,9 @@ def to_hf_name(name: str, path: pathlib.Path) -> str:
     Raises:
       ValueError: for a name that no supported architecture has.
     """
+    if name in TOP_NAMES:
+        return TOP_NAMES[name]
     parts = name.split(".")
-    if len(parts) == 2 and parts[0] in TOP_NAMES:
-        return f"{TOP_NAMES[parts[0]]}.{parts[1]}"
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in LAYER_NAMES:
         return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{parts[3]}"
     raise ValueError(f"{path} has a tensor {name}, which no supported architecture has")
@@ -338,8 +299,9 @@ def _read(
     first, last = begin // block, -(-end // block)
     raw = np.memmap(path, np.uint8, "r", stored.offset, (stored.size,))
     encoded = np.frombuffer(raw, np.uint8).reshape(*stored.shape[:-1], -1, size)
-    order = unpermute(np.arange(stored.shape[0]), heads)[rows[0]] if heads else None
-    picked = encoded[(*rows, slice(first, last)) if order is None else (order, slice(first, last))]
+    if heads:
+        rows = [unpermute(np.arange(stored.shape[0]), heads)[rows[0]]]
+    picked = encoded[(*rows, slice(first, last))]
     picked = picked.reshape(*picked.shape[:-2], -1)
     values = gguf.dequantize(picked, stored.type).reshape(*picked.shape[:-1], -1)
     return values[..., begin - first * block : end - first * block]

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face models in and out, by one strict table of names.
+"""Weights of Hugging Face models in and out, by one strict table of names (names.py).
 
 The table maps each Hugging Face name to a slice of one of our parameters. Reading and writing both
 use it, so that a name is known to both or to neither. Tensors of a GGUF arrive here under their
@@ -9,7 +9,7 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,34 +18,17 @@ import numpy as np
 import transformers
 
 from copsd_jax.model import transformer
-from copsd_jax.weights import gguf_files, hf_config, tensor_files
+from copsd_jax.weights import gguf_files, hf_config, names, tensor_files
 
 STRIP_ROWS = 64  # rows of a stored matrix that are read at once
 SHARD_BYTES = 5 * 10**9  # of values in one file
 
-TOP: dict[tuple[str, ...], str] = {
-    ("embed", "embedding"): "model.embed_tokens.weight",
-    ("final_norm", "scale"): "model.norm.weight",
-    ("head", "kernel"): "lm_head.weight",
-}
-BLOCK = {
-    "attn_norm": "input_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-    "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-EMBEDDING, HEAD = TOP["embed", "embedding"], TOP["head", "kernel"]
+EMBEDDING, HEAD = names.TOP["embed", "embedding"][0], names.TOP["head", "kernel"][0]
 # Constants that old checkpoints store beside their weights.
 NOT_WEIGHTS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
+Tensors = dict[str, tensor_files.Tensor]  # by their Hugging Face names
 LeafPath = tuple[str, ...]  # ("layers", "q", "kernel")
 ReadPart = Callable[[tuple[slice, ...]], np.ndarray]  # reads the values of a leaf within slices
 PlaceLeaf = Callable[[LeafPath, tuple[int, ...], ReadPart], jax.Array]
@@ -66,15 +49,21 @@ class LeafSlice(NamedTuple):
 @functools.lru_cache(maxsize=4)  # Each call would trace the model again.
 def _leaf_shapes(config: transformer.ModelConfig) -> dict[LeafPath, tuple[int, ...]]:
     """Maps the path of every parameter of the model to its shape."""
-    flat, _ = jax.tree.flatten_with_path(transformer.abstract_params(config, jnp.float32))
-    return {tuple(key.key for key in path): leaf.shape for path, leaf in flat}
+    leaves = _by_path(transformer.abstract_params(config, jnp.float32))
+    return {path: leaf.shape for path, leaf in leaves.items()}
+
+
+def _by_path(params: dict) -> dict[LeafPath, Any]:
+    """Maps the path of every leaf to the leaf."""
+    leaves = jax.tree.leaves_with_path(params)
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def _to_hf_name(path: LeafPath, layer: int | None) -> str:
     """Returns the name of one tensor of a leaf; raises KeyError if the table has no such leaf."""
     if layer is None:
-        return TOP[path]
-    return f"model.layers.{layer}.{BLOCK[path[1]]}.{LEAF[path[2]]}"
+        return names.TOP[path][0]
+    return f"model.layers.{layer}.{names.BLOCK[path[1]][0]}.{LEAF[path[2]]}"
 
 
 def build_weight_table(config: transformer.ModelConfig) -> dict[str, LeafSlice]:
@@ -93,7 +82,7 @@ def build_weight_table(config: transformer.ModelConfig) -> dict[str, LeafSlice]:
 # --- checking and loading ---------------------------------------------------------------------
 
 
-def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
+def open_tensors(path: pathlib.Path) -> Tensors:
     """Maps Hugging Face names to the tensors of a model; reads headers only.
 
     Args:
@@ -108,19 +97,30 @@ def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
     return tensor_files.open_folder(path)
 
 
-def _abbreviate(names: set[str]) -> str:
+def _abbreviate(tensors: set[str]) -> str:
     """Formats names as `a, b, c and 5 more`."""
-    first = ", ".join(sorted(names)[:3])
-    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
+    first = ", ".join(sorted(tensors)[:3])
+    return first if len(tensors) <= 3 else f"{first} and {len(tensors) - 3} more"
 
 
-def _check_names_and_shapes(
-    found: Mapping[str, tensor_files.Tensor], config: transformer.ModelConfig, path: pathlib.Path
-) -> None:
-    """Raises ValueError unless the tensors are exactly those of the table.
+def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
+    """Opens a model, and refuses tensors that are not exactly those of the table.
 
-    A model with tied embeddings may store its head a second time.
+    File sizes and headers are read, in seconds, so it misses one thing that `load_params` refuses:
+    a model with tied embeddings may store its head a second time, and the copies may differ.
+
+    Args:
+      path: a folder or a GGUF, as `hub.resolve` returns it.
+      config: config of the model.
+
+    Returns:
+      The result of `open_tensors`.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: in one sentence with the file and the tensor.
     """
+    found = open_tensors(path)
     wanted = {name: entry.shape for name, entry in build_weight_table(config).items()}
     if missing := set(wanted) - set(found):
         raise ValueError(f"{path} lacks tensors ({len(missing)}): {_abbreviate(missing)}")
@@ -137,22 +137,7 @@ def _check_names_and_shapes(
             raise ValueError(
                 f"{path}: tensor {name} has shape {found[name].shape}, the config wants {shape}"
             )
-
-
-def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> None:
-    """Refuses a model that `load_params` would refuse, from file sizes and headers, in seconds.
-
-    It misses one case: a model with tied embeddings whose second copy of the head differs.
-
-    Args:
-      path: a folder or a GGUF, as `hub.resolve` returns it.
-      config: config of the model.
-
-    Raises:
-      FileNotFoundError: if a file is missing.
-      ValueError: in one sentence with the file and the tensor.
-    """
-    _check_names_and_shapes(open_tensors(path), config, path)
+    return found
 
 
 def _place_on_default_device(_: LeafPath, shape: tuple[int, ...], read: ReadPart) -> jax.Array:
@@ -160,11 +145,9 @@ def _place_on_default_device(_: LeafPath, shape: tuple[int, ...], read: ReadPart
 
 
 def load_params(
-    path: pathlib.Path,
-    config: transformer.ModelConfig,
-    dtype: Any,
+    path: pathlib.Path, config: transformer.ModelConfig, dtype: Any,
     place: PlaceLeaf = _place_on_default_device,
-) -> dict:
+) -> dict:  # fmt: skip
     """Loads the tree of parameters: kernels [in, out], layers stacked along the first axis.
 
     Leaves are read one by one, and `place` reads only the parts of a leaf that it needs. The host
@@ -182,13 +165,9 @@ def load_params(
       FileNotFoundError: as `check_weights`.
       ValueError: as `check_weights`, and for a stored head that differs from tied embeddings.
     """
-    found = open_tensors(path)
-    _check_names_and_shapes(found, config, path)
-    if (
-        config.tie_embeddings
-        and HEAD in found
-        and not _tensors_equal(found[HEAD], found[EMBEDDING])
-    ):
+    found = check_weights(path, config)
+    twice = config.tie_embeddings and HEAD in found
+    if twice and not _tensors_equal(found[HEAD], found[EMBEDDING]):
         raise ValueError(f"{path}: tied embeddings, but {HEAD} is not equal to {EMBEDDING}")
     entries: dict[LeafPath, list[tuple[str, LeafSlice]]] = {}
     for name, entry in build_weight_table(config).items():
@@ -209,10 +188,7 @@ def _tensors_equal(one: tensor_files.Tensor, other: tensor_files.Tensor) -> bool
 
 
 def _read_leaf_part(
-    found: Mapping[str, tensor_files.Tensor],
-    entries: list[tuple[str, LeafSlice]],
-    dtype: np.dtype,
-    part: tuple[slice, ...],
+    found: Tensors, entries: list[tuple[str, LeafSlice]], dtype: np.dtype, part: tuple[slice, ...]
 ) -> np.ndarray:
     """Reads the values of a leaf within slices, and no more than that of each of its tensors."""
     name, entry = entries[0]
@@ -239,16 +215,12 @@ def _split_rows(start: int, stop: int) -> list[slice]:
 # --- saving -----------------------------------------------------------------------------------
 
 
-def _export_tensors(
-    params: dict, config: transformer.ModelConfig
-) -> dict[str, tensor_files.Tensor]:
+def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
     """Maps Hugging Face names to tensors that fetch their leaf to the host when they are read.
 
     Tensors of a leaf are neighbours, so that each leaf is fetched once and then dropped.
     """
-    leaves = {
-        tuple(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)
-    }
+    leaves = _by_path(params)
     expected = _leaf_shapes(config)
     if {path: leaf.shape for path, leaf in leaves.items()} != expected:
         wrong = sorted(set(leaves) ^ set(expected)) or "a shape"
@@ -275,14 +247,10 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer: transformers.PreTrainedToke
 
 
 def save(
-    directory: str | os.PathLike,
-    params: dict,
-    config: transformer.ModelConfig,
-    *,
-    source_path: pathlib.Path,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    directory: str | os.PathLike, params: dict, config: transformer.ModelConfig, *,
+    source_path: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase,
     shard_bytes: int = SHARD_BYTES,
-) -> pathlib.Path:
+) -> pathlib.Path:  # fmt: skip
     """Writes a Hugging Face folder that transformers loads, and returns it.
 
     A folder of this name is always complete (see `tensor_files.create_folder`).
@@ -304,16 +272,15 @@ def save(
         raise ValueError(f"parameters of {sorted(map(str, dtypes))}; one float type is needed")
     dtype = dtypes.pop()
     tensors = _export_tensors(params, config)
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {key: getattr(tokenizer, key) for key in keys}
+    files = {
+        "config.json": hf_config.to_config_json(config, str(dtype), ids),
+        "generation_config.json": hf_config.to_generation_json(source_path, ids),
     }
-    config_json = hf_config.to_config_json(config, str(dtype), ids)
-    generation = hf_config.to_generation_json(source_path, ids)
     with tensor_files.create_folder(pathlib.Path(directory)) as folder:
         _save_tokenizer(folder, tokenizer)
         tensor_files.write_folder(folder, tensors, dtype, shard_bytes)
-        tensor_files.write_json(folder / "config.json", config_json)
-        tensor_files.write_json(folder / "generation_config.json", generation)
+        for name, content in files.items():
+            tensor_files.write_json(folder / name, content)
     return pathlib.Path(directory)

@@ -17,28 +17,29 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
 }
+NEEDED = {  # field of ModelConfig -> its key in config.json
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "max_position": "max_position_embeddings",
+}
+ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def _find_family(raw: Mapping, file: pathlib.Path) -> str:
-    names = raw.get("architectures") or [f"model_type {raw.get('model_type')!r}"]
-    if names[0] not in ARCHITECTURES:
-        raise ValueError(
-            f"{file}: architecture {names[0]} is not supported; supported are "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    return ARCHITECTURES[names[0]]
+    name = (raw.get("architectures") or [f"model_type {raw.get('model_type')!r}"])[0]
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{file}: architecture {name} is not supported; supported are {known}")
+    return ARCHITECTURES[name]
 
 
 def _check_options(raw: Mapping, file: pathlib.Path) -> None:
     """Raises ValueError for an option that changes the computation in a way not built here."""
-    only = {
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "use_sliding_window": (False,),
-        "partial_rotary_factor": (1.0,),
-        "quantization_config": (),
-    }
+    only = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,), "quantization_config": ()}
+    only |= dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), (False,))
     for key, allowed in only.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             choices = " or ".join(map(repr, allowed)) or "none"
@@ -60,12 +61,10 @@ def _read_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.Rop
         return float(theta), None
     if kind != "llama3":
         raise ValueError(f"{file}: RoPE type {kind!r} is not supported, only default and llama3")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [key for key in keys if key not in rope]
-    if missing:
+    if missing := [key for key in ROPE_KEYS if key not in rope]:
         raise ValueError(f"{file}: RoPE type llama3 lacks {', '.join(missing)}")
-    factor, low, high = (float(rope[key]) for key in keys[:3])
-    return float(theta), transformer.RopeScaling(factor, low, high, int(rope[keys[3]]))
+    factor, low, high, positions = (float(rope[key]) for key in ROPE_KEYS)
+    return float(theta), transformer.RopeScaling(factor, low, high, int(positions))
 
 
 def load_config(path: pathlib.Path) -> transformer.ModelConfig:
@@ -108,31 +107,17 @@ def _load_folder_config(path: pathlib.Path) -> transformer.ModelConfig:
     family = _find_family(raw, file)
     _check_options(raw, file)
     theta, scaling = _read_rope(raw, file)
-    needed = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-        *("num_attention_heads", "max_position_embeddings"),
-    )
-    missing = [key for key in needed if key not in raw]
-    if missing:
+    if missing := [key for key in NEEDED.values() if key not in raw]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     heads = raw["num_attention_heads"]
     return transformer.ModelConfig(
-        family=family,
-        vocab_size=raw["vocab_size"],
-        d_model=raw["hidden_size"],
-        d_ff=raw["intermediate_size"],
-        n_layers=raw["num_hidden_layers"],
-        n_heads=heads,
+        **{field: raw[key] for field, key in NEEDED.items()},
+        family=family, rope_theta=theta, rope_scaling=scaling,
         n_kv_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_eps=raw.get("rms_norm_eps", 1e-6),
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        max_position=raw["max_position_embeddings"],
-    )
+        rms_eps=raw.get("rms_norm_eps", 1e-6), tie_embeddings=raw.get("tie_word_embeddings", False),
+        qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+    )  # fmt: skip
 
 
 def read_stop_ids(path: pathlib.Path) -> list[int]:
@@ -144,14 +129,11 @@ def read_stop_ids(path: pathlib.Path) -> list[int]:
       path: a folder or a GGUF, as `hub.resolve` returns it.
     """
     if path.suffix == ".gguf":
-        fields = gguf_files.read_metadata(path)
-        keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-        found = [fields.get(f"tokenizer.ggml.{key}") for key in keys]
+        fields = gguf_files.read_header(path).metadata
+        found = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     else:
-        files = [path / name for name in hub.CONFIG_FILES]
-        found = [
-            tensor_files.read_json(file).get("eos_token_id") for file in files if file.is_file()
-        ]
+        files = [path / name for name in hub.CONFIG_FILES if (path / name).is_file()]
+        found = [tensor_files.read_json(file).get("eos_token_id") for file in files]
     ids = [i for entry in found for i in (entry if isinstance(entry, list) else [entry])]
     return sorted({int(i) for i in ids if i is not None})
 
@@ -167,37 +149,20 @@ def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str
     architecture = next(name for name, family in ARCHITECTURES.items() if family == config.family)
     rope: dict[str, Any] = {"rope_type": "default"}
     if (scaling := config.rope_scaling) is not None:
-        rope = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position,
-        }
+        values = dataclasses.astuple(scaling)
+        rope = {"rope_type": "llama3", **dict(zip(ROPE_KEYS, values, strict=True))}
     return {
-        "architectures": [architecture],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position,
-        "rms_norm_eps": config.rms_eps,
-        "rope_theta": config.rope_theta,
+        "architectures": [architecture], "model_type": config.family,
+        **{key: getattr(config, field) for field, key in NEEDED.items()},
+        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "hidden_act": "silu", "rms_norm_eps": config.rms_eps, "rope_theta": config.rope_theta,
         "rope_scaling": rope if config.rope_scaling else None,
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
         # It would also mean a bias of `o`. Biases of q, k and v are implied by model_type qwen2.
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-        **ids,
-    }
+        "attention_bias": False, "use_sliding_window": False,
+        "torch_dtype": dtype, "dtype": dtype, **ids,
+    }  # fmt: skip
 
 
 def to_generation_json(source: pathlib.Path, ids: Mapping[str, Any]) -> dict:

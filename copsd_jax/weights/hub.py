@@ -21,11 +21,9 @@ TOKENIZER_FILES = (
 
 
 def resolve(
-    path: str | os.PathLike,
-    revision: str = "main",
-    weights: bool = True,
+    path: str | os.PathLike, revision: str = "main", weights: bool = True,
     setting: str = "model.path",
-) -> pathlib.Path:
+) -> pathlib.Path:  # fmt: skip
     """Returns the local folder or .gguf file of a model; downloads a hub repository.
 
     Args:
@@ -73,8 +71,7 @@ def _smollm2(setting: str) -> pathlib.Path:
 
 def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.Path:
     patterns = [*CONFIG_FILES, *TOKENIZER_FILES, tensor_files.INDEX]
-    if weights:
-        patterns.append("model*.safetensors")
+    patterns += ["model*.safetensors"] if weights else []
     try:
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
     except OSError as error:  # the network failed, the hub refused, or offline mode is on

@@ -2,7 +2,7 @@
 
 A folder has adapter_config.json and adapter_model.safetensors. Our `a` [in, R] and `b` [R, out] of
 a layer are the transposes of PEFT's `lora_A` [R, in] and `lora_B` [out, R]. Both scale the product
-by lora_alpha / r. Projections have the names of `hf.BLOCK`.
+by lora_alpha / r. Projections have the names of `names.BLOCK`.
 
 Source: PEFT's developer guide "PEFT checkpoint format" and its LoraConfig.
 """
@@ -17,20 +17,16 @@ import jax
 import numpy as np
 
 from copsd_jax.model import lora, transformer
-from copsd_jax.weights import hf, tensor_files
+from copsd_jax.weights import names, tensor_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FLOAT32 = np.dtype(np.float32)
 
 
 def write(
-    directory: str | os.PathLike,
-    adapter: Mapping[str, Mapping[str, jax.Array]],
-    config: transformer.ModelConfig,
-    *,
-    alpha: float,
-    base: str,
-) -> pathlib.Path:
+    directory: str | os.PathLike, adapter: Mapping[str, Mapping[str, jax.Array]],
+    config: transformer.ModelConfig, *, alpha: float, base: str,
+) -> pathlib.Path:  # fmt: skip
     """Writes an adapter as PEFT does, in float32, and returns the folder.
 
     A folder of this name is always complete (see `tensor_files.create_folder`).
@@ -47,9 +43,8 @@ def write(
       ValueError: if the adapter does not fit the config.
     """
     if not adapter or set(adapter) - set(lora.TARGETS):
-        raise ValueError(
-            f"an adapter on {list(adapter)}: the choices are {', '.join(lora.TARGETS)}"
-        )
+        choices = ", ".join(lora.TARGETS)
+        raise ValueError(f"an adapter on {list(adapter)}: the choices are {choices}")
     targets = [target for target in lora.TARGETS if target in adapter]
     rank = adapter[targets[0]]["a"].shape[-1]
     tensors = {}
@@ -67,40 +62,30 @@ def _transpose_layers(
     """Maps PEFT's names to the tensors of one projection, layer by layer, `a` before `b`."""
     width, features = config.projections()[target]
     host = {name: np.asarray(matrices[name]) for name in ("a", "b")}
-    for name, shape in (("a", (width, rank)), ("b", (rank, features))):
+    for (name, values), shape in zip(host.items(), ((width, rank), (rank, features)), strict=True):
         expected = (config.n_layers, *shape)
-        if host[name].shape != expected or host[name].dtype != FLOAT32:
+        if values.shape != expected or values.dtype != FLOAT32:
             raise ValueError(
-                f"adapter {target}.{name} is {host[name].dtype} {host[name].shape}: this config "
-                f"has float32 {expected}"
+                f"adapter {target}.{name} is {values.dtype} {values.shape}: this config has "
+                f"float32 {expected}"
             )
-    tensors = {}
-    for layer in range(config.n_layers):
-        module = f"base_model.model.model.layers.{layer}.{hf.BLOCK[target]}"
-        for name in ("a", "b"):
-            values = host[name][layer].T
-            read = functools.partial(np.asarray, values)
-            tensors[f"{module}.lora_{name.upper()}.weight"] = tensor_files.Tensor(
-                values.shape, read
-            )
-    return tensors
+    module = f"base_model.model.model.layers.{{}}.{names.BLOCK[target][0]}.lora_{{}}.weight"
+    return {
+        module.format(layer, name.upper()): tensor_files.Tensor(
+            values[layer].T.shape, functools.partial(np.asarray, values[layer].T)
+        )
+        for layer in range(config.n_layers)
+        for name, values in host.items()
+    }
 
 
 def _to_config_json(targets: list[str], rank: int, alpha: float, base: str) -> dict[str, Any]:
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
         # PEFT itself writes an integer wherever alpha is whole.
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0,
         # `self_attn.q_proj` becomes `q_proj`.
-        "target_modules": [hf.BLOCK[target].rpartition(".")[2] for target in targets],
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "inference_mode": True,
-    }
+        "target_modules": [names.BLOCK[target][0].rpartition(".")[2] for target in targets],
+        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+        "modules_to_save": None, "inference_mode": True,
+    }  # fmt: skip

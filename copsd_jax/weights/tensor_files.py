@@ -100,16 +100,15 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
         # Typed Any, because the library's own stub does not know that NumPy gets arrays.
         opened: Any = safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file} is truncated or damaged ({file.stat().st_size} bytes): {error}"
-        ) from error
+        size = file.stat().st_size
+        raise ValueError(f"{file} is truncated or damaged ({size} bytes): {error}") from error
     tensors = {}
     for name in opened.keys():  # noqa: SIM118 - it is no mapping
         stored = opened.get_slice(name)
-        if stored.get_dtype() not in DTYPES:
+        if (kind := stored.get_dtype()) not in DTYPES:
             raise ValueError(
-                f"{file}: tensor {name} has type {stored.get_dtype()}, which is not supported; "
-                f"supported are {', '.join(DTYPES)}"
+                f"{file}: tensor {name} has type {kind}, which is not supported; supported are "
+                f"{', '.join(DTYPES)}"
             )
         tensors[name] = Tensor(tuple(stored.get_shape()), functools.partial(_read, stored))
     return tensors
@@ -131,11 +130,11 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     file_of: dict[str, str] = {}
     for file in files:
-        for name, tensor in open_file(folder / file).items():
-            if name in file_of:
-                raise ValueError(f"{folder}: tensor {name} is in {file_of[name]} and in {file}")
-            file_of[name] = file
-            tensors[name] = tensor
+        found = open_file(folder / file)
+        if twice := sorted(found.keys() & file_of.keys()):
+            raise ValueError(f"{folder}: tensor {twice[0]} is in {file_of[twice[0]]} and in {file}")
+        file_of |= dict.fromkeys(found, file)
+        tensors |= found
     if index is not None and index != file_of:
         name = min(set(index.items()) ^ set(file_of.items()))[0]
         raise ValueError(f"{folder / INDEX} and the files disagree about tensor {name}")
@@ -173,11 +172,9 @@ def write_file(file: pathlib.Path, items: Iterable[tuple[str, Tensor]], dtype: n
         f.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in items:
             values = tensor.read()
-            if values.dtype != dtype or values.shape != tensor.shape:
-                raise ValueError(
-                    f"{name} is {values.dtype} {values.shape}: the header says {dtype} "
-                    f"{tensor.shape}"
-                )
+            found, said = f"{values.dtype} {values.shape}", f"{dtype} {tensor.shape}"
+            if found != said:
+                raise ValueError(f"{name} is {found}: the header says {said}")
             f.write(np.ascontiguousarray(values).view(np.uint8).data)
 
 
@@ -193,7 +190,7 @@ def write_folder(
       shard_bytes: most bytes of values in a file that has more than one tensor.
     """
     shards: list[list[tuple[str, Tensor]]] = [[]]
-    held, total = 0, 0
+    held = total = 0
     for name, tensor in items.items():
         size = math.prod(tensor.shape) * dtype.itemsize
         if held and held + size > shard_bytes:

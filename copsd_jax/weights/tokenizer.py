@@ -19,39 +19,25 @@ from copsd_jax.weights import gguf_files, hf_config
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of a GGUF
 
 
-def _pattern(numbers: str) -> str:
-    """Returns the regular expression by which Llama 3 and Qwen cut text.
-
-    They differ in the number of digits that stay together, the argument.
-    """
-    return (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + numbers
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-
-
 def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
-    cut = pre_tokenizers.Split(tokenizers.Regex(_pattern(numbers)), "isolated")
-    return pre_tokenizers.Sequence(
-        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    """Cuts text as Llama 3 and Qwen do, which differ in the digits that stay together."""
+    pattern = (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
+    cut = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([cut, letters])
 
 
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_DIGITS = pre_tokenizers.Digits(individual_digits=True)
 # tokenizer.ggml.pre -> (pre-tokenizer, normalizer, a whole word in the vocabulary skips the merges)
 SPLITTERS = {
-    "smollm": (_digits_then_gpt2, None, False),
-    "gpt-2": (_gpt2, None, False),
-    "qwen2": (functools.partial(_split, r"\p{N}"), normalizers.NFC, False),
-    "llama-bpe": (functools.partial(_split, r"\p{N}{1,3}"), None, True),
+    "smollm": (pre_tokenizers.Sequence([_DIGITS, _GPT2]), None, False),
+    "gpt-2": (_GPT2, None, False),
+    "qwen2": (_split(r"\p{N}"), normalizers.NFC(), False),
+    "llama-bpe": (_split(r"\p{N}{1,3}"), None, True),
 }
 
 
@@ -84,15 +70,14 @@ def _choose_splitter(fields: Mapping[str, Any], path: pathlib.Path) -> tuple:
     if kind != "gpt2":
         raise ValueError(f"{path}: tokenizer {kind!r} is not supported, only gpt2 (byte-level BPE)")
     if name not in SPLITTERS:
-        raise ValueError(
-            f"{path}: tokenizer.ggml.pre is {name!r}; supported are {', '.join(SPLITTERS)}"
-        )
+        known = ", ".join(SPLITTERS)
+        raise ValueError(f"{path}: tokenizer.ggml.pre is {name!r}; supported are {known}")
     return SPLITTERS[name]
 
 
 def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     """Builds a tokenizer from the vocabulary, merges, splitter and template of a GGUF."""
-    fields = gguf_files.read_metadata(path)
+    fields = gguf_files.read_header(path).metadata
     splitter, normalizer, ignore_merges = _choose_splitter(fields, path)
     pieces: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = fields["tokenizer.ggml.token_type"]
@@ -100,16 +85,14 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tok = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
     if normalizer is not None:
-        tok.normalizer = normalizer()
-    tok.pre_tokenizer = splitter()
-    tok.decoder = decoders.ByteLevel()
-    tok.add_tokens(
-        [
-            tokenizers.AddedToken(piece, special=kind == CONTROL, normalized=False)
-            for piece, kind in zip(pieces, types, strict=True)
-            if kind in (CONTROL, USER_DEFINED)
-        ]
-    )
+        tok.normalizer = normalizer
+    tok.pre_tokenizer, tok.decoder = splitter, decoders.ByteLevel()
+    added = [
+        tokenizers.AddedToken(piece, special=kind == CONTROL, normalized=False)
+        for piece, kind in zip(pieces, types, strict=True)
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    tok.add_tokens(added)
     special = {
         f"{role}_token": pieces[fields[key]]
         for role, name in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()

@@ -153,7 +153,7 @@ def test_metadata_equal_the_package_s_reader(tmp_path):
     write(path, CONFIG, "Q4_0", meta=[*meta, ("general.alignment", 64)])
     theirs = format.GGUFReader(path)
     expected = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
-    assert gguf_files.read_metadata(path) == expected
+    assert gguf_files.read_header(path).metadata == expected
     for ours, stored in zip(gguf_files.read_header(path).tensors, theirs.tensors, strict=True):
         assert ours.name == stored.name
         assert (ours.offset, ours.size) == (stored.data_offset, stored.n_bytes)
