@@ -193,15 +193,13 @@ def sample(
     """
     run, plan = model.run, model.run.plan
     asked = [_encode(model, prompt) for prompt in prompts]
-    chosen = builders.build_sampling(
-        plan.config, "rollout", plan.vocabulary.stop_ids, tuple(plan.config.rollout.stop)
-    )
+    chosen = dataclasses.replace(loaded_run.build_sampling(run, "rollout"), **sampling)
     with loaded_run.set_mesh_and_precision(plan):
         return loop.generate(
             run.decoder,
             run.hand_over(loaded_run.derive_policies(run, model.state)[0]),
             asked,
-            dataclasses.replace(chosen, **sampling),
+            chosen,
             keys=request.derive_keys(seed, "rollout", 0, [""] * len(asked), range(len(asked))),
             settings=builders.build_sampler_settings(plan.config, "rollout", 0),
             vocabulary=plan.vocabulary,

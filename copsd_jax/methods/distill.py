@@ -61,7 +61,7 @@ def make_batch(
       count overlong teacher prompts, and the statuses of replies and of located errors.
     """
     c = r.plan.config
-    done = rollouts.sample_rollouts(r, loaded_run.derive_policies(r, state)[0], rows, step)
+    done = rollouts.sample_rollouts(r, state, rows, step)
     wanted = _wanted(c, done)
     views = _views(r, done, step)
     written = _replies(r, state, done, views, wanted, step)

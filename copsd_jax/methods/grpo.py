@@ -44,7 +44,7 @@ def make_batch(
       The inputs of the train step, with one record per completion. The metric `informative` is the
       share of completions whose group has unequal rewards.
     """
-    done = rollouts.sample_rollouts(r, loaded_run.derive_policies(r, state)[0], rows, step)
+    done = rollouts.sample_rollouts(r, state, rows, step)
     prefix_ids = done.asked[0].prefix_ids
     batch = layout.build_batch(
         [prompt.ids for prompt in done.asked],

@@ -163,16 +163,14 @@ def build_batch(
             f"{len(student_prompts)} student prompts, {len(taught)} teacher prompts, "
             f"{len(completions)} completions: the numbers must be equal"
         )
-    B, C = len(completions), pad_length(max((len(c) for c in completions), default=1))
+    C = pad_length(max((len(c) for c in completions), default=1))
     mask_BC = pad_rows([[True] * len(completion) for completion in completions], C, bool)
     return Batch(
         student=_side(student_prompts, completions, student_prefix, C),
-        teacher=None
-        if teacher_prompts is None
-        else _side(teacher_prompts, completions, teacher_prefix, C),
+        teacher=_side(teacher_prompts, completions, teacher_prefix, C) if teacher_prompts else None,
         completion_BC=pad_rows(completions, C, np.int32),
         mask_BC=mask_BC,
-        loss_BC=mask_BC if teacher_prompts is not None else np.zeros((B, C), bool),
+        loss_BC=mask_BC if teacher_prompts else np.zeros_like(mask_BC),
     )
 
 
@@ -262,11 +260,10 @@ def pack_rows(batch: Batch, plan: row_packing.RowPlan, shared: bool) -> Batch:
         start_B[b] = used[where]
         source_US[where, used[where] : used[where] + own] = b * C + np.arange(own)
         used[where] += own
+    pairs = zip(filter(None, (batch.student, batch.teacher)), prompts, strict=True)
     sides = [
         _rows(side, own_B, one.prompts_B, start_B, plan, k, shared)
-        for k, (side, one) in enumerate(
-            zip(filter(None, (batch.student, batch.teacher)), prompts, strict=True)
-        )
+        for k, (side, one) in enumerate(pairs)
     ]
     return batch._replace(
         student=sides[0],
