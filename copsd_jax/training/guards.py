@@ -134,13 +134,11 @@ def check_metrics(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     for rule in rules:
         if rule.metric not in METRICS:
             near = difflib.get_close_matches(rule.metric, METRICS, n=3, cutoff=0.6)
-            families = ", ".join(f"{name}_STATUS" for name in COUNTS)
-            which = (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else f"there are {', '.join(_PLAIN.split())}, those of token classes and "
-                f"positions, and the counts {families}"
-            )
+            which = f"did you mean {' or '.join(near)}?"
+            if not near:
+                families = ", ".join(f"{name}_STATUS" for name in COUNTS)
+                which = f"there are {', '.join(_PLAIN.split())}, those of token classes and "
+                which += f"positions, and the counts {families}"
             raise _refusal(rule.text, f"there is no metric {rule.metric!r}: {which}")
         if rule.relative and _SIGNED.match(rule.metric):
             raise _refusal(rule.text, f"{rule.metric} is below 0: a limit is no multiple of it")
