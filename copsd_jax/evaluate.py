@@ -229,22 +229,17 @@ def _scores(r: loaded_run.LoadedRun, records: Sequence[dict]) -> dict[str, dict[
     def sample(s: dict) -> scoring.Sample:
         return scoring.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
 
-    return {
-        name: scoring.score(
-            [[sample(s) for s in record["samples"]] for record in part],
-            r.grader.same_class,
-            graders.UNRESOLVED,
-        )
-        for name, part in group_records(records).items()
-    }
+    out = {}
+    for name, part in group_records(records).items():
+        samples = [[sample(s) for s in record["samples"]] for record in part]
+        out[name] = scoring.score(samples, r.grader.same_class, graders.UNRESOLVED)
+    return out
 
 
 def _averages(records: Sequence[dict]) -> dict[str, float]:
     """Returns the share of correct samples of each problem, by id."""
-    return {
-        record["id"]: scoring.avg_at_n([s["correct"] for s in record["samples"]])
-        for record in records
-    }
+    right = {record["id"]: [s["correct"] for s in record["samples"]] for record in records}
+    return {row: scoring.avg_at_n(marks) for row, marks in right.items()}
 
 
 def format_comparison(before: dict, after: dict) -> str:

@@ -15,16 +15,9 @@ from copsd_jax.methods import table
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import batches, languages
 from copsd_jax.runtime import checkpoint, processes, sharding, workdir
-from copsd_jax.training import (
-    builders,
-    guards,
-    layout,
-    loaded_run,
-    rollout_records,
-    rollouts,
-    run_plan,
-    train_step,
-)
+from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
+from copsd_jax.training.rollouts import StepInputs
+from copsd_jax.training.train_step import State
 
 
 def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_plan.Plan, bool]:
@@ -96,7 +89,7 @@ def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapp
         yield writer.write
 
 
-def _steps(r, state, first, write, checkpoints, directory) -> tuple[train_step.State, str]:
+def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
     """Runs the steps from `first` on, to the end or until a guard stops the run.
 
     Returns:
@@ -148,9 +141,7 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[train_step.S
     return state, guard["stopped"]
 
 
-def _step(
-    r, state, rows, step: int, factor: np.float32, timer
-) -> tuple[train_step.State, rollouts.StepInputs, dict]:
+def _step(r, state, rows, step: int, factor: np.float32, timer) -> tuple[State, StepInputs, dict]:
     """Makes a batch of the rows and trains on it; returns the state, the batch and the metrics."""
     with timer("rollout"):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)

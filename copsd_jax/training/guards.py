@@ -32,8 +32,10 @@ from copsd_jax.metrics import token_stats
 from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import replies, teacher_prompts, token_selection
 
-ACTIONS = ("warn", "stop", "lr*FACTOR")
-GRAMMAR = "METRIC>LIMIT or METRIC<LIMIT, then @STEPS if not 1, then :ACTION"
+GRAMMAR = (
+    "a rule is METRIC>LIMIT or METRIC<LIMIT, then @STEPS if not 1, then :ACTION; LIMIT is a number "
+    "or NUMBER*first; the choices of ACTION are warn, stop, lr*FACTOR"
+)
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RULE = re.compile(
@@ -154,8 +156,7 @@ def _parse(text: str) -> Rule:
     """Parses one rule."""
     match = _RULE.fullmatch(text)
     if match is None:
-        reason = f"a rule is {GRAMMAR}; LIMIT is a number or NUMBER*first"
-        raise _refusal(text, f"{reason}; the choices of ACTION are {', '.join(ACTIONS)}")
+        raise _refusal(text, GRAMMAR)
     rule = Rule(
         metric=match["metric"],
         above=match["sign"] == ">",
@@ -253,11 +254,8 @@ def _text(rule: Rule, step: int, value: float, limit: float, over: int) -> str:
     side = "beyond" if math.isnan(value) else "above" if rule.above else "below"
     relative = f" ({rule.limit:.4g} x its first value)" if rule.relative else ""
     since = f"for {over} steps" if over > 1 else "for 1 step"
-    done = {
-        "warn": "a warning",
-        "stop": "the run stops",
-        "lr": f"the learning rate is multiplied by {rule.factor:.4g}",
-    }[rule.action]
+    lowered = f"the learning rate is multiplied by {rule.factor:.4g}"
+    done = {"warn": "a warning", "stop": "the run stops", "lr": lowered}[rule.action]
     return (
         f"step {step}: {rule.metric} is {value:.4g}, {side} {limit:.4g}{relative} {since}: {done} "
         f"(guards.rules {rule.text})"

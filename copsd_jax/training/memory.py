@@ -170,13 +170,11 @@ def describe_undivided(frame: run_plan.ProgramPlan) -> str:
     names, more = sharding.find_undivided(base, where, shape.n_kv_heads)
     trained = model_headers.trained_shapes(c, shape)
     trained_names, trained_more = sharding.find_undivided(trained, where, shape.n_kv_heads)
-    if not names and not trained_names:
+    by_axis = []
+    for axis in sharding.AXES:
+        if whole := dict.fromkeys((*names.get(axis, ()), *trained_names.get(axis, ()))):
+            by_axis.append(f"along mesh.{axis}={where.shape[axis]} {', '.join(whole)}")
+    if not by_axis:
         return ""
-    by_axis = [
-        f"along mesh.{axis}={where.shape[axis]} "
-        + ", ".join(dict.fromkeys((*names.get(axis, ()), *trained_names.get(axis, ()))))
-        for axis in sharding.AXES
-        if axis in names or axis in trained_names
-    ]
     more += (4 + (c.teacher.weights == "ema")) * trained_more
     return f"{'; '.join(by_axis)}: {more / 2**20:,.1f} MiB more on each device"
