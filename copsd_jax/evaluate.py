@@ -103,11 +103,9 @@ def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partia
         what = _what(r, asked, policy)
         said = processes.run_on_leader(lambda: _kept(partial, what, ids))
     todo = [i for i in range(len(asked)) if i not in said]
-    with contextlib.ExitStack() as stack:
-        stream = None
-        if partial is not None and processes.is_leader():
-            # Other processes draw the same completions, and only the leader stores them.
-            stream = stack.enter_context(partial.open("a", encoding="utf-8"))
+    # Other processes draw the same completions, and only the leader stores them.
+    file = partial if processes.is_leader() else None
+    with file.open("a", encoding="utf-8") if file else contextlib.nullcontext() as stream:
 
         def done(k: int, completion: loop.Completion) -> None:
             i = todo[k]

@@ -97,8 +97,10 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
     """
     plan, c = r.plan, r.plan.config
     timer = terminal.Timer()
+    # The languages in the order of data.lang, spelled as in the rows.
+    codes = [languages.resolve_code(code, plan.student.languages) for code in c.data.lang]
     order = batches.iterate_batches(
-        plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
+        plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=first
     )
     written = processes.run_on_leader(lambda: metric_files.lines(directory, first))
     # The state of the guards follows from the metrics of earlier steps, so no file has to store it.
@@ -142,7 +144,7 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
 
 
 def _step(r, state, rows, step: int, factor: np.float32, timer) -> tuple[State, StepInputs, dict]:
-    """Makes a batch of the rows and trains on it; returns the state, the batch and the metrics."""
+    """Trains on a batch of the rows; returns the next state, the inputs and the metrics."""
     with timer("rollout"):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
     with timer("packing"):
@@ -168,11 +170,6 @@ def _warms_up(plan: run_plan.Plan) -> bool:
         return False
     auto = sharding.platform(plan.mesh) != "cpu"  # compiling takes longer than a step there
     return {"auto": auto, "always": True, "never": False}[plan.config.sampler.warmup]
-
-
-def _codes(plan: run_plan.Plan) -> list[str]:
-    """Lists the languages in the order of data.lang, spelled as in the rows."""
-    return [languages.resolve_code(code, plan.student.languages) for code in plan.config.data.lang]
 
 
 def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:

@@ -159,7 +159,8 @@ def _server(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]
         for one, (conversation, _) in zip(asked, fitted, strict=True)
         if conversation
     ]
-    answers = iter(processes.run_on_leader(lambda: client.ask_all(build_server(c), requests)))
+    server = client.server_from_settings(c.author, c.author.cache)
+    answers = iter(processes.run_on_leader(lambda: client.ask_all(server, requests)))
     out = []
     for one, (conversation, shortened) in zip(asked, fitted, strict=True):
         if not conversation:
@@ -170,11 +171,6 @@ def _server(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]
         seen = _seen(plan, one.attempt, shortened)
         out.append(AuthorText(answer.text, status, answer.detail, shortened, seen))
     return out
-
-
-def build_server(c) -> client.Server:
-    """Builds the server of the settings author.*."""
-    return client.server_from_settings(c.author, c.author.cache)
 
 
 def _file(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:

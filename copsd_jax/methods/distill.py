@@ -166,20 +166,14 @@ def _pack(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Ba
 def _about(told, reply: replies.Reply, found: str, view: contexts.Attempt, wanted: bool) -> dict:
     """Returns the fields of a record that describe the completion's context."""
     return {
-        "taught": told is not None,
-        "filtered": not wanted,
+        "taught": told is not None, "filtered": not wanted,
         "teacher_prompt": told.text if told else None,
         "teacher_prompt_ids": [*told.prefix_ids, *told.ids] if told else None,
         "shortened": list(told.shortened) if told else [],
-        "reply": reply.raw,
-        "reply_status": reply.status,
-        "reply_detail": reply.detail,
-        "reply_cut": reply.cut,
-        "writer_shortened": list(reply.shortened),
-        "leaked": reply.leaked,
-        "located": found,
-        "sibling": view.sibling or None,
-    }
+        "reply": reply.raw, "reply_status": reply.status, "reply_detail": reply.detail,
+        "reply_cut": reply.cut, "writer_shortened": list(reply.shortened), "leaked": reply.leaked,
+        "located": found, "sibling": view.sibling or None,
+    }  # fmt: skip
 
 
 def _statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:

@@ -70,7 +70,7 @@ METRICS = (
 # These metrics are usually negative, so their first value cannot serve as a unit of the limit.
 _SIGNED = re.compile("logp_(student|teacher)|advantage(?!_negative)")
 
-State = dict[str, Any]  # JSON: {"steps", "factor", "stopped", "rules": [{"first", "over"}, ...]}
+State = dict[str, Any]  # {"factor", "stopped", "rules": [{"first", "over"}, ...]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ def init_state(rules: Sequence[Rule]) -> State:
     the run stops, or "".
     """
     memory = [{"first": None, "over": 0} for _ in rules]
-    return {"steps": 0, "factor": 1.0, "stopped": "", "rules": memory}
+    return {"factor": 1.0, "stopped": "", "rules": memory}
 
 
 def apply_rules(
@@ -220,7 +220,6 @@ def apply_rules(
         state["factor"] *= rule.factor
         if rule.action == "stop":
             state["stopped"] = state["stopped"] or events[-1].text
-    state["steps"] += 1
     return state, events
 
 

@@ -125,12 +125,9 @@ def load_run(
         initial = train_step.derive_policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (shared_prefix.encode_ids(decoder, initial, prefix),)
     grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
-    rewarder = reward_functions.build_rewarder(
-        config.reward.kind, grader, conversations.ANSWER_FORMS[config.prompt.answer]
-    )
-    classes = token_stats.classes(
-        plan.vocabulary.token_bytes, plan.vocabulary.stop_ids, plan.special_ids
-    )
+    form, known = conversations.ANSWER_FORMS[config.prompt.answer], plan.vocabulary
+    rewarder = reward_functions.build_rewarder(config.reward.kind, grader, form)
+    classes = token_stats.classes(known.token_bytes, known.stop_ids, plan.special_ids)
     run = LoadedRun(
         plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
         builders.build_hand_over(plan, frozen), _served(plan, folder), _lengths(plan),

@@ -139,7 +139,10 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     setting_rules.check_vocabulary(config, shape.vocab_size)
     sharding.key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
     sides = _sides(config, registry, exemplars, tok)
-    teacher = _teacher_side(config, tok, sides.pop("teacher"), context)
+    taught, side = config_lib.traits(config).teacher, sides.pop("teacher")
+    # Only a method with a teacher has exemplars with replies.
+    shown = teacher_prompts.build_exemplars(side, context) if taught else ()
+    teacher = teacher_side.TeacherSide(tok, side, context, shown)
     trained, examined, longest = _keep_fitting(config, sides, teacher, rows, eval_rows)
     if train:
         problem_selection.check_language_shares(config, trained.rows, registry)
@@ -165,13 +168,6 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     )  # fmt: skip
 
 
-def _teacher_side(config, tok, spec, context) -> teacher_side.TeacherSide:
-    """Builds the teacher's side; only a method with a teacher has exemplars with replies."""
-    taught = config_lib.traits(config).teacher
-    exemplars = teacher_prompts.build_exemplars(spec, context) if taught else ()
-    return teacher_side.TeacherSide(tok, spec, context, exemplars)
-
-
 def _keep_fitting(
     config: config_lib.Config, sides: dict[str, conversations.PromptFormat],
     teacher: teacher_side.TeacherSide, rows: list[problem_row.Row],
@@ -193,7 +189,7 @@ def _keep_fitting(
 def _connect(
     config: config_lib.Config, server: remote_engine.EngineServer, longest: dict[str, int]
 ) -> remote_engine.EngineServer:
-    """Connects to the server, and checks its room for the sides whose texts it draws."""
+    """Checks that the server answers and has room for the texts that it draws; returns it."""
     server = remote_engine.connect(server)
     if room := server.max_model_len:
         drawn = ["student"] * config_lib.traits(config).samples + ["evaluation", "author"]
@@ -234,10 +230,10 @@ def _selection(config: config_lib.Config) -> token_selection.Settings:
 
 def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
     """Checks the author's server or file; returns the replies of author.kind=file."""
-    if config.author.kind == "server":
-        author = config.author
+    author = config.author
+    if author.kind == "server":
         client.check_server(client.server_from_settings(author, author.cache), "author.")
-    return replies.load_reply_file(config.author.path) if config.author.kind == "file" else {}
+    return replies.load_reply_file(author.path) if author.kind == "file" else {}
 
 
 def load_config(directory: pathlib.Path) -> config_lib.Config:
