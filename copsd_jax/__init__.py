@@ -21,16 +21,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "Completion",
-    "Model",
-    "Scores",
-    "build_prompts",
-    "divergence",
-    "load_model",
-    "sample",
-    "score",
-    "train_step",
-]
+    "Completion", "Model", "Scores", "build_prompts", "divergence", "load_model", "sample",
+    "score", "train_step",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

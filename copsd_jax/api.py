@@ -30,10 +30,8 @@ Completion = loop.Completion
 
 # Settings of the path "tiny", whose template has a thinking switch.
 TINY: dict[str, Any] = {
-    "model.init": "random",
-    "model.shape": "tiny",
-    "prompt.thinking": "off",
-}
+    "model.init": "random", "model.shape": "tiny", "prompt.thinking": "off"
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,19 +191,15 @@ def sample(
     """
     run, plan = model.run, model.run.plan
     asked = [_encode(model, prompt) for prompt in prompts]
-    chosen = builders.build_sampling(
-        plan.config, "rollout", plan.vocabulary.stop_ids, tuple(plan.config.rollout.stop)
-    )
+    chosen = dataclasses.replace(loaded_run.build_sampling(run, "rollout"), **sampling)
     with loaded_run.set_mesh_and_precision(plan):
+        policy = run.hand_over(loaded_run.derive_policies(run, model.state)[0])
         return loop.generate(
-            run.decoder,
-            run.hand_over(loaded_run.derive_policies(run, model.state)[0]),
-            asked,
-            dataclasses.replace(chosen, **sampling),
+            run.decoder, policy, asked, chosen,
             keys=request.derive_keys(seed, "rollout", 0, [""] * len(asked), range(len(asked))),
             settings=builders.build_sampler_settings(plan.config, "rollout", 0),
             vocabulary=plan.vocabulary,
-        ).completions
+        ).completions  # fmt: skip
 
 
 def score(

@@ -57,33 +57,25 @@ def compare_tokens(
     """
     completion = record["completion_ids"]
     student = ((1.0, loaded_run.derive_policies(r, state)[0]),)
-    sides = {
-        "student": (student, record["student_prompt_ids"]),
-        "teacher": (loaded_run.teacher_mixture(r, state), record["teacher_prompt_ids"]),
-    }
-    sides = {
-        name: np.asarray(score_tokens(r.decoder, mix, prompt, completion))
-        for name, (mix, prompt) in sides.items()
-    }
+    teacher = loaded_run.teacher_mixture(r, state)
+    sides_CV = [
+        np.asarray(score_tokens(r.decoder, mix, record[f"{side}_prompt_ids"], completion))
+        for side, mix in (("student", student), ("teacher", teacher))
+    ]
     spell = lambda i: str(r.plan.tokenizer.decode([int(i)]))  # noqa: E731
     out = []
-    for t, token in enumerate(record["completion_ids"]):
-        favourites = {}
-        for name, logp_CV in sides.items():
-            top = np.argsort(-logp_CV[t])[:best]
-            favourites[name] = [(spell(i), float(np.exp(logp_CV[t, i]))) for i in top]
-        p, q = float(sides["student"][t, token]), float(sides["teacher"][t, token])
-        out.append(
-            TokenView(spell(token), q - p, p, q, favourites["student"], favourites["teacher"])
-        )
+    for t, token in enumerate(completion):
+        favourites = [
+            [(spell(i), float(np.exp(logp_CV[t, i]))) for i in np.argsort(-logp_CV[t])[:best]]
+            for logp_CV in sides_CV
+        ]
+        p, q = (float(logp_CV[t, token]) for logp_CV in sides_CV)
+        out.append(TokenView(spell(token), q - p, p, q, *favourites))
     return out
 
 
 def score_tokens(
-    decoder: transformer.Decoder,
-    mix: Mixture,
-    prompt: Sequence[int],
-    completion: Sequence[int],
+    decoder: transformer.Decoder, mix: Mixture, prompt: Sequence[int], completion: Sequence[int]
 ) -> jax.Array:
     """Scores every token of the vocabulary at each place of a completion behind its prompt.
 

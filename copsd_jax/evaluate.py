@@ -10,6 +10,7 @@ program evaluates checkpoints of a work directory and prints one table.
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -30,7 +31,7 @@ from copsd_jax.rewards import graders
 from copsd_jax.runtime import checkpoint, processes, workdir
 from copsd_jax.sampler import loop, request
 from copsd_jax.teaching import prompts
-from copsd_jax.training import loaded_run, run_plan
+from copsd_jax.training import loaded_run, run_plan, train_step
 
 
 def evaluate(
@@ -61,11 +62,8 @@ def evaluate(
       loaded_run.UnusableFile: another evaluation wrote `partial`, or the file is damaged.
     """
     plan, n = r.plan, r.plan.config.eval.samples
-    asked = [
-        prompt
-        for row in rows
-        for prompt in [prompts.build_student_prompt(plan.tokenizer, plan.evaluation, row)] * n
-    ]
+    build = functools.partial(prompts.build_student_prompt, plan.tokenizer, plan.evaluation)
+    asked = [prompt for prompt in map(build, rows) for _ in range(n)]
     ids = [row.id for row in rows for _ in range(n)]
     keys = request.derive_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))
     completions = _sampled(r, policy, asked, ids, keys, progress, partial)
@@ -73,23 +71,14 @@ def evaluate(
     golds = [row.answer for row in rows for _ in range(n)]
     grades = loaded_run.grade_completions(r, golds, asked, texts)
     samples = [
-        [
-            {
-                "answer": grades[i].answer,
-                "correct": grades[i].correct,
-                "status": grades[i].status,
-                "tokens": len(completions[i].ids),
-                "truncated": completions[i].finish == "length",
-                "text": texts[i],
-            }
-            for i in range(k * n, (k + 1) * n)
-        ]
-        for k in range(len(rows))
-    ]
+        {"answer": grade.answer, "correct": grade.correct, "status": grade.status,
+         "tokens": len(said.ids), "truncated": said.finish == "length", "text": text}
+        for grade, said, text in zip(grades, completions, texts, strict=True)
+    ]  # fmt: skip
     records = [
         {"id": row.id, "lang": row.lang, "group": row.group, "gold": row.answer,
-         "problem": row.problem, "samples": given}
-        for row, given in zip(rows, samples, strict=True)
+         "problem": row.problem, "samples": samples[k * n : (k + 1) * n]}
+        for k, row in enumerate(rows)
     ]  # fmt: skip
     # maj@n compares answers under time limits, which could end differently on another process.
     return {"scores": processes.run_on_leader(lambda: _scores(r, records)), "problems": records}
@@ -114,11 +103,9 @@ def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partia
         what = _what(r, asked, policy)
         said = processes.run_on_leader(lambda: _kept(partial, what, ids))
     todo = [i for i in range(len(asked)) if i not in said]
-    with contextlib.ExitStack() as stack:
-        stream = None
-        if partial is not None and processes.is_leader():
-            # Other processes draw the same completions, and only the leader stores them.
-            stream = stack.enter_context(partial.open("a", encoding="utf-8"))
+    # Other processes draw the same completions, and only the leader stores them.
+    file = partial if processes.is_leader() else None
+    with file.open("a", encoding="utf-8") if file else contextlib.nullcontext() as stream:
 
         def done(k: int, completion: loop.Completion) -> None:
             i = todo[k]
@@ -132,10 +119,8 @@ def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partia
             if progress is not None:
                 progress(stats._replace(done=stats.done + len(asked) - len(todo)))
 
-        loaded_run.sample(
-            r, policy, [asked[i] for i in todo], "eval", keys[todo],
-            progress=further, done=done,
-        )  # fmt: skip
+        wanted = [asked[i] for i in todo]
+        loaded_run.sample(r, policy, wanted, "eval", keys[todo], progress=further, done=done)
     return [said[i] for i in range(len(asked))]
 
 
@@ -145,16 +130,16 @@ def _what(r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt], policy) -> d
     digest = hashlib.sha256()
     for prompt in asked:
         digest.update(repr((prompt.prefix_ids, prompt.ids)).encode())
-    names = "max_tokens temperature top_p top_k min_p".split()
-    how = "cache merge int8 engine model dialect logprobs"
+    drawn = config_lib.pick(c.eval, "max_tokens temperature top_p top_k min_p")
+    how = config_lib.pick(c.sampler, "cache merge int8 engine model dialect logprobs")
     return {
         "prompts": len(asked),
         "sha256": digest.hexdigest(),
         "policy": fingerprint_arrays(policy.params if policy.adapter is None else policy.adapter),
         "seed": c.seed,
         "stop": list(c.rollout.stop),
-        **{f"eval.{name}": c.eval[name] for name in names},
-        **{f"sampler.{name}": c.sampler[name] for name in how.split()},
+        **{f"eval.{name}": value for name, value in drawn.items()},
+        **{f"sampler.{name}": value for name, value in how.items()},
     }
 
 
@@ -219,17 +204,20 @@ def group_records(records: Sequence[dict]) -> dict[str, list[dict]]:
 
     A record without a group is in the group "other".
     """
-    by_lang = collections.defaultdict(list)
-    for record in records:
-        by_lang[record["lang"]].append(record)
     out: dict[str, list[dict]] = {}
-    for lang, mine in by_lang.items():
-        parts = collections.defaultdict(list)
-        for record in mine:
-            parts[record["group"]].append(record)
+    for lang, mine in _group(records, "lang").items():
+        parts = _group(mine, "group")
         if len(parts) > 1:
-            out.update({f"{lang}/{name or 'other'}": part for name, part in parts.items()})
+            out |= {f"{lang}/{name or 'other'}": part for name, part in parts.items()}
         out[lang] = mine
+    return out
+
+
+def _group(records: Sequence[dict], field: str) -> dict[str, list[dict]]:
+    """Groups records by the value of a field, in the order of their first ones."""
+    out = collections.defaultdict(list)
+    for record in records:
+        out[record[field]].append(record)
     return out
 
 
@@ -239,22 +227,17 @@ def _scores(r: loaded_run.LoadedRun, records: Sequence[dict]) -> dict[str, dict[
     def sample(s: dict) -> scoring.Sample:
         return scoring.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
 
-    return {
-        name: scoring.score(
-            [[sample(s) for s in record["samples"]] for record in part],
-            r.grader.same_class,
-            graders.UNRESOLVED,
-        )
-        for name, part in group_records(records).items()
-    }
+    out = {}
+    for name, part in group_records(records).items():
+        samples = [[sample(s) for s in record["samples"]] for record in part]
+        out[name] = scoring.score(samples, r.grader.same_class, graders.UNRESOLVED)
+    return out
 
 
 def _averages(records: Sequence[dict]) -> dict[str, float]:
     """Returns the share of correct samples of each problem, by id."""
-    return {
-        record["id"]: scoring.avg_at_n([s["correct"] for s in record["samples"]])
-        for record in records
-    }
+    right = {record["id"]: [s["correct"] for s in record["samples"]] for record in records}
+    return {row: scoring.avg_at_n(marks) for row, marks in right.items()}
 
 
 def format_comparison(before: dict, after: dict) -> str:
@@ -273,20 +256,14 @@ def format_comparison(before: dict, after: dict) -> str:
     for name, old in group_records(before["problems"]).items():
         left, right = _averages(old), _averages(new[name])
         paired = scoring.paired(list(left.values()), [right[i] for i in left])
-        scores = after["scores"][name]
+        a, b = before["scores"][name], after["scores"][name]
         rows.append(
-            [
-                name,
-                len(left),
-                f"{before['scores'][name]['avg_at_n']:.1%}",
-                f"{scores['avg_at_n']:.1%}",
-                f"{paired.difference * 100:+.1f}",
-                f"[{paired.low * 100:+.1f}, {paired.high * 100:+.1f}]",
-                f"{paired.p:.2g}",
-                f"{before['scores'][name]['format_rate']:.0%} > {scores['format_rate']:.0%}",
-                f"{before['scores'][name]['truncated']:.0%} > {scores['truncated']:.0%}",
-            ]
-        )
+            [name, len(left), f"{a['avg_at_n']:.1%}", f"{b['avg_at_n']:.1%}",
+             f"{paired.difference * 100:+.1f}",
+             f"[{paired.low * 100:+.1f}, {paired.high * 100:+.1f}]", f"{paired.p:.2g}",
+             f"{a['format_rate']:.0%} > {b['format_rate']:.0%}",
+             f"{a['truncated']:.0%} > {b['truncated']:.0%}"]
+        )  # fmt: skip
     headers = ["problems", "n", "before", "after", "points", "95 % interval", "p", "format", "cut"]
     return terminal.table(headers, rows)
 
@@ -297,15 +274,12 @@ def format_overview(results: dict[int, dict]) -> str:
     Args:
       results: the results of `evaluate` by step.
     """
-    rows = []
-    for step, result in sorted(results.items()):
-        for name, s in result["scores"].items():
-            rows.append(
-                [step, name, s["problems"], s["samples"], f"{s['avg_at_n']:.1%}",
-                 f"[{s['low']:.1%}, {s['high']:.1%}]", f"{s['pass_at_n']:.1%}",
-                 f"{s['maj_at_n']:.1%}", f"{s['format_rate']:.0%}", f"{s['truncated']:.0%}",
-                 f"{s['mean_tokens']:.1f}"]
-            )  # fmt: skip
+    rows = [
+        [step, name, s["problems"], s["samples"], f"{s['avg_at_n']:.1%}",
+         f"[{s['low']:.1%}, {s['high']:.1%}]", f"{s['pass_at_n']:.1%}", f"{s['maj_at_n']:.1%}",
+         f"{s['format_rate']:.0%}", f"{s['truncated']:.0%}", f"{s['mean_tokens']:.1f}"]
+        for step, result in sorted(results.items()) for name, s in result["scores"].items()
+    ]  # fmt: skip
     headers = ["step", "problems", "n", "samples", "avg@n", "95 % interval", "pass@n", "maj@n",
                "format", "cut", "tokens"]  # fmt: skip
     return terminal.table(headers, rows)
@@ -317,56 +291,65 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         prog="python -m copsd_jax.evaluate",
         description="Evaluates checkpoints of a work directory with its own settings.",
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a run's directory")
-    parser.add_argument(
-        "--steps", default="", help="checkpoints, as 0,12 (0 is the initial policy); default: all"
-    )
-    parser.add_argument("--path", default="", help="other problems than the run's eval.path")
-    parser.add_argument("--lang", default="", help="other languages, as sw,fr")
-    parser.add_argument("--samples", type=int, default=None, help="completions per problem (n)")
-    parser.add_argument("--temperature", type=float, default=None, help="of sampling; 0: greedy")
-    parser.add_argument("--max_tokens", type=int, default=None, help="longest completion")
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=None, help="directory of results; default W/eval"
-    )
+    add = parser.add_argument
+    add("--workdir", required=True, type=pathlib.Path, help="a run's directory")
+    add("--steps", default="", help="checkpoints, as 0,12 (0 is the initial policy); default: all")
+    add("--path", default="", help="other problems than the run's eval.path")
+    add("--lang", default="", help="other languages, as sw,fr")
+    add("--samples", type=int, help="completions per problem (n)")
+    add("--temperature", type=float, help="of sampling; 0: greedy")
+    add("--max_tokens", type=int, help="longest completion")
+    add("--out", type=pathlib.Path, help="directory of results; default W/eval")
     return parser.parse_args(argv[1:])
 
 
 def _config(args: argparse.Namespace) -> config_lib.Config:
     """Returns the run's config with the changes that the flags make."""
     config = run_plan.load_config(args.workdir)
-    e, changes = config.eval, {}
-    if args.path:
-        changes["path"] = args.path
-    if args.lang:
-        changes["lang"] = tuple(args.lang.split(","))
-    for name in ("samples", "max_tokens", "temperature"):
-        if getattr(args, name) is not None:
-            changes[name] = getattr(args, name)
+    asked = {"path": args.path or None, "lang": tuple(args.lang.split(",")) if args.lang else None,
+             "samples": args.samples, "max_tokens": args.max_tokens,
+             "temperature": args.temperature}  # fmt: skip
+    changes = {name: value for name, value in asked.items() if value is not None}
     if changes and args.out is None:
         raise ValueError(
             f"--out is missing: with other {', '.join(changes)} than the run's, name a directory "
             "of its own, so that W/eval stays what the run wrote"
         )
-    e.update(changes)
+    config.eval.update(changes)
     return config
 
 
-def show_progress(label: str, total: int) -> tuple[terminal.Progress, Callable[[loop.Stats], None]]:
-    """Creates a progress line, and the callback of the sampler that updates it.
+def evaluate_step(
+    r: loaded_run.LoadedRun, state: train_step.State, step: int, file: pathlib.Path, label: str
+) -> dict[str, Any]:
+    """Evaluates the student of a state with a progress line, and writes the result to a file.
 
     Args:
-      label: the text in front of the line.
-      total: the number of completions.
+      r: the loaded run, with an open grader.
+      state: gives the student's weights.
+      step: the number of the step, for the result.
+      file: the file of the result. A stopped evaluation continues, see `evaluate`.
+      label: the text in front of the progress line.
+
+    Returns:
+      The result of `evaluate`, with the step.
     """
-    progress, seen = terminal.Progress(label, total, stream=processes.progress_stream()), [0]
+    rows, partial = r.plan.eval_rows, workdir.partial_file(file)
+    total, stream = len(rows) * r.plan.config.eval.samples, processes.progress_stream()
+    progress, seen = terminal.Progress(label, total, stream=stream), [0]
 
     def update(stats: loop.Stats) -> None:
         busy = {} if math.isnan(stats.occupancy) else {"occupancy": stats.occupancy}
         progress.update(stats.done, stats.tokens - seen[0], **busy)
         seen[0] = stats.tokens
 
-    return progress, update
+    with progress:
+        student = loaded_run.derive_policies(r, state)[0]
+        result = {"step": step, **evaluate(r, student, rows, update, partial)}
+    # The completions are removed once the result that is made of them is in its file.
+    workdir.write_json(file, result)
+    processes.run_on_leader(lambda: partial.unlink(missing_ok=True))
+    return result
 
 
 def main(argv: list[str]) -> int:
@@ -410,28 +393,13 @@ def _main(args: argparse.Namespace) -> int:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
             return 2
         # With --out the engine's folder lies there too: the run's directory may be read-only.
-        r, initial = loaded_run.load_run(
-            plan, config.train.steps, (args.out or args.workdir) / "engine"
-        )
-        results = {}
+        engine, results = (args.out or args.workdir) / "engine", {}
+        r, initial = loaded_run.load_run(plan, config.train.steps, engine)
         with r.grader:
             for step in steps:
                 state = checkpoints.load(step, initial) if step else initial
-                progress, update = show_progress(
-                    f"step {step}:", len(plan.eval_rows) * config.eval.samples
-                )
                 file = out / workdir.step_file(out, "eval", step).name
-                with progress:
-                    result = evaluate(
-                        r,
-                        loaded_run.derive_policies(r, state)[0],
-                        plan.eval_rows,
-                        update,
-                        workdir.partial_file(file),
-                    )
-                results[step] = {"step": step, **result}
-                workdir.write_json(file, results[step])
-                workdir.partial_file(file).unlink(missing_ok=True)
+                results[step] = evaluate_step(r, state, step, file, f"step {step}:")
     print(format_overview(results))
     if 0 in results and len(results) > 1:
         last = max(results)

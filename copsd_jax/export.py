@@ -11,9 +11,9 @@ import pathlib
 import sys
 
 from copsd_jax.model import lora
+from copsd_jax.model import policy as policy_lib
 from copsd_jax.runtime import checkpoint, workdir
 from copsd_jax.training import loaded_run, run_plan
-from copsd_jax.weights import hf, peft
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -57,20 +57,10 @@ def main(argv: list[str]) -> int:
             with r.grader:
                 state = checkpoints.load(step, state)
         student = loaded_run.derive_policies(r, state)[0]
-        params = student.params
-        if args.format == "peft":
-            assert student.adapter is not None  # train.trainable is lora, as checked above
-            peft.write(
-                args.out, student.adapter, plan.model_config,
-                alpha=config.lora.alpha, base=config.model.path,
-            )  # fmt: skip
-        else:
-            if student.adapter is not None:
-                params = lora.merge_adapter(params, student.adapter, student.scale)
-            hf.save(
-                args.out, params, plan.model_config,
-                source_path=plan.weights_path, tokenizer=plan.tokenizer,
-            )  # fmt: skip
+        if args.format == "hf" and student.adapter is not None:
+            merged = lora.merge_adapter(student.params, student.adapter, student.scale)
+            student = policy_lib.Policy(merged)
+        loaded_run.write_policy(plan, student, args.out, config.model.path)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

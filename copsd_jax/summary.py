@@ -24,16 +24,17 @@ def format_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -
       continued: whether the directory holds the run already.
     """
     c, shape = plan.config, plan.model_config
-    size = memory.count_parameters(plan)
+    size, platform = memory.count_parameters(plan), sharding.platform(plan.mesh)
     completions = config_lib.completions_per_step(c)
+    rank = f" rank {c.lora.rank}" if c.train.trainable == "lora" else ""
+    parts = memory.summarize_memory(plan).items()
+    held = ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in parts)
     lines = [
         c.description or c.method,
         f"  model       {c.model.path} ({shape.family}, {size['base']:,} parameters, "
         f"{np.dtype(plan.dtype).name}), {c.model.init}",
-        f"  trained     {size['trained']:,} parameters ({c.train.trainable}"
-        + (f" rank {c.lora.rank})" if c.train.trainable == "lora" else ")"),
-        f"  loss        {_format_loss(c)} "
-        f"({backends.choose_loss(c, sharding.platform(plan.mesh))})",
+        f"  trained     {size['trained']:,} parameters ({c.train.trainable}{rank})",
+        f"  loss        {_format_loss(c)} ({backends.choose_loss(c, platform)})",
         f"  attention   {_format_attention(plan)}; remat {c.model.remat}",
         f"  problems    {c.data.path}: {_count_languages(plan.rows)}; "
         f"dropped: {_format_counts(plan.dropped)}",
@@ -44,36 +45,23 @@ def format_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -
         f"{c.train.steps} steps",
         f"  prompts     at most {plan.longest['student']} tokens (student), "
         f"{plan.longest['teacher']} (teacher)",
-        f"  devices     {plan.mesh.size} x {sharding.platform(plan.mesh)}, "
-        f"mesh {dict(plan.mesh.shape)}",
+        f"  devices     {plan.mesh.size} x {platform}, mesh {dict(plan.mesh.shape)}",
         *([f"  whole       {uneven}"] if (uneven := memory.describe_undivided(plan)) else []),
-        "  memory      "
-        + ", ".join(
-            f"{name} {size / 2**30:.2f} GiB" for name, size in memory.summarize_memory(plan).items()
-        )
-        + " (on each device, without the temporaries of programs)",
+        f"  memory      {held} (on each device, without the temporaries of programs)",
         f"  directory   {directory}" + (" (continued)" if continued else ""),
     ]
-    if plan.server is not None:
-        s = plan.server
-        lines.append(
-            f"  sampler     {s.api.model} at {s.api.url} ({s.dialect}, {s.logprobs} logprobs)"
-        )
+    if s := plan.server:
+        engine = f"{s.api.model} at {s.api.url} ({s.dialect}, {s.logprobs} logprobs)"
+        lines.append(f"  sampler     {engine}")
     if c.parity.template_mismatch:
         lines.append(
             "  parity.template_mismatch is set: student and teacher start in different states of "
             "the chat template, as published"
         )
-    unchecked = sorted(
-        {
-            row.lang
-            for row in plan.rows
-            if c.prompt.template == "chat"
-            and not plan.student.languages[row.lang].checked_by_speaker
-        }
-    )
+    known, chat = plan.student.languages, c.prompt.template == "chat"
+    unchecked = {row.lang for row in plan.rows if chat and not known[row.lang].checked_by_speaker}
     if unchecked:
-        lines.append(f"  wording not checked by a speaker: {', '.join(unchecked)}")
+        lines.append(f"  wording not checked by a speaker: {', '.join(sorted(unchecked))}")
     return "\n".join(lines)
 
 
@@ -122,13 +110,12 @@ def _format_counts(counter: collections.Counter) -> str:
 
 def collect_facts(plan: run_plan.Plan) -> dict:
     """Returns the facts of a start for run.json: devices, fingerprints and counts."""
+    path, drawn = plan.weights_path, plan.config.model.init == "random"
     return {
         "devices": [str(device) for device in plan.mesh.devices.flat],
         "seed": plan.config.seed,
-        "model": str(plan.weights_path),
-        "model_fingerprint": ""
-        if plan.config.model.init == "random"
-        else model_headers.fingerprint_weights(plan.weights_path),
+        "model": str(path),
+        "model_fingerprint": "" if drawn else model_headers.fingerprint_weights(path),
         "data_fingerprint": problem_row.compute_fingerprint(plan.rows),
         "eval_fingerprint": problem_row.compute_fingerprint(plan.eval_rows),
         "exemplars_fingerprint": problem_row.compute_fingerprint(plan.student.exemplars),
@@ -155,19 +142,19 @@ def format_failures(step: int, records: list[dict]) -> list[str]:
       records: the records of the step's completions.
     """
     raised = [r for r in records if str(r.get("grade_status", "")).startswith("raised")]
-    lines = [
-        f"warning: step {step}: the function of reward.kind failed for {len(raised)} of "
-        f"{len(records)} completions, the first with {raised[0]['grade_status'].split(':')[1]}"
-    ] if raised else []  # fmt: skip
-    failed = [record for record in records if record.get("reply_detail")]
-    if not failed:
-        return lines
-    first = failed[0]
-    return [
-        *lines,
-        f"warning: step {step}: {len(failed)} of {len(records)} completions have no reply, the "
-        f"first for {first['reply_status']}: {first['reply_detail']}",
-    ]
+    failed = [r for r in records if r.get("reply_detail")]
+    lines = []
+    if raised:
+        lines.append(
+            f"warning: step {step}: the function of reward.kind failed for {len(raised)} of "
+            f"{len(records)} completions, the first with {raised[0]['grade_status'].split(':')[1]}"
+        )
+    if failed:
+        lines.append(
+            f"warning: step {step}: {len(failed)} of {len(records)} completions have no reply, the "
+            f"first for {failed[0]['reply_status']}: {failed[0]['reply_detail']}"
+        )
+    return lines
 
 
 def format_sample(step: int, records: list[dict]) -> str:
@@ -181,11 +168,7 @@ def format_sample(step: int, records: list[dict]) -> str:
 
 
 COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked", "replies_cut")
-
-
 COUNTED_PREFIXES = ("reply_", "located_", "shortened_", "grade_")
-
-
 # The expected outcomes of grading, which `correct` and `reward` already report.
 NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 
@@ -225,14 +208,14 @@ def format_ending(
     """
     lines = []
     if before and after:
-        lines += ["", evaluate.format_comparison(before, after)]
         lines += [
+            "",
+            evaluate.format_comparison(before, after),
             "",
             "before and after: share of correct answers; points: difference with the interval of a",
             "paired bootstrap over problems; p: exact sign test; cut: ended by the token limit",
         ]
-    totals = format_totals(directory, plan.config.train.steps)
-    if totals:
+    if totals := format_totals(directory, plan.config.train.steps):
         lines += ["", totals]
     lines += ["", f"{terminal.duration(seconds)} min; everything is in {directory}"]
     if stopped:

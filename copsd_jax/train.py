@@ -15,15 +15,9 @@ from copsd_jax.methods import table
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import batches, languages
 from copsd_jax.runtime import checkpoint, processes, sharding, workdir
-from copsd_jax.training import (
-    builders,
-    guards,
-    layout,
-    loaded_run,
-    rollout_records,
-    run_plan,
-    train_step,
-)
+from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
+from copsd_jax.training.rollouts import StepInputs
+from copsd_jax.training.train_step import State
 
 
 def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_plan.Plan, bool]:
@@ -57,16 +51,13 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
       continued: whether the directory holds the run already.
     """
     config, started = plan.config, time.monotonic()
-    method = table.METHODS[config.method]
     print(summary.format_plan(plan, directory, continued), flush=True)
     processes.wait_for_all("checked")  # no process writes before all have checked
     workdir.create(directory, config_lib.flat(config), summary.collect_facts(plan))
     with (
         loaded_run.set_mesh_and_precision(plan),
         loaded_run.exit_on_failure(directory),
-        checkpoint.Checkpoints(
-            directory / "checkpoints", config.train.keep, writer=True
-        ) as checkpoints,
+        checkpoint.Checkpoints(directory / "checkpoints", config.train.keep, writer=True) as saver,
     ):
         r, state = loaded_run.load_run(plan, config.train.steps, directory / "engine")
         if _warms_up(plan):
@@ -77,12 +68,12 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             # The evaluation of step 0 is of the initial policy. It therefore comes before a
             # checkpoint is loaded, also in a continued run that still lacks it.
             before = _evaluation(r, state, 0, directory)
-            saved = processes.run_on_leader(checkpoints.steps)
+            saved = processes.run_on_leader(saver.steps)
             if saved:
-                state = checkpoints.load(saved[-1], state)
+                state = saver.load(saved[-1], state)
             first = int(state.step)
             with _writer(directory, first) as writer:
-                state, stopped = _steps(r, method, state, first, writer, checkpoints, directory)
+                state, stopped = _steps(r, state, first, writer, saver, directory)
             after = _evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
     print(summary.format_ending(plan, before, after, directory, seconds, stopped), flush=True)
@@ -98,7 +89,7 @@ def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapp
         yield writer.write
 
 
-def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[train_step.State, str]:
+def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
     """Runs the steps from `first` on, to the end or until a guard stops the run.
 
     Returns:
@@ -106,8 +97,10 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
     """
     plan, c = r.plan, r.plan.config
     timer = terminal.Timer()
+    # The languages in the order of data.lang, spelled as in the rows.
+    codes = [languages.resolve_code(code, plan.student.languages) for code in c.data.lang]
     order = batches.iterate_batches(
-        plan.rows, _codes(plan), c.data.weights, c.train.batch, c.seed, step=first
+        plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=first
     )
     written = processes.run_on_leader(lambda: metric_files.lines(directory, first))
     # The state of the guards follows from the metrics of earlier steps, so no file has to store it.
@@ -117,60 +110,58 @@ def _steps(r, method, state, first, write, checkpoints, directory) -> tuple[trai
     with terminal.Progress("step", c.train.steps, first, stream) as progress:
         # A continued run that a guard has stopped takes no further step.
         for step in range(first, first if guard["stopped"] else c.train.steps):
-            with timer("rollout"):
-                work = method.make_batch(r, state, next(order), step)
-            with timer("packing"):
-                rows = builders.pack_batch(plan, work.batch)
-            with timer("step"):
-                batch = layout.place_batch(rows, plan.mesh)
-                factor = np.float32(guard["factor"])
-                state, aux = r.step(
-                    state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor
-                )
-                aux = jax.device_get(aux)  # waits for the step, so that the timer sees all of it
-            values = {
-                **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
-                **layout.measure_fill(rows),
-                **work.metrics,
-                **rollout_records.add_token_values(r, work, aux),
-                "learning_rate": float(r.rate(step)) * float(factor),
-                **timer.take(),
-            }
-            write(step + 1, values)
-            guard, events = guards.apply_rules(plan.guards, guard, step + 1, values)
+            number = step + 1  # in files and messages, which count from 1
+            factor = np.float32(guard["factor"])
+            state, work, values = _step(r, state, next(order), step, factor, timer)
+            write(number, values)
+            guard, events = guards.apply_rules(plan.guards, guard, number, values)
             if events:
                 said += [dataclasses.asdict(event) for event in events]
                 workdir.write_jsonl(directory / "events.jsonl", said)
             if c.train.log_rollouts:
-                workdir.write_jsonl(
-                    workdir.step_file(directory, "rollouts", step + 1), work.records
-                )
-            last = step + 1 == c.train.steps or bool(guard["stopped"])
+                file = workdir.step_file(directory, "rollouts", number)
+                workdir.write_jsonl(file, work.records)
+            last = number == c.train.steps or bool(guard["stopped"])
             # The checkpoint comes last: a continued run finds the metrics and records of all steps
             # before its checkpoint, and writes those of later steps again.
-            if (step + 1) % c.train.save_every == 0 or last:
-                checkpoints.save(step + 1, state)
-            progress.update(
-                step + 1,
-                int(values["completion_tokens"] * len(work.records)),
-                loss=values["loss"],
-                **{name: values[name] for name in ("correct",) if name in values},
-            )
-            for line in [
-                *summary.format_failures(step + 1, work.records),
-                *(f"guard: {e.text}" for e in events),
-            ]:
+            if number % c.train.save_every == 0 or last:
+                checkpoints.save(number, state)
+            shown = {name: values[name] for name in ("loss", "correct") if name in values}
+            progress.update(number, int(values["completion_tokens"] * len(work.records)), **shown)
+            lines = summary.format_failures(number, work.records)
+            lines += [f"guard: {event.text}" for event in events]
+            if step == first or last or number % max(1, c.train.steps // 3) == 0:
+                lines.append(summary.format_sample(number, work.records))
+            if lines:
                 progress.close()
-                print(line, flush=True)
-            if step == first or last or (step + 1) % max(1, c.train.steps // 3) == 0:
+                print(*lines, sep="\n", flush=True)
+            if c.eval.every and number % c.eval.every == 0 and not last:
                 progress.close()
-                print(summary.format_sample(step + 1, work.records), flush=True)
-            if c.eval.every and (step + 1) % c.eval.every == 0 and not last:
-                progress.close()
-                _evaluation(r, state, step + 1, directory)
+                _evaluation(r, state, number, directory)
             if guard["stopped"]:
                 break
     return state, guard["stopped"]
+
+
+def _step(r, state, rows, step: int, factor: np.float32, timer) -> tuple[State, StepInputs, dict]:
+    """Trains on a batch of the rows; returns the next state, the inputs and the metrics."""
+    with timer("rollout"):
+        work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
+    with timer("packing"):
+        packed = builders.pack_batch(r.plan, work.batch)
+    with timer("step"):
+        batch = layout.place_batch(packed, r.plan.mesh)
+        state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor)
+        aux = jax.device_get(aux)  # waits for the step, so that the timer sees all of it
+    values = {
+        **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
+        **layout.measure_fill(packed),
+        **work.metrics,
+        **rollout_records.add_token_values(r, work, aux),
+        "learning_rate": float(r.rate(step)) * float(factor),
+        **timer.take(),
+    }
+    return state, work, values
 
 
 def _warms_up(plan: run_plan.Plan) -> bool:
@@ -179,11 +170,6 @@ def _warms_up(plan: run_plan.Plan) -> bool:
         return False
     auto = sharding.platform(plan.mesh) != "cpu"  # compiling takes longer than a step there
     return {"auto": auto, "always": True, "never": False}[plan.config.sampler.warmup]
-
-
-def _codes(plan: run_plan.Plan) -> list[str]:
-    """Lists the languages in the order of data.lang, spelled as in the rows."""
-    return [languages.resolve_code(code, plan.student.languages) for code in plan.config.data.lang]
 
 
 def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:
@@ -197,17 +183,4 @@ def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Pa
     known = processes.run_on_leader(lambda: workdir.read_json(path) if path.is_file() else None)
     if known is not None:
         return known
-    total = len(r.plan.eval_rows) * r.plan.config.eval.samples
-    progress, update = evaluate.show_progress(f"evaluation at step {step}:", total)
-    with progress:
-        result = evaluate.evaluate(
-            r,
-            loaded_run.derive_policies(r, state)[0],
-            r.plan.eval_rows,
-            update,
-            workdir.partial_file(path),
-        )
-    # The completions are removed once the result that is made of them is in its file.
-    workdir.write_json(path, {"step": step, **result})
-    processes.run_on_leader(lambda: workdir.partial_file(path).unlink(missing_ok=True))
-    return {"step": step, **result}
+    return evaluate.evaluate_step(r, state, step, path, f"evaluation at step {step}:")

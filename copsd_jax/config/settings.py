@@ -56,6 +56,11 @@ def traits(config: Config) -> methods.Method:
     return methods.METHODS[config.method]
 
 
+def pick(section: Config, names: str) -> dict[str, Any]:
+    """Returns settings of a section by their names, given as in "lr warmup"."""
+    return {name: section[name] for name in names.split()}
+
+
 def preset(table: Mapping[str, Callable], name: str, default_name: str) -> Callable:
     """Returns the chosen function of a config file's table of presets.
 

@@ -397,7 +397,7 @@ def compile_phase(run: Run, name: str) -> Phase:
 def _compile_first_state(compiler: _Compiler, arrays: memory.HeldArrays) -> None:
     frame = compiler.run.frame
     tx, _ = builders.build_optimizer(frame.config, max(1, frame.config.train.steps))
-    make_state = builders.build_initializer(frame, tx, builders.build_options(frame).teacher)
+    make_state = builders.build_initializer(frame, tx)
     base = arrays.base if frame.config.train.trainable == "full" else {}
     shardings = builders.find_shardings(arrays.state, frame)
     compiler("state at step 0", jax.jit(make_state, out_shardings=shardings), base, keeps=False)

@@ -1,4 +1,4 @@
 """The methods, one file each, and the authors of contexts.
 
-May import: config, problems, runtime, teaching, losses, model, sampler, servers, training.
+May import: config, problems, runtime, teaching, losses, sampler, servers, training.
 """

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from copsd_jax.model import policy as policy_lib
+from copsd_jax.config import settings as config_lib
 from copsd_jax.problems import problem_row
 from copsd_jax.runtime import processes
 from copsd_jax.sampler import request
@@ -18,7 +18,6 @@ from copsd_jax.teaching import (
     answer_leaks,
     contexts,
     conversations,
-    prompts,
     replies,
     teacher_prompts,
     text_encoding,
@@ -80,21 +79,23 @@ def write_replies(
     key = lambda one: (one.attempt.row.id, one.sample if each else 0)  # noqa: E731
     distinct = {key(one): one if each else one._replace(sample=0) for one in asked}
     texts = AUTHORS[r.plan.config.author.kind](r, state, list(distinct.values()), step)
-    made = {
-        name: _read(r, one, written)
-        for (name, one), written in zip(distinct.items(), texts, strict=True)
-    }
+    read = [_read(r, one, text) for one, text in zip(distinct.values(), texts, strict=True)]
+    made = dict(zip(distinct, read, strict=True))
     return [made[key(one)] for one in asked]
 
 
 # --- authors ------------------------------------------------------------------------------------
 
 
-def _sampled(
-    r: loaded_run.LoadedRun, policy: policy_lib.Policy, asked: list[AuthorRequest], step: int
-) -> list[AuthorText]:
-    """Samples the texts with the run's sampler, under the settings author.*."""
+def _sampled(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
+    """Samples the texts with the run's sampler, under the settings author.*.
+
+    The student writes with its current weights, and the teacher with its own. With
+    teacher.weights=fixed these are the initial policy's at every step.
+    """
     plan, c = r.plan, r.plan.config
+    writer = 0 if c.author.kind == "student" else 1
+    policy = loaded_run.derive_policies(r, state)[writer]
     made = [
         teacher_prompts.build_author_prompt(plan.tokenizer, plan.author, plan.context, one.attempt)
         for one in asked
@@ -102,10 +103,8 @@ def _sampled(
     out = [_unasked(prompt, plan) for prompt in made]
     todo = [i for i, written in enumerate(out) if written is None]
     wanted = [prompt for prompt in (made[i] for i in todo) if prompt is not None]
-    keys = request.derive_keys(
-        c.seed, "author", step, [asked[i].attempt.row.id for i in todo],
-        [asked[i].sample for i in todo],
-    )  # fmt: skip
+    ids, samples = [asked[i].attempt.row.id for i in todo], [asked[i].sample for i in todo]
+    keys = request.derive_keys(c.seed, "author", step, ids, samples)
     done = loaded_run.sample(r, policy, wanted, "author", keys).completions if todo else []
     for i, prompt, completion in zip(todo, wanted, done, strict=True):
         text = loaded_run.restore_think_tag(prompt, loaded_run.decode_completion(r, completion.ids))
@@ -115,7 +114,7 @@ def _sampled(
     return [written for written in out if written is not None]
 
 
-def _unasked(prompt: prompts.Prompt | None, plan: run_plan.Plan) -> AuthorText | None:
+def _unasked(prompt, plan: run_plan.Plan) -> AuthorText | None:
     """Returns an empty text with the reason why the author is not asked, or None if it is."""
     if prompt is None:
         return AuthorText("", "not_asked")
@@ -133,41 +132,18 @@ def _seen(plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[st
     return text_encoding.truncate_text(plan.tokenizer, attempt.text, plan.context.section_tokens)
 
 
-def _student(
-    r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
-) -> list[AuthorText]:
-    """Samples the texts with the student's current weights."""
-    return _sampled(r, loaded_run.derive_policies(r, state)[0], asked, step)
-
-
-def _teacher(
-    r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
-) -> list[AuthorText]:
-    """Samples the texts with the teacher's own weights.
-
-    With teacher.weights=fixed these are the initial policy's at every step.
-    """
-    return _sampled(r, loaded_run.derive_policies(r, state)[1], asked, step)
-
-
-def _grader(
-    r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
-) -> list[AuthorText]:
+def _grader(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Writes the texts by the context's rule, from the verdict of the grader."""
-    del state, step
     write_by_rule = contexts.get_author(r.plan.context).write_by_rule
     assert write_by_rule is not None  # `table_rules` admits no other context
     return [AuthorText(write_by_rule(one.attempt, one.found), "written") for one in asked]
 
 
-def _server(
-    r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
-) -> list[AuthorText]:
+def _server(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Asks an OpenAI-compatible server for the texts.
 
     Seeds follow from the run's seed and the sample, so that a cache can serve repeated requests.
     """
-    del state, step
     plan, c = r.plan, r.plan.config
     fitted = [
         teacher_prompts.build_author_conversation(plan.tokenizer, plan.context, one.attempt)
@@ -176,15 +152,14 @@ def _server(
     requests = [
         client.ChatRequest(
             messages=conversations.render_messages(plan.author, one.attempt.row, conversation),
-            temperature=c.author.temperature,
-            top_p=c.author.top_p,
-            max_tokens=c.author.max_tokens,
+            **config_lib.pick(c.author, "temperature top_p max_tokens"),
             seed=c.seed + one.sample,
         )
         for one, (conversation, _) in zip(asked, fitted, strict=True)
         if conversation
     ]
-    answers = iter(processes.run_on_leader(lambda: client.ask_all(build_server(c), requests)))
+    server = client.server_from_settings(c.author, c.author.cache)
+    answers = iter(processes.run_on_leader(lambda: client.ask_all(server, requests)))
     out = []
     for one, (conversation, shortened) in zip(asked, fitted, strict=True):
         if not conversation:
@@ -197,31 +172,15 @@ def _server(
     return out
 
 
-def build_server(c) -> client.Server:
-    """Builds the server of the settings author.*."""
-    return client.server_from_settings(c.author, c.author.cache)
-
-
-def _file(
-    r: loaded_run.LoadedRun, state: train_step.State, asked: list[AuthorRequest], step: int
-) -> list[AuthorText]:
+def _file(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Takes the texts from the file author.path."""
-    del state, step
-    return [
-        AuthorText(r.plan.replies[key], "written")
-        if key in r.plan.replies
-        else AuthorText("", "missing")
-        for key in ((one.attempt.row.id, one.sample) for one in asked)
-    ]
+    texts = [r.plan.replies.get((one.attempt.row.id, one.sample)) for one in asked]
+    return [AuthorText(text or "", "missing" if text is None else "written") for text in texts]
 
 
 AUTHORS: dict[str, Callable[..., list[AuthorText]]] = {
-    "student": _student,
-    "teacher": _teacher,
-    "grader": _grader,
-    "server": _server,
-    "file": _file,
-}
+    "student": _sampled, "teacher": _sampled, "grader": _grader, "server": _server, "file": _file
+}  # fmt: skip
 
 
 # --- reading ------------------------------------------------------------------------------------

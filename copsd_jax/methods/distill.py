@@ -33,19 +33,13 @@ from copsd_jax.losses import policy_loss
 from copsd_jax.methods import authors, grpo
 from copsd_jax.problems import problem_row
 from copsd_jax.teaching import contexts, groups, prompts, replies, token_selection
-from copsd_jax.training import (
-    layout,
-    loaded_run,
-    prompt_lengths,
-    rollout_records,
-    rollouts,
-    train_step,
-)
+from copsd_jax.training import layout, loaded_run, prompt_lengths, rollout_records, rollouts
 from copsd_jax.training.rollouts import Rollouts, StepInputs
+from copsd_jax.training.train_step import State
 
 
 def make_batch(
-    r: loaded_run.LoadedRun, state: train_step.State, rows: list[problem_row.Row], step: int
+    r: loaded_run.LoadedRun, state: State, rows: list[problem_row.Row], step: int
 ) -> StepInputs:
     """Samples and grades rollouts, has contexts written, and lays out both sides of the batch.
 
@@ -61,9 +55,8 @@ def make_batch(
       count overlong teacher prompts, and the statuses of replies and of located errors.
     """
     c = r.plan.config
-    done = rollouts.sample_rollouts(r, loaded_run.derive_policies(r, state)[0], rows, step)
-    wanted = _wanted(c, done)
-    views = _views(r, done, step)
+    done = rollouts.sample_rollouts(r, state, rows, step)
+    wanted, views = _wanted(c, done), _views(r, done, step)
     written = _replies(r, state, done, views, wanted, step)
     told = [
         r.plan.teacher.build(view, reply) if keep else None
@@ -81,18 +74,15 @@ def make_batch(
             shown = contexts.join_privileged_text(r.plan.context, views[i], written[i])
             record["privileged_text"] = shown
     probe = r.plan.teacher.build_shortest(done.rows[0])
-    return StepInputs(
-        batch,
-        *rollouts.encode_prefixes(r, state, done.asked[0], probe),
-        records,
-        {
-            **rollout_records.measure_rollouts(records, done.sampler),
-            "overlong_teacher_prompts": float(overlong),
-            "taught": float(sum(prompt is not None for prompt in told)),
-            "filtered": float(wanted.count(False)),
-            **_statuses(r, records),
-        },
-    )
+    prefixes = rollouts.encode_prefixes(r, state, done.asked[0], probe)
+    metrics = {
+        **rollout_records.measure_rollouts(records, done.sampler),
+        "overlong_teacher_prompts": float(overlong),
+        "taught": float(sum(prompt is not None for prompt in told)),
+        "filtered": float(wanted.count(False)),
+        **_statuses(r, records),
+    }
+    return StepInputs(batch, *prefixes, records, metrics)
 
 
 def _wanted(c, done: Rollouts) -> list[bool]:
@@ -108,31 +98,25 @@ def _wanted(c, done: Rollouts) -> list[bool]:
 def _views(r: loaded_run.LoadedRun, done: Rollouts, step: int) -> list[contexts.Attempt]:
     """Builds an attempt per completion: the parts of it that contexts may read."""
     c, reads = r.plan.config, contexts.list_inputs(r.plan.context)
-    siblings: list[int | None] = [None] * len(done.rows)
+    siblings, others = [None] * len(done.rows), [None] * len(done.rows)
     if "siblings" in reads:
+        right = [
+            bool(verdict and verdict.reward >= c.reward.threshold) for verdict in done.verdicts
+        ]
         siblings = groups.choose_siblings(
-            [bool(verdict and verdict.reward >= c.reward.threshold) for verdict in done.verdicts],
-            done.groups,
-            [len(completion.ids) for completion in done.completions],
-            c.context.sibling,
-            (c.seed, step),
-        )
-    others = (
-        groups.choose_other_problems(r.plan.rows, done.rows, (c.seed, step))
-        if "other" in reads
-        else None
-    )
+            right, done.groups, [len(completion.ids) for completion in done.completions],
+            c.context.sibling, (c.seed, step),
+        )  # fmt: skip
+    if "other" in reads:
+        others = groups.choose_other_problems(r.plan.rows, done.rows, (c.seed, step))
     return [
         contexts.Attempt(
-            row=row,
-            text=done.answer(i),
-            correct=verdict.correct if verdict else None,
+            row, done.answer(i), verdict.correct if verdict else None,
             feedback=verdict.feedback if verdict else "",
-            sibling="" if (s := siblings[i]) is None else done.answer(s),
-            other=others[i] if others else None,
+            sibling="" if (s := siblings[i]) is None else done.answer(s), other=others[i],
         )
         for i, (row, verdict) in enumerate(zip(done.rows, done.verdicts, strict=True))
-    ]
+    ]  # fmt: skip
 
 
 def _replies(r, state, done: Rollouts, views, wanted, step: int) -> list[replies.Reply]:
@@ -146,9 +130,7 @@ def _replies(r, state, done: Rollouts, views, wanted, step: int) -> list[replies
     return [next(made) if keep else replies.FILTERED for keep in wanted]
 
 
-def _select(
-    r: loaded_run.LoadedRun, done: Rollouts, views, written, told
-) -> tuple[list, list[str]]:
+def _select(r, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
     """Returns each completion's mask of tokens with loss, and how its error was located."""
     masks, found = [], []
     for i, completion in enumerate(done.completions):
@@ -177,29 +159,21 @@ def _pack(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Ba
         teacher_prefix=next((len(prompt.prefix_ids) for prompt in told if prompt), 0),
     )
     C = batch.mask_BC.shape[1]
-    return batch._replace(
-        loss_BC=layout.pad_rows(masks, C, bool),
-        logp_rollout_BC=layout.pad_rows([d.logps for d in done.completions], C, np.float32),
-    )
+    logps_BC = layout.pad_rows([d.logps for d in done.completions], C, np.float32)
+    return batch._replace(loss_BC=layout.pad_rows(masks, C, bool), logp_rollout_BC=logps_BC)
 
 
 def _about(told, reply: replies.Reply, found: str, view: contexts.Attempt, wanted: bool) -> dict:
     """Returns the fields of a record that describe the completion's context."""
     return {
-        "taught": told is not None,
-        "filtered": not wanted,
+        "taught": told is not None, "filtered": not wanted,
         "teacher_prompt": told.text if told else None,
         "teacher_prompt_ids": [*told.prefix_ids, *told.ids] if told else None,
         "shortened": list(told.shortened) if told else [],
-        "reply": reply.raw,
-        "reply_status": reply.status,
-        "reply_detail": reply.detail,
-        "reply_cut": reply.cut,
-        "writer_shortened": list(reply.shortened),
-        "leaked": reply.leaked,
-        "located": found,
-        "sibling": view.sibling or None,
-    }
+        "reply": reply.raw, "reply_status": reply.status, "reply_detail": reply.detail,
+        "reply_cut": reply.cut, "writer_shortened": list(reply.shortened), "leaked": reply.leaked,
+        "located": found, "sibling": view.sibling or None,
+    }  # fmt: skip
 
 
 def _statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
@@ -208,18 +182,14 @@ def _statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
     A section counts as shortened once per completion, whether the prompt of the author or of the
     teacher was cut.
     """
-    out = {}
+    out, count = {}, rollout_records.count_statuses
     if "reply" in contexts.list_inputs(r.plan.context):
-        out |= rollout_records.count_statuses(
-            "reply", [record["reply_status"] for record in records], ["ok"]
-        )
+        out |= count("reply", [record["reply_status"] for record in records], ["ok"])
         out["leaked"] = float(sum(record["leaked"] for record in records))
         out["replies_cut"] = float(sum(record["reply_cut"] for record in records))
     if r.plan.selection.select != "all":
-        out |= rollout_records.count_statuses(
-            "located", [record["located"] for record in records], ["exact"]
-        )
+        out |= count("located", [record["located"] for record in records], ["exact"])
     if r.plan.context.section_tokens:
         cut = [kind for x in records for kind in {*x["shortened"], *x["writer_shortened"]}]
-        out |= rollout_records.count_statuses("shortened", sorted(cut), [])
+        out |= count("shortened", sorted(cut), [])
     return out

@@ -44,28 +44,19 @@ def make_batch(
       The inputs of the train step, with one record per completion. The metric `informative` is the
       share of completions whose group has unequal rewards.
     """
-    done = rollouts.sample_rollouts(r, loaded_run.derive_policies(r, state)[0], rows, step)
-    prefix_ids = done.asked[0].prefix_ids
-    batch = layout.build_batch(
-        [prompt.ids for prompt in done.asked],
-        None,
-        [completion.ids for completion in done.completions],
-        student_prefix=len(prefix_ids),
-    )
+    done = rollouts.sample_rollouts(r, state, rows, step)
+    asked, completions = ([x.ids for x in each] for each in (done.asked, done.completions))
+    prefix = len(done.asked[0].prefix_ids)
+    batch = layout.build_batch(asked, None, completions, student_prefix=prefix)
     batch = add_advantages(r.plan.config, done, batch, successes_only=False)
     records = rollout_records.build_records(r, done)
     for b, record in enumerate(records):
         record["advantage"] = float(batch.advantage_BC[b, 0])
     informative = policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
-    return StepInputs(
-        batch,
-        *rollouts.encode_prefixes(r, state, done.asked[0], None),
-        records,
-        {
-            **rollout_records.measure_rollouts(records, done.sampler),
-            "informative": float(informative.mean()),
-        },
-    )
+    metrics = rollout_records.measure_rollouts(records, done.sampler)
+    metrics["informative"] = float(informative.mean())
+    prefixes = rollouts.encode_prefixes(r, state, done.asked[0], None)
+    return StepInputs(batch, *prefixes, records, metrics)
 
 
 def add_advantages(c, done: Rollouts, batch: layout.Batch, successes_only: bool) -> layout.Batch:

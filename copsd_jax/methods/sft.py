@@ -44,24 +44,14 @@ def make_batch(
     batch = layout.build_batch(
         [prompt.ids for prompt in asked], None, targets, student_prefix=len(asked[0].prefix_ids)
     )
-    batch = batch._replace(
-        policy_BC=batch.mask_BC, advantage_BC=np.ones(batch.mask_BC.shape, np.float32)
-    )
+    ones_BC = np.ones(batch.mask_BC.shape, np.float32)
+    batch = batch._replace(policy_BC=batch.mask_BC, advantage_BC=ones_BC)
     records = [
-        {
-            "id": row.id,
-            "lang": row.lang,
-            "sample": 0,
-            "problem": row.problem,
-            "student_prompt": prompt.text,
-            "student_prompt_ids": [*prompt.prefix_ids, *prompt.ids],
-            "completion": loaded_run.decode_completion(r, target),
-            "completion_ids": list(target),
-            "finish": "data",
-            "gold": row.answer,
-            "correct": None,
-        }
+        {"id": row.id, "lang": row.lang, "sample": 0, "problem": row.problem,
+         "student_prompt": prompt.text, "student_prompt_ids": [*prompt.prefix_ids, *prompt.ids],
+         "completion": loaded_run.decode_completion(r, target), "completion_ids": list(target),
+         "finish": "data", "gold": row.answer, "correct": None}
         for row, prompt, target in zip(rows, asked, targets, strict=True)
-    ]
+    ]  # fmt: skip
     metrics = {"completion_tokens": rollout_records.mean([len(target) for target in targets])}
     return StepInputs(batch, *rollouts.encode_prefixes(r, state, asked[0], None), records, metrics)

@@ -1,4 +1,4 @@
 """Servers over HTTP: a chat client, and completions drawn on a server instead of the sampler.
 
-May import: runtime, sampler.
+May import: config, runtime, sampler.
 """

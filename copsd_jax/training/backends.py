@@ -20,17 +20,9 @@ def build_divergence(c: config_lib.Config) -> divergence_loss.Divergence | None:
     """Builds the settings of the divergence, or returns None for a method without one."""
     if not config_lib.traits(c).teacher:
         return None
+    names = "divergence beta normalize_beta temperature top_k top_k_of tail clip_mode clip"
     return divergence_loss.Divergence(
-        divergence=c.loss.divergence,
-        beta=c.loss.beta,
-        normalize_beta=c.loss.normalize_beta,
-        temperature=c.loss.temperature,
-        top_k=c.loss.top_k,
-        top_k_of=c.loss.top_k_of,
-        tail=c.loss.tail,
-        clip_mode=c.loss.clip_mode,
-        clip=c.loss.clip,
-        rollout_clip=c.loss.rollout_clip,
+        **config_lib.pick(c.loss, f"{names} rollout_clip"),
         # A greedy sampler, of temperature 0, reports log-probabilities at temperature 1.
         sampling_temperature=c.rollout.temperature or 1.0,
     )
@@ -115,13 +107,12 @@ def _without_cudnn(size: int) -> str:
     row = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
     ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     q = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
+
+    def attend(q, k, v, ids):
+        return row_attention.attend_cudnn(q, k, v, visibility.Visibility(ids), None)
+
     try:
-        jax.eval_shape(
-            lambda q, k, v, ids: row_attention.attend_cudnn(
-                q, k, v, visibility.Visibility(ids), None
-            ),
-            q, row, row, ids,
-        )  # fmt: skip
+        jax.eval_shape(attend, q, row, row, ids)
     except (RuntimeError, NotImplementedError) as error:
         return f"jax says {str(error).splitlines()[0]!r}"
     return ""

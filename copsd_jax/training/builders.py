@@ -39,8 +39,8 @@ def build_optimizer(config, steps: int) -> tuple[Any, Callable[[Any], Any]]:
       config: the settings of the run; section `train` is read.
       steps: optimizer steps of the run, at whose end the schedule ends.
     """
-    names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
-    return train_step.make_optimizer(steps=steps, **{n: config.train[n] for n in names})
+    names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm"
+    return train_step.make_optimizer(steps=steps, **config_lib.pick(config.train, names))
 
 
 def find_shardings(tree: Any, frame: run_plan.ProgramPlan) -> Any:
@@ -89,10 +89,10 @@ def pack_batch(
         return batch
     shared = c.train.pack == "shared"
     lengths, sides = layout.measure_prompts(batch, shared and not caps)
-    plan = (row_packing.plan_one_per_row if caps else row_packing.plan_rows)(
+    plan = row_packing.plan_rows(
         lengths, sides, shards=sharding.batch_shards(frame.mesh),
         micros=build_options(frame).micro_batches, budget=c.train.micro_tokens,
-        row=c.train.row_tokens,
+        row=c.train.row_tokens, one_per_row=caps,
     )  # fmt: skip
     return layout.pack_rows(batch, plan, shared)
 
@@ -106,28 +106,21 @@ def check_row_budget(plan: run_plan.Plan) -> None:
     c = plan.config
     if not c.train.micro_tokens or not plan.rows:
         return
-    prompts_of = {
-        "student": prompts.build_student_prompt(plan.tokenizer, plan.student, plan.rows[0])
-    }
-    if config_lib.traits(c).teacher:
-        prompts_of["teacher"] = plan.teacher.build_shortest(plan.rows[0])
     longest = dict(plan.longest)
-    if {"feedback", "other"} & {
-        *contexts.list_inputs(plan.context)
-    }:  # the lengths of these texts are not known before the run, so the limit stands for them
+    if {"feedback", "other"} & {*contexts.list_inputs(plan.context)}:
+        # The lengths of these texts are not known before the run, so the limit stands for them.
         longest["teacher"] = prompt_lengths.teacher_limit(c, plan.model_config)
+    asked = {"student": prompts.build_student_prompt(plan.tokenizer, plan.student, plan.rows[0])}
+    if config_lib.traits(c).teacher:
+        asked["teacher"] = plan.teacher.build_shortest(plan.rows[0])
+    own = {side: longest[side] - len(prompt.prefix_ids) for side, prompt in asked.items()}
     row_packing.check_budget(
         c.train.micro_tokens,
-        [
-            max(c.train.row_tokens, longest[side] - len(one.prefix_ids) + c.rollout.max_tokens)
-            for side, one in prompts_of.items()
-        ],
+        [max(c.train.row_tokens, n + c.rollout.max_tokens) for n in own.values()],
     )
 
 
-def build_hand_over(
-    frame: run_plan.ProgramPlan, frozen: dict, **call: Callable
-) -> handover.HandOver:
+def build_hand_over(frame: run_plan.ProgramPlan, frozen: dict, **call: Any) -> handover.HandOver:
     """Builds the function that hands policies to the sampler.
 
     Args:
@@ -135,14 +128,11 @@ def build_hand_over(
       frozen: parameters that the run does not train.
       **call: `call` of `handover.HandOver`, or nothing.
     """
-    s = frame.config.sampler
-    return handover.HandOver(
-        frame.mesh, frozen, frame.model_config.n_kv_heads, merge=s.merge, int8=s.int8,
-        gather=s.gather, **call,
-    )  # fmt: skip
+    how = config_lib.pick(frame.config.sampler, "merge int8 gather")
+    return handover.HandOver(frame.mesh, frozen, frame.model_config.n_kv_heads, **how, **call)
 
 
-def build_initializer(frame: run_plan.ProgramPlan, tx: Any, teacher: str) -> Callable[..., Any]:
+def build_initializer(frame: run_plan.ProgramPlan, tx: Any) -> Callable[..., Any]:
     """Builds the function that makes the State at step 0 from the base parameters.
 
     The trained tree is a new adapter, or all weights in float32. A new adapter does not read the
@@ -151,7 +141,6 @@ def build_initializer(frame: run_plan.ProgramPlan, tx: Any, teacher: str) -> Cal
     Args:
       frame: the programs of the run.
       tx: the optimizer.
-      teacher: as `teacher_weights` returns it.
     """
     c = frame.config
 
@@ -161,17 +150,24 @@ def build_initializer(frame: run_plan.ProgramPlan, tx: Any, teacher: str) -> Cal
             trained = lora.init_adapter(frame.model_config, c.lora.rank, c.lora.targets, key)
         else:
             trained = jax.tree.map(lambda x: x.astype(jnp.float32), base)
-        return train_step.init_state(trained, tx, teacher)
+        return train_step.init_state(trained, tx, teacher_weights(c))
 
     return begun
 
 
-def needs_initial_weights(config) -> bool:
-    """Returns whether full fine-tuning has to keep the initial weights."""
+def choose_frozen(config, base: dict) -> dict:
+    """Returns the base parameters if the run keeps them, else {}.
+
+    LoRA reads them in every step. Full fine-tuning keeps them if they are the teacher's or those of
+    the KL term.
+    """
     method = config_lib.traits(config)
+    if config.train.trainable == "lora":
+        return base
     if method.teacher and config.teacher.weights in ("fixed", "trust_region"):
-        return True
-    return config.policy.kl > 0 and (method.policy_gradient or config.policy.weight > 0)
+        return base
+    policy = method.policy_gradient or config.policy.weight > 0
+    return base if config.policy.kl > 0 and policy else {}
 
 
 def teacher_weights(config) -> str:
@@ -183,22 +179,18 @@ def build_options(plan: run_plan.ProgramPlan) -> train_step.Options:
     """Builds the static choices of a run's step."""
     c = plan.config
     completions = config_lib.completions_per_step(c)
-    micro = c.train.micro_batch or completions
-    distills = config_lib.traits(c).teacher
-    divergence = backends.build_divergence(c)
     return train_step.Options(
         trainable=c.train.trainable,
         teacher=teacher_weights(c),
         ema_decay=c.teacher.ema_decay,
         adapter_scale=plan.adapter_scale,
-        divergence=divergence,
+        divergence=backends.build_divergence(c),
         implementation=backends.choose_loss(c, sharding.platform(plan.mesh)),
-        chunk=c.loss.chunk,
-        norm=c.loss.norm,
+        **config_lib.pick(c.loss, "chunk norm"),
         group=c.loss.group or c.train.micro_batch,
-        micro_batches=completions // micro,
+        micro_batches=completions // (c.train.micro_batch or completions),
         rho=c.teacher.rho,
-        weight=1 - c.policy.weight if distills else 0.0,
+        weight=1 - c.policy.weight if config_lib.traits(c).teacher else 0.0,
         policy=_policy_loss(c),
         chip=plan.mesh.devices.flat[0].device_kind,
     )
@@ -216,18 +208,10 @@ def _policy_loss(c) -> train_step.PolicyLoss | None:
     if not weight:
         return None
     return train_step.PolicyLoss(
-        kind="surrogate",
-        weight=weight,
-        temperature=c.rollout.temperature or 1.0,
-        norm=POLICY_NORMS[c.policy.norm],
+        "surrogate", weight, c.rollout.temperature or 1.0, POLICY_NORMS[c.policy.norm],
         length=c.rollout.max_tokens,
-        clip_low=c.policy.clip_low,
-        clip_high=c.policy.clip_high,
-        dual_clip=c.policy.dual_clip,
-        kl=c.policy.kl,
-        old=c.policy.old,
-        rollout_clip=c.policy.rollout_clip,
-    )
+        **config_lib.pick(c.policy, "clip_low clip_high dual_clip kl old rollout_clip"),
+    )  # fmt: skip
 
 
 def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> request.Sampling:
@@ -241,12 +225,8 @@ def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> req
     """
     s = config[section]
     return request.Sampling(
-        # In section eval, 0 takes the limit of section rollout.
-        max_tokens=s.max_tokens or config.rollout.max_tokens,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
+        s.max_tokens or config.rollout.max_tokens,  # 0 in section eval takes that of rollout
+        **config_lib.pick(s, "temperature top_k top_p min_p"),
         stop_ids=stop_ids,
         stop=stop,
     )
@@ -260,10 +240,6 @@ def build_sampler_settings(c, section: str, length: int) -> request.SamplerSetti
       section: rollout, eval or author.
       length: cache entries of a slot; 0 takes what the longest text of a call needs.
     """
-    return request.SamplerSettings(
-        slots=c[section].slots,
-        length=length,
-        steps=c.sampler.steps,
-        pack=c.sampler.pack,
-        cache=None if c.sampler.cache == "auto" else jnp.dtype(c.sampler.cache),
-    )
+    cache = None if c.sampler.cache == "auto" else jnp.dtype(c.sampler.cache)
+    how = config_lib.pick(c.sampler, "steps pack")
+    return request.SamplerSettings(c[section].slots, length, cache=cache, **how)

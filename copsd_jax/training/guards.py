@@ -32,8 +32,10 @@ from copsd_jax.metrics import token_stats
 from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import replies, teacher_prompts, token_selection
 
-ACTIONS = ("warn", "stop", "lr*FACTOR")
-GRAMMAR = "METRIC>LIMIT or METRIC<LIMIT, then @STEPS if not 1, then :ACTION"
+GRAMMAR = (
+    "a rule is METRIC>LIMIT or METRIC<LIMIT, then @STEPS if not 1, then :ACTION; LIMIT is a number "
+    "or NUMBER*first; the choices of ACTION are warn, stop, lr*FACTOR"
+)
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RULE = re.compile(
@@ -68,7 +70,7 @@ METRICS = (
 # These metrics are usually negative, so their first value cannot serve as a unit of the limit.
 _SIGNED = re.compile("logp_(student|teacher)|advantage(?!_negative)")
 
-State = dict[str, Any]  # JSON: {"steps", "factor", "stopped", "rules": [{"first", "over"}, ...]}
+State = dict[str, Any]  # {"factor", "stopped", "rules": [{"first", "over"}, ...]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +136,11 @@ def check_metrics(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     for rule in rules:
         if rule.metric not in METRICS:
             near = difflib.get_close_matches(rule.metric, METRICS, n=3, cutoff=0.6)
-            families = ", ".join(f"{name}_STATUS" for name in COUNTS)
-            which = (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else f"there are {', '.join(_PLAIN.split())}, those of token classes and "
-                f"positions, and the counts {families}"
-            )
+            which = f"did you mean {' or '.join(near)}?"
+            if not near:
+                families = ", ".join(f"{name}_STATUS" for name in COUNTS)
+                which = f"there are {', '.join(_PLAIN.split())}, those of token classes and "
+                which += f"positions, and the counts {families}"
             raise _refusal(rule.text, f"there is no metric {rule.metric!r}: {which}")
         if rule.relative and _SIGNED.match(rule.metric):
             raise _refusal(rule.text, f"{rule.metric} is below 0: a limit is no multiple of it")
@@ -156,8 +156,7 @@ def _parse(text: str) -> Rule:
     """Parses one rule."""
     match = _RULE.fullmatch(text)
     if match is None:
-        reason = f"a rule is {GRAMMAR}; LIMIT is a number or NUMBER*first"
-        raise _refusal(text, f"{reason}; the choices of ACTION are {', '.join(ACTIONS)}")
+        raise _refusal(text, GRAMMAR)
     rule = Rule(
         metric=match["metric"],
         above=match["sign"] == ">",
@@ -186,7 +185,7 @@ def init_state(rules: Sequence[Rule]) -> State:
     the run stops, or "".
     """
     memory = [{"first": None, "over": 0} for _ in rules]
-    return {"steps": 0, "factor": 1.0, "stopped": "", "rules": memory}
+    return {"factor": 1.0, "stopped": "", "rules": memory}
 
 
 def apply_rules(
@@ -221,7 +220,6 @@ def apply_rules(
         state["factor"] *= rule.factor
         if rule.action == "stop":
             state["stopped"] = state["stopped"] or events[-1].text
-    state["steps"] += 1
     return state, events
 
 
@@ -255,11 +253,8 @@ def _text(rule: Rule, step: int, value: float, limit: float, over: int) -> str:
     side = "beyond" if math.isnan(value) else "above" if rule.above else "below"
     relative = f" ({rule.limit:.4g} x its first value)" if rule.relative else ""
     since = f"for {over} steps" if over > 1 else "for 1 step"
-    done = {
-        "warn": "a warning",
-        "stop": "the run stops",
-        "lr": f"the learning rate is multiplied by {rule.factor:.4g}",
-    }[rule.action]
+    lowered = f"the learning rate is multiplied by {rule.factor:.4g}"
+    done = {"warn": "a warning", "stop": "the run stops", "lr": lowered}[rule.action]
     return (
         f"step {step}: {rule.metric} is {value:.4g}, {side} {limit:.4g}{relative} {since}: {done} "
         f"(guards.rules {rule.text})"

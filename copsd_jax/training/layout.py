@@ -104,14 +104,11 @@ def pad_length(length: int) -> int:
     return max(step, -(-length // step) * step)
 
 
-def _side(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], prefix: int, C: int
-) -> Side:
+def _side(prompts, completions, prefix: int, C: int) -> Side:
     """Builds the layout of one side, one sample per row."""
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     B, L = len(prompts), pad_length(max(lengths))
-    tokens_BL = np.zeros((B, L), np.int32)
-    segments_BL = np.zeros((B, L), np.int32)
+    tokens_BL, segments_BL = np.zeros((2, B, L), np.int32)
     gather_BC = np.zeros((B, C), np.int32)
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not prompt:
@@ -163,16 +160,14 @@ def build_batch(
             f"{len(student_prompts)} student prompts, {len(taught)} teacher prompts, "
             f"{len(completions)} completions: the numbers must be equal"
         )
-    B, C = len(completions), pad_length(max((len(c) for c in completions), default=1))
+    C = pad_length(max((len(c) for c in completions), default=1))
     mask_BC = pad_rows([[True] * len(completion) for completion in completions], C, bool)
     return Batch(
         student=_side(student_prompts, completions, student_prefix, C),
-        teacher=None
-        if teacher_prompts is None
-        else _side(teacher_prompts, completions, teacher_prefix, C),
+        teacher=_side(teacher_prompts, completions, teacher_prefix, C) if teacher_prompts else None,
         completion_BC=pad_rows(completions, C, np.int32),
         mask_BC=mask_BC,
-        loss_BC=mask_BC if teacher_prompts is not None else np.zeros((B, C), bool),
+        loss_BC=mask_BC if teacher_prompts else np.zeros_like(mask_BC),
     )
 
 
@@ -183,15 +178,13 @@ def measure_fill(batch: Batch) -> dict[str, float]:
       The metrics `fill_student` and `fill_teacher`, between 0 and 1, for the sides that exist. A
       packed batch also has `micro_batches`, the number of its micro-batches.
     """
-    sides = {"fill_student": batch.student, "fill_teacher": batch.teacher}
-    out = {
-        name: float(np.count_nonzero(side.segments_BL) / side.segments_BL.size)
-        for name, side in sides.items()
-        if side is not None
-    }
-    return out | (
-        {} if batch.source_UST is None else {"micro_batches": len(batch.source_UST) * 1.0}
-    )
+    out = {}
+    for name, side in (("fill_student", batch.student), ("fill_teacher", batch.teacher)):
+        if side is not None:
+            out[name] = float(np.count_nonzero(side.segments_BL) / side.segments_BL.size)
+    if batch.source_UST is not None:
+        out["micro_batches"] = float(len(batch.source_UST))
+    return out
 
 
 def batch_shardings(batch: Batch, where: Mesh) -> Batch:
@@ -262,11 +255,10 @@ def pack_rows(batch: Batch, plan: row_packing.RowPlan, shared: bool) -> Batch:
         start_B[b] = used[where]
         source_US[where, used[where] : used[where] + own] = b * C + np.arange(own)
         used[where] += own
+    pairs = zip(filter(None, (batch.student, batch.teacher)), prompts, strict=True)
     sides = [
         _rows(side, own_B, one.prompts_B, start_B, plan, k, shared)
-        for k, (side, one) in enumerate(
-            zip(filter(None, (batch.student, batch.teacher)), prompts, strict=True)
-        )
+        for k, (side, one) in enumerate(pairs)
     ]
     return batch._replace(
         student=sides[0],

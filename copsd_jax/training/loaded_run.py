@@ -112,18 +112,12 @@ def load_run(
       ValueError: there is a server and no folder.
     """
     config = plan.config
-    decoder = builders.build_decoder(plan)
-    base = _weights(plan)
-    frozen = (
-        base if config.train.trainable == "lora" or builders.needs_initial_weights(config) else {}
-    )
+    decoder, base = builders.build_decoder(plan), _weights(plan)
+    frozen = builders.choose_frozen(config, base)
     tx, rate = builders.build_optimizer(config, steps)
     options = builders.build_options(plan)
-    state = _born(
-        builders.build_initializer(plan, tx, options.teacher),
-        plan,
-        base if config.train.trainable == "full" else {},
-    )
+    trained = base if config.train.trainable == "full" else {}
+    state = _born(builders.build_initializer(plan, tx), plan, trained)
     step = builders.build_step(plan, decoder, tx, options, state)
     teacher_kv = None
     if options.teacher == "fixed" and plan.teacher.exemplars and plan.rows:
@@ -131,21 +125,14 @@ def load_run(
         initial = train_step.derive_policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (shared_prefix.encode_ids(decoder, initial, prefix),)
     grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
-    rewarder = reward_functions.build_rewarder(
-        config.reward.kind, grader, conversations.ANSWER_FORMS[config.prompt.answer]
-    )
-    classes = token_stats.classes(
-        plan.vocabulary.token_bytes, plan.vocabulary.stop_ids, plan.special_ids
-    )
-    return (
-        LoadedRun(
-            plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
-            builders.build_hand_over(plan, frozen),
-            _served(plan, folder),
-            _lengths(plan),
-        ),
-        state,
+    form, known = conversations.ANSWER_FORMS[config.prompt.answer], plan.vocabulary
+    rewarder = reward_functions.build_rewarder(config.reward.kind, grader, form)
+    classes = token_stats.classes(known.token_bytes, known.stop_ids, plan.special_ids)
+    run = LoadedRun(
+        plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
+        builders.build_hand_over(plan, frozen), _served(plan, folder), _lengths(plan),
     )  # fmt: skip
+    return run, state
 
 
 def _lengths(plan: run_plan.Plan) -> dict[str, int]:
@@ -182,9 +169,8 @@ def _weights(plan: run_plan.Plan) -> dict:
         return _born(make, plan)
 
     def put(path: hf.LeafPath, shape: tuple[int, ...], part: hf.ReadPart) -> jax.Array:
-        spec = sharding.partition_spec(
-            "/".join(path), shape, plan.mesh, plan.model_config.n_kv_heads
-        )
+        heads = plan.model_config.n_kv_heads
+        spec = sharding.partition_spec("/".join(path), shape, plan.mesh, heads)
         return sharding.load_shards(shape, NamedSharding(plan.mesh, spec), part)
 
     return hf.load_params(plan.weights_path, plan.model_config, plan.dtype, put)
@@ -213,23 +199,7 @@ def teacher_mixture(run: LoadedRun, state: train_step.State) -> tuple:
     return train_step.teacher_mixture(*derive_policies(run, state), run.options)
 
 
-def encode_prefix(
-    run: LoadedRun, policy: policy_lib.Policy, prefix_ids: Sequence[int]
-) -> transformer.KV | None:
-    """Computes the keys and values of the exemplars under a policy.
-
-    Args:
-      run: the loaded run.
-      policy: the parameters and adapter, for which alone the result is valid.
-      prefix_ids: the P token ids of the exemplars.
-
-    Returns:
-      Keys and values [layers, 1, P, K, H], or None without exemplars.
-    """
-    return shared_prefix.encode_ids(run.decoder, policy, prefix_ids)
-
-
-def _sampling(run: LoadedRun, section: str) -> request.Sampling:
+def build_sampling(run: LoadedRun, section: str) -> request.Sampling:
     """Builds the sampling settings of the section `rollout`, `eval` or `author`.
 
     Stop strings end the answers of the student, and not the texts of an author.
@@ -239,9 +209,23 @@ def _sampling(run: LoadedRun, section: str) -> request.Sampling:
     return builders.build_sampling(plan.config, section, plan.vocabulary.stop_ids, stop)
 
 
-def _sampler_settings(run: LoadedRun, section: str) -> request.SamplerSettings:
-    """Builds the sampler's size for the section `rollout`, `eval` or `author`."""
-    return builders.build_sampler_settings(run.plan.config, section, run.lengths[section])
+def write_policy(
+    plan: run_plan.Plan, policy: policy_lib.Policy, folder: pathlib.Path, base: str
+) -> None:
+    """Writes a policy's adapter in PEFT's layout, or without one its weights in Hugging Face's.
+
+    Args:
+      plan: has the model's shape, files and tokenizer.
+      policy: the policy.
+      folder: the folder to write.
+      base: the name of the base model in the files of an adapter.
+    """
+    shape = plan.model_config
+    if policy.adapter is not None:
+        peft.write(folder, policy.adapter, shape, alpha=plan.config.lora.alpha, base=base)
+        return
+    source, tokenizer = plan.weights_path, plan.tokenizer
+    hf.save(folder, policy.params, shape, source_path=source, tokenizer=tokenizer)
 
 
 class ServedPolicy:
@@ -252,14 +236,16 @@ class ServedPolicy:
     its own, and the former folders are removed once the server has loaded the new one.
 
     Args:
-      plan: has the server, which holds the base model under the name `sampler.model`.
+      plan: the checked plan.
+      server: the server, which holds the base model under the name `sampler.model`.
       folder: the parent of the folders. It belongs to this run alone, and the server sees it too.
     """
 
-    def __init__(self, plan: run_plan.Plan, folder: pathlib.Path):
-        assert plan.server is not None
-        self._plan, self._folder, self._base = plan, folder, plan.server
-        self._server: remote_engine.EngineServer = plan.server
+    def __init__(
+        self, plan: run_plan.Plan, server: remote_engine.EngineServer, folder: pathlib.Path
+    ):
+        self._plan, self._folder = plan, folder
+        self._base = self._server = server
         self._held: list[weakref.ref] = []
 
     def __call__(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
@@ -274,9 +260,7 @@ class ServedPolicy:
         if trainable == "lora" and zero:
             return self._base  # an adapter with b = 0 changes nothing, so the base is the policy
         leaves = jax.tree.leaves(policy.params if adapter is None else adapter)
-        if len(leaves) != len(self._held) or any(
-            held() is not leaf for held, leaf in zip(self._held, leaves, strict=True)
-        ):
+        if [id(held()) for held in self._held] != [id(leaf) for leaf in leaves]:
             self._held = []  # cleared first, so that the next call repeats a failed hand-over
             self._server = self._handed(policy)
             self._held = [weakref.ref(leaf) for leaf in leaves]
@@ -284,19 +268,10 @@ class ServedPolicy:
 
     def _handed(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
         """Writes the policy to a new folder, and has the server load it."""
-        plan, c = self._plan, self._plan.config
         former = sorted(self._folder.glob("policy_*"))
         number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)
         target = self._folder / f"policy_{number:06d}"
-        if policy.adapter is not None:
-            peft.write(
-                target, policy.adapter, plan.model_config, alpha=c.lora.alpha, base=c.sampler.model
-            )
-        else:
-            hf.save(
-                target, policy.params, plan.model_config,
-                source_path=plan.weights_path, tokenizer=plan.tokenizer,
-            )  # fmt: skip
+        write_policy(self._plan, policy, target, self._plan.config.sampler.model)
         with _asked():
             server = remote_engine.hand_over(self._server, target)
         for path in former:
@@ -311,7 +286,7 @@ def _served(plan: run_plan.Plan, folder: pathlib.Path | None) -> ServedPolicy | 
     chosen = pathlib.Path(plan.config.sampler.folder) if plan.config.sampler.folder else folder
     if chosen is None:
         raise ValueError("sampler.folder is '': without a work directory, name one")
-    return ServedPolicy(plan, chosen)
+    return ServedPolicy(plan, plan.server, chosen)
 
 
 @contextlib.contextmanager
@@ -352,36 +327,26 @@ def sample(
       MemoryError: the cache does not fit the devices; the message names the section's settings.
       EngineError: the server of sampler.engine=server failed.
     """
+    sampling, vocabulary = build_sampling(run, section), run.plan.vocabulary
+    both: dict[str, Any] = {
+        "keys": keys, "vocabulary": vocabulary, "progress": progress, "done": done
+    }  # fmt: skip
     if run.served is not None:
         server = run.served(policy)
+        texts = [(*prompt.prefix_ids, *prompt.ids) for prompt in asked]
         with _asked():
-            return remote_engine.generate(
-                server,
-                [(*prompt.prefix_ids, *prompt.ids) for prompt in asked],
-                _sampling(run, section),
-                keys=keys,
-                vocabulary=run.plan.vocabulary,
-                progress=progress,
-                done=done,
-            )
+            return remote_engine.generate(server, texts, sampling, **both)
     prefixes = {prompt.prefix_ids for prompt in asked}
     if len(prefixes) > 1:
         raise ValueError(f"the prompts begin with {len(prefixes)} different sets of exemplars")
     policy = run.hand_over(policy)
     prefix_ids = prefixes.pop() if prefixes else ()
+    size = builders.build_sampler_settings(run.plan.config, section, run.lengths[section])
     with _named(section):
         return loop.generate(
-            run.decoder,
-            policy,
-            [prompt.ids for prompt in asked],
-            _sampling(run, section),
-            keys=keys,
-            settings=_sampler_settings(run, section),
-            prefix=shared_prefix.encode_ids(run.decoder, policy, prefix_ids),
-            vocabulary=run.plan.vocabulary,
-            progress=progress,
-            done=done,
-        )
+            run.decoder, policy, [prompt.ids for prompt in asked], sampling, settings=size,
+            prefix=shared_prefix.encode_ids(run.decoder, policy, prefix_ids), **both,
+        )  # fmt: skip
 
 
 def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
@@ -394,21 +359,21 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
     Raises:
       MemoryError: the programs do not fit the devices; the message names the section's settings.
     """
-    policy = run.hand_over(derive_policies(run, state)[0])
-    sections = {"rollout": (run.plan.rows, run.plan.student),
-                "eval": (run.plan.eval_rows, run.plan.evaluation)}  # fmt: skip
+    plan, policy = run.plan, run.hand_over(derive_policies(run, state)[0])
+    drawn = plan.rows if config_lib.traits(plan.config).samples else []
+    sections = {"rollout": (drawn, plan.student), "eval": (plan.eval_rows, plan.evaluation)}
     for section, (rows, spec) in sections.items():
-        samples = section != "rollout" or config_lib.traits(run.plan.config).samples
-        if not rows or not samples:
+        if not rows:
             continue
-        prompt = prompts.build_student_prompt(run.plan.tokenizer, spec, rows[0])
+        prompt = prompts.build_student_prompt(plan.tokenizer, spec, rows[0])
+        sampling, length = build_sampling(run, section), run.lengths[section]
         with _named(section):
             job = request.prepare_inputs(
-                run.decoder, policy, [prompt.ids], [_sampling(run, section)],
-                keys_n2=np.zeros((1, 2), np.uint32), settings=_sampler_settings(run, section),
-                prefix=encode_prefix(run, policy, prompt.prefix_ids),
-                vocabulary=run.plan.vocabulary, limits=None,
-                longest=run.lengths[section] - _sampling(run, section).max_tokens,
+                run.decoder, policy, [prompt.ids], [sampling],
+                keys_n2=np.zeros((1, 2), np.uint32),
+                settings=builders.build_sampler_settings(plan.config, section, length),
+                prefix=shared_prefix.encode_ids(run.decoder, policy, prompt.prefix_ids),
+                vocabulary=plan.vocabulary, limits=None, longest=length - sampling.max_tokens,
             )  # fmt: skip
             for program in loop.compile_programs(job):
                 yield (

@@ -28,10 +28,8 @@ def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
     """
     count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
     base = transformer.abstract_params(plan.model_config, plan.dtype)
-    return {
-        "base": count(base),
-        "trained": count(model_headers.trained_shapes(plan.config, plan.model_config)),
-    }
+    trained = model_headers.trained_shapes(plan.config, plan.model_config)
+    return {"base": count(base), "trained": count(trained)}
 
 
 def count_bytes(tree: Any) -> int:
@@ -60,13 +58,10 @@ class HeldArrays(NamedTuple):
     kept: dict | None
 
 
-def _eval_shape(program: Any, *args: Any) -> Any:
-    """Returns the abstract results of a jitted function."""
-    return program.eval_shape(*args)
-
-
 def held_arrays(
-    frame: run_plan.ProgramPlan, *, call: Callable[..., Any] = _eval_shape
+    frame: run_plan.ProgramPlan,
+    *,
+    call: Callable[..., Any] = lambda program, *args: program.eval_shape(*args),
 ) -> HeldArrays:
     """Returns the arrays that a run holds, from the functions with which the run creates them.
 
@@ -78,11 +73,9 @@ def held_arrays(
     shapes = transformer.abstract_params(frame.model_config, frame.dtype)
     base = sharding.to_abstract(shapes, frame.mesh, builders.find_shardings(shapes, frame))
     tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
-    make_state = builders.build_initializer(frame, tx, builders.teacher_weights(c))
-    state = jax.eval_shape(make_state, base)
+    state = jax.eval_shape(builders.build_initializer(frame, tx), base)
     state = sharding.to_abstract(state, frame.mesh, builders.find_shardings(state, frame))
-    lora = c.train.trainable == "lora"
-    frozen = base if lora or builders.needs_initial_weights(c) else {}
+    frozen, lora = builders.choose_frozen(c, base), c.train.trainable == "lora"
     hand_over = builders.build_hand_over(frame, frozen if lora else {}, call=call)
     student = policy_lib.Policy(base, state.trained if lora else None, frame.adapter_scale)
     sampler = hand_over(student)
@@ -138,10 +131,8 @@ def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -
     repeats = sharding.key_repeats(m.n_heads, m.n_kv_heads, tensor)
     decoder = transformer.Decoder(m, frame.dtype, key_repeats=repeats)
     slots = -(-settings.slots // shards) * shards
-    entries = (
-        -(-tokens // decode_attention.CACHE_LENGTH_MULTIPLE)
-        * decode_attention.CACHE_LENGTH_MULTIPLE
-    )
+    multiple = decode_attention.CACHE_LENGTH_MULTIPLE
+    entries = -(-tokens // multiple) * multiple
     dtype = decoder.dtype if settings.cache is None else settings.cache
     state = jax.eval_shape(lambda: engine.init_state(decoder, slots, entries, dtype))
     specs = engine.partition_state(state, frame.mesh)
@@ -179,13 +170,11 @@ def describe_undivided(frame: run_plan.ProgramPlan) -> str:
     names, more = sharding.find_undivided(base, where, shape.n_kv_heads)
     trained = model_headers.trained_shapes(c, shape)
     trained_names, trained_more = sharding.find_undivided(trained, where, shape.n_kv_heads)
-    if not names and not trained_names:
+    by_axis = []
+    for axis in sharding.AXES:
+        if whole := dict.fromkeys((*names.get(axis, ()), *trained_names.get(axis, ()))):
+            by_axis.append(f"along mesh.{axis}={where.shape[axis]} {', '.join(whole)}")
+    if not by_axis:
         return ""
-    by_axis = [
-        f"along mesh.{axis}={where.shape[axis]} "
-        + ", ".join(dict.fromkeys((*names.get(axis, ()), *trained_names.get(axis, ()))))
-        for axis in sharding.AXES
-        if axis in names or axis in trained_names
-    ]
     more += (4 + (c.teacher.weights == "ema")) * trained_more
     return f"{'; '.join(by_axis)}: {more / 2**20:,.1f} MiB more on each device"

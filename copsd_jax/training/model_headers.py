@@ -31,10 +31,9 @@ def read_headers(
       ValueError, OSError: a file is missing, or names an unknown architecture.
     """
     path = hub.resolve(config.model.path, config.model.revision, weights=False)
+    own = config.model.tokenizer
     tok = tokenizer.load(
-        hub.resolve(config.model.tokenizer, weights=False, setting="model.tokenizer")
-        if config.model.tokenizer
-        else path
+        hub.resolve(own, weights=False, setting="model.tokenizer") if own else path
     )
     if config.model.init == "random" and config.model.shape:
         shape = transformer.SHAPES[config.model.shape]

@@ -1,14 +1,14 @@
 """Lengths of prompts: the limits that rows must fit, and the positions of the model."""
 
 import collections
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
 from copsd_jax.problems import problem_row
-from copsd_jax.teaching import contexts, conversations, prompts, text_encoding
-from copsd_jax.training import teacher_side
+from copsd_jax.teaching import contexts, conversations, prompts, teacher_side, text_encoding
 
 
 class FittingRows(NamedTuple):
@@ -26,12 +26,9 @@ class FittingRows(NamedTuple):
 
 
 def keep_fitting(
-    rows: Sequence[problem_row.Row],
-    build: Callable[[problem_row.Row], prompts.Prompt],
-    side: str,
-    section: str,
-    config: config_lib.Config,
-) -> FittingRows:
+    rows: Sequence[problem_row.Row], build: Callable[[problem_row.Row], prompts.Prompt], side: str,
+    section: str, config: config_lib.Config,
+) -> FittingRows:  # fmt: skip
     """Returns the rows whose prompt fits `<section>.max_tokens`.
 
     Args:
@@ -64,46 +61,39 @@ def keep_fitting(
 
 
 def keep_fitting_training(
-    rows: Sequence[problem_row.Row],
-    config: config_lib.Config,
-    tokenizer: text_encoding.Tokenizer,
-    student: conversations.PromptFormat,
-    teacher: teacher_side.TeacherSide,
-) -> FittingRows:
+    rows: Sequence[problem_row.Row], config: config_lib.Config,
+    student: conversations.PromptFormat, teacher: teacher_side.TeacherSide,
+) -> FittingRows:  # fmt: skip
     """Returns the training rows whose prompts all fit, and for SFT whose solutions fit too.
 
     Args:
       rows: the candidates.
       config: the run's settings.
-      tokenizer: measures prompts and solutions.
       student: the format of the student's prompts.
-      teacher: builds the teacher's prompts, which are measured with the shortest attempt and reply.
+      teacher: has the tokenizer, and builds the teacher's prompts, which are measured with the
+        shortest attempt and reply.
 
     Raises:
       ValueError: as `keep_fitting`, or student and teacher start in different template states.
     """
-    build = lambda row: prompts.build_student_prompt(tokenizer, student, row)  # noqa: E731
+    build = functools.partial(prompts.build_student_prompt, teacher.tokenizer, student)
     fitting = keep_fitting(rows, build, "student", "prompt", config)
     if not config_lib.traits(config).samples:
-        return _keep_short_solutions(fitting, config, tokenizer, student)
+        return _keep_short_solutions(fitting, config, teacher.tokenizer, student)
     if not config_lib.traits(config).teacher:
         return fitting
     taught = keep_fitting(fitting.rows, teacher.build_shortest, "teacher", "teacher", config)
     for row in taught.rows[:1]:
-        prompts.check_template_states(
-            build(row), teacher.build_shortest(row), config.parity.template_mismatch
-        )
-    return FittingRows(
-        taught.rows, fitting.longest | taught.longest, fitting.dropped + taught.dropped
-    )
+        shortest, allow = teacher.build_shortest(row), config.parity.template_mismatch
+        prompts.check_template_states(build(row), shortest, allow)
+    longest, dropped = fitting.longest | taught.longest, fitting.dropped + taught.dropped
+    return FittingRows(taught.rows, longest, dropped)
 
 
 def _keep_short_solutions(
-    fitting: FittingRows,
-    config: config_lib.Config,
-    tokenizer: text_encoding.Tokenizer,
+    fitting: FittingRows, config: config_lib.Config, tokenizer: text_encoding.Tokenizer,
     student: conversations.PromptFormat,
-) -> FittingRows:
+) -> FittingRows:  # fmt: skip
     """Returns the rows whose solution, the target of SFT, fits `rollout.max_tokens`."""
     limit, kept, rows = config.rollout.max_tokens, [], fitting.rows
     for row in rows:
@@ -117,38 +107,34 @@ def _keep_short_solutions(
         kept += [row] if length <= limit else []
     if rows and not kept:
         raise ValueError(f"rollout.max_tokens is {limit}: no row's solution fits")
-    long = collections.Counter(
-        {f"solution above rollout.max_tokens={limit}": len(rows) - len(kept)}
-    )
-    return FittingRows(kept, fitting.longest, fitting.dropped + long)
+    long = {f"solution above rollout.max_tokens={limit}": len(rows) - len(kept)}
+    return fitting._replace(rows=kept, dropped=fitting.dropped + collections.Counter(long))
 
 
-def check_positions(
-    config: config_lib.Config, model_config: transformer.ModelConfig, longest: dict[str, int]
-) -> None:
-    """Checks that each side's longest prompt and a completion fit the model's positions.
+def check_room(config: config_lib.Config, longest: dict[str, int], room: int, place: str) -> None:
+    """Checks that a model or a server has room for the longest prompts and their completions.
 
     Args:
       config: the run's settings, with the limits of completions.
-      model_config: has the number of positions.
-      longest: the tokens of the longest prompt of each side.
+      longest: the tokens of the longest prompt of each side to check.
+      room: the most tokens of a prompt with its completion.
+      place: describes the room in the message.
 
     Raises:
-      ValueError: they do not fit; the message names the side and the setting.
+      ValueError: there is no room; the message names the side and the setting.
     """
     completion = config.rollout.max_tokens
-    needed = [
-        ("student", "rollout.max_tokens", completion),
-        ("teacher", "rollout.max_tokens", completion),
-        ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
-    ]
-    if "author" in longest:
-        needed.append(("author", "author.max_tokens", config.author.max_tokens))
-    for side, name, tokens in needed:
-        if longest[side] + tokens > model_config.max_position:
+    limits = {
+        "student": ("rollout.max_tokens", completion),
+        "teacher": ("rollout.max_tokens", completion),
+        "evaluation": ("eval.max_tokens", config.eval.max_tokens or completion),
+        "author": ("author.max_tokens", config.author.max_tokens),
+    }
+    for side, (name, tokens) in limits.items():
+        if side in longest and longest[side] + tokens > room:
             raise ValueError(
                 f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
-                f"passes the model's {model_config.max_position} positions"
+                f"passes {place}"
             )
 
 

@@ -53,9 +53,9 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
 
 def _step_spans(decoded: token_spans.Decoded, start: int) -> list[list[int]]:
     """Returns the token range [first, end) of each step of the answer."""
-    known = solution_steps.split_steps(decoded.text[start:])
     return [
-        list(token_spans.find_token_range(decoded, start + s.start, start + s.end)) for s in known
+        list(token_spans.find_token_range(decoded, start + step.start, start + step.end))
+        for step in solution_steps.split_steps(decoded.text[start:])
     ]
 
 
@@ -165,9 +165,7 @@ def add_token_values(
     return values
 
 
-def _add_divergence(
-    r: loaded_run.LoadedRun, record: dict, batch: layout.Batch, tokens, b: int, n: int
-) -> None:
+def _add_divergence(r, record: dict, batch: layout.Batch, tokens, b: int, n: int) -> None:
     """Adds the student's values to every record, and the teacher's to those with a teacher prompt.
 
     `ratio` is the capped importance weight of the sampled tokens, present with loss.rollout_clip.
@@ -187,9 +185,7 @@ def _add_divergence(
     record["advantage_by_step"] = token_stats.advantage_by_step(advantage, record["steps"])
 
 
-def _add_policy(
-    r: loaded_run.LoadedRun, record: dict, batch: layout.Batch, policy, b: int, n: int
-) -> None:
+def _add_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) -> None:
     """Adds the values of the policy loss at its temperature; a cross entropy has fewer of them.
 
     `policy_ratio` is p(y) in the trainer / p(y) in the sampler before any clip. It is present only
@@ -199,7 +195,7 @@ def _add_policy(
     record["policy_loss"] = round_values(policy.value_T[b, :n])
     record["logp_policy"] = round_values(policy.logp_T[b, :n])
     record["entropy_policy"] = round_values(policy.entropy_T[b, :n])
-    if settings is None or settings.kind == "nll":
+    if settings.kind == "nll":
         return
     record["advantage"] = float(batch.advantage_BC[b, 0])
     record["ratio_clipped"] = [int(x) for x in policy.clipped_T[b, :n]]
@@ -226,14 +222,12 @@ def _mean_ratios(made: list[dict]) -> dict[str, float]:
 
 
 OF_LOSS = ("divergence", "logp_student", "logp_teacher", "entropy_teacher", "clipped_mass")
-
-
 OF_POLICY = ("policy_loss", "policy_entropy", "ratio_clipped", "kl_initial")
 
 
 def drop_empty_means(
     policy: train_step.PolicyLoss | None, values: Mapping[str, Any]
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Returns the step's metrics without means over nothing, which the step reports as 0.
 
     A mean is empty if no token carries its loss. `ratio_clipped` is empty for a cross entropy, and

@@ -5,12 +5,13 @@ All methods that sample share this file. A group is the completions of one occur
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from copsd_jax.model import policy as policy_lib
+from copsd_jax.model import shared_prefix
 from copsd_jax.problems import problem_row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.sampler import loop, request
@@ -73,47 +74,42 @@ class StepInputs(NamedTuple):
 
 
 def sample_rollouts(
-    r: loaded_run.LoadedRun, policy: policy_lib.Policy, rows: Sequence[problem_row.Row], step: int
-) -> Rollouts:  # fmt: skip
-    """Samples rollout.per_prompt completions of each row under a policy, and grades them.
+    r: loaded_run.LoadedRun, state: train_step.State, rows: Sequence[problem_row.Row], step: int
+) -> Rollouts:
+    """Samples rollout.per_prompt completions of each row from the student, and grades them.
 
     Args:
       r: the loaded run, with an open grader.
-      policy: the student's weights.
+      state: gives the student's weights.
       rows: the problems of the step. Completions of a row without a gold answer are not graded.
       step: selects the random stream.
     """
     plan, c = r.plan, r.plan.config
-    repeated, samples = _repeat(rows, c.rollout.per_prompt)
+    repeated = [row for row in rows for _ in range(c.rollout.per_prompt)]
+    samples = _number_samples(repeated)
     asked = [prompts.build_student_prompt(plan.tokenizer, plan.student, row) for row in repeated]
     keys = request.derive_keys(c.seed, "rollout", step, [row.id for row in repeated], samples)
-    sampled, stats = loaded_run.sample(r, policy, asked, "rollout", keys)
+    student = loaded_run.derive_policies(r, state)[0]
+    sampled, stats = loaded_run.sample(r, student, asked, "rollout", keys)
     completions = [_known(completion) for completion in sampled]
     stops, pieces = set(plan.vocabulary.stop_ids), plan.vocabulary.token_bytes
     decoded = [
         token_spans.decode_tokens([i for i in done.ids if i not in stops], pieces)
         for done in completions
     ]
-    starts = [
-        find_answer_start(prompt, text.text) for prompt, text in zip(asked, decoded, strict=True)
-    ]
+    texts = [one.text for one in decoded]
     graded = [i for i, row in enumerate(repeated) if row.answer]
     verdicts = loaded_run.grade_completions(
         r, [repeated[i].answer for i in graded], [asked[i] for i in graded],
-        [decoded[i].text for i in graded],
+        [texts[i] for i in graded],
     )  # fmt: skip
     found = dict(zip(graded, verdicts, strict=True))
+    everyone = range(len(repeated))
     return Rollouts(
-        rows=repeated,
-        samples=samples,
-        groups=[i // c.rollout.per_prompt for i in range(len(repeated))],
-        asked=asked,
-        completions=completions,
-        decoded=decoded,
-        starts=starts,
-        verdicts=[found.get(i) for i in range(len(repeated))],
-        sampler=stats,
-    )
+        repeated, samples, [i // c.rollout.per_prompt for i in everyone], asked, completions,
+        decoded, starts=list(map(find_answer_start, asked, texts)),
+        verdicts=[found.get(i) for i in everyone], sampler=stats,
+    )  # fmt: skip
 
 
 def _known(completion: loop.Completion) -> loop.Completion:
@@ -123,28 +119,14 @@ def _known(completion: loop.Completion) -> loop.Completion:
     reads that 0, since `make_plan` refuses such losses. A NaN times a weight of 0 would be NaN.
     """
     known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
-    return dataclasses.replace(
-        completion,
-        logps=known(completion.logps),
-        logps_truncated=known(completion.logps_truncated),
-    )
+    logps, truncated = known(completion.logps), known(completion.logps_truncated)
+    return dataclasses.replace(completion, logps=logps, logps_truncated=truncated)
 
 
-def _repeat(
-    rows: Sequence[problem_row.Row], per_prompt: int
-) -> tuple[list[problem_row.Row], list[int]]:
-    """Returns each row G times with sample numbers, G = per_prompt.
-
-    The numbers of a row that occurs twice go on counting, so that no random stream is used twice.
-    """
-    seen: collections.Counter[str] = collections.Counter()
-    repeated, samples = [], []
-    for row in rows:
-        for _ in range(per_prompt):
-            repeated.append(row)
-            samples.append(seen[row.id])
-            seen[row.id] += 1
-    return repeated, samples
+def _number_samples(rows: Sequence[problem_row.Row]) -> list[int]:
+    """Counts the occurrences of each row, so that no random stream is used twice."""
+    seen: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+    return [next(seen[row.id]) for row in rows]
 
 
 def find_answer_start(prompt: prompts.Prompt, text: str) -> int:
@@ -164,11 +146,9 @@ def find_answer_start(prompt: prompts.Prompt, text: str) -> int:
 
 
 def encode_prefixes(
-    r: loaded_run.LoadedRun,
-    state: train_step.State,
-    asked: prompts.Prompt,
+    r: loaded_run.LoadedRun, state: train_step.State, asked: prompts.Prompt,
     told: prompts.Prompt | None,
-) -> tuple[np.ndarray | None, tuple | None]:
+) -> tuple[np.ndarray | None, tuple | None]:  # fmt: skip
     """Returns the shared prefixes of both sides' prompts, which are the exemplars.
 
     Args:
@@ -187,7 +167,7 @@ def encode_prefixes(
     if r.teacher_kv is not None:
         return student, r.teacher_kv
     kvs = tuple(
-        loaded_run.encode_prefix(r, policy, told.prefix_ids)
+        shared_prefix.encode_ids(r.decoder, policy, told.prefix_ids)
         for _, policy in loaded_run.teacher_mixture(r, state)
     )
     return student, kvs

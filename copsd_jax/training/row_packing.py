@@ -100,14 +100,9 @@ def round_up(number: int, least: int = 1, parts: int = 16) -> int:
 
 
 def plan_rows(
-    completions_B: Sequence[int],
-    sides: Sequence[Prompts],
-    *,
-    shards: int,
-    micros: int = 1,
-    budget: int = 0,
-    row: int = 0,
-) -> RowPlan:
+    completions_B: Sequence[int], sides: Sequence[Prompts], *, shards: int, micros: int = 1,
+    budget: int = 0, row: int = 0, one_per_row: bool = False,
+) -> RowPlan:  # fmt: skip
     """Plans the bin, row and position of each completion.
 
     Args:
@@ -118,67 +113,45 @@ def plan_rows(
       budget: most tokens of a bin, over all sides; the plan has as few micro-batches as it allows.
         0 takes `micros`.
       row: tokens of a row, if no sample is longer; 0 takes a length that suits the samples.
+      one_per_row: whether each completion has a row of its own, for a dry run, whose texts are as
+        long as the limits allow.
 
     Raises:
       ValueError: a sample takes more than `budget`.
     """
-    longest = [_longest(completions_B, side) for side in sides]
-    if not budget:
-        found = _search(completions_B, sides, longest, micros, shards, row, 0)
-        assert found is not None  # one row per completion always works
-        return found
-    check_budget(budget, [max(row, n) for n in longest])
-    whole = sum(_load(completions_B, side, range(len(completions_B))) for side in sides)
-    micros = max(1, -(-whole // (budget * shards)))
+    longest = [
+        max(row, *(p + c for p, c in zip(side.prompts_B, completions_B, strict=True)))
+        for side in sides
+    ]
+    if budget:
+        check_budget(budget, longest)
+    if one_per_row:
+        return _plan_one_per_row(completions_B, sides, longest, shards, micros, budget)
+    if budget:
+        everyone = range(len(completions_B))
+        whole = sum(_load(completions_B, side, everyone) for side in sides)
+        micros = max(1, -(-whole // (budget * shards)))
     while True:
         found = _search(completions_B, sides, longest, micros, shards, row, budget)
-        if found is not None:
+        if found is not None:  # without a budget, one row for each completion always works
             return found
         micros += max(1, micros // 16)
 
 
-def size_bins(lengths: Sequence[int], completions: int, *, shards: int, micros: int, budget: int):
-    """Returns (micro-batches, rows of a bin) for one sample per row, all as long as the longest.
+def _plan_one_per_row(
+    completions_B: Sequence[int], sides: Sequence[Prompts], longest: list[int], shards: int,
+    micros: int, budget: int,
+) -> RowPlan:  # fmt: skip
+    """Plans one completion per row; all rows are as long as the longest sample.
 
     A budget is rounded up to whole samples, since shorter ones would use it up.
-
-    Args:
-      lengths: tokens of a row, for each side.
-      completions: number of completions.
-      shards: devices that split the rows of a micro-batch.
-      micros: micro-batches; read if there is no budget.
-      budget: most tokens of a bin, over all sides; 0 takes `micros`.
     """
-    rows = -(-budget // sum(lengths)) if budget else -(-completions // (micros * shards))
-    rows = min(rows, -(-completions // shards))
-    return -(-completions // (rows * shards)), rows
-
-
-def plan_one_per_row(
-    completions_B: Sequence[int],
-    sides: Sequence[Prompts],
-    *,
-    shards: int,
-    micros: int = 1,
-    budget: int = 0,
-    row: int = 0,
-) -> RowPlan:
-    """Plans one completion per row, for a dry run, whose texts are as long as the limits allow.
-
-    The arguments are those of `plan_rows`.
-
-    Raises:
-      ValueError: a sample takes more than `budget`.
-    """
-    longest = [max(row, _longest(completions_B, side)) for side in sides]
-    if budget:
-        check_budget(budget, longest)
-    lengths = [round_up(n, ROW_MULTIPLE) for n in longest]
-    B = len(completions_B)
-    micros, rows = size_bins(lengths, B, shards=shards, micros=micros, budget=budget)
+    B, lengths = len(completions_B), [round_up(n, ROW_MULTIPLE) for n in longest]
+    rows = -(-budget // sum(lengths)) if budget else -(-B // (micros * shards))
+    rows = min(rows, -(-B // shards))
     places = tuple([Position(b % rows, 0, side.prompts_B[b]) for b in range(B)] for side in sides)
     sizes = tuple(RowShape(rows, length) for length in lengths)
-    return RowPlan(micros, shards, [b // rows for b in range(B)], sizes, places)
+    return RowPlan(-(-B // (rows * shards)), shards, [b // rows for b in range(B)], sizes, places)
 
 
 def check_budget(budget: int, longest: Sequence[int]) -> None:
@@ -200,11 +173,6 @@ def check_budget(budget: int, longest: Sequence[int]) -> None:
         )
 
 
-def _longest(completions_B: Sequence[int], side: Prompts) -> int:
-    """Returns the tokens of the longest sample of a side."""
-    return max(p + c for p, c in zip(side.prompts_B, completions_B, strict=True))
-
-
 def _load(completions_B: Sequence[int], side: Prompts, members: Sequence[int]) -> int:
     """Counts the tokens of these completions, with each of their prompts once."""
     prompts = {side.families_B[b]: side.prompts_B[b] for b in members}
@@ -217,7 +185,7 @@ def _sizes(mean: int, longest: int, row: int) -> list[RowShape]:
     They are 1/16 apart, and begin with the mean load of all bins.
     """
     if row:
-        length = round_up(max(row, longest), ROW_MULTIPLE)
+        length = round_up(longest, ROW_MULTIPLE)
         counts = itertools.accumulate(
             range(SIZES_TRIED), lambda n, _: round_up(n + 1), initial=round_up(-(-mean // length))
         )
@@ -234,14 +202,9 @@ def _sizes(mean: int, longest: int, row: int) -> list[RowShape]:
 
 
 def _search(
-    completions_B: Sequence[int],
-    sides: Sequence[Prompts],
-    longest: Sequence[int],
-    micros: int,
-    shards: int,
-    row: int,
-    budget: int,
-) -> RowPlan | None:
+    completions_B: Sequence[int], sides: Sequence[Prompts], longest: list[int], micros: int,
+    shards: int, row: int, budget: int,
+) -> RowPlan | None:  # fmt: skip
     """Returns the feasible plan with the fewest tokens, or None if none fits the budget."""
     count, everyone = micros * shards, range(len(completions_B))
     loads = [_load(completions_B, side, everyone) for side in sides]
@@ -249,10 +212,7 @@ def _search(
     # One row for each completion always works.
     rows = round_up(-(-len(completions_B) // count))
     choices = [
-        [
-            *_sizes(-(-load // count), most, row),
-            RowShape(rows, round_up(max(row, most), ROW_MULTIPLE)),
-        ]
+        [*_sizes(-(-load // count), most, row), RowShape(rows, round_up(most, ROW_MULTIPLE))]
         for load, most in zip(loads, longest, strict=True)
     ]
     total = lambda sizes: sum(size.tokens for size in sizes)  # noqa: E731
@@ -275,19 +235,14 @@ def _order(completions_B, sides: Sequence[Prompts], loads: Sequence[int]) -> lis
     families = collections.defaultdict(list)
     for b, family in enumerate(sides[0].families_B):
         families[family].append(b)
-    share = {
-        family: max(
-            _load(completions_B, side, members) / load
-            for side, load in zip(sides, loads, strict=True)
-        )
-        for family, members in families.items()
-    }
-    in_order = sorted(families, key=lambda family: (-share[family], families[family]))
-    return [
-        b
-        for family in in_order
-        for b in sorted(families[family], key=lambda b: (-completions_B[b], b))
-    ]
+
+    def share(members: list[int]) -> float:
+        pairs = zip(sides, loads, strict=True)
+        return max(_load(completions_B, side, members) / load for side, load in pairs)
+
+    in_order = sorted(families.values(), key=lambda members: (-share(members), members))
+    # Sorting is stable: among equal lengths the first stays first.
+    return [b for members in in_order for b in sorted(members, key=lambda b: -completions_B[b])]
 
 
 class _Side:

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -18,7 +18,7 @@ from copsd_jax.model import transformer
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.runtime import sharding, workdir
 from copsd_jax.sampler import request
-from copsd_jax.servers import client, remote_engine
+from copsd_jax.servers import client, remote_engine, sampler_server
 from copsd_jax.teaching import (
     contexts,
     conversations,
@@ -26,18 +26,11 @@ from copsd_jax.teaching import (
     prompts,
     replies,
     teacher_prompts,
+    teacher_side,
     text_encoding,
     token_selection,
 )
-from copsd_jax.training import (
-    backends,
-    guards,
-    model_headers,
-    prompt_lengths,
-    sampler_server,
-    table_rules,
-    teacher_side,
-)
+from copsd_jax.training import backends, guards, model_headers, prompt_lengths, table_rules
 from copsd_jax.weights import hf, hub, tokenizer
 
 
@@ -126,10 +119,16 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     registry = languages.load_languages(config.languages_file)
     _check_languages(config, registry)
     context, selection = table_rules.context_settings(config), _selection(config)
-    rules = _guards(config)
+    rules = guards.parse_rules([rule for rule in config.guards.rules.split(",") if rule])
+    guards.check_metrics(rules)
     # The cheap checks come first: files of problems, then devices, then the model's headers.
     written = _author_replies(config) if train else {}
-    problems = _read_problems(config, context, registry, train, evaluate)
+    rows, dropped = eval_rows, eval_dropped = [], collections.Counter()
+    if train:
+        rows, dropped = problem_selection.load_train_rows(config, context, registry)
+    if evaluate:
+        eval_rows, eval_dropped = problem_selection.load_eval_rows(config, registry)
+    exemplars = problem_selection.load_exemplars(config, registry)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
         setting_rules.check_shards(config, sharding.batch_shards(mesh))
@@ -139,13 +138,17 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     backends.check_attention(config, sharding.platform(mesh), dtype, shape)
     setting_rules.check_vocabulary(config, shape.vocab_size)
     sharding.key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
-    sides = _sides(config, registry, problems.exemplars, tok)
-    teacher = _teacher_side(config, tok, sides.pop("teacher"), context)
-    problems, longest = _keep_fitting(config, tok, sides, teacher, problems)
+    sides = _sides(config, registry, exemplars, tok)
+    taught, side = config_lib.traits(config).teacher, sides.pop("teacher")
+    # Only a method with a teacher has exemplars with replies.
+    shown = teacher_prompts.build_exemplars(side, context) if taught else ()
+    teacher = teacher_side.TeacherSide(tok, side, context, shown)
+    trained, examined, longest = _keep_fitting(config, sides, teacher, rows, eval_rows)
     if train:
-        problem_selection.check_language_shares(config, problems.rows, registry)
-    server = sampler_server.connect_server(config, server, longest)
-    prompt_lengths.check_positions(config, shape, longest)
+        problem_selection.check_language_shares(config, trained.rows, registry)
+    server = server and _connect(config, server, longest)
+    room = shape.max_position
+    prompt_lengths.check_room(config, longest, room, f"the model's {room} positions")
     longest["teacher"] = prompt_lengths.bound_teacher(config, context, shape, longest["teacher"])
     if config.model.init == "pretrained":
         # Weights are downloaded last, when everything else has been accepted.
@@ -153,100 +156,53 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
         hf.check_weights(path, shape)
     return Plan(
         config, mesh, dtype, shape, path, tok,
-        _build_vocabulary(tok, path, shape.vocab_size),
+        request.Vocabulary(
+            tokenizer.mark_valid_ids(tok, shape.vocab_size), tokenizer.list_token_bytes(tok),
+            tokenizer.find_stop_ids(tok, path),
+        ),
         special_ids=tuple(sorted(tok.get_added_vocab().values())),
-        rows=problems.rows, dropped=problems.dropped,
-        eval_rows=problems.eval_rows, eval_dropped=problems.eval_dropped,
+        rows=trained.rows, dropped=dropped + trained.dropped,
+        eval_rows=examined.rows, eval_dropped=eval_dropped + examined.dropped,
         **sides, teacher=teacher, selection=selection, guards=rules, replies=written,
         longest=longest, server=server,
     )  # fmt: skip
 
 
-def _teacher_side(config, tok, spec, context) -> teacher_side.TeacherSide:
-    """Builds the teacher's side; only a method with a teacher has exemplars with replies."""
-    taught = config_lib.traits(config).teacher
-    exemplars = teacher_prompts.build_exemplars(spec, context) if taught else ()
-    return teacher_side.TeacherSide(tok, spec, context, exemplars)
-
-
-class _Problems(NamedTuple):
-    """The rows of a plan.
-
-    Attributes:
-      rows: the problems to train on.
-      dropped: the number of training rows left out, by reason.
-      eval_rows: the problems to evaluate on.
-      eval_dropped: the number of evaluation rows left out, by reason.
-      exemplars: the worked examples in front of every prompt.
-    """
-
-    rows: list[problem_row.Row]
-    dropped: collections.Counter
-    eval_rows: list[problem_row.Row]
-    eval_dropped: collections.Counter
-    exemplars: tuple[problem_row.Row, ...]
-
-
-def _read_problems(config, context, registry, train: bool, evaluate: bool) -> _Problems:
-    """Reads the problems that the plan needs, and the exemplars."""
-    none = lambda: ([], collections.Counter())  # noqa: E731
-    return _Problems(
-        *(problem_selection.load_train_rows(config, context, registry) if train else none()),
-        *(problem_selection.load_eval_rows(config, registry) if evaluate else none()),
-        problem_selection.load_exemplars(config, registry),
-    )
-
-
 def _keep_fitting(
-    config: config_lib.Config,
-    tok: text_encoding.Tokenizer,
-    sides: dict[str, conversations.PromptFormat],
-    teacher: teacher_side.TeacherSide,
-    problems: _Problems,
-) -> tuple[_Problems, dict[str, int]]:
-    """Returns the problems whose prompts fit, and the longest prompt of each side in tokens."""
-    trained = prompt_lengths.keep_fitting_training(
-        problems.rows, config, tok, sides["student"], teacher
-    )
-    examined = prompt_lengths.keep_fitting(
-        problems.eval_rows,
-        functools.partial(prompts.build_student_prompt, tok, sides["evaluation"]),
-        "evaluation", "prompt", config,
-    )  # fmt: skip
+    config: config_lib.Config, sides: dict[str, conversations.PromptFormat],
+    teacher: teacher_side.TeacherSide, rows: list[problem_row.Row],
+    eval_rows: list[problem_row.Row],
+) -> tuple[prompt_lengths.FittingRows, prompt_lengths.FittingRows, dict[str, int]]:  # fmt: skip
+    """Returns the rows whose prompts fit, and the longest prompt of each side in tokens."""
+    tok, context = teacher.tokenizer, teacher.context
+    trained = prompt_lengths.keep_fitting_training(rows, config, sides["student"], teacher)
+    build = functools.partial(prompts.build_student_prompt, tok, sides["evaluation"])
+    examined = prompt_lengths.keep_fitting(eval_rows, build, "evaluation", "prompt", config)
     longest = {"teacher": 0, **trained.longest, **examined.longest}
     if config.author.kind in ("student", "teacher"):
-        shortest = map(teacher_side.shortest_attempt, trained.rows)
-        asks = [
-            teacher_prompts.build_author_prompt(tok, sides["author"], teacher.context, a)
-            for a in shortest
-        ]
-        longest["author"] = max((ask.length for ask in asks if ask), default=0)
-    kept = problems._replace(
-        rows=trained.rows, dropped=problems.dropped + trained.dropped,
-        eval_rows=examined.rows, eval_dropped=problems.eval_dropped + examined.dropped,
-    )  # fmt: skip
-    return kept, longest
+        ask = functools.partial(teacher_prompts.build_author_prompt, tok, sides["author"], context)
+        asks = map(ask, map(teacher_side.shortest_attempt, trained.rows))
+        longest["author"] = max((prompt.length for prompt in asks if prompt), default=0)
+    return trained, examined, longest
 
 
-def _build_vocabulary(
-    tok: text_encoding.Tokenizer, path: pathlib.Path, size: int
-) -> request.Vocabulary:
-    """Builds the vocabulary of the sampler from the tokenizer and the model's settings."""
-    return request.Vocabulary(
-        valid_V=tokenizer.mark_valid_ids(tok, size),
-        token_bytes=tokenizer.list_token_bytes(tok),
-        stop_ids=tokenizer.find_stop_ids(tok, path),
-    )
+def _connect(
+    config: config_lib.Config, server: remote_engine.EngineServer, longest: dict[str, int]
+) -> remote_engine.EngineServer:
+    """Checks that the server answers and has room for the texts that it draws; returns it."""
+    server = remote_engine.connect(server)
+    if room := server.max_model_len:
+        drawn = ["student"] * config_lib.traits(config).samples + ["evaluation", "author"]
+        place = f"the {room} that {server.api.url} holds (sampler.max_model_len)"
+        asked = {side: longest[side] for side in drawn if longest.get(side)}
+        prompt_lengths.check_room(config, asked, room, place)
+    return server
 
 
 def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFormat]:
     """Builds each side's prompt format; checks the sides that the method uses."""
-    opening = {
-        "student": config.prompt.thinking,
-        "teacher": config.teacher.thinking,
-        "evaluation": config.eval.thinking,
-        "author": config.author.thinking,
-    }
+    sections = {"student": "prompt", "evaluation": "eval", "teacher": "teacher", "author": "author"}
+    opening = {name: config[section].thinking for name, section in sections.items()}
     if opening["author"] == "as_teacher":
         opening["author"] = opening["teacher"]
     p = config.prompt
@@ -255,38 +211,29 @@ def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFo
             p.template, thinking, p.answer, registry, () if name == "author" else exemplars, p.form
         )
         for name, thinking in opening.items()
-    }  # fmt: skip
-    settings = {"student": "prompt", "evaluation": "eval"}
-    if config_lib.traits(config).teacher:
-        settings["teacher"] = "teacher"
-    if config.author.kind in ("student", "teacher"):
-        settings["author"] = "author"
-    for name, section in settings.items():
-        prompts.check_thinking(tok, p.template, sides[name].thinking, f"{section}.thinking")
+    }
+    used = {"student": True, "evaluation": True, "teacher": config_lib.traits(config).teacher,
+            "author": config.author.kind in ("student", "teacher")}  # fmt: skip
+    for name, section in sections.items():
+        if used[name]:
+            prompts.check_thinking(tok, p.template, opening[name], f"{section}.thinking")
     return sides
-
-
-def _guards(config: config_lib.Config) -> tuple[guards.Rule, ...]:
-    """Parses guards.rules, and checks that the metrics of the rules exist."""
-    return guards.check_metrics(
-        guards.parse_rules([rule for rule in config.guards.rules.split(",") if rule])
-    )
 
 
 def _selection(config: config_lib.Config) -> token_selection.Settings:
     """Returns the settings of token selection; a function of the user is imported."""
-    names = ("select", "on_failure", "occurrence", "fuzzy")
-    chosen = token_selection.Settings(**{name: config.tokens[name] for name in names})
+    names = "select on_failure occurrence fuzzy"
+    chosen = token_selection.Settings(**config_lib.pick(config.tokens, names))
     token_selection.import_span_function(chosen.select)  # raises if it cannot be imported
     return chosen
 
 
 def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
     """Checks the author's server or file; returns the replies of author.kind=file."""
-    if config.author.kind == "server":
-        author = config.author
+    author = config.author
+    if author.kind == "server":
         client.check_server(client.server_from_settings(author, author.cache), "author.")
-    return replies.load_reply_file(config.author.path) if config.author.kind == "file" else {}
+    return replies.load_reply_file(author.path) if author.kind == "file" else {}
 
 
 def load_config(directory: pathlib.Path) -> config_lib.Config:

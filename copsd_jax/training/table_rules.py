@@ -75,10 +75,7 @@ def context_settings(config: config_lib.Config) -> contexts.Settings:
     c = config.context
     return contexts.Settings(
         kind=c.kind if config_lib.traits(config).teacher else "none",
-        problem_en=c.problem_en,
-        solution=c.solution,
-        feedback=c.feedback,
-        section_tokens=c.section_tokens,
+        **config_lib.pick(c, "problem_en solution feedback section_tokens"),
         fallback=config.parity.reflection_fallback,
         published_tags=config.parity.reflection_tags,
     )

@@ -133,17 +133,9 @@ class Aux(NamedTuple):
 
 
 def make_optimizer(
-    *,
-    steps: int,
-    lr: float,
-    schedule: str,
-    warmup: int,
-    weight_decay: float,
-    b1: float,
-    b2: float,
-    eps: float,
-    max_grad_norm: float,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    *, steps: int, lr: float, schedule: str, warmup: int, weight_decay: float, b1: float,
+    b2: float, eps: float, max_grad_norm: float,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:  # fmt: skip
     """Builds AdamW behind a global-norm clip, with its learning-rate schedule.
 
     The warm-up rises linearly to `lr`. After it the rate is constant, or falls to 0 at `steps`,
@@ -257,16 +249,11 @@ def _hidden(
     """
     streams = [
         transformer.Stream(
-            side.tokens_BL,
-            side.positions_BL,
-            side.segments_BL,
-            policy.adapter,
-            policy.scale,
-            prefix,
-            parents_BL=side.parents_BL,
+            side.tokens_BL, side.positions_BL, side.segments_BL, policy.adapter, policy.scale,
+            prefix, parents_BL=side.parents_BL,
         )
         for policy, side, prefix in sides
-    ]
+    ]  # fmt: skip
     outputs: dict[int, transformer.Output] = {}
     for first, (policy, _, _) in enumerate(sides):
         if first in outputs:
@@ -274,9 +261,7 @@ def _hidden(
         those = [k for k, side in enumerate(sides) if side[0].params is policy.params]
         found: Any = decoder.apply({"params": policy.params}, tuple(streams[k] for k in those))
         outputs |= dict(zip(those, found, strict=True))
-    return [
-        _gathered(outputs[k].hidden_BLD, side.gather_BC) for k, (_, side, _) in enumerate(sides)
-    ]
+    return [_gathered(outputs[k].hidden_BLD, side[1].gather_BC) for k, side in enumerate(sides)]
 
 
 def _gathered(hidden_BLD: jax.Array, gather_BC: jax.Array) -> jax.Array:
@@ -299,14 +284,9 @@ def _flat(x: Any) -> Any:
 
 
 def _policy_term(
-    settings: PolicyLoss,
-    options: Options,
-    hidden_s: jax.Array,
-    hidden_ref: jax.Array | None,
-    heads: tuple[jax.Array, jax.Array | None],
-    micro: layout.Batch,
-    weight_BC: jax.Array,
-) -> tuple[jax.Array, PolicyStats]:
+    settings: PolicyLoss, options: Options, hidden_s: jax.Array, hidden_ref: jax.Array | None,
+    heads: tuple[jax.Array, jax.Array | None], micro: layout.Batch, weight_BC: jax.Array,
+) -> tuple[jax.Array, PolicyStats]:  # fmt: skip
     """Returns Σ weight · policy loss over the tokens of a micro-batch, and its statistics.
 
     The ratio is exp(ln p - old). `old` is the sampler's log-probability or the trainer's own. The
@@ -404,16 +384,15 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
 
 def _weights(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Array]:
     """Returns the weights [B, C] of the divergence and of the policy loss, over the whole step."""
-    zeros_BC = jnp.zeros(batch.mask_BC.shape, jnp.float32)
-    distill_BC = policy_BC = zeros_BC
+    distill_BC = policy_BC = jnp.zeros(batch.mask_BC.shape, jnp.float32)
     if options.divergence:
         distill_BC = loss_norms.token_weights(batch.loss_BC, options.norm, options.group)
         distill_BC = distill_BC * options.weight
-    if options.policy:
+    if policy := options.policy:
         policy_BC = loss_norms.token_weights(
-            batch.policy_BC, options.policy.norm, options.group, length=options.policy.length
+            batch.policy_BC, policy.norm, options.group, length=policy.length
         )
-        policy_BC = policy_BC * options.policy.weight
+        policy_BC = policy_BC * policy.weight
     return distill_BC, policy_BC
 
 
@@ -467,9 +446,8 @@ def make_step(
             )
             return (total + value, jax.tree.map(jnp.add, grads, grad)), stats
 
-        zeros = jax.tree.map(jnp.zeros_like, state.trained)
-        inputs = (_split(batch, options.micro_batches), tuple(cut(weight) for weight in weights))
-        start = (jnp.zeros((), jnp.float32), zeros)
+        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained))
+        inputs = (_split(batch, options.micro_batches), tuple(map(cut, weights)))
         (total, grads), stats = jax.lax.scan(accumulate, start, inputs)
         tokens, policy = jax.tree.map(join, stats)
         updates, opt_state = tx.update(grads, state.optimizer, state.trained)
@@ -483,7 +461,7 @@ def make_step(
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "tokens": batch.mask_BC.sum().astype(jnp.float32),
-            **_means(tokens, batch, options),
+            **_means(tokens, batch),
             **_policy_means(policy, batch),
         }
         return new, Aux(metrics, tokens, policy)
@@ -535,8 +513,7 @@ def _split(batch: layout.Batch, n: int) -> layout.Batch:
     B = 4, n = 2, L = 10: sample 3 is row 1 of micro-batch 1, so its index 34 becomes 14.
     """
     cut, _ = _cuts(batch, n)
-    rest = batch._replace(student=None, teacher=None, source_UST=None)
-    rest = jax.tree.map(cut, rest)
+    rest = jax.tree.map(cut, batch._replace(student=None, teacher=None, source_UST=None))
     if batch.source_UST is not None:
         return rest._replace(student=batch.student, teacher=batch.teacher)
 
@@ -570,23 +547,21 @@ def _mean(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
     return jnp.where(mask_BC, x_BC, 0.0).sum() / count
 
 
-def _means(
-    stats: divergence_loss.TokenStats | None, batch: layout.Batch, options: Options
-) -> dict[str, jax.Array]:
+def _means(stats: divergence_loss.TokenStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
     """Averages over the tokens with distillation loss.
 
     The student's entropy alone is averaged over all tokens of the completions.
     """
     if stats is None:
         return {}
-    mean = lambda x: _mean(x, batch.loss_BC)  # noqa: E731
+    values = {
+        "divergence": stats.value_T, "logp_student": stats.logp_student_T,
+        "logp_teacher": stats.logp_teacher_T, "entropy_teacher": stats.entropy_teacher_T,
+        "clipped_mass": stats.clipped_mass_T,
+    }  # fmt: skip
     return {
-        "divergence": mean(stats.value_T),
-        "logp_student": mean(stats.logp_student_T),
-        "logp_teacher": mean(stats.logp_teacher_T),
+        **{name: _mean(value_BC, batch.loss_BC) for name, value_BC in values.items()},
         "entropy_student": _mean(stats.entropy_student_T, batch.mask_BC),
-        "entropy_teacher": mean(stats.entropy_teacher_T),
-        "clipped_mass": mean(stats.clipped_mass_T),
         "loss_tokens": batch.loss_BC.sum().astype(jnp.float32),
     }
 
@@ -595,11 +570,7 @@ def _policy_means(stats: PolicyStats | None, batch: layout.Batch) -> dict[str, j
     """Averages over the tokens with policy loss."""
     if stats is None:
         return {}
-    mean = lambda x: _mean(x, batch.policy_BC)  # noqa: E731
-    return {
-        "policy_loss": mean(stats.value_T),
-        "policy_entropy": mean(stats.entropy_T),
-        "ratio_clipped": mean(stats.clipped_T),
-        "kl_initial": mean(stats.kl_T),
-        "policy_tokens": batch.policy_BC.sum().astype(jnp.float32),
-    }
+    values = {"policy_loss": stats.value_T, "policy_entropy": stats.entropy_T,
+              "ratio_clipped": stats.clipped_T, "kl_initial": stats.kl_T}  # fmt: skip
+    means = {name: _mean(value_BC, batch.policy_BC) for name, value_BC in values.items()}
+    return means | {"policy_tokens": batch.policy_BC.sum().astype(jnp.float32)}

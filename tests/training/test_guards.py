@@ -136,7 +136,7 @@ def test_what_the_events_say():
 
 def test_without_rules_nothing_happens():
     assert run([], of("x", 1, math.nan)) == (
-        {"steps": 2, "factor": 1.0, "stopped": "", "rules": []},
+        {"factor": 1.0, "stopped": "", "rules": []},
         [],
     )
 

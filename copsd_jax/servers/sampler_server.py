@@ -1,4 +1,4 @@
-"""The server of sampler.engine=server: checks of its settings, and of its room for prompts."""
+"""The server of sampler.engine=server, from checked settings."""
 
 import pathlib
 
@@ -55,36 +55,3 @@ def _check_logprobs(config: config_lib.Config) -> None:
                 f"tokens at rollout.temperature={r.temperature}, which do not follow from "
                 f"sampler.logprobs={c.sampler.logprobs} with these rollout.*"
             )
-
-
-def connect_server(
-    config: config_lib.Config,
-    server: remote_engine.EngineServer | None,
-    longest: dict[str, int],
-) -> remote_engine.EngineServer | None:
-    """Returns the connected server after checking its room for the longest prompts and completions.
-
-    Args:
-      config: the run's settings, with the limits of completions.
-      server: the server of `plan_server`; None is returned unchanged.
-      longest: the tokens of the longest prompt of each side.
-
-    Raises:
-      OSError: the server does not answer.
-      ValueError: the longest prompt of a side with its completion exceeds the context length.
-    """
-    if server is None:
-        return None
-    server = remote_engine.connect(server)
-    completion, room = config.rollout.max_tokens, server.max_model_len
-    for side, name, tokens in (
-        ("student", "rollout.max_tokens", completion if config_lib.traits(config).samples else 0),
-        ("evaluation", "eval.max_tokens", config.eval.max_tokens or completion),
-        ("author", "author.max_tokens", config.author.max_tokens),
-    ):
-        if room and tokens and longest.get(side) and longest[side] + tokens > room:
-            raise ValueError(
-                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
-                f"passes the {room} that {server.api.url} holds (sampler.max_model_len)"
-            )
-    return server
