@@ -334,7 +334,8 @@ class Layer(nn.Module):
             shared = None if prefix is None else visibility.Prefix(prefix.k[0], prefix.v[0])
             assert inputs.segments_BL is not None  # It is set for a stream without a cache.
             seen = visibility.Visibility(inputs.segments_BL, inputs.parents_BL)
-            out = row_attention.attend(q_BLKMH, k, v, seen, shared, self.attention, self.block)
+            rows = visibility.RowInputs(q_BLKMH, k, v, seen, shared)
+            out = row_attention.attend(rows, self.attention, self.block)
         else:
             out, cache = _attend_cache(q_BLKMH, k, v, cache, inputs, layer, prefix, self.decode)
         hidden = hidden + project("o", out.reshape(*out.shape[:2], -1))
