@@ -30,7 +30,7 @@ class VocabularyShard(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What the blocks of tokens of one device's sweep have in common.
+    """Constants of one device's sweep, shared by all its blocks of tokens.
 
     Attributes:
       settings: of the divergence.
@@ -167,5 +167,7 @@ def _distribution(x_TV: jax.Array, weights_TV: jax.Array, total_T: jax.Array) ->
 
 def _subtract_one_hot(student: Distribution, tokens_T: jax.Array, axis: str) -> jax.Array:
     """Returns p - 1[y] on this part."""
-    local_T = tokens_T - first_entry(axis, student.p.shape[1])
-    return distributions.subtract_one_hot(student, local_T)
+    count = student.p.shape[1]
+    local_T1 = (tokens_T - first_entry(axis, count))[:, None]
+    one_hot = jnp.arange(count, dtype=jnp.int32)[None] == local_T1
+    return student.p - one_hot.astype(student.p.dtype)
