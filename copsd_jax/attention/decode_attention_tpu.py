@@ -175,7 +175,7 @@ def attend(
 
 
 def _turn(caches: Sequence[jax.Array], turned: bool) -> list[jax.Array]:
-    """Swaps A and H of keys and values: no copy, since [..., H, A] is their layout in memory."""
+    """Transposes A and H of keys and values: no copy, since memory has them as [..., H, A]."""
     return [x.swapaxes(3, 4) if turned and x.ndim == 5 else x for x in caches]
 
 

@@ -63,9 +63,9 @@ def count_cost(q_shape: tuple[int, ...], dtype: jnp.dtype, entries: float) -> di
 
 
 def multiply(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Multiplies over the last axis of a and `axis` of b, summed in float32.
+    """Multiplies a [..., R, X] and b over X and `axis` of b, summed in float32, to [..., R, S].
 
-    Axes of a before the last two are those of a batch, which b has too.
+    The axes in front are those of a batch, which b has too; S is the remaining axis of b.
     """
     batch = tuple(range(a.ndim - 2))
     # By default a TPU's matrix unit and tensor cores would round float32 to fewer bits.
