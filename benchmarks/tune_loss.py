@@ -77,12 +77,11 @@ def seconds(
     @jax.jit
     def run(*arrays):
         hidden_s, hidden_t, head_s, head_t, tokens, weight = arrays
-        return sweep(
-            settings, (hidden_s, hidden_t), (head_s,) if head_t is None else (head_s, head_t),
-            token_values.TokenInputs(tokens, weight, None, None),
-            split_vocabulary.VocabularyShard(None, None), train_head=args.head, blocks=sizes,
-            interpret=bool(args.interpret),
-        )  # fmt: skip
+        heads = (head_s,) if head_t is None else (head_s, head_t)
+        shard = split_vocabulary.VocabularyShard(None, None)
+        constants = split_vocabulary.Sweep(settings, heads, shard, train_head=args.head)
+        rows = (hidden_s, hidden_t), token_values.TokenInputs(tokens, weight, None, None)
+        return sweep(constants, rows, sizes, bool(args.interpret))
 
     times = []
     try:

@@ -21,42 +21,21 @@ Shapes: J slots, K key heads, M queries per key head, H head size, A entries, W 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from copsd_jax.attention import visibility
+from copsd_jax.attention import decode_cache, visibility
 from copsd_jax.runtime import sharding
 
 BLOCK = 64  # entries of a block of `blocks`; on CPU 32 costs a fifth more, and 128 costs as much
-CACHE_LENGTH_MULTIPLE = 128  # every form needs a cache length A that is a multiple of this
+CACHE_LENGTH_MULTIPLE = decode_cache.LENGTH_MULTIPLE
+Cache = decode_cache.Cache
+PartialSoftmax = decode_cache.PartialSoftmax
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-class Cache(NamedTuple):
-    """Keys (RoPE applied) and values of all layers, and the scales of an int8 cache."""
-
-    k: jax.Array  # [layers, J, K, A, H], float32, bfloat16 or int8
-    v: jax.Array
-    k_scale: jax.Array | None = None  # float32 [layers, J, K, A]; None unless int8
-    v_scale: jax.Array | None = None
-
-
-class PartialSoftmax(NamedTuple):
-    """The share of some keys in a softmax over more keys.
-
-    Attributes:
-      out_JKMH: float32, sum over these keys of exp(logit - top) times value.
-      top_JKM: float32, the largest logit; visibility.MASKED_LOGIT if no key is seen.
-      total_JKM: float32, sum of exp(logit - top).
-    """
-
-    out_JKMH: jax.Array
-    top_JKM: jax.Array
-    total_JKM: jax.Array
 
 
 def create_cache(layers: int, slots: int, heads: int, length: int, size: int, dtype: Any) -> Cache:
@@ -71,14 +50,11 @@ def create_cache(layers: int, slots: int, heads: int, length: int, size: int, dt
       dtype: float32, bfloat16 or int8.
     """
     shape = (layers, slots, heads, length, size)
-
-    def zeros(shape, dtype):  # Each array needs its own buffer, since caches are donated.
-        return jnp.zeros(shape, dtype)
-
-    if jnp.dtype(dtype) != jnp.int8:
-        return Cache(zeros(shape, dtype), zeros(shape, dtype))
-    scale = shape[:-1], jnp.float32
-    return Cache(zeros(shape, dtype), zeros(shape, dtype), zeros(*scale), zeros(*scale))
+    arrays = [(shape, dtype)] * 2
+    if jnp.dtype(dtype) == jnp.int8:
+        arrays += [(shape[:-1], jnp.float32)] * 2
+    # Each array needs its own buffer, since caches are donated.
+    return Cache(*(jnp.zeros(*array) for array in arrays))
 
 
 def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -194,21 +170,17 @@ def _write_tpu(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -
     # Imported lazily: Pallas is slow to import, and a CPU does not need it.
     from copsd_jax.attention import decode_attention_tpu
 
-    caches = tuple(x for x in cache if x is not None)
-    entries = tuple(x for x in new if x is not None)
-    return Cache(*decode_attention_tpu.write_entries(caches, entries, layer, index_J))
+    leaves = jax.tree.leaves(cache), jax.tree.leaves(new)
+    return Cache(*decode_attention_tpu.write_entries(*leaves, layer, index_J))
 
 
 # --- dense ------------------------------------------------------------------------------------
 
 
-def _dense(
-    q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array
-) -> PartialSoftmax:
+def _dense(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
     """Attends to all entries of the layer, and masks those that are not live."""
-    one = jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), cache
-    )  # fmt: skip
+    take = jax.lax.dynamic_index_in_dim
+    one = jax.tree.map(lambda x: take(x, layer, 0, keepdims=False), cache)
     index_A = jnp.arange(cache.k.shape[3], dtype=jnp.int32)
     return _softmax(q_JKMH, one, index_A[None, :] < length_J[:, None])
 
@@ -255,9 +227,7 @@ def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[ja
     return slot_X, index_X - (end_J - number_J)[slot_X], end_J[-1]
 
 
-def _blocks(
-    q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array
-) -> PartialSoftmax:
+def _blocks(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
     """Attends to live blocks, W pairs at a time; their number, not the capacity, sets the time."""
     slots, _, length, size = cache.k.shape[1:]
     per_slot = length // BLOCK
@@ -267,9 +237,8 @@ def _blocks(
     slot_X, block_X, live = list_live_blocks(length_J, per_slot, BLOCK)
     pad = (0, -slot_X.shape[0] % group)
     slot_X, block_X = jnp.pad(slot_X, pad), jnp.pad(block_X, pad)
-    cut = jax.tree.map(
-        lambda x: x.reshape(*x.shape[:3], per_slot, BLOCK, *x.shape[4:]), cache
-    )  # fmt: skip
+    split = lambda x: x.reshape(*x.shape[:3], per_slot, BLOCK, *x.shape[4:])  # noqa: E731
+    cut = jax.tree.map(split, cache)
 
     def some(carry: tuple[jax.Array, PartialSoftmax]) -> tuple[jax.Array, PartialSoftmax]:
         first, sofar = carry
@@ -281,44 +250,33 @@ def _blocks(
         part = _softmax(q_JKMH[slot_W], here, seen_WS)
         top_JKM = sofar.top_JKM.at[slot_W].max(part.top_JKM)
         # The sums are scattered, because a slot may have several blocks in one group.
-        scale_WKM = (
-            jnp.exp(part.top_JKM - top_JKM[slot_W]) * live_W.astype(jnp.float32)[:, None, None]
-        )
+        scale_WKM = jnp.exp(part.top_JKM - top_JKM[slot_W])
+        scale_WKM = scale_WKM * live_W.astype(jnp.float32)[:, None, None]
         old_JKM = jnp.exp(sofar.top_JKM - top_JKM)
-        out_JKMH = (
-            (sofar.out_JKMH * old_JKM[..., None])
-            .at[slot_W]
-            .add(part.out_JKMH * scale_WKM[..., None])
-        )
+        out_JKMH = sofar.out_JKMH * old_JKM[..., None]
+        out_JKMH = out_JKMH.at[slot_W].add(part.out_JKMH * scale_WKM[..., None])
         total_JKM = (sofar.total_JKM * old_JKM).at[slot_W].add(part.total_JKM * scale_WKM)
         return first + group, PartialSoftmax(out_JKMH, top_JKM, total_JKM)
 
-    shape = q_JKMH.shape[:-1]
-    none = PartialSoftmax(
-        jnp.zeros((*shape, size), jnp.float32),
-        jnp.full(shape, visibility.MASKED_LOGIT, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-    )  # fmt: skip
+    out_JKMH = jnp.zeros((*q_JKMH.shape[:-1], size), jnp.float32)
+    top_JKM = jnp.full(q_JKMH.shape[:-1], visibility.MASKED_LOGIT, jnp.float32)
+    none = PartialSoftmax(out_JKMH, top_JKM, jnp.zeros_like(top_JKM))
     return jax.lax.while_loop(lambda c: c[0] < live, some, (jnp.int32(0), none))[1]
 
 
 # --- pallas -----------------------------------------------------------------------------------
 
 
-def _pallas_tpu(
-    q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array
-) -> PartialSoftmax:
+def _pallas_tpu(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
     from copsd_jax.attention import decode_attention_tpu
 
-    return PartialSoftmax(*decode_attention_tpu.attend(q_JKMH, *cache, layer, length_J))
+    return decode_attention_tpu.attend(q_JKMH, cache, layer, length_J)
 
 
-def _pallas_gpu(
-    q_JKMH: jax.Array, cache: Cache, layer: jax.Array, length_J: jax.Array
-) -> PartialSoftmax:
+def _pallas_gpu(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
     from copsd_jax.attention import decode_attention_gpu
 
-    return PartialSoftmax(*decode_attention_gpu.attend(q_JKMH, *cache, layer, length_J))
+    return decode_attention_gpu.attend(q_JKMH, cache, layer, length_J)
 
 
 IMPLEMENTATIONS = {

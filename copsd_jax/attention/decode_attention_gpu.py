@@ -29,9 +29,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from copsd_jax.attention import visibility
+from copsd_jax.attention import decode_cache, visibility
 
-CHUNK = 128  # the cache length is a multiple of this
 _ROWS = 16  # least rows of a dot
 _PROCESSORS = 132  # of H100 and H200; the 108 of an A100 would give the same rule
 _PROGRAMS = 4  # programs per processor, enough to even out their loads
@@ -70,7 +69,7 @@ def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
     length = k_shape[3]
     keys = 32 if size * jnp.dtype(dtype).itemsize > 256 else 64
     wanted = slots * heads * length / 4 / (_PROCESSORS * _PROGRAMS)
-    split = CHUNK
+    split = decode_cache.LENGTH_MULTIPLE
     while split < min(wanted, 512) and split < length:
         split *= 2
     return BlockSizes(keys, split)
@@ -84,65 +83,46 @@ def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
       dtype: type of the cache; an int8 entry has a float32 scale.
       mean_length: live entries of a slot, on average over all J slots.
     """
-    slots, heads, queries, size = q_shape
-    dtype = jnp.dtype(dtype)
-    entries = slots * heads * mean_length
-    read = entries * 2 * (size * dtype.itemsize + 4 * (dtype == jnp.int8))
-    return pl.CostEstimate(
-        flops=round(4 * entries * queries * size),
-        transcendentals=round(entries * queries),
-        bytes_accessed=round(read + slots * heads * queries * (8 * size + 8)),
-    )
+    return pl.CostEstimate(**decode_cache.count_cost(q_shape, dtype, mean_length))
 
 
 def attend(
     q_JKMH: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    k_scale: jax.Array | None,
-    v_scale: jax.Array | None,
+    cache: decode_cache.Cache,
     layer: jax.Array,
     length_J: jax.Array,
     *,
     blocks: BlockSizes | None = None,
-    mean_length: float | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> decode_cache.PartialSoftmax:
     """Attends from each slot's queries to its entries 0 … length - 1, as one part of a softmax.
 
     Args:
       q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated; M at most 16, H a power of
         two. Products are in its dtype (entries are converted in registers), sums and softmax in
         float32.
-      k: keys of the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; 128 divides A.
-      v: values, of the same shape and type.
-      k_scale: float32 [layers, J, K, A], factors of int8 keys; else None.
-      v_scale: factors of int8 values; else None.
+      cache: 128 divides its length A.
       layer: int32 scalar.
       length_J: int32, 0 … A; 0 for a dead slot.
       blocks: block sizes; None for those of `choose_blocks`.
-      mean_length: live entries of a slot in the cost estimate; None for half of A.
       interpret: runs the kernel without a GPU.
 
     Returns:
-      The fields of `decode_attention.PartialSoftmax`, float32: out [J, K, M, H], top [J, K, M] and
-      total [J, K, M]. A dead slot gives 0, -1e30 and 0.
+      The softmax over each slot's live entries. A dead slot gives 0, -1e30 and 0.
 
     Raises:
       ValueError: for unsupported shapes or blocks, or an int8 cache of 2 to 4 GiB.
     """
     slots, heads, queries, size = q_JKMH.shape
-    length = k.shape[3]
-    blocks = blocks or choose_blocks(q_JKMH.shape, k.shape, k.dtype)
-    _check_shapes(q_JKMH.shape, k, blocks)
-    scales = [] if k_scale is None or v_scale is None else [k_scale, v_scale]
+    length = cache.k.shape[3]
+    blocks = blocks or choose_blocks(q_JKMH.shape, cache.k.shape, cache.k.dtype)
+    _check_shapes(q_JKMH.shape, cache.k, blocks)
     splits = -(-length // blocks.split)
-    mean_length = length / 2 if mean_length is None else mean_length
-    estimate = estimate_cost(q_JKMH.shape, k.dtype, mean_length)
+    estimate = estimate_cost(q_JKMH.shape, cache.k.dtype, length / 2)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     shape = (splits, slots, heads, queries)
     call: Any = pl.pallas_call(
-        functools.partial(_kernel, blocks, bool(scales)),
+        functools.partial(_kernel, blocks, cache.k_scale is not None),
         grid=(splits, heads, slots),
         out_shape=[float32((*shape, size)), float32(shape), float32(shape)],
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
@@ -153,14 +133,13 @@ def attend(
     start_S = jnp.arange(splits, dtype=jnp.int32) * blocks.split
     # The text of a program keeps the scope names of Triton's calls, but no cost estimate.
     with jax.named_scope(f"cost:{estimate.flops}:{estimate.bytes_accessed}"):
-        out, top, total = call(layer.reshape(1), length_J, q_JKMH, k, v, *scales)
+        out, top, total = call(layer.reshape(1), length_J, q_JKMH, *jax.tree.leaves(cache))
     return _merge_splits(out, top, total, start_S[:, None] < length_J[None, :])
 
 
 def _check_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: BlockSizes) -> None:
     queries, size, length = q_shape[2], q_shape[3], k.shape[3]
-    if length % CHUNK or not length:
-        raise ValueError(f"the cache length is {length}: it must be a multiple of {CHUNK}")
+    decode_cache.check_length(length)
     if queries > _ROWS or size < _ROWS or size & (size - 1):
         raise ValueError(
             f"queries per key head and head size are {queries} and {size}: at most {_ROWS}, and a "
@@ -223,7 +202,7 @@ def _add_block(part, q_RH, k_SH, v_SH, scales_S, seen_S):
     """Adds a block of entries to a partial softmax; entries that are not seen were loaded as 0."""
     out_RH, top_R, total_R = part
     dtype = q_RH.dtype
-    logit_RS = _product(q_RH, k_SH.astype(dtype), 1)
+    logit_RS = decode_cache.multiply(q_RH, k_SH.astype(dtype), 1)
     if scales_S:
         logit_RS = logit_RS * scales_S[0][None, :]
     logit_RS = jnp.where(seen_S[None, :], logit_RS, visibility.MASKED_LOGIT)
@@ -233,19 +212,11 @@ def _add_block(part, q_RH, k_SH, v_SH, scales_S, seen_S):
     total_R = total_R * shrink_R + jnp.sum(weight_RS, axis=1)
     if scales_S:
         weight_RS = weight_RS * scales_S[1][None, :]
-    new_RH = _product(weight_RS.astype(dtype), v_SH.astype(dtype), 0)
+    new_RH = decode_cache.multiply(weight_RS.astype(dtype), v_SH.astype(dtype), 0)
     return out_RH * shrink_R[:, None] + new_RH, new_R, total_R
 
 
-def _product(a_RX: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Multiplies over the last axis of a and `axis` of b, summed in float32."""
-    exact = jax.lax.Precision.HIGHEST if a_RX.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a_RX, b, (((1,), (axis,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
-    )
-
-
-def _merge_splits(out_SJKMH, top_SJKM, total_SJKM, live_SJ):
+def _merge_splits(out_SJKMH, top_SJKM, total_SJKM, live_SJ) -> decode_cache.PartialSoftmax:
     """Merges the partial softmaxes of all splits; those that are not live were never written."""
     live = live_SJ[:, :, None, None]
     top_SJKM = jnp.where(live, top_SJKM, visibility.MASKED_LOGIT)
@@ -253,4 +224,4 @@ def _merge_splits(out_SJKMH, top_SJKM, total_SJKM, live_SJ):
     scale_SJKM = jnp.where(live, jnp.exp(top_SJKM - top_JKM[None]), 0.0)
     total_JKM = jnp.sum(jnp.where(live, total_SJKM, 0.0) * scale_SJKM, axis=0)
     out_SJKMH = jnp.where(live[..., None], out_SJKMH, 0.0) * scale_SJKM[..., None]
-    return jnp.sum(out_SJKMH, axis=0), top_JKM, total_JKM
+    return decode_cache.PartialSoftmax(jnp.sum(out_SJKMH, axis=0), top_JKM, total_JKM)

@@ -28,16 +28,17 @@ which needs no padding. The kernel reads this layout as it is.
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from copsd_jax.attention import visibility
+from copsd_jax.attention import decode_cache, visibility
 
-CHUNK = 128  # entries of one copy; the cache length is a multiple of this
+CHUNK = decode_cache.LENGTH_MULTIPLE  # entries of one copy
 V5E = "TPU v5 lite"
 # Bytes per second of HBM by jax's device_kind, for one core if a device has two. v4 is missing,
 # because Mosaic cannot compile the kernel for it (no gather across sublanes).
@@ -109,68 +110,48 @@ def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
       dtype: type of the cache; an int8 entry has a float32 scale.
       mean_length: live entries of a slot, on average over all J slots.
     """
-    slots, heads, queries, size = q_shape
-    dtype = jnp.dtype(dtype)
-    entries = slots * heads * (mean_length + CHUNK / 2)
-    read = entries * 2 * (size * dtype.itemsize + 4 * (dtype == jnp.int8))
-    return pl.CostEstimate(
-        flops=round(4 * entries * queries * size),
-        transcendentals=round(entries * queries),
-        bytes_accessed=round(read + slots * heads * queries * (8 * size + 8)),
-    )
+    return pl.CostEstimate(**decode_cache.count_cost(q_shape, dtype, mean_length + CHUNK / 2))
 
 
 def attend(
     q_JKMH: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    k_scale: jax.Array | None,
-    v_scale: jax.Array | None,
+    cache: decode_cache.Cache,
     layer: jax.Array,
     length_J: jax.Array,
     *,
     blocks: BlockSizes | None = None,
-    mean_length: float | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> decode_cache.PartialSoftmax:
     """Attends from each slot's queries to its entries 0 … length - 1, as one part of a softmax.
 
     Args:
       q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. Products are in its dtype
         (entries are converted in VMEM), sums and softmax in float32.
-      k: keys of the whole cache [layers, J, K, A, H], float32, bfloat16 or int8; 128 divides A.
-      v: values, of the same shape and type.
-      k_scale: float32 [layers, J, K, A], factors of int8 keys; else None.
-      v_scale: factors of int8 values; else None.
+      cache: 128 divides its length A.
       layer: int32 scalar.
       length_J: int32, 0 … A; 0 for a dead slot.
       blocks: block sizes; None for those of `choose_blocks` for the mesh's chip.
-      mean_length: live entries of a slot in the cost estimate; None for half of A.
       interpret: True or pltpu.InterpretParams run the kernel without a TPU.
 
     Returns:
-      The fields of `decode_attention.PartialSoftmax`, float32: out [J, K, M, H], top [J, K, M] and
-      total [J, K, M]. A dead slot gives 0, -1e30 and 0.
+      The softmax over each slot's live entries. A dead slot gives 0, -1e30 and 0.
 
     Raises:
       ValueError: for a cache length that is not a multiple of 128, or blocks that do not fit it.
     """
     slots, heads, queries, size = q_JKMH.shape
-    length = k.shape[3]
-    blocks = blocks or choose_blocks(q_JKMH.shape, k.shape, k.dtype, get_chip())
+    length, dtype = cache.k.shape[3], cache.k.dtype
+    blocks = blocks or choose_blocks(q_JKMH.shape, cache.k.shape, dtype, get_chip())
     _check_blocks(blocks, length)
     turned = size % 128 != 0
-    if turned:  # This does not copy, since it is the layout in memory.
-        k, v = k.swapaxes(3, 4), v.swapaxes(3, 4)
-    mean_length = length / 2 if mean_length is None else mean_length
-    caches = [k, v] if k_scale is None or v_scale is None else [k, v, k_scale, v_scale]
+    caches = _turn(jax.tree.leaves(cache), turned)
     programs = -(-slots // blocks.slots)
     rows = pl.BlockSpec((blocks.slots, heads, queries, size), lambda i, *_: (i, 0, 0, 0))
     row = pl.BlockSpec((blocks.slots, heads, queries), lambda i, *_: (i, 0, 0))
     entry = (size, blocks.keys) if turned else (blocks.keys, size)
     shapes = [(blocks.buffers, heads, *entry)] * 2 + [(blocks.buffers, heads, blocks.keys)] * 2
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    return pl.pallas_call(
+    parts = pl.pallas_call(
         functools.partial(_kernel, blocks, turned, len(caches)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(programs,),
@@ -183,24 +164,58 @@ def attend(
         ),
         out_shape=[float32(q_JKMH.shape), float32(q_JKMH.shape[:3]), float32(q_JKMH.shape[:3])],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        cost_estimate=estimate_cost(q_JKMH.shape, k.dtype, mean_length),
+        cost_estimate=estimate_cost(q_JKMH.shape, dtype, length / 2),
         interpret=interpret,
         name="decode_attention",
     )(
         # Length 0 makes dead slots of those that only fill the last program.
         layer.reshape(1), jnp.pad(length_J, (0, programs * blocks.slots - slots)), q_JKMH, *caches
     )  # fmt: skip
+    return decode_cache.PartialSoftmax(*parts)
+
+
+def _turn(caches: Sequence[jax.Array], turned: bool) -> list[jax.Array]:
+    """Transposes A and H of keys and values: no copy, since memory has them as [..., H, A]."""
+    return [x.swapaxes(3, 4) if turned and x.ndim == 5 else x for x in caches]
 
 
 def _check_blocks(blocks: BlockSizes, length: int) -> None:
-    if length % CHUNK or not length:
-        raise ValueError(f"the cache length is {length}: it must be a multiple of {CHUNK}")
+    decode_cache.check_length(length)
     if blocks.keys % CHUNK or not 0 < blocks.keys <= length:
         raise ValueError(
             f"blocks.keys is {blocks.keys}: it must be a multiple of {CHUNK} up to {length}"
         )
     if blocks.buffers < 2:
         raise ValueError(f"blocks.buffers is {blocks.buffers}: it must be at least 2")
+
+
+class _Copies(NamedTuple):
+    """Copies of the caches' blocks into the buffers of one program, whose first slot is `first`."""
+
+    keys: int
+    turned: bool
+    layer: jax.Array
+    first: jax.Array
+    length_J: Any
+    caches: Sequence[Any]
+    buffers: Sequence[Any]
+    sem: Any
+
+    def run(self, act: Callable[[Any], None], slot, block, at) -> None:
+        """Starts or awaits the copies of a block's live chunks into buffer `at`."""
+        for chunk in range(self.keys // CHUNK):
+            start = block * self.keys + chunk * CHUNK
+
+            @pl.when(start < self.length_J[self.first + slot])
+            def _(start=start, chunk=chunk):
+                entries = pl.ds(pl.multiple_of(start, CHUNK), CHUNK)
+                into = pl.ds(chunk * CHUNK, CHUNK)
+                for i, (cache, buffer) in enumerate(zip(self.caches, self.buffers, strict=True)):
+                    # Whole axes come first, then the entries, then H unless it is turned.
+                    axis = (slice(None),) * (2 if self.turned and i < 2 else 1)
+                    from_ = cache.at[(self.layer, self.first + slot, *axis, entries)]
+                    to = buffer.at[(at, *axis, into)]
+                    act(pltpu.make_async_copy(from_, to, self.sem.at[at]))
 
 
 def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
@@ -210,30 +225,12 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
     )  # fmt: skip
     group, keys, depth = blocks.slots, blocks.keys, blocks.buffers
     first = pl.program_id(0) * group
-
-    def copies(act, slot, block, number):
-        """Starts or awaits the copies of a block's live chunks into its buffer."""
-        at = jax.lax.rem(number, depth)
-        for chunk in range(keys // CHUNK):
-            start = block * keys + chunk * CHUNK
-
-            @pl.when(start < length_J[first + slot])
-            def _(start=start, chunk=chunk):
-                entries = pl.ds(pl.multiple_of(start, CHUNK), CHUNK)
-                into = pl.ds(chunk * CHUNK, CHUNK)
-                for i, (cache, buffer) in enumerate(zip(caches, buffers, strict=True)):
-                    # Whole axes come first, then the entries, then H unless it is turned.
-                    axis = (slice(None),) * (2 if turned and i < 2 else 1)
-                    from_ = cache.at[(layer_1[0], first + slot, *axis, entries)]
-                    act(pltpu.make_async_copy(from_, buffer.at[(at, *axis, into)], sem.at[at]))
+    copies = _Copies(keys, turned, layer_1[0], first, length_J, caches, buffers, sem)
 
     def live(slot):
         """The first live slot from this one on; `group` if there is none."""
-        return jax.lax.while_loop(
-            lambda s: (s < group) & (length_J[first + jnp.minimum(s, group - 1)] == 0),
-            lambda s: s + 1,
-            slot,
-        )
+        dead = lambda s: (s < group) & (length_J[first + jnp.minimum(s, group - 1)] == 0)  # noqa: E731
+        return jax.lax.while_loop(dead, lambda s: s + 1, slot)
 
     def fetch(number):
         """Starts the copies of the next block that has not been asked for."""
@@ -241,7 +238,7 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
 
         @pl.when(slot < group)
         def _():
-            copies(lambda copy: copy.start(), slot, block, number)
+            copies.run(lambda copy: copy.start(), slot, block, jax.lax.rem(number, depth))
             more = (block + 1) * keys < length_J[first + slot]
             ahead[1] = jnp.where(more, block + 1, 0)
 
@@ -252,8 +249,8 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
     def add(part, slot, block, number, left):
         """Fetches ahead, waits for a block and adds it to the slot's part."""
         fetch(number + depth - 1)
-        copies(lambda copy: copy.wait(), slot, block, number)
         at = jax.lax.rem(number, depth)
+        copies.run(lambda copy: copy.wait(), slot, block, at)
         return _add_block(part, q_ref[slot], [buffer[at] for buffer in buffers], turned, left)
 
     def one(slot, number):
@@ -269,9 +266,8 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
             out_ref[slot] = part[0]
             top_ref[slot], total_ref[slot] = part[1][..., 0], part[2][..., 0]
 
-        pl.when(length > 0)(
-            lambda: store(add(part, slot, full, number + full, length - full * keys))
-        )
+        last = lambda: add(part, slot, full, number + full, length - full * keys)  # noqa: E731
+        pl.when(length > 0)(lambda: store(last()))
         pl.when(length == 0)(lambda: store(part))
         return number + full + (length > 0).astype(jnp.int32)
 
@@ -285,7 +281,7 @@ def _add_block(part, q_KMH, block, turned: bool, left):
     """Adds a block to a partial softmax: its first `left` entries, or all if that is None."""
     (out_KMH, top_KM1, total_KM1), (k, v, *scales) = part, block
     dtype, entries = q_KMH.dtype, 2 if turned else 1
-    logit_KMS = _product(q_KMH, k.astype(dtype), 3 - entries)
+    logit_KMS = decode_cache.multiply(q_KMH, k.astype(dtype), 3 - entries)
     if scales:
         logit_KMS = logit_KMS * scales[0][:, None, :]
     seen = None
@@ -293,9 +289,8 @@ def _add_block(part, q_KMH, block, turned: bool, left):
         seen = jax.lax.broadcasted_iota(jnp.int32, logit_KMS.shape, 2) < left
         logit_KMS = jnp.where(seen, logit_KMS, visibility.MASKED_LOGIT)
         # A weight of 0 is not enough: entries beyond are garbage, and 0 times NaN is NaN.
-        v = jnp.where(
-            jax.lax.broadcasted_iota(jnp.int32, v.shape, entries) < left, v, jnp.zeros_like(v)
-        )
+        index = jax.lax.broadcasted_iota(jnp.int32, v.shape, entries)
+        v = jnp.where(index < left, v, jnp.zeros_like(v))
     new_KM1 = jnp.maximum(top_KM1, jnp.max(logit_KMS, axis=-1, keepdims=True))
     shrink_KM1 = jnp.exp(top_KM1 - new_KM1)
     weight_KMS = jnp.exp(logit_KMS - new_KM1)
@@ -304,28 +299,17 @@ def _add_block(part, q_KMH, block, turned: bool, left):
         weight_KMS = weight_KMS * scales[1][:, None, :]
         if seen is not None:
             weight_KMS = jnp.where(seen, weight_KMS, 0.0)
-    new_KMH = _product(weight_KMS.astype(dtype), v.astype(dtype), entries)
+    new_KMH = decode_cache.multiply(weight_KMS.astype(dtype), v.astype(dtype), entries)
     return out_KMH * shrink_KM1 + new_KMH, new_KM1, total_KM1
 
 
-def _product(a_KMX: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Multiplies over the last axis of a and `axis` of b, for each key head, summed in float32."""
-    # By default the matrix unit would round float32 to bfloat16.
-    exact = jax.lax.Precision.HIGHEST if a_KMX.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a_KMX, b, (((2,), (axis,)), ((0,), (0,))),
-        precision=exact, preferred_element_type=jnp.float32,
-    )  # fmt: skip
-
-
 def write_entries(
-    caches: tuple[jax.Array, ...],
-    entries: tuple[jax.Array, ...],
+    caches: Sequence[jax.Array],
+    entries: Sequence[jax.Array],
     layer: jax.Array,
     index_J: jax.Array,
-    *,
     interpret: Any = False,
-) -> tuple[jax.Array, ...]:
+) -> list[jax.Array]:
     """Writes one entry of each slot into a layer of caches [layers, J, K, A(, H)].
 
     The update is in place if the caches are donated, or carried by a loop. XLA's scatter would move
@@ -341,12 +325,9 @@ def write_entries(
     """
     turned = entries[0].shape[2] % 128 != 0
     tiles = [_find_tile(x, turned) for x in caches]
-    if turned:
-        caches = tuple(x.swapaxes(3, 4) if x.ndim == 5 else x for x in caches)
+    caches = _turn(caches, turned)
     # Each entry gets an axis of length 1 at the place of the cache's entries.
-    entries = tuple(
-        jnp.expand_dims(x, axis - 1) for x, (axis, _) in zip(entries, tiles, strict=True)
-    )
+    entries = [jnp.expand_dims(x, axis - 1) for x, (axis, _) in zip(entries, tiles, strict=True)]
     length = caches[0].shape[tiles[0][0]]
 
     def spec(x, axis, size):
@@ -354,9 +335,8 @@ def write_entries(
             tile = jax.lax.div(jnp.clip(index_J[j], 0, length - 1), size)
             return layer[0], j, *(tile if i == axis else 0 for i in range(2, x.ndim))
 
-        return pl.BlockSpec(
-            tuple(size if i == axis else n for i, n in enumerate((1, 1, *x.shape[2:]))), at
-        )
+        shape = (size if i == axis else n for i, n in enumerate((1, 1, *x.shape[2:])))
+        return pl.BlockSpec(tuple(shape), at)
 
     places = [spec(x, *tile) for x, tile in zip(caches, tiles, strict=True)]
     new = [
@@ -374,7 +354,7 @@ def write_entries(
         interpret=interpret,
         name="cache_write",
     )(layer.reshape(1), index_J, *entries, *caches)  # fmt: skip
-    return tuple(x.swapaxes(3, 4) if turned and x.ndim == 5 else x for x in caches)
+    return _turn(caches, turned)
 
 
 def _find_tile(cache: jax.Array, turned: bool) -> tuple[int, int]:

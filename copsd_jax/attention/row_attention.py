@@ -36,15 +36,7 @@ MAX_RANGES_LARGE_BLOCKS = 2  # of large blocks: the compiler for TPU takes 10 to
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def attend(
-    q_BLKMH: jax.Array,
-    k_BLKH: jax.Array,
-    v_BLKH: jax.Array,
-    rows: visibility.Visibility,
-    prefix: visibility.Prefix | None,
-    implementation: str,
-    block: int,
-) -> jax.Array:
+def attend(inputs: visibility.RowInputs, implementation: str, block: int) -> jax.Array:
     """Computes softmax(q k^T) v over the keys that each token sees.
 
     It is differentiable in q, k, v and the prefix, in reverse mode. On a mesh (`jax.set_mesh`) the
@@ -52,11 +44,7 @@ def attend(
     portable form is left to the compiler.
 
     Args:
-      q_BLKMH: queries, scaled and rotated.
-      k_BLKH: keys, rotated.
-      v_BLKH: values.
-      rows: visibility of the keys.
-      prefix: keys and values that every token sees, or None.
+      inputs: queries, keys, values and their visibility.
       implementation: one of IMPLEMENTATIONS.
       block: queries of a block of the portable form; small rows have larger blocks.
 
@@ -71,116 +59,99 @@ def attend(
             f"model.attention is {implementation!r}: the choices are {', '.join(IMPLEMENTATIONS)}"
         )
     if implementation == "portable":
-        work = math.prod(q_BLKMH.shape[1:]) * q_BLKMH.shape[1]
-        block = block if work >= SMALL_WORK else max(block, SMALL_WORK_BLOCK)
-        return _attend_portable(block, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
+        shape = inputs.q_BLKMH.shape[1:]
+        work = math.prod(shape) * shape[0]
+        return _attend_portable(
+            block if work >= SMALL_WORK else max(block, SMALL_WORK_BLOCK), inputs
+        )
     if implementation == "splash":
         # Imported lazily: Pallas is slow to import, and a CPU does not need it.
         from copsd_jax.attention import row_attention_splash
 
-        return attend_on_mesh(row_attention_splash.attend, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
-    return attend_on_mesh(attend_cudnn, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
+        return attend_on_mesh(row_attention_splash.attend, inputs)
+    return attend_on_mesh(attend_cudnn, inputs)
 
 
 def attend_on_mesh(
-    kernel: Callable[..., jax.Array],
-    q_BLKMH: jax.Array,
-    k_BLKH: jax.Array,
-    v_BLKH: jax.Array,
-    rows: visibility.Visibility,
-    prefix: visibility.Prefix | None,
+    kernel: Callable[[visibility.RowInputs], jax.Array], inputs: visibility.RowInputs
 ) -> jax.Array:
-    """Calls a kernel on each device with that device's rows and heads; [B, L, K, M, H].
-
-    Args:
-      kernel: attention on one device, called with the other arguments.
-      q_BLKMH: as of `attend`.
-      k_BLKH: as of `attend`.
-      v_BLKH: as of `attend`.
-      rows: as of `attend`.
-      prefix: as of `attend`.
-    """
+    """Calls a kernel on each device with that device's rows and heads; [B, L, K, M, H]."""
     context: Any = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
-        return kernel(q_BLKMH, k_BLKH, v_BLKH, rows, prefix)
-    row = sharding.BATCH_AXES if q_BLKMH.shape[0] % sharding.batch_shards(context) == 0 else None
-    head = "tensor" if k_BLKH.shape[2] % context.shape["tensor"] == 0 else None
-    place, each = PartitionSpec(row, None, head), PartitionSpec(row)
-    shared: Any = PartitionSpec(None, head)
-    return jax.shard_map(
-        kernel,
-        in_specs=(place, place, place, each, shared), out_specs=place, check_vma=False,
-    )(q_BLKMH, k_BLKH, v_BLKH, rows, prefix)  # fmt: skip
+        return kernel(inputs)
+    batch, heads = inputs.q_BLKMH.shape[0], inputs.k_BLKH.shape[2]
+    row = sharding.BATCH_AXES if batch % sharding.batch_shards(context) == 0 else None
+    head = "tensor" if heads % context.shape["tensor"] == 0 else None
+    place: Any = PartitionSpec(row, None, head)
+    others: Any = (PartitionSpec(row), PartitionSpec(None, head))
+    specs = visibility.RowInputs(place, place, place, *others)
+    return jax.shard_map(kernel, in_specs=(specs,), out_specs=place, check_vma=False)(inputs)
 
 
 # --- portable ---------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_portable(
-    block: int,
-    q_BLKMH,
-    k_BLKH,
-    v_BLKH,
-    rows: visibility.Visibility,
-    prefix: visibility.Prefix | None,
-):
-    return _forward(block, q_BLKMH, k_BLKH, v_BLKH, rows, prefix)[0]
+def _attend_portable(block: int, inputs: visibility.RowInputs) -> jax.Array:
+    return _forward(block, inputs)[0]
 
 
-def _forward(
-    block: int,
-    q_BLKMH,
-    k_BLKH,
-    v_BLKH,
-    rows: visibility.Visibility,
-    prefix: visibility.Prefix | None,
-):
-    """Returns the output, and the residuals of the backward pass."""
-    index_L = jnp.arange(q_BLKMH.shape[1], dtype=jnp.int32)
-    outs, lses = [], []
-    for start, stop in split_queries(q_BLKMH.shape[1], block):
-        keys = _VisibleKeys(k_BLKH[:, :stop].swapaxes(1, 2), v_BLKH[:, :stop].swapaxes(1, 2),
-                     rows.segments_BL[:, :stop], prefix)  # fmt: skip
-        parts = jax.tree.map(lambda x: x[:, start:stop], (q_BLKMH, rows, index_L[None]))  # noqa: B023
-        _, (out, lse) = _scan_blocks(functools.partial(_forward_block, keys), (), parts, block)
-        outs.append(out)
-        lses.append(lse)
-    out_BLKMH = checkpoint_name(jnp.concatenate(outs, 1), visibility.CHECKPOINT_NAME)
-    lse_BLKM = checkpoint_name(jnp.concatenate(lses, 1), visibility.CHECKPOINT_NAME)
-    return out_BLKMH, (q_BLKMH, k_BLKH, v_BLKH, rows, prefix, out_BLKMH, lse_BLKM)
+def _split_ranges(inputs: visibility.RowInputs, block: int, others: tuple = ()) -> list[tuple]:
+    """Splits queries into ranges: the keys that each may attend to, and its part of the rows.
 
-
-def _backward(block: int, kept, g_BLKMH):
-    q_BLKMH, k_BLKH, v_BLKH, rows, prefix, out_BLKMH, lse_BLKM = kept
-    length = q_BLKMH.shape[1]
-    index_L = jnp.arange(length, dtype=jnp.int32)
-    f32 = jnp.float32
-    delta_BLKM = jnp.sum(g_BLKMH.astype(f32) * out_BLKMH.astype(f32), axis=-1)
-    whole = (q_BLKMH, g_BLKMH, lse_BLKM, delta_BLKM, rows, index_L[None])
-    query_grads, key_grads = [], []
+    A part is the queries, `others` ([B, L, ...]), visibility and index of the range.
+    """
+    length = inputs.q_BLKMH.shape[1]
+    index_1L = jnp.arange(length, dtype=jnp.int32)[None]
+    k, v, segments = inputs.k_BLKH, inputs.v_BLKH, inputs.rows.segments_BL
+    whole = (inputs.q_BLKMH, *others, inputs.rows, index_1L)
+    ranges = []
     for start, stop in split_queries(length, block):
-        keys = _VisibleKeys(k_BLKH[:, :stop].swapaxes(1, 2), v_BLKH[:, :stop].swapaxes(1, 2),
-                     rows.segments_BL[:, :stop], prefix)  # fmt: skip
-        parts = jax.tree.map(lambda x: x[:, start:stop], whole)  # noqa: B023
-        key_grad, query_grad = _scan_blocks(
-            functools.partial(_backward_block, keys), _zero_gradients(keys), parts, block
-        )
-        query_grads.append(query_grad)
-        key_grads.append(key_grad)
+        keys = _VisibleKeys(k[:, :stop].swapaxes(1, 2), v[:, :stop].swapaxes(1, 2),
+                            segments[:, :stop], inputs.prefix)  # fmt: skip
+        ranges.append((keys, jax.tree.map(lambda x: x[:, start:stop], whole)))  # noqa: B023
+    return ranges
+
+
+def _forward(block: int, inputs: visibility.RowInputs) -> tuple[jax.Array, tuple]:
+    """Returns the output, and the residuals of the backward pass."""
+    ranges = [
+        _scan_blocks(functools.partial(_forward_block, keys), (), part, block)[1]
+        for keys, part in _split_ranges(inputs, block)
+    ]
+    out_BLKMH, lse_BLKM = (
+        checkpoint_name(jnp.concatenate(parts, 1), visibility.CHECKPOINT_NAME)
+        for parts in zip(*ranges, strict=True)
+    )
+    return out_BLKMH, (inputs, out_BLKMH, lse_BLKM)
+
+
+def _backward(block: int, kept: tuple, g_BLKMH: jax.Array) -> tuple[visibility.RowInputs]:
+    inputs, out_BLKMH, lse_BLKM = kept
+    length, dtype, f32 = inputs.q_BLKMH.shape[1], inputs.k_BLKH.dtype, jnp.float32
+    delta_BLKM = jnp.sum(g_BLKMH.astype(f32) * out_BLKMH.astype(f32), axis=-1)
+    grads = [
+        _scan_blocks(functools.partial(_backward_block, keys), _zero_gradients(keys), part, block)
+        for keys, part in _split_ranges(inputs, block, (g_BLKMH, lse_BLKM, delta_BLKM))
+    ]
+    key_grads, query_grads = zip(*grads, strict=True)
+
+    def add(parts):
+        return functools.reduce(jnp.add, parts)
 
     def add_ranges(parts):  # [B, K, H, S] of growing S -> [B, L, K, H]
         pad = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, length - x.shape[3]),))  # noqa: E731
-        return functools.reduce(jnp.add, map(pad, parts)).transpose(0, 3, 1, 2)
+        return add(map(pad, parts)).transpose(0, 3, 1, 2).astype(dtype)
 
-    k_grad, v_grad = (
-        add_ranges([grads[i] for grads in key_grads]).astype(k_BLKH.dtype) for i in (0, 1)
-    )
+    k_parts, v_parts, *shared = zip(*key_grads, strict=True)
     prefix_grad = None
-    if prefix is not None:  # [K, H, P] -> [P, K, H]
-        sums = [functools.reduce(jnp.add, [grads[i] for grads in key_grads]) for i in (2, 3)]
-        prefix_grad = visibility.Prefix(*(x.transpose(2, 0, 1).astype(k_BLKH.dtype) for x in sums))
-    return jnp.concatenate(query_grads, 1), k_grad, v_grad, None, prefix_grad
+    if shared:  # [K, H, P] -> [P, K, H]
+        prefix_grad = visibility.Prefix(
+            *(add(parts).transpose(2, 0, 1).astype(dtype) for parts in shared)
+        )
+    q_grad = jnp.concatenate(query_grads, 1)
+    grads: Any = (q_grad, add_ranges(k_parts), add_ranges(v_parts), None, prefix_grad)
+    return (visibility.RowInputs(*grads),)
 
 
 _attend_portable.defvjp(_forward, _backward)
@@ -202,9 +173,8 @@ def split_queries(length: int, block: int) -> list[tuple[int, int]]:
       length: number of queries.
       block: queries of a block.
     """
-    width = block * -(
-        -length // (block * (MAX_RANGES if block <= CPU_QUERY_BLOCK else MAX_RANGES_LARGE_BLOCKS))
-    )
+    ranges = MAX_RANGES if block <= CPU_QUERY_BLOCK else MAX_RANGES_LARGE_BLOCKS
+    width = block * -(-length // (block * ranges))
     return [(start, min(start + width, length)) for start in range(0, length, width)]
 
 
@@ -216,7 +186,7 @@ def _scan_blocks(step: Callable[..., Any], carry: Any, parts: Any, block: int) -
     n = -(-length // block)
 
     def split(x):  # [B, L, ...] -> [n, B, block, ...]
-        x = jnp.pad(x, ((0, 0), (0, n * block - length)) + ((0, 0),) * (x.ndim - 2))
+        x = visibility.pad_rows(x, block)
         return jnp.moveaxis(x.reshape(x.shape[0], n, block, *x.shape[2:]), 1, 0)
 
     def join(x):  # drops the results of queries that only fill the last block
@@ -231,10 +201,8 @@ def _compute_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Visibility, i
     own = _product("bkqmh,bksh->bkqms", q_BKQMH, keys.k_BKSH)
     visible = visibility.mark_visible_keys(query, index_1Q[0], keys.segments_BS)
     # The mask is added, not selected: a sum is one pass over memory, whatever it is fused with.
-    own = (
-        own
-        + jnp.where(visible, jnp.float32(0), jnp.float32(visibility.MASKED_LOGIT))[:, None, :, None]
-    )
+    mask = jnp.where(visible, jnp.float32(0), jnp.float32(visibility.MASKED_LOGIT))
+    own = own + mask[:, None, :, None]
     if keys.prefix is None:
         return own, None
     # Axes stay in the order of the product, so that only arrays without keys are transposed.
@@ -284,8 +252,8 @@ def _backward_block(keys: _VisibleKeys, carry, part):
     q, g, lse, delta = (x.swapaxes(1, 2) for x in (q, g, lse, delta))
     own, shared = _compute_logits(keys, q, query, index)
     weight = jnp.exp(own - lse[..., None])
-    grad_logit = weight * (_product("bkqmh,bksh->bkqms", g, keys.v_BKSH) - delta[..., None])
-    grad_logit = grad_logit.astype(dtype)
+    slope = _product("bkqmh,bksh->bkqms", g, keys.v_BKSH)
+    grad_logit = (weight * (slope - delta[..., None])).astype(dtype)
     more = [
         _product("bkqmh,bkqms->bkhs", q, grad_logit),
         _product("bkqmh,bkqms->bkhs", g, weight.astype(dtype)),
@@ -295,10 +263,8 @@ def _backward_block(keys: _VisibleKeys, carry, part):
         assert keys.prefix is not None
         q, g, lse, delta = (x.swapaxes(0, 1) for x in (q, g, lse, delta))
         weight = jnp.exp(shared - lse[..., None])
-        grad_logit = weight * (
-            _product("kbqmh,pkh->kbqmp", g, keys.prefix.v_PKH) - delta[..., None]
-        )
-        grad_logit = grad_logit.astype(dtype)
+        slope = _product("kbqmh,pkh->kbqmp", g, keys.prefix.v_PKH)
+        grad_logit = (weight * (slope - delta[..., None])).astype(dtype)
         more += [
             _product("kbqmh,kbqmp->khp", q, grad_logit),
             _product("kbqmh,kbqmp->khp", g, weight.astype(dtype)),
@@ -311,49 +277,37 @@ def _backward_block(keys: _VisibleKeys, carry, part):
 # --- cudnn ------------------------------------------------------------------------------------
 
 
-def attend_cudnn(
-    q_BLKMH: jax.Array,
-    k_BLKH: jax.Array,
-    v_BLKH: jax.Array,
-    rows: visibility.Visibility,
-    prefix: visibility.Prefix | None,
-    implementation: Any = "cudnn",
-) -> jax.Array:
+def attend_cudnn(inputs: visibility.RowInputs, implementation: Any = "cudnn") -> jax.Array:
     """Attends through jax.nn.dot_product_attention, with a mask of [B, 1, L, P + L].
 
     The mask is exact for every kind of row. Lengths are padded to even numbers, because cuDNN has
     no gradient under a mask for odd ones.
 
     Args:
-      q_BLKMH: as of `attend`.
-      k_BLKH: as of `attend`.
-      v_BLKH: as of `attend`.
-      rows: as of `attend`.
-      prefix: as of `attend`.
+      inputs: as of `attend`.
       implementation: 'xla' computes the same without a GPU, for tests.
 
     Returns:
       [B, L, K, M, H].
     """
-    B, L, K, M, H = q_BLKMH.shape
-    even = lambda x: jnp.pad(x, ((0, 0), (0, L % 2)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-    q, k, v = even(q_BLKMH.reshape(B, L, K * M, H)), even(k_BLKH), even(v_BLKH)
-    parents = None if rows.parents_BL is None else even(rows.parents_BL)
-    wider = visibility.Visibility(even(rows.segments_BL), parents)
+    B, L, K, M, H = inputs.q_BLKMH.shape
+    even = functools.partial(visibility.pad_rows, multiple=2)
+    q, k, v = map(even, (inputs.q_BLKMH.reshape(B, L, K * M, H), inputs.k_BLKH, inputs.v_BLKH))
+    wider = jax.tree.map(even, inputs.rows)
     index = jnp.arange(L + L % 2, dtype=jnp.int32)
     visible = visibility.mark_visible_keys(wider, index, wider.segments_BL)
-    if prefix is not None:
-        P = prefix.k_PKH.shape[0]
+    if inputs.prefix is not None:
+        P = inputs.prefix.k_PKH.shape[0]
         there = (jnp.arange(P + P % 2, dtype=jnp.int32) < P)[None, None]
         there = jnp.broadcast_to(there, (*visible.shape[:2], P + P % 2))
         visible = jnp.concatenate([there, visible], axis=2)
-        shared = [jnp.pad(x, ((0, P % 2), (0, 0), (0, 0)))[None] for x in prefix]
+        shared = [even(x[None]) for x in inputs.prefix]
         k, v = (
             jnp.concatenate([jnp.broadcast_to(x, (B, *x.shape[1:])), own], axis=1)
             for x, own in zip(shared, (k, v), strict=True)
         )
     out = jax.nn.dot_product_attention(
-        q, k, v, mask=visible[:, None], scale=1.0, is_causal=prefix is None,
+        q, k, v, mask=visible[:, None], scale=1.0, is_causal=inputs.prefix is None,
         implementation=implementation,
     )  # fmt: skip
     return checkpoint_name(out, visibility.CHECKPOINT_NAME)[:, :L].reshape(B, L, K, M, H)

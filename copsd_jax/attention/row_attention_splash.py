@@ -49,47 +49,28 @@ def choose_block(length: int) -> int:
     return min(range(LANES, MAX_BLOCK + 1, LANES), key=cost)
 
 
-def attend(
-    q_BLKMH: jax.Array,
-    k_BLKH: jax.Array,
-    v_BLKH: jax.Array,
-    rows: visibility.Visibility,
-    prefix: visibility.Prefix | None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Computes `row_attention.attend` on one device.
+def attend(inputs: visibility.RowInputs, interpret: bool = False) -> jax.Array:
+    """Computes `row_attention.attend` on one device, [B, L, K, M, H].
 
     Args:
-      q_BLKMH: as of `row_attention.attend`.
-      k_BLKH: as of `row_attention.attend`.
-      v_BLKH: as of `row_attention.attend`.
-      rows: as of `row_attention.attend`.
-      prefix: as of `row_attention.attend`.
+      inputs: as of `row_attention.attend`.
       interpret: runs the kernel without a TPU.
-
-    Returns:
-      [B, L, K, M, H].
     """
+    q_BLKMH, k_BLKH, v_BLKH, rows, prefix = inputs
     B, L, K, M, H = q_BLKMH.shape
     block = choose_block(L)
-    pad = -L % block
-
-    def wide(x):  # [B, L, ...] -> [B, W, ...]
-        return jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-
-    heads = lambda x: wide(x).swapaxes(1, 2)  # noqa: E731
-    q, k, v = heads(q_BLKMH.reshape(B, L, K * M, H)), heads(k_BLKH), heads(v_BLKH)
-    segments = wide(rows.segments_BL)
+    wide = functools.partial(visibility.pad_rows, multiple=block)  # [B, L, ...] -> [B, W, ...]
+    q_BLNH = q_BLKMH.reshape(B, L, K * M, H)
+    q, k, v = (wide(x).swapaxes(1, 2) for x in (q_BLNH, k_BLKH, v_BLKH))
+    wider = jax.tree.map(wide, rows)
     if rows.parents_BL is None and prefix is None:
-        kernel = _causal_kernel(K * M, L + pad, block, interpret)
+        kernel = _causal_kernel(K * M, q.shape[2], block, interpret)
         out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, kernel_lib.SegmentIds(s, s)))(
-            q, k, v, segments
+            q, k, v, wider.segments_BL
         )
     else:
-        parents = None if rows.parents_BL is None else wide(rows.parents_BL)
-        wider = visibility.Visibility(segments, parents)
-        out = checkpoint_name(_attend_masked((block, interpret), q, k, v, wider, prefix),
-                              visibility.CHECKPOINT_NAME)  # fmt: skip
+        out = _attend_masked((block, interpret), q, k, v, wider, prefix)
+        out = checkpoint_name(out, visibility.CHECKPOINT_NAME)
     return out.swapaxes(1, 2)[:, :L].reshape(B, L, K, M, H)
 
 
@@ -112,13 +93,12 @@ def _causal_kernel(heads: int, length: int, block: int, interpret: bool) -> Any:
 # --- with a mask of its own -------------------------------------------------------------------
 
 
-def _attend_row(static, q_NWH, k_KWH, v_KWH, segments_W, parents_W, prefix) -> Any:
+def _attend_row(static, prefix, q_NWH, k_KWH, v_KWH, row: visibility.Visibility) -> Any:
     """Attends from one row [N, W, H] to the prefix and its own keys, with a mask of its own."""
     block, interpret = static
-    parents_1W = None if parents_W is None else parents_W[None]
-    index_W = jnp.arange(segments_W.shape[0], dtype=jnp.int32)
-    row = visibility.Visibility(segments_W[None], parents_1W)
-    mask_WS = visibility.mark_visible_keys(row, index_W, segments_W[None])[0]
+    row = jax.tree.map(lambda x: x[None], row)
+    index_W = jnp.arange(row.segments_BL.shape[1], dtype=jnp.int32)
+    mask_WS = visibility.mark_visible_keys(row, index_W, row.segments_BL)[0]
     if prefix is not None:
         pad = -prefix.k_PKH.shape[0] % block
         shared = [jnp.pad(x.swapaxes(0, 1), ((0, 0), (0, pad), (0, 0))) for x in prefix]
@@ -141,31 +121,27 @@ def _attend_masked(
     static, q_BNWH, k_BKWH, v_BKWH, rows: visibility.Visibility, prefix
 ) -> jax.Array:
     """Attends row by row, so that only one mask exists at a time."""
-    each = (q_BNWH, k_BKWH, v_BKWH, rows.segments_BL, rows.parents_BL)
-    return jax.lax.map(
-        lambda row: _attend_row(static, row[0], row[1], row[2], row[3], row[4], prefix), each
-    )
+    each = (q_BNWH, k_BKWH, v_BKWH, rows)
+    return jax.lax.map(lambda row: _attend_row(static, prefix, *row), each)
 
 
-def _masked_forward(static, q_BNWH, k_BKWH, v_BKWH, rows, prefix):
-    out = _attend_masked(static, q_BNWH, k_BKWH, v_BKWH, rows, prefix)
-    return out, (q_BNWH, k_BKWH, v_BKWH, rows, prefix)
+def _masked_forward(static, *inputs: Any):
+    return _attend_masked(static, *inputs), inputs
 
 
 def _masked_backward(static, kept, g_BNWH):
     *qkv, rows, prefix = kept
 
     def one(total, row):
-        *qkv, segments, parents, g = row
-        back = jax.vjp(lambda q, k, v, p: _attend_row(static, q, k, v, segments, parents, p),
-                       *qkv, prefix)[1]  # fmt: skip
+        *qkv, seen, g = row
+        attend = lambda q, k, v, p: _attend_row(static, p, q, k, v, seen)  # noqa: E731
+        back = jax.vjp(attend, *qkv, prefix)[1]
         *grads, prefix_grad = back(g)
         more = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, prefix_grad)
         return more, tuple(grads)
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), prefix)
-    each = (*qkv, rows.segments_BL, rows.parents_BL, g_BNWH)
-    total, grads = jax.lax.scan(one, zero, each)
+    total, grads = jax.lax.scan(one, zero, (*qkv, rows, g_BNWH))
     prefix_grad = jax.tree.map(lambda a, x: a.astype(x.dtype), total, prefix)
     return *grads, None, prefix_grad
 

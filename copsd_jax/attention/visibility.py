@@ -13,9 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-CHECKPOINT_NAME = (
-    "attention"  # name of what the backward pass needs of attention, for remat's policies
-)
+# Name of what the backward pass needs of attention, for remat's policies.
+CHECKPOINT_NAME = "attention"
 MASKED_LOGIT = -1e30  # finite, so that a query without any key gives finite numbers
 
 
@@ -31,6 +30,29 @@ class Prefix(NamedTuple):
 
     k_PKH: jax.Array
     v_PKH: jax.Array
+
+
+class RowInputs(NamedTuple):
+    """Inputs of row attention.
+
+    Attributes:
+      q_BLKMH: queries, scaled and rotated.
+      k_BLKH: keys, rotated.
+      v_BLKH: values.
+      rows: visibility of the keys.
+      prefix: keys and values that every token sees, or None.
+    """
+
+    q_BLKMH: jax.Array
+    k_BLKH: jax.Array
+    v_BLKH: jax.Array
+    rows: Visibility
+    prefix: Prefix | None = None
+
+
+def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
+    """Appends zeros along the second axis, [B, L, ...], up to a multiple."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)) + ((0, 0),) * (x.ndim - 2))
 
 
 def mark_visible_keys(query: Visibility, index_Q: jax.Array, segments_BS: jax.Array) -> jax.Array:

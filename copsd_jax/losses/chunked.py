@@ -5,20 +5,14 @@ Matmuls run in the hidden states' dtype; all else is float32, or float64 for flo
 `jax.shard_map` a head may be one part of a vocabulary that a mesh axis splits (`split_vocabulary`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from copsd_jax.losses import (
-    distributions,
-    divergences,
-    precision,
-    split_vocabulary,
-    token_blocks,
-    token_values,
-)
+from copsd_jax.losses import distributions, precision, split_vocabulary, token_blocks, token_values
 
 STRIP = 8  # rows that a CPU works on at a time, so that their temporaries stay in its cache
 FLOOR = -1e30  # logits of padding: no mass, and finite
@@ -28,88 +22,48 @@ Result = TypeVar("Result")
 # --- divergence -------------------------------------------------------------------------------
 
 
-def sweep_block(
-    settings: divergences.Divergence,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    inputs: token_values.TokenInputs,
-    shard: split_vocabulary.VocabularyShard,
-    *,
-    gradient: bool,
-    train_head: bool,
-) -> tuple[token_values.TokenStats, jax.Array | None, jax.Array | None]:
+def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.Array | None]:
     """Sweeps a block: matmuls for both logits, for the states' gradient, and for the head's.
 
     Args:
-      settings: of the divergence.
-      hidden: of student and teacher, [T, D] each.
-      heads: [V, D], the student's and the teacher's or one for both, in the states' dtypes.
-      inputs: [T]; `weight_T` scales each row's value in the sum whose gradient is taken.
-      shard: this device's part of the vocabulary.
-      gradient: False for the statistics alone, which take two matmuls.
-      train_head: whether the head's gradient is taken, the fourth matmul.
+      sweep: the block's constants; heads in the states' dtypes.
+      rows: the states of student and teacher, [T, D] each, and `TokenInputs`, whose `weight_T`
+        scales each row's value in the sum whose gradient is taken.
 
     Returns:
-      The statistics, ∂(Σ weight · value) / ∂hidden_s [T, D], and the same to the student's head
-      [V, D]; None for a gradient that was not asked for.
+      (TokenStats, ∂(Σ weight · value) / ∂hidden_s [T, D]), and the gradient of the same sum to the
+      student's head [V, D]; None for a gradient that was not asked for.
     """
-    logits_s_TV = _logits(hidden[0], heads[0], shard)
-    logits_t_TV = _logits(hidden[1], heads[-1], shard)
-    if shard.axis:
+    hidden, inputs = rows
+    settings, heads, axis = sweep.settings, sweep.heads, sweep.shard.axis
+    logits_s_TV = _logits(hidden[0], heads[0], sweep.shard)
+    logits_t_TV = _logits(hidden[1], heads[-1], sweep.shard)
+    if axis:
         stats, dz_TV = split_vocabulary.score_block(
-            logits_s_TV, logits_t_TV, inputs, settings, shard.axis
+            logits_s_TV, logits_t_TV, inputs, settings, axis
         )
     else:
-        stats, dz_TV = _in_strips(
-            lambda z_s, z_t, tokens_T, *others: token_values.score_block(
-                z_s, z_t, tokens_T, settings, *others
-            ),
-            logits_s_TV, logits_t_TV, inputs.tokens_T, inputs.logp_old_T, inputs.logp_rollout_T,
-        )  # fmt: skip
-    if not gradient:
-        return stats, None, None
+
+        def score(z_s, z_t, tokens_T, *others):
+            return token_values.score_block(z_s, z_t, tokens_T, settings, *others)
+
+        tokens_T, _, *others = inputs
+        stats, dz_TV = _in_strips(score, logits_s_TV, logits_t_TV, tokens_T, *others)
+    if not sweep.gradient:
+        return (stats, None), None
     # dz is rounded before the weight, which may be small: bf16 keeps its relative precision anyway.
     dz_TV = dz_TV.astype(hidden[0].dtype)
     grad_head_VD = None
-    if train_head:
+    if sweep.train_head:
         grad_head_VD = precision.dot(dz_TV, precision.scale(hidden[0], inputs.weight_T), 0, 0)
     grad_hidden_TD = precision.dot(dz_TV, heads[0], 1, 0)
-    if shard.axis:
-        grad_hidden_TD = jax.lax.psum(grad_hidden_TD, shard.axis)
+    if axis:
+        grad_hidden_TD = jax.lax.psum(grad_hidden_TD, axis)
     grad_hidden_TD = (grad_hidden_TD * inputs.weight_T[:, None]).astype(hidden[0].dtype)
-    return stats, grad_hidden_TD, grad_head_VD
+    return (stats, grad_hidden_TD), grad_head_VD
 
 
-def sweep_live(
-    chunk: int,
-    settings: divergences.Divergence,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    inputs: token_values.TokenInputs,
-    shard: split_vocabulary.VocabularyShard,
-    live_T: jax.Array,
-    *,
-    gradient: bool,
-    train_head: bool,
-) -> tuple[tuple[token_values.TokenStats, jax.Array | None], jax.Array | None]:
-    """Sweeps a device's live rows in blocks of at most `chunk` rows.
-
-    Arguments, results and their shapes are those of `pallas.dispatch.sweep_live`.
-    """
-
-    def sweep(rows: tuple) -> tuple:
-        hidden, inputs = rows
-        stats, grad_hidden_TD, grad_head_VD = sweep_block(
-            settings, hidden, heads, inputs, shard, gradient=gradient, train_head=train_head
-        )
-        return (stats, grad_hidden_TD), grad_head_VD
-
-    return token_blocks.walk(sweep, (hidden, inputs), live_T, chunk, STRIP)
-
-
-def _logits(
-    hidden_TD: jax.Array, head_VD: jax.Array, shard: split_vocabulary.VocabularyShard
-) -> jax.Array:
+def _logits(hidden_TD, head_VD, shard: split_vocabulary.VocabularyShard) -> jax.Array:
     """Returns logits of this device's part, with FLOOR at entries that are padding."""
     logits_TV = precision.dot(hidden_TD, head_VD, 1, 1)
     count = head_VD.shape[0]
@@ -153,11 +107,7 @@ class ScoreOptions(NamedTuple):
 
 
 def score_block(
-    temperature: float,
-    hidden_TD: jax.Array,
-    head_VD: jax.Array,
-    tokens_T: jax.Array,
-    shard: split_vocabulary.VocabularyShard,
+    temperature: float, hidden_TD, head_VD, tokens_T, shard: split_vocabulary.VocabularyShard
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scores the tokens of a block: log-probability [T], entropy [T] and ∂logp_t / ∂logits [T, V].
 
@@ -165,23 +115,16 @@ def score_block(
     """
     logits_TV = _logits(hidden_TD, head_VD, shard)
     if shard.axis:
-        *values, dz_TV = split_vocabulary.score(logits_TV, tokens_T, temperature, shard.axis)
+        scored = split_vocabulary.score(logits_TV, tokens_T, temperature, shard.axis)
     else:
-        *values, dz_TV = _in_strips(
-            lambda *rows: distributions.score(*rows, temperature=temperature), logits_TV, tokens_T
-        )
-    return values[0], values[1], dz_TV.astype(hidden_TD.dtype)
+        score = functools.partial(distributions.score, temperature=temperature)
+        scored = _in_strips(score, logits_TV, tokens_T)
+    logp_T, entropy_T, dz_TV = scored
+    return logp_T, entropy_T, dz_TV.astype(hidden_TD.dtype)
 
 
 def _score_live(
-    options: ScoreOptions,
-    hidden_TD: jax.Array,
-    head_VD: jax.Array,
-    tokens_T: jax.Array,
-    live_T: jax.Array,
-    cotangent_T: jax.Array | None = None,
-    *,
-    gradient: bool,
+    options: ScoreOptions, gradient: bool, hidden_TD, head_VD, tokens_T, live_T, cotangent_T=None
 ) -> tuple[tuple, jax.Array | None]:
     """Scores all live rows over the whole mesh.
 
@@ -215,27 +158,14 @@ def _score_live(
     return token_blocks.spread(device, inputs, heads, split_vocabulary=True)
 
 
-def _score_tokens_value(
-    options: ScoreOptions,
-    hidden_TD: jax.Array,
-    head_VD: jax.Array,
-    tokens_T: jax.Array,
-    live_T: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    (logp_T, entropy_T), _ = _score_live(
-        options, hidden_TD, head_VD, tokens_T, live_T, gradient=False
-    )
+def _score_tokens_value(options: ScoreOptions, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (logp_T, entropy_T), _ = _score_live(options, False, *arrays)
     return logp_T, entropy_T
 
 
-def _score_tokens_forward(
-    options: ScoreOptions, hidden_TD, head_VD, tokens_T, live_T
-) -> tuple[tuple, tuple]:
-    (*values, grad_TD), _ = _score_live(
-        options, hidden_TD, head_VD, tokens_T, live_T, gradient=True
-    )
-    arguments = (hidden_TD, head_VD, tokens_T, live_T) if options.train_head else None
-    return tuple(values), (grad_TD, arguments)
+def _score_tokens_forward(options: ScoreOptions, *arrays: jax.Array) -> tuple[tuple, tuple]:
+    (*values, grad_TD), _ = _score_live(options, True, *arrays)
+    return tuple(values), (grad_TD, arrays if options.train_head else None)
 
 
 def _score_tokens_backward(options: ScoreOptions, residuals: tuple, cotangents: tuple) -> tuple:
@@ -244,12 +174,9 @@ def _score_tokens_backward(options: ScoreOptions, residuals: tuple, cotangents: 
     grad_TD = precision.scale(grad_TD, cotangents[0])
     if arguments is None:
         return grad_TD, None, None, None
-    hidden_TD, head_VD, tokens_T, live_T = arguments
-    _, grad_head_VD = _score_live(
-        options, hidden_TD, head_VD, tokens_T, live_T, cotangents[0], gradient=True
-    )
+    _, grad_head_VD = _score_live(options, True, *arguments, cotangent_T=cotangents[0])
     assert grad_head_VD is not None
-    return grad_TD, grad_head_VD.astype(head_VD.dtype), None, None
+    return grad_TD, grad_head_VD.astype(arguments[1].dtype), None, None
 
 
 # (options, hidden_TD, head_VD, tokens_T, live_T) -> logp_T and entropy_T of the live rows, [T].

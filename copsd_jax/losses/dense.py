@@ -7,16 +7,10 @@ gradient nor that of the softmax.
 import jax
 import jax.numpy as jnp
 
-from copsd_jax.losses import (
-    clips,
-    distributions,
-    divergences,
-    precision,
-    token_values,
-    top_k,
-)
+from copsd_jax.losses import clips, distributions, divergences, precision, token_values, top_k
 
 Distribution = distributions.Distribution
+Divergence = divergences.Divergence
 
 
 def compute_logits(hidden_TD: jax.Array, head_VD: jax.Array) -> jax.Array:
@@ -31,7 +25,7 @@ def compute_logits(hidden_TD: jax.Array, head_VD: jax.Array) -> jax.Array:
 
 
 def score_tokens(
-    settings: divergences.Divergence,
+    settings: Divergence,
     hidden: tuple[jax.Array, jax.Array],
     heads: tuple[jax.Array, jax.Array],
     inputs: token_values.TokenInputs,
@@ -51,23 +45,15 @@ def score_tokens(
     sampling_T = distributions.log_prob(logits_s_TV, tokens_T, settings.sampling_temperature)
     ratio_T = clips.importance_ratio(sampling_T, inputs.logp_old_T, inputs.logp_rollout_T, settings)
     value_T, mass_T = compute_values(logits_s_TV, logits_t_TV, tokens_T, settings)
+    logp_T, logq_T = (distributions.pick(side.log, tokens_T) for side in (student, teacher))
     return token_values.TokenStats(
-        value_T * ratio_T,
-        distributions.pick(student.log, tokens_T),
-        distributions.pick(teacher.log, tokens_T),
-        sampling_T,
-        distributions.entropy(student),
-        distributions.entropy(teacher),
-        mass_T,
-        ratio_T,
-    )
+        value_T * ratio_T, logp_T, logq_T, sampling_T,
+        distributions.entropy(student), distributions.entropy(teacher), mass_T, ratio_T,
+    )  # fmt: skip
 
 
 def compute_values(
-    logits_s_TV: jax.Array,
-    logits_t_TV: jax.Array,
-    tokens_T: jax.Array,
-    settings: divergences.Divergence,
+    logits_s_TV: jax.Array, logits_t_TV: jax.Array, tokens_T: jax.Array, settings: Divergence
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the value and the clipped mass of each token, [T], for automatic differentiation.
 
@@ -90,30 +76,27 @@ def compute_values(
         teacher, _ = top_k.restrict(logits_t_TV, teacher, best, settings)
     e_TK, clipped_TK = _differentiable_entries(student, teacher, settings)
     d_T = jnp.sum(e_TK, axis=-1)
-    kappa = settings.clip
+    kappa, stop_gradient = settings.clip, jax.lax.stop_gradient
     value_T = {
         "none": lambda: d_T,
         "element": lambda: d_T,
         "token": lambda: jnp.where(d_T > kappa, kappa, d_T),
-        "token_weight": lambda: (
-            d_T * jax.lax.stop_gradient(jnp.where(d_T > kappa, kappa / d_T, 1.0))
-        ),
+        "token_weight": lambda: d_T * stop_gradient(jnp.where(d_T > kappa, kappa / d_T, 1.0)),
         "huber": lambda: jnp.where(d_T > kappa, d_T - kappa / 2, d_T * d_T / (2 * kappa)),
     }[settings.clip_mode]()
     return value_T, clips.clipped_mass(d_T, clipped_TK, teacher, settings)
 
 
 def _differentiable_entries(
-    student: Distribution, teacher: Distribution, settings: divergences.Divergence
+    student: Distribution, teacher: Distribution, settings: Divergence
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the entries, whose derivative automatic differentiation takes, and the clipped ones.
 
     The values are those of `divergences.compute_entries`. A term of value 0 carries the derivative,
     which leaves out the shift, since that adds up to 0.
     """
-    e, _, clipped = divergences.compute_entries(
-        *jax.lax.stop_gradient((student, teacher)), settings
-    )
+    fixed = jax.lax.stop_gradient((student, teacher))
+    e, _, clipped = divergences.compute_entries(*fixed, settings)
     kind = divergences.DIVERGENCES[settings.divergence]
     if kind.plain is None:
         moves = kind.entry(student, teacher, settings).e

@@ -21,6 +21,7 @@ the hidden states' dtype; all else is float32, or float64 for float64 states.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -76,9 +77,7 @@ def resolve(
       ValueError: an unknown name; pallas where it cannot run, with the setting to change.
     """
     if implementation not in CHOICES:
-        raise ValueError(
-            f"implementation is {implementation!r}: the choices are {', '.join(CHOICES)}"
-        )
+        raise _unknown(implementation, CHOICES)
     reason = ""
     if platform not in ("gpu", "tpu"):
         reason = f"its kernels are for gpu and tpu and the mesh is {platform}"
@@ -168,31 +167,26 @@ def divergence(
         loss = jnp.sum(inputs.weight_T * stats.value_T)
     else:
         heads = (head_s_VD,) if shared else (head_s_VD, head_t_VD)
-        loss, stats = _sweep_loss(settings, options, hidden, heads, inputs, live_T)
+        loss, stats = _sweep_loss(settings, options, (hidden, inputs, live_T), heads)
     return loss, jax.lax.stop_gradient(stats)
 
 
 def _widen(inputs: TokenInputs, hidden_TD: jax.Array) -> TokenInputs:
     """Casts all but the tokens to the dtype of sums over the states."""
+    tokens_T, *others = inputs
     dtype = precision.sum_dtype(hidden_TD)
-    weight_T = jnp.asarray(inputs.weight_T, dtype)
-    old_T, rollout_T = (
-        None if x is None else jnp.asarray(x, dtype)
-        for x in (inputs.logp_old_T, inputs.logp_rollout_T)
-    )
-    return TokenInputs(inputs.tokens_T, weight_T, old_T, rollout_T)
+    return TokenInputs(tokens_T, *jax.tree.map(lambda x: jnp.asarray(x, dtype), others))
+
+
+def _unknown(implementation: str, choices: Sequence[str]) -> ValueError:
+    return ValueError(f"implementation is {implementation!r}: the choices are {', '.join(choices)}")
 
 
 def _check_arguments(
-    options: SweepOptions,
-    choices: Sequence[str],
-    hidden: Sequence[jax.Array],
-    per_token: Sequence[jax.Array | None],
+    options: SweepOptions, choices: Sequence[str], hidden: Sequence, per_token: Sequence
 ) -> None:
     if options.implementation not in choices:
-        raise ValueError(
-            f"implementation is {options.implementation!r}: the choices are {', '.join(choices)}"
-        )
+        raise _unknown(options.implementation, choices)
     if options.chunk < 1:
         raise ValueError(f"chunk is {options.chunk}: it must be at least 1")
     shapes = [x.shape for x in per_token if x is not None]
@@ -203,9 +197,7 @@ def _check_arguments(
         )
 
 
-def _check_heads(
-    head_s_VD: jax.Array, head_t_VD: jax.Array, settings: Divergence, options: SweepOptions
-) -> None:
+def _check_heads(head_s_VD, head_t_VD, settings: Divergence, options: SweepOptions) -> None:
     sizes = head_s_VD.shape[0], head_t_VD.shape[0]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the heads have {sizes[0]} and {sizes[1]} rows: one vocabulary is needed")
@@ -224,79 +216,59 @@ def _check_heads(
 
 
 def _sweep(
-    settings: Divergence,
-    options: SweepOptions,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    inputs: TokenInputs,
-    live_T: jax.Array,
-    *,
-    gradient: bool,
-) -> tuple[TokenStats, jax.Array | None, jax.Array | None]:
-    """Returns statistics and, if asked for, gradients of Σ weight · value, over the whole mesh."""
-    entries = heads[0].shape[0]
-    heads = tuple(jnp.asarray(head, x.dtype) for x, head in zip(hidden, heads, strict=False))
+    settings: Divergence, options: SweepOptions, gradient: bool, rows: tuple, heads: tuple
+) -> tuple[tuple[jax.Array, TokenStats], list]:
+    """Returns Σ weight · value and statistics over the whole mesh, and the gradients of the sum.
+
+    `rows` are the states of both sides, `TokenInputs`, and the rows that are live. The gradients
+    are those to the student's states and head, None where they are not asked for.
+    """
+    entries, inputs = heads[0].shape[0], rows[1]
+    heads = tuple(jnp.asarray(head, x.dtype) for x, head in zip(rows[0], heads, strict=False))
     if options.train_head:  # frozen heads were gathered before
         heads = tuple(token_blocks.split_head(head, not settings.top_k) for head in heads)
-    train_head = options.train_head and gradient
 
     def device(rows: tuple, heads: tuple, axis: str | None) -> tuple:
         hidden, inputs, live_T = rows
         shard = split_vocabulary.VocabularyShard(axis, entries)
+        train_head = options.train_head and gradient
+        sweep = split_vocabulary.Sweep(settings, heads, shard, gradient, train_head)
         if options.implementation in dispatch.KERNELS:
-            return dispatch.sweep_live(
-                options.implementation, options.kernel, settings, hidden, heads, inputs, shard,
-                live_T, gradient=gradient, train_head=train_head,
-            )  # fmt: skip
-        return chunked.sweep_live(
-            options.chunk, settings, hidden, heads, inputs, shard, live_T,
-            gradient=gradient, train_head=train_head,
-        )  # fmt: skip
+            name, kernel = options.implementation, options.kernel
+            return dispatch.sweep_live(name, kernel, sweep, (hidden, inputs), live_T)
+        block = functools.partial(chunked.sweep_block, sweep)
+        return token_blocks.walk(block, (hidden, inputs), live_T, options.chunk, chunked.STRIP)
 
     (stats, grad_hidden_TD), grad_head_VD = token_blocks.spread(
-        device, (hidden, inputs, live_T), heads, split_vocabulary=not settings.top_k
+        device, rows, heads, split_vocabulary=not settings.top_k
     )
-    return stats, grad_hidden_TD, grad_head_VD
+    return (jnp.sum(inputs.weight_T * stats.value_T), stats), [grad_hidden_TD, grad_head_VD]
 
 
 def _sweep_value(
-    settings: Divergence,
-    options: SweepOptions,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    inputs: TokenInputs,
-    live_T: jax.Array,
+    settings: Divergence, options: SweepOptions, rows: tuple, heads: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, TokenStats]:
     """Computes the value alone, two matmuls per block."""
-    stats, *_ = _sweep(settings, options, hidden, heads, inputs, live_T, gradient=False)
-    return jnp.sum(inputs.weight_T * stats.value_T), stats
+    return _sweep(settings, options, False, rows, heads)[0]
 
 
 def _sweep_forward(
-    settings: Divergence,
-    options: SweepOptions,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    inputs: TokenInputs,
-    live_T: jax.Array,
+    settings: Divergence, options: SweepOptions, rows: tuple, heads: tuple[jax.Array, ...]
 ) -> tuple[tuple[jax.Array, TokenStats], tuple]:
     """Computes value and gradient in one sweep: three matmuls per block, four with the head's."""
-    stats, *grads = _sweep(settings, options, hidden, heads, inputs, live_T, gradient=True)
+    out, grads = _sweep(settings, options, True, rows, heads)
     if grads[1] is not None:
         grads[1] = grads[1].astype(heads[0].dtype)
-    return (jnp.sum(inputs.weight_T * stats.value_T), stats), (grads, (None,) * len(heads))
+    return out, (grads, (None,) * len(heads))
 
 
-def _sweep_backward(
-    settings: Divergence, options: SweepOptions, residuals: tuple, cotangents: tuple
-) -> tuple:
+def _sweep_backward(_: Divergence, __: SweepOptions, residuals: tuple, cotangents: tuple) -> tuple:
     """Scales the gradient that the forward sweep has taken; None is a zero cotangent."""
-    del settings, options
     grads, others = residuals
     grad_hidden_TD, grad_head_VD = jax.tree.map(
         lambda grad: precision.scale(grad, cotangents[0].astype(precision.sum_dtype(grad))), grads
     )
-    return (grad_hidden_TD, None), (grad_head_VD, *others[1:]), None, None
+    return ((grad_hidden_TD, None), None, None), (grad_head_VD, *others[1:])
 
 
 _sweep_loss = jax.custom_vjp(_sweep_value, nondiff_argnums=(0, 1))

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from copsd_jax.losses import distributions
 
+Distribution = distributions.Distribution
 CLIP_MODES = ("none", "element", "token", "token_weight", "huber")
 TOP_K_OF = ("teacher", "student", "union")
 
@@ -82,23 +83,18 @@ class Divergence:
             raise ValueError(f"clip_mode is {self.clip_mode!r}: the choices are {CLIP_MODES}")
         if not 0 < self.beta < 1:
             raise ValueError(f"beta is {self.beta}: it must lie between 0 and 1")
-        if not self.sampling_temperature > 0:
-            raise ValueError(
-                f"sampling_temperature is {self.sampling_temperature}: it must be above 0"
-            )
-        if not (self.temperature > 0 and self.clip > 0 and self.top_k >= 0):
-            raise ValueError(f"temperature and clip must be above 0, top_k at least 0: {self}")
+        for name in ("temperature", "sampling_temperature", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("top_k", "ratio_clip", "rollout_clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 (off)")
         if self.divergence == "sampled" and (self.top_k or self.clip_mode != "none"):
             raise ValueError(f"the sampled divergence takes top_k 0 and clip_mode none: {self}")
         if self.top_k_of not in TOP_K_OF:
             raise ValueError(f"top_k_of is {self.top_k_of!r}: the choices are {TOP_K_OF}")
         if self.tail and not self.top_k:
             raise ValueError("tail is True and top_k is 0: nothing is outside the whole vocabulary")
-        if self.ratio_clip < 0 or self.rollout_clip < 0:
-            raise ValueError(
-                f"ratio_clip is {self.ratio_clip}, rollout_clip is {self.rollout_clip}: "
-                "they must be at least 0 (off)"
-            )
 
 
 class Entry(NamedTuple):
@@ -115,26 +111,18 @@ class Entry(NamedTuple):
     shift: float
 
 
-def _forward_kl(
-    student: distributions.Distribution, teacher: distributions.Distribution, settings: Divergence
-) -> Entry:
+def _forward_kl(student: Distribution, teacher: Distribution, _: Divergence) -> Entry:
     """Returns e = q ln(q/p)."""
-    del settings
     return Entry(teacher.p * (teacher.log - student.log), student.p - teacher.p, 1.0)
 
 
-def _reverse_kl(
-    student: distributions.Distribution, teacher: distributions.Distribution, settings: Divergence
-) -> Entry:
+def _reverse_kl(student: Distribution, teacher: Distribution, _: Divergence) -> Entry:
     """Returns e = p ln(p/q)."""
-    del settings
     e = student.p * (student.log - teacher.log)
     return Entry(e, e, -1.0)
 
 
-def _jensen_shannon(
-    student: distributions.Distribution, teacher: distributions.Distribution, settings: Divergence
-) -> Entry:
+def _jensen_shannon(student: Distribution, teacher: Distribution, settings: Divergence) -> Entry:
     """Returns e = β q ln(q/M) + (1 - β) p ln(p/M).
 
     ln M is taken relative to the larger side: it cannot overflow, and is exactly ln p where p = q.
@@ -151,15 +139,12 @@ def _jensen_shannon(
     return Entry(q_part + p_part, p_part, 0.0)
 
 
-def _forward_kl_plain(
-    student: distributions.Distribution, teacher: distributions.Distribution, settings: Divergence
-) -> jax.Array:
-    del settings
+def _forward_kl_plain(student: Distribution, teacher: Distribution, _: Divergence) -> jax.Array:
     return -teacher.p * student.log
 
 
 def _reverse_kl_plain(
-    student: distributions.Distribution, teacher: distributions.Distribution, settings: Divergence
+    student: Distribution, teacher: Distribution, settings: Divergence
 ) -> jax.Array:
     """Drops the derivative of ln p unless entries are clipped: it is p, and Σp = 1."""
     gap = student.log - teacher.log
@@ -167,7 +152,7 @@ def _reverse_kl_plain(
 
 
 def _jensen_shannon_plain(
-    student: distributions.Distribution, teacher: distributions.Distribution, settings: Divergence
+    student: Distribution, teacher: Distribution, settings: Divergence
 ) -> jax.Array:
     """Drops the dependence on M, at whose value e is least.
 
@@ -180,7 +165,7 @@ def _jensen_shannon_plain(
     return scale * student.p * jax.lax.stop_gradient(jnp.where(present, student.log - log_mix, 0))
 
 
-Formula = Callable[[distributions.Distribution, distributions.Distribution, Divergence], jax.Array]
+Formula = Callable[[Distribution, Distribution, Divergence], jax.Array]
 
 
 class Kind(NamedTuple):
@@ -195,7 +180,7 @@ class Kind(NamedTuple):
       settings: the settings that this divergence reads and others do not, such as loss.beta.
     """
 
-    entry: Callable[[distributions.Distribution, distributions.Distribution, Divergence], Entry]
+    entry: Callable[[Distribution, Distribution, Divergence], Entry]
     plain: Formula | None = None
     settings: tuple[str, ...] = ()
 
@@ -213,7 +198,7 @@ DIVERGENCES: dict[str, Kind] = {
 
 
 def compute_entries(
-    student: distributions.Distribution, teacher: distributions.Distribution, settings: Divergence
+    student: Distribution, teacher: Distribution, settings: Divergence
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Computes e and b after the clip of single entries and the shift, for sides of one shape.
 

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 from copsd_jax.losses import clips, distributions, divergences, token_values
 
+Distribution = distributions.Distribution
+Divergence = divergences.Divergence
+
 
 class VocabularyShard(NamedTuple):
     """A device's part of the vocabulary; the parts are equal and in the order of a mesh axis.
@@ -26,6 +29,25 @@ class VocabularyShard(NamedTuple):
     entries: int | None
 
 
+class Sweep(NamedTuple):
+    """Constants of one device's sweep, shared by all its blocks of tokens.
+
+    Attributes:
+      settings: of the divergence.
+      heads: this device's rows of the heads, [V, D]: the student's and the teacher's, or one for
+        both. Rows that are padding have no probability and no gradient.
+      shard: this device's part of the vocabulary.
+      gradient: whether the gradient to the student's states is wanted.
+      train_head: whether the gradient to the student's head is wanted.
+    """
+
+    settings: Divergence
+    heads: tuple[jax.Array, ...]
+    shard: VocabularyShard
+    gradient: bool = True
+    train_head: bool = False
+
+
 def first_entry(axis: str, count: int) -> jax.Array:
     """Returns the id of the first entry of this device's `count` entries, an int32 scalar."""
     return jax.lax.axis_index(axis).astype(jnp.int32) * count
@@ -35,7 +57,7 @@ def score_block(
     logits_s_TV: jax.Array,
     logits_t_TV: jax.Array,
     inputs: token_values.TokenInputs,
-    settings: divergences.Divergence,
+    settings: Divergence,
     axis: str,
 ) -> tuple[token_values.TokenStats, jax.Array]:
     """Scores a block of tokens as `token_values.score_block`; settings without top-k.
@@ -77,12 +99,7 @@ def score_block(
 
 
 def _value(
-    student: distributions.Distribution,
-    teacher: distributions.Distribution,
-    log_probs: tuple[jax.Array, jax.Array],
-    tokens_T: jax.Array,
-    settings: divergences.Divergence,
-    axis: str,
+    student: Distribution, teacher: Distribution, log_probs, tokens_T, settings: Divergence, axis
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns value [T], its gradient to the tempered logits of this part [T, V], clipped mass [T].
 
@@ -142,17 +159,13 @@ def _pick_here(x_TV: jax.Array, tokens_T: jax.Array, axis: str) -> jax.Array:
     return jnp.where(here_T, distributions.pick(x_TV, jnp.clip(local_T, 0, count - 1)), 0)
 
 
-def _distribution(
-    x_TV: jax.Array, weights_TV: jax.Array, total_T: jax.Array
-) -> distributions.Distribution:
+def _distribution(x_TV: jax.Array, weights_TV: jax.Array, total_T: jax.Array) -> Distribution:
     """Normalises x = (logits - top) / τ by the sum of exponentials over the whole vocabulary."""
     total_T1 = total_T[:, None]
-    return distributions.Distribution(weights_TV * (1 / total_T1), x_TV - jnp.log(total_T1))
+    return Distribution(weights_TV * (1 / total_T1), x_TV - jnp.log(total_T1))
 
 
-def _subtract_one_hot(
-    student: distributions.Distribution, tokens_T: jax.Array, axis: str
-) -> jax.Array:
+def _subtract_one_hot(student: Distribution, tokens_T: jax.Array, axis: str) -> jax.Array:
     """Returns p - 1[y] on this part."""
     count = student.p.shape[1]
     local_T1 = (tokens_T - first_entry(axis, count))[:, None]

@@ -16,6 +16,7 @@ Alternatives, at T rows of which a share f is live:
   gathers its own rows, and one gather puts the results back.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -82,9 +83,7 @@ def spread(
         return work(rows, heads, None)
     sizes = jax.sharding.get_abstract_mesh().shape
     tokens, vocabulary = len(jax.tree.leaves(rows)[0]), len(heads[0])
-    parts = 1
-    for name in axes.rows:
-        parts *= sizes[name]
+    parts = math.prod(sizes[name] for name in axes.rows)
     row, head = P(axes.rows or None), P(axes.vocabulary, None)
     # The sum over rows is scattered to the devices that store the parameter.
     scatter = "fsdp" in axes.rows and heads[0].shape[1] % sizes["fsdp"] == 0
@@ -117,8 +116,8 @@ def gather_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
     if not axes.rows and not axes.vocabulary:
         return head_VD
     shards = jax.sharding.get_abstract_mesh().shape[VOCABULARY] if axes.vocabulary else 1
-    padded = _split_padded(head_VD, shards)
-    padded = jax.lax.with_sharding_constraint(padded, P(axes.vocabulary, None))
+    place = P(axes.vocabulary, None)
+    padded = jax.lax.with_sharding_constraint(_split_padded(head_VD, shards), place)
     return padded[: len(head_VD)]
 
 
@@ -145,9 +144,8 @@ def _split_padded(head_VD: jax.Array, shards: int) -> jax.Array:
     if width % (fsdp * shards) == 0:
         # The next constraint then needs only one exchange between the devices of the axis.
         padded = jax.lax.with_sharding_constraint(padded, P(None, ("fsdp", VOCABULARY)))
-    return jax.lax.with_sharding_constraint(
-        padded, P(VOCABULARY, "fsdp" if width % fsdp == 0 else None)
-    )
+    place = P(VOCABULARY, "fsdp" if width % fsdp == 0 else None)
+    return jax.lax.with_sharding_constraint(padded, place)
 
 
 def pad(x: jax.Array, multiple: int) -> jax.Array:
@@ -199,8 +197,7 @@ def walk(
         per_row, total = work(padded)
         return mask_rows(live_T, jax.tree.map(lambda x: x[:tokens], per_row)), total
     live = jnp.sum(live_T, dtype=jnp.int32)
-    order_T = jnp.argsort(~live_T, stable=True).astype(jnp.int32)
-    order_T = pad(order_T, blocks * count)
+    order_T = pad(jnp.argsort(~live_T, stable=True).astype(jnp.int32), blocks * count)
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), rows)
     per_row, total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, spec))
     packed = jax.tree.map(lambda x: jnp.zeros((blocks * count, *x.shape[1:]), x.dtype), per_row)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from copsd_jax.losses import clips, distributions, divergences, top_k
 
+Distribution = distributions.Distribution
+Divergence = divergences.Divergence
+
 
 class TokenInputs(NamedTuple):
     """Per-token inputs of the divergence besides the hidden states, [T]; constants.
@@ -52,7 +55,7 @@ def score_block(
     logits_s_TV: jax.Array,
     logits_t_TV: jax.Array,
     tokens_T: jax.Array,
-    settings: divergences.Divergence,
+    settings: Divergence,
     logp_old_T: jax.Array | None = None,
     logp_rollout_T: jax.Array | None = None,
 ) -> tuple[TokenStats, jax.Array]:
@@ -97,10 +100,7 @@ def score_block(
 
 
 def _divergence(
-    student: distributions.Distribution,
-    teacher: distributions.Distribution,
-    settings: divergences.Divergence,
-    open_T1: jax.Array | None = None,
+    student: Distribution, teacher: Distribution, settings: Divergence, open_T1=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns value [T], its gradient to the tempered logits [T, K], and the clipped mass [T]."""
     e_TK, b_TK, clipped_TK = divergences.compute_entries(student, teacher, settings)
@@ -109,5 +109,5 @@ def _divergence(
     d_T = jnp.sum(e_TK, axis=-1)
     value_T, factor_T = clips.clip_tokens(d_T, settings)
     dz_TK = b_TK - student.p * jnp.sum(b_TK, axis=-1, keepdims=True)
-    dz_TK = dz_TK * factor_T[:, None]
-    return value_T, dz_TK, clips.clipped_mass(d_T, clipped_TK, teacher, settings)
+    mass_T = clips.clipped_mass(d_T, clipped_TK, teacher, settings)
+    return value_T, dz_TK * factor_T[:, None], mass_T

@@ -1,15 +1,12 @@
 """Policies: the weights with which a model is run."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("params", "adapter"), meta_fields=("scale",)
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Weights to run a decoder with; a pytree.
@@ -23,4 +20,4 @@ class Policy:
 
     params: Any
     adapter: Any = None
-    scale: float = 1.0
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})

@@ -72,15 +72,11 @@ class ModelConfig:
     def projections(self) -> dict[str, tuple[int, int]]:
         """Returns the (input, output) width of each projection of a layer."""
         query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        width, inner = self.d_model, self.d_ff
         return {
-            "q": (self.d_model, query),
-            "k": (self.d_model, key),
-            "v": (self.d_model, key),
-            "o": (query, self.d_model),
-            "gate": (self.d_model, self.d_ff),
-            "up": (self.d_model, self.d_ff),
-            "down": (self.d_ff, self.d_model),
-        }
+            "q": (width, query), "k": (width, key), "v": (width, key), "o": (query, width),
+            "gate": (width, inner), "up": (width, inner), "down": (inner, width),
+        }  # fmt: skip
 
 
 def _qwen3(d_model: int, d_ff: int, n_layers: int, n_heads: int, tied: bool) -> ModelConfig:
@@ -116,19 +112,7 @@ class KV(NamedTuple):
     v: jax.Array
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        "tokens_BL",
-        "positions_BL",
-        "segments_BL",
-        "adapter",
-        "prefix",
-        "cache",
-        "parents_BL",
-    ),
-    meta_fields=("adapter_scale",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """One batch of rows, with the adapter, prefix and cache that they use.
@@ -159,7 +143,7 @@ class Stream:
     positions_BL: jax.Array
     segments_BL: jax.Array | None
     adapter: Any = None
-    adapter_scale: float = 1.0
+    adapter_scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     prefix: Any = None
     cache: decode_attention.Cache | None = None
     parents_BL: jax.Array | None = None
@@ -215,14 +199,7 @@ def _rotate(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
 
 
 def _attend_cache(
-    q_B1KMH,
-    k_B1KH,
-    v_B1KH,
-    cache: decode_attention.Cache,
-    inputs: "_StreamInputs",
-    layer,
-    prefix,
-    implementation,
+    q_B1KMH, k_B1KH, v_B1KH, cache, inputs: "_StreamInputs", layer, prefix, implementation: str
 ) -> tuple[jax.Array, decode_attention.Cache]:
     """Attends from each slot's token to its live entries, itself included, and to the prefix."""
     q_JKMH, dtype = q_B1KMH[:, 0], q_B1KMH.dtype
@@ -334,7 +311,8 @@ class Layer(nn.Module):
             shared = None if prefix is None else visibility.Prefix(prefix.k[0], prefix.v[0])
             assert inputs.segments_BL is not None  # It is set for a stream without a cache.
             seen = visibility.Visibility(inputs.segments_BL, inputs.parents_BL)
-            out = row_attention.attend(q_BLKMH, k, v, seen, shared, self.attention, self.block)
+            rows = visibility.RowInputs(q_BLKMH, k, v, seen, shared)
+            out = row_attention.attend(rows, self.attention, self.block)
         else:
             out, cache = _attend_cache(q_BLKMH, k, v, cache, inputs, layer, prefix, self.decode)
         hidden = hidden + project("o", out.reshape(*out.shape[:2], -1))
@@ -356,9 +334,8 @@ class Layer(nn.Module):
         k = k.astype(self.dtype)
         # Downstream there are K r key heads with M / r queries each.
         if self.key_repeats > 1:
-            k, v = (
-                sharding.constrain_heads(jnp.repeat(x, self.key_repeats, axis=2)) for x in (k, v)
-            )
+            repeat = lambda x: jnp.repeat(x, self.key_repeats, axis=2)  # noqa: E731
+            k, v = (sharding.constrain_heads(repeat(x)) for x in (k, v))
         q = q.reshape(*x.shape[:2], k.shape[2], -1, c.head_dim)
         return q.astype(self.dtype), k, v
 

@@ -104,15 +104,12 @@ def choose_row_attention(
 def _without_cudnn(size: int) -> str:
     """Returns the reason why jax would not call cuDNN here, or "" if it would."""
     # jax refuses while it traces, so shapes without values are enough.
-    row = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
+    row: Any = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
     ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
-    q = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
-
-    def attend(q, k, v, ids):
-        return row_attention.attend_cudnn(q, k, v, visibility.Visibility(ids), None)
-
+    q: Any = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
     try:
-        jax.eval_shape(attend, q, row, row, ids)
+        rows = visibility.RowInputs(q, row, row, visibility.Visibility(ids))
+        jax.eval_shape(row_attention.attend_cudnn, rows)
     except (RuntimeError, NotImplementedError) as error:
         return f"jax says {str(error).splitlines()[0]!r}"
     return ""

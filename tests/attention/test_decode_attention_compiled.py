@@ -22,7 +22,7 @@ import without_devices
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from copsd_jax.attention import decode_attention_gpu, decode_attention_tpu
+from copsd_jax.attention import decode_attention_gpu, decode_attention_tpu, decode_cache
 
 LAYERS, SLOTS, QUERIES, LENGTH, TOKENS = 28, 256, 2, 4096, 8
 # dtype, K, H, ways over key heads: Qwen3-1.7B in three forms, then SmolLM2's heads.
@@ -39,7 +39,7 @@ def write(platform, caches, entry_JKH, layer, index_J):
     new = tuple(x.astype(c.dtype) for x, c in zip([entry_JKH] * 2, caches, strict=False))
     new += tuple(entry_JKH[..., 0].astype(jnp.float32) for _ in caches[2:])
     if platform == "tpu":
-        return decode_attention_tpu.write_entries(caches, new, layer, index_J)
+        return tuple(decode_attention_tpu.write_entries(caches, new, layer, index_J))
     rows_J = jnp.arange(index_J.shape[0], dtype=jnp.int32)
     at_J = jnp.where(index_J < 0, caches[0].shape[3], index_J)
     return tuple(
@@ -54,8 +54,7 @@ def decoder(platform, spec, q_JKMH, caches, length_J):
 
     def local(q_JKMH, caches, layer, length_J):
         caches = write(platform, caches, q_JKMH[:, :, 0], layer, length_J - 1)
-        k, v, k_scale, v_scale = caches if len(caches) == 4 else (*caches, None, None)
-        out, _, total = kernel.attend(q_JKMH, k, v, k_scale, v_scale, layer, length_J)
+        out, _, total = kernel.attend(q_JKMH, decode_cache.Cache(*caches), layer, length_J)
         return (out / total[..., None]).astype(q_JKMH.dtype), caches
 
     each = jax.shard_map(

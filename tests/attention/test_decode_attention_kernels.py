@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from copsd_jax.attention import decode_attention_gpu, decode_attention_tpu
+from copsd_jax.attention import decode_attention_gpu, decode_attention_tpu, decode_cache
 
 LAYER = 1
 LENGTHS = (0, 256, 1, 127, 128, 129, 0, 255, 257, 383, 384)
@@ -75,7 +75,9 @@ def program(name: str, interpret: Any = True):
 
 def run(name: str, arrays, lengths, interpret: Any = True):
     call = program(name, interpret)
-    return call(*arrays, jnp.int32(LAYER), np.array(lengths, np.int32))
+    return call(
+        arrays[0], decode_cache.Cache(*arrays[1:]), jnp.int32(LAYER), np.array(lengths, np.int32)
+    )
 
 
 def check(got, want, lengths, tolerance):
@@ -140,7 +142,7 @@ def test_two_shards_of_slots_and_a_loop_over_layers(name):
     def local(q, k, v, length_J):
         def body(cache, layer):
             k, v = (x.at[layer, rows, :, length_J - 1].set(jnp.bfloat16(0.5)) for x in cache)
-            out = kernel.attend(q, k, v, None, None, layer, length_J, interpret=True)
+            out = kernel.attend(q, decode_cache.Cache(k, v), layer, length_J, interpret=True)
             return (k, v), out
 
         return jax.lax.scan(body, (k, v), jnp.arange(layers, dtype=jnp.int32))[1]
@@ -210,7 +212,8 @@ def abstract(length=384, slots=2, heads=1, queries=2, size=64, dtype="bfloat16")
     cache = shape((4, slots, heads, length, size), dtype)
     scale = shape(cache.shape[:4], "float32") if dtype == "int8" else None
     q = shape((slots, heads, queries, size), "bfloat16")
-    return q, cache, cache, scale, scale, shape((), "int32"), shape((slots,), "int32")
+    caches: Any = (cache, cache, scale, scale)
+    return q, decode_cache.Cache(*caches), shape((), "int32"), shape((slots,), "int32")
 
 
 @pytest.mark.parametrize("name", KERNELS)

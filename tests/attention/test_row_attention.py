@@ -85,7 +85,9 @@ def both(form, arrays, segments, parents, prefix):
     @jax.jit
     def run(q, k, v, pk, pv, g):
         given = (q, k, v, visibility.Prefix(pk, pv)) if prefix else (q, k, v)
-        attend = lambda q, k, v, p=None: form(q, k, v, rows, p)  # noqa: E731
+        attend = lambda q, k, v, p=None: form(  # noqa: E731
+            visibility.RowInputs(q, k, v, rows, p)
+        )
         out, back = jax.vjp(attend, *given)
         return out, jax.tree.leaves(back(g))
 
@@ -218,4 +220,4 @@ def test_refusal():
     q, k, v = inputs()[:3]
     rows = visibility.Visibility(jnp.asarray(ALONE))
     with pytest.raises(ValueError, match=r"model\.attention is 'fast': the choices are portable"):
-        row_attention.attend(q, k, v, rows, None, "fast", 8)
+        row_attention.attend(visibility.RowInputs(q, k, v, rows), "fast", 8)

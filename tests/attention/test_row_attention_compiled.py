@@ -66,7 +66,9 @@ def attention(devices, form, K, M, H, L, parents, ways) -> dict:
 
     def gradient(q, k, v, ids, parents, prefix, g):
         seen = visibility.Visibility(ids, parents)
-        attend = lambda q, k, v: row_attention.attend(q, k, v, seen, prefix, form, 512)  # noqa: E731
+        attend = lambda *qkv: row_attention.attend(  # noqa: E731
+            visibility.RowInputs(*qkv, seen, prefix), form, 512
+        )
         return jax.vjp(attend, q, k, v)[1](g)
 
     extra = (ids, visibility.Prefix(shared, shared)) if parents else (None, None)

@@ -72,12 +72,10 @@ def compiled(devices, tokens, width, settings, train_head, ways) -> dict:
         sizes = block_sizes.choose_gpu(kind, width, entries, jnp.bfloat16, train_head=train_head)
 
     def device(hidden_s, hidden_t, head, tokens, row):
-        return module.sweep(
-            settings, (hidden_s, hidden_t), (head,),
-            token_values.TokenInputs(tokens, row, row, row),
-            split_vocabulary.VocabularyShard("tensor", VOCABULARY - 5), train_head=train_head,
-            blocks=sizes,
-        )  # fmt: skip
+        shard = split_vocabulary.VocabularyShard("tensor", VOCABULARY - 5)
+        sweep = split_vocabulary.Sweep(settings, (head,), shard, train_head=train_head)
+        inputs = token_values.TokenInputs(tokens, row, row, row)
+        return module.sweep(sweep, ((hidden_s, hidden_t), inputs), sizes)
 
     specs = (P(), P(), shards, P(), P())
     shapes = [((tokens, width), "bfloat16")] * 2 + [((VOCABULARY, width), "bfloat16")]
@@ -216,11 +214,10 @@ def test_lowers_without_device_or_plugin(settings, dtype, platform):
     sizes = block_sizes.Blocks(tokens=256, vocab=256, rows=128)
 
     def sweep(states, head_s, head_t, tokens, row):
-        return module.sweep(
-            settings, (states, states), (head_s, head_t),
-            token_values.TokenInputs(tokens, row, row, row),
-            split_vocabulary.VocabularyShard(None, None), train_head=True, blocks=sizes,
-        )  # fmt: skip
+        shard = split_vocabulary.VocabularyShard(None, None)
+        constants = split_vocabulary.Sweep(settings, (head_s, head_t), shard, train_head=True)
+        inputs = token_values.TokenInputs(tokens, row, row, row)
+        return module.sweep(constants, ((states, states), inputs), sizes)
 
     with without_device(platform):
         traced = jax.jit(sweep).trace(states, head, head, shape((300,), "int32"), row)

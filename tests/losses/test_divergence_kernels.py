@@ -73,11 +73,10 @@ def _sweep(
     """A kernel's sweep of arrays as `_arrays` draws them; head_t is None where it is head_s."""
     module, sizes = KERNELS[kernel]
     heads = (head_s,) if head_t is None else (head_s, head_t)
-    return module.sweep(
-        settings, (hidden_s, hidden_t), heads, token_values.TokenInputs(*per_token),
-        split_vocabulary.VocabularyShard(axis, entries), train_head=train_head,
-        blocks=blocks or sizes, interpret=interpret,
-    )  # fmt: skip
+    shard = split_vocabulary.VocabularyShard(axis, entries)
+    sweep = split_vocabulary.Sweep(settings, heads, shard, train_head=train_head)
+    rows = (hidden_s, hidden_t), token_values.TokenInputs(*per_token)
+    return module.sweep(sweep, rows, blocks or sizes, interpret)
 
 
 def _expected(settings, arrays):

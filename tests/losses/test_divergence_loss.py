@@ -326,13 +326,12 @@ def test_what_a_kernel_is_given(shared, monkeypatch):
     it, whole calls of its blocks of tokens over live rows only, and gradients cut back."""
     calls = []
 
-    def sweep(settings, hidden, heads, inputs, shard, *, train_head, blocks, interpret):
-        assert (shard.axis, shard.entries, interpret) == (None, VOCABULARY, True)
+    def sweep(constants, rows, blocks, interpret):
+        assert (*constants.shard, interpret) == (None, VOCABULARY, True)
         assert blocks.tokens == 4
-        calls.append([x.shape for x in (*hidden, *heads, inputs.tokens_T)])
-        return chunked.sweep_block(
-            settings, hidden, heads, inputs, shard, gradient=True, train_head=train_head
-        )
+        calls.append([x.shape for x in (*rows[0], *constants.heads, rows[1].tokens_T)])
+        one, grad_head = chunked.sweep_block(constants._replace(gradient=True), rows)
+        return *one, grad_head
 
     rule = lambda *_, **__: blocks_lib.Blocks(4, 0)  # noqa: E731
     monkeypatch.setitem(dispatch.KERNELS, "pallas_tpu", dispatch.Kernel(sweep, rule, 16))

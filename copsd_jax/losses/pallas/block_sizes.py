@@ -112,21 +112,12 @@ def vmem_bytes(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train
     return max(first, third)
 
 
-def choose_gpu(
-    kind: str,
-    width: int,
-    vocabulary: int,
-    dtype: jnp.dtype,
-    *,
-    tied: bool = True,
-    train_head: bool = False,
-) -> Blocks:
+def choose_gpu(kind: str, width: int, vocabulary: int, dtype: jnp.dtype, **_: bool) -> Blocks:
     """Chooses the sizes for one shard on a GPU: the most whole 128 tokens in GPU_BYTES.
 
     A block has 256 to 4,096 tokens. The arguments are those of `choose_tpu`; only the vocabulary
     and the dtype matter.
     """
-    del kind, width, tied, train_head
     tokens = int(GPU_BYTES / (vocabulary * entry_bytes("gpu", dtype))) // LANES * LANES
     return Blocks(min(max(tokens, 256), 4096), 4096)
 
@@ -170,17 +161,15 @@ def estimate_logits_cost(
     moved = 2 * blocks.tokens * width * item
     moved += heads * _count_head(blocks, width, vocabulary) * item
     moved += entries * kept_bytes(dtype) + numbers
-    return pl.CostEstimate(
-        flops=4 * entries * width, bytes_accessed=moved, transcendentals=3 * entries
-    )
+    flops = 4 * entries * width
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=3 * entries)
 
 
 def estimate_sums_cost(blocks: Blocks, vocabulary: int, entry: int) -> pl.CostEstimate:
     """Estimates pass 2 over a block of tokens, with `entry` stored bytes of each entry."""
     entries, numbers = _count_entries(blocks, vocabulary)
-    return pl.CostEstimate(
-        flops=0, bytes_accessed=entries * entry + 2 * numbers, transcendentals=2 * entries
-    )
+    moved = entries * entry + 2 * numbers
+    return pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=2 * entries)
 
 
 def estimate_gradient_cost(

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from copsd_jax.losses import divergences, split_vocabulary, token_blocks, token_values
+from copsd_jax.losses import split_vocabulary, token_blocks, token_values
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
 CALLS = 4  # blocks of tokens in a call that has the head's gradient
@@ -33,25 +33,6 @@ class KernelOptions:
 DEFAULT = KernelOptions()
 
 
-class SweepFunction(Protocol):
-    """A chip's sweep; `divergence_tpu.sweep` describes it."""
-
-    def __call__(
-        self,
-        settings: divergences.Divergence,
-        hidden: tuple[jax.Array, jax.Array],
-        heads: tuple[jax.Array, ...],
-        inputs: token_values.TokenInputs,
-        shard: split_vocabulary.VocabularyShard,
-        *,
-        train_head: bool,
-        blocks: block_sizes.Blocks | None,
-        interpret: bool,
-    ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
-        """Sweeps a device's rows; see `divergence_tpu.sweep`."""
-        ...
-
-
 def _sweep_tpu(*args, **keywords):
     # Imported lazily: only a TPU, or a test, needs Mosaic.
     from copsd_jax.losses.pallas import divergence_tpu
@@ -70,12 +51,12 @@ class Kernel(NamedTuple):
     """The kernels of one kind of chip.
 
     Attributes:
-      sweep: statistics and gradients of a device's rows.
+      sweep: statistics and gradients of a device's rows; see `divergence_tpu.sweep`.
       choose_blocks: `block_sizes.choose_tpu`, or the counterpart of the chip.
       lanes: the kernels take widths that are multiples of it.
     """
 
-    sweep: SweepFunction
+    sweep: Callable[..., tuple]
     choose_blocks: Callable[..., block_sizes.Blocks]
     lanes: int
 
@@ -87,17 +68,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 def sweep_live(
-    name: str,
-    options: KernelOptions,
-    settings: divergences.Divergence,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    inputs: token_values.TokenInputs,
-    shard: split_vocabulary.VocabularyShard,
-    live_T: jax.Array,
-    *,
-    gradient: bool,
-    train_head: bool,
+    name: str, options: KernelOptions, sweep: split_vocabulary.Sweep, rows: tuple, live_T: jax.Array
 ) -> tuple[tuple[token_values.TokenStats, jax.Array | None], jax.Array | None]:
     """Sweeps a device's live rows in calls of a kernel, which always takes the gradient.
 
@@ -107,39 +78,30 @@ def sweep_live(
     Args:
       name: a name of `KERNELS`.
       options: of the kernels.
-      settings: of the divergence.
-      hidden: of student and teacher, [T, D] each.
-      heads: [V, D] in the states' dtype; one where both sides share it.
-      inputs: [T].
-      shard: this device's part of the vocabulary.
+      sweep: constants of the sweep; heads in the states' dtype.
+      rows: the states of student and teacher, [T, D] each, and `TokenInputs`.
       live_T: bool; other rows may hold anything.
-      gradient: False gives None for the gradient to the states.
-      train_head: whether the head's gradient is wanted.
 
     Returns:
       (TokenStats, gradient to the student's states [T, D]), and the head's gradient [V, D] or None.
     """
-    kernel, width = KERNELS[name], hidden[0].shape[1]
-    heads = tuple(_pad_width(head, kernel.lanes) for head in heads)
-    blocks = options.blocks
-    if blocks is None:
-        entries, padded = heads[0].shape
-        blocks = kernel.choose_blocks(
-            options.chip, padded, entries, heads[0].dtype, tied=len(heads) == 1,
-            train_head=train_head,
-        )  # fmt: skip
+    kernel, width = KERNELS[name], rows[0][0].shape[1]
+    heads = tuple(_pad_width(head, kernel.lanes) for head in sweep.heads)
+    (entries, padded), train_head = heads[0].shape, sweep.train_head
+    blocks = options.blocks or kernel.choose_blocks(
+        options.chip, padded, entries, heads[0].dtype, tied=len(heads) == 1, train_head=train_head
+    )
 
-    def sweep(rows: tuple) -> tuple:
-        (hidden_s_TD, hidden_t_TD), inputs = rows
-        hidden = _pad_width(hidden_s_TD, kernel.lanes), _pad_width(hidden_t_TD, kernel.lanes)
+    def call(rows: tuple) -> tuple:
+        hidden, inputs = rows
+        rows = tuple(_pad_width(x, kernel.lanes) for x in hidden), inputs
         stats, grad_hidden_TD, grad_head_VD = kernel.sweep(
-            settings, hidden, heads, inputs, shard, train_head=train_head, blocks=blocks,
-            interpret=options.interpret,
-        )  # fmt: skip
-        return (stats, grad_hidden_TD[:, :width] if gradient else None), grad_head_VD
+            sweep._replace(heads=heads), rows, blocks, options.interpret
+        )
+        return (stats, grad_hidden_TD[:, :width] if sweep.gradient else None), grad_head_VD
 
     most = blocks.tokens * (CALLS if train_head else 1)
-    out, grad_head_VD = token_blocks.walk(sweep, (hidden, inputs), live_T, most)
+    out, grad_head_VD = token_blocks.walk(call, rows, live_T, most)
     return out, None if grad_head_VD is None else grad_head_VD[:, :width]
 
 

@@ -15,6 +15,7 @@ peak.
 Names: I vocabulary tiles, T tokens of a block, U width of a tile.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -22,40 +23,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from copsd_jax.losses import distributions, divergences, precision, split_vocabulary, token_values
+from copsd_jax.losses import distributions, divergences, precision, token_values
+from copsd_jax.losses import split_vocabulary as shards
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
 
 def sweep(
-    settings: divergences.Divergence,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    inputs: token_values.TokenInputs,
-    shard: split_vocabulary.VocabularyShard,
-    *,
-    train_head: bool,
-    blocks: block_sizes.Blocks | None = None,
-    interpret: bool = False,
+    sweep: shards.Sweep, rows: tuple, blocks: block_sizes.Blocks, interpret: bool = False
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
     """Sweeps a device's rows as `divergence_tpu.sweep`, for any width.
 
     Arguments, results and their shapes are the same, but for the block sizes, which are those of
     `block_sizes.choose_gpu`.
     """
-    row_statistics.check_inputs(settings, hidden, heads, shard)
-    size, width = heads[0].shape
-    if blocks is None:
-        blocks = block_sizes.choose_gpu("", width, size, hidden[0].dtype, train_head=train_head)
-    passes = row_statistics.Passes(
-        functools.partial(_logits_pass, settings, blocks, interpret),
-        _coefficients,
-        functools.partial(_sums_pass, settings, blocks, interpret),
-        functools.partial(_gradient_pass, settings, blocks, interpret),
-    )
-    return row_statistics.sweep_blocks(
-        settings, passes, hidden, heads, inputs, shard, train_head=train_head,
-        block=block_sizes.even_rows(inputs.tokens_T.shape[0], blocks.tokens, 8),
-    )  # fmt: skip
+    tokens = block_sizes.even_rows(len(rows[1].tokens_T), blocks.tokens, 8)
+    blocks = dataclasses.replace(blocks, tokens=tokens)
+    return row_statistics.sweep_blocks(PASSES, sweep, rows, blocks, interpret)
 
 
 def _coefficients(
@@ -76,9 +59,7 @@ def _coefficients(
 # --- kernels: one row and one tile a program ------------------------------------------------------
 
 
-def _logit(
-    settings: divergences.Divergence, logits_ref, row: jax.Array, width: int, here: jax.Array
-):
+def _logit(settings: divergences.Divergence, logits_ref, row, width: int, here: jax.Array):
     """Loads z / τ of a tile, with EMPTY past the last real entry, and the mask of real entries."""
     start = pl.program_id(1) * width
     real_U = start + jnp.arange(width, dtype=jnp.int32) < here
@@ -147,9 +128,8 @@ def _sums_kernel(settings, width, here_ref, row_ref, *refs):
 def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
     """Writes dz of a tile (pass 3)."""
     logits_refs, dz_ref = refs[:logits], refs[logits]
-    student, teacher, (slope, place, miss) = _sides(
-        settings, logits_refs, width, here_ref[0], row_ref
-    )
+    student, teacher, numbers = _sides(settings, logits_refs, width, here_ref[0], row_ref)
+    slope, place, miss = numbers
     start = pl.program_id(1) * width
     entry_U = start + jnp.arange(width, dtype=jnp.int32)
     if settings.divergence == "sampled":
@@ -170,6 +150,7 @@ def _call(kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes
     """Runs one program a row and tile over whole arrays in HBM; the last operand has V columns."""
     tokens = out_shape[0].shape[-1] if out_shape[0].ndim == 3 else out_shape[0].shape[0]
     size = operands[-1].shape[1]
+    entries = tokens * size
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         kernel,
@@ -179,9 +160,7 @@ def _call(kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=1),
         cost_estimate=pl.CostEstimate(
-            flops=0,
-            bytes_accessed=tokens * size * entry_bytes,
-            transcendentals=2 * tokens * size,
+            flops=0, bytes_accessed=entries * entry_bytes, transcendentals=2 * entries
         ),
         interpret=interpret,
         name=name,
@@ -195,18 +174,12 @@ def _numbers(tokens: int, size: int, blocks: block_sizes.Blocks) -> jax.ShapeDty
 
 def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
     """Returns the logits, [2T, V] or twice [T, V], and the statistics [I, 8, T]."""
-    if len(heads) == 1:
-        stored = (precision.dot(jnp.concatenate(hidden), heads[0], 1, 1),)
-    else:
-        stored = tuple(
-            precision.dot(x_TD, head_VD, 1, 1) for x_TD, head_VD in zip(hidden, heads, strict=True)
-        )
+    rows = (jnp.concatenate(hidden),) if len(heads) == 1 else hidden
+    stored = tuple(precision.dot(*pair, 1, 1) for pair in zip(rows, heads, strict=True))
     kernel = functools.partial(_logits_kernel, settings, blocks.vocab)
     shape = _numbers(hidden[0].shape[0], heads[0].shape[0], blocks)
-    (stats_I8T,) = _call(
-        kernel, "divergence_stats", blocks, interpret, (here_1, *stored), [shape], 8
-    )
-    return stored, stats_I8T
+    operands = (here_1, *stored)
+    return stored, _call(kernel, "divergence_stats", blocks, interpret, operands, [shape], 8)[0]
 
 
 def _sums_pass(settings, blocks, interpret, here_1, coefficients_T8, stored) -> jax.Array:
@@ -227,12 +200,12 @@ def _gradient_pass(
     shapes = [jax.ShapeDtypeStruct((tokens, size), head_VD.dtype)]
     if fused:
         shapes.append(_numbers(tokens, size, blocks))
-    operands = (here_1, coefficients_T8, *stored)
-    item = head_VD.dtype.itemsize
-    dz_TV, *sums = _call(
-        kernel, "divergence_gradient", blocks, interpret, operands, shapes, 8 + item
-    )
+    operands, moved = (here_1, coefficients_T8, *stored), 8 + head_VD.dtype.itemsize
+    dz_TV, *sums = _call(kernel, "divergence_gradient", blocks, interpret, operands, shapes, moved)
     grad_head_VD = None
     if head_part is not None:
         grad_head_VD = head_part[1] + precision.dot(dz_TV, head_part[0], 0, 0)
     return precision.dot(dz_TV, head_VD, 1, 0), sums[0] if fused else None, grad_head_VD
+
+
+PASSES = row_statistics.Passes(_logits_pass, _coefficients, _sums_pass, _gradient_pass)

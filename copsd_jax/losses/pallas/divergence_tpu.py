@@ -37,38 +37,27 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from copsd_jax.losses import distributions, divergences, precision, split_vocabulary, token_values
+from copsd_jax.losses import distributions, divergences, precision, token_values
+from copsd_jax.losses import split_vocabulary as shards
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
 STRIP = 16  # rows of elementwise work at a time, so that it stays in registers
 
 
 def sweep(
-    settings: divergences.Divergence,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    inputs: token_values.TokenInputs,
-    shard: split_vocabulary.VocabularyShard,
-    *,
-    train_head: bool,
-    blocks: block_sizes.Blocks | None = None,
-    interpret: bool = False,
+    sweep: shards.Sweep, rows: tuple, blocks: block_sizes.Blocks, interpret: bool = False
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
     """Computes statistics and the gradients of Σ weight · value in one sweep over blocks of tokens.
 
     Call it on one device or inside shard_map; tokens are the device's own.
 
     Args:
-      settings: of the divergence.
-      hidden: of student and teacher, [T, D] each, float32 or bfloat16; D is a multiple of 128.
-      heads: this device's rows of the heads, [V, D], rounded to the hidden states' dtype. One head
-        if both sides share it: each tile is then read once for both.
-      inputs: [T].
-      shard: this device's part of the vocabulary. Maxima, sums and the hidden states' gradient are
-        joined over its axis. Rows of the heads that are padding have no probability and no
-        gradient.
-      train_head: whether the gradient of the student's head is taken.
-      blocks: see `block_sizes.choose_tpu`; None for the sizes of the chip with the smallest VMEM.
+      sweep: constants of the sweep. The heads are rounded to the hidden states' dtype. With one
+        head for both sides each tile is read once for both. Maxima, sums and the hidden states'
+        gradient are joined over the shard's axis. The states' gradient is always taken.
+      rows: the states of student and teacher, [T, D] each, float32 or bfloat16, D a multiple of
+        128; and `TokenInputs`.
+      blocks: see `block_sizes.choose_tpu`.
       interpret: whether the kernels run in interpret mode.
 
     Returns:
@@ -79,28 +68,14 @@ def sweep(
     Raises:
       ValueError: a divergence, top_k, dtypes or a width that the kernels do not take.
     """
-    row_statistics.check_inputs(settings, hidden, heads, shard)
-    size, width = heads[0].shape
+    width = rows[0][0].shape[1]
     if width % block_sizes.LANES:
         raise ValueError(
             f"the width is {width}: the TPU kernels take multiples of {block_sizes.LANES}; "
             "loss.implementation=chunked takes any"
         )
-    if blocks is None:
-        blocks = block_sizes.choose_tpu(
-            "", width, size, hidden[0].dtype, tied=len(heads) == 1, train_head=train_head
-        )
-    blocks = block_sizes.fit(blocks, inputs.tokens_T.shape[0])
-    passes = row_statistics.Passes(
-        functools.partial(_logits_pass, settings, blocks, interpret),
-        _coefficients,
-        functools.partial(_sums_pass, settings, blocks, interpret),
-        functools.partial(_gradient_pass, settings, blocks, interpret),
-    )
-    return row_statistics.sweep_blocks(
-        settings, passes, hidden, heads, inputs, shard, train_head=train_head,
-        block=blocks.tokens,
-    )  # fmt: skip
+    blocks = block_sizes.fit(blocks, len(rows[1].tokens_T))
+    return row_statistics.sweep_blocks(PASSES, sweep, rows, blocks, interpret)
 
 
 def _coefficients(
@@ -115,11 +90,8 @@ def _coefficients(
     log_t_IT = result.teacher.log_prob(sides[1].top_IT)
     rows = (slope_T, local_T.astype(jnp.float32), jnp.expm1(result.logp_T))
     rows_IT = [jnp.broadcast_to(row_T, log_s_IT.shape) for row_T in rows]
-    zeros_IT = jnp.zeros_like(log_s_IT)
-    return jnp.stack(
-        [jnp.exp(log_s_IT), jnp.exp(log_t_IT), log_t_IT - log_s_IT, *rows_IT, zeros_IT, zeros_IT],
-        axis=1,
-    )
+    sides_IT = [jnp.exp(log_s_IT), jnp.exp(log_t_IT), log_t_IT - log_s_IT]
+    return jnp.stack([*sides_IT, *rows_IT, *[jnp.zeros_like(log_s_IT)] * 2], axis=1)
 
 
 # --- stored entries ----------------------------------------------------------------------------
@@ -230,9 +202,7 @@ def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs)
     stats_ref[0] = column_ref[...].T[: row_statistics.ROW_STATS]
 
 
-def _load_sides(
-    stored_refs, strip, column: jax.Array
-) -> tuple[distributions.Distribution, distributions.Distribution]:
+def _load_sides(stored_refs, strip, column: jax.Array) -> list[distributions.Distribution]:
     """Loads both sides of a strip of entries, from the stored ones and the rows' coefficients.
 
     Both logarithms are off by the same number: the divergences take their difference.
@@ -243,7 +213,7 @@ def _load_sides(
     p = jnp.where(gap > 0, smaller, larger) * column[:, 0:1]
     q = jnp.where(gap > 0, larger, smaller) * column[:, 1:2]
     log = gap + column[:, 2:3]
-    return distributions.Distribution(p, jnp.zeros_like(p)), distributions.Distribution(q, log)
+    return [distributions.Distribution(*x) for x in ((p, jnp.zeros_like(p)), (q, log))]
 
 
 def _sums_kernel(settings, coefficients_ref, *refs):
@@ -327,9 +297,7 @@ def _whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     return pl.BlockSpec(array.shape, lambda i, r: (0, 0), pipeline_mode=pl.Buffered(1))
 
 
-def _specs(
-    blocks: block_sizes.Blocks, width: int
-) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+def _specs(blocks: block_sizes.Blocks, width: int) -> tuple[pl.BlockSpec, ...]:
     """Returns the specs of a tile of the head, of stored entries, and of the numbers of rows.
 
     The grid is [I, T/R]. The tile of the head is the outer axis, so it is read once for all rows of
@@ -411,7 +379,8 @@ def _gradient_pass(
     overwritten.
     """
     (size, width), dtype = head_VD.shape, head_VD.dtype
-    fused = row_statistics.fuses_sums(settings, head_part is not None)
+    train_head = head_part is not None
+    fused = row_statistics.fuses_sums(settings, train_head)
     head, entries, numbers = _specs(blocks, width)
     grad = jax.ShapeDtypeStruct((blocks.tokens, width), jnp.float32)
     operands = [here_1, coefficients_I8T, *stored, head_VD]
@@ -425,9 +394,9 @@ def _gradient_pass(
         operands += head_part
         in_specs += [_whole(head_part[0]), head]
         outs.append((jax.ShapeDtypeStruct((size, width), jnp.float32), head))
-    need = block_sizes.vmem_bytes(blocks, width, dtype, tied=True, train_head=head_part is not None)
+    need = block_sizes.vmem_bytes(blocks, width, dtype, tied=True, train_head=train_head)
     out = pl.pallas_call(
-        functools.partial(_gradient_kernel, settings, fused, len(stored), head_part is not None),
+        functools.partial(_gradient_kernel, settings, fused, len(stored), train_head),
         grid=_grid(blocks, size),
         in_specs=in_specs,
         out_specs=[spec for _, spec in outs],
@@ -438,14 +407,14 @@ def _gradient_pass(
             pltpu.VMEM((blocks.rows, block_sizes.LANES), jnp.float32),
         ],
         input_output_aliases=aliases,
-        compiler_params=_params(
-            need, "arbitrary", "parallel" if head_part is None else "arbitrary"
-        ),
+        compiler_params=_params(need, "arbitrary", "arbitrary" if train_head else "parallel"),
         cost_estimate=block_sizes.estimate_gradient_cost(
-            blocks, width, size, dtype, fused, head_part is not None
+            blocks, width, size, dtype, fused, train_head
         ),
         interpret=interpret,
         name="divergence_gradient",
     )(*operands)
-    sums = out[1] if fused else None
-    return out[0], sums, out[-1] if head_part is not None else None
+    return out[0], out[1] if fused else None, out[-1] if train_head else None
+
+
+PASSES = row_statistics.Passes(_logits_pass, _coefficients, _sums_pass, _gradient_pass)

@@ -17,7 +17,7 @@ hidden states' gradient at the end, and the row of the hidden states in the head
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,10 @@ from copsd_jax.losses import (
     distributions,
     divergences,
     precision,
-    split_vocabulary,
+    token_blocks,
     token_values,
 )
+from copsd_jax.losses import split_vocabulary as shards
 
 # The divergences that the kernels are tested with. They know the logarithms of an entry only up to
 # one number for both sides, so a divergence must depend on ln p - ln q alone.
@@ -38,7 +39,8 @@ ROW_STATS = 8  # numbers of a row and tile that a pass leaves or reads at most
 EMPTY = -1e30  # logit of a missing entry; below any maximum, which starts at FLOOR
 FLOOR = -1e29
 
-VocabularyShard = split_vocabulary.VocabularyShard
+Divergence = divergences.Divergence
+Sweep = shards.Sweep
 
 
 class TilePartials(NamedTuple):
@@ -99,6 +101,9 @@ class Passes(NamedTuple):
 
     `stored` is a tuple of arrays [T, V] that only the kernels read.
 
+    All but the second have the arguments (settings, blocks, interpret) in front, which
+    `sweep_blocks` binds.
+
     Attributes:
       logits: (here_1, hidden, heads) -> stored, and statistics [I, 8, T] in rows 0 to 2 (student)
         and 3 to 5 (teacher) as in `TilePartials`, 6 the student's Σ exp at the sampling
@@ -117,7 +122,7 @@ class Passes(NamedTuple):
     gradient: Callable
 
 
-def needs_sums_pass(settings: divergences.Divergence, train_head: bool) -> bool:
+def needs_sums_pass(settings: Divergence, train_head: bool) -> bool:
     """Returns whether pass 2 is needed: Σb has no closed form, or a row's factor waits for Σe."""
     if settings.divergence == "sampled":
         return False
@@ -126,7 +131,7 @@ def needs_sums_pass(settings: divergences.Divergence, train_head: bool) -> bool:
     return settings.divergence != "fkl" or settings.clip_mode == "element" or late
 
 
-def fuses_sums(settings: divergences.Divergence, train_head: bool) -> bool:
+def fuses_sums(settings: Divergence, train_head: bool) -> bool:
     """Returns whether pass 3 takes Σe as well."""
     return settings.divergence != "sampled" and not needs_sums_pass(settings, train_head)
 
@@ -154,24 +159,13 @@ def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 
     return RowSoftmax(top_T, log_T, log_T - mean_T)
 
 
-def local_rows(tokens_T: jax.Array, shard: VocabularyShard, size: int) -> jax.Array:
-    """Returns each token's row in this shard's head of `size` rows, [T].
-
-    The row is out of range where another shard has the token.
-    """
-    if shard.axis is None:
-        return tokens_T
-    index = jax.lax.axis_index(shard.axis).astype(tokens_T.dtype)
-    return tokens_T - index * size
-
-
-def count_entries_here(shard: VocabularyShard, size: int) -> jax.Array:
+def count_entries_here(shard: shards.VocabularyShard, size: int) -> jax.Array:
     """Counts the real entries among the `size` rows of this shard's head, an int32 scalar."""
     if shard.entries is None:
         return jnp.full((), size, jnp.int32)
     entries = jnp.full((), shard.entries, jnp.int32)
     if shard.axis is not None:
-        entries -= split_vocabulary.first_entry(shard.axis, size)
+        entries -= shards.first_entry(shard.axis, size)
     return jnp.clip(entries, 0, size)
 
 
@@ -189,24 +183,20 @@ def token_logits(
 
 
 def join_logits_pass(
-    settings: divergences.Divergence,
-    stats_I8T: jax.Array,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    local_T: jax.Array,
-    vocab_axis: str | None,
+    sweep: Sweep, stats_I8T: jax.Array, hidden: tuple[jax.Array, jax.Array], local_T: jax.Array
 ) -> tuple[LogitsResult, tuple[TilePartials, ...]]:
     """Joins the tiles of pass 1; also returns the statistics of both sides by tile."""
+    settings, heads, axis = sweep.settings, sweep.heads, sweep.shard.axis
     sides = tuple(TilePartials(*(stats_I8T[:, 3 * k + i] for i in range(3))) for k in (0, 1))
-    student, teacher = (join_softmax(side, vocab_axis) for side in sides)
+    student, teacher = (join_softmax(side, axis) for side in sides)
     logit_s_T, logit_t_T = (
-        token_logits(x_TD, head_VD, local_T, vocab_axis) * (1 / settings.temperature)
+        token_logits(x_TD, head_VD, local_T, axis) * (1 / settings.temperature)
         for x_TD, head_VD in zip(hidden, (heads[0], heads[-1]), strict=True)
     )
     logp_T = sampling_T = student.log_prob(logit_s_T)
     if settings.sampling_temperature != settings.temperature:
         scale = settings.temperature / settings.sampling_temperature
-        log_T = join_softmax(sides[0]._replace(sum_IT=stats_I8T[:, 6]), vocab_axis, scale).log_T
+        log_T = join_softmax(sides[0]._replace(sum_IT=stats_I8T[:, 6]), axis, scale).log_T
         sampling_T = (logit_s_T - student.top_T) * scale - log_T
     logq_T = teacher.log_prob(logit_t_T)
     return LogitsResult(student, teacher, sampling_T, logp_T, logq_T), sides
@@ -219,10 +209,7 @@ def join_sums(sums_I8T: jax.Array, vocab_axis: str | None) -> RowSums:
 
 
 def finish_stats(
-    settings: divergences.Divergence,
-    result: LogitsResult,
-    sums: RowSums,
-    inputs: token_values.TokenInputs,
+    settings: Divergence, result: LogitsResult, sums: RowSums, inputs: token_values.TokenInputs
 ) -> tuple[token_values.TokenStats, jax.Array]:
     """Computes TokenStats, and the factor of each row's gradient without its weight, [T].
 
@@ -237,9 +224,8 @@ def finish_stats(
         if settings.clip_mode != "element":
             unread = distributions.Distribution(mass_T, mass_T)  # mode element alone reads it
             mass_T = clips.clipped_mass(sums.e_T, None, unread, settings)
-    ratio_T = clips.importance_ratio(
-        result.sampling_T, inputs.logp_old_T, inputs.logp_rollout_T, settings
-    )
+    old_T, rollout_T = inputs.logp_old_T, inputs.logp_rollout_T
+    ratio_T = clips.importance_ratio(result.sampling_T, old_T, rollout_T, settings)
     stats = token_values.TokenStats(
         value_T * ratio_T, result.logp_T, result.logq_T, result.sampling_T,
         result.student.entropy_T, result.teacher.entropy_T, mass_T, ratio_T,
@@ -247,17 +233,13 @@ def finish_stats(
     return stats, factor_T * ratio_T * (1 / settings.temperature)
 
 
-def check_inputs(
-    settings: divergences.Divergence,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    shard: VocabularyShard,
-) -> None:
+def check_inputs(sweep: Sweep, hidden: tuple[jax.Array, jax.Array]) -> None:
     """Checks that the kernels take these settings and arrays.
 
     Raises:
       ValueError: an unknown divergence, top_k, dtypes, heads or a vocabulary that they do not take.
     """
+    settings, heads, shard, *_ = sweep
     if settings.divergence not in DIVERGENCES:
         raise ValueError(
             f"divergence is {settings.divergence!r}: the kernels know {', '.join(DIVERGENCES)}; "
@@ -284,55 +266,48 @@ def check_inputs(
 
 
 def sweep_blocks(
-    settings: divergences.Divergence,
-    passes: Passes,
-    hidden: tuple[jax.Array, jax.Array],
-    heads: tuple[jax.Array, ...],
-    inputs: token_values.TokenInputs,
-    shard: VocabularyShard,
-    *,
-    train_head: bool,
-    block: int,
+    passes: Passes, sweep: Sweep, rows: tuple, blocks: Any, interpret: bool
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
-    """Runs all passes over blocks of `block` tokens; rows of zeros fill the last block.
+    """Runs all passes over blocks of `blocks.tokens` tokens; rows of zeros fill the last block.
 
     Arguments, results and their shapes are those of `divergence_tpu.sweep`. The heads are rounded
     here to the hidden states' dtype.
     """
-    heads = tuple(head_VD.astype(hidden[0].dtype) for head_VD in heads)
-    grad_head_VD = jnp.zeros(heads[0].shape, jnp.float32) if train_head else None
-    body = functools.partial(_sweep_block, settings, passes, heads, shard)
+    hidden, inputs = rows
+    check_inputs(sweep, hidden)
+    heads = tuple(head_VD.astype(hidden[0].dtype) for head_VD in sweep.heads)
+    logits, coefficients, *others = passes
+    bind = lambda run: functools.partial(run, sweep.settings, blocks, interpret)  # noqa: E731
+    bound = Passes(bind(logits), coefficients, *map(bind, others))
+    grad_head_VD = jnp.zeros(heads[0].shape, jnp.float32) if sweep.train_head else None
+    body = functools.partial(_sweep_block, bound, sweep._replace(heads=heads))
     count = inputs.tokens_T.shape[0]
-    blocks = -(-count // block)
 
     def split(x: jax.Array) -> jax.Array:
-        pad = ((0, blocks * block - count), *((0, 0) for _ in x.shape[1:]))
-        return jnp.pad(x, pad).reshape(blocks, block, *x.shape[1:])
+        x = token_blocks.pad(x, blocks.tokens)
+        return x.reshape(-1, blocks.tokens, *x.shape[1:])
 
-    grad_head_VD, out = jax.lax.scan(body, grad_head_VD, jax.tree.map(split, (hidden, inputs)))
+    grad_head_VD, out = jax.lax.scan(body, grad_head_VD, jax.tree.map(split, rows))
     stats, grad_TD = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
     return stats, grad_TD, grad_head_VD
 
 
 def _sweep_block(
-    settings: divergences.Divergence,
-    passes: Passes,
-    heads: tuple[jax.Array, ...],
-    shard: VocabularyShard,
-    grad_head_VD: jax.Array | None,
-    rows: tuple,
+    passes: Passes, sweep: Sweep, grad_head_VD: jax.Array | None, rows: tuple
 ) -> tuple[jax.Array | None, tuple[token_values.TokenStats, jax.Array]]:
     """Runs all passes over one block: the body of the scan over blocks."""
     hidden, inputs = rows
-    axis, size, train_head = shard.axis, heads[0].shape[0], grad_head_VD is not None
-    here_1 = count_entries_here(shard, size)[None]
-    local_T = local_rows(inputs.tokens_T, shard, size)
+    settings, heads, axis, local_T = sweep.settings, sweep.heads, sweep.shard.axis, inputs.tokens_T
+    size = heads[0].shape[0]
+    here_1 = count_entries_here(sweep.shard, size)[None]
+    if axis is not None:  # the token's row in this shard's head, out of range if another has it
+        local_T = local_T - shards.first_entry(axis, size)
     stored, stats_I8T = passes.logits(here_1, hidden, heads)
-    result, sides = join_logits_pass(settings, stats_I8T, hidden, heads, local_T, axis)
+    result, sides = join_logits_pass(sweep, stats_I8T, hidden, local_T)
     zeros_T = jnp.zeros_like(result.logp_T)
     coefficients = passes.coefficients(result, sides, local_T, zeros_T)
     sums = RowSums(*[zeros_T] * 4)
-    if needs_sums_pass(settings, train_head):
+    if needs_sums_pass(settings, sweep.train_head):
         sums = join_sums(passes.sums(here_1, coefficients, stored), axis)
         coefficients = passes.coefficients(result, sides, local_T, sums.b_T / sums.p_T)
     head_part = None

@@ -1,0 +1,76 @@
+"""The cache of decode attention, its partial softmax, and the parts that its kernels share."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LENGTH_MULTIPLE = 128  # every form needs a cache length A that is a multiple of this
+
+
+class Cache(NamedTuple):
+    """Keys (RoPE applied) and values of all layers, and the scales of an int8 cache."""
+
+    k: jax.Array  # [layers, J, K, A, H], float32, bfloat16 or int8
+    v: jax.Array
+    k_scale: jax.Array | None = None  # float32 [layers, J, K, A]; None unless int8
+    v_scale: jax.Array | None = None
+
+
+class PartialSoftmax(NamedTuple):
+    """The share of some keys in a softmax over more keys.
+
+    Attributes:
+      out_JKMH: float32, sum over these keys of exp(logit - top) times value.
+      top_JKM: float32, the largest logit; visibility.MASKED_LOGIT if no key is seen.
+      total_JKM: float32, sum of exp(logit - top).
+    """
+
+    out_JKMH: jax.Array
+    top_JKM: jax.Array
+    total_JKM: jax.Array
+
+
+def check_length(length: int) -> None:
+    """Checks the length A of a cache for the kernels.
+
+    Raises:
+      ValueError: it is no multiple of LENGTH_MULTIPLE.
+    """
+    if length % LENGTH_MULTIPLE or not length:
+        raise ValueError(
+            f"the cache length is {length}: it must be a multiple of {LENGTH_MULTIPLE}"
+        )
+
+
+def count_cost(q_shape: tuple[int, ...], dtype: jnp.dtype, entries: float) -> dict[str, int]:
+    """Counts FLOPs and bytes of one call, as the fields of a `pallas.CostEstimate`.
+
+    Args:
+      q_shape: [J, K, M, H].
+      dtype: type of the cache; an int8 entry has a float32 scale.
+      entries: entries of a slot that are read, on average over all J slots.
+    """
+    slots, heads, queries, size = q_shape
+    dtype = jnp.dtype(dtype)
+    total = slots * heads * entries
+    read = total * 2 * (size * dtype.itemsize + 4 * (dtype == jnp.int8))
+    return {
+        "flops": round(4 * total * queries * size),
+        "transcendentals": round(total * queries),
+        "bytes_accessed": round(read + slots * heads * queries * (8 * size + 8)),
+    }
+
+
+def multiply(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """Multiplies a [..., R, X] and b over X and `axis` of b, summed in float32, to [..., R, S].
+
+    The axes in front are those of a batch, which b has too; S is the remaining axis of b.
+    """
+    batch = tuple(range(a.ndim - 2))
+    # By default a TPU's matrix unit and tensor cores would round float32 to fewer bits.
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((a.ndim - 1,), (axis,)), (batch, batch)),
+        precision=exact, preferred_element_type=jnp.float32,
+    )  # fmt: skip
