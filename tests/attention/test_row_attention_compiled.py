@@ -66,8 +66,8 @@ def attention(devices, form, K, M, H, L, parents, ways) -> dict:
 
     def gradient(q, k, v, ids, parents, prefix, g):
         seen = visibility.Visibility(ids, parents)
-        attend = lambda *qkv: row_attention.attend(  # noqa: E731
-            visibility.RowInputs(*qkv, seen, prefix), form, 512
+        attend = lambda q, k, v: row_attention.attend(  # noqa: E731
+            visibility.RowInputs(q, k, v, seen, prefix), form, 512
         )
         return jax.vjp(attend, q, k, v)[1](g)
 
