@@ -155,16 +155,15 @@ def test_compiles_for_h200_without_copies_of_the_cache():
 def test_lowers_without_device_or_plugin(platform, dtype, size):
     shape = jax.ShapeDtypeStruct
     q, index = shape((16, 3, 3, size), "bfloat16"), shape((16,), "int32")
-    cache = shape((4, 16, 3, 512, size), dtype)
-    scale = shape(cache.shape[:4], "float32") if dtype == "int8" else None
+    cache: Any = shape((4, 16, 3, 512, size), dtype)
+    scale: Any = shape(cache.shape[:4], "float32") if dtype == "int8" else None
     kernel, call = {
         "tpu": (decode_attention_tpu, "tpu_custom_call"),
         "cuda": (decode_attention_gpu, "__gpu$xla.gpu.triton"),
     }[platform]
     with without_devices.without_device(platform):
-        traced = jax.jit(kernel.attend).trace(
-            q, cache, cache, scale, scale, shape((), "int32"), index
-        )
+        caches = decode_cache.Cache(cache, cache, scale, scale)
+        traced = jax.jit(kernel.attend).trace(q, caches, shape((), "int32"), index)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count(f"custom_call @{call}") == 1
     # The kernel gets both caches whole: nothing else computes with them.
