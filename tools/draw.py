@@ -1,6 +1,6 @@
 """Draws lines of code, or sentences, for a reader who judges the project's names and its English.
 
-    python tools/draw.py lines --seed=1 [--count=40]       # each with its function; no file names
+    python tools/draw.py lines --seed=1 [--count=40]       # each with the head of its function
     python tools/draw.py lines --seed=1 --answers          # the same, with the folder of each
     python tools/draw.py sentences --seed=1 [--count=300]  # of code and documents
 
@@ -27,8 +27,16 @@ def folder_of(path: pathlib.Path) -> str:
     return path.relative_to(PACKAGE).parts[0]
 
 
+def _head(top: ast.FunctionDef | ast.ClassDef) -> str:
+    """Returns the first line of a definition as one line: a function's with its arguments."""
+    if isinstance(top, ast.ClassDef):
+        return f"class {top.name}"
+    returned = f" -> {ast.unparse(top.returns)}" if top.returns else ""
+    return f"def {top.name}({ast.unparse(top.args)}){returned}"
+
+
 def statements() -> list[tuple[str, str, str]]:
-    """Returns (folder, enclosing definition, statement) of every statement that says something.
+    """Returns (folder, head of the enclosing definition, statement) of every statement that says something.
 
     A statement counts if it stands in a function or a class, and uses at least three names of four
     and more letters.
@@ -45,8 +53,7 @@ def statements() -> list[tuple[str, str, str]]:
                 source = " ".join((ast.get_source_segment(text, node) or "").split())
                 names = set(re.findall(r"[A-Za-z_]{4,}", source))
                 if len(names) >= 3 and not isinstance(getattr(node, "value", None), ast.Constant):
-                    kind = "class" if isinstance(top, ast.ClassDef) else "def"
-                    found.append((folder_of(path), f"{kind} {top.name}", source[:300]))
+                    found.append((folder_of(path), _head(top), source[:300]))
     return found
 
 
