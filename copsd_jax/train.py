@@ -16,7 +16,6 @@ from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import batches, languages
 from copsd_jax.runtime import checkpoint, processes, sharding, workdir
 from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
-from copsd_jax.training.rollouts import StepInputs
 from copsd_jax.training.train_step import State
 
 
@@ -112,7 +111,7 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
         for step in range(first, first if guard["stopped"] else c.train.steps):
             number = step + 1  # in files and messages, which count from 1
             factor = np.float32(guard["factor"])
-            state, work, values = _step(r, state, next(order), step, factor, timer)
+            state, records, values = _step(r, state, next(order), step, factor, timer)
             write(number, values)
             guard, events = guards.apply_rules(plan.guards, guard, number, values)
             if events:
@@ -120,18 +119,18 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
                 workdir.write_jsonl(directory / "events.jsonl", said)
             if c.train.log_rollouts:
                 file = workdir.step_file(directory, "rollouts", number)
-                workdir.write_jsonl(file, work.records)
+                workdir.write_jsonl(file, records)
             last = number == c.train.steps or bool(guard["stopped"])
             # The checkpoint comes last: a continued run finds the metrics and records of all steps
             # before its checkpoint, and writes those of later steps again.
             if number % c.train.save_every == 0 or last:
                 checkpoints.save(number, state)
             shown = {name: values[name] for name in ("loss", "correct") if name in values}
-            progress.update(number, int(values["completion_tokens"] * len(work.records)), **shown)
-            lines = summary.format_failures(number, work.records)
+            progress.update(number, int(values["completion_tokens"] * len(records)), **shown)
+            lines = summary.format_failures(number, records)
             lines += [f"guard: {event.text}" for event in events]
             if step == first or last or number % max(1, c.train.steps // 3) == 0:
-                lines.append(summary.format_sample(number, work.records))
+                lines.append(summary.format_sample(number, records))
             if lines:
                 progress.close()
                 print(*lines, sep="\n", flush=True)
@@ -143,8 +142,8 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
     return state, guard["stopped"]
 
 
-def _step(r, state, rows, step: int, factor: np.float32, timer) -> tuple[State, StepInputs, dict]:
-    """Trains on a batch of the rows; returns the next state, the inputs and the metrics."""
+def _step(r, state, rows, step: int, factor: np.float32, timer) -> tuple[State, list[dict], dict]:
+    """Trains on a batch of the rows; returns the next state, the records and the metrics."""
     with timer("rollout"):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
     with timer("packing"):
@@ -161,7 +160,8 @@ def _step(r, state, rows, step: int, factor: np.float32, timer) -> tuple[State, 
         "learning_rate": float(r.rate(step)) * float(factor),
         **timer.take(),
     }
-    return state, work, values
+    # Without the inputs: their keys and values are freed before the next step.
+    return state, work.records, values
 
 
 def _warms_up(plan: run_plan.Plan) -> bool:

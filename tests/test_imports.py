@@ -104,7 +104,7 @@ def test_settings_are_read_without_jax():
 
 
 def code_lines(text: str) -> set[int]:
-    """The lines of a file that are neither blank nor part of a comment or docstring."""
+    """The numbers of the lines that are neither blank nor of a comment or docstring."""
     lines = text.splitlines()
     code = {n for n, line in enumerate(lines, 1) if line.strip() and line.strip()[0] != "#"}
     for node in ast.walk(ast.parse(text)):

@@ -36,7 +36,7 @@ def _head(top: ast.FunctionDef | ast.ClassDef) -> str:
 
 
 def statements() -> list[tuple[str, str, str]]:
-    """Returns (folder, head of the enclosing definition, statement) of every statement that says something.
+    """Returns (folder, head of the definition around it, text) of the statements worth drawing.
 
     A statement counts if it stands in a function or a class, and uses at least three names of four
     and more letters.

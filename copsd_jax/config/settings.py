@@ -33,7 +33,8 @@ def default() -> Config:
     config: dict[str, Any] = {}
     for name, setting in SETTINGS.items():
         section, _, key = name.rpartition(".")
-        (config.setdefault(section, {}) if section else config)[key] = setting.default
+        holder = config.setdefault(section, {}) if section else config
+        holder[key] = setting.default
     return config_dict.ConfigDict(config).lock()
 
 
@@ -154,7 +155,7 @@ def choices(name: str, tables: Tables) -> tuple[str, ...]:
     if not isinstance(allowed, Choices) or (allowed.table and tables is None):
         return ()
     found = tuple(tables[name]) if allowed.table and tables else allowed.names
-    return found + ("module:function",) * allowed.function
+    return (*found, "module:function") if allowed.function else found
 
 
 def spell(name: str, when: Condition | ListedBy, tables: Tables) -> str:

@@ -45,7 +45,8 @@ def make_batch(
       share of completions whose group has unequal rewards.
     """
     done = rollouts.sample_rollouts(r, state, rows, step)
-    asked, completions = ([x.ids for x in each] for each in (done.asked, done.completions))
+    asked = [prompt.ids for prompt in done.asked]
+    completions = [completion.ids for completion in done.completions]
     prefix = len(done.asked[0].prefix_ids)
     batch = layout.build_batch(asked, None, completions, student_prefix=prefix)
     batch = add_advantages(r.plan.config, done, batch, successes_only=False)

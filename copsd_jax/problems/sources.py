@@ -98,7 +98,8 @@ def _find_tfds_folder(setting: str, path: str, name: str) -> pathlib.Path:
 
     name, _, version = name.partition(":")
     root = pathlib.Path(constants.DATA_DIR).expanduser() / name
-    versions = list(map(str, version_lib.list_all_versions(root)))
+    every = map(str, version_lib.list_all_versions(root))
+    versions = [v for v in every if (root / v / constants.DATASET_INFO_FILENAME).is_file()]
     if not versions or (version and version not in versions):
         have = f"it has {', '.join(versions)}" if versions else "there is none"
         raise FileNotFoundError(

@@ -235,14 +235,16 @@ def _read_calls(text: str) -> _Calls:
 
 def _read_gold_calls(gold: str) -> _Calls:
     """Reads calls from a text like a completion's, or ToolAlpaca's list of {"Action", ...}."""
-    listed = gold.lstrip().startswith("[")
-    names, arguments = (collections.Counter(), {}) if listed else _read_calls(gold)
-    for call in _DECODER.decode(gold) if listed else ():
-        if not isinstance(call, dict) or not isinstance(call.get("Action"), str):
-            raise ValueError("a call of the list has no Action")
-        names[call["Action"]] += 1
-        given = call.get("Action_Input")
-        arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)
+    if not gold.lstrip().startswith("["):
+        names, arguments = _read_calls(gold)
+    else:
+        names, arguments = collections.Counter(), {}
+        for call in _DECODER.decode(gold):
+            if not isinstance(call, dict) or not isinstance(call.get("Action"), str):
+                raise ValueError("a call of the list has no Action")
+            names[call["Action"]] += 1
+            given = call.get("Action_Input")
+            arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)
     if not names:
         # Otherwise a completion without any call would equal it, with two empty dictionaries.
         raise ValueError("it has no Action")
@@ -363,5 +365,7 @@ def check_gold_answers(kind: str, golds: Mapping[str, str], setting: str) -> Non
     Raises:
       ValueError: names the first such row.
     """
-    for row, gold in golds.items() if kind in REWARDS else ():
+    if kind not in REWARDS:
+        return
+    for row, gold in golds.items():
         _read_gold(kind, gold, f"row {row!r} of {setting}")

@@ -180,7 +180,7 @@ def _stored(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
 def _axes(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
     """Returns the table's entry of a name."""
     if name not in PARTITIONS:
-        raise ValueError(f"no partition for parameter {name!r}: add it to mesh.PARTITIONS")
+        raise ValueError(f"no partition for parameter {name!r}: add it to sharding.PARTITIONS")
     axes = PARTITIONS[name]
     if len(axes) != len(shape):
         raise ValueError(f"{name} has shape {shape}, but its partition {axes}")

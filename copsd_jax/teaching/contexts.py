@@ -100,13 +100,14 @@ def _show_reference(settings: Settings, attempt: Attempt, reply: Reply) -> Conve
 
 def _show_crosslingual(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation:
     """Builds COPSD's conversation; without the solution there is no transition from it."""
-    english = ("problem_en",) * settings.problem_en
-    solution = ("solution", "transition") * settings.solution
+    english = ("problem_en",) if settings.problem_en else ()
+    solution = ("solution", "transition") if settings.solution else ()
     return (_user("problem", *english, *solution, "instruction"),)
 
 
 def _list_crosslingual_fields(settings: Settings) -> tuple[str, ...]:
-    return ("problem_en",) * settings.problem_en + ("solution",) * settings.solution
+    english = ("problem_en",) if settings.problem_en else ()
+    return (*english, "solution") if settings.solution else english
 
 
 def _show_other_problem(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
@@ -128,7 +129,8 @@ def _show_sibling(settings: Settings, attempt: Attempt, reply: Reply) -> Convers
     """Builds SDPO's re-prompt: a successful sibling, and feedback if context.feedback says so."""
     sibling = attempt.sibling
     wanted = {"never": False, "always": True, "without_sibling": not sibling}[settings.feedback]
-    return _ask_again(Section("sibling", sibling), Section("feedback", attempt.feedback * wanted))
+    feedback = attempt.feedback if wanted else ""
+    return _ask_again(Section("sibling", sibling), Section("feedback", feedback))
 
 
 def _list_sibling_inputs(settings: Settings) -> tuple[str, ...]:

@@ -63,7 +63,9 @@ def _render(tokenizer: Tokenizer, messages: list[dict], thinking: str) -> str:
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     if thinking != "none":
         options["enable_thinking"] = thinking != "off"
-    return str(tokenizer.apply_chat_template(messages, **options))
+    text = tokenizer.apply_chat_template(messages, **options)
+    assert isinstance(text, str)  # tokenize=False; the annotation has other types too
+    return text
 
 
 def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: str) -> None:

@@ -129,7 +129,7 @@ def _find_error(settings: Settings, text: str, reply: Reply) -> tuple[tuple[int,
     """Finds the characters of the error, by its quote or by a critique's step; None if none."""
     steps = solution_steps.split_steps(text)
     named = steps[reply.step - 1] if reply.step and reply.step <= len(steps) else None
-    if not reply.quote:
+    if not reply.quote.strip():
         if named:
             return (named.start, named.end), "step"
         return None, "failed" if reply.step else "no_quote"

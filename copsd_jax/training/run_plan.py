@@ -123,7 +123,8 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     guards.check_metrics(rules)
     # The cheap checks come first: files of problems, then devices, then the model's headers.
     written = _author_replies(config) if train else {}
-    rows, dropped = eval_rows, eval_dropped = [], collections.Counter()
+    rows, dropped = [], collections.Counter()
+    eval_rows, eval_dropped = [], collections.Counter()
     if train:
         rows, dropped = problem_selection.load_train_rows(config, context, registry)
     if evaluate:
@@ -192,7 +193,8 @@ def _connect(
     """Checks that the server answers and has room for the texts that it draws; returns it."""
     server = remote_engine.connect(server)
     if room := server.max_model_len:
-        drawn = ["student"] * config_lib.traits(config).samples + ["evaluation", "author"]
+        training = ["student"] if config_lib.traits(config).samples else []
+        drawn = [*training, "evaluation", "author"]
         place = f"the {room} that {server.api.url} holds (sampler.max_model_len)"
         asked = {side: longest[side] for side in drawn if longest.get(side)}
         prompt_lengths.check_room(config, asked, room, place)

@@ -245,6 +245,11 @@ def test_tfds_round_trip_without_tensorflow(tmp_path, monkeypatch):
     build_tfds.build_tfds(path, "my_math", str(tmp_path / "tfds"), version="10.0.0")
     with pytest.raises(ValueError, match=r"write tfds:NAME/SPLIT"):
         sources.load_rows("tfds:my_math", ("sw",))
+    # A folder without the data set's description is no version: a copy that was cut short.
+    (tmp_path / "tfds" / "my_math" / "11.0.0").mkdir()
+    assert sources.load_rows("tfds:my_math/train", ("sw",), **kwargs)
+    with pytest.raises(FileNotFoundError, match=r"11\.0\.0 in .*: it has 1\.0\.0, 10\.0\.0$"):
+        sources.load_rows("tfds:my_math:11.0.0/train", ("sw",), **kwargs)
     assert "tensorflow" not in sys.modules
 
 

@@ -49,6 +49,7 @@ def quoting(quote):
         (quoting("nothing alike"), {"on_failure": "full"}, (TEXT, True, "failed")),
         (quoting(""), {}, ("", False, "no_quote")),
         (quoting(""), {"on_failure": "full"}, (TEXT, True, "no_quote")),
+        (quoting(" "), {}, ("", False, "no_quote")),
         (
             quoting("so 4 were taken from 15, which leaves 12."),
             {"on_failure": "step"},

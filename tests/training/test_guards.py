@@ -180,7 +180,8 @@ def test_a_later_step_without_the_metric_does_not_count():
 
 
 def test_the_buckets_of_the_metrics_names_are_those_that_are_made():
-    assert list(token_stats.by_position([1.0] * 600, [1] * 600)) == list(token_stats.BUCKETS)
+    made = token_stats.by_position([1.0] * 600, [1] * 600)
+    assert {f"divergence_at_{bucket}" for bucket in made} <= set(guards.METRICS)
 
 
 @pytest.mark.parametrize("first", [0.0, -3.0])
