@@ -10,7 +10,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import jax
 import numpy as np
@@ -36,9 +36,15 @@ def connect(config: config_lib.Config) -> None:
     m = config.mesh
     if not m.coordinator or jax.distributed.is_initialized():
         return
-    known = () if m.coordinator == "auto" else (m.coordinator, m.processes, m.process)
+    known: dict[str, Any] = {}
+    if m.coordinator != "auto":
+        known = {
+            "coordinator_address": m.coordinator,
+            "num_processes": m.processes,
+            "process_id": m.process,
+        }
     try:
-        jax.distributed.initialize(*known, heartbeat_timeout_seconds=m.heartbeat)
+        jax.distributed.initialize(**known, heartbeat_timeout_seconds=m.heartbeat)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"mesh.coordinator is {m.coordinator!r}: {reason}") from error

@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import processes
@@ -176,19 +177,20 @@ def read_json(path: pathlib.Path) -> dict:
 
 def write_json(path: pathlib.Path, value: object) -> None:
     """Writes a JSON file on the leading process alone."""
-    _write(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    _write(path, lambda: [json.dumps(value, ensure_ascii=False, indent=1) + "\n"])
 
 
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
     """Writes one row a line, on the leading process alone."""
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write(path, lambda: (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def _write(path: pathlib.Path, make_lines: Callable[[], Iterable[str]]) -> None:
     """Renames a complete file into place, so that a reader never meets half of it."""
     if processes.is_leader():
         temporary = path.with_suffix(path.suffix + ".part")
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.writelines(make_lines())
         temporary.replace(path)
 
 

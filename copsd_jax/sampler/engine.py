@@ -178,12 +178,19 @@ def init_state(decoder: transformer.Decoder, slots: int, length: int, dtype: Any
         zeros(jnp.int32), zeros(jnp.uint32, 2), zeros(jnp.int32),
         truncation.RowSettings(*map(zeros, truncation.ROW_DTYPES)),
     )  # fmt: skip
-    numbers = [zeros(jnp.int32) for _ in range(3)]
     return DecodeState(
         decode_attention.create_cache(
             c.n_layers, slots, decoder.key_heads, length, c.head_dim, dtype
         ),
-        Slots(zeros(decoder.dtype, c.d_model), zeros(bool), zeros(bool), *numbers, request=request),
+        Slots(
+            hidden_JD=zeros(decoder.dtype, c.d_model),
+            fresh_J=zeros(bool),
+            live_J=zeros(bool),
+            token_J=zeros(jnp.int32),
+            index_J=zeros(jnp.int32),
+            drawn_J=zeros(jnp.int32),
+            request=request,
+        ),
     )
 
 

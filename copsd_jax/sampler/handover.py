@@ -52,9 +52,11 @@ class HandOver:
             return policy_lib.Policy(merged, scale=scale)
         if self._gather or self._int8:
             frozen = params is self._frozen
-            kept = self._base if frozen else None
-            params = kept or self._convert(scale, self._int8, params, None)
-            self._base = params if frozen else self._base
+            if frozen and self._base is not None:
+                params = self._base
+            else:
+                params = self._convert(scale, self._int8, params, None)
+                self._base = params if frozen else self._base
         if adapter is not None and self._gather:
             adapter = self._convert(scale, False, adapter)
         return policy_lib.Policy(params, adapter, scale)
@@ -64,7 +66,7 @@ class HandOver:
         return self._base
 
     def _convert(self, scale: float, int8: bool, *trees: Any) -> Any:
-        """Moves one tree, or the base with an adapter or None."""
+        """Moves an adapter, or a base that it merges with an adapter and quantises if asked."""
         shapes = jax.eval_shape(functools.partial(_convert, scale=scale, int8=int8), *trees)
         places = sharding.shardings(shapes, self._mesh, self._key_heads, gathered=self._gather)
         leaves, tree = jax.tree.flatten(places)

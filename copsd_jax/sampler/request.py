@@ -209,9 +209,10 @@ def list_texts(
     """
     for kind in _list_kinds(sampling):
         _check_sampling(kind, vocabulary)
+    prompts = [tuple(map(int, prompt)) for prompt in prompts]
     count, size = len(prompts), len(vocabulary.valid_V)
     each = [sampling] * count if isinstance(sampling, Sampling) else sampling
-    if len(each) != count:
+    if prompts and len(each) != count:
         raise ValueError(f"sampling has {len(each)} entries for {count} prompts")
     keys_n2 = np.asarray(jax.device_get(keys))
     if keys_n2.shape != (count, 2) or keys_n2.dtype != np.uint32:
@@ -231,8 +232,7 @@ def list_texts(
         if low < 0 or high >= size:
             rule = f"the model has the ids 0 to {size - 1}"
             raise ValueError(f"prompt {i} has ids {low} to {high}: {rule}")
-    ids = (tuple(map(int, prompt)) for prompt in prompts)
-    return [Text(*text) for text in zip(ids, each, map(int, limits), keys_n2, strict=True)]
+    return [Text(*text) for text in zip(prompts, each, map(int, limits), keys_n2, strict=True)]
 
 
 def find_stop(

@@ -357,7 +357,7 @@ def _name(path: pathlib.Path) -> str:
     for file in sorted(path.glob("adapter_*")):
         digest.update(f"{file.name}\0".encode())
         with file.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
+            hashlib.file_digest(stream, lambda: digest)  # adds to the one digest of all files
     return f"copsd-{digest.hexdigest()[:16]}"
 
 

@@ -172,8 +172,8 @@ def write_file(file: pathlib.Path, items: Iterable[tuple[str, Tensor]], dtype: n
         f.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in items:
             values = tensor.read()
-            found, said = f"{values.dtype} {values.shape}", f"{dtype} {tensor.shape}"
-            if found != said:
+            if (values.dtype, values.shape) != (dtype, tensor.shape):
+                found, said = f"{values.dtype} {values.shape}", f"{dtype} {tensor.shape}"
                 raise ValueError(f"{name} is {found}: the header says {said}")
             f.write(np.ascontiguousarray(values).view(np.uint8).data)
 

@@ -112,12 +112,16 @@ def vmem_bytes(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train
     return max(first, third)
 
 
-def choose_gpu(kind: str, width: int, vocabulary: int, dtype: jnp.dtype, **_: bool) -> Blocks:
+def choose_gpu(
+    kind: str, width: int, vocabulary: int, dtype: jnp.dtype, *, tied: bool = True,
+    train_head: bool = False,
+) -> Blocks:  # fmt: skip
     """Chooses the sizes for one shard on a GPU: the most whole 128 tokens in GPU_BYTES.
 
     A block has 256 to 4,096 tokens. The arguments are those of `choose_tpu`; only the vocabulary
     and the dtype matter.
     """
+    del kind, width, tied, train_head
     tokens = int(GPU_BYTES / (vocabulary * entry_bytes("gpu", dtype))) // LANES * LANES
     return Blocks(min(max(tokens, 256), 4096), 4096)
 

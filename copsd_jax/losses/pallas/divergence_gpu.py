@@ -23,13 +23,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from copsd_jax.losses import distributions, divergences, precision, token_values
-from copsd_jax.losses import split_vocabulary as shards
+from copsd_jax.losses import distributions, divergences, precision, split_vocabulary, token_values
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
 
 def sweep(
-    sweep: shards.Sweep, rows: tuple, blocks: block_sizes.Blocks, interpret: bool = False
+    constants: split_vocabulary.Sweep,
+    rows: tuple,
+    blocks: block_sizes.Blocks,
+    interpret: bool = False,
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
     """Sweeps a device's rows as `divergence_tpu.sweep`, for any width.
 
@@ -38,7 +40,7 @@ def sweep(
     """
     tokens = block_sizes.even_rows(len(rows[1].tokens_T), blocks.tokens, 8)
     blocks = dataclasses.replace(blocks, tokens=tokens)
-    return row_statistics.sweep_blocks(PASSES, sweep, rows, blocks, interpret)
+    return row_statistics.sweep_blocks(PASSES, constants, rows, blocks, interpret)
 
 
 def _coefficients(

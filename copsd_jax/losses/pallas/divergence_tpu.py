@@ -37,22 +37,24 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from copsd_jax.losses import distributions, divergences, precision, token_values
-from copsd_jax.losses import split_vocabulary as shards
+from copsd_jax.losses import distributions, divergences, precision, split_vocabulary, token_values
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
 STRIP = 16  # rows of elementwise work at a time, so that it stays in registers
 
 
 def sweep(
-    sweep: shards.Sweep, rows: tuple, blocks: block_sizes.Blocks, interpret: bool = False
+    constants: split_vocabulary.Sweep,
+    rows: tuple,
+    blocks: block_sizes.Blocks,
+    interpret: bool = False,
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
     """Computes statistics and the gradients of Σ weight · value in one sweep over blocks of tokens.
 
     Call it on one device or inside shard_map; tokens are the device's own.
 
     Args:
-      sweep: constants of the sweep. The heads are rounded to the hidden states' dtype. With one
+      constants: constants of the sweep. The heads are rounded to the hidden states' dtype. With one
         head for both sides each tile is read once for both. Maxima, sums and the hidden states'
         gradient are joined over the shard's axis. The states' gradient is always taken.
       rows: the states of student and teacher, [T, D] each, float32 or bfloat16, D a multiple of
@@ -75,7 +77,7 @@ def sweep(
             "loss.implementation=chunked takes any"
         )
     blocks = block_sizes.fit(blocks, len(rows[1].tokens_T))
-    return row_statistics.sweep_blocks(PASSES, sweep, rows, blocks, interpret)
+    return row_statistics.sweep_blocks(PASSES, constants, rows, blocks, interpret)
 
 
 def _coefficients(

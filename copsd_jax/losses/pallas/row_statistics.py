@@ -27,10 +27,10 @@ from copsd_jax.losses import (
     distributions,
     divergences,
     precision,
+    split_vocabulary,
     token_blocks,
     token_values,
 )
-from copsd_jax.losses import split_vocabulary as shards
 
 # The divergences that the kernels are tested with. They know the logarithms of an entry only up to
 # one number for both sides, so a divergence must depend on ln p - ln q alone.
@@ -40,7 +40,7 @@ EMPTY = -1e30  # logit of a missing entry; below any maximum, which starts at FL
 FLOOR = -1e29
 
 Divergence = divergences.Divergence
-Sweep = shards.Sweep
+Sweep = split_vocabulary.Sweep
 
 
 class TilePartials(NamedTuple):
@@ -142,7 +142,7 @@ def sum_shards(x: jax.Array, vocab_axis: str | None) -> jax.Array:
 
 
 def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 1.0) -> RowSoftmax:
-    """Joins the partial statistics of tiles and shards.
+    """Joins the partial statistics of tiles and split_vocabulary.
 
     With `scale`, of softmax(scale · z / τ), whose sums were taken of exp(scale (z/τ - top)): then
     ln p = scale (z/τ - top) - log. Scaling a large maximum by itself would round it away.
@@ -159,13 +159,13 @@ def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 
     return RowSoftmax(top_T, log_T, log_T - mean_T)
 
 
-def count_entries_here(shard: shards.VocabularyShard, size: int) -> jax.Array:
+def count_entries_here(shard: split_vocabulary.VocabularyShard, size: int) -> jax.Array:
     """Counts the real entries among the `size` rows of this shard's head, an int32 scalar."""
     if shard.entries is None:
         return jnp.full((), size, jnp.int32)
     entries = jnp.full((), shard.entries, jnp.int32)
     if shard.axis is not None:
-        entries -= shards.first_entry(shard.axis, size)
+        entries -= split_vocabulary.first_entry(shard.axis, size)
     return jnp.clip(entries, 0, size)
 
 
@@ -203,7 +203,7 @@ def join_logits_pass(
 
 
 def join_sums(sums_I8T: jax.Array, vocab_axis: str | None) -> RowSums:
-    """Sums `RowSums` over tiles and shards."""
+    """Sums `RowSums` over tiles and split_vocabulary."""
     sums_8T = sum_shards(jnp.sum(sums_I8T, axis=0), vocab_axis)
     return RowSums(*(sums_8T[k] for k in range(4)))
 
@@ -301,7 +301,7 @@ def _sweep_block(
     size = heads[0].shape[0]
     here_1 = count_entries_here(sweep.shard, size)[None]
     if axis is not None:  # the token's row in this shard's head, out of range if another has it
-        local_T = local_T - shards.first_entry(axis, size)
+        local_T = local_T - split_vocabulary.first_entry(axis, size)
     stored, stats_I8T = passes.logits(here_1, hidden, heads)
     result, sides = join_logits_pass(sweep, stats_I8T, hidden, local_T)
     zeros_T = jnp.zeros_like(result.logp_T)
