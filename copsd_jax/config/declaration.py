@@ -122,7 +122,7 @@ DUAL_CLIP = Range("above 1 (0 is off)", lambda value: value == 0 or 1 < value < 
 
 
 def server(section: str, timeout: float, concurrency: int, read_when: When) -> dict[str, Setting]:
-    """Returns, by name, the settings for requests to a server; sections differ only in defaults."""
+    """Returns the settings for requests to a server, by name; only defaults differ by section."""
     found = {
         "url": declare("", "base address of the server, such as http://host:8000/v1"),
         "model": declare("", "name of the (base) model on the server"),
