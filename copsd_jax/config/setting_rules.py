@@ -121,7 +121,7 @@ def _check_read(s: Mapping, tables: config_lib.Tables) -> None:
             else:
                 holds = not tables or name in tables[when.setting].get(s[when.setting], ())
             if not holds:
-                rule = f"nothing reads it, it needs {config_lib.spell(name, when, tables)}"
+                rule = f"nothing reads it, because it needs {config_lib.spell(name, when, tables)}"
                 refuse(s, name, f"{rule} (otherwise leave it at {setting.default!r})")
 
 
@@ -166,7 +166,7 @@ def _check_groups(s: Mapping) -> None:
     """Refuses one completion per problem if a setting compares the completions of a problem."""
     method = methods.METHODS[s["method"]]
     if not method.samples and s["rollout.per_prompt"] != 1:
-        refuse(s, "rollout.per_prompt", f"method={s['method']} does not sample: use 1")
+        refuse(s, "rollout.per_prompt", f"method={s['method']} does not sample, so use 1")
     comparing = {
         f"method={s['method']}": method.policy_gradient,
         "policy.weight": s["policy.weight"] > 0,
@@ -180,22 +180,22 @@ def _check_groups(s: Mapping) -> None:
 def _check_policy(s: Mapping) -> None:
     method = s["method"]
     if s["policy.weight"] and not methods.METHODS[method].teacher:
-        refuse(s, "policy.weight", f"method={method} has no divergence to mix: use 0")
+        refuse(s, "policy.weight", f"method={method} has no divergence to mix, so use 0")
     if s["policy.route"] != "all" and not s["policy.weight"]:
         refuse(s, "policy.route", "policy.weight is 0, so there is nothing to route")
     if s["policy.norm"] == "constant" and not methods.METHODS[method].samples:
         refuse(s, "policy.norm", f"method={method} needs sequence or token")
     if s["policy.rollout_clip"] and s["policy.old"] == "sampler":
-        rule = "policy.old=sampler already has the sampler's probabilities in its ratio: use 0"
+        rule = "policy.old=sampler already has the sampler's probabilities in its ratio, so use 0"
         refuse(s, "policy.rollout_clip", rule)
 
 
 def _check_loss(s: Mapping) -> None:
     for name, off in (("loss.clip_mode", "none"), ("loss.top_k", 0)):
         if s["loss.divergence"] == "sampled" and s[name] != off:
-            refuse(s, name, f"loss.divergence=sampled needs {off}")
+            refuse(s, name, f"loss.divergence=sampled needs {name}={off}")
     if s["loss.top_k"] == 1 and not s["loss.tail"] and s["loss.top_k_of"] != "union":
-        refuse(s, "loss.top_k", "one entry renormalised is always 1: use 2, or loss.tail=True")
+        refuse(s, "loss.top_k", "one entry renormalised is always 1; use 2, or loss.tail=True")
     if s["loss.tail"] and not s["loss.top_k"]:
         refuse(s, "loss.tail", "loss.top_k is 0, so all tokens are summed and there is no tail")
     if s["loss.implementation"] == "pallas":
@@ -249,7 +249,7 @@ def _check_processes(s: Mapping) -> None:
         refuse(s, "mesh.coordinator", "it must be '' (one process), auto, or host:port")
     for name, alone in (("mesh.processes", 1), ("mesh.process", 0)):
         if not explicit and s[name] != alone:
-            refuse(s, name, f"it needs a mesh.coordinator of host:port, which is {where!r}")
+            refuse(s, name, f"it needs host:port as mesh.coordinator, which is {where!r}")
     if not 0 <= s["mesh.process"] < s["mesh.processes"]:
         rule = f"it must be at least 0 and below mesh.processes, which is {s['mesh.processes']}"
         refuse(s, "mesh.process", rule)

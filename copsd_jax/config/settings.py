@@ -92,7 +92,7 @@ def split_lists(config: Config) -> None:
 def unknown_setting(name: str) -> str:
     """Returns the message for a setting that does not exist, with the most similar settings."""
     if name in RETIRED:
-        return f"--config.{name} no longer exists: leave it out (that equals {RETIRED[name]!r})"
+        return f"--config.{name} no longer exists: leave it out, as if it were {RETIRED[name]!r}"
     near = difflib.get_close_matches(name, SETTINGS, n=3, cutoff=0.5)
     same_end = [k for k in SETTINGS if k.split(".")[-1] == name.split(".")[-1]]
     same_end.sort(key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())

@@ -227,7 +227,7 @@ def test_a_value_that_nothing_reads_is_refused(name):
     setting = {name.replace(".", "__"): value}
     for others in dead:
         assert refusal(others) == ""
-        assert refusal(others | setting).startswith(f"{name} is {value!r}: nothing reads it, it ne")
+        assert refusal(others | setting).startswith(f"{name} is {value!r}: nothing reads it, beca")
         assert refusal(others | setting, train=False) == ""
     assert refusal(live | setting) == ""
 

@@ -306,7 +306,7 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
         ({"loss__rollout_clip": 2.0, "sampler__logprobs": "processed", "rollout__top_p": 0.9},
          "do not follow from sampler.logprobs=processed"),
         ({"sampler__slots": 3}, "sampler.slots is not a setting"),
-        ({"sampler__int8": True}, "sampler.int8 is True: nothing reads it, it needs sampler.eng"),
+        ({"sampler__int8": True}, "sampler.int8 is True: nothing reads it, because it needs sa"),
     ],
 )  # fmt: skip
 def test_what_is_refused_before_anything_is_loaded(engine, tmp_path, capsys, changes, words):
