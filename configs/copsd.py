@@ -1,30 +1,32 @@
 """COPSD: crosslingual on-policy self-distillation, one model per low-resource language.
 
-Paper: arXiv 2605.09548. The student answers a problem in language L; the same network, shown the
-English problem and its English solution too, scores each token; KL(teacher || student).
+Paper: arXiv 2605.09548. The student answers a problem in language L. The teacher is the same
+network, but also sees the problem and its solution in English. It scores each token of the answer.
+The loss is KL(teacher || student).
 
     python -m copsd_jax.main --config=configs/copsd.py                # SmolLM2 on Swahili
     python -m copsd_jax.main --config=configs/copsd.py:qwen3_4b --config.data.path=FILE \\
         --config.data.lang=yor --config.eval.path=FILE
 
 Preset            device         hours       published: AfriMGSM pass@12, mean of 17 languages
-smollm2           2 CPU cores    0.15        none: the embedded default, see README for ours
+smollm2           2 CPU cores    0.15        none: the embedded default; README has our result
 qwen3_1_7b        4 GPUs         not found   9.11 -> 15.53
 qwen3_4b          4 GPUs         not found   19.20 -> 20.61
 qwen3_8b          4 GPUs         not found   19.41 -> 23.55
 qwen3_4b_polymath 4 GPUs         not found   PolyMath medium: sw +32.0, te +32.8, bn +15.2, th -2.4
-tiny              any CPU        seconds     none: random weights, to see that everything runs
+tiny              any CPU        seconds     none: random weights, shows that everything runs
 
-Data of the paper: about 500 (PolyMath: 3,000) mathematical rows a language with `problem, solution,
-Answer, problem_<lang>`, which are not brought along. The published runs choose the best of several
-checkpoints on the test problems; this project reports the last one.
+Data of the paper: about 500 mathematical rows per language (PolyMath: 3,000) with the fields
+`problem, solution, Answer, problem_<lang>`. This project does not include these data. The published
+runs choose the best of several checkpoints on the test problems. This project reports the last
+checkpoint.
 """
 
 from copsd_jax import config as config_lib
 
 
 def _smollm2() -> config_lib.Config:
-    """135M parameters: needs worked examples in both prompts, and no element clip (see DESIGN)."""
+    """Returns settings for 135M parameters: worked examples in both prompts, no element clip."""
     c = config_lib.default()
     c.description = "COPSD on the bundled problems in Swahili"
     c.data.lang = ("sw",)
@@ -48,7 +50,7 @@ def _smollm2() -> config_lib.Config:
 
 def _tiny() -> config_lib.Config:
     c = config_lib.default()
-    c.description = "a random model of two layers: shows that everything runs, learns nothing"
+    c.description = "a random model of two layers, which shows that everything runs"
     c.model.init = "random"
     c.model.path = "tiny"
     c.model.shape = "tiny"
@@ -65,22 +67,22 @@ def _tiny() -> config_lib.Config:
 
 
 def _paper(size: str) -> config_lib.Config:
-    """The published recipe; settings the paper leaves open are marked."""
+    """Returns the published recipe; a comment marks settings that the paper does not give."""
     c = config_lib.default()
-    c.description = "COPSD, thinking in the problem's language on both sides, as published"
+    c.description = "COPSD as published: student and teacher think in the problem's language"
     c.model.path = f"Qwen/Qwen3-{size}"
-    c.model.remat = "layer"  # ours: memory
-    c.data.path = ""  # rows with problem_<lang>: give --config.data.path
+    c.model.remat = "layer"  # our choice, to save memory
+    c.data.path = ""  # must be given: rows with problem_<lang> in --config.data.path
     c.data.lang = ("swa",)  # one model per language
-    c.data.missing = "drop"  # rows whose translation is absent or flagged, as published; counted
+    c.data.missing = "drop"  # as published: drops and counts rows without a good translation
     c.context.kind = "crosslingual"
     c.prompt.thinking = c.teacher.thinking = c.eval.thinking = "prefix"
-    c.prompt.max_tokens = 2048  # ours: rows above are dropped and counted
+    c.prompt.max_tokens = 2048  # our choice: longer prompts are dropped and counted
     c.rollout.max_tokens = 2048
     c.rollout.temperature = 1.1
     c.rollout.top_p = 0.95
     c.rollout.top_k = 20
-    c.teacher.max_tokens = 17_952  # with the completion, the published limit of 20,000
+    c.teacher.max_tokens = 17_952  # with 2,048 completion tokens, the published limit of 20,000
     c.loss.temperature = 1.1
     c.loss.clip_mode = "element"
     c.loss.clip = 0.05
@@ -92,7 +94,7 @@ def _paper(size: str) -> config_lib.Config:
     c.train.max_grad_norm = 0.1
     c.train.save_every = 5
     c.train.keep = 0
-    c.eval.path = ""  # AfriMGSM: give --config.eval.path
+    c.eval.path = ""  # must be given: AfriMGSM in --config.eval.path
     c.eval.samples = 12
     c.eval.temperature = 1.0
     c.eval.top_p = 0.95
@@ -102,7 +104,7 @@ def _paper(size: str) -> config_lib.Config:
 
 
 def _polymath() -> config_lib.Config:
-    """As for the African languages; the original ends the teacher's prompt in other words here."""
+    """Returns the recipe for PolyMath; the original ends the teacher's prompt differently here."""
     c = _paper("4B")
     c.data.lang = ("sw",)
     c.eval.max_tokens = 8192
@@ -120,5 +122,5 @@ PRESETS = {
 
 
 def get_config(preset: str = "") -> config_lib.Config:
-    """The settings of a preset; `smollm2` if none is named."""
+    """Returns the settings of a preset, or of `smollm2` if `preset` is empty."""
     return config_lib.preset(PRESETS, preset, "smollm2")()

@@ -1,30 +1,32 @@
 """OPSD: on-policy self-distillation with the reference solution as the teacher's context.
 
-Paper: arXiv 2601.18734 (v3). The student answers a problem; the same network, shown the reference
-solution too, scores each token of the answer; KL(teacher || student) trains the student.
+Paper: arXiv 2601.18734 (v3). The student answers a problem. The teacher is the same network, but
+also sees the reference solution. It scores each token of the answer. The loss is
+KL(teacher || student).
 
     python -m copsd_jax.main --config=configs/opsd.py                 # SmolLM2, bundled problems
     python -m copsd_jax.main --config=configs/opsd.py:qwen3_1_7b --config.data.path=FILE
 
 Preset        device            hours    published result
-smollm2       2 CPU cores       0.15     none: the embedded default, see README for ours
+smollm2       2 CPU cores       0.15     none: the embedded default; README has our result
 qwen3_1_7b    4 x H100          0.3      AIME24/25/HMMT25 avg@12 51.5/36.7/23.1 -> 57.2/43.9/29.2
                                          (table of the paper; re-runs 55.4/40.4/25.8 +- 0.8)
 qwen3_*_nothink  4 x H100       0.3-1    8B, step 50: 26.4/19.7/10.8 -> 49.7/35.0/18.3;
                                          4B: AIME24 23.1 -> 32.8 (step 150), HMMT25 10.8 -> 16.4;
                                          1.7B: 11.9/9.2/5.0 -> 15.0/8.3/7.2
-tiny          any CPU           seconds  none: random weights, to see that everything runs
+tiny          any CPU           seconds  none: random weights, shows that everything runs
 
-Data of the paper: the 30k mathematical OpenThoughts rows with `problem, solution, Answer`, which
-are not brought along. The hours are of the authors' torch code. The published runs choose the best
-of several checkpoints on the test problems; this project reports the last one.
+Data of the paper: the 30k mathematical OpenThoughts rows with the fields `problem, solution,
+Answer`. This project does not include these data. The hours were measured with the authors' torch
+code. The published runs choose the best of several checkpoints on the test problems. This project
+reports the last checkpoint.
 """
 
 from copsd_jax import config as config_lib
 
 
 def _smollm2() -> config_lib.Config:
-    """135M parameters: worked examples in both prompts, and no element clip (see DESIGN)."""
+    """Returns settings for 135M parameters: worked examples in both prompts, no element clip."""
     c = config_lib.default()
     c.description = "OPSD on the bundled English problems"
     c.prompt.template = "plain"
@@ -47,7 +49,7 @@ def _smollm2() -> config_lib.Config:
 
 def _tiny() -> config_lib.Config:
     c = config_lib.default()
-    c.description = "a random model of two layers: shows that everything runs, learns nothing"
+    c.description = "a random model of two layers, which shows that everything runs"
     c.model.init = "random"
     c.model.path = "tiny"
     c.model.shape = "tiny"
@@ -64,13 +66,13 @@ def _tiny() -> config_lib.Config:
 
 
 def _paper(size: str) -> config_lib.Config:
-    """What all published recipes share; settings the paper leaves open are marked."""
+    """Returns the settings of all published recipes; a comment marks those not in the paper."""
     c = config_lib.default()
     c.model.path = f"Qwen/Qwen3-{size}"
-    c.model.remat = "layer"  # ours: memory
-    c.data.path = ""  # the 30k rows: give --config.data.path
-    c.prompt.max_tokens = 2048  # ours: rows above are dropped and counted
-    c.teacher.max_tokens = 8192  # ours: rows above are dropped and counted
+    c.model.remat = "layer"  # our choice, to save memory
+    c.data.path = ""  # must be given: the 30k rows in --config.data.path
+    c.prompt.max_tokens = 2048  # our choice: longer prompts are dropped and counted
+    c.teacher.max_tokens = 8192  # our choice: longer prompts are dropped and counted
     c.prompt.answer = "boxed"
     c.rollout.max_tokens = 1024
     c.rollout.temperature = 1.1
@@ -88,7 +90,7 @@ def _paper(size: str) -> config_lib.Config:
     c.train.save_every = 25
     c.train.keep = 0
     c.seed = 42
-    c.eval.path = ""  # AIME24 and the like: give --config.eval.path
+    c.eval.path = ""  # must be given: for example AIME24 in --config.eval.path
     c.eval.samples = 12
     c.eval.temperature = 1.0
     c.eval.top_p = 0.95
@@ -99,7 +101,7 @@ def _paper(size: str) -> config_lib.Config:
 
 def _thinking(size: str) -> config_lib.Config:
     c = _paper(size)
-    c.description = "OPSD v3, thinking-off student under a thinking-on teacher, as published"
+    c.description = "OPSD v3 as published: the teacher thinks, the student does not"
     c.prompt.thinking = "off"
     c.teacher.thinking = "on"
     c.eval.thinking = "on"
@@ -109,7 +111,7 @@ def _thinking(size: str) -> config_lib.Config:
 
 def _nothink(size: str, clip: float, steps: int) -> config_lib.Config:
     c = _paper(size)
-    c.description = "OPSD v3, both sides without thinking"
+    c.description = "OPSD v3, student and teacher without thinking"
     c.prompt.thinking = c.teacher.thinking = c.eval.thinking = "off"
     c.eval.top_p = 0.8
     c.loss.clip = clip
@@ -131,5 +133,5 @@ PRESETS = {
 
 
 def get_config(preset: str = "") -> config_lib.Config:
-    """The settings of a preset; `smollm2` if none is named."""
+    """Returns the settings of a preset, or of `smollm2` if `preset` is empty."""
     return config_lib.preset(PRESETS, preset, "smollm2")()

@@ -1,34 +1,35 @@
-"""ROSD: reflective on-policy self-distillation, localised from the first error on.
+"""ROSD: reflective on-policy self-distillation, on the tokens from the first error on.
 
-Paper: arXiv 2605.28014. Eight rollouts a problem; one that is wrong in a group with a success is
-diagnosed, one that is right is explained; the teacher sees the reflection, and the tokens from the
-quoted error on are distilled.
+Paper: arXiv 2605.28014. Each problem has eight rollouts. In a group with a success, a reflection
+diagnoses each wrong rollout and explains each correct one. The teacher sees the reflection. The
+tokens from the quoted error on are distilled.
 
     python -m copsd_jax.main --config=configs/rosd.py                 # SmolLM2, bundled problems
     python -m copsd_jax.main --config=configs/rosd.py:qwen3_4b --config.data.path=FILE
 
 Preset     device        hours      published, mean@16 over five domains
-smollm2    2 CPU cores   0.15       none: the embedded default, reflections by a rule
+smollm2    2 CPU cores   0.15       none: the embedded default, reflections from a rule
 qwen3_4b   8 GPUs        not found  72.83 (GRPO 69.86, SDPO 67.02)
-qwen3_8b   8 GPUs        not found  73.45 (GRPO +1.46 below, SDPO .95 below)
-tiny       any CPU       seconds    none: random weights, to see that everything runs
+qwen3_8b   8 GPUs        not found  73.45 (GRPO 1.46 lower, SDPO 0.95 lower)
+tiny       any CPU       seconds    none: random weights, shows that everything runs
 
-A model of 135M parameters writes no usable reflection: the embedded default takes them from a rule
-that knows the steps of the bundled problems. Its groups have four completions.
+A model of 135M parameters writes no usable reflection. Therefore the reflections of the embedded
+default come from a rule that knows the steps of the bundled problems. Its groups have four
+completions.
 
-Departures: an error that is not found leaves its completion out (published: the whole completion is
-distilled, `tokens.on_failure=full`); a reflection that cannot be read leaves it out too (published:
-the sibling's solution, `parity.reflection_fallback`). The published comparison trains GRPO at a
-tenth of the learning rate and SDPO with another teacher; see the cards of both.
+Departures: if the error is not found, the completion has no loss. The original distils the whole
+completion (`tokens.on_failure=full`). If the reflection cannot be read, the completion has no loss
+either. The original shows the sibling's solution (`parity.reflection_fallback`). The paper trains
+GRPO with a tenth of the learning rate, and SDPO with another teacher; see their cards.
 """
 
 from copsd_jax import config as config_lib
 
 
 def _smollm2() -> config_lib.Config:
-    """135M parameters: worked examples in both prompts, reflections from a rule, groups of four."""
+    """Returns settings for 135M parameters: worked examples, rule reflections, groups of four."""
     c = config_lib.default()
-    c.description = "ROSD on the bundled English problems, reflections by a rule"
+    c.description = "ROSD on the bundled English problems, with reflections from a rule"
     c.context.kind = "reflection"
     c.context.filter_groups = True
     c.author.kind = "grader"
@@ -47,7 +48,7 @@ def _smollm2() -> config_lib.Config:
     c.rollout.slots = 16
     c.train.steps = 10
     c.train.batch = 4
-    c.train.lr = 5e-5  # 3e-4 lowers the score, see benchmarks/results/methods.md
+    c.train.lr = 5e-5  # 3e-4 lowers the score (benchmarks/results/methods.md)
     c.train.warmup = 2
     c.train.save_every = 5
     c.lora.rank = 32
@@ -58,7 +59,7 @@ def _smollm2() -> config_lib.Config:
 
 def _tiny() -> config_lib.Config:
     c = config_lib.default()
-    c.description = "a random model of two layers: shows that everything runs, learns nothing"
+    c.description = "a random model of two layers, which shows that everything runs"
     c.context.kind = "reflection"
     c.author.kind = "grader"
     c.tokens.select = "from_error"
@@ -83,12 +84,12 @@ def _tiny() -> config_lib.Config:
 
 
 def _paper(size: str) -> config_lib.Config:
-    """The published recipe; settings the paper leaves open are marked."""
+    """Returns the published recipe; a comment marks settings that the paper does not give."""
     c = config_lib.default()
-    c.description = "ROSD, reflections by the student, frozen teacher"
+    c.description = "ROSD, with reflections from the student and a frozen teacher"
     c.model.path = f"Qwen/Qwen3-{size}"
-    c.model.remat = "layer"  # ours: memory
-    c.data.path = ""  # give --config.data.path
+    c.model.remat = "layer"  # our choice, to save memory
+    c.data.path = ""  # must be given: --config.data.path
     c.prompt.thinking = c.teacher.thinking = c.eval.thinking = "off"
     c.prompt.max_tokens = 2048
     c.teacher.max_tokens = 10_240
@@ -99,7 +100,7 @@ def _paper(size: str) -> config_lib.Config:
     c.context.filter_groups = True
     c.author.kind = "student"
     c.author.max_tokens = 4096
-    c.author.temperature = 0.0  # as intended; the original sampled at 1
+    c.author.temperature = 0.0  # as intended by the paper; its code sampled at 1
     c.tokens.select = "from_error"
     c.loss.divergence = "jsd"
     c.loss.top_k = 100
@@ -108,7 +109,7 @@ def _paper(size: str) -> config_lib.Config:
     c.loss.rollout_clip = 2.0
     c.loss.group = 2
     c.train.trainable = "full"
-    c.train.steps = 100  # ours: the paper counts 10 epochs
+    c.train.steps = 100  # our choice: the paper gives 10 epochs
     c.train.batch = 32
     c.train.micro_batch = 16
     c.train.lr = 1e-5
@@ -116,7 +117,7 @@ def _paper(size: str) -> config_lib.Config:
     c.train.warmup = 10
     c.train.weight_decay = 0.01
     c.train.max_grad_norm = 1.0
-    c.eval.path = ""  # give --config.eval.path
+    c.eval.path = ""  # must be given: --config.eval.path
     c.eval.samples = 16
     c.eval.temperature = 0.6
     c.eval.top_p = 0.95
@@ -132,5 +133,5 @@ PRESETS = {
 
 
 def get_config(preset: str = "") -> config_lib.Config:
-    """The settings of a preset; `smollm2` if none is named."""
+    """Returns the settings of a preset, or of `smollm2` if `preset` is empty."""
     return config_lib.preset(PRESETS, preset, "smollm2")()

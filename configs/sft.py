@@ -1,22 +1,22 @@
-"""SFT: cross entropy of the reference solutions, the baseline without rollouts.
+"""SFT: cross entropy on the reference solutions, the baseline without rollouts.
 
     python -m copsd_jax.main --config=configs/sft.py                  # SmolLM2, bundled problems
     python -m copsd_jax.main --config=configs/sft.py:qwen3_4b --config.data.path=FILE
 
-Preset     device        hours      published: OPSD's arm, AIME24/25/HMMT25
+Preset     device        hours      published: OPSD's SFT run, AIME24/25/HMMT25
 smollm2    2 CPU cores   0.1        none: the embedded default
 qwen3_4b   8 GPUs        not found  74.9/66.4/42.2 -> 70.2/62.3/43.4
-tiny       any CPU       seconds    none: random weights, to see that everything runs
+tiny       any CPU       seconds    none: random weights, shows that everything runs
 
-Adapted: the chat template and loss on the completion only (the published script has neither), and
-LoRA, which its text intends and its script forgets.
+Departures: this card uses the chat template, and only the completion carries loss. The published
+script does neither. This card uses LoRA, as the paper says; the published script omits it.
 """
 
 from copsd_jax import config as config_lib
 
 
 def _smollm2() -> config_lib.Config:
-    """135M parameters: worked examples in front."""
+    """Returns settings for 135M parameters: worked examples in front of every prompt."""
     c = config_lib.default()
     c.description = "SFT on the bundled English problems"
     c.method = "sft"
@@ -41,7 +41,7 @@ def _smollm2() -> config_lib.Config:
 
 def _tiny() -> config_lib.Config:
     c = config_lib.default()
-    c.description = "a random model of two layers: shows that everything runs, learns nothing"
+    c.description = "a random model of two layers, which shows that everything runs"
     c.method = "sft"
     c.model.init = "random"
     c.model.path = "tiny"
@@ -57,23 +57,23 @@ def _tiny() -> config_lib.Config:
 
 
 def _qwen3_4b() -> config_lib.Config:
-    """The arm of OPSD's comparison; settings it leaves open are marked."""
+    """Returns OPSD's SFT run; a comment marks settings that the paper does not give."""
     c = config_lib.default()
-    c.description = "SFT as OPSD's comparison has it, with templated prompts"
+    c.description = "SFT as in OPSD's paper, but with a chat template"
     c.method = "sft"
     c.model.path = "Qwen/Qwen3-4B"
-    c.model.remat = "layer"  # ours: memory
-    c.data.path = ""  # give --config.data.path
-    c.prompt.thinking = c.eval.thinking = "on"  # ours: it has no template
+    c.model.remat = "layer"  # our choice, to save memory
+    c.data.path = ""  # must be given: --config.data.path
+    c.prompt.thinking = c.eval.thinking = "on"  # our choice: the original has no template
     c.prompt.max_tokens = 2048
-    c.rollout.max_tokens = 13_952  # of the solution: with the prompt the published 16,000
+    c.rollout.max_tokens = 13_952  # tokens of the solution; with the prompt, the published 16,000
     c.policy.norm = "token"
-    c.train.steps = 1856  # 4 epochs of 29.7k rows: 1 % of 30k is held out
+    c.train.steps = 1856  # 4 epochs of 29.7k rows, since 1 % of 30k rows is held out
     c.train.batch = 64
     c.train.micro_batch = 16
     c.train.lr = 2e-5
     c.train.save_every = 100
-    c.eval.path = ""  # give --config.eval.path
+    c.eval.path = ""  # must be given: --config.eval.path
     c.eval.samples = 12
     c.eval.temperature = 1.0
     c.eval.top_p = 0.95
@@ -90,5 +90,5 @@ PRESETS = {
 
 
 def get_config(preset: str = "") -> config_lib.Config:
-    """The settings of a preset; `smollm2` if none is named."""
+    """Returns the settings of a preset, or of `smollm2` if `preset` is empty."""
     return config_lib.preset(PRESETS, preset, "smollm2")()

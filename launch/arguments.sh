@@ -1,18 +1,18 @@
-# shellcheck shell=bash disable=SC2034 # its variables are read where it is sourced
-# What the launchers' command lines have in common; sourced by them below their settings.
+# shellcheck shell=bash disable=SC2034 # the scripts that source this file read its variables
+# The command line that all launchers share. Each launcher sources this file after its settings.
 #
 #     launch/NAME.sh [--print] --config=configs/FILE.py[:PRESET] --workdir=DIR [--config.a.b=V ...]
 #     launch/NAME.sh [--print] delete
 #
-# `parse` leaves PRINT (1 or empty), ACTION (run or delete), CONFIG, WORKDIR and PROGRAM, an array:
-# the command of each process, without the Python in front.
+# `parse` sets PRINT (1 or empty), ACTION (run or delete), CONFIG, WORKDIR and PROGRAM. PROGRAM is
+# an array with the command of each process, without the path of Python.
 
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 2
 }
 
-# The arguments as one line of shell, which a shell reads as the same arguments.
+# Prints the arguments as one line of shell code, with quotes where they are needed.
 quoted() {
   local word name line='' apostrophe="'\\''"
   for word in "$@"; do
@@ -26,17 +26,17 @@ quoted() {
   printf '%s\n' "$line"
 }
 
-# Runs a command, or shows it.
+# Runs a command, or prints it if --print is given.
 step() {
   if [[ $PRINT ]]; then quoted "$@"; else "$@"; fi
 }
 
-# Says why the commands that --print shows next are run.
+# Prints a comment about the next commands if --print is given.
 note() {
   if [[ $PRINT ]]; then printf '# %s\n' "$*"; fi
 }
 
-# --print needs no tool.
+# Fails if a tool is missing. With --print, no tool is needed.
 need() {
   [[ $PRINT ]] || command -v "$1" > /dev/null || fail "$1 is not on PATH: $2"
 }
@@ -46,7 +46,7 @@ given() {
 }
 
 whole() {
-  [[ ${!1} =~ ^[1-9][0-9]*$ ]] || fail "$1 is '${!1}': it must be a whole number from 1 on"
+  [[ ${!1} =~ ^[1-9][0-9]*$ ]] || fail "$1 is '${!1}': it must be an integer, 1 or more"
 }
 
 one_of() {
@@ -58,13 +58,13 @@ one_of() {
   fail "$name is '${!name}': it must be one of: $*"
 }
 
-# A name that the cloud and SLURM take as it is.
+# Checks a name against the rules of the clouds and of SLURM.
 label() {
   [[ ${!1} =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
-    fail "$1 is '${!1}': it must be of a-z, 0-9 and hyphens, a letter first, 40 signs at most"
+    fail "$1 is '${!1}': use at most 40 of a-z, 0-9 and hyphens, beginning with a letter"
 }
 
-# The comment at the top of the launcher.
+# Prints the comment at the top of the launcher.
 help() {
   sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0"
   exit 0
@@ -79,27 +79,27 @@ parse() {
       --print) PRINT=1 ;;
       delete) ACTION=delete ;;
       --config.mesh.coordinator=* | --config.mesh.process=* | --config.mesh.processes=*)
-        fail "$word: with this launcher the cluster says which processes there are" ;;
+        fail "$word: with this launcher, JAX detects the processes from the cluster" ;;
       --config=*) CONFIG=${word#*=} PROGRAM+=("$word") ;;
       --workdir=*) WORKDIR=${word#*=} PROGRAM+=("$word") ;;
       --config.*=*) PROGRAM+=("$word") ;;
-      *) fail "unexpected argument '$word': settings are --config.name=value" ;;
+      *) fail "unexpected argument '$word': give settings as --config.name=value" ;;
     esac
   done
   PROGRAM+=(--config.mesh.coordinator=auto)
 }
 
-# `run` needs a card, and a work directory below $1, on the disk that all processes share.
+# Checks that there is a card, and a work directory below $1, the disk that all processes share.
 check_program() {
   [[ $CONFIG ]] || fail "--config is missing: for example --config=configs/opsd.py"
-  [[ -f ${CONFIG%%:*} ]] || fail "--config='${CONFIG%%:*}': there is no such file"
+  [[ -f ${CONFIG%%:*} ]] || fail "--config='${CONFIG%%:*}': this file does not exist"
   [[ $WORKDIR ]] || fail "--workdir is missing: a folder below $1, which all processes share"
   [[ $WORKDIR == "$1"/?* && $WORKDIR/ != */../* ]] ||
     fail "--workdir='$WORKDIR': it must be a folder below $1, which all processes share"
 }
 
-# Where the program is sent to the hosts, the card goes with it.
+# Checks that the card is one of the files that are sent to the hosts.
 check_sent() {
   [[ $CONFIG == configs/* ]] ||
-    fail "--config='$CONFIG': the hosts get what is below configs/, and nothing else"
+    fail "--config='$CONFIG': it must be in configs/, the only folder with cards that hosts get"
 }

@@ -1,49 +1,53 @@
 #!/usr/bin/env bash
-# A run on TPU slices of a GKE cluster, as a JobSet: one slice or several.
+# Starts a run on one or more TPU slices of a GKE cluster, as a JobSet.
 #
 #     export IMAGE=REGISTRY/copsd_jax SHARED=pvc:copsd TPU=v5e TOPOLOGY=4x4
 #     launch/gke.sh [--print] --config=configs/opsd.py:qwen3_1_7b --workdir=/mnt/shared/W [...]
 #     launch/gke.sh [--print] delete
 #
-# All other arguments go to `python -m copsd_jax.main`. Fills launch/gke_jobset.yaml and applies it.
-# The cluster starts the run anew when a process dies or machines are taken away, and the run
-# continues; the same command again does nothing while it is going, and continues it afterwards.
-# Needed once: the image (launch/Dockerfile), JobSet 0.6 or later in the cluster
-# (https://jobset.sigs.k8s.io says how), and, but in Autopilot clusters, a node pool for each slice:
+# All other arguments are passed to `python -m copsd_jax.main`. The script fills in
+# launch/gke_jobset.yaml and applies it. If a process dies or machines are taken away, the cluster
+# restarts all processes, and the run continues. While the run is active, the same command does
+# nothing. After the run has stopped, it continues the run.
+#
+# Set up once: the image (launch/Dockerfile), and JobSet 0.6 or later in the cluster
+# (see https://jobset.sigs.k8s.io). Except in Autopilot clusters, create a node pool for each slice:
 #
 #     gcloud container node-pools create slice-0 --cluster=C --location=L --node-locations=Z \
 #       --machine-type=ct5lp-hightpu-4t --tpu-topology=4x4 --num-nodes=4 [--spot]
 #
-# The work directory has to be on a disk that all Pods share: SHARED, a claim (Filestore), an NFS
-# export, or a bucket. A checkpoint becomes valid by renaming a folder, so a bucket has to have a
-# hierarchical namespace, and SERVICE_ACCOUNT may write to it.
+# The work directory must be on a disk that all Pods share. SHARED names this disk: a volume claim
+# (Filestore), an NFS export, or a bucket. A checkpoint becomes valid when its folder is renamed.
+# Therefore a bucket needs a hierarchical namespace. SERVICE_ACCOUNT needs write access to the
+# bucket.
 #
-# Cost: that of the nodes while they exist, used or not, and a fee for the cluster. Listed in the US
-# in 2025, a chip and hour: about USD 1.20 (v5e), 2.70 (v6e), 4.20 (v5p), spot about a half or less:
-# 16 chips of v5e some USD 19 an hour. Prices differ by region and change: look them up. `delete`
-# ends the run; node pools that do not scale to nothing by themselves have to be deleted apart.
-# Duration: until there are nodes, minutes to days; minutes to pull the image; then the run's own
-# time, with some minutes of compilation at each start.
-# Written from the documentation of GKE and JobSet and the cluster detection of jax 0.10; never run
-# on GKE. The variables MEGASCALE_*, which tell several slices of each other, come from GKE.
+# Cost: the price of the nodes while they exist, even if unused, and a fee for the cluster. List
+# prices in the US in 2025, per chip and hour, were about USD 1.20 (v5e), 2.70 (v6e) and 4.20 (v5p).
+# So 16 chips of v5e cost about USD 19 per hour. Spot machines cost about half of that or less. Look
+# up current prices, which differ by region. `delete` ends the run. Delete node pools separately,
+# unless they scale down to zero automatically.
+# Duration: minutes to days until nodes are available, and minutes to pull the image. Then follows
+# the time of the run, with some minutes of compilation at each start.
+# Written from the documentation of GKE and JobSet, and for the cluster detection of JAX 0.10. It
+# was never run on GKE. GKE sets the variables MEGASCALE_*, by which several slices find each other.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# ---- settings, each also from the environment ----------------------------------------------------
-NAME=${NAME-copsd}                        # of the JobSet
+# ---- settings, which environment variables override ----------------------------------------------
+NAME=${NAME-copsd}                        # name of the JobSet
 NAMESPACE=${NAMESPACE-default}
-CONTEXT=${CONTEXT-}                       # of kubectl; "" for the current one
-IMAGE=${IMAGE-}                           # with the program in its working directory
+CONTEXT=${CONTEXT-}                       # context of kubectl; "" for the current context
+IMAGE=${IMAGE-}                           # image that contains the program
 TPU=${TPU-v5e}                            # v4, v5e, v5p, v6e, tpu7x
-TOPOLOGY=${TOPOLOGY-4x4}                  # chips of a slice; v5e and v6e two sides, others three
+TOPOLOGY=${TOPOLOGY-4x4}                  # chips of a slice; v5e and v6e: 2 sides, others: 3
 CHIPS_PER_HOST=${CHIPS_PER_HOST-4}        # 8 for ct5lp-hightpu-8t and ct6e-standard-8t
-SLICES=${SLICES-1}                        # that many, connected by the data centre's network
-SPOT=${SPOT-0}                            # 1: cheaper nodes that are taken away at any time
-HOST_NETWORK=${HOST_NETWORK-1}            # 0 in Autopilot clusters, which forbid it
-RESTARTS=${RESTARTS-3}                    # after faults; machines that are taken away do not count
+SLICES=${SLICES-1}                        # number of slices, connected by the data centre network
+SPOT=${SPOT-0}                            # 1: cheaper nodes that may be taken away at any time
+HOST_NETWORK=${HOST_NETWORK-1}            # 0 for Autopilot clusters, which forbid it
+RESTARTS=${RESTARTS-3}                    # restarts after errors; machines taken away do not count
 SHARED=${SHARED-}                         # pvc:CLAIM, host:/export of an NFS server, or gs://bucket
-MOUNT=${MOUNT-/mnt/shared}                # where the Pods see it
-SERVICE_ACCOUNT=${SERVICE_ACCOUNT-}       # of the Pods; "" for the namespace's default
+MOUNT=${MOUNT-/mnt/shared}                # path of SHARED in the Pods
+SERVICE_ACCOUNT=${SERVICE_ACCOUNT-}       # account of the Pods; "" for the namespace default
 # --------------------------------------------------------------------------------------------------
 
 # shellcheck source=launch/arguments.sh
@@ -63,17 +67,17 @@ check_run() {
   one_of CHIPS_PER_HOST 1 4 8
   one_of SPOT 0 1
   one_of HOST_NETWORK 0 1
-  [[ $RESTARTS =~ ^[0-9]+$ ]] || fail "RESTARTS is '$RESTARTS': it must be a whole number"
+  [[ $RESTARTS =~ ^[0-9]+$ ]] || fail "RESTARTS is '$RESTARTS': it must be an integer, 0 or more"
   [[ $IMAGE ]] || fail "IMAGE is missing: launch/Dockerfile says how to build it"
-  [[ $IMAGE =~ ^[A-Za-z0-9._:/@-]+$ ]] || fail "IMAGE is '$IMAGE': that is no name of an image"
+  [[ $IMAGE =~ ^[A-Za-z0-9._:/@-]+$ ]] || fail "IMAGE is '$IMAGE': it must be the name of an image"
   [[ -z $SERVICE_ACCOUNT ]] || label SERVICE_ACCOUNT
   [[ $MOUNT =~ ^(/[A-Za-z0-9._-]+)+$ ]] || fail "MOUNT is '$MOUNT': it must be an absolute path"
   check_program "$MOUNT"
   check_sent
 }
 
-# The node label of the chips, and how many sides their topologies have.
-# shellcheck disable=SC2034 # the manifest has it
+# Sets ACCELERATOR, the node label of the chips, and DIMENSIONS, the number of sides of a topology.
+# shellcheck disable=SC2034 # the manifest uses ACCELERATOR
 accelerator() {
   case $TPU in
     v4) ACCELERATOR=tpu-v4-podslice DIMENSIONS=3 ;;
@@ -84,11 +88,11 @@ accelerator() {
   esac
 }
 
-# HOSTS of a slice and CHIPS of each: a slice of 4x4 with 4 chips a host has 4 hosts.
+# Sets HOSTS per slice and CHIPS per host. A slice of 4x4 with 4 chips per host has 4 hosts.
 size() {
   local sides side chips=1
   [[ $TOPOLOGY =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] ||
-    fail "TOPOLOGY is '$TOPOLOGY': it must be sides with x between them, as 4x4 or 2x2x2"
+    fail "TOPOLOGY is '$TOPOLOGY': it must be sides separated by x, such as 4x4 or 2x2x2"
   IFS=x read -ra sides <<< "$TOPOLOGY"
   ((${#sides[@]} == DIMENSIONS)) ||
     fail "TOPOLOGY is '$TOPOLOGY': slices of $TPU have $DIMENSIONS sides"
@@ -103,7 +107,7 @@ size() {
     fail "SLICES is '$SLICES': GKE connects slices of several hosts only, and $TOPOLOGY is one host"
 }
 
-# The disk, in one line of the manifest.
+# Sets VOLUME, the line of the manifest that names the disk.
 volume() {
   local name='[a-z0-9][a-z0-9.-]*'
   if [[ $SHARED =~ ^pvc:($name)$ ]]; then
@@ -114,11 +118,12 @@ volume() {
   elif [[ $SHARED =~ ^([A-Za-z0-9.-]+):(/[A-Za-z0-9._/-]*)$ ]]; then
     VOLUME="nfs: {server: \"${BASH_REMATCH[1]}\", path: \"${BASH_REMATCH[2]}\"}"
   else
-    fail "SHARED is '$SHARED': where the work directory is, as pvc:CLAIM, host:/export or gs://NAME"
+    fail "SHARED is '$SHARED': it must name a disk, as pvc:CLAIM, host:/export or gs://NAME"
   fi
 }
 
-# The arguments as a list of YAML, each as a JSON string; Kubernetes would fill in $(...).
+# Prints the arguments as a YAML list of JSON strings. $(...) is escaped, since Kubernetes expands
+# it.
 yaml_list() {
   local word list=''
   for word in "$@"; do
@@ -129,19 +134,19 @@ yaml_list() {
   printf '[%s]' "$list"
 }
 
-# Whether a line that ends in `# if $1` stays.
+# Tells whether a line that ends in `# if $1` is kept.
 holds() {
   case $1 in
     spot) ((SPOT)) ;;
     bucket) [[ $SHARED == gs://* ]] ;;
     account) [[ $SERVICE_ACCOUNT ]] ;;
     'host network') ((HOST_NETWORK)) ;;
-    *) fail "launch/gke_jobset.yaml has '# if $1', which launch/gke.sh does not know" ;;
+    *) fail "launch/gke_jobset.yaml has '# if $1', but launch/gke.sh has no such condition" ;;
   esac
 }
 
-# The manifest, filled.
-# shellcheck disable=SC2034 # it has ARGUMENTS
+# Prints the manifest with all values filled in.
+# shellcheck disable=SC2034 # the manifest uses ARGUMENTS
 manifest() {
   local line name ARGUMENTS=''
   ARGUMENTS=$(yaml_list "${PROGRAM[@]}")
@@ -172,21 +177,21 @@ run() {
   local text ended
   text=$(manifest)
   if [[ $PRINT ]]; then
-    note "if this says Completed or Failed:"
+    note "if this command prints Completed or Failed:"
     quoted "${LOOKING[@]}"
-    note "then this first:"
+    note "run this command first:"
     quoted "${DELETE[@]}"
     printf "%s << 'MANIFEST'\n%s\nMANIFEST\n" "$(quoted "${APPLY[@]}")" "$text"
     return
   fi
   ended=$("${LOOKING[@]}") ||
-    fail "kubectl cannot see the JobSets of namespace $NAMESPACE: JobSet has to be in the cluster"
+    fail "kubectl cannot list the JobSets of namespace $NAMESPACE: install JobSet in the cluster"
   if [[ $ended ]]; then
-    echo "$NAME is $ended: it is started again"
+    echo "$NAME is $ended and is started again"
     "${DELETE[@]}"
   fi
   "${APPLY[@]}" <<< "$text"
-  echo "$((SLICES * HOSTS)) processes on $SLICES x $TPU $TOPOLOGY; $WORKDIR on $SHARED; log:"
+  echo "$((SLICES * HOSTS)) processes on $SLICES x $TPU $TOPOLOGY; $WORKDIR on $SHARED. Log:"
   quoted "${FOLLOW[@]}"
 }
 

@@ -1,11 +1,12 @@
-"""Several processes of one run on this machine's CPU, as several hosts would run it.
+"""Runs several processes of one run on the CPU of this machine, in place of several hosts.
 
     python launch/local.py [--print] [--processes=N] [--devices=N] --config=configs/opsd.py [...]
 
-All other arguments go to `python -m copsd_jax.main`. To try what a pod will do, or a change to code
-that several processes run. Cost: nothing. Duration: that of one process, and longer: they share the
-cores. As soon as one process ends with an error, the others are ended too, and the first line says
-which it was. The same command again continues the run.
+All other arguments are passed to `python -m copsd_jax.main`. Use this script to try a run before
+you start it on a pod, or to test code that several processes run. It costs nothing. It takes longer
+than a single process, because the processes share the cores. If a process ends with an error, the
+script ends the other processes, and prints which process failed. The same command again continues
+the run.
 """
 
 import argparse
@@ -18,12 +19,12 @@ import time
 
 # ---- settings ------------------------------------------------------------------------------------
 PROCESSES = 2
-DEVICES = 1  # CPU devices of each process; on the mesh there are PROCESSES x DEVICES
-HEARTBEAT = 10  # seconds after which a silent process is dead, should this launcher be dead too
+DEVICES = 1  # CPU devices per process; the mesh has PROCESSES x DEVICES devices
+HEARTBEAT = 10  # seconds until a silent process counts as dead, in case this launcher is dead
 # --------------------------------------------------------------------------------------------------
 
-LOOK = 0.2  # seconds between two looks at the processes
-GRACE = 5.0  # seconds between asking a process to end and ending it
+LOOK = 0.2  # seconds between two checks of the processes
+GRACE = 5.0  # seconds between terminating a process and killing it
 
 
 def free_port() -> int:
@@ -33,7 +34,7 @@ def free_port() -> int:
 
 
 def commands(processes: int, devices: int, port: int, rest: list[str]) -> list[list[str]]:
-    """The command of each process."""
+    """Returns the command of each process."""
     return [
         [
             "env", "JAX_PLATFORMS=cpu", f"JAX_NUM_CPU_DEVICES={devices}",
@@ -58,7 +59,7 @@ def end(running: dict[int, subprocess.Popen]) -> None:
 
 
 def run(todo: list[list[str]]) -> int:
-    """Exit code: 0 if all processes end well, else that of the first that does not."""
+    """Returns 0 if all processes succeed, otherwise the exit code of the first that fails."""
     running = {rank: subprocess.Popen(command) for rank, command in enumerate(todo)}
     try:
         while running:
@@ -84,9 +85,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--print", action="store_true", help="show what would be run")
+    parser.add_argument("--print", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--processes", type=int, default=PROCESSES)
-    parser.add_argument("--devices", type=int, default=DEVICES, help="of each process")
+    parser.add_argument("--devices", type=int, default=DEVICES, help="CPU devices per process")
     known, rest = parser.parse_known_args(argv)
     for name in ("processes", "devices"):
         if getattr(known, name) < 1:
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> int:
     if known.print:
         print("\n".join(map(shlex.join, todo)))
         return 0
-    os.environ.setdefault("NPROC", "32")  # threads for devices that wait for one another
+    os.environ.setdefault("NPROC", "32")  # enough threads for devices that wait for each other
     return run(todo)
 
 

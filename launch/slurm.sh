@@ -1,37 +1,40 @@
 #!/usr/bin/env bash
-# A run on GPU nodes of a SLURM cluster: one process a node, or one a GPU.
+# Starts a run on GPU nodes of a SLURM cluster, with one process per node or per GPU.
 #
 #     export PARTITION=gpu NODES=2 GPUS_PER_NODE=8
 #     launch/slurm.sh [--print] --config=configs/opsd.py:qwen3_1_7b --workdir=/home/me/W [...]
 #     launch/slurm.sh [--print] delete
 #
-# All other arguments go to `python -m copsd_jax.main`. Queues a job; SLURM queues it again when it
-# is preempted or a node dies, and the job itself when its time is up; the run then continues. The
-# same command again does nothing while a job of this NAME is queued or running, and continues the
-# run afterwards. This folder, PYTHON (pip install -e '.[gpu]') and the work directory have to be on
-# a disk that all nodes share: SHARED.
+# All other arguments are passed to `python -m copsd_jax.main`. The script queues a job. If the job
+# is preempted or a node dies, SLURM requeues it. If its time limit is near, the job requeues
+# itself. Then the run continues. While a job of this NAME is queued or running, the same command
+# does nothing. Afterwards, it continues the run. This folder, PYTHON (pip install -e '.[gpu]') and
+# the work directory must be on a disk that all nodes share. SHARED names this disk.
 #
-# Cost: GPUs x hours on the cluster's account; rented, an H100 was about USD 2 to 4 an hour in 2025,
-# so the 16 GPUs of two nodes some USD 50. Prices differ by provider and change: look them up.
-# Duration: as long as the queue is; then the run's own time, with some minutes of compilation at
-# each start. What a preempted step had done since the last checkpoint (train.save_every) is lost.
-# Written from the documentation of SLURM and the cluster detection of jax 0.10; never run on SLURM.
+# Cost: GPUs x hours on the account of the cluster. In 2025, a rented H100 cost about USD 2 to 4 per
+# hour, so 16 GPUs on two nodes cost about USD 50 per hour. Look up current prices, which differ by
+# provider.
+# Duration: the time in the queue, then the time of the run, with some minutes of compilation at
+# each start. After a preemption, the steps since the last checkpoint (train.save_every) are
+# repeated.
+# Written from the documentation of SLURM, and for the cluster detection of JAX 0.10. It was never
+# run on SLURM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# ---- settings, each also from the environment ----------------------------------------------------
-NAME=${NAME-copsd}                    # of the job
-PARTITION=${PARTITION-}               # "" for the cluster's default
-ACCOUNT=${ACCOUNT-}                   # "" for the user's default
+# ---- settings, which environment variables override ----------------------------------------------
+NAME=${NAME-copsd}                    # name of the job
+PARTITION=${PARTITION-}               # "" for the default of the cluster
+ACCOUNT=${ACCOUNT-}                   # "" for the default of the user
 NODES=${NODES-1}
 GPUS_PER_NODE=${GPUS_PER_NODE-8}
-PROCESSES=${PROCESSES-node}           # one per node, or per gpu
+PROCESSES=${PROCESSES-node}           # node: one process per node; gpu: one per GPU
 CPUS_PER_GPU=${CPUS_PER_GPU-8}
-TIME=${TIME-24:00:00}                 # of one job; then the run goes on in the next
-NOTICE=${NOTICE-120}                  # seconds before its time is up, a job queues itself again
-SHARED=${SHARED-$HOME}                # a folder on the disk that all nodes share
+TIME=${TIME-24:00:00}                 # time limit of a job; the next job continues the run
+NOTICE=${NOTICE-120}                  # seconds before the time limit when a job requeues itself
+SHARED=${SHARED-$HOME}                # a folder on a disk that all nodes share
 PYTHON=${PYTHON-.venv/bin/python}
-SETUP=${SETUP-}                       # a line of shell before the run, as: module load cuda
+SETUP=${SETUP-}                       # a shell command before the run: module load cuda
 # --------------------------------------------------------------------------------------------------
 
 # shellcheck source=launch/arguments.sh
@@ -50,19 +53,19 @@ check_run() {
   done
   one_of PROCESSES node gpu
   [[ $TIME =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
-    fail "TIME is '$TIME': it must be SLURM's, as 24:00:00 or 2-00:00:00"
+    fail "TIME is '$TIME': it must be a time of SLURM, such as 24:00:00 or 2-00:00:00"
   for name in PARTITION ACCOUNT; do
-    [[ ${!name} =~ ^[A-Za-z0-9_,.-]*$ ]] || fail "$name is '${!name}': that is no name"
+    [[ ${!name} =~ ^[A-Za-z0-9_,.-]*$ ]] || fail "$name is '${!name}': it must be a name"
   done
-  [[ $PWD =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || fail "the folder $PWD has a space or a sign in its name"
+  [[ $PWD =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || fail "$PWD has a special character: move this folder"
   check_program "$SHARED"
   [[ $PRINT || -x $PYTHON ]] ||
-    fail "PYTHON is '$PYTHON': there is no such program; it comes from pip install -e '.[gpu]'"
+    fail "PYTHON is '$PYTHON': it does not exist; install it with pip install -e '.[gpu]'"
 }
 
-# Processes of a node, CPUs and environment of each. On SLURM jax gives a process the GPU of its
-# number on the node alone: so the process of a whole node has to name them all, and where there is
-# one for each GPU, all have to see all (--gpu-bind=none).
+# Sets TASKS per node, and the CPUS and ENVIRONMENT of each process. On SLURM, JAX gives a process
+# only the GPU with the number of the process on its node. So with one process per node, the process
+# must list all GPUs. With one process per GPU, every process must see all GPUs (--gpu-bind=none).
 tasks() {
   TASKS=1 CPUS=$((CPUS_PER_GPU * GPUS_PER_NODE)) ENVIRONMENT=()
   if [[ $PROCESSES == gpu ]]; then
@@ -80,7 +83,8 @@ directive() {
   printf '#SBATCH %s\n' "$@"
 }
 
-# What SLURM runs on the first node. A job whose time is nearly up gets USR1, and queues itself.
+# Prints the script that SLURM runs on the first node. If the time limit of a job is near, SLURM
+# sends USR1, and the job requeues itself.
 batch() {
   echo '#!/bin/bash'
   directive --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$TASKS" \
@@ -114,20 +118,20 @@ run() {
   tasks
   text=$(batch)
   if [[ $PRINT ]]; then
-    note "if this says nothing, no job of this name is queued or running:"
+    note "if this command prints nothing, no job of this name is queued or running:"
     quoted "${looking[@]}"
     quoted mkdir -p runs
     printf "sbatch << 'JOB'\n%s\nJOB\n" "$text"
     return
   fi
-  there=$("${looking[@]}") || fail "squeue cannot look at the queue"
+  there=$("${looking[@]}") || fail "squeue cannot read the queue"
   if [[ $there ]]; then
-    echo "$NAME is queued or running as job $there: another run needs another NAME"
+    echo "$NAME is queued or running as job $there; use another NAME for another run"
     return
   fi
   mkdir -p runs
   sbatch <<< "$text"
-  echo "$((NODES * TASKS)) processes on $NODES x $GPUS_PER_NODE GPUs; the run: $WORKDIR;" \
+  echo "$((NODES * TASKS)) processes on $NODES x $GPUS_PER_NODE GPUs; work directory: $WORKDIR;" \
     "log: runs/slurm-$NAME-*.log"
 }
 

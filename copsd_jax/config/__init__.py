@@ -1,4 +1,4 @@
-"""Settings of a run: each declared once with default, comment, choices or range, and their rules.
+"""Settings of a run, with their defaults, comments and allowed values, and the rules between them.
 
 May import: nothing of the package, and neither jax nor transformers.
 """

@@ -1,20 +1,20 @@
-"""The declaration of one setting: default, comment, allowed values, and when it is read."""
+"""The declaration of one setting: its default, comment, allowed values, and conditions."""
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-LARGEST = 2**31 - 1  # of a whole number from which arrays or random keys are made
+LARGEST = 2**31 - 1  # largest integer from which arrays or random keys can be made
 
 
 class Choices(NamedTuple):
-    """The values of a setting that is a name.
+    """The allowed values of a setting that is a name.
 
     Attributes:
-      names: the choices; () if they are the entries of a table of the package.
-      table: file and name of that table. Nothing here imports it: `setting_rules.check` gets its
-        entries from the caller.
-      function: whether "module:function" of the user's own is a choice too.
+      names: the choices; () if the choices are the entries of a table of the package.
+      table: file and name of the table; "" if there is none. This module does not import the
+        table; the caller passes the entries to `setting_rules.check`.
+      function: whether the user may also name a function, as "module:function".
     """
 
     names: tuple[str, ...] = ()
@@ -23,12 +23,12 @@ class Choices(NamedTuple):
 
 
 class Range(NamedTuple):
-    """The values of a setting that is a number.
+    """The allowed values of a setting that is a number.
 
     Attributes:
-      words: the range, to stand behind "it must be".
-      holds: whether a number is in the range.
-      largest: the largest whole number, besides.
+      words: the range in words that complete the sentence "it must be ...".
+      holds: returns whether a number is in the range.
+      largest: an additional upper limit for integers.
     """
 
     words: str
@@ -37,17 +37,22 @@ class Range(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """When a setting is read: in words, and as a function of all settings by name."""
+    """A condition for reading a setting.
+
+    Attributes:
+      words: the condition in words.
+      holds: returns whether the condition is true, given all settings by name.
+    """
 
     words: str
     holds: Callable[[Mapping[str, Any]], bool]
 
 
 class ListedBy(NamedTuple):
-    """The condition that the chosen entry of a table lists the setting among those it reads.
+    """The condition that a table's chosen entry lists the setting among the settings it reads.
 
     Attributes:
-      setting: the one that chooses the entry, such as context.kind.
+      setting: the name of the setting that chooses the entry, such as context.kind.
     """
 
     setting: str
@@ -61,11 +66,11 @@ class Setting(NamedTuple):
     """One setting of a run.
 
     Attributes:
-      default: its value in `default()`; all its values have the same type.
+      default: its value in `default()`; all values have the type of the default.
       comment: its meaning, for `--help` and the documentation.
-      allowed: its choices or its range; None where the type is enough.
-      read_when: conditions that all have to hold for a method to read it. Elsewhere a value other
-        than the default is refused, since whoever sets it expects an effect.
+      allowed: its choices or its range; None if every value of the type is allowed.
+      read_when: conditions, all of which must be true for the setting to be read. If one is false,
+        a value other than the default is refused, because it would have no effect.
     """
 
     default: Any
@@ -75,17 +80,17 @@ class Setting(NamedTuple):
 
 
 def declare(default: Any, comment: str, allowed: Allowed = None, *read_when: When) -> Setting:
-    """Returns a Setting; its conditions are the last arguments."""
+    """Returns a Setting; the arguments after `allowed` are its conditions."""
     return Setting(default, comment, allowed, read_when)
 
 
 def one_of(*names: str, function: bool = False) -> Choices:
-    """Returns choices that are listed here."""
+    """Returns the choices with these names."""
     return Choices(names, function=function)
 
 
 def entry_of(table: str, function: bool = False) -> Choices:
-    """Returns the choices of a table of the package, such as "teaching/contexts.py CONTEXTS"."""
+    """Returns the entries of a table as choices, such as "teaching/contexts.py CONTEXTS"."""
     return Choices(table=table, function=function)
 
 
@@ -95,12 +100,12 @@ def goes_with(setting: str, *values: object) -> Condition:
 
 
 def whole(least: int, largest: int = LARGEST) -> Range:
-    """Returns the range of a whole number."""
+    """Returns the range of the integers from `least` to `largest`."""
     return Range(f"at least {least}", lambda value: value >= least, largest)
 
 
 def between(least: float, most: float, remark: str = "") -> Range:
-    """Returns a range with both ends in it."""
+    """Returns the range from `least` to `most`, including both ends."""
     return Range(f"between {least:g} and {most:g}{remark}", lambda value: least <= value <= most)
 
 
@@ -109,7 +114,7 @@ NOT_NEGATIVE = Range("at least 0, and finite", lambda value: 0 <= value < math.i
 FINITE = Range("finite", math.isfinite)
 BELOW_ONE = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("above 0 and at most 1 (1 is off)", lambda value: 0 < value <= 1)
-# Smaller temperatures leave float32 no digits for other logits than the largest.
+# At smaller temperatures float32 has no digits left for any logit but the largest.
 TEMPERATURE = Range(
     "0 (greedy) or at least 0.0001, and finite", lambda value: not value or 1e-4 <= value < math.inf
 )
@@ -117,16 +122,16 @@ DUAL_CLIP = Range("above 1 (0 is off)", lambda value: value == 0 or 1 < value < 
 
 
 def server(section: str, timeout: float, concurrency: int, read_when: When) -> dict[str, Setting]:
-    """Returns the settings of a section that asks a server, by name; only defaults differ."""
+    """Returns the settings for requests to a server, by name; only defaults differ by section."""
     found = {
-        "url": declare("", "base address of the server: http://host:8000/v1"),
-        "model": declare("", "name of the (base) model at the server"),
-        "key_env": declare("", "environment variable with the key; '' for none"),
-        "timeout": declare(timeout, "seconds for one request, time in the server's queue included",
+        "url": declare("", "base address of the server, such as http://host:8000/v1"),
+        "model": declare("", "name of the (base) model on the server"),
+        "key_env": declare("", "environment variable that contains the key; '' for no key"),
+        "timeout": declare(timeout, "seconds for one request, including time in the server's queue",
             POSITIVE),
-        "retries": declare(4, "how often a failed request is sent again", whole(0)),
-        "backoff": declare(1.0, "seconds before the first retry; doubled for each further one",
+        "retries": declare(4, "maximum number of retries of a failed request", whole(0)),
+        "backoff": declare(1.0, "seconds before the first retry; doubled before each further retry",
             NOT_NEGATIVE),
-        "concurrency": declare(concurrency, "requests in flight at once", whole(1, 1000)),
+        "concurrency": declare(concurrency, "maximum number of requests in flight", whole(1, 1000)),
     }  # fmt: skip
     return {f"{section}.{k}": one._replace(read_when=(read_when,)) for k, one in found.items()}

@@ -1,15 +1,17 @@
-"""The methods by name, with the traits on which settings and programs depend."""
+"""The table of methods, with the traits that determine which settings and programs are used."""
 
 from typing import NamedTuple
 
 
 class Method(NamedTuple):
-    """The traits of a method, whose batches `methods/<name>.py` makes.
+    """The traits of a method; `methods/<name>.py` makes its batches.
 
     Attributes:
-      samples: the student samples completions; otherwise the data's solutions are the completions.
-      teacher: a teacher scores the completions under a context, and a divergence is the loss.
-      policy_gradient: the policy gradient is the loss.
+      samples: whether the student samples completions. If not, the completions are the solutions
+        in the data.
+      teacher: whether a teacher scores the completions under a context, and the loss is a
+        divergence.
+      policy_gradient: whether the loss is the policy gradient.
     """
 
     samples: bool = True
@@ -25,5 +27,5 @@ METHODS = {
 
 
 def with_trait(trait: str) -> tuple[str, ...]:
-    """Returns the names of the methods that have a trait of `Method`."""
+    """Returns the names of the methods that have the trait; `trait` is a field of `Method`."""
     return tuple(name for name, method in METHODS.items() if getattr(method, trait))

@@ -1,8 +1,9 @@
-"""All settings of a run: their defaults as a config, their help text, and the names of old ones.
+"""All settings of a run: the default config, the help text, and the retired settings.
 
-A config file under `configs/` calls `default()`, changes what its experiment changes, and returns
-the result. `main` applies the typed overrides of the command line (`--config.train.steps=20`) and
-has `setting_rules` check it. Each setting is declared once, in `setting_list`.
+A config file under `configs/` calls `default()`, changes some settings for its experiment, and
+returns the result. `main` applies the typed overrides of the command line
+(`--config.train.steps=20`). Then `setting_rules` checks the config. Each setting is declared once,
+in `setting_list`.
 """
 
 import difflib
@@ -14,17 +15,18 @@ from ml_collections import config_dict
 from copsd_jax.config import methods, setting_list
 from copsd_jax.config.declaration import Choices, Condition, ListedBy
 
-# A locked ml_collections.ConfigDict, whose attributes no type checker knows.
+# A locked ml_collections.ConfigDict. Type checkers do not know its attributes.
 Config = Any
 
-# The entries of tables of the package: by setting and entry, the settings that the entry reads.
-# None stands for tables that are not imported.
+# The entries of tables of the package. The outer key is the setting that chooses an entry, and the
+# inner key is the entry. The value lists the settings that the entry reads. None means that the
+# tables are not imported.
 Tables = Mapping[str, Mapping[str, Sequence[str]]] | None
 
 SETTINGS = setting_list.SETTINGS
 
-# Settings that no longer exist, with the value at which they had no effect. A saved config may
-# hold them with that value.
+# Settings that no longer exist, each with the value that had no effect. A saved config may contain
+# such a setting only with this value.
 RETIRED: dict[str, object] = {"loss.skip_below": 0.0}
 
 
@@ -48,25 +50,30 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def completions_per_step(config: Config) -> int:
-    """Returns the completions of a step, B = P problems x G samples."""
+    """Returns the number of completions of a step, B = P problems x G samples."""
     return config.train.batch * config.rollout.per_prompt
 
 
 def traits(config: Config) -> methods.Method:
-    """Returns the traits of a run's method."""
+    """Returns the traits of the method that the config chooses."""
     return methods.METHODS[config.method]
 
 
 def pick(section: Config, names: str) -> dict[str, Any]:
-    """Returns settings of a section by their names, given as in "lr warmup"."""
+    """Returns the settings of a section with these names, which are separated by spaces."""
     return {name: section[name] for name in names.split()}
 
 
 def preset(table: Mapping[str, Callable], name: str, default_name: str) -> Callable:
-    """Returns the chosen function of a config file's table of presets.
+    """Returns the function of a preset, from a config file's table of presets.
+
+    Args:
+      table: the functions by the names of their presets.
+      name: the name of the preset; "" for the default.
+      default_name: the name of the default preset.
 
     Raises:
-      ValueError: for an unknown name, with the choices.
+      ValueError: the name is unknown; the message lists the choices.
     """
     if (name or default_name) not in table:
         raise ValueError(f"preset is {name!r}: the choices are {', '.join(table)}")
@@ -74,7 +81,7 @@ def preset(table: Mapping[str, Callable], name: str, default_name: str) -> Calla
 
 
 def split_lists(config: Config) -> None:
-    """Splits the lists of strings of the command line: ("sw,fr",) becomes ("sw", "fr")."""
+    """Splits lists from the command line at commas, in place: ("sw,fr",) becomes ("sw", "fr")."""
     for section, name in (("data", "lang"), ("eval", "lang"), ("lora", "targets")):
         parts = (part for item in config[section][name] for part in str(item).split(","))
         config[section][name] = tuple(filter(None, parts))
@@ -84,32 +91,32 @@ def split_lists(config: Config) -> None:
 
 
 def unknown_setting(name: str) -> str:
-    """Returns one sentence about a setting that does not exist, with the likeliest ones that do."""
+    """Returns the message for a setting that does not exist, with the most similar settings."""
     if name in RETIRED:
-        return f"--config.{name} no longer exists: leave it out, as it was at {RETIRED[name]!r}"
+        return f"--config.{name} no longer exists: leave it out, as if it were {RETIRED[name]!r}"
     near = difflib.get_close_matches(name, SETTINGS, n=3, cutoff=0.5)
     same_end = [k for k in SETTINGS if k.split(".")[-1] == name.split(".")[-1]]
     same_end.sort(key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())
     likely = list(dict.fromkeys([*same_end, *near]))
-    hint = f"did you mean {' or '.join(likely)}?" if likely else "--help lists all of them"
-    return f"--config.{name} is no setting: {hint}"
+    hint = f"did you mean {' or '.join(likely)}?" if likely else "--help lists all settings"
+    return f"--config.{name} is not a setting: {hint}"
 
 
 def without_retired(saved: Mapping[str, object], source: str) -> dict[str, object]:
-    """Returns saved settings by name without those that no longer exist.
+    """Returns saved settings by name, without the settings that no longer exist.
 
     Args:
       saved: the settings of an older run.
-      source: where they come from, for the refusal.
+      source: the origin of the settings, such as a file, for the error message.
 
     Raises:
-      ValueError: for a retired setting with a value that had an effect.
+      ValueError: a retired setting has a value that had an effect.
     """
     for name, no_op in RETIRED.items():
         if saved.get(name, no_op) != no_op:
             raise ValueError(
                 f"{source} has {name}={saved[name]!r}: this setting no longer exists, and only a "
-                f"run with {no_op!r} can go on"
+                f"run with {no_op!r} can be continued"
             )
     return {name: value for name, value in saved.items() if name not in RETIRED}
 
@@ -121,8 +128,8 @@ class Description(NamedTuple):
     """One setting in words.
 
     Attributes:
-      allowed: its choices or its range; "" where its type says enough.
-      read_when: the conditions under which it is read; "" for always.
+      allowed: its choices or its range; "" if every value of the type is allowed.
+      read_when: the conditions under which the setting is read; "" if it is always read.
     """
 
     name: str
@@ -133,11 +140,11 @@ class Description(NamedTuple):
 
 
 def describe(tables: Tables = None) -> Iterator[Description]:
-    """Yields every setting in words, in order.
+    """Yields the description of every setting, in the order of `SETTINGS`.
 
     Args:
-      tables: `training.table_rules.tables()`, for the choices that are entries of a table; without
-        them the file of the table is named.
+      tables: `training.table_rules.tables()`, for the choices that are entries of a table. If None,
+        the description names the file of the table instead.
     """
     for name, setting in SETTINGS.items():
         allowed = setting.allowed
@@ -150,7 +157,7 @@ def describe(tables: Tables = None) -> Iterator[Description]:
 
 
 def choices(name: str, tables: Tables) -> tuple[str, ...]:
-    """Returns the choices of a setting; () if they are in a table that is not given."""
+    """Returns the choices of a setting; () if it has none, or if its table is not given."""
     allowed = SETTINGS[name].allowed
     if not isinstance(allowed, Choices) or (allowed.table and tables is None):
         return ()
@@ -159,7 +166,7 @@ def choices(name: str, tables: Tables) -> tuple[str, ...]:
 
 
 def spell(name: str, when: Condition | ListedBy, tables: Tables) -> str:
-    """Returns a condition in words; those of a `ListedBy` are the entries that list the setting."""
+    """Returns a condition in words; for a `ListedBy`, names the entries that list the setting."""
     if isinstance(when, Condition):
         return when.words
     entries = tables[when.setting] if tables else {}
@@ -168,7 +175,7 @@ def spell(name: str, when: Condition | ListedBy, tables: Tables) -> str:
 
 
 def help_text() -> str:
-    """Returns a line for every setting: name, default, comment, and what is allowed."""
+    """Returns one line for every setting: its name, default, comment and allowed values."""
     lines = []
     for name, value, comment, allowed, _ in describe():
         text = f'"{value}"' if isinstance(value, str) else str(value)

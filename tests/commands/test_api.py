@@ -208,7 +208,7 @@ def test_the_adapter_begins_without_effect(model):
 
 
 def test_refusals(model):
-    with pytest.raises(ValueError, match=r"train\.learning_rate is no setting: did you mean"):
+    with pytest.raises(ValueError, match=r"train\.learning_rate is not a setting: did you mean"):
         copsd_jax.load_model("tiny", {"train.learning_rate": 1.0})
     with pytest.raises(ValueError, match="method must be 'distill'"):
         copsd_jax.load_model("tiny", {"method": "grpo"})

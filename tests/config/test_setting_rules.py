@@ -63,7 +63,7 @@ REFUSED = {
     "rule and choice": (RULE | CHOICE, {"author__kind": "student"}, "reward.kind=answer"),
     "rule and answers in thoughts": (
         RULE | {"eval__extract": "last_anywhere"}, {"author__kind": "student"},
-        "eval.extract=last_after_think; that is last_anywhere",
+        "eval.extract=last_after_think; eval.extract is last_anywhere",
     ),
     "choice in a box": (
         {"reward__kind": "choice"}, {"prompt__answer": "choice"},
@@ -96,21 +96,21 @@ REFUSED = {
         SERVER | {"rollout__per_prompt": 1}, {"rollout__per_prompt": 2}, "needs at least 2",
     ),
     "engine without address": (
-        ENGINE | {"sampler__url": ""}, ENGINE, "sampler.url is '': sampler.engine is server, which",
+        ENGINE | {"sampler__url": ""}, ENGINE, "sampler.url is '': sampler.engine=server needs",
     ),
     "engine without model": (ENGINE | {"sampler__model": ""}, ENGINE, "sampler.model is ''"),
     "averaged teacher at an engine": (
         ENGINE | TEACHER | {"teacher__weights": "ema"}, {"teacher__weights": "trust_region"},
-        "author.kind is 'teacher': a server (sampler.engine) holds the student alone, not a teacher"
-        " with teacher.weights=ema beside train.trainable=lora",
+        "author.kind is 'teacher': a server (sampler.engine) holds only the student, not a teacher"
+        " with teacher.weights=ema and train.trainable=lora",
     ),
     "initial teacher at an engine": (
         ENGINE | TEACHER | {"train__trainable": "full"}, {"teacher__weights": "live"},
-        "teacher.weights=fixed beside train.trainable=full",
+        "teacher.weights=fixed and train.trainable=full",
     ),
     "constant": (
         SFT | {"policy__norm": "constant"}, {"policy__norm": "token"},
-        "policy.norm is 'constant': method=sft takes sequence, token",
+        "policy.norm is 'constant': method=sft needs sequence or token",
     ),
 }  # fmt: skip
 
@@ -227,7 +227,7 @@ def test_a_value_that_nothing_reads_is_refused(name):
     setting = {name.replace(".", "__"): value}
     for others in dead:
         assert refusal(others) == ""
-        assert refusal(others | setting).startswith(f"{name} is {value!r}: nothing reads it, it go")
+        assert refusal(others | setting).startswith(f"{name} is {value!r}: nothing reads it, beca")
         assert refusal(others | setting, train=False) == ""
     assert refusal(live | setting) == ""
 

@@ -93,7 +93,7 @@ def test_paper_presets_hold_the_published_numbers():
         ({"train__lr": float("nan")}, r"train\.lr is nan"),
         ({"lora__targets": ("q", "z")}, r"'z': the choices are q, k"),
         ({"data__weights": (1.0, 2.0)}, r"data\.weights .* one number for each"),
-        ({"loss__divergence": "sampled", "loss__clip_mode": "token"}, r"takes only none"),
+        ({"loss__divergence": "sampled", "loss__clip_mode": "token"}, r"loss\.clip_mode=none"),
         ({"context__kind": "crosslingual", "context__problem_en": False,
           "context__solution": False}, r"context\.problem_en is False"),
         ({"model__shape": "tiny"}, r"model\.init=random"),

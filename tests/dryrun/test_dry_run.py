@@ -195,7 +195,7 @@ def test_exit_codes(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(topologies, "make_devices", lambda target: jax.devices())
     code, _, said = dry(capsys, "--dry_run=v5e-8", "--config.train.batch=4")
     assert code == 2
-    assert "do not divide over 8 devices" in said
+    assert "cannot be split over 8 devices" in said
     code, _, said = dry(capsys, "--dry_run=v5e-8", "--config.mesh.data=1", "--config.mesh.tensor=8")
     assert code == 2
     assert "mesh.tensor is 8: it does not divide the model's 4 query heads" in said

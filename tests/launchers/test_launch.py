@@ -107,7 +107,7 @@ def test_pod_prints_what_it_runs(bare, shell, settings, create):
     done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **POD, **settings)
     assert done.returncode == 0, done.stderr
     assert shell.calls() == [LIST, create, LIST, LIST, folder, pack, send, install, run]
-    assert done.stdout.splitlines()[-1] == "copsd still costs: launch/tpu_pod.sh delete"
+    assert done.stdout.splitlines()[-1] == "copsd still costs money until launch/tpu_pod.sh delete"
 
 
 def test_pod_replaces_spot_slices_that_were_taken_away(shell):
@@ -127,7 +127,7 @@ def test_pod_replaces_spot_slices_that_were_taken_away(shell):
 @pytest.mark.parametrize(
     "states, program, code, starts, message",
     [
-        (["ACTIVE", "ACTIVE"], 3, 3, 1, "error: ended with 3; copsd still costs"),
+        (["ACTIVE", "ACTIVE"], 3, 3, 1, "error: the run ended with 3: repeat"),
         (["FAILED"], 0, 2, 0, "error: the request copsd failed"),
         (["ACTIVE", ""] * 3, 255, 2, 3, "error: copsd was taken away more than RESTARTS=2 times"),
     ],

@@ -292,7 +292,7 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"sampler__url": ""}, "sampler.url is '': sampler.engine is server, which needs it"),
+        ({"sampler__url": ""}, "sampler.url is '': sampler.engine=server needs a value here"),
         ({"sampler__model": ""}, "sampler.model is ''"),
         ({"sampler__url": "localhost"}, "sampler.url is 'localhost': write http"),
         ({"sampler__model": "big"}, "sampler.model is 'big': "),
@@ -305,8 +305,8 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
         ({"loss__rollout_clip": 2.0, "sampler__logprobs": "raw"}, "loss.rollout_clip is 2.0: it r"),
         ({"loss__rollout_clip": 2.0, "sampler__logprobs": "processed", "rollout__top_p": 0.9},
          "do not follow from sampler.logprobs=processed"),
-        ({"sampler__slots": 3}, "sampler.slots is no setting"),
-        ({"sampler__int8": True}, "sampler.int8 is True: nothing reads it, it goes with sampler.e"),
+        ({"sampler__slots": 3}, "sampler.slots is not a setting"),
+        ({"sampler__int8": True}, "sampler.int8 is True: nothing reads it, because it needs sa"),
     ],
 )  # fmt: skip
 def test_what_is_refused_before_anything_is_loaded(engine, tmp_path, capsys, changes, words):

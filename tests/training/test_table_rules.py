@@ -51,7 +51,7 @@ def test_a_context_is_one_entry(monkeypatch):
     assert "with context.kind=answer_only it is one of none" in refusal(
         context__kind="answer_only", author__kind="student"
     )
-    assert "nothing reads it, it goes with context.kind=crosslingual" in refusal(
+    assert "nothing reads it, because it needs context.kind=crosslingual" in refusal(
         context__kind="answer_only", context__solution=False
     )
 
