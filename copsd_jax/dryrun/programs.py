@@ -171,7 +171,7 @@ def find_model_config(config: config_lib.Config) -> transformer.ModelConfig:
     known += ["smollm2_135m"] if plain == "smollm2" else []
     if not known:
         raise ValueError(
-            f"model.path is {m.path!r}: a dry run reads no repository and knows only the shapes "
+            f"model.path is {m.path!r}: a dry run reads no repository; it knows the shapes of "
             f"{', '.join(transformer.SHAPES)}. Name one of them, or a folder with config.json"
         )
     return transformer.SHAPES[max(known, key=len)]
