@@ -28,7 +28,7 @@ class TokenView:
       logp_student: ln p of the token.
       logp_teacher: ln q of the token.
       student: the student's most probable tokens at this position, with their probabilities.
-      teacher: the teacher's most probable tokens here, with their probabilities.
+      teacher: the teacher's most probable tokens at this position, with their probabilities.
     """
 
     text: str

@@ -13,7 +13,7 @@ fits, what needs the memory, and how long a step would take. It reads no weights
 problems. --search compiles the run again with the largest micro-batch and numbers of slots that
 fit.
 
-Exit codes: 0 the run ended, or would fit; 1 the run would not fit; 2 a setting is wrong;
+Exit codes: 0 the run ended, or the dry run fits; 1 the dry run does not fit; 2 a setting is wrong;
 130 the run was interrupted.
 """
 
@@ -45,7 +45,7 @@ class DryRun(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A parsed command line; `dry_run` is None for a run."""
+    """A parsed command line; `dry_run` is None unless a dry run is requested."""
 
     config: config_lib.Config
     workdir: pathlib.Path
@@ -124,7 +124,7 @@ def parse_command(argv: list[str]) -> Command:
 
 
 def _check_names(argv: list[str]) -> None:
-    """Refuses settings and config files that do not exist, with plainer messages than absl's."""
+    """Checks that settings and config files exist, with plainer messages than absl's."""
     for argument in argv[1:]:
         flag, _, value = argument.lstrip("-").partition("=")
         name = flag.removeprefix("config.")

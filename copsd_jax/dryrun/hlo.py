@@ -125,7 +125,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _order(text: str) -> np.ndarray:
-    """Returns the array of `[2,3]T(1,0)`: the numbers from 0 in shape [2, 3], then transposed."""
+    """Returns the array of `[2,3]T(1,0)`: 0, 1, ... 5 in the shape [2, 3], then transposed."""
     ((shape, turn),) = re.findall(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", text)
     ids = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
     return ids.transpose(_integers(turn)) if turn else ids

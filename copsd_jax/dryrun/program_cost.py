@@ -97,7 +97,7 @@ def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 
       program: the compiled program.
       seconds: seconds that the compilation took.
       mesh: the mesh, which names the axes of collectives; None for one device.
-      turns: number of iterations of loops for which the program's text has none.
+      turns: number of iterations of a loop if the program's text does not state it.
     """
     costs, collectives = read_text(program.as_text(), mesh, turns=turns)
     memory = program.memory_analysis()
@@ -193,7 +193,7 @@ def _turns(program: _Program, op: hlo.Op) -> int:
 
 
 def _dearest(program: _Program, op: hlo.Op, times: int) -> None:
-    """Adds the costs of a conditional's branch with the most FLOPs, or among equals most bytes."""
+    """Adds the costs of a conditional's branch with the most FLOPs; if equal, the most bytes."""
     names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.rest)
     for group in re.findall(r"branch_computations=\{(.*?)\}", op.rest):
         names += [name.strip().lstrip("%") for name in group.split(",")]
@@ -210,7 +210,7 @@ def _dearest(program: _Program, op: hlo.Op, times: int) -> None:
 
 
 def _fused(program: _Program, name: str, times: int) -> float:
-    """Counts the FLOPs of a fusion, and adds the collectives inside it."""
+    """Returns the FLOPs of a fusion, and adds the collectives inside the fusion."""
     ops, total = program.computations[name], 0.0
     for op in ops.values():
         if op.kind in ("fusion", "call"):

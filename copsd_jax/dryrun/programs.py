@@ -119,7 +119,7 @@ class Phase:
 
 
 class Sampled(NamedTuple):
-    """A sampling phase: the section of its settings, and its longest prompt and completion."""
+    """A sampling phase: section of settings, and tokens of the longest prompt and completion."""
 
     section: str
     prompt: int
@@ -298,7 +298,7 @@ class _Compiler(NamedTuple):
           *args: abstract arrays.
           keeps: whether the results count as memory of the program. Otherwise they count as a part
             of a phase.
-          loop_turns: number of iterations of loops for which the program's text has none.
+          loop_turns: number of iterations of a loop if the program's text does not state it.
         """
         self.run.say(f"compiling {name}")
         mesh = self.run.frame.mesh

@@ -63,7 +63,7 @@ class Change:
 
 @dataclasses.dataclass
 class Proposals:
-    """The largest sizes that fit, and changes that would make a run fit that does not fit.
+    """The largest sizes that fit, and, for a run that does not fit, changes that would make it fit.
 
     Attributes:
       largest: the largest useful value that fits, by setting; 0 if no value fits.
@@ -238,7 +238,7 @@ def _fits_with_remat(run: programs.Run, sizes: Sizes, proposals: Proposals) -> b
 
 
 def _other_meshes(run: programs.Run) -> Iterator[Change]:
-    """Yields meshes with enough memory: on these devices, then with adapters, then on more."""
+    """Yields meshes with room: on these devices, then with adapters, then on more devices."""
     frame, target = run.frame, run.target
     devices, chips = frame.mesh.devices.size, int(np.prod(target.shape)) * target.slices
     yield from _rank_meshes(run, {}, devices, target)
@@ -254,7 +254,7 @@ def _other_meshes(run: programs.Run) -> Iterator[Change]:
 def _rank_meshes(
     run: programs.Run, values: dict[str, Any], devices: int, target: hardware.Target
 ) -> Iterator[Change]:
-    """Yields meshes of `devices` devices that have enough memory, the least need first."""
+    """Yields meshes of `devices` devices with enough memory, the smallest memory use first."""
     found = []
     for mesh in _meshes(run.frame, devices, target.slices):
         if not values and mesh == {f"mesh.{k}": n for k, n in run.frame.mesh.shape.items()}:

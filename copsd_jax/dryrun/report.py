@@ -166,8 +166,8 @@ def _add_seconds(found: list[programs.Program], chip: hardware.Chip) -> float | 
 def _sampling_seconds(run: programs.Run, name: str, texts: int) -> float | None:
     """Estimates the seconds of a sampling phase; None if a program was not compiled.
 
-    Prompts are prefilled in rows. Then all slots decode texts of the maximum length, as often as
-    all texts need.
+    Prompts are prefilled in rows. Texts are then decoded to the maximum length, as many at a time
+    as there are slots.
     """
     chip, c, lengths = run.target.chip, run.frame.config, run.lengths
     asked, drawn = {
@@ -222,7 +222,7 @@ def _advise(change: dict[str, Any]) -> str:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Returns the report as text for people."""
+    """Returns the report as readable text."""
     caps = ", ".join(f"{name} {value}" for name, value in report["lengths"].items() if value)
     devices = f"{report['devices']} devices, mesh {report['mesh']}"
     lines = [report["sentence"], "", f"target      {report['target']}: {devices}"]

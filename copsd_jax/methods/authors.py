@@ -207,7 +207,7 @@ def _read(r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText) ->
 
 
 def apply_leak_policy(reply: replies.Reply, row: problem_row.Row, policy: str) -> replies.Reply:
-    """Applies context.leak to a reply whose explanation contains the final answer; returns it.
+    """Returns a reply after context.leak is applied to a final answer in its explanation.
 
     Args:
       reply: the reply, which is returned unchanged if its explanation does not contain the answer.

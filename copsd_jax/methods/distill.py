@@ -88,7 +88,7 @@ def make_batch(
 
 
 def _wanted(c, done: Rollouts) -> list[bool]:
-    """Returns which completions to distill, decided before any context is written."""
+    """Returns whether to distill each completion, which is decided before contexts are written."""
     wanted = np.ones(len(done.rows), bool)
     if c.context.filter_groups:
         wanted &= policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
@@ -122,7 +122,7 @@ def _views(r: loaded_run.LoadedRun, done: Rollouts, step: int) -> list[contexts.
 
 
 def _replies(r, state, done: Rollouts, views, wanted, step: int) -> list[replies.Reply]:
-    """Returns the author's replies on wanted completions, and `FILTERED` for the others."""
+    """Returns a reply per completion: the author's if it is wanted, otherwise `FILTERED`."""
     asked = [
         authors.AuthorRequest(views[i], done.samples[i], verdict.answer if verdict else None)
         for i, verdict in enumerate(done.verdicts)

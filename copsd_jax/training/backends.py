@@ -1,6 +1,6 @@
 """Implementations of the divergence and of attention, chosen by the platform of a run's mesh.
 
-A platform here is the one of the mesh's devices. It may differ from the host's default backend.
+Here, the platform is that of the mesh's devices, which may differ from JAX's default backend.
 """
 
 from typing import Any

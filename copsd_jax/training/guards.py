@@ -79,7 +79,7 @@ class Rule:
 
     Attributes:
       metric: name of a metric.
-      above: whether the rule fires above the limit; otherwise it fires below.
+      above: True if the rule fires above the limit, False if it fires below.
       limit: limit of the metric. If `relative`, it limits the metric's ratio to its first value
         above 0 in the run.
       relative: whether the rule was written with `*first`.
@@ -107,7 +107,7 @@ class Event:
     Attributes:
       step: number of the step, as in metrics.jsonl.
       action: "warn", "lr" or "stop".
-      text: a message for people, with the metric, its value, the limit, the steps and the action.
+      text: a readable message with the metric, its value, the limit, the steps and the action.
     """
 
     step: int

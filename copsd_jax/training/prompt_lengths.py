@@ -180,7 +180,7 @@ def drop_overlong(
       teachers: the teacher's prompt of each completion, or None if it has none.
 
     Returns:
-      The teacher's prompts, and the number of overlong ones.
+      The teacher's prompts, and the number of overlong prompts.
 
     Raises:
       ValueError: a prompt is overlong and data.overlong is error, or the two sides start in

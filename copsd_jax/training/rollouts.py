@@ -137,7 +137,7 @@ def find_answer_start(prompt: prompts.Prompt, text: str) -> int:
     closed.
 
     Args:
-      prompt: its state says whether it opened the thinking.
+      prompt: the prompt, whose state says whether it opened the thinking.
       text: the completion.
     """
     closed = text.rfind("</think>")

@@ -1,8 +1,9 @@
 """Packing of completions into rows, devices and micro-batches, from their lengths alone.
 
 A bin is the part of a micro-batch that one shard runs: rows of the student's side and rows of the
-teacher's side. All bins have rows of the same number and length, so that one program runs them.
-Both sides of a completion are in the same bin, so no hidden state travels between devices.
+teacher's side. On each side, all bins have the same number and length of rows, so that one program
+runs them. Both sides of a completion are in the same bin, so no hidden state travels between
+devices.
 
 A completion goes into the first bin that has room for it on both sides, and there into the first
 row with room. If the bin already has a copy of the completion's prompt with room after it, the
@@ -20,7 +21,7 @@ prompt, the longest comes first. Without shared prompts this is first fit decrea
 The search tries bin sizes from the mean load upwards, and takes the first size that works. For each
 size it also tries to put completions into the emptiest bin instead of the first. Successive sizes
 differ by about 1/16, and a size determines the number and length of rows. Steps with other lengths
-therefore need few other programs.
+therefore need few additional programs.
 """
 
 import collections
@@ -115,7 +116,8 @@ def plan_rows(
       micros: number of micro-batches; read only if there is no budget.
       budget: maximum number of tokens of a bin, over all sides. The plan then has as few
         micro-batches as possible. 0 means no budget.
-      row: length of rows in tokens, unless a sample is longer; 0 chooses it from the samples.
+      row: length of rows in tokens, unless a sample is longer. 0 means that the length depends on
+        the samples.
       one_per_row: whether each completion gets its own row. A dry run needs this, because its
         texts are all as long as the limits allow.
 

@@ -26,7 +26,7 @@ entropy of SFT. Either term may be absent. The weights w and u contain the facto
 the normaliser of `loss_norms.token_weights` over the whole step. The losses of micro-batches
 therefore add up to L.
 
-A choice of teacher is only a choice of shares s_k and weights θ_k:
+The teachers differ only in their shares s_k and weights θ_k:
 
     fixed         1 · θ_0                       the initial policy
     ema           1 · θ_ema                     θ_ema ← d · θ_ema + (1 - d) · θ after every update
@@ -187,8 +187,8 @@ def derive_policies(
     For LoRA, `frozen` has the base parameters. A `fixed` teacher is then the base without an
     adapter. It equals the initial policy, because new adapters have no effect. For full
     fine-tuning, `frozen` has the initial weights if they are needed. With a trust region, the
-    returned teacher is the initial policy, and `teacher_mixture` adds the student's share. The
-    initial policy alone then writes the texts of author.kind=teacher.
+    returned teacher is the initial policy, and `teacher_mixture` adds the student's share. With
+    author.kind=teacher, the initial policy alone then writes the contexts.
 
     Args:
       state: its `trained` and `ema` trees are read.
@@ -531,7 +531,7 @@ def _split(batch: layout.Batch, n: int) -> layout.Batch:
 
 
 def _average(ema: dict | None, trained: dict, options: Options) -> dict | None:
-    """Averages the teacher's tree in float32: decay · average + (1 - decay) · new.
+    """Returns decay · average + (1 - decay) · new in float32, or None if there is no average.
 
     In bfloat16, an average with a decay of .999 would not change. The two factors of an adapter are
     averaged separately, as published. The product of the averages differs from the average of the
