@@ -190,7 +190,7 @@ def _keep_fitting(
 def _connect(
     config: config_lib.Config, server: remote_engine.EngineServer, longest: dict[str, int]
 ) -> remote_engine.EngineServer:
-    """Connects to the server, checks that the texts to sample fit there, and returns it."""
+    """Checks that the server answers and that the texts to sample fit there; returns the server."""
     server = remote_engine.connect(server)
     if room := server.max_model_len:
         drawn = ["student"] * config_lib.traits(config).samples + ["evaluation", "author"]
