@@ -125,7 +125,7 @@ def _known(completion: loop.Completion) -> loop.Completion:
 
 
 def _number_samples(rows: Sequence[problem_row.Row]) -> list[int]:
-    """Counts the completions of each row from 0, so that no random stream is used twice."""
+    """Returns each row's occurrence number, from 0, so that no random stream is used twice."""
     seen: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
     return [next(seen[row.id]) for row in rows]
 

@@ -154,7 +154,7 @@ def test_a_name_that_is_no_metric_is_refused_before_the_run():
             guards.check_metrics(guards.parse_rules(["loss>3:stop", text]))
         assert str(error.value).startswith(f"guards.rules has {text!r}: ")
         assert reason in str(error.value)
-    with pytest.raises(ValueError, match=r"no metric 'qq': there are loss, .*reply_STATUS"):
+    with pytest.raises(ValueError, match=r"no metric 'qq': the metrics are loss, .*reply_STATUS"):
         guards.check_metrics(guards.parse_rules(["qq>1:stop"]))
 
 
