@@ -1,6 +1,6 @@
 """On-policy self-distillation of language models in JAX.
 
-The names of the Python API (`api.py`) are here too. They are imported on first use, so that
+The package also has the names of the Python API (`api.py`). They are imported on first use, so that
 `import copsd_jax` does not start JAX.
 """
 
@@ -27,12 +27,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the API when one of its names is read."""
+    """Returns a name of the API, which is imported on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("copsd_jax.api"), name)
 
 
 def __dir__() -> list[str]:
-    """Lists the module's attributes with the API's names."""
+    """Returns the module's attributes together with the API's names, sorted."""
     return sorted({*globals(), *__all__})

@@ -1,8 +1,9 @@
-"""The library from Python: a model, its samples and scores, the divergence, and a training step.
+"""The Python API: a model, its samples and scores, the divergence, and a training step.
 
-`docs/python.md` shows all of it in ten lines. Functions change nothing in place: `train_step`
-returns the next model, and the former one stays usable. They call what `copsd_jax.main` calls, with
-the settings of the command line. A model of `load_model` is on JAX's first device.
+`docs/python.md` shows the whole API in ten lines. Functions change nothing in place: `train_step`
+returns a new model, and the old model stays usable. The functions use the same code as
+`copsd_jax.main`, with the same settings as on the command line. `load_model` places the model on
+JAX's first device.
 """
 
 import dataclasses
@@ -25,10 +26,10 @@ from copsd_jax.training import builders, layout, loaded_run, run_plan
 from copsd_jax.training import train_step as step_lib
 from copsd_jax.weights import hub
 
-Prompt = str | Sequence[int]  # token ids, or a text that is encoded as it stands
+Prompt = str | Sequence[int]  # token ids, or a text that is encoded without a chat template
 Completion = loop.Completion
 
-# Settings of the path "tiny", whose template has a thinking switch.
+# Settings for the path "tiny", whose chat template has a thinking switch.
 TINY: dict[str, Any] = {
     "model.init": "random", "model.shape": "tiny", "prompt.thinking": "off"
 }  # fmt: skip
@@ -40,7 +41,7 @@ class Model:
 
     Attributes:
       run: weights that do not change, compiled functions, and the plan with the tokenizer.
-      state: what training changes: the step, the trained parameters and the optimizer.
+      state: the training state: step, trained parameters and optimizer state.
     """
 
     run: loaded_run.LoadedRun
@@ -52,7 +53,7 @@ class Model:
         return self.run.plan.tokenizer
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes token ids to text and leaves out tokens that end a text.
+        """Decodes token ids to text, without tokens that end a text.
 
         >>> import copsd_jax
         >>> model = copsd_jax.load_model("tiny")
@@ -88,17 +89,16 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
     (2, 0)
 
     Args:
-      path: as the setting `model.path`: a Hugging Face folder or repository id, a .gguf file, or
-        "tiny" for two layers of random weights that show how everything works.
-      settings: other settings by name, as on the command line, such as `{"lora.rank": 4}`. The
-        learning rate is constant unless `train.schedule` says otherwise, and `teacher.thinking` is
-        that of the student's prompts.
+      path: the value of `model.path`: a Hugging Face folder or repository id, a .gguf file, or
+        "tiny". The path "tiny" gives a model of two layers with random weights, for trying the API.
+      settings: other settings by name, as on the command line, such as `{"lora.rank": 4}`. By
+        default the learning rate is constant, and `teacher.thinking` equals `prompt.thinking`.
 
     Returns:
-      The model at step 0. The adapter has no effect yet, so that student and teacher are equal.
+      The model at step 0. The adapter has no effect yet, so student and teacher are equal.
 
     Raises:
-      ValueError: a setting is unknown or wrong, or the files do not hold a supported model.
+      ValueError: a setting is unknown or wrong, or the files do not contain a supported model.
       FileNotFoundError: there is no such model.
     """
     chosen: dict[str, Any] = {"model.path": path, "train.schedule": "constant"}
@@ -106,17 +106,17 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
     if unknown := [name for name in chosen if name not in config_lib.SETTINGS]:
         raise ValueError(config_lib.unknown_setting(unknown[0]))
     config = config_lib.default()
-    # Both sides, and the evaluation that is not used here, start their answers alike.
+    # Student, teacher and the evaluation (not used here) get the same thinking setting.
     thinking = chosen.get("prompt.thinking", config.prompt.thinking)
     config.update_from_flattened_dict({"teacher.thinking": thinking, "eval.thinking": thinking})
     config.update_from_flattened_dict(chosen)
     if config.method != "distill" or config.policy.weight or config.loss.rollout_clip:
         raise ValueError(
-            "method must be 'distill', policy.weight and loss.rollout_clip 0: train_step is given "
-            "neither rewards nor the sampler's log-probabilities; copsd_jax.main trains with them"
+            "method must be 'distill', and policy.weight and loss.rollout_clip must be 0, because "
+            "train_step gets no rewards and no log-probabilities of the sampler; use copsd_jax.main"
         )
     plan = run_plan.make_plan(config, train=False, evaluate=False)
-    # One device takes batches of any size; several would need a multiple of their number.
+    # One device accepts batches of any size. Several devices would need a multiple of their number.
     plan = dataclasses.replace(plan, mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
     with loaded_run.set_mesh_and_precision(plan):
         return Model(*loaded_run.load_run(plan, config.train.steps))
@@ -125,7 +125,7 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
 def build_prompts(
     model: Model, problem: str, *, solution: str, answer: str = "", lang: str = "en"
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Builds the prompts of student and teacher for one problem, by the model's template.
+    """Builds the prompts of student and teacher for one problem, with the model's template.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny")
@@ -137,7 +137,7 @@ def build_prompts(
       model: the model, whose settings `prompt`, `teacher` and `context` give the wording.
       problem: the text of the problem.
       solution: the reference solution, which the teacher alone sees.
-      answer: the final answer, which plain prompts show behind the solution.
+      answer: the final answer, which plain prompts show after the solution.
       lang: code of the problem's language.
 
     Returns:
@@ -145,7 +145,7 @@ def build_prompts(
 
     Raises:
       ValueError: the context needs more than the problem and its solution, or the two prompts end
-        in different states of the template.
+        in different states of the chat template.
     """
     plan = model.run.plan
     row = problem_row.Row("", problem, solution, answer, lang, problem if lang == "en" else "")
@@ -158,7 +158,7 @@ def build_prompts(
 
 
 def _encode(model: Model, prompt: Prompt) -> tuple[int, ...]:
-    """Returns the ids of a prompt; a text becomes no special token."""
+    """Returns the ids of a prompt; a text is encoded without special tokens."""
     if isinstance(prompt, str):
         return tuple(text_encoding.encode_text(model.tokenizer, prompt).ids)
     return tuple(map(int, prompt))
@@ -176,18 +176,18 @@ def sample(
     (5, 'length', (5,))
 
     Args:
-      model: the model; its settings `rollout` hold for what `sampling` does not name.
-      prompts: texts or token ids. Give a prompt n times for n completions of it.
-      seed: of the random streams; equal calls with equal seeds give equal completions.
+      model: the model; its settings `rollout` apply to the fields that `sampling` does not name.
+      prompts: texts or token ids. Repeat a prompt n times to get n completions of it.
+      seed: seed of the random streams; equal calls with equal seeds give equal completions.
       **sampling: fields of `sampler.request.Sampling`: max_tokens, temperature, top_k, top_p,
         min_p, stop, stop_ids.
 
     Returns:
-      Completions with `ids` (C of them), `logps` (float32 [C], under the tempered distribution) and
-      `finish`, "stop" or "length".
+      One completion per prompt, with C token ids `ids`, their log-probabilities `logps` at the
+      sampling temperature (float32 [C], in nats), and `finish`, which is "stop" or "length".
 
     Raises:
-      ValueError: a prompt is empty or too long, or a setting of sampling is wrong.
+      ValueError: a prompt is empty or too long, or a field of `sampling` is wrong.
     """
     run, plan = model.run, model.run.plan
     asked = [_encode(model, prompt) for prompt in prompts]
@@ -205,7 +205,7 @@ def sample(
 def score(
     model: Model, prompt: Prompt, completion: Sequence[int], *, side: str = "student"
 ) -> Scores:
-    """Scores the tokens of a completion behind a prompt.
+    """Scores the tokens of a completion that follows a prompt.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny")
@@ -217,14 +217,14 @@ def score(
       model: the model.
       prompt: a text or token ids, at least one.
       completion: C token ids, such as `Completion.ids`.
-      side: "student" for the trained weights, "teacher" for those of `teacher.weights`: the initial
-        ones, if no setting says otherwise.
+      side: "student" for the trained weights, or "teacher" for the weights of `teacher.weights`. By
+        default these are the initial weights.
 
     Returns:
       The scores: log-probabilities [C, V] and the ids [C].
 
     Raises:
-      ValueError: the prompt or the completion is empty, or there is no such side.
+      ValueError: the prompt or the completion is empty, or `side` is unknown.
     """
     if side not in ("student", "teacher"):
         raise ValueError(f"side is {side!r}: the choices are student, teacher")
@@ -240,9 +240,9 @@ def score(
 
 
 def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: Any) -> jax.Array:
-    """Computes the divergence between two sides' predictions of the same tokens.
+    """Computes the divergence between the student's and the teacher's predictions of a completion.
 
-    Equal sides give exactly 0.
+    If the predictions are equal, the divergence is exactly 0.
 
     >>> import copsd_jax
     >>> import numpy as np
@@ -252,21 +252,21 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
     0.368
 
     Args:
-      student: scores of p.
-      teacher: scores of q, of the same tokens.
+      student: the student's scores; its distribution is p.
+      teacher: the teacher's scores of the same tokens; its distribution is q.
       kind: "fkl" for KL(q ‖ p), "rkl" for KL(p ‖ q), "jsd", or "sampled".
       **settings: other fields of `losses.divergences.Divergence`, such as beta, temperature, top_k
         and clip.
 
     Returns:
-      Nats per token, float32 [C].
+      The divergence of each token in nats, float32 [C].
 
     Raises:
-      ValueError: the two sides scored different tokens, or a setting is wrong.
+      ValueError: student and teacher scored different tokens, or a setting is wrong.
     """
     if not np.array_equal(student.ids_C, teacher.ids_C):
-        raise ValueError("student and teacher scored different tokens: score one completion twice")
-    # Log-probabilities are logits too: a softmax does not see a constant.
+        raise ValueError("student and teacher scored different tokens: score the same completion")
+    # Log-probabilities can be used as logits, because a softmax ignores a constant offset.
     stats, _ = token_values.score_block(
         jnp.asarray(student.logp_CV), jnp.asarray(teacher.logp_CV),
         jnp.asarray(student.ids_C, jnp.int32), divergences.Divergence(kind, **settings),
@@ -280,7 +280,7 @@ def train_step(
     teacher_prompts: Sequence[Prompt],
     completions: Sequence[Sequence[int]],
 ) -> tuple[Model, dict[str, float]]:
-    """Trains the student by one optimizer step on the divergence of the teacher from the student.
+    """Trains the student for one optimizer step on its divergence from the teacher.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny")
@@ -291,7 +291,7 @@ def train_step(
     (0, 1, True)
 
     Args:
-      model: the model; its settings `loss`, `train` and `teacher` hold.
+      model: the model; its settings `loss`, `train` and `teacher` apply.
       student_prompts: B texts or lists of token ids.
       teacher_prompts: the prompts under which the teacher scores the same completions.
       completions: token ids, such as `Completion.ids`.
@@ -310,7 +310,7 @@ def train_step(
     )
     batch = builders.pack_batch(plan, batch)
     with loaded_run.set_mesh_and_precision(plan):
-        # The step takes the memory of its state, which the former model still needs.
+        # The step reuses the memory of its argument, and the old model still needs its own state.
         state = jax.tree.map(jnp.copy, model.state)
         state, aux = run.step(state, run.frozen, layout.place_batch(batch, plan.mesh), None, None)
     return Model(run, state), {name: float(x) for name, x in aux.metrics.items()}

@@ -20,15 +20,15 @@ Mixture = tuple[tuple[float, policy_lib.Policy], ...]
 
 @dataclasses.dataclass(frozen=True)
 class TokenView:
-    """One completion token under both sides; log-probabilities are in nats at temperature 1.
+    """One token as student and teacher predict it; log-probabilities are in nats at temperature 1.
 
     Attributes:
       text: the token, decoded alone.
-      advantage: ln q - ln p, teacher minus student; above 0 the teacher prefers the token more.
+      advantage: ln q - ln p. Above 0, the teacher gives the token a higher probability.
       logp_student: ln p of the token.
       logp_teacher: ln q of the token.
       student: the student's most probable tokens at this position, with their probabilities.
-      teacher: the teacher's.
+      teacher: the teacher's most probable tokens at this position, with their probabilities.
     """
 
     text: str
@@ -44,13 +44,13 @@ def compare_tokens(
 ) -> list[TokenView]:
     """Compares student and teacher on a record of W/rollouts, under the weights of `state`.
 
-    Each prompt runs with the completion behind it, each alone.
+    Each prompt is run separately, followed by the completion.
 
     Args:
       r: the loaded run.
       state: gives the weights of both sides.
       record: has student_prompt_ids, teacher_prompt_ids and completion_ids.
-      best: how many of the most probable tokens each view lists.
+      best: number of most probable tokens that each view lists.
 
     Returns:
       One view per completion token.
@@ -77,7 +77,7 @@ def compare_tokens(
 def score_tokens(
     decoder: transformer.Decoder, mix: Mixture, prompt: Sequence[int], completion: Sequence[int]
 ) -> jax.Array:
-    """Scores every token of the vocabulary at each place of a completion behind its prompt.
+    """Scores every token of the vocabulary at each position of a completion that follows a prompt.
 
     Args:
       decoder: the model.
@@ -97,7 +97,7 @@ def score_tokens(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probs(decoder: transformer.Decoder, mix: Mixture, side: layout.Side) -> jax.Array:
-    """Returns log-probabilities [C, V] of the one sample of a side, with its padding."""
+    """Returns log-probabilities [C, V] of the only sample of a side, padding included."""
     total = jnp.zeros((), jnp.float32)
     for share, policy in mix:
         stream = transformer.Stream(
@@ -111,9 +111,9 @@ def _log_probs(decoder: transformer.Decoder, mix: Mixture, side: layout.Side) ->
 
 
 def format_table(views: list[TokenView]) -> str:
-    """Renders one line per token: its text, its advantage and the favourites of both sides.
+    """Renders a table with one line per token: text, advantage, and each side's best tokens.
 
-    The columns student and teacher are each side's probability of the token.
+    The columns `student` and `teacher` have each side's probability of the token.
     """
     show = lambda favourites: " ".join(f"{text!r} {p:.0%}" for text, p in favourites)  # noqa: E731
     rows = [

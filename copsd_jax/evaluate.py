@@ -3,8 +3,8 @@
     python -m copsd_jax.evaluate --workdir=W [--steps=0,12] [--path=FILE] [--lang=sw]
 
 The scores of each language and group of problems are avg@n, pass@n, maj@n, format rate, length and
-truncated share. Prompts, grader and the conditions that end a text are those of training. The
-program evaluates checkpoints of a work directory and prints one table.
+truncated share. Prompts, grader and stop conditions are the same as in training. The program
+evaluates checkpoints of a work directory and prints one table.
 """
 
 import argparse
@@ -43,16 +43,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Samples eval.samples completions of each problem under a policy, grades and scores them.
 
-    Random streams depend on the seed, the problem and the sample alone, so two policies meet the
-    same noise.
+    Random streams depend on the seed, the problem and the sample alone. Two policies are therefore
+    compared with the same random numbers.
 
     Args:
       r: the loaded run, with an open grader.
       policy: the weights to sample with.
       rows: the problems, with gold answers.
       progress: receives the sampler's statistics; completions read from `partial` count as done.
-      partial: a file that keeps each completion as soon as it is drawn, see `_sampled`. A stopped
-        evaluation continues from it. The caller removes it once the result is saved.
+      partial: a file to which each completion is written as soon as it is drawn; see `_sampled`. A
+        stopped evaluation continues from this file. The caller removes it after saving the result.
 
     Returns:
       `{"scores": {name: {...}}, "problems": [...]}`. A name is a language, or language/group if the
@@ -80,7 +80,7 @@ def evaluate(
          "problem": row.problem, "samples": samples[k * n : (k + 1) * n]}
         for k, row in enumerate(rows)
     ]  # fmt: skip
-    # maj@n compares answers under time limits, which could end differently on another process.
+    # maj@n compares answers under time limits, so another process could get another result.
     return {"scores": processes.run_on_leader(lambda: _scores(r, records)), "problems": records}
 
 
@@ -92,11 +92,11 @@ class _Said(NamedTuple):
 
 
 def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partial) -> list[_Said]:
-    """Returns the completions: those that the file has, and new samples for the others.
+    """Returns all completions: those in the file, and new samples for the others.
 
-    The first line of the file describes the evaluation, and every other line holds a completion:
+    The first line of the file describes the evaluation. Every other line has one completion:
       {"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}
-    A last line without a newline was cut off when the evaluation stopped, and is dropped.
+    If the last line has no newline, it was cut off when the evaluation stopped, and it is dropped.
     """
     said: dict[int, _Said] = {}
     if partial is not None:
@@ -125,7 +125,7 @@ def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partia
 
 
 def _what(r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt], policy) -> dict[str, Any]:
-    """Returns everything that determines the completions: prompts, policy and settings."""
+    """Returns the inputs that determine the completions: prompts, policy and settings."""
     c = r.plan.config
     digest = hashlib.sha256()
     for prompt in asked:
@@ -146,20 +146,21 @@ def _what(r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt], policy) -> d
 def fingerprint_arrays(tree: Any) -> list[int]:
     """Returns two checksums, uint32, over the bits of all numbers of a tree of arrays.
 
-    The sums are exact, so they are equal on any mesh. The second one depends on places as well.
+    The sums are exact, so they are equal on any mesh. The second checksum also depends on the
+    positions of the numbers.
     """
     return [int(x) for x in jax.device_get(_sums(tree))]
 
 
 @jax.jit
 def _sums(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """Computes the plain sum and the sum weighted by place, uint32 scalars modulo 2**32."""
+    """Returns the plain sum and the sum weighted by position, uint32 scalars modulo 2**32."""
     plain = placed = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
         width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
         place = jnp.ones(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):  # odd factors keep all bits in the product
+        for axis in range(bits.ndim):  # the factors are odd, so that products keep all bits
             index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * jnp.uint32(2654435761) + index * jnp.uint32(2)
         plain = plain * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
@@ -171,7 +172,7 @@ def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> di
     """Returns the completions of a stopped evaluation, by index, and prepares the file.
 
     A half-written last line is cut off. Completions of another policy are discarded with a message,
-    and the file begins anew; training a step again can give such a policy.
+    and the file is started again. The policy can differ if a step was trained again.
     """
     whole = b""
     if partial.is_file():
@@ -214,7 +215,7 @@ def group_records(records: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def _group(records: Sequence[dict], field: str) -> dict[str, list[dict]]:
-    """Groups records by the value of a field, in the order of their first ones."""
+    """Groups records by the value of a field, in the order in which the values first occur."""
     out = collections.defaultdict(list)
     for record in records:
         out[record[field]].append(record)
@@ -222,7 +223,7 @@ def _group(records: Sequence[dict], field: str) -> dict[str, list[dict]]:
 
 
 def _scores(r: loaded_run.LoadedRun, records: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """Scores the records of each language and group."""
+    """Returns the scores of each language and group, by the names of `group_records`."""
 
     def sample(s: dict) -> scoring.Sample:
         return scoring.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
@@ -293,13 +294,13 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--workdir", required=True, type=pathlib.Path, help="a run's directory")
-    add("--steps", default="", help="checkpoints, as 0,12 (0 is the initial policy); default: all")
-    add("--path", default="", help="other problems than the run's eval.path")
-    add("--lang", default="", help="other languages, as sw,fr")
+    add("--steps", default="", help="checkpoints: 0,12 (0 is the initial policy); default: all")
+    add("--path", default="", help="problems to use instead of the run's eval.path")
+    add("--lang", default="", help="languages to use instead of the run's eval.lang: sw,fr")
     add("--samples", type=int, help="completions per problem (n)")
-    add("--temperature", type=float, help="of sampling; 0: greedy")
-    add("--max_tokens", type=int, help="longest completion")
-    add("--out", type=pathlib.Path, help="directory of results; default W/eval")
+    add("--temperature", type=float, help="sampling temperature; 0 is greedy")
+    add("--max_tokens", type=int, help="maximum number of tokens of a completion")
+    add("--out", type=pathlib.Path, help="directory for results; default: W/eval")
     return parser.parse_args(argv[1:])
 
 
@@ -312,8 +313,8 @@ def _config(args: argparse.Namespace) -> config_lib.Config:
     changes = {name: value for name, value in asked.items() if value is not None}
     if changes and args.out is None:
         raise ValueError(
-            f"--out is missing: with other {', '.join(changes)} than the run's, name a directory "
-            "of its own, so that W/eval stays what the run wrote"
+            f"--out is missing: with {', '.join(changes)} changed, results need another directory, "
+            "because W/eval has the results of the run itself"
         )
     config.eval.update(changes)
     return config
@@ -328,8 +329,8 @@ def evaluate_step(
       r: the loaded run, with an open grader.
       state: gives the student's weights.
       step: the number of the step, for the result.
-      file: the file of the result. A stopped evaluation continues, see `evaluate`.
-      label: the text in front of the progress line.
+      file: the file for the result. A stopped evaluation is continued; see `evaluate`.
+      label: the text at the start of the progress line.
 
     Returns:
       The result of `evaluate`, with the step.
@@ -346,16 +347,17 @@ def evaluate_step(
     with progress:
         student = loaded_run.derive_policies(r, state)[0]
         result = {"step": step, **evaluate(r, student, rows, update, partial)}
-    # The completions are removed once the result that is made of them is in its file.
+    # The file of completions is removed only after the result has been written.
     workdir.write_json(file, result)
     processes.run_on_leader(lambda: partial.unlink(missing_ok=True))
     return result
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 only if every requested checkpoint was evaluated.
+    """Runs the program and returns its exit code.
 
-    It is 2 after an error and 130 after an interrupt.
+    The code is 0 if every requested checkpoint was evaluated, 2 after an error, and 130 after an
+    interrupt.
     """
     try:
         return _main(parse_flags(argv))
@@ -386,13 +388,14 @@ def _main(args: argparse.Namespace) -> int:
             asked = [int(s) for s in args.steps.split(",") if args.steps]
             steps = list(dict.fromkeys(asked)) or [0, *saved]
         except ValueError:
-            print(f"error: --steps={args.steps}: write numbers as 0,12", file=sys.stderr)
+            print(f"error: --steps={args.steps}: write numbers such as 0,12", file=sys.stderr)
             return 2
         absent = [step for step in steps if step not in (0, *saved)]
         if absent:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
             return 2
-        # With --out the engine's folder lies there too: the run's directory may be read-only.
+        # With --out, the engine's folder is also in that directory, because the run's directory may
+        # be read-only.
         engine, results = (args.out or args.workdir) / "engine", {}
         r, initial = loaded_run.load_run(plan, config.train.steps, engine)
         with r.grader:

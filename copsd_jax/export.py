@@ -2,8 +2,9 @@
 
     python -m copsd_jax.export --workdir=W --out=D [--step=12] [--format=peft]
 
-The result is a Hugging Face folder that transformers and others load: merged safetensors, config,
-tokenizer and generation settings. With `--format=peft` it is PEFT's folder of the adapter alone.
+The result is a Hugging Face folder that transformers and other programs load: merged safetensors,
+config, tokenizer and generation settings. With `--format=peft`, the result is a PEFT folder with
+the adapter alone.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 if the model was written, 2 after an error on stderr."""
+    """Runs the program; returns 0 if the model was written, and 2 after an error message."""
     args = parse_flags(argv)
     try:
         config = run_plan.load_config(args.workdir)
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
             raise FileExistsError(f"--out={args.out} exists and is not empty")
         workdir.check_writable(args.out, "--out")
         if args.format == "peft" and config.train.trainable != "lora":
-            raise ValueError("--format=peft: train.trainable is full, there is no adapter; hf")
+            raise ValueError("--format=peft: train.trainable is full, so there is no adapter")
         plan = run_plan.make_plan(config, train=False, evaluate=False)
         with (
             loaded_run.set_mesh_and_precision(plan),
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
         ):
             saved = checkpoints.steps()
             if not saved:
-                raise ValueError(f"--workdir={args.workdir} holds no checkpoint yet")
+                raise ValueError(f"--workdir={args.workdir} has no checkpoint yet")
             step = saved[-1] if args.step == -1 else args.step
             if step not in saved:
                 raise ValueError(f"--step={step}: the checkpoints are {saved}")

@@ -1,19 +1,20 @@
-"""Trains as an experiment card says, and evaluates before and after.
+"""Trains according to an experiment card, and evaluates before and after training.
 
     python -m copsd_jax.main --config=configs/opsd.py[:preset] [--workdir=W] [--config.A.B=X ...]
 
-Everything is written into the work directory (default: runs/<config>[-<preset>]). The same command
-again continues the run.
+Everything is written into the work directory (default: runs/<config>[-<preset>]). To continue a
+stopped run, give the same command again.
 
     --dry_run=v5e:4x8 [--dry_run_json=FILE] [--search]
 
-A dry run compiles every program of the run for devices that are not present (also v5e-32,
-2*v5e:16x16 for two slices, cuda:h200:1x8). It reports whether the run fits, what takes the memory,
-and how long a step would take. It reads no weights, tokenizer or problems. --search compiles once
-more, with the largest micro-batch and numbers of slots that fit.
+A dry run compiles every program of the run for devices that are not present. Other examples of
+devices are v5e-32, 2*v5e:16x16 (two slices) and cuda:h200:1x8. A dry run reports whether the run
+fits, what needs the memory, and how long a step would take. It reads no weights, tokenizer or
+problems. --search compiles the run again with the largest micro-batch and numbers of slots that
+fit.
 
-Exit code: 0 the run ended as asked or would fit; 1 it would not fit; 2 a setting is wrong;
-130 interrupted.
+Exit codes: 0 the run ended, or the dry run fits; 1 the dry run does not fit; 2 a setting is wrong;
+130 the run was interrupted.
 """
 
 import os
@@ -35,7 +36,7 @@ class DryRun(NamedTuple):
     Attributes:
       target: the devices to compile for.
       report_path: a file for the report as JSON; "" for none.
-      search: compile once more, with the largest sizes that fit.
+      search: whether to compile again with the largest sizes that fit.
     """
 
     target: hardware.Target
@@ -44,7 +45,7 @@ class DryRun(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A parsed command line; `dry_run` is None for a run."""
+    """A parsed command line; `dry_run` is None unless a dry run is requested."""
 
     config: config_lib.Config
     workdir: pathlib.Path
@@ -58,10 +59,11 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         config, workdir, dry_run = parse_command(argv)
-        # transformers would warn at every start that torch is missing, which nothing here needs.
+        # Otherwise transformers would warn at every start that torch is missing, but nothing needs
+        # torch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        # JAX is imported below: it reads the environment, and a wrong setting is refused faster
-        # without it.
+        # JAX is imported only below, because it reads the environment, and because a wrong setting
+        # is refused faster without it.
         if dry_run is not None:
             os.environ |= hardware.ENVIRONMENT
             from copsd_jax.dryrun import report
@@ -85,26 +87,27 @@ def main(argv: list[str]) -> int:
 
 
 def parse_command(argv: list[str]) -> Command:
-    """Parses a command line and checks its settings, except those that name a table's entry.
+    """Parses a command line and checks its settings, except settings that choose a table's entry.
 
     Raises:
-      ValueError: for an unknown flag, setting or preset, or a value that cannot work.
-      OSError: for a config file that cannot be read.
+      ValueError: a flag, setting or preset is unknown, or a value cannot work.
+      OSError: a config file cannot be read.
     """
     _check_names(argv)
-    # Flags of their own for each call, so that two calls in one process do not share values.
+    # Each call has its own flags, so that two calls in one process do not share values.
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file(
         "config", None, "experiment card", flag_values=values, sys_argv=argv[1:]
     )
     workdir = flags.DEFINE_string("workdir", "", "directory of the run", flag_values=values)
     target = flags.DEFINE_string("dry_run", "", "devices to compile for", flag_values=values)
-    report = flags.DEFINE_string("dry_run_json", "", "its report as JSON", flag_values=values)
-    search = flags.DEFINE_boolean("search", False, "compile the largest", flag_values=values)
+    report = flags.DEFINE_string("dry_run_json", "", "file for the report", flag_values=values)
+    search = flags.DEFINE_boolean("search", False, "compile largest sizes", flag_values=values)
     try:
         rest = values(argv)
     except flags.Error as error:
-        # An error inside a config file arrives with its traceback as text; its last line says it.
+        # An error inside a config file arrives as the text of its traceback. The last line of that
+        # text has the message.
         last = str(error).strip().splitlines()[-1]
         raise ValueError(last.removeprefix("ValueError: ")) from error
     if len(rest) > 1:
@@ -121,7 +124,7 @@ def parse_command(argv: list[str]) -> Command:
 
 
 def _check_names(argv: list[str]) -> None:
-    """Refuses settings and config files that do not exist, in plainer words than absl has."""
+    """Checks that settings and config files exist, with plainer messages than absl's."""
     for argument in argv[1:]:
         flag, _, value = argument.lstrip("-").partition("=")
         name = flag.removeprefix("config.")
@@ -134,14 +137,14 @@ def _check_names(argv: list[str]) -> None:
 
 def _parse_dry_run(target: str, report: str, search: bool) -> DryRun | None:
     if not target and (report or search):
-        raise ValueError("--dry_run_json and --search go with --dry_run, for example =v5e:4x8")
+        raise ValueError("--dry_run_json and --search need --dry_run, such as --dry_run=v5e:4x8")
     if report and not pathlib.Path(report).absolute().parent.is_dir():
         raise FileNotFoundError(f"--dry_run_json={report!r}: its folder does not exist")
     return DryRun(hardware.parse_target(target), report, search) if target else None
 
 
 def _default_workdir(values: flags.FlagValues) -> str:
-    """Returns runs/<config>[-<preset>]."""
+    """Returns the default work directory, runs/<config>[-<preset>]."""
     name, _, preset = config_flags.get_config_filename(values["config"]).partition(":")
     return str(pathlib.Path("runs") / (pathlib.Path(name).stem + (f"-{preset}" if preset else "")))
 

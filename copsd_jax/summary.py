@@ -1,4 +1,4 @@
-"""Texts about a run for people: its plan, samples, failures, totals and ending."""
+"""Readable texts about a run: plan, samples, failures, totals and ending."""
 
 import collections
 import hashlib
@@ -21,7 +21,7 @@ def format_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -
     Args:
       plan: the checked run.
       directory: the work directory.
-      continued: whether the directory holds the run already.
+      continued: whether the directory already contains the run.
     """
     c, shape = plan.config, plan.model_config
     size, platform = memory.count_parameters(plan), sharding.platform(plan.mesh)
@@ -70,7 +70,7 @@ def _format_attention(plan: run_plan.Plan) -> str:
     platform = sharding.platform(plan.mesh)
     name = backends.choose_row_attention(plan.config, platform, plan.dtype, plan.model_config)
     if name == "splash":
-        name += ", with a mask of its own where rows have parents or worked examples"
+        name += ", with a special mask if rows have parents or worked examples"
     if plan.server is not None:
         return f"{name} (training, scoring)"
     decode = backends.choose_decode_attention(plan.config, platform)
@@ -109,7 +109,7 @@ def _format_counts(counter: collections.Counter) -> str:
 
 
 def collect_facts(plan: run_plan.Plan) -> dict:
-    """Returns the facts of a start for run.json: devices, fingerprints and counts."""
+    """Returns the facts that a start writes to run.json: devices, fingerprints and counts."""
     path, drawn = plan.weights_path, plan.config.model.init == "random"
     return {
         "devices": [str(device) for device in plan.mesh.devices.flat],
@@ -126,16 +126,16 @@ def collect_facts(plan: run_plan.Plan) -> dict:
 
 
 def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
-    """Returns the SHA-256 of the replies of author.path, in any order; "" for none."""
+    """Returns the SHA-256 of the replies of author.path, whatever their order; "" for none."""
     text = json.dumps([[*key, reply] for key, reply in sorted(records.items())])
     return hashlib.sha256(text.encode()).hexdigest() if records else ""
 
 
 def format_failures(step: int, records: list[dict]) -> list[str]:
-    """Lists warnings of a step, each with the reason of its first case.
+    """Returns the lines of warnings about a step, each with the reason of the first failure.
 
     One line counts the completions for which the user's reward function raised an exception.
-    Another counts those without a reply because their author failed.
+    Another line counts the completions without a reply because the author failed.
 
     Args:
       step: the number of the step.
@@ -174,10 +174,10 @@ NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 
 
 def format_totals(directory: pathlib.Path, steps: int) -> str:
-    """Renders a table of how many completions of the run had each status.
+    """Renders a table of the number of completions of the run with each status.
 
     Args:
-      directory: the work directory, whose metrics are summed.
+      directory: the work directory, whose metrics are summed up.
       steps: the last step to count.
 
     Returns:
@@ -203,7 +203,7 @@ def format_ending(
       before: the evaluation before training, or None.
       after: the evaluation after training, or None.
       directory: the work directory.
-      seconds: the time of this start.
+      seconds: wall time since this start.
       stopped: the reason why a guard stopped the run, or "".
     """
     lines = []

@@ -24,13 +24,13 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
     Args:
       config: the settings of the run.
-      directory: the work directory, new or of an earlier start of the same run.
+      directory: the work directory, which is new or from an earlier start of the same run.
 
     Returns:
-      The checked plan, and whether the directory holds the run already.
+      The checked plan, and whether the directory already contains the run.
 
     Raises:
-      ValueError, OSError: the run cannot work, or the directory holds another run or cannot be
+      ValueError, OSError: the run cannot work, or the directory contains another run or cannot be
         written. The message is one sentence.
     """
     known = workdir.check_directory(directory, config_lib.flat(config))
@@ -42,16 +42,16 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
 
 def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None:
-    """Executes a run with evaluations before and after; continues a run from its newest checkpoint.
+    """Executes a run, or continues it from its newest checkpoint; evaluates before and after.
 
     Args:
       plan: the checked run, from `prepare`.
       directory: the work directory, to which the run writes everything.
-      continued: whether the directory holds the run already.
+      continued: whether the directory already contains the run.
     """
     config, started = plan.config, time.monotonic()
     print(summary.format_plan(plan, directory, continued), flush=True)
-    processes.wait_for_all("checked")  # no process writes before all have checked
+    processes.wait_for_all("checked")  # no process writes before all processes have checked the run
     workdir.create(directory, config_lib.flat(config), summary.collect_facts(plan))
     with (
         loaded_run.set_mesh_and_precision(plan),
@@ -64,8 +64,8 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             for line in loaded_run.compile_sampler(r, state):
                 print(line, flush=True)
         with r.grader:
-            # The evaluation of step 0 is of the initial policy. It therefore comes before a
-            # checkpoint is loaded, also in a continued run that still lacks it.
+            # The evaluation of step 0 needs the initial policy. It therefore runs before a
+            # checkpoint is loaded, also in a continued run that does not have it yet.
             before = _evaluation(r, state, 0, directory)
             saved = processes.run_on_leader(saver.steps)
             if saved:
@@ -92,7 +92,7 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
     """Runs the steps from `first` on, to the end or until a guard stops the run.
 
     Returns:
-      The last state, and the reason if a guard stopped the run, else "".
+      The last state; and the reason why a guard stopped the run, or "" if none did.
     """
     plan, c = r.plan, r.plan.config
     timer = terminal.Timer()
@@ -107,9 +107,9 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
     said = processes.run_on_leader(lambda: workdir.read_events(directory, first))
     stream = processes.progress_stream()
     with terminal.Progress("step", c.train.steps, first, stream) as progress:
-        # A continued run that a guard has stopped takes no further step.
+        # If a guard has already stopped the run, a continued run takes no further step.
         for step in range(first, first if guard["stopped"] else c.train.steps):
-            number = step + 1  # in files and messages, which count from 1
+            number = step + 1  # files and messages count steps from 1
             factor = np.float32(guard["factor"])
             state, records, values = _step(r, state, next(order), step, factor, timer)
             write(number, values)
@@ -151,7 +151,7 @@ def _step(r, state, rows, step: int, factor: np.float32, timer) -> tuple[State, 
     with timer("step"):
         batch = layout.place_batch(packed, r.plan.mesh)
         state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor)
-        aux = jax.device_get(aux)  # waits for the step, so that the timer sees all of it
+        aux = jax.device_get(aux)  # waits for the step, so that the timer measures all of it
     values = {
         **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
         **layout.measure_fill(packed),
@@ -168,14 +168,14 @@ def _warms_up(plan: run_plan.Plan) -> bool:
     """Returns whether to compile the sampler's programs before the first rollout."""
     if plan.server is not None:
         return False
-    auto = sharding.platform(plan.mesh) != "cpu"  # compiling takes longer than a step there
+    auto = sharding.platform(plan.mesh) != "cpu"  # on CPUs, compiling takes longer than a step
     return {"auto": auto, "always": True, "never": False}[plan.config.sampler.warmup]
 
 
 def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:
     """Returns the evaluation of a step, or None without evaluation problems.
 
-    An evaluation that has a file already is read and not repeated.
+    If the evaluation's file already exists, the result is read from the file.
     """
     if not r.plan.eval_rows:
         return None

@@ -1,7 +1,8 @@
-"""Reads the text of a compiled program: computations, instructions, arrays, groups of devices.
+"""A parser of compiled programs: computations, instructions, arrays, groups of devices.
 
-XLA writes one instruction a line, operands by name, an array as `bf16[16,128]{1,0:T(8,128)S(1)}`:
-element type, dimensions, layout; S(1) is memory of the chip, without S it lies in main memory.
+XLA writes one instruction per line, with operands by name. `bf16[16,128]{1,0:T(8,128)S(1)}` is an
+array: element type, dimensions and layout. S(1) means that the array is in on-chip memory; without
+S, it is in main memory.
 """
 
 import math
@@ -17,12 +18,12 @@ class Op(NamedTuple):
     """One instruction of a computation.
 
     Attributes:
-      name: of the instruction.
-      result: the text of its result's type.
-      kind: its opcode.
-      operands: names of instructions; the text in brackets of a parameter or a constant.
-      rest: the text behind the operands.
-      root: whether the computation returns it.
+      name: name of the instruction.
+      result: type of the result, as text.
+      kind: opcode of the instruction.
+      operands: names of the operands; for a parameter or a constant, the text in parentheses.
+      rest: the text after the operands.
+      root: whether the computation returns this instruction's result.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Op(NamedTuple):
 
 
 def parse_computations(text: str) -> tuple[dict[str, dict[str, Op]], str]:
-    """Parses a program into {computation: {instruction: Op}} and the name of the entry."""
+    """Returns {computation: {instruction: Op}} and the name of the entry computation."""
     found: dict[str, dict[str, Op]] = {}
     entry, ops = "", {}
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
@@ -62,7 +63,7 @@ def _op(line: str) -> Op | None:
 
 
 def _closing(text: str) -> int:
-    """Returns the index behind the bracket that closes the first character."""
+    """Returns the index after the parenthesis that closes the one at index 0."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -72,7 +73,7 @@ def _closing(text: str) -> int:
 
 
 def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Parses a result into (element type, dimensions, whether in main memory) of each array."""
+    """Returns (element type, dimensions, whether in main memory) of each array of a result."""
     return [
         (kind, tuple(map(int, re.findall(r"\d+", dims))), not re.search(r"S\([1-9]", layout))
         for kind, dims, layout in _ARRAY.findall(text)
@@ -80,19 +81,19 @@ def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
 
 
 def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
-    """Returns the bytes of an array of `parse_arrays`."""
+    """Returns the number of bytes of an array of `parse_arrays`."""
     kind, shape, _ = array
-    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # none of a token
+    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # None for a token
     return math.prod(shape) * int(bits[1] if bits else 0) / 8
 
 
 def main_memory_bytes(text: str) -> float:
-    """Returns the bytes of a result in main memory."""
+    """Returns the number of bytes of a result's arrays in main memory."""
     return sum(array_bytes(array) for array in parse_arrays(text) if array[2])
 
 
 def total_bytes(text: str) -> float:
-    """Returns the bytes of a result in any memory."""
+    """Returns the number of bytes of a result's arrays in any memory."""
     return sum(map(array_bytes, parse_arrays(text)))
 
 
@@ -103,11 +104,11 @@ def constant_value(op: Op) -> int | None:
 
 
 def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
-    """Parses the groups of partitions that exchange, in each spelling; the pairs of a permutation.
+    """Returns the groups of partitions that exchange data, or the pairs of a permutation.
 
-    `{{0,1},{2,3}}` and `[2,2]<=[4]` are the same groups; `[2,2]<=[2,2]T(1,0)` gives [[0, 2], [1,
-    3]]. In names they are `mesh['a'=2,'b'=2] {'a'}` and `mesh['a'=2,'b'=2],
-    device_ids=([2,2]T(1,0)) {'b'}`.
+    XLA has several spellings. `{{0,1},{2,3}}` and `[2,2]<=[4]` are the same groups, [[0, 1], [2,
+    3]]. `[2,2]<=[2,2]T(1,0)` gives [[0, 2], [1, 3]]. With axis names, these last groups are written
+    `mesh['a'=2,'b'=2] {'a'}` or `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`.
     """
     if found := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", rest):
         return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
@@ -124,16 +125,16 @@ def _integers(text: str) -> list[int]:
 
 
 def _order(text: str) -> np.ndarray:
-    """Returns the numbers of `[2,3]T(1,0)`: counted up in this shape, which is then transposed."""
+    """Returns the array of `[2,3]T(1,0)`: 0, 1, ... 5 in the shape [2, 3], then transposed."""
     ((shape, turn),) = re.findall(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", text)
     ids = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
     return ids.transpose(_integers(turn)) if turn else ids
 
 
 def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[int]]:
-    """Returns the groups of axes by name.
+    """Returns the groups of devices that exchange data along the named axes.
 
-    `'a':(2)3` is the part of axis 'a' that has 3 devices, inside an outer part of 2.
+    `'a':(2)3` is the part of axis 'a' with 3 devices, inside an outer part with 2 devices.
     """
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     ids = np.arange(math.prod(axes.values()))

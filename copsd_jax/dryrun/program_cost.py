@@ -1,9 +1,9 @@
-"""What a compiled program costs, read from its own text and sizes; nothing is run.
+"""The costs of a compiled program, read from its text and sizes without running it.
 
-The compiler's own cost analysis counts the body of a loop once. Here each instruction counts as
-often as its loop turns, so that the sum over a scan of layers is the sum over the layers. A loop
-whose turns are only known when it runs turns as often as the constant that its condition compares
-with, and without one as often as the caller says.
+The compiler's own cost analysis counts the body of a loop once. Here each instruction counts once
+per iteration of its loop, so a scan over layers costs as much as all layers together. If the number
+of iterations is known only at run time, the constant in the loop's condition is used. If there is
+no such constant, the caller gives the number.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
-# Instructions that move nothing themselves.
+# Instructions that move no data themselves.
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
     "opt-barrier add-dependency async-update recv domain get-dimension-size".split()
@@ -41,11 +41,11 @@ class Collective(NamedTuple):
     """One exchange between devices.
 
     Attributes:
-      kind: its opcode.
-      axes: the mesh axes along which devices exchange, joined by +.
-      network: whether it crosses the network between slices or hosts.
-      bytes: bytes that a device sends each time.
-      times: how often it runs.
+      kind: opcode of the exchange.
+      axes: the mesh axes along which devices exchange data, joined by +.
+      network: whether the exchange crosses the network between slices or hosts.
+      bytes: number of bytes that a device sends in each exchange.
+      times: number of times that the exchange runs.
     """
 
     kind: str
@@ -60,16 +60,16 @@ class Analysis:
     """Costs of one compiled program on each device.
 
     Attributes:
-      name: of the program.
-      seconds: of its compilation.
-      flops: of its matrix products.
-      bytes: to and from main memory.
+      name: name of the program.
+      seconds: seconds that its compilation took.
+      flops: FLOPs of its matrix products.
+      bytes: bytes that it reads from and writes to main memory.
       arguments: bytes of its arguments.
       outputs: bytes of its results.
-      aliased: bytes of results that take over the memory of arguments.
-      temporary: bytes that it needs while it runs.
-      costs: of its instructions.
-      collectives: its exchanges.
+      aliased: bytes of results that reuse the memory of arguments.
+      temporary: bytes of temporaries while it runs.
+      costs: costs of its instructions.
+      collectives: its exchanges between devices.
     """
 
     name: str
@@ -85,19 +85,19 @@ class Analysis:
 
     @property
     def added(self) -> int:
-        """Bytes that running it takes besides its arguments."""
+        """Bytes that the program needs at run time, besides its arguments."""
         return self.temporary + max(0, self.outputs - self.aliased)
 
 
 def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 1) -> Analysis:
-    """Reads the costs of a jax.stages.Compiled.
+    """Returns the costs of a jax.stages.Compiled.
 
     Args:
-      name: of the program, for the report.
+      name: name of the program in the report.
       program: the compiled program.
-      seconds: of its compilation.
-      mesh: it names the axes of collectives; None for one device.
-      turns: of loops about which the text says nothing.
+      seconds: seconds that the compilation took.
+      mesh: the mesh, which names the axes of collectives; None for one device.
+      turns: number of iterations of a loop if the program's text does not state it.
     """
     costs, collectives = read_text(program.as_text(), mesh, turns=turns)
     memory = program.memory_analysis()
@@ -110,10 +110,10 @@ def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 
 
 
 def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float]:
-    """Estimates the seconds of computing and of exchanging, by roofline.
+    """Returns roofline estimates of the seconds of computation and of communication.
 
-    Each instruction takes the longer of the times of its FLOPs and of its bytes. Exchanges do not
-    overlap one another.
+    Each instruction takes the time of its FLOPs or of its bytes, whichever is longer. Exchanges do
+    not overlap each other.
     """
     own = sum(max(c.flops / chip.flops, c.bytes / chip.bandwidth) * c.times for c in found.costs)
     rates = {False: chip.link, True: chip.network}
@@ -121,7 +121,7 @@ def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float
 
 
 def sum_by_axes(found: Analysis) -> dict[str, dict[str, list]]:
-    """Sums collectives up: {axes: {kind: [how many run, bytes that a device sends]}}."""
+    """Sums up collectives as {axes: {kind: [number of runs, bytes that a device sends]}}."""
     out: dict[str, dict[str, list]] = {}
     for one in found.collectives:
         name = one.axes + (" (network)" if one.network else "")
@@ -134,7 +134,7 @@ def sum_by_axes(found: Analysis) -> dict[str, dict[str, list]]:
 
 
 def read_text(text: str, mesh: Any = None, *, turns: int = 1) -> tuple[tuple, tuple]:
-    """Reads the costs and the collectives out of a program's text."""
+    """Returns the costs of the instructions and the collectives in a program's text."""
     found, entry = hlo.parse_computations(text)
     program = _Program(found, mesh, turns, [], [], set())
     _walk(program, entry, 1)
@@ -147,7 +147,7 @@ class _Program(NamedTuple):
     turns: int
     costs: list[Cost]
     collectives: list[Collective]
-    channels: set[str]  # of the collectives met so far
+    channels: set[str]  # channels of the collectives found so far
 
 
 # --- walking ----------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def _walk(program: _Program, name: str, times: int) -> None:
         elif op.kind == "conditional":
             _dearest(program, op, times)
         elif op.kind == "send":
-            # Between slices of TPUs, which only `data` has: what their hosts pass on.
+            # TPU slices exchange data through their hosts. Only the axis `data` crosses slices.
             sent = hlo.total_bytes(ops[op.operands[0]].result)
             program.collectives.append(Collective("send", "data", True, sent, times))
         elif op.kind.removesuffix("-start") in COLLECTIVES:
@@ -193,7 +193,7 @@ def _turns(program: _Program, op: hlo.Op) -> int:
 
 
 def _dearest(program: _Program, op: hlo.Op, times: int) -> None:
-    """Adds the branch of a conditional that has the most FLOPs, then bytes."""
+    """Adds the costs of a conditional's branch with the most FLOPs; if equal, the most bytes."""
     names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.rest)
     for group in re.findall(r"branch_computations=\{(.*?)\}", op.rest):
         names += [name.strip().lstrip("%") for name in group.split(",")]
@@ -210,7 +210,7 @@ def _dearest(program: _Program, op: hlo.Op, times: int) -> None:
 
 
 def _fused(program: _Program, name: str, times: int) -> float:
-    """Counts the FLOPs of a fusion, and adds the collectives inside it."""
+    """Returns the FLOPs of a fusion, and adds the collectives inside the fusion."""
     ops, total = program.computations[name], 0.0
     for op in ops.values():
         if op.kind in ("fusion", "call"):
@@ -246,9 +246,9 @@ def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _estimate(op: hlo.Op) -> tuple[float, float] | None:
-    """Returns the FLOPs and bytes that a kernel's author states.
+    """Returns the FLOPs and bytes that a kernel's author states, or None.
 
-    Mosaic's calls have an estimate. Triton's calls have the name of a scope, `cost:FLOPS:BYTES`.
+    A Mosaic call has a cost estimate. A Triton call has the name of a scope, `cost:FLOPS:BYTES`.
     """
     flops = re.search(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)', op.rest)
     moved = re.search(r'"cost_estimate":\{[^{}]*"bytes_accessed":"?(\d+)', op.rest)
@@ -266,10 +266,10 @@ def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Counts the FLOPs of a convolution, without what falls into holes or padding.
+    """Counts the FLOPs of a convolution, without products with holes or padding.
 
-    TPUs spell matrix products as convolutions. Batch dimensions are spatial ones, dilated so that
-    each output meets one input.
+    XLA for TPUs writes matrix products as convolutions. Their batch dimensions are spatial
+    dimensions, dilated so that each output position uses one input position.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     if not labels:
@@ -288,7 +288,7 @@ def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _window(text: str, k: int) -> dict[str, int]:
-    """Reads the numbers of dimension k of a window as `size=8x1 stride=7x1 pad=0_0x0_0`."""
+    """Reads the numbers of dimension k of a window such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
     out = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
     for name in out:
         if found := re.search(rf"\b{name}=(\S+)", text):
@@ -297,7 +297,7 @@ def _window(text: str, k: int) -> dict[str, int]:
 
 
 def _meetings(left: int, right: int, out: int, window: dict[str, int]) -> int:
-    """Counts the pairs of output and kernel positions that meet an input, not a hole or padding."""
+    """Counts the pairs of output and kernel positions that use an input, not a hole or padding."""
     at = np.arange(out)[:, None] * window["stride"] - window["pad"]
     at = at + np.arange(right)[None] * window["rhs_dilate"]
     inside = (at >= 0) & (at <= (left - 1) * window["lhs_dilate"])
@@ -313,7 +313,8 @@ def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     if op.kind == "custom-call" and (estimate := _estimate(op)):
         return estimate[1]
     if op.kind in ("copy-start", "slice-start"):
-        # Of (result, source, state): what arrives was read once, and written if not on the chip.
+        # The result is (destination, source, state). The copied data count as one read, and as one
+        # write too if both arrays are in main memory.
         arrays = [array for array in hlo.parse_arrays(op.result) if array[1]]
         least = min(map(hlo.array_bytes, arrays), default=0.0)
         return least * (2 if all(array[2] for array in arrays) else 1)
@@ -327,7 +328,8 @@ def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
         return _fusion_bytes(program, _called(op), ops, op)
     read = [hlo.main_memory_bytes(ops[name].result) for name in op.operands if name in ops]
     if op.kind == "custom-call":
-        # What is updated in place is not moved whole; how much of it, the text does not say.
+        # An operand that is updated in place is not moved as a whole. The text does not say how
+        # much of it is moved, so it does not count.
         aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", op.rest)
         for number in re.findall(r": \((\d+),", aliases[1]) if aliases else ():
             result -= read[int(number)]
@@ -336,7 +338,7 @@ def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _fusion_bytes(program: _Program, inner: str, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Counts whole operands and results, or the parts that are read or updated of them."""
+    """Counts the bytes of a fusion's operands and results, or of the parts read or updated."""
     total = _written(program.computations[inner], op)
     for number, name in enumerate(op.operands):
         if name in ops and hlo.main_memory_bytes(ops[name].result):
@@ -352,7 +354,7 @@ def _parameter(program: _Program, name: str, number: int) -> hlo.Op:
 
 
 def _read(program: _Program, inner: str, one: hlo.Op) -> float:
-    """Counts the bytes of an operand that a fusion reads, nested fusions included."""
+    """Counts the bytes that a fusion, with its nested fusions, reads from an operand."""
     total = 0.0
     users = [op for op in program.computations[inner].values() if one.name in op.operands]
     for user in users:
@@ -372,7 +374,7 @@ def _read(program: _Program, inner: str, one: hlo.Op) -> float:
 
 
 def _written(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Counts the bytes of results; of an update in place, those of the update."""
+    """Counts the bytes of a fusion's results; an update in place counts the update alone."""
     root = next(one for one in inner.values() if one.root)
     parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
     arrays = hlo.parse_arrays(op.result)
@@ -393,9 +395,9 @@ def _written(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _exchange(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> None:
-    """Adds a collective, once for each channel.
+    """Adds a collective, but only once per channel.
 
-    A collective that runs beside several fusions stands in each of them, on one channel.
+    A collective that overlaps with several fusions appears in each of them, with the same channel.
     """
     channel = re.search(r"channel_id=(\d+)", op.rest)
     if channel and channel[1] in program.channels:
@@ -418,7 +420,7 @@ def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: in
 
 
 def _axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
-    """Returns the axes along which members of groups differ, and whether a network joins them.
+    """Returns the axes along which a group's members differ, and whether they use the network.
 
     Partitions are numbered in the order of the mesh's devices.
     """
@@ -435,7 +437,7 @@ def _axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
 
 
 def _host(device: Any) -> Any:
-    """Returns what links a device to others: the slice of a TPU, the host of a GPU."""
+    """Returns the unit in which a device has fast links: a TPU's slice or a GPU's host."""
     if device.platform == "tpu":
         return getattr(device, "slice_index", 0)
     return device.process_index

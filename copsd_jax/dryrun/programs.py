@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of a run's programs for devices that are not present.
 
-The functions that build a run build the programs here too. Their arguments are abstract arrays,
-with a shape, a dtype and a sharding but no values. Texts are as long as the settings allow: no data
-is read.
+The programs are built by the same functions as in a run. Their arguments are abstract arrays, which
+have a shape, a dtype and a sharding but no values. No data are read: every text is assumed to be as
+long as the settings allow.
 """
 
 import dataclasses
@@ -38,17 +38,17 @@ from copsd_jax.training import (
 from copsd_jax.training import loaded_run as run_lib
 from copsd_jax.weights import hf_config
 
-EXEMPLAR_TOKENS = 64  # assumed for a worked example; the bundled ones have at most 55
+EXEMPLAR_TOKENS = 64  # assumed length of a worked example; bundled examples have at most 55
 
 
 class Lengths(NamedTuple):
-    """The most tokens that each part of a text may have by the settings.
+    """The maximum number of tokens of each part of a text, according to the settings.
 
     Attributes:
-      prefix: the worked examples in front of the student's and the teacher's prompts.
-      student: a student prompt without them.
-      teacher: a teacher prompt without them.
-      evaluation: an evaluation prompt without them.
+      prefix: the worked examples, with which the prompts of student, teacher and evaluation begin.
+      student: a student prompt without worked examples.
+      teacher: a teacher prompt without worked examples.
+      evaluation: an evaluation prompt without worked examples.
       author: a prompt of the author of contexts.
       completion: a completion of a rollout.
       answer: a completion of the evaluation.
@@ -67,14 +67,14 @@ class Lengths(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program, compiled or refused by the compiler for want of memory.
+    """One program, which was compiled or did not fit into memory.
 
     Attributes:
-      name: for the report.
-      arguments: bytes of its arguments on each device, by their shapes.
-      cost: None if it was not compiled.
-      needed: bytes on each device that it takes beyond its arguments.
-      failure: the compiler's message; "" for none.
+      name: name of the program in the report.
+      arguments: bytes of its arguments on each device, from their shapes.
+      cost: the costs of the compiled program; None if it was not compiled.
+      needed: bytes on each device that it needs besides its arguments.
+      failure: the reason why it was not compiled; "" if it was.
     """
 
     name: str
@@ -86,11 +86,11 @@ class Program:
 
 @dataclasses.dataclass
 class Phase:
-    """A part of the run: the arrays that it holds, and the programs that run meanwhile.
+    """A phase of the run: the arrays that stay in memory, and the programs that run.
 
     Attributes:
-      name: for the report.
-      parts: bytes of the arrays on each device, by part.
+      name: name of the phase in the report.
+      parts: bytes of the held arrays on each device, by part.
       programs: the programs that run in this phase.
     """
 
@@ -100,26 +100,26 @@ class Phase:
 
     @property
     def working(self) -> int:
-        """Bytes that the program with the largest need takes beyond the held arrays."""
+        """Bytes that the program with the largest need requires besides the held arrays."""
         return max((program.needed for program in self.programs), default=0)
 
     @property
     def total(self) -> int:
-        """Bytes on each device, held arrays and temporaries together."""
+        """Bytes of held arrays and temporaries together, on each device."""
         return sum(self.parts.values()) + self.working
 
     @property
     def failure(self) -> str:
-        """The message of the first program that was not compiled; "" for none."""
+        """The message of the first program that was not compiled; "" if all were compiled."""
         return next((p.failure for p in self.programs if p.failure), "")
 
     def fits(self, usable: float) -> bool:
-        """Returns whether all programs were compiled and `usable` bytes of a device hold them."""
+        """Returns whether all programs were compiled and the phase needs at most `usable` bytes."""
         return not self.failure and self.total <= usable
 
 
 class Sampled(NamedTuple):
-    """A phase that samples: its settings' section, and the tokens of its longest text."""
+    """A sampling phase: section of settings, and tokens of the longest prompt and completion."""
 
     section: str
     prompt: int
@@ -127,16 +127,16 @@ class Sampled(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A dry run: what is compiled and for which devices, and the phases that are compiled.
+    """A dry run: the run's settings and lengths, the target devices, and the compiled phases.
 
     Attributes:
       frame: the settings, the mesh, the dtype and the model's shape.
       lengths: the longest texts.
-      target: the devices by name.
-      usable: bytes of a device; a phase that holds more is not compiled.
-      say: reports progress.
-      phases: the phases of the run by name, in their order.
-      seconds: of wall time that compiling them took.
+      target: the target devices.
+      usable: usable bytes of a device; a phase whose held arrays need more is not compiled.
+      say: function that prints a line about progress.
+      phases: the phases of the run by name, in order of execution.
+      seconds: wall time that the compilation of the phases took.
     """
 
     frame: run_plan.ProgramPlan
@@ -156,7 +156,7 @@ class Run(NamedTuple):
 
 
 def find_model_config(config: config_lib.Config) -> transformer.ModelConfig:
-    """Returns the model's shape, by its name or from a folder's config.json.
+    """Returns the model's shape, from its name or from the config.json of a folder.
 
     Raises:
       ValueError: the name is not in `transformer.SHAPES`.
@@ -171,17 +171,17 @@ def find_model_config(config: config_lib.Config) -> transformer.ModelConfig:
     known += ["smollm2_135m"] if plain == "smollm2" else []
     if not known:
         raise ValueError(
-            f"model.path is {m.path!r}: a dry run reads no repository, and knows the shapes of "
+            f"model.path is {m.path!r}: a dry run reads no repository; it knows the shapes of "
             f"{', '.join(transformer.SHAPES)}. Name one of them, or a folder with config.json"
         )
     return transformer.SHAPES[max(known, key=len)]
 
 
 def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan:
-    """Builds the frame of a run on these devices, checked as a run's plan is checked.
+    """Builds the plan of a run's programs on these devices, with the checks of a run's plan.
 
     Raises:
-      ValueError: no run could have these settings.
+      ValueError: no run can have these settings.
     """
     shape = find_model_config(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
@@ -195,10 +195,10 @@ def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan
 
 
 def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> Lengths:
-    """Returns the longest texts that the settings and the model's positions allow.
+    """Returns the lengths of the longest texts that settings and model positions allow.
 
     Raises:
-      ValueError: they leave no room for a prompt.
+      ValueError: the settings leave no room for a prompt.
     """
     c, positions = config, shape.max_position
     prefix = EXEMPLAR_TOKENS * c.prompt.exemplars
@@ -217,14 +217,14 @@ def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> 
         if tokens < 1:
             raise ValueError(
                 f"the {side}'s prompts have {tokens} tokens: rollout.max_tokens, eval.max_tokens, "
-                f"prompt.exemplars ({EXEMPLAR_TOKENS} each) and the model's {positions} positions "
-                "leave no room for them. Lower one of these settings"
+                f"prompt.exemplars ({EXEMPLAR_TOKENS} tokens each) and the model's {positions} "
+                "positions leave no room for prompts. Lower one of these settings"
             )
     return lengths
 
 
 def sampled_phases(run: Run) -> dict[str, Sampled]:
-    """Returns the phases that sample on these devices; none if a server samples."""
+    """Returns the phases that sample on these devices, by name; {} if a server samples."""
     c, lengths, phases = run.frame.config, run.lengths, {}
     if c.sampler.engine == "server":
         return {}
@@ -238,7 +238,7 @@ def sampled_phases(run: Run) -> dict[str, Sampled]:
 
 
 def longest_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
-    """Builds the batch of a step with the longest texts; its NumPy arrays are zeros."""
+    """Builds the batch of a step with the longest texts; all token ids are 0."""
     B, method = config_lib.completions_per_step(config), config_lib.traits(config)
     batch = layout.build_batch(
         [[0] * lengths.student] * B,
@@ -254,12 +254,12 @@ def longest_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
 
 
 def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]:
-    """Returns the bytes on each device, by part, that a phase holds by shapes alone.
+    """Returns the bytes that a phase holds on each device, by part, from the shapes alone.
 
     Args:
-      run: the mesh of its frame may be an AbstractMesh.
-      name: of the phase.
-      arrays: those of its frame.
+      run: the dry run; the mesh of its frame may be an AbstractMesh.
+      name: name of the phase.
+      arrays: the held arrays of the run's frame.
     """
     frame, sampled = run.frame, sampled_phases(run)
     held = memory.count_resident(frame, arrays)
@@ -273,7 +273,7 @@ def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]
         return held
     section, prompt, completion = sampled[name]
     tokens = prompt + completion + engine.INSERT_BLOCK
-    # An author's texts are as long as a call needs, rounded up.
+    # An author's cache is as long as a call needs, rounded up.
     tokens = request.round_up_length(tokens) if name == "author" else tokens
     return held | {"cache": memory.count_decode_state(frame, section, tokens)}
 
@@ -282,7 +282,7 @@ def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]
 
 
 class _Compiler(NamedTuple):
-    """Compiles jitted functions, and collects their costs."""
+    """A function that compiles jitted functions, and collects their costs in `programs`."""
 
     run: Run
     programs: list[Program]
@@ -290,14 +290,15 @@ class _Compiler(NamedTuple):
     def __call__(
         self, name: str, jitted: Any, *args: Any, keeps: bool = True, loop_turns: int = 1
     ) -> Any:
-        """Returns the results of `jitted(*args)` as abstract arrays; None if it does not fit.
+        """Returns the results of `jitted(*args)` as abstract arrays; None if memory is lacking.
 
         Args:
-          name: of the program.
+          name: name of the program.
           jitted: the function.
           *args: abstract arrays.
-          keeps: whether the results count as memory of the program, not as a part of a phase.
-          loop_turns: of loops whose number of turns the program's text does not tell.
+          keeps: whether the results count as memory of the program. Otherwise they count as a part
+            of a phase.
+          loop_turns: number of iterations of a loop if the program's text does not state it.
         """
         self.run.say(f"compiling {name}")
         mesh = self.run.frame.mesh
@@ -308,7 +309,7 @@ class _Compiler(NamedTuple):
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             program = failed_program(name, held, error)
-            # Results that are a part of a phase are counted there.
+            # Results that are a part of a phase already count there.
             self.programs.append(program if keeps else dataclasses.replace(program, needed=0))
             return None
         seconds = time.perf_counter() - begun
@@ -319,7 +320,7 @@ class _Compiler(NamedTuple):
 
 
 def _with_sharding(x: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Returns an argument's shape; without a sharding it is whole on every device."""
+    """Returns an argument as an abstract array; without a sharding it is replicated."""
     whole = NamedSharding(mesh, PartitionSpec())
     if not hasattr(x, "dtype"):  # a Python number
         return jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -330,10 +331,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def failed_program(name: str, arguments: int, error: BaseException) -> Program:
-    """Returns a program that the compiler refuses for want of memory, with what it would need.
+    """Returns a program that does not fit into memory, with the bytes that it would need.
 
     Raises:
-      BaseException: `error` itself, if it has another reason.
+      BaseException: `error` itself, if its reason is not a lack of memory.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
@@ -356,13 +357,13 @@ def compile_run(
 
     Args:
       config: the settings of the run.
-      target: the devices by name, for the report.
-      devices: of a topology, or real ones.
-      usable: bytes of a device; a phase that holds more is not compiled.
-      say: reports progress.
+      target: the target devices, for the report.
+      devices: the devices of a topology, or real devices.
+      usable: usable bytes of a device; a phase whose held arrays need more is not compiled.
+      say: function that prints a line about progress.
 
     Raises:
-      ValueError: no run could have these settings.
+      ValueError: no run can have these settings.
     """
     begun = time.perf_counter()
     frame = make_frame(config, devices)
@@ -375,13 +376,13 @@ def compile_run(
 
 
 def compile_phase(run: Run, name: str) -> Phase:
-    """Compiles the programs of one phase, unless the arrays that it holds do not fit already."""
+    """Compiles the programs of one phase, unless its held arrays alone do not fit."""
     arrays = memory.held_arrays(run.frame)
     parts, compiler = hold_phase(run, name, arrays), _Compiler(run, [])
     if name not in ("placement", "hand-over") and sum(parts.values()) > run.usable:
-        reason = "not compiled: the arrays that it begins with do not fit"
+        reason = "not compiled: the arrays that the phase holds do not fit"
         return Phase(name, parts, [Program(name, sum(parts.values()), None, 0, reason)])
-    frame: Any = run.frame  # it reads the mesh and the dtype of a plan
+    frame: Any = run.frame  # the function below reads only the plan's mesh and dtype
     with run_lib.set_mesh_and_precision(frame):
         if name == "placement":
             _compile_first_state(compiler, arrays)
@@ -405,7 +406,7 @@ def _compile_first_state(compiler: _Compiler, arrays: memory.HeldArrays) -> None
 
 def _compile_hand_over(compiler: _Compiler) -> None:
     def call(jitted: Any, *args: Any) -> Any:
-        name = "weights" if len(args) > 1 else "adapter"  # as HandOver calls its programs
+        name = "weights" if len(args) > 1 else "adapter"  # HandOver passes an adapter alone
         compiler(f"{name} to the sampler", jitted, *args, keeps=False)
         return jitted.eval_shape(*args)
 
@@ -417,7 +418,7 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
     frame, c = compiler.run.frame, compiler.run.frame.config
     section, asked, completion = sampled_phases(compiler.run)[phase]
     decoder = builders.build_decoder(frame)
-    # An author's prompts have no worked examples; its texts are as long as a call needs.
+    # An author's prompts have no worked examples, and its cache is as long as a call needs.
     author = section == "author"
     prefix = None if author else _compile_prefix(compiler, decoder, arrays.sampler)
     valid_V = np.ones(frame.model_config.vocab_size, bool)
@@ -434,7 +435,7 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
     try:
         programs = loop.compile_programs(job, sys.maxsize)
     except MemoryError as error:
-        # The compiler's message is behind the sampler's own.
+        # The compiler's error is the cause of the sampler's error.
         cause = error.__cause__ or error.__context__ or error
         held = memory.count_bytes(job.constants)
         compiler.programs.append(failed_program(f"sampler of {section}", held, cause))
@@ -483,7 +484,7 @@ def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, i
 
 
 def _count_blocks(frame: run_plan.ProgramPlan, batch: layout.Batch) -> int:
-    """Returns the blocks of tokens that the loss goes over if every token has weight."""
+    """Returns the number of token blocks that the loss processes if every token has weight."""
     options, (B, C) = builders.build_options(frame), batch.mask_BC.shape
     if batch.source_UST is not None:
         tokens = batch.source_UST.shape[2]

@@ -1,9 +1,9 @@
-"""Settings that would fit a device's memory, proposed from what was compiled.
+"""Proposals of settings that would fit a device's memory, computed from compiled programs.
 
-The memory of a phase is affine in the micro-batch of the step and in the slots of a sampler. A
-phase is therefore compiled at two sizes where a proposal needs it, and the largest size below the
-line through both is proposed. For other meshes only the held arrays are known without compiling;
-they follow exactly from shapes.
+The memory of the training step is affine in the micro-batch, and the memory of a sampling phase is
+affine in the number of slots. Where a proposal needs it, a phase is therefore compiled at two
+sizes. The straight line through the two memory counts gives the largest size that fits. Other
+meshes are not compiled: their held arrays are counted exactly, from shapes.
 """
 
 import bisect
@@ -20,8 +20,8 @@ from copsd_jax.dryrun import programs
 from copsd_jax.runtime import hardware, sharding
 from copsd_jax.training import builders, memory, run_plan
 
-CHANGES = 3  # proposals at most
-MOST_SLOTS = 2**16  # of each batch shard
+CHANGES = 3  # maximum number of proposed changes
+MOST_SLOTS = 2**16  # maximum number of slots per batch shard
 SLOTS = {"rollout": "rollout.slots", "author": "author.slots", "evaluation": "eval.slots"}
 
 
@@ -29,10 +29,10 @@ class Sizes(NamedTuple):
     """A phase, and the setting that sizes it.
 
     Attributes:
-      phase: as it was compiled with the value `now`.
-      setting: its name.
+      phase: the phase, compiled with the value `now`.
+      setting: name of the setting.
       now: the run's value, rounded up as the run rounds it.
-      choices: all values that are of use, ascending.
+      choices: all useful values, in ascending order.
       second: the value to compile besides `now`; 0 if there is none.
     """
 
@@ -48,9 +48,9 @@ class Change:
     """A change of settings that would fit, or may fit.
 
     Attributes:
-      words: flags of the command line, behind the devices if there are other devices.
-      held: bytes on each device of its arrays, without temporaries; 0 if compiled programs say that
-        it fits.
+      words: the change as command-line flags, preceded by the devices if they change.
+      held: bytes of the held arrays on each device, without temporaries; 0 if compiled programs
+        show that the change fits.
       config: the changed settings.
       target: the devices.
     """
@@ -63,12 +63,12 @@ class Change:
 
 @dataclasses.dataclass
 class Proposals:
-    """The largest sizes that fit, and changes with which a run that does not fit would.
+    """The largest sizes that fit, and, for a run that does not fit, changes that would make it fit.
 
     Attributes:
-      largest: the largest value that is of use and fits, by setting; 0 if no value fits.
-      changes: the smallest change first; empty if the run fits.
-      compilations: the number of phases that were compiled again for them.
+      largest: the largest useful value that fits, by setting; 0 if no value fits.
+      changes: the changes, the smallest change first; empty if the run fits.
+      compilations: the number of phases that were compiled again for the proposals.
     """
 
     largest: dict[str, int]
@@ -77,7 +77,7 @@ class Proposals:
 
 
 def propose(run: programs.Run) -> Proposals:
-    """Searches for sizes and settings that fit; compiles phases at a second size where needed."""
+    """Returns sizes and settings that fit; compiles phases at a second size where needed."""
     proposals, fixes, fixable = Proposals({}, [], 0), {}, True
     for name, phase in run.phases.items():
         fits = phase.fits(run.usable)
@@ -121,7 +121,8 @@ def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
         most = MOST_SLOTS * shards if evaluates else _round_up(completions, shards)
         choices = range(shards, most + 1, shards)
         second = _halve(now, shards)
-    # What fits may get no larger than is of use, and what does not fit no smaller than exists.
+    # No second size is needed if the phase fits at the largest useful size, or fails at the
+    # smallest size.
     at_end = now >= choices[-1] if phase.fits(run.usable) else now == choices[0]
     return Sizes(phase, setting, now, choices, 0 if at_end else second)
 
@@ -129,13 +130,13 @@ def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
 def _micro_batches(
     run: programs.Run, completions: int, shards: int
 ) -> tuple[str, int, Sequence[int]]:
-    """Returns the setting of a micro-batch's size, its value now, and its values."""
+    """Returns the setting of the micro-batch's size, its current value, and its useful values."""
     c = run.frame.config
     if not c.train.micro_tokens:
         choices = [m for m in range(shards, completions + 1, shards) if completions % m == 0]
         return "train.micro_batch", c.train.micro_batch or completions, choices
     rows = builders.pack_batch(run.frame, programs.longest_batch(c, run.lengths), caps=True)
-    # One completion a row: tokens of a device's micro-batch come in whole samples.
+    # Each row has one completion, so a device's micro-batch consists of whole samples.
     sample = sum(side.tokens_BL.shape[-1] for side in (rows.student, rows.teacher) if side)
     each, most = rows.student.tokens_BL.shape[1] // shards, -(-completions // shards)
     return "train.micro_tokens", each * sample, range(sample, most * sample + 1, sample)
@@ -146,11 +147,11 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _find_largest(run: programs.Run, sizes: Sizes, proposals: Proposals) -> int:
-    """Returns the largest size of a phase that fits; 0 if none does."""
+    """Returns the largest size at which a phase fits; 0 if there is none."""
     phase, usable = sizes.phase, run.usable
     held = sum(phase.parts.values())
     if held > usable:
-        # Nothing was compiled. Of the held arrays the cache alone depends on a size.
+        # Nothing was compiled. Of the held arrays, only the cache depends on a size.
         cache = phase.parts.get("cache", 0)
         room = int((usable - held + cache) * sizes.now / cache) if cache else 0
         slots = find_below(sizes.choices, float, room)
@@ -180,7 +181,7 @@ def find_below(choices: Sequence[int], line: Callable[[int], float], usable: flo
 
 
 def _is_unknown(phase: programs.Phase) -> bool:
-    """Returns whether the compiler refused a program without a word on its need."""
+    """Returns whether a program was not compiled and its need of memory is unknown."""
     return any(program.failure and not program.needed for program in phase.programs)
 
 
@@ -189,12 +190,12 @@ def memory_line(
 ) -> Callable[[int], float]:
     """Returns the bytes of a phase on each device as a function of its size.
 
-    Every part and every program has a line of its own, so that another program may become the one
-    with the largest need.
+    Every part and every program has its own line, because at another size another program may have
+    the largest need.
 
     Args:
-      one: a phase, and the size that it was compiled with.
-      two: the same with another size.
+      one: a phase, and the size with which it was compiled.
+      two: the same phase compiled with another size, and that size.
     """
     (phase, size), (other, other_size) = one, two
 
@@ -202,7 +203,7 @@ def memory_line(
         return here + (there - here) * (wanted - size) / (other_size - size)
 
     needs = [(p.needed, q.needed) for p, q in zip(phase.programs, other.programs, strict=False)]
-    if len(phase.programs) != len(other.programs):  # one of them stands for all of a sampler
+    if len(phase.programs) != len(other.programs):  # one failed program replaced a whole sampler
         needs = [(phase.working, other.working)]
     parts = [(phase.parts[k], other.parts[k]) for k in phase.parts.keys() & other.parts.keys()]
 
@@ -216,17 +217,17 @@ def memory_line(
 def _compile_again(
     run: programs.Run, name: str, values: dict[str, Any], proposals: Proposals
 ) -> programs.Phase:
-    """Compiles a phase with other settings, and counts it."""
+    """Compiles a phase with other settings, counts the compilation, and returns the phase."""
     config = change_settings(run.frame.config, values)
     run.say(f"for proposals, with {_spell(values)}:")
     frame = dataclasses.replace(run.frame, config=config)
     proposals.compilations += 1
-    # The sampler's programs that do not depend on its slots come from its cache of programs.
+    # Programs of the sampler that do not depend on the slots come from its cache of programs.
     return programs.compile_phase(run._replace(frame=frame), name)
 
 
 def _fits_with_remat(run: programs.Run, sizes: Sizes, proposals: Proposals) -> bool:
-    """Returns whether the smallest micro-batch fits once only layers' inputs are kept."""
+    """Returns whether the smallest micro-batch would fit if only the layers' inputs were kept."""
     if run.frame.config.model.remat == "layer" or sum(sizes.phase.parts.values()) > run.usable:
         return False
     values = {"model.remat": "layer", sizes.setting: sizes.choices[0]}
@@ -237,7 +238,7 @@ def _fits_with_remat(run: programs.Run, sizes: Sizes, proposals: Proposals) -> b
 
 
 def _other_meshes(run: programs.Run) -> Iterator[Change]:
-    """Yields meshes whose held arrays leave room: on these devices, with adapters, on more."""
+    """Yields meshes with room: on these devices, then with adapters, then on more devices."""
     frame, target = run.frame, run.target
     devices, chips = frame.mesh.devices.size, int(np.prod(target.shape)) * target.slices
     yield from _rank_meshes(run, {}, devices, target)
@@ -253,7 +254,7 @@ def _other_meshes(run: programs.Run) -> Iterator[Change]:
 def _rank_meshes(
     run: programs.Run, values: dict[str, Any], devices: int, target: hardware.Target
 ) -> Iterator[Change]:
-    """Yields meshes of so many devices that have room, the one with the least memory first."""
+    """Yields meshes of `devices` devices with enough memory, the smallest memory use first."""
     found = []
     for mesh in _meshes(run.frame, devices, target.slices):
         if not values and mesh == {f"mesh.{k}": n for k, n in run.frame.mesh.shape.items()}:
@@ -279,7 +280,7 @@ def _meshes(frame: run_plan.ProgramPlan, devices: int, slices: int) -> Iterator[
 
 
 def _adapt_micro_batch(config: config_lib.Config, mesh: dict[str, int]) -> dict[str, int]:
-    """Returns the smallest micro-batch that a mesh can split, if it cannot split the present."""
+    """Returns the smallest micro-batch that a mesh can split, or {} if the current one works."""
     shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
     return {"train.micro_batch": shards} if config.train.micro_batch % shards else {}
 
@@ -287,10 +288,10 @@ def _adapt_micro_batch(config: config_lib.Config, mesh: dict[str, int]) -> dict[
 def _measure(
     run: programs.Run, config: config_lib.Config, sizes: dict[str, int]
 ) -> tuple[int, int]:
-    """Returns the bytes that a mesh holds, and those with the temporaries of the present mesh.
+    """Returns the bytes that a mesh holds, without and with an estimate of the temporaries.
 
-    The temporaries of a mesh that is not compiled are unknown. Those of a phase that fits on the
-    present mesh stand for them; those of another phase are left out.
+    The temporaries on a mesh are unknown without compiling. If a phase fits on the current mesh,
+    its temporaries there are the estimate. Otherwise its temporaries are left out.
     """
     mesh: Any = AbstractMesh(tuple(sizes.values()), sharding.AXES, (AxisType.Auto,) * 3)
     frame = dataclasses.replace(run.frame, config=config, mesh=mesh)
@@ -315,6 +316,6 @@ def change_settings(config: config_lib.Config, values: dict[str, Any]) -> config
 
 
 def _spell(values: dict[str, Any]) -> str:
-    """Returns settings as flags; a tensor axis of 1 is the default and goes without saying."""
+    """Returns settings as flags; a tensor axis of 1 is the default and is left out."""
     shown = {name: value for name, value in values.items() if (name, value) != ("mesh.tensor", 1)}
     return " ".join(f"--config.{name}={value}" for name, value in shown.items())

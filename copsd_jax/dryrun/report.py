@@ -1,8 +1,9 @@
 """`--dry_run=v5e:4x8`: the memory and the time of a run on devices that are not present.
 
-Compiles every program (`programs`), adds up memory by part, reads FLOPs and collectives out of the
-compiled text (`program_cost`), estimates times by roofline, and says what fits (`proposals`). No
-weights, tokenizer, problems or network are needed: shapes and lengths come from the settings.
+A dry run compiles every program (`programs`) and adds up memory by part. It reads FLOPs and
+collectives from the compiled text (`program_cost`), and estimates times by roofline. `proposals`
+finds the settings that fit. No weights, tokenizer, problems or network are needed, because shapes
+and lengths come from the settings.
 """
 
 import json
@@ -17,7 +18,7 @@ from copsd_jax.runtime import hardware, sharding
 from copsd_jax.training import memory, table_rules
 
 GIB = 2**30
-EFFICIENCY = 0.7  # share of the makers' rates that good programs reach; an assumption
+EFFICIENCY = 0.7  # assumed share of the manufacturers' rates that good programs reach
 
 
 def main(config: config_lib.Config, target: hardware.Target, out: str, search: bool) -> int:
@@ -27,13 +28,13 @@ def main(config: config_lib.Config, target: hardware.Target, out: str, search: b
       config: the settings of the run.
       target: the devices to compile for.
       out: the path of the JSON file; '' for none.
-      search: whether to compile once more with what is proposed.
+      search: whether to compile again with the proposed settings.
 
     Returns:
       The exit code: 0 if the run fits, 1 if it does not.
 
     Raises:
-      ValueError: no run could have these settings, or there are no such devices.
+      ValueError: no run can have these settings, or the devices do not exist.
       OSError: `out` cannot be written.
     """
     table_rules.check(config, data=False)
@@ -55,7 +56,7 @@ def _compile_run(config: config_lib.Config, target: hardware.Target, devices: li
 
 
 def build_report(run: programs.Run, proposed: proposals.Proposals) -> dict[str, Any]:
-    """Builds the report as JSON has it; bytes, seconds and FLOPs are those of one device."""
+    """Builds the report as a JSON object; bytes, seconds and FLOPs are per device."""
     frame = run.frame
     report = {
         "target": run.target.name,
@@ -77,9 +78,9 @@ def build_report(run: programs.Run, proposed: proposals.Proposals) -> dict[str, 
 
 
 def add_checks(report: dict[str, Any], run: programs.Run, proposed: proposals.Proposals) -> None:
-    """Compiles what is proposed, and adds to the report whether it fits.
+    """Compiles the proposed settings, and adds to the report whether they fit.
 
-    This is the run with the largest sizes if it fits, and the first change if it does not.
+    If the run fits, these are the largest sizes. Otherwise they are the first proposed change.
     """
     sizes = {name: value for name, value in proposed.largest.items() if value}
     if report["fits"]:
@@ -123,7 +124,7 @@ def _describe_program(program: programs.Program) -> dict[str, Any]:
 
 
 def estimate_times(run: programs.Run) -> dict[str, Any]:
-    """Estimates the seconds of a step's parts, with every completion as long as it may be."""
+    """Estimates the seconds of a step's parts if every completion has its maximum length."""
     chip, c = run.target.chip, run.frame.config
     completions = config_lib.completions_per_step(c)
     sampling = [name for name in ("rollout", "author") if name in run.phases]
@@ -145,7 +146,7 @@ def estimate_times(run: programs.Run) -> dict[str, Any]:
 
 
 def _hand_over_programs(run: programs.Run) -> list[programs.Program]:
-    """Returns the programs that run at every step; a frozen base is handed over once a run."""
+    """Returns the hand-over's programs of every step; a frozen base is handed over once per run."""
     found, c = run.phases["hand-over"].programs, run.frame.config
     if c.train.trainable == "full" or c.sampler.merge:
         return found
@@ -153,7 +154,7 @@ def _hand_over_programs(run: programs.Run) -> list[programs.Program]:
 
 
 def _add_seconds(found: list[programs.Program], chip: hardware.Chip) -> float | None:
-    """Adds up programs that run one after the other; None if one of them was not compiled."""
+    """Returns the seconds of programs that run in sequence; None if one was not compiled."""
     total = 0.0
     for program in found:
         if program.cost is None:
@@ -163,7 +164,11 @@ def _add_seconds(found: list[programs.Program], chip: hardware.Chip) -> float | 
 
 
 def _sampling_seconds(run: programs.Run, name: str, texts: int) -> float | None:
-    """Estimates a phase of sampling: prompts in rows, texts in waves of slots, all their tokens."""
+    """Estimates the seconds of a sampling phase; None if a program was not compiled.
+
+    Prompts are prefilled in rows. Texts are then decoded to the maximum length, as many at a time
+    as there are slots.
+    """
     chip, c, lengths = run.target.chip, run.frame.config, run.lengths
     asked, drawn = {
         "rollout": (lengths.student, lengths.completion), "author": (lengths.author, lengths.reply),
@@ -196,8 +201,8 @@ def summarize(run: programs.Run, report: dict[str, Any]) -> str:
     most, have = phase.total / GIB, usable / GIB
     if report["fits"]:
         return (
-            f"fits: the {phase.name} takes most, {most:.2f} of {have:.2f} GiB on each device of "
-            f"{where}"
+            f"fits: the {phase.name} needs the most memory, {most:.2f} of {have:.2f} GiB on each "
+            f"device of {where}"
         )
     cure = f"; {_advise(report['advice'][0])}" if report["advice"] else ""
     if most <= have:
@@ -217,14 +222,14 @@ def _advise(change: dict[str, Any]) -> str:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Returns the report as text for people."""
+    """Returns the report as readable text."""
     caps = ", ".join(f"{name} {value}" for name, value in report["lengths"].items() if value)
     devices = f"{report['devices']} devices, mesh {report['mesh']}"
     lines = [report["sentence"], "", f"target      {report['target']}: {devices}"]
     lines += [f"whole       {report['whole']}"] if report["whole"] else []
-    lines += [f"lengths     at the caps: {caps}", "", "memory on each device, GiB"]
+    lines += [f"lengths     at most: {caps}", "", "memory on each device, GiB"]
     lines += [_format_phase(name, one, report) for name, one in report["phases"].items()]
-    lines += ["", "programs: FLOP, bytes, and what travels, on each device"]
+    lines += ["", "programs: FLOP, bytes, and exchanges, on each device"]
     for phase, one in report["phases"].items():
         for name, program in _select_programs(one["programs"]).items():
             lines += _format_program(f"{phase}: {name}", program)
@@ -239,7 +244,7 @@ def _format_proposals(report: dict[str, Any]) -> list[str]:
     for name, value in report["largest"].items():
         if name != "checked":
             size = f"{name}={value}" if value else f"no {name}"
-            lines.append(f"largest that is of use and fits, by the compiled sizes: {size}")
+            lines.append(f"largest useful size that fits, by the compiled sizes: {size}")
     lines += _format_checks(report["largest"])
     for change in report["advice"]:
         lines.append(f"{_advise(change)}{'' if change['held'] else ', by the compiled sizes'}")
@@ -264,7 +269,7 @@ def _format_phase(name: str, phase: dict[str, Any], report: dict[str, Any]) -> s
 
 
 def _select_programs(found: dict[str, Any]) -> dict[str, Any]:
-    """Returns the programs without smaller buckets of prompts, and without those that copy."""
+    """Returns the programs to print, without smaller prefills and programs that only copy."""
     buckets = [name for name in found if name.startswith("prefill")]
     quiet = (*buckets[:-1], "empty cache", *(n for n in found if n.startswith("insert")))
     return {name: program for name, program in found.items() if name not in quiet}
@@ -288,7 +293,7 @@ def _format_time(times: dict[str, Any]) -> list[str]:
         return ["time: not estimated, since a program was not compiled"]
     parts = ", ".join(f"{name} {value:.2f} s" for name, value in times["parts"].items())
     lines = [
-        f"a step, by roofline at {EFFICIENCY:.0%} of the makers' rates, with every text at its cap:"
+        f"a step, by roofline at {EFFICIENCY:.0%} of the manufacturers' rates, with longest texts:"
         f" {times['total']:.2f} s ({parts}), {times['tokens_per_second']:,.0f} completion tokens/s"
     ]
     if "step_mfu" in times:

@@ -1,4 +1,4 @@
-"""Devices of a target that nobody has to own: there is a compiler for them, and nothing more."""
+"""The devices of a dry run's target, which need not be present: only their compiler is needed."""
 
 import importlib.util
 import shutil
@@ -14,11 +14,11 @@ _PIP = f"{sys.executable} -m pip install"
 
 
 def make_devices(target: hardware.Target) -> list:
-    """Returns the devices of a topology, which only the compiler knows.
+    """Returns the devices of a target, for which programs can be compiled but not run.
 
     Raises:
-      ValueError: there is no such topology, or its compiler is not installed; the message has the
-        command that installs it.
+      ValueError: the topology does not exist, or its compiler is not installed. The message has the
+        command that installs the compiler.
     """
     if target.platform == "cuda":
         return _cards(target)
@@ -47,7 +47,7 @@ def _cards(target: hardware.Target) -> list:
         command = f"{_PIP} --no-deps {packages}"
         raise ValueError(f"--dry_run for GPUs needs their compiler: {command}")
     if shutil.which("ptxas") is None:
-        command = f"{_PIP} nvidia-cuda-nvcc, which brings it as nvidia/cu13/bin/ptxas"
+        command = f"{_PIP} nvidia-cuda-nvcc, which contains it as nvidia/cu13/bin/ptxas"
         raise ValueError(f"--dry_run for GPUs needs the program ptxas on PATH: {command}")
     found = topologies.get_topology_desc(
         platform="cuda", topology_name="x", topology=f"1x{target.topology}",

@@ -30,7 +30,7 @@ class AuthorRequest(NamedTuple):
 
     Attributes:
       attempt: the completion as contexts read it.
-      sample: the number of the completion among those of its problem.
+      sample: the index of the completion among the completions of its problem.
       found: the final answer that the grader found in the attempt, or None.
     """
 
@@ -46,9 +46,9 @@ class AuthorText(NamedTuple):
       text: the text; "" if there is none.
       status: "written"; "cut" for a text that ended at the token limit; or another key of
         replies.STATUSES.
-      detail: the reason of a failure, as a line for people.
+      detail: the reason of a failure, as one readable line.
       shortened: the sections of the author's prompt that were cut to context.section_tokens.
-      seen: the attempt as the author's prompt showed it, if it was shortened there; otherwise None.
+      seen: the shortened attempt in the author's prompt; None if the prompt has the whole attempt.
     """
 
     text: str
@@ -90,8 +90,8 @@ def write_replies(
 def _sampled(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Samples the texts with the run's sampler, under the settings author.*.
 
-    The student writes with its current weights, and the teacher with its own. With
-    teacher.weights=fixed these are the initial policy's at every step.
+    The student writes with its current weights, and the teacher with the teacher's weights. With
+    teacher.weights=fixed, the teacher is the initial policy at every step.
     """
     plan, c = r.plan, r.plan.config
     writer = 0 if c.author.kind == "student" else 1
@@ -115,7 +115,7 @@ def _sampled(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText
 
 
 def _unasked(prompt, plan: run_plan.Plan) -> AuthorText | None:
-    """Returns an empty text with the reason why the author is not asked, or None if it is."""
+    """Returns an empty text with the reason why the author is not asked, or None if it is asked."""
     if prompt is None:
         return AuthorText("", "not_asked")
     held = plan.model_config.max_position
@@ -126,7 +126,7 @@ def _unasked(prompt, plan: run_plan.Plan) -> AuthorText | None:
 
 
 def _seen(plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[str]) -> str | None:
-    """Returns the attempt as shortened in an author's prompt, or None if it is whole there."""
+    """Returns the shortened attempt in an author's prompt, or None if it is not shortened."""
     if "attempt" not in shortened:
         return None
     return text_encoding.truncate_text(plan.tokenizer, attempt.text, plan.context.section_tokens)
@@ -142,7 +142,8 @@ def _grader(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]
 def _server(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Asks an OpenAI-compatible server for the texts.
 
-    Seeds follow from the run's seed and the sample, so that a cache can serve repeated requests.
+    A request's seed depends only on the run's seed and the sample, so that a cache can answer
+    repeated requests.
     """
     plan, c = r.plan, r.plan.config
     fitted = [
@@ -173,7 +174,7 @@ def _server(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]
 
 
 def _file(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
-    """Takes the texts from the file author.path."""
+    """Returns the texts from the file author.path."""
     texts = [r.plan.replies.get((one.attempt.row.id, one.sample)) for one in asked]
     return [AuthorText(text or "", "missing" if text is None else "written") for text in texts]
 
@@ -193,7 +194,7 @@ def _read(r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText) ->
         # A critique can repeat only the steps that its author was shown.
         attempt = dataclasses.replace(attempt, text=written.seen)
     # As published, some contexts read replies that were cut at author.max_tokens. For the others
-    # a cut reply is unusable, even with complete tags: the missing rest may withdraw it.
+    # a cut reply is unusable, even with complete tags, because the missing rest may withdraw it.
     reads_cut = contexts.get_author(settings).reads_cut(settings) and bool(written.text)
     if written.status == "written" or (written.status == "cut" and reads_cut):
         reply = contexts.read_reply(settings, attempt, written.text)
@@ -206,13 +207,13 @@ def _read(r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText) ->
 
 
 def apply_leak_policy(reply: replies.Reply, row: problem_row.Row, policy: str) -> replies.Reply:
-    """Applies context.leak to a reply whose explanation contains the final answer.
+    """Returns a reply after context.leak is applied to a final answer in its explanation.
 
     Args:
-      reply: returned unchanged if its explanation does not contain the answer.
+      reply: the reply, which is returned unchanged if its explanation does not contain the answer.
       row: the problem; without a final answer nothing can leak.
-      policy: keep marks the reply as leaked; mask also masks the answer in the explanation; drop
-        makes the reply unusable, with the status "leak_dropped".
+      policy: `keep` marks the reply as leaked. `mask` also masks the answer in the explanation.
+        `drop` makes the reply unusable, with the status "leak_dropped".
     """
     if not reply.text or not row.answer or not answer_leaks.has_leak(reply.text, row.answer):
         return reply

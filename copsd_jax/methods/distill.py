@@ -4,7 +4,7 @@
 
     x  the problem
     y  the completion, sampled from the student p with its current weights
-    c  the privileged context (`context.*`), which `author.*` writes if it needs an author
+    c  the privileged context (`context.*`), if necessary written by the author of `author.*`
     q  the teacher: the same network with the weights of `teacher.weights`, which also reads c
     D  the divergence with its clip (`divergence_loss.Divergence`)
     w  the weights of tokens (`tokens.*`), 0 at a token without loss
@@ -18,13 +18,15 @@ Sources: OPSD arXiv 2601.18734 v3, COPSD 2605.09548, ROSD 2605.28014, critique 2
 Departures:
   - Prompts and completions stay token ids from the sampler to the loss. A completion follows its
     prompt without a gap at explicit positions, and masks come from lengths.
-  - A teacher that writes uses its own weights. The originals used the merged student.
-  - An error is located in the characters of the sampled tokens, not by encoding the text anew.
+  - A teacher that writes contexts uses the teacher's weights. The published code used the merged
+    student.
+  - An error is located in the characters of the sampled tokens, not by encoding the text again.
   - A reply that cannot be read leaves its completion without loss, and is counted. In the
-    published code it gets SDPO's context instead (`parity.reflection_fallback`).
+    published code the completion gets SDPO's context instead (`parity.reflection_fallback`).
   - With `context.filter_groups`, groups whose rewards are all equal are left out before a context
     is written for them.
-  - The tutor's instructions open the user's turn. In the originals they are a system message.
+  - The tutor's instructions open the user's turn. In the published prompts they are a system
+    message.
 """
 
 import numpy as np
@@ -51,8 +53,8 @@ def make_batch(
 
     Returns:
       The inputs of the train step, with one record per completion. The metric `taught` counts the
-      completions with a teacher prompt, and `filtered` those that `_wanted` left out. Other metrics
-      count overlong teacher prompts, and the statuses of replies and of located errors.
+      completions with a teacher prompt, and `filtered` the completions that `_wanted` left out.
+      Other metrics count overlong teacher prompts, and the statuses of replies and located errors.
     """
     c = r.plan.config
     done = rollouts.sample_rollouts(r, state, rows, step)
@@ -86,7 +88,7 @@ def make_batch(
 
 
 def _wanted(c, done: Rollouts) -> list[bool]:
-    """Returns which completions to distill, decided before any context is written."""
+    """Returns whether to distill each completion, which is decided before contexts are written."""
     wanted = np.ones(len(done.rows), bool)
     if c.context.filter_groups:
         wanted &= policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
@@ -96,7 +98,7 @@ def _wanted(c, done: Rollouts) -> list[bool]:
 
 
 def _views(r: loaded_run.LoadedRun, done: Rollouts, step: int) -> list[contexts.Attempt]:
-    """Builds an attempt per completion: the parts of it that contexts may read."""
+    """Builds an `Attempt` per completion, with the parts that contexts may read."""
     c, reads = r.plan.config, contexts.list_inputs(r.plan.context)
     siblings, others = [None] * len(done.rows), [None] * len(done.rows)
     if "siblings" in reads:
@@ -120,7 +122,7 @@ def _views(r: loaded_run.LoadedRun, done: Rollouts, step: int) -> list[contexts.
 
 
 def _replies(r, state, done: Rollouts, views, wanted, step: int) -> list[replies.Reply]:
-    """Returns the author's replies on wanted completions, and `FILTERED` for the others."""
+    """Returns a reply per completion: the author's if it is wanted, otherwise `FILTERED`."""
     asked = [
         authors.AuthorRequest(views[i], done.samples[i], verdict.answer if verdict else None)
         for i, verdict in enumerate(done.verdicts)
@@ -148,8 +150,8 @@ def _select(r, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
 def _pack(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Batch:
     """Builds the student's and the teacher's layout.
 
-    A completion without a teacher prompt carries no loss. Its student prompt then serves as the
-    teacher's, since every row of the layout needs one.
+    A completion without a teacher prompt carries no loss. Its student prompt is then used as its
+    teacher prompt, because every row of the layout needs a prompt.
     """
     batch = layout.build_batch(
         [prompt.ids for prompt in done.asked],
@@ -177,10 +179,10 @@ def _about(told, reply: replies.Reply, found: str, view: contexts.Attempt, wante
 
 
 def _statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
-    """Counts the statuses that the run's context and choice of tokens can have.
+    """Returns the counts of the statuses that the run's context and choice of tokens can have.
 
-    A section counts as shortened once per completion, whether the prompt of the author or of the
-    teacher was cut.
+    A section counts as shortened at most once per completion, even if it was cut in the prompts of
+    both the author and the teacher.
     """
     out, count = {}, rollout_records.count_statuses
     if "reply" in contexts.list_inputs(r.plan.context):

@@ -4,7 +4,7 @@
     loss = mean over completions of mean_t of -min(rho A, clip(rho, 1 - low, 1 + high) A)
            + kl (exp(d) - d - 1),   d = ln p_0(y_t) - ln p(y_t),   rho = p(y_t) / p_old(y_t)
 
-    r    rewards; mean_G and std_G run over the group, the completions of one problem
+    r    rewards; mean_G and std_G are taken over the group, the completions of one problem
     p    the student, p_0 the initial policy, p_old the policy of `policy.old`
     low, high, kl   `policy.clip_low`, `policy.clip_high`, `policy.kl`
 
@@ -13,8 +13,8 @@ Sources: DeepSeekMath arXiv 2402.03300, in TRL's form. Dr. GRPO 2503.20783 is
 policy.clip_high=.28 context.filter_groups=True`.
 
 Departures:
-  - There is one update per batch of rollouts. With `policy.old=trainer` the ratio rho is therefore
-    exactly 1; with `policy.old=sampler` p_old is the sampler's log-probabilities.
+  - There is one update per batch of rollouts. With `policy.old=trainer`, the ratio rho is therefore
+    exactly 1. With `policy.old=sampler`, the sampler's log-probabilities give p_old.
   - Filtered groups make the step smaller. DAPO samples other groups in their place.
   - Prompts, grader and report are those of the other methods.
 """
@@ -32,7 +32,7 @@ def make_batch(
 ) -> StepInputs:
     """Samples and grades rollouts, computes their advantages, and lays out the student's side.
 
-    A row without a gold answer is not graded: its rewards are 0, and so are its advantages.
+    A row without a gold answer is not graded, so its rewards and advantages are 0.
 
     Args:
       r: the loaded run.
@@ -63,9 +63,9 @@ def make_batch(
 def add_advantages(c, done: Rollouts, batch: layout.Batch, successes_only: bool) -> layout.Batch:
     """Returns the batch with advantages, and with the mask of tokens that carry policy loss.
 
-    All tokens of a completion have its advantage. If the rewards of a group are all equal, its
-    advantage is 0 and its tokens count in the normaliser, as published for GRPO. With
-    context.filter_groups these tokens carry no policy loss, as in DAPO.
+    All tokens of a completion have the same advantage. If the rewards of a group are all equal, its
+    advantages are 0, and its tokens count in the normaliser, as published for GRPO. With
+    context.filter_groups, these tokens carry no policy loss, as in DAPO.
 
     Args:
       c: the settings of the run.

@@ -28,7 +28,7 @@ def make_batch(
 
     Args:
       r: the loaded run.
-      state: not read here; the methods share one signature.
+      state: not read here; all methods have the same signature.
       rows: the problems of the step, with solutions.
       step: not read here.
 

@@ -1,4 +1,4 @@
-"""The modules of the methods by name; `config.methods` declares the names and traits."""
+"""The modules of the methods, by name; `config.methods` declares the names and their traits."""
 
 import importlib
 from types import ModuleType

@@ -1,6 +1,6 @@
 """Implementations of the divergence and of attention, chosen by the platform of a run's mesh.
 
-The platform is that of the mesh's devices, whatever the host's default backend is.
+Here, the platform is that of the mesh's devices, which may differ from JAX's default backend.
 """
 
 from typing import Any
@@ -17,26 +17,27 @@ from copsd_jax.model import transformer
 
 
 def build_divergence(c: config_lib.Config) -> divergence_loss.Divergence | None:
-    """Builds the settings of the divergence, or returns None for a method without one."""
+    """Builds the settings of the divergence, or returns None for a method without a teacher."""
     if not config_lib.traits(c).teacher:
         return None
     names = "divergence beta normalize_beta temperature top_k top_k_of tail clip_mode clip"
     return divergence_loss.Divergence(
         **config_lib.pick(c.loss, f"{names} rollout_clip"),
-        # A greedy sampler, of temperature 0, reports log-probabilities at temperature 1.
+        # A greedy sampler (temperature 0) reports log-probabilities at temperature 1.
         sampling_temperature=c.rollout.temperature or 1.0,
     )
 
 
 def choose_loss(c: config_lib.Config, platform: str) -> str:
-    """Returns the run's name from `divergence_loss.IMPLEMENTATIONS`.
+    """Returns the loss implementation, a name of `divergence_loss.IMPLEMENTATIONS`.
 
     Args:
       c: the settings of the run.
       platform: platform of the mesh: cpu, gpu or tpu.
 
     Raises:
-      ValueError: the chosen implementation cannot run there; the message names the setting.
+      ValueError: the chosen implementation cannot run on the platform; the message names the
+        setting.
     """
     mixed = c.teacher.weights == "trust_region" and c.train.trainable == "full"
     try:
@@ -48,22 +49,22 @@ def choose_loss(c: config_lib.Config, platform: str) -> str:
 
 
 def choose_decode_attention(c: config_lib.Config, platform: str) -> str:
-    """Returns the run's key of `decode_attention.IMPLEMENTATIONS`, for decoding.
+    """Returns the implementation of decode attention, a key of `decode_attention.IMPLEMENTATIONS`.
 
     Args:
       c: the settings of the run.
       platform: platform of the mesh: cpu, gpu or tpu.
 
     Raises:
-      ValueError: kernels are chosen on a CPU.
+      ValueError: `sampler.attention` is pallas and the platform is cpu.
     """
     name = c.sampler.attention
     if name == "auto":
         return attention_lib.PLATFORM_IMPLEMENTATIONS[platform]
     if name == "pallas" and platform == "cpu":
         raise ValueError(
-            "sampler.attention is 'pallas': its kernels are for gpu and tpu and the mesh is cpu, "
-            "take auto or blocks"
+            "sampler.attention is 'pallas': its kernels run on gpu and tpu, but the mesh is cpu; "
+            "choose auto or blocks"
         )
     return f"pallas_{platform}" if name == "pallas" else name
 
@@ -71,39 +72,40 @@ def choose_decode_attention(c: config_lib.Config, platform: str) -> str:
 def choose_row_attention(
     c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig
 ) -> str:
-    """Returns the run's name from `row_attention.IMPLEMENTATIONS`.
+    """Returns the implementation of row attention, a name of `row_attention.IMPLEMENTATIONS`.
 
-    Training, scoring and prefill use it. `auto` never takes cudnn, which has not been run yet.
+    Training, scoring and prefill use row attention. `auto` never chooses cudnn, because cudnn has
+    not been run yet.
 
     Args:
       c: the settings of the run.
       platform: platform of the mesh: cpu, gpu or tpu.
       dtype: dtype of compute.
-      shape: the model, whose head size cudnn limits.
+      shape: the model's shape; cudnn limits the head size.
 
     Raises:
-      ValueError: the chosen implementation cannot run there.
+      ValueError: the chosen implementation cannot run with these arguments.
     """
     name = c.model.attention
     if name == "auto":
         return "splash" if platform == "tpu" else "portable"
     home = {"portable": platform, "splash": "tpu", "cudnn": "gpu"}[name]
-    reason = f"it runs on {home} and the mesh is {platform}" if home != platform else ""
+    reason = f"it runs on {home}, but the mesh is {platform}" if home != platform else ""
     if name == "cudnn" and not reason:
         if np.dtype(dtype).itemsize != 2:
-            reason = f"it needs model.dtype=bfloat16, which is {np.dtype(dtype).name}"
+            reason = f"it needs model.dtype=bfloat16, but the dtype is {np.dtype(dtype).name}"
         elif shape.head_dim % 8 or shape.head_dim > 128:
-            reason = f"heads of {shape.head_dim} are none of 8, 16, ... 128"
+            reason = f"the head size must be 8, 16, ... 128, but it is {shape.head_dim}"
         else:
             reason = _without_cudnn(shape.head_dim)
     if reason:
-        raise ValueError(f"model.attention is {name!r}: {reason}, take auto or portable")
+        raise ValueError(f"model.attention is {name!r}: {reason}; choose auto or portable")
     return name
 
 
 def _without_cudnn(size: int) -> str:
     """Returns the reason why jax would not call cuDNN here, or "" if it would."""
-    # jax refuses while it traces, so shapes without values are enough.
+    # jax refuses during tracing, so shapes without values are enough.
     row: Any = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
     ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     q: Any = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
@@ -127,7 +129,7 @@ def check_attention(
       shape: the model.
 
     Raises:
-      ValueError: one cannot run; the message names the setting.
+      ValueError: an implementation cannot run; the message names its setting.
     """
     choose_decode_attention(c, platform)
     choose_row_attention(c, platform, dtype, shape)

@@ -15,7 +15,7 @@ from copsd_jax.sampler import handover, request
 from copsd_jax.teaching import contexts, prompts
 from copsd_jax.training import backends, layout, prompt_lengths, row_packing, run_plan, train_step
 
-ADAPTER_STREAM = 1001  # a stream of the seed that differs from the sampler's, numbered from 0
+ADAPTER_STREAM = 1001  # a random stream of the seed; the sampler's streams count from 0
 
 
 def build_decoder(frame: run_plan.ProgramPlan) -> transformer.Decoder:
@@ -37,7 +37,7 @@ def build_optimizer(config, steps: int) -> tuple[Any, Callable[[Any], Any]]:
 
     Args:
       config: the settings of the run; section `train` is read.
-      steps: optimizer steps of the run, at whose end the schedule ends.
+      steps: number of optimizer steps of the run; the schedule ends with the last step.
     """
     names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm"
     return train_step.make_optimizer(steps=steps, **config_lib.pick(config.train, names))
@@ -49,17 +49,17 @@ def find_shardings(tree: Any, frame: run_plan.ProgramPlan) -> Any:
 
 
 def build_step(frame: run_plan.ProgramPlan, decoder, tx, options, state) -> Any:
-    """Builds the jitted train step, which donates its state.
+    """Builds the jitted train step, which donates the memory of its state.
 
     Args:
-      frame: the programs of the run.
+      frame: the plan of the run's programs.
       decoder: the model.
       tx: the optimizer.
       options: static choices of the step.
-      state: a State whose shapes give the output's shardings. It may be abstract, since no value is
-        read.
+      state: a State whose shapes determine the shardings of the output. It may be abstract, because
+        its values are not read.
     """
-    # Measurements are whole on every device, so that each process can read all of them.
+    # Measurements are replicated to every device, so that each process can read all of them.
     whole = NamedSharding(frame.mesh, PartitionSpec())
     return jax.jit(
         train_step.make_step(decoder, tx, options),
@@ -73,13 +73,13 @@ def pack_batch(
 ) -> layout.Batch:
     """Packs the samples of a batch into rows and micro-batches, as `train.pack` says.
 
-    The plan follows from lengths alone, so every process makes the same one.
+    The packing plan depends on lengths alone, so every process makes the same plan.
 
     Args:
-      frame: the programs of the run.
+      frame: the plan of the run's programs.
       batch: a batch of `layout.build_batch`; it is returned unchanged if `train.pack` is off.
-      caps: whether this is a dry run's batch, whose texts are as long as the limits allow. Each
-        then has a row of its own, and no prompt is shared.
+      caps: whether the batch belongs to a dry run, with texts as long as the limits allow. Each
+        completion then gets its own row, and no prompt is shared.
 
     Raises:
       ValueError: a sample does not fit into `train.micro_tokens`.
@@ -98,17 +98,17 @@ def pack_batch(
 
 
 def check_row_budget(plan: run_plan.Plan) -> None:
-    """Checks that `train.micro_tokens` holds the longest sample that a step may have.
+    """Checks that `train.micro_tokens` is large enough for the longest sample of any step.
 
     Raises:
-      ValueError: it does not; the message gives the least value that would.
+      ValueError: the setting is too small; the message gives the smallest sufficient value.
     """
     c = plan.config
     if not c.train.micro_tokens or not plan.rows:
         return
     longest = dict(plan.longest)
     if {"feedback", "other"} & {*contexts.list_inputs(plan.context)}:
-        # The lengths of these texts are not known before the run, so the limit stands for them.
+        # The lengths of these texts are unknown before the run, so the limit is used instead.
         longest["teacher"] = prompt_lengths.teacher_limit(c, plan.model_config)
     asked = {"student": prompts.build_student_prompt(plan.tokenizer, plan.student, plan.rows[0])}
     if config_lib.traits(c).teacher:
@@ -124,9 +124,9 @@ def build_hand_over(frame: run_plan.ProgramPlan, frozen: dict, **call: Any) -> h
     """Builds the function that hands policies to the sampler.
 
     Args:
-      frame: the programs of the run.
+      frame: the plan of the run's programs.
       frozen: parameters that the run does not train.
-      **call: `call` of `handover.HandOver`, or nothing.
+      **call: the optional argument `call` of `handover.HandOver`.
     """
     how = config_lib.pick(frame.config.sampler, "merge int8 gather")
     return handover.HandOver(frame.mesh, frozen, frame.model_config.n_kv_heads, **how, **call)
@@ -135,11 +135,11 @@ def build_hand_over(frame: run_plan.ProgramPlan, frozen: dict, **call: Any) -> h
 def build_initializer(frame: run_plan.ProgramPlan, tx: Any) -> Callable[..., Any]:
     """Builds the function that makes the State at step 0 from the base parameters.
 
-    The trained tree is a new adapter, or all weights in float32. A new adapter does not read the
-    base parameters.
+    The trained tree is a new adapter, or all weights in float32. For a new adapter, the base
+    parameters are not read.
 
     Args:
-      frame: the programs of the run.
+      frame: the plan of the run's programs.
       tx: the optimizer.
     """
     c = frame.config
@@ -158,8 +158,8 @@ def build_initializer(frame: run_plan.ProgramPlan, tx: Any) -> Callable[..., Any
 def choose_frozen(config, base: dict) -> dict:
     """Returns the base parameters if the run keeps them, else {}.
 
-    LoRA reads them in every step. Full fine-tuning keeps them if they are the teacher's or those of
-    the KL term.
+    LoRA reads them in every step. Full fine-tuning keeps them if the teacher or the KL term uses
+    the initial weights.
     """
     method = config_lib.traits(config)
     if config.train.trainable == "lora":
@@ -200,7 +200,7 @@ POLICY_NORMS = {"sequence": "seq_mean_all", "token": "global_token_mean", "const
 
 
 def _policy_loss(c) -> train_step.PolicyLoss | None:
-    """Builds the settings of the loss on sampled tokens, or returns None without one."""
+    """Builds the settings of the policy loss, or returns None if the run has no policy loss."""
     method = config_lib.traits(c)
     if not method.samples:
         return train_step.PolicyLoss("nll", 1.0, 1.0, POLICY_NORMS[c.policy.norm], 1)
@@ -225,7 +225,7 @@ def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> req
     """
     s = config[section]
     return request.Sampling(
-        s.max_tokens or config.rollout.max_tokens,  # 0 in section eval takes that of rollout
+        s.max_tokens or config.rollout.max_tokens,  # 0 in section eval means the rollouts' limit
         **config_lib.pick(s, "temperature top_k top_p min_p"),
         stop_ids=stop_ids,
         stop=stop,
@@ -233,12 +233,12 @@ def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> req
 
 
 def build_sampler_settings(c, section: str, length: int) -> request.SamplerSettings:
-    """Builds the size of the sampler for a section.
+    """Builds the sampler's settings for a section, such as the number of slots.
 
     Args:
       c: the settings of the run.
       section: rollout, eval or author.
-      length: cache entries of a slot; 0 takes what the longest text of a call needs.
+      length: cache entries of a slot; 0 means as many as the longest text of a call needs.
     """
     cache = None if c.sampler.cache == "auto" else jnp.dtype(c.sampler.cache)
     how = config_lib.pick(c.sampler, "steps pack")

@@ -8,15 +8,15 @@ A rule is one string of `guards.rules`, without blanks:
     entropy_student<0.1@3:lr*0.5               below 0.1 in 3 consecutive steps
     completion_tokens>2*first:warn             more than twice the run's first value
 
-A value that is NaN is beyond every limit. `warn` warns once each time the limit is passed. `lr`
-acts after every STEPS steps for as long as the value stays beyond it.
+A value that is NaN is beyond every limit. `warn` warns once each time the value passes the limit.
+`lr` lowers the learning rate after every STEPS consecutive steps beyond the limit.
 
-A step without the metric (no graded answer, no token with loss) is skipped. An absent count of
-statuses, however, is 0. `check_metrics` therefore checks names before the run, and does not rely on
-the metrics of its first step.
+A rule skips a step that does not have its metric, for example because no token carried loss. An
+absent count of statuses, however, counts as 0. A misspelled metric would therefore never be
+noticed, so `check_metrics` checks the names before the run.
 
-The guards' state is a small dictionary that follows from the lines of metrics.jsonl alone. A
-continued run thus decides as an uninterrupted one would.
+The guards' state is a small dictionary that is computed from the lines of metrics.jsonl alone. A
+continued run therefore makes the same decisions as an uninterrupted run.
 """
 
 import copy
@@ -33,8 +33,8 @@ from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import replies, teacher_prompts, token_selection
 
 GRAMMAR = (
-    "a rule is METRIC>LIMIT or METRIC<LIMIT, then @STEPS if not 1, then :ACTION; LIMIT is a number "
-    "or NUMBER*first; the choices of ACTION are warn, stop, lr*FACTOR"
+    "a rule is METRIC>LIMIT or METRIC<LIMIT, then @STEPS unless STEPS is 1, then :ACTION; LIMIT is "
+    "a number or NUMBER*first; the choices of ACTION are warn, stop, lr*FACTOR"
 )
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -43,8 +43,8 @@ _RULE = re.compile(
     rf"(?:@(?P<patience>\d+))?:(?:(?P<plain>warn|stop)|lr\*(?P<factor>{_NUMBER}))"
 )
 
-# Metrics `name_status` count the completions with each status. A step writes only those statuses
-# that occur.
+# Metrics `name_status` count the completions with each status. A step writes only the statuses that
+# occur.
 COUNTS = {
     "reply": tuple(replies.STATUSES),
     "located": ("untaught", *token_selection.STATUSES),
@@ -67,7 +67,7 @@ METRICS = (
     *(f"divergence_at_{bucket}" for bucket in token_stats.BUCKETS),
     *(f"{name}_{status}" for name, statuses in COUNTS.items() for status in statuses),
 )
-# These metrics are usually negative, so their first value cannot serve as a unit of the limit.
+# These metrics are usually negative, so a limit cannot be a multiple of their first value.
 _SIGNED = re.compile("logp_(student|teacher)|advantage(?!_negative)")
 
 State = dict[str, Any]  # {"factor", "stopped", "rules": [{"first", "over"}, ...]}
@@ -79,12 +79,14 @@ class Rule:
 
     Attributes:
       metric: name of a metric.
-      above: whether the rule fires above the limit; otherwise it fires below.
-      limit: limit of the metric, or, if `relative`, of its ratio to the run's first value above 0.
+      above: True if the rule fires above the limit, False if it fires below.
+      limit: limit of the metric. If `relative`, it limits the metric's ratio to its first value
+        above 0 in the run.
       relative: whether the rule was written with `*first`.
-      patience: consecutive steps beyond the limit, among the steps that have the metric.
+      patience: number of consecutive steps beyond the limit after which the rule fires. Steps
+        without the metric are not counted.
       action: "warn", "lr" or "stop".
-      factor: multiplies the learning rate, for "lr"; else 1.
+      factor: factor of the learning rate if the action is "lr"; otherwise 1.
       text: the rule as it was written.
     """
 
@@ -105,7 +107,7 @@ class Event:
     Attributes:
       step: number of the step, as in metrics.jsonl.
       action: "warn", "lr" or "stop".
-      text: a message for people, with the metric, its value, the limit, the steps and the action.
+      text: a readable message with the metric, its value, the limit, the steps and the action.
     """
 
     step: int
@@ -127,11 +129,11 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
 
 
 def check_metrics(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Checks that every metric is one of `METRICS`, which some run can have, and returns the rules.
+    """Checks that the metric of every rule is in `METRICS`, and returns the rules.
 
     Raises:
-      ValueError: an unknown metric, with the names of similar ones; or a multiple of the first
-        value as the limit of a metric that is usually negative.
+      ValueError: a metric is unknown; the message names similar metrics. Or a rule with `*first`
+        has a metric that is usually negative.
     """
     for rule in rules:
         if rule.metric not in METRICS:
@@ -139,11 +141,11 @@ def check_metrics(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
             which = f"did you mean {' or '.join(near)}?"
             if not near:
                 families = ", ".join(f"{name}_STATUS" for name in COUNTS)
-                which = f"there are {', '.join(_PLAIN.split())}, those of token classes and "
-                which += f"positions, and the counts {families}"
+                which = f"the metrics are {', '.join(_PLAIN.split())}, the metrics of token "
+                which += f"classes and positions, and the counts {families}"
             raise _refusal(rule.text, f"there is no metric {rule.metric!r}: {which}")
         if rule.relative and _SIGNED.match(rule.metric):
-            raise _refusal(rule.text, f"{rule.metric} is below 0: a limit is no multiple of it")
+            raise _refusal(rule.text, f"{rule.metric} is usually below 0, so it has no *first")
     return rules
 
 
@@ -168,21 +170,21 @@ def _parse(text: str) -> Rule:
         text=text,
     )
     if rule.patience < 1:
-        raise _refusal(text, "@STEPS is at least 1")
+        raise _refusal(text, "STEPS must be at least 1")
     if rule.action == "lr" and not 0 < rule.factor < 1:
-        raise _refusal(text, "lr*FACTOR lowers the learning rate: above 0 and below 1")
+        raise _refusal(text, "FACTOR of lr*FACTOR must be above 0 and below 1")
     if not math.isfinite(rule.limit):
-        raise _refusal(text, "LIMIT is finite")
+        raise _refusal(text, "LIMIT must be finite")
     if rule.relative and (rule.limit < 1 if rule.above else not 0 < rule.limit <= 1):
-        raise _refusal(text, "NUMBER*first is at least 1 with >, and above 0 and at most 1 with <")
+        raise _refusal(text, "NUMBER must be at least 1 with >, and above 0 and at most 1 with <")
     return rule
 
 
 def init_state(rules: Sequence[Rule]) -> State:
     """Returns the state before the first step.
 
-    Its `factor` is the product of all learning-rate factors so far. Its `stopped` is the reason why
-    the run stops, or "".
+    The entry `factor` of a state is the product of all learning-rate factors so far. The entry
+    `stopped` is the reason why the run stops, or "" if it goes on.
     """
     memory = [{"first": None, "over": 0} for _ in rules]
     return {"factor": 1.0, "stopped": "", "rules": memory}
@@ -197,10 +199,11 @@ def apply_rules(
       rules: the rules of the run.
       state: the state before the step, which is left unchanged.
       step: number of the step, as in metrics.jsonl; messages name it.
-      metrics: numbers of the step by name; texts such as "nan", as in metrics.jsonl, count as well.
+      metrics: the metrics of the step by name. A value may be a text such as "nan", as in
+        metrics.jsonl.
 
     Returns:
-      The state after the step, and the rules that fired.
+      The state after the step, and one event for each rule that fired.
     """
     state = copy.deepcopy(state)
     events = []
@@ -210,7 +213,7 @@ def apply_rules(
         elif rule.metric.startswith(tuple(f"{name}_" for name in COUNTS)):
             value = 0.0
         else:
-            continue  # the step has no such value: no graded answer, or no long completion
+            continue  # the step lacks this metric, for example because no answer was graded
         limit = _limit(rule, memory, value)
         beyond = math.isnan(value) or (value > limit if rule.above else value < limit)
         memory["over"] = memory["over"] + 1 if beyond else 0
@@ -226,8 +229,8 @@ def apply_rules(
 def _limit(rule: Rule, memory: dict[str, Any], value: float) -> float:
     """Returns the absolute limit of a rule, and stores the metric's first finite value above 0.
 
-    A metric that begins at 0, such as a divergence from the initial policy, has no multiples yet.
-    Until it has a value above 0, the limit is infinite on the rule's side: only NaN is beyond it.
+    A metric may begin at 0, such as a divergence from the initial policy. Until it has a value
+    above 0, a relative limit is infinite, and only NaN is beyond it.
     """
     if memory["first"] is None and math.isfinite(value) and value > 0:
         memory["first"] = value
@@ -241,7 +244,8 @@ def _limit(rule: Rule, memory: dict[str, Any], value: float) -> float:
 def _fires(rule: Rule, over: int) -> bool:
     """Returns whether a rule fires in the `over`-th consecutive step beyond its limit.
 
-    It fires once, and an `lr` rule again after each further `patience` steps.
+    A rule fires once, after `patience` steps. An `lr` rule fires again after every further
+    `patience` steps.
     """
     if rule.action == "lr":
         return over > 0 and over % rule.patience == 0
@@ -262,10 +266,10 @@ def _text(rule: Rule, step: int, value: float, limit: float, over: int) -> str:
 
 
 def replay_metrics(rules: Sequence[Rule], lines: Iterable[str]) -> State:
-    """Replays steps from their lines of metrics.jsonl, in order, and returns the state after them.
+    """Replays steps from lines of metrics.jsonl, in order, and returns the state after the last.
 
     Raises:
-      ValueError: a line is not one of metrics.jsonl.
+      ValueError: a line is not a valid line of metrics.jsonl.
     """
     state = init_state(rules)
     for number, line in enumerate(lines, 1):
@@ -273,6 +277,6 @@ def replay_metrics(rules: Sequence[Rule], lines: Iterable[str]) -> State:
             metrics = json.loads(line)
             step = int(metrics["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} is no line of metrics.jsonl: {line[:80]!r}") from error
+            raise ValueError(f"line {number} is not from metrics.jsonl: {line[:80]!r}") from error
         state, _ = apply_rules(rules, state, step, metrics)
     return state

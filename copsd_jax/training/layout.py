@@ -1,9 +1,9 @@
 """Two sequence layouts of one rollout, and the only index arithmetic of the trainer.
 
 A sample is a student prompt, a teacher prompt and one completion. Each side puts the completion
-directly behind its own prompt, without a gap. The completion's tokens therefore have different
+directly after its own prompt, without a gap. The completion's tokens therefore have different
 positions on the two sides. `gather_BC` gives, for each completion token, the index of the position
-that predicts it. From the gather on, both sides have equal shapes [B, C].
+that predicts it. After this gather, the arrays of both sides have the same shape, [B, C].
 
     student prompt a b        teacher prompt u v w x      completion 7 8 9
 
@@ -13,13 +13,14 @@ that predicts it. From the gather on, both sides have equal shapes [B, C].
     gather           1 2 3         gather               3 4 5
     predicts         7 8 9         predicts             7 8 9
 
-The gather index is flat into rows x length. Masks come from lengths, never from token values, so a
-completion's end token counts even if it equals the padding token. With a shared prefix of P tokens
-(worked examples), positions begin at P; the prefix itself is in no row.
+The gather index points into the rows flattened to one axis. Masks come from lengths, never from
+token values. A completion's end token therefore counts even if its id is also the padding id. With
+a shared prefix of P tokens (worked examples), positions begin at P, and rows do not contain the
+prefix.
 
 `pack_rows` puts several samples into a row, as a `row_packing.RowPlan` says, and cuts the batch
-into micro-batches. If completions in one row share a prompt, the row holds the prompt once, and its
-segment is the parent of theirs:
+into micro-batches. If completions in one row share a prompt, the row has the prompt once. The
+prompt's segment is then the parent of the completions' segments:
 
     prompt a b, completions 7 8 9 and 6;  prompt u, completion 5 4
 
@@ -46,16 +47,18 @@ Array = Any  # np.ndarray from `build_batch`, jax.Array inside a step
 class Side(NamedTuple):
     """One layout: the rows of one side, and the gather index of its completion tokens.
 
-    All arrays are int32. A batch that is not packed has [B, L] rows and a [B, C] index. A packed
-    batch has [U, rows, L] rows and a [U, shards, T] index, for U micro-batches whose rows are
-    `shards` equal parts. The index of a part points into the part's own rows.
+    All arrays are int32. In an unpacked batch, rows are [B, L] and the index is [B, C]. In a packed
+    batch of U micro-batches, rows are [U, rows, L] and the index is [U, shards, T]. The rows of a
+    micro-batch are divided into `shards` equal parts. The index of a part points into its own rows.
 
     Attributes:
       tokens_BL: token ids, 0 in padding.
-      positions_BL: position of each token in its text, the shared prefix included.
+      positions_BL: position of each token in its text, counted from the start of the shared prefix.
       segments_BL: segment of each token, numbered from 1 in each row; 0 is padding.
-      gather_BC: index of the position that predicts each completion token, flat in rows x length.
-      parents_BL: segment of the token's prompt, -1 for none; None if prompts are not shared.
+      gather_BC: index of the position that predicts each completion token, into the rows flattened
+        to one axis.
+      parents_BL: segment of the prompt that the token's segment continues, or -1 if it continues
+        none; None if prompts are not shared.
     """
 
     tokens_BL: Array
@@ -73,14 +76,15 @@ class Batch(NamedTuple):
       teacher: the teacher's layout; None for losses without a teacher.
       completion_BC: int32 token ids.
       mask_BC: bool, from lengths: True at tokens, False at padding.
-      loss_BC: bool, tokens with distillation loss; within `mask_BC`.
-      policy_BC: bool, tokens with policy loss, within `mask_BC`; None for losses without one.
-      advantage_BC: float32, the advantage in the policy loss; None as above.
-      logp_rollout_BC: float32, each token's log-probability in nats, as the sampler found it at the
-        sampling temperature; None if nothing was sampled.
-      source_UST: int32 [U, shards, T], of a packed batch: the flat index in B x C of the token at
-        each place, and B x C at a place without one. None if not packed. The arrays above stay as
-        they were sampled, [B, C].
+      loss_BC: bool, True at tokens with distillation loss, a subset of `mask_BC`.
+      policy_BC: bool, True at tokens with policy loss, a subset of `mask_BC`; None if the run has
+        no policy loss.
+      advantage_BC: float32, the advantage in the policy loss; None if `policy_BC` is None.
+      logp_rollout_BC: float32, each token's log-probability in nats, as the sampler computed it at
+        the sampling temperature; None if nothing was sampled.
+      source_UST: int32 [U, shards, T] in a packed batch, else None. It gives, for each packed
+        position, the flat index in B x C of its token, or B x C if the position has no token. The
+        arrays of shape [B, C] are not packed.
     """
 
     student: Side
@@ -97,8 +101,8 @@ class Batch(NamedTuple):
 def pad_length(length: int) -> int:
     """Returns the padded length for `length` tokens.
 
-    The sizes are few, so that programs are few: multiples of 32 up to 256, 64 up to 512, 128 up to
-    2,048, and 512 beyond. From 128 tokens on, padding adds at most a quarter.
+    There are few sizes, so that few programs are compiled: multiples of 32 up to 256, of 64 up to
+    512, of 128 up to 2,048, and of 512 beyond. From 128 tokens on, padding adds at most a quarter.
     """
     step = 32 if length <= 256 else 64 if length <= 512 else 128 if length <= 2048 else 512
     return max(step, -(-length // step) * step)
@@ -112,19 +116,19 @@ def _side(prompts, completions, prefix: int, C: int) -> Side:
     gather_BC = np.zeros((B, C), np.int32)
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not prompt:
-            raise ValueError(f"sample {b} has an empty prompt: its first token has no predictor")
+            raise ValueError(f"sample {b} has an empty prompt, so nothing predicts its first token")
         tokens_BL[b, : lengths[b]] = [*prompt, *completion]
         segments_BL[b, : lengths[b]] = 1
-        # Completion token t stands at len(prompt) + t and is predicted one position before.
+        # Completion token t is at index len(prompt) + t, and the position before it predicts it.
         gather_BC[b, : len(completion)] = b * L + len(prompt) - 1 + np.arange(len(completion))
-        # Padding has weight 0, so any position of the row will do.
+        # Padding has weight 0, so its index may point at any position of the row.
         gather_BC[b, len(completion) :] = b * L
     positions_BL = np.broadcast_to(prefix + np.arange(L, dtype=np.int32), (B, L)).copy()
     return Side(tokens_BL, positions_BL, segments_BL, gather_BC)
 
 
 def pad_rows(values: Sequence[Any], C: int, dtype: Any) -> np.ndarray:
-    """Pads lists of different lengths with 0 to the rows of an array [B, C]."""
+    """Returns an array [B, C] whose rows are the given lists, padded with 0."""
     out_BC = np.zeros((len(values), C), dtype)
     for b, row in enumerate(values):
         out_BC[b, : len(row)] = row
@@ -141,18 +145,19 @@ def build_batch(
 ) -> Batch:
     """Builds both layouts of B samples, one sample per row, as NumPy arrays.
 
-    Every token carries distillation loss until `loss_BC` is replaced. Without teacher prompts there
-    is one layout, and no token carries distillation loss.
+    Every completion token carries distillation loss unless the caller replaces `loss_BC`. Without
+    teacher prompts there is only the student's layout, and no token carries distillation loss.
 
     Args:
-      student_prompts: token ids of B prompts, without the shared prefix.
-      teacher_prompts: the teacher's, likewise; None for losses without a teacher.
+      student_prompts: token ids of B student prompts, without the shared prefix.
+      teacher_prompts: token ids of B teacher prompts, without their shared prefix; None for losses
+        without a teacher.
       completions: token ids of B completions.
-      student_prefix: tokens of the prefix that all student prompts share.
-      teacher_prefix: tokens of the prefix that all teacher prompts share.
+      student_prefix: number of tokens in the prefix that all student prompts share.
+      teacher_prefix: number of tokens in the prefix that all teacher prompts share.
 
     Raises:
-      ValueError: if the lists differ in length or a prompt is empty.
+      ValueError: the lists differ in length, or a prompt is empty.
     """
     taught = student_prompts if teacher_prompts is None else teacher_prompts
     if not len(student_prompts) == len(taught) == len(completions):
@@ -190,8 +195,8 @@ def measure_fill(batch: Batch) -> dict[str, float]:
 def batch_shardings(batch: Batch, where: Mesh) -> Batch:
     """Returns the sharding of each array of a batch, as a Batch.
 
-    The mesh's batch axes split the rows. In a packed batch, the index of a bin is on the devices
-    that have its rows, and the arrays of completions are whole on every device.
+    The rows are split over the mesh's batch axes. In a packed batch, the gather index of a bin is
+    on the devices that have the bin's rows. The [B, C] arrays are then replicated to every device.
     """
     whole = NamedSharding(where, PartitionSpec())
     if batch.source_UST is None:
@@ -204,7 +209,7 @@ def batch_shardings(batch: Batch, where: Mesh) -> Batch:
 
 
 def place_batch(batch: Batch, where: Mesh) -> Batch:
-    """Places a batch on the mesh, from arrays that every process has."""
+    """Returns a batch placed on the mesh; every process passes the whole batch."""
     return jax.tree.map(sharding.shard_array, batch, batch_shardings(batch, where))
 
 
@@ -212,15 +217,16 @@ def place_batch(batch: Batch, where: Mesh) -> Batch:
 
 
 def measure_prompts(batch: Batch, shared: bool) -> tuple[list[int], list[row_packing.Prompts]]:
-    """Measures completions and prompts, as `row_packing.plan_rows` takes them.
+    """Measures completions and prompts, for `row_packing.plan_rows`.
 
     Args:
       batch: a batch of `build_batch`.
-      shared: whether prompts with equal tokens form one family. Otherwise each is its own.
+      shared: whether prompts with equal tokens form one family. Otherwise each prompt is a family
+        of its own.
 
     Returns:
-      The lengths of the completions, in tokens, and the prompts of each side that exists, the
-      student's first.
+      The lengths of the completions in tokens, and the `Prompts` of each side: the student's, and
+      the teacher's if there is a teacher.
     """
     own_B = batch.mask_BC.sum(axis=1).tolist()
     found = []
@@ -240,11 +246,11 @@ def pack_rows(batch: Batch, plan: row_packing.RowPlan, shared: bool) -> Batch:
 
     Args:
       batch: a batch of `build_batch`.
-      plan: the plan for its lengths.
-      shared: as in the call of `measure_prompts` from which the plan was made.
+      plan: the plan that was made from the batch's lengths.
+      shared: the same value as in the call of `measure_prompts` for the plan.
 
     Returns:
-      The packed batch. Its layouts and `source_UST` have the shapes of `Side` and `Batch`.
+      The packed batch, with the shapes that `Side` and `Batch` state for packed batches.
     """
     B, C = batch.mask_BC.shape
     own_B, prompts = measure_prompts(batch, shared)
@@ -271,20 +277,20 @@ def _rows(
     side: Side, own_B: list[int], prompts_B: Sequence[int], start_B, plan: row_packing.RowPlan,
     k: int, shared: bool,
 ) -> Side:  # fmt: skip
-    """Packs the rows of side k, [U, rows, L], with their gather index [U, shards, T].
+    """Returns the packed layout of side k: rows [U, rows, L] and gather index [U, shards, T].
 
-    `start_B` is the place of a completion's first token among the completion tokens of its bin.
+    `start_B` is the index of a completion's first token among the completion tokens of its bin.
     """
     size, places = plan.sizes[k], plan.places[k]
     shape = (plan.micros * plan.shards, size.count, size.length)
     tokens, positions, segments = np.zeros((3, *shape), np.int32)
     out = (tokens, positions, segments, np.full(shape, -1, np.int32))
-    # A place without a completion token may point at any position of its own part; the first one
-    # of the part serves.
+    # A gather index without a completion token may point at any position of its own part. Here it
+    # points at the first position.
     parts = np.arange(len(tokens), dtype=np.int32) % plan.shards * size.tokens
     gather = np.repeat(parts[:, None], plan.sizes[0].tokens, axis=1)
     last = np.zeros(shape[:2], int)  # number of segments in each row so far
-    known: dict[tuple[int, int, int], int] = {}  # (bin, row, begin) -> segment of that prompt
+    known: dict[tuple[int, int, int], int] = {}  # (bin, row, begin) -> segment of the prompt there
     for b, (own, prompt) in enumerate(zip(own_B, prompts_B, strict=True)):
         where, (row, begin, at) = plan.bin_B[b], places[b]
         if (where, row, begin) not in known:
@@ -298,7 +304,7 @@ def _rows(
         _put(out, (where, row, at), side, b, prompt, own, segment, parent)
         predicts = at - 1 + np.arange(own)
         # The last token of the prompt predicts the first completion token. A shared prompt need not
-        # stand directly before it. The slice also covers an empty completion.
+        # be directly before that token. The slice makes this a no-op for an empty completion.
         predicts[:1] = begin + prompt - 1
         gather[where, start_B[b] : start_B[b] + own] = parts[where] + row * size.length + predicts
     tokens, positions, segments, parents = (x.reshape(plan.micros, -1, size.length) for x in out)
@@ -307,9 +313,9 @@ def _rows(
 
 
 def _put(out: tuple, at: tuple, side: Side, b: int, first: int, n: int, segment, parent) -> None:
-    """Copies n tokens of sample b, from `first` on, to (bin, row, index) `at`.
+    """Copies n tokens of sample b, from `first` on, to the bin, row and index in `at`.
 
-    `out` are the arrays of tokens, positions, segments and parents.
+    `out` holds the arrays of tokens, positions, segments and parents.
     """
     where, row, index = at
     here, part = (where, row, slice(index, index + n)), slice(first, first + n)

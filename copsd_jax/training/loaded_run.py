@@ -36,19 +36,19 @@ class LoadedRun:
     Attributes:
       plan: the checked plan.
       decoder: the model, without parameters.
-      frozen: for LoRA the base parameters. For full fine-tuning the initial parameters if the
-        teacher or the KL term needs them, else {}.
+      frozen: the base parameters for LoRA. For full fine-tuning, the initial parameters if the
+        teacher or the KL term needs them, otherwise {}.
       options: the static options of the train step.
       step: the compiled train step.
       rate: returns the learning rate of a step.
-      grader: grades final answers; a context manager that owns its processes.
+      grader: grades final answers; a context manager that owns the grading processes.
       rewarder: scores completions.
       token_classes: int8 [V], the class of each token in `token_stats`.
       teacher_kv: keys and values of the exemplars under the fixed teacher; None for other teachers
         or without exemplars.
       hand_over: hands a policy to the sampler.
       served: hands a policy to the server of sampler.engine=server; None for other engines.
-      lengths: entries that the cache of a slot needs, for each of rollout, eval and author.
+      lengths: number of cache entries that a slot needs, by section: rollout, eval and author.
     """
 
     plan: run_plan.Plan
@@ -76,16 +76,16 @@ class UnusableFile(Exception):
 
 @contextlib.contextmanager
 def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
-    """Ends the program with one sentence on failures for which a traceback is no help.
+    """Ends the program with a one-sentence message if a traceback would not help.
 
-    These are a server that fails, a damaged file, and too little memory.
+    This applies to three failures: a server that fails, a damaged file, and a lack of memory.
 
     Args:
       directory: the work directory. Messages about servers and files say that the same command
-        continues it.
+        continues the run.
 
     Raises:
-      SystemExit: in place of EngineError, UnusableFile and MemoryError.
+      SystemExit: replaces EngineError, UnusableFile and MemoryError.
     """
     try:
         yield
@@ -102,14 +102,14 @@ def load_run(
 
     Args:
       plan: the checked plan.
-      steps: the last step of the run, towards which the learning rate decays.
-      folder: the folder of weights for a server, if sampler.folder names none.
+      steps: number of steps of the run; the decay of the learning rate ends with the last step.
+      folder: the folder in which a server finds weights, if sampler.folder is "".
 
     Returns:
       The loaded run, and the training state at step 0.
 
     Raises:
-      ValueError: there is a server and no folder.
+      ValueError: the engine is a server, and neither setting nor argument names a folder.
     """
     config = plan.config
     decoder, base = builders.build_decoder(plan), _weights(plan)
@@ -136,9 +136,10 @@ def load_run(
 
 
 def _lengths(plan: run_plan.Plan) -> dict[str, int]:
-    """Returns the cache entries of a slot: longest prompt without exemplars, and completion.
+    """Returns the number of cache entries that a slot needs, by section.
 
-    They are 0 for an author, whose prompts are not known yet, and for sections without rows.
+    A slot has room for the longest prompt without exemplars and the longest completion. The number
+    is 0 for an author, whose prompts are not known yet, and for sections without rows.
     """
     config, out = plan.config, {"author": 0}
     completion = config.rollout.max_tokens
@@ -153,7 +154,7 @@ def _lengths(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
-    """Runs `make(*args)` in jit, so that its arrays are created on their shards, never whole."""
+    """Runs `make(*args)` in jit, so that each device creates only its own shards of the result."""
     places = builders.find_shardings(jax.eval_shape(make, *args), plan)
     return jax.jit(make, out_shardings=places)(*args)
 
@@ -178,9 +179,9 @@ def _weights(plan: run_plan.Plan) -> dict:
 
 @contextlib.contextmanager
 def set_mesh_and_precision(plan: run_plan.Plan) -> Iterator[None]:
-    """Sets the mesh of the plan's programs, and full precision of float32 products.
+    """Sets the mesh of the plan's programs, and full precision for products of float32.
 
-    Accelerators would otherwise round the operands of float32 products to fewer bits.
+    Accelerators would otherwise round the operands of such products to fewer bits.
     """
     precise = "highest" if plan.dtype == jnp.float32 else None
     with jax.set_mesh(plan.mesh), jax.default_matmul_precision(precise):
@@ -195,14 +196,14 @@ def derive_policies(
 
 
 def teacher_mixture(run: LoadedRun, state: train_step.State) -> tuple:
-    """Returns the teacher's policies with their shares, as `train_step.teacher_mixture`."""
+    """Returns the teacher's policies as pairs (share, policy); see `train_step.teacher_mixture`."""
     return train_step.teacher_mixture(*derive_policies(run, state), run.options)
 
 
 def build_sampling(run: LoadedRun, section: str) -> request.Sampling:
     """Builds the sampling settings of the section `rollout`, `eval` or `author`.
 
-    Stop strings end the answers of the student, and not the texts of an author.
+    Stop strings end the student's answers, but not the texts of an author.
     """
     plan = run.plan
     stop = () if section == "author" else tuple(plan.config.rollout.stop)
@@ -212,13 +213,16 @@ def build_sampling(run: LoadedRun, section: str) -> request.Sampling:
 def write_policy(
     plan: run_plan.Plan, policy: policy_lib.Policy, folder: pathlib.Path, base: str
 ) -> None:
-    """Writes a policy's adapter in PEFT's layout, or without one its weights in Hugging Face's.
+    """Writes a policy to a folder.
+
+    An adapter is written in PEFT's layout. Without an adapter, the weights are written in Hugging
+    Face's layout.
 
     Args:
       plan: has the model's shape, files and tokenizer.
       policy: the policy.
       folder: the folder to write.
-      base: the name of the base model in the files of an adapter.
+      base: the name of the base model, which the files of an adapter state.
     """
     shape = plan.model_config
     if policy.adapter is not None:
@@ -229,16 +233,16 @@ def write_policy(
 
 
 class ServedPolicy:
-    """A function that hands policies to a server and remembers which one the server holds.
+    """A function that hands policies to a server and remembers which policy the server has.
 
-    Policies are told apart by the identity of their arrays, which are referenced weakly. An adapter
-    is written in PEFT's layout, and full weights in Hugging Face's. Each policy gets a folder of
-    its own, and the former folders are removed once the server has loaded the new one.
+    Two policies count as equal if their arrays are the same objects. The arrays are referenced
+    weakly. Each policy is written to a new folder by `write_policy`. Older folders are removed once
+    the server has loaded the new policy.
 
     Args:
       plan: the checked plan.
-      server: the server, which holds the base model under the name `sampler.model`.
-      folder: the parent of the folders. It belongs to this run alone, and the server sees it too.
+      server: the server, which serves the base model under the name `sampler.model`.
+      folder: the parent of these folders. No other run uses it, and the server can read it.
     """
 
     def __init__(
@@ -249,7 +253,7 @@ class ServedPolicy:
         self._held: list[weakref.ref] = []
 
     def __call__(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
-        """Returns the server to ask for completions of this policy, after handing the weights over.
+        """Hands the policy over if it is new; returns the server that samples from the policy.
 
         Raises:
           EngineError: the server did not load the weights.
@@ -267,7 +271,7 @@ class ServedPolicy:
         return self._server
 
     def _handed(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
-        """Writes the policy to a new folder, and has the server load it."""
+        """Writes the policy to a new folder, has the server load it, and returns the server."""
         former = sorted(self._folder.glob("policy_*"))
         number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)
         target = self._folder / f"policy_{number:06d}"
@@ -280,18 +284,18 @@ class ServedPolicy:
 
 
 def _served(plan: run_plan.Plan, folder: pathlib.Path | None) -> ServedPolicy | None:
-    """Builds the hand-over to a server, or returns None for another engine."""
+    """Builds the function that hands policies to a server, or returns None for other engines."""
     if plan.server is None:
         return None
     chosen = pathlib.Path(plan.config.sampler.folder) if plan.config.sampler.folder else folder
     if chosen is None:
-        raise ValueError("sampler.folder is '': without a work directory, name one")
+        raise ValueError("sampler.folder is '': without a work directory, it must name a folder")
     return ServedPolicy(plan, plan.server, chosen)
 
 
 @contextlib.contextmanager
 def _asked() -> Iterator[None]:
-    """Raises failures of a server as EngineError, to set them apart from those of files."""
+    """Raises failures of a server as EngineError, to distinguish them from failures of files."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -324,7 +328,7 @@ def sample(
 
     Raises:
       ValueError: the prompts begin with different exemplars.
-      MemoryError: the cache does not fit the devices; the message names the section's settings.
+      MemoryError: the cache does not fit on the devices; the message names the section's settings.
       EngineError: the server of sampler.engine=server failed.
     """
     sampling, vocabulary = build_sampling(run, section), run.plan.vocabulary
@@ -350,14 +354,14 @@ def sample(
 
 
 def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
-    """Compiles the sampler's programs for rollouts and evaluation, and yields a line about each.
+    """Compiles the sampler's programs for rollouts and evaluation; yields a line per program.
 
     Args:
       run: the loaded run.
       state: gives the student's weights.
 
     Raises:
-      MemoryError: the programs do not fit the devices; the message names the section's settings.
+      MemoryError: the programs do not fit on the devices; the message names the section's settings.
     """
     plan, policy = run.plan, run.hand_over(derive_policies(run, state)[0])
     drawn = plan.rows if config_lib.traits(plan.config).samples else []
@@ -385,7 +389,7 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _named(section: str) -> Iterator[None]:
-    """Raises a MemoryError of the sampler with the names of the settings that decide its size."""
+    """Adds to a MemoryError the names of the settings that determine the sampler's size."""
     try:
         yield
     except MemoryError as error:
@@ -411,8 +415,8 @@ def grade_completions(
 ) -> list[reward_functions.Verdict]:
     """Grades completions, and marks them as correct if their reward reaches reward.threshold.
 
-    The threshold applies to verdicts without a correctness of their own. The verdicts are those of
-    the leading process: time limits and a user's function could give other results elsewhere.
+    The threshold applies to verdicts whose `correct` is None. The leading process grades for all
+    processes, because time limits or a user's function could give them different results.
 
     Args:
       run: the loaded run, with an open grader.
@@ -421,7 +425,7 @@ def grade_completions(
       texts: the completions as text.
 
     Returns:
-      One verdict per completion, in their order.
+      One verdict per completion, in the order of the completions.
     """
     whole = [restore_think_tag(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
     threshold = run.plan.config.reward.threshold

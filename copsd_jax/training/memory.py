@@ -1,7 +1,7 @@
 """Parameter counts, and the memory that a run holds, computed from shapes and shardings.
 
-This file allocates and compiles nothing. Only the compiler knows the temporaries of programs:
-`dryrun` compiles the programs and reads their sizes.
+This file allocates and compiles nothing. Only the compiler knows the temporaries of programs, so
+`dryrun` compiles the programs and reads the sizes of their temporaries.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from copsd_jax.training import builders, model_headers, run_plan, train_step
 
 
 def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
-    """Returns the number of parameters of the base model and of the trained ones.
+    """Returns the number of base parameters and the number of trained parameters.
 
     Returns:
-      {"base": number, "trained": number}; for LoRA the trained ones are those of the adapter.
+      {"base": number, "trained": number}. For LoRA the trained parameters are the adapter's.
     """
     count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
     base = transformer.abstract_params(plan.model_config, plan.dtype)
@@ -33,7 +33,7 @@ def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def count_bytes(tree: Any) -> int:
-    """Returns the bytes on each device of a tree of arrays with shardings."""
+    """Returns the bytes that a tree of arrays with shardings takes on each device."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -48,7 +48,7 @@ class HeldArrays(NamedTuple):
       frozen: the parameters that stay unchanged throughout; {} if full fine-tuning needs none.
       state: the training state.
       sampler: the policy that the sampler reads.
-      kept: the sampler's copy that stays during the training step; None if there is none.
+      kept: the sampler's copy of weights that stays in memory during the training step, or None.
     """
 
     base: dict
@@ -63,11 +63,11 @@ def held_arrays(
     *,
     call: Callable[..., Any] = lambda program, *args: program.eval_shape(*args),
 ) -> HeldArrays:
-    """Returns the arrays that a run holds, from the functions with which the run creates them.
+    """Returns the arrays that a run holds, derived from the functions that create them in a run.
 
     Args:
       frame: the settings, the model's shape and the mesh, which may be an AbstractMesh.
-      call: returns the abstract results of a jitted function of the hand-over.
+      call: returns the abstract results of a jitted function; used for the hand-over's functions.
     """
     c = frame.config
     shapes = transformer.abstract_params(frame.model_config, frame.dtype)
@@ -83,14 +83,15 @@ def held_arrays(
 
 
 def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str, int]:
-    """Returns the bytes on each device that a run holds all the time, by part.
+    """Returns the bytes that a run holds on each device all the time, by part.
 
     Args:
       frame: the settings.
       arrays: the arrays of `held_arrays`.
 
     Returns:
-      The bytes of weights, adapters, optimizer and average, the teacher's moving average.
+      The bytes of `weights`, `adapters`, `optimizer`, and `average`. The last is the teacher's
+      moving average.
     """
     trained = count_bytes(arrays.state.trained)
     lora = frame.config.train.trainable == "lora"
@@ -103,7 +104,7 @@ def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str,
 
 
 def count_sampler_weights(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> int:
-    """Returns the bytes on each device of the sampler's own copies of weights, while it samples.
+    """Returns the bytes on each device of the sampler's own copies of weights during sampling.
 
     Args:
       frame: the settings.
@@ -119,12 +120,13 @@ def count_sampler_weights(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> in
 
 
 def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -> int:
-    """Returns the bytes on each device of the decode cache and of the slots that own its rows.
+    """Returns the bytes on each device of the decode cache and of the state of its slots.
 
     Args:
       frame: the settings, the model's shape and the mesh.
       section: the section of the settings with the number of slots: rollout, eval or author.
-      tokens: the entries that a slot needs, including those that an insertion overwrites.
+      tokens: number of cache entries that a slot needs, including entries that an insertion
+        overwrites.
     """
     m, settings = frame.model_config, builders.build_sampler_settings(frame.config, section, 0)
     tensor, shards = frame.mesh.shape["tensor"], sharding.batch_shards(frame.mesh)
@@ -141,7 +143,7 @@ def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -
 
 
 def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
-    """Returns the bytes on each device of weights, training state and decode cache of rollouts.
+    """Returns the bytes on each device of weights, training state and the rollouts' decode cache.
 
     The temporaries of programs are not included.
     """
@@ -158,12 +160,12 @@ def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def describe_undivided(frame: run_plan.ProgramPlan) -> str:
-    """Describes the parameters that stay whole along a mesh axis that does not divide them.
+    """Describes the parameters that are not split along a mesh axis that does not divide them.
 
     Returns:
       One line with the parameters of each axis and the additional memory on each device; "" if the
-      mesh divides every parameter. The memory counts trained values with their gradients, the two
-      moments of AdamW and the average.
+      mesh divides every parameter. For trained parameters, the memory includes their gradients, the
+      two moments of AdamW and the average.
     """
     c, where, shape = frame.config, frame.mesh, frame.model_config
     base = transformer.abstract_params(shape, frame.dtype)

@@ -1,4 +1,4 @@
-"""The headers of a run's model, known before its weights: files, shape, tokenizer and dtype."""
+"""The headers of a run's model, read before its weights: files, shape, tokenizer and dtype."""
 
 import dataclasses
 import hashlib
@@ -19,10 +19,10 @@ from copsd_jax.weights import hf_config, hub, tokenizer
 def read_headers(
     config: config_lib.Config,
 ) -> tuple[pathlib.Path, transformer.ModelConfig, text_encoding.Tokenizer]:
-    """Reads a model's config and tokenizer, downloading no weights.
+    """Reads a model's config and tokenizer, without downloading weights.
 
     Args:
-      config: the run's settings, of which model.* is read.
+      config: the run's settings; section `model` is read.
 
     Returns:
       The path of the model, its shape, and its tokenizer.
@@ -38,7 +38,7 @@ def read_headers(
     if config.model.init == "random" and config.model.shape:
         shape = transformer.SHAPES[config.model.shape]
         if config.model.shape == "tiny":
-            # The vocabulary covers the tokenizer, rounded up to a multiple that a mesh divides.
+            # The vocabulary is the tokenizer's, rounded up so that a mesh can divide it.
             shape = dataclasses.replace(shape, vocab_size=-(-len(tok) // 64) * 64)
         return path, shape, tok
     return path, hf_config.load_config(path), tok
@@ -69,7 +69,7 @@ def trained_shapes(config: config_lib.Config, shape: transformer.ModelConfig) ->
 
 
 def fingerprint_weights(path: pathlib.Path) -> str:
-    """Returns a SHA-256 over the names, sizes, and first and last MiB of the weight files.
+    """Returns the SHA-256, in hex, of names, sizes, and first and last MiB of the weight files.
 
     Args:
       path: a file, or a folder with safetensors.

@@ -1,4 +1,4 @@
-"""Lengths of prompts: the limits that rows must fit, and the positions of the model."""
+"""Lengths of prompts, checked against the limits of the settings and the model's positions."""
 
 import collections
 import functools
@@ -15,8 +15,8 @@ class FittingRows(NamedTuple):
     """Rows whose prompts fit.
 
     Attributes:
-      rows: the rows, in their order.
-      longest: the tokens of the longest prompt of each side.
+      rows: the rows, in their original order.
+      longest: number of tokens in the longest prompt of each side.
       dropped: the number of rows left out, by reason.
     """
 
@@ -34,7 +34,7 @@ def keep_fitting(
     Args:
       rows: the candidates.
       build: builds a row's prompt.
-      side: the key of the result's `longest`.
+      side: the side of the prompts, which is the key in the result's `longest`.
       section: the section of the settings with the limit: prompt or teacher.
       config: the run's settings; `data.overlong` says whether a long prompt is an error.
 
@@ -54,7 +54,7 @@ def keep_fitting(
     )
     if rows and not kept:
         raise ValueError(
-            f"{setting} is {limit}: no row's prompt fits, the shortest has {min(lengths)} tokens"
+            f"{setting} is {limit}: no row's prompt fits; the shortest has {min(lengths)} tokens"
         )
     dropped = collections.Counter({f"prompt above {setting}={limit}": gone} if gone else {})
     return FittingRows(kept, {side: max((n for n in lengths if n <= limit), default=0)}, dropped)
@@ -64,7 +64,7 @@ def keep_fitting_training(
     rows: Sequence[problem_row.Row], config: config_lib.Config,
     student: conversations.PromptFormat, teacher: teacher_side.TeacherSide,
 ) -> FittingRows:  # fmt: skip
-    """Returns the training rows whose prompts all fit, and for SFT whose solutions fit too.
+    """Returns the training rows whose prompts fit; for SFT, their solutions must fit too.
 
     Args:
       rows: the candidates.
@@ -74,7 +74,8 @@ def keep_fitting_training(
         shortest attempt and reply.
 
     Raises:
-      ValueError: as `keep_fitting`, or student and teacher start in different template states.
+      ValueError: the same cases as in `keep_fitting`; or student and teacher start in different
+        states of the chat template.
     """
     build = functools.partial(prompts.build_student_prompt, teacher.tokenizer, student)
     fitting = keep_fitting(rows, build, "student", "prompt", config)
@@ -101,8 +102,8 @@ def _keep_short_solutions(
         length = len(prompts.encode_target(tokenizer, student, row, config.rollout.stop, state))
         if length > limit and config.data.overlong == "error":
             raise ValueError(
-                f"row {row.id!r} has a solution of {length} tokens, rollout.max_tokens is {limit}; "
-                "data.overlong=drop leaves such rows out"
+                f"row {row.id!r} has a solution of {length} tokens, but rollout.max_tokens is "
+                f"{limit}; data.overlong=drop leaves such rows out"
             )
         kept += [row] if length <= limit else []
     if rows and not kept:
@@ -116,8 +117,8 @@ def check_room(config: config_lib.Config, longest: dict[str, int], room: int, pl
 
     Args:
       config: the run's settings, with the limits of completions.
-      longest: the tokens of the longest prompt of each side to check.
-      room: the most tokens of a prompt with its completion.
+      longest: number of tokens in the longest prompt of each side to check.
+      room: maximum number of tokens of a prompt with its completion.
       place: describes the room in the message.
 
     Raises:
@@ -134,7 +135,7 @@ def check_room(config: config_lib.Config, longest: dict[str, int], room: int, pl
         if side in longest and longest[side] + tokens > room:
             raise ValueError(
                 f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
-                f"passes {place}"
+                f"exceeds {place}"
             )
 
 
@@ -144,13 +145,14 @@ def bound_teacher(
     model_config: transformer.ModelConfig,
     shortest: int,
 ) -> int:
-    """Returns an upper bound for the tokens of the teacher's prompts in a step.
+    """Returns an upper bound for the number of tokens of a teacher prompt in a step.
 
     Args:
       config: the run's settings.
       context: the privileged context; a reply or a sibling's answer makes prompts longer.
       model_config: has the number of positions.
-      shortest: the tokens of the longest teacher prompt with the shortest attempt and reply.
+      shortest: number of tokens in the longest teacher prompt, measured with the shortest attempt
+        and reply.
     """
     reads = contexts.list_inputs(context)
     tokens = shortest + (config.author.max_tokens if "reply" in reads else 0)
@@ -159,7 +161,7 @@ def bound_teacher(
 
 
 def teacher_limit(config: config_lib.Config, model_config: transformer.ModelConfig) -> int:
-    """Returns the most tokens of a teacher prompt; a step leaves out longer ones."""
+    """Returns the maximum number of tokens of a teacher prompt; steps leave out longer prompts."""
     return min(config.teacher.max_tokens, model_config.max_position - config.rollout.max_tokens)
 
 
@@ -169,7 +171,7 @@ def drop_overlong(
     students: Sequence[prompts.Prompt],
     teachers: Sequence[prompts.Prompt | None],
 ) -> tuple[list[prompts.Prompt | None], int]:
-    """Replaces a step's overlong teacher prompts by None, and counts them.
+    """Replaces a step's overlong teacher prompts with None, and counts them.
 
     Args:
       config: the run's settings.
@@ -178,11 +180,11 @@ def drop_overlong(
       teachers: the teacher's prompt of each completion, or None if it has none.
 
     Returns:
-      The teacher's prompts, and the number of overlong ones.
+      The teacher's prompts, and the number of overlong prompts.
 
     Raises:
-      ValueError: a prompt is overlong with data.overlong=error, or the two sides start in different
-        template states.
+      ValueError: a prompt is overlong and data.overlong is error, or the two sides start in
+        different states of the chat template.
     """
     kept, overlong = [], 0
     limit = teacher_limit(config, model_config)
@@ -193,7 +195,7 @@ def drop_overlong(
             if config.data.overlong == "error":
                 raise ValueError(
                     f"teacher.max_tokens is {config.teacher.max_tokens}: a teacher prompt with its "
-                    f"context has {teacher.length} tokens, and there is room for {limit}"
+                    f"context has {teacher.length} tokens, but there is room for {limit}"
                 )
             teacher, overlong = None, overlong + 1
         kept.append(teacher)

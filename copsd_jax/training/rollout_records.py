@@ -15,9 +15,9 @@ from copsd_jax.training.rollouts import Rollouts, StepInputs
 
 
 def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
-    """Builds one dictionary per completion, as W/rollouts stores it.
+    """Builds one record per completion, a dictionary, as stored in W/rollouts.
 
-    Methods add fields of their own, and `add_token_values` adds the values of tokens.
+    Methods add fields of their own, and `add_token_values` adds per-token values.
 
     Args:
       r: the loaded run.
@@ -65,28 +65,28 @@ def round_values(values: Any) -> list[float]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Returns the mean, or 0 for no values."""
+    """Returns the mean, or 0 if there are no values."""
     return float(np.mean(values)) if len(values) else 0.0
 
 
 def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
     """Computes the metrics of a step's rollouts.
 
-    They are means over the completions, counts of grading statuses, the sampler's seconds, and the
-    share of its slots that drew tokens while prompts waited.
+    The metrics are means over the completions, counts of grading statuses, the sampler's seconds,
+    and the share of slots that drew tokens while prompts waited.
 
     Args:
       made: the records of the step.
       sampler: the statistics of the sampler.
 
     Returns:
-      Values by name. `correct` and `reward` are absent if nothing is graded, `format` if no grading
+      Values by name. `correct` and `reward` are absent if nothing is graded, `format` if no grader
       looked for an answer, and `slot_occupancy` if no prompt had to wait.
     """
     graded = [record for record in made if record["correct"] is not None]
     # "raised:KeyError" counts as "raised"; the records keep the exception's name.
     statuses = [record["grade_status"].partition(":")[0] for record in graded]
-    # A user's function extracts no answer, so these statuses say nothing about its format.
+    # A user's function extracts no answer, so these statuses say nothing about the answer's format.
     formed = [
         record["answer"] is not None
         for record, status in zip(graded, statuses, strict=True)
@@ -108,7 +108,7 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
 
 
 def count_statuses(name: str, statuses: Sequence[str], known: Sequence[str]) -> dict[str, float]:
-    """Counts the completions with each status, as metrics named `name_status`.
+    """Returns the number of completions with each status, as metrics named `name_status`.
 
     Args:
       name: the prefix of the metrics.
@@ -124,15 +124,15 @@ def add_token_values(
 ) -> dict[str, float]:
     """Adds the step's per-token values to the records, and returns metrics of tokens.
 
-    `loss_mask` marks the tokens of the divergence. `policy_mask` marks those of the policy loss or
-    of the cross entropy.
+    In a record, `loss_mask` marks the tokens with divergence loss. `policy_mask` marks the tokens
+    with policy loss or cross entropy.
 
-    `logp_gap_mean` and `logp_gap_max` are of the gap |ln p of the sampled token in the sampler - in
-    the trainer|, in nats. Both log-probabilities are at the sampling temperature over the whole
-    vocabulary. The gap covers every token whose log-probability the step computed. With a
-    divergence these are all tokens, with or without loss; otherwise they are the tokens of
-    completions with policy loss. `logp_absent` is the share of completions without the sampler's
-    log-probabilities.
+    `logp_gap_mean` and `logp_gap_max` are the mean and the maximum of a token's gap in nats. The
+    gap is |ln p in the sampler - ln p in the trainer|, for the sampled token, at the sampling
+    temperature and over the whole vocabulary. The metrics cover every token whose log-probability
+    the step computed. With a divergence these are all tokens, with or without loss. Otherwise they
+    are the tokens of completions with policy loss. `logp_absent` is the share of completions
+    without the sampler's log-probabilities.
 
     Args:
       r: the loaded run.
@@ -166,9 +166,10 @@ def add_token_values(
 
 
 def _add_divergence(r, record: dict, batch: layout.Batch, tokens, b: int, n: int) -> None:
-    """Adds the student's values to every record, and the teacher's to those with a teacher prompt.
+    """Adds the student's values to a record, and the teacher's if it has a teacher prompt.
 
-    `ratio` is the capped importance weight of the sampled tokens, present with loss.rollout_clip.
+    `ratio` is the capped importance weight of each sampled token. It is present only if
+    loss.rollout_clip is above 0.
     """
     record["loss_mask"] = [int(x) for x in batch.loss_BC[b, :n]]
     record["logp_student"] = round_values(tokens.logp_student_T[b, :n])
@@ -186,7 +187,7 @@ def _add_divergence(r, record: dict, batch: layout.Batch, tokens, b: int, n: int
 
 
 def _add_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) -> None:
-    """Adds the values of the policy loss at its temperature; a cross entropy has fewer of them.
+    """Adds to a record the values of the policy loss; a cross entropy has fewer values.
 
     `policy_ratio` is p(y) in the trainer / p(y) in the sampler before any clip. It is present only
     if the loss uses it.
@@ -208,7 +209,7 @@ def _add_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) ->
 
 
 def _mean_ratios(made: list[dict]) -> dict[str, float]:
-    """Returns the mean of each ratio over the tokens that carry its loss."""
+    """Returns the mean of each ratio, over the tokens with the loss that uses the ratio."""
     out = {}
     for name, mask in (("ratio", "loss_mask"), ("policy_ratio", "policy_mask")):
         kept = [
@@ -228,10 +229,10 @@ OF_POLICY = ("policy_loss", "policy_entropy", "ratio_clipped", "kl_initial")
 def drop_empty_means(
     policy: train_step.PolicyLoss | None, values: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Returns the step's metrics without means over nothing, which the step reports as 0.
+    """Returns the step's metrics without means over no tokens, which the step reports as 0.
 
-    A mean is empty if no token carries its loss. `ratio_clipped` is empty for a cross entropy, and
-    `kl_initial` for a loss without the divergence from the initial policy.
+    A mean is empty if no token carries the loss that it belongs to. `ratio_clipped` is empty for a
+    cross entropy, and `kl_initial` for a loss without the divergence from the initial policy.
 
     Args:
       policy: the settings of the policy loss, or None without one.

@@ -1,6 +1,7 @@
 """The rollouts of a step: completions of the student, sampled and graded.
 
-All methods that sample share this file. A group is the completions of one occurrence of a problem.
+All methods that sample share this file. A group consists of the completions of one occurrence of a
+problem.
 """
 
 import collections
@@ -24,15 +25,14 @@ class Rollouts(NamedTuple):
 
     Attributes:
       rows: the problem of each completion.
-      samples: the number of each completion among those of its problem, from 0.
-      groups: the number of each completion's group.
+      samples: the index of each completion among the completions of its problem, from 0.
+      groups: the index of each completion's group.
       asked: the student's prompt of each completion.
-      completions: the ids as sampled, with log-probabilities and the reason of the end.
-      decoded: the text of each completion, with the characters of each token, without the end
-        token.
-      starts: the index in that text at which the answer begins, after the thinking.
+      completions: the sampled ids, with log-probabilities and the reason why sampling ended.
+      decoded: the text of each completion without the end token, and the characters of each token.
+      starts: the index in each text at which the answer begins, after the thinking.
       verdicts: the grading of each completion; None if its row has no gold answer.
-      sampler: statistics of the sampler, such as how busy it kept the device.
+      sampler: statistics of the sampler, such as the occupancy of its slots.
     """
 
     rows: list[problem_row.Row]
@@ -55,7 +55,7 @@ class Rollouts(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """The inputs of a train step, and the facts that are known before it runs.
+    """The inputs of a train step, and the records and metrics that are known before it runs.
 
     Attributes:
       batch: the layouts of both sides, with masks and advantages.
@@ -63,7 +63,7 @@ class StepInputs(NamedTuple):
       teacher_kv: keys and values of the teacher's exemplars, one entry per policy of
         `train_step.teacher_mixture`, or None.
       records: one dictionary per completion.
-      metrics: values by name.
+      metrics: values of metrics by name.
     """
 
     batch: layout.Batch
@@ -113,10 +113,11 @@ def sample_rollouts(
 
 
 def _known(completion: loop.Completion) -> loop.Completion:
-    """Replaces log-probabilities that a server does not give, which are NaN, by empty arrays.
+    """Replaces NaN log-probabilities, which a server did not return, with empty arrays.
 
     A record then has [], which JSON can express, and a batch has 0 (`layout.pad_rows`). No loss
-    reads that 0, since `make_plan` refuses such losses. A NaN times a weight of 0 would be NaN.
+    reads this 0, because `make_plan` refuses losses that would. In a batch, a NaN would spread: NaN
+    times a weight of 0 is NaN.
     """
     known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
     logps, truncated = known(completion.logps), known(completion.logps_truncated)
@@ -124,7 +125,7 @@ def _known(completion: loop.Completion) -> loop.Completion:
 
 
 def _number_samples(rows: Sequence[problem_row.Row]) -> list[int]:
-    """Counts the occurrences of each row, so that no random stream is used twice."""
+    """Returns each row's occurrence number, from 0, so that no random stream is used twice."""
     seen: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
     return [next(seen[row.id]) for row in rows]
 
@@ -132,10 +133,11 @@ def _number_samples(rows: Sequence[problem_row.Row]) -> list[int]:
 def find_answer_start(prompt: prompts.Prompt, text: str) -> int:
     """Returns the index at which the answer begins, after the last </think>.
 
-    It is 0 for a text without thinking, and the end of the text if the thinking is not closed.
+    The index is 0 for a text without thinking. It is the end of the text if the thinking is not
+    closed.
 
     Args:
-      prompt: its state says whether it opened the thinking.
+      prompt: the prompt, whose state says whether it opened the thinking.
       text: the completion.
     """
     closed = text.rfind("</think>")
@@ -149,7 +151,7 @@ def encode_prefixes(
     r: loaded_run.LoadedRun, state: train_step.State, asked: prompts.Prompt,
     told: prompts.Prompt | None,
 ) -> tuple[np.ndarray | None, tuple | None]:  # fmt: skip
-    """Returns the shared prefixes of both sides' prompts, which are the exemplars.
+    """Returns the shared prefixes (the exemplars) of the student's and the teacher's prompts.
 
     Args:
       r: the loaded run.
@@ -158,8 +160,8 @@ def encode_prefixes(
       told: a prompt of the teacher, or None without a teacher.
 
     Returns:
-      The student's prefix as ids, int32 [P], and the teacher's as keys and values
-      [layers, 1, P, K, H] under each of its policies. Each is None if there is none.
+      The student's prefix as ids, int32 [P]; and the teacher's prefix as keys and values
+      [layers, 1, P, K, H], one entry per policy of the teacher. A side without exemplars has None.
     """
     student = np.asarray(asked.prefix_ids, np.int32) if asked.prefix_ids else None
     if told is None or not told.prefix_ids:

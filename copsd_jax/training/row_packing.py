@@ -1,23 +1,27 @@
 """Packing of completions into rows, devices and micro-batches, from their lengths alone.
 
-A bin is the share of one shard in one micro-batch: rows of the student's side and rows of the
-teacher's. All bins have equally many rows of one length, so that one program runs them. Both sides
-of a completion are in the same bin, so no hidden state travels between devices.
+A bin is the part of a micro-batch that one shard runs: rows of the student's side and rows of the
+teacher's side. On each side, all bins have the same number and length of rows, so that one program
+runs them. Both sides of a completion are in the same bin, so no hidden state travels between
+devices.
 
-A completion goes into the first bin that has room for it on both sides, into the first row there
-with room. If its shared prompt is already in the bin, it goes behind that prompt if there is room,
-and takes no other copy:
+A completion goes into the first bin that has room for it on both sides, and there into the first
+row with room. If the bin already has a copy of the completion's prompt with room after it, the
+completion goes there, and the prompt is not copied again. An example with rows of 11 tokens:
 
-    prompts     A of 3 tokens, with completions of 4, 2 and 2; B of 2, with 3 and 1; rows of 11
+    prompts     A of 3 tokens, with completions of 4, 2 and 2; B of 2 tokens, with 3 and 1
     row 0       A A A | 4 4 4 4 | 2 2 | 2 2
-    row 1       B B | 3 3 3 | 1             without sharing: 7 + 3, 5 + 5, 3 of 11
+    row 1       B B | 3 3 3 | 1
 
-The prompts whose completions have the most tokens come first. Among the completions of a prompt,
-the longest comes first. Without shared prompts this is first fit decreasing.
+Without sharing, the example needs three rows with 7 + 3, 5 + 5 and 5 tokens.
 
-The search takes the smallest bin that works, beginning with the mean load. For each size it also
-tries to put completions into the emptiest bin instead of the first. Sizes are 1/16 apart, and the
-number and length of rows follow from the size, so that steps with other lengths need few programs.
+The prompts that have the most tokens, completions included, come first. Among the completions of a
+prompt, the longest comes first. Without shared prompts this is first fit decreasing.
+
+The search tries bin sizes from the mean load upwards, and takes the first size that works. For each
+size it also tries to put completions into the emptiest bin instead of the first. Successive sizes
+differ by about 1/16, and a size determines the number and length of rows. Steps with other lengths
+therefore need few additional programs.
 """
 
 import collections
@@ -28,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROW_MULTIPLE = 16  # row lengths are multiples of this
-SHORT_ROW = 256  # tokens: shorter rows grow to four samples or to this, whichever is less
+SHORT_ROW = 256  # shorter rows grow to this many tokens or to four samples, whichever is less
 SIZES_TRIED = 12  # number of sizes of a side that the search tries, from the smallest on
 
 
@@ -46,14 +50,14 @@ class Prompts(NamedTuple):
 
 
 class RowShape(NamedTuple):
-    """Rows that a bin has on one side: their number, and the tokens of each."""
+    """The rows of a bin on one side: the number of rows, and the tokens of each row."""
 
     count: int
     length: int
 
     @property
     def tokens(self) -> int:
-        """The tokens of all rows together."""
+        """The number of tokens of all rows together."""
         return self.count * self.length
 
 
@@ -61,7 +65,7 @@ class Position(NamedTuple):
     """Position of a completion on one side.
 
     Attributes:
-      row: row of the bin.
+      row: index of the row in the bin.
       prompt: index in the row at which the prompt begins.
       own: index in the row at which the completion itself begins.
     """
@@ -76,9 +80,9 @@ class RowPlan(NamedTuple):
 
     Attributes:
       micros: number of micro-batches.
-      shards: devices that split the rows of a micro-batch.
+      shards: number of shards into which the rows of a micro-batch are split.
       bin_B: bin of each completion: micro-batch x shards + shard.
-      sizes: rows of a bin, for each side.
+      sizes: number and length of a bin's rows, for each side.
       places: positions of all completions, for each side.
     """
 
@@ -108,16 +112,17 @@ def plan_rows(
     Args:
       completions_B: lengths of the completions, in tokens.
       sides: the student's prompts, and the teacher's if there is one.
-      shards: devices that split the rows of a micro-batch.
-      micros: micro-batches; read if there is no budget.
-      budget: most tokens of a bin, over all sides; the plan has as few micro-batches as it allows.
-        0 takes `micros`.
-      row: tokens of a row, if no sample is longer; 0 takes a length that suits the samples.
-      one_per_row: whether each completion has a row of its own, for a dry run, whose texts are as
-        long as the limits allow.
+      shards: number of shards into which the rows of a micro-batch are split.
+      micros: number of micro-batches; read only if there is no budget.
+      budget: maximum number of tokens of a bin, over all sides. The plan then has as few
+        micro-batches as possible. 0 means no budget.
+      row: length of rows in tokens, unless a sample is longer. 0 means that the length depends on
+        the samples.
+      one_per_row: whether each completion gets its own row. A dry run needs this, because its
+        texts are all as long as the limits allow.
 
     Raises:
-      ValueError: a sample takes more than `budget`.
+      ValueError: a sample needs more tokens than `budget`.
     """
     longest = [
         max(row, *(p + c for p, c in zip(side.prompts_B, completions_B, strict=True)))
@@ -144,7 +149,7 @@ def _plan_one_per_row(
 ) -> RowPlan:  # fmt: skip
     """Plans one completion per row; all rows are as long as the longest sample.
 
-    A budget is rounded up to whole samples, since shorter ones would use it up.
+    A budget is rounded up to whole samples, because shorter samples in a run can fill all of it.
     """
     B, lengths = len(completions_B), [round_up(n, ROW_MULTIPLE) for n in longest]
     rows = -(-budget // sum(lengths)) if budget else -(-B // (micros * shards))
@@ -155,34 +160,34 @@ def _plan_one_per_row(
 
 
 def check_budget(budget: int, longest: Sequence[int]) -> None:
-    """Checks that `train.micro_tokens` holds the longest sample.
+    """Checks that `train.micro_tokens` is large enough for the longest sample.
 
     Args:
       budget: the setting, in tokens.
       longest: tokens of the longest sample on each side.
 
     Raises:
-      ValueError: it does not; the message gives the least value that would.
+      ValueError: the setting is too small; the message gives the smallest sufficient value.
     """
     lengths = [round_up(n, ROW_MULTIPLE) for n in longest]
     if sum(lengths) > budget:
         raise ValueError(
-            f"train.micro_tokens is {budget}: the longest sample takes rows of "
+            f"train.micro_tokens is {budget}: the longest sample needs rows of "
             f"{' + '.join(map(str, lengths))} tokens (student + teacher), so it must be at least "
             f"{sum(lengths)}"
         )
 
 
 def _load(completions_B: Sequence[int], side: Prompts, members: Sequence[int]) -> int:
-    """Counts the tokens of these completions, with each of their prompts once."""
+    """Returns the number of tokens of the given completions, with each of their prompts once."""
     prompts = {side.families_B[b]: side.prompts_B[b] for b in members}
     return sum(completions_B[b] for b in members) + sum(prompts.values())
 
 
 def _sizes(mean: int, longest: int, row: int) -> list[RowShape]:
-    """Returns the sizes that a side may have, the smallest first.
+    """Returns the row shapes to try for a side, the smallest first.
 
-    They are 1/16 apart, and begin with the mean load of all bins.
+    Successive shapes differ by about 1/16 in tokens. The first holds the mean load of all bins.
     """
     if row:
         length = round_up(longest, ROW_MULTIPLE)
@@ -190,7 +195,7 @@ def _sizes(mean: int, longest: int, row: int) -> list[RowShape]:
             range(SIZES_TRIED), lambda n, _: round_up(n + 1), initial=round_up(-(-mean // length))
         )
         return [RowShape(count, length) for count in counts]
-    # Half octaves give few lengths. They waste nothing, since packing fills the longer rows.
+    # Rounding up to half octaves gives few lengths. It wastes nothing: packing fills the rows.
     shortest = round_up(longest, ROW_MULTIPLE, parts=2)
     shortest = max(shortest, min(4 * shortest, SHORT_ROW))
     out, tokens = [], round_up(max(mean, longest), ROW_MULTIPLE)
@@ -229,8 +234,9 @@ def _search(
 def _order(completions_B, sides: Sequence[Prompts], loads: Sequence[int]) -> list[int]:
     """Orders the completions for placement.
 
-    The student's prompts with the largest share of all tokens come first. Of the shares on the two
-    sides the larger counts. Among the completions of a prompt the longest comes first.
+    The completions of the student prompt with the largest share of all tokens come first. The share
+    is the larger of the shares on the two sides. Among the completions of a prompt, the longest
+    comes first.
     """
     families = collections.defaultdict(list)
     for b, family in enumerate(sides[0].families_B):
@@ -241,12 +247,12 @@ def _order(completions_B, sides: Sequence[Prompts], loads: Sequence[int]) -> lis
         return max(_load(completions_B, side, members) / load for side, load in pairs)
 
     in_order = sorted(families.values(), key=lambda members: (-share(members), members))
-    # Sorting is stable: among equal lengths the first stays first.
+    # Sorting is stable, so completions of equal length keep their order.
     return [b for members in in_order for b in sorted(members, key=lambda b: -completions_B[b])]
 
 
 class _Side:
-    """The rows of one side while they fill."""
+    """The rows of one side while completions are placed into them."""
 
     def __init__(self, texts: Prompts, size: RowShape, bins: int):
         self.texts, self.size = texts, size
@@ -256,14 +262,14 @@ class _Side:
         self.known = collections.defaultdict(dict)  # family -> bin -> [(row, start of prompt)]
 
     def behind(self, b: int, own: int, where: int) -> tuple[int, int] | None:
-        """Returns (row, prompt start) of a placed prompt with room behind it, or None."""
+        """Returns (row, start) of a copy of the prompt in the bin with room after it, or None."""
         known = self.known[self.texts.families_B[b]].get(where, ())
         return next((place for place in known if self.room[where, place[0]] >= own), None)
 
     def holds(self, b: int, own: int) -> np.ndarray:
         """Returns bool [bins], True for bins with room for the completion.
 
-        A bin in which no copy of the prompt has room behind it needs room for the prompt too.
+        If no copy of the prompt in a bin has room after it, the bin needs room for the prompt too.
         """
         out = self.most >= self.texts.prompts_B[b] + own
         for where in self.known[self.texts.families_B[b]]:
@@ -271,7 +277,7 @@ class _Side:
         return out
 
     def put(self, b: int, own: int, where: int) -> Position:
-        """Places the completion in a bin that holds it."""
+        """Places the completion in a bin with room for it, and returns its position."""
         prompt = self.texts.prompts_B[b]
         found = self.behind(b, own, where)
         before = self.room[where].sum()
@@ -289,10 +295,11 @@ class _Side:
 
 
 def _fill(completions_B, sides, sizes, order: list[int], bins: int, spread: bool):
-    """Fills the bins in order; returns (bin of each completion, positions per side), or None.
+    """Places completions in the given order; returns (bin of each, positions per side), or None.
 
-    It returns None if a completion does not fit. Without `spread`, a completion goes into the first
-    bin with room. With it, a bin that has the student's prompt comes first, then the emptiest one.
+    The result is None if a completion does not fit. Without `spread`, a completion goes into the
+    first bin with room. With `spread`, it goes into a bin that already has its student prompt, or
+    else into the emptiest bin.
     """
     filling = [_Side(side, size, bins) for side, size in zip(sides, sizes, strict=True)]
     bin_B = [0] * len(order)

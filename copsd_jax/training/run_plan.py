@@ -62,19 +62,20 @@ class Plan(ProgramPlan):
 
     Attributes:
       weights_path: the model's file or folder.
-      tokenizer: the tokenizer of the model, or the one of model.tokenizer.
+      tokenizer: the tokenizer of model.tokenizer if it is set, otherwise the model's.
       vocabulary: the ids that may be sampled, their bytes, and the ids that end a text.
       special_ids: the ids of added tokens.
       rows: the problems to train on.
       dropped: the number of training rows left out, by reason.
       eval_rows: the problems to evaluate on.
       eval_dropped: the number of evaluation rows left out, by reason.
-      student, teacher, evaluation, author: how the prompts of each side are built.
-      selection: which tokens carry loss.
+      student, evaluation, author: the formats of the prompts of each side.
+      teacher: builds the teacher's prompts.
+      selection: the settings that select the tokens with loss.
       guards: the rules that watch the metrics.
       replies: the replies of author.kind=file, by row id and sample.
-      longest: the tokens of the longest prompt of each side.
-      server: the server of sampler.engine=server, which has answered; None for other engines.
+      longest: number of tokens in the longest prompt of each side.
+      server: the server of sampler.engine=server, after it has answered; None for other engines.
     """
 
     weights_path: pathlib.Path
@@ -108,8 +109,8 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
 
     Args:
       config: the settings of a run.
-      train: whether the plan has the problems to train on.
-      evaluate: whether the plan has the problems to evaluate on.
+      train: whether to load the problems to train on.
+      evaluate: whether to load the problems to evaluate on.
 
     Raises:
       ValueError, OSError: the run cannot work; the message is one sentence that names the setting.
@@ -174,7 +175,7 @@ def _keep_fitting(
     teacher: teacher_side.TeacherSide, rows: list[problem_row.Row],
     eval_rows: list[problem_row.Row],
 ) -> tuple[prompt_lengths.FittingRows, prompt_lengths.FittingRows, dict[str, int]]:  # fmt: skip
-    """Returns the rows whose prompts fit, and the longest prompt of each side in tokens."""
+    """Returns the training and evaluation rows that fit, and the longest prompts in tokens."""
     tok, context = teacher.tokenizer, teacher.context
     trained = prompt_lengths.keep_fitting_training(rows, config, sides["student"], teacher)
     build = functools.partial(prompts.build_student_prompt, tok, sides["evaluation"])
@@ -190,19 +191,19 @@ def _keep_fitting(
 def _connect(
     config: config_lib.Config, server: remote_engine.EngineServer, longest: dict[str, int]
 ) -> remote_engine.EngineServer:
-    """Checks that the server answers and has room for the texts that it draws; returns it."""
+    """Checks that the server answers and that the texts to sample fit there; returns the server."""
     server = remote_engine.connect(server)
     if room := server.max_model_len:
         training = ["student"] if config_lib.traits(config).samples else []
         drawn = [*training, "evaluation", "author"]
-        place = f"the {room} that {server.api.url} holds (sampler.max_model_len)"
+        place = f"the {room} tokens that {server.api.url} allows (sampler.max_model_len)"
         asked = {side: longest[side] for side in drawn if longest.get(side)}
         prompt_lengths.check_room(config, asked, room, place)
     return server
 
 
 def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFormat]:
-    """Builds each side's prompt format; checks the sides that the method uses."""
+    """Returns each side's prompt format, after checking the sides that the method uses."""
     sections = {"student": "prompt", "evaluation": "eval", "teacher": "teacher", "author": "author"}
     opening = {name: config[section].thinking for name, section in sections.items()}
     if opening["author"] == "as_teacher":
@@ -223,7 +224,7 @@ def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFo
 
 
 def _selection(config: config_lib.Config) -> token_selection.Settings:
-    """Returns the settings of token selection; a function of the user is imported."""
+    """Returns the settings of token selection; imports the user's function if they name one."""
     names = "select on_failure occurrence fuzzy"
     chosen = token_selection.Settings(**config_lib.pick(config.tokens, names))
     token_selection.import_span_function(chosen.select)  # raises if it cannot be imported
@@ -239,23 +240,24 @@ def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
 
 
 def load_config(directory: pathlib.Path) -> config_lib.Config:
-    """Loads the config of a work directory, for the devices of this machine.
+    """Loads the config of a work directory, for use on this machine.
 
-    Settings of the mesh and of attention kernels get their defaults here, since results do not
-    depend on them.
+    The settings of the mesh and of attention kernels are reset to their defaults, because results
+    do not depend on them.
 
     Args:
       directory: the work directory of a run.
 
     Raises:
-      FileNotFoundError: the directory holds no run.
+      FileNotFoundError: the directory does not contain a run.
       ValueError: the run has a setting that this version does not have.
     """
     config, saved = config_lib.default(), workdir.read_settings(directory)
     unknown = saved.keys() - config_lib.flat(config).keys()
     if unknown:
         raise ValueError(
-            f"--workdir={directory} was written by another version: it has {sorted(unknown)}"
+            f"--workdir={directory} was written by another version of this program: it has the "
+            f"unknown settings {sorted(unknown)}"
         )
     for name, value in saved.items():
         section, _, key = name.rpartition(".")

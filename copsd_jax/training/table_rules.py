@@ -19,7 +19,7 @@ def tables() -> dict[str, dict[str, tuple[str, ...]]]:
     """Returns the entries of each setting's table, with the settings that each entry reads.
 
     Returns:
-      {setting: {entry: names of settings}}; the names are empty for entries that read none.
+      {setting: {entry: names of settings}}; an entry that reads no settings has an empty tuple.
     """
     entries = {
         "context.kind": contexts.CONTEXTS,
@@ -48,11 +48,11 @@ def check(config: config_lib.Config, *, train: bool = True, data: bool = True) -
 
     Args:
       config: the settings of a run.
-      train: whether something will be trained.
+      train: whether the run will train.
       data: whether problems will be read.
 
     Raises:
-      ValueError: a setting cannot work; the message has the setting, its value and the choices.
+      ValueError: a setting cannot work; the message has its name, its value and the choices.
     """
     setting_rules.check(config, tables(), train=train, data=data)
     s = config_lib.flat(config)
@@ -91,7 +91,7 @@ def _check_context(s: Mapping[str, Any], settings: contexts.Settings) -> None:
         locating = [name for name, entry in contexts.CONTEXTS.items() if entry.locates_error]
         rule = f"it goes with context.kind={', '.join(locating)}"
         setting_rules.refuse(s, "tokens.select", rule)
-    # Only the authors grader and file can do without a successful sibling.
+    # Only the authors grader and file can work without a successful sibling.
     compares = "siblings" in context.inputs(settings) and author not in ("grader", "file")
     if compares and s["rollout.per_prompt"] < 2:
         why = f"context.kind={settings.kind}"

@@ -1,8 +1,8 @@
 """The train step: a pure function that scores completions under two sequence layouts.
 
 Student and teacher are policies over shared parameters. Both score the same completion y, each
-behind a prompt of its own: the student's prompt x, and a teacher's prompt c that usually adds
-privileged context. The same tokens therefore stand at other positions on the two sides:
+after its own prompt. The student's prompt is x; the teacher's prompt c usually adds privileged
+context. The same tokens therefore have different positions on the two sides:
 
     student row    x  x  x  y1 y2 y3 .  .
     gathered             h1 h2 h3              states that predict y1 y2 y3, with gradient
@@ -10,8 +10,8 @@ privileged context. The same tokens therefore stand at other positions on the tw
     teacher row    c  c  c  c  c  y1 y2 y3
     gathered                   g1 g2 g3        states that predict y1 y2 y3, without gradient
 
-The gathered states of both sides have one shape, [B · C, D]. `layout.py` has the index arithmetic,
-with numbers.
+The gathered states of both sides have the same shape, [B · C, D]. `layout.py` has the index
+arithmetic, with an example in numbers.
 
 Over the completion tokens y_bt of a step, the step minimizes
 
@@ -22,19 +22,19 @@ Over the completion tokens y_bt of a step, the step minimizes
 
 with logits z, loss temperature τ and stop gradient sg. D is the divergence of
 `losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's surrogate, or the cross
-entropy of SFT. Either term may be absent. The weights w and u contain the factor of their term and
+entropy of SFT. Either term may be absent. The weights w and u contain the factor of the term and
 the normaliser of `loss_norms.token_weights` over the whole step. The losses of micro-batches
 therefore add up to L.
 
-The choice of the teacher is a choice of shares s_k and weights θ_k, and nothing more:
+The teachers differ only in their shares s_k and weights θ_k:
 
     fixed         1 · θ_0                       the initial policy
     ema           1 · θ_ema                     θ_ema ← d · θ_ema + (1 - d) · θ after every update
     live          1 · θ                         the student's current weights
     trust_region  (1 - ρ) · θ_0  and  ρ · θ     a geometric interpolation of policies (SDPO)
 
-One tree is trained: LoRA adapters, or all parameters. Mesh axes do not occur in this file. The
-shardings come from `layout.batch_shardings` and from `builders.build_step`.
+One tree is trained: LoRA adapters, or all parameters. This file does not name mesh axes, because
+the shardings come from `layout.batch_shardings` and from `builders.build_step`.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ from copsd_jax.training import layout
 class State(NamedTuple):
     """The state that a step updates.
 
-    `trained` and `ema` are float32 trees of one structure.
+    `trained` and `ema` are float32 trees of the same structure.
     """
 
     step: jax.Array  # int32 scalar: completed steps
@@ -73,48 +73,48 @@ class Options:
     ema_decay: float
     adapter_scale: float
     divergence: divergence_loss.Divergence | None  # None for a loss without a teacher
-    implementation: str  # of divergence_loss.IMPLEMENTATIONS, from `resolve`
+    implementation: str  # a name of divergence_loss.IMPLEMENTATIONS
     chunk: int  # tokens per block of 'chunked'
-    norm: str  # of the divergence: a name of loss_norms.NORMS
-    group: int  # completions in one group of the norm micro_token_mean; 0: all of a step
-    micro_batches: int  # read for batches that are not packed
+    norm: str  # normaliser of the divergence, a name of loss_norms.NORMS
+    group: int  # completions in a group of the norm micro_token_mean; 0 means all of a step
+    micro_batches: int  # number of micro-batches; read only for batches that are not packed
     rho: float = 0.0  # trust_region: share of the student in the mix
     weight: float = 1.0  # factor of the divergence in the loss
     policy: "PolicyLoss | None" = None  # None for a loss without a policy term
-    chip: str = ""  # device kind of the mesh; kernels take their block sizes from it
+    chip: str = ""  # device kind of the mesh, by which kernels choose their block sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
     """Settings of the loss on sampled tokens.
 
-    The loss is GRPO's surrogate, or with kind 'nll' the cross entropy of SFT.
+    The loss is GRPO's surrogate, or the cross entropy of SFT if `kind` is 'nll'.
     """
 
     kind: str  # 'surrogate' | 'nll'
     weight: float  # factor of this term in the loss
-    temperature: float  # divides the logits before the log-probabilities
+    temperature: float  # the logits are divided by it
     norm: str  # a name of loss_norms.NORMS
-    length: int  # tokens: the longest completion, for the norm 'constant'
+    length: int  # maximum number of tokens of a completion, for the norm 'constant'
     clip_low: float = 0.0  # bounds of the ratio, see `policy_loss.compute_surrogate`; 0 is off
     clip_high: float = 0.0
     dual_clip: float = 0.0
     kl: float = 0.0  # factor of the divergence from the initial policy; 0 is off
-    old: str = "trainer"  # | 'sampler': the source of the ratio's old log-probabilities
+    old: str = "trainer"  # 'trainer' | 'sampler': source of the ratio's old log-probabilities
     rollout_clip: float = 0.0  # cap of the weight p_trainer / p_sampler on each token; 0 is off
 
 
 class PolicyStats(NamedTuple):
     """Statistics of the policy loss for each token, float32, without gradient.
 
-    They are flat, [T], for a micro-batch and [B, C] in `Aux`. Tokens without policy loss have 0.
+    The shape is [T] for a micro-batch and [B, C] in `Aux`. Tokens without policy loss have 0.
 
     Attributes:
       value_T: the term that the loss sums, without its weight.
       logp_T: log-probability of the sampled token at the loss's temperature, in nats.
       entropy_T: entropy of the distribution at that temperature, in nats.
       clipped_T: 1 where the ratio was clipped, else 0.
-      kl_T: estimated divergence from the initial policy, in nats; 0 where it is off.
+      kl_T: estimated divergence from the initial policy, in nats; 0 if the loss does not use it.
     """
 
     value_T: jax.Array
@@ -125,7 +125,7 @@ class PolicyStats(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """Measurements of a step: scalars, and values per token [B, C] in the batch's order."""
+    """Measurements of a step: scalars, and per-token values [B, C] in the order of the batch."""
 
     metrics: dict[str, jax.Array]
     tokens: divergence_loss.TokenStats | None  # of the divergence
@@ -136,10 +136,10 @@ def make_optimizer(
     *, steps: int, lr: float, schedule: str, warmup: int, weight_decay: float, b1: float,
     b2: float, eps: float, max_grad_norm: float,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:  # fmt: skip
-    """Builds AdamW behind a global-norm clip, with its learning-rate schedule.
+    """Builds AdamW with a global-norm clip of the gradient, and its learning-rate schedule.
 
-    The warm-up rises linearly to `lr`. After it the rate is constant, or falls to 0 at `steps`,
-    linearly or as a cosine. Without warm-up, step k (from 0) of n linear steps uses
+    During the warm-up the rate rises linearly to `lr`. Afterwards it is constant, or falls to 0 at
+    step `steps`, linearly or as a cosine. Without warm-up, step k (from 0) of n linear steps uses
     lr · (1 - k / n).
 
     Args:
@@ -151,10 +151,10 @@ def make_optimizer(
       b1: decay of AdamW's first moment.
       b2: decay of AdamW's second moment.
       eps: added to the root of the second moment.
-      max_grad_norm: largest global norm of the gradient; 0 leaves the clip out.
+      max_grad_norm: largest global norm of the gradient; 0 means no clip.
 
     Returns:
-      The transformation, and the learning rate as a function of the step.
+      The gradient transformation, and the learning rate as a function of the step.
     """
     decay = max(1, steps - warmup)
     after = {
@@ -162,7 +162,7 @@ def make_optimizer(
         "linear": lambda: optax.linear_schedule(lr, 0.0, decay),
         "cosine": lambda: optax.cosine_decay_schedule(lr, decay),
     }[schedule]()
-    # Step k of a warm-up uses (k + 1) / (warmup + 1) of lr, so step 0 already moves.
+    # Step k of a warm-up uses (k + 1) / (warmup + 1) of lr, so step 0 already changes parameters.
     rise = optax.linear_schedule(lr / (warmup + 1), lr, warmup) if warmup else None
     rate = optax.join_schedules([rise, after], [warmup]) if rise else after
     chain = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
@@ -173,7 +173,7 @@ def make_optimizer(
 def init_state(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State:
     """Returns the state at step 0.
 
-    With teacher `ema` the average begins as a copy of the trained tree, before any update.
+    For the teacher `ema`, the average begins as a copy of the trained tree.
     """
     ema = jax.tree.map(jnp.copy, trained) if teacher == "ema" else None
     return State(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema)
@@ -184,16 +184,17 @@ def derive_policies(
 ) -> tuple[policy_lib.Policy, policy_lib.Policy]:
     """Returns the policies (student, teacher) of a state.
 
-    With `lora`, `frozen` is the base, and a `fixed` teacher is the base without an adapter. That is
-    the initial policy, since adapters begin at 0. With `full`, `frozen` holds the initial weights
-    if they are needed. The teacher of a trust region is the initial policy, which also writes the
-    texts of a teacher that is an author; `teacher_mixture` adds the student's share.
+    For LoRA, `frozen` has the base parameters. A `fixed` teacher is then the base without an
+    adapter. It equals the initial policy, because new adapters have no effect. For full
+    fine-tuning, `frozen` has the initial weights if they are needed. With a trust region, the
+    returned teacher is the initial policy, and `teacher_mixture` adds the student's share. With
+    author.kind=teacher, the initial policy alone then writes the contexts.
 
     Args:
       state: its `trained` and `ema` trees are read.
       frozen: parameters that the run does not train.
       options: trainable, teacher and adapter_scale are read.
-      dtype: dtype of compute; with `full` the float32 trees are cast to it.
+      dtype: dtype of compute; for full fine-tuning the float32 trees are cast to it.
     """
     side = functools.partial(policy_lib.Policy, scale=options.adapter_scale)
     if options.trainable == "lora":
@@ -214,9 +215,9 @@ def teacher_mixture(
 ) -> tuple[tuple[float, policy_lib.Policy], ...]:
     """Returns the policies whose logits the teacher mixes, as pairs (share, policy).
 
-    A teacher has one policy of share 1, except in a trust region. That one mixes the initial policy
-    with share 1 - rho and the student with share rho, both on the teacher's input. A mix of logits
-    is a geometric interpolation of the distributions (SDPO).
+    A teacher has one policy of share 1, except with a trust region. A trust region mixes the
+    initial policy with share 1 - rho and the student with share rho, both on the teacher's input. A
+    mix of logits is a geometric interpolation of the distributions (SDPO).
     """
     if options.teacher != "trust_region":
         return ((1.0, teacher),)
@@ -226,10 +227,10 @@ def teacher_mixture(
 def _mixed(
     shares: list[float], hidden: list[jax.Array], heads: list[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns hidden states [T, D] and a head [V, D] whose logits are the mix of all logits.
+    """Returns hidden states [T, D] and a head [V, D] whose product mixes the policies' logits.
 
-    With one common head the logits are linear in the hidden states, so the mix costs no further
-    matmul. Different heads are concatenated along D, and so are the states.
+    With one common head, the logits are linear in the hidden states, so the mix costs no further
+    matrix product. Different heads are concatenated along D, and so are the hidden states.
     """
     scaled = [
         h if s == 1.0 else h * jnp.asarray(s, h.dtype) for s, h in zip(shares, hidden, strict=True)
@@ -243,9 +244,9 @@ def _hidden(
     decoder: transformer.Decoder,
     sides: list[tuple[policy_lib.Policy, layout.Side, transformer.KV | None]],
 ) -> list[jax.Array]:
-    """Returns the hidden states [B · C, D] that predict the completion tokens, for each side.
+    """Returns each side's hidden states [B · C, D] that predict the completion tokens.
 
-    Sides whose base parameters are the same object go through the layers together.
+    Sides whose base parameters are the same object run through the layers together.
     """
     streams = [
         transformer.Stream(
@@ -265,10 +266,10 @@ def _hidden(
 
 
 def _gathered(hidden_BLD: jax.Array, gather_BC: jax.Array) -> jax.Array:
-    """Gathers rows of the hidden states as [B · C, D].
+    """Returns the hidden states at the gather index, [B · C, D].
 
-    Row b of the index reads the b-th of B equal parts of the flattened rows, and only that part.
-    One gather per part says so to the compiler, so no hidden state travels between devices.
+    The flattened rows have B equal parts, and row b of the index points only into part b. One
+    gather per part shows this to the compiler, so no hidden state travels between devices.
     """
     parts, D = len(gather_BC), hidden_BLD.shape[-1]
     hidden_BLD = hidden_BLD.reshape(parts, -1, D)
@@ -289,14 +290,14 @@ def _policy_term(
 ) -> tuple[jax.Array, PolicyStats]:  # fmt: skip
     """Returns Σ weight · policy loss over the tokens of a micro-batch, and its statistics.
 
-    The ratio is exp(ln p - old). `old` is the sampler's log-probability or the trainer's own. The
-    latter makes the ratio exactly 1, and its gradient that of ln p.
+    The ratio is exp(ln p - old). `old` is the sampler's log-probability or the trainer's own. With
+    the trainer's own, the ratio is exactly 1, and its gradient is the gradient of ln p.
 
-    `hidden_s` and `hidden_ref` are the states of the student and of the initial policy, [T, D], and
-    `heads` are the heads of both. The second of each is None without a divergence from the initial
-    policy.
+    `hidden_s` and `hidden_ref` are the hidden states [T, D] of the student and of the initial
+    policy. `heads` has their two heads. Without a divergence from the initial policy, `hidden_ref`
+    and the second head are None.
     """
-    # Log-probabilities have no kernel: `chunked` already takes only two matmuls per block.
+    # There is no kernel for log-probabilities: `chunked` needs only two matrix products per block.
     implementation = "dense" if options.implementation == "dense" else "chunked"
     log_probs = lambda hidden, head, trained: divergence_loss.log_probs(  # noqa: E731
         hidden, head, _flat(micro.completion_BC), temperature=settings.temperature,
@@ -339,7 +340,7 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
         )
         teacher, still = jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(student)
         # `_hidden` recognises equal base parameters by identity and runs their sides in one pass.
-        # `stop_gradient` returns new objects, so the shared ones are put back. The gradient is
+        # `stop_gradient` returns new objects, so the shared objects are put back. The gradient is
         # stopped again at the hidden states below.
         still = dataclasses.replace(still, params=student.params)
         if options.trainable == "lora" or options.teacher == "live":
@@ -383,7 +384,7 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
 
 
 def _weights(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Returns the weights [B, C] of the divergence and of the policy loss, over the whole step."""
+    """Returns the token weights [B, C] of the divergence and of the policy loss of a step."""
     distill_BC = policy_BC = jnp.zeros(batch.mask_BC.shape, jnp.float32)
     if options.divergence:
         distill_BC = loss_norms.token_weights(batch.loss_BC, options.norm, options.group)
@@ -404,19 +405,20 @@ def make_step(
         step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1.0) -> (State, Aux)
 
     The step sums loss and gradient over the micro-batches, updates the trained tree once, and then
-    moves the teacher's average. The loss is Σ weight · value with the weights of
-    `loss_norms.token_weights` over the whole step, so that micro-batches add up to it.
+    updates the teacher's average. The loss is Σ weight · value, with the weights of
+    `loss_norms.token_weights` over the whole step. The losses of micro-batches therefore add up to
+    the loss of the step.
 
     Arguments of the step:
 
       * state: the `State` before the step.
       * frozen: parameters that the run does not train; see `derive_policies`.
       * batch: a `layout.Batch` of all completions of the step. A packed batch contains its
-        micro-batches; another is cut into `options.micro_batches`.
+        micro-batches. Any other batch is cut into `options.micro_batches`.
       * student_prefix: int32 [P], the exemplars of the student's prompts, or None.
       * teacher_kv: keys and values of the teacher's prefix, one KV for each policy of
         `teacher_mixture`, or None.
-      * lr_factor: float scalar that multiplies the update, as the guards set it.
+      * lr_factor: float scalar that multiplies the update; the guards set it.
 
     Args:
       decoder: the model.
@@ -424,7 +426,7 @@ def make_step(
       options: static choices.
 
     Returns:
-      The step. Its metrics are float32 scalars, and its values per token have the shape [B, C].
+      The step. Its metrics are float32 scalars, and its per-token values have the shape [B, C].
     """
     loss = _loss(decoder, options)
 
@@ -433,7 +435,7 @@ def make_step(
         weights = _weights(batch, options)
         head = None
         if options.trainable == "lora":
-            # All policies share the frozen head. It is gathered once per step, ahead of the loop.
+            # All policies share the frozen head. It is gathered once per step, before the loop.
             # A top-k divergence needs whole vocabularies, so its head is not split along V.
             few = options.divergence is not None and options.divergence.top_k > 0
             head = token_blocks.gather_head(transformer.get_head(frozen), split_vocabulary=not few)
@@ -451,8 +453,8 @@ def make_step(
         (total, grads), stats = jax.lax.scan(accumulate, start, inputs)
         tokens, policy = jax.tree.map(join, stats)
         updates, opt_state = tx.update(grads, state.optimizer, state.trained)
-        # AdamW's update is proportional to the learning rate, weight decay included, so a factor
-        # of the update is a factor of the rate.
+        # AdamW's update, weight decay included, is proportional to the learning rate. Scaling the
+        # update is therefore the same as scaling the learning rate.
         updates = jax.tree.map(lambda x: x * jnp.asarray(lr_factor, x.dtype), updates)
         trained: Any = optax.apply_updates(state.trained, updates)
         new = State(state.step + 1, trained, opt_state, _average(state.ema, trained, options))
@@ -470,16 +472,16 @@ def make_step(
 
 
 def _cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
-    """Returns two functions: cut deals [B, C] out to the micro-batches, join is its inverse.
+    """Returns two functions: `cut` splits [B, C] into micro-batches, and `join` is its inverse.
 
-    `join` takes the flat arrays of the micro-batches, stacked.
+    The argument of `join` is the stack of the flat arrays of the micro-batches.
     """
     B, C = batch.mask_BC.shape
     source_UST = batch.source_UST
     if source_UST is None:
         return lambda x: _cut(x, n), lambda x: _join(x.reshape(n, B // n, C))
 
-    # Places without a token have the index B * C: `cut` reads a zero there, `join` drops it.
+    # Positions without a token have the index B * C. There `cut` reads 0, and `join` drops values.
     def cut(x_BC: jax.Array) -> jax.Array:
         none = jnp.zeros((1,), x_BC.dtype)
         return jnp.concatenate([x_BC.reshape(-1), none])[source_UST]
@@ -494,7 +496,7 @@ def _cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
 def _cut(x: jax.Array, n: int) -> jax.Array:
     """Reshapes [B, ...] to [n, B / n, ...]; row b becomes row b // n of micro-batch b % n.
 
-    The cut is strided, so a device's rows of every micro-batch are rows that it holds already.
+    The cut is strided, so that each device already holds its rows of every micro-batch.
     """
     return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
@@ -507,10 +509,10 @@ def _join(x: jax.Array) -> jax.Array:
 def _split(batch: layout.Batch, n: int) -> layout.Batch:
     """Splits all arrays of a batch into micro-batches.
 
-    A packed batch is split as it was packed. Any other is cut into n micro-batches, and its gather
-    indices, flat in B x L, become indices into the rows of one micro-batch.
+    A packed batch is split as it was packed. Any other batch is cut into n micro-batches. Its
+    gather indices, flat in B x L, become indices into the rows of one micro-batch.
 
-    B = 4, n = 2, L = 10: sample 3 is row 1 of micro-batch 1, so its index 34 becomes 14.
+    Example: B = 4, n = 2, L = 10. Sample 3 is row 1 of micro-batch 1, so its index 34 becomes 14.
     """
     cut, _ = _cuts(batch, n)
     rest = jax.tree.map(cut, batch._replace(student=None, teacher=None, source_UST=None))
@@ -520,7 +522,7 @@ def _split(batch: layout.Batch, n: int) -> layout.Batch:
     def side(s: layout.Side) -> layout.Side:
         B, L = s.tokens_BL.shape
         b = jnp.arange(B, dtype=jnp.int32)
-        # Row b becomes row b // n of its micro-batch, so its indices fall by (b - b // n) L.
+        # Row b becomes row b // n of its micro-batch, so its indices decrease by (b - b // n) L.
         local = s._replace(gather_BC=s.gather_BC - ((b - b // n) * L)[:, None])
         return jax.tree.map(lambda x: _cut(x, n), local)
 
@@ -529,10 +531,10 @@ def _split(batch: layout.Batch, n: int) -> layout.Batch:
 
 
 def _average(ema: dict | None, trained: dict, options: Options) -> dict | None:
-    """Averages the teacher's tree in float32: decay · average + (1 - decay) · new.
+    """Returns decay · average + (1 - decay) · new in float32, or None if there is no average.
 
-    In bfloat16 the average would not move at a decay of .999. The two factors of an adapter are
-    averaged separately, as published; the product of the averages is not the average of the
+    In bfloat16, an average with a decay of .999 would not change. The two factors of an adapter are
+    averaged separately, as published. The product of the averages differs from the average of the
     products.
     """
     if ema is None:
@@ -542,15 +544,15 @@ def _average(ema: dict | None, trained: dict, options: Options) -> dict | None:
 
 
 def _mean(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
-    """Averages x_BC over the tokens of a mask; an empty mask gives 0."""
+    """Returns the mean of x_BC over the tokens of a mask, or 0 for an empty mask."""
     count = jnp.maximum(1, mask_BC.sum()).astype(jnp.float32)
     return jnp.where(mask_BC, x_BC, 0.0).sum() / count
 
 
 def _means(stats: divergence_loss.TokenStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
-    """Averages over the tokens with distillation loss.
+    """Returns the means of the divergence's statistics over the tokens with distillation loss.
 
-    The student's entropy alone is averaged over all tokens of the completions.
+    Only the student's entropy is averaged over all tokens of the completions.
     """
     if stats is None:
         return {}
@@ -567,7 +569,7 @@ def _means(stats: divergence_loss.TokenStats | None, batch: layout.Batch) -> dic
 
 
 def _policy_means(stats: PolicyStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
-    """Averages over the tokens with policy loss."""
+    """Returns the means of the policy loss's statistics over the tokens with policy loss."""
     if stats is None:
         return {}
     values = {"policy_loss": stats.value_T, "policy_entropy": stats.entropy_T,

@@ -191,8 +191,8 @@ def config(**values):
     [
         ("auto", "tpu", "splash"), ("auto", "gpu", "portable"), ("auto", "cpu", "portable"),
         ("portable", "tpu", "portable"),
-        ("splash", "cpu", "model.attention is 'splash': it runs on tpu and the mesh is cpu, take"),
-        ("cudnn", "tpu", "model.attention is 'cudnn': it runs on gpu and the mesh is tpu, take"),
+        ("splash", "cpu", "model.attention is 'splash': it runs on tpu, but the mesh is cpu;"),
+        ("cudnn", "tpu", "model.attention is 'cudnn': it runs on gpu, but the mesh is tpu;"),
     ],
 )  # fmt: skip
 def test_which_form_runs(name, platform, said):
@@ -208,11 +208,11 @@ def test_which_form_runs(name, platform, said):
 def test_cudnn_is_refused_with_the_reason():
     shape = transformer.SHAPES["qwen3_1_7b"]
     rows = functools.partial(backends.choose_row_attention, config(attention="cudnn"), "gpu")
-    with pytest.raises(ValueError, match=r"it needs model\.dtype=bfloat16, which is float32"):
+    with pytest.raises(ValueError, match=r"it needs model\.dtype=bfloat16, but the dtype is"):
         rows(jnp.float32, shape)
-    with pytest.raises(ValueError, match="heads of 12 are none of 8, 16"):
+    with pytest.raises(ValueError, match=r"the head size must be 8, 16, \.\.\. 128, but it is 12"):
         rows(jnp.bfloat16, dataclasses.replace(shape, head_dim=12))
-    with pytest.raises(ValueError, match=r"jax says 'cuDNN is not detected\.', take auto or"):
+    with pytest.raises(ValueError, match=r"jax says 'cuDNN is not detected\.'; choose auto or"):
         rows(jnp.bfloat16, shape)
 
 

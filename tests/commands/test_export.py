@@ -121,7 +121,7 @@ def test_the_evaluation_program(trained, tmp_path, capsys):
     """Checkpoints in one table; other problems need a directory of their own."""
     flags = ["evaluate", f"--workdir={trained}", "--path=bundled:held_out", "--samples=1"]
     assert evaluate.main(flags) == 2
-    assert "--out is missing: with other path, samples" in capsys.readouterr().err
+    assert "--out is missing: with path, samples" in capsys.readouterr().err
     problems = tmp_path / "p.jsonl"
     rows = [{"id": i, "problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
     problems.write_text("\n".join(map(json.dumps, rows)))  # no solutions: none are needed

@@ -554,7 +554,7 @@ def test_sft_drops_solutions_that_are_too_long(tmp_path):
     plan = run_plan.make_plan(runs.config("sft", data__path=path, train__batch=1))
     assert [row.problem for row in plan.rows] == ["p0"]
     assert plan.dropped == {"solution above rollout.max_tokens=64": 1}
-    with pytest.raises(ValueError, match=r"solution of \d+ tokens, rollout\.max_tokens is 64"):
+    with pytest.raises(ValueError, match=r"solution of \d+ tokens, but rollout\.max_tokens is 64"):
         run_plan.make_plan(
             runs.config("sft", data__path=path, train__batch=1, data__overlong="error")
         )

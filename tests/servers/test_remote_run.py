@@ -297,7 +297,7 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
         ({"sampler__url": "localhost"}, "sampler.url is 'localhost': write http"),
         ({"sampler__model": "big"}, "sampler.model is 'big': "),
         ({"sampler__max_model_len": 513}, "sampler.max_model_len is 513: "),
-        ({"sampler__max_model_len": 40}, "passes the 40 that http://127"),
+        ({"sampler__max_model_len": 40}, "exceeds the 40 tokens that http://127"),
         ({"sampler__timeout": 0.0}, "sampler.timeout is 0.0: it must be a positive"),
         ({"sampler__key_env": "NO_SUCH_KEY"}, "sampler.key_env is 'NO_SUCH_KEY'"),
         ({"sampler__folder": "/dev/null"}, "--config.sampler.folder=/dev/null"),
