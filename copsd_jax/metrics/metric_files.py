@@ -41,7 +41,7 @@ class Writer:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is None:
-            # Imported lazily: it is slow to import, and a process that writes nothing need not.
+            # Imported lazily: it is slow to import, and some processes write nothing.
             import tensorboardX
 
             folder, purge = str(self._workdir / "tensorboard"), self._resume or None

@@ -78,7 +78,7 @@ def paired(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Pa
 
 
 def sign_test(up: int, down: int) -> float:
-    """Returns the exact two-sided p-value of `up` rises and `down` falls, if both are as likely."""
+    """Returns the exact two-sided p-value of `up` rises and `down` falls, if equally likely."""
     n = up + down
     tail = sum(math.comb(n, k) for k in range(min(up, down) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -128,7 +128,7 @@ def avg_at_n(correct: Sequence[bool]) -> float:
 def maj_at_n(classes: Sequence[int], correct: Sequence[bool]) -> float:
     """Returns 1 if the largest class of equal answers is correct, else 0.
 
-    If several classes are equally large, the class that occurs first counts.
+    If several classes are equally large, the class that occurs first wins.
 
     Args:
       classes: the class of each sample, from `graders.Grader.same_class`; -1 has no vote.

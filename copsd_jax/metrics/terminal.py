@@ -57,7 +57,7 @@ class Progress:
         self._label, self._total, self._clock = label, total, clock
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
-        # The latest (time, done, total tokens). Speeds come from these, so compilation is left out.
+        # The latest (time, done, total tokens). Speeds use only these, so they exclude compilation.
         self._late = collections.deque([(clock(), start, 0)], maxlen=20)
         self._written, self._width, self._pending = -math.inf, 0, ""
 

@@ -1,9 +1,9 @@
 r"""Statistics of tokens and of completions, computed with NumPy on the host.
 
-Token classes show whether a teacher changes content (numbers, words) or style (marks, ends). They
-are in one table per vocabulary, so that a step only looks them up. Therefore, the class of a token
-does not depend on its neighbours. If a tag is split into several tokens (`<`, `step`, `_`, `1`,
-`>`), only the brackets are marks.
+Token classes show whether a teacher changes content (numbers, words) or style (marks, ends). All
+classes of a vocabulary are computed once, and each step looks them up. The class of a token
+therefore does not depend on its neighbours. If a tag is split into several tokens (`<`, `step`,
+`_`, `1`, `>`), only the brackets are marks.
 """
 
 import re

@@ -24,7 +24,7 @@ FIELDS = ("id", "problem", "solution", "answer", "Answer", "group", "wording")  
 
 
 class Record(NamedTuple):
-    """A record of a source, and its position there, such as "line 7" or "row 7" (from 1)."""
+    """A record, and its position in the source, such as "line 7" or "row 7" (counted from 1)."""
 
     where: str
     fields: dict[str, Any]
@@ -171,7 +171,7 @@ def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> 
 
 
 def rename_fields(path: str, records: list[Record], fields: str) -> list[Record]:
-    """Copies the records' fields to this package's names, by a map "ours=theirs,ours=theirs"."""
+    """Copies each field "theirs" of the records to "ours", by a map "ours=theirs,ours=theirs"."""
     pairs = [tuple(pair.split("=")) for pair in fields.split(",") if pair]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise ValueError(f"data.fields is {fields!r}: write ours=theirs,ours=theirs")
@@ -258,7 +258,7 @@ def _build_row(
 
 
 def _list_ids(path: str, records: Sequence[Record]) -> list[str]:
-    """Returns the `id` of each record, or "row" and its number without one; refuses equal ids."""
+    """Returns the `id` of each record, or "row<n>" if it has none; refuses equal ids."""
     seen: dict[str, str] = {}
     for k, record in enumerate(records, start=1):
         key = _read_optional(record, ("id",), False) or f"row{k}"

@@ -2,8 +2,8 @@
 
 Most answers are numbers or words, and are compared as strings. Other answers are compared by
 math-verify in worker processes, with limits of time and memory. The limits are needed because a
-short formula can make sympy compute for hours or fill the memory. The signals that limit sympy's
-time cannot interrupt C code. A worker that exceeds a limit is killed and replaced. The result is
+short formula can make sympy compute for hours or fill the memory. Sympy's own limits use signals,
+which cannot interrupt C code. A worker that exceeds a limit is killed and replaced. The result is
 then a status that evaluation counts, never an exception.
 
 A worker is a process `python -m copsd_jax.rewards.graders` with two pipes, which carry one line of
@@ -83,7 +83,7 @@ def _pair(text: str) -> int:
 def fold_digits(text: str) -> str:
     """Converts digits, signs and separators of every script to ASCII.
 
-    These are all decimal digits of Unicode (category Nd, including full-width forms), the Ge'ez
+    It converts all decimal digits of Unicode (category Nd, including full-width forms), the Ge'ez
     numerals of Amharic and Tigrinya, the Arabic separators and the full-width signs. Characters
     such as ² or ½ are not decimal digits, and are kept.
     """
@@ -198,7 +198,7 @@ def _fold(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    r"""Folds a text with `_fold`, and replaces \text{...} by its content."""
+    r"""Folds a text with `_fold`, and replaces \text{...} with its content."""
     return " ".join(_TEXT.sub(r" \1 ", _fold(text)).split())
 
 
@@ -347,7 +347,7 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # a question that was not sent
+            with contextlib.suppress(BrokenPipeError):  # part of a question is unsent
                 pipe.close()
         self._process, self._unread = None, b""
 

@@ -1,4 +1,4 @@
-r"""Rewards of completions: a number, a status and a feedback text, for each kind of `REWARDS`.
+r"""Rewards of completions: a number, a status and a feedback text, for each kind in `REWARDS`.
 
 A feedback text may enter the teacher's context. It says what is wrong with a completion, and never
 gives the right answer. Text written by a model is never executed.
@@ -6,7 +6,7 @@ gives the right answer. Text written by a model is never executed.
 Departures from the SDPO environments (arXiv 2601.20802):
 
 - Text in a think block is not an answer.
-- A choice may be written "(B)", "B." or "B) text"; SDPO needs exact equality.
+- A choice may be written "(B)", "B." or "B) text"; SDPO requires exact equality.
 - The arguments of a call end where their JSON ends, not at the first brace.
 - A call that cannot be read has its own status.
 - A gold answer that cannot be read raises an error.
@@ -43,8 +43,8 @@ class Verdict:
     Attributes:
       reward: a finite number: 1 for a right and 0 for a wrong answer, or a user's function's value.
       correct: whether the answer is right; None for a user's function.
-      answer: the answer as written, or None. A choice is its letter. Tool calls are their names
-        and the merged arguments.
+      answer: the answer as written, or None. For a choice, it is the letter. For tool calls, it is
+        the names and the merged arguments.
       status: one of `STATUSES`; "raised" is followed by the exception's type ("raised:KeyError").
       feedback: sentences about the completion, without the gold answer; may be empty.
     """
@@ -157,7 +157,8 @@ def _describe(grade: graders.Grade, form: str) -> str:
 
 # ---- multiple choice -------------------------------------------------------------------------
 
-# Matches "B", "B.", "B) text", "(B)" and "(B) text", but not "B text": "A cat ..." is a sentence.
+# Matches "B", "B.", "B) text", "(B)" and "(B) text". "B text" does not match, because it may be a
+# sentence ("A cat ...").
 _LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.):]|$))[.):]?(?:\s+\S.*)?", re.DOTALL)
 
 
@@ -338,7 +339,7 @@ class Reward:
     Attributes:
       score: returns the verdicts, given a rewarder, gold answers and texts.
       answer_forms: the values of prompt.answer whose answers this kind can read.
-      read_gold: reads a gold answer, or raises ValueError; None if any text is a gold answer.
+      read_gold: reads a gold answer, or raises ValueError; None if any text is valid.
       settings: names of the settings that only this kind reads.
     """
 

@@ -77,8 +77,8 @@ def _find_sign(text: str, start: int) -> int:
 def find_words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
     """Yields the spans [start, end) where `wanted` occurs as whole words.
 
-    The kind of white space, the case and the Unicode composition are ignored. Only for a single
-    character the case must match.
+    The kind of white space, the case and the Unicode composition are ignored. For a single
+    character, however, the case must match.
     """
     wanted = " ".join(wanted.split())
     forms = {unicodedata.normalize(form, wanted) for form in ("NFC", "NFD")} | {wanted}

@@ -89,7 +89,7 @@ def _user(*parts: str | Section) -> Turn:
 
 
 def _ask_again(*parts: Section) -> Conversation | None:
-    """Builds a re-prompt from the parts that have a text; returns None if no part has one."""
+    """Builds a re-prompt from the parts whose text is not empty; None if there are none."""
     shown = [part for part in parts if part.text]
     return (_user("problem", *shown, "again", "instruction"),) if shown else None
 

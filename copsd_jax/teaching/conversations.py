@@ -188,7 +188,7 @@ def _render_chat_turn(prompt_format: PromptFormat, row: problem_row.Row, turn: T
 
 
 def check_sections(row: problem_row.Row, conversation: Conversation) -> None:
-    """Refuses a row that lacks a field which the conversation shows.
+    """Refuses a row that lacks a field that the conversation shows.
 
     Raises:
       ValueError: a field is empty; the message names the row and the field.

@@ -81,7 +81,7 @@ def _may_start(text: str, tokens: Sequence[_Token], at: int) -> bool:
 
 
 def _read_equation(tokens: Sequence[_Token], at: int) -> tuple[Equation | None, int]:
-    """Reads an equation from a token on; returns it, or None, and the index of the next token."""
+    """Reads an equation that starts at a token; returns it or None, and the next token's index."""
     reader = _Reader(tokens, at - 1)
     sides = reader.read_behind(reader.side)
     while sides and reader.kind() == "equal" and (side := reader.read_behind(reader.side)):

@@ -10,7 +10,7 @@ from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import contexts, step_checker
 
 Registry = Mapping[str, languages.Language]
-Loaded = tuple[list[Row], collections.Counter]  # the rows; the number of dropped ones by reason
+Loaded = tuple[list[Row], collections.Counter]  # rows, and the number of dropped rows by reason
 
 
 def load_train_rows(

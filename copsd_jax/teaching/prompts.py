@@ -219,8 +219,9 @@ def encode_target(
       tokenizer: the model's tokenizer.
       prompt_format: the form of the student's prompts.
       row: the problem.
-      stop: rollout.stop. In plain text, the first of these strings ends the completion. Without
-        stop strings, and in the chat template, the tokenizer's end token ends the completion.
+      stop: the stop strings (rollout.stop). In plain text, the first stop string ends the
+        completion. In the chat template, and without stop strings, the tokenizer's end token ends
+        the completion.
       state: the state of the prompt. If it is "open", the think block is closed first, since an
         answer inside a think block does not count.
 
@@ -253,7 +254,7 @@ def check_template_states(student: Prompt, teacher: Prompt, allow: bool) -> None
     Args:
       student: a student's prompt.
       teacher: the teacher's prompt of the same completion.
-      allow: parity.template_mismatch: whether different states are accepted.
+      allow: whether different states are accepted (parity.template_mismatch).
 
     Raises:
       ValueError: the states differ and `allow` is False.
@@ -276,7 +277,7 @@ def keep_fitting_rows(
       build: builds a row's prompt.
       limit: maximum number of tokens of a prompt.
       setting: the name of the setting that `limit` comes from, for the message.
-      overlong: data.overlong: "drop", or "error" to raise at the first prompt that is too long.
+      overlong: "drop", or "error" to raise at the first prompt that is too long (data.overlong).
 
     Returns:
       The kept rows, and the number of dropped rows.

@@ -1,7 +1,7 @@
 """Requests to authors for replies in fixed formats, and the strict reading of the replies.
 
-Each text is read as a `Reply` with one of `STATUSES`. A text in another format is unusable: no part
-of it is guessed.
+Each text is read as a `Reply` with one of `STATUSES`. A text in another format is unusable, and
+no part of it is guessed.
 
 The reflections are from ROSD (arXiv 2605.28014). The four cases are from the step-aligned critique
 (arXiv 2606.11173). The wordings differ from both papers.
@@ -151,7 +151,7 @@ def _read_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
     `graders.extract_answer`.
 
     Returns:
-      The (tag, content) pairs, and the status and tag of the first error; "" and "" without one.
+      The (tag, content) pairs, and the status and tag of the first error ("" if there is none).
     """
     text = text.rpartition("</think>")[2]
     if "<think>" in text or not text.strip():
@@ -260,7 +260,7 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
     unchanged except for white space. Other steps may be inserted between them, unless the attempt
     is right. The wrong step must not occur in the rest of the trace: a model copies an error that
     it is shown, so the student would be taught the error. Parts of the wrong step are not searched
-    for. Critiques of other cases than "right" and "wrong" are returned unchanged.
+    for. A critique with any other case than "right" or "wrong" is returned unchanged.
 
     Args:
       reply: a critique, from `read_critique`.
@@ -311,7 +311,7 @@ def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, 
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: there are no replies, or a record is wrong; names the file and the line.
+      ValueError: there are no replies, or a record is wrong; the message names file and line.
     """
     out: dict[tuple[str, int], str] = {}
     for where, fields in sources.read_records(path, setting=setting):
@@ -331,7 +331,7 @@ def _find_fault(fields: dict) -> str:
     sample = fields.get("sample", 0)
     if unknown := sorted(fields.keys() - {"id", "sample", "reply"}):
         return f"unknown field {unknown[0]!r}: the fields are id, sample, reply"
-    if type(sample) is not int or sample < 0:  # not isinstance: True is an int
+    if type(sample) is not int or sample < 0:  # isinstance would accept True
         return f"sample is {sample!r}: it must be a whole number of at least 0"
     for name in ("id", "reply"):
         value = fields.get(name)

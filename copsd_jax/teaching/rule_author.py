@@ -58,8 +58,8 @@ def write_critique(attempt: Attempt, found: str | None) -> str:
 def write_exemplar_reflection(attempt: Attempt) -> replies.Reply:
     """Returns the reflection shown for an exemplar, whose attempt is its own solution.
 
-    The reflection states the whole solution, in the words that correct a wrong step elsewhere. So
-    exemplars and problems have the same form.
+    The reflection states the whole solution, in the wording that corrects a wrong step of other
+    attempts. Exemplars and problems therefore have the same form.
 
     Raises:
       ValueError: the rule cannot check the row's solution.

@@ -60,7 +60,6 @@ def check_attempt(
     or at the end. They are written with the signs and spacing of the attempt. Of an unfinished
     attempt, only the equations that reach a result are kept.
 
-
     Args:
       text: the attempt.
       solution: the reference solution.
@@ -133,7 +132,7 @@ def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
 def _find_earliest_error(
     attempt: _Steps, reached: _Reached, answered: bool, correct: bool
 ) -> tuple[solution_steps.Step | None, tuple[int, int] | None]:
-    """Returns the earliest wrong step and the span of its error; None and None without one."""
+    """Returns the earliest wrong step and the span of its error; (None, None) if there is none."""
     for equation, new in reached:
         if not equation.true or (new is None and not correct):
             holds = next(s for s in attempt if s.start <= equation.start < s.end)

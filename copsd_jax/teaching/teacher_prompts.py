@@ -35,7 +35,7 @@ def build_author_prompt(
 ) -> prompts.Prompt | None:
     """Builds the prompt that an author completes; returns None if there is nothing to ask.
 
-    The prompt has no exemplars, since data contain no replies to show.
+    The prompt has no exemplars, since the data contain no replies.
     """
     conversation, shortened = build_author_conversation(tokenizer, settings, attempt)
     if conversation is None:

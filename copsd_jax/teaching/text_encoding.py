@@ -71,7 +71,7 @@ def restore_tokens(text: str, literal: dict[str, str]) -> str:
 
 
 class Guard:
-    """A map from texts of special tokens to private-use characters, which hides them in templates.
+    """A map from texts of special tokens to private-use characters, to hide them from templates.
 
     Attributes:
       mark: a private-use character that marks the start of the last conversation.

@@ -19,7 +19,7 @@ import numpy as np
 
 STATUSES = (
     "exact",  # the quote is in the text, character for character
-    "normalised",  # the quote is in the text up to Unicode composition and white or LaTeX space
+    "normalised",  # the quote is in the text, up to differences in Unicode composition and spacing
     "fuzzy",  # a long enough part of the quote is in the text
     "failed",  # the quote is not in the text
     "no_quote",  # nothing was quoted
