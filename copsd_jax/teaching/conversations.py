@@ -65,8 +65,8 @@ def _plain_solution(row: problem_row.Row) -> str:
     return join_lines(row.solution) + (f" ({row.answer})" if row.answer else "")
 
 
-# The plain wording. Each block includes the line break before it. The prompts of student and teacher
-# both end in "Answer:", so the first completion token follows the same text on both sides.
+# The plain wording. Each block includes the line break before it. The prompts of both student and
+# teacher end in "Answer:", so the first completion token follows the same text on both sides.
 PLAIN: dict[str, Callable[[problem_row.Row, Section], str]] = {
     "problem": lambda row, part: f"Question: {join_lines(row.problem)}",
     "problem_en": lambda row, part: f"\nEnglish question: {join_lines(row.problem_en)}",
