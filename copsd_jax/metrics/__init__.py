@@ -1,4 +1,4 @@
-"""Scores with intervals, statistics of tokens, metric files, and output for a terminal.
+"""Scores with intervals, statistics of tokens, metric files, and terminal output.
 
 May import: nothing of the package.
 """

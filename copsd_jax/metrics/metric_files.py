@@ -9,16 +9,16 @@ from typing import Any
 
 
 class Writer:
-    """Writer of `workdir/metrics.jsonl` and `workdir/tensorboard`; only one process may hold it.
+    """Writer of `workdir/metrics.jsonl` and `workdir/tensorboard`; only one process may use it.
 
-    Each line of the file is `{"step": s, name: number, ...}`. It is flushed at once, so that a
-    killed run keeps its lines. A run that continues at step `resume` drops the lines of that step
-    and later, which it writes again. Non-finite numbers become "nan", "inf" and "-inf", since JSON
-    has none.
+    Each line of metrics.jsonl is `{"step": s, name: number, ...}`. It is flushed at once, so that a
+    killed run keeps its lines. A run that continues at step `resume` first drops the lines of that
+    step and of later steps, because it writes them again. Non-finite numbers are written as "nan",
+    "inf" and "-inf", because JSON has no such numbers.
 
     Raises:
-      ValueError: a line of the existing file is not JSON. A last line that a kill cut off is
-        dropped.
+      ValueError: a line of the existing file is not JSON. An incomplete last line, left by a killed
+        run, is dropped instead.
     """
 
     def __init__(self, workdir: str | os.PathLike, resume: int = 0):
@@ -34,14 +34,14 @@ class Writer:
         self._board: Any = None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line of numbers, or scalar arrays, by name."""
+        """Writes the values of a step, which are numbers or scalar arrays by name."""
         numbers = {name: v if type(v) is int else float(v) for name, v in values.items()}
         line = {"step": int(step)}
         line |= {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is None:
-            # Imported lazily: it is slow to import, and a process that writes nothing needs none.
+            # Imported lazily: it is slow to import, and some processes write nothing.
             import tensorboardX
 
             folder, purge = str(self._workdir / "tensorboard"), self._resume or None
@@ -63,12 +63,12 @@ class Writer:
 
 
 def lines(workdir: str | os.PathLike, steps: int) -> list[str]:
-    """Returns the lines of metrics.jsonl up to and including a step.
+    """Returns the lines of metrics.jsonl up to and including the step `steps`.
 
-    A last line that a kill cut off is left out.
+    An incomplete last line, left by a killed run, is left out.
 
     Raises:
-      ValueError: another line is not JSON.
+      ValueError: a complete line is not JSON.
     """
     path, kept = pathlib.Path(workdir) / "metrics.jsonl", []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):

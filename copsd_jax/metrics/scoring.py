@@ -15,16 +15,17 @@ RESAMPLES = 10_000
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Returns (mean, low, high): the mean of per-problem scores with its 95 % interval.
 
-    The interval is Wilson's (1927) with n = mean (1 - mean) / (variance / problems). That n is the
-    number of problems if scores are 0 or 1, and more if each is a mean of several samples. Unlike
-    mean ± 1.96 errors, the interval stays in [0, 1] and has a width at 0 and at 1.
+    The interval is Wilson's (1927) with n = mean (1 - mean) / (variance / problems). This n is the
+    number of problems if all scores are 0 or 1. It is larger if scores are means of several
+    samples. Unlike mean ± 1.96 standard errors, the interval stays in [0, 1]. Its width is above 0
+    even if the mean is 0 or 1.
 
     Args:
       values: one score in [0, 1] per problem, the mean over the problem's samples. Samples of one
-        problem are alike, so the problem is the unit.
+        problem are not independent, so the problem is the unit.
 
     Raises:
-      ValueError: no values, or a value outside [0, 1].
+      ValueError: there are no values, or a value is outside [0, 1].
     """
     scores = _shares(values)
     mean, variance = float(scores.mean()), float(scores.var())
@@ -48,25 +49,25 @@ class Paired(NamedTuple):
 def paired(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Paired:
     """Compares two scores of the same problems, in the same order.
 
-    The interval is the percentile bootstrap over problems (10,000 resamples of the differences).
-    p is the exact two-sided sign test on the problems that changed. For scores of 0 and 1 it is
-    McNemar's exact test.
+    The interval is from the percentile bootstrap over problems (10,000 resamples of the
+    differences). p is from the exact two-sided sign test on the problems whose score changed. For
+    scores of 0 and 1, this is McNemar's exact test.
 
     Args:
       before: one score in [0, 1] per problem. Average several samples or seeds of a problem first,
         since problems are the unit of the resampling.
-      after: the same for the other run.
-      seed: of the resamples.
+      after: the scores of the other run, in the same form.
+      seed: the seed of the resampling.
 
     Raises:
-      ValueError: unequal numbers of problems, none, or a value outside [0, 1].
+      ValueError: the numbers of problems differ or are 0, or a value is outside [0, 1].
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} scores before and {len(after)} after do not pair")
     differences = _shares(after) - _shares(before)
     n = len(differences)
     rng = np.random.default_rng(seed)
-    rows = max(1, 1_000_000 // n)  # resamples at a time, to bound the memory
+    rows = max(1, 1_000_000 // n)  # resamples per block, to bound the memory
     means = []
     for start in range(0, RESAMPLES, rows):
         draw = rng.integers(n, size=(min(rows, RESAMPLES - start), n))
@@ -77,7 +78,7 @@ def paired(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Pa
 
 
 def sign_test(up: int, down: int) -> float:
-    """Returns the exact two-sided p-value of `up` and `down` changes under equal odds."""
+    """Returns the exact two-sided p-value of `up` rises and `down` falls, if equally likely."""
     n = up + down
     tail = sum(math.comb(n, k) for k in range(min(up, down) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -88,7 +89,7 @@ def _shares(values: Sequence[float]) -> np.ndarray:
     if array.ndim != 1 or not array.size:
         raise ValueError(f"one score per problem is needed, not an array of shape {array.shape}")
     if not ((array >= 0) & (array <= 1)).all():
-        raise ValueError(f"scores lie in [0, 1], not in [{array.min()}, {array.max()}]")
+        raise ValueError(f"scores must be in [0, 1], not in [{array.min()}, {array.max()}]")
     return array
 
 
@@ -97,22 +98,22 @@ def _shares(values: Sequence[float]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One graded completion: `answer`, `correct`, `status` of its Grade, and its length."""
+    """One graded completion: `answer`, `correct` and `status` of its Grade, and its length."""
 
     answer: str | None
     correct: bool
     status: str
     tokens: int
-    truncated: bool  # ended by the limit of tokens, not by a stop
+    truncated: bool  # whether it ended at the token limit, not at a stop
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Estimates the chance that k samples contain a correct one, if c of n samples are correct.
+    """Estimates the probability that k samples include a correct one, if c of n are correct.
 
     The unbiased estimate is 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1).
 
     Raises:
-      ValueError: c or k out of range.
+      ValueError: c or k is out of range.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
@@ -127,16 +128,16 @@ def avg_at_n(correct: Sequence[bool]) -> float:
 def maj_at_n(classes: Sequence[int], correct: Sequence[bool]) -> float:
     """Returns 1 if the largest class of equal answers is correct, else 0.
 
-    A tie goes to the class seen first.
+    If several classes are equally large, the class that occurs first wins.
 
     Args:
-      classes: class of each sample, as `graders.Grader.same_class` returns it; -1 has no vote.
-      correct: whether each sample is correct; a class is graded by its first member.
+      classes: the class of each sample, from `graders.Grader.same_class`; -1 has no vote.
+      correct: whether each sample is correct; the first member of a class decides for the class.
     """
     votes = collections.Counter(k for k in classes if k >= 0)
     if not votes:
         return 0.0
-    winner = max(votes, key=lambda k: votes[k])  # the first of equals: a Counter keeps the order
+    winner = max(votes, key=lambda k: votes[k])  # the first on a tie: a Counter keeps the order
     return float(correct[list(classes).index(winner)])
 
 
@@ -153,12 +154,12 @@ def score(
       unresolved: the statuses that mean "no decision": `graders.UNRESOLVED`.
 
     Returns:
-      `problems`, `samples` (n), `avg_at_n` with its interval `low`, `high`, `pass_at_n`,
-      `pass_at_2`, `pass_at_4` ... for powers of two below n, `maj_at_n`, `format_rate`, `truncated`
-      and `unresolved` (shares of samples), `mean_tokens`.
+      A dict with `problems`, `samples` (n), `avg_at_n`, the interval `low` to `high` of `avg_at_n`,
+      `pass_at_n`, `maj_at_n` and `mean_tokens`. It also has `pass_at_2`, `pass_at_4` and so on, for
+      powers of two below n. `format_rate`, `truncated` and `unresolved` are shares of samples.
 
     Raises:
-      ValueError: no problems, or unequal numbers of samples.
+      ValueError: there are no problems, or their numbers of samples differ or are 0.
     """
     sizes = {len(samples) for samples in problems}
     if len(sizes) != 1 or 0 in sizes:

@@ -1,4 +1,4 @@
-"""Progress lines, times and tables for a terminal."""
+"""Progress lines, timers and tables for a terminal."""
 
 import collections
 import contextlib
@@ -11,11 +11,11 @@ from typing import TextIO
 
 from rich import cells
 
-SECONDS = 5.0  # between two lines of progress if the stream is no terminal
+SECONDS = 5.0  # time between two progress lines if the stream is not a terminal
 
 
 class Timer:
-    """Timer of the parts of a loop: `with timer("rollout"): ...`; parts may nest or repeat."""
+    """Timer of a loop's parts, as in `with timer("rollout"): ...`; parts may nest or repeat."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
@@ -23,7 +23,7 @@ class Timer:
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Adds the seconds of the `with` block to a part."""
+        """Adds the duration of the `with` block to the time of a part."""
         start = self._clock()
         try:
             yield
@@ -31,23 +31,23 @@ class Timer:
             self._seconds[part] += self._clock() - start
 
     def take(self) -> dict[str, float]:
-        """Returns `{"seconds/rollout": 1.5, ...}` since the last call, and starts anew."""
+        """Returns the times since the last call as `{"seconds/rollout": 1.5}`, and resets them."""
         out = {f"seconds/{part}": seconds for part, seconds in self._seconds.items()}
         self._seconds.clear()
         return out
 
 
 class Progress:
-    """A progress line: updated in place on a terminal, else a new line every five seconds.
+    """A progress line, which is updated in place on a terminal and otherwise every five seconds.
 
-    The last state is always written.
+    If the stream is not a terminal, each update is a new line. The last state is always written.
 
     Args:
       label: the unit that is counted, such as "step" in "step 12/100".
-      total: number of steps, prompts or the like.
-      start: number of them that were done before.
-      stream: standard error if None.
-      clock: returns seconds.
+      total: the number of units, such as steps or prompts.
+      start: the number of units that were done before.
+      stream: the stream to write to; None for standard error.
+      clock: a function that returns seconds.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Progress:
         self._label, self._total, self._clock = label, total, clock
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
-        # The last (time, done, tokens so far): speeds follow the present, not the compilation.
+        # The latest (time, done, total tokens). Speeds use only these, so they exclude compilation.
         self._late = collections.deque([(clock(), start, 0)], maxlen=20)
         self._written, self._width, self._pending = -math.inf, 0, ""
 
     def update(self, done: int, tokens: int = 0, **values: float) -> None:
-        """Shows that `done` of `total` are finished, with `tokens` more tokens, and the values."""
+        """Shows that `done` units are finished, with `tokens` new tokens, and shows the values."""
         now = self._clock()
         self._late.append((now, done, self._late[-1][2] + tokens))
         self._pending = self._line(done, values)
@@ -92,7 +92,7 @@ class Progress:
         return "  ".join(parts)
 
     def close(self) -> None:
-        """Ends the live line, or writes a last state not yet written."""
+        """Ends the live line, or writes the last state if it is not written yet."""
         if self._live and self._width:
             self._write("\n")
         elif self._pending:
@@ -114,12 +114,12 @@ def duration(seconds: float) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Formats an aligned plain-text table: first column to the left, the others to the right.
+    """Formats a plain-text table; the first column is left-aligned, the others right-aligned.
 
-    Widths are those of a terminal, where CJK characters take two columns.
+    Widths are measured as on a terminal, where CJK characters are two columns wide.
 
     Raises:
-      ValueError: a row has another length than the headers.
+      ValueError: the lengths of a row and of the headers differ.
     """
     lines = [[str(cell) for cell in row] for row in (headers, *rows)]
     for row in lines:

@@ -1,9 +1,9 @@
-r"""Statistics of the tokens that carry the divergence, and of completions: NumPy on the host.
+r"""Statistics of tokens and of completions, computed with NumPy on the host.
 
-Classes tell whether a teacher moves content (numbers, words) or style (marks, ends). They are in
-one table per vocabulary, so that a step costs a lookup. A token's class therefore does not depend
-on its neighbours: of a tag spelled in several tokens (`<`, `step`, `_`, `1`, `>`) only the brackets
-are marks.
+Token classes show whether a teacher changes content (numbers, words) or style (marks, ends). All
+classes of a vocabulary are computed once, and each step looks them up. The class of a token
+therefore does not depend on its neighbours. If a tag is split into several tokens (`<`, `step`,
+`_`, `1`, `>`), only the brackets are marks.
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 CLASSES = {
-    "number": "digits of any script, and one operator such as + - * / = ^",
-    "word": "letters of any script, or some bytes of a character",
+    "number": "digits of any script, or a single operator such as + - * / = ^",
+    "word": "letters of any script, or a part of a character's bytes",
     "mark": r"special tokens, <think>, </think>, \boxed, braces, brackets of tags",
     "end": "tokens that end a text",
     "other": "white space and punctuation",
@@ -28,15 +28,15 @@ BUCKETS = {
 
 _NAMES = tuple(CLASSES)
 _OPERATORS = frozenset("+-*/=^×÷±−·≈≠≤≥√%")
-# Angle brackets count as parts of tags: few completions compare numbers, and many contain tags.
+# Angle brackets count as parts of tags, since more completions contain tags than comparisons.
 _MARK = re.compile(r"\\?boxed[{}]*|</?[a-z_]+>?|[^\w\s=-]*[{}<>][^\w\s=-]*")
 
 
 def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> str:
     """Returns the key of `CLASSES` for the bytes of one token.
 
-    Bytes that are not complete UTF-8 are a word. Byte-level tokenizers cut the letters of rare
-    scripts (Ge'ez, Vai) into such pieces, and a single piece does not tell a letter from an emoji.
+    Bytes that are not complete UTF-8 count as a word. Byte-level tokenizers split the letters of
+    rare scripts (Ge'ez, Vai) into such pieces. A single piece does not tell a letter from an emoji.
     """
     if end or special:
         return "end" if end else "mark"
@@ -49,7 +49,7 @@ def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> st
     kinds = {unicodedata.category(char)[0] for char in text}
     if kinds & {"L", "M"}:
         return "word"
-    # Exactly one operator: `**`, `--` and `//` are markup, rules and addresses.
+    # Exactly one operator counts, since `**`, `--` and `//` are markup, rules and addresses.
     number = "N" in kinds or sum(char in _OPERATORS for char in text) == 1
     return "number" if number else "other"
 
@@ -62,9 +62,9 @@ def classes(
     Call it once per vocabulary.
 
     Args:
-      token_bytes: bytes of each token, from `tokenizer.list_token_bytes`.
-      stop_ids: ids of class end, special or not.
-      special_ids: ids of class mark, unless they are stop ids.
+      token_bytes: the bytes of each token, from `tokenizer.list_token_bytes`.
+      stop_ids: the ids that get the class `end`, even if they are special.
+      special_ids: the ids that get the class `mark`, unless they are stop ids.
     """
     stops, specials = set(stop_ids), set(special_ids)
     found = (
@@ -77,7 +77,7 @@ def classes(
 def by_class(
     values: Sequence[float] | np.ndarray, ids: Sequence[int] | np.ndarray, table_V: np.ndarray
 ) -> dict[str, tuple[float, int]]:
-    """Sums a completion's values by class: (sum, count) of each class that occurs.
+    """Sums a completion's values by class; returns (sum, count) for each class that occurs.
 
     Raises:
       ValueError: the numbers of values and ids differ.
@@ -93,11 +93,11 @@ def by_class(
 def by_position(
     values: Sequence[float] | np.ndarray, mask: Sequence[bool] | np.ndarray
 ) -> dict[str, tuple[float, int]]:
-    """Sums a completion's values by position: (sum, count) of each of `BUCKETS` with a value.
+    """Sums a completion's values by position; returns (sum, count) for each bucket with a value.
 
     Args:
       values: one value per token of the completion.
-      mask: True for the values that count, at their positions.
+      mask: one flag per token; a value with False is left out.
     """
     values_C, mask_C = np.asarray(values, np.float64), np.asarray(mask, bool)
     parts = {name: values_C[places][mask_C[places]] for name, places in BUCKETS.items()}
@@ -118,20 +118,20 @@ def _aligned(
 def repetition(ids: Sequence[int], n: int = 4) -> float:
     """Returns the share of a completion's n-grams that occurred in it before.
 
-    It is 1 - distinct / all, as in the papers' repetition rate with n = 4, and 0 for fewer than n
-    tokens.
+    The share is 1 - distinct / all, as in the papers' repetition rate with n = 4. It is 0 for fewer
+    than n tokens.
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-# Scripts written without blanks between words: each character counts as a word.
+# Scripts written without blanks between words, in which each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
 
 def _words(text: str) -> list[str]:
-    """Splits a text into words of letters, marks and numbers, without case."""
+    """Splits a text into case-folded words of letters, marks and numbers."""
     text = unicodedata.normalize("NFC", text).casefold()
     kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
     return _WORD.findall("".join(kept))
@@ -140,9 +140,9 @@ def _words(text: str) -> list[str]:
 def overlap(completion: str, privileged: str, n: int = 3) -> float:
     """Returns the share of the completion's word n-grams that the privileged text contains.
 
-    It is 1 for a copy and 0 for fewer than n words. Any two texts about one problem share words and
-    pairs of words, and n-grams longer than 3 miss a copy with a few changed words. The share
-    includes n-grams of the problem that both texts repeat, so compare it between steps, not with 0.
+    The share is 1 for a copy, and 0 for fewer than n words. With n below 3, any two texts about the
+    same problem have n-grams in common. With n above 3, a copy with a few changed words is missed.
+    Both texts may repeat n-grams of the problem, so compare the share between steps, not with 0.
     """
     theirs, ours = _words(privileged), _words(completion)
     known = {tuple(theirs[i : i + n]) for i in range(len(theirs) - n + 1)}
@@ -155,9 +155,9 @@ def advantage_by_step(
 ) -> list[float | None]:
     """Averages A_t = ln q - ln p over each step's tokens [start, stop); None for an empty step.
 
-    It reproduces the figure of critique-conditioned self-distillation (arXiv 2606.11173): with a
-    reference solution as context A_t is negative nearly everywhere, with a critique only at and
-    after the wrong step.
+    It reproduces the figure of critique-conditioned self-distillation (arXiv 2606.11173). With a
+    reference solution as the context, A_t is negative nearly everywhere. With a critique, it is
+    negative only at and after the wrong step.
 
     Raises:
       ValueError: a range lies outside the completion.
@@ -166,7 +166,7 @@ def advantage_by_step(
     means = []
     for start, stop in ranges:
         if not 0 <= start <= stop <= len(values_C):
-            raise ValueError(f"a step has tokens {start} to {stop} of {len(values_C)}")
+            raise ValueError(f"a step cannot have tokens {start} to {stop} of {len(values_C)}")
         means.append(float(values_C[start:stop].mean()) if stop > start else None)
     return means
 
@@ -175,24 +175,25 @@ def advantage_by_step(
 
 
 def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[str, float]:
-    """Returns flat metrics of a step's rollout records, each a mean over the step's tokens.
+    """Returns a step's metrics by name, averaged over its rollout records.
 
     Args:
-      records: with `completion_ids`, and where the method has them, lists aligned to these:
-        `divergence` with `loss_mask`, `logp_student`, `logp_teacher` (nats). `completion` and
-        `privileged_text` give the overlap.
-      table_V: class of each id, as `classes` returns it.
+      records: the rollout records of a step. A record has `completion_ids` and, if the method
+        computes them, lists of the same length: `divergence` with `loss_mask`, `logp_student` and
+        `logp_teacher` (nats). `overlap` is computed from `completion` and `privileged_text`.
+      table_V: the class of each id, from `classes`.
 
     Returns:
-      `divergence_CLASS`, `divergence_at_0_7` …: means over the tokens with loss; they are parts of
-      the step's `divergence`. `advantage`, `advantage_CLASS`, `advantage_negative` (share of tokens
-      below 0): over all tokens of the completions that a teacher scored, with loss or without,
-      since the right steps show the effect of a context too. `repetition`, `overlap`: means over
-      completions. A record without a field, or with an empty list because it has no teacher, does
-      not count in that metric. A metric that no record has is absent.
+      The metrics. `divergence_CLASS` and `divergence_at_0_7` … are means over the tokens with loss,
+      and break down the step's `divergence`. `advantage`, `advantage_CLASS` and
+      `advantage_negative` (the share of tokens below 0) are means over all tokens of the
+      completions that a teacher scored. They include tokens without loss, since right steps also
+      show the effect of a context. `repetition` and `overlap` are means over completions. A record
+      is left out of a metric if the field is absent, or is empty because there is no teacher. A
+      metric without records is absent.
 
     Raises:
-      ValueError: a list has another length than its completion.
+      ValueError: the lengths of a list and of its completion differ.
     """
     sums: dict[str, tuple[float, int]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""Batches: the rows of each step, from an endless order that depends on the seed alone."""
+"""Batches: the rows of each step, from an endless order that only the seed determines."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,16 +14,18 @@ def build_row_order(
 ) -> Any:
     """Builds the endless order of rows as a `grain.MapDataset`: element i is the i-th row.
 
-    Each language is shuffled anew in each of its epochs, from `seed` and its code alone. A mixture
-    takes the next row of each language as often as its weight says.
+    The rows of a language are shuffled again in each epoch of that language. Their order depends
+    only on `seed` and on the language's code. With several languages, each contributes rows in
+    proportion to its weight.
 
     Args:
       rows: the rows of all languages.
       langs: the codes in the order of `weights`.
-      weights: shares, not all 0; () for equal shares. A language with a share has a row.
+      weights: the share of each language, not all 0; () for equal shares. A language with a share
+        above 0 must have at least one row.
       seed: the seed of the run.
     """
-    import grain  # imported lazily: importing the package must not need the data stack
+    import grain  # imported lazily: importing the package must not need grain
 
     weights = tuple(weights) or (1.0,) * len(langs)
     parts, shares = [], []
@@ -46,9 +48,9 @@ def iterate_batches(
     seed: int,
     step: int = 0,
 ) -> Iterator[list[problem_row.Row]]:
-    """Yields the rows of step `step`, `step + 1`, and so on, without an end.
+    """Yields the rows of step `step`, of `step + 1`, and so on, without end.
 
-    A row occurs twice in one step where an epoch ends inside it or has fewer rows than `batch`.
+    A row can occur twice in one step if an epoch ends in that step.
     """
     dataset = build_row_order(rows, langs, weights, seed)
     while True:

@@ -1,11 +1,11 @@
 """The languages of problems and prompts: `languages.json` and a user's additions to it.
 
-One registry serves training, baselines and evaluation. A file is a JSON object from a lower-case
-code to an object with exactly the fields of `Language` but `code`:
+Training, baselines and evaluation use the same registry. A file of languages is a JSON object. It
+maps a lower-case code to an object with exactly the fields of `Language`, except `code`:
 
     {"xx": {"name": "...", "aliases": [], "checked_by_speaker": false, "note": "", ...}}
 
-An unknown code is an error, never English instead.
+An unknown code raises an error; English is never used instead.
 """
 
 import collections
@@ -19,35 +19,35 @@ from typing import Any
 
 BUILT_IN = pathlib.Path(__file__).parent / "languages.json"
 BOX = "\\boxed{}"
-ANSWER_IS = "The answer is"  # graders search for these words, so they are English in every language
+ANSWER_IS = "The answer is"  # graders search for these English words in every language
 _CODE = re.compile(r"[a-z]{2,8}(?:[-_][a-z0-9]{1,8})*")
-# Controls, lone surrogates, private use, unassigned: none is in a word.
+# Control characters, lone surrogates, private-use and unassigned code points: no word has any.
 _NO_TEXT = ("Cc", "Cs", "Co", "Cn")
-_MARKERS = ("<|", "<think>", "</think>")  # of chat templates; only prompts insert them
+_MARKERS = ("<|", "<think>", "</think>")  # parts of chat templates, which only prompts may insert
 
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    r"""A language's words around a problem; all texts are NFC, written in the language itself.
+    r"""A language's wording of prompts; the texts are in NFC, and in the language itself.
 
     Attributes:
-      code: its code in lower case, as in COPSD: ISO 639-1 or 639-3.
-      name: the language's name for itself.
-      english_name: its English name.
-      script: the script of its texts, in English.
-      aliases: other codes for it; fields of data and settings may use them.
+      code: the language's code in lower case, as in COPSD: ISO 639-1 or 639-3.
+      name: the language's name in the language itself.
+      english_name: the language's English name.
+      script: the English name of the script.
+      aliases: other codes of the language, which data fields and settings may use.
       label_problem: the label before the problem, without a colon.
       label_problem_en: the label before the English problem.
       label_solution: the label before the English solution.
       begin_reference: the line before the reference solution.
-      end_reference: the line after it.
+      end_reference: the line after the reference solution.
       instruction: asks to reason step by step and to put the final answer in a `\boxed{}`.
-      instruction_answer_is: asks to end with "The answer is N." instead, these words in English.
-      think_prefix: opens the thinking, in the language.
-      reason_first: asks the teacher to explain the reference solution without solving anew.
-      transition: says that the solution is understood, and asks for an own derivation, no copy.
-      checked_by_speaker: whether somebody who speaks the language has read these texts.
-      note: what a user of the language should know about them; may be empty.
+      instruction_answer_is: asks to end with the English words "The answer is N." instead.
+      think_prefix: the first words of the thinking.
+      reason_first: asks the teacher to explain the reference solution without solving the problem.
+      transition: says that the solution is understood, and asks for a derivation, not a copy.
+      checked_by_speaker: whether a speaker of the language has checked these texts.
+      note: remarks for users of the language; may be empty.
     """
 
     code: str
@@ -75,14 +75,14 @@ TEXTS = tuple(name for name in FIELDS if name not in _NOT_TEXT)
 
 
 def load_languages(extra_path: str = "") -> dict[str, Language]:
-    """Loads the built-in languages by code; a user's file adds some or replaces them.
+    """Loads the built-in languages by code; a user's file may add or replace languages.
 
     Args:
-      extra_path: a JSON file as in the module's docstring; "" for none.
+      extra_path: a JSON file in the format of the module's docstring; "" for none.
 
     Raises:
-      FileNotFoundError: `extra_path` is no file.
-      ValueError: a language is wrong; names the file, the language and the field.
+      FileNotFoundError: there is no file at `extra_path`.
+      ValueError: a language is wrong; the message names the file, the language and the field.
     """
     registry = _read(BUILT_IN)
     if extra_path:
@@ -92,10 +92,10 @@ def load_languages(extra_path: str = "") -> dict[str, Language]:
 
 
 def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
-    """Resolves a code or alias in any case to the registry's code.
+    """Returns the registry's code for a code or an alias, in upper or lower case.
 
     Raises:
-      ValueError: the code is unknown; lists the known ones.
+      ValueError: the code is unknown; the message lists the known codes.
     """
     wanted = code.strip().lower()
     for known, language in registry.items():
@@ -103,11 +103,11 @@ def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
             return known
     every = registry.values()
     codes = (f"{x.code} ({', '.join(x.aliases)})" if x.aliases else x.code for x in every)
-    raise ValueError(f"unknown language {code!r}; known are {', '.join(codes)}")
+    raise ValueError(f"unknown language {code!r}: the choices are {', '.join(codes)}")
 
 
 def _read(path: pathlib.Path) -> dict[str, Language]:
-    """Reads the languages of one file and checks each by itself."""
+    """Reads the languages of one file, and checks each language."""
     if not path.is_file():
         raise FileNotFoundError(f"no languages file at {path}")
     try:
@@ -118,7 +118,7 @@ def _read(path: pathlib.Path) -> dict[str, Language]:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply") from error
-    except ValueError as error:  # also a number of more digits than Python converts
+    except ValueError as error:  # equal keys, or a number with too many digits
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: must be a JSON object from language codes to their fields")
@@ -126,7 +126,7 @@ def _read(path: pathlib.Path) -> dict[str, Language]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object; plain JSON would silently keep the last of equal keys."""
+    """Returns a JSON object, and refuses equal keys; `json` alone would keep the last value."""
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -135,7 +135,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _language(where: str, code: str, fields: Any) -> Language:
-    """Checks one entry and returns its language; `where` begins each message."""
+    """Checks one entry and returns its `Language`; each error message begins with `where`."""
     if not _CODE.fullmatch(code):
         raise ValueError(f"{where}: a code has lower-case letters, like sw or zh_hant")
     if not isinstance(fields, dict):
@@ -158,7 +158,7 @@ def _check_text(where: str, text: Any, may_be_empty: bool) -> None:
     if text != text.strip():
         raise ValueError(f"{where}: begins or ends with white space")
     if bad := [c for c in text if c != "\n" and unicodedata.category(c) in _NO_TEXT]:
-        raise ValueError(f"{where}: has the character U+{ord(bad[0]):04X}, which is no text")
+        raise ValueError(f"{where}: has the character U+{ord(bad[0]):04X}, which is not text")
     if not unicodedata.is_normalized("NFC", text):
         raise ValueError(f"{where}: is not in Unicode form NFC")
     if markers := [marker for marker in _MARKERS if marker in text]:

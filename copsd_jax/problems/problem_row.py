@@ -11,13 +11,13 @@ class Row:
     """One problem in one language.
 
     Attributes:
-      id: unique among the rows of a source and the languages asked for.
+      id: the row's id, unique among the rows that are loaded from a source.
       problem: the problem's text in `lang`.
-      solution: the reference solution (English in COPSD's data), "" where a source has none.
-      answer: the final answer, "" where a source has none.
-      lang: the code of the problem's language, as languages.json writes it.
-      problem_en: the English problem, "" where a source has none.
-      group: any label by which scores are reported apart, or ""; of bundled rows, the wording.
+      solution: the reference solution (English in COPSD's data), or "" if the source has none.
+      answer: the final answer, or "" if the source has none.
+      lang: the code of the problem's language, as in languages.json.
+      problem_en: the English problem, or "" if the source has none.
+      group: a label for which scores are reported separately, or ""; in bundled rows, the wording.
     """
 
     id: str
@@ -30,7 +30,7 @@ class Row:
 
 
 def compute_fingerprint(rows: Sequence[Row]) -> str:
-    """Computes SHA-256 of the rows and their order, which tells whether two runs had equal data."""
+    """Returns the SHA-256 of the rows in their order, to tell whether two runs had equal data."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(dataclasses.astuple(row)).encode())

@@ -1,9 +1,10 @@
 """Sources of problems: files and data sets, read into rows.
 
 A source is a JSONL file, a JSON list, a parquet file, a TSV file (question TAB answer, no header),
-`bundled:train|held_out|exemplars`, or `tfds:NAME[:VERSION]/SPLIT`. All of them give records in
-COPSD's shape: `problem` (English), `solution`, `answer` or `Answer`, `problem_<code>` (translation)
-and, where there is one, `problem_<code>_ok` (the translation's quality flag, which must be true).
+`bundled:train|held_out|exemplars`, or `tfds:NAME[:VERSION]/SPLIT`. The records of all sources have
+COPSD's fields: `problem` (English), `solution`, `answer` or `Answer`, and `problem_<code>`
+(translation). A record may also have `problem_<code>_ok`, the quality flag of the translation. If
+this flag exists, it must be true.
 """
 
 import collections
@@ -23,14 +24,14 @@ FIELDS = ("id", "problem", "solution", "answer", "Answer", "group", "wording")  
 
 
 class Record(NamedTuple):
-    """A record of a source and its place there ("line 7", "row 7"; counted from 1)."""
+    """A record, and its position in the source, such as "line 7" or "row 7" (counted from 1)."""
 
     where: str
     fields: dict[str, Any]
 
 
 class UnusableValue(Exception):
-    """The reason that a record gives no row; it is counted and reported."""
+    """A record cannot become a row; the message is the reason, which is counted and reported."""
 
 
 def _decode(path: str, raw: bytes) -> str:
@@ -54,7 +55,7 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
     try:
         if text.lstrip()[:1] == "[":
             return [_record(path, f"row {k}", row) for k, row in enumerate(json.loads(text), 1)]
-        # Not splitlines(): it also splits at U+2028, which JSON strings may hold.
+        # Not splitlines(): it also splits at U+2028, which JSON strings may contain.
         for line, content in enumerate(text.split("\n")):
             if content.strip():
                 out.append(_record(path, f"line {line + 1}", json.loads(content)))
@@ -67,14 +68,16 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
 
 
 def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
-    """Reads question TAB answer on each line, without a header; the question goes to `field`."""
+    """Reads lines "question TAB answer" without a header; `field` names the question's field."""
     out = []
     for k, line in enumerate(_decode(path, raw).split("\n"), start=1):
         if not line.strip():
             continue
         cells = line.rstrip("\r").split("\t")
         if len(cells) != 2:
-            raise ValueError(f"{path}, line {k}: question TAB answer has {len(cells)} cells, not 2")
+            raise ValueError(
+                f"{path}, line {k}: it must be question TAB answer, but has {len(cells)} cells"
+            )
         out.append(Record(f"line {k}", {field: cells[0], "answer": cells[1]}))
     return out
 
@@ -92,7 +95,7 @@ def _read_parquet(path: str, raw: bytes) -> list[Record]:
 
 
 def _find_tfds_folder(setting: str, path: str, name: str) -> pathlib.Path:
-    """Finds the folder of NAME[:VERSION] of TFDS; the newest version by default."""
+    """Returns the folder of the TFDS data set NAME[:VERSION], by default of the newest version."""
     from tensorflow_datasets.core import constants
     from tensorflow_datasets.core.utils import version as version_lib
 
@@ -125,9 +128,9 @@ def _read_tfds(setting: str, path: str) -> list[Record]:
             "prepare it with file_format='array_record'"
         )
     out = []
-    source: Any = builder.as_data_source  # its decorator hides its arguments from type checkers
+    source: Any = builder.as_data_source  # a decorator hides the arguments from type checkers
     for k, example in enumerate(source(split), start=1):
-        # Every example has every feature: an empty text is how an absent field is stored.
+        # Every TFDS example has every feature, so an absent field is stored as an empty text.
         absent = {key for key, v in example.items() if isinstance(v, bytes) and not v}
         out.append(Record(f"row {k}", {key: example[key] for key in example.keys() - absent}))
     return out
@@ -137,13 +140,13 @@ def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> 
     """Reads all records of a source.
 
     Args:
-      path: see the module's docstring.
+      path: a source in one of the forms of the module's docstring.
       lang: the language of a TSV file's questions.
       setting: the setting that `path` comes from, for messages.
 
     Raises:
       FileNotFoundError: there is no such file or data set.
-      ValueError: the source cannot be read; names the file and the line or row.
+      ValueError: the source cannot be read; the message names the file and the line or row.
     """
     if path.startswith("tfds:"):
         return _read_tfds(setting, path)
@@ -169,7 +172,7 @@ def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> 
 
 
 def rename_fields(path: str, records: list[Record], fields: str) -> list[Record]:
-    """Adds the fields of a map "ours=theirs,ours=theirs" to the records under our names."""
+    """Copies each field "theirs" of the records to "ours", by a map "ours=theirs,ours=theirs"."""
     pairs = [tuple(pair.split("=")) for pair in fields.split(",") if pair]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise ValueError(f"data.fields is {fields!r}: write ours=theirs,ours=theirs")
@@ -190,7 +193,7 @@ def convert_to_text(name: str, value: object) -> str:
     """Converts a field's value to text in NFC without surrounding blanks.
 
     Raises:
-      UnusableValue: the value is missing, empty or no text.
+      UnusableValue: the value is missing, empty or not text.
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8")
@@ -207,13 +210,13 @@ def convert_to_text(name: str, value: object) -> str:
     if not value.strip():
         raise UnusableValue(f"{name} is empty")
     if any("\ud800" <= char <= "\udfff" for char in value):
-        raise UnusableValue(f"{name} holds half a character (a lone surrogate)")
+        raise UnusableValue(f"{name} contains half a character (a lone surrogate)")
     # NFC gives each letter one spelling: most tokenizers encode its other spellings differently.
     return unicodedata.normalize("NFC", value.strip())
 
 
 def _read_first(record: Record, names: Sequence[str]) -> str:
-    """Reads the text of the first of `names` that the record has."""
+    """Returns the text of the first field in `names` that the record has."""
     for name in names:
         if name in record.fields:
             return convert_to_text(name, record.fields[name])
@@ -221,7 +224,7 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """Reads the first of `names` that the record has; "" if it is blank and not needed."""
+    """Returns the text of the first field in `names`; "" if it is blank and not needed."""
     x = next((record.fields[name] for name in names if name in record.fields), None)
     blank = x is None or (isinstance(x, str | bytes) and not x.strip())
     if not needed and (blank or (isinstance(x, float) and math.isnan(x))):
@@ -230,7 +233,7 @@ def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
 
 
 def _read_problem(record: Record, codes: Sequence[str]) -> str:
-    """Reads the problem in a language that sources may call by any of `codes`."""
+    """Returns the problem in a language, whose code and aliases are `codes`."""
     names = [f"problem_{code}" for code in codes] + (["problem"] if "en" in codes else [])
     for name in names:
         flag = record.fields.get(f"{name}_ok")  # parquet writes an absent field as null
@@ -256,7 +259,7 @@ def _build_row(
 
 
 def _list_ids(path: str, records: Sequence[Record]) -> list[str]:
-    """Lists the `id` of each record, or its number if it has none; refuses equal ones."""
+    """Returns the `id` of each record, or "row<n>" if it has none; refuses equal ids."""
     seen: dict[str, str] = {}
     for k, record in enumerate(records, start=1):
         key = _read_optional(record, ("id",), False) or f"row{k}"
@@ -277,33 +280,34 @@ def load_rows(
     registry: Mapping[str, languages.Language] | None = None,
     setting: str = "data.path",
 ) -> tuple[list[problem_row.Row], collections.Counter[str]]:
-    """Loads the rows of a source in the languages asked for, one language after the other.
+    """Loads the rows of a source in the languages `langs`, one language after the other.
 
     Args:
-      path: see the module's docstring.
-      langs: codes (or aliases) of languages.
-      missing: "error", or "drop" to leave out records that lack what is needed, and count them.
-      fields: other names of a source's fields, "problem=question,answer=final".
-      needs: fields that each row must have besides its problem: some of `solution`, `answer`,
+      path: a source in one of the forms of the module's docstring.
+      langs: the codes or aliases of the languages.
+      missing: "error", or "drop" to leave out and count the records that lack a needed field.
+      fields: a map to the names of the source's fields, such as "problem=question,answer=final".
+      needs: the fields that each row must have besides its problem: some of `solution`, `answer`,
         `problem_en`, `group`. Evaluation needs no solution.
-      limit: use only the first n records of the source; 0 for all.
-      registry: the languages; None for the built-in ones.
+      limit: the number of records to use from the start of the source; 0 for all.
+      registry: the languages by code; None for the built-in languages.
       setting: the setting that `path` comes from, for messages.
 
     Returns:
-      The rows, and the number of dropped records by reason. With several languages a row's id is
-      "<id>/<lang>", since a problem then occurs once per language.
+      The rows, and the number of dropped records by reason. With several languages, a row's id is
+      "<id>/<lang>", since each problem occurs once per language.
 
     Raises:
       FileNotFoundError: there is no such file or data set.
-      ValueError: names the file, the line or row, and the number of records concerned.
+      ValueError: a record cannot be used, or no row is left. The message names the file, the line
+        or row, and the number of such records.
     """
     registry = languages.load_languages() if registry is None else registry
     codes = [languages.resolve_code(code, registry) for code in langs]
     if len(set(codes)) != len(codes) or not codes:
-        raise ValueError(f"the languages {', '.join(langs)} must be at least one, each once")
+        raise ValueError(f"the languages {', '.join(langs)} must be one or more, each once")
     if path.endswith(".tsv") and len(codes) > 1:
-        raise ValueError(f"{setting} is {path!r}: a TSV file holds one language, not {langs}")
+        raise ValueError(f"{setting} is {path!r}: a TSV file has one language, not {langs}")
     records = read_records(path, lang=codes[0], setting=setting)
     records = rename_fields(path, records, fields)[: limit or None]
     ids = _list_ids(path, records)
@@ -324,14 +328,14 @@ def load_rows(
 def _check_dropped(
     path: str, dropped: Mapping[str, int], first: Mapping[str, str], kept: int, missing: str
 ) -> None:
-    """Refuses dropped records if data.missing is "error", and a source without rows."""
+    """Refuses a source without rows, and any dropped record if data.missing is "error"."""
     if dropped and (missing == "error" or not kept):
         reason = next(iter(dropped))
         more = "; ".join(f"{name}: {count}" for name, count in dropped.items())
         total = kept + sum(dropped.values())
         advice = "data.missing=drop leaves them out" if kept else "no row is left"
         raise ValueError(
-            f"{path}, {first[reason]}: {reason} (rows concerned, of {total}: {more}; {advice})"
+            f"{path}, {first[reason]}: {reason} (affected rows, of {total}: {more}; {advice})"
         )
     if not kept:
-        raise ValueError(f"{path}: it holds no rows")
+        raise ValueError(f"{path}: it has no rows")

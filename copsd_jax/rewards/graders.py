@@ -1,15 +1,16 @@
-"""Graders: extract the answer from a text and compare it with the gold answer.
+"""Graders, which extract the answer from a text and compare it with the gold answer.
 
-Most answers are numbers or words, and are compared as strings. The others go to math-verify in
-worker processes with a limit of time and of memory. A short formula can make sympy compute for
-hours or fill the memory, and sympy's own limits by signals do not interrupt C code. A worker that
-exceeds a limit is killed and replaced. The outcome is a status that evaluation counts, never an
-exception.
+Most answers are numbers or words, and are compared as strings. Other answers are compared by
+math-verify in worker processes, with limits of time and memory. The limits are needed because a
+short formula can make sympy compute for hours or fill the memory. Sympy's own limits use signals,
+which cannot interrupt C code. A worker that exceeds a limit is killed and replaced. The result is
+then a status that evaluation counts, never an exception.
 
-A worker is `python -m copsd_jax.rewards.graders` behind two pipes, with one JSON line per question.
-It is started when first needed, and not forked: JAX has threads, and a forked copy of a threaded
-process may hang. Nothing that a model wrote is ever executed. Only the LaTeX reader of math-verify
-is used, since its reader of plain expressions calls sympy's `parse_expr`, which evaluates Python.
+A worker is a process `python -m copsd_jax.rewards.graders` with two pipes, which carry one line of
+JSON per question and per reply. It is started when it is first needed. It is not forked, because
+JAX has threads, and a forked copy of a process with threads may hang. Text written by a model is
+never executed. Therefore only math-verify's LaTeX parser is used: its parser of plain expressions
+calls sympy's `parse_expr`, which evaluates Python.
 """
 
 import concurrent.futures
@@ -30,29 +31,29 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 PATTERNS = ("boxed", "answer_is")
-OTHERS = ("choice", "none")  # forms of answers for other kinds of reward
+OTHERS = ("choice", "none")  # answer forms of other kinds of reward
 PLACES = ("last_after_think", "last_anywhere")
 STATUSES = (
-    "plain",  # decided on strings and exact numbers
+    "plain",  # decided from strings and exact numbers
     "symbolic",  # decided by math-verify
-    "unparsed",  # math-verify cannot read one of the two: counted as not equal
-    "timeout",  # the time limit was reached: counted as not equal
-    "died",  # the worker ended, as a rule at its memory limit: counted as not equal
-    "too_long",  # not equal as strings, and too long for math-verify: counted as not equal
-    "no_answer",  # the text has no answer of the asked form
+    "unparsed",  # math-verify cannot parse one of the answers; counted as not equal
+    "timeout",  # the time limit was reached; counted as not equal
+    "died",  # the worker ended, usually at its memory limit; counted as not equal
+    "too_long",  # not equal as strings, and too long for math-verify; counted as not equal
+    "no_answer",  # the text has no answer of the requested form
 )
-UNRESOLVED = ("timeout", "died", "too_long")  # counted as wrong without a decision
+UNRESOLVED = ("timeout", "died", "too_long")  # undecided, but counted as wrong
 
-_LONGEST = 1000  # characters of an answer that is read as a number or by math-verify
-_START_SECONDS = 120.0  # for a worker to import sympy on a busy machine
-_CACHED = 100_000  # comparisons by math-verify that are remembered
+_LONGEST = 1000  # maximum characters of an answer that is read as a number or by math-verify
+_START_SECONDS = 120.0  # time limit for a worker to import sympy on a busy machine
+_CACHED = 100_000  # maximum number of math-verify comparisons that are remembered
 
 # Arabic percent, decimal and thousands signs; full-width signs; minus signs and hyphens.
 _SIGNS = str.maketrans(
     "\u066a\u066b\u066c\uff0e\uff0c\uff0f\uff05\uff0b\uff1a\uff0d\ufe63\u2212\u2010\u2011\u2013",
     "%.,.,/%+:------",
 )
-# At most 32 characters: each ፼ of a longer run would make the number 10,000 times as large.
+# At most 32 characters, since each ፼ makes the number 10,000 times as large.
 _ETHIOPIC = re.compile("(?<![\u1369-\u137c])[\u1369-\u137c]{1,32}(?![\u1369-\u137c])")
 _ETHIOPIC_PAIR = "[\u1372-\u137a]?[\u1369-\u1371]?"  # tens and ones
 _ETHIOPIC_GROUP = re.compile(f"(?:({_ETHIOPIC_PAIR})(\u137b))?({_ETHIOPIC_PAIR})")  # 0..9999
@@ -61,15 +62,15 @@ _ETHIOPIC_GROUP = re.compile(f"(?:({_ETHIOPIC_PAIR})(\u137b))?({_ETHIOPIC_PAIR})
 def _ethiopic(run: str) -> str:
     """Converts one Ge'ez numeral to ASCII digits; returns a malformed one unchanged.
 
-    Ge'ez numerals are not positional: ፪፻፴ is 2 x 100 + 30, and ፼ multiplies all before it by
-    10,000.
+    Ge'ez numerals are not positional: ፪፻፴ is 2 x 100 + 30, and ፼ multiplies the number before
+    it by 10,000.
     """
     total = 0
     for index, group in enumerate(run.split("\u137c")):
         match = _ETHIOPIC_GROUP.fullmatch(group)
         if match is None:
             return run
-        # A ፼ or ፻ with nothing before it is one times itself.
+        # A ፼ or ፻ with nothing before it means 1 x 10,000 or 1 x 100.
         total = (total or min(index, 1)) * 10_000 + _pair(match[3])
         total += (_pair(match[1]) or 1) * 100 if match[2] else 0
     return str(total)
@@ -82,37 +83,39 @@ def _pair(text: str) -> int:
 def fold_digits(text: str) -> str:
     """Converts digits, signs and separators of every script to ASCII.
 
-    Covers all decimal digits of Unicode (category Nd, full-width forms too), the Ge'ez numerals of
-    Amharic and Tigrinya, the Arabic separators and the full-width signs. Characters such as ² or ½
-    are no decimal digits and stay.
+    It converts all decimal digits of Unicode (category Nd, including full-width forms), the Ge'ez
+    numerals of Amharic and Tigrinya, the Arabic separators and the full-width signs. Characters
+    such as ² or ½ are not decimal digits, and are kept.
     """
     if text.isascii():
         return text
     text = _ETHIOPIC.sub(lambda match: _ethiopic(match[0]), text.translate(_SIGNS))
     folded = (str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
-    # The Arabic comma lists words too: it is a separator of thousands only between digits.
+    # The Arabic comma also separates words, so it is a thousands separator only between digits.
     return re.sub("(?<=[0-9])\u060c(?=[0-9])", ",", "".join(folded))
 
 
 _ANSWER_IS = re.compile(r"\bthe\s+(?:final\s+)?answer\s+is\b[^\S\n]*:?[^\S\n]*", re.IGNORECASE)
-# A sentence ends at a stop with a blank behind it, so that 3.5 stays whole.
+# A sentence ends at a stop before white space, so 3.5 is not split.
 _SENTENCE_END = re.compile("[.!?](?=\\s|$)|[\u3002\uff01\uff1f\u0964\u1362\u06d4\u061f]|\n")
 
 
 def extract_answer(text: str, pattern: str, where: str) -> str | None:
-    r"""Extracts the answer that a text states, as it is written there, or None.
+    r"""Extracts the answer that a text states, as written there; returns None without an answer.
 
     Args:
       text: the completion.
-      pattern: `boxed` takes the content of the last `\boxed{...}` (balanced, `\{` and `\}` do not
-        count) or `\boxed x`; a last box that never closes is no answer, as in the reference.
-        `answer_is` takes what follows the last "The answer is", to the end of sentence or line.
-      where: `last_after_think` searches behind the last `</think>`. If a `<think>` is open at the
-        end, there is no answer yet. If the text has neither, all of it is searched; a caller whose
-        prompt opened the block puts `<think>` in front. `last_anywhere` searches everywhere.
+      pattern: `boxed` extracts the content of the last `\boxed{...}` or `\boxed x`. Braces must
+        balance; `\{` and `\}` do not count as braces. If the last box is never closed, there is no
+        answer, as in the reference code. `answer_is` extracts the text after the last "The answer
+        is", up to the end of the sentence or line.
+      where: `last_after_think` searches after the last `</think>`. If a `<think>` is open at the
+        end of the text, there is no answer yet. A text without these tags is searched as a whole,
+        so a caller whose prompt opened the think block puts `<think>` in front of the text.
+        `last_anywhere` searches the whole text.
 
     Raises:
-      ValueError: unknown pattern or place.
+      ValueError: the pattern or the place is unknown.
     """
     for name, value, choices in (("pattern", pattern, PATTERNS), ("where", where, PLACES)):
         if value not in choices:
@@ -140,7 +143,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _braced(body: str) -> str | None:
-    """Returns the content of the braces that `body` starts with; None if they never close."""
+    """Returns the content of the braces that `body` starts with; None if they are never closed."""
     depth = 0
     for match in re.finditer(r"\\.|[{}]", body, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -179,7 +182,7 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _UNIT = re.compile(r"([+-]?\d[\d.,'’ ]*?) ([^\W\d_]{2,}(?: [^\W\d_]{2,})*)")
-# Words behind a number that change it, so that they are no unit.
+# Words after a number that change its value, so they are not units.
 _SCALES = frozenset(
     """hundred thousand million millions billion billions trillion dozen percent half pi cent mille
     million milliard milliards cien mil millón millones mia elfu milioni""".split()
@@ -187,7 +190,7 @@ _SCALES = frozenset(
 
 
 def _fold(text: str) -> str:
-    """Folds digits, spacing, $, currency signs and invisible characters."""
+    """Folds digits and spacing to ASCII, and drops currency signs and invisible characters."""
     text = fold_digits(unicodedata.normalize("NFC", text)).replace("\\$", "")
     kept = (c for c in text if c.isascii() or unicodedata.category(c) not in ("Cf", "Sc"))
     text = _SPACING.sub(lambda match: _blank(match[0]), "".join(kept))
@@ -195,7 +198,7 @@ def _fold(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    r"""Folds a text (`_fold`) and takes the words of \text{...} as bare words."""
+    r"""Folds a text with `_fold`, and replaces \text{...} with its content."""
     return " ".join(_TEXT.sub(r" \1 ", _fold(text)).split())
 
 
@@ -204,10 +207,10 @@ def _blank(spacing: str) -> str:
 
 
 def _number(text: str, comma: bool = False) -> str | None:
-    """Reads a number as canonical digits ("-12.5"), or None; with `comma`, "12,5" is 12.5.
+    """Returns a number in canonical digits ("-12.5"), or None; with `comma`, "12,5" is 12.5.
 
-    Thousands may be grouped by comma, blank or apostrophe, in the Indian way, or by dots if they
-    cannot be a decimal point. "1,234" is always 1234.
+    A comma, blank or apostrophe may separate thousands, and a dot if it cannot be a decimal point.
+    Indian grouping (1,00,000) is also read. "1,234" is always 1234.
     """
     match = _NUMBER.fullmatch(text)
     if match is None or (match["comma"] and not comma):
@@ -222,7 +225,7 @@ def _number(text: str, comma: bool = False) -> str | None:
 
 
 def _fraction(text: str) -> fractions.Fraction | None:
-    """Reads the exact value of a number, a fraction or a mixed number; None for other texts."""
+    """Returns the exact value of a number, fraction or mixed number, or None for other texts."""
     if len(text) > _LONGEST:
         return None
     if number := _number(text):
@@ -242,15 +245,15 @@ def normalize(text: str) -> str:
     """Normalizes an answer to the form in which two answers are compared as strings.
 
     Digits of every script are folded. A number loses thousands separators, leading zeros and
-    trailing zeros. Any other text becomes lower case and loses blanks, except between digits ("1
-    1/2" is not 11/2).
+    trailing zeros. Any other text becomes lower case. It loses its blanks, except between digits,
+    since "1 1/2" is not 11/2.
     """
     tidy = _tidy(text)
     return _number(tidy) or re.sub(r"(?<!\d) | (?!\d)", "", tidy).casefold()
 
 
 def _same_number(gold: str, answer: str) -> bool | None:
-    """Tells whether two tidied texts are the same number; None if that is undecided."""
+    """Tells whether two tidied texts are the same number; returns None if undecided."""
     for one, other in ((gold, answer), (answer, gold)):
         number = _number(one)
         if number is None:
@@ -258,24 +261,24 @@ def _same_number(gold: str, answer: str) -> bool | None:
         unit = _UNIT.fullmatch(other) if len(other) <= _LONGEST else None
         if unit and not _SCALES.intersection(unit[2].casefold().split()):
             other = unit[1]
-        # Beside a number, "3,5" is a decimal comma rather than a list.
+        # The other side is a number, so "3,5" has a decimal comma and is not a list.
         digits = _number(other, comma=True)
         if digits is not None:
             return digits == number
     left = _fraction(gold)
-    # Unequal fractions go on: 0.333333 for 1/3 is a question of rounding.
+    # Unequal fractions are left undecided, since 0.333333 may be a rounded 1/3.
     return True if left is not None and left == _fraction(answer) else None
 
 
 def compare_plainly(gold: str, answer: str) -> bool | None:
-    """Compares two answers as strings and exact numbers; None if that does not decide."""
+    """Compares two answers as strings and as exact numbers; returns None if undecided."""
     if normalize(gold) == normalize(answer):
         return True
     gold, answer = _tidy(gold), _tidy(answer)
     same = _same_number(gold, answer)
     if same is not None:
         return same
-    # math-verify takes a word for a product of letters, in which "saw" equals "was".
+    # math-verify reads a word as a product of letters, so that "saw" would equal "was".
     words = [side for side in (gold, answer) if len(side) > 3 and side.replace(" ", "").isalpha()]
     if words and all(side in words or _number(side) is not None for side in (gold, answer)):
         return False
@@ -283,7 +286,7 @@ def compare_plainly(gold: str, answer: str) -> bool | None:
 
 
 class _Worker:
-    """A process that compares by math-verify; started when first asked, replaced when lost."""
+    """A process that compares by math-verify; it is started when needed, and replaced if lost."""
 
     def __init__(self, memory: int):
         self._memory = memory
@@ -291,7 +294,7 @@ class _Worker:
         self._unread = b""
 
     def ask(self, gold: str, answer: str, seconds: float) -> str:
-        """Asks for a comparison: `equal`, `unequal`, `unparsed`, `timeout` or `died`."""
+        """Compares two answers; returns `equal`, `unequal`, `unparsed`, `timeout` or `died`."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         self._send([gold, answer, seconds])
@@ -304,7 +307,7 @@ class _Worker:
         self.close()
         package = pathlib.Path(__file__).resolve().parents[2]
         path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-        # In a session of its own: Ctrl-C is for the run, which then closes its workers.
+        # The worker has its own session, so Ctrl-C reaches only the run, which closes its workers.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "copsd_jax.rewards.graders", str(self._memory)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -320,7 +323,7 @@ class _Worker:
             )
 
     def _send(self, question: list) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it is gone: the reading side says `died`
+        with contextlib.suppress(BrokenPipeError):  # it ended; `_receive` then returns `died`
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -344,22 +347,22 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # an unsent question to who is gone
+            with contextlib.suppress(BrokenPipeError):  # part of a question is unsent
                 pipe.close()
         self._process, self._unread = None, b""
 
 
 def _serve(memory: int) -> None:
-    """Runs a worker: answers each JSON line by one line, until the input ends."""
+    """Runs a worker, which answers each line of JSON with one line until the input ends."""
     import logging
     import resource
     import signal
 
-    if sys.platform == "linux":  # macOS refuses a limit of the address space
+    if sys.platform == "linux":  # macOS refuses a limit on the address space
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     logging.disable(logging.CRITICAL)
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not mix with replies
+    os.dup2(2, 1)  # output of libraries must not mix with the replies
     import math_verify
 
     reading = [math_verify.LatexExtractionConfig()]
@@ -372,11 +375,11 @@ def _serve(memory: int) -> None:
         same = left and right and math_verify.verify(left, right, timeout_seconds=0)
         return "equal" if same else "unequal" if left and right else "unparsed"
 
-    compare("x+1", r"\frac{x}{2}")  # the first use builds tables, outside the time limit
+    compare("x+1", r"\frac{x}{2}")  # the first use builds tables; no time limit applies here
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
         gold, answer, seconds = json.loads(line)
-        # Ends this process in C code too, should the parent be gone and not there to kill it.
+        # The alarm ends this process, even in C code, if the parent is gone and cannot kill it.
         signal.alarm(int(seconds) + 5)
         print(json.dumps(compare(gold, answer)), file=replies, flush=True)
         signal.alarm(0)
@@ -384,7 +387,7 @@ def _serve(memory: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """The grade of one text; `answer` is as written, None without one of the asked form."""
+    """The grade of one text; `answer` is as written, or None if the text has no answer."""
 
     answer: str | None
     correct: bool
@@ -395,10 +398,10 @@ class Grader:
     """A context manager that extracts and compares answers, and owns worker processes.
 
     Args:
-      pattern: as in `extract_answer`; with a pattern of OTHERS it only compares.
+      pattern: as in `extract_answer`, or one of OTHERS, with which the grader only compares.
       where: as in `extract_answer`.
-      seconds: time limit of one comparison by math-verify.
-      workers: largest number of processes; none is started before an answer needs one.
+      seconds: the time limit of one comparison by math-verify.
+      workers: maximum number of processes; a process is started only when an answer needs it.
       memory: address space of each worker in bytes (Linux only).
     """
 
@@ -421,12 +424,12 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers; a later question would start them again."""
+        """Ends the workers; a later comparison starts them again."""
         for worker in self._workers:
             worker.close()
 
     def compare(self, gold: str, answer: str) -> tuple[bool, str]:
-        """Compares two answers; returns (equal, status), not equal if nothing was decided."""
+        """Compares two answers; returns (equal, status), with equal=False if undecided."""
         plain = compare_plainly(gold, answer)
         if plain is not None:
             return plain, "plain"
@@ -446,7 +449,9 @@ class Grader:
         return verdict
 
     def grade_all(self, pairs: Iterable[tuple[str, str]]) -> list[Grade]:
-        """Grades (gold, text) pairs in their order; compares equal pairs of answers once.
+        """Grades (gold, text) pairs; returns the grades in the same order.
+
+        Equal pairs of answers are compared only once.
 
         Raises:
           ValueError: a gold answer is empty.
@@ -466,7 +471,7 @@ class Grader:
     def same_class(self, answers: Sequence[str | None]) -> list[int]:
         """Groups equal answers; returns the number of each answer's class, in order of appearance.
 
-        An answer is compared with the first of each class. None has no class: -1.
+        An answer is compared with the first answer of each class. The class of None is -1.
         """
         firsts: list[str] = []
 

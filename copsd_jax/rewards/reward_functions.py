@@ -1,12 +1,15 @@
-r"""Rewards of completions: a number, a status and a feedback text, by the kinds of `REWARDS`.
+r"""Rewards of completions: a number, a status and a feedback text, for each kind in `REWARDS`.
 
 A feedback text may enter the teacher's context. It says what is wrong with a completion, and never
-what would be right. Nothing that a model wrote is ever executed.
+gives the right answer. Text written by a model is never executed.
 
-Departures from the SDPO environments (arXiv 2601.20802): the text of a think block is no answer. A
-choice may be written "(B)", "B." or "B) text"; they take exact equality. The arguments of a call
-end with their JSON, not at the first brace. A call that cannot be read has a status of its own. A
-gold answer that cannot be read is an error.
+Departures from the SDPO environments (arXiv 2601.20802):
+
+- Text in a think block is not an answer.
+- A choice may be written "(B)", "B." or "B) text"; SDPO requires exact equality.
+- The arguments of a call end where their JSON ends, not at the first brace.
+- A call that cannot be read has its own status.
+- A gold answer that cannot be read raises an error.
 """
 
 import collections
@@ -26,10 +29,10 @@ from copsd_jax.rewards import graders
 STATUSES = (
     *graders.STATUSES,
     "unclosed",  # <answer> is never closed
-    "not_a_choice",  # the content of <answer> is no single letter
+    "not_a_choice",  # the content of <answer> is not a single letter
     "malformed",  # a tool call cannot be read
     "computed",  # the function of reward.kind returned the reward
-    "raised",  # that function raised; the status goes on with ":" and the exception's type
+    "raised",  # that function raised; the status is followed by ":" and the exception's type
 )
 
 
@@ -38,10 +41,10 @@ class Verdict:
     """The grading of one completion.
 
     Attributes:
-      reward: a finite number; 1 for a right and 0 for a wrong answer, except for a user's function.
+      reward: a finite number: 1 for a right and 0 for a wrong answer, or a user's function's value.
       correct: whether the answer is right; None for a user's function.
-      answer: the answer as written, or None. For a choice its letter; for tool calls the names and
-        the merged arguments.
+      answer: the answer as written, or None. For a choice, it is the letter. For tool calls, it is
+        the names and the merged arguments.
       status: one of `STATUSES`; "raised" is followed by the exception's type ("raised:KeyError").
       feedback: sentences about the completion, without the gold answer; may be empty.
     """
@@ -60,7 +63,7 @@ class Rewarder:
     kind: str
     grader: graders.Grader
     form: str
-    function: Callable | None  # of a kind "module:function"
+    function: Callable | None  # set if the kind is "module:function"
 
     def score(self, golds: Sequence[str], texts: Sequence[str]) -> list[Verdict]:
         """Scores texts against gold answers, in their order.
@@ -70,7 +73,7 @@ class Rewarder:
           texts: the completions. If the prompt opened a think block, `<think>` is in front.
 
         Raises:
-          ValueError: the numbers differ, or the kind cannot read a gold answer.
+          ValueError: the numbers of golds and texts differ, or the kind cannot read a gold answer.
           TypeError: the user's function returned neither a number nor (number, text).
         """
         if len(golds) != len(texts):
@@ -87,8 +90,8 @@ def build_rewarder(kind: str, grader: graders.Grader, form: str = "") -> Rewarde
     Args:
       kind: a key of `REWARDS`, or "module:function" for an importable f(gold, text) that returns a
         number or (number, feedback).
-      grader: extracts and compares answers, for the kind "answer"; the caller closes it.
-      form: how an answer is written, with `{}` in its place, as the feedback names it.
+      grader: the grader of answers for the kind "answer"; the caller closes it.
+      form: the form of an answer for the feedback text, with `{}` in place of the answer itself.
 
     Raises:
       ValueError: the kind is unknown, or its function cannot be imported.
@@ -103,7 +106,7 @@ def _shorten(text: str, shown: int = 200) -> str:
 
 
 def _drop_thinking(text: str) -> str:
-    """Drops the thinking; drops all if a think block is open, since no answer is given yet."""
+    """Returns the text after the thinking; "" if a think block is open, so there is no answer."""
     after = text.rpartition("</think>")[2]
     return "" if "<think>" in after else after
 
@@ -114,7 +117,7 @@ def _fail(status: str, feedback: str) -> Verdict:
 
 
 def _score_each(judge: Callable, rewarder: Rewarder, golds, texts) -> list[Verdict]:
-    """Scores each text by `judge`, with its gold answer as the kind reads it."""
+    """Scores each text by `judge(gold, text)`; the kind's `read_gold` reads the gold answer."""
     pairs = enumerate(zip(golds, texts, strict=True))
     return [judge(_read_gold(rewarder.kind, gold, f"pair {k}"), text) for k, (gold, text) in pairs]
 
@@ -154,7 +157,8 @@ def _describe(grade: graders.Grade, form: str) -> str:
 
 # ---- multiple choice -------------------------------------------------------------------------
 
-# "B", "B.", "B) text", "(B)", "(B) text"; not "B text", which may be a sentence ("A cat ...").
+# Matches "B", "B.", "B) text", "(B)" and "(B) text". "B text" does not match, because it may be a
+# sentence ("A cat ...").
 _LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.):]|$))[.):]?(?:\s+\S.*)?", re.DOTALL)
 
 
@@ -186,14 +190,15 @@ def _score_choice(gold: str, text: str) -> Verdict:
 
 _MARK = re.compile(r"\bAction(?P<input> Input)?:")
 
-# The counts of names, and the arguments of all calls together: names to values as JSON text, since
-# Python takes True for 1. If several arguments have one name the last counts, as published.
+# The number of calls by function name, and the arguments of all calls together by argument name.
+# The values are JSON text, since True equals 1 in Python. If several arguments have the same name,
+# the last one counts, as published.
 _Calls = tuple[collections.Counter[str], dict[str, str]]
 
 
 def _read_decimal(digits: str) -> int | float:
     value = float(digits)
-    return int(value) if value.is_integer() else value  # 1.0 and 1 are one number
+    return int(value) if value.is_integer() else value  # 1.0 and 1 are the same number
 
 
 _DECODER = json.JSONDecoder(parse_float=_read_decimal)
@@ -207,10 +212,10 @@ def _canonicalize(arguments: object) -> dict[str, str]:
 
 
 def _read_calls(text: str) -> _Calls:
-    """Reads all `Action: name` and `Action Input: {...}` of a text.
+    """Reads all parts `Action: name` and `Action Input: {...}` of a text.
 
     Raises:
-      ValueError: says what is malformed.
+      ValueError: a part is malformed; the message names it.
     """
     names, arguments, inputs, at = collections.Counter(), {}, 0, 0
     while mark := _MARK.search(text, at):
@@ -220,10 +225,10 @@ def _read_calls(text: str) -> _Calls:
             try:
                 value, end = _DECODER.raw_decode(body)
                 arguments |= _canonicalize(value)
-            except (ValueError, RecursionError) as error:  # endless digits and nesting too
+            except (ValueError, RecursionError) as error:  # also too many digits, too deep nesting
                 reason = f"the JSON of `Action Input:` {inputs} is malformed: {error}"
                 raise ValueError(reason) from error
-            at = len(text) - len(body) + end  # a mark inside its strings is skipped
+            at = len(text) - len(body) + end  # skips marks inside the JSON's strings
             continue
         at = mark.end()
         name = re.split("\n|Action Input:", text[at:], maxsplit=1)[0].strip(" \t\r`*\"'.,;")
@@ -234,7 +239,7 @@ def _read_calls(text: str) -> _Calls:
 
 
 def _read_gold_calls(gold: str) -> _Calls:
-    """Reads calls from a text like a completion's, or ToolAlpaca's list of {"Action", ...}."""
+    """Reads gold calls: a text like a completion, or ToolAlpaca's list of {"Action", ...}."""
     if not gold.lstrip().startswith("["):
         names, arguments = _read_calls(gold)
     else:
@@ -246,13 +251,13 @@ def _read_gold_calls(gold: str) -> _Calls:
             given = call.get("Action_Input")
             arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)
     if not names:
-        # Otherwise a completion without any call would equal it, with two empty dictionaries.
+        # No completion could be right: a completion without calls has the status no_answer.
         raise ValueError("it has no Action")
     return names, arguments
 
 
 def _score_calls(wanted: _Calls, text: str) -> Verdict:
-    """Compares the counts of functions, and the arguments of all calls together."""
+    """Compares the number of calls of each function, and the arguments of all calls together."""
     try:
         names, arguments = _read_calls(_drop_thinking(text))
     except ValueError as error:
@@ -262,7 +267,7 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
         return _fail("no_answer", "There is no `Action:` with a function.")
     named = ", ".join(sorted(names.elements()))
     given = "{" + ", ".join(f"{_write_json(k)}: {v}" for k, v in sorted(arguments.items())) + "}"
-    given = given.encode("utf-8", "backslashreplace").decode()  # JSON can spell half a character
+    given = given.encode("utf-8", "backslashreplace").decode()  # JSON can contain half a character
     right = (names, arguments) == wanted
     if right:
         feedback = "The calls are right."
@@ -275,9 +280,9 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
 
 # ---- a function named in the config ----------------------------------------------------------
 
-# Exceptions that a function raises for a text of an unexpected form. Such texts are certain to
-# come, and one of them must not end a run. Any other exception (a missing file, a wrong name, no
-# memory) is a fault of the function or the machine, and ends the run with its traceback.
+# Exceptions that a function may raise for a text of an unexpected form. Such texts will occur, and
+# one of them must not end a run. Any other exception (a missing file, a wrong name, no memory) is a
+# fault of the function or the machine, and ends the run with its traceback.
 _TEXT_ERRORS = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError)
 
 
@@ -292,13 +297,14 @@ def import_function(kind: str) -> Callable | None:
     """Imports the function of a kind "module:function"; returns None for a key of `REWARDS`.
 
     Raises:
-      ValueError: the kind is unknown, or its function cannot be imported; lists the choices.
+      ValueError: the kind is unknown, or its function cannot be imported; the message lists the
+        choices.
     """
     if kind in REWARDS:
         return None
     module_name, _, name = kind.partition(":")
     try:
-        if not name:  # a misspelt kind: not to be imported
+        if not name:  # a misspelt kind, which must not be imported
             raise ValueError("it is none of these")
         function: Any = getattr(importlib.import_module(module_name), name)
         inspect.signature(function).bind("gold", "text")
@@ -333,10 +339,10 @@ class Reward:
     """An entry of `REWARDS`.
 
     Attributes:
-      score: returns the verdicts of (rewarder, gold answers, texts).
-      answer_forms: values of prompt.answer in which the answers can be asked for.
-      read_gold: reads a gold answer, or raises ValueError; None if every text will do.
-      settings: names of the settings that this kind reads and others do not.
+      score: returns the verdicts, given a rewarder, gold answers and texts.
+      answer_forms: the values of prompt.answer whose answers this kind can read.
+      read_gold: reads a gold answer, or raises ValueError; None if any text is valid.
+      settings: names of the settings that only this kind reads.
     """
 
     score: Callable[[Rewarder, Sequence[str], Sequence[str]], list[Verdict]]
@@ -359,11 +365,11 @@ def check_gold_answers(kind: str, golds: Mapping[str, str], setting: str) -> Non
 
     Args:
       kind: the value of reward.kind.
-      golds: gold answers by the row's id.
+      golds: the gold answers by row id.
       setting: the setting that the rows come from, such as data.path.
 
     Raises:
-      ValueError: names the first such row.
+      ValueError: a gold answer cannot be read; the message names the first such row.
     """
     if kind not in REWARDS:
         return

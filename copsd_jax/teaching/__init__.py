@@ -1,4 +1,4 @@
-"""What the teacher sees and which tokens it teaches: prompts, contexts, replies, spans.
+"""Prompts of student and teacher, contexts, authors' replies, and the tokens that carry loss.
 
 May import: config, problems, rewards.
 """

@@ -1,4 +1,4 @@
-"""Leaks: places of a text that give the final answer away."""
+"""Leaks: the parts of a text that state the final answer."""
 
 import re
 import unicodedata
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from copsd_jax.rewards import graders
 
-_DIGITS = r"(?:\d+|[\u1369-\u137c]+)"  # of any script; Ge'ez numerals have a run of their own
+_DIGITS = r"(?:\d+|[\u1369-\u137c]+)"  # of any script; `\d` does not match Ge'ez numerals
 
 
-# A number with separators inside: a blank only where a group of three follows, as in 10 000.
+# A number, with or without separators. A blank is a separator only before a group of three digits,
+# as in 10 000.
 _NUMBER = re.compile(
     rf"{_DIGITS}(?:(?:[.,'’٫٬،．，]|\{{,\}}){_DIGITS}|(?:\\,|[ \u00a0\u202f])\d{{3}}(?!\d))*"
 )
@@ -19,7 +20,7 @@ _FRACTION = re.compile(r"\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|(?<!\d)\d+\s*[/�
 _MINUS = "-−‐‑–－﹣"
 
 
-# Scripts without blanks between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese.
+# Scripts that put no blanks between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese.
 _UNSPACED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 )
@@ -28,16 +29,16 @@ _UNSPACED = re.compile(
 def has_leak(text: str, answer: str) -> bool:
     """Tells whether a text states the final answer.
 
-    Numbers are compared as numbers, in the digits of any script: 13 is in "8 + 5 = 13." and not in
-    "130" or "1.13". Any other answer must occur as whole words, in any case; a single letter must
-    have its own case, since "a" is also a word. Numbers in words, and formulas in another form, are
-    not found. An unknown answer ("") is in no text.
+    Numbers are compared by value, in the digits of any script: "8 + 5 = 13." states 13, but "130"
+    and "1.13" do not. Any other answer must occur as whole words. Case is ignored, except for an
+    answer of one letter, since "a" is also a word. Numbers written as words are not found, and
+    neither are equivalent formulas in another form. An unknown answer ("") is never found.
     """
     return bool(_find_leaks(text, answer))
 
 
 def mask_leak(text: str, answer: str) -> str:
-    """Replaces each final answer that `has_leak` finds by "[...]"."""
+    """Returns the text with "[...]" in place of each final answer that `has_leak` finds."""
     out, at = [], 0
     for start, end in _find_leaks(text, answer):
         if start >= at:
@@ -47,7 +48,7 @@ def mask_leak(text: str, answer: str) -> str:
 
 
 def _find_leaks(text: str, answer: str) -> list[tuple[int, int]]:
-    """Finds characters [start, end) of each place that states the answer, in order."""
+    """Returns the spans [start, end) of the parts that state the answer, in order."""
     if not answer.strip():
         return []
     spans = [match.span() for match in _FRACTION.finditer(text)]
@@ -59,7 +60,10 @@ def _find_leaks(text: str, answer: str) -> list[tuple[int, int]]:
 
 
 def _find_sign(text: str, start: int) -> int:
-    """Finds where a number with its sign starts; a minus may not join words or subtract."""
+    """Returns where a number starts, including its minus sign if it has one.
+
+    A hyphen after a word, and a minus after an operand, are not part of the number.
+    """
     before = text[max(start - 20, 0) : start].rstrip(" ")
     minus = before[-1:]
     if not minus or minus not in _MINUS or before[-2:-1].isalnum():
@@ -71,7 +75,11 @@ def _find_sign(text: str, start: int) -> int:
 
 
 def find_words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
-    """Finds `wanted` as whole words, in any white space, case and Unicode composition."""
+    """Yields the spans [start, end) where `wanted` occurs as whole words.
+
+    The kind of white space, the case and the Unicode composition are ignored. For a single
+    character, however, the case must match.
+    """
     wanted = " ".join(wanted.split())
     forms = {unicodedata.normalize(form, wanted) for form in ("NFC", "NFD")} | {wanted}
     pattern = "|".join(r"\s+".join(map(re.escape, form.split())) for form in sorted(forms))
@@ -84,7 +92,7 @@ def find_words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
 
 
 def _continues(beside: str, edge: str) -> bool:
-    """Tells whether the word or number that ends in `edge` goes on in the text beside it."""
+    """Tells whether a word or number whose outermost character is `edge` continues in `beside`."""
     near, further = beside[-1:], beside[-2:-1]
     if edge.isdigit() and near in tuple(".,"):
         return further.isdigit()

@@ -1,10 +1,11 @@
-"""Contexts: what the teacher sees besides the problem, one entry of `CONTEXTS` each.
+"""Contexts: the texts that the teacher sees besides the problem. Each is an entry of `CONTEXTS`.
 
-An entry builds the conversation under which the teacher scores a completion. It reads the row, the
-student's `Attempt` and, if an author writes something first, the author's `Reply`. Whatever else
-differs between contexts is a field of the entry, so that a new context is one entry here.
+An entry builds the conversation under which the teacher scores a completion. It reads the row and
+the student's `Attempt`. If an author writes a text first, it also reads the author's `Reply`. The
+other differences between contexts are fields of the entry, so a new context needs one entry only.
 
-This module needs neither jax nor transformers: settings are checked against it before both start.
+This module imports neither jax nor transformers, because settings are checked against it before
+these two are imported.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ INPUTS = ("reply", "attempt", "siblings", "feedback", "other")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The kind of a context and how much of it is shown: the settings `context.*`."""
+    """The settings that contexts read: some of `context.*`, and two of `parity.*`."""
 
     kind: str
     problem_en: bool = True
@@ -33,17 +34,18 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Author:
-    """The part of a context that an author writes.
+    """The text that an author writes for a context: its request, and the reading of the reply.
 
     Attributes:
       build_conversation: returns the conversation that the author completes, or None if there is
         nothing to ask about an attempt.
-      read: reads the author's text about an attempt, which is as the author was shown it.
-      kinds: the values of author.kind that can write it.
-      reads_cut: tells whether a reply that ended at author.max_tokens is read all the same.
-      write_by_rule: writes it from a rule (author.kind=grader), given an attempt and the answer
-        that the grader found in it; None if no rule can.
-      write_exemplar: returns the reply that stands for an exemplar; None if no reply does.
+      read: reads the author's text about an attempt; the attempt is passed as it was shown to the
+        author.
+      kinds: the values of author.kind whose authors can write the text.
+      reads_cut: tells whether a reply that was cut off at author.max_tokens is still read.
+      write_by_rule: writes the text by a rule (author.kind=grader), from an attempt and the answer
+        that the grader found in it; None if no rule can write the text.
+      write_exemplar: returns the reply that is shown for an exemplar; None if exemplars have none.
     """
 
     build_conversation: Callable[[Settings, Attempt], Conversation | None]
@@ -56,16 +58,17 @@ class Author:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """An entry of `CONTEXTS`; only `build_conversation` has no default.
+    """An entry of `CONTEXTS`; every field except `build_conversation` has a default.
 
     Attributes:
       build_conversation: returns the teacher's conversation, or None if the context has nothing to
-        teach about an attempt; such a completion carries no loss.
-      row_fields: returns the fields that a row must have.
-      inputs: returns those of `INPUTS` that the context reads.
-      author: the part that an author writes; None if the context has none.
-      settings: names of the settings that this context reads and some others do not.
-      locates_error: whether a reply names an error, for tokens.select=from_error and error_step.
+        teach about an attempt. A completion without a conversation carries no loss.
+      row_fields: returns the names of the fields that a row must have.
+      inputs: returns the members of `INPUTS` that the context reads.
+      author: the text that an author writes; None if the context needs no author.
+      settings: names of the settings that this context reads, but some other contexts do not.
+      locates_error: whether a reply can name an error; tokens.select=from_error and error_step
+        need this.
     """
 
     build_conversation: Callable[[Settings, Attempt, Reply], Conversation | None]
@@ -77,7 +80,7 @@ class Context:
 
     @property
     def author_kinds(self) -> tuple[str, ...]:
-        """The values of author.kind that go with the context."""
+        """The values of author.kind that the context allows."""
         return self.author.kinds if self.author else ("none",)
 
 
@@ -86,7 +89,7 @@ def _user(*parts: str | Section) -> Turn:
 
 
 def _ask_again(*parts: Section) -> Conversation | None:
-    """Builds a re-prompt that shows those parts that have a text; None if none has."""
+    """Builds a re-prompt from the parts whose text is not empty; None if there are none."""
     shown = [part for part in parts if part.text]
     return (_user("problem", *shown, "again", "instruction"),) if shown else None
 
@@ -99,7 +102,7 @@ def _show_reference(settings: Settings, attempt: Attempt, reply: Reply) -> Conve
 
 
 def _show_crosslingual(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation:
-    """Builds COPSD's conversation; without the solution there is no transition from it."""
+    """Builds COPSD's conversation; the transition is shown only if the solution is shown."""
     english = ("problem_en",) if settings.problem_en else ()
     solution = ("solution", "transition") if settings.solution else ()
     return (_user("problem", *english, *solution, "instruction"),)
@@ -111,7 +114,7 @@ def _list_crosslingual_fields(settings: Settings) -> tuple[str, ...]:
 
 
 def _show_other_problem(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds `reference` with another problem's solution: the control for the right one."""
+    """Builds the control of `reference`, which shows the solution of another problem."""
     if attempt.other is None:
         return None
     solution = Section("solution", row=attempt.other)
@@ -126,7 +129,7 @@ def _show_nothing(settings: Settings, attempt: Attempt, reply: Reply) -> Convers
 
 
 def _show_sibling(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds SDPO's re-prompt: a successful sibling, and feedback if context.feedback says so."""
+    """Builds SDPO's re-prompt: a successful sibling, and feedback if context.feedback allows it."""
     sibling = attempt.sibling
     wanted = {"never": False, "always": True, "without_sibling": not sibling}[settings.feedback]
     feedback = attempt.feedback if wanted else ""
@@ -151,7 +154,7 @@ def _ask_analysis(settings: Settings, attempt: Attempt) -> Conversation:
 def _show_analysis(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
     """Builds a conversation in which the analysis is the assistant's turn.
 
-    Nothing is ever written about exemplars; they are shown as `reference` shows them.
+    Authors write nothing about exemplars, so exemplars are shown as in the context `reference`.
     """
     if reply == replies.NONE:
         return _show_reference(settings, attempt, reply)
@@ -166,7 +169,10 @@ def _read_analysis(settings: Settings, attempt: Attempt, text: str) -> Reply:
 
 
 def _ask_reflection(settings: Settings, attempt: Attempt) -> Conversation | None:
-    """Builds ROSD's two requests: explain a success, or diagnose a failure beside a success."""
+    """Builds ROSD's request to explain a success, or to diagnose a failure next to a success.
+
+    Returns None for a failure without a successful sibling.
+    """
     own = Section("attempt", attempt.text)
     if attempt.correct:
         return (_user("tutor", "problem", own, "gold", Section("request", replies.EXPLAIN)),)
@@ -178,9 +184,10 @@ def _ask_reflection(settings: Settings, attempt: Attempt) -> Conversation | None
 
 
 def _show_reflection(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds a conversation with the explanation alone, without the sibling's solution.
+    """Builds a conversation that shows the explanation, but not the sibling's solution.
 
-    If the reply is not usable, parity.reflection_fallback shows the sibling, as published.
+    If the reply is unusable and parity.reflection_fallback is set, the sibling is shown instead, as
+    published.
     """
     if reply.text:
         return _ask_again(Section("reflection", reply.text))
@@ -199,12 +206,12 @@ def _ask_critique(settings: Settings, attempt: Attempt) -> Conversation:
 
 
 def _show_critique(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds a conversation with the corrected steps; the wrong step is never quoted."""
+    """Builds a conversation that shows the corrected steps, but never the wrong step."""
     return _ask_again(Section("critique", reply.trace))
 
 
 def _read_critique(settings: Settings, attempt: Attempt, text: str) -> Reply:
-    """Reads a critique and compares it with the steps that do not state the answer."""
+    """Reads a critique and compares it with the attempt's steps that do not state the answer."""
     own = [step.text for step in solution_steps.split_steps(attempt.text) if not step.final]
     return replies.verify_critique(replies.read_critique(text), own)
 
@@ -243,7 +250,7 @@ CONTEXTS: dict[str, Context] = {
             "context.sibling",
             "context.section_tokens",
             "context.leak",
-            "context.feedback",  # with parity.reflection_fallback
+            "context.feedback",  # read if parity.reflection_fallback is set
             "parity.reflection_tags",
             "parity.reflection_fallback",
         ),
@@ -296,33 +303,33 @@ def get_context(settings: Settings) -> Context:
 
 
 def list_row_fields(settings: Settings) -> tuple[str, ...]:
-    """Lists the fields of a row that the context's prompts show."""
+    """Lists the fields that a row must have for the context's prompts."""
     return get_context(settings).row_fields(settings)
 
 
 def list_inputs(settings: Settings) -> tuple[str, ...]:
-    """Lists those of `INPUTS` that the context reads."""
+    """Lists the members of `INPUTS` that the context reads."""
     return get_context(settings).inputs(settings)
 
 
 def get_author(settings: Settings) -> Author:
-    """Returns the part of a context that an author writes.
+    """Returns the `Author` of the context that `settings.kind` names.
 
     Raises:
-      ValueError: the context has no such part.
+      ValueError: the context has no author.
     """
     author = get_context(settings).author
     if author is None:
-        raise ValueError(f"context.kind is {settings.kind!r}: no author writes anything for it")
+        raise ValueError(f"context.kind is {settings.kind!r}: no author writes for this context")
     return author
 
 
 def read_reply(settings: Settings, attempt: Attempt, text: str) -> Reply:
-    """Reads an author's text strictly; an unusable reply keeps nothing but its quote.
+    """Reads an author's text strictly; an unusable reply keeps only status, quote and raw text.
 
     Args:
       settings: the settings of a context with an author.
-      attempt: the attempt as the author was shown it.
+      attempt: the attempt as it was shown to the author.
       text: the author's text.
     """
     reply = get_author(settings).read(settings, attempt, text)
@@ -332,9 +339,9 @@ def read_reply(settings: Settings, attempt: Attempt, text: str) -> Reply:
 
 
 def join_privileged_text(settings: Settings, attempt: Attempt, reply: Reply) -> str:
-    """Joins the texts that the teacher is shown and the student is not, one per line.
+    """Joins the texts that only the teacher is shown, with line breaks between them.
 
-    These are solutions, English translations, and whatever siblings, graders and authors wrote.
+    These are solutions, English problems, completions of siblings, and texts by graders or authors.
     """
     conversation = get_context(settings).build_conversation(settings, attempt, reply) or ()
     texts = []

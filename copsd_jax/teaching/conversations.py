@@ -1,8 +1,8 @@
-"""Conversations and their wording, for the student, the teacher and authors alike.
+"""Conversations and their wording, for the student, the teacher and authors.
 
-A conversation is a tuple of turns, and a turn is a tuple of sections. A section names what it
-shows ("problem", "solution", ...). Two tables give its wording, `CHAT` and `PLAIN`, one for each
-template.
+A conversation is a tuple of turns, and a turn has a role and a tuple of sections. The kind of a
+section ("problem", "solution", ...) names its content. Two tables hold the wording of each kind:
+`CHAT` for the chat template, and `PLAIN` for plain text.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from copsd_jax.teaching import solution_steps
 
 
 class Section(NamedTuple):
-    """A part of a turn: a key of `CHAT` and `PLAIN`, and its text where no row holds it."""
+    """A part of a turn."""
 
-    kind: str
-    text: str = ""
-    row: problem_row.Row | None = None  # whose solution is shown, if not the problem's own
+    kind: str  # a key of `PLAIN`
+    text: str = ""  # the text to show, if it does not come from a row
+    row: problem_row.Row | None = None  # the row to show; None for the row of the prompt
 
 
 class Turn(NamedTuple):
@@ -35,16 +35,17 @@ STUDENT: Conversation = (Turn("user", (Section("problem"), Section("instruction"
 
 @dataclasses.dataclass(frozen=True)
 class PromptFormat:
-    """The form of all prompts of the student, the teacher, the evaluation or the author.
+    """The form that all prompts of one side share: student, teacher, evaluation or author.
 
     Attributes:
-      template: "chat" (the tokenizer's own) or "plain" (text with labels, `PLAIN`).
-      thinking: "none" if the template has no thinking switch. Else "off" (an empty think block),
-        "on" (the model may open one) or "prefix" (one is open and has the language's first words).
-      answer: how a final answer is asked for and written, a key of `ANSWER_FORMS`.
+      template: "chat" (the tokenizer's chat template) or "plain" (text with labels, `PLAIN`).
+      thinking: "none" if the template has no thinking switch. Otherwise "off" (an empty think
+        block), "on" (the model may open a think block) or "prefix" (the prompt opens a think block
+        and writes its first words in the language).
+      answer: the form in which a final answer is requested and written, a key of `ANSWER_FORMS`.
       languages: the languages by code.
-      exemplars: worked examples in front of every prompt.
-      form: "plain", or "step_tags" for answers with each step in `<step_k>` tags.
+      exemplars: the worked examples before every prompt.
+      form: "plain", or "step_tags" if each step of an answer is written in `<step_k>` tags.
     """
 
     template: str
@@ -56,7 +57,7 @@ class PromptFormat:
 
 
 def join_lines(text: str) -> str:
-    """Joins a text into one line: in plain text a line break ends a block or a completion."""
+    """Joins a text into one line, since in plain text a line break ends a block or a completion."""
     return " ".join(text.split())
 
 
@@ -64,8 +65,8 @@ def _plain_solution(row: problem_row.Row) -> str:
     return join_lines(row.solution) + (f" ({row.answer})" if row.answer else "")
 
 
-# The plain wording. A block starts with its line break, and the last one ends in "Answer:" on
-# both sides, so that the first completion token has the same place in both formats.
+# The plain wording. Each block includes the line break before it. The prompts of both student and
+# teacher end in "Answer:", so the first completion token follows the same text on both sides.
 PLAIN: dict[str, Callable[[problem_row.Row, Section], str]] = {
     "problem": lambda row, part: f"Question: {join_lines(row.problem)}",
     "problem_en": lambda row, part: f"\nEnglish question: {join_lines(row.problem_en)}",
@@ -85,13 +86,13 @@ PLAIN: dict[str, Callable[[problem_row.Row, Section], str]] = {
     "instruction": lambda row, part: "\nAnswer:",
 }
 
-PLAIN_START = "Question:"  # what every block of `PLAIN` starts with
+PLAIN_START = "Question:"  # the text that every plain conversation starts with
 
-PLAIN_GAP = "\n\n"  # after an exemplar
+PLAIN_GAP = "\n\n"  # follows each exemplar
 
 
-# The chat wording: blocks of a turn, apart by a blank line, in the order of the sections. The
-# instruction follows a transition on the next line.
+# The chat wording: the blocks of a turn, separated by a blank line, in the order of the sections.
+# An instruction after a transition starts on the next line, without a blank line before it.
 CHAT: dict[str, Callable[[languages.Language, problem_row.Row, Section], str]] = {
     "problem": lambda lang, row, part: f"{lang.label_problem}: {row.problem}",
     "problem_en": lambda lang, row, part: f"{lang.label_problem_en}: {row.problem_en}",
@@ -102,7 +103,7 @@ CHAT: dict[str, Callable[[languages.Language, problem_row.Row, Section], str]] =
     "reason": lambda lang, row, part: lang.reason_first,
     "analysis": lambda lang, row, part: part.text,
     "transition": lambda lang, row, part: lang.transition,
-    # In English for every language, as the papers have them.
+    # The next entries are in English for every language, as in the papers.
     "tutor": lambda lang, row, part: TUTOR,
     "attempt": lambda lang, row, part: f"An attempt:\n{_fence('Attempt', part.text)}",
     "gold": lambda lang, row, part: f"The final answer is known: {row.answer}",
@@ -141,8 +142,8 @@ ANSWER_FORMS = {
 INSTRUCTIONS: dict[str, Callable[[languages.Language], str]] = {
     "boxed": lambda lang: lang.instruction,
     "answer_is": lambda lang: lang.instruction_answer_is,
-    "choice": lambda lang: CHOICE,  # in English, as STEP_TAGS
-    "none": lambda lang: "",  # the problem says how it is to be answered
+    "choice": lambda lang: CHOICE,  # in English for every language, like STEP_TAGS
+    "none": lambda lang: "",  # the problem itself says how to answer
 }
 
 
@@ -156,9 +157,9 @@ def _tag_steps(solution: str) -> str:
 
 
 def write_worked_completion(prompt_format: PromptFormat, row: problem_row.Row) -> str:
-    """Writes the completion that consists of a row's solution and answer.
+    """Writes a completion from a row's solution and answer.
 
-    Exemplars are answered with it, and SFT trains it.
+    It is the completion of an exemplar, and the target of SFT.
 
     Raises:
       ValueError: the row has no solution or no answer.
@@ -187,16 +188,16 @@ def _render_chat_turn(prompt_format: PromptFormat, row: problem_row.Row, turn: T
 
 
 def check_sections(row: problem_row.Row, conversation: Conversation) -> None:
-    """Refuses a row without a field that the conversation shows.
+    """Refuses a row that lacks a field that the conversation shows.
 
     Raises:
-      ValueError: names the row and the field.
+      ValueError: a field is empty; the message names the row and the field.
     """
     for part in (part for turn in conversation for part in turn.sections):
         shown = part.row or row
         field = "answer" if part.kind == "gold" else part.kind
         if field in ("problem", "problem_en", "solution", "answer") and not getattr(shown, field):
-            raise ValueError(f"row {shown.id!r} has no {field}, which its prompt shows")
+            raise ValueError(f"row {shown.id!r} has no {field}, but its prompt shows it")
 
 
 def render_plain_text(row: problem_row.Row, conversation: Conversation) -> str:

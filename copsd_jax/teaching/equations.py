@@ -1,6 +1,6 @@
 """A parser of equations between numbers in a text.
 
-It is a small parser of our own: what a model wrote is never executed.
+The parser evaluates numbers itself, so text written by a model is never executed.
 """
 
 import fractions
@@ -10,17 +10,17 @@ from typing import NamedTuple
 
 from copsd_jax.rewards import graders
 
-_Value = fractions.Fraction | None  # None where it divides by zero
+_Value = fractions.Fraction | None  # None after a division by zero
 
 
 class Equation(NamedTuple):
-    """Characters [start, end) of an equation, and its values."""
+    """An equation: its characters [start, end), and its values."""
 
     start: int
     end: int
-    value: _Value  # of its last side
-    true: bool  # all sides are equal
-    results: tuple[_Value, ...]  # of every operation in it, in order
+    value: _Value  # the value of the last side
+    true: bool  # whether all sides are equal
+    results: tuple[_Value, ...]  # the result of every operation, in order
 
 
 TOKEN = re.compile(
@@ -33,26 +33,27 @@ TOKEN = re.compile(
     re.VERBOSE | re.MULTILINE | re.DOTALL,
 )
 
-SIGNS = {"+": "+", "-": "-", "/": "/"}  # all others multiply
+SIGNS = {"+": "+", "-": "-", "/": "/"}  # every other sign multiplies
 SIGNS |= {"＋": "+", "−": "-", "–": "-", "－": "-", "÷": "/", "／": "/", "\\div": "/"}
 
-_NO_START = re.compile(r"[A-Za-z_^.}%!\\\])]")  # x2, 2^3, \frac{1}{2}3: part of something else
+# A number after one of these is part of another term, as in x2, 2^3 and \frac{1}{2}3.
+_NO_START = re.compile(r"[A-Za-z_^.}%!\\\])]")
 
-_LONGEST = 20  # characters of a number
+_LONGEST = 20  # maximum number of characters of a number
 
-_MAX_OPERANDS = 64  # of a side
-_BRACKET_COST = 8  # a bracket counts as so many operands, so that few are nested
+_MAX_OPERANDS = 64  # per side
+_BRACKET_COST = 8  # number of operands that a bracket counts as, which limits nesting
 _END = ("end", "", -1, -1)
 
 
 def find_equations(text: str) -> list[Equation]:
-    r"""Finds the equations between numbers in a text, in order, as "3 x 5 = 15 = 10 + 5".
+    r"""Finds the equations between numbers in a text, in order, such as "3 x 5 = 15 = 10 + 5".
 
-    Numbers are integers and decimals ("1,234.5", "3,5") in the digits of any script; operations
-    are `+ - * /` and their other signs (`x × · ÷ − \times \cdot \div`) with the usual precedence,
-    brackets and a sign in front of a number. At least one side has an operation. A side that
-    follows an operation on something else belongs to no equation, as in "x + 3 + 4 = 9". Values
-    are exact: "10 / 3 = 3.33" is false.
+    Numbers are integers and decimals ("1,234.5", "3,5") in the digits of any script. The operations
+    are `+ - * /`, also written as `x × · ÷ − \times \cdot \div`, with the usual precedence. A text
+    may use brackets, and a minus before a number. At least one side of an equation has an
+    operation. An equation cannot begin after the sign of another term, so "x + 3 + 4 = 9" has no
+    equation. Values are compared exactly, so "10 / 3 = 3.33" is false.
     """
     found = []
     tokens = [(str(m.lastgroup), m[0], m.start(), m.end()) for m in TOKEN.finditer(text)]
@@ -80,35 +81,35 @@ def _may_start(text: str, tokens: Sequence[_Token], at: int) -> bool:
 
 
 def _read_equation(tokens: Sequence[_Token], at: int) -> tuple[Equation | None, int]:
-    """Reads the equation that begins with a token; returns it and the index of the next token."""
+    """Reads an equation that starts at a token; returns it or None, and the next token's index."""
     reader = _Reader(tokens, at - 1)
     sides = reader.read_behind(reader.side)
     while sides and reader.kind() == "equal" and (side := reader.read_behind(reader.side)):
         sides += side
     if len(sides) < 2 or not reader.results:
-        return None, reader.at  # no equation begins inside what was read either
+        return None, reader.at  # no equation starts inside the part that was read
     true = sides[0] is not None and len(set(sides)) == 1
     end = tokens[reader.at - 1][3]
     return Equation(tokens[at][2], end, sides[-1], true, tuple(reader.results)), reader.at
 
 
 class _Unreadable(Exception):
-    """No operand stands where one must."""
+    """An operand is missing or cannot be read."""
 
 
 class _Reader:
-    """A reader of sums, products and operands; a sign without an operand behind it ends a side."""
+    """A reader of sums, products and operands; a sign without an operand after it ends a side."""
 
     def __init__(self, tokens: Sequence[_Token], at: int):
         self.tokens, self.at = tokens, at
         self.results: list[_Value] = []
-        self._left = 0  # operands that the side may yet have
+        self._left = 0  # number of operands that the side may still have
 
     def kind(self) -> str:
         return self.tokens[self.at][0]
 
     def read_behind(self, read: Callable[[], _Value]) -> list[_Value]:
-        """Reads what stands behind a token; [], and still at the token, if it is unreadable."""
+        """Calls `read` after the current token; on failure, returns [] and stays at that token."""
         before, count = self.at, len(self.results)
         self.at += 1
         try:
@@ -123,7 +124,7 @@ class _Reader:
         return self._row("+-")
 
     def _row(self, signs: str) -> _Value:
-        """Reads operands with signs of one precedence between them, from left to right."""
+        """Evaluates operands joined by `signs`, which have one precedence, from left to right."""
         read = self._operand if signs == "*/" else lambda: self._row("*/")
         value = read()
         while self.kind() == "sign":
@@ -158,7 +159,7 @@ def _read_number(written: str) -> fractions.Fraction | None:
     if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", digits):
         digits = digits.replace(",", "")
     digits = digits.replace(",", ".")
-    if not re.fullmatch(r"\d*\.?\d+", digits):  # Ge'ez digits that make no number
+    if not re.fullmatch(r"\d*\.?\d+", digits):  # Ge'ez digits that do not form a number
         raise _Unreadable
     return fractions.Fraction(digits)
 

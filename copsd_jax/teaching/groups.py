@@ -1,6 +1,6 @@
-"""Choices from the group of a completion, and from the other problems of the data.
+"""Choice of a sibling from a completion's group, and of another problem from the data.
 
-A group is the rollout.per_prompt completions of one occurrence of a problem.
+A group consists of the rollout.per_prompt completions of one occurrence of a problem.
 """
 
 from collections.abc import Sequence
@@ -17,23 +17,24 @@ def choose_siblings(
     choice: str,
     seed: Sequence[int],
 ) -> list[int | None]:
-    """Chooses a successful sibling for each completion: another one of its group.
+    """Chooses a sibling for each completion: another, successful completion of the same group.
 
     Args:
-      success_B: whether each completion is successful.
-      groups_B: the group of each completion.
-      lengths_B: tokens of each completion.
-      choice: first in the order of samples, shortest (the first of equals), or sampled at random.
-      seed: whole numbers from which `sampled` draws.
+      success_B: [B], whether each completion is successful.
+      groups_B: [B], the number of each completion's group.
+      lengths_B: [B], the number of tokens of each completion.
+      choice: "first" (in the order of samples), "shortest" (the first one if several are equally
+        short) or "sampled" (at random).
+      seed: integers that seed the random choice.
 
     Returns:
-      The index of the sibling, or None, for each completion.
+      For each completion, the index of its sibling, or None if there is none.
     """
     rng = np.random.default_rng(list(seed))
     out: list[int | None] = []
     for i, group in enumerate(groups_B):
         others = [j for j, g in enumerate(groups_B) if g == group and j != i and success_B[j]]
-        draw = rng.random()  # one draw per completion, so that no group changes another's draw
+        draw = rng.random()  # drawn for each completion, so groups do not affect others
         if choice == "shortest":
             others.sort(key=lambda j: lengths_B[j])
         k = int(draw * len(others)) if choice == "sampled" else 0
@@ -44,18 +45,18 @@ def choose_siblings(
 def choose_other_problems(
     pool: Sequence[problem_row.Row], rows: Sequence[problem_row.Row], seed: Sequence[int]
 ) -> list[problem_row.Row | None]:
-    """Chooses another problem for each row, in its language and with another answer.
+    """Chooses for each row another problem in the same language, with another answer.
 
-    It is the control of a context: how much a solution helps that belongs to another problem. All
-    rows of one problem get the same other problem.
+    It is the control of a context, and shows the effect of a solution that belongs to another
+    problem. All rows with the same id get the same other problem.
 
     Args:
       pool: the problems to choose from.
       rows: the rows.
-      seed: whole numbers from which the choice is drawn.
+      seed: integers that seed the choice.
 
     Returns:
-      The other problem, or None if there is none, for each row.
+      For each row, the other problem, or None if there is none.
     """
     found: dict[str, problem_row.Row | None] = {}
     rng = np.random.default_rng(list(seed))

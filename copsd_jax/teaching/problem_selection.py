@@ -1,4 +1,4 @@
-"""The problems of a run: loaded, and checked against its method, context, author and reward."""
+"""Loads the problems of a run, and checks them against its method, context, author and reward."""
 
 import collections
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import contexts, step_checker
 
 Registry = Mapping[str, languages.Language]
-Loaded = tuple[list[Row], collections.Counter]  # the rows, and the dropped ones by reason
+Loaded = tuple[list[Row], collections.Counter]  # rows, and the number of dropped rows by reason
 
 
 def load_train_rows(
     config: config_lib.Config, context: contexts.Settings, registry: Registry
 ) -> Loaded:
-    """Loads the rows to train on, and counts dropped rows by reason.
+    """Loads the training rows; returns them and the number of dropped rows by reason.
 
     Raises:
       ValueError: the reward, the context or the author cannot use the rows.
@@ -34,22 +34,22 @@ def load_train_rows(
         for lang in {row.lang for row in rows}:
             if len({row.answer for row in rows if row.lang == lang}) < 2:
                 raise ValueError(
-                    f"context.kind is {context.kind!r}: data.path is {config.data.path!r}, and no "
-                    f"two of its problems in {lang!r} have different answers"
+                    f"context.kind is {context.kind!r}: it needs problems with different answers, "
+                    f"but in data.path {config.data.path!r} all in {lang!r} have the same answer"
                 )
     if config.author.kind == "grader":
         unknown = [row for row in rows if not step_checker.can_check(row.solution, row.answer)]
         if unknown:
             raise ValueError(
-                f"author.kind is 'grader': it reads solutions that are equations up to the answer, "
-                f"and {len(unknown)} of {len(rows)} rows have others, as {unknown[0].id!r} with "
-                f"{unknown[0].solution[:80]!r}"
+                f"author.kind is 'grader': it needs solutions that are equations up to the answer, "
+                f"but {len(unknown)} of {len(rows)} rows have other solutions, such as "
+                f"{unknown[0].id!r} with {unknown[0].solution[:80]!r}"
             )
     return rows, dropped
 
 
 def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
-    """Loads the rows to evaluate on, and counts dropped rows by reason."""
+    """Loads the evaluation rows; returns them and the number of dropped rows by reason."""
     if not config.eval.path:
         return [], collections.Counter()
     rows, dropped = sources.load_rows(
@@ -64,7 +64,11 @@ def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
 
 
 def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, ...]:
-    """Loads the worked examples of prompt.exemplars."""
+    """Loads the worked examples: the first prompt.exemplars rows of prompt.exemplars_path.
+
+    Raises:
+      ValueError: the file has fewer rows.
+    """
     count = config.prompt.exemplars
     if not count:
         return ()
@@ -75,24 +79,24 @@ def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, 
     )  # fmt: skip
     if len(rows) < count:
         raise ValueError(
-            f"prompt.exemplars is {count}: {config.prompt.exemplars_path} has {len(rows)} rows"
+            f"prompt.exemplars is {count}: {config.prompt.exemplars_path} has only {len(rows)} rows"
         )
     return tuple(rows[:count])
 
 
 def _fields(path: str, fields: str) -> str:
-    """Returns the field map of a source; bundled files need none."""
+    """Returns the field map of a source; it is empty for bundled files, which need none."""
     return "" if path.startswith("bundled:") else fields
 
 
 def check_language_shares(config: config_lib.Config, rows: list[Row], registry: Registry) -> None:
-    """Refuses a language with a share of data.weights for which no row is left."""
+    """Refuses a language that has a weight in data.weights, but no rows."""
     weights = tuple(config.data.weights) or (1.0,) * len(config.data.lang)
     found = {row.lang for row in rows}
     for code, weight in zip(config.data.lang, weights, strict=True):
         if weight and languages.resolve_code(code, registry) not in found:
             raise ValueError(
-                f"data.lang is {code!r}: no row is left in that language; set its data.weights to 0"
+                f"data.lang is {code!r}: no row is left; set its weight in data.weights to 0"
             )
 
 

@@ -1,6 +1,6 @@
-"""Prompts: conversations as token ids, for training, baselines and evaluation alike.
+"""Prompts: conversations as token ids, for training, baselines and evaluation.
 
-The student's conversation is `conversations.STUDENT`; the teacher's come from `contexts`.
+The student's conversation is `conversations.STUDENT`; `contexts` builds the teacher's conversation.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ class Prompt:
     """A prompt as token ids: `prefix_ids + ids`.
 
     Attributes:
-      prefix_ids: the exemplars; equal in all prompts of one prompt format and context.
-      ids: the rest, not empty.
-      text: the whole prompt for people.
+      prefix_ids: the token ids of the exemplars, equal in all prompts of one format and context.
+      ids: the token ids after the exemplars; never empty.
+      text: the whole prompt as readable text.
       state: the template state in which the completion starts: "closed" (after an empty think
-        block), "unopened" (before the template's think block), "open" (inside one) or "plain"
+        block), "unopened" (no think block is open yet), "open" (inside a think block) or "plain"
         (the template has no thinking).
-      shortened: kinds of the sections that context.section_tokens truncated.
+      shortened: the kinds of the sections that were truncated to context.section_tokens.
     """
 
     prefix_ids: tuple[int, ...]
@@ -38,7 +38,7 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """The number of tokens, exemplars included."""
+        """The number of tokens, including the exemplars."""
         return len(self.prefix_ids) + len(self.ids)
 
 
@@ -47,7 +47,7 @@ class Prompt:
 
 @functools.lru_cache(maxsize=4)
 def has_thinking(tokenizer: Tokenizer) -> bool:
-    """Tells whether the chat template has a thinking switch: `enable_thinking` changes its text.
+    """Tells whether the chat template has a thinking switch (`enable_thinking` changes its text).
 
     Raises:
       ValueError: the tokenizer has no chat template.
@@ -59,7 +59,7 @@ def has_thinking(tokenizer: Tokenizer) -> bool:
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict], thinking: str) -> str:
-    """Renders messages by the chat template, up to the start of the assistant's turn."""
+    """Renders messages with the chat template, up to the start of the assistant's turn."""
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     if thinking != "none":
         options["enable_thinking"] = thinking != "off"
@@ -69,7 +69,7 @@ def _render(tokenizer: Tokenizer, messages: list[dict], thinking: str) -> str:
 
 
 def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: str) -> None:
-    """Refuses a kind of thinking that the template does not have.
+    """Refuses a thinking mode that the template does not support.
 
     Args:
       tokenizer: the model's tokenizer.
@@ -78,7 +78,7 @@ def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: 
       setting: the name of the setting that `thinking` comes from, for the message.
 
     Raises:
-      ValueError: names the setting and the choices.
+      ValueError: the mode is not supported; the message names the setting and the choices.
     """
     if template == "plain":
         choices, why = ("none",), "prompt.template is 'plain'"
@@ -94,7 +94,7 @@ def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: 
 def _find_state(text: str, thinking: str) -> str:
     """Returns the template state at the end of a rendered prompt (`Prompt.state`).
 
-    Contents must be guarded: a think block that one of them quotes does not count.
+    The contents of the messages must be guarded, so that a think block quoted in them is ignored.
     """
     if re.search(r"<think>\s*</think>\s*$", text):
         return "closed"
@@ -106,9 +106,10 @@ def _find_state(text: str, thinking: str) -> str:
 def _build_chat_prompt(
     tokenizer: Tokenizer, thinking: str, messages: list[dict], start: int, opening: str
 ) -> Prompt:
-    """Renders messages by the chat template and encodes them.
+    """Renders messages with the chat template and encodes them.
 
-    Messages before `start` become the prefix; `opening` is the text of an open think block.
+    The messages before index `start` become the prefix. `opening` is the text inside the think
+    block that `thinking="prefix"` opens.
     """
     guard = text_encoding.Guard(tokenizer, [message["content"] for message in messages] + [opening])
     guarded = [{**message, "content": guard(message["content"])} for message in messages]
@@ -118,7 +119,8 @@ def _build_chat_prompt(
         raise ValueError("the chat template does not show each message exactly once")
     state = _find_state(text, thinking)
     if thinking == "prefix":
-        # As in COPSD: the template allows thinking, and the block is opened here if it is not.
+        # As in COPSD, the template enables thinking. The think block is opened here, unless the
+        # template has already opened it.
         text += guard(opening) if state == "open" else "<think>\n" + guard(opening)
         state = "open"
     cut = _find_shared_end(tokenizer, text, text.index(guard.mark)) if start else 0
@@ -129,7 +131,7 @@ def _build_chat_prompt(
 
 
 def _find_shared_end(tokenizer: Tokenizer, text: str, end: int) -> int:
-    """Returns the start of the last special token before `end`, which no token crosses."""
+    """Returns the start of the last special token before `end`; no token spans this position."""
     _, pattern = text_encoding.find_added_tokens(tokenizer)
     starts = [match.start() for match in pattern.finditer(text, 0, end)]
     if not starts:
@@ -144,21 +146,21 @@ def _find_shared_end(tokenizer: Tokenizer, text: str, end: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _encode_plain_prefix(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Encodes the exemplars as they are encoded if another block follows."""
+    """Encodes the exemplars to the token ids that they have before another problem."""
     encoding = text_encoding.encode_text(tokenizer, text + conversations.PLAIN_START)
     count = sum(end <= len(text) for _, end in encoding.offsets)
     return tuple(encoding.ids[:count])
 
 
 def _build_plain_prompt(tokenizer: Tokenizer, shared: str, own: str) -> Prompt:
-    """Encodes plain text, behind the start token if the tokenizer puts one in front of texts."""
+    """Encodes plain text, after the start token if the tokenizer has one."""
     start = tuple(tokenizer.encode("", add_special_tokens=True))
     start = start[:1] if start[:1] == (tokenizer.bos_token_id,) else ()
     prefix = _encode_plain_prefix(tokenizer, shared) if shared else ()
     ids = tuple(text_encoding.encode_text(tokenizer, shared + own).ids)
     if ids[: len(prefix)] != prefix:
         raise ValueError(
-            f"the tokenizer merges the exemplars of prompt.exemplars with the text behind them, "
+            f"the tokenizer merges the exemplars of prompt.exemplars with the text after them, "
             f"{own[:40]!r}: set prompt.exemplars=0 or prompt.template=chat"
         )
     if not shared:
@@ -180,14 +182,14 @@ def build_prompt(
 
     Args:
       tokenizer: the model's tokenizer.
-      prompt_format: the form of the prompt; its own exemplars are not used.
+      prompt_format: the form of the prompt; its field `exemplars` is not used.
       row: the problem.
       conversation: the conversation; it ends with a user's turn.
-      exemplars: rows with their conversations, each of which is answered with its solution.
+      exemplars: pairs of a row and its conversation; the row's solution answers the conversation.
 
     Raises:
-      ValueError: the template does not have `prompt_format.thinking`, or an exemplar has no
-        solution.
+      ValueError: the template does not support `prompt_format.thinking`, or a row lacks a field
+        that the prompt shows.
     """
     check_thinking(tokenizer, prompt_format.template, prompt_format.thinking, "a side's thinking")
     for shown, turns in (*exemplars, (row, conversation)):
@@ -213,19 +215,20 @@ def build_prompt(
 def encode_target(
     tokenizer: Tokenizer, prompt_format: PromptFormat, row: Row, stop: Sequence[str], state: str
 ) -> tuple[int, ...]:
-    """Encodes the completion that SFT trains: the row's solution and answer, and an end.
+    """Encodes the target of SFT: the row's solution and answer, then an end token or stop string.
 
     Args:
       tokenizer: the model's tokenizer.
       prompt_format: the form of the student's prompts.
       row: the problem.
-      stop: rollout.stop. In plain text the first of these strings ends the completion; without one,
-        and in the chat template, the tokenizer's end token does.
+      stop: the stop strings (rollout.stop). In plain text, the first stop string ends the
+        completion. In the chat template, and without stop strings, the tokenizer's end token ends
+        the completion.
       state: the state of the prompt. If it is "open", the think block is closed first, since an
-        answer inside it does not count.
+        answer inside a think block does not count.
 
     Raises:
-      ValueError: the row has no solution or answer, or the tokenizer no end token.
+      ValueError: the row has no solution or no answer, or the tokenizer has no end token.
     """
     completion = conversations.write_worked_completion(prompt_format, row)
     if prompt_format.template == "plain":
@@ -241,28 +244,28 @@ def encode_target(
 
 
 def build_student_prompt(tokenizer: Tokenizer, prompt_format: PromptFormat, row: Row) -> Prompt:
-    """Builds the student's prompt, with the exemplars of its format."""
+    """Builds the student's prompt, with the exemplars of `prompt_format`."""
     student = conversations.STUDENT
     shots = [(shot, student) for shot in prompt_format.exemplars]
     return build_prompt(tokenizer, prompt_format, row, student, shots)
 
 
 def check_template_states(student: Prompt, teacher: Prompt, allow: bool) -> None:
-    """Refuses prompts after which student and teacher start in different template states.
+    """Refuses prompts whose completions start in different template states.
 
     Args:
       student: a student's prompt.
       teacher: the teacher's prompt of the same completion.
-      allow: parity.template_mismatch, which accepts them.
+      allow: whether different states are accepted (parity.template_mismatch).
 
     Raises:
-      ValueError: the states differ.
+      ValueError: the states differ and `allow` is False.
     """
     if student.state != teacher.state and not allow:
         raise ValueError(
             f"the student's completion starts in state {student.state!r} and the teacher's in "
-            f"{teacher.state!r}: set prompt.thinking and teacher.thinking alike, or "
-            "parity.template_mismatch=True where a published recipe has it"
+            f"{teacher.state!r}: set prompt.thinking and teacher.thinking to the same value, or "
+            "set parity.template_mismatch=True if a published recipe needs it"
         )
 
 
@@ -274,22 +277,22 @@ def keep_fitting_rows(
     Args:
       rows: the rows.
       build: builds a row's prompt.
-      limit: tokens that a prompt may have.
-      setting: the setting that `limit` comes from, for the message.
-      overlong: data.overlong: "drop", or "error" to raise at the first longer prompt.
+      limit: maximum number of tokens of a prompt.
+      setting: the name of the setting that `limit` comes from, for the message.
+      overlong: "drop", or "error" to raise at the first prompt that is too long (data.overlong).
 
     Returns:
-      The rows that are kept, and the number of the others.
+      The kept rows, and the number of dropped rows.
 
     Raises:
-      ValueError: a prompt is longer and `overlong` is "error".
+      ValueError: a prompt is longer than `limit`, and `overlong` is "error".
     """
     kept = []
     for row in rows:
         length = build(row).length
         if length > limit and overlong == "error":
             raise ValueError(
-                f"row {row.id!r} has a prompt of {length} tokens, {setting} is {limit}; "
+                f"row {row.id!r} has a prompt of {length} tokens, but {setting} is {limit}; "
                 "data.overlong=drop leaves such rows out"
             )
         if length <= limit:

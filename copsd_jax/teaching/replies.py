@@ -1,9 +1,10 @@
-"""Formats that an author is asked to write, and the strict reading of its replies.
+"""Requests to authors for replies in fixed formats, and the strict reading of the replies.
 
-Each text gives a `Reply` with a status of `STATUSES`; half-read text is never guessed at.
+Each text is read as a `Reply` with one of `STATUSES`. A text in another format is unusable, and
+no part of it is guessed.
 
-ROSD (arXiv 2605.28014, ALGORITHMS.md 2.2) is the source of the reflections, the step-aligned
-critique (arXiv 2606.11173, ALGORITHMS.md 1.5) of the four cases; all wordings are our own.
+The reflections are from ROSD (arXiv 2605.28014). The four cases are from the step-aligned critique
+(arXiv 2606.11173). The wordings differ from both papers.
 """
 
 import dataclasses
@@ -24,27 +25,27 @@ class Status(NamedTuple):
 
 STATUSES = {
     "ok": Status(True, "in the requested form"),
-    "no_quote": Status(True, "a diagnosis that explains, and quotes no error"),
-    "empty": Status(False, "nothing behind the thinking, or nothing in the explanation"),
-    "unclosed": Status(False, "the thinking or a tag never ends, or ends without a beginning"),
-    "repeated_tag": Status(False, "a tag more than once"),
-    "misplaced_tag": Status(False, "a tag inside another, out of order, or not of this format"),
+    "no_quote": Status(True, "a diagnosis that explains the error, but does not quote it"),
+    "empty": Status(False, "no text after the thinking, or an empty explanation"),
+    "unclosed": Status(False, "the thinking or a tag is never closed, or a tag is never opened"),
+    "repeated_tag": Status(False, "a tag occurs more than once"),
+    "misplaced_tag": Status(False, "a tag is inside another, out of order, or not in this format"),
     "no_explanation": Status(False, "no explanation"),
-    "no_case": Status(False, "no case, or none of the four"),
-    "no_step": Status(False, "the first wrong step is missing, superfluous or not of the attempt"),
-    "bad_steps": Status(False, "no steps, or empty, unclosed or wrongly numbered ones"),
+    "no_case": Status(False, "the case is missing, or not one of the four"),
+    "no_step": Status(False, "the first wrong step is missing, superfluous or not in the attempt"),
+    "bad_steps": Status(False, "no steps, or steps that are empty, unclosed or wrongly numbered"),
     "no_answer": Status(False, "no final answer"),
-    "prefix_changed": Status(False, "the right steps are not those of the attempt"),
+    "prefix_changed": Status(False, "the right steps differ from those of the attempt"),
     "quotes_error": Status(False, "the wrong step is quoted"),
-    "thought": Status(True, "an analysis whose thinking never ends: the thinking is shown"),
-    "leak_dropped": Status(False, "the explanation gives the final answer away: context.leak=drop"),
+    "thought": Status(True, "an analysis whose thinking never ends, so the thinking is shown"),
+    "leak_dropped": Status(False, "the explanation states the final answer, and context.leak=drop"),
     # No reply was written.
     "none": Status(False, "the context has no author"),
     "filtered": Status(False, "the completion is not distilled"),
-    "not_asked": Status(False, "there is nothing to ask about: a failure without a success"),
-    "overlong": Status(False, "the author's prompt and reply exceed the model's positions"),
-    "missing": Status(False, "author.path has no such record"),
-    "cut": Status(False, "it ended at author.max_tokens"),
+    "not_asked": Status(False, "the attempt failed, and no sibling succeeded"),
+    "overlong": Status(False, "the author's prompt and reply need too many positions"),
+    "missing": Status(False, "author.path has no record for this completion"),
+    "cut": Status(False, "the reply was cut off at author.max_tokens"),
     **{
         name: Status(False, f"failure of the server: {name}")
         for name in ("timeout", "refused", "server_error", "bad_reply", "unreachable")
@@ -54,15 +55,15 @@ STATUSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """The student's answer to a problem, and its grading.
+    """The student's answer to a problem, with its grading.
 
     Attributes:
       row: the problem.
       text: the completion without its thinking.
-      correct: whether the answer is right; None if the reward does not say so.
+      correct: whether the answer is right; None if the reward does not tell.
       feedback: the grader's feedback text.
-      sibling: a successful completion of the same group, without its thinking, or "".
-      other: another problem of the data, for the context `other_problem`.
+      sibling: a successful completion of the same group, without its thinking; "" if there is none.
+      other: another problem of the data, for the context `other_problem`, or None.
     """
 
     row: problem_row.Row
@@ -75,7 +76,7 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An author's text as it was read.
+    """The result of reading an author's text.
 
     Attributes:
       status: a key of `STATUSES`.
@@ -85,10 +86,10 @@ class Reply:
       case: the case of a critique, a key of `step_checker.CASES`, or "".
       trace: the corrected steps and answer of a critique, in tags, or "".
       raw: the whole text.
-      leaked: whether the explanation gives the final answer away.
-      cut: whether the text ended at author.max_tokens, whatever its status is.
-      detail: of a failure, a line for people.
-      shortened: the sections of the author's prompt that were truncated.
+      leaked: whether the explanation states the final answer.
+      cut: whether the text was cut off at author.max_tokens; the status does not tell this.
+      detail: one readable line about a failure, or "".
+      shortened: the kinds of the sections of the author's prompt that were truncated.
     """
 
     status: str
@@ -106,7 +107,7 @@ class Reply:
 
 NONE = Reply("none")
 FILTERED = Reply("filtered")
-PROBE = Reply("ok", text="-", trace="-")  # the shortest reply, which measures a prompt
+PROBE = Reply("ok", text="-", trace="-")  # the shortest reply, for measuring prompts
 
 
 DIAGNOSE = """\
@@ -139,18 +140,18 @@ _CRITIQUE = "case|first_wrong|step_[0-9]+|answer"
 
 
 def join_tags(fields: Iterable[tuple[str, str]]) -> str:
-    """Joins pairs (tag, content), one per line."""
+    """Joins (tag, content) pairs as tagged text, one pair per line."""
     return "\n".join(f"<{name}>{text}</{name}>" for name, text in fields)
 
 
 def _read_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
-    """Reads tags and their contents behind the thinking, in order; other text is ignored.
+    """Reads the tags after the thinking, in order; text outside the tags is ignored.
 
-    A caller whose prompt opened the think block puts `<think>` in front, as for
+    If the prompt opened the think block, the caller puts `<think>` in front of the text, as for
     `graders.extract_answer`.
 
     Returns:
-      The pairs (tag, content), and the status and tag of the first error ("" if there is none).
+      The (tag, content) pairs, and the status and tag of the first error ("" if there is none).
     """
     text = text.rpartition("</think>")[2]
     if "<think>" in text or not text.strip():
@@ -176,7 +177,7 @@ def _read_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
 
 
 def read_reflection(text: str, correct: bool) -> Reply:
-    """Reads a reply to EXPLAIN, if the attempt is right, or to DIAGNOSE."""
+    """Reads a reply to EXPLAIN if the attempt is correct, and otherwise a reply to DIAGNOSE."""
     found, problem, _ = _read_tags(text, _REFLECTION)
     fields = dict(found)
     if not problem and correct and "error_quote" in fields:
@@ -193,9 +194,10 @@ def read_reflection(text: str, correct: bool) -> Reply:
 def read_published_reflection(text: str, correct: bool) -> Reply:
     """Reads a reply to EXPLAIN or DIAGNOSE as ROSD's code does (parity.reflection_tags).
 
-    It takes tags in any case, the shortest match, a misspelt tag first, and does not drop the
-    thinking. Quote and explanation are independent, so a quote may come with the status
-    no_explanation. The first tag name that occurs decides, even if nothing is in it.
+    Tags match in upper and lower case, and a content ends at the first closing tag. The thinking is
+    not dropped. The misspelt tag `explaination` is searched first, then `explanation`, then
+    `reflection`. The first of them that occurs is used, even if its content is empty. The quote
+    does not depend on the explanation, so a reply with the status no_explanation may have a quote.
     """
 
     def first(name: str) -> str | None:
@@ -210,10 +212,10 @@ def read_published_reflection(text: str, correct: bool) -> Reply:
 
 
 def read_analysis(text: str) -> Reply:
-    """Reads the analysis of reason_first: the whole text behind the thinking.
+    """Reads the analysis of reason_first, which is the whole text after the thinking.
 
-    If the thinking never ends, the analysis is the thinking (status "thought"), since it needs no
-    tags as other formats do. An empty analysis has the status "empty".
+    If the thinking never ends, the thinking is the analysis (status "thought"), since an analysis
+    needs no tags. An empty analysis has the status "empty".
     """
     _, closed, after = text.rpartition("</think>")
     said = after.strip() if closed else text.replace("<think>", "").strip()
@@ -223,7 +225,7 @@ def read_analysis(text: str) -> Reply:
 
 
 def read_critique(text: str) -> Reply:
-    """Reads a reply to CRITIQUE; `trace` has its steps and answer without the text between."""
+    """Reads a reply to CRITIQUE; `trace` has its steps and answer, without text between them."""
     found, problem, name = _read_tags(text, _CRITIQUE)
     if problem:
         return Reply("bad_steps" if name.startswith("step_") else problem, raw=text)
@@ -252,12 +254,13 @@ def read_critique(text: str) -> Reply:
 
 
 def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
-    """Compares a critique with the attempt; changes its status if it may not be shown.
+    """Compares a critique with the attempt; returns it with another status if it is unusable.
 
-    The steps before the first wrong one must be in the trace, in order and word for word except for
-    white space. Other steps may stand between them, unless the attempt is right. The wrong step
-    must not occur in the rest: a model copies an error that it is shown, and the student would be
-    taught the copy. Parts of the wrong step are not searched for.
+    The attempt's steps before the first wrong step must occur in the trace, in order. They must be
+    unchanged except for white space. Other steps may be inserted between them, unless the attempt
+    is right. The wrong step must not occur in the rest of the trace: a model copies an error that
+    it is shown, so the student would be taught the error. Parts of the wrong step are not searched
+    for. A critique with any other case than "right" or "wrong" is returned unchanged.
 
     Args:
       reply: a critique, from `read_critique`.
@@ -281,7 +284,7 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
 
 
 def find_end(given: Sequence[str], right: Sequence[str]) -> int | None:
-    """Finds the index in `given` behind all of `right` in order; None if one is missing."""
+    """Finds `right` in `given`, in order; returns the index after the last match, or None."""
     at = 0
     for step in right:
         if step not in given[at:]:
@@ -294,19 +297,21 @@ def _bare(step: str) -> str:
     return " ".join(re.sub(r"</?step_[0-9]+>", " ", step).split())
 
 
-# --------------------------------------------------------------------------------------- leaks
+# --------------------------------------------------------------------------------- reply files
 
 
 def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, int], str]:
-    """Loads replies by row id and sample, from a file with the fields id, sample (or 0) and reply.
+    """Loads replies from a file; returns their texts by (row id, sample).
+
+    A record has the fields `id`, `reply` and, unless it is 0, `sample`.
 
     Args:
-      path: a file of `sources.read_records`.
-      setting: the setting that `path` comes from, for messages.
+      path: a file that `sources.read_records` can read.
+      setting: the name of the setting that `path` comes from, for messages.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a record is wrong; names the file and the line.
+      ValueError: there are no replies, or a record is wrong; the message names file and line.
     """
     out: dict[tuple[str, int], str] = {}
     for where, fields in sources.read_records(path, setting=setting):
@@ -317,21 +322,21 @@ def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, 
             raise ValueError(f"{path}, {where}: {fault}")
         out[str(row), sample] = fields["reply"]
     if not out:
-        raise ValueError(f"{setting} is {path!r}: it holds no replies")
+        raise ValueError(f"{setting} is {path!r}: it has no replies")
     return out
 
 
 def _find_fault(fields: dict) -> str:
-    """Finds what is wrong with a record of a reply file; "" if nothing is."""
+    """Returns the fault of a record of a reply file, or "" if the record has no fault."""
     sample = fields.get("sample", 0)
     if unknown := sorted(fields.keys() - {"id", "sample", "reply"}):
         return f"unknown field {unknown[0]!r}: the fields are id, sample, reply"
-    if type(sample) is not int or sample < 0:  # True is an int too
+    if type(sample) is not int or sample < 0:  # isinstance would accept True
         return f"sample is {sample!r}: it must be a whole number of at least 0"
     for name in ("id", "reply"):
         value = fields.get(name)
         if not isinstance(value, str) or (name == "id" and not value):
             return f"{name} is {value!r}: it must be a text"
         if re.search("[\ud800-\udfff]", value):
-            return f"{name} holds half of a surrogate pair, which is no text"
+            return f"{name} has half of a surrogate pair, which is not valid text"
     return ""

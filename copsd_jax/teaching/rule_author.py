@@ -1,7 +1,7 @@
 """Replies written by a rule that knows the steps of a problem (author.kind=grader).
 
-The rule writes the formats of `replies.DIAGNOSE`, `EXPLAIN` and `CRITIQUE` from the verdict of
-`step_checker.check_attempt`. Its texts are read as those of any other author.
+The rule writes replies in the formats of `replies.DIAGNOSE`, `EXPLAIN` and `CRITIQUE`, from the
+verdict of `step_checker.check_attempt`. The replies are read like those of any other author.
 """
 
 from copsd_jax.problems import problem_row
@@ -17,12 +17,12 @@ def _check(attempt: Attempt, found: str | None) -> step_checker.StepVerdict:
 def write_reflection(attempt: Attempt, found: str | None) -> str:
     """Writes a reflection on an attempt, in the format of DIAGNOSE or EXPLAIN.
 
-    The quote is exactly the error. If a step or the answer is missing there is no quote. A right
-    attempt is explained whatever its steps are, as every author is asked to.
+    The quote is exactly the error. There is no quote if the only fault is a missing step or answer.
+    A right attempt is explained even if its steps have faults, since EXPLAIN requests that.
 
     Args:
       attempt: the attempt at a problem whose solution the rule can check.
-      found: the attempt's answer, or None.
+      found: the answer that the grader found in the attempt, or None.
     """
     verdict, quote = _check(attempt, found), ""
     if attempt.correct:
@@ -45,10 +45,10 @@ def write_critique(attempt: Attempt, found: str | None) -> str:
 
     Args:
       attempt: the attempt at a problem whose solution the rule can check.
-      found: the attempt's answer, or None.
+      found: the answer that the grader found in the attempt, or None.
     """
     verdict = _check(attempt, found)
-    # A critic counts steps without those that state the answer.
+    # A critique does not count the steps that state the answer.
     first = [("first_wrong", str(len(verdict.kept) + 1))] if verdict.case == "wrong" else []
     steps = [(f"step_{k}", step) for k, step in enumerate(verdict.corrected, 1)]
     answer = ("answer", attempt.row.answer)
@@ -56,10 +56,10 @@ def write_critique(attempt: Attempt, found: str | None) -> str:
 
 
 def write_exemplar_reflection(attempt: Attempt) -> replies.Reply:
-    """Returns the reflection that stands for an exemplar, whose attempt is its own solution.
+    """Returns the reflection shown for an exemplar, whose attempt is its own solution.
 
-    It shows the whole solution in the words that point out a missed step, so that exemplars and
-    problems have one form.
+    The reflection states the whole solution, in the wording that corrects a wrong step of other
+    attempts. Exemplars and problems therefore have the same form.
 
     Raises:
       ValueError: the rule cannot check the row's solution.
@@ -69,7 +69,7 @@ def write_exemplar_reflection(attempt: Attempt) -> replies.Reply:
 
 
 def write_exemplar_critique(attempt: Attempt) -> replies.Reply:
-    """Returns the critique that stands for an exemplar, whose attempt is right.
+    """Returns the critique shown for an exemplar, whose attempt is right.
 
     Raises:
       ValueError: the rule cannot check the row's solution.
@@ -81,6 +81,6 @@ def write_exemplar_critique(attempt: Attempt) -> replies.Reply:
 def _check_exemplar(row: problem_row.Row) -> None:
     if not step_checker.can_check(row.solution, row.answer):
         raise ValueError(
-            f"prompt.exemplars of this context.kind need solutions that are equations, that of "
-            f"{row.id!r} is {row.solution!r}"
+            f"prompt.exemplars: this context.kind needs exemplars with equations as solutions, but "
+            f"the solution of {row.id!r} is {row.solution!r}"
         )

@@ -9,12 +9,12 @@ from copsd_jax.teaching import equations
 
 
 class Step(NamedTuple):
-    """Characters [start, end) of a step, without tags and the white space around it."""
+    """A step: its characters [start, end), without tags and surrounding white space."""
 
-    number: int  # from 1
+    number: int  # counted from 1
     start: int
     end: int
-    final: bool  # it states the answer
+    final: bool  # whether the step states the answer
     text: str
 
 
@@ -34,15 +34,15 @@ _SENTENCE_END = re.compile(
 def split_steps(text: str) -> tuple[Step, ...]:
     r"""Splits an answer into steps, numbered from 1.
 
-    If step tags number the steps 1 to n in order, with nothing between them, a step is the content
-    of `<step_1>...</step_1>`. The last tag may be unclosed. The text behind the last tag, as a rule
-    `<answer>...</answer>`, is one more step and final.
+    If the text has the step tags 1 to n in order, with nothing between them, each step is the
+    content of its tag, such as `<step_1>...</step_1>`. The last tag may be unclosed. The text after
+    the last tag, usually `<answer>...</answer>`, is one more step, and it is final.
 
-    Without such tags a step is a sentence between any tags. It ends at a line's end, at a `.`, `!`
-    or `?` before a blank ("3.5" stays whole), or at such a stop of another script. A sentence with
-    several equations, or with an equation before its answer, is cut in front of each but the first
-    of them. A sentence that says "the answer is" or has a `\boxed` is final, and so is the content
-    of `<answer>`.
+    Without such tags, a step is a sentence, and any tags separate sentences. A sentence ends at a
+    line break, at `.`, `!` or `?` before a blank ("3.5" is not split), or at a full stop of another
+    script. A sentence may have several equations, or an equation before its answer. It is then
+    split before each of these parts, except the first. A sentence that says "the answer is" or has
+    a `\boxed` is final. The content of `<answer>` is also final.
     """
     tags = list(_TAG.finditer(text))
     spans = _split_at_tags(text, [tag for tag in tags if tag[2]])
@@ -58,7 +58,7 @@ def split_steps(text: str) -> tuple[Step, ...]:
 
 
 def _split_at_tags(text: str, tags: Sequence[re.Match]) -> list[_Span] | None:
-    """Returns the spans between step tags and behind them; None if the tags are not in order."""
+    """Returns the spans inside the step tags and after them; None if the tags are not in order."""
     if not tags:
         return None
     spans, at = [], 0
@@ -77,7 +77,7 @@ def _split_at_tags(text: str, tags: Sequence[re.Match]) -> list[_Span] | None:
 
 
 def _split_sentences(text: str, tags: Sequence[re.Match]) -> list[_Span]:
-    # Places where a sentence may be cut: equations, and phrases that state the answer.
+    # Positions at which a sentence may be split: equations, and phrases that state the answer.
     marks = [(equation.start, False) for equation in equations.find_equations(text)]
     marks += [(match.start(), True) for match in _FINAL.finditer(text)]
     marks.sort()
@@ -100,13 +100,13 @@ def _split_sentences(text: str, tags: Sequence[re.Match]) -> list[_Span]:
 def _split_sentence(
     text: str, start: int, end: int, marks: Sequence[tuple[int, bool]]
 ) -> list[_Span]:
-    """Cuts one sentence in front of its marks but the first, and not inside its answer."""
+    """Splits a sentence before each mark except the first, and not after its answer begins."""
     spans = []
     final = bool(marks) and marks[0][1]
     for at, is_answer in marks[1:]:
         if final:
             break
-        # A bracket or quotation mark in front belongs to the next step.
+        # A bracket or quotation mark before the mark belongs to the next step.
         while text[at - 1] in "([{$\"'“‘«*":
             at -= 1
         spans.append((start, at, False))

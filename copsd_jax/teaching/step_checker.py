@@ -16,7 +16,7 @@ from copsd_jax.teaching import equations, solution_steps
 CASES = {
     "right": "the right answer, and every needed step",
     "thin": "the right answer, but a needed step is missing",
-    "unfinished": "no wrong step, but no answer",
+    "unfinished": "no wrong step, but the answer is missing",
     "wrong": "a step or the answer is wrong",
 }
 
@@ -26,10 +26,10 @@ class StepVerdict(NamedTuple):
 
     Attributes:
       case: a key of `CASES`.
-      wrong_step: the number of the earliest wrong step, counted from 1, or None.
+      wrong_step: the number of the earliest wrong step, counted from 1; None if no step is wrong.
       wrong: characters [start, end) of the wrong equation, or of the step that states a wrong
         answer; None if no step is wrong.
-      kept: the attempt's steps up to the wrong one, without those that state an answer.
+      kept: the attempt's steps before the wrong step, without those that state an answer.
       corrected: the steps of the corrected trace, without the final answer.
     """
 
@@ -45,19 +45,20 @@ def check_attempt(
 ) -> StepVerdict:
     """Finds the earliest wrong step of an attempt, and corrects the attempt from there on.
 
-    The needed results are those of the solution's equations. An equation of the attempt reaches the
-    first result that has its value and is not reached yet, however it was computed. It also reaches
-    earlier results that it computes on the way, as "3 * 5 - 4 = 11" does.
+    The needed results are the values of the solution's equations. An equation of the attempt
+    reaches the first needed result that has its value and is not yet reached, whatever operations
+    it uses. It also reaches earlier results that it computes on the way: "3 * 5 - 4 = 11" can reach
+    15 and 11.
 
     A step is wrong if it has a false equation. If the attempt's answer is wrong or missing, a step
-    is also wrong if the value of an equation is no needed result; beside a right answer such an
-    equation is only another way to it. If no equation is wrong and the answer is, the wrong step is
-    the one that states the answer.
+    is also wrong if the value of one of its equations is not a needed result. If the answer is
+    right, such an equation is accepted as another way to the answer. If the answer is wrong but no
+    equation is wrong, the wrong step is the step that states the answer.
 
-    The corrected trace has the attempt's steps up to the wrong one, verbatim, without those that
-    state an answer. The solution's equations are inserted before the step that needs them, and at
-    the end, with the signs and spacing of the attempt. Of an unfinished attempt only equations that
-    reach a result are kept.
+    The corrected trace has the attempt's steps before the wrong step, verbatim, without those that
+    state an answer. Missing equations of the solution are inserted before the step that needs them,
+    or at the end. They are written with the signs and spacing of the attempt. Of an unfinished
+    attempt, only the equations that reach a result are kept.
 
     Args:
       text: the attempt.
@@ -71,10 +72,10 @@ def check_attempt(
     """
     fault = _find_fault(solution, gold)
     if fault:
-        raise ValueError(f"the rule does not know the solution {solution!r}: {fault}")
+        raise ValueError(f"the rule cannot check the solution {solution!r}: {fault}")
     attempt, needed = solution_steps.split_steps(text), equations.find_equations(solution)
     if (found is None and correct) or (found is not None and not attempt):
-        raise ValueError(f"answer {found!r}, correct: {correct}: not so of the text {text!r}")
+        raise ValueError(f"answer {found!r}, correct={correct}: not possible for the text {text!r}")
     reached = _match_results(equations.find_equations(text), needed)
     wrong, span = _find_earliest_error(attempt, reached, found is not None, correct)
     missing = len({i for _, new in reached for i in new or ()}) < len(needed)
@@ -87,7 +88,7 @@ def check_attempt(
 
 
 def can_check(solution: str, gold: str | None = None) -> bool:
-    """Tells whether a solution has equations, all true, of which the last one gives `gold`."""
+    """Tells whether a solution has equations, all are true, and the last one gives `gold`."""
     return _find_fault(solution, gold) is None
 
 
@@ -109,9 +110,10 @@ _Reached = list[tuple[equations.Equation, set[int] | None]]
 
 
 def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
-    """Matches each equation with the results that it is the first to reach.
+    """Matches each equation of the attempt with the indices of the results that it reaches first.
 
-    The set of results is empty if all were reached before, and None if its value is no result.
+    The set of indices is empty if earlier equations reached the results. It is None if the
+    equation's value is not a needed result.
     """
     out: _Reached = []
     done: set[int] = set()
@@ -130,7 +132,7 @@ def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
 def _find_earliest_error(
     attempt: _Steps, reached: _Reached, answered: bool, correct: bool
 ) -> tuple[solution_steps.Step | None, tuple[int, int] | None]:
-    """Finds the earliest wrong step, and the characters of the error in it."""
+    """Returns the earliest wrong step and the span of its error; (None, None) if there is none."""
     for equation, new in reached:
         if not equation.true or (new is None and not correct):
             holds = next(s for s in attempt if s.start <= equation.start < s.end)
@@ -144,9 +146,9 @@ def _find_earliest_error(
 def _correct_steps(
     text: str, kept: _Steps, reached: _Reached, spelt: Sequence[str], condense: bool
 ) -> tuple[str, ...]:
-    """Joins the kept steps with the solution's equations (`spelt`) that they leave out.
+    """Inserts the solution's equations (`spelt`) that the kept steps lack; returns all steps.
 
-    With `condense`, a kept step is reduced to its equations that reach a result.
+    With `condense`, a kept step is reduced to those of its equations that reach a result.
     """
     lines: list[str] = []
     done: set[int] = set()

@@ -1,4 +1,4 @@
-"""Prompts of the teacher and of authors: a context's conversation as token ids."""
+"""Prompts of the teacher and of authors: the conversations of a context as token ids."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from copsd_jax.teaching.replies import Attempt, Reply
 from copsd_jax.teaching.text_encoding import Tokenizer
 
 Exemplar = tuple[Attempt, Reply]
-# Sections that context.section_tokens may truncate: only texts that models or graders wrote.
+# The sections that context.section_tokens may truncate: only texts by models or graders.
 TRUNCATED_SECTIONS = ("attempt", "sibling", "feedback", "reflection", "critique", "analysis")
 
 
 def build_exemplars(prompt_format: PromptFormat, settings: Settings) -> tuple[Exemplar, ...]:
-    """Builds the teacher's exemplars: their own solutions as right attempts, and the replies.
+    """Builds the teacher's exemplars: each has its solution as a right attempt, and a reply.
 
     Raises:
-      ValueError: a rule writes the replies, and it cannot check an exemplar's solution.
+      ValueError: a rule writes the replies, but cannot check an exemplar's solution.
     """
     author = contexts.get_context(settings).author
     write = author.write_exemplar if author else None
@@ -33,9 +33,9 @@ def build_exemplars(prompt_format: PromptFormat, settings: Settings) -> tuple[Ex
 def build_author_prompt(
     tokenizer: Tokenizer, prompt_format: PromptFormat, settings: Settings, attempt: Attempt
 ) -> prompts.Prompt | None:
-    """Builds the prompt that an author completes, or None if there is nothing to ask.
+    """Builds the prompt that an author completes; returns None if there is nothing to ask.
 
-    It has no exemplars, since no data holds a reply to show.
+    The prompt has no exemplars, since the data contain no replies.
     """
     conversation, shortened = build_author_conversation(tokenizer, settings, attempt)
     if conversation is None:
@@ -47,10 +47,10 @@ def build_author_prompt(
 def build_author_conversation(
     tokenizer: Tokenizer, settings: Settings, attempt: Attempt
 ) -> tuple[Conversation | None, tuple[str, ...]]:
-    """Builds the conversation that an author completes, or None if there is nothing to ask.
+    """Builds the conversation that an author completes.
 
     Returns:
-      The conversation, and the kinds of its sections that were truncated.
+      The conversation (None if there is nothing to ask), and the kinds of its truncated sections.
     """
     conversation = contexts.get_author(settings).build_conversation(settings, attempt)
     return _truncate_sections(tokenizer, settings, conversation)
@@ -71,14 +71,14 @@ def build_teacher_prompt(
       prompt_format: the teacher's prompt format.
       settings: the context.
       attempt: the student's attempt.
-      reply: the author's reply about it.
-      exemplars: the exemplars' attempts and replies (`build_exemplars`).
+      reply: the author's reply about the attempt.
+      exemplars: the attempts and replies of the exemplars, from `build_exemplars`.
 
     Returns:
       The prompt, or None if the context has nothing to teach about this attempt.
 
     Raises:
-      ValueError: an exemplar gives no context.
+      ValueError: the context has no conversation for an exemplar.
     """
     build = contexts.get_context(settings).build_conversation
     whole = build(settings, attempt, reply)
@@ -89,7 +89,10 @@ def build_teacher_prompt(
     for example, example_reply in exemplars:
         example_conversation = build(settings, example, example_reply)
         if example_conversation is None:
-            raise ValueError(f"exemplar {example.row.id!r} gives no context {settings.kind!r}")
+            raise ValueError(
+                f"context.kind {settings.kind!r}: there is no conversation for exemplar "
+                f"{example.row.id!r}"
+            )
         shown.append((example.row, example_conversation))
     prompt = prompts.build_prompt(tokenizer, prompt_format, attempt.row, conversation, shown)
     return dataclasses.replace(prompt, shortened=shortened)
@@ -101,7 +104,7 @@ def _truncate_sections(
     """Truncates each of `TRUNCATED_SECTIONS` to context.section_tokens tokens (0: no limit).
 
     Returns:
-      The conversation, and the kinds of the sections that were truncated.
+      The conversation, and the kinds of its truncated sections.
     """
     if conversation is None or not settings.section_tokens:
         return conversation, ()

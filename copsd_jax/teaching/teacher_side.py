@@ -1,4 +1,4 @@
-"""The teacher's prompts of a run: one format, one context, and the exemplars in front."""
+"""The teacher's prompts of a run, which share one format, one context and the exemplars."""
 
 import dataclasses
 
@@ -18,10 +18,10 @@ class TeacherSide:
     """The common parts of all prompts of a run's teacher.
 
     Attributes:
-      tokenizer: encodes the prompts.
-      spec: the template, the thinking mode and the form of the answer.
+      tokenizer: the model's tokenizer.
+      spec: the teacher's prompt format.
       context: the settings of the privileged context.
-      exemplars: worked examples in front of every prompt, each with a reply.
+      exemplars: the worked examples before every prompt, each with a reply.
     """
 
     tokenizer: text_encoding.Tokenizer
@@ -35,20 +35,20 @@ class TeacherSide:
         """Builds the prompt for one completion.
 
         Args:
-          attempt: the completion and the facts about it that contexts may read.
-          reply: the author's reply on the completion.
+          attempt: the completion, and the facts about it that contexts may read.
+          reply: the author's reply about the completion.
 
         Returns:
-          The prompt, or None if the context needs a part that is absent.
+          The prompt, or None if the context has nothing to teach about the attempt.
         """
         return teacher_prompts.build_teacher_prompt(
             self.tokenizer, self.spec, self.context, attempt, reply, self.exemplars
         )
 
     def build_shortest(self, row: problem_row.Row) -> prompts.Prompt:
-        """Builds the prompt with the shortest attempt and reply; no prompt of the row is shorter.
+        """Builds a row's shortest prompt, with the shortest attempt and reply.
 
-        Its exemplars and its template state are those of every prompt of the teacher.
+        Its exemplars and template state are the same as in every other prompt of the teacher.
         """
         prompt = self.build(shortest_attempt(row), replies.PROBE)
         assert prompt is not None  # the shortest attempt has everything that a context reads
@@ -56,5 +56,5 @@ class TeacherSide:
 
 
 def shortest_attempt(row: problem_row.Row) -> contexts.Attempt:
-    """Returns an attempt that has every part, each as short as possible."""
+    """Returns an attempt in which every part is present and as short as possible."""
     return contexts.Attempt(row, "-", False, "-", "-", row)

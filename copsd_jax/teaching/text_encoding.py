@@ -1,7 +1,7 @@
-"""Text to token ids, such that text from data never becomes a special token.
+"""Encoding of text to token ids, in which text from data never becomes a special token.
 
-Template text may hold special tokens, contents may not. If a content holds the text of a special
-token, both are tokenized apart.
+The text of a template may contain special tokens, but the contents of messages may not. If a
+content contains the text of a special token, this text is encoded as ordinary text.
 """
 
 import functools
@@ -18,7 +18,7 @@ Tokenizer = transformers.PreTrainedTokenizerFast
 
 @functools.lru_cache(maxsize=4)
 def _strip_added_tokens(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Returns the tokenizer without its added tokens, which maps no text to a special id."""
+    """Returns a copy of the tokenizer without added tokens, so no text becomes a special id."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     settings["added_tokens"] = []
     settings["post_processor"] = settings["truncation"] = settings["padding"] = None
@@ -27,14 +27,14 @@ def _strip_added_tokens(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 @functools.lru_cache(maxsize=4)
 def find_added_tokens(tokenizer: Tokenizer) -> tuple[dict[str, int], re.Pattern]:
-    """Returns the ids of added tokens (special ones, <think>) and a pattern that finds them."""
+    """Returns the ids of the added tokens by text, and a pattern that finds these texts."""
     vocabulary = dict(tokenizer.get_added_vocab())
     longest_first = sorted(vocabulary, key=len, reverse=True)
     return vocabulary, re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> tokenizers.Encoding:
-    """Encodes text as it stands, without special tokens.
+    """Encodes text as ordinary text, without special tokens.
 
     Raises:
       ValueError: the vocabulary itself maps a part of the text to a special id.
@@ -51,8 +51,8 @@ def encode_templated(tokenizer: Tokenizer, text: str, literal: dict[str, str]) -
 
     Args:
       tokenizer: the model's tokenizer.
-      text: the text; its special tokens become special ids.
-      literal: characters of the text that stand for a text which must not become special.
+      text: the text; special tokens in it become special ids.
+      literal: texts that must not become special, by the characters that replace them in `text`.
     """
     added, pattern = find_added_tokens(tokenizer)
     ids, at = [], 0
@@ -66,16 +66,16 @@ def encode_templated(tokenizer: Tokenizer, text: str, literal: dict[str, str]) -
 
 
 def restore_tokens(text: str, literal: dict[str, str]) -> str:
-    """Replaces the characters of `literal` by the texts that they stand for."""
+    """Returns the text with each character of `literal` replaced by the text it stands for."""
     return "".join(literal.get(char, char) for char in text) if literal else text
 
 
 class Guard:
-    """A map from special tokens' texts to private characters, so that no template sees them.
+    """A map from texts of special tokens to private-use characters, to hide them from templates.
 
     Attributes:
-      mark: a private character that marks the start of the last conversation.
-      literal: the texts by the characters that stand for them.
+      mark: a private-use character that marks the start of the last conversation.
+      literal: the texts of special tokens, by the private-use characters that replace them.
     """
 
     def __init__(self, tokenizer: Tokenizer, contents: Sequence[str]):
@@ -88,7 +88,7 @@ class Guard:
         self.literal = {char: token for token, char in self._stand_in.items()}
 
     def __call__(self, text: str) -> str:
-        """Replaces the texts of special tokens by their private characters."""
+        """Returns the text with each special token's text replaced by a private-use character."""
         return self._pattern.sub(lambda match: self._stand_in[match.group()], text)
 
 
@@ -99,5 +99,5 @@ def truncate_text(tokenizer: Tokenizer, text: str, limit: int) -> str:
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Decodes ids with special tokens shown and nothing tidied: the inverse of `build_prompt`."""
+    """Decodes ids to text, keeping special tokens and all white space."""
     return tokenizer.decode([*ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)

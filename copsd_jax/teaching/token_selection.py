@@ -1,7 +1,7 @@
 """Selection of the tokens that carry loss (tokens.*).
 
-These are all tokens, those from the first error on, those of the wrong step, or spans that a
-function of the user's chooses.
+The choices are all tokens, the tokens from the first error on, the tokens of the wrong step, and
+spans that a user's function returns.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from copsd_jax.teaching.token_spans import Decoded
 
 # How the tokens were selected. If a quote is not found, tokens.on_failure decides.
 STATUSES = (
-    *token_spans.STATUSES,  # by a quote; "failed" and "no_quote" with on_failure=full or skip
-    "closest_step",  # by on_failure=step: the step that shares most words with the quote
+    *token_spans.STATUSES,  # by a quote; "failed" and "no_quote": by on_failure=full or skip
+    "closest_step",  # by on_failure=step: the step that shares the most words with the quote
     "step",  # by the number of a critique's first wrong step
-    "right",  # the completion is right: all tokens
+    "right",  # all tokens, since the completion is right
     "all",  # tokens.select=all
     "spans",  # by the user's function
 )
@@ -41,12 +41,13 @@ class Settings:
 
 
 def import_span_function(select: str) -> Callable | None:
-    """Imports f(problem, answer, reply) -> [(start, end), ...] of `module:function`, or None.
+    """Imports the span function that tokens.select names; returns None if it names no function.
 
-    Spans are characters of the answer. The reply is the text that the teacher is shown.
+    The function maps (problem, answer, reply) to spans [(start, end), ...] of characters of the
+    answer. The reply is the text that the teacher is shown.
 
     Raises:
-      ValueError: it cannot be imported, or cannot be called with three arguments.
+      ValueError: the function cannot be imported, or cannot be called with three arguments.
     """
     module, colon, name = select.partition(":")
     if not colon:
@@ -56,23 +57,23 @@ def import_span_function(select: str) -> Callable | None:
         inspect.signature(found).bind("problem", "answer", "reply")
     except reward_functions.IMPORT_ERRORS as error:
         raise ValueError(
-            f"tokens.select is {select!r}: it is no importable function of (problem, answer, "
+            f"tokens.select is {select!r}: it is not an importable function of (problem, answer, "
             f"reply); {error}"
         ) from error
     return found
 
 
 def _check_span(select: str, span: Any, characters: int) -> tuple[int, int]:
-    """Returns a span of the user's function as (start, end).
+    """Checks a span from the user's function, and returns it as (start, end).
 
     Raises:
-      ValueError: it is no span of an answer of so many characters.
+      ValueError: it is not a span within an answer of this number of characters.
     """
     pair: tuple[Any, ...] = tuple(span) if isinstance(span, Sequence) else ()
     whole = len(pair) == 2 and all(isinstance(at, numbers.Integral) for at in pair)
     if not whole or not 0 <= pair[0] <= pair[1] <= characters:
         raise ValueError(
-            f"tokens.select is {select!r}: it returned {span!r}, which is no (start, end) of an "
+            f"tokens.select is {select!r}: it returned {span!r}, which is not a (start, end) in an "
             f"answer of {characters} characters"
         )
     return int(pair[0]), int(pair[1])
@@ -81,7 +82,7 @@ def _check_span(select: str, span: Any, characters: int) -> tuple[int, int]:
 def _call_span_function(
     select: str, spans_of: Callable, attempt: Attempt, answer: str, reply: Reply
 ) -> list:
-    """Calls the user's function; its error is raised with the setting and the row."""
+    """Calls the user's function; an error is raised again with the setting and the row's id."""
     try:
         return list(spans_of(attempt.row.problem, answer, reply.trace or reply.text))
     except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
@@ -99,10 +100,11 @@ def select_tokens(
     Args:
       settings: the settings tokens.*.
       decoded: the completion without its end token.
-      start: the character at which the answer begins; errors are searched for from there on.
-      length: tokens of the completion, with the end token, which belongs to every suffix.
+      start: the index of the character at which the answer begins; errors are located after it.
+      length: the number of tokens of the completion, including the end token. The end token carries
+        loss with tokens.select=all and from_error.
       attempt: the attempt.
-      reply: the author's reply about it.
+      reply: the author's reply about the attempt.
 
     Returns:
       The mask of tokens with loss, bool [length], and one of `STATUSES`.
@@ -126,7 +128,7 @@ def select_tokens(
 
 
 def _find_error(settings: Settings, text: str, reply: Reply) -> tuple[tuple[int, int] | None, str]:
-    """Finds the characters of the error, by its quote or by a critique's step; None if none."""
+    """Returns the span of the error, by its quote or a critique's step, or None; and a status."""
     steps = solution_steps.split_steps(text)
     named = steps[reply.step - 1] if reply.step and reply.step <= len(steps) else None
     if not reply.quote.strip():
@@ -147,7 +149,7 @@ def _find_error(settings: Settings, text: str, reply: Reply) -> tuple[tuple[int,
 
 
 def _find_closest_step(quote: str, steps: Sequence[Step]) -> Step | None:
-    """Finds the step that shares most words with a quote; None if no word is shared."""
+    """Returns the step that shares the most words with a quote; None if no step shares a word."""
     words = set(quote.split())
     shared = [len(words & set(step.text.split())) for step in steps]
     return steps[int(np.argmax(shared))] if any(shared) else None

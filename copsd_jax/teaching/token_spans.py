@@ -1,10 +1,11 @@
-r"""Spans of characters and of tokens: where a quoted error is in a completion.
+r"""Spans of characters and of tokens, which locate a quoted error in a completion.
 
-A completion is decoded once, from the bytes of its sampled tokens, and each token keeps the span of
-the characters that its bytes belong to. No text is encoded again: BPE may split a prefix in another
-way than the sampler did, and then the index of ROSD's published code is wrong (arXiv 2605.28014).
+A completion is decoded once, from the bytes of its sampled tokens. Each token keeps the span of the
+characters that its bytes belong to. Text is never encoded again, because BPE may split a prefix
+into other tokens than the sampled ones. The index of ROSD's published code (arXiv 2605.28014) is
+wrong in this case.
 
-    tokens      "3 +"   "\xc3"   "\xa9"   " = 8"        é is C3 A9, over two tokens
+    tokens      "3 +"   "\xc3"   "\xa9"   " = 8"        é is C3 A9, in two tokens
     characters   0 1 2    3        3        4 5 6 7
     span        (0, 3)  (3, 4)   (3, 4)    (4, 8)
 """
@@ -18,14 +19,14 @@ import numpy as np
 
 STATUSES = (
     "exact",  # the quote is in the text, character for character
-    "normalised",  # it is, except for Unicode composition, white space and LaTeX spacing
-    "fuzzy",  # a long enough part of it is
-    "failed",  # it is not
+    "normalised",  # the quote is in the text, up to differences in Unicode composition and spacing
+    "fuzzy",  # a long enough part of the quote is in the text
+    "failed",  # the quote is not in the text
     "no_quote",  # nothing was quoted
 )
 
-# One character of UTF-8, or the bytes that a decoder replaces by one U+FFFD: the longest beginning
-# of a well-formed sequence (Unicode, tables 3-7 and 3-8), else a single byte.
+# One character of UTF-8, or the bytes that a decoder replaces by one U+FFFD. Such bytes are the
+# longest beginning of a well-formed sequence (Unicode, tables 3-7 and 3-8), or a single byte.
 _CHARACTER = re.compile(
     rb"""[\x00-\x7f] | [\xc2-\xdf][\x80-\xbf]?
     | (?: \xe0[\xa0-\xbf] | [\xe1-\xec\xee\xef][\x80-\xbf] | \xed[\x80-\x9f] ) [\x80-\xbf]?
@@ -34,14 +35,14 @@ _CHARACTER = re.compile(
     re.VERBOSE,
 )
 
-# The line break \\ is no spacing. It is matched first, so that its second backslash does not form
+# The line break \\ is not spacing. It is matched first, so that its second backslash does not form
 # another command with a following comma or blank.
 _SPACING = re.compile(
     r"""(?P<kept> \\\\ ) | (?P<comma> \{,\} )
     | (?: [\s~\u200b] | \\[,;:>!\s] | \\(?:q?quad|(?:thin|med|thick|en)space)(?![A-Za-z]) )+""",
     re.VERBOSE,
 )
-_LONGEST = 32  # characters that are composed together; Unicode's stream-safe form allows 30 marks
+_LONGEST = 32  # maximum characters composed together; Unicode's stream-safe form allows 30 marks
 
 
 class Decoded(NamedTuple):
@@ -61,7 +62,7 @@ class Found(NamedTuple):
 
 
 class _Normal(NamedTuple):
-    """A normalised text; the n-th character stands for [starts[n], ends[n]) of the original."""
+    """A normalised text; its n-th character stands for [starts[n], ends[n]) of the original."""
 
     text: str
     starts: np.ndarray
@@ -71,16 +72,16 @@ class _Normal(NamedTuple):
 def decode_tokens(ids: Sequence[int] | np.ndarray, token_bytes: Sequence[bytes]) -> Decoded:
     """Decodes a completion to its text and the spans of its tokens, in linear time.
 
-    The text includes special tokens, and U+FFFD for bytes that are no UTF-8. A character over
-    several tokens is in the span of each. A token without bytes has an empty span at the character
-    that the next byte belongs to.
+    The text includes special tokens, and U+FFFD for bytes that are not UTF-8. If the bytes of a
+    character are in several tokens, the span of each token includes it. A token without bytes has
+    an empty span at the character that the next byte belongs to.
 
     Args:
       ids: the token ids, int [C].
       token_bytes: the bytes of every id of the vocabulary (`tokenizer.list_token_bytes`).
 
     Raises:
-      ValueError: the vocabulary lacks an id.
+      ValueError: an id is not in the vocabulary.
     """
     ids = np.asarray(ids, np.int64)
     outside = ids[(ids < 0) | (ids >= len(token_bytes))]
@@ -90,7 +91,7 @@ def decode_tokens(ids: Sequence[int] | np.ndarray, token_bytes: Sequence[bytes])
     joined = b"".join(pieces)
     is_first = np.zeros(len(joined) + 1, np.int64)
     is_first[[match.start() for match in _CHARACTER.finditer(joined)]] = 1
-    is_first[-1] = 1  # a token behind the last byte starts at the end of the text
+    is_first[-1] = 1  # a token after the last byte starts at the end of the text
     character = np.cumsum(is_first) - 1
     sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
     stops = np.cumsum(sizes)
@@ -100,17 +101,17 @@ def decode_tokens(ids: Sequence[int] | np.ndarray, token_bytes: Sequence[bytes])
 
 
 def find_token_range(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
-    """Finds the tokens [first, last) that hold characters [start, end), and no other token.
+    """Returns the smallest range of tokens [first, last) that contains characters [start, end).
 
-    An empty range gives (k, k), where token k holds character `start`, or k is C at the end of the
-    text.
+    An empty range of characters gives (k, k). Token k contains the character `start`; at the end of
+    the text, k is C.
 
     Raises:
       ValueError: the range is not inside the text.
     """
     size = len(decoded.text)
     if not 0 <= start <= end <= size:
-        raise ValueError(f"[{start}, {end}) is no range of a text of {size} characters")
+        raise ValueError(f"[{start}, {end}) is not a range within a text of {size} characters")
     reaching = np.flatnonzero(decoded.ends > start)
     first = int(reaching[0]) if reaching.size else len(decoded.ends)
     if start == end:
@@ -119,25 +120,25 @@ def find_token_range(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
 
 
 def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: float) -> Found:
-    r"""Finds a quote in a text: exactly, else normalised, else a long part of it.
+    r"""Finds a quote in a text by an exact match, else a normalised match, else a fuzzy match.
 
-    An exact match is equal code point by code point, as quoted or without the white space around
-    it. A normalised match is equal under canonical composition (NFC) and reduced spacing. A run of
-    white space, `~`, `\,`, `\quad` and the like counts as one blank between two letters or two
-    digits, and as nothing elsewhere ("x+y" is "x + y"). `{,}` is a comma. A fuzzy match is the
-    longest common substring of both normalised texts, and only that part is found. It is
-    conservative on purpose: an edit distance of the same threshold would also accept a quote with
-    other numbers.
+    An exact match has the same code points as the quote, or as the quote without surrounding white
+    space. A normalised match is equal after canonical composition (NFC) and reduction of spacing. A
+    run of white space, `~`, `\,`, `\quad` and the like becomes one blank between two letters or two
+    digits. It is removed elsewhere, so "x+y" equals "x + y". `{,}` becomes a comma. A fuzzy match
+    is the longest common substring of the two normalised texts, and the result is only that part.
+    An edit distance with the same threshold would also accept a quote with other numbers.
 
-    Time is linear in both texts, except for Python's `rfind` on periodic ones. For 30,000
-    characters (8k tokens) an exact match takes less than 1 ms, any other about 50 ms.
+    The time is linear in the length of both texts, except for Python's `rfind` on periodic texts.
+    With 30,000 characters (8k tokens), an exact match takes less than 1 ms, and any other match
+    takes about 50 ms.
 
     Args:
       text: the text.
       quote: the quote, or None.
-      occurrence: the choice among several matches, `first` or `last`. Fuzzy matches are equally
-        long.
-      threshold: the share of the normalised quote, above 0 and up to 1, that must be common.
+      occurrence: the match to return if there are several, `first` or `last`. All fuzzy matches
+        have the same length.
+      threshold: the share of the normalised quote that a fuzzy match must contain, in (0, 1].
     """
     if quote is None or not quote.strip():
         return Found(-1, -1, "no_quote")
@@ -152,7 +153,8 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
         starts, length = _find_longest_common(normal.text, wanted)
         start, status = starts[0 if occurrence == "first" else -1], "fuzzy"
     part = normal.text[start : start + length]
-    # A quotient, since .8 * 5 may be above 4 in binary. `wanted` is empty for a quote of spacing.
+    # Compares a quotient, since a product such as .8 * 5 may be above 4 in binary. `wanted` is
+    # empty if the quote consists of spacing.
     if not wanted or length / len(wanted) < threshold or not part.strip():
         return Found(-1, -1, "failed")
     start, end = start + len(part) - len(part.lstrip()), start + len(part.rstrip())
@@ -163,10 +165,10 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
 
 
 def _normalise(text: str) -> _Normal:
-    """Normalises to NFC with spacing reduced to blanks that separate, in linear time."""
+    """Normalises to NFC, and drops all spacing that does not separate words or numbers."""
     composed = _compose(text)
     out: list[str] = []
-    sources: list[tuple[int, int]] = []  # characters of `composed`
+    sources: list[tuple[int, int]] = []  # first and last character in `composed`
 
     def copy(start: int, end: int) -> None:
         out.extend(composed.text[start:end])
@@ -187,7 +189,7 @@ def _normalise(text: str) -> _Normal:
 
 
 def _separates(before: Sequence[str], after: str) -> bool:
-    """Tells whether a blank counts: between two letters (with their marks) or two digits."""
+    """Tells whether spacing separates two letters (with their marks) or two digits."""
     if not before or not after:
         return False
     kinds = {unicodedata.category(c)[0].replace("M", "L") for c in (before[-1], after)}
@@ -195,7 +197,7 @@ def _separates(before: Sequence[str], after: str) -> bool:
 
 
 def _compose(text: str) -> _Normal:
-    """Normalises to NFC; each changed part, as a whole, has the span of its original part."""
+    """Normalises to NFC; each character of a changed part has the span of the original part."""
     if unicodedata.is_normalized("NFC", text):
         places = np.arange(len(text) + 1)
         return _Normal(text, places[:-1], places[1:])
@@ -213,11 +215,11 @@ def _compose(text: str) -> _Normal:
 
 
 def _split_segments(text: str) -> Iterator[tuple[int, int]]:
-    """Splits a text where composition does not reach across: as a rule into letters with marks."""
+    """Splits a text into parts that compose separately, usually letters with their marks."""
     start = 0
     for i, c in enumerate(text):
-        # Nothing below U+0300 composes with what precedes it. A run of marks is cut, since sorting
-        # it takes the square of its length.
+        # A character below U+0300 never composes with the characters before it. A long run of marks
+        # is split, since sorting it takes quadratic time.
         if i > start and (c < "\u0300" or i - start >= _LONGEST or _is_apart(text[start:i], c)):
             yield start, i
             start = i
@@ -225,8 +227,8 @@ def _split_segments(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_apart(before: str, c: str) -> bool:
-    """Tells whether composition never joins `c` with `before`; Bengali ে + া, say, do compose."""
-    # U+0F73 and a few others are no combining characters, but come apart into some.
+    """Tells whether `c` does not compose with `before`; Bengali ে + া, for example, do compose."""
+    # U+0F73 and a few others are not combining characters, but decompose into some.
     if unicodedata.combining(unicodedata.normalize("NFD", c)[0]):
         return False
     left, right, both = (unicodedata.normalize("NFC", part) for part in (before, c, before + c))
@@ -237,17 +239,17 @@ def _is_apart(before: str, c: str) -> bool:
 
 
 def _find_longest_common(text: str, wanted: str) -> tuple[list[int], int]:
-    """Finds the starts of the longest parts of `wanted` in `text`, in order, and their length."""
+    """Returns the starts in `text` of the longest common substrings, in order, and their length."""
     lengths = [0, *_measure_common(text, wanted)]
     longest = max(lengths)
     return [end - longest for end, size in enumerate(lengths) if size == longest], longest
 
 
 def _measure_common(text: str, wanted: str) -> list[int]:
-    """Measures the longest part of `wanted` that ends at each character of `text`.
+    """Returns the length of the longest part of `wanted` that ends at each character of `text`.
 
-    The states of the suffix automaton of `wanted` (Blumer et al. 1985) are followed along the text,
-    in time linear in both; a table of all pairs would take their product.
+    The text runs through the suffix automaton of `wanted` (Blumer et al. 1985), so the time is
+    linear in both lengths. A table of all pairs would take time proportional to their product.
     """
     steps, parents, sizes = _build_automaton(wanted)
     state, length, out = 0, 0, []
@@ -263,7 +265,10 @@ def _measure_common(text: str, wanted: str) -> list[int]:
 
 
 def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[int]]:
-    """Builds transitions, suffix links and longest lengths of the states; 0 is the empty word."""
+    """Builds a word's suffix automaton: transitions, suffix links and longest lengths by state.
+
+    State 0 is the empty word.
+    """
     steps: list[dict[str, int]] = [{}]
     parents, sizes, last = [-1], [0], 0
     for c in word:
@@ -279,7 +284,8 @@ def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[i
             continue
         parents[new] = target = steps[state][c]
         if sizes[target] > sizes[state] + 1:
-            # The target is shared with longer words. A copy takes (longest word of `state`) + c.
+            # The target also stands for longer words, so a copy of it stands for the longest word
+            # of `state`, followed by c.
             parents[new] = copy = len(steps)
             steps.append(dict(steps[target]))
             sizes.append(sizes[state] + 1)

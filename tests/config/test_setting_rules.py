@@ -451,7 +451,7 @@ def module(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["two", "thing", "nothing"])
 def test_functions_of_tokens_are_refused_before_a_run(module, name):
     select = f"{module}:{name}"
-    with pytest.raises(ValueError, match=rf"tokens\.select is '{select}': it is no .*function of"):
+    with pytest.raises(ValueError, match=rf"tokens\.select is '{select}': it is not .*function of"):
         run_plan.make_plan(runs.config("opsd", tokens__select=select))
 
 

@@ -142,7 +142,7 @@ def test_what_is_not_needed_may_be_absent(tmp_path):
         ('{"problem": "a", "answer": "1"}\n{"problem": }\n', "line 2: broken JSON"),
         ('[{"problem": "a"},\n\n {"problem": "b",}]', "line 3: broken JSON"),
         ('{"problem": "a", "answer": "1"}\n17\n', "line 2: expected a JSON object"),
-        ("", "holds no rows"),
+        ("", "has no rows"),
         ('{"id": "x", "problem": "a"}\n{"id": "x", "problem": "b"}\n', "'x' is in line 1 and"),
     ],
 )

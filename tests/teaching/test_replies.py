@@ -400,7 +400,7 @@ def test_replies_from_a_file(tmp_path):
         ({"id": "b", "reply": "x", "sample": -1}, "line 2: sample is -1"),
         ({"id": "b", "reply": "x", "sample": None}, "line 2: sample is None"),
         ({"id": "b", "reply": "x", "step": 1}, "line 2: unknown field 'step'"),
-        ({"id": "b", "reply": "\ud800"}, "line 2: reply holds half of a surrogate pair"),
+        ({"id": "b", "reply": "\ud800"}, "line 2: reply has half of a surrogate pair"),
         ("{", "line 2: broken JSON"),
         ("[]", "line 2: expected a JSON object"),
     ],

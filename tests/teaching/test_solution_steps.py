@@ -489,5 +489,5 @@ def test_golds_that_are_no_integers(solution, gold):
 
 @pytest.mark.parametrize("text, found, correct", [("11", None, True), (" ", "11", False)])
 def test_contradictions_are_refused(text, found, correct):
-    with pytest.raises(ValueError, match="not so of the text"):
+    with pytest.raises(ValueError, match="not possible for the text"):
         step_checker.check_attempt(text, TWO, "11", found, correct)

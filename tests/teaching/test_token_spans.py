@@ -532,5 +532,5 @@ def test_decode_refuses_unknown_ids(ids):
 @pytest.mark.parametrize("span", [(-1, 1), (2, 1), (0, 3)])
 def test_tokens_refuses_a_range_outside(span):
     decoded = token_spans.decode_tokens([0, 0], [b"a"])
-    with pytest.raises(ValueError, match="is no range of a text of 2"):
+    with pytest.raises(ValueError, match="is not a range within a text of 2"):
         token_spans.find_token_range(decoded, *span)
