@@ -519,6 +519,14 @@ def test_keys():
         request.derive_keys(0, "x", 0, [], [])
 
 
+def test_a_prompt_may_be_an_array():
+    vocabulary = request.Vocabulary(np.ones(300, bool))
+    arrays = [np.asarray(prompt, np.int32) for prompt in (*PROMPTS, (0,))]
+    texts = request.list_texts(arrays, PLAIN, keys_of(arrays), None, vocabulary)
+    assert [text.prompt for text in texts] == [*PROMPTS, (0,)]
+    assert {type(token) for text in texts for token in text.prompt} == {int}
+
+
 def test_no_prompts():
     out = result(PLAIN, [], np.zeros((0, 2), np.uint32))
     assert out.completions == []
