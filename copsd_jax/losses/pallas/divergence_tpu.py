@@ -322,7 +322,7 @@ def _grid(blocks: block_sizes.Blocks, size: int) -> tuple[int, int]:
 
 
 def _params(need: int, *order: Any) -> pltpu.CompilerParams:
-    """Returns compiler parameters; `order` tells for tiles and rows if two cores may split them."""
+    """Returns compiler parameters; two cores share an axis that `order` calls parallel."""
     limit = block_sizes.vmem_limit(need)
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=limit)
 
