@@ -143,7 +143,7 @@ def find_mesh_axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...],
     """
     shards = sharding.batch_shards(shape)
     if slots % shards:
-        raise ValueError(f"there are {slots} slots: the number must be a multiple of {shards}")
+        raise ValueError(f"there are {slots} slots: the mesh needs a multiple of {shards}")
     _, slot, head, *_ = sharding.partition_spec("cache/k", (1, slots, heads, 1, 1), shape)
     return slot, head
 
