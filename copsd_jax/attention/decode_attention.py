@@ -233,8 +233,8 @@ def _blocks(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
     """Attends to live blocks, W pairs at a time; their number alone determines the time."""
     slots, _, length, size = cache.k.shape[1:]
     per_slot = length // BLOCK
-    # Four pairs per slot are enough to make up for the cost of starting a product, and few enough
-    # that the last group is mostly full.
+    # Four pairs per slot are enough to make up for the cost of starting a product. They are few
+    # enough that the last group is mostly full.
     group = min(max(16, 4 * slots), slots * per_slot)
     slot_X, block_X, live = list_live_blocks(length_J, per_slot, BLOCK)
     pad = (0, -slot_X.shape[0] % group)

@@ -132,8 +132,8 @@ def attend(
         name="decode_attention",
     )
     start_S = jnp.arange(splits, dtype=jnp.int32) * blocks.split
-    # The text of a program has the scope names of Triton calls but not their cost estimates, so the
-    # estimate is put into the scope name.
+    # The text of a program has the scope names of Triton calls, but not their cost estimates. So
+    # the estimate is put into the scope name.
     with jax.named_scope(f"cost:{estimate.flops}:{estimate.bytes_accessed}"):
         out, top, total = call(layer.reshape(1), length_J, q_JKMH, *jax.tree.leaves(cache))
     return _merge_splits(out, top, total, start_S[:, None] < length_J[None, :])

@@ -13,15 +13,15 @@ costs about 0.35 us for each step without work. This is 40 ms per token for 256 
 entries and 28 layers, in blocks of 256. A prefetched list of live blocks would have to be built by
 XLA in every layer.
 
-Size of a block: compiled for v5e, a block of 256 entries of 8 heads in bfloat16 has 530 instruction
-words, which take 0.36 us at 1.5 GHz without stalls. Of these words, 150 start copies and find the
-next block, whatever the block size, and 380 compute. Fetching the block takes 1.28 us (1 MiB at
-819 GB/s). Each 128 x 128 tile of keys or values is loaded into a matrix unit once. The M queries
-(1 to 8) occupy 8 of its rows, so M does not change the cost. On average, half of a slot's last
-block is computed for nothing, although it is not fetched. The latency of a fetch is about 1 us. So
-a block should take about 1 us to fetch: this hides the block's computation and the latency of the
-next fetch. An int8 block has to be converted first: 384 entries take 1370 words or 0.92 us, and
-0.99 us of fetching. So int8 saves more memory than time.
+The size of a block was chosen for v5e. There, a block of 256 entries of 8 heads in bfloat16 has 530
+instruction words, which take 0.36 us at 1.5 GHz without stalls. Of these words, 150 start copies
+and find the next block, whatever the block size, and 380 compute. Fetching the block takes 1.28 us
+(1 MiB at 819 GB/s). Each 128 x 128 tile of keys or values is loaded into a matrix unit once. The M
+queries (1 to 8) occupy 8 of its rows, so M does not change the cost. On average, half of a slot's
+last block is computed for nothing, although it is not fetched. The latency of a fetch is about
+1 us. So a block should take about 1 us to fetch. This hides the block's computation and the latency
+of the next fetch. An int8 block has to be converted first. 384 entries then take 1370 words, or
+0.92 us, while fetching takes 0.99 us. So int8 saves more memory than time.
 
 If H is not a multiple of 128, XLA stores a cache with the entries along the lanes, [..., H, A],
 which needs no padding. The kernel reads this layout directly.
@@ -41,8 +41,8 @@ from copsd_jax.attention import decode_cache, visibility
 
 CHUNK = decode_cache.LENGTH_MULTIPLE  # entries of one copy
 V5E = "TPU v5 lite"
-# HBM bandwidth in bytes per second, by jax's device_kind; per core if a device has two cores. v4 is
-# missing, because Mosaic cannot compile the kernel for it (no gather across sublanes).
+# HBM bandwidth in bytes per second, by jax's device_kind; per core if a device has two cores. There
+# is no v4, because Mosaic cannot compile the kernel for it (no gather across sublanes).
 BANDWIDTH = {
     V5E: 8.2e11, "TPU v5": 1.2e12, "TPU v5p": 1.2e12, "TPU v6 lite": 1.6e12, "TPU v6e": 1.6e12,
     "TPU7x": 3.7e12,
@@ -94,8 +94,8 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
     wanted = BANDWIDTH[chip] * _FETCH / entry
     most = min(_LONGEST, length, _BUFFERS // (3 * entry))
     keys = max(CHUNK, min(round(wanted / CHUNK), most // CHUNK) * CHUNK)
-    # Bytes per slot in double-buffered float32 tiles of 8 x 128: first of queries and out, then of
-    # top and total, which have the queries along the lanes.
+    # Bytes per slot in double-buffered float32 tiles of 8 x 128. The first term is for queries and
+    # out; the second is for top and total, which have the queries along the lanes.
     lanes = -(-size // 128) * 128
     row = 4 * 2 * (2 * heads * -(-queries // 8) * 8 * lanes + 2 * -(-heads // 8) * 8 * 128)
     two_cores = chip in _TWO_CORES and slots > 1

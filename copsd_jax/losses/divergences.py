@@ -161,8 +161,7 @@ def _jensen_shannon_plain(
 ) -> jax.Array:
     """Drops two derivatives that cancel each other: the one through ln M and the one through ln p.
 
-    For e = β q (ln q - ln M) + (1 - β) p (ln p - ln M), the first is -(1 - β) ∂p and the second is
-    (1 - β) ∂p.
+    They are -(1 - β) ∂p and (1 - β) ∂p, for e = β q (ln q - ln M) + (1 - β) p (ln p - ln M).
     """
     beta, present = settings.beta, (teacher.p > 0) | (student.p > 0)
     log_mix = jnp.logaddexp(math.log1p(-beta) + student.log, math.log(beta) + teacher.log)

@@ -11,10 +11,10 @@ rewards r and ρ = exp(ln π - ln π_old), the advantages A and the loss L are
 | GRPO      | arXiv 2402.03300 | std   | .2, .2         | off  | seq_mean_all      |
 | Dr. GRPO  | arXiv 2503.20783 | none  | .2, .2         | off  | constant          |
 | DAPO      | arXiv 2503.14476 | std   | .2, .28        | off  | global_token_mean |
-| SDPO's    | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
+| SDPO      | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
 
-The last row is the GRPO baseline of the SDPO paper. The published code of this baseline averages
-over the tokens of each micro-batch (micro_token_mean).
+The row SDPO is the GRPO baseline of the SDPO paper. This baseline takes its token mean inside each
+micro-batch (micro_token_mean).
 """
 
 import jax
@@ -31,9 +31,10 @@ def compute_advantages(
     """Computes how much better each completion did than the mean of its group.
 
     The standard deviation has the divisor n - 1, as in TRL. The advantages are exactly 0 if all
-    rewards of a group are equal, and also if a group has only one completion. (For a group of one,
-    published code divides by NaN or uses the reward itself.) With scale none, the rewards
-    1, 0, 0, 1 of one group give 0.5, -0.5, -0.5, 0.5.
+    rewards of a group are equal, and also if a group has only one completion. For a group of one,
+    published code divides by NaN or uses the reward itself.
+
+    For example, with scale none, the rewards 1, 0, 0, 1 of one group give 0.5, -0.5, -0.5, 0.5.
 
     Args:
       rewards_B: finite rewards.

@@ -188,8 +188,8 @@ def walk(
       multiple: see `divide_evenly`.
 
     Returns:
-      The arrays of `work` for the T rows [T, ...], zeros at rows that are not live; and the total
-      of the blocks' sums, or None.
+      The arrays of `work` for the T rows [T, ...], with zeros at rows that are not live; and the
+      sum over all blocks, or None.
     """
     rows, live_T = jax.tree.map(jnp.asarray, (rows, live_T))
     tokens = len(live_T)

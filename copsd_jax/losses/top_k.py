@@ -58,8 +58,8 @@ def restrict(
       settings: settings of the divergence.
 
     Returns:
-      The distribution, [T, K] or with a tail [T, K + 1]; and bool [T, 1], False where the tail is
-      at its floor, or None without a tail.
+      The distribution, [T, K + 1] with a tail and else [T, K]. With a tail, also bool [T, 1], False
+      where the tail is at its floor; without a tail, None.
     """
     ids_TK, first_TK = best
 

@@ -119,7 +119,7 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
             raise ValueError(f"lora.targets is {target!r}: the choices are {', '.join(sizes)}")
         width, out = sizes[target]
         bound = width**-0.5
-        # The key depends on the target alone, so more targets do not change this target's values.
+        # The key depends only on the target, so adding targets does not change this one's values.
         target_key = jax.random.fold_in(key, TARGETS.index(target))
         shape = (config.n_layers, width, rank)
         adapter[target] = {

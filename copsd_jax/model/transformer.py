@@ -118,8 +118,9 @@ class Stream:
     """One batch of rows, with the adapter, prefix and cache that they use.
 
     Without a cache, a token attends to tokens of its own segment and of its parent segment
-    (`parents`), at or before its own index in the row; attention/visibility.py has a picture.
-    Segment 0 is padding: no other segment sees it, and its hidden states are 0 without a gradient.
+    (`parents_BL`), at or before its own index in the row. There is a picture in
+    attention/visibility.py. Segment 0 is padding: no other segment sees it, and its hidden states
+    are 0 without a gradient.
 
     With a cache, a row has one token (L = 1), and B is the number of slots. The token is written at
     index position - P of its slot, and attends to this index and all indices before it.
@@ -398,9 +399,8 @@ class Decoder(nn.Module):
           The output of each stream.
 
         Raises:
-          ValueError: `remat` is unknown, a stream has neither segments nor a cache, a stream with a
-            cache has more than one token in a row, or `unstacked` is set for a stream without a
-            cache.
+          ValueError: `remat` is unknown; a stream without a cache has no segments, or is given to
+            an `unstacked` decoder; or a stream with a cache has rows of more than one token.
         """
         c = self.config
         if self.remat not in REMAT:

@@ -2,10 +2,10 @@
 
 A device is one device of JAX: a chip, or on tpu7x one of the two cores of a chip.
 
-Sources for TPUs: the pages v4, v5e, v5p, v6e and tpu7x of the Cloud TPU documentation give FLOP/s,
-bandwidth, the links of a chip, and the network of a pod, which is divided by the pod's chips. VMEM
-is from jax.experimental.pallas.tpu. `usable` is the memory that the compiler of libtpu 0.0.42
-allows a program.
+Sources for TPUs: FLOP/s, bandwidth, links and network are from the pages v4, v5e, v5p, v6e and
+tpu7x of the Cloud TPU documentation. (The network of a pod is divided by the pod's chips.) VMEM is
+from jax.experimental.pallas.tpu. `usable` is the memory that the compiler of libtpu 0.0.42 allows a
+program.
 
 Sources for GPUs: NVIDIA's data sheets of A100 SXM 80 GB, H100 SXM and H200 SXM. The network is one
 adapter per GPU, of 400 Gb/s (A100: 200 Gb/s).

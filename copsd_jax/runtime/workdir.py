@@ -78,7 +78,7 @@ def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> boo
     if not directory.exists() or not any(directory.iterdir()):
         return False
     if not (directory / "config.json").is_file():
-        raise ValueError(f"--workdir={directory} has files but no config.json: it is not a run directory")
+        raise ValueError(f"--workdir={directory} has files but no config.json: no run began there")
     # A setting that was added to the program after the run began had its default value.
     defaults = config_lib.flat(config_lib.default())
     old = {name: _listed(value) for name, value in defaults.items()} | read_settings(directory)
@@ -161,7 +161,7 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"--workdir={directory} has no config.json: it is not a run directory")
+        raise FileNotFoundError(f"--workdir={directory} has no config.json: no run began there")
     try:
         settings = read_json(path)
     except ValueError as error:

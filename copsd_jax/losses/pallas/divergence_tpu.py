@@ -5,8 +5,9 @@ the logits of both sides, and the gradient of the hidden states. The head's grad
 The time of the needed matmuls at the chip's peak is called the floor below.
 
 JSD, reverse KL and the element clip need both log-sum-exps before any gradient, and Σb before
-dz = b - p Σb. There are several ways to get them. For T = 32,768, D = 2048 and V = 151,936 in
-bfloat16 (TV = 4.98e9; the floor is 310.6 ms on v5e and 66.6 ms on v6e) they cost
+dz = b - p Σb. There are several ways to get them. Their costs are given for T = 32,768, D = 2048
+and V = 151,936 in bfloat16, where TV = 4.98e9. The floor is then 310.6 ms on v5e and 66.6 ms on
+v6e.
 
   logits computed again     5 matmuls: 1.67 floors
   float32 logits stored     16 bytes per entry, 24 with Σb: 80 or 119 GB; 1.47 floors on v5e for JSD
@@ -15,10 +16,10 @@ bfloat16 (TV = 4.98e9; the floor is 310.6 ms on v5e and 66.6 ms on v6e) they cos
 
 In addition, passes 1 and 3 each read the head once per block of N tokens. Together this is
 2 · T/N · VD · 2 bytes: 10 GB for N = 4096, 20 GB for N = 2048. The estimated time of a sweep is its
-FLOP divided by the chip's peak, plus its bytes divided by the bandwidth. If vector work overlaps
-with the matrix unit, forward KL takes 1.24 floors on v5e (N = 2048, because of its 16 GB) and 1.47
-on v6e (N = 4096). JSD and clipped forms take 1.32 and 1.66. HBM has the stored entries [N, V] of
-only one block at a time, whatever T is.
+FLOP divided by the chip's peak, plus its bytes divided by the bandwidth. This assumes that vector
+work overlaps with the matrix unit. Forward KL takes 1.24 floors on v5e (N = 2048, because of its
+16 GB) and 1.47 on v6e (N = 4096). JSD and clipped forms take 1.32 and 1.66. HBM has the stored
+entries [N, V] of only one block at a time, whatever T is.
 
 An entry is stored as two numbers, relative to the maxima m_s and m_t of its row within the tile.
 The first is the larger of P = exp(z_s - m_s) and Q = exp(z_t - m_t). The second is

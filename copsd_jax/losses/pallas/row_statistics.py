@@ -36,7 +36,7 @@ from copsd_jax.losses import (
 from copsd_jax.losses import split_vocabulary as shards
 
 # The divergences that the kernels are tested with. The kernels know ln p and ln q of an entry only
-# up to a common constant, so a divergence may use these logarithms only as ln p - ln q.
+# up to a common constant. So a divergence may use only the difference ln p - ln q.
 DIVERGENCES = ("fkl", "rkl", "jsd", "sampled")
 ROW_STATS = 8  # maximum number of statistics per row and tile that a pass reads or writes
 EMPTY = -1e30  # logit of a missing entry
@@ -60,8 +60,8 @@ class TilePartials(NamedTuple):
 class RowSoftmax(NamedTuple):
     """Statistics of one side over the whole vocabulary, [T]; the entropy is in nats.
 
-    ln p = (z/τ - top) - log. The two numbers are kept apart because their sum, the log-sum-exp,
-    would lose the digits of `log` if logits are large.
+    ln p = (z/τ - top) - log. top and log are stored separately. If logits are large, their sum, the
+    log-sum-exp, would lose the digits of log.
     """
 
     top_T: jax.Array
