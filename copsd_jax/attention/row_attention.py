@@ -29,9 +29,9 @@ from copsd_jax.runtime import sharding
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
 CPU_QUERY_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more for SmolLM2
 MAX_RANGES = 8  # maximum number of query ranges, each with its own range of keys; more save little
-SMALL_WORK = 2**24  # if L L N H of a row is smaller, small blocks take longer to compile than save
+SMALL_WORK = 2**24  # in rows of less L L N H, small blocks take longer to compile than they save
 SMALL_WORK_BLOCK = 512  # minimum queries of a block in rows below SMALL_WORK
-MAX_RANGES_LARGE_BLOCKS = 2  # MAX_RANGES of large blocks: each takes 10 to 30 s to compile for TPU
+MAX_RANGES_LARGE_BLOCKS = 2  # for large blocks: each range takes 10 to 30 s to compile for TPU
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from copsd_jax.losses import distributions, precision, split_vocabulary, token_blocks, token_values
 
-STRIP = 8  # rows that a CPU works on at a time, so that their temporaries stay in its cache
+STRIP = 8  # rows at a time on a CPU, so that temporary arrays stay in the cache
 FLOOR = -1e30  # logit of padding entries: finite, and low enough to give them no mass
 Result = TypeVar("Result")
 

@@ -1,7 +1,6 @@
 """The divergence with [tokens, vocabulary] arrays and automatic differentiation of the value.
 
-It is the reference for the other implementations, because it uses neither the closed form of their
-gradient nor that of the softmax's gradient.
+It is the reference for the other implementations, because it uses no closed form of a gradient.
 """
 
 import jax

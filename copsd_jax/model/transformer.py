@@ -364,7 +364,7 @@ class Decoder(nn.Module):
       remat: policy of the values that a layer keeps for the backward pass, a key of REMAT.
       query_block: queries of a block in portable attention; longer rows attend block by block.
       decode: attention of streams with a cache, a key of decode_attention.IMPLEMENTATIONS.
-      attention: attention of other streams, one of row_attention.IMPLEMENTATIONS.
+      attention: attention of streams without a cache, one of row_attention.IMPLEMENTATIONS.
       key_repeats: how many times attention and caches repeat each key head
         (`sharding.key_repeats`).
       unstacked: whether to run the layers one by one instead of scanning stacked arrays; only for

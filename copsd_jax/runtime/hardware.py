@@ -116,7 +116,7 @@ class Target:
 
     @property
     def topology(self) -> str:
-        """The shape as the compiler spells it, such as 4x8."""
+        """The shape in the compiler's notation, such as 4x8."""
         return "x".join(map(str, self.shape))
 
 

@@ -62,7 +62,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     Args:
       data: size of the axis that splits completions only.
       fsdp: size of the axis that splits completions and parameters.
-      tensor: size of the axis that splits the other dimension of parameters.
+      tensor: size of the axis that splits the dimension of parameters that `fsdp` does not split.
       devices: the devices of the mesh; None means all devices of JAX.
 
     Raises:

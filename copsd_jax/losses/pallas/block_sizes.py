@@ -81,7 +81,7 @@ def choose_tpu(
 
 
 def spare_vmem(vmem: int) -> int:
-    """Returns the bytes of a chip's VMEM that stay free of blocks."""
+    """Returns the bytes of a chip's VMEM that blocks must leave free."""
     return min(SPARE_VMEM, vmem // 4)
 
 
@@ -97,7 +97,7 @@ def vmem_limit(need: int) -> int:
 
 
 def vmem_bytes(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train_head: bool) -> int:
-    """Returns the bytes of VMEM that the pass with the largest need takes.
+    """Returns the bytes of VMEM that the most demanding pass needs.
 
     Tiles that move with the grid have two buffers, so that the next tile loads while one is used.
     """
@@ -149,7 +149,7 @@ def even_rows(tokens: int, most: int, unit: int) -> int:
 
 
 # --- cost of the TPU's passes ---------------------------------------------------------------------
-# A grid step counts the bytes that it moves, without those that the step before already loaded.
+# A grid step counts the bytes that it moves, except those that the previous step already loaded.
 # Partial tiles count as whole tiles.
 
 
