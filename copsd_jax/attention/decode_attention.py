@@ -1,21 +1,22 @@
 """Decode attention: one new token per slot attends to the live part of a cache.
 
-A cache [layers, J, K, A, H] holds the keys and values of J texts. Text j has `length` live entries,
-and the rest is garbage. A decode step writes one entry for each live slot and attends to all its
-entries up to that one:
+A cache [layers, J, K, A, H] has J slots, each for the keys and values of one text. The first
+`length` entries of a slot are live, and the rest are garbage. A decode step writes one entry into
+each live slot, and attends to this entry and all entries before it:
 
     slot  length   blocks of 64 entries that are read
       0      70    0 1
       1       0    none: a dead slot
       2      64    0
 
-`dense` reads the whole capacity and masks it; it is the oracle of the others. `blocks` walks over
-the list of live (slot, block) pairs, some at a time, in plain XLA. It runs anywhere, and its cost
-follows the number of live entries. The kernels `pallas_tpu` and `pallas_gpu` read the same blocks
-straight from the cache, where `blocks` copies them first. All of them return numerator, maximum and
-sum of a softmax apart, so that the keys of a shared prefix can join it.
+`dense` reads the whole cache and masks it; tests compare the others with it. `blocks` goes over the
+list of live (slot, block) pairs, a group of pairs at a time, in plain XLA. It runs on every
+platform, and its cost is proportional to the number of live entries. The kernels `pallas_tpu` and
+`pallas_gpu` read the same blocks directly from the cache, whereas `blocks` copies them first. All
+implementations return the numerator, the maximum and the sum of a softmax separately, so that the
+keys of a shared prefix can be added.
 
-An int8 cache has one float32 scale per entry and head: the largest magnitude becomes 127.
+An int8 cache has one float32 scale per entry and head, which maps the largest magnitude to 127.
 
 Shapes: J slots, K key heads, M queries per key head, H head size, A entries, W pairs at a time.
 """
@@ -30,7 +31,7 @@ from jax.sharding import PartitionSpec
 from copsd_jax.attention import decode_cache, visibility
 from copsd_jax.runtime import sharding
 
-BLOCK = 64  # entries of a block of `blocks`; on CPU 32 costs a fifth more, and 128 costs as much
+BLOCK = 64  # entries of a block in `blocks`; on CPU 32 is a fifth slower, and 128 is no faster
 CACHE_LENGTH_MULTIPLE = decode_cache.LENGTH_MULTIPLE
 Cache = decode_cache.Cache
 PartialSoftmax = decode_cache.PartialSoftmax
@@ -43,10 +44,10 @@ def create_cache(layers: int, slots: int, heads: int, length: int, size: int, dt
 
     Args:
       layers: number of layers.
-      slots: J.
-      heads: K.
-      length: A.
-      size: H.
+      slots: number of slots, J.
+      heads: number of key heads, K.
+      length: entries of a slot, A.
+      size: head size, H.
       dtype: float32, bfloat16 or int8.
     """
     shape = (layers, slots, heads, length, size)
@@ -58,17 +59,17 @@ def create_cache(layers: int, slots: int, heads: int, length: int, size: int, dt
 
 
 def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Quantises x [..., H] to int8 [..., H] and float32 scales [...], so that x ≈ int8 x scale."""
+    """Quantises x [..., H] to int8 [..., H] and float32 scales [...], so that x ≈ int8 · scale."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), jnp.float32(1e-30)) / 127
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
 def convert_entries(cache: Cache, k: jax.Array, v: jax.Array) -> Cache:
-    """Converts keys and values to the number types of a cache.
+    """Converts keys and values to the dtypes of a cache.
 
     Args:
-      cache: the cache.
+      cache: the cache that has the dtypes.
       k: keys [..., H].
       v: values [..., H].
 
@@ -92,14 +93,14 @@ def write_and_attend(
 ) -> tuple[PartialSoftmax, Cache]:
     """Writes an entry at `index` of each slot, then attends to entries 0 … index.
 
-    On a mesh (`jax.set_mesh`) slots are split over its batch axes, and key heads over `tensor` if
-    it divides them. Each device reads and writes its own.
+    On a mesh (`jax.set_mesh`), slots are split over the batch axes, and key heads over `tensor` if
+    it divides their number. Each device reads and writes only its own slots and heads.
 
     Args:
       q_JKMH: queries, scaled and rotated, in compute dtype.
       k_JKH: new keys, rotated.
       v_JKH: new values.
-      cache: updated in place if it is donated, or carried by a loop.
+      cache: the cache; it is updated in place if it is donated, or carried by a loop.
       layer: int32 scalar.
       index_J: int32; negative for a dead slot, which writes nothing and sees nothing.
       implementation: a key of IMPLEMENTATIONS.
@@ -108,7 +109,7 @@ def write_and_attend(
       The softmax over each slot's own entries, and the updated cache.
 
     Raises:
-      ValueError: for an unknown implementation, or if the mesh does not divide the slots.
+      ValueError: the implementation is unknown, or the mesh does not divide the number of slots.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -133,16 +134,16 @@ def find_mesh_axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...],
     """Finds the mesh axes of slots and of key heads.
 
     Args:
-      shape: a mesh, or an abstract one.
-      slots: J.
-      heads: K; replicated if `tensor` does not divide them.
+      shape: a mesh, or an abstract mesh.
+      slots: number of slots, J.
+      heads: number of key heads, K. If `tensor` does not divide K, the heads are replicated.
 
     Raises:
-      ValueError: if the batch axes do not divide the slots.
+      ValueError: the batch axes do not divide the number of slots.
     """
     shards = sharding.batch_shards(shape)
     if slots % shards:
-        raise ValueError(f"slots are {slots}: the {shards} parts of the mesh must divide them")
+        raise ValueError(f"there are {slots} slots: the mesh needs a multiple of {shards}")
     _, slot, head, *_ = sharding.partition_spec("cache/k", (1, slots, heads, 1, 1), shape)
     return slot, head
 
@@ -158,7 +159,7 @@ def _write_and_attend(
 
 def _write(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
     rows_J = jnp.arange(index_J.shape[0], dtype=jnp.int32)
-    # An entry beyond A is dropped, while a negative index would count from the end.
+    # A dead slot gets index A, where writes are dropped. A negative index would count from the end.
     at_J = jnp.where(index_J < 0, cache.k.shape[3], index_J)
     return jax.tree.map(
         lambda whole, new: whole.at[layer, rows_J, :, at_J].set(new, mode="drop"), cache, new
@@ -166,7 +167,7 @@ def _write(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Ca
 
 
 def _write_tpu(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
-    """Writes in a kernel: XLA's scatter needs another layout there, and copies the whole cache."""
+    """Writes with a kernel: XLA's scatter needs another layout and would copy the whole cache."""
     # Imported lazily: Pallas is slow to import, and a CPU does not need it.
     from copsd_jax.attention import decode_attention_tpu
 
@@ -198,7 +199,7 @@ def _softmax(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> PartialSoft
     total = jnp.sum(weight, axis=-1)
     if block.v_scale is not None:
         weight = weight * jnp.where(seen, block.v_scale[:, :, None], jnp.float32(0))
-    # Entries that are not live may hold anything, and 0 times infinity is not 0.
+    # Entries that are not live may contain anything, and 0 times infinity is NaN.
     v = jnp.where(seen_WS[:, None, :, None], block.v, jnp.zeros((), block.v.dtype)).astype(dtype)
     return PartialSoftmax(_product("wkms,wksh->wkmh", weight.astype(dtype), v), top, total)
 
@@ -209,12 +210,13 @@ def _softmax(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> PartialSoft
 def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[jax.Array, ...]:
     """Lists the live (slot, block) pairs, slot by slot.
 
-    Lengths 70, 0, 64 with blocks of 64 give (0, 0), (0, 1), (2, 0), then garbage, and number 3.
+    For example, lengths 70, 0, 64 and blocks of 64 give the 3 pairs (0, 0), (0, 1), (2, 0),
+    followed by garbage.
 
     Args:
-      length_J: int32 live entries of each slot.
-      per_slot: blocks of a slot.
-      block: entries of a block.
+      length_J: int32 number of live entries of each slot.
+      per_slot: number of blocks in a slot.
+      block: number of entries in a block.
 
     Returns:
       slot_X and block_X, int32 [J x per_slot], and the number of live pairs, an int32 scalar.
@@ -228,11 +230,11 @@ def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[ja
 
 
 def _blocks(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
-    """Attends to live blocks, W pairs at a time; their number, not the capacity, sets the time."""
+    """Attends to live blocks, W pairs at a time; their number alone determines the time."""
     slots, _, length, size = cache.k.shape[1:]
     per_slot = length // BLOCK
-    # Four pairs a slot are enough for a product to be worth its start, and few enough that the last
-    # group is mostly full.
+    # Four pairs per slot are enough to make up for the cost of starting a product. They are few
+    # enough that the last group is mostly full.
     group = min(max(16, 4 * slots), slots * per_slot)
     slot_X, block_X, live = list_live_blocks(length_J, per_slot, BLOCK)
     pad = (0, -slot_X.shape[0] % group)

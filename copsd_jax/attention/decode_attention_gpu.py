@@ -1,23 +1,24 @@
 """Decode attention for NVIDIA GPUs (Pallas, Triton): reads only the live part of a stacked cache.
 
 One query token per slot attends to the first `length` entries of its slot. A program handles one
-slot, one key head and one split of the entries (flash-decoding: Dao et al. 2023). The processors
-are therefore busy with few slots too, and many programs share a long slot:
+slot, one key head and one split of the entries (flash-decoding: Dao et al. 2023). Since many
+programs share a long slot, the processors are busy even if there are few slots:
 
     length 300, splits of 128     program    0          1            2           3
                                   entries  0 … 127   128 … 255   256 … 299   none: ends at once
 
-Loads are masked, so entries at or beyond the length are never read. XLA merges the results of a
-slot's splits: M (H + 2) float32 for each split of 2 H numbers per entry, which is 1/256 of the
-bytes for M = 2 and a split of 512 entries in bfloat16.
+Loads are masked, so entries at or after the length are never read. XLA merges the results of a
+slot's splits, which are M (H + 2) float32 numbers per split. A split reads 2 H numbers per entry.
+For M = 2 and splits of 512 entries in bfloat16, the results have 1/256 of the bytes that are read.
 
-Why tensor cores: an entry of one head has 4 H bytes in bfloat16 (keys and values) and needs 2 M H
-multiply-adds. A processor of an H200 gets some 20 bytes a cycle, so an entry of H = 128 takes 26
-cycles. Plain multiply-adds, 128 a cycle, would take 2 M cycles, and as many again for conversions
-and reductions across lanes: with M = 8 they would be slower than memory. Tensor cores compute 16
-rows at least, which is 16 FLOP a byte, where the machine has 200. So products are `dot`s of 16
-rows, and the last query is repeated to fill them. Float32 products are exact (no TF32): 2 x 16 rows
-take 32 cycles, while the entry's 8 H bytes take 52.
+Products run on tensor cores, because plain multiply-adds would be too slow. An entry of one head
+has 4 H bytes in bfloat16 (key and value) and needs 2 M H multiply-adds. A processor of an H200
+loads about 20 bytes per cycle, so an entry with H = 128 takes 26 cycles. Plain multiply-adds, 128
+per cycle, would take 2 M cycles, and conversions and reductions across lanes as many again. With
+M = 8 this would be slower than memory. Tensor cores compute at least 16 rows. This is 16 FLOP per
+byte, and the machine can do 200. So each product is a `dot` of 16 rows, and the last query is
+repeated to fill the rows. Float32 products are exact (no TF32): 2 x 16 rows take 32 cycles, while
+loading the entry's 8 H bytes takes 52.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ from jax.experimental.pallas import triton as plt
 
 from copsd_jax.attention import decode_cache, visibility
 
-_ROWS = 16  # least rows of a dot
-_PROCESSORS = 132  # of H100 and H200; the 108 of an A100 would give the same rule
+_ROWS = 16  # minimum rows of a dot
+_PROCESSORS = 132  # processors of H100 and H200; an A100 has 108, which is close enough
 _PROGRAMS = 4  # programs per processor, enough to even out their loads
 
 
@@ -54,16 +55,16 @@ class BlockSizes:
 
 
 def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
-    """Chooses the longest splits that leave each processor four programs.
+    """Chooses the longest splits with which every processor still has four programs.
 
     The rule assumes that slots are a quarter full. The keys and values of a product have 16 to 32
-    KiB, and three products are in flight. So two programs on a processor keep 100 KiB in flight,
-    more than the 29 KiB that 36 GB/s x 800 ns need.
+    KiB, and the loads of three products are in flight. So two programs on a processor have about
+    100 KiB in flight. This is more than the 29 KiB (36 GB/s x 800 ns) that hide the latency.
 
     Args:
-      q_shape: [J, K, M, H] of one device.
-      k_shape: [layers, J, K, A, H] of one device.
-      dtype: type of the cache.
+      q_shape: shape of the queries on one device, [J, K, M, H].
+      k_shape: shape of the keys on one device, [layers, J, K, A, H].
+      dtype: dtype of the cache.
     """
     slots, heads, _, size = q_shape
     length = k_shape[3]
@@ -76,12 +77,12 @@ def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
 
 
 def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
-    """Estimates the FLOPs (of M rows, not of 16) and bytes of one call.
+    """Estimates the FLOPs (counting M rows, not 16) and bytes of one call.
 
     Args:
-      q_shape: [J, K, M, H].
-      dtype: type of the cache; an int8 entry has a float32 scale.
-      mean_length: live entries of a slot, on average over all J slots.
+      q_shape: shape of the queries, [J, K, M, H].
+      dtype: dtype of the cache; an int8 entry also has a float32 scale.
+      mean_length: mean number of live entries per slot, over all J slots.
     """
     return pl.CostEstimate(**decode_cache.count_cost(q_shape, dtype, mean_length))
 
@@ -95,23 +96,23 @@ def attend(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> decode_cache.PartialSoftmax:
-    """Attends from each slot's queries to its entries 0 … length - 1, as one part of a softmax.
+    """Attends from each slot's queries to entries 0 … length - 1; returns a partial softmax.
 
     Args:
-      q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated; M at most 16, H a power of
-        two. Products are in its dtype (entries are converted in registers), sums and softmax in
-        float32.
-      cache: 128 divides its length A.
+      q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. M is at most 16, and H is
+        a power of two. Products are in this dtype, to which entries are converted in registers;
+        sums and softmax are in float32.
+      cache: the cache, whose length A must be a multiple of 128.
       layer: int32 scalar.
       length_J: int32, 0 … A; 0 for a dead slot.
-      blocks: block sizes; None for those of `choose_blocks`.
-      interpret: runs the kernel without a GPU.
+      blocks: block sizes; None means those of `choose_blocks`.
+      interpret: whether to run the kernel without a GPU.
 
     Returns:
-      The softmax over each slot's live entries. A dead slot gives 0, -1e30 and 0.
+      The softmax over each slot's live entries. A dead slot gives out 0, top -1e30 and total 0.
 
     Raises:
-      ValueError: for unsupported shapes or blocks, or an int8 cache of 2 to 4 GiB.
+      ValueError: a shape or block size is not supported, or an int8 cache has 2 to 4 GiB.
     """
     slots, heads, queries, size = q_JKMH.shape
     length = cache.k.shape[3]
@@ -131,7 +132,8 @@ def attend(
         name="decode_attention",
     )
     start_S = jnp.arange(splits, dtype=jnp.int32) * blocks.split
-    # The text of a program keeps the scope names of Triton's calls, but no cost estimate.
+    # The text of a program has the scope names of Triton calls, but not their cost estimates. So
+    # the estimate is put into the scope name.
     with jax.named_scope(f"cost:{estimate.flops}:{estimate.bytes_accessed}"):
         out, top, total = call(layer.reshape(1), length_J, q_JKMH, *jax.tree.leaves(cache))
     return _merge_splits(out, top, total, start_S[:, None] < length_J[None, :])
@@ -142,16 +144,16 @@ def _check_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: BlockSizes) ->
     decode_cache.check_length(length)
     if queries > _ROWS or size < _ROWS or size & (size - 1):
         raise ValueError(
-            f"queries per key head and head size are {queries} and {size}: at most {_ROWS}, and a "
-            f"power of two from {_ROWS} on, are supported"
+            f"queries per key head and head size are {queries} and {size}: at most {_ROWS} queries "
+            f"are supported, and a head size that is a power of two from {_ROWS} on"
         )
     if blocks.keys < _ROWS or blocks.keys & (blocks.keys - 1) or blocks.split % blocks.keys:
         raise ValueError(
             f"blocks.keys and blocks.split are {blocks.keys} and {blocks.split}: a power of two "
-            f"from {_ROWS} on and a multiple of it are needed"
+            f"from {_ROWS} on, and a multiple of it, are needed"
         )
-    # Offsets have 64 bits in arrays above 4 GiB only. In others they are signed numbers of 32 bits,
-    # which reach 2 GiB.
+    # Only arrays above 4 GiB have 64-bit offsets. Other arrays have signed 32-bit offsets, which
+    # reach 2 GiB.
     if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
         raise ValueError(
             f"an int8 cache of keys has {k.size} bytes on a device: sizes from 2**31 to 2**32 "
@@ -199,7 +201,7 @@ def _kernel(blocks: BlockSizes, scaled: bool, layer_1, length_J, q_ref, k_ref, v
 
 
 def _add_block(part, q_RH, k_SH, v_SH, scales_S, seen_S):
-    """Adds a block of entries to a partial softmax; entries that are not seen were loaded as 0."""
+    """Adds a block of entries to a partial softmax; unseen entries must have been loaded as 0."""
     out_RH, top_R, total_R = part
     dtype = q_RH.dtype
     logit_RS = decode_cache.multiply(q_RH, k_SH.astype(dtype), 1)
@@ -217,7 +219,7 @@ def _add_block(part, q_RH, k_SH, v_SH, scales_S, seen_S):
 
 
 def _merge_splits(out_SJKMH, top_SJKM, total_SJKM, live_SJ) -> decode_cache.PartialSoftmax:
-    """Merges the partial softmaxes of all splits; those that are not live were never written."""
+    """Merges the partial softmaxes of all live splits; results of other splits are undefined."""
     live = live_SJ[:, :, None, None]
     top_SJKM = jnp.where(live, top_SJKM, visibility.MASKED_LOGIT)
     top_JKM = jnp.max(top_SJKM, axis=0)

@@ -1,29 +1,30 @@
 """Decode attention for TPU (Pallas, Mosaic): reads only the live part of a stacked cache.
 
-One query token per slot attends to the first `length` entries of its slot. The kernel walks over
-the live blocks in order of slots and fetches them itself, `buffers` - 1 blocks ahead and across
-slots. From a slot's last block it fetches only the chunks of 128 entries that hold a live one:
+One query token per slot attends to the first `length` entries of its slot. The kernel goes over the
+live blocks, slot by slot. It fetches them itself, `buffers` - 1 blocks ahead, also from the next
+slots. Of a slot's last block it fetches only the chunks of 128 entries that have a live entry:
 
     lengths 300, 0, 40; blocks of 256     fetch        0          1          2
                                           slot         0          0          2
                                           entries   0 … 255   256 … 383   0 … 127
 
-A dead slot costs one look at its length. (A grid of slots and blocks would cost about 0.35 us for
-each step without work: 40 ms a token for 256 slots of 4096 entries over 28 layers, in blocks of
-256. A prefetched list of live blocks would have to be made by XLA in every layer.)
+A dead slot costs one read of its length. Two alternatives are slower. A grid of slots and blocks
+costs about 0.35 us for each step without work. This is 40 ms per token for 256 slots of 4096
+entries and 28 layers, in blocks of 256. A prefetched list of live blocks would have to be built by
+XLA in every layer.
 
-Size of a block. Compiled for v5e, a block of 256 entries of 8 heads in bfloat16 has 530 instruction
-words, 0.36 us at 1.5 GHz without stalls. Fetching it takes 1.28 us (1 MiB at 819 GB/s). Of the
-words, 150 start copies and look for the next block, whatever its size, and 380 compute. Products
-load each 128 x 128 tile of keys or values into a matrix unit once, and the M queries (1 to 8) fill
-8 of its rows at one price. On average half of a slot's last block is computed in vain, though not
-fetched, and a fetch takes some 1 us to begin. So a block should take about 1 us to fetch, just long
-enough to hide its own computation and the start of the next fetch. An int8 block is converted
-first: 384 entries have 1370 words, 0.92 us, for 0.99 us of fetching. So int8 saves more memory than
-time.
+The size of a block was chosen for v5e. There, a block of 256 entries of 8 heads in bfloat16 has 530
+instruction words, which take 0.36 us at 1.5 GHz without stalls. Of these words, 150 start copies
+and find the next block, whatever the block size, and 380 compute. Fetching the block takes 1.28 us
+(1 MiB at 819 GB/s). Each 128 x 128 tile of keys or values is loaded into a matrix unit once. The M
+queries (1 to 8) occupy 8 of its rows, so M does not change the cost. On average, half of a slot's
+last block is computed for nothing, although it is not fetched. The latency of a fetch is about
+1 us. So a block should take about 1 us to fetch. This hides the block's computation and the latency
+of the next fetch. An int8 block has to be converted first. 384 entries then take 1370 words, or
+0.92 us, while fetching takes 0.99 us. So int8 saves more memory than time.
 
 If H is not a multiple of 128, XLA stores a cache with the entries along the lanes, [..., H, A],
-which needs no padding. The kernel reads this layout as it is.
+which needs no padding. The kernel reads this layout directly.
 """
 
 import dataclasses
@@ -40,16 +41,16 @@ from copsd_jax.attention import decode_cache, visibility
 
 CHUNK = decode_cache.LENGTH_MULTIPLE  # entries of one copy
 V5E = "TPU v5 lite"
-# Bytes per second of HBM by jax's device_kind, for one core if a device has two. v4 is missing,
-# because Mosaic cannot compile the kernel for it (no gather across sublanes).
+# HBM bandwidth in bytes per second, by jax's device_kind; per core if a device has two cores. There
+# is no v4, because Mosaic cannot compile the kernel for it (no gather across sublanes).
 BANDWIDTH = {
     V5E: 8.2e11, "TPU v5": 1.2e12, "TPU v5p": 1.2e12, "TPU v6 lite": 1.6e12, "TPU v6e": 1.6e12,
     "TPU7x": 3.7e12,
 }  # fmt: skip
-_TWO_CORES = ("TPU v5", "TPU v5p")  # devices of two cores
+_TWO_CORES = ("TPU v5", "TPU v5p")  # devices with two cores
 _FETCH = 1e-6  # seconds that the fetch of a block should take
-_LONGEST = 1024  # most entries of a block
-_BUFFERS = 8 << 20  # most bytes of VMEM for keys and values
+_LONGEST = 1024  # maximum number of entries in a block
+_BUFFERS = 8 << 20  # maximum bytes of VMEM for keys and values
 _ROWS = 4 << 20  # bytes of VMEM for queries and results of the slots of one program
 
 
@@ -60,7 +61,7 @@ class BlockSizes:
     Attributes:
       keys: entries computed at once, a multiple of 128.
       buffers: blocks in VMEM, at least 2.
-      slots: slots of one program. Programs run one after the other, or on the two cores of a v5p.
+      slots: slots of one program. Programs run one after another, or on the two cores of a v5p.
     """
 
     keys: int
@@ -69,22 +70,22 @@ class BlockSizes:
 
 
 def get_chip() -> str:
-    """Returns the `device_kind` of the mesh in use (`jax.set_mesh`), or v5e if it has no TPU."""
+    """Returns the `device_kind` of the current mesh (`jax.set_mesh`), or v5e if it has no TPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return V5E if device is None or device.platform != "tpu" else device.device_kind
 
 
 def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
-    """Chooses blocks that take about 1 us to fetch, three of them, and all slots that VMEM holds.
+    """Chooses three buffers of blocks of about 1 us of fetching, and as many slots as fit.
 
     Args:
-      q_shape: [J, K, M, H] of one device.
-      k_shape: [layers, J, K, A, H] of one device.
-      dtype: type of the cache.
+      q_shape: shape of the queries on one device, [J, K, M, H].
+      k_shape: shape of the keys on one device, [layers, J, K, A, H].
+      dtype: dtype of the cache.
       chip: jax's `device_kind`.
 
     Raises:
-      ValueError: for an unknown chip.
+      ValueError: the chip is unknown.
     """
     if chip not in BANDWIDTH:
         raise ValueError(f"chip is {chip!r}: the choices are {', '.join(BANDWIDTH)}")
@@ -93,8 +94,8 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
     wanted = BANDWIDTH[chip] * _FETCH / entry
     most = min(_LONGEST, length, _BUFFERS // (3 * entry))
     keys = max(CHUNK, min(round(wanted / CHUNK), most // CHUNK) * CHUNK)
-    # Bytes of a slot in float32 tiles of 8 x 128, double-buffered: queries and out, then top and
-    # total, which have the queries along the lanes.
+    # Bytes per slot in double-buffered float32 tiles of 8 x 128. The first term is for queries and
+    # out; the second is for top and total, which have the queries along the lanes.
     lanes = -(-size // 128) * 128
     row = 4 * 2 * (2 * heads * -(-queries // 8) * 8 * lanes + 2 * -(-heads // 8) * 8 * 128)
     two_cores = chip in _TWO_CORES and slots > 1
@@ -103,12 +104,12 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
 
 
 def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
-    """Estimates the FLOPs and bytes of one call, from live entries and half a chunk beyond them.
+    """Estimates the FLOPs and bytes of one call, with half a chunk per slot after live entries.
 
     Args:
-      q_shape: [J, K, M, H].
-      dtype: type of the cache; an int8 entry has a float32 scale.
-      mean_length: live entries of a slot, on average over all J slots.
+      q_shape: shape of the queries, [J, K, M, H].
+      dtype: dtype of the cache; an int8 entry also has a float32 scale.
+      mean_length: mean number of live entries per slot, over all J slots.
     """
     return pl.CostEstimate(**decode_cache.count_cost(q_shape, dtype, mean_length + CHUNK / 2))
 
@@ -122,22 +123,22 @@ def attend(
     blocks: BlockSizes | None = None,
     interpret: Any = False,
 ) -> decode_cache.PartialSoftmax:
-    """Attends from each slot's queries to its entries 0 … length - 1, as one part of a softmax.
+    """Attends from each slot's queries to entries 0 … length - 1; returns a partial softmax.
 
     Args:
-      q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. Products are in its dtype
-        (entries are converted in VMEM), sums and softmax in float32.
-      cache: 128 divides its length A.
+      q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. Products are in this
+        dtype, to which entries are converted in VMEM; sums and softmax are in float32.
+      cache: the cache, whose length A must be a multiple of 128.
       layer: int32 scalar.
       length_J: int32, 0 … A; 0 for a dead slot.
-      blocks: block sizes; None for those of `choose_blocks` for the mesh's chip.
-      interpret: True or pltpu.InterpretParams run the kernel without a TPU.
+      blocks: block sizes; None means those of `choose_blocks` for the mesh's chip.
+      interpret: True or pltpu.InterpretParams to run the kernel without a TPU.
 
     Returns:
-      The softmax over each slot's live entries. A dead slot gives 0, -1e30 and 0.
+      The softmax over each slot's live entries. A dead slot gives out 0, top -1e30 and total 0.
 
     Raises:
-      ValueError: for a cache length that is not a multiple of 128, or blocks that do not fit it.
+      ValueError: the cache length is not a multiple of 128, or the block sizes do not fit it.
     """
     slots, heads, queries, size = q_JKMH.shape
     length, dtype = cache.k.shape[3], cache.k.dtype
@@ -168,14 +169,14 @@ def attend(
         interpret=interpret,
         name="decode_attention",
     )(
-        # Length 0 makes dead slots of those that only fill the last program.
+        # Padding slots of the last program get length 0, so they are dead.
         layer.reshape(1), jnp.pad(length_J, (0, programs * blocks.slots - slots)), q_JKMH, *caches
     )  # fmt: skip
     return decode_cache.PartialSoftmax(*parts)
 
 
 def _turn(caches: Sequence[jax.Array], turned: bool) -> list[jax.Array]:
-    """Transposes A and H of keys and values: no copy, since memory has them as [..., H, A]."""
+    """Transposes A and H of keys and values; no copy, since memory has the order [..., H, A]."""
     return [x.swapaxes(3, 4) if turned and x.ndim == 5 else x for x in caches]
 
 
@@ -211,7 +212,7 @@ class _Copies(NamedTuple):
                 entries = pl.ds(pl.multiple_of(start, CHUNK), CHUNK)
                 into = pl.ds(chunk * CHUNK, CHUNK)
                 for i, (cache, buffer) in enumerate(zip(self.caches, self.buffers, strict=True)):
-                    # Whole axes come first, then the entries, then H unless it is turned.
+                    # K comes first, and H too if it is turned; then come the entries.
                     axis = (slice(None),) * (2 if self.turned and i < 2 else 1)
                     from_ = cache.at[(self.layer, self.first + slot, *axis, entries)]
                     to = buffer.at[(at, *axis, into)]
@@ -219,7 +220,7 @@ class _Copies(NamedTuple):
 
 
 def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
-    """Computes the slots of one program in turn, from n caches: keys, values and their scales."""
+    """Computes the slots of one program one by one, from n caches: keys, values, their scales."""
     caches, (out_ref, top_ref, total_ref), buffers, (sem, ahead) = (
         refs[:n], refs[n : n + 3], refs[n + 3 : 2 * n + 3], refs[2 * n + 3 :],
     )  # fmt: skip
@@ -228,12 +229,12 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
     copies = _Copies(keys, turned, layer_1[0], first, length_J, caches, buffers, sem)
 
     def live(slot):
-        """The first live slot from this one on; `group` if there is none."""
+        """Returns the first live slot at or after `slot`, or `group` if there is none."""
         dead = lambda s: (s < group) & (length_J[first + jnp.minimum(s, group - 1)] == 0)  # noqa: E731
         return jax.lax.while_loop(dead, lambda s: s + 1, slot)
 
     def fetch(number):
-        """Starts the copies of the next block that has not been asked for."""
+        """Starts the copies of the next block that is not yet in flight."""
         slot, block = ahead[0], ahead[1]
 
         @pl.when(slot < group)
@@ -247,7 +248,7 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
                 ahead[0] = live(slot + 1)
 
     def add(part, slot, block, number, left):
-        """Fetches ahead, waits for a block and adds it to the slot's part."""
+        """Fetches ahead, waits for a block, and adds it to the slot's partial softmax."""
         fetch(number + depth - 1)
         at = jax.lax.rem(number, depth)
         copies.run(lambda copy: copy.wait(), slot, block, at)
@@ -278,7 +279,7 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
 
 
 def _add_block(part, q_KMH, block, turned: bool, left):
-    """Adds a block to a partial softmax: its first `left` entries, or all if that is None."""
+    """Adds the first `left` entries of a block to a partial softmax; None means all entries."""
     (out_KMH, top_KM1, total_KM1), (k, v, *scales) = part, block
     dtype, entries = q_KMH.dtype, 2 if turned else 1
     logit_KMS = decode_cache.multiply(q_KMH, k.astype(dtype), 3 - entries)
@@ -288,7 +289,7 @@ def _add_block(part, q_KMH, block, turned: bool, left):
     if left is not None:
         seen = jax.lax.broadcasted_iota(jnp.int32, logit_KMS.shape, 2) < left
         logit_KMS = jnp.where(seen, logit_KMS, visibility.MASKED_LOGIT)
-        # A weight of 0 is not enough: entries beyond are garbage, and 0 times NaN is NaN.
+        # A weight of 0 is not enough: later entries are garbage, and 0 times NaN is NaN.
         index = jax.lax.broadcasted_iota(jnp.int32, v.shape, entries)
         v = jnp.where(index < left, v, jnp.zeros_like(v))
     new_KM1 = jnp.maximum(top_KM1, jnp.max(logit_KMS, axis=-1, keepdims=True))
@@ -313,20 +314,24 @@ def write_entries(
     """Writes one entry of each slot into a layer of caches [layers, J, K, A(, H)].
 
     The update is in place if the caches are donated, or carried by a loop. XLA's scatter would move
-    one row after the other, and copy a cache if it prefers another order of rows. Here the tiles
-    that hold the entries are read, changed and written back in a pipeline over slots.
+    one row after another, and would copy a cache if it prefers another layout. This kernel reads
+    the tiles that contain the entries, changes them, and writes them back, in a pipeline over
+    slots.
 
     Args:
-      caches: keys and values, and for int8 their float32 scales; A a multiple of 128.
-      entries: entries of each cache, [J, K, H] or [J, K], in its dtype.
+      caches: keys and values, and for int8 their float32 scales; A must be a multiple of 128.
+      entries: the new entries of each cache, [J, K, H] or [J, K], in the cache's dtype.
       layer: int32 scalar.
-      index_J: int32; a slot with an index outside 0 … A - 1 stays as it is.
-      interpret: True or pltpu.InterpretParams run the kernel without a TPU.
+      index_J: int32; a slot with an index outside 0 … A - 1 remains unchanged.
+      interpret: True or pltpu.InterpretParams to run the kernel without a TPU.
+
+    Returns:
+      The updated caches.
     """
     turned = entries[0].shape[2] % 128 != 0
     tiles = [_find_tile(x, turned) for x in caches]
     caches = _turn(caches, turned)
-    # Each entry gets an axis of length 1 at the place of the cache's entries.
+    # Each entry gets an axis of length 1 where the cache has its axis of entries.
     entries = [jnp.expand_dims(x, axis - 1) for x, (axis, _) in zip(entries, tiles, strict=True)]
     length = caches[0].shape[tiles[0][0]]
 
@@ -358,7 +363,7 @@ def write_entries(
 
 
 def _find_tile(cache: jax.Array, turned: bool) -> tuple[int, int]:
-    """Finds the axis of the entries in memory, and the number of entries of a tile."""
+    """Returns the axis of the entries in memory, and the number of entries in a tile."""
     if cache.ndim == 4:
         return 3, 128
     return (4, 128) if turned else (3, 32 // cache.dtype.itemsize)
@@ -366,7 +371,7 @@ def _find_tile(cache: jax.Array, turned: bool) -> tuple[int, int]:
 
 def _write_kernel(tiles, length: int, layer_1, index_J, *refs):
     """Writes one slot's entry into its tile of each cache."""
-    del layer_1  # The index maps of the grid use it.
+    del layer_1  # Only the index maps of the grid use it.
     index, n = index_J[pl.program_id(0)], len(tiles)
     for (axis, size), new, old, out in zip(
         tiles, refs[:n], refs[n : 2 * n], refs[2 * n :], strict=True

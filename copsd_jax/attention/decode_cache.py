@@ -18,7 +18,7 @@ class Cache(NamedTuple):
 
 
 class PartialSoftmax(NamedTuple):
-    """The share of some keys in a softmax over more keys.
+    """The part that some of the keys contribute to a softmax over a larger set of keys.
 
     Attributes:
       out_JKMH: float32, sum over these keys of exp(logit - top) times value.
@@ -35,7 +35,7 @@ def check_length(length: int) -> None:
     """Checks the length A of a cache for the kernels.
 
     Raises:
-      ValueError: it is no multiple of LENGTH_MULTIPLE.
+      ValueError: the length is not a positive multiple of LENGTH_MULTIPLE.
     """
     if length % LENGTH_MULTIPLE or not length:
         raise ValueError(
@@ -48,8 +48,8 @@ def count_cost(q_shape: tuple[int, ...], dtype: jnp.dtype, entries: float) -> di
 
     Args:
       q_shape: [J, K, M, H].
-      dtype: type of the cache; an int8 entry has a float32 scale.
-      entries: entries of a slot that are read, on average over all J slots.
+      dtype: dtype of the cache; an int8 entry also has a float32 scale.
+      entries: mean number of entries read per slot, over all J slots.
     """
     slots, heads, queries, size = q_shape
     dtype = jnp.dtype(dtype)
@@ -63,9 +63,9 @@ def count_cost(q_shape: tuple[int, ...], dtype: jnp.dtype, entries: float) -> di
 
 
 def multiply(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Multiplies a [..., R, X] and b over X and `axis` of b, summed in float32, to [..., R, S].
+    """Multiplies a [..., R, X] by b, summed in float32 over X and `axis` of b; [..., R, S].
 
-    The axes in front are those of a batch, which b has too; S is the remaining axis of b.
+    The leading axes are batch axes, which b has too. S is the remaining axis of b.
     """
     batch = tuple(range(a.ndim - 2))
     # By default a TPU's matrix unit and tensor cores would round float32 to fewer bits.

@@ -1,13 +1,13 @@
 """Attention of whole rows of tokens, for training, scoring and prefill (not for decoding).
 
-visibility.py defines the keys that a token sees. One softmax goes over all of them, and no key is
-repeated for rows or queries.
+visibility.py defines the keys that a token sees. One softmax covers all these keys, and keys are
+not copied per row or per query.
 
-`portable` is plain array code. A block of queries is multiplied with the keys up to its own end
-only, which leaves out about half of the products. The backward pass keeps the output and the
-log-sum-exp of each query, never the weights (FlashAttention-2, arXiv 2307.08691, section 3.1).
-`splash` is jax's kernel for TPU (row_attention_splash.py), and `cudnn` is NVIDIA's, through
-jax.nn.dot_product_attention.
+`portable` is plain array code. A block of queries is multiplied only with the keys up to the
+block's own end, which saves about half of the products. For the backward pass, the output and the
+log-sum-exp of each query are kept, but not the attention weights (FlashAttention-2, arXiv
+2307.08691, section 3.1). `splash` is jax's kernel for TPU (row_attention_splash.py). `cudnn` is
+NVIDIA's kernel, called through jax.nn.dot_product_attention.
 
 Shapes: B rows, L tokens of a row, Q queries of a block, S keys, K key heads, M queries per key
 head, H head size, P keys of the prefix.
@@ -28,10 +28,10 @@ from copsd_jax.runtime import sharding
 
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
 CPU_QUERY_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more for SmolLM2
-MAX_RANGES = 8  # of queries, each with its own range of keys; more ranges save little
-SMALL_WORK = 2**24  # L L N H of a row below which small blocks cost more to compile than they save
-SMALL_WORK_BLOCK = 512  # queries at once in rows below that
-MAX_RANGES_LARGE_BLOCKS = 2  # of large blocks: the compiler for TPU takes 10 to 30 s for each range
+MAX_RANGES = 8  # maximum number of query ranges, each with its own range of keys; more save little
+SMALL_WORK = 2**24  # in rows of less L L N H, small blocks take longer to compile than they save
+SMALL_WORK_BLOCK = 512  # minimum queries of a block in rows below SMALL_WORK
+MAX_RANGES_LARGE_BLOCKS = 2  # for large blocks: each range takes 10 to 30 s to compile for TPU
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -39,20 +39,20 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def attend(inputs: visibility.RowInputs, implementation: str, block: int) -> jax.Array:
     """Computes softmax(q k^T) v over the keys that each token sees.
 
-    It is differentiable in q, k, v and the prefix, in reverse mode. On a mesh (`jax.set_mesh`) the
-    kernels split rows over its batch axes and key heads over `tensor`, if these divide them. The
-    portable form is left to the compiler.
+    It is differentiable in q, k, v and the prefix, in reverse mode. On a mesh (`jax.set_mesh`), the
+    kernels split rows over the batch axes and key heads over `tensor`, if the axes divide their
+    numbers. The compiler splits the portable form.
 
     Args:
       inputs: queries, keys, values and their visibility.
       implementation: one of IMPLEMENTATIONS.
-      block: queries of a block of the portable form; small rows have larger blocks.
+      block: queries per block of the portable form; small rows get larger blocks.
 
     Returns:
-      [B, L, K, M, H] in the dtype of v.
+      The attention output, [B, L, K, M, H] in the dtype of v.
 
     Raises:
-      ValueError: for an unknown implementation.
+      ValueError: the implementation is unknown.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -75,7 +75,7 @@ def attend(inputs: visibility.RowInputs, implementation: str, block: int) -> jax
 def attend_on_mesh(
     kernel: Callable[[visibility.RowInputs], jax.Array], inputs: visibility.RowInputs
 ) -> jax.Array:
-    """Calls a kernel on each device with that device's rows and heads; [B, L, K, M, H]."""
+    """Calls a kernel on each device with its rows and heads; returns [B, L, K, M, H]."""
     context: Any = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
         return kernel(inputs)
@@ -97,9 +97,9 @@ def _attend_portable(block: int, inputs: visibility.RowInputs) -> jax.Array:
 
 
 def _split_ranges(inputs: visibility.RowInputs, block: int, others: tuple = ()) -> list[tuple]:
-    """Splits queries into ranges: the keys that each may attend to, and its part of the rows.
+    """Returns (keys, part) of each range of queries; keys are those that the range may attend to.
 
-    A part is the queries, `others` ([B, L, ...]), visibility and index of the range.
+    A part is (queries, *others, visibility, index) of the range; `others` are arrays [B, L, ...].
     """
     length = inputs.q_BLKMH.shape[1]
     index_1L = jnp.arange(length, dtype=jnp.int32)[None]
@@ -114,7 +114,7 @@ def _split_ranges(inputs: visibility.RowInputs, block: int, others: tuple = ()) 
 
 
 def _forward(block: int, inputs: visibility.RowInputs) -> tuple[jax.Array, tuple]:
-    """Returns the output, and the residuals of the backward pass."""
+    """Returns the output, and the residuals for the backward pass."""
     ranges = [
         _scan_blocks(functools.partial(_forward_block, keys), (), part, block)[1]
         for keys, part in _split_ranges(inputs, block)
@@ -167,11 +167,13 @@ class _VisibleKeys(NamedTuple):
 
 
 def split_queries(length: int, block: int) -> list[tuple[int, int]]:
-    """Splits queries into a few ranges of whole blocks: 11 by 4 -> (0, 4), (4, 8), (8, 11).
+    """Splits queries into a few ranges of whole blocks; returns (start, stop) of each range.
+
+    For example, 11 queries in blocks of 4 give (0, 4), (4, 8), (8, 11).
 
     Args:
       length: number of queries.
-      block: queries of a block.
+      block: number of queries in a block.
     """
     ranges = MAX_RANGES if block <= CPU_QUERY_BLOCK else MAX_RANGES_LARGE_BLOCKS
     width = block * -(-length // (block * ranges))
@@ -189,7 +191,7 @@ def _scan_blocks(step: Callable[..., Any], carry: Any, parts: Any, block: int) -
         x = visibility.pad_rows(x, block)
         return jnp.moveaxis(x.reshape(x.shape[0], n, block, *x.shape[2:]), 1, 0)
 
-    def join(x):  # drops the results of queries that only fill the last block
+    def join(x):  # drops the results of padding queries in the last block
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], n * block, *x.shape[3:])[:, :length]
 
     carry, out = jax.lax.scan(step, carry, jax.tree.map(split, parts))
@@ -200,19 +202,20 @@ def _compute_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Visibility, i
     """Computes logits of the row's keys [B, K, Q, M, S], and of the prefix [K, B, Q, M, P]."""
     own = _product("bkqmh,bksh->bkqms", q_BKQMH, keys.k_BKSH)
     visible = visibility.mark_visible_keys(query, index_1Q[0], keys.segments_BS)
-    # The mask is added, not selected: a sum is one pass over memory, whatever it is fused with.
+    # The mask is added instead of being applied with a select: a sum is one pass over memory,
+    # whatever it is fused with.
     mask = jnp.where(visible, jnp.float32(0), jnp.float32(visibility.MASKED_LOGIT))
     own = own + mask[:, None, :, None]
     if keys.prefix is None:
         return own, None
-    # Axes stay in the order of the product, so that only arrays without keys are transposed.
+    # The axes keep the order of the product, so that only arrays without a key axis are transposed.
     return own, _product("kbqmh,pkh->kbqmp", q_BKQMH.swapaxes(0, 1), keys.prefix.k_PKH)
 
 
 def _forward_block(keys: _VisibleKeys, carry, part):
-    # The barrier makes the mask wait for q. The mask depends on constants of the loops only, so
-    # without a barrier the masks of all blocks would be made ahead of the layers when a gradient is
-    # taken.
+    # The barrier makes the mask wait for q. Without it, the mask depends only on constants of the
+    # loops. If a gradient is computed, the masks of all blocks would then be built before the
+    # layers.
     q, query, index = jax.lax.optimization_barrier(part)
     q, dtype = q.swapaxes(1, 2), keys.v_BKSH.dtype
     own, shared = _compute_logits(keys, q, query, index)
@@ -233,7 +236,7 @@ def _forward_block(keys: _VisibleKeys, carry, part):
 
 
 def _zero_gradients(keys: _VisibleKeys) -> tuple[jax.Array, ...]:
-    """Returns zeros for keys and values [B, K, H, S], and for those of the prefix [K, H, P]."""
+    """Returns zero gradients of keys and values [B, K, H, S], and of the prefix [K, H, P]."""
     batch, heads, count, size = keys.k_BKSH.shape
     shapes = [(batch, heads, size, count)] * 2
     if keys.prefix is not None:
@@ -242,10 +245,10 @@ def _zero_gradients(keys: _VisibleKeys) -> tuple[jax.Array, ...]:
 
 
 def _backward_block(keys: _VisibleKeys, carry, part):
-    """Computes the gradient of a block's queries, and adds those of the keys to `carry`.
+    """Computes the gradient of a block's queries; adds the gradients of keys and values to `carry`.
 
-    In products over queries the small factor comes first, since XLA on CPU transposes the first one
-    in memory. This should not be the array of weights.
+    In products over queries the small factor comes first, because XLA on CPU transposes the first
+    factor in memory. The attention weights are the large factor.
     """
     q, g, lse, delta, query, index = jax.lax.optimization_barrier(part)
     dtype = keys.v_BKSH.dtype
@@ -280,15 +283,15 @@ def _backward_block(keys: _VisibleKeys, carry, part):
 def attend_cudnn(inputs: visibility.RowInputs, implementation: Any = "cudnn") -> jax.Array:
     """Attends through jax.nn.dot_product_attention, with a mask of [B, 1, L, P + L].
 
-    The mask is exact for every kind of row. Lengths are padded to even numbers, because cuDNN has
-    no gradient under a mask for odd ones.
+    The mask is exact for every kind of row. Lengths are padded to even numbers, because with a mask
+    cuDNN has no gradient for odd lengths.
 
     Args:
-      inputs: as of `attend`.
+      inputs: as for `attend`.
       implementation: 'xla' computes the same without a GPU, for tests.
 
     Returns:
-      [B, L, K, M, H].
+      The attention output, [B, L, K, M, H].
     """
     B, L, K, M, H = inputs.q_BLKMH.shape
     even = functools.partial(visibility.pad_rows, multiple=2)

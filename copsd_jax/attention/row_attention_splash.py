@@ -3,15 +3,16 @@
 There are two forms, chosen when a program is traced:
 
   rows of segments   The kernel computes the causal mask and the mask of segments. It visits all
-                     blocks on and under the diagonal.
+                     blocks on and below the diagonal.
   with parents or    The kernel's segment ids cannot express this visibility, so the mask is an
-  a prefix           array. It is made for one row at a time (4 L (L + P) bytes, twice in the
-                     backward pass), and blocks without a visible key are left out. The kernel's own
-                     gradient would keep the masks of all rows. Here the backward pass makes them
-                     again, and with them the forward kernel's output: 9 products a pair, not 7.
+  a prefix           array. It is built for one row at a time (4 L (L + P) bytes, twice in the
+                     backward pass), and blocks without a visible key are skipped. The kernel's own
+                     gradient would keep the masks of all rows. Here, the backward pass builds the
+                     masks again and repeats the forward kernel. This takes 9 products per pair of
+                     query and key instead of 7.
 
 The kernel is jax.experimental.pallas.ops.tpu.splash_attention (FlashAttention-2 with a list of
-blocks to visit). Rows are padded to whole blocks with segment 0, which sees itself.
+blocks to visit). Rows are padded to whole blocks with tokens of segment 0, which see each other.
 
 Shapes: as in row_attention.py; N = K x M query heads, W a padded length.
 """
@@ -29,17 +30,19 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from copsd_jax.attention import visibility
 
 LANES = 128  # block sizes are multiples of this
-MAX_BLOCK = 512  # its logits and their gradient in float32 take 2 of the 16 MiB of VMEM
+MAX_BLOCK = 512  # float32 logits and their gradient then take 2 of the 16 MiB of VMEM
 # A step of the kernels' grid costs about as much as 256 x 256 pairs of queries and keys. Small
 # blocks waste fewer pairs at the end of a row, but need more steps.
 GRID_STEP_PAIRS = 256 * 256
 
 
 def choose_block(length: int) -> int:
-    """Chooses the queries and keys of a block: 352 -> 384, 640 -> 384 (two blocks), 2048 -> 512.
+    """Chooses the number of queries, and of keys, in a block.
+
+    L = 352 gives 384, L = 640 gives 384 (two blocks), and L = 2048 gives 512.
 
     Args:
-      length: L.
+      length: length of a row, L.
     """
 
     def cost(block: int) -> int:
@@ -50,11 +53,11 @@ def choose_block(length: int) -> int:
 
 
 def attend(inputs: visibility.RowInputs, interpret: bool = False) -> jax.Array:
-    """Computes `row_attention.attend` on one device, [B, L, K, M, H].
+    """Computes `row_attention.attend` on one device; returns [B, L, K, M, H].
 
     Args:
-      inputs: as of `row_attention.attend`.
-      interpret: runs the kernel without a TPU.
+      inputs: as for `row_attention.attend`.
+      interpret: whether to run the kernel without a TPU.
     """
     q_BLKMH, k_BLKH, v_BLKH, rows, prefix = inputs
     B, L, K, M, H = q_BLKMH.shape
@@ -90,11 +93,11 @@ def _causal_kernel(heads: int, length: int, block: int, interpret: bool) -> Any:
     )  # fmt: skip
 
 
-# --- with a mask of its own -------------------------------------------------------------------
+# --- with a mask array ------------------------------------------------------------------------
 
 
 def _attend_row(static, prefix, q_NWH, k_KWH, v_KWH, row: visibility.Visibility) -> Any:
-    """Attends from one row [N, W, H] to the prefix and its own keys, with a mask of its own."""
+    """Attends from the queries of one row [N, W, H] to the prefix and the row's keys, by a mask."""
     block, interpret = static
     row = jax.tree.map(lambda x: x[None], row)
     index_W = jnp.arange(row.segments_BL.shape[1], dtype=jnp.int32)
@@ -111,7 +114,7 @@ def _attend_row(static, prefix, q_NWH, k_KWH, v_KWH, row: visibility.Visibility)
     kernel: Any = kernel_lib.make_splash_mha_single_device(
         mask_WS[None], block_sizes=_block_sizes(block), interpret=interpret
     )
-    # jax 0.10 turns this flag into an array and then tests it in Python.
+    # jax 0.10 turns this flag into an array and then tests it in Python, so it is set again.
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
     return kernel(q_NWH, k_KWH, v_KWH)
 

@@ -1,7 +1,7 @@
-"""Visibility of keys within a row, shared by all forms of row attention.
+"""Visibility of keys within a row, for all implementations of row attention.
 
-A token sees the keys of its own segment and of the one that `parents` names, at or before its
-index in the row, and all keys of a shared prefix.
+A token sees all keys of a shared prefix. In its own row, it sees keys of its own segment and of its
+parent segment (`parents`), at or before its own index.
 
     index     0 1 2 3 4 5 6        token 5 (segment 3, parent 1) sees keys 0, 1, 2 and 5
     segment   1 1 1 2 2 3 3
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Name of what the backward pass needs of attention, for remat's policies.
+# Checkpoint name of the attention results that the backward pass needs, for remat policies.
 CHECKPOINT_NAME = "attention"
-MASKED_LOGIT = -1e30  # finite, so that a query without any key gives finite numbers
+MASKED_LOGIT = -1e30  # finite, so that a query that sees no key gives finite numbers
 
 
 class Visibility(NamedTuple):
@@ -51,17 +51,20 @@ class RowInputs(NamedTuple):
 
 
 def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
-    """Appends zeros along the second axis, [B, L, ...], up to a multiple."""
+    """Appends zeros along the second axis of [B, L, ...], up to a multiple of `multiple`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)) + ((0, 0),) * (x.ndim - 2))
 
 
 def mark_visible_keys(query: Visibility, index_Q: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """Returns bool [B, Q, S]: whether a key has the query's segment or parent, and is not later.
+    """Returns bool [B, Q, S]: whether a query sees a key of its row.
+
+    A query sees a key that is in the query's segment or in that segment's parent, and is not later
+    than the query.
 
     Args:
-      query: visibility of the queries [B, Q].
+      query: segments and parents of the queries, [B, Q].
       index_Q: int32 index of each query in its row.
-      segments_BS: int32 segments of the keys, from the start of the row.
+      segments_BS: int32 segments of the first S keys of the row.
     """
     same = query.segments_BL[:, :, None] == segments_BS[:, None, :]
     if query.parents_BL is not None:

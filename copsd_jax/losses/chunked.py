@@ -1,8 +1,9 @@
-"""Blocks of tokens against the vocabulary in plain array code: statistics and gradient at once.
+"""Statistics and gradients of a block of tokens over the vocabulary, in plain array code.
 
-`sweep_block` is the divergence of a block, `score_block` the log-probabilities of its tokens.
-Matmuls run in the hidden states' dtype; all else is float32, or float64 for float64 states. Inside
-`jax.shard_map` a head may be one part of a vocabulary that a mesh axis splits (`split_vocabulary`).
+`sweep_block` computes the divergence of a block, and `score_block` the log-probabilities of its
+tokens. Matmuls run in the hidden states' dtype; everything else is float32, or float64 for float64
+states. Inside `jax.shard_map`, a head may be one part of a vocabulary that is split over a mesh
+axis (`split_vocabulary`).
 """
 
 import functools
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 
 from copsd_jax.losses import distributions, precision, split_vocabulary, token_blocks, token_values
 
-STRIP = 8  # rows that a CPU works on at a time, so that their temporaries stay in its cache
-FLOOR = -1e30  # logits of padding: no mass, and finite
+STRIP = 8  # rows at a time on a CPU, so that temporary arrays stay in the cache
+FLOOR = -1e30  # logit of padding entries: finite, and low enough to give them no mass
 Result = TypeVar("Result")
 
 
@@ -23,16 +24,15 @@ Result = TypeVar("Result")
 
 
 def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.Array | None]:
-    """Sweeps a block: matmuls for both logits, for the states' gradient, and for the head's.
+    """Computes the statistics and the gradients of one block of tokens.
 
     Args:
-      sweep: the block's constants; heads in the states' dtypes.
-      rows: the states of student and teacher, [T, D] each, and `TokenInputs`, whose `weight_T`
-        scales each row's value in the sum whose gradient is taken.
+      sweep: constants of the sweep; the heads are in the states' dtypes.
+      rows: (states of student and teacher [T, D], `TokenInputs`).
 
     Returns:
-      (TokenStats, ∂(Σ weight · value) / ∂hidden_s [T, D]), and the gradient of the same sum to the
-      student's head [V, D]; None for a gradient that was not asked for.
+      (TokenStats, gradient of the student's states [T, D]), and the gradient of the student's head
+      [V, D]. The gradients are those of Σ weight · value. A gradient that is not requested is None.
     """
     hidden, inputs = rows
     settings, heads, axis = sweep.settings, sweep.heads, sweep.shard.axis
@@ -51,7 +51,8 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
         stats, dz_TV = _in_strips(score, logits_s_TV, logits_t_TV, tokens_T, *others)
     if not sweep.gradient:
         return (stats, None), None
-    # dz is rounded before the weight, which may be small: bf16 keeps its relative precision anyway.
+    # dz is rounded before it is multiplied by the weight. Even for a small weight this loses
+    # nothing, since the relative precision of bfloat16 does not depend on the magnitude.
     dz_TV = dz_TV.astype(hidden[0].dtype)
     grad_head_VD = None
     if sweep.train_head:
@@ -64,7 +65,7 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
 
 
 def _logits(hidden_TD, head_VD, shard: split_vocabulary.VocabularyShard) -> jax.Array:
-    """Returns logits of this device's part, with FLOOR at entries that are padding."""
+    """Returns the logits of this device's part, [T, V], with FLOOR at padding entries."""
     logits_TV = precision.dot(hidden_TD, head_VD, 1, 1)
     count = head_VD.shape[0]
     if shard.axis is None or shard.entries is None:
@@ -77,7 +78,7 @@ def _logits(hidden_TD, head_VD, shard: split_vocabulary.VocabularyShard) -> jax.
 
 
 def _in_strips(score: Callable[..., Result], *rows: jax.Array | None) -> Result:
-    """Returns score(*rows) for arrays [rows, ...]; a program for a CPU goes strip by strip."""
+    """Returns score(*rows) for arrays [rows, ...]; on a CPU it goes strip by strip."""
     if jax.tree.leaves(rows)[0].shape[0] <= STRIP:
         return score(*rows)
 
@@ -97,7 +98,7 @@ class ScoreOptions(NamedTuple):
 
     Attributes:
       temperature: divides the logits.
-      chunk: rows of a block, at most.
+      chunk: maximum number of rows in a block.
       train_head: whether the head has a gradient.
     """
 
@@ -111,7 +112,7 @@ def score_block(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scores the tokens of a block: log-probability [T], entropy [T] and ∂logp_t / ∂logits [T, V].
 
-    The head and the third result are in the states' dtype.
+    The head and the gradient are in the states' dtype.
     """
     logits_TV = _logits(hidden_TD, head_VD, shard)
     if shard.axis:
@@ -128,8 +129,9 @@ def _score_live(
 ) -> tuple[tuple, jax.Array | None]:
     """Scores all live rows over the whole mesh.
 
-    Returns (logp_T, entropy_T, ∂logp_t / ∂hidden_t if `gradient`) and no head's gradient; with the
-    cotangents of logp_T, nothing and the head's gradient.
+    Without `cotangent_T` it returns (logp_T, entropy_T) and None; with `gradient`, the tuple also
+    has ∂logp_t / ∂hidden_t [T, D]. With `cotangent_T`, the cotangents of logp_T, it returns () and
+    the head's gradient [V, D].
     """
     entries = head_VD.shape[0]
 
@@ -151,7 +153,7 @@ def _score_live(
         return token_blocks.walk(block, tuple(rows), live_T, options.chunk, STRIP)
 
     heads = (head_VD.astype(hidden_TD.dtype),)
-    if options.train_head:  # a frozen head was gathered before
+    if options.train_head:  # a frozen head has already been gathered
         heads = (token_blocks.split_head(heads[0], split_vocabulary=True),)
     rest = () if cotangent_T is None else (cotangent_T,)
     inputs = (hidden_TD, tokens_T, *rest, live_T)
@@ -169,7 +171,7 @@ def _score_tokens_forward(options: ScoreOptions, *arrays: jax.Array) -> tuple[tu
 
 
 def _score_tokens_backward(options: ScoreOptions, residuals: tuple, cotangents: tuple) -> tuple:
-    """Scales the states' gradient; sweeps again for the head's, which needs the cotangents."""
+    """Scales the states' gradient; sweeps again for the head's gradient, by the cotangents."""
     grad_TD, arguments = residuals
     grad_TD = precision.scale(grad_TD, cotangents[0])
     if arguments is None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from copsd_jax.losses import distributions, divergences
 
-LOG_RATIO = 20.0  # largest magnitude of an importance ratio's logarithm, as published
+LOG_RATIO = 20.0  # largest magnitude of ln(importance ratio), as in published code
 
 
 def clip_tokens(
@@ -14,7 +14,7 @@ def clip_tokens(
     """Clips the divergence d of whole tokens.
 
     Returns:
-      The value and ∂value/∂d, both of the argument's shape.
+      The value and ∂value/∂d, in the shape of divergence_T.
     """
     d_T, kappa = divergence_T, settings.clip
     if settings.clip_mode == "token":
@@ -37,10 +37,10 @@ def clipped_mass(
     """Returns `TokenStats.clipped_mass_T`, shape [T].
 
     Args:
-      divergence_T: before a clip of whole tokens.
-      clipped_TK: bool, the clipped entries of mode element; None in the other modes.
-      teacher: [T, K]; read in mode element alone.
-      settings: of the divergence.
+      divergence_T: divergence of each token, before token clips.
+      clipped_TK: bool, True at clipped entries if clip_mode is element; None in other modes.
+      teacher: the teacher's distribution [T, K]; read only if clip_mode is element.
+      settings: settings of the divergence.
     """
     if clipped_TK is not None:
         return jnp.sum(jnp.where(clipped_TK, teacher.p, 0), axis=-1)
@@ -57,18 +57,19 @@ def importance_ratio(
 ) -> jax.Array:
     """Returns min(exp(s - old), ratio_clip) · min(exp(old - rollout), rollout_clip), shape [T].
 
-    The result is a constant to differentiation. A clip of 0 leaves its factor out. Sources: SDPO
-    (arXiv 2601.20802) for the first factor; truncated importance sampling against the sampler's
-    own numbers for the second.
+    The result has no gradient. A clip of 0 switches its factor off. The first factor is from SDPO
+    (arXiv 2601.20802). The second is truncated importance sampling, which corrects for the
+    difference between the trainer's and the sampler's log-probabilities.
 
     Args:
-      logp_T: s, of the sampled tokens under the student at the sampling temperature.
-      logp_old_T: the same when the rollouts were drawn; None stands for s.
-      logp_rollout_T: the sampler's own log-probabilities; needed where rollout_clip is on.
-      settings: with the two clips.
+      logp_T: s, the log-probabilities of the sampled tokens under the student at the sampling
+        temperature.
+      logp_old_T: the same under the policy that drew the rollouts; None means s.
+      logp_rollout_T: the sampler's own log-probabilities; needed if rollout_clip is on.
+      settings: settings of the divergence, with both clips.
 
     Raises:
-      ValueError: rollout_clip without logp_rollout_T.
+      ValueError: rollout_clip is on and logp_rollout_T is None.
     """
     logp_T = jax.lax.stop_gradient(logp_T)
     logp_old_T = logp_T if logp_old_T is None else logp_old_T

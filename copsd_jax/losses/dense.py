@@ -1,7 +1,6 @@
 """The divergence with [tokens, vocabulary] arrays and automatic differentiation of the value.
 
-It is the reference for the other implementations: it uses neither their closed form of the
-gradient nor that of the softmax.
+It is the reference for the other implementations, because it uses no closed form of a gradient.
 """
 
 import jax
@@ -16,8 +15,8 @@ Divergence = divergences.Divergence
 def compute_logits(hidden_TD: jax.Array, head_VD: jax.Array) -> jax.Array:
     """Returns logits of shape [T, V] from operands rounded to the states' dtype.
 
-    The rounded operands are widened first: automatic differentiation of a mixed-precision matmul
-    would round its gradient.
+    The operands are widened after rounding, because automatic differentiation of a mixed-precision
+    matmul would round the gradient.
     """
     dtype = precision.sum_dtype(hidden_TD)
     wide_TD, head_VD = hidden_TD.astype(dtype), head_VD.astype(hidden_TD.dtype).astype(dtype)
@@ -33,10 +32,10 @@ def score_tokens(
     """Scores all tokens at once; `value_T` is differentiable in the student's states and head.
 
     Args:
-      settings: of the divergence.
-      hidden: of student and teacher, [T, D] each.
-      heads: of student and teacher, [V, D] each.
-      inputs: [T].
+      settings: settings of the divergence.
+      hidden: states of student and teacher, [T, D] each.
+      heads: heads of student and teacher, [V, D] each.
+      inputs: arrays [T].
     """
     tokens_T = inputs.tokens_T
     logits_s_TV, logits_t_TV = map(compute_logits, hidden, heads)
@@ -58,10 +57,10 @@ def compute_values(
     """Computes the value and the clipped mass of each token, [T], for automatic differentiation.
 
     Args:
-      logits_s_TV: of the student, not yet divided by τ.
-      logits_t_TV: of the teacher.
+      logits_s_TV: logits of the student, not yet divided by τ.
+      logits_t_TV: logits of the teacher, not yet divided by τ either.
       tokens_T: int32, the sampled tokens.
-      settings: of the divergence.
+      settings: settings of the divergence.
     """
     logits_s_TV = logits_s_TV * (1 / settings.temperature)
     logits_t_TV = logits_t_TV * (1 / settings.temperature)
@@ -90,10 +89,11 @@ def compute_values(
 def _differentiable_entries(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the entries, whose derivative automatic differentiation takes, and the clipped ones.
+    """Returns the entries [T, K], in differentiable form, and bool [T, K] of the clipped entries.
 
-    The values are those of `divergences.compute_entries`. A term of value 0 carries the derivative,
-    which leaves out the shift, since that adds up to 0.
+    The values are those of `divergences.compute_entries`. A term of value 0 is added, from which
+    automatic differentiation gets the derivative. The derivative leaves out the shift, whose
+    derivatives sum to 0.
     """
     fixed = jax.lax.stop_gradient((student, teacher))
     e, _, clipped = divergences.compute_entries(*fixed, settings)
@@ -104,6 +104,7 @@ def _differentiable_entries(
         moves = kind.plain(student, teacher, settings)
     if clipped is not None:
         moves = jnp.where(clipped, 0, moves)
-    # Equal sides are the minimum: the derivative is 0 there, rounding apart.
+    # The divergence has its minimum where both sides are equal. The derivative is 0 there, but its
+    # computed value would have rounding errors.
     equal_T1 = jnp.all(student.p == teacher.p, axis=-1, keepdims=True)
     return e + jnp.where(equal_T1, 0, moves - jax.lax.stop_gradient(moves)), clipped

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 
 class Distribution(NamedTuple):
-    """Probabilities and their logarithms, in two arrays of one shape.
+    """Probabilities and their logarithms, in two arrays of the same shape.
 
-    Both are kept: the logarithm stays exact where the probability underflows, and the exponential
-    is the expensive part.
+    Both arrays are kept, because the logarithm stays exact where the probability underflows, and
+    computing the exponential again would be expensive.
     """
 
     p: jax.Array
@@ -20,9 +20,10 @@ class Distribution(NamedTuple):
 def softmax(logits: jax.Array) -> Distribution:
     """Returns the softmax over the last axis, in the shape of the logits.
 
-    Student and teacher share this expression, so equal logits give bit-equal distributions.
+    Student and teacher use the same expression, so equal logits give bit-equal distributions.
     """
-    # Subtract the maximum first: top + ln Σ would lose the digits of ln Σ where logits are large.
+    # The maximum is subtracted first, because if logits are large, the log-sum-exp (maximum + ln Σ)
+    # would lose the digits of ln Σ.
     below = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(below)
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -35,7 +36,7 @@ def pick(x_TV: jax.Array, tokens_T: jax.Array) -> jax.Array:
 
 
 def entropy(distribution: Distribution) -> jax.Array:
-    """Returns the entropy -Σ p ln p in nats, of the distribution's shape without its last axis."""
+    """Returns the entropy -Σ p ln p in nats; the shape is the input's without its last axis."""
     return -jnp.sum(distribution.p * distribution.log, axis=-1)
 
 
@@ -52,8 +53,8 @@ def score(
     """Scores given tokens, with the gradient in closed form.
 
     Returns:
-      The log-probability of each token [T], the entropy [T], and the gradient of the former to the
-      logits [T, V].
+      The log-probability of each token [T], the entropy of each distribution [T], and the gradient
+      of the log-probability with respect to the logits [T, V].
     """
     scale = 1 / temperature
     student = softmax(logits_TV * scale)
@@ -62,6 +63,6 @@ def score(
 
 
 def subtract_one_hot(student: Distribution, tokens_T: jax.Array) -> jax.Array:
-    """Returns p - 1[y], shape [T, V]: -∂ln p(y) / ∂(tempered logits)."""
+    """Returns p - 1[y] = -∂ln p(y) / ∂(logits / τ), shape [T, V], where y is the token."""
     vocabulary_1V = jnp.arange(student.p.shape[1], dtype=tokens_T.dtype)[None]
     return jnp.where(vocabulary_1V == tokens_T[:, None], student.p - 1, student.p)

@@ -1,23 +1,23 @@
-"""The divergence between student and teacher from their hidden states, and log-probabilities.
+"""The divergence of student and teacher, and log-probabilities of tokens, from hidden states.
 
 Three implementations compute the same numbers. `resolve` chooses one.
 
-  dense    holds [tokens, vocabulary] arrays and leaves the gradient to automatic differentiation.
-           It is the reference for the others (`losses/dense.py`).
-  chunked  walks over blocks of tokens in plain array code. It has all settings on every platform
-           (`losses/chunked.py`).
-  pallas   walks over blocks of tokens with kernels for TPU and GPU, for divergences over the whole
-           vocabulary (`losses/pallas/`).
+  dense    builds [tokens, vocabulary] arrays and uses automatic differentiation. It is the
+           reference for the other two (`losses/dense.py`).
+  chunked  goes over blocks of tokens in plain array code. It supports all settings on every
+           platform (`losses/chunked.py`).
+  pallas   goes over blocks of tokens with kernels for TPU and GPU. It supports divergences over
+           the whole vocabulary only (`losses/pallas/`).
 
-The last two take the gradient in the same sweep as the value, from the closed forms of
-`losses/divergences.py`. A block takes three matmuls (student's logits, teacher's logits, gradient
-of the hidden states), and a fourth only if the head trains. Memory is that of one block for any
-number of tokens. Rows that are not live are packed away before the sweep
+`chunked` and `pallas` compute the gradient in the same sweep as the value, by the closed forms in
+`losses/divergences.py`. A block needs three matmuls: the student's logits, the teacher's logits and
+the gradient of the hidden states. A fourth is needed only if the head is trained. Temporary memory
+is that of one block, whatever the number of tokens. The sweep skips rows that are not live
 (`losses/token_blocks.py`).
 
-On a mesh (`jax.set_mesh`) the axes data and fsdp split the tokens and the axis tensor splits the
-vocabulary; `losses/split_vocabulary.py` lists the numbers that devices exchange. Matmuls run in
-the hidden states' dtype; all else is float32, or float64 for float64 states.
+On a mesh (`jax.set_mesh`), the axes data and fsdp split the tokens, and the axis tensor splits the
+vocabulary. `losses/split_vocabulary.py` lists the numbers that devices exchange. Matmuls run in
+the hidden states' dtype; everything else is float32, or float64 for float64 states.
 """
 
 import dataclasses
@@ -63,34 +63,35 @@ def resolve(
 ) -> str:
     """Resolves the setting `loss.implementation` to a name of IMPLEMENTATIONS.
 
-    auto is chunked on a CPU. On GPU and TPU it is the kernels where they know the divergence and
-    its settings; top-k forms, which the kernels lack, fall to chunked.
+    On a CPU, auto means chunked. On GPU and TPU, auto means the kernels if they support the
+    divergence and its settings, and chunked otherwise. The kernels do not support top-k.
 
     Args:
       implementation: a name of CHOICES.
-      settings: None without a divergence: log-probabilities alone have no kernel.
-      platform: cpu, gpu or tpu, of the mesh that the loss runs on; see `sharding.platform`.
-      one_width: whether the states of both sides have one width. A mix of policies with heads of
-        their own concatenates their states (`train_step`), so its width differs.
+      settings: settings of the divergence. None if only log-probabilities are computed, for which
+        there is no kernel.
+      platform: platform of the mesh that the loss runs on (`sharding.platform`): cpu, gpu or tpu.
+      one_width: whether the states of student and teacher have the same width. A mix of policies
+        with different heads concatenates the policies' states (`train_step`), so it is wider.
 
     Raises:
-      ValueError: an unknown name; pallas where it cannot run, with the setting to change.
+      ValueError: the name is unknown, or pallas cannot run; the message names the setting.
     """
     if implementation not in CHOICES:
         raise _unknown(implementation, CHOICES)
     reason = ""
     if platform not in ("gpu", "tpu"):
-        reason = f"its kernels are for gpu and tpu and the mesh is {platform}"
+        reason = f"its kernels need gpu or tpu, and the mesh is {platform}"
     elif settings is None:
         reason = "there is no divergence to compute"
     elif settings.divergence not in dispatch.DIVERGENCES:
-        reason = f"its kernels do not know the divergence {settings.divergence}"
+        reason = f"its kernels do not support the divergence {settings.divergence}"
     elif settings.top_k:
-        reason = f"its kernels have no top_k, which is {settings.top_k}"
+        reason = f"its kernels do not support top_k, which is {settings.top_k}"
     elif not one_width:
-        reason = "its kernels need states of one width, and a trust region of all weights has two"
+        reason = "its kernels need one width, and a trust region of all weights has two widths"
     if implementation == "pallas" and reason:
-        raise ValueError(f"implementation is 'pallas': {reason}, take chunked or auto")
+        raise ValueError(f"implementation is 'pallas': {reason}; use chunked or auto")
     if implementation in ("auto", "pallas"):
         return "chunked" if reason else f"pallas_{platform}"
     return implementation
@@ -115,10 +116,11 @@ def divergence(
 ) -> tuple[jax.Array, TokenStats]:
     """Computes the loss Σ_t weight_t · value_t and the statistics of each token.
 
-    Differentiable in hidden_s_TD, and in head_s_VD if `train_head`. All other arguments and the
-    statistics are constants to differentiation. Rows of weight 0 contribute exactly nothing to the
-    loss. Rows that are not live may hold anything and, but for `dense` and the last block, cost no
-    time. Equal hidden states and heads give exactly zero loss and gradient for fkl, rkl and jsd.
+    The loss is differentiable in hidden_s_TD, and in head_s_VD if `train_head` is set. All other
+    arguments, and the statistics, have no gradient. Rows of weight 0 contribute exactly nothing to
+    the loss. Rows that are not live may contain anything. They cost no time, except in `dense` and
+    as padding of the last block. For fkl, rkl and jsd, equal hidden states and heads give exactly
+    zero loss and gradient.
 
     For one token with p = (1/2, 1/2), q = (3/4, 1/4) and weight 1, fkl gives
     3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308 nats.
@@ -126,28 +128,29 @@ def divergence(
     Args:
       hidden_s_TD: the student's states that predict tokens_T. The matmuls run in their dtype and
         accumulate in float32, or float64 for float64 states.
-      hidden_t_TD: the teacher's.
+      hidden_t_TD: the teacher's states for the same tokens.
       head_s_VD: the student's output matrix.
-      head_t_VD: the teacher's. One array for both sides is moved only once.
+      head_t_VD: the teacher's output matrix. If it is the same array as head_s_VD, it is moved
+        only once.
       tokens_T: int32, the sampled tokens.
-      weight_T: float32, 0 at rows that do not count. It contains the normaliser, see
-        `loss_norms.token_weights`.
-      settings: of the divergence.
+      weight_T: float32 weights, including the normaliser (`loss_norms.token_weights`); 0 at rows
+        that do not count.
+      settings: settings of the divergence.
       implementation: a name of IMPLEMENTATIONS, as `resolve` returns it.
-      chunk: tokens per block of `chunked`, at most, on each device.
+      chunk: maximum number of tokens in a block of `chunked`, on each device.
       train_head: whether head_s_VD has a gradient.
-      logp_old_T: see `clips.importance_ratio`; read only where ratio_clip or rollout_clip is on.
-      logp_rollout_T: see there as well; read only where rollout_clip is on.
-      live_T: bool, rows whose statistics are wanted even if their weight is 0. Rows of other weight
-        are always live. None for those rows alone.
+      logp_old_T: see `clips.importance_ratio`; read only if ratio_clip or rollout_clip is on.
+      logp_rollout_T: see `clips.importance_ratio`; read only if rollout_clip is on.
+      live_T: bool. True requests the statistics of a row even if its weight is 0. Rows of nonzero
+        weight are always live. None means that only rows of nonzero weight are live.
       kernel: options of pallas_tpu and pallas_gpu.
 
     Returns:
-      The loss, a float32 scalar, and the TokenStats of the T rows, 0 where they are not live.
+      The loss, a float32 scalar, and the TokenStats of the T rows, 0 at rows that are not live.
 
     Raises:
-      ValueError: unknown implementation, or one that lacks a setting; shapes that do not fit; top_k
-        above the vocabulary; rollout_clip without logp_rollout_T.
+      ValueError: the implementation is unknown or does not support a setting, the shapes do not
+        match, top_k exceeds the vocabulary, or rollout_clip is on without logp_rollout_T.
     """
     options = SweepOptions(implementation, chunk, train_head, kernel)
     inputs = TokenInputs(tokens_T, weight_T, logp_old_T, logp_rollout_T)
@@ -172,7 +175,7 @@ def divergence(
 
 
 def _widen(inputs: TokenInputs, hidden_TD: jax.Array) -> TokenInputs:
-    """Casts all but the tokens to the dtype of sums over the states."""
+    """Casts all arrays except the tokens to the dtype of sums over the states."""
     tokens_T, *others = inputs
     dtype = precision.sum_dtype(hidden_TD)
     return TokenInputs(tokens_T, *jax.tree.map(lambda x: jnp.asarray(x, dtype), others))
@@ -200,15 +203,15 @@ def _check_arguments(
 def _check_heads(head_s_VD, head_t_VD, settings: Divergence, options: SweepOptions) -> None:
     sizes = head_s_VD.shape[0], head_t_VD.shape[0]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"the heads have {sizes[0]} and {sizes[1]} rows: one vocabulary is needed")
+        raise ValueError(f"the heads have {sizes[0]} and {sizes[1]} rows: they must be equal")
     if settings.top_k > sizes[0]:
         raise ValueError(
-            f"top_k is {settings.top_k}: the vocabulary has {sizes[0]} entries (0 is off)"
+            f"top_k is {settings.top_k}: the vocabulary has {sizes[0]} entries (0 means all)"
         )
     if settings.top_k and options.implementation in dispatch.KERNELS:
         raise ValueError(
-            f"top_k is {settings.top_k}: implementation {options.implementation} has whole "
-            "vocabularies only, take chunked"
+            f"top_k is {settings.top_k}: implementation {options.implementation} supports whole "
+            "vocabularies only; use chunked"
         )
 
 
@@ -220,12 +223,12 @@ def _sweep(
 ) -> tuple[tuple[jax.Array, TokenStats], list]:
     """Returns Σ weight · value and statistics over the whole mesh, and the gradients of the sum.
 
-    `rows` are the states of both sides, `TokenInputs`, and the rows that are live. The gradients
-    are those to the student's states and head, None where they are not asked for.
+    `rows` is (states of student and teacher, `TokenInputs`, bool array of live rows). The gradients
+    are those of the student's states and head. A gradient that is not requested is None.
     """
     entries, inputs = heads[0].shape[0], rows[1]
     heads = tuple(jnp.asarray(head, x.dtype) for x, head in zip(rows[0], heads, strict=False))
-    if options.train_head:  # frozen heads were gathered before
+    if options.train_head:  # frozen heads have already been gathered
         heads = tuple(token_blocks.split_head(head, not settings.top_k) for head in heads)
 
     def device(rows: tuple, heads: tuple, axis: str | None) -> tuple:
@@ -248,7 +251,7 @@ def _sweep(
 def _sweep_value(
     settings: Divergence, options: SweepOptions, rows: tuple, heads: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, TokenStats]:
-    """Computes the value alone, two matmuls per block."""
+    """Computes the value alone, with two matmuls per block."""
     return _sweep(settings, options, False, rows, heads)[0]
 
 
@@ -263,7 +266,7 @@ def _sweep_forward(
 
 
 def _sweep_backward(_: Divergence, __: SweepOptions, residuals: tuple, cotangents: tuple) -> tuple:
-    """Scales the gradient that the forward sweep has taken; None is a zero cotangent."""
+    """Scales the gradients of the forward sweep; None stands for a zero cotangent."""
     grads, others = residuals
     grad_hidden_TD, grad_head_VD = jax.tree.map(
         lambda grad: precision.scale(grad, cotangents[0].astype(precision.sum_dtype(grad))), grads
@@ -291,28 +294,33 @@ def log_probs(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes ln softmax(logits / temperature)[token] and the distribution's entropy, in nats.
 
-    The first is differentiable in hidden_TD, and in head_VD if `train_head`; the second is a
-    constant. `chunked` takes one matmul per block for the values and two with the gradient: the
-    forward sweep takes the gradient of each token to its own hidden state, and the backward pass
-    scales it. With the head's gradient it takes four, since the logits are computed again.
+    The log-probability is differentiable in hidden_TD, and in head_VD if `train_head` is set. The
+    entropy has no gradient.
+
+    `chunked` needs one matmul per block for the values, and two with the gradient. The forward
+    sweep computes the gradient of each token with respect to its own hidden state, and the backward
+    pass scales this gradient. With the head's gradient `chunked` needs four matmuls, since the
+    logits are computed again.
 
     Logits (0, ln 3) at temperature 1 give ln 1/4 = -1.386 for token 0 and an entropy of 0.562.
 
     Args:
       hidden_TD: states that predict tokens_T; see `divergence`.
       head_VD: output matrix, rounded to the states' dtype.
-      tokens_T: int32.
+      tokens_T: int32, the given tokens.
       temperature: divides the logits; above 0.
       implementation: dense or chunked.
-      chunk: tokens per block of `chunked`, at most, on each device.
+      chunk: maximum number of tokens in a block of `chunked`, on each device.
       train_head: whether head_VD has a gradient.
-      live_T: bool; other rows may hold anything, give 0 and have no gradient. None for all rows.
+      live_T: bool. Rows that are not live may contain anything; they give 0 and have no gradient.
+        None means that all rows are live.
 
     Returns:
       logp_T and entropy_T, float32 [T] (float64 for float64 states).
 
     Raises:
-      ValueError: unknown implementation, shapes that do not fit, temperature not above 0.
+      ValueError: the implementation is unknown, the shapes do not match, or the temperature is not
+        above 0.
     """
     options = SweepOptions(implementation, chunk, train_head)
     _check_arguments(options, ("dense", "chunked"), (hidden_TD,), (tokens_T, live_T))

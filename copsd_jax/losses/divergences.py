@@ -1,20 +1,21 @@
 """The divergences between two next-token distributions, entry by entry, in closed form.
 
-To add a divergence, write one function that returns an `Entry` (value and derivative) and give it a
-line in `DIVERGENCES`. The settings, `dense` and `chunked` then know it. The Pallas kernels list
-the divergences that they are tested with, and `auto` leaves others to `chunked`.
+To add a divergence, write one function that returns an `Entry` (value and derivative) and add it to
+`DIVERGENCES`. The settings, `dense` and `chunked` then support it. The Pallas kernels have a list
+of the divergences that they are tested with; for all others, `auto` means `chunked`.
 
-Notation (T tokens, V vocabulary, K entries that the loss sees: V, or some top k and their tail):
-p is the student's and q the teacher's distribution after division of the logits by the loss
-temperature τ, M = (1 - β) p + β q. Every divergence is a sum over entries e_v. With
-b_v = ∂e_v / ∂ln p_v = p_v ∂e_v / ∂p_v the gradient to the student's logits is
+Shapes: T tokens, V vocabulary, K entries that the loss sees (V, or the top k and their tail).
+
+Notation: p is the student's distribution and q the teacher's, after the logits are divided by the
+loss temperature τ. M = (1 - β) p + β q. Every divergence is a sum over entries e_v. With
+b_v = ∂e_v / ∂ln p_v = p_v ∂e_v / ∂p_v, the gradient of the student's logits is
 
     dz = (b - p Σb) / τ.
 
-Adding a multiple of p to b leaves dz unchanged (Σp = 1), and adding the same multiple of p - q to e
-leaves Σe unchanged. Both are shifted here so that b_v = 0 and e_v = 0 wherever p_v = q_v. Equal
-sides then give exactly zero, also in float32, where Σp is only nearly 1. Nothing is divided by p
-or q.
+Adding a multiple of p to b leaves dz unchanged, because Σp = 1. Adding the same multiple of p - q
+to e leaves Σe unchanged. The functions shift b and e in this way, so that b_v = 0 and e_v = 0
+wherever p_v = q_v. Equal distributions then give exactly zero. This is true in float32 too, where
+Σp is only approximately 1. No function divides by p or q.
 
 The functions contain no matmul and work on blocks of any shape, so that a kernel over tiles of the
 vocabulary can call them. `tests/oracle.py` has the same divergences in plain formulas.
@@ -40,26 +41,29 @@ class Divergence:
     """Settings of the divergence, as `loss.*` in `config/settings.py`.
 
     Attributes:
-      divergence: a name of `DIVERGENCES`, or sampled.
+      divergence: a key of `DIVERGENCES`, or sampled.
       beta: weight of the teacher in jsd's mixture M, strictly between 0 and 1.
       normalize_beta: whether jsd is divided by β (1 - β), before the clip. Its limits for β to 0
         and 1 are then fkl and rkl.
-      temperature: τ > 0. Divides the logits of both sides; the loss is not multiplied by τ².
-      top_k: number of best entries that the loss sees, 0 for all.
-      top_k_of: the side whose k best are taken; union takes those of both (k to 2k entries).
-      tail: False renormalises both sides on these entries. True (needs top_k > 0) keeps their
-        probabilities and adds one entry for all others to both sides. That entry is at least 1e-7
-        and constant there, so top_k = V gives the whole vocabulary's divergence to within 1e-7.
-      clip_mode: element: min(e_v, κ) for every entry. With d = Σ e_v, token: min(d, κ);
-        token_weight: d stop_gradient(min(1, κ/d)); huber: d²/(2κ) up to κ, then d - κ/2.
-      clip: κ > 0.
-      sampling_temperature: temperature > 0 of `TokenStats.logp_sampling_T` and of the importance
+      temperature: τ > 0, which divides the logits of both sides; the loss is not multiplied by τ².
+      top_k: number of most probable entries that the loss sees; 0 means all.
+      top_k_of: the side whose k best entries are used; union uses the k best of both sides (k to 2k
+        entries).
+      tail: False renormalises both sides over the kept entries. True (only with top_k > 0) keeps
+        their probabilities, and adds one tail entry for all other ids. The tail's probability is at
+        least 1e-7; at this floor it has no gradient. So top_k = V gives the divergence over the
+        whole vocabulary to within 1e-7.
+      clip_mode: none, or one of these, where d = Σ e_v. element: min(e_v, κ) for every entry.
+        token: min(d, κ). token_weight: d stop_gradient(min(1, κ/d)). huber: d²/(2κ) if d ≤ κ, else
+        d - κ/2.
+      clip: the bound κ > 0 of clip_mode.
+      sampling_temperature: the temperature > 0 for `TokenStats.logp_sampling_T` and the importance
         ratio.
       ratio_clip, rollout_clip: upper bounds of the two factors of `clips.importance_ratio`; 0
-        leaves the factor out.
+        switches the factor off.
 
     Raises:
-      ValueError: a value out of range, or settings that exclude each other.
+      ValueError: a value is out of range, or two settings exclude each other.
     """
 
     divergence: str = "fkl"
@@ -90,20 +94,20 @@ class Divergence:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 (off)")
         if self.divergence == "sampled" and (self.top_k or self.clip_mode != "none"):
-            raise ValueError(f"the sampled divergence takes top_k 0 and clip_mode none: {self}")
+            raise ValueError(f"the sampled divergence needs top_k 0 and clip_mode none: {self}")
         if self.top_k_of not in TOP_K_OF:
             raise ValueError(f"top_k_of is {self.top_k_of!r}: the choices are {TOP_K_OF}")
         if self.tail and not self.top_k:
-            raise ValueError("tail is True and top_k is 0: nothing is outside the whole vocabulary")
+            raise ValueError("tail is True and top_k is 0: a tail needs top_k above 0")
 
 
 class Entry(NamedTuple):
-    """Terms of the sum over the vocabulary before the clip, and their derivative.
+    """Terms of the sum over the vocabulary before clipping, and their derivative.
 
     Attributes:
-      e: the entry e_v, not yet shifted.
+      e: the entries e_v, not yet shifted.
       b: ∂e_v / ∂ln p_v + shift · p_v.
-      shift: the multiple of p that makes b vanish at p_v = q_v.
+      shift: the multiple of p that makes b_v = 0 where p_v = q_v.
     """
 
     e: jax.Array
@@ -125,7 +129,8 @@ def _reverse_kl(student: Distribution, teacher: Distribution, _: Divergence) -> 
 def _jensen_shannon(student: Distribution, teacher: Distribution, settings: Divergence) -> Entry:
     """Returns e = β q ln(q/M) + (1 - β) p ln(p/M).
 
-    ln M is taken relative to the larger side: it cannot overflow, and is exactly ln p where p = q.
+    ln M is computed relative to the larger of ln p and ln q. So nothing overflows, and ln M is
+    exactly ln p where p = q.
     """
     beta = settings.beta
     scale = 1 / (beta * (1 - beta)) if settings.normalize_beta else 1.0
@@ -146,7 +151,7 @@ def _forward_kl_plain(student: Distribution, teacher: Distribution, _: Divergenc
 def _reverse_kl_plain(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> jax.Array:
-    """Drops the derivative of ln p unless entries are clipped: it is p, and Σp = 1."""
+    """Drops the derivative of ln p unless entries are clipped, since it sums to ∂(Σp) = 0."""
     gap = student.log - teacher.log
     return student.p * (gap if settings.clip_mode == "element" else jax.lax.stop_gradient(gap))
 
@@ -154,10 +159,9 @@ def _reverse_kl_plain(
 def _jensen_shannon_plain(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> jax.Array:
-    """Drops the dependence on M, at whose value e is least.
+    """Drops two derivatives that cancel each other: the one through ln M and the one through ln p.
 
-    The derivative of βq (ln q - ln M) + (1 - β) p (ln p - ln M) to M cancels that of p ln p to
-    ln p.
+    They are -(1 - β) ∂p and (1 - β) ∂p, for e = β q (ln q - ln M) + (1 - β) p (ln p - ln M).
     """
     beta, present = settings.beta, (teacher.p > 0) | (student.p > 0)
     log_mix = jnp.logaddexp(math.log1p(-beta) + student.log, math.log(beta) + teacher.log)
@@ -169,15 +173,15 @@ Formula = Callable[[Distribution, Distribution, Divergence], jax.Array]
 
 
 class Kind(NamedTuple):
-    """An entry of the table of divergences.
+    """One divergence in the table `DIVERGENCES`.
 
     Attributes:
-      entry: the terms of the sum over the vocabulary with their derivative in closed form.
-      plain: a formula with the same derivative to the student, for automatic differentiation
-        (implementation dense); only its derivative is used. It may drop terms whose derivatives add
-        up to 0 over the vocabulary and would only leave their rounding. None stands for the entry's
-        value itself.
-      settings: the settings that this divergence reads and others do not, such as loss.beta.
+      entry: the terms of the sum over the vocabulary, with their derivative in closed form.
+      plain: a formula with the same derivative with respect to the student, which implementation
+        dense differentiates automatically; its value is not used. It may drop terms whose
+        derivatives sum to 0 over the vocabulary, since they would only add rounding errors. None
+        means that the value of `entry` is differentiated.
+      settings: the settings that only this divergence reads, such as loss.beta.
     """
 
     entry: Callable[[Distribution, Distribution, Divergence], Entry]
@@ -185,9 +189,9 @@ class Kind(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
-# The divergences that are sums over entries. One more, `sampled`, is -A ln p(y) with
-# A = stop_gradient(ln q(y) - ln p(y)) and y the sampled token; functions over whole tokens treat it
-# apart.
+# The divergences that are sums over entries. One more, `sampled`, is -A ln p(y), where y is the
+# sampled token and A = stop_gradient(ln q(y) - ln p(y)). Functions over whole tokens handle it as a
+# special case.
 DIVERGENCES: dict[str, Kind] = {
     "fkl": Kind(_forward_kl, _forward_kl_plain),  # KL(q ‖ p) = Σ q ln(q/p)
     "rkl": Kind(_reverse_kl, _reverse_kl_plain),  # KL(p ‖ q) = Σ p ln(p/q)
@@ -200,14 +204,15 @@ DIVERGENCES: dict[str, Kind] = {
 def compute_entries(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Computes e and b after the clip of single entries and the shift, for sides of one shape.
+    """Computes e and b of all entries, after the element clip and the shift.
 
-    The sum of e over the vocabulary is the token's divergence, and that of b is the Σb of `dz`.
+    Student and teacher must have the same shape. The sum of e over the vocabulary is the token's
+    divergence. The sum of b over the vocabulary is the Σb in the formula of dz.
 
     Returns:
-      e: shifted, after the clip of mode element; the shape of the sides.
-      b: shifted, with ∂e_v/∂ln p_v = 0 at clipped entries; the shape of the sides.
-      clipped: bool of the same shape, or None unless the mode is element.
+      e: shifted, and clipped if clip_mode is element; in the shape of the student.
+      b: shifted, with ∂e_v/∂ln p_v = 0 at clipped entries; in the shape of the student.
+      clipped: bool in the same shape if clip_mode is element, else None.
     """
     entry = DIVERGENCES[settings.divergence].entry(student, teacher, settings)
     e, b, clipped = entry.e, entry.b, None

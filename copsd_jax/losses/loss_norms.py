@@ -11,30 +11,33 @@ def token_weights(
 ) -> jax.Array:
     """Returns the weight of every token of an optimizer step, float32 [B, C].
 
-    Micro-batch losses then simply add up. Call it once on the mask of the whole step and slice the
-    result by micro-batches. The sum of Σ weight · value over them is
+    Call it once on the mask of the whole step, and slice the result by micro-batches. The losses
+    Σ weight · value of the micro-batches then simply add up. Their sum is, by norm:
 
-      micro_token_mean: the mean over micro-batches of the token mean inside each (the reference's
-        norm; every micro-batch weighs the same, and an empty one counts as 0);
-      global_token_mean: the token mean of the step, for any micro-batches (DAPO);
+      micro_token_mean: the mean over micro-batches of the token mean of each micro-batch. Every
+        micro-batch has the same weight, and an empty one counts as 0 (OPSD, COPSD).
+      global_token_mean: the token mean of the step, whatever the micro-batches (DAPO).
       seq_mean: the mean over completions of their token means. Completions without a token are not
-        counted, so padding rows change nothing;
-      seq_mean_all: the same over all B, where those without a token count as 0 (GRPO's
-        1/B Σ_i 1/|o_i|, and SDPO with micro-batches of one). Padding rows must not be in the mask;
-      constant: Σ / (B · length), the divisor of Dr. GRPO, over all B as well.
+        counted, so padding rows change nothing.
+      seq_mean_all: the mean over all B completions of their token means. Completions without a
+        token count as 0, so the mask must not have padding rows. (This is GRPO's
+        1/B Σ_i 1/|o_i|, and SDPO's norm with micro-batches of one.)
+      constant: the sum over all tokens, divided by B · length (Dr. GRPO).
 
-    Every count is clamped to at least 1: an empty mask gives zeros, not NaN. For lengths 1 and 3,
-    seq_mean weighs the tokens 1/2 | 1/6, 1/6, 1/6 and global_token_mean weighs each 1/4.
+    Every count is clamped to at least 1, so an empty mask gives zeros, not NaN. For example, take
+    two completions of 1 and 3 tokens. seq_mean gives the weights 1/2 | 1/6, 1/6, 1/6, and
+    global_token_mean gives every token 1/4.
 
     Args:
-      mask_BC: 1 or True for completion tokens that count. The B completions are in the order in
-        which they are cut into micro-batches of consecutive rows.
-      norm: a name of `NORMS`.
-      micro_batch: completions per micro-batch, all devices together; 0 for B.
-      length: tokens, of `constant` alone: the longest completion that may be sampled.
+      mask_BC: 1 or True for completion tokens that count. Each micro-batch must be a block of
+        consecutive rows.
+      norm: a key of `NORMS`.
+      micro_batch: completions per micro-batch, on all devices together; 0 means B.
+      length: maximum number of tokens of a completion; only `constant` reads it.
 
     Raises:
-      ValueError: unknown norm; micro_batch does not divide B; constant without a length.
+      ValueError: the norm is unknown, micro_batch does not divide B, or norm is constant and length
+        is below 1.
     """
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}: the choices are {', '.join(NORMS)}")
@@ -44,7 +47,7 @@ def token_weights(
             f"micro_batch is {micro_batch}: it must divide the {mask_BC.shape[0]} completions"
         )
     if norm == "constant" and length < 1:
-        raise ValueError(f"norm is 'constant' and length is {length}: it must be at least 1")
+        raise ValueError(f"norm is 'constant' and length is {length}: length must be at least 1")
     mask_BC = jnp.asarray(mask_BC).astype(jnp.float32)
     return mask_BC / NORMS[norm](mask_BC, micro_batch, length)
 

@@ -1,18 +1,20 @@
 """Policy-gradient losses over per-token arrays: GRPO and its relatives as a few pure functions.
 
-With B completions in groups of one prompt, C tokens each, ρ = exp(ln π - ln π_old) and advantage A:
+There are B completions of up to C tokens; the completions of one prompt form a group G. With the
+rewards r and ρ = exp(ln π - ln π_old), the advantages A and the loss L are
 
-    A_i = (r_i - mean_G r) / (std_G r + ε)                      advantages (std or none)
-    L   = Σ w · (surrogate(ρ, A) + kl_weight · kl_to(initial))  w of losses.token_weights
+    A_i = (r_i - mean_G r) / (std_G r + ε)                      (the divisor is 1 with scale none)
+    L   = Σ w · (surrogate(ρ, A) + kl_weight · kl_to(initial))  (w: loss_norms.token_weights)
 
 | method    | source           | scale | clip low, high | dual | w                 |
 |-----------|------------------|-------|----------------|------|-------------------|
 | GRPO      | arXiv 2402.03300 | std   | .2, .2         | off  | seq_mean_all      |
 | Dr. GRPO  | arXiv 2503.20783 | none  | .2, .2         | off  | constant          |
 | DAPO      | arXiv 2503.14476 | std   | .2, .28        | off  | global_token_mean |
-| SDPO's    | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
+| SDPO      | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
 
-SDPO's baseline takes its token mean inside each micro-batch (micro_token_mean).
+The row SDPO is the GRPO baseline of the SDPO paper. This baseline takes its token mean inside each
+micro-batch (micro_token_mean).
 """
 
 import jax
@@ -28,21 +30,24 @@ def compute_advantages(
 ) -> np.ndarray:
     """Computes how much better each completion did than the mean of its group.
 
-    The standard deviation has n - 1 in its divisor, as TRL's. A group of equal rewards gets exactly
-    0, and so does a group of one (published code divides by NaN, or takes the reward itself).
-    Rewards 1, 0, 0, 1 of one group with scale none give 0.5, -0.5, -0.5, 0.5.
+    The standard deviation has the divisor n - 1, as in TRL. The advantages are exactly 0 if all
+    rewards of a group are equal, and also if a group has only one completion. For a group of one,
+    published code divides by NaN or uses the reward itself.
+
+    For example, with scale none, the rewards 1, 0, 0, 1 of one group give 0.5, -0.5, -0.5, 0.5.
 
     Args:
-      rewards_B: finite.
-      groups_B: int, equal for completions of one prompt, in any order.
-      scale: std divides by the group's deviation (GRPO); none does not (Dr. GRPO, SDPO's baseline).
-      eps: added to the deviation.
+      rewards_B: finite rewards.
+      groups_B: int group ids; completions of the same prompt have the same id, in any order.
+      scale: std divides by the group's standard deviation (GRPO); none does not (Dr. GRPO, and the
+        baseline of SDPO).
+      eps: added to the standard deviation.
 
     Returns:
-      float64 [B].
+      The advantages, float64 [B].
 
     Raises:
-      ValueError: unknown scale, shapes that do not fit, rewards that are not finite.
+      ValueError: the scale is unknown, the shapes do not match, or a reward is not finite.
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}: the choices are {SCALES}")
@@ -55,12 +60,12 @@ def compute_advantages(
 
 
 def find_informative(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
-    """Finds the completions whose group has different rewards, bool [B].
+    """Returns bool [B]: whether the rewards in a completion's group differ.
 
-    The advantages of all others are 0.
+    If they do not differ, all advantages in the group are 0.
 
     Raises:
-      ValueError: shapes that do not fit, rewards that are not finite.
+      ValueError: the shapes do not match, or a reward is not finite.
     """
     out_B = np.zeros(len(rewards_B), bool)
     for rewards, rows in _groups(rewards_B, groups_B):
@@ -73,12 +78,12 @@ def _differ(rewards: np.ndarray) -> bool:
 
 
 def _groups(rewards_B: np.ndarray, groups_B: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns (rewards, row indices) of each group."""
+    """Returns (rewards, indices of the rows) for each group."""
     rewards_B, groups_B = np.asarray(rewards_B, np.float64), np.asarray(groups_B)
     if rewards_B.ndim != 1 or rewards_B.shape != groups_B.shape:
         raise ValueError(f"rewards {rewards_B.shape} and groups {groups_B.shape} must both be [B]")
     if not np.isfinite(rewards_B).all():
-        raise ValueError(f"rewards must be finite, row {int(np.argmin(np.isfinite(rewards_B)))}")
+        raise ValueError(f"rewards must be finite: row {int(np.argmin(np.isfinite(rewards_B)))}")
     rows = [np.flatnonzero(groups_B == group) for group in np.unique(groups_B)]
     return [(rewards_B[at], at) for at in rows]
 
@@ -92,27 +97,29 @@ def compute_surrogate(
     clip_high: float,
     dual_clip: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A), for A < 0 at most -dual_clip · A.
+    """Computes -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A), at most -dual_clip · A if A < 0.
 
-    ρ = 1.5 with A = 1 and clip_high .2 gives -1.2, and its gradient is 0.
+    For example, ρ = 1.5, A = 1 and clip_high = .2 give the value -1.2 and the gradient 0.
 
-    Differentiable in logp_BC; a clipped token has no gradient. Sources: PPO (arXiv 1707.06347),
-    GRPO equation 3, DAPO for unequal bounds, dual-clip PPO (arXiv 1912.09729) equation 5.
+    The loss is differentiable in logp_BC; a clipped token has no gradient. Sources: PPO (arXiv
+    1707.06347); GRPO, equation 3; DAPO for unequal bounds; dual-clip PPO (arXiv 1912.09729),
+    equation 5.
 
     Args:
-      logp_BC: log-probabilities of the sampled tokens under the policy that trains.
-      logp_old_BC: the same when the tokens were sampled. On a rollout's first and only update it
-        is stop_gradient(logp_BC), which makes ρ = 1 with the gradient -A ∂ln π.
-      advantage_BC: of the same shape.
-      clip_low: below 1; 0 leaves the lower bound out.
-      clip_high: 0 leaves the upper bound out.
-      dual_clip: above 1; 0 leaves this bound out.
+      logp_BC: log-probabilities of the sampled tokens under the policy that is trained.
+      logp_old_BC: log-probabilities of the same tokens under the policy that sampled them. If each
+        rollout is used for one update only, pass stop_gradient(logp_BC). Then ρ is 1, and the
+        gradient is -A ∂ln π.
+      advantage_BC: advantage of each token, in the shape of logp_BC.
+      clip_low: below 1; 0 switches the lower bound off.
+      clip_high: 0 switches the upper bound off.
+      dual_clip: above 1; 0 switches the dual clip off.
 
     Returns:
       The loss [B, C], and bool [B, C], True where a bound replaces the ratio.
 
     Raises:
-      ValueError: bounds out of range.
+      ValueError: a bound is out of range.
     """
     if not (0 <= clip_low < 1 and clip_high >= 0 and (dual_clip == 0 or dual_clip > 1)):
         raise ValueError(
@@ -135,10 +142,10 @@ def compute_surrogate(
 
 
 def estimate_kl(logp_BC: jax.Array, logp_ref_BC: jax.Array) -> jax.Array:
-    """Estimates KL(policy ‖ reference) from sampled tokens, [B, C], as GRPO's equation 4 (k3).
+    """Estimates KL(policy ‖ reference) at each sampled token, [B, C], by GRPO's equation 4 (k3).
 
-    The estimate is e^x - x - 1 with x = ln π_ref - ln π of the token. It is never negative, and
-    unbiased for tokens drawn from the policy. Differentiable in logp_BC.
+    The estimate is e^x - x - 1 with x = ln π_ref - ln π of the token. It is never negative. It is
+    unbiased if the tokens were drawn from the policy. It is differentiable in logp_BC.
     """
     x_BC = jax.lax.stop_gradient(logp_ref_BC) - logp_BC
     return jnp.expm1(x_BC) - x_BC

@@ -1,4 +1,4 @@
-"""Products that accumulate in float32, or in float64 for float64 operands."""
+"""Matrix products that accumulate in float32, or in float64 for float64 operands."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ def sum_dtype(x: jax.Array) -> jnp.dtype:
 
 
 def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Multiplies two matrices of one dtype over the named axes.
+    """Multiplies two matrices of the same dtype over the given axes.
 
     Returns:
       A matrix of shape [other axis of a, other axis of b], in `sum_dtype(a)`.

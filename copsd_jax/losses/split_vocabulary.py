@@ -1,8 +1,11 @@
-"""The closed forms of a block of tokens where each device holds one part of the vocabulary.
+"""The closed forms of `token_values` for a vocabulary that is split over devices.
 
-For a block of T rows the devices of the axis exchange, per side, the row maxima (T); sums of
-exponentials, of exponentials times logarithms, and the sampled logits (7 T together); and the sums
-of e, b and the clipped mass (3 T). `chunked` adds one sum of the gradient to the states (T D).
+For a block of T rows, the devices of the mesh axis exchange these numbers:
+
+  2 T  maxima of the rows, for student and teacher
+  7 T  sums of exponentials, sums of exponentials times logarithms, logits of the sampled tokens
+  3 T  sums of e, sums of b, clipped mass
+  T D  gradient of the states (exchanged by `chunked`)
 """
 
 from typing import NamedTuple
@@ -17,12 +20,12 @@ Divergence = divergences.Divergence
 
 
 class VocabularyShard(NamedTuple):
-    """A device's part of the vocabulary; the parts are equal and in the order of a mesh axis.
+    """A device's part of the vocabulary; parts have equal sizes and the order of a mesh axis.
 
     Attributes:
-      axis: the mesh axis that splits the vocabulary; None if every device holds all of it.
+      axis: the mesh axis that splits the vocabulary; None if every device has the whole vocabulary.
       entries: number of real entries of the whole vocabulary; later rows of a head are padding.
-        None (kernels alone) if no row is padding.
+        None means that no row is padding (used with kernels only).
     """
 
     axis: str | None
@@ -33,12 +36,12 @@ class Sweep(NamedTuple):
     """Constants of one device's sweep, shared by all its blocks of tokens.
 
     Attributes:
-      settings: of the divergence.
-      heads: this device's rows of the heads, [V, D]: the student's and the teacher's, or one for
-        both. Rows that are padding have no probability and no gradient.
+      settings: settings of the divergence.
+      heads: this device's rows of the student's head and of the teacher's head, [V, D] each; a
+        single array if both sides share a head. Padding rows get no probability and no gradient.
       shard: this device's part of the vocabulary.
-      gradient: whether the gradient to the student's states is wanted.
-      train_head: whether the gradient to the student's head is wanted.
+      gradient: whether to compute the gradient of the student's states.
+      train_head: whether to compute the gradient of the student's head.
     """
 
     settings: Divergence
@@ -60,13 +63,13 @@ def score_block(
     settings: Divergence,
     axis: str,
 ) -> tuple[token_values.TokenStats, jax.Array]:
-    """Scores a block of tokens as `token_values.score_block`; settings without top-k.
+    """Scores a block of tokens like `token_values.score_block`, but without top-k.
 
     Args:
-      logits_s_TV: of the student, this device's part; V is its number of entries.
-      logits_t_TV: of the teacher, the same part.
-      inputs: [T]; ids are those of the whole vocabulary.
-      settings: of the divergence.
+      logits_s_TV: this device's part of the student's logits; V is the number of entries there.
+      logits_t_TV: the same part of the teacher's logits.
+      inputs: arrays [T]; the tokens are ids of the whole vocabulary.
+      settings: settings of the divergence.
       axis: the mesh axis that splits the vocabulary.
 
     Returns:
@@ -101,9 +104,9 @@ def score_block(
 def _value(
     student: Distribution, teacher: Distribution, log_probs, tokens_T, settings: Divergence, axis
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns value [T], its gradient to the tempered logits of this part [T, V], clipped mass [T].
+    """Returns the value [T], the gradient of this part's logits / τ [T, V], the clipped mass [T].
 
-    `log_probs` are those of the sampled tokens under student and teacher, [T] each.
+    `log_probs` are the sampled tokens' log-probabilities under student and teacher, [T] each.
     """
     if settings.divergence == "sampled":
         logp_T, logq_T = log_probs
@@ -123,7 +126,7 @@ def _value(
 def score(
     logits_TV: jax.Array, tokens_T: jax.Array, temperature: float, axis: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores given tokens as `distributions.score`: log-probability [T], entropy [T], gradient."""
+    """Scores tokens like `distributions.score`: log-probability [T], entropy [T], gradient."""
     factor = 1 / temperature
     x_TV = (logits_TV - _row_maxima([logits_TV], axis)[0]) * factor
     weights_TV = jnp.exp(x_TV)
@@ -152,7 +155,7 @@ def _sum_parts(sums: list[jax.Array], axis: str) -> list[jax.Array]:
 
 
 def _pick_here(x_TV: jax.Array, tokens_T: jax.Array, axis: str) -> jax.Array:
-    """Returns x[t, token] where the token lies in this part, else 0."""
+    """Returns x[t, token], shape [T], and 0 for tokens that are not in this part."""
     count = x_TV.shape[1]
     local_T = tokens_T - first_entry(axis, count)
     here_T = (local_T >= 0) & (local_T < count)
@@ -166,7 +169,7 @@ def _distribution(x_TV: jax.Array, weights_TV: jax.Array, total_T: jax.Array) ->
 
 
 def _subtract_one_hot(student: Distribution, tokens_T: jax.Array, axis: str) -> jax.Array:
-    """Returns p - 1[y] on this part."""
+    """Returns p - 1[y] for the entries of this part, shape [T, V]."""
     count = student.p.shape[1]
     local_T1 = (tokens_T - first_entry(axis, count))[:, None]
     one_hot = jnp.arange(count, dtype=jnp.int32)[None] == local_T1

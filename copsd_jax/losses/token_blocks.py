@@ -1,18 +1,18 @@
-"""Rows of tokens on a mesh: the device and the block that each row is computed in.
+"""Division of token rows over the devices of a mesh, and over blocks on each device.
 
 `spread` gives each device its rows and its part of the vocabulary. `walk` packs the live rows of a
-device one behind the other and goes over them in blocks, only as many as they fill. With 5 live
-rows of 9 and blocks of 2
+device together, and runs only the blocks that contain live rows. For example, 5 of 9 rows are live
+and a block has 2 rows:
 
     live      . x x . . x . x x
-    order     1 2 | 5 7 | 8 0 | 3 4 | 6 -     the first three blocks run, the last two never do
+    order     1 2 | 5 7 | 8 0 | 3 4 | 6 -     the first three blocks run, the last two do not
 
-Alternatives, at T rows of which a share f is live:
+Alternatives that were not chosen, for T rows of which a fraction f is live:
 
-- Weights of 0 alone: all T rows are multiplied, 1 / f times the work.
-- One compiled program for each of n sizes: no loop, but n programs, and up to f + 1 / n of the work
-  where this has f + block / T.
-- A copy of the live states before the loop: T D values are written and read again. Here each block
+- Give the other rows weight 0, and compute all T rows. This is 1 / f times the work.
+- Compile one program for each of n sizes. This needs no loop, but it needs n programs. They compute
+  up to f + 1 / n of all rows; here the fraction is at most f + block / T.
+- Copy the live states before the loop. T D values are then written and read again. Here, each block
   gathers its own rows, and one gather puts the results back.
 """
 
@@ -31,7 +31,7 @@ Tree = TypeVar("Tree")  # an array, or a tuple of arrays
 
 
 class Axes(NamedTuple):
-    """The axes of the mesh in scope that have more than one device.
+    """The axes of the current mesh that have more than one device.
 
     Attributes:
       rows: the axes that split the tokens.
@@ -43,11 +43,11 @@ class Axes(NamedTuple):
 
 
 def find_axes(split_vocabulary: bool) -> Axes:
-    """Finds the axes with which the mesh of `jax.set_mesh` splits a loss; none without a mesh.
+    """Finds the axes of the current mesh (`jax.set_mesh`) that split a loss; none without a mesh.
 
     Args:
-      split_vocabulary: False for work that needs whole rows of logits. Every device then holds
-        whole heads, and the axis that would split them splits the tokens as well.
+      split_vocabulary: False for work that needs whole rows of logits. Every device then has whole
+        heads, and the axis that would otherwise split the heads splits the tokens too.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     rows = tuple(name for name in mesh_lib.BATCH_AXES if sizes.get(name, 1) > 1)
@@ -62,17 +62,17 @@ def spread(
     heads: tuple[jax.Array, ...],
     split_vocabulary: bool,
 ) -> tuple[Any, jax.Array | None]:
-    """Runs work(rows, heads, vocabulary axis) on every device of the mesh in scope.
+    """Runs work(rows, heads, vocabulary axis) on every device of the current mesh.
 
-    The heads are gathered along their width once. `work` gets them with all or a part of the
-    vocabulary; their padding rows are zeros at the end. Padding rows of `rows` are zeros (and
-    False) as well.
+    The heads are gathered along their width, once. `work` gets heads with the whole vocabulary or
+    with this device's part of it. Padding rows of heads and of `rows` are at the end; they are
+    zeros, or False in bool arrays.
 
     Args:
-      work: returns arrays [rows, ...] and a sum over its rows of a head's shape, or None. It
-        reduces over the vocabulary axis by itself.
+      work: returns arrays [rows, ...], and a sum over its rows in the shape of a head, or None. It
+        must do its own reductions over the vocabulary axis.
       rows: arrays [T, ...].
-      heads: [V, D].
+      heads: arrays [V, D].
       split_vocabulary: see `find_axes`.
 
     Returns:
@@ -107,10 +107,11 @@ def spread(
 
 
 def gather_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
-    """Gathers a head [V, D] as `spread` gives it to the devices.
+    """Gathers a head [V, D] into the form in which `spread` gives it to the devices.
 
-    Call it before a loop around `spread`, which would gather the head in every turn. It takes
-    V D / (devices along the vocabulary) values on each device from there to the last use.
+    Call it before a loop around `spread`. Otherwise `spread` gathers the head in every iteration.
+    The result occupies V D / (devices that split the vocabulary) values on each device until its
+    last use.
     """
     axes = find_axes(split_vocabulary)
     if not axes.rows and not axes.vocabulary:
@@ -122,11 +123,11 @@ def gather_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
 
 
 def split_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
-    """Splits a head [V, D] along both dimensions where the mesh splits the vocabulary.
+    """Splits a head [V, D] along both dimensions if the mesh splits the vocabulary.
 
-    Call it on heads that go from the parameters to `spread` directly. `sharding.partition_spec`
-    splits some of them along the width alone; without this, every device would gather them whole
-    first.
+    Call it on a head that goes directly from the parameters to `spread`. `sharding.partition_spec`
+    splits some heads along the width only. Without this call, every device would first gather the
+    whole head.
     """
     if not find_axes(split_vocabulary).vocabulary:
         return head_VD
@@ -135,32 +136,33 @@ def split_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
 
 
 def _split_padded(head_VD: jax.Array, shards: int) -> jax.Array:
-    """Pads a head to a multiple of `shards` and splits it; returns a multiple unchanged."""
+    """Pads a head to a multiple of `shards` rows and splits it; a multiple stays unchanged."""
     if len(head_VD) % shards == 0:
         return head_VD
     width = head_VD.shape[1]
     fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
     padded = pad(head_VD, shards)
     if width % (fsdp * shards) == 0:
-        # The next constraint then needs only one exchange between the devices of the axis.
+        # After this constraint, the next one needs only one exchange between the axis's devices.
         padded = jax.lax.with_sharding_constraint(padded, P(None, ("fsdp", VOCABULARY)))
     place = P(VOCABULARY, "fsdp" if width % fsdp == 0 else None)
     return jax.lax.with_sharding_constraint(padded, place)
 
 
 def pad(x: jax.Array, multiple: int) -> jax.Array:
-    """Appends zeros along the first axis, up to a multiple; the shape is [rows, ...]."""
+    """Appends zeros along the first axis of [rows, ...], up to a multiple of `multiple` rows."""
     missing = -len(x) % multiple
     return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) if missing else x
 
 
 def divide_evenly(tokens: int, most: int, multiple: int) -> tuple[int, int]:
-    """Divides tokens into as few blocks as `most` rows a block allow, evenly filled.
+    """Divides tokens into the fewest blocks of at most `most` rows, evenly filled.
 
-    36 tokens, at most 16 rows, multiples of 8 -> 3 blocks of 16.
+    For example, 36 tokens with `most` 16 and `multiple` 8 give 3 blocks of 16 rows.
 
     Returns:
-      The number of blocks, and the rows of each: a multiple of `multiple` if there are more.
+      The number of blocks, and the number of rows in a block. If this number is larger than
+      `multiple`, it is rounded up to a multiple of it.
     """
     blocks = max(1, -(-tokens // most))
     rows = -(-tokens // blocks)
@@ -177,22 +179,23 @@ def walk(
     """Runs work(block of rows) over the live rows only, in blocks of at most `most`.
 
     Args:
-      work: returns arrays [rows, ...] and a sum over the block, or None. Padding rows of a block
-        are zeros in its arguments. Its arrays are not used at them, but its sum contains them.
+      work: returns arrays [rows, ...], and a sum over the block, or None. The padding rows of a
+        block are zeros in the arguments of `work`. They are dropped from its arrays but not from
+        its sum.
       rows: arrays [T, ...].
-      live_T: bool. Other rows may hold anything.
-      most: rows of a block.
+      live_T: bool; rows that are not live may contain anything.
+      most: maximum number of rows in a block.
       multiple: see `divide_evenly`.
 
     Returns:
-      The arrays of `work` for the T rows [T, ...], zeros where they are not live, and the sum of
-      the sums.
+      The arrays of `work` for the T rows [T, ...], with zeros at rows that are not live; and the
+      sum over all blocks, or None.
     """
     rows, live_T = jax.tree.map(jnp.asarray, (rows, live_T))
     tokens = len(live_T)
     blocks, count = divide_evenly(tokens, most, multiple)
     if blocks == 1:
-        # The live rows are not packed: one block holds all rows.
+        # The live rows need no packing, since one block contains all rows.
         padded = jax.tree.map(lambda x: pad(x, count), mask_rows(live_T, rows))
         per_row, total = work(padded)
         return mask_rows(live_T, jax.tree.map(lambda x: x[:tokens], per_row)), total
@@ -219,7 +222,7 @@ def walk(
 
 
 def _take(tree: Tree, at: jax.Array) -> Tree:
-    """Returns rows of arrays [T, ...] by numbers, which must lie within."""
+    """Returns the rows `at` of arrays [T, ...]; the indices must be in bounds."""
     return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), tree)
 
 

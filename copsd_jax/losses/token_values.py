@@ -1,4 +1,4 @@
-"""The value of each token, its statistics, and its gradient to the logits, in closed form."""
+"""The value, the statistics and the gradient of the logits of each token, in closed form."""
 
 from typing import NamedTuple
 
@@ -12,12 +12,12 @@ Divergence = divergences.Divergence
 
 
 class TokenInputs(NamedTuple):
-    """Per-token inputs of the divergence besides the hidden states, [T]; constants.
+    """Per-token inputs of the divergence besides the hidden states, [T]; they have no gradient.
 
     Attributes:
       tokens_T: int32, the sampled tokens, as ids of the whole vocabulary.
       weight_T: factor of each token's value in the loss.
-      logp_old_T, logp_rollout_T: see `clips.importance_ratio`, which alone reads them; or None.
+      logp_old_T, logp_rollout_T: arguments of `clips.importance_ratio`, or None.
     """
 
     tokens_T: jax.Array
@@ -27,18 +27,20 @@ class TokenInputs(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """Statistics of each token, float32 [T], without gradient, in nats; 0 at rows not live.
+    """Statistics of each token, float32 [T], in nats, without gradient; 0 at rows not live.
 
     Attributes:
-      value_T: the term that the loss sums: the divergence, clipped, times `ratio_T`.
+      value_T: the token's term of the loss before its weight: the clipped divergence times
+        `ratio_T`.
       logp_student_T, logp_teacher_T: log-probability of the sampled token over the whole
         vocabulary, at the loss temperature.
-      logp_sampling_T: of the sampled token under the student at the sampling temperature. A
-        sampler of the same weights must have found this number.
-      entropy_student_T, entropy_teacher_T: of the distributions at the loss temperature.
-      clipped_mass_T: element: teacher's mass Σ q_v on the clipped entries (q renormalised under
-        top_k without a tail). token, token_weight, huber: 1 where d > κ, else 0. none: 0.
-      ratio_T: the factor of `clips.importance_ratio`; 1 where it is off.
+      logp_sampling_T: log-probability of the sampled token under the student at the sampling
+        temperature. A sampler with the same weights must report the same number.
+      entropy_student_T, entropy_teacher_T: entropies of the distributions at the loss temperature.
+      clipped_mass_T: depends on clip_mode. With element it is the teacher's mass Σ q_v on the
+        clipped entries (q is renormalised under top_k without a tail). With token, token_weight and
+        huber it is 1 if d > κ, else 0. With none it is 0.
+      ratio_T: the factor of `clips.importance_ratio`; 1 if its clips are off.
     """
 
     value_T: jax.Array
@@ -62,10 +64,10 @@ def score_block(
     """Scores a block of tokens over the whole vocabulary.
 
     Args:
-      logits_s_TV: of the student, float32 or float64, not yet divided by τ.
-      logits_t_TV: of the teacher.
+      logits_s_TV: logits of the student, float32 or float64, not yet divided by τ.
+      logits_t_TV: logits of the teacher, not yet divided by τ either.
       tokens_T: int32, the sampled tokens.
-      settings: of the divergence.
+      settings: settings of the divergence.
       logp_old_T: see `clips.importance_ratio`.
       logp_rollout_T: see `clips.importance_ratio`.
 
@@ -102,9 +104,9 @@ def score_block(
 def _divergence(
     student: Distribution, teacher: Distribution, settings: Divergence, open_T1=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns value [T], its gradient to the tempered logits [T, K], and the clipped mass [T]."""
+    """Returns the value [T], the gradient of the logits / τ [T, K], and the clipped mass [T]."""
     e_TK, b_TK, clipped_TK = divergences.compute_entries(student, teacher, settings)
-    if open_T1 is not None:  # a tail at its floor does not move
+    if open_T1 is not None:  # a tail at its floor has no gradient
         b_TK = jnp.concatenate([b_TK[:, :-1], jnp.where(open_T1, b_TK[:, -1:], 0)], axis=1)
     d_T = jnp.sum(e_TK, axis=-1)
     value_T, factor_T = clips.clip_tokens(d_T, settings)

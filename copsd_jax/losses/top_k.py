@@ -1,7 +1,7 @@
-"""Restriction of both sides to the k best entries, with or without one entry for the rest.
+"""Restriction of student and teacher to the k most probable entries, with or without a tail.
 
-With `tail`, the ids outside the kept set N share one more entry of probability r = 1 - Σ_N p. An id
-u outside N then has dz_u = (p_u / r) dz_tail, its share of the tail's gradient.
+With `tail`, one more entry stands for all ids outside the kept set N. Its probability is
+r = 1 - Σ_N p. An id u outside N gets its share of the tail's gradient, dz_u = (p_u / r) dz_tail.
 """
 
 import math
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 
 from copsd_jax.losses import distributions, divergences
 
-TAIL_FLOOR = -math.expm1(-1e-7)  # the least probability of a tail, as published
+TAIL_FLOOR = -math.expm1(-1e-7)  # smallest probability of a tail, as in published code
 
 
 class TopK(NamedTuple):
-    """Ids of the k best entries, shared by both sides; constants to differentiation.
+    """Ids of the k best entries, used for both student and teacher; they have no gradient.
 
     Attributes:
       ids_TK: int32; K is k, or 2k for the union.
-      first_TK: False where the union names an id for the second time; None if no id can repeat.
+      first_TK: bool, False where an id occurs for the second time; None if no id can repeat.
     """
 
     ids_TK: jax.Array
@@ -30,7 +30,7 @@ class TopK(NamedTuple):
 def choose(
     logits_s_TV: jax.Array, logits_t_TV: jax.Array, settings: divergences.Divergence
 ) -> TopK:
-    """Chooses the entries of settings.top_k and top_k_of; the lower id wins a tie."""
+    """Chooses the entries by settings.top_k and top_k_of; of equal logits the lower id wins."""
     sides = {"teacher": (logits_t_TV,), "student": (logits_s_TV,)}
     chosen = sides.get(settings.top_k_of, (logits_s_TV, logits_t_TV))
     best = [jax.lax.top_k(jax.lax.stop_gradient(x), settings.top_k)[1] for x in chosen]
@@ -47,19 +47,19 @@ def restrict(
     best: TopK,
     settings: divergences.Divergence,
 ) -> tuple[distributions.Distribution, jax.Array | None]:
-    """Restricts one side to the kept entries: renormalises them, or adds a tail as last column.
+    """Restricts one side to the kept entries: renormalises, or adds a tail as the last column.
 
-    Second mentions of an id have p = 0 and log = 0 on both sides, so that all their terms vanish.
+    The second occurrence of an id has p = 0 and log = 0 on both sides, so its terms vanish.
 
     Args:
-      logits_TV: divided by the loss temperature.
-      whole: their softmax, [T, V].
+      logits_TV: logits of the side, divided by the loss temperature.
+      whole: the softmax of logits_TV, [T, V].
       best: the kept entries.
-      settings: of the divergence.
+      settings: settings of the divergence.
 
     Returns:
-      The distribution [T, K] or [T, K + 1], and bool [T, 1], False where the tail is at its floor;
-      None without a tail.
+      The distribution, [T, K + 1] with a tail and else [T, K]. With a tail, also bool [T, 1], False
+      where the tail is at its floor; without a tail, None.
     """
     ids_TK, first_TK = best
 
@@ -68,8 +68,8 @@ def restrict(
         return x_TK if first_TK is None else jnp.where(first_TK, x_TK, fill)
 
     if settings.tail:
-        # This sum replaces the published ln(1 - Σ_N p), whose cancellation in float32 leaves mostly
-        # rounding where the tail is below 1e-6.
+        # The tail is summed directly. The published ln(1 - Σ_N p) cancels in float32: if the tail
+        # is below 1e-6, the result is mostly rounding error.
         rest_TV = whole.p.at[jnp.arange(ids_TK.shape[0])[:, None], ids_TK].set(0)
         rest_T1 = jnp.sum(rest_TV, axis=1, keepdims=True)
         open_T1 = rest_T1 > TAIL_FLOOR
@@ -86,11 +86,11 @@ def restrict(
 def scatter_gradient(
     dz_TK: jax.Array, student: distributions.Distribution, whole_p_TV: jax.Array, best: TopK
 ) -> jax.Array:
-    """Scatters gradients of the kept entries, and of a tail, to all logits, shape [T, V].
+    """Scatters the gradients of the kept entries and of a tail to all logits; returns [T, V].
 
     Args:
-      dz_TK: [T, K], or [T, K + 1] with a tail.
-      student: the restricted side, of the shape of dz_TK.
+      dz_TK: gradients, [T, K], or [T, K + 1] with a tail.
+      student: the student's restricted distribution, in the shape of dz_TK.
       whole_p_TV: the student's probabilities over the whole vocabulary.
       best: the kept entries.
     """
@@ -100,7 +100,7 @@ def scatter_gradient(
     if dz_TK.shape[1] > count:
         dz_TV = whole_p_TV * (dz_TK[:, -1:] / student.p[:, -1:])
     if first_TK is not None:
-        # Second mentions go to distinct ids past the end, where nothing is written.
+        # Second occurrences get distinct ids past the end, which the scatter drops.
         past_1K = vocabulary + jnp.arange(count, dtype=ids_TK.dtype)[None]
         ids_TK = jnp.where(first_TK, ids_TK, past_1K)
     row_T1 = jnp.arange(dz_TK.shape[0])[:, None]

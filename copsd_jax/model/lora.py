@@ -1,8 +1,8 @@
 """Linear projections with optional low-rank adapters (LoRA).
 
-An adapter is a tree of its own, `{'q': {'a': [layers, in, R], 'b': [layers, R, out]}, ...}` in
-float32, and never part of the base weights. A projection gets its slice as an argument, so that the
-same base weights serve the student (with the adapter) and the initial policy (without it).
+An adapter is a separate float32 tree, `{'q': {'a': [layers, in, R], 'b': [layers, R, out]}, ...}`,
+and never part of the base weights. A projection gets its slice of the adapter as an argument. So
+the student (with the adapter) and the initial policy (without it) use the same base weights.
 
 R is the rank. Source: Hu et al. 2021 (arXiv 2106.09685).
 """
@@ -34,9 +34,9 @@ class LayerShapes(Protocol):
 def _expand(low: jax.Array, b: jax.Array) -> jax.Array:
     """Multiplies `low` [..., R] by `b` [R, out], with a gradient that is cheap on CPU.
 
-    The gradient to `b` swaps the two factors of automatic differentiation. XLA on CPU transposes
-    the left factor in memory, which should be the narrow `low` and not the gradient of the output
-    (a sixth of a training step). Reverse mode only.
+    XLA on CPU transposes the left factor of a product in memory. So the gradient of `b` has the
+    narrow `low` on the left, whereas automatic differentiation would put the gradient of the output
+    there. This saves a sixth of a training step. Only reverse mode is supported.
     """
     return low @ b
 
@@ -57,15 +57,15 @@ _expand.defvjp(_expand_forward, _expand_backward)
 class Projection(nn.Module):
     """A linear layer, `y = x W + bias + (x a scale) b`, with all products in `dtype`.
 
-    Base and adapter leaves are cast to `dtype` for the products, whatever type they are stored in.
+    Base and adapter leaves are cast to `dtype` for the products, whatever dtype they are stored in.
     In a bfloat16 model the float32 adapter is rounded on use, and its gradient is float32 again. A
-    base kernel may be int8, with a leaf `scale`, float32 [features], beside it (see
+    base kernel may be int8; it then has a leaf `scale`, float32 [features], beside it (see
     `quantise_projections`).
 
     Attributes:
       features: output width.
       use_bias: whether there is a bias.
-      dtype: type of the products and of the output.
+      dtype: dtype of the products and of the output.
     """
 
     features: int
@@ -110,7 +110,7 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
       key: random key.
 
     Raises:
-      ValueError: for a target that no layer has; the message lists the choices.
+      ValueError: a target is not the name of a projection; the message lists the choices.
     """
     sizes = config.projections()
     adapter = {}
@@ -119,7 +119,7 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
             raise ValueError(f"lora.targets is {target!r}: the choices are {', '.join(sizes)}")
         width, out = sizes[target]
         bound = width**-0.5
-        # The key depends on the target alone, so that another target does not change this one.
+        # The key depends only on the target, so adding targets does not change this one's values.
         target_key = jax.random.fold_in(key, TARGETS.index(target))
         shape = (config.n_layers, width, rank)
         adapter[target] = {
@@ -134,7 +134,7 @@ def merge_adapter(params: dict, adapter: dict, scale: float) -> dict:
 
     Args:
       params: tree of base weights; it is not changed.
-      adapter: tree of `init_adapter`.
+      adapter: tree as `init_adapter` returns it.
       scale: factor of the adapter.
 
     Returns:
@@ -154,8 +154,8 @@ def merge_adapter(params: dict, adapter: dict, scale: float) -> dict:
 def quantise_projections(params: dict) -> dict:
     """Quantises the kernels of all projections to int8, with a float32 `scale` for each column.
 
-    The largest magnitude of a column becomes 127, so that the rounding error is at most 1/254 of
-    it. Other leaves stay as they are. The result is for decoding.
+    The largest magnitude of a column becomes 127, so the rounding error is at most 1/254 of this
+    magnitude. Other leaves are unchanged. The result is meant for decoding.
     """
     layers = dict(params["layers"])
     for target in TARGETS:

@@ -1,4 +1,4 @@
-"""Policies: the weights with which a model is run."""
+"""A policy: the weights with which a decoder is run."""
 
 import dataclasses
 from typing import Any
@@ -9,13 +9,13 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Weights to run a decoder with; a pytree.
+    """The weights with which a decoder is run; a pytree.
 
     Attributes:
-      params: the base parameters, a tree of `transformer.init_params`.
-      adapter: a tree of `lora.init_adapter`, or None for the base alone.
-      scale: factor of the adapter's products, alpha / rank. It is static: every value is a
-        compiled program of its own, also without an adapter.
+      params: the base parameters, a tree as `transformer.init_params` returns it.
+      adapter: a tree as `lora.init_adapter` returns it, or None for the base alone.
+      scale: factor of the adapter's products, alpha / rank. It is static, so every value needs its
+        own compiled program, even without an adapter.
     """
 
     params: Any

@@ -14,7 +14,7 @@ def encode(
 ) -> transformer.KV:
     """Computes the keys and values [layers, 1, P, K, H] of a prefix, inside a traced function.
 
-    Gradients flow to the policy's arrays.
+    Gradients flow through the result to the policy's arrays.
 
     Args:
       decoder: the model.
@@ -35,12 +35,12 @@ def encode_ids(
 ) -> transformer.KV | None:
     """Computes the keys and values [layers, 1, P, K, H] of a prefix of ids, in a jitted call.
 
-    They are valid for this policy only.
+    The result is valid for this policy only.
 
     Args:
       decoder: the model.
       policy: parameters and adapter.
-      prefix_ids: the P ids of the prefix; the result is None if there are none.
+      prefix_ids: the P ids of the prefix. Without ids the result is None.
     """
     if len(prefix_ids) == 0:
         return None

@@ -1,13 +1,13 @@
-"""One decoder for Qwen3 (dense), Qwen2.5, Llama 3 and SmolLM2, which differ in their config only.
+"""One decoder for Qwen3 (dense), Qwen2.5, Llama 3 and SmolLM2, which differ only in their config.
 
-A call takes a tuple of streams: tokens with positions and segments, perhaps with an adapter, a
-shared prefix or a cache. It runs all of them through each layer, so that student and teacher share
-one pass over the weights. It returns hidden states. The head is apart (`get_head`,
-`compute_logits`), since losses and the sampler want it at chosen positions only.
+A call takes a tuple of streams. A stream has tokens with positions and segments, and optionally an
+adapter, a shared prefix or a cache. Each layer runs all streams, so that student and teacher share
+one pass over the weights. The call returns hidden states. The head is separate (`get_head`,
+`compute_logits`), because losses and the sampler need logits at some positions only.
 
 Letters: B sequences, L tokens of a sequence, S keys of a sequence, V vocabulary, D width, N query
 heads, K key heads, M = N/K queries per key head, H head size, J decode slots, P prefix length.
-Norms, RoPE, softmax and attention logits are float32 in every compute dtype.
+Norms, RoPE, softmax and attention logits are float32, whatever the compute dtype.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from copsd_jax.runtime import sharding
 QUERY_BLOCK = 512  # queries of a block; longer rows attend block by block
 PROJECTION = "projection"  # checkpoint name of the projections' outputs
 _policies = jax.checkpoint_policies
-# Policies of the values that a layer keeps for the backward pass, which computes the rest again.
-# None keeps all of them.
+# Policies that select the values that a layer keeps for the backward pass. The backward pass
+# computes all other values again. None keeps all values.
 REMAT: dict[str, Any] = {
     "none": None,
     "dots": _policies.save_only_these_names(PROJECTION, visibility.CHECKPOINT_NAME),
@@ -41,7 +41,7 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Constants of Llama 3's RoPE scaling, which slows low frequencies for longer texts."""
+    """Constants of Llama 3's RoPE scaling, which lowers low frequencies for longer texts."""
 
     factor: float
     low_freq_factor: float
@@ -117,24 +117,26 @@ class KV(NamedTuple):
 class Stream:
     """One batch of rows, with the adapter, prefix and cache that they use.
 
-    Without a cache, a token attends to the tokens of its own segment, and of the segment that
-    `parents` names, at or before its index in the row (picture in attention/visibility.py).
-    Segment 0 is padding: no other segment sees it, and its hidden state is 0 without a gradient.
+    Without a cache, a token attends to tokens of its own segment and of its parent segment
+    (`parents_BL`), at or before its own index in the row. There is a picture in
+    attention/visibility.py. Segment 0 is padding: no other segment sees it, and its hidden states
+    are 0 without a gradient.
 
     With a cache, a row has one token (L = 1), and B is the number of slots. The token is written at
-    index position - P of its slot, and attends to that index and all before it.
+    index position - P of its slot, and attends to this index and all indices before it.
 
-    In both cases every token sees the whole prefix, whose P keys have positions 0 … P - 1.
+    With or without a cache, every token sees the whole prefix, whose P keys have the positions
+    0 … P - 1.
 
     Attributes:
-      tokens_BL: int32.
-      positions_BL: int32; the first own token of a text has position P.
-      segments_BL: int32, 0 for padding or a dead slot; None is possible with a cache only.
-      adapter: tree of `lora.init_adapter`, or None; a tuple of trees, one for each layer, if the
-        decoder is `unstacked`.
+      tokens_BL: int32 ids.
+      positions_BL: int32; the first token of a text after the prefix has position P.
+      segments_BL: int32, 0 for padding or a dead slot; may be None only with a cache.
+      adapter: tree as `lora.init_adapter` returns it, or None. If the decoder is `unstacked`, a
+        tuple of trees, one for each layer.
       adapter_scale: factor of the adapter, static.
-      prefix: KV [layers, 1, P, K, H] that all rows see, or None; gradients flow through it. A tuple
-        of KV [1, P, K, H], one for each layer, if the decoder is `unstacked`.
+      prefix: KV [layers, 1, P, K, H] that all rows see, or None; gradients flow through it. If the
+        decoder is `unstacked`, a tuple of KV [1, P, K, H], one for each layer.
       cache: cache of B slots, or None.
       parents_BL: int32, -1 for tokens without a parent segment; None if no token has one.
     """
@@ -154,7 +156,8 @@ class Output(NamedTuple):
 
     Attributes:
       hidden_BLD: hidden states after the final norm, in compute dtype.
-      kv: own keys and values [layers, B, L, K, H] if `return_kv` was set, else None.
+      kv: keys and values of the stream's tokens [layers, B, L, K, H] if `return_kv` was set, else
+        None.
       cache: the updated cache of a stream with a cache, else None.
     """
 
@@ -164,11 +167,11 @@ class Output(NamedTuple):
 
 
 def compute_llama3_factors(scaling: RopeScaling, frequency: np.ndarray) -> np.ndarray:
-    """Returns the factors, float64 [H/2], that Llama 3's scaling multiplies frequencies by.
+    """Returns the factors, float64 [H/2], by which Llama 3's scaling multiplies the frequencies.
 
-    They follow from the turns that a pair makes over the original context. With many turns it keeps
-    its frequency, with few it is slowed down by `scaling.factor`, and between the two bounds the
-    factor is interpolated.
+    A factor depends on the number of turns that a pair makes over the original context. Above
+    `high_freq_factor` turns, the pair keeps its frequency. Below `low_freq_factor` turns, the
+    frequency is divided by `factor`. Between the two bounds, the factor is interpolated.
 
     Args:
       scaling: the constants of the scaling.
@@ -201,7 +204,7 @@ def _rotate(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
 def _attend_cache(
     q_B1KMH, k_B1KH, v_B1KH, cache, inputs: "_StreamInputs", layer, prefix, implementation: str
 ) -> tuple[jax.Array, decode_attention.Cache]:
-    """Attends from each slot's token to its live entries, itself included, and to the prefix."""
+    """Attends from each slot's token to the slot's live entries (with the token) and the prefix."""
     q_JKMH, dtype = q_B1KMH[:, 0], q_B1KMH.dtype
     assert inputs.index_B is not None  # It is set for a stream with a cache.
     own, cache = decode_attention.write_and_attend(
@@ -259,8 +262,8 @@ class Layer(nn.Module):
       decode: implementation of decode attention.
       attention: implementation of row attention.
       scales: factors of the streams' adapters.
-      return_kv: whether own keys and values are returned.
-      key_repeats: how often each key head is repeated.
+      return_kv: whether the keys and values of the streams are returned.
+      key_repeats: how many times each key head is repeated.
     """
 
     config: ModelConfig
@@ -288,10 +291,10 @@ class Layer(nn.Module):
         Args:
           carry: (hidden_BLD, cache or None) of each stream.
           scanned: index of the layer, and this layer's (adapter, prefix) of each stream.
-          inputs: of each stream.
+          inputs: inputs of each stream.
 
         Returns:
-          The new carry, and the KV [B, L, K, H] of each stream or None.
+          The new carry, and for each stream its KV [B, L, K, H] or None.
         """
         layer, slices = scanned
         streams = zip(carry, slices, inputs, self.scales, strict=True)
@@ -332,7 +335,7 @@ class Layer(nn.Module):
         q = _rotate(q.astype(jnp.float32), angle_BLE) * jnp.float32(c.head_dim**-0.5)
         k = _rotate(k.astype(jnp.float32), angle_BLE)
         k = k.astype(self.dtype)
-        # Downstream there are K r key heads with M / r queries each.
+        # From here on there are K r key heads with M / r queries each, where r is key_repeats.
         if self.key_repeats > 1:
             repeat = lambda x: jnp.repeat(x, self.key_repeats, axis=2)  # noqa: E731
             k, v = (sharding.constrain_heads(repeat(x)) for x in (k, v))
@@ -357,16 +360,17 @@ class Decoder(nn.Module):
 
     Attributes:
       config: config of the model.
-      dtype: type of all products and of the hidden states; weights are cast to it on use.
+      dtype: dtype of all products and of the hidden states; weights are cast to it on use.
       remat: policy of the values that a layer keeps for the backward pass, a key of REMAT.
-      query_block: rows longer than this attend block by block of queries (portable form).
+      query_block: queries of a block in portable attention; longer rows attend block by block.
       decode: attention of streams with a cache, a key of decode_attention.IMPLEMENTATIONS.
-      attention: attention of other streams, one of row_attention.IMPLEMENTATIONS.
-      key_repeats: how often attention and caches repeat each key head (`sharding.key_repeats`).
-      unstacked: runs the layers one by one instead of scanning stacked arrays, for streams with a
-        cache only. Parameters then have `layer_0`, `layer_1`, … instead of `layers`, and adapters
-        and prefixes are tuples of a tree for each layer. Reason: XLA on CPU copies each slice of a
-        stacked array before it reads the slice.
+      attention: attention of streams without a cache, one of row_attention.IMPLEMENTATIONS.
+      key_repeats: how many times attention and caches repeat each key head
+        (`sharding.key_repeats`).
+      unstacked: whether to run the layers one by one instead of scanning stacked arrays; only for
+        streams with a cache. Parameters then have `layer_0`, `layer_1`, … instead of `layers`, and
+        adapters and prefixes are tuples with one tree per layer. The reason is that XLA on CPU
+        copies each slice of a stacked array before it reads the slice.
     """
 
     config: ModelConfig
@@ -395,8 +399,8 @@ class Decoder(nn.Module):
           The output of each stream.
 
         Raises:
-          ValueError: for an unknown `remat`, a stream with neither segments nor a cache, a cache
-            with more than one token in a row, or `unstacked` and a stream without a cache.
+          ValueError: `remat` is unknown; a stream without a cache has no segments, or is given to
+            an `unstacked` decoder; or a stream with a cache has rows of more than one token.
         """
         c = self.config
         if self.remat not in REMAT:
@@ -430,9 +434,9 @@ class Decoder(nn.Module):
 
         Args:
           layers: arguments of Layer.
-          carry: as of Layer.
+          carry: as in Layer.
           slices: (adapter, prefix) of each stream, with a leading axis of layers.
-          inputs: of each stream.
+          inputs: inputs of each stream.
         """
         policy = REMAT[self.remat]
         body = Layer if policy is None else nn.remat(Layer, prevent_cse=False, policy=policy)
@@ -459,11 +463,11 @@ def _prepare_inputs(config: ModelConfig, stream: Stream) -> _StreamInputs:
     angle = stream.positions_BL.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
     if stream.cache is None:
         if stream.segments_BL is None:
-            raise ValueError("segments_BL is None: only a stream with a cache may leave it out")
+            raise ValueError("segments_BL is None: a stream without a cache needs segments_BL")
         return _StreamInputs(angle, stream.segments_BL, stream.parents_BL)
     if stream.tokens_BL.shape[1] != 1:
         raise ValueError(
-            f"tokens have shape {stream.tokens_BL.shape}: with a cache a row has one token"
+            f"tokens have shape {stream.tokens_BL.shape}: with a cache a row must have one token"
         )
     offset = 0
     if stream.prefix is not None:
@@ -483,7 +487,7 @@ def _zero_padding(hidden_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.A
 
 
 def get_head(params: dict) -> jax.Array:
-    """Returns the output matrix [V, D]: the head's own, or the embedding if they are tied."""
+    """Returns the output matrix [V, D], which is the embedding if both are tied."""
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
 
 
@@ -509,6 +513,6 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
 
 
 def abstract_params(config: ModelConfig, dtype: Any) -> dict:
-    """Returns the tree of `init_params` as jax.ShapeDtypeStructs, which take no memory."""
+    """Returns the tree of `init_params` as jax.ShapeDtypeStructs, without allocating memory."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(functools.partial(_init_params, config, dtype), key)

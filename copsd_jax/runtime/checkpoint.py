@@ -1,7 +1,7 @@
-"""Checkpoints of a run's State through Orbax; nothing else in the project knows Orbax.
+"""Checkpoints of a run's State through Orbax; no other file of the package uses Orbax.
 
-A checkpoint is the State alone: data order and random streams follow from its step, and the frozen
-base comes from `model.path` again.
+A checkpoint contains only the State. Data order and random streams follow from the State's step,
+and the frozen base is loaded from `model.path` again.
 """
 
 import pathlib
@@ -14,20 +14,20 @@ NAME = "state"
 
 
 def _shapes(tree: Any) -> dict[str, Any]:
-    """Returns [shape, dtype] of every leaf as JSON has them, by the leaf's path."""
+    """Returns [shape, dtype] of every leaf by the leaf's path, in types that JSON has."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
 
 
 class Checkpoints:
-    """The checkpoints of one work directory. Closing waits for a save under way."""
+    """The checkpoints of one work directory. Closing waits for a save that is in progress."""
 
     def __init__(self, directory: pathlib.Path, keep: int = 0, writer: bool = False):
         """Opens the checkpoints of a directory.
 
         Args:
-          directory: is created by the first save.
-          keep: how many of the newest survive a save; 0 keeps all.
+          directory: the directory; the first save creates it.
+          keep: number of newest checkpoints that a save keeps; 0 keeps all checkpoints.
           writer: whether this process may save.
         """
         self._directory = directory
@@ -37,7 +37,7 @@ class Checkpoints:
             str(directory.resolve()),
             save_decision_policy=saving.FixedIntervalPolicy(1),  # the default skips saves silently
             preservation_policy=keeping.LatestN(keep) if keep else keeping.PreserveAll(),
-            # A reader must not remove what a run beside it is writing.
+            # A reader must not remove files that a concurrent run is writing.
             cleanup_tmp_directories=writer,
         )
 
@@ -48,7 +48,7 @@ class Checkpoints:
         self._checkpointer.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps that can be loaded, ascending; an unfinished save is not among them."""
+        """Returns the steps that can be loaded, in ascending order, without unfinished saves."""
         return sorted(item.step for item in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any) -> None:
@@ -67,11 +67,13 @@ class Checkpoints:
         """Loads the state of a step, with the shardings of `like` (arrays or ShapeDtypeStructs).
 
         Raises:
-          ValueError: there is no such step, or the saved tree differs; the message has the
-            difference.
+          ValueError: the step was not saved, or the saved tree differs from `like`; the message
+            names a difference.
         """
         if step not in self.steps():
-            raise ValueError(f"no checkpoint of step {step} in {self._directory}: {self.steps()}")
+            raise ValueError(
+                f"no checkpoint of step {step} in {self._directory}: the choices are {self.steps()}"
+            )
         metadata: Any = self._checkpointer.metadata(step).custom_metadata
         saved, wanted = (
             {name: f"{dtype} {tuple(shape)}" for name, (shape, dtype) in shapes.items()}
@@ -80,7 +82,7 @@ class Checkpoints:
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
                 raise ValueError(
-                    f"checkpoint {step} in {self._directory} holds {name} = "
+                    f"checkpoint {step} in {self._directory} has {name} = "
                     f"{saved.get(name, 'nothing')}, this run needs {wanted.get(name, 'nothing')}"
                 )
         return self._checkpointer.load_checkpointables(step, {NAME: like})[NAME]

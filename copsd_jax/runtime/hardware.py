@@ -1,12 +1,17 @@
-"""Accelerators that a run may be meant for: what a device has, and the names of their groups.
+"""Accelerators that a run can target: rates and memory of a device, names of groups of devices.
 
-Sources. TPU: Cloud TPU documentation, pages v4, v5e, v5p, v6e and tpu7x (FLOP/s, bandwidth, links
-of a chip, network of a pod divided by its chips), VMEM from jax.experimental.pallas.tpu; `usable`
-is what the compiler of libtpu 0.0.42 allows a program. GPU: NVIDIA's data sheets (A100 SXM 80 GB,
-H100 SXM, H200 SXM), the network one adapter of 400 Gb/s a GPU (A100: 200). A device is what JAX
-counts as one: a chip, of tpu7x one of its two cores.
+A device is one device of JAX: a chip, or on tpu7x one of the two cores of a chip.
 
-Nothing here imports JAX: names are checked, and the environment is set, before it starts.
+Sources for TPUs: FLOP/s, bandwidth, links and network are from the pages v4, v5e, v5p, v6e and
+tpu7x of the Cloud TPU documentation. (The network of a pod is divided by the pod's chips.) VMEM is
+from jax.experimental.pallas.tpu. `usable` is the memory that the compiler of libtpu 0.0.42 allows a
+program.
+
+Sources for GPUs: NVIDIA's data sheets of A100 SXM 80 GB, H100 SXM and H200 SXM. The network is one
+adapter per GPU, of 400 Gb/s (A100: 200 Gb/s).
+
+This file does not import JAX, because names are checked and the environment is set before JAX
+starts.
 """
 
 import dataclasses
@@ -24,11 +29,11 @@ class Chip:
     Attributes:
       flops: bfloat16 FLOP/s of its matrix units.
       bandwidth: bytes/s of its memory.
-      memory: bytes of its memory, as the maker counts them.
+      memory: bytes of its memory, as the manufacturer states them.
       vmem: bytes of VMEM; 0 for a GPU.
-      usable: bytes that programs and their arrays may take.
-      link: bytes/s that it sends to devices of its own slice, along one dimension of a torus in
-        both directions, or by NVLink.
+      usable: bytes that programs and their arrays may use.
+      link: bytes/s that it sends to devices of its own slice: along one dimension of a torus, in
+        both directions together, or by NVLink.
       network: bytes/s that it sends between slices or hosts.
     """
 
@@ -41,7 +46,7 @@ class Chip:
     network: float = 0.0
 
 
-# By device kind, as JAX names them.
+# Chips by device kind, as JAX names it.
 CHIPS = {
     "TPU v4": Chip(275e12, 1228e9, 34.4e9, 16 * MIB, 30.75 * GIB, 100e9, 6.25e9),
     "TPU v5 lite": Chip(197e12, 819e9, 16e9, 128 * MIB, 15.75 * GIB, 100e9, 3.125e9),
@@ -61,7 +66,7 @@ ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 GPU_KINDS = {
     "a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200",
 }  # fmt: skip
-# What a name's number counts: cores, two of which a chip has, or chips.
+# TPU kinds in whose names the number counts cores, two per chip. For other kinds it counts chips.
 COUNTS_CORES = ("v4", "v5p", "tpu7x")
 TOPOLOGIES_2D = {
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
@@ -70,9 +75,9 @@ TOPOLOGIES_3D = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
     512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16",
 }  # fmt: skip
-GPU_FRACTION = 0.75  # of a GPU's memory that JAX takes by default
+GPU_FRACTION = 0.75  # fraction of a GPU's memory that JAX allocates by default
 
-# The compiler for TPUs asks the cloud which machine it is on, unless it is told.
+# Without these variables, the compiler for TPUs asks the cloud which machine it runs on.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -90,11 +95,12 @@ class Target:
     """Devices to compile for, which need not be present.
 
     Attributes:
-      name: as the command line has it.
+      name: the text from the command line.
       platform: tpu or cuda.
-      kind: v4, v5e, v5p, v6e, tpu7x; a100, h100, h200.
-      shape: chips along each dimension of a slice; for cuda the hosts and the cards of each.
-      slices: slices joined by a network; 1 for cuda.
+      kind: v4, v5e, v5p, v6e or tpu7x; for cuda a100, h100 or h200.
+      shape: chips along each dimension of a slice; for cuda, the number of hosts and the number of
+        cards per host.
+      slices: number of slices, which are joined by a network; 1 for cuda.
     """
 
     name: str
@@ -105,23 +111,23 @@ class Target:
 
     @property
     def chip(self) -> Chip:
-        """Rates and memory of one of the devices."""
+        """Rates and memory of one device."""
         return CHIPS[(TPU_KINDS | GPU_KINDS)[self.kind]]
 
     @property
     def topology(self) -> str:
-        """The shape as the compiler spells it, such as 4x8."""
+        """The shape in the compiler's notation, such as 4x8."""
         return "x".join(map(str, self.shape))
 
 
 def parse_target(text: str) -> Target:
     """Parses `v5e:4x8`, `v5e-32`, `2*v5p:4x4x4` or `cuda:h200:1x8`.
 
-    The number of v4, v5p and tpu7x counts cores, two for each chip; v5p-128 has 64 chips. The
-    number of v5e and v6e counts chips.
+    After a hyphen, the number of v4, v5p and tpu7x counts cores, two per chip; so v5p-128 has 64
+    chips. The number of v5e and v6e counts chips.
 
     Raises:
-      ValueError: there are no such devices; the message lists the choices.
+      ValueError: the text does not name devices; the message lists the choices.
     """
     lower = text.strip().lower()
     if lower.startswith("cuda:"):
@@ -129,11 +135,11 @@ def parse_target(text: str) -> Target:
     found = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9]+?)(?::(\d+(?:x\d+){1,2})|-(\d+))", lower)
     kind = ALIASES.get(found[2], found[2]) if found else ""
     if not found or kind not in TPU_KINDS:
-        raise ValueError(f"--dry_run is {text!r}: the choices are like {CHOICES}")
+        raise ValueError(f"--dry_run is {text!r}: examples of valid names are {CHOICES}")
     shape = _shape(text, kind, found[3], found[4])
     slices = int(found[1] or 1)
     if slices < 1 or min(shape) < 1:
-        raise ValueError(f"--dry_run is {text!r}: numbers of slices and chips are at least 1")
+        raise ValueError(f"--dry_run is {text!r}: numbers of slices and chips must be at least 1")
     return Target(text, "tpu", kind, shape, slices)
 
 
@@ -154,7 +160,7 @@ def _shape(text: str, kind: str, topology: str | None, number: str | None) -> tu
     example = next(reversed(table.values()))
     if (dimensions := example.count("x") + 1) != topology.count("x") + 1:
         raise ValueError(
-            f"--dry_run is {text!r}: a topology of {kind} has {dimensions} numbers, as {example}"
+            f"--dry_run is {text!r}: a topology of {kind} has {dimensions} numbers, like {example}"
         )
     return tuple(map(int, topology.split("x")))
 
@@ -164,19 +170,20 @@ def _cards(text: str, lower: str) -> Target:
     card = (found[1] or "h100") if found else ""
     if not found or card not in GPU_KINDS:
         raise ValueError(
-            f"--dry_run is {text!r}: a GPU target is cuda:CARD:HOSTSxCARDS, as cuda:h200:1x8, with "
-            f"CARD one of {', '.join(GPU_KINDS)}"
+            f"--dry_run is {text!r}: a GPU target is cuda:CARD:HOSTSxCARDS, like cuda:h200:1x8; "
+            f"CARD is one of {', '.join(GPU_KINDS)}"
         )
     shape = int(found[2]), int(found[3])
     if min(shape) < 1:
-        raise ValueError(f"--dry_run is {text!r}: there is at least one host and one card")
+        raise ValueError(f"--dry_run is {text!r}: at least one host and one card are needed")
     return Target(text, "cuda", card, shape, 1)
 
 
 def usable_memory(chip: Chip) -> float:
-    """Returns the bytes of a device that a run may take.
+    """Returns the bytes of a device's memory that a run may use.
 
-    Of a GPU this is the share that JAX takes: XLA_PYTHON_CLIENT_MEM_FRACTION, or `GPU_FRACTION`.
+    On a GPU this is the fraction that JAX allocates: XLA_PYTHON_CLIENT_MEM_FRACTION, or
+    `GPU_FRACTION` if this variable is not set.
     """
     if chip.vmem:
         return chip.usable

@@ -1,10 +1,10 @@
-"""Memory that a CPU run has freed stays its own, instead of going back to the system at once.
+"""Setting of glibc's malloc with which a CPU run keeps freed memory instead of returning it.
 
-XLA allocates the temporary memory of a program anew at each call. glibc takes blocks of such sizes
-from the system and gives them back when they are freed, so each call has every page of it cleared
-again: 10 to 20 % of the processor time of a training step on a CPU that is one micro-batch
-(benchmarks/results/step.md).
-The most that is resident at a time is the same.
+XLA allocates the temporary memory of a program again at each call. By default, glibc takes blocks
+of such sizes from the system, and returns them when they are freed. So the system has to clear
+every page again at each call. This takes 10 to 20 % of the processor time of a training step that
+is one micro-batch on a CPU (benchmarks/results/step.md). The setting does not change the peak of
+resident memory.
 """
 
 import ctypes
@@ -13,12 +13,12 @@ import importlib.util
 import os
 import platform
 
-# Names of glibc's mallopt(3).
+# Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def may_have_accelerator() -> bool:
-    """Returns whether JAX may find another device than a CPU; called before JAX starts."""
+    """Returns whether JAX may find a device other than a CPU; does not start JAX."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms != "cpu"
@@ -29,8 +29,9 @@ def may_have_accelerator() -> bool:
 def keep_freed_memory() -> bool:
     """Tells malloc to keep freed memory, in one arena for all threads; returns whether it will.
 
-    It must be called before JAX starts its threads, which would otherwise have arenas of their own.
-    It changes speed alone. With an accelerator, or a C library other than glibc, it does nothing.
+    Call it before JAX starts its threads. Otherwise each thread may get its own arena. The call
+    changes only speed. With an accelerator, or with a C library other than glibc, it does nothing
+    and returns False.
     """
     if may_have_accelerator() or platform.libc_ver()[0] != "glibc":
         return False

@@ -1,9 +1,10 @@
-"""Several processes that are one run: how they find each other, and what only one of them does.
+"""Runs of several processes: how processes connect, and work for the leading process alone.
 
-Every process runs the same code on the same numbers and calls the same programs in the same order;
-each holds its own devices' part of every array. What may come out differently on two machines
-(clocks, servers, files that are being written) is done by the leading process alone, and the others
-get its result: `run_on_leader`. Only the leading process writes files and says how the run goes.
+Every process runs the same code on the same numbers, and calls the same programs in the same order.
+Each process has the part of every array that is on its own devices. Some results could differ
+between two machines: those of clocks, servers, and files that are being written. Only the leading
+process computes such results, and sends them to the others (`run_on_leader`). Only the leading
+process writes files and reports progress.
 """
 
 import os
@@ -20,18 +21,19 @@ from copsd_jax.config import settings as config_lib
 
 Result = TypeVar("Result")
 
-_NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+_NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until exit
 
 
 def connect(config: config_lib.Config) -> None:
-    """Joins the processes of `mesh.*`, before anything asks for a device; one process joins none.
+    """Joins the processes that `mesh.*` describes; does nothing in a run of one process.
 
-    mesh.coordinator is '' for one process, or 'auto' where Cloud TPU, GKE, SLURM or MPI tell the
-    processes, or host:port with mesh.processes and mesh.process. A process that is silent for
-    mesh.heartbeat seconds counts as dead, and ends all others.
+    Call it before anything uses a device. mesh.coordinator is '' for one process. It is 'auto' if
+    Cloud TPU, GKE, SLURM or MPI describe the processes. Otherwise it is host:port, and
+    mesh.processes and mesh.process are set too. A process that is silent for mesh.heartbeat seconds
+    counts as dead, and all other processes then end.
 
     Raises:
-      ValueError: the others cannot be found; the message names the setting.
+      ValueError: the other processes cannot be found; the message names the setting.
     """
     m = config.mesh
     if not m.coordinator or jax.distributed.is_initialized():
@@ -49,7 +51,7 @@ def connect(config: config_lib.Config) -> None:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"mesh.coordinator is {m.coordinator!r}: {reason}") from error
     if not is_leader():
-        sys.stdout = _NOWHERE  # errors alone, on stderr
+        sys.stdout = _NOWHERE  # other processes print only errors, on stderr
 
 
 def is_leader() -> bool:
@@ -63,12 +65,13 @@ def progress_stream() -> TextIO:
 
 
 def run_on_leader(function: Callable[[], Result]) -> Result:
-    """Calls `function` on the leading process alone, and returns its result on all of them.
+    """Calls `function` on the leading process alone, and returns the result on all processes.
 
-    All processes wait here for the result, and an error of the leading process is raised on all.
+    All processes wait for the result. An error of the leading process is raised on all processes.
 
     Raises:
-      Exception: the error of `function`; a RuntimeError with its text if it cannot be pickled.
+      Exception: the error of `function`; if this error cannot be pickled, a RuntimeError with its
+        text.
     """
     if jax.process_count() == 1:
         return function()
@@ -87,20 +90,20 @@ def run_on_leader(function: Callable[[], Result]) -> Result:
 def _pickled(error: Exception) -> bytes:
     try:
         said = pickle.dumps((None, error))
-        pickle.loads(said)  # an exception with arguments of its own may not come back
+        pickle.loads(said)  # an exception with extra arguments may fail to unpickle
     except Exception:
         return pickle.dumps((None, RuntimeError(repr(error))))
     return said
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have made this call, with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def _broadcast(said: bytes) -> bytes:
-    """Returns the leading process's bytes on all; padded to powers of two, for few compilations."""
+    """Returns the leader's bytes on all processes; pads to powers of two, for few compilations."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
     room = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
     room[: len(said)] = np.frombuffer(said, np.uint8)

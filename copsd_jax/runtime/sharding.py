@@ -1,14 +1,18 @@
-"""The device mesh, and one table from an array's name to its place on it.
+"""The device mesh, and a table from the name of an array to its sharding on the mesh.
 
-Axes: `data` and `fsdp` split the completions of a batch; `fsdp` also splits parameters, `tensor`
-splits their other dimension. Slices of TPUs, which a network joins, are the outermost part of
-`data`. Shardings are Auto axes with pinned outputs, so any function that compiles on one device
-compiles on the mesh.
+The axes `data` and `fsdp` split the completions of a batch. `fsdp` also splits one dimension of the
+parameters, and `tensor` splits the other. TPU slices, which are joined by a network, are the
+outermost part of `data`. All axes are Auto axes, and outputs have fixed shardings, so any function
+that compiles on one device also compiles on the mesh.
 
-What an axis does not divide stays whole along it (`find_undivided` says which and what it costs),
-with two rules besides: keys and values are cut between heads only, and the model repeats its K key
-heads until `tensor` divides them (`key_repeats`); a vocabulary that `tensor` does not divide is
-stored cut along the width, and padded by the programs that split it.
+If an axis does not divide a dimension, the dimension is not split along this axis.
+`find_undivided` lists the parameters for which this happens, and the cost. There are two more
+rules:
+
+- Keys and values are split only between heads. The model repeats its K key heads until `tensor`
+  divides their number (`key_repeats`).
+- A vocabulary that `tensor` does not divide is stored split along the width. Programs that split
+  the vocabulary pad it.
 """
 
 import collections
@@ -25,8 +29,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes over which completions are split
 
-# Partition of each array by its name. `layers/...` leaves carry a leading axis of layers.
-_PROJECTIONS = {  # axes of the input and the output; the width is cut along fsdp
+# Partition of each array by its name. `layers/...` leaves have a leading axis of layers.
+_PROJECTIONS = {  # mesh axes of (input, output); fsdp splits the model's width
     **dict.fromkeys(("q", "k", "v", "gate", "up"), ("fsdp", "tensor")),
     **dict.fromkeys(("o", "down"), ("tensor", "fsdp")),
 }
@@ -39,12 +43,13 @@ PARTITIONS: dict[str, tuple[Axis, ...]] = {
     **{f"layers/{name}_norm/scale": (None, None) for name in ("attn", "mlp", "q", "k")},
     **{f"layers/{name}/kernel": (None, *axes) for name, axes in _PROJECTIONS.items()},
     **{f"layers/{name}/bias": (None, "tensor") for name in ("q", "k", "v")},
-    # Of int8 kernels: one number per output.
+    # Scales of int8 kernels: one number per output.
     **{f"layers/{name}/scale": (None, axes[1]) for name, axes in _PROJECTIONS.items()},
     # Adapters: a is [layers, in, rank], b is [layers, rank, out].
     **{f"{name}/a": (None, axes[0], None) for name, axes in _PROJECTIONS.items()},
     **{f"{name}/b": (None, None, axes[1]) for name, axes in _PROJECTIONS.items()},
-    # Decode caches and prompts on their way into them, with one more axis H; int8 caches' scales.
+    # Keys and values of decode caches, and of prompts on their way into a cache: they have one more
+    # axis, H. Then the scales of int8 caches.
     **{f"cache/{name}": (*_SLOTS, None) for name in ("k", "v")},
     **{f"cache/{name}_scale": _SLOTS for name in ("k", "v")},
 }
@@ -52,24 +57,24 @@ VOCABULARIES = ("embed/embedding", "head/kernel")  # [V, D]
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
-    """Builds the mesh of all devices; one size may be -1 for the rest.
+    """Builds the mesh of all devices; a size of -1 means all remaining devices.
 
     Args:
-      data: size of the axis that splits completions alone.
+      data: size of the axis that splits completions only.
       fsdp: size of the axis that splits completions and parameters.
-      tensor: size of the axis that splits the other dimension of parameters.
-      devices: None for all devices of JAX.
+      tensor: size of the axis that splits the dimension of parameters that `fsdp` does not split.
+      devices: the devices of the mesh; None means all devices of JAX.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or data is not a multiple of
-        the number of slices.
+      ValueError: the product of the sizes is not the number of devices, or data is not a multiple
+        of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"{sizes}: sizes are at least 1, and one of them may be -1 for the rest")
+        raise ValueError(f"{sizes}: sizes must be at least 1; one of them may be -1 (the rest)")
     if free and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
@@ -77,17 +82,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
         raise ValueError(f"{sizes}: their product must be the number of devices, {len(devices)}")
     slices = collections.defaultdict(list)
     for device in devices:
-        # GPUs have an index of their host there, whose network takes any axis.
+        # On GPUs, slice_index is the index of the host. Any axis may use the hosts' network.
         own = 0 if device.platform == "gpu" else getattr(device, "slice_index", 0)
         slices[own].append(device)
     data, *inner = shape
     if data % len(slices):
         raise ValueError(
             f"mesh.data is {data}: it must be a multiple of the number of slices, {len(slices)}, "
-            "since only data goes over the network between them"
+            "since only the axis data may use the network between slices"
         )
-    # Slices outermost: what crosses the network is one reduction of the gradients a step. An axis
-    # of a torus may be split, as 4 x 4 x 4 into 32 x 2.
+    # Slices are outermost, so that only one reduction of the gradients per step crosses the
+    # network. An axis of a torus may be split, for example 4 x 4 x 4 into 32 x 2.
     own_shape = (data // len(slices), *inner)
     parts = [
         mesh_utils.create_device_mesh(own_shape, devices, allow_split_physical_axes=True)
@@ -97,7 +102,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
 
 
 def platform(mesh: Mesh) -> str:
-    """Returns cpu, gpu or tpu, the platform of the mesh's devices and not of the host."""
+    """Returns the platform of the mesh's devices, not of the host: cpu, gpu or tpu."""
     return mesh.devices.flat[0].platform
 
 
@@ -107,7 +112,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def _name(path: tuple) -> str:
-    """Returns the name of a tree path, as `layers/q/kernel`, without fields of optimizer states."""
+    """Returns the name of a tree path without optimizer fields, such as `layers/q/kernel`."""
     return "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
@@ -120,15 +125,16 @@ def _size(mesh: Any, axis: Axis) -> int:
 
 
 def key_repeats(heads: int, key_heads: int, tensor: int) -> int:
-    """Returns how often the model repeats each key head, so that `tensor` divides them.
+    """Returns how many times each key head is repeated so that `tensor` divides their number.
 
-    It is the smallest divisor r of the M queries per key head for which `tensor` divides K r. Every
-    device then has whole key heads with M / r queries each: N = 8 and K = 2 on tensor = 4 give 2.
+    The result is the smallest divisor r of M, the queries per key head, for which `tensor` divides
+    K r. Every device then has whole key heads with M / r queries each. For example, N = 8, K = 2
+    and tensor = 4 give 2.
 
     Args:
-      heads: N, the query heads.
-      key_heads: K, the key heads.
-      tensor: size of the axis.
+      heads: number of query heads, N.
+      key_heads: number of key heads, K.
+      tensor: size of the axis `tensor`.
 
     Raises:
       ValueError: `tensor` does not divide the query heads.
@@ -136,7 +142,7 @@ def key_repeats(heads: int, key_heads: int, tensor: int) -> int:
     if heads % tensor:
         choices = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ValueError(
-            f"mesh.tensor is {tensor}: it does not divide the model's {heads} query heads, the "
+            f"mesh.tensor is {tensor}: it does not divide the model's {heads} query heads; the "
             f"choices are {choices}"
         )
     queries = heads // key_heads
@@ -149,25 +155,25 @@ def partition_spec(
     """Returns the PartitionSpec of an array by its name in `PARTITIONS`.
 
     Args:
-      name: as `layers/q/kernel`.
-      shape: of the array.
-      mesh: an axis that does not divide its dimension is left out.
-      key_heads: K of the model; needed for keys and values where `tensor` is larger than 1.
+      name: name of the array, such as `layers/q/kernel`.
+      shape: shape of the array.
+      mesh: the mesh; an axis that does not divide its dimension is left out.
+      key_heads: number of key heads, K; needed for keys and values if `tensor` is larger than 1.
 
     Raises:
-      ValueError: the table lacks the name or has another rank, or key_heads is missing.
+      ValueError: the name is not in the table, the table has another rank, or key_heads is missing.
     """
     axes = _stored(name, shape, mesh)
     if "tensor" in axes and name.split("/")[-2] in ("k", "v") and mesh.shape["tensor"] > 1:
         if key_heads is None:
-            raise ValueError(f"the partition of {name} follows from the model's key_heads")
+            raise ValueError(f"key_heads is None: the partition of {name} depends on it")
         if key_heads % mesh.shape["tensor"]:
             axes[axes.index("tensor")] = None
     return PartitionSpec(*axes)
 
 
 def _stored(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
-    """Returns the axes of the table that divide their dimensions."""
+    """Returns the table's axes of a name, with None for axes that do not divide their dimension."""
     axes = _axes(name, shape)
     if name in VOCABULARIES and shape[0] % mesh.shape["tensor"]:
         choices: tuple[Axis, ...] = (("fsdp", "tensor"), "fsdp", "tensor")
@@ -183,12 +189,12 @@ def _axes(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
         raise ValueError(f"no partition for parameter {name!r}: add it to sharding.PARTITIONS")
     axes = PARTITIONS[name]
     if len(axes) != len(shape):
-        raise ValueError(f"{name} has shape {shape}, but its partition {axes}")
+        raise ValueError(f"{name} has shape {shape}, but its partition is {axes}")
     return axes
 
 
 def _without(axis: Axis, name: str) -> Axis:
-    """Returns an axis, or several, without the one of that name."""
+    """Returns an axis, which may be a tuple of names, without `name`; None if nothing is left."""
     left = tuple(one for one in _names(axis) if one != name)
     return left if len(left) > 1 else left[0] if left else None
 
@@ -199,10 +205,10 @@ def shardings(
     """Returns the NamedShardings of a tree of parameters, adapters or optimizer state.
 
     Args:
-      tree: of arrays or shapes; scalars are whole on every device.
-      mesh: of the shardings.
+      tree: a tree of arrays or shapes; scalars are whole on every device.
+      mesh: the mesh of the shardings.
       key_heads: as for `partition_spec`.
-      gathered: whether parameters are whole along `fsdp`, as decoding reads them.
+      gathered: whether parameters are not split along `fsdp`, as in decoding.
     """
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
@@ -219,10 +225,11 @@ def shardings(
 def find_undivided(
     tree: Any, mesh: Mesh, key_heads: int | None
 ) -> tuple[dict[str, list[str]], int]:
-    """Returns the parameters that stay whole along an axis that should split them, and the cost.
+    """Returns the parameters that an axis should split but does not divide, and the cost.
 
     Returns:
-      Names by axis; and the bytes that each device holds beyond an even part, all of them together.
+      The names by axis, and the extra bytes of all these parameters on each device, compared with
+      an even split.
     """
     names: dict[str, list[str]] = collections.defaultdict(list)
     more = 0
@@ -248,9 +255,9 @@ def shard_by_name(tree: Any, mesh: Mesh, key_heads: int | None = None) -> Any:
 
 
 def shard_array(x: Any, sharding: NamedSharding) -> jax.Array:
-    """Returns the array, of the shape of `x`, with each device's part on the device.
+    """Puts each device's part of `x` on the device; returns an array of the shape of `x`.
 
-    Every process has all of `x`; nothing travels between them.
+    Every process must have all of `x`; processes exchange nothing.
     """
     return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
@@ -258,14 +265,14 @@ def shard_array(x: Any, sharding: NamedSharding) -> jax.Array:
 def load_shards(
     shape: tuple[int, ...], sharding: NamedSharding, part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """Returns an array of `shape`, of which this process reads only the parts of its own devices.
+    """Loads an array of `shape`; this process reads only the parts of its own devices.
 
     Args:
-      shape: of the whole array.
-      sharding: of the result.
-      part: returns the values within slices, one slice for each axis, with start and stop. It is
-        called once for each part that differs, however many devices hold it; one part is in memory
-        at a time.
+      shape: shape of the whole array.
+      sharding: sharding of the result.
+      part: returns the values in a tuple of slices, one slice for each axis, with start and stop.
+        It is called once for each distinct part, however many devices need this part. Only one part
+        is in memory at a time.
     """
     devices: dict[tuple, list] = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -275,7 +282,7 @@ def load_shards(
     for bounds, those in devices.items():
         values = part(tuple(slice(*pair) for pair in bounds))
         pieces += jax.block_until_ready([jax.device_put(values, device) for device in those])
-        del values  # before the next part is read
+        del values  # frees the memory before the next part is read
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
@@ -286,11 +293,11 @@ def current_mesh() -> Mesh:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keeps the rows of `x`, of any shape, to the batch axes; the other dimensions stay whole.
+    """Splits the rows of `x` [rows, ...] over the batch axes; the other dimensions stay whole.
 
-    Left alone, the compiler splits hidden states along the width where `fsdp` splits the weights.
-    It then sums them over the devices in every layer, which costs far more than gathering the
-    weights.
+    Without this constraint, the compiler splits hidden states along the width, because `fsdp`
+    splits the weights. It then sums the states over the devices in every layer, which costs far
+    more than gathering the weights.
     """
     sizes = jax.sharding.get_abstract_mesh()
     if sizes.empty or x.shape[0] % (sizes.shape["data"] * sizes.shape["fsdp"]):
@@ -301,9 +308,9 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Returns table_VD[tokens_BL] as [B, L, D], with the rows split over the batch axes.
 
-    Each device looks up its part of the width, for all rows of its `fsdp` group. The group then
-    exchanges parts for rows, so that one copy of the result travels. Left alone, the compiler
-    brings the whole batch's states to every device.
+    Each device looks up its part of the width for all rows of its `fsdp` group. The devices of the
+    group then exchange these parts, so that each gets whole rows. Only one copy of the result is
+    sent. Without this function, the compiler sends the states of the whole batch to every device.
     """
     sizes = jax.sharding.get_abstract_mesh()
     groups = 1 if sizes.empty else sizes.shape["fsdp"]
@@ -336,7 +343,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
 
 
 def constrain_heads(x_BLKH: jax.Array) -> jax.Array:
-    """Keeps the heads of [B, L, K, H] on their devices along `tensor`, if it divides them."""
+    """Splits the heads of [B, L, K, H] over `tensor` if it divides K; the shape is unchanged."""
     sizes = jax.sharding.get_abstract_mesh()
     if sizes.empty or x_BLKH.shape[2] % sizes.shape["tensor"]:
         return x_BLKH
@@ -353,8 +360,8 @@ def to_abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
     """Returns arrays or shapes as jax.ShapeDtypeStructs with shardings; nothing is moved.
 
     Args:
-      tree: of arrays or shapes.
-      mesh: of a PartitionSpec.
+      tree: a tree of arrays or shapes.
+      mesh: the mesh that a PartitionSpec refers to.
       places: a tree of shardings, or one PartitionSpec for all arrays.
     """
     if isinstance(places, PartitionSpec):

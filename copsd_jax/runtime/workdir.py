@@ -1,13 +1,14 @@
-"""A run is its work directory: what lies where in it, and which run it belongs to.
+"""The work directory W of a run: its files, and checks that they belong to the run.
 
 W/config.json            every setting
 W/run.json               versions, commit, devices, seed, fingerprints of model and data
-W/metrics.jsonl          one line a step, and W/tensorboard/ with the same
-W/events.jsonl           what guards did, where one did something: step, action, text
+W/metrics.jsonl          one line per step
+W/tensorboard/           the same metrics for TensorBoard
+W/events.jsonl           one line for each time that a guard acted: step, action, text
 W/rollouts/step_NNNNNN.jsonl
-W/eval/step_NNNNNN.json, and while it is being made step_NNNNNN.partial.jsonl
+W/eval/step_NNNNNN.json  and step_NNNNNN.partial.jsonl until the evaluation is complete
 W/checkpoints/           Orbax
-W/engine/                weights for the server of sampler.engine=server, the newest alone
+W/engine/                the newest weights for the server of sampler.engine=server
 """
 
 import datetime
@@ -23,17 +24,17 @@ from collections.abc import Callable, Iterable
 from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import processes
 
-# Settings that cannot change the numbers: a run may be continued with other values of them.
+# Settings that cannot change the numbers. A run may be continued with other values of them.
 CHANGEABLE = (
     *("description", "mesh.", "train.save_every", "train.keep", "train.log_rollouts", "eval.every"),
-    # The same tokens in other rows.
+    # These settings put the same tokens into other rows.
     *("rollout.slots", "eval.slots", "author.slots"),
     *("train.pack", "train.row_tokens", "train.micro_tokens"),
-    # Products of other shapes, the same texts but for their rounding.
+    # These settings change the shapes of products. Texts stay the same except for rounding.
     *("sampler.steps", "sampler.pack", "sampler.attention", "sampler.gather", "sampler.warmup"),
     *("model.attention", "model.remat"),
-    # How long and how often a server is asked, not what. A different failure or reply of the server
-    # does not make this a different run.
+    # These settings change how a server is reached, not the requests. A different failure or reply
+    # of the server does not make this a different run.
     *("sampler.url", "sampler.folder"),
     *(
         f"{section}.{name}"
@@ -49,10 +50,10 @@ def _listed(value: object) -> object:
 
 
 def check_writable(directory: pathlib.Path, flag: str) -> None:
-    """Checks that a directory can be created or written, with a temporary one beside it.
+    """Checks that a directory can be created or written, by creating a temporary directory.
 
     Raises:
-      OSError: it cannot; the message names the flag.
+      OSError: the directory cannot be written; the message names the flag.
     """
     parent = directory
     while not parent.exists():
@@ -67,18 +68,19 @@ def check_writable(directory: pathlib.Path, flag: str) -> None:
 
 
 def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> bool:
-    """Returns whether the directory holds this very run already; writes nothing.
+    """Returns whether the directory already contains this run; writes nothing.
 
     Raises:
-      ValueError: it belongs to a run with other settings, which are named, or to no run.
-      OSError: it cannot be written.
+      ValueError: the directory belongs to a run with other settings, which the message names, or
+        its files do not belong to a run.
+      OSError: the directory cannot be written.
     """
     check_writable(directory, "--workdir")
     if not directory.exists() or not any(directory.iterdir()):
         return False
     if not (directory / "config.json").is_file():
-        raise ValueError(f"--workdir={directory} holds files but no config.json: not a run of ours")
-    # A setting that is newer than the run had its default.
+        raise ValueError(f"--workdir={directory} has files but no config.json: no run began there")
+    # A setting that was added to the program after the run began had its default value.
     defaults = config_lib.flat(config_lib.default())
     old = {name: _listed(value) for name, value in defaults.items()} | read_settings(directory)
     differences = [
@@ -89,7 +91,7 @@ def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> boo
     if differences:
         raise ValueError(
             f"--workdir={directory} belongs to another config ({'; '.join(differences)}): "
-            "choose another directory, or the same settings"
+            "choose another directory, or use the same settings"
         )
     return True
 
@@ -98,39 +100,39 @@ def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
     """Checks that a run continues with the data and the model that it began with.
 
     Raises:
-      ValueError: the contents differ; the message names them.
+      ValueError: the data or the weights have changed; the message names the fingerprints.
     """
     path = directory / "run.json"
-    if not path.is_file():  # stopped before it was written: nothing was trained yet
+    if not path.is_file():  # the run stopped before it wrote this file: nothing was trained
         return
     old = read_json(path)["starts"][0]
-    # A fingerprint that is newer than the run cannot be held against it.
+    # A fingerprint that the run did not record is not compared.
     now = {name: fact for name, fact in facts.items() if name.endswith("fingerprint")}
     if changed := [name for name, fact in now.items() if old.get(name, fact) != fact]:
         raise ValueError(
-            f"--workdir={directory} was begun with other contents than there are now "
-            f"({', '.join(changed)}): choose another directory, or restore the files"
+            f"--workdir={directory} was begun with different data or weights ({', '.join(changed)} "
+            "changed since): choose another directory, or restore the files"
         )
 
 
 def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
-    """Creates the directory with config.json and run.json, which gets one more start each time.
+    """Creates the directory with config.json and run.json; each call adds a start to run.json.
 
-    The leading process creates it, and the others wait.
+    The leading process creates the directory, and the other processes wait.
 
     Args:
-      directory: on a disk that all processes share.
+      directory: the work directory, on a disk that all processes share.
       settings: every setting by its name.
-      facts: devices and fingerprints; versions, commit and time are added here.
+      facts: devices and fingerprints; this function adds versions, commit and time.
 
     Raises:
-      OSError: it cannot be created, or another process does not see it.
+      OSError: the directory cannot be created, or another process does not see it.
     """
     processes.run_on_leader(lambda: _create(directory, settings, facts))
     if not (directory / "run.json").is_file():
         raise OSError(
-            f"--workdir={directory} is not the leading process's: it has to be one directory for "
-            "all processes, on a disk that they share"
+            f"--workdir={directory} is not the directory of the leading process: all processes "
+            "need the same directory, on a shared disk"
         )
 
 
@@ -155,23 +157,23 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
     """Reads the settings of an existing run, by their full names.
 
     Raises:
-      FileNotFoundError: the directory holds no run.
+      FileNotFoundError: the directory has no config.json.
       ValueError: config.json is not a file of settings.
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"--workdir={directory} holds no config.json: not a run of ours")
+        raise FileNotFoundError(f"--workdir={directory} has no config.json: no run began there")
     try:
         settings = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no settings: it is not a file of ours")
+        raise ValueError(f"{path} has no settings: it is not the config.json of a run")
     return config_lib.without_retired(settings, f"--workdir={directory}")
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """Reads a file of `write_json`."""
+    """Reads a JSON file that `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -181,12 +183,12 @@ def write_json(path: pathlib.Path, value: object) -> None:
 
 
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
-    """Writes one row a line, on the leading process alone."""
+    """Writes one row per line, on the leading process alone."""
     _write(path, lambda: (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _write(path: pathlib.Path, make_lines: Callable[[], Iterable[str]]) -> None:
-    """Renames a complete file into place, so that a reader never meets half of it."""
+    """Renames a complete file into place, so that a reader never sees a partial file."""
     if processes.is_leader():
         temporary = path.with_suffix(path.suffix + ".part")
         with temporary.open("w", encoding="utf-8") as stream:
@@ -195,7 +197,7 @@ def _write(path: pathlib.Path, make_lines: Callable[[], Iterable[str]]) -> None:
 
 
 def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
-    """Reads the events of W/events.jsonl up to and including a step; none without the file."""
+    """Reads the events of W/events.jsonl up to and including a step; [] if there is no file."""
     path = directory / "events.jsonl"
     if not path.is_file():
         return []

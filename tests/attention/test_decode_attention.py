@@ -152,6 +152,6 @@ def test_refusals():
         decode_attention.write_and_attend(*args, "fast")
     with (
         jax.set_mesh(sharding.make_mesh(8, 1, 1)),
-        pytest.raises(ValueError, match="slots are 5: the 8 p"),
+        pytest.raises(ValueError, match="5 slots: the mesh needs a multiple of 8"),
     ):
         decode_attention.write_and_attend(*args, "blocks")

@@ -185,7 +185,7 @@ def test_refusals_take_seconds(tmp_path):
 def test_work_directories(refused, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    assert "not a run of ours" in refused(workdir=tmp_path / "other")
+    assert "no run began there" in refused(workdir=tmp_path / "other")
     assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["notes.txt"]
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(workdir=tmp_path / "file")

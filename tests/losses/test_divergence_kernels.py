@@ -416,7 +416,7 @@ def test_wrong_arguments_are_refused(kernel, monkeypatch):
     with pytest.raises(ValueError, match="vocabulary has 0 entries"):
         _run(kernel, CASES[0], tuple(arrays), entries=0)
     mixed = (arrays[0].astype(jnp.bfloat16), *arrays[1:])
-    with pytest.raises(ValueError, match=r"bfloat16.*float32.*alike"):
+    with pytest.raises(ValueError, match=r"bfloat16.*float32.*the same on both"):
         _run(kernel, CASES[0], mixed)
     with pytest.raises(ValueError, match="rollout_clip is 2"):
         _run(kernel, Divergence("fkl", rollout_clip=2.0), (*arrays[:7], None))
@@ -425,5 +425,5 @@ def test_wrong_arguments_are_refused(kernel, monkeypatch):
         with pytest.raises(ValueError, match=r"width is 100.*128"):
             _run(kernel, CASES[0], (*narrow, *arrays[4:]))
     monkeypatch.setitem(divergences.DIVERGENCES, "new", divergences.DIVERGENCES["rkl"])
-    with pytest.raises(ValueError, match=r"divergence is 'new': the kernels know fkl.*chunked"):
+    with pytest.raises(ValueError, match=r"divergence is 'new': the kernels support fkl.*chunked"):
         _run(kernel, Divergence("new"), tuple(arrays))

@@ -123,7 +123,7 @@ def test_key_repeats_by_hand(heads, key_heads, tensor, repeats):
 
 
 def test_a_tensor_axis_that_does_not_divide_the_heads_is_refused():
-    message = "mesh.tensor is 6: it does not divide the model's 8 query heads, the choices are 1, "
+    message = "mesh.tensor is 6: it does not divide the model's 8 query heads; the choices are 1, "
     with pytest.raises(ValueError, match=f"{message}2, 4, 8"):
         sharding.key_repeats(8, 2, 6)
 
@@ -204,7 +204,7 @@ def test_refusals():
         sharding.partition_spec("layers/z/kernel", (1, 2, 3), devices)
     with pytest.raises(ValueError, match=r"has shape \(2, 8\), but its partition"):
         sharding.partition_spec("layers/q/kernel", (2, 8), devices)
-    with pytest.raises(ValueError, match="layers/k/kernel follows from the model's key_heads"):
+    with pytest.raises(ValueError, match="key_heads is None: the partition of layers/k/kernel"):
         sharding.partition_spec("layers/k/kernel", (1, 2, 8), devices)
     with pytest.raises(ValueError, match="must be the number of devices, 8"):
         sharding.make_mesh(3, 1, 1)

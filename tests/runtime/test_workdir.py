@@ -37,7 +37,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
 def test_directories_that_are_not_ours_or_cannot_be_written(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not a run of ours"):
+    with pytest.raises(ValueError, match="no run began there"):
         workdir.check_directory(tmp_path / "other", SETTINGS)
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
@@ -57,10 +57,10 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 def test_damaged_and_older_settings(tmp_path):
     path = made(tmp_path / "w")
     (path / "config.json").write_text('{"a":')
-    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         workdir.check_directory(path, SETTINGS)
     (path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a file of ours"):
+    with pytest.raises(ValueError, match="has no settings: it is not the config"):
         workdir.check_directory(path, SETTINGS)
     every = config_lib.flat(config_lib.default())
     older = {k: v for k, v in every.items() if k != "loss.beta"}

@@ -1,13 +1,13 @@
-"""Block sizes of the divergence kernels by shape and chip, and the cost of the TPU's passes.
+"""Block sizes of the divergence kernels by shape and chip, and the cost of the passes on a TPU.
 
-Memory bounds a block:
+Memory limits the size of a block of tokens:
 
-  TPU: VMEM holds the hidden states of both sides (pass 1) or the float32 gradient (pass 3) of a
-    block of tokens, and HBM the stored entries. Each pass reads the head once per block, so more
-    tokens are better.
-  GPU: HBM holds both sides' float32 logits and the bfloat16 dz of a block, 10 bytes an entry.
+  TPU: VMEM must hold the hidden states of both sides (pass 1) or the float32 gradient (pass 3).
+    HBM must hold the stored entries. Each pass reads the head once per block, so larger blocks are
+    better.
+  GPU: HBM must hold the float32 logits of both sides and the bfloat16 dz, 10 bytes per entry.
 
-`benchmarks/tune_loss.py` times other sizes on the chip at hand.
+`benchmarks/tune_loss.py` measures other sizes on the chip at hand.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from copsd_jax.losses.pallas import row_statistics
 from copsd_jax.runtime import hardware
 
 MIB = 2**20
-LANES = 128  # lanes of a TPU's registers: token counts and tile widths are multiples
+LANES = 128  # lanes of a TPU register; token counts and tile widths are multiples of this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Blocks:
     """Sizes of a sweep.
 
     Attributes:
-      tokens: tokens of a block. Its temporaries exist once for any number of tokens. TPU: a
-        multiple of `rows`.
+      tokens: tokens of a block. Temporary arrays have this many rows, whatever the number of tokens
+        of a sweep. TPU: a multiple of `rows`.
       vocab: width of a vocabulary tile; TPU: a multiple of 128, GPU: a power of two.
       rows: rows of a block that one grid step works on; TPU: a multiple of 128, GPU: unused.
       warps: warps of a GPU program; TPU: unused.
@@ -40,8 +40,8 @@ class Blocks:
     warps: int = 8
 
 
-SMALLEST = hardware.Chip(0, 0, 8e9, 16 * MIB)  # least memory and VMEM of all chips (TPU v2)
-SPARE_VMEM = 14 * MIB  # bytes left, at most, for spilled registers and the compiler's own buffers
+SMALLEST = hardware.Chip(0, 0, 8e9, 16 * MIB)  # smallest memory and VMEM of any chip (TPU v2)
+SPARE_VMEM = 14 * MIB  # maximum bytes left for spilled registers and the compiler's own buffers
 STORED_SHARE = 1 / 8  # share of a TPU's memory for the stored entries of a block
 GPU_BYTES = 0.8e9  # bytes of a block's logits and dz
 
@@ -49,18 +49,18 @@ GPU_BYTES = 0.8e9  # bytes of a block's logits and dz
 def choose_tpu(
     kind: str, width: int, vocabulary: int, dtype: jnp.dtype, *, tied: bool, train_head: bool
 ) -> Blocks:
-    """Chooses the sizes for one shard on a TPU.
+    """Chooses the block sizes for one shard on a TPU.
 
     Args:
-      kind: `device_kind` of the mesh's devices; an unknown one gets the smallest chip's sizes.
-      width: D.
+      kind: `device_kind` of the mesh's devices; an unknown kind gets the smallest chip's sizes.
+      width: D, the width of the hidden states.
       vocabulary: rows of the shard's head.
-      dtype: of the hidden states.
-      tied: whether both sides have one head.
-      train_head: whether the head's gradient is taken.
+      dtype: dtype of the hidden states.
+      tied: whether both sides share a head.
+      train_head: whether the head's gradient is computed.
 
     Raises:
-      ValueError: a width at which not even the smallest tiles fit.
+      ValueError: not even the smallest tiles fit at this width.
     """
     chip = hardware.CHIPS.get(kind, SMALLEST)
     budget = chip.vmem - spare_vmem(chip.vmem)
@@ -69,8 +69,8 @@ def choose_tpu(
         for tokens in (4096, 2048, 1536, 1024, 512, 256, 128):
             sizes = Blocks(tokens, tile, min(256, tokens))
             need = vmem_bytes(sizes, width, dtype, tied=tied, train_head=train_head)
-            # Shrink tiles before tokens, down to the width that the matrix unit needs: with few
-            # tokens a block waits for the head.
+            # Before going below 1,024 tokens, shrink the tile, down to the width that the matrix
+            # unit needs. A block with few tokens waits for the head.
             enough = {1024: 1024, 512: 1024, 256: 256, 128: 128}[tile]
             if need <= budget and enough <= tokens <= most:
                 return sizes
@@ -81,24 +81,25 @@ def choose_tpu(
 
 
 def spare_vmem(vmem: int) -> int:
-    """Returns the bytes of a chip's VMEM that stay free of blocks."""
+    """Returns the bytes of a chip's VMEM that blocks must leave free."""
     return min(SPARE_VMEM, vmem // 4)
 
 
 def vmem_limit(need: int) -> int:
-    """Returns the limit in bytes to compile a kernel with that needs so many bytes of VMEM.
+    """Returns the VMEM limit in bytes with which to compile a kernel that needs `need` bytes.
 
-    The limit holds on every chip for which `choose_tpu` returns such a block. It is at least the
-    smallest chip's VMEM; a block that needs more only fits chips that have the spare room as well.
+    The limit is valid on every chip for which `choose_tpu` returns such a block. It is at least the
+    smallest chip's VMEM. If a block needs more, it fits only on chips that also have SPARE_VMEM
+    free.
     """
     least = SMALLEST.vmem
     return least if need <= least - spare_vmem(least) else need + SPARE_VMEM
 
 
 def vmem_bytes(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train_head: bool) -> int:
-    """Returns the bytes of VMEM of the pass that needs most.
+    """Returns the bytes of VMEM that the most demanding pass needs.
 
-    Tiles that move with the grid are held twice, so that the next one loads during the work.
+    Tiles that move with the grid have two buffers, so that the next tile loads while one is used.
     """
     item = jnp.dtype(dtype).itemsize
     tile, block = sizes.vocab * width, sizes.tokens * width
@@ -116,10 +117,10 @@ def choose_gpu(
     kind: str, width: int, vocabulary: int, dtype: jnp.dtype, *, tied: bool = True,
     train_head: bool = False,
 ) -> Blocks:  # fmt: skip
-    """Chooses the sizes for one shard on a GPU: the most whole 128 tokens in GPU_BYTES.
+    """Chooses the block sizes for one shard on a GPU: as many tokens as GPU_BYTES allow.
 
-    A block has 256 to 4,096 tokens. The arguments are those of `choose_tpu`; only the vocabulary
-    and the dtype matter.
+    A block has 256 to 4,096 tokens, in multiples of 128. The arguments are those of `choose_tpu`;
+    only the vocabulary and the dtype matter.
     """
     del kind, width, tied, train_head
     tokens = int(GPU_BYTES / (vocabulary * entry_bytes("gpu", dtype))) // LANES * LANES
@@ -127,39 +128,39 @@ def choose_gpu(
 
 
 def kept_bytes(dtype: jnp.dtype) -> int:
-    """Returns the bytes that a TPU stores of an entry: two float32, or both in 32 bits."""
+    """Returns the bytes that a TPU stores per entry: two float32, or both packed in 32 bits."""
     return 8 if jnp.dtype(dtype) == jnp.float32 else 4
 
 
 def entry_bytes(platform: str, dtype: jnp.dtype) -> int:
-    """Returns the bytes of temporary memory for each entry of a block; a GPU has logits and dz."""
+    """Returns the bytes of temporary memory per entry of a block; on a GPU, of logits and dz."""
     return kept_bytes(dtype) if platform == "tpu" else 8 + jnp.dtype(dtype).itemsize
 
 
 def fit(sizes: Blocks, tokens: int) -> Blocks:
-    """Fits TPU sizes to the tokens: blocks are evenly filled and not longer than needed."""
+    """Fits TPU sizes to a number of tokens, so that blocks are evenly filled and not too long."""
     unit = min(sizes.rows, even_rows(tokens, tokens, LANES))
     return dataclasses.replace(sizes, rows=unit, tokens=even_rows(tokens, sizes.tokens, unit))
 
 
 def even_rows(tokens: int, most: int, unit: int) -> int:
-    """Returns the rows of a block, in whole units, for as few blocks as `most` allows.
+    """Returns the rows of a block, a multiple of `unit`, for the fewest blocks up to `most` rows.
 
-    5000 tokens, most 4096, unit 256 -> 2 blocks of 2560.
+    For example, 5000 tokens with `most` 4096 and `unit` 256 give 2560, for 2 blocks.
     """
     blocks = max(1, -(-tokens // most))
     return -(-max(tokens, 1) // (blocks * unit)) * unit
 
 
 # --- cost of the TPU's passes ---------------------------------------------------------------------
-# Every grid step counts the bytes that it moves and the step before did not hold. Cut tiles count
-# whole.
+# A grid step counts the bytes that it moves, except those that the previous step already loaded.
+# Partial tiles count as whole tiles.
 
 
 def estimate_logits_cost(
     blocks: Blocks, width: int, vocabulary: int, dtype: jnp.dtype, heads: int
 ) -> pl.CostEstimate:
-    """Estimates pass 1 over a block of tokens; `heads` is 1 where both sides share one."""
+    """Estimates the cost of pass 1 over a block; `heads` is 1 if both sides share a head."""
     entries, numbers = _count_entries(blocks, vocabulary)
     item = jnp.dtype(dtype).itemsize
     moved = 2 * blocks.tokens * width * item
@@ -170,7 +171,7 @@ def estimate_logits_cost(
 
 
 def estimate_sums_cost(blocks: Blocks, vocabulary: int, entry: int) -> pl.CostEstimate:
-    """Estimates pass 2 over a block of tokens, with `entry` stored bytes of each entry."""
+    """Estimates the cost of pass 2 over a block, with `entry` stored bytes per entry."""
     entries, numbers = _count_entries(blocks, vocabulary)
     moved = entries * entry + 2 * numbers
     return pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=2 * entries)
@@ -179,7 +180,7 @@ def estimate_sums_cost(blocks: Blocks, vocabulary: int, entry: int) -> pl.CostEs
 def estimate_gradient_cost(
     blocks: Blocks, width: int, vocabulary: int, dtype: jnp.dtype, fused: bool, train_head: bool
 ) -> pl.CostEstimate:
-    """Estimates pass 3 over a block of tokens; `fused` if it writes the sums of pass 2 as well."""
+    """Estimates the cost of pass 3 over a block; `fused` if it also writes the sums of pass 2."""
     entries, numbers = _count_entries(blocks, vocabulary)
     item, head = jnp.dtype(dtype).itemsize, _count_head(blocks, width, vocabulary)
     moved = entries * kept_bytes(dtype) + (1 + fused) * numbers + head * item
@@ -198,5 +199,5 @@ def _count_entries(blocks: Blocks, vocabulary: int) -> tuple[int, int]:
 
 
 def _count_head(blocks: Blocks, width: int, vocabulary: int) -> int:
-    """Returns the numbers in all tiles of the head."""
+    """Returns how many numbers all tiles of the head have."""
     return -(-vocabulary // blocks.vocab) * blocks.vocab * width

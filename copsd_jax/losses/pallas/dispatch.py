@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from copsd_jax.losses import split_vocabulary, token_blocks, token_values
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
-CALLS = 4  # blocks of tokens in a call that has the head's gradient
+CALLS = 4  # blocks of tokens in one kernel call, if it computes the head's gradient
 DIVERGENCES = row_statistics.DIVERGENCES
 
 
@@ -19,9 +19,9 @@ class KernelOptions:
     """Static options of the kernels.
 
     Attributes:
-      chip: `device_kind` of the mesh's devices, which determines the block sizes; "" for those of
-        the smallest chip.
-      blocks: sizes that replace the chip's.
+      chip: `device_kind` of the mesh's devices, which determines the block sizes; "" means the
+        smallest chip.
+      blocks: block sizes to use instead of the chip's, or None.
       interpret: whether the kernels run in interpret mode, on any platform (tests).
     """
 
@@ -51,9 +51,9 @@ class Kernel(NamedTuple):
     """The kernels of one kind of chip.
 
     Attributes:
-      sweep: statistics and gradients of a device's rows; see `divergence_tpu.sweep`.
-      choose_blocks: `block_sizes.choose_tpu`, or the counterpart of the chip.
-      lanes: the kernels take widths that are multiples of it.
+      sweep: computes statistics and gradients of a device's rows; see `divergence_tpu.sweep`.
+      choose_blocks: chooses the block sizes; see `block_sizes.choose_tpu`.
+      lanes: the width must be a multiple of this number.
     """
 
     sweep: Callable[..., tuple]
@@ -70,20 +70,22 @@ KERNELS: dict[str, Kernel] = {
 def sweep_live(
     name: str, options: KernelOptions, sweep: split_vocabulary.Sweep, rows: tuple, live_T: jax.Array
 ) -> tuple[tuple[token_values.TokenStats, jax.Array | None], jax.Array | None]:
-    """Sweeps a device's live rows in calls of a kernel, which always takes the gradient.
+    """Sweeps a device's live rows in calls of a kernel, which always computes the gradient.
 
-    A call is one of the kernel's own blocks, so that few padding rows are computed. With the head's
-    gradient it is CALLS blocks, since the [V, D] result of each call is added in memory.
+    Each call gets one of the kernel's blocks, so that few padding rows are computed. With the
+    head's gradient each call gets CALLS blocks, because its [V, D] result is then added to the
+    total in memory.
 
     Args:
-      name: a name of `KERNELS`.
-      options: of the kernels.
-      sweep: constants of the sweep; heads in the states' dtype.
-      rows: the states of student and teacher, [T, D] each, and `TokenInputs`.
-      live_T: bool; other rows may hold anything.
+      name: a key of `KERNELS`.
+      options: options of the kernels.
+      sweep: constants of the sweep; the heads are in the states' dtype.
+      rows: (states of student and teacher [T, D], `TokenInputs`).
+      live_T: bool; rows that are not live may contain anything.
 
     Returns:
-      (TokenStats, gradient to the student's states [T, D]), and the head's gradient [V, D] or None.
+      (TokenStats, gradient of the student's states [T, D]), and the gradient of the student's head
+      [V, D]. A gradient that is not requested is None.
     """
     kernel, width = KERNELS[name], rows[0][0].shape[1]
     heads = tuple(_pad_width(head, kernel.lanes) for head in sweep.heads)
@@ -106,5 +108,5 @@ def sweep_live(
 
 
 def _pad_width(x: jax.Array, lanes: int) -> jax.Array:
-    """Appends zeros along the last axis, up to a multiple of `lanes`: they change no product."""
+    """Appends zeros, which change no product, along the last axis up to a multiple of `lanes`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % lanes))) if x.shape[1] % lanes else x

@@ -1,16 +1,22 @@
-"""The divergence over the whole vocabulary on an NVIDIA GPU, at three matmuls a token.
+"""The divergence over the whole vocabulary on an NVIDIA GPU, with three matmuls per token.
 
-The vendor's library does the matmuls of a block of N tokens. Kernels (Pallas-Triton) do the work
-between them, in tiles of the vocabulary. If both sides share a head, the rows of both are in one
-matmul. Entries are stored as float32 logits, so the numbers are those of `chunked`.
+The matmuls of a block of N tokens run in the vendor's library. Pallas kernels (Triton) do the work
+between the matmuls, in tiles of the vocabulary. If both sides share a head, one matmul computes the
+logits of both. Logits are stored in float32, so the results are those of `chunked`.
 
-Bytes an entry (one token, one id): logits written 8; statistics read 8; Σb read 8, which forward KL
-without an element clip and the sampled token leave out; dz read 8, written 2; its matmul 2. A row
-of 151,936 logits does not fit into shared memory, so every pass reads it again. At T 8192, D 4096,
-V 151,936 in bfloat16 on an H200 (989 TFLOP/s, 4.8 TB/s; floor 30.9 ms, TV = 1.24e9) forward KL
-moves 28 bytes an entry, which takes 7.3 ms, and the others 36 bytes in 9.3 ms. That is 1.24 and
-1.30 floors at the peak of both, and less against a measured floor, since no matmul reaches the
-peak.
+A row of 151,936 logits does not fit into shared memory, so every pass reads it again. The bytes
+that are moved per entry (one token and one id) are
+
+   8  to write the logits
+   8  to read them for the statistics
+   8  to read them for Σb (not for `sampled`, nor for forward KL without an element clip)
+  10  to read them for dz (8), and to write dz (2)
+   2  to read dz for its matmul
+
+Take T = 8192, D = 4096 and V = 151,936 in bfloat16 on an H200 (989 TFLOP/s, 4.8 TB/s; TV = 1.24e9).
+The floor, the time of three matmuls at peak, is 30.9 ms. Forward KL moves 28 bytes per entry, which
+takes 7.3 ms; other divergences move 36 bytes in 9.3 ms. In total this is 1.24 and 1.30 floors.
+Relative to measured matmuls it is less, since no matmul reaches the peak.
 
 Names: I vocabulary tiles, T tokens of a block, U width of a tile.
 """
@@ -33,9 +39,9 @@ def sweep(
     blocks: block_sizes.Blocks,
     interpret: bool = False,
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
-    """Sweeps a device's rows as `divergence_tpu.sweep`, for any width.
+    """Sweeps a device's rows like `divergence_tpu.sweep`, but for any width.
 
-    Arguments, results and their shapes are the same, but for the block sizes, which are those of
+    Arguments, results and their shapes are the same, except that the block sizes come from
     `block_sizes.choose_gpu`.
     """
     tokens = block_sizes.even_rows(len(rows[1].tokens_T), blocks.tokens, 8)
@@ -48,8 +54,8 @@ def _coefficients(
 ) -> jax.Array:
     """Returns the numbers of each row that passes 2 and 3 read, [T, 8].
 
-    0 and 1: the student's maximum and ln Σ exp; 2 and 3: the teacher's; 4: Σb/Σp; 5: the sampled
-    token's row in this shard; 6: its p - 1; 7: 0.
+    0 and 1: the student's maximum and ln Σ exp; 2 and 3: the same of the teacher; 4: Σb/Σp; 5: the
+    sampled token's row in this shard; 6: p - 1 of the sampled token; 7: 0.
     """
     del sides
     place_T = local_T.astype(jnp.float32)
@@ -58,11 +64,11 @@ def _coefficients(
     return jnp.stack([*softmax, *rest], axis=1)
 
 
-# --- kernels: one row and one tile a program ------------------------------------------------------
+# --- kernels: one row and one tile per program ----------------------------------------------------
 
 
 def _logit(settings: divergences.Divergence, logits_ref, row, width: int, here: jax.Array):
-    """Loads z / τ of a tile, with EMPTY past the last real entry, and the mask of real entries."""
+    """Loads z / τ of a tile, with EMPTY after the last real entry, and a mask of real entries."""
     start = pl.program_id(1) * width
     real_U = start + jnp.arange(width, dtype=jnp.int32) < here
     z_U = plgpu.load(logits_ref.at[row, pl.ds(start, width)], mask=real_U, other=0.0)
@@ -72,9 +78,9 @@ def _logit(settings: divergences.Divergence, logits_ref, row, width: int, here: 
 
 
 def _both(settings, logits_refs, width: int, here: jax.Array):
-    """Loads the tile of both sides and the mask of real entries."""
+    """Loads z / τ of a tile for both sides, and a mask of real entries."""
     row = pl.program_id(0)
-    # One array holds the rows of the student and below them the teacher's; or there are two arrays.
+    # Either one array has the student's rows followed by the teacher's, or there are two arrays.
     below = pl.num_programs(0) if len(logits_refs) == 1 else 0
     student_U, real_U = _logit(settings, logits_refs[0], row, width, here)
     teacher_U, _ = _logit(settings, logits_refs[-1], row + below, width, here)
@@ -82,7 +88,7 @@ def _both(settings, logits_refs, width: int, here: jax.Array):
 
 
 def _write(numbers_ref, numbers: list[jax.Array]) -> None:
-    """Writes numbers of this row and tile to [I, 8, T], and 0 for the rest of the 8."""
+    """Writes up to 8 numbers of this row and tile to [I, 8, T], and 0 for missing ones."""
     row, tile = pl.program_id(0), pl.program_id(1)
     for k in range(row_statistics.ROW_STATS):
         value = numbers[k] if k < len(numbers) else jnp.zeros((), jnp.float32)
@@ -105,7 +111,7 @@ def _logits_kernel(settings, width, here_ref, *refs):
 
 
 def _sides(settings, logits_refs, width, here, row_ref):
-    """Loads both distributions on a tile, 0 past the last real entry, and the row's numbers."""
+    """Loads both distributions of a tile (0 after the last real entry) and the row's numbers."""
     student_U, teacher_U, real_U = _both(settings, logits_refs, width, here)
     row = pl.program_id(0)
     sides = []
@@ -117,7 +123,7 @@ def _sides(settings, logits_refs, width, here, row_ref):
 
 
 def _sums_kernel(settings, width, here_ref, row_ref, *refs):
-    """Writes Σ over the tile of e, b, p and the clipped teacher's mass (pass 2)."""
+    """Writes the sums over a tile of e, b, p and the teacher's clipped mass (pass 2)."""
     *logits_refs, sums_ref = refs
     student, teacher, _ = _sides(settings, logits_refs, width, here_ref[0], row_ref)
     e_U, b_U, clipped_U = divergences.compute_entries(student, teacher, settings)
@@ -149,7 +155,7 @@ def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
 
 
 def _call(kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes: int):
-    """Runs one program a row and tile over whole arrays in HBM; the last operand has V columns."""
+    """Runs a program per row and tile over whole arrays in HBM; the last operand has V columns."""
     tokens = out_shape[0].shape[-1] if out_shape[0].ndim == 3 else out_shape[0].shape[0]
     size = operands[-1].shape[1]
     entries = tokens * size
@@ -175,7 +181,7 @@ def _numbers(tokens: int, size: int, blocks: block_sizes.Blocks) -> jax.ShapeDty
 
 
 def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
-    """Returns the logits, [2T, V] or twice [T, V], and the statistics [I, 8, T]."""
+    """Returns the logits, one array [2T, V] or two [T, V], and the statistics [I, 8, T]."""
     rows = (jnp.concatenate(hidden),) if len(heads) == 1 else hidden
     stored = tuple(precision.dot(*pair, 1, 1) for pair in zip(rows, heads, strict=True))
     kernel = functools.partial(_logits_kernel, settings, blocks.vocab)

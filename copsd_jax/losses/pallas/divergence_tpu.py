@@ -1,30 +1,37 @@
-"""The divergence over the whole vocabulary on a TPU (Mosaic), at three matmuls a token.
+"""The divergence over the whole vocabulary on a TPU (Mosaic), with three matmuls per token.
 
-One matmul of T tokens, width D and vocabulary V is 2TDV FLOP; the floor is 3 (both sides' logits
-and the gradient of the hidden states), 4 with the head's. JSD, reverse KL and the element clip need
-both log-sum-exps before any gradient, and Σb before dz = b - p Σb. At T 32,768, D 2048, V 151,936
-in bfloat16 (floor 310.6 ms on v5e, 66.6 ms on v6e; TV = 4.98e9) the ways to get them are
+One matmul of T tokens, width D and vocabulary V is 2TDV FLOP. At least three matmuls are needed:
+the logits of both sides, and the gradient of the hidden states. The head's gradient is a fourth.
+The time of the needed matmuls at the chip's peak is called the floor below.
+
+JSD, reverse KL and the element clip need both log-sum-exps before any gradient, and Σb before
+dz = b - p Σb. There are several ways to get them. Their costs are given for T = 32,768, D = 2048
+and V = 151,936 in bfloat16, where TV = 4.98e9. The floor is then 310.6 ms on v5e and 66.6 ms on
+v6e.
 
   logits computed again     5 matmuls: 1.67 floors
-  float32 logits stored     16 bytes an entry, 24 with Σb: 80 or 119 GB; 1.47 floors on v5e for JSD
+  float32 logits stored     16 bytes per entry, 24 with Σb: 80 or 119 GB; 1.47 floors on v5e for JSD
   bfloat16 logits stored    8 or 12 bytes; loses p - q where p and q are close
-  32 bits an entry (here)   8 or 12 bytes: 40 or 60 GB
+  32 bits per entry (here)  8 or 12 bytes: 40 or 60 GB
 
-and each of the passes 1 and 3 reads the head once per token block: 2 · T/N · VD · 2 bytes, 10 GB at
-N = 4096, 20 GB at 2048. The time of a sweep by count is its FLOP over the chip's peak plus its
-bytes over the bandwidth. Forward KL takes 1.24 floors on v5e (N 2048, for its 16 GB) and 1.47 on
-v6e (N 4096), JSD and clipped forms 1.32 and 1.66, if vector work hides behind the matrix unit. The
-stored entries of one block are in HBM, [N, V], for any T.
+In addition, passes 1 and 3 each read the head once per block of N tokens. Together this is
+2 · T/N · VD · 2 bytes: 10 GB for N = 4096, 20 GB for N = 2048. The estimated time of a sweep is its
+FLOP divided by the chip's peak, plus its bytes divided by the bandwidth. This assumes that vector
+work overlaps with the matrix unit. Forward KL takes 1.24 floors on v5e (N = 2048, because of its
+16 GB) and 1.47 on v6e (N = 4096). JSD and clipped forms take 1.32 and 1.66. HBM has the stored
+entries [N, V] of only one block at a time, whatever T is.
 
-An entry is stored relative to its tile's maxima m_s and m_t of the row: the larger of
-P = exp(z_s - m_s) and Q = exp(z_t - m_t), and d = (z_t - m_t) - (z_s - m_s), which gives the other
-one as larger · exp(-|d|). For bfloat16 states both are rounded to 10 bits after the leading one
-(P down to 2^-63 of the tile's maximum, |d| from 2^-16 to 2^16). The relative error is at most 2^-11
-in the larger probability and in d, so 2^-10 in p - q and 2^-9 in every entry's divergence, however
-close the sides are; equal sides give exactly zero. Rounding dz to bfloat16 for its matmul costs
-2^-8 anyway. An entry within 2^-9 of the clip's κ may fall on its other side. For float32 states
-both numbers stay float32. Log-sum-exps, entropies and log-probabilities come from the unrounded
-logits. Dividing by Σp removes from dz the error that rounding adds to Σp.
+An entry is stored as two numbers, relative to the maxima m_s and m_t of its row within the tile.
+The first is the larger of P = exp(z_s - m_s) and Q = exp(z_t - m_t). The second is
+d = (z_t - m_t) - (z_s - m_s). The smaller of P and Q is then larger · exp(-|d|).
+
+For bfloat16 states, both numbers are rounded to 10 bits after the leading one (the first down to
+2^-63, |d| from 2^-16 to 2^16). The relative error of the larger probability and of d is at most
+2^-11. So it is at most 2^-10 in p - q, and 2^-9 in every entry's divergence, however close p and q
+are. Equal sides give exactly zero. For comparison, rounding dz to bfloat16 for its matmul has an
+error of 2^-8. If an entry is within 2^-9 of κ, rounding may decide whether it is clipped. For
+float32 states, both numbers stay float32. Log-sum-exps, entropies and log-probabilities come from
+the unrounded logits. Dividing by Σp removes from dz the error that rounding adds to Σp.
 
 Names: I vocabulary tiles, T tokens of a block, R rows of a grid step, U width of a tile.
 """
@@ -40,7 +47,7 @@ from jax.experimental.pallas import tpu as pltpu
 from copsd_jax.losses import distributions, divergences, precision, split_vocabulary, token_values
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
-STRIP = 16  # rows of elementwise work at a time, so that it stays in registers
+STRIP = 16  # rows of elementwise work at a time, so that the values stay in registers
 
 
 def sweep(
@@ -51,30 +58,31 @@ def sweep(
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
     """Computes statistics and the gradients of Σ weight · value in one sweep over blocks of tokens.
 
-    Call it on one device or inside shard_map; tokens are the device's own.
+    Call it on one device or inside shard_map, with the tokens of this device.
 
     Args:
-      constants: constants of the sweep. The heads are rounded to the hidden states' dtype. With one
-        head for both sides each tile is read once for both. Maxima, sums and the hidden states'
-        gradient are joined over the shard's axis. The states' gradient is always taken.
-      rows: the states of student and teacher, [T, D] each, float32 or bfloat16, D a multiple of
-        128; and `TokenInputs`.
+      constants: constants of the sweep. The heads are rounded to the hidden states' dtype. If both
+        sides share a head, each tile is read only once. Maxima, sums and the states' gradient are
+        reduced over the shard's axis. The states' gradient is always computed.
+      rows: (states of student and teacher [T, D], `TokenInputs`). The states are float32 or
+        bfloat16, and D is a multiple of 128.
       blocks: see `block_sizes.choose_tpu`.
       interpret: whether the kernels run in interpret mode.
 
     Returns:
-      stats: float32 [T].
-      grad_hidden_TD: in the hidden states' dtype.
-      grad_head_VD: float32, of this device's tokens; None unless `train_head`.
+      stats: `TokenStats`, float32 [T].
+      grad_hidden_TD: gradient of the student's states, in their dtype.
+      grad_head_VD: gradient of the student's head over this device's tokens, float32; None unless
+        `train_head` is set.
 
     Raises:
-      ValueError: a divergence, top_k, dtypes or a width that the kernels do not take.
+      ValueError: the kernels do not support the divergence, top_k, a dtype or the width.
     """
     width = rows[0][0].shape[1]
     if width % block_sizes.LANES:
         raise ValueError(
-            f"the width is {width}: the TPU kernels take multiples of {block_sizes.LANES}; "
-            "loss.implementation=chunked takes any"
+            f"the width is {width}: the TPU kernels need a multiple of {block_sizes.LANES}; "
+            "loss.implementation=chunked supports every width"
         )
     blocks = block_sizes.fit(blocks, len(rows[1].tokens_T))
     return row_statistics.sweep_blocks(PASSES, constants, rows, blocks, interpret)
@@ -98,10 +106,10 @@ def _coefficients(
 
 # --- stored entries ----------------------------------------------------------------------------
 
-MANTISSA = 10  # bits of the mantissa in a code of 16 bits
+MANTISSA = 10  # bits of the mantissa in a 16-bit code
 SHIFT = 23 - MANTISSA
-LARGER_BASE = (127 - 63) << MANTISSA  # codes from 2^-63 up
-GAP_BASE = (127 - 16) << MANTISSA  # codes from 2^-16 up
+LARGER_BASE = (127 - 63) << MANTISSA  # the smallest code stands for 2^-63
+GAP_BASE = (127 - 16) << MANTISSA  # the smallest code stands for 2^-16
 
 
 def _code(x: jax.Array, base: int, most: int) -> jax.Array:
@@ -117,10 +125,10 @@ def _decode(code: jax.Array, base: int) -> jax.Array:
 
 
 def pack(larger: jax.Array, gap: jax.Array) -> jax.Array:
-    """Packs two float32 into one int32, of their shape.
+    """Packs two float32 arrays into one int32 array of the same shape.
 
-    The upper 16 bits hold `larger`, in [0, 1]. The lower 16 hold `gap`, |gap| below 2^16, with its
-    sign.
+    The upper 16 bits encode `larger`, which is in [0, 1]. The lower 16 bits encode `gap` with its
+    sign; |gap| is below 2^16.
     """
     code = _code(jnp.abs(gap), GAP_BASE, 0x7FFF) | jnp.where(gap < 0, 0x8000, 0)
     return (_code(larger, LARGER_BASE, 0xFFFF) << 16) | code
@@ -137,7 +145,7 @@ def unpack(word: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _tile(head_ref, here) -> jax.Array:
-    """Loads a tile of the head, with 0 past the last real entry, where memory may hold anything."""
+    """Loads a tile of the head, with 0 after the last real entry, where memory is undefined."""
     tile_UD = head_ref[...]
     entry_U1 = jax.lax.broadcasted_iota(jnp.int32, (tile_UD.shape[0], 1), 0)
     entry_U1 = entry_U1 + pl.program_id(0) * tile_UD.shape[0]
@@ -149,12 +157,12 @@ def _rows(step: jax.Array, size: int):
 
 
 def _strips(count: int, work) -> None:
-    """Runs work(rows of the strip), one strip after the other."""
+    """Runs work(rows of the strip) for one strip after another."""
     jax.lax.fori_loop(0, count // STRIP, lambda k, _: work(_rows(k, STRIP)), None)
 
 
 def _columns(numbers: list[jax.Array]) -> jax.Array:
-    """Puts numbers of shape [S, 1] into one [S, 128], number k in lane k."""
+    """Puts arrays [S, 1] into one array [S, 128], the k-th into lane k; other lanes are 0."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (numbers[0].shape[0], block_sizes.LANES), 1)
     out = jnp.zeros(lane.shape, jnp.float32)
     for k, number in enumerate(numbers):
@@ -163,14 +171,14 @@ def _columns(numbers: list[jax.Array]) -> jax.Array:
 
 
 def _transposed(ref) -> jax.Array:
-    """Transposes [1, 8, R] of a block to [R, 128]."""
+    """Transposes a block [1, 8, R] to [R, 128], with 0 in the added lanes."""
     rows_8R = ref[0]
     blank = jnp.zeros((block_sizes.LANES - row_statistics.ROW_STATS, rows_8R.shape[1]), jnp.float32)
     return jnp.concatenate([rows_8R, blank], axis=0).T
 
 
 def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs):
-    """Writes the stored entries and the statistics of one tile and a grid step's rows (pass 1)."""
+    """Writes stored entries and statistics, for one tile and the rows of a grid step (pass 1)."""
     head_refs, stored_refs, (stats_ref, z_ref, column_ref) = refs[:heads], refs[heads:-3], refs[-3:]
     count, width = z_ref.shape[1:]
     rows = _rows(pl.program_id(1), count)
@@ -205,9 +213,10 @@ def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs)
 
 
 def _load_sides(stored_refs, strip, column: jax.Array) -> list[distributions.Distribution]:
-    """Loads both sides of a strip of entries, from the stored ones and the rows' coefficients.
+    """Loads both distributions of a strip, from the stored entries and the rows' coefficients.
 
-    Both logarithms are off by the same number: the divergences take their difference.
+    Both logarithms are off by the same constant. This is harmless, because divergences use only
+    their difference.
     """
     stored = tuple(ref[strip, :] for ref in stored_refs)
     larger, gap = stored if len(stored) == 2 else unpack(stored[0])
@@ -219,7 +228,7 @@ def _load_sides(stored_refs, strip, column: jax.Array) -> list[distributions.Dis
 
 
 def _sums_kernel(settings, coefficients_ref, *refs):
-    """Writes Σ over the tile of e, b, p and the clipped teacher's mass (pass 2)."""
+    """Writes the sums over a tile of e, b, p and the teacher's clipped mass (pass 2)."""
     stored_refs, (sums_ref, column_ref) = refs[:-2], refs[-2:]
     column_ref[...] = _transposed(coefficients_ref)
 
@@ -236,7 +245,7 @@ def _sums_kernel(settings, coefficients_ref, *refs):
 
 
 def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_ref, *refs):
-    """Computes dz of the tile and its matmul with the tile of the head, summed in VMEM (pass 3)."""
+    """Computes dz of a tile, and adds its product with the head's tile in VMEM (pass 3)."""
     stored_refs, head_ref, refs = refs[:stored], refs[stored], list(refs[stored + 1 :])
     missing: Any = None
     scaled_ref, old_ref = (refs.pop(0), refs.pop(0)) if head_part else (missing, missing)
@@ -295,15 +304,15 @@ def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_r
 
 
 def _whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """Returns the spec of an array that stays in VMEM through the sweep, in one copy."""
+    """Returns the spec of an array that stays in VMEM, in one copy, for all steps of the grid."""
     return pl.BlockSpec(array.shape, lambda i, r: (0, 0), pipeline_mode=pl.Buffered(1))
 
 
 def _specs(blocks: block_sizes.Blocks, width: int) -> tuple[pl.BlockSpec, ...]:
-    """Returns the specs of a tile of the head, of stored entries, and of the numbers of rows.
+    """Returns the specs of a tile of the head, of stored entries, and of per-row statistics.
 
-    The grid is [I, T/R]. The tile of the head is the outer axis, so it is read once for all rows of
-    the block.
+    The grid is [I, T/R]. Its outer axis is the tile of the head, so each tile is read once for all
+    rows of the block.
     """
     head = pl.BlockSpec((blocks.vocab, width), lambda i, r: (i, 0))
     entries = pl.BlockSpec((blocks.rows, blocks.vocab), lambda i, r: (r, i))
@@ -316,7 +325,7 @@ def _grid(blocks: block_sizes.Blocks, size: int) -> tuple[int, int]:
 
 
 def _params(need: int, *order: Any) -> pltpu.CompilerParams:
-    """Returns parameters with the order of tiles and rows: two cores split a parallel axis."""
+    """Returns compiler parameters; two cores share an axis that `order` calls parallel."""
     limit = block_sizes.vmem_limit(need)
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=limit)
 
@@ -355,7 +364,7 @@ def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
 
 def _sums_pass(settings, blocks, interpret, here_1, coefficients_I8T, stored) -> jax.Array:
     """Returns the sums of pass 2, [I, 8, T]."""
-    del here_1  # pass 1 stored 0 past the last real entry
+    del here_1  # pass 1 stored 0 after the last real entry
     _, entries, numbers = _specs(blocks, 0)
     size = stored[0].shape[1]
     return pl.pallas_call(
@@ -375,10 +384,10 @@ def _sums_pass(settings, blocks, interpret, here_1, coefficients_I8T, stored) ->
 def _gradient_pass(
     settings, blocks, interpret, here_1, coefficients_I8T, stored, head_VD, head_part
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Returns dz W [T, D] without the rows' factors, sums [I, 8, T] or None, the head's gradient.
+    """Returns dz W [T, D] without the rows' factors, sums [I, 8, T] and the head's gradient.
 
-    `head_part` is None, or the scaled hidden states and the head's gradient so far, which is
-    overwritten.
+    The sums are None unless `fuses_sums`. `head_part` is (scaled hidden states, head's gradient so
+    far), and the gradient is updated in place. If `head_part` is None, there is no head's gradient.
     """
     (size, width), dtype = head_VD.shape, head_VD.dtype
     train_head = head_part is not None

@@ -1,18 +1,21 @@
 """Statistics of rows between the passes of the divergence kernels, shared by all chips.
 
-Notation (T tokens of a block, V vocabulary of this shard, I tiles of it): p = softmax(z_s / τ) and
-q = softmax(z_t / τ), of student and teacher. A pass over a block leaves partial statistics of each
-row and tile, [I, T]. The functions here join them over tiles and over the shards of the vocabulary,
-and turn them into `TokenStats`. All of it is float32 and small: T · I numbers for T · V entries.
+Shapes: T tokens of a block, V vocabulary of this shard, I tiles of this vocabulary. The student's
+distribution is p = softmax(z_s / τ), and the teacher's is q = softmax(z_t / τ).
+
+A pass over a block writes partial statistics of each row and tile, [I, T]. The functions here
+combine them over tiles and over vocabulary shards, and turn them into `TokenStats`. All statistics
+are float32, and they are small: T · I numbers for T · V entries.
 
 The passes are
 
   1 logits      maxima, Σ exp, Σ exp · z of both sides  -> log-sum-exps, entropies
   2 sums        Σ e, Σ b, Σ p, Σ q over clipped entries -> value, Σb; see `needs_sums_pass`
-  3 gradient    dz = (b - p Σb / Σp) and its matmul, the head's if it trains
+  3 gradient    dz = (b - p Σb / Σp) and its matmul; also the head's matmul if the head is trained
 
-The factor of a row (clip of whole tokens, importance ratio, weight, 1/τ) multiplies the row of the
-hidden states' gradient at the end, and the row of the hidden states in the head's gradient.
+Each row has a factor: the product of token clip, importance ratio, weight and 1/τ. It multiplies
+the row of the states' gradient at the end. For the head's gradient it multiplies the row of the
+states.
 """
 
 import functools
@@ -32,12 +35,12 @@ from copsd_jax.losses import (
     token_values,
 )
 
-# The divergences that the kernels are tested with. They know the logarithms of an entry only up to
-# one number for both sides, so a divergence must depend on ln p - ln q alone.
+# The divergences that the kernels are tested with. The kernels know ln p and ln q of an entry only
+# up to a common constant. So a divergence may use only the difference ln p - ln q.
 DIVERGENCES = ("fkl", "rkl", "jsd", "sampled")
-ROW_STATS = 8  # numbers of a row and tile that a pass leaves or reads at most
-EMPTY = -1e30  # logit of a missing entry; below any maximum, which starts at FLOOR
-FLOOR = -1e29
+ROW_STATS = 8  # maximum number of statistics per row and tile that a pass reads or writes
+EMPTY = -1e30  # logit of a missing entry
+FLOOR = -1e29  # smallest maximum of a tile, above EMPTY
 
 Divergence = divergences.Divergence
 Sweep = split_vocabulary.Sweep
@@ -46,7 +49,7 @@ Sweep = split_vocabulary.Sweep
 class TilePartials(NamedTuple):
     """Statistics of one side by row and tile, [I, T].
 
-    top = max z/τ, and with w = exp(z/τ - top) the sums Σ w and Σ w (z/τ - top).
+    top is max z/τ. With w = exp(z/τ - top), sum is Σ w and moment is Σ w (z/τ - top).
     """
 
     top_IT: jax.Array
@@ -57,8 +60,8 @@ class TilePartials(NamedTuple):
 class RowSoftmax(NamedTuple):
     """Statistics of one side over the whole vocabulary, [T]; the entropy is in nats.
 
-    ln p = (z/τ - top) - log. The sum of top and log, the log-sum-exp, would lose the digits of
-    `log` where logits are large.
+    ln p = (z/τ - top) - log. top and log are stored separately. If logits are large, their sum, the
+    log-sum-exp, would lose the digits of log.
     """
 
     top_T: jax.Array
@@ -66,7 +69,7 @@ class RowSoftmax(NamedTuple):
     entropy_T: jax.Array
 
     def log_prob(self, logit: jax.Array) -> jax.Array:
-        """Returns the log-probability of a logit [T] or [I, T] that is divided by τ."""
+        """Returns the log-probability of a logit / τ of shape [T] or [I, T], in that shape."""
         expand = (None,) * (logit.ndim - 1)
         return (logit - self.top_T[expand]) - self.log_T[expand]
 
@@ -86,7 +89,8 @@ class LogitsResult(NamedTuple):
     Attributes:
       student, teacher: statistics of each side.
       sampling_T: ln p of the sampled token at the sampling temperature.
-      logp_T, logq_T: of the sampled token under student and teacher at the loss temperature.
+      logp_T, logq_T: log-probability of the sampled token under student and teacher at the loss
+        temperature.
     """
 
     student: RowSoftmax
@@ -99,21 +103,20 @@ class LogitsResult(NamedTuple):
 class Passes(NamedTuple):
     """The passes of a chip's kernels over a block.
 
-    `stored` is a tuple of arrays [T, V] that only the kernels read.
-
-    All but the second have the arguments (settings, blocks, interpret) in front, which
-    `sweep_blocks` binds.
+    `here_1` is the number of real entries in this shard. `stored` is a tuple of arrays [T, V] that
+    only the kernels read. All functions except `coefficients` have three more arguments in front,
+    (settings, blocks, interpret), which `sweep_blocks` binds.
 
     Attributes:
-      logits: (here_1, hidden, heads) -> stored, and statistics [I, 8, T] in rows 0 to 2 (student)
-        and 3 to 5 (teacher) as in `TilePartials`, 6 the student's Σ exp at the sampling
-        temperature.
-      coefficients: (result, partials, local_T, Σb/Σp) -> the numbers of rows and tiles that the
-        other two passes read.
+      logits: (here_1, hidden, heads) -> stored, and statistics [I, 8, T]. Rows 0 to 2 are the
+        student's `TilePartials`, and rows 3 to 5 the teacher's. Row 6 is the student's Σ exp at the
+        sampling temperature.
+      coefficients: (result, partials, local_T, Σb/Σp) -> the numbers of rows and tiles that `sums`
+        and `gradient` read.
       sums: (here_1, coefficients, stored) -> `RowSums` in rows 0 to 3 of [I, 8, T].
       gradient: (here_1, coefficients, stored, head_VD, head_part) -> dz W [T, D], sums [I, 8, T] if
-        `fuses_sums` else None, and the head's gradient. head_part is None or (scaled hidden
-        states, gradient so far).
+        `fuses_sums` else None, and the head's gradient or None. head_part is None or (scaled hidden
+        states, head's gradient so far).
     """
 
     logits: Callable
@@ -123,7 +126,7 @@ class Passes(NamedTuple):
 
 
 def needs_sums_pass(settings: Divergence, train_head: bool) -> bool:
-    """Returns whether pass 2 is needed: Σb has no closed form, or a row's factor waits for Σe."""
+    """Returns whether pass 2 is needed: if Σb has no closed form, or a row's factor needs Σe."""
     if settings.divergence == "sampled":
         return False
     late = settings.clip_mode != "none" and train_head
@@ -132,7 +135,7 @@ def needs_sums_pass(settings: Divergence, train_head: bool) -> bool:
 
 
 def fuses_sums(settings: Divergence, train_head: bool) -> bool:
-    """Returns whether pass 3 takes Σe as well."""
+    """Returns whether pass 3 computes Σe too."""
     return settings.divergence != "sampled" and not needs_sums_pass(settings, train_head)
 
 
@@ -142,10 +145,11 @@ def sum_shards(x: jax.Array, vocab_axis: str | None) -> jax.Array:
 
 
 def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 1.0) -> RowSoftmax:
-    """Joins the partial statistics of tiles and split_vocabulary.
+    """Combines the partial statistics of all tiles and shards.
 
-    With `scale`, of softmax(scale · z / τ), whose sums were taken of exp(scale (z/τ - top)): then
-    ln p = scale (z/τ - top) - log. Scaling a large maximum by itself would round it away.
+    With `scale` the result describes softmax(scale · z / τ), and sum_IT must be the sums of
+    exp(scale (z/τ - top)). Then ln p = scale (z/τ - top) - log. The difference z/τ - top is scaled,
+    because scaling a large maximum by itself would lose its last digits.
     """
     top_T = jnp.max(partials.top_IT, axis=0)
     if vocab_axis is not None:
@@ -172,9 +176,9 @@ def count_entries_here(shard: split_vocabulary.VocabularyShard, size: int) -> ja
 def token_logits(
     hidden_TD: jax.Array, head_VD: jax.Array, local_T: jax.Array, vocab_axis: str | None
 ) -> jax.Array:
-    """Returns h_t · W[y_t] over all shards, [T].
+    """Returns the logits of the sampled tokens, h_t · W[y_t], shape [T], summed over all shards.
 
-    It gathers T rows of the head; in the kernels each entry would need a comparison.
+    It gathers T rows of the head. Inside the kernels every entry would need a comparison.
     """
     size = head_VD.shape[0]
     row_TD = head_VD[jnp.clip(local_T, 0, size - 1)].astype(jnp.float32)
@@ -185,7 +189,7 @@ def token_logits(
 def join_logits_pass(
     sweep: Sweep, stats_I8T: jax.Array, hidden: tuple[jax.Array, jax.Array], local_T: jax.Array
 ) -> tuple[LogitsResult, tuple[TilePartials, ...]]:
-    """Joins the tiles of pass 1; also returns the statistics of both sides by tile."""
+    """Combines the tiles of pass 1; also returns the partial statistics of student and teacher."""
     settings, heads, axis = sweep.settings, sweep.heads, sweep.shard.axis
     sides = tuple(TilePartials(*(stats_I8T[:, 3 * k + i] for i in range(3))) for k in (0, 1))
     student, teacher = (join_softmax(side, axis) for side in sides)
@@ -211,9 +215,9 @@ def join_sums(sums_I8T: jax.Array, vocab_axis: str | None) -> RowSums:
 def finish_stats(
     settings: Divergence, result: LogitsResult, sums: RowSums, inputs: token_values.TokenInputs
 ) -> tuple[token_values.TokenStats, jax.Array]:
-    """Computes TokenStats, and the factor of each row's gradient without its weight, [T].
+    """Computes TokenStats, and the factor of each row's gradient without the row's weight, [T].
 
-    `sums` is not read for the sampled token, whose value needs none.
+    `sums` is not read if the divergence is `sampled`.
     """
     if settings.divergence == "sampled":
         factor_T = result.logq_T - result.logp_T
@@ -222,7 +226,7 @@ def finish_stats(
         value_T, factor_T = clips.clip_tokens(sums.e_T, settings)
         mass_T = sums.mass_T
         if settings.clip_mode != "element":
-            unread = distributions.Distribution(mass_T, mass_T)  # mode element alone reads it
+            unread = distributions.Distribution(mass_T, mass_T)  # only clip_mode element reads it
             mass_T = clips.clipped_mass(sums.e_T, None, unread, settings)
     old_T, rollout_T = inputs.logp_old_T, inputs.logp_rollout_T
     ratio_T = clips.importance_ratio(result.sampling_T, old_T, rollout_T, settings)
@@ -234,44 +238,45 @@ def finish_stats(
 
 
 def check_inputs(sweep: Sweep, hidden: tuple[jax.Array, jax.Array]) -> None:
-    """Checks that the kernels take these settings and arrays.
+    """Checks that the kernels support these settings and arrays.
 
     Raises:
-      ValueError: an unknown divergence, top_k, dtypes, heads or a vocabulary that they do not take.
+      ValueError: the kernels do not support the divergence, top_k, a dtype, the heads or the
+        vocabulary.
     """
     settings, heads, shard, *_ = sweep
     if settings.divergence not in DIVERGENCES:
         raise ValueError(
-            f"divergence is {settings.divergence!r}: the kernels know {', '.join(DIVERGENCES)}; "
-            "implementation=chunked takes all"
+            f"divergence is {settings.divergence!r}: the kernels support "
+            f"{', '.join(DIVERGENCES)}; implementation=chunked supports all"
         )
     if settings.top_k:
         raise ValueError(
-            f"top_k is {settings.top_k}: the kernels take the whole vocabulary (0); "
-            "implementation=chunked takes the k best"
+            f"top_k is {settings.top_k}: the kernels support only 0, the whole vocabulary; "
+            "implementation=chunked supports every top_k"
         )
     dtypes = {x.dtype for x in hidden}
     if len(dtypes) != 1 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         raise ValueError(
-            f"hidden states are {[str(x.dtype) for x in hidden]}: the kernels take float32 or "
-            "bfloat16, both sides alike"
+            f"hidden states are {[str(x.dtype) for x in hidden]}: the kernels need bfloat16 or "
+            "float32, the same on both sides"
         )
     if len({x.shape for x in heads}) != 1:
-        raise ValueError(f"the heads are {[x.shape for x in heads]}: one shape is needed")
+        raise ValueError(f"the heads are {[x.shape for x in heads]}: their shapes must be equal")
     if shard.entries is not None and shard.entries < 1:
         raise ValueError(
-            f"the vocabulary has {shard.entries} entries: it must have at least 1; None stands for "
-            "all rows of the heads"
+            f"the vocabulary has {shard.entries} entries: it must have at least 1; None means all "
+            "rows of the heads"
         )
 
 
 def sweep_blocks(
     passes: Passes, sweep: Sweep, rows: tuple, blocks: Any, interpret: bool
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
-    """Runs all passes over blocks of `blocks.tokens` tokens; rows of zeros fill the last block.
+    """Runs all passes over blocks of `blocks.tokens` tokens; the last block is padded with zeros.
 
-    Arguments, results and their shapes are those of `divergence_tpu.sweep`. The heads are rounded
-    here to the hidden states' dtype.
+    Arguments, results and their shapes are those of `divergence_tpu.sweep`. This function rounds
+    the heads to the hidden states' dtype.
     """
     hidden, inputs = rows
     check_inputs(sweep, hidden)
@@ -300,7 +305,7 @@ def _sweep_block(
     settings, heads, axis, local_T = sweep.settings, sweep.heads, sweep.shard.axis, inputs.tokens_T
     size = heads[0].shape[0]
     here_1 = count_entries_here(sweep.shard, size)[None]
-    if axis is not None:  # the token's row in this shard's head, out of range if another has it
+    if axis is not None:  # the token's row in this shard's head; out of range in other shards
         local_T = local_T - split_vocabulary.first_entry(axis, size)
     stored, stats_I8T = passes.logits(here_1, hidden, heads)
     result, sides = join_logits_pass(sweep, stats_I8T, hidden, local_T)
