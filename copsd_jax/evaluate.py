@@ -334,6 +334,9 @@ def evaluate_step(
 
     Returns:
       The result of `evaluate`, with the step.
+
+    Raises:
+      loaded_run.UnusableFile: the file of a stopped evaluation is damaged, or of another one.
     """
     rows, partial = r.plan.eval_rows, workdir.partial_file(file)
     total, stream = len(rows) * r.plan.config.eval.samples, processes.progress_stream()

@@ -68,6 +68,7 @@ def lines(workdir: str | os.PathLike, steps: int) -> list[str]:
     An incomplete last line, left by a killed run, is left out.
 
     Raises:
+      FileNotFoundError: there is no metrics.jsonl.
       ValueError: a complete line is not JSON.
     """
     path, kept = pathlib.Path(workdir) / "metrics.jsonl", []

@@ -177,7 +177,13 @@ def _read_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
 
 
 def read_reflection(text: str, correct: bool) -> Reply:
-    """Reads a reply to EXPLAIN if the attempt is correct, and otherwise a reply to DIAGNOSE."""
+    """Reads a reflection on an attempt.
+
+    Args:
+      text: the reply of an author.
+      correct: whether the attempt is correct. If it is, the reply answers the request EXPLAIN,
+        otherwise the request DIAGNOSE.
+    """
     found, problem, _ = _read_tags(text, _REFLECTION)
     fields = dict(found)
     if not problem and correct and "error_quote" in fields:

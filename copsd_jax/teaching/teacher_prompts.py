@@ -47,7 +47,12 @@ def build_author_prompt(
 def build_author_conversation(
     tokenizer: Tokenizer, settings: Settings, attempt: Attempt
 ) -> tuple[Conversation | None, tuple[str, ...]]:
-    """Builds the conversation that an author completes.
+    """Builds the conversation that an author completes, with its long sections truncated.
+
+    Args:
+      tokenizer: counts the tokens of a section.
+      settings: the settings of the context, with the most tokens of a section.
+      attempt: the attempt that the author writes about.
 
     Returns:
       The conversation (None if there is nothing to ask), and the kinds of its truncated sections.

@@ -160,6 +160,10 @@ def choose_frozen(config, base: dict) -> dict:
 
     LoRA reads them in every step. Full fine-tuning keeps them if the teacher or the KL term uses
     the initial weights.
+
+    Args:
+      config: the settings of the run.
+      base: the base parameters, as a tree of arrays or of their shapes.
     """
     method = config_lib.traits(config)
     if config.train.trainable == "lora":

@@ -201,9 +201,13 @@ def teacher_mixture(run: LoadedRun, state: train_step.State) -> tuple:
 
 
 def build_sampling(run: LoadedRun, section: str) -> request.Sampling:
-    """Builds the sampling settings of the section `rollout`, `eval` or `author`.
+    """Builds the sampling settings of a section.
 
     Stop strings end the student's answers, but not the texts of an author.
+
+    Args:
+      run: the loaded run.
+      section: the section of the settings: "rollout", "eval" or "author".
     """
     plan = run.plan
     stop = () if section == "author" else tuple(plan.config.rollout.stop)
@@ -223,6 +227,9 @@ def write_policy(
       policy: the policy.
       folder: the folder to write.
       base: the name of the base model, which the files of an adapter state.
+
+    Raises:
+      OSError: the folder cannot be written.
     """
     shape = plan.model_config
     if policy.adapter is not None:

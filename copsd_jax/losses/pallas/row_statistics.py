@@ -207,7 +207,7 @@ def join_logits_pass(
 
 
 def join_sums(sums_I8T: jax.Array, vocab_axis: str | None) -> RowSums:
-    """Sums `RowSums` over tiles and split_vocabulary."""
+    """Sums `RowSums` over tiles and shards."""
     sums_8T = sum_shards(jnp.sum(sums_I8T, axis=0), vocab_axis)
     return RowSums(*(sums_8T[k] for k in range(4)))
 
