@@ -122,8 +122,8 @@ class HttpCall(NamedTuple):
     Attributes:
       url: the complete URL.
       body: sent as JSON with POST; None sends a GET request without a body.
-      read: turns the bytes of a reply with HTTP status 2xx into an Outcome. If it raises ValueError,
-        LookupError, TypeError or AttributeError, the outcome is a bad_reply.
+      read: turns the bytes of a reply with HTTP status 2xx into an Outcome. If it raises
+        ValueError, LookupError, TypeError or AttributeError, the outcome is a bad_reply.
     """
 
     url: str
@@ -357,7 +357,7 @@ def send_call(
 
 
 def redact_key(text: str, key: str) -> str:
-    """Returns the text with the key replaced by [key], unless the key is a word such as "EMPTY"."""
+    """Returns the text with [key] for the key; a short key such as "EMPTY" is not secret."""
     return text.replace(key, "[key]") if len(key) >= 8 else text
 
 
