@@ -217,7 +217,7 @@ def _to_devices(inputs: request.Inputs, x: Any, *axes: Any) -> Any:
 def _prefill_row(
     inputs: request.Inputs, waiting: _Waiting, prefilled: _Queues, serving: dict[int, int]
 ) -> int:
-    """Prefills one row of prompts per shard; returns the number of tokens in all rows.
+    """Runs prefill on one row of prompts per shard; returns the number of tokens in all rows.
 
     A shard takes texts for its free slots, and further texts in advance, up to its share of the
     waiting texts. Prefill computes a row for every shard anyway, so a shard without free slots

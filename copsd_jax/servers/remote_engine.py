@@ -274,7 +274,7 @@ def check_server(server: EngineServer) -> None:
 
 
 def connect(server: EngineServer) -> EngineServer:
-    """Requests the server's list of models; returns the server with max_model_len filled in.
+    """Fetches the server's list of models; returns the server with max_model_len filled in.
 
     Raises:
       ValueError: as in `check_server`; or the server does not have the model `api.model`, or its

@@ -156,7 +156,7 @@ def _get_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
 
 
 def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
-    """Returns the architecture; raises ValueError if the architecture or an option is unsupported."""
+    """Returns the architecture, after checking that it and the options are supported."""
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)

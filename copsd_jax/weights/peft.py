@@ -59,7 +59,7 @@ def write(
 def _transpose_layers(
     target: str, matrices: Mapping[str, jax.Array], config: transformer.ModelConfig, rank: int
 ) -> dict[str, tensor_files.Tensor]:
-    """Maps PEFT's names to the tensors of one projection, in the order of layers, `a` before `b`."""
+    """Maps PEFT's names to one projection's tensors, in the order of layers, `a` before `b`."""
     width, features = config.projections()[target]
     host = {name: np.asarray(matrices[name]) for name in ("a", "b")}
     for (name, values), shape in zip(host.items(), ((width, rank), (rank, features)), strict=True):

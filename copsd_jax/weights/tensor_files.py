@@ -142,7 +142,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
-    """Returns the names of the files, and the index {tensor: file name} or None without an index."""
+    """Returns the names of the files, and the index {tensor: file name}, or None if absent."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):

@@ -20,7 +20,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of a GGUF
 
 
 def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
-    """Returns the pre-tokenizer of Llama 3 or Qwen; `numbers` is the pattern for groups of digits."""
+    """Returns the pre-tokenizer of Llama 3 or Qwen; `numbers` is the pattern of a digit group."""
     pattern = (
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -124,7 +124,7 @@ def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> An
 
 
 def find_stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path) -> tuple[int, ...]:
-    """Collects the end-of-text ids of the generation settings, the config and the tokenizer.
+    """Finds the end-of-text ids in the generation settings, the config and the tokenizer.
 
     Args:
       tok: the tokenizer.
