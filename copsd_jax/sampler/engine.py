@@ -32,10 +32,11 @@ Two tokens were drawn so far: a, and b, which the model has not run yet.
     cache index  (not in the slot)   0    1    2    3    4    <- `index_J`: b is written there next
 
 Entries from `index_J` on are left over from the next prompt of the packed row or from the slot's
-previous text. No token attends to them, because a token attends only to entries up to its own.
+previous text. No token attends to these entries, because a token attends only to entries up to its
+own index.
 
-On a mesh, each of the R batch shards has J / R slots and its own row of packed prompts. So cache
-entries never move between devices.
+On a mesh, each of the R batch shards has J / R slots and its own row of packed prompts. So no
+cache entries are sent from one device to another.
 
 Shapes: J slots, A cache length, R batch shards, T packed tokens, P prefix length, I texts inserted
 into the slots of one shard, E steps of one `decode` call, X sets of stop ids.
@@ -72,9 +73,9 @@ class Constants(NamedTuple):
 
     policy: policy_lib.Policy
     prefix: transformer.KV | None  # [layers, 1, P, K, H]
-    valid_V: jax.Array | None  # bool: ids that may be drawn; None for all
+    valid_V: jax.Array | None  # bool: ids that may be drawn; None if all ids may be drawn
     stop_XV: jax.Array  # bool: sets of ids that end a text
-    layers: tuple[LayerWeights, ...] | None = None  # from `unstack_layers`, for `decode`
+    layers: tuple[LayerWeights, ...] | None = None  # result of `unstack_layers`; `decode` reads it
 
 
 def unstack_layers(
@@ -82,13 +83,14 @@ def unstack_layers(
 ) -> tuple[LayerWeights, ...] | None:
     """Returns views of the stacked arrays, one `LayerWeights` per layer, or None if no gain.
 
-    On a CPU, a decode step takes the time of reading the weights once. From a stack of layers, XLA
-    copies each slice before it reads the slice. Two changes cut a step of 8 slots to about 0.7 of
-    its time: no such copies, and the head as the left factor of its product. A program of 30 layers
-    takes about 10 s longer to compile.
+    On a CPU, the time of a decode step is the time to read the weights once. If layers are stacked,
+    XLA copies the slice of each layer before it reads the slice. The views avoid these copies. With
+    them, and with the head as the left factor of its product, a step of 8 slots takes about 0.7 of
+    the time. A program of 30 layers takes about 10 s longer to compile.
 
-    The result is None on other platforms, on several devices, and for small layers. It is also None
-    for int8 kernels, because XLA would convert those of all layers before the loop over tokens.
+    The result is None on other platforms, on several devices, and for small layers. The result is
+    also None for int8 kernels, because XLA would convert the kernels of all layers before the loop
+    over tokens.
     """
     stacks = (policy.params["layers"], policy.adapter, prefix)
     leaves = jax.tree.leaves(stacks)
@@ -97,7 +99,7 @@ def unstack_layers(
     count = len(leaves[0])
     if sharding.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACK_FROM * count:
         return None
-    # On a CPU, NumPy and JAX share the memory of an array, so neither conversion copies it.
+    # On a CPU, conversions between NumPy and JAX arrays share the memory and copy nothing.
     replicated = NamedSharding(devices, PartitionSpec())
     views = jax.tree.map(np.asarray, stacks)
     return tuple(
@@ -159,7 +161,7 @@ def unpack_tokens(packed_JX: np.ndarray) -> DrawnTokens:
 
 
 def _pack_tokens(drawn: tuple[jax.Array, ...], live_J: jax.Array) -> jax.Array:
-    """Returns one array, for a single collective on a mesh; several could block one another."""
+    """Returns all results in one array, because several collectives could block one another."""
     bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in drawn]
     return jnp.concatenate([*bits, live_J[:, None].astype(jnp.int32)], axis=1)
 
@@ -309,7 +311,7 @@ def _copy_entries(
 
     Whole blocks are copied. The entries written beyond `tokens` are either not attended to yet or
     overwritten by the next copy. The copy uses slices, because XLA would change the cache's layout
-    for a gather. On TPU, XLA changes the layout even so if heads are narrower than the lanes.
+    for a gather. On TPU, XLA still changes the layout if heads are narrower than the lanes.
     """
     layers, _, heads, _, size = kv.k.shape
 

@@ -1,13 +1,13 @@
 """Hand-over of a policy's weights to the sampler, at the start of each rollout phase.
 
 Training may split parameters over `fsdp`. A decode step would then gather all of them for every
-token. So they are gathered on the devices once per phase, and a frozen base once per run. If
+token. So parameters are gathered on the devices once per phase, and a frozen base once per run. If
 sampler and trainer use the same layout, the sampler reads the trainer's own arrays.
 
 The adapter is either applied beside the base, as in training, or merged into a copy of the base.
-Beside the base, an adapter of rank R adds R (in + out) multiplications per token to in x out. It
-also adds two small products, which matter if a step is short. A merged copy needs as much memory as
-the base.
+Beside a projection with in x out weights, an adapter of rank R costs R (in + out) more
+multiplications per token. The adapter also adds two small products, which matter if a step is
+short. A merged copy needs as much memory as the base.
 """
 
 import functools
@@ -27,7 +27,8 @@ class HandOver:
 
     Args:
       devices: the mesh of trainer and sampler.
-      frozen: weights that never change. Their copy is kept; other weights are copied at each call.
+      frozen: weights that never change; they are copied only once. Other weights are copied at each
+        call.
       key_heads: K of the model, see `sharding.partition_spec`.
       merge: merges the adapter into a copy of the base.
       int8: quantises projections with `lora.quantise_projections`.

@@ -1,11 +1,11 @@
 """The sampler's loop: fills slots, decodes, collects tokens and refills slots until all texts end.
 
-A text depends on its key, its prompt, its settings and the weights. It does not depend on the
-number of slots, the other texts, its index in the list or the devices. Only rounding differs,
-because products then have other shapes.
+A text depends on its key, its prompt, its settings and the weights. A text does not depend on the
+number of slots, the other texts, its index in the list or the devices. Only rounding can differ,
+because these change the shapes of products.
 
-Every decision follows from the arguments and from the drawn tokens. Each process has all of them,
-so all processes run this loop and call the same programs in the same order.
+Every decision of the loop follows from the arguments and from the drawn tokens. Each process has
+all arguments and tokens, so all processes call the same programs in the same order.
 """
 
 import collections
@@ -166,7 +166,7 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
     texts = {row: _PartialCompletion() for row in range(len(inputs.prompts))}
     completions: dict[int, Completion] = {}
     serving: dict[int, int] = {}  # slot -> row of the text in this slot
-    cancel = np.zeros(slots, bool)  # slots that the next decode call ends; live on the device
+    cancel = np.zeros(slots, bool)  # live slots on the device that the next decode call must end
     tokens = prompt_tokens = busy = possible = 0
     while waiting.texts or any(prefilled) or serving:
         state = _insert_prefilled(inputs, state, prefilled, serving)

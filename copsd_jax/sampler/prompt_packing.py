@@ -37,8 +37,8 @@ def list_buckets(pack: int, longest: int) -> tuple[int, ...]:
     """Returns the widths of packed rows, in ascending order.
 
     The widths are `pack`, rounded up to a multiple of 16 (at least 128), and powers of two from 128
-    on. If `longest` fits into `pack`, the powers end below `pack`. Otherwise they go on to the
-    first power that is at least `longest`.
+    on. If `longest` fits into `pack`, the powers end below `pack`. Otherwise the last one is the
+    first power of two that is at least `longest`.
 
     Examples:
       list_buckets(512, 90) returns (128, 256, 512).

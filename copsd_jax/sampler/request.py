@@ -26,13 +26,12 @@ STOP_SETS = 4  # every program has room for at least this many sets of stop ids
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """The ids of a model as its tokenizer uses them.
+    """The ids of a model: which ids may be drawn, their bytes, and the ids that end a text.
 
     Attributes:
       valid_V: bool; the ids that the tokenizer has. Only these ids may be drawn.
       token_bytes: the bytes of each id; stop strings need the bytes of every valid id.
-      stop_ids: the ids that end a text. The sampler does not read them; it reads
-        `Sampling.stop_ids`.
+      stop_ids: the ids that end a text. The sampler reads `Sampling.stop_ids` instead.
     """
 
     valid_V: np.ndarray
@@ -100,8 +99,8 @@ def derive_keys(
 ) -> np.ndarray:
     """Returns one random stream for each sample of each row.
 
-    The root key is made from the seed. Then purpose, step, row id (the first 64 bits of its
-    SHA-256) and sample number are folded in, in this order. The engine folds in the token's index.
+    The root key is made from the seed. Then four values are folded in: purpose, step, row id (the
+    first 64 bits of its SHA-256) and sample number. The engine folds in the token's index.
 
     Args:
       seed: the run's seed.
@@ -205,9 +204,9 @@ def list_texts(
     """Returns one `Text` for each prompt, after checking the arguments of `generate`.
 
     Raises:
-      ValueError: an argument is invalid. A setting is out of range, a list has another length than
-        `prompts`, or the keys are not uint32 [n, 2]. Or a prompt is empty or has ids that the model
-        lacks, or a limit is below 1.
+      ValueError: a setting is out of range, a list does not have one entry per prompt, or the keys
+        are not uint32 [n, 2]. A prompt must not be empty, and the model must have all its ids. A
+        limit must be at least 1.
     """
     for kind in _list_kinds(sampling):
         _check_sampling(kind, vocabulary)
@@ -262,7 +261,7 @@ def find_stop(
 
 
 def _list_kinds(sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:
-    """Returns the distinct settings; a single `Sampling` is returned even without prompts."""
+    """Returns the distinct settings; a single `Sampling` counts even if there are no prompts."""
     return [sampling] if isinstance(sampling, Sampling) else list(dict.fromkeys(sampling))
 
 

@@ -1,8 +1,8 @@
 """From logits to a token: temperature, then top-k, top-p and min-p, each with renormalisation.
 
-Dividing the logits by the temperature gives the tempered distribution. It covers all ids of the
-model, as in the trainer. Then ids that the tokenizer lacks are excluded, and each truncation keeps
-some of the tokens:
+Dividing the logits by the temperature gives the tempered distribution. The tempered distribution
+covers all ids of the model, as in the trainer. Then ids that the tokenizer lacks are excluded, and
+each truncation keeps some of the tokens:
   top_k: exactly k tokens. Among equal logits, lower ids come first.
   top_p: the most probable tokens until their mass, renormalised after top_k, reaches p. The token
     that crosses p is kept, and so are all tokens of exactly the same probability.
@@ -12,16 +12,16 @@ The most probable token survives each truncation. Temperature 0 means greedy sam
 rows, the tempered distribution has temperature 1. Their truncated distribution puts all mass on the
 argmax (the lowest id, if several tokens have the largest logit).
 
-Each row has its own settings, which are arrays (`RowSettings`). `Features` says statically which
-operations a compiled program contains, so a setting that no row uses costs nothing. The result of a
-row depends on its own settings alone. The features can change it only by the rounding of sums. If
-some rows have a top_k and others have none, both kinds of draw run for all rows, and each row
-selects its result.
+Each row has its own settings, which are arrays (`RowSettings`). The static argument `Features`
+determines the operations of a compiled program, so a setting that no row uses costs nothing. The
+result of a row depends only on its own settings. The features can change the result only by the
+rounding of sums. If some rows have a top_k and others have none, both kinds of draw run for all
+rows, and each row selects its result.
 
-The vocabulary is never sorted, and no random number is drawn per token. It is divided into blocks
-of 128 tokens. The k best tokens lie in the k blocks with the highest maxima. A token is drawn in
-two stages with the Gumbel argmax: first a block by its mass, then a token of that block. The
-product of the two probabilities is the probability of the token.
+The vocabulary is never sorted, and no random number is drawn per token. The vocabulary is divided
+into blocks of 128 tokens. The k best tokens are in the k blocks with the highest maxima. A token is
+drawn in two stages with the Gumbel argmax: first a block by its mass, then a token of that block.
+The product of the two probabilities is the probability of the token.
 
 Shapes: J rows, V vocabulary, K = cap candidates, N blocks, X any set of candidates.
 """
@@ -131,9 +131,9 @@ def sample(
       rows: settings of the J rows.
       features: static; the result of `find_features` for all rows.
       valid_V: bool, the ids that may be drawn; None allows all ids.
-      shards: static; the number of devices over which V is split. It does not change the result.
-        The number of blocks is padded to a multiple of `shards`; without this padding the compiler
-        would gather all logits on each device.
+      shards: static; the number of devices over which V is split. `shards` does not change the
+        result. The number of blocks is padded to a multiple of `shards`, because otherwise the
+        compiler would gather all logits on each device.
 
     Returns:
       token_J int32, and two arrays float32 [J] with the token's log-probability: under the tempered
@@ -271,7 +271,7 @@ def _best(x_JNb, high_JN, rows: RowSettings, features: Features) -> _Best:
 
 
 def _candidates(blocks: int, features: Features) -> int:
-    """Returns K: the cap, or the padded vocabulary if the cap, a power of two, exceeds it."""
+    """Returns K, the number of candidates: the cap, but at most the padded vocabulary."""
     return min(features.cap, blocks * BLOCK)
 
 
@@ -280,8 +280,8 @@ def _top_k_blocks(x_JNb: jax.Array, high_JN: jax.Array, k: int) -> tuple[jax.Arr
 
     Among equal values, lower ids come first. The maxima of the k best blocks are k values that no
     token of another block exceeds, so the k largest values are in these blocks. The blocks stay in
-    the order of their ids, which keeps the order among equal values. Then they are divided into
-    finer blocks, and the same step is repeated.
+    the order of their ids, which keeps the order among equal values. Then the blocks are divided
+    into finer blocks, and the same step is repeated.
     """
     rows, blocks, width = x_JNb.shape
     block_JK = None

@@ -1,17 +1,17 @@
 """Client of OpenAI-compatible servers: concurrent chat completions with a cache.
 
-`ask_all` requests chat completions and caches the answers. It uses `send_call` and
-`run_concurrently`, which can send any request to such a server.
+`ask_all` requests chat completions and caches the answers. `send_call` and `run_concurrently` can
+send any request to such a server; `ask_all` uses both functions.
 
 The client uses the standard library's `http.client`. The common clients, such as httpx, have no
-total deadline, because their timeouts start again with every byte. Here every read gets only the
-remaining time of the request. So a server that sends a byte now and then cannot block a run.
-Redirects are not followed, because the key would be sent along. Proxies from the environment are
-ignored.
+total deadline, because their timeouts start again with every byte. In this client, every read gets
+only the remaining time of the request. So a server that sends a byte now and then cannot block a
+run. Redirects are not followed, because the key would be sent along. Proxies from the environment
+are ignored.
 
 A failure of the server becomes an answer with a status, not an exception. The key is read from the
-environment when a request is sent. It never appears in messages or cache files. If a server's reply
-contains the key, it is removed.
+environment when a request is sent. The key never appears in messages or cache files. If a server's
+reply contains the key, the key is removed from the reply.
 """
 
 import concurrent.futures
@@ -68,7 +68,7 @@ class Server:
       model: the model's name on the server.
       key_env: the environment variable with the key; "" for a server without keys.
       timeout: maximum seconds of one attempt, from connecting to the last byte. The DNS look-up is
-        not counted. It is also the longest pause between two attempts.
+        not counted. `timeout` is also the longest pause between two attempts.
       retries: number of further attempts after the first.
       backoff: seconds before the second attempt, doubled before each further attempt.
       concurrency: maximum number of requests in flight.
@@ -122,7 +122,7 @@ class HttpCall(NamedTuple):
     Attributes:
       url: the complete URL.
       body: sent as JSON with POST; None sends a GET request without a body.
-      read: turns the bytes of a reply with HTTP status 2xx into an Outcome. If it raises
+      read: turns the bytes of a reply with HTTP status 2xx into an Outcome. If `read` raises
         ValueError, LookupError, TypeError or AttributeError, the outcome is a bad_reply.
     """
 
@@ -158,7 +158,9 @@ def check_server(server: Server, prefix: str = "server.") -> None:
     read_key(server, prefix)
     for name, least in (("timeout", 0.001), ("retries", 0), ("backoff", 0), ("concurrency", 1)):
         if not least <= getattr(server, name) < threading.TIMEOUT_MAX:
-            raise ValueError(f"{prefix}{name} is {getattr(server, name)}: at least {least}")
+            raise ValueError(
+                f"{prefix}{name} is {getattr(server, name)}: it must be at least {least}"
+            )
     if server.cache:
         workdir.check_writable(pathlib.Path(server.cache), f"{prefix}cache")
 
@@ -316,8 +318,8 @@ def run_concurrently(
 ) -> Generator[tuple[Name, Result], None, None]:
     """Runs `work` on the items in threads; yields (name, work(item, stop)) as each item finishes.
 
-    The caller must close the iterator (contextlib.closing). If it is closed early, no further item
-    starts. `stop` is then set, so that `send_call` ends the requests in flight.
+    The caller must close the iterator (contextlib.closing). If the iterator is closed early, no
+    further item starts. `stop` is then set, so that `send_call` ends the requests in flight.
 
     Args:
       concurrency: maximum number of items in flight.

@@ -2,9 +2,9 @@
 
 The formats follow the servers' documentation and source code as of 2026:
   vllm: POST /v1/completions, where `prompt` is a list of ids. With `return_token_ids` (vLLM 0.10.2
-    or later), the reply has the drawn ids as numbers. With `return_tokens_as_token_ids`, it has
-    them as strings such as "token_id:7". Every request sets both options, and if a reply has both
-    forms, they must agree. Use `vllm` for any other server that accepts these requests.
+    or later), the reply has the drawn ids as numbers. With `return_tokens_as_token_ids`, the reply
+    has the ids as strings such as "token_id:7". Every request sets both options. If a reply has
+    both forms, they must agree. Use `vllm` for any other server that accepts these requests.
   sglang: POST /generate with `input_ids`. The reply has pairs of log-probability and id.
 
 In addresses, {base} is the server's URL with its /v1, and {root} is the URL without /v1.
@@ -31,8 +31,8 @@ class Dialect(NamedTuple):
     Attributes:
       generate: address for completions.
       body: maps (model, adapter or "", text to draw) to the body of the request.
-      read: maps (parsed reply, text to draw) to the completion. It raises ValueError with the end
-        of a sentence that begins with, for example, "the completion of row 3".
+      read: maps (parsed reply, text to draw) to the completion. `read` raises ValueError with the
+        end of a sentence that begins with, for example, "the completion of row 3".
       coldest: the lowest temperature above 0 that the server does not change.
       adapters: address to which /load_lora_adapter and /unload_lora_adapter are appended.
       swap: maps a model's folder to (address, body) of the calls that load it, in order.

@@ -1,23 +1,23 @@
 """The sampler's interface on top of a server that completes token ids.
 
-Requests and replies contain token ids; their text is not used. Each prompt is sent as one request,
-with a seed that is derived from its key. With a deterministic server, the same keys give the same
-texts. SGLang is deterministic with --enable-deterministic-inference, and vLLM in its
+Requests and replies contain token ids; the text of tokens is not used. Each prompt is sent as one
+request, with a seed that is derived from its key. With a deterministic server, the same keys give
+the same texts. SGLang is deterministic with --enable-deterministic-inference, and vLLM in its
 batch-invariant mode. On other servers, rounding depends on the batch, so a text may depend on the
-other texts of its batch. A stopped run then does not continue bit for bit. `sampler.loop` does not
-have this limit.
+other texts of its batch. With such a server, a stopped run does not continue bit for bit.
+`sampler.loop` does not have this limit.
 
 The server determines the distribution to which its log-probabilities refer. Replies do not say
 which distribution it is, so it is a setting:
-  raw: the model's distribution at temperature 1. It is vLLM's default, and SGLang's with
-    SGLANG_RETURN_ORIGINAL_LOGPROB.
+  raw: the model's distribution at temperature 1. This is the default of vLLM. SGLang does the same
+    with SGLANG_RETURN_ORIGINAL_LOGPROB.
   tempered: the distribution at the sampling temperature, not truncated (SGLang's default).
   processed: the tempered distribution, truncated by top-k, top-p and min-p (vLLM with
     --logprobs-mode processed_logprobs).
 A Completion has NaN for log-probabilities that do not follow from the server's numbers (see
 `reports_log_probs`). The trainer computes its own log-probabilities. If several of top-k, top-p and
-min-p are on, a server may apply them in another order than `truncation`. It then draws from another
-truncated distribution.
+min-p are on, a server may apply them in another order than `truncation`. The server then draws from
+another truncated distribution.
 
 Each run needs its own server, because `hand_over` changes the server's weights.
 """
@@ -118,7 +118,7 @@ def generate(
 
 
 def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
-    """Returns (whether logps, whether logps_truncated) follow from a server's log-probabilities.
+    """Returns whether logps, and whether logps_truncated, follow from a server's numbers.
 
     For greedy rows, servers report log-probabilities at temperature 1, and the truncated
     distribution puts all mass on the drawn token. Without top-k, top-p and min-p, the tempered and
@@ -137,10 +137,10 @@ def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, 
 
 
 def _check_texts(server: EngineServer, texts: Sequence[request.Text]) -> None:
-    """Checks that the server would neither cut a text nor change its temperature."""
+    """Checks that the server can draw each text in full length and at its temperature."""
     longest, coldest = server.max_model_len, dialects.DIALECTS[server.dialect].coldest
     if longest:
-        room = f"{server.api.url} holds {longest} (sampler.max_model_len)"
+        room = f"{server.api.url} allows at most {longest} (sampler.max_model_len)"
         request.check_lengths(texts, longest, room)
     for degree in {text.sampling.temperature for text in texts}:
         if 0 < degree < coldest:
@@ -270,7 +270,7 @@ def check_server(server: EngineServer) -> None:
         if (value := getattr(server, name)) not in choices:
             raise ValueError(f"sampler.{name} is {value!r}: the choices are {', '.join(choices)}")
     if server.max_model_len is not None and server.max_model_len < 2:
-        raise ValueError(f"sampler.max_model_len is {server.max_model_len}: at least 2")
+        raise ValueError(f"sampler.max_model_len is {server.max_model_len}: it must be at least 2")
 
 
 def connect(server: EngineServer) -> EngineServer:
@@ -288,7 +288,7 @@ def connect(server: EngineServer) -> EngineServer:
         raise ValueError(f"sampler.model is {api.model!r}: {api.url} serves {names}")
     asked, length = server.max_model_len, served[api.model]
     if asked and length and asked > length:
-        raise ValueError(f"sampler.max_model_len is {asked}: {api.url} holds {length}")
+        raise ValueError(f"sampler.max_model_len is {asked}: {api.url} allows at most {length}")
     return dataclasses.replace(server, max_model_len=asked or length)
 
 
@@ -310,14 +310,15 @@ def list_models(server: EngineServer) -> dict[str, int | None]:
 def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
     """Loads a folder of weights on the server; returns the server with the new adapter name.
 
-    An adapter is named by a hash of its contents, because servers cache keys and values of prompts
-    by the adapter's name. New weights under an old name would be used with outdated cache entries.
-    With such a name, an interrupted call can also be repeated. The previous adapter is unloaded.
+    An adapter's name is a hash of its contents, because servers cache keys and values of prompts
+    under the adapter's name. New weights with an old name would be used with outdated cache
+    entries. The hash also makes it safe to repeat an interrupted call. The previous adapter is
+    unloaded.
 
     Args:
       server: the server with the previous weights.
       folder: an adapter in PEFT's layout (adapter_config.json), or a complete model in Hugging
-        Face's layout (config.json). The server must be able to read it under the same path.
+        Face's layout (config.json). The server must be able to read the folder under this path.
 
     Raises:
       ValueError: the folder has neither adapter_config.json nor config.json.

@@ -1,8 +1,8 @@
 """Reader of GGUF files: the model's config, and tensors under their Hugging Face names.
 
-A file is little endian. It has a magic number, the version and counts, then metadata as key, type
-and value, then a list of tensors, then the aligned encoded values. The `gguf` package decodes the
-values to float32. One tensor at a time is read from a memory map.
+A file is little endian. A file has a magic number, the version and counts, then metadata as key,
+type and value, then a list of tensors, then the aligned encoded values. The `gguf` package decodes
+the values to float32. One tensor at a time is read from a memory map.
 
 In `llama` files, llama.cpp interleaves the rotary halves of q and k, so this module restores the
 row order of Hugging Face. Files of `qwen2` and `qwen3` keep the original order.
@@ -23,8 +23,8 @@ from copsd_jax.model import transformer
 from copsd_jax.weights import names, tensor_files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# The tests compare the decoding of the first line's types with a second decoder. The second line
-# has further block formats that the gguf package decodes.
+# Names of supported tensor types. For the types in the first line, the tests compare the decoded
+# values with a second decoder. The second line has other block formats of the gguf package.
 TENSOR_TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"),
     *("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
@@ -141,7 +141,7 @@ def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
             return _parse_header(data)
     except (ValueError, KeyError, struct.error) as error:
         raise ValueError(
-            f"{path} is not a whole GGUF file, it may be truncated ({size} bytes; {error})"
+            f"{path} is not a complete GGUF file; it may be truncated ({size} bytes; {error})"
         ) from error
 
 
@@ -150,13 +150,13 @@ def _get_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
         raise ValueError(f"{path} has no metadata {key}")
     value = fields[key]
     if not isinstance(value, int | float):
-        raise ValueError(f"{path}: {key} is {value!r}; one number for all layers is supported")
+        raise ValueError(f"{path}: {key} is {value!r}; only one number for all layers is supported")
     # A float32 becomes the decimal number that was meant: 1e-5, not 9.999999747378752e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
-    """Returns the architecture, after checking that it and the options are supported."""
+    """Returns the architecture; checks that the architecture and the options are supported."""
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -209,7 +209,7 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     head_dim = get("attention.key_length") if explicit else d_model // max(n_heads, 1)
     rotary = f"{arch}.rope.dimension_count"
     if rotary in fields and fields[rotary] != head_dim:
-        raise ValueError(f"{path}: {rotary} = {fields[rotary]} with heads of {head_dim}")
+        raise ValueError(f"{path}: {rotary} = {fields[rotary]}, but heads have size {head_dim}")
     theta = get("rope.freq_base") if f"{arch}.rope.freq_base" in fields else 10_000.0
     return transformer.ModelConfig(
         family=arch, vocab_size=shapes["token_embd.weight"][0], d_model=d_model,

@@ -106,8 +106,8 @@ def _abbreviate(tensors: set[str]) -> str:
 def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
     """Opens a model, and checks that it has exactly the tensors of the table.
 
-    Only file sizes and headers are read, which takes seconds. So one error is found only by
-    `load_params`: a model with tied embeddings may store a head that differs from its embeddings.
+    Only file sizes and headers are read, which takes seconds. Values are checked by `load_params`,
+    because a model with tied embeddings may also store a head that differs from its embeddings.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve`.
@@ -190,7 +190,7 @@ def _tensors_equal(one: tensor_files.Tensor, other: tensor_files.Tensor) -> bool
 def _read_leaf_part(
     found: Tensors, entries: list[tuple[str, LeafSlice]], dtype: np.dtype, part: tuple[slice, ...]
 ) -> np.ndarray:
-    """Reads the part of a leaf within the slices, from only those parts of its tensors."""
+    """Returns the part of a leaf that the slices select; reads only this part of the tensors."""
     name, entry = entries[0]
     if entry.layer is None:
         values = found[name].read(part)
@@ -224,7 +224,7 @@ def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
     expected = _leaf_shapes(config)
     if {path: leaf.shape for path, leaf in leaves.items()} != expected:
         wrong = sorted(set(leaves) ^ set(expected)) or "a shape"
-        raise ValueError(f"the parameters are not those of this config: {wrong}")
+        raise ValueError(f"the parameters do not match the config: {wrong}")
     fetch = functools.lru_cache(maxsize=1)(lambda path: np.asarray(leaves[path]))
 
     def read(entry: LeafSlice) -> np.ndarray:
@@ -269,7 +269,7 @@ def save(
     """
     dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if len(dtypes) != 1 or dtypes - set(tensor_files.DTYPES.values()):
-        raise ValueError(f"parameters of {sorted(map(str, dtypes))}; one float type is needed")
+        raise ValueError(f"parameters have {sorted(map(str, dtypes))}; one float type is needed")
     dtype = dtypes.pop()
     tensors = _export_tensors(params, config)
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -85,7 +85,7 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
 def _check_numbers(config: transformer.ModelConfig, path: pathlib.Path) -> None:
     """Checks the config's numbers; raises ValueError for sizes that no model has.
 
-    Damaged files can have such sizes. Without this check they would cause errors elsewhere.
+    Damaged files can have such sizes. Without this check, the error would be raised elsewhere.
     """
     c = dataclasses.asdict(config)
     for key in ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
@@ -96,8 +96,8 @@ def _check_numbers(config: transformer.ModelConfig, path: pathlib.Path) -> None:
             raise ValueError(f"{path}: the config's {key} is {c[key]!r}")
     if config.n_heads % config.n_kv_heads or config.head_dim % 2 or config.n_layers > 1000:
         raise ValueError(
-            f"{path}: the config's {config.n_layers} layers of {config.n_heads} heads and "
-            f"{config.n_kv_heads} key heads of size {config.head_dim} do not make a model"
+            f"{path}: the config has {config.n_layers} layers of {config.n_heads} heads and "
+            f"{config.n_kv_heads} key heads of size {config.head_dim}, which no model has"
         )
 
 

@@ -51,7 +51,7 @@ def resolve(
     if (name and local.is_dir()) or (local.is_file() and local.suffix == ".gguf"):
         return local
     if name and local.exists():
-        raise ValueError(f"{setting} is {name!r}: a file, but not a .gguf file or a directory")
+        raise ValueError(f"{setting} is {name!r}: it is neither a .gguf file nor a directory")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or name.endswith(".gguf"):
         raise FileNotFoundError(
             f"{setting} is {name!r}: there is no such directory or .gguf file, and it is neither a "
@@ -80,6 +80,6 @@ def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{setting} is {repo!r} (model.revision {revision!r}): no such local directory, and "
-            f"the hub at {huggingface_hub.constants.ENDPOINT} gives no such model: {reason}"
+            f"the hub at {huggingface_hub.constants.ENDPOINT} has no such model: {reason}"
         ) from error
     return pathlib.Path(folder)

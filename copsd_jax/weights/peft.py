@@ -44,7 +44,7 @@ def write(
     """
     if not adapter or set(adapter) - set(lora.TARGETS):
         choices = ", ".join(lora.TARGETS)
-        raise ValueError(f"an adapter on {list(adapter)}: the choices are {choices}")
+        raise ValueError(f"the adapter is on {list(adapter)}: the choices are {choices}")
     targets = [target for target in lora.TARGETS if target in adapter]
     rank = adapter[targets[0]]["a"].shape[-1]
     tensors = {}

@@ -1,8 +1,8 @@
 """Files in safetensors and JSON, and folders that get their name only when they are complete.
 
-The `safetensors` library reads files. It checks the header when a file is opened, and reads slices
-of a tensor without the rest. It returns bfloat16 arrays if ml_dtypes is imported. Files are written
-by this module, because the library's writer needs all tensors of a file in memory at once.
+The `safetensors` library checks the header when a file is opened, and can read slices of a tensor
+without the rest. The library returns bfloat16 arrays if ml_dtypes is imported. This module writes
+files itself, because the library's writer needs all tensors of a file in memory at once.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Tensor(NamedTuple):
     Attributes:
       shape: shape of the whole tensor.
       read: `read()` returns all values. `read(part)` returns the part given by one slice for each
-        axis, with start and stop inside the shape. It reads little else of the file.
+        axis, with start and stop inside the shape. Little more than the part is read from the file.
     """
 
     shape: tuple[int, ...]
@@ -83,7 +83,7 @@ def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     partial.mkdir()
     yield partial
     if target.exists():
-        target.rmdir()  # It is empty, as checked above.
+        target.rmdir()  # The target is empty, as checked above.
     os.rename(partial, target)
 
 

@@ -1,7 +1,7 @@
 """Tokenizers of Hugging Face folders and GGUF files, and their stop ids, valid ids and bytes.
 
-Only byte-level BPE is supported (Qwen, Llama 3, SmolLM2). Every token is then a sequence of bytes.
-So text can be decoded token by token, and stop strings can be searched in bytes.
+Only byte-level BPE is supported (Qwen, Llama 3, SmolLM2). In byte-level BPE, every token is a
+sequence of bytes. So text can be decoded token by token, and stop strings are found in the bytes.
 """
 
 import functools
@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from copsd_jax.weights import gguf_files, hf_config
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of a GGUF
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types in GGUF files
 
 
 def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
@@ -185,8 +185,8 @@ def list_token_bytes(tok: transformers.PreTrainedTokenizerFast) -> list[bytes]:
     """Lists the bytes of each id.
 
     The bytes of a special token are its text; a missing id has b"". A character may begin in one
-    token and end in the next, so the bytes of a text's tokens must be joined before decoding. Then
-    `.decode("utf-8", "replace")` gives the same text as the tokenizer's own decoding.
+    token and end in the next, so the bytes of a text's tokens must be joined before decoding.
+    Decoding the joined bytes with "utf-8" and "replace" gives the same text as the tokenizer.
 
     Raises:
       ValueError: if the tokenizer is not a byte-level BPE.
