@@ -2,8 +2,9 @@
 
     python benchmarks/compile_all.py > benchmarks/results/compile_all.txt
 
-The script prints the report of each command, its exit code and its time in seconds. It needs libtpu
-and JAX's CUDA plugin, which `make compile-all` installs. For the GPU it also needs ptxas on PATH.
+The script prints the report of each command, its exit code and its time in seconds. The dry runs
+need libtpu and JAX's CUDA plugin, which `make compile-all` installs. For the GPU, ptxas must be on
+PATH.
 """
 
 import subprocess

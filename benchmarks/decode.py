@@ -5,7 +5,7 @@
 The work is 64 prompts with 4 samples each. Each text has its own limit, drawn from a long-tailed
 distribution (lognormal, sigma 1.2, clipped). No token ends a text, so every text has exactly as
 many tokens as its limit. All systems use the same weights, prompts, limits and order, and sample at
-temperature 1. They are warmed up before they are timed, and `seconds` does not include
+temperature 1. All systems are warmed up before they are timed, and `seconds` does not include
 `compile_seconds`. The script prints one line of JSON for each system:
 
   ours         our engine with slots: when the text of a slot ends, the slot gets the next text
@@ -35,8 +35,8 @@ ratio of the least possible time to the time taken. The least possible time is n
 weights once per step at full occupancy, and each text's live cache once per token.
 
 --context=N adds a line `step` with decode steps of all slots, at contexts of N/2 to 3N/2 tokens.
-They are compared with the time to read the weights and the live cache. It also adds a line
-`step_stacked`, where the layers are always scanned. (On one CPU device, a run reads the layers
+Their time is compared with the time to read the weights and the live cache. --context also adds a
+line `step_stacked`, where the layers are always scanned. (On one CPU device, a run reads the layers
 separately.)
 """
 
@@ -130,7 +130,7 @@ def cut(count: int, slots: int, pieces: int) -> list[list[Batch]]:
     if slots < 1 or count % slots:
         raise ValueError(f"--slots={slots} must divide the {count} texts (--prompts x --samples)")
     if not 1 <= pieces <= count // slots:
-        raise ValueError(f"--pieces={pieces}: there are {count // slots} batches to share out")
+        raise ValueError(f"--pieces={pieces}: there are only {count // slots} batches to divide")
     parts = np.array_split(np.arange(count).reshape(-1, slots), pieces)
     return [part.tolist() for part in parts]
 

@@ -4,8 +4,8 @@
     python benchmarks/decode_compiled.py cuda
 
 For each dtype of the cache, the script prints one JSON line with the memory of each program on a
-device. It also has the bytes that a decode step reads at a mean context, and compares them with the
-least number of bytes: weights and live cache, each once. The script needs libtpu, or
+device. The line also has the bytes that a decode step reads at a mean context, and compares them
+with the least number of bytes (weights and live cache, each read once). The script needs libtpu, or
 jax-cuda13-plugin and ptxas (extra `compile`).
 """
 

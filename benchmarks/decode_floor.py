@@ -20,8 +20,8 @@ def needed_bytes(
     """Returns the least number of bytes that decoding must read.
 
     The weights are read once per step with all slots, and the live cache entries once per token.
-    For example, a text has a prompt of 3 tokens and a limit of 3. Its first token is drawn from the
-    prefill. The next two attend to 3 + 1 and 3 + 2 entries. So the text needs 9 entries, and
+    For example, a text has a prompt of 3 tokens and a limit of 3. The first token is drawn from the
+    prefill. The next two tokens attend to 3 + 1 and 3 + 2 entries. So the text needs 9 entries, and
     2 / slots of the weights.
 
     Args:
@@ -46,7 +46,7 @@ def weight_bytes(config: transformer.ModelConfig, params: Any) -> int:
 
 
 def entry_bytes(config: transformer.ModelConfig, dtype: Any) -> int:
-    """Returns the bytes of one token's keys and values in all layers, with int8 scales."""
+    """Returns the bytes of one token's keys and values in all layers, including int8 scales."""
     head = config.head_dim * jnp.dtype(dtype).itemsize + (4 if jnp.dtype(dtype) == jnp.int8 else 0)
     return 2 * config.n_layers * config.n_kv_heads * head
 

@@ -2,8 +2,8 @@
 
     python benchmarks/decode_torch.py work.json
 
-It prints a line of JSON when it is warm. Then it reads numbers of pieces from standard input, and
-prints a line for each.
+The script prints a line of JSON when the model is warm. Then it reads numbers of pieces from
+standard input, and prints a line for each piece.
 """
 
 import json

@@ -8,7 +8,7 @@ when it is warm. Then it reads numbers of pieces from standard input, and prints
 This script changes tunix in three ways, so that only the sampling is compared:
   - The models of tunix 0.1.7 always use a RoPE base of 1e6. Here they use the base of their config.
   - tunix's sampler compiles a program for each number of new tokens. Here all batches share one
-    program, with a buffer for the longest limit. It stops at the longest limit of the batch.
+    program, with a buffer for the longest limit. Sampling stops at the longest limit of the batch.
   - Prompts are given as ids, and texts are not decoded.
 """
 

@@ -4,10 +4,10 @@
     python benchmarks/step.py --shape=tiny --mesh=1,8,1 --devices=8 --systems=ours
     python benchmarks/step.py --systems=ours --profile=DIR
 
-A step samples a completion of fixed length for each prompt, at temperature 1; no id ends it. It
-scores the completion under the student and under the teacher. The teacher has the initial weights,
-and the reference solution in its prompt. The step then computes the divergence over the whole
-vocabulary, and updates the adapters with AdamW.
+A step samples a completion of fixed length for each prompt, at temperature 1; no id ends a
+completion. The step scores the completion under the student and under the teacher. The teacher has
+the initial weights, and the reference solution in its prompt. The step then computes the divergence
+over the whole vocabulary, and updates the adapters with AdamW.
 
   ours    `methods.distill.make_batch` and the compiled step of a run (step_ours.py)
   torch   transformers' `generate` and model, torch's autograd and AdamW (step_torch.py)
@@ -24,19 +24,20 @@ not timed. The script prints one line of JSON for each system, and a line `compa
                    backward), loss (from hidden states to their gradient) and update. `ours` has
                    contexts and hand_over, and one program `training` that does all four.
   programs         for `ours`, the least seconds of these four parts, compiled as separate programs
-  peak_bytes       peak of resident memory, including compilation and worker processes. It is the
-                   sum of the peaks of all processes.
+  peak_bytes       peak of resident memory, including compilation and worker processes: the sum of
+                   the peaks of all processes
   loaded_bytes     resident memory before the first step
   mfu              FLOP that the step needs / seconds / FLOP/s of the device
 
-MFU is defined as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). It counts the FLOP
-of the model's matrix products, but not padding or recomputation:
+MFU is defined as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). MFU counts the FLOP
+of the model's matrix products, without padding and recomputation:
   projections  N weights cost 2N FLOP per token forward. With LoRA they cost 2N backward, because
                frozen weights have no gradient.
   adapters     2 FLOP per weight and token forward, and 4 backward
   attention    4 H FLOP forward for each head and each pair of positions that may see each other,
                and twice as many backward
   head         2 D V FLOP for a drawn token, and 3 times as many for a scored token
+
 For a CPU, the FLOP/s are measured with products of 2048 x 2048 matrices in the same run; the faster
 system counts. For other devices they are the maker's numbers for bfloat16.
 

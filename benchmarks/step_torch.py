@@ -2,9 +2,9 @@
 
     python benchmarks/step_torch.py work.json
 
-It prints a line of JSON when the model is loaded. Each line of standard input has the completions
-to train on as JSON, or null to train on its own samples. For each, it runs a step and prints a
-line.
+The script prints a line of JSON when the model is loaded. Then it runs a step for each line of
+standard input, and prints a line. An input line has the completions to train on as JSON, or null to
+train on the completions that the step samples.
 
 The code follows common practice. LoRA is applied beside frozen linear layers, and merged into them
 while `generate` runs with its cache. Attention is scaled dot product attention. The teacher runs

@@ -2,14 +2,14 @@
 
     python benchmarks/tune_loss.py --width=2048 --vocabulary=151936 [--head] [--dtype=float32]
 
-The search starts from the sizes chosen by `losses/pallas/block_sizes.py`. It changes one size at a
-time, as long as the time falls and a block's temporaries stay below --memory bytes. It is done
-twice: with one head for student and teacher, and with two heads. The script prints a line of JSON
-for each candidate. For each search it also prints the best sizes and those of the rule.
+The search starts from the sizes chosen by `losses/pallas/block_sizes.py`. One size at a time is
+changed, as long as the time falls and a block's temporaries stay below --memory bytes. The search
+is done with one head for student and teacher, and again with two heads. The script prints a line of
+JSON for each candidate. For each search, it also prints the best sizes and the initial sizes.
 
---width is the width of the model. On a TPU, the kernels pad it; the padded width is measured and
-printed. --vocabulary is the size of one device's part of the head. It is smaller than the model's
-vocabulary if the mesh axis tensor splits the head.
+--width is the width of the model. On a TPU, the kernels pad the width; the padded width is measured
+and printed. --vocabulary is the number of rows of the head on one device. This number is smaller
+than the model's vocabulary if the mesh axis `tensor` splits the head.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python tools/build_tfds.py SOURCE NAME DATA_DIR [--fields=problem=question,answer=final]
 
-To read it, set TFDS_DATA_DIR to DATA_DIR in the environment, and use
+To read the data set, set TFDS_DATA_DIR to DATA_DIR in the environment, and use
 `--config.data.path=tfds:NAME/train`.
 """
 

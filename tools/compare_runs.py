@@ -11,7 +11,8 @@ work directories below OUT.
   - the record of every completion: prompt, token ids, values of each token;
   - the scores and answers of every evaluation;
   - the arrays of the last checkpoint.
-It exits with 1 if anything differs. Run both trees on the same machine, because other processors
+
+The exit code is 1 if anything differs. Run both trees on the same machine, because other processors
 round differently.
 """
 

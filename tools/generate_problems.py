@@ -133,7 +133,7 @@ def numbers(kind: str, draw: Draw) -> tuple[int, ...]:
 
 
 def apply(operation: str, a: int, b: int) -> int:
-    """Applies one operation to whole numbers; divisions are exact, as the numbers are drawn so."""
+    """Applies one operation to whole numbers; a division must have no remainder."""
     if operation == "divide":
         return a // b
     return {"add": a + b, "subtract": a - b, "multiply": a * b}[operation]
