@@ -3,8 +3,8 @@
     python tools/make_tiny_tokenizer.py ../shared/tokenizers/qwen3/tokenizer_config.json OUT_DIR
 
 Vocabulary and merges are trained on the text below. The text has sentences in several languages,
-which are filled with numbers and names. So common words of word problems become single tokens, and other
-scripts are still split into several byte pieces. The names of the special tokens and the chat
+which are filled with numbers and names. So common words of word problems become single tokens, and
+other scripts are still split into several byte pieces. The names of the special tokens and the chat
 template are Qwen3's (Apache-2.0; see the file NOTICE in the result). The same text always gives the
 same files.
 """
