@@ -1,16 +1,18 @@
-"""Dry runs of large models for the devices that they are meant for, which need not be present.
+"""Dry runs of large models on TPU and GPU meshes; the devices need not be present.
 
     python benchmarks/compile_all.py > benchmarks/results/compile_all.txt
 
-This prints the report of each command, its exit code and its seconds. `make compile-all` installs
-libtpu and jax's CUDA plugin for it; for the GPU it also needs ptxas on PATH.
+The script prints the report of each command, its exit code and its time in seconds. The dry runs
+need libtpu and JAX's CUDA plugin, which `make compile-all` installs. For the GPU, ptxas must be on
+PATH.
 """
 
 import subprocess
 import sys
 import time
 
-# Caps that texts of mathematical problems keep. The presets have no evaluation; this adds one.
+# Maximum lengths that suffice for mathematical problems. The presets have no evaluation, so these
+# settings add one.
 CAPS = (
     "--config.prompt.max_tokens=1024 --config.teacher.max_tokens=2048 "
     "--config.rollout.max_tokens=1024 --config.sampler.pack=1024 --config.eval.path=any "
@@ -29,13 +31,13 @@ RUNS = [
     (LARGE, "2*v5e:16x16", "--config.mesh.data=2 --config.mesh.fsdp=32 --config.mesh.tensor=8 "
      "--config.train.batch=64 --config.train.micro_batch=64"),
     (SMALL, "cuda:h200:1x1", "--config.train.micro_batch=4"),
-    # This one cannot fit.
+    # This run does not fit the devices.
     (LARGE, "v5e:2x2", "--config.train.trainable=full"),
 ]  # fmt: skip
 
 
 def main() -> int:
-    """Runs all commands; returns 0 if all but the last fit, and the last does not."""
+    """Runs all commands; returns 0 if exactly the last run does not fit, else 1."""
     begun, codes = time.time(), []
     for card, target, settings in RUNS:
         arguments = [f"--config={card}", f"--dry_run={target}", *CAPS.split(), *settings.split()]

@@ -1,37 +1,43 @@
-"""Ragged sampling: slots with refills against fixed batches, transformers' generate and tunix.
+"""Sampling of texts of mixed lengths: slots with refills, fixed batches, transformers and tunix.
 
     python benchmarks/decode.py [--shape=smollm2_135m] [--pieces=4] [--floor] [--tunix=DIR]
 
-64 prompts x 4 samples, each text with a limit of its own from a long-tailed law (lognormal, sigma
-1.2, clipped) and no end of text, so that every text has exactly its limit. All systems have the
-same weights, prompts, limits and order, sample at temperature 1, and are warmed up before they are
-timed: `compile_seconds` is not in `seconds`. One line of JSON each, in one run:
+The work is 64 prompts with 4 samples each. Each text has its own limit, drawn from a long-tailed
+distribution (lognormal, sigma 1.2, clipped). No token ends a text, so every text has exactly as
+many tokens as its limit. All systems use the same weights, prompts, limits and order, and sample at
+temperature 1. All systems are warmed up before they are timed, and `seconds` does not include
+`compile_seconds`. The script prints one line of JSON for each system:
 
-  ours         the slots: a slot whose text ends gets the next one
-  fixed        our engine, called once for each batch of `slots` texts: a batch runs until its
-               longest text ends, over a cache as long as that text needs
+  ours         our engine with slots: when the text of a slot ends, the slot gets the next text
+  fixed        our engine, called once for each batch of `slots` texts. A batch runs until its
+               longest text ends, and its cache is as long as this text needs.
   fixed_dense  fixed, with attention over the whole capacity of the cache
-  torch        transformers' `generate`: the same batches, padded on the left, max_new_tokens of a
-               batch the longest limit in it
-  tunix        tunix's sampler in an environment of its own (benchmarks/tunix_env.sh): the same
-               batches, one cache for the longest prompt and limit of all, as its trainers have it
+  torch        transformers' `generate` with the same batches, padded on the left. max_new_tokens is
+               the longest limit of the batch.
+  tunix        tunix's sampler in a separate environment (benchmarks/tunix_env.sh) with the same
+               batches. As in tunix's trainers, one cache fits the longest prompt and limit.
 
-Only tokens within a text's own limit count: what a batch draws for a row beyond it is waste.
-`steps` are the draws that the order of work needs, `occupancy` the share of slots that draw a token
-of use (of ours: while texts wait), `occupancy_to_the_end` that over all steps. `prompt_tokens` ran
-through the model, padding included.
-`logp_difference` is the largest difference to our forward's log-probabilities of the first prompt.
+Only tokens within a text's own limit are counted; other tokens that a batch draws are wasted.
 
-With --pieces=N the systems take turns over N consecutive pieces of the work, so that what else the
-machine does falls on all of them. Ours then drains its slots N times: `drain` is how many more
-steps that takes than one queue, as a share.
+  steps                 decode steps that the order of the texts needs
+  occupancy             share of slots that draw a counted token; for `ours` while texts wait
+  occupancy_to_the_end  the same share over all steps
+  prompt_tokens         tokens of prompts that ran through the model, including padding
+  logp_difference       largest difference from our log-probabilities of the first prompt
 
---floor measures the bandwidth by a product of a vector and a matrix as large as the weights, in the
-same run (--bandwidth gives it in GB/s). `floor_fraction` is then the time in which the weights of
-steps at full occupancy, and each text's live cache, can be read once, as a share of the time taken.
---context=N adds a line `step`: decode steps of all slots alone, at contexts of N/2 to 3N/2 tokens,
-against weights and live cache over the bandwidth; and `step_stacked`, with the layers scanned also
-where a run reads each by itself (one CPU device).
+With --pieces=N the work is divided into N consecutive pieces, and the systems take turns piece by
+piece. So other load on the machine affects all systems alike. `ours` must then drain its slots N
+times; `drain` is the share of additional steps compared with a single queue.
+
+--floor measures the memory bandwidth in the same run, by the product of a vector and a matrix as
+large as the weights. --bandwidth gives the bandwidth in GB/s instead. `floor_fraction` is then the
+ratio of the least possible time to the time taken. The least possible time is needed to read the
+weights once per step at full occupancy, and each text's live cache once per token.
+
+--context=N adds a line `step` with decode steps of all slots, at contexts of N/2 to 3N/2 tokens.
+Their time is compared with the time to read the weights and the live cache. --context also adds a
+line `step_stacked`, where the layers are always scanned. (On one CPU device, a run reads the layers
+separately.)
 """
 
 import argparse
@@ -67,39 +73,39 @@ from copsd_jax.weights import hf, hf_config, hub, tokenizer
 HERE = pathlib.Path(__file__).parent
 SIGMA = 1.2
 SYSTEMS = ("ours", "fixed", "fixed_dense", "torch", "tunix")
-FILES = {"smollm2_135m": hub.SMOLLM2}  # shapes whose weights are at hand; others are random
-WARM_LIMIT = 4  # tokens of a text of the warm-up
+FILES = {"smollm2_135m": hub.SMOLLM2}  # shapes with trained weights; other shapes have random ones
+WARM_LIMIT = 4  # tokens of a text in the warm-up
 
-Batch = list[int]  # texts, by their index
+Batch = list[int]  # indices of texts
 
 
 class Model(NamedTuple):
     decoder: transformer.Decoder
     params: Any
-    source: pathlib.Path  # of the tokenizer, and of the weights where they are not random
+    source: pathlib.Path  # path of the tokenizer, and of the weights if they are not random
     tokenizer: Any
     random: bool
 
 
 class Work(NamedTuple):
-    prompts: list[tuple[int, ...]]  # of each text
+    prompts: list[tuple[int, ...]]  # the prompt of each text
     limits: list[int]
     pieces: list[list[Batch]]
 
 
 class Measured(NamedTuple):
-    """What a piece took."""
+    """Measurements of one piece."""
 
     seconds: float
     prompt_tokens: int
-    occupancy: float | None = None  # while texts waited; None where none did
+    occupancy: float | None = None  # while texts waited; None if no text waited
 
 
 class Runner(NamedTuple):
     """A system that is warmed up."""
 
-    piece: Callable[[int], Measured]
-    known: dict  # for its line
+    piece: Callable[[int], Measured]  # runs the piece of this number
+    known: dict  # fields of the system's line that are known before the first piece
     close: Callable[[], None]
 
 
@@ -107,23 +113,24 @@ class Runner(NamedTuple):
 
 
 def draw_limits(count: int, median: float, maximum: int, seed: int) -> list[int]:
-    """Tokens of each text: lognormal around the median, from 1 to `maximum`."""
+    """Draws the number of tokens of each text: lognormal, clipped to 1 to `maximum`."""
     normal = np.random.default_rng(seed).standard_normal(count)
     return np.clip(np.rint(median * np.exp(SIGMA * normal)), 1, maximum).astype(int).tolist()
 
 
 def cut(count: int, slots: int, pieces: int) -> list[list[Batch]]:
-    """Consecutive batches of `slots` texts, in `pieces` of as many batches, or one fewer.
+    """Divides texts into consecutive batches of `slots` texts, and the batches into pieces.
 
-    6 texts, 2 slots, 2 pieces -> [[0, 1], [2, 3]], [[4, 5]].
+    The numbers of batches in two pieces differ by at most one. For example, 6 texts, 2 slots and
+    2 pieces give [[0, 1], [2, 3]], [[4, 5]].
 
     Raises:
-      ValueError: for a batch that would not be full, or a piece without any.
+      ValueError: if a batch would not be full, or a piece would have no batch.
     """
     if slots < 1 or count % slots:
         raise ValueError(f"--slots={slots} must divide the {count} texts (--prompts x --samples)")
     if not 1 <= pieces <= count // slots:
-        raise ValueError(f"--pieces={pieces}: there are {count // slots} batches to share out")
+        raise ValueError(f"--pieces={pieces}: there are only {count // slots} batches to divide")
     parts = np.array_split(np.arange(count).reshape(-1, slots), pieces)
     return [part.tolist() for part in parts]
 
@@ -133,9 +140,9 @@ def flat(lists: Sequence[list]) -> list:
 
 
 def refilled_steps(limits: Sequence[int], slots: int) -> int:
-    """Draws until slots that are refilled in order have all texts.
+    """Counts the decode steps until all texts have ended, if slots are refilled in order.
 
-    Limits 5, 2, 3 with 2 slots -> max(5, 2 + 3) = 5.
+    For example, limits 5, 2, 3 with 2 slots need max(5, 2 + 3) = 5 steps.
     """
     busy = [0] * slots
     for limit in limits:
@@ -144,12 +151,15 @@ def refilled_steps(limits: Sequence[int], slots: int) -> int:
 
 
 def batch_steps(limits: Sequence[int], batches: Sequence[Batch]) -> int:
-    """Draws of batches that run until their longest text ends: 5, 2 | 3, 3 -> 5 + 3."""
+    """Counts the decode steps of batches that run until their longest text ends.
+
+    For example, limits 5, 2 in one batch and 3, 3 in the next need 5 + 3 steps.
+    """
     return sum(max(limits[i] for i in batch) for batch in batches)
 
 
 def make_work(args: argparse.Namespace, m: Model) -> Work:
-    """Samples of a prompt stand together; each has a limit of its own."""
+    """Builds the work: samples of a prompt are consecutive, and each sample has its own limit."""
     rng = np.random.default_rng(args.seed + 1)
     if m.random:
         sizes = rng.integers(args.prompt_tokens // 2, args.prompt_tokens * 3 // 2, args.prompts)
@@ -174,7 +184,7 @@ def _chat(tok: Any, text: str) -> tuple[int, ...]:
 
 
 def load(args: argparse.Namespace) -> Model:
-    """The weights at hand, or random ones with the package's own tokenizer beside them."""
+    """Loads trained weights, or makes random weights with the package's own tokenizer."""
     file = FILES.get(args.shape)
     source = hub.resolve(file or hub.TINY, setting="--shape")
     config, dtype, tok = (
@@ -215,7 +225,7 @@ def _keys(args: argparse.Namespace, texts: Sequence[int]) -> np.ndarray:
 def _warm(
     args, m: Model, work: Work, texts: list[int], settings: request.SamplerSettings, sampling
 ) -> None:
-    """Compiles all that a call with these settings needs, and runs a little of it."""
+    """Compiles all programs that a call with these settings needs, and samples a few tokens."""
     prompts, keys_n2 = [work.prompts[i] for i in texts], _keys(args, texts)
     job = request.prepare_inputs(
         m.decoder, policy_lib.Policy(m.params), prompts, [sampling] * len(texts), keys_n2=keys_n2,
@@ -230,7 +240,7 @@ def _warm(
 
 
 def engine_runner(args: argparse.Namespace, m: Model, work: Work, refill: bool) -> Runner:
-    """Calls of `loop.generate`: one for each piece, or one for each batch."""
+    """Returns a runner that calls `loop.generate` once per piece, or once per batch."""
     begun, sampling = time.perf_counter(), request.Sampling(max_tokens=WARM_LIMIT)
     everything = list(range(len(work.limits)))
     calls = [[flat(piece)] if refill else piece for piece in work.pieces]
@@ -263,7 +273,7 @@ def engine_runner(args: argparse.Namespace, m: Model, work: Work, refill: bool) 
 
 
 def our_log_probs(m: Model, prompt: Sequence[int]) -> list[float]:
-    """Log-probability of each token of a prompt but the first, float32, by one forward."""
+    """Returns the log-probability of each token of a prompt except the first, from one forward."""
     tokens_1L = jnp.asarray([list(prompt)], jnp.int32)
     positions_1L = jnp.arange(len(prompt), dtype=jnp.int32)[None]
 
@@ -280,11 +290,11 @@ def our_log_probs(m: Model, prompt: Sequence[int]) -> list[float]:
     return np.asarray(forward(m.params)).tolist()
 
 
-# --- others, each in a process of its own -------------------------------------------------------
+# --- other systems, each in a separate process --------------------------------------------------
 
 
 def write_work(folder: pathlib.Path, args: argparse.Namespace, m: Model, work: Work) -> None:
-    """The weights as a Hugging Face folder, and all that the other systems have to know."""
+    """Writes the weights as a Hugging Face folder, and work.json for the other systems."""
     hf.save(
         folder / "weights", m.params, m.decoder.config, source_path=m.source, tokenizer=m.tokenizer
     )
@@ -297,10 +307,10 @@ def write_work(folder: pathlib.Path, args: argparse.Namespace, m: Model, work: W
 
 
 def process_runner(command: list[str], folder: pathlib.Path) -> Runner:
-    """A process that says a line of JSON when it is warm, and one for each piece it is told.
+    """Starts a process that prints a line of JSON when it is warm, and one for each piece.
 
     Raises:
-      RuntimeError: with the end of what it said, if it ended before.
+      RuntimeError: if the process ends early; the message has the end of its error output.
     """
     with open(folder / "errors.txt", "w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
@@ -326,19 +336,19 @@ def process_runner(command: list[str], folder: pathlib.Path) -> Runner:
 
 
 def missing(system: str, args: argparse.Namespace) -> str | None:
-    """Why a system cannot be measured here, and what would make it possible."""
+    """Returns why a system cannot be measured and how to change that, or None if it can."""
     if system == "torch" and importlib.util.find_spec("torch") is None:
         return "torch is not installed: pip install torch"
     if system == "tunix" and not (args.tunix and (args.tunix / "bin" / "python").exists()):
         return (
-            "tunix needs an environment of its own: sh benchmarks/tunix_env.sh DIR, then "
-            f"--tunix=DIR (it is {str(args.tunix) if args.tunix else ''!r})"
+            "tunix needs its own environment: run sh benchmarks/tunix_env.sh DIR, then use "
+            f"--tunix=DIR (now it is {str(args.tunix) if args.tunix else ''!r})"
         )
     return None
 
 
 def make(system: str, args, m: Model, work: Work, folder: pathlib.Path) -> Runner:
-    """A warm system."""
+    """Returns the runner of a system, warmed up."""
     if system in ("torch", "tunix"):
         python = sys.executable if system == "torch" else str(args.tunix / "bin" / "python")
         return process_runner([python, str(HERE / f"decode_{system}.py")], folder)
@@ -353,7 +363,7 @@ def make(system: str, args, m: Model, work: Work, folder: pathlib.Path) -> Runne
 def system_line(
     system: str, work: Work, slots: int, parts: Sequence[Measured], floor_seconds: float | None
 ) -> dict:
-    """What the pieces of one system come to."""
+    """Returns the line of one system, from the measurements of its pieces."""
     seconds, tokens = sum(part.seconds for part in parts), sum(work.limits)
     if system == "ours":
         queues = [[work.limits[i] for i in flat(piece)] for piece in work.pieces]
@@ -380,7 +390,7 @@ def cpus() -> int:
 
 
 def common_line(args: argparse.Namespace, work: Work, bandwidth: float | None) -> dict:
-    """What holds for all systems of a run."""
+    """Returns the fields that all lines of a run share."""
     names = ("jax", "jaxlib", "flax")
     return {
         "command": " ".join(["python", *sys.argv]), "shape": args.shape, "dtype": args.dtype,
@@ -392,7 +402,7 @@ def common_line(args: argparse.Namespace, work: Work, bandwidth: float | None) -
 
 
 def measure(args: argparse.Namespace, m: Model, work: Work, floor_seconds: float | None):
-    """Yields a line for each system; they take turns where there are several pieces."""
+    """Yields a line for each system; with several pieces, the systems take turns."""
     named = [name for name in args.systems if missing(name, args) is None]
     for name in [name for name in args.systems if name not in named]:
         yield {"system": name, "skipped": missing(name, args)}
@@ -403,7 +413,7 @@ def measure(args: argparse.Namespace, m: Model, work: Work, floor_seconds: float
             runners: dict[str, Runner] = {}
             parts: dict[str, list[Measured]] = {name: [] for name in group}
             failed: dict[str, str] = {}
-            for number in [-1, *range(args.pieces)]:  # -1: the warm-up
+            for number in [-1, *range(args.pieces)]:  # -1 is the warm-up
                 for name in [name for name in group if name not in failed]:
                     print(f"{name}: piece {number + 1} of {args.pieces}", file=sys.stderr)
                     try:
@@ -431,9 +441,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--median", type=float, default=24, help="of the limits")
-    parser.add_argument("--max", type=int, default=256, help="limits are clipped here")
-    parser.add_argument("--prompt_tokens", type=int, default=64, help="mean, of random weights")
+    parser.add_argument("--median", type=float, default=24, help="median of the limits")
+    parser.add_argument("--max", type=int, default=256, help="maximum of the limits")
+    parser.add_argument("--prompt_tokens", type=int, default=64, help="mean, for random weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--systems", default="ours,fixed,torch,tunix", help=",".join(SYSTEMS))
     parser.add_argument("--pieces", type=int, default=1)
@@ -441,10 +451,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cache", choices=("float32", "bfloat16", "int8"), help="default: dtype")
     parser.add_argument("--steps", type=int, default=request.SamplerSettings.steps)
     parser.add_argument("--pack", type=int, default=request.SamplerSettings.pack)
-    parser.add_argument("--tunix", type=pathlib.Path, help="folder of benchmarks/tunix_env.sh")
+    parser.add_argument("--tunix", type=pathlib.Path, help="folder made by tunix_env.sh")
     parser.add_argument("--floor", action="store_true", help="measure the bandwidth")
-    parser.add_argument("--bandwidth", type=float, help="GB/s; not measured then")
-    parser.add_argument("--context", type=int, default=0, help="mean context of the line `step`")
+    parser.add_argument("--bandwidth", type=float, help="GB/s, instead of measuring it")
+    parser.add_argument("--context", type=int, default=0, help="mean context in the line `step`")
     args = parser.parse_args(argv)
     args.systems = [name for name in args.systems.split(",") if name]
     if unknown := set(args.systems) - set(SYSTEMS):
@@ -453,8 +463,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0 only if no system failed."""
-    # On a GPU several systems share its memory.
+    """Runs the benchmark; returns 0 if no system failed, else 1."""
+    # Several systems share the memory of a GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     args = parse(argv)
     m = load(args)

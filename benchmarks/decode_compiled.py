@@ -1,11 +1,12 @@
-"""The sampler's programs at the shape of Qwen3-1.7B, compiled without the devices; bytes of a step.
+"""Compiles the sampler's programs for Qwen3-1.7B on devices that are not present.
 
     python benchmarks/decode_compiled.py v5e:4x4
     python benchmarks/decode_compiled.py cuda
 
-prints one JSON line: memory of each program on a device, whether the cache is updated in place, and
-the bytes that a decode step reads at a mean context, against the floor of weights and live cache
-once. It needs libtpu, or jax-cuda13-plugin and ptxas (extra `compile`).
+For each dtype of the cache, the script prints one JSON line with the memory of each program on a
+device. The line also has the bytes that a decode step reads at a mean context, and compares them
+with the least number of bytes (weights and live cache, each read once). The script needs libtpu, or
+jax-cuda13-plugin and ptxas (extra `compile`).
 """
 
 import json
@@ -32,7 +33,7 @@ from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, loop, prompt_packing, request, truncation
 
 SLOTS, CONTEXT, LENGTH = 256, 1200, 4096
-# target: mesh, kernel, bytes of a device
+# target -> mesh, kernel, memory of a device in bytes
 TARGETS = {
     "v5e:4x4": ((4, 1, 4), "pallas_tpu", 16 * 2**30),
     "cuda": ((1, 1, 1), "pallas_gpu", 141 * 10**9),
@@ -55,7 +56,7 @@ device_description_str: "NVIDIA H200"
 
 
 def devices(target: str):
-    """Devices of a topology that nobody has to own."""
+    """Returns the devices of a topology; they need not be present."""
     if target == "cuda":
         found = topologies.get_topology_desc(
             platform="cuda", topology_name="x", target_config=H200, topology="1x1x1"
@@ -66,7 +67,7 @@ def devices(target: str):
 
 
 def job(target: str, cache: str) -> request.Inputs:
-    """What a rollout phase would be, of arrays that are not there."""
+    """Returns the inputs of a rollout phase, with abstract arrays."""
     sizes, kernel, _ = TARGETS[target]
     here = sharding.make_mesh(*sizes, devices=devices(target))
     config = transformer.SHAPES["qwen3_1_7b"]
@@ -96,7 +97,7 @@ def job(target: str, cache: str) -> request.Inputs:
 
 
 def bytes_of_step(one: request.Inputs, target: str, cache: str) -> dict[str, float]:
-    """What a device reads for one token of each of its slots at the mean context, in GB."""
+    """Returns the GB that a device reads for one decode step of its slots at the mean context."""
     data, _, tensor = TARGETS[target][0]
     config, kernel = (
         one.decoder.config,

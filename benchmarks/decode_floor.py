@@ -1,4 +1,4 @@
-"""What decoding has to read at least, the bandwidth, and decode steps alone, for decode.py."""
+"""The least number of bytes that decoding reads, the bandwidth, and single steps, for decode.py."""
 
 import time
 from collections.abc import Sequence
@@ -17,15 +17,19 @@ from copsd_jax.sampler import engine, request, truncation
 def needed_bytes(
     prompts: Sequence[int], limits: Sequence[int], slots: int, weights: int, entry: int
 ) -> float:
-    """Bytes that decoding cannot do without: weights once a full step, live entries once a token.
+    """Returns the least number of bytes that decoding must read.
 
-    The token after a prompt of 3 is drawn from the prompt; the next two of a limit of 3 attend to
-    3 + 1 and 3 + 2 entries: 9 entries, and 2 / slots of the weights.
+    The weights are read once per step with all slots, and the live cache entries once per token.
+    For example, a text has a prompt of 3 tokens and a limit of 3. The first token is drawn from the
+    prefill. The next two tokens attend to 3 + 1 and 3 + 2 entries. So the text needs 9 entries, and
+    2 / slots of the weights.
 
     Args:
-      prompts: tokens of each text's prompt.
-      weights: bytes that a step reads.
-      entry: bytes of a token's keys and values in all layers.
+      prompts: number of tokens of each text's prompt.
+      limits: number of tokens of each completion.
+      slots: number of slots.
+      weights: bytes of the weights that a step reads.
+      entry: bytes of one token's keys and values in all layers.
     """
     steps = sum(limit - 1 for limit in limits) / slots
     entries = sum(
@@ -36,19 +40,19 @@ def needed_bytes(
 
 
 def weight_bytes(config: transformer.ModelConfig, params: Any) -> int:
-    """Bytes of the weights that a step reads: an embedding that is not the head is only indexed."""
+    """Returns the bytes of weights that a step reads; an untied embedding is only indexed."""
     total = sum(x.nbytes for x in jax.tree.leaves(params))
     return total if config.tie_embeddings else total - params["embed"]["embedding"].nbytes
 
 
 def entry_bytes(config: transformer.ModelConfig, dtype: Any) -> int:
-    """Bytes of a token's keys and values in all layers, scales of an int8 cache included."""
+    """Returns the bytes of one token's keys and values in all layers, including int8 scales."""
     head = config.head_dim * jnp.dtype(dtype).itemsize + (4 if jnp.dtype(dtype) == jnp.int8 else 0)
     return 2 * config.n_layers * config.n_kv_heads * head
 
 
 def measured_bandwidth(size: int, dtype: Any, width: int = 4096) -> float:
-    """GB/s at which a matrix of `size` bytes is read by its product with a vector; best of 7."""
+    """Measures the GB/s at which the product with a vector reads `size` bytes; best of 7."""
     rows = max(1, size // (width * jnp.dtype(dtype).itemsize))
     matrix, vector = jnp.ones((rows, width), dtype), jnp.ones(width, dtype)
     product = jax.jit(jnp.dot)
@@ -65,19 +69,27 @@ def step_line(
     decoder: transformer.Decoder, params: Any, *, slots: int, steps: int, context: int, cache: Any,
     bandwidth: float | None, stacked: bool,
 ) -> dict:  # fmt: skip
-    """Decode steps alone, all slots live, contexts from a half to 3/2 of `context`.
+    """Measures decode steps with all slots live; returns the line for JSON.
 
-    The best of 5 chunks of `steps` tokens; bandwidth in GB/s.
+    The contexts are spread from 1/2 to 3/2 of `context`. The result is the best of 5 `decode` calls
+    of `steps` tokens.
 
     Args:
-      stacked: layers scanned also where runs read each by itself (`engine.unstack_layers`).
+      decoder: the model.
+      params: the weights.
+      slots: number of slots.
+      steps: tokens per `decode` call.
+      context: mean number of cache entries per slot.
+      cache: dtype of the cache.
+      bandwidth: GB/s, or None if not known.
+      stacked: always scans the layers, even if runs would use `engine.unstack_layers`.
     """
     config, cache = decoder.config, jnp.dtype(cache)
     index_J = np.linspace(context / 2, context * 3 / 2, slots).astype(np.int32)
     length = request.round_up_length(int(index_J.max()) + 7 * steps)
     state = engine.init_state(decoder, slots, length, cache)
     old = state.slots
-    rows = old.request.rows._replace(  # a buffer each: what is donated must not be shared
+    rows = old.request.rows._replace(  # a buffer each, because donated buffers must not be shared
         temperature_J=jnp.ones(slots, jnp.float32), top_p_J=jnp.ones(slots, jnp.float32)
     )
     state = state._replace(slots=old._replace(

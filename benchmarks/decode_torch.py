@@ -1,8 +1,9 @@
-"""transformers' `generate` for benchmarks/decode.py: batches of a work file, piece by piece.
+"""Runs transformers' `generate` for benchmarks/decode.py on the pieces of a work file.
 
     python benchmarks/decode_torch.py work.json
 
-Prints a line of JSON when it is warm, then one for each number of a piece on standard input.
+The script prints a line of JSON when the model is warm. Then it reads numbers of pieces from
+standard input, and prints a line for each piece.
 """
 
 import json
@@ -15,7 +16,7 @@ import transformers
 
 
 def load(work: dict) -> tuple[transformers.PreTrainedModel, torch.device]:
-    """The model; every id may be drawn, and none ends a text."""
+    """Loads the model; every id may be drawn, and no id ends a text."""
     torch.set_num_threads(work["threads"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -29,7 +30,7 @@ def load(work: dict) -> tuple[transformers.PreTrainedModel, torch.device]:
 
 
 def log_prob_difference(model, device: torch.device, prompt: list[int], logps: list) -> float:
-    """The largest difference to given log-probabilities of a prompt's tokens but the first."""
+    """Returns the largest difference from the given log-probabilities of a prompt's tokens."""
     ids_1L = torch.tensor([prompt], device=device)
     with torch.inference_mode():
         logp_LV = model(ids_1L).logits[0, :-1].float().log_softmax(-1)
@@ -38,7 +39,7 @@ def log_prob_difference(model, device: torch.device, prompt: list[int], logps: l
 
 
 def generate(model, device: torch.device, prompts: list[list[int]], new: int) -> int:
-    """`new` tokens for each prompt; how many tokens the prompts took, padding included."""
+    """Samples `new` tokens for each prompt; returns the prompt tokens run, including padding."""
     width = max(map(len, prompts))
     ids_BL = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)

@@ -1,15 +1,15 @@
-"""tunix's own sampler for benchmarks/decode.py: batches of a work file, piece by piece.
+"""Runs tunix's sampler for benchmarks/decode.py on the pieces of a work file.
 
     DIR/bin/python benchmarks/decode_tunix.py work.json
 
-DIR is made by benchmarks/tunix_env.sh; nothing of copsd_jax is imported. Prints a line of JSON when
-it is warm, then one for each number of a piece on standard input.
+benchmarks/tunix_env.sh creates DIR; copsd_jax is not imported. The script prints a line of JSON
+when it is warm. Then it reads numbers of pieces from standard input, and prints a line for each.
 
-tunix is helped where the comparison would otherwise be one of something else:
-  - its models of 0.1.7 rotate by a base of 1e6 whatever their config says; they get the config's;
-  - its sampler compiles anew for each number of new tokens; here all batches share one program,
-    over its buffer for the longest limit of all, which ends at the batch's own longest limit;
-  - prompts come as ids, and texts are not decoded.
+This script changes tunix in three ways, so that only the sampling is compared:
+  - The models of tunix 0.1.7 always use a RoPE base of 1e6. Here they use the base of their config.
+  - tunix's sampler compiles a program for each number of new tokens. Here all batches share one
+    program, with a buffer for the longest limit. Sampling stops at the longest limit of the batch.
+  - Prompts are given as ids, and texts are not decoded.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from typing import Any
 
 FAMILIES = {"llama": "llama3", "qwen2": "qwen2", "qwen3": "qwen3"}
 TIED = {"llama3": "weight_tying", "qwen2": "use_tied_embedding", "qwen3": "use_tied_embedding"}
-NO_ID = -1  # padding and end of text: no token is either
+NO_ID = -1  # the id of padding and of end of text, which no token has
 
 
 class Ids:
-    """A tokenizer for prompts that are ids already."""
+    """A tokenizer for prompts that are already token ids."""
 
     def encode(self, ids: list[int]) -> list[int]:
         return list(ids)
@@ -49,7 +49,7 @@ class Ids:
 
 
 def load(folder: str, dtype: str) -> tuple[Any, dict]:
-    """tunix's model of a Hugging Face folder, by its own loader; and the folder's config."""
+    """Loads a Hugging Face folder with tunix's loader; returns the model and the config."""
     import jax.numpy as jnp
 
     with open(pathlib.Path(folder) / "config.json", encoding="utf-8") as stream:
@@ -73,7 +73,7 @@ def load(folder: str, dtype: str) -> tuple[Any, dict]:
 
 
 def log_prob_difference(model: Any, prompt: list[int], logps: list[float]) -> float:
-    """The largest difference to given log-probabilities of a prompt's tokens but the first."""
+    """Returns the largest difference from the given log-probabilities of a prompt's tokens."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -88,7 +88,7 @@ def log_prob_difference(model: Any, prompt: list[int], logps: list[float]) -> fl
 
 
 class Tunix:
-    """Its sampler, with one program for all batches of a work file."""
+    """tunix's sampler, with one program for all batches of a work file."""
 
     def __init__(self, work: dict):
         sampler: Any = importlib.import_module("tunix.generate.sampler")
@@ -105,15 +105,15 @@ class Tunix:
         self.sampler.init_sample_state = self._init
 
     def _init(self, *args: Any, **options: Any) -> Any:
-        """Buffers for the longest limit of all; decoding ends at this batch's.
+        """Returns buffers for the longest limit; decoding ends at the limit of this batch.
 
-        Its loop runs once more than it needs to: the last token that it draws has no place.
+        tunix's loop runs one step more than needed; the last token that it draws is not stored.
         """
         state = self.init(*args, **options)
         return dataclasses.replace(state, total_sampling_steps=self.width + self.limit - 1)
 
     def generate(self, prompts: list[list[int]], limit: int, seed: int) -> int:
-        """`limit` tokens for each prompt; how many tokens the prompts took, padding included."""
+        """Samples `limit` tokens per prompt; returns the prompt tokens run, including padding."""
         self.limit = limit
         out = self.sampler(
             prompts, max_generation_steps=self.longest, max_prompt_length=self.width,
@@ -125,7 +125,7 @@ class Tunix:
 
 
 def check() -> int:
-    """Whether this environment has what is needed."""
+    """Imports tunix's sampler and prints the versions; fails if tunix is not installed."""
     sampler = importlib.import_module("tunix.generate.sampler")
     names = ("google-tunix", "jax", "flax")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
@@ -138,7 +138,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work", nargs="?", type=pathlib.Path)
-    parser.add_argument("--check", action="store_true", help="only look whether tunix is there")
+    parser.add_argument("--check", action="store_true", help="only check that tunix is installed")
     args = parser.parse_args()
     if args.check:
         return check()

@@ -1,20 +1,24 @@
-"""Time and memory of the divergence, forward and gradient, against its floor and other forms.
+"""Time and memory of the divergence and its gradient, compared with a floor and with other forms.
 
     python benchmarks/loss.py --shape=smollm2 --tokens=512,2048 [--head] [--dtype=float32]
 
-The floor are the matmuls that no exact form can do without, alone, of the same size and in the same
-run: logits of both sides and the gradient to the hidden states, with --head the head's gradient.
-All forms take turns, so that what else the machine does falls on all of them; a line of JSON each:
+The floor is the time of the matmuls that every exact form needs, measured in the same run: the
+logits of student and teacher, and the gradient of the hidden states. With --head, the gradient of
+the head is added. The forms take turns, so other load on the machine affects all forms alike. The
+script prints one line of JSON for each form:
 
-  chunked, dense, pallas   `divergence_loss.divergence` (pallas where the platform has kernels)
-  remat_chunked            blocks under jax.checkpoint, automatic differentiation: the usual way
-  liger, trl               the public torch losses, on a GPU and where they can be imported
+  chunked, dense, pallas   `divergence_loss.divergence` (pallas if the platform has kernels)
+  remat_chunked            blocks under jax.checkpoint with automatic differentiation
+  liger, trl               public torch losses, on a GPU if they can be imported
 
-`seconds` is the least of the repetitions and `seconds_median` the median; `cpu_seconds` the least
-processor time of all threads. `temporary_bytes` is what a form needs beyond its arguments and its
-results, the gradients: XLA's own number (torch: the peak less what is allocated after the call).
-`matmuls` are in units of 2 T D V. A form that fails, as for want of memory, has a line that says
-`failed`; the others go on, and the exit code is 1.
+  seconds           minimum over the repetitions; `seconds_median` is the median
+  cpu_seconds       minimum processor time of all threads
+  temporary_bytes   memory besides the arguments and the gradients, as reported by XLA; for torch,
+                    the peak minus the memory in use after the call
+  matmuls           number of matmuls, in units of 2 T D V FLOP
+
+If a form fails, for example because memory is exhausted, its line has `failed`. The other forms
+still run, and the exit code is 1.
 """
 
 import argparse
@@ -27,7 +31,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# JAX would take most of a GPU's memory, and leave torch too little. Before jax starts.
+# Otherwise JAX would reserve most of a GPU's memory, and too little would be left for torch. The
+# variable must be set before jax is imported.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -37,7 +42,7 @@ import numpy as np
 
 from copsd_jax.losses import dense, divergence_loss, divergences, precision, token_blocks
 
-# Width and vocabulary of the output matrix.
+# Width and vocabulary of the head.
 SHAPES = {
     "smollm2": (576, 49152),
     "qwen3-0.6b": (1024, 151936),
@@ -49,7 +54,7 @@ FORMS = ("floor", "chunked", "remat_chunked", "dense", "pallas", "liger", "trl")
 
 
 def arrays(tokens: int, width: int, vocabulary: int, live: float) -> tuple[np.ndarray, ...]:
-    """Hidden states of both sides, one head for both, tokens, weights; float32."""
+    """Returns float32 hidden states of student and teacher, a shared head, tokens and weights."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
     weight_T = (rng.random(tokens) < live).astype(np.float32) / tokens
@@ -59,7 +64,7 @@ def arrays(tokens: int, width: int, vocabulary: int, live: float) -> tuple[np.nd
 
 
 def matmuls(jaxpr: Any, trips: int, times: int = 1) -> int:
-    """FLOP of all matmuls in a jaxpr; `trips` of loops whose number only the data knows."""
+    """Counts the FLOP of all matmuls in a jaxpr; `trips` is the trip count of while loops."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -73,7 +78,7 @@ def matmuls(jaxpr: Any, trips: int, times: int = 1) -> int:
 
 
 def floor(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head: bool) -> tuple:
-    """The matmuls alone, with results in the states' dtype."""
+    """Computes only the needed matmuls, with results in the dtype of the hidden states."""
     del tokens_T, weight_T
     dot = lambda a, b, *axes: precision.dot(a, b, *axes).astype(a.dtype)  # noqa: E731
     dz_TV, teacher_TV = dot(hidden_s, head, 1, 1), dot(hidden_t, head, 1, 1)
@@ -82,7 +87,7 @@ def floor(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head: bool) -> 
 
 
 def ours(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, name, settings, chunk, chip):
-    """Loss and gradient of `divergence_loss.divergence`, as training runs it on such a chip."""
+    """Computes loss and gradient of `divergence_loss.divergence`, as in training on this chip."""
 
     def loss(hidden_s, head_s):
         shared = head if not train_head else jax.lax.stop_gradient(head)
@@ -97,8 +102,10 @@ def ours(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, name, sett
 
 
 def remat(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, settings, chunk):
-    """Blocks whose logits are computed again in the backward pass; the last one filled up by rows
-    without weight."""
+    """Computes loss and gradient in blocks whose logits are recomputed in the backward pass.
+
+    The last block is padded with rows of weight zero.
+    """
     step = min(chunk, len(weight_T))
 
     def loss(hidden_s, head_s):
@@ -120,7 +127,7 @@ def remat(hidden_s, hidden_t, head, tokens_T, weight_T, *, train_head, settings,
 
 
 def jax_forms(args: argparse.Namespace, settings: divergence_loss.Divergence, device: Any) -> dict:
-    """{form: function of the arrays}."""
+    """Returns {form: function of the arrays}."""
     common = {"train_head": args.head, "settings": settings, "chunk": args.chunk}
     mine = common | {"chip": device.device_kind}
     forms: dict[str, Callable] = {"floor": functools.partial(floor, train_head=args.head)}
@@ -134,7 +141,7 @@ def jax_forms(args: argparse.Namespace, settings: divergence_loss.Divergence, de
 
 
 def torch_forms(args: argparse.Namespace, data: tuple) -> tuple[dict, dict]:
-    """{form: call without arguments}, {form: why it is left out}."""
+    """Returns {form: call without arguments}, {form: reason why it is left out}."""
     try:
         import torch
     except ImportError as error:
@@ -142,7 +149,7 @@ def torch_forms(args: argparse.Namespace, data: tuple) -> tuple[dict, dict]:
     if not torch.cuda.is_available():
         return {}, dict.fromkeys(("liger", "trl"), "torch sees no GPU")
     if args.divergence != "jsd":
-        return {}, dict.fromkeys(("liger", "trl"), "only --divergence=jsd is in all of them")
+        return {}, dict.fromkeys(("liger", "trl"), "only --divergence=jsd is supported")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
     hidden_s, hidden_t, head = (torch.tensor(x, device="cuda", dtype=dtype) for x in data[:3])
     labels = torch.tensor(data[3], device="cuda", dtype=torch.int64)
@@ -178,13 +185,13 @@ def torch_forms(args: argparse.Namespace, data: tuple) -> tuple[dict, dict]:
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and processor seconds of one call."""
+    """Returns the wall and processor seconds of one call."""
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(call())
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-FAILURES = (RuntimeError, ValueError, MemoryError)  # jax's and torch's own are RuntimeErrors
+FAILURES = (RuntimeError, ValueError, MemoryError)  # errors of jax and torch are RuntimeErrors
 
 
 def reason(error: Exception) -> str:
@@ -192,7 +199,7 @@ def reason(error: Exception) -> str:
 
 
 def compile_form(args: argparse.Namespace, name: str, form: Callable, placed: list) -> tuple:
-    """A call without arguments, and what is known of it before it runs."""
+    """Compiles a form; returns a call without arguments, and fields of the form's line."""
     width, vocabulary = SHAPES[args.shape]
     tokens = len(placed[0])
     traced = jax.jit(form).trace(*placed)
@@ -206,7 +213,12 @@ def compile_form(args: argparse.Namespace, name: str, form: Callable, placed: li
 
 
 def prepare(args: argparse.Namespace, tokens: int) -> tuple[dict, dict, dict, dict]:
-    """Compiled calls, what is known of each before it runs, why some are left out, or failed."""
+    """Compiles the forms.
+
+    Returns:
+      {form: call without arguments}, {form: fields of its line}, {form: reason why it is left out},
+      {form: error}.
+    """
     width, vocabulary = SHAPES[args.shape]
     device = jax.devices()[0]
     settings = divergence_loss.Divergence(
@@ -227,7 +239,7 @@ def prepare(args: argparse.Namespace, tokens: int) -> tuple[dict, dict, dict, di
     if device.platform == "gpu":
         try:
             torches, left_out = torch_forms(args, data)
-        except RuntimeError as error:  # no memory for the arrays
+        except RuntimeError as error:  # not enough memory for the arrays
             failed |= dict.fromkeys(("liger", "trl"), reason(error))
     for name in [name for name in torches if name in args.forms]:
         calls[name], known[name] = torches[name], {"matmuls": None}
@@ -235,7 +247,7 @@ def prepare(args: argparse.Namespace, tokens: int) -> tuple[dict, dict, dict, di
 
 
 def torch_peak(call: Callable) -> int:
-    """Bytes beyond what stays: the arguments, and the gradients that the call leaves."""
+    """Returns the peak bytes of a call, minus the bytes still allocated when it has returned."""
     import torch
 
     torch.cuda.reset_peak_memory_stats()
@@ -244,9 +256,9 @@ def torch_peak(call: Callable) -> int:
 
 
 def repeat(calls: dict, known: dict, failed: dict, repetitions: int) -> dict[str, list]:
-    """{form: (wall, processor) seconds of each turn} of the forms that run to the end.
+    """Returns {form: (wall, processor) seconds of each turn} for the forms that do not fail.
 
-    The first call of each warms up. One that fails goes from `calls` to `failed`.
+    The first call of each form is a warm-up. A form that fails is moved from `calls` to `failed`.
     """
     times: dict[str, list] = {}
     for turn in range(repetitions + 1):
@@ -265,7 +277,7 @@ def repeat(calls: dict, known: dict, failed: dict, repetitions: int) -> dict[str
 
 
 def measure(args: argparse.Namespace, tokens: int) -> bool:
-    """A line for each form; whether none failed."""
+    """Prints a line for each form; returns whether no form failed."""
     calls, known, left_out, failed = prepare(args, tokens)
     times = repeat(calls, known, failed, args.repetitions)
     common = {
@@ -301,12 +313,12 @@ def main() -> int:
         "--dtype", choices=("float32", "bfloat16"),
         default="float32" if platform == "cpu" else "bfloat16",
     )  # fmt: skip
-    parser.add_argument("--head", action="store_true", help="the student's head trains as well")
+    parser.add_argument("--head", action="store_true", help="the student's head is trained too")
     parser.add_argument("--divergence", choices=("fkl", "rkl", "jsd"), default="jsd")
     parser.add_argument("--beta", type=float, default=0.5)
     parser.add_argument("--clip_mode", choices=divergences.CLIP_MODES, default="none")
     parser.add_argument("--chunk", type=int, default=1024)
-    parser.add_argument("--live", type=float, default=1.0, help="share of rows with a weight")
+    parser.add_argument("--live", type=float, default=1.0, help="share of rows with nonzero weight")
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""The full product of the divergence's settings against float64, as a table of the largest errors.
+"""Compares all combinations of the divergence's settings with float64; prints the largest errors.
 
     python benchmarks/loss_matrix.py [--implementations=dense,chunked] > loss_matrix.txt
 
-What `tests/losses/test_loss_matrix.py` does for all pairs of settings. Kernels run in interpret
-mode. It needs the package's extra `test`.
+`tests/losses/test_loss_matrix.py` makes the same comparison, but only for all pairs of settings.
+Kernels run in interpret mode. The script needs the package's extra `test`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> int:
         kind = case["implementation"], case["dtype"]
         try:
             found = loss_cases.errors(case)
-        except AssertionError as error:  # a gradient where none may be, or no inputs
+        except AssertionError as error:  # a gradient that must not exist, or missing inputs
             found = {f"refused {error}": float("inf")}
         counts[kind] += 1
         for name, error in found.items():
@@ -46,11 +46,11 @@ def main() -> int:
             failures.append((str(case), max(found.values())))
         if sum(counts.values()) % 200 == 0:
             print(sum(counts.values()), len(failures), file=sys.stderr, flush=True)
-            jax.clear_caches()  # programs that will not come again fill the memory
+            jax.clear_caches()  # the programs are not used again, and would fill the memory
     factors = {name: len(values) for name, values in loss_cases.FACTORS.items()}
-    print(f"factors and their values: {factors}; what losses refuses is left out")
-    print(f"jax {jax.__version__}, {time.time() - started:.0f} s, errors in units of an array's")
-    print("largest magnitude (loss: of the sum of |weight x value|)")
+    print(f"factors and their numbers of values: {factors}; invalid combinations are left out")
+    print(f"jax {jax.__version__}, {time.time() - started:.0f} s, errors relative to an array's")
+    print("largest magnitude (for the loss: relative to the sum of |weight x value|)")
     for kind, count in counts.items():
         print(f"\n{' '.join(kind)}: {count} cases, tolerance {loss_cases.TOLERANCE[kind[1]]:g}")
         for name, (error, case) in worst[kind].items():

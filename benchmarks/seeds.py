@@ -1,10 +1,10 @@
-"""Runs a card with several seeds and gives the interval of the gain over all of them.
+"""Runs a card with several seeds, and prints the gain with its confidence interval.
 
     python benchmarks/seeds.py --config=configs/opsd.py --seeds=0,1,2 [--config.a.b=value ...]
 
-Each seed has its own adapter, data order and rollouts; the held-out problems are the same, so a
-problem's scores are averaged over seeds before problems are resampled. Prints a table, and one JSON
-line per group of problems to paste into benchmarks/results/.
+Each seed has its own adapter, data order and rollouts. The held-out problems are the same, so each
+problem's scores are averaged over the seeds before problems are resampled. The script prints a
+table, and one JSON line per group of problems for benchmarks/results/.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from copsd_jax.runtime import workdir
 
 
 def load(directory: pathlib.Path) -> tuple[dict, dict]:
-    """(before, after) of a finished run."""
+    """Returns the first and the last evaluation of a finished run."""
     files = sorted((directory / "eval").glob("step_*.json"))
     return workdir.read_json(files[0]), workdir.read_json(files[-1])
 
 
 def shares(result: dict) -> dict[str, dict[str, float]]:
-    """{group: {problem: share of correct samples}}."""
+    """Returns {group: {problem: share of correct samples}}."""
     return {
         name: {p["id"]: scoring.avg_at_n([s["correct"] for s in p["samples"]]) for p in part}
         for name, part in evaluate.group_records(result["problems"]).items()
@@ -49,7 +49,7 @@ def main() -> int:
         config, *_ = main_lib.parse_command([*argv, f"--config.seed={seed}"])
         plan, continued = train.prepare(config, directory)
         if directories and not continued and config.eval.temperature == 0:
-            # Greedy answers of the initial policy are the same for all seeds.
+            # The greedy answers of the initial policy do not depend on the seed.
             (directory / "eval").mkdir(parents=True)
             shutil.copy(directories[0] / "eval" / "step_000000.json", directory / "eval")
         train.train(plan, directory, continued)

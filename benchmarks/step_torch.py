@@ -2,12 +2,13 @@
 
     python benchmarks/step_torch.py work.json
 
-Prints a line of JSON when it is loaded, then one for each step on standard input: a line of JSON
-with the completions to train on, or null for those that it samples itself.
+The script prints a line of JSON when the model is loaded. Then it runs a step for each line of
+standard input, and prints a line. An input line has the completions to train on as JSON, or null to
+train on the completions that the step samples.
 
-Written as one would by hand: LoRA beside frozen linear layers, merged into them while `generate`
-runs with its cache, scaled dot product attention, the teacher without gradient, the output matrix
-applied to the completions' positions only, rows without padding.
+The code follows common practice. LoRA is applied beside frozen linear layers, and merged into them
+while `generate` runs with its cache. Attention is scaled dot product attention. The teacher runs
+without gradient. The head is applied only at the positions of completions. Rows have no padding.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ NAMES = {
 class Adapted(torch.nn.Module):
     """A frozen linear layer and a low-rank adapter beside it: a [R, in], b [out, R], float32."""
 
-    on = True  # of all layers: the teacher runs without
+    on = True  # whether the adapters of all layers are applied; False for the teacher
 
     def __init__(self, linear: torch.nn.Linear, a: np.ndarray, b: np.ndarray, scale: float):
         super().__init__()
@@ -44,7 +45,8 @@ class Adapted(torch.nn.Module):
         y = self.linear(x)
         if not Adapted.on:
             return y
-        low = functional.linear(x, self.a.to(x.dtype)) * self.scale  # scaled where it is narrow
+        # The scale is applied to the narrower of the two products.
+        low = functional.linear(x, self.a.to(x.dtype)) * self.scale
         return y + functional.linear(low, self.b.to(x.dtype))
 
     @torch.no_grad()
@@ -56,7 +58,7 @@ class Adapted(torch.nn.Module):
 
 
 class Parts:
-    """Wall and processor seconds by part of a step."""
+    """Wall and processor seconds of each part of a step."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -74,7 +76,7 @@ class Parts:
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, work: dict) -> torch.Tensor:
-    """Mean over tokens of the divergence of logits [T, V]."""
+    """Returns the mean over tokens of the divergence between two arrays of logits [T, V]."""
     logp, logq = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     if work["divergence"] == "fkl":
         return functional.kl_div(logp, logq, log_target=True, reduction="sum") / len(logp)
@@ -85,7 +87,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, work: dict) -> torc
 
 
 def load(work: dict) -> tuple[Any, list[Adapted], torch.device]:
-    """The model with its adapters; every id may be drawn, and none ends a text."""
+    """Loads the model with its adapters; every id may be drawn, and no id ends a text."""
     torch.set_num_threads(work["threads"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -107,7 +109,7 @@ def load(work: dict) -> tuple[Any, list[Adapted], torch.device]:
 
 
 def rollout(model, adapters, device: torch.device, work: dict) -> list[list[int]]:
-    """One completion for each prompt."""
+    """Samples one completion for each prompt; returns the token ids."""
     prompt_BL = torch.tensor(work["student_prompts"], device=device)
     if work["torch_merge"]:
         for adapter in adapters:
@@ -127,13 +129,13 @@ def rollout(model, adapters, device: torch.device, work: dict) -> list[list[int]
 
 
 def hidden(model, ids_BL: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Hidden states [B x C, D] that predict the completions."""
+    """Returns the hidden states [B x C, D] that predict the completions' tokens."""
     out_BLD = model.model(input_ids=ids_BL, use_cache=False).last_hidden_state
     return out_BLD[:, prompt - 1 : -1].flatten(0, 1)
 
 
 def train(model, optimizer, rows: tuple, work: dict, part: Parts) -> tuple[float, float]:
-    """Gradient and update on one batch; loss and the norm of its gradient."""
+    """Computes the gradient of a batch and updates; returns the loss and the gradient norm."""
     total, micro = 0.0, work["torch_micro_batch"] or len(rows[0])
     for student_BL, teacher_BL in zip(*(x.split(micro) for x in rows), strict=True):
         with part("teacher"), torch.no_grad():
@@ -161,7 +163,7 @@ def train(model, optimizer, rows: tuple, work: dict, part: Parts) -> tuple[float
 
 
 def step(model, adapters, optimizer, device, work: dict, given: list | None) -> dict:
-    """One step; what it took and found."""
+    """Runs one step; returns its times, loss, gradient norm and memory."""
     part = Parts(device)
     wall, cpu = time.perf_counter(), time.process_time()
     with part("rollout"):
@@ -182,7 +184,7 @@ def step(model, adapters, optimizer, device, work: dict, given: list | None) -> 
 
 
 def matmul_rate(device: torch.device, dtype: str, size: int = 2048) -> float:
-    """FLOP/s of a square product, best of 7."""
+    """Measures the FLOP/s of a product of square matrices; best of 7."""
     a = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
     part = Parts(device)
     seconds = []

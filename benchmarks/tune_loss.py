@@ -2,13 +2,14 @@
 
     python benchmarks/tune_loss.py --width=2048 --vocabulary=151936 [--head] [--dtype=float32]
 
-Starts from the rule of `losses/pallas/block_sizes.py` and changes one size at a time, as long as
-that is faster and a block's temporaries stay below --memory bytes; once where both sides share a
-head, once where each has its own. Prints a line of JSON for each candidate, and one for the best of
-each search beside the sizes of the rule. --width is the model's: the width to which a TPU's kernels
-pad it is measured and printed.
+The search starts from the sizes chosen by `losses/pallas/block_sizes.py`. One size at a time is
+changed, as long as the time falls and a block's temporaries stay below --memory bytes. The search
+is done with one head for student and teacher, and again with two heads. The script prints a line of
+JSON for each candidate. For each search, it also prints the best sizes and the initial sizes.
 
---vocabulary is what one device holds: a part of the head where the mesh's axis tensor splits it.
+--width is the width of the model. On a TPU, the kernels pad the width; the padded width is measured
+and printed. --vocabulary is the number of rows of the head on one device. This number is smaller
+than the model's vocabulary if the mesh axis `tensor` splits the head.
 """
 
 import argparse
@@ -43,7 +44,7 @@ CHOICES = {
 def neighbours(
     sizes: block_sizes.Blocks, choices: dict[str, tuple[int, ...]]
 ) -> list[block_sizes.Blocks]:
-    """Each size one step up and one step down."""
+    """Returns the sizes in which one size is one step larger or smaller."""
     found = []
     for name, values in choices.items():
         now = getattr(sizes, name)
@@ -53,7 +54,7 @@ def neighbours(
 
 
 def inputs(args: argparse.Namespace, width: int, tied: bool) -> tuple:
-    """Both sides' states and heads, tokens and weights; zeros beside the model's width."""
+    """Returns hidden states, heads, tokens and weights; columns beyond args.width are zero."""
     rng = np.random.default_rng(0)
     beside = ((0, 0), (0, width - args.width))
 
@@ -71,7 +72,7 @@ def inputs(args: argparse.Namespace, width: int, tied: bool) -> tuple:
 def seconds(
     args: argparse.Namespace, sweep: Any, sizes: block_sizes.Blocks, arrays: tuple
 ) -> float:
-    """The median of the repetitions; infinity where it does not compile or fit."""
+    """Returns the median time in seconds, or infinity if the program fails."""
     settings = divergences.Divergence(args.divergence, clip_mode=args.clip_mode)
 
     @jax.jit
@@ -89,14 +90,14 @@ def seconds(
             start = time.perf_counter()
             jax.block_until_ready(run(*arrays))
             times.append(time.perf_counter() - start)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # too much memory, as a rule
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # mostly lack of memory
         print(json.dumps({"sizes": dataclasses.asdict(sizes), "error": str(error)[:200]}))
         return float("inf")
     return statistics.median(times[1:])
 
 
 def search(start: block_sizes.Blocks, choices: dict[str, tuple[int, ...]], measure: Any) -> tuple:
-    """Goes to the fastest neighbour until none is faster; (sizes, seconds)."""
+    """Moves to the fastest neighbour until none is faster; returns (sizes, seconds)."""
     known = {start: measure(start)}
     best = start
     while True:
@@ -112,7 +113,7 @@ def search(start: block_sizes.Blocks, choices: dict[str, tuple[int, ...]], measu
 def tune(
     parser: argparse.ArgumentParser, args: argparse.Namespace, platform: str, tied: bool
 ) -> None:
-    """Searches and prints the fastest sizes for one or two heads."""
+    """Searches and prints the fastest sizes, with one head (`tied`) or two heads."""
     kernel = dispatch.KERNELS[f"pallas_{platform}"]
     width = args.width + -args.width % kernel.lanes
     rule: Any = {"tpu": block_sizes.choose_tpu, "gpu": block_sizes.choose_gpu}[platform]
@@ -132,12 +133,12 @@ def tune(
 
     fits = [x for x in CHOICES[platform]["tokens"] if x <= most]
     if not fits:
-        parser.error(f"--memory is {args.memory:.3g}: {most:.0f} tokens of a block fit, too few")
+        parser.error(f"--memory is {args.memory:.3g}: only {most:.0f} tokens of a block fit")
     start = rule(*shape, tied=tied, train_head=args.head)
     start = dataclasses.replace(start, tokens=min(start.tokens, fits[-1]))
     best, took = search(start, CHOICES[platform], measure)
     if took == float("inf"):
-        parser.error("no candidate ran: the lines above say why")
+        parser.error("no candidate ran: the errors are in the lines above")
     line = {
         "device": shape[0], "width": width, "vocabulary": args.vocabulary, "dtype": args.dtype,
         "head": args.head, "tied": tied, "rule": dataclasses.asdict(start),
@@ -154,14 +155,14 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, required=True)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--head", action="store_true", help="the student's head trains as well")
+    parser.add_argument("--head", action="store_true", help="the student's head is trained too")
     parser.add_argument("--divergence", choices=dispatch.DIVERGENCES, default="jsd")
     parser.add_argument("--clip_mode", choices=divergences.CLIP_MODES, default="none")
     parser.add_argument("--memory", type=float, default=2e9, help="bytes of a block's temporaries")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
         "--interpret", choices=("tpu", "gpu"), default="",
-        help="try this program out without such a device; its times mean nothing",
+        help="test this script without such a device; its times are not meaningful",
     )  # fmt: skip
     args = parser.parse_args()
     device = jax.devices()[0]

@@ -1,8 +1,9 @@
-"""Turns a file of problems into a TFDS data set that needs no TensorFlow to be read.
+"""Converts a file of problems into a TFDS data set that can be read without TensorFlow.
 
     python tools/build_tfds.py SOURCE NAME DATA_DIR [--fields=problem=question,answer=final]
 
-Set the environment variable TFDS_DATA_DIR to DATA_DIR and use `--config.data.path=tfds:NAME/train`.
+To read the data set, set TFDS_DATA_DIR to DATA_DIR in the environment, and use
+`--config.data.path=tfds:NAME/train`.
 """
 
 import argparse
@@ -22,16 +23,25 @@ def build_tfds(
     split: str = "train",
     version: str = "1.0.0",
 ) -> pathlib.Path:
-    """Turns a source into a TFDS data set in ArrayRecord, readable without TensorFlow.
+    """Converts a source into a TFDS data set in ArrayRecord files.
 
-    The fields that rows are made of become text features, an absent one an empty text; others
-    are left out. `tfds:NAME/SPLIT` with the same `data_dir` reads it back, in the same order.
+    The fields used by rows become text features; an absent field becomes an empty text. Other
+    fields are left out. `tfds:NAME/SPLIT` reads the data set in the same order.
+
+    Args:
+      source_path: a JSONL, JSON, parquet or TSV file.
+      name: the name of the data set.
+      data_dir: the folder of all TFDS data sets.
+      fields: other names of fields, as in the setting data.fields.
+      split: the name of the split.
+      version: the version of the data set.
 
     Returns:
-      The folder of the data set's version.
+      The folder of this version of the data set.
+
     Raises:
-      FileExistsError: the version is there already.
-      ValueError: the source cannot be read, or a field holds no text, number or boolean.
+      FileExistsError: the version already exists.
+      ValueError: the source cannot be read, or a field is not a text, a number or a boolean.
     """
     import tensorflow_datasets as tfds
 
@@ -48,7 +58,7 @@ def build_tfds(
     # TFDS refuses the class name Builder outside a package.
     class ProblemsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
-        code_path = None  # or it looks for the class's file, by a package that pip leaves out
+        code_path = None  # otherwise TFDS looks for the source file, with a package not installed
 
         def _info(self):
             features = tfds.features.FeaturesDict({c: tfds.features.Text() for c in columns})
@@ -67,7 +77,7 @@ def build_tfds(
 
 
 def _example(path: str, record: sources.Record, columns: Sequence[str]) -> dict[str, str]:
-    """A record's fields as texts, "" for an absent one."""
+    """Returns a record's fields as texts; an absent field is ""."""
     out = dict.fromkeys(columns, "")
     for column in columns:
         value = record.fields.get(column)
@@ -86,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", help="a JSONL, JSON, parquet or TSV file")
     parser.add_argument("name", help="the name of the data set")
-    parser.add_argument("data_dir", help="the folder that holds TFDS data sets")
+    parser.add_argument("data_dir", help="the folder of all TFDS data sets")
     parser.add_argument("--fields", default="", help="other names of fields, as in data.fields")
     parser.add_argument("--split", default="train")
     parser.add_argument("--version", default="1.0.0")

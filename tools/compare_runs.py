@@ -1,13 +1,18 @@
-"""Runs every card's tiny preset for some steps, or compares two such sets of runs bit for bit.
+"""Runs every card's tiny preset for a few steps, or compares two sets of such runs bit for bit.
 
     python tools/compare_runs.py run TREE OUT [--steps=5] [--cards=opsd,copsd]
     python tools/compare_runs.py compare OUT_A OUT_B
 
-`run` starts `python -m copsd_jax.main` in the checkout TREE, once for each card, and leaves the
-work directories below OUT. `compare` reads what two such folders hold and prints one line per card:
-the metrics of every step (without times), the records of every completion (prompts, token ids,
-values of each token), the scores and answers of every evaluation, and the arrays of the last
-checkpoint. It exits with 1 if anything differs. Run both trees on one machine: other processors
+`run` starts `python -m copsd_jax.main` in the checkout TREE, once for each card, and writes the
+work directories below OUT.
+
+`compare` reads two such folders and prints one line per card. It compares:
+  - the metrics of every step, without times;
+  - the record of every completion: prompt, token ids, values of each token;
+  - the scores and answers of every evaluation;
+  - the arrays of the last checkpoint.
+
+The exit code is 1 if anything differs. Run both trees on the same machine, because other processors
 round differently.
 """
 
@@ -23,7 +28,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 CARDS = ("opsd", "copsd", "rosd", "critique", "sdpo", "grpo", "sft")
-# Settings of single cards besides the step count: they reach the code that the presets leave out.
+# Additional settings of single cards. They run code that the presets do not run.
 VARIANTS = {
     "sdpo_full": ("sdpo", "--config.train.trainable=full"),
     "opsd_packed": ("opsd", "--config.train.pack=rows"),
@@ -59,7 +64,7 @@ def _json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of the newest checkpoint by their paths in the tree."""
+    """Returns the arrays of the newest checkpoint as {path in the tree: array}."""
     import jax
 
     with ocp.training.Checkpointer(str(workdir.resolve() / "checkpoints")) as checkpoints:
@@ -70,7 +75,7 @@ def _arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _contents(workdir: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """Yields (name, value) of everything in a work directory that must not change."""
+    """Yields (name, value) for everything in a work directory that must be equal."""
     for k, line in enumerate(_json_lines(workdir / "metrics.jsonl")):
         yield f"metrics.jsonl line {k + 1}", _without_times(line)
     for path in sorted((workdir / "rollouts").glob("*.jsonl")):

@@ -1,11 +1,11 @@
-"""Draws lines of code, or sentences, for a reader who judges the project's names and its English.
+"""Draws random lines of code or sentences, with which a reader judges names and English.
 
-    python tools/draw.py lines --seed=1 [--count=40]       # each with the head of its function
-    python tools/draw.py lines --seed=1 --answers          # the same, with the folder of each
-    python tools/draw.py sentences --seed=1 [--count=300]  # of code and documents
+    python tools/draw.py lines --seed=1 [--count=40]       # with the head of their function
+    python tools/draw.py lines --seed=1 --answers          # the folders of the same lines
+    python tools/draw.py sentences --seed=1 [--count=300]  # sentences of code and documents
 
-A reader of `lines` has README, DESIGN and the names in the tree, and says in which folder of the
-package each line stands. A reader of `sentences` says of each whether it had to be read twice.
+A reader of `lines` has README, DESIGN and the names in the tree, and guesses the folder of each
+line. A reader of `sentences` says for each sentence whether it had to be read twice.
 """
 
 import argparse
@@ -23,7 +23,7 @@ DOCUMENTS = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "docs/**/*.md")
 
 
 def folder_of(path: pathlib.Path) -> str:
-    """Returns the first folder below the package, or the name of a command's file."""
+    """Returns the path's first folder in the package, or its file name if it is in none."""
     return path.relative_to(PACKAGE).parts[0]
 
 
@@ -36,10 +36,10 @@ def _head(top: ast.FunctionDef | ast.ClassDef) -> str:
 
 
 def statements() -> list[tuple[str, str, str]]:
-    """Returns (folder, head of the definition around it, text) of the statements worth drawing.
+    """Returns (folder, head of the definition, text) of every informative statement.
 
-    A statement counts if it stands in a function or a class, and uses at least three names of four
-    and more letters.
+    A statement is informative if it is in a function or class, and has at least three names of at
+    least four letters.
     """
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -58,7 +58,7 @@ def statements() -> list[tuple[str, str, str]]:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Returns the paragraphs of prose in a text: no code blocks, tables, or drawings."""
+    """Returns the paragraphs of prose in a text, without code blocks, tables and drawings."""
     text = re.sub(r"```.*?```", "\n\n", text, flags=re.DOTALL)
     blocks = re.split(r"\n\s*\n", text)
     kept = []
@@ -72,7 +72,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _prose_of_code(path: pathlib.Path) -> list[str]:
-    """Returns docstrings, comments, and messages of raised errors."""
+    """Returns a file's docstrings, comments, and messages of raised errors."""
     text, out = path.read_text(encoding="utf-8"), []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -93,7 +93,7 @@ def _prose_of_code(path: pathlib.Path) -> list[str]:
 
 
 def sentences() -> list[str]:
-    """Returns every sentence of at least four words, with the file that it stands in."""
+    """Returns every sentence of at least four words, each preceded by its file in brackets."""
     found = []
     files = [path for path in sorted(PACKAGE.rglob("*.py"))]
     for path in files:

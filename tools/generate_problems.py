@@ -1,11 +1,13 @@
 """Writes the bundled word problems: `python tools/generate_problems.py --out DIR`.
 
-One- and two-step problems in English, Swahili, French and Spanish, parallel, from the wordings in
-`templates.jsonl`. The agreement of nouns lies in the tables below, so no template inflects.
-The same seed gives the same bytes on every Python: choices come from SHA-256, not from `random`.
+The problems have one or two steps. Each problem is in English, Swahili, French and Spanish. The
+wordings are in `problem_templates.jsonl`. The tables below have the inflected forms of nouns, so
+templates need no inflection. The same seed gives the same bytes with every version of Python,
+because choices come from SHA-256 and not from `random`.
 
-A solution is its equations and no sentence: a teacher of 135M parameters repeats equations far more
-reliably than "Amina has 3 and buys 4 more, so 3 + 4 = 7", and rollouts in their style are shorter.
+A solution has only equations, without sentences. A teacher of 135M parameters repeats equations far
+more reliably than "Amina has 3 and buys 4 more, so 3 + 4 = 7". Rollouts in this style are also
+shorter.
 """
 
 import argparse
@@ -20,7 +22,7 @@ TRAIN, HELD_OUT_SEEN, HELD_OUT_UNSEEN = 480, 200, 100
 LANGS = ("en", "sw", "fr", "es")
 ONE_STEP = ("add", "subtract", "multiply", "divide")
 SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
-# The first four show every operation; a prompt with fewer examples takes the first ones.
+# The first four show every operation. A prompt with fewer exemplars has the first of them.
 EXEMPLARS = (
     "add_buys",
     "sub_gives",
@@ -32,7 +34,7 @@ EXEMPLARS = (
     "two_boxes_sells",
 )
 
-# Name, whether female. None starts with an i-sound, which would change the Spanish "y".
+# (name, whether female). No name starts with an i-sound, which would change the Spanish "y".
 NAMES = (
     *((name, True) for name in ("Amina", "Neema", "Fatima", "Maria", "Zawadi", "Sofia")),
     *((name, True) for name in ("Lucia", "Clara", "Rosa", "Grace", "Lina", "Nadia")),
@@ -40,7 +42,8 @@ NAMES = (
     *((name, False) for name in ("Carlos", "Luc", "Omar", "Peter", "Samuel", "Diego")),
 )
 
-# English; Swahili, "how many" in its noun class; French with "de"; Spanish, whether feminine.
+# (English, Swahili, Swahili "how many" of its noun class, French with "de", Spanish, whether the
+# Spanish noun is feminine)
 OBJECTS = (
     ("books", "vitabu", "vingapi", "de livres", "libros", False),
     ("oranges", "machungwa", "mangapi", "d'oranges", "naranjas", True),
@@ -64,7 +67,7 @@ OBJECTS = (
     ("spoons", "vijiko", "vingapi", "de cuillères", "cucharas", True),
 )
 
-# Singular and plural; the Swahili "how many"; the French and Spanish articles.
+# Singular and plural; then "how many" for Swahili, and the articles for French and Spanish.
 CONTAINERS = (
     {
         "en": ("basket", "baskets"),
@@ -89,22 +92,22 @@ CONTAINERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Uniform choices that follow from a key alone."""
+    """Uniform choices that depend only on a key."""
 
     key: str
 
     def below(self, n: int, *what: object) -> int:
-        """An integer in [0, n)."""
+        """Returns an integer in [0, n)."""
         text = "/".join((self.key, *(str(part) for part in what)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % n
 
     def between(self, low: int, high: int, *what: object) -> int:
-        """An integer in [low, high]."""
+        """Returns an integer in [low, high]."""
         return low + self.below(high - low + 1, *what)
 
 
 def numbers(kind: str, draw: Draw) -> tuple[int, ...]:
-    """The numbers (a, b) or (a, b, c) of one problem; each at least 2, so that plurals hold."""
+    """Draws the numbers (a, b) or (a, b, c) of a problem, all at least 2, because of plurals."""
     first, _, second = kind.partition("_")
     if first == "add":
         a, b = draw.between(2, 12, "a"), draw.between(2, 12, "b")
@@ -130,14 +133,14 @@ def numbers(kind: str, draw: Draw) -> tuple[int, ...]:
 
 
 def apply(operation: str, a: int, b: int) -> int:
-    """One operation on whole numbers; a division is exact by construction."""
+    """Applies one operation to whole numbers; a division must have no remainder."""
     if operation == "divide":
         return a // b
     return {"add": a + b, "subtract": a - b, "multiply": a * b}[operation]
 
 
 def solve(kind: str, values: Sequence[int]) -> tuple[int, str]:
-    """The answer and the equations that lead to it, as one line."""
+    """Returns the answer, and one line with the equations that lead to the answer."""
     first, _, second = kind.partition("_")
     middle = apply(first, values[0], values[1])
     line = f"{values[0]} {SIGNS[first]} {values[1]} = {middle}"
@@ -148,7 +151,7 @@ def solve(kind: str, values: Sequence[int]) -> tuple[int, str]:
 
 
 def words(draw: Draw) -> dict[str, dict[str, str]]:
-    """The words of one problem per language: names, pronouns, object, container, questions."""
+    """Draws names, object and container; returns {language: {placeholder of templates: word}}."""
     i = draw.below(len(NAMES), "name")
     j = (i + 1 + draw.below(len(NAMES) - 1, "other")) % len(NAMES)
     (name, female), (other, other_female) = NAMES[i], NAMES[j]
@@ -176,7 +179,7 @@ def words(draw: Draw) -> dict[str, dict[str, str]]:
 
 
 def problem(template: dict[str, str], row_id: str, draw: Draw) -> dict | None:
-    """One row in COPSD's shape; None where the numbers drawn do not fit the template."""
+    """Builds one row with COPSD's fields; returns None if the drawn numbers do not fit."""
     values = numbers(template["kind"], draw)
     if not values:
         return None
@@ -199,7 +202,7 @@ def problem(template: dict[str, str], row_id: str, draw: Draw) -> dict | None:
 
 
 class Maker:
-    """Makes rows none of which repeats a template with the same numbers in any order."""
+    """A maker of rows; no two rows have the same template and the same numbers in any order."""
 
     def __init__(self, templates: Sequence[dict[str, str]], seed: int):
         self.templates = templates
@@ -207,7 +210,7 @@ class Maker:
         self.used: set[tuple[str, tuple[int, ...]]] = set()
 
     def row(self, template: dict[str, str], row_id: str) -> dict:
-        """The first draw that fits and is new; raises RuntimeError if there is none."""
+        """Returns the first draw that fits and is new; raises RuntimeError after 1000 draws."""
         for attempt in range(1000):
             row = problem(template, row_id, Draw(f"{self.seed}/{row_id}/{attempt}"))
             if row is None:
@@ -219,7 +222,7 @@ class Maker:
         raise RuntimeError(f"{template['template']}: no new numbers for {row_id} in 1000 draws")
 
     def rows(self, wording: str, count: int, prefix: str) -> list[dict]:
-        """`count` rows: three of four have one step, operations and templates take turns."""
+        """Makes `count` rows; three of four have one step; operations and templates take turns."""
         pool = [template for template in self.templates if template["wording"] == wording]
         two_step = [template for template in pool if "_" in template["kind"]]
         by_kind = {k: [t for t in pool if t["kind"] == k] for k in ONE_STEP}
@@ -236,7 +239,10 @@ class Maker:
 
 
 def generate(seed: int = SEED) -> dict[str, list[dict]]:
-    """The three sets. Held-out rows go seen, seen, unseen, so that a first part has both."""
+    """Generates the three sets of rows.
+
+    Held-out rows repeat the order seen, seen, unseen, so that the first n rows have both kinds.
+    """
     source = pathlib.Path(__file__).parent / "problem_templates.jsonl"
     templates = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     by_name = {template["template"]: template for template in templates}
@@ -262,7 +268,7 @@ def write(out: pathlib.Path, seed: int = SEED) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Writes the bundled word problems.")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=SEED)

@@ -2,11 +2,11 @@
 
     python tools/make_tiny_tokenizer.py ../shared/tokenizers/qwen3/tokenizer_config.json OUT_DIR
 
-Vocabulary and merges are trained on the text below, which was written for this purpose. The special
-tokens' names and the chat template are Qwen3's (Apache-2.0; see the NOTICE beside the result). The
-text is a set of sentences per language, filled with numbers and names, so that common words of
-word problems become single tokens while the other scripts still split into several byte pieces.
-The same text always gives the same files.
+Vocabulary and merges are trained on the text below. The text has sentences in several languages,
+which are filled with numbers and names. So common words of word problems become single tokens, and
+other scripts are still split into several byte pieces. The names of the special tokens and the chat
+template are Qwen3's (Apache-2.0; see the file NOTICE in the result). The same text always gives the
+same files.
 """
 
 import itertools
@@ -17,8 +17,9 @@ import sys
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-VOCAB_SIZE = 1400  # byte pieces and merges, without the added tokens
-# The pieces of Qwen2 and Qwen3: contractions, words, single digits, punctuation, line ends, blanks.
+VOCAB_SIZE = 1400  # number of byte pieces and merges, without the added tokens
+# Splits text as Qwen2 and Qwen3 do: contractions, words, single digits, punctuation, line ends,
+# blanks.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,7 +31,7 @@ the Apache License, Version 2.0 (http://www.apache.org/licenses/LICENSE-2.0). Th
 unchanged. Vocabulary and merges are not Qwen3's: tools/make_tiny_tokenizer.py trained them on text
 of its own, under the licence of this project.
 """
-KEPT = (  # of Qwen3's tokenizer_config.json
+KEPT = (  # keys that are copied from Qwen3's tokenizer_config.json
     "additional_special_tokens",
     "bos_token",
     "chat_template",
@@ -88,14 +89,14 @@ $$\\frac{{{a}}}{{{b}}} + \\sqrt{{{a}}} \\le {b} \\cdot x^2$$ and {a} + {b} = {b}
 
 
 def corpus() -> list[str]:
-    """Every sentence with every name and a few numbers."""
+    """Returns every sentence with every name, filled with a few numbers."""
     lines = [line.replace("\\n", "\n") for line in TEXT.splitlines()]
     numbers = itertools.cycle((3, 14, 25, 7, 120, 48, 6, 90, 31, 5, 1250))
     return [line.format(n=n, a=next(numbers), b=next(numbers)) for n in NAMES for line in lines]
 
 
 def train(added: list[tokenizers.AddedToken]) -> tokenizers.Tokenizer:
-    """BPE over bytes; the added tokens come after the vocabulary, as in Qwen3."""
+    """Trains a byte-level BPE; the added tokens follow the vocabulary, as in Qwen3."""
     tok = tokenizers.Tokenizer(models.BPE())
     tok.normalizer = normalizers.NFC()
     tok.pre_tokenizer = pre_tokenizers.Sequence(
@@ -123,7 +124,8 @@ def main(source: str, out: str) -> None:
     entries = sorted(theirs["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
     tok = train([tokenizers.AddedToken(**fields) for _, fields in entries])
     config = {key: theirs[key] for key in KEPT}
-    # Their class would build Qwen3's own splitter in some versions; ours is all in tokenizer.json.
+    # This class uses tokenizer.json unchanged. In some versions, Qwen3's class would replace our
+    # splitter.
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32768}
     config["added_tokens_decoder"] = {
         str(tok.token_to_id(fields["content"])): fields for _, fields in entries

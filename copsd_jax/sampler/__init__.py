@@ -1,4 +1,4 @@
-"""The sampler: prefill, insert and decode over slots that are refilled as their texts end.
+"""The sampler: prefill, insert and decode over slots, which are refilled when their texts end.
 
 May import: runtime, attention, losses, model.
 """

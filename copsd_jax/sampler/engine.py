@@ -1,7 +1,7 @@
 """Prefill, insert and decode: three pure functions over the state of J decode slots.
 
-The division is JetStream's. A slot holds one text; slots are filled, decoded and freed
-independently of one another:
+The division into these three functions follows JetStream. A slot holds one text. Slots are filled,
+decoded and freed independently of one another:
 
     prompts --prefill--> keys and values of all prompts, packed in rows
                                       |
@@ -11,31 +11,35 @@ independently of one another:
                      |  ^
                    decode   up to E tokens for every live slot, in a loop on the device
                      v
-    DecodeResult  the tokens drawn; a slot whose text ended is free again
+    DecodeResult  the tokens drawn; a slot is free again when its text has ended
 
-`prefill` runs prompts packed one behind the other in a row, so that no product is spent on padding
-between them. Segments keep the prompts apart, and a beginning that several prompts share is run
-once. `insert` copies the entries of a prompt into a slot. It may copy one prompt into several
-slots, so that all samples of a prompt share its prefill. `decode` draws tokens for all live slots.
-The first token of a slot comes from the hidden state of the prompt's last token, every other token
-from the step that runs the token before. Both are drawn together, so a step reads the head once,
-however many slots are new.
+`prefill` runs prompts that are packed end to end in a row, so that no compute is spent on padding
+between them. Segment numbers keep the prompts apart. A beginning that several prompts share is run
+once.
 
-The cache of one slot, with a shared prefix of P tokens, a prompt of 3 tokens, and two tokens drawn
-so far (a and b, of which b has not been through the model):
+`insert` copies the cache entries of a prompt into a slot. It may copy one prompt into several
+slots, so all samples of a prompt share one prefill.
+
+`decode` draws tokens for all live slots. The first token of a slot is drawn from the hidden state
+of the prompt's last token. Each later token is drawn from the step that runs the token before it.
+One step draws first tokens and later tokens together, so it reads the head once.
+
+The picture shows the cache of one slot, with a shared prefix of P tokens and a prompt of 3 tokens.
+Two tokens were drawn so far: a, and b, which the model has not run yet.
 
     token       [prefix 0 ... P-1]   p0   p1   p2   a    b
     position     0 ... P-1           P    P+1  P+2  P+3  P+4
     cache index  (not in the slot)   0    1    2    3    4    <- `index_J`: b is written there next
 
-Entries at or behind `index_J` are left over from the prompt packed behind this one or from the
-slot's former text. They are never seen, since a token attends to the entries up to its own.
+Entries from `index_J` on are left over from the next prompt of the packed row or from the slot's
+previous text. No token attends to these entries, because a token attends only to entries up to its
+own index.
 
-On a mesh, each of the R parts of the batch axes has J / R slots and a row of packed prompts of its
-own, so no cache entry ever travels between devices.
+On a mesh, each of the R batch shards has J / R slots and its own row of packed prompts. So no
+cache entries are sent from one device to another.
 
 Shapes: J slots, A cache length, R batch shards, T packed tokens, P prefix length, I texts inserted
-into the slots of one shard, E steps of one `decode`, X sets of stop ids.
+into the slots of one shard, E steps of one `decode` call, X sets of stop ids.
 """
 
 from typing import Any, NamedTuple
@@ -52,39 +56,41 @@ from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import truncation
 
-UNSTACK_FROM = 2**20  # bytes of a layer from which `unstack_layers` pays
-INSERT_BLOCK = 64  # entries that `insert` copies at a time; a cache has this many beyond a prompt
+UNSTACK_FROM = 2**20  # bytes per layer; `unstack_layers` saves time from this size on
+INSERT_BLOCK = 64  # entries that `insert` copies at a time; a slot has this many spare entries
 
 
 class LayerWeights(NamedTuple):
     """The arrays of one layer that a decode step reads."""
 
     params: Any
-    adapter: Any  # or None
+    adapter: Any  # None without an adapter
     prefix: transformer.KV | None  # [1, P, K, H]
 
 
 class Constants(NamedTuple):
-    """Arrays that the programs of a call read and never change."""
+    """Arrays that the programs of one sampler call read and never change."""
 
     policy: policy_lib.Policy
     prefix: transformer.KV | None  # [layers, 1, P, K, H]
-    valid_V: jax.Array | None  # bool: ids that may be drawn; None for all
+    valid_V: jax.Array | None  # bool: ids that may be drawn; None if all ids may be drawn
     stop_XV: jax.Array  # bool: sets of ids that end a text
-    layers: tuple[LayerWeights, ...] | None = None  # from `unstack_layers`, for `decode`
+    layers: tuple[LayerWeights, ...] | None = None  # result of `unstack_layers`; `decode` reads it
 
 
 def unstack_layers(
     policy: policy_lib.Policy, prefix: transformer.KV | None, devices: Mesh
 ) -> tuple[LayerWeights, ...] | None:
-    """Returns views of the stacked arrays, one `LayerWeights` per layer, or None if it is no gain.
+    """Returns views of the stacked arrays, one `LayerWeights` per layer, or None if no gain.
 
-    The time of a decode step on a CPU is the time to read the weights once, and XLA copies each
-    slice of a stack before it reads it. Without these copies, and with the head as the left factor
-    of its product, a step of 8 slots takes about 0.7 of the time. Compiling a program of 30 layers
-    takes some 10 s longer. The result is None on other platforms, on several devices, where layers
-    are small, and for int8 kernels, which XLA would convert for all layers ahead of the loop over
-    tokens.
+    On a CPU, the time of a decode step is the time to read the weights once. If layers are stacked,
+    XLA copies the slice of each layer before it reads the slice. The views avoid these copies. With
+    them, and with the head as the left factor of its product, a step of 8 slots takes about 0.7 of
+    the time. A program of 30 layers takes about 10 s longer to compile.
+
+    The result is None on other platforms, on several devices, and for small layers. The result is
+    also None for int8 kernels, because XLA would convert the kernels of all layers before the loop
+    over tokens.
     """
     stacks = (policy.params["layers"], policy.adapter, prefix)
     leaves = jax.tree.leaves(stacks)
@@ -93,7 +99,7 @@ def unstack_layers(
     count = len(leaves[0])
     if sharding.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACK_FROM * count:
         return None
-    # On a CPU, NumPy's views of JAX arrays and JAX's views of NumPy arrays share their memory.
+    # On a CPU, conversions between NumPy and JAX arrays share the memory and copy nothing.
     replicated = NamedSharding(devices, PartitionSpec())
     views = jax.tree.map(np.asarray, stacks)
     return tuple(
@@ -103,9 +109,9 @@ def unstack_layers(
 
 
 class Request(NamedTuple):
-    """Limits, keys and settings of texts: arrays with one entry per slot, or per text to insert."""
+    """Limits, keys and settings of texts; each array has one entry per slot or text to insert."""
 
-    limit: jax.Array  # int32: most tokens to draw
+    limit: jax.Array  # int32: maximum number of tokens to draw
     key: jax.Array  # uint32 [..., 2]: threefry key data; token t is drawn with fold_in(key, t)
     stop: jax.Array  # int32: index of the set of stop ids
     rows: truncation.RowSettings
@@ -115,11 +121,11 @@ class Slots(NamedTuple):
     """The state of each slot besides its cache."""
 
     hidden_JD: jax.Array  # hidden state of the prompt's last token, read while the slot is fresh
-    fresh_J: jax.Array  # bool: the first token is still to be drawn
-    live_J: jax.Array  # bool
+    fresh_J: jax.Array  # bool: the first token has not been drawn yet
+    live_J: jax.Array  # bool: the text has not ended
     token_J: jax.Array  # int32: the token drawn last, which is not yet in the cache
-    index_J: jax.Array  # int32: the index of that token in the cache
-    drawn_J: jax.Array  # int32: tokens drawn so far
+    index_J: jax.Array  # int32: the index in the cache for `token_J`
+    drawn_J: jax.Array  # int32: number of tokens drawn so far
     request: Request
 
 
@@ -131,23 +137,23 @@ class DecodeState(NamedTuple):
 
 
 class DrawnTokens(NamedTuple):
-    """The tokens of one `decode` on the host, one column per step."""
+    """The tokens of one `decode` call as NumPy arrays, one column per step."""
 
-    token_JE: np.ndarray  # int32, -1 where nothing was drawn
-    logp_JE: np.ndarray  # float32, under the tempered distribution
-    logp_truncated_JE: np.ndarray  # float32, under the distribution that was drawn from
-    live_J: np.ndarray  # bool, after the last step
+    token_JE: np.ndarray  # int32, -1 where no token was drawn
+    logp_JE: np.ndarray  # float32: log-probability under the tempered distribution
+    logp_truncated_JE: np.ndarray  # float32: log-probability under the truncated distribution
+    live_J: np.ndarray  # bool: the slot is live after the last step
 
 
 class DecodeResult(NamedTuple):
-    """The part of a `decode` that goes to the host."""
+    """The outputs of a `decode` call that are copied to the host."""
 
     packed_JX: jax.Array  # int32: the arrays of `DrawnTokens` side by side; see `_pack_tokens`
-    steps: jax.Array  # int32: tokens drawn for a slot that stayed live
+    steps: jax.Array  # int32: number of steps that were run
 
 
 def unpack_tokens(packed_JX: np.ndarray) -> DrawnTokens:
-    """Splits a packed array into NumPy arrays; log-probabilities are packed as their bits."""
+    """Splits a packed array into its parts; log-probabilities are stored as the bits of float32."""
     columns = (packed_JX.shape[1] - 1) // 3
     token, logp, truncated = (packed_JX[:, i * columns : (i + 1) * columns] for i in range(3))
     live_J = packed_JX[:, -1] > 0
@@ -155,7 +161,7 @@ def unpack_tokens(packed_JX: np.ndarray) -> DrawnTokens:
 
 
 def _pack_tokens(drawn: tuple[jax.Array, ...], live_J: jax.Array) -> jax.Array:
-    """Returns one array, which is one collective on a mesh: several might wait for one another."""
+    """Returns all results in one array, because several collectives could block one another."""
     bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in drawn]
     return jnp.concatenate([*bits, live_J[:, None].astype(jnp.int32)], axis=1)
 
@@ -164,14 +170,14 @@ def init_state(decoder: transformer.Decoder, slots: int, length: int, dtype: Any
     """Returns a state whose slots are all free.
 
     Args:
-      decoder: gives the shapes.
-      slots: J.
-      length: A, enough for the longest prompt with its completion.
-      dtype: of keys and values, int8 included.
+      decoder: the model, which determines the shapes.
+      slots: J, the number of slots.
+      length: A, the cache entries of a slot; enough for the longest prompt and its completion.
+      dtype: dtype of keys and values, which may be int8.
     """
     c = decoder.config
 
-    def zeros(dtype, *width):  # each array has a buffer of its own: donated ones must not be shared
+    def zeros(dtype, *width):  # a new buffer per call, because donated buffers must not be shared
         return jnp.zeros((slots, *width), dtype)
 
     request = Request(
@@ -195,7 +201,7 @@ def init_state(decoder: transformer.Decoder, slots: int, length: int, dtype: Any
 
 
 def partition_state(state: DecodeState, mesh: Any) -> DecodeState:
-    """Returns the PartitionSpec of each array of a state on a mesh, abstract or not."""
+    """Returns the PartitionSpec of each array of a state; the mesh may be abstract."""
     slot, head = decode_attention.find_mesh_axes(mesh, *state.cache.k.shape[1:3])
     return DecodeState(
         jax.tree.map(lambda _: PartitionSpec(None, slot, head), state.cache),
@@ -207,12 +213,12 @@ def partition_state(state: DecodeState, mesh: Any) -> DecodeState:
 
 
 class PackedPrompts(NamedTuple):
-    """Prompts one behind the other in rows, int32 [R, T]; see `prompt_packing.pack_row`."""
+    """Prompts packed end to end in rows, int32 [R, T]; see `prompt_packing.pack_row`."""
 
-    tokens_RT: jax.Array  # any id at padding
+    tokens_RT: jax.Array  # token ids; padding may have any id
     index_RT: jax.Array  # index of each token in its own prompt, from 0
-    segments_RT: jax.Array  # 1, 2, ...; 0 is padding
-    parents_RT: jax.Array  # the segment that holds the prompt's beginning, -1 for none
+    segments_RT: jax.Array  # segment number 1, 2, ...; 0 at padding
+    parents_RT: jax.Array  # number of the segment with the prompt's beginning; -1 if it has none
 
 
 def prefill(
@@ -220,13 +226,14 @@ def prefill(
 ) -> transformer.Output:
     """Runs packed prompts through the model.
 
-    A prompt whose first 4 tokens stand in another segment, and a prompt on its own:
+    In this row, segment 1 has the first 4 tokens of the prompt that segment 2 completes. Segment 3
+    is a whole prompt:
       segments 1 1 1 1 2 2 3 3 3 0     parents -1 -1 -1 -1 1 1 -1 -1 -1 -1
       index    0 1 2 3 4 5 0 1 2 0
 
     Returns:
-      Hidden states [R, T, D], and keys and values [layers, R, K, T + INSERT_BLOCK, H]. The
-      additional entries make room for a block that begins near the end of the row.
+      Hidden states [R, T, D], and keys and values [layers, R, K, T + INSERT_BLOCK, H]. With the
+      additional entries, `insert` can read a whole block that begins near the end of the row.
     """
     shared = 0 if constants.prefix is None else constants.prefix.k.shape[2]
     stream = transformer.Stream(
@@ -246,29 +253,31 @@ def prefill(
 class Insertion(NamedTuple):
     """Prompts to put into slots, arrays [R, I]; the first `count_R` entries of a shard are real.
 
-    The entries of a prompt are `split` tokens from `start` of its shard's row, then those from
-    `own` on; see `prompt_packing.Placement`.
+    In the row of its shard, a prompt has `split` tokens from index `start` on and the rest from
+    index `own` on; see `prompt_packing.Placement`.
     """
 
-    slot_RI: jax.Array  # int32: the target among the slots of the shard
+    slot_RI: jax.Array  # int32: index of the target slot in its shard
     start_RI: jax.Array  # int32
     split_RI: jax.Array  # int32
     own_RI: jax.Array  # int32
-    length_RI: jax.Array  # int32: tokens of the prompt
+    length_RI: jax.Array  # int32: number of tokens of the prompt
     request_RI: Request
-    count_R: jax.Array  # int32
+    count_R: jax.Array  # int32: number of prompts of each shard
 
 
 def insert(state: DecodeState, output: transformer.Output, insertion: Insertion) -> DecodeState:
-    """Copies prefilled prompts into slots, which become live; several slots may get one prompt.
+    """Copies prefilled prompts into slots and makes the slots live.
+
+    Several slots may get copies of the same prompt.
 
     Args:
-      state: its free slots are those to fill.
+      state: the state to update; the target slots must be free.
       output: the result of `prefill`.
-      insertion: which prompt goes where.
+      insertion: the slot and the placement of each prompt.
     """
     kv = output.kv
-    assert kv is not None  # prefill asks for it
+    assert kv is not None  # `prefill` always returns keys and values
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _insert_shard(state, output.hidden_BLD, kv, insertion)
@@ -282,7 +291,7 @@ def insert(state: DecodeState, output: transformer.Output, insertion: Insertion)
 def _insert_shard(
     state: DecodeState, hidden_1TD: jax.Array, kv: transformer.KV, insertion: Insertion
 ) -> DecodeState:
-    """Inserts the prompts of one shard, which has one row."""
+    """Inserts the prompts of one shard; they come from one packed row."""
     insertion = jax.tree.map(lambda x: x[0], insertion)
 
     def insert_text(i, state: DecodeState) -> DecodeState:
@@ -293,7 +302,7 @@ def _insert_shard(
         cache = _copy_entries(cache, kv, slot, own, split, length - split)
         last = jnp.where(length > split, own + length - split, start + length) - 1
         yes, zero = jnp.array(True), jnp.int32(0)
-        new = Slots(  # `token_J` stays: nothing reads it before a token is drawn
+        new = Slots(  # `token_J` keeps its old value, which is not read before a token is drawn
             hidden_JD=hidden_1TD[0, last], fresh_J=yes, live_J=yes,
             token_J=state.slots.token_J[slot], index_J=length - 1, drawn_J=zero, request=request,
         )  # fmt: skip
@@ -307,9 +316,9 @@ def _copy_entries(
 ) -> decode_attention.Cache:
     """Copies `tokens` entries from index `source` of a row to index `target` of a slot.
 
-    The copy is in whole blocks. The entries it writes beyond `tokens` are not live yet, or the next
-    copy writes them again. It uses slices and no gather, for which XLA would change the layout of
-    the cache; on TPU it does so all the same for heads narrower than its lanes.
+    Whole blocks are copied. The entries written beyond `tokens` are either not attended to yet or
+    overwritten by the next copy. The copy uses slices, because XLA would change the cache's layout
+    for a gather. On TPU, XLA still changes the layout if heads are narrower than the lanes.
     """
     layers, _, heads, _, size = kv.k.shape
 
@@ -334,13 +343,16 @@ def decode(
     """Draws up to `steps` tokens for all live slots.
 
     Args:
-      decoder: static.
-      features: static; serve the settings of all requests in the slots.
-      steps: E, static.
+      decoder: the model; static.
+      features: the features that the requests in all slots need; static.
+      steps: E, the maximum number of tokens per slot; static.
       constants: weights, prefix, and sets of ids.
-      state: donated by the sampler's loop.
-      cancel_J: bool; slots to end before anything is drawn.
-      enough: int32; the loop ends early once fewer slots than this are live (at least 1).
+      state: the slots; the sampler's loop donates its buffers.
+      cancel_J: bool; slots to end before any token is drawn.
+      enough: int32; the loop ends early once fewer than max(enough, 1) slots are live.
+
+    Returns:
+      The new state, and the tokens drawn.
     """
     cache, slots = state
     slots = slots._replace(live_J=slots.live_J & ~cancel_J)
@@ -369,9 +381,9 @@ def decode(
 def _run_last_tokens(
     decoder: transformer.Decoder, constants: Constants, cache: decode_attention.Cache, slots: Slots
 ) -> tuple[decode_attention.Cache, jax.Array]:
-    """Runs each slot's last token; returns the cache and hidden_JD.
+    """Runs each slot's last token through the model; returns the cache and hidden_JD.
 
-    Dead and fresh slots run along, but they neither write to the cache nor attend.
+    Free and fresh slots are computed too, but they neither write to the cache nor attend to it.
     """
     shared = 0 if constants.prefix is None else constants.prefix.k.shape[2]
     runs_J = slots.live_J & ~slots.fresh_J
@@ -392,7 +404,7 @@ def _run_last_tokens(
 
 
 def _logits(hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool) -> jax.Array:
-    """Returns logits [J, V]; with the head as left factor, XLA on CPU reads it once, unpacked."""
+    """Returns logits [J, V]; XLA on CPU reads the head only once if it is the left factor."""
     if not head_first:
         return transformer.compute_logits(hidden_JD, head_VD)
     head_VD = head_VD.astype(hidden_JD.dtype)
@@ -402,8 +414,8 @@ def _logits(hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool) -> ja
 def _head(constants: Constants) -> jax.Array:
     """Returns the head, split along the vocabulary over the mesh's `tensor` axis.
 
-    A vocabulary that this axis does not divide is padded once per `decode`. A head that is split
-    along the width instead would sum all logits over the devices in every step.
+    If the size of this axis does not divide the vocabulary, the head is padded once per `decode`
+    call. With a head split along its width instead, every step would sum all logits over devices.
     """
     head_VD = transformer.get_head(constants.policy.params)
     mesh = jax.sharding.get_abstract_mesh()

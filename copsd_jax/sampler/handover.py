@@ -1,12 +1,13 @@
 """Hand-over of a policy's weights to the sampler, at the start of each rollout phase.
 
 Training may split parameters over `fsdp`. A decode step would then gather all of them for every
-token, so they are gathered once per phase, on the devices. The frozen base under adapters is
-gathered once per run. If both layouts are the same, the sampler reads the trainer's own arrays.
+token. So parameters are gathered on the devices once per phase, and a frozen base once per run. If
+sampler and trainer use the same layout, the sampler reads the trainer's own arrays.
 
-The adapter is applied beside the base, as in training, or merged into a copy of the base. Beside
-the base, rank R costs R (in + out) multiplications per token, in addition to in x out, and two
-small products more, which matters if a step is short. The copy costs the memory of the base.
+The adapter is either applied beside the base, as in training, or merged into a copy of the base.
+Beside a projection with in x out weights, an adapter of rank R costs R (in + out) more
+multiplications per token. The adapter also adds two small products, which matter if a step is
+short. A merged copy needs as much memory as the base.
 """
 
 import functools
@@ -22,16 +23,17 @@ from copsd_jax.runtime import sharding
 
 
 class HandOver:
-    """A function that hands policies to the sampler; it keeps a moved copy of the frozen base.
+    """A callable that converts policies for the sampler and keeps its copy of the frozen base.
 
     Args:
       devices: the mesh of trainer and sampler.
-      frozen: weights that never change; their copy is kept, copies of others are made anew.
+      frozen: weights that never change; they are copied only once. Other weights are copied at each
+        call.
       key_heads: K of the model, see `sharding.partition_spec`.
       merge: merges the adapter into a copy of the base.
       int8: quantises projections with `lora.quantise_projections`.
-      gather: makes parameters whole along `fsdp`; otherwise they stay as in training.
-      call: calls a jitted function; a dry run passes one that only compiles it.
+      gather: gathers parameters along `fsdp`; otherwise they are sharded as in training.
+      call: calls a jitted function; a dry run passes a function that only compiles it.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class HandOver:
         self._gather = gather and devices.shape["fsdp"] > 1
 
     def __call__(self, policy: policy_lib.Policy) -> policy_lib.Policy:
-        """Returns the policy to decode with; its adapter is None where it is merged."""
+        """Returns the policy to decode with; its adapter is None if it was merged into the base."""
         params, adapter, scale = policy.params, policy.adapter, policy.scale
         if adapter is not None and self._merge:
             merged = self._convert(scale, self._int8, params, adapter)
@@ -62,11 +64,11 @@ class HandOver:
         return policy_lib.Policy(params, adapter, scale)
 
     def kept(self) -> Any:
-        """Returns the copy of the frozen base that stays for the whole run, or None."""
+        """Returns the copy of the frozen base kept for the whole run, or None if there is none."""
         return self._base
 
     def _convert(self, scale: float, int8: bool, *trees: Any) -> Any:
-        """Moves an adapter, or a base that it merges with an adapter and quantises if asked."""
+        """Converts and reshards one tree, or merges a base and an adapter into one tree."""
         shapes = jax.eval_shape(functools.partial(_convert, scale=scale, int8=int8), *trees)
         places = sharding.shardings(shapes, self._mesh, self._key_heads, gathered=self._gather)
         leaves, tree = jax.tree.flatten(places)
@@ -81,6 +83,6 @@ def _convert(params: Any, adapter: Any = None, *, scale: float, int8: bool) -> A
 
 @functools.lru_cache
 def _program(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
-    """Returns one jitted function per target, so that no later phase compiles it again."""
+    """Returns one jitted function per target, so that later phases do not compile it again."""
     convert = functools.partial(_convert, scale=scale, int8=int8)
     return jax.jit(convert, out_shardings=jax.tree.unflatten(tree, leaves))

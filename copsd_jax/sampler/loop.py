@@ -1,11 +1,11 @@
-"""The sampler's loop: fills slots, decodes, collects tokens and refills slots, until all are done.
+"""The sampler's loop: fills slots, decodes, collects tokens and refills slots until all texts end.
 
-A text depends on its key, its prompt, its settings and the weights. It does not depend on the
-number of slots, the other texts, its place in the list or the devices, beyond the rounding of
-products of other shapes.
+A text depends on its key, its prompt, its settings and the weights. A text does not depend on the
+number of slots, the other texts, its index in the list or the devices. Only rounding can differ,
+because these change the shapes of products.
 
-Every decision follows from the arguments and from the drawn tokens, which each process gets whole.
-So all processes run this loop and call the same programs in the same order.
+Every decision of the loop follows from the arguments and from the drawn tokens. Each process has
+all arguments and tokens, so all processes call the same programs in the same order.
 """
 
 import collections
@@ -32,23 +32,23 @@ from copsd_jax.sampler import engine, program_cache, prompt_packing, request
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One sampled text; `ids` includes the token that ended it, and has C of them."""
+    """One sampled text of C tokens."""
 
-    ids: tuple[int, ...]
-    logps: np.ndarray  # float32 [C], under the tempered distribution
-    logps_truncated: np.ndarray  # float32 [C], under the distribution drawn from
+    ids: tuple[int, ...]  # C token ids, including the token that ended the text
+    logps: np.ndarray  # float32 [C]: log-probabilities under the tempered distribution
+    logps_truncated: np.ndarray  # float32 [C]: log-probabilities under the truncated distribution
     finish: str  # 'stop' or 'length'
 
 
 class Stats(NamedTuple):
     """Progress of a call, and how busy it keeps the device."""
 
-    done: int  # completions
-    total: int
-    tokens: int  # drawn so far
-    prompt_tokens: int  # that prefill ran through the model
+    done: int  # completions that have ended
+    total: int  # completions of the call
+    tokens: int  # tokens drawn so far
+    prompt_tokens: int  # tokens that prefill ran through the model
     occupancy: float  # share of slots that drew a token while prompts waited; NaN if none waited
-    seconds: float
+    seconds: float  # since the start of the call
 
 
 class Result(NamedTuple):
@@ -60,11 +60,11 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass
 class _PartialCompletion:
-    """The tokens of a text so far."""
+    """The tokens of a text that were drawn so far."""
 
-    parts: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
-    tail: bytes = b""  # the last bytes, for stop strings that span tokens
-    stopped: bool = False
+    parts: list[list[np.ndarray]] = dataclasses.field(default_factory=list)  # one per decode call
+    tail: bytes = b""  # the last bytes of the text, for stop strings that span several tokens
+    stopped: bool = False  # whether a stop string was found
 
 
 Progress = Callable[[Stats], None] | None
@@ -80,27 +80,27 @@ def generate(
 ) -> Result:  # fmt: skip
     """Samples one completion for each prompt; equal prompts share their prefill.
 
-    It runs on the mesh of the surrounding `jax.set_mesh`, where the policy has to be.
+    The sampler runs on the mesh of the surrounding `jax.set_mesh`; the policy must be on that mesh.
 
     Args:
       decoder: the model.
-      policy: its weights.
-      prompts: token ids without the shared prefix, at least one each.
-      sampling: settings of all prompts, or one for each.
+      policy: the weights and adapter of the model.
+      prompts: lists of token ids without the shared prefix; each has at least one token.
+      sampling: one `Sampling` for all prompts, or a list with one per prompt.
       keys: uint32 [n, 2] from `request.derive_keys`, one per prompt.
       settings: the sampler's size; slots are rounded up to a multiple of the mesh's batch shards.
       prefix: the keys and values of tokens that all prompts begin with, from
         `shared_prefix.encode_ids` with the same policy.
-      vocabulary: ids that may be drawn, and their bytes; None allows all ids, no stop strings.
-      limits: most tokens of each completion; None takes its max_tokens.
-      progress: called with the statistics after each decode.
-      done: called with (index of the prompt, completion) as soon as it is complete.
+      vocabulary: ids that may be drawn, and their bytes; None allows all ids but no stop strings.
+      limits: maximum number of tokens per completion; None means the max_tokens of its `Sampling`.
+      progress: called with the statistics after each decode call.
+      done: called with (index of the prompt, completion) as soon as the completion has ended.
 
     Returns:
       The completions in the order of the prompts, and statistics.
 
     Raises:
-      ValueError: settings or prompts cannot be served.
+      ValueError: the sampler does not support the settings or prompts.
       MemoryError: the cache does not fit the devices.
     """
     inputs = request.prepare_inputs(
@@ -119,16 +119,16 @@ def generate(
 class _Prefilled(NamedTuple):
     """A text whose prompt has been prefilled."""
 
-    row: int
-    output: transformer.Output  # of `prefill`, with the rows of all shards
-    place: prompt_packing.Placement  # of the prompt in the row of one shard
+    row: int  # index of the text in the call
+    output: transformer.Output  # result of `prefill`, with the packed rows of all shards
+    place: prompt_packing.Placement  # where the prompt is in the packed row of its shard
 
 
 _Queues = list[collections.deque[_Prefilled]]  # one queue per shard
 
 
 class _Waiting:
-    """A queue of prompts, each with the rows of all texts that begin with it."""
+    """A queue of distinct prompts, each with the rows of the texts that have this prompt."""
 
     def __init__(self, prompts: Sequence[tuple[int, ...]]):
         texts: dict[tuple[int, ...], list[int]] = {}
@@ -138,7 +138,7 @@ class _Waiting:
         self.texts = len(prompts)
 
     def take(self, wanted: int, width: int) -> list[tuple[tuple[int, ...], list[int]]]:
-        """Takes one or more prompts that fit a row, until they have `wanted` texts."""
+        """Removes and returns prompts that fit one packed row, until they have `wanted` texts."""
         candidates, texts = [], 0
         for prompt, rows in self.groups:
             if texts >= wanted:
@@ -151,7 +151,7 @@ class _Waiting:
         return taken
 
     def put_back(self, prompt: tuple[int, ...], rows: list[int]) -> None:
-        """Puts texts of a prompt back to the front."""
+        """Puts texts of a prompt back at the front of the queue."""
         self.groups.appendleft((prompt, rows))
         self.texts += len(rows)
 
@@ -165,19 +165,19 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
     prefilled: _Queues = [collections.deque() for _ in range(shards)]
     texts = {row: _PartialCompletion() for row in range(len(inputs.prompts))}
     completions: dict[int, Completion] = {}
-    serving: dict[int, int] = {}  # slot -> row of its text
-    cancel = np.zeros(slots, bool)  # slots to end that are still live on the device
+    serving: dict[int, int] = {}  # slot -> row of the text in this slot
+    cancel = np.zeros(slots, bool)  # live slots on the device that the next decode call must end
     tokens = prompt_tokens = busy = possible = 0
     while waiting.texts or any(prefilled) or serving:
         state = _insert_prefilled(inputs, state, prefilled, serving)
-        # The texts of a prefill go into their slots before the next prefill, so at most two
-        # prefills are held at a time, whatever the number of slots.
+        # Texts are inserted into their slots before the next prefill. So at most two prefill
+        # results are in memory at a time, for any number of slots.
         while waiting.texts and len(serving) < slots:
             prompt_tokens += _prefill_row(inputs, waiting, prefilled, serving)
             state = _insert_prefilled(inputs, state, prefilled, serving)
         cancel[list(serving)] = False  # these slots now hold a new text
         more = bool(waiting.texts or any(prefilled))
-        # While texts wait, decoding ends once a sixteenth of the slots (at least one) is free.
+        # While texts wait, decode ends once a sixteenth of the slots (at least one) is free.
         enough = max(1, len(serving) - max(1, slots // 16) + 1) if more else 1
         args = _to_devices(inputs, (cancel, np.int32(enough)))
         state, result = _decode_program(inputs, state, *args).call(inputs.constants, state, *args)
@@ -205,7 +205,7 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
 
 
 def _list_free_slots(slots: int, shards: int, serving: dict[int, int]) -> list[list[int]]:
-    """Lists the free slots of each shard, which has slots / shards of them."""
+    """Lists the free slots of each shard; a shard has slots / shards slots."""
     parts = np.arange(slots).reshape(shards, -1).tolist()
     return [[slot for slot in part if slot not in serving] for part in parts]
 
@@ -217,11 +217,11 @@ def _to_devices(inputs: request.Inputs, x: Any, *axes: Any) -> Any:
 def _prefill_row(
     inputs: request.Inputs, waiting: _Waiting, prefilled: _Queues, serving: dict[int, int]
 ) -> int:
-    """Runs prefill on a row of prompts for every shard; returns the number of tokens.
+    """Runs prefill on one row of prompts per shard; returns the number of tokens in all rows.
 
-    A shard takes texts for its free slots, and those that it will need next, but no more than its
-    share of the waiting texts. A shard without a free slot takes some ahead if it holds none, since
-    its row is computed anyway.
+    A shard takes texts for its free slots, and further texts in advance, up to its share of the
+    waiting texts. Prefill computes a row for every shard anyway, so a shard without free slots
+    takes texts too, unless it still has prefilled texts.
     """
     slots, shards = inputs.settings.slots, len(prefilled)
     free = _list_free_slots(slots, shards, serving)
@@ -233,7 +233,7 @@ def _prefill_row(
         if prefilled[r] or not wanted or not waiting.texts:
             continue
         for prompt, rows in waiting.take(wanted, inputs.settings.pack):
-            # On one shard the samples of a prompt stay together, whatever their number.
+            # With a single shard, all samples of a prompt share one prefill, however many they are.
             room = max(1, wanted - sum(len(rows) for _, rows in taken[r]))
             keep = rows if shards == 1 else rows[:room]
             if rows[len(keep) :]:
@@ -252,7 +252,7 @@ def _prefill_row(
 
 
 def _pack_prompts(parts: list[list[tuple[int, ...]]], width: int) -> tuple[Any, tuple]:
-    """Builds NumPy arrays and placements from the prompts of each shard."""
+    """Returns packed prompts as NumPy arrays [R, width], and the placements of each shard."""
     packed = [prompt_packing.pack_row(part, width) for part in parts]
     rows, places = zip(*packed, strict=True)
     return engine.PackedPrompts(*np.stack(rows, axis=1)), places
@@ -261,7 +261,7 @@ def _pack_prompts(parts: list[list[tuple[int, ...]]], width: int) -> tuple[Any, 
 def _insert_prefilled(
     inputs: request.Inputs, state: engine.DecodeState, prefilled: _Queues, serving: dict[int, int]
 ) -> engine.DecodeState:
-    """Puts prefilled texts into free slots and enters them in `serving`."""
+    """Puts prefilled texts into free slots and adds them to `serving`; returns the new state."""
     slots, shards = inputs.settings.slots, len(prefilled)
     per, free = slots // shards, _list_free_slots(slots, shards, serving)
     outputs: dict[int, tuple[transformer.Output, list[list]]] = {}
@@ -278,13 +278,14 @@ def _insert_prefilled(
 
 
 def _pack_insertions(inputs: request.Inputs, parts: list[list], per: int) -> engine.Insertion:
-    """Builds NumPy arrays from the (local slot, text) pairs of each shard.
+    """Builds NumPy arrays from the (slot of the shard, text) pairs of each shard.
 
-    Prompts of 3 and 2 tokens in one row, for slots 4, 5 (both the first) and 7:
+    For example, one row has prompts of 3 and 2 tokens. The first goes into slots 4 and 5, and the
+    second into slot 7:
       slot 4 5 7    start 0 0 3    split 3 3 2    own 0 0 3    length 3 3 2
     """
     numbers = np.zeros((5, len(parts), per), np.int32)
-    rows = np.zeros((len(parts), per), np.int32)  # the row whose settings count; any row at padding
+    rows = np.zeros((len(parts), per), np.int32)  # the row of each text; 0 at padding
     for r, part in enumerate(parts):
         for i, (slot, text) in enumerate(part):
             numbers[:, r, i] = slot, *text.place, len(inputs.prompts[text.row])
@@ -297,7 +298,7 @@ def _pack_insertions(inputs: request.Inputs, parts: list[list], per: int) -> eng
 def _append_tokens(
     inputs: request.Inputs, row: int, text: _PartialCompletion, drawn: engine.DrawnTokens, slot: int
 ) -> int:
-    """Appends a slot's tokens, up to the one that completes a stop string; returns their number."""
+    """Appends a slot's tokens, at most until a stop string is complete; returns their number."""
     columns = np.flatnonzero(drawn.token_JE[slot] >= 0)
     end, text.tail = request.find_stop(
         text.tail, drawn.token_JE[slot, columns].tolist(),
@@ -329,7 +330,7 @@ def _to_abstract(inputs: request.Inputs, x: Any, *axes: Any) -> Any:
 
 
 def abstract_state(inputs: request.Inputs) -> engine.DecodeState:
-    """Returns a state as jax.ShapeDtypeStructs with shardings."""
+    """Returns the decode state as jax.ShapeDtypeStructs with shardings."""
     s = inputs.settings
     shape = jax.eval_shape(lambda: engine.init_state(inputs.decoder, s.slots, s.length, s.cache))
     specs = engine.partition_state(shape, inputs.mesh)
@@ -366,7 +367,7 @@ def _insert_program(inputs: request.Inputs, state, output, entry) -> program_cac
 
 
 def _decode_program(inputs: request.Inputs, state, cancel_J, enough) -> program_cache.Program:
-    whole = _sharding(inputs)  # on every device, so on every process
+    whole = _sharding(inputs)  # replicated on every device, so that every process can read it
     return program_cache.get_program(
         f"decode {inputs.settings.slots} x {inputs.settings.length}", engine.decode,
         (inputs.decoder, inputs.features, inputs.settings.steps),
@@ -378,14 +379,14 @@ def _decode_program(inputs: request.Inputs, state, cancel_J, enough) -> program_
 def compile_programs(
     inputs: request.Inputs, memory: int | None = None
 ) -> tuple[program_cache.Program, ...]:
-    """Compiles every program that calls of this size need, and runs none of them.
+    """Compiles and returns every program that calls of this size need, without running any.
 
     Args:
-      inputs: its arrays may be jax.ShapeDtypeStructs with shardings.
-      memory: bytes of a device; None asks the device.
+      inputs: the inputs of a call; arrays may be jax.ShapeDtypeStructs with shardings.
+      memory: memory of a device in bytes; None reads it from the device.
 
     Raises:
-      MemoryError: the buffers do not fit; the message has their sizes and what would fit.
+      MemoryError: the buffers do not fit; the message has their sizes and a size that would fit.
     """
     memory = _free_memory(inputs) if memory is None else memory
     check_memory(inputs, 0, memory)
@@ -407,7 +408,7 @@ def compile_programs(
             programs.append(_insert_program(inputs, state, output, entry))
         args = _to_abstract(inputs, (np.zeros(slots, bool), np.int32(0)))
         programs.append(_decode_program(inputs, state, *args))
-        # The rows of one prefill wait for slots while the next prefill runs.
+        # Two prefill results: one waits for free slots while the next is computed.
         temporary = max(program.temporary for program in programs) + 2 * device_bytes(output)
         check_memory(inputs, temporary, memory)
     return tuple(programs)
@@ -415,7 +416,7 @@ def compile_programs(
 
 @contextlib.contextmanager
 def _explain_memory_errors(inputs: request.Inputs) -> Iterator[None]:
-    """Turns an out-of-memory error of device or compiler into one with the buffers' sizes."""
+    """Replaces an out-of-memory error of JAX by a MemoryError with the buffers' sizes."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -425,7 +426,7 @@ def _explain_memory_errors(inputs: request.Inputs) -> Iterator[None]:
 
 
 def _free_memory(inputs: request.Inputs) -> int:
-    """Returns the bytes of a device that others do not hold, sys.maxsize if it does not tell."""
+    """Returns the bytes of a device that the sampler may use, or sys.maxsize if unknown."""
     stats = inputs.mesh.local_devices[0].memory_stats() or {}
     if sharding.platform(inputs.mesh) == "cpu":
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -436,26 +437,26 @@ def _free_memory(inputs: request.Inputs) -> int:
 
 
 def device_bytes(tree: Any) -> int:
-    """Returns the bytes of a tree's arrays on each device."""
+    """Returns the number of bytes that a tree's arrays have on each device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _constant_bytes(inputs: request.Inputs) -> int:
-    """Returns the bytes of weights and prefix on each device; `layers` shares their memory."""
+    """Returns the bytes of weights and prefix on each device; `layers` shares the same memory."""
     return device_bytes(inputs.constants._replace(layers=None))
 
 
 def check_memory(inputs: request.Inputs, temporary: int, limit: int | None) -> None:
-    """Refuses a sampler whose buffers do not fit a device.
+    """Checks that the sampler's buffers fit the memory of a device.
 
     Args:
-      inputs: give the cache and the weights.
-      temporary: bytes of the program that needs most besides weights and cache.
-      limit: bytes of a device; None refuses every size.
+      inputs: the inputs of the call, which determine the sizes of cache and weights.
+      temporary: maximum over all programs of the bytes needed besides weights and cache.
+      limit: memory of a device in bytes; None raises for every size.
 
     Raises:
-      MemoryError: the buffers do not fit, with their sizes and what to change.
+      MemoryError: the buffers do not fit; the message has their sizes and the setting to change.
     """
     s, cache, held = inputs.settings, device_bytes(abstract_state(inputs)), _constant_bytes(inputs)
     if limit is not None and cache + held + temporary <= limit:

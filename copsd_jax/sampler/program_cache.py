@@ -1,8 +1,8 @@
 """Cache of the sampler's compiled programs.
 
-A program is a function with its static arguments, shapes, shardings, mesh and precision of
-products, and is compiled once. Compiling ahead of the call gives the number of compilations, their
-time and their memory as plain numbers.
+A program is identified by its function, static arguments, shapes, shardings, mesh and matmul
+precision. Each program is compiled once, ahead of its first call. So the number of compilations,
+their time and their memory can be reported.
 """
 
 import time
@@ -17,7 +17,7 @@ class Program(NamedTuple):
 
     name: str
     call: Callable
-    seconds: float  # of compilation
+    seconds: float  # compilation time
     temporary: int  # bytes on each device besides arguments and results
     held: int  # bytes of arguments and results on each device
 
@@ -28,15 +28,15 @@ _PROGRAMS: dict[Any, Program] = {}
 def get_program(
     name: str, function: Callable, static: tuple, args: tuple, donate: tuple, shardings: Any
 ) -> Program:
-    """Returns `function(*static, *args)` compiled for these arguments.
+    """Returns the program that computes `function(*static, *args)` for arguments of these shapes.
 
     Args:
-      name: for reports.
+      name: the program's name in reports.
       function: the function to compile.
-      static: its first arguments, hashable.
-      args: its other arguments, which may be jax.ShapeDtypeStructs with shardings.
-      donate: indices among all arguments of those whose buffers become results.
-      shardings: of the results; None leaves them to the compiler.
+      static: the first arguments of `function`, which are static and hashable.
+      args: the other arguments of `function`, which may be jax.ShapeDtypeStructs with shardings.
+      donate: indices of the donated arguments, counted over `static` and `args` together.
+      shardings: shardings of the results; None leaves them to the compiler.
     """
     leaves, tree = jax.tree.flatten((args, shardings))
     shapes = tuple((x.shape, x.dtype, x.sharding) if hasattr(x, "shape") else x for x in leaves)
@@ -59,5 +59,5 @@ def get_program(
 
 
 def list_programs() -> tuple[Program, ...]:
-    """Returns all programs so far, in the order of their compilation."""
+    """Returns all programs compiled so far, in the order of their compilation."""
     return tuple(_PROGRAMS.values())

@@ -1,14 +1,14 @@
 """Packing of prompts into rows for prefill.
 
-Prompts are packed one behind the other. A beginning that several prompts share, such as the same
-problem before different attempts, stands in the row once, and they all attend to it:
+Prompts are packed end to end. Several prompts may share a beginning, such as the same problem
+before different attempts. A shared beginning is in the row once, and these prompts attend to it:
 
     prompts     a b c d X Y    a b c d Z    p q
     row         a b c d | X Y | Z | p q
     segment     1 1 1 1   2 2   3   4 4
     parent      - - - -   1 1   1   - -
     index       0 1 2 3   4 5   4   0 1
-    split       4 of the first two prompts, 2 (all) of the third
+    split       4 for the first two prompts, 2 (all tokens) for the third
 """
 
 import bisect
@@ -18,15 +18,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-SHARED = 16  # least number of common tokens that get a segment of their own
+SHARED = 16  # a shared beginning gets its own segment if it has at least this many tokens
 SMALLEST = 128  # tokens of the smallest bucket
-WIDTH = 16  # buckets are multiples of it
+WIDTH = 16  # every bucket is a multiple of this number of tokens
 
 Prompt = tuple[int, ...]
 
 
 class Placement(NamedTuple):
-    """Position of a prompt in a row: `split` tokens from `start`, then the rest from `own`."""
+    """Location of a prompt in a row: `split` tokens from index `start`, the rest from `own`."""
 
     start: int
     split: int
@@ -36,10 +36,13 @@ class Placement(NamedTuple):
 def list_buckets(pack: int, longest: int) -> tuple[int, ...]:
     """Returns the widths of packed rows, in ascending order.
 
-    They are the powers of two from 128 below `pack`, `pack` itself rounded up to a multiple of 16,
-    and further powers of two up to one that holds `longest`.
+    The widths are `pack`, rounded up to a multiple of 16 (at least 128), and powers of two from 128
+    on. If `longest` fits into `pack`, the powers end below `pack`. Otherwise the last one is the
+    first power of two that is at least `longest`.
 
-    buckets(512, 90) -> 128, 256, 512; buckets(400, 700) -> 128, 256, 400, 512, 1024.
+    Examples:
+      list_buckets(512, 90) returns (128, 256, 512).
+      list_buckets(400, 700) returns (128, 256, 400, 512, 1024).
     """
     own = max(SMALLEST, -(-pack // WIDTH) * WIDTH)
     size, sizes = SMALLEST, {own}
@@ -52,16 +55,20 @@ def list_buckets(pack: int, longest: int) -> tuple[int, ...]:
 
 
 def count_common(a: Prompt, b: Prompt) -> int:
-    """Counts the tokens that both prompts begin with."""
+    """Returns the number of tokens in the longest common beginning of two prompts."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt]]]:
-    """Groups distinct prompts by their beginnings: (tokens in common or 0, prompts of the group).
+    """Groups distinct prompts by their shared beginnings.
 
-    In lexical order, prompts with a common beginning are neighbours. Of all ways to cut that list
-    into groups, it finds the one that saves most: m prompts with s tokens in common save (m - 1) s.
+    In lexicographic order, prompts with a shared beginning are neighbours. A group of m prompts
+    that share s tokens saves (m - 1) s tokens. This function finds the split of the sorted list
+    into groups that saves the most tokens.
+
+    Returns:
+      A list of (number of shared tokens or 0, prompts of the group).
     """
     distinct = sorted(set(prompts))
     both = [count_common(a, b) for a, b in itertools.pairwise(distinct)]
@@ -84,13 +91,18 @@ def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt
 
 
 def count_tokens(prompts: Sequence[Prompt]) -> int:
-    """Counts the tokens that these prompts take in a row."""
+    """Returns the number of tokens that these prompts need in a row."""
     groups = group_by_beginning(prompts)
     return sum(sum(map(len, members)) - shared * (len(members) - 1) for shared, members in groups)
 
 
 def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Prompt, Placement]]:
-    """Packs prompts: int32 [4, width] of tokens, index, segments, parents; and their placements."""
+    """Packs prompts into one row.
+
+    Returns:
+      int32 [4, width] with the rows tokens, index, segments and parents, as in
+      `engine.PackedPrompts`; and the placement of each prompt.
+    """
     out = np.zeros((4, width), np.int32)
     out[3] = -1
     places: dict[Prompt, Placement] = {}
@@ -117,8 +129,9 @@ def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Pr
 
 
 def count_fitting(waiting: Sequence[Prompt], width: int) -> int:
-    """Counts how many of these distinct prompts, from the first on, fit a row of `width` tokens."""
-    # More prompts never take less room, and common beginnings only make them shorter.
+    """Returns the largest n such that the first n distinct prompts fit a row of `width` tokens."""
+    # The number of tokens never falls when a prompt is added, so bisection finds n. Prompts whose
+    # lengths sum to at most `width` fit, because sharing can only save tokens.
     lengths = itertools.accumulate(map(len, waiting))
     sure = sum(1 for total in lengths if total <= width)
     rest = range(sure + 1, len(waiting) + 1)

@@ -1,8 +1,8 @@
 """Settings and inputs of one call of the sampler, checked before anything runs.
 
-`Vocabulary`, `Sampling` and `SamplerSettings` are a caller's. `list_texts` checks and joins the
-arguments that every engine takes. `prepare_inputs` builds `Inputs`, the read-only inputs of a call
-of this sampler. `derive_keys` makes random streams.
+Callers create `Vocabulary`, `Sampling` and `SamplerSettings`. `list_texts` checks the arguments
+that all engines share, and joins them into one entry per text. `prepare_inputs` builds `Inputs`,
+the read-only inputs of one call of this sampler. `derive_keys` makes random streams.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, prompt_packing, truncation
 
 PURPOSES = {"rollout": 0, "evaluation": 1, "author": 2}
-STOP_SETS = 4  # least number of sets of stop ids that a program has room for
+STOP_SETS = 4  # every program has room for at least this many sets of stop ids
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """The ids of a model as its tokenizer uses them.
+    """The ids of a model: which ids may be drawn, their bytes, and the ids that end a text.
 
     Attributes:
-      valid_V: bool, the ids that the tokenizer has, which alone may be drawn.
-      token_bytes: the bytes of each id; stop strings need those of every valid id.
-      stop_ids: the ids that end a text. The sampler reads those of `Sampling`, not these.
+      valid_V: bool; the ids that the tokenizer has. Only these ids may be drawn.
+      token_bytes: the bytes of each id; stop strings need the bytes of every valid id.
+      stop_ids: the ids that end a text. The sampler reads `Sampling.stop_ids` instead.
     """
 
     valid_V: np.ndarray
@@ -41,7 +41,7 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings with which completions are drawn, and the ids and strings that end them."""
+    """Settings of the distribution to draw from, and the ids and strings that end a completion."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -49,7 +49,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     stop_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()  # strings; a completion ends with the token that completes one
+    stop: tuple[str, ...] = ()  # a completion ends with the token that completes one of the strings
 
     @property
     def row(self) -> tuple[float, int, float, float]:
@@ -62,19 +62,19 @@ class Text(NamedTuple):
 
     prompt: tuple[int, ...]
     sampling: Sampling
-    limit: int  # most tokens to draw
-    key_2: np.ndarray  # uint32
+    limit: int  # maximum number of tokens to draw
+    key_2: np.ndarray  # uint32: threefry key data
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """The size of a sampler, on which no text depends."""
+    """The size of a sampler; the texts do not depend on it."""
 
-    slots: int = 32  # texts decoded at once
-    length: int = 0  # cache entries of a slot; 0 takes what the longest text of a call needs
-    steps: int = 16  # most tokens per slot of one decode call
-    pack: int = 512  # tokens of a row of prompts; a longer prompt has a row of its own
-    cache: Any = None  # dtype of keys and values, int8 included; None takes the decoder's
+    slots: int = 32  # number of texts decoded at once
+    length: int = 0  # cache entries of a slot; 0 means as many as the longest text of a call needs
+    steps: int = 16  # maximum number of tokens that one decode call draws for a slot
+    pack: int = 512  # tokens of a packed row; a longer prompt has its own row
+    cache: Any = None  # dtype of keys and values, which may be int8; None means the decoder's dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Inputs:
     decoder: transformer.Decoder
     constants: engine.Constants
     features: truncation.Features
-    settings: SamplerSettings  # its length and cache dtype set, slots a multiple of the shards
+    settings: SamplerSettings  # length and cache are filled in; shards divide the slots
     mesh: Mesh
     prompts: Sequence[tuple[int, ...]]
     request: engine.Request  # NumPy arrays with one entry per prompt
-    stops: Sequence[tuple[bytes, ...]]  # stop strings of each set of stop ids
+    stops: Sequence[tuple[bytes, ...]]  # the stop strings that go with each row of `stop_XV`
     vocabulary: Vocabulary
     stop_XV: np.ndarray  # bool: sets of ids that end a text
-    buckets: tuple[int, ...]  # widths of rows of prompts, ascending
+    buckets: tuple[int, ...]  # widths of packed rows, ascending
 
 
 def derive_keys(
@@ -99,15 +99,15 @@ def derive_keys(
 ) -> np.ndarray:
     """Returns one random stream for each sample of each row.
 
-    Seed, purpose, step, row id (the first 64 bits of its SHA-256) and sample are folded in, in
-    turn. The engine folds in the token's index.
+    The root key is made from the seed. Then four values are folded in: purpose, step, row id (the
+    first 64 bits of its SHA-256) and sample number. The engine folds in the token's index.
 
     Args:
-      seed: of the run.
+      seed: the run's seed.
       purpose: a key of PURPOSES.
-      step: of training.
-      row_ids: of n problems.
-      samples: of n numbers, which tell samples of one problem apart.
+      step: the training step.
+      row_ids: n ids of problems.
+      samples: n sample numbers, which distinguish the samples of one problem.
 
     Returns:
       Threefry key data, uint32 [n, 2].
@@ -124,7 +124,7 @@ def derive_keys(
     root = jax.random.key(seed, impl="threefry2x32")
     for word in (PURPOSES[purpose], step):
         root = jax.random.fold_in(root, word)
-    # Sizes are rounded up to powers of two, so that few programs serve all numbers of texts.
+    # Sizes are rounded up to powers of two, so that only a few programs are compiled.
     size = 1 << max(0, len(samples) - 1).bit_length()
     words, numbers = np.zeros((size, 2), np.uint32), np.zeros(size, np.uint32)
     words[: len(samples)], numbers[: len(samples)] = words_n2, samples
@@ -150,19 +150,19 @@ def prepare_inputs(
 
     Args:
       decoder: the model.
-      policy: its weights, on the mesh or abstract.
+      policy: the weights and adapter of the model; arrays on the mesh, or abstract arrays.
       prompts: token ids without the shared prefix.
-      sampling: settings of all prompts, or one for each.
-      keys_n2: uint32, as `derive_keys` returns them.
+      sampling: one `Sampling` for all prompts, or a list with one per prompt.
+      keys_n2: uint32, as returned by `derive_keys`.
       settings: the sampler's size.
       prefix: keys and values of the shared prefix.
-      vocabulary: None allows all ids.
-      limits: most tokens of each completion; None takes max_tokens of its settings.
-      longest: tokens of the longest prompt of other calls that share the compiled programs.
-      put: moves NumPy arrays to the mesh; `sharding.to_abstract` if its devices are not present.
+      vocabulary: ids that may be drawn, and their bytes; None allows all ids.
+      limits: maximum number of tokens per completion; None means the max_tokens of its `Sampling`.
+      longest: tokens of the longest prompt in other calls that share the compiled programs.
+      put: moves NumPy arrays to the mesh; `sharding.to_abstract` if the devices are not present.
 
     Raises:
-      ValueError: settings or prompts cannot be served.
+      ValueError: the sampler does not support the settings or prompts.
     """
     vocabulary = vocabulary or Vocabulary(np.ones(decoder.config.vocab_size, bool))
     valid_V, devices = vocabulary.valid_V, sharding.current_mesh()
@@ -182,7 +182,7 @@ def prepare_inputs(
         decoder=decoder,
         constants=engine.Constants(
             policy, prefix,
-            # A mask costs a pass over the logits, so there is none if all ids are valid.
+            # A mask costs a pass over the logits, so it is left out if all ids are valid.
             None if valid_V.all() else put(valid_V, devices, PartitionSpec()),
             put(stop_XV, devices, PartitionSpec()),
             engine.unstack_layers(policy, prefix, devices),
@@ -201,11 +201,12 @@ def list_texts(
     prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], keys: Any,
     limits: Sequence[int] | None, vocabulary: Vocabulary,
 ) -> list[Text]:  # fmt: skip
-    """Returns one entry for each prompt, after checking the arguments of a `generate`.
+    """Returns one `Text` for each prompt, after checking the arguments of `generate`.
 
     Raises:
-      ValueError: settings cannot be served, a list has not one entry for each prompt, the keys are
-        no uint32 [n, 2], a prompt is empty or has ids that the model lacks, or a limit is below 1.
+      ValueError: a setting is out of range, a list does not have one entry per prompt, or the keys
+        are not uint32 [n, 2]. A prompt must not be empty, and the model must have all its ids. A
+        limit must be at least 1.
     """
     for kind in _list_kinds(sampling):
         _check_sampling(kind, vocabulary)
@@ -238,16 +239,17 @@ def list_texts(
 def find_stop(
     tail: bytes, tokens: Sequence[int], stops: Sequence[bytes], token_bytes: Sequence[bytes]
 ) -> tuple[int | None, bytes]:
-    """Counts the tokens up to the first that completes a stop string.
+    """Finds the first token that completes a stop string.
 
     Args:
-      tail: the last bytes before these tokens, as a former call returned them.
+      tail: the last bytes before these tokens, as returned by the previous call; b"" at first.
       tokens: ids of the next tokens.
       stops: the stop strings.
       token_bytes: the bytes of each id.
 
     Returns:
-      The number of tokens, None if no string is complete; and the last bytes of the text.
+      The number of tokens up to and including this token, or None if no stop string is complete;
+      and the last bytes of the text, for the next call.
     """
     reach = max(map(len, stops), default=1) - 1
     for count, token in enumerate(tokens if stops else (), 1):
@@ -259,15 +261,15 @@ def find_stop(
 
 
 def _list_kinds(sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:
-    """Returns the settings that differ; those of all prompts count even if there is no prompt."""
+    """Returns the distinct settings; a single `Sampling` counts even if there are no prompts."""
     return [sampling] if isinstance(sampling, Sampling) else list(dict.fromkeys(sampling))
 
 
 def _complete_settings(
     settings: SamplerSettings, texts: Sequence[Text], mesh: Mesh, dtype: Any
 ) -> SamplerSettings:
-    """Fills in length and cache dtype, and rounds slots and length up."""
-    # Beyond a text there is room for the rest of a block that `insert` copies.
+    """Fills in the length and the cache dtype, and rounds slots and length up."""
+    # `insert` copies whole blocks, so a slot needs up to one block more than its text.
     length = settings.length + engine.INSERT_BLOCK
     if not settings.length:
         need = max((len(text.prompt) + text.limit for text in texts), default=1)
@@ -286,7 +288,7 @@ def _stop_conditions(sampling: Sampling) -> tuple[tuple[int, ...], tuple[bytes, 
 
 
 def _pack_requests(texts: Sequence[Text], stops: list) -> engine.Request:
-    """Builds arrays with one entry per text; `stops` lists the sets of stop conditions."""
+    """Builds arrays with one entry per text; `stops` lists the distinct stop conditions."""
     number = {ends: i for i, ends in enumerate(stops)}
 
     def column(values: Any, dtype: Any) -> Any:
@@ -302,7 +304,7 @@ def _pack_requests(texts: Sequence[Text], stops: list) -> engine.Request:
 
 
 def round_up_length(length: int) -> int:
-    """Returns the smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that holds `length`."""
+    """Returns the smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that is >= `length`."""
     size = decode_attention.CACHE_LENGTH_MULTIPLE
     while size < length:
         size = 256 if size == 128 else size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -310,7 +312,7 @@ def round_up_length(length: int) -> int:
 
 
 def _stop_tables(stops: list, vocabulary: Vocabulary) -> np.ndarray:
-    """Returns bool [X, V]: ids that end a text alone, also by a stop string within their bytes."""
+    """Returns bool [X, V]: stop ids, and ids whose own bytes contain a stop string."""
     sets = max(STOP_SETS, 1 << (len(stops) - 1).bit_length())
     stop_XV = np.zeros((sets, len(vocabulary.valid_V)), bool)
     for row_V, (ids, strings) in zip(stop_XV, stops, strict=False):
@@ -339,7 +341,7 @@ def _check_settings(
 
 
 def _check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
-    """Refuses settings that cannot be served."""
+    """Checks one `Sampling` against the vocabulary; raises ValueError if a setting is invalid."""
     size, count = len(vocabulary.valid_V), len(vocabulary.token_bytes)
     truncation.check_settings(*sampling.row, vocab_size=size)
     if sampling.max_tokens < 1:
@@ -357,10 +359,10 @@ def _check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
 
 
 def check_lengths(texts: Sequence[Text], most: int, room: str, shared: int = 0) -> None:
-    """Refuses texts of more than `most` tokens, the shared prefix included.
+    """Checks that shared prefix, prompt and completion of each text fit into `most` tokens.
 
     Raises:
-      ValueError: a text is longer; the message ends with `room`.
+      ValueError: a text may become longer; the message ends with `room`.
     """
     for i, text in enumerate(texts):
         tokens, more = shared + len(text.prompt), text.limit

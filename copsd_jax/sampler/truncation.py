@@ -1,25 +1,27 @@
-"""From logits to a token: temperature, then top-k, top-p, min-p, renormalised after each.
+"""From logits to a token: temperature, then top-k, top-p and min-p, each with renormalisation.
 
-The temperature gives the tempered distribution: the model's own over all ids, as the trainer sees
-it. Ids that the tokenizer lacks are then excluded, and each truncation keeps:
-  top_k: exactly k tokens; of equal logits, the lower ids.
-  top_p: the most probable tokens until their mass, renormalised after top_k, reaches p. It keeps
-    the token that crosses p, and all tokens exactly as probable as that one.
-  min_p: tokens at least min_p times as probable as the most probable one. Renormalising changes no
-    ratio, so this is one threshold, whatever was truncated before.
-The most probable token survives each truncation. Temperature 0 is greedy: the tempered distribution
-is then the one at temperature 1, and the truncated one puts all mass on the argmax (lowest id
-first).
+Dividing the logits by the temperature gives the tempered distribution. The tempered distribution
+covers all ids of the model, as in the trainer. Then ids that the tokenizer lacks are excluded, and
+each truncation keeps some of the tokens:
+  top_k: exactly k tokens. Among equal logits, lower ids come first.
+  top_p: the most probable tokens until their mass, renormalised after top_k, reaches p. The token
+    that crosses p is kept, and so are all tokens of exactly the same probability.
+  min_p: tokens at least min_p times as probable as the most probable token. Renormalising changes
+    no ratio, so min_p is a single threshold, whatever was truncated before.
+The most probable token survives each truncation. Temperature 0 means greedy sampling. For greedy
+rows, the tempered distribution has temperature 1. Their truncated distribution puts all mass on the
+argmax (the lowest id, if several tokens have the largest logit).
 
-Each row has its own settings, as data (`RowSettings`). Which operations a compiled program contains
-is static (`Features`), so a setting that no row uses costs nothing. The result of a row depends on
-its own settings alone, and on the features only by the rounding of sums. If some rows have a top_k
-and some have none, both kinds of draw run, and each row keeps its own.
+Each row has its own settings, which are arrays (`RowSettings`). The static argument `Features`
+determines the operations of a compiled program, so a setting that no row uses costs nothing. The
+result of a row depends only on its own settings. The features can change the result only by the
+rounding of sums. If some rows have a top_k and others have none, both kinds of draw run for all
+rows, and each row selects its result.
 
-The vocabulary is never sorted, and gets no random number per token. It is divided into blocks of
-128 tokens. The k best tokens lie in the k blocks with the highest maxima. A token is drawn in two
-stages, a block by its mass and then a token of that block, each by the Gumbel argmax: the product
-of both probabilities is the token's own.
+The vocabulary is never sorted, and no random number is drawn per token. The vocabulary is divided
+into blocks of 128 tokens. The k best tokens are in the k blocks with the highest maxima. A token is
+drawn in two stages with the Gumbel argmax: first a block by its mass, then a token of that block.
+The product of the two probabilities is the probability of the token.
 
 Shapes: J rows, V vocabulary, K = cap candidates, N blocks, X any set of candidates.
 """
@@ -32,9 +34,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # tokens; the lanes of a TPU register, and near the square root of a vocabulary
+BLOCK = 128  # tokens; as many as the lanes of a TPU, and about the square root of a vocabulary
 FINE = 8  # tokens; the best blocks are divided into blocks of this size
-LEAST_CAP = 16  # candidates; a smaller top_k costs the same, and shares the compiled program
+LEAST_CAP = 16  # candidates; a smaller top_k costs as much, and uses the same compiled program
 _TINY = 0x00800000  # bits of the smallest normal float32
 _ONE = 0x3F800000  # bits of 1.0
 
@@ -53,19 +55,25 @@ ROW_DTYPES = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)  # of RowSetting
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Operations that a program contains, enough for all rows; see `find_features`."""
+    """The operations that a compiled program contains; see `find_features`.
+
+    The fields after `noise` are about rows with a temperature above 0.
+    """
 
     greedy: bool  # some row may have temperature 0
-    noise: bool  # some row may have a temperature above 0; those below are about such rows
+    noise: bool  # some row may have a temperature above 0
     tempered: bool  # some row may have a temperature other than 1
-    cap: int  # 0, or a power of two at least every top_k
+    cap: int  # a power of two, at least as large as every top_k; 0 if no row has a top_k
     full: bool  # some row may have top_k 0
     top_p: bool  # some row may have top_p below 1
     min_p: bool  # some row may have min_p above 0
 
 
 def find_features(settings: Sequence[tuple[float, int, float, float]]) -> Features:
-    """Returns the fewest features that serve all rows of (temperature, top_k, top_p, min_p).
+    """Returns the smallest set of features that serves all rows.
+
+    Args:
+      settings: (temperature, top_k, top_p, min_p) of each row.
 
     Raises:
       ValueError: the settings are empty.
@@ -88,10 +96,10 @@ def find_features(settings: Sequence[tuple[float, int, float, float]]) -> Featur
 def check_settings(
     temperature: float, top_k: int, top_p: float, min_p: float, vocab_size: int
 ) -> None:
-    """Checks the ranges of one row's settings.
+    """Checks that the settings of one row are in range.
 
     Raises:
-      ValueError: a setting is outside its range, which the message names.
+      ValueError: a setting is out of range; the message states the range.
     """
     rules: Sequence[tuple[str, float, bool, str]] = (
         ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0 (0 is greedy)"),
@@ -106,8 +114,8 @@ def check_settings(
 
 class _Drawn(NamedTuple):
     token_J: jax.Array  # int32
-    value_J: jax.Array  # its tempered logit
-    mass_J: jax.Array  # of all tokens kept, relative to the row's highest logit
+    value_J: jax.Array  # tempered logit of the drawn token
+    mass_J: jax.Array  # sum of exp(logit - highest logit of the row) over all tokens kept
 
 
 def sample(
@@ -117,25 +125,26 @@ def sample(
     """Draws one token per row from its truncated distribution.
 
     Args:
-      logits_JV: of any floating dtype.
+      logits_JV: logits of any floating dtype.
       key_J2: uint32, the data of one threefry key per row. The token of row j depends on key j,
         logits j and settings j alone. Temperature 0 ignores the key.
-      rows: settings of the same J rows.
-      features: static; those of `find_features` for all rows.
-      valid_V: bool, the ids that may be drawn; None for all.
-      shards: static; the number of devices that V is split over. It changes no result. The blocks
-        are padded to a multiple of it; otherwise a compiler gathers all logits on each device.
+      rows: settings of the J rows.
+      features: static; the result of `find_features` for all rows.
+      valid_V: bool, the ids that may be drawn; None allows all ids.
+      shards: static; the number of devices over which V is split. `shards` does not change the
+        result. The number of blocks is padded to a multiple of `shards`, because otherwise the
+        compiler would gather all logits on each device.
 
     Returns:
-      token_J int32, and its log-probabilities [J] float32 under the tempered and the truncated
-      distribution.
+      token_J int32, and two arrays float32 [J] with the token's log-probability: under the tempered
+      distribution, and under the truncated distribution.
     """
     whole_JV = _tempered(logits_JV, rows, features)
     x_JNb = _blocks(_masked(whole_JV, valid_V), shards)
     high_JN = jnp.max(x_JNb, axis=-1)
     peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
     mass_JN = jnp.sum(jnp.exp(x_JNb - peak_J1[:, :, None]), axis=-1)
-    # ln of the mass of all ids, relative to the peak of those that may be drawn.
+    # ln of the sum over all ids of exp(logit - peak); `peak` is over the ids that may be drawn.
     if valid_V is None:
         log_total_J = jnp.log(jnp.sum(mass_JN, axis=-1))
     else:
@@ -146,11 +155,11 @@ def sample(
 
 
 def _draw(x_JNb, high_JN, mass_JN, key_J2, rows: RowSettings, features: Features) -> _Drawn:
-    """Runs every kind of draw that some row needs, and selects each row's own."""
+    """Runs every kind of draw that some row needs, and selects the result of each row."""
     blocks = high_JN.shape[1]
     ways: list[tuple[jax.Array, _Drawn]] = []
     if features.noise:
-        # A row reads the first numbers of its key's stream, so the widest need serves all rows.
+        # Each kind of draw reads the first numbers of a row's noise, so all kinds can share it.
         width = max(blocks + BLOCK if features.full else 0, _candidates(blocks, features))
         noise_JX = _gumbel(key_J2, width)
         if features.full:
@@ -203,7 +212,7 @@ def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, features: F
     if floor_J1 is None:
         noisy_Jb = value_Jb + noise_JX[:, :BLOCK]
     else:
-        # A block with mass keeps its best token, however the second exp rounds.
+        # A block that has mass keeps at least its best token, even if this second exp rounds lower.
         edge_Jb = value_Jb == jnp.max(value_Jb, axis=-1, keepdims=True)
         kept_Jb = (jnp.exp(value_Jb - peak_J1) >= floor_J1) | edge_Jb
         noisy_Jb = jnp.where(kept_Jb, value_Jb, -jnp.inf) + noise_JX[:, :BLOCK]
@@ -213,7 +222,7 @@ def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, features: F
 
 
 def _tempered(logits_JV: jax.Array, rows: RowSettings, features: Features) -> jax.Array:
-    """Divides logits by the temperature, in float32; greedy rows stay as they are."""
+    """Returns the logits divided by the temperature, in float32; greedy rows are not divided."""
     x_JV = logits_JV.astype(jnp.float32)
     if not features.tempered:
         return x_JV
@@ -226,7 +235,7 @@ def _masked(x_JV: jax.Array, valid_V: jax.Array | None) -> jax.Array:
 
 
 def _blocks(x_JV: jax.Array, shards: int = 1) -> jax.Array:
-    """Returns blocks [J, N, 128], N a multiple of `shards`; padding is -inf."""
+    """Returns the logits in blocks, [J, N, 128]; N is a multiple of `shards`, padding is -inf."""
     rows, size = x_JV.shape
     x_JV = jnp.pad(x_JV, ((0, 0), (0, -size % (BLOCK * shards))), constant_values=-jnp.inf)
     return x_JV.reshape(rows, -1, BLOCK)
@@ -244,9 +253,9 @@ class _Best(NamedTuple):
     """Candidates of each row, best first."""
 
     value_JK: jax.Array  # tempered logits
-    id_JK: jax.Array  # int32
-    weight_JK: jax.Array  # relative to the best; 0 from the row's own top_k on
-    kept_JK: jax.Array  # bool, by all settings; False in rows without top_k
+    id_JK: jax.Array  # int32 token ids
+    weight_JK: jax.Array  # exp(logit - best logit); 0 beyond the row's top_k
+    kept_JK: jax.Array  # bool: kept by all truncations; False in rows without top_k
 
 
 def _best(x_JNb, high_JN, rows: RowSettings, features: Features) -> _Best:
@@ -262,16 +271,17 @@ def _best(x_JNb, high_JN, rows: RowSettings, features: Features) -> _Best:
 
 
 def _candidates(blocks: int, features: Features) -> int:
-    """Returns K. The cap is a power of two, which may exceed the vocabulary; top_k never does."""
+    """Returns K, the number of candidates: the cap, but at most the padded vocabulary."""
     return min(features.cap, blocks * BLOCK)
 
 
 def _top_k_blocks(x_JNb: jax.Array, high_JN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the k largest of each row in descending order, lower ids first, and their ids.
+    """Returns the k largest values of each row in descending order, and their ids, [J, k] each.
 
-    The k blocks with the highest maxima hold k values that no other block exceeds, so no token of
-    another block can be among the k best. They stay in the order of ids, for the sake of equal
-    values, and are divided into finer blocks, for which the same holds.
+    Among equal values, lower ids come first. The maxima of the k best blocks are k values that no
+    token of another block exceeds, so the k largest values are in these blocks. The blocks stay in
+    the order of their ids, which keeps the order among equal values. Then the blocks are divided
+    into finer blocks, and the same step is repeated.
     """
     rows, blocks, width = x_JNb.shape
     block_JK = None
@@ -290,7 +300,7 @@ def _top_k_blocks(x_JNb: jax.Array, high_JN: jax.Array, k: int) -> tuple[jax.Arr
 
 
 def _top_k(value_JX: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the k largest, lower indices first; lax.top_k alone puts 0 before an equal -0."""
+    """Returns the k largest values and their indices; 0 and -0 are equal, unlike in lax.top_k."""
     value_JK, at_JK = jax.lax.top_k(jnp.where(value_JX == 0, 0.0, value_JX), k)
     return value_JK, at_JK
 
@@ -305,7 +315,7 @@ def _crossing(weight_JK: jax.Array, top_p_J1: jax.Array) -> jax.Array:
 
 
 def _without_top_k(rows: RowSettings, features: Features) -> RowSettings:
-    """Turns top_p off in rows that another draw serves, so that they do not prolong the search."""
+    """Turns top_p off in rows with another kind of draw, so that they do not prolong the search."""
     if not (features.cap or features.greedy):
         return rows
     elsewhere_J = (rows.top_k_J > 0) | (rows.temperature_J == 0)
@@ -323,12 +333,12 @@ def _floor(weight_JX: jax.Array, rows: RowSettings, features: Features) -> jax.A
 
 
 def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
-    """Returns a threshold [J, 1] that exactly the top-p set reaches; 0 where it is off.
+    """Returns a weight threshold [J, 1] that exactly the top-p tokens reach; 0 if top_p is off.
 
-    It is a bisection over the bits of float32, which have the same order as their numbers. The set
-    of tokens at `low` always has the mass, the set at `high` never has. A row is settled when at
-    most one token lies between them, or no number does. Further halving, for the sake of other
-    rows, then changes no set.
+    The threshold is found by bisection over the bits of positive float32 numbers, which have the
+    same order as the numbers. The tokens of at least `low` always have enough mass, and those of at
+    least `high` never do. A row is settled if at most one token, or no number, lies between `low`
+    and `high`. Other rows may need more steps, which do not change the set of a settled row.
     """
     need_J1 = top_p_J1 * jnp.sum(weight_JX, axis=-1, keepdims=True)
 
@@ -358,10 +368,10 @@ def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
 
 
 def _gumbel(key_J2: jax.Array, size: int) -> jax.Array:
-    """Returns standard Gumbel noise [J, size] float32, row j from key j alone.
+    """Returns standard Gumbel noise, float32 [J, size]; row j depends on key j alone.
 
-    Number i does not depend on the size: threefry in its partitionable form, JAX's default, makes
-    it from key and index.
+    Number i does not depend on `size`, because JAX's default (partitionable) threefry computes it
+    from the key and the index i.
     """
     keys_J = jax.random.wrap_key_data(key_J2, impl="threefry2x32")
     return jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32))(keys_J)

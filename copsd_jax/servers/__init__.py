@@ -1,4 +1,4 @@
-"""Servers over HTTP: a chat client, and completions drawn on a server instead of the sampler.
+"""HTTP servers: a client for chat completions, and an engine that samples completions on a server.
 
 May import: config, runtime, sampler.
 """

@@ -1,17 +1,17 @@
-"""Client of OpenAI-compatible servers: chat completions, many at once, each question once.
+"""Client of OpenAI-compatible servers: concurrent chat completions with a cache.
 
-`ask_all` asks for chat completions and caches the answers. `send_call` and `run_concurrently` are
-the transport below it, which serves any request to such a server.
+`ask_all` requests chat completions and caches the answers. `send_call` and `run_concurrently` can
+send any request to such a server; `ask_all` uses both functions.
 
-The transport uses the standard library's `http.client`, since httpx and the other common clients
-have no total deadline: their timeouts start anew with every byte. Here every read gets only the
-rest of the request's time, so a server that sends a byte now and then cannot hold up a run.
-Redirects are not followed, since the key would go with them, and proxies of the environment are not
-used.
+The client uses the standard library's `http.client`. The common clients, such as httpx, have no
+total deadline, because their timeouts start again with every byte. In this client, every read gets
+only the remaining time of the request. So a server that sends a byte now and then cannot block a
+run. Redirects are not followed, because the key would be sent along. Proxies from the environment
+are ignored.
 
-A failure of the server is an answer with a status, never an exception. The key is read from the
-environment when something is asked. It is in no message or cache file, and is removed from the
-replies of a server that echoes it.
+A failure of the server becomes an answer with a status, not an exception. The key is read from the
+environment when a request is sent. The key never appears in messages or cache files. If a server's
+reply contains the key, the key is removed from the reply.
 """
 
 import concurrent.futures
@@ -43,16 +43,16 @@ STATUSES = {
     "timeout": "no complete reply within the time",
     "refused": "the server refuses the request (HTTP 4xx)",
     "server_error": "the server failed (HTTP 5xx)",
-    "bad_reply": "a reply of another form: broken off, not JSON, or without content",
+    "bad_reply": "an invalid reply: incomplete, not JSON, or without content",
     "unreachable": "no connection",
 }
-USABLE = ("ok", "cut")  # the statuses of answers that have a text and are cached
+USABLE = ("ok", "cut")  # answers with these statuses have a text, and are cached
 
-_AGAIN = frozenset({408, 409, 425, 429})  # the 4xx that another attempt can mend
-_LARGEST = 1 << 24  # bytes of a reply
-_DETAIL = 300  # characters of a server's message about a failure
+_AGAIN = frozenset({408, 409, 425, 429})  # 4xx statuses after which another attempt may succeed
+_LARGEST = 1 << 24  # maximum number of bytes of a reply
+_DETAIL = 300  # maximum number of characters kept of a server's message about a failure
 _tls = functools.cache(ssl.create_default_context)
-_LOOK = 0.25  # seconds between checks whether the caller has stopped
+_LOOK = 0.25  # seconds between two checks of whether the caller has stopped
 
 Name = TypeVar("Name")
 Item = TypeVar("Item")
@@ -61,18 +61,18 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """Address of a server, and how to use it.
+    """Address of a server, and the limits for its use.
 
     Attributes:
-      url: the base, for example "http://localhost:8000/v1"; "/chat/completions" is appended.
+      url: the base URL, for example "http://localhost:8000/v1"; "/chat/completions" is appended.
       model: the model's name on the server.
-      key_env: the environment variable that holds the key, "" for a server without keys.
-      timeout: seconds of one attempt, from the connection to the last byte, without the look-up of
-        the host's name; also the longest pause between two attempts.
-      retries: further attempts after the first.
-      backoff: seconds before the second attempt, doubled for each further one.
-      concurrency: most requests in flight.
-      cache: folder with one file per answered request, "" for no cache.
+      key_env: the environment variable with the key; "" for a server without keys.
+      timeout: maximum seconds of one attempt, from connecting to the last byte. The DNS look-up is
+        not counted. `timeout` is also the longest pause between two attempts.
+      retries: number of further attempts after the first.
+      backoff: seconds before the second attempt, doubled before each further attempt.
+      concurrency: maximum number of requests in flight.
+      cache: folder with one file per answered request; "" for no cache.
     """
 
     url: str
@@ -87,7 +87,7 @@ class Server:
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-    """One question; equal requests of a call are sent once, so samples need different seeds."""
+    """One chat request; equal requests are sent only once, so samples need different seeds."""
 
     messages: Sequence[Mapping[str, str]]  # each with "role" and "content"
     temperature: float
@@ -102,28 +102,28 @@ class ChatAnswer:
 
     text: str
     status: str  # a key of STATUSES
-    attempts: int  # 0: from the cache
-    detail: str = ""  # of a failure, one line for people
+    attempts: int  # number of attempts; 0 if the answer is from the cache
+    detail: str = ""  # one readable line about a failure
 
 
 class Outcome(NamedTuple):
-    """Result of one attempt, or of the last attempt."""
+    """Result of one attempt to send a request."""
 
     status: str  # a key of STATUSES
-    value: Any = ""  # as HttpCall.read returned it
-    detail: str = ""  # of a failure, one line for people
-    again: bool = False  # whether another attempt may end better
-    after: float = 0.0  # seconds to wait, as the server asks
+    value: Any = ""  # the result of HttpCall.read
+    detail: str = ""  # one readable line about a failure
+    again: bool = False  # whether another attempt may succeed
+    after: float = 0.0  # seconds to wait before the next attempt, from the Retry-After header
 
 
 class HttpCall(NamedTuple):
     """One HTTP request, and the function that reads its reply.
 
     Attributes:
-      url: the whole address.
-      body: sent as JSON by POST; None sends none, by GET.
-      read: turns the bytes of a reply with status 2xx into an Outcome. The errors of reading JSON
-        of another form (ValueError, LookupError, TypeError, AttributeError) make it a bad_reply.
+      url: the complete URL.
+      body: sent as JSON with POST; None sends a GET request without a body.
+      read: turns the bytes of a reply with HTTP status 2xx into an Outcome. If `read` raises
+        ValueError, LookupError, TypeError or AttributeError, the outcome is a bad_reply.
     """
 
     url: str
@@ -132,23 +132,24 @@ class HttpCall(NamedTuple):
 
 
 def server_from_settings(settings: Mapping[str, Any], cache: str = "") -> Server:
-    """Builds a server from a section of settings, each named as the field it sets.
+    """Builds a `Server` from a section of settings that have the names of its fields.
 
-    The folder `cache` is given apart: `sampler.cache` is a dtype.
+    The folder `cache` is a separate argument, because `sampler.cache` is a dtype.
     """
     names = (field.name for field in dataclasses.fields(Server) if field.name != "cache")
     return Server(**{name: settings[name] for name in names}, cache=cache)
 
 
 def check_server(server: Server, prefix: str = "server.") -> None:
-    """Checks the fields of a server, without sending anything.
+    """Checks the fields of a server, without sending a request.
 
     Args:
-      server: to check.
-      prefix: of the settings' names in messages.
+      server: the server to check.
+      prefix: text before the settings' names in messages.
 
     Raises:
-      ValueError: a malformed URL, an empty model, a missing or unusable key, a number out of range.
+      ValueError: the URL is malformed, the model is empty, the key is missing or unusable, or a
+        number is out of range.
       OSError: the cache folder cannot be written.
     """
     _check_url(server.url, f"{prefix}url")
@@ -157,7 +158,9 @@ def check_server(server: Server, prefix: str = "server.") -> None:
     read_key(server, prefix)
     for name, least in (("timeout", 0.001), ("retries", 0), ("backoff", 0), ("concurrency", 1)):
         if not least <= getattr(server, name) < threading.TIMEOUT_MAX:
-            raise ValueError(f"{prefix}{name} is {getattr(server, name)}: at least {least}")
+            raise ValueError(
+                f"{prefix}{name} is {getattr(server, name)}: it must be at least {least}"
+            )
     if server.cache:
         workdir.check_writable(pathlib.Path(server.cache), f"{prefix}cache")
 
@@ -180,10 +183,11 @@ def _check_url(url: str, setting: str) -> None:
 
 
 def read_key(server: Server, prefix: str = "server.") -> str:
-    """Returns the key, "" if none is needed; messages show the variable's name, not its value.
+    """Returns the server's key, or "" if it needs none.
 
     Raises:
-      ValueError: the variable of key_env is not set, or its value cannot be in a header.
+      ValueError: the environment variable named by key_env is not set, or its value is not valid in
+        a header. The message has the variable's name but not its value.
     """
     if not server.key_env:
         return ""
@@ -201,19 +205,19 @@ def ask_all(
     server: Server, requests: Sequence[ChatRequest],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ChatAnswer]:  # fmt: skip
-    """Returns answers in the order of the requests; cached answers are not asked again.
+    """Returns answers in the order of the requests; cached requests are not sent again.
 
-    The pause between attempts grows exponentially, with a jitter that depends on request and
-    attempt alone, and is at least the Retry-After. If that exceeds `server.timeout`, the request
-    ends.
+    The pause between attempts grows exponentially, with a jitter that depends only on the request
+    and the attempt. The pause is at least the server's Retry-After. If Retry-After exceeds
+    `server.timeout`, there is no further attempt.
 
     Args:
-      server: to ask.
-      requests: equal ones are sent once.
-      progress: called in this thread with (answers so far, requests).
+      server: the server to send the requests to.
+      requests: the requests; equal requests are sent once.
+      progress: called in the caller's thread with (number of answers so far, number of requests).
 
     Raises:
-      ValueError: the URL or the key is unusable, and some request is not cached.
+      ValueError: the URL or the key is unusable, and at least one request is not cached.
     """
     digests = [_digest(server, request) for request in requests]
     answers = {digest: _cached(server, digest) for digest in dict.fromkeys(digests)}
@@ -242,7 +246,7 @@ def _ask(
 
 
 def _fields(request: ChatRequest) -> dict[str, Any]:
-    """Returns the request's part of the body, with numbers in one form, so that 1 equals 1.0."""
+    """Returns the body's fields from a request; numbers are converted, so that 1 equals 1.0."""
     fields: dict[str, Any] = {
         "messages": [dict(message) for message in request.messages],
         "temperature": float(request.temperature),
@@ -253,19 +257,19 @@ def _fields(request: ChatRequest) -> dict[str, Any]:
 
 
 def _content(body: bytes) -> Outcome:
-    """Reads the text of the first choice."""
+    """Reads the text of the first choice in a reply."""
     choice = json.loads(body)["choices"][0]
     text, finish = choice["message"].get("content"), choice.get("finish_reason")
     cut = finish == "length"  # hidden thinking may have used all of max_tokens
     if not isinstance(text := text or ("" if cut else None), str):
         return Outcome("bad_reply", detail="no content in choices[0].message", again=True)
-    # Half of a surrogate pair is valid JSON, but no tokenizer or file takes it as text.
+    # JSON may contain half of a surrogate pair, but tokenizers and files do not accept it.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Outcome("cut" if cut else "ok", text)
 
 
 def _digest(server: Server, request: ChatRequest) -> str:
-    """Returns the SHA-256 of everything that an answer depends on, not of key or retries."""
+    """Returns the SHA-256 of all fields that an answer depends on; key and retries are left out."""
     asked = {"url": server.url.rstrip("/"), "model": server.model, **_fields(request)}
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -282,7 +286,7 @@ def _cached(server: Server, digest: str) -> ChatAnswer | None:
         if isinstance(text, str) and status in USABLE:
             return ChatAnswer(text, status, attempts=0)
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        pass  # the same as a file of another form
+        pass  # treated like a file with other contents
     _warn(f"{path} is not a cached answer: the request is sent again")
     return None
 
@@ -292,7 +296,7 @@ def _warn(text: str) -> None:
 
 
 def _keep(server: Server, digest: str, answer: ChatAnswer) -> None:
-    """Writes a usable answer to the cache atomically, as other threads and runs may do too."""
+    """Writes a usable answer to the cache, atomically, because other runs may write it too."""
     if not server.cache or answer.status not in USABLE:
         return
     path = pathlib.Path(server.cache) / f"{digest}.json"
@@ -302,7 +306,7 @@ def _keep(server: Server, digest: str, answer: ChatAnswer) -> None:
         with os.fdopen(handle, "w") as file:  # ASCII
             json.dump({"model": server.model, "status": answer.status, "text": answer.text}, file)
         os.replace(part, path)
-    except OSError as error:  # with a full disk the copy is lost, not the answer
+    except OSError as error:  # such as a full disk; the answer itself is still returned
         _warn(f"{path} cannot be written ({error.strerror})")
 
 
@@ -312,15 +316,15 @@ def _keep(server: Server, digest: str, answer: ChatAnswer) -> None:
 def run_concurrently(
     concurrency: int, work: Callable[[Item, threading.Event], Result], items: Mapping[Name, Item]
 ) -> Generator[tuple[Name, Result], None, None]:
-    """Yields (name, work(item, stop)) for each item as it finishes, from several threads.
+    """Runs `work` on the items in threads; yields (name, work(item, stop)) as each item finishes.
 
-    Close the iterator (contextlib.closing). If its reader stops early, no further item starts, and
-    `stop` is set, so that `send_call` ends the requests in flight.
+    The caller must close the iterator (contextlib.closing). If the iterator is closed early, no
+    further item starts. `stop` is then set, so that `send_call` ends the requests in flight.
 
     Args:
-      concurrency: most items at once.
-      work: called with an item and `stop`.
-      items: by name.
+      concurrency: maximum number of items in flight.
+      work: called with an item and the event `stop`.
+      items: the items by name.
     """
     stop = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(concurrency)
@@ -336,13 +340,13 @@ def run_concurrently(
 def send_call(
     server: Server, key: str, what: HttpCall, name: str, stop: threading.Event
 ) -> tuple[Outcome, int]:
-    """Sends a request until an attempt is final; returns its outcome and the number of attempts.
+    """Sends a request, with retries; returns the last outcome and the number of attempts.
 
     Args:
-      server: gives the timeout, retries and backoff (see `ask_all`), and nothing else.
-      key: of the server, "" for none.
+      server: only its timeout, retries and backoff are used (see `ask_all`).
+      key: the server's key; "" if it needs none.
       what: the request.
-      name: makes the pauses of requests that failed together differ.
+      name: seed of the jitter, so that requests that failed together pause for different times.
       stop: ends the request when set.
     """
     attempt, outcome = 0, Outcome("unreachable", again=True)
@@ -355,12 +359,12 @@ def send_call(
 
 
 def redact_key(text: str, key: str) -> str:
-    """Removes the key from a text; a short key such as "EMPTY" is not secret and may be a word."""
+    """Returns the text with [key] for the key; a short key such as "EMPTY" is not secret."""
     return text.replace(key, "[key]") if len(key) >= 8 else text
 
 
 def _pause(server: Server, name: str, attempt: int, after: float) -> float:
-    """Returns the seconds before the next attempt; the jitter is a factor from 1/2 to 1."""
+    """Returns the seconds to wait before the next attempt; the jitter is a factor from 1/2 to 1."""
     draw = hashlib.sha256(f"{name}:{attempt}".encode()).digest()
     factor = 0.5 + int.from_bytes(draw[:4]) / 2**33
     grown = server.backoff * 2.0 ** min(attempt - 1, 60)
@@ -368,7 +372,7 @@ def _pause(server: Server, name: str, attempt: int, after: float) -> float:
 
 
 def _attempt(server: Server, key: str, what: HttpCall, stop: threading.Event) -> Outcome:
-    """Sends the request once."""
+    """Sends the request once and returns the outcome."""
     deadline = time.monotonic() + server.timeout
     try:
         sock = _connect(what.url, deadline)
@@ -382,13 +386,13 @@ def _attempt(server: Server, key: str, what: HttpCall, stop: threading.Event) ->
         except TimeoutError:
             return Outcome("timeout", detail="no complete reply within the time", again=True)
         except (http.client.HTTPException, OSError) as error:
-            detail = f"the reply broke off or is no HTTP: {type(error).__name__}"
+            detail = f"the reply is incomplete or not HTTP: {type(error).__name__}"
             return Outcome("bad_reply", detail=detail, again=True)
     return _outcome(what, *reply)
 
 
 def _exchange(what: HttpCall, key: str, sock: "_Limited") -> tuple[int, Mapping[str, str], bytes]:
-    """Returns the status, headers and body of the reply, of at most _LARGEST + 1 bytes."""
+    """Returns the reply's status, its headers, and at most _LARGEST + 1 bytes of its body."""
     parts = urllib.parse.urlsplit(what.url)
     kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     connection = kind[parts.scheme](parts.hostname or "", parts.port)
@@ -401,7 +405,7 @@ def _exchange(what: HttpCall, key: str, sock: "_Limited") -> tuple[int, Mapping[
     text = reply.read(_LARGEST + 1).decode("latin-1")
     if reply.length and len(text) <= _LARGEST:
         raise http.client.IncompleteRead(b"", reply.length)
-    # The key is removed before any part is cut out: half a key is a secret too.
+    # The key is removed before the text is cut, because a cut could leave a part of the key.
     return reply.status, reply.headers, redact_key(text, key).encode("latin-1")
 
 
@@ -414,7 +418,7 @@ def _outcome(what: HttpCall, status: int, headers: Mapping[str, str], body: byte
     wait = f", Retry-After {asked}" if after else ""
     detail = f"HTTP {status}{wait}: {to_one_line(body.decode(errors='replace'))}"
     if status < 400:
-        return Outcome("bad_reply", detail=detail)  # the server would redirect again
+        return Outcome("bad_reply", detail=detail)  # no retry: the server would redirect again
     kind = "refused" if status < 500 else "server_error"
     return Outcome(kind, detail=detail, again=status >= 500 or status in _AGAIN, after=after)
 
@@ -425,7 +429,7 @@ def _read(what: HttpCall, body: bytes) -> Outcome:
     try:
         return what.read(body)
     except (ValueError, RecursionError):
-        problem = "no JSON"
+        problem = "not JSON"
     except (LookupError, TypeError, AttributeError):
         problem = "JSON of another form"
     said = to_one_line(body.decode(errors="replace"))
@@ -462,9 +466,9 @@ def _connect(url: str, deadline: float) -> socket.socket:
 
 
 class _Limited(io.RawIOBase):
-    """Socket for `http.client` with one deadline for everything that is sent and read.
+    """Socket for `http.client` with one deadline for all sending and reading.
 
-    Reading ends soon after `stop` is set, since a reply may be minutes away.
+    Reading ends soon after `stop` is set, because the rest of a reply could take minutes.
     """
 
     def __init__(self, sock: socket.socket, deadline: float, stop: threading.Event):
@@ -491,4 +495,4 @@ class _Limited(io.RawIOBase):
         raise TimeoutError
 
     def close(self) -> None:
-        """Keeps the socket open: http.client calls this early, and `_attempt` closes it."""
+        """Keeps the socket open, because http.client calls this early; `_attempt` closes it."""

@@ -1,13 +1,13 @@
-"""Dialects of servers that complete token ids: the requests they take and the replies they give.
+"""Dialects of servers that complete token ids: formats of their requests and replies.
 
-They follow the servers' documentation and sources of 2026:
-  vllm: POST /v1/completions, with `prompt` a list of ids. The drawn ids come back as such with
-    `return_token_ids` (vLLM 0.10.2 or later), or as "token_id:7" with
-    `return_tokens_as_token_ids`. Both are requested, and they have to agree. Other servers that
-    accept these requests are `vllm` too.
-  sglang: POST /generate, with `input_ids`. The ids come back beside their log-probabilities.
+The formats follow the servers' documentation and source code as of 2026:
+  vllm: POST /v1/completions, where `prompt` is a list of ids. With `return_token_ids` (vLLM 0.10.2
+    or later), the reply has the drawn ids as numbers. With `return_tokens_as_token_ids`, the reply
+    has the ids as strings such as "token_id:7". Every request sets both options. If a reply has
+    both forms, they must agree. Use `vllm` for any other server that accepts these requests.
+  sglang: POST /generate with `input_ids`. The reply has pairs of log-probability and id.
 
-In addresses, {base} is the server's url with its /v1, and {root} the url without it.
+In addresses, {base} is the server's URL with its /v1, and {root} is the URL without /v1.
 """
 
 import re
@@ -18,7 +18,7 @@ from copsd_jax.sampler import request
 
 
 class RawCompletion(NamedTuple):
-    """Completion as the server wrote it, not yet checked."""
+    """Completion from a server's reply, not yet checked."""
 
     ids: Any
     logps: Any
@@ -29,15 +29,15 @@ class Dialect(NamedTuple):
     """Addresses, requests and replies of one kind of server.
 
     Attributes:
-      generate: the address for completions.
-      body: (model, adapter or "", text to draw) -> the request.
-      read: (parsed reply, text to draw) -> the completion. Raises ValueError with the end of a
-        sentence that begins with "the completion of row 3".
+      generate: address for completions.
+      body: maps (model, adapter or "", text to draw) to the body of the request.
+      read: maps (parsed reply, text to draw) to the completion. `read` raises ValueError with the
+        end of a sentence that begins with, for example, "the completion of row 3".
       coldest: the lowest temperature above 0 that the server does not change.
-      adapters: the address under which load_lora_adapter and unload_lora_adapter are.
-      swap: a model's folder -> (address, body) of the calls that load it, in order.
-      needs_adapters: the options a server needs for adapters, for error messages.
-      needs_swap: the options a server needs to load a model, for error messages.
+      adapters: address to which /load_lora_adapter and /unload_lora_adapter are appended.
+      swap: maps a model's folder to (address, body) of the calls that load it, in order.
+      needs_adapters: what a server needs to load adapters, for error messages.
+      needs_swap: what a server needs to load a model, for error messages.
     """
 
     generate: str
@@ -51,20 +51,20 @@ class Dialect(NamedTuple):
 
 
 def seed_of(text: request.Text) -> int:
-    """Returns the first 53 bits of the text's key, which every JSON reader keeps."""
+    """Returns the first 53 bits of the text's key; every JSON reader represents them exactly."""
     high, low = map(int, text.key_2)
     return (high << 21) | (low >> 11)
 
 
 def _common(text: request.Text) -> dict[str, Any]:
-    """Returns the fields that both dialects share; both take top_k=-1 for all tokens."""
+    """Returns the fields that both dialects share; in both, top_k=-1 turns top-k off."""
     s = text.sampling
     return {
         "temperature": float(s.temperature), "top_p": float(s.top_p), "top_k": s.top_k or -1,
         "min_p": float(s.min_p), "stop_token_ids": list(s.stop_ids), "stop": list(s.stop), "n": 1,
-        # token_bytes has the text of special tokens too
+        # Special tokens are kept, because stop strings are matched on their text too.
         "skip_special_tokens": False, "spaces_between_special_tokens": False,
-        # A server takes fields that are left out from the model's generation_config.json.
+        # For fields that a request lacks, a server uses the model's generation_config.json.
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     }  # fmt: skip
 
@@ -74,9 +74,9 @@ def _vllm_body(model: str, adapter: str, text: request.Text) -> dict[str, Any]:
         **_common(text),
         "model": adapter or model, "prompt": list(text.prompt), "max_tokens": text.limit,
         "seed": seed_of(text), "stream": False, "echo": False, "add_special_tokens": False,
-        "ignore_eos": True,  # the stop ids are all in stop_token_ids
+        "ignore_eos": True,  # stop_token_ids has all stop ids
         "include_stop_str_in_output": True,
-        "logprobs": 0,  # of the drawn token alone
+        "logprobs": 0,  # only the log-probability of the drawn token
         "return_token_ids": True, "return_tokens_as_token_ids": True,
     }  # fmt: skip
 
@@ -100,7 +100,7 @@ def _vllm_reply(reply: Any, text: request.Text) -> RawCompletion:
 
 
 def _spelt(tokens: Any) -> list[int] | None:
-    """Parses tokens such as "token_id:7"; returns None if they have another form."""
+    """Parses tokens such as "token_id:7" into ids; returns None if they have another form."""
     if not isinstance(tokens, list):
         raise ValueError("has no list in logprobs.tokens")
     found = [re.fullmatch(r"token_id:([0-9]{1,9})", str(token)) for token in tokens]
@@ -108,7 +108,7 @@ def _spelt(tokens: Any) -> list[int] | None:
 
 
 def _sglang_body(_: str, adapter: str, text: request.Text) -> dict[str, Any]:
-    """Returns a request without a model's name, since an SGLang server has one model."""
+    """Returns a request without a model name, because an SGLang server has only one model."""
     params = {
         **_common(text), "max_new_tokens": text.limit, "sampling_seed": seed_of(text),
         # With ignore_eos, SGLang would ignore stop_token_ids as well.
@@ -135,13 +135,14 @@ def _sglang_reply(reply: Any, text: request.Text) -> RawCompletion:
     finish = _at(reply, "meta_info", "finish_reason")
     matched = finish.get("matched") if isinstance(finish, dict) else None
     if isinstance(matched, str) and matched not in text.sampling.stop:
-        raise ValueError(f"was stopped by {matched!r}, which is no stop string")  # a NaN error
+        # SGLang reports NaN logits in this way.
+        raise ValueError(f"was stopped by {matched!r}, which is not a stop string")
     kind = finish.get("type") if isinstance(finish, dict) else finish
     return RawCompletion(ids, [_at(pair, 0) for pair in pairs], kind)
 
 
 def _at(value: Any, *path: str | int, hint: str = "") -> Any:
-    """Returns value[path[0]][path[1]]...; the error names the path if it is absent."""
+    """Returns value[path[0]][path[1]]...; raises ValueError with the path if it is absent."""
     found = value
     for step in path:
         try:

@@ -1,22 +1,25 @@
-"""The sampler's interface to an engine in another process, a server that completes token ids.
+"""The sampler's interface on top of a server that completes token ids.
 
-Token ids are sent and come back; no text is read. Every prompt is a request of its own, with a seed
-that follows from its key. If the server is deterministic (SGLang with
---enable-deterministic-inference, vLLM in its batch-invariant mode), the same keys give the same
-texts. Other servers round products of another batch differently, so a text may change with the
-texts beside it, and a stopped run does not continue bit for bit. `sampler.loop` has no such limit.
+Requests and replies contain token ids; the text of tokens is not used. Each prompt is sent as one
+request, with a seed that is derived from its key. With a deterministic server, the same keys give
+the same texts. SGLang is deterministic with --enable-deterministic-inference, and vLLM in its
+batch-invariant mode. On other servers, rounding depends on the batch, so a text may depend on the
+other texts of its batch. With such a server, a stopped run does not continue bit for bit.
+`sampler.loop` does not have this limit.
 
-The server decides which distribution its log-probabilities are of, and no reply says it:
-  raw: the model's own distribution, at temperature 1 (vLLM's default; SGLang's with
-    SGLANG_RETURN_ORIGINAL_LOGPROB).
-  tempered: at the sampling temperature, nothing truncated (SGLang's default).
-  processed: tempered, and truncated by top-k, top-p, min-p (vLLM's --logprobs-mode
-    processed_logprobs).
-A Completion has NaN for log-probabilities that do not follow from them (`reports_log_probs`); the
-trainer computes its own. If several of top-k, top-p and min-p are on, a server may apply them in
-another order than `truncation`, and then draws from that distribution.
+The server determines the distribution to which its log-probabilities refer. Replies do not say
+which distribution it is, so it is a setting:
+  raw: the model's distribution at temperature 1. This is the default of vLLM. SGLang does the same
+    with SGLANG_RETURN_ORIGINAL_LOGPROB.
+  tempered: the distribution at the sampling temperature, not truncated (SGLang's default).
+  processed: the tempered distribution, truncated by top-k, top-p and min-p (vLLM with
+    --logprobs-mode processed_logprobs).
+A Completion has NaN for log-probabilities that do not follow from the server's numbers (see
+`reports_log_probs`). The trainer computes its own log-probabilities. If several of top-k, top-p and
+min-p are on, a server may apply them in another order than `truncation`. The server then draws from
+another truncated distribution.
 
-A server serves one run, since `hand_over` changes its weights.
+Each run needs its own server, because `hand_over` changes the server's weights.
 """
 
 import contextlib
@@ -40,15 +43,16 @@ LOGPROBS = ("raw", "tempered", "processed")
 
 @dataclasses.dataclass(frozen=True)
 class EngineServer:
-    """The address of an engine, and how to use it.
+    """The address of a server, and its settings as a sampler engine.
 
     Attributes:
-      api: the server. `api.url` is the base with /v1 for either dialect; `api.timeout` has to cover
-        the longest completion, its time in the queue included, and loading weights.
+      api: the server. In both dialects `api.url` is the base URL with /v1. `api.timeout` must be
+        long enough for the longest completion with its time in the queue, and for loading weights.
       dialect: a key of `dialects.DIALECTS`.
       logprobs: one of LOGPROBS.
-      max_model_len: most tokens of a prompt and its completion; None takes the server's number.
-      adapter: the name on the server of the adapter from `hand_over`; "" for the base model.
+      max_model_len: maximum number of tokens of a prompt and its completion together; None means
+        the server's limit.
+      adapter: the adapter's name on the server, set by `hand_over`; "" for the base model.
     """
 
     api: client.Server
@@ -70,26 +74,26 @@ def generate(
     """Samples one completion for each prompt on a server.
 
     Args:
-      server: with its weights and adapter.
-      prompts: token ids with the shared prefix, for which the server has a cache of its own.
-      sampling: settings of all prompts, or one for each.
+      server: the server, after `hand_over` of the policy.
+      prompts: token ids, including the shared prefix; servers cache common prefixes themselves.
+      sampling: one `Sampling` for all prompts, or a list with one per prompt.
       keys: uint32 [n, 2] from `request.derive_keys`, one per prompt.
-      vocabulary: of the model. The server does not know its valid ids, so a completion with another
-        id, which a trained model hardly ever draws, is an error.
-      limits: most tokens of each completion; None takes its max_tokens.
+      vocabulary: the ids of the model. The server does not know which ids are valid. A trained
+        model hardly ever draws an invalid id; a completion with an invalid id raises RuntimeError.
+      limits: maximum number of tokens per completion; None means the max_tokens of its `Sampling`.
       progress: called with the statistics after each completion.
-      done: called with (index of the prompt, completion) as soon as it is complete.
+      done: called with (index of the prompt, completion) as soon as the completion has ended.
 
     Returns:
-      The result as of `loop.generate`. `logps` and `logps_truncated` are NaN if they do not follow
-      from the server's numbers; see `reports_log_probs`. In the statistics, prompt_tokens counts
-      the tokens sent, whatever the server's cache saves, and occupancy is NaN.
+      The same result as `loop.generate`. `logps` and `logps_truncated` are NaN if they do not
+      follow from the server's numbers; see `reports_log_probs`. In the statistics, prompt_tokens
+      counts all tokens sent, including those in the server's cache, and occupancy is NaN.
 
     Raises:
-      ValueError: settings or prompts cannot be served; nothing is sent.
-      OSError: the server did not complete a row; the message has its last reply. At the first
-        failure all other requests end.
-      RuntimeError: a reply does not fit its request; the message has the address and the row.
+      ValueError: the server does not support the settings or prompts; no request is sent.
+      OSError: the server did not complete a row; the message has its last reply. All other requests
+        end at the first failure.
+      RuntimeError: a reply does not match its request; the message has the address and the row.
     """
     check_server(server)
     texts = request.list_texts(prompts, sampling, keys, limits, vocabulary)
@@ -114,10 +118,11 @@ def generate(
 
 
 def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
-    """Returns whether (logps, logps_truncated) of these settings follow from a server's numbers.
+    """Returns whether logps, and whether logps_truncated, follow from a server's numbers.
 
-    Greedy rows are reported at temperature 1, and their truncated distribution is certain. Without
-    top-k, top-p and min-p both distributions are the same.
+    For greedy rows, servers report log-probabilities at temperature 1, and the truncated
+    distribution puts all mass on the drawn token. Without top-k, top-p and min-p, the tempered and
+    the truncated distribution are equal.
 
     Args:
       logprobs: one of LOGPROBS.
@@ -132,10 +137,10 @@ def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, 
 
 
 def _check_texts(server: EngineServer, texts: Sequence[request.Text]) -> None:
-    """Refuses a text that the server would draw otherwise or cut."""
+    """Checks that the server can draw each text in full length and at its temperature."""
     longest, coldest = server.max_model_len, dialects.DIALECTS[server.dialect].coldest
     if longest:
-        room = f"{server.api.url} holds {longest} (sampler.max_model_len)"
+        room = f"{server.api.url} allows at most {longest} (sampler.max_model_len)"
         request.check_lengths(texts, longest, room)
     for degree in {text.sampling.temperature for text in texts}:
         if 0 < degree < coldest:
@@ -171,7 +176,7 @@ def _json(body: bytes) -> client.Outcome:
 
 # ---------------------------------------------------------------------- checks of a reply
 #
-# They raise ValueError with the end of the sentence that `_ask` begins.
+# They raise ValueError with the second part of the message; `_ask` adds the first part.
 
 
 def _completion(
@@ -181,11 +186,11 @@ def _completion(
     ids, logps = _ids(text, reply.ids, vocabulary), _logps(reply)
     end = _end(text.sampling, ids, vocabulary.token_bytes)
     if end is not None and end < len(ids) and (last := ids[end - 1]) in text.sampling.stop_ids:
-        raise ValueError(f"goes on behind the id {last}, which is one of its stop_token_ids")
+        raise ValueError(f"goes on after the id {last}, which is one of its stop_token_ids")
     if end is None and reply.finish == "stop":
         raise ValueError(
             f"was stopped at the id {ids[-1]}, which is none of {sorted(text.sampling.stop_ids)} "
-            f"and ends none of {text.sampling.stop}: the server has stop ids of its own"
+            f"and completes none of {text.sampling.stop}: the server has stop ids of its own"
         )
     if end is None and len(ids) < text.limit:
         raise ValueError(
@@ -194,8 +199,8 @@ def _completion(
         )
     if reply.finish not in ("stop", "length"):
         raise ValueError(f"has the finish_reason {reply.finish!r}: it must be stop or length")
-    # A server checks for stop strings after some tokens; here a text ends at the token that
-    # completes one.
+    # A server may find a stop string a few tokens late. The completion is cut at the token that
+    # completes the stop string, as in `sampler.loop`.
     given = np.asarray(logps[:end], np.float32)
     absent = np.full_like(given, np.nan)
     tempered, truncated = reports_log_probs(logprobs, text.sampling)
@@ -210,9 +215,9 @@ def _completion(
 
 def _ids(text: request.Text, ids: list, vocabulary: request.Vocabulary) -> list[int]:
     if not isinstance(ids, list) or not ids or any(type(token) is not int for token in ids):
-        raise ValueError("has no list of token ids, or an empty one")
+        raise ValueError("has no list of token ids, or the list is empty")
     if len(ids) > text.limit:
-        raise ValueError(f"has {len(ids)} tokens: at most {text.limit} were asked for")
+        raise ValueError(f"has {len(ids)} tokens: at most {text.limit} were requested")
     size = len(vocabulary.valid_V)
     for token in ids:
         if not 0 <= token < size or not vocabulary.valid_V[token]:
@@ -230,7 +235,8 @@ def _logps(reply: dialects.RawCompletion) -> list[float]:
         raise ValueError(f"has {found} log-probabilities for {len(reply.ids)} tokens")
     for value in logps:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not -1e9 <= value <= 1e-3:  # NaN fails this too; rounding may exceed 0
+        # The comparison also fails for NaN. The upper limit is above 0 because of rounding.
+        if not number or not -1e9 <= value <= 1e-3:
             raise ValueError(f"has the log-probability {value!r}: it must be a number up to 0")
     return logps
 
@@ -238,7 +244,7 @@ def _logps(reply: dialects.RawCompletion) -> list[float]:
 def _end(
     sampling: request.Sampling, ids: Sequence[int], token_bytes: Sequence[bytes]
 ) -> int | None:
-    """Counts the tokens up to the first that ends the text; returns None if none does."""
+    """Returns the number of tokens up to the first that ends the text, or None if none ends it."""
     stops = [text.encode() for text in sampling.stop]
     by_string, _ = request.find_stop(b"", ids, stops, token_bytes)
     by_id = next((i for i, token in enumerate(ids, 1) if token in sampling.stop_ids), None)
@@ -254,25 +260,26 @@ def _address(server: EngineServer, of: str) -> str:
 
 
 def check_server(server: EngineServer) -> None:
-    """Checks the settings sampler.* of a server, without sending anything.
+    """Checks the sampler.* settings of a server, without sending a request.
 
     Raises:
-      ValueError: a setting cannot work; the message has its value and the choices.
+      ValueError: a setting is invalid; the message has its value and the valid choices.
     """
     client.check_server(server.api, "sampler.")
     for name, choices in (("dialect", tuple(dialects.DIALECTS)), ("logprobs", LOGPROBS)):
         if (value := getattr(server, name)) not in choices:
             raise ValueError(f"sampler.{name} is {value!r}: the choices are {', '.join(choices)}")
     if server.max_model_len is not None and server.max_model_len < 2:
-        raise ValueError(f"sampler.max_model_len is {server.max_model_len}: at least 2")
+        raise ValueError(f"sampler.max_model_len is {server.max_model_len}: it must be at least 2")
 
 
 def connect(server: EngineServer) -> EngineServer:
-    """Returns the server with max_model_len filled in, after asking for its models.
+    """Fetches the server's list of models; returns the server with max_model_len filled in.
 
     Raises:
-      ValueError: as of `check_server`; or it does not serve `model`, or not max_model_len tokens.
-      OSError: it gives no reply of the expected form.
+      ValueError: as in `check_server`; or the server does not have the model `api.model`, or its
+        limit is below max_model_len.
+      OSError: the server gives no valid reply.
     """
     check_server(server)
     api, served = server.api, list_models(server)
@@ -281,15 +288,15 @@ def connect(server: EngineServer) -> EngineServer:
         raise ValueError(f"sampler.model is {api.model!r}: {api.url} serves {names}")
     asked, length = server.max_model_len, served[api.model]
     if asked and length and asked > length:
-        raise ValueError(f"sampler.max_model_len is {asked}: {api.url} holds {length}")
+        raise ValueError(f"sampler.max_model_len is {asked}: {api.url} allows at most {length}")
     return dataclasses.replace(server, max_model_len=asked or length)
 
 
 def list_models(server: EngineServer) -> dict[str, int | None]:
-    """Returns the server's models and adapters by name, with the most tokens each takes, or None.
+    """Returns {model or adapter: its maximum number of tokens, or None if the server omits it}.
 
     Raises:
-      OSError: it gives no reply of the expected form.
+      OSError: the server gives no valid reply.
     """
 
     def read(body: bytes) -> client.Outcome:
@@ -297,24 +304,26 @@ def list_models(server: EngineServer) -> dict[str, int | None]:
         return client.Outcome("ok", {e["id"]: e.get("max_model_len") for e in entries})
 
     what = client.HttpCall(_address(server, "{base}/models"), None, read)
-    return _call(server, what, "tell its models")
+    return _call(server, what, "list its models")
 
 
 def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
-    """Loads a folder of weights on the server; returns the server to ask from then on.
+    """Loads a folder of weights on the server; returns the server with the new adapter name.
 
-    An adapter gets a name that follows from its contents. Servers cache the keys and values of
-    prompts by the adapter's name, so new weights under an old name would meet stale entries. It
-    also makes an interrupted call repeatable. The former adapter is unloaded.
+    An adapter's name is a hash of its contents, because servers cache keys and values of prompts
+    under the adapter's name. New weights with an old name would be used with outdated cache
+    entries. The hash also makes it safe to repeat an interrupted call. The previous adapter is
+    unloaded.
 
     Args:
-      server: with the former weights.
-      folder: an adapter as PEFT writes it (adapter_config.json), or a model with all weights in
-        Hugging Face's layout (config.json). The server has to see it under the same path.
+      server: the server with the previous weights.
+      folder: an adapter in PEFT's layout (adapter_config.json), or a complete model in Hugging
+        Face's layout (config.json). The server must be able to read the folder under this path.
 
     Raises:
-      ValueError: the folder is neither.
-      OSError: the server did not load it; the message has its reply and the options it needs.
+      ValueError: the folder has neither adapter_config.json nor config.json.
+      OSError: the server did not load the folder; the message has its reply and the options that
+        it needs.
     """
     path = pathlib.Path(folder).resolve()
     if (path / "adapter_config.json").is_file():
@@ -338,9 +347,9 @@ def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
 
 
 def _change(server: EngineServer, verb: str, body: dict[str, str]) -> None:
-    """Loads or unloads an adapter; a refusal counts only if the change did not happen.
+    """Loads or unloads an adapter; raises OSError only if the adapter's state did not change.
 
-    A second attempt is refused if the first one succeeded and its reply was lost.
+    If the first attempt succeeds but its reply is lost, the server refuses the second attempt.
     """
     dialect, name = dialects.DIALECTS[server.dialect], body["lora_name"]
     what = _command(server, f"{dialect.adapters}/{verb}_lora_adapter", body)
@@ -366,19 +375,19 @@ def _command(server: EngineServer, address: str, body: Mapping[str, Any]) -> cli
 
 
 def _accepted(body: bytes) -> client.Outcome:
-    """Reads a reply of status 2xx as success, unless it says otherwise."""
+    """Reads a reply with status 2xx as success, unless its JSON has "success": false."""
     text = body.decode(errors="replace")
     try:
         said = json.loads(text)
     except ValueError:
-        return client.Outcome("ok", text)  # vLLM answers in words
+        return client.Outcome("ok", text)  # vLLM replies with plain text
     if isinstance(said, dict) and said.get("success") is False:
         return client.Outcome("refused", detail=client.to_one_line(text))
     return client.Outcome("ok", text)
 
 
 def _call(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
-    """Returns the value of the reply, or raises OSError with the server's message and `needs`."""
+    """Returns the value of the reply; on failure, raises OSError with the reply and `needs`."""
     key = client.read_key(server.api, "sampler.")
     outcome, attempts = client.send_call(server.api, key, what, what.url, threading.Event())
     if outcome.status == "ok":

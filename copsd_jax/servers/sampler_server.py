@@ -1,4 +1,4 @@
-"""The server of sampler.engine=server, from checked settings."""
+"""Construction and checks of the server for sampler.engine=server."""
 
 import pathlib
 
@@ -11,14 +11,16 @@ from copsd_jax.servers import client, dialects, remote_engine
 
 
 def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineServer | None:
-    """Returns the server of sampler.*, or None for another engine; sends no request.
+    """Returns the server of the sampler.* settings, or None for another engine.
+
+    No request is sent.
 
     Args:
       config: the run's settings.
-      train: whether the run trains, so that a loss may need the server's log-probabilities.
+      train: whether the run trains; then a loss may need the server's log-probabilities.
 
     Raises:
-      ValueError: a setting cannot be used with a server.
+      ValueError: a setting is invalid, or cannot be used with a server.
     """
     s = config.sampler
     if s.engine != "server":
@@ -28,7 +30,7 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
     )
     remote_engine.check_server(server)
     if (count := jax.process_count()) > 1:
-        raise ValueError(f"sampler.engine is 'server': it takes one process, and there are {count}")
+        raise ValueError(f"sampler.engine is 'server': it needs one process, and there are {count}")
     if s.folder:
         workdir.check_writable(pathlib.Path(s.folder), "--config.sampler.folder")
     coldest = dialects.DIALECTS[s.dialect].coldest
@@ -42,7 +44,7 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
 
 
 def _check_logprobs(config: config_lib.Config) -> None:
-    """Checks that the server returns the log-probabilities that a loss reads."""
+    """Checks that the server returns the log-probabilities that the losses need."""
     c, r = config, config.rollout
     drawn = request.Sampling(r.max_tokens, r.temperature, r.top_k, r.top_p, r.min_p)
     given = remote_engine.reports_log_probs(c.sampler.logprobs, drawn)[0]
@@ -51,7 +53,7 @@ def _check_logprobs(config: config_lib.Config) -> None:
     ):  # fmt: skip
         if not given and c[section][key] != off:
             raise ValueError(
-                f"{section}.{key} is {c[section][key]!r}: it reads log-probabilities over all "
+                f"{section}.{key} is {c[section][key]!r}: it needs log-probabilities over all "
                 f"tokens at rollout.temperature={r.temperature}, which do not follow from "
-                f"sampler.logprobs={c.sampler.logprobs} with these rollout.*"
+                f"sampler.logprobs={c.sampler.logprobs} with these rollout.* settings"
             )

@@ -1,4 +1,4 @@
-"""Files of weights, adapters and tokenizers, and the places where models are found.
+"""Files of weights, adapters and tokenizers, and the local paths of models.
 
 May import: model.
 """

@@ -1,11 +1,11 @@
-"""GGUF files: the model's config from the metadata, tensors under their Hugging Face names.
+"""Reader of GGUF files: the model's config, and tensors under their Hugging Face names.
 
-A file (little endian) holds magic, version and counts, then metadata as key, type and value, then a
-list of tensors, then the encoded values, aligned. The `gguf` package decodes them to float32, one
-tensor at a time from a memory map.
+A file is little endian. A file has a magic number, the version and counts, then metadata as key,
+type and value, then a list of tensors, then the aligned encoded values. The `gguf` package decodes
+the values to float32. One tensor at a time is read from a memory map.
 
-llama.cpp interleaves the rotary halves of q and k in `llama` files, so their rows are put back into
-Hugging Face's order. Files of `qwen2` and `qwen3` keep the original order.
+In `llama` files, llama.cpp interleaves the rotary halves of q and k, so this module restores the
+row order of Hugging Face. Files of `qwen2` and `qwen3` keep the original order.
 """
 
 import functools
@@ -23,8 +23,8 @@ from copsd_jax.model import transformer
 from copsd_jax.weights import names, tensor_files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# First the types whose decoding the tests compare with a second decoder, then other block formats
-# that the gguf package decodes.
+# Names of supported tensor types. For the types in the first line, the tests compare the decoded
+# values with a second decoder. The second line has other block formats of the gguf package.
 TENSOR_TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"),
     *("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
@@ -40,27 +40,27 @@ ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (Llama 
 
 
 class StoredTensor(NamedTuple):
-    """An entry of the list of tensors."""
+    """An entry of a file's list of tensors."""
 
     name: str
     type: gguf.GGMLQuantizationType
-    shape: tuple[int, ...]  # in NumPy's order
-    offset: int  # of the encoded values, bytes from the start of the file
-    size: int  # bytes of the encoded values
+    shape: tuple[int, ...]  # in NumPy's order, which is the reverse of GGUF's
+    offset: int  # position of the encoded values, in bytes from the start of the file
+    size: int  # number of bytes of the encoded values
 
 
 class Header(NamedTuple):
-    """The metadata and the list of tensors, which stand before the values."""
+    """The part of a file before the encoded values: the metadata and the list of tensors."""
 
-    metadata: dict[str, Any]  # numbers, strings, booleans and lists of them
+    metadata: dict[str, Any]  # values are numbers, strings, booleans, or lists of these
     tensors: tuple[StoredTensor, ...]
 
 
 class _Cursor:
-    """A reader of numbers, strings and lists from mapped bytes, one after the other.
+    """A sequential reader of numbers, strings and lists from mapped bytes.
 
-    The gguf package's own reader makes an array of every string of the vocabulary, which takes
-    seconds.
+    The reader of the gguf package takes seconds, because it makes an array for every string of the
+    vocabulary.
     """
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -68,7 +68,7 @@ class _Cursor:
         self.at = 0
 
     def numbers(self, code: str, count: int = 1) -> tuple:
-        """Reads `count` little-endian numbers of a struct code; raises struct.error at the end."""
+        """Reads `count` little-endian numbers; raises struct.error beyond the end of the file."""
         values = struct.unpack_from(f"<{count}{code}", self.data, self.at)
         self.at += struct.calcsize(f"<{count}{code}")
         return values
@@ -80,7 +80,7 @@ class _Cursor:
         return raw.decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """Reads a metadata value of one of the format's types: string, array or number."""
+        """Reads a metadata value (a string, an array or a number) of the given GGUF type."""
         if kind == gguf.GGUFValueType.STRING:
             return self.string()
         if kind != gguf.GGUFValueType.ARRAY:
@@ -92,7 +92,7 @@ class _Cursor:
 
 
 def _parse_tensor(cursor: _Cursor) -> StoredTensor:
-    """Reads one entry of the list of tensors; its offset counts from the first value."""
+    """Reads one entry of the list of tensors; its offset is relative to the first value."""
     name = cursor.string()
     (rank,) = cursor.numbers("I")
     shape = tuple(reversed(cursor.numbers("Q", rank)))
@@ -124,16 +124,16 @@ def _parse_header(data: mmap.mmap) -> Header:
 
 
 def read_header(path: pathlib.Path) -> Header:
-    """Reads the metadata and the list of tensors.
+    """Reads the metadata and the list of tensors of a file.
 
     Raises:
-      ValueError: if the file is truncated or not a GGUF.
+      ValueError: if the file is truncated or is not a GGUF file.
     """
     stat = path.stat()
     return _read_header(path, stat.st_size, stat.st_mtime_ns)
 
 
-# Size and time are keys of the cache, so that a file that changes is read again.
+# Size and time are part of the cache's key, so that a changed file is read again.
 @functools.lru_cache(maxsize=2)
 def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
     try:
@@ -141,7 +141,7 @@ def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
             return _parse_header(data)
     except (ValueError, KeyError, struct.error) as error:
         raise ValueError(
-            f"{path} is not a whole GGUF file, it may be truncated ({size} bytes; {error})"
+            f"{path} is not a complete GGUF file; it may be truncated ({size} bytes; {error})"
         ) from error
 
 
@@ -150,13 +150,13 @@ def _get_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
         raise ValueError(f"{path} has no metadata {key}")
     value = fields[key]
     if not isinstance(value, int | float):
-        raise ValueError(f"{path}: {key} is {value!r}; one number for all layers is supported")
-    # Returns the decimal number that was meant by a float32: 1e-5, not 9.999999747378752e-06.
+        raise ValueError(f"{path}: {key} is {value!r}; only one number for all layers is supported")
+    # A float32 becomes the decimal number that was meant: 1e-5, not 9.999999747378752e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
-    """Returns the architecture; raises ValueError if it or an option is not supported."""
+    """Returns the architecture; checks that the architecture and the options are supported."""
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -175,7 +175,7 @@ def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
 def _rope_scaling(
     path: pathlib.Path, head_dim: int, theta: float
 ) -> transformer.RopeScaling | None:
-    """Finds Llama 3's scaling from the stored divisors; a GGUF keeps nothing else of it."""
+    """Finds the parameters of Llama 3's RoPE scaling; a GGUF stores only the resulting divisors."""
     stored = next((x for x in read_header(path).tensors if x.name == ROPE_FACTORS), None)
     if stored is None:
         return None
@@ -193,10 +193,10 @@ def _rope_scaling(
 
 
 def load_config(path: pathlib.Path) -> transformer.ModelConfig:
-    """Reads the config of the model in a GGUF.
+    """Reads the config of the model in a GGUF file.
 
     Raises:
-      ValueError: for an unsupported architecture or option, or a missing key.
+      ValueError: if the architecture or an option is not supported, or a key is missing.
     """
     fields, tensors = read_header(path)
     arch = _check_supported(fields, path)
@@ -209,7 +209,7 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     head_dim = get("attention.key_length") if explicit else d_model // max(n_heads, 1)
     rotary = f"{arch}.rope.dimension_count"
     if rotary in fields and fields[rotary] != head_dim:
-        raise ValueError(f"{path}: {rotary} = {fields[rotary]} with heads of {head_dim}")
+        raise ValueError(f"{path}: {rotary} = {fields[rotary]}, but heads have size {head_dim}")
     theta = get("rope.freq_base") if f"{arch}.rope.freq_base" in fields else 10_000.0
     return transformer.ModelConfig(
         family=arch, vocab_size=shapes["token_embd.weight"][0], d_model=d_model,
@@ -230,7 +230,7 @@ def to_hf_name(name: str, path: pathlib.Path) -> str:
       path: the file, for the error message.
 
     Raises:
-      ValueError: for a name that no supported architecture has.
+      ValueError: if no supported architecture has a tensor of this name.
     """
     if name in TOP_NAMES:
         return TOP_NAMES[name]
@@ -243,10 +243,10 @@ def to_hf_name(name: str, path: pathlib.Path) -> str:
 def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
     """Permutes rows of q or k from rotary pairs (2i, 2i+1) to Hugging Face's (i, i + H / 2).
 
-    Example, one head of 4 rows: stored 0 2 1 3 of the original comes back as 0 1 2 3.
+    For example, a GGUF stores a head of 4 rows in the order 0 2 1 3; the result has 0 1 2 3.
 
     Args:
-      w: [heads x H, ...].
+      w: weights or bias [heads x H, ...].
       heads: number of heads.
 
     Returns:
@@ -256,18 +256,18 @@ def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
-    """Maps Hugging Face names to the tensors of a GGUF.
+    """Maps Hugging Face names to the tensors of a GGUF file.
 
-    `read` returns float32 in Hugging Face's layout.
+    `Tensor.read` returns float32 values in Hugging Face's layout.
 
     Raises:
-      ValueError: for an unsupported tensor name or type.
+      ValueError: if the name or the type of a tensor is not supported.
     """
     c = load_config(path)
     heads = {"attn_q": c.n_heads, "attn_k": c.n_kv_heads} if c.family == "llama" else {}
     out = {}
     for stored in read_header(path).tensors:
-        if stored.name == ROPE_FACTORS:  # It is a part of the config.
+        if stored.name == ROPE_FACTORS:  # This tensor is read as a part of the config.
             continue
         if stored.type.name not in TENSOR_TYPES:
             raise ValueError(
@@ -285,13 +285,13 @@ def _read(
 ) -> np.ndarray:
     """Decodes a tensor, or a part of it, to float32.
 
-    Only the rows of the part are decoded, and of them the blocks of numbers that it touches.
+    Only the blocks of values that overlap the part are decoded.
 
     Args:
       path: the file.
-      stored: entry of the tensor.
-      heads: number of heads whose rows are interleaved, or None.
-      part: a slice for each axis; () for the whole tensor.
+      stored: the tensor's entry in the list of tensors.
+      heads: number of heads if their rows are interleaved, else None.
+      part: one slice for each axis; () means the whole tensor.
     """
     *rows, columns = part or (slice(None),) * len(stored.shape)
     begin, end, _ = columns.indices(stored.shape[-1])

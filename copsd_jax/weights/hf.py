@@ -1,8 +1,8 @@
-"""Weights of Hugging Face models in and out, by one strict table of names (names.py).
+"""Import and export of Hugging Face weights, with one strict table of names (names.py).
 
-The table maps each Hugging Face name to a slice of one of our parameters. Reading and writing both
-use it, so that a name is known to both or to neither. Tensors of a GGUF arrive here under their
-Hugging Face names (gguf_files.py). Configs are in hf_config.py.
+The table maps each Hugging Face name to a slice of one of our parameters. Reading and writing use
+the same table, so they know the same names. gguf_files.py gives the tensors of a GGUF file their
+Hugging Face names. hf_config.py reads and writes configs.
 """
 
 import functools
@@ -20,17 +20,17 @@ import transformers
 from copsd_jax.model import transformer
 from copsd_jax.weights import gguf_files, hf_config, names, tensor_files
 
-STRIP_ROWS = 64  # rows of a stored matrix that are read at once
-SHARD_BYTES = 5 * 10**9  # of values in one file
+STRIP_ROWS = 64  # number of rows of a stored matrix that are read at once
+SHARD_BYTES = 5 * 10**9  # maximum number of bytes of values in one file
 
 LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 EMBEDDING, HEAD = names.TOP["embed", "embedding"][0], names.TOP["head", "kernel"][0]
-# Constants that old checkpoints store beside their weights.
+# Constants that old checkpoints store in addition to their weights.
 NOT_WEIGHTS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
-Tensors = dict[str, tensor_files.Tensor]  # by their Hugging Face names
-LeafPath = tuple[str, ...]  # ("layers", "q", "kernel")
-ReadPart = Callable[[tuple[slice, ...]], np.ndarray]  # reads the values of a leaf within slices
+Tensors = dict[str, tensor_files.Tensor]  # Hugging Face name -> tensor
+LeafPath = tuple[str, ...]  # for example ("layers", "q", "kernel")
+ReadPart = Callable[[tuple[slice, ...]], np.ndarray]  # reads the part of a leaf given by slices
 PlaceLeaf = Callable[[LeafPath, tuple[int, ...], ReadPart], jax.Array]
 
 
@@ -38,15 +38,15 @@ PlaceLeaf = Callable[[LeafPath, tuple[int, ...], ReadPart], jax.Array]
 
 
 class LeafSlice(NamedTuple):
-    """The part of one of our leaves that holds one Hugging Face tensor."""
+    """The part of one of our leaves that corresponds to one Hugging Face tensor."""
 
     path: LeafPath
-    layer: int | None  # index in the first axis of a stacked leaf; None for other leaves
-    shape: tuple[int, ...]  # Hugging Face's shape
-    transposed: bool  # our kernels are [in, out], theirs [out, in]
+    layer: int | None  # index along the first axis of a stacked leaf; None for other leaves
+    shape: tuple[int, ...]  # shape of the Hugging Face tensor
+    transposed: bool  # kernels are [in, out] here, and [out, in] in Hugging Face
 
 
-@functools.lru_cache(maxsize=4)  # Each call would trace the model again.
+@functools.lru_cache(maxsize=4)  # Without the cache, each call would trace the model again.
 def _leaf_shapes(config: transformer.ModelConfig) -> dict[LeafPath, tuple[int, ...]]:
     """Maps the path of every parameter of the model to its shape."""
     leaves = _by_path(transformer.abstract_params(config, jnp.float32))
@@ -54,7 +54,7 @@ def _leaf_shapes(config: transformer.ModelConfig) -> dict[LeafPath, tuple[int, .
 
 
 def _by_path(params: dict) -> dict[LeafPath, Any]:
-    """Maps the path of every leaf to the leaf."""
+    """Returns the leaves of a tree as {path: leaf}."""
     leaves = jax.tree.leaves_with_path(params)
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
@@ -67,7 +67,7 @@ def _to_hf_name(path: LeafPath, layer: int | None) -> str:
 
 
 def build_weight_table(config: transformer.ModelConfig) -> dict[str, LeafSlice]:
-    """Maps the Hugging Face name of every tensor to its slice, in the order of our leaves."""
+    """Maps the Hugging Face name of every tensor to its `LeafSlice`, in the order of our leaves."""
     table = {}
     for path, shape in _leaf_shapes(config).items():
         stacked = path[0] == "layers"
@@ -83,14 +83,14 @@ def build_weight_table(config: transformer.ModelConfig) -> dict[str, LeafSlice]:
 
 
 def open_tensors(path: pathlib.Path) -> Tensors:
-    """Maps Hugging Face names to the tensors of a model; reads headers only.
+    """Maps Hugging Face names to the tensors of a model; only headers are read.
 
     Args:
-      path: a folder or a GGUF, as `hub.resolve` returns it.
+      path: a folder or a GGUF file, as returned by `hub.resolve`.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is truncated, contradictory or unsupported.
+      ValueError: if a file is truncated or not supported, or if files contradict each other.
     """
     if path.suffix == ".gguf":
         return gguf_files.open_tensors(path)
@@ -104,13 +104,13 @@ def _abbreviate(tensors: set[str]) -> str:
 
 
 def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
-    """Opens a model, and refuses tensors that are not exactly those of the table.
+    """Opens a model, and checks that it has exactly the tensors of the table.
 
-    File sizes and headers are read, in seconds, so it misses one thing that `load_params` refuses:
-    a model with tied embeddings may store its head a second time, and the copies may differ.
+    Only file sizes and headers are read, which takes seconds. Values are checked by `load_params`,
+    because a model with tied embeddings may also store a head that differs from its embeddings.
 
     Args:
-      path: a folder or a GGUF, as `hub.resolve` returns it.
+      path: a folder or a GGUF file, as returned by `hub.resolve`.
       config: config of the model.
 
     Returns:
@@ -118,7 +118,7 @@ def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: in one sentence with the file and the tensor.
+      ValueError: if tensors do not match the table; the message names the file and the tensors.
     """
     found = open_tensors(path)
     wanted = {name: entry.shape for name, entry in build_weight_table(config).items()}
@@ -135,7 +135,7 @@ def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
     for name, shape in wanted.items():
         if found[name].shape != shape:
             raise ValueError(
-                f"{path}: tensor {name} has shape {found[name].shape}, the config wants {shape}"
+                f"{path}: tensor {name} has shape {found[name].shape}, the config needs {shape}"
             )
     return found
 
@@ -150,20 +150,20 @@ def load_params(
 ) -> dict:  # fmt: skip
     """Loads the tree of parameters: kernels [in, out], layers stacked along the first axis.
 
-    Leaves are read one by one, and `place` reads only the parts of a leaf that it needs. The host
-    then holds the arrays that `place` keeps and one part besides.
+    Leaves are read one at a time, and `place` reads only the parts of a leaf that it needs. So the
+    host's memory has only the arrays that `place` keeps, and one part of a leaf.
 
     Args:
-      path: a folder or a GGUF, as `hub.resolve` returns it.
+      path: a folder or a GGUF file, as returned by `hub.resolve`.
       config: config of the model.
-      dtype: number type of all parameters.
-      place: called as place(path of the leaf, its shape, read), returns the leaf. `read` returns
-        the values of `dtype` within slices, which need start and stop. The default puts the whole
-        leaf on jax's default device.
+      dtype: dtype of all parameters.
+      place: called as place(path of the leaf, shape of the leaf, read); returns the leaf. `read`
+        takes slices, whose start and stop must be given, and returns the leaf's values there, in
+        `dtype`. The default puts the whole leaf on JAX's default device.
 
     Raises:
-      FileNotFoundError: as `check_weights`.
-      ValueError: as `check_weights`, and for a stored head that differs from tied embeddings.
+      FileNotFoundError: as in `check_weights`.
+      ValueError: as in `check_weights`, or if a stored head differs from tied embeddings.
     """
     found = check_weights(path, config)
     twice = config.tie_embeddings and HEAD in found
@@ -181,7 +181,7 @@ def load_params(
 
 
 def _tensors_equal(one: tensor_files.Tensor, other: tensor_files.Tensor) -> bool:
-    """Compares two stored matrices, strip by strip."""
+    """Returns whether two stored matrices are equal; they are read in strips of rows."""
     rows, columns = one.shape
     parts = [(strip, slice(0, columns)) for strip in _split_rows(0, rows)]
     return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
@@ -190,7 +190,7 @@ def _tensors_equal(one: tensor_files.Tensor, other: tensor_files.Tensor) -> bool
 def _read_leaf_part(
     found: Tensors, entries: list[tuple[str, LeafSlice]], dtype: np.dtype, part: tuple[slice, ...]
 ) -> np.ndarray:
-    """Reads the values of a leaf within slices, and no more than that of each of its tensors."""
+    """Returns the part of a leaf that the slices select; reads only this part of the tensors."""
     name, entry = entries[0]
     if entry.layer is None:
         values = found[name].read(part)
@@ -208,7 +208,7 @@ def _read_leaf_part(
 
 
 def _split_rows(start: int, stop: int) -> list[slice]:
-    """Splits rows into strips, so that little is held beside the array that is filled."""
+    """Splits rows into strips, so that little memory is needed besides the array to fill."""
     return [slice(row, min(row + STRIP_ROWS, stop)) for row in range(start, stop, STRIP_ROWS)]
 
 
@@ -218,13 +218,13 @@ def _split_rows(start: int, stop: int) -> list[slice]:
 def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
     """Maps Hugging Face names to tensors that fetch their leaf to the host when they are read.
 
-    Tensors of a leaf are neighbours, so that each leaf is fetched once and then dropped.
+    The tensors of a leaf are consecutive, so that each leaf is fetched only once and then freed.
     """
     leaves = _by_path(params)
     expected = _leaf_shapes(config)
     if {path: leaf.shape for path, leaf in leaves.items()} != expected:
         wrong = sorted(set(leaves) ^ set(expected)) or "a shape"
-        raise ValueError(f"the parameters are not those of this config: {wrong}")
+        raise ValueError(f"the parameters do not match the config: {wrong}")
     fetch = functools.lru_cache(maxsize=1)(lambda path: np.asarray(leaves[path]))
 
     def read(entry: LeafSlice) -> np.ndarray:
@@ -239,7 +239,7 @@ def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Writes the tokenizer's files under the class name that transformers 4 and 5 both know."""
+    """Writes the tokenizer's files with a class name that transformers 4 and 5 know."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     raw = tensor_files.read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -251,17 +251,17 @@ def save(
     source_path: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase,
     shard_bytes: int = SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
-    """Writes a Hugging Face folder that transformers loads, and returns it.
+    """Writes a Hugging Face folder that transformers can load; returns its path.
 
     A folder of this name is always complete (see `tensor_files.create_folder`).
 
     Args:
-      directory: absent, or an empty folder.
-      params: tree of `load_params`, with one number type for all leaves, which the files keep.
+      directory: the folder to write; it must be absent or empty.
+      params: tree as returned by `load_params`; all leaves have one dtype, which the files keep.
       config: config of the parameters.
-      source_path: the resolved path that the model came from; its generation settings are kept.
-      tokenizer: of `tokenizer.load`.
-      shard_bytes: bytes of values above which the weights go into several files.
+      source_path: the resolved path of the original model, whose generation settings are kept.
+      tokenizer: the tokenizer, from `tokenizer.load`.
+      shard_bytes: maximum number of bytes of values in one file; larger weights are split.
 
     Raises:
       FileExistsError: if the directory exists and is not an empty folder.
@@ -269,7 +269,7 @@ def save(
     """
     dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if len(dtypes) != 1 or dtypes - set(tensor_files.DTYPES.values()):
-        raise ValueError(f"parameters of {sorted(map(str, dtypes))}; one float type is needed")
+        raise ValueError(f"parameters have {sorted(map(str, dtypes))}; one float type is needed")
     dtype = dtypes.pop()
     tensors = _export_tensors(params, config)
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")

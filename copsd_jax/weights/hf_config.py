@@ -1,6 +1,6 @@
-"""Configs of Hugging Face models in and out, and their end-of-text ids.
+"""Import and export of Hugging Face configs, and of end-of-text ids.
 
-A GGUF file's config arrives here too (gguf_files.py).
+Configs of GGUF files are read by gguf_files.py and checked here.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def _find_family(raw: Mapping, file: pathlib.Path) -> str:
 
 
 def _check_options(raw: Mapping, file: pathlib.Path) -> None:
-    """Raises ValueError for an option that changes the computation in a way not built here."""
+    """Checks options that change the model's computation; raises ValueError if unsupported."""
     only = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,), "quantization_config": ()}
     only |= dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), (False,))
     for key, allowed in only.items():
@@ -50,9 +50,9 @@ def _check_options(raw: Mapping, file: pathlib.Path) -> None:
 
 
 def _read_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.RopeScaling | None]:
-    """Reads the base and the scaling of RoPE, in the layouts of transformers 4 and 5.
+    """Reads the base and the scaling of RoPE from the layouts of transformers 4 and 5.
 
-    Version 5 has rope_parameters, version 4 has rope_theta and rope_scaling.
+    Version 5 uses rope_parameters; version 4 uses rope_theta and rope_scaling.
     """
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
@@ -71,11 +71,11 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     """Loads the config of a model.
 
     Args:
-      path: a folder with config.json or a GGUF, as `hub.resolve` returns it.
+      path: a folder with config.json or a GGUF file, as returned by `hub.resolve`.
 
     Raises:
       FileNotFoundError: if there is no config.json.
-      ValueError: if it cannot be read, or names an unsupported architecture or option.
+      ValueError: if the config cannot be read, or its architecture or an option is not supported.
     """
     config = gguf_files.load_config(path) if path.suffix == ".gguf" else _load_folder_config(path)
     _check_numbers(config, path)
@@ -83,9 +83,9 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
 
 
 def _check_numbers(config: transformer.ModelConfig, path: pathlib.Path) -> None:
-    """Raises ValueError for sizes that no model has.
+    """Checks the config's numbers; raises ValueError for sizes that no model has.
 
-    They come from damaged files, and would fail far from here.
+    Damaged files can have such sizes. Without this check, the error would be raised elsewhere.
     """
     c = dataclasses.asdict(config)
     for key in ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
@@ -96,8 +96,8 @@ def _check_numbers(config: transformer.ModelConfig, path: pathlib.Path) -> None:
             raise ValueError(f"{path}: the config's {key} is {c[key]!r}")
     if config.n_heads % config.n_kv_heads or config.head_dim % 2 or config.n_layers > 1000:
         raise ValueError(
-            f"{path}: the config's {config.n_layers} layers of {config.n_heads} heads and "
-            f"{config.n_kv_heads} key heads of size {config.head_dim} do not make a model"
+            f"{path}: the config has {config.n_layers} layers of {config.n_heads} heads and "
+            f"{config.n_kv_heads} key heads of size {config.head_dim}, which no model has"
         )
 
 
@@ -121,12 +121,15 @@ def _load_folder_config(path: pathlib.Path) -> transformer.ModelConfig:
 
 
 def read_stop_ids(path: pathlib.Path) -> list[int]:
-    """Reads the end-of-text ids of generation_config.json and config.json, or of a GGUF, sorted.
+    """Reads the end-of-text ids from generation_config.json and config.json, or from a GGUF file.
 
-    Absent files add nothing: a tokenizer's folder has neither.
+    Absent files are skipped, because a folder with only a tokenizer has neither file.
 
     Args:
-      path: a folder or a GGUF, as `hub.resolve` returns it.
+      path: a folder or a GGUF file, as returned by `hub.resolve`.
+
+    Returns:
+      The ids in ascending order, without duplicates; the list may be empty.
     """
     if path.suffix == ".gguf":
         fields = gguf_files.read_header(path).metadata
@@ -139,12 +142,12 @@ def read_stop_ids(path: pathlib.Path) -> list[int]:
 
 
 def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str, Any]) -> dict:
-    """Returns the content of config.json, in the layouts of transformers 4 and 5 at once.
+    """Returns the content of config.json, with the keys of transformers 4 and of transformers 5.
 
     Args:
       config: config of the model.
-      dtype: number type of the weights.
-      ids: bos_token_id, eos_token_id, pad_token_id.
+      dtype: name of the weights' dtype.
+      ids: values of bos_token_id, eos_token_id and pad_token_id.
     """
     architecture = next(name for name, family in ARCHITECTURES.items() if family == config.family)
     rope: dict[str, Any] = {"rope_type": "default"}
@@ -159,18 +162,18 @@ def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str
         "rope_scaling": rope if config.rope_scaling else None,
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
-        # It would also mean a bias of `o`. Biases of q, k and v are implied by model_type qwen2.
+        # True would add a bias to `o` too. The model_type qwen2 implies biases of q, k and v.
         "attention_bias": False, "use_sliding_window": False,
         "torch_dtype": dtype, "dtype": dtype, **ids,
     }  # fmt: skip
 
 
 def to_generation_json(source: pathlib.Path, ids: Mapping[str, Any]) -> dict:
-    """Returns the content of generation_config.json: the source's settings with every stop id.
+    """Returns the content of generation_config.json: the source's settings with all stop ids.
 
     Args:
-      source: the resolved path that the model came from.
-      ids: bos_token_id, eos_token_id, pad_token_id.
+      source: the resolved path of the original model.
+      ids: values of bos_token_id, eos_token_id and pad_token_id.
     """
     file = source / "generation_config.json"
     own = tensor_files.read_json(file) if source.is_dir() and file.is_file() else {}

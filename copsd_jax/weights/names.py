@@ -1,7 +1,7 @@
-"""Names of a model's parameters: ours, Hugging Face's and GGUF's.
+"""Names of a model's parameters here, in Hugging Face and in GGUF files.
 
-`layers/q/kernel` of layer 3 is `model.layers.3.self_attn.q_proj.weight` for Hugging Face and
-`blk.3.attn_q.weight` in a GGUF.
+For example, layer 3 of `layers/q/kernel` is `model.layers.3.self_attn.q_proj.weight` in Hugging
+Face and `blk.3.attn_q.weight` in a GGUF file.
 """
 
 TOP: dict[

@@ -1,8 +1,8 @@
-"""LoRA adapters in PEFT's layout, which transformers, vLLM and SGLang load beside a base model.
+"""LoRA adapters in PEFT's layout, which transformers, vLLM and SGLang can load.
 
 A folder has adapter_config.json and adapter_model.safetensors. Our `a` [in, R] and `b` [R, out] of
-a layer are the transposes of PEFT's `lora_A` [R, in] and `lora_B` [out, R]. Both scale the product
-by lora_alpha / r. Projections have the names of `names.BLOCK`.
+a layer are the transposes of PEFT's `lora_A` [R, in] and `lora_B` [out, R]. Here and in PEFT, the
+product of the two matrices is scaled by lora_alpha / r. `names.BLOCK` has the projections' names.
 
 Source: PEFT's developer guide "PEFT checkpoint format" and its LoraConfig.
 """
@@ -27,15 +27,15 @@ def write(
     directory: str | os.PathLike, adapter: Mapping[str, Mapping[str, jax.Array]],
     config: transformer.ModelConfig, *, alpha: float, base: str,
 ) -> pathlib.Path:  # fmt: skip
-    """Writes an adapter as PEFT does, in float32, and returns the folder.
+    """Writes an adapter in PEFT's layout, in float32; returns the folder's path.
 
     A folder of this name is always complete (see `tensor_files.create_folder`).
 
     Args:
-      directory: absent, or an empty folder.
-      adapter: tree of `lora.init_adapter`.
+      directory: the folder to write; it must be absent or empty.
+      adapter: tree with the structure of `lora.init_adapter`.
       config: config of the base model.
-      alpha: the setting lora.alpha; the rank follows from the tree.
+      alpha: value of the setting lora.alpha; the rank follows from the tree.
       base: name or path of the base model, for programs that load the adapter.
 
     Raises:
@@ -44,7 +44,7 @@ def write(
     """
     if not adapter or set(adapter) - set(lora.TARGETS):
         choices = ", ".join(lora.TARGETS)
-        raise ValueError(f"an adapter on {list(adapter)}: the choices are {choices}")
+        raise ValueError(f"the adapter is on {list(adapter)}: the choices are {choices}")
     targets = [target for target in lora.TARGETS if target in adapter]
     rank = adapter[targets[0]]["a"].shape[-1]
     tensors = {}
@@ -59,7 +59,7 @@ def write(
 def _transpose_layers(
     target: str, matrices: Mapping[str, jax.Array], config: transformer.ModelConfig, rank: int
 ) -> dict[str, tensor_files.Tensor]:
-    """Maps PEFT's names to the tensors of one projection, layer by layer, `a` before `b`."""
+    """Maps PEFT's names to one projection's tensors, in the order of layers, `a` before `b`."""
     width, features = config.projections()[target]
     host = {name: np.asarray(matrices[name]) for name in ("a", "b")}
     for (name, values), shape in zip(host.items(), ((width, rank), (rank, features)), strict=True):
@@ -82,7 +82,7 @@ def _transpose_layers(
 def _to_config_json(targets: list[str], rank: int, alpha: float, base: str) -> dict[str, Any]:
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        # PEFT itself writes an integer wherever alpha is whole.
+        # PEFT writes an integer if alpha is a whole number.
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0,
         # `self_attn.q_proj` becomes `q_proj`.
         "target_modules": [names.BLOCK[target][0].rpartition(".")[2] for target in targets],

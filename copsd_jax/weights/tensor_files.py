@@ -1,8 +1,8 @@
-"""safetensors files, JSON files, and folders that appear only once they are complete.
+"""Files in safetensors and JSON, and folders that get their name only when they are complete.
 
-The `safetensors` library reads: its headers are checked when a file is opened, and slices of a
-tensor are read without the rest. Importing ml_dtypes gives it bfloat16 in NumPy. Writing is done
-here, because the library's writer needs all tensors of a file in memory at once.
+The `safetensors` library checks the header when a file is opened, and can read slices of a tensor
+without the rest. The library returns bfloat16 arrays if ml_dtypes is imported. This module writes
+files itself, because the library's writer needs all tensors of a file in memory at once.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ class Tensor(NamedTuple):
 
     Attributes:
       shape: shape of the whole tensor.
-      read: `read()` returns all values. `read(part)` takes one slice for each axis, with bounds
-        inside the shape, and reads little else of the file.
+      read: `read()` returns all values. `read(part)` returns the part given by one slice for each
+        axis, with start and stop inside the shape. Little more than the part is read from the file.
     """
 
     shape: tuple[int, ...]
@@ -41,11 +41,11 @@ class Tensor(NamedTuple):
 
 
 def read_json(file: pathlib.Path) -> dict:
-    """Reads a file that holds one JSON object.
+    """Reads a file that contains one JSON object.
 
     Raises:
       FileNotFoundError: if the file does not exist.
-      ValueError: if it is not a JSON object.
+      ValueError: if the file does not contain a JSON object.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}")
@@ -59,21 +59,21 @@ def read_json(file: pathlib.Path) -> dict:
 
 
 def write_json(file: pathlib.Path, value: dict) -> None:
-    """Writes a JSON object, indented, with a line end."""
+    """Writes a JSON object with indentation and a final newline."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a new folder beside `target`, which takes that name when the block ends.
+    """Creates a temporary folder beside `target`, and renames it to `target` when the block ends.
 
     A folder named `target` is therefore always complete.
 
     Args:
-      target: absent, or an empty folder.
+      target: the folder's final path; it must be absent or an empty folder.
 
     Raises:
-      FileExistsError: if the target exists and is not an empty folder.
+      FileExistsError: if `target` exists and is not an empty folder.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty")
@@ -83,21 +83,21 @@ def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     partial.mkdir()
     yield partial
     if target.exists():
-        target.rmdir()  # It was empty above.
+        target.rmdir()  # The target is empty, as checked above.
     os.rename(partial, target)
 
 
 def open_file(file: pathlib.Path) -> dict[str, Tensor]:
-    """Maps names to the tensors of one safetensors file; reads its header only.
+    """Maps names to the tensors of one safetensors file; only the header is read.
 
     Raises:
       FileNotFoundError: if the file does not exist.
-      ValueError: if it is truncated or damaged, or has an unsupported number type.
+      ValueError: if the file is truncated or damaged, or a tensor's dtype is not supported.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     try:
-        # Typed Any, because the library's own stub does not know that NumPy gets arrays.
+        # The type is Any, because the library's stub file does not cover NumPy arrays.
         opened: Any = safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
         size = file.stat().st_size
@@ -115,16 +115,16 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _read(stored: Any, part: tuple[slice, ...] = ()) -> np.ndarray:
-    """Copies a tensor of an open file, or a part of it."""
+    """Returns a copy of a tensor in an open file, or of a part of the tensor."""
     return stored[part]
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-    """Maps names to the tensors of a model's folder, one file or several; reads headers only.
+    """Maps names to the tensors in all files of a model's folder; only headers are read.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is damaged or unsupported, or if the index and the files disagree.
+      ValueError: if a file is damaged or not supported, or the index contradicts the files.
     """
     files, index = _list_files(folder)
     tensors: dict[str, Tensor] = {}
@@ -142,7 +142,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
-    """Returns the files' names, and the index (tensor -> file name) if there is one."""
+    """Returns the names of the files, and the index {tensor: file name}, or None if absent."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):
@@ -154,13 +154,14 @@ def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]
 
 
 def write_file(file: pathlib.Path, items: Iterable[tuple[str, Tensor]], dtype: np.dtype) -> None:
-    """Writes tensors of one number type to a safetensors file, reading one at a time.
+    """Writes tensors of one dtype to a safetensors file; one tensor is in memory at a time.
 
-    A file is eight bytes of header length (little endian), a JSON header, and the raw values.
+    A file has eight bytes with the length of the header (little endian), a JSON header, and the raw
+    values.
     """
     items = list(items)
     code = next(key for key, value in DTYPES.items() if value == dtype)
-    # transformers refuses files without this format.
+    # transformers refuses files without this metadata.
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in items:
@@ -181,13 +182,13 @@ def write_file(file: pathlib.Path, items: Iterable[tuple[str, Tensor]], dtype: n
 def write_folder(
     folder: pathlib.Path, items: Mapping[str, Tensor], dtype: np.dtype, shard_bytes: int
 ) -> None:
-    """Writes tensors in their order, to one file or, above `shard_bytes`, to several and an index.
+    """Writes tensors in the given order to one file, or to several files with an index.
 
     Args:
       folder: an existing folder.
-      items: name -> tensor.
-      dtype: number type of all tensors.
-      shard_bytes: most bytes of values in a file that has more than one tensor.
+      items: the tensors by name.
+      dtype: dtype of all tensors.
+      shard_bytes: maximum number of bytes of values in a file; a larger tensor has its own file.
     """
     shards: list[list[tuple[str, Tensor]]] = [[]]
     held = total = 0

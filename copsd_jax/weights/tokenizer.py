@@ -1,7 +1,7 @@
 """Tokenizers of Hugging Face folders and GGUF files, and their stop ids, valid ids and bytes.
 
-Only byte-level BPE is supported (Qwen, Llama 3, SmolLM2): every token is a run of bytes, so that
-text can be decoded token by token and a stop string found in bytes.
+Only byte-level BPE is supported (Qwen, Llama 3, SmolLM2). In byte-level BPE, every token is a
+sequence of bytes. So text can be decoded token by token, and stop strings are found in the bytes.
 """
 
 import functools
@@ -16,11 +16,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from copsd_jax.weights import gguf_files, hf_config
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of a GGUF
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types in GGUF files
 
 
 def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
-    """Cuts text as Llama 3 and Qwen do, which differ in the digits that stay together."""
+    """Returns the pre-tokenizer of Llama 3 or Qwen; `numbers` is the pattern of a digit group."""
     pattern = (
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,7 +32,7 @@ def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
 
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 _DIGITS = pre_tokenizers.Digits(individual_digits=True)
-# tokenizer.ggml.pre -> (pre-tokenizer, normalizer, a whole word in the vocabulary skips the merges)
+# tokenizer.ggml.pre -> (pre-tokenizer, normalizer, whether words in the vocabulary skip merges)
 SPLITTERS = {
     "smollm": (pre_tokenizers.Sequence([_DIGITS, _GPT2]), None, False),
     "gpt-2": (_GPT2, None, False),
@@ -44,11 +44,11 @@ SPLITTERS = {
 def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     """Loads the tokenizer of a model.
 
-    tokenizer.json is taken as it stands: transformers' tokenizer classes of single models, which
-    would build parts of it anew, are not used. No code from the folder is run.
+    tokenizer.json is used unchanged. The tokenizer classes that transformers has for single models
+    are not used, because they replace parts of tokenizer.json. No code from the folder is run.
 
     Args:
-      path: a folder with tokenizer.json or a GGUF, as `hub.resolve` returns it.
+      path: a folder with tokenizer.json or a GGUF file, as returned by `hub.resolve`.
 
     Raises:
       FileNotFoundError: if there is no tokenizer.json.
@@ -76,7 +76,7 @@ def _choose_splitter(fields: Mapping[str, Any], path: pathlib.Path) -> tuple:
 
 
 def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-    """Builds a tokenizer from the vocabulary, merges, splitter and template of a GGUF."""
+    """Builds a tokenizer from the vocabulary, merges, splitter and template of a GGUF file."""
     fields = gguf_files.read_header(path).metadata
     splitter, normalizer, ignore_merges = _choose_splitter(fields, path)
     pieces: list[str] = fields["tokenizer.ggml.tokens"]
@@ -109,9 +109,9 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
 
 
 def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> Any:
-    """Builds a post-processor that puts a first token before plain text, if the file asks for it.
+    """Builds a post-processor; it adds the BOS token to plain text if add_bos_token is true.
 
-    Chat templates carry their own first token.
+    Chat templates write the BOS token themselves.
     """
     if not fields.get("tokenizer.ggml.add_bos_token", False):
         return processors.ByteLevel(trim_offsets=False)
@@ -124,17 +124,17 @@ def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> An
 
 
 def find_stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path) -> tuple[int, ...]:
-    """Finds the ids that end a text in the generation settings, the config and the tokenizer.
+    """Finds the end-of-text ids in the generation settings, the config and the tokenizer.
 
     Args:
       tok: the tokenizer.
       path: the resolved path of the model.
 
     Returns:
-      The ids, sorted.
+      The ids in ascending order.
 
     Raises:
-      ValueError: if there is none, so that no text could end.
+      ValueError: if there is no such id, because then no text could end.
     """
     ids = set(hf_config.read_stop_ids(path))
     if tok.eos_token is not None:
@@ -145,11 +145,11 @@ def find_stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path)
 
 
 def mark_valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
-    """Marks the ids of the model that the tokenizer has; the others are never sampled.
+    """Marks the model's ids that the tokenizer has; other ids are never sampled.
 
     Args:
       tok: the tokenizer.
-      vocab_size: V, number of the model's embeddings.
+      vocab_size: V, the number of the model's embeddings.
 
     Returns:
       bool [V].
@@ -160,8 +160,8 @@ def mark_valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -
     ids = np.fromiter(tok.get_vocab().values(), np.int64)
     if ids.max() >= vocab_size:
         raise ValueError(
-            f"the tokenizer has ids up to {ids.max()}, the model only {vocab_size} embeddings: "
-            "they do not belong together"
+            f"the tokenizer has ids up to {ids.max()}, but the model has only {vocab_size} "
+            "embeddings: the tokenizer does not belong to this model"
         )
     valid = np.zeros(vocab_size, np.bool_)
     valid[ids] = True
@@ -172,7 +172,8 @@ def mark_valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -
 def _byte_alphabet() -> dict[str, int]:
     """Maps each letter of the byte-level alphabet to its byte (GPT-2's table).
 
-    Printable bytes of Latin-1 stand for themselves. The others, in order, are letters from 256 on.
+    A byte that is printable in Latin-1 is its own letter. The other bytes have, in order, the
+    letters from code point 256 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -181,10 +182,11 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def list_token_bytes(tok: transformers.PreTrainedTokenizerFast) -> list[bytes]:
-    """Lists the bytes of each id: the text of a special token, b"" for an id that is missing.
+    """Lists the bytes of each id.
 
-    The bytes of a text are those of its tokens in a row, since a character may begin in one token
-    and end in another. `b"".join(...).decode("utf-8", "replace")` equals the tokenizer's own text.
+    The bytes of a special token are its text; a missing id has b"". A character may begin in one
+    token and end in the next, so the bytes of a text's tokens must be joined before decoding.
+    Decoding the joined bytes with "utf-8" and "replace" gives the same text as the tokenizer.
 
     Raises:
       ValueError: if the tokenizer is not a byte-level BPE.

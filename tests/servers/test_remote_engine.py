@@ -525,9 +525,9 @@ def test_a_server_that_recovers(engine, dialect):
     ("fault", "attempts", "words"),
     [
         ("broken", 3, "(server_error): HTTP 500: out of luck"),
-        ("reset", 3, "(bad_reply): the reply broke off"),
-        ("half", 3, "(bad_reply): the reply broke off"),
-        ("no_json", 3, '(bad_reply): no JSON: {"choices": [{"ind'),
+        ("reset", 3, "(bad_reply): the reply is incomplete"),
+        ("half", 3, "(bad_reply): the reply is incomplete"),
+        ("no_json", 3, '(bad_reply): not JSON: {"choices": [{"ind'),
         ("unknown", 1, "(refused): HTTP 404: no model, Bearer [key]"),
         ("silent", 2, "(timeout): no complete reply within the time"),
     ],
@@ -559,7 +559,7 @@ def test_a_server_that_is_not_there(engine):
         port = sock.getsockname()[1]
     with pytest.raises(OSError, match=r"row 0 in 3 attempts \(unreachable"):
         generate(at(port), [(1,)])
-    with pytest.raises(OSError, match=r"did not tell its models in 3 attempts \(unreachable"):
+    with pytest.raises(OSError, match=r"did not list its models in 3 attempts \(unreachable"):
         remote_engine.connect(at(port))
 
 
@@ -597,7 +597,7 @@ BAD = {
     "negative": ("sglang", {"ids": [1, -1, 3, 1, 2, 3]}, "has the id -1"),
     "half id": ("sglang", {"ids": [1, 1.5, 3, 1, 2, 3]}, "has no list of token ids"),
     "true": ("sglang", {"ids": [1, True, 3, 1, 2, 3]}, "has no list of token ids"),
-    "empty": ("vllm", {"ids": [], "logps": []}, "has no list of token ids, or an empty one"),
+    "empty": ("vllm", {"ids": [], "logps": []}, "has no list of token ids, or the list is empty"),
     "too many": ("vllm", {"ids": [1] * 7, "logps": [-1.0] * 7}, "has 7 tokens: at most 6 were"),
     "short list": ("vllm", {"change": logprobs_of(token_logprobs=FOUR)},
                    "has 4 log-probabilities for 6 tokens"),
@@ -613,7 +613,7 @@ BAD = {
     "nan there": ("sglang", {"ids": [1, 9], "logps": FOUR[:2],
                              "finish": {"type": "stop", "matched": "NaN happened"}},
                   "was stopped by 'NaN happened'"),
-    "goes on": ("vllm", {"ids": [1, 9, 3, 1, 2, 3], "finish": "length"}, "goes on behind the id 9"),
+    "goes on": ("vllm", {"ids": [1, 9, 3, 1, 2, 3], "finish": "length"}, "goes on after the id 9"),
 }  # fmt: skip
 
 
@@ -710,7 +710,7 @@ def test_connect(engine):
         with pytest.raises(ValueError) as raised:
             remote_engine.connect(change(server, **changes))
         assert words in str(raised.value)
-    with pytest.raises(OSError, match=r"did not tell its models in 3 attempts \(bad_reply"):
+    with pytest.raises(OSError, match=r"did not list its models in 3 attempts \(bad_reply"):
         remote_engine.connect(change(server, url=server.api.url.replace("/v1", "/v2")))
 
 

@@ -221,7 +221,7 @@ def test_other_scaling_is_refused(tmp_path):
     [
         (("llama.expert_count", 8), r"llama\.expert_count = 8"),
         (("llama.rope.scaling.type", "yarn"), r"rope\.scaling\.type = 'yarn'"),
-        (("llama.rope.dimension_count", 8), r"dimension_count = 8 with heads of 16"),
+        (("llama.rope.dimension_count", 8), r"dimension_count = 8, but heads have size 16"),
         (("split.count", 2), r"split\.count = 2"),
     ],
 )
@@ -270,5 +270,5 @@ def test_truncated_file_is_refused(tmp_path, keep):
     write(path, CONFIG)
     whole = path.read_bytes()
     path.write_bytes(whole[: max(1, int(keep * len(whole)))])
-    with pytest.raises(ValueError, match="not a whole GGUF file"):
+    with pytest.raises(ValueError, match="not a complete GGUF file"):
         gguf_files.load_config(path)

@@ -137,7 +137,7 @@ def test_local_paths(tmp_path):
     assert hub.resolve(str(file)) == file
     other = tmp_path / "m.bin"
     other.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a file, but not a \.gguf file or a directory"):
+    with pytest.raises(ValueError, match=r"it is neither a \.gguf file nor a directory"):
         hub.resolve(other)
 
 
