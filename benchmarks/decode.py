@@ -186,7 +186,7 @@ def _chat(tok: Any, text: str) -> tuple[int, ...]:
 def load(args: argparse.Namespace) -> Model:
     """Loads trained weights, or makes random weights with the package's own tokenizer."""
     file = FILES.get(args.shape)
-    source = hub.resolve(file or hub.TINY, setting="--shape")
+    source = hub.resolve_model_path(file or hub.TINY, setting="--shape")
     config, dtype, tok = (
         transformer.SHAPES[args.shape],
         jnp.dtype(args.dtype),
@@ -227,7 +227,7 @@ def _warm(
 ) -> None:
     """Compiles all programs that a call with these settings needs, and samples a few tokens."""
     prompts, keys_n2 = [work.prompts[i] for i in texts], _keys(args, texts)
-    job = request.prepare_inputs(
+    job = request.prepare_sampler_inputs(
         m.decoder, policy_lib.Policy(m.params), prompts, [sampling] * len(texts), keys_n2=keys_n2,
         settings=settings, prefix=None, vocabulary=None, limits=None,
     )  # fmt: skip

@@ -87,7 +87,7 @@ def step_line(
     config, cache = decoder.config, jnp.dtype(cache)
     index_J = np.linspace(context / 2, context * 3 / 2, slots).astype(np.int32)
     length = request.round_up_length(int(index_J.max()) + 7 * steps)
-    state = engine.init_state(decoder, slots, length, cache)
+    state = engine.init_slot_state(decoder, slots, length, cache)
     old = state.slots
     rows = old.request.rows._replace(  # a buffer each, because donated buffers must not be shared
         temperature_J=jnp.ones(slots, jnp.float32), top_p_J=jnp.ones(slots, jnp.float32)

@@ -135,7 +135,7 @@ def jax_forms(args: argparse.Namespace, settings: divergence_loss.Divergence, de
         forms[name] = functools.partial(ours, name=name, **mine)
     forms["remat_chunked"] = functools.partial(remat, **common)
     if device.platform != "cpu":
-        name = divergence_loss.resolve("pallas", settings, device.platform)
+        name = divergence_loss.resolve_implementation("pallas", settings, device.platform)
         forms["pallas"] = functools.partial(ours, name=name, **mine)
     return forms
 

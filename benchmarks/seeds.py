@@ -64,7 +64,7 @@ def main() -> int:
         gains = [
             float(np.mean([new[name][i] - old[name][i] for i in problems])) for old, new in pairs
         ]
-        paired = scoring.paired(before, after)
+        paired = scoring.compare_paired_scores(before, after)
         line = {
             "config": args.config, "settings": rest, "seeds": args.seeds, "group": name,
             "problems": len(problems), "before": float(np.mean(before)),

@@ -285,12 +285,12 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
     policies = lambda trained, frozen: train_step.derive_policies(  # noqa: E731
         state._replace(trained=trained), frozen, options, decoder.dtype
     )
-    micro = jax.jit(lambda batch: jax.tree.map(lambda x: x[0], train_step._split(batch, n)))(
-        t.batch
-    )
+    micro = jax.jit(
+        lambda batch: jax.tree.map(lambda x: x[0], train_step._split_micro_batches(batch, n))
+    )(t.batch)
 
     def states(policy: policy_lib.Policy, side: layout.Side) -> jax.Array:
-        return train_step._hidden(decoder, [(policy, side, None)])[0]
+        return train_step._compute_side_states(decoder, [(policy, side, None)])[0]
 
     def teacher(trained, frozen, side):
         return states(policies(trained, frozen)[1], side)
@@ -300,7 +300,7 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
         return hidden_TD, back(slope_TD)
 
     def loss(frozen, hidden_s_TD, hidden_t_TD, micro):
-        weight_T = loss_norms.token_weights(micro.loss_BC, options.norm).reshape(-1)
+        weight_T = loss_norms.compute_token_weights(micro.loss_BC, options.norm).reshape(-1)
         value = lambda hidden_TD: divergence_loss.divergence(  # noqa: E731
             hidden_TD, hidden_t_TD, transformer.get_head(frozen), transformer.get_head(frozen),
             micro.completion_BC.reshape(-1), weight_T, settings,

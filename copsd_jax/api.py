@@ -157,7 +157,7 @@ def build_prompts(
     return (*student.prefix_ids, *student.ids), (*teacher.prefix_ids, *teacher.ids)
 
 
-def _encode(model: Model, prompt: Prompt) -> tuple[int, ...]:
+def _encode_api_prompt(model: Model, prompt: Prompt) -> tuple[int, ...]:
     """Returns the ids of a prompt; a text is encoded without special tokens."""
     if isinstance(prompt, str):
         return tuple(text_encoding.encode_text(model.tokenizer, prompt).ids)
@@ -190,10 +190,10 @@ def sample(
       ValueError: a prompt is empty or too long, or a field of `sampling` is wrong.
     """
     run, plan = model.run, model.run.plan
-    asked = [_encode(model, prompt) for prompt in prompts]
+    asked = [_encode_api_prompt(model, prompt) for prompt in prompts]
     chosen = dataclasses.replace(loaded_run.build_sampling(run, "rollout"), **sampling)
     with loaded_run.set_mesh_and_precision(plan):
-        policy = run.hand_over(loaded_run.derive_policies(run, model.state)[0])
+        policy = run.hand_over(loaded_run.derive_run_policies(run, model.state)[0])
         return loop.generate(
             run.decoder, policy, asked, chosen,
             keys=request.derive_keys(seed, "rollout", 0, [""] * len(asked), range(len(asked))),
@@ -232,10 +232,12 @@ def score(
         raise ValueError("the completion is empty: there is no token to score")
     run = model.run
     with loaded_run.set_mesh_and_precision(run.plan):
-        mix = ((1.0, loaded_run.derive_policies(run, model.state)[0]),)
+        mix = ((1.0, loaded_run.derive_run_policies(run, model.state)[0]),)
         if side == "teacher":
-            mix = loaded_run.teacher_mixture(run, model.state)
-        logp_CV = diagnostics.score_tokens(run.decoder, mix, _encode(model, prompt), completion)
+            mix = loaded_run.list_run_teacher_mixture(run, model.state)
+        logp_CV = diagnostics.score_tokens(
+            run.decoder, mix, _encode_api_prompt(model, prompt), completion
+        )
     return Scores(np.asarray(completion, np.int32), logp_CV)
 
 
@@ -267,7 +269,7 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
     if not np.array_equal(student.ids_C, teacher.ids_C):
         raise ValueError("student and teacher scored different tokens: score the same completion")
     # Log-probabilities can be used as logits, because a softmax ignores a constant offset.
-    stats, _ = token_values.score_block(
+    stats, _ = token_values.score_divergence_block(
         jnp.asarray(student.logp_CV), jnp.asarray(teacher.logp_CV),
         jnp.asarray(student.ids_C, jnp.int32), divergences.Divergence(kind, **settings),
     )  # fmt: skip
@@ -304,8 +306,8 @@ def train_step(
     """
     run, plan = model.run, model.run.plan
     batch = layout.build_batch(
-        [_encode(model, prompt) for prompt in student_prompts],
-        [_encode(model, prompt) for prompt in teacher_prompts],
+        [_encode_api_prompt(model, prompt) for prompt in student_prompts],
+        [_encode_api_prompt(model, prompt) for prompt in teacher_prompts],
         completions,
     )
     batch = builders.pack_batch(plan, batch)

@@ -56,8 +56,8 @@ def compare_tokens(
       One view per completion token.
     """
     completion = record["completion_ids"]
-    student = ((1.0, loaded_run.derive_policies(r, state)[0]),)
-    teacher = loaded_run.teacher_mixture(r, state)
+    student = ((1.0, loaded_run.derive_run_policies(r, state)[0]),)
+    teacher = loaded_run.list_run_teacher_mixture(r, state)
     sides_CV = [
         np.asarray(score_tokens(r.decoder, mix, record[f"{side}_prompt_ids"], completion))
         for side, mix in (("student", student), ("teacher", teacher))
@@ -81,7 +81,8 @@ def score_tokens(
 
     Args:
       decoder: the model.
-      mix: policies whose logits are mixed, with their shares; see `train_step.teacher_mixture`.
+      mix: policies whose logits are mixed, with their shares; see
+        `train_step.list_teacher_mixture`.
       prompt: token ids, at least one.
       completion: C token ids.
 
@@ -92,11 +93,13 @@ def score_tokens(
       ValueError: the prompt is empty.
     """
     side = layout.build_batch([prompt], None, [completion]).student
-    return _log_probs(decoder, mix, side)[: len(completion)]
+    return _diagnose_side_logps(decoder, mix, side)[: len(completion)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _log_probs(decoder: transformer.Decoder, mix: Mixture, side: layout.Side) -> jax.Array:
+def _diagnose_side_logps(
+    decoder: transformer.Decoder, mix: Mixture, side: layout.Side
+) -> jax.Array:
     """Returns log-probabilities [C, V] of the only sample of a side, padding included."""
     total = jnp.zeros((), jnp.float32)
     for share, policy in mix:

@@ -51,8 +51,9 @@ def evaluate(
       policy: the weights to sample with.
       rows: the problems, with gold answers.
       progress: receives the sampler's statistics; completions read from `partial` count as done.
-      partial: a file to which each completion is written as soon as it is drawn; see `_sampled`. A
-        stopped evaluation continues from this file. The caller removes it after saving the result.
+      partial: a file to which each completion is written as soon as it is drawn; see
+        `_sample_evaluation`. A stopped evaluation continues from this file. The caller removes it
+        after saving the result.
 
     Returns:
       `{"scores": {name: {...}}, "problems": [...]}`. A name is a language, or language/group if the
@@ -66,7 +67,7 @@ def evaluate(
     asked = [prompt for prompt in map(build, rows) for _ in range(n)]
     ids = [row.id for row in rows for _ in range(n)]
     keys = request.derive_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))
-    completions = _sampled(r, policy, asked, ids, keys, progress, partial)
+    completions = _sample_evaluation(r, policy, asked, ids, keys, progress, partial)
     texts = [loaded_run.decode_completion(r, completion.ids) for completion in completions]
     golds = [row.answer for row in rows for _ in range(n)]
     grades = loaded_run.grade_completions(r, golds, asked, texts)
@@ -81,7 +82,10 @@ def evaluate(
         for k, row in enumerate(rows)
     ]  # fmt: skip
     # maj@n compares answers under time limits, so another process could get another result.
-    return {"scores": processes.run_on_leader(lambda: _scores(r, records)), "problems": records}
+    return {
+        "scores": processes.run_on_leader(lambda: _score_evaluation(r, records)),
+        "problems": records,
+    }
 
 
 class _Said(NamedTuple):
@@ -91,7 +95,9 @@ class _Said(NamedTuple):
     finish: str
 
 
-def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partial) -> list[_Said]:
+def _sample_evaluation(
+    r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partial
+) -> list[_Said]:
     """Returns all completions: those in the file, and new samples for the others.
 
     The first line of the file describes the evaluation. Every other line has one completion:
@@ -100,8 +106,8 @@ def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partia
     """
     said: dict[int, _Said] = {}
     if partial is not None:
-        what = _what(r, asked, policy)
-        said = processes.run_on_leader(lambda: _kept(partial, what, ids))
+        what = _describe_evaluation(r, asked, policy)
+        said = processes.run_on_leader(lambda: _read_partial_evaluation(partial, what, ids))
     todo = [i for i in range(len(asked)) if i not in said]
     # Other processes draw the same completions, and only the leader stores them.
     file = partial if processes.is_leader() else None
@@ -124,7 +130,9 @@ def _sampled(r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partia
     return [said[i] for i in range(len(asked))]
 
 
-def _what(r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt], policy) -> dict[str, Any]:
+def _describe_evaluation(
+    r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt], policy
+) -> dict[str, Any]:
     """Returns the inputs that determine the completions: prompts, policy and settings."""
     c = r.plan.config
     digest = hashlib.sha256()
@@ -149,11 +157,11 @@ def fingerprint_arrays(tree: Any) -> list[int]:
     The sums are exact, so they are equal on any mesh. The second checksum also depends on the
     positions of the numbers.
     """
-    return [int(x) for x in jax.device_get(_sums(tree))]
+    return [int(x) for x in jax.device_get(_sum_evaluated_arrays(tree))]
 
 
 @jax.jit
-def _sums(tree: Any) -> tuple[jax.Array, jax.Array]:
+def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
     """Returns the plain sum and the sum weighted by position, uint32 scalars modulo 2**32."""
     plain = placed = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
@@ -168,7 +176,9 @@ def _sums(tree: Any) -> tuple[jax.Array, jax.Array]:
     return plain, placed
 
 
-def _kept(partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]) -> dict[int, _Said]:
+def _read_partial_evaluation(
+    partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]
+) -> dict[int, _Said]:
     """Returns the completions of a stopped evaluation, by index, and prepares the file.
 
     A half-written last line is cut off. Completions of another policy are discarded with a message,
@@ -222,7 +232,9 @@ def _group(records: Sequence[dict], field: str) -> dict[str, list[dict]]:
     return out
 
 
-def _scores(r: loaded_run.LoadedRun, records: Sequence[dict]) -> dict[str, dict[str, float]]:
+def _score_evaluation(
+    r: loaded_run.LoadedRun, records: Sequence[dict]
+) -> dict[str, dict[str, float]]:
     """Returns the scores of each language and group, by the names of `group_records`."""
 
     def sample(s: dict) -> scoring.Sample:
@@ -256,7 +268,7 @@ def format_comparison(before: dict, after: dict) -> str:
     new = group_records(after["problems"])
     for name, old in group_records(before["problems"]).items():
         left, right = _averages(old), _averages(new[name])
-        paired = scoring.paired(list(left.values()), [right[i] for i in left])
+        paired = scoring.compare_paired_scores(list(left.values()), [right[i] for i in left])
         a, b = before["scores"][name], after["scores"][name]
         rows.append(
             [name, len(left), f"{a['avg_at_n']:.1%}", f"{b['avg_at_n']:.1%}",
@@ -304,7 +316,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv[1:])
 
 
-def _config(args: argparse.Namespace) -> config_lib.Config:
+def _load_eval_config(args: argparse.Namespace) -> config_lib.Config:
     """Returns the run's config with the changes that the flags make."""
     config = run_plan.load_config(args.workdir)
     asked = {"path": args.path or None, "lang": tuple(args.lang.split(",")) if args.lang else None,
@@ -348,7 +360,7 @@ def evaluate_step(
         seen[0] = stats.tokens
 
     with progress:
-        student = loaded_run.derive_policies(r, state)[0]
+        student = loaded_run.derive_run_policies(r, state)[0]
         result = {"step": step, **evaluate(r, student, rows, update, partial)}
     # The file of completions is removed only after the result has been written.
     workdir.write_json(file, result)
@@ -363,16 +375,16 @@ def main(argv: list[str]) -> int:
     interrupt.
     """
     try:
-        return _main(parse_flags(argv))
+        return _evaluate_checkpoints(parse_flags(argv))
     except KeyboardInterrupt:
         print("\nstopped: the same command continues", file=sys.stderr)
         return 130
 
 
-def _main(args: argparse.Namespace) -> int:
+def _evaluate_checkpoints(args: argparse.Namespace) -> int:
     """Evaluates the requested checkpoints, writes their results and prints the tables."""
     try:
-        config = _config(args)
+        config = _load_eval_config(args)
         out = args.out or args.workdir / "eval"
         workdir.check_writable(out, "--out")
         plan = run_plan.make_plan(config, train=False)

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             r, state = loaded_run.load_run(plan, config.train.steps)
             with r.grader:
                 state = checkpoints.load(step, state)
-        student = loaded_run.derive_policies(r, state)[0]
+        student = loaded_run.derive_run_policies(r, state)[0]
         if args.format == "hf" and student.adapter is not None:
             merged = lora.merge_adapter(student.params, student.adapter, student.scale)
             student = policy_lib.Policy(merged)

@@ -68,12 +68,14 @@ def main(argv: list[str]) -> int:
             os.environ |= hardware.ENVIRONMENT
             from copsd_jax.dryrun import report
 
-            return report.main(config, dry_run.target, dry_run.report_path, dry_run.search)
+            return report.report_dry_run(
+                config, dry_run.target, dry_run.report_path, dry_run.search
+            )
         malloc.keep_freed_memory()
         from copsd_jax import train
         from copsd_jax.runtime import processes
 
-        processes.connect(config)
+        processes.join_processes(config)
         plan, continued = train.prepare(config, workdir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -118,7 +120,7 @@ def parse_command(argv: list[str]) -> Command:
     if values["dry_run"].present and not target.value:
         raise ValueError(f"--dry_run is '': the choices are {hardware.CHOICES}")
     dry_run = _parse_dry_run(target.value, report.value, search.value)
-    setting_rules.check(config.value, data=dry_run is None)
+    setting_rules.check_settings(config.value, data=dry_run is None)
     directory = workdir.value or _default_workdir(values)
     return Command(config.value, pathlib.Path(directory), dry_run)
 

@@ -12,7 +12,8 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import problem_row
 from copsd_jax.runtime import sharding
-from copsd_jax.training import backends, memory, model_headers, run_plan
+from copsd_jax.training import backends, memory, run_plan
+from copsd_jax.weights import hf
 
 
 def format_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> str:
@@ -34,7 +35,7 @@ def format_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -
         f"  model       {c.model.path} ({shape.family}, {size['base']:,} parameters, "
         f"{np.dtype(plan.dtype).name}), {c.model.init}",
         f"  trained     {size['trained']:,} parameters ({c.train.trainable}{rank})",
-        f"  loss        {_format_loss(c)} ({backends.choose_loss(c, platform)})",
+        f"  loss        {_summarize_loss(c)} ({backends.choose_loss(c, platform)})",
         f"  attention   {_format_attention(plan)}; remat {c.model.remat}",
         f"  problems    {c.data.path}: {_count_languages(plan.rows)}; "
         f"dropped: {_format_counts(plan.dropped)}",
@@ -77,7 +78,7 @@ def _format_attention(plan: run_plan.Plan) -> str:
     return f"{name} (training, scoring, prefill), {decode} (decoding)"
 
 
-def _format_loss(c) -> str:
+def _summarize_loss(c) -> str:
     """Describes the method's context, tokens, teacher and divergence in one line."""
     method = config_lib.traits(c)
     if not method.samples:
@@ -115,7 +116,7 @@ def collect_facts(plan: run_plan.Plan) -> dict:
         "devices": [str(device) for device in plan.mesh.devices.flat],
         "seed": plan.config.seed,
         "model": str(path),
-        "model_fingerprint": "" if drawn else model_headers.fingerprint_weights(path),
+        "model_fingerprint": "" if drawn else hf.fingerprint_weights(path),
         "data_fingerprint": problem_row.compute_fingerprint(plan.rows),
         "eval_fingerprint": problem_row.compute_fingerprint(plan.eval_rows),
         "exemplars_fingerprint": problem_row.compute_fingerprint(plan.student.exemplars),
@@ -184,7 +185,7 @@ def format_totals(directory: pathlib.Path, steps: int) -> str:
       The table, or "" if no status was counted.
     """
     totals: collections.Counter[str] = collections.Counter()
-    for line in metric_files.lines(directory, steps):
+    for line in metric_files.read_metric_lines(directory, steps):
         for name, value in json.loads(line).items():
             counted = name in COUNTED or name.startswith(COUNTED_PREFIXES)
             if counted and name not in NOT_COUNTED:

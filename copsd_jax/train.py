@@ -72,7 +72,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
                 state = saver.load(saved[-1], state)
             first = int(state.step)
             with _writer(directory, first) as writer:
-                state, stopped = _steps(r, state, first, writer, saver, directory)
+                state, stopped = _run_training_loop(r, state, first, writer, saver, directory)
             after = _evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
     print(summary.format_ending(plan, before, after, directory, seconds, stopped), flush=True)
@@ -88,7 +88,7 @@ def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapp
         yield writer.write
 
 
-def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
+def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
     """Runs the steps from `first` on, to the end or until a guard stops the run.
 
     Returns:
@@ -101,7 +101,7 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
     order = batches.iterate_batches(
         plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=first
     )
-    written = processes.run_on_leader(lambda: metric_files.lines(directory, first))
+    written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
     # The state of the guards follows from the metrics of earlier steps, so no file has to store it.
     guard = guards.replay_metrics(plan.guards, written)
     said = processes.run_on_leader(lambda: workdir.read_events(directory, first))
@@ -111,7 +111,7 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
         for step in range(first, first if guard["stopped"] else c.train.steps):
             number = step + 1  # files and messages count steps from 1
             factor = np.float32(guard["factor"])
-            state, records, values = _step(r, state, next(order), step, factor, timer)
+            state, records, values = _run_training_step(r, state, next(order), step, factor, timer)
             write(number, values)
             guard, events = guards.apply_rules(plan.guards, guard, number, values)
             if events:
@@ -142,7 +142,9 @@ def _steps(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
     return state, guard["stopped"]
 
 
-def _step(r, state, rows, step: int, factor: np.float32, timer) -> tuple[State, list[dict], dict]:
+def _run_training_step(
+    r, state, rows, step: int, factor: np.float32, timer
+) -> tuple[State, list[dict], dict]:
     """Trains on a batch of the rows; returns the next state, the records and the metrics."""
     with timer("rollout"):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)

@@ -66,7 +66,7 @@ def _index_page(folders: list[pathlib.Path]) -> str:
 def _settings_tables() -> str:
     """One table per section: default, meaning, choices or range, and when a setting is read."""
     sections: dict[str, list[str]] = {}
-    for setting in settings.describe(table_rules.tables()):
+    for setting in settings.describe(table_rules.collect_choice_tables()):
         meaning = [setting.comment]
         if setting.allowed:
             meaning.append("Allowed: " + re.sub("^, ", "'', ", setting.allowed))

@@ -77,7 +77,7 @@ def begun(plan: run_plan.Plan, state: train_step.State, tx) -> train_step.State:
         places,
     )
     return loaded_run._born(
-        lambda tree: train_step.init_state(tree, tx, "fixed"), plan, trained
+        lambda tree: train_step.init_train_state(tree, tx, "fixed"), plan, trained
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ with jax.set_mesh(devices):
     result = loop.generate(
         decoder, policy, PROMPTS, request.Sampling(40, 1.0, 20, 0.95, stop=("ab", "c")),
         keys=keys, settings=request.SamplerSettings(slots=8, steps=4),
-        prefix=shared_prefix.encode_ids(decoder, policy, (4, 5, 6)),
+        prefix=shared_prefix.encode_prefix_ids(decoder, policy, (4, 5, 6)),
         vocabulary=request.Vocabulary(
             np.ones(CONFIG.vocab_size, bool),
             [bytes([97 + i % 7]) for i in range(CONFIG.vocab_size)],

@@ -26,12 +26,12 @@ def log_probs(
     kept_JV = jnp.zeros(x_JV.shape, bool)
     if features.full:
         weight_JV = jnp.exp(x_JV - jnp.max(x_JV, axis=-1, keepdims=True))
-        kept_JV = weight_JV >= truncation._floor(
+        kept_JV = weight_JV >= truncation._find_truncation_floor(
             weight_JV, truncation._without_top_k(rows, features), features
         )
     if features.cap:
-        x_JNb = truncation._blocks(x_JV)
-        best = truncation._best(x_JNb, jnp.max(x_JNb, axis=-1), rows, features)
+        x_JNb = truncation._cut_into_draw_blocks(x_JV)
+        best = truncation._find_draw_candidates(x_JNb, jnp.max(x_JNb, axis=-1), rows, features)
         row_J1 = jnp.arange(x_JV.shape[0])[:, None]
         among_JV = jnp.zeros(x_JV.shape, bool).at[row_J1, best.id_JK].set(best.kept_JK)
         kept_JV = jnp.where(rows.top_k_J[:, None] > 0, among_JV, kept_JV)

@@ -152,12 +152,12 @@ def _write_and_attend(
     implementation: str, q, k, v, cache: Cache, layer, index_J
 ) -> tuple[PartialSoftmax, Cache]:
     """Computes `write_and_attend` on one device."""
-    write = _write_tpu if implementation == "pallas_tpu" else _write
+    write = _write_cache_entries_tpu if implementation == "pallas_tpu" else _scatter_cache_entries
     cache = write(cache, convert_entries(cache, k, v), layer, index_J)
     return IMPLEMENTATIONS[implementation](q, cache, layer, index_J + 1), cache
 
 
-def _write(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
+def _scatter_cache_entries(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
     rows_J = jnp.arange(index_J.shape[0], dtype=jnp.int32)
     # A dead slot gets index A, where writes are dropped. A negative index would count from the end.
     at_J = jnp.where(index_J < 0, cache.k.shape[3], index_J)
@@ -166,13 +166,15 @@ def _write(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Ca
     )
 
 
-def _write_tpu(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
+def _write_cache_entries_tpu(
+    cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array
+) -> Cache:
     """Writes with a kernel: XLA's scatter needs another layout and would copy the whole cache."""
     # Imported lazily: Pallas is slow to import, and a CPU does not need it.
     from copsd_jax.attention import decode_attention_tpu
 
     leaves = jax.tree.leaves(cache), jax.tree.leaves(new)
-    return Cache(*decode_attention_tpu.write_entries(*leaves, layer, index_J))
+    return Cache(*decode_attention_tpu.write_cache_entries(*leaves, layer, index_J))
 
 
 # --- dense ------------------------------------------------------------------------------------
@@ -183,10 +185,10 @@ def _dense(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
     take = jax.lax.dynamic_index_in_dim
     one = jax.tree.map(lambda x: take(x, layer, 0, keepdims=False), cache)
     index_A = jnp.arange(cache.k.shape[3], dtype=jnp.int32)
-    return _softmax(q_JKMH, one, index_A[None, :] < length_J[:, None])
+    return _attend_partially(q_JKMH, one, index_A[None, :] < length_J[:, None])
 
 
-def _softmax(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> PartialSoftmax:
+def _attend_partially(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> PartialSoftmax:
     """Attends from queries [W, K, M, H] to their own entries [W, K, S, H]; W replaces J."""
     dtype = q_WKMH.dtype
     logit = _product("wkmh,wksh->wkms", q_WKMH, block.k.astype(dtype))
@@ -229,7 +231,7 @@ def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[ja
     return slot_X, index_X - (end_J - number_J)[slot_X], end_J[-1]
 
 
-def _blocks(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
+def _attend_live_blocks(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
     """Attends to live blocks, W pairs at a time; their number alone determines the time."""
     slots, _, length, size = cache.k.shape[1:]
     per_slot = length // BLOCK
@@ -249,7 +251,7 @@ def _blocks(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
         index_WS = block_W[:, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None]
         seen_WS = (index_WS < length_J[slot_W][:, None]) & live_W[:, None]
         here = jax.tree.map(lambda x: x[layer, slot_W, :, block_W], cut)
-        part = _softmax(q_JKMH[slot_W], here, seen_WS)
+        part = _attend_partially(q_JKMH[slot_W], here, seen_WS)
         top_JKM = sofar.top_JKM.at[slot_W].max(part.top_JKM)
         # The sums are scattered, because a slot may have several blocks in one group.
         scale_WKM = jnp.exp(part.top_JKM - top_JKM[slot_W])
@@ -282,7 +284,8 @@ def _pallas_gpu(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
 
 
 IMPLEMENTATIONS = {
-    "dense": _dense, "blocks": _blocks, "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu
+    "dense": _dense, "blocks": _attend_live_blocks,
+    "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu
 }  # fmt: skip
 # Platform of a mesh's devices -> implementation.
 PLATFORM_IMPLEMENTATIONS = {"cpu": "blocks", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}

@@ -117,13 +117,13 @@ def attend(
     slots, heads, queries, size = q_JKMH.shape
     length = cache.k.shape[3]
     blocks = blocks or choose_blocks(q_JKMH.shape, cache.k.shape, cache.k.dtype)
-    _check_shapes(q_JKMH.shape, cache.k, blocks)
+    _check_attention_shapes(q_JKMH.shape, cache.k, blocks)
     splits = -(-length // blocks.split)
     estimate = estimate_cost(q_JKMH.shape, cache.k.dtype, length / 2)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     shape = (splits, slots, heads, queries)
     call: Any = pl.pallas_call(
-        functools.partial(_kernel, blocks, cache.k_scale is not None),
+        functools.partial(_attend_split_kernel, blocks, cache.k_scale is not None),
         grid=(splits, heads, slots),
         out_shape=[float32((*shape, size)), float32(shape), float32(shape)],
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
@@ -139,7 +139,7 @@ def attend(
     return _merge_splits(out, top, total, start_S[:, None] < length_J[None, :])
 
 
-def _check_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: BlockSizes) -> None:
+def _check_attention_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: BlockSizes) -> None:
     queries, size, length = q_shape[2], q_shape[3], k.shape[3]
     decode_cache.check_length(length)
     if queries > _ROWS or size < _ROWS or size & (size - 1):
@@ -161,7 +161,9 @@ def _check_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: BlockSizes) ->
         )
 
 
-def _kernel(blocks: BlockSizes, scaled: bool, layer_1, length_J, q_ref, k_ref, v_ref, *refs):
+def _attend_split_kernel(
+    blocks: BlockSizes, scaled: bool, layer_1, length_J, q_ref, k_ref, v_ref, *refs
+):
     """Computes one split of one slot and key head."""
     scale_refs, (out_ref, top_ref, total_ref) = refs[: 2 * scaled], refs[2 * scaled :]
     split, head, slot = (pl.program_id(axis) for axis in range(3))
@@ -186,7 +188,7 @@ def _kernel(blocks: BlockSizes, scaled: bool, layer_1, length_J, q_ref, k_ref, v
                 mask = jnp.broadcast_to(mask, at.shape)
                 return plt.load(at, mask=mask, other=jnp.zeros((), ref.dtype))
 
-            return _add_block(
+            return _attend_block_gpu(
                 part, q_RH, load(k_ref), load(v_ref), [load(r) for r in scale_refs], seen_S
             )
 
@@ -200,7 +202,7 @@ def _kernel(blocks: BlockSizes, scaled: bool, layer_1, length_J, q_ref, k_ref, v
         plt.store(total_ref.at[(*at, row_R)], total_R, mask=row_R < queries)
 
 
-def _add_block(part, q_RH, k_SH, v_SH, scales_S, seen_S):
+def _attend_block_gpu(part, q_RH, k_SH, v_SH, scales_S, seen_S):
     """Adds a block of entries to a partial softmax; unseen entries must have been loaded as 0."""
     out_RH, top_R, total_R = part
     dtype = q_RH.dtype

@@ -153,7 +153,7 @@ def attend(
     shapes = [(blocks.buffers, heads, *entry)] * 2 + [(blocks.buffers, heads, blocks.keys)] * 2
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     parts = pl.pallas_call(
-        functools.partial(_kernel, blocks, turned, len(caches)),
+        functools.partial(_attend_slots_kernel, blocks, turned, len(caches)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(programs,),
             in_specs=[rows, *[pl.BlockSpec(memory_space=pl.ANY)] * len(caches)],
@@ -219,7 +219,7 @@ class _Copies(NamedTuple):
                     act(pltpu.make_async_copy(from_, to, self.sem.at[at]))
 
 
-def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
+def _attend_slots_kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
     """Computes the slots of one program one by one, from n caches: keys, values, their scales."""
     caches, (out_ref, top_ref, total_ref), buffers, (sem, ahead) = (
         refs[:n], refs[n : n + 3], refs[n + 3 : 2 * n + 3], refs[2 * n + 3 :],
@@ -252,7 +252,9 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
         fetch(number + depth - 1)
         at = jax.lax.rem(number, depth)
         copies.run(lambda copy: copy.wait(), slot, block, at)
-        return _add_block(part, q_ref[slot], [buffer[at] for buffer in buffers], turned, left)
+        return _attend_block_tpu(
+            part, q_ref[slot], [buffer[at] for buffer in buffers], turned, left
+        )
 
     def one(slot, number):
         length = length_J[first + slot]
@@ -278,7 +280,7 @@ def _kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, 
     jax.lax.fori_loop(0, group, one, jnp.int32(0))
 
 
-def _add_block(part, q_KMH, block, turned: bool, left):
+def _attend_block_tpu(part, q_KMH, block, turned: bool, left):
     """Adds the first `left` entries of a block to a partial softmax; None means all entries."""
     (out_KMH, top_KM1, total_KM1), (k, v, *scales) = part, block
     dtype, entries = q_KMH.dtype, 2 if turned else 1
@@ -304,7 +306,7 @@ def _add_block(part, q_KMH, block, turned: bool, left):
     return out_KMH * shrink_KM1 + new_KMH, new_KM1, total_KM1
 
 
-def write_entries(
+def write_cache_entries(
     caches: Sequence[jax.Array],
     entries: Sequence[jax.Array],
     layer: jax.Array,
@@ -349,7 +351,7 @@ def write_entries(
         for x in entries
     ]
     caches = pl.pallas_call(
-        functools.partial(_write_kernel, tiles, length),
+        functools.partial(_write_cache_kernel, tiles, length),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=index_J.shape, in_specs=[*new, *places], out_specs=places
         ),
@@ -369,7 +371,7 @@ def _find_tile(cache: jax.Array, turned: bool) -> tuple[int, int]:
     return (4, 128) if turned else (3, 32 // cache.dtype.itemsize)
 
 
-def _write_kernel(tiles, length: int, layer_1, index_J, *refs):
+def _write_cache_kernel(tiles, length: int, layer_1, index_J, *refs):
     """Writes one slot's entry into its tile of each cache."""
     del layer_1  # Only the index maps of the grid use it.
     index, n = index_J[pl.program_id(0)], len(tiles)

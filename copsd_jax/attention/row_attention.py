@@ -93,7 +93,7 @@ def attend_on_mesh(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_portable(block: int, inputs: visibility.RowInputs) -> jax.Array:
-    return _forward(block, inputs)[0]
+    return _attend_forward(block, inputs)[0]
 
 
 def _split_ranges(inputs: visibility.RowInputs, block: int, others: tuple = ()) -> list[tuple]:
@@ -113,10 +113,10 @@ def _split_ranges(inputs: visibility.RowInputs, block: int, others: tuple = ()) 
     return ranges
 
 
-def _forward(block: int, inputs: visibility.RowInputs) -> tuple[jax.Array, tuple]:
+def _attend_forward(block: int, inputs: visibility.RowInputs) -> tuple[jax.Array, tuple]:
     """Returns the output, and the residuals for the backward pass."""
     ranges = [
-        _scan_blocks(functools.partial(_forward_block, keys), (), part, block)[1]
+        _scan_blocks(functools.partial(_attend_block_forward, keys), (), part, block)[1]
         for keys, part in _split_ranges(inputs, block)
     ]
     out_BLKMH, lse_BLKM = (
@@ -126,12 +126,14 @@ def _forward(block: int, inputs: visibility.RowInputs) -> tuple[jax.Array, tuple
     return out_BLKMH, (inputs, out_BLKMH, lse_BLKM)
 
 
-def _backward(block: int, kept: tuple, g_BLKMH: jax.Array) -> tuple[visibility.RowInputs]:
+def _attend_backward(block: int, kept: tuple, g_BLKMH: jax.Array) -> tuple[visibility.RowInputs]:
     inputs, out_BLKMH, lse_BLKM = kept
     length, dtype, f32 = inputs.q_BLKMH.shape[1], inputs.k_BLKH.dtype, jnp.float32
     delta_BLKM = jnp.sum(g_BLKMH.astype(f32) * out_BLKMH.astype(f32), axis=-1)
     grads = [
-        _scan_blocks(functools.partial(_backward_block, keys), _zero_gradients(keys), part, block)
+        _scan_blocks(
+            functools.partial(_attend_block_backward, keys), _zero_gradients(keys), part, block
+        )
         for keys, part in _split_ranges(inputs, block, (g_BLKMH, lse_BLKM, delta_BLKM))
     ]
     key_grads, query_grads = zip(*grads, strict=True)
@@ -154,7 +156,7 @@ def _backward(block: int, kept: tuple, g_BLKMH: jax.Array) -> tuple[visibility.R
     return (visibility.RowInputs(*grads),)
 
 
-_attend_portable.defvjp(_forward, _backward)
+_attend_portable.defvjp(_attend_forward, _attend_backward)
 
 
 class _VisibleKeys(NamedTuple):
@@ -198,7 +200,7 @@ def _scan_blocks(step: Callable[..., Any], carry: Any, parts: Any, block: int) -
     return carry, jax.tree.map(join, out)
 
 
-def _compute_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Visibility, index_1Q):
+def _compute_attention_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Visibility, index_1Q):
     """Computes logits of the row's keys [B, K, Q, M, S], and of the prefix [K, B, Q, M, P]."""
     own = _product("bkqmh,bksh->bkqms", q_BKQMH, keys.k_BKSH)
     visible = visibility.mark_visible_keys(query, index_1Q[0], keys.segments_BS)
@@ -212,13 +214,13 @@ def _compute_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Visibility, i
     return own, _product("kbqmh,pkh->kbqmp", q_BKQMH.swapaxes(0, 1), keys.prefix.k_PKH)
 
 
-def _forward_block(keys: _VisibleKeys, carry, part):
+def _attend_block_forward(keys: _VisibleKeys, carry, part):
     # The barrier makes the mask wait for q. Without it, the mask depends only on constants of the
     # loops. If a gradient is computed, the masks of all blocks would then be built before the
     # layers.
     q, query, index = jax.lax.optimization_barrier(part)
     q, dtype = q.swapaxes(1, 2), keys.v_BKSH.dtype
-    own, shared = _compute_logits(keys, q, query, index)
+    own, shared = _compute_attention_logits(keys, q, query, index)
     top_BKQM = own.max(axis=-1)
     if shared is not None:
         top_BKQM = jnp.maximum(top_BKQM, shared.max(axis=-1).swapaxes(0, 1))
@@ -244,7 +246,7 @@ def _zero_gradients(keys: _VisibleKeys) -> tuple[jax.Array, ...]:
     return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
 
 
-def _backward_block(keys: _VisibleKeys, carry, part):
+def _attend_block_backward(keys: _VisibleKeys, carry, part):
     """Computes the gradient of a block's queries; adds the gradients of keys and values to `carry`.
 
     In products over queries the small factor comes first, because XLA on CPU transposes the first
@@ -253,7 +255,7 @@ def _backward_block(keys: _VisibleKeys, carry, part):
     q, g, lse, delta, query, index = jax.lax.optimization_barrier(part)
     dtype = keys.v_BKSH.dtype
     q, g, lse, delta = (x.swapaxes(1, 2) for x in (q, g, lse, delta))
-    own, shared = _compute_logits(keys, q, query, index)
+    own, shared = _compute_attention_logits(keys, q, query, index)
     weight = jnp.exp(own - lse[..., None])
     slope = _product("bkqmh,bksh->bkqms", g, keys.v_BKSH)
     grad_logit = (weight * (slope - delta[..., None])).astype(dtype)

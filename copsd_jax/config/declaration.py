@@ -13,7 +13,7 @@ class Choices(NamedTuple):
     Attributes:
       names: the choices; () if the choices are the entries of a table of the package.
       table: file and name of the table; "" if there is none. This module does not import the
-        table; the caller passes the entries to `setting_rules.check`.
+        table; the caller passes the entries to `setting_rules.check_settings`.
       function: whether the user may also name a function, as "module:function".
     """
 

@@ -15,7 +15,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.config.declaration import LARGEST, Choices, ListedBy, Range
 
 
-def check(
+def check_settings(
     config: config_lib.Config,
     tables: config_lib.Tables = None,
     *,
@@ -43,13 +43,19 @@ def check(
             _check_range(s, name, setting.allowed)
     if any(not isinstance(text, str) or not text for text in s["rollout.stop"]):
         refuse(s, "rollout.stop", "stop strings must be text, and must not be empty")
-    for rule in (_check_author, _check_server, _check_groups, _check_policy, _check_loss):
+    for rule in (
+        _check_author_settings,
+        _check_engine_settings,
+        _check_groups,
+        _check_policy_settings,
+        _check_loss_settings,
+    ):
         rule(s)
-    _check_data(s, data)
-    _check_training(s, config_lib.completions_per_step(config))
+    _check_data_settings(s, data)
+    _check_train_settings(s, config_lib.completions_per_step(config))
     _check_processes(s)
     if train:
-        _check_read(s, tables)
+        _refuse_unread_settings(s, tables)
 
 
 def check_vocabulary(config: config_lib.Config, vocab_size: int) -> None:
@@ -109,7 +115,7 @@ def _check_range(s: Mapping, name: str, allowed: Range | None) -> None:
         refuse(s, name, f"it must be at most {largest}")
 
 
-def _check_read(s: Mapping, tables: config_lib.Tables) -> None:
+def _refuse_unread_settings(s: Mapping, tables: config_lib.Tables) -> None:
     """Refuses values other than the default that nothing would read.
 
     If a condition names another setting, it need not repeat the conditions of that setting.
@@ -128,7 +134,7 @@ def _check_read(s: Mapping, tables: config_lib.Tables) -> None:
 # ------------------------------------------------------------------------ rules between settings
 
 
-def _check_author(s: Mapping) -> None:
+def _check_author_settings(s: Mapping) -> None:
     author = s["author.kind"]
     for name, needed in (("author.path", "file"), ("author.url", "server")):
         if author == needed and not s[name]:
@@ -144,7 +150,7 @@ def _check_author(s: Mapping) -> None:
         refuse(s, "author.kind", f"{rule}; eval.extract is {s['eval.extract']}")
 
 
-def _check_server(s: Mapping) -> None:
+def _check_engine_settings(s: Mapping) -> None:
     """Refuses author.kind=teacher if the server cannot hold the teacher in addition to the student.
 
     A server holds the base model and one adapter, or one set of weights.
@@ -177,7 +183,7 @@ def _check_groups(s: Mapping) -> None:
             refuse(s, "rollout.per_prompt", f"{name} needs at least 2")
 
 
-def _check_policy(s: Mapping) -> None:
+def _check_policy_settings(s: Mapping) -> None:
     method = s["method"]
     if s["policy.weight"] and not methods.METHODS[method].teacher:
         refuse(s, "policy.weight", f"method={method} has no divergence to mix, so use 0")
@@ -190,7 +196,7 @@ def _check_policy(s: Mapping) -> None:
         refuse(s, "policy.rollout_clip", rule)
 
 
-def _check_loss(s: Mapping) -> None:
+def _check_loss_settings(s: Mapping) -> None:
     for name, off in (("loss.clip_mode", "none"), ("loss.top_k", 0)):
         if s["loss.divergence"] == "sampled" and s[name] != off:
             refuse(s, name, f"loss.divergence=sampled needs {name}={off}")
@@ -205,7 +211,7 @@ def _check_loss(s: Mapping) -> None:
             refuse(s, "loss.implementation", f"method={s['method']} needs chunked or auto")
 
 
-def _check_data(s: Mapping, data: bool) -> None:
+def _check_data_settings(s: Mapping, data: bool) -> None:
     if data and not s["data.path"]:
         refuse(s, "data.path", "name a file of problems, or tfds:NAME/SPLIT")
     written = s["prompt.exemplars"] > 0 or not methods.METHODS[s["method"]].samples
@@ -226,7 +232,7 @@ def _check_data(s: Mapping, data: bool) -> None:
         refuse(s, "data.weights", "weights must be at least 0, and one must be above 0")
 
 
-def _check_training(s: Mapping, completions: int) -> None:
+def _check_train_settings(s: Mapping, completions: int) -> None:
     for name in ("train.micro_batch", "loss.group"):
         if s[name] and completions % s[name]:
             rule = f"train.batch x rollout.per_prompt = {s['train.batch']} x "

@@ -42,27 +42,27 @@ def parse_computations(text: str) -> tuple[dict[str, dict[str, Op]], str]:
         if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)):
             ops = found[head[2]] = {}
             entry = head[2] if head[1] else entry
-        elif op := _op(line):
+        elif op := _parse_hlo_op(line):
             ops[op.name] = op
     return found, entry
 
 
-def _op(line: str) -> Op | None:
+def _parse_hlo_op(line: str) -> Op | None:
     found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line)
     if not found:
         return None
     root, name, text = found.groups()
-    end = _closing(text) if text.startswith("(") else text.index(" ")
+    end = _find_hlo_bracket_end(text) if text.startswith("(") else text.index(" ")
     result, (kind, paren, text) = text[:end], text[end:].strip().partition("(")
     text = paren + text
-    end = _closing(text)
+    end = _find_hlo_bracket_end(text)
     operands = tuple(re.findall(r"%([\w.\-]+)", text[:end]))
     if kind in ("parameter", "constant"):
         operands = (text[1 : end - 1],)
     return Op(name, result, kind, operands, text[end:], bool(root))
 
 
-def _closing(text: str) -> int:
+def _find_hlo_bracket_end(text: str) -> int:
     """Returns the index after the parenthesis that closes the one at index 0."""
     depth = 0
     for match in re.finditer(r"[()]", text):
@@ -113,7 +113,7 @@ def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
     if found := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", rest):
         return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
-        return _order(found[2]).reshape(_integers(found[1])).tolist()
+        return _expand_hlo_iota(found[2]).reshape(_integers(found[1])).tolist()
     named = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}"
     if found := re.search(named, rest):
         return _named_groups(*found.groups())
@@ -124,7 +124,7 @@ def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _order(text: str) -> np.ndarray:
+def _expand_hlo_iota(text: str) -> np.ndarray:
     """Returns the array of `[2,3]T(1,0)`: 0, 1, ... 5 in the shape [2, 3], then transposed."""
     ((shape, turn),) = re.findall(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", text)
     ids = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
@@ -139,7 +139,7 @@ def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[in
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     ids = np.arange(math.prod(axes.values()))
     if order:
-        ids = _order(order) if "[" in order else np.array(_integers(order.strip("{}")))
+        ids = _expand_hlo_iota(order) if "[" in order else np.array(_integers(order.strip("{}")))
     parts: dict[str, list[tuple[str, int]]] = {name: [(name, size)] for name, size in axes.items()}
     chosen = []
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", exchanged):

@@ -157,42 +157,44 @@ def _walk(program: _Program, name: str, times: int) -> None:
     ops = program.computations[name]
     for op in ops.values():
         if op.kind == "while":
-            _walk(program, _named(op, "body"), times * _turns(program, op))
+            _walk(
+                program, _read_hlo_attribute(op, "body"), times * _read_hlo_trip_count(program, op)
+            )
         elif op.kind in ("call", "async-start"):
             if inner := _called(op):
                 _walk(program, inner, times)
         elif op.kind == "conditional":
-            _dearest(program, op, times)
+            _cost_dearest_branch(program, op, times)
         elif op.kind == "send":
             # TPU slices exchange data through their hosts. Only the axis `data` crosses slices.
             sent = hlo.total_bytes(ops[op.operands[0]].result)
             program.collectives.append(Collective("send", "data", True, sent, times))
         elif op.kind.removesuffix("-start") in COLLECTIVES:
-            _exchange(program, ops, op, times)
+            _add_hlo_collective(program, ops, op, times)
         elif op.kind not in _FREE and not op.kind.endswith("-done"):
             fused = op.kind == "fusion"
             flops = _fused(program, _called(op), times) if fused else _flops(ops, op)
-            program.costs.append(Cost(op.name, flops, _moved(program, ops, op), times))
+            program.costs.append(Cost(op.name, flops, _count_hlo_bytes(program, ops, op), times))
 
 
-def _named(op: hlo.Op, key: str) -> str:
+def _read_hlo_attribute(op: hlo.Op, key: str) -> str:
     found = re.search(rf"\b{key}=%?([\w.\-]+)", op.rest)
     return found[1] if found else ""
 
 
 def _called(op: hlo.Op) -> str:
-    return _named(op, "calls") or _named(op, "to_apply")
+    return _read_hlo_attribute(op, "calls") or _read_hlo_attribute(op, "to_apply")
 
 
-def _turns(program: _Program, op: hlo.Op) -> int:
+def _read_hlo_trip_count(program: _Program, op: hlo.Op) -> int:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.rest):
         return int(known[1])
-    condition = program.computations[_named(op, "condition")]
+    condition = program.computations[_read_hlo_attribute(op, "condition")]
     bounds = [hlo.constant_value(one) or 0 for one in condition.values()]
     return max([bound for bound in bounds if bound > 1], default=program.turns)
 
 
-def _dearest(program: _Program, op: hlo.Op, times: int) -> None:
+def _cost_dearest_branch(program: _Program, op: hlo.Op, times: int) -> None:
     """Adds the costs of a conditional's branch with the most FLOPs; if equal, the most bytes."""
     names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.rest)
     for group in re.findall(r"branch_computations=\{(.*?)\}", op.rest):
@@ -216,7 +218,7 @@ def _fused(program: _Program, name: str, times: int) -> float:
         if op.kind in ("fusion", "call"):
             total += _fused(program, _called(op), times)
         elif op.kind.removesuffix("-start") in COLLECTIVES:
-            _exchange(program, ops, op, times)
+            _add_hlo_collective(program, ops, op, times)
         else:
             total += _flops(ops, op)
     return total
@@ -225,27 +227,27 @@ def _fused(program: _Program, name: str, times: int) -> float:
 # --- FLOPs ------------------------------------------------------------------------------------
 
 
-def _shape(op: hlo.Op) -> tuple[int, ...]:
+def _parse_hlo_shape(op: hlo.Op) -> tuple[int, ...]:
     return hlo.parse_arrays(op.result)[0][1]
 
 
 def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     if op.kind == "dot":
-        left = _shape(ops[op.operands[0]])
+        left = _parse_hlo_shape(ops[op.operands[0]])
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
         inner = math.prod(left[int(a)] for a in axes[1].split(",") if a) if axes else 1
-        return 2.0 * inner * math.prod(_shape(op))
+        return 2.0 * inner * math.prod(_parse_hlo_shape(op))
     if op.kind == "convolution":
         return _convolution(ops, op)
     if op.kind == "custom-call":
-        if estimate := _estimate(op):
+        if estimate := _read_custom_call_cost(op):
             return estimate[0]
         if re.search(r'custom_call_target="[^"]*gemm', op.rest):
             return _gemm(ops, op)
     return 0.0
 
 
-def _estimate(op: hlo.Op) -> tuple[float, float] | None:
+def _read_custom_call_cost(op: hlo.Op) -> tuple[float, float] | None:
     """Returns the FLOPs and bytes that a kernel's author states, or None.
 
     A Mosaic call has a cost estimate. A Triton call has the name of a scope, `cost:FLOPS:BYTES`.
@@ -259,10 +261,10 @@ def _estimate(op: hlo.Op) -> tuple[float, float] | None:
 
 
 def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    left = _shape(ops[op.operands[0]])
+    left = _parse_hlo_shape(ops[op.operands[0]])
     axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.rest)
     inner = [int(a) for a in re.findall(r"\d+", axes[1])] if axes else [len(left) - 1]
-    return 2.0 * math.prod(left[a] for a in inner) * math.prod(_shape(op))
+    return 2.0 * math.prod(left[a] for a in inner) * math.prod(_parse_hlo_shape(op))
 
 
 def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
@@ -276,18 +278,18 @@ def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
         return 0.0
     arrays = (ops[op.operands[0]], ops[op.operands[1]], op)
     left, right, out = (
-        dict(zip(names, _shape(one), strict=True))
+        dict(zip(names, _parse_hlo_shape(one), strict=True))
         for names, one in zip(labels.groups(), arrays, strict=True)
     )
     window = re.search(r"window=\{([^}]*)\}", op.rest)
     total = 2.0 * right["i"] * out["b"] * out["f"]
     for k in filter(str.isdigit, labels[1]):
-        of_axis = _window(window[1] if window else "", int(k))
-        total *= _meetings(left[k], right[k], out[k], of_axis)
+        of_axis = _parse_hlo_window(window[1] if window else "", int(k))
+        total *= _count_convolution_pairs(left[k], right[k], out[k], of_axis)
     return total
 
 
-def _window(text: str, k: int) -> dict[str, int]:
+def _parse_hlo_window(text: str, k: int) -> dict[str, int]:
     """Reads the numbers of dimension k of a window such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
     out = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
     for name in out:
@@ -296,7 +298,7 @@ def _window(text: str, k: int) -> dict[str, int]:
     return out
 
 
-def _meetings(left: int, right: int, out: int, window: dict[str, int]) -> int:
+def _count_convolution_pairs(left: int, right: int, out: int, window: dict[str, int]) -> int:
     """Counts the pairs of output and kernel positions that use an input, not a hole or padding."""
     at = np.arange(out)[:, None] * window["stride"] - window["pad"]
     at = at + np.arange(right)[None] * window["rhs_dilate"]
@@ -307,10 +309,10 @@ def _meetings(left: int, right: int, out: int, window: dict[str, int]) -> int:
 # --- bytes ------------------------------------------------------------------------------------
 
 
-def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Counts the bytes that an instruction reads from and writes to main memory."""
     result = hlo.main_memory_bytes(op.result)
-    if op.kind == "custom-call" and (estimate := _estimate(op)):
+    if op.kind == "custom-call" and (estimate := _read_custom_call_cost(op)):
         return estimate[1]
     if op.kind in ("copy-start", "slice-start"):
         # The result is (destination, source, state). The copied data count as one read, and as one
@@ -339,10 +341,10 @@ def _moved(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 def _fusion_bytes(program: _Program, inner: str, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Counts the bytes of a fusion's operands and results, or of the parts read or updated."""
-    total = _written(program.computations[inner], op)
+    total = _count_fusion_writes(program.computations[inner], op)
     for number, name in enumerate(op.operands):
         if name in ops and hlo.main_memory_bytes(ops[name].result):
-            total += _read(program, inner, _parameter(program, inner, number))
+            total += _count_fusion_reads(program, inner, _parameter(program, inner, number))
     return total
 
 
@@ -353,19 +355,21 @@ def _parameter(program: _Program, name: str, number: int) -> hlo.Op:
     )  # fmt: skip
 
 
-def _read(program: _Program, inner: str, one: hlo.Op) -> float:
+def _count_fusion_reads(program: _Program, inner: str, one: hlo.Op) -> float:
     """Counts the bytes that a fusion, with its nested fusions, reads from an operand."""
     total = 0.0
     users = [op for op in program.computations[inner].values() if one.name in op.operands]
     for user in users:
         first = user.operands[0] == one.name
         if user.kind == "bitcast":
-            total += _read(program, inner, user)
+            total += _count_fusion_reads(program, inner, user)
         elif user.kind == "fusion":
             called = _called(user)
             for number, name in enumerate(user.operands):
                 if name == one.name:
-                    total += _read(program, called, _parameter(program, called, number))
+                    total += _count_fusion_reads(
+                        program, called, _parameter(program, called, number)
+                    )
         elif user.kind in ("dynamic-slice", "slice", "gather") and first:
             total += hlo.total_bytes(user.result)
         elif user.kind != "parameter" and not (user.kind == "dynamic-update-slice" and first):
@@ -373,7 +377,7 @@ def _read(program: _Program, inner: str, one: hlo.Op) -> float:
     return min(total, hlo.total_bytes(one.result))
 
 
-def _written(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
+def _count_fusion_writes(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Counts the bytes of a fusion's results; an update in place counts the update alone."""
     root = next(one for one in inner.values() if one.root)
     parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
@@ -394,7 +398,7 @@ def _written(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
 # --- collectives ------------------------------------------------------------------------------
 
 
-def _exchange(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> None:
+def _add_hlo_collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> None:
     """Adds a collective, but only once per channel.
 
     A collective that overlaps with several fusions appears in each of them, with the same channel.
@@ -416,10 +420,10 @@ def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: in
         "all-gather": given * (size - 1), "all-reduce": 2 * given * share,
         "collective-permute": given, "collective-broadcast": given,
     }.get(kind, given * share)  # fmt: skip
-    return Collective(kind, *_axes(mesh, groups), sent, times)
+    return Collective(kind, *_find_collective_axes(mesh, groups), sent, times)
 
 
-def _axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
+def _find_collective_axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
     """Returns the axes along which a group's members differ, and whether they use the network.
 
     Partitions are numbered in the order of the mesh's devices.
@@ -427,7 +431,7 @@ def _axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
     if mesh is None:
         return "", False
     places = np.stack(np.unravel_index(np.arange(mesh.devices.size), mesh.devices.shape), axis=1)
-    where = [_host(device) for device in mesh.devices.flat]
+    where = [_find_collective_host(device) for device in mesh.devices.flat]
     differ, network = np.zeros(places.shape[1], bool), False
     for group in groups:
         differ |= (places[list(group)] != places[group[0]]).any(axis=0)
@@ -436,7 +440,7 @@ def _axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
     return "+".join(names), network
 
 
-def _host(device: Any) -> Any:
+def _find_collective_host(device: Any) -> Any:
     """Returns the unit in which a device has fast links: a TPU's slice or a GPU's host."""
     if device.platform == "tpu":
         return getattr(device, "slice_index", 0)

@@ -188,7 +188,7 @@ def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan
     setting_rules.check_shards(config, sharding.batch_shards(mesh))
     setting_rules.check_vocabulary(config, shape.vocab_size)
     backends.choose_loss(config, sharding.platform(mesh))
-    sharding.key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
+    sharding.count_key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
     dtype = model_headers.choose_dtype(config.model.dtype, mesh)
     backends.check_attention(config, sharding.platform(mesh), dtype, shape)
     return run_plan.ProgramPlan(config, mesh, dtype, shape)
@@ -424,7 +424,7 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
     valid_V = np.ones(frame.model_config.vocab_size, bool)
     valid_V[-1] = False  # tokenizers have fewer ids than embeddings have rows
     length = 0 if author else asked + completion
-    job = request.prepare_inputs(
+    job = request.prepare_sampler_inputs(
         decoder, arrays.sampler, [(0,) * asked], [builders.build_sampling(c, section, (0,), ())],
         keys_n2=np.zeros((1, 2), np.uint32),
         settings=builders.build_sampler_settings(c, section, length), prefix=prefix,
@@ -459,7 +459,7 @@ def _compile_prefix(
         return None
     whole = NamedSharding(frame.mesh, PartitionSpec())
     tokens_1L = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=whole)
-    encode = jax.jit(lambda policy, tokens: shared_prefix.encode(decoder, policy, tokens))
+    encode = jax.jit(lambda policy, tokens: shared_prefix.encode_prefix(decoder, policy, tokens))
     return compiler("worked examples", encode, policy, tokens_1L, keeps=False)
 
 
@@ -479,11 +479,11 @@ def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, i
         kvs = (kv,) * (2 if options.teacher == "trust_region" else 1)
     jitted = builders.build_step(frame, decoder, tx, options, arrays.state)
     args = (arrays.state, arrays.frozen, batch, prefix, kvs, factor)
-    compiler("training step", jitted, *args, loop_turns=_count_blocks(frame, batch))
+    compiler("training step", jitted, *args, loop_turns=_count_step_loop_turns(frame, batch))
     return {"batch": memory.count_bytes(batch), "examples' keys": memory.count_bytes(kvs)}
 
 
-def _count_blocks(frame: run_plan.ProgramPlan, batch: layout.Batch) -> int:
+def _count_step_loop_turns(frame: run_plan.ProgramPlan, batch: layout.Batch) -> int:
     """Returns the number of token blocks that the loss processes if every token has weight."""
     options, (B, C) = builders.build_options(frame), batch.mask_BC.shape
     if batch.source_UST is not None:

@@ -110,15 +110,15 @@ def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
     config, shards = run.frame.config, sharding.batch_shards(run.frame.mesh)
     completions = config_lib.completions_per_step(config)
     if phase.name == "step":
-        setting, now, choices = _micro_batches(run, completions, shards)
+        setting, now, choices = _list_micro_batch_sizes(run, completions, shards)
         second = choices[0] if now != choices[0] else next(iter(choices[1:]), 0)
     else:
         setting = SLOTS[phase.name]
         section, _, key = setting.partition(".")
-        now = _round_up(config[section][key], shards)
+        now = _round_to_shards(config[section][key], shards)
         # More slots than a step has completions would stay empty.
         evaluates = phase.name == "evaluation"
-        most = MOST_SLOTS * shards if evaluates else _round_up(completions, shards)
+        most = MOST_SLOTS * shards if evaluates else _round_to_shards(completions, shards)
         choices = range(shards, most + 1, shards)
         second = _halve(now, shards)
     # No second size is needed if the phase fits at the largest useful size, or fails at the
@@ -127,7 +127,7 @@ def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
     return Sizes(phase, setting, now, choices, 0 if at_end else second)
 
 
-def _micro_batches(
+def _list_micro_batch_sizes(
     run: programs.Run, completions: int, shards: int
 ) -> tuple[str, int, Sequence[int]]:
     """Returns the setting of the micro-batch's size, its current value, and its useful values."""
@@ -142,7 +142,7 @@ def _micro_batches(
     return "train.micro_tokens", each * sample, range(sample, most * sample + 1, sample)
 
 
-def _round_up(number: int, multiple: int) -> int:
+def _round_to_shards(number: int, multiple: int) -> int:
     return max(1, -(-number // multiple)) * multiple
 
 
@@ -171,7 +171,7 @@ def _find_largest(run: programs.Run, sizes: Sizes, proposals: Proposals) -> int:
 
 
 def _halve(slots: int, shards: int) -> int:
-    return _round_up(slots // 2, shards) if slots > shards else 2 * shards
+    return _round_to_shards(slots // 2, shards) if slots > shards else 2 * shards
 
 
 def find_below(choices: Sequence[int], line: Callable[[int], float], usable: float) -> int:
@@ -256,7 +256,7 @@ def _rank_meshes(
 ) -> Iterator[Change]:
     """Yields meshes of `devices` devices with enough memory, the smallest memory use first."""
     found = []
-    for mesh in _meshes(run.frame, devices, target.slices):
+    for mesh in _list_candidate_meshes(run.frame, devices, target.slices):
         if not values and mesh == {f"mesh.{k}": n for k, n in run.frame.mesh.shape.items()}:
             continue  # the mesh that does not fit
         changes = {**values, **mesh, **_adapt_micro_batch(run.frame.config, mesh)}
@@ -269,7 +269,9 @@ def _rank_meshes(
     yield from [change for *_, change in sorted(found, key=lambda one: one[:2])]
 
 
-def _meshes(frame: run_plan.ProgramPlan, devices: int, slices: int) -> Iterator[dict[str, int]]:
+def _list_candidate_meshes(
+    frame: run_plan.ProgramPlan, devices: int, slices: int
+) -> Iterator[dict[str, int]]:
     """Yields meshes that split the parameters over all devices of a slice."""
     completions = config_lib.completions_per_step(frame.config)
     for tensor in (1, 2, 4, 8):

@@ -21,7 +21,9 @@ GIB = 2**30
 EFFICIENCY = 0.7  # assumed share of the manufacturers' rates that good programs reach
 
 
-def main(config: config_lib.Config, target: hardware.Target, out: str, search: bool) -> int:
+def report_dry_run(
+    config: config_lib.Config, target: hardware.Target, out: str, search: bool
+) -> int:
     """Compiles a run, prints the report, and writes it as JSON.
 
     Args:
@@ -37,7 +39,7 @@ def main(config: config_lib.Config, target: hardware.Target, out: str, search: b
       ValueError: no run can have these settings, or the devices do not exist.
       OSError: `out` cannot be written.
     """
-    table_rules.check(config, data=False)
+    table_rules.check_choices(config, data=False)
     run = _compile_run(config, target, topologies.make_devices(target))
     proposed = proposals.propose(run)
     report = build_report(run, proposed)
@@ -51,7 +53,7 @@ def main(config: config_lib.Config, target: hardware.Target, out: str, search: b
 
 def _compile_run(config: config_lib.Config, target: hardware.Target, devices: list) -> programs.Run:
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    usable = hardware.usable_memory(target.chip)
+    usable = hardware.compute_usable_memory(target.chip)
     return programs.compile_run(config, target, devices, usable, say)
 
 

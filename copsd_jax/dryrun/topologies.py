@@ -21,7 +21,7 @@ def make_devices(target: hardware.Target) -> list:
         command that installs the compiler.
     """
     if target.platform == "cuda":
-        return _cards(target)
+        return _make_topology_gpus(target)
     if importlib.util.find_spec("libtpu") is None:
         command = f'{_PIP} "jax[tpu]=={jax.__version__}"'
         raise ValueError(f"--dry_run for TPUs needs their compiler: {command}")
@@ -39,7 +39,7 @@ def make_devices(target: hardware.Target) -> list:
     return list(found.devices)
 
 
-def _cards(target: hardware.Target) -> list:
+def _make_topology_gpus(target: hardware.Target) -> list:
     spec = importlib.util.find_spec
     if spec("jax_plugins") is None or spec("jax_plugins.xla_cuda13") is None:
         version = jax.__version__

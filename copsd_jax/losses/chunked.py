@@ -1,9 +1,9 @@
 """Statistics and gradients of a block of tokens over the vocabulary, in plain array code.
 
-`sweep_block` computes the divergence of a block, and `score_block` the log-probabilities of its
-tokens. Matmuls run in the hidden states' dtype; everything else is float32, or float64 for float64
-states. Inside `jax.shard_map`, a head may be one part of a vocabulary that is split over a mesh
-axis (`split_vocabulary`).
+`sweep_block` computes the divergence of a block, and `score_log_prob_block` the log-probabilities
+of its tokens. Matmuls run in the hidden states' dtype; everything else is float32, or float64 for
+float64 states. Inside `jax.shard_map`, a head may be one part of a vocabulary that is split over a
+mesh axis (`split_vocabulary`).
 """
 
 import functools
@@ -36,19 +36,19 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
     """
     hidden, inputs = rows
     settings, heads, axis = sweep.settings, sweep.heads, sweep.shard.axis
-    logits_s_TV = _logits(hidden[0], heads[0], sweep.shard)
-    logits_t_TV = _logits(hidden[1], heads[-1], sweep.shard)
+    logits_s_TV = _compute_shard_logits(hidden[0], heads[0], sweep.shard)
+    logits_t_TV = _compute_shard_logits(hidden[1], heads[-1], sweep.shard)
     if axis:
-        stats, dz_TV = split_vocabulary.score_block(
+        stats, dz_TV = split_vocabulary.score_shard_block(
             logits_s_TV, logits_t_TV, inputs, settings, axis
         )
     else:
 
         def score(z_s, z_t, tokens_T, *others):
-            return token_values.score_block(z_s, z_t, tokens_T, settings, *others)
+            return token_values.score_divergence_block(z_s, z_t, tokens_T, settings, *others)
 
         tokens_T, _, *others = inputs
-        stats, dz_TV = _in_strips(score, logits_s_TV, logits_t_TV, tokens_T, *others)
+        stats, dz_TV = _score_in_strips(score, logits_s_TV, logits_t_TV, tokens_T, *others)
     if not sweep.gradient:
         return (stats, None), None
     # dz is rounded before it is multiplied by the weight. Even for a small weight this loses
@@ -64,7 +64,7 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
     return (stats, grad_hidden_TD), grad_head_VD
 
 
-def _logits(hidden_TD, head_VD, shard: split_vocabulary.VocabularyShard) -> jax.Array:
+def _compute_shard_logits(hidden_TD, head_VD, shard: split_vocabulary.VocabularyShard) -> jax.Array:
     """Returns the logits of this device's part, [T, V], with FLOOR at padding entries."""
     logits_TV = precision.dot(hidden_TD, head_VD, 1, 1)
     count = head_VD.shape[0]
@@ -77,7 +77,7 @@ def _logits(hidden_TD, head_VD, shard: split_vocabulary.VocabularyShard) -> jax.
     return jnp.where(entry_1V < shard.entries, logits_TV, FLOOR)
 
 
-def _in_strips(score: Callable[..., Result], *rows: jax.Array | None) -> Result:
+def _score_in_strips(score: Callable[..., Result], *rows: jax.Array | None) -> Result:
     """Returns score(*rows) for arrays [rows, ...]; on a CPU it goes strip by strip."""
     if jax.tree.leaves(rows)[0].shape[0] <= STRIP:
         return score(*rows)
@@ -107,24 +107,24 @@ class ScoreOptions(NamedTuple):
     train_head: bool
 
 
-def score_block(
+def score_log_prob_block(
     temperature: float, hidden_TD, head_VD, tokens_T, shard: split_vocabulary.VocabularyShard
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scores the tokens of a block: log-probability [T], entropy [T] and ∂logp_t / ∂logits [T, V].
 
     The head and the gradient are in the states' dtype.
     """
-    logits_TV = _logits(hidden_TD, head_VD, shard)
+    logits_TV = _compute_shard_logits(hidden_TD, head_VD, shard)
     if shard.axis:
         scored = split_vocabulary.score(logits_TV, tokens_T, temperature, shard.axis)
     else:
         score = functools.partial(distributions.score, temperature=temperature)
-        scored = _in_strips(score, logits_TV, tokens_T)
+        scored = _score_in_strips(score, logits_TV, tokens_T)
     logp_T, entropy_T, dz_TV = scored
     return logp_T, entropy_T, dz_TV.astype(hidden_TD.dtype)
 
 
-def _score_live(
+def _score_live_log_probs(
     options: ScoreOptions, gradient: bool, hidden_TD, head_VD, tokens_T, live_T, cotangent_T=None
 ) -> tuple[tuple, jax.Array | None]:
     """Scores all live rows over the whole mesh.
@@ -141,7 +141,9 @@ def _score_live(
 
         def block(rows: tuple) -> tuple[tuple, jax.Array | None]:
             hidden_TD, tokens_T, *rest = rows
-            *values, dz_TV = score_block(options.temperature, hidden_TD, heads[0], tokens_T, shard)
+            *values, dz_TV = score_log_prob_block(
+                options.temperature, hidden_TD, heads[0], tokens_T, shard
+            )
             if rest:
                 return (), precision.dot(dz_TV, precision.scale(hidden_TD, rest[0]), 0, 0)
             if not gradient:
@@ -161,12 +163,12 @@ def _score_live(
 
 
 def _score_tokens_value(options: ScoreOptions, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-    (logp_T, entropy_T), _ = _score_live(options, False, *arrays)
+    (logp_T, entropy_T), _ = _score_live_log_probs(options, False, *arrays)
     return logp_T, entropy_T
 
 
 def _score_tokens_forward(options: ScoreOptions, *arrays: jax.Array) -> tuple[tuple, tuple]:
-    (*values, grad_TD), _ = _score_live(options, True, *arrays)
+    (*values, grad_TD), _ = _score_live_log_probs(options, True, *arrays)
     return tuple(values), (grad_TD, arrays if options.train_head else None)
 
 
@@ -176,7 +178,7 @@ def _score_tokens_backward(options: ScoreOptions, residuals: tuple, cotangents: 
     grad_TD = precision.scale(grad_TD, cotangents[0])
     if arguments is None:
         return grad_TD, None, None, None
-    _, grad_head_VD = _score_live(options, True, *arguments, cotangent_T=cotangents[0])
+    _, grad_head_VD = _score_live_log_probs(options, True, *arguments, cotangent_T=cotangents[0])
     assert grad_head_VD is not None
     return grad_TD, grad_head_VD.astype(arguments[1].dtype), None, None
 

@@ -49,7 +49,7 @@ def clipped_mass(
     return (divergence_T > settings.clip).astype(divergence_T.dtype)
 
 
-def importance_ratio(
+def clip_importance_ratio(
     logp_T: jax.Array,
     logp_old_T: jax.Array | None,
     logp_rollout_T: jax.Array | None,

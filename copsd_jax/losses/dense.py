@@ -42,7 +42,9 @@ def score_tokens(
     student = distributions.softmax(logits_s_TV * (1 / settings.temperature))
     teacher = distributions.softmax(logits_t_TV * (1 / settings.temperature))
     sampling_T = distributions.log_prob(logits_s_TV, tokens_T, settings.sampling_temperature)
-    ratio_T = clips.importance_ratio(sampling_T, inputs.logp_old_T, inputs.logp_rollout_T, settings)
+    ratio_T = clips.clip_importance_ratio(
+        sampling_T, inputs.logp_old_T, inputs.logp_rollout_T, settings
+    )
     value_T, mass_T = compute_values(logits_s_TV, logits_t_TV, tokens_T, settings)
     logp_T, logq_T = (distributions.pick(side.log, tokens_T) for side in (student, teacher))
     return token_values.TokenStats(

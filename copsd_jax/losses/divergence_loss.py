@@ -1,6 +1,6 @@
 """The divergence of student and teacher, and log-probabilities of tokens, from hidden states.
 
-Three implementations compute the same numbers. `resolve` chooses one.
+Three implementations compute the same numbers. `resolve_implementation` chooses one.
 
   dense    builds [tokens, vocabulary] arrays and uses automatic differentiation. It is the
            reference for the other two (`losses/dense.py`).
@@ -58,7 +58,7 @@ class SweepOptions:
     kernel: KernelOptions = dispatch.DEFAULT
 
 
-def resolve(
+def resolve_implementation(
     implementation: str, settings: Divergence | None, platform: str, one_width: bool = True
 ) -> str:
     """Resolves the setting `loss.implementation` to a name of IMPLEMENTATIONS.
@@ -133,14 +133,14 @@ def divergence(
       head_t_VD: the teacher's output matrix. If it is the same array as head_s_VD, it is moved
         only once.
       tokens_T: int32, the sampled tokens.
-      weight_T: float32 weights, including the normaliser (`loss_norms.token_weights`); 0 at rows
-        that do not count.
+      weight_T: float32 weights, including the normaliser (`loss_norms.compute_token_weights`); 0 at
+        rows that do not count.
       settings: settings of the divergence.
-      implementation: a name of IMPLEMENTATIONS, as `resolve` returns it.
+      implementation: a name of IMPLEMENTATIONS, as `resolve_implementation` returns it.
       chunk: maximum number of tokens in a block of `chunked`, on each device.
       train_head: whether head_s_VD has a gradient.
-      logp_old_T: see `clips.importance_ratio`; read only if ratio_clip or rollout_clip is on.
-      logp_rollout_T: see `clips.importance_ratio`; read only if rollout_clip is on.
+      logp_old_T: see `clips.clip_importance_ratio`; read only if ratio_clip or rollout_clip is on.
+      logp_rollout_T: see `clips.clip_importance_ratio`; read only if rollout_clip is on.
       live_T: bool. True requests the statistics of a row even if its weight is 0. Rows of nonzero
         weight are always live. None means that only rows of nonzero weight are live.
       kernel: options of pallas_tpu and pallas_gpu.
@@ -154,8 +154,8 @@ def divergence(
     """
     options = SweepOptions(implementation, chunk, train_head, kernel)
     inputs = TokenInputs(tokens_T, weight_T, logp_old_T, logp_rollout_T)
-    _check_arguments(options, IMPLEMENTATIONS, (hidden_s_TD, hidden_t_TD), (*inputs, live_T))
-    _check_heads(head_s_VD, head_t_VD, settings, options)
+    _check_loss_arguments(options, IMPLEMENTATIONS, (hidden_s_TD, hidden_t_TD), (*inputs, live_T))
+    _check_loss_heads(head_s_VD, head_t_VD, settings, options)
     shared = head_s_VD is head_t_VD and hidden_s_TD.dtype == hidden_t_TD.dtype
     if not train_head:
         head_s_VD = jax.lax.stop_gradient(head_s_VD)
@@ -185,7 +185,7 @@ def _unknown(implementation: str, choices: Sequence[str]) -> ValueError:
     return ValueError(f"implementation is {implementation!r}: the choices are {', '.join(choices)}")
 
 
-def _check_arguments(
+def _check_loss_arguments(
     options: SweepOptions, choices: Sequence[str], hidden: Sequence, per_token: Sequence
 ) -> None:
     if options.implementation not in choices:
@@ -200,7 +200,7 @@ def _check_arguments(
         )
 
 
-def _check_heads(head_s_VD, head_t_VD, settings: Divergence, options: SweepOptions) -> None:
+def _check_loss_heads(head_s_VD, head_t_VD, settings: Divergence, options: SweepOptions) -> None:
     sizes = head_s_VD.shape[0], head_t_VD.shape[0]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the heads have {sizes[0]} and {sizes[1]} rows: they must be equal")
@@ -323,7 +323,7 @@ def log_probs(
         above 0.
     """
     options = SweepOptions(implementation, chunk, train_head)
-    _check_arguments(options, ("dense", "chunked"), (hidden_TD,), (tokens_T, live_T))
+    _check_loss_arguments(options, ("dense", "chunked"), (hidden_TD,), (tokens_T, live_T))
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: it must be above 0")
     if not train_head:

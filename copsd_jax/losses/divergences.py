@@ -59,7 +59,7 @@ class Divergence:
       clip: the bound κ > 0 of clip_mode.
       sampling_temperature: the temperature > 0 for `TokenStats.logp_sampling_T` and the importance
         ratio.
-      ratio_clip, rollout_clip: upper bounds of the two factors of `clips.importance_ratio`; 0
+      ratio_clip, rollout_clip: upper bounds of the two factors of `clips.clip_importance_ratio`; 0
         switches the factor off.
 
     Raises:

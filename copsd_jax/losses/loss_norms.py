@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def token_weights(
+def compute_token_weights(
     mask_BC: jax.Array, norm: str, micro_batch: int = 0, length: int = 0
 ) -> jax.Array:
     """Returns the weight of every token of an optimizer step, float32 [B, C].

@@ -52,7 +52,7 @@ def compute_advantages(
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}: the choices are {SCALES}")
     out_B = np.zeros(len(rewards_B))
-    for rewards, rows in _groups(rewards_B, groups_B):
+    for rewards, rows in _split_policy_groups(rewards_B, groups_B):
         if _differ(rewards):
             divisor = np.std(rewards, ddof=1) + eps if scale == "std" else 1.0
             out_B[rows] = (rewards - np.mean(rewards)) / divisor
@@ -68,7 +68,7 @@ def find_informative(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
       ValueError: the shapes do not match, or a reward is not finite.
     """
     out_B = np.zeros(len(rewards_B), bool)
-    for rewards, rows in _groups(rewards_B, groups_B):
+    for rewards, rows in _split_policy_groups(rewards_B, groups_B):
         out_B[rows] = _differ(rewards)
     return out_B
 
@@ -77,7 +77,9 @@ def _differ(rewards: np.ndarray) -> bool:
     return bool(np.max(rewards) > np.min(rewards))
 
 
-def _groups(rewards_B: np.ndarray, groups_B: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def _split_policy_groups(
+    rewards_B: np.ndarray, groups_B: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns (rewards, indices of the rows) for each group."""
     rewards_B, groups_B = np.asarray(rewards_B, np.float64), np.asarray(groups_B)
     if rewards_B.ndim != 1 or rewards_B.shape != groups_B.shape:

@@ -56,14 +56,14 @@ def first_entry(axis: str, count: int) -> jax.Array:
     return jax.lax.axis_index(axis).astype(jnp.int32) * count
 
 
-def score_block(
+def score_shard_block(
     logits_s_TV: jax.Array,
     logits_t_TV: jax.Array,
     inputs: token_values.TokenInputs,
     settings: Divergence,
     axis: str,
 ) -> tuple[token_values.TokenStats, jax.Array]:
-    """Scores a block of tokens like `token_values.score_block`, but without top-k.
+    """Scores a block of tokens like `token_values.score_divergence_block`, but without top-k.
 
     Args:
       logits_s_TV: this device's part of the student's logits; V is the number of entries there.
@@ -91,8 +91,10 @@ def score_block(
     logp_T = y_s_T * factor - jnp.log(total_s_T)
     logq_T = y_t_T - jnp.log(total_t_T)
     sampling_T = y_s_T * sampling - jnp.log(total_y_T)
-    value_T, dz_TV, mass_T = _value(student, teacher, (logp_T, logq_T), tokens_T, settings, axis)
-    ratio_T = clips.importance_ratio(sampling_T, logp_old_T, logp_rollout_T, settings)
+    value_T, dz_TV, mass_T = _compute_shard_divergence(
+        student, teacher, (logp_T, logq_T), tokens_T, settings, axis
+    )
+    ratio_T = clips.clip_importance_ratio(sampling_T, logp_old_T, logp_rollout_T, settings)
     stats = token_values.TokenStats(
         value_T * ratio_T, logp_T, logq_T, sampling_T,
         jnp.log(total_s_T) - log_s_T / total_s_T, jnp.log(total_t_T) - log_t_T / total_t_T,
@@ -101,7 +103,7 @@ def score_block(
     return stats, dz_TV * (factor * ratio_T)[:, None]
 
 
-def _value(
+def _compute_shard_divergence(
     student: Distribution, teacher: Distribution, log_probs, tokens_T, settings: Divergence, axis
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the value [T], the gradient of this part's logits / τ [T, V], the clipped mass [T].

@@ -17,7 +17,7 @@ class TokenInputs(NamedTuple):
     Attributes:
       tokens_T: int32, the sampled tokens, as ids of the whole vocabulary.
       weight_T: factor of each token's value in the loss.
-      logp_old_T, logp_rollout_T: arguments of `clips.importance_ratio`, or None.
+      logp_old_T, logp_rollout_T: arguments of `clips.clip_importance_ratio`, or None.
     """
 
     tokens_T: jax.Array
@@ -40,7 +40,7 @@ class TokenStats(NamedTuple):
       clipped_mass_T: depends on clip_mode. With element it is the teacher's mass Σ q_v on the
         clipped entries (q is renormalised under top_k without a tail). With token, token_weight and
         huber it is 1 if d > κ, else 0. With none it is 0.
-      ratio_T: the factor of `clips.importance_ratio`; 1 if its clips are off.
+      ratio_T: the factor of `clips.clip_importance_ratio`; 1 if its clips are off.
     """
 
     value_T: jax.Array
@@ -53,7 +53,7 @@ class TokenStats(NamedTuple):
     ratio_T: jax.Array
 
 
-def score_block(
+def score_divergence_block(
     logits_s_TV: jax.Array,
     logits_t_TV: jax.Array,
     tokens_T: jax.Array,
@@ -68,8 +68,8 @@ def score_block(
       logits_t_TV: logits of the teacher, not yet divided by τ either.
       tokens_T: int32, the sampled tokens.
       settings: settings of the divergence.
-      logp_old_T: see `clips.importance_ratio`.
-      logp_rollout_T: see `clips.importance_ratio`.
+      logp_old_T: see `clips.clip_importance_ratio`.
+      logp_rollout_T: see `clips.clip_importance_ratio`.
 
     Returns:
       The statistics, and dz_TV = ∂value_t / ∂logits_s[t, v] of shape [T, V] in the logits' dtype.
@@ -89,11 +89,11 @@ def score_block(
         best = top_k.choose(logits_s_TV, logits_t_TV, settings)
         inside, open_T1 = top_k.restrict(logits_s_TV, student, best, settings)
         inside_t, _ = top_k.restrict(logits_t_TV, teacher, best, settings)
-        value_T, dz_TK, mass_T = _divergence(inside, inside_t, settings, open_T1)
+        value_T, dz_TK, mass_T = _compute_token_divergence(inside, inside_t, settings, open_T1)
         dz_TV = top_k.scatter_gradient(dz_TK, inside, student.p, best)
     else:
-        value_T, dz_TV, mass_T = _divergence(student, teacher, settings)
-    ratio_T = clips.importance_ratio(sampling_T, logp_old_T, logp_rollout_T, settings)
+        value_T, dz_TV, mass_T = _compute_token_divergence(student, teacher, settings)
+    ratio_T = clips.clip_importance_ratio(sampling_T, logp_old_T, logp_rollout_T, settings)
     stats = TokenStats(
         value_T * ratio_T, logp_T, logq_T, sampling_T,
         distributions.entropy(student), distributions.entropy(teacher), mass_T, ratio_T,
@@ -101,7 +101,7 @@ def score_block(
     return stats, dz_TV * (scale * ratio_T)[:, None]
 
 
-def _divergence(
+def _compute_token_divergence(
     student: Distribution, teacher: Distribution, settings: Divergence, open_T1=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the value [T], the gradient of the logits / τ [T, K], and the clipped mass [T]."""

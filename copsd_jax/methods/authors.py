@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.problems import problem_row
 from copsd_jax.runtime import processes
 from copsd_jax.sampler import request
 from copsd_jax.servers import client
 from copsd_jax.teaching import (
-    answer_leaks,
     contexts,
     conversations,
+    prompts,
     replies,
     teacher_prompts,
     text_encoding,
@@ -79,7 +78,9 @@ def write_replies(
     key = lambda one: (one.attempt.row.id, one.sample if each else 0)  # noqa: E731
     distinct = {key(one): one if each else one._replace(sample=0) for one in asked}
     texts = AUTHORS[r.plan.config.author.kind](r, state, list(distinct.values()), step)
-    read = [_read(r, one, text) for one, text in zip(distinct.values(), texts, strict=True)]
+    read = [
+        _read_author_text(r, one, text) for one, text in zip(distinct.values(), texts, strict=True)
+    ]
     made = dict(zip(distinct, read, strict=True))
     return [made[key(one)] for one in asked]
 
@@ -87,7 +88,7 @@ def write_replies(
 # --- authors ------------------------------------------------------------------------------------
 
 
-def _sampled(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
+def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Samples the texts with the run's sampler, under the settings author.*.
 
     The student writes with its current weights, and the teacher with the teacher's weights. With
@@ -95,26 +96,26 @@ def _sampled(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText
     """
     plan, c = r.plan, r.plan.config
     writer = 0 if c.author.kind == "student" else 1
-    policy = loaded_run.derive_policies(r, state)[writer]
+    policy = loaded_run.derive_run_policies(r, state)[writer]
     made = [
         teacher_prompts.build_author_prompt(plan.tokenizer, plan.author, plan.context, one.attempt)
         for one in asked
     ]
-    out = [_unasked(prompt, plan) for prompt in made]
+    out = [_explain_unasked_author(prompt, plan) for prompt in made]
     todo = [i for i, written in enumerate(out) if written is None]
     wanted = [prompt for prompt in (made[i] for i in todo) if prompt is not None]
     ids, samples = [asked[i].attempt.row.id for i in todo], [asked[i].sample for i in todo]
     keys = request.derive_keys(c.seed, "author", step, ids, samples)
     done = loaded_run.sample(r, policy, wanted, "author", keys).completions if todo else []
     for i, prompt, completion in zip(todo, wanted, done, strict=True):
-        text = loaded_run.restore_think_tag(prompt, loaded_run.decode_completion(r, completion.ids))
+        text = prompts.restore_think_tag(prompt, loaded_run.decode_completion(r, completion.ids))
         status = "cut" if completion.finish == "length" else "written"
-        seen = _seen(plan, asked[i].attempt, prompt.shortened)
+        seen = _shorten_attempt_for_author(plan, asked[i].attempt, prompt.shortened)
         out[i] = AuthorText(text, status, shortened=prompt.shortened, seen=seen)
     return [written for written in out if written is not None]
 
 
-def _unasked(prompt, plan: run_plan.Plan) -> AuthorText | None:
+def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
     """Returns an empty text with the reason why the author is not asked, or None if it is asked."""
     if prompt is None:
         return AuthorText("", "not_asked")
@@ -125,21 +126,25 @@ def _unasked(prompt, plan: run_plan.Plan) -> AuthorText | None:
     return AuthorText("", "overlong") if prompt.length > room else None
 
 
-def _seen(plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[str]) -> str | None:
+def _shorten_attempt_for_author(
+    plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[str]
+) -> str | None:
     """Returns the shortened attempt in an author's prompt, or None if it is not shortened."""
     if "attempt" not in shortened:
         return None
     return text_encoding.truncate_text(plan.tokenizer, attempt.text, plan.context.section_tokens)
 
 
-def _grader(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
+def _write_author_texts_by_rule(
+    r, state, asked: list[AuthorRequest], step: int
+) -> list[AuthorText]:
     """Writes the texts by the context's rule, from the verdict of the grader."""
     write_by_rule = contexts.get_author(r.plan.context).write_by_rule
     assert write_by_rule is not None  # `table_rules` admits no other context
     return [AuthorText(write_by_rule(one.attempt, one.found), "written") for one in asked]
 
 
-def _server(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
+def _request_author_texts(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Asks an OpenAI-compatible server for the texts.
 
     A request's seed depends only on the run's seed and the sample, so that a cache can answer
@@ -168,26 +173,32 @@ def _server(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]
             continue
         answer = next(answers)
         status = "written" if answer.status == "ok" else answer.status
-        seen = _seen(plan, one.attempt, shortened)
+        seen = _shorten_attempt_for_author(plan, one.attempt, shortened)
         out.append(AuthorText(answer.text, status, answer.detail, shortened, seen))
     return out
 
 
-def _file(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
+def _look_up_author_texts(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Returns the texts from the file author.path."""
     texts = [r.plan.replies.get((one.attempt.row.id, one.sample)) for one in asked]
     return [AuthorText(text or "", "missing" if text is None else "written") for text in texts]
 
 
 AUTHORS: dict[str, Callable[..., list[AuthorText]]] = {
-    "student": _sampled, "teacher": _sampled, "grader": _grader, "server": _server, "file": _file
-}  # fmt: skip
+    "student": _sample_author_texts,
+    "teacher": _sample_author_texts,
+    "grader": _write_author_texts_by_rule,
+    "server": _request_author_texts,
+    "file": _look_up_author_texts,
+}
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
-def _read(r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText) -> replies.Reply:
+def _read_author_text(
+    r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText
+) -> replies.Reply:
     """Reads the reply in a text, and applies the policy for leaked answers to it."""
     c, attempt, settings = r.plan.config, asked.attempt, r.plan.context
     if written.seen is not None:
@@ -198,26 +209,9 @@ def _read(r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText) ->
     reads_cut = contexts.get_author(settings).reads_cut(settings) and bool(written.text)
     if written.status == "written" or (written.status == "cut" and reads_cut):
         reply = contexts.read_reply(settings, attempt, written.text)
-        reply = apply_leak_policy(reply, attempt.row, c.context.leak)
+        reply = replies.apply_leak_policy(reply, attempt.row, c.context.leak)
     else:
         reply = replies.Reply(written.status, raw=written.text)
     return dataclasses.replace(
         reply, cut=written.status == "cut", detail=written.detail, shortened=written.shortened
     )
-
-
-def apply_leak_policy(reply: replies.Reply, row: problem_row.Row, policy: str) -> replies.Reply:
-    """Returns a reply after context.leak is applied to a final answer in its explanation.
-
-    Args:
-      reply: the reply, which is returned unchanged if its explanation does not contain the answer.
-      row: the problem; without a final answer nothing can leak.
-      policy: `keep` marks the reply as leaked. `mask` also masks the answer in the explanation.
-        `drop` makes the reply unusable, with the status "leak_dropped".
-    """
-    if not reply.text or not row.answer or not answer_leaks.has_leak(reply.text, row.answer):
-        return reply
-    if policy == "drop":
-        return replies.Reply("leak_dropped", quote=reply.quote, raw=reply.raw)
-    text = answer_leaks.mask_leak(reply.text, row.answer) if policy == "mask" else reply.text
-    return dataclasses.replace(reply, text=text, leaked=True)

@@ -53,25 +53,26 @@ def make_batch(
 
     Returns:
       The inputs of the train step, with one record per completion. The metric `taught` counts the
-      completions with a teacher prompt, and `filtered` the completions that `_wanted` left out.
-      Other metrics count overlong teacher prompts, and the statuses of replies and located errors.
+      completions with a teacher prompt, and `filtered` the completions that `_choose_distilled`
+      left out. Other metrics count overlong teacher prompts, and the statuses of replies and
+      located errors.
     """
     c = r.plan.config
     done = rollouts.sample_rollouts(r, state, rows, step)
-    wanted, views = _wanted(c, done), _views(r, done, step)
-    written = _replies(r, state, done, views, wanted, step)
+    wanted, views = _choose_distilled(c, done), _build_distilled_attempts(r, done, step)
+    written = _collect_author_replies(r, state, done, views, wanted, step)
     told = [
         r.plan.teacher.build(view, reply) if keep else None
         for view, reply, keep in zip(views, written, wanted, strict=True)
     ]
     told, overlong = prompt_lengths.drop_overlong(c, r.plan.model_config, done.asked, told)
-    masks, found = _select(r, done, views, written, told)
-    batch = _pack(done, told, masks)
+    masks, found = _select_distilled_tokens(r, done, views, written, told)
+    batch = _build_distill_batch(done, told, masks)
     if c.policy.weight:
         batch = grpo.add_advantages(c, done, batch, c.policy.route == "successes")
     records = rollout_records.build_records(r, done)
     for i, record in enumerate(records):
-        record |= _about(told[i], written[i], found[i], views[i], wanted[i])
+        record |= _describe_distillation(told[i], written[i], found[i], views[i], wanted[i])
         if told[i]:
             shown = contexts.join_privileged_text(r.plan.context, views[i], written[i])
             record["privileged_text"] = shown
@@ -82,12 +83,12 @@ def make_batch(
         "overlong_teacher_prompts": float(overlong),
         "taught": float(sum(prompt is not None for prompt in told)),
         "filtered": float(wanted.count(False)),
-        **_statuses(r, records),
+        **_count_distill_statuses(r, records),
     }
     return StepInputs(batch, *prefixes, records, metrics)
 
 
-def _wanted(c, done: Rollouts) -> list[bool]:
+def _choose_distilled(c, done: Rollouts) -> list[bool]:
     """Returns whether to distill each completion, which is decided before contexts are written."""
     wanted = np.ones(len(done.rows), bool)
     if c.context.filter_groups:
@@ -97,7 +98,9 @@ def _wanted(c, done: Rollouts) -> list[bool]:
     return wanted.tolist()
 
 
-def _views(r: loaded_run.LoadedRun, done: Rollouts, step: int) -> list[contexts.Attempt]:
+def _build_distilled_attempts(
+    r: loaded_run.LoadedRun, done: Rollouts, step: int
+) -> list[contexts.Attempt]:
     """Builds an `Attempt` per completion, with the parts that contexts may read."""
     c, reads = r.plan.config, contexts.list_inputs(r.plan.context)
     siblings, others = [None] * len(done.rows), [None] * len(done.rows)
@@ -121,7 +124,9 @@ def _views(r: loaded_run.LoadedRun, done: Rollouts, step: int) -> list[contexts.
     ]  # fmt: skip
 
 
-def _replies(r, state, done: Rollouts, views, wanted, step: int) -> list[replies.Reply]:
+def _collect_author_replies(
+    r, state, done: Rollouts, views, wanted, step: int
+) -> list[replies.Reply]:
     """Returns a reply per completion: the author's if it is wanted, otherwise `FILTERED`."""
     asked = [
         authors.AuthorRequest(views[i], done.samples[i], verdict.answer if verdict else None)
@@ -132,7 +137,7 @@ def _replies(r, state, done: Rollouts, views, wanted, step: int) -> list[replies
     return [next(made) if keep else replies.FILTERED for keep in wanted]
 
 
-def _select(r, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
+def _select_distilled_tokens(r, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
     """Returns each completion's mask of tokens with loss, and how its error was located."""
     masks, found = [], []
     for i, completion in enumerate(done.completions):
@@ -147,7 +152,7 @@ def _select(r, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
     return masks, found
 
 
-def _pack(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Batch:
+def _build_distill_batch(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Batch:
     """Builds the student's and the teacher's layout.
 
     A completion without a teacher prompt carries no loss. Its student prompt is then used as its
@@ -165,7 +170,9 @@ def _pack(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Ba
     return batch._replace(loss_BC=layout.pad_rows(masks, C, bool), logp_rollout_BC=logps_BC)
 
 
-def _about(told, reply: replies.Reply, found: str, view: contexts.Attempt, wanted: bool) -> dict:
+def _describe_distillation(
+    told, reply: replies.Reply, found: str, view: contexts.Attempt, wanted: bool
+) -> dict:
     """Returns the fields of a record that describe the completion's context."""
     return {
         "taught": told is not None, "filtered": not wanted,
@@ -178,7 +185,7 @@ def _about(told, reply: replies.Reply, found: str, view: contexts.Attempt, wante
     }  # fmt: skip
 
 
-def _statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
+def _count_distill_statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
     """Returns the counts of the statuses that the run's context and choice of tokens can have.
 
     A section counts as shortened at most once per completion, even if it was cut in the prompts of

@@ -28,7 +28,7 @@ class Writer:
         self._workdir.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             part = self.path.with_suffix(".part")
-            part.write_text("".join(lines(workdir, resume - 1)), encoding="utf-8")
+            part.write_text("".join(read_metric_lines(workdir, resume - 1)), encoding="utf-8")
             os.replace(part, self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
@@ -62,7 +62,7 @@ class Writer:
         self.close()
 
 
-def lines(workdir: str | os.PathLike, steps: int) -> list[str]:
+def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
     """Returns the lines of metrics.jsonl up to and including the step `steps`.
 
     An incomplete last line, left by a killed run, is left out.

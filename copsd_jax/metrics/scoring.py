@@ -12,7 +12,7 @@ Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 RESAMPLES = 10_000
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
+def compute_score_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Returns (mean, low, high): the mean of per-problem scores with its 95 % interval.
 
     The interval is Wilson's (1927) with n = mean (1 - mean) / (variance / problems). This n is the
@@ -46,7 +46,7 @@ class Paired(NamedTuple):
     p: float
 
 
-def paired(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Paired:
+def compare_paired_scores(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Paired:
     """Compares two scores of the same problems, in the same order.
 
     The interval is from the percentile bootstrap over problems (10,000 resamples of the
@@ -167,7 +167,7 @@ def score(
     n = sizes.pop()
     correct = [[sample.correct for sample in samples] for samples in problems]
     every = [sample for samples in problems for sample in samples]
-    average, low, high = interval([avg_at_n(row) for row in correct])
+    average, low, high = compute_score_interval([avg_at_n(row) for row in correct])
     out = {"problems": len(problems), "samples": n, "avg_at_n": average, "low": low, "high": high}
     names = {f"pass_at_{2**i}": 2**i for i in range(1, n.bit_length()) if 2**i < n}
     for name, k in {**names, "pass_at_n": n}.items():

@@ -54,7 +54,7 @@ def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> st
     return "number" if number else "other"
 
 
-def classes(
+def classify_vocabulary(
     token_bytes: Sequence[bytes], stop_ids: Collection[int], special_ids: Collection[int]
 ) -> np.ndarray:
     """Returns for each id the index of its class in `CLASSES`, int8 [V].
@@ -181,7 +181,7 @@ def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[s
       records: the rollout records of a step. A record has `completion_ids` and, if the method
         computes them, lists of the same length: `divergence` with `loss_mask`, `logp_student` and
         `logp_teacher` (nats). `overlap` is computed from `completion` and `privileged_text`.
-      table_V: the class of each id, from `classes`.
+      table_V: the class of each id, from `classify_vocabulary`.
 
     Returns:
       The metrics. `divergence_CLASS` and `divergence_at_0_7` … are means over the tokens with loss,

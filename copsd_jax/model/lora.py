@@ -31,7 +31,7 @@ class LayerShapes(Protocol):
 
 
 @jax.custom_vjp
-def _expand(low: jax.Array, b: jax.Array) -> jax.Array:
+def _expand_adapter(low: jax.Array, b: jax.Array) -> jax.Array:
     """Multiplies `low` [..., R] by `b` [R, out], with a gradient that is cheap on CPU.
 
     XLA on CPU transposes the left factor of a product in memory. So the gradient of `b` has the
@@ -51,7 +51,7 @@ def _expand_backward(saved, grad):
     return grad @ b.T, grad_b
 
 
-_expand.defvjp(_expand_forward, _expand_backward)
+_expand_adapter.defvjp(_expand_forward, _expand_backward)
 
 
 class Projection(nn.Module):
@@ -96,7 +96,7 @@ class Projection(nn.Module):
         if adapter is not None:
             # The scale is applied where the array is narrow, R instead of `features` wide.
             low = (x @ adapter["a"].astype(self.dtype)) * jnp.asarray(scale, self.dtype)
-            y = y + _expand(low, adapter["b"].astype(self.dtype))
+            y = y + _expand_adapter(low, adapter["b"].astype(self.dtype))
         return y
 
 

@@ -9,7 +9,7 @@ from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 
 
-def encode(
+def encode_prefix(
     decoder: transformer.Decoder, policy: policy_lib.Policy, tokens_1P: jax.Array
 ) -> transformer.KV:
     """Computes the keys and values [layers, 1, P, K, H] of a prefix, inside a traced function.
@@ -27,10 +27,10 @@ def encode(
     return decoder.apply({"params": policy.params}, (stream,), return_kv=True)[0].kv
 
 
-_encode = jax.jit(encode, static_argnames="decoder")
+_encode = jax.jit(encode_prefix, static_argnames="decoder")
 
 
-def encode_ids(
+def encode_prefix_ids(
     decoder: transformer.Decoder, policy: policy_lib.Policy, prefix_ids: Sequence[int]
 ) -> transformer.KV | None:
     """Computes the keys and values [layers, 1, P, K, H] of a prefix of ids, in a jitted call.

@@ -194,7 +194,7 @@ def compute_rope_frequencies(config: ModelConfig) -> np.ndarray:
     return frequency.astype(np.float32)
 
 
-def _rotate(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
+def _apply_rope(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
     """Rotates pairs (i, i + H/2) of each head, as Hugging Face does; float32, E = H/2."""
     cos, sin = jnp.cos(angle_BLE)[:, :, None], jnp.sin(angle_BLE)[:, :, None]
     first, second = jnp.split(x_BLNH, 2, axis=-1)
@@ -332,8 +332,8 @@ class Layer(nn.Module):
         )
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = _rotate(q.astype(jnp.float32), angle_BLE) * jnp.float32(c.head_dim**-0.5)
-        k = _rotate(k.astype(jnp.float32), angle_BLE)
+        q = _apply_rope(q.astype(jnp.float32), angle_BLE) * jnp.float32(c.head_dim**-0.5)
+        k = _apply_rope(k.astype(jnp.float32), angle_BLE)
         k = k.astype(self.dtype)
         # From here on there are K r key heads with M / r queries each, where r is key_repeats.
         if self.key_repeats > 1:
@@ -366,7 +366,7 @@ class Decoder(nn.Module):
       decode: attention of streams with a cache, a key of decode_attention.IMPLEMENTATIONS.
       attention: attention of streams without a cache, one of row_attention.IMPLEMENTATIONS.
       key_repeats: how many times attention and caches repeat each key head
-        (`sharding.key_repeats`).
+        (`sharding.count_key_repeats`).
       unstacked: whether to run the layers one by one instead of scanning stacked arrays; only for
         streams with a cache. Parameters then have `layer_0`, `layer_1`, … instead of `layers`, and
         adapters and prefixes are tuples with one tree per layer. The reason is that XLA on CPU

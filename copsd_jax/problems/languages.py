@@ -84,9 +84,9 @@ def load_languages(extra_path: str = "") -> dict[str, Language]:
       FileNotFoundError: there is no file at `extra_path`.
       ValueError: a language is wrong; the message names the file, the language and the field.
     """
-    registry = _read(BUILT_IN)
+    registry = _read_languages_file(BUILT_IN)
     if extra_path:
-        registry |= _read(pathlib.Path(extra_path))
+        registry |= _read_languages_file(pathlib.Path(extra_path))
     _check_aliases(registry, extra_path or str(BUILT_IN))
     return registry
 
@@ -106,7 +106,7 @@ def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
     raise ValueError(f"unknown language {code!r}: the choices are {', '.join(codes)}")
 
 
-def _read(path: pathlib.Path) -> dict[str, Language]:
+def _read_languages_file(path: pathlib.Path) -> dict[str, Language]:
     """Reads the languages of one file, and checks each language."""
     if not path.is_file():
         raise FileNotFoundError(f"no languages file at {path}")
@@ -122,7 +122,9 @@ def _read(path: pathlib.Path) -> dict[str, Language]:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: must be a JSON object from language codes to their fields")
-    return {code: _language(f"{path}: language {code!r}", code, v) for code, v in content.items()}
+    return {
+        code: _parse_language(f"{path}: language {code!r}", code, v) for code, v in content.items()
+    }
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _language(where: str, code: str, fields: Any) -> Language:
+def _parse_language(where: str, code: str, fields: Any) -> Language:
     """Checks one entry and returns its `Language`; each error message begins with `where`."""
     if not _CODE.fullmatch(code):
         raise ValueError(f"{where}: a code has lower-case letters, like sw or zh_hant")

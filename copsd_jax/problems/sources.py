@@ -34,7 +34,7 @@ class UnusableValue(Exception):
     """A record cannot become a row; the message is the reason, which is counted and reported."""
 
 
-def _decode(path: str, raw: bytes) -> str:
+def _decode_source_text(path: str, raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -50,7 +50,7 @@ def _record(path: str, where: str, value: object) -> Record:
 
 def _read_json(path: str, raw: bytes) -> list[Record]:
     """Reads a JSON list of objects, or one object per line."""
-    text = _decode(path, raw)
+    text = _decode_source_text(path, raw)
     line, out = 0, []
     try:
         if text.lstrip()[:1] == "[":
@@ -70,7 +70,7 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
 def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
     """Reads lines "question TAB answer" without a header; `field` names the question's field."""
     out = []
-    for k, line in enumerate(_decode(path, raw).split("\n"), start=1):
+    for k, line in enumerate(_decode_source_text(path, raw).split("\n"), start=1):
         if not line.strip():
             continue
         cells = line.rstrip("\r").split("\t")

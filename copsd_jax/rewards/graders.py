@@ -206,7 +206,7 @@ def _blank(spacing: str) -> str:
     return "," if spacing == "{,}" else "" if spacing in ("\\!", "\\left", "\\right") else " "
 
 
-def _number(text: str, comma: bool = False) -> str | None:
+def _parse_answer_number(text: str, comma: bool = False) -> str | None:
     """Returns a number in canonical digits ("-12.5"), or None; with `comma`, "12,5" is 12.5.
 
     A comma, blank or apostrophe may separate thousands, and a dot if it cannot be a decimal point.
@@ -224,17 +224,17 @@ def _number(text: str, comma: bool = False) -> str | None:
     return f"-{number}" if match[1] == "-" and number != "0" else number
 
 
-def _fraction(text: str) -> fractions.Fraction | None:
+def _parse_answer_fraction(text: str) -> fractions.Fraction | None:
     """Returns the exact value of a number, fraction or mixed number, or None for other texts."""
     if len(text) > _LONGEST:
         return None
-    if number := _number(text):
+    if number := _parse_answer_number(text):
         return fractions.Fraction(number)
     match = _FRACTION.fullmatch(text)
     if match is None:
         return None
-    above = _number(match["a"] or match["c"] or match["e"])
-    below = _number(match["b"] or match["d"] or match["f"])
+    above = _parse_answer_number(match["a"] or match["c"] or match["e"])
+    below = _parse_answer_number(match["b"] or match["d"] or match["f"])
     if above is None or below in (None, "0"):
         return None
     value = int(match["whole"] or 0) + fractions.Fraction(above) / fractions.Fraction(below)
@@ -249,25 +249,25 @@ def normalize(text: str) -> str:
     since "1 1/2" is not 11/2.
     """
     tidy = _tidy(text)
-    return _number(tidy) or re.sub(r"(?<!\d) | (?!\d)", "", tidy).casefold()
+    return _parse_answer_number(tidy) or re.sub(r"(?<!\d) | (?!\d)", "", tidy).casefold()
 
 
 def _same_number(gold: str, answer: str) -> bool | None:
     """Tells whether two tidied texts are the same number; returns None if undecided."""
     for one, other in ((gold, answer), (answer, gold)):
-        number = _number(one)
+        number = _parse_answer_number(one)
         if number is None:
             continue
         unit = _UNIT.fullmatch(other) if len(other) <= _LONGEST else None
         if unit and not _SCALES.intersection(unit[2].casefold().split()):
             other = unit[1]
         # The other side is a number, so "3,5" has a decimal comma and is not a list.
-        digits = _number(other, comma=True)
+        digits = _parse_answer_number(other, comma=True)
         if digits is not None:
             return digits == number
-    left = _fraction(gold)
+    left = _parse_answer_fraction(gold)
     # Unequal fractions are left undecided, since 0.333333 may be a rounded 1/3.
-    return True if left is not None and left == _fraction(answer) else None
+    return True if left is not None and left == _parse_answer_fraction(answer) else None
 
 
 def compare_plainly(gold: str, answer: str) -> bool | None:
@@ -280,7 +280,9 @@ def compare_plainly(gold: str, answer: str) -> bool | None:
         return same
     # math-verify reads a word as a product of letters, so that "saw" would equal "was".
     words = [side for side in (gold, answer) if len(side) > 3 and side.replace(" ", "").isalpha()]
-    if words and all(side in words or _number(side) is not None for side in (gold, answer)):
+    if words and all(
+        side in words or _parse_answer_number(side) is not None for side in (gold, answer)
+    ):
         return False
     return None
 
@@ -352,7 +354,7 @@ class _Worker:
         self._process, self._unread = None, b""
 
 
-def _serve(memory: int) -> None:
+def _run_grader_worker(memory: int) -> None:
     """Runs a worker, which answers each line of JSON with one line until the input ends."""
     import logging
     import resource
@@ -486,4 +488,4 @@ class Grader:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _run_grader_worker(int(sys.argv[1]))

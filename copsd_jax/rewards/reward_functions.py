@@ -105,7 +105,7 @@ def _shorten(text: str, shown: int = 200) -> str:
     return line if len(line) <= shown else line[:shown] + "…"
 
 
-def _drop_thinking(text: str) -> str:
+def _keep_gradable_text(text: str) -> str:
     """Returns the text after the thinking; "" if a think block is open, so there is no answer."""
     after = text.rpartition("</think>")[2]
     return "" if "<think>" in after else after
@@ -171,7 +171,7 @@ def _read_letter(text: str) -> str:
 
 def _score_choice(gold: str, text: str) -> Verdict:
     """Compares the letter in the last <answer>...</answer> with `gold`."""
-    _, tag, rest = _drop_thinking(text).rpartition("<answer>")
+    _, tag, rest = _keep_gradable_text(text).rpartition("<answer>")
     content, closed, _ = rest.partition("</answer>")
     if not tag:
         return _fail("no_answer", "There is no <answer>.")
@@ -259,7 +259,7 @@ def _read_gold_calls(gold: str) -> _Calls:
 def _score_calls(wanted: _Calls, text: str) -> Verdict:
     """Compares the number of calls of each function, and the arguments of all calls together."""
     try:
-        names, arguments = _read_calls(_drop_thinking(text))
+        names, arguments = _read_calls(_keep_gradable_text(text))
     except ValueError as error:
         reason = str(error)
         return _fail("malformed", f"{reason[0].upper()}{reason[1:]}.")

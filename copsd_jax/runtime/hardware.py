@@ -179,7 +179,7 @@ def _cards(text: str, lower: str) -> Target:
     return Target(text, "cuda", card, shape, 1)
 
 
-def usable_memory(chip: Chip) -> float:
+def compute_usable_memory(chip: Chip) -> float:
     """Returns the bytes of a device's memory that a run may use.
 
     On a GPU this is the fraction that JAX allocates: XLA_PYTHON_CLIENT_MEM_FRACTION, or

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 _NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until exit
 
 
-def connect(config: config_lib.Config) -> None:
+def join_processes(config: config_lib.Config) -> None:
     """Joins the processes that `mesh.*` describes; does nothing in a run of one process.
 
     Call it before anything uses a device. mesh.coordinator is '' for one process. It is 'auto' if

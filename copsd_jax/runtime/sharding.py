@@ -10,7 +10,7 @@ If an axis does not divide a dimension, the dimension is not split along this ax
 rules:
 
 - Keys and values are split only between heads. The model repeats its K key heads until `tensor`
-  divides their number (`key_repeats`).
+  divides their number (`count_key_repeats`).
 - A vocabulary that `tensor` does not divide is stored split along the width. Programs that split
   the vocabulary pad it.
 """
@@ -124,7 +124,7 @@ def _size(mesh: Any, axis: Axis) -> int:
     return math.prod(mesh.shape[name] for name in _names(axis))
 
 
-def key_repeats(heads: int, key_heads: int, tensor: int) -> int:
+def count_key_repeats(heads: int, key_heads: int, tensor: int) -> int:
     """Returns how many times each key head is repeated so that `tensor` divides their number.
 
     The result is the smallest divisor r of M, the queries per key head, for which `tensor` divides
@@ -163,7 +163,7 @@ def partition_spec(
     Raises:
       ValueError: the name is not in the table, the table has another rank, or key_heads is missing.
     """
-    axes = _stored(name, shape, mesh)
+    axes = _find_dividing_mesh_axes(name, shape, mesh)
     if "tensor" in axes and name.split("/")[-2] in ("k", "v") and mesh.shape["tensor"] > 1:
         if key_heads is None:
             raise ValueError(f"key_heads is None: the partition of {name} depends on it")
@@ -172,9 +172,9 @@ def partition_spec(
     return PartitionSpec(*axes)
 
 
-def _stored(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
+def _find_dividing_mesh_axes(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
     """Returns the table's axes of a name, with None for axes that do not divide their dimension."""
-    axes = _axes(name, shape)
+    axes = _look_up_partition(name, shape)
     if name in VOCABULARIES and shape[0] % mesh.shape["tensor"]:
         choices: tuple[Axis, ...] = (("fsdp", "tensor"), "fsdp", "tensor")
         axes = None, next((axis for axis in choices if not shape[1] % _size(mesh, axis)), None)
@@ -183,7 +183,7 @@ def _stored(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
     ]
 
 
-def _axes(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
+def _look_up_partition(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
     """Returns the table's entry of a name."""
     if name not in PARTITIONS:
         raise ValueError(f"no partition for parameter {name!r}: add it to sharding.PARTITIONS")
@@ -239,7 +239,7 @@ def find_undivided(
         name = _name(path)
         spec = partition_spec(name, leaf.shape, mesh, key_heads)
         found = {one for axis in spec for one in _names(axis)}
-        wanted = {one for axis in _axes(name, leaf.shape) for one in _names(axis)}
+        wanted = {one for axis in _look_up_partition(name, leaf.shape) for one in _names(axis)}
         missing = sorted(one for one in wanted - found if mesh.shape[one] > 1)
         for axis in missing:
             names[axis] += [] if name in names[axis] else [name]
@@ -316,7 +316,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     groups = 1 if sizes.empty else sizes.shape["fsdp"]
     if groups == 1 or tokens_BL.shape[0] % (sizes.shape["data"] * groups):
         return table_VD[tokens_BL]
-    spec = _stored("embed/embedding", table_VD.shape, sizes)
+    spec = _find_dividing_mesh_axes("embed/embedding", table_VD.shape, sizes)
     if "fsdp" not in _names(spec[1]):
         return table_VD[tokens_BL]
 

@@ -128,7 +128,7 @@ def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) ->
     Raises:
       OSError: the directory cannot be created, or another process does not see it.
     """
-    processes.run_on_leader(lambda: _create(directory, settings, facts))
+    processes.run_on_leader(lambda: _write_workdir(directory, settings, facts))
     if not (directory / "run.json").is_file():
         raise OSError(
             f"--workdir={directory} is not the directory of the leading process: all processes "
@@ -136,7 +136,7 @@ def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) ->
         )
 
 
-def _create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
+def _write_workdir(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
     for name in ("rollouts", "eval", "checkpoints"):
         (directory / name).mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", {k: _listed(v) for k, v in settings.items()})
@@ -179,15 +179,17 @@ def read_json(path: pathlib.Path) -> dict:
 
 def write_json(path: pathlib.Path, value: object) -> None:
     """Writes a JSON file on the leading process alone."""
-    _write(path, lambda: [json.dumps(value, ensure_ascii=False, indent=1) + "\n"])
+    _write_file_on_leader(path, lambda: [json.dumps(value, ensure_ascii=False, indent=1) + "\n"])
 
 
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
     """Writes one row per line, on the leading process alone."""
-    _write(path, lambda: (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write_file_on_leader(
+        path, lambda: (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
 
 
-def _write(path: pathlib.Path, make_lines: Callable[[], Iterable[str]]) -> None:
+def _write_file_on_leader(path: pathlib.Path, make_lines: Callable[[], Iterable[str]]) -> None:
     """Renames a complete file into place, so that a reader never sees a partial file."""
     if processes.is_leader():
         temporary = path.with_suffix(path.suffix + ".part")

@@ -166,7 +166,9 @@ def _pack_tokens(drawn: tuple[jax.Array, ...], live_J: jax.Array) -> jax.Array:
     return jnp.concatenate([*bits, live_J[:, None].astype(jnp.int32)], axis=1)
 
 
-def init_state(decoder: transformer.Decoder, slots: int, length: int, dtype: Any) -> DecodeState:
+def init_slot_state(
+    decoder: transformer.Decoder, slots: int, length: int, dtype: Any
+) -> DecodeState:
     """Returns a state whose slots are all free.
 
     Args:
@@ -298,8 +300,8 @@ def _insert_shard(
         slot, start, split, own, length, request, _ = jax.tree.map(
             lambda x: x[i] if x.ndim else x, tuple(insertion)
         )
-        cache = _copy_entries(state.cache, kv, slot, start, 0, split)
-        cache = _copy_entries(cache, kv, slot, own, split, length - split)
+        cache = _copy_prompt_to_slot(state.cache, kv, slot, start, 0, split)
+        cache = _copy_prompt_to_slot(cache, kv, slot, own, split, length - split)
         last = jnp.where(length > split, own + length - split, start + length) - 1
         yes, zero = jnp.array(True), jnp.int32(0)
         new = Slots(  # `token_J` keeps its old value, which is not read before a token is drawn
@@ -311,7 +313,7 @@ def _insert_shard(
     return jax.lax.fori_loop(0, insertion.count_R, insert_text, state)
 
 
-def _copy_entries(
+def _copy_prompt_to_slot(
     cache: decode_attention.Cache, kv: transformer.KV, slot, source, target, tokens
 ) -> decode_attention.Cache:
     """Copies `tokens` entries from index `source` of a row to index `target` of a slot.
@@ -363,13 +365,15 @@ def decode(
         step, _, slots, _ = carry
         return (step < steps) & (jnp.sum(slots.live_J) >= jnp.maximum(enough, 1))
 
-    head_VD = _head(constants)
+    head_VD = _gather_decode_head(constants)
 
     def advance(carry):
         step, cache, slots, drawn = carry
-        cache, hidden_JD = _run_last_tokens(decoder, constants, cache, slots)
+        cache, hidden_JD = _run_slots_last_tokens(decoder, constants, cache, slots)
         hidden_JD = jnp.where(slots.fresh_J[:, None], slots.hidden_JD, hidden_JD)
-        logits_JV = _logits(hidden_JD, head_VD, head_first=constants.layers is not None)
+        logits_JV = _compute_slot_logits(
+            hidden_JD, head_VD, head_first=constants.layers is not None
+        )
         slots, drawn = _draw(features, constants, slots, drawn, logits_JV, step)
         return step + 1, cache, slots, drawn
 
@@ -378,7 +382,7 @@ def decode(
     return DecodeState(cache, slots), DecodeResult(_pack_tokens(drawn, slots.live_J), step)
 
 
-def _run_last_tokens(
+def _run_slots_last_tokens(
     decoder: transformer.Decoder, constants: Constants, cache: decode_attention.Cache, slots: Slots
 ) -> tuple[decode_attention.Cache, jax.Array]:
     """Runs each slot's last token through the model; returns the cache and hidden_JD.
@@ -403,7 +407,9 @@ def _run_last_tokens(
     return output.cache, output.hidden_BLD[:, 0]
 
 
-def _logits(hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool) -> jax.Array:
+def _compute_slot_logits(
+    hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool
+) -> jax.Array:
     """Returns logits [J, V]; XLA on CPU reads the head only once if it is the left factor."""
     if not head_first:
         return transformer.compute_logits(hidden_JD, head_VD)
@@ -411,7 +417,7 @@ def _logits(hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool) -> ja
     return jnp.einsum("vd,jd->vj", head_VD, hidden_JD, preferred_element_type=jnp.float32).T
 
 
-def _head(constants: Constants) -> jax.Array:
+def _gather_decode_head(constants: Constants) -> jax.Array:
     """Returns the head, split along the vocabulary over the mesh's `tensor` axis.
 
     If the size of this axis does not divide the vocabulary, the head is padded once per `decode`

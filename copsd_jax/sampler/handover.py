@@ -69,13 +69,15 @@ class HandOver:
 
     def _convert(self, scale: float, int8: bool, *trees: Any) -> Any:
         """Converts and reshards one tree, or merges a base and an adapter into one tree."""
-        shapes = jax.eval_shape(functools.partial(_convert, scale=scale, int8=int8), *trees)
+        shapes = jax.eval_shape(
+            functools.partial(_convert_for_sampler, scale=scale, int8=int8), *trees
+        )
         places = sharding.shardings(shapes, self._mesh, self._key_heads, gathered=self._gather)
         leaves, tree = jax.tree.flatten(places)
         return self._call(_program(scale, int8, tuple(leaves), tree), *trees)
 
 
-def _convert(params: Any, adapter: Any = None, *, scale: float, int8: bool) -> Any:
+def _convert_for_sampler(params: Any, adapter: Any = None, *, scale: float, int8: bool) -> Any:
     if adapter is not None:
         params = lora.merge_adapter(params, adapter, scale)
     return lora.quantise_projections(params) if int8 else params
@@ -84,5 +86,5 @@ def _convert(params: Any, adapter: Any = None, *, scale: float, int8: bool) -> A
 @functools.lru_cache
 def _program(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
     """Returns one jitted function per target, so that later phases do not compile it again."""
-    convert = functools.partial(_convert, scale=scale, int8=int8)
+    convert = functools.partial(_convert_for_sampler, scale=scale, int8=int8)
     return jax.jit(convert, out_shardings=jax.tree.unflatten(tree, leaves))

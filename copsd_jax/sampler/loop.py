@@ -90,7 +90,7 @@ def generate(
       keys: uint32 [n, 2] from `request.derive_keys`, one per prompt.
       settings: the sampler's size; slots are rounded up to a multiple of the mesh's batch shards.
       prefix: the keys and values of tokens that all prompts begin with, from
-        `shared_prefix.encode_ids` with the same policy.
+        `shared_prefix.encode_prefix_ids` with the same policy.
       vocabulary: ids that may be drawn, and their bytes; None allows all ids but no stop strings.
       limits: maximum number of tokens per completion; None means the max_tokens of its `Sampling`.
       progress: called with the statistics after each decode call.
@@ -103,7 +103,7 @@ def generate(
       ValueError: the sampler does not support the settings or prompts.
       MemoryError: the cache does not fit the devices.
     """
-    inputs = request.prepare_inputs(
+    inputs = request.prepare_sampler_inputs(
         decoder, policy, prompts, sampling, keys_n2=keys, settings=settings, prefix=prefix,
         vocabulary=vocabulary, limits=limits,
     )  # fmt: skip
@@ -159,7 +159,7 @@ class _Waiting:
 def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Result:
     started = time.perf_counter()
     slots, shards = inputs.settings.slots, sharding.batch_shards(inputs.mesh)
-    check_memory(inputs, 0, _free_memory(inputs))
+    check_memory(inputs, 0, _count_memory_for_slots(inputs))
     state = _init_program(inputs).call()
     waiting = _Waiting(inputs.prompts)
     prefilled: _Queues = [collections.deque() for _ in range(shards)]
@@ -185,11 +185,11 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
         drawn = engine.unpack_tokens(packed_JX)
         cancel[:] = False
         for slot, row in list(serving.items()):
-            tokens += _append_tokens(inputs, row, texts[row], drawn, slot)
+            tokens += _append_drawn_tokens(inputs, row, texts[row], drawn, slot)
             if texts[row].stopped or not drawn.live_J[slot]:
                 cancel[slot] = drawn.live_J[slot]
                 del serving[slot]
-                completions[row] = _finish(inputs, row, texts.pop(row))
+                completions[row] = _finish_completion(inputs, row, texts.pop(row))
                 if done is not None:
                     done(row, completions[row])
         if more:
@@ -295,12 +295,12 @@ def _pack_insertions(inputs: request.Inputs, parts: list[list], per: int) -> eng
     return engine.Insertion(*fields)
 
 
-def _append_tokens(
+def _append_drawn_tokens(
     inputs: request.Inputs, row: int, text: _PartialCompletion, drawn: engine.DrawnTokens, slot: int
 ) -> int:
     """Appends a slot's tokens, at most until a stop string is complete; returns their number."""
     columns = np.flatnonzero(drawn.token_JE[slot] >= 0)
-    end, text.tail = request.find_stop(
+    end, text.tail = request.find_stop_string(
         text.tail, drawn.token_JE[slot, columns].tolist(),
         inputs.stops[int(inputs.request.stop[row])], inputs.vocabulary.token_bytes,
     )  # fmt: skip
@@ -309,7 +309,7 @@ def _append_tokens(
     return len(columns[:end])
 
 
-def _finish(inputs: request.Inputs, row: int, text: _PartialCompletion) -> Completion:
+def _finish_completion(inputs: request.Inputs, row: int, text: _PartialCompletion) -> Completion:
     ids, logps, logps_truncated = (np.concatenate(x) for x in zip(*text.parts, strict=True))
     ended = text.stopped or inputs.stop_XV[inputs.request.stop[row], ids[-1]]
     return Completion(
@@ -332,7 +332,9 @@ def _to_abstract(inputs: request.Inputs, x: Any, *axes: Any) -> Any:
 def abstract_state(inputs: request.Inputs) -> engine.DecodeState:
     """Returns the decode state as jax.ShapeDtypeStructs with shardings."""
     s = inputs.settings
-    shape = jax.eval_shape(lambda: engine.init_state(inputs.decoder, s.slots, s.length, s.cache))
+    shape = jax.eval_shape(
+        lambda: engine.init_slot_state(inputs.decoder, s.slots, s.length, s.cache)
+    )
     specs = engine.partition_state(shape, inputs.mesh)
     return jax.tree.map(lambda x, spec: _to_abstract(inputs, x, *spec), shape, specs)
 
@@ -345,7 +347,7 @@ def _init_program(inputs: request.Inputs) -> program_cache.Program:
     s = inputs.settings
     static = (inputs.decoder, s.slots, s.length, np.dtype(s.cache))
     places = _shardings(abstract_state(inputs))
-    return program_cache.get_program("empty cache", engine.init_state, static, (), (), places)
+    return program_cache.get_program("empty cache", engine.init_slot_state, static, (), (), places)
 
 
 def _prefill_program(inputs: request.Inputs, packed: engine.PackedPrompts) -> program_cache.Program:
@@ -388,7 +390,7 @@ def compile_programs(
     Raises:
       MemoryError: the buffers do not fit; the message has their sizes and a size that would fit.
     """
-    memory = _free_memory(inputs) if memory is None else memory
+    memory = _count_memory_for_slots(inputs) if memory is None else memory
     check_memory(inputs, 0, memory)
     with jax.set_mesh(inputs.mesh), _explain_memory_errors(inputs):
         state = abstract_state(inputs)
@@ -409,7 +411,7 @@ def compile_programs(
         args = _to_abstract(inputs, (np.zeros(slots, bool), np.int32(0)))
         programs.append(_decode_program(inputs, state, *args))
         # Two prefill results: one waits for free slots while the next is computed.
-        temporary = max(program.temporary for program in programs) + 2 * device_bytes(output)
+        temporary = max(program.temporary for program in programs) + 2 * count_device_bytes(output)
         check_memory(inputs, temporary, memory)
     return tuple(programs)
 
@@ -425,7 +427,7 @@ def _explain_memory_errors(inputs: request.Inputs) -> Iterator[None]:
         check_memory(inputs, 0, None)
 
 
-def _free_memory(inputs: request.Inputs) -> int:
+def _count_memory_for_slots(inputs: request.Inputs) -> int:
     """Returns the bytes of a device that the sampler may use, or sys.maxsize if unknown."""
     stats = inputs.mesh.local_devices[0].memory_stats() or {}
     if sharding.platform(inputs.mesh) == "cpu":
@@ -436,7 +438,7 @@ def _free_memory(inputs: request.Inputs) -> int:
     return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - _constant_bytes(inputs))
 
 
-def device_bytes(tree: Any) -> int:
+def count_device_bytes(tree: Any) -> int:
     """Returns the number of bytes that a tree's arrays have on each device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
@@ -444,7 +446,7 @@ def device_bytes(tree: Any) -> int:
 
 def _constant_bytes(inputs: request.Inputs) -> int:
     """Returns the bytes of weights and prefix on each device; `layers` shares the same memory."""
-    return device_bytes(inputs.constants._replace(layers=None))
+    return count_device_bytes(inputs.constants._replace(layers=None))
 
 
 def check_memory(inputs: request.Inputs, temporary: int, limit: int | None) -> None:
@@ -458,7 +460,11 @@ def check_memory(inputs: request.Inputs, temporary: int, limit: int | None) -> N
     Raises:
       MemoryError: the buffers do not fit; the message has their sizes and the setting to change.
     """
-    s, cache, held = inputs.settings, device_bytes(abstract_state(inputs)), _constant_bytes(inputs)
+    s, cache, held = (
+        inputs.settings,
+        count_device_bytes(abstract_state(inputs)),
+        _constant_bytes(inputs),
+    )
     if limit is not None and cache + held + temporary <= limit:
         return
     parts = {

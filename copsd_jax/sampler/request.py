@@ -1,8 +1,8 @@
 """Settings and inputs of one call of the sampler, checked before anything runs.
 
 Callers create `Vocabulary`, `Sampling` and `SamplerSettings`. `list_texts` checks the arguments
-that all engines share, and joins them into one entry per text. `prepare_inputs` builds `Inputs`,
-the read-only inputs of one call of this sampler. `derive_keys` makes random streams.
+that all engines share, and joins them into one entry per text. `prepare_sampler_inputs` builds
+`Inputs`, the read-only inputs of one call of this sampler. `derive_keys` makes random streams.
 """
 
 import dataclasses
@@ -140,7 +140,7 @@ def _row_keys(root: jax.Array, words_n2: jax.Array, samples_n: jax.Array) -> jax
     return jax.vmap(one)(words_n2, samples_n)
 
 
-def prepare_inputs(
+def prepare_sampler_inputs(
     decoder: transformer.Decoder, policy: policy_lib.Policy, prompts: Sequence[Sequence[int]],
     sampling: Sampling | Sequence[Sampling], *, keys_n2: Any, settings: SamplerSettings,
     prefix: transformer.KV | None = None, vocabulary: Vocabulary | None = None,
@@ -166,7 +166,7 @@ def prepare_inputs(
     """
     vocabulary = vocabulary or Vocabulary(np.ones(decoder.config.vocab_size, bool))
     valid_V, devices = vocabulary.valid_V, sharding.current_mesh()
-    _check_settings(decoder.config, settings, valid_V)
+    _check_sampler_settings(decoder.config, settings, valid_V)
     texts = list_texts(prompts, sampling, keys_n2, limits, vocabulary)
     if settings.length:
         room = f"length is {settings.length}, the cache entries of a slot"
@@ -174,7 +174,7 @@ def prepare_inputs(
     shared, positions = 0 if prefix is None else prefix.k.shape[2], decoder.config.max_position
     room = f"the model has {positions} positions (shared prefix {shared})"
     check_lengths(texts, positions, room, shared)
-    settings = _complete_settings(settings, texts, devices, decoder.dtype)
+    settings = _complete_sampler_settings(settings, texts, devices, decoder.dtype)
     kinds = _list_kinds(sampling)
     stops = list(dict.fromkeys(_stop_conditions(kind) for kind in kinds))
     stop_XV = _stop_tables(stops, vocabulary)
@@ -236,7 +236,7 @@ def list_texts(
     return [Text(*text) for text in zip(prompts, each, map(int, limits), keys_n2, strict=True)]
 
 
-def find_stop(
+def find_stop_string(
     tail: bytes, tokens: Sequence[int], stops: Sequence[bytes], token_bytes: Sequence[bytes]
 ) -> tuple[int | None, bytes]:
     """Finds the first token that completes a stop string.
@@ -265,7 +265,7 @@ def _list_kinds(sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:
     return [sampling] if isinstance(sampling, Sampling) else list(dict.fromkeys(sampling))
 
 
-def _complete_settings(
+def _complete_sampler_settings(
     settings: SamplerSettings, texts: Sequence[Text], mesh: Mesh, dtype: Any
 ) -> SamplerSettings:
     """Fills in the length and the cache dtype, and rounds slots and length up."""
@@ -323,7 +323,7 @@ def _stop_tables(stops: list, vocabulary: Vocabulary) -> np.ndarray:
     return stop_XV
 
 
-def _check_settings(
+def _check_sampler_settings(
     config: transformer.ModelConfig, settings: SamplerSettings, valid_V: np.ndarray
 ) -> None:
     for name, least in (("slots", 1), ("steps", 1), ("pack", 1), ("length", 0)):

@@ -140,7 +140,7 @@ def sample(
       distribution, and under the truncated distribution.
     """
     whole_JV = _tempered(logits_JV, rows, features)
-    x_JNb = _blocks(_masked(whole_JV, valid_V), shards)
+    x_JNb = _cut_into_draw_blocks(_masked(whole_JV, valid_V), shards)
     high_JN = jnp.max(x_JNb, axis=-1)
     peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
     mass_JN = jnp.sum(jnp.exp(x_JNb - peak_J1[:, :, None]), axis=-1)
@@ -163,10 +163,12 @@ def _draw(x_JNb, high_JN, mass_JN, key_J2, rows: RowSettings, features: Features
         width = max(blocks + BLOCK if features.full else 0, _candidates(blocks, features))
         noise_JX = _gumbel(key_J2, width)
         if features.full:
-            drawn = _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows, features)
+            drawn = _draw_from_vocabulary(x_JNb, high_JN, mass_JN, noise_JX, rows, features)
             ways.append((rows.top_k_J == 0, drawn))
         if features.cap:
-            ways.append((rows.top_k_J > 0, _among_best(x_JNb, high_JN, noise_JX, rows, features)))
+            ways.append(
+                (rows.top_k_J > 0, _draw_from_top_k(x_JNb, high_JN, noise_JX, rows, features))
+            )
     if features.greedy:
         ways.append((rows.temperature_J == 0, _greedy(x_JNb, high_JN)))
     drawn = ways[0][1]
@@ -182,9 +184,9 @@ def _greedy(x_JNb, high_JN) -> _Drawn:
     return _Drawn(_token(block_J, inner_J), value_J, jnp.ones_like(value_J))
 
 
-def _among_best(x_JNb, high_JN, noise_JX, rows: RowSettings, features: Features) -> _Drawn:
+def _draw_from_top_k(x_JNb, high_JN, noise_JX, rows: RowSettings, features: Features) -> _Drawn:
     """Draws from each row's top k."""
-    best = _best(x_JNb, high_JN, rows, features)
+    best = _find_draw_candidates(x_JNb, high_JN, rows, features)
     noise_JK = noise_JX[:, : best.value_JK.shape[1]]
     noisy_JK = jnp.where(best.kept_JK, best.value_JK, -jnp.inf) + noise_JK
     choice_J1 = jnp.argmax(noisy_JK, axis=-1, keepdims=True)
@@ -195,7 +197,9 @@ def _among_best(x_JNb, high_JN, noise_JX, rows: RowSettings, features: Features)
     )
 
 
-def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, features: Features) -> _Drawn:
+def _draw_from_vocabulary(
+    x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, features: Features
+) -> _Drawn:
     """Draws from the whole vocabulary: first a block, then a token of it."""
     blocks = high_JN.shape[1]
     peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
@@ -203,7 +207,7 @@ def _among_all(x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, features: F
     if features.top_p or features.min_p:
         weight_JNb = jnp.exp(x_JNb - peak_J1[:, :, None])
         weight_JV = weight_JNb.reshape(weight_JNb.shape[0], -1)
-        floor_J1 = _floor(weight_JV, _without_top_k(rows, features), features)
+        floor_J1 = _find_truncation_floor(weight_JV, _without_top_k(rows, features), features)
         kept_JNb = weight_JNb >= floor_J1[:, :, None]
         mass_JN = jnp.sum(jnp.where(kept_JNb, weight_JNb, 0.0), axis=-1)
     noisy_JN = jnp.log(mass_JN) + noise_JX[:, BLOCK : BLOCK + blocks]
@@ -234,7 +238,7 @@ def _masked(x_JV: jax.Array, valid_V: jax.Array | None) -> jax.Array:
     return x_JV if valid_V is None else jnp.where(valid_V[None, :], x_JV, -jnp.inf)
 
 
-def _blocks(x_JV: jax.Array, shards: int = 1) -> jax.Array:
+def _cut_into_draw_blocks(x_JV: jax.Array, shards: int = 1) -> jax.Array:
     """Returns the logits in blocks, [J, N, 128]; N is a multiple of `shards`, padding is -inf."""
     rows, size = x_JV.shape
     x_JV = jnp.pad(x_JV, ((0, 0), (0, -size % (BLOCK * shards))), constant_values=-jnp.inf)
@@ -258,8 +262,8 @@ class _Best(NamedTuple):
     kept_JK: jax.Array  # bool: kept by all truncations; False in rows without top_k
 
 
-def _best(x_JNb, high_JN, rows: RowSettings, features: Features) -> _Best:
-    value_JK, id_JK = _top_k_blocks(x_JNb, high_JN, _candidates(high_JN.shape[1], features))
+def _find_draw_candidates(x_JNb, high_JN, rows: RowSettings, features: Features) -> _Best:
+    value_JK, id_JK = _find_drawable_top_k(x_JNb, high_JN, _candidates(high_JN.shape[1], features))
     within_JK = jnp.arange(value_JK.shape[1])[None, :] < rows.top_k_J[:, None]
     weight_JK = jnp.where(within_JK, jnp.exp(value_JK - value_JK[:, :1]), 0.0)
     kept_JK = within_JK
@@ -275,7 +279,9 @@ def _candidates(blocks: int, features: Features) -> int:
     return min(features.cap, blocks * BLOCK)
 
 
-def _top_k_blocks(x_JNb: jax.Array, high_JN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def _find_drawable_top_k(
+    x_JNb: jax.Array, high_JN: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
     """Returns the k largest values of each row in descending order, and their ids, [J, k] each.
 
     Among equal values, lower ids come first. The maxima of the k best blocks are k values that no
@@ -290,7 +296,7 @@ def _top_k_blocks(x_JNb: jax.Array, high_JN: jax.Array, k: int) -> tuple[jax.Arr
         x_JNb = jnp.take_along_axis(x_JNb, block_JK[:, :, None], axis=1)
     if width > FINE:
         fine_JNb = x_JNb.reshape(rows, -1, FINE)
-        value_JK, at_JK = _top_k_blocks(fine_JNb, jnp.max(fine_JNb, axis=-1), k)
+        value_JK, at_JK = _find_drawable_top_k(fine_JNb, jnp.max(fine_JNb, axis=-1), k)
     else:
         value_JK, at_JK = _top_k(x_JNb.reshape(rows, -1), k)
     if block_JK is None:
@@ -322,7 +328,9 @@ def _without_top_k(rows: RowSettings, features: Features) -> RowSettings:
     return rows._replace(top_p_J=jnp.where(elsewhere_J, 1.0, rows.top_p_J))
 
 
-def _floor(weight_JX: jax.Array, rows: RowSettings, features: Features) -> jax.Array:
+def _find_truncation_floor(
+    weight_JX: jax.Array, rows: RowSettings, features: Features
+) -> jax.Array:
     """Returns the smallest weight that top-p and min-p keep; the largest weight is 1."""
     floor_J1 = jnp.zeros((weight_JX.shape[0], 1), jnp.float32)
     if features.min_p:

@@ -220,11 +220,11 @@ def ask_all(
       ValueError: the URL or the key is unusable, and at least one request is not cached.
     """
     digests = [_digest(server, request) for request in requests]
-    answers = {digest: _cached(server, digest) for digest in dict.fromkeys(digests)}
+    answers = {digest: _read_cached_answer(server, digest) for digest in dict.fromkeys(digests)}
     missing = {d: (d, r) for d, r in zip(digests, requests, strict=True) if answers[d] is None}
     if missing:
         _check_url(server.url, "server.url")
-        ask = functools.partial(_ask, server, read_key(server))
+        ask = functools.partial(_send_chat_request, server, read_key(server))
         with contextlib.closing(run_concurrently(server.concurrency, ask, missing)) as done:
             for digest, answer in done:
                 answers[digest] = answer
@@ -233,19 +233,19 @@ def ask_all(
     return [answer for digest in digests if (answer := answers[digest]) is not None]
 
 
-def _ask(
+def _send_chat_request(
     server: Server, key: str, item: tuple[str, ChatRequest], stop: threading.Event
 ) -> ChatAnswer:
     digest, request = item
-    body = {"model": server.model, **_fields(request)}
+    body = {"model": server.model, **_build_chat_body(request)}
     url = server.url.rstrip("/") + "/chat/completions"
     outcome, attempts = send_call(server, key, HttpCall(url, body, _content), digest, stop)
     answer = ChatAnswer(redact_key(outcome.value, key), outcome.status, attempts, outcome.detail)
-    _keep(server, digest, answer)
+    _cache_chat_answer(server, digest, answer)
     return answer
 
 
-def _fields(request: ChatRequest) -> dict[str, Any]:
+def _build_chat_body(request: ChatRequest) -> dict[str, Any]:
     """Returns the body's fields from a request; numbers are converted, so that 1 equals 1.0."""
     fields: dict[str, Any] = {
         "messages": [dict(message) for message in request.messages],
@@ -270,12 +270,12 @@ def _content(body: bytes) -> Outcome:
 
 def _digest(server: Server, request: ChatRequest) -> str:
     """Returns the SHA-256 of all fields that an answer depends on; key and retries are left out."""
-    asked = {"url": server.url.rstrip("/"), "model": server.model, **_fields(request)}
+    asked = {"url": server.url.rstrip("/"), "model": server.model, **_build_chat_body(request)}
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _cached(server: Server, digest: str) -> ChatAnswer | None:
+def _read_cached_answer(server: Server, digest: str) -> ChatAnswer | None:
     """Reads the cached answer; returns None if there is none, with a warning if it is malformed."""
     path = pathlib.Path(server.cache) / f"{digest}.json"
     if not server.cache or not path.exists():
@@ -295,7 +295,7 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _keep(server: Server, digest: str, answer: ChatAnswer) -> None:
+def _cache_chat_answer(server: Server, digest: str, answer: ChatAnswer) -> None:
     """Writes a usable answer to the cache, atomically, because other runs may write it too."""
     if not server.cache or answer.status not in USABLE:
         return
@@ -354,7 +354,7 @@ def send_call(
         if attempt and stop.wait(_pause(server, name, attempt, outcome.after)):
             break
         attempt += 1
-        outcome = _attempt(server, key, what, stop)
+        outcome = _attempt_http_call(server, key, what, stop)
     return outcome, attempt
 
 
@@ -371,27 +371,29 @@ def _pause(server: Server, name: str, attempt: int, after: float) -> float:
     return max(min(grown, server.timeout) * factor, after)
 
 
-def _attempt(server: Server, key: str, what: HttpCall, stop: threading.Event) -> Outcome:
+def _attempt_http_call(server: Server, key: str, what: HttpCall, stop: threading.Event) -> Outcome:
     """Sends the request once and returns the outcome."""
     deadline = time.monotonic() + server.timeout
     try:
-        sock = _connect(what.url, deadline)
+        sock = _open_server_socket(what.url, deadline)
     except TimeoutError:
         return Outcome("timeout", detail="no connection within the time", again=True)
     except OSError as error:
         return Outcome("unreachable", detail=to_one_line(str(error)), again=True)
     with contextlib.closing(sock):
         try:
-            reply = _exchange(what, key, _Limited(sock, deadline, stop))
+            reply = _exchange_http(what, key, _DeadlineSocket(sock, deadline, stop))
         except TimeoutError:
             return Outcome("timeout", detail="no complete reply within the time", again=True)
         except (http.client.HTTPException, OSError) as error:
             detail = f"the reply is incomplete or not HTTP: {type(error).__name__}"
             return Outcome("bad_reply", detail=detail, again=True)
-    return _outcome(what, *reply)
+    return _judge_http_reply(what, *reply)
 
 
-def _exchange(what: HttpCall, key: str, sock: "_Limited") -> tuple[int, Mapping[str, str], bytes]:
+def _exchange_http(
+    what: HttpCall, key: str, sock: "_DeadlineSocket"
+) -> tuple[int, Mapping[str, str], bytes]:
     """Returns the reply's status, its headers, and at most _LARGEST + 1 bytes of its body."""
     parts = urllib.parse.urlsplit(what.url)
     kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
@@ -409,10 +411,12 @@ def _exchange(what: HttpCall, key: str, sock: "_Limited") -> tuple[int, Mapping[
     return reply.status, reply.headers, redact_key(text, key).encode("latin-1")
 
 
-def _outcome(what: HttpCall, status: int, headers: Mapping[str, str], body: bytes) -> Outcome:
+def _judge_http_reply(
+    what: HttpCall, status: int, headers: Mapping[str, str], body: bytes
+) -> Outcome:
     """Returns the outcome of a complete reply."""
     if 200 <= status < 300:
-        return _read(what, body)
+        return _read_http_body(what, body)
     asked = headers.get("Retry-After", "").strip()
     after = float(asked) if re.fullmatch("[0-9]{1,9}", asked) else 0.0
     wait = f", Retry-After {asked}" if after else ""
@@ -423,7 +427,7 @@ def _outcome(what: HttpCall, status: int, headers: Mapping[str, str], body: byte
     return Outcome(kind, detail=detail, again=status >= 500 or status in _AGAIN, after=after)
 
 
-def _read(what: HttpCall, body: bytes) -> Outcome:
+def _read_http_body(what: HttpCall, body: bytes) -> Outcome:
     if len(body) > _LARGEST:
         return Outcome("bad_reply", detail=f"more than {_LARGEST} bytes")
     try:
@@ -448,7 +452,7 @@ def _left(deadline: float) -> float:
     return seconds
 
 
-def _connect(url: str, deadline: float) -> socket.socket:
+def _open_server_socket(url: str, deadline: float) -> socket.socket:
     """Returns a connection to the first address of the host that accepts one."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
@@ -465,7 +469,7 @@ def _connect(url: str, deadline: float) -> socket.socket:
     raise failure
 
 
-class _Limited(io.RawIOBase):
+class _DeadlineSocket(io.RawIOBase):
     """Socket for `http.client` with one deadline for all sending and reading.
 
     Reading ends soon after `stop` is set, because the rest of a reply could take minutes.
@@ -495,4 +499,4 @@ class _Limited(io.RawIOBase):
         raise TimeoutError
 
     def close(self) -> None:
-        """Keeps the socket open, because http.client calls this early; `_attempt` closes it."""
+        """Keeps the socket open: http.client calls this early, `_attempt_http_call` closes it."""

@@ -50,13 +50,13 @@ class Dialect(NamedTuple):
     needs_swap: str
 
 
-def seed_of(text: request.Text) -> int:
+def derive_seed(text: request.Text) -> int:
     """Returns the first 53 bits of the text's key; every JSON reader represents them exactly."""
     high, low = map(int, text.key_2)
     return (high << 21) | (low >> 11)
 
 
-def _common(text: request.Text) -> dict[str, Any]:
+def _build_dialect_fields(text: request.Text) -> dict[str, Any]:
     """Returns the fields that both dialects share; in both, top_k=-1 turns top-k off."""
     s = text.sampling
     return {
@@ -71,9 +71,9 @@ def _common(text: request.Text) -> dict[str, Any]:
 
 def _vllm_body(model: str, adapter: str, text: request.Text) -> dict[str, Any]:
     return {
-        **_common(text),
+        **_build_dialect_fields(text),
         "model": adapter or model, "prompt": list(text.prompt), "max_tokens": text.limit,
-        "seed": seed_of(text), "stream": False, "echo": False, "add_special_tokens": False,
+        "seed": derive_seed(text), "stream": False, "echo": False, "add_special_tokens": False,
         "ignore_eos": True,  # stop_token_ids has all stop ids
         "include_stop_str_in_output": True,
         "logprobs": 0,  # only the log-probability of the drawn token
@@ -82,9 +82,9 @@ def _vllm_body(model: str, adapter: str, text: request.Text) -> dict[str, Any]:
 
 
 def _vllm_reply(reply: Any, text: request.Text) -> RawCompletion:
-    choice = _at(reply, "choices", 0)
-    logps = _at(choice, "logprobs", "token_logprobs")
-    spelt = _spelt(_at(choice, "logprobs", "tokens"))
+    choice = _get_from_reply(reply, "choices", 0)
+    logps = _get_from_reply(choice, "logprobs", "token_logprobs")
+    spelt = _spelt(_get_from_reply(choice, "logprobs", "tokens"))
     ids = choice.get("token_ids")
     if ids is None and spelt is None:
         raise ValueError(
@@ -96,7 +96,9 @@ def _vllm_reply(reply: Any, text: request.Text) -> RawCompletion:
     read = choice.get("prompt_token_ids")
     if read is not None and read != list(text.prompt):
         raise ValueError("is of another prompt than the one sent (prompt_token_ids)")
-    return RawCompletion(spelt if ids is None else ids, logps, _at(choice, "finish_reason"))
+    return RawCompletion(
+        spelt if ids is None else ids, logps, _get_from_reply(choice, "finish_reason")
+    )
 
 
 def _spelt(tokens: Any) -> list[int] | None:
@@ -110,7 +112,8 @@ def _spelt(tokens: Any) -> list[int] | None:
 def _sglang_body(_: str, adapter: str, text: request.Text) -> dict[str, Any]:
     """Returns a request without a model name, because an SGLang server has only one model."""
     params = {
-        **_common(text), "max_new_tokens": text.limit, "sampling_seed": seed_of(text),
+        **_build_dialect_fields(text),
+        "max_new_tokens": text.limit, "sampling_seed": derive_seed(text),
         # With ignore_eos, SGLang would ignore stop_token_ids as well.
         "ignore_eos": not text.sampling.stop_ids, "no_stop_trim": True,
     }  # fmt: skip
@@ -124,24 +127,24 @@ def _sglang_body(_: str, adapter: str, text: request.Text) -> dict[str, Any]:
 
 def _sglang_reply(reply: Any, text: request.Text) -> RawCompletion:
     hint = ": the server has to return the tokens' log-probabilities (return_logprob)"
-    pairs = _at(reply, "meta_info", "output_token_logprobs", hint=hint)
+    pairs = _get_from_reply(reply, "meta_info", "output_token_logprobs", hint=hint)
     if not isinstance(pairs, list):
         raise ValueError("has no list in meta_info.output_token_logprobs")
-    ids = [_at(pair, 1) for pair in pairs]
+    ids = [_get_from_reply(pair, 1) for pair in pairs]
     if reply.get("output_ids") not in (None, ids):
         raise ValueError("has log-probabilities of other tokens than those in output_ids")
     if reply["meta_info"].get("prompt_tokens") not in (None, len(text.prompt)):
         raise ValueError(f"is of another prompt than the one sent, of {len(text.prompt)} tokens")
-    finish = _at(reply, "meta_info", "finish_reason")
+    finish = _get_from_reply(reply, "meta_info", "finish_reason")
     matched = finish.get("matched") if isinstance(finish, dict) else None
     if isinstance(matched, str) and matched not in text.sampling.stop:
         # SGLang reports NaN logits in this way.
         raise ValueError(f"was stopped by {matched!r}, which is not a stop string")
     kind = finish.get("type") if isinstance(finish, dict) else finish
-    return RawCompletion(ids, [_at(pair, 0) for pair in pairs], kind)
+    return RawCompletion(ids, [_get_from_reply(pair, 0) for pair in pairs], kind)
 
 
-def _at(value: Any, *path: str | int, hint: str = "") -> Any:
+def _get_from_reply(value: Any, *path: str | int, hint: str = "") -> Any:
     """Returns value[path[0]][path[1]]...; raises ValueError with the path if it is absent."""
     found = value
     for step in path:

@@ -97,8 +97,10 @@ def generate(
     """
     check_server(server)
     texts = request.list_texts(prompts, sampling, keys, limits, vocabulary)
-    _check_texts(server, texts)
-    ask = functools.partial(_ask, server, client.read_key(server.api, "sampler."), vocabulary)
+    _check_served_texts(server, texts)
+    ask = functools.partial(
+        _request_completion, server, client.read_key(server.api, "sampler."), vocabulary
+    )
     found: dict[int, loop.Completion] = {}
     tokens, begun = 0, time.monotonic()
     sent = sum(len(text.prompt) for text in texts)
@@ -136,7 +138,7 @@ def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, 
     return logprobs == "tempered" or whole, logprobs == "processed" or whole
 
 
-def _check_texts(server: EngineServer, texts: Sequence[request.Text]) -> None:
+def _check_served_texts(server: EngineServer, texts: Sequence[request.Text]) -> None:
     """Checks that the server can draw each text in full length and at its temperature."""
     longest, coldest = server.max_model_len, dialects.DIALECTS[server.dialect].coldest
     if longest:
@@ -148,7 +150,7 @@ def _check_texts(server: EngineServer, texts: Sequence[request.Text]) -> None:
             raise ValueError(f"temperature is {degree}: a {server.dialect} server {rule}")
 
 
-def _ask(
+def _request_completion(
     server: EngineServer, key: str, vocabulary: request.Vocabulary, row: tuple[int, request.Text],
     stop: threading.Event,
 ) -> loop.Completion:  # fmt: skip
@@ -156,7 +158,7 @@ def _ask(
     dialect = dialects.DIALECTS[server.dialect]
     url = _address(server, dialect.generate)
     what = client.HttpCall(url, dialect.body(server.api.model, server.adapter, text), _json)
-    name = f"{server.adapter}:{dialects.seed_of(text)}"
+    name = f"{server.adapter}:{dialects.derive_seed(text)}"
     outcome, attempts = client.send_call(server.api, key, what, name, stop)
     if outcome.status != "ok":
         raise OSError(
@@ -165,7 +167,7 @@ def _ask(
         )
     try:
         reply = dialect.read(outcome.value, text)
-        return _completion(server.logprobs, text, reply, vocabulary)
+        return _check_served_completion(server.logprobs, text, reply, vocabulary)
     except ValueError as error:
         raise RuntimeError(f"{url}: the completion of row {number} {error}") from None
 
@@ -176,15 +178,16 @@ def _json(body: bytes) -> client.Outcome:
 
 # ---------------------------------------------------------------------- checks of a reply
 #
-# They raise ValueError with the second part of the message; `_ask` adds the first part.
+# They raise ValueError with the second part of the message; `_request_completion` adds the first
+# part.
 
 
-def _completion(
+def _check_served_completion(
     logprobs: str, text: request.Text, reply: dialects.RawCompletion,
     vocabulary: request.Vocabulary,
 ) -> loop.Completion:  # fmt: skip
-    ids, logps = _ids(text, reply.ids, vocabulary), _logps(reply)
-    end = _end(text.sampling, ids, vocabulary.token_bytes)
+    ids, logps = _check_served_ids(text, reply.ids, vocabulary), _check_served_logps(reply)
+    end = _find_served_end(text.sampling, ids, vocabulary.token_bytes)
     if end is not None and end < len(ids) and (last := ids[end - 1]) in text.sampling.stop_ids:
         raise ValueError(f"goes on after the id {last}, which is one of its stop_token_ids")
     if end is None and reply.finish == "stop":
@@ -213,7 +216,7 @@ def _completion(
     )
 
 
-def _ids(text: request.Text, ids: list, vocabulary: request.Vocabulary) -> list[int]:
+def _check_served_ids(text: request.Text, ids: list, vocabulary: request.Vocabulary) -> list[int]:
     if not isinstance(ids, list) or not ids or any(type(token) is not int for token in ids):
         raise ValueError("has no list of token ids, or the list is empty")
     if len(ids) > text.limit:
@@ -228,7 +231,7 @@ def _ids(text: request.Text, ids: list, vocabulary: request.Vocabulary) -> list[
     return ids
 
 
-def _logps(reply: dialects.RawCompletion) -> list[float]:
+def _check_served_logps(reply: dialects.RawCompletion) -> list[float]:
     logps = reply.logps
     if not isinstance(logps, list) or len(logps) != len(reply.ids):
         found = f"{len(logps)}" if isinstance(logps, list) else "no list of"
@@ -241,12 +244,12 @@ def _logps(reply: dialects.RawCompletion) -> list[float]:
     return logps
 
 
-def _end(
+def _find_served_end(
     sampling: request.Sampling, ids: Sequence[int], token_bytes: Sequence[bytes]
 ) -> int | None:
     """Returns the number of tokens up to the first that ends the text, or None if none ends it."""
     stops = [text.encode() for text in sampling.stop]
-    by_string, _ = request.find_stop(b"", ids, stops, token_bytes)
+    by_string, _ = request.find_stop_string(b"", ids, stops, token_bytes)
     by_id = next((i for i, token in enumerate(ids, 1) if token in sampling.stop_ids), None)
     return min((end for end in (by_string, by_id) if end is not None), default=None)
 
@@ -273,7 +276,7 @@ def check_server(server: EngineServer) -> None:
         raise ValueError(f"sampler.max_model_len is {server.max_model_len}: it must be at least 2")
 
 
-def connect(server: EngineServer) -> EngineServer:
+def connect_server(server: EngineServer) -> EngineServer:
     """Fetches the server's list of models; returns the server with max_model_len filled in.
 
     Raises:
@@ -304,7 +307,7 @@ def list_models(server: EngineServer) -> dict[str, int | None]:
         return client.Outcome("ok", {e["id"]: e.get("max_model_len") for e in entries})
 
     what = client.HttpCall(_address(server, "{base}/models"), None, read)
-    return _call(server, what, "list its models")
+    return _call_server(server, what, "list its models")
 
 
 def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
@@ -333,20 +336,20 @@ def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
     dialect = dialects.DIALECTS[server.dialect]
     for address, body in dialect.swap(str(path)):
         what = _command(server, address, body)
-        _call(server, what, f"read the weights in {path}", dialect.needs_swap)
+        _call_server(server, what, f"read the weights in {path}", dialect.needs_swap)
     return dataclasses.replace(server, adapter="")
 
 
 def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
-    name, served = _name(path), list_models(server)
+    name, served = _name_served_adapter(path), list_models(server)
     if server.adapter not in ("", name) and server.adapter in served:
-        _change(server, "unload", {"lora_name": server.adapter})
+        _change_served_adapter(server, "unload", {"lora_name": server.adapter})
     if name not in served:
-        _change(server, "load", {"lora_name": name, "lora_path": str(path)})
+        _change_served_adapter(server, "load", {"lora_name": name, "lora_path": str(path)})
     return dataclasses.replace(server, adapter=name)
 
 
-def _change(server: EngineServer, verb: str, body: dict[str, str]) -> None:
+def _change_served_adapter(server: EngineServer, verb: str, body: dict[str, str]) -> None:
     """Loads or unloads an adapter; raises OSError only if the adapter's state did not change.
 
     If the first attempt succeeds but its reply is lost, the server refuses the second attempt.
@@ -355,13 +358,13 @@ def _change(server: EngineServer, verb: str, body: dict[str, str]) -> None:
     what = _command(server, f"{dialect.adapters}/{verb}_lora_adapter", body)
     task = f"{verb} the adapter {body.get('lora_path', name)}"
     try:
-        _call(server, what, task, dialect.needs_adapters)
+        _call_server(server, what, task, dialect.needs_adapters)
     except OSError:
         if (name in list_models(server)) != (verb == "load"):
             raise
 
 
-def _name(path: pathlib.Path) -> str:
+def _name_served_adapter(path: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path.glob("adapter_*")):
         digest.update(f"{file.name}\0".encode())
@@ -371,10 +374,10 @@ def _name(path: pathlib.Path) -> str:
 
 
 def _command(server: EngineServer, address: str, body: Mapping[str, Any]) -> client.HttpCall:
-    return client.HttpCall(_address(server, address), body, _accepted)
+    return client.HttpCall(_address(server, address), body, _read_command_reply)
 
 
-def _accepted(body: bytes) -> client.Outcome:
+def _read_command_reply(body: bytes) -> client.Outcome:
     """Reads a reply with status 2xx as success, unless its JSON has "success": false."""
     text = body.decode(errors="replace")
     try:
@@ -386,7 +389,7 @@ def _accepted(body: bytes) -> client.Outcome:
     return client.Outcome("ok", text)
 
 
-def _call(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
+def _call_server(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
     """Returns the value of the reply; on failure, raises OSError with the reply and `needs`."""
     key = client.read_key(server.api, "sampler.")
     outcome, attempts = client.send_call(server.api, key, what, what.url, threading.Event())

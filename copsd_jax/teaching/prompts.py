@@ -55,10 +55,12 @@ def has_thinking(tokenizer: Tokenizer) -> bool:
     if not tokenizer.chat_template:
         raise ValueError("prompt.template is 'chat', but the tokenizer has no chat template")
     message = [{"role": "user", "content": "x"}]
-    return _render(tokenizer, message, "on") != _render(tokenizer, message, "off")
+    return _render_chat_template(tokenizer, message, "on") != _render_chat_template(
+        tokenizer, message, "off"
+    )
 
 
-def _render(tokenizer: Tokenizer, messages: list[dict], thinking: str) -> str:
+def _render_chat_template(tokenizer: Tokenizer, messages: list[dict], thinking: str) -> str:
     """Renders messages with the chat template, up to the start of the assistant's turn."""
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     if thinking != "none":
@@ -114,7 +116,7 @@ def _build_chat_prompt(
     guard = text_encoding.Guard(tokenizer, [message["content"] for message in messages] + [opening])
     guarded = [{**message, "content": guard(message["content"])} for message in messages]
     guarded[start]["content"] = guard.mark + guarded[start]["content"]
-    text = _render(tokenizer, guarded, thinking)
+    text = _render_chat_template(tokenizer, guarded, thinking)
     if text.count(guard.mark) != 1:
         raise ValueError("the chat template does not show each message exactly once")
     state = _find_state(text, thinking)
@@ -298,3 +300,28 @@ def keep_fitting_rows(
         if length <= limit:
             kept.append(row)
     return kept, len(rows) - len(kept)
+
+
+def restore_think_tag(prompt: Prompt, text: str) -> str:
+    """Returns a completion together with the think tag that its prompt opened.
+
+    Readers then see that a completion without a closing tag is all thinking, without an answer.
+    """
+    return ("<think>\n" if prompt.state == "open" else "") + text
+
+
+def find_answer_start(prompt: Prompt, text: str) -> int:
+    """Returns the index at which the answer begins, after the last </think>.
+
+    The index is 0 for a text without thinking. It is the end of the text if the thinking is not
+    closed.
+
+    Args:
+      prompt: the prompt, whose state says whether it opened the thinking.
+      text: the completion.
+    """
+    closed = text.rfind("</think>")
+    opened = text.rfind("<think>")
+    if opened > closed or (closed < 0 and prompt.state == "open"):
+        return len(text)
+    return closed + len("</think>") if closed >= 0 else 0

@@ -144,7 +144,7 @@ def join_tags(fields: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"<{name}>{text}</{name}>" for name, text in fields)
 
 
-def _read_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
+def _read_reply_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
     """Reads the tags after the thinking, in order; text outside the tags is ignored.
 
     If the prompt opened the think block, the caller puts `<think>` in front of the text, as for
@@ -184,7 +184,7 @@ def read_reflection(text: str, correct: bool) -> Reply:
       correct: whether the attempt is correct. If it is, the reply answers the request EXPLAIN,
         otherwise the request DIAGNOSE.
     """
-    found, problem, _ = _read_tags(text, _REFLECTION)
+    found, problem, _ = _read_reply_tags(text, _REFLECTION)
     fields = dict(found)
     if not problem and correct and "error_quote" in fields:
         problem = "misplaced_tag"
@@ -232,7 +232,7 @@ def read_analysis(text: str) -> Reply:
 
 def read_critique(text: str) -> Reply:
     """Reads a reply to CRITIQUE; `trace` has its steps and answer, without text between them."""
-    found, problem, name = _read_tags(text, _CRITIQUE)
+    found, problem, name = _read_reply_tags(text, _CRITIQUE)
     if problem:
         return Reply("bad_steps" if name.startswith("step_") else problem, raw=text)
     fields = dict(found)
@@ -275,7 +275,7 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
     if reply.status != "ok" or reply.case not in ("right", "wrong"):
         return reply
     own = [_bare(step) for step in attempt_steps]
-    *given, answer = [_bare(text) for _, text in _read_tags(reply.trace, _CRITIQUE)[0]]
+    *given, answer = [_bare(text) for _, text in _read_reply_tags(reply.trace, _CRITIQUE)[0]]
     k = reply.step or len(own) + 1
     right, wrong = own[: k - 1], "".join(own[k - 1 : k]).rstrip(" .,;:!?")
     rest = [step for step in given if step not in right]
@@ -321,7 +321,7 @@ def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, 
     """
     out: dict[tuple[str, int], str] = {}
     for where, fields in sources.read_records(path, setting=setting):
-        row, sample, fault = fields.get("id"), fields.get("sample", 0), _find_fault(fields)
+        row, sample, fault = fields.get("id"), fields.get("sample", 0), _find_reply_fault(fields)
         if not fault and (row, sample) in out:
             fault = f"id {row!r} with sample {sample} occurs twice"
         if fault:
@@ -332,7 +332,7 @@ def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, 
     return out
 
 
-def _find_fault(fields: dict) -> str:
+def _find_reply_fault(fields: dict) -> str:
     """Returns the fault of a record of a reply file, or "" if the record has no fault."""
     sample = fields.get("sample", 0)
     if unknown := sorted(fields.keys() - {"id", "sample", "reply"}):
@@ -346,3 +346,20 @@ def _find_fault(fields: dict) -> str:
         if re.search("[\ud800-\udfff]", value):
             return f"{name} has half of a surrogate pair, which is not valid text"
     return ""
+
+
+def apply_leak_policy(reply: Reply, row: problem_row.Row, policy: str) -> Reply:
+    """Returns a reply after context.leak is applied to a final answer in its explanation.
+
+    Args:
+      reply: the reply, which is returned unchanged if its explanation does not contain the answer.
+      row: the problem; without a final answer nothing can leak.
+      policy: `keep` marks the reply as leaked. `mask` also masks the answer in the explanation.
+        `drop` makes the reply unusable, with the status "leak_dropped".
+    """
+    if not reply.text or not row.answer or not answer_leaks.has_leak(reply.text, row.answer):
+        return reply
+    if policy == "drop":
+        return Reply("leak_dropped", quote=reply.quote, raw=reply.raw)
+    text = answer_leaks.mask_leak(reply.text, row.answer) if policy == "mask" else reply.text
+    return dataclasses.replace(reply, text=text, leaked=True)

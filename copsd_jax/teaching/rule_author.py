@@ -9,7 +9,7 @@ from copsd_jax.teaching import replies, step_checker
 from copsd_jax.teaching.replies import Attempt
 
 
-def _check(attempt: Attempt, found: str | None) -> step_checker.StepVerdict:
+def _check_attempt_by_rule(attempt: Attempt, found: str | None) -> step_checker.StepVerdict:
     row, correct = attempt.row, bool(attempt.correct)
     return step_checker.check_attempt(attempt.text, row.solution, row.answer, found, correct)
 
@@ -24,7 +24,7 @@ def write_reflection(attempt: Attempt, found: str | None) -> str:
       attempt: the attempt at a problem whose solution the rule can check.
       found: the answer that the grader found in the attempt, or None.
     """
-    verdict, quote = _check(attempt, found), ""
+    verdict, quote = _check_attempt_by_rule(attempt, found), ""
     if attempt.correct:
         said = f"Each step is valid, and the last one gives the answer: {attempt.row.solution}"
     elif verdict.wrong is None:
@@ -47,7 +47,7 @@ def write_critique(attempt: Attempt, found: str | None) -> str:
       attempt: the attempt at a problem whose solution the rule can check.
       found: the answer that the grader found in the attempt, or None.
     """
-    verdict = _check(attempt, found)
+    verdict = _check_attempt_by_rule(attempt, found)
     # A critique does not count the steps that state the answer.
     first = [("first_wrong", str(len(verdict.kept) + 1))] if verdict.case == "wrong" else []
     steps = [(f"step_{k}", step) for k, step in enumerate(verdict.corrected, 1)]

@@ -70,7 +70,7 @@ def check_attempt(
     Raises:
       ValueError: `can_check` refuses the solution, or `found` and `correct` contradict the text.
     """
-    fault = _find_fault(solution, gold)
+    fault = _find_solution_fault(solution, gold)
     if fault:
         raise ValueError(f"the rule cannot check the solution {solution!r}: {fault}")
     attempt, needed = solution_steps.split_steps(text), equations.find_equations(solution)
@@ -89,10 +89,10 @@ def check_attempt(
 
 def can_check(solution: str, gold: str | None = None) -> bool:
     """Tells whether a solution has equations, all are true, and the last one gives `gold`."""
-    return _find_fault(solution, gold) is None
+    return _find_solution_fault(solution, gold) is None
 
 
-def _find_fault(solution: str, gold: str | None) -> str | None:
+def _find_solution_fault(solution: str, gold: str | None) -> str | None:
     needed = equations.find_equations(solution)
     if not needed:
         return "it has no equation"

@@ -41,7 +41,7 @@ def choose_loss(c: config_lib.Config, platform: str) -> str:
     """
     mixed = c.teacher.weights == "trust_region" and c.train.trainable == "full"
     try:
-        return divergence_loss.resolve(
+        return divergence_loss.resolve_implementation(
             c.loss.implementation, build_divergence(c), platform, one_width=not mixed
         )
     except ValueError as error:
@@ -97,13 +97,13 @@ def choose_row_attention(
         elif shape.head_dim % 8 or shape.head_dim > 128:
             reason = f"the head size must be 8, 16, ... 128, but it is {shape.head_dim}"
         else:
-            reason = _without_cudnn(shape.head_dim)
+            reason = _probe_cudnn_backend(shape.head_dim)
     if reason:
         raise ValueError(f"model.attention is {name!r}: {reason}; choose auto or portable")
     return name
 
 
-def _without_cudnn(size: int) -> str:
+def _probe_cudnn_backend(size: int) -> str:
     """Returns the reason why jax would not call cuDNN here, or "" if it would."""
     # jax refuses during tracing, so shapes without values are enough.
     row: Any = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)

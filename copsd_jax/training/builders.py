@@ -28,7 +28,7 @@ def build_decoder(frame: run_plan.ProgramPlan) -> transformer.Decoder:
         query_block=row_attention.CPU_QUERY_BLOCK if platform == "cpu" else transformer.QUERY_BLOCK,
         decode=backends.choose_decode_attention(c, platform),
         attention=backends.choose_row_attention(c, platform, frame.dtype, m),
-        key_repeats=sharding.key_repeats(m.n_heads, m.n_kv_heads, frame.mesh.shape["tensor"]),
+        key_repeats=sharding.count_key_repeats(m.n_heads, m.n_kv_heads, frame.mesh.shape["tensor"]),
     )
 
 
@@ -150,7 +150,7 @@ def build_initializer(frame: run_plan.ProgramPlan, tx: Any) -> Callable[..., Any
             trained = lora.init_adapter(frame.model_config, c.lora.rank, c.lora.targets, key)
         else:
             trained = jax.tree.map(lambda x: x.astype(jnp.float32), base)
-        return train_step.init_state(trained, tx, teacher_weights(c))
+        return train_step.init_train_state(trained, tx, teacher_weights(c))
 
     return begun
 
@@ -195,7 +195,7 @@ def build_options(plan: run_plan.ProgramPlan) -> train_step.Options:
         micro_batches=completions // (c.train.micro_batch or completions),
         rho=c.teacher.rho,
         weight=1 - c.policy.weight if config_lib.traits(c).teacher else 0.0,
-        policy=_policy_loss(c),
+        policy=_build_policy_loss_options(c),
         chip=plan.mesh.devices.flat[0].device_kind,
     )
 
@@ -203,7 +203,7 @@ def build_options(plan: run_plan.ProgramPlan) -> train_step.Options:
 POLICY_NORMS = {"sequence": "seq_mean_all", "token": "global_token_mean", "constant": "constant"}
 
 
-def _policy_loss(c) -> train_step.PolicyLoss | None:
+def _build_policy_loss_options(c) -> train_step.PolicyLoss | None:
     """Builds the settings of the policy loss, or returns None if the run has no policy loss."""
     method = config_lib.traits(c)
     if not method.samples:

@@ -121,7 +121,7 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
     Raises:
       ValueError: a text is not a rule, could never fire, would always fire, or occurs twice.
     """
-    rules = tuple(_parse(text) for text in texts)
+    rules = tuple(_parse_guard_rule(text) for text in texts)
     for index, text in enumerate(texts):
         if text in texts[:index]:
             raise _refusal(text, "it occurs twice")
@@ -154,7 +154,7 @@ def _refusal(text: str, reason: str) -> ValueError:
     return ValueError(f"guards.rules has {text!r}: {reason}")
 
 
-def _parse(text: str) -> Rule:
+def _parse_guard_rule(text: str) -> Rule:
     """Parses one rule."""
     match = _RULE.fullmatch(text)
     if match is None:
@@ -180,7 +180,7 @@ def _parse(text: str) -> Rule:
     return rule
 
 
-def init_state(rules: Sequence[Rule]) -> State:
+def init_guard_state(rules: Sequence[Rule]) -> State:
     """Returns the state before the first step.
 
     The entry `factor` of a state is the product of all learning-rate factors so far. The entry
@@ -214,19 +214,21 @@ def apply_rules(
             value = 0.0
         else:
             continue  # the step lacks this metric, for example because no answer was graded
-        limit = _limit(rule, memory, value)
+        limit = _find_guard_limit(rule, memory, value)
         beyond = math.isnan(value) or (value > limit if rule.above else value < limit)
         memory["over"] = memory["over"] + 1 if beyond else 0
         if not _fires(rule, memory["over"]):
             continue
-        events.append(Event(step, rule.action, _text(rule, step, value, limit, memory["over"])))
+        events.append(
+            Event(step, rule.action, _format_guard_event(rule, step, value, limit, memory["over"]))
+        )
         state["factor"] *= rule.factor
         if rule.action == "stop":
             state["stopped"] = state["stopped"] or events[-1].text
     return state, events
 
 
-def _limit(rule: Rule, memory: dict[str, Any], value: float) -> float:
+def _find_guard_limit(rule: Rule, memory: dict[str, Any], value: float) -> float:
     """Returns the absolute limit of a rule, and stores the metric's first finite value above 0.
 
     A metric may begin at 0, such as a divergence from the initial policy. Until it has a value
@@ -252,7 +254,7 @@ def _fires(rule: Rule, over: int) -> bool:
     return over == rule.patience
 
 
-def _text(rule: Rule, step: int, value: float, limit: float, over: int) -> str:
+def _format_guard_event(rule: Rule, step: int, value: float, limit: float, over: int) -> str:
     """Formats an event's message."""
     side = "beyond" if math.isnan(value) else "above" if rule.above else "below"
     relative = f" ({rule.limit:.4g} x its first value)" if rule.relative else ""
@@ -271,7 +273,7 @@ def replay_metrics(rules: Sequence[Rule], lines: Iterable[str]) -> State:
     Raises:
       ValueError: a line is not a valid line of metrics.jsonl.
     """
-    state = init_state(rules)
+    state = init_guard_state(rules)
     for number, line in enumerate(lines, 1):
         try:
             metrics = json.loads(line)

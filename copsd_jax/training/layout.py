@@ -108,7 +108,7 @@ def pad_length(length: int) -> int:
     return max(step, -(-length // step) * step)
 
 
-def _side(prompts, completions, prefix: int, C: int) -> Side:
+def _lay_out_side(prompts, completions, prefix: int, C: int) -> Side:
     """Builds the layout of one side, one sample per row."""
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     B, L = len(prompts), pad_length(max(lengths))
@@ -168,8 +168,10 @@ def build_batch(
     C = pad_length(max((len(c) for c in completions), default=1))
     mask_BC = pad_rows([[True] * len(completion) for completion in completions], C, bool)
     return Batch(
-        student=_side(student_prompts, completions, student_prefix, C),
-        teacher=_side(teacher_prompts, completions, teacher_prefix, C) if teacher_prompts else None,
+        student=_lay_out_side(student_prompts, completions, student_prefix, C),
+        teacher=_lay_out_side(teacher_prompts, completions, teacher_prefix, C)
+        if teacher_prompts
+        else None,
         completion_BC=pad_rows(completions, C, np.int32),
         mask_BC=mask_BC,
         loss_BC=mask_BC if teacher_prompts else np.zeros_like(mask_BC),
@@ -263,7 +265,7 @@ def pack_rows(batch: Batch, plan: row_packing.RowPlan, shared: bool) -> Batch:
         used[where] += own
     pairs = zip(filter(None, (batch.student, batch.teacher)), prompts, strict=True)
     sides = [
-        _rows(side, own_B, one.prompts_B, start_B, plan, k, shared)
+        _pack_side_rows(side, own_B, one.prompts_B, start_B, plan, k, shared)
         for k, (side, one) in enumerate(pairs)
     ]
     return batch._replace(
@@ -273,7 +275,7 @@ def pack_rows(batch: Batch, plan: row_packing.RowPlan, shared: bool) -> Batch:
     )
 
 
-def _rows(
+def _pack_side_rows(
     side: Side, own_B: list[int], prompts_B: Sequence[int], start_B, plan: row_packing.RowPlan,
     k: int, shared: bool,
 ) -> Side:  # fmt: skip
@@ -296,12 +298,12 @@ def _rows(
         if (where, row, begin) not in known:
             last[where, row] += 1
             known[where, row, begin] = last[where, row]
-            _put(out, (where, row, begin), side, b, 0, prompt, last[where, row], -1)
+            _copy_sample_to_row(out, (where, row, begin), side, b, 0, prompt, last[where, row], -1)
         segment, parent = known[where, row, begin], -1
         if shared:
             last[where, row] += 1
             segment, parent = last[where, row], segment
-        _put(out, (where, row, at), side, b, prompt, own, segment, parent)
+        _copy_sample_to_row(out, (where, row, at), side, b, prompt, own, segment, parent)
         predicts = at - 1 + np.arange(own)
         # The last token of the prompt predicts the first completion token. A shared prompt need not
         # be directly before that token. The slice makes this a no-op for an empty completion.
@@ -312,7 +314,9 @@ def _rows(
     return Side(tokens, positions, segments, gather, parents if shared else None)
 
 
-def _put(out: tuple, at: tuple, side: Side, b: int, first: int, n: int, segment, parent) -> None:
+def _copy_sample_to_row(
+    out: tuple, at: tuple, side: Side, b: int, first: int, n: int, segment, parent
+) -> None:
     """Copies n tokens of sample b, from `first` on, to the bin, row and index in `at`.
 
     `out` holds the arrays of tokens, positions, segments and parents.

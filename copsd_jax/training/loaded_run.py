@@ -112,7 +112,7 @@ def load_run(
       ValueError: the engine is a server, and neither setting nor argument names a folder.
     """
     config = plan.config
-    decoder, base = builders.build_decoder(plan), _weights(plan)
+    decoder, base = builders.build_decoder(plan), _load_run_weights(plan)
     frozen = builders.choose_frozen(config, base)
     tx, rate = builders.build_optimizer(config, steps)
     options = builders.build_options(plan)
@@ -123,19 +123,20 @@ def load_run(
     if options.teacher == "fixed" and plan.teacher.exemplars and plan.rows:
         prefix = plan.teacher.build_shortest(plan.rows[0]).prefix_ids
         initial = train_step.derive_policies(state, frozen, options, plan.dtype)[1]
-        teacher_kv = (shared_prefix.encode_ids(decoder, initial, prefix),)
+        teacher_kv = (shared_prefix.encode_prefix_ids(decoder, initial, prefix),)
     grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
     form, known = conversations.ANSWER_FORMS[config.prompt.answer], plan.vocabulary
     rewarder = reward_functions.build_rewarder(config.reward.kind, grader, form)
-    classes = token_stats.classes(known.token_bytes, known.stop_ids, plan.special_ids)
+    classes = token_stats.classify_vocabulary(known.token_bytes, known.stop_ids, plan.special_ids)
     run = LoadedRun(
         plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
-        builders.build_hand_over(plan, frozen), _served(plan, folder), _lengths(plan),
+        builders.build_hand_over(plan, frozen), _build_policy_hand_over(plan, folder),
+        _measure_slot_lengths(plan),
     )  # fmt: skip
     return run, state
 
 
-def _lengths(plan: run_plan.Plan) -> dict[str, int]:
+def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
     """Returns the number of cache entries that a slot needs, by section.
 
     A slot has room for the longest prompt without exemplars and the longest completion. The number
@@ -159,7 +160,7 @@ def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
     return jax.jit(make, out_shardings=places)(*args)
 
 
-def _weights(plan: run_plan.Plan) -> dict:
+def _load_run_weights(plan: run_plan.Plan) -> dict:
     """Returns the base parameters; each process reads only the parts of its own devices."""
     if plan.config.model.init == "random":
 
@@ -188,16 +189,16 @@ def set_mesh_and_precision(plan: run_plan.Plan) -> Iterator[None]:
         yield
 
 
-def derive_policies(
+def derive_run_policies(
     run: LoadedRun, state: train_step.State
 ) -> tuple[policy_lib.Policy, policy_lib.Policy]:
     """Returns the policies (student, teacher) of a state."""
     return train_step.derive_policies(state, run.frozen, run.options, run.plan.dtype)
 
 
-def teacher_mixture(run: LoadedRun, state: train_step.State) -> tuple:
-    """Returns the teacher's policies as pairs (share, policy); see `train_step.teacher_mixture`."""
-    return train_step.teacher_mixture(*derive_policies(run, state), run.options)
+def list_run_teacher_mixture(run: LoadedRun, state: train_step.State) -> tuple:
+    """Returns the teacher as pairs (share, policy); see `train_step.list_teacher_mixture`."""
+    return train_step.list_teacher_mixture(*derive_run_policies(run, state), run.options)
 
 
 def build_sampling(run: LoadedRun, section: str) -> request.Sampling:
@@ -290,7 +291,9 @@ class ServedPolicy:
         return server
 
 
-def _served(plan: run_plan.Plan, folder: pathlib.Path | None) -> ServedPolicy | None:
+def _build_policy_hand_over(
+    plan: run_plan.Plan, folder: pathlib.Path | None
+) -> ServedPolicy | None:
     """Builds the function that hands policies to a server, or returns None for other engines."""
     if plan.server is None:
         return None
@@ -353,10 +356,10 @@ def sample(
     policy = run.hand_over(policy)
     prefix_ids = prefixes.pop() if prefixes else ()
     size = builders.build_sampler_settings(run.plan.config, section, run.lengths[section])
-    with _named(section):
+    with _name_memory_settings(section):
         return loop.generate(
             run.decoder, policy, [prompt.ids for prompt in asked], sampling, settings=size,
-            prefix=shared_prefix.encode_ids(run.decoder, policy, prefix_ids), **both,
+            prefix=shared_prefix.encode_prefix_ids(run.decoder, policy, prefix_ids), **both,
         )  # fmt: skip
 
 
@@ -370,7 +373,7 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
     Raises:
       MemoryError: the programs do not fit on the devices; the message names the section's settings.
     """
-    plan, policy = run.plan, run.hand_over(derive_policies(run, state)[0])
+    plan, policy = run.plan, run.hand_over(derive_run_policies(run, state)[0])
     drawn = plan.rows if config_lib.traits(plan.config).samples else []
     sections = {"rollout": (drawn, plan.student), "eval": (plan.eval_rows, plan.evaluation)}
     for section, (rows, spec) in sections.items():
@@ -378,12 +381,12 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
             continue
         prompt = prompts.build_student_prompt(plan.tokenizer, spec, rows[0])
         sampling, length = build_sampling(run, section), run.lengths[section]
-        with _named(section):
-            job = request.prepare_inputs(
+        with _name_memory_settings(section):
+            job = request.prepare_sampler_inputs(
                 run.decoder, policy, [prompt.ids], [sampling],
                 keys_n2=np.zeros((1, 2), np.uint32),
                 settings=builders.build_sampler_settings(plan.config, section, length),
-                prefix=shared_prefix.encode_ids(run.decoder, policy, prompt.prefix_ids),
+                prefix=shared_prefix.encode_prefix_ids(run.decoder, policy, prompt.prefix_ids),
                 vocabulary=plan.vocabulary, limits=None, longest=length - sampling.max_tokens,
             )  # fmt: skip
             for program in loop.compile_programs(job):
@@ -395,7 +398,7 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _named(section: str) -> Iterator[None]:
+def _name_memory_settings(section: str) -> Iterator[None]:
     """Adds to a MemoryError the names of the settings that determine the sampler's size."""
     try:
         yield
@@ -407,14 +410,6 @@ def decode_completion(run: LoadedRun, ids: Sequence[int]) -> str:
     """Decodes completion ids to text, without the token that ended the completion."""
     stops = set(run.plan.vocabulary.stop_ids)
     return text_encoding.decode_ids(run.plan.tokenizer, [i for i in ids if i not in stops])
-
-
-def restore_think_tag(prompt: prompts.Prompt, text: str) -> str:
-    """Returns a completion together with the think tag that its prompt opened.
-
-    Readers then see that a completion without a closing tag is all thinking, without an answer.
-    """
-    return ("<think>\n" if prompt.state == "open" else "") + text
 
 
 def grade_completions(
@@ -434,7 +429,9 @@ def grade_completions(
     Returns:
       One verdict per completion, in the order of the completions.
     """
-    whole = [restore_think_tag(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
+    whole = [
+        prompts.restore_think_tag(prompt, text) for prompt, text in zip(asked, texts, strict=True)
+    ]
     threshold = run.plan.config.reward.threshold
     return [
         v if v.correct is not None else dataclasses.replace(v, correct=v.reward >= threshold)

@@ -130,13 +130,13 @@ def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -
     """
     m, settings = frame.model_config, builders.build_sampler_settings(frame.config, section, 0)
     tensor, shards = frame.mesh.shape["tensor"], sharding.batch_shards(frame.mesh)
-    repeats = sharding.key_repeats(m.n_heads, m.n_kv_heads, tensor)
+    repeats = sharding.count_key_repeats(m.n_heads, m.n_kv_heads, tensor)
     decoder = transformer.Decoder(m, frame.dtype, key_repeats=repeats)
     slots = -(-settings.slots // shards) * shards
     multiple = decode_attention.CACHE_LENGTH_MULTIPLE
     entries = -(-tokens // multiple) * multiple
     dtype = decoder.dtype if settings.cache is None else settings.cache
-    state = jax.eval_shape(lambda: engine.init_state(decoder, slots, entries, dtype))
+    state = jax.eval_shape(lambda: engine.init_slot_state(decoder, slots, entries, dtype))
     specs = engine.partition_state(state, frame.mesh)
     places = jax.tree.map(lambda spec: NamedSharding(frame.mesh, spec), specs)
     return count_bytes(sharding.to_abstract(state, frame.mesh, places))

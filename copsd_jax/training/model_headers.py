@@ -1,7 +1,6 @@
 """The headers of a run's model, read before its weights: files, shape, tokenizer and dtype."""
 
 import dataclasses
-import hashlib
 import pathlib
 from typing import Any
 
@@ -30,10 +29,10 @@ def read_headers(
     Raises:
       ValueError, OSError: a file is missing, or names an unknown architecture.
     """
-    path = hub.resolve(config.model.path, config.model.revision, weights=False)
+    path = hub.resolve_model_path(config.model.path, config.model.revision, weights=False)
     own = config.model.tokenizer
     tok = tokenizer.load(
-        hub.resolve(own, weights=False, setting="model.tokenizer") if own else path
+        hub.resolve_model_path(own, weights=False, setting="model.tokenizer") if own else path
     )
     if config.model.init == "random" and config.model.shape:
         shape = transformer.SHAPES[config.model.shape]
@@ -66,21 +65,3 @@ def trained_shapes(config: config_lib.Config, shape: transformer.ModelConfig) ->
         return transformer.abstract_params(shape, jnp.float32)
     c = config.lora
     return jax.eval_shape(lambda: lora.init_adapter(shape, c.rank, c.targets, jax.random.key(0)))
-
-
-def fingerprint_weights(path: pathlib.Path) -> str:
-    """Returns the SHA-256, in hex, of names, sizes, and first and last MiB of the weight files.
-
-    Args:
-      path: a file, or a folder with safetensors.
-    """
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()

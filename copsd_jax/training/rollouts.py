@@ -61,7 +61,7 @@ class StepInputs(NamedTuple):
       batch: the layouts of both sides, with masks and advantages.
       student_prefix: int32 [P], the exemplars of the student's prompts, or None.
       teacher_kv: keys and values of the teacher's exemplars, one entry per policy of
-        `train_step.teacher_mixture`, or None.
+        `train_step.list_teacher_mixture`, or None.
       records: one dictionary per completion.
       metrics: values of metrics by name.
     """
@@ -89,9 +89,9 @@ def sample_rollouts(
     samples = _number_samples(repeated)
     asked = [prompts.build_student_prompt(plan.tokenizer, plan.student, row) for row in repeated]
     keys = request.derive_keys(c.seed, "rollout", step, [row.id for row in repeated], samples)
-    student = loaded_run.derive_policies(r, state)[0]
+    student = loaded_run.derive_run_policies(r, state)[0]
     sampled, stats = loaded_run.sample(r, student, asked, "rollout", keys)
-    completions = [_known(completion) for completion in sampled]
+    completions = [_clear_unknown_logps(completion) for completion in sampled]
     stops, pieces = set(plan.vocabulary.stop_ids), plan.vocabulary.token_bytes
     decoded = [
         token_spans.decode_tokens([i for i in done.ids if i not in stops], pieces)
@@ -107,12 +107,12 @@ def sample_rollouts(
     everyone = range(len(repeated))
     return Rollouts(
         repeated, samples, [i // c.rollout.per_prompt for i in everyone], asked, completions,
-        decoded, starts=list(map(find_answer_start, asked, texts)),
+        decoded, starts=list(map(prompts.find_answer_start, asked, texts)),
         verdicts=[found.get(i) for i in everyone], sampler=stats,
     )  # fmt: skip
 
 
-def _known(completion: loop.Completion) -> loop.Completion:
+def _clear_unknown_logps(completion: loop.Completion) -> loop.Completion:
     """Replaces NaN log-probabilities, which a server did not return, with empty arrays.
 
     A record then has [], which JSON can express, and a batch has 0 (`layout.pad_rows`). No loss
@@ -128,23 +128,6 @@ def _number_samples(rows: Sequence[problem_row.Row]) -> list[int]:
     """Returns each row's occurrence number, from 0, so that no random stream is used twice."""
     seen: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
     return [next(seen[row.id]) for row in rows]
-
-
-def find_answer_start(prompt: prompts.Prompt, text: str) -> int:
-    """Returns the index at which the answer begins, after the last </think>.
-
-    The index is 0 for a text without thinking. It is the end of the text if the thinking is not
-    closed.
-
-    Args:
-      prompt: the prompt, whose state says whether it opened the thinking.
-      text: the completion.
-    """
-    closed = text.rfind("</think>")
-    opened = text.rfind("<think>")
-    if opened > closed or (closed < 0 and prompt.state == "open"):
-        return len(text)
-    return closed + len("</think>") if closed >= 0 else 0
 
 
 def encode_prefixes(
@@ -169,7 +152,7 @@ def encode_prefixes(
     if r.teacher_kv is not None:
         return student, r.teacher_kv
     kvs = tuple(
-        shared_prefix.encode_ids(r.decoder, policy, told.prefix_ids)
-        for _, policy in loaded_run.teacher_mixture(r, state)
+        shared_prefix.encode_prefix_ids(r.decoder, policy, told.prefix_ids)
+        for _, policy in loaded_run.list_run_teacher_mixture(r, state)
     )
     return student, kvs

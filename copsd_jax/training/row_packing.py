@@ -93,7 +93,7 @@ class RowPlan(NamedTuple):
     places: tuple[list[Position], ...]
 
 
-def round_up(number: int, least: int = 1, parts: int = 16) -> int:
+def round_up_row_size(number: int, least: int = 1, parts: int = 16) -> int:
     """Rounds up to a multiple of a step that grows with the number: 35 -> 36, 1,100 -> 1,152.
 
     The step is the largest power of two that is not above the number, divided by `parts`, and at
@@ -134,10 +134,10 @@ def plan_rows(
         return _plan_one_per_row(completions_B, sides, longest, shards, micros, budget)
     if budget:
         everyone = range(len(completions_B))
-        whole = sum(_load(completions_B, side, everyone) for side in sides)
+        whole = sum(_count_packing_load(completions_B, side, everyone) for side in sides)
         micros = max(1, -(-whole // (budget * shards)))
     while True:
-        found = _search(completions_B, sides, longest, micros, shards, row, budget)
+        found = _search_row_plan(completions_B, sides, longest, micros, shards, row, budget)
         if found is not None:  # without a budget, one row for each completion always works
             return found
         micros += max(1, micros // 16)
@@ -151,7 +151,7 @@ def _plan_one_per_row(
 
     A budget is rounded up to whole samples, because shorter samples in a run can fill all of it.
     """
-    B, lengths = len(completions_B), [round_up(n, ROW_MULTIPLE) for n in longest]
+    B, lengths = len(completions_B), [round_up_row_size(n, ROW_MULTIPLE) for n in longest]
     rows = -(-budget // sum(lengths)) if budget else -(-B // (micros * shards))
     rows = min(rows, -(-B // shards))
     places = tuple([Position(b % rows, 0, side.prompts_B[b]) for b in range(B)] for side in sides)
@@ -169,7 +169,7 @@ def check_budget(budget: int, longest: Sequence[int]) -> None:
     Raises:
       ValueError: the setting is too small; the message gives the smallest sufficient value.
     """
-    lengths = [round_up(n, ROW_MULTIPLE) for n in longest]
+    lengths = [round_up_row_size(n, ROW_MULTIPLE) for n in longest]
     if sum(lengths) > budget:
         raise ValueError(
             f"train.micro_tokens is {budget}: the longest sample needs rows of "
@@ -178,46 +178,51 @@ def check_budget(budget: int, longest: Sequence[int]) -> None:
         )
 
 
-def _load(completions_B: Sequence[int], side: Prompts, members: Sequence[int]) -> int:
+def _count_packing_load(completions_B: Sequence[int], side: Prompts, members: Sequence[int]) -> int:
     """Returns the number of tokens of the given completions, with each of their prompts once."""
     prompts = {side.families_B[b]: side.prompts_B[b] for b in members}
     return sum(completions_B[b] for b in members) + sum(prompts.values())
 
 
-def _sizes(mean: int, longest: int, row: int) -> list[RowShape]:
+def _list_row_shapes(mean: int, longest: int, row: int) -> list[RowShape]:
     """Returns the row shapes to try for a side, the smallest first.
 
     Successive shapes differ by about 1/16 in tokens. The first holds the mean load of all bins.
     """
     if row:
-        length = round_up(longest, ROW_MULTIPLE)
+        length = round_up_row_size(longest, ROW_MULTIPLE)
         counts = itertools.accumulate(
-            range(SIZES_TRIED), lambda n, _: round_up(n + 1), initial=round_up(-(-mean // length))
+            range(SIZES_TRIED),
+            lambda n, _: round_up_row_size(n + 1),
+            initial=round_up_row_size(-(-mean // length)),
         )
         return [RowShape(count, length) for count in counts]
     # Rounding up to half octaves gives few lengths. It wastes nothing: packing fills the rows.
-    shortest = round_up(longest, ROW_MULTIPLE, parts=2)
+    shortest = round_up_row_size(longest, ROW_MULTIPLE, parts=2)
     shortest = max(shortest, min(4 * shortest, SHORT_ROW))
-    out, tokens = [], round_up(max(mean, longest), ROW_MULTIPLE)
+    out, tokens = [], round_up_row_size(max(mean, longest), ROW_MULTIPLE)
     for _ in range(SIZES_TRIED):
         count = max(1, tokens // shortest)
         out.append(RowShape(count, -(-tokens // (count * ROW_MULTIPLE)) * ROW_MULTIPLE))
-        tokens = round_up(tokens + 1, ROW_MULTIPLE)
+        tokens = round_up_row_size(tokens + 1, ROW_MULTIPLE)
     return out
 
 
-def _search(
+def _search_row_plan(
     completions_B: Sequence[int], sides: Sequence[Prompts], longest: list[int], micros: int,
     shards: int, row: int, budget: int,
 ) -> RowPlan | None:  # fmt: skip
     """Returns the feasible plan with the fewest tokens, or None if none fits the budget."""
     count, everyone = micros * shards, range(len(completions_B))
-    loads = [_load(completions_B, side, everyone) for side in sides]
-    order = _order(completions_B, sides, loads)
+    loads = [_count_packing_load(completions_B, side, everyone) for side in sides]
+    order = _order_for_packing(completions_B, sides, loads)
     # One row for each completion always works.
-    rows = round_up(-(-len(completions_B) // count))
+    rows = round_up_row_size(-(-len(completions_B) // count))
     choices = [
-        [*_sizes(-(-load // count), most, row), RowShape(rows, round_up(most, ROW_MULTIPLE))]
+        [
+            *_list_row_shapes(-(-load // count), most, row),
+            RowShape(rows, round_up_row_size(most, ROW_MULTIPLE)),
+        ]
         for load, most in zip(loads, longest, strict=True)
     ]
     total = lambda sizes: sum(size.tokens for size in sizes)  # noqa: E731
@@ -225,13 +230,13 @@ def _search(
     for sizes, spread in itertools.product(tried, (False, True) if count > 1 else (False,)):
         if budget and total(sizes) > budget:
             continue
-        found = _fill(completions_B, sides, sizes, order, count, spread)
+        found = _fill_packing_bins(completions_B, sides, sizes, order, count, spread)
         if found is not None:
             return RowPlan(micros, shards, found[0], sizes, found[1])
     return None
 
 
-def _order(completions_B, sides: Sequence[Prompts], loads: Sequence[int]) -> list[int]:
+def _order_for_packing(completions_B, sides: Sequence[Prompts], loads: Sequence[int]) -> list[int]:
     """Orders the completions for placement.
 
     The completions of the student prompt with the largest share of all tokens come first. The share
@@ -244,14 +249,14 @@ def _order(completions_B, sides: Sequence[Prompts], loads: Sequence[int]) -> lis
 
     def share(members: list[int]) -> float:
         pairs = zip(sides, loads, strict=True)
-        return max(_load(completions_B, side, members) / load for side, load in pairs)
+        return max(_count_packing_load(completions_B, side, members) / load for side, load in pairs)
 
     in_order = sorted(families.values(), key=lambda members: (-share(members), members))
     # Sorting is stable, so completions of equal length keep their order.
     return [b for members in in_order for b in sorted(members, key=lambda b: -completions_B[b])]
 
 
-class _Side:
+class _SideBins:
     """The rows of one side while completions are placed into them."""
 
     def __init__(self, texts: Prompts, size: RowShape, bins: int):
@@ -294,14 +299,14 @@ class _Side:
         return Position(row, begin, at)
 
 
-def _fill(completions_B, sides, sizes, order: list[int], bins: int, spread: bool):
+def _fill_packing_bins(completions_B, sides, sizes, order: list[int], bins: int, spread: bool):
     """Places completions in the given order; returns (bin of each, positions per side), or None.
 
     The result is None if a completion does not fit. Without `spread`, a completion goes into the
     first bin with room. With `spread`, it goes into a bin that already has its student prompt, or
     else into the emptiest bin.
     """
-    filling = [_Side(side, size, bins) for side, size in zip(sides, sizes, strict=True)]
+    filling = [_SideBins(side, size, bins) for side, size in zip(sides, sizes, strict=True)]
     bin_B = [0] * len(order)
     places: tuple[list, ...] = tuple([None] * len(order) for _ in sides)
     for b in order:

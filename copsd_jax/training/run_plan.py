@@ -115,7 +115,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     Raises:
       ValueError, OSError: the run cannot work; the message is one sentence that names the setting.
     """
-    table_rules.check(config, train=train)
+    table_rules.check_choices(config, train=train)
     server = sampler_server.plan_server(config, train) if train or evaluate else None
     registry = languages.load_languages(config.languages_file)
     _check_languages(config, registry)
@@ -139,8 +139,8 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     dtype = model_headers.choose_dtype(config.model.dtype, mesh)
     backends.check_attention(config, sharding.platform(mesh), dtype, shape)
     setting_rules.check_vocabulary(config, shape.vocab_size)
-    sharding.key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
-    sides = _sides(config, registry, exemplars, tok)
+    sharding.count_key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
+    sides = _plan_prompt_formats(config, registry, exemplars, tok)
     taught, side = config_lib.traits(config).teacher, sides.pop("teacher")
     # Only a method with a teacher has exemplars with replies.
     shown = teacher_prompts.build_exemplars(side, context) if taught else ()
@@ -148,13 +148,13 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     trained, examined, longest = _keep_fitting(config, sides, teacher, rows, eval_rows)
     if train:
         problem_selection.check_language_shares(config, trained.rows, registry)
-    server = server and _connect(config, server, longest)
+    server = server and _connect_planned_server(config, server, longest)
     room = shape.max_position
     prompt_lengths.check_room(config, longest, room, f"the model's {room} positions")
     longest["teacher"] = prompt_lengths.bound_teacher(config, context, shape, longest["teacher"])
     if config.model.init == "pretrained":
         # Weights are downloaded last, when everything else has been accepted.
-        path = hub.resolve(config.model.path, config.model.revision)
+        path = hub.resolve_model_path(config.model.path, config.model.revision)
         hf.check_weights(path, shape)
     return Plan(
         config, mesh, dtype, shape, path, tok,
@@ -188,11 +188,11 @@ def _keep_fitting(
     return trained, examined, longest
 
 
-def _connect(
+def _connect_planned_server(
     config: config_lib.Config, server: remote_engine.EngineServer, longest: dict[str, int]
 ) -> remote_engine.EngineServer:
     """Checks that the server answers and that the texts to sample fit there; returns the server."""
-    server = remote_engine.connect(server)
+    server = remote_engine.connect_server(server)
     if room := server.max_model_len:
         training = ["student"] if config_lib.traits(config).samples else []
         drawn = [*training, "evaluation", "author"]
@@ -202,7 +202,7 @@ def _connect(
     return server
 
 
-def _sides(config, registry, exemplars, tok) -> dict[str, conversations.PromptFormat]:
+def _plan_prompt_formats(config, registry, exemplars, tok) -> dict[str, conversations.PromptFormat]:
     """Returns each side's prompt format, after checking the sides that the method uses."""
     sections = {"student": "prompt", "evaluation": "eval", "teacher": "teacher", "author": "author"}
     opening = {name: config[section].thinking for name, section in sections.items()}

@@ -15,7 +15,7 @@ from copsd_jax.servers import dialects, remote_engine
 from copsd_jax.teaching import contexts, conversations
 
 
-def tables() -> dict[str, dict[str, tuple[str, ...]]]:
+def collect_choice_tables() -> dict[str, dict[str, tuple[str, ...]]]:
     """Returns the entries of each setting's table, with the settings that each entry reads.
 
     Returns:
@@ -43,8 +43,8 @@ def tables() -> dict[str, dict[str, tuple[str, ...]]]:
     return found | {name: dict.fromkeys(table, ()) for name, table in names.items()}
 
 
-def check(config: config_lib.Config, *, train: bool = True, data: bool = True) -> None:
-    """Checks the settings against the tables, after all checks of `setting_rules.check`.
+def check_choices(config: config_lib.Config, *, train: bool = True, data: bool = True) -> None:
+    """Checks the settings against the tables, after all checks of `setting_rules.check_settings`.
 
     Args:
       config: the settings of a run.
@@ -54,7 +54,7 @@ def check(config: config_lib.Config, *, train: bool = True, data: bool = True) -
     Raises:
       ValueError: a setting cannot work; the message has its name, its value and the choices.
     """
-    setting_rules.check(config, tables(), train=train, data=data)
+    setting_rules.check_settings(config, collect_choice_tables(), train=train, data=data)
     s = config_lib.flat(config)
     reward_functions.import_function(s["reward.kind"])
     _check_context(s, context_settings(config))

@@ -23,8 +23,8 @@ Over the completion tokens y_bt of a step, the step minimizes
 with logits z, loss temperature τ and stop gradient sg. D is the divergence of
 `losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's surrogate, or the cross
 entropy of SFT. Either term may be absent. The weights w and u contain the factor of the term and
-the normaliser of `loss_norms.token_weights` over the whole step. The losses of micro-batches
-therefore add up to L.
+the normaliser of `loss_norms.compute_token_weights` over the whole step. The losses of
+micro-batches therefore add up to L.
 
 The teachers differ only in their shares s_k and weights θ_k:
 
@@ -170,7 +170,7 @@ def make_optimizer(
     return optax.chain(*chain), rate
 
 
-def init_state(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State:
+def init_train_state(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State:
     """Returns the state at step 0.
 
     For the teacher `ema`, the average begins as a copy of the trained tree.
@@ -187,8 +187,8 @@ def derive_policies(
     For LoRA, `frozen` has the base parameters. A `fixed` teacher is then the base without an
     adapter. It equals the initial policy, because new adapters have no effect. For full
     fine-tuning, `frozen` has the initial weights if they are needed. With a trust region, the
-    returned teacher is the initial policy, and `teacher_mixture` adds the student's share. With
-    author.kind=teacher, the initial policy alone then writes the contexts.
+    returned teacher is the initial policy, and `list_teacher_mixture` adds the student's share.
+    With author.kind=teacher, the initial policy alone then writes the contexts.
 
     Args:
       state: its `trained` and `ema` trees are read.
@@ -210,7 +210,7 @@ def derive_policies(
     return side(student), side(teacher)
 
 
-def teacher_mixture(
+def list_teacher_mixture(
     student: policy_lib.Policy, teacher: policy_lib.Policy, options: Options
 ) -> tuple[tuple[float, policy_lib.Policy], ...]:
     """Returns the policies whose logits the teacher mixes, as pairs (share, policy).
@@ -224,7 +224,7 @@ def teacher_mixture(
     return ((1 - options.rho, teacher), (options.rho, student))
 
 
-def _mixed(
+def _mix_teacher_states(
     shares: list[float], hidden: list[jax.Array], heads: list[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """Returns hidden states [T, D] and a head [V, D] whose product mixes the policies' logits.
@@ -240,7 +240,7 @@ def _mixed(
     return jnp.concatenate(scaled, axis=1), jnp.concatenate(heads, axis=1)
 
 
-def _hidden(
+def _compute_side_states(
     decoder: transformer.Decoder,
     sides: list[tuple[policy_lib.Policy, layout.Side, transformer.KV | None]],
 ) -> list[jax.Array]:
@@ -284,7 +284,7 @@ def _flat(x: Any) -> Any:
     return None if x is None else x.reshape(-1)
 
 
-def _policy_term(
+def _compute_micro_policy_loss(
     settings: PolicyLoss, options: Options, hidden_s: jax.Array, hidden_ref: jax.Array | None,
     heads: tuple[jax.Array, jax.Array | None], micro: layout.Batch, weight_BC: jax.Array,
 ) -> tuple[jax.Array, PolicyStats]:  # fmt: skip
@@ -329,7 +329,9 @@ def _policy_term(
     return jnp.sum(jnp.where(live_T, _flat(weight_BC) * value_T, 0.0)), stats
 
 
-def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple[jax.Array, tuple]]:
+def _build_micro_batch_loss(
+    decoder: transformer.Decoder, options: Options
+) -> Callable[..., tuple[jax.Array, tuple]]:
     """Builds the loss of a micro-batch; the trained tree is its first argument."""
     policy = options.policy
 
@@ -339,27 +341,27 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
             state._replace(trained=trained), frozen, options, decoder.dtype
         )
         teacher, still = jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(student)
-        # `_hidden` recognises equal base parameters by identity and runs their sides in one pass.
-        # `stop_gradient` returns new objects, so the shared objects are put back. The gradient is
-        # stopped again at the hidden states below.
+        # `_compute_side_states` recognises equal base parameters by identity and runs their sides
+        # in one pass. `stop_gradient` returns new objects, so the shared objects are put back. The
+        # gradient is stopped again at the hidden states below.
         still = dataclasses.replace(still, params=student.params)
         if options.trainable == "lora" or options.teacher == "live":
             teacher = dataclasses.replace(teacher, params=student.params)
-        encode = lambda side: None if student_prefix is None else shared_prefix.encode(  # noqa: E731
+        encode = lambda side: None if student_prefix is None else shared_prefix.encode_prefix(  # noqa: E731
             decoder, side, student_prefix[None]
         )  # fmt: skip
         sides = [(student, micro.student, encode(student))]
-        mix = teacher_mixture(still, teacher, options) if options.divergence else ()
+        mix = list_teacher_mixture(still, teacher, options) if options.divergence else ()
         kvs = teacher_kv if mix and teacher_kv is not None else [None] * len(mix)
         sides += [(side, micro.teacher, kv) for (_, side), kv in zip(mix, kvs, strict=True)]
         initial = policy_lib.Policy(frozen, scale=options.adapter_scale)
         if policy and policy.kl:
             sides.append((initial, micro.student, encode(initial)))
-        hidden_s, *others = _hidden(decoder, sides)
+        hidden_s, *others = _compute_side_states(decoder, sides)
         others = jax.lax.stop_gradient(others)
         total, stats, policy_stats = jnp.zeros((), jnp.float32), None, None
         if options.divergence:
-            hidden_t, head_t = _mixed(
+            hidden_t, head_t = _mix_teacher_states(
                 [share for share, _ in mix], others[: len(mix)],
                 [head_of(jax.lax.stop_gradient(side)) for _, side in mix],
             )  # fmt: skip
@@ -373,7 +375,7 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
             )  # fmt: skip
             total = total + value
         if policy:
-            value, policy_stats = _policy_term(
+            value, policy_stats = _compute_micro_policy_loss(
                 policy, options, hidden_s, others[-1] if policy.kl else None,
                 (head_of(student), head_of(initial) if policy.kl else None), micro, weights[1],
             )  # fmt: skip
@@ -383,14 +385,14 @@ def _loss(decoder: transformer.Decoder, options: Options) -> Callable[..., tuple
     return loss
 
 
-def _weights(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Array]:
+def _weigh_step_tokens(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Array]:
     """Returns the token weights [B, C] of the divergence and of the policy loss of a step."""
     distill_BC = policy_BC = jnp.zeros(batch.mask_BC.shape, jnp.float32)
     if options.divergence:
-        distill_BC = loss_norms.token_weights(batch.loss_BC, options.norm, options.group)
+        distill_BC = loss_norms.compute_token_weights(batch.loss_BC, options.norm, options.group)
         distill_BC = distill_BC * options.weight
     if policy := options.policy:
-        policy_BC = loss_norms.token_weights(
+        policy_BC = loss_norms.compute_token_weights(
             batch.policy_BC, policy.norm, options.group, length=policy.length
         )
         policy_BC = policy_BC * policy.weight
@@ -406,8 +408,8 @@ def make_step(
 
     The step sums loss and gradient over the micro-batches, updates the trained tree once, and then
     updates the teacher's average. The loss is Σ weight · value, with the weights of
-    `loss_norms.token_weights` over the whole step. The losses of micro-batches therefore add up to
-    the loss of the step.
+    `loss_norms.compute_token_weights` over the whole step. The losses of micro-batches therefore
+    add up to the loss of the step.
 
     Arguments of the step:
 
@@ -417,7 +419,7 @@ def make_step(
         micro-batches. Any other batch is cut into `options.micro_batches`.
       * student_prefix: int32 [P], the exemplars of the student's prompts, or None.
       * teacher_kv: keys and values of the teacher's prefix, one KV for each policy of
-        `teacher_mixture`, or None.
+        `list_teacher_mixture`, or None.
       * lr_factor: float scalar that multiplies the update; the guards set it.
 
     Args:
@@ -428,11 +430,11 @@ def make_step(
     Returns:
       The step. Its metrics are float32 scalars, and its per-token values have the shape [B, C].
     """
-    loss = _loss(decoder, options)
+    loss = _build_micro_batch_loss(decoder, options)
 
     def step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1.0):
-        cut, join = _cuts(batch, options.micro_batches)
-        weights = _weights(batch, options)
+        cut, join = _make_micro_batch_cuts(batch, options.micro_batches)
+        weights = _weigh_step_tokens(batch, options)
         head = None
         if options.trainable == "lora":
             # All policies share the frozen head. It is gathered once per step, before the loop.
@@ -449,7 +451,7 @@ def make_step(
             return (total + value, jax.tree.map(jnp.add, grads, grad)), stats
 
         start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained))
-        inputs = (_split(batch, options.micro_batches), tuple(map(cut, weights)))
+        inputs = (_split_micro_batches(batch, options.micro_batches), tuple(map(cut, weights)))
         (total, grads), stats = jax.lax.scan(accumulate, start, inputs)
         tokens, policy = jax.tree.map(join, stats)
         updates, opt_state = tx.update(grads, state.optimizer, state.trained)
@@ -457,21 +459,23 @@ def make_step(
         # update is therefore the same as scaling the learning rate.
         updates = jax.tree.map(lambda x: x * jnp.asarray(lr_factor, x.dtype), updates)
         trained: Any = optax.apply_updates(state.trained, updates)
-        new = State(state.step + 1, trained, opt_state, _average(state.ema, trained, options))
+        new = State(
+            state.step + 1, trained, opt_state, _update_teacher_average(state.ema, trained, options)
+        )
         metrics = {
             "loss": total,
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "tokens": batch.mask_BC.sum().astype(jnp.float32),
-            **_means(tokens, batch),
-            **_policy_means(policy, batch),
+            **_average_step_divergence(tokens, batch),
+            **_average_step_policy_loss(policy, batch),
         }
         return new, Aux(metrics, tokens, policy)
 
     return step
 
 
-def _cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
+def _make_micro_batch_cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
     """Returns two functions: `cut` splits [B, C] into micro-batches, and `join` is its inverse.
 
     The argument of `join` is the stack of the flat arrays of the micro-batches.
@@ -479,7 +483,9 @@ def _cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
     B, C = batch.mask_BC.shape
     source_UST = batch.source_UST
     if source_UST is None:
-        return lambda x: _cut(x, n), lambda x: _join(x.reshape(n, B // n, C))
+        return lambda x: _cut_micro_batches(x, n), lambda x: _join_micro_batches(
+            x.reshape(n, B // n, C)
+        )
 
     # Positions without a token have the index B * C. There `cut` reads 0, and `join` drops values.
     def cut(x_BC: jax.Array) -> jax.Array:
@@ -493,7 +499,7 @@ def _cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
     return cut, join
 
 
-def _cut(x: jax.Array, n: int) -> jax.Array:
+def _cut_micro_batches(x: jax.Array, n: int) -> jax.Array:
     """Reshapes [B, ...] to [n, B / n, ...]; row b becomes row b // n of micro-batch b % n.
 
     The cut is strided, so that each device already holds its rows of every micro-batch.
@@ -501,12 +507,12 @@ def _cut(x: jax.Array, n: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
 
-def _join(x: jax.Array) -> jax.Array:
-    """Joins micro-batches [n, B / n, ...] to [B, ...], the inverse of `_cut`."""
+def _join_micro_batches(x: jax.Array) -> jax.Array:
+    """Joins micro-batches [n, B / n, ...] to [B, ...], the inverse of `_cut_micro_batches`."""
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
-def _split(batch: layout.Batch, n: int) -> layout.Batch:
+def _split_micro_batches(batch: layout.Batch, n: int) -> layout.Batch:
     """Splits all arrays of a batch into micro-batches.
 
     A packed batch is split as it was packed. Any other batch is cut into n micro-batches. Its
@@ -514,7 +520,7 @@ def _split(batch: layout.Batch, n: int) -> layout.Batch:
 
     Example: B = 4, n = 2, L = 10. Sample 3 is row 1 of micro-batch 1, so its index 34 becomes 14.
     """
-    cut, _ = _cuts(batch, n)
+    cut, _ = _make_micro_batch_cuts(batch, n)
     rest = jax.tree.map(cut, batch._replace(student=None, teacher=None, source_UST=None))
     if batch.source_UST is not None:
         return rest._replace(student=batch.student, teacher=batch.teacher)
@@ -524,13 +530,13 @@ def _split(batch: layout.Batch, n: int) -> layout.Batch:
         b = jnp.arange(B, dtype=jnp.int32)
         # Row b becomes row b // n of its micro-batch, so its indices decrease by (b - b // n) L.
         local = s._replace(gather_BC=s.gather_BC - ((b - b // n) * L)[:, None])
-        return jax.tree.map(lambda x: _cut(x, n), local)
+        return jax.tree.map(lambda x: _cut_micro_batches(x, n), local)
 
     teacher = None if batch.teacher is None else side(batch.teacher)
     return rest._replace(student=side(batch.student), teacher=teacher)
 
 
-def _average(ema: dict | None, trained: dict, options: Options) -> dict | None:
+def _update_teacher_average(ema: dict | None, trained: dict, options: Options) -> dict | None:
     """Returns decay · average + (1 - decay) · new in float32, or None if there is no average.
 
     In bfloat16, an average with a decay of .999 would not change. The two factors of an adapter are
@@ -549,7 +555,9 @@ def _mean(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
     return jnp.where(mask_BC, x_BC, 0.0).sum() / count
 
 
-def _means(stats: divergence_loss.TokenStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
+def _average_step_divergence(
+    stats: divergence_loss.TokenStats | None, batch: layout.Batch
+) -> dict[str, jax.Array]:
     """Returns the means of the divergence's statistics over the tokens with distillation loss.
 
     Only the student's entropy is averaged over all tokens of the completions.
@@ -568,7 +576,9 @@ def _means(stats: divergence_loss.TokenStats | None, batch: layout.Batch) -> dic
     }
 
 
-def _policy_means(stats: PolicyStats | None, batch: layout.Batch) -> dict[str, jax.Array]:
+def _average_step_policy_loss(
+    stats: PolicyStats | None, batch: layout.Batch
+) -> dict[str, jax.Array]:
     """Returns the means of the policy loss's statistics over the tokens with policy loss."""
     if stats is None:
         return {}

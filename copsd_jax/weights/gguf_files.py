@@ -56,7 +56,7 @@ class Header(NamedTuple):
     tensors: tuple[StoredTensor, ...]
 
 
-class _Cursor:
+class _GgufCursor:
     """A sequential reader of numbers, strings and lists from mapped bytes.
 
     The reader of the gguf package takes seconds, because it makes an array for every string of the
@@ -91,7 +91,7 @@ class _Cursor:
         return [self.value(item) for _ in range(count)]
 
 
-def _parse_tensor(cursor: _Cursor) -> StoredTensor:
+def _parse_tensor(cursor: _GgufCursor) -> StoredTensor:
     """Reads one entry of the list of tensors; its offset is relative to the first value."""
     name = cursor.string()
     (rank,) = cursor.numbers("I")
@@ -103,7 +103,7 @@ def _parse_tensor(cursor: _Cursor) -> StoredTensor:
 
 
 def _parse_header(data: mmap.mmap) -> Header:
-    cursor = _Cursor(data)
+    cursor = _GgufCursor(data)
     magic, version, n_tensors, n_fields = (cursor.numbers(code)[0] for code in "IIQQ")
     if magic != gguf.GGUF_MAGIC or version not in gguf.READER_SUPPORTED_VERSIONS:
         raise ValueError("it is not a GGUF of version 2 or 3")
@@ -145,7 +145,7 @@ def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
         ) from error
 
 
-def _get_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
+def _get_gguf_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
     if key not in fields:
         raise ValueError(f"{path} has no metadata {key}")
     value = fields[key]
@@ -179,7 +179,7 @@ def _rope_scaling(
     stored = next((x for x in read_header(path).tensors if x.name == ROPE_FACTORS), None)
     if stored is None:
         return None
-    divisors = _read(path, stored, None)
+    divisors = _decode_gguf_tensor(path, stored, None)
     frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     for factor in (8.0, 32.0):  # 8 in Llama 3.1 and 3.3, 32 in Llama 3.2
         scaling = transformer.RopeScaling(factor, 1.0, 4.0, 8192)
@@ -200,7 +200,7 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     """
     fields, tensors = read_header(path)
     arch = _check_supported(fields, path)
-    get = lambda key: _get_number(fields, f"{arch}.{key}", path)  # noqa: E731
+    get = lambda key: _get_gguf_number(fields, f"{arch}.{key}", path)  # noqa: E731
     shapes = {x.name: x.shape for x in tensors}
     if "token_embd.weight" not in shapes:
         raise ValueError(f"{path} has no tensor token_embd.weight")
@@ -275,12 +275,14 @@ def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
                 f"supported; supported are {', '.join(TENSOR_TYPES)}"
             )
         name = to_hf_name(stored.name, path)
-        read = functools.partial(_read, path, stored, heads.get(stored.name.split(".")[-2]))
+        read = functools.partial(
+            _decode_gguf_tensor, path, stored, heads.get(stored.name.split(".")[-2])
+        )
         out[name] = tensor_files.Tensor(stored.shape, read)
     return out
 
 
-def _read(
+def _decode_gguf_tensor(
     path: pathlib.Path, stored: StoredTensor, heads: int | None, part: tuple[slice, ...] = ()
 ) -> np.ndarray:
     """Decodes a tensor, or a part of it, to float32.

@@ -6,6 +6,7 @@ Hugging Face names. hf_config.py reads and writes configs.
 """
 
 import functools
+import hashlib
 import os
 import pathlib
 import re
@@ -86,7 +87,7 @@ def open_tensors(path: pathlib.Path) -> Tensors:
     """Maps Hugging Face names to the tensors of a model; only headers are read.
 
     Args:
-      path: a folder or a GGUF file, as returned by `hub.resolve`.
+      path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
 
     Raises:
       FileNotFoundError: if a file is missing.
@@ -110,7 +111,7 @@ def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
     because a model with tied embeddings may also store a head that differs from its embeddings.
 
     Args:
-      path: a folder or a GGUF file, as returned by `hub.resolve`.
+      path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
       config: config of the model.
 
     Returns:
@@ -154,7 +155,7 @@ def load_params(
     host's memory has only the arrays that `place` keeps, and one part of a leaf.
 
     Args:
-      path: a folder or a GGUF file, as returned by `hub.resolve`.
+      path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
       config: config of the model.
       dtype: dtype of all parameters.
       place: called as place(path of the leaf, shape of the leaf, read); returns the leaf. `read`
@@ -284,3 +285,21 @@ def save(
         for name, content in files.items():
             tensor_files.write_json(folder / name, content)
     return pathlib.Path(directory)
+
+
+def fingerprint_weights(path: pathlib.Path) -> str:
+    """Returns the SHA-256, in hex, of names, sizes, and first and last MiB of the weight files.
+
+    Args:
+      path: a file, or a folder with safetensors.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()

@@ -36,7 +36,7 @@ def _find_family(raw: Mapping, file: pathlib.Path) -> str:
     return ARCHITECTURES[name]
 
 
-def _check_options(raw: Mapping, file: pathlib.Path) -> None:
+def _check_hf_options(raw: Mapping, file: pathlib.Path) -> None:
     """Checks options that change the model's computation; raises ValueError if unsupported."""
     only = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,), "quantization_config": ()}
     only |= dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), (False,))
@@ -49,7 +49,7 @@ def _check_options(raw: Mapping, file: pathlib.Path) -> None:
             raise ValueError(f"{file}: layer type {kind} is not supported, only full_attention")
 
 
-def _read_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.RopeScaling | None]:
+def _read_hf_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.RopeScaling | None]:
     """Reads the base and the scaling of RoPE from the layouts of transformers 4 and 5.
 
     Version 5 uses rope_parameters; version 4 uses rope_theta and rope_scaling.
@@ -71,18 +71,18 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     """Loads the config of a model.
 
     Args:
-      path: a folder with config.json or a GGUF file, as returned by `hub.resolve`.
+      path: a folder with config.json or a GGUF file, as returned by `hub.resolve_model_path`.
 
     Raises:
       FileNotFoundError: if there is no config.json.
       ValueError: if the config cannot be read, or its architecture or an option is not supported.
     """
     config = gguf_files.load_config(path) if path.suffix == ".gguf" else _load_folder_config(path)
-    _check_numbers(config, path)
+    _check_model_sizes(config, path)
     return config
 
 
-def _check_numbers(config: transformer.ModelConfig, path: pathlib.Path) -> None:
+def _check_model_sizes(config: transformer.ModelConfig, path: pathlib.Path) -> None:
     """Checks the config's numbers; raises ValueError for sizes that no model has.
 
     Damaged files can have such sizes. Without this check, the error would be raised elsewhere.
@@ -105,8 +105,8 @@ def _load_folder_config(path: pathlib.Path) -> transformer.ModelConfig:
     file = path / "config.json"
     raw = tensor_files.read_json(file)
     family = _find_family(raw, file)
-    _check_options(raw, file)
-    theta, scaling = _read_rope(raw, file)
+    _check_hf_options(raw, file)
+    theta, scaling = _read_hf_rope(raw, file)
     if missing := [key for key in NEEDED.values() if key not in raw]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     heads = raw["num_attention_heads"]
@@ -126,7 +126,7 @@ def read_stop_ids(path: pathlib.Path) -> list[int]:
     Absent files are skipped, because a folder with only a tokenizer has neither file.
 
     Args:
-      path: a folder or a GGUF file, as returned by `hub.resolve`.
+      path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
 
     Returns:
       The ids in ascending order, without duplicates; the list may be empty.

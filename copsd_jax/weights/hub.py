@@ -20,7 +20,7 @@ TOKENIZER_FILES = (
 )
 
 
-def resolve(
+def resolve_model_path(
     path: str | os.PathLike, revision: str = "main", weights: bool = True,
     setting: str = "model.path",
 ) -> pathlib.Path:  # fmt: skip

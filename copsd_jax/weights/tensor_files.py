@@ -110,11 +110,13 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
                 f"{file}: tensor {name} has type {kind}, which is not supported; supported are "
                 f"{', '.join(DTYPES)}"
             )
-        tensors[name] = Tensor(tuple(stored.get_shape()), functools.partial(_read, stored))
+        tensors[name] = Tensor(
+            tuple(stored.get_shape()), functools.partial(_copy_stored_tensor, stored)
+        )
     return tensors
 
 
-def _read(stored: Any, part: tuple[slice, ...] = ()) -> np.ndarray:
+def _copy_stored_tensor(stored: Any, part: tuple[slice, ...] = ()) -> np.ndarray:
     """Returns a copy of a tensor in an open file, or of a part of the tensor."""
     return stored[part]
 

@@ -19,7 +19,7 @@ from copsd_jax.weights import gguf_files, hf_config
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types in GGUF files
 
 
-def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
+def _build_bpe_splitter(numbers: str) -> pre_tokenizers.PreTokenizer:
     """Returns the pre-tokenizer of Llama 3 or Qwen; `numbers` is the pattern of a digit group."""
     pattern = (
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
@@ -36,8 +36,8 @@ _DIGITS = pre_tokenizers.Digits(individual_digits=True)
 SPLITTERS = {
     "smollm": (pre_tokenizers.Sequence([_DIGITS, _GPT2]), None, False),
     "gpt-2": (_GPT2, None, False),
-    "qwen2": (_split(r"\p{N}"), normalizers.NFC(), False),
-    "llama-bpe": (_split(r"\p{N}{1,3}"), None, True),
+    "qwen2": (_build_bpe_splitter(r"\p{N}"), normalizers.NFC(), False),
+    "llama-bpe": (_build_bpe_splitter(r"\p{N}{1,3}"), None, True),
 }
 
 
@@ -48,7 +48,7 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     are not used, because they replace parts of tokenizer.json. No code from the folder is run.
 
     Args:
-      path: a folder with tokenizer.json or a GGUF file, as returned by `hub.resolve`.
+      path: a folder with tokenizer.json or a GGUF file, as returned by `hub.resolve_model_path`.
 
     Raises:
       FileNotFoundError: if there is no tokenizer.json.

@@ -39,7 +39,7 @@ def write(platform, caches, entry_JKH, layer, index_J):
     new = tuple(x.astype(c.dtype) for x, c in zip([entry_JKH] * 2, caches, strict=False))
     new += tuple(entry_JKH[..., 0].astype(jnp.float32) for _ in caches[2:])
     if platform == "tpu":
-        return tuple(decode_attention_tpu.write_entries(caches, new, layer, index_J))
+        return tuple(decode_attention_tpu.write_cache_entries(caches, new, layer, index_J))
     rows_J = jnp.arange(index_J.shape[0], dtype=jnp.int32)
     at_J = jnp.where(index_J < 0, caches[0].shape[3], index_J)
     return tuple(

@@ -174,7 +174,7 @@ def test_write_puts_one_entry_into_each_slot(case):
         for j, at in enumerate(index):
             if 0 <= at < 384:
                 cache[LAYER, j, :, at] = entry[j]
-    write = jax.jit(functools.partial(decode_attention_tpu.write_entries, interpret=True))
+    write = jax.jit(functools.partial(decode_attention_tpu.write_cache_entries, interpret=True))
     got = write(caches, new, jnp.int32(LAYER), index)
     for mine, exact in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.asarray(mine), exact)

@@ -158,7 +158,7 @@ def test_a_step_is_that_of_make_step(model, work):
     c = model.run.plan.config.train
     names = "lr schedule warmup weight_decay b1 b2 eps max_grad_norm".split()
     tx, _ = train_step.make_optimizer(steps=10, **{name: c[name] for name in names})
-    state = train_step.init_state(jax.tree.map(jnp.asarray, before), tx, "fixed")
+    state = train_step.init_train_state(jax.tree.map(jnp.asarray, before), tx, "fixed")
     step = jax.jit(train_step.make_step(model.run.decoder, tx, model.run.options))
     expected, aux = step(state, model.run.frozen, layout.build_batch(*work), None, None)
     np.testing.assert_allclose(metrics["loss"], aux.metrics["loss"], rtol=1e-6)

@@ -38,7 +38,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
     }  # fmt: skip
     partial = tmp_path / "eval" / "step_000000.partial.jsonl"
     with runs.loaded("opsd", **settings) as (r, state):
-        policy, rows = loaded_run.derive_policies(r, state)[0], r.plan.eval_rows
+        policy, rows = loaded_run.derive_run_policies(r, state)[0], r.plan.eval_rows
         count = len(rows) * 3
         want = evaluate.evaluate(r, policy, rows)
         asked, sample = [], loaded_run.sample

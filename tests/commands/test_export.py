@@ -33,7 +33,7 @@ def student_logits(workdir, ids_BL):
     with runs.loaded("opsd", **SETTINGS) as (r, like):
         with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
             state = checkpoints.load(2, like)
-        policy = loaded_run.derive_policies(r, state)[0]
+        policy = loaded_run.derive_run_policies(r, state)[0]
         assert policy.adapter is not None
         assert float(np.abs(policy.adapter["q"]["b"]).max()) > 1e-3
         positions = jnp.broadcast_to(jnp.arange(ids_BL.shape[1], dtype=jnp.int32), ids_BL.shape)
@@ -86,7 +86,7 @@ def test_the_exported_adapter_is_the_trained_one(trained, tmp_path, capsys):
         runs.loaded("opsd", **SETTINGS) as (r, like),
         checkpoint.Checkpoints(trained / "checkpoints") as checkpoints,
     ):
-        policy = loaded_run.derive_policies(r, checkpoints.load(1, like))[0]
+        policy = loaded_run.derive_run_policies(r, checkpoints.load(1, like))[0]
         found, alpha = peft_reader.read(out)
         assert alpha / r.plan.config.lora.rank == r.plan.adapter_scale
     jax.tree.map(np.testing.assert_array_equal, found, policy.adapter)

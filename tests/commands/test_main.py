@@ -125,10 +125,10 @@ def test_model_folders(refused, tmp_path):
 def saved(tmp_path_factory):
     """A whole tiny model as a Hugging Face folder."""
     shape = dataclasses.replace(transformer.SHAPES["tiny"], vocab_size=1472)
-    tok = tokenizer.load(hub.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve_model_path("tiny"))
     params = transformer.init_params(shape, jax.random.key(0), jnp.float32)
     folder = tmp_path_factory.mktemp("saved") / "m"
-    return hf.save(folder, params, shape, source_path=hub.resolve("tiny"), tokenizer=tok)
+    return hf.save(folder, params, shape, source_path=hub.resolve_model_path("tiny"), tokenizer=tok)
 
 
 def test_weights(refused, saved, tmp_path):

@@ -92,7 +92,7 @@ def test_rollout_files_hold_what_was_trained_on(whole):
     with runs.loaded("copsd", **SETTINGS) as (r, state):
         rows = read_lines(whole / "rollouts/step_000001.jsonl")
         assert {row["lang"] for row in rows} == {"sw", "fr"}
-        student, teacher = loaded_run.derive_policies(r, state)
+        student, teacher = loaded_run.derive_run_policies(r, state)
 
         @jax.jit
         def forward(policy, ids):
@@ -207,8 +207,8 @@ def test_overlong_teacher_prompts_carry_no_loss_and_are_counted():
 def test_evaluation_groups_and_comparison():
     """Scores by hand from the samples that the evaluation returns."""
     with runs.loaded("copsd", eval__limit=4, eval__samples=2, eval__temperature=1.0) as (r, state):
-        result = evaluate.evaluate(r, loaded_run.derive_policies(r, state)[0], r.plan.eval_rows)
-        again = evaluate.evaluate(r, loaded_run.derive_policies(r, state)[0], r.plan.eval_rows)
+        result = evaluate.evaluate(r, loaded_run.derive_run_policies(r, state)[0], r.plan.eval_rows)
+        again = evaluate.evaluate(r, loaded_run.derive_run_policies(r, state)[0], r.plan.eval_rows)
     assert result == again
     assert set(result["scores"]) >= {"sw", "fr"}
     for lang in ("sw", "fr"):

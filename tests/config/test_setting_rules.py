@@ -37,7 +37,7 @@ def config(**settings):
 def refusal(settings, **how):
     """What is said about settings; "" if they are fine."""
     try:
-        table_rules.check(config(**settings), **how)
+        table_rules.check_choices(config(**settings), **how)
     except ValueError as error:
         return str(error)
     return ""

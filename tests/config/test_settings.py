@@ -33,9 +33,9 @@ def test_every_preset_is_valid_once_its_data_is_named(path):
         config = module.get_config(name)
         if not config.data.path:
             with pytest.raises(ValueError, match=r"data\.path is '': name a file"):
-                table_rules.check(config)
+                table_rules.check_choices(config)
             config.data.path = "rows.jsonl"
-        table_rules.check(config)
+        table_rules.check_choices(config)
         assert name in module.__doc__ or name.endswith("_nothink")
     with pytest.raises(ValueError, match="preset is 'huge': the choices are smollm2, tiny"):
         module.get_config("huge")
@@ -100,9 +100,9 @@ def test_paper_presets_hold_the_published_numbers():
     ],
 )  # fmt: skip
 def test_refusals_name_setting_value_and_choices(settings, words):
-    table_rules.check(config_lib.default())
+    table_rules.check_choices(config_lib.default())
     with pytest.raises(ValueError, match=words):
-        table_rules.check(changed(**settings))
+        table_rules.check_choices(changed(**settings))
 
 
 def test_top_k_above_the_vocabulary_and_a_mesh_that_does_not_divide():

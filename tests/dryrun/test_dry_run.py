@@ -49,7 +49,7 @@ def built():
 
 def test_parts_are_what_a_run_holds(built):
     with runs.loaded("opsd", **MESH, **SHORT) as (r, state):
-        held = r.hand_over(loaded_run.derive_policies(r, state)[0])
+        held = r.hand_over(loaded_run.derive_run_policies(r, state)[0])
         real = {
             "weights": on_device(r.frozen), "adapters": on_device(state.trained),
             "optimizer": on_device(state.optimizer), "average": 0,
@@ -99,7 +99,7 @@ def test_packed_rows_at_the_caps(card, pack):
     rows = builders.pack_batch(one, batch, caps=True)
     apart = sum(side.tokens_BL.shape[1] for side in (batch.student, batch.teacher) if side)
     longest = [long.student, long.teacher][: 1 if card == "grpo" else 2]
-    lengths = [row_packing.round_up(prompt + long.completion, 16) for prompt in longest]
+    lengths = [row_packing.round_up_row_size(prompt + long.completion, 16) for prompt in longest]
     count = min(-(-1500 // sum(lengths)), len(batch.mask_BC) // 4)
     assert apart >= sum(lengths)
     micros = -(-len(batch.mask_BC) // (4 * count))

@@ -199,7 +199,9 @@ def test_meetings_by_convolving_ones(stride, pad, left_hole, right_hole):
     kernel[::right_hole] = right
     out = np.correlate(np.pad(wide, pad), kernel, mode="valid")[::stride]
     window = {"stride": stride, "pad": pad, "lhs_dilate": left_hole, "rhs_dilate": right_hole}
-    assert program_cost._meetings(len(left), len(right), len(out), window) == out.sum()
+    assert (
+        program_cost._count_convolution_pairs(len(left), len(right), len(out), window) == out.sum()
+    )
 
 
 GROUPS = [[0, 2], [1, 3]]

@@ -164,7 +164,7 @@ def test_slots_where_the_cache_alone_does_not_fit(built, monkeypatch):
 def test_meshes_that_are_proposed_for_slices_exist():
     """Two slices of four: what does not fit gets proposals that split nothing over the network."""
     frame = programs.make_frame(runs.config("opsd", mesh__data=8), jax.devices())
-    meshes = list(proposals._meshes(frame, 8, 2))
+    meshes = list(proposals._list_candidate_meshes(frame, 8, 2))
     assert [tuple(sizes.values()) for sizes in meshes] == [(2, 4, 1), (2, 2, 2), (2, 1, 4)]
     config = runs.config("opsd", train__micro_batch=4)
     assert proposals._adapt_micro_batch(config, meshes[0]) == {"train.micro_batch": 8}

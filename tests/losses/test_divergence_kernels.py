@@ -360,8 +360,8 @@ def test_time_by_count(settings, kind, most):
 
 def test_block_sizes():
     """Whole lanes that fit the chip's VMEM, and what no chip of its size takes is refused."""
-    assert block_sizes.even_rows(5000, 4096, 256) == 2560
-    assert block_sizes.even_rows(1, 4096, 128) == 128
+    assert block_sizes.divide_rows_evenly(5000, 4096, 256) == 2560
+    assert block_sizes.divide_rows_evenly(1, 4096, 128) == 128
     assert block_sizes.fit(block_sizes.Blocks(4096, 1024, 256), 130).rows == 256
     options: dict[str, Any] = {"dtype": jnp.bfloat16, "tied": True}
     kinds = [kind for kind in ("", *hardware.CHIPS) if "NV" not in kind]

@@ -196,7 +196,9 @@ def test_rows_without_weight_contribute_nothing(implementation):
     np.testing.assert_allclose(grad_head, want[1][1], rtol=0, atol=1e-6)
     np.testing.assert_array_equal(grad_hidden[20:], 0)
     np.testing.assert_array_equal(np.stack(stats)[:, 20:], 0)
-    empty_T = loss_norms.token_weights(np.zeros((ROWS, COLUMNS)), "micro_token_mean").reshape(-1)
+    empty_T = loss_norms.compute_token_weights(
+        np.zeros((ROWS, COLUMNS)), "micro_token_mean"
+    ).reshape(-1)
     (loss, stats), grads = _compiled(settings, implementation, CHUNK, True, arrays, empty_T)
     for leaf in (loss, *stats, *grads):
         np.testing.assert_array_equal(leaf, 0)
@@ -386,7 +388,7 @@ def test_entries_far_below_the_others(name, implementation):
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 4])
 @pytest.mark.parametrize("norm", NORMS)
 def test_token_weights(norm, micro_batch):
-    got = loss_norms.token_weights(MASK_BC.astype(bool), norm, micro_batch, LENGTH)
+    got = loss_norms.compute_token_weights(MASK_BC.astype(bool), norm, micro_batch, LENGTH)
     want = oracle.weights(MASK_BC, norm, micro_batch or ROWS, LENGTH)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -395,11 +397,13 @@ def test_token_weights(norm, micro_batch):
 @pytest.mark.parametrize("norm", NORMS)
 def test_bug_10_token_weights_of_nothing(norm):
     """Bug 10: no token, no NaN; and a padding row changes only what counts completions."""
-    np.testing.assert_array_equal(loss_norms.token_weights(np.zeros((4, 3)), norm, 2, LENGTH), 0)
+    np.testing.assert_array_equal(
+        loss_norms.compute_token_weights(np.zeros((4, 3)), norm, 2, LENGTH), 0
+    )
     padded_BC = np.concatenate([MASK_BC, np.zeros((2, COLUMNS), np.float32)])
-    got = loss_norms.token_weights(padded_BC, norm, 6, LENGTH)[:ROWS]
+    got = loss_norms.compute_token_weights(padded_BC, norm, 6, LENGTH)[:ROWS]
     share = 4 / 6 if norm in ("seq_mean_all", "constant") else 1
-    want = np.asarray(loss_norms.token_weights(MASK_BC, norm, 4, LENGTH)) * share
+    want = np.asarray(loss_norms.compute_token_weights(MASK_BC, norm, 4, LENGTH)) * share
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
@@ -413,7 +417,7 @@ def test_bug_43_normalisers_that_do_not_depend_on_micro_batches():
     value_BC = np.array([1.0, 2, 9, 4])[:, None] * mask_BC
 
     def loss(norm, micro_batch):
-        weight_BC = loss_norms.token_weights(mask_BC, norm, micro_batch, length=5)
+        weight_BC = loss_norms.compute_token_weights(mask_BC, norm, micro_batch, length=5)
         return float((weight_BC * value_BC).sum())
 
     for norm, want in (
@@ -448,11 +452,11 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="60 rows: they must be equal"):
         call(arrays=(*arrays[:3], arrays[3][:-1], arrays[4]))
     with pytest.raises(ValueError, match=r"norm is 'mean'.*seq_mean"):
-        loss_norms.token_weights(MASK_BC, "mean")
+        loss_norms.compute_token_weights(MASK_BC, "mean")
     with pytest.raises(ValueError, match="micro_batch is 3"):
-        loss_norms.token_weights(MASK_BC, "seq_mean", 3)
+        loss_norms.compute_token_weights(MASK_BC, "seq_mean", 3)
     with pytest.raises(ValueError, match=r"constant.*length is 0"):
-        loss_norms.token_weights(MASK_BC, "constant")
+        loss_norms.compute_token_weights(MASK_BC, "constant")
     with pytest.raises(ValueError, match=r"rollout_clip is 2.*logp_rollout_T"):
         call(settings=dataclasses.replace(CASES[0], rollout_clip=2.0))
     with pytest.raises(ValueError, match="first axis"):
@@ -489,17 +493,19 @@ def test_what_runs_follows_from_the_mesh(implementation, settings, want):
     """By the platform of the mesh, whatever the host is; a refusal is one sentence."""
     for platform, expected in zip(("cpu", "gpu", "tpu"), want, strict=True):
         if expected in divergence_loss.IMPLEMENTATIONS:
-            got = divergence_loss.resolve(implementation, settings, platform)
+            got = divergence_loss.resolve_implementation(implementation, settings, platform)
             assert got == expected
         else:
             with pytest.raises(ValueError, match=expected):
-                divergence_loss.resolve(implementation, settings, platform)
+                divergence_loss.resolve_implementation(implementation, settings, platform)
 
 
 def test_a_mix_of_heads_has_no_kernel():
-    assert divergence_loss.resolve("auto", PLAIN, "tpu", one_width=False) == "chunked"
+    assert (
+        divergence_loss.resolve_implementation("auto", PLAIN, "tpu", one_width=False) == "chunked"
+    )
     with pytest.raises(ValueError, match="a trust region of all weights has two widths"):
-        divergence_loss.resolve("pallas", PLAIN, "tpu", one_width=False)
+        divergence_loss.resolve_implementation("pallas", PLAIN, "tpu", one_width=False)
     c = settings.default()
     c.teacher.weights, c.loss.implementation = "trust_region", "pallas"
     assert backends.choose_loss(c, "tpu") == "pallas_tpu"  # one head, of the base
@@ -529,6 +535,6 @@ def test_a_new_divergence_is_one_entry(monkeypatch):
     _close(chunked_loss, loss, 1e-5)
     for mine, want in zip(chunked_grads, grads, strict=True):
         _close(mine, want, 1e-5)
-    assert divergence_loss.resolve("auto", new, "tpu") == "chunked"
+    assert divergence_loss.resolve_implementation("auto", new, "tpu") == "chunked"
     with pytest.raises(ValueError, match="not support the divergence hellinger; use chunked"):
-        divergence_loss.resolve("pallas", new, "gpu")
+        divergence_loss.resolve_implementation("pallas", new, "gpu")

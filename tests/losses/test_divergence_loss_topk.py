@@ -71,7 +71,7 @@ def _block(z_s, z_t, settings, tokens_T=None, old_T=None, rollout_T=None):
     tokens_T = np.zeros(len(z_s), np.int32) if tokens_T is None else tokens_T
     with jax.enable_x64(True):
         args = jax.tree.map(jnp.asarray, (z_s, z_t, tokens_T, old_T, rollout_T))
-        out = token_values.score_block(*args[:3], settings, *args[3:])
+        out = token_values.score_divergence_block(*args[:3], settings, *args[3:])
         return jax.tree.map(np.asarray, out)
 
 
@@ -206,7 +206,7 @@ def test_importance_by_hand():
 
     def factor(ratio_clip, rollout_clip, args=args):
         settings = dataclasses.replace(PLAIN, ratio_clip=ratio_clip, rollout_clip=rollout_clip)
-        return np.asarray(clips.importance_ratio(*args, settings))
+        return np.asarray(clips.clip_importance_ratio(*args, settings))
 
     np.testing.assert_array_equal(factor(0.0, 0.0), 1)
     np.testing.assert_allclose(factor(1.5, 0.0), [1, 1.5, 1, 1.5, np.exp(-20)], rtol=1e-5)
@@ -232,7 +232,7 @@ def test_equal_sides_are_exactly_zero_with_a_tail(name, whose):
     @functools.partial(jax.jit, compiler_options=conftest.FUSED)
     def run(z_s, z_t):
         total = lambda z_s: dense.compute_values(z_s, z_t, tokens_T, settings)[0].sum()  # noqa: E731
-        stats, dz_TV = token_values.score_block(z_s, z_t, tokens_T, settings)
+        stats, dz_TV = token_values.score_divergence_block(z_s, z_t, tokens_T, settings)
         return stats.value_T, dz_TV, *jax.value_and_grad(total)(z_s)
 
     for leaf in run(z, z):
@@ -275,7 +275,7 @@ def test_a_tail_at_its_floor_does_not_move(name):
         np.testing.assert_allclose(grad_TV, want_TV, rtol=0, atol=2e-7 * largest)
     np.testing.assert_allclose(dense_TV, dz_TV, rtol=0, atol=1e-9)
     args = (*(jnp.asarray(x, jnp.float32) for x in (z_s, z_t)), jnp.asarray(tokens_T))
-    rough, rough_TV = token_values.score_block(*args, settings)
+    rough, rough_TV = token_values.score_divergence_block(*args, settings)
     np.testing.assert_allclose(rough.value_T, stats.value_T, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(rough_TV, dz_TV, rtol=0, atol=1e-5 * largest)
 

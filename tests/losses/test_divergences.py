@@ -22,7 +22,7 @@ TEACHER = np.array([0.955, 0.007] + [0.038 / 5] * 5)
 def _run(z_s, z_t, settings, tokens_T=None, compiled=False):
     """Compiled only where fusion could matter: most of the time is compilation."""
     tokens_T = np.zeros(len(z_s), np.int32) if tokens_T is None else tokens_T
-    block = functools.partial(token_values.score_block, settings=settings)
+    block = functools.partial(token_values.score_divergence_block, settings=settings)
     block = jax.jit(block, compiler_options=conftest.FUSED) if compiled else block
     out = block(jnp.asarray(z_s, jnp.float32), jnp.asarray(z_t, jnp.float32), jnp.asarray(tokens_T))
     return jax.tree.map(np.asarray, out)

@@ -259,7 +259,7 @@ def test_the_head_is_gathered_once_a_step():
     config = dataclasses.replace(CONFIG, vocab_size=92, tie_embeddings=False)
     decoder, devices = transformer.Decoder(config, jnp.float32), sharding.make_mesh(1, 4, 2)
     params = transformer.init_params(config, jax.random.key(0), jnp.float32)
-    state = train_step.init_state(
+    state = train_step.init_train_state(
         lora.init_adapter(config, 8, ("q",), jax.random.key(1)), TX, "fixed"
     )
     batch = layout.build_batch([[1, 2]] * 8, [[3, 4, 5]] * 8, [[6, 7, 8]] * 8)

@@ -193,7 +193,9 @@ def test_grpo_through_the_head(norm):
         )
         value_BC = value_BC + 0.04 * policy_loss.estimate_kl(logp_BC, jnp.asarray(ref_BC))
         weight_BC = oracle.weights(mask_BC, norm, B, 8)
-        assert np.allclose(weight_BC, loss_norms.token_weights(mask_BC, norm, 0, 8), rtol=1e-6)
+        assert np.allclose(
+            weight_BC, loss_norms.compute_token_weights(mask_BC, norm, 0, 8), rtol=1e-6
+        )
         return jnp.sum(weight_BC * value_BC)
 
     with jax.enable_x64(True):

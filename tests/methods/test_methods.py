@@ -13,7 +13,7 @@ import pytest
 import runs
 
 from copsd_jax import main
-from copsd_jax.methods import authors, table
+from copsd_jax.methods import table
 from copsd_jax.problems import problem_row
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import loop
@@ -295,7 +295,7 @@ def test_a_leaked_answer(policy, status, text):
     config = runs.config("rosd", context__leak=policy)
     row = problem_row.Row("r", "p", "3 * 5 = 15.", "15", "en", "p")
     reply = replies.read_reflection("<explanation>so 15 is right</explanation>", True)
-    kept = authors.apply_leak_policy(reply, row, config.context.leak)
+    kept = replies.apply_leak_policy(reply, row, config.context.leak)
     assert (kept.status, kept.text) == (status, text)
     assert kept.leaked is (policy != "drop")
 

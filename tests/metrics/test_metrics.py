@@ -32,7 +32,7 @@ FEW = hypothesis.settings(max_examples=40, derandomize=True, deadline=None, data
     ],
 )
 def test_interval_of_zeros_and_ones_is_wilsons(correct, n, low, high):
-    assert scoring.interval([1.0] * correct + [0.0] * (n - correct)) == pytest.approx(
+    assert scoring.compute_score_interval([1.0] * correct + [0.0] * (n - correct)) == pytest.approx(
         (correct / n, low, high), abs=6e-5
     )
 
@@ -40,8 +40,8 @@ def test_interval_of_zeros_and_ones_is_wilsons(correct, n, low, high):
 def test_interval_is_clustered_by_problem():
     """Twelve like samples of a problem say no more than one; unlike samples do."""
     problems = [1.0] * 30 + [0.0] * 70
-    _, low, high = scoring.interval(problems)
-    _, low_mixed, high_mixed = scoring.interval([0.3] * 50 + [0.4] * 25 + [0.2] * 25)
+    _, low, high = scoring.compute_score_interval(problems)
+    _, low_mixed, high_mixed = scoring.compute_score_interval([0.3] * 50 + [0.4] * 25 + [0.2] * 25)
     assert high - low == pytest.approx(0.178, abs=0.003)
     # The standard error by hand: sqrt(0.005 / 100); Wilson shrinks towards 1/2 a little.
     assert high_mixed - low_mixed == pytest.approx(2 * 1.96 * math.sqrt(0.005 / 100), rel=0.01)
@@ -52,7 +52,7 @@ def test_interval_covers_the_truth():
     hits = 0
     for _ in range(500):
         rates = rng.beta(0.6, 1.4, size=60)  # mean 0.3; problems differ
-        _, low, high = scoring.interval(rng.binomial(8, rates) / 8)
+        _, low, high = scoring.compute_score_interval(rng.binomial(8, rates) / 8)
         hits += low <= 0.3 <= high
     assert 0.92 <= hits / 500 <= 0.98
 
@@ -60,7 +60,7 @@ def test_interval_covers_the_truth():
 @pytest.mark.parametrize("bad", [[], [0.5, 1.1], [-0.1], [math.nan], [[0.5]]])
 def test_interval_refuses_what_is_no_share(bad):
     with pytest.raises(ValueError):
-        scoring.interval(bad)
+        scoring.compute_score_interval(bad)
 
 
 @pytest.mark.parametrize("up, down", [(0, 0), (1, 0), (5, 0), (3, 7), (6, 6), (9, 2)])
@@ -80,14 +80,14 @@ def test_paired_by_hand():
     # 12 wrong turn right, 3 right turn wrong, of 40.
     before = [0] * 12 + [1] * 3 + [1] * 10 + [0] * 15
     after = [1] * 12 + [0] * 3 + [1] * 10 + [0] * 15
-    result = scoring.paired(before, after)
+    result = scoring.compare_paired_scores(before, after)
     assert result.difference == pytest.approx(9 / 40)
     assert result.p == pytest.approx(0.03515625)  # binomial(15): 2 * 576 / 32768
     error = math.sqrt((15 / 40 - (9 / 40) ** 2) / 40)
     assert result.low == pytest.approx(9 / 40 - 1.96 * error, abs=0.02)
     assert result.high == pytest.approx(9 / 40 + 1.96 * error, abs=0.02)
-    assert scoring.paired(before, after) == result  # the seed is fixed
-    back = scoring.paired(after, before)
+    assert scoring.compare_paired_scores(before, after) == result  # the seed is fixed
+    back = scoring.compare_paired_scores(after, before)
     assert back.difference == -result.difference
     assert back.p == result.p
 
@@ -97,14 +97,14 @@ def test_bootstrap_interval_by_enumeration():
     before, after = [0.0, 0.0, 0.5], [1.0, 0.25, 0.25]
     change = [1.0, 0.25, -0.25]
     means = [np.mean(draw) for draw in itertools.product(change, repeat=3)]
-    result = scoring.paired(before, after)
+    result = scoring.compare_paired_scores(before, after)
     low, high = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
     assert (result.low, result.high) == (pytest.approx(low), pytest.approx(high))
 
 
 def test_paired_refuses_unequal_sets():
     with pytest.raises(ValueError, match="3 scores before and 2 after"):
-        scoring.paired([0, 1, 0], [0, 1])
+        scoring.compare_paired_scores([0, 1, 0], [0, 1])
 
 
 # ---- scores ----------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_score_by_hand():
         "maj_at_n": 0.5, "format_rate": 0.75, "truncated": 0.25, "unresolved": 0.25,
         "mean_tokens": 15.0,
     }  # fmt: skip
-    _, low, high = scoring.interval([0.5, 0.0])
+    _, low, high = scoring.compute_score_interval([0.5, 0.0])
     assert result == pytest.approx({**expected, "low": low, "high": high})
 
 

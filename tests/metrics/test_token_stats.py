@@ -51,10 +51,10 @@ def test_what_a_tokenizer_says_of_a_token_goes_first():
 
 
 def test_the_table_of_a_vocabulary():
-    tok = tokenizer.load(hub.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve_model_path("tiny"))
     pieces = tokenizer.list_token_bytes(tok)
-    stops = tokenizer.find_stop_ids(tok, hub.resolve("tiny"))
-    table_V = stats.classes(pieces, stops, tok.all_special_ids)
+    stops = tokenizer.find_stop_ids(tok, hub.resolve_model_path("tiny"))
+    table_V = stats.classify_vocabulary(pieces, stops, tok.all_special_ids)
     assert (table_V.dtype, table_V.shape) == (np.int8, (len(pieces),))
     text = "<think>\nAmina has 12 + 3 apples.</think>\\boxed{15}<|im_end|>"
     ids = tok.encode(text, add_special_tokens=False)

@@ -18,7 +18,7 @@ def make_state(seed: int, width: int = 4) -> train_step.State:
             "b": jnp.full((2, 8, 16), seed, jnp.float32),
         }
     }
-    return train_step.init_state(trained, optax.adamw(0.1), "ema")
+    return train_step.init_train_state(trained, optax.adamw(0.1), "ema")
 
 
 def assert_same(left, right):

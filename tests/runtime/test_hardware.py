@@ -71,7 +71,7 @@ def test_every_kind_has_a_chip_with_all_numbers():
 def test_jax_takes_part_of_a_gpu(monkeypatch):
     h100, v5e = hardware.parse_target("cuda:h100:1x1").chip, hardware.parse_target("v5e-1").chip
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    assert hardware.usable_memory(h100) == 0.75 * h100.usable
-    assert hardware.usable_memory(v5e) == 15.75 * 2**30
+    assert hardware.compute_usable_memory(h100) == 0.75 * h100.usable
+    assert hardware.compute_usable_memory(v5e) == 15.75 * 2**30
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
-    assert hardware.usable_memory(h100) == 0.9 * h100.usable
+    assert hardware.compute_usable_memory(h100) == 0.9 * h100.usable

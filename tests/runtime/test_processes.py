@@ -163,7 +163,7 @@ def test_alone_nothing_is_broadcast():
     with pytest.raises(KeyError):
         processes.run_on_leader(lambda: {}["absent"])
     processes.wait_for_all("nobody else")
-    processes.connect(settings.default())
+    processes.join_processes(settings.default())
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_settings_that_do_not_fit_are_refused(values, said):
     c = settings.default()
     c.mesh.update(values)
     with pytest.raises(ValueError, match=said):
-        setting_rules.check(c)
+        setting_rules.check_settings(c)
 
 
 def test_the_launcher_prints_its_commands():

@@ -33,7 +33,7 @@ SCALE = 2.0
 
 
 def decoder_of(config: transformer.ModelConfig, tensor: int) -> transformer.Decoder:
-    repeats = sharding.key_repeats(config.n_heads, config.n_kv_heads, tensor)
+    repeats = sharding.count_key_repeats(config.n_heads, config.n_kv_heads, tensor)
     return transformer.Decoder(config, jnp.float32, key_repeats=repeats)
 
 
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_one_device(name, trainable):
     batch = samples()
     # The full model starts away from the teacher, which keeps the given weights.
     trained = adapter if trainable == "lora" else jax.tree.map(lambda x: 1.1 * x, params)
-    state = train_step.init_state(trained, TX, "fixed")
+    state = train_step.init_train_state(trained, TX, "fixed")
     alone, aux = step_of(config, 1, trainable)(state, params, batch, None, None)
     devices = sharding.make_mesh(1, 1, tensor, jax.devices()[:tensor])
     place = functools.partial(sharding.shard_by_name, mesh=devices, key_heads=config.n_kv_heads)
@@ -112,7 +112,7 @@ def test_sampled_tokens_are_those_of_one_device(name):
     keys = request.derive_keys(0, "rollout", 0, [str(i) for i in range(6)], [0] * 6)
 
     def run(decoder, policy):
-        prefix = shared_prefix.encode_ids(decoder, policy, (7, 250, 31))
+        prefix = shared_prefix.encode_prefix_ids(decoder, policy, (7, 250, 31))
         return loop.generate(
             decoder, policy, PROMPTS, sampling, keys=keys, prefix=prefix,
             settings=request.SamplerSettings(slots=4, steps=4),
@@ -160,7 +160,7 @@ def test_each_device_has_the_key_heads_of_its_queries():
     decoder = decoder_of(config, tensor)
     assert (decoder.key_repeats, decoder.key_heads) == (4, 8)
     devices = sharding.make_mesh(1, 1, tensor)
-    state = jax.eval_shape(lambda: engine.init_state(decoder, 4, 128, jnp.float32))
+    state = jax.eval_shape(lambda: engine.init_slot_state(decoder, 4, 128, jnp.float32))
     assert state.cache.k.shape == (2, 4, 8, 128, 8)
     spec: Any = engine.partition_state(state, devices).cache.k
     assert jax.sharding.NamedSharding(devices, spec).shard_shape(state.cache.k.shape)[2] == 1

@@ -35,7 +35,7 @@ def params():
 
 @functools.cache
 def prefix():
-    return shared_prefix.encode_ids(DECODER, policy_lib.Policy(params()), PREFIX)
+    return shared_prefix.encode_prefix_ids(DECODER, policy_lib.Policy(params()), PREFIX)
 
 
 def keys_of(prompts, seed=0):
@@ -230,10 +230,10 @@ def test_adapter_equals_merged_weights():
     adapter = lora.init_adapter(CONFIG, 4, ("q", "v", "down"), key)
     adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape, x.dtype), adapter)
     policy = policy_lib.Policy(params(), adapter, 0.5)
-    kv = shared_prefix.encode_ids(DECODER, policy, PREFIX)
+    kv = shared_prefix.encode_prefix_ids(DECODER, policy, PREFIX)
     run = functools.partial(generate, PLAIN, shared=False)
     merged = policy_lib.Policy(lora.merge_adapter(params(), adapter, 0.5))
-    want = run(policy=merged, prefix=shared_prefix.encode_ids(DECODER, merged, PREFIX))
+    want = run(policy=merged, prefix=shared_prefix.encode_prefix_ids(DECODER, merged, PREFIX))
     same(run(prefix=kv, policy=policy), want, atol=1e-4)
     assert [c.ids for c in want] != [c.ids for c in generate(PLAIN)]
 
@@ -245,7 +245,7 @@ def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
         adapter = lora.init_adapter(CONFIG, 2, lora.TARGETS, jax.random.key(1))
         noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape)  # noqa: E731
         policy = policy_lib.Policy(params(), jax.tree.map(noise, adapter), 0.5)
-        prefix_kv = shared_prefix.encode_ids(DECODER, policy, PREFIX)
+        prefix_kv = shared_prefix.encode_prefix_ids(DECODER, policy, PREFIX)
         options |= {"policy": policy, "prefix": prefix_kv}
     with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
         stacked = generate(CUT, **options)
@@ -312,7 +312,7 @@ def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
         )
         got = result(
             sampling, prompts, keys, shared=False, params=placed, slots=8,
-            prefix=shared_prefix.encode_ids(DECODER, policy_lib.Policy(placed), PREFIX),
+            prefix=shared_prefix.encode_prefix_ids(DECODER, policy_lib.Policy(placed), PREFIX),
         )  # fmt: skip
     same(got.completions, want)
 
@@ -432,7 +432,7 @@ def test_nothing_is_compiled_after_warmup():
     """Nor for other prompts, settings of the same form, limits and orders."""
     size = request.SamplerSettings(slots=4, length=150, steps=5, pack=100)
     keys = np.asarray(keys_of([*PROMPTS, *PROMPTS]))
-    job = request.prepare_inputs(
+    job = request.prepare_sampler_inputs(
         DECODER, policy_lib.Policy(params()), PROMPTS, [CUT] * 8, keys_n2=keys[:8], settings=size,
         longest=138, prefix=prefix(), vocabulary=None, limits=None,
     )  # fmt: skip
@@ -472,14 +472,15 @@ def test_memory_that_is_not_there(monkeypatch):
     monkeypatch.setattr(engine, "UNSTACK_FROM", 0)  # weights in two shapes are counted once
     size = request.SamplerSettings(slots=64, length=960, cache=jnp.bfloat16)
     keys = np.zeros((1, 2), np.uint32)
-    job = request.prepare_inputs(
+    job = request.prepare_sampler_inputs(
         DECODER, policy_lib.Policy(params()), [(1,)], [PLAIN], keys_n2=keys, settings=size,
         prefix=None, vocabulary=None, limits=None,
     )  # fmt: skip
     entry = 2 * 2 * 2 * 16 * 2  # layers, keys and values, key heads, head size, bytes
     cache = 64 * 1024 * entry
     slots = sum(
-        x.nbytes // 64 for x in jax.tree.leaves(engine.init_state(DECODER, 64, 128, bool).slots)
+        x.nbytes // 64
+        for x in jax.tree.leaves(engine.init_slot_state(DECODER, 64, 128, bool).slots)
     )
     weights = sum(x.nbytes for x in jax.tree.leaves(params())) + 4 * 300
     loop.check_memory(job, 1 << 20, cache + 64 * slots + weights + (1 << 20))

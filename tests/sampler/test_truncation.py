@@ -245,8 +245,8 @@ def test_top_k_by_blocks_equals_a_stable_sort(vocab):
 
     @functools.partial(jax.jit, static_argnames="k")
     def best(x_JV, k):
-        x_JNb = truncation._blocks(x_JV)
-        return truncation._top_k_blocks(x_JNb, jnp.max(x_JNb, axis=-1), k)
+        x_JNb = truncation._cut_into_draw_blocks(x_JV)
+        return truncation._find_drawable_top_k(x_JNb, jnp.max(x_JNb, axis=-1), k)
 
     for k in (1, 9, 50, 200):
         value, index = best(x, k)

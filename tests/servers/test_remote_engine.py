@@ -560,7 +560,7 @@ def test_a_server_that_is_not_there(engine):
     with pytest.raises(OSError, match=r"row 0 in 3 attempts \(unreachable"):
         generate(at(port), [(1,)])
     with pytest.raises(OSError, match=r"did not list its models in 3 attempts \(unreachable"):
-        remote_engine.connect(at(port))
+        remote_engine.connect_server(at(port))
 
 
 def choice(**fields):
@@ -698,9 +698,9 @@ def test_what_is_refused_before_anything_is_asked(engine, changes, words):
 
 def test_connect(engine):
     server = server_of(engine)
-    assert remote_engine.connect(server).max_model_len == 64
-    assert remote_engine.connect(change(server, max_model_len=32)).max_model_len == 32
-    assert remote_engine.connect(change(server, model="other")).max_model_len is None
+    assert remote_engine.connect_server(server).max_model_len == 64
+    assert remote_engine.connect_server(change(server, max_model_len=32)).max_model_len == 32
+    assert remote_engine.connect_server(change(server, model="other")).max_model_len is None
     assert {path for path, _, _ in engine.requests} == {"/v1/models"}
     for changes, words in (
         (dict(model="big"), "sampler.model is 'big': "),
@@ -708,10 +708,10 @@ def test_connect(engine):
         (dict(max_model_len=65), "sampler.max_model_len is 65: "),
     ):
         with pytest.raises(ValueError) as raised:
-            remote_engine.connect(change(server, **changes))
+            remote_engine.connect_server(change(server, **changes))
         assert words in str(raised.value)
     with pytest.raises(OSError, match=r"did not list its models in 3 attempts \(bad_reply"):
-        remote_engine.connect(change(server, url=server.api.url.replace("/v1", "/v2")))
+        remote_engine.connect_server(change(server, url=server.api.url.replace("/v1", "/v2")))
 
 
 # ------------------------------------------------------------------------------------- weights

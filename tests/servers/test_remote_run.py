@@ -191,7 +191,9 @@ def test_its_evaluations_are_ours(engine, trained, tmp_path):
         with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
             last = checkpoints.load(3, initial)
         for step, state in ((0, initial), (3, last)):
-            ours = evaluate.evaluate(r, loaded_run.derive_policies(r, state)[0], r.plan.eval_rows)
+            ours = evaluate.evaluate(
+                r, loaded_run.derive_run_policies(r, state)[0], r.plan.eval_rows
+            )
             theirs = json.loads((workdir / "eval" / f"step_{step:06d}.json").read_text())
             assert theirs["problems"] == ours["problems"]
             assert theirs["scores"] == ours["scores"]
@@ -257,7 +259,7 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
     settings = served(engine, sampler__folder=tmp_path / "weights")
     with runs.loaded("opsd", **settings) as (r, state):
         assert r.served is not None
-        student, teacher = loaded_run.derive_policies(r, state)
+        student, teacher = loaded_run.derive_run_policies(r, state)
         base = r.plan.server
         assert base is not None
         assert base.max_model_len == 512

@@ -55,7 +55,9 @@ class Vocabulary:
 
 @functools.cache
 def vocabulary(name: str) -> Vocabulary:
-    path = hub.resolve("tiny") if name == "tiny" else conftest.SHARED / "tokenizers" / name
+    path = (
+        hub.resolve_model_path("tiny") if name == "tiny" else conftest.SHARED / "tokenizers" / name
+    )
     if not path.is_dir():
         pytest.skip(f"needs the development data folder {path}")
     tok = tokenizer.load(path)
@@ -357,7 +359,7 @@ def test_nothing_decodes_to_nothing():
 def test_encoding_a_prefix_again_is_off():
     """What the published code does, on ids as they are sampled."""
     vocab = vocabulary("tiny")
-    tok = tokenizer.load(hub.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve_model_path("tiny"))
     differ = 0
     for n in range(20):
         ids = vocab.cut("He has 8 oranges and buys 3. 8 + 3 = 12.", np.random.default_rng(n))

@@ -12,7 +12,7 @@ from copsd_jax.training import guards
 def run(texts, series):
     """(final state, [(step, action)]) of steps 1, 2, ... with these metrics."""
     rules = guards.parse_rules(texts)
-    state, fired = guards.init_state(rules), []
+    state, fired = guards.init_guard_state(rules), []
     for step, values in enumerate(series, 1):
         state, events = guards.apply_rules(rules, state, step, values)
         fired += [(event.step, event.action) for event in events]
@@ -117,7 +117,7 @@ def test_the_learning_rate_is_multiplied_each_time():
 
 def test_what_the_events_say():
     rules = guards.parse_rules(["x>2*first@2:stop", "y<0.1:lr*0.5", "z>5:warn"])
-    state = guards.init_state(rules)
+    state = guards.init_guard_state(rules)
     for step, x in ((7, 10), (8, 21)):
         state, events = guards.apply_rules(rules, state, step, {"x": x, "y": 1.0, "z": 5})
         assert events == []
@@ -167,7 +167,7 @@ CONDITIONAL = ("overlap", "divergence_at_128_511", "correct", "advantage_number"
 def test_a_metric_that_only_some_steps_have_is_no_error(name):
     """Neither before the run, nor in a step that lacks it, which may be the first."""
     rules = guards.check_metrics(guards.parse_rules([f"{name}>0.5@2:stop"]))
-    state, steps = guards.init_state(rules), [{"loss": 1}, {name: 2}, {"loss": 1}, {name: 2}]
+    state, steps = guards.init_guard_state(rules), [{"loss": 1}, {name: 2}, {"loss": 1}, {name: 2}]
     for step, values in enumerate(steps, 1):
         state, _ = guards.apply_rules(rules, state, step, values)
     # Two steps in a row that have it; a count that is not there is 0, and ends the row.
@@ -219,7 +219,7 @@ def series():
 
 def test_a_run_in_two_pieces_decides_as_one(tmp_path):
     rules = guards.parse_rules(RULES)
-    state, decided = guards.init_state(rules), []
+    state, decided = guards.init_guard_state(rules), []
     with metric_files.Writer(tmp_path) as writer:
         for step, values in series():
             writer.write(step, values)
@@ -241,7 +241,7 @@ def test_a_run_in_two_pieces_decides_as_one(tmp_path):
 def test_the_state_is_json():
     rules = guards.parse_rules(RULES)
     state, _ = guards.apply_rules(
-        rules, guards.init_state(rules), 1, {"loss": 9.0, "length": 1, "rare": 0}
+        rules, guards.init_guard_state(rules), 1, {"loss": 9.0, "length": 1, "rare": 0}
     )
     assert json.loads(json.dumps(state, allow_nan=False)) == state
 

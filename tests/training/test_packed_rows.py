@@ -62,7 +62,7 @@ def arranged(batch, shared=True, **how):
 def step(decoder, params, batch, shape=None, prefix=None, kv=None, **changes):
     """(gradient, Aux) of a step, on the first device or a mesh."""
     options = dataclasses.replace(OPTIONS, **changes)
-    state = train_step.init_state(make_adapter(1), KEPT, "fixed")
+    state = train_step.init_train_state(make_adapter(1), KEPT, "fixed")
     if shape is None:
         new, aux = jax.jit(train_step.make_step(decoder, KEPT, options))(
             state, params, batch, prefix, kv
@@ -126,7 +126,7 @@ def test_different_prompts(decoder, params, shared):
 def test_worked_examples_in_front(decoder, params):
     batch = layout.build_batch(*samples(3, 8), student_prefix=5, teacher_prefix=3)
     prefix = jnp.asarray([5, 6, 7, 8, 9], jnp.int32)
-    kv = shared_prefix.encode_ids(decoder, policy_lib.Policy(params), [11, 12, 13])
+    kv = shared_prefix.encode_prefix_ids(decoder, policy_lib.Policy(params), [11, 12, 13])
     how = {"prefix": prefix, "kv": (kv,)}
     rows, _ = arranged(batch)
     assert_same(step(decoder, params, rows, **how), step(decoder, params, batch, **how))
@@ -171,7 +171,7 @@ def test_no_hidden_state_travels(decoder, params):
     batch = layout.build_batch(*samples(5, 1, 32))
     devices, state = (
         sharding.make_mesh(8, 1, 1),
-        train_step.init_state(make_adapter(1), KEPT, "fixed"),
+        train_step.init_train_state(make_adapter(1), KEPT, "fixed"),
     )
     for one in (batch, arranged(batch, shards=8)[0]):
         with jax.set_mesh(devices):

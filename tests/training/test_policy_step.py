@@ -102,7 +102,7 @@ def by_hand(decoder, params, samples, batch, settings, divisor):
 def test_policy_loss_and_its_gradient(decoder, params, changes, divisor):
     settings = dataclasses.replace(GRPO, **changes)
     samples, batch = make_batch(1, teacher=False)
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     new, aux = run(decoder, params, state, batch, divergence=None, policy=settings, micro_batches=2)
     tokens = int(batch.mask_BC.sum())
     loss = by_hand(
@@ -122,7 +122,7 @@ def test_policy_loss_and_its_gradient(decoder, params, changes, divisor):
 def test_cross_entropy_is_that_of_the_completion_alone(decoder, params):
     settings = train_step.PolicyLoss("nll", 1.0, 1.0, "global_token_mean", 1)
     samples, batch = make_batch(2, teacher=False)
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     _, aux = run(decoder, params, state, batch, divergence=None, policy=settings)
     total, count = 0.0, 0
     for prompt, _, completion in zip(*samples, strict=True):
@@ -135,7 +135,7 @@ def test_cross_entropy_is_that_of_the_completion_alone(decoder, params):
 
 def test_a_mixture_updates_by_the_mixture_of_both_updates(decoder, params):
     _, batch = make_batch(3)
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     half = {"policy": dataclasses.replace(GRPO, weight=0.3), "weight": 0.7}
     mixed, aux = run(decoder, params, state, batch, **half)
     distilled, aux_d = run(decoder, params, state, batch)
@@ -155,7 +155,7 @@ def test_a_mixture_updates_by_the_mixture_of_both_updates(decoder, params):
 def test_routed_tokens_carry_one_loss_each(decoder, params):
     """Completions 0-3 distilled, 4-7 with policy loss: as two batches on their own."""
     _, batch = make_batch(4)
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     first = (np.arange(8) < 4)[:, None]
     routed = batch._replace(loss_BC=batch.mask_BC & first, policy_BC=batch.mask_BC & ~first)
     policy = {"policy": dataclasses.replace(GRPO, weight=0.5), "weight": 0.5}
@@ -178,7 +178,7 @@ def test_trust_region_mixes_the_logits_of_initial_and_current_policy(decoder, pa
         noise = lambda x: x + 0.02 * jax.random.normal(jax.random.key(3), x.shape, x.dtype)  # noqa: E731
         current = jax.tree.map(noise, params)
         adapter, moved = None, current
-    state = train_step.init_state(current, TX, "trust_region")
+    state = train_step.init_train_state(current, TX, "trust_region")
     changes = {"teacher": "trust_region", "rho": 0.3, "trainable": trainable}
     _, aux = run(decoder, params, state, batch, **changes)
     for b, (prompt, completion) in enumerate(zip(teachers, completions, strict=True)):
@@ -194,7 +194,7 @@ def test_trust_region_mixes_the_logits_of_initial_and_current_policy(decoder, pa
 
 def test_rho_zero_is_the_fixed_teacher(decoder, params):
     _, batch = make_batch(6)
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     fixed, _ = run(decoder, params, state, batch)
     region, _ = run(decoder, params, state, batch, teacher="trust_region", rho=0.0)
     jax.tree.map(
@@ -208,7 +208,7 @@ def test_tokens_without_loss_are_scored_but_move_nothing(decoder, params):
     samples, batch = make_batch(7)
     suffix = batch.mask_BC & (np.arange(batch.mask_BC.shape[1]) >= 3)
     cut = batch._replace(loss_BC=suffix)
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     _, aux_whole = run(decoder, params, state, batch)
     new, aux = run(decoder, params, state, cut)
     np.testing.assert_allclose(aux.tokens.value_T, aux_whole.tokens.value_T, atol=1e-7)
@@ -241,7 +241,7 @@ def test_tokens_without_loss_are_scored_but_move_nothing(decoder, params):
 
 def test_the_learning_rate_factor_scales_the_update(decoder, params):
     _, batch = make_batch(8)
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     step = jax.jit(train_step.make_step(decoder, TX, OPTIONS))
     whole, _ = step(state, params, batch, None, None)
     half, _ = step(state, params, batch, None, None, np.float32(0.5))
@@ -253,7 +253,7 @@ def test_the_learning_rate_factor_scales_the_update(decoder, params):
 
 def test_the_importance_weight_is_that_of_the_sampler(decoder, params):
     _, batch = make_batch(9)
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     settings = divergence_loss.Divergence(
         temperature=1.3, rollout_clip=1.2, sampling_temperature=0.9
     )

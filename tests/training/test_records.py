@@ -297,7 +297,10 @@ def test_an_analysis_is_taken_as_far_as_it_came_and_counted(monkeypatch):
         work = table.METHODS["distill"].make_batch(r, state, [row], 0)
         # A server may have used up its tokens for thinking that it does not show.
         asked = authors.AuthorRequest(contexts.Attempt(row), 0, None)
-        read = [authors._read(r, asked, authors.AuthorText(text, "cut")) for text in ("Half", "")]
+        read = [
+            authors._read_author_text(r, asked, authors.AuthorText(text, "cut"))
+            for text in ("Half", "")
+        ]
     assert (work.records[0]["reply_status"], work.records[0]["reply_cut"]) == ("ok", True)
     assert "First the sum is" in work.records[0]["teacher_prompt"]
     assert work.metrics["replies_cut"] == 1

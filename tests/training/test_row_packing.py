@@ -82,7 +82,7 @@ def test_no_micro_batch_is_above_the_budget(budget):
 def test_a_budget_below_a_sample_names_the_setting_and_what_would_do():
     completions, sides = law(0, 64)
     longest = [max(np.add(side.prompts_B, completions)) for side in sides]
-    least = sum(row_packing.round_up(int(n), row_packing.ROW_MULTIPLE) for n in longest)
+    least = sum(row_packing.round_up_row_size(int(n), row_packing.ROW_MULTIPLE) for n in longest)
     with pytest.raises(ValueError, match=rf"train\.micro_tokens is {least - 1}: .* least {least}$"):
         row_packing.plan_rows(completions, sides, shards=2, budget=least - 1)
     assert tokens(row_packing.plan_rows(completions, sides, shards=2, budget=least)) <= least
@@ -108,7 +108,7 @@ def test_rows_and_micro_batches_as_asked(how):
         longest = int(max(np.add(side.prompts_B, completions)))
         assert size.length % row_packing.ROW_MULTIPLE == 0
         if "row" in how:
-            assert size.length == row_packing.round_up(
+            assert size.length == row_packing.round_up_row_size(
                 max(how["row"], longest), row_packing.ROW_MULTIPLE
             )
 
@@ -125,7 +125,7 @@ def test_a_row_of_a_few_completions_for_many_devices():
      (33, 32, 64), (1023, 32, 1024), (1025, 32, 1088)],
 )  # fmt: skip
 def test_sizes_are_a_sixteenth_apart(number, least, known):
-    assert row_packing.round_up(number, least) == known
+    assert row_packing.round_up_row_size(number, least) == known
 
 
 # --- arrays -----------------------------------------------------------------------------------
@@ -195,4 +195,4 @@ def test_the_longest_sample_is_known_before_the_run():
     prefix = programs.EXEMPLAR_TOKENS * c.prompt.exemplars
     assert prefix == 0
     sizes = [plan.longest[side] + c.rollout.max_tokens for side in ("student", "teacher")]
-    assert least == sum(row_packing.round_up(n, row_packing.ROW_MULTIPLE) for n in sizes)
+    assert least == sum(row_packing.round_up_row_size(n, row_packing.ROW_MULTIPLE) for n in sizes)

@@ -43,7 +43,7 @@ def gathered(micro_batches: int, remat: str, trainable: str = "lora") -> tuple[f
         trained = jax.eval_shape(
             lambda: lora.init_adapter(SHAPE, 4, lora.TARGETS, jax.random.key(0))
         )
-    state = jax.eval_shape(lambda t: train_step.init_state(t, tx, "fixed"), trained)
+    state = jax.eval_shape(lambda t: train_step.init_train_state(t, tx, "fixed"), trained)
     batch = layout.build_batch([[1] * 9] * 16, [[2] * 40] * 16, [[3] * 20] * 16)
     with jax.set_mesh(devices):
         state = sharding.to_abstract(state, devices, sharding.shardings(state, devices))
@@ -73,7 +73,7 @@ def gathered(micro_batches: int, remat: str, trainable: str = "lora") -> tuple[f
 
 
 def apart(decoder, sides):
-    """`train_step._hidden` with a pass over the layers for each side."""
+    """`train_step._compute_side_states` with a pass over the layers for each side."""
     out = []
     for policy, side, prefix in sides:
         stream = transformer.Stream(
@@ -96,7 +96,7 @@ def test_weights_of_a_layer_are_gathered_twice_a_step_not_three_times(monkeypatc
     weights = sum(a * b for a, b in SHAPE.projections().values())
     together, _ = gathered(1, remat)
     assert 2 <= together <= 2 + 2 * adapters / weights
-    monkeypatch.setattr(train_step, "_hidden", apart)
+    monkeypatch.setattr(train_step, "_compute_side_states", apart)
     separate, _ = gathered(1, remat)
     assert 3 <= separate <= 3 + 2 * adapters / weights
     np.testing.assert_allclose(separate - together, 1, atol=1e-6)
@@ -116,7 +116,7 @@ def test_all_weights_of_a_live_teacher_are_gathered_twice_too(monkeypatch):
     """And the teacher goes through the layers once, forward."""
     moved, flops = gathered(1, "layer", "full")
     assert moved == pytest.approx(2, rel=1e-3)
-    monkeypatch.setattr(train_step, "_hidden", without_gradient)
+    monkeypatch.setattr(train_step, "_compute_side_states", without_gradient)
     moved, apart_flops = gathered(1, "layer", "full")
     assert moved == pytest.approx(3, rel=1e-3)
     assert flops == apart_flops

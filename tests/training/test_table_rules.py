@@ -26,7 +26,7 @@ def refusal(**settings) -> str:
     with pytest.raises(ValueError) as planned:
         run_plan.make_plan(config)
     with pytest.raises(ValueError) as compiled:
-        report.main(config, target=None, out="", search=False)  # type: ignore[arg-type]
+        report.report_dry_run(config, target=None, out="", search=False)  # type: ignore[arg-type]
     assert str(compiled.value) == str(planned.value)
     return str(planned.value)
 
@@ -71,7 +71,7 @@ def test_a_context_says_which_settings_and_authors_go_with_it(monkeypatch):
     )
     monkeypatch.setitem(contexts.CONTEXTS, "new", entry)
     chosen = {"context__kind": "new", "context__solution": False, "tokens__select": "from_error"}
-    table_rules.check(runs.config("opsd", **chosen, rollout__per_prompt=2))
+    table_rules.check_choices(runs.config("opsd", **chosen, rollout__per_prompt=2))
     assert "context.kind=new needs at least 2" in refusal(**chosen, rollout__per_prompt=1)
 
 
@@ -94,7 +94,7 @@ def test_a_divergence_is_one_entry(monkeypatch):
     assert settings is not None
     z_s, z_t = (jax.random.normal(jax.random.key(k), (3, 7)) for k in (0, 1))
     tokens = jnp.zeros(3, jnp.int32)
-    stats, dz = token_values.score_block(z_s, z_t, tokens, settings)
+    stats, dz = token_values.score_divergence_block(z_s, z_t, tokens, settings)
     p, q = (np.asarray(jax.nn.softmax(z), np.float64) for z in (z_s, z_t))
     np.testing.assert_allclose(stats.value_T, ((p**0.5 - q**0.5) ** 2).sum(1), rtol=1e-5)
     slope = jax.grad(lambda z: dense.compute_values(z, z_t, tokens, settings)[0].sum())(z_s)
@@ -126,7 +126,7 @@ def test_an_unknown_entry_is_refused_by_the_command(tmp_path, capsys):
 
 
 def test_tables_and_declarations_agree():
-    tables = table_rules.tables()
+    tables = table_rules.collect_choice_tables()
     declared = config_lib.SETTINGS
     with_table = {
         name for name, s in declared.items() if isinstance(s.allowed, Choices) and s.allowed.table
@@ -144,7 +144,7 @@ def test_tables_and_declarations_agree():
 
 
 def test_descriptions_have_the_choices_of_tables():
-    found = {one.name: one for one in config_lib.describe(table_rules.tables())}
+    found = {one.name: one for one in config_lib.describe(table_rules.collect_choice_tables())}
     assert set(found) == set(config_lib.flat(config_lib.default()))
     assert found["loss.divergence"].allowed == "fkl, rkl, jsd, sampled"
     assert found["context.sibling"].read_when == "context.kind=reflection or sibling"

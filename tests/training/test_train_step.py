@@ -97,7 +97,7 @@ def test_bug_04_values_of_a_ragged_batch_equal_those_of_each_sample_alone(decode
     adapter = make_adapter(1)
     students, teachers, completions = make_samples(0)
     batch = layout.build_batch(students, teachers, completions)
-    state = train_step.init_state(adapter, TX, "fixed")
+    state = train_step.init_train_state(adapter, TX, "fixed")
     _, aux = run(decoder, params, state, batch)
     for b, (s, t, c) in list(enumerate(zip(students, teachers, completions, strict=True)))[:3]:
         lp = log_softmax_by_hand(decoder, params, adapter, s, c)
@@ -117,12 +117,14 @@ def test_equal_contexts_give_no_loss_and_no_gradient(decoder, params):
     """Through the model, in float32, below 1e-6: teacher = student context, b = 0."""
     students, _, completions = make_samples(1)
     adapter = lora.init_adapter(CONFIG, 4, ("q", "v", "down"), jax.random.key(0))
-    state = train_step.init_state(adapter, TX, "fixed")
+    state = train_step.init_train_state(adapter, TX, "fixed")
     batch = layout.build_batch(students, students, completions)
     _, aux = run(decoder, params, state, batch)
     assert abs(float(aux.metrics["loss"])) < 1e-6
     assert float(aux.metrics["grad_norm"]) < 1e-6
-    _, other = run(decoder, params, train_step.init_state(make_adapter(1), TX, "fixed"), batch)
+    _, other = run(
+        decoder, params, train_step.init_train_state(make_adapter(1), TX, "fixed"), batch
+    )
     assert float(other.metrics["grad_norm"]) > 1e-3  # the test can fail
 
 
@@ -137,7 +139,7 @@ def test_any_mesh_gives_the_numbers_of_one_device(decoder, params, shape):
     )
     adapter = lora.init_adapter(config, 8, ("q", "o", "down"), jax.random.key(1))
     adapter = jax.tree.map(lambda x: x + 0.03, adapter)
-    state = train_step.init_state(adapter, TX, "fixed")
+    state = train_step.init_train_state(adapter, TX, "fixed")
     alone, aux = run(decoder, params, state, batch)
     devices = sharding.make_mesh(*shape)
     step = jax.jit(
@@ -165,7 +167,7 @@ def test_any_mesh_gives_the_numbers_of_one_device(decoder, params, shape):
 def test_four_micro_batches_equal_one(decoder, params, norm):
     """The normaliser's groups are settings of their own, so accumulation changes nothing."""
     batch = layout.build_batch(*make_samples(3))
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     one, aux = run(decoder, params, state, batch, norm=norm, group=2)
     four, aux4 = run(decoder, params, state, batch, norm=norm, group=2, micro_batches=4)
     np.testing.assert_allclose(aux4.metrics["loss"], aux.metrics["loss"], rtol=1e-5)
@@ -179,12 +181,12 @@ def test_a_shared_prefix_equals_writing_it_in_front_of_every_prompt(decoder, par
     """Loss and gradient, also through the prefix's own keys."""
     students, teachers, completions = make_samples(4)
     prefix_s, prefix_t = [5, 6, 7, 8, 9], [11, 12, 13]
-    state = train_step.init_state(make_adapter(2), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(2), TX, "fixed")
     whole = layout.build_batch(
         [prefix_s + s for s in students], [prefix_t + t for t in teachers], completions
     )
     plain, aux = run(decoder, params, state, whole)
-    kv = shared_prefix.encode_ids(decoder, policy_lib.Policy(params), prefix_t)
+    kv = shared_prefix.encode_prefix_ids(decoder, policy_lib.Policy(params), prefix_t)
     batch = layout.build_batch(students, teachers, completions, student_prefix=5, teacher_prefix=3)
     shared, aux_shared = run(decoder, params, state, batch, jnp.asarray(prefix_s, jnp.int32), (kv,))
     np.testing.assert_allclose(aux_shared.metrics["loss"], aux.metrics["loss"], rtol=1e-5)
@@ -198,7 +200,7 @@ def test_teachers_are_the_weights_they_are_named_after(decoder, params):
     students, _, completions = make_samples(5)
     batch = layout.build_batch(students, students, completions)
     adapter, average = make_adapter(1), make_adapter(7)
-    state = train_step.init_state(adapter, TX, "ema")._replace(ema=average)
+    state = train_step.init_train_state(adapter, TX, "ema")._replace(ema=average)
     by_hand = {"fixed": None, "live": adapter, "ema": average}
     for teacher, weights in by_hand.items():
         _, aux = run(decoder, params, state, batch, teacher=teacher)
@@ -212,7 +214,7 @@ def test_teachers_are_the_weights_they_are_named_after(decoder, params):
 def test_bug_11_average_begins_at_step_0_and_bug_12_moves_in_float32(decoder, params):
     batch = layout.build_batch(*make_samples(6))
     adapter = make_adapter(1)
-    state = train_step.init_state(adapter, TX, "ema")
+    state = train_step.init_train_state(adapter, TX, "ema")
     jax.tree.map(np.testing.assert_array_equal, state.ema, adapter)
     for _ in range(2):
         old = state
@@ -231,7 +233,7 @@ def test_bug_11_average_begins_at_step_0_and_bug_12_moves_in_float32(decoder, pa
 def test_full_fine_tuning_trains_every_weight_against_the_frozen_copy(decoder, params):
     students, teachers, completions = make_samples(8)
     batch = layout.build_batch(students, teachers, completions)
-    state = train_step.init_state(jax.tree.map(jnp.copy, params), TX, "fixed")
+    state = train_step.init_train_state(jax.tree.map(jnp.copy, params), TX, "fixed")
     new, aux = run(decoder, params, state, batch, trainable="full")
     n = len(completions[0])
     lq = log_softmax_by_hand(decoder, params, None, teachers[0], completions[0])
@@ -246,7 +248,7 @@ def test_full_fine_tuning_trains_every_weight_against_the_frozen_copy(decoder, p
 
     def loss_at(size):
         moved = {**params, "embed": {"embedding": params["embed"]["embedding"] + size * direction}}
-        state = train_step.init_state(moved, TX, "fixed")
+        state = train_step.init_train_state(moved, TX, "fixed")
         return float(run(decoder, params, state, batch, trainable="full")[1].metrics["loss"])
 
     slope = (loss_at(tiny) - loss_at(-tiny)) / (2 * tiny)
@@ -256,7 +258,7 @@ def test_full_fine_tuning_trains_every_weight_against_the_frozen_copy(decoder, p
 
 def test_bug_10_a_step_without_any_token_is_finite(decoder, params):
     batch = layout.build_batch([[1, 2]] * 8, [[3, 4]] * 8, [[]] * 8)
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     new, aux = run(decoder, params, state, batch)
     assert float(aux.metrics["loss"]) == 0.0
     jax.tree.map(np.testing.assert_array_equal, new.trained, state.trained)
@@ -282,7 +284,7 @@ def test_learning_rates_by_hand(schedule, warmup, expected):
 def test_micro_batches_by_hand():
     """B = 4, n = 2: sample b is row b // 2 of micro-batch b % 2, and its index moves along."""
     batch = layout.build_batch([[1, 2], [3], [4, 5, 6], [7]], [[8]] * 4, [[1], [2, 3], [4], [5]])
-    cut = train_step._split(batch, 2)
+    cut = train_step._split_micro_batches(batch, 2)
     for b in range(4):
         micro, row = b % 2, b // 2
         np.testing.assert_array_equal(cut.student.tokens_BL[micro, row], batch.student.tokens_BL[b])
@@ -292,12 +294,12 @@ def test_micro_batches_by_hand():
         at, before = cut.student.gather_BC[micro, row, :n], batch.student.gather_BC[b, :n]
         assert (flat[at] == whole[before]).all()
         assert (flat[at + 1] == batch.completion_BC[b, :n]).all()
-    np.testing.assert_array_equal(train_step._join(cut.mask_BC), batch.mask_BC)
+    np.testing.assert_array_equal(train_step._join_micro_batches(cut.mask_BC), batch.mask_BC)
 
 
 def test_micro_batches_on_eight_devices_equal_one(decoder, params):
     batch = layout.build_batch(*make_samples(9, n=16))
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     one, aux = run(decoder, params, state, batch, micro_batches=2)
     devices = sharding.make_mesh(8, 1, 1)
     options = dataclasses.replace(OPTIONS, micro_batches=2)
@@ -321,7 +323,7 @@ def test_bug_06_an_end_token_that_equals_padding_is_trained(decoder, params):
     """Token 0 fills empty places; as a sampled end token it has value and gradient."""
     students, teachers, _ = make_samples(10)
     batch = layout.build_batch(students, teachers, [[5, 0]] + [[]] * 7)
-    state = train_step.init_state(make_adapter(1), TX, "fixed")
+    state = train_step.init_train_state(make_adapter(1), TX, "fixed")
     _, aux = run(decoder, params, state, batch)
     assert float(aux.metrics["tokens"]) == 2
     lp = log_softmax_by_hand(decoder, params, state.trained, students[0], [5, 0])
@@ -341,7 +343,7 @@ def test_the_divergence_falls_on_a_batch_that_stays():
     tx = optax.adam(1e-2)
     values = []
     with jax.numpy_dtype_promotion("standard"):  # which AdamW relies on
-        state = train_step.init_state(make_adapter(1, 0.01), tx, "fixed")
+        state = train_step.init_train_state(make_adapter(1, 0.01), tx, "fixed")
         step = jax.jit(train_step.make_step(decoder, tx, OPTIONS))
         for _ in range(30):
             state, aux = step(state, params, batch, None, None)

@@ -187,7 +187,7 @@ def test_number_types(tmp_path, stored, wanted):
 def test_save_then_load_is_bit_equal(tmp_path, family, dtype, shard_bytes):
     config = dataclasses.replace(CONFIGS[family], vocab_size=1500)
     params = random_params(config, dtype)
-    source, out = hub.resolve("tiny"), tmp_path / "out"
+    source, out = hub.resolve_model_path("tiny"), tmp_path / "out"
     tok = tokenizer.load(source)
     hf.save(out, params, config, source_path=source, tokenizer=tok, shard_bytes=shard_bytes)
     assert (out / "model.safetensors").exists() == (shard_bytes == hf.SHARD_BYTES)
@@ -206,7 +206,7 @@ def test_what_is_saved_is_what_the_safetensors_package_reads(tmp_path):
     config = CONFIGS["llama"]
     theirs = write(tmp_path / "in", config)
     params = hf.load_params(tmp_path / "in", config, jnp.float32)
-    tok = tokenizer.load(hub.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve_model_path("tiny"))
     out = hf.save(tmp_path / "out", params, config, source_path=tmp_path / "in", tokenizer=tok)
     saved = safetensors.numpy.load_file(out / "model.safetensors")
     assert saved.keys() == theirs.keys()
@@ -218,7 +218,7 @@ def test_what_is_saved_is_what_the_safetensors_package_reads(tmp_path):
 
 
 def test_saved_tokenizer_and_generation_settings(tmp_path):
-    source, tok = tmp_path / "in", tokenizer.load(hub.resolve("tiny"))
+    source, tok = tmp_path / "in", tokenizer.load(hub.resolve_model_path("tiny"))
     write(source, TINY)
     settings = {"eos_token_id": [95, 3], "temperature": 0.6, "do_sample": True}
     (source / "generation_config.json").write_text(json.dumps(settings))
@@ -239,14 +239,16 @@ def test_saved_tokenizer_and_generation_settings(tmp_path):
 
 
 def test_save_leaves_what_is_there(tmp_path):
-    tok = tokenizer.load(hub.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve_model_path("tiny"))
     params = random_params(TINY, jnp.float32)
     (tmp_path / "mine").write_text("")
     with pytest.raises(FileExistsError, match="not empty"):
-        hf.save(tmp_path, params, TINY, source_path=hub.resolve("tiny"), tokenizer=tok)
+        hf.save(tmp_path, params, TINY, source_path=hub.resolve_model_path("tiny"), tokenizer=tok)
     other = CONFIGS["qwen2"]
     with pytest.raises(ValueError, match="do not match the config"):
-        hf.save(tmp_path / "x", params, other, source_path=hub.resolve("tiny"), tokenizer=tok)
+        hf.save(
+            tmp_path / "x", params, other, source_path=hub.resolve_model_path("tiny"), tokenizer=tok
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 

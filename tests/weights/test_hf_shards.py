@@ -82,14 +82,14 @@ def test_one_of_four_processes_reads_its_parts_only(tmp_path, monkeypatch, numbe
     devices = sharding.make_mesh(1, 4, 2)
     mine = list(devices.devices[0, number])
     taken = collections.Counter()
-    read = tensor_files._read
+    read = tensor_files._copy_stored_tensor
 
     def counted(stored, part=()):
         values = read(stored, part)
         taken["bytes"] += values.nbytes
         return values
 
-    monkeypatch.setattr(tensor_files, "_read", counted)
+    monkeypatch.setattr(tensor_files, "_copy_stored_tensor", counted)
     # Devices that keep nothing: what is left is the host's.
     monkeypatch.setattr(jax, "device_put", lambda values, device: None)
     assemble: Any = lambda shape, place, pieces: len(pieces)  # noqa: E731

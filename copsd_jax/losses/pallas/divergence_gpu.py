@@ -44,12 +44,12 @@ def sweep(
     Arguments, results and their shapes are the same, except that the block sizes come from
     `block_sizes.choose_gpu`.
     """
-    tokens = block_sizes.even_rows(len(rows[1].tokens_T), blocks.tokens, 8)
+    tokens = block_sizes.divide_rows_evenly(len(rows[1].tokens_T), blocks.tokens, 8)
     blocks = dataclasses.replace(blocks, tokens=tokens)
     return row_statistics.sweep_blocks(PASSES, constants, rows, blocks, interpret)
 
 
-def _coefficients(
+def _stack_row_coefficients(
     result: row_statistics.LogitsResult, sides: tuple, local_T: jax.Array, slope_T: jax.Array
 ) -> jax.Array:
     """Returns the numbers of each row that passes 2 and 3 read, [T, 8].
@@ -67,7 +67,9 @@ def _coefficients(
 # --- kernels: one row and one tile per program ----------------------------------------------------
 
 
-def _logit(settings: divergences.Divergence, logits_ref, row, width: int, here: jax.Array):
+def _load_tile_logits(
+    settings: divergences.Divergence, logits_ref, row, width: int, here: jax.Array
+):
     """Loads z / τ of a tile, with EMPTY after the last real entry, and a mask of real entries."""
     start = pl.program_id(1) * width
     real_U = start + jnp.arange(width, dtype=jnp.int32) < here
@@ -77,17 +79,17 @@ def _logit(settings: divergences.Divergence, logits_ref, row, width: int, here: 
     return jnp.where(real_U, z_U, row_statistics.EMPTY), real_U
 
 
-def _both(settings, logits_refs, width: int, here: jax.Array):
+def _load_both_logits(settings, logits_refs, width: int, here: jax.Array):
     """Loads z / τ of a tile for both sides, and a mask of real entries."""
     row = pl.program_id(0)
     # Either one array has the student's rows followed by the teacher's, or there are two arrays.
     below = pl.num_programs(0) if len(logits_refs) == 1 else 0
-    student_U, real_U = _logit(settings, logits_refs[0], row, width, here)
-    teacher_U, _ = _logit(settings, logits_refs[-1], row + below, width, here)
+    student_U, real_U = _load_tile_logits(settings, logits_refs[0], row, width, here)
+    teacher_U, _ = _load_tile_logits(settings, logits_refs[-1], row + below, width, here)
     return student_U, teacher_U, real_U
 
 
-def _write(numbers_ref, numbers: list[jax.Array]) -> None:
+def _write_tile_sums(numbers_ref, numbers: list[jax.Array]) -> None:
     """Writes up to 8 numbers of this row and tile to [I, 8, T], and 0 for missing ones."""
     row, tile = pl.program_id(0), pl.program_id(1)
     for k in range(row_statistics.ROW_STATS):
@@ -99,7 +101,7 @@ def _logits_kernel(settings, width, here_ref, *refs):
     """Writes the maxima and sums of a tile (pass 1)."""
     *logits_refs, stats_ref = refs
     numbers, below = [], []
-    for z_U in _both(settings, logits_refs, width, here_ref[0])[:2]:
+    for z_U in _load_both_logits(settings, logits_refs, width, here_ref[0])[:2]:
         top = jnp.maximum(jnp.max(z_U), row_statistics.FLOOR)
         below.append(z_U - top)
         weight_U = jnp.exp(below[-1])
@@ -107,12 +109,12 @@ def _logits_kernel(settings, width, here_ref, *refs):
     if settings.sampling_temperature != settings.temperature:
         scale = settings.temperature / settings.sampling_temperature
         numbers.append(jnp.sum(jnp.exp(below[0] * scale)))
-    _write(stats_ref, numbers)
+    _write_tile_sums(stats_ref, numbers)
 
 
-def _sides(settings, logits_refs, width, here, row_ref):
+def _load_tile_distributions(settings, logits_refs, width, here, row_ref):
     """Loads both distributions of a tile (0 after the last real entry) and the row's numbers."""
-    student_U, teacher_U, real_U = _both(settings, logits_refs, width, here)
+    student_U, teacher_U, real_U = _load_both_logits(settings, logits_refs, width, here)
     row = pl.program_id(0)
     sides = []
     for k, z_U in enumerate((student_U, teacher_U)):
@@ -125,18 +127,22 @@ def _sides(settings, logits_refs, width, here, row_ref):
 def _sums_kernel(settings, width, here_ref, row_ref, *refs):
     """Writes the sums over a tile of e, b, p and the teacher's clipped mass (pass 2)."""
     *logits_refs, sums_ref = refs
-    student, teacher, _ = _sides(settings, logits_refs, width, here_ref[0], row_ref)
+    student, teacher, _ = _load_tile_distributions(
+        settings, logits_refs, width, here_ref[0], row_ref
+    )
     e_U, b_U, clipped_U = divergences.compute_entries(student, teacher, settings)
     numbers = [jnp.sum(e_U), jnp.sum(b_U), jnp.sum(student.p)]
     if clipped_U is not None:
         numbers.append(jnp.sum(jnp.where(clipped_U, teacher.p, 0.0)))
-    _write(sums_ref, numbers)
+    _write_tile_sums(sums_ref, numbers)
 
 
 def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
     """Writes dz of a tile (pass 3)."""
     logits_refs, dz_ref = refs[:logits], refs[logits]
-    student, teacher, numbers = _sides(settings, logits_refs, width, here_ref[0], row_ref)
+    student, teacher, numbers = _load_tile_distributions(
+        settings, logits_refs, width, here_ref[0], row_ref
+    )
     slope, place, miss = numbers
     start = pl.program_id(1) * width
     entry_U = start + jnp.arange(width, dtype=jnp.int32)
@@ -146,7 +152,7 @@ def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
         e_U, b_U, _ = divergences.compute_entries(student, teacher, settings)
         dz_U = b_U if sums else b_U - student.p * slope
         if sums:
-            _write(refs[logits + 1], [jnp.sum(e_U)])
+            _write_tile_sums(refs[logits + 1], [jnp.sum(e_U)])
     to = dz_ref.at[pl.program_id(0), pl.ds(start, width)]
     plgpu.store(to, dz_U.astype(dz_ref.dtype), mask=entry_U < dz_ref.shape[1])
 
@@ -154,7 +160,9 @@ def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
 # --- passes --------------------------------------------------------------------------------------
 
 
-def _call(kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes: int):
+def _call_divergence_kernel(
+    kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes: int
+):
     """Runs a program per row and tile over whole arrays in HBM; the last operand has V columns."""
     tokens = out_shape[0].shape[-1] if out_shape[0].ndim == 3 else out_shape[0].shape[0]
     size = operands[-1].shape[1]
@@ -187,7 +195,9 @@ def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
     kernel = functools.partial(_logits_kernel, settings, blocks.vocab)
     shape = _numbers(hidden[0].shape[0], heads[0].shape[0], blocks)
     operands = (here_1, *stored)
-    return stored, _call(kernel, "divergence_stats", blocks, interpret, operands, [shape], 8)[0]
+    return stored, _call_divergence_kernel(
+        kernel, "divergence_stats", blocks, interpret, operands, [shape], 8
+    )[0]
 
 
 def _sums_pass(settings, blocks, interpret, here_1, coefficients_T8, stored) -> jax.Array:
@@ -195,7 +205,9 @@ def _sums_pass(settings, blocks, interpret, here_1, coefficients_T8, stored) -> 
     kernel = functools.partial(_sums_kernel, settings, blocks.vocab)
     shape = _numbers(coefficients_T8.shape[0], stored[0].shape[1], blocks)
     operands = (here_1, coefficients_T8, *stored)
-    return _call(kernel, "divergence_sums", blocks, interpret, operands, [shape], 8)[0]
+    return _call_divergence_kernel(
+        kernel, "divergence_sums", blocks, interpret, operands, [shape], 8
+    )[0]
 
 
 def _gradient_pass(
@@ -209,11 +221,13 @@ def _gradient_pass(
     if fused:
         shapes.append(_numbers(tokens, size, blocks))
     operands, moved = (here_1, coefficients_T8, *stored), 8 + head_VD.dtype.itemsize
-    dz_TV, *sums = _call(kernel, "divergence_gradient", blocks, interpret, operands, shapes, moved)
+    dz_TV, *sums = _call_divergence_kernel(
+        kernel, "divergence_gradient", blocks, interpret, operands, shapes, moved
+    )
     grad_head_VD = None
     if head_part is not None:
         grad_head_VD = head_part[1] + precision.dot(dz_TV, head_part[0], 0, 0)
     return precision.dot(dz_TV, head_VD, 1, 0), sums[0] if fused else None, grad_head_VD
 
 
-PASSES = row_statistics.Passes(_logits_pass, _coefficients, _sums_pass, _gradient_pass)
+PASSES = row_statistics.Passes(_logits_pass, _stack_row_coefficients, _sums_pass, _gradient_pass)

@@ -88,7 +88,7 @@ def sweep(
     return row_statistics.sweep_blocks(PASSES, constants, rows, blocks, interpret)
 
 
-def _coefficients(
+def _stack_tile_coefficients(
     result: row_statistics.LogitsResult, sides: tuple, local_T: jax.Array, slope_T: jax.Array
 ) -> jax.Array:
     """Returns the numbers of each row and tile that passes 2 and 3 read, [I, 8, T].
@@ -112,14 +112,14 @@ LARGER_BASE = (127 - 63) << MANTISSA  # the smallest code stands for 2^-63
 GAP_BASE = (127 - 16) << MANTISSA  # the smallest code stands for 2^-16
 
 
-def _code(x: jax.Array, base: int, most: int) -> jax.Array:
+def _encode_divergence_entry(x: jax.Array, base: int, most: int) -> jax.Array:
     """Encodes float32 x >= 0 as an integer of at most `most`; x too small for a code becomes 0."""
     # Half of the last bit is added, so that the shift rounds to nearest.
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) + (1 << (SHIFT - 1))
     return jnp.clip((bits >> SHIFT) - base, 0, most)
 
 
-def _decode(code: jax.Array, base: int) -> jax.Array:
+def _decode_divergence_entry(code: jax.Array, base: int) -> jax.Array:
     x = jax.lax.bitcast_convert_type((code + base) << SHIFT, jnp.float32)
     return jnp.where(code == 0, 0.0, x)
 
@@ -130,21 +130,21 @@ def pack(larger: jax.Array, gap: jax.Array) -> jax.Array:
     The upper 16 bits encode `larger`, which is in [0, 1]. The lower 16 bits encode `gap` with its
     sign; |gap| is below 2^16.
     """
-    code = _code(jnp.abs(gap), GAP_BASE, 0x7FFF) | jnp.where(gap < 0, 0x8000, 0)
-    return (_code(larger, LARGER_BASE, 0xFFFF) << 16) | code
+    code = _encode_divergence_entry(jnp.abs(gap), GAP_BASE, 0x7FFF) | jnp.where(gap < 0, 0x8000, 0)
+    return (_encode_divergence_entry(larger, LARGER_BASE, 0xFFFF) << 16) | code
 
 
 def unpack(word: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Unpacks larger and gap, as `pack` rounded them, in the shape of the words."""
-    gap = _decode(word & 0x7FFF, GAP_BASE)
-    larger = _decode(jax.lax.shift_right_logical(word, 16), LARGER_BASE)
+    gap = _decode_divergence_entry(word & 0x7FFF, GAP_BASE)
+    larger = _decode_divergence_entry(jax.lax.shift_right_logical(word, 16), LARGER_BASE)
     return larger, jnp.where((word & 0x8000) != 0, -gap, gap)
 
 
 # --- kernels -----------------------------------------------------------------------------------
 
 
-def _tile(head_ref, here) -> jax.Array:
+def _load_head_tile(head_ref, here) -> jax.Array:
     """Loads a tile of the head, with 0 after the last real entry, where memory is undefined."""
     tile_UD = head_ref[...]
     entry_U1 = jax.lax.broadcasted_iota(jnp.int32, (tile_UD.shape[0], 1), 0)
@@ -182,7 +182,7 @@ def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs)
     head_refs, stored_refs, (stats_ref, z_ref, column_ref) = refs[:heads], refs[heads:-3], refs[-3:]
     count, width = z_ref.shape[1:]
     rows = _rows(pl.program_id(1), count)
-    tiles = [_tile(ref, here_ref[0]) for ref in head_refs]
+    tiles = [_load_head_tile(ref, here_ref[0]) for ref in head_refs]
     for k, hidden_ref in enumerate((hidden_s_ref, hidden_t_ref)):
         z_ref[k] = precision.dot(hidden_ref[rows, :], tiles[k % heads], 1, 1)
     entry_1U = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1) + pl.program_id(0) * width
@@ -212,7 +212,9 @@ def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs)
     stats_ref[0] = column_ref[...].T[: row_statistics.ROW_STATS]
 
 
-def _load_sides(stored_refs, strip, column: jax.Array) -> list[distributions.Distribution]:
+def _load_both_distributions(
+    stored_refs, strip, column: jax.Array
+) -> list[distributions.Distribution]:
     """Loads both distributions of a strip, from the stored entries and the rows' coefficients.
 
     Both logarithms are off by the same constant. This is harmless, because divergences use only
@@ -233,7 +235,7 @@ def _sums_kernel(settings, coefficients_ref, *refs):
     column_ref[...] = _transposed(coefficients_ref)
 
     def work(strip) -> None:
-        student, teacher = _load_sides(stored_refs, strip, column_ref[strip, :])
+        student, teacher = _load_both_distributions(stored_refs, strip, column_ref[strip, :])
         e, b, clipped = divergences.compute_entries(student, teacher, settings)
         parts = [e, b, student.p]
         if clipped is not None:
@@ -259,7 +261,7 @@ def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_r
 
     def work(strip) -> None:
         column = column_ref[strip, :]
-        student, teacher = _load_sides(stored_refs, strip, column)
+        student, teacher = _load_both_distributions(stored_refs, strip, column)
         if settings.divergence == "sampled":
             entry_1U = jax.lax.broadcasted_iota(jnp.int32, (1, dz_ref.shape[1]), 1)
             place = column[:, 4:5].astype(jnp.int32) - tile * dz_ref.shape[1]
@@ -274,7 +276,7 @@ def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_r
     _strips(dz_ref.shape[0], work)
     if sums:
         sums_ref[0] = column_ref[...].T[: row_statistics.ROW_STATS]
-    product = precision.dot(dz_ref[...], _tile(head_ref, here_ref[0]), 1, 0)
+    product = precision.dot(dz_ref[...], _load_head_tile(head_ref, here_ref[0]), 1, 0)
 
     @pl.when(tile == 0)
     def _():
@@ -308,7 +310,7 @@ def _whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     return pl.BlockSpec(array.shape, lambda i, r: (0, 0), pipeline_mode=pl.Buffered(1))
 
 
-def _specs(blocks: block_sizes.Blocks, width: int) -> tuple[pl.BlockSpec, ...]:
+def _build_sweep_specs(blocks: block_sizes.Blocks, width: int) -> tuple[pl.BlockSpec, ...]:
     """Returns the specs of a tile of the head, of stored entries, and of per-row statistics.
 
     The grid is [I, T/R]. Its outer axis is the tile of the head, so each tile is read once for all
@@ -337,7 +339,7 @@ def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
     """Returns the stored entries [T, V] (one array or two) and the statistics [I, 8, T]."""
     (size, width), dtype = heads[0].shape, hidden[0].dtype
     grid = _grid(blocks, size)
-    head, stored, numbers = _specs(blocks, width)
+    head, stored, numbers = _build_sweep_specs(blocks, width)
     stored_dtypes = (jnp.int32,) if dtype == jnp.bfloat16 else (jnp.float32,) * 2
     need = block_sizes.vmem_bytes(blocks, width, dtype, tied=len(heads) == 1, train_head=False)
     entries = (blocks.tokens, grid[0] * blocks.vocab)
@@ -365,7 +367,7 @@ def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
 def _sums_pass(settings, blocks, interpret, here_1, coefficients_I8T, stored) -> jax.Array:
     """Returns the sums of pass 2, [I, 8, T]."""
     del here_1  # pass 1 stored 0 after the last real entry
-    _, entries, numbers = _specs(blocks, 0)
+    _, entries, numbers = _build_sweep_specs(blocks, 0)
     size = stored[0].shape[1]
     return pl.pallas_call(
         functools.partial(_sums_kernel, settings),
@@ -392,7 +394,7 @@ def _gradient_pass(
     (size, width), dtype = head_VD.shape, head_VD.dtype
     train_head = head_part is not None
     fused = row_statistics.fuses_sums(settings, train_head)
-    head, entries, numbers = _specs(blocks, width)
+    head, entries, numbers = _build_sweep_specs(blocks, width)
     grad = jax.ShapeDtypeStruct((blocks.tokens, width), jnp.float32)
     operands = [here_1, coefficients_I8T, *stored, head_VD]
     in_specs = [SCALAR, numbers, *[entries] * len(stored), head]
@@ -428,4 +430,4 @@ def _gradient_pass(
     return out[0], out[1] if fused else None, out[-1] if train_head else None
 
 
-PASSES = row_statistics.Passes(_logits_pass, _coefficients, _sums_pass, _gradient_pass)
+PASSES = row_statistics.Passes(_logits_pass, _stack_tile_coefficients, _sums_pass, _gradient_pass)

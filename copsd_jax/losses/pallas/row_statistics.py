@@ -229,7 +229,7 @@ def finish_stats(
             unread = distributions.Distribution(mass_T, mass_T)  # only clip_mode element reads it
             mass_T = clips.clipped_mass(sums.e_T, None, unread, settings)
     old_T, rollout_T = inputs.logp_old_T, inputs.logp_rollout_T
-    ratio_T = clips.importance_ratio(result.sampling_T, old_T, rollout_T, settings)
+    ratio_T = clips.clip_importance_ratio(result.sampling_T, old_T, rollout_T, settings)
     stats = token_values.TokenStats(
         value_T * ratio_T, result.logp_T, result.logq_T, result.sampling_T,
         result.student.entropy_T, result.teacher.entropy_T, mass_T, ratio_T,
