@@ -211,8 +211,8 @@ def _settings(
 ) -> request.SamplerSettings:
     need = max(len(work.prompts[i]) + work.limits[i] for i in texts)
     return request.SamplerSettings(
-        slots=args.slots, length=request.round_up_length(need), steps=args.steps, pack=args.pack,
-        cache=jnp.dtype(args.cache or args.dtype),
+        slots=args.slots, length=request.round_up_slot_length(need), steps=args.steps,
+        pack=args.pack, cache=jnp.dtype(args.cache or args.dtype),
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def step_line(
     """
     config, cache = decoder.config, jnp.dtype(cache)
     index_J = np.linspace(context / 2, context * 3 / 2, slots).astype(np.int32)
-    length = request.round_up_length(int(index_J.max()) + 7 * steps)
+    length = request.round_up_slot_length(int(index_J.max()) + 7 * steps)
     state = engine.init_slot_state(decoder, slots, length, cache)
     old = state.slots
     rows = old.request.rows._replace(  # a buffer each, because donated buffers must not be shared

@@ -253,7 +253,7 @@ def _averages(records: Sequence[dict]) -> dict[str, float]:
     return {row: scoring.avg_at_n(marks) for row, marks in right.items()}
 
 
-def format_comparison(before: dict, after: dict) -> str:
+def format_eval_comparison(before: dict, after: dict) -> str:
     """Renders a table of two evaluations of the same problems.
 
     Args:
@@ -298,7 +298,7 @@ def format_overview(results: dict[int, dict]) -> str:
     return terminal.table(headers, rows)
 
 
-def parse_flags(argv: list[str]) -> argparse.Namespace:
+def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
     """Parses the program's flags; argv[0] is the program's name."""
     parser = argparse.ArgumentParser(
         prog="python -m copsd_jax.evaluate",
@@ -318,7 +318,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def _load_eval_config(args: argparse.Namespace) -> config_lib.Config:
     """Returns the run's config with the changes that the flags make."""
-    config = run_plan.load_config(args.workdir)
+    config = run_plan.load_run_config(args.workdir)
     asked = {"path": args.path or None, "lang": tuple(args.lang.split(",")) if args.lang else None,
              "samples": args.samples, "max_tokens": args.max_tokens,
              "temperature": args.temperature}  # fmt: skip
@@ -375,7 +375,7 @@ def main(argv: list[str]) -> int:
     interrupt.
     """
     try:
-        return _evaluate_checkpoints(parse_flags(argv))
+        return _evaluate_checkpoints(parse_evaluate_flags(argv))
     except KeyboardInterrupt:
         print("\nstopped: the same command continues", file=sys.stderr)
         return 130
@@ -421,7 +421,7 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
     print(format_overview(results))
     if 0 in results and len(results) > 1:
         last = max(results)
-        print(f"\nstep {last} against step 0\n{format_comparison(results[0], results[last])}")
+        print(f"\nstep {last} against step 0\n{format_eval_comparison(results[0], results[last])}")
     print(f"\nresults are in {out}")
     return 0
 

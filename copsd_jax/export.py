@@ -17,7 +17,7 @@ from copsd_jax.runtime import checkpoint, workdir
 from copsd_jax.training import loaded_run, run_plan
 
 
-def parse_flags(argv: list[str]) -> argparse.Namespace:
+def parse_export_flags(argv: list[str]) -> argparse.Namespace:
     """Parses the program's flags; argv[0] is the program's name."""
     parser = argparse.ArgumentParser(
         prog="python -m copsd_jax.export",
@@ -35,9 +35,9 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Runs the program; returns 0 if the model was written, and 2 after an error message."""
-    args = parse_flags(argv)
+    args = parse_export_flags(argv)
     try:
-        config = run_plan.load_config(args.workdir)
+        config = run_plan.load_run_config(args.workdir)
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise FileExistsError(f"--out={args.out} exists and is not empty")
         workdir.check_writable(args.out, "--out")

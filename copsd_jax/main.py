@@ -27,7 +27,8 @@ from ml_collections import config_flags
 
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
-from copsd_jax.runtime import hardware, malloc
+from copsd_jax.dryrun import targets
+from copsd_jax.runtime import malloc
 
 
 class DryRun(NamedTuple):
@@ -39,7 +40,7 @@ class DryRun(NamedTuple):
       search: whether to compile again with the largest sizes that fit.
     """
 
-    target: hardware.Target
+    target: targets.Target
     report_path: str
     search: bool
 
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
         # JAX is imported only below, because it reads the environment, and because a wrong setting
         # is refused faster without it.
         if dry_run is not None:
-            os.environ |= hardware.ENVIRONMENT
+            os.environ |= targets.ENVIRONMENT
             from copsd_jax.dryrun import report
 
             return report.report_dry_run(
@@ -118,7 +119,7 @@ def parse_command(argv: list[str]) -> Command:
         raise ValueError("--config is missing: for example --config=configs/opsd.py")
     config_lib.split_lists(config.value)
     if values["dry_run"].present and not target.value:
-        raise ValueError(f"--dry_run is '': the choices are {hardware.CHOICES}")
+        raise ValueError(f"--dry_run is '': the choices are {targets.CHOICES}")
     dry_run = _parse_dry_run(target.value, report.value, search.value)
     setting_rules.check_settings(config.value, data=dry_run is None)
     directory = workdir.value or _default_workdir(values)
@@ -142,7 +143,7 @@ def _parse_dry_run(target: str, report: str, search: bool) -> DryRun | None:
         raise ValueError("--dry_run_json and --search need --dry_run, such as --dry_run=v5e:4x8")
     if report and not pathlib.Path(report).absolute().parent.is_dir():
         raise FileNotFoundError(f"--dry_run_json={report!r}: its folder does not exist")
-    return DryRun(hardware.parse_target(target), report, search) if target else None
+    return DryRun(targets.parse_target(target), report, search) if target else None
 
 
 def _default_workdir(values: flags.FlagValues) -> str:

@@ -211,7 +211,7 @@ def format_ending(
     if before and after:
         lines += [
             "",
-            evaluate.format_comparison(before, after),
+            evaluate.format_eval_comparison(before, after),
             "",
             "before and after: share of correct answers; points: difference with the interval of a",
             "paired bootstrap over problems; p: exact sign test; cut: ended by the token limit",

@@ -20,11 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
-from copsd_jax.dryrun import program_cost
+from copsd_jax.dryrun import program_cost, targets
 from copsd_jax.losses import token_blocks
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
-from copsd_jax.runtime import hardware, sharding
+from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, loop, request
 from copsd_jax.training import (
     backends,
@@ -141,7 +141,7 @@ class Run(NamedTuple):
 
     frame: run_plan.ProgramPlan
     lengths: Lengths
-    target: hardware.Target
+    target: targets.Target
     usable: float
     say: Callable[[str], None]
     phases: dict[str, Phase]
@@ -155,7 +155,7 @@ class Run(NamedTuple):
 # --- from settings to shapes ------------------------------------------------------------------
 
 
-def find_model_config(config: config_lib.Config) -> transformer.ModelConfig:
+def find_dry_run_model(config: config_lib.Config) -> transformer.ModelConfig:
     """Returns the model's shape, from its name or from the config.json of a folder.
 
     Raises:
@@ -183,7 +183,7 @@ def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan
     Raises:
       ValueError: no run can have these settings.
     """
-    shape = find_model_config(config)
+    shape = find_dry_run_model(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     setting_rules.check_shards(config, sharding.batch_shards(mesh))
     setting_rules.check_vocabulary(config, shape.vocab_size)
@@ -274,7 +274,7 @@ def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]
     section, prompt, completion = sampled[name]
     tokens = prompt + completion + engine.INSERT_BLOCK
     # An author's cache is as long as a call needs, rounded up.
-    tokens = request.round_up_length(tokens) if name == "author" else tokens
+    tokens = request.round_up_slot_length(tokens) if name == "author" else tokens
     return held | {"cache": memory.count_decode_state(frame, section, tokens)}
 
 
@@ -348,7 +348,7 @@ def failed_program(name: str, arguments: int, error: BaseException) -> Program:
 
 def compile_run(
     config: config_lib.Config,
-    target: hardware.Target,
+    target: targets.Target,
     devices: list,
     usable: float,
     say: Callable[[str], None] = lambda _: None,

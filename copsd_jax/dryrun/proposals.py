@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.dryrun import programs
-from copsd_jax.runtime import hardware, sharding
+from copsd_jax.dryrun import programs, targets
+from copsd_jax.runtime import sharding
 from copsd_jax.training import builders, memory, run_plan
 
 CHANGES = 3  # maximum number of proposed changes
@@ -58,7 +58,7 @@ class Change:
     words: str
     held: int
     config: config_lib.Config
-    target: hardware.Target
+    target: targets.Target
 
 
 @dataclasses.dataclass
@@ -245,14 +245,14 @@ def _other_meshes(run: programs.Run) -> Iterator[Change]:
     if frame.config.train.trainable == "full":
         yield from _rank_meshes(run, {"train.trainable": "lora"}, devices, target)
     if target.platform == "tpu":
-        for count, topology in hardware.list_topologies(target.kind).items():
+        for count, topology in targets.list_topologies(target.kind).items():
             if count > chips:
-                larger = hardware.parse_target(f"{target.kind}:{topology}")
+                larger = targets.parse_target(f"{target.kind}:{topology}")
                 yield from _rank_meshes(run, {}, count * devices // chips, larger)
 
 
 def _rank_meshes(
-    run: programs.Run, values: dict[str, Any], devices: int, target: hardware.Target
+    run: programs.Run, values: dict[str, Any], devices: int, target: targets.Target
 ) -> Iterator[Change]:
     """Yields meshes of `devices` devices with enough memory, the smallest memory use first."""
     found = []

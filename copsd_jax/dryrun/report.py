@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.dryrun import program_cost, programs, proposals, topologies
+from copsd_jax.dryrun import program_cost, programs, proposals, targets, topologies
 from copsd_jax.runtime import hardware, sharding
 from copsd_jax.training import memory, table_rules
 
@@ -22,7 +22,7 @@ EFFICIENCY = 0.7  # assumed share of the manufacturers' rates that good programs
 
 
 def report_dry_run(
-    config: config_lib.Config, target: hardware.Target, out: str, search: bool
+    config: config_lib.Config, target: targets.Target, out: str, search: bool
 ) -> int:
     """Compiles a run, prints the report, and writes it as JSON.
 
@@ -51,7 +51,7 @@ def report_dry_run(
     return 0 if report["fits"] else 1
 
 
-def _compile_run(config: config_lib.Config, target: hardware.Target, devices: list) -> programs.Run:
+def _compile_run(config: config_lib.Config, target: targets.Target, devices: list) -> programs.Run:
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     usable = hardware.compute_usable_memory(target.chip)
     return programs.compile_run(config, target, devices, usable, say)

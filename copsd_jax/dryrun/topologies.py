@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from copsd_jax.runtime import hardware
+from copsd_jax.dryrun import targets
 
 _PIP = f"{sys.executable} -m pip install"
 
 
-def make_devices(target: hardware.Target) -> list:
+def make_devices(target: targets.Target) -> list:
     """Returns the devices of a target, for which programs can be compiled but not run.
 
     Raises:
@@ -21,7 +21,7 @@ def make_devices(target: hardware.Target) -> list:
         command that installs the compiler.
     """
     if target.platform == "cuda":
-        return _make_topology_gpus(target)
+        return _make_gpu_topology(target)
     if importlib.util.find_spec("libtpu") is None:
         command = f'{_PIP} "jax[tpu]=={jax.__version__}"'
         raise ValueError(f"--dry_run for TPUs needs their compiler: {command}")
@@ -39,7 +39,7 @@ def make_devices(target: hardware.Target) -> list:
     return list(found.devices)
 
 
-def _make_topology_gpus(target: hardware.Target) -> list:
+def _make_gpu_topology(target: targets.Target) -> list:
     spec = importlib.util.find_spec
     if spec("jax_plugins") is None or spec("jax_plugins.xla_cuda13") is None:
         version = jax.__version__
@@ -51,6 +51,6 @@ def _make_topology_gpus(target: hardware.Target) -> list:
         raise ValueError(f"--dry_run for GPUs needs the program ptxas on PATH: {command}")
     found = topologies.get_topology_desc(
         platform="cuda", topology_name="x", topology=f"1x{target.topology}",
-        target_config=hardware.describe_gpu(target.kind),
+        target_config=targets.describe_gpu(target.kind),
     )  # fmt: skip
     return list(found.devices)

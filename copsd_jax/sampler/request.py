@@ -273,7 +273,7 @@ def _complete_sampler_settings(
     length = settings.length + engine.INSERT_BLOCK
     if not settings.length:
         need = max((len(text.prompt) + text.limit for text in texts), default=1)
-        length = round_up_length(need + engine.INSERT_BLOCK)
+        length = round_up_slot_length(need + engine.INSERT_BLOCK)
     shards, multiple = sharding.batch_shards(mesh), decode_attention.CACHE_LENGTH_MULTIPLE
     return dataclasses.replace(
         settings,
@@ -303,7 +303,7 @@ def _pack_requests(texts: Sequence[Text], stops: list) -> engine.Request:
     )
 
 
-def round_up_length(length: int) -> int:
+def round_up_slot_length(length: int) -> int:
     """Returns the smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that is >= `length`."""
     size = decode_attention.CACHE_LENGTH_MULTIPLE
     while size < length:

@@ -239,7 +239,7 @@ def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
     return replies.load_reply_file(author.path) if author.kind == "file" else {}
 
 
-def load_config(directory: pathlib.Path) -> config_lib.Config:
+def load_run_config(directory: pathlib.Path) -> config_lib.Config:
     """Loads the config of a work directory, for use on this machine.
 
     The settings of the mesh and of attention kernels are reset to their defaults, because results

@@ -223,5 +223,5 @@ def test_evaluation_groups_and_comparison():
         for sample in problem["samples"]:
             sample["correct"] = True
     better["scores"] = {k: {**v, "avg_at_n": 1.0} for k, v in result["scores"].items()}
-    table = evaluate.format_comparison(result, better)
+    table = evaluate.format_eval_comparison(result, better)
     assert "+100.0" in table

@@ -9,7 +9,7 @@ import conftest
 import pytest
 
 from copsd_jax.config import settings
-from copsd_jax.runtime import hardware
+from copsd_jax.dryrun import targets
 
 ROOT = conftest.ROOT
 GENERATED = {"api", "generated"}
@@ -197,7 +197,7 @@ def test_make_targets_exist(path):
 @pytest.mark.parametrize("path", CURRENT)
 def test_targets_of_dry_runs_are_known(path):
     for target in re.findall(r"--dry_run=([\w:*-]+)", path.read_text(encoding="utf-8")):
-        assert hardware.parse_target(target)
+        assert targets.parse_target(target)
 
 
 def imports_in_design() -> dict[str, set[str]]:

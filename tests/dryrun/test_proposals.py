@@ -8,14 +8,14 @@ import pytest
 import runs
 from jax.sharding import AbstractMesh, AxisType
 
-from copsd_jax.dryrun import programs, proposals
-from copsd_jax.runtime import hardware, sharding
+from copsd_jax.dryrun import programs, proposals, targets
+from copsd_jax.runtime import sharding
 from copsd_jax.training import builders, memory
 
 optax_promotes = runs.optax_promotes
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 SHORT = {"prompt__max_tokens": 120, "teacher__max_tokens": 200, "sampler__pack": 128}
-V5E8 = hardware.parse_target("v5e-8")
+V5E8 = targets.parse_target("v5e-8")
 
 
 @pytest.fixture(scope="module")
