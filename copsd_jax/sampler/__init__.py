@@ -1,4 +1,4 @@
-"""The sampler: prefill, insert and decode over slots, which are refilled when their texts end.
+"""The sampler: prefill, insert and decode on slots; a slot is refilled when its text ends.
 
 May import: runtime, attention, losses, model.
 """

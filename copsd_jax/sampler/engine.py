@@ -14,29 +14,29 @@ decoded and freed independently of one another:
     DecodeResult  the tokens drawn; a slot is free again when its text has ended
 
 `prefill` runs prompts that are packed end to end in a row, so that no compute is spent on padding
-between them. Segment numbers keep the prompts apart. A beginning that several prompts share is run
-once.
+between them. Segment numbers keep the prompts apart. If several prompts begin with the same tokens,
+the model runs the shared tokens only once.
 
-`insert` copies the cache entries of a prompt into a slot. It may copy one prompt into several
+`insert` copies the cache entries of a prompt into a slot. `insert` may copy one prompt into several
 slots, so all samples of a prompt share one prefill.
 
 `decode` draws tokens for all live slots. The first token of a slot is drawn from the hidden state
 of the prompt's last token. Each later token is drawn from the step that runs the token before it.
-One step draws first tokens and later tokens together, so it reads the head once.
+One step draws first tokens and later tokens together, so a step reads the head only once.
 
 The picture shows the cache of one slot, with a shared prefix of P tokens and a prompt of 3 tokens.
-Two tokens were drawn so far: a, and b, which the model has not run yet.
+Two tokens have been drawn so far, `a` and `b`. The model has not run `b` yet.
 
     token       [prefix 0 ... P-1]   p0   p1   p2   a    b
     position     0 ... P-1           P    P+1  P+2  P+3  P+4
     cache index  (not in the slot)   0    1    2    3    4    <- `index_J`: b is written there next
 
-Entries from `index_J` on are left over from the next prompt of the packed row or from the slot's
-previous text. No token attends to these entries, because a token attends only to entries up to its
-own index.
+Cache entries from `index_J` on are left over from the next prompt of the packed row or from the
+slot's previous text. No token attends to the left-over entries, because a token attends only to
+entries up to its own index.
 
-On a mesh, each of the R batch shards has J / R slots and its own row of packed prompts. So no
-cache entries are sent from one device to another.
+On a mesh, each of the R batch shards has J / R slots and its own row of packed prompts. Cache
+entries are never sent from one device to another.
 
 Shapes: J slots, A cache length, R batch shards, T packed tokens, P prefix length, I texts inserted
 into the slots of one shard, E steps of one `decode` call, X sets of stop ids.
@@ -56,41 +56,42 @@ from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import truncation
 
-UNSTACK_FROM = 2**20  # bytes per layer; `unstack_layers` saves time from this size on
-INSERT_BLOCK = 64  # entries that `insert` copies at a time; a slot has this many spare entries
+UNSTACK_FROM = 2**20  # bytes per layer; for smaller layers, `unstack_layers` saves no time
+INSERT_BLOCK = 64  # number of entries that `insert` copies at a time, and of spare entries per slot
 
 
 class LayerWeights(NamedTuple):
     """The arrays of one layer that a decode step reads."""
 
     params: Any
-    adapter: Any  # None without an adapter
+    adapter: Any  # None if there is no adapter
     prefix: transformer.KV | None  # [1, P, K, H]
 
 
 class Constants(NamedTuple):
-    """Arrays that the programs of one sampler call read and never change."""
+    """Arrays that the programs of one sampler call read but never change."""
 
     policy: policy_lib.Policy
     prefix: transformer.KV | None  # [layers, 1, P, K, H]
     valid_V: jax.Array | None  # bool: ids that may be drawn; None if all ids may be drawn
-    stop_XV: jax.Array  # bool: sets of ids that end a text
-    layers: tuple[LayerWeights, ...] | None = None  # result of `unstack_layers`; `decode` reads it
+    stop_XV: jax.Array  # bool: each row marks the ids that end a text
+    layers: tuple[LayerWeights, ...] | None = None  # result of `unstack_layers`, used by `decode`
 
 
 def unstack_layers(
     policy: policy_lib.Policy, prefix: transformer.KV | None, devices: Mesh
 ) -> tuple[LayerWeights, ...] | None:
-    """Returns views of the stacked arrays, one `LayerWeights` per layer, or None if no gain.
+    """Returns views of the stacked arrays, one `LayerWeights` per layer; None if they save no time.
 
-    On a CPU, the time of a decode step is the time to read the weights once. If layers are stacked,
-    XLA copies the slice of each layer before it reads the slice. The views avoid these copies. With
-    them, and with the head as the left factor of its product, a step of 8 slots takes about 0.7 of
-    the time. A program of 30 layers takes about 10 s longer to compile.
+    On a CPU, a decode step takes as long as reading the weights once. If the layers are stacked,
+    XLA copies each layer's slice before it reads the slice. Views of single layers avoid the
+    copies. The views, and the head as the left factor in the product that gives the logits, shorten
+    a step of 8 slots by about 30%. With views, a program of 30 layers takes about 10 s longer to
+    compile.
 
-    The result is None on other platforms, on several devices, and for small layers. The result is
-    also None for int8 kernels, because XLA would convert the kernels of all layers before the loop
-    over tokens.
+    The result is None on platforms other than CPU, on several devices, and for small layers. The
+    result is also None for int8 kernels, because XLA would convert the kernels of all layers before
+    the loop over tokens.
     """
     stacks = (policy.params["layers"], policy.adapter, prefix)
     leaves = jax.tree.leaves(stacks)
@@ -99,7 +100,7 @@ def unstack_layers(
     count = len(leaves[0])
     if sharding.platform(devices) != "cpu" or sum(x.nbytes for x in leaves) < UNSTACK_FROM * count:
         return None
-    # On a CPU, conversions between NumPy and JAX arrays share the memory and copy nothing.
+    # On a CPU, conversions between NumPy and JAX arrays share memory and copy nothing.
     replicated = NamedSharding(devices, PartitionSpec())
     views = jax.tree.map(np.asarray, stacks)
     return tuple(
@@ -109,7 +110,7 @@ def unstack_layers(
 
 
 class Request(NamedTuple):
-    """Limits, keys and settings of texts; each array has one entry per slot or text to insert."""
+    """Limits, keys and settings of texts; arrays have one entry per slot, or per text to insert."""
 
     limit: jax.Array  # int32: maximum number of tokens to draw
     key: jax.Array  # uint32 [..., 2]: threefry key data; token t is drawn with fold_in(key, t)
@@ -118,13 +119,13 @@ class Request(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The state of each slot besides its cache."""
+    """The state of each slot, except its cache entries."""
 
-    hidden_JD: jax.Array  # hidden state of the prompt's last token, read while the slot is fresh
-    fresh_J: jax.Array  # bool: the first token has not been drawn yet
-    live_J: jax.Array  # bool: the text has not ended
+    hidden_JD: jax.Array  # hidden state of the prompt's last token; used while the slot is fresh
+    fresh_J: jax.Array  # bool: whether the first token is still to be drawn
+    live_J: jax.Array  # bool: whether the text has not ended yet
     token_J: jax.Array  # int32: the token drawn last, which is not yet in the cache
-    index_J: jax.Array  # int32: the index in the cache for `token_J`
+    index_J: jax.Array  # int32: the cache index where `token_J` will be written
     drawn_J: jax.Array  # int32: number of tokens drawn so far
     request: Request
 
@@ -139,10 +140,10 @@ class DecodeState(NamedTuple):
 class DrawnTokens(NamedTuple):
     """The tokens of one `decode` call as NumPy arrays, one column per step."""
 
-    token_JE: np.ndarray  # int32, -1 where no token was drawn
+    token_JE: np.ndarray  # int32: token ids; -1 where no token was drawn
     logp_JE: np.ndarray  # float32: log-probability under the tempered distribution
     logp_truncated_JE: np.ndarray  # float32: log-probability under the truncated distribution
-    live_J: np.ndarray  # bool: the slot is live after the last step
+    live_J: np.ndarray  # bool: whether the slot is live after the last step
 
 
 class DecodeResult(NamedTuple):
@@ -153,7 +154,7 @@ class DecodeResult(NamedTuple):
 
 
 def unpack_tokens(packed_JX: np.ndarray) -> DrawnTokens:
-    """Splits a packed array into its parts; log-probabilities are stored as the bits of float32."""
+    """Splits a packed int32 array into its parts; log-probabilities are stored as float32 bits."""
     columns = (packed_JX.shape[1] - 1) // 3
     token, logp, truncated = (packed_JX[:, i * columns : (i + 1) * columns] for i in range(3))
     live_J = packed_JX[:, -1] > 0
@@ -161,7 +162,7 @@ def unpack_tokens(packed_JX: np.ndarray) -> DrawnTokens:
 
 
 def _pack_tokens(drawn: tuple[jax.Array, ...], live_J: jax.Array) -> jax.Array:
-    """Returns all results in one array, because several collectives could block one another."""
+    """Packs all results into one array; with several, their collectives could block one another."""
     bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in drawn]
     return jnp.concatenate([*bits, live_J[:, None].astype(jnp.int32)], axis=1)
 
@@ -174,12 +175,13 @@ def init_slot_state(
     Args:
       decoder: the model, which determines the shapes.
       slots: J, the number of slots.
-      length: A, the cache entries of a slot; enough for the longest prompt and its completion.
+      length: A, the number of cache entries per slot; must suffice for the longest prompt together
+        with its completion.
       dtype: dtype of keys and values, which may be int8.
     """
     c = decoder.config
 
-    def zeros(dtype, *width):  # a new buffer per call, because donated buffers must not be shared
+    def zeros(dtype, *width):  # returns a new buffer, because donated buffers must not be shared
         return jnp.zeros((slots, *width), dtype)
 
     request = Request(
@@ -203,7 +205,7 @@ def init_slot_state(
 
 
 def partition_state(state: DecodeState, mesh: Any) -> DecodeState:
-    """Returns the PartitionSpec of each array of a state; the mesh may be abstract."""
+    """Returns the PartitionSpec of each array in a state; the mesh may be abstract."""
     slot, head = decode_attention.find_mesh_axes(mesh, *state.cache.k.shape[1:3])
     return DecodeState(
         jax.tree.map(lambda _: PartitionSpec(None, slot, head), state.cache),
@@ -217,10 +219,10 @@ def partition_state(state: DecodeState, mesh: Any) -> DecodeState:
 class PackedPrompts(NamedTuple):
     """Prompts packed end to end in rows, int32 [R, T]; see `prompt_packing.pack_row`."""
 
-    tokens_RT: jax.Array  # token ids; padding may have any id
-    index_RT: jax.Array  # index of each token in its own prompt, from 0
-    segments_RT: jax.Array  # segment number 1, 2, ...; 0 at padding
-    parents_RT: jax.Array  # number of the segment with the prompt's beginning; -1 if it has none
+    tokens_RT: jax.Array  # token ids; at padding, any id is allowed
+    index_RT: jax.Array  # index of each token in its prompt, counted from 0
+    segments_RT: jax.Array  # number of the token's segment (1, 2, ...); 0 at padding
+    parents_RT: jax.Array  # number of the segment that begins the prompt; -1 without such a segment
 
 
 def prefill(
@@ -228,14 +230,14 @@ def prefill(
 ) -> transformer.Output:
     """Runs packed prompts through the model.
 
-    In this row, segment 1 has the first 4 tokens of the prompt that segment 2 completes. Segment 3
-    is a whole prompt:
+    In the row below, segment 1 is the beginning of a prompt, and segment 2 is the rest of the same
+    prompt. Segment 3 is a whole prompt:
       segments 1 1 1 1 2 2 3 3 3 0     parents -1 -1 -1 -1 1 1 -1 -1 -1 -1
       index    0 1 2 3 4 5 0 1 2 0
 
     Returns:
-      Hidden states [R, T, D], and keys and values [layers, R, K, T + INSERT_BLOCK, H]. With the
-      additional entries, `insert` can read a whole block that begins near the end of the row.
+      Hidden states [R, T, D], and keys and values [layers, R, K, T + INSERT_BLOCK, H]. The
+      INSERT_BLOCK additional entries let `insert` read a whole block near the end of a row.
     """
     shared = 0 if constants.prefix is None else constants.prefix.k.shape[2]
     stream = transformer.Stream(
@@ -253,10 +255,11 @@ def prefill(
 
 
 class Insertion(NamedTuple):
-    """Prompts to put into slots, arrays [R, I]; the first `count_R` entries of a shard are real.
+    """Prompts to put into slots, arrays [R, I]; only the first `count_R` entries per shard are
+    used.
 
-    In the row of its shard, a prompt has `split` tokens from index `start` on and the rest from
-    index `own` on; see `prompt_packing.Placement`.
+    The first `split` tokens of a prompt begin at index `start` of its shard's row. The prompt's
+    other tokens begin at index `own`; see `prompt_packing.Placement`.
     """
 
     slot_RI: jax.Array  # int32: index of the target slot in its shard
@@ -265,11 +268,11 @@ class Insertion(NamedTuple):
     own_RI: jax.Array  # int32
     length_RI: jax.Array  # int32: number of tokens of the prompt
     request_RI: Request
-    count_R: jax.Array  # int32: number of prompts of each shard
+    count_R: jax.Array  # int32: number of prompts for each shard
 
 
 def insert(state: DecodeState, output: transformer.Output, insertion: Insertion) -> DecodeState:
-    """Copies prefilled prompts into slots and makes the slots live.
+    """Copies prefilled prompts into slots and marks the slots as live.
 
     Several slots may get copies of the same prompt.
 
@@ -293,7 +296,7 @@ def insert(state: DecodeState, output: transformer.Output, insertion: Insertion)
 def _insert_shard(
     state: DecodeState, hidden_1TD: jax.Array, kv: transformer.KV, insertion: Insertion
 ) -> DecodeState:
-    """Inserts the prompts of one shard; they come from one packed row."""
+    """Inserts the prompts of one shard; all of them are in the same packed row."""
     insertion = jax.tree.map(lambda x: x[0], insertion)
 
     def insert_text(i, state: DecodeState) -> DecodeState:
@@ -304,7 +307,7 @@ def _insert_shard(
         cache = _copy_prompt_to_slot(cache, kv, slot, own, split, length - split)
         last = jnp.where(length > split, own + length - split, start + length) - 1
         yes, zero = jnp.array(True), jnp.int32(0)
-        new = Slots(  # `token_J` keeps its old value, which is not read before a token is drawn
+        new = Slots(  # `token_J` keeps its old value, which is not used before a token is drawn
             hidden_JD=hidden_1TD[0, last], fresh_J=yes, live_J=yes,
             token_J=state.slots.token_J[slot], index_J=length - 1, drawn_J=zero, request=request,
         )  # fmt: skip
@@ -318,15 +321,16 @@ def _copy_prompt_to_slot(
 ) -> decode_attention.Cache:
     """Copies `tokens` entries from index `source` of a row to index `target` of a slot.
 
-    Whole blocks are copied. The entries written beyond `tokens` are either not attended to yet or
-    overwritten by the next copy. The copy uses slices, because XLA would change the cache's layout
-    for a gather. On TPU, XLA still changes the layout if heads are narrower than the lanes.
+    Only whole blocks are copied. The last block may have entries beyond `tokens`; each of them is
+    overwritten before a token attends to it. The copy uses slices, because a gather would make XLA
+    change the cache's layout. On TPU, XLA changes the cache's layout even for slices if a head is
+    smaller than the number of lanes.
     """
     layers, _, heads, _, size = kv.k.shape
 
     def copy_block(b, cache: decode_attention.Cache) -> decode_attention.Cache:
         out = (0, 0, 0, source + b * INSERT_BLOCK, 0)
-        into = (0, slot, 0, target + b * INSERT_BLOCK, 0)  # scales of int8 have no last axis
+        into = (0, slot, 0, target + b * INSERT_BLOCK, 0)  # int8 caches' scales have no axis H
         k, v = (jax.lax.dynamic_slice(x, out, (layers, 1, heads, INSERT_BLOCK, size)) for x in kv)
         new = decode_attention.convert_entries(cache, k, v)
         put = jax.lax.dynamic_update_slice
@@ -346,15 +350,15 @@ def decode(
 
     Args:
       decoder: the model; static.
-      features: the features that the requests in all slots need; static.
+      features: the truncation features that the requests in the slots need; static.
       steps: E, the maximum number of tokens per slot; static.
       constants: weights, prefix, and sets of ids.
-      state: the slots; the sampler's loop donates its buffers.
-      cancel_J: bool; slots to end before any token is drawn.
+      state: the state of all slots; the sampler's loop donates the state's buffers.
+      cancel_J: bool; marks the slots whose texts end before any token is drawn.
       enough: int32; the loop ends early once fewer than max(enough, 1) slots are live.
 
     Returns:
-      The new state, and the tokens drawn.
+      The new state, and the tokens that were drawn.
     """
     cache, slots = state
     slots = slots._replace(live_J=slots.live_J & ~cancel_J)
@@ -385,9 +389,11 @@ def decode(
 def _run_slots_last_tokens(
     decoder: transformer.Decoder, constants: Constants, cache: decode_attention.Cache, slots: Slots
 ) -> tuple[decode_attention.Cache, jax.Array]:
-    """Runs each slot's last token through the model; returns the cache and hidden_JD.
+    """Runs each slot's last token through the model; returns the new cache and hidden states [J,
+    D].
 
-    Free and fresh slots are computed too, but they neither write to the cache nor attend to it.
+    The model also computes free and fresh slots, but these slots neither write to the cache nor
+    attend to the cache.
     """
     shared = 0 if constants.prefix is None else constants.prefix.k.shape[2]
     runs_J = slots.live_J & ~slots.fresh_J
@@ -410,7 +416,7 @@ def _run_slots_last_tokens(
 def _compute_slot_logits(
     hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool
 ) -> jax.Array:
-    """Returns logits [J, V]; XLA on CPU reads the head only once if it is the left factor."""
+    """Returns logits [J, V]; on CPU, XLA reads the head only once if it comes first."""
     if not head_first:
         return transformer.compute_logits(hidden_JD, head_VD)
     head_VD = head_VD.astype(hidden_JD.dtype)
@@ -420,8 +426,8 @@ def _compute_slot_logits(
 def _gather_decode_head(constants: Constants) -> jax.Array:
     """Returns the head, split along the vocabulary over the mesh's `tensor` axis.
 
-    If the size of this axis does not divide the vocabulary, the head is padded once per `decode`
-    call. With a head split along its width instead, every step would sum all logits over devices.
+    If the size of `tensor` does not divide the vocabulary, the head is padded once per `decode`
+    call. If the head were split along its width, every step would sum all logits over the devices.
     """
     head_VD = transformer.get_head(constants.policy.params)
     mesh = jax.sharding.get_abstract_mesh()
@@ -460,7 +466,7 @@ def _draw(
 
 
 def _token_keys(features: truncation.Features, slots: Slots) -> jax.Array:
-    """Returns uint32 [J, 2]: each slot's key with the index of the token to draw folded in."""
+    """Returns uint32 [J, 2]: each slot's key, after folding in the index of the token to draw."""
     if not features.noise:
         return slots.request.key
     keys_J = jax.random.wrap_key_data(slots.request.key, impl="threefry2x32")

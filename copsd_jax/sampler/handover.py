@@ -1,13 +1,14 @@
 """Hand-over of a policy's weights to the sampler, at the start of each rollout phase.
 
-Training may split parameters over `fsdp`. A decode step would then gather all of them for every
-token. So parameters are gathered on the devices once per phase, and a frozen base once per run. If
-sampler and trainer use the same layout, the sampler reads the trainer's own arrays.
+Training may split parameters along the mesh axis `fsdp`. With split parameters, a decode step would
+gather all parameters for every token. Therefore, parameters are gathered on the devices once per
+phase, and a frozen base is gathered only once per run. If sampler and trainer use the same layout,
+the sampler reads the trainer's own arrays.
 
-The adapter is either applied beside the base, as in training, or merged into a copy of the base.
-Beside a projection with in x out weights, an adapter of rank R costs R (in + out) more
-multiplications per token. The adapter also adds two small products, which matter if a step is
-short. A merged copy needs as much memory as the base.
+The adapter either stays separate from the base, as in training, or is merged into a copy of the
+base. For a projection of size in x out, a separate adapter of rank R costs R (in + out) more
+multiplications per token. A separate adapter also adds two small matrix products, which are
+noticeable in a short step. A merged copy needs as much memory as the base.
 """
 
 import functools
@@ -23,17 +24,18 @@ from copsd_jax.runtime import sharding
 
 
 class HandOver:
-    """A callable that converts policies for the sampler and keeps its copy of the frozen base.
+    """A callable that converts policies for the sampler, and keeps a copy of the frozen base.
 
     Args:
-      devices: the mesh of trainer and sampler.
-      frozen: weights that never change; they are copied only once. Other weights are copied at each
-        call.
-      key_heads: K of the model, see `sharding.partition_spec`.
-      merge: merges the adapter into a copy of the base.
-      int8: quantises projections with `lora.quantise_projections`.
-      gather: gathers parameters along `fsdp`; otherwise they are sharded as in training.
-      call: calls a jitted function; a dry run passes a function that only compiles it.
+      devices: the mesh that trainer and sampler share.
+      frozen: weights that never change, so they are copied only once. Other weights are copied at
+        each call.
+      key_heads: K, the model's number of key heads; see `sharding.partition_spec`.
+      merge: whether to merge the adapter into a copy of the base.
+      int8: whether to quantise projections with `lora.quantise_projections`.
+      gather: whether to gather parameters along `fsdp`; if False, they are sharded as in training.
+      call: function that calls a jitted function; in a dry run, it only compiles the jitted
+        function.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class HandOver:
         self._gather = gather and devices.shape["fsdp"] > 1
 
     def __call__(self, policy: policy_lib.Policy) -> policy_lib.Policy:
-        """Returns the policy to decode with; its adapter is None if it was merged into the base."""
+        """Returns the policy for decoding, without an adapter if it was merged into the base."""
         params, adapter, scale = policy.params, policy.adapter, policy.scale
         if adapter is not None and self._merge:
             merged = self._convert(scale, self._int8, params, adapter)
@@ -64,11 +66,11 @@ class HandOver:
         return policy_lib.Policy(params, adapter, scale)
 
     def kept(self) -> Any:
-        """Returns the copy of the frozen base kept for the whole run, or None if there is none."""
+        """Returns the copy of the frozen base that is kept for the run, or None without a copy."""
         return self._base
 
     def _convert(self, scale: float, int8: bool, *trees: Any) -> Any:
-        """Converts and reshards one tree, or merges a base and an adapter into one tree."""
+        """Converts and reshards one tree; if two trees are given, merges base and adapter first."""
         shapes = jax.eval_shape(
             functools.partial(_convert_for_sampler, scale=scale, int8=int8), *trees
         )
@@ -85,6 +87,6 @@ def _convert_for_sampler(params: Any, adapter: Any = None, *, scale: float, int8
 
 @functools.lru_cache
 def _program(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
-    """Returns one jitted function per target, so that later phases do not compile it again."""
+    """Returns the jitted conversion to these shardings; a later phase gets it from the cache."""
     convert = functools.partial(_convert_for_sampler, scale=scale, int8=int8)
     return jax.jit(convert, out_shardings=jax.tree.unflatten(tree, leaves))

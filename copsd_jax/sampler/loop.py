@@ -1,8 +1,8 @@
 """The sampler's loop: fills slots, decodes, collects tokens and refills slots until all texts end.
 
-A text depends on its key, its prompt, its settings and the weights. A text does not depend on the
-number of slots, the other texts, its index in the list or the devices. Only rounding can differ,
-because these change the shapes of products.
+A text depends on its key, its prompt, its settings and the weights. The number of slots, the other
+texts, the text's index in the list, and the devices can change only the rounding, because they
+change the shapes of matrix products.
 
 Every decision of the loop follows from the arguments and from the drawn tokens. Each process has
 all arguments and tokens, so all processes call the same programs in the same order.
@@ -41,14 +41,14 @@ class Completion:
 
 
 class Stats(NamedTuple):
-    """Progress of a call, and how busy it keeps the device."""
+    """Progress of a sampler call, and how fully the call uses the slots."""
 
-    done: int  # completions that have ended
-    total: int  # completions of the call
-    tokens: int  # tokens drawn so far
-    prompt_tokens: int  # tokens that prefill ran through the model
-    occupancy: float  # share of slots that drew a token while prompts waited; NaN if none waited
-    seconds: float  # since the start of the call
+    done: int  # number of completions that have ended
+    total: int  # number of completions in the call
+    tokens: int  # number of tokens drawn so far
+    prompt_tokens: int  # number of tokens that prefill ran through the model
+    occupancy: float  # share of slots that drew a token while texts waited; NaN if no text waited
+    seconds: float  # time since the start of the call
 
 
 class Result(NamedTuple):
@@ -60,9 +60,10 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass
 class _PartialCompletion:
-    """The tokens of a text that were drawn so far."""
+    """The tokens that have been drawn for one text so far."""
 
-    parts: list[list[np.ndarray]] = dataclasses.field(default_factory=list)  # one per decode call
+    # `parts` has one list of arrays for each decode call.
+    parts: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
     tail: bytes = b""  # the last bytes of the text, for stop strings that span several tokens
     stopped: bool = False  # whether a stop string was found
 
@@ -80,19 +81,21 @@ def generate(
 ) -> Result:  # fmt: skip
     """Samples one completion for each prompt; equal prompts share their prefill.
 
-    The sampler runs on the mesh of the surrounding `jax.set_mesh`; the policy must be on that mesh.
+    The sampler runs on the mesh of the surrounding `jax.set_mesh`; the policy must be on the same
+    mesh.
 
     Args:
       decoder: the model.
       policy: the weights and adapter of the model.
-      prompts: lists of token ids without the shared prefix; each has at least one token.
+      prompts: lists of token ids without the shared prefix; each list has at least one token.
       sampling: one `Sampling` for all prompts, or a list with one per prompt.
-      keys: uint32 [n, 2] from `request.derive_keys`, one per prompt.
-      settings: the sampler's size; slots are rounded up to a multiple of the mesh's batch shards.
+      keys: uint32 [n, 2] from `request.derive_keys`, one key per prompt.
+      settings: the sampler's sizes; the number of slots is rounded up to a multiple of the number
+        of batch shards.
       prefix: the keys and values of tokens that all prompts begin with, from
         `shared_prefix.encode_prefix_ids` with the same policy.
       vocabulary: ids that may be drawn, and their bytes; None allows all ids but no stop strings.
-      limits: maximum number of tokens per completion; None means the max_tokens of its `Sampling`.
+      limits: maximum number of tokens of each completion; None means `Sampling.max_tokens`.
       progress: called with the statistics after each decode call.
       done: called with (index of the prompt, completion) as soon as the completion has ended.
 
@@ -101,7 +104,7 @@ def generate(
 
     Raises:
       ValueError: the sampler does not support the settings or prompts.
-      MemoryError: the cache does not fit the devices.
+      MemoryError: the cache does not fit into the devices' memory.
     """
     inputs = request.prepare_sampler_inputs(
         decoder, policy, prompts, sampling, keys_n2=keys, settings=settings, prefix=prefix,
@@ -120,15 +123,15 @@ class _Prefilled(NamedTuple):
     """A text whose prompt has been prefilled."""
 
     row: int  # index of the text in the call
-    output: transformer.Output  # result of `prefill`, with the packed rows of all shards
-    place: prompt_packing.Placement  # where the prompt is in the packed row of its shard
+    output: transformer.Output  # result of `prefill` for the packed rows of all shards
+    place: prompt_packing.Placement  # location of the prompt in its shard's packed row
 
 
 _Queues = list[collections.deque[_Prefilled]]  # one queue per shard
 
 
 class _Waiting:
-    """A queue of distinct prompts, each with the rows of the texts that have this prompt."""
+    """A queue of distinct prompts, each with the indices of all texts that have this prompt."""
 
     def __init__(self, prompts: Sequence[tuple[int, ...]]):
         texts: dict[tuple[int, ...], list[int]] = {}
@@ -138,7 +141,7 @@ class _Waiting:
         self.texts = len(prompts)
 
     def take(self, wanted: int, width: int) -> list[tuple[tuple[int, ...], list[int]]]:
-        """Removes and returns prompts that fit one packed row, until they have `wanted` texts."""
+        """Removes and returns prompts: enough for `wanted` texts, or as many as fit one row."""
         candidates, texts = [], 0
         for prompt, rows in self.groups:
             if texts >= wanted:
@@ -165,23 +168,23 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
     prefilled: _Queues = [collections.deque() for _ in range(shards)]
     texts = {row: _PartialCompletion() for row in range(len(inputs.prompts))}
     completions: dict[int, Completion] = {}
-    serving: dict[int, int] = {}  # slot -> row of the text in this slot
-    cancel = np.zeros(slots, bool)  # live slots on the device that the next decode call must end
+    serving: dict[int, int] = {}  # slot -> index of the text in this slot
+    cancel = np.zeros(slots, bool)  # marks the slots whose texts the next decode call must end
     tokens = prompt_tokens = busy = possible = 0
     while waiting.texts or any(prefilled) or serving:
         state = _insert_prefilled(inputs, state, prefilled, serving)
-        # Texts are inserted into their slots before the next prefill. So at most two prefill
-        # results are in memory at a time, for any number of slots.
+        # Texts are inserted into their slots before the next prefill, so at most two prefill
+        # results are in memory at a time, whatever the number of slots.
         while waiting.texts and len(serving) < slots:
             prompt_tokens += _prefill_row(inputs, waiting, prefilled, serving)
             state = _insert_prefilled(inputs, state, prefilled, serving)
-        cancel[list(serving)] = False  # these slots now hold a new text
+        cancel[list(serving)] = False  # these slots now hold new texts
         more = bool(waiting.texts or any(prefilled))
-        # While texts wait, decode ends once a sixteenth of the slots (at least one) is free.
+        # While texts wait, a decode call ends once max(1, slots // 16) texts have ended.
         enough = max(1, len(serving) - max(1, slots // 16) + 1) if more else 1
         args = _to_devices(inputs, (cancel, np.int32(enough)))
         state, result = _decode_program(inputs, state, *args).call(inputs.constants, state, *args)
-        packed_JX, steps = jax.device_get(result)  # waits for the device
+        packed_JX, steps = jax.device_get(result)  # the call waits for the device
         drawn = engine.unpack_tokens(packed_JX)
         cancel[:] = False
         for slot, row in list(serving.items()):
@@ -205,7 +208,7 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
 
 
 def _list_free_slots(slots: int, shards: int, serving: dict[int, int]) -> list[list[int]]:
-    """Lists the free slots of each shard; a shard has slots / shards slots."""
+    """Lists the free slots of each shard; each shard has slots / shards of them."""
     parts = np.arange(slots).reshape(shards, -1).tolist()
     return [[slot for slot in part if slot not in serving] for part in parts]
 
@@ -219,9 +222,9 @@ def _prefill_row(
 ) -> int:
     """Runs prefill on one row of prompts per shard; returns the number of tokens in all rows.
 
-    A shard takes texts for its free slots, and further texts in advance, up to its share of the
-    waiting texts. Prefill computes a row for every shard anyway, so a shard without free slots
-    takes texts too, unless it still has prefilled texts.
+    A shard takes texts for its free slots, and more texts in advance if its share of the waiting
+    texts allows. Prefill computes a row for every shard in any case. Therefore, even a shard
+    without free slots takes texts, unless the shard still has prefilled texts.
     """
     slots, shards = inputs.settings.slots, len(prefilled)
     free = _list_free_slots(slots, shards, serving)
@@ -233,7 +236,7 @@ def _prefill_row(
         if prefilled[r] or not wanted or not waiting.texts:
             continue
         for prompt, rows in waiting.take(wanted, inputs.settings.pack):
-            # With a single shard, all samples of a prompt share one prefill, however many they are.
+            # With a single shard, all samples of a prompt share one prefill, whatever their number.
             room = max(1, wanted - sum(len(rows) for _, rows in taken[r]))
             keep = rows if shards == 1 else rows[:room]
             if rows[len(keep) :]:
@@ -252,7 +255,7 @@ def _prefill_row(
 
 
 def _pack_prompts(parts: list[list[tuple[int, ...]]], width: int) -> tuple[Any, tuple]:
-    """Returns packed prompts as NumPy arrays [R, width], and the placements of each shard."""
+    """Returns packed prompts as NumPy arrays [R, width], and each shard's placements."""
     packed = [prompt_packing.pack_row(part, width) for part in parts]
     rows, places = zip(*packed, strict=True)
     return engine.PackedPrompts(*np.stack(rows, axis=1)), places
@@ -261,7 +264,7 @@ def _pack_prompts(parts: list[list[tuple[int, ...]]], width: int) -> tuple[Any, 
 def _insert_prefilled(
     inputs: request.Inputs, state: engine.DecodeState, prefilled: _Queues, serving: dict[int, int]
 ) -> engine.DecodeState:
-    """Puts prefilled texts into free slots and adds them to `serving`; returns the new state."""
+    """Puts prefilled texts into free slots and into `serving`; returns the new state."""
     slots, shards = inputs.settings.slots, len(prefilled)
     per, free = slots // shards, _list_free_slots(slots, shards, serving)
     outputs: dict[int, tuple[transformer.Output, list[list]]] = {}
@@ -278,14 +281,14 @@ def _insert_prefilled(
 
 
 def _pack_insertions(inputs: request.Inputs, parts: list[list], per: int) -> engine.Insertion:
-    """Builds NumPy arrays from the (slot of the shard, text) pairs of each shard.
+    """Builds NumPy arrays from each shard's pairs (slot in the shard, text).
 
-    For example, one row has prompts of 3 and 2 tokens. The first goes into slots 4 and 5, and the
-    second into slot 7:
+    For example, a row has two prompts. The prompt of 3 tokens goes into slots 4 and 5, and the
+    prompt of 2 tokens goes into slot 7:
       slot 4 5 7    start 0 0 3    split 3 3 2    own 0 0 3    length 3 3 2
     """
     numbers = np.zeros((5, len(parts), per), np.int32)
-    rows = np.zeros((len(parts), per), np.int32)  # the row of each text; 0 at padding
+    rows = np.zeros((len(parts), per), np.int32)  # index of each text in the call; 0 at padding
     for r, part in enumerate(parts):
         for i, (slot, text) in enumerate(part):
             numbers[:, r, i] = slot, *text.place, len(inputs.prompts[text.row])
@@ -298,7 +301,7 @@ def _pack_insertions(inputs: request.Inputs, parts: list[list], per: int) -> eng
 def _append_drawn_tokens(
     inputs: request.Inputs, row: int, text: _PartialCompletion, drawn: engine.DrawnTokens, slot: int
 ) -> int:
-    """Appends a slot's tokens, at most until a stop string is complete; returns their number."""
+    """Appends a slot's new tokens, up to the end of a stop string; returns how many it appended."""
     columns = np.flatnonzero(drawn.token_JE[slot] >= 0)
     end, text.tail = request.find_stop_string(
         text.tail, drawn.token_JE[slot, columns].tolist(),
@@ -381,14 +384,14 @@ def _decode_program(inputs: request.Inputs, state, cancel_J, enough) -> program_
 def compile_programs(
     inputs: request.Inputs, memory: int | None = None
 ) -> tuple[program_cache.Program, ...]:
-    """Compiles and returns every program that calls of this size need, without running any.
+    """Compiles and returns all programs that sampler calls of this size need; runs none of them.
 
     Args:
       inputs: the inputs of a call; arrays may be jax.ShapeDtypeStructs with shardings.
-      memory: memory of a device in bytes; None reads it from the device.
+      memory: memory per device, in bytes; None means the memory that is available on the device.
 
     Raises:
-      MemoryError: the buffers do not fit; the message has their sizes and a size that would fit.
+      MemoryError: the buffers do not fit; the message has their sizes and a setting to change.
     """
     memory = _count_memory_for_slots(inputs) if memory is None else memory
     check_memory(inputs, 0, memory)
@@ -410,7 +413,7 @@ def compile_programs(
             programs.append(_insert_program(inputs, state, output, entry))
         args = _to_abstract(inputs, (np.zeros(slots, bool), np.int32(0)))
         programs.append(_decode_program(inputs, state, *args))
-        # Two prefill results: one waits for free slots while the next is computed.
+        # Two prefill results are counted: one waits for free slots while the next is computed.
         temporary = max(program.temporary for program in programs) + 2 * count_device_bytes(output)
         check_memory(inputs, temporary, memory)
     return tuple(programs)
@@ -418,7 +421,7 @@ def compile_programs(
 
 @contextlib.contextmanager
 def _explain_memory_errors(inputs: request.Inputs) -> Iterator[None]:
-    """Replaces an out-of-memory error of JAX by a MemoryError with the buffers' sizes."""
+    """Replaces JAX's out-of-memory error with a MemoryError that states the buffers' sizes."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -428,7 +431,7 @@ def _explain_memory_errors(inputs: request.Inputs) -> Iterator[None]:
 
 
 def _count_memory_for_slots(inputs: request.Inputs) -> int:
-    """Returns the bytes of a device that the sampler may use, or sys.maxsize if unknown."""
+    """Returns the number of bytes per device that the sampler may use; sys.maxsize if unknown."""
     stats = inputs.mesh.local_devices[0].memory_stats() or {}
     if sharding.platform(inputs.mesh) == "cpu":
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -439,23 +442,23 @@ def _count_memory_for_slots(inputs: request.Inputs) -> int:
 
 
 def count_device_bytes(tree: Any) -> int:
-    """Returns the number of bytes that a tree's arrays have on each device."""
+    """Returns the number of bytes that a tree's arrays occupy on each device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _constant_bytes(inputs: request.Inputs) -> int:
-    """Returns the bytes of weights and prefix on each device; `layers` shares the same memory."""
+    """Returns the bytes of weights and prefix per device; `layers` shares the weights' memory."""
     return count_device_bytes(inputs.constants._replace(layers=None))
 
 
 def check_memory(inputs: request.Inputs, temporary: int, limit: int | None) -> None:
-    """Checks that the sampler's buffers fit the memory of a device.
+    """Checks that the sampler's buffers fit into the memory of a device.
 
     Args:
       inputs: the inputs of the call, which determine the sizes of cache and weights.
-      temporary: maximum over all programs of the bytes needed besides weights and cache.
-      limit: memory of a device in bytes; None raises for every size.
+      temporary: number of bytes that the most demanding program needs besides weights and cache.
+      limit: memory per device, in bytes; with None, the function always raises MemoryError.
 
     Raises:
       MemoryError: the buffers do not fit; the message has their sizes and the setting to change.

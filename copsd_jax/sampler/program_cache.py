@@ -1,8 +1,8 @@
 """Cache of the sampler's compiled programs.
 
 A program is identified by its function, static arguments, shapes, shardings, mesh and matmul
-precision. Each program is compiled once, ahead of its first call. So the number of compilations,
-their time and their memory can be reported.
+precision. Each program is compiled once, explicitly, before its first call. Reports can therefore
+state how many programs were compiled, and the compilation time and memory of each program.
 """
 
 import time
@@ -18,8 +18,8 @@ class Program(NamedTuple):
     name: str
     call: Callable
     seconds: float  # compilation time
-    temporary: int  # bytes on each device besides arguments and results
-    held: int  # bytes of arguments and results on each device
+    temporary: int  # number of bytes per device, besides arguments and results
+    held: int  # number of bytes of arguments and results per device
 
 
 _PROGRAMS: dict[Any, Program] = {}
@@ -36,7 +36,7 @@ def get_program(
       static: the first arguments of `function`, which are static and hashable.
       args: the other arguments of `function`, which may be jax.ShapeDtypeStructs with shardings.
       donate: indices of the donated arguments, counted over `static` and `args` together.
-      shardings: shardings of the results; None leaves them to the compiler.
+      shardings: shardings of the results; None lets the compiler choose.
     """
     leaves, tree = jax.tree.flatten((args, shardings))
     shapes = tuple((x.shape, x.dtype, x.sharding) if hasattr(x, "shape") else x for x in leaves)

@@ -1,7 +1,8 @@
 """Packing of prompts into rows for prefill.
 
 Prompts are packed end to end. Several prompts may share a beginning, such as the same problem
-before different attempts. A shared beginning is in the row once, and these prompts attend to it:
+before different attempts. A row contains a shared beginning only once, and all prompts that share
+the beginning attend to it:
 
     prompts     a b c d X Y    a b c d Z    p q
     row         a b c d | X Y | Z | p q
@@ -18,15 +19,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-SHARED = 16  # a shared beginning gets its own segment if it has at least this many tokens
-SMALLEST = 128  # tokens of the smallest bucket
-WIDTH = 16  # every bucket is a multiple of this number of tokens
+SHARED = 16  # a shared beginning of at least this many tokens gets its own segment
+SMALLEST = 128  # number of tokens in the smallest bucket
+WIDTH = 16  # the size of every bucket is a multiple of this number of tokens
 
 Prompt = tuple[int, ...]
 
 
 class Placement(NamedTuple):
-    """Location of a prompt in a row: `split` tokens from index `start`, the rest from `own`."""
+    """Location of a prompt in a row: `split` tokens begin at index `start`, the others at `own`."""
 
     start: int
     split: int
@@ -36,9 +37,10 @@ class Placement(NamedTuple):
 def list_buckets(pack: int, longest: int) -> tuple[int, ...]:
     """Returns the widths of packed rows, in ascending order.
 
-    The widths are `pack`, rounded up to a multiple of 16 (at least 128), and powers of two from 128
-    on. If `longest` fits into `pack`, the powers end below `pack`. Otherwise the last one is the
-    first power of two that is at least `longest`.
+    One width is `pack`, rounded up to a multiple of 16 and to at least 128. The other widths are
+    powers of two from 128 on. If `longest` is at most the rounded `pack`, all powers are below the
+    rounded `pack`. If `longest` is larger, the largest width is the first power of two that is at
+    least `longest`.
 
     Examples:
       list_buckets(512, 90) returns (128, 256, 512).
@@ -64,15 +66,15 @@ def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt
     """Groups distinct prompts by their shared beginnings.
 
     In lexicographic order, prompts with a shared beginning are neighbours. A group of m prompts
-    that share s tokens saves (m - 1) s tokens. This function finds the split of the sorted list
-    into groups that saves the most tokens.
+    that share s tokens saves (m - 1) s tokens. This function divides the sorted list into the
+    groups that save the largest number of tokens.
 
     Returns:
-      A list of (number of shared tokens or 0, prompts of the group).
+      A list with (number of shared tokens, prompts) of each group; the number may be 0.
     """
     distinct = sorted(set(prompts))
     both = [count_common(a, b) for a, b in itertools.pairwise(distinct)]
-    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # tokens saved, start of the last group, shared
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # tokens saved, start of last group, shared
     for end in range(1, len(distinct) + 1):
         choices = [(best[end - 1][0], end - 1, 0)]
         shared = 0
@@ -129,9 +131,9 @@ def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Pr
 
 
 def count_fitting(waiting: Sequence[Prompt], width: int) -> int:
-    """Returns the largest n such that the first n distinct prompts fit a row of `width` tokens."""
-    # The number of tokens never falls when a prompt is added, so bisection finds n. Prompts whose
-    # lengths sum to at most `width` fit, because sharing can only save tokens.
+    """Returns the largest n such that the first n distinct prompts fit into `width` tokens."""
+    # An additional prompt never lowers the number of tokens, so bisection finds n. If the lengths
+    # of prompts add up to at most `width`, the prompts fit, because sharing can only save tokens.
     lengths = itertools.accumulate(map(len, waiting))
     sure = sum(1 for total in lengths if total <= width)
     rest = range(sure + 1, len(waiting) + 1)

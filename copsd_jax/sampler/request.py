@@ -1,8 +1,9 @@
-"""Settings and inputs of one call of the sampler, checked before anything runs.
+"""Settings and inputs of a sampler call; they are checked before any program runs.
 
 Callers create `Vocabulary`, `Sampling` and `SamplerSettings`. `list_texts` checks the arguments
-that all engines share, and joins them into one entry per text. `prepare_sampler_inputs` builds
-`Inputs`, the read-only inputs of one call of this sampler. `derive_keys` makes random streams.
+that all engines share, and joins the arguments into one `Text` per prompt. `prepare_sampler_inputs`
+builds `Inputs`, the read-only inputs of one call of `loop.generate`. `derive_keys` returns one
+random key for each sample.
 """
 
 import dataclasses
@@ -26,12 +27,14 @@ STOP_SETS = 4  # every program has room for at least this many sets of stop ids
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """The ids of a model: which ids may be drawn, their bytes, and the ids that end a text.
+    """The ids of a model: which ids may be drawn, the bytes of each id, and which ids end a text.
 
     Attributes:
-      valid_V: bool; the ids that the tokenizer has. Only these ids may be drawn.
+      valid_V: bool; True for the ids that the tokenizer has. Only ids of the tokenizer may be
+        drawn.
       token_bytes: the bytes of each id; stop strings need the bytes of every valid id.
-      stop_ids: the ids that end a text. The sampler reads `Sampling.stop_ids` instead.
+      stop_ids: the ids that end a text. The sampler reads `Sampling.stop_ids` instead of this
+        field.
     """
 
     valid_V: np.ndarray
@@ -68,12 +71,12 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """The size of a sampler; the texts do not depend on it."""
+    """The sizes of a sampler; the texts do not depend on these sizes."""
 
-    slots: int = 32  # number of texts decoded at once
-    length: int = 0  # cache entries of a slot; 0 means as many as the longest text of a call needs
+    slots: int = 32  # number of texts that are decoded at once
+    length: int = 0  # number of cache entries per slot; 0 means as many as the longest text needs
     steps: int = 16  # maximum number of tokens that one decode call draws for a slot
-    pack: int = 512  # tokens of a packed row; a longer prompt has its own row
+    pack: int = 512  # number of tokens per packed row; a longer prompt gets its own row
     cache: Any = None  # dtype of keys and values, which may be int8; None means the decoder's dtype
 
 
@@ -84,30 +87,31 @@ class Inputs:
     decoder: transformer.Decoder
     constants: engine.Constants
     features: truncation.Features
-    settings: SamplerSettings  # length and cache are filled in; shards divide the slots
+    settings: SamplerSettings  # complete: length and cache are set, and shards divide the slots
     mesh: Mesh
     prompts: Sequence[tuple[int, ...]]
     request: engine.Request  # NumPy arrays with one entry per prompt
-    stops: Sequence[tuple[bytes, ...]]  # the stop strings that go with each row of `stop_XV`
+    stops: Sequence[tuple[bytes, ...]]  # the stop strings for each row of `stop_XV`
     vocabulary: Vocabulary
-    stop_XV: np.ndarray  # bool: sets of ids that end a text
-    buckets: tuple[int, ...]  # widths of packed rows, ascending
+    stop_XV: np.ndarray  # bool: each row marks the ids that end a text
+    buckets: tuple[int, ...]  # widths of packed rows, in ascending order
 
 
 def derive_keys(
     seed: int, purpose: str, step: int, row_ids: Sequence[str], samples: Sequence[int]
 ) -> np.ndarray:
-    """Returns one random stream for each sample of each row.
+    """Returns one random key for each sample of each row.
 
-    The root key is made from the seed. Then four values are folded in: purpose, step, row id (the
-    first 64 bits of its SHA-256) and sample number. The engine folds in the token's index.
+    The root key is made from the seed. Then four values are folded into the root key: purpose,
+    step, row id (the first 64 bits of its SHA-256) and sample number. The engine also folds the
+    index of the token into the key.
 
     Args:
       seed: the run's seed.
       purpose: a key of PURPOSES.
       step: the training step.
-      row_ids: n ids of problems.
-      samples: n sample numbers, which distinguish the samples of one problem.
+      row_ids: for each of the n samples, the id of its problem.
+      samples: n sample numbers, which distinguish samples of the same problem.
 
     Returns:
       Threefry key data, uint32 [n, 2].
@@ -124,7 +128,8 @@ def derive_keys(
     root = jax.random.key(seed, impl="threefry2x32")
     for word in (PURPOSES[purpose], step):
         root = jax.random.fold_in(root, word)
-    # Sizes are rounded up to powers of two, so that only a few programs are compiled.
+    # The number of samples is rounded up to a power of two, so that only a few programs are
+    # compiled.
     size = 1 << max(0, len(samples) - 1).bit_length()
     words, numbers = np.zeros((size, 2), np.uint32), np.zeros(size, np.uint32)
     words[: len(samples)], numbers[: len(samples)] = words_n2, samples
@@ -146,20 +151,21 @@ def prepare_sampler_inputs(
     prefix: transformer.KV | None = None, vocabulary: Vocabulary | None = None,
     limits: Sequence[int] | None = None, longest: int = 1, put: Any = sharding.shard_tree,
 ) -> Inputs:  # fmt: skip
-    """Checks the arguments of `loop.generate` and builds the inputs of its programs.
+    """Checks the arguments of `loop.generate` and builds the inputs of the sampler's programs.
 
     Args:
       decoder: the model.
-      policy: the weights and adapter of the model; arrays on the mesh, or abstract arrays.
+      policy: the weights and adapter of the model; the arrays are on the mesh, or abstract.
       prompts: token ids without the shared prefix.
       sampling: one `Sampling` for all prompts, or a list with one per prompt.
       keys_n2: uint32, as returned by `derive_keys`.
       settings: the sampler's size.
       prefix: keys and values of the shared prefix.
       vocabulary: ids that may be drawn, and their bytes; None allows all ids.
-      limits: maximum number of tokens per completion; None means the max_tokens of its `Sampling`.
-      longest: tokens of the longest prompt in other calls that share the compiled programs.
-      put: moves NumPy arrays to the mesh; `sharding.to_abstract` if the devices are not present.
+      limits: maximum number of tokens of each completion; None means `Sampling.max_tokens`.
+      longest: number of tokens of the longest prompt in other calls that use the same programs.
+      put: function that moves NumPy arrays to the mesh; pass `sharding.to_abstract` if the devices
+        are not present.
 
     Raises:
       ValueError: the sampler does not support the settings or prompts.
@@ -182,7 +188,7 @@ def prepare_sampler_inputs(
         decoder=decoder,
         constants=engine.Constants(
             policy, prefix,
-            # A mask costs a pass over the logits, so it is left out if all ids are valid.
+            # A mask costs a pass over the logits, so there is no mask if all ids are valid.
             None if valid_V.all() else put(valid_V, devices, PartitionSpec()),
             put(stop_XV, devices, PartitionSpec()),
             engine.unstack_layers(policy, prefix, devices),
@@ -204,9 +210,9 @@ def list_texts(
     """Returns one `Text` for each prompt, after checking the arguments of `generate`.
 
     Raises:
-      ValueError: a setting is out of range, a list does not have one entry per prompt, or the keys
-        are not uint32 [n, 2]. A prompt must not be empty, and the model must have all its ids. A
-        limit must be at least 1.
+      ValueError: a setting is out of range, a list does not have one entry per prompt, the keys are
+        not uint32 [n, 2], a prompt is empty or has an id that the model lacks, or a limit is below
+        1.
     """
     for kind in _list_kinds(sampling):
         _check_sampling(kind, vocabulary)
@@ -242,14 +248,14 @@ def find_stop_string(
     """Finds the first token that completes a stop string.
 
     Args:
-      tail: the last bytes before these tokens, as returned by the previous call; b"" at first.
+      tail: the last bytes before `tokens`, as returned by the previous call; b"" in the first call.
       tokens: ids of the next tokens.
       stops: the stop strings.
       token_bytes: the bytes of each id.
 
     Returns:
-      The number of tokens up to and including this token, or None if no stop string is complete;
-      and the last bytes of the text, for the next call.
+      The number of tokens up to and including the one that completes a stop string, or None if no
+      stop string is complete; and the last bytes of the text, for the next call.
     """
     reach = max(map(len, stops), default=1) - 1
     for count, token in enumerate(tokens if stops else (), 1):
@@ -261,15 +267,15 @@ def find_stop_string(
 
 
 def _list_kinds(sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:
-    """Returns the distinct settings; a single `Sampling` counts even if there are no prompts."""
+    """Returns the distinct settings; a single `Sampling` is kept even if there are no prompts."""
     return [sampling] if isinstance(sampling, Sampling) else list(dict.fromkeys(sampling))
 
 
 def _complete_sampler_settings(
     settings: SamplerSettings, texts: Sequence[Text], mesh: Mesh, dtype: Any
 ) -> SamplerSettings:
-    """Fills in the length and the cache dtype, and rounds slots and length up."""
-    # `insert` copies whole blocks, so a slot needs up to one block more than its text.
+    """Fills in the length and the cache dtype, and rounds up slots and length."""
+    # `insert` copies whole blocks, so a slot may need one block more than its text needs.
     length = settings.length + engine.INSERT_BLOCK
     if not settings.length:
         need = max((len(text.prompt) + text.limit for text in texts), default=1)
@@ -304,7 +310,7 @@ def _pack_requests(texts: Sequence[Text], stops: list) -> engine.Request:
 
 
 def round_up_slot_length(length: int) -> int:
-    """Returns the smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that is >= `length`."""
+    """Returns the first of 128, 256, 384, 512, 768, 1024, 1536, ... that is at least `length`."""
     size = decode_attention.CACHE_LENGTH_MULTIPLE
     while size < length:
         size = 256 if size == 128 else size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -312,7 +318,7 @@ def round_up_slot_length(length: int) -> int:
 
 
 def _stop_tables(stops: list, vocabulary: Vocabulary) -> np.ndarray:
-    """Returns bool [X, V]: stop ids, and ids whose own bytes contain a stop string."""
+    """Returns bool [X, V]: marks stop ids, and ids whose bytes contain a stop string."""
     sets = max(STOP_SETS, 1 << (len(stops) - 1).bit_length())
     stop_XV = np.zeros((sets, len(vocabulary.valid_V)), bool)
     for row_V, (ids, strings) in zip(stop_XV, stops, strict=False):
@@ -359,10 +365,10 @@ def _check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
 
 
 def check_lengths(texts: Sequence[Text], most: int, room: str, shared: int = 0) -> None:
-    """Checks that shared prefix, prompt and completion of each text fit into `most` tokens.
+    """Checks that each text, from shared prefix to completion, fits into `most` tokens.
 
     Raises:
-      ValueError: a text may become longer; the message ends with `room`.
+      ValueError: a text may become longer than `most` tokens; the message ends with `room`.
     """
     for i, text in enumerate(texts):
         tokens, more = shared + len(text.prompt), text.limit

@@ -1,27 +1,29 @@
-"""From logits to a token: temperature, then top-k, top-p and min-p, each with renormalisation.
+"""Drawing a token from logits: first temperature, then top-k, top-p and min-p, in this order.
 
 Dividing the logits by the temperature gives the tempered distribution. The tempered distribution
-covers all ids of the model, as in the trainer. Then ids that the tokenizer lacks are excluded, and
-each truncation keeps some of the tokens:
-  top_k: exactly k tokens. Among equal logits, lower ids come first.
-  top_p: the most probable tokens until their mass, renormalised after top_k, reaches p. The token
-    that crosses p is kept, and so are all tokens of exactly the same probability.
-  min_p: tokens at least min_p times as probable as the most probable token. Renormalising changes
-    no ratio, so min_p is a single threshold, whatever was truncated before.
+covers all ids of the model, as in the trainer. Then ids that the tokenizer lacks are excluded.
+Three truncations follow, and each of them renormalises the probabilities of the tokens it keeps.
+  `top_k` keeps exactly k tokens. Among equal logits, lower ids come first.
+  `top_p` keeps the most probable tokens until their mass, renormalised after top_k, reaches p. The
+    token that crosses p is kept, and so is every token with exactly the same probability.
+  `min_p` keeps tokens that are at least min_p times as probable as the most probable token.
+    Renormalising changes no ratio, so min_p is a single threshold, whatever was truncated before.
 The most probable token survives each truncation. Temperature 0 means greedy sampling. For greedy
-rows, the tempered distribution has temperature 1. Their truncated distribution puts all mass on the
-argmax (the lowest id, if several tokens have the largest logit).
+rows, the tempered distribution has temperature 1. The truncated distribution of a greedy row puts
+all mass on the token with the largest logit. If several tokens have the largest logit, the token
+with the lowest id gets all mass.
 
-Each row has its own settings, which are arrays (`RowSettings`). The static argument `Features`
-determines the operations of a compiled program, so a setting that no row uses costs nothing. The
-result of a row depends only on its own settings. The features can change the result only by the
-rounding of sums. If some rows have a top_k and others have none, both kinds of draw run for all
-rows, and each row selects its result.
+Each row has its own settings, which are passed as arrays (`RowSettings`). The static argument
+`Features` determines the operations of a compiled program, so a setting that no row uses costs
+nothing. The result of a row does not depend on the settings of other rows. The features can change
+a result only through the rounding of sums. If some rows have a top_k and others have none, both
+kinds of draw run for all rows, and each row takes the result of its own kind.
 
-The vocabulary is never sorted, and no random number is drawn per token. The vocabulary is divided
-into blocks of 128 tokens. The k best tokens are in the k blocks with the highest maxima. A token is
-drawn in two stages with the Gumbel argmax: first a block by its mass, then a token of that block.
-The product of the two probabilities is the probability of the token.
+The vocabulary is never sorted. Random numbers are drawn for blocks and candidates, not for every
+token of the vocabulary. The vocabulary is divided into blocks of 128 tokens. The k best tokens are
+in the k blocks with the highest maxima. A token is drawn in two stages with the Gumbel argmax:
+first a block by its mass, then a token of that block. The probability of the block, times the
+probability of the token within the block, is the probability of the token.
 
 Shapes: J rows, V vocabulary, K = cap candidates, N blocks, X any set of candidates.
 """
@@ -34,20 +36,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # tokens; as many as the lanes of a TPU, and about the square root of a vocabulary
-FINE = 8  # tokens; the best blocks are divided into blocks of this size
-LEAST_CAP = 16  # candidates; a smaller top_k costs as much, and uses the same compiled program
+BLOCK = 128  # tokens per block: the lanes of a TPU, and about the square root of a vocabulary
+FINE = 8  # tokens per finer block, into which the best blocks are divided
+LEAST_CAP = 16  # candidates; a smaller top_k costs the same, and uses the same compiled program
 _TINY = 0x00800000  # bits of the smallest normal float32
 _ONE = 0x3F800000  # bits of 1.0
 
 
 class RowSettings(NamedTuple):
-    """Settings of each row of logits; with temperature 0 the other settings have no effect."""
+    """Settings of each row of logits; at temperature 0, the other settings have no effect."""
 
-    temperature_J: jax.Array  # float32, 0 is greedy
-    top_k_J: jax.Array  # int32, 0 is off
-    top_p_J: jax.Array  # float32, 1 is off
-    min_p_J: jax.Array  # float32, 0 is off
+    temperature_J: jax.Array  # float32; 0 means greedy sampling
+    top_k_J: jax.Array  # int32; 0 turns top-k off
+    top_p_J: jax.Array  # float32; 1 turns top-p off
+    min_p_J: jax.Array  # float32; 0 turns min-p off
 
 
 ROW_DTYPES = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)  # of RowSettings
@@ -57,16 +59,16 @@ ROW_DTYPES = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)  # of RowSetting
 class Features:
     """The operations that a compiled program contains; see `find_features`.
 
-    The fields after `noise` are about rows with a temperature above 0.
+    The fields after `noise` concern only rows with a temperature above 0.
     """
 
-    greedy: bool  # some row may have temperature 0
-    noise: bool  # some row may have a temperature above 0
-    tempered: bool  # some row may have a temperature other than 1
+    greedy: bool  # whether some row may have temperature 0
+    noise: bool  # whether some row may have a temperature above 0
+    tempered: bool  # whether some row may have a temperature other than 1
     cap: int  # a power of two, at least as large as every top_k; 0 if no row has a top_k
-    full: bool  # some row may have top_k 0
-    top_p: bool  # some row may have top_p below 1
-    min_p: bool  # some row may have min_p above 0
+    full: bool  # whether some row may have top_k 0
+    top_p: bool  # whether some row may have top_p below 1
+    min_p: bool  # whether some row may have min_p above 0
 
 
 def find_features(settings: Sequence[tuple[float, int, float, float]]) -> Features:
@@ -115,7 +117,7 @@ def check_settings(
 class _Drawn(NamedTuple):
     token_J: jax.Array  # int32
     value_J: jax.Array  # tempered logit of the drawn token
-    mass_J: jax.Array  # sum of exp(logit - highest logit of the row) over all tokens kept
+    mass_J: jax.Array  # sum of exp(logit - highest logit of the row) over all tokens that are kept
 
 
 def sample(
@@ -126,8 +128,8 @@ def sample(
 
     Args:
       logits_JV: logits of any floating dtype.
-      key_J2: uint32, the data of one threefry key per row. The token of row j depends on key j,
-        logits j and settings j alone. Temperature 0 ignores the key.
+      key_J2: uint32, the data of one threefry key per row. The token of row j depends only on key
+        j, logits j and settings j. At temperature 0, the key has no effect.
       rows: settings of the J rows.
       features: static; the result of `find_features` for all rows.
       valid_V: bool, the ids that may be drawn; None allows all ids.
@@ -136,15 +138,16 @@ def sample(
         compiler would gather all logits on each device.
 
     Returns:
-      token_J int32, and two arrays float32 [J] with the token's log-probability: under the tempered
-      distribution, and under the truncated distribution.
+      token_J int32; the token's log-probability under the tempered distribution, float32 [J]; and
+      the token's log-probability under the truncated distribution, float32 [J].
     """
     whole_JV = _tempered(logits_JV, rows, features)
     x_JNb = _cut_into_draw_blocks(_masked(whole_JV, valid_V), shards)
     high_JN = jnp.max(x_JNb, axis=-1)
     peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
     mass_JN = jnp.sum(jnp.exp(x_JNb - peak_J1[:, :, None]), axis=-1)
-    # ln of the sum over all ids of exp(logit - peak); `peak` is over the ids that may be drawn.
+    # Logarithm of the sum of exp(logit - peak) over all ids. `peak` is the largest logit among the
+    # ids that may be drawn.
     if valid_V is None:
         log_total_J = jnp.log(jnp.sum(mass_JN, axis=-1))
     else:
@@ -155,11 +158,11 @@ def sample(
 
 
 def _draw(x_JNb, high_JN, mass_JN, key_J2, rows: RowSettings, features: Features) -> _Drawn:
-    """Runs every kind of draw that some row needs, and selects the result of each row."""
+    """Runs every kind of draw that at least one row needs, and selects each row's result."""
     blocks = high_JN.shape[1]
     ways: list[tuple[jax.Array, _Drawn]] = []
     if features.noise:
-        # Each kind of draw reads the first numbers of a row's noise, so all kinds can share it.
+        # Each row uses the result of only one kind of draw, so all kinds can share the noise.
         width = max(blocks + BLOCK if features.full else 0, _candidates(blocks, features))
         noise_JX = _gumbel(key_J2, width)
         if features.full:
@@ -185,7 +188,7 @@ def _greedy(x_JNb, high_JN) -> _Drawn:
 
 
 def _draw_from_top_k(x_JNb, high_JN, noise_JX, rows: RowSettings, features: Features) -> _Drawn:
-    """Draws from each row's top k."""
+    """Draws a token from each row's top k."""
     best = _find_draw_candidates(x_JNb, high_JN, rows, features)
     noise_JK = noise_JX[:, : best.value_JK.shape[1]]
     noisy_JK = jnp.where(best.kept_JK, best.value_JK, -jnp.inf) + noise_JK
@@ -200,7 +203,7 @@ def _draw_from_top_k(x_JNb, high_JN, noise_JX, rows: RowSettings, features: Feat
 def _draw_from_vocabulary(
     x_JNb, high_JN, mass_JN, noise_JX, rows: RowSettings, features: Features
 ) -> _Drawn:
-    """Draws from the whole vocabulary: first a block, then a token of it."""
+    """Draws from the whole vocabulary: first a block, then a token of the block."""
     blocks = high_JN.shape[1]
     peak_J1 = jnp.max(high_JN, axis=-1, keepdims=True)
     floor_J1 = None
@@ -216,7 +219,8 @@ def _draw_from_vocabulary(
     if floor_J1 is None:
         noisy_Jb = value_Jb + noise_JX[:, :BLOCK]
     else:
-        # A block that has mass keeps at least its best token, even if this second exp rounds lower.
+        # A block that has mass keeps at least its best token, even if exp rounds lower here than
+        # above.
         edge_Jb = value_Jb == jnp.max(value_Jb, axis=-1, keepdims=True)
         kept_Jb = (jnp.exp(value_Jb - peak_J1) >= floor_J1) | edge_Jb
         noisy_Jb = jnp.where(kept_Jb, value_Jb, -jnp.inf) + noise_JX[:, :BLOCK]
@@ -239,7 +243,7 @@ def _masked(x_JV: jax.Array, valid_V: jax.Array | None) -> jax.Array:
 
 
 def _cut_into_draw_blocks(x_JV: jax.Array, shards: int = 1) -> jax.Array:
-    """Returns the logits in blocks, [J, N, 128]; N is a multiple of `shards`, padding is -inf."""
+    """Returns the logits in blocks [J, N, 128], padded with -inf; N is a multiple of `shards`."""
     rows, size = x_JV.shape
     x_JV = jnp.pad(x_JV, ((0, 0), (0, -size % (BLOCK * shards))), constant_values=-jnp.inf)
     return x_JV.reshape(rows, -1, BLOCK)
@@ -259,7 +263,7 @@ class _Best(NamedTuple):
     value_JK: jax.Array  # tempered logits
     id_JK: jax.Array  # int32 token ids
     weight_JK: jax.Array  # exp(logit - best logit); 0 beyond the row's top_k
-    kept_JK: jax.Array  # bool: kept by all truncations; False in rows without top_k
+    kept_JK: jax.Array  # bool: whether all truncations keep it; False in rows without top_k
 
 
 def _find_draw_candidates(x_JNb, high_JN, rows: RowSettings, features: Features) -> _Best:
@@ -275,19 +279,19 @@ def _find_draw_candidates(x_JNb, high_JN, rows: RowSettings, features: Features)
 
 
 def _candidates(blocks: int, features: Features) -> int:
-    """Returns K, the number of candidates: the cap, but at most the padded vocabulary."""
+    """Returns K, the number of candidates: the smaller of cap and padded vocabulary size."""
     return min(features.cap, blocks * BLOCK)
 
 
 def _find_drawable_top_k(
     x_JNb: jax.Array, high_JN: jax.Array, k: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the k largest values of each row in descending order, and their ids, [J, k] each.
+    """Returns each row's k largest values [J, k] in descending order, and their ids [J, k].
 
-    Among equal values, lower ids come first. The maxima of the k best blocks are k values that no
-    token of another block exceeds, so the k largest values are in these blocks. The blocks stay in
-    the order of their ids, which keeps the order among equal values. Then the blocks are divided
-    into finer blocks, and the same step is repeated.
+    Among equal values, lower ids come first. The k blocks with the highest maxima contain the k
+    largest values, because no value in another block exceeds any of the k maxima. The chosen blocks
+    stay in the order of their ids, so equal values do too. Then the chosen blocks are divided into
+    finer blocks, and the search is repeated on the finer blocks.
     """
     rows, blocks, width = x_JNb.shape
     block_JK = None
@@ -321,7 +325,7 @@ def _crossing(weight_JK: jax.Array, top_p_J1: jax.Array) -> jax.Array:
 
 
 def _without_top_k(rows: RowSettings, features: Features) -> RowSettings:
-    """Turns top_p off in rows with another kind of draw, so that they do not prolong the search."""
+    """Turns top_p off in rows with another kind of draw, which would only prolong the search."""
     if not (features.cap or features.greedy):
         return rows
     elsewhere_J = (rows.top_k_J > 0) | (rows.temperature_J == 0)
@@ -331,7 +335,7 @@ def _without_top_k(rows: RowSettings, features: Features) -> RowSettings:
 def _find_truncation_floor(
     weight_JX: jax.Array, rows: RowSettings, features: Features
 ) -> jax.Array:
-    """Returns the smallest weight that top-p and min-p keep; the largest weight is 1."""
+    """Returns the weight [J, 1] from which top-p and min-p keep tokens; the largest weight is 1."""
     floor_J1 = jnp.zeros((weight_JX.shape[0], 1), jnp.float32)
     if features.min_p:
         floor_J1 = rows.min_p_J[:, None]
@@ -343,10 +347,11 @@ def _find_truncation_floor(
 def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
     """Returns a weight threshold [J, 1] that exactly the top-p tokens reach; 0 if top_p is off.
 
-    The threshold is found by bisection over the bits of positive float32 numbers, which have the
-    same order as the numbers. The tokens of at least `low` always have enough mass, and those of at
-    least `high` never do. A row is settled if at most one token, or no number, lies between `low`
-    and `high`. Other rows may need more steps, which do not change the set of a settled row.
+    The threshold is found by bisection over bit patterns: the bits of positive float32 numbers have
+    the same order as the numbers. Tokens with weights of at least `low` always have enough mass
+    together, and tokens with weights of at least `high` never have. A row is settled if the weight
+    of at most one token, or no float32 number, lies between `low` and `high`. Further steps for
+    other rows do not change which tokens a settled row keeps.
     """
     need_J1 = top_p_J1 * jnp.sum(weight_JX, axis=-1, keepdims=True)
 
@@ -376,10 +381,10 @@ def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
 
 
 def _gumbel(key_J2: jax.Array, size: int) -> jax.Array:
-    """Returns standard Gumbel noise, float32 [J, size]; row j depends on key j alone.
+    """Returns standard Gumbel noise, float32 [J, size]; row j depends only on key j.
 
-    Number i does not depend on `size`, because JAX's default (partitionable) threefry computes it
-    from the key and the index i.
+    Number i of a row does not depend on `size`, because JAX's default (partitionable) threefry
+    computes number i from the key and i.
     """
     keys_J = jax.random.wrap_key_data(key_J2, impl="threefry2x32")
     return jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32))(keys_J)

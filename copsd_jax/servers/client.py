@@ -1,17 +1,17 @@
-"""Client of OpenAI-compatible servers: concurrent chat completions with a cache.
+"""Client for OpenAI-compatible servers, with concurrent requests and a cache of answers.
 
-`ask_all` requests chat completions and caches the answers. `send_call` and `run_concurrently` can
-send any request to such a server; `ask_all` uses both functions.
+`ask_all` requests chat completions and caches the answers. `ask_all` uses `send_call` and
+`run_concurrently`, which can send any HTTP request to a server.
 
-The client uses the standard library's `http.client`. The common clients, such as httpx, have no
-total deadline, because their timeouts start again with every byte. In this client, every read gets
-only the remaining time of the request. So a server that sends a byte now and then cannot block a
-run. Redirects are not followed, because the key would be sent along. Proxies from the environment
-are ignored.
+The client uses the standard library's `http.client`. Common clients, such as httpx, have no overall
+deadline: their timeouts start again after every byte received. In this client, a read may take only
+the time that is left for the whole request. Therefore, a server that sends a byte now and then
+cannot block a run. Redirects are not followed, because the key would be sent to the new address.
+Proxy settings in the environment are ignored.
 
-A failure of the server becomes an answer with a status, not an exception. The key is read from the
-environment when a request is sent. The key never appears in messages or cache files. If a server's
-reply contains the key, the key is removed from the reply.
+If the server fails, the result is an answer with a status, not an exception. The server's key is
+read from the environment when a request is sent. The key never appears in messages or cache files.
+If a server's reply contains the key, the key is removed from the reply.
 """
 
 import concurrent.futures
@@ -49,10 +49,10 @@ STATUSES = {
 USABLE = ("ok", "cut")  # answers with these statuses have a text, and are cached
 
 _AGAIN = frozenset({408, 409, 425, 429})  # 4xx statuses after which another attempt may succeed
-_LARGEST = 1 << 24  # maximum number of bytes of a reply
-_DETAIL = 300  # maximum number of characters kept of a server's message about a failure
+_LARGEST = 1 << 24  # maximum number of bytes in a reply
+_DETAIL = 300  # maximum number of characters in a server's message about a failure
 _tls = functools.cache(ssl.create_default_context)
-_LOOK = 0.25  # seconds between two checks of whether the caller has stopped
+_LOOK = 0.25  # seconds between two checks whether the caller has stopped
 
 Name = TypeVar("Name")
 Item = TypeVar("Item")
@@ -64,13 +64,15 @@ class Server:
     """Address of a server, and the limits for its use.
 
     Attributes:
-      url: the base URL, for example "http://localhost:8000/v1"; "/chat/completions" is appended.
+      url: the base URL, for example "http://localhost:8000/v1"; the client appends
+        "/chat/completions".
       model: the model's name on the server.
-      key_env: the environment variable with the key; "" for a server without keys.
-      timeout: maximum seconds of one attempt, from connecting to the last byte. The DNS look-up is
-        not counted. `timeout` is also the longest pause between two attempts.
-      retries: number of further attempts after the first.
-      backoff: seconds before the second attempt, doubled before each further attempt.
+      key_env: name of the environment variable that holds the key; "" if the server needs no key.
+      timeout: maximum number of seconds for one attempt, from connecting to the last byte. The DNS
+        look-up is not counted. `timeout` is also the longest pause between two attempts.
+      retries: maximum number of attempts after the first.
+      backoff: pause in seconds before the second attempt; the pause doubles before each later
+        attempt.
       concurrency: maximum number of requests in flight.
       cache: folder with one file per answered request; "" for no cache.
     """
@@ -87,9 +89,9 @@ class Server:
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-    """One chat request; equal requests are sent only once, so samples need different seeds."""
+    """One chat request; equal requests are sent only once, so different samples need different seeds."""
 
-    messages: Sequence[Mapping[str, str]]  # each with "role" and "content"
+    messages: Sequence[Mapping[str, str]]  # each message has "role" and "content"
     temperature: float
     top_p: float
     max_tokens: int
@@ -121,9 +123,10 @@ class HttpCall(NamedTuple):
 
     Attributes:
       url: the complete URL.
-      body: sent as JSON with POST; None sends a GET request without a body.
-      read: turns the bytes of a reply with HTTP status 2xx into an Outcome. If `read` raises
-        ValueError, LookupError, TypeError or AttributeError, the outcome is a bad_reply.
+      body: content to send as JSON with POST; None means a GET request without a body.
+      read: function that turns the bytes of a reply with HTTP status 2xx into an Outcome. If `read`
+        raises ValueError, LookupError, TypeError or AttributeError, the status of the outcome is
+        bad_reply.
     """
 
     url: str
@@ -132,9 +135,9 @@ class HttpCall(NamedTuple):
 
 
 def server_from_settings(settings: Mapping[str, Any], cache: str = "") -> Server:
-    """Builds a `Server` from a section of settings that have the names of its fields.
+    """Builds a `Server` from a section of settings, which are named like the fields of `Server`.
 
-    The folder `cache` is a separate argument, because `sampler.cache` is a dtype.
+    The folder `cache` is a separate argument, because the setting `sampler.cache` is a dtype.
     """
     names = (field.name for field in dataclasses.fields(Server) if field.name != "cache")
     return Server(**{name: settings[name] for name in names}, cache=cache)
@@ -176,18 +179,18 @@ def _check_url(url: str, setting: str) -> None:
         elif parts.path.rstrip("/").endswith("/completions"):
             problem = "give the base, without /chat/completions or /completions"
         (parts.hostname or "").encode("idna")
-    except ValueError as error:  # the port, the brackets or the host's name are malformed
+    except ValueError as error:  # the port, the brackets or the host name is malformed
         problem = str(error)
-    if problem:  # the part before an @ may be a password
+    if problem:  # the part before an @ is hidden, because it may be a password
         raise ValueError(f"{setting} is {re.sub('//[^/]*@', '//...@', url)!r}: {problem}")
 
 
 def read_key(server: Server, prefix: str = "server.") -> str:
-    """Returns the server's key, or "" if it needs none.
+    """Returns the server's key, or "" if the server needs none.
 
     Raises:
       ValueError: the environment variable named by key_env is not set, or its value is not valid in
-        a header. The message has the variable's name but not its value.
+        a header. The message contains the variable's name but not the value.
     """
     if not server.key_env:
         return ""
@@ -207,9 +210,9 @@ def ask_all(
 ) -> list[ChatAnswer]:  # fmt: skip
     """Returns answers in the order of the requests; cached requests are not sent again.
 
-    The pause between attempts grows exponentially, with a jitter that depends only on the request
-    and the attempt. The pause is at least the server's Retry-After. If Retry-After exceeds
-    `server.timeout`, there is no further attempt.
+    The pause between attempts grows exponentially. The jitter of the pause depends only on the
+    request and the attempt. The pause is at least as long as the server's Retry-After header asks.
+    If Retry-After exceeds `server.timeout`, there is no further attempt.
 
     Args:
       server: the server to send the requests to.
@@ -246,7 +249,7 @@ def _send_chat_request(
 
 
 def _build_chat_body(request: ChatRequest) -> dict[str, Any]:
-    """Returns the body's fields from a request; numbers are converted, so that 1 equals 1.0."""
+    """Returns the fields of a request's body; numbers are converted, so 1 and 1.0 give equal bodies."""
     fields: dict[str, Any] = {
         "messages": [dict(message) for message in request.messages],
         "temperature": float(request.temperature),
@@ -260,23 +263,23 @@ def _content(body: bytes) -> Outcome:
     """Reads the text of the first choice in a reply."""
     choice = json.loads(body)["choices"][0]
     text, finish = choice["message"].get("content"), choice.get("finish_reason")
-    cut = finish == "length"  # hidden thinking may have used all of max_tokens
+    cut = finish == "length"  # hidden thinking may have used up all max_tokens
     if not isinstance(text := text or ("" if cut else None), str):
         return Outcome("bad_reply", detail="no content in choices[0].message", again=True)
-    # JSON may contain half of a surrogate pair, but tokenizers and files do not accept it.
+    # JSON may contain half of a surrogate pair, which tokenizers and files do not accept.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Outcome("cut" if cut else "ok", text)
 
 
 def _digest(server: Server, request: ChatRequest) -> str:
-    """Returns the SHA-256 of all fields that an answer depends on; key and retries are left out."""
+    """Returns the SHA-256 of the fields that affect an answer; key and retries are left out."""
     asked = {"url": server.url.rstrip("/"), "model": server.model, **_build_chat_body(request)}
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _read_cached_answer(server: Server, digest: str) -> ChatAnswer | None:
-    """Reads the cached answer; returns None if there is none, with a warning if it is malformed."""
+    """Reads the cached answer; returns None if the file is absent, and warns if it is malformed."""
     path = pathlib.Path(server.cache) / f"{digest}.json"
     if not server.cache or not path.exists():
         return None
@@ -286,7 +289,7 @@ def _read_cached_answer(server: Server, digest: str) -> ChatAnswer | None:
         if isinstance(text, str) and status in USABLE:
             return ChatAnswer(text, status, attempts=0)
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        pass  # treated like a file with other contents
+        pass  # handled below, like a file with other contents
     _warn(f"{path} is not a cached answer: the request is sent again")
     return None
 
@@ -296,7 +299,7 @@ def _warn(text: str) -> None:
 
 
 def _cache_chat_answer(server: Server, digest: str, answer: ChatAnswer) -> None:
-    """Writes a usable answer to the cache, atomically, because other runs may write it too."""
+    """Writes a usable answer to the cache atomically, because other runs may write the same file."""
     if not server.cache or answer.status not in USABLE:
         return
     path = pathlib.Path(server.cache) / f"{digest}.json"
@@ -306,7 +309,7 @@ def _cache_chat_answer(server: Server, digest: str, answer: ChatAnswer) -> None:
         with os.fdopen(handle, "w") as file:  # ASCII
             json.dump({"model": server.model, "status": answer.status, "text": answer.text}, file)
         os.replace(part, path)
-    except OSError as error:  # such as a full disk; the answer itself is still returned
+    except OSError as error:  # for example, the disk is full; the answer is still returned
         _warn(f"{path} cannot be written ({error.strerror})")
 
 
@@ -319,7 +322,8 @@ def run_concurrently(
     """Runs `work` on the items in threads; yields (name, work(item, stop)) as each item finishes.
 
     The caller must close the iterator (contextlib.closing). If the iterator is closed early, no
-    further item starts. `stop` is then set, so that `send_call` ends the requests in flight.
+    further item starts. Closing also sets the event `stop`, so that `send_call` ends the requests
+    in flight.
 
     Args:
       concurrency: maximum number of items in flight.
@@ -343,11 +347,12 @@ def send_call(
     """Sends a request, with retries; returns the last outcome and the number of attempts.
 
     Args:
-      server: only its timeout, retries and backoff are used (see `ask_all`).
-      key: the server's key; "" if it needs none.
+      server: the server, whose timeout, retries and backoff are used (see `ask_all`).
+      key: the server's key; "" if the server needs none.
       what: the request.
-      name: seed of the jitter, so that requests that failed together pause for different times.
-      stop: ends the request when set.
+      name: seed of the jitter; with different names, requests that failed together pause for
+        different times.
+      stop: event that ends the request when it is set.
     """
     attempt, outcome = 0, Outcome("unreachable", again=True)
     while outcome.again and attempt <= server.retries and outcome.after <= server.timeout:
@@ -359,7 +364,7 @@ def send_call(
 
 
 def redact_key(text: str, key: str) -> str:
-    """Returns the text with [key] for the key; a short key such as "EMPTY" is not secret."""
+    """Returns the text with [key] in place of the key; a short key like "EMPTY" is no secret."""
     return text.replace(key, "[key]") if len(key) >= 8 else text
 
 
@@ -441,7 +446,7 @@ def _read_http_body(what: HttpCall, body: bytes) -> Outcome:
 
 
 def to_one_line(text: str) -> str:
-    """Returns a server's text on one line of printable characters."""
+    """Returns a server's text as one line of printable characters."""
     text = "".join(char if char.isprintable() else " " for char in text[:4096])
     return " ".join(text.split())[:_DETAIL]
 
@@ -453,7 +458,7 @@ def _left(deadline: float) -> float:
 
 
 def _open_server_socket(url: str, deadline: float) -> socket.socket:
-    """Returns a connection to the first address of the host that accepts one."""
+    """Returns a socket connected to the first of the host's addresses that accepts a connection."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -499,4 +504,4 @@ class _DeadlineSocket(io.RawIOBase):
         raise TimeoutError
 
     def close(self) -> None:
-        """Keeps the socket open: http.client calls this early, `_attempt_http_call` closes it."""
+        """Keeps the socket open, because http.client closes early; `_attempt_http_call` closes it."""

@@ -1,13 +1,14 @@
-"""Dialects of servers that complete token ids: formats of their requests and replies.
+"""Dialects: the request and reply formats of servers that complete sequences of token ids.
 
 The formats follow the servers' documentation and source code as of 2026:
-  vllm: POST /v1/completions, where `prompt` is a list of ids. With `return_token_ids` (vLLM 0.10.2
-    or later), the reply has the drawn ids as numbers. With `return_tokens_as_token_ids`, the reply
-    has the ids as strings such as "token_id:7". Every request sets both options. If a reply has
-    both forms, they must agree. Use `vllm` for any other server that accepts these requests.
-  sglang: POST /generate with `input_ids`. The reply has pairs of log-probability and id.
+  `vllm`: POST /v1/completions, where `prompt` is a list of ids. With `return_token_ids` (vLLM
+    0.10.2 or later), the reply has the drawn ids as numbers. With `return_tokens_as_token_ids`, the
+    reply has the ids as strings such as "token_id:7". Every request sets both options. If a reply
+    has ids in both forms, the forms must agree. Use `vllm` for any other server that accepts
+    requests in this format.
+  `sglang`: POST /generate with `input_ids`. The reply has pairs (log-probability, id).
 
-In addresses, {base} is the server's URL with its /v1, and {root} is the URL without /v1.
+In addresses, {base} is the server's URL with /v1, and {root} is the URL without /v1.
 """
 
 import re
@@ -18,7 +19,7 @@ from copsd_jax.sampler import request
 
 
 class RawCompletion(NamedTuple):
-    """Completion from a server's reply, not yet checked."""
+    """An unchecked completion from a server's reply."""
 
     ids: Any
     logps: Any
@@ -29,15 +30,15 @@ class Dialect(NamedTuple):
     """Addresses, requests and replies of one kind of server.
 
     Attributes:
-      generate: address for completions.
+      generate: address to which requests for completions are sent.
       body: maps (model, adapter or "", text to draw) to the body of the request.
-      read: maps (parsed reply, text to draw) to the completion. `read` raises ValueError with the
-        end of a sentence that begins with, for example, "the completion of row 3".
+      read: maps (parsed reply, text to draw) to the completion. If the reply is invalid, `read`
+        raises ValueError; the message continues a sentence such as "the completion of row 3 ...".
       coldest: the lowest temperature above 0 that the server does not change.
       adapters: address to which /load_lora_adapter and /unload_lora_adapter are appended.
-      swap: maps a model's folder to (address, body) of the calls that load it, in order.
-      needs_adapters: what a server needs to load adapters, for error messages.
-      needs_swap: what a server needs to load a model, for error messages.
+      swap: maps a model's folder to the requests that load the model, in order, as (address, body).
+      needs_adapters: text of error messages about what a server needs to load adapters.
+      needs_swap: text of error messages about what a server needs to load a model.
     """
 
     generate: str
@@ -51,20 +52,20 @@ class Dialect(NamedTuple):
 
 
 def derive_seed(text: request.Text) -> int:
-    """Returns the first 53 bits of the text's key; every JSON reader represents them exactly."""
+    """Returns the first 53 bits of the text's key, which every JSON reader represents exactly."""
     high, low = map(int, text.key_2)
     return (high << 21) | (low >> 11)
 
 
 def _build_dialect_fields(text: request.Text) -> dict[str, Any]:
-    """Returns the fields that both dialects share; in both, top_k=-1 turns top-k off."""
+    """Returns the fields that both dialects share; both dialects turn top-k off with top_k=-1."""
     s = text.sampling
     return {
         "temperature": float(s.temperature), "top_p": float(s.top_p), "top_k": s.top_k or -1,
         "min_p": float(s.min_p), "stop_token_ids": list(s.stop_ids), "stop": list(s.stop), "n": 1,
-        # Special tokens are kept, because stop strings are matched on their text too.
+        # Special tokens are kept in the text, because stop strings may occur in special tokens.
         "skip_special_tokens": False, "spaces_between_special_tokens": False,
-        # For fields that a request lacks, a server uses the model's generation_config.json.
+        # If a request lacks a field, servers take the value from generation_config.json.
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     }  # fmt: skip
 
@@ -74,7 +75,7 @@ def _vllm_body(model: str, adapter: str, text: request.Text) -> dict[str, Any]:
         **_build_dialect_fields(text),
         "model": adapter or model, "prompt": list(text.prompt), "max_tokens": text.limit,
         "seed": derive_seed(text), "stream": False, "echo": False, "add_special_tokens": False,
-        "ignore_eos": True,  # stop_token_ids has all stop ids
+        "ignore_eos": True,  # stop_token_ids already has all stop ids
         "include_stop_str_in_output": True,
         "logprobs": 0,  # only the log-probability of the drawn token
         "return_token_ids": True, "return_tokens_as_token_ids": True,
@@ -102,7 +103,7 @@ def _vllm_reply(reply: Any, text: request.Text) -> RawCompletion:
 
 
 def _spelt(tokens: Any) -> list[int] | None:
-    """Parses tokens such as "token_id:7" into ids; returns None if they have another form."""
+    """Parses tokens such as "token_id:7" into ids; returns None if any token has another form."""
     if not isinstance(tokens, list):
         raise ValueError("has no list in logprobs.tokens")
     found = [re.fullmatch(r"token_id:([0-9]{1,9})", str(token)) for token in tokens]
@@ -138,14 +139,14 @@ def _sglang_reply(reply: Any, text: request.Text) -> RawCompletion:
     finish = _get_from_reply(reply, "meta_info", "finish_reason")
     matched = finish.get("matched") if isinstance(finish, dict) else None
     if isinstance(matched, str) and matched not in text.sampling.stop:
-        # SGLang reports NaN logits in this way.
+        # If logits are NaN, SGLang reports a stop by a string that is no stop string.
         raise ValueError(f"was stopped by {matched!r}, which is not a stop string")
     kind = finish.get("type") if isinstance(finish, dict) else finish
     return RawCompletion(ids, [_get_from_reply(pair, 0) for pair in pairs], kind)
 
 
 def _get_from_reply(value: Any, *path: str | int, hint: str = "") -> Any:
-    """Returns value[path[0]][path[1]]...; raises ValueError with the path if it is absent."""
+    """Returns value[path[0]][path[1]]...; raises ValueError with the path if a part is absent."""
     found = value
     for step in path:
         try:

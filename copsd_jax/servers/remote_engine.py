@@ -1,23 +1,24 @@
-"""The sampler's interface on top of a server that completes token ids.
+"""A sampler engine, with the interface of `sampler.loop`, that draws completions on a server.
 
 Requests and replies contain token ids; the text of tokens is not used. Each prompt is sent as one
-request, with a seed that is derived from its key. With a deterministic server, the same keys give
-the same texts. SGLang is deterministic with --enable-deterministic-inference, and vLLM in its
-batch-invariant mode. On other servers, rounding depends on the batch, so a text may depend on the
-other texts of its batch. With such a server, a stopped run does not continue bit for bit.
-`sampler.loop` does not have this limit.
+request, whose seed is derived from the prompt's key. With a deterministic server, the same keys
+give the same texts. SGLang is deterministic with --enable-deterministic-inference, and vLLM is
+deterministic in its batch-invariant mode. On other servers, rounding depends on the batch, so a
+text may depend on the other texts in the batch. With a server that is not deterministic, a stopped
+run does not continue bit for bit. With `sampler.loop`, a stopped run does.
 
-The server determines the distribution to which its log-probabilities refer. Replies do not say
-which distribution it is, so it is a setting:
-  raw: the model's distribution at temperature 1. This is the default of vLLM. SGLang does the same
-    with SGLANG_RETURN_ORIGINAL_LOGPROB.
-  tempered: the distribution at the sampling temperature, not truncated (SGLang's default).
-  processed: the tempered distribution, truncated by top-k, top-p and min-p (vLLM with
-    --logprobs-mode processed_logprobs).
-A Completion has NaN for log-probabilities that do not follow from the server's numbers (see
+The server determines the distribution to which its log-probabilities refer. Replies do not name this
+distribution, so a setting does. The setting has three values.
+  `raw` is the model's distribution at temperature 1. vLLM uses `raw` by default. SGLang uses `raw` if
+    SGLANG_RETURN_ORIGINAL_LOGPROB is set.
+  `tempered` is the untruncated distribution at the sampling temperature. SGLang uses `tempered` by
+    default.
+  `processed` is the tempered distribution, truncated by top-k, top-p and min-p. vLLM uses `processed`
+    with --logprobs-mode processed_logprobs.
+In a `Completion`, log-probabilities that cannot be derived from the server's numbers are NaN (see
 `reports_log_probs`). The trainer computes its own log-probabilities. If several of top-k, top-p and
-min-p are on, a server may apply them in another order than `truncation`. The server then draws from
-another truncated distribution.
+min-p are on, a server may apply them in a different order from `truncation`. In a different order,
+they give a different truncated distribution.
 
 Each run needs its own server, because `hand_over` changes the server's weights.
 """
@@ -46,13 +47,14 @@ class EngineServer:
     """The address of a server, and its settings as a sampler engine.
 
     Attributes:
-      api: the server. In both dialects `api.url` is the base URL with /v1. `api.timeout` must be
-        long enough for the longest completion with its time in the queue, and for loading weights.
+      api: the server's address and limits. In both dialects, `api.url` is the base URL with /v1.
+        `api.timeout` must allow for the longest completion, including its time in the queue, and
+        for the loading of weights.
       dialect: a key of `dialects.DIALECTS`.
       logprobs: one of LOGPROBS.
       max_model_len: maximum number of tokens of a prompt and its completion together; None means
         the server's limit.
-      adapter: the adapter's name on the server, set by `hand_over`; "" for the base model.
+      adapter: the adapter's name on the server, set by `hand_over`; "" means the base model.
     """
 
     api: client.Server
@@ -77,22 +79,22 @@ def generate(
       server: the server, after `hand_over` of the policy.
       prompts: token ids, including the shared prefix; servers cache common prefixes themselves.
       sampling: one `Sampling` for all prompts, or a list with one per prompt.
-      keys: uint32 [n, 2] from `request.derive_keys`, one per prompt.
+      keys: uint32 [n, 2] from `request.derive_keys`, one key per prompt.
       vocabulary: the ids of the model. The server does not know which ids are valid. A trained
-        model hardly ever draws an invalid id; a completion with an invalid id raises RuntimeError.
-      limits: maximum number of tokens per completion; None means the max_tokens of its `Sampling`.
+        model hardly ever draws an invalid id; if a completion has one, RuntimeError is raised.
+      limits: maximum number of tokens of each completion; None means `Sampling.max_tokens`.
       progress: called with the statistics after each completion.
       done: called with (index of the prompt, completion) as soon as the completion has ended.
 
     Returns:
-      The same result as `loop.generate`. `logps` and `logps_truncated` are NaN if they do not
-      follow from the server's numbers; see `reports_log_probs`. In the statistics, prompt_tokens
-      counts all tokens sent, including those in the server's cache, and occupancy is NaN.
+      A result as from `loop.generate`. `logps` and `logps_truncated` are NaN if they cannot be
+      derived from the server's numbers; see `reports_log_probs`. In the statistics, `prompt_tokens`
+      counts all prompt tokens sent, even if the server has them in its cache. `occupancy` is NaN.
 
     Raises:
       ValueError: the server does not support the settings or prompts; no request is sent.
-      OSError: the server did not complete a row; the message has its last reply. All other requests
-        end at the first failure.
+      OSError: the server did not complete a row; the message has the server's last reply. The first
+        failure ends all other requests.
       RuntimeError: a reply does not match its request; the message has the address and the row.
     """
     check_server(server)
@@ -120,7 +122,7 @@ def generate(
 
 
 def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
-    """Returns whether logps, and whether logps_truncated, follow from a server's numbers.
+    """Returns (logps, logps_truncated): whether each can be derived from a server's numbers.
 
     For greedy rows, servers report log-probabilities at temperature 1, and the truncated
     distribution puts all mass on the drawn token. Without top-k, top-p and min-p, the tempered and
@@ -139,7 +141,7 @@ def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, 
 
 
 def _check_served_texts(server: EngineServer, texts: Sequence[request.Text]) -> None:
-    """Checks that the server can draw each text in full length and at its temperature."""
+    """Checks that the server allows the length and the temperature of each text."""
     longest, coldest = server.max_model_len, dialects.DIALECTS[server.dialect].coldest
     if longest:
         room = f"{server.api.url} allows at most {longest} (sampler.max_model_len)"
@@ -178,8 +180,8 @@ def _json(body: bytes) -> client.Outcome:
 
 # ---------------------------------------------------------------------- checks of a reply
 #
-# They raise ValueError with the second part of the message; `_request_completion` adds the first
-# part.
+# The checks raise ValueError with the second part of a message; `_request_completion` adds the
+# first part.
 
 
 def _check_served_completion(
@@ -202,8 +204,8 @@ def _check_served_completion(
         )
     if reply.finish not in ("stop", "length"):
         raise ValueError(f"has the finish_reason {reply.finish!r}: it must be stop or length")
-    # A server may find a stop string a few tokens late. The completion is cut at the token that
-    # completes the stop string, as in `sampler.loop`.
+    # A server may find a stop string a few tokens late. Such a completion is cut after the token
+    # that completes the stop string, as in `sampler.loop`.
     given = np.asarray(logps[:end], np.float32)
     absent = np.full_like(given, np.nan)
     tempered, truncated = reports_log_probs(logprobs, text.sampling)
@@ -238,7 +240,7 @@ def _check_served_logps(reply: dialects.RawCompletion) -> list[float]:
         raise ValueError(f"has {found} log-probabilities for {len(reply.ids)} tokens")
     for value in logps:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        # The comparison also fails for NaN. The upper limit is above 0 because of rounding.
+        # The comparison with the limits also fails for NaN. The upper limit allows for rounding.
         if not number or not -1e9 <= value <= 1e-3:
             raise ValueError(f"has the log-probability {value!r}: it must be a number up to 0")
     return logps
@@ -247,7 +249,7 @@ def _check_served_logps(reply: dialects.RawCompletion) -> list[float]:
 def _find_served_end(
     sampling: request.Sampling, ids: Sequence[int], token_bytes: Sequence[bytes]
 ) -> int | None:
-    """Returns the number of tokens up to the first that ends the text, or None if none ends it."""
+    """Returns the number of tokens up to and including the one that ends the text, or None."""
     stops = [text.encode() for text in sampling.stop]
     by_string, _ = request.find_stop_string(b"", ids, stops, token_bytes)
     by_id = next((i for i, token in enumerate(ids, 1) if token in sampling.stop_ids), None)
@@ -280,7 +282,7 @@ def connect_server(server: EngineServer) -> EngineServer:
     """Fetches the server's list of models; returns the server with max_model_len filled in.
 
     Raises:
-      ValueError: as in `check_server`; or the server does not have the model `api.model`, or its
+      ValueError: a setting is invalid, the server lacks the model `api.model`, or the server's
         limit is below max_model_len.
       OSError: the server gives no valid reply.
     """
@@ -296,7 +298,7 @@ def connect_server(server: EngineServer) -> EngineServer:
 
 
 def list_models(server: EngineServer) -> dict[str, int | None]:
-    """Returns {model or adapter: its maximum number of tokens, or None if the server omits it}.
+    """Returns {name of model or adapter: maximum number of tokens, or None if the reply lacks it}.
 
     Raises:
       OSError: the server gives no valid reply.
@@ -311,22 +313,22 @@ def list_models(server: EngineServer) -> dict[str, int | None]:
 
 
 def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
-    """Loads a folder of weights on the server; returns the server with the new adapter name.
+    """Loads a folder of weights into the server; returns the server with the new adapter's name.
 
     An adapter's name is a hash of its contents, because servers cache keys and values of prompts
-    under the adapter's name. New weights with an old name would be used with outdated cache
-    entries. The hash also makes it safe to repeat an interrupted call. The previous adapter is
-    unloaded.
+    under the adapter's name. If new weights had an old name, the server would use outdated cache
+    entries. With a hash as the name, an interrupted call can also be repeated safely. The previous
+    adapter is unloaded.
 
     Args:
       server: the server with the previous weights.
       folder: an adapter in PEFT's layout (adapter_config.json), or a complete model in Hugging
-        Face's layout (config.json). The server must be able to read the folder under this path.
+        Face's layout (config.json). The server must be able to read the folder under the same path.
 
     Raises:
       ValueError: the folder has neither adapter_config.json nor config.json.
-      OSError: the server did not load the folder; the message has its reply and the options that
-        it needs.
+      OSError: the server did not load the folder; the message has the server's reply and the
+        options that the server needs.
     """
     path = pathlib.Path(folder).resolve()
     if (path / "adapter_config.json").is_file():
@@ -350,7 +352,7 @@ def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
 
 
 def _change_served_adapter(server: EngineServer, verb: str, body: dict[str, str]) -> None:
-    """Loads or unloads an adapter; raises OSError only if the adapter's state did not change.
+    """Loads or unloads an adapter; after a failed request, the list of models decides on success.
 
     If the first attempt succeeds but its reply is lost, the server refuses the second attempt.
     """
@@ -369,7 +371,7 @@ def _name_served_adapter(path: pathlib.Path) -> str:
     for file in sorted(path.glob("adapter_*")):
         digest.update(f"{file.name}\0".encode())
         with file.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)  # adds to the one digest of all files
+            hashlib.file_digest(stream, lambda: digest)  # all files add to the same digest
     return f"copsd-{digest.hexdigest()[:16]}"
 
 
@@ -378,7 +380,7 @@ def _command(server: EngineServer, address: str, body: Mapping[str, Any]) -> cli
 
 
 def _read_command_reply(body: bytes) -> client.Outcome:
-    """Reads a reply with status 2xx as success, unless its JSON has "success": false."""
+    """Reads a reply with status 2xx; only a reply with "success": false in its JSON is a failure."""
     text = body.decode(errors="replace")
     try:
         said = json.loads(text)
@@ -390,7 +392,7 @@ def _read_command_reply(body: bytes) -> client.Outcome:
 
 
 def _call_server(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
-    """Returns the value of the reply; on failure, raises OSError with the reply and `needs`."""
+    """Sends a request and returns the reply's value; raises OSError with `needs` on failure."""
     key = client.read_key(server.api, "sampler.")
     outcome, attempts = client.send_call(server.api, key, what, what.url, threading.Event())
     if outcome.status == "ok":

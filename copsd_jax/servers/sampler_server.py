@@ -11,13 +11,13 @@ from copsd_jax.servers import client, dialects, remote_engine
 
 
 def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineServer | None:
-    """Returns the server of the sampler.* settings, or None for another engine.
+    """Returns the server that the sampler.* settings describe, or None if the engine is another.
 
     No request is sent.
 
     Args:
       config: the run's settings.
-      train: whether the run trains; then a loss may need the server's log-probabilities.
+      train: whether the run trains; if True, the losses may need the server's log-probabilities.
 
     Raises:
       ValueError: a setting is invalid, or cannot be used with a server.
