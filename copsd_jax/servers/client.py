@@ -89,7 +89,7 @@ class Server:
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-    """One chat request; equal requests are sent only once, so different samples need different seeds."""
+    """One chat request; equal requests are sent only once, so each sample needs its own seed."""
 
     messages: Sequence[Mapping[str, str]]  # each message has "role" and "content"
     temperature: float
@@ -249,7 +249,7 @@ def _send_chat_request(
 
 
 def _build_chat_body(request: ChatRequest) -> dict[str, Any]:
-    """Returns the fields of a request's body; numbers are converted, so 1 and 1.0 give equal bodies."""
+    """Returns the fields of a request's body; 1 and 1.0 are converted to the same number."""
     fields: dict[str, Any] = {
         "messages": [dict(message) for message in request.messages],
         "temperature": float(request.temperature),
@@ -299,7 +299,7 @@ def _warn(text: str) -> None:
 
 
 def _cache_chat_answer(server: Server, digest: str, answer: ChatAnswer) -> None:
-    """Writes a usable answer to the cache atomically, because other runs may write the same file."""
+    """Writes a usable answer to the cache atomically, because other runs may write it too."""
     if not server.cache or answer.status not in USABLE:
         return
     path = pathlib.Path(server.cache) / f"{digest}.json"
@@ -504,4 +504,4 @@ class _DeadlineSocket(io.RawIOBase):
         raise TimeoutError
 
     def close(self) -> None:
-        """Keeps the socket open, because http.client closes early; `_attempt_http_call` closes it."""
+        """Keeps the socket open, because http.client calls `close` too early."""

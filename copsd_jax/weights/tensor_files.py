@@ -1,8 +1,8 @@
-"""Files in safetensors and JSON, and folders that get their name only when they are complete.
+"""Safetensors files, JSON files, and folders that get their name only when they are complete.
 
-The `safetensors` library checks the header when a file is opened, and can read slices of a tensor
-without the rest. The library returns bfloat16 arrays if ml_dtypes is imported. This module writes
-files itself, because the library's writer needs all tensors of a file in memory at once.
+The `safetensors` library checks the header when a file is opened, and can read a slice without
+reading the whole tensor. The library returns bfloat16 arrays if ml_dtypes is imported. This module
+writes files itself, because the library's writer needs all tensors of a file in memory at once.
 """
 
 import contextlib
@@ -32,8 +32,9 @@ class Tensor(NamedTuple):
 
     Attributes:
       shape: shape of the whole tensor.
-      read: `read()` returns all values. `read(part)` returns the part given by one slice for each
-        axis, with start and stop inside the shape. Little more than the part is read from the file.
+      read: `read()` returns all values. `read(part)` returns a part. `part` has one slice for each
+        axis, with start and stop inside the shape. Little more than the requested part is read from
+        the file.
     """
 
     shape: tuple[int, ...]
@@ -65,9 +66,10 @@ def write_json(file: pathlib.Path, value: dict) -> None:
 
 @contextlib.contextmanager
 def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Creates a temporary folder beside `target`, and renames it to `target` when the block ends.
+    """Creates a temporary folder beside `target`; renames the folder to `target` at the block's
+    end.
 
-    A folder named `target` is therefore always complete.
+    A folder named `target` is always complete.
 
     Args:
       target: the folder's final path; it must be absent or an empty folder.
@@ -117,7 +119,7 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _copy_stored_tensor(stored: Any, part: tuple[slice, ...] = ()) -> np.ndarray:
-    """Returns a copy of a tensor in an open file, or of a part of the tensor."""
+    """Copies a tensor, or a part of the tensor, out of an open file; returns the copy."""
     return stored[part]
 
 
@@ -144,7 +146,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
-    """Returns the names of the files, and the index {tensor: file name}, or None if absent."""
+    """Returns the files' names, and the index {tensor: file name}, or None without an index."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):
@@ -156,21 +158,21 @@ def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]
 
 
 def write_file(file: pathlib.Path, items: Iterable[tuple[str, Tensor]], dtype: np.dtype) -> None:
-    """Writes tensors of one dtype to a safetensors file; one tensor is in memory at a time.
+    """Writes tensors of one dtype to a safetensors file; only one tensor is in memory at a time.
 
-    A file has eight bytes with the length of the header (little endian), a JSON header, and the raw
-    values.
+    A safetensors file begins with the length of the header in eight bytes (little endian). The JSON
+    header and the raw values follow.
     """
     items = list(items)
     code = next(key for key, value in DTYPES.items() if value == dtype)
-    # transformers refuses files without this metadata.
+    # transformers refuses files without the metadata format=pt.
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in items:
         begin, end = end, end + math.prod(tensor.shape) * dtype.itemsize
         header[name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # The values begin at a multiple of 8.
+    text += b" " * (-len(text) % 8)  # The values begin at a multiple of 8 bytes.
     with file.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in items:
@@ -190,7 +192,8 @@ def write_folder(
       folder: an existing folder.
       items: the tensors by name.
       dtype: dtype of all tensors.
-      shard_bytes: maximum number of bytes of values in a file; a larger tensor has its own file.
+      shard_bytes: maximum number of bytes of values in a file; a larger tensor gets a file of its
+        own.
     """
     shards: list[list[tuple[str, Tensor]]] = [[]]
     held = total = 0

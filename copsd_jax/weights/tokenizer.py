@@ -1,7 +1,8 @@
-"""Tokenizers of Hugging Face folders and GGUF files, and their stop ids, valid ids and bytes.
+"""Tokenizers from Hugging Face folders and GGUF files: stop ids, valid ids and bytes of tokens.
 
 Only byte-level BPE is supported (Qwen, Llama 3, SmolLM2). In byte-level BPE, every token is a
-sequence of bytes. So text can be decoded token by token, and stop strings are found in the bytes.
+sequence of bytes, so text can be decoded token by token. Stop strings are searched for in the
+bytes.
 """
 
 import functools
@@ -20,7 +21,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types in GGUF files
 
 
 def _build_bpe_splitter(numbers: str) -> pre_tokenizers.PreTokenizer:
-    """Returns the pre-tokenizer of Llama 3 or Qwen; `numbers` is the pattern of a digit group."""
+    """Returns the pre-tokenizer of Llama 3 or Qwen; `numbers` is the regex for a group of digits."""
     pattern = (
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,11 +45,11 @@ SPLITTERS = {
 def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     """Loads the tokenizer of a model.
 
-    tokenizer.json is used unchanged. The tokenizer classes that transformers has for single models
-    are not used, because they replace parts of tokenizer.json. No code from the folder is run.
+    tokenizer.json is used unchanged. The model-specific tokenizer classes in transformers are not
+    used, because they replace parts of tokenizer.json. No code from the folder is run.
 
     Args:
-      path: a folder with tokenizer.json or a GGUF file, as returned by `hub.resolve_model_path`.
+      path: a folder with tokenizer.json, or a GGUF file, as returned by `hub.resolve_model_path`.
 
     Raises:
       FileNotFoundError: if there is no tokenizer.json.
@@ -109,7 +110,7 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
 
 
 def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> Any:
-    """Builds a post-processor; it adds the BOS token to plain text if add_bos_token is true.
+    """Builds a post-processor that adds the BOS token to plain text if add_bos_token is true.
 
     Chat templates write the BOS token themselves.
     """
@@ -134,7 +135,7 @@ def find_stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path)
       The ids in ascending order.
 
     Raises:
-      ValueError: if there is no such id, because then no text could end.
+      ValueError: if there is no end-of-text id.
     """
     ids = set(hf_config.read_stop_ids(path))
     if tok.eos_token is not None:
@@ -172,8 +173,8 @@ def mark_valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -
 def _byte_alphabet() -> dict[str, int]:
     """Maps each letter of the byte-level alphabet to its byte (GPT-2's table).
 
-    A byte that is printable in Latin-1 is its own letter. The other bytes have, in order, the
-    letters from code point 256 on.
+    The letter of a byte that is printable in Latin-1 is the Latin-1 character. The letters of the
+    other bytes are, in order, the characters from code point 256 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -184,9 +185,10 @@ def _byte_alphabet() -> dict[str, int]:
 def list_token_bytes(tok: transformers.PreTrainedTokenizerFast) -> list[bytes]:
     """Lists the bytes of each id.
 
-    The bytes of a special token are its text; a missing id has b"". A character may begin in one
-    token and end in the next, so the bytes of a text's tokens must be joined before decoding.
-    Decoding the joined bytes with "utf-8" and "replace" gives the same text as the tokenizer.
+    For a special token, the bytes are the token's text; for a missing id, the bytes are b"". A
+    character may begin in one token and end in the next, so the bytes of a text's tokens must be
+    joined before decoding. Decoding the joined bytes as UTF-8 with errors="replace" gives the same
+    text as decoding with the tokenizer.
 
     Raises:
       ValueError: if the tokenizer is not a byte-level BPE.
