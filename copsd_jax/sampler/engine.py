@@ -114,7 +114,7 @@ class Request(NamedTuple):
 
     limit: jax.Array  # int32: maximum number of tokens to draw
     key: jax.Array  # uint32 [..., 2]: threefry key data; token t is drawn with fold_in(key, t)
-    stop: jax.Array  # int32: index of the set of stop ids
+    stop: jax.Array  # int32: the row of `stop_XV` with the stop ids
     rows: truncation.RowSettings
 
 
@@ -123,7 +123,7 @@ class Slots(NamedTuple):
 
     hidden_JD: jax.Array  # hidden state of the prompt's last token; used while the slot is fresh
     fresh_J: jax.Array  # bool: whether the first token is still to be drawn
-    live_J: jax.Array  # bool: whether the text has not ended yet
+    live_J: jax.Array  # bool: whether the text is still unfinished
     token_J: jax.Array  # int32: the token drawn last, which is not yet in the cache
     index_J: jax.Array  # int32: the cache index where `token_J` will be written
     drawn_J: jax.Array  # int32: number of tokens drawn so far
@@ -255,8 +255,7 @@ def prefill(
 
 
 class Insertion(NamedTuple):
-    """Prompts to put into slots, arrays [R, I]; only the first `count_R` entries per shard are
-    used.
+    """Prompts to put into slots, as arrays [R, I] of which a shard uses `count_R` entries.
 
     The first `split` tokens of a prompt begin at index `start` of its shard's row. The prompt's
     other tokens begin at index `own`; see `prompt_packing.Placement`.
@@ -389,8 +388,7 @@ def decode(
 def _run_slots_last_tokens(
     decoder: transformer.Decoder, constants: Constants, cache: decode_attention.Cache, slots: Slots
 ) -> tuple[decode_attention.Cache, jax.Array]:
-    """Runs each slot's last token through the model; returns the new cache and hidden states [J,
-    D].
+    """Runs each slot's last token through the model; returns the cache and the hidden states.
 
     The model also computes free and fresh slots, but these slots neither write to the cache nor
     attend to the cache.
@@ -416,7 +414,7 @@ def _run_slots_last_tokens(
 def _compute_slot_logits(
     hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool
 ) -> jax.Array:
-    """Returns logits [J, V]; on CPU, XLA reads the head only once if it comes first."""
+    """Returns logits [J, V]; XLA on CPU reads the head only once if the head is the left factor."""
     if not head_first:
         return transformer.compute_logits(hidden_JD, head_VD)
     head_VD = head_VD.astype(hidden_JD.dtype)

@@ -33,9 +33,9 @@ class HandOver:
       key_heads: K, the model's number of key heads; see `sharding.partition_spec`.
       merge: whether to merge the adapter into a copy of the base.
       int8: whether to quantise projections with `lora.quantise_projections`.
-      gather: whether to gather parameters along `fsdp`; if False, they are sharded as in training.
-      call: function that calls a jitted function; in a dry run, it only compiles the jitted
-        function.
+      gather: whether to gather parameters along `fsdp`; if False, parameters stay sharded as in
+        training.
+      call: function that calls a jitted function; a dry run only compiles the jitted function.
     """
 
     def __init__(
@@ -87,6 +87,6 @@ def _convert_for_sampler(params: Any, adapter: Any = None, *, scale: float, int8
 
 @functools.lru_cache
 def _program(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
-    """Returns the jitted conversion to these shardings; a later phase gets it from the cache."""
+    """Returns the jitted conversion to given shardings; later phases get it from the cache."""
     convert = functools.partial(_convert_for_sampler, scale=scale, int8=int8)
     return jax.jit(convert, out_shardings=jax.tree.unflatten(tree, leaves))

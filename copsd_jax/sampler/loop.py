@@ -208,7 +208,7 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
 
 
 def _list_free_slots(slots: int, shards: int, serving: dict[int, int]) -> list[list[int]]:
-    """Lists the free slots of each shard; each shard has slots / shards of them."""
+    """Lists the free slots of each shard; a shard has `slots // shards` slots in all."""
     parts = np.arange(slots).reshape(shards, -1).tolist()
     return [[slot for slot in part if slot not in serving] for part in parts]
 

@@ -28,7 +28,8 @@ _PROGRAMS: dict[Any, Program] = {}
 def get_program(
     name: str, function: Callable, static: tuple, args: tuple, donate: tuple, shardings: Any
 ) -> Program:
-    """Returns the program that computes `function(*static, *args)` for arguments of these shapes.
+    """Returns the program that computes `function(*static, *args)` for arguments shaped like
+    `args`.
 
     Args:
       name: the program's name in reports.

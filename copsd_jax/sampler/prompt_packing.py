@@ -70,11 +70,12 @@ def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt
     groups that save the largest number of tokens.
 
     Returns:
-      A list with (number of shared tokens, prompts) of each group; the number may be 0.
+      A list with (number of shared tokens, prompts) for each group; the number may be 0.
     """
     distinct = sorted(set(prompts))
     both = [count_common(a, b) for a, b in itertools.pairwise(distinct)]
-    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # tokens saved, start of last group, shared
+    # Number of tokens saved, start of the last group, number of tokens that the group shares.
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]
     for end in range(1, len(distinct) + 1):
         choices = [(best[end - 1][0], end - 1, 0)]
         shared = 0

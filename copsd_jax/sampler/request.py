@@ -1,4 +1,4 @@
-"""Settings and inputs of a sampler call; they are checked before any program runs.
+"""Settings and inputs of a sampler call, which are checked before any program runs.
 
 Callers create `Vocabulary`, `Sampling` and `SamplerSettings`. `list_texts` checks the arguments
 that all engines share, and joins the arguments into one `Text` per prompt. `prepare_sampler_inputs`
@@ -30,7 +30,7 @@ class Vocabulary:
     """The ids of a model: which ids may be drawn, the bytes of each id, and which ids end a text.
 
     Attributes:
-      valid_V: bool; True for the ids that the tokenizer has. Only ids of the tokenizer may be
+      valid_V: bool; True for the ids that the tokenizer has. Only ids of the tokenizer can be
         drawn.
       token_bytes: the bytes of each id; stop strings need the bytes of every valid id.
       stop_ids: the ids that end a text. The sampler reads `Sampling.stop_ids` instead of this
@@ -87,7 +87,7 @@ class Inputs:
     decoder: transformer.Decoder
     constants: engine.Constants
     features: truncation.Features
-    settings: SamplerSettings  # complete: length and cache are set, and shards divide the slots
+    settings: SamplerSettings  # with length and cache set; `slots` is a multiple of the shards
     mesh: Mesh
     prompts: Sequence[tuple[int, ...]]
     request: engine.Request  # NumPy arrays with one entry per prompt
@@ -159,7 +159,7 @@ def prepare_sampler_inputs(
       prompts: token ids without the shared prefix.
       sampling: one `Sampling` for all prompts, or a list with one per prompt.
       keys_n2: uint32, as returned by `derive_keys`.
-      settings: the sampler's size.
+      settings: the sampler's sizes.
       prefix: keys and values of the shared prefix.
       vocabulary: ids that may be drawn, and their bytes; None allows all ids.
       limits: maximum number of tokens of each completion; None means `Sampling.max_tokens`.

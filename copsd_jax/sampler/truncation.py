@@ -290,8 +290,8 @@ def _find_drawable_top_k(
 
     Among equal values, lower ids come first. The k blocks with the highest maxima contain the k
     largest values, because no value in another block exceeds any of the k maxima. The chosen blocks
-    stay in the order of their ids, so equal values do too. Then the chosen blocks are divided into
-    finer blocks, and the search is repeated on the finer blocks.
+    stay in the order of their ids, so equal values stay in this order too. Then the chosen blocks
+    are divided into finer blocks, and the search is repeated on the finer blocks.
     """
     rows, blocks, width = x_JNb.shape
     block_JK = None
@@ -316,7 +316,7 @@ def _top_k(value_JX: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _crossing(weight_JK: jax.Array, top_p_J1: jax.Array) -> jax.Array:
-    """Returns the weight [J, 1] of the token that crosses top_p; weights descend along K."""
+    """Returns the weight [J, 1] of the token that crosses top_p; weights must descend along K."""
     mass_JK = jnp.cumsum(weight_JK, axis=-1)
     before_JK = jnp.pad(mass_JK[:, :-1], ((0, 0), (1, 0)))
     needed_JK = before_JK < top_p_J1 * mass_JK[:, -1:]
@@ -325,7 +325,7 @@ def _crossing(weight_JK: jax.Array, top_p_J1: jax.Array) -> jax.Array:
 
 
 def _without_top_k(rows: RowSettings, features: Features) -> RowSettings:
-    """Turns top_p off in rows with another kind of draw, which would only prolong the search."""
+    """Turns top_p off in rows with another kind of draw, to shorten the search for thresholds."""
     if not (features.cap or features.greedy):
         return rows
     elsewhere_J = (rows.top_k_J > 0) | (rows.temperature_J == 0)
@@ -335,7 +335,7 @@ def _without_top_k(rows: RowSettings, features: Features) -> RowSettings:
 def _find_truncation_floor(
     weight_JX: jax.Array, rows: RowSettings, features: Features
 ) -> jax.Array:
-    """Returns the weight [J, 1] from which top-p and min-p keep tokens; the largest weight is 1."""
+    """Returns the least weight [J, 1] that top-p and min-p keep; the largest weight must be 1."""
     floor_J1 = jnp.zeros((weight_JX.shape[0], 1), jnp.float32)
     if features.min_p:
         floor_J1 = rows.min_p_J[:, None]
@@ -349,9 +349,9 @@ def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
 
     The threshold is found by bisection over bit patterns: the bits of positive float32 numbers have
     the same order as the numbers. Tokens with weights of at least `low` always have enough mass
-    together, and tokens with weights of at least `high` never have. A row is settled if the weight
-    of at most one token, or no float32 number, lies between `low` and `high`. Further steps for
-    other rows do not change which tokens a settled row keeps.
+    together, and tokens with weights of at least `high` never have enough. A row is settled if the
+    weight of at most one token, or no float32 number, lies between `low` and `high`. Further steps
+    for other rows do not change which tokens a settled row keeps.
     """
     need_J1 = top_p_J1 * jnp.sum(weight_JX, axis=-1, keepdims=True)
 

@@ -279,7 +279,7 @@ def _digest(server: Server, request: ChatRequest) -> str:
 
 
 def _read_cached_answer(server: Server, digest: str) -> ChatAnswer | None:
-    """Reads the cached answer; returns None if the file is absent, and warns if it is malformed."""
+    """Reads the cached answer; returns None if it is absent, or malformed (with a warning)."""
     path = pathlib.Path(server.cache) / f"{digest}.json"
     if not server.cache or not path.exists():
         return None
@@ -299,7 +299,7 @@ def _warn(text: str) -> None:
 
 
 def _cache_chat_answer(server: Server, digest: str, answer: ChatAnswer) -> None:
-    """Writes a usable answer to the cache atomically, because other runs may write it too."""
+    """Writes a usable answer to the cache atomically; other runs may write the same file."""
     if not server.cache or answer.status not in USABLE:
         return
     path = pathlib.Path(server.cache) / f"{digest}.json"

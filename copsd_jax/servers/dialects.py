@@ -37,8 +37,8 @@ class Dialect(NamedTuple):
       coldest: the lowest temperature above 0 that the server does not change.
       adapters: address to which /load_lora_adapter and /unload_lora_adapter are appended.
       swap: maps a model's folder to the requests that load the model, in order, as (address, body).
-      needs_adapters: text of error messages about what a server needs to load adapters.
-      needs_swap: text of error messages about what a server needs to load a model.
+      needs_adapters: text for error messages that says what a server needs to load adapters.
+      needs_swap: text for error messages that says what a server needs to load a model.
     """
 
     generate: str

@@ -9,16 +9,16 @@ run does not continue bit for bit. With `sampler.loop`, a stopped run continues 
 
 The server determines the distribution to which its log-probabilities refer. Replies do not name the
 distribution, so the setting `sampler.logprobs` names it. The setting has three values.
-  `raw` means the model's distribution at temperature 1. vLLM uses `raw` by default. SGLang uses
+  `raw` means the model's distribution at temperature 1. `raw` is vLLM's default. SGLang uses
     `raw` if SGLANG_RETURN_ORIGINAL_LOGPROB is set.
   `tempered` means the untruncated distribution at the sampling temperature. SGLang uses `tempered`
     by default.
-  `processed` means the tempered distribution, truncated by top-k, top-p and min-p. vLLM uses
-    `processed` with --logprobs-mode processed_logprobs.
+  `processed` means the tempered distribution, truncated by top-k, top-p and min-p. A vLLM server
+    uses `processed` with --logprobs-mode processed_logprobs.
 In a `Completion`, log-probabilities that cannot be derived from the server's numbers are NaN (see
 `reports_log_probs`). The trainer computes its own log-probabilities. If several of top-k, top-p and
-min-p are on, a server may apply them in a different order from `truncation`. In a different order,
-they give a different truncated distribution.
+min-p are on, a server may apply them in a different order from `truncation`. Truncations in a
+different order give a different distribution.
 
 Each run needs its own server, because `hand_over` changes the server's weights.
 """
@@ -87,7 +87,7 @@ def generate(
       done: called with (index of the prompt, completion) as soon as the completion has ended.
 
     Returns:
-      A result as from `loop.generate`. `logps` and `logps_truncated` are NaN if they cannot be
+      A result like that of `loop.generate`. `logps` and `logps_truncated` are NaN if they cannot be
       derived from the server's numbers; see `reports_log_probs`. In the statistics, `prompt_tokens`
       counts all prompt tokens sent, even if the server has them in its cache. `occupancy` is NaN.
 
@@ -204,8 +204,8 @@ def _check_served_completion(
         )
     if reply.finish not in ("stop", "length"):
         raise ValueError(f"has the finish_reason {reply.finish!r}: it must be stop or length")
-    # A server may find a stop string a few tokens late. Such a completion is cut after the token
-    # that completes the stop string, as in `sampler.loop`.
+    # A server may find a stop string a few tokens late. A completion that goes on is cut after the
+    # token that completes the stop string, as in `sampler.loop`.
     given = np.asarray(logps[:end], np.float32)
     absent = np.full_like(given, np.nan)
     tempered, truncated = reports_log_probs(logprobs, text.sampling)
@@ -352,7 +352,7 @@ def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
 
 
 def _change_served_adapter(server: EngineServer, verb: str, body: dict[str, str]) -> None:
-    """Loads or unloads an adapter; after a failed request, the list of models decides on success.
+    """Loads or unloads an adapter; after a failed request, the list of models tells the outcome.
 
     If the first attempt succeeds but its reply is lost, the server refuses the second attempt.
     """

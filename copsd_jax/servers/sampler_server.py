@@ -11,7 +11,7 @@ from copsd_jax.servers import client, dialects, remote_engine
 
 
 def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineServer | None:
-    """Returns the server that the sampler.* settings describe; None if the engine is no server.
+    """Returns the server that the sampler.* settings describe; None if the engine is not a server.
 
     No request is sent.
 

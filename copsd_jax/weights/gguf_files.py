@@ -244,8 +244,7 @@ def to_hf_name(name: str, path: pathlib.Path) -> str:
 
 
 def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
-    """Permutes rows of q or k from rotary pairs (2i, 2i + 1) to Hugging Face's pairs (i, i + H /
-    2).
+    """Permutes rows of q or k from rotary pairs (2i, 2i+1) to Hugging Face's pairs (i, i+H/2).
 
     For example, a GGUF file stores a head of 4 rows in the order 0 2 1 3; the result has the order
     0 1 2 3.

@@ -22,7 +22,7 @@ from copsd_jax.model import transformer
 from copsd_jax.weights import gguf_files, hf_config, names, tensor_files
 
 STRIP_ROWS = 64  # number of rows of a stored matrix that are read at once
-SHARD_BYTES = 5 * 10**9  # maximum number of bytes of values in one file
+SHARD_BYTES = 5 * 10**9  # maximum size of the values in one file, in bytes
 
 LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 EMBEDDING, HEAD = names.TOP["embed", "embedding"][0], names.TOP["head", "kernel"][0]
@@ -44,7 +44,7 @@ class LeafSlice(NamedTuple):
     path: LeafPath
     layer: int | None  # index along the first axis of a stacked leaf; None for other leaves
     shape: tuple[int, ...]  # shape of the Hugging Face tensor
-    transposed: bool  # whether it is transposed: [in, out] here, [out, in] in Hugging Face
+    transposed: bool  # True for layers' kernels: [in, out] here, [out, in] in Hugging Face
 
 
 @functools.lru_cache(maxsize=4)  # Without the cache, each call would trace the model again.
@@ -149,8 +149,7 @@ def load_params(
     path: pathlib.Path, config: transformer.ModelConfig, dtype: Any,
     place: PlaceLeaf = _place_on_default_device,
 ) -> dict:  # fmt: skip
-    """Loads the tree of parameters, with kernels [in, out], and layers stacked along the first
-    axis.
+    """Loads the tree of parameters; kernels are [in, out], layers are stacked along the first axis.
 
     Leaves are read one at a time, and `place` decides which parts of a leaf are read. Therefore,
     the host's memory holds only the arrays that `place` keeps, and one part of a leaf.
@@ -221,8 +220,8 @@ def _split_rows(start: int, stop: int) -> list[slice]:
 def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
     """Maps Hugging Face names to tensors; reading a tensor fetches its leaf to the host.
 
-    The tensors of a leaf follow one another in the map. Each leaf is therefore fetched only once,
-    and freed before the next.
+    The tensors of a leaf follow one another in the map. Therefore, each leaf is fetched only once,
+    although only one leaf is cached.
     """
     leaves = _by_path(params)
     expected = _leaf_shapes(config)
@@ -267,7 +266,7 @@ def save(
       source_path: the resolved path of the original model. The saved folder keeps the generation
         settings of the original model.
       tokenizer: the tokenizer, from `tokenizer.load`.
-      shard_bytes: maximum number of bytes of values in one file; larger models are split into
+      shard_bytes: maximum size of the values in one file, in bytes; larger models are split into
         several files.
 
     Raises:

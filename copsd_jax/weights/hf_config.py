@@ -163,15 +163,15 @@ def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str
         "rope_scaling": rope if config.rope_scaling else None,
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
-        # With True, `o` would have a bias too. The model_type qwen2 already gives biases to q, k
-        # and v.
+        # attention_bias=True would add a bias to `o` too. The model_type qwen2 already gives biases
+        # to q, k and v.
         "attention_bias": False, "use_sliding_window": False,
         "torch_dtype": dtype, "dtype": dtype, **ids,
     }  # fmt: skip
 
 
 def to_generation_json(source: pathlib.Path, ids: Mapping[str, Any]) -> dict:
-    """Returns the content of generation_config.json: the original's settings, with all stop ids.
+    """Returns the content of generation_config.json: the original settings with all stop ids.
 
     Args:
       source: the resolved path of the original model.

