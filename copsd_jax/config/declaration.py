@@ -13,7 +13,7 @@ class Choices(NamedTuple):
     Attributes:
       names: the choices; () if the choices are the entries of a table in the package.
       table: the table's file and name; "" if the choices are in `names`. This module imports no
-        tables; the caller passes their entries to `setting_rules.check_settings`.
+        tables; the caller passes the entries to `setting_rules.check_settings`.
       function: whether the value may also be the user's own function, as "module:function".
     """
 
@@ -41,7 +41,7 @@ class Condition(NamedTuple):
 
     Attributes:
       words: the condition in words.
-      holds: a function of all settings by name; returns whether the condition is true.
+      holds: a function that takes all settings by name, and returns whether the condition is true.
     """
 
     words: str
@@ -49,7 +49,7 @@ class Condition(NamedTuple):
 
 
 class ListedBy(NamedTuple):
-    """The condition that the chosen entry of a table lists the setting as one that it reads.
+    """The condition that the chosen entry of a table reads the setting.
 
     Attributes:
       setting: the name of the setting that chooses the table's entry, such as context.kind.
@@ -80,7 +80,7 @@ class Setting(NamedTuple):
 
 
 def declare(default: Any, comment: str, allowed: Allowed = None, *read_when: When) -> Setting:
-    """Returns a `Setting`; the arguments `read_when` are the conditions under which it is read."""
+    """Returns a `Setting`; the arguments after `allowed` are the conditions in `read_when`."""
     return Setting(default, comment, allowed, read_when)
 
 
@@ -90,12 +90,12 @@ def one_of(*names: str, function: bool = False) -> Choices:
 
 
 def entry_of(table: str, function: bool = False) -> Choices:
-    """Returns the `Choices` of a table, which is given as "teaching/contexts.py CONTEXTS"."""
+    """Returns the entries of a table, such as "teaching/contexts.py CONTEXTS", as `Choices`."""
     return Choices(table=table, function=function)
 
 
 def goes_with(setting: str, *values: object) -> Condition:
-    """Returns the condition that the other setting `setting` has one of `values`."""
+    """Returns the condition that the setting named `setting` has one of the given values."""
     return Condition(f"{setting}={' or '.join(map(str, values))}", lambda s: s[setting] in values)
 
 
@@ -114,7 +114,7 @@ NOT_NEGATIVE = Range("at least 0, and finite", lambda value: 0 <= value < math.i
 FINITE = Range("finite", math.isfinite)
 BELOW_ONE = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("above 0 and at most 1 (1 is off)", lambda value: 0 < value <= 1)
-# Below 0.0001, float32 has digits only for the largest of the logits divided by the temperature.
+# At temperatures below 0.0001, float32 has no digits left for any logit but the largest.
 TEMPERATURE = Range(
     "0 (greedy) or at least 0.0001, and finite", lambda value: not value or 1e-4 <= value < math.inf
 )

@@ -7,9 +7,9 @@ class Method(NamedTuple):
     """The traits of a method; `methods/<name>.py` makes its batches.
 
     Attributes:
-      samples: whether the student samples completions. If false, the completions are the
+      samples: whether the student samples completions; otherwise, the completions are the
         solutions in the data.
-      teacher: whether a teacher scores the completions under a context. If true, the loss is a
+      teacher: whether a teacher scores the completions under a context, so that the loss is a
         divergence.
       policy_gradient: whether the loss is the policy gradient.
     """
@@ -27,5 +27,5 @@ METHODS = {
 
 
 def with_trait(trait: str) -> tuple[str, ...]:
-    """Returns the names of the methods whose field `trait` of `Method` is true."""
+    """Returns the names of the methods that have a trait; `trait` is a field name of `Method`."""
     return tuple(name for name, method in METHODS.items() if getattr(method, trait))

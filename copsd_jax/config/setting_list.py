@@ -183,7 +183,8 @@ SETTINGS: dict[str, Setting] = {
     "loss.divergence": declare("fkl", "fkl: KL(teacher || student); rkl: KL(student || teacher); "
         "jsd: Jensen-Shannon divergence; sampled: only the sampled token",
         entry_of("losses/divergences.py DIVERGENCES"), _TEACHER),
-    # loss.beta=0 would mean fkl, and 1 rkl. Very close to 0 or 1, the digits of float32 are lost.
+    # As loss.beta approaches 0 or 1, jsd corresponds to fkl or rkl. If loss.beta is closer than
+    # 1e-6 to 0 or 1, float32 has no digits left.
     "loss.beta": declare(0.5, "weight of the teacher in the mixture",
         between(1e-6, 1 - 1e-6, "; instead of 0 or 1, use fkl or rkl"),
         ListedBy("loss.divergence")),

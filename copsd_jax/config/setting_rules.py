@@ -27,9 +27,9 @@ def check_settings(
     Args:
       config: all settings.
       tables: the entries of each table in the package, by the setting that chooses an entry. If
-        None, rules that depend on tables are skipped, so that no table must be imported.
-      train: whether the run will be trained. If false, settings that nothing reads are not
-        refused, so that any saved run can be evaluated and exported.
+        `tables` is None, rules that depend on tables are skipped, and no table must be imported.
+      train: whether the run will be trained. If `train` is false, settings that nothing reads
+        are not refused, so that any saved run can be evaluated and exported.
       data: whether the run will read problems.
 
     Raises:
@@ -78,7 +78,7 @@ def check_shards(config: config_lib.Config, devices: int) -> None:
 
     Args:
       config: all settings.
-      devices: the number of devices that share a micro-batch, mesh.data x mesh.fsdp.
+      devices: the number of devices that share a micro-batch (mesh.data x mesh.fsdp).
 
     Raises:
       ValueError: `devices` does not divide the number of completions in a micro-batch; the message
@@ -252,7 +252,7 @@ def _check_train_settings(s: Mapping, completions: int) -> None:
 
 
 def _check_processes(s: Mapping) -> None:
-    """Checks mesh.coordinator, mesh.processes and mesh.process; host:port allows the last two."""
+    """Checks mesh.coordinator, and the two settings that may be set only if it is host:port."""
     where, explicit = s["mesh.coordinator"], re.fullmatch(r".+:\d+", s["mesh.coordinator"])
     if where not in ("", "auto") and not explicit:
         refuse(s, "mesh.coordinator", "it must be '' (one process), auto, or host:port")

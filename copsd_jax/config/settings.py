@@ -15,18 +15,18 @@ from ml_collections import config_dict
 from copsd_jax.config import methods, setting_list
 from copsd_jax.config.declaration import Choices, Condition, ListedBy
 
-# A locked ml_collections.ConfigDict. Type checkers do not know its attributes.
+# A locked ml_collections.ConfigDict. Type checkers do not know the attributes of a ConfigDict.
 Config = Any
 
 # The entries of the package's tables. The outer key is the setting that chooses an entry, and the
-# inner key is the name of the entry. The value lists the settings that the entry reads. If the
-# tables are not imported, None stands for them.
+# inner key is the name of the entry. The value lists the settings that the entry reads. The
+# mapping is None if the tables are not imported.
 Tables = Mapping[str, Mapping[str, Sequence[str]]] | None
 
 SETTINGS = setting_list.SETTINGS
 
-# Settings that no longer exist. The value is the one that had no effect. A saved config may contain
-# a retired setting only with the value that had no effect.
+# The names of settings that no longer exist, each with the value that had no effect. A saved config
+# may contain a retired setting only with the value that had no effect.
 RETIRED: dict[str, object] = {"loss.skip_below": 0.0}
 
 
@@ -91,7 +91,7 @@ def split_lists(config: Config) -> None:
 
 
 def unknown_setting(name: str) -> str:
-    """Returns an error message for an unknown setting, which names the most similar settings."""
+    """Returns an error message that names an unknown setting and the most similar settings."""
     if name in RETIRED:
         return f"--config.{name} no longer exists: leave it out, as if it were {RETIRED[name]!r}"
     near = difflib.get_close_matches(name, SETTINGS, n=3, cutoff=0.5)
@@ -129,7 +129,7 @@ class Description(NamedTuple):
 
     Attributes:
       allowed: the choices or the range; "" if every value of the type is allowed.
-      read_when: the conditions under which the setting is read; "" if it is always read.
+      read_when: the conditions under which the setting is read; "" if the setting is always read.
     """
 
     name: str
@@ -166,7 +166,7 @@ def choices(name: str, tables: Tables) -> tuple[str, ...]:
 
 
 def spell(name: str, when: Condition | ListedBy, tables: Tables) -> str:
-    """Returns a condition in words; for a `ListedBy`, they name the entries that list the setting."""
+    """Returns a condition in words; a `ListedBy` becomes the entries that list the setting."""
     if isinstance(when, Condition):
         return when.words
     entries = tables[when.setting] if tables else {}
