@@ -27,7 +27,8 @@ def check_settings(
     Args:
       config: all settings.
       tables: the entries of each table in the package, by the setting that chooses an entry. If
-        `tables` is None, rules that depend on tables are skipped, and no table must be imported.
+        `tables` is None, the rules that depend on tables are skipped; the caller then need not
+        import any table.
       train: whether the run will be trained. If `train` is false, settings that nothing reads
         are not refused, so that any saved run can be evaluated and exported.
       data: whether the run will read problems.

@@ -2,7 +2,7 @@
 
 A config file under `configs/` calls `default()`, changes some settings for its experiment, and
 returns the result. `main` applies the typed overrides of the command line
-(`--config.train.steps=20`). Then `setting_rules` checks the config. Each setting is declared once,
+(`--config.train.steps=20`). `setting_rules` then checks the config. Each setting is declared once,
 in `setting_list`.
 """
 
