@@ -1,4 +1,4 @@
-"""Settings of a run, with their defaults, comments and allowed values, and the rules between them.
+"""Settings of a run: defaults, comments, allowed values, and the rules between settings.
 
 May import: nothing of the package, and neither jax nor transformers.
 """

@@ -4,17 +4,17 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-LARGEST = 2**31 - 1  # largest integer from which arrays or random keys can be made
+LARGEST = 2**31 - 1  # largest integer that arrays and random keys accept
 
 
 class Choices(NamedTuple):
     """The allowed values of a setting that is a name.
 
     Attributes:
-      names: the choices; () if the choices are the entries of a table of the package.
-      table: file and name of the table; "" if there is none. This module does not import the
-        table; the caller passes the entries to `setting_rules.check_settings`.
-      function: whether the user may also name a function, as "module:function".
+      names: the choices; () if the choices are the entries of a table in the package.
+      table: the table's file and name; "" if the choices are in `names`. This module imports no
+        tables; the caller passes the entries to `setting_rules.check_settings`.
+      function: whether the value may also be the user's own function, as "module:function".
     """
 
     names: tuple[str, ...] = ()
@@ -26,8 +26,8 @@ class Range(NamedTuple):
     """The allowed values of a setting that is a number.
 
     Attributes:
-      words: the range in words that complete the sentence "it must be ...".
-      holds: returns whether a number is in the range.
+      words: the words that describe the range in the sentence "it must be ...".
+      holds: a function that returns whether a number is in the range.
       largest: an additional upper limit for integers.
     """
 
@@ -37,11 +37,11 @@ class Range(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """A condition for reading a setting.
+    """A condition under which a setting is read.
 
     Attributes:
       words: the condition in words.
-      holds: returns whether the condition is true, given all settings by name.
+      holds: a function that takes all settings by name, and returns whether the condition is true.
     """
 
     words: str
@@ -49,10 +49,10 @@ class Condition(NamedTuple):
 
 
 class ListedBy(NamedTuple):
-    """The condition that a table's chosen entry lists the setting among the settings it reads.
+    """The condition that the chosen entry of a table reads the setting.
 
     Attributes:
-      setting: the name of the setting that chooses the entry, such as context.kind.
+      setting: the name of the setting that chooses the table's entry, such as context.kind.
     """
 
     setting: str
@@ -66,11 +66,11 @@ class Setting(NamedTuple):
     """One setting of a run.
 
     Attributes:
-      default: its value in `default()`; all values have the type of the default.
-      comment: its meaning, for `--help` and the documentation.
-      allowed: its choices or its range; None if every value of the type is allowed.
-      read_when: conditions, all of which must be true for the setting to be read. If one is false,
-        a value other than the default is refused, because it would have no effect.
+      default: the default value; every other value must have the same type.
+      comment: the meaning of the setting, for `--help` and the documentation.
+      allowed: the choices or the range; None if every value of the type is allowed.
+      read_when: the conditions under which the setting is read; all of them must be true. If a
+        condition is false, any value but the default is refused, because it has no effect.
     """
 
     default: Any
@@ -80,27 +80,27 @@ class Setting(NamedTuple):
 
 
 def declare(default: Any, comment: str, allowed: Allowed = None, *read_when: When) -> Setting:
-    """Returns a Setting; the arguments after `allowed` are its conditions."""
+    """Returns a `Setting`; the arguments after `allowed` are the conditions in `read_when`."""
     return Setting(default, comment, allowed, read_when)
 
 
 def one_of(*names: str, function: bool = False) -> Choices:
-    """Returns the choices with these names."""
+    """Returns the `Choices` that consist of the given names."""
     return Choices(names, function=function)
 
 
 def entry_of(table: str, function: bool = False) -> Choices:
-    """Returns the entries of a table as choices, such as "teaching/contexts.py CONTEXTS"."""
+    """Returns the entries of a table, such as "teaching/contexts.py CONTEXTS", as `Choices`."""
     return Choices(table=table, function=function)
 
 
 def goes_with(setting: str, *values: object) -> Condition:
-    """Returns the condition that another setting has one of these values."""
+    """Returns the condition that the setting named `setting` has one of the given values."""
     return Condition(f"{setting}={' or '.join(map(str, values))}", lambda s: s[setting] in values)
 
 
 def whole(least: int, largest: int = LARGEST) -> Range:
-    """Returns the range of the integers from `least` to `largest`."""
+    """Returns the range of integers from `least` to `largest`."""
     return Range(f"at least {least}", lambda value: value >= least, largest)
 
 
@@ -114,7 +114,7 @@ NOT_NEGATIVE = Range("at least 0, and finite", lambda value: 0 <= value < math.i
 FINITE = Range("finite", math.isfinite)
 BELOW_ONE = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("above 0 and at most 1 (1 is off)", lambda value: 0 < value <= 1)
-# At smaller temperatures float32 has no digits left for any logit but the largest.
+# At temperatures below 0.0001, float32 has no digits left for any logit but the largest.
 TEMPERATURE = Range(
     "0 (greedy) or at least 0.0001, and finite", lambda value: not value or 1e-4 <= value < math.inf
 )
@@ -122,7 +122,7 @@ DUAL_CLIP = Range("above 1 (0 is off)", lambda value: value == 0 or 1 < value < 
 
 
 def server(section: str, timeout: float, concurrency: int, read_when: When) -> dict[str, Setting]:
-    """Returns the settings for requests to a server, by name; only defaults differ by section."""
+    """Returns the settings for requests to a server, by name; each name begins with `section`."""
     found = {
         "url": declare("", "base address of the server, such as http://host:8000/v1"),
         "model": declare("", "name of the (base) model on the server"),

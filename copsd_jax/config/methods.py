@@ -1,4 +1,4 @@
-"""The table of methods, with the traits that determine which settings and programs are used."""
+"""The table of methods; a method's traits determine which settings and programs a run uses."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,9 @@ class Method(NamedTuple):
     """The traits of a method; `methods/<name>.py` makes its batches.
 
     Attributes:
-      samples: whether the student samples completions. If not, the completions are the solutions
-        in the data.
-      teacher: whether a teacher scores the completions under a context, and the loss is a
+      samples: whether the student samples completions; otherwise, the completions are the
+        solutions in the data.
+      teacher: whether a teacher scores the completions under a context, so that the loss is a
         divergence.
       policy_gradient: whether the loss is the policy gradient.
     """
@@ -27,5 +27,5 @@ METHODS = {
 
 
 def with_trait(trait: str) -> tuple[str, ...]:
-    """Returns the names of the methods that have the trait; `trait` is a field of `Method`."""
+    """Returns the names of the methods that have a trait; `trait` is a field name of `Method`."""
     return tuple(name for name, method in METHODS.items() if getattr(method, trait))

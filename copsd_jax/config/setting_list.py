@@ -183,7 +183,8 @@ SETTINGS: dict[str, Setting] = {
     "loss.divergence": declare("fkl", "fkl: KL(teacher || student); rkl: KL(student || teacher); "
         "jsd: Jensen-Shannon divergence; sampled: only the sampled token",
         entry_of("losses/divergences.py DIVERGENCES"), _TEACHER),
-    # The ends 0 and 1 correspond to fkl and rkl. Closer to the ends, float32 has no digits left.
+    # As loss.beta approaches 0 or 1, jsd corresponds to fkl or rkl. If loss.beta is closer than
+    # 1e-6 to 0 or 1, float32 has no digits left.
     "loss.beta": declare(0.5, "weight of the teacher in the mixture",
         between(1e-6, 1 - 1e-6, "; instead of 0 or 1, use fkl or rkl"),
         ListedBy("loss.divergence")),
@@ -210,7 +211,7 @@ SETTINGS: dict[str, Setting] = {
     "loss.chunk": declare(1024, "tokens per block of the chunked form, on each device",
         whole(1, 16_777_216)),
 
-    # Below 1, because a weight of 1 would be the same as method=grpo.
+    # The weight must be below 1, because a weight of 1 would be the same as method=grpo.
     "policy.weight": declare(0.0, "weight of the policy gradient in the loss; the "
         "divergence has 1 - weight", BELOW_ONE),
     "policy.route": declare("all", "successes: only successes get the policy gradient, and "

@@ -1,8 +1,8 @@
 """The checks of a run's settings, which need no files, weights or devices.
 
-Every error message is one sentence with the setting, its value and the allowed values. The allowed
-values of a single setting are part of its declaration (`declaration.Setting`). This module contains
-the rules between settings.
+Every error message is one sentence that names a setting, its value and the allowed values. The
+declaration of a setting (`declaration.Setting`) contains its allowed values. This module contains
+the rules that depend on several settings.
 """
 
 import math
@@ -26,14 +26,16 @@ def check_settings(
 
     Args:
       config: all settings.
-      tables: the entries of the package's tables, by the setting that chooses an entry. None skips
-        the rules that depend on tables, so that no table has to be imported.
-      train: whether the run will be trained. A saved run may be evaluated and exported even if
-        some of its values were never read.
-      data: whether problems will be read.
+      tables: the entries of each table in the package, by the setting that chooses an entry. If
+        `tables` is None, the rules that depend on tables are skipped; the caller then need not
+        import any table.
+      train: whether the run will be trained. If `train` is false, settings that nothing reads
+        are not refused, so that any saved run can be evaluated and exported.
+      data: whether the run will read problems.
 
     Raises:
-      ValueError: a setting is invalid; the message names the setting, its value and the choices.
+      ValueError: a setting is invalid; the message names the setting, its value, and the allowed
+        values.
     """
     s = config_lib.flat(config)
     for name, setting in config_lib.SETTINGS.items():
@@ -77,10 +79,11 @@ def check_shards(config: config_lib.Config, devices: int) -> None:
 
     Args:
       config: all settings.
-      devices: the number of devices that share a micro-batch, mesh.data x mesh.fsdp.
+      devices: the number of devices that share a micro-batch (mesh.data x mesh.fsdp).
 
     Raises:
-      ValueError: the number does not divide; the message names the setting.
+      ValueError: `devices` does not divide the number of completions in a micro-batch; the message
+        names the setting that determines this number.
     """
     s = config_lib.flat(config)
     name = "train.micro_batch" if s["train.micro_batch"] else "train.batch"
@@ -116,7 +119,7 @@ def _check_range(s: Mapping, name: str, allowed: Range | None) -> None:
 
 
 def _refuse_unread_settings(s: Mapping, tables: config_lib.Tables) -> None:
-    """Refuses values other than the default that nothing would read.
+    """Refuses a setting that differs from its default if nothing would read the setting.
 
     If a condition names another setting, it need not repeat the conditions of that setting.
     """
@@ -145,7 +148,8 @@ def _check_author_settings(s: Mapping) -> None:
         rule = "it reads final answers, so it needs reward.kind=answer"
         refuse(s, "author.kind", f"{rule}; reward.kind is {s['reward.kind']}")
     if s["eval.extract"] != "last_after_think":
-        # If a think block never ends, no step would contain an answer inside the block.
+        # last_anywhere may find an answer inside a think block that never ends. No step of the
+        # solution would contain this answer, because the steps begin after the thinking.
         rule = "it reads only text after the thinking, so it needs eval.extract=last_after_think"
         refuse(s, "author.kind", f"{rule}; eval.extract is {s['eval.extract']}")
 
@@ -153,7 +157,7 @@ def _check_author_settings(s: Mapping) -> None:
 def _check_engine_settings(s: Mapping) -> None:
     """Refuses author.kind=teacher if the server cannot hold the teacher in addition to the student.
 
-    A server holds the base model and one adapter, or one set of weights.
+    A server holds either the base model and one adapter, or one full set of weights.
     """
     if s["sampler.engine"] != "server":
         return

@@ -2,7 +2,7 @@
 
 A config file under `configs/` calls `default()`, changes some settings for its experiment, and
 returns the result. `main` applies the typed overrides of the command line
-(`--config.train.steps=20`). Then `setting_rules` checks the config. Each setting is declared once,
+(`--config.train.steps=20`). `setting_rules` then checks the config. Each setting is declared once,
 in `setting_list`.
 """
 
@@ -15,23 +15,23 @@ from ml_collections import config_dict
 from copsd_jax.config import methods, setting_list
 from copsd_jax.config.declaration import Choices, Condition, ListedBy
 
-# A locked ml_collections.ConfigDict. Type checkers do not know its attributes.
+# A locked ml_collections.ConfigDict. Type checkers do not know the attributes of a ConfigDict.
 Config = Any
 
-# The entries of tables of the package. The outer key is the setting that chooses an entry, and the
-# inner key is the entry. The value lists the settings that the entry reads. None means that the
-# tables are not imported.
+# The entries of the package's tables. The outer key is the setting that chooses an entry, and the
+# inner key is the name of the entry. The value lists the settings that the entry reads. The
+# mapping is None if the tables are not imported.
 Tables = Mapping[str, Mapping[str, Sequence[str]]] | None
 
 SETTINGS = setting_list.SETTINGS
 
-# Settings that no longer exist, each with the value that had no effect. A saved config may contain
-# such a setting only with this value.
+# The names of settings that no longer exist, each with the value that had no effect. A saved config
+# may contain a retired setting only with the value that had no effect.
 RETIRED: dict[str, object] = {"loss.skip_below": 0.0}
 
 
 def default() -> Config:
-    """Returns all settings with their defaults, as a locked ConfigDict."""
+    """Returns a locked ConfigDict that contains the default of every setting."""
     config: dict[str, Any] = {}
     for name, setting in SETTINGS.items():
         section, _, key = name.rpartition(".")
@@ -41,7 +41,7 @@ def default() -> Config:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns the settings of a nested config by name, `{"train.steps": 100, ...}`, in order."""
+    """Returns a nested config as a flat dict in the same order, `{"train.steps": 100, ...}`."""
     out = {}
     for key, value in config.items():
         nested = isinstance(value, Mapping | config_dict.ConfigDict)
@@ -50,7 +50,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def completions_per_step(config: Config) -> int:
-    """Returns the number of completions of a step, B = P problems x G samples."""
+    """Returns the number of completions in a step, which is problems x samples per problem."""
     return config.train.batch * config.rollout.per_prompt
 
 
@@ -60,16 +60,16 @@ def traits(config: Config) -> methods.Method:
 
 
 def pick(section: Config, names: str) -> dict[str, Any]:
-    """Returns the settings of a section with these names, which are separated by spaces."""
+    """Returns the settings of a section that are named in `names`, a text separated by spaces."""
     return {name: section[name] for name in names.split()}
 
 
 def preset(table: Mapping[str, Callable], name: str, default_name: str) -> Callable:
-    """Returns the function of a preset, from a config file's table of presets.
+    """Returns the function of a preset from a table of presets.
 
     Args:
-      table: the functions by the names of their presets.
-      name: the name of the preset; "" for the default.
+      table: the function of each preset, by the preset's name.
+      name: the name of the preset; "" means the default preset.
       default_name: the name of the default preset.
 
     Raises:
@@ -81,7 +81,7 @@ def preset(table: Mapping[str, Callable], name: str, default_name: str) -> Calla
 
 
 def split_lists(config: Config) -> None:
-    """Splits lists from the command line at commas, in place: ("sw,fr",) becomes ("sw", "fr")."""
+    """Splits the config's lists at commas, in place: ("sw,fr",) becomes ("sw", "fr")."""
     for section, name in (("data", "lang"), ("eval", "lang"), ("lora", "targets")):
         parts = (part for item in config[section][name] for part in str(item).split(","))
         config[section][name] = tuple(filter(None, parts))
@@ -91,7 +91,7 @@ def split_lists(config: Config) -> None:
 
 
 def unknown_setting(name: str) -> str:
-    """Returns the message for a setting that does not exist, with the most similar settings."""
+    """Returns an error message that names an unknown setting and the most similar settings."""
     if name in RETIRED:
         return f"--config.{name} no longer exists: leave it out, as if it were {RETIRED[name]!r}"
     near = difflib.get_close_matches(name, SETTINGS, n=3, cutoff=0.5)
@@ -103,11 +103,11 @@ def unknown_setting(name: str) -> str:
 
 
 def without_retired(saved: Mapping[str, object], source: str) -> dict[str, object]:
-    """Returns saved settings by name, without the settings that no longer exist.
+    """Returns the saved settings without those that no longer exist.
 
     Args:
-      saved: the settings of an older run.
-      source: the origin of the settings, such as a file, for the error message.
+      saved: the settings of an older run, by name.
+      source: the origin of the settings, such as a file; the error message names it.
 
     Raises:
       ValueError: a retired setting has a value that had an effect.
@@ -125,11 +125,11 @@ def without_retired(saved: Mapping[str, object], source: str) -> dict[str, objec
 
 
 class Description(NamedTuple):
-    """One setting in words.
+    """A setting, described in words.
 
     Attributes:
-      allowed: its choices or its range; "" if every value of the type is allowed.
-      read_when: the conditions under which the setting is read; "" if it is always read.
+      allowed: the choices or the range; "" if every value of the type is allowed.
+      read_when: the conditions under which the setting is read; "" if the setting is always read.
     """
 
     name: str
@@ -143,8 +143,8 @@ def describe(tables: Tables = None) -> Iterator[Description]:
     """Yields the description of every setting, in the order of `SETTINGS`.
 
     Args:
-      tables: `training.table_rules.tables()`, for the choices that are entries of a table. If None,
-        the description names the file of the table instead.
+      tables: the result of `training.table_rules.tables()`. If None, a description names the file
+        of a table instead of the table's entries.
     """
     for name, setting in SETTINGS.items():
         allowed = setting.allowed
@@ -157,7 +157,7 @@ def describe(tables: Tables = None) -> Iterator[Description]:
 
 
 def choices(name: str, tables: Tables) -> tuple[str, ...]:
-    """Returns the choices of a setting; () if it has none, or if its table is not given."""
+    """Returns the choices of a setting; () if the setting has none, or if `tables` is missing."""
     allowed = SETTINGS[name].allowed
     if not isinstance(allowed, Choices) or (allowed.table and tables is None):
         return ()
@@ -166,7 +166,7 @@ def choices(name: str, tables: Tables) -> tuple[str, ...]:
 
 
 def spell(name: str, when: Condition | ListedBy, tables: Tables) -> str:
-    """Returns a condition in words; for a `ListedBy`, names the entries that list the setting."""
+    """Returns a condition in words; a `ListedBy` becomes the entries that list the setting."""
     if isinstance(when, Condition):
         return when.words
     entries = tables[when.setting] if tables else {}
@@ -175,7 +175,7 @@ def spell(name: str, when: Condition | ListedBy, tables: Tables) -> str:
 
 
 def help_text() -> str:
-    """Returns one line for every setting: its name, default, comment and allowed values."""
+    """Returns the help text, with the name, default, comment and allowed values of each setting."""
     lines = []
     for name, value, comment, allowed, _ in describe():
         text = f'"{value}"' if isinstance(value, str) else str(value)
