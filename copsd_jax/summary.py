@@ -16,7 +16,7 @@ from copsd_jax.training import backends, memory, run_plan
 from copsd_jax.weights import hf
 
 
-def format_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> str:
+def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> str:
     """Renders the plan of a run, which is printed before the run starts.
 
     Args:
@@ -132,7 +132,7 @@ def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest() if records else ""
 
 
-def format_failures(step: int, records: list[dict]) -> list[str]:
+def summarize_failures(step: int, records: list[dict]) -> list[str]:
     """Returns the lines of warnings about a step, each with the reason of the first failure.
 
     One line counts the completions for which the user's reward function raised an exception.
@@ -158,7 +158,7 @@ def format_failures(step: int, records: list[dict]) -> list[str]:
     return lines
 
 
-def format_sample(step: int, records: list[dict]) -> str:
+def summarize_sample(step: int, records: list[dict]) -> str:
     """Renders the first completion of a step with its problem and grade."""
     record = records[0]
     mark = {True: "right", False: "wrong", None: "not graded"}[record["correct"]]
@@ -174,7 +174,7 @@ COUNTED_PREFIXES = ("reply_", "located_", "shortened_", "grade_")
 NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 
 
-def format_totals(directory: pathlib.Path, steps: int) -> str:
+def summarize_totals(directory: pathlib.Path, steps: int) -> str:
     """Renders a table of the number of completions of the run with each status.
 
     Args:
@@ -194,7 +194,7 @@ def format_totals(directory: pathlib.Path, steps: int) -> str:
     return terminal.table(["completions", "n"], rows) if rows else ""
 
 
-def format_ending(
+def summarize_ending(
     plan, before, after, directory: pathlib.Path, seconds: float, stopped: str
 ) -> str:  # fmt: skip
     """Renders the end of a run: scores, counts of statuses, the directory, and a guard's reason.
@@ -216,7 +216,7 @@ def format_ending(
             "before and after: share of correct answers; points: difference with the interval of a",
             "paired bootstrap over problems; p: exact sign test; cut: ended by the token limit",
         ]
-    if totals := format_totals(directory, plan.config.train.steps):
+    if totals := summarize_totals(directory, plan.config.train.steps):
         lines += ["", totals]
     lines += ["", f"{terminal.duration(seconds)} min; everything is in {directory}"]
     if stopped:

@@ -50,7 +50,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
       continued: whether the directory already contains the run.
     """
     config, started = plan.config, time.monotonic()
-    print(summary.format_plan(plan, directory, continued), flush=True)
+    print(summary.summarize_plan(plan, directory, continued), flush=True)
     processes.wait_for_all("checked")  # no process writes before all processes have checked the run
     workdir.create(directory, config_lib.flat(config), summary.collect_facts(plan))
     with (
@@ -75,7 +75,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
                 state, stopped = _run_training_loop(r, state, first, writer, saver, directory)
             after = _evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
-    print(summary.format_ending(plan, before, after, directory, seconds, stopped), flush=True)
+    print(summary.summarize_ending(plan, before, after, directory, seconds, stopped), flush=True)
 
 
 @contextlib.contextmanager
@@ -127,10 +127,10 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 checkpoints.save(number, state)
             shown = {name: values[name] for name in ("loss", "correct") if name in values}
             progress.update(number, int(values["completion_tokens"] * len(records)), **shown)
-            lines = summary.format_failures(number, records)
+            lines = summary.summarize_failures(number, records)
             lines += [f"guard: {event.text}" for event in events]
             if step == first or last or number % max(1, c.train.steps // 3) == 0:
-                lines.append(summary.format_sample(number, records))
+                lines.append(summary.summarize_sample(number, records))
             if lines:
                 progress.close()
                 print(*lines, sep="\n", flush=True)

@@ -316,3 +316,17 @@ def attend_cudnn(inputs: visibility.RowInputs, implementation: Any = "cudnn") ->
         implementation=implementation,
     )  # fmt: skip
     return checkpoint_name(out, visibility.CHECKPOINT_NAME)[:, :L].reshape(B, L, K, M, H)
+
+
+def explain_cudnn_refusal(size: int) -> str:
+    """Returns why jax would not call cuDNN here for heads of this size, or "" if it would."""
+    # jax refuses during tracing, so shapes without values are enough.
+    row: Any = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
+    ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    q: Any = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
+    try:
+        rows = visibility.RowInputs(q, row, row, visibility.Visibility(ids))
+        jax.eval_shape(attend_cudnn, rows)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"jax says {str(error).splitlines()[0]!r}"
+    return ""

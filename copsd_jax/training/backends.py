@@ -5,12 +5,10 @@ Here, the platform is that of the mesh's devices, which may differ from JAX's de
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from copsd_jax.attention import decode_attention as attention_lib
-from copsd_jax.attention import row_attention, visibility
+from copsd_jax.attention import row_attention
 from copsd_jax.config import settings as config_lib
 from copsd_jax.losses import divergence_loss
 from copsd_jax.model import transformer
@@ -97,24 +95,10 @@ def choose_row_attention(
         elif shape.head_dim % 8 or shape.head_dim > 128:
             reason = f"the head size must be 8, 16, ... 128, but it is {shape.head_dim}"
         else:
-            reason = _probe_cudnn_backend(shape.head_dim)
+            reason = row_attention.explain_cudnn_refusal(shape.head_dim)
     if reason:
         raise ValueError(f"model.attention is {name!r}: {reason}; choose auto or portable")
     return name
-
-
-def _probe_cudnn_backend(size: int) -> str:
-    """Returns the reason why jax would not call cuDNN here, or "" if it would."""
-    # jax refuses during tracing, so shapes without values are enough.
-    row: Any = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
-    ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
-    q: Any = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)
-    try:
-        rows = visibility.RowInputs(q, row, row, visibility.Visibility(ids))
-        jax.eval_shape(row_attention.attend_cudnn, rows)
-    except (RuntimeError, NotImplementedError) as error:
-        return f"jax says {str(error).splitlines()[0]!r}"
-    return ""
 
 
 def check_attention(

@@ -45,13 +45,13 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
                 "reward": verdict.reward if verdict else None,
                 "feedback": verdict.feedback if verdict else None,
                 "grade_status": verdict.status if verdict else "no_gold",
-                "steps": _step_spans(done.decoded[i], done.starts[i]),
+                "steps": _record_step_spans(done.decoded[i], done.starts[i]),
             }
         )
     return out
 
 
-def _step_spans(decoded: token_spans.Decoded, start: int) -> list[list[int]]:
+def _record_step_spans(decoded: token_spans.Decoded, start: int) -> list[list[int]]:
     """Returns the token range [first, end) of each step of the answer."""
     return [
         list(token_spans.find_token_range(decoded, start + step.start, start + step.end))

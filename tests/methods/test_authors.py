@@ -104,11 +104,11 @@ def test_a_critic_that_fails_in_every_way(monkeypatch, tmp_path, critic):
     details = [record["reply_detail"] for record in work.records]
     assert details[2].startswith("HTTP 500")
     assert [bool(detail) for detail in details] == [False, True, True, True, False, False]
-    assert summary.format_failures(7, work.records) == [
+    assert summary.summarize_failures(7, work.records) == [
         "warning: step 7: 3 of 6 completions have no reply, the first for timeout: "
         "no complete reply within the time"
     ]
-    assert summary.format_failures(7, work.records[:1]) == []
+    assert summary.summarize_failures(7, work.records[:1]) == []
     assert "quoting" in work.records[5]["reply"]
 
 

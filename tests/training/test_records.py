@@ -232,7 +232,7 @@ def test_grade_statuses_are_counted(monkeypatch, tmp_path):
     assert values["format"] == 0.5
     # The table at the end leaves out what grading should come to.
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, **work.metrics}) + "\n")
-    table = summary.format_totals(tmp_path, 1)
+    table = summary.summarize_totals(tmp_path, 1)
     assert "grade no answer" in table
     assert "grade plain" not in table
 
