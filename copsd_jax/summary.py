@@ -67,7 +67,7 @@ def format_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -
 
 
 def _format_attention(plan: run_plan.Plan) -> str:
-    """Names the implementations of attention in rows and in decoding."""
+    """Names the implementations of row attention and of decode attention."""
     platform = sharding.platform(plan.mesh)
     name = backends.choose_row_attention(plan.config, platform, plan.dtype, plan.model_config)
     if name == "splash":
@@ -110,7 +110,7 @@ def _format_counts(counter: collections.Counter) -> str:
 
 
 def collect_facts(plan: run_plan.Plan) -> dict:
-    """Returns the facts that a start writes to run.json: devices, fingerprints and counts."""
+    """Returns the facts that each start writes to run.json: devices, fingerprints and counts."""
     path, drawn = plan.weights_path, plan.config.model.init == "random"
     return {
         "devices": [str(device) for device in plan.mesh.devices.flat],
@@ -127,7 +127,7 @@ def collect_facts(plan: run_plan.Plan) -> dict:
 
 
 def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
-    """Returns the SHA-256 of the replies of author.path, whatever their order; "" for none."""
+    """Returns the SHA-256 of author.path's replies, independent of order; "" without replies."""
     text = json.dumps([[*key, reply] for key, reply in sorted(records.items())])
     return hashlib.sha256(text.encode()).hexdigest() if records else ""
 
@@ -175,10 +175,10 @@ NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 
 
 def format_totals(directory: pathlib.Path, steps: int) -> str:
-    """Renders a table of the number of completions of the run with each status.
+    """Renders a table that counts the completions of the run by status.
 
     Args:
-      directory: the work directory, whose metrics are summed up.
+      directory: the work directory, whose metrics are totalled.
       steps: the last step to count.
 
     Returns:
@@ -197,7 +197,7 @@ def format_totals(directory: pathlib.Path, steps: int) -> str:
 def format_ending(
     plan, before, after, directory: pathlib.Path, seconds: float, stopped: str
 ) -> str:  # fmt: skip
-    """Renders the end of a run: scores, counts of statuses, the directory, and a guard's reason.
+    """Renders the last message of a run: scores, counts of statuses, directory, and guard's reason.
 
     Args:
       plan: the checked run.
