@@ -81,7 +81,7 @@ class Scores(NamedTuple):
 
 
 def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) -> Model:
-    """Loads a model and a new adapter for it.
+    """Loads a model, and makes a new adapter for the model.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny", {"lora.rank": 4, "train.lr": 1e-3})
@@ -107,7 +107,7 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
     if unknown := [name for name in chosen if name not in config_lib.SETTINGS]:
         raise ValueError(config_lib.unknown_setting(unknown[0]))
     config = config_lib.default()
-    # Student, teacher and the evaluation (not used here) get the same thinking setting.
+    # Student, teacher and evaluation get the same thinking setting; this file runs no evaluation.
     thinking = chosen.get("prompt.thinking", config.prompt.thinking)
     config.update_from_flattened_dict({"teacher.thinking": thinking, "eval.thinking": thinking})
     config.update_from_flattened_dict(chosen)
@@ -178,7 +178,7 @@ def sample(
     (5, 'length', (5,))
 
     Args:
-      model: the model; its settings `rollout` apply to the fields that `sampling` does not name.
+      model: the model, whose settings `rollout` give the fields that `sampling` does not name.
       prompts: texts or token ids. Repeat a prompt n times to get n completions of it.
       seed: seed of the random streams; equal calls with equal seeds give equal completions.
       **sampling: fields of `sampler.request.Sampling`: max_tokens, temperature, top_k, top_p,
@@ -284,7 +284,7 @@ def train_step(
     teacher_prompts: Sequence[Prompt],
     completions: Sequence[Sequence[int]],
 ) -> tuple[Model, dict[str, float]]:
-    """Trains the student for one optimizer step on its divergence from the teacher.
+    """Trains the student for one optimizer step on the divergence from the teacher.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny")
@@ -295,7 +295,7 @@ def train_step(
     (0, 1, True)
 
     Args:
-      model: the model; its settings `loss`, `train` and `teacher` apply.
+      model: the model, whose settings `loss`, `train` and `teacher` apply.
       student_prompts: B texts or lists of token ids.
       teacher_prompts: the prompts under which the teacher scores the same completions.
       completions: token ids, such as `Completion.ids`.
@@ -314,8 +314,7 @@ def train_step(
     )
     batch = builders.pack_batch(plan, batch)
     with loaded_run.set_mesh_and_precision(plan):
-        # The step overwrites the memory of its argument. The copy keeps the old model's state
-        # intact.
+        # The step overwrites its first argument, so the old model's state is copied first.
         state = jax.tree.map(jnp.copy, model.state)
         state, aux = run.step(state, run.frozen, layout.place_batch(batch, plan.mesh), None, None)
     return Model(run, state), {name: float(x) for name, x in aux.metrics.items()}

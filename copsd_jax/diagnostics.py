@@ -78,7 +78,7 @@ def compare_tokens(
 def score_tokens(
     decoder: transformer.Decoder, mix: Mixture, prompt: Sequence[int], completion: Sequence[int]
 ) -> jax.Array:
-    """Scores every token of the vocabulary at each position of a completion that follows a prompt.
+    """Scores the whole vocabulary at each position of a completion that follows a prompt.
 
     Args:
       decoder: the model.

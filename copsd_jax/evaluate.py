@@ -52,9 +52,9 @@ def evaluate(
       rows: the problems, with gold answers.
       progress: function that receives the sampler's statistics; completions that were read from
         `partial` count as done.
-      partial: a file to which each completion is written as soon as it is drawn; see
-        `_sample_evaluation`. A stopped evaluation continues from this file. The caller removes the
-        file after saving the result.
+      partial: a file to which each completion is written when it ends; see `_sample_evaluation`. A
+        stopped evaluation is continued from the file `partial`. The caller removes the file after
+        saving the result.
 
     Returns:
       `{"scores": {name: {...}}, "problems": [...]}`. A name is a language, or language/group if the
@@ -90,7 +90,7 @@ def evaluate(
 
 
 class _Said(NamedTuple):
-    """The part of a completion that an evaluation keeps: the ids and the reason for the end."""
+    """The part of a completion that an evaluation keeps: the ids and the reason why it ended."""
 
     ids: list[int]
     finish: str
@@ -169,7 +169,7 @@ def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
         width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
         place = jnp.ones(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):  # odd factors, so that no product loses bits
+        for axis in range(bits.ndim):  # odd factors lose no bits
             index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * jnp.uint32(2654435761) + index * jnp.uint32(2)
         plain = plain * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
@@ -182,8 +182,9 @@ def _read_partial_evaluation(
 ) -> dict[int, _Said]:
     """Returns the completions of a stopped evaluation, by index, and prepares the file.
 
-    A half-written last line is cut off. Completions of another policy are discarded with a message,
-    and the file is started again. The policy can differ if a step was trained again.
+    A half-written last line is removed from the file. Completions of another policy are discarded
+    with a message, and the file begins anew. The policy can be another one if a step was trained
+    again.
     """
     whole = b""
     if partial.is_file():
@@ -236,7 +237,7 @@ def _group(records: Sequence[dict], field: str) -> dict[str, list[dict]]:
 def _score_evaluation(
     r: loaded_run.LoadedRun, records: Sequence[dict]
 ) -> dict[str, dict[str, float]]:
-    """Returns the scores of each language and group, by the names of `group_records`."""
+    """Returns the scores of each language and group, by the names that `group_records` gives."""
 
     def sample(s: dict) -> scoring.Sample:
         return scoring.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
@@ -340,7 +341,7 @@ def evaluate_step(
 
     Args:
       r: the loaded run, with an open grader.
-      state: gives the student's weights.
+      state: the state with the student's weights.
       step: the number of the step, which the result states.
       file: the file for the result. A stopped evaluation is continued; see `evaluate`.
       label: the text at the start of the progress line.
@@ -411,8 +412,8 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
         if absent:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
             return 2
-        # With --out, the engine's folder is also in the --out directory, because the run's
-        # directory may be read-only.
+        # With --out, the engine's folder is in the --out directory too, because the run's directory
+        # may be read-only.
         engine, results = (args.out or args.workdir) / "engine", {}
         r, initial = loaded_run.load_run(plan, config.train.steps, engine)
         with r.grader:

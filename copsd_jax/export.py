@@ -4,7 +4,7 @@
 
 The result is a Hugging Face folder that transformers and other programs can load. The folder has
 merged safetensors, config, tokenizer and generation settings. With `--format=peft`, the result is a
-PEFT folder with the adapter alone.
+PEFT folder with only the adapter.
 """
 
 import argparse

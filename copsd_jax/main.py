@@ -37,7 +37,7 @@ class DryRun(NamedTuple):
     Attributes:
       target: the devices to compile for.
       report_path: a file for the report as JSON; "" for none.
-      search: whether to compile again with the largest sizes that fit.
+      search: whether to compile the run again with the largest sizes that fit.
     """
 
     target: targets.Target

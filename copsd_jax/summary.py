@@ -1,4 +1,4 @@
-"""Readable texts about a run: plan, samples, failures, totals and ending."""
+"""Readable texts about a run: its plan, samples, failures, totals and end."""
 
 import collections
 import hashlib
@@ -127,7 +127,7 @@ def collect_facts(plan: run_plan.Plan) -> dict:
 
 
 def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
-    """Returns the SHA-256 of author.path's replies, independent of order; "" without replies."""
+    """Returns the SHA-256 of author.path's replies in sorted order; "" if there are no replies."""
     text = json.dumps([[*key, reply] for key, reply in sorted(records.items())])
     return hashlib.sha256(text.encode()).hexdigest() if records else ""
 
@@ -136,7 +136,7 @@ def format_failures(step: int, records: list[dict]) -> list[str]:
     """Returns the lines of warnings about a step, each with the reason of the first failure.
 
     One line counts the completions for which the user's reward function raised an exception.
-    Another line counts the completions without a reply because the author failed.
+    Another line counts the completions that have no reply because the author failed.
 
     Args:
       step: the number of the step.
@@ -170,7 +170,7 @@ def format_sample(step: int, records: list[dict]) -> str:
 
 COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked", "replies_cut")
 COUNTED_PREFIXES = ("reply_", "located_", "shortened_", "grade_")
-# The expected outcomes of grading, which `correct` and `reward` already report.
+# The normal outcomes of grading, which the metrics `correct` and `reward` already report.
 NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 
 

@@ -31,7 +31,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
     Raises:
       ValueError, OSError: the run cannot work, or the directory contains another run or cannot be
-        written. The message is one sentence.
+        written. The error's message is one sentence.
     """
     known = workdir.check_directory(directory, config_lib.flat(config))
     plan = run_plan.make_plan(config)
@@ -64,8 +64,8 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             for line in loaded_run.compile_sampler(r, state):
                 print(line, flush=True)
         with r.grader:
-            # The evaluation of step 0 needs the initial policy. A continued run that lacks this
-            # evaluation therefore runs it before loading a checkpoint.
+            # The evaluation of step 0 needs the initial policy. A continued run that lacks the
+            # evaluation of step 0 therefore makes up for it before loading a checkpoint.
             before = _evaluation(r, state, 0, directory)
             saved = processes.run_on_leader(saver.steps)
             if saved:
@@ -92,11 +92,11 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
     """Runs the steps from `first` to the last, or until a guard stops the run.
 
     Returns:
-      The last state; and the reason why a guard stopped the run, or "" if none did.
+      The last state; and the reason why a guard stopped the run, or "" if no guard did.
     """
     plan, c = r.plan, r.plan.config
     timer = terminal.Timer()
-    # The languages in the order of data.lang, spelled as in the rows.
+    # The language codes in the order of data.lang, spelled in the same way as in the rows.
     codes = [languages.resolve_code(code, plan.student.languages) for code in c.data.lang]
     order = batches.iterate_batches(
         plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=first
@@ -175,7 +175,7 @@ def _warms_up(plan: run_plan.Plan) -> bool:
 
 
 def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:
-    """Returns the evaluation of a step, or None without evaluation problems.
+    """Returns the evaluation of a step, or None if there are no problems to evaluate.
 
     If the evaluation's file already exists, the result is read from the file.
     """

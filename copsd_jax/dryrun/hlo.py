@@ -83,7 +83,7 @@ def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
 def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
     """Returns the number of bytes of an array of `parse_arrays`."""
     kind, shape, _ = array
-    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # a token has no bits
+    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # None for a token
     return math.prod(shape) * int(bits[1] if bits else 0) / 8
 
 
@@ -135,7 +135,7 @@ def _expand_hlo_iota(text: str) -> np.ndarray:
 def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[int]]:
     """Returns the groups of devices that exchange data along the named axes.
 
-    `'a':(2)3` is a part of axis 'a' with 3 devices; the part outside has 2 devices.
+    `'a':(2)3` names an inner part of axis 'a': 3 devices in each of 2 outer parts.
     """
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     ids = np.arange(math.prod(axes.values()))

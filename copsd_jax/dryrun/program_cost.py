@@ -121,7 +121,7 @@ def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float
 
 
 def sum_by_axes(found: Analysis) -> dict[str, dict[str, list]]:
-    """Totals the collectives as {axes: {kind: [number of runs, bytes that a device sends]}}."""
+    """Adds up the collectives as {axes: {kind: [number of runs, bytes that a device sends]}}."""
     out: dict[str, dict[str, list]] = {}
     for one in found.collectives:
         name = one.axes + (" (network)" if one.network else "")
@@ -291,7 +291,7 @@ def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _parse_hlo_window(text: str, k: int) -> dict[str, int]:
-    """Reads dimension k's numbers from a window's text: `size=8x1 stride=7x1 pad=0_0x0_0`."""
+    """Reads dimension k's numbers from a window, such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
     out = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
     for name in out:
         if found := re.search(rf"\b{name}=(\S+)", text):

@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of a run's programs for devices that are not present.
 
-The programs are built by the same functions as in a run. Their arguments are abstract arrays, which
-have a shape, a dtype and a sharding but no values. No data are read: every text is assumed to be as
-long as the settings allow.
+The programs are built by the same functions as in a run. The programs' arguments are abstract
+arrays, which have a shape, a dtype and a sharding but no values. No data are read: every text is
+assumed to be as long as the settings allow.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ class Phase:
 
 
 class Sampled(NamedTuple):
-    """A sampling phase: its section of settings, and the longest prompt and completion."""
+    """A sampling phase: its section of settings, and the maximum lengths of its texts."""
 
     section: str
     prompt: int
@@ -254,7 +254,7 @@ def longest_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
 
 
 def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]:
-    """Computes, from shapes alone, the bytes of each part that a phase holds on each device.
+    """Computes from shapes alone the bytes of each part that a phase holds on each device.
 
     Args:
       run: the dry run; the mesh of its frame may be an AbstractMesh.
@@ -296,8 +296,8 @@ class _Compiler(NamedTuple):
           name: name of the program.
           jitted: the function.
           *args: abstract arrays.
-          keeps: whether the results count as memory of the program. If False, the results count as
-            a part of a phase.
+          keeps: whether the results count as memory of the program. If `keeps` is False, the
+            results count as a part of a phase.
           loop_turns: number of iterations of a loop if the program's text does not state it.
         """
         self.run.say(f"compiling {name}")
@@ -406,7 +406,7 @@ def _compile_first_state(compiler: _Compiler, arrays: memory.HeldArrays) -> None
 
 def _compile_hand_over(compiler: _Compiler) -> None:
     def call(jitted: Any, *args: Any) -> Any:
-        name = "weights" if len(args) > 1 else "adapter"  # an adapter is the only argument
+        name = "weights" if len(args) > 1 else "adapter"  # adapters are passed without weights
         compiler(f"{name} to the sampler", jitted, *args, keeps=False)
         return jitted.eval_shape(*args)
 

@@ -152,8 +152,8 @@ def _find_largest(run: programs.Run, sizes: Sizes, proposals: Proposals) -> int:
     phase, usable = sizes.phase, run.usable
     held = sum(phase.parts.values())
     if held > usable:
-        # The phase was not compiled. Of its held arrays, only the cache depends on the number of
-        # slots.
+        # The phase was not compiled. Of the phase's held arrays, only the cache depends on the
+        # number of slots.
         cache = phase.parts.get("cache", 0)
         room = int((usable - held + cache) * sizes.now / cache) if cache else 0
         slots = find_below(sizes.choices, float, room)

@@ -1,9 +1,9 @@
 """`--dry_run=v5e:4x8`: the memory and the time of a run on devices that are not present.
 
-A dry run compiles every program (`programs`) and adds up memory by part. Then `program_cost` reads
-FLOPs and collectives from the compiled text, and estimates times by roofline. `proposals` finds the
-settings that fit. No weights, tokenizer, problems or network are needed, because shapes and lengths
-come from the settings.
+A dry run compiles every program (`programs`) and adds up memory by part. FLOPs and collectives are
+read from the compiled text, and times are estimated by roofline (`program_cost`). `proposals` finds
+the settings that fit. No weights, tokenizer, problems or network are needed, because shapes and
+lengths come from the settings.
 """
 
 import json
@@ -82,8 +82,8 @@ def build_report(run: programs.Run, proposed: proposals.Proposals) -> dict[str, 
 def add_checks(report: dict[str, Any], run: programs.Run, proposed: proposals.Proposals) -> None:
     """Compiles the proposed settings, and adds to the report whether they fit.
 
-    If the run fits, the proposed settings are the largest sizes. If not, the proposed settings are
-    the first change.
+    If the run fits, the proposed settings are the largest sizes. If the run does not fit, the
+    proposed settings are the first proposed change.
     """
     sizes = {name: value for name, value in proposed.largest.items() if value}
     if report["fits"]:
@@ -169,8 +169,7 @@ def _add_seconds(found: list[programs.Program], chip: hardware.Chip) -> float | 
 def _sampling_seconds(run: programs.Run, name: str, texts: int) -> float | None:
     """Estimates the seconds of a sampling phase; None if a program was not compiled.
 
-    Prompts are prefilled in rows. Each slot then decodes one text at a time, up to the maximum
-    length.
+    Prompts are prefilled in rows. Each slot decodes one text at a time, up to the maximum length.
     """
     chip, c, lengths = run.target.chip, run.frame.config, run.lengths
     asked, drawn = {

@@ -16,8 +16,8 @@ ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 GPU_KINDS = {
     "a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200",
 }  # fmt: skip
-# TPU kinds for which the number in a name counts cores, two per chip. For other kinds, the number
-# counts chips.
+# TPU kinds for which the number in a name counts cores, two per chip. In the names of other kinds,
+# the number counts chips.
 COUNTS_CORES = ("v4", "v5p", "tpu7x")
 TOPOLOGIES_2D = {
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
@@ -74,7 +74,7 @@ def parse_target(text: str) -> Target:
     """Parses `v5e:4x8`, `v5e-32`, `2*v5p:4x4x4` or `cuda:h200:1x8`.
 
     For v4, v5p and tpu7x, the number after a hyphen counts cores, two per chip, so v5p-128 has 64
-    chips. For v5e and v6e, the number counts chips.
+    chips. In the names of v5e and v6e, the number counts chips.
 
     Raises:
       ValueError: the text does not name devices; the message lists the choices.

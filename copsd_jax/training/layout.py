@@ -3,7 +3,7 @@
 A sample is a student prompt, a teacher prompt and one completion. Each side puts the completion
 directly after its own prompt, without a gap. The completion's tokens therefore have different
 positions on the two sides. `gather_BC` gives, for each completion token, the index of the position
-that predicts it. After this gather, the arrays of both sides have the same shape, [B, C].
+that predicts the token. After this gather, the arrays of both sides have the same shape, [B, C].
 
     student prompt a b        teacher prompt u v w x      completion 7 8 9
 
@@ -13,10 +13,10 @@ that predicts it. After this gather, the arrays of both sides have the same shap
     gather           1 2 3         gather               3 4 5
     predicts         7 8 9         predicts             7 8 9
 
-The gather indices refer to the rows, flattened to one axis. Masks are computed from lengths, never
-from token values. The end token of a completion counts even if it has the same id as padding. If
-prompts share a prefix of P tokens (the worked examples), the rows do not contain the prefix, and
-positions begin at P.
+A gather index refers to the array of all rows, flattened to one axis. Masks are computed from
+lengths, never from token values. The end token of a completion counts even if it has the same id as
+padding. If prompts share a prefix of P tokens (the worked examples), the rows do not contain the
+prefix, and positions begin at P.
 
 `pack_rows` puts several samples into each row and cuts the batch into micro-batches, according to a
 `row_packing.RowPlan`. If completions in one row share a prompt, the row contains the prompt only
@@ -41,7 +41,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from copsd_jax.runtime import sharding
 from copsd_jax.training import row_packing
 
-Array = Any  # np.ndarray from `build_batch`, jax.Array inside a step
+Array = Any  # np.ndarray if built by `build_batch`, jax.Array inside a step
 
 
 class Side(NamedTuple):
@@ -58,8 +58,8 @@ class Side(NamedTuple):
       segments_BL: segment of each token, numbered from 1 in each row; 0 is padding.
       gather_BC: for each completion token, the position that predicts it, as an index into the rows
         flattened to one axis.
-      parents_BL: for each completion token, the segment of its prompt; -1 for all other tokens. The
-        array is None if prompts are not shared.
+      parents_BL: for each completion token, the segment of its prompt; -1 for all other tokens.
+        `parents_BL` is None if prompts are not shared.
     """
 
     tokens_BL: Array
@@ -83,8 +83,8 @@ class Batch(NamedTuple):
       advantage_BC: float32, the advantage in the policy loss; None if `policy_BC` is None.
       logp_rollout_BC: float32, each token's log-probability in nats, as the sampler computed it at
         the sampling temperature; None if nothing was sampled.
-      source_UST: int32 [U, shards, T] in a packed batch, else None. For each packed position, the
-        value is the index of the position's token in the flattened [B, C] arrays, or B * C if the
+      source_UST: int32 [U, shards, T] in a packed batch, else None. For each packed position,
+        `source_UST` gives the index of the token in the flattened [B, C] arrays, or B * C if the
         position has no token. The arrays of shape [B, C] are not packed.
     """
 
@@ -227,8 +227,8 @@ def measure_prompts(batch: Batch, shared: bool) -> tuple[list[int], list[row_pac
 
     Args:
       batch: a batch of `build_batch`.
-      shared: whether prompts with equal tokens form one family. If False, each prompt is a family
-        of its own.
+      shared: whether prompts with equal tokens form one family. If `shared` is False, each prompt
+        is a family of its own.
 
     Returns:
       The lengths of the completions in tokens, and a list with the student's `Prompts` and, if
@@ -291,8 +291,8 @@ def _pack_side_rows(
     shape = (plan.micros * plan.shards, size.count, size.length)
     tokens, positions, segments = np.zeros((3, *shape), np.int32)
     out = (tokens, positions, segments, np.full(shape, -1, np.int32))
-    # A gather index without a completion token may point at any position of its own part. Such an
-    # index points at the first position of the part.
+    # A gather index without a completion token may point at any position of its own part. Unused
+    # gather indices point at the first position of their part.
     parts = np.arange(len(tokens), dtype=np.int32) % plan.shards * size.tokens
     gather = np.repeat(parts[:, None], plan.sizes[0].tokens, axis=1)
     last = np.zeros(shape[:2], int)  # number of segments in each row so far

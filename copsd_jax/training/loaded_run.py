@@ -144,7 +144,7 @@ def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
     """Returns the number of cache entries that a slot needs, by section.
 
     A slot has room for the longest prompt, exemplars excluded, followed by the longest completion.
-    For the author, whose prompts are not known yet, and for sections without rows, the number is 0.
+    For the author, whose prompts are not known yet, and for sections without rows, the result is 0.
     """
     config, out = plan.config, {"author": 0}
     completion = config.rollout.max_tokens
@@ -374,7 +374,7 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
 
     Args:
       run: the loaded run.
-      state: gives the student's weights.
+      state: the state with the student's weights.
 
     Raises:
       MemoryError: the programs do not fit on the devices; the message names the section's settings.

@@ -145,7 +145,7 @@ def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -
 def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
     """Returns the bytes that weights, training state and decode cache take on each device.
 
-    The decode cache is that of the rollouts. The temporary memory of programs is not included.
+    The decode cache of rollouts is counted, but the temporary memory of programs is not.
     """
     arrays = held_arrays(plan)
     held = count_resident(plan, arrays)
@@ -160,7 +160,7 @@ def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def describe_undivided(frame: run_plan.ProgramPlan) -> str:
-    """Describes the parameters that stay whole along a mesh axis because it does not divide them.
+    """Describes the parameters that stay whole along a mesh axis that cannot divide them.
 
     Returns:
       One line that lists the undivided parameters of each axis and the additional memory on each

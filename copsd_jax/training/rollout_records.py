@@ -131,9 +131,9 @@ def add_token_values(
     `logp_gap_mean` and `logp_gap_max` are the mean and the maximum of a token's gap in nats. The
     gap of a sampled token is |ln p in the sampler - ln p in the trainer|. Both probabilities are at
     the sampling temperature and over the whole vocabulary. If the run has a divergence, the gap
-    metrics cover all tokens, with or without loss. Otherwise, the gap metrics cover the completions
-    that have policy loss. `logp_absent` is the share of completions without the sampler's
-    log-probabilities.
+    metrics cover all tokens, with or without loss. If the run has no divergence, the gap metrics
+    cover the completions that have policy loss. `logp_absent` is the share of completions without
+    the sampler's log-probabilities.
 
     Args:
       r: the loaded run.

@@ -1,7 +1,7 @@
 """The rollouts of a step: completions of the student, sampled and graded.
 
-All methods that sample share this file. The completions of a problem form a group. If a problem
-occurs twice in a step, each occurrence has a group of its own.
+All methods that sample rollouts use this file. The completions of a problem form a group. If a
+problem occurs twice in a step, each occurrence has a group of its own.
 """
 
 import collections
@@ -80,7 +80,7 @@ def sample_rollouts(
 
     Args:
       r: the loaded run, with an open grader.
-      state: gives the student's weights.
+      state: the state with the student's weights.
       rows: the problems of the step. Completions of a row without a gold answer are not graded.
       step: selects the random stream.
     """
@@ -117,8 +117,8 @@ def _clear_unknown_logps(completion: loop.Completion) -> loop.Completion:
 
     A record shows an empty array as [], because JSON has no NaN. A batch shows an empty array as
     zeros (`layout.pad_rows`). No loss reads these zeros, because `make_plan` refuses losses that
-    need the log-probabilities of such a server. In a batch, a NaN would spread: NaN times a weight
-    of 0 is NaN.
+    need log-probabilities if the server returns none. In a batch, a NaN would spread: NaN times a
+    weight of 0 is NaN.
     """
     known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
     logps, truncated = known(completion.logps), known(completion.logps_truncated)
@@ -126,7 +126,7 @@ def _clear_unknown_logps(completion: loop.Completion) -> loop.Completion:
 
 
 def _number_samples(rows: Sequence[problem_row.Row]) -> list[int]:
-    """Numbers the occurrences of each row from 0, so that no random stream is used twice."""
+    """Returns each row's occurrence number, counted from 0, so that no random stream is reused."""
     seen: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
     return [next(seen[row.id]) for row in rows]
 
@@ -139,7 +139,7 @@ def encode_prefixes(
 
     Args:
       r: the loaded run.
-      state: gives the weights of the teacher's policies.
+      state: the state with the weights of the teacher's policies.
       asked: a prompt of the student.
       told: a prompt of the teacher; None if there is no teacher.
 

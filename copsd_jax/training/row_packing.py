@@ -220,7 +220,7 @@ def _search_row_plan(
     count, everyone = micros * shards, range(len(completions_B))
     loads = [_count_packing_load(completions_B, side, everyone) for side in sides]
     order = _order_for_packing(completions_B, sides, loads)
-    # One row for each completion always works.
+    # A shape with one row for each completion always works.
     rows = round_up_row_size(-(-len(completions_B) // count))
     choices = [
         [
@@ -271,7 +271,7 @@ class _SideBins:
         self.known = collections.defaultdict(dict)  # family -> bin -> [(row, start of prompt)]
 
     def behind(self, b: int, own: int, where: int) -> tuple[int, int] | None:
-        """Returns (row, start) of a copy of the prompt whose row has room in the bin, or None."""
+        """Returns (row, start) of a copy of the prompt in a row with room in the bin, or None."""
         known = self.known[self.texts.families_B[b]].get(where, ())
         return next((place for place in known if self.room[where, place[0]] >= own), None)
 
