@@ -103,7 +103,7 @@ def _sample_evaluation(
 
     The first line of the file describes the evaluation. Every other line has one completion:
       {"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}
-    If the last line has no newline, it was cut off when the evaluation stopped, and it is dropped.
+    A last line without a newline was cut off when the evaluation stopped, and is dropped.
     """
     said: dict[int, _Said] = {}
     if partial is not None:
@@ -169,7 +169,7 @@ def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
         width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
         place = jnp.ones(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):  # odd factors lose no bits
+        for axis in range(bits.ndim):  # odd factors, so that no bits are lost
             index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * jnp.uint32(2654435761) + index * jnp.uint32(2)
         plain = plain * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)

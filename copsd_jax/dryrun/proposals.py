@@ -131,7 +131,7 @@ def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
 def _list_micro_batch_sizes(
     run: programs.Run, completions: int, shards: int
 ) -> tuple[str, int, Sequence[int]]:
-    """Returns the setting of the micro-batch's size, its current value, and its useful values."""
+    """Returns the setting for the micro-batch's size, the current value, and the useful values."""
     c = run.frame.config
     if not c.train.micro_tokens:
         choices = [m for m in range(shards, completions + 1, shards) if completions % m == 0]

@@ -183,7 +183,7 @@ def init_guard_state(rules: Sequence[Rule]) -> State:
     """Returns the state before the first step.
 
     The entry `factor` of a state is the product of all learning-rate factors so far. The entry
-    `stopped` is the reason why the run stops, or "" if it goes on.
+    `stopped` is the reason why the run stops, or "" if the run goes on.
     """
     memory = [{"first": None, "over": 0} for _ in rules]
     return {"factor": 1.0, "stopped": "", "rules": memory}

@@ -70,7 +70,7 @@ class Side(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Both layouts of B completions, with the inputs of the losses for each token.
+    """The two layouts of B completions, and the per-token inputs of the losses.
 
     Attributes:
       student: the student's layout.

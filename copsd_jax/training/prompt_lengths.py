@@ -74,7 +74,7 @@ def keep_fitting_training(
         measured with the shortest possible attempt and reply.
 
     Raises:
-      ValueError: the same cases as in `keep_fitting`; or student and teacher start in different
+      ValueError: rows do not fit, as in `keep_fitting`, or student and teacher start in different
         states of the chat template.
     """
     build = functools.partial(prompts.build_student_prompt, teacher.tokenizer, student)
