@@ -1,7 +1,7 @@
 """On-policy self-distillation of language models in JAX.
 
-The package also has the names of the Python API (`api.py`). They are imported on first use, so that
-`import copsd_jax` does not start JAX.
+The names of the Python API (`api.py`) are imported on first use, so that `import copsd_jax` does
+not start JAX.
 """
 
 import importlib
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Returns a name of the API, which is imported on first use."""
+    """Returns the object behind a name of the API, and imports the API on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("copsd_jax.api"), name)

@@ -1,6 +1,6 @@
 """The Python API: a model, its samples and scores, the divergence, and a training step.
 
-`docs/python.md` shows the whole API in ten lines. Functions change nothing in place: `train_step`
+`docs/python.md` shows the whole API in ten lines. No function changes its arguments: `train_step`
 returns a new model, and the old model stays usable. The functions use the same code as
 `copsd_jax.main`, with the same settings as on the command line. `load_model` places the model on
 JAX's first device.
@@ -40,7 +40,7 @@ class Model:
     """A model with its tokenizer, settings and training state.
 
     Attributes:
-      run: weights that do not change, compiled functions, and the plan with the tokenizer.
+      run: the weights that do not change, the compiled functions, and the plan with the tokenizer.
       state: the training state: step, trained parameters and optimizer state.
     """
 
@@ -53,7 +53,7 @@ class Model:
         return self.run.plan.tokenizer
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes token ids to text, without tokens that end a text.
+        """Decodes token ids to text, leaving out the tokens that end a text.
 
         >>> import copsd_jax
         >>> model = copsd_jax.load_model("tiny")
@@ -64,10 +64,10 @@ class Model:
 
 
 class Scores(NamedTuple):
-    """A model's predictions of the C tokens of a completion.
+    """A model's predictions for a completion of C tokens.
 
     Attributes:
-      ids_C: int32, the tokens.
+      ids_C: int32, the ids of the tokens.
       logp_CV: float32, log-probabilities of the whole vocabulary at temperature 1, in nats.
     """
 
@@ -76,12 +76,12 @@ class Scores(NamedTuple):
 
     @property
     def logp_C(self) -> jax.Array:
-        """Log-probabilities of the tokens themselves, float32 [C]."""
+        """Log-probabilities of the completion's own tokens, float32 [C]."""
         return jnp.take_along_axis(self.logp_CV, self.ids_C[:, None], axis=1)[:, 0]
 
 
 def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) -> Model:
-    """Loads a model and a new adapter for it.
+    """Loads a model, and makes a new adapter for the model.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny", {"lora.rank": 4, "train.lr": 1e-3})
@@ -90,7 +90,8 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
 
     Args:
       path: the value of `model.path`: a Hugging Face folder or repository id, a .gguf file, or
-        "tiny". The path "tiny" gives a model of two layers with random weights, for trying the API.
+        "tiny". The path "tiny" gives a model of two layers with random weights, for trying out the
+        API.
       settings: other settings by name, as on the command line, such as `{"lora.rank": 4}`. By
         default the learning rate is constant, and `teacher.thinking` equals `prompt.thinking`.
 
@@ -106,7 +107,7 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
     if unknown := [name for name in chosen if name not in config_lib.SETTINGS]:
         raise ValueError(config_lib.unknown_setting(unknown[0]))
     config = config_lib.default()
-    # Student, teacher and the evaluation (not used here) get the same thinking setting.
+    # Student, teacher and evaluation get the same thinking setting; this file runs no evaluation.
     thinking = chosen.get("prompt.thinking", config.prompt.thinking)
     config.update_from_flattened_dict({"teacher.thinking": thinking, "eval.thinking": thinking})
     config.update_from_flattened_dict(chosen)
@@ -116,7 +117,8 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
             "train_step gets no rewards and no log-probabilities of the sampler; use copsd_jax.main"
         )
     plan = run_plan.make_plan(config, train=False, evaluate=False)
-    # One device accepts batches of any size. Several devices would need a multiple of their number.
+    # One device accepts batches of any size. On several devices, the size of a batch must be a
+    # multiple of the number of devices.
     plan = dataclasses.replace(plan, mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
     with loaded_run.set_mesh_and_precision(plan):
         return Model(*loaded_run.load_run(plan, config.train.steps))
@@ -134,9 +136,9 @@ def build_prompts(
     (False, True)
 
     Args:
-      model: the model, whose settings `prompt`, `teacher` and `context` give the wording.
+      model: the model, whose settings `prompt`, `teacher` and `context` determine the wording.
       problem: the text of the problem.
-      solution: the reference solution, which the teacher alone sees.
+      solution: the reference solution, which only the teacher sees.
       answer: the final answer, which plain prompts show after the solution.
       lang: code of the problem's language.
 
@@ -176,15 +178,15 @@ def sample(
     (5, 'length', (5,))
 
     Args:
-      model: the model; its settings `rollout` apply to the fields that `sampling` does not name.
+      model: the model, whose settings `rollout` give the fields that `sampling` does not name.
       prompts: texts or token ids. Repeat a prompt n times to get n completions of it.
       seed: seed of the random streams; equal calls with equal seeds give equal completions.
       **sampling: fields of `sampler.request.Sampling`: max_tokens, temperature, top_k, top_p,
         min_p, stop, stop_ids.
 
     Returns:
-      One completion per prompt, with C token ids `ids`, their log-probabilities `logps` at the
-      sampling temperature (float32 [C], in nats), and `finish`, which is "stop" or "length".
+      One completion per prompt. `ids` has the C token ids, `logps` has their log-probabilities at
+      the sampling temperature (float32 [C], in nats), and `finish` is "stop" or "length".
 
     Raises:
       ValueError: a prompt is empty or too long, or a field of `sampling` is wrong.
@@ -215,10 +217,10 @@ def score(
 
     Args:
       model: the model.
-      prompt: a text or token ids, at least one.
+      prompt: a text or a list of token ids, not empty.
       completion: C token ids, such as `Completion.ids`.
       side: "student" for the trained weights, or "teacher" for the weights of `teacher.weights`. By
-        default these are the initial weights.
+        default, the teacher has the initial weights.
 
     Returns:
       The scores: log-probabilities [C, V] and the ids [C].
@@ -254,8 +256,8 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
     0.368
 
     Args:
-      student: the student's scores; its distribution is p.
-      teacher: the teacher's scores of the same tokens; its distribution is q.
+      student: the student's scores; the student's distribution is p.
+      teacher: the teacher's scores of the same tokens; the teacher's distribution is q.
       kind: "fkl" for KL(q ‖ p), "rkl" for KL(p ‖ q), "jsd", or "sampled".
       **settings: other fields of `losses.divergences.Divergence`, such as beta, temperature, top_k
         and clip.
@@ -282,7 +284,7 @@ def train_step(
     teacher_prompts: Sequence[Prompt],
     completions: Sequence[Sequence[int]],
 ) -> tuple[Model, dict[str, float]]:
-    """Trains the student for one optimizer step on its divergence from the teacher.
+    """Trains the student for one optimizer step on the divergence from the teacher.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny")
@@ -293,7 +295,7 @@ def train_step(
     (0, 1, True)
 
     Args:
-      model: the model; its settings `loss`, `train` and `teacher` apply.
+      model: the model, whose settings `loss`, `train` and `teacher` apply.
       student_prompts: B texts or lists of token ids.
       teacher_prompts: the prompts under which the teacher scores the same completions.
       completions: token ids, such as `Completion.ids`.
@@ -312,7 +314,7 @@ def train_step(
     )
     batch = builders.pack_batch(plan, batch)
     with loaded_run.set_mesh_and_precision(plan):
-        # The step reuses the memory of its argument, and the old model still needs its own state.
+        # The step overwrites its first argument, so the old model's state is copied first.
         state = jax.tree.map(jnp.copy, model.state)
         state, aux = run.step(state, run.frozen, layout.place_batch(batch, plan.mesh), None, None)
     return Model(run, state), {name: float(x) for name, x in aux.metrics.items()}

@@ -1,4 +1,4 @@
-"""Probabilities of student and teacher for each token of a completion."""
+"""The probabilities that student and teacher give to each token of a completion."""
 
 import dataclasses
 import functools
@@ -23,8 +23,9 @@ class TokenView:
     """One token as student and teacher predict it; log-probabilities are in nats at temperature 1.
 
     Attributes:
-      text: the token, decoded alone.
-      advantage: ln q - ln p. Above 0, the teacher gives the token a higher probability.
+      text: the token, decoded by itself.
+      advantage: ln q - ln p. If the advantage is above 0, the teacher gives the token a higher
+        probability than the student.
       logp_student: ln p of the token.
       logp_teacher: ln q of the token.
       student: the student's most probable tokens at this position, with their probabilities.
@@ -44,12 +45,12 @@ def compare_tokens(
 ) -> list[TokenView]:
     """Compares student and teacher on a record of W/rollouts, under the weights of `state`.
 
-    Each prompt is run separately, followed by the completion.
+    Each side's prompt is run separately, followed by the completion.
 
     Args:
       r: the loaded run.
-      state: gives the weights of both sides.
-      record: has student_prompt_ids, teacher_prompt_ids and completion_ids.
+      state: the state with the weights of both sides.
+      record: a record that has student_prompt_ids, teacher_prompt_ids and completion_ids.
       best: number of most probable tokens that each view lists.
 
     Returns:
@@ -77,13 +78,13 @@ def compare_tokens(
 def score_tokens(
     decoder: transformer.Decoder, mix: Mixture, prompt: Sequence[int], completion: Sequence[int]
 ) -> jax.Array:
-    """Scores every token of the vocabulary at each position of a completion that follows a prompt.
+    """Scores the whole vocabulary at each position of a completion that follows a prompt.
 
     Args:
       decoder: the model.
       mix: policies whose logits are mixed, with their shares; see
         `train_step.list_teacher_mixture`.
-      prompt: token ids, at least one.
+      prompt: the token ids of the prompt, not empty.
       completion: C token ids.
 
     Returns:
@@ -100,7 +101,7 @@ def score_tokens(
 def _diagnose_side_logps(
     decoder: transformer.Decoder, mix: Mixture, side: layout.Side
 ) -> jax.Array:
-    """Returns log-probabilities [C, V] of the only sample of a side, padding included."""
+    """Returns the log-probabilities [C, V] of a side with one sample, padding included."""
     total = jnp.zeros((), jnp.float32)
     for share, policy in mix:
         stream = transformer.Stream(
@@ -116,7 +117,7 @@ def _diagnose_side_logps(
 def format_table(views: list[TokenView]) -> str:
     """Renders a table with one line per token: text, advantage, and each side's best tokens.
 
-    The columns `student` and `teacher` have each side's probability of the token.
+    The columns `student` and `teacher` show each side's probability of the token.
     """
     show = lambda favourites: " ".join(f"{text!r} {p:.0%}" for text, p in favourites)  # noqa: E731
     rows = [

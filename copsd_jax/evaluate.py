@@ -41,23 +41,24 @@ def evaluate(
     progress: Callable[[loop.Stats], None] | None = None,
     partial: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Samples eval.samples completions of each problem under a policy, grades and scores them.
+    """Samples eval.samples completions per problem under a policy, and grades and scores them.
 
-    Random streams depend on the seed, the problem and the sample alone. Two policies are therefore
+    Random streams depend only on the seed, the problem and the sample. Two policies are therefore
     compared with the same random numbers.
 
     Args:
       r: the loaded run, with an open grader.
       policy: the weights to sample with.
       rows: the problems, with gold answers.
-      progress: receives the sampler's statistics; completions read from `partial` count as done.
-      partial: a file to which each completion is written as soon as it is drawn; see
-        `_sample_evaluation`. A stopped evaluation continues from this file. The caller removes it
-        after saving the result.
+      progress: function that receives the sampler's statistics; completions that were read from
+        `partial` count as done.
+      partial: a file to which each completion is written when it ends; see `_sample_evaluation`. A
+        stopped evaluation is continued from the file `partial`. The caller removes the file after
+        saving the result.
 
     Returns:
       `{"scores": {name: {...}}, "problems": [...]}`. A name is a language, or language/group if the
-      language has several groups. Each problem lists its samples.
+      language has several groups. Each entry of "problems" lists the samples of one problem.
 
     Raises:
       loaded_run.UnusableFile: another evaluation wrote `partial`, or the file is damaged.
@@ -89,7 +90,7 @@ def evaluate(
 
 
 class _Said(NamedTuple):
-    """The part of a completion that an evaluation keeps: its ids and why it ended."""
+    """The part of a completion that an evaluation keeps: the ids and the reason why it ended."""
 
     ids: list[int]
     finish: str
@@ -98,11 +99,11 @@ class _Said(NamedTuple):
 def _sample_evaluation(
     r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partial
 ) -> list[_Said]:
-    """Returns all completions: those in the file, and new samples for the others.
+    """Returns all completions: those that the file has, and new samples for the rest.
 
     The first line of the file describes the evaluation. Every other line has one completion:
       {"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}
-    If the last line has no newline, it was cut off when the evaluation stopped, and it is dropped.
+    A last line without a newline was cut off when the evaluation stopped, and is dropped.
     """
     said: dict[int, _Said] = {}
     if partial is not None:
@@ -152,7 +153,7 @@ def _describe_evaluation(
 
 
 def fingerprint_arrays(tree: Any) -> list[int]:
-    """Returns two checksums, uint32, over the bits of all numbers of a tree of arrays.
+    """Returns two uint32 checksums over the bits of all numbers in a tree of arrays.
 
     The sums are exact, so they are equal on any mesh. The second checksum also depends on the
     positions of the numbers.
@@ -162,13 +163,13 @@ def fingerprint_arrays(tree: Any) -> list[int]:
 
 @jax.jit
 def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns the plain sum and the sum weighted by position, uint32 scalars modulo 2**32."""
+    """Returns the plain sum and the position-weighted sum, as uint32 scalars modulo 2**32."""
     plain = placed = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
         width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
         place = jnp.ones(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):  # the factors are odd, so that products keep all bits
+        for axis in range(bits.ndim):  # odd factors, so that no bits are lost
             index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * jnp.uint32(2654435761) + index * jnp.uint32(2)
         plain = plain * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
@@ -181,8 +182,9 @@ def _read_partial_evaluation(
 ) -> dict[int, _Said]:
     """Returns the completions of a stopped evaluation, by index, and prepares the file.
 
-    A half-written last line is cut off. Completions of another policy are discarded with a message,
-    and the file is started again. The policy can differ if a step was trained again.
+    A half-written last line is removed from the file. Completions of another policy are discarded
+    with a message, and the file begins anew. The policy can be another one if a step was trained
+    again.
     """
     whole = b""
     if partial.is_file():
@@ -235,7 +237,7 @@ def _group(records: Sequence[dict], field: str) -> dict[str, list[dict]]:
 def _score_evaluation(
     r: loaded_run.LoadedRun, records: Sequence[dict]
 ) -> dict[str, dict[str, float]]:
-    """Returns the scores of each language and group, by the names of `group_records`."""
+    """Returns the scores of each language and group, by the names that `group_records` gives."""
 
     def sample(s: dict) -> scoring.Sample:
         return scoring.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
@@ -254,15 +256,15 @@ def _averages(records: Sequence[dict]) -> dict[str, float]:
 
 
 def format_eval_comparison(before: dict, after: dict) -> str:
-    """Renders a table of two evaluations of the same problems.
+    """Renders a table that compares two evaluations of the same problems.
 
     Args:
       before: a result of `evaluate`.
       after: the result of a later evaluation.
 
     Returns:
-      The table. Each row has the difference in points, the 95 % interval of a paired bootstrap over
-      problems, and the p-value of an exact sign test.
+      The table. Each row gives the difference in points, the 95 % interval of a paired bootstrap
+      over problems, and the p-value of an exact sign test.
     """
     rows = []
     new = group_records(after["problems"])
@@ -317,7 +319,7 @@ def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def _load_eval_config(args: argparse.Namespace) -> config_lib.Config:
-    """Returns the run's config with the changes that the flags make."""
+    """Returns the run's config after the changes that the flags request."""
     config = run_plan.load_run_config(args.workdir)
     asked = {"path": args.path or None, "lang": tuple(args.lang.split(",")) if args.lang else None,
              "samples": args.samples, "max_tokens": args.max_tokens,
@@ -339,8 +341,8 @@ def evaluate_step(
 
     Args:
       r: the loaded run, with an open grader.
-      state: gives the student's weights.
-      step: the number of the step, for the result.
+      state: the state with the student's weights.
+      step: the number of the step, which the result states.
       file: the file for the result. A stopped evaluation is continued; see `evaluate`.
       label: the text at the start of the progress line.
 
@@ -348,7 +350,8 @@ def evaluate_step(
       The result of `evaluate`, with the step.
 
     Raises:
-      loaded_run.UnusableFile: the file of a stopped evaluation is damaged, or of another one.
+      loaded_run.UnusableFile: the file of a stopped evaluation is damaged, or belongs to another
+        evaluation.
     """
     rows, partial = r.plan.eval_rows, workdir.partial_file(file)
     total, stream = len(rows) * r.plan.config.eval.samples, processes.progress_stream()
@@ -409,8 +412,8 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
         if absent:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
             return 2
-        # With --out, the engine's folder is also in that directory, because the run's directory may
-        # be read-only.
+        # With --out, the engine's folder is in the --out directory too, because the run's directory
+        # may be read-only.
         engine, results = (args.out or args.workdir) / "engine", {}
         r, initial = loaded_run.load_run(plan, config.train.steps, engine)
         with r.grader:

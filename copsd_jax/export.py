@@ -1,10 +1,10 @@
-"""Export of a checkpoint to files that other programs load.
+"""Export of a checkpoint to files that other programs can load.
 
     python -m copsd_jax.export --workdir=W --out=D [--step=12] [--format=peft]
 
-The result is a Hugging Face folder that transformers and other programs load: merged safetensors,
-config, tokenizer and generation settings. With `--format=peft`, the result is a PEFT folder with
-the adapter alone.
+The result is a Hugging Face folder that transformers and other programs can load. The folder has
+merged safetensors, config, tokenizer and generation settings. With `--format=peft`, the result is a
+PEFT folder with only the adapter.
 """
 
 import argparse

@@ -37,7 +37,7 @@ class DryRun(NamedTuple):
     Attributes:
       target: the devices to compile for.
       report_path: a file for the report as JSON; "" for none.
-      search: whether to compile again with the largest sizes that fit.
+      search: whether to compile the run again with the largest sizes that fit.
     """
 
     target: targets.Target
@@ -60,11 +60,11 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         config, workdir, dry_run = parse_command(argv)
-        # Otherwise transformers would warn at every start that torch is missing, but nothing needs
-        # torch.
+        # Without this variable, transformers warns at every start that torch is missing, although
+        # nothing needs torch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        # JAX is imported only below, because it reads the environment, and because a wrong setting
-        # is refused faster without it.
+        # JAX is imported only below, because JAX reads the environment that is set here. The late
+        # import also lets wrong settings be refused sooner.
         if dry_run is not None:
             os.environ |= targets.ENVIRONMENT
             from copsd_jax.dryrun import report
@@ -109,8 +109,8 @@ def parse_command(argv: list[str]) -> Command:
     try:
         rest = values(argv)
     except flags.Error as error:
-        # An error inside a config file arrives as the text of its traceback. The last line of that
-        # text has the message.
+        # An error inside a config file arrives as the text of its traceback. The last line of the
+        # traceback has the message.
         last = str(error).strip().splitlines()[-1]
         raise ValueError(last.removeprefix("ValueError: ")) from error
     if len(rest) > 1:

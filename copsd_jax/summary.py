@@ -1,4 +1,4 @@
-"""Readable texts about a run: plan, samples, failures, totals and ending."""
+"""Readable texts about a run: its plan, samples, failures, totals and end."""
 
 import collections
 import hashlib
@@ -67,7 +67,7 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
 
 
 def _format_attention(plan: run_plan.Plan) -> str:
-    """Names the implementations of attention in rows and in decoding."""
+    """Names the implementations of row attention and of decode attention."""
     platform = sharding.platform(plan.mesh)
     name = backends.choose_row_attention(plan.config, platform, plan.dtype, plan.model_config)
     if name == "splash":
@@ -110,7 +110,7 @@ def _format_counts(counter: collections.Counter) -> str:
 
 
 def collect_facts(plan: run_plan.Plan) -> dict:
-    """Returns the facts that a start writes to run.json: devices, fingerprints and counts."""
+    """Returns the facts that each start writes to run.json: devices, fingerprints and counts."""
     path, drawn = plan.weights_path, plan.config.model.init == "random"
     return {
         "devices": [str(device) for device in plan.mesh.devices.flat],
@@ -127,7 +127,7 @@ def collect_facts(plan: run_plan.Plan) -> dict:
 
 
 def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
-    """Returns the SHA-256 of the replies of author.path, whatever their order; "" for none."""
+    """Returns the SHA-256 of author.path's replies in sorted order; "" if there are no replies."""
     text = json.dumps([[*key, reply] for key, reply in sorted(records.items())])
     return hashlib.sha256(text.encode()).hexdigest() if records else ""
 
@@ -136,7 +136,7 @@ def summarize_failures(step: int, records: list[dict]) -> list[str]:
     """Returns the lines of warnings about a step, each with the reason of the first failure.
 
     One line counts the completions for which the user's reward function raised an exception.
-    Another line counts the completions without a reply because the author failed.
+    Another line counts the completions that have no reply because the author failed.
 
     Args:
       step: the number of the step.
@@ -170,15 +170,15 @@ def summarize_sample(step: int, records: list[dict]) -> str:
 
 COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked", "replies_cut")
 COUNTED_PREFIXES = ("reply_", "located_", "shortened_", "grade_")
-# The expected outcomes of grading, which `correct` and `reward` already report.
+# The normal outcomes of grading, which the metrics `correct` and `reward` already report.
 NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 
 
 def summarize_totals(directory: pathlib.Path, steps: int) -> str:
-    """Renders a table of the number of completions of the run with each status.
+    """Renders a table that counts the completions of the run by status.
 
     Args:
-      directory: the work directory, whose metrics are summed up.
+      directory: the work directory, whose metrics are totalled.
       steps: the last step to count.
 
     Returns:
@@ -197,7 +197,7 @@ def summarize_totals(directory: pathlib.Path, steps: int) -> str:
 def summarize_ending(
     plan, before, after, directory: pathlib.Path, seconds: float, stopped: str
 ) -> str:  # fmt: skip
-    """Renders the end of a run: scores, counts of statuses, the directory, and a guard's reason.
+    """Renders the last message of a run: scores, counts of statuses, directory, and guard's reason.
 
     Args:
       plan: the checked run.

@@ -31,7 +31,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
     Raises:
       ValueError, OSError: the run cannot work, or the directory contains another run or cannot be
-        written. The message is one sentence.
+        written. The error's message is one sentence.
     """
     known = workdir.check_directory(directory, config_lib.flat(config))
     plan = run_plan.make_plan(config)
@@ -42,7 +42,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
 
 def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None:
-    """Executes a run, or continues it from its newest checkpoint; evaluates before and after.
+    """Executes a run, from its newest checkpoint if there is one; evaluates before and after.
 
     Args:
       plan: the checked run, from `prepare`.
@@ -64,8 +64,8 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             for line in loaded_run.compile_sampler(r, state):
                 print(line, flush=True)
         with r.grader:
-            # The evaluation of step 0 needs the initial policy. It therefore runs before a
-            # checkpoint is loaded, also in a continued run that does not have it yet.
+            # The evaluation of step 0 needs the initial policy. A continued run that lacks the
+            # evaluation of step 0 therefore makes up for it before loading a checkpoint.
             before = _evaluation(r, state, 0, directory)
             saved = processes.run_on_leader(saver.steps)
             if saved:
@@ -80,7 +80,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
 
 @contextlib.contextmanager
 def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapping], None]]:
-    """Yields a function of (step, metrics); on the leading process it writes them to files."""
+    """Yields a function that writes (step, metrics) to files, on the leading process only."""
     if not processes.is_leader():
         yield lambda step, values: None
         return
@@ -89,14 +89,14 @@ def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapp
 
 
 def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
-    """Runs the steps from `first` on, to the end or until a guard stops the run.
+    """Runs the steps from `first` to the last, or until a guard stops the run.
 
     Returns:
-      The last state; and the reason why a guard stopped the run, or "" if none did.
+      The last state; and the reason why a guard stopped the run, or "" if no guard did.
     """
     plan, c = r.plan, r.plan.config
     timer = terminal.Timer()
-    # The languages in the order of data.lang, spelled as in the rows.
+    # The language codes in the order of data.lang, spelled in the same way as in the rows.
     codes = [languages.resolve_code(code, plan.student.languages) for code in c.data.lang]
     order = batches.iterate_batches(
         plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=first
@@ -109,7 +109,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
     with terminal.Progress("step", c.train.steps, first, stream) as progress:
         # If a guard has already stopped the run, a continued run takes no further step.
         for step in range(first, first if guard["stopped"] else c.train.steps):
-            number = step + 1  # files and messages count steps from 1
+            number = step + 1  # files and messages number steps from 1
             factor = np.float32(guard["factor"])
             state, records, values = _run_training_step(r, state, next(order), step, factor, timer)
             write(number, values)
@@ -153,7 +153,7 @@ def _run_training_step(
     with timer("step"):
         batch = layout.place_batch(packed, r.plan.mesh)
         state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor)
-        aux = jax.device_get(aux)  # waits for the step, so that the timer measures all of it
+        aux = jax.device_get(aux)  # waits for the step to end, so that the timer measures all of it
     values = {
         **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
         **layout.measure_fill(packed),
@@ -162,7 +162,7 @@ def _run_training_step(
         "learning_rate": float(r.rate(step)) * float(factor),
         **timer.take(),
     }
-    # Without the inputs: their keys and values are freed before the next step.
+    # The inputs are not returned, so that their keys and values are freed before the next step.
     return state, work.records, values
 
 
@@ -175,7 +175,7 @@ def _warms_up(plan: run_plan.Plan) -> bool:
 
 
 def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:
-    """Returns the evaluation of a step, or None without evaluation problems.
+    """Returns the evaluation of a step, or None if there are no problems to evaluate.
 
     If the evaluation's file already exists, the result is read from the file.
     """

@@ -1,8 +1,8 @@
 """A parser of compiled programs: computations, instructions, arrays, groups of devices.
 
-XLA writes one instruction per line, with operands by name. `bf16[16,128]{1,0:T(8,128)S(1)}` is an
-array: element type, dimensions and layout. S(1) means that the array is in on-chip memory; without
-S, it is in main memory.
+XLA writes one instruction per line and refers to operands by name. `bf16[16,128]{1,0:T(8,128)S(1)}`
+is an array: element type, dimensions and layout. S(1) means that the array is in on-chip memory;
+without S, it is in main memory.
 """
 
 import math
@@ -63,7 +63,7 @@ def _parse_hlo_op(line: str) -> Op | None:
 
 
 def _find_hlo_bracket_end(text: str) -> int:
-    """Returns the index after the parenthesis that closes the one at index 0."""
+    """Returns the index after the parenthesis that closes the parenthesis at index 0."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -83,7 +83,7 @@ def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
 def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
     """Returns the number of bytes of an array of `parse_arrays`."""
     kind, shape, _ = array
-    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # None for a token
+    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # None for the type token
     return math.prod(shape) * int(bits[1] if bits else 0) / 8
 
 
@@ -106,9 +106,10 @@ def constant_value(op: Op) -> int | None:
 def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
     """Returns the groups of partitions that exchange data, or the pairs of a permutation.
 
-    XLA has several spellings. `{{0,1},{2,3}}` and `[2,2]<=[4]` are the same groups, [[0, 1], [2,
-    3]]. `[2,2]<=[2,2]T(1,0)` gives [[0, 2], [1, 3]]. With axis names, these last groups are written
-    `mesh['a'=2,'b'=2] {'a'}` or `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`.
+    XLA spells the groups in several ways. `{{0,1},{2,3}}` and `[2,2]<=[4]` are the same groups,
+    [[0, 1], [2, 3]]. `[2,2]<=[2,2]T(1,0)` gives [[0, 2], [1, 3]]. With axis names, the groups [[0,
+    2], [1, 3]] are written `mesh['a'=2,'b'=2] {'a'}` or `mesh['a'=2,'b'=2],
+    device_ids=([2,2]T(1,0)) {'b'}`.
     """
     if found := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", rest):
         return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
@@ -125,7 +126,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _expand_hlo_iota(text: str) -> np.ndarray:
-    """Returns the array of `[2,3]T(1,0)`: 0, 1, ... 5 in the shape [2, 3], then transposed."""
+    """Returns the array that a text describes: `[2,3]T(1,0)` is 0 to 5 as [2, 3], transposed."""
     ((shape, turn),) = re.findall(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", text)
     ids = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
     return ids.transpose(_integers(turn)) if turn else ids
@@ -134,7 +135,7 @@ def _expand_hlo_iota(text: str) -> np.ndarray:
 def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[int]]:
     """Returns the groups of devices that exchange data along the named axes.
 
-    `'a':(2)3` is the part of axis 'a' with 3 devices, inside an outer part with 2 devices.
+    `'a':(2)3` names an inner part of axis 'a': 3 devices in each of 2 outer parts.
     """
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     ids = np.arange(math.prod(axes.values()))

@@ -1,9 +1,9 @@
-"""The costs of a compiled program, read from its text and sizes without running it.
+"""The costs of a compiled program, read from its text and sizes; the program is not run.
 
-The compiler's own cost analysis counts the body of a loop once. Here each instruction counts once
-per iteration of its loop, so a scan over layers costs as much as all layers together. If the number
-of iterations is known only at run time, the constant in the loop's condition is used. If there is
-no such constant, the caller gives the number.
+The compiler's own cost analysis counts the body of a loop once. This file counts each instruction
+once per iteration of its loop, so a scan over layers costs as much as all layers together. If the
+number of iterations is known only at run time, the constant in the loop's condition is used
+instead. If the condition has no constant, the caller gives the number of iterations.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _FREE = frozenset(
 
 
 class Cost(NamedTuple):
-    """One instruction: FLOPs of matrix products, bytes of memory, and how often it runs."""
+    """The cost of one instruction: FLOPs of matrix products, bytes moved, and number of runs."""
 
     name: str
     flops: float
@@ -38,7 +38,7 @@ class Cost(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One exchange between devices.
+    """One exchange of data between devices.
 
     Attributes:
       kind: opcode of the exchange.
@@ -63,11 +63,11 @@ class Analysis:
       name: name of the program.
       seconds: seconds that its compilation took.
       flops: FLOPs of its matrix products.
-      bytes: bytes that it reads from and writes to main memory.
+      bytes: bytes that the program reads from and writes to main memory.
       arguments: bytes of its arguments.
       outputs: bytes of its results.
       aliased: bytes of results that reuse the memory of arguments.
-      temporary: bytes of temporaries while it runs.
+      temporary: bytes of temporary memory while the program runs.
       costs: costs of its instructions.
       collectives: its exchanges between devices.
     """
@@ -112,8 +112,8 @@ def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 
 def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float]:
     """Returns roofline estimates of the seconds of computation and of communication.
 
-    Each instruction takes the time of its FLOPs or of its bytes, whichever is longer. Exchanges do
-    not overlap each other.
+    Each instruction takes the time of its FLOPs or of its bytes, whichever is longer. Exchanges are
+    assumed not to overlap.
     """
     own = sum(max(c.flops / chip.flops, c.bytes / chip.bandwidth) * c.times for c in found.costs)
     rates = {False: chip.link, True: chip.network}
@@ -121,7 +121,7 @@ def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float
 
 
 def sum_by_axes(found: Analysis) -> dict[str, dict[str, list]]:
-    """Sums up collectives as {axes: {kind: [number of runs, bytes that a device sends]}}."""
+    """Adds up the collectives as {axes: {kind: [number of runs, bytes that a device sends]}}."""
     out: dict[str, dict[str, list]] = {}
     for one in found.collectives:
         name = one.axes + (" (network)" if one.network else "")
@@ -195,7 +195,7 @@ def _read_hlo_trip_count(program: _Program, op: hlo.Op) -> int:
 
 
 def _cost_dearest_branch(program: _Program, op: hlo.Op, times: int) -> None:
-    """Adds the costs of a conditional's branch with the most FLOPs; if equal, the most bytes."""
+    """Adds the costs of a conditional's branch with the most FLOPs; bytes break a tie."""
     names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.rest)
     for group in re.findall(r"branch_computations=\{(.*?)\}", op.rest):
         names += [name.strip().lstrip("%") for name in group.split(",")]
@@ -248,9 +248,10 @@ def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _read_custom_call_cost(op: hlo.Op) -> tuple[float, float] | None:
-    """Returns the FLOPs and bytes that a kernel's author states, or None.
+    """Returns the FLOPs and bytes that a kernel declares, or None if it declares none.
 
-    A Mosaic call has a cost estimate. A Triton call has the name of a scope, `cost:FLOPS:BYTES`.
+    Mosaic kernels declare both numbers in a cost estimate. Triton kernels declare both numbers in
+    the name of a scope, `cost:FLOPS:BYTES`.
     """
     flops = re.search(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)', op.rest)
     moved = re.search(r'"cost_estimate":\{[^{}]*"bytes_accessed":"?(\d+)', op.rest)
@@ -268,10 +269,10 @@ def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Counts the FLOPs of a convolution, without products with holes or padding.
+    """Counts the FLOPs of a convolution, excluding products with holes or padding.
 
-    XLA for TPUs writes matrix products as convolutions. Their batch dimensions are spatial
-    dimensions, dilated so that each output position uses one input position.
+    XLA for TPUs writes matrix products as convolutions. The batch dimensions of such a product
+    become spatial dimensions, dilated so that each output position uses one input position.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     if not labels:
@@ -290,7 +291,7 @@ def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _parse_hlo_window(text: str, k: int) -> dict[str, int]:
-    """Reads the numbers of dimension k of a window such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
+    """Reads dimension k's numbers from a window, such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
     out = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
     for name in out:
         if found := re.search(rf"\b{name}=(\S+)", text):
@@ -299,7 +300,7 @@ def _parse_hlo_window(text: str, k: int) -> dict[str, int]:
 
 
 def _count_convolution_pairs(left: int, right: int, out: int, window: dict[str, int]) -> int:
-    """Counts the pairs of output and kernel positions that use an input, not a hole or padding."""
+    """Counts the (output, kernel) position pairs that meet an input, not a hole or padding."""
     at = np.arange(out)[:, None] * window["stride"] - window["pad"]
     at = at + np.arange(right)[None] * window["rhs_dilate"]
     inside = (at >= 0) & (at <= (left - 1) * window["lhs_dilate"])
@@ -315,8 +316,8 @@ def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> f
     if op.kind == "custom-call" and (estimate := _read_custom_call_cost(op)):
         return estimate[1]
     if op.kind in ("copy-start", "slice-start"):
-        # The result is (destination, source, state). The copied data count as one read, and as one
-        # write too if both arrays are in main memory.
+        # The result is (destination, source, state). The copied data are counted once, as a read.
+        # If both arrays are in main memory, the data are counted twice, as a read and a write.
         arrays = [array for array in hlo.parse_arrays(op.result) if array[1]]
         least = min(map(hlo.array_bytes, arrays), default=0.0)
         return least * (2 if all(array[2] for array in arrays) else 1)
@@ -330,8 +331,8 @@ def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> f
         return _fusion_bytes(program, _called(op), ops, op)
     read = [hlo.main_memory_bytes(ops[name].result) for name in op.operands if name in ops]
     if op.kind == "custom-call":
-        # An operand that is updated in place is not moved as a whole. The text does not say how
-        # much of it is moved, so it does not count.
+        # An operand that is updated in place is not moved as a whole. The program's text does not
+        # say how much of the operand is moved, so the operand is not counted.
         aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", op.rest)
         for number in re.findall(r": \((\d+),", aliases[1]) if aliases else ():
             result -= read[int(number)]
@@ -340,7 +341,7 @@ def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> f
 
 
 def _fusion_bytes(program: _Program, inner: str, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Counts the bytes of a fusion's operands and results, or of the parts read or updated."""
+    """Counts the bytes that a fusion reads from its operands and writes to its results."""
     total = _count_fusion_writes(program.computations[inner], op)
     for number, name in enumerate(op.operands):
         if name in ops and hlo.main_memory_bytes(ops[name].result):
@@ -356,7 +357,7 @@ def _parameter(program: _Program, name: str, number: int) -> hlo.Op:
 
 
 def _count_fusion_reads(program: _Program, inner: str, one: hlo.Op) -> float:
-    """Counts the bytes that a fusion, with its nested fusions, reads from an operand."""
+    """Counts the bytes that a fusion and its nested fusions read from an operand."""
     total = 0.0
     users = [op for op in program.computations[inner].values() if one.name in op.operands]
     for user in users:
@@ -378,7 +379,7 @@ def _count_fusion_reads(program: _Program, inner: str, one: hlo.Op) -> float:
 
 
 def _count_fusion_writes(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Counts the bytes of a fusion's results; an update in place counts the update alone."""
+    """Counts the bytes that a fusion writes; for an update in place, only the update counts."""
     root = next(one for one in inner.values() if one.root)
     parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
     arrays = hlo.parse_arrays(op.result)
@@ -399,7 +400,7 @@ def _count_fusion_writes(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _add_hlo_collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> None:
-    """Adds a collective, but only once per channel.
+    """Adds a collective, unless a collective with the same channel was added before.
 
     A collective that overlaps with several fusions appears in each of them, with the same channel.
     """
@@ -424,7 +425,7 @@ def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: in
 
 
 def _find_collective_axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
-    """Returns the axes along which a group's members differ, and whether they use the network.
+    """Returns the axes along which a group's members differ, and whether data cross the network.
 
     Partitions are numbered in the order of the mesh's devices.
     """
@@ -441,7 +442,7 @@ def _find_collective_axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[s
 
 
 def _find_collective_host(device: Any) -> Any:
-    """Returns the unit in which a device has fast links: a TPU's slice or a GPU's host."""
+    """Returns the unit within which a device has fast links: a TPU's slice or a GPU's host."""
     if device.platform == "tpu":
         return getattr(device, "slice_index", 0)
     return device.process_index

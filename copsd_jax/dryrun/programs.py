@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of a run's programs for devices that are not present.
 
-The programs are built by the same functions as in a run. Their arguments are abstract arrays, which
-have a shape, a dtype and a sharding but no values. No data are read: every text is assumed to be as
-long as the settings allow.
+The programs are built by the same functions as in a run. The programs' arguments are abstract
+arrays, which have a shape, a dtype and a sharding but no values. No data are read: every text is
+assumed to be as long as the settings allow.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ from copsd_jax.training import (
 from copsd_jax.training import loaded_run as run_lib
 from copsd_jax.weights import hf_config
 
-EXEMPLAR_TOKENS = 64  # assumed length of a worked example; bundled examples have at most 55
+EXEMPLAR_TOKENS = 64  # assumed number of tokens in a worked example; bundled ones have at most 55
 
 
 class Lengths(NamedTuple):
     """The maximum number of tokens of each part of a text, according to the settings.
 
     Attributes:
-      prefix: the worked examples, with which the prompts of student, teacher and evaluation begin.
+      prefix: the worked examples at the beginning of student, teacher and evaluation prompts.
       student: a student prompt without worked examples.
       teacher: a teacher prompt without worked examples.
       evaluation: an evaluation prompt without worked examples.
@@ -72,9 +72,9 @@ class Program:
     Attributes:
       name: name of the program in the report.
       arguments: bytes of its arguments on each device, from their shapes.
-      cost: the costs of the compiled program; None if it was not compiled.
-      needed: bytes on each device that it needs besides its arguments.
-      failure: the reason why it was not compiled; "" if it was.
+      cost: the costs of the program; None if the program was not compiled.
+      needed: bytes on each device that the program needs besides its arguments.
+      failure: the reason why the program was not compiled; "" if it was compiled.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Phase:
 
     @property
     def working(self) -> int:
-        """Bytes that the program with the largest need requires besides the held arrays."""
+        """The largest number of bytes that any program needs besides the held arrays."""
         return max((program.needed for program in self.programs), default=0)
 
     @property
@@ -119,7 +119,7 @@ class Phase:
 
 
 class Sampled(NamedTuple):
-    """A sampling phase: section of settings, and tokens of the longest prompt and completion."""
+    """A sampling phase: its section of settings, and the maximum lengths of its texts."""
 
     section: str
     prompt: int
@@ -178,7 +178,7 @@ def find_dry_run_model(config: config_lib.Config) -> transformer.ModelConfig:
 
 
 def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan:
-    """Builds the plan of a run's programs on these devices, with the checks of a run's plan.
+    """Builds the plan of a run's programs on these devices, and checks it like a run's plan.
 
     Raises:
       ValueError: no run can have these settings.
@@ -254,7 +254,7 @@ def longest_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
 
 
 def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]:
-    """Returns the bytes that a phase holds on each device, by part, from the shapes alone.
+    """Computes from shapes alone the bytes of each part that a phase holds on each device.
 
     Args:
       run: the dry run; the mesh of its frame may be an AbstractMesh.
@@ -290,14 +290,14 @@ class _Compiler(NamedTuple):
     def __call__(
         self, name: str, jitted: Any, *args: Any, keeps: bool = True, loop_turns: int = 1
     ) -> Any:
-        """Returns the results of `jitted(*args)` as abstract arrays; None if memory is lacking.
+        """Returns the results of `jitted(*args)` as abstract arrays; None if memory is not enough.
 
         Args:
           name: name of the program.
           jitted: the function.
           *args: abstract arrays.
-          keeps: whether the results count as memory of the program. Otherwise they count as a part
-            of a phase.
+          keeps: whether the results count as memory of the program. If `keeps` is False, the
+            results count as a part of a phase.
           loop_turns: number of iterations of a loop if the program's text does not state it.
         """
         self.run.say(f"compiling {name}")
@@ -309,7 +309,7 @@ class _Compiler(NamedTuple):
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             program = failed_program(name, held, error)
-            # Results that are a part of a phase already count there.
+            # Results that are a part of a phase are already counted as that part.
             self.programs.append(program if keeps else dataclasses.replace(program, needed=0))
             return None
         seconds = time.perf_counter() - begun
@@ -320,7 +320,7 @@ class _Compiler(NamedTuple):
 
 
 def _with_sharding(x: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Returns an argument as an abstract array; without a sharding it is replicated."""
+    """Returns an argument as an abstract array, replicated if the argument has no sharding."""
     whole = NamedSharding(mesh, PartitionSpec())
     if not hasattr(x, "dtype"):  # a Python number
         return jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -331,10 +331,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def failed_program(name: str, arguments: int, error: BaseException) -> Program:
-    """Returns a program that does not fit into memory, with the bytes that it would need.
+    """Returns the `Program` for a failed compilation, with the bytes that the program would need.
 
     Raises:
-      BaseException: `error` itself, if its reason is not a lack of memory.
+      BaseException: `error` itself, if the reason is not a lack of memory.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
@@ -406,7 +406,7 @@ def _compile_first_state(compiler: _Compiler, arrays: memory.HeldArrays) -> None
 
 def _compile_hand_over(compiler: _Compiler) -> None:
     def call(jitted: Any, *args: Any) -> Any:
-        name = "weights" if len(args) > 1 else "adapter"  # HandOver passes an adapter alone
+        name = "weights" if len(args) > 1 else "adapter"  # adapters are passed without weights
         compiler(f"{name} to the sampler", jitted, *args, keeps=False)
         return jitted.eval_shape(*args)
 
@@ -418,7 +418,8 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
     frame, c = compiler.run.frame, compiler.run.frame.config
     section, asked, completion = sampled_phases(compiler.run)[phase]
     decoder = builders.build_decoder(frame)
-    # An author's prompts have no worked examples, and its cache is as long as a call needs.
+    # An author's prompts have no worked examples, and the author's cache is as long as a call
+    # needs.
     author = section == "author"
     prefix = None if author else _compile_prefix(compiler, decoder, arrays.sampler)
     valid_V = np.ones(frame.model_config.vocab_size, bool)

@@ -1,9 +1,10 @@
 """Proposals of settings that would fit a device's memory, computed from compiled programs.
 
-The memory of the training step is affine in the micro-batch, and the memory of a sampling phase is
-affine in the number of slots. Where a proposal needs it, a phase is therefore compiled at two
-sizes. The straight line through the two memory counts gives the largest size that fits. Other
-meshes are not compiled: their held arrays are counted exactly, from shapes.
+The memory of the training step is affine in the size of the micro-batch, and the memory of a
+sampling phase is affine in the number of slots. If a proposal depends on the size of a phase, the
+phase is compiled at two sizes. The straight line through the two memory counts gives the largest
+size that fits. For other meshes, nothing is compiled: the bytes of held arrays are computed from
+shapes.
 """
 
 import bisect
@@ -26,14 +27,14 @@ SLOTS = {"rollout": "rollout.slots", "author": "author.slots", "evaluation": "ev
 
 
 class Sizes(NamedTuple):
-    """A phase, and the setting that sizes it.
+    """A phase, and the setting that determines the size of the phase.
 
     Attributes:
       phase: the phase, compiled with the value `now`.
       setting: name of the setting.
-      now: the run's value, rounded up as the run rounds it.
+      now: the value in the run, rounded up in the same way as in the run.
       choices: all useful values, in ascending order.
-      second: the value to compile besides `now`; 0 if there is none.
+      second: the value to compile besides `now`; 0 if no second value is needed.
     """
 
     phase: programs.Phase
@@ -45,7 +46,7 @@ class Sizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A change of settings that would fit, or may fit.
+    """A change of settings with which the run would fit, or may fit.
 
     Attributes:
       words: the change as command-line flags, preceded by the devices if they change.
@@ -106,7 +107,7 @@ def propose(run: programs.Run) -> Proposals:
 
 
 def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
-    """Returns the setting that sizes a phase, and the values to choose from."""
+    """Returns the setting that determines a phase's size, and the values to choose from."""
     config, shards = run.frame.config, sharding.batch_shards(run.frame.mesh)
     completions = config_lib.completions_per_step(config)
     if phase.name == "step":
@@ -116,7 +117,7 @@ def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
         setting = SLOTS[phase.name]
         section, _, key = setting.partition(".")
         now = _round_to_shards(config[section][key], shards)
-        # More slots than a step has completions would stay empty.
+        # If there were more slots than completions in a step, the extra slots would stay empty.
         evaluates = phase.name == "evaluation"
         most = MOST_SLOTS * shards if evaluates else _round_to_shards(completions, shards)
         choices = range(shards, most + 1, shards)
@@ -130,7 +131,7 @@ def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
 def _list_micro_batch_sizes(
     run: programs.Run, completions: int, shards: int
 ) -> tuple[str, int, Sequence[int]]:
-    """Returns the setting of the micro-batch's size, its current value, and its useful values."""
+    """Returns the setting for the micro-batch's size, the current value, and the useful values."""
     c = run.frame.config
     if not c.train.micro_tokens:
         choices = [m for m in range(shards, completions + 1, shards) if completions % m == 0]
@@ -151,7 +152,8 @@ def _find_largest(run: programs.Run, sizes: Sizes, proposals: Proposals) -> int:
     phase, usable = sizes.phase, run.usable
     held = sum(phase.parts.values())
     if held > usable:
-        # Nothing was compiled. Of the held arrays, only the cache depends on a size.
+        # The phase was not compiled. Of the phase's held arrays, only the cache depends on the
+        # number of slots.
         cache = phase.parts.get("cache", 0)
         room = int((usable - held + cache) * sizes.now / cache) if cache else 0
         slots = find_below(sizes.choices, float, room)
@@ -175,13 +177,13 @@ def _halve(slots: int, shards: int) -> int:
 
 
 def find_below(choices: Sequence[int], line: Callable[[int], float], usable: float) -> int:
-    """Returns the largest of ascending sizes whose memory is not above `usable`; 0 for none."""
+    """Returns the largest of the ascending sizes whose memory is at most `usable`; 0 for none."""
     count = bisect.bisect_right(choices, usable, key=line)
     return choices[count - 1] if count else 0
 
 
 def _is_unknown(phase: programs.Phase) -> bool:
-    """Returns whether a program was not compiled and its need of memory is unknown."""
+    """Returns whether a program failed to compile and did not report how much memory it needs."""
     return any(program.failure and not program.needed for program in phase.programs)
 
 
@@ -190,12 +192,12 @@ def memory_line(
 ) -> Callable[[int], float]:
     """Returns the bytes of a phase on each device as a function of its size.
 
-    Every part and every program has its own line, because at another size another program may have
-    the largest need.
+    Every part and every program has its own line, because the program with the largest need may
+    change with the size.
 
     Args:
       one: a phase, and the size with which it was compiled.
-      two: the same phase compiled with another size, and that size.
+      two: the same phase, compiled with another size, and the other size.
     """
     (phase, size), (other, other_size) = one, two
 
@@ -203,7 +205,7 @@ def memory_line(
         return here + (there - here) * (wanted - size) / (other_size - size)
 
     needs = [(p.needed, q.needed) for p, q in zip(phase.programs, other.programs, strict=False)]
-    if len(phase.programs) != len(other.programs):  # one failed program replaced a whole sampler
+    if len(phase.programs) != len(other.programs):  # one failed program stands for a sampler
         needs = [(phase.working, other.working)]
     parts = [(phase.parts[k], other.parts[k]) for k in phase.parts.keys() & other.parts.keys()]
 
@@ -222,7 +224,8 @@ def _compile_again(
     run.say(f"for proposals, with {_spell(values)}:")
     frame = dataclasses.replace(run.frame, config=config)
     proposals.compilations += 1
-    # Programs of the sampler that do not depend on the slots come from its cache of programs.
+    # The sampler caches compiled programs, so a program that does not depend on the slots is
+    # compiled only once.
     return programs.compile_phase(run._replace(frame=frame), name)
 
 
@@ -238,7 +241,7 @@ def _fits_with_remat(run: programs.Run, sizes: Sizes, proposals: Proposals) -> b
 
 
 def _other_meshes(run: programs.Run) -> Iterator[Change]:
-    """Yields meshes with room: on these devices, then with adapters, then on more devices."""
+    """Yields meshes with enough memory: on these devices, then with adapters, then on more."""
     frame, target = run.frame, run.target
     devices, chips = frame.mesh.devices.size, int(np.prod(target.shape)) * target.slices
     yield from _rank_meshes(run, {}, devices, target)
@@ -258,7 +261,7 @@ def _rank_meshes(
     found = []
     for mesh in _list_candidate_meshes(run.frame, devices, target.slices):
         if not values and mesh == {f"mesh.{k}": n for k, n in run.frame.mesh.shape.items()}:
-            continue  # the mesh that does not fit
+            continue  # this is the current mesh, which does not fit
         changes = {**values, **mesh, **_adapt_micro_batch(run.frame.config, mesh)}
         config = change_settings(run.frame.config, changes)
         held, total = _measure(run, config, mesh)
@@ -282,7 +285,7 @@ def _list_candidate_meshes(
 
 
 def _adapt_micro_batch(config: config_lib.Config, mesh: dict[str, int]) -> dict[str, int]:
-    """Returns the smallest micro-batch that a mesh can split, or {} if the current one works."""
+    """Returns the smallest micro-batch that a mesh can split, or {} if the current size works."""
     shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
     return {"train.micro_batch": shards} if config.train.micro_batch % shards else {}
 
@@ -290,10 +293,11 @@ def _adapt_micro_batch(config: config_lib.Config, mesh: dict[str, int]) -> dict[
 def _measure(
     run: programs.Run, config: config_lib.Config, sizes: dict[str, int]
 ) -> tuple[int, int]:
-    """Returns the bytes that a mesh holds, without and with an estimate of the temporaries.
+    """Returns the bytes that a run needs on a mesh, without and with estimated temporaries.
 
     The temporaries on a mesh are unknown without compiling. If a phase fits on the current mesh,
-    its temporaries there are the estimate. Otherwise its temporaries are left out.
+    the temporaries on the current mesh are the estimate. If a phase does not fit, the estimate is
+    0.
     """
     mesh: Any = AbstractMesh(tuple(sizes.values()), sharding.AXES, (AxisType.Auto,) * 3)
     frame = dataclasses.replace(run.frame, config=config, mesh=mesh)
@@ -309,7 +313,7 @@ def _measure(
 
 
 def change_settings(config: config_lib.Config, values: dict[str, Any]) -> config_lib.Config:
-    """Returns a copy of the settings with other values."""
+    """Returns a copy of the settings with some values changed."""
     changed = config.copy_and_resolve_references()
     for name, value in values.items():
         section, _, key = name.partition(".")

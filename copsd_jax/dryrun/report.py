@@ -1,9 +1,9 @@
 """`--dry_run=v5e:4x8`: the memory and the time of a run on devices that are not present.
 
-A dry run compiles every program (`programs`) and adds up memory by part. It reads FLOPs and
-collectives from the compiled text (`program_cost`), and estimates times by roofline. `proposals`
-finds the settings that fit. No weights, tokenizer, problems or network are needed, because shapes
-and lengths come from the settings.
+A dry run compiles every program (`programs`) and adds up memory by part. FLOPs and collectives are
+read from the compiled text, and times are estimated by roofline (`program_cost`). `proposals` finds
+the settings that fit. No weights, tokenizer, problems or network are needed, because shapes and
+lengths come from the settings.
 """
 
 import json
@@ -29,7 +29,7 @@ def report_dry_run(
     Args:
       config: the settings of the run.
       target: the devices to compile for.
-      out: the path of the JSON file; '' for none.
+      out: the path of the JSON file; '' for no file.
       search: whether to compile again with the proposed settings.
 
     Returns:
@@ -82,7 +82,8 @@ def build_report(run: programs.Run, proposed: proposals.Proposals) -> dict[str, 
 def add_checks(report: dict[str, Any], run: programs.Run, proposed: proposals.Proposals) -> None:
     """Compiles the proposed settings, and adds to the report whether they fit.
 
-    If the run fits, these are the largest sizes. Otherwise they are the first proposed change.
+    If the run fits, the proposed settings are the largest sizes. If the run does not fit, the
+    proposed settings are the first proposed change.
     """
     sizes = {name: value for name, value in proposed.largest.items() if value}
     if report["fits"]:
@@ -126,7 +127,7 @@ def _describe_program(program: programs.Program) -> dict[str, Any]:
 
 
 def estimate_times(run: programs.Run) -> dict[str, Any]:
-    """Estimates the seconds of a step's parts if every completion has its maximum length."""
+    """Estimates the seconds of each part of a step whose completions all have maximum length."""
     chip, c = run.target.chip, run.frame.config
     completions = config_lib.completions_per_step(c)
     sampling = [name for name in ("rollout", "author") if name in run.phases]
@@ -148,7 +149,7 @@ def estimate_times(run: programs.Run) -> dict[str, Any]:
 
 
 def _hand_over_programs(run: programs.Run) -> list[programs.Program]:
-    """Returns the hand-over's programs of every step; a frozen base is handed over once per run."""
+    """Returns the hand-over programs that every step runs; a frozen base is handed over once."""
     found, c = run.phases["hand-over"].programs, run.frame.config
     if c.train.trainable == "full" or c.sampler.merge:
         return found
@@ -156,7 +157,7 @@ def _hand_over_programs(run: programs.Run) -> list[programs.Program]:
 
 
 def _add_seconds(found: list[programs.Program], chip: hardware.Chip) -> float | None:
-    """Returns the seconds of programs that run in sequence; None if one was not compiled."""
+    """Returns the seconds of programs that run one after another; None if one was not compiled."""
     total = 0.0
     for program in found:
         if program.cost is None:
@@ -168,8 +169,7 @@ def _add_seconds(found: list[programs.Program], chip: hardware.Chip) -> float | 
 def _sampling_seconds(run: programs.Run, name: str, texts: int) -> float | None:
     """Estimates the seconds of a sampling phase; None if a program was not compiled.
 
-    Prompts are prefilled in rows. Texts are then decoded to the maximum length, as many at a time
-    as there are slots.
+    Prompts are prefilled in rows. Each slot decodes one text at a time, up to the maximum length.
     """
     chip, c, lengths = run.target.chip, run.frame.config, run.lengths
     asked, drawn = {

@@ -16,7 +16,8 @@ ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 GPU_KINDS = {
     "a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200",
 }  # fmt: skip
-# TPU kinds in whose names the number counts cores, two per chip. For other kinds it counts chips.
+# TPU kinds for which the number in a name counts cores, two per chip. In the names of other kinds,
+# the number counts chips.
 COUNTS_CORES = ("v4", "v5p", "tpu7x")
 TOPOLOGIES_2D = {
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
@@ -72,8 +73,8 @@ class Target:
 def parse_target(text: str) -> Target:
     """Parses `v5e:4x8`, `v5e-32`, `2*v5p:4x4x4` or `cuda:h200:1x8`.
 
-    After a hyphen, the number of v4, v5p and tpu7x counts cores, two per chip; so v5p-128 has 64
-    chips. The number of v5e and v6e counts chips.
+    For v4, v5p and tpu7x, the number after a hyphen counts cores, two per chip, so v5p-128 has 64
+    chips. In the names of v5e and v6e, the number counts chips.
 
     Raises:
       ValueError: the text does not name devices; the message lists the choices.
@@ -93,7 +94,7 @@ def parse_target(text: str) -> Target:
 
 
 def list_topologies(kind: str) -> dict[int, str]:
-    """Returns the topologies of a slice of TPUs, by their number of chips."""
+    """Returns the topologies that a TPU slice can have, by number of chips."""
     return TOPOLOGIES_2D if kind in ("v5e", "v6e") else TOPOLOGIES_3D
 
 
@@ -131,7 +132,7 @@ def _parse_gpu_target(text: str, lower: str) -> Target:
 
 
 def describe_gpu(kind: str) -> str:
-    """Returns the description of a card that the compiler for CUDA needs, as protobuf text."""
+    """Returns the protobuf text that describes a card to the compiler for CUDA."""
     name, cores, shared, cache, clock, major, bandwidth, memory = {
         "a100": (GPU_KINDS["a100"], 108, 167936, 41943040, 1.41, 8, 2039, 85093515264),
         "h100": (GPU_KINDS["h100"], 132, 233472, 52428800, 1.98, 9, 3350, 85017493504),

@@ -17,8 +17,8 @@ def make_devices(target: targets.Target) -> list:
     """Returns the devices of a target, for which programs can be compiled but not run.
 
     Raises:
-      ValueError: the topology does not exist, or its compiler is not installed. The message has the
-        command that installs the compiler.
+      ValueError: the topology does not exist, or its compiler is not installed. For a missing
+        compiler, the message gives the command that installs it.
     """
     if target.platform == "cuda":
         return _make_gpu_topology(target)

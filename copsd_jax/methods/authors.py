@@ -1,8 +1,8 @@
 """The authors of contexts: the student, the teacher, the grader's rule, a server, or a file.
 
 An author's text is read strictly. Every completion gets a `replies.Reply` with a status, and a
-reply with an unusable status leaves its completion without a context. The counts of the statuses
-are metrics.
+reply with an unusable status leaves its completion without a context. The number of replies with
+each status is a metric.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class AuthorRequest(NamedTuple):
     """One completion for which an author writes a context.
 
     Attributes:
-      attempt: the completion as contexts read it.
+      attempt: the completion in the form that contexts read.
       sample: the index of the completion among the completions of its problem.
       found: the final answer that the grader found in the attempt, or None.
     """
@@ -67,7 +67,7 @@ def write_replies(
 
     Args:
       r: the loaded run, with the settings author.* and context.*.
-      state: gives the weights of the authors student and teacher.
+      state: the state with the weights of the authors `student` and `teacher`.
       asked: one request per completion.
       step: the training step, which selects the random stream of the authors that sample.
     """  # fmt: skip
@@ -116,7 +116,7 @@ def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> lis
 
 
 def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
-    """Returns an empty text with the reason why the author is not asked, or None if it is asked."""
+    """Returns an empty text with the reason not to ask the author, or None to ask the author."""
     if prompt is None:
         return AuthorText("", "not_asked")
     held = plan.model_config.max_position
@@ -138,9 +138,9 @@ def _shorten_attempt_for_author(
 def _write_author_texts_by_rule(
     r, state, asked: list[AuthorRequest], step: int
 ) -> list[AuthorText]:
-    """Writes the texts by the context's rule, from the verdict of the grader."""
+    """Writes the texts with the context's rule, based on the verdicts of the grader."""
     write_by_rule = contexts.get_author(r.plan.context).write_by_rule
-    assert write_by_rule is not None  # `table_rules` admits no other context
+    assert write_by_rule is not None  # `table_rules` refuses a context without a rule
     return [AuthorText(write_by_rule(one.attempt, one.found), "written") for one in asked]
 
 
@@ -199,13 +199,14 @@ AUTHORS: dict[str, Callable[..., list[AuthorText]]] = {
 def _read_author_text(
     r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText
 ) -> replies.Reply:
-    """Reads the reply in a text, and applies the policy for leaked answers to it."""
+    """Reads the reply in a text, and applies the policy for leaked answers."""
     c, attempt, settings = r.plan.config, asked.attempt, r.plan.context
     if written.seen is not None:
         # A critique can repeat only the steps that its author was shown.
         attempt = dataclasses.replace(attempt, text=written.seen)
-    # As published, some contexts read replies that were cut at author.max_tokens. For the others
-    # a cut reply is unusable, even with complete tags, because the missing rest may withdraw it.
+    # As published, some contexts read replies that were cut at author.max_tokens. For other
+    # contexts, a cut reply is unusable even if its tags are complete, because the missing rest may
+    # withdraw what the tags contain.
     reads_cut = contexts.get_author(settings).reads_cut(settings) and bool(written.text)
     if written.status == "written" or (written.status == "cut" and reads_cut):
         reply = contexts.read_reply(settings, attempt, written.text)

@@ -9,24 +9,24 @@
     D  the divergence with its clip (`divergence_loss.Divergence`)
     w  the weights of tokens (`tokens.*`), 0 at a token without loss
 
-The teacher scores y and does not generate it. With `policy.weight` above 0 the loss is
-(1 - weight) x this loss + weight x GRPO's (`methods/grpo.py`).
+The teacher only scores y; the student generates y. With `policy.weight` above 0, the loss is (1 -
+weight) * this loss + weight * GRPO's loss (`methods/grpo.py`).
 
 Sources: OPSD arXiv 2601.18734 v3, COPSD 2605.09548, ROSD 2605.28014, critique 2606.11173, SDPO
 2601.20802. Routing by success follows SRPO 2604.02288.
 
-Departures:
+Departures from the sources:
   - Prompts and completions stay token ids from the sampler to the loss. A completion follows its
     prompt without a gap at explicit positions, and masks come from lengths.
-  - A teacher that writes contexts uses the teacher's weights. The published code used the merged
-    student.
+  - A teacher that writes contexts uses the teacher's weights. In the published code, the merged
+    student writes the contexts.
   - An error is located in the characters of the sampled tokens, not by encoding the text again.
-  - A reply that cannot be read leaves its completion without loss, and is counted. In the
-    published code the completion gets SDPO's context instead (`parity.reflection_fallback`).
+  - A reply that cannot be read leaves its completion without loss, and is counted. In the published
+    code, such a completion gets SDPO's context instead (`parity.reflection_fallback`).
   - With `context.filter_groups`, groups whose rewards are all equal are left out before a context
     is written for them.
-  - The tutor's instructions open the user's turn. In the published prompts they are a system
-    message.
+  - The tutor's instructions open the user's turn. In the published prompts, these instructions are
+    a system message.
 """
 
 import numpy as np
@@ -47,15 +47,15 @@ def make_batch(
 
     Args:
       r: the loaded run.
-      state: gives the weights of the student and of the teacher.
+      state: the state with the weights of the student and of the teacher.
       rows: the problems of the step.
       step: selects the random streams of sampling, siblings and authors.
 
     Returns:
       The inputs of the train step, with one record per completion. The metric `taught` counts the
-      completions with a teacher prompt, and `filtered` the completions that `_choose_distilled`
-      left out. Other metrics count overlong teacher prompts, and the statuses of replies and
-      located errors.
+      completions with a teacher prompt. The metric `filtered` counts the completions that
+      `_choose_distilled` left out. Other metrics count overlong teacher prompts, and the statuses
+      of replies and located errors.
     """
     c = r.plan.config
     done = rollouts.sample_rollouts(r, state, rows, step)
@@ -89,7 +89,7 @@ def make_batch(
 
 
 def _choose_distilled(c, done: Rollouts) -> list[bool]:
-    """Returns whether to distill each completion, which is decided before contexts are written."""
+    """Decides for each completion whether to distill it, before contexts are written."""
     wanted = np.ones(len(done.rows), bool)
     if c.context.filter_groups:
         wanted &= policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
@@ -127,7 +127,7 @@ def _build_distilled_attempts(
 def _collect_author_replies(
     r, state, done: Rollouts, views, wanted, step: int
 ) -> list[replies.Reply]:
-    """Returns a reply per completion: the author's if it is wanted, otherwise `FILTERED`."""
+    """Returns a reply per completion: the author's, or `FILTERED` if no reply is wanted."""
     asked = [
         authors.AuthorRequest(views[i], done.samples[i], verdict.answer if verdict else None)
         for i, verdict in enumerate(done.verdicts)
@@ -155,8 +155,8 @@ def _select_distilled_tokens(r, done: Rollouts, views, written, told) -> tuple[l
 def _build_distill_batch(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Batch:
     """Builds the student's and the teacher's layout.
 
-    A completion without a teacher prompt carries no loss. Its student prompt is then used as its
-    teacher prompt, because every row of the layout needs a prompt.
+    A completion without a teacher prompt carries no loss. For such a completion, the student prompt
+    is also used as the teacher prompt, because every row of the layout needs a prompt.
     """
     batch = layout.build_batch(
         [prompt.ids for prompt in done.asked],
@@ -186,7 +186,7 @@ def _describe_distillation(
 
 
 def _count_distill_statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
-    """Returns the counts of the statuses that the run's context and choice of tokens can have.
+    """Counts each status that is possible with the run's context and token selection.
 
     A section counts as shortened at most once per completion, even if it was cut in the prompts of
     both the author and the teacher.

@@ -1,4 +1,4 @@
-"""GRPO, the reinforcement-learning baseline; Dr. GRPO and DAPO are settings of it.
+"""GRPO, the reinforcement-learning baseline, whose settings include Dr.GRPO and DAPO.
 
     A_i  = (r_i - mean_G r) / (std_G r + 1e-4)
     loss = mean over completions of mean_t of -min(rho A, clip(rho, 1 - low, 1 + high) A)
@@ -8,15 +8,16 @@
     p    the student, p_0 the initial policy, p_old the policy of `policy.old`
     low, high, kl   `policy.clip_low`, `policy.clip_high`, `policy.kl`
 
-Sources: DeepSeekMath arXiv 2402.03300, in TRL's form. Dr. GRPO 2503.20783 is
-`policy.scale=none policy.norm=constant`. DAPO 2503.14476 is `policy.norm=token
-policy.clip_high=.28 context.filter_groups=True`.
+Sources: DeepSeekMath arXiv 2402.03300, in TRL's form. Dr.GRPO 2503.20783 is `policy.scale=none
+policy.norm=constant`. DAPO 2503.14476 is `policy.norm=token policy.clip_high=.28
+context.filter_groups=True`.
 
-Departures:
+Departures from the sources:
   - There is one update per batch of rollouts. With `policy.old=trainer`, the ratio rho is therefore
     exactly 1. With `policy.old=sampler`, the sampler's log-probabilities give p_old.
-  - Filtered groups make the step smaller. DAPO samples other groups in their place.
-  - Prompts, grader and report are those of the other methods.
+  - Groups that are filtered out make the step smaller. DAPO samples other groups in place of such
+    groups.
+  - Prompts, grader and report are the same as for the other methods.
 """
 
 import numpy as np
@@ -32,11 +33,12 @@ def make_batch(
 ) -> StepInputs:
     """Samples and grades rollouts, computes their advantages, and lays out the student's side.
 
-    A row without a gold answer is not graded, so its rewards and advantages are 0.
+    Completions of a row without a gold answer are not graded, so their rewards and advantages are
+    0.
 
     Args:
       r: the loaded run.
-      state: gives the student's weights.
+      state: the state with the student's weights.
       rows: the problems of the step.
       step: selects the random stream of sampling.
 
@@ -65,7 +67,7 @@ def add_advantages(c, done: Rollouts, batch: layout.Batch, successes_only: bool)
 
     All tokens of a completion have the same advantage. If the rewards of a group are all equal, its
     advantages are 0, and its tokens count in the normaliser, as published for GRPO. With
-    context.filter_groups, these tokens carry no policy loss, as in DAPO.
+    context.filter_groups, the tokens of such a group carry no policy loss, as in DAPO.
 
     Args:
       c: the settings of the run.

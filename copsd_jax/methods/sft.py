@@ -7,10 +7,11 @@
 
 Source: the SFT script of OPSD.
 
-Departures:
-  - Prompts and their template are those of the other methods.
-  - The loss is on the completion only, and `policy.norm` is its normaliser.
-  - Rows whose target is longer than `rollout.max_tokens` are dropped and counted, or refused.
+Departures from the sources:
+  - Prompts and their template are the same as for the other methods.
+  - The loss covers only the completion, and `policy.norm` selects the normaliser.
+  - Rows whose target is longer than `rollout.max_tokens` are either dropped and counted, or
+    refused.
 """
 
 import numpy as np

@@ -1,6 +1,7 @@
 """Implementations of the divergence and of attention, chosen by the platform of a run's mesh.
 
-Here, the platform is that of the mesh's devices, which may differ from JAX's default backend.
+The choice depends on the platform of the mesh's devices, which may differ from JAX's default
+backend.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ def build_divergence(c: config_lib.Config) -> divergence_loss.Divergence | None:
 
 
 def choose_loss(c: config_lib.Config, platform: str) -> str:
-    """Returns the loss implementation, a name of `divergence_loss.IMPLEMENTATIONS`.
+    """Returns the loss implementation, a name in `divergence_loss.IMPLEMENTATIONS`.
 
     Args:
       c: the settings of the run.
@@ -47,7 +48,7 @@ def choose_loss(c: config_lib.Config, platform: str) -> str:
 
 
 def choose_decode_attention(c: config_lib.Config, platform: str) -> str:
-    """Returns the implementation of decode attention, a key of `decode_attention.IMPLEMENTATIONS`.
+    """Returns the implementation of decode attention, a key in `decode_attention.IMPLEMENTATIONS`.
 
     Args:
       c: the settings of the run.
@@ -70,16 +71,16 @@ def choose_decode_attention(c: config_lib.Config, platform: str) -> str:
 def choose_row_attention(
     c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig
 ) -> str:
-    """Returns the implementation of row attention, a name of `row_attention.IMPLEMENTATIONS`.
+    """Returns the implementation of row attention, a name in `row_attention.IMPLEMENTATIONS`.
 
-    Training, scoring and prefill use row attention. `auto` never chooses cudnn, because cudnn has
-    not been run yet.
+    Training, scoring and prefill use row attention. `auto` never chooses cudnn, because this
+    project has not run cudnn yet.
 
     Args:
       c: the settings of the run.
       platform: platform of the mesh: cpu, gpu or tpu.
-      dtype: dtype of compute.
-      shape: the model's shape; cudnn limits the head size.
+      dtype: dtype in which the model computes.
+      shape: the model's shape; cudnn supports only some head sizes.
 
     Raises:
       ValueError: the chosen implementation cannot run with these arguments.
@@ -109,7 +110,7 @@ def check_attention(
     Args:
       c: the settings of the run.
       platform: platform of the mesh: cpu, gpu or tpu.
-      dtype: dtype of compute.
+      dtype: dtype in which the model computes.
       shape: the model.
 
     Raises:

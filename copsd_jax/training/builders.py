@@ -15,7 +15,7 @@ from copsd_jax.sampler import handover, request
 from copsd_jax.teaching import contexts, prompts
 from copsd_jax.training import backends, layout, prompt_lengths, row_packing, run_plan, train_step
 
-ADAPTER_STREAM = 1001  # a random stream of the seed; the sampler's streams count from 0
+ADAPTER_STREAM = 1001  # number of the adapter's random stream; the sampler's streams start at 0
 
 
 def build_decoder(frame: run_plan.ProgramPlan) -> transformer.Decoder:
@@ -44,7 +44,7 @@ def build_optimizer(config, steps: int) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def find_shardings(tree: Any, frame: run_plan.ProgramPlan) -> Any:
-    """Returns the shardings of parameters, adapters or optimizer state of the model."""
+    """Returns the shardings of a tree of parameters, adapters or optimizer state."""
     return sharding.shardings(tree, frame.mesh, frame.model_config.n_kv_heads)
 
 
@@ -55,9 +55,9 @@ def build_step(frame: run_plan.ProgramPlan, decoder, tx, options, state) -> Any:
       frame: the plan of the run's programs.
       decoder: the model.
       tx: the optimizer.
-      options: static choices of the step.
-      state: a State whose shapes determine the shardings of the output. It may be abstract, because
-        its values are not read.
+      options: the choices that are fixed when the step is compiled.
+      state: a State whose shapes determine the shardings of the output. An abstract State suffices,
+        because no values are read.
     """
     # Measurements are replicated to every device, so that each process can read all of them.
     whole = NamedSharding(frame.mesh, PartitionSpec())
@@ -71,15 +71,15 @@ def build_step(frame: run_plan.ProgramPlan, decoder, tx, options, state) -> Any:
 def pack_batch(
     frame: run_plan.ProgramPlan, batch: layout.Batch, caps: bool = False
 ) -> layout.Batch:
-    """Packs the samples of a batch into rows and micro-batches, as `train.pack` says.
+    """Packs the samples of a batch into rows and micro-batches, according to `train.pack`.
 
-    The packing plan depends on lengths alone, so every process makes the same plan.
+    The packing plan depends only on the lengths of the texts, so every process makes the same plan.
 
     Args:
       frame: the plan of the run's programs.
       batch: a batch of `layout.build_batch`; it is returned unchanged if `train.pack` is off.
-      caps: whether the batch belongs to a dry run, with texts as long as the limits allow. Each
-        completion then gets its own row, and no prompt is shared.
+      caps: whether the batch belongs to a dry run, whose texts are all as long as the limits allow.
+        In such a batch, each completion gets its own row, and no prompt is shared.
 
     Raises:
       ValueError: a sample does not fit into `train.micro_tokens`.
@@ -108,7 +108,8 @@ def check_row_budget(plan: run_plan.Plan) -> None:
         return
     longest = dict(plan.longest)
     if {"feedback", "other"} & {*contexts.list_inputs(plan.context)}:
-        # The lengths of these texts are unknown before the run, so the limit is used instead.
+        # Before the run, the lengths of feedback and of other problems are unknown, so the
+        # teacher's limit is used instead.
         longest["teacher"] = prompt_lengths.teacher_limit(c, plan.model_config)
     asked = {"student": prompts.build_student_prompt(plan.tokenizer, plan.student, plan.rows[0])}
     if config_lib.traits(c).teacher:
@@ -135,8 +136,8 @@ def build_hand_over(frame: run_plan.ProgramPlan, frozen: dict, **call: Any) -> h
 def build_initializer(frame: run_plan.ProgramPlan, tx: Any) -> Callable[..., Any]:
     """Builds the function that makes the State at step 0 from the base parameters.
 
-    The trained tree is a new adapter, or all weights in float32. For a new adapter, the base
-    parameters are not read.
+    The trained tree of the State is either a new adapter or a float32 copy of all weights. A new
+    adapter is made without reading the base parameters.
 
     Args:
       frame: the plan of the run's programs.
@@ -158,8 +159,8 @@ def build_initializer(frame: run_plan.ProgramPlan, tx: Any) -> Callable[..., Any
 def choose_frozen(config, base: dict) -> dict:
     """Returns the base parameters if the run keeps them, else {}.
 
-    LoRA reads them in every step. Full fine-tuning keeps them if the teacher or the KL term uses
-    the initial weights.
+    LoRA reads the base parameters in every step. Full fine-tuning keeps the base parameters if the
+    teacher or the KL term uses the initial weights.
 
     Args:
       config: the settings of the run.
@@ -180,7 +181,7 @@ def teacher_weights(config) -> str:
 
 
 def build_options(plan: run_plan.ProgramPlan) -> train_step.Options:
-    """Builds the static choices of a run's step."""
+    """Builds the choices that are fixed when a run's step is compiled."""
     c = plan.config
     completions = config_lib.completions_per_step(c)
     return train_step.Options(
@@ -229,7 +230,7 @@ def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> req
     """
     s = config[section]
     return request.Sampling(
-        s.max_tokens or config.rollout.max_tokens,  # 0 in section eval means the rollouts' limit
+        s.max_tokens or config.rollout.max_tokens,  # in section eval, 0 means rollout.max_tokens
         **config_lib.pick(s, "temperature top_k top_p min_p"),
         stop_ids=stop_ids,
         stop=stop,
@@ -242,7 +243,8 @@ def build_sampler_settings(c, section: str, length: int) -> request.SamplerSetti
     Args:
       c: the settings of the run.
       section: rollout, eval or author.
-      length: cache entries of a slot; 0 means as many as the longest text of a call needs.
+      length: number of cache entries per slot; 0 means as many as the longest text of the call
+        needs.
     """
     cache = None if c.sampler.cache == "auto" else jnp.dtype(c.sampler.cache)
     how = config_lib.pick(c.sampler, "steps pack")

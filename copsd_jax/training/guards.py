@@ -8,14 +8,14 @@ A rule is one string of `guards.rules`, without blanks:
     entropy_student<0.1@3:lr*0.5               below 0.1 in 3 consecutive steps
     completion_tokens>2*first:warn             more than twice the run's first value
 
-A value that is NaN is beyond every limit. `warn` warns once each time the value passes the limit.
+A NaN value counts as beyond every limit. `warn` warns once each time the value crosses the limit.
 `lr` lowers the learning rate after every STEPS consecutive steps beyond the limit.
 
-A rule skips a step that does not have its metric, for example because no token carried loss. An
-absent count of statuses, however, counts as 0. A misspelled metric would therefore never be
-noticed, so `check_metrics` checks the names before the run.
+A rule skips every step without the rule's metric, for example if no token carried loss. If the
+metric is a count of statuses, however, an absent count is read as 0. A misspelled metric would
+never be noticed during a run, so `check_metrics` checks all names before the run.
 
-The guards' state is a small dictionary that is computed from the lines of metrics.jsonl alone. A
+The guards' state is a small dictionary that is computed only from the lines of metrics.jsonl. A
 continued run therefore makes the same decisions as an uninterrupted run.
 """
 
@@ -43,8 +43,7 @@ _RULE = re.compile(
     rf"(?:@(?P<patience>\d+))?:(?:(?P<plain>warn|stop)|lr\*(?P<factor>{_NUMBER}))"
 )
 
-# Metrics `name_status` count the completions with each status. A step writes only the statuses that
-# occur.
+# A metric `name_status` counts the completions with that status. A step may omit counts that are 0.
 COUNTS = {
     "reply": tuple(replies.STATUSES),
     "located": ("untaught", *token_selection.STATUSES),
@@ -67,7 +66,7 @@ METRICS = (
     *(f"divergence_at_{bucket}" for bucket in token_stats.BUCKETS),
     *(f"{name}_{status}" for name, statuses in COUNTS.items() for status in statuses),
 )
-# These metrics are usually negative, so a limit cannot be a multiple of their first value.
+# Metrics with these names are usually negative, so no limit may be a multiple of their first value.
 _SIGNED = re.compile("logp_(student|teacher)|advantage(?!_negative)")
 
 State = dict[str, Any]  # {"factor", "stopped", "rules": [{"first", "over"}, ...]}
@@ -80,13 +79,13 @@ class Rule:
     Attributes:
       metric: name of a metric.
       above: True if the rule fires above the limit, False if it fires below.
-      limit: limit of the metric. If `relative`, it limits the metric's ratio to its first value
+      limit: the limit. If `relative` is True, the limit is a multiple of the metric's first value
         above 0 in the run.
       relative: whether the rule was written with `*first`.
       patience: number of consecutive steps beyond the limit after which the rule fires. Steps
         without the metric are not counted.
       action: "warn", "lr" or "stop".
-      factor: factor of the learning rate if the action is "lr"; otherwise 1.
+      factor: number by which the action "lr" multiplies the learning rate; 1 for other actions.
       text: the rule as it was written.
     """
 
@@ -119,7 +118,7 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
     """Parses the rules of `guards.rules`.
 
     Raises:
-      ValueError: a text is not a rule, could never fire, would always fire, or occurs twice.
+      ValueError: a text is not a valid rule or occurs twice, or a rule would fire never or always.
     """
     rules = tuple(_parse_guard_rule(text) for text in texts)
     for index, text in enumerate(texts):
@@ -132,8 +131,8 @@ def check_metrics(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """Checks that the metric of every rule is in `METRICS`, and returns the rules.
 
     Raises:
-      ValueError: a metric is unknown; the message names similar metrics. Or a rule with `*first`
-        has a metric that is usually negative.
+      ValueError: a metric is unknown, or a rule with `*first` has a metric that is usually
+        negative. For an unknown metric, the message names similar metrics.
     """
     for rule in rules:
         if rule.metric not in METRICS:
@@ -150,7 +149,7 @@ def check_metrics(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 
 def _refusal(text: str, reason: str) -> ValueError:
-    """Returns the error for a rule, with the reason."""
+    """Returns the error that refuses a rule and states the reason."""
     return ValueError(f"guards.rules has {text!r}: {reason}")
 
 
@@ -184,7 +183,7 @@ def init_guard_state(rules: Sequence[Rule]) -> State:
     """Returns the state before the first step.
 
     The entry `factor` of a state is the product of all learning-rate factors so far. The entry
-    `stopped` is the reason why the run stops, or "" if it goes on.
+    `stopped` is the reason why the run stops, or "" if the run goes on.
     """
     memory = [{"first": None, "over": 0} for _ in rules]
     return {"factor": 1.0, "stopped": "", "rules": memory}
@@ -231,8 +230,8 @@ def apply_rules(
 def _find_guard_limit(rule: Rule, memory: dict[str, Any], value: float) -> float:
     """Returns the absolute limit of a rule, and stores the metric's first finite value above 0.
 
-    A metric may begin at 0, such as a divergence from the initial policy. Until it has a value
-    above 0, a relative limit is infinite, and only NaN is beyond it.
+    Some metrics begin at 0, such as a divergence from the initial policy. Until a metric has a
+    value above 0, its relative limit is infinite, and only NaN counts as beyond the limit.
     """
     if memory["first"] is None and math.isfinite(value) and value > 0:
         memory["first"] = value

@@ -1,9 +1,9 @@
-"""Two sequence layouts of one rollout, and the only index arithmetic of the trainer.
+"""The two sequence layouts of a rollout, and all index arithmetic of the trainer.
 
 A sample is a student prompt, a teacher prompt and one completion. Each side puts the completion
 directly after its own prompt, without a gap. The completion's tokens therefore have different
 positions on the two sides. `gather_BC` gives, for each completion token, the index of the position
-that predicts it. After this gather, the arrays of both sides have the same shape, [B, C].
+that predicts the token. After this gather, the arrays of both sides have the same shape, [B, C].
 
     student prompt a b        teacher prompt u v w x      completion 7 8 9
 
@@ -13,14 +13,14 @@ that predicts it. After this gather, the arrays of both sides have the same shap
     gather           1 2 3         gather               3 4 5
     predicts         7 8 9         predicts             7 8 9
 
-The gather index points into the rows flattened to one axis. Masks come from lengths, never from
-token values. A completion's end token therefore counts even if its id is also the padding id. With
-a shared prefix of P tokens (worked examples), positions begin at P, and rows do not contain the
-prefix.
+A gather index refers to the array of all rows, flattened to one axis. Masks are computed from
+lengths, never from token values. The end token of a completion counts even if it has the same id as
+padding. If prompts share a prefix of P tokens (the worked examples), the rows do not contain the
+prefix, and positions begin at P.
 
-`pack_rows` puts several samples into a row, as a `row_packing.RowPlan` says, and cuts the batch
-into micro-batches. If completions in one row share a prompt, the row has the prompt once. The
-prompt's segment is then the parent of the completions' segments:
+`pack_rows` puts several samples into each row and cuts the batch into micro-batches, according to a
+`row_packing.RowPlan`. If completions in one row share a prompt, the row contains the prompt only
+once. The segment of a prompt is the parent of the segments of its completions:
 
     prompt a b, completions 7 8 9 and 6;  prompt u, completion 5 4
 
@@ -41,7 +41,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from copsd_jax.runtime import sharding
 from copsd_jax.training import row_packing
 
-Array = Any  # np.ndarray from `build_batch`, jax.Array inside a step
+Array = Any  # np.ndarray if built by `build_batch`, jax.Array inside a step
 
 
 class Side(NamedTuple):
@@ -49,16 +49,17 @@ class Side(NamedTuple):
 
     All arrays are int32. In an unpacked batch, rows are [B, L] and the index is [B, C]. In a packed
     batch of U micro-batches, rows are [U, rows, L] and the index is [U, shards, T]. The rows of a
-    micro-batch are divided into `shards` equal parts. The index of a part points into its own rows.
+    micro-batch are divided into `shards` equal parts. The indices of each part point into the rows
+    of that part.
 
     Attributes:
       tokens_BL: token ids, 0 in padding.
       positions_BL: position of each token in its text, counted from the start of the shared prefix.
       segments_BL: segment of each token, numbered from 1 in each row; 0 is padding.
-      gather_BC: index of the position that predicts each completion token, into the rows flattened
-        to one axis.
-      parents_BL: segment of the prompt that the token's segment continues, or -1 if it continues
-        none; None if prompts are not shared.
+      gather_BC: for each completion token, the position that predicts it, as an index into the rows
+        flattened to one axis.
+      parents_BL: for each completion token, the segment of its prompt; -1 for all other tokens.
+        `parents_BL` is None if prompts are not shared.
     """
 
     tokens_BL: Array
@@ -69,22 +70,22 @@ class Side(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Both layouts of B completions, with the inputs of the losses for each token.
+    """The two layouts of B completions, and the per-token inputs of the losses.
 
     Attributes:
       student: the student's layout.
       teacher: the teacher's layout; None for losses without a teacher.
       completion_BC: int32 token ids.
-      mask_BC: bool, from lengths: True at tokens, False at padding.
+      mask_BC: bool, computed from lengths: True at tokens, False at padding.
       loss_BC: bool, True at tokens with distillation loss, a subset of `mask_BC`.
       policy_BC: bool, True at tokens with policy loss, a subset of `mask_BC`; None if the run has
         no policy loss.
       advantage_BC: float32, the advantage in the policy loss; None if `policy_BC` is None.
       logp_rollout_BC: float32, each token's log-probability in nats, as the sampler computed it at
         the sampling temperature; None if nothing was sampled.
-      source_UST: int32 [U, shards, T] in a packed batch, else None. It gives, for each packed
-        position, the flat index in B x C of its token, or B x C if the position has no token. The
-        arrays of shape [B, C] are not packed.
+      source_UST: int32 [U, shards, T] in a packed batch, else None. For each packed position,
+        `source_UST` gives the index of the token in the flattened [B, C] arrays, or B * C if the
+        position has no token. The arrays of shape [B, C] are not packed.
     """
 
     student: Side
@@ -101,8 +102,9 @@ class Batch(NamedTuple):
 def pad_length(length: int) -> int:
     """Returns the padded length for `length` tokens.
 
-    There are few sizes, so that few programs are compiled: multiples of 32 up to 256, of 64 up to
-    512, of 128 up to 2,048, and of 512 beyond. From 128 tokens on, padding adds at most a quarter.
+    Padded lengths are multiples of 32 up to 256, of 64 up to 512, of 128 up to 2,048, and of 512
+    beyond. Because only few lengths occur, few programs are compiled. For 128 tokens or more,
+    padding adds at most a quarter.
     """
     step = 32 if length <= 256 else 64 if length <= 512 else 128 if length <= 2048 else 512
     return max(step, -(-length // step) * step)
@@ -146,7 +148,8 @@ def build_batch(
     """Builds both layouts of B samples, one sample per row, as NumPy arrays.
 
     Every completion token carries distillation loss unless the caller replaces `loss_BC`. Without
-    teacher prompts there is only the student's layout, and no token carries distillation loss.
+    teacher prompts, the batch has only the student's layout, and no token carries distillation
+    loss.
 
     Args:
       student_prompts: token ids of B student prompts, without the shared prefix.
@@ -179,11 +182,11 @@ def build_batch(
 
 
 def measure_fill(batch: Batch) -> dict[str, float]:
-    """Measures the share of row tokens that are not padding.
+    """Measures the share of the positions in rows that are not padding.
 
     Returns:
-      The metrics `fill_student` and `fill_teacher`, between 0 and 1, for the sides that exist. A
-      packed batch also has `micro_batches`, the number of its micro-batches.
+      The metric `fill_student` and, if there is a teacher, `fill_teacher`; the values are between 0
+      and 1. For a packed batch, the metric `micro_batches` is the number of micro-batches.
     """
     out = {}
     for name, side in (("fill_student", batch.student), ("fill_teacher", batch.teacher)):
@@ -197,8 +200,9 @@ def measure_fill(batch: Batch) -> dict[str, float]:
 def batch_shardings(batch: Batch, where: Mesh) -> Batch:
     """Returns the sharding of each array of a batch, as a Batch.
 
-    The rows are split over the mesh's batch axes. In a packed batch, the gather index of a bin is
-    on the devices that have the bin's rows. The [B, C] arrays are then replicated to every device.
+    The rows are split over the mesh's batch axes. In a packed batch, the gather indices of a bin
+    are on the devices that hold the bin's rows. The [B, C] arrays of a packed batch are replicated
+    to every device.
     """
     whole = NamedSharding(where, PartitionSpec())
     if batch.source_UST is None:
@@ -223,12 +227,12 @@ def measure_prompts(batch: Batch, shared: bool) -> tuple[list[int], list[row_pac
 
     Args:
       batch: a batch of `build_batch`.
-      shared: whether prompts with equal tokens form one family. Otherwise each prompt is a family
-        of its own.
+      shared: whether prompts with equal tokens form one family. If `shared` is False, each prompt
+        is a family of its own.
 
     Returns:
-      The lengths of the completions in tokens, and the `Prompts` of each side: the student's, and
-      the teacher's if there is a teacher.
+      The lengths of the completions in tokens, and a list with the student's `Prompts` and, if
+      there is a teacher, the teacher's `Prompts`.
     """
     own_B = batch.mask_BC.sum(axis=1).tolist()
     found = []
@@ -244,12 +248,12 @@ def measure_prompts(batch: Batch, shared: bool) -> tuple[list[int], list[row_pac
 
 
 def pack_rows(batch: Batch, plan: row_packing.RowPlan, shared: bool) -> Batch:
-    """Packs the samples of a batch into rows and micro-batches, as planned.
+    """Packs the samples of a batch into rows and micro-batches, according to a plan.
 
     Args:
       batch: a batch of `build_batch`.
       plan: the plan that was made from the batch's lengths.
-      shared: the same value as in the call of `measure_prompts` for the plan.
+      shared: whether each prompt is a segment of its own, which several completions can share.
 
     Returns:
       The packed batch, with the shapes that `Side` and `Batch` state for packed batches.
@@ -287,8 +291,8 @@ def _pack_side_rows(
     shape = (plan.micros * plan.shards, size.count, size.length)
     tokens, positions, segments = np.zeros((3, *shape), np.int32)
     out = (tokens, positions, segments, np.full(shape, -1, np.int32))
-    # A gather index without a completion token may point at any position of its own part. Here it
-    # points at the first position.
+    # A gather index without a completion token may point at any position of its own part. Unused
+    # gather indices point at the first position of their part.
     parts = np.arange(len(tokens), dtype=np.int32) % plan.shards * size.tokens
     gather = np.repeat(parts[:, None], plan.sizes[0].tokens, axis=1)
     last = np.zeros(shape[:2], int)  # number of segments in each row so far
@@ -305,8 +309,9 @@ def _pack_side_rows(
             segment, parent = last[where, row], segment
         _copy_sample_to_row(out, (where, row, at), side, b, prompt, own, segment, parent)
         predicts = at - 1 + np.arange(own)
-        # The last token of the prompt predicts the first completion token. A shared prompt need not
-        # be directly before that token. The slice makes this a no-op for an empty completion.
+        # The last token of the prompt predicts the first completion token. A shared prompt is not
+        # always directly before the completion. For an empty completion, the slice `[:1]` is empty,
+        # so nothing is assigned.
         predicts[:1] = begin + prompt - 1
         gather[where, start_B[b] : start_B[b] + own] = parts[where] + row * size.length + predicts
     tokens, positions, segments, parents = (x.reshape(plan.micros, -1, size.length) for x in out)
@@ -317,7 +322,7 @@ def _pack_side_rows(
 def _copy_sample_to_row(
     out: tuple, at: tuple, side: Side, b: int, first: int, n: int, segment, parent
 ) -> None:
-    """Copies n tokens of sample b, from `first` on, to the bin, row and index in `at`.
+    """Copies n tokens of sample b, starting at `first`, to the bin, row and index given by `at`.
 
     `out` holds the arrays of tokens, positions, segments and parents.
     """

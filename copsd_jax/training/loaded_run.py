@@ -1,4 +1,4 @@
-"""The loaded parts of a planned run: weights on the mesh, compiled functions, and their uses."""
+"""The loaded parts of a planned run, such as weights and compiled functions, and their uses."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,8 @@ from copsd_jax.teaching import conversations, prompts, text_encoding
 from copsd_jax.training import builders, run_plan, train_step
 from copsd_jax.weights import hf, peft
 
-# A random stream of the seed. The sampler's streams count from 0; builders.ADAPTER_STREAM is 1001.
+# Number of the random stream for initial weights. The sampler's streams are numbered from 0;
+# builders.ADAPTER_STREAM is 1001.
 WEIGHTS_STREAM = 1002
 
 
@@ -36,18 +37,20 @@ class LoadedRun:
     Attributes:
       plan: the checked plan.
       decoder: the model, without parameters.
-      frozen: the base parameters for LoRA. For full fine-tuning, the initial parameters if the
-        teacher or the KL term needs them, otherwise {}.
+      frozen: the parameters that the run does not train. LoRA needs the base parameters. Full
+        fine-tuning needs the initial parameters only for some teachers and for the KL term;
+        otherwise `frozen` is {}.
       options: the static options of the train step.
       step: the compiled train step.
-      rate: returns the learning rate of a step.
-      grader: grades final answers; a context manager that owns the grading processes.
-      rewarder: scores completions.
+      rate: function that returns the learning rate of a step.
+      grader: context manager that grades final answers and owns the grading processes.
+      rewarder: the object that scores completions.
       token_classes: int8 [V], the class of each token in `token_stats`.
-      teacher_kv: keys and values of the exemplars under the fixed teacher; None for other teachers
-        or without exemplars.
-      hand_over: hands a policy to the sampler.
-      served: hands a policy to the server of sampler.engine=server; None for other engines.
+      teacher_kv: keys and values that a fixed teacher computes for the exemplars; None for other
+        teachers, or if there are no exemplars.
+      hand_over: function that hands a policy to the sampler.
+      served: function that hands a policy to the server of sampler.engine=server; None for other
+        engines.
       lengths: number of cache entries that a slot needs, by section: rollout, eval and author.
     """
 
@@ -78,14 +81,15 @@ class UnusableFile(Exception):
 def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
     """Ends the program with a one-sentence message if a traceback would not help.
 
-    This applies to three failures: a server that fails, a damaged file, and a lack of memory.
+    A traceback does not help with three failures: a server that fails, a damaged file, and a lack
+    of memory.
 
     Args:
       directory: the work directory. Messages about servers and files say that the same command
         continues the run.
 
     Raises:
-      SystemExit: replaces EngineError, UnusableFile and MemoryError.
+      SystemExit: raised in place of EngineError, UnusableFile and MemoryError.
     """
     try:
         yield
@@ -103,13 +107,13 @@ def load_run(
     Args:
       plan: the checked plan.
       steps: number of steps of the run; the decay of the learning rate ends with the last step.
-      folder: the folder in which a server finds weights, if sampler.folder is "".
+      folder: the folder for the weights that a server loads; used if sampler.folder is "".
 
     Returns:
       The loaded run, and the training state at step 0.
 
     Raises:
-      ValueError: the engine is a server, and neither setting nor argument names a folder.
+      ValueError: the engine is a server, and neither sampler.folder nor `folder` names a folder.
     """
     config = plan.config
     decoder, base = builders.build_decoder(plan), _load_run_weights(plan)
@@ -139,8 +143,8 @@ def load_run(
 def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
     """Returns the number of cache entries that a slot needs, by section.
 
-    A slot has room for the longest prompt without exemplars and the longest completion. The number
-    is 0 for an author, whose prompts are not known yet, and for sections without rows.
+    A slot has room for the longest prompt, exemplars excluded, followed by the longest completion.
+    For the author, whose prompts are not known yet, and for sections without rows, the result is 0.
     """
     config, out = plan.config, {"author": 0}
     completion = config.rollout.max_tokens
@@ -155,7 +159,7 @@ def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
-    """Runs `make(*args)` in jit, so that each device creates only its own shards of the result."""
+    """Runs `make(*args)` in jit, so that each device creates only its shards of the result."""
     places = builders.find_shardings(jax.eval_shape(make, *args), plan)
     return jax.jit(make, out_shardings=places)(*args)
 
@@ -180,9 +184,9 @@ def _load_run_weights(plan: run_plan.Plan) -> dict:
 
 @contextlib.contextmanager
 def set_mesh_and_precision(plan: run_plan.Plan) -> Iterator[None]:
-    """Sets the mesh of the plan's programs, and full precision for products of float32.
+    """Sets the mesh of the plan's programs, and full precision for float32 matrix products.
 
-    Accelerators would otherwise round the operands of such products to fewer bits.
+    By default, accelerators round the operands of float32 matrix products to fewer bits.
     """
     precise = "highest" if plan.dtype == jnp.float32 else None
     with jax.set_mesh(plan.mesh), jax.default_matmul_precision(precise):
@@ -224,10 +228,10 @@ def write_policy(
     Face's layout.
 
     Args:
-      plan: has the model's shape, files and tokenizer.
+      plan: the plan, which has the model's shape, files and tokenizer.
       policy: the policy.
       folder: the folder to write.
-      base: the name of the base model, which the files of an adapter state.
+      base: the name of the base model, which is written into the files of an adapter.
 
     Raises:
       OSError: the folder cannot be written.
@@ -243,14 +247,15 @@ def write_policy(
 class ServedPolicy:
     """A function that hands policies to a server and remembers which policy the server has.
 
-    Two policies count as equal if their arrays are the same objects. The arrays are referenced
-    weakly. Each policy is written to a new folder by `write_policy`. Older folders are removed once
-    the server has loaded the new policy.
+    Two policies count as equal if their arrays are the same objects. This class holds only weak
+    references to the arrays. Each policy is written to a new folder by `write_policy`. Older
+    folders are removed after the server has loaded the new policy.
 
     Args:
       plan: the checked plan.
       server: the server, which serves the base model under the name `sampler.model`.
-      folder: the parent of these folders. No other run uses it, and the server can read it.
+      folder: the folder that contains the folders of the policies. The server must be able to read
+        this folder, and no other run may use it.
     """
 
     def __init__(
@@ -273,7 +278,7 @@ class ServedPolicy:
             return self._base  # an adapter with b = 0 changes nothing, so the base is the policy
         leaves = jax.tree.leaves(policy.params if adapter is None else adapter)
         if [id(held()) for held in self._held] != [id(leaf) for leaf in leaves]:
-            self._held = []  # cleared first, so that the next call repeats a failed hand-over
+            self._held = []  # cleared first: if the hand-over fails, the next call repeats it
             self._server = self._handed(policy)
             self._held = [weakref.ref(leaf) for leaf in leaves]
         return self._server
@@ -330,8 +335,9 @@ def sample(
       asked: the prompts, which all begin with the same exemplars.
       section: the section of settings: rollout, eval or author.
       keys: uint32 [n, 2], one random key per prompt, from `request.derive_keys`.
-      progress: called with the statistics; see `loop.generate`.
-      done: called with each index and completion as soon as it is complete; see `loop.generate`.
+      progress: function that is called with the statistics; see `loop.generate`.
+      done: function that is called with each completion and its index as soon as the completion
+        ends; see `loop.generate`.
 
     Returns:
       The completions in the order of the prompts, and statistics.
@@ -368,7 +374,7 @@ def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
 
     Args:
       run: the loaded run.
-      state: gives the student's weights.
+      state: the state with the student's weights.
 
     Raises:
       MemoryError: the programs do not fit on the devices; the message names the section's settings.
@@ -417,8 +423,8 @@ def grade_completions(
 ) -> list[reward_functions.Verdict]:
     """Grades completions, and marks them as correct if their reward reaches reward.threshold.
 
-    The threshold applies to verdicts whose `correct` is None. The leading process grades for all
-    processes, because time limits or a user's function could give them different results.
+    The threshold is used only for verdicts whose `correct` is None. Only the leading process
+    grades. Because of time limits or a user's function, another process could get another result.
 
     Args:
       run: the loaded run, with an open grader.

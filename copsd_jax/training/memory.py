@@ -1,7 +1,7 @@
 """Parameter counts, and the memory that a run holds, computed from shapes and shardings.
 
-This file allocates and compiles nothing. Only the compiler knows the temporaries of programs, so
-`dryrun` compiles the programs and reads the sizes of their temporaries.
+This file allocates and compiles nothing. Only the compiler knows how much temporary memory a
+program needs, so `dryrun` compiles the programs and reads these amounts.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
     """Returns the number of base parameters and the number of trained parameters.
 
     Returns:
-      {"base": number, "trained": number}. For LoRA the trained parameters are the adapter's.
+      {"base": number, "trained": number}. With LoRA, only the adapter's parameters are trained.
     """
     count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
     base = transformer.abstract_params(plan.model_config, plan.dtype)
@@ -33,7 +33,7 @@ def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def count_bytes(tree: Any) -> int:
-    """Returns the bytes that a tree of arrays with shardings takes on each device."""
+    """Returns the bytes on each device of a tree of arrays that have shardings."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -45,7 +45,7 @@ class HeldArrays(NamedTuple):
 
     Attributes:
       base: the parameters as loaded.
-      frozen: the parameters that stay unchanged throughout; {} if full fine-tuning needs none.
+      frozen: the parameters that do not change during the run; {} if full fine-tuning needs none.
       state: the training state.
       sampler: the policy that the sampler reads.
       kept: the sampler's copy of weights that stays in memory during the training step, or None.
@@ -63,11 +63,11 @@ def held_arrays(
     *,
     call: Callable[..., Any] = lambda program, *args: program.eval_shape(*args),
 ) -> HeldArrays:
-    """Returns the arrays that a run holds, derived from the functions that create them in a run.
+    """Returns the arrays that a run holds, traced through the functions that create them.
 
     Args:
       frame: the settings, the model's shape and the mesh, which may be an AbstractMesh.
-      call: returns the abstract results of a jitted function; used for the hand-over's functions.
+      call: function that returns the abstract results of a jitted function; the hand-over uses it.
     """
     c = frame.config
     shapes = transformer.abstract_params(frame.model_config, frame.dtype)
@@ -83,15 +83,15 @@ def held_arrays(
 
 
 def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str, int]:
-    """Returns the bytes that a run holds on each device all the time, by part.
+    """Returns the bytes that a run holds on each device at all times, by part.
 
     Args:
       frame: the settings.
       arrays: the arrays of `held_arrays`.
 
     Returns:
-      The bytes of `weights`, `adapters`, `optimizer`, and `average`. The last is the teacher's
-      moving average.
+      The bytes of `weights`, `adapters`, `optimizer` and `average`. The part `average` is the
+      moving average of the teacher.
     """
     trained = count_bytes(arrays.state.trained)
     lora = frame.config.train.trainable == "lora"
@@ -104,7 +104,7 @@ def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str,
 
 
 def count_sampler_weights(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> int:
-    """Returns the bytes on each device of the sampler's own copies of weights during sampling.
+    """Returns the bytes that the sampler's own copies of weights take on each device.
 
     Args:
       frame: the settings.
@@ -120,11 +120,11 @@ def count_sampler_weights(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> in
 
 
 def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -> int:
-    """Returns the bytes on each device of the decode cache and of the state of its slots.
+    """Returns the bytes that the decode cache and the state of its slots take on each device.
 
     Args:
       frame: the settings, the model's shape and the mesh.
-      section: the section of the settings with the number of slots: rollout, eval or author.
+      section: the section of the settings that sets the number of slots: rollout, eval or author.
       tokens: number of cache entries that a slot needs, including entries that an insertion
         overwrites.
     """
@@ -143,9 +143,9 @@ def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -
 
 
 def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
-    """Returns the bytes on each device of weights, training state and the rollouts' decode cache.
+    """Returns the bytes that weights, training state and decode cache take on each device.
 
-    The temporaries of programs are not included.
+    The decode cache of rollouts is counted, but the temporary memory of programs is not.
     """
     arrays = held_arrays(plan)
     held = count_resident(plan, arrays)
@@ -160,12 +160,12 @@ def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def describe_undivided(frame: run_plan.ProgramPlan) -> str:
-    """Describes the parameters that are not split along a mesh axis that does not divide them.
+    """Describes the parameters that stay whole along a mesh axis that cannot divide them.
 
     Returns:
-      One line with the parameters of each axis and the additional memory on each device; "" if the
-      mesh divides every parameter. For trained parameters, the memory includes their gradients, the
-      two moments of AdamW and the average.
+      One line that lists the undivided parameters of each axis and the additional memory on each
+      device; "" if the mesh divides every parameter. For trained parameters, the memory includes
+      the gradients, the two moments of AdamW and the teacher's average.
     """
     c, where, shape = frame.config, frame.mesh, frame.model_config
     base = transformer.abstract_params(shape, frame.dtype)

@@ -27,7 +27,7 @@ def read_headers(
       The path of the model, its shape, and its tokenizer.
 
     Raises:
-      ValueError, OSError: a file is missing, or names an unknown architecture.
+      ValueError, OSError: a file is missing, or the model's config names an unknown architecture.
     """
     path = hub.resolve_model_path(config.model.path, config.model.revision, weights=False)
     own = config.model.tokenizer
@@ -37,14 +37,14 @@ def read_headers(
     if config.model.init == "random" and config.model.shape:
         shape = transformer.SHAPES[config.model.shape]
         if config.model.shape == "tiny":
-            # The vocabulary is the tokenizer's, rounded up so that a mesh can divide it.
+            # The tokenizer's vocabulary size is rounded up so that a mesh can divide it.
             shape = dataclasses.replace(shape, vocab_size=-(-len(tok) // 64) * 64)
         return path, shape, tok
     return path, hf_config.load_config(path), tok
 
 
 def choose_dtype(name: str, devices: Mesh) -> Any:
-    """Returns the dtype of base weights and compute, from `model.dtype` and the mesh's platform.
+    """Returns the dtype of weights and computation, from `model.dtype` and the mesh's platform.
 
     Args:
       name: auto, float32 or bfloat16; auto is float32 on a CPU and bfloat16 elsewhere.

@@ -1,4 +1,4 @@
-"""Lengths of prompts, checked against the limits of the settings and the model's positions."""
+"""Checks prompt lengths against the limits in the settings and the model's number of positions."""
 
 import collections
 import functools
@@ -12,7 +12,7 @@ from copsd_jax.teaching import contexts, conversations, prompts, teacher_side, t
 
 
 class FittingRows(NamedTuple):
-    """Rows whose prompts fit.
+    """The rows whose prompts are within the limit.
 
     Attributes:
       rows: the rows, in their original order.
@@ -29,17 +29,17 @@ def keep_fitting(
     rows: Sequence[problem_row.Row], build: Callable[[problem_row.Row], prompts.Prompt], side: str,
     section: str, config: config_lib.Config,
 ) -> FittingRows:  # fmt: skip
-    """Returns the rows whose prompt fits `<section>.max_tokens`.
+    """Returns the rows whose prompts have at most `<section>.max_tokens` tokens.
 
     Args:
       rows: the candidates.
-      build: builds a row's prompt.
+      build: function that builds a row's prompt.
       side: the side of the prompts, which is the key in the result's `longest`.
-      section: the section of the settings with the limit: prompt or teacher.
+      section: the section of the settings that sets the limit: prompt or teacher.
       config: the run's settings; `data.overlong` says whether a long prompt is an error.
 
     Raises:
-      ValueError: no row fits, or with data.overlong=error a row does not fit.
+      ValueError: no row fits, or a row does not fit and data.overlong is error.
     """
     setting, limit = f"{section}.max_tokens", config[section].max_tokens
     lengths = []
@@ -70,11 +70,11 @@ def keep_fitting_training(
       rows: the candidates.
       config: the run's settings.
       student: the format of the student's prompts.
-      teacher: has the tokenizer, and builds the teacher's prompts, which are measured with the
-        shortest attempt and reply.
+      teacher: the object that has the tokenizer and builds the teacher's prompts. Prompts are
+        measured with the shortest possible attempt and reply.
 
     Raises:
-      ValueError: the same cases as in `keep_fitting`; or student and teacher start in different
+      ValueError: rows do not fit, as in `keep_fitting`, or student and teacher start in different
         states of the chat template.
     """
     build = functools.partial(prompts.build_student_prompt, teacher.tokenizer, student)
@@ -117,9 +117,9 @@ def check_room(config: config_lib.Config, longest: dict[str, int], room: int, pl
 
     Args:
       config: the run's settings, with the limits of completions.
-      longest: number of tokens in the longest prompt of each side to check.
-      room: maximum number of tokens of a prompt with its completion.
-      place: describes the room in the message.
+      longest: for each side to check, the number of tokens in its longest prompt.
+      room: maximum number of tokens of a prompt and its completion together.
+      place: the words that name the room in the message.
 
     Raises:
       ValueError: there is no room; the message names the side and the setting.
@@ -149,8 +149,8 @@ def bound_teacher(
 
     Args:
       config: the run's settings.
-      context: the privileged context; a reply or a sibling's answer makes prompts longer.
-      model_config: has the number of positions.
+      context: the privileged context; replies and siblings' answers make prompts longer.
+      model_config: the shape of the model, which has the maximum number of positions.
       shortest: number of tokens in the longest teacher prompt, measured with the shortest attempt
         and reply.
     """
@@ -175,9 +175,9 @@ def drop_overlong(
 
     Args:
       config: the run's settings.
-      model_config: has the number of positions.
+      model_config: the shape of the model, which has the maximum number of positions.
       students: the student's prompt of each completion.
-      teachers: the teacher's prompt of each completion, or None if it has none.
+      teachers: the teacher's prompt of each completion; None for a completion without one.
 
     Returns:
       The teacher's prompts, and the number of overlong prompts.

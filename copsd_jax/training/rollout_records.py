@@ -15,9 +15,9 @@ from copsd_jax.training.rollouts import Rollouts, StepInputs
 
 
 def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
-    """Builds one record per completion, a dictionary, as stored in W/rollouts.
+    """Builds one dictionary per completion, which is the record stored in W/rollouts.
 
-    Methods add fields of their own, and `add_token_values` adds per-token values.
+    Each method adds fields of its own, and `add_token_values` adds per-token values.
 
     Args:
       r: the loaded run.
@@ -80,13 +80,13 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
       sampler: the statistics of the sampler.
 
     Returns:
-      Values by name. `correct` and `reward` are absent if nothing is graded, `format` if no grader
-      looked for an answer, and `slot_occupancy` if no prompt had to wait.
+      Values by name. `correct` and `reward` are absent if nothing is graded. `format` is absent if
+      no grader looked for an answer, and `slot_occupancy` is absent if no prompt had to wait.
     """
     graded = [record for record in made if record["correct"] is not None]
     # "raised:KeyError" counts as "raised"; the records keep the exception's name.
     statuses = [record["grade_status"].partition(":")[0] for record in graded]
-    # A user's function extracts no answer, so these statuses say nothing about the answer's format.
+    # A user's function extracts no answer, so its verdicts say nothing about the format of answers.
     formed = [
         record["answer"] is not None
         for record, status in zip(graded, statuses, strict=True)
@@ -96,7 +96,8 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
         "completion_tokens": mean([len(record["completion_ids"]) for record in made]),
         "truncated": mean([record["finish"] == "length" for record in made]),
         "graded": float(len(graded)),
-        # Without graded completions these metrics are absent: 0 would look like a result.
+        # Without graded completions, `correct` and `reward` are absent, because 0 would look like a
+        # result.
         **({"correct": mean([record["correct"] for record in graded])} if graded else {}),
         **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
         **({"format": mean(formed)} if formed else {}),
@@ -128,11 +129,11 @@ def add_token_values(
     with policy loss or cross entropy.
 
     `logp_gap_mean` and `logp_gap_max` are the mean and the maximum of a token's gap in nats. The
-    gap is |ln p in the sampler - ln p in the trainer|, for the sampled token, at the sampling
-    temperature and over the whole vocabulary. The metrics cover every token whose log-probability
-    the step computed. With a divergence these are all tokens, with or without loss. Otherwise they
-    are the tokens of completions with policy loss. `logp_absent` is the share of completions
-    without the sampler's log-probabilities.
+    gap of a sampled token is |ln p in the sampler - ln p in the trainer|. Both probabilities are at
+    the sampling temperature and over the whole vocabulary. If the run has a divergence, the gap
+    metrics cover all tokens, with or without loss. If the run has no divergence, the gap metrics
+    cover the completions that have policy loss. `logp_absent` is the share of completions without
+    the sampler's log-probabilities.
 
     Args:
       r: the loaded run.
@@ -166,10 +167,10 @@ def add_token_values(
 
 
 def _add_divergence(r, record: dict, batch: layout.Batch, tokens, b: int, n: int) -> None:
-    """Adds the student's values to a record, and the teacher's if it has a teacher prompt.
+    """Adds the student's values to a record, and the teacher's values if there is a teacher prompt.
 
-    `ratio` is the capped importance weight of each sampled token. It is present only if
-    loss.rollout_clip is above 0.
+    If loss.rollout_clip is above 0, the record gets `ratio`, the capped importance weight of each
+    sampled token.
     """
     record["loss_mask"] = [int(x) for x in batch.loss_BC[b, :n]]
     record["logp_student"] = round_values(tokens.logp_student_T[b, :n])
@@ -187,10 +188,10 @@ def _add_divergence(r, record: dict, batch: layout.Batch, tokens, b: int, n: int
 
 
 def _add_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) -> None:
-    """Adds to a record the values of the policy loss; a cross entropy has fewer values.
+    """Adds the values of the policy loss to a record; a cross entropy has fewer values.
 
-    `policy_ratio` is p(y) in the trainer / p(y) in the sampler before any clip. It is present only
-    if the loss uses it.
+    If the loss compares trainer and sampler, the record gets `policy_ratio`: p(y) in the trainer
+    divided by p(y) in the sampler, before any clip.
     """
     settings = r.options.policy
     record["policy_loss"] = round_values(policy.value_T[b, :n])
@@ -203,13 +204,13 @@ def _add_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) ->
     if settings.kl:
         record["kl_initial"] = round_values(policy.kl_T[b, :n])
     if settings.old == "sampler" or settings.rollout_clip:
-        # The loss limits the logarithm of the ratio in the same way (policy_loss.LOG_RATIO).
+        # The loss limits the logarithm of the ratio to the same range (policy_loss.LOG_RATIO).
         log = np.clip(policy.logp_T[b, :n] - batch.logp_rollout_BC[b, :n], -20, 20)
         record["policy_ratio"] = round_values(np.exp(log))
 
 
 def _mean_ratios(made: list[dict]) -> dict[str, float]:
-    """Returns the mean of each ratio, over the tokens with the loss that uses the ratio."""
+    """Returns the mean of each ratio over the tokens that carry the ratio's loss."""
     out = {}
     for name, mask in (("ratio", "loss_mask"), ("policy_ratio", "policy_mask")):
         kept = [
@@ -229,13 +230,14 @@ OF_POLICY = ("policy_loss", "policy_entropy", "ratio_clipped", "kl_initial")
 def drop_empty_means(
     policy: train_step.PolicyLoss | None, values: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Returns the step's metrics without means over no tokens, which the step reports as 0.
+    """Returns a step's metrics without the means over zero tokens, which the step reports as 0.
 
-    A mean is empty if no token carries the loss that it belongs to. `ratio_clipped` is empty for a
-    cross entropy, and `kl_initial` for a loss without the divergence from the initial policy.
+    A mean is dropped if no token carries the loss to which the mean belongs. For a cross entropy,
+    `ratio_clipped` is dropped. For a loss without the divergence from the initial policy,
+    `kl_initial` is dropped.
 
     Args:
-      policy: the settings of the policy loss, or None without one.
+      policy: the settings of the policy loss; None if the run has no policy loss.
       values: the metrics of the step, as scalars.
     """
     numbers = {name: float(value) for name, value in values.items()}

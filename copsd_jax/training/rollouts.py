@@ -1,7 +1,7 @@
 """The rollouts of a step: completions of the student, sampled and graded.
 
-All methods that sample share this file. A group consists of the completions of one occurrence of a
-problem.
+All methods that sample rollouts use this file. The completions of a problem form a group. If a
+problem occurs twice in a step, each occurrence has a group of its own.
 """
 
 import collections
@@ -21,7 +21,7 @@ from copsd_jax.training import layout, loaded_run, train_step
 
 
 class Rollouts(NamedTuple):
-    """B completions of a step, in the order of the batch.
+    """The B completions of a step, in the order of the batch.
 
     Attributes:
       rows: the problem of each completion.
@@ -31,7 +31,7 @@ class Rollouts(NamedTuple):
       completions: the sampled ids, with log-probabilities and the reason why sampling ended.
       decoded: the text of each completion without the end token, and the characters of each token.
       starts: the index in each text at which the answer begins, after the thinking.
-      verdicts: the grading of each completion; None if its row has no gold answer.
+      verdicts: the verdict on each completion; None if the row has no gold answer.
       sampler: statistics of the sampler, such as the occupancy of its slots.
     """
 
@@ -55,7 +55,7 @@ class Rollouts(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """The inputs of a train step, and the records and metrics that are known before it runs.
+    """The inputs of a train step, and the records and metrics that are known before the step.
 
     Attributes:
       batch: the layouts of both sides, with masks and advantages.
@@ -80,7 +80,7 @@ def sample_rollouts(
 
     Args:
       r: the loaded run, with an open grader.
-      state: gives the student's weights.
+      state: the state with the student's weights.
       rows: the problems of the step. Completions of a row without a gold answer are not graded.
       step: selects the random stream.
     """
@@ -113,11 +113,12 @@ def sample_rollouts(
 
 
 def _clear_unknown_logps(completion: loop.Completion) -> loop.Completion:
-    """Replaces NaN log-probabilities, which a server did not return, with empty arrays.
+    """Replaces NaN log-probabilities with empty arrays; NaN means that a server returned none.
 
-    A record then has [], which JSON can express, and a batch has 0 (`layout.pad_rows`). No loss
-    reads this 0, because `make_plan` refuses losses that would. In a batch, a NaN would spread: NaN
-    times a weight of 0 is NaN.
+    A record shows an empty array as [], because JSON has no NaN. A batch shows an empty array as
+    zeros (`layout.pad_rows`). No loss reads these zeros, because `make_plan` refuses losses that
+    need log-probabilities if the server returns none. In a batch, a NaN would spread: NaN times a
+    weight of 0 is NaN.
     """
     known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
     logps, truncated = known(completion.logps), known(completion.logps_truncated)
@@ -125,7 +126,7 @@ def _clear_unknown_logps(completion: loop.Completion) -> loop.Completion:
 
 
 def _number_samples(rows: Sequence[problem_row.Row]) -> list[int]:
-    """Returns each row's occurrence number, from 0, so that no random stream is used twice."""
+    """Returns each row's occurrence number, counted from 0, so that no random stream is reused."""
     seen: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
     return [next(seen[row.id]) for row in rows]
 
@@ -138,13 +139,14 @@ def encode_prefixes(
 
     Args:
       r: the loaded run.
-      state: gives the weights of the teacher's policies.
+      state: the state with the weights of the teacher's policies.
       asked: a prompt of the student.
-      told: a prompt of the teacher, or None without a teacher.
+      told: a prompt of the teacher; None if there is no teacher.
 
     Returns:
-      The student's prefix as ids, int32 [P]; and the teacher's prefix as keys and values
-      [layers, 1, P, K, H], one entry per policy of the teacher. A side without exemplars has None.
+      The student's prefix as ids, int32 [P]; and the teacher's prefix as keys and values [layers,
+      1, P, K, H], one entry per policy of the teacher. For a side without exemplars, the prefix is
+      None.
     """
     student = np.asarray(asked.prefix_ids, np.int32) if asked.prefix_ids else None
     if told is None or not told.prefix_ids:

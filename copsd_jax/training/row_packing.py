@@ -1,13 +1,14 @@
-"""Packing of completions into rows, devices and micro-batches, from their lengths alone.
+"""Packing of completions into rows, devices and micro-batches, based only on lengths.
 
 A bin is the part of a micro-batch that one shard runs: rows of the student's side and rows of the
 teacher's side. On each side, all bins have the same number and length of rows, so that one program
-runs them. Both sides of a completion are in the same bin, so no hidden state travels between
+runs all bins. Both sides of a completion are in the same bin, so no hidden state travels between
 devices.
 
-A completion goes into the first bin that has room for it on both sides, and there into the first
-row with room. If the bin already has a copy of the completion's prompt with room after it, the
-completion goes there, and the prompt is not copied again. An example with rows of 11 tokens:
+A completion goes into the first bin that has room for it on both sides and, within the bin, into
+the first row with room. If a row of the bin already has a copy of the completion's prompt and still
+has room, the completion goes into that row, and the prompt is not copied again. An example with
+rows of 11 tokens:
 
     prompts     A of 3 tokens, with completions of 4, 2 and 2; B of 2 tokens, with 3 and 1
     row 0       A A A | 4 4 4 4 | 2 2 | 2 2
@@ -15,13 +16,13 @@ completion goes there, and the prompt is not copied again. An example with rows 
 
 Without sharing, the example needs three rows with 7 + 3, 5 + 5 and 5 tokens.
 
-The prompts that have the most tokens, completions included, come first. Among the completions of a
-prompt, the longest comes first. Without shared prompts this is first fit decreasing.
+The prompt with the most tokens, completions included, is placed first. Among the completions of a
+prompt, the longest is placed first. Without shared prompts, the method is first fit decreasing.
 
 The search tries bin sizes from the mean load upwards, and takes the first size that works. For each
-size it also tries to put completions into the emptiest bin instead of the first. Successive sizes
-differ by about 1/16, and a size determines the number and length of rows. Steps with other lengths
-therefore need few additional programs.
+size, the search also tries to put each completion into the emptiest bin instead of the first.
+Successive sizes differ by about 1/16, and a size determines the number and length of rows. Because
+only few sizes occur, steps with other lengths need few additional programs.
 """
 
 import collections
@@ -31,13 +32,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROW_MULTIPLE = 16  # row lengths are multiples of this
+ROW_MULTIPLE = 16  # row lengths are multiples of this number
 SHORT_ROW = 256  # shorter rows grow to this many tokens or to four samples, whichever is less
-SIZES_TRIED = 12  # number of sizes of a side that the search tries, from the smallest on
+SIZES_TRIED = 12  # number of row shapes that the search tries for a side, smallest first
 
 
 class Prompts(NamedTuple):
-    """Prompts of one side.
+    """The prompts of all completions on one side.
 
     Attributes:
       prompts_B: length of each completion's prompt, in tokens.
@@ -57,7 +58,7 @@ class RowShape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of all rows together."""
+        """The total number of tokens in all rows."""
         return self.count * self.length
 
 
@@ -81,7 +82,7 @@ class RowPlan(NamedTuple):
     Attributes:
       micros: number of micro-batches.
       shards: number of shards into which the rows of a micro-batch are split.
-      bin_B: bin of each completion: micro-batch x shards + shard.
+      bin_B: index of each completion's bin, which is micro-batch * shards + shard.
       sizes: number and length of a bin's rows, for each side.
       places: positions of all completions, for each side.
     """
@@ -96,8 +97,8 @@ class RowPlan(NamedTuple):
 def round_up_row_size(number: int, least: int = 1, parts: int = 16) -> int:
     """Rounds up to a multiple of a step that grows with the number: 35 -> 36, 1,100 -> 1,152.
 
-    The step is the largest power of two that is not above the number, divided by `parts`, and at
-    least `least`.
+    The largest power of two that is at most the number is divided by `parts`. The step is the
+    quotient, or `least` if the quotient is smaller.
     """
     step = max(least, (1 << max(0, number.bit_length() - 1)) // parts)
     return max(1, -(-number // step)) * step
@@ -114,12 +115,12 @@ def plan_rows(
       sides: the student's prompts, and the teacher's if there is one.
       shards: number of shards into which the rows of a micro-batch are split.
       micros: number of micro-batches; read only if there is no budget.
-      budget: maximum number of tokens of a bin, over all sides. The plan then has as few
-        micro-batches as possible. 0 means no budget.
-      row: length of rows in tokens, unless a sample is longer. 0 means that the length depends on
-        the samples.
-      one_per_row: whether each completion gets its own row. A dry run needs this, because its
-        texts are all as long as the limits allow.
+      budget: maximum number of tokens of a bin, over all sides; 0 means no budget. With a budget,
+        the plan has as few micro-batches as possible.
+      row: minimum length of rows in tokens; the rows are longer only if a sample is longer. If
+        `row` is 0, the length depends on the samples.
+      one_per_row: whether each completion gets its own row. A dry run needs one row per completion,
+        because all texts of a dry run are as long as the limits allow.
 
     Raises:
       ValueError: a sample needs more tokens than `budget`.
@@ -149,7 +150,8 @@ def _plan_one_per_row(
 ) -> RowPlan:  # fmt: skip
     """Plans one completion per row; all rows are as long as the longest sample.
 
-    A budget is rounded up to whole samples, because shorter samples in a run can fill all of it.
+    A budget is rounded up to whole samples, because the shorter samples of a run can fill the whole
+    budget.
     """
     B, lengths = len(completions_B), [round_up_row_size(n, ROW_MULTIPLE) for n in longest]
     rows = -(-budget // sum(lengths)) if budget else -(-B // (micros * shards))
@@ -164,7 +166,7 @@ def check_budget(budget: int, longest: Sequence[int]) -> None:
 
     Args:
       budget: the setting, in tokens.
-      longest: tokens of the longest sample on each side.
+      longest: number of tokens in the longest sample of each side.
 
     Raises:
       ValueError: the setting is too small; the message gives the smallest sufficient value.
@@ -179,7 +181,7 @@ def check_budget(budget: int, longest: Sequence[int]) -> None:
 
 
 def _count_packing_load(completions_B: Sequence[int], side: Prompts, members: Sequence[int]) -> int:
-    """Returns the number of tokens of the given completions, with each of their prompts once."""
+    """Returns the number of tokens in completions and prompts, counting each prompt once."""
     prompts = {side.families_B[b]: side.prompts_B[b] for b in members}
     return sum(completions_B[b] for b in members) + sum(prompts.values())
 
@@ -187,7 +189,8 @@ def _count_packing_load(completions_B: Sequence[int], side: Prompts, members: Se
 def _list_row_shapes(mean: int, longest: int, row: int) -> list[RowShape]:
     """Returns the row shapes to try for a side, the smallest first.
 
-    Successive shapes differ by about 1/16 in tokens. The first holds the mean load of all bins.
+    Successive shapes differ by about 1/16 in tokens. The first shape has room for the mean load of
+    a bin.
     """
     if row:
         length = round_up_row_size(longest, ROW_MULTIPLE)
@@ -197,7 +200,8 @@ def _list_row_shapes(mean: int, longest: int, row: int) -> list[RowShape]:
             initial=round_up_row_size(-(-mean // length)),
         )
         return [RowShape(count, length) for count in counts]
-    # Rounding up to half octaves gives few lengths. It wastes nothing: packing fills the rows.
+    # Rounding up to half octaves gives few row lengths. Packing fills the longer rows, so the
+    # rounding wastes nothing.
     shortest = round_up_row_size(longest, ROW_MULTIPLE, parts=2)
     shortest = max(shortest, min(4 * shortest, SHORT_ROW))
     out, tokens = [], round_up_row_size(max(mean, longest), ROW_MULTIPLE)
@@ -212,11 +216,11 @@ def _search_row_plan(
     completions_B: Sequence[int], sides: Sequence[Prompts], longest: list[int], micros: int,
     shards: int, row: int, budget: int,
 ) -> RowPlan | None:  # fmt: skip
-    """Returns the feasible plan with the fewest tokens, or None if none fits the budget."""
+    """Returns the feasible plan with the fewest tokens, or None if no plan fits the budget."""
     count, everyone = micros * shards, range(len(completions_B))
     loads = [_count_packing_load(completions_B, side, everyone) for side in sides]
     order = _order_for_packing(completions_B, sides, loads)
-    # One row for each completion always works.
+    # A shape with one row for each completion always works.
     rows = round_up_row_size(-(-len(completions_B) // count))
     choices = [
         [
@@ -239,9 +243,9 @@ def _search_row_plan(
 def _order_for_packing(completions_B, sides: Sequence[Prompts], loads: Sequence[int]) -> list[int]:
     """Orders the completions for placement.
 
-    The completions of the student prompt with the largest share of all tokens come first. The share
-    is the larger of the shares on the two sides. Among the completions of a prompt, the longest
-    comes first.
+    The completions of a student prompt form a group. The group with the largest share of all tokens
+    comes first. A group's share is the larger of its shares on the two sides. Within a group, the
+    longest completion comes first.
     """
     families = collections.defaultdict(list)
     for b, family in enumerate(sides[0].families_B):
@@ -257,7 +261,7 @@ def _order_for_packing(completions_B, sides: Sequence[Prompts], loads: Sequence[
 
 
 class _SideBins:
-    """The rows of one side while completions are placed into them."""
+    """The rows of one side during the placement of completions."""
 
     def __init__(self, texts: Prompts, size: RowShape, bins: int):
         self.texts, self.size = texts, size
@@ -267,14 +271,14 @@ class _SideBins:
         self.known = collections.defaultdict(dict)  # family -> bin -> [(row, start of prompt)]
 
     def behind(self, b: int, own: int, where: int) -> tuple[int, int] | None:
-        """Returns (row, start) of a copy of the prompt in the bin with room after it, or None."""
+        """Returns (row, start) of a copy of the prompt in a row with room in the bin, or None."""
         known = self.known[self.texts.families_B[b]].get(where, ())
         return next((place for place in known if self.room[where, place[0]] >= own), None)
 
     def holds(self, b: int, own: int) -> np.ndarray:
         """Returns bool [bins], True for bins with room for the completion.
 
-        If no copy of the prompt in a bin has room after it, the bin needs room for the prompt too.
+        A bin needs room for the prompt too, unless a row that already has the prompt has room.
         """
         out = self.most >= self.texts.prompts_B[b] + own
         for where in self.known[self.texts.families_B[b]]:
@@ -282,7 +286,7 @@ class _SideBins:
         return out
 
     def put(self, b: int, own: int, where: int) -> Position:
-        """Places the completion in a bin with room for it, and returns its position."""
+        """Places a completion in a bin with enough room, and returns the position."""
         prompt = self.texts.prompts_B[b]
         found = self.behind(b, own, where)
         before = self.room[where].sum()
@@ -303,8 +307,8 @@ def _fill_packing_bins(completions_B, sides, sizes, order: list[int], bins: int,
     """Places completions in the given order; returns (bin of each, positions per side), or None.
 
     The result is None if a completion does not fit. Without `spread`, a completion goes into the
-    first bin with room. With `spread`, it goes into a bin that already has its student prompt, or
-    else into the emptiest bin.
+    first bin with room. With `spread`, a completion goes into a bin that already has the student
+    prompt, or else into the emptiest bin.
     """
     filling = [_SideBins(side, size, bins) for side, size in zip(sides, sizes, strict=True)]
     bin_B = [0] * len(order)
@@ -317,7 +321,7 @@ def _fill_packing_bins(completions_B, sides, sizes, order: list[int], bins: int,
         where = int(np.argmax(fits))
         if spread:
             used = np.max([side.used / side.size.tokens for side in filling], axis=0)
-            # `used` is at most 1, so bins with the student's prompt come before all others.
+            # `used` is at most 1, so subtracting 1 puts bins with the student's prompt first.
             used[list(filling[0].known[sides[0].families_B[b]])] -= 1
             where = int(np.argmin(np.where(fits, used, np.inf)))
         bin_B[b] = where

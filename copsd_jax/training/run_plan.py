@@ -1,7 +1,7 @@
 """The plan of a run: settings, problems, shapes, tokenizer and prompts, checked without weights.
 
-`make_plan` refuses a run that cannot work. It takes seconds, explains the refusal in one sentence,
-and writes nothing.
+`make_plan` refuses a run that cannot work, and explains the refusal in one sentence. `make_plan`
+takes seconds and writes nothing.
 """
 
 import collections
@@ -41,7 +41,7 @@ class ProgramPlan:
     Attributes:
       config: the settings of the run.
       mesh: the devices of the run.
-      dtype: the dtype of base weights and of compute.
+      dtype: the dtype of base weights and of computation.
       model_config: the shape of the model.
     """
 
@@ -52,13 +52,13 @@ class ProgramPlan:
 
     @property
     def adapter_scale(self) -> float:
-        """The factor of an adapter's product, alpha / rank."""
+        """The factor alpha / rank by which the product of an adapter is multiplied."""
         return self.config.lora.alpha / self.config.lora.rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(ProgramPlan):
-    """A checked run without its weights.
+    """The plan of a checked run, without weights.
 
     Attributes:
       weights_path: the model's file or folder.
@@ -69,12 +69,12 @@ class Plan(ProgramPlan):
       dropped: the number of training rows left out, by reason.
       eval_rows: the problems to evaluate on.
       eval_dropped: the number of evaluation rows left out, by reason.
-      student, evaluation, author: the formats of the prompts of each side.
-      teacher: builds the teacher's prompts.
+      student, evaluation, author: the prompt format of each side.
+      teacher: the object that builds the teacher's prompts.
       selection: the settings that select the tokens with loss.
       guards: the rules that watch the metrics.
       replies: the replies of author.kind=file, by row id and sample.
-      longest: number of tokens in the longest prompt of each side.
+      longest: for each side, the number of tokens in its longest prompt.
       server: the server of sampler.engine=server, after it has answered; None for other engines.
     """
 
@@ -191,7 +191,7 @@ def _keep_fitting(
 def _connect_planned_server(
     config: config_lib.Config, server: remote_engine.EngineServer, longest: dict[str, int]
 ) -> remote_engine.EngineServer:
-    """Checks that the server answers and that the texts to sample fit there; returns the server."""
+    """Checks that the server answers and accepts the texts to sample; returns the server."""
     server = remote_engine.connect_server(server)
     if room := server.max_model_len:
         training = ["student"] if config_lib.traits(config).samples else []
@@ -224,10 +224,10 @@ def _plan_prompt_formats(config, registry, exemplars, tok) -> dict[str, conversa
 
 
 def _selection(config: config_lib.Config) -> token_selection.Settings:
-    """Returns the settings of token selection; imports the user's function if they name one."""
+    """Returns the settings of token selection; imports the user's function if one is named."""
     names = "select on_failure occurrence fuzzy"
     chosen = token_selection.Settings(**config_lib.pick(config.tokens, names))
-    token_selection.import_span_function(chosen.select)  # raises if it cannot be imported
+    token_selection.import_span_function(chosen.select)  # raises an error if the import fails
     return chosen
 
 
@@ -242,8 +242,8 @@ def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
 def load_run_config(directory: pathlib.Path) -> config_lib.Config:
     """Loads the config of a work directory, for use on this machine.
 
-    The settings of the mesh and of attention kernels are reset to their defaults, because results
-    do not depend on them.
+    The settings of the mesh and of the attention kernels are reset to their defaults, because
+    results do not depend on these settings.
 
     Args:
       directory: the work directory of a run.

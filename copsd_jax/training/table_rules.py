@@ -1,6 +1,6 @@
-"""Checks of settings that choose an entry of a table, such as contexts, rewards and divergences.
+"""Checks the settings that choose an entry of a table, such as the table of contexts or rewards.
 
-`main` checks all other settings before it imports a table (`config.setting_rules`).
+`main` first checks all other settings with `config.setting_rules`, which imports no table.
 """
 
 from collections.abc import Collection, Mapping
@@ -52,7 +52,7 @@ def check_choices(config: config_lib.Config, *, train: bool = True, data: bool =
       data: whether problems will be read.
 
     Raises:
-      ValueError: a setting cannot work; the message has its name, its value and the choices.
+      ValueError: a setting cannot work; the message names the setting, its value and the choices.
     """
     setting_rules.check_settings(config, collect_choice_tables(), train=train, data=data)
     s = config_lib.flat(config)
@@ -91,7 +91,7 @@ def _check_context(s: Mapping[str, Any], settings: contexts.Settings) -> None:
         locating = [name for name, entry in contexts.CONTEXTS.items() if entry.locates_error]
         rule = f"it goes with context.kind={', '.join(locating)}"
         setting_rules.refuse(s, "tokens.select", rule)
-    # Only the authors grader and file can work without a successful sibling.
+    # Without a successful sibling, only the authors `grader` and `file` can work.
     compares = "siblings" in context.inputs(settings) and author not in ("grader", "file")
     if compares and s["rollout.per_prompt"] < 2:
         why = f"context.kind={settings.kind}"

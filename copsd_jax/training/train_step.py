@@ -1,8 +1,8 @@
 """The train step: a pure function that scores completions under two sequence layouts.
 
-Student and teacher are policies over shared parameters. Both score the same completion y, each
-after its own prompt. The student's prompt is x; the teacher's prompt c usually adds privileged
-context. The same tokens therefore have different positions on the two sides:
+Student and teacher are policies over shared parameters. The two policies score the same completion
+y, each after its own prompt. The student's prompt is x; the teacher's prompt c usually adds
+privileged context. The same tokens therefore have different positions on the two sides:
 
     student row    x  x  x  y1 y2 y3 .  .
     gathered             h1 h2 h3              states that predict y1 y2 y3, with gradient
@@ -11,7 +11,7 @@ context. The same tokens therefore have different positions on the two sides:
     gathered                   g1 g2 g3        states that predict y1 y2 y3, without gradient
 
 The gathered states of both sides have the same shape, [B · C, D]. `layout.py` has the index
-arithmetic, with an example in numbers.
+arithmetic and a numerical example.
 
 Over the completion tokens y_bt of a step, the step minimizes
 
@@ -20,21 +20,21 @@ Over the completion tokens y_bt of a step, the step minimizes
     p_bt = softmax(z(θ; x_b, y_b,<t) / τ)                      student
     q_bt = softmax(Σ_k s_k · z(θ_k; c_b, y_b,<t) / τ)          teacher, Σ_k s_k = 1
 
-with logits z, loss temperature τ and stop gradient sg. D is the divergence of
-`losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's surrogate, or the cross
-entropy of SFT. Either term may be absent. The weights w and u contain the factor of the term and
-the normaliser of `loss_norms.compute_token_weights` over the whole step. The losses of
-micro-batches therefore add up to L.
+where z are the logits, τ is the temperature of the loss, and sg stops the gradient. D is the
+divergence of `losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's surrogate,
+or the cross entropy of SFT. Either term of L may be absent. Each of the weights w and u is the
+factor of its term times a token weight of `loss_norms.compute_token_weights`. Token weights are
+normalised over the whole step, so the losses of micro-batches add up to L.
 
-The teachers differ only in their shares s_k and weights θ_k:
+The kinds of teacher differ only in their shares s_k and weights θ_k:
 
     fixed         1 · θ_0                       the initial policy
     ema           1 · θ_ema                     θ_ema ← d · θ_ema + (1 - d) · θ after every update
     live          1 · θ                         the student's current weights
     trust_region  (1 - ρ) · θ_0  and  ρ · θ     a geometric interpolation of policies (SDPO)
 
-One tree is trained: LoRA adapters, or all parameters. This file does not name mesh axes, because
-the shardings come from `layout.batch_shardings` and from `builders.build_step`.
+The trained tree contains either LoRA adapters or all parameters. This file does not name mesh axes,
+because the shardings come from `layout.batch_shardings` and from `builders.build_step`.
 """
 
 import dataclasses
@@ -58,27 +58,27 @@ class State(NamedTuple):
     `trained` and `ema` are float32 trees of the same structure.
     """
 
-    step: jax.Array  # int32 scalar: completed steps
+    step: jax.Array  # int32 scalar: number of completed steps
     trained: dict
     optimizer: optax.OptState
-    ema: dict | None  # teacher.weights=ema only; equals `trained` at step 0
+    ema: dict | None  # None unless teacher.weights=ema; equals `trained` at step 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Static choices of a step."""
+    """Choices that are fixed when a step is compiled."""
 
     trainable: str  # 'lora' | 'full'
     teacher: str  # 'fixed' | 'ema' | 'live' | 'trust_region'
     ema_decay: float
     adapter_scale: float
     divergence: divergence_loss.Divergence | None  # None for a loss without a teacher
-    implementation: str  # a name of divergence_loss.IMPLEMENTATIONS
-    chunk: int  # tokens per block of 'chunked'
-    norm: str  # normaliser of the divergence, a name of loss_norms.NORMS
-    group: int  # completions in a group of the norm micro_token_mean; 0 means all of a step
+    implementation: str  # a name in divergence_loss.IMPLEMENTATIONS
+    chunk: int  # number of tokens per block of the implementation 'chunked'
+    norm: str  # normaliser of the divergence, a name in loss_norms.NORMS
+    group: int  # number of completions per group for the norm micro_token_mean; 0 means all
     micro_batches: int  # number of micro-batches; read only for batches that are not packed
-    rho: float = 0.0  # trust_region: share of the student in the mix
+    rho: float = 0.0  # share of the student in the mix of a trust_region teacher
     weight: float = 1.0  # factor of the divergence in the loss
     policy: "PolicyLoss | None" = None  # None for a loss without a policy term
     chip: str = ""  # device kind of the mesh, by which kernels choose their block sizes
@@ -93,26 +93,27 @@ class PolicyLoss:
 
     kind: str  # 'surrogate' | 'nll'
     weight: float  # factor of this term in the loss
-    temperature: float  # the logits are divided by it
-    norm: str  # a name of loss_norms.NORMS
+    temperature: float  # number by which the logits are divided
+    norm: str  # a name in loss_norms.NORMS
     length: int  # maximum number of tokens of a completion, for the norm 'constant'
-    clip_low: float = 0.0  # bounds of the ratio, see `policy_loss.compute_surrogate`; 0 is off
+    clip_low: float = 0.0  # bounds of the ratio, see `policy_loss.compute_surrogate`; 0 means none
     clip_high: float = 0.0
     dual_clip: float = 0.0
-    kl: float = 0.0  # factor of the divergence from the initial policy; 0 is off
+    kl: float = 0.0  # factor of the divergence from the initial policy; 0 means no divergence
     old: str = "trainer"  # 'trainer' | 'sampler': source of the ratio's old log-probabilities
-    rollout_clip: float = 0.0  # cap of the weight p_trainer / p_sampler on each token; 0 is off
+    rollout_clip: float = 0.0  # cap of the token weights p_trainer / p_sampler; 0 means no weights
 
 
 class PolicyStats(NamedTuple):
     """Statistics of the policy loss for each token, float32, without gradient.
 
-    The shape is [T] for a micro-batch and [B, C] in `Aux`. Tokens without policy loss have 0.
+    The shape is [T] for a micro-batch and [B, C] in `Aux`. The values of tokens without policy loss
+    are 0.
 
     Attributes:
       value_T: the term that the loss sums, without its weight.
       logp_T: log-probability of the sampled token at the loss's temperature, in nats.
-      entropy_T: entropy of the distribution at that temperature, in nats.
+      entropy_T: entropy of the distribution at the loss's temperature, in nats.
       clipped_T: 1 where the ratio was clipped, else 0.
       kl_T: estimated divergence from the initial policy, in nats; 0 if the loss does not use it.
     """
@@ -138,19 +139,19 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:  # fmt: skip
     """Builds AdamW with a global-norm clip of the gradient, and its learning-rate schedule.
 
-    During the warm-up the rate rises linearly to `lr`. Afterwards it is constant, or falls to 0 at
-    step `steps`, linearly or as a cosine. Without warm-up, step k (from 0) of n linear steps uses
-    lr · (1 - k / n).
+    During the warm-up the rate rises linearly to `lr`. After the warm-up, the rate is constant, or
+    falls to 0 at step `steps`, linearly or as a cosine. Example: a linear schedule of n steps
+    without warm-up uses the rate lr · (1 - k / n) in step k, counted from 0.
 
     Args:
-      steps: optimizer steps of the whole run.
+      steps: number of optimizer steps in the whole run.
       lr: peak learning rate.
       schedule: constant, linear or cosine.
-      warmup: steps of warm-up; 0 for none.
+      warmup: number of warm-up steps; 0 means no warm-up.
       weight_decay: AdamW's decay, multiplied by the learning rate.
       b1: decay of AdamW's first moment.
       b2: decay of AdamW's second moment.
-      eps: added to the root of the second moment.
+      eps: number that is added to the root of the second moment.
       max_grad_norm: largest global norm of the gradient; 0 means no clip.
 
     Returns:
@@ -184,17 +185,18 @@ def derive_policies(
 ) -> tuple[policy_lib.Policy, policy_lib.Policy]:
     """Returns the policies (student, teacher) of a state.
 
-    For LoRA, `frozen` has the base parameters. A `fixed` teacher is then the base without an
-    adapter. It equals the initial policy, because new adapters have no effect. For full
-    fine-tuning, `frozen` has the initial weights if they are needed. With a trust region, the
-    returned teacher is the initial policy, and `list_teacher_mixture` adds the student's share.
-    With author.kind=teacher, the initial policy alone then writes the contexts.
+    With LoRA, `frozen` has the base parameters, and a `fixed` teacher is the base without an
+    adapter. This teacher equals the initial policy, because a new adapter has no effect. With full
+    fine-tuning, `frozen` has the initial weights if the run needs them. With a trust region, the
+    returned teacher is the initial policy, and `list_teacher_mixture` adds the student's share. If
+    a run with a trust region has author.kind=teacher, the initial policy alone writes the contexts.
 
     Args:
-      state: its `trained` and `ema` trees are read.
+      state: the state, of which only `trained` and `ema` are read.
       frozen: parameters that the run does not train.
-      options: trainable, teacher and adapter_scale are read.
-      dtype: dtype of compute; for full fine-tuning the float32 trees are cast to it.
+      options: the options, of which only trainable, teacher and adapter_scale are read.
+      dtype: dtype in which the model computes; full fine-tuning casts the float32 trees to this
+        dtype.
     """
     side = functools.partial(policy_lib.Policy, scale=options.adapter_scale)
     if options.trainable == "lora":
@@ -227,10 +229,11 @@ def list_teacher_mixture(
 def _mix_teacher_states(
     shares: list[float], hidden: list[jax.Array], heads: list[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns hidden states [T, D] and a head [V, D] whose product mixes the policies' logits.
+    """Returns hidden states [T, D] and a head [V, D] whose product is the mix of the logits.
 
-    With one common head, the logits are linear in the hidden states, so the mix costs no further
-    matrix product. Different heads are concatenated along D, and so are the hidden states.
+    If all policies have the same head, mixing their hidden states is enough and needs no further
+    matrix product. If the heads differ, the heads are concatenated along D, and the hidden states
+    too.
     """
     scaled = [
         h if s == 1.0 else h * jnp.asarray(s, h.dtype) for s, h in zip(shares, hidden, strict=True)
@@ -246,7 +249,7 @@ def _compute_side_states(
 ) -> list[jax.Array]:
     """Returns each side's hidden states [B · C, D] that predict the completion tokens.
 
-    Sides whose base parameters are the same object run through the layers together.
+    Sides whose base parameters are the same object are computed in one pass through the layers.
     """
     streams = [
         transformer.Stream(
@@ -268,8 +271,8 @@ def _compute_side_states(
 def _gathered(hidden_BLD: jax.Array, gather_BC: jax.Array) -> jax.Array:
     """Returns the hidden states at the gather index, [B · C, D].
 
-    The flattened rows have B equal parts, and row b of the index points only into part b. One
-    gather per part shows this to the compiler, so no hidden state travels between devices.
+    The flattened rows have B equal parts, and row b of the index points only into part b. From one
+    gather per part, the compiler sees that no hidden state has to travel between devices.
     """
     parts, D = len(gather_BC), hidden_BLD.shape[-1]
     hidden_BLD = hidden_BLD.reshape(parts, -1, D)
@@ -288,16 +291,17 @@ def _compute_micro_policy_loss(
     settings: PolicyLoss, options: Options, hidden_s: jax.Array, hidden_ref: jax.Array | None,
     heads: tuple[jax.Array, jax.Array | None], micro: layout.Batch, weight_BC: jax.Array,
 ) -> tuple[jax.Array, PolicyStats]:  # fmt: skip
-    """Returns Σ weight · policy loss over the tokens of a micro-batch, and its statistics.
+    """Returns the weighted sum of the policy loss over a micro-batch's tokens, and statistics.
 
-    The ratio is exp(ln p - old). `old` is the sampler's log-probability or the trainer's own. With
-    the trainer's own, the ratio is exactly 1, and its gradient is the gradient of ln p.
+    The ratio is exp(ln p - old). `old` is the log-probability from the sampler or from the trainer.
+    If `old` is from the trainer, the ratio is exactly 1, and its gradient is the gradient of ln p.
 
     `hidden_s` and `hidden_ref` are the hidden states [T, D] of the student and of the initial
-    policy. `heads` has their two heads. Without a divergence from the initial policy, `hidden_ref`
-    and the second head are None.
+    policy. `heads` has the heads of these two policies. Without a divergence from the initial
+    policy, `hidden_ref` and the second head are None.
     """
-    # There is no kernel for log-probabilities: `chunked` needs only two matrix products per block.
+    # No kernel computes log-probabilities, because `chunked` needs only two matrix products per
+    # block.
     implementation = "dense" if options.implementation == "dense" else "chunked"
     log_probs = lambda hidden, head, trained: divergence_loss.log_probs(  # noqa: E731
         hidden, head, _flat(micro.completion_BC), temperature=settings.temperature,
@@ -316,7 +320,8 @@ def _compute_micro_policy_loss(
             clip_high=settings.clip_high, dual_clip=settings.dual_clip,
         )  # fmt: skip
     if settings.rollout_clip:
-        # The bounds keep exp finite, as policy_loss.LOG_RATIO does for the ratio.
+        # The bounds -20 and 20 keep exp finite; policy_loss.LOG_RATIO bounds the ratio in the same
+        # way.
         gap_T = jnp.clip(own_T - _flat(micro.logp_rollout_BC), -20, 20)
         value_T = value_T * jnp.minimum(jnp.exp(gap_T), settings.rollout_clip)
     if hidden_ref is not None:
@@ -332,7 +337,7 @@ def _compute_micro_policy_loss(
 def _build_micro_batch_loss(
     decoder: transformer.Decoder, options: Options
 ) -> Callable[..., tuple[jax.Array, tuple]]:
-    """Builds the loss of a micro-batch; the trained tree is its first argument."""
+    """Builds the loss function of a micro-batch, whose first argument is the trained tree."""
     policy = options.policy
 
     def loss(trained, state, frozen, head, micro, weights, student_prefix, teacher_kv):
@@ -341,9 +346,10 @@ def _build_micro_batch_loss(
             state._replace(trained=trained), frozen, options, decoder.dtype
         )
         teacher, still = jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(student)
-        # `_compute_side_states` recognises equal base parameters by identity and runs their sides
-        # in one pass. `stop_gradient` returns new objects, so the shared objects are put back. The
-        # gradient is stopped again at the hidden states below.
+        # `_compute_side_states` checks by object identity whether two sides have the same base
+        # parameters, and if so runs them in one pass. `stop_gradient` returns new objects, so the
+        # original objects are put back here. The gradient is stopped again below, at the hidden
+        # states.
         still = dataclasses.replace(still, params=student.params)
         if options.trainable == "lora" or options.teacher == "live":
             teacher = dataclasses.replace(teacher, params=student.params)
@@ -386,7 +392,7 @@ def _build_micro_batch_loss(
 
 
 def _weigh_step_tokens(batch: layout.Batch, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Returns the token weights [B, C] of the divergence and of the policy loss of a step."""
+    """Returns a step's token weights [B, C], for the divergence and for the policy loss."""
     distill_BC = policy_BC = jnp.zeros(batch.mask_BC.shape, jnp.float32)
     if options.divergence:
         distill_BC = loss_norms.compute_token_weights(batch.loss_BC, options.norm, options.group)
@@ -407,16 +413,16 @@ def make_step(
         step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1.0) -> (State, Aux)
 
     The step sums loss and gradient over the micro-batches, updates the trained tree once, and then
-    updates the teacher's average. The loss is Σ weight · value, with the weights of
-    `loss_norms.compute_token_weights` over the whole step. The losses of micro-batches therefore
-    add up to the loss of the step.
+    updates the teacher's average. The loss is Σ weight · value. `loss_norms.compute_token_weights`
+    normalises the weights over the whole step, so the losses of micro-batches add up to the loss of
+    the step.
 
     Arguments of the step:
 
       * state: the `State` before the step.
       * frozen: parameters that the run does not train; see `derive_policies`.
       * batch: a `layout.Batch` of all completions of the step. A packed batch contains its
-        micro-batches. Any other batch is cut into `options.micro_batches`.
+        micro-batches. Any other batch is cut into `options.micro_batches` micro-batches.
       * student_prefix: int32 [P], the exemplars of the student's prompts, or None.
       * teacher_kv: keys and values of the teacher's prefix, one KV for each policy of
         `list_teacher_mixture`, or None.
@@ -425,10 +431,11 @@ def make_step(
     Args:
       decoder: the model.
       tx: the optimizer of `make_optimizer`.
-      options: static choices.
+      options: choices that are fixed when the step is compiled.
 
     Returns:
-      The step. Its metrics are float32 scalars, and its per-token values have the shape [B, C].
+      The train step. The metrics of a step are float32 scalars, and the per-token values have the
+      shape [B, C].
     """
     loss = _build_micro_batch_loss(decoder, options)
 
@@ -437,7 +444,7 @@ def make_step(
         weights = _weigh_step_tokens(batch, options)
         head = None
         if options.trainable == "lora":
-            # All policies share the frozen head. It is gathered once per step, before the loop.
+            # The frozen head, which all policies share, is gathered once per step, before the loop.
             # A top-k divergence needs whole vocabularies, so its head is not split along V.
             few = options.divergence is not None and options.divergence.top_k > 0
             head = token_blocks.gather_head(transformer.get_head(frozen), split_vocabulary=not few)
@@ -478,7 +485,7 @@ def make_step(
 def _make_micro_batch_cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
     """Returns two functions: `cut` splits [B, C] into micro-batches, and `join` is its inverse.
 
-    The argument of `join` is the stack of the flat arrays of the micro-batches.
+    `join` takes the flat arrays of all micro-batches, stacked into one array.
     """
     B, C = batch.mask_BC.shape
     source_UST = batch.source_UST
@@ -487,7 +494,8 @@ def _make_micro_batch_cuts(batch: layout.Batch, n: int) -> tuple[Callable, Calla
             x.reshape(n, B // n, C)
         )
 
-    # Positions without a token have the index B * C. There `cut` reads 0, and `join` drops values.
+    # Positions without a token have the index B * C. At such a position, `cut` reads 0, and `join`
+    # drops the value.
     def cut(x_BC: jax.Array) -> jax.Array:
         none = jnp.zeros((1,), x_BC.dtype)
         return jnp.concatenate([x_BC.reshape(-1), none])[source_UST]
@@ -515,8 +523,9 @@ def _join_micro_batches(x: jax.Array) -> jax.Array:
 def _split_micro_batches(batch: layout.Batch, n: int) -> layout.Batch:
     """Splits all arrays of a batch into micro-batches.
 
-    A packed batch is split as it was packed. Any other batch is cut into n micro-batches. Its
-    gather indices, flat in B x L, become indices into the rows of one micro-batch.
+    A packed batch already consists of micro-batches. Any other batch is cut into n micro-batches.
+    Gather indices into the flattened rows of the whole batch become indices into the rows of one
+    micro-batch.
 
     Example: B = 4, n = 2, L = 10. Sample 3 is row 1 of micro-batch 1, so its index 34 becomes 14.
     """
@@ -560,7 +569,7 @@ def _average_step_divergence(
 ) -> dict[str, jax.Array]:
     """Returns the means of the divergence's statistics over the tokens with distillation loss.
 
-    Only the student's entropy is averaged over all tokens of the completions.
+    The student's entropy is an exception: its mean is over all tokens of the completions.
     """
     if stats is None:
         return {}
