@@ -131,7 +131,7 @@ def _show_nothing(settings: Settings, attempt: Attempt, reply: Reply) -> Convers
 
 
 def _show_sibling(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds SDPO's re-prompt: a successful sibling, and the feedback that context.feedback allows."""
+    """Builds SDPO's re-prompt: a successful sibling, and feedback that context.feedback allows."""
     sibling = attempt.sibling
     wanted = {"never": False, "always": True, "without_sibling": not sibling}[settings.feedback]
     feedback = attempt.feedback if wanted else ""
@@ -214,7 +214,7 @@ def _show_critique(settings: Settings, attempt: Attempt, reply: Reply) -> Conver
 
 
 def _read_critique(settings: Settings, attempt: Attempt, text: str) -> Reply:
-    """Reads a critique; compares it with the attempt's steps, except those that state the answer."""
+    """Reads a critique; compares it with the attempt's steps that do not state the answer."""
     own = [step.text for step in solution_steps.split_steps(attempt.text) if not step.final]
     return replies.verify_critique(replies.read_critique(text), own)
 

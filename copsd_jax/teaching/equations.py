@@ -100,7 +100,7 @@ class _Unreadable(Exception):
 
 
 class _Reader:
-    """A reader of sums, products and operands; a side ends before a sign that no operand follows."""
+    """A reader of sums, products and operands; a side ends at a sign that no operand follows."""
 
     def __init__(self, tokens: Sequence[_Token], at: int):
         self.tokens, self.at = tokens, at
@@ -111,7 +111,7 @@ class _Reader:
         return self.tokens[self.at][0]
 
     def read_behind(self, read: Callable[[], _Value]) -> list[_Value]:
-        """Calls `read` on the next token; if `read` fails, returns [] and stays at the current token."""
+        """Calls `read` on the next token; if that fails, returns [] and stays at the old token."""
         before, count = self.at, len(self.results)
         self.at += 1
         try:
@@ -126,7 +126,7 @@ class _Reader:
         return self._row("+-")
 
     def _row(self, signs: str) -> _Value:
-        """Evaluates, from left to right, operands joined by `signs`, which have equal precedence."""
+        """Evaluates, from left to right, operands joined by `signs` of equal precedence."""
         read = self._operand if signs == "*/" else lambda: self._row("*/")
         value = read()
         while self.kind() == "sign":

@@ -10,13 +10,13 @@ from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import contexts, step_checker
 
 Registry = Mapping[str, languages.Language]
-Loaded = tuple[list[Row], collections.Counter]  # rows, and the number of dropped rows for each reason
+Loaded = tuple[list[Row], collections.Counter]  # rows; dropped rows per reason
 
 
 def load_train_rows(
     config: config_lib.Config, context: contexts.Settings, registry: Registry
 ) -> Loaded:
-    """Returns the training rows, and the number of dropped rows for each reason.
+    """Returns the training rows; dropped rows per reason.
 
     Raises:
       ValueError: the reward, the context or the author cannot use the rows.
@@ -49,7 +49,7 @@ def load_train_rows(
 
 
 def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
-    """Returns the evaluation rows, and the number of dropped rows for each reason."""
+    """Returns the evaluation rows; dropped rows per reason."""
     if not config.eval.path:
         return [], collections.Counter()
     rows, dropped = sources.load_rows(
@@ -64,7 +64,7 @@ def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
 
 
 def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, ...]:
-    """Loads as worked examples the first rows of prompt.exemplars_path.
+    """Loads worked examples: the first rows of prompt.exemplars_path, as many as prompt.exemplars.
 
     Raises:
       ValueError: the file has fewer rows than prompt.exemplars requests.

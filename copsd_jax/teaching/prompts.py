@@ -135,7 +135,7 @@ def _build_chat_prompt(
 
 
 def _find_shared_end(tokenizer: Tokenizer, text: str, end: int) -> int:
-    """Returns the start of the last special token before `end`, a position that no token crosses."""
+    """Returns the start of the last special token before `end`; no token crosses this position."""
     _, pattern = text_encoding.find_added_tokens(tokenizer)
     starts = [match.start() for match in pattern.finditer(text, 0, end)]
     if not starts:
