@@ -304,18 +304,29 @@ def load_rows(
       ValueError: a record cannot be used, or no row is left. The message names the file, the first
         unusable record, and the number of unusable records.
     """
-    registry = languages.load_languages() if registry is None else registry codes =
-    [languages.resolve_code(code, registry) for code in langs] if len(set(codes)) != len(codes) or
-    not codes: raise ValueError(f"the languages {', '.join(langs)} must be at least one, and none
-    twice") if path.endswith(".tsv") and len(codes) > 1: raise ValueError(f"{setting} is {path!r}: a
-    TSV file has one language, not {langs}") records = read_records(path, lang=codes[0],
-    setting=setting) records = rename_fields(path, records, fields)[: limit or None] ids =
-    _list_ids(path, records) rows, dropped, first_places = [], collections.Counter[str](), {} for
-    lang in codes: names = (lang, *registry[lang].aliases) for record, key in zip(records, ids,
-    strict=True): key = f"{key}/{lang}" if len(codes) > 1 else key try:
-    rows.append(_build_row(record, lang, names, needs, key)) except UnusableValue as reason:
-    dropped[str(reason)] += 1 first_places.setdefault(str(reason), record.where)
-    _check_dropped(path, dropped, first_places, len(rows), missing) return rows, dropped
+    registry = languages.load_languages() if registry is None else registry
+    codes = [languages.resolve_code(code, registry) for code in langs]
+    if len(set(codes)) != len(codes) or not codes:
+        raise ValueError(
+            f"the languages are {', '.join(langs)}: give at least one, and none twice"
+        )
+    if path.endswith(".tsv") and len(codes) > 1:
+        raise ValueError(f"{setting} is {path!r}: a TSV file has one language, not {langs}")
+    records = read_records(path, lang=codes[0], setting=setting)
+    records = rename_fields(path, records, fields)[: limit or None]
+    ids = _list_ids(path, records)
+    rows, dropped, first_places = [], collections.Counter[str](), {}
+    for lang in codes:
+        names = (lang, *registry[lang].aliases)
+        for record, key in zip(records, ids, strict=True):
+            key = f"{key}/{lang}" if len(codes) > 1 else key
+            try:
+                rows.append(_build_row(record, lang, names, needs, key))
+            except UnusableValue as reason:
+                dropped[str(reason)] += 1
+                first_places.setdefault(str(reason), record.where)
+    _check_dropped(path, dropped, first_places, len(rows), missing)
+    return rows, dropped
 
 
 def _check_dropped(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from copsd_jax.rewards import graders
 
-_DIGITS = r"(?:\d+|[\u1369-\u137c]+)"  # of any script; `\d` does not match Ge'ez numerals
+_DIGITS = r"(?:\d+|[\u1369-\u137c]+)"  # digits of any script; `\d` does not match Ge'ez numerals
 
 
 # Matches a number, with or without separators. A blank is a separator only before a group of three

@@ -9,14 +9,14 @@ from copsd_jax.problems.problem_row import Row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import contexts, step_checker
 
-Registry = Mapping[str, languages.Language]
-Loaded = tuple[list[Row], collections.Counter]  # rows; dropped rows per reason
+Registry = Mapping[str, languages.Language] Loaded = tuple[list[Row], collections.Counter] # rows,
+and counts of dropped rows by reason
 
 
 def load_train_rows(
     config: config_lib.Config, context: contexts.Settings, registry: Registry
 ) -> Loaded:
-    """Returns the training rows; dropped rows per reason.
+    """Returns the training rows, and the number of dropped rows for each reason.
 
     Raises:
       ValueError: the reward, the context or the author cannot use the rows.
@@ -49,7 +49,7 @@ def load_train_rows(
 
 
 def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
-    """Returns the evaluation rows; dropped rows per reason."""
+    """Returns the evaluation rows, and the number of dropped rows for each reason."""
     if not config.eval.path:
         return [], collections.Counter()
     rows, dropped = sources.load_rows(

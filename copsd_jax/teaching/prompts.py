@@ -67,7 +67,7 @@ def _render_chat_template(tokenizer: Tokenizer, messages: list[dict], thinking: 
     if thinking != "none":
         options["enable_thinking"] = thinking != "off"
     text = tokenizer.apply_chat_template(messages, **options)
-    assert isinstance(text, str)  # tokenize=False; the annotation has other types too
+    assert isinstance(text, str)  # true with tokenize=False; the annotation has other types too
     return text
 
 
