@@ -31,7 +31,7 @@ class Timer:
             self._seconds[part] += self._clock() - start
 
     def take(self) -> dict[str, float]:
-        """Returns the time of each part as `{"seconds/rollout": 1.5}`, and resets all times to 0."""
+        """Returns the time of each part as `{"seconds/rollout": 1.5}`, and sets all times to 0."""
         out = {f"seconds/{part}": seconds for part, seconds in self._seconds.items()}
         self._seconds.clear()
         return out
@@ -94,7 +94,7 @@ class Progress:
         return "  ".join(parts)
 
     def close(self) -> None:
-        """Ends a line on a terminal; on another stream, writes the last state if still unwritten."""
+        """Ends a line on a terminal; on another stream, writes the last state if unwritten."""
         if self._live and self._width:
             self._write("\n")
         elif self._pending:

@@ -307,9 +307,7 @@ def load_rows(
     registry = languages.load_languages() if registry is None else registry
     codes = [languages.resolve_code(code, registry) for code in langs]
     if len(set(codes)) != len(codes) or not codes:
-        raise ValueError(
-            f"the languages are {', '.join(langs)}: give at least one, and none twice"
-        )
+        raise ValueError(f"the languages are {', '.join(langs)}: give at least one, and none twice")
     if path.endswith(".tsv") and len(codes) > 1:
         raise ValueError(f"{setting} is {path!r}: a TSV file has one language, not {langs}")
     records = read_records(path, lang=codes[0], setting=setting)

@@ -9,8 +9,8 @@ from copsd_jax.problems.problem_row import Row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import contexts, step_checker
 
-Registry = Mapping[str, languages.Language] Loaded = tuple[list[Row], collections.Counter] # rows,
-and counts of dropped rows by reason
+Registry = Mapping[str, languages.Language]
+Loaded = tuple[list[Row], collections.Counter]  # rows, and counts of dropped rows by reason
 
 
 def load_train_rows(
