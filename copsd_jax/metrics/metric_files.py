@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Writer:
-    """Writes `workdir/metrics.jsonl` and `workdir/tensorboard`, which only one process may do.
+    """Writes `workdir/metrics.jsonl` and `workdir/tensorboard`; only one process may have a writer.
 
     Each line of metrics.jsonl is `{"step": s, name: number, ...}`. Each line is flushed at once, so
     that no line is lost if the run is killed. A run that continues at step `resume` first drops the

@@ -138,7 +138,7 @@ def maj_at_n(classes: Sequence[int], correct: Sequence[bool]) -> float:
     votes = collections.Counter(k for k in classes if k >= 0)
     if not votes:
         return 0.0
-    winner = max(votes, key=lambda k: votes[k])  # ties: the first class wins
+    winner = max(votes, key=lambda k: votes[k])  # on a tie, the first class wins
     return float(correct[list(classes).index(winner)])
 
 

@@ -192,8 +192,9 @@ def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[s
       `advantage_CLASS` and `advantage_negative` (the share of tokens whose advantage is below 0)
       are means over all tokens of the completions that a teacher scored. Advantages include tokens
       that carry no loss, because right steps also show the effect of a context. `repetition` and
-      `overlap` are means over completions. A metric leaves out a record if the field that the
-      metric needs is absent or, without a teacher, empty. A metric that has no records is absent.
+      `overlap` are means over completions. A metric leaves out each record in which a field that
+      the metric needs is absent, or is empty for lack of a teacher. A metric that has no records is
+      absent.
 
     Raises:
       ValueError: a list and its completion have different lengths.

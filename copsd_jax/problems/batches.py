@@ -21,7 +21,7 @@ def build_row_order(
     Args:
       rows: the rows of all languages.
       langs: the codes in the order of `weights`.
-      weights: the share of each language, of which at least one is above 0; () for equal shares. A
+      weights: the shares of the languages, at least one of them above 0; () for equal shares. A
         language with a share above 0 must have at least one row.
       seed: the seed of the run.
     """

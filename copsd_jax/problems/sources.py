@@ -68,7 +68,7 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
 
 
 def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
-    """Reads lines "question TAB answer", without a header; `field` becomes the question's field."""
+    """Reads lines "question TAB answer" without a header; a question becomes the field `field`."""
     out = []
     for k, line in enumerate(_decode_source_text(path, raw).split("\n"), start=1):
         if not line.strip():
@@ -224,7 +224,7 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """Works like `_read_first`, but returns "" if the field is blank or absent, and not needed."""
+    """Returns the text of `_read_first`, or "" if the field is blank or absent and not needed."""
     x = next((record.fields[name] for name in names if name in record.fields), None)
     blank = x is None or (isinstance(x, str | bytes) and not x.strip())
     if not needed and (blank or (isinstance(x, float) and math.isnan(x))):
@@ -287,7 +287,7 @@ def load_rows(
       langs: the codes or aliases of the languages.
       missing: "error" to refuse records that lack a needed field, or "drop" to leave such records
         out and count them.
-      fields: a map from field names to the source's names of these fields, such as
+      fields: a map from this project's field names to the source's field names, such as
         "problem=question,answer=final".
       needs: the fields that each row must have besides its problem: some of `solution`, `answer`,
         `problem_en`, `group`. For evaluation, rows need no solution.

@@ -245,8 +245,8 @@ def _parse_answer_fraction(text: str) -> fractions.Fraction | None:
 def normalize(text: str) -> str:
     """Normalizes an answer to the form in which two answers are compared as strings.
 
-    Digits of every script are folded. From a number, thousands separators, leading zeros and
-    trailing zeros of the decimals are removed. Any other text becomes lower case and loses its
+    Digits of every script are folded. A number is stripped of thousands separators, leading zeros,
+    and trailing zeros after the decimal point. Any other text becomes lower case and loses its
     blanks, except blanks between digits, because "1 1/2" is not 11/2.
     """
     tidy = _tidy(text)
@@ -433,7 +433,7 @@ class Grader:
             worker.close()
 
     def compare(self, gold: str, answer: str) -> tuple[bool, str]:
-        """Compares two answers; returns (equal, status). If undecided, `equal` is False."""
+        """Compares two answers; returns (equal, status). An undecided pair counts as not equal."""
         plain = compare_plainly(gold, answer)
         if plain is not None:
             return plain, "plain"

@@ -64,7 +64,7 @@ class Rewarder:
     kind: str
     grader: graders.Grader
     form: str
-    function: Callable | None  # only if the kind is "module:function"
+    function: Callable | None  # the user's function if the kind is "module:function"
 
     def score(self, golds: Sequence[str], texts: Sequence[str]) -> list[Verdict]:
         """Scores each text against the gold answer at the same position.
@@ -228,7 +228,7 @@ def _read_calls(text: str) -> _Calls:
             try:
                 value, end = _DECODER.raw_decode(body)
                 arguments |= _canonicalize(value)
-            except (ValueError, RecursionError) as error:  # or JSON too long or too deep
+            except (ValueError, RecursionError) as error:  # also for too many digits or levels
                 reason = f"the JSON of `Action Input:` {inputs} is malformed: {error}"
                 raise ValueError(reason) from error
             at = len(text) - len(body) + end  # marks inside JSON strings are skipped
@@ -254,7 +254,7 @@ def _read_gold_calls(gold: str) -> _Calls:
             given = call.get("Action_Input")
             arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)
     if not names:
-        # Without a gold call, no completion is right: one without calls has the status no_answer.
+        # A gold answer needs a call: a completion without calls has the status no_answer.
         raise ValueError("it has no Action")
     return names, arguments
 
@@ -364,7 +364,7 @@ REWARDS: dict[str, Reward] = {
 
 
 def check_gold_answers(kind: str, golds: Mapping[str, str], setting: str) -> None:
-    """Refuses, before the first rollout, gold answers that the kind of reward cannot read.
+    """Refuses gold answers that the kind of reward cannot read, before the first rollout.
 
     Args:
       kind: the value of reward.kind.

@@ -31,8 +31,9 @@ def has_leak(text: str, answer: str) -> bool:
 
     Numbers are compared by value, in the digits of any script: "8 + 5 = 13." states 13, but "130"
     and "1.13" do not. Any other answer must occur as whole words. Case is ignored, except in an
-    answer of one letter: the answer "A" does not match the word "a". Numbers written as words and
-    formulas in an equivalent form are not found. If the answer is unknown (""), nothing is found.
+    answer of one letter: the answer "A" does not match the word "a". The function does not find
+    numbers written as words, or formulas that are equivalent but written differently. If the answer
+    is unknown (""), nothing is found.
     """
     return bool(_find_leaks(text, answer))
 

@@ -342,7 +342,7 @@ def read_reply(settings: Settings, attempt: Attempt, text: str) -> Reply:
 
 
 def join_privileged_text(settings: Settings, attempt: Attempt, reply: Reply) -> str:
-    """Joins, with line breaks, the texts that only the teacher is shown.
+    """Joins with line breaks the texts that only the teacher is shown.
 
     The joined texts are solutions, English problems, completions of siblings, and texts by graders
     or authors.

@@ -161,7 +161,7 @@ def _tag_steps(solution: str) -> str:
 def write_worked_completion(prompt_format: PromptFormat, row: problem_row.Row) -> str:
     """Writes a completion from a row's solution and answer.
 
-    The completions of exemplars and the targets of SFT are written by this function.
+    This function writes the completions of exemplars and the targets of SFT.
 
     Raises:
       ValueError: the row has no solution or no answer.

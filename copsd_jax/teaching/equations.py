@@ -48,7 +48,7 @@ _END = ("end", "", -1, -1)
 
 
 def find_equations(text: str) -> list[Equation]:
-    r"""Finds, in order, the equations between numbers in a text, such as "3 x 5 = 15 = 10 + 5".
+    r"""Finds in order the equations between numbers in a text, such as "3 x 5 = 15 = 10 + 5".
 
     Numbers are integers and decimals ("1,234.5", "3,5") in the digits of any script. The operations
     are `+ - * /`, also written as `x × · ÷ − \times \cdot \div`, with the usual precedence. An
@@ -111,7 +111,7 @@ class _Reader:
         return self.tokens[self.at][0]
 
     def read_behind(self, read: Callable[[], _Value]) -> list[_Value]:
-        """Calls `read` on the next token; if that fails, returns [] and stays at the old token."""
+        """Advances one token and calls `read`; if `read` fails, goes back and returns []."""
         before, count = self.at, len(self.results)
         self.at += 1
         try:
@@ -126,7 +126,7 @@ class _Reader:
         return self._row("+-")
 
     def _row(self, signs: str) -> _Value:
-        """Evaluates, from left to right, operands joined by `signs` of equal precedence."""
+        """Evaluates from left to right operands joined by `signs`, which have equal precedence."""
         read = self._operand if signs == "*/" else lambda: self._row("*/")
         value = read()
         while self.kind() == "sign":

@@ -1,7 +1,6 @@
 """Chooses siblings from the groups of completions, and chooses other problems from the data.
 
-Each time a problem occurs in a batch, rollout.per_prompt completions are sampled. These completions
-form a group.
+The rollout.per_prompt completions that are sampled for one occurrence of a problem form a group.
 """
 
 from collections.abc import Sequence

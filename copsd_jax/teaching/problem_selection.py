@@ -64,7 +64,9 @@ def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
 
 
 def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, ...]:
-    """Loads worked examples: the first rows of prompt.exemplars_path, as many as prompt.exemplars.
+    """Loads the worked examples: the first rows of the file prompt.exemplars_path.
+
+    The setting prompt.exemplars is the number of rows.
 
     Raises:
       ValueError: the file has fewer rows than prompt.exemplars requests.

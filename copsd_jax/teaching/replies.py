@@ -40,7 +40,7 @@ STATUSES = {
     "quotes_error": Status(False, "the wrong step is quoted"),
     "thought": Status(True, "an analysis whose thinking never ends, so the thinking is shown"),
     "leak_dropped": Status(False, "the explanation states the final answer, and context.leak=drop"),
-    # With the statuses below, there is no complete reply.
+    # The statuses below mean that there is no complete reply.
     "none": Status(False, "the context has no author"),
     "filtered": Status(False, "the completion is not distilled"),
     "not_asked": Status(False, "the attempt failed, and no sibling succeeded"),
@@ -146,7 +146,7 @@ def join_tags(fields: Iterable[tuple[str, str]]) -> str:
 
 
 def _read_reply_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
-    """Reads, in order, the tags that follow the thinking; text outside the tags is ignored.
+    """Reads the tags that follow the thinking, in order; text outside the tags is ignored.
 
     If the prompt opened a think block, the caller must put `<think>` in front of the text. The
     function `graders.extract_answer` has the same rule.
@@ -263,7 +263,7 @@ def read_critique(text: str) -> Reply:
 
 
 def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
-    """Returns a critique, with an error status if the attempt shows that it is unusable.
+    """Returns a critique, with an error status if the attempt shows that the critique is unusable.
 
     The attempt's steps before the first wrong step must occur in the trace, in the same order. The
     white space in the right steps may differ, but nothing else may. If the attempt is wrong, other
@@ -355,7 +355,7 @@ def _find_reply_fault(fields: dict) -> str:
 
 
 def apply_leak_policy(reply: Reply, row: problem_row.Row, policy: str) -> Reply:
-    """Applies context.leak to a reply, whose explanation may contain the final answer.
+    """Applies context.leak to a reply whose explanation may state the final answer.
 
     Args:
       reply: the reply; it is returned unchanged if the explanation does not state the answer.

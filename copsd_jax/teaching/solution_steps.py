@@ -38,11 +38,11 @@ def split_steps(text: str) -> tuple[Step, ...]:
     tag is a step, as in `<step_1>...</step_1>`. The last step tag need not be closed. The text
     after the last step tag, usually `<answer>...</answer>`, is one more step, which is final.
 
-    In any other text, each sentence is a step, and each tag ends a sentence. A sentence ends at a
-    line break, at `.`, `!` or `?` before a blank ("3.5" is not split), or at a full stop of another
-    script. A sentence that has several equations, or an equation before its answer, is split before
-    each of these parts except the first. A step that says "the answer is" or has a `\boxed` is
-    final. The content of `<answer>` is also a final step.
+    In a text whose step tags are missing or out of order, each sentence is a step, and each tag
+    ends a sentence. A sentence ends at a line break, at `.`, `!` or `?` before a blank ("3.5" is
+    not split), or at a full stop of another script. A sentence that has several equations, or an
+    equation before its answer, is split before each of these parts except the first. A step that
+    says "the answer is" or has a `\boxed` is final. The content of `<answer>` is also a final step.
     """
     tags = list(_TAG.finditer(text))
     spans = _split_at_tags(text, [tag for tag in tags if tag[2]])

@@ -46,9 +46,9 @@ def check_attempt(
     """Finds the earliest wrong step of an attempt, and corrects the attempt from that step on.
 
     The needed results are the values of the solution's equations. Each equation of the attempt
-    reaches a needed result of the same value, namely the first that is not yet reached. The
-    operations in the equation do not matter. An equation also reaches earlier needed results that
-    it computes on the way: "3 * 5 - 4 = 11" can reach 15 and 11.
+    reaches a needed result of the same value, namely the first that is not yet reached. Which
+    operations an equation uses does not matter. An equation also reaches earlier needed results
+    that it computes on the way: "3 * 5 - 4 = 11" can reach 15 and 11.
 
     A step is wrong if it has a false equation. In an attempt whose answer is wrong or missing, a
     step is also wrong if one of its equations has a value that is not a needed result. In an
@@ -113,8 +113,8 @@ _Reached = list[tuple[equations.Equation, set[int] | None]]
 def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
     """Returns the attempt's equations, each with the indices of the results that it newly reaches.
 
-    The set of indices is empty if earlier equations already reached the results. None replaces the
-    set if the equation's value is not a needed result.
+    The set of indices is empty if earlier equations already reached the results. If the equation's
+    value is not a needed result, there is None instead of a set.
     """
     out: _Reached = []
     done: set[int] = set()

@@ -52,8 +52,8 @@ def encode_templated(tokenizer: Tokenizer, text: str, literal: dict[str, str]) -
     Args:
       tokenizer: the model's tokenizer.
       text: the text; special tokens in it become special ids.
-      literal: maps a character of `text` to the text that it stands for, which must not become
-        special.
+      literal: maps a character in `text` to the text that replaces it; the replacement is encoded
+        as ordinary text.
     """
     added, pattern = find_added_tokens(tokenizer)
     ids, at = [], 0

@@ -22,7 +22,7 @@ from copsd_jax.teaching.token_spans import Decoded
 # Each status says how the tokens were selected. If the quote is missing or not found,
 # tokens.on_failure decides which tokens are selected.
 STATUSES = (
-    *token_spans.STATUSES,  # by the quote, or (failed, no_quote) by on_failure=full or skip
+    *token_spans.STATUSES,  # by the quote; if not found, by on_failure=full or skip
     "closest_step",  # by on_failure=step: the step that shares the most words with the quote
     "step",  # by the number of a critique's first wrong step
     "right",  # all tokens, since the completion is right
@@ -45,7 +45,7 @@ def import_span_function(select: str) -> Callable | None:
     """Imports the span function that tokens.select names; returns None for any other value.
 
     The span function maps (problem, answer, reply) to spans [(start, end), ...] of characters in
-    the answer. Its argument `reply` is the text that the teacher is shown.
+    the answer. The argument `reply` of the span function is the text that the teacher is shown.
 
     Raises:
       ValueError: the function cannot be imported, or cannot be called with three arguments.
@@ -83,7 +83,7 @@ def _check_span(select: str, span: Any, characters: int) -> tuple[int, int]:
 def _call_span_function(
     select: str, spans_of: Callable, attempt: Attempt, answer: str, reply: Reply
 ) -> list:
-    """Calls the user's function; adds the setting and the row's id to an error that it raises."""
+    """Calls the user's function; adds the setting and the row's id to any error."""
     try:
         return list(spans_of(attempt.row.problem, answer, reply.trace or reply.text))
     except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:

@@ -129,9 +129,9 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
     spacing is reduced. A run of spacing (white space, `~`, `\,`, `\quad` and the like) becomes one
     blank between two letters or two digits. Any other spacing is removed, so "x+y" equals "x + y".
     `{,}` becomes a comma. A fuzzy match is the longest substring that the normalised text and the
-    normalised quote have in common. Only the characters of that substring are returned. No edit
-    distance is used, because with the same threshold it would accept a quote with different
-    numbers.
+    normalised quote have in common. For a fuzzy match, only the span of the common substring is
+    returned. No edit distance is used: at the same threshold, an edit distance would accept a quote
+    with different numbers.
 
     The time is linear in the lengths of the text and the quote, except that Python's `rfind` is
     slower on periodic texts. In a text of 30,000 characters (8k tokens), an exact match takes less
@@ -233,7 +233,8 @@ def _split_segments(text: str) -> Iterator[tuple[int, int]]:
 
 def _is_apart(before: str, c: str) -> bool:
     """Tells whether `c` stays separate from `before`; Bengali ে and া, for example, are composed."""
-    # U+0F73 and a few other characters have class 0, but decompose into combining characters.
+    # U+0F73 and a few other characters have combining class 0, but decompose into combining
+    # characters.
     if unicodedata.combining(unicodedata.normalize("NFD", c)[0]):
         return False
     left, right, both = (unicodedata.normalize("NFC", part) for part in (before, c, before + c))
@@ -251,7 +252,7 @@ def _find_longest_common(text: str, wanted: str) -> tuple[list[int], int]:
 
 
 def _measure_common(text: str, wanted: str) -> list[int]:
-    """Returns for each character of `text` the length of the longest part of `wanted` ending there.
+    """Returns for each end in `text` the length of the longest substring shared with `wanted`.
 
     The suffix automaton of `wanted` (Blumer et al. 1985) reads the text once, so the time is linear
     in both lengths. A table of all pairs of characters would take time proportional to the product
@@ -290,8 +291,8 @@ def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[i
             continue
         parents[new] = target = steps[state][c]
         if sizes[target] > sizes[state] + 1:
-            # The target also stands for longer words. A copy of the target therefore stands for the
-            # longest word of `state` followed by c.
+            # The state `target` also stands for longer words. A copy of `target` therefore stands
+            # for the longest word of `state` followed by c.
             parents[new] = copy = len(steps)
             steps.append(dict(steps[target]))
             sizes.append(sizes[state] + 1)
