@@ -28,7 +28,7 @@ BUCKETS = {
 
 _NAMES = tuple(CLASSES)
 _OPERATORS = frozenset("+-*/=^×÷±−·≈≠≤≥√%")
-# Angle brackets count as parts of tags, since more completions contain tags than comparisons.
+# Angle brackets count as parts of tags, because more completions contain tags than comparisons.
 _MARK = re.compile(r"\\?boxed[{}]*|</?[a-z_]+>?|[^\w\s=-]*[{}<>][^\w\s=-]*")
 
 

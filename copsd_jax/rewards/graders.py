@@ -267,7 +267,7 @@ def _same_number(gold: str, answer: str) -> bool | None:
         if digits is not None:
             return digits == number
     left = _parse_answer_fraction(gold)
-    # Unequal fractions are left undecided, since 0.333333 may be a rounded 1/3.
+    # Unequal fractions are left undecided, because 0.333333 may be a rounded 1/3.
     return True if left is not None and left == _parse_answer_fraction(answer) else None
 
 

@@ -111,7 +111,7 @@ class _Reader:
         return self.tokens[self.at][0]
 
     def read_behind(self, read: Callable[[], _Value]) -> list[_Value]:
-        """Advances one token and calls `read`; if `read` fails, goes back and returns []."""
+        """Calls `read` at the next token; if `read` fails, goes back one token and returns []."""
         before, count = self.at, len(self.results)
         self.at += 1
         try:

@@ -25,7 +25,7 @@ STATUSES = (
     *token_spans.STATUSES,  # by the quote; if not found, by on_failure=full or skip
     "closest_step",  # by on_failure=step: the step that shares the most words with the quote
     "step",  # by the number of a critique's first wrong step
-    "right",  # all tokens, since the completion is right
+    "right",  # all tokens, because the completion is right
     "all",  # tokens.select=all
     "spans",  # by the user's function
 )
