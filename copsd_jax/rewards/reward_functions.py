@@ -195,7 +195,7 @@ _MARK = re.compile(r"\bAction(?P<input> Input)?:")
 
 # The number of calls by function name, and the merged arguments of all calls by argument name.
 # Argument values are kept as JSON text, because True equals 1 in Python. If several arguments have
-# the same name, the last one counts, as in SDPO's published code.
+# the same name, the last one counts, as in the SDPO environments.
 _Calls = tuple[collections.Counter[str], dict[str, str]]
 
 
