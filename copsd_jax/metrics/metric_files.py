@@ -9,16 +9,16 @@ from typing import Any
 
 
 class Writer:
-    """Writer of `workdir/metrics.jsonl` and `workdir/tensorboard`; only one process may use it.
+    """Writes `workdir/metrics.jsonl` and `workdir/tensorboard`; only one process may have a writer.
 
-    Each line of metrics.jsonl is `{"step": s, name: number, ...}`. It is flushed at once, so that a
-    killed run keeps its lines. A run that continues at step `resume` first drops the lines of that
-    step and of later steps, because it writes them again. Non-finite numbers are written as "nan",
-    "inf" and "-inf", because JSON has no such numbers.
+    Each line of metrics.jsonl is `{"step": s, name: number, ...}`. Each line is flushed at once, so
+    that no line is lost if the run is killed. A run that continues at step `resume` first drops the
+    lines from that step on, because the run writes these lines again. Non-finite numbers are
+    written as "nan", "inf" and "-inf", because JSON has no such numbers.
 
     Raises:
-      ValueError: a line of the existing file is not JSON. An incomplete last line, left by a killed
-        run, is dropped instead.
+      ValueError: a line of the existing file is not JSON. An incomplete last line, which a killed
+        run may leave, raises no error and is dropped.
     """
 
     def __init__(self, workdir: str | os.PathLike, resume: int = 0):
@@ -34,14 +34,14 @@ class Writer:
         self._board: Any = None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the values of a step, which are numbers or scalar arrays by name."""
+        """Writes the metrics of a step; `values` maps names to numbers or scalar arrays."""
         numbers = {name: v if type(v) is int else float(v) for name, v in values.items()}
         line = {"step": int(step)}
         line |= {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is None:
-            # Imported lazily: it is slow to import, and some processes write nothing.
+            # tensorboardX is imported lazily: the import is slow, and some processes write nothing.
             import tensorboardX
 
             folder, purge = str(self._workdir / "tensorboard"), self._resume or None
@@ -65,7 +65,7 @@ class Writer:
 def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
     """Returns the lines of metrics.jsonl up to and including the step `steps`.
 
-    An incomplete last line, left by a killed run, is left out.
+    If a killed run left an incomplete last line, that line is not returned.
 
     Raises:
       FileNotFoundError: there is no metrics.jsonl.

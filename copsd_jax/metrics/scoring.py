@@ -1,4 +1,4 @@
-"""Scores of problems with their intervals, and comparisons of two scores."""
+"""Computes scores of problems with their intervals, and compares the scores of two runs."""
 
 import collections
 import dataclasses
@@ -13,16 +13,16 @@ RESAMPLES = 10_000
 
 
 def compute_score_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Returns (mean, low, high): the mean of per-problem scores with its 95 % interval.
+    """Returns (mean, low, high): the mean of per-problem scores and its 95 % interval.
 
-    The interval is Wilson's (1927) with n = mean (1 - mean) / (variance / problems). This n is the
-    number of problems if all scores are 0 or 1. It is larger if scores are means of several
-    samples. Unlike mean ± 1.96 standard errors, the interval stays in [0, 1]. Its width is above 0
-    even if the mean is 0 or 1.
+    The interval is Wilson's (1927) with n = mean (1 - mean) / (variance / problems). If all scores
+    are 0 or 1, n is the number of problems. If scores are means of several samples, n is larger.
+    Unlike mean ± 1.96 standard errors, Wilson's interval stays in [0, 1], and is wider than 0 even
+    if the mean is 0 or 1.
 
     Args:
-      values: one score in [0, 1] per problem, the mean over the problem's samples. Samples of one
-        problem are not independent, so the problem is the unit.
+      values: one score in [0, 1] per problem, which is the mean over the problem's samples. Samples
+        of one problem are not independent, so they count as a single score.
 
     Raises:
       ValueError: there are no values, or a value is outside [0, 1].
@@ -38,7 +38,7 @@ def compute_score_interval(values: Sequence[float]) -> tuple[float, float, float
 
 
 class Paired(NamedTuple):
-    """A difference (after minus before), its 95 % interval, and the p-value of no difference."""
+    """A difference (after minus before), its 95 % interval, and the p-value for no difference."""
 
     difference: float
     low: float
@@ -47,16 +47,16 @@ class Paired(NamedTuple):
 
 
 def compare_paired_scores(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Paired:
-    """Compares two scores of the same problems, in the same order.
+    """Compares the scores of two runs on the same problems, in the same order.
 
-    The interval is from the percentile bootstrap over problems (10,000 resamples of the
-    differences). p is from the exact two-sided sign test on the problems whose score changed. For
-    scores of 0 and 1, this is McNemar's exact test.
+    The interval comes from a percentile bootstrap over problems, with 10,000 resamples of the
+    differences. The p-value comes from the exact two-sided sign test on the problems whose score
+    changed. If all scores are 0 or 1, the sign test is McNemar's exact test.
 
     Args:
-      before: one score in [0, 1] per problem. Average several samples or seeds of a problem first,
-        since problems are the unit of the resampling.
-      after: the scores of the other run, in the same form.
+      before: one score in [0, 1] per problem. If a problem has several samples or seeds, average
+        their scores first, because whole problems are resampled.
+      after: the scores of the second run, in the same form.
       seed: the seed of the resampling.
 
     Raises:
@@ -78,7 +78,7 @@ def compare_paired_scores(before: Sequence[float], after: Sequence[float], seed:
 
 
 def sign_test(up: int, down: int) -> float:
-    """Returns the exact two-sided p-value of `up` rises and `down` falls, if equally likely."""
+    """Returns the exact two-sided p-value of a sign test on `up` rises and `down` falls."""
     n = up + down
     tail = sum(math.comb(n, k) for k in range(min(up, down) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -98,17 +98,17 @@ def _shares(values: Sequence[float]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One graded completion: `answer`, `correct` and `status` of its Grade, and its length."""
+    """One graded completion: `answer`, `correct` and `status` from its Grade, and its length."""
 
     answer: str | None
     correct: bool
     status: str
     tokens: int
-    truncated: bool  # whether it ended at the token limit, not at a stop
+    truncated: bool  # whether the completion ended at the token limit
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Estimates the probability that k samples include a correct one, if c of n are correct.
+    """Estimates the probability that any of k samples is correct, if c of n samples are correct.
 
     The unbiased estimate is 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1).
 
@@ -121,7 +121,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def avg_at_n(correct: Sequence[bool]) -> float:
-    """Returns the share of correct samples of one problem."""
+    """Returns the share of samples of one problem that are correct."""
     return sum(map(bool, correct)) / len(correct)
 
 
@@ -131,13 +131,14 @@ def maj_at_n(classes: Sequence[int], correct: Sequence[bool]) -> float:
     If several classes are equally large, the class that occurs first wins.
 
     Args:
-      classes: the class of each sample, from `graders.Grader.same_class`; -1 has no vote.
-      correct: whether each sample is correct; the first member of a class decides for the class.
+      classes: the class of each sample, from `graders.Grader.same_class`; class -1 does not vote.
+      correct: whether each sample is correct; the first sample in a class decides for the whole
+        class.
     """
     votes = collections.Counter(k for k in classes if k >= 0)
     if not votes:
         return 0.0
-    winner = max(votes, key=lambda k: votes[k])  # the first on a tie: a Counter keeps the order
+    winner = max(votes, key=lambda k: votes[k])  # on a tie, the first class wins
     return float(correct[list(classes).index(winner)])
 
 
@@ -149,17 +150,19 @@ def score(
     """Scores one group of problems, such as those of one language.
 
     Args:
-      problems: the n samples of each problem; n is the same for all.
+      problems: the n samples of each problem; n is the same for all problems.
       same_class: `graders.Grader.same_class`.
       unresolved: the statuses that mean "no decision": `graders.UNRESOLVED`.
 
     Returns:
       A dict with `problems`, `samples` (n), `avg_at_n`, the interval `low` to `high` of `avg_at_n`,
-      `pass_at_n`, `maj_at_n` and `mean_tokens`. It also has `pass_at_2`, `pass_at_4` and so on, for
-      powers of two below n. `format_rate`, `truncated` and `unresolved` are shares of samples.
+      `pass_at_n`, `maj_at_n` and `mean_tokens`. The dict also has `pass_at_2`, `pass_at_4` and so
+      on, for all powers of two below n. `format_rate`, `truncated` and `unresolved` are shares of
+      samples.
 
     Raises:
-      ValueError: there are no problems, or their numbers of samples differ or are 0.
+      ValueError: there are no problems, or the problems have no samples or different numbers of
+        samples.
     """
     sizes = {len(samples) for samples in problems}
     if len(sizes) != 1 or 0 in sizes:

@@ -15,7 +15,7 @@ SECONDS = 5.0  # time between two progress lines if the stream is not a terminal
 
 
 class Timer:
-    """Timer of a loop's parts, as in `with timer("rollout"): ...`; parts may nest or repeat."""
+    """Measures parts of a loop, as in `with timer("rollout"): ...`; parts may nest or repeat."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
@@ -23,7 +23,7 @@ class Timer:
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Adds the duration of the `with` block to the time of a part."""
+        """Adds the duration of the `with` block to the time of the part `part`."""
         start = self._clock()
         try:
             yield
@@ -31,16 +31,17 @@ class Timer:
             self._seconds[part] += self._clock() - start
 
     def take(self) -> dict[str, float]:
-        """Returns the times since the last call as `{"seconds/rollout": 1.5}`, and resets them."""
+        """Returns the time of each part as `{"seconds/rollout": 1.5}`, and sets all times to 0."""
         out = {f"seconds/{part}": seconds for part, seconds in self._seconds.items()}
         self._seconds.clear()
         return out
 
 
 class Progress:
-    """A progress line, which is updated in place on a terminal and otherwise every five seconds.
+    """A progress line, which is updated in place on a terminal.
 
-    If the stream is not a terminal, each update is a new line. The last state is always written.
+    If the stream is not a terminal, a new line is written at most every five seconds. The last
+    state is always written.
 
     Args:
       label: the unit that is counted, such as "step" in "step 12/100".
@@ -57,12 +58,13 @@ class Progress:
         self._label, self._total, self._clock = label, total, clock
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
-        # The latest (time, done, total tokens). Speeds use only these, so they exclude compilation.
+        # The latest (time, done, total tokens). Speeds use only the latest entries, to exclude
+        # compilation.
         self._late = collections.deque([(clock(), start, 0)], maxlen=20)
         self._written, self._width, self._pending = -math.inf, 0, ""
 
     def update(self, done: int, tokens: int = 0, **values: float) -> None:
-        """Shows that `done` units are finished, with `tokens` new tokens, and shows the values."""
+        """Updates the line: `done` units are finished, `tokens` are new, and `values` are shown."""
         now = self._clock()
         self._late.append((now, done, self._late[-1][2] + tokens))
         self._pending = self._line(done, values)
@@ -92,7 +94,7 @@ class Progress:
         return "  ".join(parts)
 
     def close(self) -> None:
-        """Ends the live line, or writes the last state if it is not written yet."""
+        """Ends a line on a terminal; on another stream, writes the last state if unwritten."""
         if self._live and self._width:
             self._write("\n")
         elif self._pending:
@@ -119,7 +121,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     Widths are measured as on a terminal, where CJK characters are two columns wide.
 
     Raises:
-      ValueError: the lengths of a row and of the headers differ.
+      ValueError: a row has more or fewer cells than there are headers.
     """
     lines = [[str(cell) for cell in row] for row in (headers, *rows)]
     for row in lines:

@@ -1,9 +1,9 @@
 r"""Statistics of tokens and of completions, computed with NumPy on the host.
 
-Token classes show whether a teacher changes content (numbers, words) or style (marks, ends). All
-classes of a vocabulary are computed once, and each step looks them up. The class of a token
-therefore does not depend on its neighbours. If a tag is split into several tokens (`<`, `step`,
-`_`, `1`, `>`), only the brackets are marks.
+Token classes show whether a teacher changes content (numbers, words) or style (marks, ends). The
+class of every token in the vocabulary is computed once, and each step looks classes up. The class
+of a token therefore does not depend on the neighbours of the token. If a tag is split into several
+tokens (`<`, `step`, `_`, `1`, `>`), only the brackets are marks.
 """
 
 import re
@@ -28,7 +28,7 @@ BUCKETS = {
 
 _NAMES = tuple(CLASSES)
 _OPERATORS = frozenset("+-*/=^×÷±−·≈≠≤≥√%")
-# Angle brackets count as parts of tags, since more completions contain tags than comparisons.
+# Angle brackets count as parts of tags, because more completions contain tags than comparisons.
 _MARK = re.compile(r"\\?boxed[{}]*|</?[a-z_]+>?|[^\w\s=-]*[{}<>][^\w\s=-]*")
 
 
@@ -36,7 +36,8 @@ def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> st
     """Returns the key of `CLASSES` for the bytes of one token.
 
     Bytes that are not complete UTF-8 count as a word. Byte-level tokenizers split the letters of
-    rare scripts (Ge'ez, Vai) into such pieces. A single piece does not tell a letter from an emoji.
+    rare scripts (Ge'ez, Vai) into incomplete pieces. A single incomplete piece does not show
+    whether the character is a letter or an emoji.
     """
     if end or special:
         return "end" if end else "mark"
@@ -49,7 +50,8 @@ def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> st
     kinds = {unicodedata.category(char)[0] for char in text}
     if kinds & {"L", "M"}:
         return "word"
-    # Exactly one operator counts, since `**`, `--` and `//` are markup, rules and addresses.
+    # Only a single operator is a number, because `**`, `--` and `//` are markup, rules and
+    # addresses.
     number = "N" in kinds or sum(char in _OPERATORS for char in text) == 1
     return "number" if number else "other"
 
@@ -57,9 +59,9 @@ def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> st
 def classify_vocabulary(
     token_bytes: Sequence[bytes], stop_ids: Collection[int], special_ids: Collection[int]
 ) -> np.ndarray:
-    """Returns for each id the index of its class in `CLASSES`, int8 [V].
+    """Returns the class of each id, as an index into `CLASSES`, int8 [V].
 
-    Call it once per vocabulary.
+    Call this function only once per vocabulary.
 
     Args:
       token_bytes: the bytes of each token, from `tokenizer.list_token_bytes`.
@@ -97,7 +99,7 @@ def by_position(
 
     Args:
       values: one value per token of the completion.
-      mask: one flag per token; a value with False is left out.
+      mask: one flag per token; values whose flag is False are left out.
     """
     values_C, mask_C = np.asarray(values, np.float64), np.asarray(mask, bool)
     parts = {name: values_C[places][mask_C[places]] for name, places in BUCKETS.items()}
@@ -116,10 +118,10 @@ def _aligned(
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Returns the share of a completion's n-grams that occurred in it before.
+    """Returns the share of a completion's n-grams that repeat an earlier n-gram.
 
-    The share is 1 - distinct / all, as in the papers' repetition rate with n = 4. It is 0 for fewer
-    than n tokens.
+    The share is 1 - distinct / all, as in the papers' repetition rate, which has n = 4. The share
+    is 0 for a completion of fewer than n tokens.
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
@@ -140,9 +142,10 @@ def _words(text: str) -> list[str]:
 def overlap(completion: str, privileged: str, n: int = 3) -> float:
     """Returns the share of the completion's word n-grams that the privileged text contains.
 
-    The share is 1 for a copy, and 0 for fewer than n words. With n below 3, any two texts about the
-    same problem have n-grams in common. With n above 3, a copy with a few changed words is missed.
-    Both texts may repeat n-grams of the problem, so compare the share between steps, not with 0.
+    The share is 1 for a copy, and 0 for a completion of fewer than n words. If n is below 3, any
+    two texts about the same problem have n-grams in common. If n is above 3, a copy with a few
+    changed words is not detected. Both texts may repeat n-grams of the problem, so compare the
+    share with that of other steps, not with 0.
     """
     theirs, ours = _words(privileged), _words(completion)
     known = {tuple(theirs[i : i + n]) for i in range(len(theirs) - n + 1)}
@@ -153,11 +156,11 @@ def overlap(completion: str, privileged: str, n: int = 3) -> float:
 def advantage_by_step(
     advantage_C: Sequence[float], ranges: Sequence[tuple[int, int]]
 ) -> list[float | None]:
-    """Averages A_t = ln q - ln p over each step's tokens [start, stop); None for an empty step.
+    """Averages A_t = ln q - ln p over each step's tokens [start, stop); an empty step gives None.
 
-    It reproduces the figure of critique-conditioned self-distillation (arXiv 2606.11173). With a
-    reference solution as the context, A_t is negative nearly everywhere. With a critique, it is
-    negative only at and after the wrong step.
+    The averages reproduce the figure in the paper on critique-conditioned self-distillation (arXiv
+    2606.11173). With a reference solution as the context, A_t is negative nearly everywhere. With a
+    critique as the context, A_t is negative only from the wrong step on.
 
     Raises:
       ValueError: a range lies outside the completion.
@@ -175,25 +178,26 @@ def advantage_by_step(
 
 
 def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[str, float]:
-    """Returns a step's metrics by name, averaged over its rollout records.
+    """Returns the metrics of one step by name, averaged over the step's rollout records.
 
     Args:
-      records: the rollout records of a step. A record has `completion_ids` and, if the method
-        computes them, lists of the same length: `divergence` with `loss_mask`, `logp_student` and
-        `logp_teacher` (nats). `overlap` is computed from `completion` and `privileged_text`.
+      records: the rollout records of a step. A record has `completion_ids`, and may have lists of
+        the same length: `divergence` with `loss_mask`, `logp_student` and `logp_teacher` (nats).
+        The metric `overlap` is computed from `completion` and `privileged_text`.
       table_V: the class of each id, from `classify_vocabulary`.
 
     Returns:
-      The metrics. `divergence_CLASS` and `divergence_at_0_7` … are means over the tokens with loss,
-      and break down the step's `divergence`. `advantage`, `advantage_CLASS` and
-      `advantage_negative` (the share of tokens below 0) are means over all tokens of the
-      completions that a teacher scored. They include tokens without loss, since right steps also
-      show the effect of a context. `repetition` and `overlap` are means over completions. A record
-      is left out of a metric if the field is absent, or is empty because there is no teacher. A
-      metric without records is absent.
+      The metrics. `divergence_CLASS` and `divergence_at_0_7` … are means over the tokens that carry
+      loss, and split the step's `divergence` by class and by position. `advantage`,
+      `advantage_CLASS` and `advantage_negative` (the share of tokens whose advantage is below 0)
+      are means over all tokens of the completions that a teacher scored. Advantages include tokens
+      that carry no loss, because right steps also show the effect of a context. `repetition` and
+      `overlap` are means over completions. A metric leaves out each record in which a field that
+      the metric needs is absent, or is empty for lack of a teacher. A metric that has no records is
+      absent.
 
     Raises:
-      ValueError: the lengths of a list and of its completion differ.
+      ValueError: a list and its completion have different lengths.
     """
     sums: dict[str, tuple[float, int]] = {}
     for record in records:
@@ -204,7 +208,7 @@ def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[s
 
 
 def _sum_record(record: Mapping[str, Any], table_V: np.ndarray) -> Iterator[tuple[str, float, int]]:
-    """Yields the name of each metric that a record has, its sum, and the number of its values."""
+    """Yields the name, the sum and the number of values of each metric that a record has."""
     ids = record["completion_ids"]
     yield "repetition", repetition(ids), 1
     if record.get("privileged_text"):

@@ -1,4 +1,4 @@
-"""Problems as rows: sources and readers, languages, bundled files, and the rows of a step.
+"""Loads problems as rows: sources, languages, bundled files, and the rows of each step.
 
 May import: nothing of the package.
 """

@@ -1,4 +1,4 @@
-"""Batches: the rows of each step, from an endless order that only the seed determines."""
+"""Batches: the rows of each step, taken from an endless order that the seed determines."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,15 +14,15 @@ def build_row_order(
 ) -> Any:
     """Builds the endless order of rows as a `grain.MapDataset`: element i is the i-th row.
 
-    The rows of a language are shuffled again in each epoch of that language. Their order depends
-    only on `seed` and on the language's code. With several languages, each contributes rows in
-    proportion to its weight.
+    The rows of a language are shuffled again in each epoch of that language. The order of a
+    language's rows depends only on `seed` and on the language's code. If there are several
+    languages, each language contributes rows in proportion to its weight.
 
     Args:
       rows: the rows of all languages.
       langs: the codes in the order of `weights`.
-      weights: the share of each language, not all 0; () for equal shares. A language with a share
-        above 0 must have at least one row.
+      weights: the shares of the languages, at least one of them above 0; () for equal shares. A
+        language with a share above 0 must have at least one row.
       seed: the seed of the run.
     """
     import grain  # imported lazily: importing the package must not need grain
@@ -32,8 +32,8 @@ def build_row_order(
     for lang, weight in zip(langs, weights, strict=True):
         if weight:
             mine = [row for row in rows if row.lang == lang]
-            # The code is part of the seed. Without it, parallel data would give the same problem
-            # in all languages at once.
+            # The language's code is part of the seed. Otherwise, parallel data would give the same
+            # problem in all languages at once.
             own = np.random.SeedSequence([seed, zlib.crc32(lang.encode())]).generate_state(1)
             parts.append(grain.MapDataset.source(mine).seed(int(own[0])).shuffle().repeat())
             shares.append(weight / sum(weights))
@@ -48,7 +48,7 @@ def iterate_batches(
     seed: int,
     step: int = 0,
 ) -> Iterator[list[problem_row.Row]]:
-    """Yields the rows of step `step`, of `step + 1`, and so on, without end.
+    """Yields the rows of one step after another, without end; the first step is `step`.
 
     A row can occur twice in one step if an epoch ends in that step.
     """

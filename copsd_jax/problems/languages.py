@@ -1,7 +1,8 @@
-"""The languages of problems and prompts: `languages.json` and a user's additions to it.
+"""The languages of problems and prompts: those in `languages.json`, and a user's additions.
 
-Training, baselines and evaluation use the same registry. A file of languages is a JSON object. It
-maps a lower-case code to an object with exactly the fields of `Language`, except `code`:
+Training, baselines and evaluation use the same registry of languages. A file of languages is a JSON
+object that maps each lower-case code to an object with exactly the fields of `Language`, except
+`code`:
 
     {"xx": {"name": "...", "aliases": [], "checked_by_speaker": false, "note": "", ...}}
 
@@ -19,16 +20,17 @@ from typing import Any
 
 BUILT_IN = pathlib.Path(__file__).parent / "languages.json"
 BOX = "\\boxed{}"
-ANSWER_IS = "The answer is"  # graders search for these English words in every language
+ANSWER_IS = "The answer is"  # graders search for these English words, whatever the language
 _CODE = re.compile(r"[a-z]{2,8}(?:[-_][a-z0-9]{1,8})*")
-# Control characters, lone surrogates, private-use and unassigned code points: no word has any.
+# Control characters, lone surrogates, private-use and unassigned code points: no word contains any
+# of these.
 _NO_TEXT = ("Cc", "Cs", "Co", "Cn")
-_MARKERS = ("<|", "<think>", "</think>")  # parts of chat templates, which only prompts may insert
+_MARKERS = ("<|", "<think>", "</think>")  # parts of chat templates, forbidden in all texts
 
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    r"""A language's wording of prompts; the texts are in NFC, and in the language itself.
+    r"""The wording of prompts in one language; all texts are in Unicode form NFC.
 
     Attributes:
       code: the language's code in lower case, as in COPSD: ISO 639-1 or 639-3.
@@ -41,11 +43,13 @@ class Language:
       label_solution: the label before the English solution.
       begin_reference: the line before the reference solution.
       end_reference: the line after the reference solution.
-      instruction: asks to reason step by step and to put the final answer in a `\boxed{}`.
-      instruction_answer_is: asks to end with the English words "The answer is N." instead.
+      instruction: asks the model to reason step by step and to put the final answer in a
+        `\boxed{}`.
+      instruction_answer_is: asks the model to end with the English words "The answer is N." instead
+        of a box.
       think_prefix: the first words of the thinking.
       reason_first: asks the teacher to explain the reference solution without solving the problem.
-      transition: says that the solution is understood, and asks for a derivation, not a copy.
+      transition: says that the solution is understood, and asks for a derivation instead of a copy.
       checked_by_speaker: whether a speaker of the language has checked these texts.
       note: remarks for users of the language; may be empty.
     """
@@ -78,11 +82,11 @@ def load_languages(extra_path: str = "") -> dict[str, Language]:
     """Loads the built-in languages by code; a user's file may add or replace languages.
 
     Args:
-      extra_path: a JSON file in the format of the module's docstring; "" for none.
+      extra_path: a JSON file in the format that the module's docstring describes; "" for no file.
 
     Raises:
       FileNotFoundError: there is no file at `extra_path`.
-      ValueError: a language is wrong; the message names the file, the language and the field.
+      ValueError: a language is invalid; the message names the file, the language and the field.
     """
     registry = _read_languages_file(BUILT_IN)
     if extra_path:
@@ -92,7 +96,7 @@ def load_languages(extra_path: str = "") -> dict[str, Language]:
 
 
 def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
-    """Returns the registry's code for a code or an alias, in upper or lower case.
+    """Returns the registry's code for a code or alias, which may be in upper or lower case.
 
     Raises:
       ValueError: the code is unknown; the message lists the known codes.
@@ -107,7 +111,7 @@ def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
 
 
 def _read_languages_file(path: pathlib.Path) -> dict[str, Language]:
-    """Reads the languages of one file, and checks each language."""
+    """Reads the languages in one file, and checks each language."""
     if not path.is_file():
         raise FileNotFoundError(f"no languages file at {path}")
     try:
@@ -118,7 +122,7 @@ def _read_languages_file(path: pathlib.Path) -> dict[str, Language]:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply") from error
-    except ValueError as error:  # equal keys, or a number with too many digits
+    except ValueError as error:  # a repeated key, or a number with too many digits
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: must be a JSON object from language codes to their fields")
@@ -128,7 +132,7 @@ def _read_languages_file(path: pathlib.Path) -> dict[str, Language]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object, and refuses equal keys; `json` alone would keep the last value."""
+    """Returns a JSON object; refuses a repeated key, of which `json` would keep the last value."""
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -168,7 +172,7 @@ def _check_text(where: str, text: Any, may_be_empty: bool) -> None:
 
 
 def _check_meaning(where: str, fields: dict[str, Any]) -> None:
-    """Checks the fields that prompts and graders rely on."""
+    """Checks the fields on which prompts and graders rely."""
     if not isinstance(fields["checked_by_speaker"], bool):
         raise ValueError(f"{where}, field 'checked_by_speaker': must be true or false")
     aliases = fields["aliases"]
@@ -184,7 +188,7 @@ def _check_meaning(where: str, fields: dict[str, Any]) -> None:
 
 
 def _check_aliases(registry: Mapping[str, Language], path: str) -> None:
-    """Refuses an alias that means two languages; `path` is the file that was read last."""
+    """Refuses an alias that stands for two languages; `path` is the file that was read last."""
     owner = {code: code for code in registry}
     for code, language in registry.items():
         for alias in language.aliases:

@@ -11,13 +11,14 @@ class Row:
     """One problem in one language.
 
     Attributes:
-      id: the row's id, unique among the rows that are loaded from a source.
+      id: the row's id, unique among the rows that are loaded from one source.
       problem: the problem's text in `lang`.
       solution: the reference solution (English in COPSD's data), or "" if the source has none.
       answer: the final answer, or "" if the source has none.
       lang: the code of the problem's language, as in languages.json.
       problem_en: the English problem, or "" if the source has none.
-      group: a label for which scores are reported separately, or ""; in bundled rows, the wording.
+      group: a label by which scores are reported separately, or "". In bundled rows, the label is
+        the wording of the problem.
     """
 
     id: str
@@ -30,7 +31,7 @@ class Row:
 
 
 def compute_fingerprint(rows: Sequence[Row]) -> str:
-    """Returns the SHA-256 of the rows in their order, to tell whether two runs had equal data."""
+    """Hashes the rows, in order, by SHA-256; equal hashes show that two runs had equal data."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(dataclasses.astuple(row)).encode())

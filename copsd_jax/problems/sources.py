@@ -1,10 +1,10 @@
-"""Sources of problems: files and data sets, read into rows.
+"""Reads problems from files and data sets, and turns them into rows.
 
 A source is a JSONL file, a JSON list, a parquet file, a TSV file (question TAB answer, no header),
 `bundled:train|held_out|exemplars`, or `tfds:NAME[:VERSION]/SPLIT`. The records of all sources have
 COPSD's fields: `problem` (English), `solution`, `answer` or `Answer`, and `problem_<code>`
-(translation). A record may also have `problem_<code>_ok`, the quality flag of the translation. If
-this flag exists, it must be true.
+(translation). A record may also have `problem_<code>_ok`, the quality flag of the translation. A
+translation whose quality flag is not true cannot be used.
 """
 
 import collections
@@ -31,7 +31,7 @@ class Record(NamedTuple):
 
 
 class UnusableValue(Exception):
-    """A record cannot become a row; the message is the reason, which is counted and reported."""
+    """A record cannot become a row; the message gives the reason, which is counted and reported."""
 
 
 def _decode_source_text(path: str, raw: bytes) -> str:
@@ -49,13 +49,13 @@ def _record(path: str, where: str, value: object) -> Record:
 
 
 def _read_json(path: str, raw: bytes) -> list[Record]:
-    """Reads a JSON list of objects, or one object per line."""
+    """Reads a JSON list of objects, or a file with one JSON object per line."""
     text = _decode_source_text(path, raw)
     line, out = 0, []
     try:
         if text.lstrip()[:1] == "[":
             return [_record(path, f"row {k}", row) for k, row in enumerate(json.loads(text), 1)]
-        # Not splitlines(): it also splits at U+2028, which JSON strings may contain.
+        # splitlines() is not used: it also splits at U+2028, which JSON strings may contain.
         for line, content in enumerate(text.split("\n")):
             if content.strip():
                 out.append(_record(path, f"line {line + 1}", json.loads(content)))
@@ -68,7 +68,7 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
 
 
 def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
-    """Reads lines "question TAB answer" without a header; `field` names the question's field."""
+    """Reads lines "question TAB answer" without a header; a question becomes the field `field`."""
     out = []
     for k, line in enumerate(_decode_source_text(path, raw).split("\n"), start=1):
         if not line.strip():
@@ -83,7 +83,7 @@ def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
 
 
 def _read_parquet(path: str, raw: bytes) -> list[Record]:
-    # Imported lazily: it is slow to import, and most runs read no parquet.
+    # pyarrow is imported lazily: the import is slow, and most runs read no parquet file.
     import pyarrow
     import pyarrow.parquet
 
@@ -95,7 +95,7 @@ def _read_parquet(path: str, raw: bytes) -> list[Record]:
 
 
 def _find_tfds_folder(setting: str, path: str, name: str) -> pathlib.Path:
-    """Returns the folder of the TFDS data set NAME[:VERSION], by default of the newest version."""
+    """Returns the folder of the TFDS data set NAME[:VERSION]; the default is the newest version."""
     from tensorflow_datasets.core import constants
     from tensorflow_datasets.core.utils import version as version_lib
 
@@ -112,7 +112,7 @@ def _find_tfds_folder(setting: str, path: str, name: str) -> pathlib.Path:
 
 
 def _read_tfds(setting: str, path: str) -> list[Record]:
-    import tensorflow_datasets as tfds  # imported lazily: it is slow to import
+    import tensorflow_datasets as tfds  # imported lazily: the import is slow
 
     name, slash, split = path.removeprefix("tfds:").rpartition("/")
     if not slash or not name or not split:
@@ -140,9 +140,9 @@ def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> 
     """Reads all records of a source.
 
     Args:
-      path: a source in one of the forms of the module's docstring.
+      path: a source, in one of the forms that the module's docstring describes.
       lang: the language of a TSV file's questions.
-      setting: the setting that `path` comes from, for messages.
+      setting: the setting that `path` comes from, which error messages name.
 
     Raises:
       FileNotFoundError: there is no such file or data set.
@@ -172,7 +172,7 @@ def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> 
 
 
 def rename_fields(path: str, records: list[Record], fields: str) -> list[Record]:
-    """Copies each field "theirs" of the records to "ours", by a map "ours=theirs,ours=theirs"."""
+    """Copies fields of the records to other names, as in the map "ours=theirs,ours=theirs"."""
     pairs = [tuple(pair.split("=")) for pair in fields.split(",") if pair]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise ValueError(f"data.fields is {fields!r}: write ours=theirs,ours=theirs")
@@ -211,7 +211,7 @@ def convert_to_text(name: str, value: object) -> str:
         raise UnusableValue(f"{name} is empty")
     if any("\ud800" <= char <= "\udfff" for char in value):
         raise UnusableValue(f"{name} contains half a character (a lone surrogate)")
-    # NFC gives each letter one spelling: most tokenizers encode its other spellings differently.
+    # NFC gives each letter one spelling; most tokenizers encode other spellings differently.
     return unicodedata.normalize("NFC", value.strip())
 
 
@@ -224,7 +224,7 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """Returns the text of the first field in `names`; "" if it is blank and not needed."""
+    """Returns the text of `_read_first`, or "" if the field is blank or absent and not needed."""
     x = next((record.fields[name] for name in names if name in record.fields), None)
     blank = x is None or (isinstance(x, str | bytes) and not x.strip())
     if not needed and (blank or (isinstance(x, float) and math.isnan(x))):
@@ -233,7 +233,7 @@ def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
 
 
 def _read_problem(record: Record, codes: Sequence[str]) -> str:
-    """Returns the problem in a language, whose code and aliases are `codes`."""
+    """Returns the problem in one language; `codes` are the language's code and aliases."""
     names = [f"problem_{code}" for code in codes] + (["problem"] if "en" in codes else [])
     for name in names:
         flag = record.fields.get(f"{name}_ok")  # parquet writes an absent field as null
@@ -259,7 +259,7 @@ def _build_row(
 
 
 def _list_ids(path: str, records: Sequence[Record]) -> list[str]:
-    """Returns the `id` of each record, or "row<n>" if it has none; refuses equal ids."""
+    """Returns the `id` of each record, or "row<n>" if the record has none; refuses repeated ids."""
     seen: dict[str, str] = {}
     for k, record in enumerate(records, start=1):
         key = _read_optional(record, ("id",), False) or f"row{k}"
@@ -283,29 +283,31 @@ def load_rows(
     """Loads the rows of a source in the languages `langs`, one language after the other.
 
     Args:
-      path: a source in one of the forms of the module's docstring.
+      path: a source, in one of the forms that the module's docstring describes.
       langs: the codes or aliases of the languages.
-      missing: "error", or "drop" to leave out and count the records that lack a needed field.
-      fields: a map to the names of the source's fields, such as "problem=question,answer=final".
+      missing: "error" to refuse records that lack a needed field, or "drop" to leave such records
+        out and count them.
+      fields: a map from this project's field names to the source's field names, such as
+        "problem=question,answer=final".
       needs: the fields that each row must have besides its problem: some of `solution`, `answer`,
-        `problem_en`, `group`. Evaluation needs no solution.
+        `problem_en`, `group`. For evaluation, rows need no solution.
       limit: the number of records to use from the start of the source; 0 for all.
       registry: the languages by code; None for the built-in languages.
-      setting: the setting that `path` comes from, for messages.
+      setting: the setting that `path` comes from, which error messages name.
 
     Returns:
-      The rows, and the number of dropped records by reason. With several languages, a row's id is
-      "<id>/<lang>", since each problem occurs once per language.
+      The rows, and the number of dropped records by reason. If there are several languages, a row's
+      id is "<id>/<lang>", because each problem occurs once per language.
 
     Raises:
       FileNotFoundError: there is no such file or data set.
-      ValueError: a record cannot be used, or no row is left. The message names the file, the line
-        or row, and the number of such records.
+      ValueError: a record cannot be used, or no row is left. The message names the file, the first
+        unusable record, and the number of unusable records.
     """
     registry = languages.load_languages() if registry is None else registry
     codes = [languages.resolve_code(code, registry) for code in langs]
     if len(set(codes)) != len(codes) or not codes:
-        raise ValueError(f"the languages {', '.join(langs)} must be one or more, each once")
+        raise ValueError(f"the languages are {', '.join(langs)}: give at least one, and none twice")
     if path.endswith(".tsv") and len(codes) > 1:
         raise ValueError(f"{setting} is {path!r}: a TSV file has one language, not {langs}")
     records = read_records(path, lang=codes[0], setting=setting)
@@ -328,7 +330,7 @@ def load_rows(
 def _check_dropped(
     path: str, dropped: Mapping[str, int], first: Mapping[str, str], kept: int, missing: str
 ) -> None:
-    """Refuses a source without rows, and any dropped record if data.missing is "error"."""
+    """Refuses a source without rows; if data.missing is "error", also refuses dropped records."""
     if dropped and (missing == "error" or not kept):
         reason = next(iter(dropped))
         more = "; ".join(f"{name}: {count}" for name, count in dropped.items())

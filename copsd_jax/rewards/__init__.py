@@ -1,4 +1,4 @@
-"""Graders of answers, and the reward functions built on them.
+"""Graders of answers, and the reward functions that use graders.
 
 May import: nothing of the package.
 """

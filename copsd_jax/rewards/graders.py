@@ -1,16 +1,16 @@
-"""Graders, which extract the answer from a text and compare it with the gold answer.
+"""Graders, which extract an answer from a text and compare the answer with the gold answer.
 
-Most answers are numbers or words, and are compared as strings. Other answers are compared by
-math-verify in worker processes, with limits of time and memory. The limits are needed because a
+Most answers are numbers or words, and are compared as strings. All other answers are compared by
+math-verify in worker processes, with limits on time and memory. The limits are needed because a
 short formula can make sympy compute for hours or fill the memory. Sympy's own limits use signals,
-which cannot interrupt C code. A worker that exceeds a limit is killed and replaced. The result is
-then a status that evaluation counts, never an exception.
+which cannot interrupt C code. A worker that exceeds a limit is killed and replaced. If a worker is
+killed, the result is a status that evaluation counts, never an exception.
 
-A worker is a process `python -m copsd_jax.rewards.graders` with two pipes, which carry one line of
-JSON per question and per reply. It is started when it is first needed. It is not forked, because
-JAX has threads, and a forked copy of a process with threads may hang. Text written by a model is
-never executed. Therefore only math-verify's LaTeX parser is used: its parser of plain expressions
-calls sympy's `parse_expr`, which evaluates Python.
+A worker is a process `python -m copsd_jax.rewards.graders` with two pipes. Each question and each
+reply is one line of JSON. A worker is started when it is first needed. Workers are not forked,
+because JAX has threads, and a forked copy of a process with threads may hang. Text written by a
+model is never executed. For this reason, only the LaTeX parser of math-verify is used. The parser
+for plain expressions is not used, because it calls sympy's `parse_expr`, which evaluates Python.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 PATTERNS = ("boxed", "answer_is")
-OTHERS = ("choice", "none")  # answer forms of other kinds of reward
+OTHERS = ("choice", "none")  # forms of answers for other kinds of reward
 PLACES = ("last_after_think", "last_anywhere")
 STATUSES = (
     "plain",  # decided from strings and exact numbers
@@ -44,7 +44,7 @@ STATUSES = (
 )
 UNRESOLVED = ("timeout", "died", "too_long")  # undecided, but counted as wrong
 
-_LONGEST = 1000  # maximum characters of an answer that is read as a number or by math-verify
+_LONGEST = 1000  # maximum length of an answer that is parsed as a number or by math-verify
 _START_SECONDS = 120.0  # time limit for a worker to import sympy on a busy machine
 _CACHED = 100_000  # maximum number of math-verify comparisons that are remembered
 
@@ -53,14 +53,14 @@ _SIGNS = str.maketrans(
     "\u066a\u066b\u066c\uff0e\uff0c\uff0f\uff05\uff0b\uff1a\uff0d\ufe63\u2212\u2010\u2011\u2013",
     "%.,.,/%+:------",
 )
-# At most 32 characters, since each ፼ makes the number 10,000 times as large.
+# A numeral has at most 32 characters, because each ፼ makes the number 10,000 times as large.
 _ETHIOPIC = re.compile("(?<![\u1369-\u137c])[\u1369-\u137c]{1,32}(?![\u1369-\u137c])")
 _ETHIOPIC_PAIR = "[\u1372-\u137a]?[\u1369-\u1371]?"  # tens and ones
 _ETHIOPIC_GROUP = re.compile(f"(?:({_ETHIOPIC_PAIR})(\u137b))?({_ETHIOPIC_PAIR})")  # 0..9999
 
 
 def _ethiopic(run: str) -> str:
-    """Converts one Ge'ez numeral to ASCII digits; returns a malformed one unchanged.
+    """Converts one Ge'ez numeral to ASCII digits; returns a malformed numeral unchanged.
 
     Ge'ez numerals are not positional: ፪፻፴ is 2 x 100 + 30, and ፼ multiplies the number before
     it by 10,000.
@@ -70,7 +70,7 @@ def _ethiopic(run: str) -> str:
         match = _ETHIOPIC_GROUP.fullmatch(group)
         if match is None:
             return run
-        # A ፼ or ፻ with nothing before it means 1 x 10,000 or 1 x 100.
+        # With no numeral before it, ፼ means 1 x 10,000, and ፻ means 1 x 100.
         total = (total or min(index, 1)) * 10_000 + _pair(match[3])
         total += (_pair(match[1]) or 1) * 100 if match[2] else 0
     return str(total)
@@ -83,9 +83,9 @@ def _pair(text: str) -> int:
 def fold_digits(text: str) -> str:
     """Converts digits, signs and separators of every script to ASCII.
 
-    It converts all decimal digits of Unicode (category Nd, including full-width forms), the Ge'ez
-    numerals of Amharic and Tigrinya, the Arabic separators and the full-width signs. Characters
-    such as ² or ½ are not decimal digits, and are kept.
+    The function converts all decimal digits of Unicode (category Nd, including full-width forms),
+    the Ge'ez numerals of Amharic and Tigrinya, the Arabic separators and the full-width signs.
+    Characters such as ² or ½ are not decimal digits, and are kept.
     """
     if text.isascii():
         return text
@@ -96,12 +96,12 @@ def fold_digits(text: str) -> str:
 
 
 _ANSWER_IS = re.compile(r"\bthe\s+(?:final\s+)?answer\s+is\b[^\S\n]*:?[^\S\n]*", re.IGNORECASE)
-# A sentence ends at a stop before white space, so 3.5 is not split.
+# A sentence ends at a full stop before white space, so 3.5 is not split.
 _SENTENCE_END = re.compile("[.!?](?=\\s|$)|[\u3002\uff01\uff1f\u0964\u1362\u06d4\u061f]|\n")
 
 
 def extract_answer(text: str, pattern: str, where: str) -> str | None:
-    r"""Extracts the answer that a text states, as written there; returns None without an answer.
+    r"""Extracts the answer from a text, exactly as written; returns None if there is no answer.
 
     Args:
       text: the completion.
@@ -110,12 +110,12 @@ def extract_answer(text: str, pattern: str, where: str) -> str | None:
         answer, as in the reference code. `answer_is` extracts the text after the last "The answer
         is", up to the end of the sentence or line.
       where: `last_after_think` searches after the last `</think>`. If a `<think>` is open at the
-        end of the text, there is no answer yet. A text without these tags is searched as a whole,
-        so a caller whose prompt opened the think block puts `<think>` in front of the text.
-        `last_anywhere` searches the whole text.
+        end of the text, there is no answer yet. A text without think tags is searched as a whole.
+        If the prompt opened a think block, the caller must therefore put `<think>` in front of the
+        text. `last_anywhere` searches the whole text.
 
     Raises:
-      ValueError: the pattern or the place is unknown.
+      ValueError: the value of `pattern` or `where` is unknown.
     """
     for name, value, choices in (("pattern", pattern, PATTERNS), ("where", where, PLACES)):
         if value not in choices:
@@ -182,7 +182,7 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _UNIT = re.compile(r"([+-]?\d[\d.,'’ ]*?) ([^\W\d_]{2,}(?: [^\W\d_]{2,})*)")
-# Words after a number that change its value, so they are not units.
+# Words that change the value of the number before them, and are therefore not units.
 _SCALES = frozenset(
     """hundred thousand million millions billion billions trillion dozen percent half pi cent mille
     million milliard milliards cien mil millón millones mia elfu milioni""".split()
@@ -207,10 +207,11 @@ def _blank(spacing: str) -> str:
 
 
 def _parse_answer_number(text: str, comma: bool = False) -> str | None:
-    """Returns a number in canonical digits ("-12.5"), or None; with `comma`, "12,5" is 12.5.
+    """Returns a number in canonical digits ("-12.5"), or None if the text is not a number.
 
-    A comma, blank or apostrophe may separate thousands, and a dot if it cannot be a decimal point.
-    Indian grouping (1,00,000) is also read. "1,234" is always 1234.
+    A comma, a blank, an apostrophe, or a dot that cannot be a decimal point may separate thousands.
+    Indian grouping (1,00,000) is also read. If `comma` is set, "12,5" is 12.5, but "1,234" is
+    always 1234.
     """
     match = _NUMBER.fullmatch(text)
     if match is None or (match["comma"] and not comma):
@@ -225,7 +226,7 @@ def _parse_answer_number(text: str, comma: bool = False) -> str | None:
 
 
 def _parse_answer_fraction(text: str) -> fractions.Fraction | None:
-    """Returns the exact value of a number, fraction or mixed number, or None for other texts."""
+    """Returns the exact value of a number, fraction or mixed number; None for any other text."""
     if len(text) > _LONGEST:
         return None
     if number := _parse_answer_number(text):
@@ -244,16 +245,16 @@ def _parse_answer_fraction(text: str) -> fractions.Fraction | None:
 def normalize(text: str) -> str:
     """Normalizes an answer to the form in which two answers are compared as strings.
 
-    Digits of every script are folded. A number loses thousands separators, leading zeros and
-    trailing zeros. Any other text becomes lower case. It loses its blanks, except between digits,
-    since "1 1/2" is not 11/2.
+    Digits of every script are folded. A number is stripped of thousands separators, leading zeros,
+    and trailing zeros after the decimal point. Any other text becomes lower case and loses its
+    blanks, except blanks between digits, because "1 1/2" is not 11/2.
     """
     tidy = _tidy(text)
     return _parse_answer_number(tidy) or re.sub(r"(?<!\d) | (?!\d)", "", tidy).casefold()
 
 
 def _same_number(gold: str, answer: str) -> bool | None:
-    """Tells whether two tidied texts are the same number; returns None if undecided."""
+    """Tells whether two tidied texts are the same number; returns None if that is undecided."""
     for one, other in ((gold, answer), (answer, gold)):
         number = _parse_answer_number(one)
         if number is None:
@@ -261,24 +262,24 @@ def _same_number(gold: str, answer: str) -> bool | None:
         unit = _UNIT.fullmatch(other) if len(other) <= _LONGEST else None
         if unit and not _SCALES.intersection(unit[2].casefold().split()):
             other = unit[1]
-        # The other side is a number, so "3,5" has a decimal comma and is not a list.
+        # One side is a number, so "3,5" on the other side has a decimal comma and is not a list.
         digits = _parse_answer_number(other, comma=True)
         if digits is not None:
             return digits == number
     left = _parse_answer_fraction(gold)
-    # Unequal fractions are left undecided, since 0.333333 may be a rounded 1/3.
+    # Unequal fractions are left undecided, because 0.333333 may be a rounded 1/3.
     return True if left is not None and left == _parse_answer_fraction(answer) else None
 
 
 def compare_plainly(gold: str, answer: str) -> bool | None:
-    """Compares two answers as strings and as exact numbers; returns None if undecided."""
+    """Compares two answers as strings and as exact numbers; returns None if neither decides."""
     if normalize(gold) == normalize(answer):
         return True
     gold, answer = _tidy(gold), _tidy(answer)
     same = _same_number(gold, answer)
     if same is not None:
         return same
-    # math-verify reads a word as a product of letters, so that "saw" would equal "was".
+    # math-verify reads a word as a product of letters, so "saw" would equal "was".
     words = [side for side in (gold, answer) if len(side) > 3 and side.replace(" ", "").isalpha()]
     if words and all(
         side in words or _parse_answer_number(side) is not None for side in (gold, answer)
@@ -288,11 +289,11 @@ def compare_plainly(gold: str, answer: str) -> bool | None:
 
 
 class _Worker:
-    """A process that compares by math-verify; it is started when needed, and replaced if lost."""
+    """A process that compares answers by math-verify; `ask` starts the process when needed."""
 
     def __init__(self, memory: int):
         self._memory = memory
-        self._process: Any = None  # a subprocess.Popen while it runs
+        self._process: Any = None  # a subprocess.Popen while the process runs
         self._unread = b""
 
     def ask(self, gold: str, answer: str, seconds: float) -> str:
@@ -325,7 +326,7 @@ class _Worker:
             )
 
     def _send(self, question: list) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it ended; `_receive` then returns `died`
+        with contextlib.suppress(BrokenPipeError):  # the worker ended: `_receive` returns `died`
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -381,7 +382,7 @@ def _run_grader_worker(memory: int) -> None:
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
         gold, answer, seconds = json.loads(line)
-        # The alarm ends this process, even in C code, if the parent is gone and cannot kill it.
+        # If the parent is gone and cannot kill this process, the alarm ends it, even in C code.
         signal.alarm(int(seconds) + 5)
         print(json.dumps(compare(gold, answer)), file=replies, flush=True)
         signal.alarm(0)
@@ -389,7 +390,7 @@ def _run_grader_worker(memory: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """The grade of one text; `answer` is as written, or None if the text has no answer."""
+    """The grade of one text; `answer` is the answer as written, or None if there is no answer."""
 
     answer: str | None
     correct: bool
@@ -400,11 +401,12 @@ class Grader:
     """A context manager that extracts and compares answers, and owns worker processes.
 
     Args:
-      pattern: as in `extract_answer`, or one of OTHERS, with which the grader only compares.
+      pattern: a pattern of `extract_answer`, or one of OTHERS. A grader with one of OTHERS can only
+        compare answers.
       where: as in `extract_answer`.
       seconds: the time limit of one comparison by math-verify.
-      workers: maximum number of processes; a process is started only when an answer needs it.
-      memory: address space of each worker in bytes (Linux only).
+      workers: maximum number of processes; a process is started only when an answer needs one.
+      memory: maximum address space of each worker, in bytes (Linux only).
     """
 
     def __init__(
@@ -426,12 +428,12 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers; a later comparison starts them again."""
+        """Ends the workers; a later comparison starts new workers."""
         for worker in self._workers:
             worker.close()
 
     def compare(self, gold: str, answer: str) -> tuple[bool, str]:
-        """Compares two answers; returns (equal, status), with equal=False if undecided."""
+        """Compares two answers; returns (equal, status). An undecided pair counts as not equal."""
         plain = compare_plainly(gold, answer)
         if plain is not None:
             return plain, "plain"
@@ -453,7 +455,7 @@ class Grader:
     def grade_all(self, pairs: Iterable[tuple[str, str]]) -> list[Grade]:
         """Grades (gold, text) pairs; returns the grades in the same order.
 
-        Equal pairs of answers are compared only once.
+        A pair of answers that occurs several times is compared only once.
 
         Raises:
           ValueError: a gold answer is empty.
@@ -471,9 +473,10 @@ class Grader:
         return [Grade(pair[1], *verdicts.get(pair, none)) for pair in found]
 
     def same_class(self, answers: Sequence[str | None]) -> list[int]:
-        """Groups equal answers; returns the number of each answer's class, in order of appearance.
+        """Groups equal answers; returns the index of each answer's class.
 
-        An answer is compared with the first answer of each class. The class of None is -1.
+        Classes are numbered in order of first appearance. An answer is compared with the first
+        answer of each class. The class of None is -1.
         """
         firsts: list[str] = []
 

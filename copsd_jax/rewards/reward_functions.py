@@ -1,13 +1,13 @@
-r"""Rewards of completions: a number, a status and a feedback text, for each kind in `REWARDS`.
+r"""Rewards of completions, of each kind in `REWARDS`: a number, a status and a feedback text.
 
-A feedback text may enter the teacher's context. It says what is wrong with a completion, and never
-gives the right answer. Text written by a model is never executed.
+A feedback text may enter the teacher's context. The feedback says what is wrong with a completion,
+but never gives the right answer. Text written by a model is never executed.
 
-Departures from the SDPO environments (arXiv 2601.20802):
+The rewards differ from the SDPO environments (arXiv 2601.20802) in these points:
 
 - Text in a think block is not an answer.
 - A choice may be written "(B)", "B." or "B) text"; SDPO requires exact equality.
-- The arguments of a call end where their JSON ends, not at the first brace.
+- The arguments of a call end where the JSON object ends, not at the first closing brace.
 - A call that cannot be read has its own status.
 - A gold answer that cannot be read raises an error.
 """
@@ -32,7 +32,7 @@ STATUSES = (
     "not_a_choice",  # the content of <answer> is not a single letter
     "malformed",  # a tool call cannot be read
     "computed",  # the function of reward.kind returned the reward
-    "raised",  # that function raised; the status is followed by ":" and the exception's type
+    "raised",  # the function of reward.kind raised; ":" and the exception's type follow
 )
 
 
@@ -41,10 +41,11 @@ class Verdict:
     """The grading of one completion.
 
     Attributes:
-      reward: a finite number: 1 for a right and 0 for a wrong answer, or a user's function's value.
-      correct: whether the answer is right; None for a user's function.
-      answer: the answer as written, or None. For a choice, it is the letter. For tool calls, it is
-        the names and the merged arguments.
+      reward: a finite number: 1 for a right answer, 0 for a wrong answer, or the value that a
+        user's function returned.
+      correct: whether the answer is right; None if a user's function computed the reward.
+      answer: the answer as written, or None. For a choice, the answer is the letter. For tool
+        calls, the answer is the names and the merged arguments.
       status: one of `STATUSES`; "raised" is followed by the exception's type ("raised:KeyError").
       feedback: sentences about the completion, without the gold answer; may be empty.
     """
@@ -58,22 +59,23 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Rewarder:
-    """A kind of reward with its settings, from `build_rewarder`."""
+    """A kind of reward together with its settings; `build_rewarder` builds a rewarder."""
 
     kind: str
     grader: graders.Grader
     form: str
-    function: Callable | None  # set if the kind is "module:function"
+    function: Callable | None  # the user's function if the kind is "module:function"
 
     def score(self, golds: Sequence[str], texts: Sequence[str]) -> list[Verdict]:
-        """Scores texts against gold answers, in their order.
+        """Scores each text against the gold answer at the same position.
 
         Args:
           golds: the gold answers.
-          texts: the completions. If the prompt opened a think block, `<think>` is in front.
+          texts: the completions. If a prompt opened a think block, the completion must begin with
+            `<think>`.
 
         Raises:
-          ValueError: the numbers of golds and texts differ, or the kind cannot read a gold answer.
+          ValueError: the numbers of gold answers and texts differ, or a gold answer cannot be read.
           TypeError: the user's function returned neither a number nor (number, text).
         """
         if len(golds) != len(texts):
@@ -85,13 +87,14 @@ class Rewarder:
 
 
 def build_rewarder(kind: str, grader: graders.Grader, form: str = "") -> Rewarder:
-    r"""Builds the rewarder of `reward.kind`.
+    r"""Builds the rewarder for a value of `reward.kind`.
 
     Args:
-      kind: a key of `REWARDS`, or "module:function" for an importable f(gold, text) that returns a
-        number or (number, feedback).
-      grader: the grader of answers for the kind "answer"; the caller closes it.
-      form: the form of an answer for the feedback text, with `{}` in place of the answer itself.
+      kind: a key of `REWARDS`, or "module:function", which names an importable f(gold, text). The
+        named function returns a number or (number, feedback).
+      grader: the grader of answers for the kind "answer"; the caller must close the grader.
+      form: the form of an answer that the feedback text shows, with `{}` in place of the answer
+        itself.
 
     Raises:
       ValueError: the kind is unknown, or its function cannot be imported.
@@ -106,7 +109,7 @@ def _shorten(text: str, shown: int = 200) -> str:
 
 
 def _keep_gradable_text(text: str) -> str:
-    """Returns the text after the thinking; "" if a think block is open, so there is no answer."""
+    """Returns the text after the thinking; returns "" if a think block is still open."""
     after = text.rpartition("</think>")[2]
     return "" if "<think>" in after else after
 
@@ -117,7 +120,7 @@ def _fail(status: str, feedback: str) -> Verdict:
 
 
 def _score_each(judge: Callable, rewarder: Rewarder, golds, texts) -> list[Verdict]:
-    """Scores each text by `judge(gold, text)`; the kind's `read_gold` reads the gold answer."""
+    """Scores each text by `judge(gold, text)`, where `gold` is what the kind's `read_gold` read."""
     pairs = enumerate(zip(golds, texts, strict=True))
     return [judge(_read_gold(rewarder.kind, gold, f"pair {k}"), text) for k, (gold, text) in pairs]
 
@@ -190,9 +193,9 @@ def _score_choice(gold: str, text: str) -> Verdict:
 
 _MARK = re.compile(r"\bAction(?P<input> Input)?:")
 
-# The number of calls by function name, and the arguments of all calls together by argument name.
-# The values are JSON text, since True equals 1 in Python. If several arguments have the same name,
-# the last one counts, as published.
+# The number of calls by function name, and the merged arguments of all calls by argument name.
+# Argument values are kept as JSON text, because True equals 1 in Python. If several arguments have
+# the same name, the last one counts, as in the SDPO environments.
 _Calls = tuple[collections.Counter[str], dict[str, str]]
 
 
@@ -225,10 +228,10 @@ def _read_calls(text: str) -> _Calls:
             try:
                 value, end = _DECODER.raw_decode(body)
                 arguments |= _canonicalize(value)
-            except (ValueError, RecursionError) as error:  # also too many digits, too deep nesting
+            except (ValueError, RecursionError) as error:  # also for too many digits or levels
                 reason = f"the JSON of `Action Input:` {inputs} is malformed: {error}"
                 raise ValueError(reason) from error
-            at = len(text) - len(body) + end  # skips marks inside the JSON's strings
+            at = len(text) - len(body) + end  # marks inside JSON strings are skipped
             continue
         at = mark.end()
         name = re.split("\n|Action Input:", text[at:], maxsplit=1)[0].strip(" \t\r`*\"'.,;")
@@ -239,7 +242,7 @@ def _read_calls(text: str) -> _Calls:
 
 
 def _read_gold_calls(gold: str) -> _Calls:
-    """Reads gold calls: a text like a completion, or ToolAlpaca's list of {"Action", ...}."""
+    """Reads gold calls, written as in a completion or as ToolAlpaca's list of {"Action", ...}."""
     if not gold.lstrip().startswith("["):
         names, arguments = _read_calls(gold)
     else:
@@ -251,13 +254,13 @@ def _read_gold_calls(gold: str) -> _Calls:
             given = call.get("Action_Input")
             arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)
     if not names:
-        # No completion could be right: a completion without calls has the status no_answer.
+        # A gold answer needs a call: a completion without calls has the status no_answer.
         raise ValueError("it has no Action")
     return names, arguments
 
 
 def _score_calls(wanted: _Calls, text: str) -> Verdict:
-    """Compares the number of calls of each function, and the arguments of all calls together."""
+    """Compares the number of calls to each function, and the merged arguments of all calls."""
     try:
         names, arguments = _read_calls(_keep_gradable_text(text))
     except ValueError as error:
@@ -267,7 +270,7 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
         return _fail("no_answer", "There is no `Action:` with a function.")
     named = ", ".join(sorted(names.elements()))
     given = "{" + ", ".join(f"{_write_json(k)}: {v}" for k, v in sorted(arguments.items())) + "}"
-    given = given.encode("utf-8", "backslashreplace").decode()  # JSON can contain half a character
+    given = given.encode("utf-8", "backslashreplace").decode()  # JSON may contain half a character
     right = (names, arguments) == wanted
     if right:
         feedback = "The calls are right."
@@ -280,9 +283,9 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
 
 # ---- a function named in the config ----------------------------------------------------------
 
-# Exceptions that a function may raise for a text of an unexpected form. Such texts will occur, and
-# one of them must not end a run. Any other exception (a missing file, a wrong name, no memory) is a
-# fault of the function or the machine, and ends the run with its traceback.
+# Exceptions that a user's function may raise for a text of an unexpected form. Texts of an
+# unexpected form will occur, and must not end a run. Any other exception (a missing file, a wrong
+# name, no memory) is a fault of the function or the machine, and ends the run with a traceback.
 _TEXT_ERRORS = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError)
 
 
@@ -361,7 +364,7 @@ REWARDS: dict[str, Reward] = {
 
 
 def check_gold_answers(kind: str, golds: Mapping[str, str], setting: str) -> None:
-    """Refuses gold answers that the kind cannot read, before the first rollout.
+    """Refuses gold answers that the kind of reward cannot read, before the first rollout.
 
     Args:
       kind: the value of reward.kind.

@@ -1,4 +1,4 @@
-"""Prompts of student and teacher, contexts, authors' replies, and the tokens that carry loss.
+"""Builds prompts from contexts, reads authors' replies, and selects the tokens that carry loss.
 
 May import: config, problems, rewards.
 """

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from copsd_jax.rewards import graders
 
-_DIGITS = r"(?:\d+|[\u1369-\u137c]+)"  # of any script; `\d` does not match Ge'ez numerals
+_DIGITS = r"(?:\d+|[\u1369-\u137c]+)"  # digits of any script; `\d` does not match Ge'ez numerals
 
 
-# A number, with or without separators. A blank is a separator only before a group of three digits,
-# as in 10 000.
+# Matches a number, with or without separators. A blank is a separator only before a group of three
+# digits, as in 10 000.
 _NUMBER = re.compile(
     rf"{_DIGITS}(?:(?:[.,'’٫٬،．，]|\{{,\}}){_DIGITS}|(?:\\,|[ \u00a0\u202f])\d{{3}}(?!\d))*"
 )
@@ -30,9 +30,10 @@ def has_leak(text: str, answer: str) -> bool:
     """Tells whether a text states the final answer.
 
     Numbers are compared by value, in the digits of any script: "8 + 5 = 13." states 13, but "130"
-    and "1.13" do not. Any other answer must occur as whole words. Case is ignored, except for an
-    answer of one letter, since "a" is also a word. Numbers written as words are not found, and
-    neither are equivalent formulas in another form. An unknown answer ("") is never found.
+    and "1.13" do not. Any other answer must occur as whole words. Case is ignored, except in an
+    answer of one letter: the answer "A" does not match the word "a". The function does not find
+    numbers written as words, or formulas that are equivalent but written differently. If the answer
+    is unknown (""), nothing is found.
     """
     return bool(_find_leaks(text, answer))
 
@@ -60,7 +61,7 @@ def _find_leaks(text: str, answer: str) -> list[tuple[int, int]]:
 
 
 def _find_sign(text: str, start: int) -> int:
-    """Returns where a number starts, including its minus sign if it has one.
+    """Returns the index at which a number starts; a minus sign is part of the number.
 
     A hyphen after a word, and a minus after an operand, are not part of the number.
     """
@@ -77,8 +78,8 @@ def _find_sign(text: str, start: int) -> int:
 def find_words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
     """Yields the spans [start, end) where `wanted` occurs as whole words.
 
-    The kind of white space, the case and the Unicode composition are ignored. For a single
-    character, however, the case must match.
+    Differences in white space, case and Unicode composition are ignored. If `wanted` is a single
+    character, however, the case must be the same.
     """
     wanted = " ".join(wanted.split())
     forms = {unicodedata.normalize(form, wanted) for form in ("NFC", "NFD")} | {wanted}
@@ -92,7 +93,7 @@ def find_words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
 
 
 def _continues(beside: str, edge: str) -> bool:
-    """Tells whether a word or number whose outermost character is `edge` continues in `beside`."""
+    """Tells whether `beside` continues the word or number whose outermost character is `edge`."""
     near, further = beside[-1:], beside[-2:-1]
     if edge.isdigit() and near in tuple(".,"):
         return further.isdigit()

@@ -1,11 +1,12 @@
-"""Contexts: the texts that the teacher sees besides the problem. Each is an entry of `CONTEXTS`.
+"""Contexts: the texts that the teacher sees besides the problem.
 
-An entry builds the conversation under which the teacher scores a completion. It reads the row and
-the student's `Attempt`. If an author writes a text first, it also reads the author's `Reply`. The
-other differences between contexts are fields of the entry, so a new context needs one entry only.
+Each context is an entry of `CONTEXTS`. An entry builds the conversation under which the teacher
+scores a completion. The conversation is built from the row and the student's `Attempt`. If an
+author writes for the context, the author's `Reply` is used as well. All other differences between
+contexts are fields of the entries, so a new context needs only one new entry.
 
-This module imports neither jax nor transformers, because settings are checked against it before
-these two are imported.
+This module imports neither jax nor transformers, because settings are checked against `CONTEXTS`
+before jax and transformers are imported.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from copsd_jax.teaching import conversations, replies, rule_author, solution_ste
 from copsd_jax.teaching.conversations import Conversation, Section, Turn
 from copsd_jax.teaching.replies import Attempt, Reply
 
-# Inputs of a context besides the row; `methods.distill` provides them.
+# What a context may read besides the row; `methods.distill` provides these inputs.
 INPUTS = ("reply", "attempt", "siblings", "feedback", "other")
 
 
@@ -34,7 +35,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Author:
-    """The text that an author writes for a context: its request, and the reading of the reply.
+    """Describes how a context requests a text from an author, and how the author's reply is read.
 
     Attributes:
       build_conversation: returns the conversation that the author completes, or None if there is
@@ -44,8 +45,9 @@ class Author:
       kinds: the values of author.kind whose authors can write the text.
       reads_cut: tells whether a reply that was cut off at author.max_tokens is still read.
       write_by_rule: writes the text by a rule (author.kind=grader), from an attempt and the answer
-        that the grader found in it; None if no rule can write the text.
-      write_exemplar: returns the reply that is shown for an exemplar; None if exemplars have none.
+        that the grader found in the attempt; None if no rule can write the text.
+      write_exemplar: returns the reply that is shown for an exemplar; None if exemplars have no
+        reply.
     """
 
     build_conversation: Callable[[Settings, Attempt], Conversation | None]
@@ -66,9 +68,9 @@ class Context:
       row_fields: returns the names of the fields that a row must have.
       inputs: returns the members of `INPUTS` that the context reads.
       author: the text that an author writes; None if the context needs no author.
-      settings: names of the settings that this context reads, but some other contexts do not.
-      locates_error: whether a reply can name an error; tokens.select=from_error and error_step
-        need this.
+      settings: names of the settings that this context reads and some other context does not read.
+      locates_error: whether a reply can name an error, as tokens.select=from_error and
+        tokens.select=error_step require.
     """
 
     build_conversation: Callable[[Settings, Attempt, Reply], Conversation | None]
@@ -89,7 +91,7 @@ def _user(*parts: str | Section) -> Turn:
 
 
 def _ask_again(*parts: Section) -> Conversation | None:
-    """Builds a re-prompt from the parts whose text is not empty; None if there are none."""
+    """Builds a re-prompt from the parts that have a text; returns None if no part has a text."""
     shown = [part for part in parts if part.text]
     return (_user("problem", *shown, "again", "instruction"),) if shown else None
 
@@ -114,7 +116,7 @@ def _list_crosslingual_fields(settings: Settings) -> tuple[str, ...]:
 
 
 def _show_other_problem(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds the control of `reference`, which shows the solution of another problem."""
+    """Builds a control for the context `reference`: a prompt with another problem's solution."""
     if attempt.other is None:
         return None
     solution = Section("solution", row=attempt.other)
@@ -129,7 +131,7 @@ def _show_nothing(settings: Settings, attempt: Attempt, reply: Reply) -> Convers
 
 
 def _show_sibling(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds SDPO's re-prompt: a successful sibling, and feedback if context.feedback allows it."""
+    """Builds SDPO's re-prompt: a successful sibling, and feedback that context.feedback allows."""
     sibling = attempt.sibling
     wanted = {"never": False, "always": True, "without_sibling": not sibling}[settings.feedback]
     feedback = attempt.feedback if wanted else ""
@@ -169,9 +171,10 @@ def _read_analysis(settings: Settings, attempt: Attempt, text: str) -> Reply:
 
 
 def _ask_reflection(settings: Settings, attempt: Attempt) -> Conversation | None:
-    """Builds ROSD's request to explain a success, or to diagnose a failure next to a success.
+    """Builds ROSD's request to explain a successful attempt, or to diagnose a failed attempt.
 
-    Returns None for a failure without a successful sibling.
+    A failed attempt is shown next to a successful sibling. Without a successful sibling, the
+    function returns None for a failed attempt.
     """
     own = Section("attempt", attempt.text)
     if attempt.correct:
@@ -187,7 +190,7 @@ def _show_reflection(settings: Settings, attempt: Attempt, reply: Reply) -> Conv
     """Builds a conversation that shows the explanation, but not the sibling's solution.
 
     If the reply is unusable and parity.reflection_fallback is set, the sibling is shown instead, as
-    published.
+    in ROSD's published code.
     """
     if reply.text:
         return _ask_again(Section("reflection", reply.text))
@@ -211,7 +214,7 @@ def _show_critique(settings: Settings, attempt: Attempt, reply: Reply) -> Conver
 
 
 def _read_critique(settings: Settings, attempt: Attempt, text: str) -> Reply:
-    """Reads a critique and compares it with the attempt's steps that do not state the answer."""
+    """Reads a critique; compares it with the attempt's steps that do not state the answer."""
     own = [step.text for step in solution_steps.split_steps(attempt.text) if not step.final]
     return replies.verify_critique(replies.read_critique(text), own)
 
@@ -250,7 +253,7 @@ CONTEXTS: dict[str, Context] = {
             "context.sibling",
             "context.section_tokens",
             "context.leak",
-            "context.feedback",  # read if parity.reflection_fallback is set
+            "context.feedback",  # read only if parity.reflection_fallback is set
             "parity.reflection_tags",
             "parity.reflection_fallback",
         ),
@@ -339,9 +342,10 @@ def read_reply(settings: Settings, attempt: Attempt, text: str) -> Reply:
 
 
 def join_privileged_text(settings: Settings, attempt: Attempt, reply: Reply) -> str:
-    """Joins the texts that only the teacher is shown, with line breaks between them.
+    """Joins with line breaks the texts that only the teacher is shown.
 
-    These are solutions, English problems, completions of siblings, and texts by graders or authors.
+    The joined texts are solutions, English problems, completions of siblings, and texts by graders
+    or authors.
     """
     conversation = get_context(settings).build_conversation(settings, attempt, reply) or ()
     texts = []

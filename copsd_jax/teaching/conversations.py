@@ -1,8 +1,8 @@
 """Conversations and their wording, for the student, the teacher and authors.
 
-A conversation is a tuple of turns, and a turn has a role and a tuple of sections. The kind of a
-section ("problem", "solution", ...) names its content. Two tables hold the wording of each kind:
-`CHAT` for the chat template, and `PLAIN` for plain text.
+A conversation is a tuple of turns, and a turn has a role and a tuple of sections. Each section has
+a kind ("problem", "solution", ...), which names the content of the section. Two tables hold the
+wording of each kind of section: `CHAT` for the chat template, and `PLAIN` for plain text.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ class Section(NamedTuple):
     """A part of a turn."""
 
     kind: str  # a key of `PLAIN`
-    text: str = ""  # the text to show, if it does not come from a row
+    text: str = ""  # the text to show, unless the text comes from a row
     row: problem_row.Row | None = None  # the row to show; None for the row of the prompt
 
 
@@ -35,14 +35,15 @@ STUDENT: Conversation = (Turn("user", (Section("problem"), Section("instruction"
 
 @dataclasses.dataclass(frozen=True)
 class PromptFormat:
-    """The form that all prompts of one side share: student, teacher, evaluation or author.
+    """The form of all prompts of one side, which is the student, teacher, evaluation or author.
 
     Attributes:
       template: "chat" (the tokenizer's chat template) or "plain" (text with labels, `PLAIN`).
-      thinking: "none" if the template has no thinking switch. Otherwise "off" (an empty think
-        block), "on" (the model may open a think block) or "prefix" (the prompt opens a think block
-        and writes its first words in the language).
-      answer: the form in which a final answer is requested and written, a key of `ANSWER_FORMS`.
+      thinking: "none" if the template has no thinking switch. A template with a thinking switch
+        allows "off" (an empty think block), "on" (the model may open a think block) and "prefix"
+        (the prompt opens a think block and writes the first words of the thinking in the problem's
+        language).
+      answer: a key of `ANSWER_FORMS`: the form in which a final answer is requested and written.
       languages: the languages by code.
       exemplars: the worked examples before every prompt.
       form: "plain", or "step_tags" if each step of an answer is written in `<step_k>` tags.
@@ -57,7 +58,7 @@ class PromptFormat:
 
 
 def join_lines(text: str) -> str:
-    """Joins a text into one line, since in plain text a line break ends a block or a completion."""
+    """Joins the lines of a text; in plain text, a line break would end a block or a completion."""
     return " ".join(text.split())
 
 
@@ -65,8 +66,9 @@ def _plain_solution(row: problem_row.Row) -> str:
     return join_lines(row.solution) + (f" ({row.answer})" if row.answer else "")
 
 
-# The plain wording. Each block includes the line break before it. The prompts of both student and
-# teacher end in "Answer:", so the first completion token follows the same text on both sides.
+# The plain wording. The line break before a block is part of the block. Prompts of the student and
+# of the teacher all end in "Answer:", so the first completion token follows the same text on both
+# sides.
 PLAIN: dict[str, Callable[[problem_row.Row, Section], str]] = {
     "problem": lambda row, part: f"Question: {join_lines(row.problem)}",
     "problem_en": lambda row, part: f"\nEnglish question: {join_lines(row.problem_en)}",
@@ -92,7 +94,7 @@ PLAIN_GAP = "\n\n"  # follows each exemplar
 
 
 # The chat wording: the blocks of a turn, separated by a blank line, in the order of the sections.
-# An instruction after a transition starts on the next line, without a blank line before it.
+# An instruction after a transition starts on the next line, without a blank line in between.
 CHAT: dict[str, Callable[[languages.Language, problem_row.Row, Section], str]] = {
     "problem": lambda lang, row, part: f"{lang.label_problem}: {row.problem}",
     "problem_en": lambda lang, row, part: f"{lang.label_problem_en}: {row.problem_en}",
@@ -103,7 +105,7 @@ CHAT: dict[str, Callable[[languages.Language, problem_row.Row, Section], str]] =
     "reason": lambda lang, row, part: lang.reason_first,
     "analysis": lambda lang, row, part: part.text,
     "transition": lambda lang, row, part: lang.transition,
-    # The next entries are in English for every language, as in the papers.
+    # The entries below are in English, whatever the language of the problem, as in the papers.
     "tutor": lambda lang, row, part: TUTOR,
     "attempt": lambda lang, row, part: f"An attempt:\n{_fence('Attempt', part.text)}",
     "gold": lambda lang, row, part: f"The final answer is known: {row.answer}",
@@ -159,7 +161,7 @@ def _tag_steps(solution: str) -> str:
 def write_worked_completion(prompt_format: PromptFormat, row: problem_row.Row) -> str:
     """Writes a completion from a row's solution and answer.
 
-    It is the completion of an exemplar, and the target of SFT.
+    This function writes the completions of exemplars and the targets of SFT.
 
     Raises:
       ValueError: the row has no solution or no answer.
@@ -173,7 +175,7 @@ def write_worked_completion(prompt_format: PromptFormat, row: problem_row.Row) -
 
 
 def _render_chat_turn(prompt_format: PromptFormat, row: problem_row.Row, turn: Turn) -> str:
-    """Returns the content of a message: its sections, separated by blank lines."""
+    """Returns the content of a message: the sections of the turn, separated by blank lines."""
     lang = prompt_format.languages[row.lang]
     text = ""
     for k, part in enumerate(turn.sections):
@@ -188,7 +190,7 @@ def _render_chat_turn(prompt_format: PromptFormat, row: problem_row.Row, turn: T
 
 
 def check_sections(row: problem_row.Row, conversation: Conversation) -> None:
-    """Refuses a row that lacks a field that the conversation shows.
+    """Refuses a row in which a field that the conversation shows is empty.
 
     Raises:
       ValueError: a field is empty; the message names the row and the field.

@@ -14,7 +14,7 @@ _Value = fractions.Fraction | None  # None after a division by zero
 
 
 class Equation(NamedTuple):
-    """An equation: its characters [start, end), and its values."""
+    """An equation between numbers: the characters [start, end) of a text, and computed values."""
 
     start: int
     end: int
@@ -36,24 +36,26 @@ TOKEN = re.compile(
 SIGNS = {"+": "+", "-": "-", "/": "/"}  # every other sign multiplies
 SIGNS |= {"＋": "+", "−": "-", "–": "-", "－": "-", "÷": "/", "／": "/", "\\div": "/"}
 
-# A number after one of these is part of another term, as in x2, 2^3 and \frac{1}{2}3.
+# A number that follows one of these characters is part of another term, as in x2, 2^3 and
+# \frac{1}{2}3.
 _NO_START = re.compile(r"[A-Za-z_^.}%!\\\])]")
 
 _LONGEST = 20  # maximum number of characters of a number
 
 _MAX_OPERANDS = 64  # per side
-_BRACKET_COST = 8  # number of operands that a bracket counts as, which limits nesting
+_BRACKET_COST = 8  # a bracket counts as this many operands, which limits nesting
 _END = ("end", "", -1, -1)
 
 
 def find_equations(text: str) -> list[Equation]:
-    r"""Finds the equations between numbers in a text, in order, such as "3 x 5 = 15 = 10 + 5".
+    r"""Finds in order the equations between numbers in a text, such as "3 x 5 = 15 = 10 + 5".
 
     Numbers are integers and decimals ("1,234.5", "3,5") in the digits of any script. The operations
-    are `+ - * /`, also written as `x × · ÷ − \times \cdot \div`, with the usual precedence. A text
-    may use brackets, and a minus before a number. At least one side of an equation has an
-    operation. An equation cannot begin after the sign of another term, so "x + 3 + 4 = 9" has no
-    equation. Values are compared exactly, so "10 / 3 = 3.33" is false.
+    are `+ - * /`, also written as `x × · ÷ − \times \cdot \div`, with the usual precedence. An
+    equation may contain brackets, and a minus sign before a number. At least one side of an
+    equation has an operation. An equation cannot begin directly after an operation sign, so "x + 3
+    + 4 = 9" has no equation: "3 + 4 = 9" follows a plus sign. Values are compared exactly, so "10 /
+    3 = 3.33" is false.
     """
     found = []
     tokens = [(str(m.lastgroup), m[0], m.start(), m.end()) for m in TOKEN.finditer(text)]
@@ -81,7 +83,7 @@ def _may_start(text: str, tokens: Sequence[_Token], at: int) -> bool:
 
 
 def _read_equation(tokens: Sequence[_Token], at: int) -> tuple[Equation | None, int]:
-    """Reads an equation that starts at a token; returns it or None, and the next token's index."""
+    """Reads an equation at a token; returns the equation (or None) and the next token's index."""
     reader = _Reader(tokens, at - 1)
     sides = reader.read_behind(reader.side)
     while sides and reader.kind() == "equal" and (side := reader.read_behind(reader.side)):
@@ -98,7 +100,7 @@ class _Unreadable(Exception):
 
 
 class _Reader:
-    """A reader of sums, products and operands; a sign without an operand after it ends a side."""
+    """A reader of sums, products and operands; a side ends at a sign that no operand follows."""
 
     def __init__(self, tokens: Sequence[_Token], at: int):
         self.tokens, self.at = tokens, at
@@ -109,7 +111,7 @@ class _Reader:
         return self.tokens[self.at][0]
 
     def read_behind(self, read: Callable[[], _Value]) -> list[_Value]:
-        """Calls `read` after the current token; on failure, returns [] and stays at that token."""
+        """Calls `read` at the next token; if `read` fails, goes back one token and returns []."""
         before, count = self.at, len(self.results)
         self.at += 1
         try:
@@ -124,7 +126,7 @@ class _Reader:
         return self._row("+-")
 
     def _row(self, signs: str) -> _Value:
-        """Evaluates operands joined by `signs`, which have one precedence, from left to right."""
+        """Evaluates from left to right operands joined by `signs`, which have equal precedence."""
         read = self._operand if signs == "*/" else lambda: self._row("*/")
         value = read()
         while self.kind() == "sign":

@@ -1,6 +1,6 @@
-"""Choice of a sibling from a completion's group, and of another problem from the data.
+"""Chooses siblings from the groups of completions, and chooses other problems from the data.
 
-A group consists of the rollout.per_prompt completions of one occurrence of a problem.
+The rollout.per_prompt completions that are sampled for one occurrence of a problem form a group.
 """
 
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ def choose_siblings(
     choice: str,
     seed: Sequence[int],
 ) -> list[int | None]:
-    """Chooses a sibling for each completion: another, successful completion of the same group.
+    """Chooses a sibling for each completion: a different, successful completion of the group.
 
     Args:
       success_B: [B], whether each completion is successful.
-      groups_B: [B], the number of each completion's group.
-      lengths_B: [B], the number of tokens of each completion.
+      groups_B: [B], the number of the group to which each completion belongs.
+      lengths_B: [B], the number of tokens in each completion.
       choice: "first" (in the order of samples), "shortest" (the first one if several are equally
         short) or "sampled" (at random).
       seed: integers that seed the random choice.
 
     Returns:
-      For each completion, the index of its sibling, or None if there is none.
+      For each completion, the index of its sibling, or None if the completion has no sibling.
     """
     rng = np.random.default_rng(list(seed))
     out: list[int | None] = []
     for i, group in enumerate(groups_B):
         others = [j for j, g in enumerate(groups_B) if g == group and j != i and success_B[j]]
-        draw = rng.random()  # drawn for each completion, so groups do not affect others
+        draw = rng.random()  # drawn even if unused, so no group affects another's draws
         if choice == "shortest":
             others.sort(key=lambda j: lengths_B[j])
         k = int(draw * len(others)) if choice == "sampled" else 0
@@ -45,10 +45,10 @@ def choose_siblings(
 def choose_other_problems(
     pool: Sequence[problem_row.Row], rows: Sequence[problem_row.Row], seed: Sequence[int]
 ) -> list[problem_row.Row | None]:
-    """Chooses for each row another problem in the same language, with another answer.
+    """Chooses for each row another problem, in the same language but with a different answer.
 
-    It is the control of a context, and shows the effect of a solution that belongs to another
-    problem. All rows with the same id get the same other problem.
+    The context `other_problem` is a control: it measures the effect of a solution that does not
+    belong to the row. All rows with the same id get the same other problem.
 
     Args:
       pool: the problems to choose from.
@@ -56,7 +56,7 @@ def choose_other_problems(
       seed: integers that seed the choice.
 
     Returns:
-      For each row, the other problem, or None if there is none.
+      For each row, the other problem, or None if no problem qualifies.
     """
     found: dict[str, problem_row.Row | None] = {}
     rng = np.random.default_rng(list(seed))

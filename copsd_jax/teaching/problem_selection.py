@@ -1,4 +1,4 @@
-"""Loads the problems of a run, and checks them against its method, context, author and reward."""
+"""Loads a run's problems, and checks that the method, context, author and reward can use them."""
 
 import collections
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import contexts, step_checker
 
 Registry = Mapping[str, languages.Language]
-Loaded = tuple[list[Row], collections.Counter]  # rows, and the number of dropped rows by reason
+Loaded = tuple[list[Row], collections.Counter]  # rows, and counts of dropped rows by reason
 
 
 def load_train_rows(
     config: config_lib.Config, context: contexts.Settings, registry: Registry
 ) -> Loaded:
-    """Loads the training rows; returns them and the number of dropped rows by reason.
+    """Returns the training rows, and the number of dropped rows for each reason.
 
     Raises:
       ValueError: the reward, the context or the author cannot use the rows.
@@ -49,7 +49,7 @@ def load_train_rows(
 
 
 def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
-    """Loads the evaluation rows; returns them and the number of dropped rows by reason."""
+    """Returns the evaluation rows, and the number of dropped rows for each reason."""
     if not config.eval.path:
         return [], collections.Counter()
     rows, dropped = sources.load_rows(
@@ -64,10 +64,12 @@ def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
 
 
 def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, ...]:
-    """Loads the worked examples: the first prompt.exemplars rows of prompt.exemplars_path.
+    """Loads the worked examples: the first rows of the file prompt.exemplars_path.
+
+    The setting prompt.exemplars is the number of rows.
 
     Raises:
-      ValueError: the file has fewer rows.
+      ValueError: the file has fewer rows than prompt.exemplars requests.
     """
     count = config.prompt.exemplars
     if not count:
@@ -85,12 +87,12 @@ def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, 
 
 
 def _fields(path: str, fields: str) -> str:
-    """Returns the field map of a source; it is empty for bundled files, which need none."""
+    """Returns the field map of a source; bundled files need no map, so their map is empty."""
     return "" if path.startswith("bundled:") else fields
 
 
 def check_language_shares(config: config_lib.Config, rows: list[Row], registry: Registry) -> None:
-    """Refuses a language that has a weight in data.weights, but no rows."""
+    """Refuses a language that has no rows, but has a weight above 0 in data.weights."""
     weights = tuple(config.data.weights) or (1.0,) * len(config.data.lang)
     found = {row.lang for row in rows}
     for code, weight in zip(config.data.lang, weights, strict=True):
@@ -101,7 +103,7 @@ def check_language_shares(config: config_lib.Config, rows: list[Row], registry: 
 
 
 def list_row_fields(config: config_lib.Config, context: contexts.Settings) -> tuple[str, ...]:
-    """Lists the fields of a row that the method, its context and its author need."""
+    """Lists the fields that each row must have for the method, the context and the author."""
     method = config_lib.traits(config)
     if not method.samples:
         return ("solution", "answer")

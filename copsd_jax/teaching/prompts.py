@@ -21,7 +21,8 @@ class Prompt:
     """A prompt as token ids: `prefix_ids + ids`.
 
     Attributes:
-      prefix_ids: the token ids of the exemplars, equal in all prompts of one format and context.
+      prefix_ids: the token ids of the exemplars, which are equal in all prompts of the same format
+        and context.
       ids: the token ids after the exemplars; never empty.
       text: the whole prompt as readable text.
       state: the template state in which the completion starts: "closed" (after an empty think
@@ -47,7 +48,7 @@ class Prompt:
 
 @functools.lru_cache(maxsize=4)
 def has_thinking(tokenizer: Tokenizer) -> bool:
-    """Tells whether the chat template has a thinking switch (`enable_thinking` changes its text).
+    """Tells whether the chat template has a thinking switch: `enable_thinking` changes the text.
 
     Raises:
       ValueError: the tokenizer has no chat template.
@@ -66,7 +67,7 @@ def _render_chat_template(tokenizer: Tokenizer, messages: list[dict], thinking: 
     if thinking != "none":
         options["enable_thinking"] = thinking != "off"
     text = tokenizer.apply_chat_template(messages, **options)
-    assert isinstance(text, str)  # tokenize=False; the annotation has other types too
+    assert isinstance(text, str)  # true with tokenize=False; the annotation has other types too
     return text
 
 
@@ -77,7 +78,7 @@ def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: 
       tokenizer: the model's tokenizer.
       template: "chat" or "plain".
       thinking: one of `setting_list.THINKING`.
-      setting: the name of the setting that `thinking` comes from, for the message.
+      setting: the name of the setting that `thinking` comes from, used in the error message.
 
     Raises:
       ValueError: the mode is not supported; the message names the setting and the choices.
@@ -96,7 +97,8 @@ def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: 
 def _find_state(text: str, thinking: str) -> str:
     """Returns the template state at the end of a rendered prompt (`Prompt.state`).
 
-    The contents of the messages must be guarded, so that a think block quoted in them is ignored.
+    The contents of the messages must be guarded, so that think blocks quoted in the messages are
+    ignored.
     """
     if re.search(r"<think>\s*</think>\s*$", text):
         return "closed"
@@ -122,7 +124,7 @@ def _build_chat_prompt(
     state = _find_state(text, thinking)
     if thinking == "prefix":
         # As in COPSD, the template enables thinking. The think block is opened here, unless the
-        # template has already opened it.
+        # template has already opened a think block.
         text += guard(opening) if state == "open" else "<think>\n" + guard(opening)
         state = "open"
     cut = _find_shared_end(tokenizer, text, text.index(guard.mark)) if start else 0
@@ -133,7 +135,7 @@ def _build_chat_prompt(
 
 
 def _find_shared_end(tokenizer: Tokenizer, text: str, end: int) -> int:
-    """Returns the start of the last special token before `end`; no token spans this position."""
+    """Returns the start of the last special token before `end`; no token crosses this position."""
     _, pattern = text_encoding.find_added_tokens(tokenizer)
     starts = [match.start() for match in pattern.finditer(text, 0, end)]
     if not starts:
@@ -148,14 +150,14 @@ def _find_shared_end(tokenizer: Tokenizer, text: str, end: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _encode_plain_prefix(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Encodes the exemplars to the token ids that they have before another problem."""
+    """Returns the token ids that the exemplars have if another problem follows them."""
     encoding = text_encoding.encode_text(tokenizer, text + conversations.PLAIN_START)
     count = sum(end <= len(text) for _, end in encoding.offsets)
     return tuple(encoding.ids[:count])
 
 
 def _build_plain_prompt(tokenizer: Tokenizer, shared: str, own: str) -> Prompt:
-    """Encodes plain text, after the start token if the tokenizer has one."""
+    """Encodes plain text; the prompt begins with the start token if the tokenizer has one."""
     start = tuple(tokenizer.encode("", add_special_tokens=True))
     start = start[:1] if start[:1] == (tokenizer.bos_token_id,) else ()
     prefix = _encode_plain_prefix(tokenizer, shared) if shared else ()
@@ -180,13 +182,13 @@ def build_prompt(
     conversation: Conversation,
     exemplars: Sequence[tuple[Row, Conversation]] = (),
 ) -> Prompt:
-    """Builds the prompt whose completion answers `conversation` about `row`.
+    """Builds the prompt that shows the exemplars and then `conversation` about `row`.
 
     Args:
       tokenizer: the model's tokenizer.
-      prompt_format: the form of the prompt; its field `exemplars` is not used.
+      prompt_format: the form of the prompt; the field `exemplars` of this form is ignored.
       row: the problem.
-      conversation: the conversation; it ends with a user's turn.
+      conversation: the conversation, which ends with a user's turn.
       exemplars: pairs of a row and its conversation; the row's solution answers the conversation.
 
     Raises:
@@ -224,10 +226,10 @@ def encode_target(
       prompt_format: the form of the student's prompts.
       row: the problem.
       stop: the stop strings (rollout.stop). In plain text, the first stop string ends the
-        completion. In the chat template, and without stop strings, the tokenizer's end token ends
-        the completion.
-      state: the state of the prompt. If it is "open", the think block is closed first, since an
-        answer inside a think block does not count.
+        completion. In the chat template, or if there are no stop strings, the tokenizer's end token
+        ends the completion.
+      state: the state of the prompt. In the state "open", the target first closes the think block,
+        because an answer inside a think block does not count.
 
     Raises:
       ValueError: the row has no solution or no answer, or the tokenizer has no end token.
@@ -281,7 +283,8 @@ def keep_fitting_rows(
       build: builds a row's prompt.
       limit: maximum number of tokens of a prompt.
       setting: the name of the setting that `limit` comes from, for the message.
-      overlong: "drop", or "error" to raise at the first prompt that is too long (data.overlong).
+      overlong: the value of data.overlong: "drop" drops rows with longer prompts, and "error"
+        raises an error at the first such row.
 
     Returns:
       The kept rows, and the number of dropped rows.
@@ -303,9 +306,9 @@ def keep_fitting_rows(
 
 
 def restore_think_tag(prompt: Prompt, text: str) -> str:
-    """Returns a completion together with the think tag that its prompt opened.
+    """Returns a completion, with a think tag in front if the prompt opened a think block.
 
-    Readers then see that a completion without a closing tag is all thinking, without an answer.
+    The tag shows that a completion without a closing tag is only thinking and has no answer.
     """
     return ("<think>\n" if prompt.state == "open" else "") + text
 
@@ -313,11 +316,11 @@ def restore_think_tag(prompt: Prompt, text: str) -> str:
 def find_answer_start(prompt: Prompt, text: str) -> int:
     """Returns the index at which the answer begins, after the last </think>.
 
-    The index is 0 for a text without thinking. It is the end of the text if the thinking is not
-    closed.
+    The index is 0 for a text without thinking. The index is the length of the text if the thinking
+    is not closed.
 
     Args:
-      prompt: the prompt, whose state says whether it opened the thinking.
+      prompt: the prompt; `prompt.state` says whether the prompt opened the thinking.
       text: the completion.
     """
     closed = text.rfind("</think>")

@@ -1,10 +1,11 @@
-"""Requests to authors for replies in fixed formats, and the strict reading of the replies.
+"""Requests replies in fixed formats from authors, and reads the replies strictly.
 
-Each text is read as a `Reply` with one of `STATUSES`. A text in another format is unusable, and
-no part of it is guessed.
+Each author's text is read as a `Reply`, which has one of the `STATUSES`. A text in any other format
+is unusable: nothing is guessed from such a text.
 
-The reflections are from ROSD (arXiv 2605.28014). The four cases are from the step-aligned critique
-(arXiv 2606.11173). The wordings differ from both papers.
+The reflections are from ROSD (arXiv 2605.28014). The four cases of a critique are from the
+step-aligned critique (arXiv 2606.11173). The wording of the requests differs from the wording in
+both papers.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ STATUSES = {
     "quotes_error": Status(False, "the wrong step is quoted"),
     "thought": Status(True, "an analysis whose thinking never ends, so the thinking is shown"),
     "leak_dropped": Status(False, "the explanation states the final answer, and context.leak=drop"),
-    # No reply was written.
+    # The statuses below mean that there is no complete reply.
     "none": Status(False, "the context has no author"),
     "filtered": Status(False, "the completion is not distilled"),
     "not_asked": Status(False, "the attempt failed, and no sibling succeeded"),
@@ -55,12 +56,12 @@ STATUSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """The student's answer to a problem, with its grading.
+    """The student's answer to a problem, together with the grading of the answer.
 
     Attributes:
       row: the problem.
       text: the completion without its thinking.
-      correct: whether the answer is right; None if the reward does not tell.
+      correct: whether the answer is right; None if the reward cannot tell.
       feedback: the grader's feedback text.
       sibling: a successful completion of the same group, without its thinking; "" if there is none.
       other: another problem of the data, for the context `other_problem`, or None.
@@ -87,7 +88,7 @@ class Reply:
       trace: the corrected steps and answer of a critique, in tags, or "".
       raw: the whole text.
       leaked: whether the explanation states the final answer.
-      cut: whether the text was cut off at author.max_tokens; the status does not tell this.
+      cut: whether the text was cut off at author.max_tokens, whatever the status is.
       detail: one readable line about a failure, or "".
       shortened: the kinds of the sections of the author's prompt that were truncated.
     """
@@ -145,13 +146,14 @@ def join_tags(fields: Iterable[tuple[str, str]]) -> str:
 
 
 def _read_reply_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
-    """Reads the tags after the thinking, in order; text outside the tags is ignored.
+    """Reads the tags that follow the thinking, in order; text outside the tags is ignored.
 
-    If the prompt opened the think block, the caller puts `<think>` in front of the text, as for
-    `graders.extract_answer`.
+    If the prompt opened a think block, the caller must put `<think>` in front of the text. The
+    function `graders.extract_answer` has the same rule.
 
     Returns:
-      The (tag, content) pairs, and the status and tag of the first error ("" if there is none).
+      The (tag, content) pairs, the status of the first error, and the tag of the first error. If
+      there is no error, the status and the tag are "".
     """
     text = text.rpartition("</think>")[2]
     if "<think>" in text or not text.strip():
@@ -181,8 +183,8 @@ def read_reflection(text: str, correct: bool) -> Reply:
 
     Args:
       text: the reply of an author.
-      correct: whether the attempt is correct. If it is, the reply answers the request EXPLAIN,
-        otherwise the request DIAGNOSE.
+      correct: whether the attempt is correct. A reply about a correct attempt answers the request
+        EXPLAIN. A reply about any other attempt answers the request DIAGNOSE.
     """
     found, problem, _ = _read_reply_tags(text, _REFLECTION)
     fields = dict(found)
@@ -200,10 +202,11 @@ def read_reflection(text: str, correct: bool) -> Reply:
 def read_published_reflection(text: str, correct: bool) -> Reply:
     """Reads a reply to EXPLAIN or DIAGNOSE as ROSD's code does (parity.reflection_tags).
 
-    Tags match in upper and lower case, and a content ends at the first closing tag. The thinking is
-    not dropped. The misspelt tag `explaination` is searched first, then `explanation`, then
-    `reflection`. The first of them that occurs is used, even if its content is empty. The quote
-    does not depend on the explanation, so a reply with the status no_explanation may have a quote.
+    Tags are matched regardless of case, and the content of a tag ends at the first closing tag.
+    Tags inside the thinking are read, too. The misspelt tag `explaination` is searched first, then
+    `explanation`, then `reflection`. The first of these three tags that occurs is used, even if the
+    tag is empty. The quote does not depend on the explanation, so a reply with the status
+    no_explanation may have a quote.
     """
 
     def first(name: str) -> str | None:
@@ -218,9 +221,9 @@ def read_published_reflection(text: str, correct: bool) -> Reply:
 
 
 def read_analysis(text: str) -> Reply:
-    """Reads the analysis of reason_first, which is the whole text after the thinking.
+    """Reads the analysis for the context reason_first: the whole text after the thinking.
 
-    If the thinking never ends, the thinking is the analysis (status "thought"), since an analysis
+    If the thinking never ends, the thinking is the analysis (status "thought"), because an analysis
     needs no tags. An empty analysis has the status "empty".
     """
     _, closed, after = text.rpartition("</think>")
@@ -231,7 +234,7 @@ def read_analysis(text: str) -> Reply:
 
 
 def read_critique(text: str) -> Reply:
-    """Reads a reply to CRITIQUE; `trace` has its steps and answer, without text between them."""
+    """Reads a reply to CRITIQUE; `trace` keeps only the tagged steps and the tagged answer."""
     found, problem, name = _read_reply_tags(text, _CRITIQUE)
     if problem:
         return Reply("bad_steps" if name.startswith("step_") else problem, raw=text)
@@ -260,13 +263,14 @@ def read_critique(text: str) -> Reply:
 
 
 def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
-    """Compares a critique with the attempt; returns it with another status if it is unusable.
+    """Returns a critique, with an error status if the attempt shows that the critique is unusable.
 
-    The attempt's steps before the first wrong step must occur in the trace, in order. They must be
-    unchanged except for white space. Other steps may be inserted between them, unless the attempt
-    is right. The wrong step must not occur in the rest of the trace: a model copies an error that
-    it is shown, so the student would be taught the error. Parts of the wrong step are not searched
-    for. A critique with any other case than "right" or "wrong" is returned unchanged.
+    The attempt's steps before the first wrong step must occur in the trace, in the same order. The
+    white space in the right steps may differ, but nothing else may. If the attempt is wrong, other
+    steps may be inserted between the right steps. The wrong step must not occur in the rest of the
+    trace. A model copies an error that it is shown, so the student would learn the error. The trace
+    may, however, contain parts of the wrong step. A critique whose case is neither "right" nor
+    "wrong" is returned unchanged.
 
     Args:
       reply: a critique, from `read_critique`.
@@ -290,7 +294,7 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
 
 
 def find_end(given: Sequence[str], right: Sequence[str]) -> int | None:
-    """Finds `right` in `given`, in order; returns the index after the last match, or None."""
+    """Finds the steps `right` in `given`, in order; returns the index after the last, or None."""
     at = 0
     for step in right:
         if step not in given[at:]:
@@ -307,9 +311,10 @@ def _bare(step: str) -> str:
 
 
 def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, int], str]:
-    """Loads replies from a file; returns their texts by (row id, sample).
+    """Loads replies from a file; returns the text of each reply by (row id, sample).
 
-    A record has the fields `id`, `reply` and, unless it is 0, `sample`.
+    A record has the fields `id`, `reply` and `sample`. The field `sample` may be absent, which
+    means sample 0.
 
     Args:
       path: a file that `sources.read_records` can read.
@@ -317,7 +322,8 @@ def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, 
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: there are no replies, or a record is wrong; the message names file and line.
+      ValueError: there are no replies, or a record is invalid; the message names the file and the
+        line.
     """
     out: dict[tuple[str, int], str] = {}
     for where, fields in sources.read_records(path, setting=setting):
@@ -333,11 +339,11 @@ def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, 
 
 
 def _find_reply_fault(fields: dict) -> str:
-    """Returns the fault of a record of a reply file, or "" if the record has no fault."""
+    """Describes the fault of a record in a reply file; returns "" if the record has no fault."""
     sample = fields.get("sample", 0)
     if unknown := sorted(fields.keys() - {"id", "sample", "reply"}):
         return f"unknown field {unknown[0]!r}: the fields are id, sample, reply"
-    if type(sample) is not int or sample < 0:  # isinstance would accept True
+    if type(sample) is not int or sample < 0:  # isinstance would also accept True
         return f"sample is {sample!r}: it must be a whole number of at least 0"
     for name in ("id", "reply"):
         value = fields.get(name)
@@ -349,13 +355,13 @@ def _find_reply_fault(fields: dict) -> str:
 
 
 def apply_leak_policy(reply: Reply, row: problem_row.Row, policy: str) -> Reply:
-    """Returns a reply after context.leak is applied to a final answer in its explanation.
+    """Applies context.leak to a reply whose explanation may state the final answer.
 
     Args:
-      reply: the reply, which is returned unchanged if its explanation does not contain the answer.
-      row: the problem; without a final answer nothing can leak.
-      policy: `keep` marks the reply as leaked. `mask` also masks the answer in the explanation.
-        `drop` makes the reply unusable, with the status "leak_dropped".
+      reply: the reply; it is returned unchanged if the explanation does not state the answer.
+      row: the problem; if the problem has no answer, the reply is returned unchanged.
+      policy: `keep` marks the reply as leaked. `mask` marks the reply as leaked, and masks the
+        answer in the explanation. `drop` makes the reply unusable, with the status "leak_dropped".
     """
     if not reply.text or not row.answer or not answer_leaks.has_leak(reply.text, row.answer):
         return reply

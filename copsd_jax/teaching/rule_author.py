@@ -1,7 +1,8 @@
 """Replies written by a rule that knows the steps of a problem (author.kind=grader).
 
-The rule writes replies in the formats of `replies.DIAGNOSE`, `EXPLAIN` and `CRITIQUE`, from the
-verdict of `step_checker.check_attempt`. The replies are read like those of any other author.
+The rule turns the verdict of `step_checker.check_attempt` into a reply in the format of
+`replies.DIAGNOSE`, `EXPLAIN` or `CRITIQUE`. The rule's replies are read like the replies of any
+other author.
 """
 
 from copsd_jax.problems import problem_row
@@ -17,11 +18,12 @@ def _check_attempt_by_rule(attempt: Attempt, found: str | None) -> step_checker.
 def write_reflection(attempt: Attempt, found: str | None) -> str:
     """Writes a reflection on an attempt, in the format of DIAGNOSE or EXPLAIN.
 
-    The quote is exactly the error. There is no quote if the only fault is a missing step or answer.
-    A right attempt is explained even if its steps have faults, since EXPLAIN requests that.
+    The quoted text is exactly the error. If only a step or the answer is missing, nothing is
+    quoted. A right attempt is explained even if some of its steps have faults, because EXPLAIN
+    requests an explanation.
 
     Args:
-      attempt: the attempt at a problem whose solution the rule can check.
+      attempt: the attempt; the rule must be able to check the problem's solution.
       found: the answer that the grader found in the attempt, or None.
     """
     verdict, quote = _check_attempt_by_rule(attempt, found), ""
@@ -44,11 +46,11 @@ def write_critique(attempt: Attempt, found: str | None) -> str:
     """Writes a critique of an attempt, in the format of CRITIQUE.
 
     Args:
-      attempt: the attempt at a problem whose solution the rule can check.
+      attempt: the attempt; the rule must be able to check the problem's solution.
       found: the answer that the grader found in the attempt, or None.
     """
     verdict = _check_attempt_by_rule(attempt, found)
-    # A critique does not count the steps that state the answer.
+    # In a critique, steps that state the answer are not counted.
     first = [("first_wrong", str(len(verdict.kept) + 1))] if verdict.case == "wrong" else []
     steps = [(f"step_{k}", step) for k, step in enumerate(verdict.corrected, 1)]
     answer = ("answer", attempt.row.answer)
@@ -56,10 +58,10 @@ def write_critique(attempt: Attempt, found: str | None) -> str:
 
 
 def write_exemplar_reflection(attempt: Attempt) -> replies.Reply:
-    """Returns the reflection shown for an exemplar, whose attempt is its own solution.
+    """Returns the reflection shown for an exemplar; the attempt is the exemplar's own solution.
 
-    The reflection states the whole solution, in the wording that corrects a wrong step of other
-    attempts. Exemplars and problems therefore have the same form.
+    The reflection states the whole solution in the words with which the rule corrects a wrong step.
+    The prompts of exemplars and of problems therefore have the same form.
 
     Raises:
       ValueError: the rule cannot check the row's solution.
@@ -69,7 +71,7 @@ def write_exemplar_reflection(attempt: Attempt) -> replies.Reply:
 
 
 def write_exemplar_critique(attempt: Attempt) -> replies.Reply:
-    """Returns the critique shown for an exemplar, whose attempt is right.
+    """Returns the critique shown for an exemplar; the exemplar's attempt is right.
 
     Raises:
       ValueError: the rule cannot check the row's solution.

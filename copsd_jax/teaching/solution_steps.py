@@ -1,4 +1,4 @@
-"""Steps of an answer: the contents of its step tags, or its sentences."""
+"""Splits an answer into steps, which are the contents of step tags or else sentences."""
 
 import bisect
 import re
@@ -9,7 +9,7 @@ from copsd_jax.teaching import equations
 
 
 class Step(NamedTuple):
-    """A step: its characters [start, end), without tags and surrounding white space."""
+    """A step of an answer: the characters [start, end), without tags or surrounding white space."""
 
     number: int  # counted from 1
     start: int
@@ -34,15 +34,15 @@ _SENTENCE_END = re.compile(
 def split_steps(text: str) -> tuple[Step, ...]:
     r"""Splits an answer into steps, numbered from 1.
 
-    If the text has the step tags 1 to n in order, with nothing between them, each step is the
-    content of its tag, such as `<step_1>...</step_1>`. The last tag may be unclosed. The text after
-    the last tag, usually `<answer>...</answer>`, is one more step, and it is final.
+    If the text has the step tags 1 to n in order, with nothing between them, the content of each
+    tag is a step, as in `<step_1>...</step_1>`. The last step tag need not be closed. The text
+    after the last step tag, usually `<answer>...</answer>`, is one more step, which is final.
 
-    Without such tags, a step is a sentence, and any tags separate sentences. A sentence ends at a
-    line break, at `.`, `!` or `?` before a blank ("3.5" is not split), or at a full stop of another
-    script. A sentence may have several equations, or an equation before its answer. It is then
-    split before each of these parts, except the first. A sentence that says "the answer is" or has
-    a `\boxed` is final. The content of `<answer>` is also final.
+    In a text whose step tags are missing or out of order, each sentence is a step, and each tag
+    ends a sentence. A sentence ends at a line break, at `.`, `!` or `?` before a blank ("3.5" is
+    not split), or at a full stop of another script. A sentence that has several equations, or an
+    equation before its answer, is split before each of these parts except the first. A step that
+    says "the answer is" or has a `\boxed` is final. The content of `<answer>` is also a final step.
     """
     tags = list(_TAG.finditer(text))
     spans = _split_at_tags(text, [tag for tag in tags if tag[2]])
@@ -58,7 +58,7 @@ def split_steps(text: str) -> tuple[Step, ...]:
 
 
 def _split_at_tags(text: str, tags: Sequence[re.Match]) -> list[_Span] | None:
-    """Returns the spans inside the step tags and after them; None if the tags are not in order."""
+    """Returns the spans inside and after the step tags; None if the tags are not in order."""
     if not tags:
         return None
     spans, at = [], 0
@@ -100,13 +100,13 @@ def _split_sentences(text: str, tags: Sequence[re.Match]) -> list[_Span]:
 def _split_sentence(
     text: str, start: int, end: int, marks: Sequence[tuple[int, bool]]
 ) -> list[_Span]:
-    """Splits a sentence before each mark except the first, and not after its answer begins."""
+    """Splits a sentence before each mark but the first; the part with the answer stays whole."""
     spans = []
     final = bool(marks) and marks[0][1]
     for at, is_answer in marks[1:]:
         if final:
             break
-        # A bracket or quotation mark before the mark belongs to the next step.
+        # A bracket or quotation mark before a split position belongs to the next step.
         while text[at - 1] in "([{$\"'“‘«*":
             at -= 1
         spans.append((start, at, False))

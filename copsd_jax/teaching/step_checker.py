@@ -1,8 +1,8 @@
 """A rule that finds the first wrong step of an attempt and corrects it.
 
-It replaces a model as the author of critiques and reflections, for problems that are solved by
-equations. It compares the equations of an attempt with those of the reference solution. The four
-cases are those of critique-conditioned self-distillation (arXiv 2606.11173).
+For problems that are solved by equations, the rule replaces a model as the author of critiques and
+reflections. The rule compares the equations of an attempt with those of the reference solution. The
+four `CASES` are those of critique-conditioned self-distillation (arXiv 2606.11173).
 """
 
 import bisect
@@ -29,7 +29,7 @@ class StepVerdict(NamedTuple):
       wrong_step: the number of the earliest wrong step, counted from 1; None if no step is wrong.
       wrong: characters [start, end) of the wrong equation, or of the step that states a wrong
         answer; None if no step is wrong.
-      kept: the attempt's steps before the wrong step, without those that state an answer.
+      kept: the attempt's steps before the wrong step, except steps that state an answer.
       corrected: the steps of the corrected trace, without the final answer.
     """
 
@@ -43,22 +43,23 @@ class StepVerdict(NamedTuple):
 def check_attempt(
     text: str, solution: str, gold: str, found: str | None, correct: bool
 ) -> StepVerdict:
-    """Finds the earliest wrong step of an attempt, and corrects the attempt from there on.
+    """Finds the earliest wrong step of an attempt, and corrects the attempt from that step on.
 
-    The needed results are the values of the solution's equations. An equation of the attempt
-    reaches the first needed result that has its value and is not yet reached, whatever operations
-    it uses. It also reaches earlier results that it computes on the way: "3 * 5 - 4 = 11" can reach
-    15 and 11.
+    The needed results are the values of the solution's equations. Each equation of the attempt
+    reaches a needed result of the same value, namely the first that is not yet reached. Which
+    operations an equation uses does not matter. An equation also reaches earlier needed results
+    that it computes on the way: "3 * 5 - 4 = 11" can reach 15 and 11.
 
-    A step is wrong if it has a false equation. If the attempt's answer is wrong or missing, a step
-    is also wrong if the value of one of its equations is not a needed result. If the answer is
-    right, such an equation is accepted as another way to the answer. If the answer is wrong but no
-    equation is wrong, the wrong step is the step that states the answer.
+    A step is wrong if it has a false equation. In an attempt whose answer is wrong or missing, a
+    step is also wrong if one of its equations has a value that is not a needed result. In an
+    attempt with a right answer, equations with other values are accepted as another way to the
+    answer. If the answer is wrong but no equation is wrong, the step that states the answer is the
+    wrong step.
 
-    The corrected trace has the attempt's steps before the wrong step, verbatim, without those that
+    The corrected trace keeps the attempt's steps before the wrong step verbatim, except steps that
     state an answer. Missing equations of the solution are inserted before the step that needs them,
-    or at the end. They are written with the signs and spacing of the attempt. Of an unfinished
-    attempt, only the equations that reach a result are kept.
+    or at the end. Inserted equations are written with the signs and spacing of the attempt. If the
+    attempt is unfinished, only its equations that reach a result are kept.
 
     Args:
       text: the attempt.
@@ -88,7 +89,7 @@ def check_attempt(
 
 
 def can_check(solution: str, gold: str | None = None) -> bool:
-    """Tells whether a solution has equations, all are true, and the last one gives `gold`."""
+    """Tells whether a solution has equations, all of them true, and the last one gives `gold`."""
     return _find_solution_fault(solution, gold) is None
 
 
@@ -110,10 +111,10 @@ _Reached = list[tuple[equations.Equation, set[int] | None]]
 
 
 def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
-    """Matches each equation of the attempt with the indices of the results that it reaches first.
+    """Returns the attempt's equations, each with the indices of the results that it newly reaches.
 
-    The set of indices is empty if earlier equations reached the results. It is None if the
-    equation's value is not a needed result.
+    The set of indices is empty if earlier equations already reached the results. If the equation's
+    value is not a needed result, there is None instead of a set.
     """
     out: _Reached = []
     done: set[int] = set()
@@ -132,7 +133,7 @@ def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
 def _find_earliest_error(
     attempt: _Steps, reached: _Reached, answered: bool, correct: bool
 ) -> tuple[solution_steps.Step | None, tuple[int, int] | None]:
-    """Returns the earliest wrong step and the span of its error; (None, None) if there is none."""
+    """Returns the earliest wrong step and its error's span; (None, None) if no step is wrong."""
     for equation, new in reached:
         if not equation.true or (new is None and not correct):
             holds = next(s for s in attempt if s.start <= equation.start < s.end)
@@ -146,9 +147,9 @@ def _find_earliest_error(
 def _correct_steps(
     text: str, kept: _Steps, reached: _Reached, spelt: Sequence[str], condense: bool
 ) -> tuple[str, ...]:
-    """Inserts the solution's equations (`spelt`) that the kept steps lack; returns all steps.
+    """Returns the kept steps, with the missing equations of the solution (`spelt`) inserted.
 
-    With `condense`, a kept step is reduced to those of its equations that reach a result.
+    If `condense` is set, each kept step is reduced to its equations that reach a result.
     """
     lines: list[str] = []
     done: set[int] = set()

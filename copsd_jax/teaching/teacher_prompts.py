@@ -10,12 +10,12 @@ from copsd_jax.teaching.replies import Attempt, Reply
 from copsd_jax.teaching.text_encoding import Tokenizer
 
 Exemplar = tuple[Attempt, Reply]
-# The sections that context.section_tokens may truncate: only texts by models or graders.
+# Kinds of sections that context.section_tokens may truncate: texts written by models or graders.
 TRUNCATED_SECTIONS = ("attempt", "sibling", "feedback", "reflection", "critique", "analysis")
 
 
 def build_exemplars(prompt_format: PromptFormat, settings: Settings) -> tuple[Exemplar, ...]:
-    """Builds the teacher's exemplars: each has its solution as a right attempt, and a reply.
+    """Returns for each exemplar its solution, as a right attempt, and the reply to this attempt.
 
     Raises:
       ValueError: a rule writes the replies, but cannot check an exemplar's solution.
@@ -35,7 +35,7 @@ def build_author_prompt(
 ) -> prompts.Prompt | None:
     """Builds the prompt that an author completes; returns None if there is nothing to ask.
 
-    The prompt has no exemplars, since the data contain no replies.
+    The prompt has no exemplars, because the data contain no replies that exemplars could show.
     """
     conversation, shortened = build_author_conversation(tokenizer, settings, attempt)
     if conversation is None:
@@ -47,15 +47,16 @@ def build_author_prompt(
 def build_author_conversation(
     tokenizer: Tokenizer, settings: Settings, attempt: Attempt
 ) -> tuple[Conversation | None, tuple[str, ...]]:
-    """Builds the conversation that an author completes, with its long sections truncated.
+    """Builds the conversation that an author completes, with long sections truncated.
 
     Args:
       tokenizer: counts the tokens of a section.
-      settings: the settings of the context, with the most tokens of a section.
+      settings: the settings of the context, which limit the number of tokens per section.
       attempt: the attempt that the author writes about.
 
     Returns:
-      The conversation (None if there is nothing to ask), and the kinds of its truncated sections.
+      The conversation, or None if there is nothing to ask. The second value lists the kinds of the
+      truncated sections.
     """
     conversation = contexts.get_author(settings).build_conversation(settings, attempt)
     return _truncate_sections(tokenizer, settings, conversation)
@@ -74,7 +75,7 @@ def build_teacher_prompt(
     Args:
       tokenizer: the model's tokenizer.
       prompt_format: the teacher's prompt format.
-      settings: the context.
+      settings: the settings of the context.
       attempt: the student's attempt.
       reply: the author's reply about the attempt.
       exemplars: the attempts and replies of the exemplars, from `build_exemplars`.
@@ -106,10 +107,11 @@ def build_teacher_prompt(
 def _truncate_sections(
     tokenizer: Tokenizer, settings: Settings, conversation: Conversation | None
 ) -> tuple[Conversation | None, tuple[str, ...]]:
-    """Truncates each of `TRUNCATED_SECTIONS` to context.section_tokens tokens (0: no limit).
+    """Truncates sections whose kind is in `TRUNCATED_SECTIONS` to context.section_tokens tokens.
 
     Returns:
-      The conversation, and the kinds of its truncated sections.
+      The conversation, and the kinds of the truncated sections. If context.section_tokens is 0, no
+      section is truncated.
     """
     if conversation is None or not settings.section_tokens:
         return conversation, ()

@@ -1,4 +1,4 @@
-"""The teacher's prompts of a run, which share one format, one context and the exemplars."""
+"""Builds a run's teacher prompts, which all share one format, one context and the exemplars."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from copsd_jax.teaching import (
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSide:
-    """The common parts of all prompts of a run's teacher.
+    """The parts that all prompts of the teacher have in common.
 
     Attributes:
       tokenizer: the model's tokenizer.
@@ -46,9 +46,9 @@ class TeacherSide:
         )
 
     def build_shortest(self, row: problem_row.Row) -> prompts.Prompt:
-        """Builds a row's shortest prompt, with the shortest attempt and reply.
+        """Builds a row's shortest possible prompt, with the shortest attempt and reply.
 
-        Its exemplars and template state are the same as in every other prompt of the teacher.
+        The exemplars and the template state are the same as in every other prompt of the teacher.
         """
         prompt = self.build(shortest_attempt(row), replies.PROBE)
         assert prompt is not None  # the shortest attempt has everything that a context reads

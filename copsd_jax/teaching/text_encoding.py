@@ -1,7 +1,7 @@
-"""Encoding of text to token ids, in which text from data never becomes a special token.
+"""Encodes text to token ids, so that text from data never becomes a special token.
 
 The text of a template may contain special tokens, but the contents of messages may not. If a
-content contains the text of a special token, this text is encoded as ordinary text.
+message contains the text of a special token, that text is encoded as ordinary text.
 """
 
 import functools
@@ -18,7 +18,7 @@ Tokenizer = transformers.PreTrainedTokenizerFast
 
 @functools.lru_cache(maxsize=4)
 def _strip_added_tokens(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Returns a copy of the tokenizer without added tokens, so no text becomes a special id."""
+    """Returns a copy of the tokenizer without added tokens; it encodes no text as a special id."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     settings["added_tokens"] = []
     settings["post_processor"] = settings["truncation"] = settings["padding"] = None
@@ -27,7 +27,7 @@ def _strip_added_tokens(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 @functools.lru_cache(maxsize=4)
 def find_added_tokens(tokenizer: Tokenizer) -> tuple[dict[str, int], re.Pattern]:
-    """Returns the ids of the added tokens by text, and a pattern that finds these texts."""
+    """Returns a map from the texts of added tokens to ids, and a pattern that finds these texts."""
     vocabulary = dict(tokenizer.get_added_vocab())
     longest_first = sorted(vocabulary, key=len, reverse=True)
     return vocabulary, re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -47,12 +47,13 @@ def encode_text(tokenizer: Tokenizer, text: str) -> tokenizers.Encoding:
 
 
 def encode_templated(tokenizer: Tokenizer, text: str, literal: dict[str, str]) -> tuple[int, ...]:
-    """Encodes text with special tokens, as a chat template renders it.
+    """Encodes a text with special tokens, such as a rendered chat template.
 
     Args:
       tokenizer: the model's tokenizer.
       text: the text; special tokens in it become special ids.
-      literal: texts that must not become special, by the characters that replace them in `text`.
+      literal: maps a character in `text` to the text that replaces it; the replacement is encoded
+        as ordinary text.
     """
     added, pattern = find_added_tokens(tokenizer)
     ids, at = [], 0
@@ -66,16 +67,16 @@ def encode_templated(tokenizer: Tokenizer, text: str, literal: dict[str, str]) -
 
 
 def restore_tokens(text: str, literal: dict[str, str]) -> str:
-    """Returns the text with each character of `literal` replaced by the text it stands for."""
+    """Replaces each character that is a key of `literal` with the text that it stands for."""
     return "".join(literal.get(char, char) for char in text) if literal else text
 
 
 class Guard:
-    """A map from texts of special tokens to private-use characters, to hide them from templates.
+    """Hides special tokens from templates: private-use characters replace the tokens' texts.
 
     Attributes:
       mark: a private-use character that marks the start of the last conversation.
-      literal: the texts of special tokens, by the private-use characters that replace them.
+      literal: maps each private-use character to the text of the special token that it replaces.
     """
 
     def __init__(self, tokenizer: Tokenizer, contents: Sequence[str]):
@@ -88,7 +89,7 @@ class Guard:
         self.literal = {char: token for token, char in self._stand_in.items()}
 
     def __call__(self, text: str) -> str:
-        """Returns the text with each special token's text replaced by a private-use character."""
+        """Returns a text in which private-use characters replace the texts of special tokens."""
         return self._pattern.sub(lambda match: self._stand_in[match.group()], text)
 
 

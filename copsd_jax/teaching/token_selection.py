@@ -1,4 +1,4 @@
-"""Selection of the tokens that carry loss (tokens.*).
+"""Selects the tokens that carry loss, as the settings tokens.* say.
 
 The choices are all tokens, the tokens from the first error on, the tokens of the wrong step, and
 spans that a user's function returns.
@@ -19,12 +19,13 @@ from copsd_jax.teaching.replies import Attempt, Reply
 from copsd_jax.teaching.solution_steps import Step
 from copsd_jax.teaching.token_spans import Decoded
 
-# How the tokens were selected. If a quote is not found, tokens.on_failure decides.
+# Each status says how the tokens were selected. If the quote is missing or not found,
+# tokens.on_failure decides which tokens are selected.
 STATUSES = (
-    *token_spans.STATUSES,  # by a quote; "failed" and "no_quote": by on_failure=full or skip
+    *token_spans.STATUSES,  # by the quote; if not found, by on_failure=full or skip
     "closest_step",  # by on_failure=step: the step that shares the most words with the quote
     "step",  # by the number of a critique's first wrong step
-    "right",  # all tokens, since the completion is right
+    "right",  # all tokens, because the completion is right
     "all",  # tokens.select=all
     "spans",  # by the user's function
 )
@@ -41,10 +42,10 @@ class Settings:
 
 
 def import_span_function(select: str) -> Callable | None:
-    """Imports the span function that tokens.select names; returns None if it names no function.
+    """Imports the span function that tokens.select names; returns None for any other value.
 
-    The function maps (problem, answer, reply) to spans [(start, end), ...] of characters of the
-    answer. The reply is the text that the teacher is shown.
+    The span function maps (problem, answer, reply) to spans [(start, end), ...] of characters in
+    the answer. The argument `reply` of the span function is the text that the teacher is shown.
 
     Raises:
       ValueError: the function cannot be imported, or cannot be called with three arguments.
@@ -64,10 +65,10 @@ def import_span_function(select: str) -> Callable | None:
 
 
 def _check_span(select: str, span: Any, characters: int) -> tuple[int, int]:
-    """Checks a span from the user's function, and returns it as (start, end).
+    """Checks a span from the user's function, and returns the span as (start, end).
 
     Raises:
-      ValueError: it is not a span within an answer of this number of characters.
+      ValueError: the value is not a span within an answer of `characters` characters.
     """
     pair: tuple[Any, ...] = tuple(span) if isinstance(span, Sequence) else ()
     whole = len(pair) == 2 and all(isinstance(at, numbers.Integral) for at in pair)
@@ -82,7 +83,7 @@ def _check_span(select: str, span: Any, characters: int) -> tuple[int, int]:
 def _call_span_function(
     select: str, spans_of: Callable, attempt: Attempt, answer: str, reply: Reply
 ) -> list:
-    """Calls the user's function; an error is raised again with the setting and the row's id."""
+    """Calls the user's function; adds the setting and the row's id to any error."""
     try:
         return list(spans_of(attempt.row.problem, answer, reply.trace or reply.text))
     except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
@@ -100,14 +101,15 @@ def select_tokens(
     Args:
       settings: the settings tokens.*.
       decoded: the completion without its end token.
-      start: the index of the character at which the answer begins; errors are located after it.
+      start: the index of the character at which the answer begins; errors are located only in the
+        answer.
       length: the number of tokens of the completion, including the end token. The end token carries
-        loss with tokens.select=all and from_error.
+        loss if tokens.select is "all" or "from_error".
       attempt: the attempt.
       reply: the author's reply about the attempt.
 
     Returns:
-      The mask of tokens with loss, bool [length], and one of `STATUSES`.
+      The mask of tokens that carry loss, bool [length], and one of `STATUSES`.
     """
     chosen = np.zeros(length, bool)
     spans_of = import_span_function(settings.select)
@@ -128,7 +130,7 @@ def select_tokens(
 
 
 def _find_error(settings: Settings, text: str, reply: Reply) -> tuple[tuple[int, int] | None, str]:
-    """Returns the span of the error, by its quote or a critique's step, or None; and a status."""
+    """Returns the span of the quoted error or of the wrong step, or None; also returns a status."""
     steps = solution_steps.split_steps(text)
     named = steps[reply.step - 1] if reply.step and reply.step <= len(steps) else None
     if not reply.quote.strip():

@@ -1,9 +1,9 @@
-r"""Spans of characters and of tokens, which locate a quoted error in a completion.
+r"""Finds the characters and the tokens of a quoted error in a completion.
 
 A completion is decoded once, from the bytes of its sampled tokens. Each token keeps the span of the
 characters that its bytes belong to. Text is never encoded again, because BPE may split a prefix
-into other tokens than the sampled ones. The index of ROSD's published code (arXiv 2605.28014) is
-wrong in this case.
+into tokens other than the sampled ones. If the tokens differ, ROSD's published code (arXiv
+2605.28014) finds a wrong index.
 
     tokens      "3 +"   "\xc3"   "\xa9"   " = 8"        é is C3 A9, in two tokens
     characters   0 1 2    3        3        4 5 6 7
@@ -25,8 +25,9 @@ STATUSES = (
     "no_quote",  # nothing was quoted
 )
 
-# One character of UTF-8, or the bytes that a decoder replaces by one U+FFFD. Such bytes are the
-# longest beginning of a well-formed sequence (Unicode, tables 3-7 and 3-8), or a single byte.
+# Matches one character of UTF-8, or the bytes that a decoder replaces with one U+FFFD. Replaced
+# bytes are the longest beginning of a well-formed sequence (Unicode, tables 3-7 and 3-8), or a
+# single byte.
 _CHARACTER = re.compile(
     rb"""[\x00-\x7f] | [\xc2-\xdf][\x80-\xbf]?
     | (?: \xe0[\xa0-\xbf] | [\xe1-\xec\xee\xef][\x80-\xbf] | \xed[\x80-\x9f] ) [\x80-\xbf]?
@@ -35,14 +36,14 @@ _CHARACTER = re.compile(
     re.VERBOSE,
 )
 
-# The line break \\ is not spacing. It is matched first, so that its second backslash does not form
-# another command with a following comma or blank.
+# The line break \\ is not spacing. The pattern matches \\ first, so that the second backslash does
+# not form another command with a comma or blank after it.
 _SPACING = re.compile(
     r"""(?P<kept> \\\\ ) | (?P<comma> \{,\} )
     | (?: [\s~\u200b] | \\[,;:>!\s] | \\(?:q?quad|(?:thin|med|thick|en)space)(?![A-Za-z]) )+""",
     re.VERBOSE,
 )
-_LONGEST = 32  # maximum characters composed together; Unicode's stream-safe form allows 30 marks
+_LONGEST = 32  # characters composed together at most; Unicode's stream-safe form allows 30 marks
 
 
 class Decoded(NamedTuple):
@@ -54,7 +55,7 @@ class Decoded(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Characters [start, end) of a quote in the original text; -1, -1 if it was not found."""
+    """The characters [start, end) at which a quote was found; -1 and -1 if it was not found."""
 
     start: int
     end: int
@@ -70,15 +71,16 @@ class _Normal(NamedTuple):
 
 
 def decode_tokens(ids: Sequence[int] | np.ndarray, token_bytes: Sequence[bytes]) -> Decoded:
-    """Decodes a completion to its text and the spans of its tokens, in linear time.
+    """Decodes a completion, in linear time, to its text and the span of each token.
 
-    The text includes special tokens, and U+FFFD for bytes that are not UTF-8. If the bytes of a
-    character are in several tokens, the span of each token includes it. A token without bytes has
-    an empty span at the character that the next byte belongs to.
+    The text includes special tokens, and has U+FFFD in place of bytes that are not UTF-8. If the
+    bytes of a character are in several tokens, the span of each of these tokens includes the
+    character. A token without bytes has an empty span at the character that the next byte belongs
+    to.
 
     Args:
       ids: the token ids, int [C].
-      token_bytes: the bytes of every id of the vocabulary (`tokenizer.list_token_bytes`).
+      token_bytes: the bytes of every id in the vocabulary (`tokenizer.list_token_bytes`).
 
     Raises:
       ValueError: an id is not in the vocabulary.
@@ -103,8 +105,8 @@ def decode_tokens(ids: Sequence[int] | np.ndarray, token_bytes: Sequence[bytes])
 def find_token_range(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
     """Returns the smallest range of tokens [first, last) that contains characters [start, end).
 
-    An empty range of characters gives (k, k). Token k contains the character `start`; at the end of
-    the text, k is C.
+    For an empty range of characters, the result is (k, k), where token k contains the character
+    `start`. If `start` is the end of the text, k is the number of tokens.
 
     Raises:
       ValueError: the range is not inside the text.
@@ -120,25 +122,28 @@ def find_token_range(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
 
 
 def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: float) -> Found:
-    r"""Finds a quote in a text by an exact match, else a normalised match, else a fuzzy match.
+    r"""Finds a quote in a text by an exact match, or else a normalised or else a fuzzy match.
 
     An exact match has the same code points as the quote, or as the quote without surrounding white
-    space. A normalised match is equal after canonical composition (NFC) and reduction of spacing. A
-    run of white space, `~`, `\,`, `\quad` and the like becomes one blank between two letters or two
-    digits. It is removed elsewhere, so "x+y" equals "x + y". `{,}` becomes a comma. A fuzzy match
-    is the longest common substring of the two normalised texts, and the result is only that part.
-    An edit distance with the same threshold would also accept a quote with other numbers.
+    space. A normalised match equals the quote after both are composed canonically (NFC) and their
+    spacing is reduced. A run of spacing (white space, `~`, `\,`, `\quad` and the like) becomes one
+    blank between two letters or two digits. Any other spacing is removed, so "x+y" equals "x + y".
+    `{,}` becomes a comma. A fuzzy match is the longest substring that the normalised text and the
+    normalised quote have in common. For a fuzzy match, only the span of the common substring is
+    returned. No edit distance is used: at the same threshold, an edit distance would accept a quote
+    with different numbers.
 
-    The time is linear in the length of both texts, except for Python's `rfind` on periodic texts.
-    With 30,000 characters (8k tokens), an exact match takes less than 1 ms, and any other match
-    takes about 50 ms.
+    The time is linear in the lengths of the text and the quote, except that Python's `rfind` is
+    slower on periodic texts. In a text of 30,000 characters (8k tokens), an exact match takes less
+    than 1 ms, and any other match takes about 50 ms.
 
     Args:
       text: the text.
       quote: the quote, or None.
       occurrence: the match to return if there are several, `first` or `last`. All fuzzy matches
         have the same length.
-      threshold: the share of the normalised quote that a fuzzy match must contain, in (0, 1].
+      threshold: the smallest share of the normalised quote that a fuzzy match may contain, in (0,
+        1].
     """
     if quote is None or not quote.strip():
         return Found(-1, -1, "no_quote")
@@ -153,8 +158,8 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
         starts, length = _find_longest_common(normal.text, wanted)
         start, status = starts[0 if occurrence == "first" else -1], "fuzzy"
     part = normal.text[start : start + length]
-    # Compares a quotient, since a product such as .8 * 5 may be above 4 in binary. `wanted` is
-    # empty if the quote consists of spacing.
+    # The code compares a quotient, because a product such as .8 * 5 may exceed 4 in binary.
+    # `wanted` is empty if the quote consists only of spacing.
     if not wanted or length / len(wanted) < threshold or not part.strip():
         return Found(-1, -1, "failed")
     start, end = start + len(part) - len(part.lstrip()), start + len(part.rstrip())
@@ -165,7 +170,7 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
 
 
 def _normalise(text: str) -> _Normal:
-    """Normalises to NFC, and drops all spacing that does not separate words or numbers."""
+    """Normalises a text to NFC, and drops all spacing that does not separate words or numbers."""
     composed = _compose(text)
     out: list[str] = []
     sources: list[tuple[int, int]] = []  # first and last character in `composed`
@@ -189,7 +194,7 @@ def _normalise(text: str) -> _Normal:
 
 
 def _separates(before: Sequence[str], after: str) -> bool:
-    """Tells whether spacing separates two letters (with their marks) or two digits."""
+    """Tells whether spacing separates two letters or two digits; marks count as letters."""
     if not before or not after:
         return False
     kinds = {unicodedata.category(c)[0].replace("M", "L") for c in (before[-1], after)}
@@ -197,7 +202,7 @@ def _separates(before: Sequence[str], after: str) -> bool:
 
 
 def _compose(text: str) -> _Normal:
-    """Normalises to NFC; each character of a changed part has the span of the original part."""
+    """Normalises a text to NFC; each character of a changed part has the original part's span."""
     if unicodedata.is_normalized("NFC", text):
         places = np.arange(len(text) + 1)
         return _Normal(text, places[:-1], places[1:])
@@ -215,11 +220,11 @@ def _compose(text: str) -> _Normal:
 
 
 def _split_segments(text: str) -> Iterator[tuple[int, int]]:
-    """Splits a text into parts that compose separately, usually letters with their marks."""
+    """Yields the spans of parts that can be composed separately, usually a letter and its marks."""
     start = 0
     for i, c in enumerate(text):
         # A character below U+0300 never composes with the characters before it. A long run of marks
-        # is split, since sorting it takes quadratic time.
+        # is split, because sorting the marks takes quadratic time.
         if i > start and (c < "\u0300" or i - start >= _LONGEST or _is_apart(text[start:i], c)):
             yield start, i
             start = i
@@ -227,8 +232,9 @@ def _split_segments(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_apart(before: str, c: str) -> bool:
-    """Tells whether `c` does not compose with `before`; Bengali ে + া, for example, do compose."""
-    # U+0F73 and a few others are not combining characters, but decompose into some.
+    """Tells whether `c` stays separate from `before`; Bengali ে and া, for example, are composed."""
+    # U+0F73 and a few other characters have combining class 0, but decompose into combining
+    # characters.
     if unicodedata.combining(unicodedata.normalize("NFD", c)[0]):
         return False
     left, right, both = (unicodedata.normalize("NFC", part) for part in (before, c, before + c))
@@ -239,17 +245,18 @@ def _is_apart(before: str, c: str) -> bool:
 
 
 def _find_longest_common(text: str, wanted: str) -> tuple[list[int], int]:
-    """Returns the starts in `text` of the longest common substrings, in order, and their length."""
+    """Returns the starts of the longest common substrings in `text`, in order, and their length."""
     lengths = [0, *_measure_common(text, wanted)]
     longest = max(lengths)
     return [end - longest for end, size in enumerate(lengths) if size == longest], longest
 
 
 def _measure_common(text: str, wanted: str) -> list[int]:
-    """Returns the length of the longest part of `wanted` that ends at each character of `text`.
+    """Returns for each end in `text` the length of the longest substring shared with `wanted`.
 
-    The text runs through the suffix automaton of `wanted` (Blumer et al. 1985), so the time is
-    linear in both lengths. A table of all pairs would take time proportional to their product.
+    The suffix automaton of `wanted` (Blumer et al. 1985) reads the text once, so the time is linear
+    in both lengths. A table of all pairs of characters would take time proportional to the product
+    of the lengths.
     """
     steps, parents, sizes = _build_automaton(wanted)
     state, length, out = 0, 0, []
@@ -265,9 +272,9 @@ def _measure_common(text: str, wanted: str) -> list[int]:
 
 
 def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[int]]:
-    """Builds a word's suffix automaton: transitions, suffix links and longest lengths by state.
+    """Builds a word's suffix automaton: the transitions, suffix link and longest length per state.
 
-    State 0 is the empty word.
+    State 0 stands for the empty word.
     """
     steps: list[dict[str, int]] = [{}]
     parents, sizes, last = [-1], [0], 0
@@ -284,8 +291,8 @@ def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[i
             continue
         parents[new] = target = steps[state][c]
         if sizes[target] > sizes[state] + 1:
-            # The target also stands for longer words, so a copy of it stands for the longest word
-            # of `state`, followed by c.
+            # The state `target` also stands for longer words. A copy of `target` therefore stands
+            # for the longest word of `state` followed by c.
             parents[new] = copy = len(steps)
             steps.append(dict(steps[target]))
             sizes.append(sizes[state] + 1)
