@@ -226,7 +226,7 @@ def _attend_block_gpu(part, q_RH, k_SH, v_SH, scales_S, seen_S):
 
 
 def _merge_splits(out_SJKMH, top_SJKM, total_SJKM, live_SJ) -> decode_cache.PartialSoftmax:
-    """Merges the partial softmaxes of live splits; the results of all other splits are undefined."""
+    """Merges the partial softmaxes of live splits; the results of other splits are undefined."""
     live = live_SJ[:, :, None, None]
     top_SJKM = jnp.where(live, top_SJKM, visibility.MASKED_LOGIT)
     top_JKM = jnp.max(top_SJKM, axis=0)
