@@ -1,24 +1,26 @@
 """Decode attention: one new token per slot attends to the live part of a cache.
 
-A cache [layers, J, K, A, H] has J slots, each for the keys and values of one text. The first
+A cache [layers, J, K, A, H] has J slots. Each slot holds the keys and values of one text. The first
 `length` entries of a slot are live, and the rest are garbage. A decode step writes one entry into
-each live slot, and attends to this entry and all entries before it:
+each live slot. The new token of a slot then attends to the slot's live entries, including the one
+just written:
 
     slot  length   blocks of 64 entries that are read
       0      70    0 1
       1       0    none: a dead slot
       2      64    0
 
-`dense` reads the whole cache and masks it; tests compare the others with it. `blocks` goes over the
-list of live (slot, block) pairs, a group of pairs at a time, in plain XLA. It runs on every
-platform, and its cost is proportional to the number of live entries. The kernels `pallas_tpu` and
-`pallas_gpu` read the same blocks directly from the cache, whereas `blocks` copies them first. All
-implementations return the numerator, the maximum and the sum of a softmax separately, so that the
-keys of a shared prefix can be added.
+`dense` reads the whole cache and masks the entries that are not live; tests compare the other
+implementations with `dense`. `blocks` processes the list of live (slot, block) pairs in groups, in
+plain XLA. `blocks` runs on every platform, and its cost is proportional to the number of live
+entries. The kernels `pallas_tpu` and `pallas_gpu` read live blocks directly from the cache, whereas
+`blocks` copies live blocks first. All implementations return the numerator, the maximum and the sum
+of a softmax separately, so that the caller can add the keys of a shared prefix.
 
-An int8 cache has one float32 scale per entry and head, which maps the largest magnitude to 127.
+An int8 cache has one float32 scale per entry and head; the scale maps the largest magnitude to 127.
 
-Shapes: J slots, K key heads, M queries per key head, H head size, A entries, W pairs at a time.
+Shapes: J slots, K key heads, M queries per key head, H head size, A entries per slot, W (slot,
+block) pairs per group.
 """
 
 import functools
@@ -31,7 +33,7 @@ from jax.sharding import PartitionSpec
 from copsd_jax.attention import decode_cache, visibility
 from copsd_jax.runtime import sharding
 
-BLOCK = 64  # entries of a block in `blocks`; on CPU 32 is a fifth slower, and 128 is no faster
+BLOCK = 64  # entries per block in `blocks`; on CPU, 32 is a fifth slower, and 128 is no faster
 CACHE_LENGTH_MULTIPLE = decode_cache.LENGTH_MULTIPLE
 Cache = decode_cache.Cache
 PartialSoftmax = decode_cache.PartialSoftmax
@@ -46,7 +48,7 @@ def create_cache(layers: int, slots: int, heads: int, length: int, size: int, dt
       layers: number of layers.
       slots: number of slots, J.
       heads: number of key heads, K.
-      length: entries of a slot, A.
+      length: number of entries per slot, A.
       size: head size, H.
       dtype: float32, bfloat16 or int8.
     """
@@ -54,7 +56,7 @@ def create_cache(layers: int, slots: int, heads: int, length: int, size: int, dt
     arrays = [(shape, dtype)] * 2
     if jnp.dtype(dtype) == jnp.int8:
         arrays += [(shape[:-1], jnp.float32)] * 2
-    # Each array needs its own buffer, since caches are donated.
+    # Each array needs its own buffer, because caches are donated.
     return Cache(*(jnp.zeros(*array) for array in arrays))
 
 
@@ -69,7 +71,7 @@ def convert_entries(cache: Cache, k: jax.Array, v: jax.Array) -> Cache:
     """Converts keys and values to the dtypes of a cache.
 
     Args:
-      cache: the cache that has the dtypes.
+      cache: the cache to whose dtypes k and v are converted.
       k: keys [..., H].
       v: values [..., H].
 
@@ -91,10 +93,11 @@ def write_and_attend(
     index_J: jax.Array,
     implementation: str,
 ) -> tuple[PartialSoftmax, Cache]:
-    """Writes an entry at `index` of each slot, then attends to entries 0 … index.
+    """Writes one entry at `index` of each slot, then attends to the slot's entries 0 … index.
 
-    On a mesh (`jax.set_mesh`), slots are split over the batch axes, and key heads over `tensor` if
-    it divides their number. Each device reads and writes only its own slots and heads.
+    On a mesh (`jax.set_mesh`), slots are split over the batch axes. If `tensor` divides the number
+    of key heads, key heads are split over `tensor`. Each device reads and writes only its own slots
+    and heads.
 
     Args:
       q_JKMH: queries, scaled and rotated, in compute dtype.
@@ -102,7 +105,8 @@ def write_and_attend(
       v_JKH: new values.
       cache: the cache; it is updated in place if it is donated, or carried by a loop.
       layer: int32 scalar.
-      index_J: int32; negative for a dead slot, which writes nothing and sees nothing.
+      index_J: int32 index of the new entry; negative for a dead slot, which writes and sees
+        nothing.
       implementation: a key of IMPLEMENTATIONS.
 
     Returns:
@@ -131,7 +135,7 @@ def write_and_attend(
 
 
 def find_mesh_axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...], str | None]:
-    """Finds the mesh axes of slots and of key heads.
+    """Finds the mesh axes that split the slots and the key heads.
 
     Args:
       shape: a mesh, or an abstract mesh.
@@ -159,7 +163,8 @@ def _write_and_attend(
 
 def _scatter_cache_entries(cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array) -> Cache:
     rows_J = jnp.arange(index_J.shape[0], dtype=jnp.int32)
-    # A dead slot gets index A, where writes are dropped. A negative index would count from the end.
+    # A dead slot gets index A, because writes at index A are dropped. A negative index would count
+    # from the end.
     at_J = jnp.where(index_J < 0, cache.k.shape[3], index_J)
     return jax.tree.map(
         lambda whole, new: whole.at[layer, rows_J, :, at_J].set(new, mode="drop"), cache, new
@@ -169,8 +174,8 @@ def _scatter_cache_entries(cache: Cache, new: Cache, layer: jax.Array, index_J: 
 def _write_cache_entries_tpu(
     cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array
 ) -> Cache:
-    """Writes with a kernel: XLA's scatter needs another layout and would copy the whole cache."""
-    # Imported lazily: Pallas is slow to import, and a CPU does not need it.
+    """Writes entries with a kernel; XLA's scatter would copy the whole cache to another layout."""
+    # This import is lazy, because Pallas is slow to import and a CPU run does not need Pallas.
     from copsd_jax.attention import decode_attention_tpu
 
     leaves = jax.tree.leaves(cache), jax.tree.leaves(new)
@@ -181,7 +186,7 @@ def _write_cache_entries_tpu(
 
 
 def _dense(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
-    """Attends to all entries of the layer, and masks those that are not live."""
+    """Attends to all entries of the layer, and masks the entries that are not live."""
     take = jax.lax.dynamic_index_in_dim
     one = jax.tree.map(lambda x: take(x, layer, 0, keepdims=False), cache)
     index_A = jnp.arange(cache.k.shape[3], dtype=jnp.int32)
@@ -189,7 +194,7 @@ def _dense(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
 
 
 def _attend_partially(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> PartialSoftmax:
-    """Attends from queries [W, K, M, H] to their own entries [W, K, S, H]; W replaces J."""
+    """Attends from queries [W, K, M, H] to entries [W, K, S, H] of the same index in W."""
     dtype = q_WKMH.dtype
     logit = _product("wkmh,wksh->wkms", q_WKMH, block.k.astype(dtype))
     if block.k_scale is not None:
@@ -201,7 +206,8 @@ def _attend_partially(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> Pa
     total = jnp.sum(weight, axis=-1)
     if block.v_scale is not None:
         weight = weight * jnp.where(seen, block.v_scale[:, :, None], jnp.float32(0))
-    # Entries that are not live may contain anything, and 0 times infinity is NaN.
+    # Entries that are not live may contain anything; they become 0, because 0 times infinity is
+    # NaN.
     v = jnp.where(seen_WS[:, None, :, None], block.v, jnp.zeros((), block.v.dtype)).astype(dtype)
     return PartialSoftmax(_product("wkms,wksh->wkmh", weight.astype(dtype), v), top, total)
 
@@ -216,7 +222,7 @@ def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[ja
     followed by garbage.
 
     Args:
-      length_J: int32 number of live entries of each slot.
+      length_J: int32 number of live entries in each slot.
       per_slot: number of blocks in a slot.
       block: number of entries in a block.
 
@@ -232,11 +238,11 @@ def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[ja
 
 
 def _attend_live_blocks(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
-    """Attends to live blocks, W pairs at a time; their number alone determines the time."""
+    """Attends to live blocks, W pairs at a time; only the number of pairs determines the time."""
     slots, _, length, size = cache.k.shape[1:]
     per_slot = length // BLOCK
-    # Four pairs per slot are enough to make up for the cost of starting a product. They are few
-    # enough that the last group is mostly full.
+    # With four pairs per slot, a group is large enough to make up for the cost of starting a
+    # product, and small enough that the last group is mostly full.
     group = min(max(16, 4 * slots), slots * per_slot)
     slot_X, block_X, live = list_live_blocks(length_J, per_slot, BLOCK)
     pad = (0, -slot_X.shape[0] % group)
@@ -253,7 +259,7 @@ def _attend_live_blocks(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax
         here = jax.tree.map(lambda x: x[layer, slot_W, :, block_W], cut)
         part = _attend_partially(q_JKMH[slot_W], here, seen_WS)
         top_JKM = sofar.top_JKM.at[slot_W].max(part.top_JKM)
-        # The sums are scattered, because a slot may have several blocks in one group.
+        # Sums are added by scatter, because a slot may have several blocks in one group.
         scale_WKM = jnp.exp(part.top_JKM - top_JKM[slot_W])
         scale_WKM = scale_WKM * live_W.astype(jnp.float32)[:, None, None]
         old_JKM = jnp.exp(sofar.top_JKM - top_JKM)
@@ -287,5 +293,5 @@ IMPLEMENTATIONS = {
     "dense": _dense, "blocks": _attend_live_blocks,
     "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu
 }  # fmt: skip
-# Platform of a mesh's devices -> implementation.
+# Maps the platform of a mesh's devices to the implementation for this platform.
 PLATFORM_IMPLEMENTATIONS = {"cpu": "blocks", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}

@@ -1,24 +1,26 @@
 """Decode attention for NVIDIA GPUs (Pallas, Triton): reads only the live part of a stacked cache.
 
-One query token per slot attends to the first `length` entries of its slot. A program handles one
-slot, one key head and one split of the entries (flash-decoding: Dao et al. 2023). Since many
+One query token per slot attends to the first `length` entries of its slot. Each program handles one
+slot, one key head and one split of the slot's entries (flash-decoding: Dao et al. 2023). Since many
 programs share a long slot, the processors are busy even if there are few slots:
 
     length 300, splits of 128     program    0          1            2           3
                                   entries  0 … 127   128 … 255   256 … 299   none: ends at once
 
-Loads are masked, so entries at or after the length are never read. XLA merges the results of a
-slot's splits, which are M (H + 2) float32 numbers per split. A split reads 2 H numbers per entry.
-For M = 2 and splits of 512 entries in bfloat16, the results have 1/256 of the bytes that are read.
+Loads are masked, so that only live entries are read. XLA merges the results of a slot's splits. The
+result of a split is M (H + 2) float32 numbers, whereas a split reads 2 H numbers per entry. For M =
+2 and splits of 512 entries in bfloat16, the results take 1/256 as many bytes as the entries.
 
 Products run on tensor cores, because plain multiply-adds would be too slow. An entry of one head
 has 4 H bytes in bfloat16 (key and value) and needs 2 M H multiply-adds. A processor of an H200
-loads about 20 bytes per cycle, so an entry with H = 128 takes 26 cycles. Plain multiply-adds, 128
-per cycle, would take 2 M cycles, and conversions and reductions across lanes as many again. With
-M = 8 this would be slower than memory. Tensor cores compute at least 16 rows. This is 16 FLOP per
-byte, and the machine can do 200. So each product is a `dot` of 16 rows, and the last query is
-repeated to fill the rows. Float32 products are exact (no TF32): 2 x 16 rows take 32 cycles, while
-loading the entry's 8 H bytes takes 52.
+loads about 20 bytes per cycle, so loading an entry with H = 128 takes 26 cycles. At 128
+multiply-adds per cycle, the products of an entry would take 2 M cycles. Conversions and reductions
+across lanes would take as many cycles again. With M = 8, computing an entry would then take longer
+than loading the entry. Tensor cores compute at least 16 rows. Products of 16 rows need 16 FLOP per
+byte, and the GPU can do 200 FLOP per byte. Therefore each product is a `dot` of 16 rows, in which
+the last query is repeated to fill the rows. Float32 products are exact, because they do not use
+TF32. Two float32 products of 16 rows take 32 cycles per entry, while loading the 8 H bytes of an
+entry takes 52 cycles.
 """
 
 import dataclasses
@@ -32,20 +34,20 @@ from jax.experimental.pallas import triton as plt
 
 from copsd_jax.attention import decode_cache, visibility
 
-_ROWS = 16  # minimum rows of a dot
+_ROWS = 16  # minimum number of rows of a `dot`
 _PROCESSORS = 132  # processors of H100 and H200; an A100 has 108, which is close enough
-_PROGRAMS = 4  # programs per processor, enough to even out their loads
+_PROGRAMS = 4  # programs per processor; enough to balance the load of the processors
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Sizes by which the work is divided.
+    """Sizes of the parts into which the kernel divides its work.
 
     Attributes:
-      keys: entries of one product, a power of two, at least 16.
-      split: entries of one program, a multiple of `keys`.
-      warps: warps of 32 threads in a program.
-      stages: products whose loads are in flight at once.
+      keys: number of entries per product, a power of two, at least 16.
+      split: number of entries per program, a multiple of `keys`.
+      warps: number of warps (of 32 threads) per program.
+      stages: number of products whose loads are in flight at once.
     """
 
     keys: int = 64
@@ -57,9 +59,10 @@ class BlockSizes:
 def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
     """Chooses the longest splits with which every processor still has four programs.
 
-    The rule assumes that slots are a quarter full. The keys and values of a product have 16 to 32
-    KiB, and the loads of three products are in flight. So two programs on a processor have about
-    100 KiB in flight. This is more than the 29 KiB (36 GB/s x 800 ns) that hide the latency.
+    The rule assumes that slots are a quarter full. The keys and values for one product take 16 to
+    32 KiB, and the loads for three products are in flight at once. Therefore two programs on a
+    processor have about 100 KiB in flight, which is more than the 29 KiB (36 GB/s x 800 ns) that
+    hide the latency.
 
     Args:
       q_shape: shape of the queries on one device, [J, K, M, H].
@@ -77,12 +80,12 @@ def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
 
 
 def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
-    """Estimates the FLOPs (counting M rows, not 16) and bytes of one call.
+    """Estimates the FLOPs and bytes of one call; FLOPs are counted for M rows instead of 16.
 
     Args:
       q_shape: shape of the queries, [J, K, M, H].
       dtype: dtype of the cache; an int8 entry also has a float32 scale.
-      mean_length: mean number of live entries per slot, over all J slots.
+      mean_length: number of live entries per slot, averaged over all J slots.
     """
     return pl.CostEstimate(**decode_cache.count_cost(q_shape, dtype, mean_length))
 
@@ -96,23 +99,25 @@ def attend(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> decode_cache.PartialSoftmax:
-    """Attends from each slot's queries to entries 0 … length - 1; returns a partial softmax.
+    """Attends from each slot's queries to its entries 0 … length - 1; returns a partial softmax.
 
     Args:
       q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. M is at most 16, and H is
-        a power of two. Products are in this dtype, to which entries are converted in registers;
-        sums and softmax are in float32.
+        a power of two. Entries are converted to the dtype of the queries in registers, and products
+        are in this dtype; sums and softmax are in float32.
       cache: the cache, whose length A must be a multiple of 128.
       layer: int32 scalar.
-      length_J: int32, 0 … A; 0 for a dead slot.
+      length_J: int32 number of live entries in each slot, 0 … A; 0 for a dead slot.
       blocks: block sizes; None means those of `choose_blocks`.
       interpret: whether to run the kernel without a GPU.
 
     Returns:
-      The softmax over each slot's live entries. A dead slot gives out 0, top -1e30 and total 0.
+      The softmax over each slot's live entries. For a dead slot, out is 0, top is -1e30 and total
+      is 0.
 
     Raises:
-      ValueError: a shape or block size is not supported, or an int8 cache has 2 to 4 GiB.
+      ValueError: a shape or block size is not supported, or the keys of an int8 cache take 2 to 4
+        GiB.
     """
     slots, heads, queries, size = q_JKMH.shape
     length = cache.k.shape[3]
@@ -132,8 +137,8 @@ def attend(
         name="decode_attention",
     )
     start_S = jnp.arange(splits, dtype=jnp.int32) * blocks.split
-    # The text of a program has the scope names of Triton calls, but not their cost estimates. So
-    # the estimate is put into the scope name.
+    # The text of a program contains the scope names of Triton calls, but not their cost estimates.
+    # For this reason, the scope name contains the estimate.
     with jax.named_scope(f"cost:{estimate.flops}:{estimate.bytes_accessed}"):
         out, top, total = call(layer.reshape(1), length_J, q_JKMH, *jax.tree.leaves(cache))
     return _merge_splits(out, top, total, start_S[:, None] < length_J[None, :])
@@ -152,8 +157,8 @@ def _check_attention_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: Bloc
             f"blocks.keys and blocks.split are {blocks.keys} and {blocks.split}: a power of two "
             f"from {_ROWS} on, and a multiple of it, are needed"
         )
-    # Only arrays above 4 GiB have 64-bit offsets. Other arrays have signed 32-bit offsets, which
-    # reach 2 GiB.
+    # Arrays above 4 GiB are addressed with 64-bit offsets. All other arrays are addressed with
+    # signed 32-bit offsets, which reach only 2 GiB.
     if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
         raise ValueError(
             f"an int8 cache of keys has {k.size} bytes on a device: sizes from 2**31 to 2**32 "
@@ -164,7 +169,7 @@ def _check_attention_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: Bloc
 def _attend_split_kernel(
     blocks: BlockSizes, scaled: bool, layer_1, length_J, q_ref, k_ref, v_ref, *refs
 ):
-    """Computes one split of one slot and key head."""
+    """Computes the partial softmax of one split, for one slot and one key head."""
     scale_refs, (out_ref, top_ref, total_ref) = refs[: 2 * scaled], refs[2 * scaled :]
     split, head, slot = (pl.program_id(axis) for axis in range(3))
     layer, length = layer_1[0], length_J[slot]
@@ -221,7 +226,7 @@ def _attend_block_gpu(part, q_RH, k_SH, v_SH, scales_S, seen_S):
 
 
 def _merge_splits(out_SJKMH, top_SJKM, total_SJKM, live_SJ) -> decode_cache.PartialSoftmax:
-    """Merges the partial softmaxes of all live splits; results of other splits are undefined."""
+    """Merges the partial softmaxes of live splits; the results of other splits are undefined."""
     live = live_SJ[:, :, None, None]
     top_SJKM = jnp.where(live, top_SJKM, visibility.MASKED_LOGIT)
     top_JKM = jnp.max(top_SJKM, axis=0)

@@ -1,30 +1,32 @@
 """Decode attention for TPU (Pallas, Mosaic): reads only the live part of a stacked cache.
 
-One query token per slot attends to the first `length` entries of its slot. The kernel goes over the
-live blocks, slot by slot. It fetches them itself, `buffers` - 1 blocks ahead, also from the next
-slots. Of a slot's last block it fetches only the chunks of 128 entries that have a live entry:
+One query token per slot attends to the first `length` entries of its slot. The kernel visits the
+live blocks slot by slot. The kernel itself fetches these blocks, `buffers` - 1 blocks ahead, and
+continues into the next slots. For the last block of a slot, the kernel fetches only the 128-entry
+chunks that contain a live entry:
 
     lengths 300, 0, 40; blocks of 256     fetch        0          1          2
                                           slot         0          0          2
                                           entries   0 … 255   256 … 383   0 … 127
 
-A dead slot costs one read of its length. Two alternatives are slower. A grid of slots and blocks
-costs about 0.35 us for each step without work. This is 40 ms per token for 256 slots of 4096
-entries and 28 layers, in blocks of 256. A prefetched list of live blocks would have to be built by
-XLA in every layer.
+A dead slot costs only the time to read its length. Two alternatives to this kernel are slower. The
+first is a grid over slots and blocks, in which each step without work costs about 0.35 us. With 256
+slots of 4096 entries, 28 layers and blocks of 256, the steps would cost 40 ms per token. The second
+is a prefetched list of live blocks, which XLA would have to build in every layer.
 
-The size of a block was chosen for v5e. There, a block of 256 entries of 8 heads in bfloat16 has 530
-instruction words, which take 0.36 us at 1.5 GHz without stalls. Of these words, 150 start copies
-and find the next block, whatever the block size, and 380 compute. Fetching the block takes 1.28 us
-(1 MiB at 819 GB/s). Each 128 x 128 tile of keys or values is loaded into a matrix unit once. The M
-queries (1 to 8) occupy 8 of its rows, so M does not change the cost. On average, half of a slot's
-last block is computed for nothing, although it is not fetched. The latency of a fetch is about
-1 us. So a block should take about 1 us to fetch. This hides the block's computation and the latency
-of the next fetch. An int8 block has to be converted first. 384 entries then take 1370 words, or
-0.92 us, while fetching takes 0.99 us. So int8 saves more memory than time.
+The block size was chosen for v5e. On v5e, a block of 256 entries of 8 heads in bfloat16 takes 530
+instruction words, or 0.36 us at 1.5 GHz without stalls. Of the 530 words, 380 compute, and 150
+start copies and find the next block; these 150 do not depend on the block size. Fetching such a
+block takes 1.28 us (1 MiB at 819 GB/s). Each 128 x 128 tile of keys or values is loaded into a
+matrix unit once. The M queries (1 to 8) occupy 8 rows of the matrix unit, so M does not change the
+cost. On average, half of the computation for a slot's last block is wasted on entries that are not
+live. The latency of a fetch is about 1 us, so a block should take about 1 us to fetch. A fetch of
+this duration hides the block's computation and the latency of the next fetch. An int8 block has to
+be converted before the products. With the conversion, 384 entries take 1370 words, or 0.92 us,
+while fetching the entries takes 0.99 us. Therefore int8 saves more memory than time.
 
-If H is not a multiple of 128, XLA stores a cache with the entries along the lanes, [..., H, A],
-which needs no padding. The kernel reads this layout directly.
+If H is not a multiple of 128, XLA stores a cache as [..., H, A], because this layout needs no
+padding. The kernel reads the layout [..., H, A] directly.
 """
 
 import dataclasses
@@ -39,29 +41,30 @@ from jax.experimental.pallas import tpu as pltpu
 
 from copsd_jax.attention import decode_cache, visibility
 
-CHUNK = decode_cache.LENGTH_MULTIPLE  # entries of one copy
+CHUNK = decode_cache.LENGTH_MULTIPLE  # number of entries per copy
 V5E = "TPU v5 lite"
-# HBM bandwidth in bytes per second, by jax's device_kind; per core if a device has two cores. There
-# is no v4, because Mosaic cannot compile the kernel for it (no gather across sublanes).
+# HBM bandwidth in bytes per second, by jax's device_kind; per core if a device has two cores. TPU
+# v4 is missing, because Mosaic cannot compile the kernel for v4: it has no gather across sublanes.
 BANDWIDTH = {
     V5E: 8.2e11, "TPU v5": 1.2e12, "TPU v5p": 1.2e12, "TPU v6 lite": 1.6e12, "TPU v6e": 1.6e12,
     "TPU7x": 3.7e12,
 }  # fmt: skip
 _TWO_CORES = ("TPU v5", "TPU v5p")  # devices with two cores
-_FETCH = 1e-6  # seconds that the fetch of a block should take
+_FETCH = 1e-6  # seconds that fetching a block should take
 _LONGEST = 1024  # maximum number of entries in a block
 _BUFFERS = 8 << 20  # maximum bytes of VMEM for keys and values
-_ROWS = 4 << 20  # bytes of VMEM for queries and results of the slots of one program
+_ROWS = 4 << 20  # bytes of VMEM for the queries and results of one program
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Sizes by which the work is divided.
+    """Sizes of the parts into which the kernel divides its work.
 
     Attributes:
-      keys: entries computed at once, a multiple of 128.
-      buffers: blocks in VMEM, at least 2.
-      slots: slots of one program. Programs run one after another, or on the two cores of a v5p.
+      keys: number of entries that are computed at once, a multiple of 128.
+      buffers: number of blocks in VMEM, at least 2.
+      slots: number of slots per program. Programs run one after another, or on the two cores of a
+        v5p.
     """
 
     keys: int
@@ -70,13 +73,13 @@ class BlockSizes:
 
 
 def get_chip() -> str:
-    """Returns the `device_kind` of the current mesh (`jax.set_mesh`), or v5e if it has no TPU."""
+    """Returns the `device_kind` of the current mesh (`jax.set_mesh`); v5e if it has no TPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return V5E if device is None or device.platform != "tpu" else device.device_kind
 
 
 def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
-    """Chooses three buffers of blocks of about 1 us of fetching, and as many slots as fit.
+    """Chooses three buffers, blocks that take about 1 us to fetch, and as many slots as fit.
 
     Args:
       q_shape: shape of the queries on one device, [J, K, M, H].
@@ -94,8 +97,9 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
     wanted = BANDWIDTH[chip] * _FETCH / entry
     most = min(_LONGEST, length, _BUFFERS // (3 * entry))
     keys = max(CHUNK, min(round(wanted / CHUNK), most // CHUNK) * CHUNK)
-    # Bytes per slot in double-buffered float32 tiles of 8 x 128. The first term is for queries and
-    # out; the second is for top and total, which have the queries along the lanes.
+    # `row` counts the bytes per slot in double-buffered float32 tiles of 8 x 128. The first term is
+    # for the queries and `out`. The second term is for `top` and `total`, whose lanes are the
+    # queries.
     lanes = -(-size // 128) * 128
     row = 4 * 2 * (2 * heads * -(-queries // 8) * 8 * lanes + 2 * -(-heads // 8) * 8 * 128)
     two_cores = chip in _TWO_CORES and slots > 1
@@ -104,12 +108,12 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
 
 
 def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
-    """Estimates the FLOPs and bytes of one call, with half a chunk per slot after live entries.
+    """Estimates the FLOPs and bytes of one call; adds half a chunk per slot to the live entries.
 
     Args:
       q_shape: shape of the queries, [J, K, M, H].
       dtype: dtype of the cache; an int8 entry also has a float32 scale.
-      mean_length: mean number of live entries per slot, over all J slots.
+      mean_length: number of live entries per slot, averaged over all J slots.
     """
     return pl.CostEstimate(**decode_cache.count_cost(q_shape, dtype, mean_length + CHUNK / 2))
 
@@ -123,22 +127,25 @@ def attend(
     blocks: BlockSizes | None = None,
     interpret: Any = False,
 ) -> decode_cache.PartialSoftmax:
-    """Attends from each slot's queries to entries 0 … length - 1; returns a partial softmax.
+    """Attends from each slot's queries to its entries 0 … length - 1; returns a partial softmax.
 
     Args:
-      q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. Products are in this
-        dtype, to which entries are converted in VMEM; sums and softmax are in float32.
+      q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. Entries are converted to
+        the dtype of the queries in VMEM, and products are in this dtype; sums and softmax are in
+        float32.
       cache: the cache, whose length A must be a multiple of 128.
       layer: int32 scalar.
-      length_J: int32, 0 … A; 0 for a dead slot.
+      length_J: int32 number of live entries in each slot, 0 … A; 0 for a dead slot.
       blocks: block sizes; None means those of `choose_blocks` for the mesh's chip.
       interpret: True or pltpu.InterpretParams to run the kernel without a TPU.
 
     Returns:
-      The softmax over each slot's live entries. A dead slot gives out 0, top -1e30 and total 0.
+      The softmax over each slot's live entries. For a dead slot, out is 0, top is -1e30 and total
+      is 0.
 
     Raises:
-      ValueError: the cache length is not a multiple of 128, or the block sizes do not fit it.
+      ValueError: the cache length is not a multiple of 128, or the block sizes do not fit the cache
+        length.
     """
     slots, heads, queries, size = q_JKMH.shape
     length, dtype = cache.k.shape[3], cache.k.dtype
@@ -169,14 +176,14 @@ def attend(
         interpret=interpret,
         name="decode_attention",
     )(
-        # Padding slots of the last program get length 0, so they are dead.
+        # Slots that pad the last program get length 0, which makes them dead.
         layer.reshape(1), jnp.pad(length_J, (0, programs * blocks.slots - slots)), q_JKMH, *caches
     )  # fmt: skip
     return decode_cache.PartialSoftmax(*parts)
 
 
 def _turn(caches: Sequence[jax.Array], turned: bool) -> list[jax.Array]:
-    """Transposes A and H of keys and values; no copy, since memory has the order [..., H, A]."""
+    """Transposes A and H of keys and values without a copy: memory has the order [..., H, A]."""
     return [x.swapaxes(3, 4) if turned and x.ndim == 5 else x for x in caches]
 
 
@@ -191,7 +198,7 @@ def _check_blocks(blocks: BlockSizes, length: int) -> None:
 
 
 class _Copies(NamedTuple):
-    """Copies of the caches' blocks into the buffers of one program, whose first slot is `first`."""
+    """Copies of cache blocks into the buffers of one program; its first slot is `first`."""
 
     keys: int
     turned: bool
@@ -203,7 +210,7 @@ class _Copies(NamedTuple):
     sem: Any
 
     def run(self, act: Callable[[Any], None], slot, block, at) -> None:
-        """Starts or awaits the copies of a block's live chunks into buffer `at`."""
+        """Starts, or waits for, the copies of a block's live chunks into buffer `at`."""
         for chunk in range(self.keys // CHUNK):
             start = block * self.keys + chunk * CHUNK
 
@@ -212,7 +219,7 @@ class _Copies(NamedTuple):
                 entries = pl.ds(pl.multiple_of(start, CHUNK), CHUNK)
                 into = pl.ds(chunk * CHUNK, CHUNK)
                 for i, (cache, buffer) in enumerate(zip(self.caches, self.buffers, strict=True)):
-                    # K comes first, and H too if it is turned; then come the entries.
+                    # The axes are K, then H if the array is turned, then the entries.
                     axis = (slice(None),) * (2 if self.turned and i < 2 else 1)
                     from_ = cache.at[(self.layer, self.first + slot, *axis, entries)]
                     to = buffer.at[(at, *axis, into)]
@@ -220,7 +227,7 @@ class _Copies(NamedTuple):
 
 
 def _attend_slots_kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
-    """Computes the slots of one program one by one, from n caches: keys, values, their scales."""
+    """Computes a program's slots one by one; the n caches are keys, values and their scales."""
     caches, (out_ref, top_ref, total_ref), buffers, (sem, ahead) = (
         refs[:n], refs[n : n + 3], refs[n + 3 : 2 * n + 3], refs[2 * n + 3 :],
     )  # fmt: skip
@@ -234,7 +241,7 @@ def _attend_slots_kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, leng
         return jax.lax.while_loop(dead, lambda s: s + 1, slot)
 
     def fetch(number):
-        """Starts the copies of the next block that is not yet in flight."""
+        """Starts the copies of the next block whose copies have not started yet."""
         slot, block = ahead[0], ahead[1]
 
         @pl.when(slot < group)
@@ -281,7 +288,7 @@ def _attend_slots_kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, leng
 
 
 def _attend_block_tpu(part, q_KMH, block, turned: bool, left):
-    """Adds the first `left` entries of a block to a partial softmax; None means all entries."""
+    """Adds the first `left` entries of a block (None: all entries) to a partial softmax."""
     (out_KMH, top_KM1, total_KM1), (k, v, *scales) = part, block
     dtype, entries = q_KMH.dtype, 2 if turned else 1
     logit_KMS = decode_cache.multiply(q_KMH, k.astype(dtype), 3 - entries)
@@ -291,7 +298,7 @@ def _attend_block_tpu(part, q_KMH, block, turned: bool, left):
     if left is not None:
         seen = jax.lax.broadcasted_iota(jnp.int32, logit_KMS.shape, 2) < left
         logit_KMS = jnp.where(seen, logit_KMS, visibility.MASKED_LOGIT)
-        # A weight of 0 is not enough: later entries are garbage, and 0 times NaN is NaN.
+        # A weight of 0 is not enough: entries from `left` on are garbage, and 0 times NaN is NaN.
         index = jax.lax.broadcasted_iota(jnp.int32, v.shape, entries)
         v = jnp.where(index < left, v, jnp.zeros_like(v))
     new_KM1 = jnp.maximum(top_KM1, jnp.max(logit_KMS, axis=-1, keepdims=True))
@@ -316,15 +323,16 @@ def write_cache_entries(
     """Writes one entry of each slot into a layer of caches [layers, J, K, A(, H)].
 
     The update is in place if the caches are donated, or carried by a loop. XLA's scatter would move
-    one row after another, and would copy a cache if it prefers another layout. This kernel reads
-    the tiles that contain the entries, changes them, and writes them back, in a pipeline over
-    slots.
+    one row after another, and would copy the cache if XLA prefers another layout. For each slot,
+    this kernel reads the tile that contains the entry, changes the tile, and writes the tile back;
+    the slots form a pipeline.
 
     Args:
-      caches: keys and values, and for int8 their float32 scales; A must be a multiple of 128.
+      caches: keys and values, and the float32 scales of an int8 cache; A must be a multiple of 128.
       entries: the new entries of each cache, [J, K, H] or [J, K], in the cache's dtype.
       layer: int32 scalar.
-      index_J: int32; a slot with an index outside 0 … A - 1 remains unchanged.
+      index_J: int32 index of the entry in each slot; a slot with an index outside 0 … A - 1 remains
+        unchanged.
       interpret: True or pltpu.InterpretParams to run the kernel without a TPU.
 
     Returns:
@@ -333,7 +341,8 @@ def write_cache_entries(
     turned = entries[0].shape[2] % 128 != 0
     tiles = [_find_tile(x, turned) for x in caches]
     caches = _turn(caches, turned)
-    # Each entry gets an axis of length 1 where the cache has its axis of entries.
+    # Each new entry gets an axis of length 1 at the position where the cache has its axis of
+    # entries.
     entries = [jnp.expand_dims(x, axis - 1) for x, (axis, _) in zip(entries, tiles, strict=True)]
     length = caches[0].shape[tiles[0][0]]
 
@@ -365,21 +374,21 @@ def write_cache_entries(
 
 
 def _find_tile(cache: jax.Array, turned: bool) -> tuple[int, int]:
-    """Returns the axis of the entries in memory, and the number of entries in a tile."""
+    """Returns the index of the axis of entries in memory, and the number of entries per tile."""
     if cache.ndim == 4:
         return 3, 128
     return (4, 128) if turned else (3, 32 // cache.dtype.itemsize)
 
 
 def _write_cache_kernel(tiles, length: int, layer_1, index_J, *refs):
-    """Writes one slot's entry into its tile of each cache."""
-    del layer_1  # Only the index maps of the grid use it.
+    """Writes the new entry of one slot into the tile of each cache that contains the entry."""
+    del layer_1  # Only the index maps of the grid use layer_1.
     index, n = index_J[pl.program_id(0)], len(tiles)
     for (axis, size), new, old, out in zip(
         tiles, refs[:n], refs[n : 2 * n], refs[2 * n :], strict=True
     ):
         value = old[0, 0]
-        # A v5e cannot select among numbers of 8 or 16 bits.
+        # A TPU v5e has no select for numbers of 8 or 16 bits.
         wide = jnp.int32 if value.dtype == jnp.int8 else jnp.float32
         place = jax.lax.broadcasted_iota(jnp.int32, value.shape, axis - 2)
         here = (place == jax.lax.rem(index, size)) & (index >= 0) & (index < length)

@@ -1,19 +1,19 @@
-"""The cache of decode attention, its partial softmax, and the parts that its kernels share."""
+"""The cache and the partial softmax of decode attention, and functions that its kernels share."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-LENGTH_MULTIPLE = 128  # every form needs a cache length A that is a multiple of this
+LENGTH_MULTIPLE = 128  # every implementation needs a cache length A that is a multiple of this
 
 
 class Cache(NamedTuple):
-    """Keys (RoPE applied) and values of all layers, and the scales of an int8 cache."""
+    """Keys, after RoPE, and values of all layers, and the scales of an int8 cache."""
 
     k: jax.Array  # [layers, J, K, A, H], float32, bfloat16 or int8
     v: jax.Array
-    k_scale: jax.Array | None = None  # float32 [layers, J, K, A]; None unless int8
+    k_scale: jax.Array | None = None  # float32 [layers, J, K, A]; None unless k is int8
     v_scale: jax.Array | None = None
 
 
@@ -21,9 +21,9 @@ class PartialSoftmax(NamedTuple):
     """The part that some of the keys contribute to a softmax over a larger set of keys.
 
     Attributes:
-      out_JKMH: float32, sum over these keys of exp(logit - top) times value.
+      out_JKMH: float32, sum of exp(logit - top) times value over these keys.
       top_JKM: float32, the largest logit; visibility.MASKED_LOGIT if no key is seen.
-      total_JKM: float32, sum of exp(logit - top).
+      total_JKM: float32, sum of exp(logit - top) over these keys.
     """
 
     out_JKMH: jax.Array
@@ -49,7 +49,7 @@ def count_cost(q_shape: tuple[int, ...], dtype: jnp.dtype, entries: float) -> di
     Args:
       q_shape: [J, K, M, H].
       dtype: dtype of the cache; an int8 entry also has a float32 scale.
-      entries: mean number of entries read per slot, over all J slots.
+      entries: number of entries that are read per slot, averaged over all J slots.
     """
     slots, heads, queries, size = q_shape
     dtype = jnp.dtype(dtype)
@@ -63,12 +63,12 @@ def count_cost(q_shape: tuple[int, ...], dtype: jnp.dtype, entries: float) -> di
 
 
 def multiply(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Multiplies a [..., R, X] by b, summed in float32 over X and `axis` of b; [..., R, S].
+    """Multiplies a [..., R, X] by b, with float32 sums over X and b's `axis`; returns [..., R, S].
 
-    The leading axes are batch axes, which b has too. S is the remaining axis of b.
+    The leading axes of a are batch axes, which b has too; S is the remaining axis of b.
     """
     batch = tuple(range(a.ndim - 2))
-    # By default a TPU's matrix unit and tensor cores would round float32 to fewer bits.
+    # By default, matrix units of TPUs and tensor cores of GPUs would round float32 to fewer bits.
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (((a.ndim - 1,), (axis,)), (batch, batch)),

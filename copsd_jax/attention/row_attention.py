@@ -1,16 +1,16 @@
 """Attention of whole rows of tokens, for training, scoring and prefill (not for decoding).
 
-visibility.py defines the keys that a token sees. One softmax covers all these keys, and keys are
-not copied per row or per query.
+visibility.py defines which keys a token sees. A single softmax covers all keys that a token sees.
+Keys are not copied for each row or each query.
 
-`portable` is plain array code. A block of queries is multiplied only with the keys up to the
-block's own end, which saves about half of the products. For the backward pass, the output and the
-log-sum-exp of each query are kept, but not the attention weights (FlashAttention-2, arXiv
-2307.08691, section 3.1). `splash` is jax's kernel for TPU (row_attention_splash.py). `cudnn` is
-NVIDIA's kernel, called through jax.nn.dot_product_attention.
+`portable` is plain array code. Queries are divided into ranges, and each range is multiplied only
+with the keys up to the end of the range. Ranges save up to 7/16 of the products. For the backward
+pass, the output and the log-sum-exp of each query are kept, but not the attention weights
+(FlashAttention-2, arXiv 2307.08691, section 3.1). `splash` is jax's kernel for TPU
+(row_attention_splash.py). `cudnn` is NVIDIA's kernel, called through jax.nn.dot_product_attention.
 
-Shapes: B rows, L tokens of a row, Q queries of a block, S keys, K key heads, M queries per key
-head, H head size, P keys of the prefix.
+Shapes: B rows, L tokens per row, Q queries per block, S keys, K key heads, M queries per key head,
+H head size, P keys in the prefix.
 """
 
 import functools
@@ -27,10 +27,10 @@ from copsd_jax.attention import visibility
 from copsd_jax.runtime import sharding
 
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
-CPU_QUERY_BLOCK = 64  # queries of a block on CPU; 32 and 128 cost a tenth more for SmolLM2
-MAX_RANGES = 8  # maximum number of query ranges, each with its own range of keys; more save little
-SMALL_WORK = 2**24  # in rows of less L L N H, small blocks take longer to compile than they save
-SMALL_WORK_BLOCK = 512  # minimum queries of a block in rows below SMALL_WORK
+CPU_QUERY_BLOCK = 64  # queries per block on CPU; 32 or 128 would take a tenth longer for SmolLM2
+MAX_RANGES = 8  # maximum number of query ranges; more ranges would save little
+SMALL_WORK = 2**24  # if L L N H is smaller, compiling small blocks takes longer than they save
+SMALL_WORK_BLOCK = 512  # minimum number of queries per block if L L N H is below SMALL_WORK
 MAX_RANGES_LARGE_BLOCKS = 2  # for large blocks: each range takes 10 to 30 s to compile for TPU
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -39,14 +39,15 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def attend(inputs: visibility.RowInputs, implementation: str, block: int) -> jax.Array:
     """Computes softmax(q k^T) v over the keys that each token sees.
 
-    It is differentiable in q, k, v and the prefix, in reverse mode. On a mesh (`jax.set_mesh`), the
-    kernels split rows over the batch axes and key heads over `tensor`, if the axes divide their
-    numbers. The compiler splits the portable form.
+    The output is differentiable in q, k, v and the prefix, in reverse mode. On a mesh
+    (`jax.set_mesh`), the kernels split rows over the batch axes, if these axes divide the number of
+    rows. Similarly, key heads are split over `tensor`. For `portable`, the compiler splits the
+    work.
 
     Args:
       inputs: queries, keys, values and their visibility.
       implementation: one of IMPLEMENTATIONS.
-      block: queries per block of the portable form; small rows get larger blocks.
+      block: number of queries per block of `portable`; rows with little work get larger blocks.
 
     Returns:
       The attention output, [B, L, K, M, H] in the dtype of v.
@@ -65,7 +66,7 @@ def attend(inputs: visibility.RowInputs, implementation: str, block: int) -> jax
             block if work >= SMALL_WORK else max(block, SMALL_WORK_BLOCK), inputs
         )
     if implementation == "splash":
-        # Imported lazily: Pallas is slow to import, and a CPU does not need it.
+        # This import is lazy, because Pallas is slow to import and a CPU run does not need Pallas.
         from copsd_jax.attention import row_attention_splash
 
         return attend_on_mesh(row_attention_splash.attend, inputs)
@@ -75,7 +76,7 @@ def attend(inputs: visibility.RowInputs, implementation: str, block: int) -> jax
 def attend_on_mesh(
     kernel: Callable[[visibility.RowInputs], jax.Array], inputs: visibility.RowInputs
 ) -> jax.Array:
-    """Calls a kernel on each device with its rows and heads; returns [B, L, K, M, H]."""
+    """Calls a kernel on each device with that device's rows and heads; returns [B, L, K, M, H]."""
     context: Any = jax.sharding.get_abstract_mesh()
     if context.empty or context.size == 1:
         return kernel(inputs)
@@ -97,9 +98,9 @@ def _attend_portable(block: int, inputs: visibility.RowInputs) -> jax.Array:
 
 
 def _split_ranges(inputs: visibility.RowInputs, block: int, others: tuple = ()) -> list[tuple]:
-    """Returns (keys, part) of each range of queries; keys are those that the range may attend to.
+    """Returns (keys, part) for each range of queries; `keys` are all keys that the range may see.
 
-    A part is (queries, *others, visibility, index) of the range; `others` are arrays [B, L, ...].
+    `part` is (queries, *others, visibility, index) of the range; `others` are arrays [B, L, ...].
     """
     length = inputs.q_BLKMH.shape[1]
     index_1L = jnp.arange(length, dtype=jnp.int32)[None]
@@ -141,7 +142,7 @@ def _attend_backward(block: int, kept: tuple, g_BLKMH: jax.Array) -> tuple[visib
     def add(parts):
         return functools.reduce(jnp.add, parts)
 
-    def add_ranges(parts):  # [B, K, H, S] of growing S -> [B, L, K, H]
+    def add_ranges(parts):  # arrays [B, K, H, S] with increasing S -> [B, L, K, H]
         pad = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, length - x.shape[3]),))  # noqa: E731
         return add(map(pad, parts)).transpose(0, 3, 1, 2).astype(dtype)
 
@@ -193,7 +194,7 @@ def _scan_blocks(step: Callable[..., Any], carry: Any, parts: Any, block: int) -
         x = visibility.pad_rows(x, block)
         return jnp.moveaxis(x.reshape(x.shape[0], n, block, *x.shape[2:]), 1, 0)
 
-    def join(x):  # drops the results of padding queries in the last block
+    def join(x):  # drops the results of the queries that pad the last block
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], n * block, *x.shape[3:])[:, :length]
 
     carry, out = jax.lax.scan(step, carry, jax.tree.map(split, parts))
@@ -201,7 +202,7 @@ def _scan_blocks(step: Callable[..., Any], carry: Any, parts: Any, block: int) -
 
 
 def _compute_attention_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Visibility, index_1Q):
-    """Computes logits of the row's keys [B, K, Q, M, S], and of the prefix [K, B, Q, M, P]."""
+    """Computes logits for the row's keys, [B, K, Q, M, S], and for the prefix, [K, B, Q, M, P]."""
     own = _product("bkqmh,bksh->bkqms", q_BKQMH, keys.k_BKSH)
     visible = visibility.mark_visible_keys(query, index_1Q[0], keys.segments_BS)
     # The mask is added instead of being applied with a select: a sum is one pass over memory,
@@ -210,14 +211,15 @@ def _compute_attention_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Vis
     own = own + mask[:, None, :, None]
     if keys.prefix is None:
         return own, None
-    # The axes keep the order of the product, so that only arrays without a key axis are transposed.
+    # The logits keep the axis order of the product, so that only arrays without a key axis have to
+    # be transposed.
     return own, _product("kbqmh,pkh->kbqmp", q_BKQMH.swapaxes(0, 1), keys.prefix.k_PKH)
 
 
 def _attend_block_forward(keys: _VisibleKeys, carry, part):
-    # The barrier makes the mask wait for q. Without it, the mask depends only on constants of the
-    # loops. If a gradient is computed, the masks of all blocks would then be built before the
-    # layers.
+    # The barrier makes the mask wait for q. Without the barrier, the mask would depend only on
+    # constants of the loops. When a gradient is computed, the masks of all blocks would then be
+    # built before the first layer.
     q, query, index = jax.lax.optimization_barrier(part)
     q, dtype = q.swapaxes(1, 2), keys.v_BKSH.dtype
     own, shared = _compute_attention_logits(keys, q, query, index)
@@ -249,8 +251,8 @@ def _zero_gradients(keys: _VisibleKeys) -> tuple[jax.Array, ...]:
 def _attend_block_backward(keys: _VisibleKeys, carry, part):
     """Computes the gradient of a block's queries; adds the gradients of keys and values to `carry`.
 
-    In products over queries the small factor comes first, because XLA on CPU transposes the first
-    factor in memory. The attention weights are the large factor.
+    In products over queries, the small factor comes first, because XLA on CPU transposes the first
+    factor in memory. The large factor is the array of attention weights.
     """
     q, g, lse, delta, query, index = jax.lax.optimization_barrier(part)
     dtype = keys.v_BKSH.dtype
@@ -285,12 +287,12 @@ def _attend_block_backward(keys: _VisibleKeys, carry, part):
 def attend_cudnn(inputs: visibility.RowInputs, implementation: Any = "cudnn") -> jax.Array:
     """Attends through jax.nn.dot_product_attention, with a mask of [B, 1, L, P + L].
 
-    The mask is exact for every kind of row. Lengths are padded to even numbers, because with a mask
-    cuDNN has no gradient for odd lengths.
+    The mask describes every kind of row exactly. Lengths are padded to even numbers, because cuDNN
+    has no gradient for odd lengths if there is a mask.
 
     Args:
       inputs: as for `attend`.
-      implementation: 'xla' computes the same without a GPU, for tests.
+      implementation: 'cudnn', or 'xla', with which tests compute the same output without a GPU.
 
     Returns:
       The attention output, [B, L, K, M, H].

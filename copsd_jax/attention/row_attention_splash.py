@@ -1,20 +1,19 @@
 """Row attention by jax's splash kernel for TPU, with segments, parents and a shared prefix.
 
-There are two forms, chosen when a program is traced:
+The form of the mask is chosen when a program is traced:
 
-  rows of segments   The kernel computes the causal mask and the mask of segments. It visits all
-                     blocks on and below the diagonal.
-  with parents or    The kernel's segment ids cannot express this visibility, so the mask is an
-  a prefix           array. It is built for one row at a time (4 L (L + P) bytes, twice in the
-                     backward pass), and blocks without a visible key are skipped. The kernel's own
-                     gradient would keep the masks of all rows. Here, the backward pass builds the
-                     masks again and repeats the forward kernel. This takes 9 products per pair of
-                     query and key instead of 7.
+- If there are no parents and no prefix, the kernel computes the causal mask and the mask of
+  segments. The kernel visits all blocks on and below the diagonal.
+- If there are parents or a prefix, the mask is an array, because the kernel's segment ids cannot
+  express this visibility. The array is built for one row at a time. An array takes 4 L (L + P)
+  bytes, twice in the backward pass. Blocks without a visible key are skipped. The kernel's own
+  gradient would keep the masks of all rows. Instead, the backward pass builds the masks again and
+  repeats the forward kernel, which takes 9 products per pair of query and key instead of 7.
 
 The kernel is jax.experimental.pallas.ops.tpu.splash_attention (FlashAttention-2 with a list of
-blocks to visit). Rows are padded to whole blocks with tokens of segment 0, which see each other.
+blocks to visit). Tokens of segment 0 pad the rows to whole blocks; padding tokens see each other.
 
-Shapes: as in row_attention.py; N = K x M query heads, W a padded length.
+Shapes: the letters of row_attention.py, N = K x M query heads, and W, a padded length.
 """
 
 import functools
@@ -29,15 +28,15 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from copsd_jax.attention import visibility
 
-LANES = 128  # block sizes are multiples of this
-MAX_BLOCK = 512  # float32 logits and their gradient then take 2 of the 16 MiB of VMEM
-# A step of the kernels' grid costs about as much as 256 x 256 pairs of queries and keys. Small
-# blocks waste fewer pairs at the end of a row, but need more steps.
+LANES = 128  # every block size is a multiple of this
+MAX_BLOCK = 512  # with 512, float32 logits and their gradient take 2 of the 16 MiB of VMEM
+# Each step of the kernel's grid costs as much in addition as about 256 x 256 pairs of queries and
+# keys. Small blocks waste fewer pairs at the end of a row, but need more steps.
 GRID_STEP_PAIRS = 256 * 256
 
 
 def choose_block(length: int) -> int:
-    """Chooses the number of queries, and of keys, in a block.
+    """Chooses the number of queries in a block, which is also the number of keys in a block.
 
     L = 352 gives 384, L = 640 gives 384 (two blocks), and L = 2048 gives 512.
 
@@ -97,7 +96,7 @@ def _causal_kernel(heads: int, length: int, block: int, interpret: bool) -> Any:
 
 
 def _attend_row(static, prefix, q_NWH, k_KWH, v_KWH, row: visibility.Visibility) -> Any:
-    """Attends from the queries of one row [N, W, H] to the prefix and the row's keys, by a mask."""
+    """Attends from the queries of one row [N, W, H] to the prefix and the row, with a mask."""
     block, interpret = static
     row = jax.tree.map(lambda x: x[None], row)
     index_W = jnp.arange(row.segments_BL.shape[1], dtype=jnp.int32)
@@ -114,7 +113,8 @@ def _attend_row(static, prefix, q_NWH, k_KWH, v_KWH, row: visibility.Visibility)
     kernel: Any = kernel_lib.make_splash_mha_single_device(
         mask_WS[None], block_sizes=_block_sizes(block), interpret=interpret
     )
-    # jax 0.10 turns this flag into an array and then tests it in Python, so it is set again.
+    # jax 0.10 turns is_dynamic_mask into an array and then tests the flag in Python, so the flag is
+    # set to True again.
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
     return kernel(q_NWH, k_KWH, v_KWH)
 

@@ -1,7 +1,7 @@
-"""Visibility of keys within a row, for all implementations of row attention.
+"""Rules for which keys of a row a token sees, for all implementations of row attention.
 
-A token sees all keys of a shared prefix. In its own row, it sees keys of its own segment and of its
-parent segment (`parents`), at or before its own index.
+A token sees all keys of a shared prefix. In its own row, a token sees the keys of its own segment
+and of its parent segment (`parents`), up to and including its own index.
 
     index     0 1 2 3 4 5 6        token 5 (segment 3, parent 1) sees keys 0, 1, 2 and 5
     segment   1 1 1 2 2 3 3
@@ -13,16 +13,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Checkpoint name of the attention results that the backward pass needs, for remat policies.
+# Name by which remat policies select the attention results that the backward pass needs.
 CHECKPOINT_NAME = "attention"
-MASKED_LOGIT = -1e30  # finite, so that a query that sees no key gives finite numbers
+MASKED_LOGIT = -1e30  # finite, so that the results are finite even if a query sees no key
 
 
 class Visibility(NamedTuple):
-    """Segments that decide which keys of its row each token sees."""
+    """Segments that decide which keys of its row each token sees.
+
+    `parents_BL` is None if no token has a parent segment.
+    """
 
     segments_BL: jax.Array  # int32
-    parents_BL: jax.Array | None = None  # int32, -1 for no parent; None if no token has one
+    parents_BL: jax.Array | None = None  # int32, -1 for a token without a parent
 
 
 class Prefix(NamedTuple):
@@ -51,15 +54,15 @@ class RowInputs(NamedTuple):
 
 
 def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
-    """Appends zeros along the second axis of [B, L, ...], up to a multiple of `multiple`."""
+    """Pads the second axis of [B, L, ...] with zeros, to the next multiple of `multiple`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)) + ((0, 0),) * (x.ndim - 2))
 
 
 def mark_visible_keys(query: Visibility, index_Q: jax.Array, segments_BS: jax.Array) -> jax.Array:
     """Returns bool [B, Q, S]: whether a query sees a key of its row.
 
-    A query sees a key that is in the query's segment or in that segment's parent, and is not later
-    than the query.
+    A query sees a key if the key is in the query's segment or in the parent of that segment, and if
+    the key is not later than the query.
 
     Args:
       query: segments and parents of the queries, [B, Q].

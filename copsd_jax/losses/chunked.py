@@ -1,9 +1,9 @@
 """Statistics and gradients of a block of tokens over the vocabulary, in plain array code.
 
-`sweep_block` computes the divergence of a block, and `score_log_prob_block` the log-probabilities
-of its tokens. Matmuls run in the hidden states' dtype; everything else is float32, or float64 for
-float64 states. Inside `jax.shard_map`, a head may be one part of a vocabulary that is split over a
-mesh axis (`split_vocabulary`).
+`sweep_block` computes the divergence of a block. `score_log_prob_block` computes the
+log-probabilities of the tokens in a block. Matmuls run in the dtype of the hidden states. All other
+computations are in float32, or in float64 if the states are float64. Inside `jax.shard_map`, a head
+may have only one part of a vocabulary that is split over a mesh axis (`split_vocabulary`).
 """
 
 import functools
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from copsd_jax.losses import distributions, precision, split_vocabulary, token_blocks, token_values
 
-STRIP = 8  # rows at a time on a CPU, so that temporary arrays stay in the cache
-FLOOR = -1e30  # logit of padding entries: finite, and low enough to give them no mass
+STRIP = 8  # number of rows per step on a CPU, so that temporary arrays stay in the cache
+FLOOR = -1e30  # logit of padding entries; finite, but low enough that padding has no mass
 Result = TypeVar("Result")
 
 
@@ -51,8 +51,8 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
         stats, dz_TV = _score_in_strips(score, logits_s_TV, logits_t_TV, tokens_T, *others)
     if not sweep.gradient:
         return (stats, None), None
-    # dz is rounded before it is multiplied by the weight. Even for a small weight this loses
-    # nothing, since the relative precision of bfloat16 does not depend on the magnitude.
+    # dz is rounded before the product with the weight. Even a small weight loses no precision,
+    # because the relative precision of bfloat16 does not depend on the magnitude.
     dz_TV = dz_TV.astype(hidden[0].dtype)
     grad_head_VD = None
     if sweep.train_head:
@@ -65,7 +65,7 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
 
 
 def _compute_shard_logits(hidden_TD, head_VD, shard: split_vocabulary.VocabularyShard) -> jax.Array:
-    """Returns the logits of this device's part, [T, V], with FLOOR at padding entries."""
+    """Returns the logits of this device's part, [T, V], with FLOOR for padding entries."""
     logits_TV = precision.dot(hidden_TD, head_VD, 1, 1)
     count = head_VD.shape[0]
     if shard.axis is None or shard.entries is None:
@@ -78,7 +78,7 @@ def _compute_shard_logits(hidden_TD, head_VD, shard: split_vocabulary.Vocabulary
 
 
 def _score_in_strips(score: Callable[..., Result], *rows: jax.Array | None) -> Result:
-    """Returns score(*rows) for arrays [rows, ...]; on a CPU it goes strip by strip."""
+    """Returns score(*rows) for arrays [rows, ...]; on a CPU, calls `score` strip by strip."""
     if jax.tree.leaves(rows)[0].shape[0] <= STRIP:
         return score(*rows)
 
@@ -97,7 +97,7 @@ class ScoreOptions(NamedTuple):
     """Static options of `score_tokens`.
 
     Attributes:
-      temperature: divides the logits.
+      temperature: number by which the logits are divided.
       chunk: maximum number of rows in a block.
       train_head: whether the head has a gradient.
     """
@@ -110,9 +110,9 @@ class ScoreOptions(NamedTuple):
 def score_log_prob_block(
     temperature: float, hidden_TD, head_VD, tokens_T, shard: split_vocabulary.VocabularyShard
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores the tokens of a block: log-probability [T], entropy [T] and ∂logp_t / ∂logits [T, V].
+    """Scores a block of tokens: log-probability [T], entropy [T] and ∂logp_t / ∂logits [T, V].
 
-    The head and the gradient are in the states' dtype.
+    The head and the gradient are in the dtype of the hidden states.
     """
     logits_TV = _compute_shard_logits(hidden_TD, head_VD, shard)
     if shard.axis:
@@ -129,9 +129,9 @@ def _score_live_log_probs(
 ) -> tuple[tuple, jax.Array | None]:
     """Scores all live rows over the whole mesh.
 
-    Without `cotangent_T` it returns (logp_T, entropy_T) and None; with `gradient`, the tuple also
-    has ∂logp_t / ∂hidden_t [T, D]. With `cotangent_T`, the cotangents of logp_T, it returns () and
-    the head's gradient [V, D].
+    If `cotangent_T` is None, the function returns (logp_T, entropy_T) and None; if `gradient` is
+    set, the tuple also has ∂logp_t / ∂hidden_t [T, D]. If `cotangent_T` has the cotangents of
+    logp_T, the function returns () and the head's gradient [V, D].
     """
     entries = head_VD.shape[0]
 
@@ -173,7 +173,7 @@ def _score_tokens_forward(options: ScoreOptions, *arrays: jax.Array) -> tuple[tu
 
 
 def _score_tokens_backward(options: ScoreOptions, residuals: tuple, cotangents: tuple) -> tuple:
-    """Scales the states' gradient; sweeps again for the head's gradient, by the cotangents."""
+    """Scales the states' gradient by the cotangents; sweeps again for the head's gradient."""
     grad_TD, arguments = residuals
     grad_TD = precision.scale(grad_TD, cotangents[0])
     if arguments is None:

@@ -1,4 +1,4 @@
-"""Factors on the value of a whole token: the clip of its divergence, and the importance ratio."""
+"""Factors of the value of a whole token: the clip of the divergence, and the importance ratio."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def clip_tokens(
     """Clips the divergence d of whole tokens.
 
     Returns:
-      The value and ∂value/∂d, in the shape of divergence_T.
+      The clipped value and ∂value/∂d, in the shape of divergence_T.
     """
     d_T, kappa = divergence_T, settings.clip
     if settings.clip_mode == "token":
@@ -38,7 +38,7 @@ def clipped_mass(
 
     Args:
       divergence_T: divergence of each token, before token clips.
-      clipped_TK: bool, True at clipped entries if clip_mode is element; None in other modes.
+      clipped_TK: bool, True for clipped entries if clip_mode is element; None in all other modes.
       teacher: the teacher's distribution [T, K]; read only if clip_mode is element.
       settings: settings of the divergence.
     """
@@ -57,16 +57,16 @@ def clip_importance_ratio(
 ) -> jax.Array:
     """Returns min(exp(s - old), ratio_clip) · min(exp(old - rollout), rollout_clip), shape [T].
 
-    The result has no gradient. A clip of 0 switches its factor off. The first factor is from SDPO
-    (arXiv 2601.20802). The second is truncated importance sampling, which corrects for the
-    difference between the trainer's and the sampler's log-probabilities.
+    The result has no gradient. A clip of 0 switches the factor with this clip off. The first factor
+    is from SDPO (arXiv 2601.20802). The second factor is truncated importance sampling, which
+    corrects for the difference between the log-probabilities of trainer and sampler.
 
     Args:
-      logp_T: s, the log-probabilities of the sampled tokens under the student at the sampling
-        temperature.
-      logp_old_T: the same under the policy that drew the rollouts; None means s.
-      logp_rollout_T: the sampler's own log-probabilities; needed if rollout_clip is on.
-      settings: settings of the divergence, with both clips.
+      logp_T: s, the student's log-probabilities of the sampled tokens, at the sampling temperature.
+      logp_old_T: log-probabilities of the same tokens under the policy that drew the rollouts; None
+        means s.
+      logp_rollout_T: log-probabilities that the sampler reported; needed if rollout_clip is on.
+      settings: settings of the divergence, which contain both clips.
 
     Raises:
       ValueError: rollout_clip is on and logp_rollout_T is None.

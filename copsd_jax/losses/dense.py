@@ -1,6 +1,6 @@
 """The divergence with [tokens, vocabulary] arrays and automatic differentiation of the value.
 
-It is the reference for the other implementations, because it uses no closed form of a gradient.
+This implementation is the reference for all others, because it uses no closed form of a gradient.
 """
 
 import jax
@@ -13,7 +13,7 @@ Divergence = divergences.Divergence
 
 
 def compute_logits(hidden_TD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """Returns logits of shape [T, V] from operands rounded to the states' dtype.
+    """Returns logits [T, V], computed from operands that are rounded to the states' dtype.
 
     The operands are widened after rounding, because automatic differentiation of a mixed-precision
     matmul would round the gradient.
@@ -60,7 +60,7 @@ def compute_values(
 
     Args:
       logits_s_TV: logits of the student, not yet divided by τ.
-      logits_t_TV: logits of the teacher, not yet divided by τ either.
+      logits_t_TV: logits of the teacher, also not yet divided by τ.
       tokens_T: int32, the sampled tokens.
       settings: settings of the divergence.
     """
@@ -93,9 +93,9 @@ def _differentiable_entries(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the entries [T, K], in differentiable form, and bool [T, K] of the clipped entries.
 
-    The values are those of `divergences.compute_entries`. A term of value 0 is added, from which
-    automatic differentiation gets the derivative. The derivative leaves out the shift, whose
-    derivatives sum to 0.
+    The values are those of `divergences.compute_entries`. To each value a term is added, whose
+    value is 0 and whose derivative is that of the entry. This derivative leaves out the shift,
+    whose derivatives sum to 0.
     """
     fixed = jax.lax.stop_gradient((student, teacher))
     e, _, clipped = divergences.compute_entries(*fixed, settings)
@@ -106,7 +106,7 @@ def _differentiable_entries(
         moves = kind.plain(student, teacher, settings)
     if clipped is not None:
         moves = jnp.where(clipped, 0, moves)
-    # The divergence has its minimum where both sides are equal. The derivative is 0 there, but its
-    # computed value would have rounding errors.
+    # The divergence has its minimum where both sides are equal. At the minimum the derivative is
+    # exactly 0, but computing the derivative would give rounding errors.
     equal_T1 = jnp.all(student.p == teacher.p, axis=-1, keepdims=True)
     return e + jnp.where(equal_T1, 0, moves - jax.lax.stop_gradient(moves)), clipped

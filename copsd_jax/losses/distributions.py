@@ -9,8 +9,8 @@ import jax.numpy as jnp
 class Distribution(NamedTuple):
     """Probabilities and their logarithms, in two arrays of the same shape.
 
-    Both arrays are kept, because the logarithm stays exact where the probability underflows, and
-    computing the exponential again would be expensive.
+    Both arrays are kept, because the logarithm stays exact even where the probability underflows.
+    Computing the exponential again would be expensive.
     """
 
     p: jax.Array
@@ -20,9 +20,9 @@ class Distribution(NamedTuple):
 def softmax(logits: jax.Array) -> Distribution:
     """Returns the softmax over the last axis, in the shape of the logits.
 
-    Student and teacher use the same expression, so equal logits give bit-equal distributions.
+    Student and teacher use the same expression, so equal logits give distributions with equal bits.
     """
-    # The maximum is subtracted first, because if logits are large, the log-sum-exp (maximum + ln Σ)
+    # The maximum is subtracted first, because the log-sum-exp (maximum + ln Σ) of large logits
     # would lose the digits of ln Σ.
     below = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(below)
@@ -36,7 +36,7 @@ def pick(x_TV: jax.Array, tokens_T: jax.Array) -> jax.Array:
 
 
 def entropy(distribution: Distribution) -> jax.Array:
-    """Returns the entropy -Σ p ln p in nats; the shape is the input's without its last axis."""
+    """Returns the entropy -Σ p ln p in nats; the shape is the input's without the last axis."""
     return -jnp.sum(distribution.p * distribution.log, axis=-1)
 
 
@@ -50,7 +50,7 @@ def log_prob(logits_TV: jax.Array, tokens_T: jax.Array, temperature: float) -> j
 def score(
     logits_TV: jax.Array, tokens_T: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores given tokens, with the gradient in closed form.
+    """Scores given tokens; computes the gradient in closed form.
 
     Returns:
       The log-probability of each token [T], the entropy of each distribution [T], and the gradient

@@ -1,23 +1,24 @@
-"""The divergence of student and teacher, and log-probabilities of tokens, from hidden states.
+"""The divergence between student and teacher, and log-probabilities of tokens, from hidden states.
 
 Three implementations compute the same numbers. `resolve_implementation` chooses one.
 
-  dense    builds [tokens, vocabulary] arrays and uses automatic differentiation. It is the
-           reference for the other two (`losses/dense.py`).
-  chunked  goes over blocks of tokens in plain array code. It supports all settings on every
-           platform (`losses/chunked.py`).
-  pallas   goes over blocks of tokens with kernels for TPU and GPU. It supports divergences over
-           the whole vocabulary only (`losses/pallas/`).
+- `dense` builds [tokens, vocabulary] arrays and uses automatic differentiation. `dense` is the
+  reference for the other two implementations (`losses/dense.py`).
+- `chunked` processes blocks of tokens in plain array code. `chunked` supports all settings on every
+  platform (`losses/chunked.py`).
+- `pallas` processes blocks of tokens with kernels for TPU and GPU. `pallas` supports only
+  divergences over the whole vocabulary (`losses/pallas/`).
 
 `chunked` and `pallas` compute the gradient in the same sweep as the value, by the closed forms in
-`losses/divergences.py`. A block needs three matmuls: the student's logits, the teacher's logits and
-the gradient of the hidden states. A fourth is needed only if the head is trained. Temporary memory
-is that of one block, whatever the number of tokens. The sweep skips rows that are not live
-(`losses/token_blocks.py`).
+`losses/divergences.py`. Each block needs three matmuls: the student's logits, the teacher's logits
+and the gradient of the hidden states. If the head is trained, its gradient needs a fourth matmul.
+Temporary memory is limited to one block, whatever the number of tokens. The sweep skips rows that
+are not live (`losses/token_blocks.py`).
 
 On a mesh (`jax.set_mesh`), the axes data and fsdp split the tokens, and the axis tensor splits the
-vocabulary. `losses/split_vocabulary.py` lists the numbers that devices exchange. Matmuls run in
-the hidden states' dtype; everything else is float32, or float64 for float64 states.
+vocabulary. `losses/split_vocabulary.py` lists the numbers that devices exchange. Matmuls run in the
+dtype of the hidden states. All other computations are in float32, or in float64 if the states are
+float64.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ IMPLEMENTATIONS = ("dense", "chunked", "pallas_tpu", "pallas_gpu")
 
 @dataclasses.dataclass(frozen=True)
 class SweepOptions:
-    """Static options of a sweep; `divergence` describes them."""
+    """Static options of a sweep; the function `divergence` describes each option."""
 
     implementation: str
     chunk: int
@@ -63,16 +64,17 @@ def resolve_implementation(
 ) -> str:
     """Resolves the setting `loss.implementation` to a name of IMPLEMENTATIONS.
 
-    On a CPU, auto means chunked. On GPU and TPU, auto means the kernels if they support the
-    divergence and its settings, and chunked otherwise. The kernels do not support top-k.
+    On a CPU, auto means chunked. On GPU and TPU, auto means the kernels if these support the
+    divergence and its settings; otherwise auto means chunked. The kernels do not support top-k.
 
     Args:
       implementation: a name of CHOICES.
-      settings: settings of the divergence. None if only log-probabilities are computed, for which
+      settings: settings of the divergence. Pass None to compute only log-probabilities, for which
         there is no kernel.
       platform: platform of the mesh that the loss runs on (`sharding.platform`): cpu, gpu or tpu.
       one_width: whether the states of student and teacher have the same width. A mix of policies
-        with different heads concatenates the policies' states (`train_step`), so it is wider.
+        with different heads concatenates the policies' states (`train_step`), which makes the
+        states wider.
 
     Raises:
       ValueError: the name is unknown, or pallas cannot run; the message names the setting.
@@ -118,39 +120,40 @@ def divergence(
 
     The loss is differentiable in hidden_s_TD, and in head_s_VD if `train_head` is set. All other
     arguments, and the statistics, have no gradient. Rows of weight 0 contribute exactly nothing to
-    the loss. Rows that are not live may contain anything. They cost no time, except in `dense` and
-    as padding of the last block. For fkl, rkl and jsd, equal hidden states and heads give exactly
-    zero loss and gradient.
+    the loss. Rows that are not live may contain anything. Such rows cost no time, except in `dense`
+    and as padding of the last block. If both sides have equal hidden states and equal heads, fkl,
+    rkl and jsd give a loss and a gradient of exactly zero.
 
     For one token with p = (1/2, 1/2), q = (3/4, 1/4) and weight 1, fkl gives
     3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308 nats.
 
     Args:
-      hidden_s_TD: the student's states that predict tokens_T. The matmuls run in their dtype and
-        accumulate in float32, or float64 for float64 states.
-      hidden_t_TD: the teacher's states for the same tokens.
+      hidden_s_TD: the student's hidden states, which predict tokens_T. Matmuls run in the dtype of
+        the states and accumulate in float32, or in float64 if the states are float64.
+      hidden_t_TD: the teacher's hidden states for the same tokens.
       head_s_VD: the student's output matrix.
-      head_t_VD: the teacher's output matrix. If it is the same array as head_s_VD, it is moved
+      head_t_VD: the teacher's output matrix. If both heads are the same array, the array is read
         only once.
       tokens_T: int32, the sampled tokens.
-      weight_T: float32 weights, including the normaliser (`loss_norms.compute_token_weights`); 0 at
-        rows that do not count.
+      weight_T: float32 weights, which include the normaliser (`loss_norms.compute_token_weights`);
+        0 for rows that do not count.
       settings: settings of the divergence.
-      implementation: a name of IMPLEMENTATIONS, as `resolve_implementation` returns it.
+      implementation: a name of IMPLEMENTATIONS, such as `resolve_implementation` returns.
       chunk: maximum number of tokens in a block of `chunked`, on each device.
       train_head: whether head_s_VD has a gradient.
       logp_old_T: see `clips.clip_importance_ratio`; read only if ratio_clip or rollout_clip is on.
       logp_rollout_T: see `clips.clip_importance_ratio`; read only if rollout_clip is on.
-      live_T: bool. True requests the statistics of a row even if its weight is 0. Rows of nonzero
-        weight are always live. None means that only rows of nonzero weight are live.
+      live_T: bool. True requests the statistics of a row even if the row's weight is 0. Rows of
+        nonzero weight are always live. None means that only rows of nonzero weight are live.
       kernel: options of pallas_tpu and pallas_gpu.
 
     Returns:
-      The loss, a float32 scalar, and the TokenStats of the T rows, 0 at rows that are not live.
+      The loss, a float32 scalar, and the TokenStats of the T rows, which are 0 for rows that are
+      not live.
 
     Raises:
-      ValueError: the implementation is unknown or does not support a setting, the shapes do not
-        match, top_k exceeds the vocabulary, or rollout_clip is on without logp_rollout_T.
+      ValueError: the implementation is unknown or does not support a setting, the shapes disagree,
+        top_k exceeds the vocabulary, or rollout_clip is on and logp_rollout_T is None.
     """
     options = SweepOptions(implementation, chunk, train_head, kernel)
     inputs = TokenInputs(tokens_T, weight_T, logp_old_T, logp_rollout_T)
@@ -175,7 +178,7 @@ def divergence(
 
 
 def _widen(inputs: TokenInputs, hidden_TD: jax.Array) -> TokenInputs:
-    """Casts all arrays except the tokens to the dtype of sums over the states."""
+    """Casts all arrays except the tokens to the dtype in which the states are summed."""
     tokens_T, *others = inputs
     dtype = precision.sum_dtype(hidden_TD)
     return TokenInputs(tokens_T, *jax.tree.map(lambda x: jnp.asarray(x, dtype), others))
@@ -224,7 +227,8 @@ def _sweep(
     """Returns Σ weight · value and statistics over the whole mesh, and the gradients of the sum.
 
     `rows` is (states of student and teacher, `TokenInputs`, bool array of live rows). The gradients
-    are those of the student's states and head. A gradient that is not requested is None.
+    are those of the student's states and of the student's head. A gradient that is not requested is
+    None.
     """
     entries, inputs = heads[0].shape[0], rows[1]
     heads = tuple(jnp.asarray(head, x.dtype) for x, head in zip(rows[0], heads, strict=False))
@@ -258,7 +262,7 @@ def _sweep_value(
 def _sweep_forward(
     settings: Divergence, options: SweepOptions, rows: tuple, heads: tuple[jax.Array, ...]
 ) -> tuple[tuple[jax.Array, TokenStats], tuple]:
-    """Computes value and gradient in one sweep: three matmuls per block, four with the head's."""
+    """Computes value and gradient in one sweep: 3 matmuls per block, or 4 to train the head."""
     out, grads = _sweep(settings, options, True, rows, heads)
     if grads[1] is not None:
         grads[1] = grads[1].astype(heads[0].dtype)
@@ -297,29 +301,30 @@ def log_probs(
     The log-probability is differentiable in hidden_TD, and in head_VD if `train_head` is set. The
     entropy has no gradient.
 
-    `chunked` needs one matmul per block for the values, and two with the gradient. The forward
-    sweep computes the gradient of each token with respect to its own hidden state, and the backward
-    pass scales this gradient. With the head's gradient `chunked` needs four matmuls, since the
-    logits are computed again.
+    For the values, `chunked` needs one matmul per block; with the gradient of the states, it needs
+    two. The forward sweep computes the gradient of each token's log-probability with respect to the
+    token's own hidden state. The backward pass scales this gradient. If the head is trained,
+    `chunked` needs four matmuls, because the logits are computed again.
 
-    Logits (0, ln 3) at temperature 1 give ln 1/4 = -1.386 for token 0 and an entropy of 0.562.
+    For example, logits (0, ln 3) at temperature 1 give ln 1/4 = -1.386 for token 0, and an entropy
+    of 0.562.
 
     Args:
       hidden_TD: states that predict tokens_T; see `divergence`.
-      head_VD: output matrix, rounded to the states' dtype.
+      head_VD: output matrix, which is rounded to the dtype of the states.
       tokens_T: int32, the given tokens.
-      temperature: divides the logits; above 0.
+      temperature: number above 0 by which the logits are divided.
       implementation: dense or chunked.
       chunk: maximum number of tokens in a block of `chunked`, on each device.
       train_head: whether head_VD has a gradient.
-      live_T: bool. Rows that are not live may contain anything; they give 0 and have no gradient.
-        None means that all rows are live.
+      live_T: bool. Rows that are not live may contain anything; their results are 0, without a
+        gradient. None means that all rows are live.
 
     Returns:
       logp_T and entropy_T, float32 [T] (float64 for float64 states).
 
     Raises:
-      ValueError: the implementation is unknown, the shapes do not match, or the temperature is not
+      ValueError: the implementation is unknown, the shapes disagree, or the temperature is not
         above 0.
     """
     options = SweepOptions(implementation, chunk, train_head)

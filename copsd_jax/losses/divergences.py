@@ -1,24 +1,26 @@
 """The divergences between two next-token distributions, entry by entry, in closed form.
 
-To add a divergence, write one function that returns an `Entry` (value and derivative) and add it to
-`DIVERGENCES`. The settings, `dense` and `chunked` then support it. The Pallas kernels have a list
-of the divergences that they are tested with; for all others, `auto` means `chunked`.
+To add a divergence, write one function that returns an `Entry` (value and derivative), and add the
+function to `DIVERGENCES`. The settings, `dense` and `chunked` then support the new divergence. The
+Pallas kernels support only the divergences that they are tested with; for all others, `auto` means
+`chunked`.
 
-Shapes: T tokens, V vocabulary, K entries that the loss sees (V, or the top k and their tail).
+Shapes: T tokens, V vocabulary size, K entries that the loss sees (V, or the top k and their tail).
 
-Notation: p is the student's distribution and q the teacher's, after the logits are divided by the
-loss temperature τ. M = (1 - β) p + β q. Every divergence is a sum over entries e_v. With
-b_v = ∂e_v / ∂ln p_v = p_v ∂e_v / ∂p_v, the gradient of the student's logits is
+Notation: p is the student's distribution and q is the teacher's. Both are computed from logits that
+are divided by the loss temperature τ. The mixture is M = (1 - β) p + β q. Every divergence is a sum
+of entries e_v over the vocabulary. With b_v = ∂e_v / ∂ln p_v = p_v ∂e_v / ∂p_v, the gradient of the
+student's logits is
 
     dz = (b - p Σb) / τ.
 
 Adding a multiple of p to b leaves dz unchanged, because Σp = 1. Adding the same multiple of p - q
-to e leaves Σe unchanged. The functions shift b and e in this way, so that b_v = 0 and e_v = 0
-wherever p_v = q_v. Equal distributions then give exactly zero. This is true in float32 too, where
-Σp is only approximately 1. No function divides by p or q.
+to e leaves Σe unchanged. The functions shift b and e by such multiples, so that b_v = 0 and e_v = 0
+wherever p_v = q_v. Equal distributions then give exactly zero, even in float32, where Σp is only
+approximately 1. No function divides by p or q.
 
-The functions contain no matmul and work on blocks of any shape, so that a kernel over tiles of the
-vocabulary can call them. `tests/oracle.py` has the same divergences in plain formulas.
+The functions contain no matmul and work on blocks of any shape, so that a kernel can call them on
+tiles of the vocabulary. `tests/oracle.py` computes the same divergences with plain formulas.
 """
 
 import dataclasses
@@ -38,27 +40,28 @@ TOP_K_OF = ("teacher", "student", "union")
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """Settings of the divergence, as `loss.*` in `config/settings.py`.
+    """Settings of the divergence, which correspond to `loss.*` in `config/settings.py`.
 
     Attributes:
       divergence: a key of `DIVERGENCES`, or sampled.
       beta: weight of the teacher in jsd's mixture M, strictly between 0 and 1.
-      normalize_beta: whether jsd is divided by β (1 - β), before the clip. Its limits for β to 0
-        and 1 are then fkl and rkl.
-      temperature: τ > 0, which divides the logits of both sides; the loss is not multiplied by τ².
+      normalize_beta: whether jsd is divided by β (1 - β), before the clip. If β tends to 0 or 1,
+        the divided jsd tends to fkl or rkl.
+      temperature: τ > 0, by which the logits of both sides are divided; the loss is not multiplied
+        by τ².
       top_k: number of most probable entries that the loss sees; 0 means all.
-      top_k_of: the side whose k best entries are used; union uses the k best of both sides (k to 2k
-        entries).
+      top_k_of: the side whose k most probable entries are used; union uses those of both sides (k
+        to 2k entries).
       tail: False renormalises both sides over the kept entries. True (only with top_k > 0) keeps
-        their probabilities, and adds one tail entry for all other ids. The tail's probability is at
-        least 1e-7; at this floor it has no gradient. So top_k = V gives the divergence over the
-        whole vocabulary to within 1e-7.
-      clip_mode: none, or one of these, where d = Σ e_v. element: min(e_v, κ) for every entry.
-        token: min(d, κ). token_weight: d stop_gradient(min(1, κ/d)). huber: d²/(2κ) if d ≤ κ, else
-        d - κ/2.
-      clip: the bound κ > 0 of clip_mode.
-      sampling_temperature: the temperature > 0 for `TokenStats.logp_sampling_T` and the importance
-        ratio.
+        the probabilities unchanged, and adds one tail entry for all other ids. The tail's
+        probability is at least 1e-7; at this floor the tail has no gradient. Therefore top_k = V
+        gives the divergence over the whole vocabulary, except for an error of at most 1e-7.
+      clip_mode: none, or one of the following formulas, where d = Σ e_v. element: min(e_v, κ) for
+        every entry. token: min(d, κ). token_weight: d stop_gradient(min(1, κ/d)). huber: d²/(2κ) if
+        d ≤ κ, else d - κ/2.
+      clip: the bound κ > 0 that clip_mode uses.
+      sampling_temperature: temperature above 0, used for `TokenStats.logp_sampling_T` and for the
+        importance ratio.
       ratio_clip, rollout_clip: upper bounds of the two factors of `clips.clip_importance_ratio`; 0
         switches the factor off.
 
@@ -102,10 +105,10 @@ class Divergence:
 
 
 class Entry(NamedTuple):
-    """Terms of the sum over the vocabulary before clipping, and their derivative.
+    """Terms of the sum over the vocabulary, before clipping, and their derivatives.
 
     Attributes:
-      e: the entries e_v, not yet shifted.
+      e: the entries e_v before the shift.
       b: ∂e_v / ∂ln p_v + shift · p_v.
       shift: the multiple of p that makes b_v = 0 where p_v = q_v.
     """
@@ -129,8 +132,8 @@ def _reverse_kl(student: Distribution, teacher: Distribution, _: Divergence) -> 
 def _jensen_shannon(student: Distribution, teacher: Distribution, settings: Divergence) -> Entry:
     """Returns e = β q ln(q/M) + (1 - β) p ln(p/M).
 
-    ln M is computed relative to the larger of ln p and ln q. So nothing overflows, and ln M is
-    exactly ln p where p = q.
+    ln M is computed relative to the larger of ln p and ln q. Therefore nothing overflows, and where
+    p = q, ln M is exactly ln p.
     """
     beta = settings.beta
     scale = 1 / (beta * (1 - beta)) if settings.normalize_beta else 1.0
@@ -151,7 +154,7 @@ def _forward_kl_plain(student: Distribution, teacher: Distribution, _: Divergenc
 def _reverse_kl_plain(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> jax.Array:
-    """Drops the derivative of ln p unless entries are clipped, since it sums to ∂(Σp) = 0."""
+    """Drops the derivative of ln p, whose sum is ∂(Σp) = 0, unless entries are clipped."""
     gap = student.log - teacher.log
     return student.p * (gap if settings.clip_mode == "element" else jax.lax.stop_gradient(gap))
 
@@ -161,7 +164,8 @@ def _jensen_shannon_plain(
 ) -> jax.Array:
     """Drops two derivatives that cancel each other: the one through ln M and the one through ln p.
 
-    They are -(1 - β) ∂p and (1 - β) ∂p, for e = β q (ln q - ln M) + (1 - β) p (ln p - ln M).
+    For e = β q (ln q - ln M) + (1 - β) p (ln p - ln M), the two derivatives are -(1 - β) ∂p and (1
+    - β) ∂p.
     """
     beta, present = settings.beta, (teacher.p > 0) | (student.p > 0)
     log_mix = jnp.logaddexp(math.log1p(-beta) + student.log, math.log(beta) + teacher.log)
@@ -176,12 +180,13 @@ class Kind(NamedTuple):
     """One divergence in the table `DIVERGENCES`.
 
     Attributes:
-      entry: the terms of the sum over the vocabulary, with their derivative in closed form.
-      plain: a formula with the same derivative with respect to the student, which implementation
-        dense differentiates automatically; its value is not used. It may drop terms whose
-        derivatives sum to 0 over the vocabulary, since they would only add rounding errors. None
-        means that the value of `entry` is differentiated.
-      settings: the settings that only this divergence reads, such as loss.beta.
+      entry: function that returns the terms of the sum over the vocabulary, with their derivatives
+        in closed form.
+      plain: formula that has the same derivative with respect to the student, and that the
+        implementation dense differentiates automatically. The value of the formula is not used. The
+        formula may drop terms whose derivatives sum to 0 over the vocabulary, because such terms
+        would only add rounding errors. None means that the value of `entry` is differentiated.
+      settings: names of the settings that only this divergence reads, such as loss.beta.
     """
 
     entry: Callable[[Distribution, Distribution, Divergence], Entry]
@@ -189,9 +194,9 @@ class Kind(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
-# The divergences that are sums over entries. One more, `sampled`, is -A ln p(y), where y is the
-# sampled token and A = stop_gradient(ln q(y) - ln p(y)). Functions over whole tokens handle it as a
-# special case.
+# All divergences that are sums over entries. One divergence is missing: `sampled` is -A ln p(y),
+# where y is the sampled token and A = stop_gradient(ln q(y) - ln p(y)). Functions over whole tokens
+# handle `sampled` as a special case.
 DIVERGENCES: dict[str, Kind] = {
     "fkl": Kind(_forward_kl, _forward_kl_plain),  # KL(q ‖ p) = Σ q ln(q/p)
     "rkl": Kind(_reverse_kl, _reverse_kl_plain),  # KL(p ‖ q) = Σ p ln(p/q)
@@ -207,12 +212,14 @@ def compute_entries(
     """Computes e and b of all entries, after the element clip and the shift.
 
     Student and teacher must have the same shape. The sum of e over the vocabulary is the token's
-    divergence. The sum of b over the vocabulary is the Σb in the formula of dz.
+    divergence. The sum of b over the vocabulary is the Σb in the formula for dz.
 
     Returns:
-      e: shifted, and clipped if clip_mode is element; in the shape of the student.
-      b: shifted, with ∂e_v/∂ln p_v = 0 at clipped entries; in the shape of the student.
-      clipped: bool in the same shape if clip_mode is element, else None.
+      e: the entries after the shift, clipped if clip_mode is element; in the shape of the student.
+      b: the derivatives after the shift, where ∂e_v/∂ln p_v is 0 for clipped entries; in the shape
+        of the student.
+      clipped: bool in the shape of the student, True for clipped entries; None unless clip_mode is
+        element.
     """
     entry = DIVERGENCES[settings.divergence].entry(student, teacher, settings)
     e, b, clipped = entry.e, entry.b, None

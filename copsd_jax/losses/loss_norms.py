@@ -1,4 +1,4 @@
-"""The weights with which tokens enter the loss of a step (`loss.norm`)."""
+"""The weights of tokens in the loss of an optimizer step (`loss.norm`)."""
 
 from collections.abc import Callable
 
@@ -11,29 +11,30 @@ def compute_token_weights(
 ) -> jax.Array:
     """Returns the weight of every token of an optimizer step, float32 [B, C].
 
-    Call it once on the mask of the whole step, and slice the result by micro-batches. The losses
-    Σ weight · value of the micro-batches then simply add up. Their sum is, by norm:
+    Call this function once on the mask of the whole step, and slice the result into micro-batches.
+    The loss of the step is then the sum of the losses Σ weight · value of all micro-batches. For
+    each norm, this sum is:
 
-      micro_token_mean: the mean over micro-batches of the token mean of each micro-batch. Every
-        micro-batch has the same weight, and an empty one counts as 0 (OPSD, COPSD).
-      global_token_mean: the token mean of the step, whatever the micro-batches (DAPO).
-      seq_mean: the mean over completions of their token means. Completions without a token are not
+      micro_token_mean: the mean of the token means of all micro-batches. Every micro-batch has the
+        same weight, and an empty micro-batch counts as 0 (OPSD, COPSD).
+      global_token_mean: the token mean of the step, which does not depend on micro-batches (DAPO).
+      seq_mean: the mean of the token means of all completions. Completions without a token are not
         counted, so padding rows change nothing.
-      seq_mean_all: the mean over all B completions of their token means. Completions without a
-        token count as 0, so the mask must not have padding rows. (This is GRPO's
-        1/B Σ_i 1/|o_i|, and SDPO's norm with micro-batches of one.)
+      seq_mean_all: the mean of the token means of all B completions. Completions without a token
+        count as 0, so the mask must not have padding rows. (seq_mean_all is GRPO's 1/B Σ_i 1/|o_i|,
+        and SDPO's norm with micro-batches of one.)
       constant: the sum over all tokens, divided by B · length (Dr. GRPO).
 
-    Every count is clamped to at least 1, so an empty mask gives zeros, not NaN. For example, take
-    two completions of 1 and 3 tokens. seq_mean gives the weights 1/2 | 1/6, 1/6, 1/6, and
-    global_token_mean gives every token 1/4.
+    Every count is clamped to at least 1, so an empty mask gives zeros, not NaN. For example, if two
+    completions have 1 and 3 tokens, seq_mean gives the weights 1/2 | 1/6, 1/6, 1/6, and
+    global_token_mean gives every token the weight 1/4.
 
     Args:
       mask_BC: 1 or True for completion tokens that count. Each micro-batch must be a block of
         consecutive rows.
       norm: a key of `NORMS`.
-      micro_batch: completions per micro-batch, on all devices together; 0 means B.
-      length: maximum number of tokens of a completion; only `constant` reads it.
+      micro_batch: number of completions per micro-batch, on all devices together; 0 means B.
+      length: maximum number of tokens in a completion; only `constant` reads this argument.
 
     Raises:
       ValueError: the norm is unknown, micro_batch does not divide B, or norm is constant and length
@@ -76,7 +77,8 @@ def _constant(mask_BC: jax.Array, _: int, length: int) -> jax.Array:
     return jnp.full((), max(mask_BC.shape[0], 1) * length, jnp.float32)
 
 
-# Divisors of the mask: (mask_BC, completions per micro-batch, length) -> [B, 1] or a scalar.
+# Each function takes (mask_BC, completions per micro-batch, length), and returns the divisor of the
+# mask: [B, 1] or a scalar.
 NORMS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
     "micro_token_mean": _micro_token_mean,
     "global_token_mean": _global_token_mean,

@@ -1,4 +1,4 @@
-"""Policy-gradient losses over per-token arrays: GRPO and its relatives as a few pure functions.
+"""Policy-gradient losses over per-token arrays: a few pure functions for GRPO and related methods.
 
 There are B completions of up to C tokens; the completions of one prompt form a group G. With the
 rewards r and ρ = exp(ln π - ln π_old), the advantages A and the loss L are
@@ -13,8 +13,8 @@ rewards r and ρ = exp(ln π - ln π_old), the advantages A and the loss L are
 | DAPO      | arXiv 2503.14476 | std   | .2, .28        | off  | global_token_mean |
 | SDPO      | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
 
-The row SDPO is the GRPO baseline of the SDPO paper. This baseline takes its token mean inside each
-micro-batch (micro_token_mean).
+The table's row for SDPO describes the GRPO baseline of the SDPO paper. The baseline itself averages
+over the tokens of each micro-batch (micro_token_mean).
 """
 
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SCALES = ("std", "none")
-LOG_RATIO = 20.0  # largest magnitude of ln ρ: keeps ρ and its products finite
+LOG_RATIO = 20.0  # largest magnitude of ln ρ; this bound keeps ρ and its products finite
 
 
 def compute_advantages(
@@ -30,24 +30,24 @@ def compute_advantages(
 ) -> np.ndarray:
     """Computes how much better each completion did than the mean of its group.
 
-    The standard deviation has the divisor n - 1, as in TRL. The advantages are exactly 0 if all
-    rewards of a group are equal, and also if a group has only one completion. For a group of one,
-    published code divides by NaN or uses the reward itself.
+    The standard deviation has the divisor n - 1, as in TRL. If all rewards of a group are equal,
+    the advantages are exactly 0. The advantage is also 0 if a group has only one completion.
+    Published code divides by NaN for such a group, or uses the reward itself.
 
     For example, with scale none, the rewards 1, 0, 0, 1 of one group give 0.5, -0.5, -0.5, 0.5.
 
     Args:
       rewards_B: finite rewards.
-      groups_B: int group ids; completions of the same prompt have the same id, in any order.
-      scale: std divides by the group's standard deviation (GRPO); none does not (Dr. GRPO, and the
-        baseline of SDPO).
-      eps: added to the standard deviation.
+      groups_B: int group ids, in any order; completions of the same prompt have the same id.
+      scale: std divides by the group's standard deviation (GRPO); none does not divide (Dr. GRPO,
+        and the baseline of SDPO).
+      eps: number that is added to the standard deviation.
 
     Returns:
       The advantages, float64 [B].
 
     Raises:
-      ValueError: the scale is unknown, the shapes do not match, or a reward is not finite.
+      ValueError: the scale is unknown, the shapes disagree, or a reward is not finite.
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}: the choices are {SCALES}")
@@ -62,10 +62,10 @@ def compute_advantages(
 def find_informative(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
     """Returns bool [B]: whether the rewards in a completion's group differ.
 
-    If they do not differ, all advantages in the group are 0.
+    If all rewards in a group are equal, all advantages in the group are 0.
 
     Raises:
-      ValueError: the shapes do not match, or a reward is not finite.
+      ValueError: the shapes disagree, or a reward is not finite.
     """
     out_B = np.zeros(len(rewards_B), bool)
     for rewards, rows in _split_policy_groups(rewards_B, groups_B):
@@ -110,15 +110,15 @@ def compute_surrogate(
     Args:
       logp_BC: log-probabilities of the sampled tokens under the policy that is trained.
       logp_old_BC: log-probabilities of the same tokens under the policy that sampled them. If each
-        rollout is used for one update only, pass stop_gradient(logp_BC). Then ρ is 1, and the
-        gradient is -A ∂ln π.
+        rollout is used for only one update, pass stop_gradient(logp_BC), which makes ρ = 1 and the
+        gradient -A ∂ln π.
       advantage_BC: advantage of each token, in the shape of logp_BC.
-      clip_low: below 1; 0 switches the lower bound off.
-      clip_high: 0 switches the upper bound off.
-      dual_clip: above 1; 0 switches the dual clip off.
+      clip_low: number from 0 to below 1; 0 switches the lower bound off.
+      clip_high: number of at least 0; 0 switches the upper bound off.
+      dual_clip: number above 1, or 0, which switches the dual clip off.
 
     Returns:
-      The loss [B, C], and bool [B, C], True where a bound replaces the ratio.
+      The loss [B, C], and bool [B, C] that is True where a bound replaces the ratio.
 
     Raises:
       ValueError: a bound is out of range.
@@ -146,8 +146,9 @@ def compute_surrogate(
 def estimate_kl(logp_BC: jax.Array, logp_ref_BC: jax.Array) -> jax.Array:
     """Estimates KL(policy ‖ reference) at each sampled token, [B, C], by GRPO's equation 4 (k3).
 
-    The estimate is e^x - x - 1 with x = ln π_ref - ln π of the token. It is never negative. It is
-    unbiased if the tokens were drawn from the policy. It is differentiable in logp_BC.
+    The estimate is e^x - x - 1, where x = ln π_ref - ln π of the token. The estimate is never
+    negative. If the tokens were drawn from the policy, the estimate is unbiased. The estimate is
+    differentiable in logp_BC.
     """
     x_BC = jax.lax.stop_gradient(logp_ref_BC) - logp_BC
     return jnp.expm1(x_BC) - x_BC

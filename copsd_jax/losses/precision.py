@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def sum_dtype(x: jax.Array) -> jnp.dtype:
-    """Returns the dtype in which sums over x are taken: float64 for float64, else float32."""
+    """Returns the dtype of sums over x: float64 if x is float64, otherwise float32."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
@@ -15,7 +15,7 @@ def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     Returns:
       A matrix of shape [other axis of a, other axis of b], in `sum_dtype(a)`.
     """
-    # Accelerators round float32 operands to fewer bits unless the precision is set.
+    # Unless the precision is set, accelerators round float32 operands to fewer bits.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (((axis_a,), (axis_b,)), ((), ())),
@@ -24,7 +24,7 @@ def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
 
 
 def scale(x_TD: jax.Array, factor: jax.Array) -> jax.Array:
-    """Multiplies x by a scalar, or each row of x by its own number, and rounds once.
+    """Multiplies x by a scalar, or each row of x by that row's number; rounds only once.
 
     Args:
       x_TD: [T, D] or [T].

@@ -1,11 +1,11 @@
-"""The closed forms of `token_values` for a vocabulary that is split over devices.
+"""The closed forms of `token_values`, for a vocabulary that is split over devices.
 
 For a block of T rows, the devices of the mesh axis exchange these numbers:
 
-  2 T  maxima of the rows, for student and teacher
-  7 T  sums of exponentials, sums of exponentials times logarithms, logits of the sampled tokens
-  3 T  sums of e, sums of b, clipped mass
-  T D  gradient of the states (exchanged by `chunked`)
+    2 T  maxima of the rows, for student and teacher
+    7 T  sums of exponentials, sums of exponentials times logarithms, logits of the sampled tokens
+    3 T  sums of e, sums of b, clipped mass
+    T D  gradient of the states (exchanged by `chunked`)
 """
 
 from typing import NamedTuple
@@ -20,12 +20,12 @@ Divergence = divergences.Divergence
 
 
 class VocabularyShard(NamedTuple):
-    """A device's part of the vocabulary; parts have equal sizes and the order of a mesh axis.
+    """A device's part of the vocabulary; all parts have the same size, in the order of a mesh axis.
 
     Attributes:
       axis: the mesh axis that splits the vocabulary; None if every device has the whole vocabulary.
-      entries: number of real entries of the whole vocabulary; later rows of a head are padding.
-        None means that no row is padding (used with kernels only).
+      entries: number of real entries in the whole vocabulary; the rows of a head after these
+        entries are padding. None, which only kernels allow, means that no row is padding.
     """
 
     axis: str | None
@@ -33,12 +33,13 @@ class VocabularyShard(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Constants of one device's sweep, shared by all its blocks of tokens.
+    """Constants of one device's sweep, shared by all blocks of the sweep.
 
     Attributes:
       settings: settings of the divergence.
-      heads: this device's rows of the student's head and of the teacher's head, [V, D] each; a
-        single array if both sides share a head. Padding rows get no probability and no gradient.
+      heads: this device's rows of the student's head and of the teacher's head, [V, D] each. If
+        both sides share a head, the tuple has one array. Padding rows get no probability and no
+        gradient.
       shard: this device's part of the vocabulary.
       gradient: whether to compute the gradient of the student's states.
       train_head: whether to compute the gradient of the student's head.
@@ -52,7 +53,7 @@ class Sweep(NamedTuple):
 
 
 def first_entry(axis: str, count: int) -> jax.Array:
-    """Returns the id of the first entry of this device's `count` entries, an int32 scalar."""
+    """Returns the id of the first of this device's `count` entries, an int32 scalar."""
     return jax.lax.axis_index(axis).astype(jnp.int32) * count
 
 
@@ -66,14 +67,16 @@ def score_shard_block(
     """Scores a block of tokens like `token_values.score_divergence_block`, but without top-k.
 
     Args:
-      logits_s_TV: this device's part of the student's logits; V is the number of entries there.
+      logits_s_TV: this device's part of the student's logits; V is the number of entries in this
+        part.
       logits_t_TV: the same part of the teacher's logits.
-      inputs: arrays [T]; the tokens are ids of the whole vocabulary.
+      inputs: arrays [T]; the tokens are ids in the whole vocabulary.
       settings: settings of the divergence.
       axis: the mesh axis that splits the vocabulary.
 
     Returns:
-      The statistics, equal on all devices, and this device's part of the gradient, [T, V].
+      The statistics, which are equal on all devices, and this device's part of the gradient, [T,
+      V].
     """
     tokens_T, _, logp_old_T, logp_rollout_T = inputs
     factor, sampling = 1 / settings.temperature, 1 / settings.sampling_temperature
@@ -106,7 +109,7 @@ def score_shard_block(
 def _compute_shard_divergence(
     student: Distribution, teacher: Distribution, log_probs, tokens_T, settings: Divergence, axis
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the value [T], the gradient of this part's logits / τ [T, V], the clipped mass [T].
+    """Returns the value [T], the gradient of this part's logits / τ [T, V], and clipped mass [T].
 
     `log_probs` are the sampled tokens' log-probabilities under student and teacher, [T] each.
     """
@@ -142,7 +145,7 @@ def score(
 
 
 def _row_maxima(logits: list[jax.Array], axis: str) -> list[jax.Array]:
-    """Returns row maxima over the whole vocabulary, [T, 1] each, from one exchange."""
+    """Returns row maxima over the whole vocabulary, [T, 1] each; all use one exchange."""
     tops = jax.lax.pmax(jnp.stack([jnp.max(x_TV, axis=1) for x_TV in logits]), axis)
     return [top_T[:, None] for top_T in tops]
 
@@ -152,12 +155,12 @@ def _sum_row(x_TV: jax.Array) -> jax.Array:
 
 
 def _sum_parts(sums: list[jax.Array], axis: str) -> list[jax.Array]:
-    """Returns sums [T] over all parts, from one exchange."""
+    """Returns sums [T] over all parts of the vocabulary; all use one exchange."""
     return list(jax.lax.psum(jnp.stack(sums), axis))
 
 
 def _pick_here(x_TV: jax.Array, tokens_T: jax.Array, axis: str) -> jax.Array:
-    """Returns x[t, token], shape [T], and 0 for tokens that are not in this part."""
+    """Returns x[t, token], shape [T]; the result is 0 for tokens that are not in this part."""
     count = x_TV.shape[1]
     local_T = tokens_T - first_entry(axis, count)
     here_T = (local_T >= 0) & (local_T < count)

@@ -1,4 +1,4 @@
-"""Division of token rows over the devices of a mesh, and over blocks on each device.
+"""Division of token rows among the devices of a mesh, and into blocks on each device.
 
 `spread` gives each device its rows and its part of the vocabulary. `walk` packs the live rows of a
 device together, and runs only the blocks that contain live rows. For example, 5 of 9 rows are live
@@ -7,13 +7,13 @@ and a block has 2 rows:
     live      . x x . . x . x x
     order     1 2 | 5 7 | 8 0 | 3 4 | 6 -     the first three blocks run, the last two do not
 
-Alternatives that were not chosen, for T rows of which a fraction f is live:
+Three alternatives were not chosen. A fraction f of T rows is live:
 
-- Give the other rows weight 0, and compute all T rows. This is 1 / f times the work.
-- Compile one program for each of n sizes. This needs no loop, but it needs n programs. They compute
-  up to f + 1 / n of all rows; here the fraction is at most f + block / T.
-- Copy the live states before the loop. T D values are then written and read again. Here, each block
-  gathers its own rows, and one gather puts the results back.
+- Give all other rows weight 0, and compute all T rows. Computing all rows is 1 / f times the work.
+- Compile one program for each of n sizes. The n programs need no loop, but compute up to a fraction
+  f + 1 / n of all rows. With blocks, the fraction is at most f + block / T.
+- Copy the live states before the loop. The copy writes and reads T D values again. With blocks,
+  each block gathers its own rows, and one gather puts the results back.
 """
 
 import math
@@ -46,8 +46,8 @@ def find_axes(split_vocabulary: bool) -> Axes:
     """Finds the axes of the current mesh (`jax.set_mesh`) that split a loss; none without a mesh.
 
     Args:
-      split_vocabulary: False for work that needs whole rows of logits. Every device then has whole
-        heads, and the axis that would otherwise split the heads splits the tokens too.
+      split_vocabulary: False for work that needs whole rows of logits. If False, every device has
+        whole heads, and the axis that would otherwise split the heads also splits the tokens.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     rows = tuple(name for name in mesh_lib.BATCH_AXES if sizes.get(name, 1) > 1)
@@ -64,13 +64,13 @@ def spread(
 ) -> tuple[Any, jax.Array | None]:
     """Runs work(rows, heads, vocabulary axis) on every device of the current mesh.
 
-    The heads are gathered along their width, once. `work` gets heads with the whole vocabulary or
-    with this device's part of it. Padding rows of heads and of `rows` are at the end; they are
-    zeros, or False in bool arrays.
+    The heads are gathered once, along their width. `work` gets heads that have the whole vocabulary
+    or this device's part of the vocabulary. Padding rows of heads and of `rows` are at the end.
+    Padding consists of zeros, or of False in bool arrays.
 
     Args:
-      work: returns arrays [rows, ...], and a sum over its rows in the shape of a head, or None. It
-        must do its own reductions over the vocabulary axis.
+      work: returns arrays [rows, ...], and a sum over its rows in the shape of a head, or None. The
+        function must do all reductions over the vocabulary axis itself.
       rows: arrays [T, ...].
       heads: arrays [V, D].
       split_vocabulary: see `find_axes`.
@@ -85,7 +85,7 @@ def spread(
     tokens, vocabulary = len(jax.tree.leaves(rows)[0]), len(heads[0])
     parts = math.prod(sizes[name] for name in axes.rows)
     row, head = P(axes.rows or None), P(axes.vocabulary, None)
-    # The sum over rows is scattered to the devices that store the parameter.
+    # The sum over rows is scattered to the devices that store the head.
     scatter = "fsdp" in axes.rows and heads[0].shape[1] % sizes["fsdp"] == 0
     total = P(axes.vocabulary, "fsdp" if scatter else None)
 
@@ -109,9 +109,9 @@ def spread(
 def gather_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
     """Gathers a head [V, D] into the form in which `spread` gives it to the devices.
 
-    Call it before a loop around `spread`. Otherwise `spread` gathers the head in every iteration.
-    The result occupies V D / (devices that split the vocabulary) values on each device until its
-    last use.
+    Call this function before a loop around `spread`; otherwise `spread` gathers the head in every
+    iteration. Until its last use, the result occupies V D / (devices that split the vocabulary)
+    values on each device.
     """
     axes = find_axes(split_vocabulary)
     if not axes.rows and not axes.vocabulary:
@@ -125,9 +125,9 @@ def gather_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
 def split_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
     """Splits a head [V, D] along both dimensions if the mesh splits the vocabulary.
 
-    Call it on a head that goes directly from the parameters to `spread`. `sharding.partition_spec`
-    splits some heads along the width only. Without this call, every device would first gather the
-    whole head.
+    Call this function on a head that comes unchanged from the parameters, before passing that head
+    to `spread`. `sharding.partition_spec` splits some heads only along the width. Without this
+    call, every device would first gather the whole head.
     """
     if not find_axes(split_vocabulary).vocabulary:
         return head_VD
@@ -143,26 +143,27 @@ def _split_padded(head_VD: jax.Array, shards: int) -> jax.Array:
     fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
     padded = pad(head_VD, shards)
     if width % (fsdp * shards) == 0:
-        # After this constraint, the next one needs only one exchange between the axis's devices.
+        # After this constraint, the next constraint needs only one exchange between the devices of
+        # the axis.
         padded = jax.lax.with_sharding_constraint(padded, P(None, ("fsdp", VOCABULARY)))
     place = P(VOCABULARY, "fsdp" if width % fsdp == 0 else None)
     return jax.lax.with_sharding_constraint(padded, place)
 
 
 def pad(x: jax.Array, multiple: int) -> jax.Array:
-    """Appends zeros along the first axis of [rows, ...], up to a multiple of `multiple` rows."""
+    """Pads the first axis of [rows, ...] with zeros, to the next multiple of `multiple` rows."""
     missing = -len(x) % multiple
     return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) if missing else x
 
 
 def divide_evenly(tokens: int, most: int, multiple: int) -> tuple[int, int]:
-    """Divides tokens into the fewest blocks of at most `most` rows, evenly filled.
+    """Divides tokens evenly into the smallest number of blocks of at most `most` rows.
 
     For example, 36 tokens with `most` 16 and `multiple` 8 give 3 blocks of 16 rows.
 
     Returns:
-      The number of blocks, and the number of rows in a block. If this number is larger than
-      `multiple`, it is rounded up to a multiple of it.
+      The number of blocks, and the number of rows in a block. If the number of rows is larger than
+      `multiple`, the number of rows is rounded up to a multiple of `multiple`.
     """
     blocks = max(1, -(-tokens // most))
     rows = -(-tokens // blocks)
@@ -176,26 +177,26 @@ def walk(
     most: int,
     multiple: int = 1,
 ) -> tuple[Any, jax.Array | None]:
-    """Runs work(block of rows) over the live rows only, in blocks of at most `most`.
+    """Runs work(block of rows) on only the live rows, in blocks of at most `most` rows.
 
     Args:
-      work: returns arrays [rows, ...], and a sum over the block, or None. The padding rows of a
-        block are zeros in the arguments of `work`. They are dropped from its arrays but not from
-        its sum.
+      work: returns arrays [rows, ...], and a sum over the block, or None. In the arguments of
+        `work`, the padding rows of a block are zeros. Padding rows are dropped from the arrays that
+        `work` returns, but not from its sum.
       rows: arrays [T, ...].
       live_T: bool; rows that are not live may contain anything.
       most: maximum number of rows in a block.
       multiple: see `divide_evenly`.
 
     Returns:
-      The arrays of `work` for the T rows [T, ...], with zeros at rows that are not live; and the
+      The arrays that `work` returns, for all T rows, with zeros for rows that are not live; and the
       sum over all blocks, or None.
     """
     rows, live_T = jax.tree.map(jnp.asarray, (rows, live_T))
     tokens = len(live_T)
     blocks, count = divide_evenly(tokens, most, multiple)
     if blocks == 1:
-        # The live rows need no packing, since one block contains all rows.
+        # The live rows need no packing, because one block contains all rows.
         padded = jax.tree.map(lambda x: pad(x, count), mask_rows(live_T, rows))
         per_row, total = work(padded)
         return mask_rows(live_T, jax.tree.map(lambda x: x[:tokens], per_row)), total

@@ -1,4 +1,4 @@
-"""The value, the statistics and the gradient of the logits of each token, in closed form."""
+"""The value of each token, its statistics, and the gradient of its logits, in closed form."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,11 @@ Divergence = divergences.Divergence
 
 
 class TokenInputs(NamedTuple):
-    """Per-token inputs of the divergence besides the hidden states, [T]; they have no gradient.
+    """Per-token inputs of the divergence other than hidden states, [T]; inputs have no gradient.
 
     Attributes:
-      tokens_T: int32, the sampled tokens, as ids of the whole vocabulary.
-      weight_T: factor of each token's value in the loss.
+      tokens_T: int32, the sampled tokens, as ids in the whole vocabulary.
+      weight_T: factor by which each token's value is multiplied in the loss.
       logp_old_T, logp_rollout_T: arguments of `clips.clip_importance_ratio`, or None.
     """
 
@@ -27,20 +27,21 @@ class TokenInputs(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """Statistics of each token, float32 [T], in nats, without gradient; 0 at rows not live.
+    """Statistics of each token, float32 [T], in nats, without gradient; 0 if a row is not live.
 
     Attributes:
-      value_T: the token's term of the loss before its weight: the clipped divergence times
+      value_T: the token's term in the loss, without the weight: the clipped divergence times
         `ratio_T`.
       logp_student_T, logp_teacher_T: log-probability of the sampled token over the whole
         vocabulary, at the loss temperature.
       logp_sampling_T: log-probability of the sampled token under the student at the sampling
         temperature. A sampler with the same weights must report the same number.
-      entropy_student_T, entropy_teacher_T: entropies of the distributions at the loss temperature.
-      clipped_mass_T: depends on clip_mode. With element it is the teacher's mass Σ q_v on the
-        clipped entries (q is renormalised under top_k without a tail). With token, token_weight and
-        huber it is 1 if d > κ, else 0. With none it is 0.
-      ratio_T: the factor of `clips.clip_importance_ratio`; 1 if its clips are off.
+      entropy_student_T, entropy_teacher_T: entropy of each side's distribution at the loss
+      temperature.
+      clipped_mass_T: number that depends on clip_mode. For element, the teacher's mass Σ q_v on the
+        clipped entries (with top_k and no tail, q is renormalised). For token, token_weight and
+        huber, 1 if d > κ, else 0. For none, always 0.
+      ratio_T: the result of `clips.clip_importance_ratio`; 1 if both clips are off.
     """
 
     value_T: jax.Array
@@ -65,7 +66,7 @@ def score_divergence_block(
 
     Args:
       logits_s_TV: logits of the student, float32 or float64, not yet divided by τ.
-      logits_t_TV: logits of the teacher, not yet divided by τ either.
+      logits_t_TV: logits of the teacher, also not yet divided by τ.
       tokens_T: int32, the sampled tokens.
       settings: settings of the divergence.
       logp_old_T: see `clips.clip_importance_ratio`.

@@ -1,7 +1,7 @@
-"""Restriction of student and teacher to the k most probable entries, with or without a tail.
+"""Restriction of student and teacher to the k most probable entries, with a tail or without one.
 
-With `tail`, one more entry stands for all ids outside the kept set N. Its probability is
-r = 1 - Σ_N p. An id u outside N gets its share of the tail's gradient, dz_u = (p_u / r) dz_tail.
+If `tail` is set, one more entry represents all ids outside the kept set N. The tail's probability
+is r = 1 - Σ_N p. Each id u outside N gets a share of the tail's gradient: dz_u = (p_u / r) dz_tail.
 """
 
 import math
@@ -16,11 +16,11 @@ TAIL_FLOOR = -math.expm1(-1e-7)  # smallest probability of a tail, as in publish
 
 
 class TopK(NamedTuple):
-    """Ids of the k best entries, used for both student and teacher; they have no gradient.
+    """Ids of the k most probable entries, for both student and teacher; ids have no gradient.
 
     Attributes:
-      ids_TK: int32; K is k, or 2k for the union.
-      first_TK: bool, False where an id occurs for the second time; None if no id can repeat.
+      ids_TK: ids, int32; K is k, or 2k if top_k_of is union.
+      first_TK: bool, False where an id occurs for the second time; None if no id can occur twice.
     """
 
     ids_TK: jax.Array
@@ -30,7 +30,7 @@ class TopK(NamedTuple):
 def choose(
     logits_s_TV: jax.Array, logits_t_TV: jax.Array, settings: divergences.Divergence
 ) -> TopK:
-    """Chooses the entries by settings.top_k and top_k_of; of equal logits the lower id wins."""
+    """Chooses entries by settings.top_k and top_k_of; if logits are equal, the lower id wins."""
     sides = {"teacher": (logits_t_TV,), "student": (logits_s_TV,)}
     chosen = sides.get(settings.top_k_of, (logits_s_TV, logits_t_TV))
     best = [jax.lax.top_k(jax.lax.stop_gradient(x), settings.top_k)[1] for x in chosen]
@@ -49,7 +49,7 @@ def restrict(
 ) -> tuple[distributions.Distribution, jax.Array | None]:
     """Restricts one side to the kept entries: renormalises, or adds a tail as the last column.
 
-    The second occurrence of an id has p = 0 and log = 0 on both sides, so its terms vanish.
+    The second occurrence of an id gets p = 0 and log = 0 on both sides, so that its terms vanish.
 
     Args:
       logits_TV: logits of the side, divided by the loss temperature.
@@ -58,8 +58,8 @@ def restrict(
       settings: settings of the divergence.
 
     Returns:
-      The distribution, [T, K + 1] with a tail and else [T, K]. With a tail, also bool [T, 1], False
-      where the tail is at its floor; without a tail, None.
+      The distribution, [T, K + 1] with a tail, or [T, K] without one; and bool [T, 1], False where
+      the tail is at its floor, or None without a tail.
     """
     ids_TK, first_TK = best
 
@@ -68,8 +68,8 @@ def restrict(
         return x_TK if first_TK is None else jnp.where(first_TK, x_TK, fill)
 
     if settings.tail:
-        # The tail is summed directly. The published ln(1 - Σ_N p) cancels in float32: if the tail
-        # is below 1e-6, the result is mostly rounding error.
+        # The tail is summed directly. In float32, the published formula ln(1 - Σ_N p) suffers from
+        # cancellation: if the tail is below 1e-6, the result is mostly rounding error.
         rest_TV = whole.p.at[jnp.arange(ids_TK.shape[0])[:, None], ids_TK].set(0)
         rest_T1 = jnp.sum(rest_TV, axis=1, keepdims=True)
         open_T1 = rest_T1 > TAIL_FLOOR
@@ -86,10 +86,10 @@ def restrict(
 def scatter_gradient(
     dz_TK: jax.Array, student: distributions.Distribution, whole_p_TV: jax.Array, best: TopK
 ) -> jax.Array:
-    """Scatters the gradients of the kept entries and of a tail to all logits; returns [T, V].
+    """Scatters the gradients of the kept entries and of the tail to all logits; returns [T, V].
 
     Args:
-      dz_TK: gradients, [T, K], or [T, K + 1] with a tail.
+      dz_TK: gradients of the entries, [T, K + 1] with a tail, or [T, K] without one.
       student: the student's restricted distribution, in the shape of dz_TK.
       whole_p_TV: the student's probabilities over the whole vocabulary.
       best: the kept entries.
@@ -100,7 +100,7 @@ def scatter_gradient(
     if dz_TK.shape[1] > count:
         dz_TV = whole_p_TV * (dz_TK[:, -1:] / student.p[:, -1:])
     if first_TK is not None:
-        # Second occurrences get distinct ids past the end, which the scatter drops.
+        # Second occurrences get distinct ids beyond the vocabulary, which the scatter drops.
         past_1K = vocabulary + jnp.arange(count, dtype=ids_TK.dtype)[None]
         ids_TK = jnp.where(first_TK, ids_TK, past_1K)
     row_T1 = jnp.arange(dz_TK.shape[0])[:, None]

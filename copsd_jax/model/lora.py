@@ -1,8 +1,9 @@
 """Linear projections with optional low-rank adapters (LoRA).
 
 An adapter is a separate float32 tree, `{'q': {'a': [layers, in, R], 'b': [layers, R, out]}, ...}`,
-and never part of the base weights. A projection gets its slice of the adapter as an argument. So
-the student (with the adapter) and the initial policy (without it) use the same base weights.
+which the base weights never contain. Each projection receives its slice of the adapter as an
+argument. Therefore the student, which has the adapter, and the initial policy, which has none,
+share the same base weights.
 
 R is the rank. Source: Hu et al. 2021 (arXiv 2106.09685).
 """
@@ -34,9 +35,10 @@ class LayerShapes(Protocol):
 def _expand_adapter(low: jax.Array, b: jax.Array) -> jax.Array:
     """Multiplies `low` [..., R] by `b` [R, out], with a gradient that is cheap on CPU.
 
-    XLA on CPU transposes the left factor of a product in memory. So the gradient of `b` has the
-    narrow `low` on the left, whereas automatic differentiation would put the gradient of the output
-    there. This saves a sixth of a training step. Only reverse mode is supported.
+    XLA on CPU transposes the left factor of a product in memory. Therefore the gradient of `b` is
+    computed with the narrow `low` as the left factor. Automatic differentiation would use the wide
+    gradient of the output as the left factor. The narrow left factor saves a sixth of a training
+    step's time. Only reverse mode is supported.
     """
     return low @ b
 
@@ -55,11 +57,11 @@ _expand_adapter.defvjp(_expand_forward, _expand_backward)
 
 
 class Projection(nn.Module):
-    """A linear layer, `y = x W + bias + (x a scale) b`, with all products in `dtype`.
+    """A linear layer, `y = x W + bias + (x a scale) b`; all products are in `dtype`.
 
-    Base and adapter leaves are cast to `dtype` for the products, whatever dtype they are stored in.
-    In a bfloat16 model the float32 adapter is rounded on use, and its gradient is float32 again. A
-    base kernel may be int8; it then has a leaf `scale`, float32 [features], beside it (see
+    Base and adapter leaves may be stored in any dtype, and are cast to `dtype` for the products. In
+    a bfloat16 model, the float32 adapter is rounded to bfloat16 for the products, and the adapter's
+    gradient is float32. An int8 base kernel needs a second leaf: `scale`, float32 [features] (see
     `quantise_projections`).
 
     Attributes:
@@ -94,7 +96,8 @@ class Projection(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if adapter is not None:
-            # The scale is applied where the array is narrow, R instead of `features` wide.
+            # The scale multiplies the narrow array, because it has only R columns instead of
+            # `features`.
             low = (x @ adapter["a"].astype(self.dtype)) * jnp.asarray(scale, self.dtype)
             y = y + _expand_adapter(low, adapter["b"].astype(self.dtype))
         return y
@@ -104,9 +107,9 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
     """Creates an adapter tree, float32: `a` uniform in ±1/sqrt(in) (PEFT's default), `b` zero.
 
     Args:
-      config: number of layers and widths of the model.
+      config: gives the number of layers and the widths of the projections.
       rank: R.
-      targets: names of projections, of TARGETS.
+      targets: names of projections in TARGETS.
       key: random key.
 
     Raises:
@@ -119,7 +122,8 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
             raise ValueError(f"lora.targets is {target!r}: the choices are {', '.join(sizes)}")
         width, out = sizes[target]
         bound = width**-0.5
-        # The key depends only on the target, so adding targets does not change this one's values.
+        # The key depends only on the target, so a target's values stay the same if targets are
+        # added.
         target_key = jax.random.fold_in(key, TARGETS.index(target))
         shape = (config.n_layers, width, rank)
         adapter[target] = {
@@ -130,15 +134,15 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
 
 
 def merge_adapter(params: dict, adapter: dict, scale: float) -> dict:
-    """Adds an adapter to the base weights, `kernel + a b scale`, summed in float32.
+    """Adds an adapter to the base weights: computes `kernel + a b scale` in float32.
 
     Args:
-      params: tree of base weights; it is not changed.
-      adapter: tree as `init_adapter` returns it.
+      params: tree of base weights, which stays unchanged.
+      adapter: tree in the form that `init_adapter` returns.
       scale: factor of the adapter.
 
     Returns:
-      A new tree that shares all other leaves with `params`.
+      A new tree; all leaves other than the merged kernels are shared with `params`.
     """
     layers = dict(params["layers"])
     for target, leaf in adapter.items():
@@ -154,8 +158,9 @@ def merge_adapter(params: dict, adapter: dict, scale: float) -> dict:
 def quantise_projections(params: dict) -> dict:
     """Quantises the kernels of all projections to int8, with a float32 `scale` for each column.
 
-    The largest magnitude of a column becomes 127, so the rounding error is at most 1/254 of this
-    magnitude. Other leaves are unchanged. The result is meant for decoding.
+    The largest magnitude in a column becomes 127, so rounding errors are at most 1/254 of the
+    largest magnitude. All leaves other than the kernels of projections are unchanged. Quantised
+    parameters are meant for decoding.
     """
     layers = dict(params["layers"])
     for target in TARGETS:

@@ -1,4 +1,4 @@
-"""A policy: the weights with which a decoder is run."""
+"""A policy: the weights that a decoder runs with."""
 
 import dataclasses
 from typing import Any
@@ -9,13 +9,13 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The weights with which a decoder is run; a pytree.
+    """The weights that a decoder runs with; a pytree.
 
     Attributes:
-      params: the base parameters, a tree as `transformer.init_params` returns it.
-      adapter: a tree as `lora.init_adapter` returns it, or None for the base alone.
-      scale: factor of the adapter's products, alpha / rank. It is static, so every value needs its
-        own compiled program, even without an adapter.
+      params: the base parameters, a tree in the form that `transformer.init_params` returns.
+      adapter: a tree in the form that `lora.init_adapter` returns, or None for the base alone.
+      scale: factor of the adapter's products, alpha / rank. The scale is static: each value needs
+        its own compiled program, even if there is no adapter.
     """
 
     params: Any

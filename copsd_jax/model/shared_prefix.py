@@ -12,7 +12,7 @@ from copsd_jax.model import transformer
 def encode_prefix(
     decoder: transformer.Decoder, policy: policy_lib.Policy, tokens_1P: jax.Array
 ) -> transformer.KV:
-    """Computes the keys and values [layers, 1, P, K, H] of a prefix, inside a traced function.
+    """Computes the keys and values [layers, 1, P, K, H] of a prefix; for use in a traced function.
 
     Gradients flow through the result to the policy's arrays.
 
@@ -33,14 +33,14 @@ _encode = jax.jit(encode_prefix, static_argnames="decoder")
 def encode_prefix_ids(
     decoder: transformer.Decoder, policy: policy_lib.Policy, prefix_ids: Sequence[int]
 ) -> transformer.KV | None:
-    """Computes the keys and values [layers, 1, P, K, H] of a prefix of ids, in a jitted call.
+    """Computes the keys and values [layers, 1, P, K, H] of a prefix of token ids, in a jitted call.
 
-    The result is valid for this policy only.
+    The keys and values are valid only for the given policy.
 
     Args:
       decoder: the model.
       policy: parameters and adapter.
-      prefix_ids: the P ids of the prefix. Without ids the result is None.
+      prefix_ids: the P token ids of the prefix; if the sequence is empty, the result is None.
     """
     if len(prefix_ids) == 0:
         return None

@@ -1,13 +1,14 @@
 """One decoder for Qwen3 (dense), Qwen2.5, Llama 3 and SmolLM2, which differ only in their config.
 
-A call takes a tuple of streams. A stream has tokens with positions and segments, and optionally an
-adapter, a shared prefix or a cache. Each layer runs all streams, so that student and teacher share
-one pass over the weights. The call returns hidden states. The head is separate (`get_head`,
-`compute_logits`), because losses and the sampler need logits at some positions only.
+The decoder takes a tuple of streams. A stream contains tokens, their positions and their segments.
+A stream may also contain an adapter, a shared prefix or a cache. Each layer processes all streams,
+so that student and teacher share one pass over the weights. The decoder returns hidden states. The
+head is separate (`get_head`, `compute_logits`), because losses and the sampler need logits only at
+some positions.
 
-Letters: B sequences, L tokens of a sequence, S keys of a sequence, V vocabulary, D width, N query
-heads, K key heads, M = N/K queries per key head, H head size, J decode slots, P prefix length.
-Norms, RoPE, softmax and attention logits are float32, whatever the compute dtype.
+Letters in array names: B sequences, L tokens per sequence, S keys per sequence, V vocabulary size,
+D width, N query heads, K key heads, M = N/K queries per key head, H head size, J decode slots, P
+prefix length. Norms, RoPE, softmax and attention logits are always computed in float32.
 """
 
 import dataclasses
@@ -24,11 +25,11 @@ from copsd_jax.attention import decode_attention, row_attention, visibility
 from copsd_jax.model import lora
 from copsd_jax.runtime import sharding
 
-QUERY_BLOCK = 512  # queries of a block; longer rows attend block by block
+QUERY_BLOCK = 512  # number of queries per block; longer rows attend block by block
 PROJECTION = "projection"  # checkpoint name of the projections' outputs
 _policies = jax.checkpoint_policies
-# Policies that select the values that a layer keeps for the backward pass. The backward pass
-# computes all other values again. None keeps all values.
+# Each policy selects the values that a layer keeps for the backward pass. The backward pass
+# recomputes all values that are not kept. If the policy is None, all values are kept.
 REMAT: dict[str, Any] = {
     "none": None,
     "dots": _policies.save_only_these_names(PROJECTION, visibility.CHECKPOINT_NAME),
@@ -41,7 +42,7 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Constants of Llama 3's RoPE scaling, which lowers low frequencies for longer texts."""
+    """Constants of Llama 3's RoPE scaling, which lowers low frequencies to allow longer texts."""
 
     factor: float
     low_freq_factor: float
@@ -51,9 +52,9 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and constants of a model, as in its Hugging Face config."""
+    """Sizes and constants of a model, as its Hugging Face config states them."""
 
-    family: str  # qwen3, qwen2 (Qwen2.5 too) or llama (SmolLM2 too)
+    family: str  # qwen3, qwen2 (also for Qwen2.5) or llama (also for SmolLM2)
     vocab_size: int
     d_model: int
     d_ff: int
@@ -106,7 +107,7 @@ SHAPES = {
 
 
 class KV(NamedTuple):
-    """Keys (RoPE applied) and values of all layers, each [layers, B, L, K, H]."""
+    """Keys, after RoPE, and values of all layers; each array is [layers, B, L, K, H]."""
 
     k: jax.Array
     v: jax.Array
@@ -115,30 +116,32 @@ class KV(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """One batch of rows, with the adapter, prefix and cache that they use.
+    """One batch of rows, with the adapter, prefix and cache that the rows use.
 
     Without a cache, a token attends to tokens of its own segment and of its parent segment
-    (`parents_BL`), at or before its own index in the row. There is a picture in
-    attention/visibility.py. Segment 0 is padding: no other segment sees it, and its hidden states
-    are 0 without a gradient.
+    (`parents_BL`), up to and including its own index in the row. The docstring of
+    attention/visibility.py shows an example. Segment 0 is padding: no other segment sees its
+    tokens. The hidden states of padding are 0, and no gradient flows through them.
 
-    With a cache, a row has one token (L = 1), and B is the number of slots. The token is written at
-    index position - P of its slot, and attends to this index and all indices before it.
+    With a cache, a row has one token (L = 1), and B is the number of slots. The token of a slot is
+    written at index position - P, and attends to the slot's entries up to and including this index.
 
     With or without a cache, every token sees the whole prefix, whose P keys have the positions
     0 … P - 1.
 
     Attributes:
-      tokens_BL: int32 ids.
-      positions_BL: int32; the first token of a text after the prefix has position P.
-      segments_BL: int32, 0 for padding or a dead slot; may be None only with a cache.
-      adapter: tree as `lora.init_adapter` returns it, or None. If the decoder is `unstacked`, a
-        tuple of trees, one for each layer.
-      adapter_scale: factor of the adapter, static.
-      prefix: KV [layers, 1, P, K, H] that all rows see, or None; gradients flow through it. If the
-        decoder is `unstacked`, a tuple of KV [1, P, K, H], one for each layer.
+      tokens_BL: token ids, int32.
+      positions_BL: positions of the tokens, int32; the first token after the prefix has position P.
+      segments_BL: segments of the tokens, int32, 0 for padding or a dead slot; None is allowed only
+        with a cache.
+      adapter: tree in the form that `lora.init_adapter` returns, or None. An `unstacked` decoder
+        needs a tuple with one tree per layer.
+      adapter_scale: factor by which the adapter's output is multiplied; static.
+      prefix: KV [layers, 1, P, K, H] that all rows see, or None; gradients flow through the prefix.
+        An `unstacked` decoder needs a tuple with one KV [1, P, K, H] per layer.
       cache: cache of B slots, or None.
-      parents_BL: int32, -1 for tokens without a parent segment; None if no token has one.
+      parents_BL: parent segments of the tokens, int32, -1 for tokens without a parent segment; None
+        if no token has a parent segment.
     """
 
     tokens_BL: jax.Array
@@ -156,9 +159,9 @@ class Output(NamedTuple):
 
     Attributes:
       hidden_BLD: hidden states after the final norm, in compute dtype.
-      kv: keys and values of the stream's tokens [layers, B, L, K, H] if `return_kv` was set, else
-        None.
-      cache: the updated cache of a stream with a cache, else None.
+      kv: keys and values of the stream's tokens, [layers, B, L, K, H]; None unless `return_kv` was
+        set.
+      cache: the updated cache; None for a stream without a cache.
     """
 
     hidden_BLD: jax.Array
@@ -169,9 +172,10 @@ class Output(NamedTuple):
 def compute_llama3_factors(scaling: RopeScaling, frequency: np.ndarray) -> np.ndarray:
     """Returns the factors, float64 [H/2], by which Llama 3's scaling multiplies the frequencies.
 
-    A factor depends on the number of turns that a pair makes over the original context. Above
-    `high_freq_factor` turns, the pair keeps its frequency. Below `low_freq_factor` turns, the
-    frequency is divided by `factor`. Between the two bounds, the factor is interpolated.
+    The factor depends on the number of full turns that a pair of dimensions makes over the original
+    context length. A pair with more than `high_freq_factor` turns keeps its frequency. If a pair
+    makes fewer than `low_freq_factor` turns, the pair's frequency is divided by `factor`. For a
+    number of turns between the two bounds, the factor is interpolated.
 
     Args:
       scaling: the constants of the scaling.
@@ -184,7 +188,7 @@ def compute_llama3_factors(scaling: RopeScaling, frequency: np.ndarray) -> np.nd
 
 
 def compute_rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Returns the radians per position of each pair of a head, float32 [H/2].
+    """Returns the frequency of each pair of dimensions, in radians per position, float32 [H/2].
 
     Source: RoFormer (arXiv 2104.09864), equation 15.
     """
@@ -195,7 +199,7 @@ def compute_rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def _apply_rope(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
-    """Rotates pairs (i, i + H/2) of each head, as Hugging Face does; float32, E = H/2."""
+    """Rotates the pairs (i, i + H/2) of each head in float32, as Hugging Face does; E is H/2."""
     cos, sin = jnp.cos(angle_BLE)[:, :, None], jnp.sin(angle_BLE)[:, :, None]
     first, second = jnp.split(x_BLNH, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -204,9 +208,9 @@ def _apply_rope(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
 def _attend_cache(
     q_B1KMH, k_B1KH, v_B1KH, cache, inputs: "_StreamInputs", layer, prefix, implementation: str
 ) -> tuple[jax.Array, decode_attention.Cache]:
-    """Attends from each slot's token to the slot's live entries (with the token) and the prefix."""
+    """Attends from each slot's token to the prefix and the slot's entries (the token included)."""
     q_JKMH, dtype = q_B1KMH[:, 0], q_B1KMH.dtype
-    assert inputs.index_B is not None  # It is set for a stream with a cache.
+    assert inputs.index_B is not None  # A stream with a cache always has index_B.
     own, cache = decode_attention.write_and_attend(
         q_JKMH, k_B1KH[:, 0], v_B1KH[:, 0], cache, layer, inputs.index_B, implementation
     )
@@ -219,7 +223,7 @@ def _attend_cache(
         total_JKM = own.total_JKM * scale_JKM + shared.sum(axis=-1)
         shared = _product("jkmp,pkh->jkmh", shared.astype(dtype), prefix.v[0])
         out_JKMH = own.out_JKMH * scale_JKM[..., None] + shared
-    # A dead slot without a prefix has seen nothing, which would give 0 / 0.
+    # A dead slot without a prefix sees no key, so its total is 0; the bound prevents 0 / 0.
     total_JKM = jnp.maximum(total_JKM, jnp.float32(1e-30))
     return (out_JKMH / total_JKM[..., None])[:, None].astype(dtype), cache
 
@@ -235,7 +239,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x, [..., D] in any float type, to [..., D] in `dtype`."""
+        """Normalises x [..., D], which may have any float type; returns [..., D] in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + jnp.float32(self.eps))
@@ -249,19 +253,19 @@ class _StreamInputs(NamedTuple):
     angle_BLE: jax.Array  # float32 RoPE angles, E = H/2
     segments_BL: jax.Array | None = None
     parents_BL: jax.Array | None = None
-    index_B: jax.Array | None = None  # cache index that the token is written to, -1 if dead
+    index_B: jax.Array | None = None  # cache index that the token is written to; -1 for a dead slot
 
 
 class Layer(nn.Module):
-    """One decoder layer over all streams; the body of the scan.
+    """One decoder layer, which processes all streams; the body of the scan over layers.
 
     Attributes:
       config: config of the model.
       dtype: type of all products and of the hidden states.
-      block: queries of a block of row attention.
-      decode: implementation of decode attention.
-      attention: implementation of row attention.
-      scales: factors of the streams' adapters.
+      block: number of queries per block of row attention.
+      decode: name of the implementation of decode attention.
+      attention: name of the implementation of row attention.
+      scales: factor of each stream's adapter.
       return_kv: whether the keys and values of the streams are returned.
       key_repeats: how many times each key head is repeated.
     """
@@ -290,11 +294,11 @@ class Layer(nn.Module):
 
         Args:
           carry: (hidden_BLD, cache or None) of each stream.
-          scanned: index of the layer, and this layer's (adapter, prefix) of each stream.
+          scanned: pair of the layer's index, and the layer's (adapter, prefix) for each stream.
           inputs: inputs of each stream.
 
         Returns:
-          The new carry, and for each stream its KV [B, L, K, H] or None.
+          The new carry, and one KV [B, L, K, H] or None per stream.
         """
         layer, slices = scanned
         streams = zip(carry, slices, inputs, self.scales, strict=True)
@@ -312,7 +316,7 @@ class Layer(nn.Module):
         q_BLKMH, k, v = self._qkv(project, self.attn_norm(hidden), inputs.angle_BLE)
         if cache is None:
             shared = None if prefix is None else visibility.Prefix(prefix.k[0], prefix.v[0])
-            assert inputs.segments_BL is not None  # It is set for a stream without a cache.
+            assert inputs.segments_BL is not None  # A stream without a cache has segments.
             seen = visibility.Visibility(inputs.segments_BL, inputs.parents_BL)
             rows = visibility.RowInputs(q_BLKMH, k, v, seen, shared)
             out = row_attention.attend(rows, self.attention, self.block)
@@ -335,7 +339,7 @@ class Layer(nn.Module):
         q = _apply_rope(q.astype(jnp.float32), angle_BLE) * jnp.float32(c.head_dim**-0.5)
         k = _apply_rope(k.astype(jnp.float32), angle_BLE)
         k = k.astype(self.dtype)
-        # From here on there are K r key heads with M / r queries each, where r is key_repeats.
+        # From here on, there are K r key heads, each with M / r queries; r is key_repeats.
         if self.key_repeats > 1:
             repeat = lambda x: jnp.repeat(x, self.key_repeats, axis=2)  # noqa: E731
             k, v = (sharding.constrain_heads(repeat(x)) for x in (k, v))
@@ -360,17 +364,21 @@ class Decoder(nn.Module):
 
     Attributes:
       config: config of the model.
-      dtype: dtype of all products and of the hidden states; weights are cast to it on use.
-      remat: policy of the values that a layer keeps for the backward pass, a key of REMAT.
-      query_block: queries of a block in portable attention; longer rows attend block by block.
-      decode: attention of streams with a cache, a key of decode_attention.IMPLEMENTATIONS.
-      attention: attention of streams without a cache, one of row_attention.IMPLEMENTATIONS.
+      dtype: dtype of all products and of the hidden states; weights are cast to this dtype when
+        they are used.
+      remat: a key of REMAT; it selects the values that a layer keeps for the backward pass.
+      query_block: number of queries per block in portable attention; longer rows attend block by
+        block.
+      decode: implementation of attention for streams with a cache, a key of
+        decode_attention.IMPLEMENTATIONS.
+      attention: implementation of attention for streams without a cache, one of
+        row_attention.IMPLEMENTATIONS.
       key_repeats: how many times attention and caches repeat each key head
         (`sharding.count_key_repeats`).
       unstacked: whether to run the layers one by one instead of scanning stacked arrays; only for
-        streams with a cache. Parameters then have `layer_0`, `layer_1`, … instead of `layers`, and
-        adapters and prefixes are tuples with one tree per layer. The reason is that XLA on CPU
-        copies each slice of a stacked array before it reads the slice.
+        streams with a cache. If `unstacked` is set, parameters have `layer_0`, `layer_1`, … instead
+        of `layers`, and adapters and prefixes are tuples with one tree per layer. Unstacked arrays
+        avoid copies: XLA on CPU copies each slice of a stacked array before it reads the slice.
     """
 
     config: ModelConfig
@@ -384,7 +392,7 @@ class Decoder(nn.Module):
 
     @property
     def key_heads(self) -> int:
-        """Number of key heads, K, of prefixes and caches."""
+        """Number of key heads, K, in prefixes and caches."""
         return self.config.n_kv_heads * self.key_repeats
 
     @nn.compact
@@ -430,12 +438,12 @@ class Decoder(nn.Module):
         )
 
     def _run_scan(self, layers: tuple, carry, slices, inputs):
-        """Runs the layers by a scan; returns the carry, and the stacked keys and values.
+        """Runs the layers as a scan; returns the carry, and the stacked keys and values.
 
         Args:
           layers: arguments of Layer.
-          carry: as in Layer.
-          slices: (adapter, prefix) of each stream, with a leading axis of layers.
+          carry: the carry of `Layer.__call__`.
+          slices: (adapter, prefix) of each stream; their arrays have a leading axis of layers.
           inputs: inputs of each stream.
         """
         policy = REMAT[self.remat]
@@ -450,7 +458,7 @@ class Decoder(nn.Module):
         return scan(*layers, name="layers")(carry, (index, slices), inputs)
 
     def _run_unstacked(self, layers: tuple, carry, slices, inputs):
-        """Runs the layers one by one, with the arguments and results of `_run_scan`."""
+        """Runs the layers one by one; arguments and results are those of `_run_scan`."""
         for i in range(self.config.n_layers):
             own = tuple(tuple(None if x is None else x[i] for x in both) for both in slices)
             carry, kvs = Layer(*layers, name=f"layer_{i}")(carry, (jnp.int32(i), own), inputs)
@@ -480,21 +488,21 @@ def _prepare_inputs(config: ModelConfig, stream: Stream) -> _StreamInputs:
 
 
 def _zero_padding(hidden_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
-    """Replaces the hidden states of padding by 0, without a gradient."""
+    """Sets the hidden states of padding to 0, so that no gradient flows through them."""
     if segments_BL is None:
         return hidden_BLD
     return jnp.where((segments_BL > 0)[:, :, None], hidden_BLD, jnp.zeros((), hidden_BLD.dtype))
 
 
 def get_head(params: dict) -> jax.Array:
-    """Returns the output matrix [V, D], which is the embedding if both are tied."""
+    """Returns the output matrix [V, D]; for a model with tied embeddings, this is the embedding."""
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
 
 
 def compute_logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
     """Computes the logits, float32 [..., V], of hidden states [..., D].
 
-    Products are in the hidden states' dtype, to which the head is cast, and sums are in float32.
+    For the products, the head is cast to the dtype of the hidden states; sums are in float32.
     """
     return jnp.einsum(
         "...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32
@@ -508,7 +516,7 @@ def _init_params(config: ModelConfig, dtype: Any, key: jax.Array) -> dict:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
-    """Creates random parameters: matrices normal with deviation 0.02, norms 1, biases 0."""
+    """Creates random parameters: normal matrices (deviation 0.02), norm scales 1, and biases 0."""
     return jax.jit(functools.partial(_init_params, config, dtype))(key)
 
 

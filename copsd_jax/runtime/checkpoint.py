@@ -1,7 +1,7 @@
 """Checkpoints of a run's State through Orbax; no other file of the package uses Orbax.
 
-A checkpoint contains only the State. Data order and random streams follow from the State's step,
-and the frozen base is loaded from `model.path` again.
+A checkpoint contains only the State. The data order and the random streams are derived from the
+State's step, and the frozen base is loaded again from `model.path`.
 """
 
 import pathlib
@@ -14,13 +14,13 @@ NAME = "state"
 
 
 def _shapes(tree: Any) -> dict[str, Any]:
-    """Returns [shape, dtype] of every leaf by the leaf's path, in types that JSON has."""
+    """Maps the path of each leaf to the leaf's [shape, dtype], in types that JSON supports."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
 
 
 class Checkpoints:
-    """The checkpoints of one work directory. Closing waits for a save that is in progress."""
+    """The checkpoints of one work directory. Closing waits until an unfinished save is complete."""
 
     def __init__(self, directory: pathlib.Path, keep: int = 0, writer: bool = False):
         """Opens the checkpoints of a directory.
@@ -37,7 +37,7 @@ class Checkpoints:
             str(directory.resolve()),
             save_decision_policy=saving.FixedIntervalPolicy(1),  # the default skips saves silently
             preservation_policy=keeping.LatestN(keep) if keep else keeping.PreserveAll(),
-            # A reader must not remove files that a concurrent run is writing.
+            # A process that only reads must not remove files that a concurrent run is writing.
             cleanup_tmp_directories=writer,
         )
 
@@ -48,7 +48,7 @@ class Checkpoints:
         self._checkpointer.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps that can be loaded, in ascending order, without unfinished saves."""
+        """Returns the steps of all complete checkpoints, in ascending order."""
         return sorted(item.step for item in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any) -> None:
@@ -68,7 +68,7 @@ class Checkpoints:
 
         Raises:
           ValueError: the step was not saved, or the saved tree differs from `like`; the message
-            names a difference.
+            names one difference.
         """
         if step not in self.steps():
             raise ValueError(

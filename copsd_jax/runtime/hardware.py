@@ -1,14 +1,14 @@
-"""Accelerators that a run can target: rates and memory of a device.
+"""Accelerators that a run can target: the rates and the memory of each device.
 
-A device is one device of JAX: a chip, or on tpu7x one of the two cores of a chip.
+A device is what JAX calls a device: a chip, or on tpu7x one of a chip's two cores.
 
-Sources for TPUs: FLOP/s, bandwidth, links and network are from the pages v4, v5e, v5p, v6e and
-tpu7x of the Cloud TPU documentation. (The network of a pod is divided by the pod's chips.) VMEM is
-from jax.experimental.pallas.tpu. `usable` is the memory that the compiler of libtpu 0.0.42 allows a
-program.
+Sources for TPUs: the pages v4, v5e, v5p, v6e and tpu7x of the Cloud TPU documentation state FLOP/s,
+bandwidth, links and network. The network rate is the rate of a pod divided by its number of chips.
+The sizes of VMEM are from jax.experimental.pallas.tpu. `usable` is the memory that the compiler of
+libtpu 0.0.42 allows a program.
 
-Sources for GPUs: NVIDIA's data sheets of A100 SXM 80 GB, H100 SXM and H200 SXM. The network is one
-adapter per GPU, of 400 Gb/s (A100: 200 Gb/s).
+Sources for GPUs: NVIDIA's data sheets for A100 SXM 80 GB, H100 SXM and H200 SXM. The network rate
+assumes one adapter per GPU, of 400 Gb/s (A100: 200 Gb/s).
 
 This file does not import JAX, because `dryrun/targets.py` reads it before JAX starts.
 """
@@ -27,12 +27,12 @@ class Chip:
     Attributes:
       flops: bfloat16 FLOP/s of its matrix units.
       bandwidth: bytes/s of its memory.
-      memory: bytes of its memory, as the manufacturer states them.
+      memory: bytes of its memory, as stated by the manufacturer.
       vmem: bytes of VMEM; 0 for a GPU.
       usable: bytes that programs and their arrays may use.
-      link: bytes/s that it sends to devices of its own slice: along one dimension of a torus, in
-        both directions together, or by NVLink.
-      network: bytes/s that it sends between slices or hosts.
+      link: bytes/s that the device sends to devices of its own slice, over NVLink or along one
+        dimension of a torus (sum of both directions).
+      network: bytes/s that the device sends to other slices or hosts.
     """
 
     flops: float
@@ -44,7 +44,7 @@ class Chip:
     network: float = 0.0
 
 
-# Chips by device kind, as JAX names it.
+# Maps JAX's `device_kind` to the chip.
 CHIPS = {
     "TPU v4": Chip(275e12, 1228e9, 34.4e9, 16 * MIB, 30.75 * GIB, 100e9, 6.25e9),
     "TPU v5 lite": Chip(197e12, 819e9, 16e9, 128 * MIB, 15.75 * GIB, 100e9, 3.125e9),
@@ -63,7 +63,7 @@ GPU_FRACTION = 0.75  # fraction of a GPU's memory that JAX allocates by default
 def compute_usable_memory(chip: Chip) -> float:
     """Returns the bytes of a device's memory that a run may use.
 
-    On a GPU this is the fraction that JAX allocates: XLA_PYTHON_CLIENT_MEM_FRACTION, or
+    A run on a GPU may use the fraction that JAX allocates: XLA_PYTHON_CLIENT_MEM_FRACTION, or
     `GPU_FRACTION` if this variable is not set.
     """
     if chip.vmem:

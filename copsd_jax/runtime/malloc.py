@@ -1,10 +1,10 @@
-"""Setting of glibc's malloc with which a CPU run keeps freed memory instead of returning it.
+"""A setting of glibc's malloc that makes a CPU run keep freed memory instead of returning it.
 
-XLA allocates the temporary memory of a program again at each call. By default, glibc takes blocks
-of such sizes from the system, and returns them when they are freed. So the system has to clear
-every page again at each call. This takes 10 to 20 % of the processor time of a training step that
-is one micro-batch on a CPU (benchmarks/results/step.md). The setting does not change the peak of
-resident memory.
+XLA allocates a program's temporary memory anew at each call. By default, glibc requests such large
+blocks from the operating system, and returns them when XLA frees them. Therefore the operating
+system has to clear every page again at each call. For a training step of one micro-batch on a CPU,
+clearing pages takes 10 to 20 % of the processor time (benchmarks/results/step.md). The setting does
+not change the peak of resident memory.
 """
 
 import ctypes
@@ -27,11 +27,11 @@ def may_have_accelerator() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Tells malloc to keep freed memory, in one arena for all threads; returns whether it will.
+    """Tells malloc to keep freed memory, in one arena for all threads; returns whether it did.
 
-    Call it before JAX starts its threads. Otherwise each thread may get its own arena. The call
-    changes only speed. With an accelerator, or with a C library other than glibc, it does nothing
-    and returns False.
+    Call this function before JAX starts its threads; otherwise each thread may get its own arena.
+    The function affects only speed. If JAX may find an accelerator, or if the C library is not
+    glibc, the function does nothing and returns False.
     """
     if may_have_accelerator() or platform.libc_ver()[0] != "glibc":
         return False

@@ -1,10 +1,10 @@
-"""Runs of several processes: how processes connect, and work for the leading process alone.
+"""Runs of several processes: how processes connect, and work that only the leading process does.
 
 Every process runs the same code on the same numbers, and calls the same programs in the same order.
-Each process has the part of every array that is on its own devices. Some results could differ
-between two machines: those of clocks, servers, and files that are being written. Only the leading
-process computes such results, and sends them to the others (`run_on_leader`). Only the leading
-process writes files and reports progress.
+Each process holds the part of every array that is on its own devices. Some values could differ
+between two machines: clock times, replies of servers, and the contents of files that are being
+written. Only the leading process reads such values, and sends them to all other processes
+(`run_on_leader`). Only the leading process writes files and reports progress.
 """
 
 import os
@@ -25,12 +25,12 @@ _NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until 
 
 
 def join_processes(config: config_lib.Config) -> None:
-    """Joins the processes that `mesh.*` describes; does nothing in a run of one process.
+    """Connects the processes that `mesh.*` describes; does nothing in a run of one process.
 
-    Call it before anything uses a device. mesh.coordinator is '' for one process. It is 'auto' if
-    Cloud TPU, GKE, SLURM or MPI describe the processes. Otherwise it is host:port, and
-    mesh.processes and mesh.process are set too. A process that is silent for mesh.heartbeat seconds
-    counts as dead, and all other processes then end.
+    Call this function before anything uses a device. For a single process, mesh.coordinator is ''.
+    If Cloud TPU, GKE, SLURM or MPI describe the processes, mesh.coordinator is 'auto'. In all other
+    runs, mesh.coordinator is host:port, and mesh.processes and mesh.process are also set. A process
+    that is silent for mesh.heartbeat seconds counts as dead, and all other processes then end.
 
     Raises:
       ValueError: the other processes cannot be found; the message names the setting.
@@ -51,7 +51,7 @@ def join_processes(config: config_lib.Config) -> None:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"mesh.coordinator is {m.coordinator!r}: {reason}") from error
     if not is_leader():
-        sys.stdout = _NOWHERE  # other processes print only errors, on stderr
+        sys.stdout = _NOWHERE  # all processes but the leader print only errors, to stderr
 
 
 def is_leader() -> bool:
@@ -60,14 +60,14 @@ def is_leader() -> bool:
 
 
 def progress_stream() -> TextIO:
-    """Returns the stream for progress: stderr of the leading process, nothing for the others."""
+    """Returns the stream for progress: stderr on the leading process, nothing on others."""
     return sys.stderr if is_leader() else _NOWHERE
 
 
 def run_on_leader(function: Callable[[], Result]) -> Result:
     """Calls `function` on the leading process alone, and returns the result on all processes.
 
-    All processes wait for the result. An error of the leading process is raised on all processes.
+    All processes wait for the result. An error on the leading process is raised on all processes.
 
     Raises:
       Exception: the error of `function`; if this error cannot be pickled, a RuntimeError with its
@@ -97,13 +97,13 @@ def _pickled(error: Exception) -> bytes:
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until all processes have made this call, with the same name."""
+    """Waits until all processes have called this function with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def _broadcast(said: bytes) -> bytes:
-    """Returns the leader's bytes on all processes; pads to powers of two, for few compilations."""
+    """Returns the leader's bytes on all processes; pads to powers of two, to compile rarely."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
     room = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
     room[: len(said)] = np.frombuffer(said, np.uint8)

@@ -1,18 +1,18 @@
-"""The device mesh, and a table from the name of an array to its sharding on the mesh.
+"""The device mesh, and a table that maps the name of each array to its sharding on the mesh.
 
 The axes `data` and `fsdp` split the completions of a batch. `fsdp` also splits one dimension of the
-parameters, and `tensor` splits the other. TPU slices, which are joined by a network, are the
-outermost part of `data`. All axes are Auto axes, and outputs have fixed shardings, so any function
-that compiles on one device also compiles on the mesh.
+parameters, and `tensor` splits their other dimension. TPU slices that are joined by a network form
+the outermost part of `data`. All axes are Auto axes, and outputs have fixed shardings, so any
+function that compiles on one device also compiles on the mesh.
 
-If an axis does not divide a dimension, the dimension is not split along this axis.
-`find_undivided` lists the parameters for which this happens, and the cost. There are two more
-rules:
+If a mesh axis does not divide a dimension, the dimension is not split along this axis.
+`find_undivided` lists the parameters that remain unsplit, and returns their extra memory. Two more
+rules apply to the mesh axis `tensor`:
 
 - Keys and values are split only between heads. The model repeats its K key heads until `tensor`
-  divides their number (`count_key_repeats`).
-- A vocabulary that `tensor` does not divide is stored split along the width. Programs that split
-  the vocabulary pad it.
+  divides the number of key heads (`count_key_repeats`).
+- If `tensor` does not divide the vocabulary, the [V, D] matrices are split along the width.
+  Programs that split the vocabulary pad it first.
 """
 
 import collections
@@ -48,8 +48,8 @@ PARTITIONS: dict[str, tuple[Axis, ...]] = {
     # Adapters: a is [layers, in, rank], b is [layers, rank, out].
     **{f"{name}/a": (None, axes[0], None) for name, axes in _PROJECTIONS.items()},
     **{f"{name}/b": (None, None, axes[1]) for name, axes in _PROJECTIONS.items()},
-    # Keys and values of decode caches, and of prompts on their way into a cache: they have one more
-    # axis, H. Then the scales of int8 caches.
+    # Keys and values, of decode caches or of prompts that are about to be written into one, have
+    # one more axis, H, than the scales of int8 caches.
     **{f"cache/{name}": (*_SLOTS, None) for name in ("k", "v")},
     **{f"cache/{name}_scale": _SLOTS for name in ("k", "v")},
 }
@@ -57,12 +57,12 @@ VOCABULARIES = ("embed/embedding", "head/kernel")  # [V, D]
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
-    """Builds the mesh of all devices; a size of -1 means all remaining devices.
+    """Builds the mesh of all devices; a size of -1 stands for all remaining devices.
 
     Args:
-      data: size of the axis that splits completions only.
+      data: size of the axis that splits only completions.
       fsdp: size of the axis that splits completions and parameters.
-      tensor: size of the axis that splits the dimension of parameters that `fsdp` does not split.
+      tensor: size of the axis that splits the other dimension of the parameters.
       devices: the devices of the mesh; None means all devices of JAX.
 
     Raises:
@@ -82,7 +82,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
         raise ValueError(f"{sizes}: their product must be the number of devices, {len(devices)}")
     slices = collections.defaultdict(list)
     for device in devices:
-        # On GPUs, slice_index is the index of the host. Any axis may use the hosts' network.
+        # On GPUs, slice_index is the index of the host, which does not matter: any axis may use the
+        # network between hosts.
         own = 0 if device.platform == "gpu" else getattr(device, "slice_index", 0)
         slices[own].append(device)
     data, *inner = shape
@@ -91,8 +92,9 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
             f"mesh.data is {data}: it must be a multiple of the number of slices, {len(slices)}, "
             "since only the axis data may use the network between slices"
         )
-    # Slices are outermost, so that only one reduction of the gradients per step crosses the
-    # network. An axis of a torus may be split, for example 4 x 4 x 4 into 32 x 2.
+    # Slices form the outermost axis, so that only one gradient reduction per step crosses the
+    # network. One axis of a torus may be divided between two mesh axes; for example, a torus of 4 x
+    # 4 x 4 can become a mesh of 32 x 2.
     own_shape = (data // len(slices), *inner)
     parts = [
         mesh_utils.create_device_mesh(own_shape, devices, allow_split_physical_axes=True)
@@ -112,7 +114,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def _name(path: tuple) -> str:
-    """Returns the name of a tree path without optimizer fields, such as `layers/q/kernel`."""
+    """Returns the name of a tree path, such as `layers/q/kernel`, without optimizer fields."""
     return "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
@@ -125,11 +127,11 @@ def _size(mesh: Any, axis: Axis) -> int:
 
 
 def count_key_repeats(heads: int, key_heads: int, tensor: int) -> int:
-    """Returns how many times each key head is repeated so that `tensor` divides their number.
+    """Returns how often to repeat each key head, so that `tensor` divides the number of key heads.
 
-    The result is the smallest divisor r of M, the queries per key head, for which `tensor` divides
-    K r. Every device then has whole key heads with M / r queries each. For example, N = 8, K = 2
-    and tensor = 4 give 2.
+    M is the number of queries per key head. The result r is the smallest divisor of M for which
+    `tensor` divides K r. With this r, every device has whole key heads, each with M / r queries.
+    For example, N = 8, K = 2 and tensor = 4 give 2.
 
     Args:
       heads: number of query heads, N.
@@ -157,11 +159,12 @@ def partition_spec(
     Args:
       name: name of the array, such as `layers/q/kernel`.
       shape: shape of the array.
-      mesh: the mesh; an axis that does not divide its dimension is left out.
+      mesh: the mesh; the result leaves out axes that do not divide their dimension.
       key_heads: number of key heads, K; needed for keys and values if `tensor` is larger than 1.
 
     Raises:
-      ValueError: the name is not in the table, the table has another rank, or key_heads is missing.
+      ValueError: the name is not in `PARTITIONS`, its entry has a different rank than `shape`, or
+        key_heads is needed but None.
     """
     axes = _find_dividing_mesh_axes(name, shape, mesh)
     if "tensor" in axes and name.split("/")[-2] in ("k", "v") and mesh.shape["tensor"] > 1:
@@ -173,7 +176,7 @@ def partition_spec(
 
 
 def _find_dividing_mesh_axes(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
-    """Returns the table's axes of a name, with None for axes that do not divide their dimension."""
+    """Returns the axes of a name in `PARTITIONS`, with None for axes that do not divide evenly."""
     axes = _look_up_partition(name, shape)
     if name in VOCABULARIES and shape[0] % mesh.shape["tensor"]:
         choices: tuple[Axis, ...] = (("fsdp", "tensor"), "fsdp", "tensor")
@@ -184,7 +187,7 @@ def _find_dividing_mesh_axes(name: str, shape: tuple[int, ...], mesh: Any) -> li
 
 
 def _look_up_partition(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
-    """Returns the table's entry of a name."""
+    """Returns the entry that `PARTITIONS` has for a name."""
     if name not in PARTITIONS:
         raise ValueError(f"no partition for parameter {name!r}: add it to sharding.PARTITIONS")
     axes = PARTITIONS[name]
@@ -194,7 +197,7 @@ def _look_up_partition(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
 
 
 def _without(axis: Axis, name: str) -> Axis:
-    """Returns an axis, which may be a tuple of names, without `name`; None if nothing is left."""
+    """Removes `name` from an axis, which may be a tuple of names; None if nothing is left."""
     left = tuple(one for one in _names(axis) if one != name)
     return left if len(left) > 1 else left[0] if left else None
 
@@ -205,10 +208,10 @@ def shardings(
     """Returns the NamedShardings of a tree of parameters, adapters or optimizer state.
 
     Args:
-      tree: a tree of arrays or shapes; scalars are whole on every device.
+      tree: a tree of arrays or shapes; every device has a copy of each scalar.
       mesh: the mesh of the shardings.
       key_heads: as for `partition_spec`.
-      gathered: whether parameters are not split along `fsdp`, as in decoding.
+      gathered: whether to leave parameters unsplit along `fsdp`, as decoding needs them.
     """
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
@@ -225,11 +228,11 @@ def shardings(
 def find_undivided(
     tree: Any, mesh: Mesh, key_heads: int | None
 ) -> tuple[dict[str, list[str]], int]:
-    """Returns the parameters that an axis should split but does not divide, and the cost.
+    """Returns the parameters that an axis should split but does not divide, and their extra memory.
 
     Returns:
-      The names by axis, and the extra bytes of all these parameters on each device, compared with
-      an even split.
+      The names of the parameters by axis, and the bytes that they take on each device in addition
+      to the bytes of an even split.
     """
     names: dict[str, list[str]] = collections.defaultdict(list)
     more = 0
@@ -250,14 +253,14 @@ def find_undivided(
 
 
 def shard_by_name(tree: Any, mesh: Mesh, key_heads: int | None = None) -> Any:
-    """Puts parameters, adapters or optimizer state on the mesh by `PARTITIONS`."""
+    """Puts parameters, adapters or optimizer state on the mesh as `PARTITIONS` defines."""
     return jax.tree.map(shard_array, tree, shardings(tree, mesh, key_heads))
 
 
 def shard_array(x: Any, sharding: NamedSharding) -> jax.Array:
     """Puts each device's part of `x` on the device; returns an array of the shape of `x`.
 
-    Every process must have all of `x`; processes exchange nothing.
+    Every process must have the whole of `x`, because processes exchange no data.
     """
     return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
@@ -270,9 +273,9 @@ def load_shards(
     Args:
       shape: shape of the whole array.
       sharding: sharding of the result.
-      part: returns the values in a tuple of slices, one slice for each axis, with start and stop.
-        It is called once for each distinct part, however many devices need this part. Only one part
-        is in memory at a time.
+      part: function that takes a tuple of slices, one per axis, and returns the values there; each
+        slice has a start and a stop. The function is called once for each distinct part, even if
+        several devices need the part. Only one part is in memory at a time.
     """
     devices: dict[tuple, list] = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -287,7 +290,7 @@ def load_shards(
 
 
 def current_mesh() -> Mesh:
-    """Returns the mesh of `jax.set_mesh`; without one, a mesh of the default device."""
+    """Returns the mesh that `jax.set_mesh` set; without one, a mesh of the first device alone."""
     context = jax.sharding.get_mesh()
     return make_mesh(1, 1, 1, jax.devices()[:1]) if context.empty else context
 
@@ -296,8 +299,8 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     """Splits the rows of `x` [rows, ...] over the batch axes; the other dimensions stay whole.
 
     Without this constraint, the compiler splits hidden states along the width, because `fsdp`
-    splits the weights. It then sums the states over the devices in every layer, which costs far
-    more than gathering the weights.
+    splits the weights. With such a split, the compiler sums hidden states over the devices in every
+    layer, which costs far more than gathering the weights.
     """
     sizes = jax.sharding.get_abstract_mesh()
     if sizes.empty or x.shape[0] % (sizes.shape["data"] * sizes.shape["fsdp"]):
@@ -308,9 +311,10 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Returns table_VD[tokens_BL] as [B, L, D], with the rows split over the batch axes.
 
-    Each device looks up its part of the width for all rows of its `fsdp` group. The devices of the
-    group then exchange these parts, so that each gets whole rows. Only one copy of the result is
-    sent. Without this function, the compiler sends the states of the whole batch to every device.
+    Each device looks up its part of the width for all rows of its `fsdp` group. The devices of a
+    group then exchange their parts, so that each device gets whole rows. In this exchange, only one
+    copy of the result is sent. Without this function, the compiler would send the states of the
+    whole batch to every device.
     """
     sizes = jax.sharding.get_abstract_mesh()
     groups = 1 if sizes.empty else sizes.shape["fsdp"]
@@ -343,7 +347,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
 
 
 def constrain_heads(x_BLKH: jax.Array) -> jax.Array:
-    """Splits the heads of [B, L, K, H] over `tensor` if it divides K; the shape is unchanged."""
+    """Splits the heads of [B, L, K, H] over `tensor` if `tensor` divides K; keeps the shape."""
     sizes = jax.sharding.get_abstract_mesh()
     if sizes.empty or x_BLKH.shape[2] % sizes.shape["tensor"]:
         return x_BLKH
@@ -352,16 +356,16 @@ def constrain_heads(x_BLKH: jax.Array) -> jax.Array:
 
 
 def shard_tree(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """Puts all arrays of a tree on the mesh with one PartitionSpec, as `shard_array` does."""
+    """Puts all arrays of a tree on the mesh with the same PartitionSpec, by `shard_array`."""
     return jax.tree.map(lambda x: shard_array(x, NamedSharding(mesh, spec)), tree)
 
 
 def to_abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
-    """Returns arrays or shapes as jax.ShapeDtypeStructs with shardings; nothing is moved.
+    """Returns arrays or shapes as jax.ShapeDtypeStructs with shardings; no data is moved.
 
     Args:
       tree: a tree of arrays or shapes.
-      mesh: the mesh that a PartitionSpec refers to.
+      mesh: the mesh of the shardings, used if `places` is a PartitionSpec.
       places: a tree of shardings, or one PartitionSpec for all arrays.
     """
     if isinstance(places, PartitionSpec):

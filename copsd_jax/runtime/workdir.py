@@ -24,17 +24,18 @@ from collections.abc import Callable, Iterable
 from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import processes
 
-# Settings that cannot change the numbers. A run may be continued with other values of them.
+# Settings that cannot change the numbers of a run, which may be continued with other values.
 CHANGEABLE = (
     *("description", "mesh.", "train.save_every", "train.keep", "train.log_rollouts", "eval.every"),
-    # These settings put the same tokens into other rows.
+    # Settings that decide only how the same tokens are arranged in rows.
     *("rollout.slots", "eval.slots", "author.slots"),
     *("train.pack", "train.row_tokens", "train.micro_tokens"),
-    # These settings change the shapes of products. Texts stay the same except for rounding.
+    # Settings that change only the shapes of products. Texts stay the same, apart from effects of
+    # rounding.
     *("sampler.steps", "sampler.pack", "sampler.attention", "sampler.gather", "sampler.warmup"),
     *("model.attention", "model.remat"),
-    # These settings change how a server is reached, not the requests. A different failure or reply
-    # of the server does not make this a different run.
+    # Settings that change how a server is reached, but not the requests. A run remains the same
+    # run, even if the server fails or replies differently.
     *("sampler.url", "sampler.folder"),
     *(
         f"{section}.{name}"
@@ -50,7 +51,7 @@ def _listed(value: object) -> object:
 
 
 def check_writable(directory: pathlib.Path, flag: str) -> None:
-    """Checks that a directory can be created or written, by creating a temporary directory.
+    """Checks that a directory can be created or written; creates a temporary directory to find out.
 
     Raises:
       OSError: the directory cannot be written; the message names the flag.
@@ -71,8 +72,8 @@ def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> boo
     """Returns whether the directory already contains this run; writes nothing.
 
     Raises:
-      ValueError: the directory belongs to a run with other settings, which the message names, or
-        its files do not belong to a run.
+      ValueError: the directory belongs to a run with other settings (the message names them), or
+        has files that do not belong to a run.
       OSError: the directory cannot be written.
     """
     check_writable(directory, "--workdir")
@@ -80,7 +81,8 @@ def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> boo
         return False
     if not (directory / "config.json").is_file():
         raise ValueError(f"--workdir={directory} has files but no config.json: no run began there")
-    # A setting that was added to the program after the run began had its default value.
+    # If a setting was added to the program after the run began, the run used the setting's default
+    # value.
     defaults = config_lib.flat(config_lib.default())
     old = {name: _listed(value) for name, value in defaults.items()} | read_settings(directory)
     differences = [
@@ -97,13 +99,13 @@ def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> boo
 
 
 def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
-    """Checks that a run continues with the data and the model that it began with.
+    """Checks that the data and the model are the same as when the run began.
 
     Raises:
       ValueError: the data or the weights have changed; the message names the fingerprints.
     """
     path = directory / "run.json"
-    if not path.is_file():  # the run stopped before it wrote this file: nothing was trained
+    if not path.is_file():  # the run stopped before it wrote run.json: nothing was trained
         return
     old = read_json(path)["starts"][0]
     # A fingerprint that the run did not record is not compared.
@@ -116,7 +118,7 @@ def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
 
 
 def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
-    """Creates the directory with config.json and run.json; each call adds a start to run.json.
+    """Creates the directory with config.json and run.json; each call adds one entry to run.json.
 
     The leading process creates the directory, and the other processes wait.
 
@@ -154,7 +156,7 @@ def _write_workdir(directory: pathlib.Path, settings: dict[str, object], facts: 
 
 
 def read_settings(directory: pathlib.Path) -> dict[str, object]:
-    """Reads the settings of an existing run, by their full names.
+    """Reads the settings of an existing run; returns their values by full name.
 
     Raises:
       FileNotFoundError: the directory has no config.json.
@@ -190,7 +192,7 @@ def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
 
 
 def _write_file_on_leader(path: pathlib.Path, make_lines: Callable[[], Iterable[str]]) -> None:
-    """Renames a complete file into place, so that a reader never sees a partial file."""
+    """Writes a temporary file, then renames it, so that no reader sees a partial file."""
     if processes.is_leader():
         temporary = path.with_suffix(path.suffix + ".part")
         with temporary.open("w", encoding="utf-8") as stream:
@@ -199,7 +201,7 @@ def _write_file_on_leader(path: pathlib.Path, make_lines: Callable[[], Iterable[
 
 
 def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
-    """Reads the events of W/events.jsonl up to and including a step; [] if there is no file."""
+    """Reads the events of W/events.jsonl up to and including a step; returns [] without a file."""
     path = directory / "events.jsonl"
     if not path.is_file():
         return []
@@ -208,13 +210,13 @@ def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
 
 
 def step_file(directory: pathlib.Path, kind: str, step: int) -> pathlib.Path:
-    """Returns W/rollouts/step_000007.jsonl or W/eval/step_000007.json, by kind."""
+    """Returns the path of a step's file, such as W/rollouts/step_000007.jsonl for `rollouts`."""
     suffix = {"rollouts": "jsonl", "eval": "json"}[kind]
     return directory / kind / f"step_{step:06d}.{suffix}"
 
 
 def _commit() -> str:
-    """Returns the commit of the code, or '' if it is not a git checkout."""
+    """Returns the commit of the code, or '' if the code is not in a git checkout."""
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()

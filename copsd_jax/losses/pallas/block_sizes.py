@@ -1,11 +1,12 @@
-"""Block sizes of the divergence kernels by shape and chip, and the cost of the passes on a TPU.
+"""Block sizes of the divergence kernels for a shape and chip, and the costs of passes on a TPU.
 
-Memory limits the size of a block of tokens:
+Memory limits the number of tokens in a block:
 
-  TPU: VMEM must hold the hidden states of both sides (pass 1) or the float32 gradient (pass 3).
-    HBM must hold the stored entries. Each pass reads the head once per block, so larger blocks are
-    better.
-  GPU: HBM must hold the float32 logits of both sides and the bfloat16 dz, 10 bytes per entry.
+- On a TPU, VMEM must hold the hidden states of both sides (pass 1) or the float32 gradient
+  (pass 3). HBM must hold the stored entries. Larger blocks are better, because each pass reads the
+  head once per block.
+- On a GPU, HBM must hold the float32 logits of both sides and the bfloat16 dz, which take 10 bytes
+  per entry.
 
 `benchmarks/tune_loss.py` measures other sizes on the chip at hand.
 """
@@ -19,19 +20,19 @@ from copsd_jax.losses.pallas import row_statistics
 from copsd_jax.runtime import hardware
 
 MIB = 2**20
-LANES = 128  # lanes of a TPU register; token counts and tile widths are multiples of this
+LANES = 128  # lanes of a TPU register; token counts and tile widths are multiples of 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Sizes of a sweep.
+    """Sizes of the blocks and tiles of a sweep.
 
     Attributes:
-      tokens: tokens of a block. Temporary arrays have this many rows, whatever the number of tokens
-        of a sweep. TPU: a multiple of `rows`.
-      vocab: width of a vocabulary tile; TPU: a multiple of 128, GPU: a power of two.
-      rows: rows of a block that one grid step works on; TPU: a multiple of 128, GPU: unused.
-      warps: warps of a GPU program; TPU: unused.
+      tokens: number of tokens per block. Temporary arrays have this many rows, whatever the number
+        of tokens in a sweep. On a TPU, `tokens` is a multiple of `rows`.
+      vocab: width of a vocabulary tile; a multiple of 128 on a TPU, a power of two on a GPU.
+      rows: number of rows that one grid step works on; a multiple of 128 on a TPU, unused on a GPU.
+      warps: number of warps per GPU program; unused on a TPU.
     """
 
     tokens: int
@@ -43,7 +44,7 @@ class Blocks:
 SMALLEST = hardware.Chip(0, 0, 8e9, 16 * MIB)  # smallest memory and VMEM of any chip (TPU v2)
 SPARE_VMEM = 14 * MIB  # maximum bytes left for spilled registers and the compiler's own buffers
 STORED_SHARE = 1 / 8  # share of a TPU's memory for the stored entries of a block
-GPU_BYTES = 0.8e9  # bytes of a block's logits and dz
+GPU_BYTES = 0.8e9  # bytes that a block's logits and dz may take
 
 
 def choose_tpu(
@@ -54,7 +55,7 @@ def choose_tpu(
     Args:
       kind: `device_kind` of the mesh's devices; an unknown kind gets the smallest chip's sizes.
       width: D, the width of the hidden states.
-      vocabulary: rows of the shard's head.
+      vocabulary: number of rows in the shard's head.
       dtype: dtype of the hidden states.
       tied: whether both sides share a head.
       train_head: whether the head's gradient is computed.
@@ -69,8 +70,8 @@ def choose_tpu(
         for tokens in (4096, 2048, 1536, 1024, 512, 256, 128):
             sizes = Blocks(tokens, tile, min(256, tokens))
             need = vmem_bytes(sizes, width, dtype, tied=tied, train_head=train_head)
-            # Before going below 1,024 tokens, shrink the tile, down to the width that the matrix
-            # unit needs. A block with few tokens waits for the head.
+            # Before the block shrinks below 1,024 tokens, the tile shrinks to the width that the
+            # matrix unit needs: a block with few tokens waits for the head.
             enough = {1024: 1024, 512: 1024, 256: 256, 128: 128}[tile]
             if need <= budget and enough <= tokens <= most:
                 return sizes
@@ -86,11 +87,11 @@ def spare_vmem(vmem: int) -> int:
 
 
 def vmem_limit(need: int) -> int:
-    """Returns the VMEM limit in bytes with which to compile a kernel that needs `need` bytes.
+    """Returns the VMEM limit, in bytes, for compiling a kernel that needs `need` bytes.
 
-    The limit is valid on every chip for which `choose_tpu` returns such a block. It is at least the
-    smallest chip's VMEM. If a block needs more, it fits only on chips that also have SPARE_VMEM
-    free.
+    The limit is valid on every chip for which `choose_tpu` returns a block with this need. The
+    limit is at least the VMEM of the smallest chip. A block that needs more VMEM fits only on chips
+    that also have SPARE_VMEM free.
     """
     least = SMALLEST.vmem
     return least if need <= least - spare_vmem(least) else need + SPARE_VMEM
@@ -99,7 +100,8 @@ def vmem_limit(need: int) -> int:
 def vmem_bytes(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train_head: bool) -> int:
     """Returns the bytes of VMEM that the most demanding pass needs.
 
-    Tiles that move with the grid have two buffers, so that the next tile loads while one is used.
+    Tiles that move with the grid have two buffers, so that the next tile can load while the current
+    tile is used.
     """
     item = jnp.dtype(dtype).itemsize
     tile, block = sizes.vocab * width, sizes.tokens * width
@@ -107,7 +109,7 @@ def vmem_bytes(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train
     stored = 2 * entries * kept_bytes(dtype)
     first = 2 * block * item + 2 * tile * item * (1 if tied else 2) + 2 * entries * 4 + stored
     third = block * 4 + 2 * tile * item + stored + entries * item
-    third += sizes.rows * width * 4  # the product, before it is added
+    third += sizes.rows * width * 4  # the product of dz and a tile of the head
     if train_head:
         third += block * item + 5 * tile * 4
     return max(first, third)
@@ -128,12 +130,12 @@ def choose_gpu(
 
 
 def kept_bytes(dtype: jnp.dtype) -> int:
-    """Returns the bytes that a TPU stores per entry: two float32, or both packed in 32 bits."""
+    """Returns the bytes that a TPU stores per entry: two float32, or two numbers in 32 bits."""
     return 8 if jnp.dtype(dtype) == jnp.float32 else 4
 
 
 def entry_bytes(platform: str, dtype: jnp.dtype) -> int:
-    """Returns the bytes of temporary memory per entry of a block; on a GPU, of logits and dz."""
+    """Returns the bytes of temporary memory per entry of a block; a GPU stores logits and dz."""
     return kept_bytes(dtype) if platform == "tpu" else 8 + jnp.dtype(dtype).itemsize
 
 
@@ -146,17 +148,17 @@ def fit(sizes: Blocks, tokens: int) -> Blocks:
 
 
 def divide_rows_evenly(tokens: int, most: int, unit: int) -> int:
-    """Returns the rows of a block, a multiple of `unit`, for the fewest blocks up to `most` rows.
+    """Returns the rows per block, a multiple of `unit`, for the fewest blocks of up to `most` rows.
 
-    For example, 5000 tokens with `most` 4096 and `unit` 256 give 2560, for 2 blocks.
+    For example, 5000 tokens with `most` 4096 and `unit` 256 give 2 blocks of 2560 rows.
     """
     blocks = max(1, -(-tokens // most))
     return -(-max(tokens, 1) // (blocks * unit)) * unit
 
 
 # --- cost of the TPU's passes ---------------------------------------------------------------------
-# A grid step counts the bytes that it moves, except those that the previous step already loaded.
-# Partial tiles count as whole tiles.
+# The cost of a grid step includes all bytes that the step moves, except those that the previous
+# step already loaded. Partial tiles count as whole tiles.
 
 
 def estimate_logits_cost(
@@ -182,7 +184,7 @@ def estimate_sums_cost(blocks: Blocks, vocabulary: int, entry: int) -> pl.CostEs
 def estimate_gradient_cost(
     blocks: Blocks, width: int, vocabulary: int, dtype: jnp.dtype, fused: bool, train_head: bool
 ) -> pl.CostEstimate:
-    """Estimates the cost of pass 3 over a block; `fused` if it also writes the sums of pass 2."""
+    """Estimates the cost of pass 3 over a block; if `fused`, pass 3 also writes Σe."""
     entries, numbers = _count_entries(blocks, vocabulary)
     item, head = jnp.dtype(dtype).itemsize, _count_head(blocks, width, vocabulary)
     moved = entries * kept_bytes(dtype) + (1 + fused) * numbers + head * item
@@ -194,12 +196,12 @@ def estimate_gradient_cost(
 
 
 def _count_entries(blocks: Blocks, vocabulary: int) -> tuple[int, int]:
-    """Returns the entries of a block, and the bytes of the statistics of its rows and tiles."""
+    """Returns the number of entries in a block, and the bytes of the block's statistics."""
     tiles = -(-vocabulary // blocks.vocab)
     numbers = tiles * row_statistics.ROW_STATS * blocks.tokens * 4
     return tiles * blocks.vocab * blocks.tokens, numbers
 
 
 def _count_head(blocks: Blocks, width: int, vocabulary: int) -> int:
-    """Returns how many numbers all tiles of the head have."""
+    """Returns the count of numbers in all tiles of the head, padding included."""
     return -(-vocabulary // blocks.vocab) * blocks.vocab * width

@@ -1,4 +1,4 @@
-"""The Pallas kernels on one device: choice of the kernel, its block sizes, and its rows."""
+"""The Pallas kernels on one device: choice of the kernel, of its block sizes, and of its rows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from copsd_jax.losses import split_vocabulary, token_blocks, token_values
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
-CALLS = 4  # blocks of tokens in one kernel call, if it computes the head's gradient
+CALLS = 4  # blocks of tokens per kernel call, if the head is trained
 DIVERGENCES = row_statistics.DIVERGENCES
 
 
@@ -21,8 +21,8 @@ class KernelOptions:
     Attributes:
       chip: `device_kind` of the mesh's devices, which determines the block sizes; "" means the
         smallest chip.
-      blocks: block sizes to use instead of the chip's, or None.
-      interpret: whether the kernels run in interpret mode, on any platform (tests).
+      blocks: block sizes to use; None means those that are chosen for the chip.
+      interpret: whether the kernels run in interpret mode, in which tests run them on any platform.
     """
 
     chip: str = ""
@@ -34,14 +34,14 @@ DEFAULT = KernelOptions()
 
 
 def _sweep_tpu(*args, **keywords):
-    # Imported lazily: only a TPU, or a test, needs Mosaic.
+    # This import is lazy, because only a TPU, or a test, needs Mosaic.
     from copsd_jax.losses.pallas import divergence_tpu
 
     return divergence_tpu.sweep(*args, **keywords)
 
 
 def _sweep_gpu(*args, **keywords):
-    # Imported lazily: only a GPU, or a test, needs Triton.
+    # This import is lazy, because only a GPU, or a test, needs Triton.
     from copsd_jax.losses.pallas import divergence_gpu
 
     return divergence_gpu.sweep(*args, **keywords)
@@ -53,7 +53,7 @@ class Kernel(NamedTuple):
     Attributes:
       sweep: computes statistics and gradients of a device's rows; see `divergence_tpu.sweep`.
       choose_blocks: chooses the block sizes; see `block_sizes.choose_tpu`.
-      lanes: the width must be a multiple of this number.
+      lanes: number of which the width must be a multiple.
     """
 
     sweep: Callable[..., tuple]
@@ -70,16 +70,16 @@ KERNELS: dict[str, Kernel] = {
 def sweep_live(
     name: str, options: KernelOptions, sweep: split_vocabulary.Sweep, rows: tuple, live_T: jax.Array
 ) -> tuple[tuple[token_values.TokenStats, jax.Array | None], jax.Array | None]:
-    """Sweeps a device's live rows in calls of a kernel, which always computes the gradient.
+    """Sweeps a device's live rows with calls of a kernel, which always computes the gradient.
 
-    Each call gets one of the kernel's blocks, so that few padding rows are computed. With the
-    head's gradient each call gets CALLS blocks, because its [V, D] result is then added to the
-    total in memory.
+    Each call gets one block of rows, so that few padding rows are computed. If the head is trained,
+    each call gets CALLS blocks, because after every call the [V, D] gradient is added to a total in
+    memory.
 
     Args:
       name: a key of `KERNELS`.
       options: options of the kernels.
-      sweep: constants of the sweep; the heads are in the states' dtype.
+      sweep: constants of the sweep; the heads are in the dtype of the states.
       rows: (states of student and teacher [T, D], `TokenInputs`).
       live_T: bool; rows that are not live may contain anything.
 
@@ -108,5 +108,5 @@ def sweep_live(
 
 
 def _pad_width(x: jax.Array, lanes: int) -> jax.Array:
-    """Appends zeros, which change no product, along the last axis up to a multiple of `lanes`."""
+    """Pads the last axis with zeros, which change no product, to the next multiple of `lanes`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % lanes))) if x.shape[1] % lanes else x

@@ -1,24 +1,26 @@
 """The divergence over the whole vocabulary on an NVIDIA GPU, with three matmuls per token.
 
-The matmuls of a block of N tokens run in the vendor's library. Pallas kernels (Triton) do the work
-between the matmuls, in tiles of the vocabulary. If both sides share a head, one matmul computes the
-logits of both. Logits are stored in float32, so the results are those of `chunked`.
+For each block of N tokens, the matmuls run in the vendor's library. Pallas kernels (Triton) do the
+work between the matmuls, in tiles of the vocabulary. If both sides share a head, a single matmul
+computes the logits of both sides. Logits are stored in float32, so the results are those of
+`chunked`.
 
-A row of 151,936 logits does not fit into shared memory, so every pass reads it again. The bytes
-that are moved per entry (one token and one id) are
+A row of 151,936 logits does not fit into shared memory, so every pass reads the row again. An entry
+is one token and one id. For each entry, the following bytes are moved:
 
-   8  to write the logits
-   8  to read them for the statistics
-   8  to read them for Σb (not for `sampled`, nor for forward KL without an element clip)
-  10  to read them for dz (8), and to write dz (2)
-   2  to read dz for its matmul
+     8  to write the logits
+     8  to read the logits for the statistics
+     8  to read the logits for Σb (not for `sampled`, nor for forward KL without an element clip)
+    10  to read the logits for dz (8), and to write dz (2)
+     2  to read dz for its matmul
 
-Take T = 8192, D = 4096 and V = 151,936 in bfloat16 on an H200 (989 TFLOP/s, 4.8 TB/s; TV = 1.24e9).
-The floor, the time of three matmuls at peak, is 30.9 ms. Forward KL moves 28 bytes per entry, which
-takes 7.3 ms; other divergences move 36 bytes in 9.3 ms. In total this is 1.24 and 1.30 floors.
-Relative to measured matmuls it is less, since no matmul reaches the peak.
+For example, let T = 8192, D = 4096 and V = 151,936 in bfloat16 on an H200 (989 TFLOP/s, 4.8 TB/s;
+TV = 1.24e9). The floor is the time of three matmuls at peak: 30.9 ms. Forward KL moves 28 bytes per
+entry, which takes 7.3 ms. Divergences that need Σb move 36 bytes per entry, which takes 9.3 ms. In
+total, forward KL takes 1.24 floors, and divergences that need Σb take 1.30 floors. Relative to
+measured matmuls the overhead is smaller, because no matmul reaches the peak.
 
-Names: I vocabulary tiles, T tokens of a block, U width of a tile.
+Letters: I vocabulary tiles, T tokens per block, U width of a tile.
 """
 
 import dataclasses
@@ -41,8 +43,8 @@ def sweep(
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
     """Sweeps a device's rows like `divergence_tpu.sweep`, but for any width.
 
-    Arguments, results and their shapes are the same, except that the block sizes come from
-    `block_sizes.choose_gpu`.
+    Arguments, results and their shapes are those of `divergence_tpu.sweep`, except that
+    `block_sizes.choose_gpu` chooses the block sizes.
     """
     tokens = block_sizes.divide_rows_evenly(len(rows[1].tokens_T), blocks.tokens, 8)
     blocks = dataclasses.replace(blocks, tokens=tokens)
@@ -52,10 +54,10 @@ def sweep(
 def _stack_row_coefficients(
     result: row_statistics.LogitsResult, sides: tuple, local_T: jax.Array, slope_T: jax.Array
 ) -> jax.Array:
-    """Returns the numbers of each row that passes 2 and 3 read, [T, 8].
+    """Returns the numbers that passes 2 and 3 read for each row, [T, 8].
 
-    0 and 1: the student's maximum and ln Σ exp; 2 and 3: the same of the teacher; 4: Σb/Σp; 5: the
-    sampled token's row in this shard; 6: p - 1 of the sampled token; 7: 0.
+    0 and 1: the student's maximum and ln Σ exp; 2 and 3: the teacher's maximum and ln Σ exp; 4:
+    Σb/Σp; 5: the sampled token's row in this shard; 6: p - 1 of the sampled token; 7: 0.
     """
     del sides
     place_T = local_T.astype(jnp.float32)
@@ -70,7 +72,7 @@ def _stack_row_coefficients(
 def _load_tile_logits(
     settings: divergences.Divergence, logits_ref, row, width: int, here: jax.Array
 ):
-    """Loads z / τ of a tile, with EMPTY after the last real entry, and a mask of real entries."""
+    """Loads z / τ of a tile, EMPTY after the last real entry; also returns their mask."""
     start = pl.program_id(1) * width
     real_U = start + jnp.arange(width, dtype=jnp.int32) < here
     z_U = plgpu.load(logits_ref.at[row, pl.ds(start, width)], mask=real_U, other=0.0)
@@ -80,9 +82,10 @@ def _load_tile_logits(
 
 
 def _load_both_logits(settings, logits_refs, width: int, here: jax.Array):
-    """Loads z / τ of a tile for both sides, and a mask of real entries."""
+    """Loads z / τ of a tile for both sides; also returns a mask of real entries."""
     row = pl.program_id(0)
-    # Either one array has the student's rows followed by the teacher's, or there are two arrays.
+    # Either one array has the student's rows and then the teacher's rows, or each side has an
+    # array.
     below = pl.num_programs(0) if len(logits_refs) == 1 else 0
     student_U, real_U = _load_tile_logits(settings, logits_refs[0], row, width, here)
     teacher_U, _ = _load_tile_logits(settings, logits_refs[-1], row + below, width, here)
@@ -90,7 +93,7 @@ def _load_both_logits(settings, logits_refs, width: int, here: jax.Array):
 
 
 def _write_tile_sums(numbers_ref, numbers: list[jax.Array]) -> None:
-    """Writes up to 8 numbers of this row and tile to [I, 8, T], and 0 for missing ones."""
+    """Writes up to 8 numbers of this row and tile to [I, 8, T], and 0 for missing numbers."""
     row, tile = pl.program_id(0), pl.program_id(1)
     for k in range(row_statistics.ROW_STATS):
         value = numbers[k] if k < len(numbers) else jnp.zeros((), jnp.float32)
@@ -113,7 +116,7 @@ def _logits_kernel(settings, width, here_ref, *refs):
 
 
 def _load_tile_distributions(settings, logits_refs, width, here, row_ref):
-    """Loads both distributions of a tile (0 after the last real entry) and the row's numbers."""
+    """Loads both distributions of a tile, 0 after the last real entry; also loads coefficients."""
     student_U, teacher_U, real_U = _load_both_logits(settings, logits_refs, width, here)
     row = pl.program_id(0)
     sides = []
@@ -125,7 +128,7 @@ def _load_tile_distributions(settings, logits_refs, width, here, row_ref):
 
 
 def _sums_kernel(settings, width, here_ref, row_ref, *refs):
-    """Writes the sums over a tile of e, b, p and the teacher's clipped mass (pass 2)."""
+    """Writes a tile's sums of e, of b, of p and of the teacher's clipped mass (pass 2)."""
     *logits_refs, sums_ref = refs
     student, teacher, _ = _load_tile_distributions(
         settings, logits_refs, width, here_ref[0], row_ref
@@ -163,7 +166,7 @@ def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
 def _call_divergence_kernel(
     kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes: int
 ):
-    """Runs a program per row and tile over whole arrays in HBM; the last operand has V columns."""
+    """Runs one program per row and tile on arrays in HBM; the last operand has V columns."""
     tokens = out_shape[0].shape[-1] if out_shape[0].ndim == 3 else out_shape[0].shape[0]
     size = operands[-1].shape[1]
     entries = tokens * size
@@ -189,7 +192,7 @@ def _numbers(tokens: int, size: int, blocks: block_sizes.Blocks) -> jax.ShapeDty
 
 
 def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
-    """Returns the logits, one array [2T, V] or two [T, V], and the statistics [I, 8, T]."""
+    """Returns the logits (one array [2T, V] or two [T, V]), and the statistics [I, 8, T]."""
     rows = (jnp.concatenate(hidden),) if len(heads) == 1 else hidden
     stored = tuple(precision.dot(*pair, 1, 1) for pair in zip(rows, heads, strict=True))
     kernel = functools.partial(_logits_kernel, settings, blocks.vocab)

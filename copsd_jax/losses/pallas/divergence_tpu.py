@@ -1,39 +1,42 @@
 """The divergence over the whole vocabulary on a TPU (Mosaic), with three matmuls per token.
 
-One matmul of T tokens, width D and vocabulary V is 2TDV FLOP. At least three matmuls are needed:
-the logits of both sides, and the gradient of the hidden states. The head's gradient is a fourth.
-The time of the needed matmuls at the chip's peak is called the floor below.
+One matmul with T tokens, width D and vocabulary V takes 2TDV FLOP. At least three matmuls are
+needed: the logits of both sides, and the gradient of the hidden states. The head's gradient needs a
+fourth matmul. The floor is the time that the needed matmuls take at the chip's peak.
 
 JSD, reverse KL and the element clip need both log-sum-exps before any gradient, and Σb before
-dz = b - p Σb. There are several ways to get them. Their costs are given for T = 32,768, D = 2048
-and V = 151,936 in bfloat16, where TV = 4.98e9. The floor is then 310.6 ms on v5e and 66.6 ms on
-v6e.
+dz = b - p Σb. The log-sum-exps and Σb can be computed in several ways. The table gives each cost
+for T = 32,768, D = 2048 and V = 151,936 in bfloat16, where TV = 4.98e9. For these sizes, the
+floor is 310.6 ms on v5e and 66.6 ms on v6e.
 
-  logits computed again     5 matmuls: 1.67 floors
-  float32 logits stored     16 bytes per entry, 24 with Σb: 80 or 119 GB; 1.47 floors on v5e for JSD
-  bfloat16 logits stored    8 or 12 bytes; loses p - q where p and q are close
-  32 bits per entry (here)  8 or 12 bytes: 40 or 60 GB
+    logits computed again     5 matmuls: 1.67 floors
+    float32 logits stored     16 bytes per entry, 24 with Σb: 80 or 119 GB; JSD 1.47 floors on v5e
+    bfloat16 logits stored    8 or 12 bytes; loses p - q where p and q are close
+    32 bits per entry (here)  8 or 12 bytes: 40 or 60 GB
 
-In addition, passes 1 and 3 each read the head once per block of N tokens. Together this is
-2 · T/N · VD · 2 bytes: 10 GB for N = 4096, 20 GB for N = 2048. The estimated time of a sweep is its
-FLOP divided by the chip's peak, plus its bytes divided by the bandwidth. This assumes that vector
-work overlaps with the matrix unit. Forward KL takes 1.24 floors on v5e (N = 2048, because of its
-16 GB) and 1.47 on v6e (N = 4096). JSD and clipped forms take 1.32 and 1.66. HBM has the stored
+In addition, passes 1 and 3 each read the head once per block of N tokens. Both passes together read
+2 · T/N · VD · 2 bytes of the head: 10 GB for N = 4096, or 20 GB for N = 2048. The estimated time of
+a sweep is the FLOP divided by the chip's peak, plus the bytes divided by the bandwidth. The
+estimate assumes that vector work overlaps with the work of the matrix unit. On v5e, N is 2048,
+because v5e has only 16 GB; on v6e, N is 4096. Forward KL takes 1.24 floors on v5e and 1.47 floors
+on v6e. JSD and clipped forms take 1.32 floors on v5e and 1.66 floors on v6e. HBM holds the stored
 entries [N, V] of only one block at a time, whatever T is.
 
 An entry is stored as two numbers, relative to the maxima m_s and m_t of its row within the tile.
-The first is the larger of P = exp(z_s - m_s) and Q = exp(z_t - m_t). The second is
-d = (z_t - m_t) - (z_s - m_s). The smaller of P and Q is then larger · exp(-|d|).
+The first number is the larger of P = exp(z_s - m_s) and Q = exp(z_t - m_t). The second number is
+d = (z_t - m_t) - (z_s - m_s). The smaller of P and Q is the larger one times exp(-|d|).
 
-For bfloat16 states, both numbers are rounded to 10 bits after the leading one (the first down to
-2^-63, |d| from 2^-16 to 2^16). The relative error of the larger probability and of d is at most
-2^-11. So it is at most 2^-10 in p - q, and 2^-9 in every entry's divergence, however close p and q
-are. Equal sides give exactly zero. For comparison, rounding dz to bfloat16 for its matmul has an
-error of 2^-8. If an entry is within 2^-9 of κ, rounding may decide whether it is clipped. For
-float32 states, both numbers stay float32. Log-sum-exps, entropies and log-probabilities come from
-the unrounded logits. Dividing by Σp removes from dz the error that rounding adds to Σp.
+If the states are bfloat16, both numbers are rounded to 10 bits after the leading bit. The codes of
+the first number reach down to 2^-63, and the codes of |d| range from 2^-16 to 2^16. The relative
+error of the larger probability and of d is at most 2^-11. Therefore the relative error is at most
+2^-10 in p - q, and at most 2^-9 in every entry's divergence, however close p and q are. If both
+sides are equal, the divergence is exactly zero. For comparison, rounding dz to bfloat16 for its
+matmul causes a relative error of 2^-8. If an entry is within 2^-9 of κ, rounding may decide whether
+the entry is clipped. If the states are float32, both numbers remain float32. Log-sum-exps,
+entropies and log-probabilities are computed from unrounded logits. Dividing by Σp removes from dz
+the error that rounding adds to Σp.
 
-Names: I vocabulary tiles, T tokens of a block, R rows of a grid step, U width of a tile.
+Letters: I vocabulary tiles, T tokens per block, R rows per grid step, U width of a tile.
 """
 
 import functools
@@ -47,7 +50,7 @@ from jax.experimental.pallas import tpu as pltpu
 from copsd_jax.losses import distributions, divergences, precision, split_vocabulary, token_values
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
-STRIP = 16  # rows of elementwise work at a time, so that the values stay in registers
+STRIP = 16  # rows per step of elementwise work, so that the values stay in registers
 
 
 def sweep(
@@ -58,12 +61,12 @@ def sweep(
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
     """Computes statistics and the gradients of Σ weight · value in one sweep over blocks of tokens.
 
-    Call it on one device or inside shard_map, with the tokens of this device.
+    Call this function on one device, or inside shard_map with the tokens of each device.
 
     Args:
-      constants: constants of the sweep. The heads are rounded to the hidden states' dtype. If both
-        sides share a head, each tile is read only once. Maxima, sums and the states' gradient are
-        reduced over the shard's axis. The states' gradient is always computed.
+      constants: constants of the sweep. The heads are rounded to the dtype of the hidden states. If
+        both sides share a head, each tile of the head is read only once. Maxima, sums and the
+        states' gradient are reduced over the shard's axis. The states' gradient is always computed.
       rows: (states of student and teacher [T, D], `TokenInputs`). The states are float32 or
         bfloat16, and D is a multiple of 128.
       blocks: see `block_sizes.choose_tpu`.
@@ -91,7 +94,7 @@ def sweep(
 def _stack_tile_coefficients(
     result: row_statistics.LogitsResult, sides: tuple, local_T: jax.Array, slope_T: jax.Array
 ) -> jax.Array:
-    """Returns the numbers of each row and tile that passes 2 and 3 read, [I, 8, T].
+    """Returns the numbers that passes 2 and 3 read for each row and tile, [I, 8, T].
 
     0: p/P; 1: q/Q; 2: (ln q - ln p) - d; 3: Σb/Σp; 4: the sampled token's row in this shard;
     5: p - 1 of the sampled token; 6 and 7: 0.
@@ -113,8 +116,8 @@ GAP_BASE = (127 - 16) << MANTISSA  # the smallest code stands for 2^-16
 
 
 def _encode_divergence_entry(x: jax.Array, base: int, most: int) -> jax.Array:
-    """Encodes float32 x >= 0 as an integer of at most `most`; x too small for a code becomes 0."""
-    # Half of the last bit is added, so that the shift rounds to nearest.
+    """Encodes float32 x >= 0 as an integer up to `most`; x below the smallest code becomes 0."""
+    # Half of the last kept bit is added, so that the shift rounds to the nearest code.
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) + (1 << (SHIFT - 1))
     return jnp.clip((bits >> SHIFT) - base, 0, most)
 
@@ -135,7 +138,7 @@ def pack(larger: jax.Array, gap: jax.Array) -> jax.Array:
 
 
 def unpack(word: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Unpacks larger and gap, as `pack` rounded them, in the shape of the words."""
+    """Unpacks `larger` and `gap`, which `pack` has rounded, in the shape of `word`."""
     gap = _decode_divergence_entry(word & 0x7FFF, GAP_BASE)
     larger = _decode_divergence_entry(jax.lax.shift_right_logical(word, 16), LARGER_BASE)
     return larger, jnp.where((word & 0x8000) != 0, -gap, gap)
@@ -145,7 +148,7 @@ def unpack(word: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _load_head_tile(head_ref, here) -> jax.Array:
-    """Loads a tile of the head, with 0 after the last real entry, where memory is undefined."""
+    """Loads a tile of the head; sets undefined rows after the last real entry to 0."""
     tile_UD = head_ref[...]
     entry_U1 = jax.lax.broadcasted_iota(jnp.int32, (tile_UD.shape[0], 1), 0)
     entry_U1 = entry_U1 + pl.program_id(0) * tile_UD.shape[0]
@@ -157,12 +160,12 @@ def _rows(step: jax.Array, size: int):
 
 
 def _strips(count: int, work) -> None:
-    """Runs work(rows of the strip) for one strip after another."""
+    """Runs work(rows of a strip) for all strips, one after another."""
     jax.lax.fori_loop(0, count // STRIP, lambda k, _: work(_rows(k, STRIP)), None)
 
 
 def _columns(numbers: list[jax.Array]) -> jax.Array:
-    """Puts arrays [S, 1] into one array [S, 128], the k-th into lane k; other lanes are 0."""
+    """Combines arrays [S, 1] into one array [S, 128]: array k fills lane k, other lanes are 0."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (numbers[0].shape[0], block_sizes.LANES), 1)
     out = jnp.zeros(lane.shape, jnp.float32)
     for k, number in enumerate(numbers):
@@ -171,14 +174,14 @@ def _columns(numbers: list[jax.Array]) -> jax.Array:
 
 
 def _transposed(ref) -> jax.Array:
-    """Transposes a block [1, 8, R] to [R, 128], with 0 in the added lanes."""
+    """Transposes a block [1, 8, R] to [R, 128]; the added lanes are 0."""
     rows_8R = ref[0]
     blank = jnp.zeros((block_sizes.LANES - row_statistics.ROW_STATS, rows_8R.shape[1]), jnp.float32)
     return jnp.concatenate([rows_8R, blank], axis=0).T
 
 
 def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs):
-    """Writes stored entries and statistics, for one tile and the rows of a grid step (pass 1)."""
+    """Writes the stored entries and the statistics of one tile, for a grid step's rows (pass 1)."""
     head_refs, stored_refs, (stats_ref, z_ref, column_ref) = refs[:heads], refs[heads:-3], refs[-3:]
     count, width = z_ref.shape[1:]
     rows = _rows(pl.program_id(1), count)
@@ -215,10 +218,10 @@ def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs)
 def _load_both_distributions(
     stored_refs, strip, column: jax.Array
 ) -> list[distributions.Distribution]:
-    """Loads both distributions of a strip, from the stored entries and the rows' coefficients.
+    """Loads both sides' distributions of a strip, from stored entries and row coefficients.
 
-    Both logarithms are off by the same constant. This is harmless, because divergences use only
-    their difference.
+    Both logarithms are off by the same number. The error is harmless, because divergences use only
+    the difference of the two logarithms.
     """
     stored = tuple(ref[strip, :] for ref in stored_refs)
     larger, gap = stored if len(stored) == 2 else unpack(stored[0])
@@ -230,7 +233,7 @@ def _load_both_distributions(
 
 
 def _sums_kernel(settings, coefficients_ref, *refs):
-    """Writes the sums over a tile of e, b, p and the teacher's clipped mass (pass 2)."""
+    """Writes a tile's sums of e, of b, of p and of the teacher's clipped mass (pass 2)."""
     stored_refs, (sums_ref, column_ref) = refs[:-2], refs[-2:]
     column_ref[...] = _transposed(coefficients_ref)
 
@@ -247,7 +250,7 @@ def _sums_kernel(settings, coefficients_ref, *refs):
 
 
 def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_ref, *refs):
-    """Computes dz of a tile, and adds its product with the head's tile in VMEM (pass 3)."""
+    """Computes dz of a tile, and adds dz times the head's tile to a sum in VMEM (pass 3)."""
     stored_refs, head_ref, refs = refs[:stored], refs[stored], list(refs[stored + 1 :])
     missing: Any = None
     scaled_ref, old_ref = (refs.pop(0), refs.pop(0)) if head_part else (missing, missing)
@@ -306,15 +309,15 @@ def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_r
 
 
 def _whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """Returns the spec of an array that stays in VMEM, in one copy, for all steps of the grid."""
+    """Returns the spec of an array of which one copy stays in VMEM for all steps of the grid."""
     return pl.BlockSpec(array.shape, lambda i, r: (0, 0), pipeline_mode=pl.Buffered(1))
 
 
 def _build_sweep_specs(blocks: block_sizes.Blocks, width: int) -> tuple[pl.BlockSpec, ...]:
     """Returns the specs of a tile of the head, of stored entries, and of per-row statistics.
 
-    The grid is [I, T/R]. Its outer axis is the tile of the head, so each tile is read once for all
-    rows of the block.
+    The grid is [I, T/R]. The outer axis of the grid is the tile of the head, so each tile is read
+    once for all rows of a block.
     """
     head = pl.BlockSpec((blocks.vocab, width), lambda i, r: (i, 0))
     entries = pl.BlockSpec((blocks.rows, blocks.vocab), lambda i, r: (r, i))
@@ -327,7 +330,7 @@ def _grid(blocks: block_sizes.Blocks, size: int) -> tuple[int, int]:
 
 
 def _params(need: int, *order: Any) -> pltpu.CompilerParams:
-    """Returns compiler parameters; two cores share an axis that `order` calls parallel."""
+    """Returns compiler parameters; two cores share axes that `order` calls parallel."""
     limit = block_sizes.vmem_limit(need)
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=limit)
 
@@ -366,7 +369,7 @@ def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
 
 def _sums_pass(settings, blocks, interpret, here_1, coefficients_I8T, stored) -> jax.Array:
     """Returns the sums of pass 2, [I, 8, T]."""
-    del here_1  # pass 1 stored 0 after the last real entry
+    del here_1  # pass 1 has stored 0 for all entries after the last real entry
     _, entries, numbers = _build_sweep_specs(blocks, 0)
     size = stored[0].shape[1]
     return pl.pallas_call(
@@ -388,8 +391,9 @@ def _gradient_pass(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Returns dz W [T, D] without the rows' factors, sums [I, 8, T] and the head's gradient.
 
-    The sums are None unless `fuses_sums`. `head_part` is (scaled hidden states, head's gradient so
-    far), and the gradient is updated in place. If `head_part` is None, there is no head's gradient.
+    The sums are None unless `fuses_sums` returns True. `head_part` is (scaled hidden states, head's
+    gradient so far), and the gradient is updated in place. If `head_part` is None, the head's
+    gradient is None.
     """
     (size, width), dtype = head_VD.shape, head_VD.dtype
     train_head = head_part is not None

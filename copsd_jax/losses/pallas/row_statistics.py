@@ -1,21 +1,21 @@
-"""Statistics of rows between the passes of the divergence kernels, shared by all chips.
+"""Row statistics that the divergence kernels pass from one pass to the next, for TPU and GPU.
 
-Shapes: T tokens of a block, V vocabulary of this shard, I tiles of this vocabulary. The student's
-distribution is p = softmax(z_s / τ), and the teacher's is q = softmax(z_t / τ).
+Shapes: T tokens per block, V vocabulary entries of this shard, I vocabulary tiles of this shard.
+The student's distribution is p = softmax(z_s / τ), and the teacher's is q = softmax(z_t / τ).
 
-A pass over a block writes partial statistics of each row and tile, [I, T]. The functions here
-combine them over tiles and over vocabulary shards, and turn them into `TokenStats`. All statistics
-are float32, and they are small: T · I numbers for T · V entries.
+Each pass over a block writes partial statistics for each row and tile, [I, T]. The functions of
+this file combine partial statistics over tiles and over vocabulary shards, and compute
+`TokenStats`. All statistics are float32 and small: T · I numbers for T · V entries.
 
-The passes are
+There are three passes:
 
-  1 logits      maxima, Σ exp, Σ exp · z of both sides  -> log-sum-exps, entropies
-  2 sums        Σ e, Σ b, Σ p, Σ q over clipped entries -> value, Σb; see `needs_sums_pass`
-  3 gradient    dz = (b - p Σb / Σp) and its matmul; also the head's matmul if the head is trained
+    1 logits      maxima, Σ exp, Σ exp · z of both sides  -> log-sum-exps, entropies
+    2 sums        Σ e, Σ b, Σ p, Σ q over clipped entries -> value, Σb; see `needs_sums_pass`
+    3 gradient    dz = (b - p Σb / Σp) and its matmul; also the head's matmul if the head is trained
 
-Each row has a factor: the product of token clip, importance ratio, weight and 1/τ. It multiplies
-the row of the states' gradient at the end. For the head's gradient it multiplies the row of the
-states.
+Each row has a factor: the product of token clip, importance ratio, weight and 1/τ. At the end, the
+factor multiplies the row of the states' gradient. For the head's gradient, the factor multiplies
+the row of the states.
 """
 
 import functools
@@ -35,21 +35,22 @@ from copsd_jax.losses import (
     token_values,
 )
 
-# The divergences that the kernels are tested with. The kernels know ln p and ln q of an entry only
-# up to a common constant. So a divergence may use only the difference ln p - ln q.
+# Divergences that the kernels are tested with. The kernels know ln p and ln q of an entry only up
+# to a common constant, so a divergence may use only the difference ln p - ln q.
 DIVERGENCES = ("fkl", "rkl", "jsd", "sampled")
 ROW_STATS = 8  # maximum number of statistics per row and tile that a pass reads or writes
 EMPTY = -1e30  # logit of a missing entry
-FLOOR = -1e29  # smallest maximum of a tile, above EMPTY
+FLOOR = -1e29  # lower bound for the maximum of a tile, above EMPTY
 
 Divergence = divergences.Divergence
 Sweep = split_vocabulary.Sweep
 
 
 class TilePartials(NamedTuple):
-    """Statistics of one side by row and tile, [I, T].
+    """Statistics of one side for each row and tile, [I, T].
 
-    top is max z/τ. With w = exp(z/τ - top), sum is Σ w and moment is Σ w (z/τ - top).
+    The field top is the maximum of z/τ. With w = exp(z/τ - top), sum is Σ w, and moment is Σ w (z/τ
+    - top).
     """
 
     top_IT: jax.Array
@@ -60,8 +61,8 @@ class TilePartials(NamedTuple):
 class RowSoftmax(NamedTuple):
     """Statistics of one side over the whole vocabulary, [T]; the entropy is in nats.
 
-    ln p = (z/τ - top) - log. top and log are stored separately. If logits are large, their sum, the
-    log-sum-exp, would lose the digits of log.
+    The log-probability is ln p = (z/τ - top) - log. The fields top and log are stored separately,
+    because if logits are large, the log-sum-exp (top + log) would lose the digits of log.
     """
 
     top_T: jax.Array
@@ -69,7 +70,7 @@ class RowSoftmax(NamedTuple):
     entropy_T: jax.Array
 
     def log_prob(self, logit: jax.Array) -> jax.Array:
-        """Returns the log-probability of a logit / τ of shape [T] or [I, T], in that shape."""
+        """Returns log-probabilities, [T] or [I, T], of logits that are already divided by τ."""
         expand = (None,) * (logit.ndim - 1)
         return (logit - self.top_T[expand]) - self.log_T[expand]
 
@@ -84,7 +85,7 @@ class RowSums(NamedTuple):
 
 
 class LogitsResult(NamedTuple):
-    """Results of pass 1 for a block, over the whole vocabulary; the last three are [T].
+    """Results of pass 1 for a block, over the whole vocabulary; the last three fields are [T].
 
     Attributes:
       student, teacher: statistics of each side.
@@ -104,15 +105,15 @@ class Passes(NamedTuple):
     """The passes of a chip's kernels over a block.
 
     `here_1` is the number of real entries in this shard. `stored` is a tuple of arrays [T, V] that
-    only the kernels read. All functions except `coefficients` have three more arguments in front,
-    (settings, blocks, interpret), which `sweep_blocks` binds.
+    only the kernels read. All functions except `coefficients` take three more arguments before
+    these: (settings, blocks, interpret). `sweep_blocks` binds these three arguments.
 
     Attributes:
       logits: (here_1, hidden, heads) -> stored, and statistics [I, 8, T]. Rows 0 to 2 are the
-        student's `TilePartials`, and rows 3 to 5 the teacher's. Row 6 is the student's Σ exp at the
-        sampling temperature.
-      coefficients: (result, partials, local_T, Σb/Σp) -> the numbers of rows and tiles that `sums`
-        and `gradient` read.
+        student's `TilePartials`, and rows 3 to 5 are the teacher's. Row 6 is the student's Σ exp at
+        the sampling temperature.
+      coefficients: (result, partials, local_T, Σb/Σp) -> the numbers that `sums` and `gradient`
+        read for each row and tile.
       sums: (here_1, coefficients, stored) -> `RowSums` in rows 0 to 3 of [I, 8, T].
       gradient: (here_1, coefficients, stored, head_VD, head_part) -> dz W [T, D], sums [I, 8, T] if
         `fuses_sums` else None, and the head's gradient or None. head_part is None or (scaled hidden
@@ -126,7 +127,7 @@ class Passes(NamedTuple):
 
 
 def needs_sums_pass(settings: Divergence, train_head: bool) -> bool:
-    """Returns whether pass 2 is needed: if Σb has no closed form, or a row's factor needs Σe."""
+    """Returns whether pass 2 is needed: Σb has no closed form, or a row's factor depends on Σe."""
     if settings.divergence == "sampled":
         return False
     late = settings.clip_mode != "none" and train_head
@@ -135,21 +136,21 @@ def needs_sums_pass(settings: Divergence, train_head: bool) -> bool:
 
 
 def fuses_sums(settings: Divergence, train_head: bool) -> bool:
-    """Returns whether pass 3 computes Σe too."""
+    """Returns whether pass 3 also computes Σe."""
     return settings.divergence != "sampled" and not needs_sums_pass(settings, train_head)
 
 
 def sum_shards(x: jax.Array, vocab_axis: str | None) -> jax.Array:
-    """Sums x over the shards of the vocabulary; the shape is that of x."""
+    """Sums x over the shards of the vocabulary; returns an array in the shape of x."""
     return x if vocab_axis is None else jax.lax.psum(x, vocab_axis)
 
 
 def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 1.0) -> RowSoftmax:
     """Combines the partial statistics of all tiles and shards.
 
-    With `scale` the result describes softmax(scale · z / τ), and sum_IT must be the sums of
-    exp(scale (z/τ - top)). Then ln p = scale (z/τ - top) - log. The difference z/τ - top is scaled,
-    because scaling a large maximum by itself would lose its last digits.
+    The result describes softmax(scale · z / τ), and sum_IT must contain the sums of exp(scale (z/τ
+    - top)). The log-probability is ln p = scale (z/τ - top) - log. The factor scales the difference
+    z/τ - top, because scaling a large maximum alone would lose the maximum's last digits.
     """
     top_T = jnp.max(partials.top_IT, axis=0)
     if vocab_axis is not None:
@@ -178,7 +179,8 @@ def token_logits(
 ) -> jax.Array:
     """Returns the logits of the sampled tokens, h_t · W[y_t], shape [T], summed over all shards.
 
-    It gathers T rows of the head. Inside the kernels every entry would need a comparison.
+    The function gathers T rows of the head. If the kernels computed these logits, they would need a
+    comparison for every entry.
     """
     size = head_VD.shape[0]
     row_TD = head_VD[jnp.clip(local_T, 0, size - 1)].astype(jnp.float32)
@@ -207,7 +209,7 @@ def join_logits_pass(
 
 
 def join_sums(sums_I8T: jax.Array, vocab_axis: str | None) -> RowSums:
-    """Sums `RowSums` over tiles and shards."""
+    """Sums the results of pass 2 over tiles and shards; returns `RowSums`."""
     sums_8T = sum_shards(jnp.sum(sums_I8T, axis=0), vocab_axis)
     return RowSums(*(sums_8T[k] for k in range(4)))
 
@@ -226,7 +228,7 @@ def finish_stats(
         value_T, factor_T = clips.clip_tokens(sums.e_T, settings)
         mass_T = sums.mass_T
         if settings.clip_mode != "element":
-            unread = distributions.Distribution(mass_T, mass_T)  # only clip_mode element reads it
+            unread = distributions.Distribution(mass_T, mass_T)  # read only if clip_mode is element
             mass_T = clips.clipped_mass(sums.e_T, None, unread, settings)
     old_T, rollout_T = inputs.logp_old_T, inputs.logp_rollout_T
     ratio_T = clips.clip_importance_ratio(result.sampling_T, old_T, rollout_T, settings)
@@ -238,7 +240,7 @@ def finish_stats(
 
 
 def check_inputs(sweep: Sweep, hidden: tuple[jax.Array, jax.Array]) -> None:
-    """Checks that the kernels support these settings and arrays.
+    """Checks that the kernels support the given settings and arrays.
 
     Raises:
       ValueError: the kernels do not support the divergence, top_k, a dtype, the heads or the
@@ -276,7 +278,7 @@ def sweep_blocks(
     """Runs all passes over blocks of `blocks.tokens` tokens; the last block is padded with zeros.
 
     Arguments, results and their shapes are those of `divergence_tpu.sweep`. This function rounds
-    the heads to the hidden states' dtype.
+    the heads to the dtype of the hidden states.
     """
     hidden, inputs = rows
     check_inputs(sweep, hidden)
