@@ -210,7 +210,7 @@ class _Copies(NamedTuple):
     sem: Any
 
     def run(self, act: Callable[[Any], None], slot, block, at) -> None:
-        """Starts, or waits for, the copies of a block's live chunks into buffer `at`."""
+        """Starts the copies of a block's live chunks into buffer `at`, or waits for them."""
         for chunk in range(self.keys // CHUNK):
             start = block * self.keys + chunk * CHUNK
 

@@ -7,7 +7,7 @@ and a block has 2 rows:
     live      . x x . . x . x x
     order     1 2 | 5 7 | 8 0 | 3 4 | 6 -     the first three blocks run, the last two do not
 
-Three alternatives were not chosen. A fraction f of T rows is live:
+Three alternatives were not chosen; T is the number of rows, and f is the fraction of live rows:
 
 - Give all other rows weight 0, and compute all T rows. Computing all rows is 1 / f times the work.
 - Compile one program for each of n sizes. The n programs need no loop, but compute up to a fraction
