@@ -2,8 +2,8 @@
 
 A cache [layers, J, K, A, H] has J slots. Each slot holds the keys and values of one text. The first
 `length` entries of a slot are live, and the rest are garbage. A decode step writes one entry into
-each live slot. The new token of a slot then attends to the slot's live entries, including the one
-just written:
+each live slot. The new token of a slot then attends to all live entries of the slot, including the
+new entry:
 
     slot  length   blocks of 64 entries that are read
       0      70    0 1

@@ -15,12 +15,12 @@ Products run on tensor cores, because plain multiply-adds would be too slow. An 
 has 4 H bytes in bfloat16 (key and value) and needs 2 M H multiply-adds. A processor of an H200
 loads about 20 bytes per cycle, so loading an entry with H = 128 takes 26 cycles. At 128
 multiply-adds per cycle, the products of an entry would take 2 M cycles. Conversions and reductions
-across lanes would take as many cycles again. With M = 8, computing an entry would then take longer
-than loading the entry. Tensor cores compute at least 16 rows. Products of 16 rows need 16 FLOP per
-byte, and the GPU can do 200 FLOP per byte. Therefore each product is a `dot` of 16 rows, in which
-the last query is repeated to fill the rows. Float32 products are exact, because they do not use
-TF32. Two float32 products of 16 rows take 32 cycles per entry, while loading the 8 H bytes of an
-entry takes 52 cycles.
+across lanes would take as many cycles again. With M = 8, the computation for an entry would take
+longer than loading the entry. Tensor cores compute at least 16 rows. Products of 16 rows need 16
+FLOP per byte, and the GPU can do 200 FLOP per byte. Therefore each product is a `dot` of 16 rows,
+in which the last query is repeated to fill the rows. Float32 products are exact, because they do
+not use TF32. Two float32 products of 16 rows take 32 cycles per entry, while loading the 8 H bytes
+of an entry takes 52 cycles.
 """
 
 import dataclasses

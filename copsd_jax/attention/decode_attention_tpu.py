@@ -10,20 +10,22 @@ chunks that contain a live entry:
                                           entries   0 … 255   256 … 383   0 … 127
 
 A dead slot costs only the time to read its length. Two alternatives to this kernel are slower. The
-first is a grid over slots and blocks, in which each step without work costs about 0.35 us. With 256
-slots of 4096 entries, 28 layers and blocks of 256, the steps would cost 40 ms per token. The second
-is a prefetched list of live blocks, which XLA would have to build in every layer.
+first alternative is a grid over slots and blocks, in which each step without work costs about 0.35
+us. With 256 slots of 4096 entries, 28 layers and blocks of 256, the grid steps would cost 40 ms per
+token. The second alternative is a prefetched list of live blocks, which XLA would have to build in
+every layer.
 
 The block size was chosen for v5e. On v5e, a block of 256 entries of 8 heads in bfloat16 takes 530
 instruction words, or 0.36 us at 1.5 GHz without stalls. Of the 530 words, 380 compute, and 150
-start copies and find the next block; these 150 do not depend on the block size. Fetching such a
-block takes 1.28 us (1 MiB at 819 GB/s). Each 128 x 128 tile of keys or values is loaded into a
-matrix unit once. The M queries (1 to 8) occupy 8 rows of the matrix unit, so M does not change the
-cost. On average, half of the computation for a slot's last block is wasted on entries that are not
-live. The latency of a fetch is about 1 us, so a block should take about 1 us to fetch. A fetch of
-this duration hides the block's computation and the latency of the next fetch. An int8 block has to
-be converted before the products. With the conversion, 384 entries take 1370 words, or 0.92 us,
-while fetching the entries takes 0.99 us. Therefore int8 saves more memory than time.
+start copies and find the next block; these 150 do not depend on the block size. Fetching a bfloat16
+block of 256 entries takes 1.28 us (1 MiB at 819 GB/s). Each 128 x 128 tile of keys or values is
+loaded into a matrix unit once. The M queries (1 to 8) occupy 8 rows of the matrix unit, so M does
+not change the cost. On average, half of the computation for a slot's last block is wasted on
+entries that are not live. The latency of a fetch is about 1 us, so a block should take about 1 us
+to fetch. A fetch of this duration hides the block's computation and the latency of the next fetch.
+An int8 block has to be converted before the products. With the conversion, 384 entries take 1370
+words, or 0.92 us, while fetching the entries takes 0.99 us. Therefore int8 saves more memory than
+time.
 
 If H is not a multiple of 128, XLA stores a cache as [..., H, A], because this layout needs no
 padding. The kernel reads the layout [..., H, A] directly.
@@ -210,7 +212,7 @@ class _Copies(NamedTuple):
     sem: Any
 
     def run(self, act: Callable[[Any], None], slot, block, at) -> None:
-        """Starts, or waits for, the copies of a block's live chunks into buffer `at`."""
+        """Starts the copies of a block's live chunks into buffer `at`, or waits for them."""
         for chunk in range(self.keys // CHUNK):
             start = block * self.keys + chunk * CHUNK
 

@@ -4,9 +4,9 @@ visibility.py defines which keys a token sees. A single softmax covers all keys 
 Keys are not copied for each row or each query.
 
 `portable` is plain array code. Queries are divided into ranges, and each range is multiplied only
-with the keys up to the end of the range. Ranges save up to 7/16 of the products. For the backward
-pass, the output and the log-sum-exp of each query are kept, but not the attention weights
-(FlashAttention-2, arXiv 2307.08691, section 3.1). `splash` is jax's kernel for TPU
+with the keys up to the end of the range. Dividing the queries saves up to 7/16 of the products. For
+the backward pass, the output and the log-sum-exp of each query are kept, but not the attention
+weights (FlashAttention-2, arXiv 2307.08691, section 3.1). `splash` is jax's kernel for TPU
 (row_attention_splash.py). `cudnn` is NVIDIA's kernel, called through jax.nn.dot_product_attention.
 
 Shapes: B rows, L tokens per row, Q queries per block, S keys, K key heads, M queries per key head,
@@ -41,8 +41,8 @@ def attend(inputs: visibility.RowInputs, implementation: str, block: int) -> jax
 
     The output is differentiable in q, k, v and the prefix, in reverse mode. On a mesh
     (`jax.set_mesh`), the kernels split rows over the batch axes, if these axes divide the number of
-    rows. Similarly, key heads are split over `tensor`. For `portable`, the compiler splits the
-    work.
+    rows. Key heads are split over `tensor`, if `tensor` divides the number of key heads. For
+    `portable`, the compiler splits the work.
 
     Args:
       inputs: queries, keys, values and their visibility.

@@ -5,7 +5,7 @@ The form of the mask is chosen when a program is traced:
 - If there are no parents and no prefix, the kernel computes the causal mask and the mask of
   segments. The kernel visits all blocks on and below the diagonal.
 - If there are parents or a prefix, the mask is an array, because the kernel's segment ids cannot
-  express this visibility. The array is built for one row at a time. An array takes 4 L (L + P)
+  express parents or a prefix. The array is built for one row at a time. An array takes 4 L (L + P)
   bytes, twice in the backward pass. Blocks without a visible key are skipped. The kernel's own
   gradient would keep the masks of all rows. Instead, the backward pass builds the masks again and
   repeats the forward kernel, which takes 9 products per pair of query and key instead of 7.

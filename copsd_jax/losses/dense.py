@@ -93,9 +93,9 @@ def _differentiable_entries(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the entries [T, K], in differentiable form, and bool [T, K] of the clipped entries.
 
-    The values are those of `divergences.compute_entries`. To each value a term is added, whose
-    value is 0 and whose derivative is that of the entry. This derivative leaves out the shift,
-    whose derivatives sum to 0.
+    The values are those of `divergences.compute_entries`. Each entry is the sum of a constant and
+    of a term of value 0, which has the derivative of the entry. The derivative leaves out the
+    shift, whose derivatives sum to 0.
     """
     fixed = jax.lax.stop_gradient((student, teacher))
     e, _, clipped = divergences.compute_entries(*fixed, settings)

@@ -120,9 +120,9 @@ def divergence(
 
     The loss is differentiable in hidden_s_TD, and in head_s_VD if `train_head` is set. All other
     arguments, and the statistics, have no gradient. Rows of weight 0 contribute exactly nothing to
-    the loss. Rows that are not live may contain anything. Such rows cost no time, except in `dense`
-    and as padding of the last block. If both sides have equal hidden states and equal heads, fkl,
-    rkl and jsd give a loss and a gradient of exactly zero.
+    the loss. Rows that are not live may contain anything. Rows that are not live cost no time,
+    except in `dense` and as padding of the last block. If both sides have equal hidden states and
+    equal heads, fkl, rkl and jsd give a loss and a gradient of exactly zero.
 
     For one token with p = (1/2, 1/2), q = (3/4, 1/4) and weight 1, fkl gives
     3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308 nats.
@@ -301,10 +301,11 @@ def log_probs(
     The log-probability is differentiable in hidden_TD, and in head_VD if `train_head` is set. The
     entropy has no gradient.
 
-    For the values, `chunked` needs one matmul per block; with the gradient of the states, it needs
-    two. The forward sweep computes the gradient of each token's log-probability with respect to the
-    token's own hidden state. The backward pass scales this gradient. If the head is trained,
-    `chunked` needs four matmuls, because the logits are computed again.
+    For the values alone, `chunked` needs one matmul per block; for the values and the gradient of
+    the states, `chunked` needs two matmuls. The forward sweep computes the gradient of each token's
+    log-probability with respect to the token's own hidden state. The backward pass scales this
+    gradient. If the head is trained, `chunked` needs four matmuls, because the logits are computed
+    again.
 
     For example, logits (0, ln 3) at temperature 1 give ln 1/4 = -1.386 for token 0, and an entropy
     of 0.562.

@@ -7,10 +7,10 @@ Pallas kernels support only the divergences that they are tested with; for all o
 
 Shapes: T tokens, V vocabulary size, K entries that the loss sees (V, or the top k and their tail).
 
-Notation: p is the student's distribution and q is the teacher's. Both are computed from logits that
-are divided by the loss temperature τ. The mixture is M = (1 - β) p + β q. Every divergence is a sum
-of entries e_v over the vocabulary. With b_v = ∂e_v / ∂ln p_v = p_v ∂e_v / ∂p_v, the gradient of the
-student's logits is
+Notation: p is the student's distribution and q is the teacher's. Both distributions are computed
+from logits that are divided by the loss temperature τ. The mixture is M = (1 - β) p + β q. Every
+divergence is a sum of entries e_v over the vocabulary. With b_v = ∂e_v / ∂ln p_v = p_v ∂e_v / ∂p_v,
+the gradient of the student's logits is
 
     dz = (b - p Σb) / τ.
 
@@ -194,9 +194,9 @@ class Kind(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
-# All divergences that are sums over entries. One divergence is missing: `sampled` is -A ln p(y),
-# where y is the sampled token and A = stop_gradient(ln q(y) - ln p(y)). Functions over whole tokens
-# handle `sampled` as a special case.
+# All divergences that are sums over entries. One divergence is not in this table: `sampled` is -A
+# ln p(y), where y is the sampled token and A = stop_gradient(ln q(y) - ln p(y)). Functions over
+# whole tokens handle `sampled` as a special case.
 DIVERGENCES: dict[str, Kind] = {
     "fkl": Kind(_forward_kl, _forward_kl_plain),  # KL(q ‖ p) = Σ q ln(q/p)
     "rkl": Kind(_reverse_kl, _reverse_kl_plain),  # KL(p ‖ q) = Σ p ln(p/q)

@@ -13,7 +13,7 @@ def compute_token_weights(
 
     Call this function once on the mask of the whole step, and slice the result into micro-batches.
     The loss of the step is then the sum of the losses Σ weight · value of all micro-batches. For
-    each norm, this sum is:
+    each norm, the loss of the step is:
 
       micro_token_mean: the mean of the token means of all micro-batches. Every micro-batch has the
         same weight, and an empty micro-batch counts as 0 (OPSD, COPSD).

@@ -31,8 +31,8 @@ def compute_advantages(
     """Computes how much better each completion did than the mean of its group.
 
     The standard deviation has the divisor n - 1, as in TRL. If all rewards of a group are equal,
-    the advantages are exactly 0. The advantage is also 0 if a group has only one completion.
-    Published code divides by NaN for such a group, or uses the reward itself.
+    the advantages are exactly 0. The advantage is also 0 if a group has only one completion. For a
+    group of one completion, published code divides by NaN or uses the reward itself.
 
     For example, with scale none, the rewards 1, 0, 0, 1 of one group give 0.5, -0.5, -0.5, 0.5.
 

@@ -25,7 +25,7 @@ class VocabularyShard(NamedTuple):
     Attributes:
       axis: the mesh axis that splits the vocabulary; None if every device has the whole vocabulary.
       entries: number of real entries in the whole vocabulary; the rows of a head after these
-        entries are padding. None, which only kernels allow, means that no row is padding.
+        entries are padding. None, which is used only with kernels, means that no row is padding.
     """
 
     axis: str | None

@@ -7,13 +7,13 @@ and a block has 2 rows:
     live      . x x . . x . x x
     order     1 2 | 5 7 | 8 0 | 3 4 | 6 -     the first three blocks run, the last two do not
 
-Three alternatives were not chosen. A fraction f of T rows is live:
+Three alternatives were not chosen; T is the number of rows, and f is the fraction of live rows:
 
 - Give all other rows weight 0, and compute all T rows. Computing all rows is 1 / f times the work.
 - Compile one program for each of n sizes. The n programs need no loop, but compute up to a fraction
   f + 1 / n of all rows. With blocks, the fraction is at most f + block / T.
-- Copy the live states before the loop. The copy writes and reads T D values again. With blocks,
-  each block gathers its own rows, and one gather puts the results back.
+- Copy the live states before the loop. Copying means that T D values are written and read again.
+  With blocks, each block gathers its own rows, and one gather puts the results back.
 """
 
 import math

@@ -1,10 +1,10 @@
 """A setting of glibc's malloc that makes a CPU run keep freed memory instead of returning it.
 
-XLA allocates a program's temporary memory anew at each call. By default, glibc requests such large
-blocks from the operating system, and returns them when XLA frees them. Therefore the operating
-system has to clear every page again at each call. For a training step of one micro-batch on a CPU,
-clearing pages takes 10 to 20 % of the processor time (benchmarks/results/step.md). The setting does
-not change the peak of resident memory.
+XLA allocates a program's temporary memory anew at each call. By default, glibc requests large
+blocks of memory from the operating system, and returns each block when XLA frees the block.
+Therefore the operating system has to clear every page again at each call. For a training step of
+one micro-batch on a CPU, clearing pages takes 10 to 20 % of the processor time
+(benchmarks/results/step.md). The setting does not change the peak of resident memory.
 """
 
 import ctypes

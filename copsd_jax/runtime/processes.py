@@ -25,7 +25,7 @@ _NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until 
 
 
 def join_processes(config: config_lib.Config) -> None:
-    """Connects the processes that `mesh.*` describes; does nothing in a run of one process.
+    """Joins the processes that `mesh.*` describes; does nothing in a run of one process.
 
     Call this function before anything uses a device. For a single process, mesh.coordinator is ''.
     If Cloud TPU, GKE, SLURM or MPI describe the processes, mesh.coordinator is 'auto'. In all other

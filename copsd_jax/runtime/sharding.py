@@ -12,7 +12,7 @@ rules apply to the mesh axis `tensor`:
 - Keys and values are split only between heads. The model repeats its K key heads until `tensor`
   divides the number of key heads (`count_key_repeats`).
 - If `tensor` does not divide the vocabulary, the [V, D] matrices are split along the width.
-  Programs that split the vocabulary pad it first.
+  Programs that split the vocabulary pad the vocabulary first.
 """
 
 import collections
@@ -29,7 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes over which completions are split
 
-# Partition of each array by its name. `layers/...` leaves have a leading axis of layers.
+# Maps the name of each array to its partition. `layers/...` leaves have a leading axis of layers.
 _PROJECTIONS = {  # mesh axes of (input, output); fsdp splits the model's width
     **dict.fromkeys(("q", "k", "v", "gate", "up"), ("fsdp", "tensor")),
     **dict.fromkeys(("o", "down"), ("tensor", "fsdp")),
@@ -48,8 +48,8 @@ PARTITIONS: dict[str, tuple[Axis, ...]] = {
     # Adapters: a is [layers, in, rank], b is [layers, rank, out].
     **{f"{name}/a": (None, axes[0], None) for name, axes in _PROJECTIONS.items()},
     **{f"{name}/b": (None, None, axes[1]) for name, axes in _PROJECTIONS.items()},
-    # Keys and values, of decode caches or of prompts that are about to be written into one, have
-    # one more axis, H, than the scales of int8 caches.
+    # Keys and values of decode caches, and of prompts that will be written into a cache. Keys and
+    # values have one more axis, H, than the scales of int8 caches.
     **{f"cache/{name}": (*_SLOTS, None) for name in ("k", "v")},
     **{f"cache/{name}_scale": _SLOTS for name in ("k", "v")},
 }
@@ -82,8 +82,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
         raise ValueError(f"{sizes}: their product must be the number of devices, {len(devices)}")
     slices = collections.defaultdict(list)
     for device in devices:
-        # On GPUs, slice_index is the index of the host, which does not matter: any axis may use the
-        # network between hosts.
+        # On GPUs, slice_index is the index of the host and is ignored: any axis may use the network
+        # between hosts.
         own = 0 if device.platform == "gpu" else getattr(device, "slice_index", 0)
         slices[own].append(device)
     data, *inner = shape
@@ -228,7 +228,7 @@ def shardings(
 def find_undivided(
     tree: Any, mesh: Mesh, key_heads: int | None
 ) -> tuple[dict[str, list[str]], int]:
-    """Returns the parameters that an axis should split but does not divide, and their extra memory.
+    """Returns the parameters that an axis should split but cannot, and their extra memory.
 
     Returns:
       The names of the parameters by axis, and the bytes that they take on each device in addition
@@ -312,9 +312,9 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Returns table_VD[tokens_BL] as [B, L, D], with the rows split over the batch axes.
 
     Each device looks up its part of the width for all rows of its `fsdp` group. The devices of a
-    group then exchange their parts, so that each device gets whole rows. In this exchange, only one
-    copy of the result is sent. Without this function, the compiler would send the states of the
-    whole batch to every device.
+    group then exchange their parts, so that each device gets whole rows. In the exchange between
+    devices, only one copy of the result is sent. Without this function, the compiler would send the
+    states of the whole batch to every device.
     """
     sizes = jax.sharding.get_abstract_mesh()
     groups = 1 if sizes.empty else sizes.shape["fsdp"]

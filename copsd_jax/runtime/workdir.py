@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable
 from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import processes
 
-# Settings that cannot change the numbers of a run, which may be continued with other values.
+# Settings that cannot change the numbers of a run. A run may be continued with other values of
+# these settings.
 CHANGEABLE = (
     *("description", "mesh.", "train.save_every", "train.keep", "train.log_rollouts", "eval.every"),
     # Settings that decide only how the same tokens are arranged in rows.

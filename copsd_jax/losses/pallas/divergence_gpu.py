@@ -72,7 +72,7 @@ def _stack_row_coefficients(
 def _load_tile_logits(
     settings: divergences.Divergence, logits_ref, row, width: int, here: jax.Array
 ):
-    """Loads z / τ of a tile, EMPTY after the last real entry; also returns their mask."""
+    """Loads z / τ of a tile (EMPTY after the last real entry), and a mask of real entries."""
     start = pl.program_id(1) * width
     real_U = start + jnp.arange(width, dtype=jnp.int32) < here
     z_U = plgpu.load(logits_ref.at[row, pl.ds(start, width)], mask=real_U, other=0.0)

@@ -149,8 +149,9 @@ def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 
     """Combines the partial statistics of all tiles and shards.
 
     The result describes softmax(scale · z / τ), and sum_IT must contain the sums of exp(scale (z/τ
-    - top)). The log-probability is ln p = scale (z/τ - top) - log. The factor scales the difference
-    z/τ - top, because scaling a large maximum alone would lose the maximum's last digits.
+    - top)). The log-probability is ln p = scale (z/τ - top) - log. `scale` multiplies the
+      difference z/τ - top, because scaling a large maximum alone would lose the maximum's last
+      digits.
     """
     top_T = jnp.max(partials.top_IT, axis=0)
     if vocab_axis is not None:
