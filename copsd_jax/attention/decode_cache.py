@@ -65,7 +65,7 @@ def count_cost(q_shape: tuple[int, ...], dtype: jnp.dtype, entries: float) -> di
 def multiply(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     """Multiplies a [..., R, X] by b, with float32 sums over X and b's `axis`; returns [..., R, S].
 
-    The leading axes of a are batch axes, which b has too; S is the remaining axis of b.
+    The leading axes of `a` are batch axes, which `b` has too; S is the remaining axis of `b`.
     """
     batch = tuple(range(a.ndim - 2))
     # By default, matrix units of TPUs and tensor cores of GPUs would round float32 to fewer bits.

@@ -138,7 +138,8 @@ def _jensen_shannon(student: Distribution, teacher: Distribution, settings: Dive
     beta = settings.beta
     scale = 1 / (beta * (1 - beta)) if settings.normalize_beta else 1.0
     delta = teacher.log - student.log
-    smaller = jnp.where(delta > 0, 1 - beta, beta)  # the smaller side's weight in M
+    # The weight in M of the side with the smaller probability.
+    smaller = jnp.where(delta > 0, 1 - beta, beta)
     larger = jnp.maximum(jnp.maximum(student.p, teacher.p), jnp.finfo(delta.dtype).tiny)
     # ln M - max(ln p, ln q) = ln(1 - w (1 - min/max))
     log_mix = jnp.log1p(-smaller * (jnp.abs(teacher.p - student.p) / larger))

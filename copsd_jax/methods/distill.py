@@ -43,7 +43,7 @@ from copsd_jax.training.train_step import State
 def make_batch(
     r: loaded_run.LoadedRun, state: State, rows: list[problem_row.Row], step: int
 ) -> StepInputs:
-    """Samples and grades rollouts, has contexts written, and lays out both sides of the batch.
+    """Samples and grades rollouts, lets the author write contexts, and lays out both sides.
 
     Args:
       r: the loaded run.
@@ -188,7 +188,7 @@ def _describe_distillation(
 def _count_distill_statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dict[str, float]:
     """Counts each status that is possible with the run's context and token selection.
 
-    A section counts as shortened at most once per completion, even if it was cut in the prompts of
+    For each completion, a shortened section is counted once, even if it was cut in the prompts of
     both the author and the teacher.
     """
     out, count = {}, rollout_records.count_statuses

@@ -93,7 +93,7 @@ def build_rewarder(kind: str, grader: graders.Grader, form: str = "") -> Rewarde
       kind: a key of `REWARDS`, or "module:function", which names an importable f(gold, text). The
         named function returns a number or (number, feedback).
       grader: the grader of answers for the kind "answer"; the caller must close the grader.
-      form: the form of an answer that the feedback text shows, with `{}` in place of the answer
+      form: the answer form to show in the feedback text, with `{}` in place of the answer
         itself.
 
     Raises:
@@ -249,7 +249,7 @@ def _read_gold_calls(gold: str) -> _Calls:
         names, arguments = collections.Counter(), {}
         for call in _DECODER.decode(gold):
             if not isinstance(call, dict) or not isinstance(call.get("Action"), str):
-                raise ValueError("a call of the list has no Action")
+                raise ValueError("a call in the list has no Action")
             names[call["Action"]] += 1
             given = call.get("Action_Input")
             arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)

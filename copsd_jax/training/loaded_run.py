@@ -70,7 +70,7 @@ class LoadedRun:
 
 
 class EngineError(Exception):
-    """A failure of the server of sampler.engine=server, described in one sentence."""
+    """A failure of the sampler server, described in one sentence."""
 
 
 class UnusableFile(Exception):

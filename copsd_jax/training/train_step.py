@@ -337,7 +337,7 @@ def _compute_micro_policy_loss(
 def _build_micro_batch_loss(
     decoder: transformer.Decoder, options: Options
 ) -> Callable[..., tuple[jax.Array, tuple]]:
-    """Builds the loss function of a micro-batch, whose first argument is the trained tree."""
+    """Builds the loss function of a micro-batch. Its first argument is the trained tree."""
     policy = options.policy
 
     def loss(trained, state, frozen, head, micro, weights, student_prefix, teacher_kv):

@@ -31,7 +31,7 @@ NOT_WEIGHTS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_fre
 
 Tensors = dict[str, tensor_files.Tensor]  # Hugging Face name -> tensor
 LeafPath = tuple[str, ...]  # for example ("layers", "q", "kernel")
-ReadPart = Callable[[tuple[slice, ...]], np.ndarray]  # reads the part of a leaf that slices select
+ReadPart = Callable[[tuple[slice, ...]], np.ndarray]  # reads the part given by a slice per axis
 PlaceLeaf = Callable[[LeafPath, tuple[int, ...], ReadPart], jax.Array]
 
 

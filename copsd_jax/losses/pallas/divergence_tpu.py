@@ -33,8 +33,8 @@ error of the larger probability and of d is at most 2^-11. Therefore the relativ
 sides are equal, the divergence is exactly zero. For comparison, rounding dz to bfloat16 for its
 matmul causes a relative error of 2^-8. If an entry is within 2^-9 of κ, rounding may decide whether
 the entry is clipped. If the states are float32, both numbers remain float32. Log-sum-exps,
-entropies and log-probabilities are computed from unrounded logits. Dividing by Σp removes from dz
-the error that rounding adds to Σp.
+entropies and log-probabilities are computed from unrounded logits. Rounding adds an error to Σp,
+and dividing by Σp removes this error from dz.
 
 Letters: I vocabulary tiles, T tokens per block, R rows per grid step, U width of a tile.
 """
