@@ -143,8 +143,8 @@ def describe(tables: Tables = None) -> Iterator[Description]:
     """Yields the description of every setting, in the order of `SETTINGS`.
 
     Args:
-      tables: the result of `training.table_rules.tables()`. If None, a description names the file
-        of a table instead of the table's entries.
+      tables: the result of `training.table_rules.collect_choice_tables()`. If None, a description
+        names the file of a table instead of the table's entries.
     """
     for name, setting in SETTINGS.items():
         allowed = setting.allowed

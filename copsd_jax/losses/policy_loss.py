@@ -4,7 +4,7 @@ There are B completions of up to C tokens; the completions of one prompt form a 
 rewards r and ρ = exp(ln π - ln π_old), the advantages A and the loss L are
 
     A_i = (r_i - mean_G r) / (std_G r + ε)                      (the divisor is 1 with scale none)
-    L   = Σ w · (surrogate(ρ, A) + kl_weight · kl_to(initial))  (w: loss_norms.token_weights)
+    L   = Σ w · (surrogate(ρ, A) + kl_weight · kl_to(initial))  (w: compute_token_weights)
 
 | method    | source           | scale | clip low, high | dual | w                 |
 |-----------|------------------|-------|----------------|------|-------------------|

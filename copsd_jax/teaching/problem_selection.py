@@ -98,7 +98,7 @@ def check_language_shares(config: config_lib.Config, rows: list[Row], registry: 
     for code, weight in zip(config.data.lang, weights, strict=True):
         if weight and languages.resolve_code(code, registry) not in found:
             raise ValueError(
-                f"data.lang is {code!r}: no row is left; set its weight in data.weights to 0"
+                f"data.lang is {code!r}: no row in it is left; set its weight in data.weights to 0"
             )
 
 

@@ -161,7 +161,7 @@ def test_repositories_are_refused_before_their_weights_are_fetched(refused, monk
         asked.append((path, weights))
         return hub.HERE / "tiny_tokenizer"
 
-    monkeypatch.setattr(run_plan.hub, "resolve", resolve)
+    monkeypatch.setattr(run_plan.hub, "resolve_model_path", resolve)
     monkeypatch.setattr(hf_config, "load_config", lambda path: transformer.SHAPES["qwen3_1_7b"])
     flags = ("--config.model.init=pretrained", "--config.model.shape=", "--config.model.path=a/b")
     assert "parity.template_mismatch" in refused(*flags, "--config.teacher.thinking=on")

@@ -118,7 +118,7 @@ from copsd_jax.config import settings
 from copsd_jax.runtime import processes
 c = settings.default()
 c.mesh.coordinator, c.mesh.processes, c.mesh.process = sys.argv[2], 2, int(sys.argv[1])
-processes.connect(c)
+processes.join_processes(c)
 calls = []
 def work():
     calls.append(1)
@@ -169,10 +169,16 @@ def test_alone_nothing_is_broadcast():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"coordinator": "host"}, r"mesh.coordinator is 'host': it is '' for one process"),
-        ({"processes": 2}, r"mesh.processes is 2: mesh.coordinator is ''"),
-        ({"coordinator": "auto", "process": 1}, r"mesh.process is 1: mesh.coordinator is 'auto'"),
-        ({"coordinator": "a:1", "processes": 2, "process": 2}, r"mesh.process is 2: processes"),
+        ({"coordinator": "host"}, r"mesh.coordinator is 'host': it must be '' .one process., auto"),
+        ({"processes": 2}, r"mesh.processes is 2: it needs host:port as mesh.coordinator"),
+        (
+            {"coordinator": "auto", "process": 1},
+            r"mesh.process is 1: it needs host:port",
+        ),
+        (
+            {"coordinator": "a:1", "processes": 2, "process": 2},
+            r"mesh.process is 2: it must be at",
+        ),
         ({"heartbeat": 0}, r"mesh.heartbeat is 0: it must be at least 1"),
     ],
 )

