@@ -262,7 +262,7 @@ def test_half_a_character_can_be_written_to_a_file(score):
         ("Action Input: {}", "it has no Action"),
         ("Action: f\nAction Input: {", "the JSON of `Action Input:` 1 is malformed"),
         ('[{"Action": "f"}]', "it is no object"),
-        ('[{"Action_Input": "{}"}]', "a call of the list has no Action"),
+        ('[{"Action_Input": "{}"}]', "a call in the list has no Action"),
     ],
 )
 def test_a_gold_answer_without_calls_is_refused(score, gold, reason):
