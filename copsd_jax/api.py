@@ -159,11 +159,29 @@ def build_prompts(
     return (*student.prefix_ids, *student.ids), (*teacher.prefix_ids, *teacher.ids)
 
 
-def _encode_api_prompt(model: Model, prompt: Prompt) -> tuple[int, ...]:
-    """Returns the ids of a prompt; a text is encoded without special tokens."""
-    if isinstance(prompt, str):
-        return tuple(text_encoding.encode_text(model.tokenizer, prompt).ids)
-    return tuple(map(int, prompt))
+def _read_api_prompts(model: Model, prompts: Sequence[Prompt], name: str) -> list[tuple[int, ...]]:
+    """Returns the checked ids of prompts; a text is encoded without special tokens."""
+    if isinstance(prompts, str):
+        raise ValueError(f"{name} is the text {prompts!r}: it must be a list of texts or of ids")
+    encoded = [
+        text_encoding.encode_text(model.tokenizer, prompt).ids
+        if isinstance(prompt, str)
+        else prompt
+        for prompt in prompts
+    ]
+    return [_read_api_ids(model, ids, f"{name}[{i}]") for i, ids in enumerate(encoded)]
+
+
+def _read_api_ids(model: Model, ids: Sequence[int], name: str) -> tuple[int, ...]:
+    """Returns token ids as integers; refuses anything else, and ids that the model lacks."""
+    ids_C, size = np.asarray(ids), model.run.decoder.config.vocab_size
+    if ids_C.ndim != 1 or not ids_C.size or ids_C.dtype.kind not in "iu":
+        raise ValueError(f"{name} is {ids!r}: it must be one or more token ids")
+    if ids_C.min() < 0 or ids_C.max() >= size:
+        raise ValueError(
+            f"{name} has the ids {ids_C.min()} to {ids_C.max()}: the model has 0 to {size - 1}"
+        )
+    return tuple(ids_C.tolist())
 
 
 def sample(
@@ -189,10 +207,11 @@ def sample(
       the sampling temperature (float32 [C], in nats), and `finish` is "stop" or "length".
 
     Raises:
-      ValueError: a prompt is empty or too long, or a field of `sampling` is wrong.
+      ValueError: a prompt is empty, too long, or has other ids than the model, or a field of
+        `sampling` is wrong.
     """
     run, plan = model.run, model.run.plan
-    asked = [_encode_api_prompt(model, prompt) for prompt in prompts]
+    asked = _read_api_prompts(model, prompts, "prompts")
     chosen = dataclasses.replace(loaded_run.build_sampling(run, "rollout"), **sampling)
     with loaded_run.set_mesh_and_precision(plan):
         policy = run.hand_over(loaded_run.derive_run_policies(run, model.state)[0])
@@ -226,21 +245,19 @@ def score(
       The scores: log-probabilities [C, V] and the ids [C].
 
     Raises:
-      ValueError: the prompt or the completion is empty, or `side` is unknown.
+      ValueError: the prompt or the completion is empty or has other ids than the model, or `side`
+        is unknown.
     """
     if side not in ("student", "teacher"):
         raise ValueError(f"side is {side!r}: the choices are student, teacher")
-    if not len(completion):
-        raise ValueError("the completion is empty: there is no token to score")
-    run = model.run
+    run, ids = model.run, _read_api_ids(model, completion, "completion")
+    (asked,) = _read_api_prompts(model, [prompt], "prompt")
     with loaded_run.set_mesh_and_precision(run.plan):
         mix = ((1.0, loaded_run.derive_run_policies(run, model.state)[0]),)
         if side == "teacher":
             mix = loaded_run.list_run_teacher_mixture(run, model.state)
-        logp_CV = diagnostics.score_tokens(
-            run.decoder, mix, _encode_api_prompt(model, prompt), completion
-        )
-    return Scores(np.asarray(completion, np.int32), logp_CV)
+        logp_CV = diagnostics.score_tokens(run.decoder, mix, asked, ids)
+    return Scores(np.asarray(ids, np.int32), logp_CV)
 
 
 def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: Any) -> jax.Array:
@@ -266,10 +283,14 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
       The divergence of each token in nats, float32 [C].
 
     Raises:
-      ValueError: student and teacher scored different tokens, or a setting is wrong.
+      ValueError: student and teacher scored different tokens or have different shapes, or a setting
+        is wrong.
     """
     if not np.array_equal(student.ids_C, teacher.ids_C):
         raise ValueError("student and teacher scored different tokens: score the same completion")
+    if student.logp_CV.shape != teacher.logp_CV.shape:
+        shapes = f"{student.logp_CV.shape} and {teacher.logp_CV.shape}"
+        raise ValueError(f"the scores have the shapes {shapes}: they must be equal")
     # Log-probabilities can be used as logits, because a softmax ignores a constant offset.
     stats, _ = token_values.score_divergence_block(
         jnp.asarray(student.logp_CV), jnp.asarray(teacher.logp_CV),
@@ -304,13 +325,14 @@ def train_step(
       The model after the step, and metrics: loss (nats per token), grad_norm, tokens and others.
 
     Raises:
-      ValueError: the lists differ in length, or a prompt is empty.
+      ValueError: the lists differ in length, or a prompt or completion is empty or has other ids
+        than the model.
     """
     run, plan = model.run, model.run.plan
     batch = layout.build_batch(
-        [_encode_api_prompt(model, prompt) for prompt in student_prompts],
-        [_encode_api_prompt(model, prompt) for prompt in teacher_prompts],
-        completions,
+        _read_api_prompts(model, student_prompts, "student_prompts"),
+        _read_api_prompts(model, teacher_prompts, "teacher_prompts"),
+        [_read_api_ids(model, ids, f"completions[{i}]") for i, ids in enumerate(completions)],
     )
     batch = builders.pack_batch(plan, batch)
     with loaded_run.set_mesh_and_precision(plan):

@@ -216,13 +216,26 @@ def test_refusals(model):
         copsd_jax.load_model("nothing here")
     with pytest.raises(ValueError, match="the choices are student, teacher"):
         copsd_jax.score(model, "a", [1], side="reader")
-    with pytest.raises(ValueError, match="no token to score"):
-        copsd_jax.score(model, "a", [])
-    with pytest.raises(ValueError, match="empty prompt"):
-        copsd_jax.score(model, "", [1])
+    for wrong in ([], [10**6], [-1], [1.5], "7", [[1]]):
+        with pytest.raises(ValueError, match=r"^completion (is|has)"):
+            copsd_jax.score(model, "a", wrong)
+        with pytest.raises(ValueError, match=r"^completions\[1\] (is|has)"):
+            copsd_jax.train_step(model, ["a", "b"], ["c", "d"], [[1], wrong])
+    for wrong in ("", [], [10**6], [-1], [1.5]):
+        with pytest.raises(ValueError, match=r"^prompt\[0\] (is|has)"):
+            copsd_jax.score(model, wrong, [1])
+        with pytest.raises(ValueError, match=r"^prompts\[1\] (is|has)"):
+            copsd_jax.sample(model, ["a", wrong])
+    with pytest.raises(ValueError, match=r"^prompts is the text 'ab'"):
+        copsd_jax.sample(model, "ab")
+    with pytest.raises(ValueError, match=r"^teacher_prompts is the text 'ab'"):
+        copsd_jax.train_step(model, ["a", "b"], "ab", [[1], [2]])
     p, q = (copsd_jax.score(model, "a", [token]) for token in (1, 2))
     with pytest.raises(ValueError, match="different tokens"):
         copsd_jax.divergence(p, q)
+    shorter = copsd_jax.Scores(p.ids_C, p.logp_CV[:, :10])
+    with pytest.raises(ValueError, match=r"the scores have the shapes \(1, \d+\) and \(1, 10\)"):
+        copsd_jax.divergence(p, shorter)
 
 
 def test_the_package_does_not_import_jax():
