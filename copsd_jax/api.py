@@ -164,10 +164,8 @@ def _read_api_prompts(model: Model, prompts: Sequence[Prompt], name: str) -> lis
     if isinstance(prompts, str):
         raise ValueError(f"{name} is the text {prompts!r}: it must be a list of texts or of ids")
     encoded = [
-        text_encoding.encode_text(model.tokenizer, prompt).ids
-        if isinstance(prompt, str)
-        else prompt
-        for prompt in prompts
+        text_encoding.encode_text(model.tokenizer, one).ids if isinstance(one, str) else one
+        for one in prompts
     ]
     return [_read_api_ids(model, ids, f"{name}[{i}]") for i, ids in enumerate(encoded)]
 
