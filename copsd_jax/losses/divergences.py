@@ -216,11 +216,9 @@ def compute_entries(
     divergence. The sum of b over the vocabulary is the Σb in the formula for dz.
 
     Returns:
-      e: the entries after the shift, clipped if clip_mode is element; in the shape of the student.
-      b: the derivatives after the shift, where ∂e_v/∂ln p_v is 0 for clipped entries; in the shape
-        of the student.
-      clipped: bool in the shape of the student, True for clipped entries; None unless clip_mode is
-        element.
+      e: the shifted entries, clipped if clip_mode is element; in the shape of the student.
+      b: the shifted derivatives, with ∂e_v/∂ln p_v = 0 for clipped entries; in the same shape.
+      clipped: bool in the same shape, True for clipped entries; None without clip_mode element.
     """
     entry = DIVERGENCES[settings.divergence].entry(student, teacher, settings)
     e, b, clipped = entry.e, entry.b, None

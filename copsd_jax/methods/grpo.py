@@ -8,9 +8,9 @@
     p    the student, p_0 the initial policy, p_old the policy of `policy.old`
     low, high, kl   `policy.clip_low`, `policy.clip_high`, `policy.kl`
 
-Sources: DeepSeekMath arXiv 2402.03300, in TRL's form. Dr.GRPO 2503.20783 is `policy.scale=none
-policy.norm=constant`. DAPO 2503.14476 is `policy.norm=token policy.clip_high=.28
-context.filter_groups=True`.
+Sources: DeepSeekMath arXiv 2402.03300, in TRL's form. Dr.GRPO 2503.20783 has `policy.scale=none`
+and `policy.norm=constant`. DAPO 2503.14476 has `policy.norm=token`, `policy.clip_high=.28` and
+`context.filter_groups=True`.
 
 Departures from the sources:
   - There is one update per batch of rollouts. With `policy.old=trainer`, the ratio rho is therefore

@@ -75,8 +75,7 @@ def sweep(
     Returns:
       stats: `TokenStats`, float32 [T].
       grad_hidden_TD: gradient of the student's states, in their dtype.
-      grad_head_VD: gradient of the student's head over this device's tokens, float32; None unless
-        `train_head` is set.
+      grad_head_VD: float32 gradient of the student's head; None unless `train_head` is set.
 
     Raises:
       ValueError: the kernels do not support the divergence, top_k, a dtype or the width.
