@@ -59,12 +59,16 @@ def results_of_program(file: str, argument: str, timeout: float) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+DEVICES = {"tpu": ("TPU v6 lite", 1, "tpu"), "cuda": ("NVIDIA H200", 132, "gpu")}
+
+
 def without_device(platform: str):
-    """From jax 0.11 on Triton is lowered for a device; an abstract one will do."""
-    if platform == "tpu" or jax.__version_info__ < (0, 11):
+    """From jax 0.11 on kernels are lowered for a device; an abstract one will do."""
+    if jax.__version_info__ < (0, 11):
         return contextlib.nullcontext()
     sharding: Any = jax.sharding
-    device = sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    kind, cores, name = DEVICES[platform]
+    device = sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform=name)
     mesh = sharding.AbstractMesh(
         (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device
     )  # fmt: skip

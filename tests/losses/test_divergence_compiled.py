@@ -190,18 +190,6 @@ def test_compiles_for_h200():
     assert many <= 1.2 * few
 
 
-def without_device(platform: str):
-    """From jax 0.11 on kernels are lowered for a device; an abstract one will do."""
-    if platform == "cuda" or jax.__version_info__ < (0, 11):
-        return without_devices.without_device(platform)
-    sharding: Any = jax.sharding
-    device = sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
-    mesh = sharding.AbstractMesh(
-        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device
-    )  # fmt: skip
-    return sharding.use_abstract_mesh(mesh)
-
-
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("settings", [FKL, JSD, SAMPLED], ids=lambda s: s.divergence)
@@ -219,7 +207,7 @@ def test_lowers_without_device_or_plugin(settings, dtype, platform):
         inputs = token_values.TokenInputs(tokens, row, row, row)
         return module.sweep(constants, ((states, states), inputs), sizes)
 
-    with without_device(platform):
+    with without_devices.without_device(platform):
         traced = jax.jit(sweep).trace(states, head, head, shape((300,), "int32"), row)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count(f"custom_call @{call}") == (3 if settings == JSD else 2)
