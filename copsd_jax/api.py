@@ -161,8 +161,8 @@ def build_prompts(
 
 def _read_api_prompts(model: Model, prompts: Sequence[Prompt], name: str) -> list[tuple[int, ...]]:
     """Returns the checked ids of prompts; a text is encoded without special tokens."""
-    if isinstance(prompts, str):
-        raise ValueError(f"{name} is the text {prompts!r}: it must be a list of texts or of ids")
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"{name} is {prompts!r}: it must be a list of at least one prompt")
     encoded = [
         text_encoding.encode_text(model.tokenizer, one).ids if isinstance(one, str) else one
         for one in prompts
@@ -205,8 +205,8 @@ def sample(
       the sampling temperature (float32 [C], in nats), and `finish` is "stop" or "length".
 
     Raises:
-      ValueError: a prompt is empty, too long, or has other ids than the model, or a field of
-        `sampling` is wrong.
+      ValueError: there is no prompt; a prompt is empty, too long, or has other ids than the model;
+        or a field of `sampling` is wrong.
     """
     run, plan = model.run, model.run.plan
     asked = _read_api_prompts(model, prompts, "prompts")

@@ -9,8 +9,8 @@
     D  the divergence with its clip (`divergence_loss.Divergence`)
     w  the weights of tokens (`tokens.*`), 0 at a token without loss
 
-The teacher only scores y; the student generates y. With `policy.weight` above 0, the loss is (1 -
-weight) * this loss + weight * GRPO's loss (`methods/grpo.py`).
+The teacher only scores y; the student generates y. With `policy.weight` above 0, the loss is
+`policy.weight` times GRPO's loss (`methods/grpo.py`), plus 1 - `policy.weight` times this loss.
 
 Sources: OPSD arXiv 2601.18734 v3, COPSD 2605.09548, ROSD 2605.28014, critique 2606.11173, SDPO
 2601.20802. Routing by success follows SRPO 2604.02288.

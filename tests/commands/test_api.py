@@ -226,9 +226,12 @@ def test_refusals(model):
             copsd_jax.score(model, wrong, [1])
         with pytest.raises(ValueError, match=r"^prompts\[1\] (is|has)"):
             copsd_jax.sample(model, ["a", wrong])
-    with pytest.raises(ValueError, match=r"^prompts is the text 'ab'"):
-        copsd_jax.sample(model, "ab")
-    with pytest.raises(ValueError, match=r"^teacher_prompts is the text 'ab'"):
+    for wrong in ("ab", []):
+        with pytest.raises(ValueError, match=r"^prompts is .*: it must be a list of at least one"):
+            copsd_jax.sample(model, wrong)
+    with pytest.raises(ValueError, match=r"^student_prompts is \[\]"):
+        copsd_jax.train_step(model, [], [], [])
+    with pytest.raises(ValueError, match=r"^teacher_prompts is 'ab'"):
         copsd_jax.train_step(model, ["a", "b"], "ab", [[1], [2]])
     p, q = (copsd_jax.score(model, "a", [token]) for token in (1, 2))
     with pytest.raises(ValueError, match="different tokens"):
