@@ -94,8 +94,12 @@ def test_fingerprints_of_weights():
     tree = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones((8,), jnp.bfloat16)}
     want = evaluate.fingerprint_arrays(tree)
     with jax.set_mesh(sharding.make_mesh(8, 1, 1)):
-        assert evaluate.fingerprint_arrays({"a": placing.replicate(tree["a"], sharding.current_mesh()),  # noqa: E501
-            "b": placing.place_batch(tree["b"], sharding.current_mesh())}) == want  # fmt: skip
+        mesh = sharding.current_mesh()
+        placed = {
+            "a": placing.replicate(tree["a"], mesh),
+            "b": placing.place_batch(tree["b"], mesh),
+        }
+        assert evaluate.fingerprint_arrays(placed) == want
     others = [
         tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(8), np.float32(9)))},
         tree | {"a": tree["a"].at[0].set(tree["a"][1]).at[1].set(tree["a"][0])},
