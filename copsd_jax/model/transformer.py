@@ -107,7 +107,7 @@ SHAPES = {
 
 
 class KV(NamedTuple):
-    """Keys, after RoPE, and values of all layers; each array is [layers, B, L, K, H]."""
+    """The keys (after RoPE) and values of all layers; each array is [layers, B, L, K, H]."""
 
     k: jax.Array
     v: jax.Array
@@ -124,7 +124,8 @@ class Stream:
     tokens. The hidden states of padding are 0, and no gradient flows through them.
 
     With a cache, a row has one token (L = 1), and B is the number of slots. The token of a slot is
-    written at index position - P, and attends to the slot's entries up to and including this index.
+    written at index `position - P` of the slot, and attends to the slot's entries up to and
+    including this index.
 
     With or without a cache, every token sees the whole prefix, whose P keys have the positions
     0 … P - 1.
