@@ -12,7 +12,7 @@ from copsd_jax.model import transformer
 def encode_prefix(
     decoder: transformer.Decoder, policy: policy_lib.Policy, tokens_1P: jax.Array
 ) -> transformer.KV:
-    """Computes the keys and values [layers, 1, P, K, H] of a prefix; for use inside a traced function.
+    """Computes the keys and values [layers, 1, P, K, H] of a prefix, inside a traced function.
 
     Gradients flow through the result to the policy's arrays.
 
