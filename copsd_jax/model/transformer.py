@@ -519,7 +519,7 @@ def _init_params(config: ModelConfig, dtype: Any, key: jax.Array) -> dict:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
-    """Creates parameters: normal matrices (standard deviation 0.02), norm scales 1, and biases 0."""
+    """Creates random parameters: matrices from N(0, 0.02²), norm scales 1, and biases 0."""
     return jax.jit(functools.partial(_init_params, config, dtype))(key)
 
 
