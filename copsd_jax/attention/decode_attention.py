@@ -17,8 +17,8 @@ entries. The kernels `pallas_tpu` and `pallas_gpu` read live blocks directly fro
 `blocks` copies live blocks first. All implementations return the numerator, the maximum and the sum
 of a softmax separately, so that the caller can add the keys of a shared prefix.
 
-An int8 cache has one float32 scale per entry and head, chosen so that the largest magnitude becomes
-127.
+An int8 cache has one float32 scale per entry and head; each scale is chosen so that the largest
+magnitude becomes 127.
 
 Shapes: J slots, K key heads, M queries per key head, A entries per slot, W (slot, block) pairs per
 group; H is the head size.
@@ -209,8 +209,8 @@ def _attend_partially(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> Pa
     total = jnp.sum(weight, axis=-1)
     if block.v_scale is not None:
         weight = weight * jnp.where(seen, block.v_scale[:, :, None], jnp.float32(0))
-    # Values that are not live may be infinite; they are replaced by 0, because 0 times infinity is
-    # NaN.
+    # Values of entries that are not live may be infinite, so they are replaced by 0: 0 times
+    # infinity is NaN.
     v = jnp.where(seen_WS[:, None, :, None], block.v, jnp.zeros((), block.v.dtype)).astype(dtype)
     return PartialSoftmax(_product("wkms,wksh->wkmh", weight.astype(dtype), v), top, total)
 

@@ -81,7 +81,7 @@ def get_chip() -> str:
 
 
 def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
-    """Chooses three buffers, blocks that take 1 us to fetch, and as many slots per program as fit.
+    """Chooses block sizes: three buffers, blocks that take 1 us to fetch, and as many slots as fit.
 
     Args:
       q_shape: shape of the queries on one device, [J, K, M, H].
@@ -184,7 +184,7 @@ def attend(
 
 
 def _turn(caches: Sequence[jax.Array], turned: bool) -> list[jax.Array]:
-    """Swaps axes A and H of keys and values without a copy, as memory has the order [..., H, A]."""
+    """Transposes A and H of keys and values without a copy, as memory has the order [..., H, A]."""
     return [x.swapaxes(3, 4) if turned and x.ndim == 5 else x for x in caches]
 
 

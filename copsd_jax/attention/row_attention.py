@@ -28,9 +28,10 @@ from copsd_jax.runtime import sharding
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
 CPU_QUERY_BLOCK = 64  # queries per block on CPU; with 32 or 128, SmolLM2 takes a tenth longer
 MAX_RANGES = 8  # maximum number of query ranges; more ranges would save little
-SMALL_WORK = 2**24  # if L² K M H is smaller, small blocks cost more time to compile than they save
+SMALL_WORK = 2**24  # if L² K M H is below this, small blocks cost more compile time than they save
 SMALL_WORK_BLOCK = 512  # minimum number of queries per block if L² K M H is below SMALL_WORK
-MAX_RANGES_LARGE_BLOCKS = 2  # maximum for large blocks; a range takes 10 to 30 s to compile for TPU
+# Large blocks have fewer ranges, because each range takes 10 to 30 s to compile for TPU.
+MAX_RANGES_LARGE_BLOCKS = 2
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -251,8 +252,8 @@ def _zero_gradients(keys: _VisibleKeys) -> tuple[jax.Array, ...]:
 def _attend_block_backward(keys: _VisibleKeys, carry, part):
     """Computes the gradient of a block's queries; adds the gradients of keys and values to `carry`.
 
-    In products over queries, the attention weights, which are the larger factor, come second: XLA
-    on CPU transposes the first factor in memory.
+    In products over queries, the attention weights are the second and larger factor, because XLA on
+    CPU transposes the first factor in memory.
     """
     q, g, lse, delta, query, index = jax.lax.optimization_barrier(part)
     dtype = keys.v_BKSH.dtype

@@ -295,7 +295,7 @@ class Layer(nn.Module):
 
         Args:
           carry: (hidden_BLD, cache or None) of each stream.
-          scanned: a pair: the layer's index, and the layer's (adapter, prefix) for each stream.
+          scanned: the layer's index, and the layer's (adapter, prefix) for each stream, as a pair.
           inputs: inputs of each stream.
 
         Returns:

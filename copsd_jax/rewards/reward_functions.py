@@ -32,7 +32,7 @@ STATUSES = (
     "not_a_choice",  # the content of <answer> is not a single letter
     "malformed",  # a tool call cannot be read
     "computed",  # the function of reward.kind returned the reward
-    "raised",  # the function of reward.kind raised an exception, whose type follows a colon
+    "raised",  # the function of reward.kind raised an exception, as in "raised:KeyError"
 )
 
 
@@ -228,7 +228,8 @@ def _read_calls(text: str) -> _Calls:
             try:
                 value, end = _DECODER.raw_decode(body)
                 arguments |= _canonicalize(value)
-            except (ValueError, RecursionError) as error:  # too many digits or levels raise too
+            except (ValueError, RecursionError) as error:
+                # Too many digits also raise ValueError; too many levels raise RecursionError.
                 reason = f"the JSON of `Action Input:` {inputs} is malformed: {error}"
                 raise ValueError(reason) from error
             at = len(text) - len(body) + end  # marks inside JSON strings are skipped
@@ -308,7 +309,7 @@ def import_function(kind: str) -> Callable | None:
     module_name, _, name = kind.partition(":")
     try:
         if not name:  # a misspelt kind, which must not be imported
-            raise ValueError("the kind is none of these")
+            raise ValueError("the kind is unknown")
         function: Any = getattr(importlib.import_module(module_name), name)
         inspect.signature(function).bind("gold", "text")
     except IMPORT_ERRORS as error:
@@ -365,7 +366,7 @@ REWARDS: dict[str, Reward] = {
 
 
 def check_gold_answers(kind: str, golds: Mapping[str, str], setting: str) -> None:
-    """Checks, before the first rollout, that the kind of reward can read all gold answers.
+    """Checks before the first rollout that the kind of reward can read all gold answers.
 
     Args:
       kind: the value of reward.kind.

@@ -339,9 +339,9 @@ def test_what_is_the_functions_own_fault_ends_the_run(score, module):
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        ("boxd", "the kind is none of these"),
-        ("this", "the kind is none of these"),
-        ("", "the kind is none of these"),
+        ("boxd", "the kind is unknown"),
+        ("this", "the kind is unknown"),
+        ("", "the kind is unknown"),
         ("nowhere.at_all:f", "No module named 'nowhere'"),
         ("my_reward:lenght", "has no attribute 'lenght'"),
         ("my_reward:LIMIT", "3 is not a callable object"),
