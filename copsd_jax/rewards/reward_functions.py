@@ -168,7 +168,7 @@ _LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.):]|$))[.):]?(?:\s+\S.*)
 def _read_letter(text: str) -> str:
     match = _LETTER.fullmatch(text.strip())
     if match is None:
-        raise ValueError("the letter of a choice was expected")
+        raise ValueError("it is not the letter of a choice")
     return (match[1] or match[2]).upper()
 
 
@@ -210,7 +210,7 @@ _write_json = functools.partial(json.dumps, sort_keys=True, ensure_ascii=False)
 
 def _canonicalize(arguments: object) -> dict[str, str]:
     if not isinstance(arguments, dict):
-        raise ValueError("a JSON object was expected")
+        raise ValueError("it is no object")
     return {name: _write_json(value) for name, value in arguments.items()}
 
 

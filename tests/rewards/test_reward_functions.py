@@ -109,7 +109,7 @@ def test_letters(score, content, letter):
         (
             "<answer>all of\nthem</answer>",
             0.0, "not_a_choice",
-            "The answer is 'all of them': the letter of a choice was expected.",
+            "The answer is 'all of them': it is not the letter of a choice.",
         ),
     ],
 )  # fmt: skip
@@ -226,7 +226,7 @@ def test_the_answer_of_calls(score, text, answer):
         ),
         (
             "Action: f\nAction Input: [1]",
-            "malformed", "The JSON of `Action Input:` 1 is malformed: a JSON object was expected.",
+            "malformed", "The JSON of `Action Input:` 1 is malformed: it is no object.",
         ),
         (call("g", a=1), "plain", "The functions called (g) are not the right ones."),
         (call("f", a=2), "plain", 'The functions are right, the arguments {"a": 2} are wrong.'),
@@ -261,7 +261,7 @@ def test_half_a_character_can_be_written_to_a_file(score):
         ("[]", "a gold answer needs an Action"),
         ("Action Input: {}", "a gold answer needs an Action"),
         ("Action: f\nAction Input: {", "the JSON of `Action Input:` 1 is malformed"),
-        ('[{"Action": "f"}]', "a JSON object was expected"),
+        ('[{"Action": "f"}]', "it is no object"),
         ('[{"Action_Input": "{}"}]', "a call in the list has no Action"),
     ],
 )
