@@ -17,10 +17,11 @@ entries. The kernels `pallas_tpu` and `pallas_gpu` read live blocks directly fro
 `blocks` copies live blocks first. All implementations return the numerator, the maximum and the sum
 of a softmax separately, so that the caller can add the keys of a shared prefix.
 
-An int8 cache has one float32 scale per entry and head; the scale maps the largest magnitude to 127.
+An int8 cache has one float32 scale per entry and head; each scale is chosen so that the largest
+magnitude becomes 127.
 
-Shapes: J slots, K key heads, M queries per key head, H head size, A entries per slot, W (slot,
-block) pairs per group.
+Shapes: J slots, K key heads, M queries per key head, A entries per slot, W (slot, block) pairs per
+group; H is the head size.
 """
 
 import functools
@@ -33,7 +34,8 @@ from jax.sharding import PartitionSpec
 from copsd_jax.attention import decode_cache, visibility
 from copsd_jax.runtime import sharding
 
-BLOCK = 64  # entries per block in `blocks`; on CPU, 32 is a fifth slower, and 128 is no faster
+# On CPU, blocks of 32 entries are a fifth slower, and blocks of 128 entries are no faster.
+BLOCK = 64  # number of entries per block in `blocks`
 CACHE_LENGTH_MULTIPLE = decode_cache.LENGTH_MULTIPLE
 Cache = decode_cache.Cache
 PartialSoftmax = decode_cache.PartialSoftmax
@@ -71,12 +73,12 @@ def convert_entries(cache: Cache, k: jax.Array, v: jax.Array) -> Cache:
     """Converts keys and values to the dtypes of a cache.
 
     Args:
-      cache: the cache to whose dtypes k and v are converted.
+      cache: a cache that has the wanted dtypes.
       k: keys [..., H].
       v: values [..., H].
 
     Returns:
-      A Cache of k and v [..., H], with scales [...] if the cache is int8.
+      A Cache that holds k and v [..., H], and scales [...] if the cache is int8.
     """
     if cache.k_scale is None:
         return Cache(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
@@ -93,7 +95,7 @@ def write_and_attend(
     index_J: jax.Array,
     implementation: str,
 ) -> tuple[PartialSoftmax, Cache]:
-    """Writes one entry at `index` of each slot, then attends to the slot's entries 0 … index.
+    """Writes entry `index` of each slot, then attends to entries 0 … `index` of the slot.
 
     On a mesh (`jax.set_mesh`), slots are split over the batch axes. If `tensor` divides the number
     of key heads, key heads are split over `tensor`. Each device reads and writes only its own slots
@@ -103,17 +105,18 @@ def write_and_attend(
       q_JKMH: queries, scaled and rotated, in compute dtype.
       k_JKH: new keys, rotated.
       v_JKH: new values.
-      cache: the cache; it is updated in place if it is donated, or carried by a loop.
-      layer: int32 scalar.
-      index_J: int32 index of the new entry; negative for a dead slot, which writes and sees
-        nothing.
+      cache: the cache; it is updated in place if it is donated or carried by a loop.
+      layer: index of the layer, an int32 scalar.
+      index_J: index of the new entry in each slot, int32; negative for a dead slot, where nothing
+        is written or seen.
       implementation: a key of IMPLEMENTATIONS.
 
     Returns:
-      The softmax over each slot's own entries, and the updated cache.
+      The partial softmax over each slot's own entries, and the updated cache.
 
     Raises:
-      ValueError: the implementation is unknown, or the mesh does not divide the number of slots.
+      ValueError: the implementation is unknown, or the batch axes of the mesh do not divide the
+        number of slots.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -155,7 +158,7 @@ def find_mesh_axes(shape: Any, slots: int, heads: int) -> tuple[tuple[str, ...],
 def _write_and_attend(
     implementation: str, q, k, v, cache: Cache, layer, index_J
 ) -> tuple[PartialSoftmax, Cache]:
-    """Computes `write_and_attend` on one device."""
+    """Runs `write_and_attend` on one device."""
     write = _write_cache_entries_tpu if implementation == "pallas_tpu" else _scatter_cache_entries
     cache = write(cache, convert_entries(cache, k, v), layer, index_J)
     return IMPLEMENTATIONS[implementation](q, cache, layer, index_J + 1), cache
@@ -174,7 +177,7 @@ def _scatter_cache_entries(cache: Cache, new: Cache, layer: jax.Array, index_J: 
 def _write_cache_entries_tpu(
     cache: Cache, new: Cache, layer: jax.Array, index_J: jax.Array
 ) -> Cache:
-    """Writes entries with a kernel; XLA's scatter would copy the whole cache to another layout."""
+    """Writes entries with a kernel; XLA's scatter would copy the whole cache to a new layout."""
     # This import is lazy, because Pallas is slow to import and a CPU run does not need Pallas.
     from copsd_jax.attention import decode_attention_tpu
 
@@ -194,7 +197,7 @@ def _dense(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
 
 
 def _attend_partially(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> PartialSoftmax:
-    """Attends from queries [W, K, M, H] to entries [W, K, S, H] of the same index in W."""
+    """Attends from queries [W, K, M, H] to the entries [W, K, S, H] at the same index along W."""
     dtype = q_WKMH.dtype
     logit = _product("wkmh,wksh->wkms", q_WKMH, block.k.astype(dtype))
     if block.k_scale is not None:
@@ -206,8 +209,8 @@ def _attend_partially(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> Pa
     total = jnp.sum(weight, axis=-1)
     if block.v_scale is not None:
         weight = weight * jnp.where(seen, block.v_scale[:, :, None], jnp.float32(0))
-    # Entries that are not live may contain anything; they become 0, because 0 times infinity is
-    # NaN.
+    # Values of entries that are not live may be infinite, so they are replaced by 0: 0 times
+    # infinity is NaN.
     v = jnp.where(seen_WS[:, None, :, None], block.v, jnp.zeros((), block.v.dtype)).astype(dtype)
     return PartialSoftmax(_product("wkms,wksh->wkmh", weight.astype(dtype), v), top, total)
 
@@ -218,16 +221,16 @@ def _attend_partially(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> Pa
 def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[jax.Array, ...]:
     """Lists the live (slot, block) pairs, slot by slot.
 
-    For example, lengths 70, 0, 64 and blocks of 64 give the 3 pairs (0, 0), (0, 1), (2, 0),
+    For example, with blocks of 64, the lengths (70, 0, 64) give the 3 pairs (0, 0), (0, 1), (2, 0),
     followed by garbage.
 
     Args:
-      length_J: int32 number of live entries in each slot.
+      length_J: number of live entries in each slot, int32.
       per_slot: number of blocks in a slot.
       block: number of entries in a block.
 
     Returns:
-      slot_X and block_X, int32 [J x per_slot], and the number of live pairs, an int32 scalar.
+      slot_X and block_X, both int32 [J · per_slot], and the number of live pairs, an int32 scalar.
     """
     number_J = -(-length_J // block)
     end_J = jnp.cumsum(number_J)
@@ -238,7 +241,7 @@ def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[ja
 
 
 def _attend_live_blocks(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
-    """Attends to live blocks, W pairs at a time; only the number of pairs determines the time."""
+    """Attends to the live (slot, block) pairs, W at a time; only their number affects the time."""
     slots, _, length, size = cache.k.shape[1:]
     per_slot = length // BLOCK
     # With four pairs per slot, a group is large enough to make up for the cost of starting a
@@ -293,5 +296,5 @@ IMPLEMENTATIONS = {
     "dense": _dense, "blocks": _attend_live_blocks,
     "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu
 }  # fmt: skip
-# Maps the platform of a mesh's devices to the implementation for this platform.
+# Maps each platform to the implementation that is used on it.
 PLATFORM_IMPLEMENTATIONS = {"cpu": "blocks", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}

@@ -1,4 +1,4 @@
-"""Decode attention for NVIDIA GPUs (Pallas, Triton): reads only the live part of a stacked cache.
+"""Decode attention for NVIDIA GPUs (Pallas, Triton); the kernel reads only live parts of a cache.
 
 One query token per slot attends to the first `length` entries of its slot. Each program handles one
 slot, one key head and one split of the slot's entries (flash-decoding: Dao et al. 2023). Since many
@@ -8,19 +8,20 @@ programs share a long slot, the processors are busy even if there are few slots:
                                   entries  0 … 127   128 … 255   256 … 299   none: ends at once
 
 Loads are masked, so that only live entries are read. XLA merges the results of a slot's splits. The
-result of a split is M (H + 2) float32 numbers, whereas a split reads 2 H numbers per entry. For M =
-2 and splits of 512 entries in bfloat16, the results take 1/256 as many bytes as the entries.
+result of a split consists of M (H + 2) float32 numbers, whereas the split reads 2 H numbers per
+entry. For M = 2 and splits of 512 entries in bfloat16, the results take 1/256 as many bytes as the
+entries.
 
-Products run on tensor cores, because plain multiply-adds would be too slow. An entry of one head
-has 4 H bytes in bfloat16 (key and value) and needs 2 M H multiply-adds. A processor of an H200
+Products run on tensor cores, because plain multiply-adds would be too slow. In bfloat16, the key
+and value of an entry have 4 H bytes per head and need 2 M H multiply-adds. A processor of an H200
 loads about 20 bytes per cycle, so loading an entry with H = 128 takes 26 cycles. At 128
-multiply-adds per cycle, the products of an entry would take 2 M cycles. Conversions and reductions
-across lanes would take as many cycles again. With M = 8, the computation for an entry would take
-longer than loading the entry. Tensor cores compute at least 16 rows. Products of 16 rows need 16
-FLOP per byte, and the GPU can do 200 FLOP per byte. Therefore each product is a `dot` of 16 rows,
-in which the last query is repeated to fill the rows. Float32 products are exact, because they do
-not use TF32. Two float32 products of 16 rows take 32 cycles per entry, while loading the 8 H bytes
-of an entry takes 52 cycles.
+multiply-adds per cycle, the products for an entry with H = 128 would take 2 M cycles. Conversions
+and reductions across lanes would take as many cycles as the products. With M = 8, the computation
+for an entry would take longer than loading the entry. A product on tensor cores has at least 16
+rows. Products of 16 rows need 16 FLOP per byte, and the GPU can do 200 FLOP per byte. Therefore
+each product is a `dot` of 16 rows; the last query is repeated to fill these rows. Float32 products
+are exact, because they do not use TF32. Two float32 products of 16 rows take 32 cycles per entry,
+while loading the 8 H bytes of an entry takes 52 cycles.
 """
 
 import dataclasses
@@ -35,8 +36,8 @@ from jax.experimental.pallas import triton as plt
 from copsd_jax.attention import decode_cache, visibility
 
 _ROWS = 16  # minimum number of rows of a `dot`
-_PROCESSORS = 132  # processors of H100 and H200; an A100 has 108, which is close enough
-_PROGRAMS = 4  # programs per processor; enough to balance the load of the processors
+_PROCESSORS = 132  # number of processors of an H100 or H200; an A100 has 108, which is close enough
+_PROGRAMS = 4  # number of programs per processor, enough to balance the load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +60,9 @@ class BlockSizes:
 def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
     """Chooses the longest splits with which every processor still has four programs.
 
-    The rule assumes that slots are a quarter full. The keys and values for one product take 16 to
-    32 KiB, and the loads for three products are in flight at once. Therefore two programs on a
-    processor have about 100 KiB in flight, which is more than the 29 KiB (36 GB/s x 800 ns) that
-    hide the latency.
+    Slots are assumed to be a quarter full. The keys and values for one product take 16 to 32 KiB,
+    and the loads for three products are in flight at once. Two programs on a processor therefore
+    have about 100 KiB in flight; 29 KiB (36 GB/s x 800 ns) would be enough to hide the latency.
 
     Args:
       q_shape: shape of the queries on one device, [J, K, M, H].
@@ -80,7 +80,7 @@ def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
 
 
 def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
-    """Estimates the FLOPs and bytes of one call; FLOPs are counted for M rows instead of 16.
+    """Estimates the FLOPs and bytes of one call, counting M rows per product instead of 16.
 
     Args:
       q_shape: shape of the queries, [J, K, M, H].
@@ -99,21 +99,21 @@ def attend(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> decode_cache.PartialSoftmax:
-    """Attends from each slot's queries to its entries 0 … length - 1; returns a partial softmax.
+    """Attends from each slot's queries to its first `length` entries; returns a partial softmax.
 
     Args:
       q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. M is at most 16, and H is
-        a power of two. Entries are converted to the dtype of the queries in registers, and products
-        are in this dtype; sums and softmax are in float32.
+        a power of two. In registers, entries are converted to the dtype of the queries. Products
+        use the dtype of the queries; sums and the softmax use float32.
       cache: the cache, whose length A must be a multiple of 128.
-      layer: int32 scalar.
-      length_J: int32 number of live entries in each slot, 0 … A; 0 for a dead slot.
-      blocks: block sizes; None means those of `choose_blocks`.
+      layer: index of the layer, an int32 scalar.
+      length_J: number of live entries in each slot, int32, 0 … A; 0 for a dead slot.
+      blocks: block sizes; None means the sizes that `choose_blocks` returns.
       interpret: whether to run the kernel without a GPU.
 
     Returns:
-      The softmax over each slot's live entries. For a dead slot, out is 0, top is -1e30 and total
-      is 0.
+      The partial softmax over each slot's live entries. For a dead slot, out is 0, top is -1e30 and
+      total is 0.
 
     Raises:
       ValueError: a shape or block size is not supported, or the keys of an int8 cache take 2 to 4
@@ -137,8 +137,8 @@ def attend(
         name="decode_attention",
     )
     start_S = jnp.arange(splits, dtype=jnp.int32) * blocks.split
-    # The text of a program contains the scope names of Triton calls, but not their cost estimates.
-    # For this reason, the scope name contains the estimate.
+    # The text of a program contains the scope name of a Triton call, but not the cost estimate, so
+    # the estimate is part of the scope name.
     with jax.named_scope(f"cost:{estimate.flops}:{estimate.bytes_accessed}"):
         out, top, total = call(layer.reshape(1), length_J, q_JKMH, *jax.tree.leaves(cache))
     return _merge_splits(out, top, total, start_S[:, None] < length_J[None, :])
@@ -149,16 +149,16 @@ def _check_attention_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: Bloc
     decode_cache.check_length(length)
     if queries > _ROWS or size < _ROWS or size & (size - 1):
         raise ValueError(
-            f"queries per key head and head size are {queries} and {size}: at most {_ROWS} queries "
-            f"are supported, and a head size that is a power of two from {_ROWS} on"
+            f"there are {queries} queries per key head and heads of size {size}: at most {_ROWS} "
+            f"queries are supported, and the head size must be a power of two, at least {_ROWS}"
         )
     if blocks.keys < _ROWS or blocks.keys & (blocks.keys - 1) or blocks.split % blocks.keys:
         raise ValueError(
-            f"blocks.keys and blocks.split are {blocks.keys} and {blocks.split}: a power of two "
-            f"from {_ROWS} on, and a multiple of it, are needed"
+            f"blocks.keys is {blocks.keys}, and blocks.split is {blocks.split}: blocks.keys must "
+            f"be a power of two, at least {_ROWS}, and blocks.split a multiple of blocks.keys"
         )
-    # Arrays above 4 GiB are addressed with 64-bit offsets. All other arrays are addressed with
-    # signed 32-bit offsets, which reach only 2 GiB.
+    # Arrays of up to 4 GiB are addressed with signed 32-bit offsets, which reach only 2 GiB; larger
+    # arrays are addressed with 64-bit offsets.
     if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
         raise ValueError(
             f"an int8 cache of keys has {k.size} bytes on a device: sizes from 2**31 to 2**32 "

@@ -1,31 +1,30 @@
-"""Decode attention for TPU (Pallas, Mosaic): reads only the live part of a stacked cache.
+"""Decode attention for TPUs (Pallas, Mosaic); the kernel reads only live parts of a cache.
 
 One query token per slot attends to the first `length` entries of its slot. The kernel visits the
-live blocks slot by slot. The kernel itself fetches these blocks, `buffers` - 1 blocks ahead, and
-continues into the next slots. For the last block of a slot, the kernel fetches only the 128-entry
-chunks that contain a live entry:
+live blocks slot by slot. The kernel itself fetches live blocks, `buffers` - 1 blocks ahead,
+including blocks of the next slots. For the last block of a slot, the kernel fetches only the
+128-entry chunks that contain a live entry:
 
     lengths 300, 0, 40; blocks of 256     fetch        0          1          2
                                           slot         0          0          2
                                           entries   0 … 255   256 … 383   0 … 127
 
-A dead slot costs only the time to read its length. Two alternatives to this kernel are slower. The
-first alternative is a grid over slots and blocks, in which each step without work costs about 0.35
-us. With 256 slots of 4096 entries, 28 layers and blocks of 256, the grid steps would cost 40 ms per
-token. The second alternative is a prefetched list of live blocks, which XLA would have to build in
-every layer.
+A dead slot costs only the time to read its length. A grid over slots and blocks would be slower
+than this kernel, because each step without work costs about 0.35 us. With 256 slots of 4096
+entries, 28 layers and blocks of 256, the grid steps would cost 40 ms per token. A prefetched list
+of live blocks would be slower too, because XLA would have to build the list in every layer.
 
 The block size was chosen for v5e. On v5e, a block of 256 entries of 8 heads in bfloat16 takes 530
-instruction words, or 0.36 us at 1.5 GHz without stalls. Of the 530 words, 380 compute, and 150
-start copies and find the next block; these 150 do not depend on the block size. Fetching a bfloat16
+instruction words, or 0.36 us at 1.5 GHz without stalls. Of the 530 instruction words, 380 compute;
+the other 150 start copies and find the next block, whatever the block size. Fetching a bfloat16
 block of 256 entries takes 1.28 us (1 MiB at 819 GB/s). Each 128 x 128 tile of keys or values is
 loaded into a matrix unit once. The M queries (1 to 8) occupy 8 rows of the matrix unit, so M does
 not change the cost. On average, half of the computation for a slot's last block is wasted on
 entries that are not live. The latency of a fetch is about 1 us, so a block should take about 1 us
-to fetch. A fetch of this duration hides the block's computation and the latency of the next fetch.
-An int8 block has to be converted before the products. With the conversion, 384 entries take 1370
-words, or 0.92 us, while fetching the entries takes 0.99 us. Therefore int8 saves more memory than
-time.
+to fetch. A fetch of 1 us hides the computation for a block and the latency of the next fetch. An
+int8 block has to be converted before the products. With the conversion, the computation for 384
+int8 entries takes 1370 instruction words, or 0.92 us; fetching these entries takes 0.99 us.
+Therefore int8 saves more memory than time.
 
 If H is not a multiple of 128, XLA stores a cache as [..., H, A], because this layout needs no
 padding. The kernel reads the layout [..., H, A] directly.
@@ -45,17 +44,18 @@ from copsd_jax.attention import decode_cache, visibility
 
 CHUNK = decode_cache.LENGTH_MULTIPLE  # number of entries per copy
 V5E = "TPU v5 lite"
-# HBM bandwidth in bytes per second, by jax's device_kind; per core if a device has two cores. TPU
-# v4 is missing, because Mosaic cannot compile the kernel for v4: it has no gather across sublanes.
+# HBM bandwidth in bytes per second for each `device_kind` of jax; for a device with two cores, the
+# bandwidth of one core. TPU v4 is missing: it has no gather across sublanes, so Mosaic cannot
+# compile the kernel for it.
 BANDWIDTH = {
     V5E: 8.2e11, "TPU v5": 1.2e12, "TPU v5p": 1.2e12, "TPU v6 lite": 1.6e12, "TPU v6e": 1.6e12,
     "TPU7x": 3.7e12,
 }  # fmt: skip
 _TWO_CORES = ("TPU v5", "TPU v5p")  # devices with two cores
-_FETCH = 1e-6  # seconds that fetching a block should take
+_FETCH = 1e-6  # intended time to fetch a block, in seconds
 _LONGEST = 1024  # maximum number of entries in a block
-_BUFFERS = 8 << 20  # maximum bytes of VMEM for keys and values
-_ROWS = 4 << 20  # bytes of VMEM for the queries and results of one program
+_BUFFERS = 8 << 20  # maximum size of keys and values in VMEM, in bytes
+_ROWS = 4 << 20  # size of the queries and results of one program in VMEM, in bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,10 @@ class BlockSizes:
     """Sizes of the parts into which the kernel divides its work.
 
     Attributes:
-      keys: number of entries that are computed at once, a multiple of 128.
+      keys: number of entries that are processed at once, a multiple of 128.
       buffers: number of blocks in VMEM, at least 2.
-      slots: number of slots per program. Programs run one after another, or on the two cores of a
-        v5p.
+      slots: number of slots per program. Programs run one after another on each core; a v5p has two
+        cores.
     """
 
     keys: int
@@ -75,13 +75,13 @@ class BlockSizes:
 
 
 def get_chip() -> str:
-    """Returns the `device_kind` of the current mesh (`jax.set_mesh`); v5e if it has no TPU."""
+    """Returns the `device_kind` of the current mesh, or that of a v5e if the mesh has no TPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return V5E if device is None or device.platform != "tpu" else device.device_kind
 
 
 def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
-    """Chooses three buffers, blocks that take about 1 us to fetch, and as many slots as fit.
+    """Chooses block sizes: three buffers, blocks that take 1 us to fetch, and as many slots as fit.
 
     Args:
       q_shape: shape of the queries on one device, [J, K, M, H].
@@ -99,9 +99,9 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
     wanted = BANDWIDTH[chip] * _FETCH / entry
     most = min(_LONGEST, length, _BUFFERS // (3 * entry))
     keys = max(CHUNK, min(round(wanted / CHUNK), most // CHUNK) * CHUNK)
-    # `row` counts the bytes per slot in double-buffered float32 tiles of 8 x 128. The first term is
-    # for the queries and `out`. The second term is for `top` and `total`, whose lanes are the
-    # queries.
+    # `row` counts the bytes per slot in double-buffered float32 tiles of 8 x 128. The first term of
+    # `row` is for the queries and `out`. The second term of `row` is for `top` and `total`, which
+    # have one query per lane.
     lanes = -(-size // 128) * 128
     row = 4 * 2 * (2 * heads * -(-queries // 8) * 8 * lanes + 2 * -(-heads // 8) * 8 * 128)
     two_cores = chip in _TWO_CORES and slots > 1
@@ -110,7 +110,7 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
 
 
 def estimate_cost(q_shape, dtype, mean_length: float) -> pl.CostEstimate:
-    """Estimates the FLOPs and bytes of one call; adds half a chunk per slot to the live entries.
+    """Estimates the FLOPs and bytes of one call, adding half a chunk per slot to the live entries.
 
     Args:
       q_shape: shape of the queries, [J, K, M, H].
@@ -129,25 +129,24 @@ def attend(
     blocks: BlockSizes | None = None,
     interpret: Any = False,
 ) -> decode_cache.PartialSoftmax:
-    """Attends from each slot's queries to its entries 0 … length - 1; returns a partial softmax.
+    """Attends from each slot's queries to its first `length` entries; returns a partial softmax.
 
     Args:
-      q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. Entries are converted to
-        the dtype of the queries in VMEM, and products are in this dtype; sums and softmax are in
-        float32.
+      q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. In VMEM, entries are
+        converted to the dtype of the queries. Products use the dtype of the queries; sums and the
+        softmax use float32.
       cache: the cache, whose length A must be a multiple of 128.
-      layer: int32 scalar.
-      length_J: int32 number of live entries in each slot, 0 … A; 0 for a dead slot.
-      blocks: block sizes; None means those of `choose_blocks` for the mesh's chip.
+      layer: index of the layer, an int32 scalar.
+      length_J: number of live entries in each slot, int32, 0 … A; 0 for a dead slot.
+      blocks: block sizes; None means the sizes that `choose_blocks` returns for the mesh's chip.
       interpret: True or pltpu.InterpretParams to run the kernel without a TPU.
 
     Returns:
-      The softmax over each slot's live entries. For a dead slot, out is 0, top is -1e30 and total
-      is 0.
+      The partial softmax over each slot's live entries. For a dead slot, out is 0, top is -1e30 and
+      total is 0.
 
     Raises:
-      ValueError: the cache length is not a multiple of 128, or the block sizes do not fit the cache
-        length.
+      ValueError: the cache length is not a multiple of 128, or a block size is not supported.
     """
     slots, heads, queries, size = q_JKMH.shape
     length, dtype = cache.k.shape[3], cache.k.dtype
@@ -185,7 +184,7 @@ def attend(
 
 
 def _turn(caches: Sequence[jax.Array], turned: bool) -> list[jax.Array]:
-    """Transposes A and H of keys and values without a copy: memory has the order [..., H, A]."""
+    """Transposes A and H of keys and values without a copy, as memory has the order [..., H, A]."""
     return [x.swapaxes(3, 4) if turned and x.ndim == 5 else x for x in caches]
 
 
@@ -200,7 +199,7 @@ def _check_blocks(blocks: BlockSizes, length: int) -> None:
 
 
 class _Copies(NamedTuple):
-    """Copies of cache blocks into the buffers of one program; its first slot is `first`."""
+    """The copies from caches to the buffers of one program; `first` is the program's first slot."""
 
     keys: int
     turned: bool
@@ -212,7 +211,7 @@ class _Copies(NamedTuple):
     sem: Any
 
     def run(self, act: Callable[[Any], None], slot, block, at) -> None:
-        """Starts the copies of a block's live chunks into buffer `at`, or waits for them."""
+        """Starts or awaits (`act`) the copies of a block's live chunks into buffer `at`."""
         for chunk in range(self.keys // CHUNK):
             start = block * self.keys + chunk * CHUNK
 
@@ -229,7 +228,7 @@ class _Copies(NamedTuple):
 
 
 def _attend_slots_kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, length_J, q_ref, *refs):
-    """Computes a program's slots one by one; the n caches are keys, values and their scales."""
+    """Computes a program's slots one by one; the `n` caches are keys, values, and any scales."""
     caches, (out_ref, top_ref, total_ref), buffers, (sem, ahead) = (
         refs[:n], refs[n : n + 3], refs[n + 3 : 2 * n + 3], refs[2 * n + 3 :],
     )  # fmt: skip
@@ -243,7 +242,7 @@ def _attend_slots_kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, leng
         return jax.lax.while_loop(dead, lambda s: s + 1, slot)
 
     def fetch(number):
-        """Starts the copies of the next block whose copies have not started yet."""
+        """Starts the copies of the next block that is not being fetched yet."""
         slot, block = ahead[0], ahead[1]
 
         @pl.when(slot < group)
@@ -322,19 +321,19 @@ def write_cache_entries(
     index_J: jax.Array,
     interpret: Any = False,
 ) -> list[jax.Array]:
-    """Writes one entry of each slot into a layer of caches [layers, J, K, A(, H)].
+    """Writes one entry per slot into a layer of caches [layers, J, K, A, H] or [layers, J, K, A].
 
-    The update is in place if the caches are donated, or carried by a loop. XLA's scatter would move
-    one row after another, and would copy the cache if XLA prefers another layout. For each slot,
-    this kernel reads the tile that contains the entry, changes the tile, and writes the tile back;
-    the slots form a pipeline.
+    Caches that are donated or carried by a loop are updated in place. XLA's scatter would move one
+    row after another, and would copy the cache if XLA prefers another layout. For each slot, this
+    kernel reads the tile that contains the entry, changes the tile, and writes the tile back. Slots
+    are processed in a pipeline.
 
     Args:
       caches: keys and values, and the float32 scales of an int8 cache; A must be a multiple of 128.
       entries: the new entries of each cache, [J, K, H] or [J, K], in the cache's dtype.
-      layer: int32 scalar.
-      index_J: int32 index of the entry in each slot; a slot with an index outside 0 … A - 1 remains
-        unchanged.
+      layer: index of the layer, an int32 scalar.
+      index_J: index of the entry in each slot, int32; a slot with an index outside 0 … A - 1 is
+        left unchanged.
       interpret: True or pltpu.InterpretParams to run the kernel without a TPU.
 
     Returns:
@@ -343,8 +342,7 @@ def write_cache_entries(
     turned = entries[0].shape[2] % 128 != 0
     tiles = [_find_tile(x, turned) for x in caches]
     caches = _turn(caches, turned)
-    # Each new entry gets an axis of length 1 at the position where the cache has its axis of
-    # entries.
+    # Each array of new entries gets an axis of length 1 where the cache has the axis of entries.
     entries = [jnp.expand_dims(x, axis - 1) for x, (axis, _) in zip(entries, tiles, strict=True)]
     length = caches[0].shape[tiles[0][0]]
 
@@ -376,14 +374,14 @@ def write_cache_entries(
 
 
 def _find_tile(cache: jax.Array, turned: bool) -> tuple[int, int]:
-    """Returns the index of the axis of entries in memory, and the number of entries per tile."""
+    """Returns the index of the entry axis in memory, and the number of entries per tile."""
     if cache.ndim == 4:
         return 3, 128
     return (4, 128) if turned else (3, 32 // cache.dtype.itemsize)
 
 
 def _write_cache_kernel(tiles, length: int, layer_1, index_J, *refs):
-    """Writes the new entry of one slot into the tile of each cache that contains the entry."""
+    """Writes one slot's new entry into each cache by replacing the tile that contains the entry."""
     del layer_1  # Only the index maps of the grid use layer_1.
     index, n = index_J[pl.program_id(0)], len(tiles)
     for (axis, size), new, old, out in zip(

@@ -1,15 +1,15 @@
-"""The cache and the partial softmax of decode attention, and functions that its kernels share."""
+"""The cache and the partial softmax of decode attention, and functions that the kernels share."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-LENGTH_MULTIPLE = 128  # every implementation needs a cache length A that is a multiple of this
+LENGTH_MULTIPLE = 128  # every implementation needs a cache length A that is a multiple of 128
 
 
 class Cache(NamedTuple):
-    """Keys, after RoPE, and values of all layers, and the scales of an int8 cache."""
+    """The keys (after RoPE) and values of all layers, with scales if the cache is int8."""
 
     k: jax.Array  # [layers, J, K, A, H], float32, bfloat16 or int8
     v: jax.Array
@@ -21,9 +21,9 @@ class PartialSoftmax(NamedTuple):
     """The part that some of the keys contribute to a softmax over a larger set of keys.
 
     Attributes:
-      out_JKMH: float32, sum of exp(logit - top) times value over these keys.
-      top_JKM: float32, the largest logit; visibility.MASKED_LOGIT if no key is seen.
-      total_JKM: float32, sum of exp(logit - top) over these keys.
+      out_JKMH: sum of exp(logit - top) · value over these keys, float32.
+      top_JKM: largest logit, float32; visibility.MASKED_LOGIT if no key is seen.
+      total_JKM: sum of exp(logit - top) over these keys, float32.
     """
 
     out_JKMH: jax.Array
@@ -32,7 +32,7 @@ class PartialSoftmax(NamedTuple):
 
 
 def check_length(length: int) -> None:
-    """Checks the length A of a cache for the kernels.
+    """Checks that the kernels support the length A of a cache.
 
     Raises:
       ValueError: the length is not a positive multiple of LENGTH_MULTIPLE.
@@ -47,7 +47,7 @@ def count_cost(q_shape: tuple[int, ...], dtype: jnp.dtype, entries: float) -> di
     """Counts FLOPs and bytes of one call, as the fields of a `pallas.CostEstimate`.
 
     Args:
-      q_shape: [J, K, M, H].
+      q_shape: shape of the queries, [J, K, M, H].
       dtype: dtype of the cache; an int8 entry also has a float32 scale.
       entries: number of entries that are read per slot, averaged over all J slots.
     """
@@ -63,9 +63,10 @@ def count_cost(q_shape: tuple[int, ...], dtype: jnp.dtype, entries: float) -> di
 
 
 def multiply(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Multiplies a [..., R, X] by b, with float32 sums over X and b's `axis`; returns [..., R, S].
+    """Multiplies `a` [..., R, X] by `b`, with float32 sums over X and `axis`; returns [..., R, S].
 
-    The leading axes of `a` are batch axes, which `b` has too; S is the remaining axis of `b`.
+    The leading axes of `a` are batch axes, which `b` has too; `axis` of `b` corresponds to X, and S
+    is the remaining axis of `b`.
     """
     batch = tuple(range(a.ndim - 2))
     # By default, matrix units of TPUs and tensor cores of GPUs would round float32 to fewer bits.

@@ -1,16 +1,15 @@
 """Attention of whole rows of tokens, for training, scoring and prefill (not for decoding).
 
 visibility.py defines which keys a token sees. A single softmax covers all keys that a token sees.
-Keys are not copied for each row or each query.
-
-`portable` is plain array code. Queries are divided into ranges, and each range is multiplied only
-with the keys up to the end of the range. Dividing the queries saves up to 7/16 of the products. For
-the backward pass, the output and the log-sum-exp of each query are kept, but not the attention
-weights (FlashAttention-2, arXiv 2307.08691, section 3.1). `splash` is jax's kernel for TPU
-(row_attention_splash.py). `cudnn` is NVIDIA's kernel, called through jax.nn.dot_product_attention.
+`portable` is plain array code that does not copy the prefix for each row. Queries are divided into
+ranges, and each range is multiplied only with the keys up to the end of the range. Dividing the
+queries saves up to 7/16 of the products. For the backward pass, the output and the log-sum-exp of
+each query are kept, but not the attention weights (FlashAttention-2, arXiv 2307.08691, section
+3.1). `splash` is jax's kernel for TPU (row_attention_splash.py). `cudnn` is NVIDIA's kernel, called
+through jax.nn.dot_product_attention.
 
 Shapes: B rows, L tokens per row, Q queries per block, S keys, K key heads, M queries per key head,
-H head size, P keys in the prefix.
+P keys in the prefix; H is the head size.
 """
 
 import functools
@@ -27,11 +26,12 @@ from copsd_jax.attention import visibility
 from copsd_jax.runtime import sharding
 
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
-CPU_QUERY_BLOCK = 64  # queries per block on CPU; 32 or 128 would take a tenth longer for SmolLM2
+CPU_QUERY_BLOCK = 64  # queries per block on CPU; with 32 or 128, SmolLM2 takes a tenth longer
 MAX_RANGES = 8  # maximum number of query ranges; more ranges would save little
-SMALL_WORK = 2**24  # if L L N H is smaller, compiling small blocks takes longer than they save
-SMALL_WORK_BLOCK = 512  # minimum number of queries per block if L L N H is below SMALL_WORK
-MAX_RANGES_LARGE_BLOCKS = 2  # for large blocks: each range takes 10 to 30 s to compile for TPU
+SMALL_WORK = 2**24  # if L² K M H is below this, small blocks cost more compile time than they save
+SMALL_WORK_BLOCK = 512  # minimum number of queries per block if L² K M H is below SMALL_WORK
+# Large blocks have fewer ranges, because each range takes 10 to 30 s to compile for TPU.
+MAX_RANGES_LARGE_BLOCKS = 2
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -39,10 +39,10 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def attend(inputs: visibility.RowInputs, implementation: str, block: int) -> jax.Array:
     """Computes softmax(q k^T) v over the keys that each token sees.
 
-    The output is differentiable in q, k, v and the prefix, in reverse mode. On a mesh
-    (`jax.set_mesh`), the kernels split rows over the batch axes, if these axes divide the number of
-    rows. Key heads are split over `tensor`, if `tensor` divides the number of key heads. For
-    `portable`, the compiler splits the work.
+    The output can be differentiated in reverse mode with respect to q, k, v and the prefix. On a
+    mesh (`jax.set_mesh`), the kernels split rows over the batch axes if these axes divide the
+    number of rows. Key heads are split over `tensor` if `tensor` divides the number of key heads.
+    For `portable`, the compiler splits the work.
 
     Args:
       inputs: queries, keys, values and their visibility.
@@ -100,7 +100,8 @@ def _attend_portable(block: int, inputs: visibility.RowInputs) -> jax.Array:
 def _split_ranges(inputs: visibility.RowInputs, block: int, others: tuple = ()) -> list[tuple]:
     """Returns (keys, part) for each range of queries; `keys` are all keys that the range may see.
 
-    `part` is (queries, *others, visibility, index) of the range; `others` are arrays [B, L, ...].
+    `part` holds (queries, *others, visibility, index) for the range; `others` are arrays [B, L,
+    ...].
     """
     length = inputs.q_BLKMH.shape[1]
     index_1L = jnp.arange(length, dtype=jnp.int32)[None]
@@ -161,7 +162,7 @@ _attend_portable.defvjp(_attend_forward, _attend_backward)
 
 
 class _VisibleKeys(NamedTuple):
-    """Keys and values that a range of queries may attend to."""
+    """The keys and values that a range of queries may attend to."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -172,7 +173,7 @@ class _VisibleKeys(NamedTuple):
 def split_queries(length: int, block: int) -> list[tuple[int, int]]:
     """Splits queries into a few ranges of whole blocks; returns (start, stop) of each range.
 
-    For example, 11 queries in blocks of 4 give (0, 4), (4, 8), (8, 11).
+    For example, 11 queries in blocks of 4 give the ranges (0, 4), (4, 8) and (8, 11).
 
     Args:
       length: number of queries.
@@ -217,9 +218,9 @@ def _compute_attention_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Vis
 
 
 def _attend_block_forward(keys: _VisibleKeys, carry, part):
-    # The barrier makes the mask wait for q. Without the barrier, the mask would depend only on
-    # constants of the loops. When a gradient is computed, the masks of all blocks would then be
-    # built before the first layer.
+    # The barrier makes the mask wait for q. Without the barrier, gradient computations would build
+    # the masks of all blocks before the first layer, because the masks depend only on constants of
+    # the loops.
     q, query, index = jax.lax.optimization_barrier(part)
     q, dtype = q.swapaxes(1, 2), keys.v_BKSH.dtype
     own, shared = _compute_attention_logits(keys, q, query, index)
@@ -251,8 +252,8 @@ def _zero_gradients(keys: _VisibleKeys) -> tuple[jax.Array, ...]:
 def _attend_block_backward(keys: _VisibleKeys, carry, part):
     """Computes the gradient of a block's queries; adds the gradients of keys and values to `carry`.
 
-    In products over queries, the small factor comes first, because XLA on CPU transposes the first
-    factor in memory. The large factor is the array of attention weights.
+    In products over queries, the attention weights are the second and larger factor, because XLA on
+    CPU transposes the first factor in memory.
     """
     q, g, lse, delta, query, index = jax.lax.optimization_barrier(part)
     dtype = keys.v_BKSH.dtype
@@ -285,13 +286,13 @@ def _attend_block_backward(keys: _VisibleKeys, carry, part):
 
 
 def attend_cudnn(inputs: visibility.RowInputs, implementation: Any = "cudnn") -> jax.Array:
-    """Attends through jax.nn.dot_product_attention, with a mask of [B, 1, L, P + L].
+    """Attends through jax.nn.dot_product_attention, with a mask of shape [B, 1, L, P + L].
 
-    The mask describes every kind of row exactly. Lengths are padded to even numbers, because cuDNN
-    has no gradient for odd lengths if there is a mask.
+    The mask can express the visibility in every kind of row. Lengths are padded to even numbers,
+    because cuDNN has no gradient for odd lengths if there is a mask.
 
     Args:
-      inputs: as for `attend`.
+      inputs: the same as for `attend`.
       implementation: 'cudnn', or 'xla', with which tests compute the same output without a GPU.
 
     Returns:
@@ -321,7 +322,7 @@ def attend_cudnn(inputs: visibility.RowInputs, implementation: Any = "cudnn") ->
 
 
 def explain_cudnn_refusal(size: int) -> str:
-    """Returns why jax would not call cuDNN here for heads of this size, or "" if it would."""
+    """Returns why jax would not call cuDNN for this head size, or "" if jax would call it."""
     # jax refuses during tracing, so shapes without values are enough.
     row: Any = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
     ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)

@@ -5,15 +5,15 @@ The form of the mask is chosen when a program is traced:
 - If there are no parents and no prefix, the kernel computes the causal mask and the mask of
   segments. The kernel visits all blocks on and below the diagonal.
 - If there are parents or a prefix, the mask is an array, because the kernel's segment ids cannot
-  express parents or a prefix. The array is built for one row at a time. An array takes 4 L (L + P)
-  bytes, twice in the backward pass. Blocks without a visible key are skipped. The kernel's own
-  gradient would keep the masks of all rows. Instead, the backward pass builds the masks again and
-  repeats the forward kernel, which takes 9 products per pair of query and key instead of 7.
+  express parents or a prefix. The mask array is built for one row at a time. A mask array takes
+  `4 L (L + P)` bytes, and twice as many in the backward pass. Blocks without a visible key are
+  skipped. The kernel's own gradient would keep the masks of all rows. The backward pass builds the
+  masks again and repeats the forward kernel, so a (query, key) pair takes 9 products instead of 7.
 
 The kernel is jax.experimental.pallas.ops.tpu.splash_attention (FlashAttention-2 with a list of
 blocks to visit). Tokens of segment 0 pad the rows to whole blocks; padding tokens see each other.
 
-Shapes: the letters of row_attention.py, N = K x M query heads, and W, a padded length.
+Shapes: the letters of row_attention.py; N = K · M query heads; W is the padded length of a row.
 """
 
 import functools
@@ -28,17 +28,18 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from copsd_jax.attention import visibility
 
-LANES = 128  # every block size is a multiple of this
-MAX_BLOCK = 512  # with 512, float32 logits and their gradient take 2 of the 16 MiB of VMEM
-# Each step of the kernel's grid costs as much in addition as about 256 x 256 pairs of queries and
-# keys. Small blocks waste fewer pairs at the end of a row, but need more steps.
+LANES = 128  # every block size is a multiple of 128
+MAX_BLOCK = 512  # with blocks of 512, logits and their gradient take 2 of the 16 MiB of VMEM
+# Each step of the kernel's grid has an extra cost, equal to that of about 256 x 256 (query, key)
+# pairs. Small blocks waste fewer pairs at the end of a row, but need more grid steps.
 GRID_STEP_PAIRS = 256 * 256
 
 
 def choose_block(length: int) -> int:
     """Chooses the number of queries in a block, which is also the number of keys in a block.
 
-    L = 352 gives 384, L = 640 gives 384 (two blocks), and L = 2048 gives 512.
+    For example, L = 352 gives one block of 384, L = 640 gives two blocks of 384, and L = 2048 gives
+    four blocks of 512.
 
     Args:
       length: length of a row, L.
@@ -55,7 +56,7 @@ def attend(inputs: visibility.RowInputs, interpret: bool = False) -> jax.Array:
     """Computes `row_attention.attend` on one device; returns [B, L, K, M, H].
 
     Args:
-      inputs: as for `row_attention.attend`.
+      inputs: the same as for `row_attention.attend`.
       interpret: whether to run the kernel without a TPU.
     """
     q_BLKMH, k_BLKH, v_BLKH, rows, prefix = inputs

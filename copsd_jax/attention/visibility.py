@@ -19,7 +19,7 @@ MASKED_LOGIT = -1e30  # finite, so that the results are finite even if a query s
 
 
 class Visibility(NamedTuple):
-    """Segments that decide which keys of its row each token sees.
+    """The segments that decide which keys of a row each token sees.
 
     `parents_BL` is None if no token has a parent segment.
     """
@@ -42,7 +42,7 @@ class RowInputs(NamedTuple):
       q_BLKMH: queries, scaled and rotated.
       k_BLKH: keys, rotated.
       v_BLKH: values.
-      rows: visibility of the keys.
+      rows: segments and parents of the tokens in each row.
       prefix: keys and values that every token sees, or None.
     """
 
@@ -54,7 +54,7 @@ class RowInputs(NamedTuple):
 
 
 def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
-    """Pads the second axis of [B, L, ...] with zeros, to the next multiple of `multiple`."""
+    """Pads the second axis of `x` [B, L, ...] with zeros to the next multiple of `multiple`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)) + ((0, 0),) * (x.ndim - 2))
 
 

@@ -1,9 +1,8 @@
 """Linear projections with optional low-rank adapters (LoRA).
 
-An adapter is a separate float32 tree, `{'q': {'a': [layers, in, R], 'b': [layers, R, out]}, ...}`,
-which the base weights never contain. Each projection receives its slice of the adapter as an
-argument. Therefore the student, which has the adapter, and the initial policy, which has none,
-share the same base weights.
+An adapter is a float32 tree, `{'q': {'a': [layers, in, R], 'b': [layers, R, out]}, ...}`, separate
+from the base weights. Each projection receives its slice of the adapter as an argument. The student
+uses the adapter and the initial policy does not, so both can share one copy of the base weights.
 
 R is the rank. Source: Hu et al. 2021 (arXiv 2106.09685).
 """
@@ -38,7 +37,7 @@ def _expand_adapter(low: jax.Array, b: jax.Array) -> jax.Array:
     XLA on CPU transposes the left factor of a product in memory. Therefore the gradient of `b` is
     computed with the narrow `low` as the left factor. Automatic differentiation would use the wide
     gradient of the output as the left factor. The narrow left factor saves a sixth of a training
-    step's time. Only reverse mode is supported.
+    step's time. Only reverse-mode differentiation is supported.
     """
     return low @ b
 
@@ -57,7 +56,7 @@ _expand_adapter.defvjp(_expand_forward, _expand_backward)
 
 
 class Projection(nn.Module):
-    """A linear layer, `y = x W + bias + (x a scale) b`; all products are in `dtype`.
+    """A linear layer, `y = x W + bias + (x a scale) b`; all products are computed in `dtype`.
 
     Base and adapter leaves may be stored in any dtype, and are cast to `dtype` for the products. In
     a bfloat16 model, the float32 adapter is rounded to bfloat16 for the products, and the adapter's
@@ -79,12 +78,12 @@ class Projection(nn.Module):
         """Projects x.
 
         Args:
-          x: [..., in] in `dtype`.
-          adapter: {'a': [in, R], 'b': [R, features]} of this layer, or None.
+          x: input, [..., in], in `dtype`.
+          adapter: adapter of this layer, {'a': [in, R], 'b': [R, features]}, or None.
           scale: factor of the adapter.
 
         Returns:
-          [..., features] in `dtype`.
+          The output, [..., features], in `dtype`.
         """
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
@@ -96,7 +95,7 @@ class Projection(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if adapter is not None:
-            # The scale multiplies the narrow array, because it has only R columns instead of
+            # The scale is multiplied into the narrow array, which has only R columns instead of
             # `features`.
             low = (x @ adapter["a"].astype(self.dtype)) * jnp.asarray(scale, self.dtype)
             y = y + _expand_adapter(low, adapter["b"].astype(self.dtype))
@@ -104,11 +103,11 @@ class Projection(nn.Module):
 
 
 def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: jax.Array) -> dict:
-    """Creates an adapter tree, float32: `a` uniform in ±1/sqrt(in) (PEFT's default), `b` zero.
+    """Creates a float32 adapter: `a` is uniform in ±1/sqrt(in), as in PEFT, and `b` is zero.
 
     Args:
       config: gives the number of layers and the widths of the projections.
-      rank: R.
+      rank: rank of the adapter, R.
       targets: names of projections in TARGETS.
       key: random key.
 
@@ -122,8 +121,8 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
             raise ValueError(f"lora.targets is {target!r}: the choices are {', '.join(sizes)}")
         width, out = sizes[target]
         bound = width**-0.5
-        # The key depends only on the target, so a target's values stay the same if targets are
-        # added.
+        # The key depends only on the target, so a target's values stay the same if other targets
+        # are added.
         target_key = jax.random.fold_in(key, TARGETS.index(target))
         shape = (config.n_layers, width, rank)
         adapter[target] = {
@@ -137,7 +136,7 @@ def merge_adapter(params: dict, adapter: dict, scale: float) -> dict:
     """Adds an adapter to the base weights: computes `kernel + a b scale` in float32.
 
     Args:
-      params: tree of base weights, which stays unchanged.
+      params: tree of base weights; this tree is not changed.
       adapter: tree in the form that `init_adapter` returns.
       scale: factor of the adapter.
 

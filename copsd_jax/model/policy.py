@@ -13,9 +13,10 @@ class Policy:
 
     Attributes:
       params: the base parameters, a tree in the form that `transformer.init_params` returns.
-      adapter: a tree in the form that `lora.init_adapter` returns, or None for the base alone.
-      scale: factor of the adapter's products, alpha / rank. The scale is static: each value needs
-        its own compiled program, even if there is no adapter.
+      adapter: a tree in the form that `lora.init_adapter` returns, or None if only the base
+        parameters are used.
+      scale: factor by which the adapter's output is multiplied, alpha / rank. The scale is static:
+        each value needs its own compiled program, even if there is no adapter.
     """
 
     params: Any

@@ -12,7 +12,7 @@ from copsd_jax.model import transformer
 def encode_prefix(
     decoder: transformer.Decoder, policy: policy_lib.Policy, tokens_1P: jax.Array
 ) -> transformer.KV:
-    """Computes the keys and values [layers, 1, P, K, H] of a prefix; for use in a traced function.
+    """Computes a prefix's keys and values, [layers, 1, P, K, H]; call it in a traced function.
 
     Gradients flow through the result to the policy's arrays.
 
@@ -33,7 +33,7 @@ _encode = jax.jit(encode_prefix, static_argnames="decoder")
 def encode_prefix_ids(
     decoder: transformer.Decoder, policy: policy_lib.Policy, prefix_ids: Sequence[int]
 ) -> transformer.KV | None:
-    """Computes the keys and values [layers, 1, P, K, H] of a prefix of token ids, in a jitted call.
+    """Computes a prefix's keys and values, [layers, 1, P, K, H], in a jitted call.
 
     The keys and values are valid only for the given policy.
 

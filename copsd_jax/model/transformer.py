@@ -28,7 +28,7 @@ from copsd_jax.runtime import sharding
 QUERY_BLOCK = 512  # number of queries per block; longer rows attend block by block
 PROJECTION = "projection"  # checkpoint name of the projections' outputs
 _policies = jax.checkpoint_policies
-# Each policy selects the values that a layer keeps for the backward pass. The backward pass
+# Each remat policy selects the values that a layer keeps for the backward pass. The backward pass
 # recomputes all values that are not kept. If the policy is None, all values are kept.
 REMAT: dict[str, Any] = {
     "none": None,
@@ -107,7 +107,7 @@ SHAPES = {
 
 
 class KV(NamedTuple):
-    """Keys, after RoPE, and values of all layers; each array is [layers, B, L, K, H]."""
+    """The keys (after RoPE) and values of all layers; each array is [layers, B, L, K, H]."""
 
     k: jax.Array
     v: jax.Array
@@ -124,7 +124,8 @@ class Stream:
     tokens. The hidden states of padding are 0, and no gradient flows through them.
 
     With a cache, a row has one token (L = 1), and B is the number of slots. The token of a slot is
-    written at index position - P, and attends to the slot's entries up to and including this index.
+    written at index `position - P` of the slot, and attends to the slot's entries up to and
+    including this index.
 
     With or without a cache, every token sees the whole prefix, whose P keys have the positions
     0 … P - 1.
@@ -174,12 +175,12 @@ def compute_llama3_factors(scaling: RopeScaling, frequency: np.ndarray) -> np.nd
 
     The factor depends on the number of full turns that a pair of dimensions makes over the original
     context length. A pair with more than `high_freq_factor` turns keeps its frequency. If a pair
-    makes fewer than `low_freq_factor` turns, the pair's frequency is divided by `factor`. For a
-    number of turns between the two bounds, the factor is interpolated.
+    makes fewer than `low_freq_factor` turns, the pair's frequency is divided by `factor`. Between
+    `low_freq_factor` and `high_freq_factor` turns, the factor is interpolated.
 
     Args:
       scaling: the constants of the scaling.
-      frequency: radians per position, float64 [H/2].
+      frequency: frequencies in radians per position, float64 [H/2].
     """
     turns = scaling.original_max_position * frequency / (2 * np.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
@@ -208,7 +209,7 @@ def _apply_rope(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
 def _attend_cache(
     q_B1KMH, k_B1KH, v_B1KH, cache, inputs: "_StreamInputs", layer, prefix, implementation: str
 ) -> tuple[jax.Array, decode_attention.Cache]:
-    """Attends from each slot's token to the prefix and the slot's entries (the token included)."""
+    """Attends from each slot's token to the prefix and to the slot's entries, including its own."""
     q_JKMH, dtype = q_B1KMH[:, 0], q_B1KMH.dtype
     assert inputs.index_B is not None  # A stream with a cache always has index_B.
     own, cache = decode_attention.write_and_attend(
@@ -223,7 +224,7 @@ def _attend_cache(
         total_JKM = own.total_JKM * scale_JKM + shared.sum(axis=-1)
         shared = _product("jkmp,pkh->jkmh", shared.astype(dtype), prefix.v[0])
         out_JKMH = own.out_JKMH * scale_JKM[..., None] + shared
-    # A dead slot without a prefix sees no key, so its total is 0; the bound prevents 0 / 0.
+    # A dead slot without a prefix sees no key, so the total is 0; a lower bound prevents 0 / 0.
     total_JKM = jnp.maximum(total_JKM, jnp.float32(1e-30))
     return (out_JKMH / total_JKM[..., None])[:, None].astype(dtype), cache
 
@@ -294,11 +295,11 @@ class Layer(nn.Module):
 
         Args:
           carry: (hidden_BLD, cache or None) of each stream.
-          scanned: pair of the layer's index, and the layer's (adapter, prefix) for each stream.
+          scanned: the layer's index, and the layer's (adapter, prefix) for each stream, as a pair.
           inputs: inputs of each stream.
 
         Returns:
-          The new carry, and one KV [B, L, K, H] or None per stream.
+          The new carry; and for each stream, a KV [B, L, K, H] or None.
         """
         layer, slices = scanned
         streams = zip(carry, slices, inputs, self.scales, strict=True)
@@ -376,9 +377,10 @@ class Decoder(nn.Module):
       key_repeats: how many times attention and caches repeat each key head
         (`sharding.count_key_repeats`).
       unstacked: whether to run the layers one by one instead of scanning stacked arrays; only for
-        streams with a cache. If `unstacked` is set, parameters have `layer_0`, `layer_1`, … instead
-        of `layers`, and adapters and prefixes are tuples with one tree per layer. Unstacked arrays
-        avoid copies: XLA on CPU copies each slice of a stacked array before it reads the slice.
+        streams with a cache. If `unstacked` is set, the parameter tree has the keys `layer_0`,
+        `layer_1`, … instead of `layers`, and adapters and prefixes are tuples with one tree per
+        layer. Unstacked arrays avoid copies: XLA on CPU copies each slice of a stacked array before
+        it reads the slice.
     """
 
     config: ModelConfig
@@ -443,7 +445,8 @@ class Decoder(nn.Module):
         Args:
           layers: arguments of Layer.
           carry: the carry of `Layer.__call__`.
-          slices: (adapter, prefix) of each stream; their arrays have a leading axis of layers.
+          slices: (adapter, prefix) of each stream; the arrays of adapters and prefixes have a
+            leading axis of layers.
           inputs: inputs of each stream.
         """
         policy = REMAT[self.remat]
@@ -475,7 +478,7 @@ def _prepare_inputs(config: ModelConfig, stream: Stream) -> _StreamInputs:
         return _StreamInputs(angle, stream.segments_BL, stream.parents_BL)
     if stream.tokens_BL.shape[1] != 1:
         raise ValueError(
-            f"tokens have shape {stream.tokens_BL.shape}: with a cache a row must have one token"
+            f"tokens have shape {stream.tokens_BL.shape}: with a cache, a row must have one token"
         )
     offset = 0
     if stream.prefix is not None:
@@ -516,7 +519,7 @@ def _init_params(config: ModelConfig, dtype: Any, key: jax.Array) -> dict:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
-    """Creates random parameters: normal matrices (deviation 0.02), norm scales 1, and biases 0."""
+    """Creates random parameters: matrices from N(0, 0.02²), norm scales 1, and biases 0."""
     return jax.jit(functools.partial(_init_params, config, dtype))(key)
 
 

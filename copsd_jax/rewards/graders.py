@@ -1,16 +1,16 @@
 """Graders, which extract an answer from a text and compare the answer with the gold answer.
 
 Most answers are numbers or words, and are compared as strings. All other answers are compared by
-math-verify in worker processes, with limits on time and memory. The limits are needed because a
-short formula can make sympy compute for hours or fill the memory. Sympy's own limits use signals,
-which cannot interrupt C code. A worker that exceeds a limit is killed and replaced. If a worker is
-killed, the result is a status that evaluation counts, never an exception.
+math-verify in worker processes, with limits on time and memory. Limits are needed, because a short
+formula can make sympy compute for hours or fill the memory. Sympy's own limits use signals, which
+cannot interrupt C code. A worker that exceeds a limit is killed and replaced. If a worker is
+killed, the comparison raises no exception, but returns a status that evaluation counts.
 
 A worker is a process `python -m copsd_jax.rewards.graders` with two pipes. Each question and each
 reply is one line of JSON. A worker is started when it is first needed. Workers are not forked,
 because JAX has threads, and a forked copy of a process with threads may hang. Text written by a
-model is never executed. For this reason, only the LaTeX parser of math-verify is used. The parser
-for plain expressions is not used, because it calls sympy's `parse_expr`, which evaluates Python.
+model is never executed, so only the LaTeX parser of math-verify is used. The plain-expression
+parser of math-verify is not used, because it calls sympy's `parse_expr`, which evaluates Python.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 PATTERNS = ("boxed", "answer_is")
-OTHERS = ("choice", "none")  # forms of answers for other kinds of reward
+OTHERS = ("choice", "none")  # answer forms that other kinds of reward use
 PLACES = ("last_after_think", "last_anywhere")
 STATUSES = (
     "plain",  # decided from strings and exact numbers
@@ -53,7 +53,8 @@ _SIGNS = str.maketrans(
     "\u066a\u066b\u066c\uff0e\uff0c\uff0f\uff05\uff0b\uff1a\uff0d\ufe63\u2212\u2010\u2011\u2013",
     "%.,.,/%+:------",
 )
-# A numeral has at most 32 characters, because each ፼ makes the number 10,000 times as large.
+# The length of a numeral is limited to 32 characters, because each ፼ makes the number 10,000 times
+# as large.
 _ETHIOPIC = re.compile("(?<![\u1369-\u137c])[\u1369-\u137c]{1,32}(?![\u1369-\u137c])")
 _ETHIOPIC_PAIR = "[\u1372-\u137a]?[\u1369-\u1371]?"  # tens and ones
 _ETHIOPIC_GROUP = re.compile(f"(?:({_ETHIOPIC_PAIR})(\u137b))?({_ETHIOPIC_PAIR})")  # 0..9999
@@ -70,7 +71,7 @@ def _ethiopic(run: str) -> str:
         match = _ETHIOPIC_GROUP.fullmatch(group)
         if match is None:
             return run
-        # With no numeral before it, ፼ means 1 x 10,000, and ፻ means 1 x 100.
+        # If no numeral comes before ፼ or ፻, ፼ means 10,000 and ፻ means 100.
         total = (total or min(index, 1)) * 10_000 + _pair(match[3])
         total += (_pair(match[1]) or 1) * 100 if match[2] else 0
     return str(total)
@@ -85,7 +86,7 @@ def fold_digits(text: str) -> str:
 
     The function converts all decimal digits of Unicode (category Nd, including full-width forms),
     the Ge'ez numerals of Amharic and Tigrinya, the Arabic separators and the full-width signs.
-    Characters such as ² or ½ are not decimal digits, and are kept.
+    Characters such as ² or ½ are kept, because they are not decimal digits.
     """
     if text.isascii():
         return text
@@ -111,8 +112,8 @@ def extract_answer(text: str, pattern: str, where: str) -> str | None:
         is", up to the end of the sentence or line.
       where: `last_after_think` searches after the last `</think>`. If a `<think>` is open at the
         end of the text, there is no answer yet. A text without think tags is searched as a whole.
-        If the prompt opened a think block, the caller must therefore put `<think>` in front of the
-        text. `last_anywhere` searches the whole text.
+        If the prompt opened a think block, the caller must put `<think>` in front of the text.
+        `last_anywhere` searches the whole text.
 
     Raises:
       ValueError: the value of `pattern` or `where` is unknown.
@@ -143,7 +144,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _braced(body: str) -> str | None:
-    """Returns the content of the braces that `body` starts with; None if they are never closed."""
+    """Returns the content of the brace that `body` starts with, or None if it is never closed."""
     depth = 0
     for match in re.finditer(r"\\.|[{}]", body, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -209,9 +210,9 @@ def _blank(spacing: str) -> str:
 def _parse_answer_number(text: str, comma: bool = False) -> str | None:
     """Returns a number in canonical digits ("-12.5"), or None if the text is not a number.
 
-    A comma, a blank, an apostrophe, or a dot that cannot be a decimal point may separate thousands.
-    Indian grouping (1,00,000) is also read. If `comma` is set, "12,5" is 12.5, but "1,234" is
-    always 1234.
+    Thousands may be separated by a comma, a blank, an apostrophe, or a dot that cannot be a decimal
+    point. Indian grouping (1,00,000) is also read. If `comma` is set, "12,5" is read as 12.5, but
+    "1,234" is still read as 1234.
     """
     match = _NUMBER.fullmatch(text)
     if match is None or (match["comma"] and not comma):
@@ -245,16 +246,16 @@ def _parse_answer_fraction(text: str) -> fractions.Fraction | None:
 def normalize(text: str) -> str:
     """Normalizes an answer to the form in which two answers are compared as strings.
 
-    Digits of every script are folded. A number is stripped of thousands separators, leading zeros,
-    and trailing zeros after the decimal point. Any other text becomes lower case and loses its
-    blanks, except blanks between digits, because "1 1/2" is not 11/2.
+    Digits of every script become ASCII digits. A number loses its thousands separators, leading
+    zeros, and trailing zeros after the decimal point. Any other text becomes lower case and loses
+    its blanks, except blanks between digits, because "1 1/2" is not 11/2.
     """
     tidy = _tidy(text)
     return _parse_answer_number(tidy) or re.sub(r"(?<!\d) | (?!\d)", "", tidy).casefold()
 
 
 def _same_number(gold: str, answer: str) -> bool | None:
-    """Tells whether two tidied texts are the same number; returns None if that is undecided."""
+    """Tells whether two tidied texts are the same number; returns None if it cannot decide."""
     for one, other in ((gold, answer), (answer, gold)):
         number = _parse_answer_number(one)
         if number is None:
@@ -272,7 +273,7 @@ def _same_number(gold: str, answer: str) -> bool | None:
 
 
 def compare_plainly(gold: str, answer: str) -> bool | None:
-    """Compares two answers as strings and as exact numbers; returns None if neither decides."""
+    """Compares two answers as strings and as exact numbers; returns None if it cannot decide."""
     if normalize(gold) == normalize(answer):
         return True
     gold, answer = _tidy(gold), _tidy(answer)
@@ -326,7 +327,7 @@ class _Worker:
             )
 
     def _send(self, question: list) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the worker ended: `_receive` returns `died`
+        with contextlib.suppress(BrokenPipeError):  # if the worker ended, `_receive` returns `died`
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -350,7 +351,7 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # part of a question is unsent
+            with contextlib.suppress(BrokenPipeError):  # a question may be partly unsent
                 pipe.close()
         self._process, self._unread = None, b""
 
@@ -378,11 +379,11 @@ def _run_grader_worker(memory: int) -> None:
         same = left and right and math_verify.verify(left, right, timeout_seconds=0)
         return "equal" if same else "unequal" if left and right else "unparsed"
 
-    compare("x+1", r"\frac{x}{2}")  # the first use builds tables; no time limit applies here
+    compare("x+1", r"\frac{x}{2}")  # the first call builds tables, here without a time limit
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
         gold, answer, seconds = json.loads(line)
-        # If the parent is gone and cannot kill this process, the alarm ends it, even in C code.
+        # If the parent process is gone, the alarm ends this process, even while C code runs.
         signal.alarm(int(seconds) + 5)
         print(json.dumps(compare(gold, answer)), file=replies, flush=True)
         signal.alarm(0)
@@ -403,7 +404,7 @@ class Grader:
     Args:
       pattern: a pattern of `extract_answer`, or one of OTHERS. A grader with one of OTHERS can only
         compare answers.
-      where: as in `extract_answer`.
+      where: the same as for `extract_answer`.
       seconds: the time limit of one comparison by math-verify.
       workers: maximum number of processes; a process is started only when an answer needs one.
       memory: maximum address space of each worker, in bytes (Linux only).

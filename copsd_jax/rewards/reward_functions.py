@@ -1,4 +1,4 @@
-r"""Rewards of completions, of each kind in `REWARDS`: a number, a status and a feedback text.
+r"""Rewards of completions: for each completion, a number, a status and a feedback text.
 
 A feedback text may enter the teacher's context. The feedback says what is wrong with a completion,
 but never gives the right answer. Text written by a model is never executed.
@@ -32,7 +32,7 @@ STATUSES = (
     "not_a_choice",  # the content of <answer> is not a single letter
     "malformed",  # a tool call cannot be read
     "computed",  # the function of reward.kind returned the reward
-    "raised",  # the function of reward.kind raised; ":" and the exception's type follow
+    "raised",  # the function of reward.kind raised an exception, as in "raised:KeyError"
 )
 
 
@@ -45,7 +45,7 @@ class Verdict:
         user's function returned.
       correct: whether the answer is right; None if a user's function computed the reward.
       answer: the answer as written, or None. For a choice, the answer is the letter. For tool
-        calls, the answer is the names and the merged arguments.
+        calls, the answer consists of the function names and the merged arguments.
       status: one of `STATUSES`; "raised" is followed by the exception's type ("raised:KeyError").
       feedback: sentences about the completion, without the gold answer; may be empty.
     """
@@ -79,7 +79,7 @@ class Rewarder:
           TypeError: the user's function returned neither a number nor (number, text).
         """
         if len(golds) != len(texts):
-            raise ValueError(f"{len(golds)} gold answers and {len(texts)} texts do not pair")
+            raise ValueError(f"there are {len(golds)} gold answers but {len(texts)} texts")
         if self.function is None:
             return REWARDS[self.kind].score(self, golds, texts)
         pairs = zip(golds, texts, strict=True)
@@ -90,14 +90,14 @@ def build_rewarder(kind: str, grader: graders.Grader, form: str = "") -> Rewarde
     r"""Builds the rewarder for a value of `reward.kind`.
 
     Args:
-      kind: a key of `REWARDS`, or "module:function", which names an importable f(gold, text). The
-        named function returns a number or (number, feedback).
+      kind: a key of `REWARDS`, or "module:function", the name of an importable function f(gold,
+        text). The named function returns a number or (number, feedback).
       grader: the grader of answers for the kind "answer"; the caller must close the grader.
       form: the answer form to show in the feedback text, with `{}` in place of the answer
         itself.
 
     Raises:
-      ValueError: the kind is unknown, or its function cannot be imported.
+      ValueError: the kind is unknown, or the function cannot be imported.
     """
     return Rewarder(kind, grader, form, import_function(kind))
 
@@ -120,7 +120,7 @@ def _fail(status: str, feedback: str) -> Verdict:
 
 
 def _score_each(judge: Callable, rewarder: Rewarder, golds, texts) -> list[Verdict]:
-    """Scores each text by `judge(gold, text)`, where `gold` is what the kind's `read_gold` read."""
+    """Scores each text by `judge(gold, text)`; `gold` is what the kind's `read_gold` returns."""
     pairs = enumerate(zip(golds, texts, strict=True))
     return [judge(_read_gold(rewarder.kind, gold, f"pair {k}"), text) for k, (gold, text) in pairs]
 
@@ -193,7 +193,7 @@ def _score_choice(gold: str, text: str) -> Verdict:
 
 _MARK = re.compile(r"\bAction(?P<input> Input)?:")
 
-# The number of calls by function name, and the merged arguments of all calls by argument name.
+# The number of calls to each function, and the merged arguments of all calls as a dictionary.
 # Argument values are kept as JSON text, because True equals 1 in Python. If several arguments have
 # the same name, the last one counts, as in the SDPO environments.
 _Calls = tuple[collections.Counter[str], dict[str, str]]
@@ -218,7 +218,7 @@ def _read_calls(text: str) -> _Calls:
     """Reads all parts `Action: name` and `Action Input: {...}` of a text.
 
     Raises:
-      ValueError: a part is malformed; the message names it.
+      ValueError: a part is malformed; the message names the part.
     """
     names, arguments, inputs, at = collections.Counter(), {}, 0, 0
     while mark := _MARK.search(text, at):
@@ -228,7 +228,8 @@ def _read_calls(text: str) -> _Calls:
             try:
                 value, end = _DECODER.raw_decode(body)
                 arguments |= _canonicalize(value)
-            except (ValueError, RecursionError) as error:  # also for too many digits or levels
+            except (ValueError, RecursionError) as error:
+                # Too many digits also raise ValueError; too many levels raise RecursionError.
                 reason = f"the JSON of `Action Input:` {inputs} is malformed: {error}"
                 raise ValueError(reason) from error
             at = len(text) - len(body) + end  # marks inside JSON strings are skipped
@@ -242,7 +243,7 @@ def _read_calls(text: str) -> _Calls:
 
 
 def _read_gold_calls(gold: str) -> _Calls:
-    """Reads gold calls, written as in a completion or as ToolAlpaca's list of {"Action", ...}."""
+    """Reads gold calls, in the form of a completion or of ToolAlpaca's list of objects."""
     if not gold.lstrip().startswith("["):
         names, arguments = _read_calls(gold)
     else:
@@ -254,8 +255,8 @@ def _read_gold_calls(gold: str) -> _Calls:
             given = call.get("Action_Input")
             arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)
     if not names:
-        # A gold answer needs a call: a completion without calls has the status no_answer.
-        raise ValueError("it has no Action")
+        # A gold answer needs a call, because a completion without calls has the status no_answer.
+        raise ValueError("a gold answer needs an Action")
     return names, arguments
 
 
@@ -270,7 +271,7 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
         return _fail("no_answer", "There is no `Action:` with a function.")
     named = ", ".join(sorted(names.elements()))
     given = "{" + ", ".join(f"{_write_json(k)}: {v}" for k, v in sorted(arguments.items())) + "}"
-    given = given.encode("utf-8", "backslashreplace").decode()  # JSON may contain half a character
+    given = given.encode("utf-8", "backslashreplace").decode()  # JSON may contain lone surrogates
     right = (names, arguments) == wanted
     if right:
         feedback = "The calls are right."
@@ -297,10 +298,10 @@ IMPORT_ERRORS = (
 
 
 def import_function(kind: str) -> Callable | None:
-    """Imports the function of a kind "module:function"; returns None for a key of `REWARDS`.
+    """Imports the function that "module:function" names; returns None for a key of `REWARDS`.
 
     Raises:
-      ValueError: the kind is unknown, or its function cannot be imported; the message lists the
+      ValueError: the kind is unknown, or the function cannot be imported; the message lists the
         choices.
     """
     if kind in REWARDS:
@@ -308,13 +309,13 @@ def import_function(kind: str) -> Callable | None:
     module_name, _, name = kind.partition(":")
     try:
         if not name:  # a misspelt kind, which must not be imported
-            raise ValueError("it is none of these")
+            raise ValueError("the kind is unknown")
         function: Any = getattr(importlib.import_module(module_name), name)
         inspect.signature(function).bind("gold", "text")
     except IMPORT_ERRORS as error:
         raise ValueError(
-            f"reward.kind is {kind!r}: the choices are {', '.join(REWARDS)}, or module:function of "
-            f"an importable function of (gold, text); {error}"
+            f"reward.kind is {kind!r}: the choices are {', '.join(REWARDS)}, or module:function, "
+            f"which names an importable function of (gold, text); {error}"
         ) from error
     return function
 
@@ -328,8 +329,8 @@ def _compute_verdict(kind: str, function: Callable, gold: str, text: str) -> Ver
     typed = len(pair) == 2 and isinstance(pair[0], numbers.Real) and isinstance(pair[1], str)
     if not typed or not math.isfinite(pair[0]):
         raise TypeError(
-            f"reward.kind is {kind!r}: it returned {result!r}, neither a finite number nor "
-            "(number, text)"
+            f"reward.kind is {kind!r}: the function returned {result!r}, which is neither a finite "
+            "number nor (number, text)"
         )
     return Verdict(float(pair[0]), None, None, "computed", pair[1])
 
@@ -342,9 +343,10 @@ class Reward:
     """An entry of `REWARDS`.
 
     Attributes:
-      score: returns the verdicts, given a rewarder, gold answers and texts.
+      score: function of (rewarder, gold answers, texts) that returns one verdict per text.
       answer_forms: the values of prompt.answer whose answers this kind can read.
-      read_gold: reads a gold answer, or raises ValueError; None if any text is valid.
+      read_gold: function that reads a gold answer or raises ValueError; None if any text is a valid
+        gold answer.
       settings: names of the settings that only this kind reads.
     """
 
@@ -364,15 +366,15 @@ REWARDS: dict[str, Reward] = {
 
 
 def check_gold_answers(kind: str, golds: Mapping[str, str], setting: str) -> None:
-    """Refuses gold answers that the kind of reward cannot read, before the first rollout.
+    """Checks before the first rollout that the kind of reward can read all gold answers.
 
     Args:
       kind: the value of reward.kind.
-      golds: the gold answers by row id.
-      setting: the setting that the rows come from, such as data.path.
+      golds: the gold answer of each row id.
+      setting: name of the setting that the rows come from, such as data.path.
 
     Raises:
-      ValueError: a gold answer cannot be read; the message names the first such row.
+      ValueError: a gold answer cannot be read; the message names the first row with such an answer.
     """
     if kind not in REWARDS:
         return

@@ -235,10 +235,10 @@ REFUSED = [
     ("tpu", {}, decode_attention_tpu.BlockSizes(192, 2, 2), "blocks.keys is 192: .* a multiple"),
     ("tpu", {}, decode_attention_tpu.BlockSizes(512, 2, 2), "blocks.keys is 512: .* up to 384"),
     ("tpu", {}, decode_attention_tpu.BlockSizes(128, 1, 2), "blocks.buffers is 1: .* at least 2"),
-    ("gpu", {}, decode_attention_gpu.BlockSizes(48, 192), "are 48 and 192: a power of two"),
-    ("gpu", {}, decode_attention_gpu.BlockSizes(64, 96), "are 64 and 96: .* a multiple of it"),
-    ("gpu", {"queries": 17}, None, "are 17 and 64: at most 16"),
-    ("gpu", {"size": 96}, None, "are 2 and 96: .* a power of two"),
+    ("gpu", {}, decode_attention_gpu.BlockSizes(48, 192), "is 48, .* must be a power of two"),
+    ("gpu", {}, decode_attention_gpu.BlockSizes(64, 96), "is 96: .* a multiple of blocks.keys"),
+    ("gpu", {"queries": 17}, None, "there are 17 queries .* at most 16"),
+    ("gpu", {"size": 96}, None, "size 96: .* a power of two"),
     ("gpu", {"dtype": "int8", "slots": 30_000}, None, "2\\*\\*31 to 2\\*\\*32"),
 ]  # fmt: skip
 
