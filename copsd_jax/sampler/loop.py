@@ -142,7 +142,7 @@ class _Waiting:
         self.texts = len(prompts)
 
     def take(self, wanted: int, width: int) -> list[tuple[tuple[int, ...], list[int]]]:
-        """Removes and returns prompts for `wanted` texts, or as many as fit into one row."""
+        """Removes and returns prompts for `wanted` texts, or as many prompts as fit in one row."""
         candidates, texts = [], 0
         for prompt, rows in self.groups:
             if texts >= wanted:
@@ -453,7 +453,7 @@ def count_device_bytes(tree: Any) -> int:
 
 
 def _constant_bytes(inputs: request.Inputs) -> int:
-    """Returns the bytes of weights and prefix per device; `layers` only has views of them."""
+    """Returns the bytes of weights and prefix per device; `layers` uses no memory of its own."""
     return count_device_bytes(inputs.constants._replace(layers=None))
 
 

@@ -254,8 +254,8 @@ def find_stop_string(
 
     Returns:
       A pair. The first value is the number of tokens up to and including the token that completes a
-      stop string; None if no stop string is complete. The second value is `tail` for the next call:
-      the last bytes of the text.
+      stop string; None if no stop string is complete. The second value is the last bytes of the
+      text, which the next call takes as `tail`.
     """
     reach = max(map(len, stops), default=1) - 1
     for count, token in enumerate(tokens if stops else (), 1):
@@ -275,7 +275,7 @@ def _complete_sampler_settings(
     settings: SamplerSettings, texts: Sequence[Text], mesh: Mesh, dtype: Any
 ) -> SamplerSettings:
     """Fills in the length and the cache dtype; rounds up the length and the number of slots."""
-    # `insert` copies whole blocks, so a slot may need one block more than its text.
+    # `insert` copies whole blocks, so a slot may need one more block than its text.
     length = settings.length + engine.INSERT_BLOCK
     if not settings.length:
         need = max((len(text.prompt) + text.limit for text in texts), default=1)

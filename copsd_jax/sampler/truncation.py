@@ -39,7 +39,7 @@ import jax.numpy as jnp
 
 BLOCK = 128  # tokens per block: a TPU's lane count, and about the square root of a vocabulary size
 FINE = 8  # tokens per finer block; the best blocks are divided into finer blocks
-LEAST_CAP = 16  # least `cap`; a smaller top_k costs the same, and uses the same compiled program
+LEAST_CAP = 16  # minimum of `cap`; a smaller top_k costs the same and uses the same program
 _TINY = 0x00800000  # bits of the smallest normal float32
 _ONE = 0x3F800000  # bits of 1.0
 

@@ -1,7 +1,7 @@
 """Client for OpenAI-compatible servers, with concurrent requests and a cache of answers.
 
-`ask_all` requests chat completions and caches the answers. `ask_all` uses `send_call` and
-`run_concurrently`, which can send any HTTP request to a server.
+`ask_all` requests chat completions and caches the answers. `send_call` and `run_concurrently`,
+which `ask_all` uses, can also send other HTTP requests.
 
 The client uses the standard library's `http.client`. Common clients, such as httpx, have no overall
 deadline: their timeouts start again after every byte received. In this client, a read may take only

@@ -37,8 +37,7 @@ class Dialect(NamedTuple):
         raises ValueError; the message continues a sentence such as "the completion of row 3 ...".
       coldest: the lowest temperature above 0 that the server does not change.
       adapters: address to which /load_lora_adapter and /unload_lora_adapter are appended.
-      swap: maps a model's folder to the requests (address, body) that load the model, in their
-        order.
+      swap: maps a model's folder to the ordered requests (address, body) that load the model.
       needs_adapters: part of an error message; says what a server needs to load adapters.
       needs_swap: part of an error message; says what a server needs to load a model.
     """

@@ -227,8 +227,8 @@ def _check_served_ids(text: request.Text, ids: list, vocabulary: request.Vocabul
     for token in ids:
         if not 0 <= token < size or not vocabulary.valid_V[token]:
             raise ValueError(
-                f"has the invalid id {token}: from 0 to {size - 1}, the tokenizer has "
-                f"{int(vocabulary.valid_V.sum())} ids"
+                f"has the invalid id {token}: the tokenizer has {int(vocabulary.valid_V.sum())} "
+                f"ids, between 0 and {size - 1}"
             )
     return ids
 
@@ -242,7 +242,7 @@ def _check_served_logps(reply: dialects.RawCompletion) -> list[float]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         # The comparison with the limits is also false for NaN. The upper limit allows for rounding.
         if not number or not -1e9 <= value <= 1e-3:
-            raise ValueError(f"has the log-probability {value!r}: it must be a number of at most 0")
+            raise ValueError(f"has the log-probability {value!r}: it must be a number <= 0")
     return logps
 
 
