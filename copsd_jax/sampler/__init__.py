@@ -1,4 +1,4 @@
-"""The sampler: prefill, insert and decode on slots; a slot is refilled when its text ends.
+"""The sampler, which decodes one text per slot and refills a slot when its text ends.
 
 May import: runtime, attention, losses, model.
 """

@@ -21,8 +21,8 @@ the model runs the shared tokens only once.
 slots, so all samples of a prompt share one prefill.
 
 `decode` draws tokens for all live slots. The first token of a slot is drawn from the hidden state
-of the prompt's last token. Each later token is drawn from the step that runs the token before it.
-One step draws first tokens and later tokens together, so a step reads the head only once.
+of the prompt's last token. Each later token is drawn from the step that runs the token before it. A
+step draws first tokens and later tokens together, so each step reads the output head only once.
 
 The picture shows the cache of one slot, with a shared prefix of P tokens and a prompt of 3 tokens.
 Two tokens have been drawn so far, `a` and `b`. The model has not run `b` yet.
@@ -31,9 +31,9 @@ Two tokens have been drawn so far, `a` and `b`. The model has not run `b` yet.
     position     0 ... P-1           P    P+1  P+2  P+3  P+4
     cache index  (not in the slot)   0    1    2    3    4    <- `index_J`: b is written there next
 
-Cache entries from `index_J` on are left over from the next prompt of the packed row or from the
-slot's previous text. No token attends to the left-over entries, because a token attends only to
-entries up to its own index.
+Cache entries at `index_J` and at higher indices are stale. Stale entries come from the next prompt
+of the packed row or from the slot's previous text. No token attends to stale entries, because a
+token attends only to entries up to its own index.
 
 On a mesh, each of the R batch shards has J / R slots and its own row of packed prompts. Cache
 entries are never sent from one device to another.
@@ -57,11 +57,11 @@ from copsd_jax.runtime import sharding
 from copsd_jax.sampler import truncation
 
 UNSTACK_FROM = 2**20  # bytes per layer; for smaller layers, `unstack_layers` saves no time
-INSERT_BLOCK = 64  # number of entries that `insert` copies at a time, and of spare entries per slot
+INSERT_BLOCK = 64  # entries per block that `insert` copies; each slot has this many spare entries
 
 
 class LayerWeights(NamedTuple):
-    """The arrays of one layer that a decode step reads."""
+    """The arrays that a decode step reads from one layer."""
 
     params: Any
     adapter: Any  # None if there is no adapter
@@ -69,7 +69,7 @@ class LayerWeights(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """Arrays that the programs of one sampler call read but never change."""
+    """Arrays that are read, but never changed, by the programs of one sampler call."""
 
     policy: policy_lib.Policy
     prefix: transformer.KV | None  # [layers, 1, P, K, H]
@@ -81,13 +81,13 @@ class Constants(NamedTuple):
 def unstack_layers(
     policy: policy_lib.Policy, prefix: transformer.KV | None, devices: Mesh
 ) -> tuple[LayerWeights, ...] | None:
-    """Returns views of the stacked arrays, one `LayerWeights` per layer; None if they save no time.
+    """Returns each layer's views of the stacked arrays; None if views would save no time.
 
     On a CPU, a decode step takes as long as reading the weights once. If the layers are stacked,
-    XLA copies each layer's slice before it reads the slice. Views of single layers avoid the
-    copies. The views, and the head as the left factor in the product that gives the logits, shorten
-    a step of 8 slots by about 30%. With views, a program of 30 layers takes about 10 s longer to
-    compile.
+    XLA copies each layer's slice before it reads the slice. A view of a single layer is read
+    without a copy. Two changes together shorten a step of 8 slots by about 30%: reading views, and
+    making the head the left factor when computing logits. With views, a program of 30 layers takes
+    about 10 s longer to compile.
 
     The result is None on platforms other than CPU, on several devices, and for small layers. The
     result is also None for int8 kernels, because XLA would convert the kernels of all layers before
@@ -114,7 +114,7 @@ class Request(NamedTuple):
 
     limit: jax.Array  # int32: maximum number of tokens to draw
     key: jax.Array  # uint32 [..., 2]: threefry key data; token t is drawn with fold_in(key, t)
-    stop: jax.Array  # int32: the row of `stop_XV` with the stop ids
+    stop: jax.Array  # int32: index of the row in `stop_XV` that marks the text's stop ids
     rows: truncation.RowSettings
 
 
@@ -138,7 +138,7 @@ class DecodeState(NamedTuple):
 
 
 class DrawnTokens(NamedTuple):
-    """The tokens of one `decode` call as NumPy arrays, one column per step."""
+    """The tokens of one `decode` call, as NumPy arrays with one column per step."""
 
     token_JE: np.ndarray  # int32: token ids; -1 where no token was drawn
     logp_JE: np.ndarray  # float32: log-probability under the tempered distribution
@@ -162,7 +162,7 @@ def unpack_tokens(packed_JX: np.ndarray) -> DrawnTokens:
 
 
 def _pack_tokens(drawn: tuple[jax.Array, ...], live_J: jax.Array) -> jax.Array:
-    """Packs all results into one array; with several, their collectives could block one another."""
+    """Packs all results into one array; collectives of several arrays could block one another."""
     bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in drawn]
     return jnp.concatenate([*bits, live_J[:, None].astype(jnp.int32)], axis=1)
 
@@ -175,8 +175,8 @@ def init_slot_state(
     Args:
       decoder: the model, which determines the shapes.
       slots: J, the number of slots.
-      length: A, the number of cache entries per slot; must suffice for the longest prompt together
-        with its completion.
+      length: A, the number of cache entries per slot; must be enough for the longest prompt and its
+        completion.
       dtype: dtype of keys and values, which may be int8.
     """
     c = decoder.config
@@ -222,7 +222,7 @@ class PackedPrompts(NamedTuple):
     tokens_RT: jax.Array  # token ids; at padding, any id is allowed
     index_RT: jax.Array  # index of each token in its prompt, counted from 0
     segments_RT: jax.Array  # number of the token's segment (1, 2, ...); 0 at padding
-    parents_RT: jax.Array  # number of the segment that begins the prompt; -1 without such a segment
+    parents_RT: jax.Array  # number of the segment with the prompt's beginning; -1 if there is none
 
 
 def prefill(
@@ -232,8 +232,9 @@ def prefill(
 
     In the row below, segment 1 is the beginning of a prompt, and segment 2 is the rest of the same
     prompt. Segment 3 is a whole prompt:
-      segments 1 1 1 1 2 2 3 3 3 0     parents -1 -1 -1 -1 1 1 -1 -1 -1 -1
-      index    0 1 2 3 4 5 0 1 2 0
+
+        segments 1 1 1 1 2 2 3 3 3 0     parents -1 -1 -1 -1 1 1 -1 -1 -1 -1
+        index    0 1 2 3 4 5 0 1 2 0
 
     Returns:
       Hidden states [R, T, D], and keys and values [layers, R, K, T + INSERT_BLOCK, H]. The
@@ -255,9 +256,9 @@ def prefill(
 
 
 class Insertion(NamedTuple):
-    """Prompts to put into slots, as arrays [R, I] of which a shard uses `count_R` entries.
+    """Prompts to put into slots, as arrays [R, I]; each shard's first `count_R` entries are used.
 
-    The first `split` tokens of a prompt begin at index `start` of its shard's row. The prompt's
+    The first `split` tokens of a prompt begin at index `start` of the shard's row. The prompt's
     other tokens begin at index `own`; see `prompt_packing.Placement`.
     """
 
@@ -320,16 +321,16 @@ def _copy_prompt_to_slot(
 ) -> decode_attention.Cache:
     """Copies `tokens` entries from index `source` of a row to index `target` of a slot.
 
-    Only whole blocks are copied. The last block may have entries beyond `tokens`; each of them is
+    Only whole blocks are copied. The last block may contain surplus entries; each surplus entry is
     overwritten before a token attends to it. The copy uses slices, because a gather would make XLA
-    change the cache's layout. On TPU, XLA changes the cache's layout even for slices if a head is
-    smaller than the number of lanes.
+    change the cache's layout. On TPU, if a head's size is smaller than the number of lanes, XLA
+    changes the cache's layout even for slices.
     """
     layers, _, heads, _, size = kv.k.shape
 
     def copy_block(b, cache: decode_attention.Cache) -> decode_attention.Cache:
         out = (0, 0, 0, source + b * INSERT_BLOCK, 0)
-        into = (0, slot, 0, target + b * INSERT_BLOCK, 0)  # int8 caches' scales have no axis H
+        into = (0, slot, 0, target + b * INSERT_BLOCK, 0)  # the scales of int8 caches lack axis H
         k, v = (jax.lax.dynamic_slice(x, out, (layers, 1, heads, INSERT_BLOCK, size)) for x in kv)
         new = decode_attention.convert_entries(cache, k, v)
         put = jax.lax.dynamic_update_slice
@@ -351,9 +352,9 @@ def decode(
       decoder: the model; static.
       features: the truncation features that the requests in the slots need; static.
       steps: E, the maximum number of tokens per slot; static.
-      constants: weights, prefix, and sets of ids.
+      constants: the weights, the prefix, the valid ids, and the sets of stop ids.
       state: the state of all slots; the sampler's loop donates the state's buffers.
-      cancel_J: bool; marks the slots whose texts end before any token is drawn.
+      cancel_J: bool; marks the slots whose texts end before this call draws a token.
       enough: int32; the loop ends early once fewer than max(enough, 1) slots are live.
 
     Returns:
@@ -390,8 +391,8 @@ def _run_slots_last_tokens(
 ) -> tuple[decode_attention.Cache, jax.Array]:
     """Runs each slot's last token through the model; returns the cache and the hidden states.
 
-    The model also computes free and fresh slots, but these slots neither write to the cache nor
-    attend to the cache.
+    The model also runs free and fresh slots, but these slots neither write to the cache nor attend
+    to it.
     """
     shared = 0 if constants.prefix is None else constants.prefix.k.shape[2]
     runs_J = slots.live_J & ~slots.fresh_J
@@ -414,7 +415,7 @@ def _run_slots_last_tokens(
 def _compute_slot_logits(
     hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool
 ) -> jax.Array:
-    """Returns logits [J, V]; XLA on CPU reads the head only once if the head is the left factor."""
+    """Returns logits [J, V]; on CPU, XLA reads the head only once if it is the left factor."""
     if not head_first:
         return transformer.compute_logits(hidden_JD, head_VD)
     head_VD = head_VD.astype(hidden_JD.dtype)
@@ -424,8 +425,9 @@ def _compute_slot_logits(
 def _gather_decode_head(constants: Constants) -> jax.Array:
     """Returns the head, split along the vocabulary over the mesh's `tensor` axis.
 
-    If the size of `tensor` does not divide the vocabulary, the head is padded once per `decode`
-    call. If the head were split along its width, every step would sum all logits over the devices.
+    If the size of `tensor` does not divide the vocabulary size, the head is padded once per
+    `decode` call. If the head were split along its width, every step would sum all logits over the
+    devices.
     """
     head_VD = transformer.get_head(constants.policy.params)
     mesh = jax.sharding.get_abstract_mesh()

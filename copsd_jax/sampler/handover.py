@@ -6,7 +6,7 @@ phase, and a frozen base is gathered only once per run. If sampler and trainer u
 the sampler reads the trainer's own arrays.
 
 The adapter either stays separate from the base, as in training, or is merged into a copy of the
-base. For a projection of size in x out, a separate adapter of rank R costs R (in + out) more
+base. For a projection of shape [in, out], a separate adapter of rank R costs `R * (in + out)` more
 multiplications per token. A separate adapter also adds two small matrix products, which are
 noticeable in a short step. A merged copy needs as much memory as the base.
 """
@@ -35,7 +35,8 @@ class HandOver:
       int8: whether to quantise projections with `lora.quantise_projections`.
       gather: whether to gather parameters along `fsdp`; if False, parameters stay sharded as in
         training.
-      call: function that calls a jitted function; a dry run only compiles the jitted function.
+      call: function that calls a jitted function; in a dry run, `call` only compiles the jitted
+        function.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class HandOver:
         self._gather = gather and devices.shape["fsdp"] > 1
 
     def __call__(self, policy: policy_lib.Policy) -> policy_lib.Policy:
-        """Returns the policy for decoding, without an adapter if it was merged into the base."""
+        """Returns the policy for decoding; the adapter is None if it was merged into the base."""
         params, adapter, scale = policy.params, policy.adapter, policy.scale
         if adapter is not None and self._merge:
             merged = self._convert(scale, self._int8, params, adapter)
@@ -66,11 +67,11 @@ class HandOver:
         return policy_lib.Policy(params, adapter, scale)
 
     def kept(self) -> Any:
-        """Returns the copy of the frozen base that is kept for the run, or None without a copy."""
+        """Returns the copy of the frozen base, kept for the run; None if there is no copy."""
         return self._base
 
     def _convert(self, scale: float, int8: bool, *trees: Any) -> Any:
-        """Converts and reshards one tree; if two trees are given, merges base and adapter first."""
+        """Converts and reshards one tree; if a base and an adapter are given, merges them first."""
         shapes = jax.eval_shape(
             functools.partial(_convert_for_sampler, scale=scale, int8=int8), *trees
         )
@@ -87,6 +88,6 @@ def _convert_for_sampler(params: Any, adapter: Any = None, *, scale: float, int8
 
 @functools.lru_cache
 def _program(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
-    """Returns the jitted conversion to given shardings; later phases get it from the cache."""
+    """Returns the jitted conversion to the given shardings; later phases get it from the cache."""
     convert = functools.partial(_convert_for_sampler, scale=scale, int8=int8)
     return jax.jit(convert, out_shardings=jax.tree.unflatten(tree, leaves))

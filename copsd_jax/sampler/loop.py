@@ -1,8 +1,8 @@
 """The sampler's loop: fills slots, decodes, collects tokens and refills slots until all texts end.
 
 A text depends on its key, its prompt, its settings and the weights. The number of slots, the other
-texts, the text's index in the list, and the devices can change only the rounding, because they
-change the shapes of matrix products.
+texts, the text's index in the list, and the devices change the shapes of matrix products. Different
+shapes affect a text only through rounding.
 
 Every decision of the loop follows from the arguments and from the drawn tokens. Each process has
 all arguments and tokens, so all processes call the same programs in the same order.
@@ -92,9 +92,10 @@ def generate(
       keys: uint32 [n, 2] from `request.derive_keys`, one key per prompt.
       settings: the sampler's sizes; the number of slots is rounded up to a multiple of the number
         of batch shards.
-      prefix: the keys and values of tokens that all prompts begin with, from
+      prefix: keys and values of the tokens that all prompts begin with; must be computed by
         `shared_prefix.encode_prefix_ids` with the same policy.
-      vocabulary: ids that may be drawn, and their bytes; None allows all ids but no stop strings.
+      vocabulary: ids that may be drawn, and their bytes; None allows all ids, but then stop strings
+        cannot be used.
       limits: maximum number of tokens of each completion; None means `Sampling.max_tokens`.
       progress: called with the statistics after each decode call.
       done: called with (index of the prompt, completion) as soon as the completion has ended.
@@ -141,7 +142,7 @@ class _Waiting:
         self.texts = len(prompts)
 
     def take(self, wanted: int, width: int) -> list[tuple[tuple[int, ...], list[int]]]:
-        """Removes and returns prompts: enough for `wanted` texts, or as many as fit one row."""
+        """Removes and returns prompts for `wanted` texts, or as many prompts as fit in one row."""
         candidates, texts = [], 0
         for prompt, rows in self.groups:
             if texts >= wanted:
@@ -173,8 +174,8 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
     tokens = prompt_tokens = busy = possible = 0
     while waiting.texts or any(prefilled) or serving:
         state = _insert_prefilled(inputs, state, prefilled, serving)
-        # Texts are inserted into their slots before the next prefill, so at most two prefill
-        # results are in memory at a time, whatever the number of slots.
+        # Texts are inserted into their slots before the next prefill. Therefore, at most two
+        # prefill results are in memory at a time, whatever the number of slots.
         while waiting.texts and len(serving) < slots:
             prompt_tokens += _prefill_row(inputs, waiting, prefilled, serving)
             state = _insert_prefilled(inputs, state, prefilled, serving)
@@ -222,9 +223,10 @@ def _prefill_row(
 ) -> int:
     """Runs prefill on one row of prompts per shard; returns the number of tokens in all rows.
 
-    A shard takes texts for its free slots, and more texts in advance if its share of the waiting
-    texts allows. Prefill computes a row for every shard in any case. Therefore, even a shard
-    without free slots takes texts, unless the shard still has prefilled texts.
+    A shard takes texts for its free slots. A shard also takes texts in advance, as long as its
+    texts do not exceed its share of the waiting texts. Prefill computes a row for every shard, even
+    if the row is empty. Therefore, even a shard without free slots takes texts, unless the shard
+    still has prefilled texts.
     """
     slots, shards = inputs.settings.slots, len(prefilled)
     free = _list_free_slots(slots, shards, serving)
@@ -264,7 +266,7 @@ def _pack_prompts(parts: list[list[tuple[int, ...]]], width: int) -> tuple[Any, 
 def _insert_prefilled(
     inputs: request.Inputs, state: engine.DecodeState, prefilled: _Queues, serving: dict[int, int]
 ) -> engine.DecodeState:
-    """Puts prefilled texts into free slots and into `serving`; returns the new state."""
+    """Puts prefilled texts into free slots and records them in `serving`; returns the new state."""
     slots, shards = inputs.settings.slots, len(prefilled)
     per, free = slots // shards, _list_free_slots(slots, shards, serving)
     outputs: dict[int, tuple[transformer.Output, list[list]]] = {}
@@ -283,9 +285,10 @@ def _insert_prefilled(
 def _pack_insertions(inputs: request.Inputs, parts: list[list], per: int) -> engine.Insertion:
     """Builds NumPy arrays from each shard's pairs (slot in the shard, text).
 
-    For example, a row has two prompts. The prompt of 3 tokens goes into slots 4 and 5, and the
-    prompt of 2 tokens goes into slot 7:
-      slot 4 5 7    start 0 0 3    split 3 3 2    own 0 0 3    length 3 3 2
+    Suppose, for example, that a row has two prompts. The prompt of 3 tokens goes into slots 4 and
+    5, and the prompt of 2 tokens goes into slot 7:
+
+        slot 4 5 7    start 0 0 3    split 3 3 2    own 0 0 3    length 3 3 2
     """
     numbers = np.zeros((5, len(parts), per), np.int32)
     rows = np.zeros((len(parts), per), np.int32)  # index of each text in the call; 0 at padding
@@ -301,7 +304,7 @@ def _pack_insertions(inputs: request.Inputs, parts: list[list], per: int) -> eng
 def _append_drawn_tokens(
     inputs: request.Inputs, row: int, text: _PartialCompletion, drawn: engine.DrawnTokens, slot: int
 ) -> int:
-    """Appends a slot's new tokens, up to the end of a stop string; returns how many it appended."""
+    """Appends a slot's new tokens, up to the end of a stop string; returns the number appended."""
     columns = np.flatnonzero(drawn.token_JE[slot] >= 0)
     end, text.tail = request.find_stop_string(
         text.tail, drawn.token_JE[slot, columns].tolist(),
@@ -384,14 +387,15 @@ def _decode_program(inputs: request.Inputs, state, cancel_J, enough) -> program_
 def compile_programs(
     inputs: request.Inputs, memory: int | None = None
 ) -> tuple[program_cache.Program, ...]:
-    """Compiles and returns all programs that sampler calls of this size need; runs none of them.
+    """Compiles and returns all programs that sampler calls of this size need; runs no program.
 
     Args:
       inputs: the inputs of a call; arrays may be jax.ShapeDtypeStructs with shardings.
       memory: memory per device, in bytes; None means the memory that is available on the device.
 
     Raises:
-      MemoryError: the buffers do not fit; the message has their sizes and a setting to change.
+      MemoryError: the buffers do not fit; the message states the buffers' sizes and a setting to
+        change.
     """
     memory = _count_memory_for_slots(inputs) if memory is None else memory
     check_memory(inputs, 0, memory)
@@ -413,7 +417,8 @@ def compile_programs(
             programs.append(_insert_program(inputs, state, output, entry))
         args = _to_abstract(inputs, (np.zeros(slots, bool), np.int32(0)))
         programs.append(_decode_program(inputs, state, *args))
-        # Two prefill results are counted: one waits for free slots while the next is computed.
+        # Two prefill results are counted: one result waits for free slots while the next is
+        # computed.
         temporary = max(program.temporary for program in programs) + 2 * count_device_bytes(output)
         check_memory(inputs, temporary, memory)
     return tuple(programs)
@@ -448,7 +453,7 @@ def count_device_bytes(tree: Any) -> int:
 
 
 def _constant_bytes(inputs: request.Inputs) -> int:
-    """Returns the bytes of weights and prefix per device; `layers` shares the weights' memory."""
+    """Returns the bytes of weights and prefix per device; `layers` uses no memory of its own."""
     return count_device_bytes(inputs.constants._replace(layers=None))
 
 
@@ -461,7 +466,8 @@ def check_memory(inputs: request.Inputs, temporary: int, limit: int | None) -> N
       limit: memory per device, in bytes; with None, the function always raises MemoryError.
 
     Raises:
-      MemoryError: the buffers do not fit; the message has their sizes and the setting to change.
+      MemoryError: the buffers do not fit; the message states the buffers' sizes and the setting to
+        change.
     """
     s, cache, held = (
         inputs.settings,
@@ -476,7 +482,7 @@ def check_memory(inputs: request.Inputs, temporary: int, limit: int | None) -> N
         "what programs need while they run": temporary,
     }
     sizes = sorted(parts.items(), key=lambda part: -part[1])
-    listed = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes)
+    listed = ", ".join(f"{size / 2**30:.2f} GiB for {name}" for name, size in sizes)
     shards = sharding.batch_shards(inputs.mesh)
     fits = 0 if limit is None else (limit - held - temporary) // (cache * shards // s.slots)
     if limit is None:
@@ -486,5 +492,5 @@ def check_memory(inputs: request.Inputs, temporary: int, limit: int | None) -> N
         cure = f"slots={fits * shards} makes it fit"
     else:
         cure = "no slot fits: a smaller length, cache=int8, or more devices along mesh.tensor"
-    available = "" if limit is None else f", and it has {limit / 2**30:.2f} GiB"
-    raise MemoryError(f"out of memory: on each device {listed}{available}; {cure}")
+    available = "" if limit is None else f", but has only {limit / 2**30:.2f} GiB"
+    raise MemoryError(f"out of memory: each device needs {listed}{available}; {cure}")

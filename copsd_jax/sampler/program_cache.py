@@ -2,7 +2,7 @@
 
 A program is identified by its function, static arguments, shapes, shardings, mesh and matmul
 precision. Each program is compiled once, explicitly, before its first call. Reports can therefore
-state how many programs were compiled, and the compilation time and memory of each program.
+state the number of compiled programs, and each program's compilation time and memory.
 """
 
 import time

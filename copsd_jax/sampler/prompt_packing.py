@@ -27,7 +27,7 @@ Prompt = tuple[int, ...]
 
 
 class Placement(NamedTuple):
-    """Location of a prompt in a row: `split` tokens begin at index `start`, the others at `own`."""
+    """Location of a prompt in a row: `split` tokens begin at `start`, the other tokens at `own`."""
 
     start: int
     split: int
@@ -38,9 +38,9 @@ def list_buckets(pack: int, longest: int) -> tuple[int, ...]:
     """Returns the widths of packed rows, in ascending order.
 
     One width is `pack`, rounded up to a multiple of 16 and to at least 128. The other widths are
-    powers of two from 128 on. If `longest` is at most the rounded `pack`, all powers are below the
-    rounded `pack`. If `longest` is larger, the largest width is the first power of two that is at
-    least `longest`.
+    powers of two from 128 on. If `longest` does not exceed the rounded `pack`, all powers of two in
+    the list are below the rounded `pack`. If `longest` exceeds the rounded `pack`, the largest
+    width is the first power of two that is at least `longest`.
 
     Examples:
       list_buckets(512, 90) returns (128, 256, 512).
@@ -65,16 +65,17 @@ def count_common(a: Prompt, b: Prompt) -> int:
 def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt]]]:
     """Groups distinct prompts by their shared beginnings.
 
-    In lexicographic order, prompts with a shared beginning are neighbours. A group of m prompts
-    that share s tokens saves (m - 1) s tokens. This function divides the sorted list into the
-    groups that save the largest number of tokens.
+    In lexicographic order, prompts with a shared beginning are neighbours. If m prompts in a group
+    share s tokens, the group saves `(m - 1) * s` tokens. The sorted list is divided so that the
+    groups together save as many tokens as possible.
 
     Returns:
-      A list with (number of shared tokens, prompts) for each group; the number may be 0.
+      A list with one pair (number of shared tokens, prompts) per group; the number may be 0.
     """
     distinct = sorted(set(prompts))
     both = [count_common(a, b) for a, b in itertools.pairwise(distinct)]
-    # Number of tokens saved, start of the last group, number of tokens that the group shares.
+    # Each entry has the number of saved tokens, the start of the last group, and the number of
+    # tokens that the last group shares.
     best: list[tuple[int, int, int]] = [(0, 0, 0)]
     for end in range(1, len(distinct) + 1):
         choices = [(best[end - 1][0], end - 1, 0)]
@@ -94,7 +95,7 @@ def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt
 
 
 def count_tokens(prompts: Sequence[Prompt]) -> int:
-    """Returns the number of tokens that these prompts need in a row."""
+    """Returns the number of tokens that the given prompts take up in a row."""
     groups = group_by_beginning(prompts)
     return sum(sum(map(len, members)) - shared * (len(members) - 1) for shared, members in groups)
 
@@ -103,7 +104,7 @@ def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Pr
     """Packs prompts into one row.
 
     Returns:
-      int32 [4, width] with the rows tokens, index, segments and parents, as in
+      int32 [4, width] with the rows `tokens`, `index`, `segments` and `parents`, as in
       `engine.PackedPrompts`; and the placement of each prompt.
     """
     out = np.zeros((4, width), np.int32)
@@ -133,8 +134,9 @@ def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Pr
 
 def count_fitting(waiting: Sequence[Prompt], width: int) -> int:
     """Returns the largest n such that the first n distinct prompts fit into `width` tokens."""
-    # An additional prompt never lowers the number of tokens, so bisection finds n. If the lengths
-    # of prompts add up to at most `width`, the prompts fit, because sharing can only save tokens.
+    # An additional prompt never lowers the number of tokens, so the largest n is found by
+    # bisection. If the lengths of prompts add up to at most `width`, the prompts fit, because
+    # sharing can only save tokens.
     lengths = itertools.accumulate(map(len, waiting))
     sure = sum(1 for total in lengths if total <= width)
     rest = range(sure + 1, len(waiting) + 1)

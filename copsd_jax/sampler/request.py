@@ -1,9 +1,9 @@
 """Settings and inputs of a sampler call, which are checked before any program runs.
 
 Callers create `Vocabulary`, `Sampling` and `SamplerSettings`. `list_texts` checks the arguments
-that all engines share, and joins the arguments into one `Text` per prompt. `prepare_sampler_inputs`
-builds `Inputs`, the read-only inputs of one call of `loop.generate`. `derive_keys` returns one
-random key for each sample.
+that all engines share, and converts these arguments to one `Text` per prompt.
+`prepare_sampler_inputs` builds `Inputs`, the read-only inputs of one call of `loop.generate`.
+`derive_keys` returns one random key for each sample.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ class Vocabulary:
       valid_V: bool; True for the ids that the tokenizer has. Only ids of the tokenizer can be
         drawn.
       token_bytes: the bytes of each id; stop strings need the bytes of every valid id.
-      stop_ids: the ids that end a text. The sampler reads `Sampling.stop_ids` instead of this
-        field.
+      stop_ids: the ids that end a text. The sampler reads `Sampling.stop_ids` instead of
+        `Vocabulary.stop_ids`.
     """
 
     valid_V: np.ndarray
@@ -87,7 +87,7 @@ class Inputs:
     decoder: transformer.Decoder
     constants: engine.Constants
     features: truncation.Features
-    settings: SamplerSettings  # with length and cache set; `slots` is a multiple of the shards
+    settings: SamplerSettings  # all values are set; `slots` is a multiple of the number of shards
     mesh: Mesh
     prompts: Sequence[tuple[int, ...]]
     request: engine.Request  # NumPy arrays with one entry per prompt
@@ -102,9 +102,9 @@ def derive_keys(
 ) -> np.ndarray:
     """Returns one random key for each sample of each row.
 
-    The root key is made from the seed. Then four values are folded into the root key: purpose,
-    step, row id (the first 64 bits of its SHA-256) and sample number. The engine also folds the
-    index of the token into the key.
+    The root key is made from the seed. Then four values are folded into the root key: the purpose,
+    the step, the first 64 bits of the row id's SHA-256, and the sample number. For each token, the
+    engine also folds the token's index into the key.
 
     Args:
       seed: the run's seed.
@@ -122,7 +122,7 @@ def derive_keys(
     if purpose not in PURPOSES:
         raise ValueError(f"purpose is {purpose!r}: the choices are {', '.join(PURPOSES)}")
     if len(row_ids) != len(samples):
-        raise ValueError(f"{len(row_ids)} row ids for {len(samples)} samples: give one each")
+        raise ValueError(f"{len(row_ids)} row ids for {len(samples)} samples: give one per sample")
     digests = [hashlib.sha256(row.encode()).digest()[:8] for row in row_ids]
     words_n2 = np.frombuffer(b"".join(digests), ">u4").astype(np.uint32).reshape(-1, 2)
     root = jax.random.key(seed, impl="threefry2x32")
@@ -155,7 +155,7 @@ def prepare_sampler_inputs(
 
     Args:
       decoder: the model.
-      policy: the weights and adapter of the model; the arrays are on the mesh, or abstract.
+      policy: the weights and adapter of the model; the arrays are on the mesh or are abstract.
       prompts: token ids without the shared prefix.
       sampling: one `Sampling` for all prompts, or a list with one per prompt.
       keys_n2: uint32, as returned by `derive_keys`.
@@ -210,9 +210,8 @@ def list_texts(
     """Returns one `Text` for each prompt, after checking the arguments of `generate`.
 
     Raises:
-      ValueError: a setting is out of range, a list does not have one entry per prompt, the keys are
-        not uint32 [n, 2], a prompt is empty or has an id that the model lacks, or a limit is below
-        1.
+      ValueError: a setting or limit is out of range, a list does not have one entry per prompt, the
+        keys are not uint32 [n, 2], or a prompt is empty or has an unknown id.
     """
     for kind in _list_kinds(sampling):
         _check_sampling(kind, vocabulary)
@@ -224,8 +223,8 @@ def list_texts(
     keys_n2 = np.asarray(jax.device_get(keys))
     if keys_n2.shape != (count, 2) or keys_n2.dtype != np.uint32:
         raise ValueError(
-            f"keys are {keys_n2.dtype} {keys_n2.shape}: they must be uint32 ({count}, 2), one for "
-            "each prompt"
+            f"keys are {keys_n2.dtype} {keys_n2.shape}: they must be uint32 ({count}, 2), one key "
+            "per prompt"
         )
     limits = [one.max_tokens for one in each] if limits is None else limits
     if len(limits) != count:
@@ -254,8 +253,9 @@ def find_stop_string(
       token_bytes: the bytes of each id.
 
     Returns:
-      The number of tokens up to and including the one that completes a stop string, or None if no
-      stop string is complete; and the last bytes of the text, for the next call.
+      A pair. The first value is the number of tokens up to and including the token that completes a
+      stop string; None if no stop string is complete. The second value is the last bytes of the
+      text, which the next call takes as `tail`.
     """
     reach = max(map(len, stops), default=1) - 1
     for count, token in enumerate(tokens if stops else (), 1):
@@ -274,8 +274,8 @@ def _list_kinds(sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:
 def _complete_sampler_settings(
     settings: SamplerSettings, texts: Sequence[Text], mesh: Mesh, dtype: Any
 ) -> SamplerSettings:
-    """Fills in the length and the cache dtype, and rounds up slots and length."""
-    # `insert` copies whole blocks, so a slot may need one block more than its text needs.
+    """Fills in the length and the cache dtype; rounds up the length and the number of slots."""
+    # `insert` copies whole blocks, so a slot may need one more block than its text.
     length = settings.length + engine.INSERT_BLOCK
     if not settings.length:
         need = max((len(text.prompt) + text.limit for text in texts), default=1)
@@ -318,7 +318,7 @@ def round_up_slot_length(length: int) -> int:
 
 
 def _stop_tables(stops: list, vocabulary: Vocabulary) -> np.ndarray:
-    """Returns bool [X, V]: marks stop ids, and ids whose bytes contain a stop string."""
+    """Returns bool [X, V], which marks stop ids and ids whose bytes contain a stop string."""
     sets = max(STOP_SETS, 1 << (len(stops) - 1).bit_length())
     stop_XV = np.zeros((sets, len(vocabulary.valid_V)), bool)
     for row_V, (ids, strings) in zip(stop_XV, stops, strict=False):
@@ -359,8 +359,8 @@ def _check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
         raise ValueError(f"stop is {sampling.stop!r}: a stop string must not be empty")
     if sampling.stop and (count > size or vocabulary.valid_V[count:].any()):
         raise ValueError(
-            f"stop is {sampling.stop!r}: stop strings need token_bytes of every valid id and of "
-            f"at most {size}, and there are {count}"
+            f"stop is {sampling.stop!r}: stop strings need the bytes of every valid id, but "
+            f"token_bytes has {count} entries for {size} ids"
         )
 
 

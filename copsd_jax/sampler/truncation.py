@@ -2,7 +2,8 @@
 
 Dividing the logits by the temperature gives the tempered distribution. The tempered distribution
 covers all ids of the model, as in the trainer. Then ids that the tokenizer lacks are excluded.
-Three truncations follow, and each of them renormalises the probabilities of the tokens it keeps.
+Three truncations follow, and each of them renormalises the probabilities of the tokens that it
+keeps.
   `top_k` keeps exactly k tokens. Among equal logits, lower ids come first.
   `top_p` keeps the most probable tokens until their mass, renormalised after top_k, reaches p. The
     token that crosses p is kept, and so is every token with exactly the same probability.
@@ -17,7 +18,7 @@ Each row has its own settings, which are passed as arrays (`RowSettings`). The s
 `Features` determines the operations of a compiled program, so a setting that no row uses costs
 nothing. The result of a row does not depend on the settings of other rows. The features can change
 a result only through the rounding of sums. If some rows have a top_k and others have none, both
-kinds of draw run for all rows, and each row takes the result of its own kind.
+kinds of draw run for all rows. Each row then takes the result of its own kind of draw.
 
 The vocabulary is never sorted. Random numbers are drawn for blocks and candidates, not for every
 token of the vocabulary. The vocabulary is divided into blocks of 128 tokens. The k best tokens are
@@ -25,7 +26,7 @@ in the k blocks with the highest maxima. A token is drawn in two stages with the
 first a block by its mass, then a token of that block. The probability of the block, times the
 probability of the token within the block, is the probability of the token.
 
-Shapes: J rows, V vocabulary, K = cap candidates, N blocks, X any set of candidates.
+Shapes: J rows, V vocabulary, K candidates, N blocks, X any set of candidates.
 """
 
 import dataclasses
@@ -36,9 +37,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # tokens per block: the lanes of a TPU, and about the square root of a vocabulary
-FINE = 8  # tokens per finer block, into which the best blocks are divided
-LEAST_CAP = 16  # candidates; a smaller top_k costs the same, and uses the same compiled program
+BLOCK = 128  # tokens per block: a TPU's lane count, and about the square root of a vocabulary size
+FINE = 8  # tokens per finer block; the best blocks are divided into finer blocks
+LEAST_CAP = 16  # minimum of `cap`; a smaller top_k costs the same and uses the same program
 _TINY = 0x00800000  # bits of the smallest normal float32
 _ONE = 0x3F800000  # bits of 1.0
 
@@ -81,7 +82,7 @@ def find_features(settings: Sequence[tuple[float, int, float, float]]) -> Featur
       ValueError: the settings are empty.
     """
     if not settings:
-        raise ValueError("settings are empty: give those of at least one row")
+        raise ValueError("settings are empty: give the settings of at least one row")
     noisy = [s for s in settings if s[0] > 0]
     largest = max((s[1] for s in noisy), default=0)
     return Features(
@@ -124,7 +125,7 @@ def sample(
     logits_JV: jax.Array, key_J2: jax.Array, rows: RowSettings, features: Features,
     valid_V: jax.Array | None, *, shards: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Draws one token per row from its truncated distribution.
+    """Draws one token per row from the row's truncated distribution.
 
     Args:
       logits_JV: logits of any floating dtype.
@@ -138,8 +139,8 @@ def sample(
         compiler would gather all logits on each device.
 
     Returns:
-      token_J int32; the token's log-probability under the tempered distribution, float32 [J]; and
-      the token's log-probability under the truncated distribution, float32 [J].
+      Three arrays [J]: the drawn token (int32), its log-probability under the tempered distribution
+      (float32), and its log-probability under the truncated distribution (float32).
     """
     whole_JV = _tempered(logits_JV, rows, features)
     x_JNb = _cut_into_draw_blocks(_masked(whole_JV, valid_V), shards)
@@ -219,8 +220,8 @@ def _draw_from_vocabulary(
     if floor_J1 is None:
         noisy_Jb = value_Jb + noise_JX[:, :BLOCK]
     else:
-        # A block that has mass keeps at least its best token, even if exp rounds lower here than
-        # above.
+        # A block that has mass keeps at least its best token, even if recomputing exp rounds the
+        # token's weight down.
         edge_Jb = value_Jb == jnp.max(value_Jb, axis=-1, keepdims=True)
         kept_Jb = (jnp.exp(value_Jb - peak_J1) >= floor_J1) | edge_Jb
         noisy_Jb = jnp.where(kept_Jb, value_Jb, -jnp.inf) + noise_JX[:, :BLOCK]
@@ -238,7 +239,7 @@ def _tempered(logits_JV: jax.Array, rows: RowSettings, features: Features) -> ja
 
 
 def _masked(x_JV: jax.Array, valid_V: jax.Array | None) -> jax.Array:
-    """Sets the logits of ids that may not be drawn to -inf."""
+    """Sets to -inf the logits of all ids that may not be drawn."""
     return x_JV if valid_V is None else jnp.where(valid_V[None, :], x_JV, -jnp.inf)
 
 
@@ -263,7 +264,7 @@ class _Best(NamedTuple):
     value_JK: jax.Array  # tempered logits
     id_JK: jax.Array  # int32 token ids
     weight_JK: jax.Array  # exp(logit - best logit); 0 beyond the row's top_k
-    kept_JK: jax.Array  # bool: whether all truncations keep it; False in rows without top_k
+    kept_JK: jax.Array  # bool: whether all truncations keep the token; False in rows without top_k
 
 
 def _find_draw_candidates(x_JNb, high_JN, rows: RowSettings, features: Features) -> _Best:
@@ -279,7 +280,7 @@ def _find_draw_candidates(x_JNb, high_JN, rows: RowSettings, features: Features)
 
 
 def _candidates(blocks: int, features: Features) -> int:
-    """Returns K, the number of candidates: the smaller of cap and padded vocabulary size."""
+    """Returns K, the number of candidates: the smaller of `cap` and the padded vocabulary size."""
     return min(features.cap, blocks * BLOCK)
 
 
@@ -290,8 +291,8 @@ def _find_drawable_top_k(
 
     Among equal values, lower ids come first. The k blocks with the highest maxima contain the k
     largest values, because no value in another block exceeds any of the k maxima. The chosen blocks
-    stay in the order of their ids, so equal values stay in this order too. Then the chosen blocks
-    are divided into finer blocks, and the search is repeated on the finer blocks.
+    are kept in ascending order, so equal values stay in the order of their ids. Then the chosen
+    blocks are divided into finer blocks, and the search is repeated on the finer blocks.
     """
     rows, blocks, width = x_JNb.shape
     block_JK = None
@@ -316,7 +317,7 @@ def _top_k(value_JX: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _crossing(weight_JK: jax.Array, top_p_J1: jax.Array) -> jax.Array:
-    """Returns the weight [J, 1] of the token that crosses top_p; weights must descend along K."""
+    """Returns the weight [J, 1] of the token that crosses top_p; weights must be descending."""
     mass_JK = jnp.cumsum(weight_JK, axis=-1)
     before_JK = jnp.pad(mass_JK[:, :-1], ((0, 0), (1, 0)))
     needed_JK = before_JK < top_p_J1 * mass_JK[:, -1:]
@@ -325,7 +326,7 @@ def _crossing(weight_JK: jax.Array, top_p_J1: jax.Array) -> jax.Array:
 
 
 def _without_top_k(rows: RowSettings, features: Features) -> RowSettings:
-    """Turns top_p off in rows with another kind of draw, to shorten the search for thresholds."""
+    """Turns top_p off in greedy rows and in rows with a top_k, to shorten the threshold search."""
     if not (features.cap or features.greedy):
         return rows
     elsewhere_J = (rows.top_k_J > 0) | (rows.temperature_J == 0)
@@ -348,10 +349,11 @@ def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
     """Returns a weight threshold [J, 1] that exactly the top-p tokens reach; 0 if top_p is off.
 
     The threshold is found by bisection over bit patterns: the bits of positive float32 numbers have
-    the same order as the numbers. Tokens with weights of at least `low` always have enough mass
-    together, and tokens with weights of at least `high` never have enough. A row is settled if the
-    weight of at most one token, or no float32 number, lies between `low` and `high`. Further steps
-    for other rows do not change which tokens a settled row keeps.
+    the same order as the numbers. The tokens with weights of at least `low` always reach the top-p
+    mass together; the tokens with weights of at least `high` never reach it. A row is settled if at
+    most one token's weight lies between `low` and `high`. A row is also settled if no float32
+    number lies between `low` and `high`. Further steps for other rows do not change which tokens a
+    settled row keeps.
     """
     need_J1 = top_p_J1 * jnp.sum(weight_JX, axis=-1, keepdims=True)
 
@@ -383,8 +385,8 @@ def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
 def _gumbel(key_J2: jax.Array, size: int) -> jax.Array:
     """Returns standard Gumbel noise, float32 [J, size]; row j depends only on key j.
 
-    Number i of a row does not depend on `size`, because JAX's default (partitionable) threefry
-    computes number i from the key and i.
+    The noise at index i of a row does not depend on `size`, because JAX's default (partitionable)
+    threefry computes the noise only from the key and the index.
     """
     keys_J = jax.random.wrap_key_data(key_J2, impl="threefry2x32")
     return jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32))(keys_J)

@@ -1,7 +1,7 @@
 """Client for OpenAI-compatible servers, with concurrent requests and a cache of answers.
 
-`ask_all` requests chat completions and caches the answers. `ask_all` uses `send_call` and
-`run_concurrently`, which can send any HTTP request to a server.
+`ask_all` requests chat completions and caches the answers. `send_call` and `run_concurrently`,
+which `ask_all` uses, can also send other HTTP requests.
 
 The client uses the standard library's `http.client`. Common clients, such as httpx, have no overall
 deadline: their timeouts start again after every byte received. In this client, a read may take only
@@ -52,7 +52,7 @@ _AGAIN = frozenset({408, 409, 425, 429})  # 4xx statuses after which another att
 _LARGEST = 1 << 24  # maximum number of bytes in a reply
 _DETAIL = 300  # maximum number of characters in a server's message about a failure
 _tls = functools.cache(ssl.create_default_context)
-_LOOK = 0.25  # seconds between two checks whether the caller has stopped
+_LOOK = 0.25  # seconds between two checks of whether the caller has stopped
 
 Name = TypeVar("Name")
 Item = TypeVar("Item")
@@ -68,8 +68,9 @@ class Server:
         "/chat/completions".
       model: the model's name on the server.
       key_env: name of the environment variable that holds the key; "" if the server needs no key.
-      timeout: maximum number of seconds for one attempt, from connecting to the last byte. The DNS
-        look-up is not counted. `timeout` is also the longest pause between two attempts.
+      timeout: maximum number of seconds for one attempt, from connecting until the last byte
+        arrives. The DNS look-up does not count towards `timeout`. `timeout` is also the longest
+        pause between two attempts.
       retries: maximum number of attempts after the first.
       backoff: pause in seconds before the second attempt; the pause doubles before each later
         attempt.
@@ -200,7 +201,7 @@ def read_key(server: Server, prefix: str = "server.") -> str:
     problem = "holds blanks, line breaks or characters beyond ASCII" if key else "is not set"
     raise ValueError(
         f"{prefix}key_env is {server.key_env!r}: the environment variable {server.key_env} "
-        f"{problem}; put the server's key there, or set '' for a server without keys"
+        f"{problem}; put the server's key there, or set key_env to '' if no key is needed"
     )
 
 
@@ -211,8 +212,8 @@ def ask_all(
     """Returns answers in the order of the requests; cached requests are not sent again.
 
     The pause between attempts grows exponentially. The jitter of the pause depends only on the
-    request and the attempt. The pause is at least as long as the server's Retry-After header asks.
-    If Retry-After exceeds `server.timeout`, there is no further attempt.
+    request and the attempt. The pause is never shorter than the time in the server's Retry-After
+    header. If Retry-After exceeds `server.timeout`, there is no further attempt.
 
     Args:
       server: the server to send the requests to.
@@ -249,7 +250,7 @@ def _send_chat_request(
 
 
 def _build_chat_body(request: ChatRequest) -> dict[str, Any]:
-    """Returns the fields of a request's body; 1 and 1.0 are converted to the same number."""
+    """Returns the fields of a request's body; numbers such as 1 and 1.0 give the same body."""
     fields: dict[str, Any] = {
         "messages": [dict(message) for message in request.messages],
         "temperature": float(request.temperature),
@@ -279,7 +280,7 @@ def _digest(server: Server, request: ChatRequest) -> str:
 
 
 def _read_cached_answer(server: Server, digest: str) -> ChatAnswer | None:
-    """Reads the cached answer; returns None if it is absent, or malformed (with a warning)."""
+    """Returns the cached answer or None; a malformed answer is ignored, with a warning."""
     path = pathlib.Path(server.cache) / f"{digest}.json"
     if not server.cache or not path.exists():
         return None
@@ -347,11 +348,11 @@ def send_call(
     """Sends a request, with retries; returns the last outcome and the number of attempts.
 
     Args:
-      server: the server, whose timeout, retries and backoff are used (see `ask_all`).
+      server: the server; its timeout, retries and backoff are used as in `ask_all`.
       key: the server's key; "" if the server needs none.
       what: the request.
-      name: seed of the jitter; with different names, requests that failed together pause for
-        different times.
+      name: seed of the jitter; requests that fail at the same time need different names, so that
+        their pauses differ.
       stop: event that ends the request when it is set.
     """
     attempt, outcome = 0, Outcome("unreachable", again=True)
@@ -364,7 +365,7 @@ def send_call(
 
 
 def redact_key(text: str, key: str) -> str:
-    """Returns the text with [key] in place of the key; a short key like "EMPTY" is no secret."""
+    """Returns the text with [key] in place of the key; keeps a short key like "EMPTY"."""
     return text.replace(key, "[key]") if len(key) >= 8 else text
 
 

@@ -1,12 +1,13 @@
 """Dialects: the request and reply formats of servers that complete sequences of token ids.
 
-The formats follow the servers' documentation and source code as of 2026:
-  `vllm`: POST /v1/completions, where `prompt` is a list of ids. With `return_token_ids` (vLLM
-    0.10.2 or later), the reply has the drawn ids as numbers. With `return_tokens_as_token_ids`, the
-    reply has the ids as strings such as "token_id:7". Every request sets both options. If a reply
-    has ids in both forms, the forms must agree. Use `vllm` for any other server that accepts
-    requests in this format.
-  `sglang`: POST /generate with `input_ids`. The reply has pairs (log-probability, id).
+The formats follow the servers' documentation and source code as of 2026.
+  `vllm` uses POST /v1/completions, where `prompt` is a list of ids. With `return_token_ids` (vLLM
+    0.10.2 or later), the reply gives the drawn ids as numbers. With `return_tokens_as_token_ids`,
+    the reply gives the ids as strings such as "token_id:7". Every request sets both options. If a
+    reply has ids in both forms, the forms must agree. Use `vllm` for any other server that accepts
+    requests in vLLM's format.
+  `sglang` uses POST /generate with `input_ids`. An SGLang reply has one pair (log-probability, id)
+    per drawn token.
 
 In addresses, {base} is the server's URL with /v1, and {root} is the URL without /v1.
 """
@@ -36,9 +37,9 @@ class Dialect(NamedTuple):
         raises ValueError; the message continues a sentence such as "the completion of row 3 ...".
       coldest: the lowest temperature above 0 that the server does not change.
       adapters: address to which /load_lora_adapter and /unload_lora_adapter are appended.
-      swap: maps a model's folder to the requests that load the model, in order, as (address, body).
-      needs_adapters: text for error messages that says what a server needs to load adapters.
-      needs_swap: text for error messages that says what a server needs to load a model.
+      swap: maps a model's folder to the ordered requests (address, body) that load the model.
+      needs_adapters: part of an error message; says what a server needs to load adapters.
+      needs_swap: part of an error message; says what a server needs to load a model.
     """
 
     generate: str
@@ -52,7 +53,7 @@ class Dialect(NamedTuple):
 
 
 def derive_seed(text: request.Text) -> int:
-    """Returns the first 53 bits of the text's key, which every JSON reader represents exactly."""
+    """Returns the first 53 bits of the text's key; every JSON reader represents 53 bits exactly."""
     high, low = map(int, text.key_2)
     return (high << 21) | (low >> 11)
 
@@ -77,7 +78,7 @@ def _vllm_body(model: str, adapter: str, text: request.Text) -> dict[str, Any]:
         "seed": derive_seed(text), "stream": False, "echo": False, "add_special_tokens": False,
         "ignore_eos": True,  # stop_token_ids already has all stop ids
         "include_stop_str_in_output": True,
-        "logprobs": 0,  # only the log-probability of the drawn token
+        "logprobs": 0,  # asks only for the log-probability of the drawn token
         "return_token_ids": True, "return_tokens_as_token_ids": True,
     }  # fmt: skip
 
@@ -89,14 +90,14 @@ def _vllm_reply(reply: Any, text: request.Text) -> RawCompletion:
     ids = choice.get("token_ids")
     if ids is None and spelt is None:
         raise ValueError(
-            "has no token ids: the server has to know return_token_ids (vLLM 0.10.2 or later) or "
+            "has no token ids: the server must support return_token_ids (vLLM 0.10.2 or later) or "
             "run with --return-tokens-as-token-ids"
         )
     if ids is not None and spelt is not None and ids != spelt:
-        raise ValueError("has log-probabilities of other tokens than those in token_ids")
+        raise ValueError("has log-probabilities for tokens that differ from token_ids")
     read = choice.get("prompt_token_ids")
     if read is not None and read != list(text.prompt):
-        raise ValueError("is of another prompt than the one sent (prompt_token_ids)")
+        raise ValueError("belongs to another prompt: prompt_token_ids differs from the prompt sent")
     return RawCompletion(
         spelt if ids is None else ids, logps, _get_from_reply(choice, "finish_reason")
     )
@@ -133,13 +134,14 @@ def _sglang_reply(reply: Any, text: request.Text) -> RawCompletion:
         raise ValueError("has no list in meta_info.output_token_logprobs")
     ids = [_get_from_reply(pair, 1) for pair in pairs]
     if reply.get("output_ids") not in (None, ids):
-        raise ValueError("has log-probabilities of other tokens than those in output_ids")
+        raise ValueError("has log-probabilities for tokens that differ from output_ids")
     if reply["meta_info"].get("prompt_tokens") not in (None, len(text.prompt)):
-        raise ValueError(f"is of another prompt than the one sent, of {len(text.prompt)} tokens")
+        raise ValueError(f"belongs to another prompt: the one sent has {len(text.prompt)} tokens")
     finish = _get_from_reply(reply, "meta_info", "finish_reason")
     matched = finish.get("matched") if isinstance(finish, dict) else None
     if isinstance(matched, str) and matched not in text.sampling.stop:
-        # If logits are NaN, SGLang reports a stop by a string that is no stop string.
+        # If logits are NaN, SGLang reports that a string stopped the text, but the string is not
+        # one of the stop strings.
         raise ValueError(f"was stopped by {matched!r}, which is not a stop string")
     kind = finish.get("type") if isinstance(finish, dict) else finish
     return RawCompletion(ids, [_get_from_reply(pair, 0) for pair in pairs], kind)

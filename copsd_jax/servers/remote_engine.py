@@ -8,7 +8,7 @@ text may depend on the other texts in the batch. With a server that is not deter
 run does not continue bit for bit. With `sampler.loop`, a stopped run continues bit for bit.
 
 The server determines the distribution to which its log-probabilities refer. Replies do not name the
-distribution, so the setting `sampler.logprobs` names it. The setting has three values.
+distribution, so the setting `sampler.logprobs` names it. `sampler.logprobs` has three values.
   `raw` means the model's distribution at temperature 1. `raw` is vLLM's default. SGLang uses
     `raw` if SGLANG_RETURN_ORIGINAL_LOGPROB is set.
   `tempered` means the untruncated distribution at the sampling temperature. SGLang uses `tempered`
@@ -148,7 +148,7 @@ def _check_served_texts(server: EngineServer, texts: Sequence[request.Text]) -> 
         request.check_lengths(texts, longest, room)
     for degree in {text.sampling.temperature for text in texts}:
         if 0 < degree < coldest:
-            rule = f"takes 0 or at least {coldest}, and changes a value between them"
+            rule = f"takes 0 or at least {coldest}, and changes all other values"
             raise ValueError(f"temperature is {degree}: a {server.dialect} server {rule}")
 
 
@@ -191,11 +191,11 @@ def _check_served_completion(
     ids, logps = _check_served_ids(text, reply.ids, vocabulary), _check_served_logps(reply)
     end = _find_served_end(text.sampling, ids, vocabulary.token_bytes)
     if end is not None and end < len(ids) and (last := ids[end - 1]) in text.sampling.stop_ids:
-        raise ValueError(f"goes on after the id {last}, which is one of its stop_token_ids")
+        raise ValueError(f"goes on after the id {last}, although stop_token_ids contains {last}")
     if end is None and reply.finish == "stop":
         raise ValueError(
-            f"was stopped at the id {ids[-1]}, which is none of {sorted(text.sampling.stop_ids)} "
-            f"and completes none of {text.sampling.stop}: the server has stop ids of its own"
+            f"was stopped at the id {ids[-1]}, which is not in {sorted(text.sampling.stop_ids)} "
+            f"and completes no string of {text.sampling.stop}: the server has stop ids of its own"
         )
     if end is None and len(ids) < text.limit:
         raise ValueError(
@@ -204,8 +204,8 @@ def _check_served_completion(
         )
     if reply.finish not in ("stop", "length"):
         raise ValueError(f"has the finish_reason {reply.finish!r}: it must be stop or length")
-    # A server may find a stop string a few tokens late. A completion that goes on is cut after the
-    # token that completes the stop string, as in `sampler.loop`.
+    # A server may find a stop string a few tokens late. If a completion continues past a stop
+    # string, it is cut after the token that completes the string, as in `sampler.loop`.
     given = np.asarray(logps[:end], np.float32)
     absent = np.full_like(given, np.nan)
     tempered, truncated = reports_log_probs(logprobs, text.sampling)
@@ -227,8 +227,8 @@ def _check_served_ids(text: request.Text, ids: list, vocabulary: request.Vocabul
     for token in ids:
         if not 0 <= token < size or not vocabulary.valid_V[token]:
             raise ValueError(
-                f"has the id {token}: the tokenizer has {int(vocabulary.valid_V.sum())} of the "
-                f"ids 0 to {size - 1}"
+                f"has the invalid id {token}: the tokenizer has {int(vocabulary.valid_V.sum())} "
+                f"ids, between 0 and {size - 1}"
             )
     return ids
 
@@ -240,16 +240,16 @@ def _check_served_logps(reply: dialects.RawCompletion) -> list[float]:
         raise ValueError(f"has {found} log-probabilities for {len(reply.ids)} tokens")
     for value in logps:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        # The comparison with the limits also fails for NaN. The upper limit allows for rounding.
+        # The comparison with the limits is also false for NaN. The upper limit allows for rounding.
         if not number or not -1e9 <= value <= 1e-3:
-            raise ValueError(f"has the log-probability {value!r}: it must be a number up to 0")
+            raise ValueError(f"has the log-probability {value!r}: it must be a number <= 0")
     return logps
 
 
 def _find_served_end(
     sampling: request.Sampling, ids: Sequence[int], token_bytes: Sequence[bytes]
 ) -> int | None:
-    """Returns the number of tokens up to and including the one that ends the text, or None."""
+    """Returns the text's length, including the token that ends it; None if no token ends it."""
     stops = [text.encode() for text in sampling.stop]
     by_string, _ = request.find_stop_string(b"", ids, stops, token_bytes)
     by_id = next((i for i, token in enumerate(ids, 1) if token in sampling.stop_ids), None)
@@ -316,9 +316,9 @@ def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
     """Loads a folder of weights into the server; returns the server with the new adapter's name.
 
     An adapter's name is a hash of its contents, because servers cache keys and values of prompts
-    under the adapter's name. If new weights had an old name, the server would use outdated cache
-    entries. With a hash as the name, an interrupted call can also be repeated safely. The previous
-    adapter is unloaded.
+    under the adapter's name. If new weights had the name of old weights, the server would use
+    outdated cache entries. Because an adapter's name is a hash, an interrupted `hand_over` can be
+    repeated safely. The previous adapter is unloaded.
 
     Args:
       server: the server with the previous weights.

@@ -30,7 +30,7 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
     )
     remote_engine.check_server(server)
     if (count := jax.process_count()) > 1:
-        raise ValueError(f"sampler.engine is 'server': it needs one process, and there are {count}")
+        raise ValueError(f"sampler.engine is 'server': it needs one process, but there are {count}")
     if s.folder:
         workdir.check_writable(pathlib.Path(s.folder), "--config.sampler.folder")
     coldest = dialects.DIALECTS[s.dialect].coldest
@@ -53,7 +53,7 @@ def _check_logprobs(config: config_lib.Config) -> None:
     ):  # fmt: skip
         if not given and c[section][key] != off:
             raise ValueError(
-                f"{section}.{key} is {c[section][key]!r}: it needs log-probabilities over all "
-                f"tokens at rollout.temperature={r.temperature}, which do not follow from "
-                f"sampler.logprobs={c.sampler.logprobs} with these rollout.* settings"
+                f"{section}.{key} is {c[section][key]!r}: it needs untruncated log-probabilities "
+                f"at rollout.temperature={r.temperature}, and sampler.logprobs="
+                f"{c.sampler.logprobs} does not give them with these rollout.* settings"
             )

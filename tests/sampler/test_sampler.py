@@ -485,8 +485,8 @@ def test_memory_that_is_not_there(monkeypatch):
     weights = sum(x.nbytes for x in jax.tree.leaves(params())) + 4 * 300
     loop.check_memory(job, 1 << 20, cache + 64 * slots + weights + (1 << 20))
     message = (
-        r"out of memory: on each device the cache .64 slots x 1024 entries of bfloat16. 0.02 GiB, "
-        r".*the weights 0.00 GiB.*, and it has 0.01 GiB; slots={} makes it fit$"
+        r"out of memory: each device needs 0.02 GiB for the cache .64 slots x 1024 entries of "
+        r"bfloat16.* 0.00 GiB for the weights.*, but has only 0.01 GiB; slots={} makes it fit$"
     )
     assert job.constants.layers is not None
     limit = (cache + 64 * slots) // 2 + weights
@@ -549,7 +549,7 @@ def test_no_prompts():
         ({"sampling": request.Sampling(3, top_k=301)}, "top_k is 301: it must be 0 .off. to 300"),
         ({"sampling": request.Sampling(3, stop_ids=(300,))}, "stop_ids has 300"),
         ({"sampling": request.Sampling(3, stop=("",))}, "stop string must not be empty"),
-        ({"sampling": request.Sampling(3, stop=("a",))}, "stop strings need token_bytes"),
+        ({"sampling": request.Sampling(3, stop=("a",))}, "stop strings need the bytes"),
         ({"sampling": request.Sampling(4093)}, "prompt 0 has 8 tokens .* the model has 4096"),
         ({"prompts": [(1,), ()]}, "prompt 1 is empty"),
         ({"prompts": [(1,), (300,)]}, "prompt 1 has ids 300 to 300"),

@@ -306,7 +306,7 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
         ({"rollout__temperature": 0.001}, "rollout.temperature is 0.001: with sampler.dia"),
         ({"loss__rollout_clip": 2.0, "sampler__logprobs": "raw"}, "rollout_clip is 2.0: it needs"),
         ({"loss__rollout_clip": 2.0, "sampler__logprobs": "processed", "rollout__top_p": 0.9},
-         "do not follow from sampler.logprobs=processed"),
+         "sampler.logprobs=processed does not give them"),
         ({"sampler__slots": 3}, "sampler.slots is not a setting"),
         ({"sampler__int8": True}, "sampler.int8 is True: nothing reads it, because it needs sa"),
     ],
