@@ -1,4 +1,4 @@
-"""The loaded parts of a planned run, such as weights and compiled functions, and their uses."""
+"""Loads the parts of a planned run, such as weights and compiled functions, and uses them."""
 
 import contextlib
 import dataclasses
@@ -45,13 +45,14 @@ class LoadedRun:
       rate: function that returns the learning rate of a step.
       grader: context manager that grades final answers and owns the grading processes.
       rewarder: the object that scores completions.
-      token_classes: int8 [V], the class of each token in `token_stats`.
+      token_classes: int8 [V], the class of each token, as defined in `token_stats`.
       teacher_kv: keys and values that a fixed teacher computes for the exemplars; None for other
         teachers, or if there are no exemplars.
       hand_over: function that hands a policy to the sampler.
-      served: function that hands a policy to the server of sampler.engine=server; None for other
-        engines.
-      lengths: number of cache entries that a slot needs, by section: rollout, eval and author.
+      served: with sampler.engine=server, the function that hands a policy to the server; otherwise
+        None.
+      lengths: for each of the sections rollout, eval and author, the number of cache entries that a
+        slot needs.
     """
 
     plan: run_plan.Plan
@@ -141,7 +142,7 @@ def load_run(
 
 
 def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
-    """Returns the number of cache entries that a slot needs, by section.
+    """Returns, for each section, the number of cache entries that a slot needs.
 
     A slot has room for the longest prompt, exemplars excluded, followed by the longest completion.
     For the author, whose prompts are not known yet, and for sections without rows, the result is 0.
@@ -165,7 +166,7 @@ def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
 
 
 def _load_run_weights(plan: run_plan.Plan) -> dict:
-    """Returns the base parameters; each process reads only the parts of its own devices."""
+    """Returns the base parameters; each process reads only the parts that its own devices hold."""
     if plan.config.model.init == "random":
 
         def make() -> dict:
@@ -230,7 +231,7 @@ def write_policy(
     Args:
       plan: the plan, which has the model's shape, files and tokenizer.
       policy: the policy.
-      folder: the folder to write.
+      folder: the folder to write to.
       base: the name of the base model, which is written into the files of an adapter.
 
     Raises:
@@ -247,15 +248,15 @@ def write_policy(
 class ServedPolicy:
     """A function that hands policies to a server and remembers which policy the server has.
 
-    Two policies count as equal if their arrays are the same objects. This class holds only weak
-    references to the arrays. Each policy is written to a new folder by `write_policy`. Older
-    folders are removed after the server has loaded the new policy.
+    Two policies count as equal if their arrays are the same objects. `ServedPolicy` holds only weak
+    references to the arrays of a policy. Each policy is written to a new folder by `write_policy`.
+    Older folders are removed after the server has loaded the new policy.
 
     Args:
       plan: the checked plan.
       server: the server, which serves the base model under the name `sampler.model`.
       folder: the folder that contains the folders of the policies. The server must be able to read
-        this folder, and no other run may use it.
+        `folder`, and no other run may use it.
     """
 
     def __init__(
@@ -310,7 +311,7 @@ def _build_policy_hand_over(
 
 @contextlib.contextmanager
 def _asked() -> Iterator[None]:
-    """Raises failures of a server as EngineError, to distinguish them from failures of files."""
+    """Raises server failures as EngineError, to distinguish them from file errors."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -327,7 +328,7 @@ def sample(
     progress: Callable[[loop.Stats], None] | None = None,
     done: Callable[[int, loop.Completion], None] | None = None,
 ) -> loop.Result:
-    """Samples one completion for each prompt under a policy, with the settings of a section.
+    """Samples one completion per prompt from a policy, with the settings of a section.
 
     Args:
       run: the loaded run.
