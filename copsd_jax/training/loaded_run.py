@@ -285,7 +285,7 @@ class ServedPolicy:
         return self._server
 
     def _handed(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
-        """Writes the policy to a new folder, has the server load it, and returns the server."""
+        """Writes the policy to a new folder, tells the server to load it, and returns the server."""
         former = sorted(self._folder.glob("policy_*"))
         number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)
         target = self._folder / f"policy_{number:06d}"
@@ -346,7 +346,7 @@ def sample(
     Raises:
       ValueError: the prompts begin with different exemplars.
       MemoryError: the cache does not fit on the devices; the message names the section's settings.
-      EngineError: the server of sampler.engine=server failed.
+      EngineError: with sampler.engine=server, the server failed.
     """
     sampling, vocabulary = build_sampling(run, section), run.plan.vocabulary
     both: dict[str, Any] = {
@@ -371,7 +371,7 @@ def sample(
 
 
 def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
-    """Compiles the sampler's programs for rollouts and evaluation; yields a line per program.
+    """Compiles the sampler's programs for rollouts and evaluation, and yields one line per program.
 
     Args:
       run: the loaded run.
@@ -422,10 +422,11 @@ def decode_completion(run: LoadedRun, ids: Sequence[int]) -> str:
 def grade_completions(
     run: LoadedRun, golds: Sequence[str], asked: Sequence[prompts.Prompt], texts: Sequence[str]
 ) -> list[reward_functions.Verdict]:
-    """Grades completions, and marks them as correct if their reward reaches reward.threshold.
+    """Grades completions; marks a completion as correct if its reward reaches reward.threshold.
 
-    The threshold is used only for verdicts whose `correct` is None. Only the leading process
-    grades. Because of time limits or a user's function, another process could get another result.
+    The threshold is used only for verdicts whose `correct` is None. Only the leading process grades
+    completions. Because of time limits or a user's reward function, other processes could get other
+    verdicts.
 
     Args:
       run: the loaded run, with an open grader.
