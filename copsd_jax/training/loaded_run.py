@@ -285,7 +285,7 @@ class ServedPolicy:
         return self._server
 
     def _handed(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
-        """Writes the policy to a new folder, tells the server to load it, and returns the server."""
+        """Writes the policy to a new folder; returns the server after it has loaded the policy."""
         former = sorted(self._folder.glob("policy_*"))
         number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)
         target = self._folder / f"policy_{number:06d}"
@@ -305,7 +305,7 @@ def _build_policy_hand_over(
         return None
     chosen = pathlib.Path(plan.config.sampler.folder) if plan.config.sampler.folder else folder
     if chosen is None:
-        raise ValueError("sampler.folder is '': without a work directory, it must name a folder")
+        raise ValueError("sampler.folder is '', but without a work directory it must name a folder")
     return ServedPolicy(plan, plan.server, chosen)
 
 

@@ -95,7 +95,7 @@ def _keep_short_solutions(
     fitting: FittingRows, config: config_lib.Config, tokenizer: text_encoding.Tokenizer,
     student: conversations.PromptFormat,
 ) -> FittingRows:  # fmt: skip
-    """Returns the rows whose solution (the target of SFT) has at most `rollout.max_tokens` tokens."""
+    """Returns the rows whose solution (the target of SFT) fits into `rollout.max_tokens`."""
     limit, kept, rows = config.rollout.max_tokens, [], fitting.rows
     for row in rows:
         state = prompts.build_student_prompt(tokenizer, student, row).state
@@ -134,8 +134,8 @@ def check_room(config: config_lib.Config, longest: dict[str, int], room: int, pl
     for side, (name, tokens) in limits.items():
         if side in longest and longest[side] + tokens > room:
             raise ValueError(
-                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
-                f"exceeds {place}"
+                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens, "
+                f"the sum exceeds {place}"
             )
 
 
@@ -150,7 +150,7 @@ def bound_teacher(
     Args:
       config: the run's settings.
       context: the privileged context; replies and siblings' answers make prompts longer.
-      model_config: the shape of the model, which has the maximum number of positions.
+      model_config: the shape of the model, including the maximum number of positions.
       shortest: number of tokens in the longest teacher prompt, measured with the shortest attempt
         and reply.
     """
@@ -175,9 +175,10 @@ def drop_overlong(
 
     Args:
       config: the run's settings.
-      model_config: the shape of the model, which has the maximum number of positions.
+      model_config: the shape of the model, including the maximum number of positions.
       students: the student's prompt of each completion.
-      teachers: the teacher's prompt of each completion; None for a completion without one.
+      teachers: the teacher's prompt of each completion; None for a completion without a teacher
+        prompt.
 
     Returns:
       The teacher's prompts, and the number of overlong prompts.

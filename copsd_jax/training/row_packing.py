@@ -1,4 +1,4 @@
-"""Packing of completions into rows, devices and micro-batches, based only on lengths.
+"""Packs completions into rows, devices and micro-batches, based only on their lengths.
 
 A bin is the part of a micro-batch that one shard runs: rows of the student's side and rows of the
 teacher's side. On each side, all bins have the same number and length of rows, so that one program
