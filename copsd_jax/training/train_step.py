@@ -2,7 +2,7 @@
 
 Student and teacher are policies over shared parameters. The two policies score the same completion
 y, each after its own prompt. The student's prompt is x; the teacher's prompt c usually adds
-privileged context. The same tokens therefore have different positions on the two sides:
+privileged context. The completion tokens therefore have different positions on the two sides:
 
     student row    x  x  x  y1 y2 y3 .  .
     gathered             h1 h2 h3              states that predict y1 y2 y3, with gradient
@@ -10,21 +10,22 @@ privileged context. The same tokens therefore have different positions on the tw
     teacher row    c  c  c  c  c  y1 y2 y3
     gathered                   g1 g2 g3        states that predict y1 y2 y3, without gradient
 
-The gathered states of both sides have the same shape, [B · C, D]. `layout.py` has the index
+The gathered states of both sides have the same shape, [B · C, D]. `layout.py` contains the index
 arithmetic and a numerical example.
 
-Over the completion tokens y_bt of a step, the step minimizes
+Over the completion tokens y_bt of the batch, the train step minimizes
 
     L(θ) = Σ_bt w_bt · D(p_bt, sg[q_bt])  +  Σ_bt u_bt · ℓ_bt(θ)
 
     p_bt = softmax(z(θ; x_b, y_b,<t) / τ)                      student
     q_bt = softmax(Σ_k s_k · z(θ_k; c_b, y_b,<t) / τ)          teacher, Σ_k s_k = 1
 
-where z are the logits, τ is the temperature of the loss, and sg stops the gradient. D is the
-divergence of `losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's surrogate,
-or the cross entropy of SFT. Either term of L may be absent. Each of the weights w and u is the
-factor of its term times a token weight of `loss_norms.compute_token_weights`. Token weights are
-normalised over the whole step, so the losses of micro-batches add up to L.
+where z are the logits, τ is the temperature of the loss, and sg stops the gradient. D is a
+divergence from `losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's
+surrogate, or the cross entropy of SFT. Either term of L may be absent. The weights w and u are
+token weights from `loss_norms.compute_token_weights`, multiplied by `Options.weight` and
+`PolicyLoss.weight`. Token weights are normalised over the whole step, so the losses of
+micro-batches add up to L.
 
 The kinds of teacher differ only in their shares s_k and weights θ_k:
 
@@ -105,17 +106,17 @@ class PolicyLoss:
 
 
 class PolicyStats(NamedTuple):
-    """Statistics of the policy loss for each token, float32, without gradient.
+    """Per-token statistics of the policy loss: float32 arrays without gradient.
 
-    The shape is [T] for a micro-batch and [B, C] in `Aux`. The values of tokens without policy loss
-    are 0.
+    The arrays have the shape [T] for a micro-batch, and the shape [B, C] in `Aux`. The values of
+    tokens without policy loss are 0.
 
     Attributes:
-      value_T: the term that the loss sums, without its weight.
+      value_T: the token's term in the loss, without the token weight.
       logp_T: log-probability of the sampled token at the loss's temperature, in nats.
       entropy_T: entropy of the distribution at the loss's temperature, in nats.
       clipped_T: 1 where the ratio was clipped, else 0.
-      kl_T: estimated divergence from the initial policy, in nats; 0 if the loss does not use it.
+      kl_T: estimated divergence from the initial policy, in nats; 0 if the loss has no such term.
     """
 
     value_T: jax.Array
@@ -137,11 +138,11 @@ def make_optimizer(
     *, steps: int, lr: float, schedule: str, warmup: int, weight_decay: float, b1: float,
     b2: float, eps: float, max_grad_norm: float,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:  # fmt: skip
-    """Builds AdamW with a global-norm clip of the gradient, and its learning-rate schedule.
+    """Builds AdamW with a global-norm clip of the gradient, and the learning-rate schedule.
 
-    During the warm-up the rate rises linearly to `lr`. After the warm-up, the rate is constant, or
-    falls to 0 at step `steps`, linearly or as a cosine. Example: a linear schedule of n steps
-    without warm-up uses the rate lr · (1 - k / n) in step k, counted from 0.
+    During the warm-up, the rate rises linearly to `lr`. After the warm-up, the rate either stays
+    constant or falls, linearly or as a cosine, to 0 at step `steps`. Example: a linear schedule of
+    n steps without warm-up uses the rate lr · (1 - k / n) in step k, counted from 0.
 
     Args:
       steps: number of optimizer steps in the whole run.
@@ -172,9 +173,9 @@ def make_optimizer(
 
 
 def init_train_state(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State:
-    """Returns the state at step 0.
+    """Returns the training state at step 0.
 
-    For the teacher `ema`, the average begins as a copy of the trained tree.
+    With teacher.weights=ema, the average begins as a copy of the trained tree.
     """
     ema = jax.tree.map(jnp.copy, trained) if teacher == "ema" else None
     return State(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema)
@@ -185,11 +186,12 @@ def derive_policies(
 ) -> tuple[policy_lib.Policy, policy_lib.Policy]:
     """Returns the policies (student, teacher) of a state.
 
-    With LoRA, `frozen` has the base parameters, and a `fixed` teacher is the base without an
-    adapter. This teacher equals the initial policy, because a new adapter has no effect. With full
-    fine-tuning, `frozen` has the initial weights if the run needs them. With a trust region, the
-    returned teacher is the initial policy, and `list_teacher_mixture` adds the student's share. If
-    a run with a trust region has author.kind=teacher, the initial policy alone writes the contexts.
+    With LoRA, `frozen` contains the base parameters, and a `fixed` teacher is the base model
+    without an adapter. A `fixed` teacher equals the initial policy, because a new adapter has no
+    effect. With full fine-tuning, `frozen` contains the initial weights if the run needs them. With
+    a trust region, the returned teacher is the initial policy, and `list_teacher_mixture` adds the
+    student's share. If a run with a trust region has author.kind=teacher, the initial policy alone
+    writes the contexts.
 
     Args:
       state: the state, of which only `trained` and `ema` are read.
