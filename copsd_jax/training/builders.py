@@ -79,7 +79,7 @@ def pack_batch(
       frame: the plan of the run's programs.
       batch: a batch from `layout.build_batch`; it is returned unchanged if `train.pack` is off.
       caps: whether the batch belongs to a dry run, whose texts are all as long as the limits allow.
-        In the batch of a dry run, each completion gets its own row, and no prompt is shared.
+        In a dry run's batch, each completion gets its own row, and no prompt is shared.
 
     Raises:
       ValueError: a sample does not fit into `train.micro_tokens`.
@@ -231,7 +231,7 @@ def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> req
     """
     s = config[section]
     return request.Sampling(
-        s.max_tokens or config.rollout.max_tokens,  # in eval, 0 stands for rollout.max_tokens
+        s.max_tokens or config.rollout.max_tokens,  # eval.max_tokens=0 means rollout.max_tokens
         **config_lib.pick(s, "temperature top_k top_p min_p"),
         stop_ids=stop_ids,
         stop=stop,

@@ -231,7 +231,7 @@ OF_POLICY = ("policy_loss", "policy_entropy", "ratio_clipped", "kl_initial")
 def drop_empty_means(
     policy: train_step.PolicyLoss | None, values: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Returns a step's metrics without means over no tokens; the step reports such means as 0.
+    """Removes from a step's metrics the means over empty masks, which the step reports as 0.
 
     A mean is dropped if no token carries the loss to which the mean belongs. For a cross entropy,
     `ratio_clipped` is dropped. For a loss without the divergence from the initial policy,

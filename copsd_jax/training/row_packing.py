@@ -14,7 +14,7 @@ rows of 11 tokens:
     row 0       A A A | 4 4 4 4 | 2 2 | 2 2
     row 1       B B | 3 3 3 | 1
 
-Without sharing, the example needs three rows with 7 + 3, 5 + 5 and 5 tokens.
+Without shared prompts, the example needs three rows, with 7 + 3, 5 + 5 and 5 tokens.
 
 The prompt with the most tokens, completions included, is placed first. Among the completions of a
 prompt, the longest is placed first. Without shared prompts, the method is first fit decreasing.
@@ -83,7 +83,7 @@ class RowPlan(NamedTuple):
     Attributes:
       micros: number of micro-batches.
       shards: number of shards into which the rows of a micro-batch are split.
-      bin_B: index of each completion's bin, which is micro-batch * shards + shard.
+      bin_B: index of each completion's bin, equal to micro-batch * shards + shard.
       sizes: number and length of a bin's rows, for each side.
       places: positions of all completions, for each side.
     """

@@ -76,7 +76,7 @@ class Plan(ProgramPlan):
       guards: the rules that watch the metrics.
       replies: with author.kind=file, the replies by row id and sample; otherwise {}.
       longest: for each side, the number of tokens in its longest prompt.
-      server: with sampler.engine=server, the server after it has answered; otherwise None.
+      server: with sampler.engine=server, the connected server; otherwise None.
     """
 
     weights_path: pathlib.Path
