@@ -142,7 +142,7 @@ def load_run(
 
 
 def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
-    """Returns, for each section, the number of cache entries that a slot needs.
+    """Returns the number of cache entries that a slot needs in each section.
 
     A slot has room for the longest prompt, exemplars excluded, followed by the longest completion.
     For the author, whose prompts are not known yet, and for sections without rows, the result is 0.

@@ -83,7 +83,7 @@ def held_arrays(
 
 
 def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str, int]:
-    """Returns, by part, the bytes that a run holds on each device at all times.
+    """Returns the bytes that each part of a run holds on each device at all times.
 
     Args:
       frame: the settings.

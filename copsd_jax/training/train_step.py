@@ -249,7 +249,7 @@ def _compute_side_states(
     decoder: transformer.Decoder,
     sides: list[tuple[policy_lib.Policy, layout.Side, transformer.KV | None]],
 ) -> list[jax.Array]:
-    """Returns, for each side, the hidden states [B · C, D] that predict the completion tokens.
+    """Returns each side's hidden states [B · C, D], which predict the completion tokens.
 
     Sides whose base parameters are the same object are computed in one pass through the layers.
     """
