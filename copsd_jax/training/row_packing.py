@@ -176,9 +176,9 @@ def check_budget(budget: int, longest: Sequence[int]) -> None:
     lengths = [round_up_row_size(n, ROW_MULTIPLE) for n in longest]
     if sum(lengths) > budget:
         raise ValueError(
-            f"train.micro_tokens is {budget}, but it must be at least {sum(lengths)}: "
-            f"the longest sample needs rows of {' + '.join(map(str, lengths))} tokens "
-            "(student + teacher)"
+            f"train.micro_tokens is {budget}: the longest sample needs rows of "
+            f"{' + '.join(map(str, lengths))} tokens (student + teacher), so train.micro_tokens "
+            f"must be at least {sum(lengths)}"
         )
 
 
