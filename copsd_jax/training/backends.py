@@ -105,7 +105,7 @@ def choose_row_attention(
 def check_attention(
     c: config_lib.Config, platform: str, dtype: Any, shape: transformer.ModelConfig
 ) -> None:
-    """Checks that the chosen implementations of attention can run, before anything is built.
+    """Checks in advance that the chosen attention implementations can run.
 
     Args:
       c: the settings of the run.

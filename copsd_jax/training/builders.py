@@ -1,4 +1,4 @@
-"""Builders that a run and a dry run share: decoder, optimizer, step, and the sampler's settings."""
+"""Builds the decoder, optimizer, train step and sampler settings, for runs and dry runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ ADAPTER_STREAM = 1001  # number of the adapter's random stream; the sampler's st
 
 
 def build_decoder(frame: run_plan.ProgramPlan) -> transformer.Decoder:
-    """Builds the decoder of a run, with the implementations that fit its mesh."""
+    """Builds the decoder of a run, with the attention implementations that fit the run's mesh."""
     c, m, platform = frame.config, frame.model_config, sharding.platform(frame.mesh)
     return transformer.Decoder(
         m,
@@ -77,9 +77,9 @@ def pack_batch(
 
     Args:
       frame: the plan of the run's programs.
-      batch: a batch of `layout.build_batch`; it is returned unchanged if `train.pack` is off.
+      batch: a batch from `layout.build_batch`; it is returned unchanged if `train.pack` is off.
       caps: whether the batch belongs to a dry run, whose texts are all as long as the limits allow.
-        In such a batch, each completion gets its own row, and no prompt is shared.
+        In a dry run's batch, each completion gets its own row, and no prompt is shared.
 
     Raises:
       ValueError: a sample does not fit into `train.micro_tokens`.
@@ -101,15 +101,16 @@ def check_row_budget(plan: run_plan.Plan) -> None:
     """Checks that `train.micro_tokens` is large enough for the longest sample of any step.
 
     Raises:
-      ValueError: the setting is too small; the message gives the smallest sufficient value.
+      ValueError: `train.micro_tokens` is too small; the message gives the smallest sufficient
+        value.
     """
     c = plan.config
     if not c.train.micro_tokens or not plan.rows:
         return
     longest = dict(plan.longest)
     if {"feedback", "other"} & {*contexts.list_inputs(plan.context)}:
-        # Before the run, the lengths of feedback and of other problems are unknown, so the
-        # teacher's limit is used instead.
+        # Before the run, the lengths of feedback texts and of other problems in the context are
+        # unknown, so the limit for teacher prompts is used instead.
         longest["teacher"] = prompt_lengths.teacher_limit(c, plan.model_config)
     asked = {"student": prompts.build_student_prompt(plan.tokenizer, plan.student, plan.rows[0])}
     if config_lib.traits(c).teacher:
@@ -181,7 +182,7 @@ def teacher_weights(config) -> str:
 
 
 def build_options(plan: run_plan.ProgramPlan) -> train_step.Options:
-    """Builds the choices that are fixed when a run's step is compiled."""
+    """Builds the options of a run's train step, which are fixed when the step is compiled."""
     c = plan.config
     completions = config_lib.completions_per_step(c)
     return train_step.Options(
@@ -230,7 +231,7 @@ def build_sampling(config, section: str, stop_ids, stop: tuple[str, ...]) -> req
     """
     s = config[section]
     return request.Sampling(
-        s.max_tokens or config.rollout.max_tokens,  # in section eval, 0 means rollout.max_tokens
+        s.max_tokens or config.rollout.max_tokens,  # eval.max_tokens=0 means rollout.max_tokens
         **config_lib.pick(s, "temperature top_k top_p min_p"),
         stop_ids=stop_ids,
         stop=stop,
@@ -243,8 +244,8 @@ def build_sampler_settings(c, section: str, length: int) -> request.SamplerSetti
     Args:
       c: the settings of the run.
       section: rollout, eval or author.
-      length: number of cache entries per slot; 0 means as many as the longest text of the call
-        needs.
+      length: number of cache entries per slot; with 0, each sampler call uses as many entries as
+        its longest text needs.
     """
     cache = None if c.sampler.cache == "auto" else jnp.dtype(c.sampler.cache)
     how = config_lib.pick(c.sampler, "steps pack")

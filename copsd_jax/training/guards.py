@@ -8,12 +8,12 @@ A rule is one string of `guards.rules`, without blanks:
     entropy_student<0.1@3:lr*0.5               below 0.1 in 3 consecutive steps
     completion_tokens>2*first:warn             more than twice the run's first value
 
-A NaN value counts as beyond every limit. `warn` warns once each time the value crosses the limit.
-`lr` lowers the learning rate after every STEPS consecutive steps beyond the limit.
+A NaN value is treated as beyond every limit. `warn` gives one warning each time the value crosses
+the limit. `lr` lowers the learning rate after every STEPS consecutive steps beyond the limit.
 
-A rule skips every step without the rule's metric, for example if no token carried loss. If the
-metric is a count of statuses, however, an absent count is read as 0. A misspelled metric would
-never be noticed during a run, so `check_metrics` checks all names before the run.
+A rule skips steps that lack the rule's metric, for example steps in which no token carried loss.
+However, a missing metric that counts a status is read as 0. A misspelled metric would never be
+noticed during a run, so `check_metrics` checks all names before the run.
 
 The guards' state is a small dictionary that is computed only from the lines of metrics.jsonl. A
 continued run therefore makes the same decisions as an uninterrupted run.
@@ -43,7 +43,8 @@ _RULE = re.compile(
     rf"(?:@(?P<patience>\d+))?:(?:(?P<plain>warn|stop)|lr\*(?P<factor>{_NUMBER}))"
 )
 
-# A metric `name_status` counts the completions with that status. A step may omit counts that are 0.
+# The metric `{name}_{status}` counts the completions whose status is `{status}`. A step may omit
+# counts that are 0.
 COUNTS = {
     "reply": tuple(replies.STATUSES),
     "located": ("untaught", *token_selection.STATUSES),
@@ -66,7 +67,7 @@ METRICS = (
     *(f"divergence_at_{bucket}" for bucket in token_stats.BUCKETS),
     *(f"{name}_{status}" for name, statuses in COUNTS.items() for status in statuses),
 )
-# Metrics with these names are usually negative, so no limit may be a multiple of their first value.
+# Metrics that match `_SIGNED` are usually negative, so a rule on such a metric cannot use `*first`.
 _SIGNED = re.compile("logp_(student|teacher)|advantage(?!_negative)")
 
 State = dict[str, Any]  # {"factor", "stopped", "rules": [{"first", "over"}, ...]}
@@ -79,8 +80,8 @@ class Rule:
     Attributes:
       metric: name of a metric.
       above: True if the rule fires above the limit, False if it fires below.
-      limit: the limit. If `relative` is True, the limit is a multiple of the metric's first value
-        above 0 in the run.
+      limit: the limit. If `relative` is True, `limit` is multiplied by the first value above 0 that
+        the metric has in the run.
       relative: whether the rule was written with `*first`.
       patience: number of consecutive steps beyond the limit after which the rule fires. Steps
         without the metric are not counted.
@@ -118,7 +119,8 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
     """Parses the rules of `guards.rules`.
 
     Raises:
-      ValueError: a text is not a valid rule or occurs twice, or a rule would fire never or always.
+      ValueError: a text is not a valid rule or occurs twice, or a rule would never fire or always
+        fire.
     """
     rules = tuple(_parse_guard_rule(text) for text in texts)
     for index, text in enumerate(texts):
@@ -180,7 +182,7 @@ def _parse_guard_rule(text: str) -> Rule:
 
 
 def init_guard_state(rules: Sequence[Rule]) -> State:
-    """Returns the state before the first step.
+    """Returns the guards' state before the first step.
 
     The entry `factor` of a state is the product of all learning-rate factors so far. The entry
     `stopped` is the reason why the run stops, or "" if the run goes on.
@@ -196,9 +198,9 @@ def apply_rules(
 
     Args:
       rules: the rules of the run.
-      state: the state before the step, which is left unchanged.
-      step: number of the step, as in metrics.jsonl; messages name it.
-      metrics: the metrics of the step by name. A value may be a text such as "nan", as in
+      state: the state before the step; `apply_rules` does not change it.
+      step: number of the step, as in metrics.jsonl and in the events' messages.
+      metrics: the metrics of the step by name. A value may be a string such as "nan", as in
         metrics.jsonl.
 
     Returns:
@@ -212,7 +214,7 @@ def apply_rules(
         elif rule.metric.startswith(tuple(f"{name}_" for name in COUNTS)):
             value = 0.0
         else:
-            continue  # the step lacks this metric, for example because no answer was graded
+            continue  # the step lacks the rule's metric, for example because no answer was graded
         limit = _find_guard_limit(rule, memory, value)
         beyond = math.isnan(value) or (value > limit if rule.above else value < limit)
         memory["over"] = memory["over"] + 1 if beyond else 0
@@ -230,7 +232,7 @@ def apply_rules(
 def _find_guard_limit(rule: Rule, memory: dict[str, Any], value: float) -> float:
     """Returns the absolute limit of a rule, and stores the metric's first finite value above 0.
 
-    Some metrics begin at 0, such as a divergence from the initial policy. Until a metric has a
+    Some metrics, such as a divergence from the initial policy, begin at 0. Until a metric has a
     value above 0, its relative limit is infinite, and only NaN counts as beyond the limit.
     """
     if memory["first"] is None and math.isfinite(value) and value > 0:
@@ -245,8 +247,8 @@ def _find_guard_limit(rule: Rule, memory: dict[str, Any], value: float) -> float
 def _fires(rule: Rule, over: int) -> bool:
     """Returns whether a rule fires in the `over`-th consecutive step beyond its limit.
 
-    A rule fires once, after `patience` steps. An `lr` rule fires again after every further
-    `patience` steps.
+    A rule fires once, after `patience` consecutive steps beyond its limit. An `lr` rule fires again
+    after every further `patience` steps.
     """
     if rule.action == "lr":
         return over > 0 and over % rule.patience == 0
@@ -267,7 +269,7 @@ def _format_guard_event(rule: Rule, step: int, value: float, limit: float, over:
 
 
 def replay_metrics(rules: Sequence[Rule], lines: Iterable[str]) -> State:
-    """Replays steps from lines of metrics.jsonl, in order, and returns the state after the last.
+    """Replays the lines of metrics.jsonl in order, and returns the state after the last step.
 
     Raises:
       ValueError: a line is not a valid line of metrics.jsonl.

@@ -1,9 +1,10 @@
-"""The two sequence layouts of a rollout, and all index arithmetic of the trainer.
+"""The two sequence layouts of a rollout, and all of the trainer's index arithmetic.
 
-A sample is a student prompt, a teacher prompt and one completion. Each side puts the completion
-directly after its own prompt, without a gap. The completion's tokens therefore have different
+A sample is a student prompt, a teacher prompt and one completion. On each side, the completion
+follows the prompt of that side, without a gap. The completion's tokens therefore have different
 positions on the two sides. `gather_BC` gives, for each completion token, the index of the position
-that predicts the token. After this gather, the arrays of both sides have the same shape, [B, C].
+that predicts the token. After the gather with `gather_BC`, the arrays of both sides have the same
+shape, [B, C].
 
     student prompt a b        teacher prompt u v w x      completion 7 8 9
 
@@ -13,10 +14,10 @@ that predicts the token. After this gather, the arrays of both sides have the sa
     gather           1 2 3         gather               3 4 5
     predicts         7 8 9         predicts             7 8 9
 
-A gather index refers to the array of all rows, flattened to one axis. Masks are computed from
-lengths, never from token values. The end token of a completion counts even if it has the same id as
-padding. If prompts share a prefix of P tokens (the worked examples), the rows do not contain the
-prefix, and positions begin at P.
+A gather index is an index into all rows of the side, flattened to one axis. Masks are computed from
+lengths, never from token values. The mask includes the end token of a completion even if this token
+has the same id as padding. If prompts share a prefix of P tokens, such as the worked examples, the
+rows do not contain this prefix, and positions begin at P.
 
 `pack_rows` puts several samples into each row and cuts the batch into micro-batches, according to a
 `row_packing.RowPlan`. If completions in one row share a prompt, the row contains the prompt only
@@ -45,12 +46,12 @@ Array = Any  # np.ndarray if built by `build_batch`, jax.Array inside a step
 
 
 class Side(NamedTuple):
-    """One layout: the rows of one side, and the gather index of its completion tokens.
+    """The layout of one side: its rows, and the gather index of each completion token.
 
-    All arrays are int32. In an unpacked batch, rows are [B, L] and the index is [B, C]. In a packed
-    batch of U micro-batches, rows are [U, rows, L] and the index is [U, shards, T]. The rows of a
-    micro-batch are divided into `shards` equal parts. The indices of each part point into the rows
-    of that part.
+    All arrays are int32. In an unpacked batch, the rows have the shape [B, L], and `gather_BC` has
+    the shape [B, C]. In a packed batch of U micro-batches, the rows have the shape [U, rows, L],
+    and `gather_BC` has the shape [U, shards, T]. The rows of a micro-batch are divided into
+    `shards` equal parts. The gather indices of each part point only into the rows of that part.
 
     Attributes:
       tokens_BL: token ids, 0 in padding.
@@ -76,7 +77,7 @@ class Batch(NamedTuple):
       student: the student's layout.
       teacher: the teacher's layout; None for losses without a teacher.
       completion_BC: int32 token ids.
-      mask_BC: bool, computed from lengths: True at tokens, False at padding.
+      mask_BC: bool, True at tokens and False at padding; computed from lengths.
       loss_BC: bool, True at tokens with distillation loss, a subset of `mask_BC`.
       policy_BC: bool, True at tokens with policy loss, a subset of `mask_BC`; None if the run has
         no policy loss.
@@ -85,7 +86,7 @@ class Batch(NamedTuple):
         the sampling temperature; None if nothing was sampled.
       source_UST: int32 [U, shards, T] in a packed batch, else None. For each packed position,
         `source_UST` gives the index of the token in the flattened [B, C] arrays, or B * C if the
-        position has no token. The arrays of shape [B, C] are not packed.
+        position has no token. Packing leaves the arrays of shape [B, C] unchanged.
     """
 
     student: Side
@@ -103,8 +104,8 @@ def pad_length(length: int) -> int:
     """Returns the padded length for `length` tokens.
 
     Padded lengths are multiples of 32 up to 256, of 64 up to 512, of 128 up to 2,048, and of 512
-    beyond. Because only few lengths occur, few programs are compiled. For 128 tokens or more,
-    padding adds at most a quarter.
+    beyond. Because only a few padded lengths occur, few programs are compiled. For 128 tokens or
+    more, padding adds at most a quarter to the length.
     """
     step = 32 if length <= 256 else 64 if length <= 512 else 128 if length <= 2048 else 512
     return max(step, -(-length // step) * step)
@@ -118,12 +119,12 @@ def _lay_out_side(prompts, completions, prefix: int, C: int) -> Side:
     gather_BC = np.zeros((B, C), np.int32)
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not prompt:
-            raise ValueError(f"sample {b} has an empty prompt, so nothing predicts its first token")
+            raise ValueError(f"sample {b} has an empty prompt, so nothing predicts its completion")
         tokens_BL[b, : lengths[b]] = [*prompt, *completion]
         segments_BL[b, : lengths[b]] = 1
-        # Completion token t is at index len(prompt) + t, and the position before it predicts it.
+        # Completion token t is at index len(prompt) + t; the index len(prompt) + t - 1 predicts it.
         gather_BC[b, : len(completion)] = b * L + len(prompt) - 1 + np.arange(len(completion))
-        # Padding has weight 0, so its index may point at any position of the row.
+        # Padding has weight 0, so the gather index of padding may point at any position of the row.
         gather_BC[b, len(completion) :] = b * L
     positions_BL = np.broadcast_to(prefix + np.arange(L, dtype=np.int32), (B, L)).copy()
     return Side(tokens_BL, positions_BL, segments_BL, gather_BC)
@@ -182,7 +183,7 @@ def build_batch(
 
 
 def measure_fill(batch: Batch) -> dict[str, float]:
-    """Measures the share of the positions in rows that are not padding.
+    """Measures the share of row positions that hold a token instead of padding.
 
     Returns:
       The metric `fill_student` and, if there is a teacher, `fill_teacher`; the values are between 0
@@ -215,7 +216,7 @@ def batch_shardings(batch: Batch, where: Mesh) -> Batch:
 
 
 def place_batch(batch: Batch, where: Mesh) -> Batch:
-    """Returns a batch placed on the mesh; every process passes the whole batch."""
+    """Places a batch on the mesh; every process must call `place_batch` with the whole batch."""
     return jax.tree.map(sharding.shard_array, batch, batch_shardings(batch, where))
 
 
@@ -223,16 +224,15 @@ def place_batch(batch: Batch, where: Mesh) -> Batch:
 
 
 def measure_prompts(batch: Batch, shared: bool) -> tuple[list[int], list[row_packing.Prompts]]:
-    """Measures completions and prompts, for `row_packing.plan_rows`.
+    """Measures the lengths of completions and prompts, for `row_packing.plan_rows`.
 
     Args:
-      batch: a batch of `build_batch`.
+      batch: a batch from `build_batch`.
       shared: whether prompts with equal tokens form one family. If `shared` is False, each prompt
         is a family of its own.
 
     Returns:
-      The lengths of the completions in tokens, and a list with the student's `Prompts` and, if
-      there is a teacher, the teacher's `Prompts`.
+      The lengths of the completions in tokens, and a list with one `Prompts` for each side.
     """
     own_B = batch.mask_BC.sum(axis=1).tolist()
     found = []
@@ -251,7 +251,7 @@ def pack_rows(batch: Batch, plan: row_packing.RowPlan, shared: bool) -> Batch:
     """Packs the samples of a batch into rows and micro-batches, according to a plan.
 
     Args:
-      batch: a batch of `build_batch`.
+      batch: a batch from `build_batch`.
       plan: the plan that was made from the batch's lengths.
       shared: whether each prompt is a segment of its own, which several completions can share.
 
@@ -283,9 +283,10 @@ def _pack_side_rows(
     side: Side, own_B: list[int], prompts_B: Sequence[int], start_B, plan: row_packing.RowPlan,
     k: int, shared: bool,
 ) -> Side:  # fmt: skip
-    """Returns the packed layout of side k: rows [U, rows, L] and gather index [U, shards, T].
+    """Returns the packed layout of side k, with the shapes that `Side` states for packed batches.
 
-    `start_B` is the index of a completion's first token among the completion tokens of its bin.
+    `start_B` gives the index of each completion's first token among the completion tokens of the
+    bin.
     """
     size, places = plan.sizes[k], plan.places[k]
     shape = (plan.micros * plan.shards, size.count, size.length)
@@ -296,7 +297,7 @@ def _pack_side_rows(
     parts = np.arange(len(tokens), dtype=np.int32) % plan.shards * size.tokens
     gather = np.repeat(parts[:, None], plan.sizes[0].tokens, axis=1)
     last = np.zeros(shape[:2], int)  # number of segments in each row so far
-    known: dict[tuple[int, int, int], int] = {}  # (bin, row, begin) -> segment of the prompt there
+    known: dict[tuple[int, int, int], int] = {}  # (bin, row, prompt start) -> segment of the prompt
     for b, (own, prompt) in enumerate(zip(own_B, prompts_B, strict=True)):
         where, (row, begin, at) = plan.bin_B[b], places[b]
         if (where, row, begin) not in known:

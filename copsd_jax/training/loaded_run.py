@@ -1,4 +1,4 @@
-"""The loaded parts of a planned run, such as weights and compiled functions, and their uses."""
+"""Loads the parts of a planned run, such as weights and compiled functions, and uses them."""
 
 import contextlib
 import dataclasses
@@ -45,13 +45,14 @@ class LoadedRun:
       rate: function that returns the learning rate of a step.
       grader: context manager that grades final answers and owns the grading processes.
       rewarder: the object that scores completions.
-      token_classes: int8 [V], the class of each token in `token_stats`.
+      token_classes: int8 [V], the class of each token, as defined in `token_stats`.
       teacher_kv: keys and values that a fixed teacher computes for the exemplars; None for other
         teachers, or if there are no exemplars.
       hand_over: function that hands a policy to the sampler.
-      served: function that hands a policy to the server of sampler.engine=server; None for other
-        engines.
-      lengths: number of cache entries that a slot needs, by section: rollout, eval and author.
+      served: with sampler.engine=server, the function that hands a policy to the server; otherwise
+        None.
+      lengths: for each of the sections rollout, eval and author, the number of cache entries that a
+        slot needs.
     """
 
     plan: run_plan.Plan
@@ -141,7 +142,7 @@ def load_run(
 
 
 def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
-    """Returns the number of cache entries that a slot needs, by section.
+    """Returns the number of cache entries that a slot needs in each section.
 
     A slot has room for the longest prompt, exemplars excluded, followed by the longest completion.
     For the author, whose prompts are not known yet, and for sections without rows, the result is 0.
@@ -165,7 +166,7 @@ def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
 
 
 def _load_run_weights(plan: run_plan.Plan) -> dict:
-    """Returns the base parameters; each process reads only the parts of its own devices."""
+    """Returns the base parameters; each process reads only the parts that its own devices hold."""
     if plan.config.model.init == "random":
 
         def make() -> dict:
@@ -230,7 +231,7 @@ def write_policy(
     Args:
       plan: the plan, which has the model's shape, files and tokenizer.
       policy: the policy.
-      folder: the folder to write.
+      folder: the folder to write to.
       base: the name of the base model, which is written into the files of an adapter.
 
     Raises:
@@ -247,15 +248,15 @@ def write_policy(
 class ServedPolicy:
     """A function that hands policies to a server and remembers which policy the server has.
 
-    Two policies count as equal if their arrays are the same objects. This class holds only weak
-    references to the arrays. Each policy is written to a new folder by `write_policy`. Older
-    folders are removed after the server has loaded the new policy.
+    Two policies count as equal if their arrays are the same objects. `ServedPolicy` holds only weak
+    references to the arrays of a policy. Each policy is written to a new folder by `write_policy`.
+    Older folders are removed after the server has loaded the new policy.
 
     Args:
       plan: the checked plan.
       server: the server, which serves the base model under the name `sampler.model`.
       folder: the folder that contains the folders of the policies. The server must be able to read
-        this folder, and no other run may use it.
+        `folder`, and no other run may use it.
     """
 
     def __init__(
@@ -284,7 +285,7 @@ class ServedPolicy:
         return self._server
 
     def _handed(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
-        """Writes the policy to a new folder, has the server load it, and returns the server."""
+        """Writes the policy to a new folder; returns the server after it has loaded the policy."""
         former = sorted(self._folder.glob("policy_*"))
         number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)
         target = self._folder / f"policy_{number:06d}"
@@ -304,13 +305,13 @@ def _build_policy_hand_over(
         return None
     chosen = pathlib.Path(plan.config.sampler.folder) if plan.config.sampler.folder else folder
     if chosen is None:
-        raise ValueError("sampler.folder is '': without a work directory, it must name a folder")
+        raise ValueError("sampler.folder is '', but without a work directory it must name a folder")
     return ServedPolicy(plan, plan.server, chosen)
 
 
 @contextlib.contextmanager
 def _asked() -> Iterator[None]:
-    """Raises failures of a server as EngineError, to distinguish them from failures of files."""
+    """Raises server failures as EngineError, to distinguish them from file errors."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -327,7 +328,7 @@ def sample(
     progress: Callable[[loop.Stats], None] | None = None,
     done: Callable[[int, loop.Completion], None] | None = None,
 ) -> loop.Result:
-    """Samples one completion for each prompt under a policy, with the settings of a section.
+    """Samples one completion per prompt from a policy, with the settings of a section.
 
     Args:
       run: the loaded run.
@@ -345,7 +346,7 @@ def sample(
     Raises:
       ValueError: the prompts begin with different exemplars.
       MemoryError: the cache does not fit on the devices; the message names the section's settings.
-      EngineError: the server of sampler.engine=server failed.
+      EngineError: with sampler.engine=server, the server failed.
     """
     sampling, vocabulary = build_sampling(run, section), run.plan.vocabulary
     both: dict[str, Any] = {
@@ -370,7 +371,7 @@ def sample(
 
 
 def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
-    """Compiles the sampler's programs for rollouts and evaluation; yields a line per program.
+    """Compiles the sampler's programs for rollouts and evaluation, and yields one line per program.
 
     Args:
       run: the loaded run.
@@ -421,10 +422,11 @@ def decode_completion(run: LoadedRun, ids: Sequence[int]) -> str:
 def grade_completions(
     run: LoadedRun, golds: Sequence[str], asked: Sequence[prompts.Prompt], texts: Sequence[str]
 ) -> list[reward_functions.Verdict]:
-    """Grades completions, and marks them as correct if their reward reaches reward.threshold.
+    """Grades completions; marks a completion as correct if its reward reaches reward.threshold.
 
-    The threshold is used only for verdicts whose `correct` is None. Only the leading process
-    grades. Because of time limits or a user's function, another process could get another result.
+    The threshold is used only for verdicts whose `correct` is None. Only the leading process grades
+    completions. Because of time limits or a user's reward function, other processes could get other
+    verdicts.
 
     Args:
       run: the loaded run, with an open grader.

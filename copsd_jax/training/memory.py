@@ -1,7 +1,7 @@
-"""Parameter counts, and the memory that a run holds, computed from shapes and shardings.
+"""Computes parameter counts and the memory that a run holds, from shapes and shardings alone.
 
 This file allocates and compiles nothing. Only the compiler knows how much temporary memory a
-program needs, so `dryrun` compiles the programs and reads these amounts.
+program needs, so `dryrun` compiles the programs to find out.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def count_bytes(tree: Any) -> int:
-    """Returns the bytes on each device of a tree of arrays that have shardings."""
+    """Returns the bytes that a tree of arrays with shardings takes on each device."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -63,11 +63,11 @@ def held_arrays(
     *,
     call: Callable[..., Any] = lambda program, *args: program.eval_shape(*args),
 ) -> HeldArrays:
-    """Returns the arrays that a run holds, traced through the functions that create them.
+    """Returns the arrays that a run holds, found by tracing the functions that create them.
 
     Args:
       frame: the settings, the model's shape and the mesh, which may be an AbstractMesh.
-      call: function that returns the abstract results of a jitted function; the hand-over uses it.
+      call: function that the hand-over uses to get the abstract results of a jitted function.
     """
     c = frame.config
     shapes = transformer.abstract_params(frame.model_config, frame.dtype)
@@ -83,15 +83,15 @@ def held_arrays(
 
 
 def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str, int]:
-    """Returns the bytes that a run holds on each device at all times, by part.
+    """Returns the bytes that each part of a run holds on each device at all times.
 
     Args:
       frame: the settings.
-      arrays: the arrays of `held_arrays`.
+      arrays: the result of `held_arrays`.
 
     Returns:
       The bytes of `weights`, `adapters`, `optimizer` and `average`. The part `average` is the
-      moving average of the teacher.
+      teacher's moving average of the trained parameters.
     """
     trained = count_bytes(arrays.state.trained)
     lora = frame.config.train.trainable == "lora"
@@ -108,14 +108,14 @@ def count_sampler_weights(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> in
 
     Args:
       frame: the settings.
-      arrays: the arrays of `held_arrays`.
+      arrays: the result of `held_arrays`.
     """
     lora = frame.config.train.trainable == "lora"
     policy = arrays.sampler
     copies = 0 if policy.params is arrays.base else count_bytes(policy.params)
     if lora and policy.adapter is not arrays.state.trained:
         copies += count_bytes(policy.adapter)
-    # Full fine-tuning casts the float32 weights for each phase of sampling.
+    # With full fine-tuning, each sampling phase begins with a cast of the float32 weights.
     return copies if lora else copies + count_bytes(arrays.base)
 
 
@@ -160,7 +160,7 @@ def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def describe_undivided(frame: run_plan.ProgramPlan) -> str:
-    """Describes the parameters that stay whole along a mesh axis that cannot divide them.
+    """Describes the parameters that stay whole along a mesh axis because it cannot divide them.
 
     Returns:
       One line that lists the undivided parameters of each axis and the additional memory on each

@@ -1,4 +1,4 @@
-"""The headers of a run's model, read before its weights: files, shape, tokenizer and dtype."""
+"""Reads what a run needs before the weights: the model's path, shape, tokenizer and dtype."""
 
 import dataclasses
 import pathlib

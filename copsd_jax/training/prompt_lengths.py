@@ -34,7 +34,7 @@ def keep_fitting(
     Args:
       rows: the candidates.
       build: function that builds a row's prompt.
-      side: the side of the prompts, which is the key in the result's `longest`.
+      side: name of the side of the prompts, used as the key in the result's `longest`.
       section: the section of the settings that sets the limit: prompt or teacher.
       config: the run's settings; `data.overlong` says whether a long prompt is an error.
 
@@ -70,11 +70,11 @@ def keep_fitting_training(
       rows: the candidates.
       config: the run's settings.
       student: the format of the student's prompts.
-      teacher: the object that has the tokenizer and builds the teacher's prompts. Prompts are
-        measured with the shortest possible attempt and reply.
+      teacher: the object that has the tokenizer and builds the teacher's prompts. Teacher prompts
+        are measured with the shortest possible attempt and reply.
 
     Raises:
-      ValueError: rows do not fit, as in `keep_fitting`, or student and teacher start in different
+      ValueError: rows do not fit (see `keep_fitting`), or student and teacher start in different
         states of the chat template.
     """
     build = functools.partial(prompts.build_student_prompt, teacher.tokenizer, student)
@@ -95,7 +95,7 @@ def _keep_short_solutions(
     fitting: FittingRows, config: config_lib.Config, tokenizer: text_encoding.Tokenizer,
     student: conversations.PromptFormat,
 ) -> FittingRows:  # fmt: skip
-    """Returns the rows whose solution, the target of SFT, fits `rollout.max_tokens`."""
+    """Returns the rows whose solution (the target of SFT) fits into `rollout.max_tokens`."""
     limit, kept, rows = config.rollout.max_tokens, [], fitting.rows
     for row in rows:
         state = prompts.build_student_prompt(tokenizer, student, row).state
@@ -122,7 +122,7 @@ def check_room(config: config_lib.Config, longest: dict[str, int], room: int, pl
       place: the words that name the room in the message.
 
     Raises:
-      ValueError: there is no room; the message names the side and the setting.
+      ValueError: the room is too small; the message names the side and the setting.
     """
     completion = config.rollout.max_tokens
     limits = {
@@ -134,8 +134,8 @@ def check_room(config: config_lib.Config, longest: dict[str, int], room: int, pl
     for side, (name, tokens) in limits.items():
         if side in longest and longest[side] + tokens > room:
             raise ValueError(
-                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens it "
-                f"exceeds {place}"
+                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens, "
+                f"the sum exceeds {place}"
             )
 
 
@@ -150,7 +150,7 @@ def bound_teacher(
     Args:
       config: the run's settings.
       context: the privileged context; replies and siblings' answers make prompts longer.
-      model_config: the shape of the model, which has the maximum number of positions.
+      model_config: the shape of the model, including the maximum number of positions.
       shortest: number of tokens in the longest teacher prompt, measured with the shortest attempt
         and reply.
     """
@@ -175,9 +175,10 @@ def drop_overlong(
 
     Args:
       config: the run's settings.
-      model_config: the shape of the model, which has the maximum number of positions.
+      model_config: the shape of the model, including the maximum number of positions.
       students: the student's prompt of each completion.
-      teachers: the teacher's prompt of each completion; None for a completion without one.
+      teachers: the teacher's prompt of each completion; None for a completion without a teacher
+        prompt.
 
     Returns:
       The teacher's prompts, and the number of overlong prompts.

@@ -1,4 +1,4 @@
-"""Records of the completions of a step, and the metrics computed from them."""
+"""Builds the records of a step's completions, and computes metrics from these records."""
 
 import collections
 import math
@@ -15,7 +15,7 @@ from copsd_jax.training.rollouts import Rollouts, StepInputs
 
 
 def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
-    """Builds one dictionary per completion, which is the record stored in W/rollouts.
+    """Builds one dictionary per completion: the record that is stored in W/rollouts.
 
     Each method adds fields of its own, and `add_token_values` adds per-token values.
 
@@ -80,11 +80,12 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
       sampler: the statistics of the sampler.
 
     Returns:
-      Values by name. `correct` and `reward` are absent if nothing is graded. `format` is absent if
-      no grader looked for an answer, and `slot_occupancy` is absent if no prompt had to wait.
+      The values of the metrics by name. `correct` and `reward` are absent if no completion is
+      graded. `format` is absent if no grader looked for an answer, and `slot_occupancy` is absent
+      if no prompt had to wait.
     """
     graded = [record for record in made if record["correct"] is not None]
-    # "raised:KeyError" counts as "raised"; the records keep the exception's name.
+    # The status "raised:KeyError" is counted as "raised"; records keep the exception's name.
     statuses = [record["grade_status"].partition(":")[0] for record in graded]
     # A user's function extracts no answer, so its verdicts say nothing about the format of answers.
     formed = [
@@ -102,14 +103,14 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
         **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
         **({"format": mean(formed)} if formed else {}),
         **count_statuses("grade", statuses, []),
-        # Occupancy is NaN if no prompt had to wait.
+        # The slot occupancy is NaN if no prompt had to wait.
         **({} if math.isnan(sampler.occupancy) else {"slot_occupancy": sampler.occupancy}),
         "seconds/sampler": sampler.seconds,
     }
 
 
 def count_statuses(name: str, statuses: Sequence[str], known: Sequence[str]) -> dict[str, float]:
-    """Returns the number of completions with each status, as metrics named `name_status`.
+    """Returns the number of completions with each status, as metrics named `{name}_{status}`.
 
     Args:
       name: the prefix of the metrics.
@@ -123,21 +124,21 @@ def count_statuses(name: str, statuses: Sequence[str], known: Sequence[str]) -> 
 def add_token_values(
     r: loaded_run.LoadedRun, work: StepInputs, aux: train_step.Aux
 ) -> dict[str, float]:
-    """Adds the step's per-token values to the records, and returns metrics of tokens.
+    """Adds the step's per-token values to the records, and returns token metrics.
 
     In a record, `loss_mask` marks the tokens with divergence loss. `policy_mask` marks the tokens
     with policy loss or cross entropy.
 
-    `logp_gap_mean` and `logp_gap_max` are the mean and the maximum of a token's gap in nats. The
-    gap of a sampled token is |ln p in the sampler - ln p in the trainer|. Both probabilities are at
-    the sampling temperature and over the whole vocabulary. If the run has a divergence, the gap
-    metrics cover all tokens, with or without loss. If the run has no divergence, the gap metrics
-    cover the completions that have policy loss. `logp_absent` is the share of completions without
-    the sampler's log-probabilities.
+    `logp_gap_mean` and `logp_gap_max` are the mean and the maximum of the tokens' gaps, in nats.
+    The gap of a sampled token is |ln p in the sampler - ln p in the trainer|. The two probabilities
+    in the gap are at the sampling temperature and over the whole vocabulary. If the run has a
+    divergence, the gap metrics cover all tokens, with or without loss. If the run has no
+    divergence, the gap metrics cover the completions that have policy loss. `logp_absent` is the
+    share of completions for which the sampler returned no log-probabilities.
 
     Args:
       r: the loaded run.
-      work: the inputs of the step; its records are changed.
+      work: the inputs of the step; the values are added to `work.records`.
       aux: the results of the step, on the host.
     """
     gaps, mask_BC = [], work.batch.mask_BC
@@ -188,7 +189,7 @@ def _add_divergence(r, record: dict, batch: layout.Batch, tokens, b: int, n: int
 
 
 def _add_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) -> None:
-    """Adds the values of the policy loss to a record; a cross entropy has fewer values.
+    """Adds the values of the policy loss to a record (fewer values for a cross entropy).
 
     If the loss compares trainer and sampler, the record gets `policy_ratio`: p(y) in the trainer
     divided by p(y) in the sampler, before any clip.
@@ -204,13 +205,13 @@ def _add_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) ->
     if settings.kl:
         record["kl_initial"] = round_values(policy.kl_T[b, :n])
     if settings.old == "sampler" or settings.rollout_clip:
-        # The loss limits the logarithm of the ratio to the same range (policy_loss.LOG_RATIO).
+        # The loss also limits the logarithm of the ratio to [-20, 20] (policy_loss.LOG_RATIO).
         log = np.clip(policy.logp_T[b, :n] - batch.logp_rollout_BC[b, :n], -20, 20)
         record["policy_ratio"] = round_values(np.exp(log))
 
 
 def _mean_ratios(made: list[dict]) -> dict[str, float]:
-    """Returns the mean of each ratio over the tokens that carry the ratio's loss."""
+    """Returns the mean of each ratio over the tokens of the loss that uses the ratio."""
     out = {}
     for name, mask in (("ratio", "loss_mask"), ("policy_ratio", "policy_mask")):
         kept = [
@@ -230,7 +231,7 @@ OF_POLICY = ("policy_loss", "policy_entropy", "ratio_clipped", "kl_initial")
 def drop_empty_means(
     policy: train_step.PolicyLoss | None, values: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Returns a step's metrics without the means over zero tokens, which the step reports as 0.
+    """Removes from a step's metrics the means over empty masks, which the step reports as 0.
 
     A mean is dropped if no token carries the loss to which the mean belongs. For a cross entropy,
     `ratio_clipped` is dropped. For a loss without the divergence from the initial policy,

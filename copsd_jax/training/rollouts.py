@@ -25,12 +25,12 @@ class Rollouts(NamedTuple):
 
     Attributes:
       rows: the problem of each completion.
-      samples: the index of each completion among the completions of its problem, from 0.
+      samples: the index of each completion among the completions of its problem, counted from 0.
       groups: the index of each completion's group.
-      asked: the student's prompt of each completion.
+      asked: the student's prompt for each completion.
       completions: the sampled ids, with log-probabilities and the reason why sampling ended.
       decoded: the text of each completion without the end token, and the characters of each token.
-      starts: the index in each text at which the answer begins, after the thinking.
+      starts: for each text, the index at which the answer begins, after the thinking.
       verdicts: the verdict on each completion; None if the row has no gold answer.
       sampler: statistics of the sampler, such as the occupancy of its slots.
     """
@@ -46,11 +46,11 @@ class Rollouts(NamedTuple):
     sampler: loop.Stats
 
     def answer(self, i: int) -> str:
-        """Returns the text of completion i without its thinking."""
+        """Returns the text of completion i without the thinking."""
         return self.decoded[i].text[self.starts[i] :].strip()
 
     def rewards(self) -> np.ndarray:
-        """Returns the rewards, float64 [B]; 0 for completions that are not graded."""
+        """Returns the rewards, float64 [B]; the reward of an ungraded completion is 0."""
         return np.array([verdict.reward if verdict else 0.0 for verdict in self.verdicts])
 
 
@@ -76,13 +76,13 @@ class StepInputs(NamedTuple):
 def sample_rollouts(
     r: loaded_run.LoadedRun, state: train_step.State, rows: Sequence[problem_row.Row], step: int
 ) -> Rollouts:
-    """Samples rollout.per_prompt completions of each row from the student, and grades them.
+    """Samples `rollout.per_prompt` completions per row from the student, and grades them.
 
     Args:
       r: the loaded run, with an open grader.
       state: the state with the student's weights.
       rows: the problems of the step. Completions of a row without a gold answer are not graded.
-      step: selects the random stream.
+      step: number of the step, which selects the random stream.
     """
     plan, c = r.plan, r.plan.config
     repeated = [row for row in rows for _ in range(c.rollout.per_prompt)]
@@ -115,10 +115,10 @@ def sample_rollouts(
 def _clear_unknown_logps(completion: loop.Completion) -> loop.Completion:
     """Replaces NaN log-probabilities with empty arrays; NaN means that a server returned none.
 
-    A record shows an empty array as [], because JSON has no NaN. A batch shows an empty array as
-    zeros (`layout.pad_rows`). No loss reads these zeros, because `make_plan` refuses losses that
-    need log-probabilities if the server returns none. In a batch, a NaN would spread: NaN times a
-    weight of 0 is NaN.
+    In a record, an empty array is written as [], because JSON has no NaN. In a batch, an empty
+    array becomes zeros (`layout.pad_rows`). No loss reads the zeros of an empty array: if a server
+    returns no log-probabilities, `make_plan` refuses losses that need them. In a batch, a NaN would
+    spread: NaN times a weight of 0 is NaN.
     """
     known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
     logps, truncated = known(completion.logps), known(completion.logps_truncated)
@@ -126,7 +126,7 @@ def _clear_unknown_logps(completion: loop.Completion) -> loop.Completion:
 
 
 def _number_samples(rows: Sequence[problem_row.Row]) -> list[int]:
-    """Returns each row's occurrence number, counted from 0, so that no random stream is reused."""
+    """Counts the earlier occurrences of each row, so that no random stream is used twice."""
     seen: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
     return [next(seen[row.id]) for row in rows]
 
@@ -144,9 +144,9 @@ def encode_prefixes(
       told: a prompt of the teacher; None if there is no teacher.
 
     Returns:
-      The student's prefix as ids, int32 [P]; and the teacher's prefix as keys and values [layers,
-      1, P, K, H], one entry per policy of the teacher. For a side without exemplars, the prefix is
-      None.
+      The student's prefix as ids, int32 [P], and the teacher's prefix as a tuple that contains the
+      keys and values [layers, 1, P, K, H] of each teacher policy. For a side without exemplars, the
+      prefix is None.
     """
     student = np.asarray(asked.prefix_ids, np.int32) if asked.prefix_ids else None
     if told is None or not told.prefix_ids:

@@ -1,4 +1,4 @@
-"""Packing of completions into rows, devices and micro-batches, based only on lengths.
+"""Packs completions into rows, devices and micro-batches, based only on their lengths.
 
 A bin is the part of a micro-batch that one shard runs: rows of the student's side and rows of the
 teacher's side. On each side, all bins have the same number and length of rows, so that one program
@@ -14,15 +14,16 @@ rows of 11 tokens:
     row 0       A A A | 4 4 4 4 | 2 2 | 2 2
     row 1       B B | 3 3 3 | 1
 
-Without sharing, the example needs three rows with 7 + 3, 5 + 5 and 5 tokens.
+Without shared prompts, the example needs three rows, with 7 + 3, 5 + 5 and 5 tokens.
 
 The prompt with the most tokens, completions included, is placed first. Among the completions of a
 prompt, the longest is placed first. Without shared prompts, the method is first fit decreasing.
 
 The search tries bin sizes from the mean load upwards, and takes the first size that works. For each
-size, the search also tries to put each completion into the emptiest bin instead of the first.
-Successive sizes differ by about 1/16, and a size determines the number and length of rows. Because
-only few sizes occur, steps with other lengths need few additional programs.
+size, the search also tries to put each completion into the emptiest bin instead of the first bin
+with room. Successive bin sizes differ by about 1/16, and each size determines the number and length
+of a bin's rows. Because only a few sizes occur, steps with new lengths rarely need an additional
+program.
 """
 
 import collections
@@ -32,9 +33,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROW_MULTIPLE = 16  # row lengths are multiples of this number
-SHORT_ROW = 256  # shorter rows grow to this many tokens or to four samples, whichever is less
-SIZES_TRIED = 12  # number of row shapes that the search tries for a side, smallest first
+ROW_MULTIPLE = 16  # every row length is a multiple of ROW_MULTIPLE
+SHORT_ROW = 256  # shorter rows grow to SHORT_ROW tokens or to four samples, whichever is less
+SIZES_TRIED = 12  # number of row shapes to try for each side; the smallest is tried first
 
 
 class Prompts(NamedTuple):
@@ -42,8 +43,8 @@ class Prompts(NamedTuple):
 
     Attributes:
       prompts_B: length of each completion's prompt, in tokens.
-      families_B: a number for each completion. Completions with equal numbers may share one copy of
-        their prompt.
+      families_B: a number for each completion. Completions with equal family numbers may share one
+        copy of their prompt.
     """
 
     prompts_B: Sequence[int]
@@ -51,7 +52,7 @@ class Prompts(NamedTuple):
 
 
 class RowShape(NamedTuple):
-    """The rows of a bin on one side: the number of rows, and the tokens of each row."""
+    """Shape of a bin's rows on one side: number of rows, and tokens per row."""
 
     count: int
     length: int
@@ -82,7 +83,7 @@ class RowPlan(NamedTuple):
     Attributes:
       micros: number of micro-batches.
       shards: number of shards into which the rows of a micro-batch are split.
-      bin_B: index of each completion's bin, which is micro-batch * shards + shard.
+      bin_B: index of each completion's bin, equal to micro-batch * shards + shard.
       sizes: number and length of a bin's rows, for each side.
       places: positions of all completions, for each side.
     """
@@ -95,10 +96,10 @@ class RowPlan(NamedTuple):
 
 
 def round_up_row_size(number: int, least: int = 1, parts: int = 16) -> int:
-    """Rounds up to a multiple of a step that grows with the number: 35 -> 36, 1,100 -> 1,152.
+    """Rounds a number up to a multiple of a step that grows with it: 35 -> 36, 1,100 -> 1,152.
 
-    The largest power of two that is at most the number is divided by `parts`. The step is the
-    quotient, or `least` if the quotient is smaller.
+    The largest power of two up to the number is divided by `parts`. The step is the quotient, or
+    `least` if the quotient is smaller.
     """
     step = max(least, (1 << max(0, number.bit_length() - 1)) // parts)
     return max(1, -(-number // step)) * step
@@ -112,13 +113,13 @@ def plan_rows(
 
     Args:
       completions_B: lengths of the completions, in tokens.
-      sides: the student's prompts, and the teacher's if there is one.
+      sides: the student's prompts and, if there is a teacher, the teacher's prompts.
       shards: number of shards into which the rows of a micro-batch are split.
       micros: number of micro-batches; read only if there is no budget.
-      budget: maximum number of tokens of a bin, over all sides; 0 means no budget. With a budget,
-        the plan has as few micro-batches as possible.
+      budget: maximum number of tokens in a bin, both sides together; 0 means no budget. With a
+        budget, the plan has as few micro-batches as possible.
       row: minimum length of rows in tokens; the rows are longer only if a sample is longer. If
-        `row` is 0, the length depends on the samples.
+        `row` is 0, the row length depends on the samples.
       one_per_row: whether each completion gets its own row. A dry run needs one row per completion,
         because all texts of a dry run are as long as the limits allow.
 
@@ -150,8 +151,8 @@ def _plan_one_per_row(
 ) -> RowPlan:  # fmt: skip
     """Plans one completion per row; all rows are as long as the longest sample.
 
-    A budget is rounded up to whole samples, because the shorter samples of a run can fill the whole
-    budget.
+    A budget is rounded up to whole samples, because the shorter samples of a real run can fill the
+    whole budget.
     """
     B, lengths = len(completions_B), [round_up_row_size(n, ROW_MULTIPLE) for n in longest]
     rows = -(-budget // sum(lengths)) if budget else -(-B // (micros * shards))
@@ -165,18 +166,19 @@ def check_budget(budget: int, longest: Sequence[int]) -> None:
     """Checks that `train.micro_tokens` is large enough for the longest sample.
 
     Args:
-      budget: the setting, in tokens.
+      budget: the value of `train.micro_tokens`.
       longest: number of tokens in the longest sample of each side.
 
     Raises:
-      ValueError: the setting is too small; the message gives the smallest sufficient value.
+      ValueError: `train.micro_tokens` is too small; the message gives the smallest sufficient
+        value.
     """
     lengths = [round_up_row_size(n, ROW_MULTIPLE) for n in longest]
     if sum(lengths) > budget:
         raise ValueError(
             f"train.micro_tokens is {budget}: the longest sample needs rows of "
-            f"{' + '.join(map(str, lengths))} tokens (student + teacher), so it must be at least "
-            f"{sum(lengths)}"
+            f"{' + '.join(map(str, lengths))} tokens (student + teacher), so train.micro_tokens "
+            f"must be at least {sum(lengths)}"
         )
 
 
@@ -187,10 +189,10 @@ def _count_packing_load(completions_B: Sequence[int], side: Prompts, members: Se
 
 
 def _list_row_shapes(mean: int, longest: int, row: int) -> list[RowShape]:
-    """Returns the row shapes to try for a side, the smallest first.
+    """Returns the row shapes to try for a side, smallest first.
 
-    Successive shapes differ by about 1/16 in tokens. The first shape has room for the mean load of
-    a bin.
+    The numbers of tokens in successive shapes differ by about 1/16. The first shape has room for
+    the mean load of a bin.
     """
     if row:
         length = round_up_row_size(longest, ROW_MULTIPLE)
@@ -200,8 +202,8 @@ def _list_row_shapes(mean: int, longest: int, row: int) -> list[RowShape]:
             initial=round_up_row_size(-(-mean // length)),
         )
         return [RowShape(count, length) for count in counts]
-    # Rounding up to half octaves gives few row lengths. Packing fills the longer rows, so the
-    # rounding wastes nothing.
+    # Rounding the minimum row length up to 2^k or 1.5 * 2^k tokens leaves only a few row lengths.
+    # Packing fills the longer rows, so the rounding wastes nothing.
     shortest = round_up_row_size(longest, ROW_MULTIPLE, parts=2)
     shortest = max(shortest, min(4 * shortest, SHORT_ROW))
     out, tokens = [], round_up_row_size(max(mean, longest), ROW_MULTIPLE)
@@ -271,14 +273,15 @@ class _SideBins:
         self.known = collections.defaultdict(dict)  # family -> bin -> [(row, start of prompt)]
 
     def behind(self, b: int, own: int, where: int) -> tuple[int, int] | None:
-        """Returns (row, start) of a copy of the prompt in a row with room in the bin, or None."""
+        """Returns (row, start) of a prompt copy whose row has room for the completion, or None."""
         known = self.known[self.texts.families_B[b]].get(where, ())
         return next((place for place in known if self.room[where, place[0]] >= own), None)
 
     def holds(self, b: int, own: int) -> np.ndarray:
         """Returns bool [bins], True for bins with room for the completion.
 
-        A bin needs room for the prompt too, unless a row that already has the prompt has room.
+        A bin also needs room for the prompt, unless the completion fits into a row that already has
+        the prompt.
         """
         out = self.most >= self.texts.prompts_B[b] + own
         for where in self.known[self.texts.families_B[b]]:
@@ -304,10 +307,10 @@ class _SideBins:
 
 
 def _fill_packing_bins(completions_B, sides, sizes, order: list[int], bins: int, spread: bool):
-    """Places completions in the given order; returns (bin of each, positions per side), or None.
+    """Places completions in the given order; returns (bins, positions per side), or None.
 
     The result is None if a completion does not fit. Without `spread`, a completion goes into the
-    first bin with room. With `spread`, a completion goes into a bin that already has the student
+    first bin with room. With `spread`, a completion goes into a bin that already has its student
     prompt, or else into the emptiest bin.
     """
     filling = [_SideBins(side, size, bins) for side, size in zip(sides, sizes, strict=True)]

@@ -58,11 +58,12 @@ class ProgramPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan(ProgramPlan):
-    """The plan of a checked run, without weights.
+    """The checked plan of a run, without weights.
 
     Attributes:
       weights_path: the model's file or folder.
-      tokenizer: the tokenizer of model.tokenizer if it is set, otherwise the model's.
+      tokenizer: the tokenizer named by model.tokenizer or, if this setting is empty, the model's
+        own tokenizer.
       vocabulary: the ids that may be sampled, their bytes, and the ids that end a text.
       special_ids: the ids of added tokens.
       rows: the problems to train on.
@@ -73,9 +74,9 @@ class Plan(ProgramPlan):
       teacher: the object that builds the teacher's prompts.
       selection: the settings that select the tokens with loss.
       guards: the rules that watch the metrics.
-      replies: the replies of author.kind=file, by row id and sample.
+      replies: with author.kind=file, the replies by row id and sample; otherwise {}.
       longest: for each side, the number of tokens in its longest prompt.
-      server: the server of sampler.engine=server, after it has answered; None for other engines.
+      server: with sampler.engine=server, the connected server; otherwise None.
     """
 
     weights_path: pathlib.Path
@@ -175,7 +176,7 @@ def _keep_fitting(
     teacher: teacher_side.TeacherSide, rows: list[problem_row.Row],
     eval_rows: list[problem_row.Row],
 ) -> tuple[prompt_lengths.FittingRows, prompt_lengths.FittingRows, dict[str, int]]:  # fmt: skip
-    """Returns the training and evaluation rows that fit, and the longest prompts in tokens."""
+    """Returns the training and evaluation rows that fit, and the lengths of the longest prompts."""
     tok, context = teacher.tokenizer, teacher.context
     trained = prompt_lengths.keep_fitting_training(rows, config, sides["student"], teacher)
     build = functools.partial(prompts.build_student_prompt, tok, sides["evaluation"])
@@ -191,7 +192,7 @@ def _keep_fitting(
 def _connect_planned_server(
     config: config_lib.Config, server: remote_engine.EngineServer, longest: dict[str, int]
 ) -> remote_engine.EngineServer:
-    """Checks that the server answers and accepts the texts to sample; returns the server."""
+    """Checks that the server answers and has room for the longest texts; returns the server."""
     server = remote_engine.connect_server(server)
     if room := server.max_model_len:
         training = ["student"] if config_lib.traits(config).samples else []
@@ -203,7 +204,7 @@ def _connect_planned_server(
 
 
 def _plan_prompt_formats(config, registry, exemplars, tok) -> dict[str, conversations.PromptFormat]:
-    """Returns each side's prompt format, after checking the sides that the method uses."""
+    """Returns each side's prompt format, after checking the formats that the method uses."""
     sections = {"student": "prompt", "evaluation": "eval", "teacher": "teacher", "author": "author"}
     opening = {name: config[section].thinking for name, section in sections.items()}
     if opening["author"] == "as_teacher":
@@ -232,7 +233,7 @@ def _selection(config: config_lib.Config) -> token_selection.Settings:
 
 
 def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
-    """Checks the author's server or file; returns the replies of author.kind=file."""
+    """Checks the author's server or file; returns the replies in the file, or {} without a file."""
     author = config.author
     if author.kind == "server":
         client.check_server(client.server_from_settings(author, author.cache), "author.")

@@ -44,7 +44,7 @@ def collect_choice_tables() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def check_choices(config: config_lib.Config, *, train: bool = True, data: bool = True) -> None:
-    """Checks the settings against the tables, after all checks of `setting_rules.check_settings`.
+    """Checks the settings against the tables, after the checks of `setting_rules.check_settings`.
 
     Args:
       config: the settings of a run.

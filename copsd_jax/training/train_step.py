@@ -2,7 +2,7 @@
 
 Student and teacher are policies over shared parameters. The two policies score the same completion
 y, each after its own prompt. The student's prompt is x; the teacher's prompt c usually adds
-privileged context. The same tokens therefore have different positions on the two sides:
+privileged context. The completion tokens therefore have different positions on the two sides:
 
     student row    x  x  x  y1 y2 y3 .  .
     gathered             h1 h2 h3              states that predict y1 y2 y3, with gradient
@@ -10,21 +10,22 @@ privileged context. The same tokens therefore have different positions on the tw
     teacher row    c  c  c  c  c  y1 y2 y3
     gathered                   g1 g2 g3        states that predict y1 y2 y3, without gradient
 
-The gathered states of both sides have the same shape, [B · C, D]. `layout.py` has the index
+The gathered states of both sides have the same shape, [B · C, D]. `layout.py` contains the index
 arithmetic and a numerical example.
 
-Over the completion tokens y_bt of a step, the step minimizes
+Over the completion tokens y_bt of the batch, the train step minimizes
 
     L(θ) = Σ_bt w_bt · D(p_bt, sg[q_bt])  +  Σ_bt u_bt · ℓ_bt(θ)
 
     p_bt = softmax(z(θ; x_b, y_b,<t) / τ)                      student
     q_bt = softmax(Σ_k s_k · z(θ_k; c_b, y_b,<t) / τ)          teacher, Σ_k s_k = 1
 
-where z are the logits, τ is the temperature of the loss, and sg stops the gradient. D is the
-divergence of `losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's surrogate,
-or the cross entropy of SFT. Either term of L may be absent. Each of the weights w and u is the
-factor of its term times a token weight of `loss_norms.compute_token_weights`. Token weights are
-normalised over the whole step, so the losses of micro-batches add up to L.
+where z are the logits, τ is the temperature of the loss, and sg stops the gradient. D is a
+divergence from `losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's
+surrogate, or the cross entropy of SFT. Either term of L may be absent. The weights w and u are
+token weights from `loss_norms.compute_token_weights`, multiplied by `Options.weight` and
+`PolicyLoss.weight`. Token weights are normalised over the whole step, so the losses of
+micro-batches add up to L.
 
 The kinds of teacher differ only in their shares s_k and weights θ_k:
 
@@ -76,12 +77,12 @@ class Options:
     implementation: str  # a name in divergence_loss.IMPLEMENTATIONS
     chunk: int  # number of tokens per block of the implementation 'chunked'
     norm: str  # normaliser of the divergence, a name in loss_norms.NORMS
-    group: int  # number of completions per group for the norm micro_token_mean; 0 means all
-    micro_batches: int  # number of micro-batches; read only for batches that are not packed
+    group: int  # number of completions per group for the norm micro_token_mean; 0 means one group
+    micro_batches: int  # number of micro-batches; read only for unpacked batches
     rho: float = 0.0  # share of the student in the mix of a trust_region teacher
     weight: float = 1.0  # factor of the divergence in the loss
     policy: "PolicyLoss | None" = None  # None for a loss without a policy term
-    chip: str = ""  # device kind of the mesh, by which kernels choose their block sizes
+    chip: str = ""  # device kind of the mesh, which determines the kernels' block sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +93,11 @@ class PolicyLoss:
     """
 
     kind: str  # 'surrogate' | 'nll'
-    weight: float  # factor of this term in the loss
+    weight: float  # factor of the policy loss in the total loss
     temperature: float  # number by which the logits are divided
     norm: str  # a name in loss_norms.NORMS
     length: int  # maximum number of tokens of a completion, for the norm 'constant'
-    clip_low: float = 0.0  # bounds of the ratio, see `policy_loss.compute_surrogate`; 0 means none
+    clip_low: float = 0.0  # bounds of the ratio (`policy_loss.compute_surrogate`); 0 means no bound
     clip_high: float = 0.0
     dual_clip: float = 0.0
     kl: float = 0.0  # factor of the divergence from the initial policy; 0 means no divergence
@@ -105,17 +106,17 @@ class PolicyLoss:
 
 
 class PolicyStats(NamedTuple):
-    """Statistics of the policy loss for each token, float32, without gradient.
+    """Per-token statistics of the policy loss: float32 arrays without gradient.
 
-    The shape is [T] for a micro-batch and [B, C] in `Aux`. The values of tokens without policy loss
-    are 0.
+    The arrays have the shape [T] for a micro-batch, and the shape [B, C] in `Aux`. The values of
+    tokens without policy loss are 0.
 
     Attributes:
-      value_T: the term that the loss sums, without its weight.
+      value_T: the token's term in the loss, without the token weight.
       logp_T: log-probability of the sampled token at the loss's temperature, in nats.
       entropy_T: entropy of the distribution at the loss's temperature, in nats.
       clipped_T: 1 where the ratio was clipped, else 0.
-      kl_T: estimated divergence from the initial policy, in nats; 0 if the loss does not use it.
+      kl_T: estimated divergence from the initial policy, in nats; 0 if the loss has no such term.
     """
 
     value_T: jax.Array
@@ -137,11 +138,11 @@ def make_optimizer(
     *, steps: int, lr: float, schedule: str, warmup: int, weight_decay: float, b1: float,
     b2: float, eps: float, max_grad_norm: float,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:  # fmt: skip
-    """Builds AdamW with a global-norm clip of the gradient, and its learning-rate schedule.
+    """Builds AdamW with a global-norm clip of the gradient, and the learning-rate schedule.
 
-    During the warm-up the rate rises linearly to `lr`. After the warm-up, the rate is constant, or
-    falls to 0 at step `steps`, linearly or as a cosine. Example: a linear schedule of n steps
-    without warm-up uses the rate lr · (1 - k / n) in step k, counted from 0.
+    During the warm-up, the rate rises linearly to `lr`. After the warm-up, the rate either stays
+    constant or falls, linearly or as a cosine, to 0 at step `steps`. Example: a linear schedule of
+    n steps without warm-up uses the rate lr · (1 - k / n) in step k, counted from 0.
 
     Args:
       steps: number of optimizer steps in the whole run.
@@ -172,9 +173,9 @@ def make_optimizer(
 
 
 def init_train_state(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State:
-    """Returns the state at step 0.
+    """Returns the training state at step 0.
 
-    For the teacher `ema`, the average begins as a copy of the trained tree.
+    With teacher.weights=ema, the average begins as a copy of the trained tree.
     """
     ema = jax.tree.map(jnp.copy, trained) if teacher == "ema" else None
     return State(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema)
@@ -185,16 +186,17 @@ def derive_policies(
 ) -> tuple[policy_lib.Policy, policy_lib.Policy]:
     """Returns the policies (student, teacher) of a state.
 
-    With LoRA, `frozen` has the base parameters, and a `fixed` teacher is the base without an
-    adapter. This teacher equals the initial policy, because a new adapter has no effect. With full
-    fine-tuning, `frozen` has the initial weights if the run needs them. With a trust region, the
-    returned teacher is the initial policy, and `list_teacher_mixture` adds the student's share. If
-    a run with a trust region has author.kind=teacher, the initial policy alone writes the contexts.
+    With LoRA, `frozen` contains the base parameters, and a `fixed` teacher is the base model
+    without an adapter. A `fixed` teacher equals the initial policy, because a new adapter has no
+    effect. With full fine-tuning, `frozen` contains the initial weights if the run needs them. With
+    a trust region, the returned teacher is the initial policy, and `list_teacher_mixture` adds the
+    student's share. If a run with a trust region has author.kind=teacher, the initial policy alone
+    writes the contexts.
 
     Args:
-      state: the state, of which only `trained` and `ema` are read.
+      state: the training state; only `trained` and `ema` are read.
       frozen: parameters that the run does not train.
-      options: the options, of which only trainable, teacher and adapter_scale are read.
+      options: the options; only `trainable`, `teacher` and `adapter_scale` are read.
       dtype: dtype in which the model computes; full fine-tuning casts the float32 trees to this
         dtype.
     """
@@ -217,7 +219,7 @@ def list_teacher_mixture(
 ) -> tuple[tuple[float, policy_lib.Policy], ...]:
     """Returns the policies whose logits the teacher mixes, as pairs (share, policy).
 
-    A teacher has one policy of share 1, except with a trust region. A trust region mixes the
+    Without a trust region, a teacher has a single policy, with share 1. A trust region mixes the
     initial policy with share 1 - rho and the student with share rho, both on the teacher's input. A
     mix of logits is a geometric interpolation of the distributions (SDPO).
     """
@@ -232,8 +234,8 @@ def _mix_teacher_states(
     """Returns hidden states [T, D] and a head [V, D] whose product is the mix of the logits.
 
     If all policies have the same head, mixing their hidden states is enough and needs no further
-    matrix product. If the heads differ, the heads are concatenated along D, and the hidden states
-    too.
+    matrix product. If the heads differ, both the heads and the hidden states are concatenated along
+    D.
     """
     scaled = [
         h if s == 1.0 else h * jnp.asarray(s, h.dtype) for s, h in zip(shares, hidden, strict=True)
@@ -247,7 +249,7 @@ def _compute_side_states(
     decoder: transformer.Decoder,
     sides: list[tuple[policy_lib.Policy, layout.Side, transformer.KV | None]],
 ) -> list[jax.Array]:
-    """Returns each side's hidden states [B · C, D] that predict the completion tokens.
+    """Returns each side's hidden states [B · C, D], which predict the completion tokens.
 
     Sides whose base parameters are the same object are computed in one pass through the layers.
     """
@@ -269,10 +271,11 @@ def _compute_side_states(
 
 
 def _gathered(hidden_BLD: jax.Array, gather_BC: jax.Array) -> jax.Array:
-    """Returns the hidden states at the gather index, [B · C, D].
+    """Returns the hidden states [B · C, D] at the positions in `gather_BC`.
 
-    The flattened rows have B equal parts, and row b of the index points only into part b. From one
-    gather per part, the compiler sees that no hidden state has to travel between devices.
+    The flattened rows have B equal parts, and row b of `gather_BC` points only into part b. Because
+    each part has its own gather, the compiler sees that no hidden state has to travel between
+    devices.
     """
     parts, D = len(gather_BC), hidden_BLD.shape[-1]
     hidden_BLD = hidden_BLD.reshape(parts, -1, D)
@@ -293,14 +296,15 @@ def _compute_micro_policy_loss(
 ) -> tuple[jax.Array, PolicyStats]:  # fmt: skip
     """Returns the weighted sum of the policy loss over a micro-batch's tokens, and statistics.
 
-    The ratio is exp(ln p - old). `old` is the log-probability from the sampler or from the trainer.
-    If `old` is from the trainer, the ratio is exactly 1, and its gradient is the gradient of ln p.
+    The surrogate's ratio is exp(ln p - old), where `old` is the log-probability from the sampler or
+    from the trainer. If `old` is from the trainer, the ratio is exactly 1, and its gradient is the
+    gradient of ln p.
 
     `hidden_s` and `hidden_ref` are the hidden states [T, D] of the student and of the initial
-    policy. `heads` has the heads of these two policies. Without a divergence from the initial
-    policy, `hidden_ref` and the second head are None.
+    policy. `heads` contains the student's head and the initial policy's head. Without a divergence
+    from the initial policy, `hidden_ref` and the second head are None.
     """
-    # No kernel computes log-probabilities, because `chunked` needs only two matrix products per
+    # There is no kernel for log-probabilities, because `chunked` needs only two matrix products per
     # block.
     implementation = "dense" if options.implementation == "dense" else "chunked"
     log_probs = lambda hidden, head, trained: divergence_loss.log_probs(  # noqa: E731
@@ -320,8 +324,8 @@ def _compute_micro_policy_loss(
             clip_high=settings.clip_high, dual_clip=settings.dual_clip,
         )  # fmt: skip
     if settings.rollout_clip:
-        # The bounds -20 and 20 keep exp finite; policy_loss.LOG_RATIO bounds the ratio in the same
-        # way.
+        # Clipping to [-20, 20] keeps exp finite, as policy_loss.LOG_RATIO does for the surrogate's
+        # ratio.
         gap_T = jnp.clip(own_T - _flat(micro.logp_rollout_BC), -20, 20)
         value_T = value_T * jnp.minimum(jnp.exp(gap_T), settings.rollout_clip)
     if hidden_ref is not None:
@@ -337,7 +341,10 @@ def _compute_micro_policy_loss(
 def _build_micro_batch_loss(
     decoder: transformer.Decoder, options: Options
 ) -> Callable[..., tuple[jax.Array, tuple]]:
-    """Builds the loss function of a micro-batch. Its first argument is the trained tree."""
+    """Builds the loss function of a micro-batch.
+
+    The first argument of the loss function is the trained tree.
+    """
     policy = options.policy
 
     def loss(trained, state, frozen, head, micro, weights, student_prefix, teacher_kv):
@@ -346,10 +353,9 @@ def _build_micro_batch_loss(
             state._replace(trained=trained), frozen, options, decoder.dtype
         )
         teacher, still = jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(student)
-        # `_compute_side_states` checks by object identity whether two sides have the same base
-        # parameters, and if so runs them in one pass. `stop_gradient` returns new objects, so the
-        # original objects are put back here. The gradient is stopped again below, at the hidden
-        # states.
+        # `_compute_side_states` runs two sides in one pass if their base parameters are the same
+        # object. `stop_gradient` returns new objects, so the original objects are put back here.
+        # The gradient is stopped again below, at the hidden states.
         still = dataclasses.replace(still, params=student.params)
         if options.trainable == "lora" or options.teacher == "live":
             teacher = dataclasses.replace(teacher, params=student.params)
@@ -421,16 +427,16 @@ def make_step(
 
       * state: the `State` before the step.
       * frozen: parameters that the run does not train; see `derive_policies`.
-      * batch: a `layout.Batch` of all completions of the step. A packed batch contains its
+      * batch: a `layout.Batch` of all completions of the step. A packed batch already consists of
         micro-batches. Any other batch is cut into `options.micro_batches` micro-batches.
       * student_prefix: int32 [P], the exemplars of the student's prompts, or None.
       * teacher_kv: keys and values of the teacher's prefix, one KV for each policy of
         `list_teacher_mixture`, or None.
-      * lr_factor: float scalar that multiplies the update; the guards set it.
+      * lr_factor: float scalar, set by the guards, that multiplies the update.
 
     Args:
       decoder: the model.
-      tx: the optimizer of `make_optimizer`.
+      tx: the optimizer from `make_optimizer`.
       options: choices that are fixed when the step is compiled.
 
     Returns:
@@ -445,7 +451,8 @@ def make_step(
         head = None
         if options.trainable == "lora":
             # The frozen head, which all policies share, is gathered once per step, before the loop.
-            # A top-k divergence needs whole vocabularies, so its head is not split along V.
+            # A top-k divergence needs whole vocabularies, so the head is not split along V in this
+            # case.
             few = options.divergence is not None and options.divergence.top_k > 0
             head = token_blocks.gather_head(transformer.get_head(frozen), split_vocabulary=not few)
 
@@ -483,7 +490,7 @@ def make_step(
 
 
 def _make_micro_batch_cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
-    """Returns two functions: `cut` splits [B, C] into micro-batches, and `join` is its inverse.
+    """Returns two functions: `cut` splits [B, C] into micro-batches, and `join` undoes the split.
 
     `join` takes the flat arrays of all micro-batches, stacked into one array.
     """
@@ -494,8 +501,8 @@ def _make_micro_batch_cuts(batch: layout.Batch, n: int) -> tuple[Callable, Calla
             x.reshape(n, B // n, C)
         )
 
-    # Positions without a token have the index B * C. At such a position, `cut` reads 0, and `join`
-    # drops the value.
+    # In `source_UST`, positions without a token have the index B * C. For a position without a
+    # token, `cut` reads 0, and `join` drops the value.
     def cut(x_BC: jax.Array) -> jax.Array:
         none = jnp.zeros((1,), x_BC.dtype)
         return jnp.concatenate([x_BC.reshape(-1), none])[source_UST]
@@ -516,7 +523,7 @@ def _cut_micro_batches(x: jax.Array, n: int) -> jax.Array:
 
 
 def _join_micro_batches(x: jax.Array) -> jax.Array:
-    """Joins micro-batches [n, B / n, ...] to [B, ...], the inverse of `_cut_micro_batches`."""
+    """Joins micro-batches [n, B / n, ...] to [B, ...]; inverts `_cut_micro_batches`."""
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
@@ -527,7 +534,8 @@ def _split_micro_batches(batch: layout.Batch, n: int) -> layout.Batch:
     Gather indices into the flattened rows of the whole batch become indices into the rows of one
     micro-batch.
 
-    Example: B = 4, n = 2, L = 10. Sample 3 is row 1 of micro-batch 1, so its index 34 becomes 14.
+    Example: B = 4, n = 2, L = 10. Sample 3 is row 1 of micro-batch 1, so its gather index 34
+    becomes 14.
     """
     cut, _ = _make_micro_batch_cuts(batch, n)
     rest = jax.tree.map(cut, batch._replace(student=None, teacher=None, source_UST=None))
@@ -537,7 +545,8 @@ def _split_micro_batches(batch: layout.Batch, n: int) -> layout.Batch:
     def side(s: layout.Side) -> layout.Side:
         B, L = s.tokens_BL.shape
         b = jnp.arange(B, dtype=jnp.int32)
-        # Row b becomes row b // n of its micro-batch, so its indices decrease by (b - b // n) L.
+        # Row b becomes row b // n of its micro-batch, so its gather indices decrease by (b - b //
+        # n) * L.
         local = s._replace(gather_BC=s.gather_BC - ((b - b // n) * L)[:, None])
         return jax.tree.map(lambda x: _cut_micro_batches(x, n), local)
 
@@ -548,9 +557,9 @@ def _split_micro_batches(batch: layout.Batch, n: int) -> layout.Batch:
 def _update_teacher_average(ema: dict | None, trained: dict, options: Options) -> dict | None:
     """Returns decay · average + (1 - decay) · new in float32, or None if there is no average.
 
-    In bfloat16, an average with a decay of .999 would not change. The two factors of an adapter are
-    averaged separately, as published. The product of the averages differs from the average of the
-    products.
+    In bfloat16, an average with a decay of 0.999 would not change, because rounding would remove
+    the small updates. The two factors of an adapter are averaged separately, as in the published
+    method. The product of the averages differs from the average of the products.
     """
     if ema is None:
         return None
