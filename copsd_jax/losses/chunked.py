@@ -28,7 +28,8 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
 
     Args:
       sweep: constants of the sweep; each head has the same dtype as its hidden states.
-      rows: a pair: the states of student and teacher, [T, D] each, and the `TokenInputs`.
+      rows: (hidden, inputs); hidden contains the states of student and teacher, [T, D] each, and
+        inputs is a `TokenInputs`.
 
     Returns:
       The pair (TokenStats, gradient of the student's states [T, D]), and the gradient of the

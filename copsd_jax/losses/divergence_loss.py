@@ -199,23 +199,23 @@ def _check_loss_arguments(
     shapes = [x.shape for x in per_token if x is not None]
     if len({*(x.shape[:1] for x in hidden), *shapes}) != 1:
         raise ValueError(
-            f"hidden states {[x.shape for x in hidden]} and the arrays per token {shapes} must "
-            "agree in their first axis"
+            f"hidden states {[x.shape for x in hidden]} and arrays per token {shapes} must "
+            "have equal first dimensions"
         )
 
 
 def _check_loss_heads(head_s_VD, head_t_VD, settings: Divergence, options: SweepOptions) -> None:
     sizes = head_s_VD.shape[0], head_t_VD.shape[0]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"the heads have {sizes[0]} and {sizes[1]} rows: they must be equal")
+        raise ValueError(f"the heads have {sizes[0]} and {sizes[1]} rows: the counts must be equal")
     if settings.top_k > sizes[0]:
         raise ValueError(
-            f"top_k is {settings.top_k}: the vocabulary has {sizes[0]} entries (0 means all)"
+            f"top_k is {settings.top_k}: the vocabulary has only {sizes[0]} entries (0 means all)"
         )
     if settings.top_k and options.implementation in dispatch.KERNELS:
         raise ValueError(
-            f"top_k is {settings.top_k}: implementation {options.implementation} supports whole "
-            "vocabularies only; use chunked"
+            f"top_k is {settings.top_k}: implementation {options.implementation} supports only "
+            "the whole vocabulary; use chunked"
         )
 
 

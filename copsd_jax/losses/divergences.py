@@ -15,10 +15,10 @@ M = (1 - β) p + β q. Every divergence is a sum of entries e_v over the vocabul
 
     dz = (b - p Σb) / τ.
 
-Adding a multiple of p to b leaves dz unchanged, because Σp = 1. Adding the same multiple of p - q
-to e leaves Σe unchanged. The functions shift b by a multiple of p, and e by the same multiple of
-p - q, so that b_v = 0 and e_v = 0 wherever p_v = q_v. Equal distributions therefore give exactly
-zero, even in float32, where Σp is only approximately 1. No function divides by p or q.
+Adding a multiple of p to b leaves dz unchanged, because Σp = 1. Adding a multiple of p - q to e
+leaves Σe unchanged, because Σp = Σq. The functions shift b by a multiple of p, and e by the same
+multiple of p - q, so that b_v = 0 and e_v = 0 wherever p_v = q_v. Equal distributions therefore
+give exactly zero, even in float32, where Σp is only approximately 1. No function divides by p or q.
 
 The functions contain no matmul and work on blocks of any shape, so that a kernel can call these
 functions on tiles of the vocabulary. `tests/oracle.py` computes the same divergences with plain

@@ -87,7 +87,7 @@ def _split_policy_groups(
     if rewards_B.ndim != 1 or rewards_B.shape != groups_B.shape:
         raise ValueError(f"rewards {rewards_B.shape} and groups {groups_B.shape} must both be [B]")
     if not np.isfinite(rewards_B).all():
-        raise ValueError(f"reward {int(np.argmin(np.isfinite(rewards_B)))} of the batch is not finite")
+        raise ValueError(f"reward {int(np.argmin(np.isfinite(rewards_B)))} is not finite")
     rows = [np.flatnonzero(groups_B == group) for group in np.unique(groups_B)]
     return [(rewards_B[at], at) for at in rows]
 

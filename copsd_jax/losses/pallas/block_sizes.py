@@ -132,7 +132,7 @@ def choose_gpu(
 
 
 def kept_bytes(dtype: jnp.dtype) -> int:
-    """Returns the bytes that a TPU stores per entry: two float32 numbers, or both in 32 bits."""
+    """Returns the bytes that a TPU stores per entry: 8 if `dtype` is float32, otherwise 4."""
     return 8 if jnp.dtype(dtype) == jnp.float32 else 4
 
 

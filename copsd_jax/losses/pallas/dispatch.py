@@ -81,7 +81,8 @@ def sweep_live(
       name: a key of `KERNELS`.
       options: options of the kernels.
       sweep: constants of the sweep; the heads are in the dtype of the states.
-      rows: a pair: the states of student and teacher, [T, D] each, and the `TokenInputs`.
+      rows: (hidden, inputs); hidden contains the states of student and teacher, [T, D] each, and
+        inputs is a `TokenInputs`.
       live_T: bool; rows that are not live may contain anything.
 
     Returns:

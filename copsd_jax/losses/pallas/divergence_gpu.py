@@ -169,7 +169,7 @@ def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
 def _call_divergence_kernel(
     kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes: int
 ):
-    """Runs one kernel program per row and tile; the arrays are in HBM."""
+    """Runs one kernel program per row and tile on arrays in HBM; the last operand has V columns."""
     tokens = out_shape[0].shape[-1] if out_shape[0].ndim == 3 else out_shape[0].shape[0]
     size = operands[-1].shape[1]
     entries = tokens * size
