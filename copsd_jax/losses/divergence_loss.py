@@ -200,7 +200,7 @@ def _check_loss_arguments(
     if len({*(x.shape[:1] for x in hidden), *shapes}) != 1:
         raise ValueError(
             f"hidden states {[x.shape for x in hidden]} and arrays per token {shapes} must "
-            "have equal first dimensions"
+            "have the same size on the first axis"
         )
 
 
@@ -305,8 +305,8 @@ def log_probs(
     For the values alone, `chunked` needs one matmul per block. For the values and the gradient of
     the states, `chunked` needs two matmuls per block. The forward sweep computes the gradient of
     each token's log-probability with respect to the token's own hidden state. The backward pass
-    only scales the gradient that the forward sweep has computed. If the head is trained, `chunked`
-    needs four matmuls, because the logits are computed again.
+    scales the gradient that the forward sweep has computed. If the head is trained, `chunked` needs
+    four matmuls, because the logits are computed again.
 
     For example, logits (0, ln 3) at temperature 1 give token 0 the log-probability ln 1/4 = -1.386;
     the entropy is 0.562.

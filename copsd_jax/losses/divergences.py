@@ -198,9 +198,10 @@ class Kind(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
-# All divergences that are sums over entries. The divergence `sampled` is not in this table: it is
-# -A ln p(y), where y is the sampled token and A = stop_gradient(ln q(y) - ln p(y)). Functions that
-# compute the values of whole tokens treat `sampled` as a special case.
+# This table contains all divergences that are sums over entries. The divergence `sampled` is not in
+# this table: its value is -A ln p(y), where y is the sampled token and A = stop_gradient(ln
+# q(y) - ln p(y)). Functions that compute the values of whole tokens treat `sampled` as a special
+# case.
 DIVERGENCES: dict[str, Kind] = {
     "fkl": Kind(_forward_kl, _forward_kl_plain),  # KL(q ‖ p) = Σ q ln(q/p)
     "rkl": Kind(_reverse_kl, _reverse_kl_plain),  # KL(p ‖ q) = Σ p ln(p/q)

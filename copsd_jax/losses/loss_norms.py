@@ -23,8 +23,8 @@ def compute_token_weights(
         without a token are not counted, so padding rows change nothing.
       seq_mean_all: the mean over the tokens of each completion, averaged over all B completions.
         Completions without a token count as 0, so the mask must not have padding rows. GRPO writes
-        seq_mean_all as 1/B Σ_i 1/|o_i|. SDPO's norm equals seq_mean_all if every micro-batch has
-        one completion.
+        the weights of seq_mean_all as 1/B Σ_i 1/|o_i|. SDPO's norm equals seq_mean_all if every
+        micro-batch has one completion.
       constant: the sum over all tokens, divided by B · length (arXiv 2503.20783).
 
     Every count is clamped to at least 1, so an empty mask gives zeros, not NaN. For example, let

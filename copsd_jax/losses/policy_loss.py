@@ -13,8 +13,8 @@ rewards r and ρ = exp(ln π - ln π_old), the advantages A and the loss L are
 | DAPO      | arXiv 2503.14476 | std   | .2, .28        | off  | global_token_mean |
 | SDPO      | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
 
-The row SDPO describes the GRPO baseline in the SDPO paper. The original baseline averages over the
-tokens of each micro-batch (micro_token_mean).
+In the table, the row SDPO describes the GRPO baseline of the SDPO paper. The original baseline of
+that paper averages over the tokens of each micro-batch (micro_token_mean).
 """
 
 import jax
@@ -87,7 +87,7 @@ def _split_policy_groups(
     if rewards_B.ndim != 1 or rewards_B.shape != groups_B.shape:
         raise ValueError(f"rewards {rewards_B.shape} and groups {groups_B.shape} must both be [B]")
     if not np.isfinite(rewards_B).all():
-        raise ValueError(f"reward {int(np.argmin(np.isfinite(rewards_B)))} is not finite")
+        raise ValueError(f"rewards_B[{int(np.argmin(np.isfinite(rewards_B)))}] is not finite")
     rows = [np.flatnonzero(groups_B == group) for group in np.unique(groups_B)]
     return [(rewards_B[at], at) for at in rows]
 

@@ -20,7 +20,7 @@ Divergence = divergences.Divergence
 
 
 class VocabularyShard(NamedTuple):
-    """A device's part of the vocabulary; all parts are equally large, and follow the mesh axis.
+    """A device's part of the vocabulary; parts have equal sizes, and are ordered by mesh axis.
 
     Attributes:
       axis: the mesh axis that splits the vocabulary; None if every device has the whole vocabulary.
@@ -53,7 +53,10 @@ class Sweep(NamedTuple):
 
 
 def first_entry(axis: str, count: int) -> jax.Array:
-    """Returns the id of this device's first entry, an int32 scalar; `count` is per device."""
+    """Returns the id of this device's first entry, an int32 scalar.
+
+    Every device has `count` entries.
+    """
     return jax.lax.axis_index(axis).astype(jnp.int32) * count
 
 

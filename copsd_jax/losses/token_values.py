@@ -27,7 +27,7 @@ class TokenInputs(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """Statistics of each token, float32 [T], in nats, without gradient; 0 for rows that are not live.
+    """Statistics of each token, float32 [T], in nats, without gradient; 0 if a row is not live.
 
     Attributes:
       value_T: the token's loss before weighting, which is the clipped divergence times `ratio_T`.
@@ -39,8 +39,8 @@ class TokenStats(NamedTuple):
       temperature.
       clipped_mass_T: amount of clipping, in a measure that depends on clip_mode. With element,
         clipped_mass_T is the teacher's mass Σ q_v on the clipped entries; q is renormalised if
-        top_k is used without a tail. With token, token_weight or huber, clipped_mass_T is 1 if d >
-        κ, else 0. With none, clipped_mass_T is always 0.
+        top_k is used without a tail. With token, token_weight or huber, clipped_mass_T is 1 if
+        d > κ, else 0. With none, clipped_mass_T is always 0.
       ratio_T: the result of `clips.clip_importance_ratio`; 1 if both clips are off.
     """
 

@@ -5,8 +5,8 @@ Memory limits the number of tokens in a block:
 - On a TPU, VMEM must hold the hidden states of both sides (pass 1) or the float32 gradient
   (pass 3). HBM must hold the stored entries. Larger blocks are better, because each pass reads the
   head once per block.
-- On a GPU, HBM must hold the float32 logits of both sides and the bfloat16 dz, which take 10 bytes
-  per entry.
+- On a GPU, HBM must hold the float32 logits of both sides and the bfloat16 dz: 10 bytes per entry
+  in total.
 
 `benchmarks/tune_loss.py` measures other sizes on the chip at hand.
 """
@@ -79,7 +79,7 @@ def choose_tpu(
                 return sizes
     raise ValueError(
         f"the width is {width}: no block of 128 tokens and 128 entries fits into {budget} bytes "
-        f"of the VMEM of {kind or 'the smallest TPU'}; use loss.implementation=chunked"
+        f"of VMEM on {kind or 'the smallest TPU'}; use loss.implementation=chunked"
     )
 
 
@@ -121,7 +121,7 @@ def choose_gpu(
     kind: str, width: int, vocabulary: int, dtype: jnp.dtype, *, tied: bool = True,
     train_head: bool = False,
 ) -> Blocks:  # fmt: skip
-    """Chooses the block sizes for one shard on a GPU: as many tokens as GPU_BYTES allow.
+    """Chooses the block sizes for one shard on a GPU: as many tokens as GPU_BYTES allows.
 
     A block has 256 to 4,096 tokens, in multiples of 128. The arguments are those of `choose_tpu`;
     only `vocabulary` and `dtype` are used.

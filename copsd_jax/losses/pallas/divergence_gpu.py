@@ -45,8 +45,8 @@ def sweep(
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
     """Sweeps a device's rows like `divergence_tpu.sweep`, but supports every width.
 
-    Arguments and results are the same as for `divergence_tpu.sweep`, except that the block sizes
-    come from `block_sizes.choose_gpu`.
+    Arguments and results have the same meaning and shapes as in `divergence_tpu.sweep`, except that
+    the block sizes come from `block_sizes.choose_gpu`.
     """
     tokens = block_sizes.divide_rows_evenly(len(rows[1].tokens_T), blocks.tokens, 8)
     blocks = dataclasses.replace(blocks, tokens=tokens)

@@ -335,7 +335,7 @@ def _grid(blocks: block_sizes.Blocks, size: int) -> tuple[int, int]:
 
 
 def _params(need: int, *order: Any) -> pltpu.CompilerParams:
-    """Returns compiler parameters; two cores divide the axes that `order` calls parallel."""
+    """Returns compiler parameters; a chip's two cores share axes that `order` calls parallel."""
     limit = block_sizes.vmem_limit(need)
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=limit)
 

@@ -41,7 +41,7 @@ from copsd_jax.losses import (
 DIVERGENCES = ("fkl", "rkl", "jsd", "sampled")
 ROW_STATS = 8  # a pass reads and writes at most this many statistics per row and tile
 EMPTY = -1e30  # logit of a missing entry
-FLOOR = -1e29  # lower bound for the maximum of a tile, above EMPTY
+FLOOR = -1e29  # lower bound for the maximum of a tile; it lies above EMPTY
 
 Divergence = divergences.Divergence
 Sweep = split_vocabulary.Sweep
@@ -168,7 +168,7 @@ def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 
 
 
 def count_entries_here(shard: split_vocabulary.VocabularyShard, size: int) -> jax.Array:
-    """Returns how many of the `size` rows of this shard's head are real, an int32 scalar."""
+    """Returns how many of this shard's `size` head rows are not padding, an int32 scalar."""
     if shard.entries is None:
         return jnp.full((), size, jnp.int32)
     entries = jnp.full((), shard.entries, jnp.int32)
@@ -280,8 +280,8 @@ def sweep_blocks(
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
     """Runs all passes over blocks of `blocks.tokens` tokens; the last block is padded with zeros.
 
-    Arguments and results are the same as for `divergence_tpu.sweep`. This function rounds the heads
-    to the dtype of the hidden states.
+    Arguments and results have the same meaning and shapes as in `divergence_tpu.sweep`. This
+    function rounds the heads to the dtype of the hidden states.
     """
     hidden, inputs = rows
     check_inputs(sweep, hidden)
