@@ -1,4 +1,4 @@
-"""The divergence between teacher and student, the policy loss, and their Pallas kernels.
+"""The divergence of student and teacher, Pallas kernels that compute it, and the policy loss.
 
 May import: runtime.
 """

@@ -1,9 +1,9 @@
-"""Statistics and gradients of a block of tokens over the vocabulary, in plain array code.
+"""Computes statistics and gradients for a block of tokens, in plain array code.
 
 `sweep_block` computes the divergence of a block. `score_log_prob_block` computes the
 log-probabilities of the tokens in a block. Matmuls run in the dtype of the hidden states. All other
-computations are in float32, or in float64 if the states are float64. Inside `jax.shard_map`, a head
-may have only one part of a vocabulary that is split over a mesh axis (`split_vocabulary`).
+computations are in float32, or in float64 if the states are float64. Inside `jax.shard_map`, a mesh
+axis may split the vocabulary; a head then has only one part of the vocabulary (`split_vocabulary`).
 """
 
 import functools
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from copsd_jax.losses import distributions, precision, split_vocabulary, token_blocks, token_values
 
-STRIP = 8  # number of rows per step on a CPU, so that temporary arrays stay in the cache
-FLOOR = -1e30  # logit of padding entries; finite, but low enough that padding has no mass
+STRIP = 8  # rows per step on a CPU; few enough for temporary arrays to stay in the cache
+FLOOR = -1e30  # logit of padding entries; finite, but so low that padding gets no probability
 Result = TypeVar("Result")
 
 
@@ -27,12 +27,14 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
     """Computes the statistics and the gradients of one block of tokens.
 
     Args:
-      sweep: constants of the sweep; the heads are in the states' dtypes.
-      rows: (states of student and teacher [T, D], `TokenInputs`).
+      sweep: constants of the sweep; each head has the same dtype as its hidden states.
+      rows: (hidden, inputs); hidden contains the states of student and teacher, [T, D] each, and
+        inputs is a `TokenInputs`.
 
     Returns:
-      (TokenStats, gradient of the student's states [T, D]), and the gradient of the student's head
-      [V, D]. The gradients are those of Σ weight · value. A gradient that is not requested is None.
+      The pair (TokenStats, gradient of the student's states [T, D]), and the gradient of the
+      student's head [V, D]. The gradients are those of Σ weight · value. A gradient that is not
+      requested is None.
     """
     hidden, inputs = rows
     settings, heads, axis = sweep.settings, sweep.heads, sweep.shard.axis
@@ -51,8 +53,8 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
         stats, dz_TV = _score_in_strips(score, logits_s_TV, logits_t_TV, tokens_T, *others)
     if not sweep.gradient:
         return (stats, None), None
-    # dz is rounded before the product with the weight. Even a small weight loses no precision,
-    # because the relative precision of bfloat16 does not depend on the magnitude.
+    # dz is rounded before it is multiplied by the weight. Even if the weight is small, dz loses no
+    # precision, because the relative precision of bfloat16 does not depend on the magnitude.
     dz_TV = dz_TV.astype(hidden[0].dtype)
     grad_head_VD = None
     if sweep.train_head:
@@ -65,7 +67,7 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
 
 
 def _compute_shard_logits(hidden_TD, head_VD, shard: split_vocabulary.VocabularyShard) -> jax.Array:
-    """Returns the logits of this device's part, [T, V], with FLOOR for padding entries."""
+    """Returns the logits of this device's entries, [T, V]; padding entries get FLOOR."""
     logits_TV = precision.dot(hidden_TD, head_VD, 1, 1)
     count = head_VD.shape[0]
     if shard.axis is None or shard.entries is None:
@@ -127,11 +129,12 @@ def score_log_prob_block(
 def _score_live_log_probs(
     options: ScoreOptions, gradient: bool, hidden_TD, head_VD, tokens_T, live_T, cotangent_T=None
 ) -> tuple[tuple, jax.Array | None]:
-    """Scores all live rows over the whole mesh.
+    """Scores all live rows on all devices of the mesh.
 
-    If `cotangent_T` is None, the function returns (logp_T, entropy_T) and None; if `gradient` is
-    set, the tuple also has ∂logp_t / ∂hidden_t [T, D]. If `cotangent_T` has the cotangents of
-    logp_T, the function returns () and the head's gradient [V, D].
+    If `cotangent_T` is None, the function returns the tuple (logp_T, entropy_T), and None. If
+    `gradient` is also set, the tuple is (logp_T, entropy_T, ∂logp_t / ∂hidden_t [T, D]). If
+    `cotangent_T` contains the cotangents of logp_T, the function returns an empty tuple and the
+    head's gradient [V, D].
     """
     entries = head_VD.shape[0]
 
@@ -173,7 +176,7 @@ def _score_tokens_forward(options: ScoreOptions, *arrays: jax.Array) -> tuple[tu
 
 
 def _score_tokens_backward(options: ScoreOptions, residuals: tuple, cotangents: tuple) -> tuple:
-    """Scales the states' gradient by the cotangents; sweeps again for the head's gradient."""
+    """Scales the states' gradient by the cotangents; a second sweep gives the head's gradient."""
     grad_TD, arguments = residuals
     grad_TD = precision.scale(grad_TD, cotangents[0])
     if arguments is None:
@@ -183,6 +186,6 @@ def _score_tokens_backward(options: ScoreOptions, residuals: tuple, cotangents: 
     return grad_TD, grad_head_VD.astype(arguments[1].dtype), None, None
 
 
-# (options, hidden_TD, head_VD, tokens_T, live_T) -> logp_T and entropy_T of the live rows, [T].
+# Maps (options, hidden_TD, head_VD, tokens_T, live_T) to logp_T and entropy_T of the live rows.
 score_tokens = jax.custom_vjp(_score_tokens_value, nondiff_argnums=(0,))
 score_tokens.defvjp(_score_tokens_forward, _score_tokens_backward)

@@ -1,4 +1,4 @@
-"""Factors of the value of a whole token: the clip of the divergence, and the importance ratio."""
+"""The clip of each token's divergence, and the importance ratio that multiplies the result."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ LOG_RATIO = 20.0  # largest magnitude of ln(importance ratio), as in published c
 def clip_tokens(
     divergence_T: jax.Array, settings: divergences.Divergence
 ) -> tuple[jax.Array, jax.Array]:
-    """Clips the divergence d of whole tokens.
+    """Clips the divergence d of each token, unless clip_mode is none or element.
 
     Returns:
-      The clipped value and ∂value/∂d, in the shape of divergence_T.
+      The clipped value and ∂value/∂d, both in the shape of divergence_T.
     """
     d_T, kappa = divergence_T, settings.clip
     if settings.clip_mode == "token":
@@ -37,7 +37,7 @@ def clipped_mass(
     """Returns `TokenStats.clipped_mass_T`, shape [T].
 
     Args:
-      divergence_T: divergence of each token, before token clips.
+      divergence_T: divergence of each token, before `clip_tokens` clips it.
       clipped_TK: bool, True for clipped entries if clip_mode is element; None in all other modes.
       teacher: the teacher's distribution [T, K]; read only if clip_mode is element.
       settings: settings of the divergence.
@@ -62,11 +62,11 @@ def clip_importance_ratio(
     which corrects for the difference between the log-probabilities of trainer and sampler.
 
     Args:
-      logp_T: s, the student's log-probabilities of the sampled tokens, at the sampling temperature.
+      logp_T: the student's log-probabilities s of the sampled tokens, at the sampling temperature.
       logp_old_T: log-probabilities of the same tokens under the policy that drew the rollouts; None
-        means s.
+        means that logp_T is used instead.
       logp_rollout_T: log-probabilities that the sampler reported; needed if rollout_clip is on.
-      settings: settings of the divergence, which contain both clips.
+      settings: settings of the divergence, including ratio_clip and rollout_clip.
 
     Raises:
       ValueError: rollout_clip is on and logp_rollout_T is None.

@@ -1,4 +1,4 @@
-"""The divergence with [tokens, vocabulary] arrays and automatic differentiation of the value.
+"""Computes the divergence with [tokens, vocabulary] arrays and automatic differentiation.
 
 This implementation is the reference for all others, because it uses no closed form of a gradient.
 """
@@ -35,7 +35,7 @@ def score_tokens(
       settings: settings of the divergence.
       hidden: states of student and teacher, [T, D] each.
       heads: heads of student and teacher, [V, D] each.
-      inputs: arrays [T].
+      inputs: the other inputs of each token, arrays [T].
     """
     tokens_T = inputs.tokens_T
     logits_s_TV, logits_t_TV = map(compute_logits, hidden, heads)
@@ -56,7 +56,7 @@ def score_tokens(
 def compute_values(
     logits_s_TV: jax.Array, logits_t_TV: jax.Array, tokens_T: jax.Array, settings: Divergence
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the value and the clipped mass of each token, [T], for automatic differentiation.
+    """Computes the differentiable value and the clipped mass of each token, [T] each.
 
     Args:
       logits_s_TV: logits of the student, not yet divided by τ.
@@ -91,11 +91,11 @@ def compute_values(
 def _differentiable_entries(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the entries [T, K], in differentiable form, and bool [T, K] of the clipped entries.
+    """Returns differentiable entries [T, K], and a bool array [T, K] that marks clipped entries.
 
-    The values are those of `divergences.compute_entries`. Each entry is the sum of a constant and
-    of a term of value 0, which has the derivative of the entry. The derivative leaves out the
-    shift, whose derivatives sum to 0.
+    The entries have the values that `divergences.compute_entries` returns. Each entry is the sum of
+    two terms: a constant, and a term that has the value 0 and the derivative of the entry. The
+    derivative of the shift is left out, because it sums to 0 over the vocabulary.
     """
     fixed = jax.lax.stop_gradient((student, teacher))
     e, _, clipped = divergences.compute_entries(*fixed, settings)
@@ -106,7 +106,7 @@ def _differentiable_entries(
         moves = kind.plain(student, teacher, settings)
     if clipped is not None:
         moves = jnp.where(clipped, 0, moves)
-    # The divergence has its minimum where both sides are equal. At the minimum the derivative is
-    # exactly 0, but computing the derivative would give rounding errors.
+    # The divergence has its minimum where student and teacher are equal. The derivative at this
+    # minimum is exactly 0, but a computed derivative would contain rounding errors.
     equal_T1 = jnp.all(student.p == teacher.p, axis=-1, keepdims=True)
     return e + jnp.where(equal_T1, 0, moves - jax.lax.stop_gradient(moves)), clipped

@@ -1,4 +1,4 @@
-"""Next-token distributions over the whole vocabulary, from logits."""
+"""Next-token distributions over the whole vocabulary, computed from logits."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 class Distribution(NamedTuple):
     """Probabilities and their logarithms, in two arrays of the same shape.
 
-    Both arrays are kept, because the logarithm stays exact even where the probability underflows.
-    Computing the exponential again would be expensive.
+    The logarithm is kept, because it stays exact even where the probability underflows. The
+    probability is also kept, because computing the exponential again would be expensive.
     """
 
     p: jax.Array
@@ -20,7 +20,7 @@ class Distribution(NamedTuple):
 def softmax(logits: jax.Array) -> Distribution:
     """Returns the softmax over the last axis, in the shape of the logits.
 
-    Student and teacher use the same expression, so equal logits give distributions with equal bits.
+    Student and teacher use the same expression, so equal logits give bit-identical distributions.
     """
     # The maximum is subtracted first, because the log-sum-exp (maximum + ln Σ) of large logits
     # would lose the digits of ln Σ.
@@ -36,7 +36,7 @@ def pick(x_TV: jax.Array, tokens_T: jax.Array) -> jax.Array:
 
 
 def entropy(distribution: Distribution) -> jax.Array:
-    """Returns the entropy -Σ p ln p in nats; the shape is the input's without the last axis."""
+    """Returns the entropy -Σ p ln p in nats, in the shape of the input without its last axis."""
     return -jnp.sum(distribution.p * distribution.log, axis=-1)
 
 

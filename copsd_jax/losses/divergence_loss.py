@@ -1,4 +1,4 @@
-"""The divergence between student and teacher, and log-probabilities of tokens, from hidden states.
+"""Computes the divergence of student and teacher, and log-probabilities, from hidden states.
 
 Three implementations compute the same numbers. `resolve_implementation` chooses one.
 
@@ -9,16 +9,16 @@ Three implementations compute the same numbers. `resolve_implementation` chooses
 - `pallas` processes blocks of tokens with kernels for TPU and GPU. `pallas` supports only
   divergences over the whole vocabulary (`losses/pallas/`).
 
-`chunked` and `pallas` compute the gradient in the same sweep as the value, by the closed forms in
+`chunked` and `pallas` compute the gradient in the same sweep as the value, with the closed forms in
 `losses/divergences.py`. Each block needs three matmuls: the student's logits, the teacher's logits
-and the gradient of the hidden states. If the head is trained, its gradient needs a fourth matmul.
-Temporary memory is limited to one block, whatever the number of tokens. The sweep skips rows that
-are not live (`losses/token_blocks.py`).
+and the gradient of the hidden states. If the head is trained, the head's gradient needs a fourth
+matmul. Temporary arrays hold only one block at a time, whatever the number of tokens. The sweep
+skips rows that are not live (`losses/token_blocks.py`).
 
-On a mesh (`jax.set_mesh`), the axes data and fsdp split the tokens, and the axis tensor splits the
-vocabulary. `losses/split_vocabulary.py` lists the numbers that devices exchange. Matmuls run in the
-dtype of the hidden states. All other computations are in float32, or in float64 if the states are
-float64.
+On a mesh (`jax.set_mesh`), the axes `data` and `fsdp` split the tokens, and the axis `tensor`
+splits the vocabulary. `losses/split_vocabulary.py` lists the numbers that devices exchange. Matmuls
+run in the dtype of the hidden states. All other computations are in float32, or in float64 if the
+states are float64.
 """
 
 import dataclasses
@@ -62,22 +62,22 @@ class SweepOptions:
 def resolve_implementation(
     implementation: str, settings: Divergence | None, platform: str, one_width: bool = True
 ) -> str:
-    """Resolves the setting `loss.implementation` to a name of IMPLEMENTATIONS.
+    """Resolves the setting `loss.implementation` to one of the names in IMPLEMENTATIONS.
 
-    On a CPU, auto means chunked. On GPU and TPU, auto means the kernels if these support the
+    On a CPU, auto means chunked. On GPU and TPU, auto means pallas if the kernels support the
     divergence and its settings; otherwise auto means chunked. The kernels do not support top-k.
 
     Args:
-      implementation: a name of CHOICES.
+      implementation: one of the names in CHOICES.
       settings: settings of the divergence. Pass None to compute only log-probabilities, for which
         there is no kernel.
       platform: platform of the mesh that the loss runs on (`sharding.platform`): cpu, gpu or tpu.
-      one_width: whether the states of student and teacher have the same width. A mix of policies
-        with different heads concatenates the policies' states (`train_step`), which makes the
-        states wider.
+      one_width: whether the states of student and teacher have the same width. If policies with
+        different heads are mixed (`train_step`), the policies' states are concatenated, so the
+        mixed states are wider.
 
     Raises:
-      ValueError: the name is unknown, or pallas cannot run; the message names the setting.
+      ValueError: the name is unknown, or pallas cannot run; the message states the reason.
     """
     if implementation not in CHOICES:
         raise _unknown(implementation, CHOICES)
@@ -118,11 +118,12 @@ def divergence(
 ) -> tuple[jax.Array, TokenStats]:
     """Computes the loss Σ_t weight_t · value_t and the statistics of each token.
 
-    The loss is differentiable in hidden_s_TD, and in head_s_VD if `train_head` is set. All other
-    arguments, and the statistics, have no gradient. Rows of weight 0 contribute exactly nothing to
-    the loss. Rows that are not live may contain anything. Rows that are not live cost no time,
-    except in `dense` and as padding of the last block. If both sides have equal hidden states and
-    equal heads, fkl, rkl and jsd give a loss and a gradient of exactly zero.
+    The loss is differentiable in hidden_s_TD, and in head_s_VD if `train_head` is set. The
+    statistics have no gradient, and neither do the arguments other than hidden_s_TD and head_s_VD.
+    Rows of weight 0 contribute exactly nothing to the loss. Rows that are not live may contain
+    anything. Rows that are not live take no time, unless the implementation is `dense` or the rows
+    pad the last block. If both sides have equal hidden states and equal heads, fkl, rkl and jsd
+    give a loss and a gradient of exactly zero.
 
     For one token with p = (1/2, 1/2), q = (3/4, 1/4) and weight 1, fkl gives
     3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308 nats.
@@ -138,7 +139,7 @@ def divergence(
       weight_T: float32 weights, which include the normaliser (`loss_norms.compute_token_weights`);
         0 for rows that do not count.
       settings: settings of the divergence.
-      implementation: a name of IMPLEMENTATIONS, such as `resolve_implementation` returns.
+      implementation: one of the names in IMPLEMENTATIONS, such as `resolve_implementation` returns.
       chunk: maximum number of tokens in a block of `chunked`, on each device.
       train_head: whether head_s_VD has a gradient.
       logp_old_T: see `clips.clip_importance_ratio`; read only if ratio_clip or rollout_clip is on.
@@ -148,8 +149,8 @@ def divergence(
       kernel: options of pallas_tpu and pallas_gpu.
 
     Returns:
-      The loss, a float32 scalar, and the TokenStats of the T rows, which are 0 for rows that are
-      not live.
+      The loss (a float32 scalar), and the TokenStats of the T rows. The statistics are 0 for rows
+      that are not live.
 
     Raises:
       ValueError: the implementation is unknown or does not support a setting, the shapes disagree,
@@ -178,7 +179,7 @@ def divergence(
 
 
 def _widen(inputs: TokenInputs, hidden_TD: jax.Array) -> TokenInputs:
-    """Casts all arrays except the tokens to the dtype in which the states are summed."""
+    """Casts all inputs except the tokens to `precision.sum_dtype` of the states."""
     tokens_T, *others = inputs
     dtype = precision.sum_dtype(hidden_TD)
     return TokenInputs(tokens_T, *jax.tree.map(lambda x: jnp.asarray(x, dtype), others))
@@ -198,23 +199,23 @@ def _check_loss_arguments(
     shapes = [x.shape for x in per_token if x is not None]
     if len({*(x.shape[:1] for x in hidden), *shapes}) != 1:
         raise ValueError(
-            f"hidden states {[x.shape for x in hidden]} and the arrays per token {shapes} must "
-            "agree in their first axis"
+            f"hidden states {[x.shape for x in hidden]} and arrays per token {shapes} must "
+            "have the same size on the first axis"
         )
 
 
 def _check_loss_heads(head_s_VD, head_t_VD, settings: Divergence, options: SweepOptions) -> None:
     sizes = head_s_VD.shape[0], head_t_VD.shape[0]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"the heads have {sizes[0]} and {sizes[1]} rows: they must be equal")
+        raise ValueError(f"the heads have {sizes[0]} and {sizes[1]} rows: the counts must be equal")
     if settings.top_k > sizes[0]:
         raise ValueError(
-            f"top_k is {settings.top_k}: the vocabulary has {sizes[0]} entries (0 means all)"
+            f"top_k is {settings.top_k}: the vocabulary has only {sizes[0]} entries (0 means all)"
         )
     if settings.top_k and options.implementation in dispatch.KERNELS:
         raise ValueError(
-            f"top_k is {settings.top_k}: implementation {options.implementation} supports whole "
-            "vocabularies only; use chunked"
+            f"top_k is {settings.top_k}: implementation {options.implementation} supports only "
+            "the whole vocabulary; use chunked"
         )
 
 
@@ -224,11 +225,11 @@ def _check_loss_heads(head_s_VD, head_t_VD, settings: Divergence, options: Sweep
 def _sweep(
     settings: Divergence, options: SweepOptions, gradient: bool, rows: tuple, heads: tuple
 ) -> tuple[tuple[jax.Array, TokenStats], list]:
-    """Returns Σ weight · value and statistics over the whole mesh, and the gradients of the sum.
+    """Returns the loss Σ weight · value, the statistics of all rows, and the gradients of the loss.
 
-    `rows` is (states of student and teacher, `TokenInputs`, bool array of live rows). The gradients
-    are those of the student's states and of the student's head. A gradient that is not requested is
-    None.
+    `rows` is (states of student and teacher, `TokenInputs`, live_T). One gradient is with respect
+    to the student's states, and the other is with respect to the student's head. A gradient that is
+    not requested is None.
     """
     entries, inputs = heads[0].shape[0], rows[1]
     heads = tuple(jnp.asarray(head, x.dtype) for x, head in zip(rows[0], heads, strict=False))
@@ -255,14 +256,14 @@ def _sweep(
 def _sweep_value(
     settings: Divergence, options: SweepOptions, rows: tuple, heads: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, TokenStats]:
-    """Computes the value alone, with two matmuls per block."""
+    """Computes the loss and the statistics without gradients, with two matmuls per block."""
     return _sweep(settings, options, False, rows, heads)[0]
 
 
 def _sweep_forward(
     settings: Divergence, options: SweepOptions, rows: tuple, heads: tuple[jax.Array, ...]
 ) -> tuple[tuple[jax.Array, TokenStats], tuple]:
-    """Computes value and gradient in one sweep: 3 matmuls per block, or 4 to train the head."""
+    """Computes loss and gradients in one sweep: 3 matmuls per block, or 4 with a trained head."""
     out, grads = _sweep(settings, options, True, rows, heads)
     if grads[1] is not None:
         grads[1] = grads[1].astype(heads[0].dtype)
@@ -270,7 +271,7 @@ def _sweep_forward(
 
 
 def _sweep_backward(_: Divergence, __: SweepOptions, residuals: tuple, cotangents: tuple) -> tuple:
-    """Scales the gradients of the forward sweep; None stands for a zero cotangent."""
+    """Scales the gradients of the forward sweep; returns None for inputs without a gradient."""
     grads, others = residuals
     grad_hidden_TD, grad_head_VD = jax.tree.map(
         lambda grad: precision.scale(grad, cotangents[0].astype(precision.sum_dtype(grad))), grads
@@ -301,14 +302,14 @@ def log_probs(
     The log-probability is differentiable in hidden_TD, and in head_VD if `train_head` is set. The
     entropy has no gradient.
 
-    For the values alone, `chunked` needs one matmul per block; for the values and the gradient of
-    the states, `chunked` needs two matmuls. The forward sweep computes the gradient of each token's
-    log-probability with respect to the token's own hidden state. The backward pass scales this
-    gradient. If the head is trained, `chunked` needs four matmuls, because the logits are computed
-    again.
+    For the values alone, `chunked` needs one matmul per block. For the values and the gradient of
+    the states, `chunked` needs two matmuls per block. The forward sweep computes the gradient of
+    each token's log-probability with respect to the token's own hidden state. The backward pass
+    scales the gradient that the forward sweep has computed. If the head is trained, `chunked` needs
+    four matmuls, because the logits are computed again.
 
-    For example, logits (0, ln 3) at temperature 1 give ln 1/4 = -1.386 for token 0, and an entropy
-    of 0.562.
+    For example, logits (0, ln 3) at temperature 1 give token 0 the log-probability ln 1/4 = -1.386;
+    the entropy is 0.562.
 
     Args:
       hidden_TD: states that predict tokens_T; see `divergence`.
@@ -318,11 +319,11 @@ def log_probs(
       implementation: dense or chunked.
       chunk: maximum number of tokens in a block of `chunked`, on each device.
       train_head: whether head_VD has a gradient.
-      live_T: bool. Rows that are not live may contain anything; their results are 0, without a
-        gradient. None means that all rows are live.
+      live_T: bool. Rows that are not live may contain anything; the results of these rows are 0 and
+        have no gradient. None means that all rows are live.
 
     Returns:
-      logp_T and entropy_T, float32 [T] (float64 for float64 states).
+      logp_T and entropy_T, [T] each, in float32 (or in float64 if the states are float64).
 
     Raises:
       ValueError: the implementation is unknown, the shapes disagree, or the temperature is not

@@ -5,22 +5,24 @@ function to `DIVERGENCES`. The settings, `dense` and `chunked` then support the 
 Pallas kernels support only the divergences that they are tested with; for all others, `auto` means
 `chunked`.
 
-Shapes: T tokens, V vocabulary size, K entries that the loss sees (V, or the top k and their tail).
+Shapes: T tokens, V vocabulary entries, K entries that the loss uses (all V, or the kept entries and
+possibly a tail).
 
-Notation: p is the student's distribution and q is the teacher's. Both distributions are computed
-from logits that are divided by the loss temperature τ. The mixture is M = (1 - β) p + β q. Every
-divergence is a sum of entries e_v over the vocabulary. With b_v = ∂e_v / ∂ln p_v = p_v ∂e_v / ∂p_v,
-the gradient of the student's logits is
+Notation: p is the student's distribution, and q is the teacher's distribution. Both distributions
+are computed from logits that are divided by the loss temperature τ. The mixture is
+M = (1 - β) p + β q. Every divergence is a sum of entries e_v over the vocabulary. If b_v denotes
+∂e_v / ∂ln p_v = p_v ∂e_v / ∂p_v, the gradient of the student's logits is
 
     dz = (b - p Σb) / τ.
 
-Adding a multiple of p to b leaves dz unchanged, because Σp = 1. Adding the same multiple of p - q
-to e leaves Σe unchanged. The functions shift b and e by such multiples, so that b_v = 0 and e_v = 0
-wherever p_v = q_v. Equal distributions then give exactly zero, even in float32, where Σp is only
-approximately 1. No function divides by p or q.
+Adding a multiple of p to b leaves dz unchanged, because Σp = 1. Adding a multiple of p - q to e
+leaves Σe unchanged, because Σp = Σq. The functions shift b by a multiple of p, and e by the same
+multiple of p - q, so that b_v = 0 and e_v = 0 wherever p_v = q_v. Equal distributions therefore
+give exactly zero, even in float32, where Σp is only approximately 1. No function divides by p or q.
 
-The functions contain no matmul and work on blocks of any shape, so that a kernel can call them on
-tiles of the vocabulary. `tests/oracle.py` computes the same divergences with plain formulas.
+The functions contain no matmul and work on blocks of any shape, so that a kernel can call these
+functions on tiles of the vocabulary. `tests/oracle.py` computes the same divergences with plain
+formulas.
 """
 
 import dataclasses
@@ -45,25 +47,26 @@ class Divergence:
     Attributes:
       divergence: a key of `DIVERGENCES`, or sampled.
       beta: weight of the teacher in jsd's mixture M, strictly between 0 and 1.
-      normalize_beta: whether jsd is divided by β (1 - β), before the clip. If β tends to 0 or 1,
-        the divided jsd tends to fkl or rkl.
+      normalize_beta: whether jsd is divided by β (1 - β) before the clip. As β tends to 0, the
+        divided jsd tends to fkl; as β tends to 1, the divided jsd tends to rkl.
       temperature: τ > 0, by which the logits of both sides are divided; the loss is not multiplied
         by τ².
-      top_k: number of most probable entries that the loss sees; 0 means all.
-      top_k_of: the side whose k most probable entries are used; union uses those of both sides (k
-        to 2k entries).
-      tail: False renormalises both sides over the kept entries. True (only with top_k > 0) keeps
-        the probabilities unchanged, and adds one tail entry for all other ids. The tail's
-        probability is at least 1e-7; at this floor the tail has no gradient. Therefore top_k = V
-        gives the divergence over the whole vocabulary, except for an error of at most 1e-7.
-      clip_mode: none, or one of the following formulas, where d = Σ e_v. element: min(e_v, κ) for
+      top_k: number of most probable entries that the loss uses; 0 means all entries.
+      top_k_of: teacher or student keeps the k most probable entries of that side; union keeps the k
+        most probable entries of each side, which are k to 2k entries in total.
+      tail: False renormalises both sides over the kept entries. True, which needs top_k above 0,
+        leaves the probabilities unchanged, and adds one tail entry that stands for all other ids.
+        The tail's probability is at least 1e-7; a tail at this floor has no gradient. With
+        top_k = V, the result is therefore the divergence over the whole vocabulary, with an error
+        of at most 1e-7.
+      clip_mode: the formula of the clip, where d = Σ e_v. none: no clip. element: min(e_v, κ) for
         every entry. token: min(d, κ). token_weight: d stop_gradient(min(1, κ/d)). huber: d²/(2κ) if
         d ≤ κ, else d - κ/2.
       clip: the bound κ > 0 that clip_mode uses.
       sampling_temperature: temperature above 0, used for `TokenStats.logp_sampling_T` and for the
         importance ratio.
-      ratio_clip, rollout_clip: upper bounds of the two factors of `clips.clip_importance_ratio`; 0
-        switches the factor off.
+      ratio_clip, rollout_clip: upper bounds of the two factors in `clips.clip_importance_ratio`; if
+        a bound is 0, its factor is left out.
 
     Raises:
       ValueError: a value is out of range, or two settings exclude each other.
@@ -95,7 +98,7 @@ class Divergence:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         for name in ("top_k", "ratio_clip", "rollout_clip"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 (off)")
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
         if self.divergence == "sampled" and (self.top_k or self.clip_mode != "none"):
             raise ValueError(f"the sampled divergence needs top_k 0 and clip_mode none: {self}")
         if self.top_k_of not in TOP_K_OF:
@@ -105,7 +108,7 @@ class Divergence:
 
 
 class Entry(NamedTuple):
-    """Terms of the sum over the vocabulary, before clipping, and their derivatives.
+    """Terms that are summed over the vocabulary, before clipping, and derivatives of the terms.
 
     Attributes:
       e: the entries e_v before the shift.
@@ -132,16 +135,16 @@ def _reverse_kl(student: Distribution, teacher: Distribution, _: Divergence) -> 
 def _jensen_shannon(student: Distribution, teacher: Distribution, settings: Divergence) -> Entry:
     """Returns e = β q ln(q/M) + (1 - β) p ln(p/M).
 
-    ln M is computed relative to the larger of ln p and ln q. Therefore nothing overflows, and where
-    p = q, ln M is exactly ln p.
+    ln M is computed relative to the larger of ln p and ln q, so nothing overflows. Where p = q,
+    ln M is exactly equal to ln p.
     """
     beta = settings.beta
     scale = 1 / (beta * (1 - beta)) if settings.normalize_beta else 1.0
     delta = teacher.log - student.log
-    # The weight in M of the side with the smaller probability.
+    # The weight that the mixture M gives to the side with the smaller probability.
     smaller = jnp.where(delta > 0, 1 - beta, beta)
     larger = jnp.maximum(jnp.maximum(student.p, teacher.p), jnp.finfo(delta.dtype).tiny)
-    # ln M - max(ln p, ln q) = ln(1 - w (1 - min/max))
+    # With w = `smaller`: ln M - max(ln p, ln q) = ln(1 - w (1 - min(p, q) / max(p, q)))
     log_mix = jnp.log1p(-smaller * (jnp.abs(teacher.p - student.p) / larger))
     p_part = student.p * (jnp.minimum(-delta, 0) - log_mix) * ((1 - beta) * scale)
     q_part = teacher.p * (jnp.minimum(delta, 0) - log_mix) * (beta * scale)
@@ -155,7 +158,7 @@ def _forward_kl_plain(student: Distribution, teacher: Distribution, _: Divergenc
 def _reverse_kl_plain(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> jax.Array:
-    """Drops the derivative of ln p, whose sum is ∂(Σp) = 0, unless entries are clipped."""
+    """Drops the derivative of ln p unless entries are clipped: the derivative sums to ∂(Σp) = 0."""
     gap = student.log - teacher.log
     return student.p * (gap if settings.clip_mode == "element" else jax.lax.stop_gradient(gap))
 
@@ -181,12 +184,12 @@ class Kind(NamedTuple):
     """One divergence in the table `DIVERGENCES`.
 
     Attributes:
-      entry: function that returns the terms of the sum over the vocabulary, with their derivatives
-        in closed form.
-      plain: formula that has the same derivative with respect to the student, and that the
-        implementation dense differentiates automatically. The value of the formula is not used. The
-        formula may drop terms whose derivatives sum to 0 over the vocabulary, because such terms
-        would only add rounding errors. None means that the value of `entry` is differentiated.
+      entry: function that returns the `Entry` of this divergence, in closed form.
+      plain: formula that the implementation `dense` differentiates automatically. The derivative of
+        the formula with respect to the student equals the closed form in `entry`. The value of the
+        formula is not used. The formula may drop terms whose derivatives sum to 0 over the
+        vocabulary, because such terms would only add rounding errors. None means that the value of
+        `entry` is differentiated instead.
       settings: names of the settings that only this divergence reads, such as loss.beta.
     """
 
@@ -195,9 +198,10 @@ class Kind(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
-# All divergences that are sums over entries. One divergence is not in this table: `sampled` is -A
-# ln p(y), where y is the sampled token and A = stop_gradient(ln q(y) - ln p(y)). Functions over
-# whole tokens handle `sampled` as a special case.
+# This table contains all divergences that are sums over entries. The divergence `sampled` is not in
+# this table: its value is -A ln p(y), where y is the sampled token and A = stop_gradient(ln
+# q(y) - ln p(y)). Functions that compute the values of whole tokens treat `sampled` as a special
+# case.
 DIVERGENCES: dict[str, Kind] = {
     "fkl": Kind(_forward_kl, _forward_kl_plain),  # KL(q ‖ p) = Σ q ln(q/p)
     "rkl": Kind(_reverse_kl, _reverse_kl_plain),  # KL(p ‖ q) = Σ p ln(p/q)
@@ -216,9 +220,9 @@ def compute_entries(
     divergence. The sum of b over the vocabulary is the Σb in the formula for dz.
 
     Returns:
-      e: the shifted entries, clipped if clip_mode is element; in the shape of the student.
-      b: the shifted derivatives, with ∂e_v/∂ln p_v = 0 for clipped entries; in the same shape.
-      clipped: bool in the same shape, True for clipped entries; None without clip_mode element.
+      e: the shifted entries, in the shape of the student; clipped if clip_mode is element.
+      b: the shifted derivatives, in the same shape; ∂e_v/∂ln p_v is 0 for clipped entries.
+      clipped: bool, True for clipped entries, in the same shape; None unless clip_mode is element.
     """
     entry = DIVERGENCES[settings.divergence].entry(student, teacher, settings)
     e, b, clipped = entry.e, entry.b, None

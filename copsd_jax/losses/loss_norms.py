@@ -1,4 +1,4 @@
-"""The weights of tokens in the loss of an optimizer step (`loss.norm`)."""
+"""The weight of each token in the loss of an optimizer step, as set by `loss.norm`."""
 
 from collections.abc import Callable
 
@@ -12,28 +12,32 @@ def compute_token_weights(
     """Returns the weight of every token of an optimizer step, float32 [B, C].
 
     Call this function once on the mask of the whole step, and slice the result into micro-batches.
-    The loss of the step is then the sum of the losses Σ weight · value of all micro-batches. For
-    each norm, the loss of the step is:
+    The loss of the step is then the sum of Σ weight · value over all micro-batches. Each norm gives
+    a different loss of the step:
 
-      micro_token_mean: the mean of the token means of all micro-batches. Every micro-batch has the
-        same weight, and an empty micro-batch counts as 0 (OPSD, COPSD).
-      global_token_mean: the token mean of the step, which does not depend on micro-batches (DAPO).
-      seq_mean: the mean of the token means of all completions. Completions without a token are not
-        counted, so padding rows change nothing.
-      seq_mean_all: the mean of the token means of all B completions. Completions without a token
-        count as 0, so the mask must not have padding rows. (seq_mean_all is GRPO's 1/B Σ_i 1/|o_i|,
-        and SDPO's norm with micro-batches of one.)
-      constant: the sum over all tokens, divided by B · length (Dr. GRPO).
+      micro_token_mean: the mean over the tokens of each micro-batch, averaged over micro-batches.
+        Every micro-batch has the same weight, and an empty micro-batch counts as 0 (OPSD, COPSD).
+      global_token_mean: the mean over all tokens of the step; micro-batches make no difference
+        (DAPO).
+      seq_mean: the mean over the tokens of each completion, averaged over completions. Completions
+        without a token are not counted, so padding rows change nothing.
+      seq_mean_all: the mean over the tokens of each completion, averaged over all B completions.
+        Completions without a token count as 0, so the mask must not have padding rows. GRPO writes
+        the weights of seq_mean_all as 1/B Σ_i 1/|o_i|. SDPO's norm equals seq_mean_all if every
+        micro-batch has one completion.
+      constant: the sum over all tokens, divided by B · length (arXiv 2503.20783).
 
-    Every count is clamped to at least 1, so an empty mask gives zeros, not NaN. For example, if two
-    completions have 1 and 3 tokens, seq_mean gives the weights 1/2 | 1/6, 1/6, 1/6, and
+    Every count is clamped to at least 1, so an empty mask gives zeros, not NaN. For example, let
+    one completion have 1 token, and another completion have 3 tokens. Then seq_mean gives the
+    weight 1/2 to the single token, and the weight 1/6 to each of the 3 tokens. In this example,
     global_token_mean gives every token the weight 1/4.
 
     Args:
       mask_BC: 1 or True for completion tokens that count. Each micro-batch must be a block of
         consecutive rows.
       norm: a key of `NORMS`.
-      micro_batch: number of completions per micro-batch, on all devices together; 0 means B.
+      micro_batch: number of completions per micro-batch, on all devices together; 0 means all B
+        completions.
       length: maximum number of tokens in a completion; only `constant` reads this argument.
 
     Raises:

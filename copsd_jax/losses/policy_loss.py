@@ -1,4 +1,4 @@
-"""Policy-gradient losses over per-token arrays: a few pure functions for GRPO and related methods.
+"""Pure functions for the policy-gradient losses of GRPO and related methods.
 
 There are B completions of up to C tokens; the completions of one prompt form a group G. With the
 rewards r and ρ = exp(ln π - ln π_old), the advantages A and the loss L are
@@ -13,8 +13,8 @@ rewards r and ρ = exp(ln π - ln π_old), the advantages A and the loss L are
 | DAPO      | arXiv 2503.14476 | std   | .2, .28        | off  | global_token_mean |
 | SDPO      | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
 
-The table's row for SDPO describes the GRPO baseline of the SDPO paper. The baseline itself averages
-over the tokens of each micro-batch (micro_token_mean).
+In the table, the row SDPO describes the GRPO baseline of the SDPO paper. The original baseline of
+that paper averages over the tokens of each micro-batch (micro_token_mean).
 """
 
 import jax
@@ -32,15 +32,17 @@ def compute_advantages(
 
     The standard deviation has the divisor n - 1, as in TRL. If all rewards of a group are equal,
     the advantages are exactly 0. The advantage is also 0 if a group has only one completion. For a
-    group of one completion, published code divides by NaN or uses the reward itself.
+    group of one completion, published code divides by NaN or uses the reward itself as the
+    advantage.
 
-    For example, with scale none, the rewards 1, 0, 0, 1 of one group give 0.5, -0.5, -0.5, 0.5.
+    For example, with scale none, the rewards 1, 0, 0, 1 of one group give the advantages 0.5, -0.5,
+    -0.5, 0.5.
 
     Args:
       rewards_B: finite rewards.
       groups_B: int group ids, in any order; completions of the same prompt have the same id.
-      scale: std divides by the group's standard deviation (GRPO); none does not divide (Dr. GRPO,
-        and the baseline of SDPO).
+      scale: `std` divides by the group's standard deviation, and `none` does not divide; the table
+        in the module docstring gives the scale of each method.
       eps: number that is added to the standard deviation.
 
     Returns:
@@ -60,7 +62,7 @@ def compute_advantages(
 
 
 def find_informative(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
-    """Returns bool [B]: whether the rewards in a completion's group differ.
+    """Returns bool [B]: for each completion, whether the rewards in its group differ.
 
     If all rewards in a group are equal, all advantages in the group are 0.
 
@@ -85,7 +87,7 @@ def _split_policy_groups(
     if rewards_B.ndim != 1 or rewards_B.shape != groups_B.shape:
         raise ValueError(f"rewards {rewards_B.shape} and groups {groups_B.shape} must both be [B]")
     if not np.isfinite(rewards_B).all():
-        raise ValueError(f"rewards must be finite: row {int(np.argmin(np.isfinite(rewards_B)))}")
+        raise ValueError(f"rewards_B[{int(np.argmin(np.isfinite(rewards_B)))}] is not finite")
     rows = [np.flatnonzero(groups_B == group) for group in np.unique(groups_B)]
     return [(rewards_B[at], at) for at in rows]
 
@@ -101,7 +103,7 @@ def compute_surrogate(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A), at most -dual_clip · A if A < 0.
 
-    For example, ρ = 1.5, A = 1 and clip_high = .2 give the value -1.2 and the gradient 0.
+    For example, ρ = 1.5, A = 1 and clip_high = .2 give the loss -1.2 and the gradient 0.
 
     The loss is differentiable in logp_BC; a clipped token has no gradient. Sources: PPO (arXiv
     1707.06347); GRPO, equation 3; DAPO for unequal bounds; dual-clip PPO (arXiv 1912.09729),
@@ -110,15 +112,15 @@ def compute_surrogate(
     Args:
       logp_BC: log-probabilities of the sampled tokens under the policy that is trained.
       logp_old_BC: log-probabilities of the same tokens under the policy that sampled them. If each
-        rollout is used for only one update, pass stop_gradient(logp_BC), which makes ρ = 1 and the
-        gradient -A ∂ln π.
+        rollout is used for only one update, pass stop_gradient(logp_BC); then ρ is 1, and the
+        gradient is -A ∂ln π.
       advantage_BC: advantage of each token, in the shape of logp_BC.
-      clip_low: number from 0 to below 1; 0 switches the lower bound off.
-      clip_high: number of at least 0; 0 switches the upper bound off.
-      dual_clip: number above 1, or 0, which switches the dual clip off.
+      clip_low: number that is at least 0 and below 1; 0 switches the lower bound off.
+      clip_high: number that is at least 0; 0 switches the upper bound off.
+      dual_clip: number above 1, or 0; 0 switches the dual clip off.
 
     Returns:
-      The loss [B, C], and bool [B, C] that is True where a bound replaces the ratio.
+      The loss [B, C], and a bool array [B, C] that is True where a bound replaces the ratio.
 
     Raises:
       ValueError: a bound is out of range.
@@ -144,7 +146,7 @@ def compute_surrogate(
 
 
 def estimate_kl(logp_BC: jax.Array, logp_ref_BC: jax.Array) -> jax.Array:
-    """Estimates KL(policy ‖ reference) at each sampled token, [B, C], by GRPO's equation 4 (k3).
+    """Estimates KL(policy ‖ reference) at each sampled token, [B, C], with GRPO's equation 4 (k3).
 
     The estimate is e^x - x - 1, where x = ln π_ref - ln π of the token. The estimate is never
     negative. If the tokens were drawn from the policy, the estimate is unbiased. The estimate is

@@ -20,12 +20,12 @@ Divergence = divergences.Divergence
 
 
 class VocabularyShard(NamedTuple):
-    """A device's part of the vocabulary; all parts have the same size, in the order of a mesh axis.
+    """A device's part of the vocabulary; parts have equal sizes, and are ordered by mesh axis.
 
     Attributes:
       axis: the mesh axis that splits the vocabulary; None if every device has the whole vocabulary.
-      entries: number of real entries in the whole vocabulary; the rows of a head after these
-        entries are padding. None, which is used only with kernels, means that no row is padding.
+      entries: number of real entries in the whole vocabulary; all later rows of a head are padding.
+        None, which is used only with kernels, means that no row is padding.
     """
 
     axis: str | None
@@ -38,8 +38,8 @@ class Sweep(NamedTuple):
     Attributes:
       settings: settings of the divergence.
       heads: this device's rows of the student's head and of the teacher's head, [V, D] each. If
-        both sides share a head, the tuple has one array. Padding rows get no probability and no
-        gradient.
+        both sides share a head, the tuple contains only one array. Padding rows get no probability
+        and no gradient.
       shard: this device's part of the vocabulary.
       gradient: whether to compute the gradient of the student's states.
       train_head: whether to compute the gradient of the student's head.
@@ -53,7 +53,10 @@ class Sweep(NamedTuple):
 
 
 def first_entry(axis: str, count: int) -> jax.Array:
-    """Returns the id of the first of this device's `count` entries, an int32 scalar."""
+    """Returns the id of this device's first entry, an int32 scalar.
+
+    Every device has `count` entries.
+    """
     return jax.lax.axis_index(axis).astype(jnp.int32) * count
 
 
@@ -75,8 +78,8 @@ def score_shard_block(
       axis: the mesh axis that splits the vocabulary.
 
     Returns:
-      The statistics, which are equal on all devices, and this device's part of the gradient, [T,
-      V].
+      The statistics, which are equal on all devices, and this device's part [T, V] of the logits'
+      gradient.
     """
     tokens_T, _, logp_old_T, logp_rollout_T = inputs
     factor, sampling = 1 / settings.temperature, 1 / settings.sampling_temperature
@@ -109,9 +112,10 @@ def score_shard_block(
 def _compute_shard_divergence(
     student: Distribution, teacher: Distribution, log_probs, tokens_T, settings: Divergence, axis
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the value [T], the gradient of this part's logits / τ [T, V], and clipped mass [T].
+    """Returns the value [T], this part's gradient [T, V], and the clipped mass [T].
 
-    `log_probs` are the sampled tokens' log-probabilities under student and teacher, [T] each.
+    The gradient is with respect to logits / τ. `log_probs` contains the sampled tokens'
+    log-probabilities under student and teacher, [T] each.
     """
     if settings.divergence == "sampled":
         logp_T, logq_T = log_probs
@@ -131,7 +135,7 @@ def _compute_shard_divergence(
 def score(
     logits_TV: jax.Array, tokens_T: jax.Array, temperature: float, axis: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores tokens like `distributions.score`: log-probability [T], entropy [T], gradient."""
+    """Scores tokens like `distributions.score`; the gradient [T, V] is this device's part."""
     factor = 1 / temperature
     x_TV = (logits_TV - _row_maxima([logits_TV], axis)[0]) * factor
     weights_TV = jnp.exp(x_TV)
@@ -145,7 +149,7 @@ def score(
 
 
 def _row_maxima(logits: list[jax.Array], axis: str) -> list[jax.Array]:
-    """Returns row maxima over the whole vocabulary, [T, 1] each; all use one exchange."""
+    """Returns row maxima over the whole vocabulary, [T, 1] each, with a single exchange."""
     tops = jax.lax.pmax(jnp.stack([jnp.max(x_TV, axis=1) for x_TV in logits]), axis)
     return [top_T[:, None] for top_T in tops]
 
@@ -155,7 +159,7 @@ def _sum_row(x_TV: jax.Array) -> jax.Array:
 
 
 def _sum_parts(sums: list[jax.Array], axis: str) -> list[jax.Array]:
-    """Returns sums [T] over all parts of the vocabulary; all use one exchange."""
+    """Returns sums [T] over all parts of the vocabulary, with a single exchange."""
     return list(jax.lax.psum(jnp.stack(sums), axis))
 
 
@@ -174,7 +178,7 @@ def _distribution(x_TV: jax.Array, weights_TV: jax.Array, total_T: jax.Array) ->
 
 
 def _subtract_one_hot(student: Distribution, tokens_T: jax.Array, axis: str) -> jax.Array:
-    """Returns p - 1[y] for the entries of this part, shape [T, V]."""
+    """Returns p - 1[y] for the entries of this part, shape [T, V], where y is the token."""
     count = student.p.shape[1]
     local_T1 = (tokens_T - first_entry(axis, count))[:, None]
     one_hot = jnp.arange(count, dtype=jnp.int32)[None] == local_T1

@@ -1,19 +1,22 @@
-"""Division of token rows among the devices of a mesh, and into blocks on each device.
+"""Divides token rows among the devices of a mesh, and divides the rows of a device into blocks.
 
 `spread` gives each device its rows and its part of the vocabulary. `walk` packs the live rows of a
-device together, and runs only the blocks that contain live rows. For example, 5 of 9 rows are live
-and a block has 2 rows:
+device together, and runs only the blocks that contain live rows. In this example, 5 of 9 rows are
+live, and a block has 2 rows:
 
     live      . x x . . x . x x
     order     1 2 | 5 7 | 8 0 | 3 4 | 6 -     the first three blocks run, the last two do not
 
-Three alternatives were not chosen; T is the number of rows, and f is the fraction of live rows:
+Let T be the number of rows, and f the fraction of live rows. Three alternatives were rejected:
 
-- Give all other rows weight 0, and compute all T rows. Computing all rows is 1 / f times the work.
-- Compile one program for each of n sizes. The n programs need no loop, but compute up to a fraction
-  f + 1 / n of all rows. With blocks, the fraction is at most f + block / T.
-- Copy the live states before the loop. Copying means that T D values are written and read again.
-  With blocks, each block gathers its own rows, and one gather puts the results back.
+- Compute all T rows, with weight 0 for rows that are not live. Computing all rows takes 1 / f times
+  the work of computing only the live rows.
+- Compile n programs for n different numbers of rows. The n programs need no loop, but compute up to
+  a fraction f + 1 / n of all rows. With blocks, the computed fraction is at most f + (rows per
+  block) / T.
+- Copy the live states before the loop. The copy has T D values, which must be written and read
+  again. With blocks, each block gathers its own rows, and a single gather puts all results back in
+  order.
 """
 
 import math
@@ -35,7 +38,7 @@ class Axes(NamedTuple):
 
     Attributes:
       rows: the axes that split the tokens.
-      vocabulary: the axis that splits the heads, or None.
+      vocabulary: the axis that splits the heads; None if no axis splits the heads.
     """
 
     rows: tuple[str, ...]
@@ -43,7 +46,9 @@ class Axes(NamedTuple):
 
 
 def find_axes(split_vocabulary: bool) -> Axes:
-    """Finds the axes of the current mesh (`jax.set_mesh`) that split a loss; none without a mesh.
+    """Finds the axes of the current mesh (`jax.set_mesh`) that split the work of a loss.
+
+    Without a mesh, no axis splits the work.
 
     Args:
       split_vocabulary: False for work that needs whole rows of logits. If False, every device has
@@ -64,19 +69,20 @@ def spread(
 ) -> tuple[Any, jax.Array | None]:
     """Runs work(rows, heads, vocabulary axis) on every device of the current mesh.
 
-    The heads are gathered once, along their width. `work` gets heads that have the whole vocabulary
-    or this device's part of the vocabulary. Padding rows of heads and of `rows` are at the end.
-    Padding consists of zeros, or of False in bool arrays.
+    The heads are gathered once, along their width. The heads that `work` gets cover the whole
+    vocabulary, or only this device's part of the vocabulary. Heads and `rows` are padded at the
+    end. Padding consists of zeros, or of False in bool arrays.
 
     Args:
-      work: returns arrays [rows, ...], and a sum over its rows in the shape of a head, or None. The
-        function must do all reductions over the vocabulary axis itself.
+      work: function that returns arrays [rows, ...], and a sum over the rows in the shape of a head
+        (or None). The function must do all reductions over the vocabulary axis itself.
       rows: arrays [T, ...].
       heads: arrays [V, D].
       split_vocabulary: see `find_axes`.
 
     Returns:
-      The results of `work` for the T rows [T, ...], and the sum [V, D] or None.
+      The arrays of `work` for all T rows, [T, ...], and the sum [V, D] (None if `work` returns no
+      sum).
     """
     axes = find_axes(split_vocabulary)
     if not axes.rows and not axes.vocabulary:
@@ -110,8 +116,8 @@ def gather_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
     """Gathers a head [V, D] into the form in which `spread` gives it to the devices.
 
     Call this function before a loop around `spread`; otherwise `spread` gathers the head in every
-    iteration. Until its last use, the result occupies V D / (devices that split the vocabulary)
-    values on each device.
+    iteration. Until its last use, the gathered head takes V D / n values on each device, where n is
+    the number of devices that split the vocabulary.
     """
     axes = find_axes(split_vocabulary)
     if not axes.rows and not axes.vocabulary:
@@ -126,8 +132,8 @@ def split_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
     """Splits a head [V, D] along both dimensions if the mesh splits the vocabulary.
 
     Call this function on a head that comes unchanged from the parameters, before passing that head
-    to `spread`. `sharding.partition_spec` splits some heads only along the width. Without this
-    call, every device would first gather the whole head.
+    to `spread`. `sharding.partition_spec` splits some heads only along the width. Without
+    `split_head`, every device would first gather the whole head.
     """
     if not find_axes(split_vocabulary).vocabulary:
         return head_VD
@@ -136,7 +142,7 @@ def split_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
 
 
 def _split_padded(head_VD: jax.Array, shards: int) -> jax.Array:
-    """Pads a head to a multiple of `shards` rows and splits it; a multiple stays unchanged."""
+    """Pads and splits a head, unless its number of rows is already a multiple of `shards`."""
     if len(head_VD) % shards == 0:
         return head_VD
     width = head_VD.shape[1]
@@ -144,7 +150,7 @@ def _split_padded(head_VD: jax.Array, shards: int) -> jax.Array:
     padded = pad(head_VD, shards)
     if width % (fsdp * shards) == 0:
         # After this constraint, the next constraint needs only one exchange between the devices of
-        # the axis.
+        # the axis `tensor`.
         padded = jax.lax.with_sharding_constraint(padded, P(None, ("fsdp", VOCABULARY)))
     place = P(VOCABULARY, "fsdp" if width % fsdp == 0 else None)
     return jax.lax.with_sharding_constraint(padded, place)
@@ -162,8 +168,8 @@ def divide_evenly(tokens: int, most: int, multiple: int) -> tuple[int, int]:
     For example, 36 tokens with `most` 16 and `multiple` 8 give 3 blocks of 16 rows.
 
     Returns:
-      The number of blocks, and the number of rows in a block. If the number of rows is larger than
-      `multiple`, the number of rows is rounded up to a multiple of `multiple`.
+      The number of blocks, and the number of rows in a block. If a block would have more than
+      `multiple` rows, the number of rows is rounded up to a multiple of `multiple`.
     """
     blocks = max(1, -(-tokens // most))
     rows = -(-tokens // blocks)
@@ -177,20 +183,20 @@ def walk(
     most: int,
     multiple: int = 1,
 ) -> tuple[Any, jax.Array | None]:
-    """Runs work(block of rows) on only the live rows, in blocks of at most `most` rows.
+    """Runs work(block of rows) only on live rows, in blocks of at most `most` rows.
 
     Args:
-      work: returns arrays [rows, ...], and a sum over the block, or None. In the arguments of
-        `work`, the padding rows of a block are zeros. Padding rows are dropped from the arrays that
-        `work` returns, but not from its sum.
+      work: function that returns arrays [rows, ...], and a sum over the block (or None). In the
+        arguments of `work`, the padding rows of a block are zeros. Padding rows are dropped from
+        the arrays that `work` returns, but not from the sum that `work` returns.
       rows: arrays [T, ...].
       live_T: bool; rows that are not live may contain anything.
       most: maximum number of rows in a block.
       multiple: see `divide_evenly`.
 
     Returns:
-      The arrays that `work` returns, for all T rows, with zeros for rows that are not live; and the
-      sum over all blocks, or None.
+      The arrays of `work` for all T rows, with zeros for rows that are not live; and the sum over
+      all blocks (None if `work` returns no sum).
     """
     rows, live_T = jax.tree.map(jnp.asarray, (rows, live_T))
     tokens = len(live_T)

@@ -1,4 +1,4 @@
-"""The value of each token, its statistics, and the gradient of its logits, in closed form."""
+"""Computes each token's value and statistics, and the gradient of the logits, in closed form."""
 
 from typing import NamedTuple
 
@@ -12,10 +12,10 @@ Divergence = divergences.Divergence
 
 
 class TokenInputs(NamedTuple):
-    """Per-token inputs of the divergence other than hidden states, [T]; inputs have no gradient.
+    """Inputs of the divergence besides hidden states, [T] each; the inputs have no gradient.
 
     Attributes:
-      tokens_T: int32, the sampled tokens, as ids in the whole vocabulary.
+      tokens_T: int32 ids of the sampled tokens in the whole vocabulary.
       weight_T: factor by which each token's value is multiplied in the loss.
       logp_old_T, logp_rollout_T: arguments of `clips.clip_importance_ratio`, or None.
     """
@@ -30,17 +30,17 @@ class TokenStats(NamedTuple):
     """Statistics of each token, float32 [T], in nats, without gradient; 0 if a row is not live.
 
     Attributes:
-      value_T: the token's term in the loss, without the weight: the clipped divergence times
-        `ratio_T`.
+      value_T: the token's loss before weighting, which is the clipped divergence times `ratio_T`.
       logp_student_T, logp_teacher_T: log-probability of the sampled token over the whole
         vocabulary, at the loss temperature.
       logp_sampling_T: log-probability of the sampled token under the student at the sampling
         temperature. A sampler with the same weights must report the same number.
       entropy_student_T, entropy_teacher_T: entropy of each side's distribution at the loss
       temperature.
-      clipped_mass_T: number that depends on clip_mode. For element, the teacher's mass Σ q_v on the
-        clipped entries (with top_k and no tail, q is renormalised). For token, token_weight and
-        huber, 1 if d > κ, else 0. For none, always 0.
+      clipped_mass_T: amount of clipping, in a measure that depends on clip_mode. With element,
+        clipped_mass_T is the teacher's mass Σ q_v on the clipped entries; q is renormalised if
+        top_k is used without a tail. With token, token_weight or huber, clipped_mass_T is 1 if
+        d > κ, else 0. With none, clipped_mass_T is always 0.
       ratio_T: the result of `clips.clip_importance_ratio`; 1 if both clips are off.
     """
 
@@ -73,7 +73,8 @@ def score_divergence_block(
       logp_rollout_T: see `clips.clip_importance_ratio`.
 
     Returns:
-      The statistics, and dz_TV = ∂value_t / ∂logits_s[t, v] of shape [T, V] in the logits' dtype.
+      The statistics, and the gradient dz_TV = ∂value_t / ∂logits_s[t, v], [T, V], in the dtype of
+      the logits.
     """
     scale = 1 / settings.temperature
     sampling_T = distributions.log_prob(logits_s_TV, tokens_T, settings.sampling_temperature)
@@ -105,7 +106,10 @@ def score_divergence_block(
 def _compute_token_divergence(
     student: Distribution, teacher: Distribution, settings: Divergence, open_T1=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the value [T], the gradient of the logits / τ [T, K], and the clipped mass [T]."""
+    """Returns the value [T], the gradient [T, K], and the clipped mass [T].
+
+    The gradient is with respect to logits / τ.
+    """
     e_TK, b_TK, clipped_TK = divergences.compute_entries(student, teacher, settings)
     if open_T1 is not None:  # a tail at its floor has no gradient
         b_TK = jnp.concatenate([b_TK[:, :-1], jnp.where(open_T1, b_TK[:, -1:], 0)], axis=1)

@@ -1,4 +1,4 @@
-"""Restriction of student and teacher to the k most probable entries, with a tail or without one.
+"""Restricts student and teacher to the k most probable entries, with or without a tail.
 
 If `tail` is set, one more entry represents all ids outside the kept set N. The tail's probability
 is r = 1 - Σ_N p. Each id u outside N gets a share of the tail's gradient: dz_u = (p_u / r) dz_tail.
@@ -16,10 +16,10 @@ TAIL_FLOOR = -math.expm1(-1e-7)  # smallest probability of a tail, as in publish
 
 
 class TopK(NamedTuple):
-    """Ids of the k most probable entries, for both student and teacher; ids have no gradient.
+    """Ids of the k most probable entries, the same for student and teacher; ids have no gradient.
 
     Attributes:
-      ids_TK: ids, int32; K is k, or 2k if top_k_of is union.
+      ids_TK: int32 ids; K is 2k if top_k_of is union, otherwise k.
       first_TK: bool, False where an id occurs for the second time; None if no id can occur twice.
     """
 
@@ -30,7 +30,7 @@ class TopK(NamedTuple):
 def choose(
     logits_s_TV: jax.Array, logits_t_TV: jax.Array, settings: divergences.Divergence
 ) -> TopK:
-    """Chooses entries by settings.top_k and top_k_of; if logits are equal, the lower id wins."""
+    """Chooses the kept entries by top_k and top_k_of; between equal logits, the lower id wins."""
     sides = {"teacher": (logits_t_TV,), "student": (logits_s_TV,)}
     chosen = sides.get(settings.top_k_of, (logits_s_TV, logits_t_TV))
     best = [jax.lax.top_k(jax.lax.stop_gradient(x), settings.top_k)[1] for x in chosen]
@@ -58,8 +58,8 @@ def restrict(
       settings: settings of the divergence.
 
     Returns:
-      The distribution, [T, K + 1] with a tail, or [T, K] without one; and bool [T, 1], False where
-      the tail is at its floor, or None without a tail.
+      With a tail, the distribution [T, K + 1], and a bool array [T, 1] that is False where the tail
+      is at its floor. Without a tail, the distribution [T, K], and None.
     """
     ids_TK, first_TK = best
 
@@ -68,8 +68,8 @@ def restrict(
         return x_TK if first_TK is None else jnp.where(first_TK, x_TK, fill)
 
     if settings.tail:
-        # The tail is summed directly. In float32, the published formula ln(1 - Σ_N p) suffers from
-        # cancellation: if the tail is below 1e-6, the result is mostly rounding error.
+        # The tail's probability is summed directly. In float32, the published formula ln(1 - Σ_N p)
+        # suffers from cancellation: if the tail is below 1e-6, the result is mostly rounding error.
         rest_TV = whole.p.at[jnp.arange(ids_TK.shape[0])[:, None], ids_TK].set(0)
         rest_T1 = jnp.sum(rest_TV, axis=1, keepdims=True)
         open_T1 = rest_T1 > TAIL_FLOOR
@@ -89,7 +89,7 @@ def scatter_gradient(
     """Scatters the gradients of the kept entries and of the tail to all logits; returns [T, V].
 
     Args:
-      dz_TK: gradients of the entries, [T, K + 1] with a tail, or [T, K] without one.
+      dz_TK: gradients of the entries, [T, K + 1] with a tail, and [T, K] without a tail.
       student: the student's restricted distribution, in the shape of dz_TK.
       whole_p_TV: the student's probabilities over the whole vocabulary.
       best: the kept entries.

@@ -416,7 +416,7 @@ def test_wrong_arguments_are_refused(kernel, monkeypatch):
     with pytest.raises(ValueError, match="vocabulary has 0 entries"):
         _run(kernel, CASES[0], tuple(arrays), entries=0)
     mixed = (arrays[0].astype(jnp.bfloat16), *arrays[1:])
-    with pytest.raises(ValueError, match=r"bfloat16.*float32.*the same on both"):
+    with pytest.raises(ValueError, match=r"bfloat16.*float32.*the same dtype on both"):
         _run(kernel, CASES[0], mixed)
     with pytest.raises(ValueError, match="rollout_clip is 2"):
         _run(kernel, Divergence("fkl", rollout_clip=2.0), (*arrays[:7], None))

@@ -445,11 +445,11 @@ def test_wrong_arguments_are_refused():
             call(settings=CASES[1], implementation=name)
     with pytest.raises(ValueError, match="chunk is 0"):
         call(chunk=0)
-    with pytest.raises(ValueError, match=r"top_k is 62: the vocabulary has 61"):
+    with pytest.raises(ValueError, match=r"top_k is 62: the vocabulary has only 61"):
         call(settings=dataclasses.replace(CASES[0], top_k=62))
     with pytest.raises(ValueError, match="first axis"):
         call(weight_T=weight_T[:-1])
-    with pytest.raises(ValueError, match="60 rows: they must be equal"):
+    with pytest.raises(ValueError, match="60 rows: the counts must be equal"):
         call(arrays=(*arrays[:3], arrays[3][:-1], arrays[4]))
     with pytest.raises(ValueError, match=r"norm is 'mean'.*seq_mean"):
         loss_norms.compute_token_weights(MASK_BC, "mean")

@@ -216,7 +216,7 @@ def test_grpo_through_the_head(norm):
     [
         ([1.0, 0.0], [0, 0], "batch", "'batch'.*std.*none"),
         ([1.0, 0.0], [0], "std", r"\(2,\) and groups \(1,\)"),
-        ([1.0, 0.0, np.nan], [0, 0, 0], "std", "finite: row 2"),
+        ([1.0, 0.0, np.nan], [0, 0, 0], "std", r"rewards_B\[2\] is not finite"),
     ],
 )
 def test_wrong_rewards_are_refused(rewards, groups, scale, words):

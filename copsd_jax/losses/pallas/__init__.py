@@ -1,4 +1,4 @@
-"""Pallas kernels of the divergence for TPU and GPU, over blocks of the vocabulary.
+"""Pallas kernels that compute the divergence on TPU and GPU, in tiles of the vocabulary.
 
 May import: runtime, and files of losses that do not import pallas.
 """

@@ -1,12 +1,12 @@
-"""Block sizes of the divergence kernels for a shape and chip, and the costs of passes on a TPU.
+"""Chooses block sizes of the divergence kernels, and estimates the costs of the TPU's passes.
 
 Memory limits the number of tokens in a block:
 
 - On a TPU, VMEM must hold the hidden states of both sides (pass 1) or the float32 gradient
   (pass 3). HBM must hold the stored entries. Larger blocks are better, because each pass reads the
   head once per block.
-- On a GPU, HBM must hold the float32 logits of both sides and the bfloat16 dz, which take 10 bytes
-  per entry.
+- On a GPU, HBM must hold the float32 logits of both sides and the bfloat16 dz: 10 bytes per entry
+  in total.
 
 `benchmarks/tune_loss.py` measures other sizes on the chip at hand.
 """
@@ -20,7 +20,7 @@ from copsd_jax.losses.pallas import row_statistics
 from copsd_jax.runtime import hardware
 
 MIB = 2**20
-LANES = 128  # lanes of a TPU register; token counts and tile widths are multiples of 128
+LANES = 128  # lanes per TPU register; numbers of tokens and tile widths are multiples of 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Blocks:
     """Sizes of the blocks and tiles of a sweep.
 
     Attributes:
-      tokens: number of tokens per block. Temporary arrays have this many rows, whatever the number
-        of tokens in a sweep. On a TPU, `tokens` is a multiple of `rows`.
-      vocab: width of a vocabulary tile; a multiple of 128 on a TPU, a power of two on a GPU.
-      rows: number of rows that one grid step works on; a multiple of 128 on a TPU, unused on a GPU.
+      tokens: number of tokens per block. Temporary arrays have `tokens` rows, however many tokens a
+        sweep has. On a TPU, `tokens` is a multiple of `rows`.
+      vocab: width of a vocabulary tile; a multiple of 128 on a TPU, and a power of two on a GPU.
+      rows: number of rows that one grid step works on; a multiple of 128 on a TPU, and unused on a
+        GPU.
       warps: number of warps per GPU program; unused on a TPU.
     """
 
@@ -42,9 +43,9 @@ class Blocks:
 
 
 SMALLEST = hardware.Chip(0, 0, 8e9, 16 * MIB)  # smallest memory and VMEM of any chip (TPU v2)
-SPARE_VMEM = 14 * MIB  # maximum bytes left for spilled registers and the compiler's own buffers
-STORED_SHARE = 1 / 8  # share of a TPU's memory for the stored entries of a block
-GPU_BYTES = 0.8e9  # bytes that a block's logits and dz may take
+SPARE_VMEM = 14 * MIB  # at most this many bytes stay free for spilled registers and the compiler
+STORED_SHARE = 1 / 8  # share of a TPU's memory that a block's stored entries may take
+GPU_BYTES = 0.8e9  # number of bytes that a block's logits and dz may take
 
 
 def choose_tpu(
@@ -71,34 +72,35 @@ def choose_tpu(
             sizes = Blocks(tokens, tile, min(256, tokens))
             need = vmem_bytes(sizes, width, dtype, tied=tied, train_head=train_head)
             # Before the block shrinks below 1,024 tokens, the tile shrinks to the width that the
-            # matrix unit needs: a block with few tokens waits for the head.
+            # matrix unit needs. In a block with few tokens, the matrix unit would wait for the head
+            # to load.
             enough = {1024: 1024, 512: 1024, 256: 256, 128: 128}[tile]
             if need <= budget and enough <= tokens <= most:
                 return sizes
     raise ValueError(
         f"the width is {width}: no block of 128 tokens and 128 entries fits into {budget} bytes "
-        f"of the VMEM of {kind or 'the smallest TPU'}; use loss.implementation=chunked"
+        f"of VMEM on {kind or 'the smallest TPU'}; use loss.implementation=chunked"
     )
 
 
 def spare_vmem(vmem: int) -> int:
-    """Returns the bytes of a chip's VMEM that blocks must leave free."""
+    """Returns how many bytes of a chip's VMEM the blocks must leave free."""
     return min(SPARE_VMEM, vmem // 4)
 
 
 def vmem_limit(need: int) -> int:
     """Returns the VMEM limit, in bytes, for compiling a kernel that needs `need` bytes.
 
-    The limit is valid on every chip for which `choose_tpu` returns a block with this need. The
-    limit is at least the VMEM of the smallest chip. A block that needs more VMEM fits only on chips
-    that also have SPARE_VMEM free.
+    The limit is valid on every chip for which `choose_tpu` returns a block that needs `need` bytes.
+    The limit is at least the VMEM of the smallest chip. If a block does not fit on the smallest
+    chip, it fits only on chips that also have SPARE_VMEM bytes free.
     """
     least = SMALLEST.vmem
     return least if need <= least - spare_vmem(least) else need + SPARE_VMEM
 
 
 def vmem_bytes(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train_head: bool) -> int:
-    """Returns the bytes of VMEM that the most demanding pass needs.
+    """Returns how many bytes of VMEM the most demanding pass needs.
 
     Tiles that move with the grid have two buffers, so that the next tile can load while the current
     tile is used.
@@ -119,10 +121,10 @@ def choose_gpu(
     kind: str, width: int, vocabulary: int, dtype: jnp.dtype, *, tied: bool = True,
     train_head: bool = False,
 ) -> Blocks:  # fmt: skip
-    """Chooses the block sizes for one shard on a GPU: as many tokens as GPU_BYTES allow.
+    """Chooses the block sizes for one shard on a GPU: as many tokens as GPU_BYTES allows.
 
     A block has 256 to 4,096 tokens, in multiples of 128. The arguments are those of `choose_tpu`;
-    only the vocabulary and the dtype matter.
+    only `vocabulary` and `dtype` are used.
     """
     del kind, width, tied, train_head
     tokens = int(GPU_BYTES / (vocabulary * entry_bytes("gpu", dtype))) // LANES * LANES
@@ -130,7 +132,7 @@ def choose_gpu(
 
 
 def kept_bytes(dtype: jnp.dtype) -> int:
-    """Returns the bytes that a TPU stores per entry: two float32, or two numbers in 32 bits."""
+    """Returns the bytes that a TPU stores per entry: 8 if `dtype` is float32, otherwise 4."""
     return 8 if jnp.dtype(dtype) == jnp.float32 else 4
 
 
@@ -140,7 +142,7 @@ def entry_bytes(platform: str, dtype: jnp.dtype) -> int:
 
 
 def fit(sizes: Blocks, tokens: int) -> Blocks:
-    """Fits TPU sizes to a number of tokens, so that blocks are evenly filled and not too long."""
+    """Fits TPU block sizes to the number of tokens, so that all blocks are about equally full."""
     unit = min(sizes.rows, divide_rows_evenly(tokens, tokens, LANES))
     return dataclasses.replace(
         sizes, rows=unit, tokens=divide_rows_evenly(tokens, sizes.tokens, unit)
@@ -148,9 +150,10 @@ def fit(sizes: Blocks, tokens: int) -> Blocks:
 
 
 def divide_rows_evenly(tokens: int, most: int, unit: int) -> int:
-    """Returns the rows per block, a multiple of `unit`, for the fewest blocks of up to `most` rows.
+    """Divides tokens into as few blocks of at most `most` rows as possible; returns rows per block.
 
-    For example, 5000 tokens with `most` 4096 and `unit` 256 give 2 blocks of 2560 rows.
+    The number of rows per block is a multiple of `unit`. For example, 5000 tokens with `most` 4096
+    and `unit` 256 give 2 blocks of 2560 rows.
     """
     blocks = max(1, -(-tokens // most))
     return -(-max(tokens, 1) // (blocks * unit)) * unit
@@ -164,7 +167,7 @@ def divide_rows_evenly(tokens: int, most: int, unit: int) -> int:
 def estimate_logits_cost(
     blocks: Blocks, width: int, vocabulary: int, dtype: jnp.dtype, heads: int
 ) -> pl.CostEstimate:
-    """Estimates the cost of pass 1 over a block; `heads` is 1 if both sides share a head."""
+    """Estimates the cost of pass 1 for a block; `heads` is 1 if both sides share a head."""
     entries, numbers = _count_entries(blocks, vocabulary)
     item = jnp.dtype(dtype).itemsize
     moved = 2 * blocks.tokens * width * item
@@ -175,7 +178,7 @@ def estimate_logits_cost(
 
 
 def estimate_sums_cost(blocks: Blocks, vocabulary: int, entry: int) -> pl.CostEstimate:
-    """Estimates the cost of pass 2 over a block, with `entry` stored bytes per entry."""
+    """Estimates the cost of pass 2 for a block; each entry takes `entry` stored bytes."""
     entries, numbers = _count_entries(blocks, vocabulary)
     moved = entries * entry + 2 * numbers
     return pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=2 * entries)
@@ -184,7 +187,7 @@ def estimate_sums_cost(blocks: Blocks, vocabulary: int, entry: int) -> pl.CostEs
 def estimate_gradient_cost(
     blocks: Blocks, width: int, vocabulary: int, dtype: jnp.dtype, fused: bool, train_head: bool
 ) -> pl.CostEstimate:
-    """Estimates the cost of pass 3 over a block; if `fused`, pass 3 also writes Σe."""
+    """Estimates the cost of pass 3 for a block; if `fused`, pass 3 also writes Σe."""
     entries, numbers = _count_entries(blocks, vocabulary)
     item, head = jnp.dtype(dtype).itemsize, _count_head(blocks, width, vocabulary)
     moved = entries * kept_bytes(dtype) + (1 + fused) * numbers + head * item
@@ -203,5 +206,5 @@ def _count_entries(blocks: Blocks, vocabulary: int) -> tuple[int, int]:
 
 
 def _count_head(blocks: Blocks, width: int, vocabulary: int) -> int:
-    """Returns the count of numbers in all tiles of the head, padding included."""
+    """Returns how many numbers all tiles of the head contain, padding included."""
     return -(-vocabulary // blocks.vocab) * blocks.vocab * width

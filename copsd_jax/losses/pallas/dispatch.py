@@ -1,4 +1,4 @@
-"""The Pallas kernels on one device: choice of the kernel, of its block sizes, and of its rows."""
+"""Runs the Pallas kernels on one device; chooses the kernel, the block sizes and the rows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from copsd_jax.losses import split_vocabulary, token_blocks, token_values
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
-CALLS = 4  # blocks of tokens per kernel call, if the head is trained
+CALLS = 4  # number of token blocks per kernel call if the head is trained
 DIVERGENCES = row_statistics.DIVERGENCES
 
 
@@ -21,8 +21,9 @@ class KernelOptions:
     Attributes:
       chip: `device_kind` of the mesh's devices, which determines the block sizes; "" means the
         smallest chip.
-      blocks: block sizes to use; None means those that are chosen for the chip.
-      interpret: whether the kernels run in interpret mode, in which tests run them on any platform.
+      blocks: block sizes to use; None means the sizes that are chosen for the chip.
+      interpret: whether the kernels run in interpret mode, which tests use on platforms without the
+        chip.
     """
 
     chip: str = ""
@@ -34,26 +35,26 @@ DEFAULT = KernelOptions()
 
 
 def _sweep_tpu(*args, **keywords):
-    # This import is lazy, because only a TPU, or a test, needs Mosaic.
+    # This import is lazy, because only TPUs and tests need Mosaic.
     from copsd_jax.losses.pallas import divergence_tpu
 
     return divergence_tpu.sweep(*args, **keywords)
 
 
 def _sweep_gpu(*args, **keywords):
-    # This import is lazy, because only a GPU, or a test, needs Triton.
+    # This import is lazy, because only GPUs and tests need Triton.
     from copsd_jax.losses.pallas import divergence_gpu
 
     return divergence_gpu.sweep(*args, **keywords)
 
 
 class Kernel(NamedTuple):
-    """The kernels of one kind of chip.
+    """The kernels for one kind of chip.
 
     Attributes:
       sweep: computes statistics and gradients of a device's rows; see `divergence_tpu.sweep`.
       choose_blocks: chooses the block sizes; see `block_sizes.choose_tpu`.
-      lanes: number of which the width must be a multiple.
+      lanes: number that must divide the width.
     """
 
     sweep: Callable[..., tuple]
@@ -70,22 +71,23 @@ KERNELS: dict[str, Kernel] = {
 def sweep_live(
     name: str, options: KernelOptions, sweep: split_vocabulary.Sweep, rows: tuple, live_T: jax.Array
 ) -> tuple[tuple[token_values.TokenStats, jax.Array | None], jax.Array | None]:
-    """Sweeps a device's live rows with calls of a kernel, which always computes the gradient.
+    """Sweeps a device's live rows by calling a kernel, which always computes the gradient.
 
-    Each call gets one block of rows, so that few padding rows are computed. If the head is trained,
-    each call gets CALLS blocks, because after every call the [V, D] gradient is added to a total in
-    memory.
+    If the head is frozen, each call gets one block of rows, so that few padding rows are computed.
+    If the head is trained, each call gets CALLS blocks, because every call adds a [V, D] gradient
+    to a total in memory.
 
     Args:
       name: a key of `KERNELS`.
       options: options of the kernels.
       sweep: constants of the sweep; the heads are in the dtype of the states.
-      rows: (states of student and teacher [T, D], `TokenInputs`).
+      rows: (hidden, inputs); hidden contains the states of student and teacher, [T, D] each, and
+        inputs is a `TokenInputs`.
       live_T: bool; rows that are not live may contain anything.
 
     Returns:
-      (TokenStats, gradient of the student's states [T, D]), and the gradient of the student's head
-      [V, D]. A gradient that is not requested is None.
+      The pair (TokenStats, gradient of the student's states [T, D]), and the gradient of the
+      student's head [V, D]. A gradient that is not requested is None.
     """
     kernel, width = KERNELS[name], rows[0][0].shape[1]
     heads = tuple(_pad_width(head, kernel.lanes) for head in sweep.heads)
@@ -108,5 +110,5 @@ def sweep_live(
 
 
 def _pad_width(x: jax.Array, lanes: int) -> jax.Array:
-    """Pads the last axis with zeros, which change no product, to the next multiple of `lanes`."""
+    """Pads the last axis with zeros to a multiple of `lanes`; the zeros change no product."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % lanes))) if x.shape[1] % lanes else x

@@ -1,12 +1,12 @@
 """The divergence over the whole vocabulary on an NVIDIA GPU, with three matmuls per token.
 
-For each block of N tokens, the matmuls run in the vendor's library. Pallas kernels (Triton) do the
+For each block of N tokens, the matmuls use the vendor's library. Pallas kernels (Triton) do the
 work between the matmuls, in tiles of the vocabulary. If both sides share a head, a single matmul
 computes the logits of both sides. Logits are stored in float32, so the results are those of
 `chunked`.
 
 A row of 151,936 logits does not fit into shared memory, so every pass reads the row again. An entry
-is one token and one id. For each entry, the following bytes are moved:
+is a pair of one token and one vocabulary id. For each entry, the following bytes are moved:
 
      8  to write the logits
      8  to read the logits for the statistics
@@ -14,13 +14,15 @@ is one token and one id. For each entry, the following bytes are moved:
     10  to read the logits for dz (8), and to write dz (2)
      2  to read dz for its matmul
 
-For example, let T = 8192, D = 4096 and V = 151,936 in bfloat16 on an H200 (989 TFLOP/s, 4.8 TB/s;
-TV = 1.24e9). The floor is the time of three matmuls at peak: 30.9 ms. Forward KL moves 28 bytes per
-entry, which takes 7.3 ms. Divergences that need Σb move 36 bytes per entry, which takes 9.3 ms. In
-total, forward KL takes 1.24 floors, and divergences that need Σb take 1.30 floors. Relative to
-measured matmuls the overhead is smaller, because no matmul reaches the peak.
+For example, let T = 8192, D = 4096 and V = 151,936, so that TV = 1.24e9. The states are bfloat16,
+and the GPU is an H200 (989 TFLOP/s, 4.8 TB/s). The floor is the time that three matmuls take at the
+peak rate: 30.9 ms. Forward KL moves 28 bytes per entry, which takes 7.3 ms. Divergences that need
+Σb move 36 bytes per entry, which takes 9.3 ms. In total, forward KL takes 1.24 times the floor, and
+divergences that need Σb take 1.30 times the floor. Relative to measured matmuls, the overhead is
+smaller, because no matmul reaches the peak rate.
 
-Letters: I vocabulary tiles, T tokens per block, U width of a tile.
+Letters: I is the number of vocabulary tiles, T the number of tokens per block, and U the width of a
+tile.
 """
 
 import dataclasses
@@ -41,10 +43,10 @@ def sweep(
     blocks: block_sizes.Blocks,
     interpret: bool = False,
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
-    """Sweeps a device's rows like `divergence_tpu.sweep`, but for any width.
+    """Sweeps a device's rows like `divergence_tpu.sweep`, but supports every width.
 
-    Arguments, results and their shapes are those of `divergence_tpu.sweep`, except that
-    `block_sizes.choose_gpu` chooses the block sizes.
+    Arguments and results have the same meaning and shapes as in `divergence_tpu.sweep`, except that
+    the block sizes come from `block_sizes.choose_gpu`.
     """
     tokens = block_sizes.divide_rows_evenly(len(rows[1].tokens_T), blocks.tokens, 8)
     blocks = dataclasses.replace(blocks, tokens=tokens)
@@ -56,8 +58,9 @@ def _stack_row_coefficients(
 ) -> jax.Array:
     """Returns the numbers that passes 2 and 3 read for each row, [T, 8].
 
-    0 and 1: the student's maximum and ln Σ exp; 2 and 3: the teacher's maximum and ln Σ exp; 4:
-    Σb/Σp; 5: the sampled token's row in this shard; 6: p - 1 of the sampled token; 7: 0.
+    Columns 0 and 1 are the student's maximum and ln Σ exp. Columns 2 and 3 are the teacher's
+    maximum and ln Σ exp. Column 4 is Σb/Σp. Column 5 is the sampled token's row in this shard.
+    Column 6 is p - 1 of the sampled token. Column 7 is 0.
     """
     del sides
     place_T = local_T.astype(jnp.float32)
@@ -72,7 +75,7 @@ def _stack_row_coefficients(
 def _load_tile_logits(
     settings: divergences.Divergence, logits_ref, row, width: int, here: jax.Array
 ):
-    """Loads z / τ of a tile (EMPTY after the last real entry), and a mask of real entries."""
+    """Loads z / τ of a tile, and a mask of real entries; other entries are EMPTY."""
     start = pl.program_id(1) * width
     real_U = start + jnp.arange(width, dtype=jnp.int32) < here
     z_U = plgpu.load(logits_ref.at[row, pl.ds(start, width)], mask=real_U, other=0.0)
@@ -84,8 +87,8 @@ def _load_tile_logits(
 def _load_both_logits(settings, logits_refs, width: int, here: jax.Array):
     """Loads z / τ of a tile for both sides; also returns a mask of real entries."""
     row = pl.program_id(0)
-    # Either one array has the student's rows and then the teacher's rows, or each side has an
-    # array.
+    # Either one array has the student's rows followed by the teacher's rows, or each side has its
+    # own array.
     below = pl.num_programs(0) if len(logits_refs) == 1 else 0
     student_U, real_U = _load_tile_logits(settings, logits_refs[0], row, width, here)
     teacher_U, _ = _load_tile_logits(settings, logits_refs[-1], row + below, width, here)
@@ -93,7 +96,7 @@ def _load_both_logits(settings, logits_refs, width: int, here: jax.Array):
 
 
 def _write_tile_sums(numbers_ref, numbers: list[jax.Array]) -> None:
-    """Writes up to 8 numbers of this row and tile to [I, 8, T], and 0 for missing numbers."""
+    """Writes up to 8 numbers of this row and tile to [I, 8, T]; writes 0 for missing numbers."""
     row, tile = pl.program_id(0), pl.program_id(1)
     for k in range(row_statistics.ROW_STATS):
         value = numbers[k] if k < len(numbers) else jnp.zeros((), jnp.float32)
@@ -116,7 +119,7 @@ def _logits_kernel(settings, width, here_ref, *refs):
 
 
 def _load_tile_distributions(settings, logits_refs, width, here, row_ref):
-    """Loads both distributions of a tile, 0 after the last real entry; also loads coefficients."""
+    """Loads both sides' distributions of a tile (0 after the last real entry), and coefficients."""
     student_U, teacher_U, real_U = _load_both_logits(settings, logits_refs, width, here)
     row = pl.program_id(0)
     sides = []
@@ -166,7 +169,7 @@ def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
 def _call_divergence_kernel(
     kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes: int
 ):
-    """Runs one program per row and tile on arrays in HBM; the last operand has V columns."""
+    """Runs one kernel program per row and tile on arrays in HBM; the last operand has V columns."""
     tokens = out_shape[0].shape[-1] if out_shape[0].ndim == 3 else out_shape[0].shape[0]
     size = operands[-1].shape[1]
     entries = tokens * size
@@ -192,7 +195,7 @@ def _numbers(tokens: int, size: int, blocks: block_sizes.Blocks) -> jax.ShapeDty
 
 
 def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
-    """Returns the logits (one array [2T, V] or two [T, V]), and the statistics [I, 8, T]."""
+    """Returns the logits (one array [2T, V], or two arrays [T, V]) and the statistics [I, 8, T]."""
     rows = (jnp.concatenate(hidden),) if len(heads) == 1 else hidden
     stored = tuple(precision.dot(*pair, 1, 1) for pair in zip(rows, heads, strict=True))
     kernel = functools.partial(_logits_kernel, settings, blocks.vocab)
@@ -216,7 +219,7 @@ def _sums_pass(settings, blocks, interpret, here_1, coefficients_T8, stored) -> 
 def _gradient_pass(
     settings, blocks, interpret, here_1, coefficients_T8, stored, head_VD, head_part
 ) -> tuple:
-    """Returns dz W [T, D], sums [I, 8, T] or None, and the head's gradient or None."""
+    """Returns dz W [T, D], the sums [I, 8, T] (or None), and the head's gradient (or None)."""
     (tokens, _), (size, _) = coefficients_T8.shape, head_VD.shape
     fused = row_statistics.fuses_sums(settings, head_part is not None)
     kernel = functools.partial(_gradient_kernel, settings, blocks.vocab, fused, len(stored))

@@ -1,13 +1,15 @@
 """The divergence over the whole vocabulary on a TPU (Mosaic), with three matmuls per token.
 
 One matmul with T tokens, width D and vocabulary V takes 2TDV FLOP. At least three matmuls are
-needed: the logits of both sides, and the gradient of the hidden states. The head's gradient needs a
-fourth matmul. The floor is the time that the needed matmuls take at the chip's peak.
+needed: the student's logits, the teacher's logits, and the gradient of the hidden states. The
+head's gradient needs a fourth matmul. The floor is the time that the needed matmuls take at the
+chip's peak.
 
-JSD, reverse KL and the element clip need both log-sum-exps before any gradient, and Σb before
-dz = b - p Σb. The log-sum-exps and Σb can be computed in several ways. The table gives each cost
-for T = 32,768, D = 2048 and V = 151,936 in bfloat16, where TV = 4.98e9. For these sizes, the
-floor is 310.6 ms on v5e and 66.6 ms on v6e.
+For JSD, reverse KL and the element clip, both log-sum-exps must be known before any gradient is
+computed, and Σb must be known before dz = b - p Σb is computed. The log-sum-exps and Σb can be
+computed in several ways. The table gives the cost of each way for T = 32,768, D = 2048 and
+V = 151,936 in bfloat16; TV is then 4.98e9. For these sizes, the floor is 310.6 ms on v5e and 66.6
+ms on v6e.
 
     logits computed again     5 matmuls: 1.67 floors
     float32 logits stored     16 bytes per entry, 24 with Σb: 80 or 119 GB; JSD 1.47 floors on v5e
@@ -16,27 +18,30 @@ floor is 310.6 ms on v5e and 66.6 ms on v6e.
 
 In addition, passes 1 and 3 each read the head once per block of N tokens. Both passes together read
 2 · T/N · VD · 2 bytes of the head: 10 GB for N = 4096, or 20 GB for N = 2048. The estimated time of
-a sweep is the FLOP divided by the chip's peak, plus the bytes divided by the bandwidth. The
-estimate assumes that vector work overlaps with the work of the matrix unit. On v5e, N is 2048,
-because v5e has only 16 GB; on v6e, N is 4096. Forward KL takes 1.24 floors on v5e and 1.47 floors
-on v6e. JSD and clipped forms take 1.32 floors on v5e and 1.66 floors on v6e. HBM holds the stored
-entries [N, V] of only one block at a time, whatever T is.
+a sweep is the number of FLOP divided by the chip's peak, plus the number of bytes divided by the
+bandwidth. The estimate assumes that vector work overlaps with the work of the matrix unit. On v5e,
+N is 2048, because v5e has only 16 GB of HBM; on v6e, N is 4096. Forward KL takes 1.24 times the
+floor on v5e, and 1.47 times the floor on v6e. JSD and clipped divergences take 1.32 times the floor
+on v5e, and 1.66 times the floor on v6e. HBM holds the stored entries [N, V] of only one block at a
+time, whatever T is.
 
-An entry is stored as two numbers, relative to the maxima m_s and m_t of its row within the tile.
-The first number is the larger of P = exp(z_s - m_s) and Q = exp(z_t - m_t). The second number is
-d = (z_t - m_t) - (z_s - m_s). The smaller of P and Q is the larger one times exp(-|d|).
+In each row of a tile, m_s and m_t are the maxima of the student's and of the teacher's logits. An
+entry is stored as two numbers relative to m_s and m_t. The first number is the larger of
+P = exp(z_s - m_s) and Q = exp(z_t - m_t). The second number is d = (z_t - m_t) - (z_s - m_s). The
+smaller of P and Q equals the larger of P and Q, times exp(-|d|).
 
-If the states are bfloat16, both numbers are rounded to 10 bits after the leading bit. The codes of
-the first number reach down to 2^-63, and the codes of |d| range from 2^-16 to 2^16. The relative
-error of the larger probability and of d is at most 2^-11. Therefore the relative error is at most
-2^-10 in p - q, and at most 2^-9 in every entry's divergence, however close p and q are. If both
-sides are equal, the divergence is exactly zero. For comparison, rounding dz to bfloat16 for its
-matmul causes a relative error of 2^-8. If an entry is within 2^-9 of κ, rounding may decide whether
-the entry is clipped. If the states are float32, both numbers remain float32. Log-sum-exps,
-entropies and log-probabilities are computed from unrounded logits. Rounding adds an error to Σp,
-and dividing by Σp removes this error from dz.
+If the states are bfloat16, both stored numbers are rounded to 10 bits after the leading bit. The
+codes of the first number reach down to 2^-63, and the codes of |d| range from 2^-16 to 2^16. The
+relative error of the larger probability and of d is at most 2^-11. Therefore the relative error of
+p - q is at most 2^-10, and the relative error of every entry's divergence is at most 2^-9, however
+close p and q are. If both sides are equal, the divergence is exactly zero. For comparison, rounding
+dz to bfloat16 before the matmul causes a relative error of 2^-8. If an entry is within 2^-9 of κ,
+rounding may decide whether the entry is clipped. If the states are float32, both stored numbers
+remain float32. Log-sum-exps, entropies and log-probabilities are computed from unrounded logits.
+Rounding adds an error to Σp, and dividing by Σp removes this error from dz.
 
-Letters: I vocabulary tiles, T tokens per block, R rows per grid step, U width of a tile.
+Letters: I is the number of vocabulary tiles, T the number of tokens per block, R the number of rows
+per grid step, and U the width of a tile.
 """
 
 import functools
@@ -50,7 +55,7 @@ from jax.experimental.pallas import tpu as pltpu
 from copsd_jax.losses import distributions, divergences, precision, split_vocabulary, token_values
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
-STRIP = 16  # rows per step of elementwise work, so that the values stay in registers
+STRIP = 16  # rows per step of elementwise work; few enough to keep the values in registers
 
 
 def sweep(
@@ -59,22 +64,22 @@ def sweep(
     blocks: block_sizes.Blocks,
     interpret: bool = False,
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
-    """Computes statistics and the gradients of Σ weight · value in one sweep over blocks of tokens.
+    """Computes the statistics, and the gradients of Σ weight · value, in one sweep over all blocks.
 
-    Call this function on one device, or inside shard_map with the tokens of each device.
+    Call this function on a single device, or inside shard_map with each device's tokens.
 
     Args:
       constants: constants of the sweep. The heads are rounded to the dtype of the hidden states. If
         both sides share a head, each tile of the head is read only once. Maxima, sums and the
-        states' gradient are reduced over the shard's axis. The states' gradient is always computed.
-      rows: (states of student and teacher [T, D], `TokenInputs`). The states are float32 or
-        bfloat16, and D is a multiple of 128.
+        states' gradient are reduced over `shard.axis`. The states' gradient is always computed.
+      rows: (hidden, inputs); hidden contains the states of student and teacher, [T, D] each, and
+        inputs is a `TokenInputs`. The states are float32 or bfloat16, and D is a multiple of 128.
       blocks: see `block_sizes.choose_tpu`.
       interpret: whether the kernels run in interpret mode.
 
     Returns:
       stats: `TokenStats`, float32 [T].
-      grad_hidden_TD: gradient of the student's states, in their dtype.
+      grad_hidden_TD: gradient of the student's states, in the dtype of the states.
       grad_head_VD: float32 gradient of the student's head; None unless `train_head` is set.
 
     Raises:
@@ -95,8 +100,9 @@ def _stack_tile_coefficients(
 ) -> jax.Array:
     """Returns the numbers that passes 2 and 3 read for each row and tile, [I, 8, T].
 
-    0: p/P; 1: q/Q; 2: (ln q - ln p) - d; 3: Σb/Σp; 4: the sampled token's row in this shard;
-    5: p - 1 of the sampled token; 6 and 7: 0.
+    Number 0 is p/P, number 1 is q/Q, and number 2 is (ln q - ln p) - d. Number 3 is Σb/Σp. Number 4
+    is the sampled token's row in this shard. Number 5 is p - 1 of the sampled token. Numbers 6 and
+    7 are 0.
     """
     log_s_IT = result.student.log_prob(sides[0].top_IT)
     log_t_IT = result.teacher.log_prob(sides[1].top_IT)
@@ -108,15 +114,15 @@ def _stack_tile_coefficients(
 
 # --- stored entries ----------------------------------------------------------------------------
 
-MANTISSA = 10  # bits of the mantissa in a 16-bit code
+MANTISSA = 10  # number of mantissa bits in a 16-bit code
 SHIFT = 23 - MANTISSA
 LARGER_BASE = (127 - 63) << MANTISSA  # the smallest code stands for 2^-63
 GAP_BASE = (127 - 16) << MANTISSA  # the smallest code stands for 2^-16
 
 
 def _encode_divergence_entry(x: jax.Array, base: int, most: int) -> jax.Array:
-    """Encodes float32 x >= 0 as an integer up to `most`; x below the smallest code becomes 0."""
-    # Half of the last kept bit is added, so that the shift rounds to the nearest code.
+    """Encodes float32 x >= 0 as an integer up to `most`; values below the smallest code give 0."""
+    # Half a unit of the last kept bit is added first, so that the shift rounds to the nearest code.
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) + (1 << (SHIFT - 1))
     return jnp.clip((bits >> SHIFT) - base, 0, most)
 
@@ -137,7 +143,7 @@ def pack(larger: jax.Array, gap: jax.Array) -> jax.Array:
 
 
 def unpack(word: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Unpacks `larger` and `gap`, which `pack` has rounded, in the shape of `word`."""
+    """Unpacks `larger` and `gap`, as rounded by `pack`; both have the shape of `word`."""
     gap = _decode_divergence_entry(word & 0x7FFF, GAP_BASE)
     larger = _decode_divergence_entry(jax.lax.shift_right_logical(word, 16), LARGER_BASE)
     return larger, jnp.where((word & 0x8000) != 0, -gap, gap)
@@ -147,7 +153,7 @@ def unpack(word: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _load_head_tile(head_ref, here) -> jax.Array:
-    """Loads a tile of the head; sets undefined rows after the last real entry to 0."""
+    """Loads a tile of the head; sets the undefined rows after the last real entry to 0."""
     tile_UD = head_ref[...]
     entry_U1 = jax.lax.broadcasted_iota(jnp.int32, (tile_UD.shape[0], 1), 0)
     entry_U1 = entry_U1 + pl.program_id(0) * tile_UD.shape[0]
@@ -164,7 +170,7 @@ def _strips(count: int, work) -> None:
 
 
 def _columns(numbers: list[jax.Array]) -> jax.Array:
-    """Combines arrays [S, 1] into one array [S, 128]: array k fills lane k, other lanes are 0."""
+    """Combines arrays [S, 1] into one array [S, 128]: array k fills lane k; other lanes are 0."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (numbers[0].shape[0], block_sizes.LANES), 1)
     out = jnp.zeros(lane.shape, jnp.float32)
     for k, number in enumerate(numbers):
@@ -180,7 +186,7 @@ def _transposed(ref) -> jax.Array:
 
 
 def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs):
-    """Writes the stored entries and the statistics of one tile, for a grid step's rows (pass 1)."""
+    """Writes one tile's stored entries and statistics for the rows of a grid step (pass 1)."""
     head_refs, stored_refs, (stats_ref, z_ref, column_ref) = refs[:heads], refs[heads:-3], refs[-3:]
     count, width = z_ref.shape[1:]
     rows = _rows(pl.program_id(1), count)
@@ -217,10 +223,10 @@ def _logits_kernel(settings, heads, here_ref, hidden_s_ref, hidden_t_ref, *refs)
 def _load_both_distributions(
     stored_refs, strip, column: jax.Array
 ) -> list[distributions.Distribution]:
-    """Loads both sides' distributions of a strip, from stored entries and row coefficients.
+    """Computes both sides' distributions of a strip from stored entries and row coefficients.
 
-    Both logarithms are off by the same number. The error is harmless, because divergences use only
-    the difference of the two logarithms.
+    The logarithms ln p and ln q contain the same error. The error is harmless, because divergences
+    use only the difference of the two logarithms.
     """
     stored = tuple(ref[strip, :] for ref in stored_refs)
     larger, gap = stored if len(stored) == 2 else unpack(stored[0])
@@ -308,15 +314,15 @@ def _gradient_kernel(settings, sums, stored, head_part, here_ref, coefficients_r
 
 
 def _whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """Returns the spec of an array of which one copy stays in VMEM for all steps of the grid."""
+    """Returns the spec of an array that stays in VMEM, as a single copy, for all grid steps."""
     return pl.BlockSpec(array.shape, lambda i, r: (0, 0), pipeline_mode=pl.Buffered(1))
 
 
 def _build_sweep_specs(blocks: block_sizes.Blocks, width: int) -> tuple[pl.BlockSpec, ...]:
-    """Returns the specs of a tile of the head, of stored entries, and of per-row statistics.
+    """Returns three block specs: for tiles of the head, for stored entries, and for row statistics.
 
-    The grid is [I, T/R]. The outer axis of the grid is the tile of the head, so each tile is read
-    once for all rows of a block.
+    The grid is [I, T/R]. The outer axis of the grid runs over the tiles of the head, so each tile
+    is read only once for all rows of a block.
     """
     head = pl.BlockSpec((blocks.vocab, width), lambda i, r: (i, 0))
     entries = pl.BlockSpec((blocks.rows, blocks.vocab), lambda i, r: (r, i))
@@ -329,7 +335,7 @@ def _grid(blocks: block_sizes.Blocks, size: int) -> tuple[int, int]:
 
 
 def _params(need: int, *order: Any) -> pltpu.CompilerParams:
-    """Returns compiler parameters; two cores share axes that `order` calls parallel."""
+    """Returns compiler parameters; a chip's two cores share axes that `order` calls parallel."""
     limit = block_sizes.vmem_limit(need)
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=limit)
 
@@ -338,7 +344,7 @@ SCALAR = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
-    """Returns the stored entries [T, V] (one array or two) and the statistics [I, 8, T]."""
+    """Returns the stored entries [T, V], as one or two arrays, and the statistics [I, 8, T]."""
     (size, width), dtype = heads[0].shape, hidden[0].dtype
     grid = _grid(blocks, size)
     head, stored, numbers = _build_sweep_specs(blocks, width)
@@ -388,11 +394,11 @@ def _sums_pass(settings, blocks, interpret, here_1, coefficients_I8T, stored) ->
 def _gradient_pass(
     settings, blocks, interpret, here_1, coefficients_I8T, stored, head_VD, head_part
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Returns dz W [T, D] without the rows' factors, sums [I, 8, T] and the head's gradient.
+    """Returns dz W [T, D] without the row factors, the sums [I, 8, T], and the head's gradient.
 
     The sums are None unless `fuses_sums` returns True. `head_part` is (scaled hidden states, head's
-    gradient so far), and the gradient is updated in place. If `head_part` is None, the head's
-    gradient is None.
+    gradient so far), and the head's gradient is updated in place. If `head_part` is None, the
+    head's gradient is None.
     """
     (size, width), dtype = head_VD.shape, head_VD.dtype
     train_head = head_part is not None

@@ -1,11 +1,12 @@
-"""Row statistics that the divergence kernels pass from one pass to the next, for TPU and GPU.
+"""Row statistics that the divergence kernels hand from one pass to the next, on TPU and GPU.
 
-Shapes: T tokens per block, V vocabulary entries of this shard, I vocabulary tiles of this shard.
-The student's distribution is p = softmax(z_s / τ), and the teacher's is q = softmax(z_t / τ).
+Shapes: T is the number of tokens per block. V is the number of vocabulary entries in this shard,
+and I is the number of vocabulary tiles in this shard. The student's distribution is
+p = softmax(z_s / τ), and the teacher's distribution is q = softmax(z_t / τ).
 
-Each pass over a block writes partial statistics for each row and tile, [I, T]. The functions of
-this file combine partial statistics over tiles and over vocabulary shards, and compute
-`TokenStats`. All statistics are float32 and small: T · I numbers for T · V entries.
+Each pass over a block writes partial statistics for each row and tile, [I, T]. The functions in
+this file combine partial statistics over tiles and vocabulary shards, and compute `TokenStats`.
+Each statistic is float32 and takes little memory: T · I numbers for T · V entries.
 
 There are three passes:
 
@@ -13,9 +14,9 @@ There are three passes:
     2 sums        Σ e, Σ b, Σ p, Σ q over clipped entries -> value, Σb; see `needs_sums_pass`
     3 gradient    dz = (b - p Σb / Σp) and its matmul; also the head's matmul if the head is trained
 
-Each row has a factor: the product of token clip, importance ratio, weight and 1/τ. At the end, the
-factor multiplies the row of the states' gradient. For the head's gradient, the factor multiplies
-the row of the states.
+Each row has a factor, which is the product of the token clip's factor, the importance ratio, the
+weight and 1/τ. At the end of a block, each row of the states' gradient is multiplied by the row's
+factor. For the head's gradient, each row of the states is multiplied by the row's factor.
 """
 
 import functools
@@ -38,9 +39,9 @@ from copsd_jax.losses import (
 # Divergences that the kernels are tested with. The kernels know ln p and ln q of an entry only up
 # to a common constant, so a divergence may use only the difference ln p - ln q.
 DIVERGENCES = ("fkl", "rkl", "jsd", "sampled")
-ROW_STATS = 8  # maximum number of statistics per row and tile that a pass reads or writes
+ROW_STATS = 8  # a pass reads and writes at most this many statistics per row and tile
 EMPTY = -1e30  # logit of a missing entry
-FLOOR = -1e29  # lower bound for the maximum of a tile, above EMPTY
+FLOOR = -1e29  # lower bound for the maximum of a tile; it lies above EMPTY
 
 Divergence = divergences.Divergence
 Sweep = split_vocabulary.Sweep
@@ -49,8 +50,8 @@ Sweep = split_vocabulary.Sweep
 class TilePartials(NamedTuple):
     """Statistics of one side for each row and tile, [I, T].
 
-    The field top is the maximum of z/τ. With w = exp(z/τ - top), sum is Σ w, and moment is Σ w (z/τ
-    - top).
+    `top_IT` is the maximum of z/τ. With w = exp(z/τ - top), `sum_IT` is Σ w, and `moment_IT` is Σ w
+    (z/τ - top).
     """
 
     top_IT: jax.Array
@@ -61,8 +62,8 @@ class TilePartials(NamedTuple):
 class RowSoftmax(NamedTuple):
     """Statistics of one side over the whole vocabulary, [T]; the entropy is in nats.
 
-    The log-probability is ln p = (z/τ - top) - log. The fields top and log are stored separately,
-    because if logits are large, the log-sum-exp (top + log) would lose the digits of log.
+    The log-probability is ln p = (z/τ - top) - log. `top_T` and `log_T` are stored separately,
+    because adding log to a large top would lose the digits of log.
     """
 
     top_T: jax.Array
@@ -102,22 +103,23 @@ class LogitsResult(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """The passes of a chip's kernels over a block.
+    """The functions that run the passes of a chip's kernels over a block.
 
     `here_1` is the number of real entries in this shard. `stored` is a tuple of arrays [T, V] that
-    only the kernels read. All functions except `coefficients` take three more arguments before
-    these: (settings, blocks, interpret). `sweep_blocks` binds these three arguments.
+    only the kernels read. All functions except `coefficients` also take settings, blocks and
+    interpret, as the first three arguments. `sweep_blocks` binds settings, blocks and interpret.
 
     Attributes:
-      logits: (here_1, hidden, heads) -> stored, and statistics [I, 8, T]. Rows 0 to 2 are the
-        student's `TilePartials`, and rows 3 to 5 are the teacher's. Row 6 is the student's Σ exp at
-        the sampling temperature.
-      coefficients: (result, partials, local_T, Σb/Σp) -> the numbers that `sums` and `gradient`
-        read for each row and tile.
-      sums: (here_1, coefficients, stored) -> `RowSums` in rows 0 to 3 of [I, 8, T].
-      gradient: (here_1, coefficients, stored, head_VD, head_part) -> dz W [T, D], sums [I, 8, T] if
-        `fuses_sums` else None, and the head's gradient or None. head_part is None or (scaled hidden
-        states, head's gradient so far).
+      logits: takes (here_1, hidden, heads), and returns `stored` and statistics [I, 8, T]. Rows 0
+        to 2 of the statistics are the student's `TilePartials`, and rows 3 to 5 are the teacher's
+        `TilePartials`. Row 6 of the statistics is the student's Σ exp at the sampling temperature.
+      coefficients: takes (result, partials, local_T, Σb/Σp), and returns the numbers that `sums`
+        and `gradient` read for each row and tile.
+      sums: takes (here_1, coefficients, stored), and returns an array [I, 8, T] with `RowSums` in
+        rows 0 to 3.
+      gradient: takes (here_1, coefficients, stored, head_VD, head_part). `head_part` is None, or
+        (scaled hidden states, head's gradient so far). The function returns dz W [T, D], the sums
+        [I, 8, T] (None unless `fuses_sums` returns True), and the head's gradient (or None).
     """
 
     logits: Callable
@@ -127,7 +129,7 @@ class Passes(NamedTuple):
 
 
 def needs_sums_pass(settings: Divergence, train_head: bool) -> bool:
-    """Returns whether pass 2 is needed: Σb has no closed form, or a row's factor depends on Σe."""
+    """Returns whether pass 3 needs sums that only pass 2 can provide."""
     if settings.divergence == "sampled":
         return False
     late = settings.clip_mode != "none" and train_head
@@ -148,10 +150,10 @@ def sum_shards(x: jax.Array, vocab_axis: str | None) -> jax.Array:
 def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 1.0) -> RowSoftmax:
     """Combines the partial statistics of all tiles and shards.
 
-    The result describes softmax(scale · z / τ), and sum_IT must contain the sums of exp(scale (z/τ
-    - top)). The log-probability is ln p = scale (z/τ - top) - log. `scale` multiplies the
-      difference z/τ - top, because scaling a large maximum alone would lose the maximum's last
-      digits.
+    The result describes softmax(scale · z / τ). `sum_IT` must contain the sums of
+    `exp(scale (z/τ - top))`. The log-probability is ln p = scale (z/τ - top) - log. `scale`
+    multiplies the difference z/τ - top, because scaling a large maximum alone would lose the
+    maximum's last digits.
     """
     top_T = jnp.max(partials.top_IT, axis=0)
     if vocab_axis is not None:
@@ -166,7 +168,7 @@ def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 
 
 
 def count_entries_here(shard: split_vocabulary.VocabularyShard, size: int) -> jax.Array:
-    """Counts the real entries among the `size` rows of this shard's head, an int32 scalar."""
+    """Returns how many of this shard's `size` head rows are not padding, an int32 scalar."""
     if shard.entries is None:
         return jnp.full((), size, jnp.int32)
     entries = jnp.full((), shard.entries, jnp.int32)
@@ -180,8 +182,8 @@ def token_logits(
 ) -> jax.Array:
     """Returns the logits of the sampled tokens, h_t · W[y_t], shape [T], summed over all shards.
 
-    The function gathers T rows of the head. If the kernels computed these logits, they would need a
-    comparison for every entry.
+    The function gathers T rows of the head. If the kernels computed the sampled tokens' logits,
+    every entry would need a comparison.
     """
     size = head_VD.shape[0]
     row_TD = head_VD[jnp.clip(local_T, 0, size - 1)].astype(jnp.float32)
@@ -192,7 +194,7 @@ def token_logits(
 def join_logits_pass(
     sweep: Sweep, stats_I8T: jax.Array, hidden: tuple[jax.Array, jax.Array], local_T: jax.Array
 ) -> tuple[LogitsResult, tuple[TilePartials, ...]]:
-    """Combines the tiles of pass 1; also returns the partial statistics of student and teacher."""
+    """Combines the tile statistics of pass 1; also returns both sides' partial statistics."""
     settings, heads, axis = sweep.settings, sweep.heads, sweep.shard.axis
     sides = tuple(TilePartials(*(stats_I8T[:, 3 * k + i] for i in range(3))) for k in (0, 1))
     student, teacher = (join_softmax(side, axis) for side in sides)
@@ -218,7 +220,7 @@ def join_sums(sums_I8T: jax.Array, vocab_axis: str | None) -> RowSums:
 def finish_stats(
     settings: Divergence, result: LogitsResult, sums: RowSums, inputs: token_values.TokenInputs
 ) -> tuple[token_values.TokenStats, jax.Array]:
-    """Computes TokenStats, and the factor of each row's gradient without the row's weight, [T].
+    """Computes TokenStats, and each row's gradient factor [T], which does not include the weight.
 
     `sums` is not read if the divergence is `sampled`.
     """
@@ -251,24 +253,24 @@ def check_inputs(sweep: Sweep, hidden: tuple[jax.Array, jax.Array]) -> None:
     if settings.divergence not in DIVERGENCES:
         raise ValueError(
             f"divergence is {settings.divergence!r}: the kernels support "
-            f"{', '.join(DIVERGENCES)}; implementation=chunked supports all"
+            f"{', '.join(DIVERGENCES)}; implementation=chunked supports every divergence"
         )
     if settings.top_k:
         raise ValueError(
-            f"top_k is {settings.top_k}: the kernels support only 0, the whole vocabulary; "
+            f"top_k is {settings.top_k}: the kernels support only top_k=0; "
             "implementation=chunked supports every top_k"
         )
     dtypes = {x.dtype for x in hidden}
     if len(dtypes) != 1 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         raise ValueError(
             f"hidden states are {[str(x.dtype) for x in hidden]}: the kernels need bfloat16 or "
-            "float32, the same on both sides"
+            "float32, and the same dtype on both sides"
         )
     if len({x.shape for x in heads}) != 1:
         raise ValueError(f"the heads are {[x.shape for x in heads]}: their shapes must be equal")
     if shard.entries is not None and shard.entries < 1:
         raise ValueError(
-            f"the vocabulary has {shard.entries} entries: it must have at least 1; None means all "
+            f"the vocabulary has {shard.entries} entries: at least 1 is needed; None means all "
             "rows of the heads"
         )
 
@@ -278,8 +280,8 @@ def sweep_blocks(
 ) -> tuple[token_values.TokenStats, jax.Array, jax.Array | None]:
     """Runs all passes over blocks of `blocks.tokens` tokens; the last block is padded with zeros.
 
-    Arguments, results and their shapes are those of `divergence_tpu.sweep`. This function rounds
-    the heads to the dtype of the hidden states.
+    Arguments and results have the same meaning and shapes as in `divergence_tpu.sweep`. This
+    function rounds the heads to the dtype of the hidden states.
     """
     hidden, inputs = rows
     check_inputs(sweep, hidden)
@@ -308,7 +310,7 @@ def _sweep_block(
     settings, heads, axis, local_T = sweep.settings, sweep.heads, sweep.shard.axis, inputs.tokens_T
     size = heads[0].shape[0]
     here_1 = count_entries_here(sweep.shard, size)[None]
-    if axis is not None:  # the token's row in this shard's head; out of range in other shards
+    if axis is not None:  # the token's row in this shard's head; out of range in all other shards
         local_T = local_T - split_vocabulary.first_entry(axis, size)
     stored, stats_I8T = passes.logits(here_1, hidden, heads)
     result, sides = join_logits_pass(sweep, stats_I8T, hidden, local_T)
