@@ -143,7 +143,7 @@ def build_prompts(
       lang: code of the problem's language.
 
     Returns:
-      Token ids of the student's and of the teacher's prompt.
+      The student's prompt and the teacher's prompt, each as token ids.
 
     Raises:
       ValueError: the context needs more than the problem and its solution, or the two prompts end
@@ -177,7 +177,7 @@ def _read_api_ids(model: Model, ids: Sequence[int], name: str) -> tuple[int, ...
         raise ValueError(f"{name} is {ids!r}: it must be one or more token ids")
     if ids_C.min() < 0 or ids_C.max() >= size:
         raise ValueError(
-            f"{name} has the ids {ids_C.min()} to {ids_C.max()}: the vocabulary is 0 to {size - 1}"
+            f"{name} has the ids {ids_C.min()} to {ids_C.max()}: the model has ids 0 to {size - 1}"
         )
     return tuple(ids_C.tolist())
 
@@ -206,8 +206,8 @@ def sample(
       "stop" or "length".
 
     Raises:
-      ValueError: `prompts` is empty; a prompt is empty, is too long, or has ids outside the model's
-        vocabulary; or a field of `sampling` is wrong.
+      ValueError: `prompts` or one of its prompts is empty; a prompt is too long or has ids outside
+        the model's vocabulary; or a field of `sampling` is wrong.
     """
     run, plan = model.run, model.run.plan
     asked = _read_api_prompts(model, prompts, "prompts")

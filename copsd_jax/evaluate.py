@@ -180,7 +180,7 @@ def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
 def _read_partial_evaluation(
     partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]
 ) -> dict[int, _Said]:
-    """Returns a stopped evaluation's completions by index, and prepares the file for more of them.
+    """Reads a stopped evaluation's completions by index, and prepares the file for new completions.
 
     A half-written last line is removed from the file. Completions of another policy are discarded
     with a message, and a new file is started. If a step was trained again, the policy can differ
@@ -287,7 +287,7 @@ def format_overview(results: dict[int, dict]) -> str:
     """Renders a table with one row for each group of problems at each step.
 
     Args:
-      results: the results of `evaluate` by step.
+      results: the results of `evaluate`, by step.
     """
     rows = [
         [step, name, s["problems"], s["samples"], f"{s['avg_at_n']:.1%}",

@@ -4,7 +4,7 @@
 
 The result is a Hugging Face folder that transformers and other programs can load. The folder
 contains the merged weights (safetensors), the config, the tokenizer and the generation settings.
-With `--format=peft`, the result is a PEFT folder with only the adapter.
+With `--format=peft`, the result is a PEFT folder that contains only the adapter.
 """
 
 import argparse

@@ -99,7 +99,7 @@ def _summarize_loss(c) -> str:
 
 
 def _count_languages(rows: list[problem_row.Row]) -> str:
-    """Renders the number of rows in each language, such as "sw 500, fr 20"; "none" without rows."""
+    """Renders the number of rows per language, such as "sw 500, fr 20"; "none" if no rows exist."""
     counts = collections.Counter(row.lang for row in rows)
     return ", ".join(f"{lang} {count:,}" for lang, count in counts.items()) or "none"
 
@@ -175,7 +175,7 @@ NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 
 
 def summarize_totals(directory: pathlib.Path, steps: int) -> str:
-    """Renders a table with the number of the run's completions for each status.
+    """Renders a table that shows how many completions of the run have each status.
 
     Args:
       directory: the work directory that contains the metrics.

@@ -102,7 +102,8 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
         plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=first
     )
     written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
-    # The state of the guards follows from the metrics of earlier steps, so no file has to store it.
+    # The state of the guards follows from the metrics of earlier steps, so no file has to store the
+    # state.
     guard = guards.replay_metrics(plan.guards, written)
     said = processes.run_on_leader(lambda: workdir.read_events(directory, first))
     stream = processes.progress_stream()

@@ -1,4 +1,4 @@
-"""The checks of a run's settings, which need no files, weights or devices.
+"""The checks of a run's settings; the checks need no files, weights or devices.
 
 Every error message is one sentence that names a setting, its value and the allowed values. The
 declaration of a setting (`declaration.Setting`) contains the setting's allowed values. This module
@@ -22,7 +22,7 @@ def check_settings(
     train: bool = True,
     data: bool = True,
 ) -> None:
-    """Refuses invalid settings and combinations, without reading files, weights or devices.
+    """Refuses invalid settings and combinations of settings; reads no files, weights or devices.
 
     Args:
       config: all settings.
@@ -148,8 +148,9 @@ def _check_author_settings(s: Mapping) -> None:
         rule = "it reads final answers, so it needs reward.kind=answer"
         refuse(s, "author.kind", f"{rule}; reward.kind is {s['reward.kind']}")
     if s["eval.extract"] != "last_after_think":
-        # eval.extract=last_anywhere may find an answer inside a think block that never ends. Such
-        # an answer is in no step of the solution, because the steps begin after the thinking.
+        # eval.extract=last_anywhere may find an answer inside a think block that never ends. If the
+        # answer is inside the thinking, no step of the solution contains it, because the steps
+        # begin after the thinking.
         rule = "it reads only text after the thinking, so it needs eval.extract=last_after_think"
         refuse(s, "author.kind", f"{rule}; eval.extract is {s['eval.extract']}")
 
@@ -173,7 +174,7 @@ def _check_engine_settings(s: Mapping) -> None:
 
 
 def _check_groups(s: Mapping) -> None:
-    """Refuses one completion per problem if a setting needs several completions to compare."""
+    """Refuses one completion per problem if a setting compares several completions per problem."""
     method = methods.METHODS[s["method"]]
     if not method.samples and s["rollout.per_prompt"] != 1:
         refuse(s, "rollout.per_prompt", f"method={s['method']} does not sample, so use 1")

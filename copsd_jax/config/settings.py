@@ -115,7 +115,7 @@ def without_retired(saved: Mapping[str, object], source: str) -> dict[str, objec
         if saved.get(name, no_op) != no_op:
             raise ValueError(
                 f"{source} has {name}={saved[name]!r}: this setting no longer exists, and only a "
-                f"run with {no_op!r} can be continued"
+                f"run with {name}={no_op!r} can be continued"
             )
     return {name: value for name, value in saved.items() if name not in RETIRED}
 

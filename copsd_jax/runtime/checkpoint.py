@@ -20,7 +20,10 @@ def _shapes(tree: Any) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one work directory. Leaving `with` waits until a save has finished."""
+    """The checkpoints of one work directory.
+
+    Leaving the `with` block waits until an unfinished save is complete.
+    """
 
     def __init__(self, directory: pathlib.Path, keep: int = 0, writer: bool = False):
         """Opens the checkpoints of a directory.

@@ -7,8 +7,9 @@ v5e, v5p, v6e and tpu7x). The network rate of a TPU is the rate of a pod divided
 chips in the pod. The sizes of VMEM are from jax.experimental.pallas.tpu. `usable` is the memory
 that the compiler of libtpu 0.0.42 lets a program use.
 
-For GPUs, the rates are from NVIDIA's data sheets for A100 SXM 80 GB, H100 SXM and H200 SXM. The
-network rate of a GPU assumes one network adapter per GPU, with 400 Gb/s (200 Gb/s for the A100).
+For GPUs, the rates and memory sizes are from NVIDIA's data sheets for A100 SXM 80 GB, H100 SXM and
+H200 SXM. The network rate of a GPU assumes one network adapter per GPU, with 400 Gb/s (200 Gb/s for
+the A100).
 
 This file does not import JAX, because `dryrun/targets.py` reads it before JAX starts.
 """

@@ -80,7 +80,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
     if math.prod(shape) != len(devices):
-        raise ValueError(f"{sizes}: the product must be the number of devices, {len(devices)}")
+        raise ValueError(f"{sizes}: the product must equal the number of devices, {len(devices)}")
     slices = collections.defaultdict(list)
     for device in devices:
         # On GPUs, slice_index is the index of the host and is ignored: any axis may use the network
@@ -155,7 +155,7 @@ def count_key_repeats(heads: int, key_heads: int, tensor: int) -> int:
 def partition_spec(
     name: str, shape: tuple[int, ...], mesh: Mesh, key_heads: int | None = None
 ) -> PartitionSpec:
-    """Returns the PartitionSpec of an array by its name in `PARTITIONS`.
+    """Returns the PartitionSpec of the array that has the given name in `PARTITIONS`.
 
     Args:
       name: name of the array, such as `layers/q/kernel`.
@@ -232,8 +232,8 @@ def find_undivided(
     """Returns the parameters that an axis should split but cannot, and the extra memory they take.
 
     Returns:
-      The names of the parameters by axis; and the number of bytes by which these parameters exceed
-      an even split, on each device.
+      For each axis, the names of the parameters; and the number of bytes by which these parameters
+      exceed an even split on each device.
     """
     names: dict[str, list[str]] = collections.defaultdict(list)
     more = 0

@@ -1,5 +1,7 @@
 """The work directory W of a run: its files, and checks that the files belong to the run.
 
+A run writes these files:
+
     W/config.json            every setting
     W/run.json               versions, commit, devices, seed, fingerprints of model and data
     W/metrics.jsonl          one line per step
