@@ -90,7 +90,7 @@ def one_of(*names: str, function: bool = False) -> Choices:
 
 
 def entry_of(table: str, function: bool = False) -> Choices:
-    """Returns `Choices` made of a table's entries, such as those of "teaching/contexts.py CONTEXTS"."""
+    """Returns `Choices` made of the entries of a table, such as "teaching/contexts.py CONTEXTS"."""
     return Choices(table=table, function=function)
 
 
