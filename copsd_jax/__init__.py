@@ -27,12 +27,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the object behind a name of the API, and imports the API on first use."""
+    """Returns the API object with the given name; the first use imports the API."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("copsd_jax.api"), name)
 
 
 def __dir__() -> list[str]:
-    """Returns the module's attributes together with the API's names, sorted."""
+    """Returns the sorted names of the module's attributes and of the API."""
     return sorted({*globals(), *__all__})

@@ -29,7 +29,7 @@ from copsd_jax.weights import hub
 Prompt = str | Sequence[int]  # token ids, or a text that is encoded without a chat template
 Completion = loop.Completion
 
-# Settings for the path "tiny", whose chat template has a thinking switch.
+# Settings for the path "tiny"; the chat template of this model has a thinking switch.
 TINY: dict[str, Any] = {
     "model.init": "random", "model.shape": "tiny", "prompt.thinking": "off"
 }  # fmt: skip
@@ -40,8 +40,8 @@ class Model:
     """A model with its tokenizer, settings and training state.
 
     Attributes:
-      run: the weights that do not change, the compiled functions, and the plan with the tokenizer.
-      state: the training state: step, trained parameters and optimizer state.
+      run: the weights that do not change, the compiled functions, the tokenizer and the plan.
+      state: the step number, the trained parameters and the optimizer state.
     """
 
     run: loaded_run.LoadedRun
@@ -67,8 +67,8 @@ class Scores(NamedTuple):
     """A model's predictions for a completion of C tokens.
 
     Attributes:
-      ids_C: int32, the ids of the tokens.
-      logp_CV: float32, log-probabilities of the whole vocabulary at temperature 1, in nats.
+      ids_C: token ids of the completion, int32.
+      logp_CV: log-probabilities of the whole vocabulary at temperature 1, in nats, float32.
     """
 
     ids_C: np.ndarray
@@ -89,9 +89,9 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
     (2, 0)
 
     Args:
-      path: the value of `model.path`: a Hugging Face folder or repository id, a .gguf file, or
-        "tiny". The path "tiny" gives a model of two layers with random weights, for trying out the
-        API.
+      path: the value of `model.path`, which is a Hugging Face folder or repository id, a .gguf
+        file, or "tiny". The path "tiny" gives a model of two layers with random weights, for trying
+        out the API.
       settings: other settings by name, as on the command line, such as `{"lora.rank": 4}`. By
         default the learning rate is constant, and `teacher.thinking` equals `prompt.thinking`.
 
@@ -100,21 +100,21 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
 
     Raises:
       ValueError: a setting is unknown or wrong, or the files do not contain a supported model.
-      FileNotFoundError: there is no such model.
+      FileNotFoundError: no model exists at `path`.
     """
     chosen: dict[str, Any] = {"model.path": path, "train.schedule": "constant"}
     chosen |= (TINY if path == hub.TINY else {}) | dict(settings or {})
     if unknown := [name for name in chosen if name not in config_lib.SETTINGS]:
         raise ValueError(config_lib.unknown_setting(unknown[0]))
     config = config_lib.default()
-    # Student, teacher and evaluation get the same thinking setting; this file runs no evaluation.
+    # Student, teacher and evaluation get the same thinking setting. This file runs no evaluation.
     thinking = chosen.get("prompt.thinking", config.prompt.thinking)
     config.update_from_flattened_dict({"teacher.thinking": thinking, "eval.thinking": thinking})
     config.update_from_flattened_dict(chosen)
     if config.method != "distill" or config.policy.weight or config.loss.rollout_clip:
         raise ValueError(
             "method must be 'distill', and policy.weight and loss.rollout_clip must be 0, because "
-            "train_step gets no rewards and no log-probabilities of the sampler; use copsd_jax.main"
+            "train_step gets neither rewards nor sampler log-probabilities; use copsd_jax.main"
         )
     plan = run_plan.make_plan(config, train=False, evaluate=False)
     # One device accepts batches of any size. On several devices, the size of a batch must be a
@@ -127,7 +127,7 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
 def build_prompts(
     model: Model, problem: str, *, solution: str, answer: str = "", lang: str = "en"
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Builds the prompts of student and teacher for one problem, with the model's template.
+    """Builds the student's and the teacher's prompt for one problem, with the chat template.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny")
@@ -136,14 +136,14 @@ def build_prompts(
     (False, True)
 
     Args:
-      model: the model, whose settings `prompt`, `teacher` and `context` determine the wording.
+      model: the model; its settings `prompt`, `teacher` and `context` determine the wording.
       problem: the text of the problem.
       solution: the reference solution, which only the teacher sees.
       answer: the final answer, which plain prompts show after the solution.
       lang: code of the problem's language.
 
     Returns:
-      Token ids of the student's and of the teacher's prompt.
+      The student's prompt and the teacher's prompt, each as token ids.
 
     Raises:
       ValueError: the context needs more than the problem and its solution, or the two prompts end
@@ -154,13 +154,13 @@ def build_prompts(
     student = prompts_lib.build_student_prompt(plan.tokenizer, plan.student, row)
     teacher = plan.teacher.build(contexts.Attempt(row))
     if teacher is None:
-        raise ValueError(f"context.kind is {plan.context.kind!r}: it needs more than a solution")
+        raise ValueError(f"context.kind={plan.context.kind!r} needs more than a solution")
     prompts_lib.check_template_states(student, teacher, plan.config.parity.template_mismatch)
     return (*student.prefix_ids, *student.ids), (*teacher.prefix_ids, *teacher.ids)
 
 
 def _read_api_prompts(model: Model, prompts: Sequence[Prompt], name: str) -> list[tuple[int, ...]]:
-    """Returns the checked ids of prompts; a text is encoded without special tokens."""
+    """Checks prompts and returns their token ids; a text is encoded without special tokens."""
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"{name} is {prompts!r}: it must be a list of at least one prompt")
     encoded = [
@@ -171,13 +171,13 @@ def _read_api_prompts(model: Model, prompts: Sequence[Prompt], name: str) -> lis
 
 
 def _read_api_ids(model: Model, ids: Sequence[int], name: str) -> tuple[int, ...]:
-    """Returns token ids as integers; refuses anything else, and ids that the model lacks."""
+    """Returns token ids as integers; refuses other values, and ids outside the vocabulary."""
     ids_C, size = np.asarray(ids), model.run.decoder.config.vocab_size
     if ids_C.ndim != 1 or not ids_C.size or ids_C.dtype.kind not in "iu":
         raise ValueError(f"{name} is {ids!r}: it must be one or more token ids")
     if ids_C.min() < 0 or ids_C.max() >= size:
         raise ValueError(
-            f"{name} has the ids {ids_C.min()} to {ids_C.max()}: the model has 0 to {size - 1}"
+            f"{name} has the ids {ids_C.min()} to {ids_C.max()}: the model has ids 0 to {size - 1}"
         )
     return tuple(ids_C.tolist())
 
@@ -185,7 +185,7 @@ def _read_api_ids(model: Model, ids: Sequence[int], name: str) -> tuple[int, ...
 def sample(
     model: Model, prompts: Sequence[Prompt], *, seed: int = 0, **sampling: Any
 ) -> list[Completion]:
-    """Samples one completion for each prompt from the student.
+    """Samples one completion from the student for each prompt.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny")
@@ -194,19 +194,20 @@ def sample(
     (5, 'length', (5,))
 
     Args:
-      model: the model, whose settings `rollout` give the fields that `sampling` does not name.
+      model: the model; its settings `rollout` determine every field that `sampling` does not name.
       prompts: texts or token ids. Repeat a prompt n times to get n completions of it.
       seed: seed of the random streams; equal calls with equal seeds give equal completions.
       **sampling: fields of `sampler.request.Sampling`: max_tokens, temperature, top_k, top_p,
         min_p, stop, stop_ids.
 
     Returns:
-      One completion per prompt. `ids` has the C token ids, `logps` has their log-probabilities at
-      the sampling temperature (float32 [C], in nats), and `finish` is "stop" or "length".
+      One completion per prompt. `ids` contains the C token ids. `logps` contains the
+      log-probability of each token at the sampling temperature, in nats (float32 [C]). `finish` is
+      "stop" or "length".
 
     Raises:
-      ValueError: there is no prompt; a prompt is empty, too long, or has other ids than the model;
-        or a field of `sampling` is wrong.
+      ValueError: `prompts` or one of its prompts is empty; a prompt is too long or has ids outside
+        the model's vocabulary; or a field of `sampling` is wrong.
     """
     run, plan = model.run, model.run.plan
     asked = _read_api_prompts(model, prompts, "prompts")
@@ -236,15 +237,15 @@ def score(
       model: the model.
       prompt: a text or a list of token ids, not empty.
       completion: C token ids, such as `Completion.ids`.
-      side: "student" for the trained weights, or "teacher" for the weights of `teacher.weights`. By
-        default, the teacher has the initial weights.
+      side: "student" for the trained weights, or "teacher" for the weights that `teacher.weights`
+        chooses. By default, the teacher has the initial weights.
 
     Returns:
       The scores: log-probabilities [C, V] and the ids [C].
 
     Raises:
-      ValueError: the prompt or the completion is empty or has other ids than the model, or `side`
-        is unknown.
+      ValueError: the prompt or the completion is empty, or has ids outside the model's vocabulary;
+        or `side` is unknown.
     """
     if side not in ("student", "teacher"):
         raise ValueError(f"side is {side!r}: the choices are student, teacher")
@@ -278,17 +279,17 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
         and clip.
 
     Returns:
-      The divergence of each token in nats, float32 [C].
+      The divergence for each token, in nats, float32 [C].
 
     Raises:
-      ValueError: student and teacher scored different tokens or have different shapes, or a setting
-        is wrong.
+      ValueError: `student` and `teacher` are scores of different tokens or have different shapes,
+        or a setting is wrong.
     """
     if not np.array_equal(student.ids_C, teacher.ids_C):
         raise ValueError("student and teacher scored different tokens: score the same completion")
     if student.logp_CV.shape != teacher.logp_CV.shape:
         shapes = f"{student.logp_CV.shape} and {teacher.logp_CV.shape}"
-        raise ValueError(f"the scores have the shapes {shapes}: they must be equal")
+        raise ValueError(f"the scores have the shapes {shapes}: the shapes must be equal")
     # Log-probabilities can be used as logits, because a softmax ignores a constant offset.
     stats, _ = token_values.score_divergence_block(
         jnp.asarray(student.logp_CV), jnp.asarray(teacher.logp_CV),
@@ -303,7 +304,7 @@ def train_step(
     teacher_prompts: Sequence[Prompt],
     completions: Sequence[Sequence[int]],
 ) -> tuple[Model, dict[str, float]]:
-    """Trains the student for one optimizer step on the divergence from the teacher.
+    """Takes one optimizer step that reduces the student's divergence from the teacher.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny")
@@ -314,17 +315,17 @@ def train_step(
     (0, 1, True)
 
     Args:
-      model: the model, whose settings `loss`, `train` and `teacher` apply.
+      model: the model; its settings `loss`, `train` and `teacher` apply.
       student_prompts: B texts or lists of token ids.
-      teacher_prompts: the prompts under which the teacher scores the same completions.
-      completions: token ids, such as `Completion.ids`.
+      teacher_prompts: B prompts under which the teacher scores the same completions.
+      completions: B lists of token ids, such as `Completion.ids`.
 
     Returns:
-      The model after the step, and metrics: loss (nats per token), grad_norm, tokens and others.
+      The model after the step, and metrics such as loss (nats per token), grad_norm and tokens.
 
     Raises:
-      ValueError: the lists differ in length, or a prompt or completion is empty or has other ids
-        than the model.
+      ValueError: the lists differ in length; or a prompt or completion is empty, or has ids outside
+        the model's vocabulary.
     """
     run, plan = model.run, model.run.plan
     batch = layout.build_batch(

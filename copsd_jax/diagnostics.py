@@ -14,20 +14,20 @@ from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
 from copsd_jax.training import layout, loaded_run, train_step
 
-# Policies whose logits are mixed, with their shares.
+# Policies whose logits are mixed, each with its share of the mixture.
 Mixture = tuple[tuple[float, policy_lib.Policy], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenView:
-    """One token as student and teacher predict it; log-probabilities are in nats at temperature 1.
+    """A token, as predicted by student and teacher; log-probabilities are in nats at temperature 1.
 
     Attributes:
       text: the token, decoded by itself.
-      advantage: ln q - ln p. If the advantage is above 0, the teacher gives the token a higher
-        probability than the student.
-      logp_student: ln p of the token.
-      logp_teacher: ln q of the token.
+      advantage: `logp_teacher - logp_student`. If the advantage is above 0, the teacher gives the
+        token a higher probability than the student does.
+      logp_student: log-probability that the student gives to the token.
+      logp_teacher: log-probability that the teacher gives to the token.
       student: the student's most probable tokens at this position, with their probabilities.
       teacher: the teacher's most probable tokens at this position, with their probabilities.
     """
@@ -45,13 +45,13 @@ def compare_tokens(
 ) -> list[TokenView]:
     """Compares student and teacher on a record of W/rollouts, under the weights of `state`.
 
-    Each side's prompt is run separately, followed by the completion.
+    Student and teacher run separately, each on its own prompt followed by the completion.
 
     Args:
       r: the loaded run.
       state: the state with the weights of both sides.
       record: a record that has student_prompt_ids, teacher_prompt_ids and completion_ids.
-      best: number of most probable tokens that each view lists.
+      best: number of most probable tokens that a view lists for each side.
 
     Returns:
       One view per completion token.
@@ -82,7 +82,7 @@ def score_tokens(
 
     Args:
       decoder: the model.
-      mix: policies whose logits are mixed, with their shares; see
+      mix: policies whose logits are mixed, each with its share of the mixture; see
         `train_step.list_teacher_mixture`.
       prompt: the token ids of the prompt, not empty.
       completion: C token ids.
@@ -101,7 +101,7 @@ def score_tokens(
 def _diagnose_side_logps(
     decoder: transformer.Decoder, mix: Mixture, side: layout.Side
 ) -> jax.Array:
-    """Returns the log-probabilities [C, V] of a side with one sample, padding included."""
+    """Returns the log-probabilities [C, V] for a side that has one sample; padding is included."""
     total = jnp.zeros((), jnp.float32)
     for share, policy in mix:
         stream = transformer.Stream(
@@ -117,7 +117,7 @@ def _diagnose_side_logps(
 def format_table(views: list[TokenView]) -> str:
     """Renders a table with one line per token: text, advantage, and each side's best tokens.
 
-    The columns `student` and `teacher` show each side's probability of the token.
+    The columns `student` and `teacher` show the probability that each side gives to the token.
     """
     show = lambda favourites: " ".join(f"{text!r} {p:.0%}" for text, p in favourites)  # noqa: E731
     rows = [

@@ -2,9 +2,9 @@
 
     python -m copsd_jax.evaluate --workdir=W [--steps=0,12] [--path=FILE] [--lang=sw]
 
-The scores of each language and group of problems are avg@n, pass@n, maj@n, format rate, length and
-truncated share. Prompts, grader and stop conditions are the same as in training. The program
-evaluates checkpoints of a work directory and prints one table.
+For each language and each group of problems, the scores are avg@n, pass@n, maj@n, format rate,
+length and truncated share. Prompts, grader and stop conditions are the same as in training. The
+program evaluates checkpoints of a work directory and prints one table.
 """
 
 import argparse
@@ -52,13 +52,13 @@ def evaluate(
       rows: the problems, with gold answers.
       progress: function that receives the sampler's statistics; completions that were read from
         `partial` count as done.
-      partial: a file to which each completion is written when it ends; see `_sample_evaluation`. A
-        stopped evaluation is continued from the file `partial`. The caller removes the file after
-        saving the result.
+      partial: a file to which each completion is written as soon as it ends; see
+        `_sample_evaluation`. A stopped evaluation is continued from the file `partial`. The caller
+        removes the file after saving the result.
 
     Returns:
-      `{"scores": {name: {...}}, "problems": [...]}`. A name is a language, or language/group if the
-      language has several groups. Each entry of "problems" lists the samples of one problem.
+      `{"scores": {name: {...}}, "problems": [...]}`. A name is a language, or `language/group` if
+      the language has several groups. Each entry of "problems" lists the samples of one problem.
 
     Raises:
       loaded_run.UnusableFile: another evaluation wrote `partial`, or the file is damaged.
@@ -90,7 +90,7 @@ def evaluate(
 
 
 class _Said(NamedTuple):
-    """The part of a completion that an evaluation keeps: the ids and the reason why it ended."""
+    """The part of a completion that an evaluation keeps: the ids, and why the completion ended."""
 
     ids: list[int]
     finish: str
@@ -99,18 +99,18 @@ class _Said(NamedTuple):
 def _sample_evaluation(
     r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partial
 ) -> list[_Said]:
-    """Returns all completions: those that the file has, and new samples for the rest.
+    """Returns all completions: reads them from the file, and samples those that the file lacks.
 
-    The first line of the file describes the evaluation. Every other line has one completion:
-      {"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}
-    A last line without a newline was cut off when the evaluation stopped, and is dropped.
+    The first line of the file describes the evaluation. Every other line contains one completion,
+    such as `{"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}`. A last line without a
+    newline was cut off when the evaluation stopped, and is dropped.
     """
     said: dict[int, _Said] = {}
     if partial is not None:
         what = _describe_evaluation(r, asked, policy)
         said = processes.run_on_leader(lambda: _read_partial_evaluation(partial, what, ids))
     todo = [i for i in range(len(asked)) if i not in said]
-    # Other processes draw the same completions, and only the leader stores them.
+    # All processes draw the same completions, but only the leader stores the completions.
     file = partial if processes.is_leader() else None
     with file.open("a", encoding="utf-8") if file else contextlib.nullcontext() as stream:
 
@@ -155,8 +155,8 @@ def _describe_evaluation(
 def fingerprint_arrays(tree: Any) -> list[int]:
     """Returns two uint32 checksums over the bits of all numbers in a tree of arrays.
 
-    The sums are exact, so they are equal on any mesh. The second checksum also depends on the
-    positions of the numbers.
+    The checksums are exact, so every mesh gives the same checksums. The second checksum also
+    depends on the positions of the numbers.
     """
     return [int(x) for x in jax.device_get(_sum_evaluated_arrays(tree))]
 
@@ -169,7 +169,7 @@ def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
         width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
         place = jnp.ones(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):  # odd factors, so that no bits are lost
+        for axis in range(bits.ndim):  # the factors are odd, so that no bits are lost
             index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * jnp.uint32(2654435761) + index * jnp.uint32(2)
         plain = plain * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
@@ -180,11 +180,11 @@ def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
 def _read_partial_evaluation(
     partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]
 ) -> dict[int, _Said]:
-    """Returns the completions of a stopped evaluation, by index, and prepares the file.
+    """Reads a stopped evaluation's completions by index, and prepares the file for new completions.
 
     A half-written last line is removed from the file. Completions of another policy are discarded
-    with a message, and the file begins anew. The policy can be another one if a step was trained
-    again.
+    with a message, and a new file is started. If a step was trained again, the policy can differ
+    from the policy in the file.
     """
     whole = b""
     if partial.is_file():
@@ -196,7 +196,7 @@ def _read_partial_evaluation(
         other = sorted(k for k in what if head and k != "policy" and head[k] != what[k])
         fit = all(ids[line["index"]] == line["id"] and line["index"] >= 0 for line in lines)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise loaded_run.UnusableFile(f"{partial} is damaged: remove it") from error
+        raise loaded_run.UnusableFile(f"{partial} is damaged: remove this file") from error
     if other or not fit:
         raise loaded_run.UnusableFile(
             f"{partial} was written by an evaluation with other {', '.join(other) or 'problems'}: "
@@ -215,7 +215,7 @@ def _read_partial_evaluation(
 def group_records(records: Sequence[dict]) -> dict[str, list[dict]]:
     """Groups records by language, and also by language/group if a language has several groups.
 
-    A record without a group is in the group "other".
+    A record without a group is put into the group "other".
     """
     out: dict[str, list[dict]] = {}
     for lang, mine in _group(records, "lang").items():
@@ -250,7 +250,7 @@ def _score_evaluation(
 
 
 def _averages(records: Sequence[dict]) -> dict[str, float]:
-    """Returns the share of correct samples of each problem, by id."""
+    """Returns each problem's share of correct samples, by the problem's id."""
     right = {record["id"]: [s["correct"] for s in record["samples"]] for record in records}
     return {row: scoring.avg_at_n(marks) for row, marks in right.items()}
 
@@ -284,10 +284,10 @@ def format_eval_comparison(before: dict, after: dict) -> str:
 
 
 def format_overview(results: dict[int, dict]) -> str:
-    """Renders a table with one row per step and group of problems.
+    """Renders a table with one row for each group of problems at each step.
 
     Args:
-      results: the results of `evaluate` by step.
+      results: the results of `evaluate`, by step.
     """
     rows = [
         [step, name, s["problems"], s["samples"], f"{s['avg_at_n']:.1%}",
@@ -319,7 +319,7 @@ def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def _load_eval_config(args: argparse.Namespace) -> config_lib.Config:
-    """Returns the run's config after the changes that the flags request."""
+    """Returns the run's config with the changes that the flags request."""
     config = run_plan.load_run_config(args.workdir)
     asked = {"path": args.path or None, "lang": tuple(args.lang.split(",")) if args.lang else None,
              "samples": args.samples, "max_tokens": args.max_tokens,
@@ -328,7 +328,7 @@ def _load_eval_config(args: argparse.Namespace) -> config_lib.Config:
     if changes and args.out is None:
         raise ValueError(
             f"--out is missing: with {', '.join(changes)} changed, results need another directory, "
-            "because W/eval has the results of the run itself"
+            "because W/eval contains the run's own results"
         )
     config.eval.update(changes)
     return config
@@ -337,17 +337,18 @@ def _load_eval_config(args: argparse.Namespace) -> config_lib.Config:
 def evaluate_step(
     r: loaded_run.LoadedRun, state: train_step.State, step: int, file: pathlib.Path, label: str
 ) -> dict[str, Any]:
-    """Evaluates the student of a state with a progress line, and writes the result to a file.
+    """Evaluates a state's student, shows a progress line, and writes the result to a file.
 
     Args:
       r: the loaded run, with an open grader.
       state: the state with the student's weights.
-      step: the number of the step, which the result states.
-      file: the file for the result. A stopped evaluation is continued; see `evaluate`.
+      step: the step number, which is stored in the result.
+      file: the file for the result. If an earlier evaluation was stopped, it is continued; see
+        `evaluate`.
       label: the text at the start of the progress line.
 
     Returns:
-      The result of `evaluate`, with the step.
+      The result of `evaluate`, together with the step number.
 
     Raises:
       loaded_run.UnusableFile: the file of a stopped evaluation is damaged, or belongs to another
@@ -365,7 +366,7 @@ def evaluate_step(
     with progress:
         student = loaded_run.derive_run_policies(r, state)[0]
         result = {"step": step, **evaluate(r, student, rows, update, partial)}
-    # The file of completions is removed only after the result has been written.
+    # The partial file is removed only after the result has been written.
     workdir.write_json(file, result)
     processes.run_on_leader(lambda: partial.unlink(missing_ok=True))
     return result
@@ -374,8 +375,8 @@ def evaluate_step(
 def main(argv: list[str]) -> int:
     """Runs the program and returns its exit code.
 
-    The code is 0 if every requested checkpoint was evaluated, 2 after an error, and 130 after an
-    interrupt.
+    The exit code is 0 if every requested checkpoint was evaluated, 2 after an error, and 130 after
+    an interrupt.
     """
     try:
         return _evaluate_checkpoints(parse_evaluate_flags(argv))
@@ -392,7 +393,7 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
         workdir.check_writable(out, "--out")
         plan = run_plan.make_plan(config, train=False)
         if not plan.eval_rows:
-            raise ValueError("eval.path is '': name problems with --path")
+            raise ValueError("eval.path is '': set --path to a file of problems")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -412,8 +413,8 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
         if absent:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
             return 2
-        # With --out, the engine's folder is in the --out directory too, because the run's directory
-        # may be read-only.
+        # With --out, the engine's folder is also in the --out directory, because the run's
+        # directory may be read-only.
         engine, results = (args.out or args.workdir) / "engine", {}
         r, initial = loaded_run.load_run(plan, config.train.steps, engine)
         with r.grader:

@@ -2,9 +2,9 @@
 
     python -m copsd_jax.export --workdir=W --out=D [--step=12] [--format=peft]
 
-The result is a Hugging Face folder that transformers and other programs can load. The folder has
-merged safetensors, config, tokenizer and generation settings. With `--format=peft`, the result is a
-PEFT folder with only the adapter.
+The result is a Hugging Face folder that transformers and other programs can load. The folder
+contains the merged weights (safetensors), the config, the tokenizer and the generation settings.
+With `--format=peft`, the result is a PEFT folder that contains only the adapter.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def parse_export_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the program; returns 0 if the model was written, and 2 after an error message."""
+    """Runs the program; returns 0 if the model was written, or 2 after an error message."""
     args = parse_export_flags(argv)
     try:
         config = run_plan.load_run_config(args.workdir)

@@ -7,14 +7,14 @@ stopped run, give the same command again.
 
     --dry_run=v5e:4x8 [--dry_run_json=FILE] [--search]
 
-A dry run compiles every program of the run for devices that are not present. Other examples of
-devices are v5e-32, 2*v5e:16x16 (two slices) and cuda:h200:1x8. A dry run reports whether the run
-fits, what needs the memory, and how long a step would take. It reads no weights, tokenizer or
-problems. --search compiles the run again with the largest micro-batch and numbers of slots that
-fit.
+A dry run compiles every program of the run for devices that are not present. `--dry_run` also
+accepts devices such as v5e-32, 2*v5e:16x16 (two slices) and cuda:h200:1x8. A dry run reports
+whether the run fits, what needs the memory, and how long a step would take. A dry run reads no
+weights, tokenizer or problems. With --search, the run is compiled again with the largest
+micro-batch and the most slots that fit.
 
-Exit codes: 0 the run ended, or the dry run fits; 1 the dry run does not fit; 2 a setting is wrong;
-130 the run was interrupted.
+Exit codes: 0 (the run ended, or the dry run fits), 1 (the dry run does not fit), 2 (a setting is
+wrong), 130 (the run was interrupted).
 """
 
 import os
@@ -36,7 +36,7 @@ class DryRun(NamedTuple):
 
     Attributes:
       target: the devices to compile for.
-      report_path: a file for the report as JSON; "" for none.
+      report_path: the file for the JSON report; "" for no report.
       search: whether to compile the run again with the largest sizes that fit.
     """
 
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
         # Without this variable, transformers warns at every start that torch is missing, although
         # nothing needs torch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        # JAX is imported only below, because JAX reads the environment that is set here. The late
-        # import also lets wrong settings be refused sooner.
+        # JAX is imported only after this line, because JAX reads the environment that is set here.
+        # Importing JAX late also means that wrong settings are refused sooner.
         if dry_run is not None:
             os.environ |= targets.ENVIRONMENT
             from copsd_jax.dryrun import report
@@ -90,10 +90,10 @@ def main(argv: list[str]) -> int:
 
 
 def parse_command(argv: list[str]) -> Command:
-    """Parses a command line and checks its settings, except settings that choose a table's entry.
+    """Parses a command line and checks all settings except those that choose a table's entry.
 
     Raises:
-      ValueError: a flag, setting or preset is unknown, or a value cannot work.
+      ValueError: a flag, setting or preset is unknown, or a value is not allowed.
       OSError: a config file cannot be read.
     """
     _check_names(argv)
@@ -109,14 +109,14 @@ def parse_command(argv: list[str]) -> Command:
     try:
         rest = values(argv)
     except flags.Error as error:
-        # An error inside a config file arrives as the text of its traceback. The last line of the
-        # traceback has the message.
+        # An error inside a config file arrives as the text of a traceback. The last line of the
+        # traceback contains the message.
         last = str(error).strip().splitlines()[-1]
         raise ValueError(last.removeprefix("ValueError: ")) from error
     if len(rest) > 1:
-        raise ValueError(f"unexpected argument {rest[1]!r}: settings are --config.name=value")
+        raise ValueError(f"unexpected argument {rest[1]!r}: write settings as --config.name=value")
     if config.value is None:
-        raise ValueError("--config is missing: for example --config=configs/opsd.py")
+        raise ValueError("--config is missing: write, for example, --config=configs/opsd.py")
     config_lib.split_lists(config.value)
     if values["dry_run"].present and not target.value:
         raise ValueError(f"--dry_run is '': the choices are {targets.CHOICES}")
@@ -127,7 +127,7 @@ def parse_command(argv: list[str]) -> Command:
 
 
 def _check_names(argv: list[str]) -> None:
-    """Checks that settings and config files exist, with plainer messages than absl's."""
+    """Checks that settings and config files exist; the messages are plainer than absl's."""
     for argument in argv[1:]:
         flag, _, value = argument.lstrip("-").partition("=")
         name = flag.removeprefix("config.")
@@ -142,7 +142,7 @@ def _parse_dry_run(target: str, report: str, search: bool) -> DryRun | None:
     if not target and (report or search):
         raise ValueError("--dry_run_json and --search need --dry_run, such as --dry_run=v5e:4x8")
     if report and not pathlib.Path(report).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--dry_run_json={report!r}: its folder does not exist")
+        raise FileNotFoundError(f"--dry_run_json={report!r}: the file's folder does not exist")
     return DryRun(targets.parse_target(target), report, search) if target else None
 
 

@@ -17,7 +17,7 @@ from copsd_jax.weights import hf
 
 
 def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> str:
-    """Renders the plan of a run, which is printed before the run starts.
+    """Renders the plan of a run as text, to be printed before the run starts.
 
     Args:
       plan: the checked run.
@@ -99,13 +99,13 @@ def _summarize_loss(c) -> str:
 
 
 def _count_languages(rows: list[problem_row.Row]) -> str:
-    """Counts rows by language: "sw 500, fr 20", or "none"."""
+    """Renders the number of rows per language, such as "sw 500, fr 20"; "none" if no rows exist."""
     counts = collections.Counter(row.lang for row in rows)
     return ", ".join(f"{lang} {count:,}" for lang, count in counts.items()) or "none"
 
 
 def _format_counts(counter: collections.Counter) -> str:
-    """Renders counts with their reasons, or "none"."""
+    """Renders each count with its reason; returns "none" if nothing was counted."""
     return ", ".join(f"{count} ({reason})" for reason, count in counter.items()) or "none"
 
 
@@ -127,13 +127,13 @@ def collect_facts(plan: run_plan.Plan) -> dict:
 
 
 def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
-    """Returns the SHA-256 of author.path's replies in sorted order; "" if there are no replies."""
+    """Returns the SHA-256 of the sorted replies in author.path; "" if there are no replies."""
     text = json.dumps([[*key, reply] for key, reply in sorted(records.items())])
     return hashlib.sha256(text.encode()).hexdigest() if records else ""
 
 
 def summarize_failures(step: int, records: list[dict]) -> list[str]:
-    """Returns the lines of warnings about a step, each with the reason of the first failure.
+    """Returns warnings about a step; each line gives the reason for the first failure.
 
     One line counts the completions for which the user's reward function raised an exception.
     Another line counts the completions that have no reply because the author failed.
@@ -159,7 +159,7 @@ def summarize_failures(step: int, records: list[dict]) -> list[str]:
 
 
 def summarize_sample(step: int, records: list[dict]) -> str:
-    """Renders the first completion of a step with its problem and grade."""
+    """Renders the first completion of a step, together with the problem and the grade."""
     record = records[0]
     mark = {True: "right", False: "wrong", None: "not graded"}[record["correct"]]
     lines = [f"--- sample of step {step} ({record['lang']}, {mark}, gold {record['gold']})"]
@@ -175,10 +175,10 @@ NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 
 
 def summarize_totals(directory: pathlib.Path, steps: int) -> str:
-    """Renders a table that counts the completions of the run by status.
+    """Renders a table that shows how many completions of the run have each status.
 
     Args:
-      directory: the work directory, whose metrics are totalled.
+      directory: the work directory that contains the metrics.
       steps: the last step to count.
 
     Returns:
@@ -197,14 +197,14 @@ def summarize_totals(directory: pathlib.Path, steps: int) -> str:
 def summarize_ending(
     plan, before, after, directory: pathlib.Path, seconds: float, stopped: str
 ) -> str:  # fmt: skip
-    """Renders the last message of a run: scores, counts of statuses, directory, and guard's reason.
+    """Renders a run's last message: scores, status counts, directory, and a guard's reason to stop.
 
     Args:
       plan: the checked run.
       before: the evaluation before training, or None.
       after: the evaluation after training, or None.
       directory: the work directory.
-      seconds: wall time since this start.
+      seconds: wall time since the run was started or continued.
       stopped: the reason why a guard stopped the run, or "".
     """
     lines = []

@@ -1,4 +1,4 @@
-"""The training loop, flat and in order of execution."""
+"""The training loop, written in the order of execution."""
 
 import contextlib
 import dataclasses
@@ -24,14 +24,14 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
     Args:
       config: the settings of the run.
-      directory: the work directory, which is new or from an earlier start of the same run.
+      directory: the work directory, which is either new or from an earlier start of the same run.
 
     Returns:
       The checked plan, and whether the directory already contains the run.
 
     Raises:
-      ValueError, OSError: the run cannot work, or the directory contains another run or cannot be
-        written. The error's message is one sentence.
+      ValueError, OSError: the settings or files are wrong, the directory contains another run, or
+        the directory cannot be written to. The error's message is one sentence.
     """
     known = workdir.check_directory(directory, config_lib.flat(config))
     plan = run_plan.make_plan(config)
@@ -42,7 +42,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
 
 def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None:
-    """Executes a run, from its newest checkpoint if there is one; evaluates before and after.
+    """Executes a run from its newest checkpoint, if one exists; evaluates before and after.
 
     Args:
       plan: the checked run, from `prepare`.
@@ -64,8 +64,8 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             for line in loaded_run.compile_sampler(r, state):
                 print(line, flush=True)
         with r.grader:
-            # The evaluation of step 0 needs the initial policy. A continued run that lacks the
-            # evaluation of step 0 therefore makes up for it before loading a checkpoint.
+            # The evaluation of step 0 needs the initial policy. If a continued run lacks the
+            # evaluation of step 0, the run therefore evaluates step 0 before it loads a checkpoint.
             before = _evaluation(r, state, 0, directory)
             saved = processes.run_on_leader(saver.steps)
             if saved:
@@ -80,7 +80,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
 
 @contextlib.contextmanager
 def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapping], None]]:
-    """Yields a function that writes (step, metrics) to files, on the leading process only."""
+    """Yields a function that writes (step, metrics) to files; only the leading process writes."""
     if not processes.is_leader():
         yield lambda step, values: None
         return
@@ -102,14 +102,15 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
         plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=first
     )
     written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
-    # The state of the guards follows from the metrics of earlier steps, so no file has to store it.
+    # The state of the guards follows from the metrics of earlier steps, so no file has to store the
+    # state.
     guard = guards.replay_metrics(plan.guards, written)
     said = processes.run_on_leader(lambda: workdir.read_events(directory, first))
     stream = processes.progress_stream()
     with terminal.Progress("step", c.train.steps, first, stream) as progress:
         # If a guard has already stopped the run, a continued run takes no further step.
         for step in range(first, first if guard["stopped"] else c.train.steps):
-            number = step + 1  # files and messages number steps from 1
+            number = step + 1  # in files and messages, the first step has number 1
             factor = np.float32(guard["factor"])
             state, records, values = _run_training_step(r, state, next(order), step, factor, timer)
             write(number, values)
@@ -121,8 +122,8 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 file = workdir.step_file(directory, "rollouts", number)
                 workdir.write_jsonl(file, records)
             last = number == c.train.steps or bool(guard["stopped"])
-            # The checkpoint comes last: a continued run finds the metrics and records of all steps
-            # before its checkpoint, and writes those of later steps again.
+            # The checkpoint comes last. A continued run finds the metrics and records of all steps
+            # up to its checkpoint, and writes the metrics and records of later steps again.
             if number % c.train.save_every == 0 or last:
                 checkpoints.save(number, state)
             shown = {name: values[name] for name in ("loss", "correct") if name in values}
@@ -145,7 +146,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
 def _run_training_step(
     r, state, rows, step: int, factor: np.float32, timer
 ) -> tuple[State, list[dict], dict]:
-    """Trains on a batch of the rows; returns the next state, the records and the metrics."""
+    """Trains on a batch made from the rows; returns the next state, the records and the metrics."""
     with timer("rollout"):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
     with timer("packing"):
@@ -153,7 +154,7 @@ def _run_training_step(
     with timer("step"):
         batch = layout.place_batch(packed, r.plan.mesh)
         state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor)
-        aux = jax.device_get(aux)  # waits for the step to end, so that the timer measures all of it
+        aux = jax.device_get(aux)  # waits for the step to end, so that the timer covers all of it
     values = {
         **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
         **layout.measure_fill(packed),
@@ -162,7 +163,8 @@ def _run_training_step(
         "learning_rate": float(r.rate(step)) * float(factor),
         **timer.take(),
     }
-    # The inputs are not returned, so that their keys and values are freed before the next step.
+    # The inputs are not returned, so that the keys and values in the inputs are freed before the
+    # next step.
     return state, work.records, values
 
 

@@ -13,8 +13,8 @@ class Choices(NamedTuple):
     Attributes:
       names: the choices; () if the choices are the entries of a table in the package.
       table: the table's file and name; "" if the choices are in `names`. This module imports no
-        tables; the caller passes the entries to `setting_rules.check_settings`.
-      function: whether the value may also be the user's own function, as "module:function".
+        tables; the caller passes the entries of each table to `setting_rules.check_settings`.
+      function: whether the value may also be the user's own function, written as "module:function".
     """
 
     names: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def one_of(*names: str, function: bool = False) -> Choices:
 
 
 def entry_of(table: str, function: bool = False) -> Choices:
-    """Returns the entries of a table, such as "teaching/contexts.py CONTEXTS", as `Choices`."""
+    """Returns `Choices` made of the entries of a table, such as "teaching/contexts.py CONTEXTS"."""
     return Choices(table=table, function=function)
 
 

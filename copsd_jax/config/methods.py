@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 
 class Method(NamedTuple):
-    """The traits of a method; `methods/<name>.py` makes its batches.
+    """The traits of a method; `methods/<name>.py` makes the batches of the method.
 
     Attributes:
       samples: whether the student samples completions; otherwise, the completions are the
         solutions in the data.
-      teacher: whether a teacher scores the completions under a context, so that the loss is a
+      teacher: whether a teacher scores the completions under a context; the loss is then a
         divergence.
       policy_gradient: whether the loss is the policy gradient.
     """

@@ -55,7 +55,7 @@ _LORA = goes_with("train.trainable", "lora")
 
 SETTINGS: dict[str, Setting] = {
     "method": declare("distill", "how the student is trained", one_of(*methods.METHODS)),
-    # Seeds are 32-bit, so a larger seed would give the same numbers as a smaller one.
+    # Seeds have 32 bits, so a larger seed would give the same numbers as a smaller seed.
     "seed": declare(0, "seed of data order, rollouts, adapters; evaluation has separate streams",
         whole(0, 2**32 - 1)),
     "description": declare("", "one line of text, printed at the start"),
@@ -183,8 +183,8 @@ SETTINGS: dict[str, Setting] = {
     "loss.divergence": declare("fkl", "fkl: KL(teacher || student); rkl: KL(student || teacher); "
         "jsd: Jensen-Shannon divergence; sampled: only the sampled token",
         entry_of("losses/divergences.py DIVERGENCES"), _TEACHER),
-    # As loss.beta approaches 0 or 1, jsd corresponds to fkl or rkl. If loss.beta is closer than
-    # 1e-6 to 0 or 1, float32 has no digits left.
+    # With loss.normalize_beta, jsd approaches fkl as loss.beta approaches 0, and approaches rkl as
+    # loss.beta approaches 1. If loss.beta is within 1e-6 of 0 or 1, float32 has too few digits.
     "loss.beta": declare(0.5, "weight of the teacher in the mixture",
         between(1e-6, 1 - 1e-6, "; instead of 0 or 1, use fkl or rkl"),
         ListedBy("loss.divergence")),
@@ -211,7 +211,7 @@ SETTINGS: dict[str, Setting] = {
     "loss.chunk": declare(1024, "tokens per block of the chunked form, on each device",
         whole(1, 16_777_216)),
 
-    # The weight must be below 1, because a weight of 1 would be the same as method=grpo.
+    # policy.weight must be below 1, because policy.weight=1 would be the same as method=grpo.
     "policy.weight": declare(0.0, "weight of the policy gradient in the loss; the "
         "divergence has 1 - weight", BELOW_ONE),
     "policy.route": declare("all", "successes: only successes get the policy gradient, and "

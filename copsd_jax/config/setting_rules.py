@@ -1,8 +1,8 @@
-"""The checks of a run's settings, which need no files, weights or devices.
+"""The checks of a run's settings; the checks need no files, weights or devices.
 
 Every error message is one sentence that names a setting, its value and the allowed values. The
-declaration of a setting (`declaration.Setting`) contains its allowed values. This module contains
-the rules that depend on several settings.
+declaration of a setting (`declaration.Setting`) contains the setting's allowed values. This module
+contains the rules that depend on several settings.
 """
 
 import math
@@ -22,15 +22,15 @@ def check_settings(
     train: bool = True,
     data: bool = True,
 ) -> None:
-    """Refuses invalid settings and combinations, without reading files, weights or devices.
+    """Refuses invalid settings and combinations of settings; reads no files, weights or devices.
 
     Args:
       config: all settings.
       tables: the entries of each table in the package, by the setting that chooses an entry. If
         `tables` is None, the rules that depend on tables are skipped; the caller then need not
         import any table.
-      train: whether the run will be trained. If `train` is false, settings that nothing reads
-        are not refused, so that any saved run can be evaluated and exported.
+      train: whether the run will train. If `train` is false, settings that nothing reads are
+        accepted, so that any saved run can be evaluated and exported.
       data: whether the run will read problems.
 
     Raises:
@@ -73,7 +73,7 @@ def check_vocabulary(config: config_lib.Config, vocab_size: int) -> None:
 
 
 def check_shards(config: config_lib.Config, devices: int) -> None:
-    """Refuses a micro-batch if `devices` does not divide its number of completions.
+    """Refuses a micro-batch whose number of completions is not divisible by `devices`.
 
     With packed rows (train.pack), any number of completions is allowed.
 
@@ -94,7 +94,7 @@ def check_shards(config: config_lib.Config, devices: int) -> None:
 
 
 def refuse(s: Mapping, name: str, rule: str) -> NoReturn:
-    """Raises a ValueError that names a setting, its value and the rule that it breaks."""
+    """Raises a ValueError that names a setting, its value, and the rule that the value breaks."""
     raise ValueError(f"{name} is {s[name]!r}: {rule}")
 
 
@@ -148,8 +148,9 @@ def _check_author_settings(s: Mapping) -> None:
         rule = "it reads final answers, so it needs reward.kind=answer"
         refuse(s, "author.kind", f"{rule}; reward.kind is {s['reward.kind']}")
     if s["eval.extract"] != "last_after_think":
-        # last_anywhere may find an answer inside a think block that never ends. No step of the
-        # solution would contain this answer, because the steps begin after the thinking.
+        # eval.extract=last_anywhere may find an answer inside a think block that never ends. If the
+        # answer is inside the thinking, no step of the solution contains it, because the steps
+        # begin after the thinking.
         rule = "it reads only text after the thinking, so it needs eval.extract=last_after_think"
         refuse(s, "author.kind", f"{rule}; eval.extract is {s['eval.extract']}")
 
@@ -173,7 +174,7 @@ def _check_engine_settings(s: Mapping) -> None:
 
 
 def _check_groups(s: Mapping) -> None:
-    """Refuses one completion per problem if a setting compares the completions of a problem."""
+    """Refuses one completion per problem if a setting compares several completions per problem."""
     method = methods.METHODS[s["method"]]
     if not method.samples and s["rollout.per_prompt"] != 1:
         refuse(s, "rollout.per_prompt", f"method={s['method']} does not sample, so use 1")
@@ -220,7 +221,7 @@ def _check_data_settings(s: Mapping, data: bool) -> None:
         refuse(s, "data.path", "name a file of problems, or tfds:NAME/SPLIT")
     written = s["prompt.exemplars"] > 0 or not methods.METHODS[s["method"]].samples
     if written and (s["reward.kind"], s["prompt.answer"]) == ("choice", "none"):
-        # The grader cannot read a choice from a bare letter after a solution.
+        # If a solution is followed by a bare letter, the grader cannot read the letter as a choice.
         rule = "method=sft and prompt.exemplars write answers: with reward.kind=choice, use choice"
         refuse(s, "prompt.answer", rule)
     english = s["context.problem_en"] or s["context.solution"]
@@ -253,7 +254,7 @@ def _check_train_settings(s: Mapping, completions: int) -> None:
 
 
 def _check_processes(s: Mapping) -> None:
-    """Checks mesh.coordinator, and the two settings that may be set only if it is host:port."""
+    """Checks mesh.coordinator, and the two settings that need mesh.coordinator=host:port."""
     where, explicit = s["mesh.coordinator"], re.fullmatch(r".+:\d+", s["mesh.coordinator"])
     if where not in ("", "auto") and not explicit:
         refuse(s, "mesh.coordinator", "it must be '' (one process), auto, or host:port")

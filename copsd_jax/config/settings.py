@@ -1,9 +1,8 @@
 """All settings of a run: the default config, the help text, and the retired settings.
 
 A config file under `configs/` calls `default()`, changes some settings for its experiment, and
-returns the result. `main` applies the typed overrides of the command line
-(`--config.train.steps=20`). `setting_rules` then checks the config. Each setting is declared once,
-in `setting_list`.
+returns the result. `main` applies the overrides from the command line (`--config.train.steps=20`).
+`setting_rules` then checks the config. Each setting is declared once, in `setting_list`.
 """
 
 import difflib
@@ -41,7 +40,7 @@ def default() -> Config:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns a nested config as a flat dict in the same order, `{"train.steps": 100, ...}`."""
+    """Returns a nested config as a flat dict in the same order: `{"train.steps": 100, ...}`."""
     out = {}
     for key, value in config.items():
         nested = isinstance(value, Mapping | config_dict.ConfigDict)
@@ -50,7 +49,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def completions_per_step(config: Config) -> int:
-    """Returns the number of completions in a step, which is problems x samples per problem."""
+    """Returns the number of completions per step: problems x samples per problem."""
     return config.train.batch * config.rollout.per_prompt
 
 
@@ -60,7 +59,7 @@ def traits(config: Config) -> methods.Method:
 
 
 def pick(section: Config, names: str) -> dict[str, Any]:
-    """Returns the settings of a section that are named in `names`, a text separated by spaces."""
+    """Returns some settings of a section; `names` lists them, separated by spaces."""
     return {name: section[name] for name in names.split()}
 
 
@@ -116,7 +115,7 @@ def without_retired(saved: Mapping[str, object], source: str) -> dict[str, objec
         if saved.get(name, no_op) != no_op:
             raise ValueError(
                 f"{source} has {name}={saved[name]!r}: this setting no longer exists, and only a "
-                f"run with {no_op!r} can be continued"
+                f"run with {name}={no_op!r} can be continued"
             )
     return {name: value for name, value in saved.items() if name not in RETIRED}
 
@@ -143,8 +142,8 @@ def describe(tables: Tables = None) -> Iterator[Description]:
     """Yields the description of every setting, in the order of `SETTINGS`.
 
     Args:
-      tables: the result of `training.table_rules.collect_choice_tables()`. If None, a description
-        names the file of a table instead of the table's entries.
+      tables: the result of `training.table_rules.collect_choice_tables()`. If `tables` is None, a
+        description names the file of a table instead of the table's entries.
     """
     for name, setting in SETTINGS.items():
         allowed = setting.allowed
@@ -166,7 +165,7 @@ def choices(name: str, tables: Tables) -> tuple[str, ...]:
 
 
 def spell(name: str, when: Condition | ListedBy, tables: Tables) -> str:
-    """Returns a condition in words; a `ListedBy` becomes the entries that list the setting."""
+    """Returns a condition in words; for a `ListedBy`, names the entries that list the setting."""
     if isinstance(when, Condition):
         return when.words
     entries = tables[when.setting] if tables else {}

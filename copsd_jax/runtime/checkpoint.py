@@ -1,4 +1,4 @@
-"""Checkpoints of a run's State through Orbax; no other file of the package uses Orbax.
+"""Checkpoints of a run's State, written by Orbax; no other file of the package uses Orbax.
 
 A checkpoint contains only the State. The data order and the random streams are derived from the
 State's step, and the frozen base is loaded again from `model.path`.
@@ -20,14 +20,17 @@ def _shapes(tree: Any) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one work directory. Closing waits until an unfinished save is complete."""
+    """The checkpoints of one work directory.
+
+    Leaving the `with` block waits until an unfinished save is complete.
+    """
 
     def __init__(self, directory: pathlib.Path, keep: int = 0, writer: bool = False):
         """Opens the checkpoints of a directory.
 
         Args:
           directory: the directory; the first save creates it.
-          keep: number of newest checkpoints that a save keeps; 0 keeps all checkpoints.
+          keep: number of newest checkpoints to keep after each save; 0 keeps all checkpoints.
           writer: whether this process may save.
         """
         self._directory = directory
@@ -83,6 +86,6 @@ class Checkpoints:
             if saved.get(name) != wanted.get(name):
                 raise ValueError(
                     f"checkpoint {step} in {self._directory} has {name} = "
-                    f"{saved.get(name, 'nothing')}, this run needs {wanted.get(name, 'nothing')}"
+                    f"{saved.get(name, 'nothing')}, but the run needs {wanted.get(name, 'nothing')}"
                 )
         return self._checkpointer.load_checkpointables(step, {NAME: like})[NAME]

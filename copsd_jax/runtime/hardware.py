@@ -1,14 +1,15 @@
 """Accelerators that a run can target: the rates and the memory of each device.
 
-A device is what JAX calls a device: a chip, or on tpu7x one of a chip's two cores.
+A device is what JAX calls a device: a chip, or, on tpu7x, one of the two cores of a chip.
 
-Sources for TPUs: the pages v4, v5e, v5p, v6e and tpu7x of the Cloud TPU documentation state FLOP/s,
-bandwidth, links and network. The network rate is the rate of a pod divided by its number of chips.
-The sizes of VMEM are from jax.experimental.pallas.tpu. `usable` is the memory that the compiler of
-libtpu 0.0.42 allows a program.
+For TPUs, the FLOP/s, bandwidth, links and network are from the Cloud TPU documentation (pages v4,
+v5e, v5p, v6e and tpu7x). The network rate of a TPU is the rate of a pod divided by the number of
+chips in the pod. The sizes of VMEM are from jax.experimental.pallas.tpu. `usable` is the memory
+that the compiler of libtpu 0.0.42 lets a program use.
 
-Sources for GPUs: NVIDIA's data sheets for A100 SXM 80 GB, H100 SXM and H200 SXM. The network rate
-assumes one adapter per GPU, of 400 Gb/s (A100: 200 Gb/s).
+For GPUs, the rates and memory sizes are from NVIDIA's data sheets for A100 SXM 80 GB, H100 SXM and
+H200 SXM. The network rate of a GPU assumes one network adapter per GPU, with 400 Gb/s (200 Gb/s for
+the A100).
 
 This file does not import JAX, because `dryrun/targets.py` reads it before JAX starts.
 """
@@ -25,9 +26,9 @@ class Chip:
     """Rates and memory of one device.
 
     Attributes:
-      flops: bfloat16 FLOP/s of its matrix units.
-      bandwidth: bytes/s of its memory.
-      memory: bytes of its memory, as stated by the manufacturer.
+      flops: bfloat16 FLOP/s of the device's matrix units.
+      bandwidth: bytes/s of the device's memory.
+      memory: bytes of the device's memory, as stated by the manufacturer.
       vmem: bytes of VMEM; 0 for a GPU.
       usable: bytes that programs and their arrays may use.
       link: bytes/s that the device sends to devices of its own slice, over NVLink or along one
@@ -63,8 +64,8 @@ GPU_FRACTION = 0.75  # fraction of a GPU's memory that JAX allocates by default
 def compute_usable_memory(chip: Chip) -> float:
     """Returns the bytes of a device's memory that a run may use.
 
-    A run on a GPU may use the fraction that JAX allocates: XLA_PYTHON_CLIENT_MEM_FRACTION, or
-    `GPU_FRACTION` if this variable is not set.
+    On a GPU, a run may use the fraction of memory that JAX allocates: the environment variable
+    XLA_PYTHON_CLIENT_MEM_FRACTION, or `GPU_FRACTION` if the variable is not set.
     """
     if chip.vmem:
         return chip.usable

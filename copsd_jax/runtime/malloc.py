@@ -1,10 +1,10 @@
-"""A setting of glibc's malloc that makes a CPU run keep freed memory instead of returning it.
+"""A setting of glibc's malloc, with which a CPU run keeps freed memory for later allocations.
 
-XLA allocates a program's temporary memory anew at each call. By default, glibc requests large
-blocks of memory from the operating system, and returns each block when XLA frees the block.
-Therefore the operating system has to clear every page again at each call. For a training step of
-one micro-batch on a CPU, clearing pages takes 10 to 20 % of the processor time
-(benchmarks/results/step.md). The setting does not change the peak of resident memory.
+XLA allocates a program's temporary memory anew each time the program is called. By default, glibc
+requests large blocks of memory from the operating system, and returns each block when XLA frees the
+block. Therefore the operating system has to clear every page again for each call of a program. For
+a training step of one micro-batch on a CPU, clearing pages takes 10 to 20 % of the processor time
+(benchmarks/results/step.md). Keeping freed memory does not change the peak of resident memory.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ def may_have_accelerator() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Tells malloc to keep freed memory, in one arena for all threads; returns whether it did.
+    """Tells malloc to keep freed memory, in one arena for all threads; returns True on success.
 
     Call this function before JAX starts its threads; otherwise each thread may get its own arena.
     The function affects only speed. If JAX may find an accelerator, or if the C library is not

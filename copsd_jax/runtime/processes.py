@@ -1,8 +1,8 @@
 """Runs of several processes: how processes connect, and work that only the leading process does.
 
 Every process runs the same code on the same numbers, and calls the same programs in the same order.
-Each process holds the part of every array that is on its own devices. Some values could differ
-between two machines: clock times, replies of servers, and the contents of files that are being
+Each process holds only those parts of arrays that are on its own devices. Some values could differ
+between two processes: clock times, replies of servers, and the contents of files that are being
 written. Only the leading process reads such values, and sends them to all other processes
 (`run_on_leader`). Only the leading process writes files and reports progress.
 """
@@ -25,12 +25,13 @@ _NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until 
 
 
 def join_processes(config: config_lib.Config) -> None:
-    """Joins the processes that `mesh.*` describes; does nothing in a run of one process.
+    """Joins the other processes described by `mesh.*`; does nothing if there is only one process.
 
     Call this function before anything uses a device. For a single process, mesh.coordinator is ''.
-    If Cloud TPU, GKE, SLURM or MPI describe the processes, mesh.coordinator is 'auto'. In all other
-    runs, mesh.coordinator is host:port, and mesh.processes and mesh.process are also set. A process
-    that is silent for mesh.heartbeat seconds counts as dead, and all other processes then end.
+    If the processes are described by Cloud TPU, GKE, SLURM or MPI, mesh.coordinator is 'auto'. In
+    all other runs, mesh.coordinator is host:port, and mesh.processes and mesh.process are also set.
+    A process that is silent for mesh.heartbeat seconds counts as dead, and all other processes then
+    end.
 
     Raises:
       ValueError: the other processes cannot be found; the message names the setting.
@@ -60,7 +61,7 @@ def is_leader() -> bool:
 
 
 def progress_stream() -> TextIO:
-    """Returns the stream for progress: stderr on the leading process, nothing on others."""
+    """Returns the stream for progress: stderr on the leading process, the null device elsewhere."""
     return sys.stderr if is_leader() else _NOWHERE
 
 
@@ -70,8 +71,8 @@ def run_on_leader(function: Callable[[], Result]) -> Result:
     All processes wait for the result. An error on the leading process is raised on all processes.
 
     Raises:
-      Exception: the error of `function`; if this error cannot be pickled, a RuntimeError with its
-        text.
+      Exception: the error that `function` raised, or a RuntimeError with the same text if that
+        error cannot be pickled.
     """
     if jax.process_count() == 1:
         return function()
@@ -97,13 +98,13 @@ def _pickled(error: Exception) -> bytes:
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until all processes have called this function with the same name."""
+    """Waits until all processes have called this function with the same `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def _broadcast(said: bytes) -> bytes:
-    """Returns the leader's bytes on all processes; pads to powers of two, to compile rarely."""
+    """Returns the leader's bytes on all processes; pads to a power of two to compile rarely."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
     room = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
     room[: len(said)] = np.frombuffer(said, np.uint8)

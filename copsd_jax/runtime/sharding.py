@@ -1,18 +1,18 @@
 """The device mesh, and a table that maps the name of each array to its sharding on the mesh.
 
 The axes `data` and `fsdp` split the completions of a batch. `fsdp` also splits one dimension of the
-parameters, and `tensor` splits their other dimension. TPU slices that are joined by a network form
-the outermost part of `data`. All axes are Auto axes, and outputs have fixed shardings, so any
-function that compiles on one device also compiles on the mesh.
+parameters, and `tensor` splits the other dimension. TPU slices that are joined by a network form
+the outermost part of the axis `data`. All axes are Auto axes, and outputs have fixed shardings, so
+any function that compiles on one device also compiles on the mesh.
 
 If a mesh axis does not divide a dimension, the dimension is not split along this axis.
-`find_undivided` lists the parameters that remain unsplit, and returns their extra memory. Two more
-rules apply to the mesh axis `tensor`:
+`find_undivided` returns the parameters that remain unsplit, and the extra memory that they take.
+Two more rules apply to the mesh axis `tensor`:
 
 - Keys and values are split only between heads. The model repeats its K key heads until `tensor`
   divides the number of key heads (`count_key_repeats`).
-- If `tensor` does not divide the vocabulary, the [V, D] matrices are split along the width.
-  Programs that split the vocabulary pad the vocabulary first.
+- If `tensor` does not divide the vocabulary, the [V, D] matrices are split along the width. Before
+  a program splits the vocabulary, the program pads it.
 """
 
 import collections
@@ -29,12 +29,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes over which completions are split
 
-# Maps the name of each array to its partition. `layers/...` leaves have a leading axis of layers.
+# Maps the name of each array to its partition. Leaves named `layers/...` have a leading axis for
+# the layers.
 _PROJECTIONS = {  # mesh axes of (input, output); fsdp splits the model's width
     **dict.fromkeys(("q", "k", "v", "gate", "up"), ("fsdp", "tensor")),
     **dict.fromkeys(("o", "down"), ("tensor", "fsdp")),
 }
-_SLOTS = (None, BATCH_AXES, "tensor", None)  # [layers, J, K, A] of the sampler
+_SLOTS = (None, BATCH_AXES, "tensor", None)  # the sampler's axes [layers, J, K, A]
 Axis = str | tuple[str, ...] | None
 PARTITIONS: dict[str, tuple[Axis, ...]] = {
     "embed/embedding": ("tensor", "fsdp"),
@@ -45,7 +46,7 @@ PARTITIONS: dict[str, tuple[Axis, ...]] = {
     **{f"layers/{name}/bias": (None, "tensor") for name in ("q", "k", "v")},
     # Scales of int8 kernels: one number per output.
     **{f"layers/{name}/scale": (None, axes[1]) for name, axes in _PROJECTIONS.items()},
-    # Adapters: a is [layers, in, rank], b is [layers, rank, out].
+    # Adapters: `a` is [layers, in, rank], and `b` is [layers, rank, out].
     **{f"{name}/a": (None, axes[0], None) for name, axes in _PROJECTIONS.items()},
     **{f"{name}/b": (None, None, axes[1]) for name, axes in _PROJECTIONS.items()},
     # Keys and values of decode caches, and of prompts that will be written into a cache. Keys and
@@ -74,12 +75,12 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"{sizes}: sizes must be at least 1; one of them may be -1 (the rest)")
+        raise ValueError(f"{sizes}: sizes must be at least 1; one size may be -1 (the rest)")
     if free and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
     if math.prod(shape) != len(devices):
-        raise ValueError(f"{sizes}: their product must be the number of devices, {len(devices)}")
+        raise ValueError(f"{sizes}: the product must equal the number of devices, {len(devices)}")
     slices = collections.defaultdict(list)
     for device in devices:
         # On GPUs, slice_index is the index of the host and is ignored: any axis may use the network
@@ -90,7 +91,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     if data % len(slices):
         raise ValueError(
             f"mesh.data is {data}: it must be a multiple of the number of slices, {len(slices)}, "
-            "since only the axis data may use the network between slices"
+            "since only the axis `data` may use the network between slices"
         )
     # Slices form the outermost axis, so that only one gradient reduction per step crosses the
     # network. One axis of a torus may be divided between two mesh axes; for example, a torus of 4 x
@@ -114,7 +115,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def _name(path: tuple) -> str:
-    """Returns the name of a tree path, such as `layers/q/kernel`, without optimizer fields."""
+    """Returns the name of a tree path without optimizer fields, such as `layers/q/kernel`."""
     return "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
@@ -131,7 +132,7 @@ def count_key_repeats(heads: int, key_heads: int, tensor: int) -> int:
 
     M is the number of queries per key head. The result r is the smallest divisor of M for which
     `tensor` divides K r. With this r, every device has whole key heads, each with M / r queries.
-    For example, N = 8, K = 2 and tensor = 4 give 2.
+    For example, N = 8, K = 2 and tensor = 4 give r = 2.
 
     Args:
       heads: number of query heads, N.
@@ -139,7 +140,7 @@ def count_key_repeats(heads: int, key_heads: int, tensor: int) -> int:
       tensor: size of the axis `tensor`.
 
     Raises:
-      ValueError: `tensor` does not divide the query heads.
+      ValueError: `tensor` does not divide the number of query heads.
     """
     if heads % tensor:
         choices = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
@@ -154,12 +155,12 @@ def count_key_repeats(heads: int, key_heads: int, tensor: int) -> int:
 def partition_spec(
     name: str, shape: tuple[int, ...], mesh: Mesh, key_heads: int | None = None
 ) -> PartitionSpec:
-    """Returns the PartitionSpec of an array by its name in `PARTITIONS`.
+    """Returns the PartitionSpec of the array that has the given name in `PARTITIONS`.
 
     Args:
       name: name of the array, such as `layers/q/kernel`.
       shape: shape of the array.
-      mesh: the mesh; the result leaves out axes that do not divide their dimension.
+      mesh: the mesh; a mesh axis that does not divide its dimension is left out of the result.
       key_heads: number of key heads, K; needed for keys and values if `tensor` is larger than 1.
 
     Raises:
@@ -169,14 +170,14 @@ def partition_spec(
     axes = _find_dividing_mesh_axes(name, shape, mesh)
     if "tensor" in axes and name.split("/")[-2] in ("k", "v") and mesh.shape["tensor"] > 1:
         if key_heads is None:
-            raise ValueError(f"key_heads is None: the partition of {name} depends on it")
+            raise ValueError(f"key_heads is None: the partition of {name} depends on key_heads")
         if key_heads % mesh.shape["tensor"]:
             axes[axes.index("tensor")] = None
     return PartitionSpec(*axes)
 
 
 def _find_dividing_mesh_axes(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
-    """Returns the axes of a name in `PARTITIONS`, with None for axes that do not divide evenly."""
+    """Returns the axes of a name's partition, with None for axes that do not divide evenly."""
     axes = _look_up_partition(name, shape)
     if name in VOCABULARIES and shape[0] % mesh.shape["tensor"]:
         choices: tuple[Axis, ...] = (("fsdp", "tensor"), "fsdp", "tensor")
@@ -197,7 +198,7 @@ def _look_up_partition(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
 
 
 def _without(axis: Axis, name: str) -> Axis:
-    """Removes `name` from an axis, which may be a tuple of names; None if nothing is left."""
+    """Removes `name` from an axis (one name or several); returns None if no name is left."""
     left = tuple(one for one in _names(axis) if one != name)
     return left if len(left) > 1 else left[0] if left else None
 
@@ -210,8 +211,8 @@ def shardings(
     Args:
       tree: a tree of arrays or shapes; every device has a copy of each scalar.
       mesh: the mesh of the shardings.
-      key_heads: as for `partition_spec`.
-      gathered: whether to leave parameters unsplit along `fsdp`, as decoding needs them.
+      key_heads: number of key heads, as for `partition_spec`.
+      gathered: whether to leave parameters unsplit along `fsdp`; decoding needs such parameters.
     """
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
@@ -228,11 +229,11 @@ def shardings(
 def find_undivided(
     tree: Any, mesh: Mesh, key_heads: int | None
 ) -> tuple[dict[str, list[str]], int]:
-    """Returns the parameters that an axis should split but cannot, and their extra memory.
+    """Returns the parameters that an axis should split but cannot, and the extra memory they take.
 
     Returns:
-      The names of the parameters by axis, and the bytes that they take on each device in addition
-      to the bytes of an even split.
+      For each axis, the names of the parameters; and the number of bytes by which these parameters
+      exceed an even split on each device.
     """
     names: dict[str, list[str]] = collections.defaultdict(list)
     more = 0
@@ -253,14 +254,14 @@ def find_undivided(
 
 
 def shard_by_name(tree: Any, mesh: Mesh, key_heads: int | None = None) -> Any:
-    """Puts parameters, adapters or optimizer state on the mesh as `PARTITIONS` defines."""
+    """Puts parameters, adapters or optimizer state on the mesh, split as `PARTITIONS` defines."""
     return jax.tree.map(shard_array, tree, shardings(tree, mesh, key_heads))
 
 
 def shard_array(x: Any, sharding: NamedSharding) -> jax.Array:
-    """Puts each device's part of `x` on the device; returns an array of the shape of `x`.
+    """Puts each device's part of `x` on that device; returns an array with the shape of `x`.
 
-    Every process must have the whole of `x`, because processes exchange no data.
+    Every process must have all of `x`, because processes exchange no data.
     """
     return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
@@ -268,14 +269,14 @@ def shard_array(x: Any, sharding: NamedSharding) -> jax.Array:
 def load_shards(
     shape: tuple[int, ...], sharding: NamedSharding, part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """Loads an array of `shape`; this process reads only the parts of its own devices.
+    """Loads an array of the given shape; each process reads only the parts for its own devices.
 
     Args:
       shape: shape of the whole array.
       sharding: sharding of the result.
-      part: function that takes a tuple of slices, one per axis, and returns the values there; each
-        slice has a start and a stop. The function is called once for each distinct part, even if
-        several devices need the part. Only one part is in memory at a time.
+      part: function that takes a tuple of slices, one per axis, and returns the values in these
+        slices; each slice has a start and a stop. `part` is called once for each distinct part,
+        even if several devices need the part. Only one part is in memory at a time.
     """
     devices: dict[tuple, list] = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -290,7 +291,7 @@ def load_shards(
 
 
 def current_mesh() -> Mesh:
-    """Returns the mesh that `jax.set_mesh` set; without one, a mesh of the first device alone."""
+    """Returns the mesh set by `jax.set_mesh`; if none is set, a mesh of only the first device."""
     context = jax.sharding.get_mesh()
     return make_mesh(1, 1, 1, jax.devices()[:1]) if context.empty else context
 
@@ -311,10 +312,10 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Returns table_VD[tokens_BL] as [B, L, D], with the rows split over the batch axes.
 
-    Each device looks up its part of the width for all rows of its `fsdp` group. The devices of a
-    group then exchange their parts, so that each device gets whole rows. In the exchange between
-    devices, only one copy of the result is sent. Without this function, the compiler would send the
-    states of the whole batch to every device.
+    Each device looks up its part of the embedding width for all rows of its `fsdp` group. The
+    devices of a group then exchange their parts, so that each device gets whole rows. In the
+    exchange between devices, only one copy of the result is sent. Without this function, the
+    compiler would send the states of the whole batch to every device.
     """
     sizes = jax.sharding.get_abstract_mesh()
     groups = 1 if sizes.empty else sizes.shape["fsdp"]
@@ -356,7 +357,7 @@ def constrain_heads(x_BLKH: jax.Array) -> jax.Array:
 
 
 def shard_tree(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """Puts all arrays of a tree on the mesh with the same PartitionSpec, by `shard_array`."""
+    """Puts all arrays of a tree on the mesh with the same PartitionSpec, using `shard_array`."""
     return jax.tree.map(lambda x: shard_array(x, NamedSharding(mesh, spec)), tree)
 
 
@@ -365,7 +366,7 @@ def to_abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
 
     Args:
       tree: a tree of arrays or shapes.
-      mesh: the mesh of the shardings, used if `places` is a PartitionSpec.
+      mesh: the mesh of the shardings, used only if `places` is a PartitionSpec.
       places: a tree of shardings, or one PartitionSpec for all arrays.
     """
     if isinstance(places, PartitionSpec):

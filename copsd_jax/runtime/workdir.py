@@ -1,14 +1,16 @@
-"""The work directory W of a run: its files, and checks that they belong to the run.
+"""The work directory W of a run: its files, and checks that the files belong to the run.
 
-W/config.json            every setting
-W/run.json               versions, commit, devices, seed, fingerprints of model and data
-W/metrics.jsonl          one line per step
-W/tensorboard/           the same metrics for TensorBoard
-W/events.jsonl           one line for each time that a guard acted: step, action, text
-W/rollouts/step_NNNNNN.jsonl
-W/eval/step_NNNNNN.json  and step_NNNNNN.partial.jsonl until the evaluation is complete
-W/checkpoints/           Orbax
-W/engine/                the newest weights for the server of sampler.engine=server
+A run writes these files:
+
+    W/config.json            every setting
+    W/run.json               versions, commit, devices, seed, fingerprints of model and data
+    W/metrics.jsonl          one line per step
+    W/tensorboard/           the same metrics for TensorBoard
+    W/events.jsonl           one line for each time that a guard acted: step, action, text
+    W/rollouts/step_NNNNNN.jsonl  one line per completion
+    W/eval/step_NNNNNN.json  the result (step_NNNNNN.partial.jsonl until the evaluation is complete)
+    W/checkpoints/           Orbax
+    W/engine/                the newest weights for the server, with sampler.engine=server
 """
 
 import datetime
@@ -31,12 +33,12 @@ CHANGEABLE = (
     # Settings that decide only how the same tokens are arranged in rows.
     *("rollout.slots", "eval.slots", "author.slots"),
     *("train.pack", "train.row_tokens", "train.micro_tokens"),
-    # Settings that change only the shapes of products. Texts stay the same, apart from effects of
-    # rounding.
+    # Settings that change only the shapes of matrix products. Sampled texts stay the same, apart
+    # from effects of rounding.
     *("sampler.steps", "sampler.pack", "sampler.attention", "sampler.gather", "sampler.warmup"),
     *("model.attention", "model.remat"),
-    # Settings that change how a server is reached, but not the requests. A run remains the same
-    # run, even if the server fails or replies differently.
+    # Settings that change how a server is reached, but not the content of requests. A continued run
+    # counts as the same run, even if the server fails or replies differently.
     *("sampler.url", "sampler.folder"),
     *(
         f"{section}.{name}"
@@ -52,10 +54,10 @@ def _listed(value: object) -> object:
 
 
 def check_writable(directory: pathlib.Path, flag: str) -> None:
-    """Checks that a directory can be created or written; creates a temporary directory to find out.
+    """Checks that a directory can be created or written to, by creating a temporary directory.
 
     Raises:
-      OSError: the directory cannot be written; the message names the flag.
+      OSError: the directory cannot be written to; the message names the flag.
     """
     parent = directory
     while not parent.exists():
@@ -73,9 +75,9 @@ def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> boo
     """Returns whether the directory already contains this run; writes nothing.
 
     Raises:
-      ValueError: the directory belongs to a run with other settings (the message names them), or
-        has files that do not belong to a run.
-      OSError: the directory cannot be written.
+      ValueError: the directory belongs to a run with other settings (the message names these
+        settings), or contains files that do not belong to a run.
+      OSError: the directory cannot be written to.
     """
     check_writable(directory, "--workdir")
     if not directory.exists() or not any(directory.iterdir()):
@@ -93,7 +95,7 @@ def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> boo
     ]
     if differences:
         raise ValueError(
-            f"--workdir={directory} belongs to another config ({'; '.join(differences)}): "
+            f"--workdir={directory} belongs to another run ({'; '.join(differences)}): "
             "choose another directory, or use the same settings"
         )
     return True
@@ -103,7 +105,7 @@ def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
     """Checks that the data and the model are the same as when the run began.
 
     Raises:
-      ValueError: the data or the weights have changed; the message names the fingerprints.
+      ValueError: the data or the weights have changed; the message names the changed fingerprints.
     """
     path = directory / "run.json"
     if not path.is_file():  # the run stopped before it wrote run.json: nothing was trained
@@ -129,7 +131,7 @@ def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) ->
       facts: devices and fingerprints; this function adds versions, commit and time.
 
     Raises:
-      OSError: the directory cannot be created, or another process does not see it.
+      OSError: the directory cannot be created, or another process does not see the directory.
     """
     processes.run_on_leader(lambda: _write_workdir(directory, settings, facts))
     if not (directory / "run.json").is_file():
@@ -157,11 +159,11 @@ def _write_workdir(directory: pathlib.Path, settings: dict[str, object], facts: 
 
 
 def read_settings(directory: pathlib.Path) -> dict[str, object]:
-    """Reads the settings of an existing run; returns their values by full name.
+    """Reads the settings of an existing run; returns each value by the setting's full name.
 
     Raises:
       FileNotFoundError: the directory has no config.json.
-      ValueError: config.json is not a file of settings.
+      ValueError: config.json does not contain valid settings.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -186,7 +188,7 @@ def write_json(path: pathlib.Path, value: object) -> None:
 
 
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
-    """Writes one row per line, on the leading process alone."""
+    """Writes a JSON Lines file with one row per line, on the leading process alone."""
     _write_file_on_leader(
         path, lambda: (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     )
@@ -202,7 +204,7 @@ def _write_file_on_leader(path: pathlib.Path, make_lines: Callable[[], Iterable[
 
 
 def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
-    """Reads the events of W/events.jsonl up to and including a step; returns [] without a file."""
+    """Reads the events in W/events.jsonl up to and including a step; [] if the file is missing."""
     path = directory / "events.jsonl"
     if not path.is_file():
         return []
@@ -221,7 +223,7 @@ def _commit() -> str:
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or no checkout
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or no git checkout
         return ""
 
 

@@ -87,7 +87,7 @@ def test_files_of_problems(refused, tmp_path):
     assert "there is no such file" in refused("--config.data.path=absent.jsonl")
     report = tmp_path / "absent" / "report.json"
     said = refused("--dry_run=v5e:2x2", f"--dry_run_json={report}")
-    assert said == f"error: --dry_run_json={str(report)!r}: its folder does not exist\n"
+    assert said == f"error: --dry_run_json={str(report)!r}: the file's folder does not exist\n"
     path = rows_file(tmp_path, ROW, '{"problem": "2 + 2?", ')
     assert "line 2: broken JSON" in refused(f"--config.data.path={path}")
     path = rows_file(tmp_path, ROW, {**ROW, "problem_sw": ""})
