@@ -191,7 +191,7 @@ def _rope_scaling(
             return scaling
     raise ValueError(
         f"{path}: {ROPE_FACTORS} is not Llama 3's RoPE scaling (factor 8 or 32, low 1, high 4, "
-        "8192 positions), which is the only one supported"
+        "8192 positions); only Llama 3's scaling is supported"
     )
 
 
@@ -276,7 +276,7 @@ def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
         if stored.type.name not in TENSOR_TYPES:
             raise ValueError(
                 f"{path}: tensor {stored.name} has type {stored.type.name}, which is not "
-                f"supported; supported are {', '.join(TENSOR_TYPES)}"
+                f"supported (supported: {', '.join(TENSOR_TYPES)})"
             )
         name = to_hf_name(stored.name, path)
         read = functools.partial(
