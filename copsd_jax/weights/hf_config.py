@@ -43,7 +43,7 @@ def _check_hf_options(raw: Mapping, file: pathlib.Path) -> None:
     for key, allowed in only.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             choices = " or ".join(map(repr, allowed)) or "none"
-            raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported (supported: {choices})")
+            raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported (allowed: {choices})")
     for kind in raw.get("layer_types") or ():
         if kind != "full_attention":
             raise ValueError(f"{file}: layer type {kind} is not supported (only full_attention is)")
@@ -60,7 +60,7 @@ def _read_hf_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.
     if kind == "default":
         return float(theta), None
     if kind != "llama3":
-        raise ValueError(f"{file}: RoPE type {kind!r} is not supported (only default and llama3 are)")
+        raise ValueError(f"{file}: RoPE type {kind!r} is not supported (allowed: default, llama3)")
     if missing := [key for key in ROPE_KEYS if key not in rope]:
         raise ValueError(f"{file}: RoPE type llama3 also needs {', '.join(missing)}")
     factor, low, high, positions = (float(rope[key]) for key in ROPE_KEYS)
