@@ -104,7 +104,7 @@ def constant_value(op: Op) -> int | None:
 
 
 def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
-    """Returns groups of partitions that exchange data, or the (source, target) pairs of a permutation.
+    """Returns groups of partitions that exchange data, or a permutation's (source, target) pairs.
 
     XLA spells the groups in several ways. `{{0,1},{2,3}}` and `[2,2]<=[4]` both mean the groups
     [[0, 1], [2, 3]]. `[2,2]<=[2,2]T(1,0)` means the groups [[0, 2], [1, 3]]. With axis names, the

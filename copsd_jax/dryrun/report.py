@@ -127,7 +127,7 @@ def _describe_program(program: programs.Program) -> dict[str, Any]:
 
 
 def estimate_times(run: programs.Run) -> dict[str, Any]:
-    """Estimates the seconds for each part of a step in which all completions have maximum length."""
+    """Estimates the seconds for each part of a step if all completions have maximum length."""
     chip, c = run.target.chip, run.frame.config
     completions = config_lib.completions_per_step(c)
     sampling = [name for name in ("rollout", "author") if name in run.phases]
