@@ -83,7 +83,7 @@ def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
 def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
     """Returns the number of bytes of an array that `parse_arrays` returned."""
     kind, shape, _ = array
-    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # None for type token
+    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # None for type `token`
     return math.prod(shape) * int(bits[1] if bits else 0) / 8
 
 

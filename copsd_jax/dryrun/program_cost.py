@@ -1,4 +1,4 @@
-"""Costs of a compiled program, read from the program's text and sizes without running it.
+"""Costs of a compiled program, read from the program's text and sizes; the program is not run.
 
 The compiler's own cost analysis counts the body of a loop only once. This file counts an
 instruction in a loop once per iteration, so a scan over layers costs as much as all layers
@@ -319,8 +319,8 @@ def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> f
     if op.kind == "custom-call" and (estimate := _read_custom_call_cost(op)):
         return estimate[1]
     if op.kind in ("copy-start", "slice-start"):
-        # The result is (destination, source, state). If the destination and the source are both in
-        # main memory, the copied data count twice, as a read and a write. Otherwise, the copied
+        # The result is (destination, source, state). The copied data count twice, as a read and a
+        # write, if the destination and the source are both in main memory; otherwise, the copied
         # data count once.
         arrays = [array for array in hlo.parse_arrays(op.result) if array[1]]
         least = min(map(hlo.array_bytes, arrays), default=0.0)

@@ -183,7 +183,7 @@ def find_below(choices: Sequence[int], line: Callable[[int], float], usable: flo
 
 
 def _is_unknown(phase: programs.Phase) -> bool:
-    """Returns whether any program failed to compile without reporting how much memory it needs."""
+    """Returns whether a phase has a failed program whose memory need is unknown."""
     return any(program.failure and not program.needed for program in phase.programs)
 
 
@@ -257,7 +257,7 @@ def _other_meshes(run: programs.Run) -> Iterator[Change]:
 def _rank_meshes(
     run: programs.Run, values: dict[str, Any], devices: int, target: targets.Target
 ) -> Iterator[Change]:
-    """Yields meshes of `devices` devices that fit, in ascending order of memory use."""
+    """Yields fitting meshes of `devices` devices, in ascending order of memory use."""
     found = []
     for mesh in _list_candidate_meshes(run.frame, devices, target.slices):
         if not values and mesh == {f"mesh.{k}": n for k, n in run.frame.mesh.shape.items()}:

@@ -1,4 +1,4 @@
-"""Devices of a dry run's target: the devices may be absent, but JAX must have their compiler."""
+"""Devices of a dry run's target: the compiler for the devices is needed, not the devices."""
 
 import importlib.util
 import shutil

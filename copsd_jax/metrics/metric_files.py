@@ -13,8 +13,8 @@ class Writer:
 
     Each line of metrics.jsonl is `{"step": s, name: number, ...}`. Each line is flushed at once, so
     that no line is lost if the run is killed. A run that continues at step `resume` first drops the
-    lines of this step and later steps, because the run writes these lines again. Non-finite numbers
-    are written as "nan", "inf" and "-inf", because JSON has no such numbers.
+    lines of step `resume` and later steps, because the run writes these lines again. Non-finite
+    numbers are written as "nan", "inf" and "-inf", because JSON has no such numbers.
 
     Raises:
       ValueError: if a complete line of the existing metrics.jsonl is not JSON. An incomplete last

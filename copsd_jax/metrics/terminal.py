@@ -94,7 +94,7 @@ class Progress:
         return "  ".join(parts)
 
     def close(self) -> None:
-        """Ends the line on a terminal; on other streams, writes the last state unless it was written."""
+        """Ends the line on a terminal; on other streams, writes the last state if unwritten."""
         if self._live and self._width:
             self._write("\n")
         elif self._pending:

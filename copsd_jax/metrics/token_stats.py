@@ -120,8 +120,8 @@ def _aligned(
 def repetition(ids: Sequence[int], n: int = 4) -> float:
     """Returns the share of a completion's n-grams that repeat an earlier n-gram.
 
-    The share is 1 - (distinct n-grams) / (all n-grams). With n = 4, the share is the repetition
-    rate of the papers. The share is 0 for a completion of fewer than n tokens.
+    The share is 1 - (distinct n-grams) / (all n-grams). With n = 4, the share equals the repetition
+    rate in the papers. The share is 0 for a completion of fewer than n tokens.
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
@@ -142,10 +142,11 @@ def _words(text: str) -> list[str]:
 def overlap(completion: str, privileged: str, n: int = 3) -> float:
     """Returns the share of the completion's word n-grams that the privileged text contains.
 
-    The share is 1 if the completion is a copy, and 0 if the completion has fewer than n words. If n
-    is below 3, any two texts about the same problem have n-grams in common. If n is above 3, a copy
-    with a few changed words is not detected. Both texts may repeat n-grams of the problem, so
-    compare the share in a step with the shares in other steps, not with 0.
+    The share is 1 if the completion is a copy of the privileged text, and 0 if the completion has
+    fewer than n words. If n is below 3, any two texts about the same problem have n-grams in
+    common. If n is above 3, a copy with a few changed words is not detected. Both texts may repeat
+    n-grams of the problem, so compare the share in a step with the shares in other steps, not with
+    0.
     """
     theirs, ours = _words(privileged), _words(completion)
     known = {tuple(theirs[i : i + n]) for i in range(len(theirs) - n + 1)}
@@ -190,9 +191,9 @@ def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[s
       The metrics. `divergence_CLASS`, `divergence_at_0_7` and so on split the step's `divergence`
         by class and by position; each is a mean over tokens that carry loss. `advantage` and
         `advantage_CLASS` are means over all tokens of the completions that a teacher scored.
-        `advantage_negative` is the share of these tokens with an advantage below 0. The advantage
-        metrics include tokens that carry no loss, because correct steps also show the effect of a
-        context. `repetition` and
+        `advantage_negative` is the share of all teacher-scored tokens that have an advantage below
+        0. The advantage metrics include tokens that carry no loss, because correct steps also show
+        the effect of a context. `repetition` and
       `overlap` are means over completions. A metric skips each record in which a needed field is
         absent, or is empty because there was no teacher. If no record has the needed fields, the
         metric is absent.

@@ -124,8 +124,7 @@ def _load_folder_config(path: pathlib.Path) -> transformer.ModelConfig:
 def read_stop_ids(path: pathlib.Path) -> list[int]:
     """Reads the end-of-text ids from generation_config.json and config.json, or from a GGUF file.
 
-    Missing JSON files are skipped, because a folder with only a tokenizer contains neither of the
-    two JSON files.
+    Missing config files are skipped, because a folder with only a tokenizer has no config files.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.

@@ -33,9 +33,9 @@ class Tensor(NamedTuple):
 
     Attributes:
       shape: shape of the whole tensor.
-      read: `read()` returns all values. `read(part)` returns the values of a part. `part` is a
-        tuple with one slice per axis, each with explicit start and stop inside the shape. Little
-        more than the requested part is read from the file.
+      read: `read()` returns all values. `read(part)` returns the values in the given part. `part`
+        is a tuple with one slice per axis, each with explicit start and stop inside the shape.
+        Little more than the requested part is read from the file.
     """
 
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ def write_json(file: pathlib.Path, value: dict) -> None:
 
 @contextlib.contextmanager
 def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Creates a temporary folder beside `target`; renames it to `target` if the block succeeds.
+    """Creates a temporary folder beside `target`, and renames it to `target` if the block succeeds.
 
     The folder gets the name `target` only when its files are complete.
 
@@ -136,7 +136,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     for file in files:
         found = open_file(folder / file)
         if twice := sorted(found.keys() & file_of.keys()):
-            raise ValueError(f"{folder}: {file_of[twice[0]]} and {file} both have {twice[0]}")
+            raise ValueError(f"{folder}: {file_of[twice[0]]} and {file} both contain {twice[0]}")
         file_of |= dict.fromkeys(found, file)
         tensors |= found
     if index is not None and index != file_of:
@@ -146,7 +146,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
-    """Returns the names of the weight files, and the index {tensor: file name} or None."""
+    """Returns the weight files' names, and the index {tensor: file name} (None if absent)."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):

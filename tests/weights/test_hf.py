@@ -384,7 +384,7 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
             lambda t: t | {"model.layers.2.x": t[GATE]},
             r"does not have: model\.layers\.2\.x",
         ),
-        (lambda t: t | {GATE: t[GATE].T.copy()}, rf"{GATE} has shape \(32, 48\), .* \(48, 32\)"),
+        (lambda t: t | {GATE: t[GATE].T.copy()}, rf"{GATE} has shape \(32, 48\); .* \(48, 32\)"),
         (lambda t: t | {GATE: t[GATE].astype(np.int8)}, rf"{GATE} has type I8.*F32, F16, BF16"),
         (lambda t: t | {"lm_head.weight": t[GATE]}, r"lm_head\.weight has shape \(48, 32\)"),
     ],
