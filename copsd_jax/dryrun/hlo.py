@@ -1,8 +1,8 @@
-"""A parser of compiled programs: computations, instructions, arrays, groups of devices.
+"""Parser of compiled programs' text: computations, instructions, arrays, and device groups.
 
 XLA writes one instruction per line and refers to operands by name. `bf16[16,128]{1,0:T(8,128)S(1)}`
-is an array: element type, dimensions and layout. S(1) means that the array is in on-chip memory;
-without S, it is in main memory.
+describes an array by its element type, dimensions and layout. S(1) means that the array is in
+on-chip memory; without S, the array is in main memory.
 """
 
 import math
@@ -63,7 +63,7 @@ def _parse_hlo_op(line: str) -> Op | None:
 
 
 def _find_hlo_bracket_end(text: str) -> int:
-    """Returns the index after the parenthesis that closes the parenthesis at index 0."""
+    """Returns the index just after the parenthesis that closes the parenthesis at index 0."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -73,7 +73,7 @@ def _find_hlo_bracket_end(text: str) -> int:
 
 
 def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Returns (element type, dimensions, whether in main memory) of each array of a result."""
+    """Returns (element type, dimensions, whether in main memory) for each array in a result."""
     return [
         (kind, tuple(map(int, re.findall(r"\d+", dims))), not re.search(r"S\([1-9]", layout))
         for kind, dims, layout in _ARRAY.findall(text)
@@ -81,19 +81,19 @@ def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
 
 
 def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
-    """Returns the number of bytes of an array of `parse_arrays`."""
+    """Returns the number of bytes of an array that `parse_arrays` returned."""
     kind, shape, _ = array
-    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # None for the type token
+    bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # None for type `token`
     return math.prod(shape) * int(bits[1] if bits else 0) / 8
 
 
 def main_memory_bytes(text: str) -> float:
-    """Returns the number of bytes of a result's arrays in main memory."""
+    """Returns how many bytes of a result are in main memory."""
     return sum(array_bytes(array) for array in parse_arrays(text) if array[2])
 
 
 def total_bytes(text: str) -> float:
-    """Returns the number of bytes of a result's arrays in any memory."""
+    """Returns how many bytes a result has, in main memory and on-chip memory together."""
     return sum(map(array_bytes, parse_arrays(text)))
 
 
@@ -104,12 +104,12 @@ def constant_value(op: Op) -> int | None:
 
 
 def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
-    """Returns the groups of partitions that exchange data, or the pairs of a permutation.
+    """Returns groups of partitions that exchange data, or a permutation's (source, target) pairs.
 
-    XLA spells the groups in several ways. `{{0,1},{2,3}}` and `[2,2]<=[4]` are the same groups,
-    [[0, 1], [2, 3]]. `[2,2]<=[2,2]T(1,0)` gives [[0, 2], [1, 3]]. With axis names, the groups [[0,
-    2], [1, 3]] are written `mesh['a'=2,'b'=2] {'a'}` or `mesh['a'=2,'b'=2],
-    device_ids=([2,2]T(1,0)) {'b'}`.
+    XLA spells the groups in several ways. `{{0,1},{2,3}}` and `[2,2]<=[4]` both mean the groups
+    [[0, 1], [2, 3]]. `[2,2]<=[2,2]T(1,0)` means the groups [[0, 2], [1, 3]]. With axis names, the
+    groups [[0, 2], [1, 3]] are written `mesh['a'=2,'b'=2] {'a'}` or
+    `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`.
     """
     if found := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", rest):
         return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
@@ -126,7 +126,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _expand_hlo_iota(text: str) -> np.ndarray:
-    """Returns the array that a text describes: `[2,3]T(1,0)` is 0 to 5 as [2, 3], transposed."""
+    """Returns the array for a text such as `[2,3]T(1,0)`, meaning `arange(6).reshape(2, 3).T`."""
     ((shape, turn),) = re.findall(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", text)
     ids = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
     return ids.transpose(_integers(turn)) if turn else ids
@@ -135,7 +135,7 @@ def _expand_hlo_iota(text: str) -> np.ndarray:
 def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[int]]:
     """Returns the groups of devices that exchange data along the named axes.
 
-    `'a':(2)3` names an inner part of axis 'a': 3 devices in each of 2 outer parts.
+    `'a':(2)3` splits axis 'a' into 2 outer parts, and names the axis of size 3 inside each part.
     """
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     ids = np.arange(math.prod(axes.values()))

@@ -1,9 +1,10 @@
-"""The costs of a compiled program, read from its text and sizes; the program is not run.
+"""Costs of a compiled program, read from the program's text and sizes; the program is not run.
 
-The compiler's own cost analysis counts the body of a loop once. This file counts each instruction
-once per iteration of its loop, so a scan over layers costs as much as all layers together. If the
-number of iterations is known only at run time, the constant in the loop's condition is used
-instead. If the condition has no constant, the caller gives the number of iterations.
+The compiler's own cost analysis counts the body of a loop only once. This file counts an
+instruction in a loop once per iteration, so a scan over layers costs as much as all layers
+together. If the program's text does not state the number of iterations, the constant in the loop's
+condition is used instead. If the loop's condition has no constant, the caller gives the number of
+iterations.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: opcode of the exchange.
-      axes: the mesh axes along which devices exchange data, joined by +.
+      axes: names of the mesh axes along which devices exchange data, joined by +.
       network: whether the exchange crosses the network between slices or hosts.
       bytes: number of bytes that a device sends in each exchange.
       times: number of times that the exchange runs.
@@ -61,15 +62,15 @@ class Analysis:
 
     Attributes:
       name: name of the program.
-      seconds: seconds that its compilation took.
-      flops: FLOPs of its matrix products.
+      seconds: time that the compilation took, in seconds.
+      flops: FLOPs of the program's matrix products.
       bytes: bytes that the program reads from and writes to main memory.
-      arguments: bytes of its arguments.
-      outputs: bytes of its results.
+      arguments: bytes of the program's arguments.
+      outputs: bytes of the program's results.
       aliased: bytes of results that reuse the memory of arguments.
       temporary: bytes of temporary memory while the program runs.
-      costs: costs of its instructions.
-      collectives: its exchanges between devices.
+      costs: costs of the program's instructions.
+      collectives: the program's exchanges between devices.
     """
 
     name: str
@@ -90,14 +91,14 @@ class Analysis:
 
 
 def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 1) -> Analysis:
-    """Returns the costs of a jax.stages.Compiled.
+    """Returns the costs of a compiled program.
 
     Args:
       name: name of the program in the report.
-      program: the compiled program.
-      seconds: seconds that the compilation took.
-      mesh: the mesh, which names the axes of collectives; None for one device.
-      turns: number of iterations of a loop if the program's text does not state it.
+      program: the compiled program, a jax.stages.Compiled.
+      seconds: time that the compilation took, in seconds.
+      mesh: the mesh whose axis names describe the collectives; None for one device.
+      turns: number of iterations to assume for a loop if the program's text states none.
     """
     costs, collectives = read_text(program.as_text(), mesh, turns=turns)
     memory = program.memory_analysis()
@@ -110,10 +111,10 @@ def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 
 
 
 def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float]:
-    """Returns roofline estimates of the seconds of computation and of communication.
+    """Returns roofline estimates of computation time and communication time, in seconds.
 
-    Each instruction takes the time of its FLOPs or of its bytes, whichever is longer. Exchanges are
-    assumed not to overlap.
+    Each instruction is assumed to take the time of its FLOPs or of its bytes, whichever is longer.
+    Exchanges between devices are assumed not to overlap one another.
     """
     own = sum(max(c.flops / chip.flops, c.bytes / chip.bandwidth) * c.times for c in found.costs)
     rates = {False: chip.link, True: chip.network}
@@ -134,7 +135,7 @@ def sum_by_axes(found: Analysis) -> dict[str, dict[str, list]]:
 
 
 def read_text(text: str, mesh: Any = None, *, turns: int = 1) -> tuple[tuple, tuple]:
-    """Returns the costs of the instructions and the collectives in a program's text."""
+    """Returns the instruction costs and the collectives that a program's text contains."""
     found, entry = hlo.parse_computations(text)
     program = _Program(found, mesh, turns, [], [], set())
     _walk(program, entry, 1)
@@ -166,7 +167,8 @@ def _walk(program: _Program, name: str, times: int) -> None:
         elif op.kind == "conditional":
             _cost_dearest_branch(program, op, times)
         elif op.kind == "send":
-            # TPU slices exchange data through their hosts. Only the axis `data` crosses slices.
+            # TPU slices exchange data through their hosts. Only the mesh axis `data` spans several
+            # slices.
             sent = hlo.total_bytes(ops[op.operands[0]].result)
             program.collectives.append(Collective("send", "data", True, sent, times))
         elif op.kind.removesuffix("-start") in COLLECTIVES:
@@ -195,7 +197,7 @@ def _read_hlo_trip_count(program: _Program, op: hlo.Op) -> int:
 
 
 def _cost_dearest_branch(program: _Program, op: hlo.Op, times: int) -> None:
-    """Adds the costs of a conditional's branch with the most FLOPs; bytes break a tie."""
+    """Adds the costs of the conditional branch with the most FLOPs; bytes break a tie."""
     names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.rest)
     for group in re.findall(r"branch_computations=\{(.*?)\}", op.rest):
         names += [name.strip().lstrip("%") for name in group.split(",")]
@@ -212,7 +214,7 @@ def _cost_dearest_branch(program: _Program, op: hlo.Op, times: int) -> None:
 
 
 def _fused(program: _Program, name: str, times: int) -> float:
-    """Returns the FLOPs of a fusion, and adds the collectives inside the fusion."""
+    """Returns the FLOPs of a fusion, and adds the fusion's collectives to the program."""
     ops, total = program.computations[name], 0.0
     for op in ops.values():
         if op.kind in ("fusion", "call"):
@@ -248,10 +250,10 @@ def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _read_custom_call_cost(op: hlo.Op) -> tuple[float, float] | None:
-    """Returns the FLOPs and bytes that a kernel declares, or None if it declares none.
+    """Returns the FLOPs and bytes that a kernel declares, or None if the kernel declares no cost.
 
-    Mosaic kernels declare both numbers in a cost estimate. Triton kernels declare both numbers in
-    the name of a scope, `cost:FLOPS:BYTES`.
+    Mosaic kernels declare their FLOPs and bytes in a cost estimate. Triton kernels declare their
+    FLOPs and bytes in a scope name of the form `cost:FLOPS:BYTES`.
     """
     flops = re.search(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)', op.rest)
     moved = re.search(r'"cost_estimate":\{[^{}]*"bytes_accessed":"?(\d+)', op.rest)
@@ -271,8 +273,9 @@ def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Counts the FLOPs of a convolution, excluding products with holes or padding.
 
-    XLA for TPUs writes matrix products as convolutions. The batch dimensions of such a product
-    become spatial dimensions, dilated so that each output position uses one input position.
+    On TPUs, XLA writes matrix products as convolutions. The batch dimensions of a matrix product
+    become spatial dimensions, which are dilated so that each output position uses one input
+    position.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     if not labels:
@@ -291,7 +294,7 @@ def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _parse_hlo_window(text: str, k: int) -> dict[str, int]:
-    """Reads dimension k's numbers from a window, such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
+    """Reads dimension k's numbers from window text such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
     out = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
     for name in out:
         if found := re.search(rf"\b{name}=(\S+)", text):
@@ -300,7 +303,7 @@ def _parse_hlo_window(text: str, k: int) -> dict[str, int]:
 
 
 def _count_convolution_pairs(left: int, right: int, out: int, window: dict[str, int]) -> int:
-    """Counts the (output, kernel) position pairs that meet an input, not a hole or padding."""
+    """Counts the (output, kernel) position pairs that use an input value, not a hole or padding."""
     at = np.arange(out)[:, None] * window["stride"] - window["pad"]
     at = at + np.arange(right)[None] * window["rhs_dilate"]
     inside = (at >= 0) & (at <= (left - 1) * window["lhs_dilate"])
@@ -316,8 +319,9 @@ def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> f
     if op.kind == "custom-call" and (estimate := _read_custom_call_cost(op)):
         return estimate[1]
     if op.kind in ("copy-start", "slice-start"):
-        # The result is (destination, source, state). The copied data are counted once, as a read.
-        # If both arrays are in main memory, the data are counted twice, as a read and a write.
+        # The result is (destination, source, state). The copied data count twice, as a read and a
+        # write, if the destination and the source are both in main memory; otherwise, the copied
+        # data count once.
         arrays = [array for array in hlo.parse_arrays(op.result) if array[1]]
         least = min(map(hlo.array_bytes, arrays), default=0.0)
         return least * (2 if all(array[2] for array in arrays) else 1)
@@ -357,7 +361,7 @@ def _parameter(program: _Program, name: str, number: int) -> hlo.Op:
 
 
 def _count_fusion_reads(program: _Program, inner: str, one: hlo.Op) -> float:
-    """Counts the bytes that a fusion and its nested fusions read from an operand."""
+    """Counts the bytes that a fusion and its nested fusions read from one operand."""
     total = 0.0
     users = [op for op in program.computations[inner].values() if one.name in op.operands]
     for user in users:
@@ -379,7 +383,7 @@ def _count_fusion_reads(program: _Program, inner: str, one: hlo.Op) -> float:
 
 
 def _count_fusion_writes(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Counts the bytes that a fusion writes; for an update in place, only the update counts."""
+    """Counts the bytes that a fusion writes; for an update in place, counts only the update."""
     root = next(one for one in inner.values() if one.root)
     parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
     arrays = hlo.parse_arrays(op.result)
@@ -402,7 +406,8 @@ def _count_fusion_writes(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
 def _add_hlo_collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> None:
     """Adds a collective, unless a collective with the same channel was added before.
 
-    A collective that overlaps with several fusions appears in each of them, with the same channel.
+    A collective that overlaps with several fusions appears in each of these fusions, with the same
+    channel.
     """
     channel = re.search(r"channel_id=(\d+)", op.rest)
     if channel and channel[1] in program.channels:
@@ -425,7 +430,7 @@ def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: in
 
 
 def _find_collective_axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
-    """Returns the axes along which a group's members differ, and whether data cross the network.
+    """Returns the mesh axes along which a group exchanges data, and whether data cross the network.
 
     Partitions are numbered in the order of the mesh's devices.
     """

@@ -38,21 +38,21 @@ from copsd_jax.training import (
 from copsd_jax.training import loaded_run as run_lib
 from copsd_jax.weights import hf_config
 
-EXEMPLAR_TOKENS = 64  # assumed number of tokens in a worked example; bundled ones have at most 55
+EXEMPLAR_TOKENS = 64  # assumed tokens per worked example; bundled examples have at most 55
 
 
 class Lengths(NamedTuple):
-    """The maximum number of tokens of each part of a text, according to the settings.
+    """Maximum numbers of tokens in prompts and completions, according to the settings.
 
     Attributes:
-      prefix: the worked examples at the beginning of student, teacher and evaluation prompts.
-      student: a student prompt without worked examples.
-      teacher: a teacher prompt without worked examples.
-      evaluation: an evaluation prompt without worked examples.
-      author: a prompt of the author of contexts.
-      completion: a completion of a rollout.
-      answer: a completion of the evaluation.
-      reply: an author's reply.
+      prefix: tokens of the worked examples that begin student, teacher and evaluation prompts.
+      student: tokens of a student prompt without worked examples.
+      teacher: tokens of a teacher prompt without worked examples.
+      evaluation: tokens of an evaluation prompt without worked examples.
+      author: tokens of a prompt for the author of contexts.
+      completion: tokens of a completion in a rollout.
+      answer: tokens of a completion in the evaluation.
+      reply: tokens of an author's reply.
     """
 
     prefix: int
@@ -67,13 +67,13 @@ class Lengths(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program, which was compiled or did not fit into memory.
+    """A program that was compiled, or that did not fit into memory.
 
     Attributes:
       name: name of the program in the report.
-      arguments: bytes of its arguments on each device, from their shapes.
+      arguments: bytes of the arguments on each device, computed from the arguments' shapes.
       cost: the costs of the program; None if the program was not compiled.
-      needed: bytes on each device that the program needs besides its arguments.
+      needed: bytes that the program needs on each device, besides its arguments.
       failure: the reason why the program was not compiled; "" if it was compiled.
     """
 
@@ -90,7 +90,7 @@ class Phase:
 
     Attributes:
       name: name of the phase in the report.
-      parts: bytes of the held arrays on each device, by part.
+      parts: bytes of the held arrays on each device, by name of the part.
       programs: the programs that run in this phase.
     """
 
@@ -105,7 +105,7 @@ class Phase:
 
     @property
     def total(self) -> int:
-        """Bytes of held arrays and temporaries together, on each device."""
+        """Bytes of held arrays plus temporaries on each device."""
         return sum(self.parts.values()) + self.working
 
     @property
@@ -119,7 +119,7 @@ class Phase:
 
 
 class Sampled(NamedTuple):
-    """A sampling phase: its section of settings, and the maximum lengths of its texts."""
+    """A sampling phase: its settings section, and its maximum prompt and completion lengths."""
 
     section: str
     prompt: int
@@ -131,12 +131,13 @@ class Run(NamedTuple):
 
     Attributes:
       frame: the settings, the mesh, the dtype and the model's shape.
-      lengths: the longest texts.
+      lengths: maximum lengths of the run's texts.
       target: the target devices.
-      usable: usable bytes of a device; a phase whose held arrays need more is not compiled.
+      usable: number of usable bytes on a device; a phase whose held arrays need more is not
+        compiled.
       say: function that prints a line about progress.
       phases: the phases of the run by name, in order of execution.
-      seconds: wall time that the compilation of the phases took.
+      seconds: wall time of compiling the phases, in seconds.
     """
 
     frame: run_plan.ProgramPlan
@@ -148,7 +149,7 @@ class Run(NamedTuple):
     seconds: float = 0.0
 
     def fits(self) -> bool:
-        """Returns whether every phase fits."""
+        """Returns whether every phase fits into the usable memory."""
         return all(phase.fits(self.usable) for phase in self.phases.values())
 
 
@@ -156,10 +157,10 @@ class Run(NamedTuple):
 
 
 def find_dry_run_model(config: config_lib.Config) -> transformer.ModelConfig:
-    """Returns the model's shape, from its name or from the config.json of a folder.
+    """Finds the shape of the run's model by the model's name, or in a folder's config.json.
 
     Raises:
-      ValueError: the name is not in `transformer.SHAPES`.
+      ValueError: if the name is not in `transformer.SHAPES`.
     """
     m = config.model
     name = m.shape if m.init == "random" else ""
@@ -171,17 +172,17 @@ def find_dry_run_model(config: config_lib.Config) -> transformer.ModelConfig:
     known += ["smollm2_135m"] if plain == "smollm2" else []
     if not known:
         raise ValueError(
-            f"model.path is {m.path!r}: a dry run reads no repository; it knows the shapes of "
-            f"{', '.join(transformer.SHAPES)}. Name one of them, or a folder with config.json"
+            f"model.path is {m.path!r}: a dry run downloads no repository. Use the name of a "
+            f"known model ({', '.join(transformer.SHAPES)}) or a folder with config.json"
         )
     return transformer.SHAPES[max(known, key=len)]
 
 
 def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan:
-    """Builds the plan of a run's programs on these devices, and checks it like a run's plan.
+    """Builds the plan of a run's programs on the given devices, with the same checks as a run.
 
     Raises:
-      ValueError: no run can have these settings.
+      ValueError: if no run can have these settings.
     """
     shape = find_dry_run_model(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
@@ -195,10 +196,10 @@ def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan
 
 
 def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> Lengths:
-    """Returns the lengths of the longest texts that settings and model positions allow.
+    """Returns the maximum lengths of texts that the settings and the model's positions allow.
 
     Raises:
-      ValueError: the settings leave no room for a prompt.
+      ValueError: if the settings leave no room for a prompt.
     """
     c, positions = config, shape.max_position
     prefix = EXEMPLAR_TOKENS * c.prompt.exemplars
@@ -216,15 +217,15 @@ def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> 
     for side, tokens in zip(sides, prompts, strict=True):
         if tokens < 1:
             raise ValueError(
-                f"the {side}'s prompts have {tokens} tokens: rollout.max_tokens, eval.max_tokens, "
-                f"prompt.exemplars ({EXEMPLAR_TOKENS} tokens each) and the model's {positions} "
-                "positions leave no room for prompts. Lower one of these settings"
+                f"the settings leave {tokens} tokens for the {side}'s prompts: lower "
+                f"rollout.max_tokens, eval.max_tokens or prompt.exemplars ({EXEMPLAR_TOKENS} "
+                f"tokens each); the model has {positions} positions"
             )
     return lengths
 
 
 def sampled_phases(run: Run) -> dict[str, Sampled]:
-    """Returns the phases that sample on these devices, by name; {} if a server samples."""
+    """Returns the phases that sample on the target devices, by name; {} if a server samples."""
     c, lengths, phases = run.frame.config, run.lengths, {}
     if c.sampler.engine == "server":
         return {}
@@ -238,7 +239,7 @@ def sampled_phases(run: Run) -> dict[str, Sampled]:
 
 
 def longest_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
-    """Builds the batch of a step with the longest texts; all token ids are 0."""
+    """Builds a step's batch in which all texts have maximum length and all token ids are 0."""
     B, method = config_lib.completions_per_step(config), config_lib.traits(config)
     batch = layout.build_batch(
         [[0] * lengths.student] * B,
@@ -254,12 +255,12 @@ def longest_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
 
 
 def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]:
-    """Computes from shapes alone the bytes of each part that a phase holds on each device.
+    """Computes the bytes of each part that a phase holds on each device, from shapes alone.
 
     Args:
-      run: the dry run; the mesh of its frame may be an AbstractMesh.
+      run: the dry run; `run.frame.mesh` may be an AbstractMesh.
       name: name of the phase.
-      arrays: the held arrays of the run's frame.
+      arrays: the arrays that a run with this frame holds.
     """
     frame, sampled = run.frame, sampled_phases(run)
     held = memory.count_resident(frame, arrays)
@@ -273,7 +274,7 @@ def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]
         return held
     section, prompt, completion = sampled[name]
     tokens = prompt + completion + engine.INSERT_BLOCK
-    # An author's cache is as long as a call needs, rounded up.
+    # The author's cache is only as long as a call needs, rounded up.
     tokens = request.round_up_slot_length(tokens) if name == "author" else tokens
     return held | {"cache": memory.count_decode_state(frame, section, tokens)}
 
@@ -290,15 +291,15 @@ class _Compiler(NamedTuple):
     def __call__(
         self, name: str, jitted: Any, *args: Any, keeps: bool = True, loop_turns: int = 1
     ) -> Any:
-        """Returns the results of `jitted(*args)` as abstract arrays; None if memory is not enough.
+        """Returns the results of `jitted(*args)` as abstract arrays; None if memory is too small.
 
         Args:
           name: name of the program.
           jitted: the function.
           *args: abstract arrays.
-          keeps: whether the results count as memory of the program. If `keeps` is False, the
-            results count as a part of a phase.
-          loop_turns: number of iterations of a loop if the program's text does not state it.
+          keeps: whether the results count as memory that the program needs. If `keeps` is False,
+            the results count as a part of a phase.
+          loop_turns: number of iterations to assume for a loop if the program's text states none.
         """
         self.run.say(f"compiling {name}")
         mesh = self.run.frame.mesh
@@ -309,7 +310,7 @@ class _Compiler(NamedTuple):
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             program = failed_program(name, held, error)
-            # Results that are a part of a phase are already counted as that part.
+            # If the results are a part of a phase, their bytes are already counted in that part.
             self.programs.append(program if keeps else dataclasses.replace(program, needed=0))
             return None
         seconds = time.perf_counter() - begun
@@ -334,7 +335,7 @@ def failed_program(name: str, arguments: int, error: BaseException) -> Program:
     """Returns the `Program` for a failed compilation, with the bytes that the program would need.
 
     Raises:
-      BaseException: `error` itself, if the reason is not a lack of memory.
+      BaseException: `error` itself, if the compilation did not fail for lack of memory.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
@@ -353,17 +354,18 @@ def compile_run(
     usable: float,
     say: Callable[[str], None] = lambda _: None,
 ) -> Run:
-    """Compiles every program of a run for these devices.
+    """Compiles every program of a run for the given devices.
 
     Args:
       config: the settings of the run.
       target: the target devices, for the report.
       devices: the devices of a topology, or real devices.
-      usable: usable bytes of a device; a phase whose held arrays need more is not compiled.
+      usable: number of usable bytes on a device; a phase whose held arrays need more is not
+        compiled.
       say: function that prints a line about progress.
 
     Raises:
-      ValueError: no run can have these settings.
+      ValueError: if no run can have these settings.
     """
     begun = time.perf_counter()
     frame = make_frame(config, devices)
@@ -376,13 +378,13 @@ def compile_run(
 
 
 def compile_phase(run: Run, name: str) -> Phase:
-    """Compiles the programs of one phase, unless its held arrays alone do not fit."""
+    """Compiles the programs of one phase, unless the phase's held arrays alone are too large."""
     arrays = memory.held_arrays(run.frame)
     parts, compiler = hold_phase(run, name, arrays), _Compiler(run, [])
     if name not in ("placement", "hand-over") and sum(parts.values()) > run.usable:
         reason = "not compiled: the arrays that the phase holds do not fit"
         return Phase(name, parts, [Program(name, sum(parts.values()), None, 0, reason)])
-    frame: Any = run.frame  # the function below reads only the plan's mesh and dtype
+    frame: Any = run.frame  # `set_mesh_and_precision` reads only the mesh and the dtype
     with run_lib.set_mesh_and_precision(frame):
         if name == "placement":
             _compile_first_state(compiler, arrays)
@@ -406,7 +408,7 @@ def _compile_first_state(compiler: _Compiler, arrays: memory.HeldArrays) -> None
 
 def _compile_hand_over(compiler: _Compiler) -> None:
     def call(jitted: Any, *args: Any) -> Any:
-        name = "weights" if len(args) > 1 else "adapter"  # adapters are passed without weights
+        name = "weights" if len(args) > 1 else "adapter"  # an adapter is the only argument
         compiler(f"{name} to the sampler", jitted, *args, keeps=False)
         return jitted.eval_shape(*args)
 
@@ -414,16 +416,16 @@ def _compile_hand_over(compiler: _Compiler) -> None:
 
 
 def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str) -> dict[str, int]:
-    """Compiles the sampler of a phase; returns the bytes of prompts and worked examples."""
+    """Compiles the sampler of a phase; returns the bytes of the prompts' and the examples' keys."""
     frame, c = compiler.run.frame, compiler.run.frame.config
     section, asked, completion = sampled_phases(compiler.run)[phase]
     decoder = builders.build_decoder(frame)
-    # An author's prompts have no worked examples, and the author's cache is as long as a call
+    # The author's prompts have no worked examples, and the author's cache is only as long as a call
     # needs.
     author = section == "author"
     prefix = None if author else _compile_prefix(compiler, decoder, arrays.sampler)
     valid_V = np.ones(frame.model_config.vocab_size, bool)
-    valid_V[-1] = False  # tokenizers have fewer ids than embeddings have rows
+    valid_V[-1] = False  # a tokenizer has fewer ids than the embeddings have rows
     length = 0 if author else asked + completion
     job = request.prepare_sampler_inputs(
         decoder, arrays.sampler, [(0,) * asked], [builders.build_sampling(c, section, (0,), ())],
@@ -454,7 +456,7 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
 def _compile_prefix(
     compiler: _Compiler, decoder: transformer.Decoder, policy: policy_lib.Policy
 ) -> transformer.KV | None:
-    """Compiles the encoding of the worked examples; returns their keys and values."""
+    """Compiles the encoding of the worked examples; returns the examples' keys and values."""
     frame, tokens = compiler.run.frame, compiler.run.lengths.prefix
     if not tokens:
         return None
@@ -465,7 +467,7 @@ def _compile_prefix(
 
 
 def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, int]:
-    """Compiles the training step, teacher included; returns the bytes of batch and examples."""
+    """Compiles the training step with its teacher; returns the bytes of its batch and examples."""
     frame, lengths, c = compiler.run.frame, compiler.run.lengths, compiler.run.frame.config
     tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
     options, decoder = builders.build_options(frame), builders.build_decoder(frame)
@@ -485,7 +487,7 @@ def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, i
 
 
 def _count_step_loop_turns(frame: run_plan.ProgramPlan, batch: layout.Batch) -> int:
-    """Returns the number of token blocks that the loss processes if every token has weight."""
+    """Returns the number of token blocks that the loss processes if no token has weight 0."""
     options, (B, C) = builders.build_options(frame), batch.mask_BC.shape
     if batch.source_UST is not None:
         tokens = batch.source_UST.shape[2]

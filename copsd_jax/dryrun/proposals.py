@@ -1,4 +1,4 @@
-"""Proposals of settings that would fit a device's memory, computed from compiled programs.
+"""Proposals of settings with which a run would fit into memory, based on compiled programs.
 
 The memory of the training step is affine in the size of the micro-batch, and the memory of a
 sampling phase is affine in the number of slots. If a proposal depends on the size of a phase, the
@@ -32,9 +32,9 @@ class Sizes(NamedTuple):
     Attributes:
       phase: the phase, compiled with the value `now`.
       setting: name of the setting.
-      now: the value in the run, rounded up in the same way as in the run.
+      now: the setting's current value, rounded up in the same way as in the run.
       choices: all useful values, in ascending order.
-      second: the value to compile besides `now`; 0 if no second value is needed.
+      second: the second value to compile with, besides `now`; 0 if no second value is needed.
     """
 
     phase: programs.Phase
@@ -46,10 +46,10 @@ class Sizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A change of settings with which the run would fit, or may fit.
+    """A change of settings that would make, or may make, the run fit.
 
     Attributes:
-      words: the change as command-line flags, preceded by the devices if they change.
+      words: the change as command-line flags; if the devices change, their name comes first.
       held: bytes of the held arrays on each device, without temporaries; 0 if compiled programs
         show that the change fits.
       config: the changed settings.
@@ -67,7 +67,7 @@ class Proposals:
     """The largest sizes that fit, and, for a run that does not fit, changes that would make it fit.
 
     Attributes:
-      largest: the largest useful value that fits, by setting; 0 if no value fits.
+      largest: for each setting, the largest useful value that fits; 0 if no value fits.
       changes: the changes, the smallest change first; empty if the run fits.
       compilations: the number of phases that were compiled again for the proposals.
     """
@@ -148,7 +148,7 @@ def _round_to_shards(number: int, multiple: int) -> int:
 
 
 def _find_largest(run: programs.Run, sizes: Sizes, proposals: Proposals) -> int:
-    """Returns the largest size at which a phase fits; 0 if there is none."""
+    """Returns the largest size at which a phase fits; 0 if the phase fits at no size."""
     phase, usable = sizes.phase, run.usable
     held = sum(phase.parts.values())
     if held > usable:
@@ -177,27 +177,27 @@ def _halve(slots: int, shards: int) -> int:
 
 
 def find_below(choices: Sequence[int], line: Callable[[int], float], usable: float) -> int:
-    """Returns the largest of the ascending sizes whose memory is at most `usable`; 0 for none."""
+    """Returns the largest of the ascending `choices` that needs at most `usable` bytes, or 0."""
     count = bisect.bisect_right(choices, usable, key=line)
     return choices[count - 1] if count else 0
 
 
 def _is_unknown(phase: programs.Phase) -> bool:
-    """Returns whether a program failed to compile and did not report how much memory it needs."""
+    """Returns whether a phase has a failed program whose memory need is unknown."""
     return any(program.failure and not program.needed for program in phase.programs)
 
 
 def memory_line(
     one: tuple[programs.Phase, int], two: tuple[programs.Phase, int]
 ) -> Callable[[int], float]:
-    """Returns the bytes of a phase on each device as a function of its size.
+    """Returns a function that maps the size of a phase to the phase's bytes on each device.
 
-    Every part and every program has its own line, because the program with the largest need may
-    change with the size.
+    Every part and every program has its own straight line, because different programs may need the
+    most memory at different sizes.
 
     Args:
-      one: a phase, and the size with which it was compiled.
-      two: the same phase, compiled with another size, and the other size.
+      one: a phase, and the size at which the phase was compiled.
+      two: the same phase compiled at a second size, and this second size.
     """
     (phase, size), (other, other_size) = one, two
 
@@ -205,7 +205,7 @@ def memory_line(
         return here + (there - here) * (wanted - size) / (other_size - size)
 
     needs = [(p.needed, q.needed) for p, q in zip(phase.programs, other.programs, strict=False)]
-    if len(phase.programs) != len(other.programs):  # one failed program stands for a sampler
+    if len(phase.programs) != len(other.programs):  # a sampler that failed is listed as one program
         needs = [(phase.working, other.working)]
     parts = [(phase.parts[k], other.parts[k]) for k in phase.parts.keys() & other.parts.keys()]
 
@@ -224,8 +224,8 @@ def _compile_again(
     run.say(f"for proposals, with {_spell(values)}:")
     frame = dataclasses.replace(run.frame, config=config)
     proposals.compilations += 1
-    # The sampler caches compiled programs, so a program that does not depend on the slots is
-    # compiled only once.
+    # The sampler caches compiled programs, so a program that does not depend on the number of slots
+    # is compiled only once.
     return programs.compile_phase(run._replace(frame=frame), name)
 
 
@@ -241,7 +241,7 @@ def _fits_with_remat(run: programs.Run, sizes: Sizes, proposals: Proposals) -> b
 
 
 def _other_meshes(run: programs.Run) -> Iterator[Change]:
-    """Yields meshes with enough memory: on these devices, then with adapters, then on more."""
+    """Yields meshes that fit: on the same devices, then with adapters, then on more devices."""
     frame, target = run.frame, run.target
     devices, chips = frame.mesh.devices.size, int(np.prod(target.shape)) * target.slices
     yield from _rank_meshes(run, {}, devices, target)
@@ -257,7 +257,7 @@ def _other_meshes(run: programs.Run) -> Iterator[Change]:
 def _rank_meshes(
     run: programs.Run, values: dict[str, Any], devices: int, target: targets.Target
 ) -> Iterator[Change]:
-    """Yields meshes of `devices` devices with enough memory, the smallest memory use first."""
+    """Yields fitting meshes of `devices` devices, in ascending order of memory use."""
     found = []
     for mesh in _list_candidate_meshes(run.frame, devices, target.slices):
         if not values and mesh == {f"mesh.{k}": n for k, n in run.frame.mesh.shape.items()}:
@@ -295,9 +295,9 @@ def _measure(
 ) -> tuple[int, int]:
     """Returns the bytes that a run needs on a mesh, without and with estimated temporaries.
 
-    The temporaries on a mesh are unknown without compiling. If a phase fits on the current mesh,
-    the temporaries on the current mesh are the estimate. If a phase does not fit, the estimate is
-    0.
+    Without compiling, the temporaries on a new mesh are unknown. If a phase fits on the current
+    mesh, the temporaries on the current mesh are the estimate. If a phase does not fit on the
+    current mesh, the estimate is 0.
     """
     mesh: Any = AbstractMesh(tuple(sizes.values()), sharding.AXES, (AxisType.Auto,) * 3)
     frame = dataclasses.replace(run.frame, config=config, mesh=mesh)
@@ -322,6 +322,6 @@ def change_settings(config: config_lib.Config, values: dict[str, Any]) -> config
 
 
 def _spell(values: dict[str, Any]) -> str:
-    """Returns settings as flags; a tensor axis of 1 is the default and is left out."""
+    """Returns settings as command-line flags, without mesh.tensor=1, which is the default."""
     shown = {name: value for name, value in values.items() if (name, value) != ("mesh.tensor", 1)}
     return " ".join(f"--config.{name}={value}" for name, value in shown.items())

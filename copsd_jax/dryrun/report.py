@@ -1,9 +1,9 @@
-"""`--dry_run=v5e:4x8`: the memory and the time of a run on devices that are not present.
+"""Report of `--dry_run=v5e:4x8`: memory and time of a run on devices that are not present.
 
-A dry run compiles every program (`programs`) and adds up memory by part. FLOPs and collectives are
-read from the compiled text, and times are estimated by roofline (`program_cost`). `proposals` finds
-the settings that fit. No weights, tokenizer, problems or network are needed, because shapes and
-lengths come from the settings.
+In a dry run, `programs` compiles every program and adds up the memory of each part. `program_cost`
+reads FLOPs and collectives from the compiled text, and makes roofline estimates of times.
+`proposals` finds settings with which the run would fit. A dry run needs no weights, tokenizer,
+problems or network, because shapes and lengths come from the settings.
 """
 
 import json
@@ -18,7 +18,7 @@ from copsd_jax.runtime import hardware, sharding
 from copsd_jax.training import memory, table_rules
 
 GIB = 2**30
-EFFICIENCY = 0.7  # assumed share of the manufacturers' rates that good programs reach
+EFFICIENCY = 0.7  # assumption: good programs reach this share of the manufacturers' rates
 
 
 def report_dry_run(
@@ -33,11 +33,11 @@ def report_dry_run(
       search: whether to compile again with the proposed settings.
 
     Returns:
-      The exit code: 0 if the run fits, 1 if it does not.
+      The exit code: 0 if the run fits, otherwise 1.
 
     Raises:
-      ValueError: no run can have these settings, or the devices do not exist.
-      OSError: `out` cannot be written.
+      ValueError: if no run can have these settings, or if the devices do not exist.
+      OSError: if `out` cannot be written.
     """
     table_rules.check_choices(config, data=False)
     run = _compile_run(config, target, topologies.make_devices(target))
@@ -80,7 +80,7 @@ def build_report(run: programs.Run, proposed: proposals.Proposals) -> dict[str, 
 
 
 def add_checks(report: dict[str, Any], run: programs.Run, proposed: proposals.Proposals) -> None:
-    """Compiles the proposed settings, and adds to the report whether they fit.
+    """Compiles a run with the proposed settings, and adds to the report whether this run fits.
 
     If the run fits, the proposed settings are the largest sizes. If the run does not fit, the
     proposed settings are the first proposed change.
@@ -127,7 +127,7 @@ def _describe_program(program: programs.Program) -> dict[str, Any]:
 
 
 def estimate_times(run: programs.Run) -> dict[str, Any]:
-    """Estimates the seconds of each part of a step whose completions all have maximum length."""
+    """Estimates the seconds for each part of a step if all completions have maximum length."""
     chip, c = run.target.chip, run.frame.config
     completions = config_lib.completions_per_step(c)
     sampling = [name for name in ("rollout", "author") if name in run.phases]
@@ -149,7 +149,7 @@ def estimate_times(run: programs.Run) -> dict[str, Any]:
 
 
 def _hand_over_programs(run: programs.Run) -> list[programs.Program]:
-    """Returns the hand-over programs that every step runs; a frozen base is handed over once."""
+    """Returns the hand-over programs run in every step; a frozen base is handed over only once."""
     found, c = run.phases["hand-over"].programs, run.frame.config
     if c.train.trainable == "full" or c.sampler.merge:
         return found
@@ -157,7 +157,7 @@ def _hand_over_programs(run: programs.Run) -> list[programs.Program]:
 
 
 def _add_seconds(found: list[programs.Program], chip: hardware.Chip) -> float | None:
-    """Returns the seconds of programs that run one after another; None if one was not compiled."""
+    """Returns the seconds that successive programs take; None if any program was not compiled."""
     total = 0.0
     for program in found:
         if program.cost is None:
@@ -167,7 +167,7 @@ def _add_seconds(found: list[programs.Program], chip: hardware.Chip) -> float | 
 
 
 def _sampling_seconds(run: programs.Run, name: str, texts: int) -> float | None:
-    """Estimates the seconds of a sampling phase; None if a program was not compiled.
+    """Estimates the seconds that a sampling phase takes; None if a program was not compiled.
 
     Prompts are prefilled in rows. Each slot decodes one text at a time, up to the maximum length.
     """
@@ -271,7 +271,7 @@ def _format_phase(name: str, phase: dict[str, Any], report: dict[str, Any]) -> s
 
 
 def _select_programs(found: dict[str, Any]) -> dict[str, Any]:
-    """Returns the programs to print, without smaller prefills and programs that only copy."""
+    """Returns the programs to print: all but smaller prefills and programs that only copy."""
     buckets = [name for name in found if name.startswith("prefill")]
     quiet = (*buckets[:-1], "empty cache", *(n for n in found if n.startswith("insert")))
     return {name: program for name, program in found.items() if name not in quiet}

@@ -16,8 +16,8 @@ ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 GPU_KINDS = {
     "a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200",
 }  # fmt: skip
-# TPU kinds for which the number in a name counts cores, two per chip. In the names of other kinds,
-# the number counts chips.
+# For these TPU kinds, the number in a name counts cores, and a chip has two cores. For other TPU
+# kinds, the number in a name counts chips.
 COUNTS_CORES = ("v4", "v5p", "tpu7x")
 TOPOLOGIES_2D = {
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
@@ -47,9 +47,9 @@ class Target:
     Attributes:
       name: the text from the command line.
       platform: tpu or cuda.
-      kind: v4, v5e, v5p, v6e or tpu7x; for cuda a100, h100 or h200.
-      shape: chips along each dimension of a slice; for cuda, the number of hosts and the number of
-        cards per host.
+      kind: for tpu v4, v5e, v5p, v6e or tpu7x; for cuda a100, h100 or h200.
+      shape: for tpu, the number of chips along each dimension of a slice; for cuda, the number of
+        hosts and the number of cards per host.
       slices: number of slices, which are joined by a network; 1 for cuda.
     """
 
@@ -66,18 +66,18 @@ class Target:
 
     @property
     def topology(self) -> str:
-        """The shape in the compiler's notation, such as 4x8."""
+        """The target's shape in the compiler's notation, such as 4x8."""
         return "x".join(map(str, self.shape))
 
 
 def parse_target(text: str) -> Target:
-    """Parses `v5e:4x8`, `v5e-32`, `2*v5p:4x4x4` or `cuda:h200:1x8`.
+    """Parses a name of devices: `v5e:4x8`, `v5e-32`, `2*v5p:4x4x4` or `cuda:h200:1x8`.
 
-    For v4, v5p and tpu7x, the number after a hyphen counts cores, two per chip, so v5p-128 has 64
-    chips. In the names of v5e and v6e, the number counts chips.
+    For v4, v5p and tpu7x, the number after a hyphen counts cores; a chip has two cores, so v5p-128
+    has 64 chips. For v5e and v6e, the number after a hyphen counts chips.
 
     Raises:
-      ValueError: the text does not name devices; the message lists the choices.
+      ValueError: if the text does not name devices; the message lists the choices.
     """
     lower = text.strip().lower()
     if lower.startswith("cuda:"):
@@ -107,7 +107,7 @@ def _parse_topology(
         chips, rest = divmod(int(number or 0), cores)
         if rest or chips not in table:
             names = ", ".join(f"{kind}-{cores * size}" for size in table)
-            raise ValueError(f"--dry_run is {text!r}: the names of {kind} are {names}")
+            raise ValueError(f"--dry_run is {text!r}: the names for {kind} are {names}")
         topology = table[chips]
     example = next(reversed(table.values()))
     if (dimensions := example.count("x") + 1) != topology.count("x") + 1:

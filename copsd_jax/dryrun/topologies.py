@@ -1,4 +1,4 @@
-"""The devices of a dry run's target, which need not be present: only their compiler is needed."""
+"""Devices of a dry run's target: the compiler for the devices is needed, not the devices."""
 
 import importlib.util
 import shutil
@@ -17,14 +17,15 @@ def make_devices(target: targets.Target) -> list:
     """Returns the devices of a target, for which programs can be compiled but not run.
 
     Raises:
-      ValueError: the topology does not exist, or its compiler is not installed. For a missing
-        compiler, the message gives the command that installs it.
+      ValueError: if the topology does not exist, or if the compiler for the devices is not
+        installed. If the compiler is missing, the message gives the command that installs the
+        compiler.
     """
     if target.platform == "cuda":
         return _make_gpu_topology(target)
     if importlib.util.find_spec("libtpu") is None:
         command = f'{_PIP} "jax[tpu]=={jax.__version__}"'
-        raise ValueError(f"--dry_run for TPUs needs their compiler: {command}")
+        raise ValueError(f"--dry_run for TPUs needs JAX's compiler for TPUs: {command}")
     settings: dict[str, Any] = {"chip_config_name": "megacore"} if target.kind == "v4" else {}
     if target.shape == (1, 1):
         settings["chips_per_host_bounds"] = (1, 1, 1)
@@ -45,7 +46,7 @@ def _make_gpu_topology(target: targets.Target) -> list:
         version = jax.__version__
         packages = f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
         command = f"{_PIP} --no-deps {packages}"
-        raise ValueError(f"--dry_run for GPUs needs their compiler: {command}")
+        raise ValueError(f"--dry_run for GPUs needs JAX's compiler for GPUs: {command}")
     if shutil.which("ptxas") is None:
         command = f"{_PIP} nvidia-cuda-nvcc, which contains it as nvidia/cu13/bin/ptxas"
         raise ValueError(f"--dry_run for GPUs needs the program ptxas on PATH: {command}")

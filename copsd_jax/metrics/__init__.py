@@ -1,4 +1,4 @@
-"""Scores with intervals, statistics of tokens, metric files, and terminal output.
+"""Scores with confidence intervals, token statistics, metric files, and terminal output.
 
 May import: nothing of the package.
 """

@@ -13,12 +13,12 @@ class Writer:
 
     Each line of metrics.jsonl is `{"step": s, name: number, ...}`. Each line is flushed at once, so
     that no line is lost if the run is killed. A run that continues at step `resume` first drops the
-    lines from that step on, because the run writes these lines again. Non-finite numbers are
-    written as "nan", "inf" and "-inf", because JSON has no such numbers.
+    lines of step `resume` and later steps, because the run writes these lines again. Non-finite
+    numbers are written as "nan", "inf" and "-inf", because JSON has no such numbers.
 
     Raises:
-      ValueError: a line of the existing file is not JSON. An incomplete last line, which a killed
-        run may leave, raises no error and is dropped.
+      ValueError: if a complete line of the existing metrics.jsonl is not JSON. An incomplete last
+        line, which a killed run may leave, raises no error and is dropped.
     """
 
     def __init__(self, workdir: str | os.PathLike, resume: int = 0):
@@ -68,8 +68,8 @@ def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
     If a killed run left an incomplete last line, that line is not returned.
 
     Raises:
-      FileNotFoundError: there is no metrics.jsonl.
-      ValueError: a complete line is not JSON.
+      FileNotFoundError: if there is no metrics.jsonl.
+      ValueError: if a complete line is not JSON.
     """
     path, kept = pathlib.Path(workdir) / "metrics.jsonl", []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):

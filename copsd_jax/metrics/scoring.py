@@ -1,4 +1,4 @@
-"""Computes scores of problems with their intervals, and compares the scores of two runs."""
+"""Computes scores with confidence intervals, and compares the scores of two runs."""
 
 import collections
 import dataclasses
@@ -13,19 +13,19 @@ RESAMPLES = 10_000
 
 
 def compute_score_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Returns (mean, low, high): the mean of per-problem scores and its 95 % interval.
+    """Returns (mean, low, high): the mean score of the problems, and the mean's 95 % interval.
 
-    The interval is Wilson's (1927) with n = mean (1 - mean) / (variance / problems). If all scores
-    are 0 or 1, n is the number of problems. If scores are means of several samples, n is larger.
-    Unlike mean ± 1.96 standard errors, Wilson's interval stays in [0, 1], and is wider than 0 even
-    if the mean is 0 or 1.
+    The interval is Wilson's (1927) with n = mean (1 - mean) / (variance / number of problems). If
+    all scores are 0 or 1, n is the number of problems. If scores are means of several samples, n is
+    larger. Unlike mean ± 1.96 standard errors, Wilson's interval stays in [0, 1], and is wider than
+    0 even if the mean is 0 or 1.
 
     Args:
-      values: one score in [0, 1] per problem, which is the mean over the problem's samples. Samples
-        of one problem are not independent, so they count as a single score.
+      values: the score of each problem, in [0, 1]; the score is the mean over the problem's
+        samples. Because a problem's samples are not independent, they count as a single score.
 
     Raises:
-      ValueError: there are no values, or a value is outside [0, 1].
+      ValueError: if there are no values, or if a value is outside [0, 1].
     """
     scores = _shares(values)
     mean, variance = float(scores.mean()), float(scores.var())
@@ -38,7 +38,7 @@ def compute_score_interval(values: Sequence[float]) -> tuple[float, float, float
 
 
 class Paired(NamedTuple):
-    """A difference (after minus before), its 95 % interval, and the p-value for no difference."""
+    """A mean difference (after minus before), with its 95 % interval and its two-sided p-value."""
 
     difference: float
     low: float
@@ -55,19 +55,20 @@ def compare_paired_scores(before: Sequence[float], after: Sequence[float], seed:
 
     Args:
       before: one score in [0, 1] per problem. If a problem has several samples or seeds, average
-        their scores first, because whole problems are resampled.
-      after: the scores of the second run, in the same form.
+        the scores first, because whole problems are resampled.
+      after: the scores of the second run, in the same form and order as `before`.
       seed: the seed of the resampling.
 
     Raises:
-      ValueError: the numbers of problems differ or are 0, or a value is outside [0, 1].
+      ValueError: if the numbers of problems differ, if there are no problems, or if a value is
+        outside [0, 1].
     """
     if len(before) != len(after):
-        raise ValueError(f"{len(before)} scores before and {len(after)} after do not pair")
+        raise ValueError(f"{len(before)} scores before and {len(after)} after cannot be paired")
     differences = _shares(after) - _shares(before)
     n = len(differences)
     rng = np.random.default_rng(seed)
-    rows = max(1, 1_000_000 // n)  # resamples per block, to bound the memory
+    rows = max(1, 1_000_000 // n)  # number of resamples per block, which bounds the memory
     means = []
     for start in range(0, RESAMPLES, rows):
         draw = rng.integers(n, size=(min(rows, RESAMPLES - start), n))
@@ -78,7 +79,7 @@ def compare_paired_scores(before: Sequence[float], after: Sequence[float], seed:
 
 
 def sign_test(up: int, down: int) -> float:
-    """Returns the exact two-sided p-value of a sign test on `up` rises and `down` falls."""
+    """Returns the exact two-sided p-value of a sign test with `up` rises and `down` falls."""
     n = up + down
     tail = sum(math.comb(n, k) for k in range(min(up, down) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -98,7 +99,7 @@ def _shares(values: Sequence[float]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One graded completion: `answer`, `correct` and `status` from its Grade, and its length."""
+    """One graded completion: its length, and the `answer`, `correct` and `status` of its Grade."""
 
     answer: str | None
     correct: bool
@@ -113,7 +114,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     The unbiased estimate is 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1).
 
     Raises:
-      ValueError: c or k is out of range.
+      ValueError: if c or k is out of range.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
@@ -121,7 +122,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def avg_at_n(correct: Sequence[bool]) -> float:
-    """Returns the share of samples of one problem that are correct."""
+    """Returns the share of one problem's samples that are correct."""
     return sum(map(bool, correct)) / len(correct)
 
 
@@ -147,12 +148,12 @@ def score(
     same_class: Callable[[Sequence[str | None]], list[int]],
     unresolved: Sequence[str],
 ) -> dict[str, float]:
-    """Scores one group of problems, such as those of one language.
+    """Scores one group of problems, such as the problems in one language.
 
     Args:
       problems: the n samples of each problem; n is the same for all problems.
-      same_class: `graders.Grader.same_class`.
-      unresolved: the statuses that mean "no decision": `graders.UNRESOLVED`.
+      same_class: function that groups equal answers, `graders.Grader.same_class`.
+      unresolved: the statuses that mean "no decision", `graders.UNRESOLVED`.
 
     Returns:
       A dict with `problems`, `samples` (n), `avg_at_n`, the interval `low` to `high` of `avg_at_n`,
@@ -161,12 +162,12 @@ def score(
       samples.
 
     Raises:
-      ValueError: there are no problems, or the problems have no samples or different numbers of
-        samples.
+      ValueError: if there are no problems, or if the problems have no samples or different numbers
+        of samples.
     """
     sizes = {len(samples) for samples in problems}
     if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(f"each problem needs the same number of samples, not {sorted(sizes)}")
+        raise ValueError(f"problems must all have the same number of samples, not {sorted(sizes)}")
     n = sizes.pop()
     correct = [[sample.correct for sample in samples] for samples in problems]
     every = [sample for samples in problems for sample in samples]

@@ -11,11 +11,11 @@ from typing import TextIO
 
 from rich import cells
 
-SECONDS = 5.0  # time between two progress lines if the stream is not a terminal
+SECONDS = 5.0  # minimum time between progress lines on a stream that is not a terminal
 
 
 class Timer:
-    """Measures parts of a loop, as in `with timer("rollout"): ...`; parts may nest or repeat."""
+    """Measures the time of loop parts: `with timer("rollout"): ...`; parts may nest or repeat."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
@@ -23,7 +23,7 @@ class Timer:
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Adds the duration of the `with` block to the time of the part `part`."""
+        """Adds the duration of the `with` block to the time of `part`."""
         start = self._clock()
         try:
             yield
@@ -41,12 +41,12 @@ class Progress:
     """A progress line, which is updated in place on a terminal.
 
     If the stream is not a terminal, a new line is written at most every five seconds. The last
-    state is always written.
+    state of the progress is always written.
 
     Args:
       label: the unit that is counted, such as "step" in "step 12/100".
       total: the number of units, such as steps or prompts.
-      start: the number of units that were done before.
+      start: the number of units that are already done at the start.
       stream: the stream to write to; None for standard error.
       clock: a function that returns seconds.
     """
@@ -58,13 +58,13 @@ class Progress:
         self._label, self._total, self._clock = label, total, clock
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
-        # The latest (time, done, total tokens). Speeds use only the latest entries, to exclude
-        # compilation.
+        # The latest entries (time, units done, total tokens). Speeds are computed only from the
+        # latest entries, in order to exclude compilation.
         self._late = collections.deque([(clock(), start, 0)], maxlen=20)
         self._written, self._width, self._pending = -math.inf, 0, ""
 
     def update(self, done: int, tokens: int = 0, **values: float) -> None:
-        """Updates the line: `done` units are finished, `tokens` are new, and `values` are shown."""
+        """Updates the line after `done` units and `tokens` new tokens; also shows `values`."""
         now = self._clock()
         self._late.append((now, done, self._late[-1][2] + tokens))
         self._pending = self._line(done, values)
@@ -94,7 +94,7 @@ class Progress:
         return "  ".join(parts)
 
     def close(self) -> None:
-        """Ends a line on a terminal; on another stream, writes the last state if unwritten."""
+        """Ends the line on a terminal; on other streams, writes the last state if unwritten."""
         if self._live and self._width:
             self._write("\n")
         elif self._pending:
@@ -116,12 +116,12 @@ def duration(seconds: float) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Formats a plain-text table; the first column is left-aligned, the others right-aligned.
+    """Formats a plain-text table; the first column is left-aligned, all others are right-aligned.
 
     Widths are measured as on a terminal, where CJK characters are two columns wide.
 
     Raises:
-      ValueError: a row has more or fewer cells than there are headers.
+      ValueError: if a row has more or fewer cells than there are headers.
     """
     lines = [[str(cell) for cell in row] for row in (headers, *rows)]
     for row in lines:

@@ -1,9 +1,9 @@
 r"""Statistics of tokens and of completions, computed with NumPy on the host.
 
 Token classes show whether a teacher changes content (numbers, words) or style (marks, ends). The
-class of every token in the vocabulary is computed once, and each step looks classes up. The class
-of a token therefore does not depend on the neighbours of the token. If a tag is split into several
-tokens (`<`, `step`, `_`, `1`, `>`), only the brackets are marks.
+class of every token in the vocabulary is computed once, and looked up in each step. Therefore, the
+class of a token does not depend on neighbouring tokens. If a tag is split into several tokens (`<`,
+`step`, `_`, `1`, `>`), only the brackets are marks.
 """
 
 import re
@@ -35,9 +35,9 @@ _MARK = re.compile(r"\\?boxed[{}]*|</?[a-z_]+>?|[^\w\s=-]*[{}<>][^\w\s=-]*")
 def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> str:
     """Returns the key of `CLASSES` for the bytes of one token.
 
-    Bytes that are not complete UTF-8 count as a word. Byte-level tokenizers split the letters of
-    rare scripts (Ge'ez, Vai) into incomplete pieces. A single incomplete piece does not show
-    whether the character is a letter or an emoji.
+    Bytes that are not valid UTF-8 count as a word. Byte-level tokenizers split the letters of rare
+    scripts (Ge'ez, Vai) into incomplete pieces. A single incomplete piece does not show whether the
+    character is a letter or an emoji.
     """
     if end or special:
         return "end" if end else "mark"
@@ -50,8 +50,8 @@ def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> st
     kinds = {unicodedata.category(char)[0] for char in text}
     if kinds & {"L", "M"}:
         return "word"
-    # Only a single operator is a number, because `**`, `--` and `//` are markup, rules and
-    # addresses.
+    # Only a single operator counts as a number, because `**`, `--` and `//` occur in markup, rules
+    # and addresses.
     number = "N" in kinds or sum(char in _OPERATORS for char in text) == 1
     return "number" if number else "other"
 
@@ -59,7 +59,7 @@ def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> st
 def classify_vocabulary(
     token_bytes: Sequence[bytes], stop_ids: Collection[int], special_ids: Collection[int]
 ) -> np.ndarray:
-    """Returns the class of each id, as an index into `CLASSES`, int8 [V].
+    """Returns an array int8 [V] with the class of each token id, as an index into `CLASSES`.
 
     Call this function only once per vocabulary.
 
@@ -82,7 +82,7 @@ def by_class(
     """Sums a completion's values by class; returns (sum, count) for each class that occurs.
 
     Raises:
-      ValueError: the numbers of values and ids differ.
+      ValueError: if the numbers of values and ids differ.
     """
     values_C, ids_C = _aligned(values, ids)
     class_C = table_V[ids_C]
@@ -95,7 +95,7 @@ def by_class(
 def by_position(
     values: Sequence[float] | np.ndarray, mask: Sequence[bool] | np.ndarray
 ) -> dict[str, tuple[float, int]]:
-    """Sums a completion's values by position; returns (sum, count) for each bucket with a value.
+    """Sums a completion's values by position; returns (sum, count) for each bucket with values.
 
     Args:
       values: one value per token of the completion.
@@ -110,7 +110,7 @@ def _aligned(
     values: Sequence[float] | np.ndarray, ids: Sequence[int] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     if len(values) != len(ids):
-        raise ValueError(f"{len(values)} values do not belong to {len(ids)} tokens")
+        raise ValueError(f"there are {len(values)} values for {len(ids)} tokens")
     return np.asarray(values, np.float64), np.asarray(ids, np.int64)
 
 
@@ -120,14 +120,14 @@ def _aligned(
 def repetition(ids: Sequence[int], n: int = 4) -> float:
     """Returns the share of a completion's n-grams that repeat an earlier n-gram.
 
-    The share is 1 - distinct / all, as in the papers' repetition rate, which has n = 4. The share
-    is 0 for a completion of fewer than n tokens.
+    The share is 1 - (distinct n-grams) / (all n-grams). With n = 4, the share equals the repetition
+    rate in the papers. The share is 0 for a completion of fewer than n tokens.
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-# Scripts written without blanks between words, in which each character counts as a word.
+# Scripts that are written without spaces between words; each of their characters counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
@@ -142,10 +142,11 @@ def _words(text: str) -> list[str]:
 def overlap(completion: str, privileged: str, n: int = 3) -> float:
     """Returns the share of the completion's word n-grams that the privileged text contains.
 
-    The share is 1 for a copy, and 0 for a completion of fewer than n words. If n is below 3, any
-    two texts about the same problem have n-grams in common. If n is above 3, a copy with a few
-    changed words is not detected. Both texts may repeat n-grams of the problem, so compare the
-    share with that of other steps, not with 0.
+    The share is 1 if the completion is a copy of the privileged text, and 0 if the completion has
+    fewer than n words. If n is below 3, any two texts about the same problem have n-grams in
+    common. If n is above 3, a copy with a few changed words is not detected. Both texts may repeat
+    n-grams of the problem, so compare the share in a step with the shares in other steps, not with
+    0.
     """
     theirs, ours = _words(privileged), _words(completion)
     known = {tuple(theirs[i : i + n]) for i in range(len(theirs) - n + 1)}
@@ -163,13 +164,13 @@ def advantage_by_step(
     critique as the context, A_t is negative only from the wrong step on.
 
     Raises:
-      ValueError: a range lies outside the completion.
+      ValueError: if a range lies outside the completion.
     """
     values_C = np.asarray(advantage_C, np.float64)
     means = []
     for start, stop in ranges:
         if not 0 <= start <= stop <= len(values_C):
-            raise ValueError(f"a step cannot have tokens {start} to {stop} of {len(values_C)}")
+            raise ValueError(f"range {start}:{stop} is not within the {len(values_C)} tokens")
         means.append(float(values_C[start:stop].mean()) if stop > start else None)
     return means
 
@@ -187,17 +188,18 @@ def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[s
       table_V: the class of each id, from `classify_vocabulary`.
 
     Returns:
-      The metrics. `divergence_CLASS` and `divergence_at_0_7` … are means over the tokens that carry
-      loss, and split the step's `divergence` by class and by position. `advantage`,
-      `advantage_CLASS` and `advantage_negative` (the share of tokens whose advantage is below 0)
-      are means over all tokens of the completions that a teacher scored. Advantages include tokens
-      that carry no loss, because right steps also show the effect of a context. `repetition` and
-      `overlap` are means over completions. A metric leaves out each record in which a field that
-      the metric needs is absent, or is empty for lack of a teacher. A metric that has no records is
-      absent.
+      The metrics. `divergence_CLASS`, `divergence_at_0_7` and so on split the step's `divergence`
+        by class and by position; each is a mean over tokens that carry loss. `advantage` and
+        `advantage_CLASS` are means over all tokens of the completions that a teacher scored.
+        `advantage_negative` is the share of all teacher-scored tokens that have an advantage below
+        0. The advantage metrics include tokens that carry no loss, because correct steps also show
+        the effect of a context. `repetition` and
+      `overlap` are means over completions. A metric skips each record in which a needed field is
+        absent, or is empty because there was no teacher. If no record has the needed fields, the
+        metric is absent.
 
     Raises:
-      ValueError: a list and its completion have different lengths.
+      ValueError: if a list and its completion differ in length.
     """
     sums: dict[str, tuple[float, int]] = {}
     for record in records:
@@ -208,7 +210,7 @@ def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[s
 
 
 def _sum_record(record: Mapping[str, Any], table_V: np.ndarray) -> Iterator[tuple[str, float, int]]:
-    """Yields the name, the sum and the number of values of each metric that a record has."""
+    """Yields (name, sum of the values, number of values) for each metric that a record has."""
     ids = record["completion_ids"]
     yield "repetition", repetition(ids), 1
     if record.get("privileged_text"):

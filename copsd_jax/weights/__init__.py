@@ -1,4 +1,4 @@
-"""Files of weights, adapters and tokenizers, and the local paths of models.
+"""Files that hold weights, adapters or tokenizers, and the local paths of models.
 
 May import: model.
 """

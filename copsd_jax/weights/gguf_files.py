@@ -1,13 +1,13 @@
 """Reader of GGUF files: the model's config, and tensors under their Hugging Face names.
 
-A GGUF file is little endian. The file begins with a magic number, the version and two counts. Then
-come the metadata (key, type and value of each entry), the list of tensors, and the aligned encoded
-values. The `gguf` package decodes the values to float32. Tensors are read one at a time from a
-memory map.
+A GGUF file is little endian. Every GGUF file begins with a magic number, a version number, and the
+numbers of tensors and metadata entries. Next come the metadata (each entry has a key, a type and a
+value), the list of tensors, and the aligned tensor values in encoded form. The `gguf` package
+decodes tensor values to float32. Tensors are read one at a time from a memory map.
 
-In files of the architecture `llama`, llama.cpp interleaves the rotary halves of q and k, so this
+In files of the architecture `llama`, llama.cpp interleaves the rotary halves of q and k; this
 module restores the row order of Hugging Face. Files of the architectures `qwen2` and `qwen3` keep
-the original row order.
+Hugging Face's row order.
 """
 
 import functools
@@ -26,34 +26,34 @@ from copsd_jax.weights import names, tensor_files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Names of supported tensor types. For the types in the first line, the tests compare the decoded
-# values with those of a second decoder. The second line has other block formats of the gguf
-# package.
+# values with the values from a second decoder. The second line lists other block formats that the
+# gguf package can decode.
 TENSOR_TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"),
     *("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
 TOP_NAMES = {stored: name for name, stored in names.TOP.values()}
 LAYER_NAMES = {stored: name for name, stored in names.BLOCK.values()}
-_CODES = {  # metadata type -> struct code
+_CODES = {  # metadata type -> format character of the struct module
     "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q", "FLOAT32": "f", "BOOL": "?",
     "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FLOAT64": "d",
 }  # fmt: skip
 NUMBERS = {gguf.GGUFValueType[kind]: code for kind, code in _CODES.items()}
-ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (Llama 3's scaling)
+ROPE_FACTORS = "rope_freqs.weight"  # Llama 3 divides the rotary frequencies by this tensor
 
 
 class StoredTensor(NamedTuple):
-    """An entry of a file's list of tensors."""
+    """An entry in a GGUF file's list of tensors."""
 
     name: str
     type: gguf.GGMLQuantizationType
-    shape: tuple[int, ...]  # in NumPy's order, which is the reverse of GGUF's
+    shape: tuple[int, ...]  # axes in NumPy's order, which is the reverse of GGUF's order
     offset: int  # position of the encoded values, in bytes from the start of the file
     size: int  # number of bytes of the encoded values
 
 
 class Header(NamedTuple):
-    """The part of a file before the encoded values: the metadata and the list of tensors."""
+    """The part of a GGUF file before the encoded values: the metadata and the list of tensors."""
 
     metadata: dict[str, Any]  # values are numbers, strings, booleans, or lists of these
     tensors: tuple[StoredTensor, ...]
@@ -62,8 +62,8 @@ class Header(NamedTuple):
 class _GgufCursor:
     """A sequential reader of numbers, strings and lists from mapped bytes.
 
-    The gguf package's own reader takes seconds, because it makes an array for every string of the
-    vocabulary.
+    The gguf package's own reader takes seconds per file, because it makes an array for every string
+    in the vocabulary.
     """
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -95,7 +95,7 @@ class _GgufCursor:
 
 
 def _parse_tensor(cursor: _GgufCursor) -> StoredTensor:
-    """Reads one entry of the list of tensors; the offset counts from the start of the values."""
+    """Reads one entry in the list of tensors; its offset is relative to the start of the values."""
     name = cursor.string()
     (rank,) = cursor.numbers("I")
     shape = tuple(reversed(cursor.numbers("Q", rank)))
@@ -109,7 +109,7 @@ def _parse_header(data: mmap.mmap) -> Header:
     cursor = _GgufCursor(data)
     magic, version, n_tensors, n_fields = (cursor.numbers(code)[0] for code in "IIQQ")
     if magic != gguf.GGUF_MAGIC or version not in gguf.READER_SUPPORTED_VERSIONS:
-        raise ValueError("it is not a GGUF of version 2 or 3")
+        raise ValueError("the file is not a GGUF file of version 2 or 3")
     fields = {}
     for _ in range(n_fields):
         key = cursor.string()
@@ -127,7 +127,7 @@ def _parse_header(data: mmap.mmap) -> Header:
 
 
 def read_header(path: pathlib.Path) -> Header:
-    """Reads the metadata and the list of tensors of a file.
+    """Reads a GGUF file's metadata and its list of tensors.
 
     Raises:
       ValueError: if the file is truncated or is not a GGUF file.
@@ -136,7 +136,8 @@ def read_header(path: pathlib.Path) -> Header:
     return _read_header(path, stat.st_size, stat.st_mtime_ns)
 
 
-# Size and modification time are part of the cache key, so that a changed file is read again.
+# The file's size and modification time are part of the cache key, so that a changed file is read
+# again.
 @functools.lru_cache(maxsize=2)
 def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
     try:
@@ -150,20 +151,20 @@ def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
 
 def _get_gguf_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
     if key not in fields:
-        raise ValueError(f"{path} has no metadata {key}")
+        raise ValueError(f"{path} has no metadata entry {key}")
     value = fields[key]
     if not isinstance(value, int | float):
-        raise ValueError(f"{path}: {key} is {value!r}; only one number for all layers is supported")
-    # A float32 is read as the decimal number that was meant: 1e-5, not 9.999999747378752e-06.
+        raise ValueError(f"{path}: {key} is {value!r}; it must be one number for all layers")
+    # A float32 value is read as the intended decimal number: 1e-5, not 9.999999747378752e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
-    """Returns the architecture; checks that the architecture and the options are supported."""
+    """Checks that a file's architecture and options are supported; returns the architecture."""
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{path}: architecture {arch!r} is not supported; supported are {known}")
+        raise ValueError(f"{path}: architecture {arch!r} is not supported (supported: {known})")
     for key, allowed in {
         f"{arch}.expert_count": (0,),
         f"{arch}.attention.sliding_window": (0,),
@@ -178,20 +179,20 @@ def _check_supported(fields: Mapping[str, Any], path: pathlib.Path) -> str:
 def _rope_scaling(
     path: pathlib.Path, head_dim: int, theta: float
 ) -> transformer.RopeScaling | None:
-    """Finds the parameters of Llama 3's RoPE scaling; a GGUF file has only the divisors."""
+    """Finds Llama 3's RoPE scaling parameters from the divisors that a GGUF file stores."""
     stored = next((x for x in read_header(path).tensors if x.name == ROPE_FACTORS), None)
     if stored is None:
         return None
     divisors = _decode_gguf_tensor(path, stored, None)
     frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    for factor in (8.0, 32.0):  # 8 in Llama 3.1 and 3.3, 32 in Llama 3.2
+    for factor in (8.0, 32.0):  # the factor is 8 in Llama 3.1 and 3.3, and 32 in Llama 3.2
         scaling = transformer.RopeScaling(factor, 1.0, 4.0, 8192)
         expected = 1 / transformer.compute_llama3_factors(scaling, frequency)
         if expected.shape == divisors.shape and np.allclose(expected, divisors, rtol=1e-4):
             return scaling
     raise ValueError(
         f"{path}: {ROPE_FACTORS} is not Llama 3's RoPE scaling (factor 8 or 32, low 1, high 4, "
-        "8192 positions), which is the only one supported"
+        "8192 positions); only Llama 3's scaling is supported"
     )
 
 
@@ -230,7 +231,7 @@ def to_hf_name(name: str, path: pathlib.Path) -> str:
 
     Args:
       name: name of a tensor in the file.
-      path: the file, for the error message.
+      path: path of the file, which the error message shows.
 
     Raises:
       ValueError: if no supported architecture has a tensor of this name.
@@ -240,11 +241,11 @@ def to_hf_name(name: str, path: pathlib.Path) -> str:
     parts = name.split(".")
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in LAYER_NAMES:
         return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{parts[3]}"
-    raise ValueError(f"{path} has a tensor {name}, which no supported architecture has")
+    raise ValueError(f"{path} contains the tensor {name}, which no supported architecture has")
 
 
 def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
-    """Permutes rows of q or k from rotary pairs (2i, 2i+1) to Hugging Face's pairs (i, i+H/2).
+    """Permutes rows of q or k, so that rotary pairs (2i, 2i+1) become Hugging Face's (i, i+H/2).
 
     For example, a GGUF file stores a head of 4 rows in the order 0 2 1 3; the result has the order
     0 1 2 3.
@@ -276,7 +277,7 @@ def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
         if stored.type.name not in TENSOR_TYPES:
             raise ValueError(
                 f"{path}: tensor {stored.name} has type {stored.type.name}, which is not "
-                f"supported; supported are {', '.join(TENSOR_TYPES)}"
+                f"supported (supported: {', '.join(TENSOR_TYPES)})"
             )
         name = to_hf_name(stored.name, path)
         read = functools.partial(
@@ -294,7 +295,7 @@ def _decode_gguf_tensor(
     Only blocks that overlap the requested part are decoded.
 
     Args:
-      path: the file.
+      path: path of the GGUF file.
       stored: the tensor's entry in the list of tensors.
       heads: number of heads if the rows of each head are interleaved; otherwise None.
       part: one slice for each axis; () means the whole tensor.

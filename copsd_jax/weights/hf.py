@@ -21,7 +21,7 @@ import transformers
 from copsd_jax.model import transformer
 from copsd_jax.weights import gguf_files, hf_config, names, tensor_files
 
-STRIP_ROWS = 64  # number of rows of a stored matrix that are read at once
+STRIP_ROWS = 64  # number of rows that are read at once from a stored matrix
 SHARD_BYTES = 5 * 10**9  # maximum size of the values in one file, in bytes
 
 LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -31,7 +31,7 @@ NOT_WEIGHTS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_fre
 
 Tensors = dict[str, tensor_files.Tensor]  # Hugging Face name -> tensor
 LeafPath = tuple[str, ...]  # for example ("layers", "q", "kernel")
-ReadPart = Callable[[tuple[slice, ...]], np.ndarray]  # reads the part given by a slice per axis
+ReadPart = Callable[[tuple[slice, ...]], np.ndarray]  # reads a part, given one slice per axis
 PlaceLeaf = Callable[[LeafPath, tuple[int, ...], ReadPart], jax.Array]
 
 
@@ -44,12 +44,12 @@ class LeafSlice(NamedTuple):
     path: LeafPath
     layer: int | None  # index along the first axis of a stacked leaf; None for other leaves
     shape: tuple[int, ...]  # shape of the Hugging Face tensor
-    transposed: bool  # True for layers' kernels: [in, out] here, [out, in] in Hugging Face
+    transposed: bool  # True for kernels in layers: [in, out] in our tree, [out, in] in Hugging Face
 
 
 @functools.lru_cache(maxsize=4)  # Without the cache, each call would trace the model again.
 def _leaf_shapes(config: transformer.ModelConfig) -> dict[LeafPath, tuple[int, ...]]:
-    """Maps the path of every parameter of the model to its shape."""
+    """Returns the shape of every parameter of a model, by the parameter's path."""
     leaves = _by_path(transformer.abstract_params(config, jnp.float32))
     return {path: leaf.shape for path, leaf in leaves.items()}
 
@@ -68,7 +68,7 @@ def _to_hf_name(path: LeafPath, layer: int | None) -> str:
 
 
 def build_weight_table(config: transformer.ModelConfig) -> dict[str, LeafSlice]:
-    """Maps the Hugging Face name of every tensor to its `LeafSlice`, in the order of our leaves."""
+    """Maps each Hugging Face tensor name to its `LeafSlice`, in the order of our leaves."""
     table = {}
     for path, shape in _leaf_shapes(config).items():
         stacked = path[0] == "layers"
@@ -84,7 +84,7 @@ def build_weight_table(config: transformer.ModelConfig) -> dict[str, LeafSlice]:
 
 
 def open_tensors(path: pathlib.Path) -> Tensors:
-    """Maps Hugging Face names to the tensors of a model; only headers are read.
+    """Maps Hugging Face names to a model's tensors; reads only the headers of the files.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
@@ -105,10 +105,11 @@ def _abbreviate(tensors: set[str]) -> str:
 
 
 def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
-    """Opens a model's files, and checks that the files have exactly the tensors of the table.
+    """Opens a model's files, and checks that the files contain exactly the expected tensors.
 
-    Only file sizes and headers are read, which takes seconds. `load_params` also checks values: a
-    model with tied embeddings may store a head, which must equal the embeddings.
+    Only file sizes and headers are read, so this check takes only seconds. `load_params` also
+    checks values: if a model with tied embeddings stores a head, the head must equal the
+    embeddings.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
@@ -130,13 +131,13 @@ def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
     extra = {name for name in set(found) - set(wanted) if not NOT_WEIGHTS.fullmatch(name)}
     if extra:
         raise ValueError(
-            f"{path} has tensors ({len(extra)}) that a {config.family} model of this config does "
+            f"{path} has tensors ({len(extra)}) that a {config.family} model with this config does "
             f"not have: {_abbreviate(extra)}"
         )
     for name, shape in wanted.items():
         if found[name].shape != shape:
             raise ValueError(
-                f"{path}: tensor {name} has shape {found[name].shape}, the config needs {shape}"
+                f"{path}: tensor {name} has shape {found[name].shape}; the config needs {shape}"
             )
     return found
 
@@ -149,28 +150,29 @@ def load_params(
     path: pathlib.Path, config: transformer.ModelConfig, dtype: Any,
     place: PlaceLeaf = _place_on_default_device,
 ) -> dict:  # fmt: skip
-    """Loads the tree of parameters; kernels are [in, out], layers are stacked along the first axis.
+    """Loads the parameter tree; kernels are [in, out], and layers are stacked along the first axis.
 
     Leaves are read one at a time, and `place` decides which parts of a leaf are read. Therefore,
-    the host's memory holds only the arrays that `place` keeps, and one part of a leaf.
+    host memory holds only one part of a leaf in addition to the arrays that `place` keeps.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
       config: config of the model.
       dtype: dtype of all parameters.
-      place: function that returns a leaf; called as place(path of the leaf, shape of the leaf,
-        read). `read` takes slices, whose start and stop must be given, and returns the leaf's
-        values there, in `dtype`. The default puts the whole leaf on JAX's default device.
+      place: function that returns a leaf; it is called as `place(path, shape, read)` with the
+        leaf's path and shape. `read` takes one slice per axis, with explicit start and stop, and
+        returns this part of the leaf in `dtype`. By default, the whole leaf is put on JAX's default
+        device.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if tensors do not match the table, or if embeddings are tied but a stored head
-        differs from them.
+      ValueError: if tensors do not match the table, or if the embeddings are tied but the stored
+        head differs from the embeddings.
     """
     found = check_weights(path, config)
     twice = config.tie_embeddings and HEAD in found
     if twice and not _tensors_equal(found[HEAD], found[EMBEDDING]):
-        raise ValueError(f"{path}: tied embeddings, but {HEAD} is not equal to {EMBEDDING}")
+        raise ValueError(f"{path}: the embeddings are tied, but {HEAD} differs from {EMBEDDING}")
     entries: dict[LeafPath, list[tuple[str, LeafSlice]]] = {}
     for name, entry in build_weight_table(config).items():
         entries.setdefault(entry.path, []).append((name, entry))
@@ -196,7 +198,8 @@ def _read_leaf_part(
     name, entry = entries[0]
     if entry.layer is None:
         values = found[name].read(part)
-        # A read-only array is copied: it is a view of a mapped file, and the file may change later.
+        # A read-only array is a view of a mapped file; it is copied because the file may change
+        # later.
         return values.astype(dtype, copy=not values.flags.writeable)
     values = np.empty([cut.stop - cut.start for cut in part], dtype)
     layers, *own = part
@@ -220,8 +223,8 @@ def _split_rows(start: int, stop: int) -> list[slice]:
 def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
     """Maps Hugging Face names to tensors; reading a tensor fetches its leaf to the host.
 
-    The tensors of a leaf follow one another in the map. Therefore, each leaf is fetched only once,
-    although only one leaf is cached.
+    The tensors of each leaf are consecutive in the map, so that a cache of one leaf is enough to
+    fetch each leaf only once.
     """
     leaves = _by_path(params)
     expected = _leaf_shapes(config)
@@ -242,7 +245,7 @@ def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Writes the tokenizer's files with a class name that versions 4 and 5 of transformers know."""
+    """Writes tokenizer files with a class name that both transformers 4 and transformers 5 know."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     raw = tensor_files.read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -254,15 +257,16 @@ def save(
     source_path: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase,
     shard_bytes: int = SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
-    """Writes a Hugging Face folder that transformers can load; returns its path.
+    """Writes a Hugging Face folder that transformers can load; returns the folder's path.
 
-    A folder named `directory` is always complete (see `tensor_files.create_folder`).
+    The folder gets the name `directory` only when its files are complete (see
+    `tensor_files.create_folder`).
 
     Args:
       directory: the folder to write; it must be absent or empty.
       params: tree of parameters, as returned by `load_params`. All leaves must have the same dtype,
         which is also the dtype in the files.
-      config: config of the parameters.
+      config: config of the model.
       source_path: the resolved path of the original model. The saved folder keeps the generation
         settings of the original model.
       tokenizer: the tokenizer, from `tokenizer.load`.
@@ -271,12 +275,12 @@ def save(
 
     Raises:
       FileExistsError: if the directory exists and is not an empty folder.
-      ValueError: if the parameters do not fit the config, or have several dtypes or an unsupported
-        dtype.
+      ValueError: if the parameters do not fit the config, have different dtypes, or have an
+        unsupported dtype.
     """
     dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if len(dtypes) != 1 or dtypes - set(tensor_files.DTYPES.values()):
-        raise ValueError(f"parameters have {sorted(map(str, dtypes))}; one float type is needed")
+        raise ValueError(f"parameters have dtypes {sorted(map(str, dtypes))}; use one float type")
     dtype = dtypes.pop()
     tensors = _export_tensors(params, config)
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -294,7 +298,7 @@ def save(
 
 
 def fingerprint_weights(path: pathlib.Path) -> str:
-    """Returns the SHA-256 (hex) of each weight file's name, size, first MiB and last MiB.
+    """Returns one SHA-256 (hex) of the name, size, first MiB and last MiB of every weight file.
 
     Args:
       path: a weight file, or a folder with safetensors files.

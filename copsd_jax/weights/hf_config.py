@@ -1,6 +1,6 @@
 """Import and export of Hugging Face configs and end-of-text ids.
 
-The module gguf_files.py reads the configs of GGUF files, and `load_config` checks them.
+The module gguf_files.py reads the configs of GGUF files; `load_config` checks these configs too.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def _find_family(raw: Mapping, file: pathlib.Path) -> str:
     name = (raw.get("architectures") or [f"model_type {raw.get('model_type')!r}"])[0]
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{file}: architecture {name} is not supported; supported are {known}")
+        raise ValueError(f"{file}: architecture {name} is not supported (supported: {known})")
     return ARCHITECTURES[name]
 
 
@@ -43,14 +43,14 @@ def _check_hf_options(raw: Mapping, file: pathlib.Path) -> None:
     for key, allowed in only.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             choices = " or ".join(map(repr, allowed)) or "none"
-            raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported, only {choices}")
+            raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported (allowed: {choices})")
     for kind in raw.get("layer_types") or ():
         if kind != "full_attention":
-            raise ValueError(f"{file}: layer type {kind} is not supported, only full_attention")
+            raise ValueError(f"{file}: layer type {kind} is not supported (only full_attention is)")
 
 
 def _read_hf_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.RopeScaling | None]:
-    """Reads RoPE's base and scaling, in the layout of transformers 4 or of transformers 5.
+    """Reads RoPE's base and scaling from a config in the layout of transformers 4 or 5.
 
     Version 5 of transformers uses rope_parameters; version 4 uses rope_theta and rope_scaling.
     """
@@ -60,9 +60,9 @@ def _read_hf_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.
     if kind == "default":
         return float(theta), None
     if kind != "llama3":
-        raise ValueError(f"{file}: RoPE type {kind!r} is not supported, only default and llama3")
+        raise ValueError(f"{file}: RoPE type {kind!r} is not supported (allowed: default, llama3)")
     if missing := [key for key in ROPE_KEYS if key not in rope]:
-        raise ValueError(f"{file}: RoPE type llama3 lacks {', '.join(missing)}")
+        raise ValueError(f"{file}: RoPE type llama3 also needs {', '.join(missing)}")
     factor, low, high, positions = (float(rope[key]) for key in ROPE_KEYS)
     return float(theta), transformer.RopeScaling(factor, low, high, int(positions))
 
@@ -71,11 +71,11 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     """Loads the config of a model.
 
     Args:
-      path: a folder with config.json or a GGUF file, as returned by `hub.resolve_model_path`.
+      path: a GGUF file or a folder with config.json, as returned by `hub.resolve_model_path`.
 
     Raises:
       FileNotFoundError: if there is no config.json.
-      ValueError: if the config cannot be read, or its architecture or an option is not supported.
+      ValueError: if the config cannot be read, or if its architecture or an option is unsupported.
     """
     config = gguf_files.load_config(path) if path.suffix == ".gguf" else _load_folder_config(path)
     _check_model_sizes(config, path)
@@ -83,22 +83,22 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
 
 
 def _check_model_sizes(config: transformer.ModelConfig, path: pathlib.Path) -> None:
-    """Checks the config's numbers; raises ValueError for sizes that no model has.
+    """Checks the numbers in a config; raises ValueError for impossible numbers.
 
-    Damaged files can have impossible sizes. Without this check, an impossible size would cause an
-    error elsewhere.
+    The config in a damaged file can contain impossible numbers. Without `_check_model_sizes`, an
+    impossible number would cause an error elsewhere.
     """
     c = dataclasses.asdict(config)
     for key in ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
         if not (isinstance(c[key], int) and 0 < c[key] < 10**7):
-            raise ValueError(f"{path}: the config's {key} is {c[key]!r}")
+            raise ValueError(f"{path}: the config has an impossible {key}: {c[key]!r}")
     for key in ("rope_theta", "rms_eps"):
         if not (isinstance(c[key], int | float) and 0 < c[key] < math.inf):
-            raise ValueError(f"{path}: the config's {key} is {c[key]!r}")
+            raise ValueError(f"{path}: the config has an impossible {key}: {c[key]!r}")
     if config.n_heads % config.n_kv_heads or config.head_dim % 2 or config.n_layers > 1000:
         raise ValueError(
-            f"{path}: the config has {config.n_layers} layers of {config.n_heads} heads and "
-            f"{config.n_kv_heads} key heads of size {config.head_dim}, which no model has"
+            f"{path}: no model has {config.n_layers} layers with {config.n_heads} heads and "
+            f"{config.n_kv_heads} key heads of size {config.head_dim}"
         )
 
 
@@ -124,7 +124,7 @@ def _load_folder_config(path: pathlib.Path) -> transformer.ModelConfig:
 def read_stop_ids(path: pathlib.Path) -> list[int]:
     """Reads the end-of-text ids from generation_config.json and config.json, or from a GGUF file.
 
-    Absent files are skipped, because a folder with only a tokenizer has neither of the two files.
+    Missing config files are skipped, because a folder with only a tokenizer has no config files.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
@@ -143,7 +143,7 @@ def read_stop_ids(path: pathlib.Path) -> list[int]:
 
 
 def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str, Any]) -> dict:
-    """Returns the content of config.json, with the keys of transformers 4 and of transformers 5.
+    """Returns the content of config.json, with the keys for both transformers 4 and transformers 5.
 
     Args:
       config: config of the model.

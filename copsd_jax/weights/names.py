@@ -1,7 +1,7 @@
 """Names of a model's parameters in this package, in Hugging Face files and in GGUF files.
 
 For example, layer 3 of `layers/q/kernel` is `model.layers.3.self_attn.q_proj.weight` in Hugging
-Face and `blk.3.attn_q.weight` in a GGUF file.
+Face files and `blk.3.attn_q.weight` in GGUF files.
 """
 
 TOP: dict[

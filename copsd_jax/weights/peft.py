@@ -1,11 +1,12 @@
 """LoRA adapters in PEFT's layout, which transformers, vLLM and SGLang can load.
 
-An adapter's folder has the files adapter_config.json and adapter_model.safetensors. In each layer,
-our matrix `a` [in, R] is the transpose of PEFT's `lora_A` [R, in], and our `b` [R, out] is the
-transpose of PEFT's `lora_B` [out, R]. Both in this package and in PEFT, the product of the two
-matrices is scaled by lora_alpha / r. `names.BLOCK` has the projections' names.
+An adapter's folder contains the files adapter_config.json and adapter_model.safetensors. In each
+layer, our matrix `a` [in, R] is the transpose of PEFT's `lora_A` [R, in], and our `b` [R, out] is
+the transpose of PEFT's `lora_B` [out, R]. In PEFT as in this package, the product of an adapter's
+two matrices is scaled by lora_alpha / r. `names.BLOCK` lists the Hugging Face names of the
+projections.
 
-Source: PEFT's developer guide "PEFT checkpoint format" and its LoraConfig.
+Sources: PEFT's developer guide "PEFT checkpoint format" and PEFT's class LoraConfig.
 """
 
 import functools
@@ -28,9 +29,10 @@ def write(
     directory: str | os.PathLike, adapter: Mapping[str, Mapping[str, jax.Array]],
     config: transformer.ModelConfig, *, alpha: float, base: str,
 ) -> pathlib.Path:  # fmt: skip
-    """Writes an adapter in PEFT's layout and in float32; returns the folder's path.
+    """Writes a folder with an adapter in PEFT's layout, in float32; returns the folder's path.
 
-    A folder named `directory` is always complete (see `tensor_files.create_folder`).
+    The folder gets the name `directory` only when its files are complete (see
+    `tensor_files.create_folder`).
 
     Args:
       directory: the folder to write; it must be absent or empty.
@@ -45,7 +47,7 @@ def write(
     """
     if not adapter or set(adapter) - set(lora.TARGETS):
         choices = ", ".join(lora.TARGETS)
-        raise ValueError(f"the adapter is on {list(adapter)}: the choices are {choices}")
+        raise ValueError(f"the adapter is on {list(adapter)}, but the choices are {choices}")
     targets = [target for target in lora.TARGETS if target in adapter]
     rank = adapter[targets[0]]["a"].shape[-1]
     tensors = {}
@@ -60,15 +62,15 @@ def write(
 def _transpose_layers(
     target: str, matrices: Mapping[str, jax.Array], config: transformer.ModelConfig, rank: int
 ) -> dict[str, tensor_files.Tensor]:
-    """Maps PEFT's names to one projection's tensors: layer by layer, `a` before `b`."""
+    """Maps PEFT's names to one projection's tensors, ordered by layer, with `a` before `b`."""
     width, features = config.projections()[target]
     host = {name: np.asarray(matrices[name]) for name in ("a", "b")}
     for (name, values), shape in zip(host.items(), ((width, rank), (rank, features)), strict=True):
         expected = (config.n_layers, *shape)
         if values.shape != expected or values.dtype != FLOAT32:
             raise ValueError(
-                f"adapter {target}.{name} is {values.dtype} {values.shape}: this config has "
-                f"float32 {expected}"
+                f"adapter {target}.{name} is {values.dtype} {values.shape}, but this config "
+                f"needs float32 {expected}"
             )
     module = f"base_model.model.model.layers.{{}}.{names.BLOCK[target][0]}.lora_{{}}.weight"
     return {

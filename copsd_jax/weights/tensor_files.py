@@ -1,8 +1,9 @@
-"""Safetensors files and JSON files; folders that get their final name only when complete.
+"""Safetensors files, JSON files, and folders that get their final names only when complete.
 
 The `safetensors` library checks the header when a file is opened, and can read a slice without
-reading the whole tensor. The library returns bfloat16 arrays if ml_dtypes is imported. This module
-writes files itself, because the library's writer needs all tensors of a file in memory at once.
+reading the whole tensor. If ml_dtypes is imported, the `safetensors` library returns bfloat16
+arrays. This module writes safetensors files itself, because the `safetensors` library needs all
+tensors of a file in memory at once.
 """
 
 import contextlib
@@ -32,9 +33,9 @@ class Tensor(NamedTuple):
 
     Attributes:
       shape: shape of the whole tensor.
-      read: `read()` returns all values. `read(part)` returns a part. `part` has one slice for each
-        axis, with start and stop inside the shape. Little more than the requested part is read from
-        the file.
+      read: `read()` returns all values. `read(part)` returns the values in the given part. `part`
+        is a tuple with one slice per axis, each with explicit start and stop inside the shape.
+        Little more than the requested part is read from the file.
     """
 
     shape: tuple[int, ...]
@@ -66,9 +67,9 @@ def write_json(file: pathlib.Path, value: dict) -> None:
 
 @contextlib.contextmanager
 def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Creates a temporary folder beside `target`, which is renamed to `target` after the block.
+    """Creates a temporary folder beside `target`, and renames it to `target` if the block succeeds.
 
-    A folder named `target` is always complete.
+    The folder gets the name `target` only when its files are complete.
 
     Args:
       target: the folder's final path; it must be absent or an empty folder.
@@ -84,7 +85,7 @@ def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     partial.mkdir()
     yield partial
     if target.exists():
-        target.rmdir()  # The target is empty, as checked above.
+        target.rmdir()  # The target is an empty folder, as checked above.
     os.rename(partial, target)
 
 
@@ -93,12 +94,12 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
 
     Raises:
       FileNotFoundError: if the file does not exist.
-      ValueError: if the file is truncated or damaged, or a tensor's dtype is not supported.
+      ValueError: if the file is truncated or damaged, or if a tensor's dtype is not supported.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     try:
-        # The type is Any, because the library's stub file does not cover NumPy arrays.
+        # The type is Any, because the stub file of `safetensors` does not cover NumPy arrays.
         opened: Any = safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
         size = file.stat().st_size
@@ -108,8 +109,8 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
         stored = opened.get_slice(name)
         if (kind := stored.get_dtype()) not in DTYPES:
             raise ValueError(
-                f"{file}: tensor {name} has type {kind}, which is not supported; supported are "
-                f"{', '.join(DTYPES)}"
+                f"{file}: tensor {name} has type {kind}, which is not supported (supported: "
+                f"{', '.join(DTYPES)})"
             )
         tensors[name] = Tensor(
             tuple(stored.get_shape()), functools.partial(_copy_stored_tensor, stored)
@@ -127,7 +128,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is damaged or not supported, or the index contradicts the files.
+      ValueError: if a file is damaged or not supported, or if the index contradicts the files.
     """
     files, index = _list_files(folder)
     tensors: dict[str, Tensor] = {}
@@ -135,7 +136,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     for file in files:
         found = open_file(folder / file)
         if twice := sorted(found.keys() & file_of.keys()):
-            raise ValueError(f"{folder}: tensor {twice[0]} is in {file_of[twice[0]]} and in {file}")
+            raise ValueError(f"{folder}: {file_of[twice[0]]} and {file} both contain {twice[0]}")
         file_of |= dict.fromkeys(found, file)
         tensors |= found
     if index is not None and index != file_of:
@@ -145,7 +146,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
-    """Returns the files' names, and the index {tensor: file name}, or None without an index."""
+    """Returns the weight files' names, and the index {tensor: file name} (None if absent)."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):
@@ -178,7 +179,7 @@ def write_file(file: pathlib.Path, items: Iterable[tuple[str, Tensor]], dtype: n
             values = tensor.read()
             if (values.dtype, values.shape) != (dtype, tensor.shape):
                 found, said = f"{values.dtype} {values.shape}", f"{dtype} {tensor.shape}"
-                raise ValueError(f"{name} is {found}: the header says {said}")
+                raise ValueError(f"tensor {name} is {found}, but the header says {said}")
             f.write(np.ascontiguousarray(values).view(np.uint8).data)
 
 

@@ -1,8 +1,8 @@
 """Tokenizers from Hugging Face folders and GGUF files, with stop ids, valid ids and token bytes.
 
 Only byte-level BPE is supported (Qwen, Llama 3, SmolLM2). In byte-level BPE, every token is a
-sequence of bytes, so text can be decoded token by token. Stop strings are searched for in the
-bytes.
+sequence of bytes, so text can be decoded token by token. Stop strings are matched against the bytes
+of the tokens.
 """
 
 import functools
@@ -46,14 +46,14 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     """Loads the tokenizer of a model.
 
     tokenizer.json is used unchanged. The model-specific tokenizer classes in transformers are not
-    used, because they replace parts of tokenizer.json. No code from the folder is run.
+    used, because they replace parts of tokenizer.json. No code from the model's folder is run.
 
     Args:
       path: a folder with tokenizer.json, or a GGUF file, as returned by `hub.resolve_model_path`.
 
     Raises:
       FileNotFoundError: if there is no tokenizer.json.
-      ValueError: if the tokenizer cannot be read, or its kind is not supported.
+      ValueError: if the tokenizer cannot be read, or if its kind is not supported.
     """
     if path.suffix == ".gguf":
         return _from_gguf(path)
@@ -63,21 +63,21 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
         return transformers.PreTrainedTokenizerFast.from_pretrained(path)
     except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: its tokenizer cannot be read: {reason}") from error
+        raise ValueError(f"the tokenizer in {path} cannot be read: {reason}") from error
 
 
 def _choose_splitter(fields: Mapping[str, Any], path: pathlib.Path) -> tuple:
     kind, name = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "gpt2":
-        raise ValueError(f"{path}: tokenizer {kind!r} is not supported, only gpt2 (byte-level BPE)")
+        raise ValueError(f"{path}: the tokenizer must be gpt2 (byte-level BPE), not {kind!r}")
     if name not in SPLITTERS:
         known = ", ".join(SPLITTERS)
-        raise ValueError(f"{path}: tokenizer.ggml.pre is {name!r}; supported are {known}")
+        raise ValueError(f"{path}: tokenizer.ggml.pre must be one of {known}, not {name!r}")
     return SPLITTERS[name]
 
 
 def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-    """Builds a tokenizer from the vocabulary, merges, splitter and template of a GGUF file."""
+    """Builds a tokenizer from the vocabulary, merges, splitter and chat template of a GGUF file."""
     fields = gguf_files.read_header(path).metadata
     splitter, normalizer, ignore_merges = _choose_splitter(fields, path)
     pieces: list[str] = fields["tokenizer.ggml.tokens"]
@@ -146,11 +146,11 @@ def find_stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path)
 
 
 def mark_valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
-    """Marks the model's ids that the tokenizer has; other ids are never sampled.
+    """Marks the token ids that the tokenizer has; the model's other ids are never sampled.
 
     Args:
       tok: the tokenizer.
-      vocab_size: V, the number of the model's embeddings.
+      vocab_size: V, the number of embeddings in the model.
 
     Returns:
       bool [V].
@@ -173,8 +173,8 @@ def mark_valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -
 def _byte_alphabet() -> dict[str, int]:
     """Maps each letter of the byte-level alphabet to its byte (GPT-2's table).
 
-    The letter of a byte that is printable in Latin-1 is the Latin-1 character. The letters of the
-    other bytes are, in order, the characters from code point 256 on.
+    A byte that is printable in Latin-1 is represented by its Latin-1 character. All other bytes, in
+    ascending order, are represented by the characters from code point 256 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -183,15 +183,15 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def list_token_bytes(tok: transformers.PreTrainedTokenizerFast) -> list[bytes]:
-    """Lists the bytes of each id.
+    """Lists the bytes of each token id.
 
-    For a special token, the bytes are the token's text; for a missing id, the bytes are b"". A
-    character may begin in one token and end in the next, so the bytes of a text's tokens must be
-    joined before decoding. Decoding the joined bytes as UTF-8 with errors="replace" gives the same
-    text as decoding with the tokenizer.
+    For an added token, such as a special token, the bytes are the token's text; for a missing id,
+    the bytes are b"". A character may begin in one token and end in the next, so the bytes of a
+    text's tokens must be joined before decoding. Decoding the joined bytes as UTF-8 with
+    errors="replace" gives the same text as decoding with the tokenizer.
 
     Raises:
-      ValueError: if the tokenizer is not a byte-level BPE.
+      ValueError: if the tokenizer is not byte-level BPE.
     """
     added = {i: token.content for i, token in tok.added_tokens_decoder.items()}
     vocab = tok.get_vocab()

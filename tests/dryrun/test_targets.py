@@ -42,8 +42,8 @@ def test_topologies_have_as_many_chips_as_their_name_says(table):
     [
         ("v5e:4x4x4", "has 2 numbers, like 16x16"),
         ("v5p:4x4", "has 3 numbers, like 16x16x16"),
-        ("v5e-24", "the names of v5e are v5e-1, v5e-4, v5e-8"),
-        ("v5p-7", "the names of v5p are v5p-8, v5p-16"),
+        ("v5e-24", "the names for v5e are v5e-1, v5e-4, v5e-8"),
+        ("v5p-7", "the names for v5p are v5p-8, v5p-16"),
         ("v9:2x2", "examples of valid names are v5e:4x8"),
         ("v5e", "examples of valid names are"),
         ("0*v5e:2x2", "at least 1"),

@@ -78,7 +78,7 @@ def test_sums_by_class():
     sums = stats.by_class([1.0, 2.0, 4.0, 8.0], [1, 0, 1, 3], TABLE)
     assert sums == {"number": (2.0, 1), "word": (5.0, 2), "end": (8.0, 1)}
     assert stats.by_class([], [], TABLE) == {}
-    with pytest.raises(ValueError, match="3 values do not belong to 2 tokens"):
+    with pytest.raises(ValueError, match="3 values for 2 tokens"):
         stats.by_class([1, 2, 3], [0, 1], TABLE)
 
 
@@ -161,7 +161,7 @@ def test_advantage_by_step():
     ranges = [(0, 2), (2, 2), (2, 5), (4, 5)]
     assert stats.advantage_by_step(advantage_C, ranges) == [-0.25, None, 2.0, 2.0]
     for bad in ((-1, 2), (3, 2), (4, 6)):
-        with pytest.raises(ValueError, match=f"tokens {bad[0]} to {bad[1]} of 5"):
+        with pytest.raises(ValueError, match=f"range {bad[0]}:{bad[1]} is not within the 5 tokens"):
             stats.advantage_by_step(advantage_C, [bad])
 
 
@@ -230,5 +230,5 @@ def test_a_list_of_another_length_is_an_error(name):
     fields = {"divergence": [1.0] * 3, "loss_mask": [1] * 3}
     fields |= {"logp_student": [1.0] * 3, "logp_teacher": [1.0] * 3}
     broken = record([0, 1, 2], **fields | {name: [1.0, 2.0]})
-    with pytest.raises(ValueError, match="2 values do not belong to 3 tokens"):
+    with pytest.raises(ValueError, match="2 values for 3 tokens"):
         stats.summary([broken], TABLE)

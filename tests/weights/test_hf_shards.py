@@ -121,7 +121,7 @@ def test_a_stored_copy_of_the_head_is_compared_strip_by_strip(tmp_path, monkeypa
     hf.load_params(tmp_path, config, jnp.float32, lambda path, shape, part: None)
     copy[-1, -1] += 1
     test_hf.write(tmp_path, config, tensors | {hf.HEAD: copy})
-    with pytest.raises(ValueError, match="tied embeddings, but lm_head"):
+    with pytest.raises(ValueError, match="embeddings are tied, but lm_head"):
         hf.load_params(tmp_path, config, jnp.float32, lambda path, shape, part: None)
 
 

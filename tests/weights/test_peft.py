@@ -91,13 +91,13 @@ def test_the_round_trip_is_exact(tmp_path, targets):
 def test_what_is_not_written(tmp_path):
     tree = adapter_of()
     wrong = tree | {"k": tree["k"] | {"b": tree["k"]["b"][..., :-1]}}
-    with pytest.raises(ValueError, match=r"adapter k\.b is float32 \(2, 3, 11\): .*\(2, 3, 12\)"):
+    with pytest.raises(ValueError, match=r"adapter k\.b is float32 \(2, 3, 11\), .*\(2, 3, 12\)"):
         peft.write(tmp_path / "a", wrong, CONFIG, alpha=1.0, base="")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     with pytest.raises(ValueError, match=r"adapter q\.a is bfloat16 \(2, 12, 3\)"):
         peft.write(tmp_path / "a", rounded, CONFIG, alpha=1.0, base="")
     with pytest.raises(
-        ValueError, match=r"the adapter is on \['embed'\]: the choices are q, k, v, o, "
+        ValueError, match=r"the adapter is on \['embed'\], but the choices are q, k, v, o, "
     ):
         peft.write(tmp_path / "a", {"embed": tree["q"]}, CONFIG, alpha=1.0, base="")
     (tmp_path / "b").mkdir()

@@ -219,8 +219,8 @@ def test_unused_ids_are_invalid(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"kind": "llama"}, "'llama' is not supported, only gpt2"),
-        ({"pre": "tekken"}, "'tekken'; supported are smollm, gpt-2, qwen2, llama-bpe"),
+        ({"kind": "llama"}, "must be gpt2 .*, not 'llama'"),
+        ({"pre": "tekken"}, "one of smollm, gpt-2, qwen2, llama-bpe, not 'tekken'"),
     ],
 )
 def test_unknown_kinds_are_refused_by_name(tmp_path, options, message):
