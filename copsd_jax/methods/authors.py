@@ -1,8 +1,8 @@
 """The authors of contexts: the student, the teacher, the grader's rule, a server, or a file.
 
-An author's text is read strictly. Every completion gets a `replies.Reply` with a status. If the
-status is unusable, the completion gets no context. The number of replies with each status is a
-metric.
+An author's text is read strictly. Every completion gets a `replies.Reply` with a status. If a
+reply's status is unusable, its completion gets no context. The number of replies with each status
+is a metric.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> lis
 
 
 def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
-    """Returns None if the author can be asked; otherwise, an empty text with the reason."""
+    """Returns an empty text with a reason if the author cannot be asked; otherwise None."""
     if prompt is None:
         return AuthorText("", "not_asked")
     held = plan.model_config.max_position

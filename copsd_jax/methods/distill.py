@@ -19,8 +19,8 @@ Sources: OPSD arXiv 2601.18734 v3, COPSD 2605.09548, ROSD 2605.28014, critique 2
 Departures from the sources:
   - Prompts and completions stay token ids from the sampler to the loss. Positions are explicit, so
     a completion follows its prompt without a gap. Masks are computed from lengths.
-  - If the teacher writes contexts, it uses the teacher's weights. In the published code, the merged
-    student writes the contexts.
+  - If the teacher writes contexts, it uses the teacher's weights. In the published code, the
+    student with its adapter merged writes the contexts.
   - An error is located by the characters of the sampled tokens; the text is not encoded again.
   - If a reply cannot be read, its completion carries no loss, and the reply is counted. In the
     published code, a completion with an unreadable reply gets SDPO's context
@@ -56,8 +56,8 @@ def make_batch(
     Returns:
       The inputs of the train step, with one record per completion. The metric `taught` counts the
       completions with a teacher prompt. The metric `filtered` counts the completions that
-      `_choose_distilled` left out. Other metrics count overlong teacher prompts, and how often each
-      status of replies and of located errors occurs.
+      `_choose_distilled` left out. Other metrics count overlong teacher prompts, the statuses of
+      replies, and the statuses of located errors.
     """
     c = r.plan.config
     done = rollouts.sample_rollouts(r, state, rows, step)
@@ -140,7 +140,7 @@ def _collect_author_replies(
 
 
 def _select_distilled_tokens(r, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
-    """Returns each completion's mask of tokens with loss, and the status of the located error."""
+    """Returns each completion's mask of tokens with loss, and how its tokens were selected."""
     masks, found = [], []
     for i, completion in enumerate(done.completions):
         n = len(completion.ids)

@@ -13,8 +13,9 @@ given by `policy.scale=none` and `policy.norm=constant`. DAPO (2503.14476) is gi
 `policy.norm=token`, `policy.clip_high=.28` and `context.filter_groups=True`.
 
 Departures from the sources:
-  - There is one update per batch of rollouts. With one update and `policy.old=trainer`, the ratio
-    rho is exactly 1. With `policy.old=sampler`, the sampler's log-probabilities give p_old.
+  - There is one update per batch of rollouts. With one update per batch and `policy.old=trainer`,
+    the ratio rho is exactly 1. With `policy.old=sampler`, the sampler's log-probabilities give
+    p_old.
   - Groups that are filtered out are not replaced, so the step becomes smaller. DAPO samples new
     groups in place of the groups that it filters out.
   - The prompts, the grader and the report are the same as for the other methods.

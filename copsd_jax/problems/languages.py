@@ -1,8 +1,8 @@
 """The languages of problems and prompts: built-in languages, and additions by the user.
 
 Training, baselines and evaluation use the same registry of languages. A file of languages is a JSON
-object. It maps each lower-case code to an object that has all fields of `Language` except `code`,
-and no other fields:
+object that maps codes to languages. Each code is in lower case, and each language has exactly the
+fields of `Language` without `code`:
 
     {"xx": {"name": "...", "aliases": [], "checked_by_speaker": false, "note": "", ...}}
 
@@ -95,7 +95,7 @@ def load_languages(extra_path: str = "") -> dict[str, Language]:
 
 
 def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
-    """Returns the registry's code for a code or alias, which may be in upper or lower case.
+    """Returns the registry's code for a code or alias in upper or lower case.
 
     Raises:
       ValueError: the code is unknown; the message lists the known codes.

@@ -24,14 +24,14 @@ FIELDS = ("id", "problem", "solution", "answer", "Answer", "group", "wording")  
 
 
 class Record(NamedTuple):
-    """A record and its position in the source: "line 7" or "row 7", for example, counted from 1."""
+    """A record and its position in the source, such as "line 7" or "row 7" (counted from 1)."""
 
     where: str
     fields: dict[str, Any]
 
 
 class UnusableValue(Exception):
-    """A record cannot become a row; the message is the reason, and reasons are counted."""
+    """A record cannot become a row; the message is the reason under which the record is counted."""
 
 
 def _decode_source_text(path: str, raw: bytes) -> str:
@@ -216,7 +216,7 @@ def convert_to_text(name: str, value: object) -> str:
 
 
 def _read_first(record: Record, names: Sequence[str]) -> str:
-    """Returns the text of the record's first field that is in `names`, in the order of `names`."""
+    """Returns the text of the first field that the record has, looking in the order of `names`."""
     for name in names:
         if name in record.fields:
             return convert_to_text(name, record.fields[name])
@@ -224,7 +224,7 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """Works like `_read_first`, but returns "" for a blank or absent field that is not needed."""
+    """Returns the text from `_read_first`, but "" for a blank or absent field that is not needed."""
     x = next((record.fields[name] for name in names if name in record.fields), None)
     blank = x is None or (isinstance(x, str | bytes) and not x.strip())
     if not needed and (blank or (isinstance(x, float) and math.isnan(x))):
@@ -289,8 +289,8 @@ def load_rows(
         out and count them.
       fields: a map from field names of this project to field names of the source, such as
         "problem=question,answer=final".
-      needs: the fields that each row must have besides its problem. Each is `solution`, `answer`,
-        `problem_en` or `group`. For evaluation, rows need no solution.
+      needs: the fields that each row must have besides its problem; the choices are `solution`,
+        `answer`, `problem_en` and `group`. For evaluation, rows need no solution.
       limit: the number of records to use from the start of the source; 0 for all.
       registry: the languages by code; None for the built-in languages.
       setting: the name of the setting that gives `path`, for error messages.

@@ -214,7 +214,7 @@ def _show_critique(settings: Settings, attempt: Attempt, reply: Reply) -> Conver
 
 
 def _read_critique(settings: Settings, attempt: Attempt, text: str) -> Reply:
-    """Reads a critique, and compares it with those of the attempt's steps that state no answer."""
+    """Reads a critique; compares it with the attempt's steps, except steps that state an answer."""
     own = [step.text for step in solution_steps.split_steps(attempt.text) if not step.final]
     return replies.verify_critique(replies.read_critique(text), own)
 

@@ -35,7 +35,7 @@ def load_train_rows(
             if len({row.answer for row in rows if row.lang == lang}) < 2:
                 raise ValueError(
                     f"context.kind is {context.kind!r}: it needs problems with different answers, "
-                    f"but all {lang!r} problems of data.path {config.data.path!r} have one answer"
+                    f"but all {lang!r} problems of data.path {config.data.path!r} share one answer"
                 )
     if config.author.kind == "grader":
         unknown = [row for row in rows if not step_checker.can_check(row.solution, row.answer)]
@@ -98,7 +98,7 @@ def check_language_shares(config: config_lib.Config, rows: list[Row], registry: 
     for code, weight in zip(config.data.lang, weights, strict=True):
         if weight and languages.resolve_code(code, registry) not in found:
             raise ValueError(
-                f"data.lang is {code!r}: no row in it is left; set its data.weights entry to 0"
+                f"data.lang is {code!r}: this language has no row; set its data.weights entry to 0"
             )
 
 

@@ -74,7 +74,7 @@ def _check_span(select: str, span: Any, characters: int) -> tuple[int, int]:
     whole = len(pair) == 2 and all(isinstance(at, numbers.Integral) for at in pair)
     if not whole or not 0 <= pair[0] <= pair[1] <= characters:
         raise ValueError(
-            f"tokens.select is {select!r}: it returned {span!r}, which is not a (start, end) in an "
+            f"tokens.select is {select!r}: it returned {span!r}, not a pair (start, end) within an "
             f"answer of {characters} characters"
         )
     return int(pair[0]), int(pair[1])

@@ -140,10 +140,10 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
     Args:
       text: the text.
       quote: the quote, or None.
-      occurrence: tells which match to return if there are several: `first` or `last`. All fuzzy
+      occurrence: `first` or `last`; tells which match to return if there are several. All fuzzy
         matches have the same length.
-      threshold: a number above 0 and at most 1. A fuzzy match must contain at least this share of
-        the normalised quote.
+      threshold: the minimum share of the normalised quote in a fuzzy match; a number above 0 and at
+        most 1.
     """
     if quote is None or not quote.strip():
         return Found(-1, -1, "no_quote")
@@ -252,7 +252,7 @@ def _find_longest_common(text: str, wanted: str) -> tuple[list[int], int]:
 
 
 def _measure_common(text: str, wanted: str) -> list[int]:
-    """Returns the length of the longest substring of `wanted` that ends at each place in `text`.
+    """Measures for each place in `text` the longest substring of `wanted` that ends at this place.
 
     The suffix automaton of `wanted` (Blumer et al. 1985) reads the text once, so the time is linear
     in both lengths. A table of all pairs of characters would take time proportional to the product
