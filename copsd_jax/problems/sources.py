@@ -224,7 +224,7 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """Returns the text from `_read_first`, but "" for a blank or absent field that is not needed."""
+    """Returns the first field's text, or "" for a blank or absent field that is not needed."""
     x = next((record.fields[name] for name in names if name in record.fields), None)
     blank = x is None or (isinstance(x, str | bytes) and not x.strip())
     if not needed and (blank or (isinstance(x, float) and math.isnan(x))):
