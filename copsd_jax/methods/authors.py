@@ -91,8 +91,8 @@ def write_replies(
 def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Samples the texts with the run's sampler, under the settings author.*.
 
-    The student writes with its current weights, and the teacher with the teacher's weights. With
-    teacher.weights=fixed, the teacher is the initial policy at every step.
+    The student writes with its current weights, and the teacher writes with the teacher's weights.
+    With teacher.weights=fixed, the teacher is the initial policy at every step.
     """
     plan, c = r.plan, r.plan.config
     writer = 0 if c.author.kind == "student" else 1

@@ -142,7 +142,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse_language(where: str, code: str, fields: Any) -> Language:
     """Checks one entry and returns its `Language`; each error message begins with `where`."""
     if not _CODE.fullmatch(code):
-        raise ValueError(f"{where}: a code has lower-case letters, like sw or zh_hant")
+        raise ValueError(f"{where}: a code must look like sw or zh_hant")
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: must be an object with the fields {', '.join(FIELDS)}")
     if missing := [name for name in FIELDS if name not in fields]:

@@ -68,7 +68,7 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
 
 
 def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
-    """Reads lines "question TAB answer" without a header; a question becomes the field `field`."""
+    """Reads lines "question TAB answer" without a header; `field` names the question's field."""
     out = []
     for k, line in enumerate(_decode_source_text(path, raw).split("\n"), start=1):
         if not line.strip():
@@ -76,7 +76,7 @@ def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
         cells = line.rstrip("\r").split("\t")
         if len(cells) != 2:
             raise ValueError(
-                f"{path}, line {k}: it must be question TAB answer, but has {len(cells)} cells"
+                f"{path}, line {k}: expected question TAB answer, found {len(cells)} cells"
             )
         out.append(Record(f"line {k}", {field: cells[0], "answer": cells[1]}))
     return out

@@ -294,7 +294,7 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
 
 
 def find_end(given: Sequence[str], right: Sequence[str]) -> int | None:
-    """Finds the steps `right` in `given`, in order; returns the index after the last, or None."""
+    """Finds `right` in `given`, in order; returns the index after the last step, or None."""
     at = 0
     for step in right:
         if step not in given[at:]:
