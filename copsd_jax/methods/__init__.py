@@ -1,4 +1,4 @@
-"""The methods, one file each, and the authors of contexts.
+"""The training methods, with one file per method, and the authors of contexts.
 
 May import: config, problems, runtime, teaching, losses, sampler, servers, training.
 """

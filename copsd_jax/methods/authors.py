@@ -1,8 +1,8 @@
 """The authors of contexts: the student, the teacher, the grader's rule, a server, or a file.
 
-An author's text is read strictly. Every completion gets a `replies.Reply` with a status, and a
-reply with an unusable status leaves its completion without a context. The number of replies with
-each status is a metric.
+An author's text is read strictly. Every completion gets a `replies.Reply` with a status. If a
+reply's status is unusable, its completion gets no context. The number of replies with each status
+is a metric.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class AuthorRequest(NamedTuple):
     """One completion for which an author writes a context.
 
     Attributes:
-      attempt: the completion in the form that contexts read.
+      attempt: the completion, as the `Attempt` that contexts read.
       sample: the index of the completion among the completions of its problem.
       found: the final answer that the grader found in the attempt, or None.
     """
@@ -39,15 +39,15 @@ class AuthorRequest(NamedTuple):
 
 
 class AuthorText(NamedTuple):
-    """An author's text for one completion, or the reason why there is none.
+    """An author's text for one completion, or the reason for its absence.
 
     Attributes:
       text: the text; "" if there is none.
-      status: "written"; "cut" for a text that ended at the token limit; or another key of
+      status: "written", "cut" (the text ended at the token limit), or another key of
         replies.STATUSES.
-      detail: the reason of a failure, as one readable line.
+      detail: for a failure, the reason as one readable line; otherwise empty.
       shortened: the sections of the author's prompt that were cut to context.section_tokens.
-      seen: the shortened attempt in the author's prompt; None if the prompt has the whole attempt.
+      seen: the shortened attempt in the author's prompt; None if the attempt was not shortened.
     """
 
     text: str
@@ -69,7 +69,7 @@ def write_replies(
       r: the loaded run, with the settings author.* and context.*.
       state: the state with the weights of the authors `student` and `teacher`.
       asked: one request per completion.
-      step: the training step, which selects the random stream of the authors that sample.
+      step: the training step; it selects the random stream from which authors sample.
     """  # fmt: skip
     reads = contexts.list_inputs(r.plan.context)
     if "reply" not in reads:
@@ -91,8 +91,8 @@ def write_replies(
 def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Samples the texts with the run's sampler, under the settings author.*.
 
-    The student writes with its current weights, and the teacher with the teacher's weights. With
-    teacher.weights=fixed, the teacher is the initial policy at every step.
+    The student writes with its current weights, and the teacher writes with the teacher's weights.
+    With teacher.weights=fixed, the teacher is the initial policy at every step.
     """
     plan, c = r.plan, r.plan.config
     writer = 0 if c.author.kind == "student" else 1
@@ -116,7 +116,7 @@ def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> lis
 
 
 def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
-    """Returns an empty text with the reason not to ask the author, or None to ask the author."""
+    """Returns an empty text with a reason if the author cannot be asked; otherwise None."""
     if prompt is None:
         return AuthorText("", "not_asked")
     held = plan.model_config.max_position
@@ -129,7 +129,7 @@ def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
 def _shorten_attempt_for_author(
     plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[str]
 ) -> str | None:
-    """Returns the shortened attempt in an author's prompt, or None if it is not shortened."""
+    """Returns an attempt as it was shortened for an author, or None if it was not shortened."""
     if "attempt" not in shortened:
         return None
     return text_encoding.truncate_text(plan.tokenizer, attempt.text, plan.context.section_tokens)
@@ -140,15 +140,15 @@ def _write_author_texts_by_rule(
 ) -> list[AuthorText]:
     """Writes the texts with the context's rule, based on the verdicts of the grader."""
     write_by_rule = contexts.get_author(r.plan.context).write_by_rule
-    assert write_by_rule is not None  # `table_rules` refuses a context without a rule
+    assert write_by_rule is not None  # `table_rules` refuses contexts without a rule
     return [AuthorText(write_by_rule(one.attempt, one.found), "written") for one in asked]
 
 
 def _request_author_texts(r, state, asked: list[AuthorRequest], step: int) -> list[AuthorText]:
     """Asks an OpenAI-compatible server for the texts.
 
-    A request's seed depends only on the run's seed and the sample, so that a cache can answer
-    repeated requests.
+    The seed of a request is the run's seed plus the sample's index, so a cache can answer repeated
+    requests.
     """
     plan, c = r.plan, r.plan.config
     fitted = [
@@ -199,14 +199,14 @@ AUTHORS: dict[str, Callable[..., list[AuthorText]]] = {
 def _read_author_text(
     r: loaded_run.LoadedRun, asked: AuthorRequest, written: AuthorText
 ) -> replies.Reply:
-    """Reads the reply in a text, and applies the policy for leaked answers."""
+    """Reads the reply in an author's text, and applies the policy for leaked answers."""
     c, attempt, settings = r.plan.config, asked.attempt, r.plan.context
     if written.seen is not None:
         # A critique can repeat only the steps that its author was shown.
         attempt = dataclasses.replace(attempt, text=written.seen)
-    # As published, some contexts read replies that were cut at author.max_tokens. For other
-    # contexts, a cut reply is unusable even if its tags are complete, because the missing rest may
-    # withdraw what the tags contain.
+    # As in the published methods, some contexts read replies that were cut at author.max_tokens.
+    # For other contexts, a cut reply is unusable even if its tags are complete, because the missing
+    # part may withdraw what the tags contain.
     reads_cut = contexts.get_author(settings).reads_cut(settings) and bool(written.text)
     if written.status == "written" or (written.status == "cut" and reads_cut):
         reply = contexts.read_reply(settings, attempt, written.text)

@@ -9,24 +9,26 @@
     D  the divergence with its clip (`divergence_loss.Divergence`)
     w  the weights of tokens (`tokens.*`), 0 at a token without loss
 
-The teacher only scores y; the student generates y. With `policy.weight` above 0, the loss is
-`policy.weight` times GRPO's loss (`methods/grpo.py`), plus 1 - `policy.weight` times this loss.
+The student generates y, and the teacher only scores y. With `policy.weight` above 0, the loss is
+`policy.weight` times GRPO's loss (`methods/grpo.py`), plus (1 - `policy.weight`) times the
+distillation loss.
 
 Sources: OPSD arXiv 2601.18734 v3, COPSD 2605.09548, ROSD 2605.28014, critique 2606.11173, SDPO
 2601.20802. Routing by success follows SRPO 2604.02288.
 
 Departures from the sources:
-  - Prompts and completions stay token ids from the sampler to the loss. A completion follows its
-    prompt without a gap at explicit positions, and masks come from lengths.
-  - A teacher that writes contexts uses the teacher's weights. In the published code, the merged
-    student writes the contexts.
-  - An error is located in the characters of the sampled tokens, not by encoding the text again.
-  - A reply that cannot be read leaves its completion without loss, and is counted. In the published
-    code, such a completion gets SDPO's context instead (`parity.reflection_fallback`).
-  - With `context.filter_groups`, groups whose rewards are all equal are left out before a context
-    is written for them.
-  - The tutor's instructions open the user's turn. In the published prompts, these instructions are
-    a system message.
+  - Prompts and completions stay token ids from the sampler to the loss. Positions are explicit, so
+    a completion follows its prompt without a gap. Masks are computed from lengths.
+  - If the teacher writes contexts, it uses the teacher's weights. In the published code, the
+    student with its adapter merged writes the contexts.
+  - An error is located by the characters of the sampled tokens; the text is not encoded again.
+  - If a reply cannot be read, its completion carries no loss, and the reply is counted. In the
+    published code, a completion with an unreadable reply gets SDPO's context
+    (`parity.reflection_fallback`).
+  - With `context.filter_groups`, a group with equal rewards is left out before contexts are
+    written.
+  - The tutor's instructions stand at the start of the user's turn. In the published prompts, the
+    tutor's instructions are a system message.
 """
 
 import numpy as np
@@ -49,13 +51,13 @@ def make_batch(
       r: the loaded run.
       state: the state with the weights of the student and of the teacher.
       rows: the problems of the step.
-      step: selects the random streams of sampling, siblings and authors.
+      step: the training step; it selects the random streams of sampling, siblings and authors.
 
     Returns:
       The inputs of the train step, with one record per completion. The metric `taught` counts the
       completions with a teacher prompt. The metric `filtered` counts the completions that
-      `_choose_distilled` left out. Other metrics count overlong teacher prompts, and the statuses
-      of replies and located errors.
+      `_choose_distilled` left out. Other metrics count overlong teacher prompts, the statuses of
+      replies, and the statuses of located errors.
     """
     c = r.plan.config
     done = rollouts.sample_rollouts(r, state, rows, step)
@@ -89,7 +91,7 @@ def make_batch(
 
 
 def _choose_distilled(c, done: Rollouts) -> list[bool]:
-    """Decides for each completion whether to distill it, before contexts are written."""
+    """Decides for each completion, before contexts are written, whether to distill it."""
     wanted = np.ones(len(done.rows), bool)
     if c.context.filter_groups:
         wanted &= policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
@@ -138,7 +140,7 @@ def _collect_author_replies(
 
 
 def _select_distilled_tokens(r, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
-    """Returns each completion's mask of tokens with loss, and how its error was located."""
+    """Returns each completion's mask of tokens with loss, and how its tokens were selected."""
     masks, found = [], []
     for i, completion in enumerate(done.completions):
         n = len(completion.ids)
@@ -155,8 +157,8 @@ def _select_distilled_tokens(r, done: Rollouts, views, written, told) -> tuple[l
 def _build_distill_batch(done: Rollouts, told: list[prompts.Prompt | None], masks) -> layout.Batch:
     """Builds the student's and the teacher's layout.
 
-    A completion without a teacher prompt carries no loss. For such a completion, the student prompt
-    is also used as the teacher prompt, because every row of the layout needs a prompt.
+    A completion without a teacher prompt carries no loss. The student prompt takes the place of a
+    missing teacher prompt, because every row of the layout needs a prompt.
     """
     batch = layout.build_batch(
         [prompt.ids for prompt in done.asked],

@@ -1,4 +1,4 @@
-"""GRPO, the reinforcement-learning baseline, whose settings include Dr.GRPO and DAPO.
+"""GRPO, the reinforcement-learning baseline; with other settings, it becomes Dr.GRPO or DAPO.
 
     A_i  = (r_i - mean_G r) / (std_G r + 1e-4)
     loss = mean over completions of mean_t of -min(rho A, clip(rho, 1 - low, 1 + high) A)
@@ -8,16 +8,17 @@
     p    the student, p_0 the initial policy, p_old the policy of `policy.old`
     low, high, kl   `policy.clip_low`, `policy.clip_high`, `policy.kl`
 
-Sources: DeepSeekMath arXiv 2402.03300, in TRL's form. Dr.GRPO 2503.20783 has `policy.scale=none`
-and `policy.norm=constant`. DAPO 2503.14476 has `policy.norm=token`, `policy.clip_high=.28` and
-`context.filter_groups=True`.
+Sources: DeepSeekMath (arXiv 2402.03300), in the form that TRL implements. Dr.GRPO (2503.20783) is
+given by `policy.scale=none` and `policy.norm=constant`. DAPO (2503.14476) is given by
+`policy.norm=token`, `policy.clip_high=.28` and `context.filter_groups=True`.
 
 Departures from the sources:
-  - There is one update per batch of rollouts. With `policy.old=trainer`, the ratio rho is therefore
-    exactly 1. With `policy.old=sampler`, the sampler's log-probabilities give p_old.
-  - Groups that are filtered out make the step smaller. DAPO samples other groups in place of such
-    groups.
-  - Prompts, grader and report are the same as for the other methods.
+  - There is one update per batch of rollouts. With one update per batch and `policy.old=trainer`,
+    the ratio rho is exactly 1. With `policy.old=sampler`, the sampler's log-probabilities give
+    p_old.
+  - Groups that are filtered out are not replaced, so the step becomes smaller. DAPO samples new
+    groups in place of the groups that it filters out.
+  - The prompts, the grader and the report are the same as for the other methods.
 """
 
 import numpy as np
@@ -40,7 +41,7 @@ def make_batch(
       r: the loaded run.
       state: the state with the student's weights.
       rows: the problems of the step.
-      step: selects the random stream of sampling.
+      step: the training step; it selects the random stream of sampling.
 
     Returns:
       The inputs of the train step, with one record per completion. The metric `informative` is the
@@ -67,7 +68,8 @@ def add_advantages(c, done: Rollouts, batch: layout.Batch, successes_only: bool)
 
     All tokens of a completion have the same advantage. If the rewards of a group are all equal, its
     advantages are 0, and its tokens count in the normaliser, as published for GRPO. With
-    context.filter_groups, the tokens of such a group carry no policy loss, as in DAPO.
+    context.filter_groups, the tokens of a group with equal rewards carry no policy loss, as in
+    DAPO.
 
     Args:
       c: the settings of the run.

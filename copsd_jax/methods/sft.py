@@ -8,9 +8,9 @@
 Source: the SFT script of OPSD.
 
 Departures from the sources:
-  - Prompts and their template are the same as for the other methods.
+  - The prompts and their template are the same as for the other methods.
   - The loss covers only the completion, and `policy.norm` selects the normaliser.
-  - Rows whose target is longer than `rollout.max_tokens` are either dropped and counted, or
+  - If a row's target is longer than `rollout.max_tokens`, the row is either dropped and counted, or
     refused.
 """
 
@@ -29,9 +29,9 @@ def make_batch(
 
     Args:
       r: the loaded run.
-      state: not read here; all methods have the same signature.
-      rows: the problems of the step, with solutions.
-      step: not read here.
+      state: not read; it is an argument because all methods have the same signature.
+      rows: the problems of the step; every row has a solution.
+      step: not read, like `state`.
 
     Returns:
       The inputs of the train step, with one record per row.

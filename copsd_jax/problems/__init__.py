@@ -1,4 +1,4 @@
-"""Loads problems as rows: sources, languages, bundled files, and the rows of each step.
+"""Loads problems as rows: the sources, the languages, the bundled files, and each step's rows.
 
 May import: nothing of the package.
 """

@@ -20,9 +20,9 @@ def build_row_order(
 
     Args:
       rows: the rows of all languages.
-      langs: the codes in the order of `weights`.
-      weights: the shares of the languages, at least one of them above 0; () for equal shares. A
-        language with a share above 0 must have at least one row.
+      langs: the codes of the languages, in the order of `weights`.
+      weights: the shares of the languages; at least one share must be above 0. An empty tuple means
+        equal shares. A language with a share above 0 must have at least one row.
       seed: the seed of the run.
     """
     import grain  # imported lazily: importing the package must not need grain
@@ -32,8 +32,8 @@ def build_row_order(
     for lang, weight in zip(langs, weights, strict=True):
         if weight:
             mine = [row for row in rows if row.lang == lang]
-            # The language's code is part of the seed. Otherwise, parallel data would give the same
-            # problem in all languages at once.
+            # The language's code is part of the seed. If all languages had the same seed, parallel
+            # data would give the same problem in all languages at once.
             own = np.random.SeedSequence([seed, zlib.crc32(lang.encode())]).generate_state(1)
             parts.append(grain.MapDataset.source(mine).seed(int(own[0])).shuffle().repeat())
             shares.append(weight / sum(weights))
@@ -48,7 +48,7 @@ def iterate_batches(
     seed: int,
     step: int = 0,
 ) -> Iterator[list[problem_row.Row]]:
-    """Yields the rows of one step after another, without end; the first step is `step`.
+    """Yields each step's rows, step after step without end; the first step is `step`.
 
     A row can occur twice in one step if an epoch ends in that step.
     """

@@ -6,5 +6,5 @@ NAMES = ("train", "held_out", "exemplars")
 
 
 def find_file(name: str) -> pathlib.Path:
-    """Returns the path of the JSONL file of one of `NAMES`."""
+    """Returns the path of a bundled JSONL file; `name` is one of `NAMES`."""
     return pathlib.Path(__file__).parent / "bundled" / f"{name}.jsonl"

@@ -1,12 +1,12 @@
-"""The languages of problems and prompts: those in `languages.json`, and a user's additions.
+"""The languages of problems and prompts: built-in languages, and additions by the user.
 
 Training, baselines and evaluation use the same registry of languages. A file of languages is a JSON
-object that maps each lower-case code to an object with exactly the fields of `Language`, except
-`code`:
+object that maps codes to languages. Each code is in lower case, and each language has exactly the
+fields of `Language` without `code`:
 
     {"xx": {"name": "...", "aliases": [], "checked_by_speaker": false, "note": "", ...}}
 
-An unknown code raises an error; English is never used instead.
+An unknown code raises an error; it is never replaced by English.
 """
 
 import collections
@@ -25,7 +25,7 @@ _CODE = re.compile(r"[a-z]{2,8}(?:[-_][a-z0-9]{1,8})*")
 # Control characters, lone surrogates, private-use and unassigned code points: no word contains any
 # of these.
 _NO_TEXT = ("Cc", "Cs", "Co", "Cn")
-_MARKERS = ("<|", "<think>", "</think>")  # parts of chat templates, forbidden in all texts
+_MARKERS = ("<|", "<think>", "</think>")  # these parts of chat templates are forbidden in all texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +33,22 @@ class Language:
     r"""The wording of prompts in one language; all texts are in Unicode form NFC.
 
     Attributes:
-      code: the language's code in lower case, as in COPSD: ISO 639-1 or 639-3.
+      code: the language's ISO 639-1 or 639-3 code in lower case, as in COPSD.
       name: the language's name in the language itself.
-      english_name: the language's English name.
-      script: the English name of the script.
-      aliases: other codes of the language, which data fields and settings may use.
+      english_name: the language's name in English.
+      script: the name of the language's script, in English.
+      aliases: other codes of the language; data fields and settings may use them too.
       label_problem: the label before the problem, without a colon.
       label_problem_en: the label before the English problem.
       label_solution: the label before the English solution.
       begin_reference: the line before the reference solution.
       end_reference: the line after the reference solution.
-      instruction: asks the model to reason step by step and to put the final answer in a
-        `\boxed{}`.
+      instruction: asks the model to reason step by step and to put the final answer in `\boxed{}`.
       instruction_answer_is: asks the model to end with the English words "The answer is N." instead
         of a box.
-      think_prefix: the first words of the thinking.
+      think_prefix: the first words of the model's thinking.
       reason_first: asks the teacher to explain the reference solution without solving the problem.
-      transition: says that the solution is understood, and asks for a derivation instead of a copy.
+      transition: says that the solution is understood, and asks for a new derivation, not a copy.
       checked_by_speaker: whether a speaker of the language has checked these texts.
       note: remarks for users of the language; may be empty.
     """
@@ -96,7 +95,7 @@ def load_languages(extra_path: str = "") -> dict[str, Language]:
 
 
 def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
-    """Returns the registry's code for a code or alias, which may be in upper or lower case.
+    """Returns the registry's code for a code or alias in upper or lower case.
 
     Raises:
       ValueError: the code is unknown; the message lists the known codes.
@@ -125,14 +124,14 @@ def _read_languages_file(path: pathlib.Path) -> dict[str, Language]:
     except ValueError as error:  # a repeated key, or a number with too many digits
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: must be a JSON object from language codes to their fields")
+        raise ValueError(f"{path}: must be a JSON object that maps language codes to fields")
     return {
         code: _parse_language(f"{path}: language {code!r}", code, v) for code, v in content.items()
     }
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object; refuses a repeated key, of which `json` would keep the last value."""
+    """Returns a JSON object; refuses a repeated key, because `json` would lose values."""
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -143,7 +142,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse_language(where: str, code: str, fields: Any) -> Language:
     """Checks one entry and returns its `Language`; each error message begins with `where`."""
     if not _CODE.fullmatch(code):
-        raise ValueError(f"{where}: a code has lower-case letters, like sw or zh_hant")
+        raise ValueError(f"{where}: a code must look like sw or zh_hant")
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: must be an object with the fields {', '.join(FIELDS)}")
     if missing := [name for name in FIELDS if name not in fields]:
@@ -164,15 +163,15 @@ def _check_text(where: str, text: Any, may_be_empty: bool) -> None:
     if text != text.strip():
         raise ValueError(f"{where}: begins or ends with white space")
     if bad := [c for c in text if c != "\n" and unicodedata.category(c) in _NO_TEXT]:
-        raise ValueError(f"{where}: has the character U+{ord(bad[0]):04X}, which is not text")
+        raise ValueError(f"{where}: contains the character U+{ord(bad[0]):04X}, which is not text")
     if not unicodedata.is_normalized("NFC", text):
         raise ValueError(f"{where}: is not in Unicode form NFC")
     if markers := [marker for marker in _MARKERS if marker in text]:
-        raise ValueError(f"{where}: has {markers[0]!r}, which belongs to chat templates")
+        raise ValueError(f"{where}: contains {markers[0]!r}, which belongs to chat templates")
 
 
 def _check_meaning(where: str, fields: dict[str, Any]) -> None:
-    """Checks the fields on which prompts and graders rely."""
+    """Checks the fields that prompts and graders rely on."""
     if not isinstance(fields["checked_by_speaker"], bool):
         raise ValueError(f"{where}, field 'checked_by_speaker': must be true or false")
     aliases = fields["aliases"]
@@ -180,15 +179,15 @@ def _check_meaning(where: str, fields: dict[str, Any]) -> None:
     if not codes or not all(map(_CODE.fullmatch, aliases)):
         raise ValueError(f"{where}, field 'aliases': must be a list of lower-case codes")
     if fields["instruction"].count(BOX) != 1:
-        raise ValueError(f"{where}, field 'instruction': must have {BOX} once")
+        raise ValueError(f"{where}, field 'instruction': must contain {BOX} once")
     if ANSWER_IS not in fields["instruction_answer_is"]:
-        raise ValueError(f"{where}, field 'instruction_answer_is': must have {ANSWER_IS!r}")
+        raise ValueError(f"{where}, field 'instruction_answer_is': must contain {ANSWER_IS!r}")
     if fields["begin_reference"] == fields["end_reference"]:
         raise ValueError(f"{where}, field 'end_reference': equals 'begin_reference'")
 
 
 def _check_aliases(registry: Mapping[str, Language], path: str) -> None:
-    """Refuses an alias that stands for two languages; `path` is the file that was read last."""
+    """Refuses an alias that stands for two languages; error messages begin with `path`."""
     owner = {code: code for code in registry}
     for code, language in registry.items():
         for alias in language.aliases:

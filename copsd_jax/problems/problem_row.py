@@ -11,14 +11,14 @@ class Row:
     """One problem in one language.
 
     Attributes:
-      id: the row's id, unique among the rows that are loaded from one source.
+      id: the row's id, which no other row of the same source has.
       problem: the problem's text in `lang`.
       solution: the reference solution (English in COPSD's data), or "" if the source has none.
       answer: the final answer, or "" if the source has none.
       lang: the code of the problem's language, as in languages.json.
       problem_en: the English problem, or "" if the source has none.
-      group: a label by which scores are reported separately, or "". In bundled rows, the label is
-        the wording of the problem.
+      group: a label, or "" for none; scores are reported separately for each label. In bundled
+        rows, the label is the wording of the problem.
     """
 
     id: str

@@ -2,9 +2,9 @@
 
 A source is a JSONL file, a JSON list, a parquet file, a TSV file (question TAB answer, no header),
 `bundled:train|held_out|exemplars`, or `tfds:NAME[:VERSION]/SPLIT`. The records of all sources have
-COPSD's fields: `problem` (English), `solution`, `answer` or `Answer`, and `problem_<code>`
-(translation). A record may also have `problem_<code>_ok`, the quality flag of the translation. A
-translation whose quality flag is not true cannot be used.
+the fields of COPSD's data: `problem` (English), `solution`, `answer` or `Answer`, and
+`problem_<code>` (a translation). A record may also have `problem_<code>_ok`, the quality flag of
+the translation. A translation whose quality flag is not true cannot be used.
 """
 
 import collections
@@ -24,14 +24,14 @@ FIELDS = ("id", "problem", "solution", "answer", "Answer", "group", "wording")  
 
 
 class Record(NamedTuple):
-    """A record, and its position in the source, such as "line 7" or "row 7" (counted from 1)."""
+    """A record and its position in the source, such as "line 7" or "row 7" (counted from 1)."""
 
     where: str
     fields: dict[str, Any]
 
 
 class UnusableValue(Exception):
-    """A record cannot become a row; the message gives the reason, which is counted and reported."""
+    """A record cannot become a row; the message is the reason under which the record is counted."""
 
 
 def _decode_source_text(path: str, raw: bytes) -> str:
@@ -68,7 +68,7 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
 
 
 def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
-    """Reads lines "question TAB answer" without a header; a question becomes the field `field`."""
+    """Reads lines "question TAB answer" without a header; `field` names the question's field."""
     out = []
     for k, line in enumerate(_decode_source_text(path, raw).split("\n"), start=1):
         if not line.strip():
@@ -76,7 +76,7 @@ def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
         cells = line.rstrip("\r").split("\t")
         if len(cells) != 2:
             raise ValueError(
-                f"{path}, line {k}: it must be question TAB answer, but has {len(cells)} cells"
+                f"{path}, line {k}: expected question TAB answer, found {len(cells)} cells"
             )
         out.append(Record(f"line {k}", {field: cells[0], "answer": cells[1]}))
     return out
@@ -128,7 +128,7 @@ def _read_tfds(setting: str, path: str) -> list[Record]:
             "prepare it with file_format='array_record'"
         )
     out = []
-    source: Any = builder.as_data_source  # a decorator hides the arguments from type checkers
+    source: Any = builder.as_data_source  # a decorator hides its arguments from type checkers
     for k, example in enumerate(source(split), start=1):
         # Every TFDS example has every feature, so an absent field is stored as an empty text.
         absent = {key for key, v in example.items() if isinstance(v, bytes) and not v}
@@ -141,8 +141,8 @@ def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> 
 
     Args:
       path: a source, in one of the forms that the module's docstring describes.
-      lang: the language of a TSV file's questions.
-      setting: the setting that `path` comes from, which error messages name.
+      lang: the code of the language in which the questions of a TSV file are written.
+      setting: the name of the setting that gives `path`, for error messages.
 
     Raises:
       FileNotFoundError: there is no such file or data set.
@@ -172,7 +172,7 @@ def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> 
 
 
 def rename_fields(path: str, records: list[Record], fields: str) -> list[Record]:
-    """Copies fields of the records to other names, as in the map "ours=theirs,ours=theirs"."""
+    """Copies fields to new names; `fields` is a map such as "problem=question,answer=final"."""
     pairs = [tuple(pair.split("=")) for pair in fields.split(",") if pair]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise ValueError(f"data.fields is {fields!r}: write ours=theirs,ours=theirs")
@@ -216,7 +216,7 @@ def convert_to_text(name: str, value: object) -> str:
 
 
 def _read_first(record: Record, names: Sequence[str]) -> str:
-    """Returns the text of the first field in `names` that the record has."""
+    """Returns the text of the first field that the record has, looking in the order of `names`."""
     for name in names:
         if name in record.fields:
             return convert_to_text(name, record.fields[name])
@@ -224,7 +224,7 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """Returns the text of `_read_first`, or "" if the field is blank or absent and not needed."""
+    """Returns the first field's text, or "" for a blank or absent field that is not needed."""
     x = next((record.fields[name] for name in names if name in record.fields), None)
     blank = x is None or (isinstance(x, str | bytes) and not x.strip())
     if not needed and (blank or (isinstance(x, float) and math.isnan(x))):
@@ -236,7 +236,7 @@ def _read_problem(record: Record, codes: Sequence[str]) -> str:
     """Returns the problem in one language; `codes` are the language's code and aliases."""
     names = [f"problem_{code}" for code in codes] + (["problem"] if "en" in codes else [])
     for name in names:
-        flag = record.fields.get(f"{name}_ok")  # parquet writes an absent field as null
+        flag = record.fields.get(f"{name}_ok")  # in parquet files, an absent field is null
         accepted = flag.decode() == "true" if isinstance(flag, bytes) else flag
         right = isinstance(accepted, bool | np.bool_ | np.integer) and accepted == 1
         if flag is not None and not right:
@@ -280,24 +280,24 @@ def load_rows(
     registry: Mapping[str, languages.Language] | None = None,
     setting: str = "data.path",
 ) -> tuple[list[problem_row.Row], collections.Counter[str]]:
-    """Loads the rows of a source in the languages `langs`, one language after the other.
+    """Loads a source's rows in each language of `langs`, one language after the other.
 
     Args:
       path: a source, in one of the forms that the module's docstring describes.
       langs: the codes or aliases of the languages.
       missing: "error" to refuse records that lack a needed field, or "drop" to leave such records
         out and count them.
-      fields: a map from this project's field names to the source's field names, such as
+      fields: a map from field names of this project to field names of the source, such as
         "problem=question,answer=final".
-      needs: the fields that each row must have besides its problem: some of `solution`, `answer`,
-        `problem_en`, `group`. For evaluation, rows need no solution.
+      needs: the fields that each row must have besides its problem; the choices are `solution`,
+        `answer`, `problem_en` and `group`. For evaluation, rows need no solution.
       limit: the number of records to use from the start of the source; 0 for all.
       registry: the languages by code; None for the built-in languages.
-      setting: the setting that `path` comes from, which error messages name.
+      setting: the name of the setting that gives `path`, for error messages.
 
     Returns:
-      The rows, and the number of dropped records by reason. If there are several languages, a row's
-      id is "<id>/<lang>", because each problem occurs once per language.
+      The rows, and the number of dropped rows for each reason. If there are several languages, a
+      row's id is "<id>/<lang>", because each problem occurs once per language.
 
     Raises:
       FileNotFoundError: there is no such file or data set.
@@ -330,14 +330,14 @@ def load_rows(
 def _check_dropped(
     path: str, dropped: Mapping[str, int], first: Mapping[str, str], kept: int, missing: str
 ) -> None:
-    """Refuses a source without rows; if data.missing is "error", also refuses dropped records."""
+    """Refuses a source without rows; if `missing` is "error", also refuses dropped rows."""
     if dropped and (missing == "error" or not kept):
         reason = next(iter(dropped))
         more = "; ".join(f"{name}: {count}" for name, count in dropped.items())
         total = kept + sum(dropped.values())
         advice = "data.missing=drop leaves them out" if kept else "no row is left"
         raise ValueError(
-            f"{path}, {first[reason]}: {reason} (affected rows, of {total}: {more}; {advice})"
+            f"{path}, {first[reason]}: {reason} (of {total} rows, these fail: {more}; {advice})"
         )
     if not kept:
         raise ValueError(f"{path}: it has no rows")

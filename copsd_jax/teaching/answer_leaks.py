@@ -29,11 +29,11 @@ _UNSPACED = re.compile(
 def has_leak(text: str, answer: str) -> bool:
     """Tells whether a text states the final answer.
 
-    Numbers are compared by value, in the digits of any script: "8 + 5 = 13." states 13, but "130"
-    and "1.13" do not. Any other answer must occur as whole words. Case is ignored, except in an
-    answer of one letter: the answer "A" does not match the word "a". The function does not find
-    numbers written as words, or formulas that are equivalent but written differently. If the answer
-    is unknown (""), nothing is found.
+    Numbers may be written in the digits of any script, and are compared by value: "8 + 5 = 13."
+    states 13, but "130" and "1.13" do not. An answer that is not a number must occur as whole
+    words. Case is ignored, except in an answer of one letter: the answer "A" does not match the
+    word "a". The function does not find numbers written as words, or formulas that are equivalent
+    but written differently. If the answer is unknown (""), nothing is found.
     """
     return bool(_find_leaks(text, answer))
 
@@ -63,7 +63,7 @@ def _find_leaks(text: str, answer: str) -> list[tuple[int, int]]:
 def _find_sign(text: str, start: int) -> int:
     """Returns the index at which a number starts; a minus sign is part of the number.
 
-    A hyphen after a word, and a minus after an operand, are not part of the number.
+    A hyphen after a word is not part of the number, and neither is a minus sign after an operand.
     """
     before = text[max(start - 20, 0) : start].rstrip(" ")
     minus = before[-1:]
@@ -93,7 +93,7 @@ def find_words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
 
 
 def _continues(beside: str, edge: str) -> bool:
-    """Tells whether `beside` continues the word or number whose outermost character is `edge`."""
+    """Tells whether `beside` continues a word or number; `edge` is the word's nearest character."""
     near, further = beside[-1:], beside[-2:-1]
     if edge.isdigit() and near in tuple(".,"):
         return further.isdigit()

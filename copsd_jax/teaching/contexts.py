@@ -1,9 +1,9 @@
 """Contexts: the texts that the teacher sees besides the problem.
 
-Each context is an entry of `CONTEXTS`. An entry builds the conversation under which the teacher
-scores a completion. The conversation is built from the row and the student's `Attempt`. If an
-author writes for the context, the author's `Reply` is used as well. All other differences between
-contexts are fields of the entries, so a new context needs only one new entry.
+Each context is an entry of `CONTEXTS`. The entry of a context builds the conversation under which
+the teacher scores a completion. The conversation is built from the row, the student's `Attempt`
+and, if an author writes for the context, the author's `Reply`. Contexts differ only in the fields
+of their entries, so a new context needs only one new entry.
 
 This module imports neither jax nor transformers, because settings are checked against `CONTEXTS`
 before jax and transformers are imported.
@@ -68,9 +68,9 @@ class Context:
       row_fields: returns the names of the fields that a row must have.
       inputs: returns the members of `INPUTS` that the context reads.
       author: the text that an author writes; None if the context needs no author.
-      settings: names of the settings that this context reads and some other context does not read.
-      locates_error: whether a reply can name an error, as tokens.select=from_error and
-        tokens.select=error_step require.
+      settings: the names of the settings that this context, but not every context, reads.
+      locates_error: whether replies can name an error; tokens.select=from_error and
+        tokens.select=error_step need such replies.
     """
 
     build_conversation: Callable[[Settings, Attempt, Reply], Conversation | None]
@@ -131,7 +131,7 @@ def _show_nothing(settings: Settings, attempt: Attempt, reply: Reply) -> Convers
 
 
 def _show_sibling(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds SDPO's re-prompt: a successful sibling, and feedback that context.feedback allows."""
+    """Builds SDPO's re-prompt; it shows a sibling, and feedback if context.feedback allows this."""
     sibling = attempt.sibling
     wanted = {"never": False, "always": True, "without_sibling": not sibling}[settings.feedback]
     feedback = attempt.feedback if wanted else ""
@@ -214,7 +214,7 @@ def _show_critique(settings: Settings, attempt: Attempt, reply: Reply) -> Conver
 
 
 def _read_critique(settings: Settings, attempt: Attempt, text: str) -> Reply:
-    """Reads a critique; compares it with the attempt's steps that do not state the answer."""
+    """Reads a critique; compares it with the attempt's steps, except steps that state an answer."""
     own = [step.text for step in solution_steps.split_steps(attempt.text) if not step.final]
     return replies.verify_critique(replies.read_critique(text), own)
 
@@ -342,10 +342,10 @@ def read_reply(settings: Settings, attempt: Attempt, text: str) -> Reply:
 
 
 def join_privileged_text(settings: Settings, attempt: Attempt, reply: Reply) -> str:
-    """Joins with line breaks the texts that only the teacher is shown.
+    """Joins the texts that only the teacher is shown, with line breaks between the texts.
 
-    The joined texts are solutions, English problems, completions of siblings, and texts by graders
-    or authors.
+    The joined texts are solutions, English problems, sibling completions, and texts written by
+    graders or authors.
     """
     conversation = get_context(settings).build_conversation(settings, attempt, reply) or ()
     texts = []

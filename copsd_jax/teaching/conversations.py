@@ -18,7 +18,7 @@ class Section(NamedTuple):
 
     kind: str  # a key of `PLAIN`
     text: str = ""  # the text to show, unless the text comes from a row
-    row: problem_row.Row | None = None  # the row to show; None for the row of the prompt
+    row: problem_row.Row | None = None  # the row to show; None for the prompt's own row
 
 
 class Turn(NamedTuple):
@@ -35,15 +35,15 @@ STUDENT: Conversation = (Turn("user", (Section("problem"), Section("instruction"
 
 @dataclasses.dataclass(frozen=True)
 class PromptFormat:
-    """The form of all prompts of one side, which is the student, teacher, evaluation or author.
+    """The form of all prompts for the student, the teacher, an evaluation or an author.
 
     Attributes:
-      template: "chat" (the tokenizer's chat template) or "plain" (text with labels, `PLAIN`).
+      template: "chat" (the tokenizer's chat template) or "plain" (text with the labels of `PLAIN`).
       thinking: "none" if the template has no thinking switch. A template with a thinking switch
         allows "off" (an empty think block), "on" (the model may open a think block) and "prefix"
         (the prompt opens a think block and writes the first words of the thinking in the problem's
         language).
-      answer: a key of `ANSWER_FORMS`: the form in which a final answer is requested and written.
+      answer: a key of `ANSWER_FORMS`; it sets how a final answer is requested and written.
       languages: the languages by code.
       exemplars: the worked examples before every prompt.
       form: "plain", or "step_tags" if each step of an answer is written in `<step_k>` tags.
@@ -66,8 +66,8 @@ def _plain_solution(row: problem_row.Row) -> str:
     return join_lines(row.solution) + (f" ({row.answer})" if row.answer else "")
 
 
-# The plain wording. The line break before a block is part of the block. Prompts of the student and
-# of the teacher all end in "Answer:", so the first completion token follows the same text on both
+# The plain wording. The line break before a block is part of the block. All prompts of the student
+# and of the teacher end in "Answer:", so the first completion token follows the same text on both
 # sides.
 PLAIN: dict[str, Callable[[problem_row.Row, Section], str]] = {
     "problem": lambda row, part: f"Question: {join_lines(row.problem)}",
@@ -105,7 +105,7 @@ CHAT: dict[str, Callable[[languages.Language, problem_row.Row, Section], str]] =
     "reason": lambda lang, row, part: lang.reason_first,
     "analysis": lambda lang, row, part: part.text,
     "transition": lambda lang, row, part: lang.transition,
-    # The entries below are in English, whatever the language of the problem, as in the papers.
+    # As in the papers, the entries below are in English, whatever the language of the problem.
     "tutor": lambda lang, row, part: TUTOR,
     "attempt": lambda lang, row, part: f"An attempt:\n{_fence('Attempt', part.text)}",
     "gold": lambda lang, row, part: f"The final answer is known: {row.answer}",
@@ -190,7 +190,7 @@ def _render_chat_turn(prompt_format: PromptFormat, row: problem_row.Row, turn: T
 
 
 def check_sections(row: problem_row.Row, conversation: Conversation) -> None:
-    """Refuses a row in which a field that the conversation shows is empty.
+    """Checks that no field shown in the conversation is empty.
 
     Raises:
       ValueError: a field is empty; the message names the row and the field.
@@ -199,7 +199,7 @@ def check_sections(row: problem_row.Row, conversation: Conversation) -> None:
         shown = part.row or row
         field = "answer" if part.kind == "gold" else part.kind
         if field in ("problem", "problem_en", "solution", "answer") and not getattr(shown, field):
-            raise ValueError(f"row {shown.id!r} has no {field}, but its prompt shows it")
+            raise ValueError(f"row {shown.id!r} has no {field}, but its prompt shows this field")
 
 
 def render_plain_text(row: problem_row.Row, conversation: Conversation) -> str:

@@ -14,7 +14,7 @@ _Value = fractions.Fraction | None  # None after a division by zero
 
 
 class Equation(NamedTuple):
-    """An equation between numbers: the characters [start, end) of a text, and computed values."""
+    """An equation between numbers: its span [start, end) in a text, and its computed values."""
 
     start: int
     end: int
@@ -48,7 +48,7 @@ _END = ("end", "", -1, -1)
 
 
 def find_equations(text: str) -> list[Equation]:
-    r"""Finds in order the equations between numbers in a text, such as "3 x 5 = 15 = 10 + 5".
+    r"""Finds a text's equations between numbers, such as "3 x 5 = 15 = 10 + 5", in order.
 
     Numbers are integers and decimals ("1,234.5", "3,5") in the digits of any script. The operations
     are `+ - * /`, also written as `x × · ÷ − \times \cdot \div`, with the usual precedence. An
@@ -100,7 +100,7 @@ class _Unreadable(Exception):
 
 
 class _Reader:
-    """A reader of sums, products and operands; a side ends at a sign that no operand follows."""
+    """A reader of an equation's sides; a side ends before a sign that has no operand after it."""
 
     def __init__(self, tokens: Sequence[_Token], at: int):
         self.tokens, self.at = tokens, at
@@ -126,7 +126,7 @@ class _Reader:
         return self._row("+-")
 
     def _row(self, signs: str) -> _Value:
-        """Evaluates from left to right operands joined by `signs`, which have equal precedence."""
+        """Evaluates operands from left to right; they are joined by `signs` of equal precedence."""
         read = self._operand if signs == "*/" else lambda: self._row("*/")
         value = read()
         while self.kind() == "sign":

@@ -1,6 +1,7 @@
 """Chooses siblings from the groups of completions, and chooses other problems from the data.
 
-The rollout.per_prompt completions that are sampled for one occurrence of a problem form a group.
+A group consists of the rollout.per_prompt completions that are sampled for one occurrence of a
+problem.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def choose_siblings(
     out: list[int | None] = []
     for i, group in enumerate(groups_B):
         others = [j for j, g in enumerate(groups_B) if g == group and j != i and success_B[j]]
-        draw = rng.random()  # drawn even if unused, so no group affects another's draws
+        draw = rng.random()  # always drawn, so that no group affects the draws of other groups
         if choice == "shortest":
             others.sort(key=lambda j: lengths_B[j])
         k = int(draw * len(others)) if choice == "sampled" else 0
@@ -48,7 +49,7 @@ def choose_other_problems(
     """Chooses for each row another problem, in the same language but with a different answer.
 
     The context `other_problem` is a control: it measures the effect of a solution that does not
-    belong to the row. All rows with the same id get the same other problem.
+    belong to the row. Rows with the same id all get the same problem.
 
     Args:
       pool: the problems to choose from.

@@ -35,13 +35,13 @@ def load_train_rows(
             if len({row.answer for row in rows if row.lang == lang}) < 2:
                 raise ValueError(
                     f"context.kind is {context.kind!r}: it needs problems with different answers, "
-                    f"but in data.path {config.data.path!r} all in {lang!r} have the same answer"
+                    f"but all {lang!r} problems of data.path {config.data.path!r} share one answer"
                 )
     if config.author.kind == "grader":
         unknown = [row for row in rows if not step_checker.can_check(row.solution, row.answer)]
         if unknown:
             raise ValueError(
-                f"author.kind is 'grader': it needs solutions that are equations up to the answer, "
+                f"author.kind is 'grader': it needs solutions whose equations lead to the answer, "
                 f"but {len(unknown)} of {len(rows)} rows have other solutions, such as "
                 f"{unknown[0].id!r} with {unknown[0].solution[:80]!r}"
             )
@@ -66,7 +66,7 @@ def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
 def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, ...]:
     """Loads the worked examples: the first rows of the file prompt.exemplars_path.
 
-    The setting prompt.exemplars is the number of rows.
+    The setting prompt.exemplars gives the number of worked examples.
 
     Raises:
       ValueError: the file has fewer rows than prompt.exemplars requests.
@@ -92,13 +92,13 @@ def _fields(path: str, fields: str) -> str:
 
 
 def check_language_shares(config: config_lib.Config, rows: list[Row], registry: Registry) -> None:
-    """Refuses a language that has no rows, but has a weight above 0 in data.weights."""
+    """Refuses a language without rows if its weight in data.weights is above 0."""
     weights = tuple(config.data.weights) or (1.0,) * len(config.data.lang)
     found = {row.lang for row in rows}
     for code, weight in zip(config.data.lang, weights, strict=True):
         if weight and languages.resolve_code(code, registry) not in found:
             raise ValueError(
-                f"data.lang is {code!r}: no row in it is left; set its weight in data.weights to 0"
+                f"data.lang is {code!r}: this language has no row; set its data.weights entry to 0"
             )
 
 

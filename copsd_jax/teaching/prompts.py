@@ -21,7 +21,7 @@ class Prompt:
     """A prompt as token ids: `prefix_ids + ids`.
 
     Attributes:
-      prefix_ids: the token ids of the exemplars, which are equal in all prompts of the same format
+      prefix_ids: the token ids of the exemplars; they are equal in all prompts with the same format
         and context.
       ids: the token ids after the exemplars; never empty.
       text: the whole prompt as readable text.
@@ -48,7 +48,7 @@ class Prompt:
 
 @functools.lru_cache(maxsize=4)
 def has_thinking(tokenizer: Tokenizer) -> bool:
-    """Tells whether the chat template has a thinking switch: `enable_thinking` changes the text.
+    """Tells whether the chat template has a thinking switch, the variable `enable_thinking`.
 
     Raises:
       ValueError: the tokenizer has no chat template.
@@ -67,7 +67,7 @@ def _render_chat_template(tokenizer: Tokenizer, messages: list[dict], thinking: 
     if thinking != "none":
         options["enable_thinking"] = thinking != "off"
     text = tokenizer.apply_chat_template(messages, **options)
-    assert isinstance(text, str)  # true with tokenize=False; the annotation has other types too
+    assert isinstance(text, str)  # tokenize=False gives a str; the annotation allows other types
     return text
 
 
@@ -78,7 +78,7 @@ def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: 
       tokenizer: the model's tokenizer.
       template: "chat" or "plain".
       thinking: one of `setting_list.THINKING`.
-      setting: the name of the setting that `thinking` comes from, used in the error message.
+      setting: the name of the setting that gives `thinking`, for the error message.
 
     Raises:
       ValueError: the mode is not supported; the message names the setting and the choices.
@@ -97,8 +97,8 @@ def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: 
 def _find_state(text: str, thinking: str) -> str:
     """Returns the template state at the end of a rendered prompt (`Prompt.state`).
 
-    The contents of the messages must be guarded, so that think blocks quoted in the messages are
-    ignored.
+    The contents of the messages must be hidden by `text_encoding.Guard`, so that think blocks
+    quoted in the messages are ignored.
     """
     if re.search(r"<think>\s*</think>\s*$", text):
         return "closed"
@@ -150,7 +150,7 @@ def _find_shared_end(tokenizer: Tokenizer, text: str, end: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _encode_plain_prefix(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Returns the token ids that the exemplars have if another problem follows them."""
+    """Returns the token ids of the exemplars, encoded as if another problem followed."""
     encoding = text_encoding.encode_text(tokenizer, text + conversations.PLAIN_START)
     count = sum(end <= len(text) for _, end in encoding.offsets)
     return tuple(encoding.ids[:count])
@@ -241,7 +241,7 @@ def encode_target(
             return tuple(text_encoding.encode_text(tokenizer, completion + stop[0]).ids)
     end: Any = tokenizer.eos_token_id
     if end is None:
-        raise ValueError("method=sft needs a tokenizer with an end token; this one has none")
+        raise ValueError("method=sft needs an end token, but the tokenizer has none")
     closing = "\n</think>\n\n" if state == "open" else ""
     closed = text_encoding.encode_templated(tokenizer, closing, {})
     return (*closed, *text_encoding.encode_text(tokenizer, completion).ids, end)
@@ -259,7 +259,7 @@ def check_template_states(student: Prompt, teacher: Prompt, allow: bool) -> None
 
     Args:
       student: a student's prompt.
-      teacher: the teacher's prompt of the same completion.
+      teacher: the teacher's prompt for the same completion.
       allow: whether different states are accepted (parity.template_mismatch).
 
     Raises:
@@ -276,13 +276,13 @@ def check_template_states(student: Prompt, teacher: Prompt, allow: bool) -> None
 def keep_fitting_rows(
     rows: Sequence[Row], build: Callable[[Row], Prompt], limit: int, *, setting: str, overlong: str
 ) -> tuple[list[Row], int]:
-    """Keeps the rows whose prompt has at most `limit` tokens; no prompt is truncated.
+    """Keeps the rows whose prompts have at most `limit` tokens; no prompt is truncated.
 
     Args:
       rows: the rows.
       build: builds a row's prompt.
       limit: maximum number of tokens of a prompt.
-      setting: the name of the setting that `limit` comes from, for the message.
+      setting: the name of the setting that gives `limit`, for the error message.
       overlong: the value of data.overlong: "drop" drops rows with longer prompts, and "error"
         raises an error at the first such row.
 
@@ -308,7 +308,8 @@ def keep_fitting_rows(
 def restore_think_tag(prompt: Prompt, text: str) -> str:
     """Returns a completion, with a think tag in front if the prompt opened a think block.
 
-    The tag shows that a completion without a closing tag is only thinking and has no answer.
+    The tag shows that a completion without a closing tag consists only of thinking and has no
+    answer.
     """
     return ("<think>\n" if prompt.state == "open" else "") + text
 

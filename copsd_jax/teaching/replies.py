@@ -1,7 +1,7 @@
 """Requests replies in fixed formats from authors, and reads the replies strictly.
 
-Each author's text is read as a `Reply`, which has one of the `STATUSES`. A text in any other format
-is unusable: nothing is guessed from such a text.
+Each author's text is read as a `Reply`, which has one of the `STATUSES`. A text that is not in the
+requested format is unusable: nothing is guessed from the text.
 
 The reflections are from ROSD (arXiv 2605.28014). The four cases of a critique are from the
 step-aligned critique (arXiv 2606.11173). The wording of the requests differs from the wording in
@@ -64,7 +64,7 @@ class Attempt:
       correct: whether the answer is right; None if the reward cannot tell.
       feedback: the grader's feedback text.
       sibling: a successful completion of the same group, without its thinking; "" if there is none.
-      other: another problem of the data, for the context `other_problem`, or None.
+      other: another problem from the data (for the context `other_problem`), or None.
     """
 
     row: problem_row.Row
@@ -83,10 +83,10 @@ class Reply:
       status: a key of `STATUSES`.
       text: the explanation that the teacher is shown.
       quote: the quoted error, or "".
-      step: the first wrong step of the attempt, counted from 1, or None.
-      case: the case of a critique, a key of `step_checker.CASES`, or "".
-      trace: the corrected steps and answer of a critique, in tags, or "".
-      raw: the whole text.
+      step: the number of the attempt's first wrong step, counted from 1, or None.
+      case: for a critique, a key of `step_checker.CASES`; "" if there is no case.
+      trace: for a critique, the corrected steps and the answer, in tags; "" if there is no trace.
+      raw: the author's whole text.
       leaked: whether the explanation states the final answer.
       cut: whether the text was cut off at author.max_tokens, whatever the status is.
       detail: one readable line about a failure, or "".
@@ -148,8 +148,8 @@ def join_tags(fields: Iterable[tuple[str, str]]) -> str:
 def _read_reply_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
     """Reads the tags that follow the thinking, in order; text outside the tags is ignored.
 
-    If the prompt opened a think block, the caller must put `<think>` in front of the text. The
-    function `graders.extract_answer` has the same rule.
+    If the prompt opened a think block, the caller must put `<think>` in front of the text, as for
+    `graders.extract_answer`.
 
     Returns:
       The (tag, content) pairs, the status of the first error, and the tag of the first error. If
@@ -203,10 +203,10 @@ def read_published_reflection(text: str, correct: bool) -> Reply:
     """Reads a reply to EXPLAIN or DIAGNOSE as ROSD's code does (parity.reflection_tags).
 
     Tags are matched regardless of case, and the content of a tag ends at the first closing tag.
-    Tags inside the thinking are read, too. The misspelt tag `explaination` is searched first, then
-    `explanation`, then `reflection`. The first of these three tags that occurs is used, even if the
-    tag is empty. The quote does not depend on the explanation, so a reply with the status
-    no_explanation may have a quote.
+    Tags inside the thinking are read, too. The function looks for the misspelt tag `explaination`
+    first, then for `explanation`, then for `reflection`. The explanation is the content of the
+    first tag that the function finds, even if the content is empty. The quote does not depend on
+    the explanation, so a reply with the status no_explanation may have a quote.
     """
 
     def first(name: str) -> str | None:
@@ -265,12 +265,12 @@ def read_critique(text: str) -> Reply:
 def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
     """Returns a critique, with an error status if the attempt shows that the critique is unusable.
 
-    The attempt's steps before the first wrong step must occur in the trace, in the same order. The
-    white space in the right steps may differ, but nothing else may. If the attempt is wrong, other
-    steps may be inserted between the right steps. The wrong step must not occur in the rest of the
-    trace. A model copies an error that it is shown, so the student would learn the error. The trace
-    may, however, contain parts of the wrong step. A critique whose case is neither "right" nor
-    "wrong" is returned unchanged.
+    The attempt's steps before the first wrong step must occur in the trace, in the same order.
+    Where the trace repeats a right step, only the white space may differ. If the attempt is wrong,
+    other steps may be inserted between the right steps. The wrong step must not occur in any other
+    step of the trace or in the answer of the trace. A model copies errors that it is shown, so the
+    student would learn the wrong step. The trace may, however, contain parts of the wrong step. A
+    critique whose case is neither "right" nor "wrong" is returned unchanged.
 
     Args:
       reply: a critique, from `read_critique`.
@@ -294,7 +294,7 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
 
 
 def find_end(given: Sequence[str], right: Sequence[str]) -> int | None:
-    """Finds the steps `right` in `given`, in order; returns the index after the last, or None."""
+    """Finds `right` in `given`, in order; returns the index after the last step, or None."""
     at = 0
     for step in right:
         if step not in given[at:]:
@@ -313,12 +313,12 @@ def _bare(step: str) -> str:
 def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, int], str]:
     """Loads replies from a file; returns the text of each reply by (row id, sample).
 
-    A record has the fields `id`, `reply` and `sample`. The field `sample` may be absent, which
-    means sample 0.
+    A record has the fields `id`, `reply` and `sample`. The field `sample` is optional, with the
+    default 0.
 
     Args:
       path: a file that `sources.read_records` can read.
-      setting: the name of the setting that `path` comes from, for messages.
+      setting: the name of the setting that gives `path`, for error messages.
 
     Raises:
       FileNotFoundError: there is no such file.

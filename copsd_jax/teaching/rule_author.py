@@ -18,8 +18,8 @@ def _check_attempt_by_rule(attempt: Attempt, found: str | None) -> step_checker.
 def write_reflection(attempt: Attempt, found: str | None) -> str:
     """Writes a reflection on an attempt, in the format of DIAGNOSE or EXPLAIN.
 
-    The quoted text is exactly the error. If only a step or the answer is missing, nothing is
-    quoted. A right attempt is explained even if some of its steps have faults, because EXPLAIN
+    The quoted text is exactly the error. If the attempt merely lacks a step or the answer, nothing
+    is quoted. A right attempt is explained even if some of its steps have faults, because EXPLAIN
     requests an explanation.
 
     Args:
@@ -60,8 +60,8 @@ def write_critique(attempt: Attempt, found: str | None) -> str:
 def write_exemplar_reflection(attempt: Attempt) -> replies.Reply:
     """Returns the reflection shown for an exemplar; the attempt is the exemplar's own solution.
 
-    The reflection states the whole solution in the words with which the rule corrects a wrong step.
-    The prompts of exemplars and of problems therefore have the same form.
+    The reflection states the whole solution in the words with which the rule corrects a wrong step,
+    so the prompts of exemplars and of problems have the same form.
 
     Raises:
       ValueError: the rule cannot check the row's solution.

@@ -1,4 +1,4 @@
-"""Splits an answer into steps, which are the contents of step tags or else sentences."""
+"""Splits an answer into steps: the contents of step tags or, without such tags, sentences."""
 
 import bisect
 import re
@@ -34,15 +34,16 @@ _SENTENCE_END = re.compile(
 def split_steps(text: str) -> tuple[Step, ...]:
     r"""Splits an answer into steps, numbered from 1.
 
-    If the text has the step tags 1 to n in order, with nothing between them, the content of each
-    tag is a step, as in `<step_1>...</step_1>`. The last step tag need not be closed. The text
-    after the last step tag, usually `<answer>...</answer>`, is one more step, which is final.
+    Step tags are written as `<step_1>...</step_1>`. If the step tags 1 to n occur in order, with
+    nothing between them, the content of each step tag is a step. The last step tag need not be
+    closed. The text after the last step tag, usually `<answer>...</answer>`, is one more step,
+    which is final.
 
     In a text whose step tags are missing or out of order, each sentence is a step, and each tag
     ends a sentence. A sentence ends at a line break, at `.`, `!` or `?` before a blank ("3.5" is
-    not split), or at a full stop of another script. A sentence that has several equations, or an
-    equation before its answer, is split before each of these parts except the first. A step that
-    says "the answer is" or has a `\boxed` is final. The content of `<answer>` is also a final step.
+    not split), or at a full stop of another script. If a sentence has several equations, or an
+    equation and then the answer, each equation and the answer become separate steps. A step that
+    contains "the answer is" or `\boxed` is final. The content of `<answer>` is also a final step.
     """
     tags = list(_TAG.finditer(text))
     spans = _split_at_tags(text, [tag for tag in tags if tag[2]])
@@ -100,7 +101,7 @@ def _split_sentences(text: str, tags: Sequence[re.Match]) -> list[_Span]:
 def _split_sentence(
     text: str, start: int, end: int, marks: Sequence[tuple[int, bool]]
 ) -> list[_Span]:
-    """Splits a sentence before each mark but the first; the part with the answer stays whole."""
+    """Splits a sentence at every mark after the first; the part with the answer is not split."""
     spans = []
     final = bool(marks) and marks[0][1]
     for at, is_answer in marks[1:]:

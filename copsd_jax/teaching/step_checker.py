@@ -1,8 +1,8 @@
 """A rule that finds the first wrong step of an attempt and corrects it.
 
 For problems that are solved by equations, the rule replaces a model as the author of critiques and
-reflections. The rule compares the equations of an attempt with those of the reference solution. The
-four `CASES` are those of critique-conditioned self-distillation (arXiv 2606.11173).
+reflections. The rule compares an attempt's equations with the equations of the reference solution.
+The four `CASES` come from critique-conditioned self-distillation (arXiv 2606.11173).
 """
 
 import bisect
@@ -27,7 +27,7 @@ class StepVerdict(NamedTuple):
     Attributes:
       case: a key of `CASES`.
       wrong_step: the number of the earliest wrong step, counted from 1; None if no step is wrong.
-      wrong: characters [start, end) of the wrong equation, or of the step that states a wrong
+      wrong: the characters [start, end) of the wrong equation, or of the step that states a wrong
         answer; None if no step is wrong.
       kept: the attempt's steps before the wrong step, except steps that state an answer.
       corrected: the steps of the corrected trace, without the final answer.
@@ -46,26 +46,26 @@ def check_attempt(
     """Finds the earliest wrong step of an attempt, and corrects the attempt from that step on.
 
     The needed results are the values of the solution's equations. Each equation of the attempt
-    reaches a needed result of the same value, namely the first that is not yet reached. Which
-    operations an equation uses does not matter. An equation also reaches earlier needed results
-    that it computes on the way: "3 * 5 - 4 = 11" can reach 15 and 11.
+    reaches the first needed result that has the same value and is not yet reached. It does not
+    matter which operations an equation uses. An equation also reaches earlier needed results that
+    it computes on the way: "3 * 5 - 4 = 11" can reach 15 and 11.
 
     A step is wrong if it has a false equation. In an attempt whose answer is wrong or missing, a
     step is also wrong if one of its equations has a value that is not a needed result. In an
-    attempt with a right answer, equations with other values are accepted as another way to the
-    answer. If the answer is wrong but no equation is wrong, the step that states the answer is the
-    wrong step.
+    attempt with a right answer, values that are not needed results are accepted as another way to
+    the answer. If the answer is wrong but no equation is wrong, the step that states the answer is
+    the wrong step.
 
-    The corrected trace keeps the attempt's steps before the wrong step verbatim, except steps that
-    state an answer. Missing equations of the solution are inserted before the step that needs them,
-    or at the end. Inserted equations are written with the signs and spacing of the attempt. If the
-    attempt is unfinished, only its equations that reach a result are kept.
+    The corrected trace repeats verbatim the attempt's steps before the wrong step, except steps
+    that state an answer. Missing equations of the solution are inserted before the step that needs
+    them, or at the end. Inserted equations are written with the signs and spacing of the attempt.
+    From an unfinished attempt, the trace keeps only the equations that reach a result.
 
     Args:
       text: the attempt.
       solution: the reference solution.
       gold: the reference answer.
-      found: the attempt's answer, or None if it has none.
+      found: the attempt's answer; None if the attempt has no answer.
       correct: whether `found` equals `gold`.
 
     Raises:
@@ -76,7 +76,7 @@ def check_attempt(
         raise ValueError(f"the rule cannot check the solution {solution!r}: {fault}")
     attempt, needed = solution_steps.split_steps(text), equations.find_equations(solution)
     if (found is None and correct) or (found is not None and not attempt):
-        raise ValueError(f"answer {found!r}, correct={correct}: not possible for the text {text!r}")
+        raise ValueError(f"found={found!r}, correct={correct}: not possible for the text {text!r}")
     reached = _match_results(equations.find_equations(text), needed)
     wrong, span = _find_earliest_error(attempt, reached, found is not None, correct)
     missing = len({i for _, new in reached for i in new or ()}) < len(needed)
@@ -89,7 +89,7 @@ def check_attempt(
 
 
 def can_check(solution: str, gold: str | None = None) -> bool:
-    """Tells whether a solution has equations, all of them true, and the last one gives `gold`."""
+    """Tells whether a solution has equations, they are all true, and the last one gives `gold`."""
     return _find_solution_fault(solution, gold) is None
 
 
@@ -113,8 +113,8 @@ _Reached = list[tuple[equations.Equation, set[int] | None]]
 def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
     """Returns the attempt's equations, each with the indices of the results that it newly reaches.
 
-    The set of indices is empty if earlier equations already reached the results. If the equation's
-    value is not a needed result, there is None instead of a set.
+    The set of indices is empty if earlier equations already reached the results. For an equation
+    whose value is not a needed result, None takes the place of the set.
     """
     out: _Reached = []
     done: set[int] = set()
@@ -133,7 +133,7 @@ def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
 def _find_earliest_error(
     attempt: _Steps, reached: _Reached, answered: bool, correct: bool
 ) -> tuple[solution_steps.Step | None, tuple[int, int] | None]:
-    """Returns the earliest wrong step and its error's span; (None, None) if no step is wrong."""
+    """Returns the earliest wrong step and its error's span, or (None, None) if none is wrong."""
     for equation, new in reached:
         if not equation.true or (new is None and not correct):
             holds = next(s for s in attempt if s.start <= equation.start < s.end)
@@ -147,7 +147,7 @@ def _find_earliest_error(
 def _correct_steps(
     text: str, kept: _Steps, reached: _Reached, spelt: Sequence[str], condense: bool
 ) -> tuple[str, ...]:
-    """Returns the kept steps, with the missing equations of the solution (`spelt`) inserted.
+    """Returns the kept steps, with missing equations of the solution (from `spelt`) inserted.
 
     If `condense` is set, each kept step is reduced to its equations that reach a result.
     """

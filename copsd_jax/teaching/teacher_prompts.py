@@ -15,7 +15,7 @@ TRUNCATED_SECTIONS = ("attempt", "sibling", "feedback", "reflection", "critique"
 
 
 def build_exemplars(prompt_format: PromptFormat, settings: Settings) -> tuple[Exemplar, ...]:
-    """Returns for each exemplar its solution, as a right attempt, and the reply to this attempt.
+    """Returns an (attempt, reply) pair per exemplar; the attempt is the exemplar's own solution.
 
     Raises:
       ValueError: a rule writes the replies, but cannot check an exemplar's solution.
@@ -50,8 +50,8 @@ def build_author_conversation(
     """Builds the conversation that an author completes, with long sections truncated.
 
     Args:
-      tokenizer: counts the tokens of a section.
-      settings: the settings of the context, which limit the number of tokens per section.
+      tokenizer: the tokenizer that counts the tokens of a section.
+      settings: the settings of the context; they limit the number of tokens per section.
       attempt: the attempt that the author writes about.
 
     Returns:
@@ -81,7 +81,7 @@ def build_teacher_prompt(
       exemplars: the attempts and replies of the exemplars, from `build_exemplars`.
 
     Returns:
-      The prompt, or None if the context has nothing to teach about this attempt.
+      The prompt, or None if the context has nothing to teach about the attempt.
 
     Raises:
       ValueError: the context has no conversation for an exemplar.
@@ -107,7 +107,7 @@ def build_teacher_prompt(
 def _truncate_sections(
     tokenizer: Tokenizer, settings: Settings, conversation: Conversation | None
 ) -> tuple[Conversation | None, tuple[str, ...]]:
-    """Truncates sections whose kind is in `TRUNCATED_SECTIONS` to context.section_tokens tokens.
+    """Truncates sections of the kinds in `TRUNCATED_SECTIONS` to context.section_tokens tokens.
 
     Returns:
       The conversation, and the kinds of the truncated sections. If context.section_tokens is 0, no

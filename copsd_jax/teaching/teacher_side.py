@@ -1,4 +1,4 @@
-"""Builds a run's teacher prompts, which all share one format, one context and the exemplars."""
+"""Builds a run's teacher prompts, which share one format, one context and the same exemplars."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Selects the tokens that carry loss, as the settings tokens.* say.
+"""Selects the tokens that carry loss, according to the settings tokens.*.
 
 The choices are all tokens, the tokens from the first error on, the tokens of the wrong step, and
 spans that a user's function returns.
@@ -22,7 +22,7 @@ from copsd_jax.teaching.token_spans import Decoded
 # Each status says how the tokens were selected. If the quote is missing or not found,
 # tokens.on_failure decides which tokens are selected.
 STATUSES = (
-    *token_spans.STATUSES,  # by the quote; if not found, by on_failure=full or skip
+    *token_spans.STATUSES,  # by the quote; if it was not found, by on_failure=full or skip
     "closest_step",  # by on_failure=step: the step that shares the most words with the quote
     "step",  # by the number of a critique's first wrong step
     "right",  # all tokens, because the completion is right
@@ -42,7 +42,7 @@ class Settings:
 
 
 def import_span_function(select: str) -> Callable | None:
-    """Imports the span function that tokens.select names; returns None for any other value.
+    """Imports the span function that tokens.select names; returns None if it names no function.
 
     The span function maps (problem, answer, reply) to spans [(start, end), ...] of characters in
     the answer. The argument `reply` of the span function is the text that the teacher is shown.
@@ -74,7 +74,7 @@ def _check_span(select: str, span: Any, characters: int) -> tuple[int, int]:
     whole = len(pair) == 2 and all(isinstance(at, numbers.Integral) for at in pair)
     if not whole or not 0 <= pair[0] <= pair[1] <= characters:
         raise ValueError(
-            f"tokens.select is {select!r}: it returned {span!r}, which is not a (start, end) in an "
+            f"tokens.select is {select!r}: it returned {span!r}, not a pair (start, end) within an "
             f"answer of {characters} characters"
         )
     return int(pair[0]), int(pair[1])

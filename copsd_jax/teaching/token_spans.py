@@ -2,8 +2,8 @@ r"""Finds the characters and the tokens of a quoted error in a completion.
 
 A completion is decoded once, from the bytes of its sampled tokens. Each token keeps the span of the
 characters that its bytes belong to. Text is never encoded again, because BPE may split a prefix
-into tokens other than the sampled ones. If the tokens differ, ROSD's published code (arXiv
-2605.28014) finds a wrong index.
+into tokens other than the sampled ones. ROSD's published code (arXiv 2605.28014) encodes a prefix
+again, and finds a wrong index if the tokens differ from the sampled ones.
 
     tokens      "3 +"   "\xc3"   "\xa9"   " = 8"        é is C3 A9, in two tokens
     characters   0 1 2    3        3        4 5 6 7
@@ -25,9 +25,9 @@ STATUSES = (
     "no_quote",  # nothing was quoted
 )
 
-# Matches one character of UTF-8, or the bytes that a decoder replaces with one U+FFFD. Replaced
-# bytes are the longest beginning of a well-formed sequence (Unicode, tables 3-7 and 3-8), or a
-# single byte.
+# Matches one character of UTF-8, or the bytes that a decoder replaces with one U+FFFD. The replaced
+# bytes are either the longest beginning of a well-formed sequence (Unicode, tables 3-7 and 3-8), or
+# a single byte.
 _CHARACTER = re.compile(
     rb"""[\x00-\x7f] | [\xc2-\xdf][\x80-\xbf]?
     | (?: \xe0[\xa0-\xbf] | [\xe1-\xec\xee\xef][\x80-\xbf] | \xed[\x80-\x9f] ) [\x80-\xbf]?
@@ -37,13 +37,13 @@ _CHARACTER = re.compile(
 )
 
 # The line break \\ is not spacing. The pattern matches \\ first, so that the second backslash does
-# not form another command with a comma or blank after it.
+# not combine with a following comma or blank into another command.
 _SPACING = re.compile(
     r"""(?P<kept> \\\\ ) | (?P<comma> \{,\} )
     | (?: [\s~\u200b] | \\[,;:>!\s] | \\(?:q?quad|(?:thin|med|thick|en)space)(?![A-Za-z]) )+""",
     re.VERBOSE,
 )
-_LONGEST = 32  # characters composed together at most; Unicode's stream-safe form allows 30 marks
+_LONGEST = 32  # maximum length of a segment; Unicode's stream-safe form allows 30 marks
 
 
 class Decoded(NamedTuple):
@@ -63,7 +63,7 @@ class Found(NamedTuple):
 
 
 class _Normal(NamedTuple):
-    """A normalised text; its n-th character stands for [starts[n], ends[n]) of the original."""
+    """A normalised text; character n stands for [starts[n], ends[n]) of the original text."""
 
     text: str
     starts: np.ndarray
@@ -122,16 +122,16 @@ def find_token_range(decoded: Decoded, start: int, end: int) -> tuple[int, int]:
 
 
 def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: float) -> Found:
-    r"""Finds a quote in a text by an exact match, or else a normalised or else a fuzzy match.
+    r"""Finds a quote in a text: by an exact match, else a normalised match, else a fuzzy match.
 
     An exact match has the same code points as the quote, or as the quote without surrounding white
-    space. A normalised match equals the quote after both are composed canonically (NFC) and their
-    spacing is reduced. A run of spacing (white space, `~`, `\,`, `\quad` and the like) becomes one
-    blank between two letters or two digits. Any other spacing is removed, so "x+y" equals "x + y".
-    `{,}` becomes a comma. A fuzzy match is the longest substring that the normalised text and the
-    normalised quote have in common. For a fuzzy match, only the span of the common substring is
-    returned. No edit distance is used: at the same threshold, an edit distance would accept a quote
-    with different numbers.
+    space. A normalised match equals the quote after the text and the quote are composed canonically
+    (NFC) and spacing is reduced. A run of spacing (white space, `~`, `\,`, `\quad` and the like)
+    becomes one blank between two letters or two digits. Any other spacing is removed, so "x+y"
+    equals "x + y". `{,}` becomes a comma. A fuzzy match is the longest substring that the
+    normalised text and the normalised quote have in common. For a fuzzy match, only the span of the
+    common substring is returned. No edit distance is used: at the same threshold, an edit distance
+    would accept a quote with different numbers.
 
     The time is linear in the lengths of the text and the quote, except that Python's `rfind` is
     slower on periodic texts. In a text of 30,000 characters (8k tokens), an exact match takes less
@@ -140,10 +140,10 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
     Args:
       text: the text.
       quote: the quote, or None.
-      occurrence: the match to return if there are several, `first` or `last`. All fuzzy matches
-        have the same length.
-      threshold: the smallest share of the normalised quote that a fuzzy match may contain, in (0,
-        1].
+      occurrence: `first` or `last`; tells which match to return if there are several. All fuzzy
+        matches have the same length.
+      threshold: the minimum share of the normalised quote in a fuzzy match; a number above 0 and at
+        most 1.
     """
     if quote is None or not quote.strip():
         return Found(-1, -1, "no_quote")
@@ -158,8 +158,8 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
         starts, length = _find_longest_common(normal.text, wanted)
         start, status = starts[0 if occurrence == "first" else -1], "fuzzy"
     part = normal.text[start : start + length]
-    # The code compares a quotient, because a product such as .8 * 5 may exceed 4 in binary.
-    # `wanted` is empty if the quote consists only of spacing.
+    # The code compares a quotient, because a product such as .8 * 5 may exceed 4 in floating-point
+    # arithmetic. `wanted` is empty if the quote consists only of spacing.
     if not wanted or length / len(wanted) < threshold or not part.strip():
         return Found(-1, -1, "failed")
     start, end = start + len(part) - len(part.lstrip()), start + len(part.rstrip())
@@ -252,7 +252,7 @@ def _find_longest_common(text: str, wanted: str) -> tuple[list[int], int]:
 
 
 def _measure_common(text: str, wanted: str) -> list[int]:
-    """Returns for each end in `text` the length of the longest substring shared with `wanted`.
+    """Measures for each place in `text` the longest substring of `wanted` that ends at this place.
 
     The suffix automaton of `wanted` (Blumer et al. 1985) reads the text once, so the time is linear
     in both lengths. A table of all pairs of characters would take time proportional to the product
@@ -272,7 +272,7 @@ def _measure_common(text: str, wanted: str) -> list[int]:
 
 
 def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[int]]:
-    """Builds a word's suffix automaton: the transitions, suffix link and longest length per state.
+    """Builds a word's suffix automaton: each state's transitions, suffix link and longest length.
 
     State 0 stands for the empty word.
     """
@@ -292,7 +292,7 @@ def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[i
         parents[new] = target = steps[state][c]
         if sizes[target] > sizes[state] + 1:
             # The state `target` also stands for longer words. A copy of `target` therefore stands
-            # for the longest word of `state` followed by c.
+            # for the longest word of `state` followed by `c`.
             parents[new] = copy = len(steps)
             steps.append(dict(steps[target]))
             sizes.append(sizes[state] + 1)

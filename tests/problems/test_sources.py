@@ -202,7 +202,7 @@ def test_tsv_has_one_language_and_no_solution(tmp_path):
     with pytest.raises(ValueError, match="one language"):
         sources.load_rows(str(path), ("sw", "en"))
     path.write_text("a\t1\nb\n")
-    with pytest.raises(ValueError, match=r"line 2: .* has 1 cells"):
+    with pytest.raises(ValueError, match=r"line 2: .* found 1 cells"):
         sources.load_rows(str(path), ("sw",))
 
 

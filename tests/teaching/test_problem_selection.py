@@ -16,7 +16,7 @@ def test_a_language_with_a_share_needs_a_row(weights):
     if weights and not weights[1]:
         problem_selection.check_language_shares(config, rows, registry)
         return
-    with pytest.raises(ValueError, match=r"is 'swa': no row in it is left; set its weight"):
+    with pytest.raises(ValueError, match=r"is 'swa': this language has no row; set its data"):
         problem_selection.check_language_shares(config, rows, registry)
     # The code of a setting and that of a row may be two names of one language.
     swahili = problem_row.Row("1/sw", "p", "s", "a", "sw", "p")
