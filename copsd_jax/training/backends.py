@@ -1,4 +1,4 @@
-"""Implementations of the divergence and of attention, chosen by the platform of a run's mesh.
+"""Chooses the implementations of the divergence and of attention for the platform of a mesh.
 
 The choice depends on the platform of the mesh's devices, which may differ from JAX's default
 backend.
@@ -111,7 +111,7 @@ def check_attention(
       c: the settings of the run.
       platform: platform of the mesh: cpu, gpu or tpu.
       dtype: dtype in which the model computes.
-      shape: the model.
+      shape: the model's shape.
 
     Raises:
       ValueError: an implementation cannot run; the message names its setting.

@@ -73,7 +73,7 @@ def pack_batch(
 ) -> layout.Batch:
     """Packs the samples of a batch into rows and micro-batches, according to `train.pack`.
 
-    The packing plan depends only on the lengths of the texts, so every process makes the same plan.
+    Every process has the same batch, and therefore makes the same packing plan.
 
     Args:
       frame: the plan of the run's programs.

@@ -1,4 +1,4 @@
-"""Collapse guards: rules on a step's metrics that warn, lower the learning rate or stop the run.
+"""Collapse guards: rules that check metrics, and warn, lower the learning rate or stop the run.
 
 A rule is one string of `guards.rules`, without blanks:
 
@@ -12,8 +12,8 @@ A NaN value is treated as beyond every limit. `warn` gives one warning each time
 the limit. `lr` lowers the learning rate after every STEPS consecutive steps beyond the limit.
 
 A rule skips steps that lack the rule's metric, for example steps in which no token carried loss.
-However, a missing metric that counts a status is read as 0. A misspelled metric would never be
-noticed during a run, so `check_metrics` checks all names before the run.
+However, if the metric counts a status, a missing value is read as 0. A misspelled metric would
+never be noticed during a run, so `check_metrics` checks all names before the run.
 
 The guards' state is a small dictionary that is computed only from the lines of metrics.jsonl. A
 continued run therefore makes the same decisions as an uninterrupted run.

@@ -14,10 +14,10 @@ shape, [B, C].
     gather           1 2 3         gather               3 4 5
     predicts         7 8 9         predicts             7 8 9
 
-A gather index is an index into all rows of the side, flattened to one axis. Masks are computed from
+A gather index is an index into all rows of one side, flattened to one axis. Masks are computed from
 lengths, never from token values. The mask includes the end token of a completion even if this token
-has the same id as padding. If prompts share a prefix of P tokens, such as the worked examples, the
-rows do not contain this prefix, and positions begin at P.
+has the same id as padding. If prompts share a prefix, such as the worked examples, the rows do not
+contain this prefix, and positions begin at P, the length of the prefix.
 
 `pack_rows` puts several samples into each row and cuts the batch into micro-batches, according to a
 `row_packing.RowPlan`. If completions in one row share a prompt, the row contains the prompt only
@@ -119,10 +119,10 @@ def _lay_out_side(prompts, completions, prefix: int, C: int) -> Side:
     gather_BC = np.zeros((B, C), np.int32)
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not prompt:
-            raise ValueError(f"sample {b} has an empty prompt, so nothing predicts its completion")
+            raise ValueError(f"sample {b} has an empty prompt, so nothing predicts the first token")
         tokens_BL[b, : lengths[b]] = [*prompt, *completion]
         segments_BL[b, : lengths[b]] = 1
-        # Completion token t is at index len(prompt) + t; the index len(prompt) + t - 1 predicts it.
+        # Completion token t, at index len(prompt) + t, is predicted at index len(prompt) + t - 1.
         gather_BC[b, : len(completion)] = b * L + len(prompt) - 1 + np.arange(len(completion))
         # Padding has weight 0, so the gather index of padding may point at any position of the row.
         gather_BC[b, len(completion) :] = b * L

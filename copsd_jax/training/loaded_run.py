@@ -144,7 +144,7 @@ def load_run(
 def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
     """Returns the number of cache entries that a slot needs in each section.
 
-    A slot has room for the longest prompt, exemplars excluded, followed by the longest completion.
+    A slot has room for the longest prompt (without exemplars) and the longest completion.
     For the author, whose prompts are not known yet, and for sections without rows, the result is 0.
     """
     config, out = plan.config, {"author": 0}
@@ -160,7 +160,7 @@ def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
-    """Runs `make(*args)` in jit, so that each device creates only its shards of the result."""
+    """Runs `make(*args)` under jit, so that each device creates only its shards of the result."""
     places = builders.find_shardings(jax.eval_shape(make, *args), plan)
     return jax.jit(make, out_shardings=places)(*args)
 
@@ -185,7 +185,7 @@ def _load_run_weights(plan: run_plan.Plan) -> dict:
 
 @contextlib.contextmanager
 def set_mesh_and_precision(plan: run_plan.Plan) -> Iterator[None]:
-    """Sets the mesh of the plan's programs, and full precision for float32 matrix products.
+    """Sets the plan's mesh and, if the plan's dtype is float32, full precision for matrix products.
 
     By default, accelerators round the operands of float32 matrix products to fewer bits.
     """

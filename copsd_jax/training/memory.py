@@ -125,8 +125,7 @@ def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -
     Args:
       frame: the settings, the model's shape and the mesh.
       section: the section of the settings that sets the number of slots: rollout, eval or author.
-      tokens: number of cache entries that a slot needs, including entries that an insertion
-        overwrites.
+      tokens: number of cache entries that a slot needs, including spare entries for insertions.
     """
     m, settings = frame.model_config, builders.build_sampler_settings(frame.config, section, 0)
     tensor, shards = frame.mesh.shape["tensor"], sharding.batch_shards(frame.mesh)

@@ -87,7 +87,7 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
     graded = [record for record in made if record["correct"] is not None]
     # The status "raised:KeyError" is counted as "raised"; records keep the exception's name.
     statuses = [record["grade_status"].partition(":")[0] for record in graded]
-    # A user's function extracts no answer, so its verdicts say nothing about the format of answers.
+    # A user's reward function extracts no answer, so its verdicts say nothing about answer formats.
     formed = [
         record["answer"] is not None
         for record, status in zip(graded, statuses, strict=True)
@@ -205,13 +205,13 @@ def _add_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) ->
     if settings.kl:
         record["kl_initial"] = round_values(policy.kl_T[b, :n])
     if settings.old == "sampler" or settings.rollout_clip:
-        # The loss also limits the logarithm of the ratio to [-20, 20] (policy_loss.LOG_RATIO).
+        # The ratio's logarithm is limited to [-20, 20], as in the loss (policy_loss.LOG_RATIO).
         log = np.clip(policy.logp_T[b, :n] - batch.logp_rollout_BC[b, :n], -20, 20)
         record["policy_ratio"] = round_values(np.exp(log))
 
 
 def _mean_ratios(made: list[dict]) -> dict[str, float]:
-    """Returns the mean of each ratio over the tokens of the loss that uses the ratio."""
+    """Returns the mean of each ratio over the tokens that carry the corresponding loss."""
     out = {}
     for name, mask in (("ratio", "loss_mask"), ("policy_ratio", "policy_mask")):
         kept = [
@@ -231,7 +231,7 @@ OF_POLICY = ("policy_loss", "policy_entropy", "ratio_clipped", "kl_initial")
 def drop_empty_means(
     policy: train_step.PolicyLoss | None, values: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Removes from a step's metrics the means over empty masks, which the step reports as 0.
+    """Removes means over empty masks from a step's metrics; the step reports such means as 0.
 
     A mean is dropped if no token carries the loss to which the mean belongs. For a cross entropy,
     `ratio_clipped` is dropped. For a loss without the divergence from the initial policy,

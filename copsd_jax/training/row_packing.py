@@ -1,4 +1,4 @@
-"""Packs completions into rows, devices and micro-batches, based only on their lengths.
+"""Packs completions into rows, devices and micro-batches; reads lengths, but no token ids.
 
 A bin is the part of a micro-batch that one shard runs: rows of the student's side and rows of the
 teacher's side. On each side, all bins have the same number and length of rows, so that one program
@@ -98,8 +98,8 @@ class RowPlan(NamedTuple):
 def round_up_row_size(number: int, least: int = 1, parts: int = 16) -> int:
     """Rounds a number up to a multiple of a step that grows with it: 35 -> 36, 1,100 -> 1,152.
 
-    The largest power of two up to the number is divided by `parts`. The step is the quotient, or
-    `least` if the quotient is smaller.
+    The largest power of two that does not exceed the number is divided by `parts`. The step is the
+    quotient, or `least` if the quotient is smaller.
     """
     step = max(least, (1 << max(0, number.bit_length() - 1)) // parts)
     return max(1, -(-number // step)) * step

@@ -75,7 +75,8 @@ class Plan(ProgramPlan):
       selection: the settings that select the tokens with loss.
       guards: the rules that watch the metrics.
       replies: with author.kind=file, the replies by row id and sample; otherwise {}.
-      longest: for each side, the number of tokens in its longest prompt.
+      longest: for each side, the number of tokens in its longest prompt; for the teacher, an upper
+        bound of this number.
       server: with sampler.engine=server, the connected server; otherwise None.
     """
 

@@ -23,9 +23,9 @@ Over the completion tokens y_bt of the batch, the train step minimizes
 where z are the logits, τ is the temperature of the loss, and sg stops the gradient. D is a
 divergence from `losses/divergences.py`. ℓ is the policy loss on the sampled tokens: GRPO's
 surrogate, or the cross entropy of SFT. Either term of L may be absent. The weights w and u are
-token weights from `loss_norms.compute_token_weights`, multiplied by `Options.weight` and
-`PolicyLoss.weight`. Token weights are normalised over the whole step, so the losses of
-micro-batches add up to L.
+token weights from `loss_norms.compute_token_weights`, multiplied by `Options.weight` and by
+`PolicyLoss.weight`, respectively. Token weights are normalised over the whole step, so the losses
+of micro-batches add up to L.
 
 The kinds of teacher differ only in their shares s_k and weights θ_k:
 
@@ -545,8 +545,8 @@ def _split_micro_batches(batch: layout.Batch, n: int) -> layout.Batch:
     def side(s: layout.Side) -> layout.Side:
         B, L = s.tokens_BL.shape
         b = jnp.arange(B, dtype=jnp.int32)
-        # Row b becomes row b // n of its micro-batch, so its gather indices decrease by (b - b //
-        # n) * L.
+        # Row b becomes row b // n of its micro-batch, so the gather indices of row b decrease by
+        # (b - b // n) * L.
         local = s._replace(gather_BC=s.gather_BC - ((b - b // n) * L)[:, None])
         return jax.tree.map(lambda x: _cut_micro_batches(x, n), local)
 
