@@ -1,7 +1,8 @@
 """Pure functions for the policy-gradient losses of GRPO and related methods.
 
 There are B completions of up to C tokens; the completions of one prompt form a group G. Let r be
-the rewards, and let ρ = exp(ln π - ln π_old). The advantages A and the loss L are
+the rewards, and let ρ = exp(ln π - ln π_old). Two formulas define the advantages A and the loss
+L:
 
     A_i = (r_i - mean_G r) / (std_G r + ε)                      (the divisor is 1 with scale none)
     L   = Σ w · (surrogate(ρ, A) + kl_weight · kl_to(initial))  (w: compute_token_weights)

@@ -209,7 +209,7 @@ def _apply_rope(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
 def _attend_cache(
     q_B1KMH, k_B1KH, v_B1KH, cache, inputs: "_StreamInputs", layer, prefix, implementation: str
 ) -> tuple[jax.Array, decode_attention.Cache]:
-    """Computes the attention of each slot's token to the prefix, to earlier entries and to itself."""
+    """Computes attention from each slot's token to the prefix, to earlier entries and to itself."""
     q_JKMH, dtype = q_B1KMH[:, 0], q_B1KMH.dtype
     assert inputs.index_B is not None  # A stream with a cache always has index_B.
     own, cache = decode_attention.write_and_attend(

@@ -75,7 +75,7 @@ def _stack_row_coefficients(
 def _load_tile_logits(
     settings: divergences.Divergence, logits_ref, row, width: int, here: jax.Array
 ):
-    """Loads z / τ of a tile, with EMPTY for missing entries; also returns the real entries' mask."""
+    """Returns z / τ of a tile, with EMPTY for missing entries, and a mask of the real entries."""
     start = pl.program_id(1) * width
     real_U = start + jnp.arange(width, dtype=jnp.int32) < here
     z_U = plgpu.load(logits_ref.at[row, pl.ds(start, width)], mask=real_U, other=0.0)
