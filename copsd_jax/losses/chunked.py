@@ -27,7 +27,8 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
     """Computes the statistics and the gradients of one block of tokens.
 
     Args:
-      sweep: constants of the sweep; each head has the same dtype as its hidden states.
+      sweep: constants of the sweep; each head has the same dtype as the states that it
+        multiplies.
       rows: (hidden, inputs); hidden contains the states of student and teacher, [T, D] each, and
         inputs is a `TokenInputs`.
 
@@ -53,8 +54,8 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
         stats, dz_TV = _score_in_strips(score, logits_s_TV, logits_t_TV, tokens_T, *others)
     if not sweep.gradient:
         return (stats, None), None
-    # dz is rounded before it is multiplied by the weight. Even if the weight is small, dz loses no
-    # precision, because the relative precision of bfloat16 does not depend on the magnitude.
+    # dz is rounded before it is multiplied by the weight. A small weight costs no precision,
+    # because the relative precision of bfloat16 does not depend on the magnitude.
     dz_TV = dz_TV.astype(hidden[0].dtype)
     grad_head_VD = None
     if sweep.train_head:
@@ -80,7 +81,7 @@ def _compute_shard_logits(hidden_TD, head_VD, shard: split_vocabulary.Vocabulary
 
 
 def _score_in_strips(score: Callable[..., Result], *rows: jax.Array | None) -> Result:
-    """Returns score(*rows) for arrays [rows, ...]; on a CPU, calls `score` strip by strip."""
+    """Returns score(*rows) for arrays [T, ...]; on a CPU, calls `score` on STRIP rows at a time."""
     if jax.tree.leaves(rows)[0].shape[0] <= STRIP:
         return score(*rows)
 
@@ -131,10 +132,10 @@ def _score_live_log_probs(
 ) -> tuple[tuple, jax.Array | None]:
     """Scores all live rows on all devices of the mesh.
 
-    If `cotangent_T` is None, the function returns the tuple (logp_T, entropy_T), and None. If
-    `gradient` is also set, the tuple is (logp_T, entropy_T, ∂logp_t / ∂hidden_t [T, D]). If
-    `cotangent_T` contains the cotangents of logp_T, the function returns an empty tuple and the
-    head's gradient [V, D].
+    If `cotangent_T` is None, the function returns `((logp_T, entropy_T), None)`. If `gradient` is
+    also set, the inner tuple is (logp_T, entropy_T, ∂logp_t / ∂hidden_t [T, D]). If `cotangent_T`
+    contains the cotangents of logp_T, the function returns an empty tuple and the head's gradient
+    [V, D].
     """
     entries = head_VD.shape[0]
 

@@ -1,4 +1,4 @@
-"""The clip of each token's divergence, and the importance ratio that multiplies the result."""
+"""Computes the clip of each token's divergence, and the importance ratio of each token."""
 
 import jax
 import jax.numpy as jnp

@@ -119,11 +119,11 @@ def divergence(
     """Computes the loss Σ_t weight_t · value_t and the statistics of each token.
 
     The loss is differentiable in hidden_s_TD, and in head_s_VD if `train_head` is set. The
-    statistics have no gradient, and neither do the arguments other than hidden_s_TD and head_s_VD.
-    Rows of weight 0 contribute exactly nothing to the loss. Rows that are not live may contain
-    anything. Rows that are not live take no time, unless the implementation is `dense` or the rows
-    pad the last block. If both sides have equal hidden states and equal heads, fkl, rkl and jsd
-    give a loss and a gradient of exactly zero.
+    statistics have no gradient. All arguments other than hidden_s_TD and head_s_VD are treated as
+    constants. Rows of weight 0 contribute exactly nothing to the loss. Rows that are not live may
+    contain anything. Rows that are not live take no time, unless the implementation is `dense` or
+    the rows pad the last block. If both sides have equal hidden states and equal heads, fkl, rkl
+    and jsd give a loss and a gradient of exactly zero.
 
     For one token with p = (1/2, 1/2), q = (3/4, 1/4) and weight 1, fkl gives
     3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308 nats.
@@ -139,7 +139,7 @@ def divergence(
       weight_T: float32 weights, which include the normaliser (`loss_norms.compute_token_weights`);
         0 for rows that do not count.
       settings: settings of the divergence.
-      implementation: one of the names in IMPLEMENTATIONS, such as `resolve_implementation` returns.
+      implementation: one of the names in IMPLEMENTATIONS; see `resolve_implementation`.
       chunk: maximum number of tokens in a block of `chunked`, on each device.
       train_head: whether head_s_VD has a gradient.
       logp_old_T: see `clips.clip_importance_ratio`; read only if ratio_clip or rollout_clip is on.

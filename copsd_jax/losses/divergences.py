@@ -52,8 +52,9 @@ class Divergence:
       temperature: τ > 0, by which the logits of both sides are divided; the loss is not multiplied
         by τ².
       top_k: number of most probable entries that the loss uses; 0 means all entries.
-      top_k_of: teacher or student keeps the k most probable entries of that side; union keeps the k
-        most probable entries of each side, which are k to 2k entries in total.
+      top_k_of: `teacher` keeps the teacher's k most probable entries. `student` keeps the student's
+        k most probable entries. `union` keeps the k most probable entries of each side, which makes
+        k to 2k entries in total.
       tail: False renormalises both sides over the kept entries. True, which needs top_k above 0,
         leaves the probabilities unchanged, and adds one tail entry that stands for all other ids.
         The tail's probability is at least 1e-7; a tail at this floor has no gradient. With
@@ -108,7 +109,7 @@ class Divergence:
 
 
 class Entry(NamedTuple):
-    """Terms that are summed over the vocabulary, before clipping, and derivatives of the terms.
+    """The unclipped terms of the sum over the vocabulary, and the derivatives of the terms.
 
     Attributes:
       e: the entries e_v before the shift.
@@ -158,7 +159,7 @@ def _forward_kl_plain(student: Distribution, teacher: Distribution, _: Divergenc
 def _reverse_kl_plain(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> jax.Array:
-    """Drops the derivative of ln p unless entries are clipped: the derivative sums to ∂(Σp) = 0."""
+    """Drops the derivative of ln p unless entries are clipped; the derivative sums to ∂(Σp) = 0."""
     gap = student.log - teacher.log
     return student.p * (gap if settings.clip_mode == "element" else jax.lax.stop_gradient(gap))
 

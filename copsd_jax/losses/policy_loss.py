@@ -1,7 +1,8 @@
 """Pure functions for the policy-gradient losses of GRPO and related methods.
 
-There are B completions of up to C tokens; the completions of one prompt form a group G. With the
-rewards r and ρ = exp(ln π - ln π_old), the advantages A and the loss L are
+There are B completions of up to C tokens; the completions of one prompt form a group G. Let r be
+the rewards, and let ρ = exp(ln π - ln π_old). Two formulas define the advantages A and the loss
+L:
 
     A_i = (r_i - mean_G r) / (std_G r + ε)                      (the divisor is 1 with scale none)
     L   = Σ w · (surrogate(ρ, A) + kl_weight · kl_to(initial))  (w: compute_token_weights)
@@ -13,8 +14,8 @@ rewards r and ρ = exp(ln π - ln π_old), the advantages A and the loss L are
 | DAPO      | arXiv 2503.14476 | std   | .2, .28        | off  | global_token_mean |
 | SDPO      | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
 
-In the table, the row SDPO describes the GRPO baseline of the SDPO paper. The original baseline of
-that paper averages over the tokens of each micro-batch (micro_token_mean).
+In the table, the row SDPO describes the GRPO baseline of the SDPO paper. The original GRPO baseline
+of the SDPO paper averages over the tokens of each micro-batch (micro_token_mean).
 """
 
 import jax

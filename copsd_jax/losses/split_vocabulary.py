@@ -20,7 +20,7 @@ Divergence = divergences.Divergence
 
 
 class VocabularyShard(NamedTuple):
-    """A device's part of the vocabulary; parts have equal sizes, and are ordered by mesh axis.
+    """A device's part of the vocabulary; device i of a mesh axis has the i-th of n equal parts.
 
     Attributes:
       axis: the mesh axis that splits the vocabulary; None if every device has the whole vocabulary.
@@ -112,7 +112,7 @@ def score_shard_block(
 def _compute_shard_divergence(
     student: Distribution, teacher: Distribution, log_probs, tokens_T, settings: Divergence, axis
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the value [T], this part's gradient [T, V], and the clipped mass [T].
+    """Returns the value [T], this device's part [T, V] of the gradient, and the clipped mass [T].
 
     The gradient is with respect to logits / τ. `log_probs` contains the sampled tokens'
     log-probabilities under student and teacher, [T] each.
@@ -164,7 +164,7 @@ def _sum_parts(sums: list[jax.Array], axis: str) -> list[jax.Array]:
 
 
 def _pick_here(x_TV: jax.Array, tokens_T: jax.Array, axis: str) -> jax.Array:
-    """Returns x[t, token], shape [T]; the result is 0 for tokens that are not in this part."""
+    """Returns x[t, token], shape [T]; the result is 0 for tokens outside this device's part."""
     count = x_TV.shape[1]
     local_T = tokens_T - first_entry(axis, count)
     here_T = (local_T >= 0) & (local_T < count)
@@ -178,7 +178,7 @@ def _distribution(x_TV: jax.Array, weights_TV: jax.Array, total_T: jax.Array) ->
 
 
 def _subtract_one_hot(student: Distribution, tokens_T: jax.Array, axis: str) -> jax.Array:
-    """Returns p - 1[y] for the entries of this part, shape [T, V], where y is the token."""
+    """Returns p - 1[y] for this device's entries, shape [T, V], where y is the token."""
     count = student.p.shape[1]
     local_T1 = (tokens_T - first_entry(axis, count))[:, None]
     one_hot = jnp.arange(count, dtype=jnp.int32)[None] == local_T1

@@ -74,8 +74,8 @@ def spread(
     end. Padding consists of zeros, or of False in bool arrays.
 
     Args:
-      work: function that returns arrays [rows, ...], and a sum over the rows in the shape of a head
-        (or None). The function must do all reductions over the vocabulary axis itself.
+      work: function that returns arrays [rows, ...], and either None or a sum over the rows, in the
+        shape of a head. The function must do all reductions over the vocabulary axis itself.
       rows: arrays [T, ...].
       heads: arrays [V, D].
       split_vocabulary: see `find_axes`.
@@ -149,8 +149,8 @@ def _split_padded(head_VD: jax.Array, shards: int) -> jax.Array:
     fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
     padded = pad(head_VD, shards)
     if width % (fsdp * shards) == 0:
-        # After this constraint, the next constraint needs only one exchange between the devices of
-        # the axis `tensor`.
+        # Because the width is first split over both axes, the final split needs only one exchange
+        # between the devices of the axis `tensor`.
         padded = jax.lax.with_sharding_constraint(padded, P(None, ("fsdp", VOCABULARY)))
     place = P(VOCABULARY, "fsdp" if width % fsdp == 0 else None)
     return jax.lax.with_sharding_constraint(padded, place)

@@ -37,10 +37,10 @@ class TokenStats(NamedTuple):
         temperature. A sampler with the same weights must report the same number.
       entropy_student_T, entropy_teacher_T: entropy of each side's distribution at the loss
       temperature.
-      clipped_mass_T: amount of clipping, in a measure that depends on clip_mode. With element,
-        clipped_mass_T is the teacher's mass Σ q_v on the clipped entries; q is renormalised if
-        top_k is used without a tail. With token, token_weight or huber, clipped_mass_T is 1 if
-        d > κ, else 0. With none, clipped_mass_T is always 0.
+      clipped_mass_T: amount of clipping, in a measure that depends on clip_mode. In the mode
+        `element`, clipped_mass_T is the teacher's mass Σ q_v on the clipped entries; q is
+        renormalised if top_k is used without a tail. In the modes `token`, `token_weight` and
+        `huber`, clipped_mass_T is 1 if d > κ, else 0. In the mode `none`, clipped_mass_T is 0.
       ratio_T: the result of `clips.clip_importance_ratio`; 1 if both clips are off.
     """
 

@@ -49,7 +49,7 @@ def restrict(
 ) -> tuple[distributions.Distribution, jax.Array | None]:
     """Restricts one side to the kept entries: renormalises, or adds a tail as the last column.
 
-    The second occurrence of an id gets p = 0 and log = 0 on both sides, so that its terms vanish.
+    The second occurrence of an id gets p = 0 and log = 0 on both sides, so it contributes nothing.
 
     Args:
       logits_TV: logits of the side, divided by the loss temperature.

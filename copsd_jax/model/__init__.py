@@ -1,4 +1,4 @@
-"""The decoder of all model families, LoRA adapters, and keys and values of shared prefixes.
+"""LoRA adapters, the keys and values of shared prefixes, and the decoder of all model families.
 
 May import: runtime, attention.
 """

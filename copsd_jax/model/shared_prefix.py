@@ -12,7 +12,7 @@ from copsd_jax.model import transformer
 def encode_prefix(
     decoder: transformer.Decoder, policy: policy_lib.Policy, tokens_1P: jax.Array
 ) -> transformer.KV:
-    """Computes a prefix's keys and values, [layers, 1, P, K, H]; call it in a traced function.
+    """Computes a prefix's keys and values, [layers, 1, P, K, H], inside a traced function.
 
     Gradients flow through the result to the policy's arrays.
 

@@ -159,7 +159,7 @@ class Output(NamedTuple):
     """The results of one stream.
 
     Attributes:
-      hidden_BLD: hidden states after the final norm, in compute dtype.
+      hidden_BLD: hidden states after the final norm, in the decoder's `dtype`.
       kv: keys and values of the stream's tokens, [layers, B, L, K, H]; None unless `return_kv` was
         set.
       cache: the updated cache; None for a stream without a cache.
@@ -209,7 +209,7 @@ def _apply_rope(x_BLNH: jax.Array, angle_BLE: jax.Array) -> jax.Array:
 def _attend_cache(
     q_B1KMH, k_B1KH, v_B1KH, cache, inputs: "_StreamInputs", layer, prefix, implementation: str
 ) -> tuple[jax.Array, decode_attention.Cache]:
-    """Attends from each slot's token to the prefix and to the slot's entries, including its own."""
+    """Computes attention from each slot's token to the prefix, to earlier entries and to itself."""
     q_JKMH, dtype = q_B1KMH[:, 0], q_B1KMH.dtype
     assert inputs.index_B is not None  # A stream with a cache always has index_B.
     own, cache = decode_attention.write_and_attend(
@@ -295,11 +295,12 @@ class Layer(nn.Module):
 
         Args:
           carry: (hidden_BLD, cache or None) of each stream.
-          scanned: the layer's index, and the layer's (adapter, prefix) for each stream, as a pair.
+          scanned: (layer, slices); `layer` is the layer's index, and `slices` contains the layer's
+            (adapter, prefix) for each stream.
           inputs: inputs of each stream.
 
         Returns:
-          The new carry; and for each stream, a KV [B, L, K, H] or None.
+          The new carry, and one KV [B, L, K, H] or None for each stream.
         """
         layer, slices = scanned
         streams = zip(carry, slices, inputs, self.scales, strict=True)

@@ -4,7 +4,7 @@ Most answers are numbers or words, and are compared as strings. All other answer
 math-verify in worker processes, with limits on time and memory. Limits are needed, because a short
 formula can make sympy compute for hours or fill the memory. Sympy's own limits use signals, which
 cannot interrupt C code. A worker that exceeds a limit is killed and replaced. If a worker is
-killed, the comparison raises no exception, but returns a status that evaluation counts.
+killed, the comparison raises no exception, but returns a status, which the evaluation counts.
 
 A worker is a process `python -m copsd_jax.rewards.graders` with two pipes. Each question and each
 reply is one line of JSON. A worker is started when it is first needed. Workers are not forked,
@@ -144,7 +144,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _braced(body: str) -> str | None:
-    """Returns the content of the brace that `body` starts with, or None if it is never closed."""
+    """Returns the text in the braces at the start of `body`, or None if they are never closed."""
     depth = 0
     for match in re.finditer(r"\\.|[{}]", body, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -255,7 +255,7 @@ def normalize(text: str) -> str:
 
 
 def _same_number(gold: str, answer: str) -> bool | None:
-    """Tells whether two tidied texts are the same number; returns None if it cannot decide."""
+    """Tells whether two tidied texts are the same number; returns None if undecided."""
     for one, other in ((gold, answer), (answer, gold)):
         number = _parse_answer_number(one)
         if number is None:
@@ -273,7 +273,7 @@ def _same_number(gold: str, answer: str) -> bool | None:
 
 
 def compare_plainly(gold: str, answer: str) -> bool | None:
-    """Compares two answers as strings and as exact numbers; returns None if it cannot decide."""
+    """Compares two answers as strings and as exact numbers; returns None if undecided."""
     if normalize(gold) == normalize(answer):
         return True
     gold, answer = _tidy(gold), _tidy(answer)
@@ -351,7 +351,7 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # a question may be partly unsent
+            with contextlib.suppress(BrokenPipeError):  # part of a question may be unsent
                 pipe.close()
         self._process, self._unread = None, b""
 
@@ -379,7 +379,7 @@ def _run_grader_worker(memory: int) -> None:
         same = left and right and math_verify.verify(left, right, timeout_seconds=0)
         return "equal" if same else "unequal" if left and right else "unparsed"
 
-    compare("x+1", r"\frac{x}{2}")  # the first call builds tables, here without a time limit
+    compare("x+1", r"\frac{x}{2}")  # the first call builds tables, so no time limit applies here
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
         gold, answer, seconds = json.loads(line)

@@ -243,7 +243,7 @@ def _read_calls(text: str) -> _Calls:
 
 
 def _read_gold_calls(gold: str) -> _Calls:
-    """Reads gold calls, in the form of a completion or of ToolAlpaca's list of objects."""
+    """Reads gold calls, which are written as in a completion or as ToolAlpaca's list of objects."""
     if not gold.lstrip().startswith("["):
         names, arguments = _read_calls(gold)
     else:
@@ -344,7 +344,7 @@ class Reward:
 
     Attributes:
       score: function of (rewarder, gold answers, texts) that returns one verdict per text.
-      answer_forms: the values of prompt.answer whose answers this kind can read.
+      answer_forms: the values of prompt.answer for which this kind of reward can read answers.
       read_gold: function that reads a gold answer or raises ValueError; None if any text is a valid
         gold answer.
       settings: names of the settings that only this kind reads.

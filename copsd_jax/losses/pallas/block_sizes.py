@@ -1,4 +1,4 @@
-"""Chooses block sizes of the divergence kernels, and estimates the costs of the TPU's passes.
+"""Chooses block sizes of the divergence kernels, and estimates the cost of each pass on a TPU.
 
 Memory limits the number of tokens in a block:
 
@@ -20,7 +20,7 @@ from copsd_jax.losses.pallas import row_statistics
 from copsd_jax.runtime import hardware
 
 MIB = 2**20
-LANES = 128  # lanes per TPU register; numbers of tokens and tile widths are multiples of 128
+LANES = 128  # lanes per TPU register; token counts and tile widths are multiples of 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def vmem_limit(need: int) -> int:
 
     The limit is valid on every chip for which `choose_tpu` returns a block that needs `need` bytes.
     The limit is at least the VMEM of the smallest chip. If a block does not fit on the smallest
-    chip, it fits only on chips that also have SPARE_VMEM bytes free.
+    chip, every chip that it fits on has at least `need` + SPARE_VMEM bytes of VMEM.
     """
     least = SMALLEST.vmem
     return least if need <= least - spare_vmem(least) else need + SPARE_VMEM
@@ -132,12 +132,12 @@ def choose_gpu(
 
 
 def kept_bytes(dtype: jnp.dtype) -> int:
-    """Returns the bytes that a TPU stores per entry: 8 if `dtype` is float32, otherwise 4."""
+    """Returns how many bytes a TPU stores per entry: 8 if `dtype` is float32, otherwise 4."""
     return 8 if jnp.dtype(dtype) == jnp.float32 else 4
 
 
 def entry_bytes(platform: str, dtype: jnp.dtype) -> int:
-    """Returns the bytes of temporary memory per entry of a block; a GPU stores logits and dz."""
+    """Returns how many bytes of memory a block needs per entry; a GPU stores logits and dz."""
     return kept_bytes(dtype) if platform == "tpu" else 8 + jnp.dtype(dtype).itemsize
 
 
@@ -150,7 +150,7 @@ def fit(sizes: Blocks, tokens: int) -> Blocks:
 
 
 def divide_rows_evenly(tokens: int, most: int, unit: int) -> int:
-    """Divides tokens into as few blocks of at most `most` rows as possible; returns rows per block.
+    """Divides tokens into the fewest blocks of at most `most` rows; returns the rows per block.
 
     The number of rows per block is a multiple of `unit`. For example, 5000 tokens with `most` 4096
     and `unit` 256 give 2 blocks of 2560 rows.
@@ -178,7 +178,7 @@ def estimate_logits_cost(
 
 
 def estimate_sums_cost(blocks: Blocks, vocabulary: int, entry: int) -> pl.CostEstimate:
-    """Estimates the cost of pass 2 for a block; each entry takes `entry` stored bytes."""
+    """Estimates the cost of pass 2 for a block; `entry` is the number of bytes stored per entry."""
     entries, numbers = _count_entries(blocks, vocabulary)
     moved = entries * entry + 2 * numbers
     return pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=2 * entries)
@@ -199,7 +199,7 @@ def estimate_gradient_cost(
 
 
 def _count_entries(blocks: Blocks, vocabulary: int) -> tuple[int, int]:
-    """Returns the number of entries in a block, and the bytes of the block's statistics."""
+    """Returns how many entries a block has, and how many bytes the block's statistics take."""
     tiles = -(-vocabulary // blocks.vocab)
     numbers = tiles * row_statistics.ROW_STATS * blocks.tokens * 4
     return tiles * blocks.vocab * blocks.tokens, numbers

@@ -75,7 +75,7 @@ def _stack_row_coefficients(
 def _load_tile_logits(
     settings: divergences.Divergence, logits_ref, row, width: int, here: jax.Array
 ):
-    """Loads z / τ of a tile, and a mask of real entries; other entries are EMPTY."""
+    """Returns z / τ of a tile, with EMPTY for missing entries, and a mask of the real entries."""
     start = pl.program_id(1) * width
     real_U = start + jnp.arange(width, dtype=jnp.int32) < here
     z_U = plgpu.load(logits_ref.at[row, pl.ds(start, width)], mask=real_U, other=0.0)
@@ -119,7 +119,7 @@ def _logits_kernel(settings, width, here_ref, *refs):
 
 
 def _load_tile_distributions(settings, logits_refs, width, here, row_ref):
-    """Loads both sides' distributions of a tile (0 after the last real entry), and coefficients."""
+    """Returns both sides' distributions, with 0 after the last real entry, and coefficients."""
     student_U, teacher_U, real_U = _load_both_logits(settings, logits_refs, width, here)
     row = pl.program_id(0)
     sides = []

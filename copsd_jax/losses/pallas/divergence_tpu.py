@@ -3,7 +3,7 @@
 One matmul with T tokens, width D and vocabulary V takes 2TDV FLOP. At least three matmuls are
 needed: the student's logits, the teacher's logits, and the gradient of the hidden states. The
 head's gradient needs a fourth matmul. The floor is the time that the needed matmuls take at the
-chip's peak.
+chip's peak rate.
 
 For JSD, reverse KL and the element clip, both log-sum-exps must be known before any gradient is
 computed, and Σb must be known before dz = b - p Σb is computed. The log-sum-exps and Σb can be
@@ -335,7 +335,7 @@ def _grid(blocks: block_sizes.Blocks, size: int) -> tuple[int, int]:
 
 
 def _params(need: int, *order: Any) -> pltpu.CompilerParams:
-    """Returns compiler parameters; a chip's two cores share axes that `order` calls parallel."""
+    """Returns compiler parameters; a chip's two cores split axes that `order` marks parallel."""
     limit = block_sizes.vmem_limit(need)
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=limit)
 

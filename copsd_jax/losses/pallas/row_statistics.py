@@ -105,9 +105,10 @@ class LogitsResult(NamedTuple):
 class Passes(NamedTuple):
     """The functions that run the passes of a chip's kernels over a block.
 
-    `here_1` is the number of real entries in this shard. `stored` is a tuple of arrays [T, V] that
-    only the kernels read. All functions except `coefficients` also take settings, blocks and
-    interpret, as the first three arguments. `sweep_blocks` binds settings, blocks and interpret.
+    `here_1` is the number of real entries in this shard. `stored` is a tuple of arrays that have
+    one column per vocabulary entry; only the kernels read these arrays. All functions except
+    `coefficients` also take settings, blocks and interpret, as the first three arguments.
+    `sweep_blocks` binds settings, blocks and interpret.
 
     Attributes:
       logits: takes (here_1, hidden, heads), and returns `stored` and statistics [I, 8, T]. Rows 0
