@@ -163,7 +163,7 @@ def fingerprint_arrays(tree: Any) -> list[int]:
 
 @jax.jit
 def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns two sums of a tree's numbers, plain and weighted by position, as uint32 scalars."""
+    """Returns a plain and a position-weighted sum of a tree's numbers, as uint32 scalars."""
     plain = placed = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
         width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32

@@ -11,8 +11,8 @@ Two more rules apply to the mesh axis `tensor`:
 
 - Keys and values are split only between heads. The model repeats its K key heads until `tensor`
   divides the number of key heads (`count_key_repeats`).
-- If `tensor` does not divide the vocabulary, the [V, D] matrices are split along the width. Before
-  a program splits the vocabulary, the program pads it.
+- If `tensor` does not divide the vocabulary, the [V, D] matrices are split along the width. A
+  program that splits the vocabulary pads it first.
 """
 
 import collections
