@@ -70,7 +70,8 @@ class Setting(NamedTuple):
       comment: the meaning of the setting, for `--help` and the documentation.
       allowed: the choices or the range; None if every value of the type is allowed.
       read_when: the conditions under which the setting is read; all of them must be true. If a
-        condition is false, any value but the default is refused, because such a value has no effect.
+        condition is false, any value but the default is refused, because such a value
+        has no effect.
     """
 
     default: Any
