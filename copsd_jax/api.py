@@ -29,7 +29,7 @@ from copsd_jax.weights import hub
 Prompt = str | Sequence[int]  # token ids, or a text that is encoded without a chat template
 Completion = loop.Completion
 
-# Settings for the path "tiny"; the chat template of this model has a thinking switch.
+# Settings for the path "tiny"; the chat template of the tiny model has a thinking switch.
 TINY: dict[str, Any] = {
     "model.init": "random", "model.shape": "tiny", "prompt.thinking": "off"
 }  # fmt: skip
@@ -194,7 +194,7 @@ def sample(
     (5, 'length', (5,))
 
     Args:
-      model: the model; its settings `rollout` determine every field that `sampling` does not name.
+      model: the model; its `rollout` settings determine every field that `sampling` does not name.
       prompts: texts or token ids. Repeat a prompt n times to get n completions of it.
       seed: seed of the random streams; equal calls with equal seeds give equal completions.
       **sampling: fields of `sampler.request.Sampling`: max_tokens, temperature, top_k, top_p,

@@ -1,4 +1,4 @@
-"""Evaluation: samples, grades and scores problems under a policy.
+"""Evaluation of a policy: completions of problems are sampled, graded and scored.
 
     python -m copsd_jax.evaluate --workdir=W [--steps=0,12] [--path=FILE] [--lang=sw]
 
@@ -163,7 +163,7 @@ def fingerprint_arrays(tree: Any) -> list[int]:
 
 @jax.jit
 def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns the plain sum and the position-weighted sum, as uint32 scalars modulo 2**32."""
+    """Returns a plain and a position-weighted sum of a tree's numbers, as uint32 scalars."""
     plain = placed = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
         width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
@@ -200,7 +200,7 @@ def _read_partial_evaluation(
     if other or not fit:
         raise loaded_run.UnusableFile(
             f"{partial} was written by an evaluation with other {', '.join(other) or 'problems'}: "
-            "remove it"
+            "remove this file"
         )
     if not head or head["policy"] != what["policy"]:
         if lines:
@@ -413,8 +413,8 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
         if absent:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
             return 2
-        # With --out, the engine's folder is also in the --out directory, because the run's
-        # directory may be read-only.
+        # With --out, the engine's folder and the results are in the --out directory, because the
+        # run's directory may be read-only.
         engine, results = (args.out or args.workdir) / "engine", {}
         r, initial = loaded_run.load_run(plan, config.train.steps, engine)
         with r.grader:

@@ -7,11 +7,11 @@ stopped run, give the same command again.
 
     --dry_run=v5e:4x8 [--dry_run_json=FILE] [--search]
 
-A dry run compiles every program of the run for devices that are not present. `--dry_run` also
-accepts devices such as v5e-32, 2*v5e:16x16 (two slices) and cuda:h200:1x8. A dry run reports
-whether the run fits, what needs the memory, and how long a step would take. A dry run reads no
-weights, tokenizer or problems. With --search, the run is compiled again with the largest
-micro-batch and the most slots that fit.
+A dry run compiles every program of the run for devices that are not present. `--dry_run` accepts
+devices such as v5e-32, 2*v5e:16x16 (two slices) and cuda:h200:1x8. A dry run reports whether the
+run fits, what needs the memory, and how long a step would take. A dry run reads no weights,
+tokenizer or problems. With --search, the run is compiled again with the largest micro-batch and the
+most slots that fit.
 
 Exit codes: 0 (the run ended, or the dry run fits), 1 (the dry run does not fit), 2 (a setting is
 wrong), 130 (the run was interrupted).

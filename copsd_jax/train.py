@@ -42,7 +42,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
 
 def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None:
-    """Executes a run from its newest checkpoint, if one exists; evaluates before and after.
+    """Executes a run from its newest checkpoint, if any; evaluates before and after training.
 
     Args:
       plan: the checked run, from `prepare`.
@@ -65,7 +65,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
                 print(line, flush=True)
         with r.grader:
             # The evaluation of step 0 needs the initial policy. If a continued run lacks the
-            # evaluation of step 0, the run therefore evaluates step 0 before it loads a checkpoint.
+            # evaluation of step 0, the run evaluates step 0 before it loads a checkpoint.
             before = _evaluation(r, state, 0, directory)
             saved = processes.run_on_leader(saver.steps)
             if saved:
@@ -92,7 +92,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
     """Runs the steps from `first` to the last, or until a guard stops the run.
 
     Returns:
-      The last state; and the reason why a guard stopped the run, or "" if no guard did.
+      The last state, and the reason why a guard stopped the run ("" if no guard did).
     """
     plan, c = r.plan, r.plan.config
     timer = terminal.Timer()

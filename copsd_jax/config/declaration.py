@@ -8,7 +8,7 @@ LARGEST = 2**31 - 1  # largest integer that arrays and random keys accept
 
 
 class Choices(NamedTuple):
-    """The allowed values of a setting that is a name.
+    """The allowed values of a setting whose value is a name.
 
     Attributes:
       names: the choices; () if the choices are the entries of a table in the package.
@@ -23,7 +23,7 @@ class Choices(NamedTuple):
 
 
 class Range(NamedTuple):
-    """The allowed values of a setting that is a number.
+    """The allowed values of a setting whose value is a number.
 
     Attributes:
       words: the words that describe the range in the sentence "it must be ...".
@@ -70,7 +70,8 @@ class Setting(NamedTuple):
       comment: the meaning of the setting, for `--help` and the documentation.
       allowed: the choices or the range; None if every value of the type is allowed.
       read_when: the conditions under which the setting is read; all of them must be true. If a
-        condition is false, any value but the default is refused, because it has no effect.
+        condition is false, any value but the default is refused, because such a value
+        has no effect.
     """
 
     default: Any

@@ -55,7 +55,7 @@ _LORA = goes_with("train.trainable", "lora")
 
 SETTINGS: dict[str, Setting] = {
     "method": declare("distill", "how the student is trained", one_of(*methods.METHODS)),
-    # Seeds have 32 bits, so a larger seed would give the same numbers as a smaller seed.
+    # Seeds have 32 bits, so a seed above 2**32 - 1 would give the same numbers as a smaller seed.
     "seed": declare(0, "seed of data order, rollouts, adapters; evaluation has separate streams",
         whole(0, 2**32 - 1)),
     "description": declare("", "one line of text, printed at the start"),

@@ -22,7 +22,7 @@ def check_settings(
     train: bool = True,
     data: bool = True,
 ) -> None:
-    """Refuses invalid settings and combinations of settings; reads no files, weights or devices.
+    """Refuses invalid settings and invalid combinations; reads no files, weights or devices.
 
     Args:
       config: all settings.

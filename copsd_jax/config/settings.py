@@ -18,8 +18,8 @@ from copsd_jax.config.declaration import Choices, Condition, ListedBy
 Config = Any
 
 # The entries of the package's tables. The outer key is the setting that chooses an entry, and the
-# inner key is the name of the entry. The value lists the settings that the entry reads. The
-# mapping is None if the tables are not imported.
+# inner key is the name of the entry. Each inner value lists the settings that the entry reads.
+# `Tables` is None if the tables are not imported.
 Tables = Mapping[str, Mapping[str, Sequence[str]]] | None
 
 SETTINGS = setting_list.SETTINGS

@@ -2,10 +2,10 @@
 
 A device is what JAX calls a device: a chip, or, on tpu7x, one of the two cores of a chip.
 
-For TPUs, the FLOP/s, bandwidth, links and network are from the Cloud TPU documentation (pages v4,
-v5e, v5p, v6e and tpu7x). The network rate of a TPU is the rate of a pod divided by the number of
-chips in the pod. The sizes of VMEM are from jax.experimental.pallas.tpu. `usable` is the memory
-that the compiler of libtpu 0.0.42 lets a program use.
+For TPUs, the rates of compute, memory, links and network are from the Cloud TPU documentation
+(pages v4, v5e, v5p, v6e and tpu7x). The network rate of a TPU is the rate of a pod divided by the
+number of chips in the pod. The sizes of VMEM are from jax.experimental.pallas.tpu. `usable` is the
+memory that the compiler of libtpu 0.0.42 lets a program use.
 
 For GPUs, the rates and memory sizes are from NVIDIA's data sheets for A100 SXM 80 GB, H100 SXM and
 H200 SXM. The network rate of a GPU assumes one network adapter per GPU, with 400 Gb/s (200 Gb/s for

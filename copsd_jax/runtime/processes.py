@@ -3,8 +3,8 @@
 Every process runs the same code on the same numbers, and calls the same programs in the same order.
 Each process holds only those parts of arrays that are on its own devices. Some values could differ
 between two processes: clock times, replies of servers, and the contents of files that are being
-written. Only the leading process reads such values, and sends them to all other processes
-(`run_on_leader`). Only the leading process writes files and reports progress.
+written. Only the leading process reads values that could differ; it sends these values to all
+other processes (`run_on_leader`). Only the leading process writes files and reports progress.
 """
 
 import os
@@ -71,8 +71,8 @@ def run_on_leader(function: Callable[[], Result]) -> Result:
     All processes wait for the result. An error on the leading process is raised on all processes.
 
     Raises:
-      Exception: the error that `function` raised, or a RuntimeError with the same text if that
-        error cannot be pickled.
+      Exception: the error that `function` raised. If that error cannot be pickled, a RuntimeError
+        with the error's `repr` is raised instead.
     """
     if jax.process_count() == 1:
         return function()

@@ -11,8 +11,8 @@ Two more rules apply to the mesh axis `tensor`:
 
 - Keys and values are split only between heads. The model repeats its K key heads until `tensor`
   divides the number of key heads (`count_key_repeats`).
-- If `tensor` does not divide the vocabulary, the [V, D] matrices are split along the width. Before
-  a program splits the vocabulary, the program pads it.
+- If `tensor` does not divide the vocabulary, the [V, D] matrices are split along the width. A
+  program that splits the vocabulary pads it first.
 """
 
 import collections
@@ -115,7 +115,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def _name(path: tuple) -> str:
-    """Returns the name of a tree path without optimizer fields, such as `layers/q/kernel`."""
+    """Returns a tree path's name, such as `layers/q/kernel`, without the optimizer's fields."""
     return "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
@@ -131,7 +131,7 @@ def count_key_repeats(heads: int, key_heads: int, tensor: int) -> int:
     """Returns how often to repeat each key head, so that `tensor` divides the number of key heads.
 
     M is the number of queries per key head. The result r is the smallest divisor of M for which
-    `tensor` divides K r. With this r, every device has whole key heads, each with M / r queries.
+    `tensor` divides K * r. With this r, every device has whole key heads, each with M / r queries.
     For example, N = 8, K = 2 and tensor = 4 give r = 2.
 
     Args:
@@ -160,7 +160,8 @@ def partition_spec(
     Args:
       name: name of the array, such as `layers/q/kernel`.
       shape: shape of the array.
-      mesh: the mesh; a mesh axis that does not divide its dimension is left out of the result.
+      mesh: the mesh; if a mesh axis does not divide the dimension that the axis should split, the
+        axis is left out of the result.
       key_heads: number of key heads, K; needed for keys and values if `tensor` is larger than 1.
 
     Raises:
@@ -177,7 +178,7 @@ def partition_spec(
 
 
 def _find_dividing_mesh_axes(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
-    """Returns the axes of a name's partition, with None for axes that do not divide evenly."""
+    """Returns the axes of a name's partition; None replaces an axis that does not divide evenly."""
     axes = _look_up_partition(name, shape)
     if name in VOCABULARIES and shape[0] % mesh.shape["tensor"]:
         choices: tuple[Axis, ...] = (("fsdp", "tensor"), "fsdp", "tensor")
@@ -232,8 +233,8 @@ def find_undivided(
     """Returns the parameters that an axis should split but cannot, and the extra memory they take.
 
     Returns:
-      For each axis, the names of the parameters; and the number of bytes by which these parameters
-      exceed an even split on each device.
+      The names of the parameters by axis, and the number of bytes by which these parameters exceed
+      an even split on each device.
     """
     names: dict[str, list[str]] = collections.defaultdict(list)
     more = 0

@@ -33,8 +33,8 @@ CHANGEABLE = (
     # Settings that decide only how the same tokens are arranged in rows.
     *("rollout.slots", "eval.slots", "author.slots"),
     *("train.pack", "train.row_tokens", "train.micro_tokens"),
-    # Settings that change only the shapes of matrix products. Sampled texts stay the same, apart
-    # from effects of rounding.
+    # Settings that change only the shapes of matrix products, so that sampled texts change only
+    # through rounding.
     *("sampler.steps", "sampler.pack", "sampler.attention", "sampler.gather", "sampler.warmup"),
     *("model.attention", "model.remat"),
     # Settings that change how a server is reached, but not the content of requests. A continued run

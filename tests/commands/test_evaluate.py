@@ -77,12 +77,12 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
         text = partial.read_text()
         changed = json.dumps(json.loads(text.splitlines()[0]) | {"seed": 9}) + "\n"
         for spoilt, message in (
-            (changed, "was written by an evaluation with other seed: remove it"),
+            (changed, "was written by an evaluation with other seed: remove this file"),
             ("garbage\n", "is damaged: remove this file"),
             ("[1, 2]\n", "is damaged: remove this file"),
             (text + '{"index": 99999, "id": "x", "ids": [1], "finish": "stop"}\n', "is damaged"),
             (text + '{"index": 0, "id": "x"}\n', "is damaged"),
-            (text.replace('"id": "', '"id": "x'), "with other problems: remove it"),
+            (text.replace('"id": "', '"id": "x'), "with other problems: remove this file"),
         ):
             partial.write_text(spoilt)
             with pytest.raises(loaded_run.UnusableFile, match=message):
