@@ -106,7 +106,7 @@ def constant_value(op: Op) -> int | None:
 def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
     """Returns groups of partitions that exchange data, or a permutation's (source, target) pairs.
 
-    XLA spells the groups in several ways. `{{0,1},{2,3}}` and `[2,2]<=[4]` both mean the groups
+    XLA has several notations for groups. `{{0,1},{2,3}}` and `[2,2]<=[4]` both mean the groups
     [[0, 1], [2, 3]]. `[2,2]<=[2,2]T(1,0)` means the groups [[0, 2], [1, 3]]. With axis names, the
     groups [[0, 2], [1, 3]] are written `mesh['a'=2,'b'=2] {'a'}` or
     `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`.
@@ -135,7 +135,7 @@ def _expand_hlo_iota(text: str) -> np.ndarray:
 def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[int]]:
     """Returns the groups of devices that exchange data along the named axes.
 
-    `'a':(2)3` splits axis 'a' into 2 outer parts, and names the axis of size 3 inside each part.
+    `'a':(2)3` names a part of axis 'a': the sub-axis of size 3 inside an outer sub-axis of size 2.
     """
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     ids = np.arange(math.prod(axes.values()))

@@ -43,7 +43,7 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: opcode of the exchange.
-      axes: names of the mesh axes along which devices exchange data, joined by +.
+      axes: names of the mesh axes of the exchange, joined by +.
       network: whether the exchange crosses the network between slices or hosts.
       bytes: number of bytes that a device sends in each exchange.
       times: number of times that the exchange runs.
@@ -98,7 +98,7 @@ def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 
       program: the compiled program, a jax.stages.Compiled.
       seconds: time that the compilation took, in seconds.
       mesh: the mesh whose axis names describe the collectives; None for one device.
-      turns: number of iterations to assume for a loop if the program's text states none.
+      turns: number of iterations to assume for a loop of unknown length.
     """
     costs, collectives = read_text(program.as_text(), mesh, turns=turns)
     memory = program.memory_analysis()
@@ -294,7 +294,7 @@ def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _parse_hlo_window(text: str, k: int) -> dict[str, int]:
-    """Reads dimension k's numbers from window text such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
+    """Reads the numbers of dimension k from a text such as `size=8x1 stride=7x1 pad=0_0x0_0`."""
     out = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
     for name in out:
         if found := re.search(rf"\b{name}=(\S+)", text):
@@ -319,9 +319,9 @@ def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> f
     if op.kind == "custom-call" and (estimate := _read_custom_call_cost(op)):
         return estimate[1]
     if op.kind in ("copy-start", "slice-start"):
-        # The result is (destination, source, state). The copied data count twice, as a read and a
-        # write, if the destination and the source are both in main memory; otherwise, the copied
-        # data count once.
+        # The result of copy-start or slice-start is (destination, source, state). The copied data
+        # count twice, as a read and a write, if the destination and the source are both in main
+        # memory; otherwise, the copied data count once.
         arrays = [array for array in hlo.parse_arrays(op.result) if array[1]]
         least = min(map(hlo.array_bytes, arrays), default=0.0)
         return least * (2 if all(array[2] for array in arrays) else 1)
@@ -336,7 +336,7 @@ def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> f
     read = [hlo.main_memory_bytes(ops[name].result) for name in op.operands if name in ops]
     if op.kind == "custom-call":
         # An operand that is updated in place is not moved as a whole. The program's text does not
-        # say how much of the operand is moved, so the operand is not counted.
+        # say how much of an updated operand is moved, so updated operands are not counted.
         aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", op.rest)
         for number in re.findall(r": \((\d+),", aliases[1]) if aliases else ():
             result -= read[int(number)]
@@ -430,7 +430,7 @@ def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: in
 
 
 def _find_collective_axes(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, bool]:
-    """Returns the mesh axes along which a group exchanges data, and whether data cross the network.
+    """Returns the mesh axes of an exchange, and whether the exchange crosses the network.
 
     Partitions are numbered in the order of the mesh's devices.
     """

@@ -45,14 +45,15 @@ class Lengths(NamedTuple):
     """Maximum numbers of tokens in prompts and completions, according to the settings.
 
     Attributes:
-      prefix: tokens of the worked examples that begin student, teacher and evaluation prompts.
-      student: tokens of a student prompt without worked examples.
-      teacher: tokens of a teacher prompt without worked examples.
-      evaluation: tokens of an evaluation prompt without worked examples.
-      author: tokens of a prompt for the author of contexts.
-      completion: tokens of a completion in a rollout.
-      answer: tokens of a completion in the evaluation.
-      reply: tokens of an author's reply.
+      prefix: number of tokens in the worked examples at the beginning of student, teacher and
+        evaluation prompts.
+      student: number of tokens in a student prompt, without worked examples.
+      teacher: number of tokens in a teacher prompt, without worked examples.
+      evaluation: number of tokens in an evaluation prompt, without worked examples.
+      author: number of tokens in a prompt for the author of contexts.
+      completion: number of tokens in a completion of a rollout.
+      answer: number of tokens in a completion of the evaluation.
+      reply: number of tokens in an author's reply.
     """
 
     prefix: int
@@ -90,7 +91,7 @@ class Phase:
 
     Attributes:
       name: name of the phase in the report.
-      parts: bytes of the held arrays on each device, by name of the part.
+      parts: for each part of the held arrays, the bytes of the part on each device.
       programs: the programs that run in this phase.
     """
 
@@ -274,7 +275,7 @@ def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]
         return held
     section, prompt, completion = sampled[name]
     tokens = prompt + completion + engine.INSERT_BLOCK
-    # The author's cache is only as long as a call needs, rounded up.
+    # The author's cache is only as long as the longest prompt and reply together, rounded up.
     tokens = request.round_up_slot_length(tokens) if name == "author" else tokens
     return held | {"cache": memory.count_decode_state(frame, section, tokens)}
 
@@ -295,11 +296,11 @@ class _Compiler(NamedTuple):
 
         Args:
           name: name of the program.
-          jitted: the function.
+          jitted: the jitted function to compile.
           *args: abstract arrays.
           keeps: whether the results count as memory that the program needs. If `keeps` is False,
             the results count as a part of a phase.
-          loop_turns: number of iterations to assume for a loop if the program's text states none.
+          loop_turns: number of iterations to assume for a loop of unknown length.
         """
         self.run.say(f"compiling {name}")
         mesh = self.run.frame.mesh
@@ -408,7 +409,8 @@ def _compile_first_state(compiler: _Compiler, arrays: memory.HeldArrays) -> None
 
 def _compile_hand_over(compiler: _Compiler) -> None:
     def call(jitted: Any, *args: Any) -> Any:
-        name = "weights" if len(args) > 1 else "adapter"  # an adapter is the only argument
+        # An adapter is handed over as the only argument; weights come with a second argument.
+        name = "weights" if len(args) > 1 else "adapter"
         compiler(f"{name} to the sampler", jitted, *args, keeps=False)
         return jitted.eval_shape(*args)
 
@@ -420,8 +422,8 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
     frame, c = compiler.run.frame, compiler.run.frame.config
     section, asked, completion = sampled_phases(compiler.run)[phase]
     decoder = builders.build_decoder(frame)
-    # The author's prompts have no worked examples, and the author's cache is only as long as a call
-    # needs.
+    # The author's prompts have no worked examples. The author's cache is only as long as the
+    # longest prompt and reply together.
     author = section == "author"
     prefix = None if author else _compile_prefix(compiler, decoder, arrays.sampler)
     valid_V = np.ones(frame.model_config.vocab_size, bool)
@@ -467,7 +469,7 @@ def _compile_prefix(
 
 
 def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, int]:
-    """Compiles the training step with its teacher; returns the bytes of its batch and examples."""
+    """Compiles the training step and its teacher; returns the bytes of batch and examples' keys."""
     frame, lengths, c = compiler.run.frame, compiler.run.lengths, compiler.run.frame.config
     tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
     options, decoder = builders.build_options(frame), builders.build_decoder(frame)

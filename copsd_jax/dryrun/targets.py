@@ -16,8 +16,8 @@ ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 GPU_KINDS = {
     "a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200",
 }  # fmt: skip
-# For these TPU kinds, the number in a name counts cores, and a chip has two cores. For other TPU
-# kinds, the number in a name counts chips.
+# For the TPU kinds in COUNTS_CORES, the number in a name counts cores, and a chip has two cores.
+# For other TPU kinds, the number in a name counts chips.
 COUNTS_CORES = ("v4", "v5p", "tpu7x")
 TOPOLOGIES_2D = {
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
@@ -27,7 +27,7 @@ TOPOLOGIES_3D = {
     512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16",
 }  # fmt: skip
 
-# Without these variables, the compiler for TPUs asks the cloud which machine it runs on.
+# Without the variables in ENVIRONMENT, the TPU compiler asks the cloud on which machine it runs.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -47,7 +47,7 @@ class Target:
     Attributes:
       name: the text from the command line.
       platform: tpu or cuda.
-      kind: for tpu v4, v5e, v5p, v6e or tpu7x; for cuda a100, h100 or h200.
+      kind: v4, v5e, v5p, v6e or tpu7x on the platform tpu; a100, h100 or h200 on the platform cuda.
       shape: for tpu, the number of chips along each dimension of a slice; for cuda, the number of
         hosts and the number of cards per host.
       slices: number of slices, which are joined by a network; 1 for cuda.
@@ -71,7 +71,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Parses a name of devices: `v5e:4x8`, `v5e-32`, `2*v5p:4x4x4` or `cuda:h200:1x8`.
+    """Parses a target's name, such as `v5e:4x8`, `v5e-32`, `2*v5p:4x4x4` or `cuda:h200:1x8`.
 
     For v4, v5p and tpu7x, the number after a hyphen counts cores; a chip has two cores, so v5p-128
     has 64 chips. For v5e and v6e, the number after a hyphen counts chips.

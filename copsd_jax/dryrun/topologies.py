@@ -1,4 +1,4 @@
-"""Devices of a dry run's target: the compiler for the devices is needed, not the devices."""
+"""Devices of a dry run's target; only the compiler for the devices must be installed."""
 
 import importlib.util
 import shutil

@@ -15,10 +15,11 @@ RESAMPLES = 10_000
 def compute_score_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Returns (mean, low, high): the mean score of the problems, and the mean's 95 % interval.
 
-    The interval is Wilson's (1927) with n = mean (1 - mean) / (variance / number of problems). If
-    all scores are 0 or 1, n is the number of problems. If scores are means of several samples, n is
-    larger. Unlike mean ± 1.96 standard errors, Wilson's interval stays in [0, 1], and is wider than
-    0 even if the mean is 0 or 1.
+    The interval is Wilson's (1927), with the effective number of problems
+    n = mean (1 - mean) / (variance / number of problems). If all scores are 0 or 1, the effective
+    number equals the number of problems. If scores are means of several samples, the effective
+    number is larger. Unlike mean ± 1.96 standard errors, Wilson's interval stays in [0, 1], and its
+    width is never 0.
 
     Args:
       values: the score of each problem, in [0, 1]; the score is the mean over the problem's
@@ -109,7 +110,7 @@ class Sample:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Estimates the probability that any of k samples is correct, if c of n samples are correct.
+    """Estimates the probability that at least one of k samples is correct, if c of n are correct.
 
     The unbiased estimate is 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1).
 
@@ -156,7 +157,7 @@ def score(
       unresolved: the statuses that mean "no decision", `graders.UNRESOLVED`.
 
     Returns:
-      A dict with `problems`, `samples` (n), `avg_at_n`, the interval `low` to `high` of `avg_at_n`,
+      A dict with `problems`, `samples` (n), `avg_at_n` (with its interval from `low` to `high`),
       `pass_at_n`, `maj_at_n` and `mean_tokens`. The dict also has `pass_at_2`, `pass_at_4` and so
       on, for all powers of two below n. `format_rate`, `truncated` and `unresolved` are shares of
       samples.

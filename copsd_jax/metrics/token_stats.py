@@ -121,7 +121,7 @@ def repetition(ids: Sequence[int], n: int = 4) -> float:
     """Returns the share of a completion's n-grams that repeat an earlier n-gram.
 
     The share is 1 - (distinct n-grams) / (all n-grams). With n = 4, the share equals the repetition
-    rate in the papers. The share is 0 for a completion of fewer than n tokens.
+    rate that papers report. The share is 0 for a completion of fewer than n tokens.
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
@@ -182,21 +182,22 @@ def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[s
     """Returns the metrics of one step by name, averaged over the step's rollout records.
 
     Args:
-      records: the rollout records of a step. A record has `completion_ids`, and may have lists of
-        the same length: `divergence` with `loss_mask`, `logp_student` and `logp_teacher` (nats).
-        The metric `overlap` is computed from `completion` and `privileged_text`.
+      records: the rollout records of a step. A record has `completion_ids`, and may have the lists
+        `divergence`, `loss_mask`, `logp_student` and `logp_teacher` (nats), each with one entry per
+        completion token. A record with `divergence` also has `loss_mask`. The metric `overlap` is
+        computed from `completion` and `privileged_text`.
       table_V: the class of each id, from `classify_vocabulary`.
 
     Returns:
-      The metrics. `divergence_CLASS`, `divergence_at_0_7` and so on split the step's `divergence`
-        by class and by position; each is a mean over tokens that carry loss. `advantage` and
-        `advantage_CLASS` are means over all tokens of the completions that a teacher scored.
-        `advantage_negative` is the share of all teacher-scored tokens that have an advantage below
-        0. The advantage metrics include tokens that carry no loss, because correct steps also show
-        the effect of a context. `repetition` and
-      `overlap` are means over completions. A metric skips each record in which a needed field is
-        absent, or is empty because there was no teacher. If no record has the needed fields, the
-        metric is absent.
+      The metrics. `divergence_CLASS` is the mean divergence of the loss-carrying tokens of a class.
+      `divergence_at_0_7` is the mean divergence of the loss-carrying tokens at positions 0 to 7;
+      each other bucket of positions has such a metric too. `advantage` and `advantage_CLASS` are
+      means over all tokens of the completions that a teacher scored.
+      `advantage_negative` is the share of all teacher-scored tokens that have an advantage below 0.
+      The advantage metrics include tokens that carry no loss, because correct steps also show the
+      effect of a context. `repetition` and `overlap` are means over completions. A metric skips
+      each record in which a needed field is absent, or is empty because there was no teacher. If no
+      record has the needed fields, the metric is absent.
 
     Raises:
       ValueError: if a list and its completion differ in length.

@@ -1,8 +1,8 @@
 """Reader of GGUF files: the model's config, and tensors under their Hugging Face names.
 
-A GGUF file is little endian. Every GGUF file begins with a magic number, a version number, and the
-numbers of tensors and metadata entries. Next come the metadata (each entry has a key, a type and a
-value), the list of tensors, and the aligned tensor values in encoded form. The `gguf` package
+A GGUF file is little endian. Every GGUF file begins with a magic number, a version number, a count
+of tensors, and a count of metadata entries. Next come the metadata (each entry has a key, a type
+and a value), the list of tensors, and the aligned tensor values in encoded form. The `gguf` package
 decodes tensor values to float32. Tensors are read one at a time from a memory map.
 
 In files of the architecture `llama`, llama.cpp interleaves the rotary halves of q and k; this
@@ -25,9 +25,9 @@ from copsd_jax.model import transformer
 from copsd_jax.weights import names, tensor_files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# Names of supported tensor types. For the types in the first line, the tests compare the decoded
-# values with the values from a second decoder. The second line lists other block formats that the
-# gguf package can decode.
+# Names of supported tensor types. For the types in the first line of TENSOR_TYPES, the tests
+# compare the decoded values with the values from a second decoder. The second line of TENSOR_TYPES
+# lists other block formats that the gguf package can decode.
 TENSOR_TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"),
     *("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
@@ -39,7 +39,7 @@ _CODES = {  # metadata type -> format character of the struct module
     "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FLOAT64": "d",
 }  # fmt: skip
 NUMBERS = {gguf.GGUFValueType[kind]: code for kind, code in _CODES.items()}
-ROPE_FACTORS = "rope_freqs.weight"  # Llama 3 divides the rotary frequencies by this tensor
+ROPE_FACTORS = "rope_freqs.weight"  # tensor of divisors for Llama 3's rotary frequencies
 
 
 class StoredTensor(NamedTuple):
@@ -49,7 +49,7 @@ class StoredTensor(NamedTuple):
     type: gguf.GGMLQuantizationType
     shape: tuple[int, ...]  # axes in NumPy's order, which is the reverse of GGUF's order
     offset: int  # position of the encoded values, in bytes from the start of the file
-    size: int  # number of bytes of the encoded values
+    size: int  # size of the encoded values, in bytes
 
 
 class Header(NamedTuple):
@@ -95,7 +95,7 @@ class _GgufCursor:
 
 
 def _parse_tensor(cursor: _GgufCursor) -> StoredTensor:
-    """Reads one entry in the list of tensors; its offset is relative to the start of the values."""
+    """Reads an entry of the list of tensors; the entry's offset is relative to the first value."""
     name = cursor.string()
     (rank,) = cursor.numbers("I")
     shape = tuple(reversed(cursor.numbers("Q", rank)))
@@ -200,7 +200,7 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     """Reads the config of the model in a GGUF file.
 
     Raises:
-      ValueError: if the architecture or an option is not supported, or a key is missing.
+      ValueError: if the architecture or an option is not supported, or if a key is missing.
     """
     fields, tensors = read_header(path)
     arch = _check_supported(fields, path)
@@ -245,7 +245,7 @@ def to_hf_name(name: str, path: pathlib.Path) -> str:
 
 
 def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
-    """Permutes rows of q or k, so that rotary pairs (2i, 2i+1) become Hugging Face's (i, i+H/2).
+    """Permutes rows of q or k: rotary pairs (2i, 2i+1) become Hugging Face's pairs (i, i+H/2).
 
     For example, a GGUF file stores a head of 4 rows in the order 0 2 1 3; the result has the order
     0 1 2 3.
@@ -255,7 +255,7 @@ def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
       heads: number of heads.
 
     Returns:
-      An array of the same shape.
+      An array of the same shape as `w`.
     """
     return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
@@ -272,7 +272,7 @@ def open_tensors(path: pathlib.Path) -> dict[str, tensor_files.Tensor]:
     heads = {"attn_q": c.n_heads, "attn_k": c.n_kv_heads} if c.family == "llama" else {}
     out = {}
     for stored in read_header(path).tensors:
-        if stored.name == ROPE_FACTORS:  # `load_config` reads this tensor.
+        if stored.name == ROPE_FACTORS:  # `load_config` reads the tensor ROPE_FACTORS.
             continue
         if stored.type.name not in TENSOR_TYPES:
             raise ValueError(

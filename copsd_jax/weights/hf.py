@@ -31,7 +31,8 @@ NOT_WEIGHTS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_fre
 
 Tensors = dict[str, tensor_files.Tensor]  # Hugging Face name -> tensor
 LeafPath = tuple[str, ...]  # for example ("layers", "q", "kernel")
-ReadPart = Callable[[tuple[slice, ...]], np.ndarray]  # reads a part, given one slice per axis
+# Reads the part of a leaf that is given by one slice for each axis.
+ReadPart = Callable[[tuple[slice, ...]], np.ndarray]
 PlaceLeaf = Callable[[LeafPath, tuple[int, ...], ReadPart], jax.Array]
 
 
@@ -49,7 +50,7 @@ class LeafSlice(NamedTuple):
 
 @functools.lru_cache(maxsize=4)  # Without the cache, each call would trace the model again.
 def _leaf_shapes(config: transformer.ModelConfig) -> dict[LeafPath, tuple[int, ...]]:
-    """Returns the shape of every parameter of a model, by the parameter's path."""
+    """Returns the shapes of a model's parameters as {path: shape}."""
     leaves = _by_path(transformer.abstract_params(config, jnp.float32))
     return {path: leaf.shape for path, leaf in leaves.items()}
 
@@ -120,7 +121,8 @@ def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if tensors do not match the table; the message names the file and the tensors.
+      ValueError: if the stored tensors do not match the config; the message names the path and the
+        tensors.
     """
     found = open_tensors(path)
     wanted = {name: entry.shape for name, entry in build_weight_table(config).items()}
@@ -152,7 +154,7 @@ def load_params(
 ) -> dict:  # fmt: skip
     """Loads the parameter tree; kernels are [in, out], and layers are stacked along the first axis.
 
-    Leaves are read one at a time, and `place` decides which parts of a leaf are read. Therefore,
+    Leaves are read one at a time, and `place` decides which parts of a leaf are read. At any time,
     host memory holds only one part of a leaf in addition to the arrays that `place` keeps.
 
     Args:
@@ -161,13 +163,13 @@ def load_params(
       dtype: dtype of all parameters.
       place: function that returns a leaf; it is called as `place(path, shape, read)` with the
         leaf's path and shape. `read` takes one slice per axis, with explicit start and stop, and
-        returns this part of the leaf in `dtype`. By default, the whole leaf is put on JAX's default
-        device.
+        returns the selected part of the leaf in `dtype`. By default, the whole leaf is put on JAX's
+        default device.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if tensors do not match the table, or if the embeddings are tied but the stored
-        head differs from the embeddings.
+      ValueError: if the stored tensors do not match the config, or if tied embeddings differ from a
+        stored head.
     """
     found = check_weights(path, config)
     twice = config.tie_embeddings and HEAD in found
@@ -198,8 +200,8 @@ def _read_leaf_part(
     name, entry = entries[0]
     if entry.layer is None:
         values = found[name].read(part)
-        # A read-only array is a view of a mapped file; it is copied because the file may change
-        # later.
+        # A read-only array is a view of a mapped file. The view must be copied, because the file
+        # may change later.
         return values.astype(dtype, copy=not values.flags.writeable)
     values = np.empty([cut.stop - cut.start for cut in part], dtype)
     layers, *own = part
@@ -223,8 +225,8 @@ def _split_rows(start: int, stop: int) -> list[slice]:
 def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
     """Maps Hugging Face names to tensors; reading a tensor fetches its leaf to the host.
 
-    The tensors of each leaf are consecutive in the map, so that a cache of one leaf is enough to
-    fetch each leaf only once.
+    Each leaf is fetched only once, although only one leaf is cached: the map lists the tensors of a
+    leaf consecutively.
     """
     leaves = _by_path(params)
     expected = _leaf_shapes(config)

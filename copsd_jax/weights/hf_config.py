@@ -163,8 +163,8 @@ def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str
         "rope_scaling": rope if config.rope_scaling else None,
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
-        # attention_bias=True would add a bias to `o` too. The model_type qwen2 already gives biases
-        # to q, k and v.
+        # attention_bias=True would add biases not only to q, k and v, but also to `o`. The
+        # model_type qwen2 already gives biases to q, k and v.
         "attention_bias": False, "use_sliding_window": False,
         "torch_dtype": dtype, "dtype": dtype, **ids,
     }  # fmt: skip

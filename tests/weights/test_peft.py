@@ -97,7 +97,7 @@ def test_what_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"adapter q\.a is bfloat16 \(2, 12, 3\)"):
         peft.write(tmp_path / "a", rounded, CONFIG, alpha=1.0, base="")
     with pytest.raises(
-        ValueError, match=r"the adapter is on \['embed'\], but the choices are q, k, v, o, "
+        ValueError, match=r"the adapter has projections \['embed'\] \(allowed: q, k, v, o, "
     ):
         peft.write(tmp_path / "a", {"embed": tree["q"]}, CONFIG, alpha=1.0, base="")
     (tmp_path / "b").mkdir()
