@@ -200,8 +200,8 @@ def _read_leaf_part(
     name, entry = entries[0]
     if entry.layer is None:
         values = found[name].read(part)
-        # A read-only array is a view of a mapped file. The view must be copied, because the file
-        # may change later.
+        # A read-only array is a view of a mapped file, and is copied because the file may change
+        # later.
         return values.astype(dtype, copy=not values.flags.writeable)
     values = np.empty([cut.stop - cut.start for cut in part], dtype)
     layers, *own = part
