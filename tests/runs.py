@@ -16,16 +16,19 @@ from copsd_jax.training import loaded_run, run_plan
 
 def config(card: str, **settings):
     """The parsed config of `configs/<card>.py:tiny`; `train__steps=3` is --config.train.steps=3."""
-    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
-    argv = ["main", f"--config={conftest.ROOT / 'configs' / card}.py:tiny", *flags]
-    return main.parse_command(argv)[0]
+    return main.parse_command(["main", *_flags(card, settings)])[0]
 
 
 def argv(card: str, workdir: pathlib.Path, **settings) -> list[str]:
     """The command line of the same run on one of the eight devices' worth of work."""
+    return ["main", f"--workdir={workdir}", *_flags(card, settings)]
+
+
+def _flags(card: str, settings: dict) -> list[str]:
+    """Few problems, because a plan encodes the prompts of all of them."""
+    settings = {"data__limit": 64} | settings
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
-    path = conftest.ROOT / "configs" / card
-    return ["main", f"--config={path}.py:tiny", f"--workdir={workdir}", *flags]
+    return [f"--config={conftest.ROOT / 'configs' / card}.py:tiny", *flags]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -524,6 +524,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
     return jax.jit(functools.partial(_init_params, config, dtype))(key)
 
 
+@functools.lru_cache(maxsize=8)  # Without the cache, each call would trace the model again.
 def abstract_params(config: ModelConfig, dtype: Any) -> dict:
     """Returns the tree of `init_params` as jax.ShapeDtypeStructs, without allocating memory."""
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -48,7 +48,6 @@ class LeafSlice(NamedTuple):
     transposed: bool  # True for kernels in layers: [in, out] in our tree, [out, in] in Hugging Face
 
 
-@functools.lru_cache(maxsize=4)  # Without the cache, each call would trace the model again.
 def _leaf_shapes(config: transformer.ModelConfig) -> dict[LeafPath, tuple[int, ...]]:
     """Returns the shapes of a model's parameters as {path: shape}."""
     leaves = _by_path(transformer.abstract_params(config, jnp.float32))

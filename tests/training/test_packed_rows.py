@@ -1,6 +1,7 @@
 """Oracle: the same step on the batch of `build_batch`, one completion a row, on one device."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -61,16 +62,13 @@ def arranged(batch, shared=True, **how):
 
 def step(decoder, params, batch, shape=None, prefix=None, kv=None, **changes):
     """(gradient, Aux) of a step, on the first device or a mesh."""
-    options = dataclasses.replace(OPTIONS, **changes)
     state = train_step.init_train_state(make_adapter(1), KEPT, "fixed")
     if shape is None:
-        new, aux = jax.jit(train_step.make_step(decoder, KEPT, options))(
-            state, params, batch, prefix, kv
-        )
+        new, aux = _jit_step(decoder, **changes)(state, params, batch, prefix, kv)
         return new.optimizer, aux
     devices = sharding.make_mesh(*shape)
     jitted = jax.jit(
-        train_step.make_step(decoder, KEPT, options),
+        train_step.make_step(decoder, KEPT, dataclasses.replace(OPTIONS, **changes)),
         out_shardings=(sharding.shardings(state, devices, CONFIG.n_kv_heads), None),
     )
     with jax.set_mesh(devices):
@@ -80,6 +78,11 @@ def step(decoder, params, batch, shape=None, prefix=None, kv=None, **changes):
         )
         new, aux = jitted(*placed, layout.place_batch(batch, devices), prefix, kv)
     return new.optimizer, aux
+
+
+@functools.cache
+def _jit_step(decoder, **changes):
+    return jax.jit(train_step.make_step(decoder, KEPT, dataclasses.replace(OPTIONS, **changes)))
 
 
 def assert_same(got, want):

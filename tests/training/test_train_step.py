@@ -61,9 +61,12 @@ def make_samples(seed: int, n: int = 8) -> tuple[list, list, list]:
 
 
 def run(decoder, params, state, batch, prefix=None, teacher_kv=None, **changes):
-    options = dataclasses.replace(OPTIONS, **changes)
-    step = jax.jit(train_step.make_step(decoder, TX, options))
-    return step(state, params, batch, prefix, teacher_kv)
+    return _jit_step(decoder, **changes)(state, params, batch, prefix, teacher_kv)
+
+
+@functools.cache
+def _jit_step(decoder, **changes):
+    return jax.jit(train_step.make_step(decoder, TX, dataclasses.replace(OPTIONS, **changes)))
 
 
 def row(prompt, completion):
