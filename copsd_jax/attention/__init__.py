@@ -1,4 +1,4 @@
-"""Row attention for training and prefill, decode attention to a cache, and their Pallas kernels.
+"""Row attention for training and prefill, decode attention over a cache, and kernels for both.
 
 May import: runtime.
 """

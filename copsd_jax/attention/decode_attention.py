@@ -18,7 +18,7 @@ entries. The kernels `pallas_tpu` and `pallas_gpu` read live blocks directly fro
 of a softmax separately, so that the caller can add the keys of a shared prefix.
 
 An int8 cache has one float32 scale per entry and head; each scale is chosen so that the largest
-magnitude becomes 127.
+magnitude among the entry's int8 numbers is 127.
 
 Shapes: J slots, K key heads, M queries per key head, A entries per slot, W (slot, block) pairs per
 group; H is the head size.
@@ -107,8 +107,8 @@ def write_and_attend(
       v_JKH: new values.
       cache: the cache; it is updated in place if it is donated or carried by a loop.
       layer: index of the layer, an int32 scalar.
-      index_J: index of the new entry in each slot, int32; negative for a dead slot, where nothing
-        is written or seen.
+      index_J: index of the new entry in each slot, int32; negative for a dead slot, which is
+        neither written nor read.
       implementation: a key of IMPLEMENTATIONS.
 
     Returns:
@@ -209,7 +209,7 @@ def _attend_partially(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> Pa
     total = jnp.sum(weight, axis=-1)
     if block.v_scale is not None:
         weight = weight * jnp.where(seen, block.v_scale[:, :, None], jnp.float32(0))
-    # Values of entries that are not live may be infinite, so they are replaced by 0: 0 times
+    # The values of entries that are not live become 0, because a value may be infinite, and 0 times
     # infinity is NaN.
     v = jnp.where(seen_WS[:, None, :, None], block.v, jnp.zeros((), block.v.dtype)).astype(dtype)
     return PartialSoftmax(_product("wkms,wksh->wkmh", weight.astype(dtype), v), top, total)
@@ -241,7 +241,7 @@ def list_live_blocks(length_J: jax.Array, per_slot: int, block: int) -> tuple[ja
 
 
 def _attend_live_blocks(q_JKMH, cache: Cache, layer, length_J) -> PartialSoftmax:
-    """Attends to the live (slot, block) pairs, W at a time; only their number affects the time."""
+    """Attends to W live (slot, block) pairs at a time; the cost depends on the number of pairs."""
     slots, _, length, size = cache.k.shape[1:]
     per_slot = length // BLOCK
     # With four pairs per slot, a group is large enough to make up for the cost of starting a

@@ -155,7 +155,7 @@ def _check_attention_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: Bloc
     if blocks.keys < _ROWS or blocks.keys & (blocks.keys - 1) or blocks.split % blocks.keys:
         raise ValueError(
             f"blocks.keys is {blocks.keys}, and blocks.split is {blocks.split}: blocks.keys must "
-            f"be a power of two, at least {_ROWS}, and blocks.split a multiple of blocks.keys"
+            f"be a power of two, at least {_ROWS}; blocks.split must be a multiple of blocks.keys"
         )
     # Arrays of up to 4 GiB are addressed with signed 32-bit offsets, which reach only 2 GiB; larger
     # arrays are addressed with 64-bit offsets.

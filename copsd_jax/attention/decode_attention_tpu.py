@@ -1,8 +1,8 @@
 """Decode attention for TPUs (Pallas, Mosaic); the kernel reads only live parts of a cache.
 
 One query token per slot attends to the first `length` entries of its slot. The kernel visits the
-live blocks slot by slot. The kernel itself fetches live blocks, `buffers` - 1 blocks ahead,
-including blocks of the next slots. For the last block of a slot, the kernel fetches only the
+live blocks slot by slot. The kernel itself fetches each live block `buffers` - 1 blocks ahead, even
+if the block belongs to a later slot. For the last block of a slot, the kernel fetches only the
 128-entry chunks that contain a live entry:
 
     lengths 300, 0, 40; blocks of 256     fetch        0          1          2
@@ -15,13 +15,13 @@ entries, 28 layers and blocks of 256, the grid steps would cost 40 ms per token.
 of live blocks would be slower too, because XLA would have to build the list in every layer.
 
 The block size was chosen for v5e. On v5e, a block of 256 entries of 8 heads in bfloat16 takes 530
-instruction words, or 0.36 us at 1.5 GHz without stalls. Of the 530 instruction words, 380 compute;
-the other 150 start copies and find the next block, whatever the block size. Fetching a bfloat16
-block of 256 entries takes 1.28 us (1 MiB at 819 GB/s). Each 128 x 128 tile of keys or values is
-loaded into a matrix unit once. The M queries (1 to 8) occupy 8 rows of the matrix unit, so M does
-not change the cost. On average, half of the computation for a slot's last block is wasted on
-entries that are not live. The latency of a fetch is about 1 us, so a block should take about 1 us
-to fetch. A fetch of 1 us hides the computation for a block and the latency of the next fetch. An
+instruction words, or 0.36 us at 1.5 GHz without stalls. Of the 530 instruction words, 380 are for
+computation; the other 150 start copies and find the next block, whatever the block size. Fetching a
+bfloat16 block of 256 entries takes 1.28 us (1 MiB at 819 GB/s). Each 128 x 128 tile of keys or
+values is loaded into a matrix unit once. The M queries (1 to 8) occupy 8 rows of the matrix unit,
+so M does not change the cost. On average, half of the computation for a slot's last block is wasted
+on entries that are not live. The latency of a fetch is about 1 us, so a block should take about 1
+us to fetch. A fetch of 1 us hides the computation for a block and the latency of the next fetch. An
 int8 block has to be converted before the products. With the conversion, the computation for 384
 int8 entries takes 1370 instruction words, or 0.92 us; fetching these entries takes 0.99 us.
 Therefore int8 saves more memory than time.
@@ -184,7 +184,7 @@ def attend(
 
 
 def _turn(caches: Sequence[jax.Array], turned: bool) -> list[jax.Array]:
-    """Transposes A and H of keys and values without a copy, as memory has the order [..., H, A]."""
+    """Transposes A and H of keys and values; memory already has the order [..., H, A]."""
     return [x.swapaxes(3, 4) if turned and x.ndim == 5 else x for x in caches]
 
 
@@ -211,7 +211,7 @@ class _Copies(NamedTuple):
     sem: Any
 
     def run(self, act: Callable[[Any], None], slot, block, at) -> None:
-        """Starts or awaits (`act`) the copies of a block's live chunks into buffer `at`."""
+        """Applies `act` (start or wait) to the copies of a block's live chunks into buffer `at`."""
         for chunk in range(self.keys // CHUNK):
             start = block * self.keys + chunk * CHUNK
 
@@ -299,7 +299,8 @@ def _attend_block_tpu(part, q_KMH, block, turned: bool, left):
     if left is not None:
         seen = jax.lax.broadcasted_iota(jnp.int32, logit_KMS.shape, 2) < left
         logit_KMS = jnp.where(seen, logit_KMS, visibility.MASKED_LOGIT)
-        # A weight of 0 is not enough: entries from `left` on are garbage, and 0 times NaN is NaN.
+        # Entries at index `left` and beyond are garbage; a weight of 0 cannot remove them, because
+        # 0 times NaN is NaN.
         index = jax.lax.broadcasted_iota(jnp.int32, v.shape, entries)
         v = jnp.where(index < left, v, jnp.zeros_like(v))
     new_KM1 = jnp.maximum(top_KM1, jnp.max(logit_KMS, axis=-1, keepdims=True))
@@ -388,7 +389,7 @@ def _write_cache_kernel(tiles, length: int, layer_1, index_J, *refs):
         tiles, refs[:n], refs[n : 2 * n], refs[2 * n :], strict=True
     ):
         value = old[0, 0]
-        # A TPU v5e has no select for numbers of 8 or 16 bits.
+        # A TPU v5e has no select instruction for numbers of 8 or 16 bits.
         wide = jnp.int32 if value.dtype == jnp.int8 else jnp.float32
         place = jax.lax.broadcasted_iota(jnp.int32, value.shape, axis - 2)
         here = (place == jax.lax.rem(index, size)) & (index >= 0) & (index < length)

@@ -21,9 +21,9 @@ class PartialSoftmax(NamedTuple):
     """The part that some of the keys contribute to a softmax over a larger set of keys.
 
     Attributes:
-      out_JKMH: sum of exp(logit - top) · value over these keys, float32.
+      out_JKMH: sum of exp(logit - top) · value over the keys of the part, float32.
       top_JKM: largest logit, float32; visibility.MASKED_LOGIT if no key is seen.
-      total_JKM: sum of exp(logit - top) over these keys, float32.
+      total_JKM: sum of exp(logit - top) over the keys of the part, float32.
     """
 
     out_JKMH: jax.Array
@@ -63,10 +63,10 @@ def count_cost(q_shape: tuple[int, ...], dtype: jnp.dtype, entries: float) -> di
 
 
 def multiply(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Multiplies `a` [..., R, X] by `b`, with float32 sums over X and `axis`; returns [..., R, S].
+    """Multiplies `a` [..., R, X] by `b` and sums over X in float32; returns [..., R, S].
 
-    The leading axes of `a` are batch axes, which `b` has too; `axis` of `b` corresponds to X, and S
-    is the remaining axis of `b`.
+    The leading axes of `a` are batch axes, which `b` has too. In `b`, X is axis number `axis`, and
+    S is the remaining axis.
     """
     batch = tuple(range(a.ndim - 2))
     # By default, matrix units of TPUs and tensor cores of GPUs would round float32 to fewer bits.

@@ -28,9 +28,11 @@ from copsd_jax.runtime import sharding
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
 CPU_QUERY_BLOCK = 64  # queries per block on CPU; with 32 or 128, SmolLM2 takes a tenth longer
 MAX_RANGES = 8  # maximum number of query ranges; more ranges would save little
-SMALL_WORK = 2**24  # if L² K M H is below this, small blocks cost more compile time than they save
+# If L² K M H is below SMALL_WORK, compiling small blocks takes more time than small blocks save.
+SMALL_WORK = 2**24
 SMALL_WORK_BLOCK = 512  # minimum number of queries per block if L² K M H is below SMALL_WORK
-# Large blocks have fewer ranges, because each range takes 10 to 30 s to compile for TPU.
+# With large blocks, queries are split into fewer ranges, because each range takes 10 to 30 s to
+# compile for TPU.
 MAX_RANGES_LARGE_BLOCKS = 2
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -206,8 +208,8 @@ def _compute_attention_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Vis
     """Computes logits for the row's keys, [B, K, Q, M, S], and for the prefix, [K, B, Q, M, P]."""
     own = _product("bkqmh,bksh->bkqms", q_BKQMH, keys.k_BKSH)
     visible = visibility.mark_visible_keys(query, index_1Q[0], keys.segments_BS)
-    # The mask is added instead of being applied with a select: a sum is one pass over memory,
-    # whatever it is fused with.
+    # The mask is added instead of being applied with a select, because an addition is one pass over
+    # memory, whatever XLA fuses the addition with.
     mask = jnp.where(visible, jnp.float32(0), jnp.float32(visibility.MASKED_LOGIT))
     own = own + mask[:, None, :, None]
     if keys.prefix is None:
@@ -218,9 +220,9 @@ def _compute_attention_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Vis
 
 
 def _attend_block_forward(keys: _VisibleKeys, carry, part):
-    # The barrier makes the mask wait for q. Without the barrier, gradient computations would build
-    # the masks of all blocks before the first layer, because the masks depend only on constants of
-    # the loops.
+    # The barrier makes the mask wait for q. Without the barrier, the masks would depend only on
+    # constants of the loops, so gradient computations would build the masks of all blocks before
+    # the first layer.
     q, query, index = jax.lax.optimization_barrier(part)
     q, dtype = q.swapaxes(1, 2), keys.v_BKSH.dtype
     own, shared = _compute_attention_logits(keys, q, query, index)
@@ -252,8 +254,8 @@ def _zero_gradients(keys: _VisibleKeys) -> tuple[jax.Array, ...]:
 def _attend_block_backward(keys: _VisibleKeys, carry, part):
     """Computes the gradient of a block's queries; adds the gradients of keys and values to `carry`.
 
-    In products over queries, the attention weights are the second and larger factor, because XLA on
-    CPU transposes the first factor in memory.
+    In products over queries, the larger factor (attention weights or gradients of logits) comes
+    second, because XLA on CPU transposes the first factor in memory.
     """
     q, g, lse, delta, query, index = jax.lax.optimization_barrier(part)
     dtype = keys.v_BKSH.dtype
@@ -293,7 +295,7 @@ def attend_cudnn(inputs: visibility.RowInputs, implementation: Any = "cudnn") ->
 
     Args:
       inputs: the same as for `attend`.
-      implementation: 'cudnn', or 'xla', with which tests compute the same output without a GPU.
+      implementation: 'cudnn' or 'xla'; tests use 'xla' to compute the same output without a GPU.
 
     Returns:
       The attention output, [B, L, K, M, H].
@@ -322,8 +324,8 @@ def attend_cudnn(inputs: visibility.RowInputs, implementation: Any = "cudnn") ->
 
 
 def explain_cudnn_refusal(size: int) -> str:
-    """Returns why jax would not call cuDNN for this head size, or "" if jax would call it."""
-    # jax refuses during tracing, so shapes without values are enough.
+    """Returns the reason why jax would not call cuDNN for a head size; "" if jax would call it."""
+    # jax checks the head size during tracing, so shapes without values are enough.
     row: Any = jax.ShapeDtypeStruct((1, 64, 1, size), jnp.bfloat16)
     ids: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     q: Any = jax.ShapeDtypeStruct((1, 64, 1, 1, size), jnp.bfloat16)

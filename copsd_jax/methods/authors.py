@@ -1,8 +1,8 @@
 """The authors of contexts: the student, the teacher, the grader's rule, a server, or a file.
 
-An author's text is read strictly. Every completion gets a `replies.Reply` with a status. If a
-reply's status is unusable, its completion gets no context. The number of replies with each status
-is a metric.
+An author's text is read strictly. Every completion gets a `replies.Reply` with a status. If the
+status of a reply is unusable, the completion gets no context. The number of replies with each
+status is a metric.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ class AuthorText(NamedTuple):
 
     Attributes:
       text: the text; "" if there is none.
-      status: "written", "cut" (the text ended at the token limit), or another key of
-        replies.STATUSES.
+      status: "written", or a key of replies.STATUSES, such as "cut" (the text ended at the token
+        limit).
       detail: for a failure, the reason as one readable line; otherwise empty.
       shortened: the sections of the author's prompt that were cut to context.section_tokens.
       seen: the shortened attempt in the author's prompt; None if the attempt was not shortened.
@@ -129,7 +129,7 @@ def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
 def _shorten_attempt_for_author(
     plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[str]
 ) -> str | None:
-    """Returns an attempt as it was shortened for an author, or None if it was not shortened."""
+    """Returns the shortened attempt in an author's prompt; None if the attempt is not shortened."""
     if "attempt" not in shortened:
         return None
     return text_encoding.truncate_text(plan.tokenizer, attempt.text, plan.context.section_tokens)

@@ -19,9 +19,9 @@ Sources: OPSD arXiv 2601.18734 v3, COPSD 2605.09548, ROSD 2605.28014, critique 2
 Departures from the sources:
   - Prompts and completions stay token ids from the sampler to the loss. Positions are explicit, so
     a completion follows its prompt without a gap. Masks are computed from lengths.
-  - If the teacher writes contexts, it uses the teacher's weights. In the published code, the
-    student with its adapter merged writes the contexts.
-  - An error is located by the characters of the sampled tokens; the text is not encoded again.
+  - If the teacher is the author, contexts are written with the teacher's weights. In the published
+    code, the student writes the contexts, with its adapter merged into the weights.
+  - An error is located in the text of the sampled tokens; the text is not encoded again.
   - If a reply cannot be read, its completion carries no loss, and the reply is counted. In the
     published code, a completion with an unreadable reply gets SDPO's context
     (`parity.reflection_fallback`).
@@ -57,7 +57,7 @@ def make_batch(
       The inputs of the train step, with one record per completion. The metric `taught` counts the
       completions with a teacher prompt. The metric `filtered` counts the completions that
       `_choose_distilled` left out. Other metrics count overlong teacher prompts, the statuses of
-      replies, and the statuses of located errors.
+      replies, and the statuses of token selections.
     """
     c = r.plan.config
     done = rollouts.sample_rollouts(r, state, rows, step)
@@ -140,7 +140,7 @@ def _collect_author_replies(
 
 
 def _select_distilled_tokens(r, done: Rollouts, views, written, told) -> tuple[list, list[str]]:
-    """Returns each completion's mask of tokens with loss, and how its tokens were selected."""
+    """Returns each completion's mask of tokens with loss, and the status of the token selection."""
     masks, found = [], []
     for i, completion in enumerate(done.completions):
         n = len(completion.ids)

@@ -48,7 +48,7 @@ def iterate_batches(
     seed: int,
     step: int = 0,
 ) -> Iterator[list[problem_row.Row]]:
-    """Yields each step's rows, step after step without end; the first step is `step`.
+    """Yields the rows of each step, endlessly; the first step is `step`.
 
     A row can occur twice in one step if an epoch ends in that step.
     """

@@ -95,7 +95,7 @@ def load_languages(extra_path: str = "") -> dict[str, Language]:
 
 
 def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
-    """Returns the registry's code for a code or alias in upper or lower case.
+    """Resolves a code or alias, in upper or lower case, to the registry's code.
 
     Raises:
       ValueError: the code is unknown; the message lists the known codes.
@@ -131,7 +131,7 @@ def _read_languages_file(path: pathlib.Path) -> dict[str, Language]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object; refuses a repeated key, because `json` would lose values."""
+    """Builds a JSON object; refuses a repeated key, because `json` would drop an earlier value."""
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]

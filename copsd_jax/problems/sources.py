@@ -68,7 +68,7 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
 
 
 def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
-    """Reads lines "question TAB answer" without a header; `field` names the question's field."""
+    """Reads lines "question TAB answer" without a header; the question is stored under `field`."""
     out = []
     for k, line in enumerate(_decode_source_text(path, raw).split("\n"), start=1):
         if not line.strip():
@@ -128,7 +128,7 @@ def _read_tfds(setting: str, path: str) -> list[Record]:
             "prepare it with file_format='array_record'"
         )
     out = []
-    source: Any = builder.as_data_source  # a decorator hides its arguments from type checkers
+    source: Any = builder.as_data_source  # a decorator hides all arguments from type checkers
     for k, example in enumerate(source(split), start=1):
         # Every TFDS example has every feature, so an absent field is stored as an empty text.
         absent = {key for key, v in example.items() if isinstance(v, bytes) and not v}
@@ -216,7 +216,7 @@ def convert_to_text(name: str, value: object) -> str:
 
 
 def _read_first(record: Record, names: Sequence[str]) -> str:
-    """Returns the text of the first field that the record has, looking in the order of `names`."""
+    """Returns the text of the first field of `names` that occurs in the record."""
     for name in names:
         if name in record.fields:
             return convert_to_text(name, record.fields[name])
@@ -224,7 +224,7 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """Returns the first field's text, or "" for a blank or absent field that is not needed."""
+    """Reads a field by `_read_first`; returns "" for an optional field that is blank or absent."""
     x = next((record.fields[name] for name in names if name in record.fields), None)
     blank = x is None or (isinstance(x, str | bytes) and not x.strip())
     if not needed and (blank or (isinstance(x, float) and math.isnan(x))):

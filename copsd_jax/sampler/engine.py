@@ -21,8 +21,9 @@ the model runs the shared tokens only once.
 slots, so all samples of a prompt share one prefill.
 
 `decode` draws tokens for all live slots. The first token of a slot is drawn from the hidden state
-of the prompt's last token. Each later token is drawn from the step that runs the token before it. A
-step draws first tokens and later tokens together, so each step reads the output head only once.
+of the prompt's last token. Each later token is drawn in the step that runs the previous token
+through the model. A step draws first tokens and later tokens together, so each step reads the
+output head only once.
 
 The picture shows the cache of one slot, with a shared prefix of P tokens and a prompt of 3 tokens.
 Two tokens have been drawn so far, `a` and `b`. The model has not run `b` yet.
@@ -38,8 +39,8 @@ token attends only to entries up to its own index.
 On a mesh, each of the R batch shards has J / R slots and its own row of packed prompts. Cache
 entries are never sent from one device to another.
 
-Shapes: J slots, A cache length, R batch shards, T packed tokens, P prefix length, I texts inserted
-into the slots of one shard, E steps of one `decode` call, X sets of stop ids.
+Shapes: J slots, A entries per slot, R batch shards, T packed tokens, P prefix tokens, E steps of
+one `decode` call, X sets of stop ids; I is the number of texts inserted into one shard's slots.
 """
 
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ from copsd_jax.runtime import sharding
 from copsd_jax.sampler import truncation
 
 UNSTACK_FROM = 2**20  # bytes per layer; for smaller layers, `unstack_layers` saves no time
-INSERT_BLOCK = 64  # entries per block that `insert` copies; each slot has this many spare entries
+INSERT_BLOCK = 64  # number of entries that `insert` copies at once; a slot has as many to spare
 
 
 class LayerWeights(NamedTuple):
@@ -346,7 +347,7 @@ def decode(
     decoder: transformer.Decoder, features: truncation.Features, steps: int,
     constants: Constants, state: DecodeState, cancel_J: jax.Array, enough: jax.Array,
 ) -> tuple[DecodeState, DecodeResult]:  # fmt: skip
-    """Draws up to `steps` tokens for all live slots.
+    """Draws up to `steps` tokens for each live slot.
 
     Args:
       decoder: the model; static.

@@ -67,7 +67,7 @@ class HandOver:
         return policy_lib.Policy(params, adapter, scale)
 
     def kept(self) -> Any:
-        """Returns the copy of the frozen base, kept for the run; None if there is no copy."""
+        """Returns the copy of the frozen base that this object keeps; None if there is no copy."""
         return self._base
 
     def _convert(self, scale: float, int8: bool, *trees: Any) -> Any:

@@ -185,7 +185,7 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
         enough = max(1, len(serving) - max(1, slots // 16) + 1) if more else 1
         args = _to_devices(inputs, (cancel, np.int32(enough)))
         state, result = _decode_program(inputs, state, *args).call(inputs.constants, state, *args)
-        packed_JX, steps = jax.device_get(result)  # the call waits for the device
+        packed_JX, steps = jax.device_get(result)  # device_get waits for the device
         drawn = engine.unpack_tokens(packed_JX)
         cancel[:] = False
         for slot, row in list(serving.items()):

@@ -18,7 +18,7 @@ class Program(NamedTuple):
     name: str
     call: Callable
     seconds: float  # compilation time
-    temporary: int  # number of bytes per device, besides arguments and results
+    temporary: int  # number of bytes of temporary memory per device
     held: int  # number of bytes of arguments and results per device
 
 

@@ -37,7 +37,7 @@ class Placement(NamedTuple):
 def list_buckets(pack: int, longest: int) -> tuple[int, ...]:
     """Returns the widths of packed rows, in ascending order.
 
-    One width is `pack`, rounded up to a multiple of 16 and to at least 128. The other widths are
+    One width is `pack`, rounded up to a multiple of 16, but at least 128. The other widths are
     powers of two from 128 on. If `longest` does not exceed the rounded `pack`, all powers of two in
     the list are below the rounded `pack`. If `longest` exceeds the rounded `pack`, the largest
     width is the first power of two that is at least `longest`.
@@ -74,8 +74,8 @@ def group_by_beginning(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt
     """
     distinct = sorted(set(prompts))
     both = [count_common(a, b) for a, b in itertools.pairwise(distinct)]
-    # Each entry has the number of saved tokens, the start of the last group, and the number of
-    # tokens that the last group shares.
+    # Each entry of `best` holds the number of saved tokens, the start of the last group, and the
+    # number of tokens that the last group shares.
     best: list[tuple[int, int, int]] = [(0, 0, 0)]
     for end in range(1, len(distinct) + 1):
         choices = [(best[end - 1][0], end - 1, 0)]
@@ -104,8 +104,8 @@ def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Pr
     """Packs prompts into one row.
 
     Returns:
-      int32 [4, width] with the rows `tokens`, `index`, `segments` and `parents`, as in
-      `engine.PackedPrompts`; and the placement of each prompt.
+      An int32 array [4, width] with the rows `tokens`, `index`, `segments` and `parents` (as in
+      `engine.PackedPrompts`), and the placement of each prompt.
     """
     out = np.zeros((4, width), np.int32)
     out[3] = -1

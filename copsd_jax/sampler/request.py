@@ -100,7 +100,7 @@ class Inputs:
 def derive_keys(
     seed: int, purpose: str, step: int, row_ids: Sequence[str], samples: Sequence[int]
 ) -> np.ndarray:
-    """Returns one random key for each sample of each row.
+    """Returns one random key for each of n samples.
 
     The root key is made from the seed. Then four values are folded into the root key: the purpose,
     the step, the first 64 bits of the row id's SHA-256, and the sample number. For each token, the

@@ -129,8 +129,8 @@ def sample(
 
     Args:
       logits_JV: logits of any floating dtype.
-      key_J2: uint32, the data of one threefry key per row. The token of row j depends only on key
-        j, logits j and settings j. At temperature 0, the key has no effect.
+      key_J2: uint32, the data of one threefry key per row. The token of a row depends only on the
+        key, the logits and the settings of the row. At temperature 0, the key has no effect.
       rows: settings of the J rows.
       features: static; the result of `find_features` for all rows.
       valid_V: bool, the ids that may be drawn; None allows all ids.

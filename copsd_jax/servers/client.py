@@ -1,7 +1,7 @@
 """Client for OpenAI-compatible servers, with concurrent requests and a cache of answers.
 
-`ask_all` requests chat completions and caches the answers. `send_call` and `run_concurrently`,
-which `ask_all` uses, can also send other HTTP requests.
+`ask_all` requests chat completions and caches the answers. `ask_all` is built on `send_call` and
+`run_concurrently`, which can also be used for other HTTP requests.
 
 The client uses the standard library's `http.client`. Common clients, such as httpx, have no overall
 deadline: their timeouts start again after every byte received. In this client, a read may take only
@@ -290,7 +290,7 @@ def _read_cached_answer(server: Server, digest: str) -> ChatAnswer | None:
         if isinstance(text, str) and status in USABLE:
             return ChatAnswer(text, status, attempts=0)
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        pass  # handled below, like a file with other contents
+        pass  # an unreadable file is handled below, like a malformed answer
     _warn(f"{path} is not a cached answer: the request is sent again")
     return None
 

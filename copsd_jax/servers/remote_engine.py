@@ -93,9 +93,9 @@ def generate(
 
     Raises:
       ValueError: the server does not support the settings or prompts; no request is sent.
-      OSError: the server did not complete a row; the message has the server's last reply. The first
-        failure ends all other requests.
-      RuntimeError: a reply does not match its request; the message has the address and the row.
+      OSError: the server did not complete a row; the message contains the server's last reply. The
+        first failure ends all other requests.
+      RuntimeError: a reply does not match its request; the message names the address and the row.
     """
     check_server(server)
     texts = request.list_texts(prompts, sampling, keys, limits, vocabulary)
@@ -268,7 +268,7 @@ def check_server(server: EngineServer) -> None:
     """Checks the sampler.* settings of a server, without sending a request.
 
     Raises:
-      ValueError: a setting is invalid; the message has its value and the valid choices.
+      ValueError: a setting is invalid; the message states the value and the valid choices.
     """
     client.check_server(server.api, "sampler.")
     for name, choices in (("dialect", tuple(dialects.DIALECTS)), ("logprobs", LOGPROBS)):
@@ -327,7 +327,7 @@ def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
 
     Raises:
       ValueError: the folder has neither adapter_config.json nor config.json.
-      OSError: the server did not load the folder; the message has the server's reply and the
+      OSError: the server did not load the folder; the message contains the server's reply and the
         options that the server needs.
     """
     path = pathlib.Path(folder).resolve()

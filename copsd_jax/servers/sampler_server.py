@@ -36,7 +36,7 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
     coldest = dialects.DIALECTS[s.dialect].coldest
     for section in ("rollout", "eval", "author"):
         if 0 < (degree := config[section].temperature) < coldest:
-            rule = f"with sampler.dialect={s.dialect} it is 0 or at least {coldest}"
+            rule = f"with sampler.dialect={s.dialect} it must be 0 or at least {coldest}"
             raise ValueError(f"{section}.temperature is {degree}: {rule}")
     if train:
         _check_logprobs(config)

@@ -93,7 +93,7 @@ def find_words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
 
 
 def _continues(beside: str, edge: str) -> bool:
-    """Tells whether `beside` continues a word or number; `edge` is the word's nearest character."""
+    """Tells whether `beside` continues a word or number that begins or ends with `edge`."""
     near, further = beside[-1:], beside[-2:-1]
     if edge.isdigit() and near in tuple(".,"):
         return further.isdigit()

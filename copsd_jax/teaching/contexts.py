@@ -42,7 +42,7 @@ class Author:
         nothing to ask about an attempt.
       read: reads the author's text about an attempt; the attempt is passed as it was shown to the
         author.
-      kinds: the values of author.kind whose authors can write the text.
+      kinds: the allowed values of author.kind.
       reads_cut: tells whether a reply that was cut off at author.max_tokens is still read.
       write_by_rule: writes the text by a rule (author.kind=grader), from an attempt and the answer
         that the grader found in the attempt; None if no rule can write the text.
@@ -131,7 +131,7 @@ def _show_nothing(settings: Settings, attempt: Attempt, reply: Reply) -> Convers
 
 
 def _show_sibling(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds SDPO's re-prompt; it shows a sibling, and feedback if context.feedback allows this."""
+    """Builds SDPO's re-prompt from a sibling and from the feedback that context.feedback allows."""
     sibling = attempt.sibling
     wanted = {"never": False, "always": True, "without_sibling": not sibling}[settings.feedback]
     feedback = attempt.feedback if wanted else ""

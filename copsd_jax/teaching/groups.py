@@ -18,7 +18,7 @@ def choose_siblings(
     choice: str,
     seed: Sequence[int],
 ) -> list[int | None]:
-    """Chooses a sibling for each completion: a different, successful completion of the group.
+    """Chooses a sibling for each completion: a different, successful completion of the same group.
 
     Args:
       success_B: [B], whether each completion is successful.

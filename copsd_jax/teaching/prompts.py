@@ -48,7 +48,7 @@ class Prompt:
 
 @functools.lru_cache(maxsize=4)
 def has_thinking(tokenizer: Tokenizer) -> bool:
-    """Tells whether the chat template has a thinking switch, the variable `enable_thinking`.
+    """Tells whether the chat template has a thinking switch (the variable `enable_thinking`).
 
     Raises:
       ValueError: the tokenizer has no chat template.
@@ -97,7 +97,7 @@ def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: 
 def _find_state(text: str, thinking: str) -> str:
     """Returns the template state at the end of a rendered prompt (`Prompt.state`).
 
-    The contents of the messages must be hidden by `text_encoding.Guard`, so that think blocks
+    The special tokens in the messages must be hidden by `text_encoding.Guard`, so that think blocks
     quoted in the messages are ignored.
     """
     if re.search(r"<think>\s*</think>\s*$", text):
@@ -226,8 +226,8 @@ def encode_target(
       prompt_format: the form of the student's prompts.
       row: the problem.
       stop: the stop strings (rollout.stop). In plain text, the first stop string ends the
-        completion. In the chat template, or if there are no stop strings, the tokenizer's end token
-        ends the completion.
+        completion. With the chat template, or without stop strings, the tokenizer's end token ends
+        the completion.
       state: the state of the prompt. In the state "open", the target first closes the think block,
         because an answer inside a think block does not count.
 

@@ -148,8 +148,8 @@ def join_tags(fields: Iterable[tuple[str, str]]) -> str:
 def _read_reply_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str, str]:
     """Reads the tags that follow the thinking, in order; text outside the tags is ignored.
 
-    If the prompt opened a think block, the caller must put `<think>` in front of the text, as for
-    `graders.extract_answer`.
+    If the prompt opened a think block, the caller must put `<think>` in front of the text;
+    `graders.extract_answer` has the same rule.
 
     Returns:
       The (tag, content) pairs, the status of the first error, and the tag of the first error. If
@@ -267,10 +267,10 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
 
     The attempt's steps before the first wrong step must occur in the trace, in the same order.
     Where the trace repeats a right step, only the white space may differ. If the attempt is wrong,
-    other steps may be inserted between the right steps. The wrong step must not occur in any other
-    step of the trace or in the answer of the trace. A model copies errors that it is shown, so the
-    student would learn the wrong step. The trace may, however, contain parts of the wrong step. A
-    critique whose case is neither "right" nor "wrong" is returned unchanged.
+    other steps may be inserted between the right steps. The wrong step must not occur in the trace,
+    unless it is part of a repeated right step. A model copies errors that it is shown, so the
+    student would learn the wrong step from the trace. The trace may, however, contain parts of the
+    wrong step. A critique whose case is neither "right" nor "wrong" is returned unchanged.
 
     Args:
       reply: a critique, from `read_critique`.
@@ -311,7 +311,7 @@ def _bare(step: str) -> str:
 
 
 def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, int], str]:
-    """Loads replies from a file; returns the text of each reply by (row id, sample).
+    """Loads replies from a file, as a map from (row id, sample) to the text of the reply.
 
     A record has the fields `id`, `reply` and `sample`. The field `sample` is optional, with the
     default 0.

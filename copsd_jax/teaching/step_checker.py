@@ -1,4 +1,4 @@
-"""A rule that finds the first wrong step of an attempt and corrects it.
+"""A rule that finds the first wrong step of an attempt, and corrects the attempt.
 
 For problems that are solved by equations, the rule replaces a model as the author of critiques and
 reflections. The rule compares an attempt's equations with the equations of the reference solution.
@@ -51,15 +51,15 @@ def check_attempt(
     it computes on the way: "3 * 5 - 4 = 11" can reach 15 and 11.
 
     A step is wrong if it has a false equation. In an attempt whose answer is wrong or missing, a
-    step is also wrong if one of its equations has a value that is not a needed result. In an
-    attempt with a right answer, values that are not needed results are accepted as another way to
-    the answer. If the answer is wrong but no equation is wrong, the step that states the answer is
-    the wrong step.
+    step is also wrong if one of its equations has a value that is not a needed result. If the
+    answer is right, values besides the needed results are accepted as part of another way to the
+    answer. If the answer is wrong but no equation is wrong, the step that states the answer is the
+    wrong step.
 
-    The corrected trace repeats verbatim the attempt's steps before the wrong step, except steps
-    that state an answer. Missing equations of the solution are inserted before the step that needs
-    them, or at the end. Inserted equations are written with the signs and spacing of the attempt.
-    From an unfinished attempt, the trace keeps only the equations that reach a result.
+    The corrected trace copies the attempt's steps before the wrong step, except steps that state an
+    answer. Missing equations of the solution are inserted before the step that needs them, or at
+    the end. Inserted equations are written with the signs and spacing of the attempt. From an
+    unfinished attempt, the trace keeps only the equations that reach a result.
 
     Args:
       text: the attempt.
@@ -89,7 +89,7 @@ def check_attempt(
 
 
 def can_check(solution: str, gold: str | None = None) -> bool:
-    """Tells whether a solution has equations, they are all true, and the last one gives `gold`."""
+    """Tells whether a solution has equations that are all true, the last of which gives `gold`."""
     return _find_solution_fault(solution, gold) is None
 
 
@@ -133,7 +133,7 @@ def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
 def _find_earliest_error(
     attempt: _Steps, reached: _Reached, answered: bool, correct: bool
 ) -> tuple[solution_steps.Step | None, tuple[int, int] | None]:
-    """Returns the earliest wrong step and its error's span, or (None, None) if none is wrong."""
+    """Returns the earliest wrong step and its error's span; (None, None) if no step is wrong."""
     for equation, new in reached:
         if not equation.true or (new is None and not correct):
             holds = next(s for s in attempt if s.start <= equation.start < s.end)

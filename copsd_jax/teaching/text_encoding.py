@@ -18,7 +18,7 @@ Tokenizer = transformers.PreTrainedTokenizerFast
 
 @functools.lru_cache(maxsize=4)
 def _strip_added_tokens(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Copies the tokenizer without added tokens; the copy encodes no text as a special id."""
+    """Copies the tokenizer without added tokens; the copy finds no special tokens in a text."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     settings["added_tokens"] = []
     settings["post_processor"] = settings["truncation"] = settings["padding"] = None

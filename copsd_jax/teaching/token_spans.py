@@ -126,8 +126,8 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
 
     An exact match has the same code points as the quote, or as the quote without surrounding white
     space. A normalised match equals the quote after the text and the quote are composed canonically
-    (NFC) and spacing is reduced. A run of spacing (white space, `~`, `\,`, `\quad` and the like)
-    becomes one blank between two letters or two digits. Any other spacing is removed, so "x+y"
+    (NFC) and spacing is reduced. Between two letters or two digits, a run of spacing (white space,
+    `~`, `\,`, `\quad` and the like) becomes one blank. Any other spacing is removed, so "x+y"
     equals "x + y". `{,}` becomes a comma. A fuzzy match is the longest substring that the
     normalised text and the normalised quote have in common. For a fuzzy match, only the span of the
     common substring is returned. No edit distance is used: at the same threshold, an edit distance
@@ -252,7 +252,7 @@ def _find_longest_common(text: str, wanted: str) -> tuple[list[int], int]:
 
 
 def _measure_common(text: str, wanted: str) -> list[int]:
-    """Measures for each place in `text` the longest substring of `wanted` that ends at this place.
+    """Measures the longest substring of `wanted` that ends at each place in `text`.
 
     The suffix automaton of `wanted` (Blumer et al. 1985) reads the text once, so the time is linear
     in both lengths. A table of all pairs of characters would take time proportional to the product
