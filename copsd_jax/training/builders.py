@@ -15,7 +15,7 @@ from copsd_jax.sampler import handover, request
 from copsd_jax.teaching import contexts, prompts
 from copsd_jax.training import backends, layout, prompt_lengths, row_packing, run_plan, train_step
 
-ADAPTER_STREAM = 1001  # number of the adapter's random stream; the sampler's streams start at 0
+ADAPTER_STREAM = 1001  # index of the adapter's random stream; the sampler's streams start at 0
 
 
 def build_decoder(frame: run_plan.ProgramPlan) -> transformer.Decoder:

@@ -1,4 +1,4 @@
-"""Collapse guards: rules that check metrics, and warn, lower the learning rate or stop the run.
+"""Collapse guards: rules that check metrics and can warn, lower the learning rate or stop the run.
 
 A rule is one string of `guards.rules`, without blanks:
 
@@ -245,10 +245,10 @@ def _find_guard_limit(rule: Rule, memory: dict[str, Any], value: float) -> float
 
 
 def _fires(rule: Rule, over: int) -> bool:
-    """Returns whether a rule fires in the `over`-th consecutive step beyond its limit.
+    """Returns whether a rule fires after `over` consecutive steps beyond its limit.
 
-    A rule fires once, after `patience` consecutive steps beyond its limit. An `lr` rule fires again
-    after every further `patience` steps.
+    A rule fires once, after `patience` consecutive steps beyond its limit. As long as the value
+    stays beyond the limit, an `lr` rule fires again every `patience` steps.
     """
     if rule.action == "lr":
         return over > 0 and over % rule.patience == 0

@@ -25,8 +25,8 @@ from copsd_jax.teaching import conversations, prompts, text_encoding
 from copsd_jax.training import builders, run_plan, train_step
 from copsd_jax.weights import hf, peft
 
-# Number of the random stream for initial weights. The sampler's streams are numbered from 0;
-# builders.ADAPTER_STREAM is 1001.
+# Index of the random stream from which initial weights are drawn. The sampler's streams are
+# numbered from 0; builders.ADAPTER_STREAM is 1001.
 WEIGHTS_STREAM = 1002
 
 
@@ -256,7 +256,7 @@ class ServedPolicy:
       plan: the checked plan.
       server: the server, which serves the base model under the name `sampler.model`.
       folder: the folder that contains the folders of the policies. The server must be able to read
-        `folder`, and no other run may use it.
+        this folder, and no other run may use this folder.
     """
 
     def __init__(
@@ -279,7 +279,7 @@ class ServedPolicy:
             return self._base  # an adapter with b = 0 changes nothing, so the base is the policy
         leaves = jax.tree.leaves(policy.params if adapter is None else adapter)
         if [id(held()) for held in self._held] != [id(leaf) for leaf in leaves]:
-            self._held = []  # cleared first: if the hand-over fails, the next call repeats it
+            self._held = []  # emptied first: if the hand-over fails, the next call tries again
             self._server = self._handed(policy)
             self._held = [weakref.ref(leaf) for leaf in leaves]
         return self._server

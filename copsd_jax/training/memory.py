@@ -159,7 +159,7 @@ def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
 
 
 def describe_undivided(frame: run_plan.ProgramPlan) -> str:
-    """Describes the parameters that stay whole along a mesh axis because it cannot divide them.
+    """Describes the parameters that an axis of the mesh should split but cannot.
 
     Returns:
       One line that lists the undivided parameters of each axis and the additional memory on each

@@ -119,7 +119,7 @@ def check_room(config: config_lib.Config, longest: dict[str, int], room: int, pl
       config: the run's settings, with the limits of completions.
       longest: for each side to check, the number of tokens in its longest prompt.
       room: maximum number of tokens of a prompt and its completion together.
-      place: the words that name the room in the message.
+      place: the words that name this maximum in the message.
 
     Raises:
       ValueError: the room is too small; the message names the side and the setting.
@@ -134,8 +134,8 @@ def check_room(config: config_lib.Config, longest: dict[str, int], room: int, pl
     for side, (name, tokens) in limits.items():
         if side in longest and longest[side] + tokens > room:
             raise ValueError(
-                f"{name} is {tokens}: with the longest {side} prompt of {longest[side]} tokens, "
-                f"the sum exceeds {place}"
+                f"{name} is {tokens}: added to the longest {side} prompt ({longest[side]} tokens), "
+                f"this exceeds {place}"
             )
 
 
@@ -151,8 +151,8 @@ def bound_teacher(
       config: the run's settings.
       context: the privileged context; replies and siblings' answers make prompts longer.
       model_config: the shape of the model, including the maximum number of positions.
-      shortest: number of tokens in the longest teacher prompt, measured with the shortest attempt
-        and reply.
+      shortest: number of tokens in the longest teacher prompt if all attempts and replies are as
+        short as possible.
     """
     reads = contexts.list_inputs(context)
     tokens = shortest + (config.author.max_tokens if "reply" in reads else 0)

@@ -131,7 +131,7 @@ def add_token_values(
 
     `logp_gap_mean` and `logp_gap_max` are the mean and the maximum of the tokens' gaps, in nats.
     The gap of a sampled token is |ln p in the sampler - ln p in the trainer|. The two probabilities
-    in the gap are at the sampling temperature and over the whole vocabulary. If the run has a
+    in the gap are computed at the sampling temperature, over the whole vocabulary. If the run has a
     divergence, the gap metrics cover all tokens, with or without loss. If the run has no
     divergence, the gap metrics cover the completions that have policy loss. `logp_absent` is the
     share of completions for which the sampler returned no log-probabilities.
@@ -189,7 +189,7 @@ def _add_divergence(r, record: dict, batch: layout.Batch, tokens, b: int, n: int
 
 
 def _add_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) -> None:
-    """Adds the values of the policy loss to a record (fewer values for a cross entropy).
+    """Adds the values of the policy loss to a record; a cross entropy adds fewer values.
 
     If the loss compares trainer and sampler, the record gets `policy_ratio`: p(y) in the trainer
     divided by p(y) in the sampler, before any clip.

@@ -115,10 +115,10 @@ def sample_rollouts(
 def _clear_unknown_logps(completion: loop.Completion) -> loop.Completion:
     """Replaces NaN log-probabilities with empty arrays; NaN means that a server returned none.
 
-    In a record, an empty array is written as [], because JSON has no NaN. In a batch, an empty
-    array becomes zeros (`layout.pad_rows`). No loss reads the zeros of an empty array: if a server
-    returns no log-probabilities, `make_plan` refuses losses that need them. In a batch, a NaN would
-    spread: NaN times a weight of 0 is NaN.
+    A record can contain an empty array, written as [], but no NaN, because JSON has no NaN. In a
+    batch, an empty array becomes a row of zeros (`layout.pad_rows`). No loss reads this row of
+    zeros: if a server returns no log-probabilities, `make_plan` refuses losses that need them. In a
+    batch, a NaN would spread: NaN times a weight of 0 is NaN.
     """
     known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
     logps, truncated = known(completion.logps), known(completion.logps_truncated)

@@ -96,7 +96,7 @@ class RowPlan(NamedTuple):
 
 
 def round_up_row_size(number: int, least: int = 1, parts: int = 16) -> int:
-    """Rounds a number up to a multiple of a step that grows with it: 35 -> 36, 1,100 -> 1,152.
+    """Rounds a number up in steps that grow with the number: 35 -> 36, 1,100 -> 1,152.
 
     The largest power of two that does not exceed the number is divided by `parts`. The step is the
     quotient, or `least` if the quotient is smaller.
@@ -151,8 +151,8 @@ def _plan_one_per_row(
 ) -> RowPlan:  # fmt: skip
     """Plans one completion per row; all rows are as long as the longest sample.
 
-    A budget is rounded up to whole samples, because the shorter samples of a real run can fill the
-    whole budget.
+    A budget is rounded up to a whole number of samples: the samples of a real run can be shorter,
+    and then they fill the whole budget.
     """
     B, lengths = len(completions_B), [round_up_row_size(n, ROW_MULTIPLE) for n in longest]
     rows = -(-budget // sum(lengths)) if budget else -(-B // (micros * shards))
@@ -203,7 +203,7 @@ def _list_row_shapes(mean: int, longest: int, row: int) -> list[RowShape]:
         )
         return [RowShape(count, length) for count in counts]
     # Rounding the minimum row length up to 2^k or 1.5 * 2^k tokens leaves only a few row lengths.
-    # Packing fills the longer rows, so the rounding wastes nothing.
+    # Packing also fills the space that this rounding adds to the rows, so nothing is wasted.
     shortest = round_up_row_size(longest, ROW_MULTIPLE, parts=2)
     shortest = max(shortest, min(4 * shortest, SHORT_ROW))
     out, tokens = [], round_up_row_size(max(mean, longest), ROW_MULTIPLE)
@@ -324,7 +324,8 @@ def _fill_packing_bins(completions_B, sides, sizes, order: list[int], bins: int,
         where = int(np.argmax(fits))
         if spread:
             used = np.max([side.used / side.size.tokens for side in filling], axis=0)
-            # `used` is at most 1, so subtracting 1 puts bins with the student's prompt first.
+            # `used` is between 0 and 1. Subtracting 1 from the values of the bins that have the
+            # student's prompt puts these bins first.
             used[list(filling[0].known[sides[0].families_B[b]])] -= 1
             where = int(np.argmin(np.where(fits, used, np.inf)))
         bin_B[b] = where

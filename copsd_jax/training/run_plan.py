@@ -52,7 +52,7 @@ class ProgramPlan:
 
     @property
     def adapter_scale(self) -> float:
-        """The factor alpha / rank by which the product of an adapter is multiplied."""
+        """The factor alpha / rank by which the output of an adapter is multiplied."""
         return self.config.lora.alpha / self.config.lora.rank
 
 

@@ -1,4 +1,4 @@
-"""Checks the settings that choose an entry of a table, such as the table of contexts or rewards.
+"""Checks the settings whose value names an entry of a table, such as the table of rewards.
 
 `main` first checks all other settings with `config.setting_rules`, which imports no table.
 """

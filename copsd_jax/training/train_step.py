@@ -100,9 +100,9 @@ class PolicyLoss:
     clip_low: float = 0.0  # bounds of the ratio (`policy_loss.compute_surrogate`); 0 means no bound
     clip_high: float = 0.0
     dual_clip: float = 0.0
-    kl: float = 0.0  # factor of the divergence from the initial policy; 0 means no divergence
+    kl: float = 0.0  # factor of the divergence from the initial policy; 0 means no such term
     old: str = "trainer"  # 'trainer' | 'sampler': source of the ratio's old log-probabilities
-    rollout_clip: float = 0.0  # cap of the token weights p_trainer / p_sampler; 0 means no weights
+    rollout_clip: float = 0.0  # cap of token weights p_trainer / p_sampler; 0 means no weighting
 
 
 class PolicyStats(NamedTuple):
@@ -149,7 +149,7 @@ def make_optimizer(
       lr: peak learning rate.
       schedule: constant, linear or cosine.
       warmup: number of warm-up steps; 0 means no warm-up.
-      weight_decay: AdamW's decay, multiplied by the learning rate.
+      weight_decay: AdamW's weight decay; AdamW multiplies it by the learning rate.
       b1: decay of AdamW's first moment.
       b2: decay of AdamW's second moment.
       eps: number that is added to the root of the second moment.
@@ -451,8 +451,8 @@ def make_step(
         head = None
         if options.trainable == "lora":
             # The frozen head, which all policies share, is gathered once per step, before the loop.
-            # A top-k divergence needs whole vocabularies, so the head is not split along V in this
-            # case.
+            # For a top-k divergence, each device needs the logits of the whole vocabulary, so the
+            # head is not split along V.
             few = options.divergence is not None and options.divergence.top_k > 0
             head = token_blocks.gather_head(transformer.get_head(frozen), split_vocabulary=not few)
 
