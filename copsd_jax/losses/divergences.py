@@ -1,7 +1,7 @@
 """The divergences between two next-token distributions, entry by entry, in closed form.
 
 To add a divergence, write one function that returns an `Entry` (value and derivative), and add the
-function to `DIVERGENCES`. The settings, `dense` and `chunked` then support the new divergence. The
+function to `DIVERGENCES`. `dense`, `chunked` and the settings then support the new divergence. The
 Pallas kernels support only the divergences that they are tested with; for all others, `auto` means
 `chunked`.
 

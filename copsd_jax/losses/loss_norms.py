@@ -19,11 +19,11 @@ def compute_token_weights(
         Every micro-batch has the same weight, and an empty micro-batch counts as 0 (OPSD, COPSD).
       global_token_mean: the mean over all tokens of the step; micro-batches make no difference
         (DAPO).
-      seq_mean: the mean over the tokens of each completion, averaged over completions. Completions
-        without a token are not counted, so padding rows change nothing.
+      seq_mean: the mean over the tokens of each completion, averaged over completions. Empty
+        completions are not counted, so padding rows change nothing.
       seq_mean_all: the mean over the tokens of each completion, averaged over all B completions.
-        Completions without a token count as 0, so the mask must not have padding rows. GRPO writes
-        the weights of seq_mean_all as 1/B Σ_i 1/|o_i|. SDPO's norm equals seq_mean_all if every
+        An empty completion counts as 0, so the mask must not have padding rows. GRPO writes the
+        weights of seq_mean_all as 1/B Σ_i 1/|o_i|. SDPO's norm equals seq_mean_all if every
         micro-batch has one completion.
       constant: the sum over all tokens, divided by B · length (arXiv 2503.20783).
 

@@ -14,8 +14,8 @@ L:
 | DAPO      | arXiv 2503.14476 | std   | .2, .28        | off  | global_token_mean |
 | SDPO      | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
 
-In the table, the row SDPO describes the GRPO baseline of the SDPO paper. The original GRPO baseline
-of the SDPO paper averages over the tokens of each micro-batch (micro_token_mean).
+In the table, SDPO stands for the GRPO baseline of the SDPO paper. The original GRPO baseline of the
+SDPO paper averages over the tokens of each micro-batch (micro_token_mean).
 """
 
 import jax
@@ -102,7 +102,10 @@ def compute_surrogate(
     clip_high: float,
     dual_clip: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A), at most -dual_clip · A if A < 0.
+    """Computes the policy-gradient loss of each token, with bounds on the ratio ρ.
+
+    The loss is -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A). If A < 0, the dual clip limits
+    the loss to at most -dual_clip · A.
 
     For example, ρ = 1.5, A = 1 and clip_high = .2 give the loss -1.2 and the gradient 0.
 

@@ -67,7 +67,7 @@ def spread(
     heads: tuple[jax.Array, ...],
     split_vocabulary: bool,
 ) -> tuple[Any, jax.Array | None]:
-    """Runs work(rows, heads, vocabulary axis) on every device of the current mesh.
+    """Runs `work(rows, heads, vocabulary axis)` on every device of the current mesh.
 
     The heads are gathered once, along their width. The heads that `work` gets cover the whole
     vocabulary, or only this device's part of the vocabulary. Heads and `rows` are padded at the
@@ -142,7 +142,7 @@ def split_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
 
 
 def _split_padded(head_VD: jax.Array, shards: int) -> jax.Array:
-    """Pads and splits a head, unless its number of rows is already a multiple of `shards`."""
+    """Pads and splits a head, or returns it unchanged if `shards` divides its number of rows."""
     if len(head_VD) % shards == 0:
         return head_VD
     width = head_VD.shape[1]
@@ -183,7 +183,7 @@ def walk(
     most: int,
     multiple: int = 1,
 ) -> tuple[Any, jax.Array | None]:
-    """Runs work(block of rows) only on live rows, in blocks of at most `most` rows.
+    """Calls `work` on the live rows only, in blocks of at most `most` rows.
 
     Args:
       work: function that returns arrays [rows, ...], and a sum over the block (or None). In the
@@ -229,7 +229,7 @@ def walk(
 
 
 def _take(tree: Tree, at: jax.Array) -> Tree:
-    """Returns the rows `at` of arrays [T, ...]; the indices must be in bounds."""
+    """Returns the rows with indices `at` from arrays [T, ...]; the indices must be in bounds."""
     return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), tree)
 
 

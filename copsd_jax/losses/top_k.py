@@ -47,7 +47,7 @@ def restrict(
     best: TopK,
     settings: divergences.Divergence,
 ) -> tuple[distributions.Distribution, jax.Array | None]:
-    """Restricts one side to the kept entries: renormalises, or adds a tail as the last column.
+    """Restricts one side to the kept entries, and renormalises them or adds a tail as last column.
 
     The second occurrence of an id gets p = 0 and log = 0 on both sides, so it contributes nothing.
 
@@ -58,8 +58,8 @@ def restrict(
       settings: settings of the divergence.
 
     Returns:
-      With a tail, the distribution [T, K + 1], and a bool array [T, 1] that is False where the tail
-      is at its floor. Without a tail, the distribution [T, K], and None.
+      The distribution, [T, K + 1] with a tail and [T, K] without a tail; and a bool array [T, 1]
+      that is False where the tail is at its floor, or None if there is no tail.
     """
     ids_TK, first_TK = best
 
@@ -100,7 +100,7 @@ def scatter_gradient(
     if dz_TK.shape[1] > count:
         dz_TV = whole_p_TV * (dz_TK[:, -1:] / student.p[:, -1:])
     if first_TK is not None:
-        # Second occurrences get distinct ids beyond the vocabulary, which the scatter drops.
+        # A repeated id is replaced by a unique id beyond the vocabulary, which the scatter drops.
         past_1K = vocabulary + jnp.arange(count, dtype=ids_TK.dtype)[None]
         ids_TK = jnp.where(first_TK, ids_TK, past_1K)
     row_T1 = jnp.arange(dz_TK.shape[0])[:, None]

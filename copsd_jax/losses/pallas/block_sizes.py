@@ -132,7 +132,7 @@ def choose_gpu(
 
 
 def kept_bytes(dtype: jnp.dtype) -> int:
-    """Returns how many bytes a TPU stores per entry: 8 if `dtype` is float32, otherwise 4."""
+    """Returns the bytes of an entry's two stored numbers on a TPU: 8 for float32, otherwise 4."""
     return 8 if jnp.dtype(dtype) == jnp.float32 else 4
 
 

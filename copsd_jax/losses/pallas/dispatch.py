@@ -73,9 +73,9 @@ def sweep_live(
 ) -> tuple[tuple[token_values.TokenStats, jax.Array | None], jax.Array | None]:
     """Sweeps a device's live rows by calling a kernel, which always computes the gradient.
 
-    If the head is frozen, each call gets one block of rows, so that few padding rows are computed.
-    If the head is trained, each call gets CALLS blocks, because every call adds a [V, D] gradient
-    to a total in memory.
+    If the head is frozen, each kernel call gets one block of rows, so that few padding rows are
+    computed. If the head is trained, each kernel call gets several blocks (`CALLS`), because every
+    call adds a [V, D] gradient to a total in memory.
 
     Args:
       name: a key of `KERNELS`.

@@ -15,11 +15,11 @@ is a pair of one token and one vocabulary id. For each entry, the following byte
      2  to read dz for its matmul
 
 For example, let T = 8192, D = 4096 and V = 151,936, so that TV = 1.24e9. The states are bfloat16,
-and the GPU is an H200 (989 TFLOP/s, 4.8 TB/s). The floor is the time that three matmuls take at the
-peak rate: 30.9 ms. Forward KL moves 28 bytes per entry, which takes 7.3 ms. Divergences that need
-Σb move 36 bytes per entry, which takes 9.3 ms. In total, forward KL takes 1.24 times the floor, and
-divergences that need Σb take 1.30 times the floor. Relative to measured matmuls, the overhead is
-smaller, because no matmul reaches the peak rate.
+and the GPU is an H200 (989 TFLOP/s, 4.8 TB/s). At the peak rate, the three matmuls take 30.9 ms.
+Moving the bytes of all TV entries takes 7.3 ms for forward KL (28 bytes per entry), and 9.3 ms for
+divergences that need Σb (36 bytes per entry). In total, forward KL takes 1.24 times as long as the
+three matmuls alone, and divergences that need Σb take 1.30 times as long. With measured times of
+the matmuls, both ratios are closer to 1, because no matmul reaches the peak rate.
 
 Letters: I is the number of vocabulary tiles, T the number of tokens per block, and U the width of a
 tile.
@@ -119,7 +119,7 @@ def _logits_kernel(settings, width, here_ref, *refs):
 
 
 def _load_tile_distributions(settings, logits_refs, width, here, row_ref):
-    """Returns both sides' distributions, with 0 after the last real entry, and coefficients."""
+    """Returns both sides' distributions (0 after the last real entry), and row coefficients."""
     student_U, teacher_U, real_U = _load_both_logits(settings, logits_refs, width, here)
     row = pl.program_id(0)
     sides = []
@@ -169,7 +169,7 @@ def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
 def _call_divergence_kernel(
     kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes: int
 ):
-    """Runs one kernel program per row and tile on arrays in HBM; the last operand has V columns."""
+    """Runs a program for each row and tile; arrays are in HBM, and the last one has V columns."""
     tokens = out_shape[0].shape[-1] if out_shape[0].ndim == 3 else out_shape[0].shape[0]
     size = operands[-1].shape[1]
     entries = tokens * size

@@ -20,10 +20,10 @@ In addition, passes 1 and 3 each read the head once per block of N tokens. Both 
 2 · T/N · VD · 2 bytes of the head: 10 GB for N = 4096, or 20 GB for N = 2048. The estimated time of
 a sweep is the number of FLOP divided by the chip's peak, plus the number of bytes divided by the
 bandwidth. The estimate assumes that vector work overlaps with the work of the matrix unit. On v5e,
-N is 2048, because v5e has only 16 GB of HBM; on v6e, N is 4096. Forward KL takes 1.24 times the
-floor on v5e, and 1.47 times the floor on v6e. JSD and clipped divergences take 1.32 times the floor
-on v5e, and 1.66 times the floor on v6e. HBM holds the stored entries [N, V] of only one block at a
-time, whatever T is.
+N is 2048, because v5e has only 16 GB of HBM; on v6e, N is 4096. By this estimate, forward KL
+takes 1.24 times as long as the needed matmuls alone on v5e, and 1.47 times as long on v6e. JSD and
+clipped divergences take 1.32 times as long as the needed matmuls alone on v5e, and 1.66 times as
+long on v6e. HBM holds the stored entries [N, V] of only one block at a time, whatever T is.
 
 In each row of a tile, m_s and m_t are the maxima of the student's and of the teacher's logits. An
 entry is stored as two numbers relative to m_s and m_t. The first number is the larger of
@@ -165,7 +165,7 @@ def _rows(step: jax.Array, size: int):
 
 
 def _strips(count: int, work) -> None:
-    """Runs work(rows of a strip) for all strips, one after another."""
+    """Calls `work` on the rows of each strip, one strip after another."""
     jax.lax.fori_loop(0, count // STRIP, lambda k, _: work(_rows(k, STRIP)), None)
 
 
@@ -335,7 +335,7 @@ def _grid(blocks: block_sizes.Blocks, size: int) -> tuple[int, int]:
 
 
 def _params(need: int, *order: Any) -> pltpu.CompilerParams:
-    """Returns compiler parameters; a chip's two cores split axes that `order` marks parallel."""
+    """Returns compiler parameters; a chip's two cores split the axes marked parallel in `order`."""
     limit = block_sizes.vmem_limit(need)
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=limit)
 

@@ -107,8 +107,8 @@ class Passes(NamedTuple):
 
     `here_1` is the number of real entries in this shard. `stored` is a tuple of arrays that have
     one column per vocabulary entry; only the kernels read these arrays. All functions except
-    `coefficients` also take settings, blocks and interpret, as the first three arguments.
-    `sweep_blocks` binds settings, blocks and interpret.
+    `coefficients` also take `settings`, `blocks` and `interpret` as their first three arguments.
+    `sweep_blocks` binds these three arguments.
 
     Attributes:
       logits: takes (here_1, hidden, heads), and returns `stored` and statistics [I, 8, T]. Rows 0
@@ -153,8 +153,8 @@ def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 
 
     The result describes softmax(scale · z / τ). `sum_IT` must contain the sums of
     `exp(scale (z/τ - top))`. The log-probability is ln p = scale (z/τ - top) - log. `scale`
-    multiplies the difference z/τ - top, because scaling a large maximum alone would lose the
-    maximum's last digits.
+    multiplies the difference z/τ - top, because scaling z/τ and top separately would round two
+    large numbers, and lose the last digits of their difference.
     """
     top_T = jnp.max(partials.top_IT, axis=0)
     if vocab_axis is not None:
@@ -169,7 +169,7 @@ def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 
 
 
 def count_entries_here(shard: split_vocabulary.VocabularyShard, size: int) -> jax.Array:
-    """Returns how many of this shard's `size` head rows are not padding, an int32 scalar."""
+    """Returns how many of the `size` rows of this shard's head are real, an int32 scalar."""
     if shard.entries is None:
         return jnp.full((), size, jnp.int32)
     entries = jnp.full((), shard.entries, jnp.int32)
