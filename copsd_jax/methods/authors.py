@@ -47,7 +47,7 @@ class AuthorText(NamedTuple):
         limit).
       detail: for a failure, the reason as one readable line; otherwise empty.
       shortened: the sections of the author's prompt that were cut to context.section_tokens.
-      seen: the shortened attempt in the author's prompt; None if the attempt was not shortened.
+      seen: the attempt as shortened for the author's prompt; None if it was not shortened.
     """
 
     text: str
@@ -129,7 +129,7 @@ def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
 def _shorten_attempt_for_author(
     plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[str]
 ) -> str | None:
-    """Returns the shortened attempt in an author's prompt; None if the attempt is not shortened."""
+    """Returns the attempt as shortened for an author's prompt; None if it is not shortened."""
     if "attempt" not in shortened:
         return None
     return text_encoding.truncate_text(plan.tokenizer, attempt.text, plan.context.section_tokens)

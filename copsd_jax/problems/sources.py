@@ -175,7 +175,7 @@ def rename_fields(path: str, records: list[Record], fields: str) -> list[Record]
     """Copies fields to new names; `fields` is a map such as "problem=question,answer=final"."""
     pairs = [tuple(pair.split("=")) for pair in fields.split(",") if pair]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise ValueError(f"data.fields is {fields!r}: write ours=theirs,ours=theirs")
+        raise ValueError(f"data.fields is {fields!r}: write pairs such as problem=question")
     for ours, theirs in pairs:
         if ours not in FIELDS and not ours.startswith("problem_"):
             choices = ", ".join((*FIELDS, "problem_<code>", "problem_<code>_ok"))
@@ -224,7 +224,7 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """Reads a field by `_read_first`; returns "" for an optional field that is blank or absent."""
+    """Reads a field with `_read_first`; returns "" if an optional field is blank or absent."""
     x = next((record.fields[name] for name in names if name in record.fields), None)
     blank = x is None or (isinstance(x, str | bytes) and not x.strip())
     if not needed and (blank or (isinstance(x, float) and math.isnan(x))):
@@ -335,9 +335,9 @@ def _check_dropped(
         reason = next(iter(dropped))
         more = "; ".join(f"{name}: {count}" for name, count in dropped.items())
         total = kept + sum(dropped.values())
-        advice = "data.missing=drop leaves them out" if kept else "no row is left"
+        advice = "data.missing=drop leaves such rows out" if kept else "no row is left"
         raise ValueError(
-            f"{path}, {first[reason]}: {reason} (of {total} rows, these fail: {more}; {advice})"
+            f"{path}, {first[reason]}: {reason} (failures in {total} rows: {more}; {advice})"
         )
     if not kept:
         raise ValueError(f"{path}: it has no rows")

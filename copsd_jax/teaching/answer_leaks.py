@@ -63,7 +63,7 @@ def _find_leaks(text: str, answer: str) -> list[tuple[int, int]]:
 def _find_sign(text: str, start: int) -> int:
     """Returns the index at which a number starts; a minus sign is part of the number.
 
-    A hyphen after a word is not part of the number, and neither is a minus sign after an operand.
+    Neither a hyphen after a word nor a minus sign after an operand belongs to the number after it.
     """
     before = text[max(start - 20, 0) : start].rstrip(" ")
     minus = before[-1:]
@@ -93,7 +93,7 @@ def find_words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
 
 
 def _continues(beside: str, edge: str) -> bool:
-    """Tells whether `beside` continues a word or number that begins or ends with `edge`."""
+    """Tells whether the character `edge` and the text `beside` it are in one word or number."""
     near, further = beside[-1:], beside[-2:-1]
     if edge.isdigit() and near in tuple(".,"):
         return further.isdigit()

@@ -33,14 +33,14 @@ TOKEN = re.compile(
     re.VERBOSE | re.MULTILINE | re.DOTALL,
 )
 
-SIGNS = {"+": "+", "-": "-", "/": "/"}  # every other sign multiplies
+SIGNS = {"+": "+", "-": "-", "/": "/"}  # all other signs mean multiplication
 SIGNS |= {"＋": "+", "−": "-", "–": "-", "－": "-", "÷": "/", "／": "/", "\\div": "/"}
 
 # A number that follows one of these characters is part of another term, as in x2, 2^3 and
 # \frac{1}{2}3.
 _NO_START = re.compile(r"[A-Za-z_^.}%!\\\])]")
 
-_LONGEST = 20  # maximum number of characters of a number
+_LONGEST = 20  # maximum length of a number, in characters
 
 _MAX_OPERANDS = 64  # per side
 _BRACKET_COST = 8  # a bracket counts as this many operands, which limits nesting

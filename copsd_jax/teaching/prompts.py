@@ -308,8 +308,8 @@ def keep_fitting_rows(
 def restore_think_tag(prompt: Prompt, text: str) -> str:
     """Returns a completion, with a think tag in front if the prompt opened a think block.
 
-    The tag shows that a completion without a closing tag consists only of thinking and has no
-    answer.
+    Because of this opening tag, a completion that never closes the block is read as thinking
+    without an answer.
     """
     return ("<think>\n" if prompt.state == "open" else "") + text
 

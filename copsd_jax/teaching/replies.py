@@ -223,7 +223,7 @@ def read_published_reflection(text: str, correct: bool) -> Reply:
 def read_analysis(text: str) -> Reply:
     """Reads the analysis for the context reason_first: the whole text after the thinking.
 
-    If the thinking never ends, the thinking is the analysis (status "thought"), because an analysis
+    If the thinking never ends, it is used as the analysis (status "thought"), because an analysis
     needs no tags. An empty analysis has the status "empty".
     """
     _, closed, after = text.rpartition("</think>")

@@ -60,8 +60,8 @@ def write_critique(attempt: Attempt, found: str | None) -> str:
 def write_exemplar_reflection(attempt: Attempt) -> replies.Reply:
     """Returns the reflection shown for an exemplar; the attempt is the exemplar's own solution.
 
-    The reflection states the whole solution in the words with which the rule corrects a wrong step,
-    so the prompts of exemplars and of problems have the same form.
+    The reflection states the whole solution, after the words that the rule also puts before the
+    correction of a wrong step. The prompts of exemplars therefore look like those of problems.
 
     Raises:
       ValueError: the rule cannot check the row's solution.

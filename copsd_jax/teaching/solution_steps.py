@@ -101,7 +101,7 @@ def _split_sentences(text: str, tags: Sequence[re.Match]) -> list[_Span]:
 def _split_sentence(
     text: str, start: int, end: int, marks: Sequence[tuple[int, bool]]
 ) -> list[_Span]:
-    """Splits a sentence at every mark after the first; the part with the answer is not split."""
+    """Splits a sentence at all `marks` except the first; the part with the answer stays whole."""
     spans = []
     final = bool(marks) and marks[0][1]
     for at, is_answer in marks[1:]:

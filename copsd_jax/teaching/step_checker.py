@@ -52,7 +52,7 @@ def check_attempt(
 
     A step is wrong if it has a false equation. In an attempt whose answer is wrong or missing, a
     step is also wrong if one of its equations has a value that is not a needed result. If the
-    answer is right, values besides the needed results are accepted as part of another way to the
+    answer is right, a true equation may have any value, because there may be another way to the
     answer. If the answer is wrong but no equation is wrong, the step that states the answer is the
     wrong step.
 
@@ -89,7 +89,7 @@ def check_attempt(
 
 
 def can_check(solution: str, gold: str | None = None) -> bool:
-    """Tells whether a solution has equations that are all true, the last of which gives `gold`."""
+    """Tells whether a solution has equations, all are true, and the last one gives `gold`."""
     return _find_solution_fault(solution, gold) is None
 
 
@@ -113,8 +113,8 @@ _Reached = list[tuple[equations.Equation, set[int] | None]]
 def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
     """Returns the attempt's equations, each with the indices of the results that it newly reaches.
 
-    The set of indices is empty if earlier equations already reached the results. For an equation
-    whose value is not a needed result, None takes the place of the set.
+    The set of indices is empty if earlier equations already reached the results. An equation whose
+    value is not a needed result has None instead of a set of indices.
     """
     out: _Reached = []
     done: set[int] = set()

@@ -51,7 +51,7 @@ class TeacherSide:
         The exemplars and the template state are the same as in every other prompt of the teacher.
         """
         prompt = self.build(shortest_attempt(row), replies.PROBE)
-        assert prompt is not None  # the shortest attempt has everything that a context reads
+        assert prompt is not None  # the attempt has every part that a context may read
         return prompt
 
 

@@ -22,12 +22,12 @@ from copsd_jax.teaching.token_spans import Decoded
 # Each status says how the tokens were selected. If the quote is missing or not found,
 # tokens.on_failure decides which tokens are selected.
 STATUSES = (
-    *token_spans.STATUSES,  # by the quote; if it was not found, by on_failure=full or skip
-    "closest_step",  # by on_failure=step: the step that shares the most words with the quote
-    "step",  # by the number of a critique's first wrong step
+    *token_spans.STATUSES,  # the quote selects the tokens; if it is not found, on_failure does
+    "closest_step",  # on_failure=step uses the step that shares the most words with the quote
+    "step",  # a critique gives the number of the first wrong step
     "right",  # all tokens, because the completion is right
     "all",  # tokens.select=all
-    "spans",  # by the user's function
+    "spans",  # the user's function selects the tokens
 )
 
 

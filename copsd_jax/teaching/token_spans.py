@@ -125,8 +125,8 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
     r"""Finds a quote in a text: by an exact match, else a normalised match, else a fuzzy match.
 
     An exact match has the same code points as the quote, or as the quote without surrounding white
-    space. A normalised match equals the quote after the text and the quote are composed canonically
-    (NFC) and spacing is reduced. Between two letters or two digits, a run of spacing (white space,
+    space. A normalised match equals the quote if both are composed canonically (NFC) and their
+    spacing is reduced. Between two letters or two digits, a run of spacing (white space,
     `~`, `\,`, `\quad` and the like) becomes one blank. Any other spacing is removed, so "x+y"
     equals "x + y". `{,}` becomes a comma. A fuzzy match is the longest substring that the
     normalised text and the normalised quote have in common. For a fuzzy match, only the span of the
@@ -142,8 +142,8 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
       quote: the quote, or None.
       occurrence: `first` or `last`; tells which match to return if there are several. All fuzzy
         matches have the same length.
-      threshold: the minimum share of the normalised quote in a fuzzy match; a number above 0 and at
-        most 1.
+      threshold: the minimum length of a fuzzy match, as a share of the length of the normalised
+        quote; a number above 0 and at most 1.
     """
     if quote is None or not quote.strip():
         return Found(-1, -1, "no_quote")
@@ -291,8 +291,8 @@ def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[i
             continue
         parents[new] = target = steps[state][c]
         if sizes[target] > sizes[state] + 1:
-            # The state `target` also stands for longer words. A copy of `target` therefore stands
-            # for the longest word of `state` followed by `c`.
+            # Let w be the longest word of `state` with `c` appended. The state `target` also stands
+            # for words longer than w, so a copy of `target` takes over w and the shorter words.
             parents[new] = copy = len(steps)
             steps.append(dict(steps[target]))
             sizes.append(sizes[state] + 1)

@@ -185,7 +185,7 @@ def test_field_map(tmp_path):
         sources.load_rows(path, ("en",), fields="problem=frage")
     with pytest.raises(ValueError, match="'probelm' is none of"):
         sources.load_rows(path, ("en",), fields="probelm=question")
-    with pytest.raises(ValueError, match="ours=theirs"):
+    with pytest.raises(ValueError, match="pairs such as problem=question"):
         sources.load_rows(path, ("en",), fields="problem:question")
 
 
