@@ -58,7 +58,7 @@ from copsd_jax.runtime import sharding
 from copsd_jax.sampler import truncation
 
 UNSTACK_FROM = 2**20  # bytes per layer; for smaller layers, `unstack_layers` saves no time
-INSERT_BLOCK = 64  # number of entries that `insert` copies at once; a slot has as many to spare
+INSERT_BLOCK = 64  # number of entries that `insert` copies at once; a slot has this many in reserve
 
 
 class LayerWeights(NamedTuple):
@@ -86,9 +86,9 @@ def unstack_layers(
 
     On a CPU, a decode step takes as long as reading the weights once. If the layers are stacked,
     XLA copies each layer's slice before it reads the slice. A view of a single layer is read
-    without a copy. Two changes together shorten a step of 8 slots by about 30%: reading views, and
-    making the head the left factor when computing logits. With views, a program of 30 layers takes
-    about 10 s longer to compile.
+    without a copy. Two changes together shorten a step of 8 slots by about 30%: the use of views,
+    and a matrix product for the logits with the head as its left factor. With views, a program of
+    30 layers takes about 10 s longer to compile.
 
     The result is None on platforms other than CPU, on several devices, and for small layers. The
     result is also None for int8 kernels, because XLA would convert the kernels of all layers before
@@ -163,7 +163,7 @@ def unpack_tokens(packed_JX: np.ndarray) -> DrawnTokens:
 
 
 def _pack_tokens(drawn: tuple[jax.Array, ...], live_J: jax.Array) -> jax.Array:
-    """Packs all results into one array; collectives of several arrays could block one another."""
+    """Packs all results into one array: collectives of separate arrays could block one another."""
     bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in drawn]
     return jnp.concatenate([*bits, live_J[:, None].astype(jnp.int32)], axis=1)
 
@@ -320,12 +320,12 @@ def _insert_shard(
 def _copy_prompt_to_slot(
     cache: decode_attention.Cache, kv: transformer.KV, slot, source, target, tokens
 ) -> decode_attention.Cache:
-    """Copies `tokens` entries from index `source` of a row to index `target` of a slot.
+    """Copies entries from index `source` of a row to index `target` of a slot.
 
-    Only whole blocks are copied. The last block may contain surplus entries; each surplus entry is
-    overwritten before a token attends to it. The copy uses slices, because a gather would make XLA
-    change the cache's layout. On TPU, if a head's size is smaller than the number of lanes, XLA
-    changes the cache's layout even for slices.
+    The number of entries is `tokens`. Only whole blocks are copied. The last block may contain
+    surplus entries; each surplus entry is overwritten before a token attends to it. The copy uses
+    slices, because a gather would make XLA change the cache's layout. On TPU, if a head's size is
+    smaller than the number of lanes, XLA changes the cache's layout even for slices.
     """
     layers, _, heads, _, size = kv.k.shape
 
@@ -416,7 +416,7 @@ def _run_slots_last_tokens(
 def _compute_slot_logits(
     hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool
 ) -> jax.Array:
-    """Returns logits [J, V]; on CPU, XLA reads the head only once if it is the left factor."""
+    """Returns logits [J, V]; CPUs read the head only once if it is the product's left factor."""
     if not head_first:
         return transformer.compute_logits(hidden_JD, head_VD)
     head_VD = head_VD.astype(hidden_JD.dtype)

@@ -88,6 +88,6 @@ def _convert_for_sampler(params: Any, adapter: Any = None, *, scale: float, int8
 
 @functools.lru_cache
 def _program(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
-    """Returns the jitted conversion to the given shardings; later phases get it from the cache."""
+    """Returns `_convert_for_sampler`, jitted for the given shardings; later phases reuse it."""
     convert = functools.partial(_convert_for_sampler, scale=scale, int8=int8)
     return jax.jit(convert, out_shardings=jax.tree.unflatten(tree, leaves))

@@ -142,7 +142,7 @@ class _Waiting:
         self.texts = len(prompts)
 
     def take(self, wanted: int, width: int) -> list[tuple[tuple[int, ...], list[int]]]:
-        """Removes and returns prompts for `wanted` texts, or as many prompts as fit in one row."""
+        """Removes and returns prompts for `wanted` texts, but no more than fit in one row."""
         candidates, texts = [], 0
         for prompt, rows in self.groups:
             if texts >= wanted:
@@ -170,7 +170,7 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
     texts = {row: _PartialCompletion() for row in range(len(inputs.prompts))}
     completions: dict[int, Completion] = {}
     serving: dict[int, int] = {}  # slot -> index of the text in this slot
-    cancel = np.zeros(slots, bool)  # marks the slots whose texts the next decode call must end
+    cancel = np.zeros(slots, bool)  # marks the live slots that the next decode call must free
     tokens = prompt_tokens = busy = possible = 0
     while waiting.texts or any(prefilled) or serving:
         state = _insert_prefilled(inputs, state, prefilled, serving)
@@ -223,8 +223,8 @@ def _prefill_row(
 ) -> int:
     """Runs prefill on one row of prompts per shard; returns the number of tokens in all rows.
 
-    A shard takes texts for its free slots. A shard also takes texts in advance, as long as its
-    texts do not exceed its share of the waiting texts. Prefill computes a row for every shard, even
+    A shard takes texts for its free slots. A shard also takes texts in advance, as long as it
+    takes no more than its share of the waiting texts. Prefill computes a row for every shard, even
     if the row is empty. Therefore, even a shard without free slots takes texts, unless the shard
     still has prefilled texts.
     """

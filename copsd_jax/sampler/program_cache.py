@@ -28,7 +28,7 @@ _PROGRAMS: dict[Any, Program] = {}
 def get_program(
     name: str, function: Callable, static: tuple, args: tuple, donate: tuple, shardings: Any
 ) -> Program:
-    """Returns the program that computes `function(*static, *args)` for arguments like `args`.
+    """Returns the program of `function(*static, *args)` for the shapes and shardings of `args`.
 
     Args:
       name: the program's name in reports.

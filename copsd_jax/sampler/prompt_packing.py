@@ -27,7 +27,7 @@ Prompt = tuple[int, ...]
 
 
 class Placement(NamedTuple):
-    """Location of a prompt in a row: `split` tokens begin at `start`, the other tokens at `own`."""
+    """Place of a prompt in a row: its first `split` tokens begin at `start`, the rest at `own`."""
 
     start: int
     split: int
@@ -134,9 +134,9 @@ def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Pr
 
 def count_fitting(waiting: Sequence[Prompt], width: int) -> int:
     """Returns the largest n such that the first n distinct prompts fit into `width` tokens."""
-    # An additional prompt never lowers the number of tokens, so the largest n is found by
-    # bisection. If the lengths of prompts add up to at most `width`, the prompts fit, because
-    # sharing can only save tokens.
+    # With more prompts, a row never needs fewer tokens, so the largest n can be found by bisection.
+    # If the lengths of prompts add up to at most `width`, the prompts fit, because sharing can only
+    # save tokens.
     lengths = itertools.accumulate(map(len, waiting))
     sure = sum(1 for total in lengths if total <= width)
     rest = range(sure + 1, len(waiting) + 1)

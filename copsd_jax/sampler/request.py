@@ -275,7 +275,7 @@ def _complete_sampler_settings(
     settings: SamplerSettings, texts: Sequence[Text], mesh: Mesh, dtype: Any
 ) -> SamplerSettings:
     """Fills in the length and the cache dtype; rounds up the length and the number of slots."""
-    # `insert` copies whole blocks, so a slot may need one more block than its text.
+    # `insert` copies whole blocks, so a slot needs room for one more block after its text.
     length = settings.length + engine.INSERT_BLOCK
     if not settings.length:
         need = max((len(text.prompt) + text.limit for text in texts), default=1)
@@ -365,10 +365,10 @@ def _check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
 
 
 def check_lengths(texts: Sequence[Text], most: int, room: str, shared: int = 0) -> None:
-    """Checks that each text, from shared prefix to completion, fits into `most` tokens.
+    """Checks the greatest length of each text, with the shared prefix, against the limit `most`.
 
     Raises:
-      ValueError: a text may become longer than `most` tokens; the message ends with `room`.
+      ValueError: a text may exceed the limit; the message ends with the explanation `room`.
     """
     for i, text in enumerate(texts):
         tokens, more = shared + len(text.prompt), text.limit

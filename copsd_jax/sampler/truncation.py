@@ -8,7 +8,8 @@ keeps.
   `top_p` keeps the most probable tokens until their mass, renormalised after top_k, reaches p. The
     token that crosses p is kept, and so is every token with exactly the same probability.
   `min_p` keeps tokens that are at least min_p times as probable as the most probable token.
-    Renormalising changes no ratio, so min_p is a single threshold, whatever was truncated before.
+    Renormalising does not change the ratio of two probabilities, so min_p needs a single
+    threshold, whichever tokens were removed before.
 The most probable token survives each truncation. Temperature 0 means greedy sampling. For greedy
 rows, the tempered distribution has temperature 1. The truncated distribution of a greedy row puts
 all mass on the token with the largest logit. If several tokens have the largest logit, the token
@@ -220,8 +221,8 @@ def _draw_from_vocabulary(
     if floor_J1 is None:
         noisy_Jb = value_Jb + noise_JX[:, :BLOCK]
     else:
-        # A block that has mass keeps at least its best token, even if recomputing exp rounds the
-        # token's weight down.
+        # The weights are computed a second time, and rounding may lower them below the threshold.
+        # The chosen block has mass, so at least its best token is kept.
         edge_Jb = value_Jb == jnp.max(value_Jb, axis=-1, keepdims=True)
         kept_Jb = (jnp.exp(value_Jb - peak_J1) >= floor_J1) | edge_Jb
         noisy_Jb = jnp.where(kept_Jb, value_Jb, -jnp.inf) + noise_JX[:, :BLOCK]
@@ -346,12 +347,12 @@ def _find_truncation_floor(
 
 
 def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
-    """Returns a weight threshold [J, 1] that exactly the top-p tokens reach; 0 if top_p is off.
+    """Returns a weight threshold [J, 1]: top-p keeps the tokens that reach it; 0 if top_p is off.
 
     The threshold is found by bisection over bit patterns: the bits of positive float32 numbers have
-    the same order as the numbers. The tokens with weights of at least `low` always reach the top-p
-    mass together; the tokens with weights of at least `high` never reach it. A row is settled if at
-    most one token's weight lies between `low` and `high`. A row is also settled if no float32
+    the same order as the numbers. The tokens with weights of at least `low` always have enough
+    mass for top-p; the tokens with weights of at least `high` never have enough. A row is settled
+    if at most one token's weight lies between `low` and `high`. A row is also settled if no float32
     number lies between `low` and `high`. Further steps for other rows do not change which tokens a
     settled row keeps.
     """

@@ -138,7 +138,8 @@ class HttpCall(NamedTuple):
 def server_from_settings(settings: Mapping[str, Any], cache: str = "") -> Server:
     """Builds a `Server` from a section of settings, which are named like the fields of `Server`.
 
-    The folder `cache` is a separate argument, because the setting `sampler.cache` is a dtype.
+    The folder `cache` is a separate argument, because the name `cache` has another meaning in the
+    section `sampler`: `sampler.cache` is the dtype of keys and values.
     """
     names = (field.name for field in dataclasses.fields(Server) if field.name != "cache")
     return Server(**{name: settings[name] for name in names}, cache=cache)
@@ -365,7 +366,7 @@ def send_call(
 
 
 def redact_key(text: str, key: str) -> str:
-    """Returns the text with [key] in place of the key; keeps a short key like "EMPTY"."""
+    """Returns the text with [key] in place of the key; does not replace keys under 8 characters."""
     return text.replace(key, "[key]") if len(key) >= 8 else text
 
 

@@ -136,7 +136,7 @@ def _sglang_reply(reply: Any, text: request.Text) -> RawCompletion:
     if reply.get("output_ids") not in (None, ids):
         raise ValueError("has log-probabilities for tokens that differ from output_ids")
     if reply["meta_info"].get("prompt_tokens") not in (None, len(text.prompt)):
-        raise ValueError(f"belongs to another prompt: the one sent has {len(text.prompt)} tokens")
+        raise ValueError(f"belongs to another prompt: prompt_tokens is not {len(text.prompt)}")
     finish = _get_from_reply(reply, "meta_info", "finish_reason")
     matched = finish.get("matched") if isinstance(finish, dict) else None
     if isinstance(matched, str) and matched not in text.sampling.stop:

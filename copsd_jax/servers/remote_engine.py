@@ -4,8 +4,9 @@ Requests and replies contain token ids; the text of tokens is not used. Each pro
 request, whose seed is derived from the prompt's key. With a deterministic server, the same keys
 give the same texts. SGLang is deterministic with --enable-deterministic-inference, and vLLM is
 deterministic in its batch-invariant mode. On other servers, rounding depends on the batch, so a
-text may depend on the other texts in the batch. With a server that is not deterministic, a stopped
-run does not continue bit for bit. With `sampler.loop`, a stopped run continues bit for bit.
+text may depend on the other texts in the batch. If the server is not deterministic, a stopped and
+continued run may give other numbers than an uninterrupted run. With `sampler.loop`, both runs give
+the same numbers, bit for bit.
 
 The server determines the distribution to which its log-probabilities refer. Replies do not name the
 distribution, so the setting `sampler.logprobs` names it. `sampler.logprobs` has three values.
@@ -352,7 +353,7 @@ def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
 
 
 def _change_served_adapter(server: EngineServer, verb: str, body: dict[str, str]) -> None:
-    """Loads or unloads an adapter; after a failed request, the list of models tells the outcome.
+    """Loads or unloads an adapter; if the request fails, asks the server which adapters it has.
 
     If the first attempt succeeds but its reply is lost, the server refuses the second attempt.
     """
@@ -392,7 +393,7 @@ def _read_command_reply(body: bytes) -> client.Outcome:
 
 
 def _call_server(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
-    """Sends a request and returns the reply's value; raises OSError with `needs` on failure."""
+    """Sends a request and returns the reply's value, or raises OSError with the hint `needs`."""
     key = client.read_key(server.api, "sampler.")
     outcome, attempts = client.send_call(server.api, key, what, what.url, threading.Event())
     if outcome.status == "ok":
