@@ -58,7 +58,7 @@ class BlockSizes:
 
 
 def choose_blocks(q_shape, k_shape, dtype) -> BlockSizes:
-    """Chooses the longest splits with which every processor still has four programs.
+    """Chooses splits of 128 to 512 entries; if possible, a processor gets about four programs.
 
     Slots are assumed to be a quarter full. The keys and values for one product take 16 to 32 KiB,
     and the loads for three products are in flight at once. Two programs on a processor therefore
@@ -137,8 +137,8 @@ def attend(
         name="decode_attention",
     )
     start_S = jnp.arange(splits, dtype=jnp.int32) * blocks.split
-    # The text of a program contains the scope name of a Triton call, but not the cost estimate, so
-    # the estimate is part of the scope name.
+    # The text of a compiled program shows the scope name of a Triton call, but not the call's cost
+    # estimate. Therefore the estimate is written into the scope name.
     with jax.named_scope(f"cost:{estimate.flops}:{estimate.bytes_accessed}"):
         out, top, total = call(layer.reshape(1), length_J, q_JKMH, *jax.tree.leaves(cache))
     return _merge_splits(out, top, total, start_S[:, None] < length_J[None, :])
@@ -157,8 +157,8 @@ def _check_attention_shapes(q_shape: tuple[int, ...], k: jax.Array, blocks: Bloc
             f"blocks.keys is {blocks.keys}, and blocks.split is {blocks.split}: blocks.keys must "
             f"be a power of two, at least {_ROWS}; blocks.split must be a multiple of blocks.keys"
         )
-    # Arrays of up to 4 GiB are addressed with signed 32-bit offsets, which reach only 2 GiB; larger
-    # arrays are addressed with 64-bit offsets.
+    # An int8 array of up to 4 GiB is addressed with 32-bit offsets. These offsets are signed, so
+    # they do not reach beyond 2 GiB. An int8 array of more than 4 GiB gets 64-bit offsets.
     if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
         raise ValueError(
             f"an int8 cache of keys has {k.size} bytes on a device: sizes from 2**31 to 2**32 "

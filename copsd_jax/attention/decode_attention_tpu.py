@@ -11,20 +11,21 @@ if the block belongs to a later slot. For the last block of a slot, the kernel f
 
 A dead slot costs only the time to read its length. A grid over slots and blocks would be slower
 than this kernel, because each step without work costs about 0.35 us. With 256 slots of 4096
-entries, 28 layers and blocks of 256, the grid steps would cost 40 ms per token. A prefetched list
-of live blocks would be slower too, because XLA would have to build the list in every layer.
+entries, 28 layers and blocks of 256, the grid steps would cost 40 ms per token. A kernel with a
+prefetched list of live blocks would also be slower than this kernel, because XLA would have to
+build the list in every layer.
 
 The block size was chosen for v5e. On v5e, a block of 256 entries of 8 heads in bfloat16 takes 530
 instruction words, or 0.36 us at 1.5 GHz without stalls. Of the 530 instruction words, 380 are for
-computation; the other 150 start copies and find the next block, whatever the block size. Fetching a
-bfloat16 block of 256 entries takes 1.28 us (1 MiB at 819 GB/s). Each 128 x 128 tile of keys or
-values is loaded into a matrix unit once. The M queries (1 to 8) occupy 8 rows of the matrix unit,
-so M does not change the cost. On average, half of the computation for a slot's last block is wasted
-on entries that are not live. The latency of a fetch is about 1 us, so a block should take about 1
-us to fetch. A fetch of 1 us hides the computation for a block and the latency of the next fetch. An
-int8 block has to be converted before the products. With the conversion, the computation for 384
-int8 entries takes 1370 instruction words, or 0.92 us; fetching these entries takes 0.99 us.
-Therefore int8 saves more memory than time.
+computation. The other 150 words are for starting the fetch and finding the next block; their number
+does not depend on the block size. Fetching a bfloat16 block of 256 entries takes 1.28 us (1 MiB at
+819 GB/s). Each 128 x 128 tile of keys or values is loaded into a matrix unit once. The M queries (1
+to 8) occupy 8 rows of the matrix unit, so M does not change the cost. On average, half of the
+computation for a slot's last block is wasted on entries that are not live. The latency of a fetch
+is about 1 us, so a block should take about 1 us to fetch. A fetch of 1 us hides the computation for
+a block and the latency of the next fetch. An int8 block has to be converted before the products.
+With the conversion, the computation for 384 int8 entries takes 1370 instruction words, or 0.92 us;
+fetching these entries takes 0.99 us. Therefore int8 saves more memory than time.
 
 If H is not a multiple of 128, XLA stores a cache as [..., H, A], because this layout needs no
 padding. The kernel reads the layout [..., H, A] directly.
@@ -99,9 +100,9 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
     wanted = BANDWIDTH[chip] * _FETCH / entry
     most = min(_LONGEST, length, _BUFFERS // (3 * entry))
     keys = max(CHUNK, min(round(wanted / CHUNK), most // CHUNK) * CHUNK)
-    # `row` counts the bytes per slot in double-buffered float32 tiles of 8 x 128. The first term of
-    # `row` is for the queries and `out`. The second term of `row` is for `top` and `total`, which
-    # have one query per lane.
+    # `row` is the number of bytes that a slot takes in VMEM, where its arrays are double-buffered
+    # and consist of float32 tiles of 8 x 128. The first term of `row` is for the queries and `out`.
+    # The second term of `row` is for `top` and `total`, which have one query per lane.
     lanes = -(-size // 128) * 128
     row = 4 * 2 * (2 * heads * -(-queries // 8) * 8 * lanes + 2 * -(-heads // 8) * 8 * 128)
     two_cores = chip in _TWO_CORES and slots > 1
@@ -199,7 +200,7 @@ def _check_blocks(blocks: BlockSizes, length: int) -> None:
 
 
 class _Copies(NamedTuple):
-    """The copies from caches to the buffers of one program; `first` is the program's first slot."""
+    """The transfers from caches to a program's buffers; `first` is the program's first slot."""
 
     keys: int
     turned: bool
@@ -211,7 +212,7 @@ class _Copies(NamedTuple):
     sem: Any
 
     def run(self, act: Callable[[Any], None], slot, block, at) -> None:
-        """Applies `act` (start or wait) to the copies of a block's live chunks into buffer `at`."""
+        """Calls `act` (start or wait) on each transfer of a block's live chunks to buffer `at`."""
         for chunk in range(self.keys // CHUNK):
             start = block * self.keys + chunk * CHUNK
 
@@ -220,7 +221,7 @@ class _Copies(NamedTuple):
                 entries = pl.ds(pl.multiple_of(start, CHUNK), CHUNK)
                 into = pl.ds(chunk * CHUNK, CHUNK)
                 for i, (cache, buffer) in enumerate(zip(self.caches, self.buffers, strict=True)):
-                    # The axes are K, then H if the array is turned, then the entries.
+                    # K comes first, then H if `_turn` transposed the array, then the entries.
                     axis = (slice(None),) * (2 if self.turned and i < 2 else 1)
                     from_ = cache.at[(self.layer, self.first + slot, *axis, entries)]
                     to = buffer.at[(at, *axis, into)]
@@ -242,7 +243,7 @@ def _attend_slots_kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, leng
         return jax.lax.while_loop(dead, lambda s: s + 1, slot)
 
     def fetch(number):
-        """Starts the copies of the next block that is not being fetched yet."""
+        """Starts to fetch the next live block, if one is left."""
         slot, block = ahead[0], ahead[1]
 
         @pl.when(slot < group)

@@ -26,13 +26,13 @@ from copsd_jax.attention import visibility
 from copsd_jax.runtime import sharding
 
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
-CPU_QUERY_BLOCK = 64  # queries per block on CPU; with 32 or 128, SmolLM2 takes a tenth longer
+CPU_QUERY_BLOCK = 64  # queries per block on CPU; SmolLM2 is 10% slower with 32 or with 128
 MAX_RANGES = 8  # maximum number of query ranges; more ranges would save little
 # If L² K M H is below SMALL_WORK, compiling small blocks takes more time than small blocks save.
 SMALL_WORK = 2**24
 SMALL_WORK_BLOCK = 512  # minimum number of queries per block if L² K M H is below SMALL_WORK
-# With large blocks, queries are split into fewer ranges, because each range takes 10 to 30 s to
-# compile for TPU.
+# Maximum number of query ranges if a block has more than CPU_QUERY_BLOCK queries. The number is
+# small, because each range takes 10 to 30 s to compile for TPU.
 MAX_RANGES_LARGE_BLOCKS = 2
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -145,7 +145,7 @@ def _attend_backward(block: int, kept: tuple, g_BLKMH: jax.Array) -> tuple[visib
     def add(parts):
         return functools.reduce(jnp.add, parts)
 
-    def add_ranges(parts):  # arrays [B, K, H, S] with increasing S -> [B, L, K, H]
+    def add_ranges(parts):  # arrays [B, K, H, S] of several lengths S -> their sum [B, L, K, H]
         pad = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, length - x.shape[3]),))  # noqa: E731
         return add(map(pad, parts)).transpose(0, 3, 1, 2).astype(dtype)
 

@@ -114,8 +114,8 @@ def _attend_row(static, prefix, q_NWH, k_KWH, v_KWH, row: visibility.Visibility)
     kernel: Any = kernel_lib.make_splash_mha_single_device(
         mask_WS[None], block_sizes=_block_sizes(block), interpret=interpret
     )
-    # jax 0.10 turns is_dynamic_mask into an array and then tests the flag in Python, so the flag is
-    # set to True again.
+    # jax 0.10 converts the flag `is_dynamic_mask` to an array, and later tests the flag in Python.
+    # A traced array cannot be tested, so the flag is set back to True here.
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
     return kernel(q_NWH, k_KWH, v_KWH)
 

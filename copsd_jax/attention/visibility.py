@@ -1,4 +1,4 @@
-"""Rules for which keys of a row a token sees, for all implementations of row attention.
+"""Rules that define which keys a token of a row sees, for all implementations of row attention.
 
 A token sees all keys of a shared prefix. In its own row, a token sees the keys of its own segment
 and of its parent segment (`parents`), up to and including its own index.

@@ -35,9 +35,10 @@ def _expand_adapter(low: jax.Array, b: jax.Array) -> jax.Array:
     """Multiplies `low` [..., R] by `b` [R, out], with a gradient that is cheap on CPU.
 
     XLA on CPU transposes the left factor of a product in memory. Therefore the gradient of `b` is
-    computed with the narrow `low` as the left factor. Automatic differentiation would use the wide
-    gradient of the output as the left factor. The narrow left factor saves a sixth of a training
-    step's time. Only reverse-mode differentiation is supported.
+    computed with the narrow `low` as the left factor. To compute the gradient of `b`, automatic
+    differentiation would use the wide gradient of the output as the left factor. With `low` as the
+    left factor, a training step takes a sixth less time. Only reverse-mode differentiation is
+    supported.
     """
     return low @ b
 

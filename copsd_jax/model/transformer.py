@@ -26,7 +26,7 @@ from copsd_jax.model import lora
 from copsd_jax.runtime import sharding
 
 QUERY_BLOCK = 512  # number of queries per block; longer rows attend block by block
-PROJECTION = "projection"  # checkpoint name of the projections' outputs
+PROJECTION = "projection"  # name by which remat policies select the projections' outputs
 _policies = jax.checkpoint_policies
 # Each remat policy selects the values that a layer keeps for the backward pass. The backward pass
 # recomputes all values that are not kept. If the policy is None, all values are kept.
@@ -174,9 +174,10 @@ def compute_llama3_factors(scaling: RopeScaling, frequency: np.ndarray) -> np.nd
     """Returns the factors, float64 [H/2], by which Llama 3's scaling multiplies the frequencies.
 
     The factor depends on the number of full turns that a pair of dimensions makes over the original
-    context length. A pair with more than `high_freq_factor` turns keeps its frequency. If a pair
-    makes fewer than `low_freq_factor` turns, the pair's frequency is divided by `factor`. Between
-    `low_freq_factor` and `high_freq_factor` turns, the factor is interpolated.
+    context length. If a pair makes more than `high_freq_factor` turns, the pair's frequency does
+    not change. If a pair makes fewer than `low_freq_factor` turns, the pair's frequency is divided
+    by `factor`. If the number of turns is between these two limits, `low_freq_factor` and
+    `high_freq_factor`, the factor is interpolated.
 
     Args:
       scaling: the constants of the scaling.

@@ -402,8 +402,8 @@ class Grader:
     """A context manager that extracts and compares answers, and owns worker processes.
 
     Args:
-      pattern: a pattern of `extract_answer`, or one of OTHERS. A grader with one of OTHERS can only
-        compare answers.
+      pattern: a pattern of `extract_answer`, or one of OTHERS. A grader whose pattern is in OTHERS
+        can compare answers, but cannot extract them.
       where: the same as for `extract_answer`.
       seconds: the time limit of one comparison by math-verify.
       workers: maximum number of processes; a process is started only when an answer needs one.

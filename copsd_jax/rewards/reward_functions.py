@@ -3,7 +3,7 @@ r"""Rewards of completions: for each completion, a number, a status and a feedba
 A feedback text may enter the teacher's context. The feedback says what is wrong with a completion,
 but never gives the right answer. Text written by a model is never executed.
 
-The rewards differ from the SDPO environments (arXiv 2601.20802) in these points:
+The rewards differ from those of the SDPO environments (arXiv 2601.20802) in these points:
 
 - Text in a think block is not an answer.
 - A choice may be written "(B)", "B." or "B) text"; SDPO requires exact equality.
@@ -229,10 +229,11 @@ def _read_calls(text: str) -> _Calls:
                 value, end = _DECODER.raw_decode(body)
                 arguments |= _canonicalize(value)
             except (ValueError, RecursionError) as error:
-                # Too many digits also raise ValueError; too many levels raise RecursionError.
+                # A number with too many digits also raises ValueError; JSON that is nested too
+                # deeply raises RecursionError.
                 reason = f"the JSON of `Action Input:` {inputs} is malformed: {error}"
                 raise ValueError(reason) from error
-            at = len(text) - len(body) + end  # marks inside JSON strings are skipped
+            at = len(text) - len(body) + end  # skips any `Action:` inside the JSON
             continue
         at = mark.end()
         name = re.split("\n|Action Input:", text[at:], maxsplit=1)[0].strip(" \t\r`*\"'.,;")
@@ -243,7 +244,7 @@ def _read_calls(text: str) -> _Calls:
 
 
 def _read_gold_calls(gold: str) -> _Calls:
-    """Reads gold calls, which are written as in a completion or as ToolAlpaca's list of objects."""
+    """Reads gold calls, written either like a completion or as a list of objects (ToolAlpaca)."""
     if not gold.lstrip().startswith("["):
         names, arguments = _read_calls(gold)
     else:
@@ -255,7 +256,8 @@ def _read_gold_calls(gold: str) -> _Calls:
             given = call.get("Action_Input")
             arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)
     if not names:
-        # A gold answer needs a call, because a completion without calls has the status no_answer.
+        # A gold answer must contain a call, because a completion without calls has the status
+        # no_answer.
         raise ValueError("a gold answer needs an Action")
     return names, arguments
 
