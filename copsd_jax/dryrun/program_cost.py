@@ -271,7 +271,7 @@ def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
 
 
 def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
-    """Counts the FLOPs of a convolution, excluding products with holes or padding.
+    """Counts the FLOPs of a convolution, excluding products with padding or dilation holes.
 
     On TPUs, XLA writes matrix products as convolutions. The batch dimensions of a matrix product
     become spatial dimensions, which are dilated so that each output position uses one input
@@ -303,7 +303,10 @@ def _parse_hlo_window(text: str, k: int) -> dict[str, int]:
 
 
 def _count_convolution_pairs(left: int, right: int, out: int, window: dict[str, int]) -> int:
-    """Counts the (output, kernel) position pairs that use an input value, not a hole or padding."""
+    """Counts the pairs (output position, kernel position) that use a value of the input.
+
+    All other pairs use padding, or a hole that dilation leaves between two values of the input.
+    """
     at = np.arange(out)[:, None] * window["stride"] - window["pad"]
     at = at + np.arange(right)[None] * window["rhs_dilate"]
     inside = (at >= 0) & (at <= (left - 1) * window["lhs_dilate"])

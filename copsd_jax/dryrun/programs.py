@@ -275,7 +275,8 @@ def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]
         return held
     section, prompt, completion = sampled[name]
     tokens = prompt + completion + engine.INSERT_BLOCK
-    # The author's cache is only as long as the longest prompt and reply together, rounded up.
+    # Each slot of the author's cache has only the entries that the longest prompt and its reply
+    # need, rounded up.
     tokens = request.round_up_slot_length(tokens) if name == "author" else tokens
     return held | {"cache": memory.count_decode_state(frame, section, tokens)}
 
@@ -298,8 +299,8 @@ class _Compiler(NamedTuple):
           name: name of the program.
           jitted: the jitted function to compile.
           *args: abstract arrays.
-          keeps: whether the results count as memory that the program needs. If `keeps` is False,
-            the results count as a part of a phase.
+          keeps: whether to add the bytes of the results to the memory that the program needs.
+            False is for results whose bytes are already counted among the phase's held arrays.
           loop_turns: number of iterations to assume for a loop of unknown length.
         """
         self.run.say(f"compiling {name}")
@@ -311,7 +312,7 @@ class _Compiler(NamedTuple):
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             program = failed_program(name, held, error)
-            # If the results are a part of a phase, their bytes are already counted in that part.
+            # If `keeps` is False, the phase's held arrays already include the results.
             self.programs.append(program if keeps else dataclasses.replace(program, needed=0))
             return None
         seconds = time.perf_counter() - begun
@@ -409,7 +410,7 @@ def _compile_first_state(compiler: _Compiler, arrays: memory.HeldArrays) -> None
 
 def _compile_hand_over(compiler: _Compiler) -> None:
     def call(jitted: Any, *args: Any) -> Any:
-        # An adapter is handed over as the only argument; weights come with a second argument.
+        # The arguments are (adapter,) or (weights, adapter); in the pair, adapter may be None.
         name = "weights" if len(args) > 1 else "adapter"
         compiler(f"{name} to the sampler", jitted, *args, keeps=False)
         return jitted.eval_shape(*args)
@@ -418,12 +419,12 @@ def _compile_hand_over(compiler: _Compiler) -> None:
 
 
 def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str) -> dict[str, int]:
-    """Compiles the sampler of a phase; returns the bytes of the prompts' and the examples' keys."""
+    """Compiles a phase's sampler; returns {"prompts' keys": bytes, "examples' keys": bytes}."""
     frame, c = compiler.run.frame, compiler.run.frame.config
     section, asked, completion = sampled_phases(compiler.run)[phase]
     decoder = builders.build_decoder(frame)
-    # The author's prompts have no worked examples. The author's cache is only as long as the
-    # longest prompt and reply together.
+    # The author's prompts have no worked examples. Each slot of the author's cache has only the
+    # entries that the longest prompt and its reply need.
     author = section == "author"
     prefix = None if author else _compile_prefix(compiler, decoder, arrays.sampler)
     valid_V = np.ones(frame.model_config.vocab_size, bool)
@@ -469,7 +470,7 @@ def _compile_prefix(
 
 
 def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, int]:
-    """Compiles the training step and its teacher; returns the bytes of batch and examples' keys."""
+    """Compiles the step and its teacher; returns {"batch": bytes, "examples' keys": bytes}."""
     frame, lengths, c = compiler.run.frame, compiler.run.lengths, compiler.run.frame.config
     tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
     options, decoder = builders.build_options(frame), builders.build_decoder(frame)

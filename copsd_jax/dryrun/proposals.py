@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A change of settings that would make, or may make, the run fit.
+    """A change of settings with which the run fits, or may fit.
 
     Attributes:
       words: the change as command-line flags; if the devices change, their name comes first.
@@ -241,7 +241,7 @@ def _fits_with_remat(run: programs.Run, sizes: Sizes, proposals: Proposals) -> b
 
 
 def _other_meshes(run: programs.Run) -> Iterator[Change]:
-    """Yields meshes that fit: on the same devices, then with adapters, then on more devices."""
+    """Yields meshes that fit, in this order: same devices; same devices with LoRA; more devices."""
     frame, target = run.frame, run.target
     devices, chips = frame.mesh.devices.size, int(np.prod(target.shape)) * target.slices
     yield from _rank_meshes(run, {}, devices, target)
@@ -295,9 +295,9 @@ def _measure(
 ) -> tuple[int, int]:
     """Returns the bytes that a run needs on a mesh, without and with estimated temporaries.
 
-    Without compiling, the temporaries on a new mesh are unknown. If a phase fits on the current
-    mesh, the temporaries on the current mesh are the estimate. If a phase does not fit on the
-    current mesh, the estimate is 0.
+    The temporaries on a new mesh are estimated, because nothing is compiled for this mesh. If a
+    phase fits on the current mesh, its temporaries on the new mesh are estimated to be the same. If
+    a phase does not fit on the current mesh, its temporaries on the new mesh are estimated as 0.
     """
     mesh: Any = AbstractMesh(tuple(sizes.values()), sharding.AXES, (AxisType.Auto,) * 3)
     frame = dataclasses.replace(run.frame, config=config, mesh=mesh)

@@ -82,8 +82,8 @@ def build_report(run: programs.Run, proposed: proposals.Proposals) -> dict[str, 
 def add_checks(report: dict[str, Any], run: programs.Run, proposed: proposals.Proposals) -> None:
     """Compiles a run with the proposed settings, and adds to the report whether this run fits.
 
-    If the original run fits, the proposed settings are the largest sizes. If the original run does
-    not fit, the proposed settings are the first proposed change.
+    If the original run fits, the largest sizes that fit are tried. If the original run does not
+    fit, the first proposed change is tried.
     """
     sizes = {name: value for name, value in proposed.largest.items() if value}
     if report["fits"]:
@@ -149,7 +149,7 @@ def estimate_times(run: programs.Run) -> dict[str, Any]:
 
 
 def _hand_over_programs(run: programs.Run) -> list[programs.Program]:
-    """Returns the hand-over programs of every step; a frozen base is handed over only once."""
+    """Returns the hand-over programs of each step; a frozen base's program runs only once."""
     found, c = run.phases["hand-over"].programs, run.frame.config
     if c.train.trainable == "full" or c.sampler.merge:
         return found
@@ -271,7 +271,7 @@ def _format_phase(name: str, phase: dict[str, Any], report: dict[str, Any]) -> s
 
 
 def _select_programs(found: dict[str, Any]) -> dict[str, Any]:
-    """Returns the programs to print: all except smaller prefills and programs that only copy."""
+    """Returns the programs to print; omits copying programs, and all prefills except the widest."""
     buckets = [name for name in found if name.startswith("prefill")]
     quiet = (*buckets[:-1], "empty cache", *(n for n in found if n.startswith("insert")))
     return {name: program for name, program in found.items() if name not in quiet}

@@ -27,7 +27,7 @@ TOPOLOGIES_3D = {
     512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16",
 }  # fmt: skip
 
-# Without the variables in ENVIRONMENT, the TPU compiler asks the cloud on which machine it runs.
+# Without the variables in ENVIRONMENT, the TPU compiler asks a cloud server about this machine.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

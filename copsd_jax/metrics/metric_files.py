@@ -63,7 +63,7 @@ class Writer:
 
 
 def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
-    """Returns the lines of metrics.jsonl up to and including the step `steps`.
+    """Returns the lines of metrics.jsonl for the steps up to and including `steps`.
 
     If a killed run left an incomplete last line, that line is not returned.
 

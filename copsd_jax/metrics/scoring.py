@@ -18,8 +18,8 @@ def compute_score_interval(values: Sequence[float]) -> tuple[float, float, float
     The interval is Wilson's (1927), with the effective number of problems
     n = mean (1 - mean) / (variance / number of problems). If all scores are 0 or 1, the effective
     number equals the number of problems. If scores are means of several samples, the effective
-    number of problems is larger. Unlike mean ± 1.96 standard errors, Wilson's interval stays in
-    [0, 1], and its width is never 0.
+    number is larger than the number of problems. Unlike mean ± 1.96 standard errors, Wilson's
+    interval stays in [0, 1], and its width is never 0.
 
     Args:
       values: the score of each problem, in [0, 1]; the score is the mean over the problem's

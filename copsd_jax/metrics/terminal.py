@@ -64,7 +64,7 @@ class Progress:
         self._written, self._width, self._pending = -math.inf, 0, ""
 
     def update(self, done: int, tokens: int = 0, **values: float) -> None:
-        """Updates the line after `done` units and `tokens` new tokens; also shows `values`."""
+        """Updates the line: `done` units are done, `tokens` tokens are new; also shows `values`."""
         now = self._clock()
         self._late.append((now, done, self._late[-1][2] + tokens))
         self._pending = self._line(done, values)

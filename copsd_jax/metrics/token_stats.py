@@ -28,7 +28,7 @@ BUCKETS = {
 
 _NAMES = tuple(CLASSES)
 _OPERATORS = frozenset("+-*/=^×÷±−·≈≠≤≥√%")
-# Angle brackets count as parts of tags, because more completions contain tags than comparisons.
+# Angle brackets count as parts of tags: as comparison signs, they occur in fewer completions.
 _MARK = re.compile(r"\\?boxed[{}]*|</?[a-z_]+>?|[^\w\s=-]*[{}<>][^\w\s=-]*")
 
 
@@ -159,9 +159,10 @@ def advantage_by_step(
 ) -> list[float | None]:
     """Averages A_t = ln q - ln p over each step's tokens [start, stop); an empty step gives None.
 
-    The averages reproduce the figure in the paper on critique-conditioned self-distillation (arXiv
-    2606.11173). With a reference solution as the context, A_t is negative nearly everywhere. With a
-    critique as the context, A_t is negative only from the wrong step on.
+    A plot of the averages over the steps corresponds to the plot in the paper on
+    critique-conditioned self-distillation (arXiv 2606.11173). With a reference solution as the
+    context, A_t is negative nearly everywhere. With a critique as the context, A_t is negative only
+    from the wrong step on.
 
     Raises:
       ValueError: if a range lies outside the completion.

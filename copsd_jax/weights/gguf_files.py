@@ -231,7 +231,7 @@ def to_hf_name(name: str, path: pathlib.Path) -> str:
 
     Args:
       name: name of a tensor in the file.
-      path: path of the file, which the error message shows.
+      path: path of the file, for the error message.
 
     Raises:
       ValueError: if no supported architecture has a tensor of this name.

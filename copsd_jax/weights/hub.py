@@ -67,7 +67,7 @@ def _smollm2(setting: str) -> pathlib.Path:
     files = sorted(file for folder in folders or () for file in pathlib.Path(folder).glob("*.gguf"))
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{setting} is {SMOLLM2!r}, but this package is not installed; run {SMOLLM2_INSTALL}"
+            f"{setting} is {SMOLLM2!r}, but this wheel is not installed; run {SMOLLM2_INSTALL}"
         )
     return files[0]
 
