@@ -41,7 +41,7 @@ def evaluate(
     progress: Callable[[loop.Stats], None] | None = None,
     partial: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Samples eval.samples completions per problem under a policy, and grades and scores them.
+    """Samples completions from a policy, eval.samples for each problem; grades and scores them.
 
     Random streams depend only on the seed, the problem and the sample. Two policies are therefore
     compared with the same random numbers.
@@ -169,7 +169,7 @@ def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
         width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
         place = jnp.ones(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):  # the factors are odd, so that no bits are lost
+        for axis in range(bits.ndim):  # `place` stays odd, so bits * place loses no bits
             index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * jnp.uint32(2654435761) + index * jnp.uint32(2)
         plain = plain * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
@@ -180,11 +180,11 @@ def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
 def _read_partial_evaluation(
     partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]
 ) -> dict[int, _Said]:
-    """Reads a stopped evaluation's completions by index, and prepares the file for new completions.
+    """Returns a stopped evaluation's completions, keyed by index; prepares the file for more.
 
     A half-written last line is removed from the file. Completions of another policy are discarded
-    with a message, and a new file is started. If a step was trained again, the policy can differ
-    from the policy in the file.
+    with a message, and a new file is started. If the step was trained again, the policy can differ
+    from the policy whose checksums the file contains.
     """
     whole = b""
     if partial.is_file():
@@ -237,7 +237,7 @@ def _group(records: Sequence[dict], field: str) -> dict[str, list[dict]]:
 def _score_evaluation(
     r: loaded_run.LoadedRun, records: Sequence[dict]
 ) -> dict[str, dict[str, float]]:
-    """Returns the scores of each language and group, by the names that `group_records` gives."""
+    """Returns the scores of each language and group, keyed by the names of `group_records`."""
 
     def sample(s: dict) -> scoring.Sample:
         return scoring.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])

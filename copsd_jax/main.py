@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse_command(argv: list[str]) -> Command:
-    """Parses a command line and checks all settings except those that choose a table's entry.
+    """Parses a command line; checks all settings, except those whose value names a table's entry.
 
     Raises:
       ValueError: a flag, setting or preset is unknown, or a value is not allowed.
@@ -109,8 +109,8 @@ def parse_command(argv: list[str]) -> Command:
     try:
         rest = values(argv)
     except flags.Error as error:
-        # An error inside a config file arrives as the text of a traceback. The last line of the
-        # traceback contains the message.
+        # For an error inside a config file, the text of `error` is a traceback. The last line of
+        # the traceback contains the message.
         last = str(error).strip().splitlines()[-1]
         raise ValueError(last.removeprefix("ValueError: ")) from error
     if len(rest) > 1:

@@ -110,7 +110,7 @@ def _format_counts(counter: collections.Counter) -> str:
 
 
 def collect_facts(plan: run_plan.Plan) -> dict:
-    """Returns the facts that each start writes to run.json: devices, fingerprints and counts."""
+    """Returns the facts that run.json records at each start: devices, fingerprints and counts."""
     path, drawn = plan.weights_path, plan.config.model.init == "random"
     return {
         "devices": [str(device) for device in plan.mesh.devices.flat],
@@ -133,7 +133,7 @@ def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
 
 
 def summarize_failures(step: int, records: list[dict]) -> list[str]:
-    """Returns warnings about a step; each line gives the reason for the first failure.
+    """Returns a warning for each kind of failure in a step; the warning gives the first reason.
 
     One line counts the completions for which the user's reward function raised an exception.
     Another line counts the completions that have no reply because the author failed.

@@ -102,7 +102,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
         plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=first
     )
     written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
-    # The state of the guards follows from the metrics of earlier steps, so no file has to store the
+    # The metrics of earlier steps determine the state of the guards, so no file has to store this
     # state.
     guard = guards.replay_metrics(plan.guards, written)
     said = processes.run_on_leader(lambda: workdir.read_events(directory, first))
@@ -122,8 +122,9 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 file = workdir.step_file(directory, "rollouts", number)
                 workdir.write_jsonl(file, records)
             last = number == c.train.steps or bool(guard["stopped"])
-            # The checkpoint comes last. A continued run finds the metrics and records of all steps
-            # up to its checkpoint, and writes the metrics and records of later steps again.
+            # A step's checkpoint is saved after its metrics and records. A continued run therefore
+            # finds the metrics and records of all steps up to its checkpoint, and writes those of
+            # later steps again.
             if number % c.train.save_every == 0 or last:
                 checkpoints.save(number, state)
             shown = {name: values[name] for name in ("loss", "correct") if name in values}

@@ -115,7 +115,8 @@ NOT_NEGATIVE = Range("at least 0, and finite", lambda value: 0 <= value < math.i
 FINITE = Range("finite", math.isfinite)
 BELOW_ONE = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("above 0 and at most 1 (1 is off)", lambda value: 0 < value <= 1)
-# At temperatures below 0.0001, float32 has no digits left for any logit but the largest.
+# At temperatures below 0.0001, logits divided by the temperature are so large that float32 has too
+# few digits for their differences.
 TEMPERATURE = Range(
     "0 (greedy) or at least 0.0001, and finite", lambda value: not value or 1e-4 <= value < math.inf
 )

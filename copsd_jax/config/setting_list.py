@@ -184,7 +184,8 @@ SETTINGS: dict[str, Setting] = {
         "jsd: Jensen-Shannon divergence; sampled: only the sampled token",
         entry_of("losses/divergences.py DIVERGENCES"), _TEACHER),
     # With loss.normalize_beta, jsd approaches fkl as loss.beta approaches 0, and approaches rkl as
-    # loss.beta approaches 1. If loss.beta is within 1e-6 of 0 or 1, float32 has too few digits.
+    # loss.beta approaches 1. If loss.beta is within 1e-6 of 0 or 1, the mixture differs from
+    # one side by too little for float32.
     "loss.beta": declare(0.5, "weight of the teacher in the mixture",
         between(1e-6, 1 - 1e-6, "; instead of 0 or 1, use fkl or rkl"),
         ListedBy("loss.divergence")),

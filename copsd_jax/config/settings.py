@@ -24,8 +24,8 @@ Tables = Mapping[str, Mapping[str, Sequence[str]]] | None
 
 SETTINGS = setting_list.SETTINGS
 
-# The names of settings that no longer exist, each with the value that had no effect. A saved config
-# may contain a retired setting only with the value that had no effect.
+# The names of settings that no longer exist, each with the value that switched the setting off. A
+# saved config may contain a retired setting only with this value.
 RETIRED: dict[str, object] = {"loss.skip_below": 0.0}
 
 
@@ -109,7 +109,7 @@ def without_retired(saved: Mapping[str, object], source: str) -> dict[str, objec
       source: the origin of the settings, such as a file; the error message names it.
 
     Raises:
-      ValueError: a retired setting has a value that had an effect.
+      ValueError: a retired setting has another value than in `RETIRED`.
     """
     for name, no_op in RETIRED.items():
         if saved.get(name, no_op) != no_op:

@@ -38,7 +38,8 @@ class Checkpoints:
         keeping: Any = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             str(directory.resolve()),
-            save_decision_policy=saving.FixedIntervalPolicy(1),  # the default skips saves silently
+            # Orbax's default policy can skip a save silently.
+            save_decision_policy=saving.FixedIntervalPolicy(1),
             preservation_policy=keeping.LatestN(keep) if keep else keeping.PreserveAll(),
             # A process that only reads must not remove files that a concurrent run is writing.
             cleanup_tmp_directories=writer,

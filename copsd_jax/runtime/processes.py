@@ -28,7 +28,7 @@ def join_processes(config: config_lib.Config) -> None:
     """Joins the other processes described by `mesh.*`; does nothing if there is only one process.
 
     Call this function before anything uses a device. For a single process, mesh.coordinator is ''.
-    If the processes are described by Cloud TPU, GKE, SLURM or MPI, mesh.coordinator is 'auto'. In
+    On Cloud TPU, GKE, SLURM or MPI, JAX detects the processes, and mesh.coordinator is 'auto'. In
     all other runs, mesh.coordinator is host:port, and mesh.processes and mesh.process are also set.
     A process that is silent for mesh.heartbeat seconds counts as dead, and all other processes then
     end.
@@ -104,7 +104,7 @@ def wait_for_all(name: str) -> None:
 
 
 def _broadcast(said: bytes) -> bytes:
-    """Returns the leader's bytes on all processes; pads to a power of two to compile rarely."""
+    """Returns the leader's bytes on all processes; pads them, so that few sizes are compiled."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
     room = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
     room[: len(said)] = np.frombuffer(said, np.uint8)

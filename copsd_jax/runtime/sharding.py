@@ -93,9 +93,9 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
             f"mesh.data is {data}: it must be a multiple of the number of slices, {len(slices)}, "
             "since only the axis `data` may use the network between slices"
         )
-    # Slices form the outermost axis, so that only one gradient reduction per step crosses the
-    # network. One axis of a torus may be divided between two mesh axes; for example, a torus of 4 x
-    # 4 x 4 can become a mesh of 32 x 2.
+    # TPU slices form the outermost part of the axis `data`, so that the network between slices
+    # carries only one gradient reduction per step. One axis of a torus may be divided between two
+    # mesh axes; for example, a torus of 4 x 4 x 4 can become a mesh of 32 x 2.
     own_shape = (data // len(slices), *inner)
     parts = [
         mesh_utils.create_device_mesh(own_shape, devices, allow_split_physical_axes=True)
@@ -178,7 +178,7 @@ def partition_spec(
 
 
 def _find_dividing_mesh_axes(name: str, shape: tuple[int, ...], mesh: Any) -> list[Axis]:
-    """Returns the axes of a name's partition; None replaces an axis that does not divide evenly."""
+    """Returns the mesh axes per dimension; None replaces axes that do not divide the dimension."""
     axes = _look_up_partition(name, shape)
     if name in VOCABULARIES and shape[0] % mesh.shape["tensor"]:
         choices: tuple[Axis, ...] = (("fsdp", "tensor"), "fsdp", "tensor")
@@ -199,7 +199,7 @@ def _look_up_partition(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
 
 
 def _without(axis: Axis, name: str) -> Axis:
-    """Removes `name` from an axis (one name or several); returns None if no name is left."""
+    """Removes mesh axis `name` from a partition's entry; returns None if no mesh axis is left."""
     left = tuple(one for one in _names(axis) if one != name)
     return left if len(left) > 1 else left[0] if left else None
 
@@ -233,8 +233,8 @@ def find_undivided(
     """Returns the parameters that an axis should split but cannot, and the extra memory they take.
 
     Returns:
-      The names of the parameters by axis, and the number of bytes by which these parameters exceed
-      an even split on each device.
+      The names of the parameters by axis, and how many more bytes each device holds than if these
+      axes split these parameters.
     """
     names: dict[str, list[str]] = collections.defaultdict(list)
     more = 0
@@ -314,8 +314,8 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Returns table_VD[tokens_BL] as [B, L, D], with the rows split over the batch axes.
 
     Each device looks up its part of the embedding width for all rows of its `fsdp` group. The
-    devices of a group then exchange their parts, so that each device gets whole rows. In the
-    exchange between devices, only one copy of the result is sent. Without this function, the
+    devices of a group then exchange their parts, so that each device gets whole rows. In this
+    exchange, each device receives only the states of its own rows. Without this function, the
     compiler would send the states of the whole batch to every device.
     """
     sizes = jax.sharding.get_abstract_mesh()
