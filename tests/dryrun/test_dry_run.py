@@ -203,7 +203,7 @@ def test_exit_codes(capsys, monkeypatch, tmp_path):
         capsys, "--dry_run=v5e-8", "--config.model.shape=", "--config.model.path=some/one"
     )
     assert code == 2
-    assert "knows the shapes of tiny, qwen3_0_6b" in said
+    assert "known model (tiny, qwen3_0_6b" in said
     # 8B in float32 with optimizer on eight devices that split nothing.
     code, out, _ = dry(
         capsys, "--dry_run=v5e-8", "--config.train.trainable=full", "--config.train.batch=16",

@@ -206,9 +206,9 @@ def test_refusals():
         sharding.partition_spec("layers/q/kernel", (2, 8), devices)
     with pytest.raises(ValueError, match="key_heads is None: the partition of layers/k/kernel"):
         sharding.partition_spec("layers/k/kernel", (1, 2, 8), devices)
-    with pytest.raises(ValueError, match="must be the number of devices, 8"):
+    with pytest.raises(ValueError, match="must equal the number of devices, 8"):
         sharding.make_mesh(3, 1, 1)
-    with pytest.raises(ValueError, match="one of them may be -1"):
+    with pytest.raises(ValueError, match="one size may be -1"):
         sharding.make_mesh(-1, -1, 1)
     assert sharding.make_mesh(-1, 2, 2).shape["data"] == 2
 
