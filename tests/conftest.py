@@ -51,10 +51,11 @@ def _programs_end_with_their_file():
 
 # Files of few and long tests. pytest-xdist hands out whole files in this order.
 LONGEST = (
-    "sampler methods records known_bugs packed_rows divergence_loss train_step train remote_run "
-    "dry_run export policy_step truncation transformer authors divergence_loss_topk loss_matrix "
-    "decode_attention_kernels row_attention remat loss_compiled graders sharded_step "
-    "setting_rules remote_engine handover step_compiled hf"
+    "sampler methods train divergence_loss api proposals train_step packed_rows records authors "
+    "remote_run known_bugs truncation dry_run divergence_loss_topk transformer graders "
+    "decode_attention_kernels row_attention policy_step export main sharded_step remat loss_matrix "
+    "solution_steps launch handover token_spans setting_rules loss_compiled remote_engine "
+    "row_packing step_compiled evaluate hf"
 ).split()
 
 

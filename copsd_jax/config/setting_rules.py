@@ -26,7 +26,7 @@ def check_settings(
 
     Args:
       config: all settings.
-      tables: the entries of each table in the package, by the setting that chooses an entry. If
+      tables: maps each setting that chooses an entry of a table to the table's entries. If
         `tables` is None, the rules that depend on tables are skipped; the caller then need not
         import any table.
       train: whether the run will train. If `train` is false, settings that nothing reads are

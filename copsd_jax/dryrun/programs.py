@@ -337,7 +337,7 @@ def failed_program(name: str, arguments: int, error: BaseException) -> Program:
     """Returns the `Program` for a failed compilation, with the bytes that the program would need.
 
     Raises:
-      BaseException: `error` itself, if the compilation did not fail for lack of memory.
+      BaseException: `error` itself, if lack of memory was not the reason of the failure.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:

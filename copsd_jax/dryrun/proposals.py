@@ -192,8 +192,8 @@ def memory_line(
 ) -> Callable[[int], float]:
     """Returns a function that maps the size of a phase to the phase's bytes on each device.
 
-    Every part and every program has its own straight line, because different programs may need the
-    most memory at different sizes.
+    A separate straight line of bytes against size is fitted to every part and every program,
+    because different programs may need the most memory at different sizes.
 
     Args:
       one: a phase, and the size at which the phase was compiled.

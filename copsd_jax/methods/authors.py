@@ -138,7 +138,7 @@ def _shorten_attempt_for_author(
 def _write_author_texts_by_rule(
     r, state, asked: list[AuthorRequest], step: int
 ) -> list[AuthorText]:
-    """Writes the texts with the context's rule, based on the verdicts of the grader."""
+    """Writes each text by the context's rule, which reads the grader's verdict."""
     write_by_rule = contexts.get_author(r.plan.context).write_by_rule
     assert write_by_rule is not None  # `table_rules` refuses contexts without a rule
     return [AuthorText(write_by_rule(one.attempt, one.found), "written") for one in asked]

@@ -392,8 +392,8 @@ def _run_slots_last_tokens(
 ) -> tuple[decode_attention.Cache, jax.Array]:
     """Runs each slot's last token through the model; returns the cache and the hidden states.
 
-    The model also runs free and fresh slots, but these slots neither write to the cache nor attend
-    to it.
+    The model also processes the slots that are free or fresh, but these slots neither write to the
+    cache nor attend to it.
     """
     shared = 0 if constants.prefix is None else constants.prefix.k.shape[2]
     runs_J = slots.live_J & ~slots.fresh_J

@@ -387,7 +387,7 @@ def _decode_program(inputs: request.Inputs, state, cancel_J, enough) -> program_
 def compile_programs(
     inputs: request.Inputs, memory: int | None = None
 ) -> tuple[program_cache.Program, ...]:
-    """Compiles and returns all programs that sampler calls of this size need; runs no program.
+    """Compiles and returns all programs for sampler calls of this size; runs no program.
 
     Args:
       inputs: the inputs of a call; arrays may be jax.ShapeDtypeStructs with shardings.

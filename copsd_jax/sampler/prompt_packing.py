@@ -134,7 +134,8 @@ def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Pr
 
 def count_fitting(waiting: Sequence[Prompt], width: int) -> int:
     """Returns the largest n such that the first n distinct prompts fit into `width` tokens."""
-    # With more prompts, a row never needs fewer tokens, so the largest n can be found by bisection.
+    # A row with more prompts needs at least as many tokens, so bisection can find the largest
+    # number of prompts that fits.
     # If the lengths of prompts add up to at most `width`, the prompts fit, because sharing can only
     # save tokens.
     lengths = itertools.accumulate(map(len, waiting))

@@ -5,7 +5,7 @@
 
 The client uses the standard library's `http.client`. Common clients, such as httpx, have no overall
 deadline: their timeouts start again after every byte received. In this client, a read may take only
-the time that is left for the whole request. Therefore, a server that sends a byte now and then
+the time that is left for the whole request. Therefore, a server that only rarely sends a byte
 cannot block a run. Redirects are not followed, because the key would be sent to the new address.
 Proxy settings in the environment are ignored.
 

@@ -47,7 +47,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> tokenizers.Encoding:
 
 
 def encode_templated(tokenizer: Tokenizer, text: str, literal: dict[str, str]) -> tuple[int, ...]:
-    """Encodes a text with special tokens, such as a rendered chat template.
+    """Encodes a text that contains special tokens, for example a rendered chat template.
 
     Args:
       tokenizer: the model's tokenizer.

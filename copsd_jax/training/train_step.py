@@ -531,8 +531,8 @@ def _split_micro_batches(batch: layout.Batch, n: int) -> layout.Batch:
     """Splits all arrays of a batch into micro-batches.
 
     A packed batch already consists of micro-batches. Any other batch is cut into n micro-batches.
-    Gather indices into the flattened rows of the whole batch become indices into the rows of one
-    micro-batch.
+    The gather indices, which point into the flattened rows of the whole batch, are converted to
+    indices into the rows of one micro-batch.
 
     Example: B = 4, n = 2, L = 10. Sample 3 is row 1 of micro-batch 1, so its gather index 34
     becomes 14.

@@ -184,6 +184,7 @@ def test_the_loss_is_the_mean_divergence_and_falls(model, work):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_run_on_eight_devices():
     """A model of a run's own parts, whose settings are of eight completions on eight devices."""
     with runs.loaded("opsd") as (run, state):

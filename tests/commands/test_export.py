@@ -137,6 +137,7 @@ def test_the_evaluation_program(trained, tmp_path, capsys):
     assert "no checkpoint of [5], there are [1, 2]" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_ema_teacher_is_saved_and_restored(tmp_path):
     workdir = tmp_path / "w"
     settings = {**SETTINGS, "teacher__weights": "ema", "teacher__ema_decay": 0.5}

@@ -30,6 +30,7 @@ def compile_with(run: programs.Run, name: str, setting: str, size: int) -> progr
     return programs.compile_phase(run._replace(frame=frame), name)
 
 
+@pytest.mark.slow
 def test_held_arrays_need_no_devices(built):
     """An abstract mesh gives the same bytes as the devices do."""
     mesh: Any = AbstractMesh((2, 2, 2), sharding.AXES, (AxisType.Auto,) * 3)
@@ -79,6 +80,7 @@ def test_each_program_has_a_line():
     assert line(3) == 100 + 30 + 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "setting", "sizes"),
     [("step", "train.micro_batch", (2, 8, 4)), ("rollout", "rollout.slots", (8, 16, 12))],

@@ -206,6 +206,7 @@ def test_the_same_problem_of_a_critic_that_agrees(monkeypatch, tmp_path, critic)
     assert (work.batch.loss_BC == work.batch.mask_BC).all()
 
 
+@pytest.mark.slow
 def test_a_guard_ends_the_run_with_its_reason(tmp_path, capsys):
     workdir = tmp_path / "w"
     argv = runs.argv("opsd", workdir, train__steps=5, eval__limit=2)

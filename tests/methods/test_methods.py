@@ -339,7 +339,7 @@ def test_refusals_name_the_setting(card, settings, named):
     "card, settings, said",
     [
         ("opsd", {"reward__kind": "choice", "prompt__answer": "choice"}, "reward.kind.*data.path"),
-        ("opsd", {"reward__kind": "tool_call", "prompt__answer": "none"}, "reward.kind.*needs an Action"),
+        ("opsd", {"reward__kind": "tool_call", "prompt__answer": "none"}, "kind.*needs an Action"),
         ("opsd", {"context__kind": "other_problem", "data__limit": 1}, "context.kind.*data.path"),
         ("opsd", {"tokens__select": "broken_module:f"}, "tokens.select.*out of luck"),
         ("opsd", {"reward__kind": "broken_module:f"}, "reward.kind.*out of luck"),

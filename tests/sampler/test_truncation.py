@@ -264,7 +264,14 @@ CHI_SQUARE = {
 }
 
 
-@pytest.mark.parametrize("name", CHI_SQUARE)
+# The slow ones each take five seconds; `all` has their filters together.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("top_k", "top_p") else ())
+        for name in CHI_SQUARE
+    ],
+)
 def test_samples_by_chi_square(name):
     """50,000 draws of one row against the exact distribution; deterministic keys."""
     count, vocab, setting = 50_000, 300, CHI_SQUARE[name]

@@ -199,6 +199,7 @@ def test_its_evaluations_are_ours(engine, trained, tmp_path):
             assert theirs["scores"] == ours["scores"]
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_ends_the_run_and_another_goes_on(trained, tmp_path, capsys):
     workdir = tmp_path / "w"
     with serving() as stub:

@@ -31,7 +31,7 @@ P = exp(z_s - m_s) and Q = exp(z_t - m_t). The second number is d = (z_t - m_t) 
 smaller of P and Q equals the larger of P and Q, times exp(-|d|).
 
 If the states are bfloat16, both stored numbers are rounded to 10 bits after the leading bit. The
-codes of the first number reach down to 2^-63, and the codes of |d| range from 2^-16 to 2^16. The
+codes stand for values of the first number down to 2^-63, and for |d| from 2^-16 to 2^16. The
 relative error of the larger probability and of d is at most 2^-11. Therefore the relative error of
 p - q is at most 2^-10, and the relative error of every entry's divergence is at most 2^-9, however
 close p and q are. If both sides are equal, the divergence is exactly zero. For comparison, rounding
