@@ -344,7 +344,7 @@ def write_cache_entries(
     turned = entries[0].shape[2] % 128 != 0
     tiles = [_find_tile(x, turned) for x in caches]
     caches = _turn(caches, turned)
-    # Each array of new entries gets an axis of length 1, at the place of the cache's axis of entries.
+    # New entries get an axis of length 1, at the position of the cache's axis of entries.
     entries = [jnp.expand_dims(x, axis - 1) for x, (axis, _) in zip(entries, tiles, strict=True)]
     length = caches[0].shape[tiles[0][0]]
 
