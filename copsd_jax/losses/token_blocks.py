@@ -69,7 +69,7 @@ def spread(
 ) -> tuple[Any, jax.Array | None]:
     """Runs `work(rows, heads, vocabulary axis)` on every device of the current mesh.
 
-    The heads are gathered once, along their width. The heads that `work` gets cover the whole
+    The heads are gathered once, along their width. The heads passed to `work` cover the whole
     vocabulary, or only this device's part of the vocabulary. Heads and `rows` are padded at the
     end. Padding consists of zeros, or of False in bool arrays.
 

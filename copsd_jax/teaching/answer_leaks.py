@@ -93,7 +93,7 @@ def find_words(text: str, wanted: str) -> Iterator[tuple[int, int]]:
 
 
 def _continues(beside: str, edge: str) -> bool:
-    """Tells whether the character `edge` and the text `beside` it are in one word or number."""
+    """Tells whether the character `edge` and the adjacent text belong to one word or number."""
     near, further = beside[-1:], beside[-2:-1]
     if edge.isdigit() and near in tuple(".,"):
         return further.isdigit()

@@ -52,8 +52,8 @@ def check_attempt(
 
     A step is wrong if it has a false equation. In an attempt whose answer is wrong or missing, a
     step is also wrong if one of its equations has a value that is not a needed result. If the
-    answer is right, a true equation may have any value, because there may be another way to the
-    answer. If the answer is wrong but no equation is wrong, the step that states the answer is the
+    answer is right, the checker accepts every true equation, because there may be another way to
+    the answer. If the answer is wrong but no equation is wrong, the step that states the answer is the
     wrong step.
 
     The corrected trace copies the attempt's steps before the wrong step, except steps that state an
