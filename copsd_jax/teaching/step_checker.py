@@ -53,8 +53,8 @@ def check_attempt(
     A step is wrong if it has a false equation. In an attempt whose answer is wrong or missing, a
     step is also wrong if one of its equations has a value that is not a needed result. If the
     answer is right, the checker accepts every true equation, because there may be another way to
-    the answer. If the answer is wrong but no equation is wrong, the step that states the answer is the
-    wrong step.
+    the answer. If the answer is wrong but no equation is wrong, the step that states the answer is
+    the wrong step.
 
     The corrected trace copies the attempt's steps before the wrong step, except steps that state an
     answer. Missing equations of the solution are inserted before the step that needs them, or at
