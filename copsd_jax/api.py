@@ -304,7 +304,7 @@ def train_step(
     teacher_prompts: Sequence[Prompt],
     completions: Sequence[Sequence[int]],
 ) -> tuple[Model, dict[str, float]]:
-    """Takes one optimizer step that reduces the student's divergence from the teacher.
+    """Takes one optimizer step on the student's divergence from the teacher.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny")

@@ -82,7 +82,7 @@ def get_chip() -> str:
 
 
 def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
-    """Chooses block sizes: three buffers, blocks that take 1 us to fetch, and as many slots as fit.
+    """Chooses block sizes: three buffers, about 1 us to fetch a block, and as many slots as fit.
 
     Args:
       q_shape: shape of the queries on one device, [J, K, M, H].

@@ -29,7 +29,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from copsd_jax.attention import visibility
 
 LANES = 128  # every block size is a multiple of 128
-MAX_BLOCK = 512  # with blocks of 512, logits and their gradient take 2 of the 16 MiB of VMEM
+MAX_BLOCK = 512  # with 512, float32 logits and their gradient take 2 of the 16 MiB of VMEM
 # Each step of the kernel's grid has an extra cost, equal to that of about 256 x 256 (query, key)
 # pairs. Small blocks waste fewer pairs at the end of a row, but need more grid steps.
 GRID_STEP_PAIRS = 256 * 256

@@ -490,7 +490,7 @@ def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, i
 
 
 def _count_step_loop_turns(frame: run_plan.ProgramPlan, batch: layout.Batch) -> int:
-    """Returns the number of token blocks that the loss processes if no token has weight 0."""
+    """Returns the number of token blocks that the loss processes if no position is padding."""
     options, (B, C) = builders.build_options(frame), batch.mask_BC.shape
     if batch.source_UST is not None:
         tokens = batch.source_UST.shape[2]

@@ -116,7 +116,7 @@ def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> lis
 
 
 def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
-    """Returns an empty text with a reason if the author cannot be asked; otherwise None."""
+    """Returns an empty text with a reason if the author is not asked; otherwise None."""
     if prompt is None:
         return AuthorText("", "not_asked")
     held = plan.model_config.max_position

@@ -50,8 +50,8 @@ def token_class(piece: bytes, *, special: bool = False, end: bool = False) -> st
     kinds = {unicodedata.category(char)[0] for char in text}
     if kinds & {"L", "M"}:
         return "word"
-    # A text with exactly one operator is in the class of numbers. A text with several operators is
-    # not, because `**`, `--` and `//` occur in markup, rules and addresses.
+    # A text without digits is in the class of numbers only if it has exactly one operator, because
+    # `**`, `--` and `//` occur in markup, rules and addresses.
     number = "N" in kinds or sum(char in _OPERATORS for char in text) == 1
     return "number" if number else "other"
 

@@ -1,8 +1,9 @@
 """Linear projections with optional low-rank adapters (LoRA).
 
 An adapter is a float32 tree, `{'q': {'a': [layers, in, R], 'b': [layers, R, out]}, ...}`, separate
-from the base weights. Each projection receives its slice of the adapter as an argument. Only the
-student uses the adapter, so student and initial policy can share one copy of the base weights.
+from the base weights. Each projection receives its slice of the adapter as an argument. The
+student has an adapter and the initial policy has none, so both can share one copy of the base
+weights.
 
 R is the rank. Source: Hu et al. 2021 (arXiv 2106.09685).
 """

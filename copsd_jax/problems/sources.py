@@ -337,7 +337,7 @@ def _check_dropped(
         total = kept + sum(dropped.values())
         advice = "data.missing=drop leaves such rows out" if kept else "no row is left"
         raise ValueError(
-            f"{path}, {first[reason]}: {reason} (failures in {total} rows: {more}; {advice})"
+            f"{path}, {first[reason]}: {reason} (unusable rows, of {total}: {more}; {advice})"
         )
     if not kept:
         raise ValueError(f"{path}: it has no rows")

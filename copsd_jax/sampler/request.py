@@ -359,8 +359,8 @@ def _check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
         raise ValueError(f"stop is {sampling.stop!r}: a stop string must not be empty")
     if sampling.stop and (count > size or vocabulary.valid_V[count:].any()):
         raise ValueError(
-            f"stop is {sampling.stop!r}: stop strings need the bytes of every valid id, but "
-            f"token_bytes has {count} entries for {size} ids"
+            f"stop is {sampling.stop!r}: token_bytes must have the bytes of every valid id, "
+            f"and at most {size} entries; it has {count}"
         )
 
 

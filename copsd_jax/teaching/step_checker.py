@@ -56,9 +56,9 @@ def check_attempt(
     the answer. If the answer is wrong but no equation is wrong, the step that states the answer is
     the wrong step.
 
-    The corrected trace copies the attempt's steps before the wrong step, except steps that state an
-    answer. Missing equations of the solution are inserted before the step that needs them, or at
-    the end. Inserted equations are written with the signs and spacing of the attempt. From an
+    The corrected trace copies verbatim the attempt's steps before the wrong step, except steps that
+    state an answer. Missing equations of the solution are inserted before the step that needs them,
+    or at the end. Inserted equations are written with the signs and spacing of the attempt. From an
     unfinished attempt, the trace keeps only the equations that reach a result.
 
     Args:

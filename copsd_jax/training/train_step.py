@@ -112,7 +112,7 @@ class PolicyStats(NamedTuple):
     tokens without policy loss are 0.
 
     Attributes:
-      value_T: the token's term in the loss, without the token weight.
+      value_T: the token's policy loss, without its weight in the total loss.
       logp_T: log-probability of the sampled token at the loss's temperature, in nats.
       entropy_T: entropy of the distribution at the loss's temperature, in nats.
       clipped_T: 1 where the ratio was clipped, else 0.

@@ -669,7 +669,7 @@ def test_ids_that_only_the_log_probabilities_spell(engine):
         (dict(sampling=request.Sampling(0)), "max_tokens is 0"),
         (dict(sampling=request.Sampling(6, stop_ids=(V,))), f"stop_ids has {V}"),
         (dict(sampling=request.Sampling(6, stop=("",))), "must not be empty"),
-        (dict(sampling=request.Sampling(6, stop=("a",))), "need the bytes of every valid id"),
+        (dict(sampling=request.Sampling(6, stop=("a",))), "must have the bytes of every valid id"),
         (dict(sampling=[PLAIN] * 3), "sampling has 3 entries for 2 prompts"),
         (dict(limits=[1]), "limits has 1 entries for 2 prompts"),
         (dict(limits=[1, 0]), "limits[1] is 0"),

@@ -43,7 +43,7 @@ class Blocks:
 
 
 SMALLEST = hardware.Chip(0, 0, 8e9, 16 * MIB)  # smallest memory and VMEM of any chip (TPU v2)
-SPARE_VMEM = 14 * MIB  # at most this many bytes stay free for spilled registers and the compiler
+SPARE_VMEM = 14 * MIB  # largest room that blocks leave for spilled registers and the compiler
 STORED_SHARE = 1 / 8  # share of a TPU's memory that a block's stored entries may take
 GPU_BYTES = 0.8e9  # number of bytes that a block's logits and dz may take
 
