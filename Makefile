@@ -57,8 +57,8 @@ kernels: install
 
 # Whole runs of tiny models.
 runs: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/methods tests/training \
-	  tests/commands tests/servers tests/dryrun tests/sampler/test_truncation.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/methods \
+	  tests/commands tests/servers tests/dryrun tests/training/test_known_bugs.py tests/training/test_records.py
 
 processes: install
 	$(BIN)/python -m pytest -m slow tests/runtime/test_processes.py tests/sampler/test_sampler_processes.py

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_slow
 
 from copsd_jax.attention import row_attention, row_attention_splash, visibility
 from copsd_jax.config import settings as config_lib
@@ -161,7 +162,10 @@ def test_block_sizes(length, block):
 
 
 @pytest.mark.parametrize(
-    "sizes, kind, count", [((2, 2, 2), "segments", 4), ((2, 2, 2), "all", 4), ((2, 1, 4), "all", 3)]
+    "sizes, kind, count",
+    mostly_slow(
+        [((2, 2, 2), "all", 4), ((2, 2, 2), "segments", 4), ((2, 1, 4), "all", 3)], several=True
+    ),
 )
 def test_on_a_mesh_each_device_has_its_rows_and_heads(sizes, kind, count):
     """What the mesh does not divide (3 rows over 2, 2 heads over 4) is on all of its devices."""

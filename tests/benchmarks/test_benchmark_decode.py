@@ -114,6 +114,7 @@ def lines(decode, capsys, *argv):
     return code, {line["system"]: line for line in out}
 
 
+@pytest.mark.slow
 def test_a_line_for_each_system(decode, capsys):
     code, found = lines(
         decode, capsys, "--systems=ours,fixed,tunix", "--bandwidth=10", "--pieces=2",

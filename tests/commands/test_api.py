@@ -48,6 +48,7 @@ def examples() -> list:
     return [pytest.param(test, id=test.name) for test in found if test.examples]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test", examples())
 def test_examples_of_docstrings(test):
     assert doctest.DocTestRunner().run(test).failed == 0

@@ -49,6 +49,7 @@ def student_logits(workdir, ids_BL):
 IDS = np.random.default_rng(0).integers(0, 1400, (2, 17)).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_the_exported_model_is_the_trained_one(trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert export.main(["export", f"--workdir={trained}", f"--out={out}"]) == 0

@@ -49,6 +49,7 @@ def test_a_run_leaves_everything_in_its_directory(whole):
     assert "commit" in json.loads((whole / "run.json").read_text())["starts"][0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_for_bit(whole, tmp_path, monkeypatch):
     """4 steps = 3 and a kill, then the same command again: numbers, texts and weights."""
     make_batch = distill.make_batch

@@ -42,6 +42,7 @@ def test_held_arrays_need_no_devices(built):
         assert parts == {part: phase.parts[part] for part in parts}
 
 
+@pytest.mark.slow
 def test_cache_is_what_the_sampler_allocates(built):
     """The cache by shapes, and the results of the program that makes it."""
     for phase in ("rollout", "evaluation"):
@@ -106,6 +107,7 @@ def test_memory_is_a_line_in_the_size(name, setting, sizes):
     assert not large.fits(usable)
 
 
+@pytest.mark.slow
 def test_phases_that_are_compiled_again(built, monkeypatch):
     """A phase is compiled at one more size if a proposal needs it, and not where nothing would."""
     compiled = []
@@ -128,6 +130,7 @@ def test_phases_that_are_compiled_again(built, monkeypatch):
     assert compiled == [("evaluation", 0, 32), ("step", 4, 64), ("step", 4, 64)]
 
 
+@pytest.mark.slow
 def test_changes_for_a_step_that_does_not_fit(built):
     """The smaller micro-batch that fits is first, then other meshes by the bytes that they hold."""
     usable = built.phases["step"].total - 1
@@ -147,6 +150,7 @@ def test_changes_for_a_step_that_does_not_fit(built):
     assert meshes[0].held == max(sum(parts.values()) for parts in held)
 
 
+@pytest.mark.slow
 def test_slots_where_the_cache_alone_does_not_fit(built, monkeypatch):
     """Nothing was compiled: the cache by shapes says which slots are worth compiling."""
     config = proposals.change_settings(built.frame.config, {"eval.slots": 4096})

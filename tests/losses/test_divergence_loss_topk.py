@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from conftest import mostly_slow
 
 from copsd_jax.losses import clips, dense, divergence_loss, divergences, token_values
 
@@ -96,7 +97,7 @@ def _filled(z):
     return np.resize(wide, (TOKENS, VOCABULARY))
 
 
-@pytest.mark.parametrize("k, whose, tail", SETS)
+@pytest.mark.parametrize("k, whose, tail", mostly_slow(SETS, 2, several=True))
 @pytest.mark.parametrize("name, normal", NAMES)
 def test_every_form_at_1e_6(name, normal, k, whose, tail):
     """Closed form = formula = differences = differentiated value, for the five clip modes."""

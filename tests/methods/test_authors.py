@@ -228,6 +228,7 @@ def test_a_guard_ends_the_run_with_its_reason(tmp_path, capsys):
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_guard_lowers_the_learning_rate(tmp_path):
     workdir = tmp_path / "w"
     argv = runs.argv("opsd", workdir, train__steps=3, train__schedule="constant", eval__limit=2)

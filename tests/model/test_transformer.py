@@ -8,6 +8,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_slow
 
 from copsd_jax.attention import decode_attention, row_attention
 from copsd_jax.model import lora, transformer
@@ -325,7 +326,9 @@ def _value_and_slopes(**options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"remat": "layer"}, {"block": 5}, {"block": 4, "remat": "layer"}], ids=str
+    "options",
+    mostly_slow([{"block": 4, "remat": "layer"}, {"remat": "layer"}, {"block": 5}]),
+    ids=str,
 )
 def test_remat_and_blocks_change_no_number(options, monkeypatch):
     """Block sizes that divide the length of 12 and that do not; gradients to all arguments."""

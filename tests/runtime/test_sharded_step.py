@@ -69,7 +69,7 @@ def step_of(config, tensor: int, trainable: str, out: object = None):
 @pytest.mark.parametrize(
     "name, trainable",
     [
-        (FIRST, "lora"),
+        pytest.param(FIRST, "lora", marks=pytest.mark.slow),
         pytest.param(FIRST, "full", marks=pytest.mark.slow),
         pytest.param(SECOND, "lora", marks=pytest.mark.slow),
     ],

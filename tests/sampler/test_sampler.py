@@ -11,6 +11,7 @@ import numpy as np
 import placing
 import pytest
 import truncation_oracle
+from conftest import mostly_slow
 
 from copsd_jax.model import lora, shared_prefix, transformer
 from copsd_jax.model import policy as policy_lib
@@ -238,7 +239,9 @@ def test_adapter_equals_merged_weights():
     assert [c.ids for c in want] != [c.ids for c in generate(PLAIN)]
 
 
-@pytest.mark.parametrize("adapted, shared", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "adapted, shared", mostly_slow([(True, True), (False, False), (False, True)], several=True)
+)
 def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
     options = {"shared": shared and not adapted}
     if adapted:
@@ -297,8 +300,8 @@ def test_bfloat16_weights():
 SIZES_OF_MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)]
 
 
-@pytest.mark.parametrize("sizes", SIZES_OF_MESHES)
-@pytest.mark.parametrize("sampling", [GREEDY, CUT])
+@pytest.mark.parametrize("sizes", mostly_slow(SIZES_OF_MESHES, 2))
+@pytest.mark.parametrize("sampling", mostly_slow([CUT, GREEDY]))
 def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
     """Slots over data and fsdp, heads and vocabulary over tensor; groups of equal prompts too."""
     prompts = [*PROMPTS, *[(5, 6, 7)] * 9, *[(*range(60, 80), i) for i in range(5)]]
@@ -348,7 +351,9 @@ def test_each_prompt_has_settings_of_its_own():
         assert {c.ids[-1] for c in got[number::3]} & set(kinds[number].stop_ids)
 
 
-@pytest.mark.parametrize("cache, gap", [(jnp.bfloat16, 1e-2), (jnp.int8, 3e-2)])
+@pytest.mark.parametrize(
+    "cache, gap", mostly_slow([(jnp.int8, 3e-2), (jnp.bfloat16, 1e-2)], several=True)
+)
 def test_smaller_caches_stay_near(cache, gap):
     """One token each after 60 of a prompt: what follows from a token that differs is no measure."""
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import runs
+from conftest import mostly_slow
 from test_train_step import CONFIG, OPTIONS, make_adapter
 
 from copsd_jax import main
@@ -110,7 +111,7 @@ def with_policy(batch):
     )
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", mostly_slow(NORMS))
 def test_groups_with_their_prompts_once_equal_rows_of_their_own(decoder, params, norm):
     batch = layout.build_batch(*samples(1, 8))
     rows, _ = arranged(batch, micros=2)
@@ -135,7 +136,7 @@ def test_worked_examples_in_front(decoder, params):
     assert_same(step(decoder, params, rows, **how), step(decoder, params, batch, **how))
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", mostly_slow([True, False]))
 def test_policy_loss(decoder, params, mixed):
     """GRPO with the divergence from the initial policy, alone and beside a teacher."""
     settings = train_step.PolicyLoss(
@@ -149,7 +150,7 @@ def test_policy_loss(decoder, params, mixed):
     assert_same(step(decoder, params, rows, **how), step(decoder, params, batch, **how))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", mostly_slow([(2, 2, 2), (8, 1, 1)]))
 def test_meshes(decoder, params, shape):
     """Bins of 8 and 4 shards, two micro-batches, against one device and rows apart."""
     batch = with_policy(layout.build_batch(*samples(5, 4, 32)))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_slow
 from test_train_step import CONFIG, OPTIONS, TX, forward, make_adapter, make_samples, row, run
 
 from copsd_jax.losses import divergence_loss
@@ -168,7 +169,7 @@ def test_routed_tokens_carry_one_loss_each(decoder, params):
         np.testing.assert_allclose(b - start, (d - start) + (p - start), atol=3e-7)
 
 
-@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("trainable", mostly_slow(["lora", "full"]))
 def test_trust_region_mixes_the_logits_of_initial_and_current_policy(decoder, params, trainable):
     students, teachers, completions = make_samples(5)
     batch = layout.build_batch(students, teachers, completions)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import mostly_slow
 from jax.sharding import PartitionSpec
 
 from copsd_jax.dryrun import program_cost
@@ -89,7 +90,7 @@ def apart(decoder, sides):
     return out
 
 
-@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("remat", mostly_slow(["layer", "none"]))
 def test_weights_of_a_layer_are_gathered_twice_a_step_not_three_times(monkeypatch, remat):
     """Once for both sides on the way forward, once backward; adapters are the rest."""
     adapters = 2 * 4 * sum(map(sum, SHAPE.projections().values()))  # forward and backward, at most
@@ -112,6 +113,7 @@ def without_gradient(decoder, sides):
     return apart(decoder, [student, *others])
 
 
+@pytest.mark.slow
 def test_all_weights_of_a_live_teacher_are_gathered_twice_too(monkeypatch):
     """And the teacher goes through the layers once, forward."""
     moved, flops = gathered(1, "layer", "full")
