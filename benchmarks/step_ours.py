@@ -33,7 +33,7 @@ from copsd_jax.model import transformer
 from copsd_jax.problems import bundled, problem_row
 from copsd_jax.runtime import malloc, sharding
 from copsd_jax.sampler import loop
-from copsd_jax.teaching import contexts, prompts
+from copsd_jax.teaching import contexts, prompts, teacher_side
 from copsd_jax.training import (
     builders,
     layout,
@@ -227,13 +227,14 @@ class Trainer:
         )
         hand_over: Any = self.parts.around("hand_over", r.hand_over)
         self.r = dataclasses.replace(r, hand_over=hand_over)
-        for module, name, part in (
-            (loop, "generate", "rollout"), (run_plan, "teach", "contexts"),
-            (contexts, "privileged", "contexts"), (distill, "_views", "contexts"),
-            (layout, "pack", "packing"), (layout, "packed", "packing"),
-            (layout, "place", "packing"),
+        for owner, name, part in (
+            (loop, "generate", "rollout"), (teacher_side.TeacherSide, "build", "contexts"),
+            (contexts, "join_privileged_text", "contexts"),
+            (distill, "_build_distilled_attempts", "contexts"),
+            (layout, "build_batch", "packing"), (layout, "pack_rows", "packing"),
+            (layout, "place_batch", "packing"),
         ):  # fmt: skip
-            setattr(module, name, self.parts.around(part, getattr(module, name)))
+            setattr(owner, name, self.parts.around(part, getattr(owner, name)))
 
     def step(self) -> dict:
         """Runs one step; returns its times, loss, gradient norm, completions and memory."""
