@@ -554,7 +554,7 @@ def test_no_prompts():
         ({"sampling": request.Sampling(3, top_k=301)}, "top_k is 301: it must be 0 .off. to 300"),
         ({"sampling": request.Sampling(3, stop_ids=(300,))}, "stop_ids has 300"),
         ({"sampling": request.Sampling(3, stop=("",))}, "stop string must not be empty"),
-        ({"sampling": request.Sampling(3, stop=("a",))}, "stop strings need the bytes"),
+        ({"sampling": request.Sampling(3, stop=("a",))}, "token_bytes must have the bytes"),
         ({"sampling": request.Sampling(4093)}, "prompt 0 has 8 tokens .* the model has 4096"),
         ({"prompts": [(1,), ()]}, "prompt 1 is empty"),
         ({"prompts": [(1,), (300,)]}, "prompt 1 has ids 300 to 300"),
