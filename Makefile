@@ -58,7 +58,8 @@ kernels: install
 # Whole runs of tiny models.
 runs: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/methods \
-	  tests/commands tests/servers tests/dryrun tests/training/test_known_bugs.py tests/training/test_records.py
+	  tests/commands tests/servers tests/dryrun tests/training/test_known_bugs.py tests/training/test_records.py \
+	  tests/training/test_packed_rows.py::test_a_run_with_packed_rows_has_the_metrics_of_one_without
 
 processes: install
 	$(BIN)/python -m pytest -m slow tests/runtime/test_processes.py tests/sampler/test_sampler_processes.py
