@@ -527,6 +527,9 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any) -> dict:
 
 @functools.lru_cache(maxsize=8)  # Without the cache, each call would trace the model again.
 def abstract_params(config: ModelConfig, dtype: Any) -> dict:
-    """Returns the tree of `init_params` as jax.ShapeDtypeStructs, without allocating memory."""
+    """Returns the tree of `init_params` as jax.ShapeDtypeStructs, without allocating memory.
+
+    The tree is cached and shared: callers must not change it.
+    """
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(functools.partial(_init_params, config, dtype), key)

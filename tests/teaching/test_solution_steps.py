@@ -252,9 +252,9 @@ def test_time_does_not_grow_with_the_square():
     for part in [*parts, "1 + 1 = 2. ", "1+1=2<step_1>", "1+1=2,", "The answer is "]:
         before = time.process_time()
         step_checker.check_attempt(
-            part * (20_000 // len(part)), "1 + 1 = 2.", "2", None, correct=False
+            part * (40_000 // len(part)), "1 + 1 = 2.", "2", None, correct=False
         )
-        assert time.process_time() - before < 2, part
+        assert time.process_time() - before < 4, part
 
 
 # ---- the rule --------------------------------------------------------------------------------
