@@ -28,7 +28,7 @@ from copsd_jax.metrics import scoring, terminal
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.problems import problem_row
 from copsd_jax.rewards import graders
-from copsd_jax.runtime import checkpoint, processes, workdir
+from copsd_jax.runtime import checkpoint, processes, signals, workdir
 from copsd_jax.sampler import loop, request
 from copsd_jax.teaching import prompts
 from copsd_jax.training import loaded_run, run_plan, train_step
@@ -375,14 +375,11 @@ def evaluate_step(
 def main(argv: list[str]) -> int:
     """Runs the program and returns its exit code.
 
-    The exit code is 0 if every requested checkpoint was evaluated, 2 after an error, and 130 after
-    an interrupt.
+    The exit code is 0 if every requested checkpoint was evaluated, 2 after an error, and 130 or 143
+    after Ctrl-C or SIGTERM.
     """
-    try:
+    with signals.end_at_once("stopped: the same command continues"):
         return _evaluate_checkpoints(parse_evaluate_flags(argv))
-    except KeyboardInterrupt:
-        print("\nstopped: the same command continues", file=sys.stderr)
-        return 130
 
 
 def _evaluate_checkpoints(args: argparse.Namespace) -> int:

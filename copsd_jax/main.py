@@ -13,8 +13,17 @@ run fits, what needs the memory, and how long a step would take. A dry run reads
 tokenizer or problems. With --search, the run is compiled again with the largest micro-batch and the
 most slots that fit.
 
-Exit codes: 0 (the run ended, or the dry run fits), 1 (the dry run does not fit), 2 (a setting is
-wrong), 130 (the run was interrupted).
+If SIGTERM or Ctrl-C asks a run to stop, the run completes its step, saves, and ends. If the step
+would take longer than train.grace seconds, the run saves the last completed step at once. A second
+signal ends the run without a save.
+
+Exit codes:
+
+    0         the run ended, or the dry run fits
+    1         an error during the run, or the dry run does not fit
+    2         a setting is wrong, or the run was refused
+    3         a non-finite value stopped the run
+    130, 143  Ctrl-C or SIGTERM stopped the run; the same command continues it
 """
 
 import os
@@ -28,7 +37,7 @@ from ml_collections import config_flags
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import targets
-from copsd_jax.runtime import malloc
+from copsd_jax.runtime import malloc, signals
 
 
 class DryRun(NamedTuple):
@@ -58,6 +67,12 @@ def main(argv: list[str]) -> int:
     if any(argument in ("-h", "--help", "-help") for argument in argv[1:]):
         print(f"{__doc__}\nSettings, with their defaults:\n{config_lib.help_text()}")
         return 0
+    with signals.end_at_once("stopped before training began: the same command starts it again"):
+        return _run_command(argv)
+
+
+def _run_command(argv: list[str]) -> int:
+    """Runs a command line, and returns its exit code; see `main`."""
     try:
         config, workdir, dry_run = parse_command(argv)
         # Without this variable, transformers warns at every start that torch is missing, although
@@ -83,9 +98,9 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         train.train(plan, workdir, continued)
-    except KeyboardInterrupt:
-        print(f"\nstopped: the same command continues {workdir}", file=sys.stderr)
-        return 130
+    except signals.Stopped as stop:
+        print(f"{stop}: the same command continues {workdir}", file=sys.stderr)
+        return stop.exit_code
     return 0
 
 

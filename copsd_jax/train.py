@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import table
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import batches, languages
-from copsd_jax.runtime import checkpoint, processes, sharding, workdir
+from copsd_jax.runtime import checkpoint, processes, sharding, signals, workdir
 from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
 from copsd_jax.training.train_step import State
 
@@ -48,6 +49,9 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
       plan: the checked run, from `prepare`.
       directory: the work directory, to which the run writes everything.
       continued: whether the directory already contains the run.
+
+    Raises:
+      signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
     """
     config, started = plan.config, time.monotonic()
     print(summary.summarize_plan(plan, directory, continued), flush=True)
@@ -63,7 +67,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             print("compiling the sampler's programs", flush=True)
             for line in loaded_run.compile_sampler(r, state):
                 print(line, flush=True)
-        with r.grader:
+        with r.stop.listen(config.train.grace), r.grader:
             # The evaluation of step 0 needs the initial policy. If a continued run lacks the
             # evaluation of step 0, the run evaluates step 0 before it loads a checkpoint.
             before = _evaluation(r, state, 0, directory)
@@ -89,10 +93,13 @@ def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapp
 
 
 def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
-    """Runs the steps from `first` to the last, or until a guard stops the run.
+    """Runs the steps from `first` to the last, or until a guard or a signal stops the run.
 
     Returns:
       The last state, and the reason why a guard stopped the run ("" if no guard did).
+
+    Raises:
+      signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
     """
     plan, c = r.plan, r.plan.config
     timer = terminal.Timer()
@@ -107,48 +114,65 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
     guard = guards.replay_metrics(plan.guards, written)
     said = processes.run_on_leader(lambda: workdir.read_events(directory, first))
     stream = processes.progress_stream()
-    with terminal.Progress("step", c.train.steps, first, stream) as progress:
-        # If a guard has already stopped the run, a continued run takes no further step.
-        for step in range(first, first if guard["stopped"] else c.train.steps):
-            number = step + 1  # in files and messages, the first step has number 1
-            factor = np.float32(guard["factor"])
-            state, records, values = _run_training_step(r, state, next(order), step, factor, timer)
-            write(number, values)
-            guard, events = guards.apply_rules(plan.guards, guard, number, values)
-            if events:
-                said += [dataclasses.asdict(event) for event in events]
-                workdir.write_jsonl(directory / "events.jsonl", said)
-            if c.train.log_rollouts:
-                file = workdir.step_file(directory, "rollouts", number)
-                workdir.write_jsonl(file, records)
-            last = number == c.train.steps or bool(guard["stopped"])
-            # A step's checkpoint is saved after its metrics and records. A continued run therefore
-            # finds the metrics and records of all steps up to its checkpoint, and writes those of
-            # later steps again.
-            if number % c.train.save_every == 0 or last:
-                checkpoints.save(number, state)
-            shown = {name: values[name] for name in ("loss", "correct") if name in values}
-            progress.update(number, int(values["completion_tokens"] * len(records)), **shown)
-            lines = summary.summarize_failures(number, records)
-            lines += [f"guard: {event.text}" for event in events]
-            if step == first or last or number % max(1, c.train.steps // 3) == 0:
-                lines.append(summary.summarize_sample(number, records))
-            if lines:
-                progress.close()
-                print(*lines, sep="\n", flush=True)
-            if c.eval.every and number % c.eval.every == 0 and not last:
-                progress.close()
-                _evaluation(r, state, number, directory)
-            if guard["stopped"]:
-                break
+    seconds = math.inf  # duration of the last step; unknown before the first step
+    try:
+        with terminal.Progress("step", c.train.steps, first, stream) as progress:
+            # If a guard has already stopped the run, a continued run takes no further step.
+            for step in range(first, first if guard["stopped"] else c.train.steps):
+                begun = time.monotonic()
+                number = step + 1  # in files and messages, the first step has number 1
+                factor = np.float32(guard["factor"])
+                state, records, values = _run_training_step(
+                    r, state, next(order), step, factor, timer, seconds
+                )
+                write(number, values)
+                guard, events = guards.apply_rules(plan.guards, guard, number, values)
+                if events:
+                    said += [dataclasses.asdict(event) for event in events]
+                    workdir.write_jsonl(directory / "events.jsonl", said)
+                if c.train.log_rollouts:
+                    file = workdir.step_file(directory, "rollouts", number)
+                    workdir.write_jsonl(file, records)
+                last = number == c.train.steps or bool(guard["stopped"])
+                # A step's checkpoint is saved after its metrics and records. A continued run
+                # therefore finds the metrics and records of all steps up to its checkpoint, and
+                # writes those of later steps again.
+                if number % c.train.save_every == 0 or last:
+                    checkpoints.save(number, state)
+                seconds = time.monotonic() - begun
+                shown = {name: values[name] for name in ("loss", "correct") if name in values}
+                progress.update(number, int(values["completion_tokens"] * len(records)), **shown)
+                lines = summary.summarize_failures(number, records)
+                lines += [f"guard: {event.text}" for event in events]
+                if step == first or last or number % max(1, c.train.steps // 3) == 0:
+                    lines.append(summary.summarize_sample(number, records))
+                if lines:
+                    progress.close()
+                    print(*lines, sep="\n", flush=True)
+                if last:
+                    break
+                r.stop.obey()
+                if c.eval.every and number % c.eval.every == 0:
+                    progress.close()
+                    _evaluation(r, state, number, directory)
+    except signals.Stopped:
+        # If the step was left, `state` is still the state after the step before.
+        done = int(state.step)
+        if done > first and done not in processes.run_on_leader(checkpoints.steps):
+            checkpoints.save(done, state)
+        raise
     return state, guard["stopped"]
 
 
 def _run_training_step(
-    r, state, rows, step: int, factor: np.float32, timer
+    r, state, rows, step: int, factor: np.float32, timer, seconds: float
 ) -> tuple[State, list[dict], dict]:
-    """Trains on a batch made from the rows; returns the next state, the records and the metrics."""
-    with timer("rollout"):
+    """Trains on a batch made from the rows; returns the next state, the records and the metrics.
+
+    `seconds` is the expected duration of the step.
+    """
+    # Once the compiled step has begun, the old state is gone, so the step can no longer be left.
+    with timer("rollout"), r.stop.leave_if_late(time.monotonic() + seconds):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
     with timer("packing"):
         packed = builders.pack_batch(r.plan, work.batch)
@@ -188,4 +212,6 @@ def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Pa
     known = processes.run_on_leader(lambda: workdir.read_json(path) if path.is_file() else None)
     if known is not None:
         return known
-    return evaluate.evaluate_step(r, state, step, path, f"evaluation at step {step}:")
+    # An evaluation may be left at any time, because its completions are kept.
+    with r.stop.leave_if_late(math.inf):
+        return evaluate.evaluate_step(r, state, step, path, f"evaluation at step {step}:")

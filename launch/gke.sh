@@ -44,6 +44,7 @@ CHIPS_PER_HOST=${CHIPS_PER_HOST-4}        # 8 for ct5lp-hightpu-8t and ct6e-stan
 SLICES=${SLICES-1}                        # number of slices, connected by the data centre network
 SPOT=${SPOT-0}                            # 1: cheaper nodes that may be taken away at any time
 HOST_NETWORK=${HOST_NETWORK-1}            # 0 for Autopilot clusters, which forbid it
+GRACE=${GRACE-25}                         # seconds to save; spot nodes allow at most 25
 RESTARTS=${RESTARTS-3}                    # restarts after errors; machines taken away do not count
 SHARED=${SHARED-}                         # pvc:CLAIM, host:/export of an NFS server, or gs://bucket
 MOUNT=${MOUNT-/mnt/shared}                # path of SHARED in the Pods
@@ -63,6 +64,7 @@ check() {
 check_run() {
   whole SLICES
   whole CHIPS_PER_HOST
+  whole GRACE
   one_of TPU v4 v5e v5p v6e tpu7x
   one_of CHIPS_PER_HOST 1 4 8
   one_of SPOT 0 1

@@ -5,13 +5,14 @@
 All other arguments are passed to `python -m copsd_jax.main`. Use this script to try a run before
 you start it on a pod, or to test code that several processes run. It costs nothing. It takes longer
 than a single process, because the processes share the cores. If a process ends with an error, the
-script ends the other processes, and prints which process failed. The same command again continues
-the run.
+script ends the other processes, and prints which process failed. Ctrl-C or SIGTERM stops all
+processes, which save the run; a second signal kills them. The same command again continues the run.
 """
 
 import argparse
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ HEARTBEAT = 10  # seconds until a silent process counts as dead, in case this la
 
 LOOK = 0.2  # seconds between two checks of the processes
 GRACE = 5.0  # seconds between terminating a process and killing it
+STOPPED = (130, 143)  # exit codes of a process that a signal has stopped, after it has saved
 
 
 def free_port() -> int:
@@ -60,7 +62,21 @@ def end(running: dict[int, subprocess.Popen]) -> None:
 
 def run(todo: list[list[str]]) -> int:
     """Returns 0 if all processes succeed, otherwise the exit code of the first that fails."""
-    running = {rank: subprocess.Popen(command) for rank, command in enumerate(todo)}
+    # The processes are in a session of their own, so that Ctrl-C reaches them only through `stop`.
+    running = {
+        rank: subprocess.Popen(command, start_new_session=True) for rank, command in enumerate(todo)
+    }
+    asked = [0]  # the number of signals so far
+
+    def stop(number: int, _: object) -> None:
+        asked[0] += 1
+        first = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        for one in running.values():
+            one.send_signal(first if asked[0] == 1 else signal.SIGKILL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    worst = 0
     try:
         while running:
             for rank, one in list(running.items()):
@@ -68,17 +84,16 @@ def run(todo: list[list[str]]) -> int:
                 if code is None:
                     continue
                 del running[rank]
-                if code:
+                if code and not (asked[0] and code in STOPPED):
                     said = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
                     others = f": ending the other {len(running)}" if running else ""
                     print(f"process {rank} of {len(todo)} {said}{others}", file=sys.stderr)
                     return code if code > 0 else 128 - code
+                worst = max(worst, code)
             time.sleep(LOOK)
-    except KeyboardInterrupt:
-        return 130
     finally:
         end(running)
-    return 0
+    return worst
 
 
 def main(argv: list[str]) -> int:

@@ -6,8 +6,8 @@
 #     launch/slurm.sh [--print] delete
 #
 # All other arguments are passed to `python -m copsd_jax.main`. The script queues a job. If the job
-# is preempted or a node dies, SLURM requeues it. If its time limit is near, the job requeues
-# itself. Then the run continues. While a job of this NAME is queued or running, the same command
+# is preempted or a node dies, SLURM requeues it. If its time limit is near, the run saves its last
+# step, and the job requeues itself. Then the run continues. While a job of this NAME is queued or running, the same command
 # does nothing. Afterwards, it continues the run. This folder, PYTHON (pip install -e '.[gpu]') and
 # the work directory must be on a disk that all nodes share. SHARED names this disk.
 #
@@ -84,7 +84,8 @@ directive() {
 }
 
 # Prints the script that SLURM runs on the first node. If the time limit of a job is near, SLURM
-# sends USR1, and the job requeues itself.
+# sends USR1. Then the script sends TERM to the run, which saves and ends, and requeues the job. With
+# train.grace=$NOTICE, the run knows how much time it has.
 batch() {
   echo '#!/bin/bash'
   directive --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$TASKS" \
@@ -102,13 +103,15 @@ batch() {
   cat << 'END'
 }
 
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+again=
+trap 'again=1; kill -TERM $!' USR1
 program &
 code=0
 while kill -0 $! 2> /dev/null; do
   code=0
   wait $! || code=$?
 done
+[[ -z $again ]] || scontrol requeue "$SLURM_JOB_ID"
 exit "$code"
 END
 }

@@ -67,9 +67,9 @@ def _arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns the arrays of the newest checkpoint as {path in the tree: array}."""
     import jax
 
-    with ocp.training.Checkpointer(str(workdir.resolve() / "checkpoints")) as checkpoints:
-        step = max(item.step for item in checkpoints.checkpoints)
-        tree = checkpoints.load_checkpointables(step)["state"]
+    folder = workdir.resolve() / "checkpoints"
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    tree = ocp.load_checkpointables(str(folder / str(step)))["state"]
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -93,6 +93,14 @@ def _same(a: Any, b: Any) -> bool:
     return json.dumps(a) == json.dumps(b)
 
 
+def list_differences(left: pathlib.Path, right: pathlib.Path) -> tuple[int, list[str]]:
+    """Compares two work directories; returns the number of compared values, and what differs."""
+    ours, theirs = dict(_contents(left)), dict(_contents(right))
+    names = sorted(ours.keys() | theirs.keys())
+    same = lambda name: name in ours and name in theirs and _same(ours[name], theirs[name])  # noqa: E731
+    return len(names), [name for name in names if not same(name)]
+
+
 def compare(left: pathlib.Path, right: pathlib.Path) -> int:
     """Prints one line per card; returns the number of cards that differ."""
     names = sorted({path.name for folder in (left, right) for path in folder.iterdir()})
@@ -102,14 +110,9 @@ def compare(left: pathlib.Path, right: pathlib.Path) -> int:
             print(f"{name}: in one of the folders only")
             differing += 1
             continue
-        ours, theirs = dict(_contents(left / name)), dict(_contents(right / name))
-        wrong = [
-            key
-            for key in sorted(ours.keys() | theirs.keys())
-            if key not in ours or key not in theirs or not _same(ours[key], theirs[key])
-        ]
+        count, wrong = list_differences(left / name, right / name)
         differing += bool(wrong)
-        kinds = f"{len(ours)} metrics lines, records, evaluations and arrays"
+        kinds = f"{count} metrics lines, records, evaluations and arrays"
         print(f"{name}: {kinds}: " + (f"DIFFER, first {wrong[0]}" if wrong else "bit-equal"))
     return differing
 

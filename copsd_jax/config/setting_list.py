@@ -291,6 +291,8 @@ SETTINGS: dict[str, Setting] = {
     "train.save_every": declare(25, "steps between checkpoints; the last step is always saved",
         whole(1)),
     "train.keep": declare(3, "number of checkpoints that are kept; 0 for all", whole(0)),
+    "train.grace": declare(30.0, "seconds between a signal to stop and the end of the process; a "
+        "step that takes longer is not completed", NOT_NEGATIVE),
     "train.log_rollouts": declare(True, "write W/rollouts/step_NNNNNN.jsonl"),
 
     "lora.rank": declare(64, "rank of every adapter", whole(1, 16_384), _LORA),

@@ -46,6 +46,8 @@ def join_processes(config: config_lib.Config) -> None:
             "num_processes": m.processes,
             "process_id": m.process,
         }
+    # JAX's service would set its own handler of SIGTERM in place of that of `signals`.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**known, heartbeat_timeout_seconds=m.heartbeat)
     except (RuntimeError, ValueError) as error:
@@ -101,6 +103,13 @@ def wait_for_all(name: str) -> None:
     """Waits until all processes have called this function with the same `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def agree_on_largest(number: int) -> int:
+    """Returns the largest of the numbers, int32, with which the processes call this function."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def _broadcast(said: bytes) -> bytes:

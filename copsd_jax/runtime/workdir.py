@@ -30,6 +30,7 @@ from copsd_jax.runtime import processes
 # these settings.
 CHANGEABLE = (
     *("description", "mesh.", "train.save_every", "train.keep", "train.log_rollouts", "eval.every"),
+    "train.grace",
     # Settings that decide only how the same tokens are arranged in rows.
     *("rollout.slots", "eval.slots", "author.slots"),
     *("train.pack", "train.row_tokens", "train.micro_tokens"),

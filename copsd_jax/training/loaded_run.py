@@ -18,7 +18,7 @@ from copsd_jax.metrics import token_stats
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.runtime import processes, sharding
+from copsd_jax.runtime import processes, sharding, stopping
 from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import conversations, prompts, text_encoding
@@ -53,6 +53,7 @@ class LoadedRun:
         None.
       lengths: for each of the sections rollout, eval and author, the number of cache entries that a
         slot needs.
+      stop: the request of a signal to stop the run.
     """
 
     plan: run_plan.Plan
@@ -68,6 +69,7 @@ class LoadedRun:
     hand_over: handover.HandOver
     served: "ServedPolicy | None"
     lengths: dict[str, int]
+    stop: stopping.StopRequest
 
 
 class EngineError(Exception):
@@ -136,7 +138,7 @@ def load_run(
     run = LoadedRun(
         plan, decoder, frozen, options, step, rate, grader, rewarder, classes, teacher_kv,
         builders.build_hand_over(plan, frozen), _build_policy_hand_over(plan, folder),
-        _measure_slot_lengths(plan),
+        _measure_slot_lengths(plan), stopping.StopRequest(),
     )  # fmt: skip
     return run, state
 
@@ -347,10 +349,17 @@ def sample(
       ValueError: the prompts begin with different exemplars.
       MemoryError: the cache does not fit on the devices; the message names the section's settings.
       EngineError: with sampler.engine=server, the server failed.
+      signals.Stopped: a signal has asked the run to stop.
     """
     sampling, vocabulary = build_sampling(run, section), run.plan.vocabulary
+
+    def report(stats: loop.Stats) -> None:
+        run.stop.poll()
+        if progress is not None:
+            progress(stats)
+
     both: dict[str, Any] = {
-        "keys": keys, "vocabulary": vocabulary, "progress": progress, "done": done
+        "keys": keys, "vocabulary": vocabulary, "progress": report, "done": done
     }  # fmt: skip
     if run.served is not None:
         server = run.served(policy)

@@ -194,7 +194,7 @@ def test_what_a_host_does(bare, shell, tmp_path, shared, mounted):
     lock = str(host.folder / "copsd_jax.lock")  # its home, in these tests
     pip = ["python3", "-m", "uv", "pip", "install", "-q", "--python", ".venv"]
     assert host.calls() == [
-        ["fuser", "-s", "-k", lock],
+        ["fuser", "-s", "-k", "-TERM", lock],
         ["mountpoint", "-q", str(mount)],
         *([] if mounted else [["sudo", "mkdir", "-p", str(mount)], *disk]),
         ["rm", "-rf", "copsd_jax/copsd_jax", "copsd_jax/configs"],
@@ -208,7 +208,13 @@ def test_what_a_host_does(bare, shell, tmp_path, shared, mounted):
     host.answer(fuser=[["", 1]], flock=[["", 7]])
     assert host.run("bash", "-c", run, cwd=home).returncode == 7  # the program's own exit code
     python = [".venv/bin/python", *launchers.MAIN, *program, launchers.AUTO]
-    assert host.calls() == [["fuser", "-s", "-k", lock], ["flock", "--wait", "120", lock, *python]]
+    asked, waits = ["fuser", "-s", "-k", "-TERM", lock], ["flock", "--wait", "120", lock]
+    assert host.calls() == [asked, [*waits, *python]]
+    # A program of an earlier start is asked to end, and killed if it does not.
+    host.answer(fuser=[["", 0], ["", 0]], flock=[["", 1], ["", 0]])
+    assert host.run("bash", "-c", run, cwd=home).returncode == 0
+    killed = ["fuser", "-s", "-k", lock]
+    assert host.calls() == [asked, [*waits, "true"], killed, [*waits, *python]]
 
 
 def test_what_is_sent_and_built_is_the_whole_program(bare, shell, tmp_path):
@@ -281,7 +287,8 @@ def test_a_job_has_the_programs_exit_code(bare, shell):
 
 def test_a_job_whose_time_is_nearly_up_queues_itself(bare, shell, tmp_path):
     script, _ = batch(bare, *SLURM_PROGRAM, **NODES)
-    (shell.folder / "srun").write_text("#!/bin/sh\necho started\nexec sleep 2\n")
+    saving = "trap 'sleep 1; exit 143' TERM; echo started; while :; do sleep 0.1; done"
+    (shell.folder / "srun").write_text(f"#!/bin/sh\n{saving}\n")
     path = tmp_path / "job"
     path.write_text(script)
     environment = {"PATH": str(shell.folder), "SLURM_JOB_ID": "17"}
@@ -290,7 +297,7 @@ def test_a_job_whose_time_is_nearly_up_queues_itself(bare, shell, tmp_path):
         assert job.stdout.readline() == b"started\n"
         begun = time.monotonic()
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(60) == 0  # SLURM ends it; by itself it waits for the program
+        assert job.wait(60) == 143  # the exit code of the program, for which the job waits
     assert time.monotonic() - begun > 1
     assert shell.calls() == [["scontrol", "requeue", "17"]]
 

@@ -130,9 +130,14 @@ def test_spot_network_and_account(bare):
     (rule,) = policy["rules"]
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-    (pod_rule,) = job["spec"]["podFailurePolicy"]["rules"]
-    assert pod_rule["action"] == "FailJob"
-    assert pod_rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    taken, stopped = job["spec"]["podFailurePolicy"]["rules"]
+    assert taken["action"] == stopped["action"] == "FailJob"
+    assert taken["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    # Neither is a program that SIGTERM has stopped: it has saved its last step.
+    container = job["spec"]["template"]["spec"]["containers"][0]["name"]
+    assert stopped["onExitCodes"] == {
+        "containerName": container, "operator": "In", "values": [143]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

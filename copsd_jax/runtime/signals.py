@@ -1,0 +1,55 @@
+"""Signals that ask a process to stop, before and during a run; this module does not import JAX."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """A signal has asked the run to stop, and the work at hand must be left.
+
+    The base class is BaseException, as for KeyboardInterrupt. Therefore no `except Exception` in a
+    reward function or in a retry catches this exception.
+
+    Attributes:
+      signal: the signal.
+    """
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+        super().__init__(f"stopped by {self.signal.name}")
+
+    @property
+    def exit_code(self) -> int:
+        """Returns the exit code by which shells report this signal: 130 or 143."""
+        return 128 + self.signal
+
+
+@contextlib.contextmanager
+def end_at_once(message: str) -> Iterator[None]:
+    """Within the block, a signal prints a message and ends the process, without any clean-up."""
+
+    def end(number: int, _: object) -> None:
+        os.write(2, f"\n{message}\n".encode())
+        os._exit(128 + number)
+
+    with handle_signals(end):
+        yield
+
+
+@contextlib.contextmanager
+def handle_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Sets the handler of SIGTERM and SIGINT; does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals only in the main thread
+        return
+    former = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in former.items():
+            signal.signal(number, old if old is not None else signal.SIG_DFL)

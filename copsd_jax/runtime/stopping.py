@@ -1,0 +1,89 @@
+"""The points at which a run obeys a signal that asks it to stop.
+
+Launchers and clouds send SIGTERM, and Ctrl-C sends SIGINT. Before training begins, a signal ends
+the process at once, because there is nothing to save (`signals.end_at_once`). During training, the
+first signal is only noted, and the training loop obeys it: after the step, or, if the step would
+take too long, at once. A second signal always ends the process at once.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import jax
+
+from copsd_jax.runtime import processes, signals
+
+
+class StopRequest:
+    """The request of a signal to stop a run.
+
+    Every method except `listen` must be called by all processes, in the same order, because the
+    processes agree about the request.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0  # number of the signal; 0 if no signal has arrived
+        self._deadline = math.inf  # time at which the sender may kill the process
+        self._end: float | None = None  # time at which the work that may be left would be complete
+
+    @contextlib.contextmanager
+    def listen(self, grace: float) -> Iterator[None]:
+        """Within the block, notes the first signal, and ends the process at the second signal.
+
+        Args:
+          grace: seconds between the signal and the time at which its sender kills the process.
+        """
+
+        def note(number: int, _: object) -> None:
+            if self._number:
+                os._exit(128 + number)
+            self._number, self._deadline = number, time.monotonic() + grace
+            leaves = self._must_leave()
+            if processes.is_leader():
+                what = "stopping now" if leaves else "stopping after the work at hand"
+                again = "a second signal ends the process at once"
+                os.write(2, f"\n{signal.Signals(number).name}: {what}; {again}\n".encode())
+            # One of several processes must not leave alone: the others would wait for it.
+            if leaves and jax.process_count() == 1:
+                raise signals.Stopped(number)
+
+        with signals.handle_signals(note):
+            yield
+
+    def _must_leave(self) -> bool:
+        return bool(self._number) and self._end is not None and self._end > self._deadline
+
+    @contextlib.contextmanager
+    def leave_if_late(self, end: float) -> Iterator[None]:
+        """Within the block, the work may be left if it would be complete only after the deadline.
+
+        Args:
+          end: the time, as in `time.monotonic`, at which the work is expected to be complete. If
+            the time is not known, use infinity.
+
+        Raises:
+          signals.Stopped: a signal has arrived, and the work would be complete too late. A single
+            process raises this error as soon as the signal arrives, several processes in `poll`.
+        """
+        self._end = end
+        try:
+            self.poll()
+            yield
+        finally:
+            self._end = None
+
+    def poll(self) -> None:
+        """Raises Stopped if the work at hand must be left; see `leave_if_late`."""
+        self._obey(self._number if self._must_leave() else 0)
+
+    def obey(self) -> None:
+        """Raises Stopped if any process has received a signal."""
+        self._obey(self._number)
+
+    def _obey(self, number: int) -> None:
+        if number := processes.agree_on_largest(number):
+            raise signals.Stopped(number)

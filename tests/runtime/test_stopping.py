@@ -1,0 +1,140 @@
+"""Signals that ask a run to stop: what they raise, and when."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from copsd_jax.rewards import graders
+from copsd_jax.runtime import signals, stopping
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def request_():
+    """A stop request that hears signals; the handlers of pytest are put back at the end."""
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    one = stopping.StopRequest()
+    with one.listen(grace=60):
+        yield one
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_noted_and_obeyed_at_the_next_point(request_, number, code):
+    request_.obey()
+    send(number)
+    with pytest.raises(signals.Stopped) as stopped:
+        request_.obey()
+    assert stopped.value.exit_code == code  # 128 + number, as of shells
+    assert stopped.value.signal.name in str(stopped.value)
+
+
+@pytest.mark.parametrize("seconds, leaves", [(59, False), (61, True), (math.inf, True)])
+def test_work_is_left_only_if_it_ends_after_the_grace_of_60_seconds(request_, seconds, leaves):
+    reached = []
+
+    def work() -> None:
+        with request_.leave_if_late(time.monotonic() + seconds):
+            send(signal.SIGTERM)
+            request_.poll()
+            reached.append(1)
+
+    if leaves:
+        with pytest.raises(signals.Stopped):
+            work()
+    else:
+        work()
+    assert len(reached) == (not leaves)
+    request_.poll()  # outside such a block, nothing is left
+
+
+def test_work_does_not_begin_after_a_signal_if_it_would_end_too_late(request_):
+    send(signal.SIGTERM)
+    with request_.leave_if_late(time.monotonic() + 1):
+        pass
+    with pytest.raises(signals.Stopped), request_.leave_if_late(math.inf):
+        raise AssertionError("the block has begun")
+
+
+def test_no_handler_of_exceptions_keeps_a_run_from_stopping(request_):
+    def retry() -> None:
+        try:
+            send(signal.SIGTERM)
+        except Exception:
+            raise AssertionError("a retry has caught the request to stop") from None
+
+    with pytest.raises(signals.Stopped), request_.leave_if_late(math.inf):
+        retry()
+
+
+def test_other_threads_than_the_main_one_set_no_handlers():
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    seen = []
+
+    def listen() -> None:
+        with stopping.StopRequest().listen(1):
+            seen.extend(signal.getsignal(number) for number in signals.SIGNALS)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == before
+
+
+PROGRAM = """
+import os, signal, sys, time
+from copsd_jax.runtime import signals, stopping
+def send(): os.kill(os.getpid(), signal.SIGTERM)
+if sys.argv[1] == "twice":
+    with stopping.StopRequest().listen(60):
+        send()
+        print("noted", flush=True)
+        send()
+        time.sleep(60)
+with signals.end_at_once("nothing to save"):
+    try:
+        send()
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, out, err",
+    [("twice", "noted\n", "SIGTERM: stopping after"), ("early", "", "nothing to save")],
+)
+def test_a_second_signal_and_an_early_one_end_the_process_without_clean_up(kind, out, err):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, kind], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (143, out)
+    assert err in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_comparisons_that_have_not_begun_are_not_waited_for(request_, monkeypatch):
+    begun = []
+
+    def compare(gold: str, answer: str) -> tuple[bool, str]:
+        begun.append(answer)
+        if len(begun) == 4:
+            send(signal.SIGTERM)
+        time.sleep(0.05)
+        return True, "plain"
+
+    with graders.Grader("boxed", "last_anywhere", 5.0) as grader:
+        monkeypatch.setattr(grader, "compare", compare)
+        pairs = [(str(i), rf"\boxed{{{i}}}") for i in range(200)]
+        with pytest.raises(signals.Stopped), request_.leave_if_late(math.inf):
+            grader.grade_all(pairs)
+    assert len(begun) < 20
