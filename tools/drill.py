@@ -2,6 +2,7 @@
 
     python tools/drill.py kill [--kills=60] [--processes=2] [--runs=copsd,sft] [--out=DIR]
     python tools/drill.py stop [--signals=TERM,INT] [--runs=copsd] [--out=DIR]
+    python tools/drill.py endure [--steps=500] [--runs=copsd] [--out=DIR]
 
 `kill` kills runs by SIGKILL and starts them again by the same command, until they end. There are
 three kinds of kills, in turn:
@@ -15,13 +16,17 @@ With --processes=2, one of the two processes of launch/local.py is killed.
 `stop` sends a signal during each part of the program. The run must save its last completed step,
 and end with the exit code of the signal within five seconds after the end of its step.
 
-In the end, each run must leave the same as an undisturbed run: every array of the last checkpoint,
-every metric, record and evaluation, and every point in TensorBoard once. The exit code is 1 if
-anything differs.
+`endure` runs many steps. From step 50 on, memory and open files may not grow, and no process may be
+left at the end.
+
+In the end, each run of `kill` and `stop` must leave the same as an undisturbed run: every array of
+the last checkpoint, every metric, record and evaluation, and every point in TensorBoard once. The
+exit code is 1 if anything differs.
 """
 
 import argparse
 import collections
+import contextlib
 import importlib
 import json
 import os
@@ -65,6 +70,7 @@ ONCE = ("weights", "load", "resume", "ending")  # phases that a start runs once
 # How long a phase may last before it is disturbed, in seconds.
 LONGEST = {"weights": 2.0, "rollout": 0.1, "step": 0.12, "save": 0.4, "evaluation": 0.3}
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+GROWTH = 0.03  # share by which resident memory may grow after step 50
 LATEST = 5.0  # seconds from the end of a step to the end of the process
 
 
@@ -197,11 +203,19 @@ class Drill:
         self.undisturbed(self._out / "warm")  # fills the cache of compiled programs
         self.seconds = self.undisturbed(self.reference)
 
-    def start(self, workdir: pathlib.Path, spec: dict[str, Any] | None = None) -> subprocess.Popen:
-        """Starts the run in a work directory; `spec` says how the run is disturbed from within."""
+    def start(
+        self, workdir: pathlib.Path, spec: dict[str, Any] | None = None, more: Sequence[str] = ()
+    ) -> subprocess.Popen:
+        """Starts the run in a work directory.
+
+        Args:
+          workdir: the work directory.
+          spec: how the run is disturbed from within, if at all.
+          more: further settings.
+        """
         card, settings = RUNS[self._name]
         flags = [f"--config=configs/{card}.py:tiny", f"--workdir={workdir}"]
-        flags += [f"--config.{setting}" for setting in (*SHORT, *settings)]
+        flags += [f"--config.{setting}" for setting in (*SHORT, *settings, *more)]
         program = [sys.executable, "-m", "copsd_jax.main"]
         if self._processes > 1:
             program = [sys.executable, "launch/local.py", f"--processes={self._processes}"]
@@ -211,6 +225,7 @@ class Drill:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(TREE),
+            MARK: str(workdir),
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -258,6 +273,25 @@ class Drill:
         spec["process"] = self._rng.randrange(len(children.split()))
         os.kill(int(children.split()[spec["process"]]), signal.SIGKILL)
         return process.wait(120)
+
+
+MARK = "COPSD_DRILL"  # variable in the environment of every process of a run
+
+
+def find_processes(workdir: pathlib.Path) -> list[int]:
+    """Returns the ids of all processes of the run in a work directory."""
+    mark, found = f"{MARK}={workdir}".encode(), []
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # a process that has ended, or of another user
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def measure_process(pid: int) -> tuple[int, int]:
+    """Returns the resident memory in bytes and the number of open files of a process."""
+    pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd"))
 
 
 class Outcome(NamedTuple):
@@ -331,13 +365,43 @@ def stop_run(
     return f"exit code {code}, {steps} steps, {late:.1f} s", found
 
 
+def endure(drill: Drill, steps: int, out: pathlib.Path) -> Outcome:
+    """Runs many steps, and compares memory and open files after step 50 and at the end."""
+    workdir = out / "endured"
+    more = (f"train.steps={steps}", "eval.every=0", "train.save_every=50")
+    process, seen = drill.start(workdir, more=more), {}
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        if 50 <= done < steps:
+            with contextlib.suppress(OSError):  # the process may just have ended
+                seen[done] = measure_process(process.pid)
+        time.sleep(0.5)
+    (memory, files), (last_memory, last_files) = seen[min(seen)], seen[max(seen)]
+    problems = [f"exit code {process.returncode}"] if process.returncode else []
+    if last_memory > memory * (1 + GROWTH):
+        problems.append(f"memory grew by more than {GROWTH:.0%}")
+    if last_files > files:
+        problems.append("more files are open")
+    if left := find_processes(workdir):
+        problems.append(f"processes are left: {left}")
+    print(
+        f"  step {min(seen)}: {memory / 2**20:.1f} MiB, {files} open files; step {max(seen)}: "
+        f"{last_memory / 2**20:.1f} MiB, {last_files} open files; {len(left)} processes left: "
+        + ("; ".join(problems) or "as it should be"),
+        flush=True,
+    )
+    return Outcome(0, 1, problems)
+
+
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     if argv[1:2] == ["run"]:
         return run_disturbed(json.loads(argv[2]), argv[3:])
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("drill", choices=("kill", "stop"))
+    parser.add_argument("drill", choices=("kill", "stop", "endure"))
     parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--signals", default="TERM,INT")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--runs", default=",".join(RUNS))
@@ -353,13 +417,15 @@ def main(argv: list[str]) -> int:
         if args.drill == "kill":
             share = args.kills // len(names) + (index < args.kills % len(names))
             outcome = kill_runs(drill, share, out)
+        elif args.drill == "endure":
+            outcome = endure(drill, args.steps, out)
         else:
             numbers = [signal.Signals[f"SIG{one}"] for one in args.signals.split(",")]
             outcome = stop_runs(drill, numbers, out)
         failed += bool(outcome.problems)
         print(
             f"{name}: {outcome.disturbed} times disturbed, {outcome.runs} runs compared: "
-            + (f"{len(outcome.problems)} problems" if outcome.problems else "all identical"),
+            + (f"{len(outcome.problems)} problems" if outcome.problems else "no problem"),
             flush=True,
         )
     return int(failed > 0)

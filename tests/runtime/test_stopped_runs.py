@@ -1,0 +1,83 @@
+"""Whole runs that a signal stops, and that the same command continues."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import conftest
+import pytest
+
+PROGRAM = (sys.executable, "-m", "copsd_jax.main")
+LAUNCHER = (sys.executable, "launch/local.py", "--processes=2")
+
+
+def start(workdir: pathlib.Path, *program: str, **settings) -> subprocess.Popen:
+    values = {"train.steps": 6, "train.save_every": 100, "data.limit": 64, "eval.path": ""}
+    flags = [f"--config.{name}={value}" for name, value in (values | settings).items()]
+    return subprocess.Popen(
+        [*program, "--config=configs/opsd.py:tiny", f"--workdir={workdir}", *flags],
+        cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(conftest.ROOT)},
+    )  # fmt: skip
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    values = map(json.loads, lines)
+    return [{k: v for k, v in one.items() if not k.startswith("seconds/")} for one in values]
+
+
+def stop(run: subprocess.Popen, workdir: pathlib.Path, number: int, steps: int) -> tuple[int, str]:
+    """Sends a signal after a number of steps; returns the exit code and what was printed."""
+    while len(metrics(workdir)) < steps:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    run.send_signal(number)
+    _, err = run.communicate(timeout=120)
+    assert "Traceback" not in err, err
+    return run.returncode, err
+
+
+def finish(run: subprocess.Popen) -> None:
+    out, err = run.communicate(timeout=280)
+    assert run.returncode == 0, (out, err)
+
+
+def newest(workdir: pathlib.Path) -> int:
+    return max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [PROGRAM, LAUNCHER], ids=["one", "two"])
+def test_a_stopped_run_has_saved_its_last_step_and_continues(tmp_path, program):
+    finish(start(tmp_path / "whole", *program))
+    run = start(tmp_path / "w", *program)
+    code, err = stop(run, tmp_path / "w", signal.SIGTERM, 2)
+    assert code == 143
+    assert "SIGTERM: stopping after the work at hand" in err
+    done = len(metrics(tmp_path / "w"))
+    assert 2 <= done < 6
+    assert newest(tmp_path / "w") == done
+    run = start(tmp_path / "w", *program)
+    code, _ = stop(run, tmp_path / "w", signal.SIGINT, done + 1)
+    assert code == 130
+    assert newest(tmp_path / "w") == len(metrics(tmp_path / "w"))
+    finish(start(tmp_path / "w", *program))
+    assert metrics(tmp_path / "w") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [PROGRAM, LAUNCHER], ids=["one", "two"])
+def test_a_step_that_would_take_too_long_is_left(tmp_path, program):
+    """With no grace, each step takes too long: the run saves the step before."""
+    run = start(tmp_path / "w", *program, **{"train.grace": 0, "train.batch": 64})
+    code, err = stop(run, tmp_path / "w", signal.SIGTERM, 2)
+    assert code == 143
+    assert newest(tmp_path / "w") == len(metrics(tmp_path / "w"))
+    if program == PROGRAM:  # the signal may also arrive outside the rollouts
+        assert "SIGTERM: stopping" in err
