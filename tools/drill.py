@@ -140,8 +140,7 @@ def read_points(folder: pathlib.Path) -> collections.Counter[tuple[str, int, flo
 
     A file is a sequence of records: length (8 bytes), checksum (4), event, checksum (4).
     """
-    from tensorboardX.proto import event_pb2
-
+    event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
     points: collections.Counter[tuple[str, int, float]] = collections.Counter()
     for file in folder.iterdir():
         raw, at = file.read_bytes(), 0
