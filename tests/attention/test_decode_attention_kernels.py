@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_slow
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
@@ -93,7 +94,7 @@ def check(got, want, lengths, tolerance):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, 2))
 def test_equals_float64(name, case):
     """Ragged lengths around blocks' edges; whatever lies beyond a length is NaN."""
     arrays = inputs(case)

@@ -69,7 +69,7 @@ def test_parts_are_what_a_run_holds(built):
     assert parts["average"] == real["average"]
 
 
-@pytest.mark.parametrize("card", ["opsd", "sdpo", "grpo", "sft"])
+@pytest.mark.parametrize("card", conftest.mostly_slow(["sdpo", "opsd", "grpo", "sft"]))
 def test_batches_have_the_arrays_of_the_methods(card):
     settings = {"rollout__max_tokens": 64} if card == "sft" else {}
     with runs.loaded(card, mesh__data=-1, train__batch=8, **settings) as (r, state):
@@ -109,6 +109,7 @@ def test_packed_rows_at_the_caps(card, pack):
     assert jax.tree.structure(real) == jax.tree.structure(rows)
 
 
+@pytest.mark.slow
 def test_a_packed_step_is_sized_by_its_tokens():
     settings = {"train__pack": "shared", "train__micro_tokens": 1500, "eval__path": ""}
     config = runs.config("opsd", **MESH, **SHORT, **settings)
@@ -263,6 +264,7 @@ def test_hosts_of_gpus_are_no_slices():
     assert sharding.make_mesh(1, 8, 1, devices).shape["fsdp"] == 8
 
 
+@pytest.mark.slow
 def test_nothing_is_handed_to_a_sampler_that_nothing_asks():
     config = runs.config("sft", eval__path="", mesh__fsdp=8, mesh__data=1)
     made = programs.compile_run(config, V5E8, jax.devices(), 1e12)
@@ -307,6 +309,7 @@ def test_memory_that_the_compiler_does_not_find():
         programs.failed_program("step", 5, RuntimeError("another"))
 
 
+@pytest.mark.slow
 def test_rows_stay_where_they_are():
     """What is summed over fsdp are gradients and the weights' parts, not every layer's states."""
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in SHORT.items()]

@@ -158,7 +158,11 @@ def _compiled(settings, train_head, tokens=TOKENS, width=WIDTH, vocabulary=VOCAB
 
 
 @pytest.mark.parametrize("train_head, count", [(False, 3), (True, 4)])
-@pytest.mark.parametrize("settings", [*FULL, ALL_OPTIONS], ids=lambda s: f"{s.divergence}{s.top_k}")
+@pytest.mark.parametrize(
+    "settings",
+    conftest.mostly_slow([*FULL, ALL_OPTIONS], 2),
+    ids=lambda s: f"{s.divergence}{s.top_k}",
+)
 def test_three_matmuls_and_no_buffer_of_tokens_x_vocabulary(settings, train_head, count):
     """3.0 times 2TDV if all rows are live, 4.0 with the head's gradient; logits of one block."""
     text = _compiled(settings, train_head).as_text()

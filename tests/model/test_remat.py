@@ -47,7 +47,7 @@ def grads(remat):
     return jax.jit(jax.grad(functools.partial(loss, remat=remat)))(*trees()[::-1], tokens())
 
 
-@pytest.mark.parametrize("remat", POLICIES[1:])
+@pytest.mark.parametrize("remat", conftest.mostly_slow(POLICIES[1:]))
 def test_gradients_are_those_without_remat(remat):
     for mine, theirs in zip(jax.tree.leaves(grads(remat)), jax.tree.leaves(grads("none")),
                             strict=True):  # fmt: skip
@@ -110,7 +110,7 @@ def test_what_is_computed_again():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("remat", POLICIES)
+@pytest.mark.parametrize("remat", conftest.mostly_slow(POLICIES))
 def test_the_teacher_runs_forward_once(remat):
     """It has no adapter here."""
     alone = matmuls("none", 1, slope=False) - LAYERS * B * L * LOW

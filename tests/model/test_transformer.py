@@ -430,6 +430,7 @@ def test_head_and_logits(family):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_init_has_the_abstract_tree_and_its_statistics():
     for config in CONFIGS.values():
         params = transformer.init_params(config, jax.random.key(0), F32)

@@ -9,6 +9,7 @@ import unicodedata
 
 import hypothesis
 import pytest
+from conftest import mostly_slow
 from hypothesis import strategies
 
 from copsd_jax.rewards import graders
@@ -361,7 +362,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", mostly_slow(HOSTILE, 8))
 def test_hostile_answers_end_in_a_status(hasty, name):
     hasty.compare("4", f"2^2 + {name[0]}")  # a worker is running
     start = time.monotonic()

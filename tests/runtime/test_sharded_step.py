@@ -103,6 +103,7 @@ def test_loss_and_gradient_are_those_of_one_device(name, trainable):
 PROMPTS = [(5, 6, 7), (1,), tuple(range(40, 61)), (5, 6, 7), (280,) * 9, (2, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [FIRST, pytest.param(SECOND, marks=pytest.mark.slow)])
 def test_sampled_tokens_are_those_of_one_device(name):
     """With a shared prefix and an adapter; texts of whole and of truncated distributions."""

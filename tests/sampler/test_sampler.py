@@ -127,7 +127,7 @@ def test_log_probs_equal_the_full_forward(sampling):
             np.testing.assert_allclose(got, want[np.arange(12), np.array(c.ids)], atol=1e-4)
 
 
-@pytest.mark.parametrize("sampling", [PLAIN, CUT])
+@pytest.mark.parametrize("sampling", mostly_slow([CUT, PLAIN]))
 def test_texts_do_not_depend_on_slots_order_or_neighbours(sampling):
     want = generate(sampling)
     keys = np.asarray(keys_of(PROMPTS))
@@ -262,6 +262,7 @@ def test_layers_as_arrays_of_their_own(adapted, shared, monkeypatch):
     assert [c.ids for c in changed] != [c.ids for c in stacked]  # it is these that are read
 
 
+@pytest.mark.slow
 def test_when_layers_are_arrays_of_their_own():
     one = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     large = transformer.init_params(
@@ -287,6 +288,7 @@ def test_when_layers_are_arrays_of_their_own():
     assert engine.unstack_layers(place(lora.quantise_projections(large), one), None, one) is None
 
 
+@pytest.mark.slow
 def test_bfloat16_weights():
     decoder = transformer.Decoder(CONFIG, jnp.bfloat16)
     tree = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
@@ -300,7 +302,7 @@ def test_bfloat16_weights():
 SIZES_OF_MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)]
 
 
-@pytest.mark.parametrize("sizes", mostly_slow(SIZES_OF_MESHES, 2))
+@pytest.mark.parametrize("sizes", mostly_slow(SIZES_OF_MESHES))
 @pytest.mark.parametrize("sampling", mostly_slow([CUT, GREEDY]))
 def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
     """Slots over data and fsdp, heads and vocabulary over tensor; groups of equal prompts too."""
@@ -320,7 +322,7 @@ def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
     same(got.completions, want)
 
 
-@pytest.mark.parametrize("count", [1, 3, 9, 10, 17])
+@pytest.mark.parametrize("count", mostly_slow([3, 17, 1, 9, 10], 2))
 def test_few_texts_on_many_devices_end(count):
     """One slot on each of 8 devices: some have nothing to do while texts wait for others."""
     prompts = [(i, i + 1) for i in range(count)]
@@ -351,6 +353,7 @@ def test_each_prompt_has_settings_of_its_own():
         assert {c.ids[-1] for c in got[number::3]} & set(kinds[number].stop_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cache, gap", mostly_slow([(jnp.int8, 3e-2), (jnp.bfloat16, 1e-2)], several=True)
 )
@@ -383,6 +386,7 @@ def test_a_refill_does_not_wait_for_the_slowest():
     assert out.stats.tokens == 60 + 120
 
 
+@pytest.mark.slow
 def test_prefilled_prompts_do_not_pile_up(monkeypatch):
     """64 slots and prompts of which one fills a row: each has its slot before the next is made."""
     held, insert = [], loop._insert_prefilled
@@ -433,6 +437,7 @@ def compiled_events():
     return events
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warmup():
     """Nor for other prompts, settings of the same form, limits and orders."""
     size = request.SamplerSettings(slots=4, length=150, steps=5, pack=100)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import truncation_oracle
+from conftest import mostly_slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -118,7 +119,7 @@ def test_every_combination_equals_sorted_float64(vocab, levels):
         np.testing.assert_allclose(logp_truncated[j], np.log(want[token[j]]), atol=2e-5)
 
 
-@pytest.mark.parametrize("largest", [20, 150])
+@pytest.mark.parametrize("largest", mostly_slow([20, 150]))
 def test_mixed_rows_equal_each_row_alone(largest):
     """Alone: one row under its own least Form. The mix needs all machinery, and a larger cap.
 
@@ -326,7 +327,7 @@ def test_ids_outside_valid_are_never_drawn():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("vocab", [300, 1152])
+@pytest.mark.parametrize("vocab", mostly_slow([300, 1152]))
 def test_rows_and_vocabulary_split_over_devices(vocab):
     """Eight devices equal one. With `shards`, no device gets the logits of a whole row."""
     assert vocab % (128 * 2)

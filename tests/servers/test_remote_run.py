@@ -175,6 +175,7 @@ def test_the_server_holds_the_policy_of_each_step(trained):
     assert [path.name for path in (workdir / "engine").iterdir()] == ["policy_000003"]
 
 
+@pytest.mark.slow
 def test_its_evaluations_are_ours(engine, trained, tmp_path):
     """Greedy texts of the first and the last policy, by the local sampler; and by the program."""
     workdir, before = trained[0], len(engine.loaded)
@@ -238,6 +239,7 @@ def test_log_probabilities_that_a_server_does_not_give(engine, tmp_path, monkeyp
     assert not made[0].batch.logp_rollout_BC.any()  # 0, and no NaN
 
 
+@pytest.mark.slow
 def test_all_weights_are_handed_over(tmp_path):
     changes = {"train__trainable": "full", "train__lr": 0.003, "train__steps": 2, "eval__path": ""}
     with serving() as stub:

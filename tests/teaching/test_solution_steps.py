@@ -247,6 +247,7 @@ def test_value_of_any_expression(tree, number, before):
         assert equations.find_equations(f"{written} = {value}")[0].true
 
 
+@pytest.mark.slow
 def test_time_does_not_grow_with_the_square():
     parts = ["(", "1+", "1=", "1+1=", "(1+", "-", "1,", "1 ", "9", "x", "\n", "<step_1>", ". "]
     for part in [*parts, "1 + 1 = 2. ", "1+1=2<step_1>", "1+1=2,", "The answer is "]:

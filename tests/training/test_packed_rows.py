@@ -119,7 +119,7 @@ def test_groups_with_their_prompts_once_equal_rows_of_their_own(decoder, params,
     assert_same(step(decoder, params, rows, norm=norm), step(decoder, params, batch, norm=norm))
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", mostly_slow([True, False]))
 def test_different_prompts(decoder, params, shared):
     batch = layout.build_batch(*samples(2, 1))
     rows, _ = arranged(batch, shared)
@@ -150,6 +150,7 @@ def test_policy_loss(decoder, params, mixed):
     assert_same(step(decoder, params, rows, **how), step(decoder, params, batch, **how))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", mostly_slow([(2, 2, 2), (8, 1, 1)]))
 def test_meshes(decoder, params, shape):
     """Bins of 8 and 4 shards, two micro-batches, against one device and rows apart."""
@@ -170,6 +171,7 @@ def test_micro_batches_by_a_budget_of_tokens(decoder, params):
     assert_same(step(decoder, params, rows, norm="micro_token_mean"), whole)
 
 
+@pytest.mark.slow
 def test_no_hidden_state_travels(decoder, params):
     """In no program of a mesh is there a collective of as many states as rows have tokens."""
     batch = layout.build_batch(*samples(5, 1, 32))

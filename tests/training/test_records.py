@@ -92,6 +92,7 @@ def test_records_of_sft_say_which_tokens_it_trains():
     assert {"policy_loss", "policy_entropy"} <= values.keys()
 
 
+@pytest.mark.slow
 def test_a_mixture_has_both_masks_and_the_advantages(monkeypatch):
     settings = {"policy__weight": 0.5, "policy__route": "successes", "policy__scale": "none"}
     with runs.loaded("sdpo", train__batch=1, **settings) as (r, state):
@@ -111,6 +112,7 @@ def test_a_mixture_has_both_masks_and_the_advantages(monkeypatch):
 # ---- tokens of the divergence ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_samplers_tokens_is_recorded(monkeypatch):
     settings = {"loss__rollout_clip": 0.5, "loss__clip_mode": "element", "loss__clip": 1e-4}
     with runs.loaded("opsd", train__batch=2, **settings) as (r, state):
@@ -163,6 +165,7 @@ def test_divergences_by_class_and_position_are_parts_of_the_divergence(monkeypat
 # ---- metrics over nothing ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mean_over_no_tokens_is_left_out(monkeypatch):
     """A failure without a success: no context, no loss; and no policy loss on failures."""
     settings = {"policy__weight": 0.5, "policy__route": "successes", "context__feedback": "never"}
@@ -237,6 +240,7 @@ def test_grade_statuses_are_counted(monkeypatch, tmp_path):
     assert "grade plain" not in table
 
 
+@pytest.mark.slow
 def test_a_function_that_raises_is_counted_and_has_no_format(monkeypatch):
     def score(gold, text):
         if "boom" in text:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import runs
+from conftest import mostly_slow
 
 from copsd_jax.dryrun import programs
 from copsd_jax.training import builders, layout, row_packing, run_plan
@@ -56,7 +57,9 @@ def tokens(plan) -> int:
 
 
 @pytest.mark.parametrize("shards", [1, 8])
-@pytest.mark.parametrize("B, group", [(64, 1), (128, 1), (256, 1), (256, 8)])
+@pytest.mark.parametrize(
+    "B, group", mostly_slow([(64, 1), (128, 1), (256, 1), (256, 8)], 1, several=True)
+)
 def test_rows_of_a_long_tail_are_nine_tenths_full(B, group, shards):
     for seed in range(20 if B == 64 else 3):
         completions, sides = law(seed, B, group)

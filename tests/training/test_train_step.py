@@ -132,6 +132,7 @@ def test_equal_contexts_give_no_loss_and_no_gradient(decoder, params):
     assert float(other.metrics["grad_norm"]) > 1e-3  # the test can fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", mostly_slow([(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 4, 2)]))
 def test_any_mesh_gives_the_numbers_of_one_device(decoder, params, shape):
     config = dataclasses.replace(CONFIG, vocab_size=96)
@@ -301,6 +302,7 @@ def test_micro_batches_by_hand():
     np.testing.assert_array_equal(train_step._join_micro_batches(cut.mask_BC), batch.mask_BC)
 
 
+@pytest.mark.slow
 def test_micro_batches_on_eight_devices_equal_one(decoder, params):
     batch = layout.build_batch(*make_samples(9, n=16))
     state = train_step.init_train_state(make_adapter(1), TX, "fixed")
@@ -338,6 +340,7 @@ def test_bug_06_an_end_token_that_equals_padding_is_trained(decoder, params):
     assert float(aux.metrics["grad_norm"]) > 0
 
 
+@pytest.mark.slow
 def test_the_divergence_falls_on_a_batch_that_stays():
     """Thirty steps towards the teacher's context halve the divergence."""
     decoder = transformer.Decoder(CONFIG, jnp.float32)
