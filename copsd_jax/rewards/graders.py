@@ -467,12 +467,9 @@ class Grader:
                 raise ValueError(f"the gold answer of pair {index} is empty")
             found.append((gold, extract_answer(text, self._pattern, self._where)))
         wanted = list(dict.fromkeys(pair for pair in found if pair[1] is not None))
-        threads = concurrent.futures.ThreadPoolExecutor(len(self._workers))
-        try:
+        with concurrent.futures.ThreadPoolExecutor(len(self._workers)) as threads:
             compared = threads.map(lambda pair: self.compare(*pair), wanted)
             verdicts = dict(zip(wanted, compared, strict=True))
-        finally:  # after an interrupt, comparisons that have not begun are not waited for
-            threads.shutdown(cancel_futures=True)
         none = (False, "no_answer")
         return [Grade(pair[1], *verdicts.get(pair, none)) for pair in found]
 

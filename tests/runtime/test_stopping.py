@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from copsd_jax.rewards import graders
 from copsd_jax.runtime import signals, stopping
 
 
@@ -99,7 +98,7 @@ if sys.argv[1] == "twice":
         send()
         print("noted", flush=True)
         send()
-        time.sleep(60)
+        print("still alive", flush=True)
 with signals.end_at_once("nothing to save"):
     try:
         send()
@@ -120,21 +119,3 @@ def test_a_second_signal_and_an_early_one_end_the_process_without_clean_up(kind,
     assert (done.returncode, done.stdout) == (143, out)
     assert err in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_comparisons_that_have_not_begun_are_not_waited_for(request_, monkeypatch):
-    begun = []
-
-    def compare(gold: str, answer: str) -> tuple[bool, str]:
-        begun.append(answer)
-        if len(begun) == 4:
-            send(signal.SIGTERM)
-        time.sleep(0.05)
-        return True, "plain"
-
-    with graders.Grader("boxed", "last_anywhere", 5.0) as grader:
-        monkeypatch.setattr(grader, "compare", compare)
-        pairs = [(str(i), rf"\boxed{{{i}}}") for i in range(200)]
-        with pytest.raises(signals.Stopped), request_.leave_if_late(math.inf):
-            grader.grade_all(pairs)
-    assert len(begun) < 20
