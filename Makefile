@@ -7,7 +7,7 @@ CONFIG ?= opsd
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test slow lint parity kernels runs processes meshes compile compile-all loss-matrix notebook seeds docs clean
+.PHONY: install demo test slow lint parity kernels runs processes meshes compile compile-all loss-matrix drill notebook seeds docs clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -79,6 +79,13 @@ compile-all: $(COMPILE)/installed
 # Every combination of settings of the divergence against float64, half an hour.
 loss-matrix: install
 	$(BIN)/python benchmarks/loss_matrix.py > benchmarks/results/loss_matrix.txt
+
+# Runs that are killed, stopped, damaged and continued; about an hour.
+drill: install
+	$(BIN)/python tools/drill.py kill --kills=60 --out=build/drill/kill
+	$(BIN)/python tools/drill.py kill --kills=10 --processes=2 --runs=copsd --out=build/drill/kill_two
+	$(BIN)/python tools/drill.py stop --runs=copsd --out=build/drill/stop
+	$(BIN)/python tools/drill.py endure --runs=copsd --out=build/drill/endure
 
 notebook: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,notebook]'
