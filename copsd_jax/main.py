@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
             )
         malloc.keep_freed_memory()
         from copsd_jax import train
-        from copsd_jax.runtime import processes
+        from copsd_jax.runtime import processes, run_lock
 
         processes.join_processes(config)
         plan, continued = train.prepare(config, workdir)
@@ -83,6 +83,9 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         train.train(plan, workdir, continued)
+    except run_lock.LockedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\nstopped: the same command continues {workdir}", file=sys.stderr)
         return 130
