@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from copsd_jax.metrics import scoring, terminal
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.problems import problem_row
 from copsd_jax.rewards import graders
-from copsd_jax.runtime import checkpoint, processes, signals, workdir
+from copsd_jax.runtime import checkpoint, processes, signals, storage, workdir
 from copsd_jax.sampler import loop, request
 from copsd_jax.teaching import prompts
 from copsd_jax.training import loaded_run, run_plan, train_step
@@ -102,8 +101,7 @@ def _sample_evaluation(
     """Returns all completions: reads them from the file, and samples those that the file lacks.
 
     The first line of the file describes the evaluation. Every other line contains one completion,
-    such as `{"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}`. A last line without a
-    newline was cut off when the evaluation stopped, and is dropped.
+    such as `{"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}`.
     """
     said: dict[int, _Said] = {}
     if partial is not None:
@@ -112,15 +110,14 @@ def _sample_evaluation(
     todo = [i for i in range(len(asked)) if i not in said]
     # All processes draw the same completions, but only the leader stores the completions.
     file = partial if processes.is_leader() else None
-    with file.open("a", encoding="utf-8") if file else contextlib.nullcontext() as stream:
+    with storage.Appender(file) if file else contextlib.nullcontext() as stream:
 
         def done(k: int, completion: loop.Completion) -> None:
             i = todo[k]
             said[i] = _Said(list(completion.ids), completion.finish)
             if stream is not None:
                 line = {"index": i, "id": ids[i], "ids": said[i].ids, "finish": said[i].finish}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-                stream.flush()
+                stream.append((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
         def further(stats: loop.Stats) -> None:
             if progress is not None:
@@ -182,33 +179,35 @@ def _read_partial_evaluation(
 ) -> dict[int, _Said]:
     """Returns a stopped evaluation's completions, keyed by index; prepares the file for more.
 
-    A half-written last line is removed from the file. Completions of another policy are discarded
-    with a message, and a new file is started. If the step was trained again, the policy can differ
-    from the policy whose checksums the file contains.
+    An incomplete last line is removed from the file, with a message. Completions of another policy
+    are discarded with a message, and a new file is started. If the step was trained again, the
+    policy can differ from the policy whose checksums the file contains.
     """
-    whole = b""
-    if partial.is_file():
-        whole = partial.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]
     try:
-        head, *lines = [json.loads(line) for line in whole.split(b"\n") if line] or [{}]
+        rows, raw = storage.read_lines(partial) if partial.is_file() else ([], [b""])
+        head, *lines = rows or [{}]
         said = {line["index"]: _Said(line["ids"], line["finish"]) for line in lines}
         other = sorted(k for k in what if head and k != "policy" and head[k] != what[k])
         fit = all(ids[line["index"]] == line["id"] and line["index"] >= 0 for line in lines)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise loaded_run.UnusableFile(f"{partial} is damaged: remove this file") from error
+        reason = error if isinstance(error, ValueError) else f"{partial} is damaged"
+        raise loaded_run.UnusableFile(f"{reason}: remove this file") from error
     if other or not fit:
         raise loaded_run.UnusableFile(
             f"{partial} was written by an evaluation with other {', '.join(other) or 'problems'}: "
             "remove this file"
         )
+    if torn := raw[-1]:
+        print(f"{partial} ended in an incomplete line of {len(torn)} bytes: it is dropped")
     if not head or head["policy"] != what["policy"]:
         if lines:
             print(f"{partial} has completions of another policy: they are drawn again", flush=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(what) + "\n", encoding="utf-8")
+        with storage.explain(partial):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_whole(partial, [json.dumps(what) + "\n"])
         return {}
-    os.truncate(partial, len(whole))
+    if torn:
+        storage.write_whole(partial, [line + b"\n" for line in raw[:-1]])
     return said
 
 
@@ -368,7 +367,7 @@ def evaluate_step(
         result = {"step": step, **evaluate(r, student, rows, update, partial)}
     # The partial file is removed only after the result has been written.
     workdir.write_json(file, result)
-    processes.run_on_leader(lambda: partial.unlink(missing_ok=True))
+    processes.run_on_leader(lambda: storage.remove(partial))
     return result
 
 
@@ -416,7 +415,14 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
         r, initial = loaded_run.load_run(plan, config.train.steps, engine)
         with r.grader:
             for step in steps:
-                state = checkpoints.load(step, initial) if step else initial
+                try:
+                    state = checkpoints.load(step, initial) if step else initial
+                except checkpoint.DamagedCheckpoint as error:
+                    if asked:
+                        print(f"error: {error}", file=sys.stderr)
+                        return 2
+                    print(f"{error}: it is skipped", flush=True)
+                    continue
                 file = out / workdir.step_file(out, "eval", step).name
                 results[step] = evaluate_step(r, state, step, file, f"step {step}:")
     print(format_overview(results))

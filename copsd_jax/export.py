@@ -51,12 +51,17 @@ def main(argv: list[str]) -> int:
             saved = checkpoints.steps()
             if not saved:
                 raise ValueError(f"--workdir={args.workdir} has no checkpoint yet")
-            step = saved[-1] if args.step == -1 else args.step
-            if step not in saved:
-                raise ValueError(f"--step={step}: the checkpoints are {saved}")
-            r, state = loaded_run.load_run(plan, config.train.steps)
+            if args.step not in (-1, *saved):
+                raise ValueError(f"--step={args.step}: the checkpoints are {saved}")
+            r, initial = loaded_run.load_run(plan, config.train.steps)
             with r.grader:
-                state = checkpoints.load(step, state)
+                if args.step == -1:
+                    state = checkpoints.load_newest(initial)
+                else:
+                    state = checkpoints.load(args.step, initial)
+                if state is initial:
+                    raise ValueError(f"--workdir={args.workdir} has no whole checkpoint")
+            step = int(state.step)
         student = loaded_run.derive_run_policies(r, state)[0]
         if args.format == "hf" and student.adapter is not None:
             merged = lora.merge_adapter(student.params, student.adapter, student.scale)

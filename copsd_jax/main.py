@@ -89,7 +89,7 @@ def _run_command(argv: list[str]) -> int:
             )
         malloc.keep_freed_memory()
         from copsd_jax import train
-        from copsd_jax.runtime import processes
+        from copsd_jax.runtime import processes, run_lock
 
         processes.join_processes(config)
         plan, continued = train.prepare(config, workdir)
@@ -101,6 +101,9 @@ def _run_command(argv: list[str]) -> int:
     except signals.Stopped as stop:
         print(f"{stop}: the same command continues {workdir}", file=sys.stderr)
         return stop.exit_code
+    except run_lock.LockedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

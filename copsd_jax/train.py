@@ -15,7 +15,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import table
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import batches, languages
-from copsd_jax.runtime import checkpoint, processes, sharding, signals, workdir
+from copsd_jax.runtime import checkpoint, processes, run_lock, sharding, signals, workdir
 from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
 from copsd_jax.training.train_step import State
 
@@ -34,11 +34,14 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
       ValueError, OSError: the settings or files are wrong, the directory contains another run, or
         the directory cannot be written to. The error's message is one sentence.
     """
+    processes.run_on_leader(lambda: run_lock.check(directory))
     known = workdir.check_directory(directory, config_lib.flat(config))
     plan = run_plan.make_plan(config)
     builders.check_row_budget(plan)
     if known:
         workdir.check_fingerprints(directory, summary.collect_facts(plan))
+        processes.run_on_leader(lambda: workdir.check_files(directory))
+        processes.run_on_leader(lambda: metric_files.check_file(directory))
     return plan, known
 
 
@@ -52,15 +55,17 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
 
     Raises:
       signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
+      run_lock.LockedError: another process runs in the directory.
+      SystemExit: a file, server or device failed; the message is one sentence.
     """
     config, started = plan.config, time.monotonic()
     print(summary.summarize_plan(plan, directory, continued), flush=True)
     processes.wait_for_all("checked")  # no process writes before all processes have checked the run
-    workdir.create(directory, config_lib.flat(config), summary.collect_facts(plan))
     with (
         loaded_run.set_mesh_and_precision(plan),
         loaded_run.exit_on_failure(directory),
-        checkpoint.Checkpoints(directory / "checkpoints", config.train.keep, writer=True) as saver,
+        run_lock.hold(directory),
+        _create_workdir(plan, directory) as saver,
     ):
         r, state = loaded_run.load_run(plan, config.train.steps, directory / "engine")
         if _warms_up(plan):
@@ -71,15 +76,24 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             # The evaluation of step 0 needs the initial policy. If a continued run lacks the
             # evaluation of step 0, the run evaluates step 0 before it loads a checkpoint.
             before = _evaluation(r, state, 0, directory)
-            saved = processes.run_on_leader(saver.steps)
-            if saved:
-                state = saver.load(saved[-1], state)
+            state = saver.load_newest(state)
             first = int(state.step)
+            if config.eval.every and first % config.eval.every == 0:
+                _evaluation(r, state, first, directory)  # if a kill interrupted this evaluation
             with _writer(directory, first) as writer:
                 state, stopped = _run_training_loop(r, state, first, writer, saver, directory)
             after = _evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
     print(summary.summarize_ending(plan, before, after, directory, seconds, stopped), flush=True)
+
+
+def _create_workdir(plan: run_plan.Plan, directory: pathlib.Path) -> checkpoint.Checkpoints:
+    """Creates the directory with config.json and run.json; returns the writer of checkpoints."""
+    t = plan.config.train
+    workdir.create(directory, config_lib.flat(plan.config), summary.collect_facts(plan))
+    return checkpoint.Checkpoints(
+        directory / "checkpoints", t.keep, writer=True, minutes=t.save_minutes
+    )
 
 
 @contextlib.contextmanager
@@ -89,6 +103,8 @@ def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapp
         yield lambda step, values: None
         return
     with metric_files.Writer(directory, resume=first + 1) as writer:
+        for repair in writer.repairs:
+            print(repair, flush=True)
         yield writer.write
 
 
@@ -108,11 +124,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
     order = batches.iterate_batches(
         plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=first
     )
-    written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
-    # The metrics of earlier steps determine the state of the guards, so no file has to store this
-    # state.
-    guard = guards.replay_metrics(plan.guards, written)
-    said = processes.run_on_leader(lambda: workdir.read_events(directory, first))
+    guard, said = _restore_guards(plan, directory, first)
     stream = processes.progress_stream()
     seconds = math.inf  # duration of the last step; unknown before the first step
     try:
@@ -127,8 +139,8 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 )
                 write(number, values)
                 guard, events = guards.apply_rules(plan.guards, guard, number, values)
+                said += [dataclasses.asdict(event) for event in events]
                 if events:
-                    said += [dataclasses.asdict(event) for event in events]
                     workdir.write_jsonl(directory / "events.jsonl", said)
                 if c.train.log_rollouts:
                     file = workdir.step_file(directory, "rollouts", number)
@@ -137,7 +149,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 # A step's checkpoint is saved after its metrics and records. A continued run
                 # therefore finds the metrics and records of all steps up to its checkpoint, and
                 # writes those of later steps again.
-                if number % c.train.save_every == 0 or last:
+                if number % c.train.save_every == 0 or last or checkpoints.is_due():
                     checkpoints.save(number, state)
                 seconds = time.monotonic() - begun
                 shown = {name: values[name] for name in ("loss", "correct") if name in values}
@@ -157,11 +169,26 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                     _evaluation(r, state, number, directory)
     except signals.Stopped:
         # If the step was left, `state` is still the state after the step before.
-        done = int(state.step)
-        if done > first and done not in processes.run_on_leader(checkpoints.steps):
-            checkpoints.save(done, state)
+        if (done := int(state.step)) > first:
+            checkpoints.save(done, state)  # does nothing if the step has been saved
         raise
     return state, guard["stopped"]
+
+
+def _restore_guards(plan, directory: pathlib.Path, first: int) -> tuple[guards.State, list[dict]]:
+    """Returns the guards' state after step `first`, and the events up to that step.
+
+    The metrics determine both, so no other file has to store the state.
+    """
+    written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
+    guard, replayed = guards.replay_events(plan.guards, written)
+    read = processes.run_on_leader(lambda: workdir.read_events(directory, first))
+    said = guards.rebuild_events(read, replayed)
+    if lost := len(said) - len(read):
+        file = directory / "events.jsonl"
+        print(f"{file} lacked {lost} events: they are rebuilt from metrics.jsonl", flush=True)
+        workdir.write_jsonl(file, said)
+    return guard, said
 
 
 def _run_training_step(
@@ -209,7 +236,9 @@ def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Pa
     if not r.plan.eval_rows:
         return None
     path = workdir.step_file(directory, "eval", step)
-    known = processes.run_on_leader(lambda: workdir.read_json(path) if path.is_file() else None)
+    known = processes.run_on_leader(
+        lambda: workdir.read_evaluation(path) if path.is_file() else None
+    )
     if known is not None:
         return known
     # An evaluation may be left at any time, because its completions are kept.

@@ -290,6 +290,8 @@ SETTINGS: dict[str, Setting] = {
         NOT_NEGATIVE),
     "train.save_every": declare(25, "steps between checkpoints; the last step is always saved",
         whole(1)),
+    "train.save_minutes": declare(0.0, "minutes after which a further checkpoint is saved; 0 is "
+        "off", NOT_NEGATIVE),
     "train.keep": declare(3, "number of checkpoints that are kept; 0 for all", whole(0)),
     "train.grace": declare(30.0, "seconds between a signal to stop and the end of the process; a "
         "step that takes longer is not completed", NOT_NEGATIVE),

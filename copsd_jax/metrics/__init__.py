@@ -1,4 +1,4 @@
 """Scores with confidence intervals, token statistics, metric files, and terminal output.
 
-May import: nothing of the package.
+May import: runtime.
 """

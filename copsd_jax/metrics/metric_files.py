@@ -4,50 +4,65 @@ import json
 import math
 import os
 import pathlib
+import socket
+import struct
+import time
 from collections.abc import Mapping
 from typing import Any
+
+from copsd_jax.runtime import storage
 
 
 class Writer:
     """Writes `workdir/metrics.jsonl` and `workdir/tensorboard`; only one process may have a writer.
 
-    Each line of metrics.jsonl is `{"step": s, name: number, ...}`. Each line is flushed at once, so
-    that no line is lost if the run is killed. A run that continues at step `resume` first drops the
-    lines of step `resume` and later steps, because the run writes these lines again. Non-finite
-    numbers are written as "nan", "inf" and "-inf", because JSON has no such numbers.
+    Each line of metrics.jsonl is `{"step": s, name: number, ...}`. Each line is written at once and
+    flushed to the disk, so that no line is lost if the run is killed. A run that continues at step
+    `resume` first drops the lines of step `resume` and later steps, because the run writes these
+    lines again. Non-finite numbers are written as "nan", "inf" and "-inf", because JSON has no such
+    numbers. TensorBoard's file is written anew from the lines that are kept.
+
+    Attributes:
+      path: the file metrics.jsonl.
+      repairs: one sentence for each defect of the existing metrics.jsonl: an incomplete last line,
+        or steps without a line.
 
     Raises:
-      ValueError: if a complete line of the existing metrics.jsonl is not JSON. An incomplete last
-        line, which a killed run may leave, raises no error and is dropped.
+      ValueError: if a complete line of the existing metrics.jsonl is damaged; the message names the
+        line.
+      StorageError: if a file cannot be written.
     """
 
     def __init__(self, workdir: str | os.PathLike, resume: int = 0):
-        self._workdir = pathlib.Path(workdir)
-        self._resume = resume
-        self.path = self._workdir / "metrics.jsonl"
-        self._workdir.mkdir(parents=True, exist_ok=True)
+        folder = pathlib.Path(workdir)
+        self.path, self.repairs = folder / "metrics.jsonl", []
+        with storage.explain(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        kept: list[dict] = []
         if self.path.exists():
-            part = self.path.with_suffix(".part")
-            part.write_text("".join(read_metric_lines(workdir, resume - 1)), encoding="utf-8")
-            os.replace(part, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board: Any = None
+            rows, lines = _read(self.path)
+            kept = [row for row in rows if row["step"] < resume]
+            if torn := lines[-1]:
+                self.repairs.append(
+                    f"{self.path} ended in an incomplete line of {len(torn)} bytes: it is dropped"
+                )
+            storage.write_whole(self.path, [line + b"\n" for line in lines[: len(kept)]])
+        if absent := sorted(set(range(1, resume)) - {row["step"] for row in kept}):
+            self.repairs.append(f"{self.path} has no line for {_spell_steps(absent)}")
+        self._file = storage.Appender(self.path)
+        self._folder = folder / "tensorboard"
+        self._board = _rebuild_board(self._folder, kept) if self._folder.exists() else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the metrics of a step; `values` maps names to numbers or scalar arrays."""
         numbers = {name: v if type(v) is int else float(v) for name, v in values.items()}
         line = {"step": int(step)}
         line |= {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.sync()
         if self._board is None:
-            # tensorboardX is imported lazily: the import is slow, and some processes write nothing.
-            import tensorboardX
-
-            folder, purge = str(self._workdir / "tensorboard"), self._resume or None
-            self._board = tensorboardX.SummaryWriter(folder, purge_step=purge, flush_secs=10)
-        for name, number in numbers.items():
-            self._board.add_scalar(name, number, int(step))
+            self._board = _rebuild_board(self._folder, [])
+        self._board.append(_build_record(line))
 
     def close(self) -> None:
         """Closes both files."""
@@ -62,20 +77,93 @@ class Writer:
         self.close()
 
 
+def check_file(workdir: str | os.PathLike) -> None:
+    """Checks that metrics.jsonl, if it exists, has no damaged line.
+
+    Raises:
+      ValueError: if a complete line is damaged; the message names the line.
+    """
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if path.exists():
+        _read(path)
+
+
 def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
     """Returns the lines of metrics.jsonl for the steps up to and including `steps`.
 
     If a killed run left an incomplete last line, that line is not returned.
 
     Raises:
-      FileNotFoundError: if there is no metrics.jsonl.
-      ValueError: if a complete line is not JSON.
+      StorageError: if there is no metrics.jsonl.
+      ValueError: if a complete line is damaged; the message names the line.
     """
-    path, kept = pathlib.Path(workdir) / "metrics.jsonl", []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+    rows, lines = _read(pathlib.Path(workdir) / "metrics.jsonl")
+    return [
+        line.decode() + "\n" for row, line in zip(rows, lines, strict=False) if row["step"] <= steps
+    ]
+
+
+def _read(path: pathlib.Path) -> tuple[list[dict], list[bytes]]:
+    """Returns the rows and the lines of metrics.jsonl, as `storage.read_lines` does."""
+    rows, lines = storage.read_lines(path, ("step",))
+    storage.check_order(path, rows, strict=True)
+    for number, row in enumerate(rows, 1):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= steps:
-                kept.append(line)
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-    return kept
+            [float(value) for value in row.values()]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} line {number} has a value that is not a number") from error
+    return rows, lines
+
+
+def _spell_steps(steps: list[int]) -> str:
+    """Returns ascending steps as words: "steps 1 to 3, 7"."""
+    ranges: list[list[int]] = []
+    for step in steps:
+        if ranges and step == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [step]
+        else:
+            ranges.append([step])
+    return "steps " + ", ".join(" to ".join(map(str, part)) for part in ranges)
+
+
+# ---- TensorBoard -----------------------------------------------------------------------------
+
+
+def _rebuild_board(folder: pathlib.Path, rows: list[dict]) -> storage.Appender:
+    """Writes a new event file with the given rows, then removes the run's older event files.
+
+    At any moment, the folder contains every step that was written. A kill between the two actions
+    leaves two files, of which the next start removes both.
+    """
+    with storage.explain(folder):
+        folder.mkdir(exist_ok=True)
+        older = [path for path in folder.iterdir() if "tfevents" in path.name]
+    path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+    storage.write_whole(path, [_build_record({}), *map(_build_record, rows)])
+    for file in older:
+        storage.remove(file)
+    return storage.Appender(path)
+
+
+def _build_record(line: Mapping[str, Any]) -> bytes:
+    """Returns a line of metrics.jsonl as a TFRecord with one Event; {} begins an event file."""
+    # tensorboardX is imported lazily: the import is slow, and some processes write nothing.
+    from tensorboardX import record_writer
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    events: Any = event_pb2  # the classes of both modules are unknown to type checkers
+    summaries: Any = summary_pb2
+    event = events.Event(wall_time=time.time())
+    if line:
+        event.step = line["step"]
+        event.summary.value.extend(
+            summaries.Summary.Value(tag=name, simple_value=float(number))
+            for name, number in line.items()
+            if name != "step"
+        )
+    else:
+        event.file_version = "brain.Event:2"
+    data = event.SerializeToString()
+    size = struct.pack("<Q", len(data))
+    checks = (struct.pack("<I", record_writer.masked_crc32c(part)) for part in (size, data))
+    return b"".join((size, next(checks), data, next(checks)))

@@ -2,15 +2,32 @@
 
 A checkpoint contains only the State. The data order and the random streams are derived from the
 State's step, and the frozen base is loaded again from `model.path`.
+
+A save is written to `<step>.part` while training goes on. When all its files are on the disk, the
+folder gets a manifest with the checksum of each file, and the name `<step>`. A checkpoint is whole
+if it agrees with its manifest. Checkpoints of earlier versions have no manifest, and are loaded
+without this check.
 """
 
+import contextlib
 import pathlib
+import sys
+import threading
+import time
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from copsd_jax.runtime import manifest, processes, storage
+
 NAME = "state"
+# With this entry in its metadata, a checkpoint without a manifest is incomplete rather than old.
+_MARK = "manifest"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not whole, described by the first half of a sentence."""
 
 
 def _shapes(tree: Any) -> dict[str, Any]:
@@ -19,69 +36,211 @@ def _shapes(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
 
 
+def _first_line(error: BaseException) -> str:
+    """Returns a short reason for an error of Orbax, whose messages can have hundreds of lines."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "No space left on device" in str(error):
+        return "No space left on device"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _read_added_metadata(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the entries that `save` added to the metadata of a checkpoint."""
+    metadata: Any = ocp.checkpointables_metadata(str(folder.resolve()))
+    return {"shapes": metadata.custom_metadata["shapes"], **metadata.custom_metadata}
+
+
 class Checkpoints:
     """The checkpoints of one work directory.
 
-    Leaving the `with` block waits until an unfinished save is complete.
+    All processes call the same methods in the same order. Only the leading process computes
+    checksums, renames and removes. Leaving the `with` block waits until an unfinished save is
+    complete.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int = 0, writer: bool = False):
+    def __init__(
+        self, directory: pathlib.Path, keep: int = 0, writer: bool = False, minutes: float = 0
+    ):
         """Opens the checkpoints of a directory.
 
         Args:
-          directory: the directory; the first save creates it.
+          directory: the directory; a writer creates it.
           keep: number of newest checkpoints to keep after each save; 0 keeps all checkpoints.
-          writer: whether this process may save.
+          writer: whether this process may save. A writer removes the leftovers of unfinished saves.
+          minutes: minutes after which a save is due; 0 for none.
+
+        Raises:
+          StorageError: the directory cannot be created or cleaned.
         """
-        self._directory = directory
-        saving: Any = ocp.training.save_decision_policies
-        keeping: Any = ocp.training.preservation_policies
-        self._checkpointer = ocp.training.Checkpointer(
-            str(directory.resolve()),
-            # Orbax's default policy can skip a save silently.
-            save_decision_policy=saving.FixedIntervalPolicy(1),
-            preservation_policy=keeping.LatestN(keep) if keep else keeping.PreserveAll(),
-            # A process that only reads must not remove files that a concurrent run is writing.
-            cleanup_tmp_directories=writer,
-        )
+        self._directory, self._keep, self._writer = directory, keep, writer
+        self._minutes, self._saved_at = minutes, time.monotonic()
+        self._protected: int | None = None
+        self._last: int | None = None  # the step that this process saved or loaded last
+        self._thread: threading.Thread | None = None
+        self._failure = ""  # the sentence of a failed save in the background
+        if writer:
+            processes.run_on_leader(self._clean)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:
+            # After an error, the other processes may not get here, so this process waits alone.
+            self._thread.join()
+            if self._failure:
+                print(f"error: {self._failure}", file=sys.stderr)
 
     def steps(self) -> list[int]:
-        """Returns the steps of all complete checkpoints, in ascending order."""
-        return sorted(item.step for item in self._checkpointer.checkpoints)
+        """Returns the steps of all saved checkpoints, whole or damaged, in ascending order."""
+        if not self._directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdecimal())
+
+    def protect(self, step: int | None) -> None:
+        """Keeps the checkpoint of a step, however old, until another step is protected."""
+        self._protected = step
+
+    # ------------------------------------------------------------------------------------ saving
+
+    def is_due(self) -> bool:
+        """Returns whether `minutes` have passed since the last save, by the leader's clock."""
+        if not self._minutes:
+            return False
+        return processes.run_on_leader(
+            lambda: time.monotonic() - self._saved_at >= self._minutes * 60
+        )
 
     def save(self, step: int, state: Any) -> None:
-        """Saves a state, and waits until the files are complete.
+        """Copies a state to the host, and starts to write it; `wait` waits for the files.
 
         Raises:
-          RuntimeError: Orbax declined to save.
+          StorageError: the save before failed, or there is no room for this one.
         """
-        saved = self._checkpointer.save_checkpointables(
-            step, {NAME: state}, custom_metadata={"shapes": _shapes(state)}
+        self.wait()
+        if step == self._last:  # the checkpoint of this step exists
+            return
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        part = self._directory / f"{step}{storage.PART}"
+        processes.run_on_leader(lambda: self._make_room(step, part, needed))
+        with storage.explain(self._directory / str(step)):
+            response = ocp.save_checkpointables_async(
+                str(part.resolve()),
+                {NAME: state},
+                custom_metadata={"shapes": _shapes(state), _MARK: manifest.FORMAT},
+            )
+        self._saved_at, self._last = time.monotonic(), step
+        self._thread = threading.Thread(target=self._finish, args=(step, part, response))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until an unfinished save is complete.
+
+        Raises:
+          StorageError: the save failed, on any process.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        failures = processes.gather_texts(self._failure)
+        self._thread, self._failure = None, ""
+        if failed := next(filter(None, failures), ""):
+            self._last = None
+            raise storage.StorageError(failed)
+
+    def _clean(self) -> None:
+        with storage.explain(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for path in self._directory.iterdir():
+                if storage.PART in path.name or "orbax-checkpoint-tmp" in path.name:
+                    storage.remove(path)
+
+    def _make_room(self, step: int, part: pathlib.Path, needed: int) -> None:
+        with storage.explain(self._directory / str(step)):
+            storage.check_room(self._directory, needed)
+            storage.remove(part)
+
+    def _finish(self, step: int, part: pathlib.Path, response: Any) -> None:
+        """Waits for Orbax and ends a save, in a thread that may run no program for devices."""
+        try:
+            response.result()
+            if processes.is_leader():
+                self._publish(step, part)
+        except BaseException as error:
+            place = self._directory / str(step)
+            sentence = f"{place} cannot be written ({_first_line(error)})"
+            self._failure = str(error) if isinstance(error, storage.StorageError) else sentence
+            if processes.is_leader():
+                with contextlib.suppress(OSError):
+                    for path in self._directory.glob(f"{step}{storage.PART}*"):
+                        storage.remove(path)
+
+    def _publish(self, step: int, part: pathlib.Path) -> None:
+        """Gives a complete checkpoint its manifest and its name, and removes old checkpoints."""
+        final = self._directory / str(step)
+        with storage.explain(final):
+            manifest.write(part)
+            if final.exists():
+                storage.remove(final)
+            part.rename(final)
+            storage.sync_folder(self._directory)
+        for old in self.steps()[: -self._keep] if self._keep else []:
+            if old != self._protected:
+                storage.remove(self._directory / str(old))
+
+    # ----------------------------------------------------------------------------------- loading
+
+    def verify(self, step: int) -> str:
+        """Returns why a checkpoint is not whole, or "" if it is whole; each process checks a share.
+
+        Raises:
+          StorageError: a file exists, but cannot be read.
+        """
+        reasons = processes.gather_texts(self._find_damage(self._directory / str(step)))
+        return next(filter(None, reasons), "")
+
+    def _find_damage(self, folder: pathlib.Path) -> str:
+        with storage.explain(folder, "read"):
+            if not any(folder.iterdir()):
+                return "the folder is empty"
+            if (folder / manifest.NAME).exists():
+                share, shares = jax.process_index(), jax.process_count()
+                return manifest.find_damage(folder, share, shares)
+        try:
+            added = _read_added_metadata(folder)
+        except PermissionError as error:
+            raise storage.StorageError(f"{folder} cannot be read ({error.strerror})") from error
+        except Exception as error:  # Orbax has many errors for a file that it cannot parse
+            return f"its metadata cannot be read: {_first_line(error)}"
+        return f"its {manifest.NAME} is missing" if _MARK in added else ""
+
+    def _damaged(self, folder: pathlib.Path, reason: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(
+            f"checkpoint {folder.name} in {self._directory} is damaged ({reason})"
         )
-        if not saved:
-            raise RuntimeError(f"checkpoint {step} was not saved in {self._directory}")
 
     def load(self, step: int, like: Any) -> Any:
         """Loads the state of a step, with the shardings of `like` (arrays or ShapeDtypeStructs).
 
         Raises:
+          DamagedCheckpoint: the checkpoint is not whole.
           ValueError: the step was not saved, or the saved tree differs from `like`; the message
             names one difference.
+          StorageError: a file exists, but cannot be read.
         """
         if step not in self.steps():
             raise ValueError(
                 f"no checkpoint of step {step} in {self._directory}: the choices are {self.steps()}"
             )
-        metadata: Any = self._checkpointer.metadata(step).custom_metadata
+        folder = self._directory / str(step)
+        if reason := self.verify(step):
+            raise self._damaged(folder, reason)
         saved, wanted = (
             {name: f"{dtype} {tuple(shape)}" for name, (shape, dtype) in shapes.items()}
-            for shapes in (metadata["shapes"], _shapes(like))
+            for shapes in (_read_added_metadata(folder)["shapes"], _shapes(like))
         )
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
@@ -89,4 +248,53 @@ class Checkpoints:
                     f"checkpoint {step} in {self._directory} has {name} = "
                     f"{saved.get(name, 'nothing')}, but the run needs {wanted.get(name, 'nothing')}"
                 )
-        return self._checkpointer.load_checkpointables(step, {NAME: like})[NAME]
+        try:
+            return ocp.load_checkpointables(str(folder.resolve()), {NAME: like})[NAME]
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as error:
+            # The files of a checkpoint with a manifest are whole, so its error is not damage.
+            if (folder / manifest.NAME).exists() or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise self._damaged(folder, f"it cannot be loaded: {_first_line(error)}") from error
+
+    def load_newest(self, like: Any) -> Any:
+        """Loads the newest whole checkpoint, and prints one sentence for each damaged one.
+
+        A writer moves damaged checkpoints to the folder `damaged` beside the checkpoints, so that
+        their steps can be saved again.
+
+        Args:
+          like: a state with the shapes and shardings of the saved state.
+
+        Returns:
+          The loaded state, or `like` itself if no checkpoint is whole.
+
+        Raises:
+          ValueError, StorageError: as in `load`.
+        """
+        state, used, damaged = like, 0, {}
+        for step in reversed(processes.run_on_leader(self.steps)):
+            try:
+                state, used = self.load(step, like), step
+                self._last = step
+                break
+            except DamagedCheckpoint as error:
+                damaged[step] = str(error)
+        what = f"checkpoint {used} is used" if used else "no checkpoint is whole, so step 0 is used"
+        for step, reason in damaged.items():
+            print(f"{reason}: {what}", flush=True)
+            if self._writer:
+                processes.run_on_leader(lambda step=step: self._set_aside(step))
+        return state
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a damaged checkpoint out of the way."""
+        folder = self._directory.parent / "damaged"
+        with storage.explain(folder):
+            folder.mkdir(exist_ok=True)
+            number, place = 1, folder / f"checkpoint_{step}"
+            while place.exists():
+                number, place = number + 1, folder / f"checkpoint_{step}_{number + 1}"
+            (self._directory / str(step)).rename(place)
+            storage.sync_folder(self._directory)

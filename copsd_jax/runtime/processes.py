@@ -112,6 +112,17 @@ def agree_on_largest(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
+def gather_texts(text: str) -> list[str]:
+    """Returns the texts of all processes, in the order of the processes; long texts are cut."""
+    if jax.process_count() == 1:
+        return [text]
+    room = np.zeros(512, np.uint8)
+    data = np.frombuffer(text.encode()[: room.size], np.uint8)
+    room[: data.size] = data
+    rows = np.asarray(multihost_utils.process_allgather(room))
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
 def _broadcast(said: bytes) -> bytes:
     """Returns the leader's bytes on all processes; pads them, so that few sizes are compiled."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))

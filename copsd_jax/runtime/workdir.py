@@ -9,7 +9,8 @@ A run writes these files:
     W/events.jsonl           one line for each time that a guard acted: step, action, text
     W/rollouts/step_NNNNNN.jsonl  one line per completion
     W/eval/step_NNNNNN.json  the result (step_NNNNNN.partial.jsonl until the evaluation is complete)
-    W/checkpoints/           Orbax
+    W/checkpoints/           Orbax; damaged ones are moved to W/damaged/
+    W/lock, W/lease.json     the process that runs here, see `run_lock`
     W/engine/                the newest weights for the server, with sampler.engine=server
 """
 
@@ -24,13 +25,13 @@ import tempfile
 from collections.abc import Callable, Iterable
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.runtime import processes
+from copsd_jax.runtime import processes, storage
 
 # Settings that cannot change the numbers of a run. A run may be continued with other values of
 # these settings.
 CHANGEABLE = (
-    *("description", "mesh.", "train.save_every", "train.keep", "train.log_rollouts", "eval.every"),
-    "train.grace",
+    *("description", "mesh.", "train.save_", "train.keep", "train.grace", "train.log_rollouts"),
+    "eval.every",
     # Settings that decide only how the same tokens are arranged in rows.
     *("rollout.slots", "eval.slots", "author.slots"),
     *("train.pack", "train.row_tokens", "train.micro_tokens"),
@@ -72,6 +73,15 @@ def check_writable(directory: pathlib.Path, flag: str) -> None:
         raise PermissionError(f"{flag}={directory}: {problem}") from error
 
 
+def _has_files(directory: pathlib.Path) -> bool:
+    """Returns whether a directory has files other than those of a start that wrote no settings."""
+    ours = ("lock", "lease.json")
+    return directory.exists() and any(
+        path.is_file() and path.name not in ours and not path.name.endswith(storage.PART)
+        for path in directory.rglob("*")
+    )
+
+
 def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> bool:
     """Returns whether the directory already contains this run; writes nothing.
 
@@ -81,7 +91,7 @@ def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> boo
       OSError: the directory cannot be written to.
     """
     check_writable(directory, "--workdir")
-    if not directory.exists() or not any(directory.iterdir()):
+    if not _has_files(directory):
         return False
     if not (directory / "config.json").is_file():
         raise ValueError(f"--workdir={directory} has files but no config.json: no run began there")
@@ -111,7 +121,7 @@ def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
     path = directory / "run.json"
     if not path.is_file():  # the run stopped before it wrote run.json: nothing was trained
         return
-    old = read_json(path)["starts"][0]
+    old = _read_starts(path)[0]
     # A fingerprint that the run did not record is not compared.
     now = {name: fact for name, fact in facts.items() if name.endswith("fingerprint")}
     if changed := [name for name, fact in now.items() if old.get(name, fact) != fact]:
@@ -143,11 +153,12 @@ def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) ->
 
 
 def _write_workdir(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
-    for name in ("rollouts", "eval", "checkpoints"):
-        (directory / name).mkdir(parents=True, exist_ok=True)
+    with storage.explain(directory):
+        for name in ("rollouts", "eval", "checkpoints"):
+            (directory / name).mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", {k: _listed(v) for k, v in settings.items()})
     path = directory / "run.json"
-    starts = read_json(path)["starts"] if path.is_file() else []
+    starts = _read_starts(path) if path.is_file() else []
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -164,7 +175,7 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
 
     Raises:
       FileNotFoundError: the directory has no config.json.
-      ValueError: config.json does not contain valid settings.
+      ValueError: config.json does not contain a JSON object.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -172,15 +183,32 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
     try:
         settings = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} has no settings: it is not the config.json of a run")
+        raise ValueError(
+            f"{error}: restore this file, for example from a new run of the same command"
+        ) from error
     return config_lib.without_retired(settings, f"--workdir={directory}")
 
 
+def _read_starts(path: pathlib.Path) -> list[dict]:
+    """Reads run.json; returns its entries, one for each start of the run."""
+    advice = "remove this file, to continue without comparing data and weights"
+    try:
+        starts = read_json(path).get("starts")
+    except ValueError as error:
+        raise ValueError(f"{error}: {advice}") from error
+    if not isinstance(starts, list) or not starts or not all(isinstance(s, dict) for s in starts):
+        raise ValueError(f"{path} does not list the starts of a run: {advice}")
+    return starts
+
+
 def read_json(path: pathlib.Path) -> dict:
-    """Reads a JSON file that `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Reads a JSON object that `write_json` wrote.
+
+    Raises:
+      ValueError: the file contains something else; the message names the file and the line.
+      StorageError: the file cannot be read.
+    """
+    return storage.read_object(path)
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
@@ -196,21 +224,54 @@ def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
 
 
 def _write_file_on_leader(path: pathlib.Path, make_lines: Callable[[], Iterable[str]]) -> None:
-    """Writes a temporary file, then renames it, so that no reader sees a partial file."""
     if processes.is_leader():
-        temporary = path.with_suffix(path.suffix + ".part")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(make_lines())
-        temporary.replace(path)
+        storage.write_whole(path, make_lines())
 
 
 def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
-    """Reads the events in W/events.jsonl up to and including a step; [] if the file is missing."""
+    """Reads the events in W/events.jsonl up to and including a step; [] if the file is missing.
+
+    Raises:
+      ValueError: a line is not an event; the message names the line.
+    """
     path = directory / "events.jsonl"
     if not path.is_file():
         return []
-    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    events, lines = storage.read_lines(path, ("step", "action", "text"))
+    if lines[-1]:  # the file is always written whole
+        raise ValueError(f"{path} line {len(lines)} is incomplete")
+    storage.check_order(path, events, strict=False)
     return [event for event in events if event["step"] <= steps]
+
+
+def check_files(directory: pathlib.Path) -> None:
+    """Checks that a continued run can read its events and its evaluations.
+
+    Raises:
+      ValueError: a file is damaged; the message names the file and the line.
+      StorageError: a file cannot be read.
+    """
+    read_events(directory, 0)
+    for path in sorted((directory / "eval").glob("step_*.json*")):
+        try:
+            if path.suffix == ".jsonl":
+                storage.read_lines(path)
+            elif path.suffix == ".json":
+                read_evaluation(path)
+        except ValueError as error:
+            raise ValueError(f"{error}: remove this file, to evaluate again") from error
+
+
+def read_evaluation(path: pathlib.Path) -> dict:
+    """Reads the result of an evaluation.
+
+    Raises:
+      ValueError: the file does not contain a result; the message names the file and the line.
+    """
+    result = read_json(path)
+    if absent := [name for name in ("step", "scores", "problems") if name not in result]:
+        raise ValueError(f"{path} has no {absent[0]!r}")
+    return result
 
 
 def step_file(directory: pathlib.Path, kind: str, step: int) -> pathlib.Path:

@@ -269,17 +269,33 @@ def _format_guard_event(rule: Rule, step: int, value: float, limit: float, over:
 
 
 def replay_metrics(rules: Sequence[Rule], lines: Iterable[str]) -> State:
-    """Replays the lines of metrics.jsonl in order, and returns the state after the last step.
+    """Replays the lines of metrics.jsonl as `replay_events` does, and returns only the state."""
+    return replay_events(rules, lines)[0]
+
+
+def replay_events(rules: Sequence[Rule], lines: Iterable[str]) -> tuple[State, list[Event]]:
+    """Replays the lines of metrics.jsonl in order.
+
+    Returns:
+      The state after the last step, and all events.
 
     Raises:
       ValueError: a line is not a valid line of metrics.jsonl.
     """
-    state = init_guard_state(rules)
+    state, events = init_guard_state(rules), []
     for number, line in enumerate(lines, 1):
         try:
             metrics = json.loads(line)
             step = int(metrics["step"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} is not from metrics.jsonl: {line[:80]!r}") from error
-        state, _ = apply_rules(rules, state, step, metrics)
-    return state
+        state, new = apply_rules(rules, state, step, metrics)
+        events += new
+    return state, events
+
+
+def rebuild_events(said: list[dict], replayed: Sequence[Event]) -> list[dict]:
+    """Returns the entries of events.jsonl, completed by the replayed events that they lack."""
+    known = {(entry["step"], entry["action"]) for entry in said}
+    lost = [dataclasses.asdict(e) for e in replayed if (e.step, e.action) not in known]
+    return sorted([*said, *lost], key=lambda entry: entry["step"])

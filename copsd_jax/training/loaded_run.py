@@ -18,7 +18,7 @@ from copsd_jax.metrics import token_stats
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.runtime import processes, sharding, stopping
+from copsd_jax.runtime import processes, sharding, stopping, storage
 from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import conversations, prompts, text_encoding
@@ -84,19 +84,23 @@ class UnusableFile(Exception):
 def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
     """Ends the program with a one-sentence message if a traceback would not help.
 
-    A traceback does not help with three failures: a server that fails, a damaged file, and a lack
-    of memory.
+    A traceback does not help with these failures: a server that fails, a damaged file, a disk that
+    fails or is full, and a lack of memory.
 
     Args:
       directory: the work directory. Messages about servers and files say that the same command
         continues the run.
 
     Raises:
-      SystemExit: raised in place of EngineError, UnusableFile and MemoryError.
+      SystemExit: raised in place of EngineError, UnusableFile, StorageError, MemoryError, and
+        errors of the disk.
     """
     try:
         yield
-    except (EngineError, UnusableFile) as error:
+    except (EngineError, UnusableFile, OSError) as error:
+        disk = isinstance(error, storage.StorageError)
+        if isinstance(error, OSError) and not disk and error.errno not in storage.DISK_ERRORS:
+            raise
         raise SystemExit(f"error: {error}; the same command continues {directory}") from error
     except MemoryError as error:
         raise SystemExit(f"error: {error}") from error

@@ -78,8 +78,8 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
         changed = json.dumps(json.loads(text.splitlines()[0]) | {"seed": 9}) + "\n"
         for spoilt, message in (
             (changed, "was written by an evaluation with other seed: remove this file"),
-            ("garbage\n", "is damaged: remove this file"),
-            ("[1, 2]\n", "is damaged: remove this file"),
+            ("garbage\n", "line 1 is not JSON: .*: remove this file"),
+            ("[1, 2]\n", "line 1 is not a JSON object: remove this file"),
             (text + '{"index": 99999, "id": "x", "ids": [1], "finish": "stop"}\n', "is damaged"),
             (text + '{"index": 0, "id": "x"}\n', "is damaged"),
             (text.replace('"id": "', '"id": "x'), "with other problems: remove this file"),

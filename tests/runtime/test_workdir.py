@@ -60,7 +60,7 @@ def test_damaged_and_older_settings(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         workdir.check_directory(path, SETTINGS)
     (path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="has no settings: it is not the config"):
+    with pytest.raises(ValueError, match=r"config\.json is not a JSON object: restore"):
         workdir.check_directory(path, SETTINGS)
     every = config_lib.flat(config_lib.default())
     older = {k: v for k, v in every.items() if k != "loss.beta"}

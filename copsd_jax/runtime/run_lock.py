@@ -1,0 +1,217 @@
+"""The lock of a work directory: only one run may write to it.
+
+The lock has two parts, and both end with their holder:
+
+  W/lock        a lock of the operating system (flock), which the system releases when the process
+                ends; for processes on one machine
+  W/lease.json  a lease whose holder writes the file anew every few seconds; for processes on
+                several machines, and for file systems without flock
+
+A lease is stale if its file has not changed for `STALE` seconds by the clock of the file system,
+or if its holder is a process of this machine that has ended.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from copsd_jax.runtime import processes, storage
+
+BEAT, STALE = 5.0, 20.0  # seconds
+# What flock raises on a file system without locks.
+_UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
+
+
+class LockedError(ValueError):
+    """The work directory is in use by another process, described in one sentence."""
+
+
+def check(directory: pathlib.Path) -> None:
+    """Checks that no process of this machine runs in a directory; changes nothing.
+
+    Raises:
+      LockedError: a process runs there.
+    """
+    path = directory / "lock"
+    if path.is_file():
+        with path.open("rb") as stream:
+            _lock(stream.fileno(), fcntl.LOCK_SH, directory)
+
+
+@contextlib.contextmanager
+def hold(directory: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a directory on behalf of all processes of the run; creates the directory.
+
+    Raises:
+      LockedError: another process runs in the directory.
+      StorageError: the lock cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def acquire() -> None:
+            locked = stack.enter_context(_hold_flock(directory))
+            stack.enter_context(_hold_lease(directory, confirm=not locked))
+
+        processes.run_on_leader(acquire)
+        yield
+
+
+def _describe_holder() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+
+
+def _refuse(directory: pathlib.Path, holder: dict[str, Any]) -> LockedError:
+    return LockedError(
+        f"--workdir={directory} is in use by process {holder.get('pid', 'unknown')} on "
+        f"{holder.get('host', 'an unknown host')}: wait until it ends, or choose another directory"
+    )
+
+
+def _read_holder(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the content of a lock or lease; {} if it is unreadable or being written."""
+    try:
+        return storage.read_object(path)
+    except (OSError, ValueError):
+        return {}
+
+
+# ------------------------------------------------------------------------------------------ flock
+
+
+def _lock(descriptor: int, kind: int, directory: pathlib.Path) -> bool:
+    """Tries to lock an open file; returns False if the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _refuse(directory, _read_holder(directory / "lock")) from error
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _hold_flock(directory: pathlib.Path) -> Iterator[bool]:
+    """Holds the system's lock; yields whether the file system has such locks."""
+    path = directory / "lock"
+    with storage.explain(path):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not inherited by programs
+    try:
+        with storage.explain(path, "locked"):
+            if locked := _lock(descriptor, fcntl.LOCK_EX, directory):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(_describe_holder()).encode(), 0)
+        yield locked
+    finally:
+        os.close(descriptor)  # releases the lock
+
+
+# ------------------------------------------------------------------------------------------ lease
+
+
+@contextlib.contextmanager
+def _hold_lease(directory: pathlib.Path, confirm: bool) -> Iterator[None]:
+    """Holds the lease; `confirm` waits in case two processes take the lease at the same time."""
+    path, token = directory / "lease.json", uuid.uuid4().hex
+    _wait_for_lease(directory, path)
+    lease = {**_describe_holder(), "token": token, "beat": 0}
+    storage.write_whole(path, [json.dumps(lease)])
+    if confirm:
+        time.sleep(BEAT / 10)
+        if (holder := _read_holder(path)).get("token") != token:
+            raise _refuse(directory, holder)
+    ended = threading.Event()
+    thread = threading.Thread(target=_renew, args=(path, lease, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            if _read_holder(path).get("token") == token:
+                path.unlink()
+
+
+def _wait_for_lease(directory: pathlib.Path, path: pathlib.Path) -> None:
+    """Waits until it is known whether another process holds the lease.
+
+    Raises:
+      LockedError: the lease was renewed meanwhile.
+    """
+    seen, said = _last_change(path), False
+    while seen is not None and not _is_over(_read_holder(path)):
+        if _clock(directory) - seen > STALE:
+            return
+        if not said:
+            holder = _read_holder(path)
+            print(
+                f"waiting for at most {STALE:.0f} s, to see whether process {holder.get('pid')} on "
+                f"{holder.get('host')} still runs in {directory}",
+                flush=True,
+            )
+            said = True
+        time.sleep(BEAT / 10)
+        now = _last_change(path)
+        if now is not None and now != seen:
+            raise _refuse(directory, _read_holder(path))
+        seen = now
+
+
+def _last_change(path: pathlib.Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _clock(directory: pathlib.Path) -> float:
+    """Returns the time of the file system, which may be that of another machine."""
+    probe = directory / f"clock_{os.getpid()}{storage.PART}"
+    with storage.explain(directory):
+        try:
+            probe.write_bytes(b"1")
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def _is_over(holder: dict[str, Any]) -> bool:
+    """Returns whether the holder was a process of this machine that has ended."""
+    if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int:
+        return False
+    if holder["pid"] == os.getpid():
+        return True
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # the process exists, but belongs to another user
+        return False
+    return False
+
+
+def _renew(path: pathlib.Path, lease: dict[str, Any], ended: threading.Event) -> None:
+    """Writes the lease anew until `ended`; ends the program if another process has taken it."""
+    while not ended.wait(BEAT):
+        holder = _read_holder(path)
+        if holder.get("token", lease["token"]) != lease["token"]:
+            who = f"process {holder.get('pid')} on {holder.get('host')}"
+            print(f"error: {who} has taken over {path.parent}", file=sys.stderr, flush=True)
+            os._exit(1)
+        lease["beat"] += 1
+        # A disk that fails is reported by the run's own writes.
+        with contextlib.suppress(OSError):
+            storage.write_whole(path, [json.dumps(lease)])

@@ -1,0 +1,243 @@
+"""Files on a disk that may fail: whole writes, appended lines, checked reads, clear errors.
+
+A file is either written whole (temporary name, flush, rename) or appended in whole lines. A failed
+write leaves nothing half-written.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+PART = ".part"  # the suffix of files and folders that are not complete yet
+# Errors of a disk, whatever the file.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
+class StorageError(OSError):
+    """A failed access to a file of the run, described in one sentence with path and reason."""
+
+
+@contextlib.contextmanager
+def explain(path: pathlib.Path, action: str = "written") -> Iterator[None]:
+    """Turns an OSError into a StorageError that names the path and the reason.
+
+    Args:
+      path: the file or folder that the block accesses.
+      action: the failed action, as in "cannot be written".
+
+    Raises:
+      StorageError: raised in place of OSError.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"{path} cannot be {action} ({reason})") from error
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Writes the names in a folder to the disk, if the file system has this function."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: pathlib.Path, lines: Iterable[str | bytes]) -> None:
+    """Writes a file under a temporary name, flushes it to the disk, and renames it.
+
+    Raises:
+      StorageError: the file cannot be written; an existing file is unchanged.
+    """
+    temporary = path.with_name(path.name + PART)
+    with explain(path):
+        try:
+            with temporary.open("wb") as stream:
+                for line in lines:
+                    stream.write(line.encode() if isinstance(line, str) else line)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+
+
+class Appender:
+    """Appends whole records to a file, each with a single write.
+
+    Raises:
+      StorageError: the file cannot be opened.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        with explain(path):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def append(self, record: bytes) -> None:
+        """Appends a record; if there is no room for all of it, removes the written part.
+
+        Raises:
+          StorageError: the record cannot be written; the file is unchanged.
+        """
+        with explain(self.path):
+            size = os.fstat(self._descriptor).st_size
+            try:
+                if os.write(self._descriptor, record) < len(record):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.ftruncate(self._descriptor, size)
+                raise
+
+    def sync(self) -> None:
+        """Waits until the file is on the disk."""
+        with explain(self.path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> "Appender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------------------------- checked reads
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a file that contains one JSON object.
+
+    Raises:
+      ValueError: the file contains something else; the message names the file and the line.
+      StorageError: the file cannot be read.
+    """
+    with explain(path, "read"):
+        return _parse_object(path.read_bytes(), f"{path}", "valid JSON")
+
+
+def read_lines(path: pathlib.Path, fields: tuple[str, ...] = ()) -> tuple[list[dict], list[bytes]]:
+    """Reads a JSON Lines file with one object per line; an incomplete last line is not parsed.
+
+    Args:
+      path: the file.
+      fields: fields that every line must have.
+
+    Returns:
+      The objects, and the bytes of the lines without newlines. The list of bytes has one more
+      entry: the bytes after the last newline, which are b"" unless the last line is incomplete.
+
+    Raises:
+      ValueError: a line is not an object with these fields; the message names the file and the
+        line.
+      StorageError: the file cannot be read.
+    """
+    with explain(path, "read"):
+        lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        row = _parse_object(line, f"{path} line {number}", "JSON")
+        if absent := [field for field in fields if field not in row]:
+            raise ValueError(f"{path} line {number} has no {absent[0]!r}")
+        rows.append(row)
+    return rows, lines
+
+
+def check_order(path: pathlib.Path, rows: list[dict], strict: bool) -> None:
+    """Checks that the integer field `step` of all rows ascends.
+
+    Args:
+      path: the file of the rows, for the message.
+      rows: the rows of the file, in order; each has a field `step`.
+      strict: whether each step may occur only once.
+
+    Raises:
+      ValueError: a step is not an integer, or is out of order.
+    """
+    last = -1
+    for number, row in enumerate(rows, 1):
+        step = row["step"]
+        if type(step) is not int or step < last + strict:
+            raise ValueError(
+                f"{path} line {number} has step {step!r}, although the line before it has step "
+                f"{last if last >= 0 else 'none'}: the steps of this file must ascend"
+            )
+        last = step
+
+
+def _parse_object(data: bytes, place: str, form: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # invalid UTF-8 or invalid JSON
+        raise ValueError(f"{place} is not {form}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} is not a JSON object")
+    return value
+
+
+# ------------------------------------------------------------------------------------- folders
+
+
+def check_room(folder: pathlib.Path, needed: int) -> None:
+    """Checks that a folder can be written to, and that its disk has room.
+
+    Args:
+      folder: an existing folder.
+      needed: the number of bytes to be written.
+
+    Raises:
+      OSError: the folder cannot be written to, or the disk has too little room.
+    """
+    probe = folder / f"probe_{os.getpid()}{PART}"
+    try:
+        with probe.open("wb") as stream:
+            stream.write(bytes(4096))
+            stream.flush()
+            os.fsync(stream.fileno())
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    disk = shutil.disk_usage(folder)
+    # Some mounted buckets report a size of 0.
+    if disk.total and disk.free < needed:
+        raise OSError(
+            errno.ENOSPC, f"it needs {needed:,} bytes, but the disk has only {disk.free:,} left"
+        )
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a folder with its contents, or a file.
+
+    A folder gets another name first, so that a partly removed folder cannot be mistaken for a whole
+    folder.
+
+    Raises:
+      StorageError: the folder or file cannot be removed.
+    """
+    with explain(path, "removed"):
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        if not path.name.endswith(PART):
+            doomed = path.with_name(f"{path.name}.old{PART}")
+            if doomed.exists():
+                shutil.rmtree(doomed)
+            path = path.rename(doomed)
+        shutil.rmtree(path)

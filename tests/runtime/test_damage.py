@@ -1,0 +1,202 @@
+"""Damaged files of a work directory: kind of file x kind of damage.
+
+Oracle: the states before saving; the whole file. The same table with whole runs is in
+test_damage_runs.
+"""
+
+import json
+import re
+import shutil
+
+import damage
+import pytest
+from test_checkpoint import assert_same, make_state, save
+
+from copsd_jax.config import settings as config_lib
+from copsd_jax.metrics import metric_files
+from copsd_jax.runtime import checkpoint, workdir
+
+SETTINGS = config_lib.flat(config_lib.default())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A work directory with the checkpoints 1 and 2."""
+    folder = tmp_path_factory.mktemp("saved") / "w"
+    save(folder / "checkpoints", 1, 2)
+    return folder
+
+
+@pytest.mark.parametrize("how", damage.FILE)
+@pytest.mark.parametrize("name", damage.CHECKPOINT_FILES)
+def test_the_checkpoint_before_a_damaged_one_is_used(saved, tmp_path, capsys, name, how):
+    folder = shutil.copytree(saved, tmp_path / "w")
+    path = damage.find(folder / "checkpoints/2", name)
+    damage.FILE[how](path)
+    with checkpoint.Checkpoints(folder / "checkpoints", writer=True) as checkpoints:
+        assert_same(checkpoints.load_newest(make_state(0)), make_state(1))
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 1
+        assert re.fullmatch(
+            rf"checkpoint 2 in {folder}/checkpoints is damaged \(.+\): checkpoint 1 is used",
+            said[0],
+        )
+        short = str(path.relative_to(folder / "checkpoints/2"))
+        assert f"file {short} " in said[0] or "its manifest.json is " in said[0]
+        # There is room for the step, and a second damaged one does not replace the first.
+        checkpoints.save(2, make_state(2))
+        checkpoints.wait()
+        assert_same(checkpoints.load_newest(make_state(0)), make_state(2))
+        damage.FILE[how](damage.find(folder / "checkpoints/2", name))
+        checkpoints.load_newest(make_state(0))
+    assert {p.name for p in (folder / "damaged").iterdir()} == {"checkpoint_2", "checkpoint_2_2"}
+
+
+def test_empty_folders_and_no_whole_checkpoint(saved, tmp_path, capsys):
+    folder = shutil.copytree(saved, tmp_path / "w")
+    for step in (1, 2):
+        damage.empty_folder(folder / f"checkpoints/{step}")
+    state = make_state(0)
+    with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
+        assert checkpoints.load_newest(state) is state
+        assert checkpoints.steps() == [1, 2]  # a reader moves nothing
+        with pytest.raises(checkpoint.DamagedCheckpoint, match=r"2 in .* \(the folder is empty\)"):
+            checkpoints.load(2, state)
+    with checkpoint.Checkpoints(folder / "checkpoints", writer=True) as checkpoints:
+        assert checkpoints.load_newest(state) is state
+        assert checkpoints.steps() == []
+    end = "is damaged (the folder is empty): no checkpoint is whole, so step 0 is used"
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4
+    assert all(line.endswith(end) for line in said)
+
+
+def test_every_bit_of_a_manifest_counts(saved, tmp_path):
+    """A bit anywhere in the manifest: in names, sizes, checksums, blanks."""
+    folder = shutil.copytree(saved / "checkpoints/1", tmp_path / "1")
+    whole = (folder / "manifest.json").read_bytes()
+    assert not checkpoint.manifest.find_damage(folder)
+    for place in range(0, len(whole), 29):
+        for bit in (0, 3, 7):
+            data = bytearray(whole)
+            data[place] ^= 1 << bit
+            (folder / "manifest.json").write_bytes(data)
+            assert checkpoint.manifest.find_damage(folder) == "its manifest.json is unreadable"
+
+
+# ------------------------------------------------------------------------------ files of text
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """The files of a run with three steps."""
+    workdir.create(tmp_path, SETTINGS, {"data_fingerprint": "1"})
+    with metric_files.Writer(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": step / 7})
+    event = {"action": "warn", "text": "high"}
+    events = [{"step": 1, **event}, {"step": 2, **event, "text": "too high"}]
+    workdir.write_jsonl(tmp_path / "events.jsonl", events)
+    result = {"step": 0, "scores": {}, "problems": []}
+    workdir.write_json(tmp_path / "eval/step_000000.json", result)
+    workdir.write_jsonl(tmp_path / "eval/step_000003.partial.jsonl", [{"seed": 0}, {"index": 0}])
+    return tmp_path
+
+
+def examine(directory):
+    """What a start says about the files: the sentence of a refusal, or lines about repairs."""
+    try:
+        assert workdir.check_directory(directory, SETTINGS)
+        workdir.check_fingerprints(directory, {"data_fingerprint": "1"})
+        workdir.check_files(directory)
+        metric_files.check_file(directory)
+    except (ValueError, OSError) as error:
+        return str(error)
+    with metric_files.Writer(directory, resume=4) as writer:
+        return "\n".join(writer.repairs)
+
+
+# kind of file -> kind of damage -> what is said
+SAID = {
+    "config.json": {
+        **dict.fromkeys(("truncated", "zeroed", "one bit flipped", "emptied", "garbage line"),
+                        r"config\.json is not valid JSON: .*: restore this file"),
+        "deleted": r"has files but no config\.json: no run began there",
+        "torn line": r"config\.json is not valid JSON: Extra data: line \d+ .*",
+    },
+    "run.json": {
+        **dict.fromkeys(("truncated", "zeroed", "one bit flipped", "emptied", "garbage line"),
+                        r"run\.json is not valid JSON: .*: remove this file"),
+        "torn line": r"run\.json is not valid JSON: Extra data: line \d+ .*",
+    },
+    "metrics.jsonl": {
+        "truncated": r"ended in an incomplete line of \d+ bytes.*\n.*has no line for steps 2 to 3",
+        "zeroed": r"ended in an incomplete line of \d+ bytes.*\n.*has no line for steps 1 to 3",
+        "one bit flipped": r"metrics\.jsonl line 2 is not JSON: 'utf-8' codec",
+        "deleted": r"metrics\.jsonl has no line for steps 1 to 3",
+        "emptied": r"metrics\.jsonl has no line for steps 1 to 3",
+        "garbage line": r"metrics\.jsonl line 2 is not JSON: 'utf-8' codec",
+        "torn line": r"metrics\.jsonl ended in an incomplete line of 15 bytes: it is dropped",
+    },
+    "events.jsonl": {
+        "truncated": r"events\.jsonl line 2 is incomplete",
+        "zeroed": r"events\.jsonl line 1 is incomplete",
+        "one bit flipped": r"events\.jsonl line [12] is not JSON",
+        "garbage line": r"events\.jsonl line 2 is not JSON: 'utf-8' codec",
+        "torn line": r"events\.jsonl line 3 is incomplete",
+    },
+    "eval/step_000000.json": dict.fromkeys(
+        ("truncated", "zeroed", "one bit flipped", "emptied", "garbage line", "torn line"),
+        r"step_000000\.json is not valid JSON: .*: remove this file, to evaluate again",
+    ),
+    "eval/step_000003.partial.jsonl": dict.fromkeys(
+        ("one bit flipped", "garbage line"),
+        r"partial\.jsonl line [12] is not JSON: .*: remove this file, to evaluate again",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "how"), [(name, how) for name in SAID for how in SAID[name]])
+def test_damage_to_text_is_one_sentence(directory, name, how):
+    damage.LINES[how](directory / name)
+    said = examine(directory)
+    assert re.search(SAID[name][how], said), said
+    assert len(said.splitlines()) <= 2
+    if "metrics.jsonl ended" in said or "has no line" in said:  # what is left is whole
+        text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
+        assert all(json.loads(line)["step"] for line in text.splitlines())
+        assert not text or text.endswith("\n")
+
+
+def test_whole_files_are_not_mentioned(directory):
+    assert examine(directory) == ""
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["[1]"], "line 1 is not a JSON object"),
+        (['{"a": 1}'], "line 1 has no 'step'"),
+        (['{"step": 1}', '{"step": 1}'], "line 2 has step 1, although the line before it has step"),
+        (['{"step": 2}', '{"step": 1}'], "line 2 has step 1, although .* step 2: .* must ascend"),
+        (['{"step": "1"}'], "line 1 has step '1'"),
+        (['{"step": 1, "loss": "high"}'], "line 1 has a value that is not a number"),
+        (['{"step": 1, "loss": [1]}'], "line 1 has a value that is not a number"),
+        (["[" * 100_000], "line 1 is not JSON"),
+    ],
+)
+def test_lines_that_are_not_metrics(directory, lines, said):
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert re.search(rf"metrics\.jsonl {said}", examine(directory))
+
+
+def test_a_start_without_settings_leaves_no_trace(tmp_path):
+    """A kill between the lock and config.json: the next start takes the directory for a new one."""
+    for name in ("rollouts", "eval", "checkpoints"):
+        (tmp_path / name).mkdir()
+    for name in ("lock", "lease.json", "config.json.part"):
+        (tmp_path / name).write_text("{}")
+    assert not workdir.check_directory(tmp_path, SETTINGS)
+    (tmp_path / "eval/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no run began there"):
+        workdir.check_directory(tmp_path, SETTINGS)
