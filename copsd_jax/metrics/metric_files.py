@@ -7,8 +7,10 @@ import pathlib
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from copsd_jax.runtime import storage
 
@@ -62,7 +64,7 @@ class Writer:
         self._file.sync()
         if self._board is None:
             self._board = _rebuild_board(self._folder, [])
-        self._board.append(_build_record(line))
+        self._board.append(b"".join(_build_records([line])))
 
     def close(self) -> None:
         """Closes both files."""
@@ -85,7 +87,10 @@ def check_file(workdir: str | os.PathLike) -> None:
     """
     path = pathlib.Path(workdir) / "metrics.jsonl"
     if path.exists():
-        _read(path)
+        try:
+            _read(path)
+        except ValueError as error:
+            raise ValueError(f"{error}: remove this line") from error
 
 
 def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
@@ -139,16 +144,15 @@ def _rebuild_board(folder: pathlib.Path, rows: list[dict]) -> storage.Appender:
         folder.mkdir(exist_ok=True)
         older = [path for path in folder.iterdir() if "tfevents" in path.name]
     path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
-    storage.write_whole(path, [_build_record({}), *map(_build_record, rows)])
+    storage.write_whole(path, _build_records([{}, *rows]))
     for file in older:
         storage.remove(file)
     return storage.Appender(path)
 
 
-def _build_record(line: Mapping[str, Any]) -> bytes:
-    """Returns a line of metrics.jsonl as a TFRecord with one Event; {} begins an event file."""
+def _build_event(line: Mapping[str, Any]) -> bytes:
+    """Returns a line of metrics.jsonl as a serialized Event; {} begins an event file."""
     # tensorboardX is imported lazily: the import is slow, and some processes write nothing.
-    from tensorboardX import record_writer
     from tensorboardX.proto import event_pb2, summary_pb2
 
     events: Any = event_pb2  # the classes of both modules are unknown to type checkers
@@ -163,7 +167,37 @@ def _build_record(line: Mapping[str, Any]) -> bytes:
         )
     else:
         event.file_version = "brain.Event:2"
-    data = event.SerializeToString()
-    size = struct.pack("<Q", len(data))
-    checks = (struct.pack("<I", record_writer.masked_crc32c(part)) for part in (size, data))
-    return b"".join((size, next(checks), data, next(checks)))
+    return event.SerializeToString()
+
+
+def _build_records(lines: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
+    """Yields each line as a TFRecord: length, its checksum, Event, its checksum."""
+    for start in range(0, len(lines), 1024):
+        events = [_build_event(line) for line in lines[start : start + 1024]]
+        sizes = [struct.pack("<Q", len(event)) for event in events]
+        checks = zip(_compute_checksums(sizes), _compute_checksums(events), strict=True)
+        for size, event, (first, second) in zip(sizes, events, checks, strict=True):
+            yield size + first + event + second
+
+
+def _compute_checksums(texts: Sequence[bytes]) -> list[bytes]:
+    """Returns the masked CRC-32C of each text, as TFRecords have it.
+
+    Many texts are processed together, byte by byte, which takes a tenth of tensorboardX's time.
+    """
+    from tensorboardX import crc32c, record_writer
+
+    if len(texts) < 16:
+        return [struct.pack("<I", record_writer.masked_crc32c(text)) for text in texts]
+    table = np.array(crc32c.CRC_TABLE, np.uint32)
+    sizes = np.array([len(text) for text in texts])
+    longest = max(sizes)
+    bytes_BN = np.frombuffer(b"".join(text.ljust(longest, b"\0") for text in texts), np.uint8)
+    bytes_NB = bytes_BN.reshape(len(texts), longest).T.copy()
+    crc_B = np.full(len(texts), 0xFFFFFFFF, np.uint32)
+    for n in range(longest):
+        step_B = table[(crc_B ^ bytes_NB[n]) & 0xFF] ^ (crc_B >> 8)
+        crc_B = np.where(n < sizes, step_B, crc_B)
+    crc_B = ~crc_B
+    masked_B = (crc_B >> 15 | crc_B << 17) + np.uint32(0xA282EAD8)
+    return [struct.pack("<I", value) for value in masked_B]

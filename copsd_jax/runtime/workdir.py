@@ -251,7 +251,11 @@ def check_files(directory: pathlib.Path) -> None:
       ValueError: a file is damaged; the message names the file and the line.
       StorageError: a file cannot be read.
     """
-    read_events(directory, 0)
+    try:
+        read_events(directory, 0)
+    except ValueError as error:
+        advice = "remove this file, to rebuild it from metrics.jsonl"
+        raise ValueError(f"{error}: {advice}") from error
     for path in sorted((directory / "eval").glob("step_*.json*")):
         try:
             if path.suffix == ".jsonl":

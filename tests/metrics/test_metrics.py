@@ -207,19 +207,49 @@ def test_a_broken_line_is_refused_with_its_number(tmp_path):
     assert path.read_text().count("\n") == 3
 
 
-def test_tensorboard_holds_the_scalars(tmp_path):
+def points(path):
+    """(step, tag, value) of all points in an event file; checks the records' checksums."""
+    from tensorboardX import record_writer
     from tensorboardX.proto import event_pb2
 
-    with metric_files.Writer(tmp_path) as writer:
-        writer.write(7, {"loss": 0.25})
-    (path,) = (tmp_path / "tensorboard").iterdir()
     data, found = path.read_bytes(), []
     while data:  # length, its checksum, record, its checksum
         (size,) = struct.unpack("<Q", data[:8])
+        for part, check in ((data[:8], data[8:12]), (data[12 : 12 + size], data[12 + size :])):
+            assert struct.unpack("<I", check[:4])[0] == record_writer.masked_crc32c(part)
         event = event_pb2.Event.FromString(data[12 : 12 + size])
         found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
         data = data[16 + size :]
-    assert found == [(7, "loss", 0.25)]
+    return found
+
+
+def test_tensorboard_holds_the_scalars(tmp_path):
+    with metric_files.Writer(tmp_path) as writer:
+        writer.write(7, {"loss": 0.25})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert points(path) == [(7, "loss", 0.25)]
+
+
+def test_tensorboard_of_a_continued_run_is_that_of_an_unbroken_one(tmp_path):
+    """Steps behind the checkpoint are in metrics.jsonl; files of any earlier start are replaced."""
+    values = {step: {"loss": step / 7, "long_name_" * step: 2.0**-step} for step in range(1, 41)}
+    values[3]["gap"] = math.inf
+    with metric_files.Writer(tmp_path / "whole", resume=1) as writer:
+        for step in range(1, 41):
+            writer.write(step, values[step])
+    broken = tmp_path / "broken"
+    for first, last in ((1, 20), (18, 30), (31, 40)):
+        with metric_files.Writer(broken, resume=first) as writer:
+            for step in range(first, last + 1):
+                writer.write(step, values[step])
+        for path in (broken / "tensorboard").iterdir():
+            path.write_bytes(path.read_bytes()[:-5])  # torn
+    (broken / "tensorboard/events.out.tfevents.1795888123.host").write_bytes(b"of another version")
+    metric_files.Writer(broken, resume=41).close()
+    (path,) = (broken / "tensorboard").iterdir()
+    (other,) = (tmp_path / "whole/tensorboard").iterdir()
+    assert points(path) == points(other)
+    assert len(points(path)) == 81
 
 
 class Clock:
