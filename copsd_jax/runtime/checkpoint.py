@@ -78,10 +78,33 @@ class Checkpoints:
             raise ValueError(
                 f"no checkpoint of step {step} in {self._directory}: the choices are {self.steps()}"
             )
+        self._compare(step, "", like)
+        return self._checkpointer.load_checkpointables(step, {NAME: like})[NAME]
+
+    def check_part(self, step: int, part: str, like: Any) -> None:
+        """Checks that a field of a saved State has the structure and shapes of `like`.
+
+        Raises:
+          ValueError: the saved field differs from `like`; the message names one difference.
+        """
+        self._compare(step, f".{part}", like)
+
+    def load_part(self, step: int, part: str, like: Any) -> Any:
+        """Loads one field of a saved State, such as `trained`, with the shardings of `like`."""
+        self.check_part(step, part, like)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            folder = str(self._directory.resolve() / str(step))
+            return ocp.load_checkpointables(folder, {NAME: {part: like}})[NAME][part]
+
+    def _compare(self, step: int, prefix: str, like: Any) -> None:
+        """Compares the shapes of the saved leaves whose names begin with `prefix` with `like`."""
         metadata: Any = self._checkpointer.metadata(step).custom_metadata
+        old, new = metadata["shapes"], {prefix + k: v for k, v in _shapes(like).items()}
         saved, wanted = (
             {name: f"{dtype} {tuple(shape)}" for name, (shape, dtype) in shapes.items()}
-            for shapes in (metadata["shapes"], _shapes(like))
+            for shapes in ({k: v for k, v in old.items() if k.startswith(prefix)}, new)
         )
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
@@ -89,4 +112,3 @@ class Checkpoints:
                     f"checkpoint {step} in {self._directory} has {name} = "
                     f"{saved.get(name, 'nothing')}, but the run needs {wanted.get(name, 'nothing')}"
                 )
-        return self._checkpointer.load_checkpointables(step, {NAME: like})[NAME]
