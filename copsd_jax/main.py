@@ -1,9 +1,11 @@
 """Trains according to an experiment card, and evaluates before and after training.
 
-    python -m copsd_jax.main --config=configs/opsd.py[:preset] [--workdir=W] [--config.A.B=X ...]
+    python -m copsd_jax.main --config=configs/opsd.py[:preset] [--workdir=W] [--init_from=W2]
+        [--config.A.B=X ...]
 
 Everything is written into the work directory (default: runs/<config>[-<preset>]). To continue a
-stopped run, give the same command again.
+stopped run, give the same command again. `--init_from` starts a new run from other weights: the
+newest checkpoint of a work directory, a PEFT adapter, or a Hugging Face model.
 
     --dry_run=v5e:4x8 [--dry_run_json=FILE] [--search]
 
@@ -121,6 +123,7 @@ def parse_command(argv: list[str]) -> Command:
         "config", None, "experiment card", flag_values=values, sys_argv=argv[1:]
     )
     workdir = flags.DEFINE_string("workdir", "", "directory of the run", flag_values=values)
+    start = flags.DEFINE_string("init_from", "", "weights to start from", flag_values=values)
     target = flags.DEFINE_string("dry_run", "", "devices to compile for", flag_values=values)
     report = flags.DEFINE_string("dry_run_json", "", "file for the report", flag_values=values)
     search = flags.DEFINE_boolean("search", False, "compile largest sizes", flag_values=values)
@@ -136,6 +139,8 @@ def parse_command(argv: list[str]) -> Command:
     if config.value is None:
         raise ValueError("--config is missing: write, for example, --config=configs/opsd.py")
     config_lib.split_lists(config.value)
+    if start.value:
+        config.value.model.init_from = start.value
     if values["dry_run"].present and not target.value:
         raise ValueError(f"--dry_run is '': the choices are {targets.CHOICES}")
     dry_run = _parse_dry_run(target.value, report.value, search.value)

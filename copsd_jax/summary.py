@@ -11,9 +11,9 @@ from copsd_jax import evaluate
 from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import problem_row
-from copsd_jax.runtime import sharding
-from copsd_jax.training import backends, memory, run_plan
-from copsd_jax.weights import hf
+from copsd_jax.runtime import continuation, sharding
+from copsd_jax.training import backends, builders, memory, run_plan
+from copsd_jax.weights import initial_weights, tokenizer
 
 
 def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> str:
@@ -111,12 +111,24 @@ def _format_counts(counter: collections.Counter) -> str:
 
 def collect_facts(plan: run_plan.Plan) -> dict:
     """Returns the facts that run.json records at each start: devices, fingerprints and counts."""
-    path, drawn = plan.weights_path, plan.config.model.init == "random"
+    c, path = plan.config, plan.weights_path
+    languages = {"languages_file": pathlib.Path(c.languages_file)} if c.languages_file else {}
+    functions = {"reward.kind": c.reward.kind, "tokens.select": c.tokens.select}
+    served = {f"root of {c.sampler.model}": plan.server.root} if plan.server else {}
     return {
+        **continuation.collect_environment(),
+        "identity": {
+            "tokenizer": tokenizer.fingerprint(plan.tokenizer),
+            "jax": continuation.read_jax_options(),
+            "languages": continuation.fingerprint_files(languages),
+            "functions": continuation.fingerprint_functions(functions),
+            "served": served,
+        },
         "devices": [str(device) for device in plan.mesh.devices.flat],
-        "seed": plan.config.seed,
+        "seed": c.seed,
         "model": str(path),
-        "model_fingerprint": "" if drawn else hf.fingerprint_weights(path),
+        "model_fingerprint": initial_weights.fingerprint_base(plan.start, path, c.model.init),
+        "init_fingerprint": initial_weights.fingerprint_source(plan.start),
         "data_fingerprint": problem_row.compute_fingerprint(plan.rows),
         "eval_fingerprint": problem_row.compute_fingerprint(plan.eval_rows),
         "exemplars_fingerprint": problem_row.compute_fingerprint(plan.student.exemplars),
@@ -124,6 +136,22 @@ def collect_facts(plan: run_plan.Plan) -> dict:
         "dropped": dict(plan.dropped),
         "eval_dropped": dict(plan.eval_dropped),
     }
+
+
+def summarize_new_schedule(c: config_lib.Config, before: int, done: int) -> str:
+    """Describes in one line the learning rate of a run whose train.steps has changed.
+
+    Args:
+      c: the settings of the run, with the new number of steps.
+      before: the former number of steps.
+      done: the number of steps already done.
+    """
+    old, new = (float(builders.build_optimizer(c, n)[1](done)) for n in (before, c.train.steps))
+    end = "" if c.train.schedule == "constant" else f" and falls to 0 at step {c.train.steps}"
+    return (
+        f"train.steps was {before}, now {c.train.steps}: the learning rate of step {done + 1} is "
+        f"{new:.3g} instead of {old:.3g}{end} ({c.train.schedule} schedule)"
+    )
 
 
 def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:

@@ -15,9 +15,18 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import table
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import batches, languages
-from copsd_jax.runtime import checkpoint, processes, run_lock, sharding, signals, workdir
+from copsd_jax.runtime import (
+    checkpoint,
+    continuation,
+    processes,
+    run_lock,
+    sharding,
+    signals,
+    workdir,
+)
 from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
 from copsd_jax.training.train_step import State
+from copsd_jax.weights import hub, initial_weights
 
 
 def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_plan.Plan, bool]:
@@ -35,14 +44,34 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
         the directory cannot be written to. The error's message is one sentence.
     """
     processes.run_on_leader(lambda: run_lock.check(directory))
-    known = workdir.check_directory(directory, config_lib.flat(config))
+    found = continuation.compare_settings(directory, config_lib.flat(config))
+    config_lib.assign(config, found.taken)
+    _choose_at_start(config, directory)
     plan = run_plan.make_plan(config)
     builders.check_row_budget(plan)
-    if known:
-        workdir.check_fingerprints(directory, summary.collect_facts(plan))
+    config.model.commit = config.model.commit or hub.find_commit(plan.weights_path)
+    lines = found.notes
+    if found.known:
+        lines += continuation.compare_facts(directory, summary.collect_facts(plan), found.changed)
         processes.run_on_leader(lambda: workdir.check_files(directory))
         processes.run_on_leader(lambda: metric_files.check_file(directory))
-    return plan, known
+    if "train.steps" in found.changed:
+        done = continuation.count_steps(directory)
+        lines.append(summary.summarize_new_schedule(config, found.changed["train.steps"][0], done))
+    if lines:
+        print(*lines, sep="\n", flush=True)
+    return plan, found.known
+
+
+def _choose_at_start(config: config_lib.Config, directory: pathlib.Path) -> None:
+    """Replaces the settings whose value is chosen at a run's first start, in place."""
+    model = config.model
+    config.prompt.date = config.prompt.date or continuation.choose_date(directory)
+    former = pathlib.Path(continuation.read_first_fact(directory, "model", ""))
+    model.commit = model.commit or hub.find_commit(former)
+    model.init_from = processes.run_on_leader(
+        lambda: initial_weights.name_checkpoint(model.init_from)
+    )
 
 
 def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None:
@@ -231,14 +260,12 @@ def _warms_up(plan: run_plan.Plan) -> bool:
 def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:
     """Returns the evaluation of a step, or None if there are no problems to evaluate.
 
-    If the evaluation's file already exists, the result is read from the file.
+    If the evaluation's file already has all problems, the result is read from the file.
     """
     if not r.plan.eval_rows:
         return None
     path = workdir.step_file(directory, "eval", step)
-    known = processes.run_on_leader(
-        lambda: workdir.read_evaluation(path) if path.is_file() else None
-    )
+    known = processes.run_on_leader(lambda: evaluate.read_evaluation(path, r.plan.eval_rows))
     if known is not None:
         return known
     # An evaluation may be left at any time, because its completions are kept.

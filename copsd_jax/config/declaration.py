@@ -1,5 +1,6 @@
 """The declaration of one setting: its default, comment, allowed values, and conditions."""
 
+import datetime
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,11 +24,11 @@ class Choices(NamedTuple):
 
 
 class Range(NamedTuple):
-    """The allowed values of a setting whose value is a number.
+    """The allowed values of a setting whose value is a number or a date.
 
     Attributes:
       words: the words that describe the range in the sentence "it must be ...".
-      holds: a function that returns whether a number is in the range.
+      holds: a function that returns whether a value is in the range.
       largest: an additional upper limit for integers.
     """
 
@@ -120,6 +121,16 @@ SHARE = Range("above 0 and at most 1 (1 is off)", lambda value: 0 < value <= 1)
 TEMPERATURE = Range(
     "0 (greedy) or at least 0.0001, and finite", lambda value: not value or 1e-4 <= value < math.inf
 )
+
+
+def _is_date(value: str) -> bool:
+    try:
+        return not value or datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
+
+
+DATE = Range("a date such as 2026-01-31, or ''", _is_date)
 DUAL_CLIP = Range("above 1 (0 is off)", lambda value: value == 0 or 1 < value < math.inf)
 
 

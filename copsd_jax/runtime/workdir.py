@@ -22,37 +22,20 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import processes, storage
 
-# Settings that cannot change the numbers of a run. A run may be continued with other values of
-# these settings.
-CHANGEABLE = (
-    *("description", "mesh.", "train.save_", "train.keep", "train.grace", "train.log_rollouts"),
-    "eval.every",
-    # Settings that decide only how the same tokens are arranged in rows.
-    *("rollout.slots", "eval.slots", "author.slots"),
-    *("train.pack", "train.row_tokens", "train.micro_tokens"),
-    # Settings that change only the shapes of matrix products, so that sampled texts change only
-    # through rounding.
-    *("sampler.steps", "sampler.pack", "sampler.attention", "sampler.gather", "sampler.warmup"),
-    *("model.attention", "model.remat"),
-    # Settings that change how a server is reached, but not the content of requests. A continued run
-    # counts as the same run, even if the server fails or replies differently.
-    *("sampler.url", "sampler.folder"),
-    *(
-        f"{section}.{name}"
-        for section in ("author", "sampler")
-        for name in ("timeout", "retries", "backoff", "concurrency", "key_env")
-    ),
-)
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers grain ml-collections numpy".split()
 
 
-def _listed(value: object) -> object:
-    return [_listed(item) for item in value] if isinstance(value, tuple | list) else value
+def listed(value: Any) -> Any:
+    """Returns a value as JSON gives it back: tuples become lists, inside a dict too."""
+    if isinstance(value, Mapping):
+        return {name: listed(item) for name, item in value.items()}
+    return [listed(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def check_writable(directory: pathlib.Path, flag: str) -> None:
@@ -73,62 +56,13 @@ def check_writable(directory: pathlib.Path, flag: str) -> None:
         raise PermissionError(f"{flag}={directory}: {problem}") from error
 
 
-def _has_files(directory: pathlib.Path) -> bool:
+def has_files(directory: pathlib.Path) -> bool:
     """Returns whether a directory has files other than those of a start that wrote no settings."""
     ours = ("lock", "lease.json")
     return directory.exists() and any(
         path.is_file() and path.name not in ours and not path.name.endswith(storage.PART)
         for path in directory.rglob("*")
     )
-
-
-def check_directory(directory: pathlib.Path, settings: dict[str, object]) -> bool:
-    """Returns whether the directory already contains this run; writes nothing.
-
-    Raises:
-      ValueError: the directory belongs to a run with other settings (the message names these
-        settings), or contains files that do not belong to a run.
-      OSError: the directory cannot be written to.
-    """
-    check_writable(directory, "--workdir")
-    if not _has_files(directory):
-        return False
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"--workdir={directory} has files but no config.json: no run began there")
-    # If a setting was added to the program after the run began, the run used the setting's default
-    # value.
-    defaults = config_lib.flat(config_lib.default())
-    old = {name: _listed(value) for name, value in defaults.items()} | read_settings(directory)
-    differences = [
-        f"{name} was {old.get(name)!r}, now {_listed(settings.get(name))!r}"
-        for name in sorted(old.keys() | settings.keys())
-        if old.get(name) != _listed(settings.get(name)) and not name.startswith(CHANGEABLE)
-    ]
-    if differences:
-        raise ValueError(
-            f"--workdir={directory} belongs to another run ({'; '.join(differences)}): "
-            "choose another directory, or use the same settings"
-        )
-    return True
-
-
-def check_fingerprints(directory: pathlib.Path, facts: dict) -> None:
-    """Checks that the data and the model are the same as when the run began.
-
-    Raises:
-      ValueError: the data or the weights have changed; the message names the changed fingerprints.
-    """
-    path = directory / "run.json"
-    if not path.is_file():  # the run stopped before it wrote run.json: nothing was trained
-        return
-    old = _read_starts(path)[0]
-    # A fingerprint that the run did not record is not compared.
-    now = {name: fact for name, fact in facts.items() if name.endswith("fingerprint")}
-    if changed := [name for name, fact in now.items() if old.get(name, fact) != fact]:
-        raise ValueError(
-            f"--workdir={directory} was begun with different data or weights ({', '.join(changed)} "
-            "changed since): choose another directory, or restore the files"
-        )
 
 
 def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
@@ -152,21 +86,28 @@ def create(directory: pathlib.Path, settings: dict[str, object], facts: dict) ->
         )
 
 
+def list_versions() -> dict[str, str]:
+    """Returns the versions of the packages that compute the numbers of a run."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
 def _write_workdir(directory: pathlib.Path, settings: dict[str, object], facts: dict) -> None:
     with storage.explain(directory):
         for name in ("rollouts", "eval", "checkpoints"):
             (directory / name).mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", {k: _listed(v) for k, v in settings.items()})
+    write_json(directory / "config.json", listed(settings))
     path = directory / "run.json"
-    starts = _read_starts(path) if path.is_file() else []
+    starts = read_starts(path) if path.is_file() else []
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "commit": _commit(),
+        "versions": list_versions(),
+        "commit": read_commit(),
         **facts,
     }
+    if not starts:  # a continued run keeps the defaults with which it began
+        start["defaults"] = listed(config_lib.flat(config_lib.default()))
     write_json(path, {"starts": [*starts, start]})
 
 
@@ -189,7 +130,7 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
     return config_lib.without_retired(settings, f"--workdir={directory}")
 
 
-def _read_starts(path: pathlib.Path) -> list[dict]:
+def read_starts(path: pathlib.Path) -> list[dict]:
     """Reads run.json; returns its entries, one for each start of the run."""
     advice = "remove this file, to continue without comparing data and weights"
     try:
@@ -284,7 +225,7 @@ def step_file(directory: pathlib.Path, kind: str, step: int) -> pathlib.Path:
     return directory / kind / f"step_{step:06d}.{suffix}"
 
 
-def _commit() -> str:
+def read_commit() -> str:
     """Returns the commit of the code, or '' if the code is not in a git checkout."""
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
     try:

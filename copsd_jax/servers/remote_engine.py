@@ -56,6 +56,7 @@ class EngineServer:
       max_model_len: maximum number of tokens of a prompt and its completion together; None means
         the server's limit.
       adapter: the adapter's name on the server, set by `hand_over`; "" means the base model.
+      root: the file or repository of the model, as the server reports it; "" if it does not.
     """
 
     api: client.Server
@@ -63,6 +64,7 @@ class EngineServer:
     logprobs: str
     max_model_len: int | None = None
     adapter: str = ""
+    root: str = ""
 
 
 # ------------------------------------------------------------------------------------ generate
@@ -280,7 +282,7 @@ def check_server(server: EngineServer) -> None:
 
 
 def connect_server(server: EngineServer) -> EngineServer:
-    """Fetches the server's list of models; returns the server with max_model_len filled in.
+    """Fetches the server's list of models; returns the server with max_model_len and root.
 
     Raises:
       ValueError: a setting is invalid, the server lacks the model `api.model`, or the server's
@@ -292,14 +294,15 @@ def connect_server(server: EngineServer) -> EngineServer:
     if api.model not in served:
         names = ", ".join(map(repr, served)) or "nothing"
         raise ValueError(f"sampler.model is {api.model!r}: {api.url} serves {names}")
-    asked, length = server.max_model_len, served[api.model]
+    asked, length = server.max_model_len, served[api.model].get("max_model_len")
     if asked and length and asked > length:
         raise ValueError(f"sampler.max_model_len is {asked}: {api.url} allows at most {length}")
-    return dataclasses.replace(server, max_model_len=asked or length)
+    root = str(served[api.model].get("root") or "")
+    return dataclasses.replace(server, max_model_len=asked or length, root=root)
 
 
-def list_models(server: EngineServer) -> dict[str, int | None]:
-    """Returns {name of model or adapter: maximum number of tokens, or None if the reply lacks it}.
+def list_models(server: EngineServer) -> dict[str, dict]:
+    """Returns the server's description of each model and adapter, by name.
 
     Raises:
       OSError: the server gives no valid reply.
@@ -307,7 +310,7 @@ def list_models(server: EngineServer) -> dict[str, int | None]:
 
     def read(body: bytes) -> client.Outcome:
         entries = json.loads(body)["data"]
-        return client.Outcome("ok", {e["id"]: e.get("max_model_len") for e in entries})
+        return client.Outcome("ok", {entry["id"]: dict(entry) for entry in entries})
 
     what = client.HttpCall(_address(server, "{base}/models"), None, read)
     return _call_server(server, what, "list its models")

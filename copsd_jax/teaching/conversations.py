@@ -47,6 +47,8 @@ class PromptFormat:
       languages: the languages by code.
       exemplars: the worked examples before every prompt.
       form: "plain", or "step_tags" if each step of an answer is written in `<step_k>` tags.
+      date: the date that the chat template may show as today's date, such as "2026-01-31"; "" for
+        the current date.
     """
 
     template: str
@@ -55,6 +57,7 @@ class PromptFormat:
     languages: Mapping[str, languages.Language]
     exemplars: tuple[problem_row.Row, ...] = ()
     form: str = "plain"
+    date: str = ""
 
 
 def join_lines(text: str) -> str:

@@ -4,6 +4,7 @@ The student's conversation is `conversations.STUDENT`; `contexts` builds the tea
 """
 
 import dataclasses
+import datetime
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -61,14 +62,33 @@ def has_thinking(tokenizer: Tokenizer) -> bool:
     )
 
 
-def _render_chat_template(tokenizer: Tokenizer, messages: list[dict], thinking: str) -> str:
+def _render_chat_template(
+    tokenizer: Tokenizer, messages: list[dict], thinking: str, date: str = ""
+) -> str:
     """Renders messages with the chat template, up to the start of the assistant's turn."""
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    template: Any = tokenizer.chat_template
+    if date and "strftime_now" in template:
+        options["chat_template"] = _fix_date(date) + template
     if thinking != "none":
         options["enable_thinking"] = thinking != "off"
     text = tokenizer.apply_chat_template(messages, **options)
     assert isinstance(text, str)  # tokenize=False gives a str; the annotation allows other types
     return text
+
+
+@functools.cache
+def _fix_date(date: str) -> str:
+    """Returns a macro that makes `strftime_now` of a chat template give a fixed date, at midnight.
+
+    transformers passes only plain data to a template, so the function that reads the clock can be
+    replaced only by a macro in front of the template. The newline after the macro is removed
+    by the template engine.
+    """
+    day = datetime.datetime.fromisoformat(date)
+    codes = [sign + letter for letter in "aAbBcdeHIjmMpSUwWxXyY" for sign in ("%-", "%")]
+    filters = "".join(f" | replace('{code}', '{day.strftime(code)}')" for code in codes)
+    return f"{{% macro strftime_now(form) %}}{{{{ form{filters} }}}}{{% endmacro %}}\n"
 
 
 def check_thinking(tokenizer: Tokenizer, template: str, thinking: str, setting: str) -> None:
@@ -108,17 +128,19 @@ def _find_state(text: str, thinking: str) -> str:
 
 
 def _build_chat_prompt(
-    tokenizer: Tokenizer, thinking: str, messages: list[dict], start: int, opening: str
-) -> Prompt:
+    tokenizer: Tokenizer, prompt_format: PromptFormat, messages: list[dict], start: int,
+    opening: str,
+) -> Prompt:  # fmt: skip
     """Renders messages with the chat template and encodes them.
 
     The messages before index `start` become the prefix. `opening` is the text inside the think
     block that `thinking="prefix"` opens.
     """
+    thinking = prompt_format.thinking
     guard = text_encoding.Guard(tokenizer, [message["content"] for message in messages] + [opening])
     guarded = [{**message, "content": guard(message["content"])} for message in messages]
     guarded[start]["content"] = guard.mark + guarded[start]["content"]
-    text = _render_chat_template(tokenizer, guarded, thinking)
+    text = _render_chat_template(tokenizer, guarded, thinking, prompt_format.date)
     if text.count(guard.mark) != 1:
         raise ValueError("the chat template does not show each message exactly once")
     state = _find_state(text, thinking)
@@ -213,7 +235,7 @@ def build_prompt(
     start = len(messages)
     messages += conversations.render_messages(prompt_format, row, conversation)
     opening = prompt_format.languages[row.lang].think_prefix.strip()
-    return _build_chat_prompt(tokenizer, prompt_format.thinking, messages, start, opening)
+    return _build_chat_prompt(tokenizer, prompt_format, messages, start, opening)
 
 
 def encode_target(

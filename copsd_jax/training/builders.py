@@ -14,6 +14,7 @@ from copsd_jax.runtime import sharding
 from copsd_jax.sampler import handover, request
 from copsd_jax.teaching import contexts, prompts
 from copsd_jax.training import backends, layout, prompt_lengths, row_packing, run_plan, train_step
+from copsd_jax.weights import initial_weights
 
 ADAPTER_STREAM = 1001  # index of the adapter's random stream; the sampler's streams start at 0
 
@@ -137,22 +138,26 @@ def build_hand_over(frame: run_plan.ProgramPlan, frozen: dict, **call: Any) -> h
 def build_initializer(frame: run_plan.ProgramPlan, tx: Any) -> Callable[..., Any]:
     """Builds the function that makes the State at step 0 from the base parameters.
 
-    The trained tree of the State is either a new adapter or a float32 copy of all weights. A new
-    adapter is made without reading the base parameters.
+    The trained tree of the State is the tree to start from, if there is one; otherwise, it is
+    either a new adapter or a float32 copy of all weights. A new adapter is made without reading the
+    base parameters.
 
     Args:
       frame: the plan of the run's programs.
       tx: the optimizer.
     """
     c = frame.config
+    keep = initial_weights.keeps_adapter(c.model.init_from, c.train.trainable)
 
-    def begun(base: dict) -> train_step.State:
-        if c.train.trainable == "lora":
+    def begun(base: dict, start: dict | None = None) -> train_step.State:
+        if start is not None:
+            trained = start
+        elif c.train.trainable == "lora":
             key = jax.random.fold_in(jax.random.key(c.seed), ADAPTER_STREAM)
             trained = lora.init_adapter(frame.model_config, c.lora.rank, c.lora.targets, key)
         else:
             trained = jax.tree.map(lambda x: x.astype(jnp.float32), base)
-        return train_step.init_train_state(trained, tx, teacher_weights(c))
+        return train_step.init_train_state(trained, tx, teacher_weights(c), keep)
 
     return begun
 

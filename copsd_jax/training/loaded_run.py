@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import shutil
 import weakref
@@ -23,7 +24,7 @@ from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import conversations, prompts, text_encoding
 from copsd_jax.training import builders, run_plan, train_step
-from copsd_jax.weights import hf, peft
+from copsd_jax.weights import hf, initial_weights, peft
 
 # Index of the random stream from which initial weights are drawn. The sampler's streams are
 # numbered from 0; builders.ADAPTER_STREAM is 1001.
@@ -123,12 +124,16 @@ def load_run(
       ValueError: the engine is a server, and neither sampler.folder nor `folder` names a folder.
     """
     config = plan.config
-    decoder, base = builders.build_decoder(plan), _load_run_weights(plan)
+    decoder = builders.build_decoder(plan)
+    base, start = initial_weights.load_initial(
+        plan.start, functools.partial(_load_run_weights, plan), plan.model_config, plan.dtype,
+        config.train.trainable, functools.partial(builders.find_shardings, frame=plan),
+    )  # fmt: skip
     frozen = builders.choose_frozen(config, base)
     tx, rate = builders.build_optimizer(config, steps)
     options = builders.build_options(plan)
     trained = base if config.train.trainable == "full" else {}
-    state = _born(builders.build_initializer(plan, tx), plan, trained)
+    state = _born(builders.build_initializer(plan, tx), plan, trained, start)
     step = builders.build_step(plan, decoder, tx, options, state)
     teacher_kv = None
     if options.teacher == "fixed" and plan.teacher.exemplars and plan.rows:
@@ -171,9 +176,12 @@ def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
     return jax.jit(make, out_shardings=places)(*args)
 
 
-def _load_run_weights(plan: run_plan.Plan) -> dict:
-    """Returns the base parameters; each process reads only the parts that its own devices hold."""
-    if plan.config.model.init == "random":
+def _load_run_weights(plan: run_plan.Plan, folder: pathlib.Path | None = None) -> dict:
+    """Returns the base parameters; each process reads only the parts that its own devices hold.
+
+    If a folder is given, its weights are loaded instead of those of model.path.
+    """
+    if folder is None and plan.config.model.init == "random":
 
         def make() -> dict:
             key = jax.random.fold_in(jax.random.key(plan.config.seed), WEIGHTS_STREAM)
@@ -186,7 +194,7 @@ def _load_run_weights(plan: run_plan.Plan) -> dict:
         spec = sharding.partition_spec("/".join(path), shape, plan.mesh, heads)
         return sharding.load_shards(shape, NamedSharding(plan.mesh, spec), part)
 
-    return hf.load_params(plan.weights_path, plan.model_config, plan.dtype, put)
+    return hf.load_params(folder or plan.weights_path, plan.model_config, plan.dtype, put)
 
 
 @contextlib.contextmanager

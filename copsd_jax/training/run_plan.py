@@ -31,7 +31,7 @@ from copsd_jax.teaching import (
     token_selection,
 )
 from copsd_jax.training import backends, guards, model_headers, prompt_lengths, table_rules
-from copsd_jax.weights import hf, hub, tokenizer
+from copsd_jax.weights import hf, hub, initial_weights, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Plan(ProgramPlan):
 
     Attributes:
       weights_path: the model's file or folder.
+      start: the folder of other weights to start from (model.init_from); None for none.
       tokenizer: the tokenizer named by model.tokenizer or, if this setting is empty, the model's
         own tokenizer.
       vocabulary: the ids that may be sampled, their bytes, and the ids that end a text.
@@ -81,6 +82,7 @@ class Plan(ProgramPlan):
     """
 
     weights_path: pathlib.Path
+    start: initial_weights.Source | None
     tokenizer: text_encoding.Tokenizer
     vocabulary: request.Vocabulary
     special_ids: tuple[int, ...]
@@ -137,6 +139,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     if train:
         setting_rules.check_shards(config, sharding.batch_shards(mesh))
         backends.choose_loss(config, sharding.platform(mesh))
+    start = initial_weights.find_source(config.model.init_from)
     path, shape, tok = model_headers.read_headers(config)
     dtype = model_headers.choose_dtype(config.model.dtype, mesh)
     backends.check_attention(config, sharding.platform(mesh), dtype, shape)
@@ -156,10 +159,11 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     longest["teacher"] = prompt_lengths.bound_teacher(config, context, shape, longest["teacher"])
     if config.model.init == "pretrained":
         # Weights are downloaded last, when everything else has been accepted.
-        path = hub.resolve_model_path(config.model.path, config.model.revision)
+        path = hub.resolve_model_path(config.model.path, model_headers.choose_revision(config))
         hf.check_weights(path, shape)
+    initial_weights.check_source(start, config_lib.flat(config), shape, path)
     return Plan(
-        config, mesh, dtype, shape, path, tok,
+        config, mesh, dtype, shape, path, start, tok,
         request.Vocabulary(
             tokenizer.mark_valid_ids(tok, shape.vocab_size), tokenizer.list_token_bytes(tok),
             tokenizer.find_stop_ids(tok, path),
@@ -211,9 +215,10 @@ def _plan_prompt_formats(config, registry, exemplars, tok) -> dict[str, conversa
     if opening["author"] == "as_teacher":
         opening["author"] = opening["teacher"]
     p = config.prompt
+    shots = {"author": ()}
     sides = {
         name: conversations.PromptFormat(
-            p.template, thinking, p.answer, registry, () if name == "author" else exemplars, p.form
+            p.template, thinking, p.answer, registry, shots.get(name, exemplars), p.form, p.date
         )
         for name, thinking in opening.items()
     }
@@ -261,10 +266,7 @@ def load_run_config(directory: pathlib.Path) -> config_lib.Config:
             f"--workdir={directory} was written by another version of this program: it has the "
             f"unknown settings {sorted(unknown)}"
         )
-    for name, value in saved.items():
-        section, _, key = name.rpartition(".")
-        node = config[section] if section else config
-        node[key] = tuple(value) if isinstance(value, list) else value
+    config_lib.assign(config, saved)
     # The mesh and the kernels of the saved run may not suit this machine.
     config.mesh.update(config_lib.default().mesh)
     config.model.attention = config.sampler.attention = "auto"

@@ -56,13 +56,14 @@ from copsd_jax.training import layout
 class State(NamedTuple):
     """The state that a step updates.
 
-    `trained` and `ema` are float32 trees of the same structure.
+    `trained` and `ema` are float32 trees of the same structure. For teachers other than ema, `ema`
+    is the adapter of the initial policy, which never changes, or None if that policy has none.
     """
 
     step: jax.Array  # int32 scalar: number of completed steps
     trained: dict
     optimizer: optax.OptState
-    ema: dict | None  # None unless teacher.weights=ema; equals `trained` at step 0
+    ema: dict | None  # equals `trained` at step 0, or is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,12 +173,15 @@ def make_optimizer(
     return optax.chain(*chain), rate
 
 
-def init_train_state(trained: dict, tx: optax.GradientTransformation, teacher: str) -> State:
+def init_train_state(
+    trained: dict, tx: optax.GradientTransformation, teacher: str, keep: bool = False
+) -> State:
     """Returns the training state at step 0.
 
-    With teacher.weights=ema, the average begins as a copy of the trained tree.
+    With teacher.weights=ema, the average begins as a copy of the trained tree. With `keep`, the
+    trained tree is an adapter that is not zero, and a copy of it belongs to the initial policy.
     """
-    ema = jax.tree.map(jnp.copy, trained) if teacher == "ema" else None
+    ema = jax.tree.map(jnp.copy, trained) if keep or teacher == "ema" else None
     return State(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema)
 
 
@@ -188,10 +192,11 @@ def derive_policies(
 
     With LoRA, `frozen` contains the base parameters, and a `fixed` teacher is the base model
     without an adapter. A `fixed` teacher equals the initial policy, because a new adapter has no
-    effect. With full fine-tuning, `frozen` contains the initial weights if the run needs them. With
-    a trust region, the returned teacher is the initial policy, and `list_teacher_mixture` adds the
-    student's share. If a run with a trust region has author.kind=teacher, the initial policy alone
-    writes the contexts.
+    effect. If the run starts from another adapter (model.init_from), the teacher has that adapter,
+    which `state.ema` keeps. With full fine-tuning, `frozen` contains the initial weights if the run
+    needs them. With a trust region, the returned teacher is the initial policy, and
+    `list_teacher_mixture` adds the student's share. If a run with a trust region has
+    author.kind=teacher, the initial policy alone writes the contexts.
 
     Args:
       state: the training state; only `trained` and `ema` are read.
@@ -203,7 +208,7 @@ def derive_policies(
     side = functools.partial(policy_lib.Policy, scale=options.adapter_scale)
     if options.trainable == "lora":
         teacher = {
-            "fixed": None, "trust_region": None, "live": state.trained, "ema": state.ema,
+            "fixed": state.ema, "trust_region": state.ema, "live": state.trained, "ema": state.ema,
         }[options.teacher]  # fmt: skip
         return side(frozen, state.trained), side(frozen, teacher)
     cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)  # noqa: E731
@@ -366,7 +371,8 @@ def _build_micro_batch_loss(
         mix = list_teacher_mixture(still, teacher, options) if options.divergence else ()
         kvs = teacher_kv if mix and teacher_kv is not None else [None] * len(mix)
         sides += [(side, micro.teacher, kv) for (_, side), kv in zip(mix, kvs, strict=True)]
-        initial = policy_lib.Policy(frozen, scale=options.adapter_scale)
+        kept = None if options.teacher == "ema" else state.ema
+        initial = policy_lib.Policy(frozen, kept, options.adapter_scale)
         if policy and policy.kl:
             sides.append((initial, micro.student, encode(initial)))
         hidden_s, *others = _compute_side_states(decoder, sides)
@@ -555,14 +561,14 @@ def _split_micro_batches(batch: layout.Batch, n: int) -> layout.Batch:
 
 
 def _update_teacher_average(ema: dict | None, trained: dict, options: Options) -> dict | None:
-    """Returns decay · average + (1 - decay) · new in float32, or None if there is no average.
+    """Returns decay · average + (1 - decay) · new in float32; without an average, returns `ema`.
 
     In bfloat16, an average with a decay of 0.999 would not change, because rounding would remove
     the small updates. The two factors of an adapter are averaged separately, as in the published
     method. The product of the averages differs from the average of the products.
     """
-    if ema is None:
-        return None
+    if ema is None or options.teacher != "ema":
+        return ema
     decay = jnp.asarray(options.ema_decay, jnp.float32)
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, trained)
 

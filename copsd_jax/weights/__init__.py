@@ -1,4 +1,4 @@
 """Files that hold weights, adapters or tokenizers, and the local paths of models.
 
-May import: model.
+May import: runtime, model.
 """

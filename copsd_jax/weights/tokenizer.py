@@ -6,6 +6,8 @@ of the tokens.
 """
 
 import functools
+import hashlib
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +17,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from copsd_jax.weights import gguf_files, hf_config
+from copsd_jax.weights import gguf_files, hf_config, hub
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types in GGUF files
 
@@ -64,6 +66,22 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the tokenizer in {path} cannot be read: {reason}") from error
+
+
+def fingerprint(tok: transformers.PreTrainedTokenizerFast) -> dict[str, str]:
+    """Returns the SHA-256 of the tokenizer's content and of each of its files, by name.
+
+    A tokenizer from a GGUF file has no files of its own, so only its content is hashed.
+
+    Args:
+      tok: the tokenizer, from `load`.
+    """
+    content = json.dumps([tok.backend_tokenizer.to_str(), tok.chat_template])
+    parts = {"tokenizer content": content.encode()}
+    if tok.name_or_path:
+        files = [pathlib.Path(tok.name_or_path) / name for name in hub.TOKENIZER_FILES]
+        parts |= {file.name: file.read_bytes() for file in files if file.is_file()}
+    return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
 
 
 def _choose_splitter(fields: Mapping[str, Any], path: pathlib.Path) -> tuple:

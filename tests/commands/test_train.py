@@ -1,5 +1,6 @@
 """Oracles: an unbroken run for a broken one; recomputation of what the files say."""
 
+import dataclasses
 import json
 
 import jax
@@ -226,3 +227,31 @@ def test_evaluation_groups_and_comparison():
     better["scores"] = {k: {**v, "avg_at_n": 1.0} for k, v in result["scores"].items()}
     table = evaluate.format_eval_comparison(result, better)
     assert "+100.0" in table
+
+
+def test_evaluations_are_compared_on_the_problems_that_both_have(whole, tmp_path):
+    """Oracle: the comparison of the parts that are the same problems."""
+    path = whole / "eval/step_000000.json"
+    before = json.loads(path.read_text())
+    after = json.loads(json.dumps(before))
+    for problem in after["problems"]:
+        problem["samples"][0]["correct"] = True
+    rows = after["problems"]
+    same = {"problems": [row for row in before["problems"] if row["id"] != rows[-1]["id"]]}
+    changed = [*rows[:-1], rows[-1] | {"problem": "another text"}, rows[-1] | {"id": "another"}]
+    table = evaluate.format_eval_comparison(before, after | {"problems": changed[::-1]})
+    assert table == evaluate.format_eval_comparison(same, after)
+    assert table != evaluate.format_eval_comparison(before, after)
+
+
+def test_an_evaluation_that_lacks_problems_is_not_reused(whole, capsys):
+    path = whole / "eval/step_000000.json"
+    with runs.loaded("copsd", **SETTINGS) as (r, _):
+        rows = r.plan.eval_rows
+    assert evaluate.read_evaluation(path, rows) == json.loads(path.read_text())
+    assert evaluate.read_evaluation(path, rows[:1]) is not None
+    assert capsys.readouterr().out == ""
+    more = [*rows, dataclasses.replace(rows[0], id="another")]
+    assert evaluate.read_evaluation(path, more) is None
+    assert f"lacks 1 of {len(more)} problems: they are all evaluated" in capsys.readouterr().out
+    assert evaluate.read_evaluation(path.with_name("step_000009.json"), rows) is None

@@ -14,7 +14,7 @@ from test_checkpoint import assert_same, make_state, save
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import metric_files
-from copsd_jax.runtime import checkpoint, workdir
+from copsd_jax.runtime import checkpoint, continuation, workdir
 
 SETTINGS = config_lib.flat(config_lib.default())
 
@@ -106,8 +106,8 @@ def directory(tmp_path):
 def examine(directory):
     """What a start says about the files: the sentence of a refusal, or lines about repairs."""
     try:
-        assert workdir.check_directory(directory, SETTINGS)
-        workdir.check_fingerprints(directory, {"data_fingerprint": "1"})
+        assert continuation.compare_settings(directory, SETTINGS).known
+        continuation.compare_facts(directory, {"data_fingerprint": "1"}, ())
         workdir.check_files(directory)
         metric_files.check_file(directory)
     except (ValueError, OSError) as error:
@@ -196,7 +196,7 @@ def test_a_start_without_settings_leaves_no_trace(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("lock", "lease.json", "config.json.part"):
         (tmp_path / name).write_text("{}")
-    assert not workdir.check_directory(tmp_path, SETTINGS)
+    assert not continuation.compare_settings(tmp_path, SETTINGS).known
     (tmp_path / "eval/notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="no run began there"):
-        workdir.check_directory(tmp_path, SETTINGS)
+        continuation.compare_settings(tmp_path, SETTINGS)

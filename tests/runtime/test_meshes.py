@@ -18,16 +18,19 @@ SCRIPT = conftest.ROOT / "tests" / "mesh_process.py"
 ONE = (1, 1, 1)
 
 
-def outcome(folder: pathlib.Path, card: str, sizes: tuple[int, int, int], processes: int = 1):
-    """What the script wrote, by name."""
+def outcome(
+    folder: pathlib.Path, card: str, sizes: tuple[int, int, int], processes: int = 1,
+    script: pathlib.Path = SCRIPT, more: tuple[str, ...] = (),
+):  # fmt: skip
+    """What the script wrote, by name; `more` are further arguments of the script."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     file = folder / f"{card}_{'_'.join(map(str, sizes))}_{processes}.npz"
     started = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), card, *map(str, sizes), str(file), str(rank),
-             str(processes), str(port)],
+            [sys.executable, str(script), card, *map(str, sizes), str(file), str(rank),
+             str(processes), str(port), *more],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(processes)
@@ -85,3 +88,19 @@ def test_a_mesh_changes_nothing(alone, tmp_path, card, sizes, processes):
     assert len({tuple(row) for row in one["tokens 0"].tolist()}) > 8
     # Surrogates of one group are of size one, and cancel but for rounding.
     close(one, outcome(tmp_path, card, sizes, processes), 1.0 if card == "sdpo" else 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_checkpoint_is_restored_on_other_meshes_and_processes(tmp_path):
+    """Saved on (2, 2, 2); the arrays are the same, and the next loss is, to rounding."""
+    script, folder = SCRIPT.with_name("restore_process.py"), str(tmp_path / "checkpoints")
+    saved = outcome(tmp_path, "copsd", (2, 2, 2), script=script, more=(folder, "save"))
+    assert np.abs(saved[".trained['q']['b']"]).max() > 1e-5
+    for sizes, processes in (((8, 1, 1), 1), (ONE, 1), ((2, 2, 2), 2)):
+        found = outcome(tmp_path, "copsd", sizes, processes, script, (folder, "load"))
+        assert found.keys() == saved.keys()
+        for name, expected in saved.items():
+            if name != "loss":
+                np.testing.assert_array_equal(found[name], expected, err_msg=f"{name} {sizes}")
+        np.testing.assert_allclose(found["loss"], saved["loss"], atol=1e-6, rtol=0)

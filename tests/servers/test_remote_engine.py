@@ -702,6 +702,9 @@ def test_connect(engine):
     assert remote_engine.connect_server(change(server, max_model_len=32)).max_model_len == 32
     assert remote_engine.connect_server(change(server, model="other")).max_model_len is None
     assert {path for path, _, _ in engine.requests} == {"/v1/models"}
+    assert remote_engine.connect_server(server).root == ""
+    engine.served["tiny"]["root"] = "/models/tiny"
+    assert remote_engine.connect_server(server).root == "/models/tiny"
     for changes, words in (
         (dict(model="big"), "sampler.model is 'big': "),
         (dict(model="big"), "serves 'tiny', 'other'"),

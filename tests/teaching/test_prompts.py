@@ -1,6 +1,7 @@
 """Prompts: the tokenizer's own chat template as oracle, golden ids, round trips, hostile text."""
 
 import dataclasses
+import datetime
 import importlib.util
 import pathlib
 import unicodedata
@@ -127,6 +128,43 @@ def test_student_equals_the_tokenizers_own_template(tiny, lang, thinking):
     assert prompt.text == text
     assert ids_of(prompt) == tiny.encode(text, add_special_tokens=False)
     assert prompt.prefix_ids == ()
+
+
+DATED = {  # as in Llama 3.2; as in Granite; with the format in a variable, inside a macro
+    "llama": "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = 'x' %}"
+    "{%- endif %}{%- endif %}\n{{- '<|im_start|>system\nToday: ' + date_string + '<|im_end|>' }}",
+    "granite": "\n  {% if true %}<|im_start|>{{ strftime_now('%B %d, %Y') }}{% endif %}\n",
+    "any": "{% macro say(f) %}{{ strftime_now(f) }}{% endmacro %}"
+    "{{ say('%A %a %b %-d %j %H:%M %y') }}",
+}
+
+
+@pytest.mark.parametrize("template", DATED)
+@pytest.mark.parametrize("day", ["2026-01-31", "2024-02-09"])
+def test_the_date_that_a_template_shows_is_fixed(monkeypatch, template, day):
+    """Oracle: transformers' own function, on a machine whose clock says that day."""
+    tokenizer = load(DATED[template] + CHATML)
+    row = make_row()
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromisoformat(day)
+
+    fixed = dataclasses.replace(spec("none"), date=day)
+    prompt = prompts.build_student_prompt(tokenizer, fixed, row)
+    today = prompts.build_student_prompt(tokenizer, spec("none"), row)
+    assert today.text != prompt.text
+    assert (
+        "strftime_now(form)" not in tokenizer.chat_template
+    )  # an export has the template as it was
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Clock)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": user_turn(row)}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt.text == text
+    assert prompts.build_student_prompt(load(CHATML), fixed, row).text in text  # no date is shown
 
 
 def test_golden_ids(tiny):

