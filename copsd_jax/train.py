@@ -90,11 +90,12 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
     config, started = plan.config, time.monotonic()
     print(summary.summarize_plan(plan, directory, continued), flush=True)
     processes.wait_for_all("checked")  # no process writes before all processes have checked the run
+    facts = summary.collect_facts(plan)  # before the run sets options of JAX
     with (
         loaded_run.set_mesh_and_precision(plan),
         loaded_run.exit_on_failure(directory),
         run_lock.hold(directory),
-        _create_workdir(plan, directory) as saver,
+        _create_workdir(plan, directory, facts) as saver,
     ):
         r, state = loaded_run.load_run(plan, config.train.steps, directory / "engine")
         if _warms_up(plan):
@@ -116,10 +117,12 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
     print(summary.summarize_ending(plan, before, after, directory, seconds, stopped), flush=True)
 
 
-def _create_workdir(plan: run_plan.Plan, directory: pathlib.Path) -> checkpoint.Checkpoints:
+def _create_workdir(
+    plan: run_plan.Plan, directory: pathlib.Path, facts: dict
+) -> checkpoint.Checkpoints:
     """Creates the directory with config.json and run.json; returns the writer of checkpoints."""
     t = plan.config.train
-    workdir.create(directory, config_lib.flat(plan.config), summary.collect_facts(plan))
+    workdir.create(directory, config_lib.flat(plan.config), facts)
     return checkpoint.Checkpoints(
         directory / "checkpoints", t.keep, writer=True, minutes=t.save_minutes
     )

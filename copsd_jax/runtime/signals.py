@@ -31,7 +31,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def end_at_once(message: str) -> Iterator[None]:
-    """Within the block, a signal prints a message and ends the process, without any clean-up."""
+    """Ends the process at a signal within the block, with a message but without any clean-up."""
 
     def end(number: int, _: object) -> None:
         os.write(2, f"\n{message}\n".encode())

@@ -32,7 +32,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listen(self, grace: float) -> Iterator[None]:
-        """Within the block, notes the first signal, and ends the process at the second signal.
+        """Notes the first signal within the block, and ends the process at the second signal.
 
         Args:
           grace: seconds between the signal and the time at which its sender kills the process.
@@ -59,7 +59,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def leave_if_late(self, end: float) -> Iterator[None]:
-        """Within the block, the work may be left if it would be complete only after the deadline.
+        """Lets the work within the block be left if it would be complete only after the deadline.
 
         Args:
           end: the time, as in `time.monotonic`, at which the work is expected to be complete. If

@@ -149,7 +149,7 @@ def test_directories_that_are_not_ours_or_damaged(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         compare(path)
     (path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="has no settings: it is not the config"):
+    with pytest.raises(ValueError, match=r"config\.json is not a JSON object: restore"):
         compare(path)
 
 
