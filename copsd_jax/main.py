@@ -14,7 +14,7 @@ tokenizer or problems. With --search, the run is compiled again with the largest
 most slots that fit.
 
 Exit codes: 0 (the run ended, or the dry run fits), 1 (the dry run does not fit), 2 (a setting is
-wrong), 130 (the run was interrupted).
+wrong), 3 (numbers are not finite), 130 (the run was interrupted).
 """
 
 import os
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
             )
         malloc.keep_freed_memory()
         from copsd_jax import train
-        from copsd_jax.runtime import processes
+        from copsd_jax.runtime import nonfinite, processes
 
         processes.join_processes(config)
         plan, continued = train.prepare(config, workdir)
@@ -83,6 +83,9 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         train.train(plan, workdir, continued)
+    except nonfinite.NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print(f"\nstopped: the same command continues {workdir}", file=sys.stderr)
         return 130

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
+import optax
 
 from copsd_jax import evaluate, summary
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import table
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import batches, languages
-from copsd_jax.runtime import checkpoint, processes, sharding, workdir
+from copsd_jax.runtime import bad_steps, checkpoint, nonfinite, processes, sharding, workdir
 from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
 from copsd_jax.training.train_step import State
 
@@ -70,6 +71,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             saved = processes.run_on_leader(saver.steps)
             if saved:
                 state = saver.load(saved[-1], state)
+                nonfinite.check_finite(state, f"checkpoint {saved[-1]} of {directory}")
             first = int(state.step)
             with _writer(directory, first) as writer:
                 state, stopped = _run_training_loop(r, state, first, writer, saver, directory)
@@ -93,9 +95,12 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
 
     Returns:
       The last state, and the reason why a guard stopped the run ("" if no guard did).
+
+    Raises:
+      NonFinite: the weights are not finite, or guards.bad_steps steps in a row were bad.
     """
     plan, c = r.plan, r.plan.config
-    timer = terminal.Timer()
+    timer, bad = terminal.Timer(), bad_steps.BadSteps(directory, c.guards.bad_steps)
     # The language codes in the order of data.lang, spelled in the same way as in the rows.
     codes = [languages.resolve_code(code, plan.student.languages) for code in c.data.lang]
     order = batches.iterate_batches(
@@ -112,7 +117,9 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
         for step in range(first, first if guard["stopped"] else c.train.steps):
             number = step + 1  # in files and messages, the first step has number 1
             factor = np.float32(guard["factor"])
-            state, records, values = _run_training_step(r, state, next(order), step, factor, timer)
+            state, records, values = _run_training_step(
+                r, state, next(order), step, factor, timer, bad
+            )
             write(number, values)
             guard, events = guards.apply_rules(plan.guards, guard, number, values)
             if events:
@@ -120,17 +127,21 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 workdir.write_jsonl(directory / "events.jsonl", said)
             if c.train.log_rollouts:
                 file = workdir.step_file(directory, "rollouts", number)
-                workdir.write_jsonl(file, records)
+                workdir.write_jsonl(file, nonfinite.spell_numbers(records))
+            bad.check(number, checkpoints.steps)
             last = number == c.train.steps or bool(guard["stopped"])
             # A step's checkpoint is saved after its metrics and records. A continued run therefore
             # finds the metrics and records of all steps up to its checkpoint, and writes those of
             # later steps again.
-            if number % c.train.save_every == 0 or last:
+            due = number % c.train.save_every == 0 or last
+            unsaved = bad.refuses_save(number, last) if due else []
+            if due and not unsaved:
+                nonfinite.check_finite(state, f"step {number}")
                 checkpoints.save(number, state)
             shown = {name: values[name] for name in ("loss", "correct") if name in values}
             progress.update(number, int(values["completion_tokens"] * len(records)), **shown)
             lines = summary.summarize_failures(number, records)
-            lines += [f"guard: {event.text}" for event in events]
+            lines += [*bad.describe(number), *unsaved, *(f"guard: {x.text}" for x in events)]
             if step == first or last or number % max(1, c.train.steps // 3) == 0:
                 lines.append(summary.summarize_sample(number, records))
             if lines:
@@ -145,9 +156,11 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
 
 
 def _run_training_step(
-    r, state, rows, step: int, factor: np.float32, timer
+    r, state, rows, step: int, factor: np.float32, timer, bad: bad_steps.BadSteps
 ) -> tuple[State, list[dict], dict]:
     """Trains on a batch made from the rows; returns the next state, the records and the metrics."""
+    # The optimizer's count decides the rate; the count does not advance in a step without update.
+    updates = int(optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[-1][1])
     with timer("rollout"):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
     with timer("packing"):
@@ -156,12 +169,17 @@ def _run_training_step(
         batch = layout.place_batch(packed, r.plan.mesh)
         state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor)
         aux = jax.device_get(aux)  # waits for the step to end, so that the timer covers all of it
+    lost = work.metrics.get("rollout_nonfinite") == len(work.records)
+    aux.metrics["bad"] = np.maximum(aux.metrics["bad"], np.float32(lost))
+    inputs = {"batch": packed, "student_prefix": work.student_prefix, "lr_factor": factor}
+    bad.record(step + 1, state, inputs, aux.metrics)
+    del aux.metrics["weights_finite"]  # a run goes on only if it is 1
     values = {
         **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
         **layout.measure_fill(packed),
         **work.metrics,
         **rollout_records.add_token_values(r, work, aux),
-        "learning_rate": float(r.rate(step)) * float(factor),
+        "learning_rate": float(r.rate(updates)) * float(factor),
         **timer.take(),
     }
     # The inputs are not returned, so that the keys and values in the inputs are freed before the

@@ -90,3 +90,16 @@ class Checkpoints:
                     f"{saved.get(name, 'nothing')}, but the run needs {wanted.get(name, 'nothing')}"
                 )
         return self._checkpointer.load_checkpointables(step, {NAME: like})[NAME]
+
+
+def write_state(path: pathlib.Path, state: Any) -> None:
+    """Writes a state to a folder of its own, which no run continues from; replaces the folder.
+
+    All processes must call this function, because each process writes its own parts of the arrays.
+    """
+    ocp.save_checkpointables(str(path.resolve()), {NAME: state}, overwrite=True)
+
+
+def read_state(path: pathlib.Path, like: Any) -> Any:
+    """Reads the state that `write_state` wrote, with the shardings of `like`."""
+    return ocp.load_checkpointables(str(path.resolve()), {NAME: like})[NAME]

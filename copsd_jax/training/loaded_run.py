@@ -18,7 +18,7 @@ from copsd_jax.metrics import token_stats
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.runtime import processes, sharding
+from copsd_jax.runtime import nonfinite, processes, sharding
 from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import conversations, prompts, text_encoding
@@ -115,9 +115,11 @@ def load_run(
 
     Raises:
       ValueError: the engine is a server, and neither sampler.folder nor `folder` names a folder.
+      NonFinite: the weights contain NaN or infinite numbers.
     """
     config = plan.config
     decoder, base = builders.build_decoder(plan), _load_run_weights(plan)
+    nonfinite.check_finite(base, f"model.path is {config.model.path!r}")
     frozen = builders.choose_frozen(config, base)
     tx, rate = builders.build_optimizer(config, steps)
     options = builders.build_options(plan)
