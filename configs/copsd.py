@@ -86,6 +86,7 @@ def _paper(size: str) -> config_lib.Config:
     c.loss.temperature = 1.1
     c.loss.clip_mode = "element"
     c.loss.clip = 0.05
+    c.loss.norm = "micro_token_mean"
     c.loss.group = 2 if size == "8B" else 4
     c.train.steps = 100
     c.train.batch = 32

@@ -91,6 +91,7 @@ def _qwen3_1_7b() -> config_lib.Config:
     c.loss.temperature = 1.1
     c.loss.clip_mode = "element"  # our choice, as in OPSD
     c.loss.clip = 0.05  # our choice, as in OPSD
+    c.loss.norm = "micro_token_mean"  # our choice, as in OPSD
     c.loss.group = 4  # our choice, as in OPSD
     c.train.steps = 70
     c.train.batch = 32

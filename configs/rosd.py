@@ -107,6 +107,7 @@ def _paper(size: str) -> config_lib.Config:
     c.loss.top_k_of = "student"
     c.loss.tail = True
     c.loss.rollout_clip = 2.0
+    c.loss.norm = "micro_token_mean"
     c.loss.group = 2
     c.train.trainable = "full"
     c.train.steps = 100  # our choice: the paper gives 10 epochs

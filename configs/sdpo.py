@@ -98,6 +98,7 @@ def _paper(size: str) -> config_lib.Config:
     c.loss.top_k_of = "student"
     c.loss.tail = True
     c.loss.rollout_clip = 2.0
+    c.loss.norm = "micro_token_mean"
     # Each sequence has the same weight, and one without a sibling counts as 0. In ROSD's SDPO run
     # (4B), each pair of sequences has the same weight.
     c.loss.group = 2 if size == "4B" else 1

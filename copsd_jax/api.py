@@ -203,7 +203,7 @@ def sample(
     Returns:
       One completion per prompt. `ids` contains the C token ids. `logps` contains the
       log-probability of each token at the sampling temperature, in nats (float32 [C]). `finish` is
-      "stop" or "length".
+      "stop", "length", or "nonfinite" (the logits were not finite, so there are no ids).
 
     Raises:
       ValueError: `prompts` or one of its prompts is empty; a prompt is too long or has ids outside

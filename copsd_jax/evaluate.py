@@ -26,11 +26,14 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import scoring, terminal
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.problems import problem_row
-from copsd_jax.rewards import graders
-from copsd_jax.runtime import checkpoint, processes, signals, storage, workdir
+from copsd_jax.rewards import graders, reward_functions
+from copsd_jax.runtime import checkpoint, nonfinite, processes, signals, storage, workdir
 from copsd_jax.sampler import loop, request
 from copsd_jax.teaching import prompts
 from copsd_jax.training import loaded_run, run_plan, train_step
+
+# The grade of a sample whose logits were not finite, which therefore has no text.
+UNSAMPLED = reward_functions.Verdict(0.0, False, None, "nonfinite", "")
 
 
 def evaluate(
@@ -70,7 +73,12 @@ def evaluate(
     completions = _sample_evaluation(r, policy, asked, ids, keys, progress, partial)
     texts = [loaded_run.decode_completion(r, completion.ids) for completion in completions]
     golds = [row.answer for row in rows for _ in range(n)]
-    grades = loaded_run.grade_completions(r, golds, asked, texts)
+    grades = [
+        UNSAMPLED if said.finish == "nonfinite" else grade
+        for grade, said in zip(
+            loaded_run.grade_completions(r, golds, asked, texts), completions, strict=True
+        )
+    ]
     samples = [
         {"answer": grade.answer, "correct": grade.correct, "status": grade.status,
          "tokens": len(said.ids), "truncated": said.finish == "length", "text": text}
@@ -405,6 +413,9 @@ def evaluate_step(
         result = {"step": step, **evaluate(r, student, rows, update, partial)}
     # The partial file is removed only after the result has been written.
     workdir.write_json(file, result)
+    found = [sample for one in result["problems"] for sample in one["samples"]]
+    if lost := sum(sample["status"] == UNSAMPLED.status for sample in found):
+        print(f"{label} {lost} of {len(found)} samples have logits that are not finite", flush=True)
     processes.run_on_leader(lambda: storage.remove(partial))
     return result
 
@@ -412,11 +423,15 @@ def evaluate_step(
 def main(argv: list[str]) -> int:
     """Runs the program and returns its exit code.
 
-    The exit code is 0 if every requested checkpoint was evaluated, 2 after an error, and 130 or 143
-    after Ctrl-C or SIGTERM.
+    The exit code is 0 if every requested checkpoint was evaluated, 2 after an error, 3 if the
+    weights are not finite, and 130 or 143 after Ctrl-C or SIGTERM.
     """
     with signals.end_at_once("stopped: the same command continues"):
-        return _evaluate_checkpoints(parse_evaluate_flags(argv))
+        try:
+            return _evaluate_checkpoints(parse_evaluate_flags(argv))
+        except nonfinite.NonFinite as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 3
 
 
 def _evaluate_checkpoints(args: argparse.Namespace) -> int:
@@ -461,6 +476,7 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
                         return 2
                     print(f"{error}: it is skipped", flush=True)
                     continue
+                nonfinite.check_finite(state, f"checkpoint {step} of {args.workdir}")
                 file = out / workdir.step_file(out, "eval", step).name
                 results[step] = evaluate_step(r, state, step, file, f"step {step}:")
     print(format_overview(results))

@@ -13,7 +13,7 @@ import sys
 
 from copsd_jax.model import lora
 from copsd_jax.model import policy as policy_lib
-from copsd_jax.runtime import checkpoint, workdir
+from copsd_jax.runtime import checkpoint, nonfinite, workdir
 from copsd_jax.training import loaded_run, run_plan
 
 
@@ -34,7 +34,10 @@ def parse_export_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the program; returns 0 if the model was written, or 2 after an error message."""
+    """Runs the program; returns 0 if the model was written, or 2 or 3 after an error message.
+
+    The exit code 3 means that the weights are not finite.
+    """
     args = parse_export_flags(argv)
     try:
         config = run_plan.load_run_config(args.workdir)
@@ -62,6 +65,7 @@ def main(argv: list[str]) -> int:
                 if state is initial:
                     raise ValueError(f"--workdir={args.workdir} has no whole checkpoint")
             step = int(state.step)
+            nonfinite.check_finite(state, f"checkpoint {step} of {args.workdir}")
         student = loaded_run.derive_run_policies(r, state)[0]
         if args.format == "hf" and student.adapter is not None:
             merged = lora.merge_adapter(student.params, student.adapter, student.scale)
@@ -70,6 +74,9 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except nonfinite.NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
     print(f"step {step} of {args.workdir} is in {args.out}")
     return 0
 

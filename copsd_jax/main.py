@@ -91,7 +91,7 @@ def _run_command(argv: list[str]) -> int:
             )
         malloc.keep_freed_memory()
         from copsd_jax import train
-        from copsd_jax.runtime import processes, run_lock
+        from copsd_jax.runtime import nonfinite, processes, run_lock
 
         processes.join_processes(config)
         plan, continued = train.prepare(config, workdir)
@@ -106,6 +106,9 @@ def _run_command(argv: list[str]) -> int:
     except run_lock.LockedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except nonfinite.NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
     return 0
 
 

@@ -197,7 +197,7 @@ def summarize_sample(step: int, records: list[dict]) -> str:
 
 
 COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked", "replies_cut")
-COUNTED_PREFIXES = ("reply_", "located_", "shortened_", "grade_")
+COUNTED_PREFIXES = ("reply_", "located_", "shortened_", "grade_", "rollout_")
 # The normal outcomes of grading, which the metrics `correct` and `reward` already report.
 NOT_COUNTED = ("grade_plain", "grade_symbolic", "grade_computed")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
+import optax
 
 from copsd_jax import evaluate, summary
 from copsd_jax.config import settings as config_lib
@@ -16,8 +17,10 @@ from copsd_jax.methods import table
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import batches, languages
 from copsd_jax.runtime import (
+    bad_steps,
     checkpoint,
     continuation,
+    nonfinite,
     processes,
     run_lock,
     sharding,
@@ -107,6 +110,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             # evaluation of step 0, the run evaluates step 0 before it loads a checkpoint.
             before = _evaluation(r, state, 0, directory)
             state = saver.load_newest(state)
+            nonfinite.check_finite(state, f"checkpoint {int(state.step)} of {directory}")
             first = int(state.step)
             if config.eval.every and first % config.eval.every == 0:
                 _evaluation(r, state, first, directory)  # if a kill interrupted this evaluation
@@ -148,9 +152,10 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
 
     Raises:
       signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
+      NonFinite: the weights are not finite, or guards.bad_steps steps in a row were bad.
     """
     plan, c = r.plan, r.plan.config
-    timer = terminal.Timer()
+    timer, bad = terminal.Timer(), bad_steps.BadSteps(directory, c.guards.bad_steps)
     # The language codes in the order of data.lang, spelled in the same way as in the rows.
     codes = [languages.resolve_code(code, plan.student.languages) for code in c.data.lang]
     order = batches.iterate_batches(
@@ -163,11 +168,10 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
         with terminal.Progress("step", c.train.steps, first, stream) as progress:
             # If a guard has already stopped the run, a continued run takes no further step.
             for step in range(first, first if guard["stopped"] else c.train.steps):
-                begun = time.monotonic()
-                number = step + 1  # in files and messages, the first step has number 1
+                begun, number = time.monotonic(), step + 1  # the first step has number 1
                 factor = np.float32(guard["factor"])
                 state, records, values = _run_training_step(
-                    r, state, next(order), step, factor, timer, seconds
+                    r, state, next(order), step, factor, timer, bad, seconds
                 )
                 write(number, values)
                 guard, events = guards.apply_rules(plan.guards, guard, number, values)
@@ -176,18 +180,19 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                     workdir.write_jsonl(directory / "events.jsonl", said)
                 if c.train.log_rollouts:
                     file = workdir.step_file(directory, "rollouts", number)
-                    workdir.write_jsonl(file, records)
+                    workdir.write_jsonl(file, nonfinite.spell_numbers(records))
+                bad.check(number, checkpoints.steps)
                 last = number == c.train.steps or bool(guard["stopped"])
+                lines = summary.summarize_failures(number, records) + bad.describe(number)
+                lines += [f"guard: {event.text}" for event in events]
                 # A step's checkpoint is saved after its metrics and records. A continued run
                 # therefore finds the metrics and records of all steps up to its checkpoint, and
                 # writes those of later steps again.
                 if number % c.train.save_every == 0 or last or checkpoints.is_due():
-                    checkpoints.save(number, state)
+                    lines += _save(checkpoints, state, last, bad)
                 seconds = time.monotonic() - begun
                 shown = {name: values[name] for name in ("loss", "correct") if name in values}
                 progress.update(number, int(values["completion_tokens"] * len(records)), **shown)
-                lines = summary.summarize_failures(number, records)
-                lines += [f"guard: {event.text}" for event in events]
                 if step == first or last or number % max(1, c.train.steps // 3) == 0:
                     lines.append(summary.summarize_sample(number, records))
                 if lines:
@@ -201,10 +206,22 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                     _evaluation(r, state, number, directory)
     except signals.Stopped:
         # If the step was left, `state` is still the state after the step before.
-        if (done := int(state.step)) > first:
-            checkpoints.save(done, state)  # does nothing if the step has been saved
+        if int(state.step) > first:
+            print(*_save(checkpoints, state, False, bad), sep="\n", flush=True)
         raise
     return state, guard["stopped"]
+
+
+def _save(
+    checkpoints: checkpoint.Checkpoints, state: State, last: bool, bad: bad_steps.BadSteps
+) -> list[str]:
+    """Saves a state, or returns a line that says why it is not saved; see `bad_steps`."""
+    step = int(state.step)
+    refusal = bad.refuses_save(step, last)
+    if not refusal:
+        nonfinite.check_finite(state, f"step {step}")
+        checkpoints.save(step, state)  # does nothing if the step has been saved
+    return refusal
 
 
 def _restore_guards(plan, directory: pathlib.Path, first: int) -> tuple[guards.State, list[dict]]:
@@ -224,12 +241,14 @@ def _restore_guards(plan, directory: pathlib.Path, first: int) -> tuple[guards.S
 
 
 def _run_training_step(
-    r, state, rows, step: int, factor: np.float32, timer, seconds: float
+    r, state, rows, step: int, factor: np.float32, timer, bad: bad_steps.BadSteps, seconds: float
 ) -> tuple[State, list[dict], dict]:
     """Trains on a batch made from the rows; returns the next state, the records and the metrics.
 
     `seconds` is the expected duration of the step.
     """
+    # The optimizer's count decides the rate; the count does not advance in a step without update.
+    updates = int(optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[-1][1])
     # Once the compiled step has begun, the old state is gone, so the step can no longer be left.
     with timer("rollout"), r.stop.leave_if_late(time.monotonic() + seconds):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
@@ -239,12 +258,17 @@ def _run_training_step(
         batch = layout.place_batch(packed, r.plan.mesh)
         state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor)
         aux = jax.device_get(aux)  # waits for the step to end, so that the timer covers all of it
+    lost = work.metrics.get("rollout_nonfinite") == len(work.records)
+    aux.metrics["bad"] = np.maximum(aux.metrics["bad"], np.float32(lost))
+    inputs = {"batch": packed, "student_prefix": work.student_prefix, "lr_factor": factor}
+    bad.record(step + 1, state, inputs, aux.metrics)
+    del aux.metrics["weights_finite"]  # a run goes on only if it is 1
     values = {
         **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
         **layout.measure_fill(packed),
         **work.metrics,
         **rollout_records.add_token_values(r, work, aux),
-        "learning_rate": float(r.rate(step)) * float(factor),
+        "learning_rate": float(r.rate(updates)) * float(factor),
         **timer.take(),
     }
     # The inputs are not returned, so that the keys and values in the inputs are freed before the

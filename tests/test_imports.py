@@ -15,6 +15,7 @@ COMMANDS = {
     "summary": {"evaluate"},
     "evaluate": set(),
     "export": set(),
+    "replay": set(),
     "diagnostics": set(),
     "api": {"diagnostics"},
 }

@@ -210,7 +210,7 @@ SETTINGS: dict[str, Setting] = {
     "loss.clip_mode": declare("none", "which value loss.clip bounds",
         entry_of("losses/divergences.py CLIP_MODES"), _TEACHER),
     "loss.clip": declare(0.05, "bound of the clip mode (kappa)", between(1e-9, 1e9), _CLIP),
-    "loss.norm": declare("micro_token_mean", "how the values of tokens are averaged",
+    "loss.norm": declare("global_token_mean", "how the values of tokens are averaged",
         one_of("micro_token_mean", "global_token_mean", "seq_mean", "seq_mean_all"), _TEACHER),
     "loss.group": declare(0, "completions per group of the mean, in global order; 0 for "
         "train.micro_batch", whole(0), _TEACHER, goes_with("loss.norm", "micro_token_mean")),
@@ -244,6 +244,8 @@ SETTINGS: dict[str, Setting] = {
 
     "guards.rules": declare("",
         "rules, such as 'repetition>0.5:stop,entropy_student<0.1@3:lr*0.5'"),
+    "guards.bad_steps": declare(3, "steps in a row with a loss or gradient that is not finite "
+        "after which the run stops; 0: never", whole(0)),
 
     "sampler.engine": declare("local", "where completions are drawn: in this process, or by a "
         "server that accepts token ids", one_of("local", "server")),
@@ -295,6 +297,8 @@ SETTINGS: dict[str, Setting] = {
     "train.eps": declare(1e-8, "epsilon of AdamW", POSITIVE),
     "train.max_grad_norm": declare(1.0, "maximum global norm of the gradient; 0 is off",
         NOT_NEGATIVE),
+    "train.min_grad_norm": declare(1e-7, "a gradient whose global norm is at most this counts as "
+        "zero: the step changes nothing", NOT_NEGATIVE),
     "train.save_every": declare(25, "steps between checkpoints; the last step is always saved",
         whole(1)),
     "train.save_minutes": declare(0.0, "minutes after which a further checkpoint is saved; 0 is "

@@ -122,8 +122,9 @@ def divergence(
     statistics have no gradient. All arguments other than hidden_s_TD and head_s_VD are treated as
     constants. Rows of weight 0 contribute exactly nothing to the loss. Rows that are not live may
     contain anything. Rows that are not live take no time, unless the implementation is `dense` or
-    the rows pad the last block. If both sides have equal hidden states and equal heads, fkl, rkl
-    and jsd give a loss and a gradient of exactly zero.
+    the rows pad the last block. If both heads are the same array, a row whose hidden states are
+    equal up to rounding (`precision.differ`) gives a loss and a gradient of exactly zero. For equal
+    states and equal heads, fkl, rkl and jsd do so too.
 
     For one token with p = (1/2, 1/2), q = (3/4, 1/4) and weight 1, fkl gives
     3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308 nats.
@@ -166,6 +167,9 @@ def divergence(
     hidden_t_TD, head_t_VD, inputs = jax.lax.stop_gradient((hidden_t_TD, head_t_VD, inputs))
     counts_T = inputs.weight_T != 0
     live_T = counts_T if live_T is None else counts_T | live_T
+    if shared:
+        differ_T = precision.differ(jax.lax.stop_gradient(hidden_s_TD), hidden_t_TD)
+        inputs = inputs._replace(weight_T=jnp.where(differ_T, inputs.weight_T, 0.0))
     hidden, inputs = (hidden_s_TD, hidden_t_TD), _widen(inputs, hidden_s_TD)
     if implementation == "dense":
         hidden, inputs = token_blocks.mask_rows(live_T, (hidden, inputs))

@@ -109,7 +109,7 @@ def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> lis
     done = loaded_run.sample(r, policy, wanted, "author", keys).completions if todo else []
     for i, prompt, completion in zip(todo, wanted, done, strict=True):
         text = prompts.restore_think_tag(prompt, loaded_run.decode_completion(r, completion.ids))
-        status = "cut" if completion.finish == "length" else "written"
+        status = {"length": "cut", "nonfinite": "nonfinite"}.get(completion.finish, "written")
         seen = _shorten_attempt_for_author(plan, asked[i].attempt, prompt.shortened)
         out[i] = AuthorText(text, status, shortened=prompt.shortened, seen=seen)
     return [written for written in out if written is not None]

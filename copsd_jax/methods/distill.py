@@ -55,7 +55,7 @@ def make_batch(
 
     Returns:
       The inputs of the train step, with one record per completion. The metric `taught` counts the
-      completions with a teacher prompt. The metric `filtered` counts the completions that
+      completions that have a token with loss. The metric `filtered` counts the completions that
       `_choose_distilled` left out. Other metrics count overlong teacher prompts, the statuses of
       replies, and the statuses of token selections.
     """
@@ -83,7 +83,7 @@ def make_batch(
     metrics = {
         **rollout_records.measure_rollouts(records, done.sampler),
         "overlong_teacher_prompts": float(overlong),
-        "taught": float(sum(prompt is not None for prompt in told)),
+        "taught": float(batch.loss_BC.any(axis=1).sum()),
         "filtered": float(wanted.count(False)),
         **_count_distill_statuses(r, records),
     }
@@ -92,7 +92,7 @@ def make_batch(
 
 def _choose_distilled(c, done: Rollouts) -> list[bool]:
     """Decides for each completion, before contexts are written, whether to distill it."""
-    wanted = np.ones(len(done.rows), bool)
+    wanted = np.array([completion.finish != "nonfinite" for completion in done.completions])
     if c.context.filter_groups:
         wanted &= policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
     if c.context.correct == "skip" or c.policy.route == "successes":

@@ -328,3 +328,16 @@ class Checkpoints:
                 number, place = number + 1, folder / f"checkpoint_{step}_{number + 1}"
             (self._directory / str(step)).rename(place)
             storage.sync_folder(self._directory)
+
+
+def write_state(path: pathlib.Path, state: Any) -> None:
+    """Writes a state to a folder of its own, which no run continues from; replaces the folder.
+
+    All processes must call this function, because each process writes its own parts of the arrays.
+    """
+    ocp.save_checkpointables(str(path.resolve()), {NAME: state}, overwrite=True)
+
+
+def read_state(path: pathlib.Path, like: Any) -> Any:
+    """Reads the state that `write_state` wrote, with the shardings of `like`."""
+    return ocp.load_checkpointables(str(path.resolve()), {NAME: like})[NAME]

@@ -142,7 +142,9 @@ class DrawnTokens(NamedTuple):
     """The tokens of one `decode` call, as NumPy arrays with one column per step."""
 
     token_JE: np.ndarray  # int32: token ids; -1 where no token was drawn
-    logp_JE: np.ndarray  # float32: log-probability under the tempered distribution
+    # float32: log-probability under the tempered distribution; not finite for the last token of a
+    # slot whose logits contain NaN or +inf, or are all -inf
+    logp_JE: np.ndarray
     logp_truncated_JE: np.ndarray  # float32: log-probability under the truncated distribution
     live_J: np.ndarray  # bool: whether the slot is live after the last step
 
@@ -452,6 +454,10 @@ def _draw(
     one_J = live_J.astype(jnp.int32)
     drawn_J = slots.drawn_J + one_J
     ended_J = constants.stop_XV[request.stop, token_J] | (drawn_J >= request.limit)
+    # NaN or +inf in a row of logits makes the sum of the row's probabilities NaN or infinite, and a
+    # row without finite logits has the peak -inf. Of all rows, only such rows get a log-probability
+    # that is not finite, so no pass over the logits is needed to find them.
+    ended_J |= ~jnp.isfinite(values[1])
     drawn = tuple(
         into_JE.at[:, step].set(jnp.where(live_J, value_J, into_JE[:, step]))
         for into_JE, value_J in zip(drawn, values, strict=True)

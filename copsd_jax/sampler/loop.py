@@ -37,7 +37,9 @@ class Completion:
     ids: tuple[int, ...]  # C token ids, including the token that ended the text
     logps: np.ndarray  # float32 [C]: log-probabilities under the tempered distribution
     logps_truncated: np.ndarray  # float32 [C]: log-probabilities under the truncated distribution
-    finish: str  # 'stop' or 'length'
+    # 'stop', 'length', or 'nonfinite': the logits contained NaN or +inf, or were all -inf, so the
+    # text has ended and its tokens have been dropped
+    finish: str
 
 
 class Stats(NamedTuple):
@@ -66,6 +68,7 @@ class _PartialCompletion:
     parts: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
     tail: bytes = b""  # the last bytes of the text, for stop strings that span several tokens
     stopped: bool = False  # whether a stop string was found
+    finite: bool = True  # whether all log-probabilities are finite
 
 
 Progress = Callable[[Stats], None] | None
@@ -311,11 +314,20 @@ def _append_drawn_tokens(
         inputs.stops[int(inputs.request.stop[row])], inputs.vocabulary.token_bytes,
     )  # fmt: skip
     text.stopped = end is not None
+    text.finite = bool(np.isfinite(drawn.logp_JE[slot, columns[:end]]).all())
     text.parts.append([x[slot, columns[:end]] for x in drawn[:3]])
     return len(columns[:end])
 
 
+def drop_tokens() -> Completion:
+    """Returns the completion of a text whose logits are not finite; the completion is empty."""
+    none = np.zeros(0, np.float32)
+    return Completion((), none, none, "nonfinite")
+
+
 def _finish_completion(inputs: request.Inputs, row: int, text: _PartialCompletion) -> Completion:
+    if not text.finite:
+        return drop_tokens()
     ids, logps, logps_truncated = (np.concatenate(x) for x in zip(*text.parts, strict=True))
     ended = text.stopped or inputs.stop_XV[inputs.request.stop[row], ids[-1]]
     return Completion(

@@ -17,9 +17,10 @@ distribution, so the setting `sampler.logprobs` names it. `sampler.logprobs` has
   `processed` means the tempered distribution, truncated by top-k, top-p and min-p. A vLLM server
     uses `processed` with --logprobs-mode processed_logprobs.
 In a `Completion`, log-probabilities that cannot be derived from the server's numbers are NaN (see
-`reports_log_probs`). The trainer computes its own log-probabilities. If several of top-k, top-p and
-min-p are on, a server may apply them in a different order from `truncation`. Truncations in a
-different order give a different distribution.
+`reports_log_probs`). If the server itself reports NaN for a drawn token, the completion's tokens
+are dropped, as in `sampler.loop`. The trainer computes its own log-probabilities. If several of
+top-k, top-p and min-p are on, a server may apply them in a different order from `truncation`.
+Truncations in a different order give a different distribution.
 
 Each run needs its own server, because `hand_over` changes the server's weights.
 """
@@ -192,6 +193,8 @@ def _check_served_completion(
     vocabulary: request.Vocabulary,
 ) -> loop.Completion:  # fmt: skip
     ids, logps = _check_served_ids(text, reply.ids, vocabulary), _check_served_logps(reply)
+    if np.isnan(np.asarray(logps, np.float64)).any():
+        return loop.drop_tokens()
     end = _find_served_end(text.sampling, ids, vocabulary.token_bytes)
     if end is not None and end < len(ids) and (last := ids[end - 1]) in text.sampling.stop_ids:
         raise ValueError(f"goes on after the id {last}, although stop_token_ids contains {last}")
@@ -243,8 +246,9 @@ def _check_served_logps(reply: dialects.RawCompletion) -> list[float]:
         raise ValueError(f"has {found} log-probabilities for {len(reply.ids)} tokens")
     for value in logps:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        # The comparison with the limits is also false for NaN. The upper limit allows for rounding.
-        if not number or not -1e9 <= value <= 1e-3:
+        # NaN passes, because its comparisons with the limits are false; `_check_served_completion`
+        # drops the completion. The upper limit allows for rounding.
+        if not number or value < -1e9 or value > 1e-3:
             raise ValueError(f"has the log-probability {value!r}: it must be a number <= 0")
     return logps
 

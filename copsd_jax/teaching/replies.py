@@ -47,6 +47,7 @@ STATUSES = {
     "overlong": Status(False, "the author's prompt and reply need too many positions"),
     "missing": Status(False, "author.path has no record for this completion"),
     "cut": Status(False, "the reply was cut off at author.max_tokens"),
+    "nonfinite": Status(False, "the author's logits were not finite"),
     **{
         name: Status(False, f"failure of the server: {name}")
         for name in ("timeout", "refused", "server_error", "bad_reply", "unreachable")

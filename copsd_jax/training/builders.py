@@ -204,6 +204,7 @@ def build_options(plan: run_plan.ProgramPlan) -> train_step.Options:
         weight=1 - c.policy.weight if config_lib.traits(c).teacher else 0.0,
         policy=_build_policy_loss_options(c),
         chip=plan.mesh.devices.flat[0].device_kind,
+        min_grad_norm=c.train.min_grad_norm,
     )
 
 

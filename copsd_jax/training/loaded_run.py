@@ -19,7 +19,7 @@ from copsd_jax.metrics import token_stats
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.runtime import processes, sharding, stopping, storage
+from copsd_jax.runtime import nonfinite, processes, sharding, stopping, storage
 from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import conversations, prompts, text_encoding
@@ -122,6 +122,7 @@ def load_run(
 
     Raises:
       ValueError: the engine is a server, and neither sampler.folder nor `folder` names a folder.
+      NonFinite: the weights contain NaN or infinite numbers.
     """
     config = plan.config
     decoder = builders.build_decoder(plan)
@@ -129,6 +130,7 @@ def load_run(
         plan.start, functools.partial(_load_run_weights, plan), plan.model_config, plan.dtype,
         config.train.trainable, functools.partial(builders.find_shardings, frame=plan),
     )  # fmt: skip
+    nonfinite.check_finite(base, f"model.path is {config.model.path!r}")
     frozen = builders.choose_frozen(config, base)
     tx, rate = builders.build_optimizer(config, steps)
     options = builders.build_options(plan)

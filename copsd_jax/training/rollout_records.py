@@ -44,11 +44,16 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
                 "correct": verdict.correct if verdict else None,
                 "reward": verdict.reward if verdict else None,
                 "feedback": verdict.feedback if verdict else None,
-                "grade_status": verdict.status if verdict else "no_gold",
+                "grade_status": verdict.status if verdict else _explain_ungraded(completion),
                 "steps": _record_step_spans(done.decoded[i], done.starts[i]),
             }
         )
     return out
+
+
+def _explain_ungraded(completion: loop.Completion) -> str:
+    """Returns the grading status of a completion without a verdict."""
+    return "nonfinite" if completion.finish == "nonfinite" else "no_gold"
 
 
 def _record_step_spans(decoded: token_spans.Decoded, start: int) -> list[list[int]]:
@@ -96,6 +101,7 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
     return {
         "completion_tokens": mean([len(record["completion_ids"]) for record in made]),
         "truncated": mean([record["finish"] == "length" for record in made]),
+        **count_statuses("rollout", [x["finish"] for x in made if x["finish"] == "nonfinite"], []),
         "graded": float(len(graded)),
         # Without graded completions, `correct` and `reward` are absent, because 0 would look like a
         # result.
@@ -161,7 +167,7 @@ def add_token_values(
     values |= _mean_ratios(work.records)
     if gap.size:
         values |= {"logp_gap_mean": float(gap.mean()), "logp_gap_max": float(gap.max())}
-    absent = [record.get("logp_sampler") == [] for record in work.records]
+    absent = [x.get("logp_sampler") == [] and x["finish"] != "nonfinite" for x in work.records]
     if any(absent):
         values["logp_absent"] = mean(absent)
     return values

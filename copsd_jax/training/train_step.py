@@ -36,6 +36,12 @@ The kinds of teacher differ only in their shares s_k and weights θ_k:
 
 The trained tree contains either LoRA adapters or all parameters. This file does not name mesh axes,
 because the shardings come from `layout.batch_shardings` and from `builders.build_step`.
+
+A step leaves weights, optimizer and average as they were if its loss or its gradient is not finite,
+or if the norm of its gradient is at most `Options.min_grad_norm`. Without the second rule, momentum
+and weight decay would move the weights in a step in which no token carries loss, and Adam would
+turn rounding errors into a full update. The count of such a step advances, but the optimizer's own
+count does not, so the learning-rate schedule stays where it was.
 """
 
 import dataclasses
@@ -47,9 +53,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from copsd_jax.losses import divergence_loss, loss_norms, policy_loss, token_blocks
+from copsd_jax.losses import divergence_loss, loss_norms, policy_loss, precision, token_blocks
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
+from copsd_jax.runtime import nonfinite
 from copsd_jax.training import layout
 
 
@@ -84,6 +91,7 @@ class Options:
     weight: float = 1.0  # factor of the divergence in the loss
     policy: "PolicyLoss | None" = None  # None for a loss without a policy term
     chip: str = ""  # device kind of the mesh, which determines the kernels' block sizes
+    min_grad_norm: float = 0.0  # a gradient whose global norm is at most this counts as zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,14 +248,17 @@ def _mix_teacher_states(
 
     If all policies have the same head, mixing their hidden states is enough and needs no further
     matrix product. If the heads differ, both the heads and the hidden states are concatenated along
-    D.
+    D. The mix is computed in float32 and rounded once. In bfloat16, the shares .95 and .05 would
+    add up to .9993, which would scale all logits.
     """
-    scaled = [
-        h if s == 1.0 else h * jnp.asarray(s, h.dtype) for s, h in zip(shares, hidden, strict=True)
-    ]
+    if len(hidden) == 1:
+        return hidden[0], heads[0]
+    wide = precision.sum_dtype(hidden[0])
+    scaled = [h.astype(wide) * share for share, h in zip(shares, hidden, strict=True)]
     if all(head is heads[0] for head in heads):
-        return sum(scaled[1:], scaled[0]), heads[0]
-    return jnp.concatenate(scaled, axis=1), jnp.concatenate(heads, axis=1)
+        return sum(scaled[1:], scaled[0]).astype(hidden[0].dtype), heads[0]
+    mixed = jnp.concatenate(scaled, axis=1).astype(hidden[0].dtype)
+    return mixed, jnp.concatenate(heads, axis=1)
 
 
 def _compute_side_states(
@@ -417,6 +428,45 @@ def _weigh_step_tokens(batch: layout.Batch, options: Options) -> tuple[jax.Array
     return distill_BC, policy_BC
 
 
+def make_gradient(
+    decoder: transformer.Decoder, options: Options
+) -> Callable[..., tuple[jax.Array, dict, tuple]]:
+    """Builds the function that sums loss and gradient over the micro-batches of a step.
+
+        gradient(state, frozen, batch, student_prefix, teacher_kv) -> (loss, gradient, stats)
+
+    `make_step` describes the arguments. The loss is a scalar, the gradient is a tree like
+    `state.trained`, and `stats` is the pair of `Aux.tokens` and `Aux.policy`.
+    """
+    loss = _build_micro_batch_loss(decoder, options)
+
+    def gradient(state, frozen, batch, student_prefix, teacher_kv):
+        cut, join = _make_micro_batch_cuts(batch, options.micro_batches)
+        weights = _weigh_step_tokens(batch, options)
+        head = None
+        if options.trainable == "lora":
+            # The frozen head, which all policies share, is gathered once per step, before the loop.
+            # For a top-k divergence, each device needs the logits of the whole vocabulary, so the
+            # head is not split along V.
+            few = options.divergence is not None and options.divergence.top_k > 0
+            head = token_blocks.gather_head(transformer.get_head(frozen), split_vocabulary=not few)
+
+        def accumulate(carry, inputs):
+            total, grads = carry
+            micro, weight = inputs
+            (value, stats), grad = jax.value_and_grad(loss, has_aux=True)(
+                state.trained, state, frozen, head, micro, weight, student_prefix, teacher_kv
+            )
+            return (total + value, jax.tree.map(jnp.add, grads, grad)), stats
+
+        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained))
+        inputs = (_split_micro_batches(batch, options.micro_batches), tuple(map(cut, weights)))
+        (total, grads), stats = jax.lax.scan(accumulate, start, inputs)
+        return total, grads, jax.tree.map(join, stats)
+
+    return gradient
+
+
 def make_step(
     decoder: transformer.Decoder, tx: optax.GradientTransformation, options: Options
 ) -> Callable[..., tuple[State, Aux]]:
@@ -447,50 +497,35 @@ def make_step(
 
     Returns:
       The train step. The metrics of a step are float32 scalars, and the per-token values have the
-      shape [B, C].
+      shape [B, C]. The metric `bad` is 1 if the loss or the gradient is not finite, `no_loss` is 1
+      if the gradient counts as zero, and `weights_finite` is 1 if the new State is finite.
     """
-    loss = _build_micro_batch_loss(decoder, options)
+    gradient = make_gradient(decoder, options)
 
     def step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1.0):
-        cut, join = _make_micro_batch_cuts(batch, options.micro_batches)
-        weights = _weigh_step_tokens(batch, options)
-        head = None
-        if options.trainable == "lora":
-            # The frozen head, which all policies share, is gathered once per step, before the loop.
-            # For a top-k divergence, each device needs the logits of the whole vocabulary, so the
-            # head is not split along V.
-            few = options.divergence is not None and options.divergence.top_k > 0
-            head = token_blocks.gather_head(transformer.get_head(frozen), split_vocabulary=not few)
-
-        def accumulate(carry, inputs):
-            total, grads = carry
-            micro, weight = inputs
-            (value, stats), grad = jax.value_and_grad(loss, has_aux=True)(
-                state.trained, state, frozen, head, micro, weight, student_prefix, teacher_kv
-            )
-            return (total + value, jax.tree.map(jnp.add, grads, grad)), stats
-
-        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained))
-        inputs = (_split_micro_batches(batch, options.micro_batches), tuple(map(cut, weights)))
-        (total, grads), stats = jax.lax.scan(accumulate, start, inputs)
-        tokens, policy = jax.tree.map(join, stats)
+        total, grads, (tokens, policy) = gradient(state, frozen, batch, student_prefix, teacher_kv)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+        moves = finite & (grad_norm > options.min_grad_norm)
         updates, opt_state = tx.update(grads, state.optimizer, state.trained)
         # AdamW's update, weight decay included, is proportional to the learning rate. Scaling the
         # update is therefore the same as scaling the learning rate.
         updates = jax.tree.map(lambda x: x * jnp.asarray(lr_factor, x.dtype), updates)
         trained: Any = optax.apply_updates(state.trained, updates)
-        new = State(
-            state.step + 1, trained, opt_state, _update_teacher_average(state.ema, trained, options)
-        )
+        new = trained, opt_state, _update_teacher_average(state.ema, trained, options)
+        new = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, tuple(state[1:]))
         metrics = {
             "loss": total,
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
+            "grad_norm": grad_norm,
+            "update_norm": jnp.where(moves, optax.tree.norm(updates), 0.0),
             "tokens": batch.mask_BC.sum().astype(jnp.float32),
+            "bad": (~finite).astype(jnp.float32),
+            "no_loss": (finite & ~moves).astype(jnp.float32),
+            "weights_finite": nonfinite.is_finite(new).astype(jnp.float32),
             **_average_step_divergence(tokens, batch),
             **_average_step_policy_loss(policy, batch),
         }
-        return new, Aux(metrics, tokens, policy)
+        return State(state.step + 1, *new), Aux(metrics, tokens, policy)
 
     return step
 

@@ -579,6 +579,16 @@ def logprobs_of(**fields):
 
 
 LONG, FOUR = [1, 2, 3, 1, 2, 3], [-1.0] * 4
+
+
+def test_a_text_of_a_server_that_says_nan_is_dropped(engine):
+    whole = {"ids": LONG, "logps": [-1.0] * 6, "finish": "length"}
+    engine.told = {(0, 5): whole, (0, 6): {**whole, "logps": [-1.0] * 5 + [float("nan")]}}
+    made = generate(server_of(engine), [(0, 5), (0, 6)], request.Sampling(6)).completions
+    assert [(one.ids, one.finish) for one in made] == [(tuple(LONG), "length"), ((), "nonfinite")]
+    assert made[1].logps.shape == made[1].logps_truncated.shape == (0,)
+
+
 BAD = {
     # dialect, what is told, end of the sentence
     "no ids": ("vllm", {"change": lambda r: logprobs_of(tokens=list("abcdef"))(
@@ -602,7 +612,6 @@ BAD = {
     "short list": ("vllm", {"change": logprobs_of(token_logprobs=FOUR)},
                    "has 4 log-probabilities for 6 tokens"),
     "no number": ("vllm", {"logps": [None, *FOUR, -1.0]}, "has the log-probability None"),
-    "nan": ("vllm", {"logps": [float("nan"), *FOUR, -1.0]}, "has the log-probability nan"),
     "positive": ("sglang", {"logps": [0.5, *FOUR, -1.0]}, "has the log-probability 0.5"),
     "infinite": ("vllm", {"logps": [float("-inf"), *FOUR, -1.0]}, "has the log-probability -inf"),
     "foreign stop": ("sglang", {"ids": [1, 2], "logps": FOUR[:2], "finish": "stop"},

@@ -1,0 +1,160 @@
+"""Runs a bad step of a run again, and names the numbers that are not finite.
+
+    python -m copsd_jax.replay --workdir=W --step=25
+
+A step is bad if its loss or its gradient is not finite. The program loads the run's weights, and
+the state and the inputs that the run wrote to W/bad, and runs the same compiled step. It needs as
+many devices as the run had.
+
+Exit codes: 0 (loss and gradient norm have the same bits as in the run, where NaN equals NaN), 1
+(they differ), 2 (a file is missing or cannot be used), 3 (the weights of `model.path` are not
+finite).
+"""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from copsd_jax.config import settings as config_lib
+from copsd_jax.runtime import bad_steps, checkpoint, nonfinite, sharding
+from copsd_jax.teaching import prompts
+from copsd_jax.training import layout, loaded_run, rollouts, run_plan, train_step
+
+_SIDE = layout.Side(*range(len(layout.Side._fields)))
+# The tree in the file of a bad step; the values of the leaves are not read.
+_CONTENT: dict[str, Any] = {
+    "inputs": {
+        "batch": layout.Batch(_SIDE, _SIDE, *range(len(layout.Batch._fields) - 2)),
+        "student_prefix": 0,
+        "lr_factor": 0,
+    },
+    "results": {"loss": 0, "grad_norm": 0},
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the program and returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m copsd_jax.replay",
+        description="Runs a bad step of a run again, from its files in W/bad.",
+    )
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a run's directory")
+    parser.add_argument("--step", required=True, type=int, help="number of the bad step")
+    args = parser.parse_args(argv[1:])
+    try:
+        content, state_path = _read_step(args.workdir, args.step)
+        plan = run_plan.make_plan(_load_own_config(args.workdir), evaluate=False)
+        with loaded_run.set_mesh_and_precision(plan):
+            _check_shards(content["inputs"]["batch"], plan)
+            r, like = loaded_run.load_run(plan, plan.config.train.steps)
+            with r.grader:
+                state = checkpoint.read_state(state_path, like)
+                results, lines = _run_step(r, state, content["inputs"])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except nonfinite.NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    same = True
+    for name, recorded in content["results"].items():
+        same &= np.array_equal(results[name], recorded, equal_nan=True)
+        print(f"{name}: {float(results[name])!r}, in the run {float(recorded)!r}")
+    print(*lines, sep="\n")
+    print(f"step {args.step} of {args.workdir} is {'' if same else 'not '}reproduced")
+    return 0 if same else 1
+
+
+def _read_step(directory: pathlib.Path, step: int) -> tuple[dict, pathlib.Path]:
+    """Returns the content of a bad step's file, and the path of the state before the step."""
+    path = bad_steps.step_file(directory, step)
+    if not path.is_file():
+        known = sorted(int(p.stem.removeprefix("step_")) for p in path.parent.glob("step_*.npz"))
+        raise FileNotFoundError(f"--step={step}: {path} does not exist; the steps are {known}")
+    content = bad_steps.read_arrays(path, _CONTENT)
+    batch = content["inputs"]["batch"]
+    if batch.teacher.tokens_BL is None:
+        content["inputs"]["batch"] = batch._replace(teacher=None)
+    return content, bad_steps.find_state(directory, step)
+
+
+def _load_own_config(directory: pathlib.Path) -> config_lib.Config:
+    """Returns the run's settings for a single process that samples nothing."""
+    config = run_plan.load_run_config(directory)
+    config.mesh.update(coordinator="", processes=1, process=0)
+    config.sampler.update(config_lib.default().sampler)
+    return config
+
+
+def _check_shards(batch: layout.Batch, plan: run_plan.Plan) -> None:
+    """Refuses a packed batch that was packed for another number of devices."""
+    if batch.source_UST is None:
+        return
+    packed, here = batch.source_UST.shape[1], sharding.batch_shards(plan.mesh)
+    if packed != here:
+        raise ValueError(f"the run split a batch over {packed} devices, but there are {here} here")
+
+
+def _run_step(
+    r: loaded_run.LoadedRun, state: train_step.State, inputs: dict
+) -> tuple[dict, list[str]]:
+    """Runs a step; returns its metrics, and lines that name the numbers that are not finite."""
+    plan, row = r.plan, r.plan.rows[0]
+    asked = prompts.build_student_prompt(plan.tokenizer, plan.student, row)
+    taught = config_lib.traits(plan.config).teacher
+    told = plan.teacher.build_shortest(row) if taught else None
+    teacher_kv = rollouts.encode_prefixes(r, state, asked, told)[1]
+    batch = layout.place_batch(inputs["batch"], plan.mesh)
+    args = (r.frozen, batch, inputs["student_prefix"], teacher_kv)
+    _, gradient, _ = jax.jit(train_step.make_gradient(r.decoder, r.options))(state, *args)
+    lines = [
+        f"not finite in the state: {_join(nonfinite.find_nonfinite(state._asdict()))}",
+        f"not finite in the inputs: {_join(nonfinite.find_nonfinite(inputs))}",
+        f"not finite in the gradient: {_join(_describe_gradient(gradient))}",
+    ]
+    _, aux = r.step(state, *args, inputs["lr_factor"])
+    aux = jax.device_get(aux)
+    lines.append(f"not finite in completions: {_join(_describe_tokens(aux, inputs['batch']))}")
+    return aux.metrics, lines
+
+
+def _join(items: list[str]) -> str:
+    return ", ".join(items) or "none"
+
+
+def _describe_gradient(gradient: dict) -> list[str]:
+    """Describes the arrays of a gradient that are not finite, with their layers if they have any.
+
+    Adapters, and all parameters named `layers/...`, have a leading axis for the layers.
+    """
+    out = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(gradient)):
+        if not (lost := ~np.isfinite(leaf)).any():
+            continue
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        count = f"{int(lost.sum()):,} of {leaf.size:,}"
+        if name.startswith("layers/") or name.endswith(("/a", "/b")):
+            layers = np.flatnonzero(lost.reshape(len(leaf), -1).any(axis=1)).tolist()
+            count += f" in layers {layers}"
+        out.append(f"{name} ({count})")
+    return out
+
+
+def _describe_tokens(aux: train_step.Aux, batch: layout.Batch) -> list[str]:
+    """Describes the tokens of each completion that have a value that is not finite."""
+    lost_BC = np.zeros(batch.mask_BC.shape, bool)
+    for value_BC in jax.tree.leaves((aux.tokens, aux.policy)):
+        lost_BC |= ~np.isfinite(value_BC) & batch.mask_BC
+    return [
+        f"completion {b} (tokens {np.flatnonzero(lost_C).tolist()})"
+        for b, lost_C in enumerate(lost_BC)
+        if lost_C.any()
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,195 @@
+"""Bad steps: their files, and when they stop the run.
+
+A step is bad if its loss or its gradient is not finite, or if the logits of all its completions
+were not finite.
+
+    W/bad/step_000025.npz    inputs and results of a bad step, as the compiled step got them
+    W/bad/state_000024/      the state of the last good step, which bad steps do not change
+
+The state is written once for each streak, which is a series of consecutive bad steps. Both files
+are evidence: no run continues from them. `python -m copsd_jax.replay` runs the step again.
+"""
+
+import io
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from copsd_jax.runtime import checkpoint, nonfinite, processes
+
+STREAKS = 3  # number of newest streaks whose files are kept
+BATCHES = 10  # number of steps of a streak whose inputs are written
+
+
+class BadSteps:
+    """Counts the bad steps of a run and writes their files.
+
+    All processes must call the methods with the same arguments.
+
+    Attributes:
+      streak: number of consecutive bad steps up to now. A run continues from a good step, so its
+        first streak begins at 0.
+    """
+
+    def __init__(self, directory: pathlib.Path, limit: int):
+        """Begins with no bad steps.
+
+        Args:
+          directory: the work directory.
+          limit: number of consecutive bad steps that stops the run; 0 never stops the run.
+        """
+        self._directory, self._limit = directory, limit
+        self.streak, self._metrics = 0, {}
+
+    def record(self, step: int, state: Any, inputs: Any, metrics: Mapping[str, Any]) -> None:
+        """Counts a step, and writes the files of a bad step.
+
+        Args:
+          step: the number of the step, counted from 1.
+          state: the state after the step; a bad step changes only the state's count.
+          inputs: the other inputs of the step, as a tree of NumPy arrays and None.
+          metrics: the metrics of the step.
+        """
+        self._metrics = dict(metrics)
+        self.streak = self.streak + 1 if metrics["bad"] else 0
+        if not 0 < self.streak <= BATCHES:
+            return
+        if self.streak == 1:
+            processes.run_on_leader(lambda: _remove_old_streaks(self._directory / "bad", step))
+            checkpoint.write_state(state_folder(self._directory, step - 1), state)
+        results = {name: np.asarray(metrics[name]) for name in ("loss", "grad_norm")}
+        content = {"inputs": inputs, "results": results}
+        processes.run_on_leader(lambda: _write_arrays(step_file(self._directory, step), content))
+
+    def describe(self, step: int) -> list[str]:
+        """Returns a line about the step if it is bad, and otherwise no line."""
+        if not self.streak:
+            return []
+        kept = "so the weights stay as they were"
+        return [f"step {step}: {self._explain()}, {kept}; {self._name_command(step)}"]
+
+    def refuses_save(self, step: int, last: bool) -> list[str]:
+        """Returns a line that says why the step is not saved; returns no line if it is saved.
+
+        A continued run repeats a streak from its first step, so that it stops at the same step. The
+        last step of a run is saved in any case.
+        """
+        if last or not self.streak:
+            return []
+        which = f"the last {self.streak} steps were" if self.streak > 1 else "it was"
+        return [f"step {step} is not saved, because {which} bad"]
+
+    def check(self, step: int, list_saved: Callable[[], list[int]]) -> None:
+        """Checks whether the run can go on after a step.
+
+        Raises:
+          NonFinite: the state is not finite, or the streak has reached the limit. The message names
+            the newest checkpoint, which was saved before the streak.
+        """
+        stuck = 0 < self._limit <= self.streak
+        if self._metrics["weights_finite"] and not stuck:
+            return
+        if stuck:
+            reason = f"step {step}: {self._explain()}, and guards.bad_steps is {self._limit}"
+        else:
+            reason = f"the weights, the optimizer or the average are not finite after step {step}"
+        saved = processes.run_on_leader(list_saved)
+        good = "there is no checkpoint"
+        if saved:
+            good = f"the last good checkpoint is {self._directory / 'checkpoints' / str(saved[-1])}"
+        replay = f"; {self._name_command(step)}" if 0 < self.streak <= BATCHES else ""
+        raise nonfinite.NonFinite(f"{reason}; {good}{replay}")
+
+    def _explain(self) -> str:
+        loss, norm = (float(self._metrics[name]) for name in ("loss", "grad_norm"))
+        what = f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
+        if math.isfinite(loss) and math.isfinite(norm):
+            what = "the logits of all completions are not finite"
+        return f"{what} (bad step {self.streak} in a row)" if self.streak > 1 else what
+
+    def _name_command(self, step: int) -> str:
+        if self.streak > BATCHES:
+            return f"only the first {BATCHES} steps of a streak are written to W/bad"
+        command = f"python -m copsd_jax.replay --workdir={self._directory} --step={step}"
+        return f"to run the step again: {command}"
+
+
+def step_file(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Returns the path of the inputs of a bad step."""
+    return directory / "bad" / f"step_{step:06d}.npz"
+
+
+def state_folder(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Returns the path of the state of the good step before a streak."""
+    return directory / "bad" / f"state_{step:06d}"
+
+
+def find_state(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Finds the state before a bad step: the newest state of an earlier step.
+
+    Raises:
+      FileNotFoundError: no such state exists.
+    """
+    numbers = [n for n in _list_numbers(directory / "bad", "state_*") if n < step]
+    if not numbers:
+        raise FileNotFoundError(f"{directory / 'bad'} has no state of a step before {step}")
+    return state_folder(directory, numbers[-1])
+
+
+def _list_numbers(folder: pathlib.Path, pattern: str) -> list[int]:
+    """Lists the steps in the names of files that match the pattern, in ascending order."""
+    found = (re.search(r"_(\d+)(\.npz)?$", path.name) for path in folder.glob(pattern))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _remove_old_streaks(folder: pathlib.Path, step: int) -> None:
+    """Removes the oldest streaks, so that there is room for the streak that begins at a step.
+
+    Files of this or of later steps remain from an earlier start of the run; they are removed too.
+    """
+    states = _list_numbers(folder, "state_*")
+    earlier = [n for n in states if n < step - 1]
+    oldest = earlier[-(STREAKS - 1)] if len(earlier) >= STREAKS - 1 else 0
+    for number in states:
+        if number < oldest or number >= step - 1:
+            shutil.rmtree(folder / f"state_{number:06d}")
+    for number in _list_numbers(folder, "step_*.npz"):
+        if number <= oldest or number >= step:
+            (folder / f"step_{number:06d}.npz").unlink()
+
+
+def _write_arrays(path: pathlib.Path, tree: Any) -> None:
+    """Writes the arrays of a tree by their paths; a reader sees the whole file or none."""
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    content = io.BytesIO()
+    np.savez(
+        content,
+        **{jax.tree_util.keystr(name, simple=True, separator="/"): np.asarray(x)
+           for name, x in named},
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    with temporary.open("wb") as stream:
+        stream.write(content.getbuffer())
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def read_arrays(path: pathlib.Path, like: Any) -> Any:
+    """Reads the arrays that `BadSteps` wrote, into a tree of the form of `like`.
+
+    Leaves of `like` that the file lacks become None.
+    """
+    with np.load(path) as stored:
+        return jax.tree_util.tree_map_with_path(
+            lambda name, _: stored.get(jax.tree_util.keystr(name, simple=True, separator="/")),
+            like,
+        )
