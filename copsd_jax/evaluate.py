@@ -27,7 +27,7 @@ from copsd_jax.metrics import scoring, terminal
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.problems import problem_row
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.runtime import checkpoint, nonfinite, processes, signals, storage, workdir
+from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, signals, storage, workdir
 from copsd_jax.sampler import loop, request
 from copsd_jax.teaching import prompts
 from copsd_jax.training import loaded_run, run_plan, train_step
@@ -63,7 +63,7 @@ def evaluate(
       the language has several groups. Each entry of "problems" lists the samples of one problem.
 
     Raises:
-      loaded_run.UnusableFile: another evaluation wrote `partial`, or the file is damaged.
+      failures.UnusableFile: another evaluation wrote `partial`, or the file is damaged.
     """
     plan, n = r.plan, r.plan.config.eval.samples
     build = functools.partial(prompts.build_student_prompt, plan.tokenizer, plan.evaluation)
@@ -202,9 +202,9 @@ def _read_partial_evaluation(
         fit = all(ids[line["index"]] == line["id"] and line["index"] >= 0 for line in lines if same)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         reason = error if isinstance(error, ValueError) else f"{partial} is damaged"
-        raise loaded_run.UnusableFile(f"{reason}: remove this file") from error
+        raise failures.UnusableFile(f"{reason}: remove this file") from error
     if other or not fit:
-        raise loaded_run.UnusableFile(
+        raise failures.UnusableFile(
             f"{partial} was written by an evaluation with other {', '.join(other) or 'problems'}: "
             "remove this file"
         )
@@ -396,7 +396,7 @@ def evaluate_step(
       The result of `evaluate`, together with the step number.
 
     Raises:
-      loaded_run.UnusableFile: the file of a stopped evaluation is damaged, or belongs to another
+      failures.UnusableFile: the file of a stopped evaluation is damaged, or belongs to another
         evaluation.
     """
     rows, partial = r.plan.eval_rows, workdir.partial_file(file)
@@ -448,7 +448,7 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
         return 2
     with (
         loaded_run.set_mesh_and_precision(plan),
-        loaded_run.exit_on_failure(out),
+        failures.exit_on_failure(out),
         checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints,
     ):
         saved = checkpoints.steps()

@@ -20,6 +20,7 @@ from copsd_jax.runtime import (
     bad_steps,
     checkpoint,
     continuation,
+    failures,
     nonfinite,
     processes,
     run_lock,
@@ -96,7 +97,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
     facts = summary.collect_facts(plan)  # before the run sets options of JAX
     with (
         loaded_run.set_mesh_and_precision(plan),
-        loaded_run.exit_on_failure(directory),
+        failures.exit_on_failure(directory),
         run_lock.hold(directory),
         _create_workdir(plan, directory, facts) as saver,
     ):

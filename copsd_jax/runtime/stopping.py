@@ -32,7 +32,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listen(self, grace: float) -> Iterator[None]:
-        """Notes the first signal within the block, and ends the process at the second signal.
+        """Handles signals within the block: notes the first, and ends the process at the second.
 
         Args:
           grace: seconds between the signal and the time at which its sender kills the process.

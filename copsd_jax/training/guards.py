@@ -269,11 +269,6 @@ def _format_guard_event(rule: Rule, step: int, value: float, limit: float, over:
     )
 
 
-def replay_metrics(rules: Sequence[Rule], lines: Iterable[str]) -> State:
-    """Replays the lines of metrics.jsonl as `replay_events` does, and returns only the state."""
-    return replay_events(rules, lines)[0]
-
-
 def replay_events(rules: Sequence[Rule], lines: Iterable[str]) -> tuple[State, list[Event]]:
     """Replays the lines of metrics.jsonl in order.
 

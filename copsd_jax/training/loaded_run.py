@@ -19,7 +19,7 @@ from copsd_jax.metrics import token_stats
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.runtime import nonfinite, processes, sharding, stopping, storage
+from copsd_jax.runtime import failures, nonfinite, processes, sharding, stopping
 from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import conversations, prompts, text_encoding
@@ -71,40 +71,6 @@ class LoadedRun:
     served: "ServedPolicy | None"
     lengths: dict[str, int]
     stop: stopping.StopRequest
-
-
-class EngineError(Exception):
-    """A failure of the sampler server, described in one sentence."""
-
-
-class UnusableFile(Exception):
-    """An unusable file of the run, described in one sentence that says what to do."""
-
-
-@contextlib.contextmanager
-def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
-    """Ends the program with a one-sentence message if a traceback would not help.
-
-    A traceback does not help with these failures: a server that fails, a damaged file, a disk that
-    fails or is full, and a lack of memory.
-
-    Args:
-      directory: the work directory. Messages about servers and files say that the same command
-        continues the run.
-
-    Raises:
-      SystemExit: raised in place of EngineError, UnusableFile, StorageError, MemoryError, and
-        errors of the disk.
-    """
-    try:
-        yield
-    except (EngineError, UnusableFile, OSError) as error:
-        disk = isinstance(error, storage.StorageError)
-        if isinstance(error, OSError) and not disk and error.errno not in storage.DISK_ERRORS:
-            raise
-        raise SystemExit(f"error: {error}; the same command continues {directory}") from error
-    except MemoryError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def load_run(
@@ -286,7 +252,7 @@ class ServedPolicy:
         """Hands the policy over if it is new; returns the server that samples from the policy.
 
         Raises:
-          EngineError: the server did not load the weights.
+          failures.EngineError: the server did not load the weights.
           OSError: the weights cannot be written.
         """
         adapter, trainable = policy.adapter, self._plan.config.train.trainable
@@ -327,11 +293,11 @@ def _build_policy_hand_over(
 
 @contextlib.contextmanager
 def _asked() -> Iterator[None]:
-    """Raises server failures as EngineError, to distinguish them from file errors."""
+    """Raises server failures as failures.EngineError, to distinguish them from file errors."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise EngineError(str(error)) from error
+        raise failures.EngineError(str(error)) from error
 
 
 def sample(
@@ -362,7 +328,7 @@ def sample(
     Raises:
       ValueError: the prompts begin with different exemplars.
       MemoryError: the cache does not fit on the devices; the message names the section's settings.
-      EngineError: with sampler.engine=server, the server failed.
+      failures.EngineError: with sampler.engine=server, the server failed.
       signals.Stopped: a signal has asked the run to stop.
     """
     sampling, vocabulary = build_sampling(run, section), run.plan.vocabulary

@@ -11,7 +11,7 @@ import pytest
 import runs
 
 from copsd_jax import evaluate
-from copsd_jax.runtime import sharding
+from copsd_jax.runtime import failures, sharding
 from copsd_jax.training import loaded_run
 
 optax_promotes = runs.optax_promotes
@@ -85,7 +85,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
             (text.replace('"id": "', '"id": "x'), "with other problems: remove this file"),
         ):
             partial.write_text(spoilt)
-            with pytest.raises(loaded_run.UnusableFile, match=message):
+            with pytest.raises(failures.UnusableFile, match=message):
                 evaluate.evaluate(r, other, rows, None, partial)
 
 

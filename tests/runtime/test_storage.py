@@ -8,8 +8,7 @@ import pickle
 import pytest
 
 from copsd_jax.metrics import metric_files
-from copsd_jax.runtime import run_lock, storage, workdir
-from copsd_jax.training import loaded_run
+from copsd_jax.runtime import failures, run_lock, storage, workdir
 
 
 def test_a_failed_write_leaves_the_file_before(tmp_path, monkeypatch):
@@ -58,11 +57,11 @@ def test_metrics_of_a_removed_directory(tmp_path):
     [
         (storage.StorageError("W/x cannot be written (No space left)"), "written (No space left)"),
         (OSError(errno.EROFS, "Read-only file system", "y"), "Read-only file system: 'y'"),
-        (loaded_run.UnusableFile("W/x is damaged"), "W/x is damaged"),
+        (failures.UnusableFile("W/x is damaged"), "W/x is damaged"),
     ],
 )
 def test_a_failed_disk_ends_the_run_with_one_sentence(tmp_path, error, said):
-    with pytest.raises(SystemExit) as caught, loaded_run.exit_on_failure(tmp_path):
+    with pytest.raises(SystemExit) as caught, failures.exit_on_failure(tmp_path):
         raise error
     text = str(caught.value)  # a text as the code: Python prints it and exits with 1
     assert text.startswith("error: ")
@@ -72,7 +71,7 @@ def test_a_failed_disk_ends_the_run_with_one_sentence(tmp_path, error, said):
 
 
 def test_other_errors_keep_their_traceback(tmp_path):
-    with pytest.raises(ConnectionError), loaded_run.exit_on_failure(tmp_path):
+    with pytest.raises(ConnectionError), failures.exit_on_failure(tmp_path):
         raise ConnectionError("reset")
 
 

@@ -24,7 +24,7 @@ from copsd_jax import evaluate, main
 from copsd_jax.methods import table
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
-from copsd_jax.runtime import checkpoint
+from copsd_jax.runtime import checkpoint, failures
 from copsd_jax.sampler import loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.training import loaded_run, run_plan
@@ -285,7 +285,7 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
         assert list((tmp_path / "weights").iterdir()) == told[1:]
         # A server that does not take it holds the former one, and is told again.
         engine.manage, manage = lambda *_: 1 / 0, engine.manage
-        with pytest.raises(loaded_run.EngineError, match="did not unload the adapter"):
+        with pytest.raises(failures.EngineError, match="did not unload the adapter"):
             r.served(policy)
         engine.manage = manage
         assert r.served(policy) == held

@@ -232,7 +232,7 @@ def test_a_run_in_two_pieces_decides_as_one(tmp_path):
     assert fired == {"warn", "lr", "stop"}  # the nan of step 17 stops
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     for cut in range(41):
-        again = guards.replay_metrics(rules, lines[:cut])
+        again, _ = guards.replay_events(rules, lines[:cut])
         for (step, values), (after, events) in list(zip(series(), decided, strict=True))[cut:]:
             again, said = guards.apply_rules(rules, again, step, values)
             assert (again, said) == (after, events)
@@ -250,10 +250,10 @@ def test_the_state_is_json():
 def test_a_line_that_is_none_of_metrics_is_refused(line):
     rules = guards.parse_rules(["loss>3:warn"])
     with pytest.raises(ValueError, match=r"line 2 is not from metrics\.jsonl"):
-        guards.replay_metrics(rules, ['{"step": 1, "loss": 1}', line])
+        guards.replay_events(rules, ['{"step": 1, "loss": 1}', line])
 
 
 def test_a_stopped_run_is_known_as_stopped():
     rules = guards.parse_rules(["loss>3:stop"])
     lines = [json.dumps({"step": step, "loss": loss}) for step, loss in ((1, 1), (2, 4))]
-    assert guards.replay_metrics(rules, lines)["stopped"].startswith("step 2: loss is 4, above 3")
+    assert guards.replay_events(rules, lines)[0]["stopped"].startswith("step 2: loss is 4, above 3")

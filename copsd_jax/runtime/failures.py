@@ -1,0 +1,41 @@
+"""Failures during a run for which one sentence says more than a traceback."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+from copsd_jax.runtime import storage
+
+
+class EngineError(Exception):
+    """A failure of the sampler server, described in one sentence."""
+
+
+class UnusableFile(Exception):
+    """An unusable file of the run, described in one sentence that says what to do."""
+
+
+@contextlib.contextmanager
+def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
+    """Ends the program with a one-sentence message if a traceback would not help.
+
+    A traceback does not help with these failures: a server that fails, a damaged file, a disk that
+    fails or is full, and a lack of memory.
+
+    Args:
+      directory: the work directory. Messages about servers and files say that the same command
+        continues the run.
+
+    Raises:
+      SystemExit: raised in place of EngineError, UnusableFile, StorageError, MemoryError, and
+        errors of the disk.
+    """
+    try:
+        yield
+    except (EngineError, UnusableFile, OSError) as error:
+        disk = isinstance(error, storage.StorageError)
+        if isinstance(error, OSError) and not disk and error.errno not in storage.DISK_ERRORS:
+            raise
+        raise SystemExit(f"error: {error}; the same command continues {directory}") from error
+    except MemoryError as error:
+        raise SystemExit(f"error: {error}") from error
