@@ -29,7 +29,9 @@ def read_headers(
     Raises:
       ValueError, OSError: a file is missing, or the model's config names an unknown architecture.
     """
-    path = hub.resolve_model_path(config.model.path, choose_revision(config), weights=False)
+    # A commit that the run has recorded replaces a branch or a tag.
+    revision = config.model.commit or config.model.revision
+    path = hub.resolve_model_path(config.model.path, revision, weights=False)
     own = config.model.tokenizer
     tok = tokenizer.load(
         hub.resolve_model_path(own, weights=False, setting="model.tokenizer") if own else path
@@ -41,11 +43,6 @@ def read_headers(
             shape = dataclasses.replace(shape, vocab_size=-(-len(tok) // 64) * 64)
         return path, shape, tok
     return path, hf_config.load_config(path), tok
-
-
-def choose_revision(config: config_lib.Config) -> str:
-    """Returns the revision of a model's repository; a recorded commit replaces a branch or tag."""
-    return config.model.commit or config.model.revision
 
 
 def choose_dtype(name: str, devices: Mesh) -> Any:

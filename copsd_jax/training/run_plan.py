@@ -159,7 +159,8 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     longest["teacher"] = prompt_lengths.bound_teacher(config, context, shape, longest["teacher"])
     if config.model.init == "pretrained":
         # Weights are downloaded last, when everything else has been accepted.
-        path = hub.resolve_model_path(config.model.path, model_headers.choose_revision(config))
+        model = config.model
+        path = hub.resolve_model_path(model.path, model.commit or model.revision)
         hf.check_weights(path, shape)
     initial_weights.check_source(start, config_lib.flat(config), shape, path)
     return Plan(
