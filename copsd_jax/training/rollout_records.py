@@ -26,6 +26,7 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
     out = []
     for i, row in enumerate(done.rows):
         completion, verdict = done.completions[i], done.verdicts[i]
+        ungraded = "nonfinite" if completion.finish == "nonfinite" else "no_gold"
         out.append(
             {
                 "id": row.id,
@@ -44,16 +45,11 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
                 "correct": verdict.correct if verdict else None,
                 "reward": verdict.reward if verdict else None,
                 "feedback": verdict.feedback if verdict else None,
-                "grade_status": verdict.status if verdict else _explain_ungraded(completion),
+                "grade_status": verdict.status if verdict else ungraded,
                 "steps": _record_step_spans(done.decoded[i], done.starts[i]),
             }
         )
     return out
-
-
-def _explain_ungraded(completion: loop.Completion) -> str:
-    """Returns the grading status of a completion without a verdict."""
-    return "nonfinite" if completion.finish == "nonfinite" else "no_gold"
 
 
 def _record_step_spans(decoded: token_spans.Decoded, start: int) -> list[list[int]]:
