@@ -91,7 +91,7 @@ def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
 
     Raises:
       SystemExit: raised in place of EngineError, UnusableFile, StorageError, MemoryError, and
-        errors of the disk.
+        errors of the disk. With several processes, this process ends at once.
     """
     try:
         yield
@@ -99,9 +99,9 @@ def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
         disk = isinstance(error, storage.StorageError)
         if isinstance(error, OSError) and not disk and error.errno not in storage.DISK_ERRORS:
             raise
-        raise SystemExit(f"error: {error}; the same command continues {directory}") from error
+        processes.exit_with_error(f"error: {error}; the same command continues {directory}", error)
     except MemoryError as error:
-        raise SystemExit(f"error: {error}") from error
+        processes.exit_with_error(f"error: {error}", error)
 
 
 def load_run(
