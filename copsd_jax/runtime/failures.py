@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 from collections.abc import Iterator
 
-from copsd_jax.runtime import storage
+from copsd_jax.runtime import processes, storage
 
 
 class EngineError(Exception):
@@ -28,7 +28,7 @@ def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
 
     Raises:
       SystemExit: raised in place of EngineError, UnusableFile, StorageError, MemoryError, and
-        errors of the disk.
+        errors of the disk. With several processes, this process ends at once.
     """
     try:
         yield
@@ -36,6 +36,6 @@ def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
         disk = isinstance(error, storage.StorageError)
         if isinstance(error, OSError) and not disk and error.errno not in storage.DISK_ERRORS:
             raise
-        raise SystemExit(f"error: {error}; the same command continues {directory}") from error
+        processes.exit_with_error(f"error: {error}; the same command continues {directory}", error)
     except MemoryError as error:
-        raise SystemExit(f"error: {error}") from error
+        processes.exit_with_error(f"error: {error}", error)

@@ -11,7 +11,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
-from typing import Any, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import jax
 import numpy as np
@@ -97,6 +97,22 @@ def _pickled(error: Exception) -> bytes:
     except Exception:
         return pickle.dumps((None, RuntimeError(repr(error))))
     return said
+
+
+def exit_with_error(message: str, error: BaseException) -> NoReturn:
+    """Ends the program with a message and exit code 1.
+
+    The error may have occurred on this process alone. With several processes, the regular exit
+    would wait for the other processes, which wait for this process. Therefore this process ends at
+    once, and the others end because they miss its heartbeat.
+
+    Raises:
+      SystemExit: there is only one process.
+    """
+    if jax.process_count() == 1:
+        raise SystemExit(message) from error
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def wait_for_all(name: str) -> None:

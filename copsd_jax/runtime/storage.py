@@ -185,7 +185,11 @@ def check_order(path: pathlib.Path, rows: list[dict], strict: bool) -> None:
 def _parse_object(data: bytes, place: str, form: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # invalid UTF-8 or invalid JSON
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        where = f" (line {line})" if line > 1 else ""
+        raise ValueError(f"{place} is not {form}: byte {error.start} is no UTF-8{where}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not {form}: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{place} is not a JSON object")

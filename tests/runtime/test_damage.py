@@ -119,9 +119,10 @@ def examine(directory):
 # kind of file -> kind of damage -> what is said
 SAID = {
     "config.json": {
-        **dict.fromkeys(("truncated", "zeroed", "one bit flipped", "emptied", "garbage line"),
+        **dict.fromkeys(("truncated", "zeroed", "one bit flipped", "emptied"),
                         r"config\.json is not valid JSON: .*: restore this file"),
         "deleted": r"has files but no config\.json: no run began there",
+        "garbage line": r"config\.json is not valid JSON: byte 2 is no UTF-8 \(line 2\): restore",
         "torn line": r"config\.json is not valid JSON: Extra data: line \d+ .*",
     },
     "run.json": {
@@ -132,17 +133,17 @@ SAID = {
     "metrics.jsonl": {
         "truncated": r"ended in an incomplete line of \d+ bytes.*\n.*has no line for steps 2 to 3",
         "zeroed": r"ended in an incomplete line of \d+ bytes.*\n.*has no line for steps 1 to 3",
-        "one bit flipped": r"metrics\.jsonl line 2 is not JSON: 'utf-8' codec",
+        "one bit flipped": r"metrics\.jsonl line 2 is not JSON: byte \d+ is no UTF-8",
         "deleted": r"metrics\.jsonl has no line for steps 1 to 3",
         "emptied": r"metrics\.jsonl has no line for steps 1 to 3",
-        "garbage line": r"metrics\.jsonl line 2 is not JSON: 'utf-8' codec",
+        "garbage line": r"metrics\.jsonl line 2 is not JSON: byte \d+ is no UTF-8",
         "torn line": r"metrics\.jsonl ended in an incomplete line of 15 bytes: it is dropped",
     },
     "events.jsonl": {
         "truncated": r"events\.jsonl line 2 is incomplete",
         "zeroed": r"events\.jsonl line 1 is incomplete",
         "one bit flipped": r"events\.jsonl line [12] is not JSON",
-        "garbage line": r"events\.jsonl line 2 is not JSON: 'utf-8' codec",
+        "garbage line": r"events\.jsonl line 2 is not JSON: byte \d+ is no UTF-8",
         "torn line": r"events\.jsonl line 3 is incomplete",
     },
     "eval/step_000000.json": dict.fromkeys(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import runs
 
-from copsd_jax import main
+from copsd_jax import evaluate, main
 from copsd_jax.methods import distill
 from copsd_jax.runtime import checkpoint
 
@@ -146,3 +146,22 @@ def test_the_run_ends_as_the_unbroken_one(
     assert said or (name, how) == ("eval/step_000000.json", "deleted")  # evaluated again
     first = re.sub(re.escape(str(directory)), "W", said[0]) if said else "evaluated again"
     table.append((name, how, first))
+
+
+def test_an_interrupted_evaluation_is_completed(whole, tmp_path, monkeypatch):
+    """The kill comes in the evaluation at step 2, whose checkpoint is saved."""
+    argv, sample = runs.argv("copsd", tmp_path / "w", **SETTINGS), evaluate.evaluate
+    calls = []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    monkeypatch.setattr(evaluate, "evaluate", stop)
+    assert main.main(argv) == 130
+    assert not (tmp_path / "w/eval/step_000002.json").exists()
+    monkeypatch.undo()
+    assert main.main(argv) == 0
+    assert contents(tmp_path / "w") == contents(whole)

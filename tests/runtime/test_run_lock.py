@@ -11,7 +11,9 @@ import time
 
 import conftest
 import pytest
+import runs
 
+from copsd_jax import main
 from copsd_jax.runtime import run_lock
 
 HOLD = """
@@ -100,7 +102,6 @@ def test_a_lease_of_another_host_is_watched(tmp_path, quick, capsys):
     with run_lock.hold(tmp_path):
         assert time.monotonic() - begun > 0.8
         assert "whether process 7 on elsewhere still runs" in capsys.readouterr().out
-    os.utime(tmp_path / "lock", (0, 0))
     # One that is already old is taken at once, whatever this machine's clock says.
     lease.write_text(json.dumps(other))
     os.utime(lease, (time.time() - 60, time.time() - 60))
@@ -143,3 +144,14 @@ def test_of_two_that_take_a_lease_at_once_one_is_refused(tmp_path, quick, withou
     texts = [one.stderr.read() for one in both]
     assert codes == [0, 0] or sorted(codes) == [0, 1], texts
     assert all("LockedError" in text for code, text in zip(codes, texts, strict=True) if code)
+
+
+def test_a_second_run_is_refused_before_it_changes_anything(tmp_path, capsys):
+    directory = tmp_path / "w"
+    with run_lock.hold(directory):
+        (directory / "metrics.jsonl").write_text('{"step": 1}\n')
+        before = {p.name: p.read_bytes() for p in directory.iterdir()}
+        assert main.main(runs.argv("copsd", directory)) == 2
+        assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
+    said = f"error: --workdir={directory} is in use by process {os.getpid()} on "
+    assert capsys.readouterr().err.startswith(said)

@@ -1,5 +1,6 @@
 """Oracles: decisions worked out by hand; a run in one piece beside the same run in two."""
 
+import dataclasses
 import json
 import math
 
@@ -257,3 +258,17 @@ def test_a_stopped_run_is_known_as_stopped():
     rules = guards.parse_rules(["loss>3:stop"])
     lines = [json.dumps({"step": step, "loss": loss}) for step, loss in ((1, 1), (2, 4))]
     assert guards.replay_events(rules, lines)[0]["stopped"].startswith("step 2: loss is 4, above 3")
+
+
+def test_lost_events_are_rebuilt_from_the_metrics():
+    """Any part of events.jsonl may be lost; what is left is not repeated."""
+    rules = guards.parse_rules(["loss>2:warn", "tokens>5:lr*0.5"])
+    lines = [json.dumps({"step": s, "loss": s % 4, "tokens": 4 + s}) for s in range(1, 9)]
+    _, events = guards.replay_events(rules, lines)
+    entries = [dataclasses.asdict(event) for event in events]
+    assert [entry["step"] for entry in entries] == [2, 3, 3, 4, 5, 6, 7, 7, 8]
+    by_step = sorted(entries, key=lambda entry: (entry["step"], entry["action"]))
+    for kept in (entries, [], entries[:4], entries[::2]):
+        got = guards.rebuild_events(kept, events)
+        assert sorted(got, key=lambda entry: (entry["step"], entry["action"])) == by_step
+        assert [entry["step"] for entry in got] == [entry["step"] for entry in entries]
