@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 # Two completions of the tiny model hardly ever have different rewards, unless the text decides.
 SETTINGS = {
     "train__steps": 7, "train__save_every": 1, "train__keep": 0, "eval__limit": 2,
-    "train__batch": 8, "reward__kind": "runs:by_text",
+    "train__batch": 8, "reward__kind": "spoiled_run:by_text",
 }  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_a_weight_stops_the_run_at_once_and_is_neither_saved_nor_exported(
     lost[0, 0, 0] = np.nan
     broken = broken._replace(trained=broken.trained | {"q": broken.trained["q"] | {"b": lost}})
     with checkpoint.Checkpoints(workdir / "checkpoints", writer=True) as saver:
-        saver.save(4, broken._replace(step=np.int32(4)))
+        saver.save(4, broken._replace(step=jnp.int32(4)))
     said = f"checkpoint 4 of {workdir}: not all numbers are finite in "
     assert run(workdir) == 3
     assert said in capsys.readouterr().err
@@ -230,12 +230,13 @@ def environment(devices: int) -> dict[str, str]:
     return {**os.environ, **known, "PYTHONPATH": path}
 
 
-def together(kind: str, steps: str, workdir) -> list[tuple[int, str]]:
+def together(kind: str, steps: str, workdir, **more) -> list[tuple[int, str]]:
     """Exit code and stderr of both processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"mesh__coordinator": f"127.0.0.1:{port}", "mesh__processes": 2, "mesh__fsdp": 2}
+    settings |= more
     started = [
         subprocess.Popen(
             [sys.executable, str(conftest.ROOT / "tests" / "spoiled_run.py"), kind, steps,
@@ -272,7 +273,7 @@ def test_two_processes_stop_together(tmp_path, kind, steps, place):
 
 def test_two_processes_drop_the_same_completion(tmp_path):
     workdir = tmp_path / "w"
-    ended = together("logit", "0", workdir)
+    ended = together("logit", "0", workdir, train__steps=2)
     assert [code for code, _ in ended] == [0, 0], ended
     assert all(line["rollout_nonfinite"] >= 1 for line in lines(workdir))
     assert all(line["bad"] == 0 for line in lines(workdir))
