@@ -10,7 +10,7 @@ import sys
 
 CARD, FILE = sys.argv[1], sys.argv[5]
 SIZES = tuple(map(int, sys.argv[2:5]))
-RANK, PROCESSES, PORT = map(int, sys.argv[6:] or (0, 1, 0))
+RANK, PROCESSES, PORT = map(int, sys.argv[6:9] or (0, 1, 0))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "32")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"

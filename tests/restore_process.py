@@ -30,6 +30,7 @@ def main() -> None:
     c = plan.config
     with (
         loaded_run.set_mesh_and_precision(plan),
+        jax.numpy_dtype_promotion("standard"),  # AdamW relies on promotion
         checkpoint.Checkpoints(FOLDER, writer=SAVES) as checkpoints,
     ):
         r, state = loaded_run.load_run(plan, 3)
