@@ -160,7 +160,8 @@ def test_an_interrupted_evaluation_is_completed(whole, tmp_path, monkeypatch):
         return sample(*args)
 
     monkeypatch.setattr(evaluate, "evaluate", stop)
-    assert main.main(argv) == 130
+    with pytest.raises(KeyboardInterrupt):
+        main.main(argv)
     assert not (tmp_path / "w/eval/step_000002.json").exists()
     monkeypatch.undo()
     assert main.main(argv) == 0
