@@ -73,9 +73,9 @@ def _choose_at_start(config: config_lib.Config, directory: pathlib.Path) -> None
     config.prompt.date = config.prompt.date or continuation.choose_date(directory)
     former = pathlib.Path(continuation.read_first_fact(directory, "model", ""))
     model.commit = model.commit or hub.find_commit(former)
-    model.init_from = processes.run_on_leader(
-        lambda: initial_weights.name_checkpoint(model.init_from)
-    )
+    # All processes open the checkpoints, because Orbax synchronises processes when it opens them.
+    newest = initial_weights.name_checkpoint(model.init_from)
+    model.init_from = processes.run_on_leader(lambda: newest)
 
 
 def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None:
