@@ -30,7 +30,10 @@ RETIRED: dict[str, object] = {"loss.skip_below": 0.0}
 
 # The former defaults of settings whose default has changed. A run that did not record its defaults
 # began with these. Newer runs record every default in run.json.
-FORMER_DEFAULTS: dict[str, object] = {"loss.norm": "micro_token_mean"}
+FORMER_DEFAULTS: dict[str, object] = {
+    "loss.norm": "micro_token_mean",
+    "train.min_grad_norm": 0.0,
+}
 
 
 def default() -> Config:
