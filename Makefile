@@ -62,7 +62,7 @@ runs: install
 	  tests/training/test_packed_rows.py::test_a_run_with_packed_rows_has_the_metrics_of_one_without
 
 processes: install
-	$(BIN)/python -m pytest -m slow tests/runtime/test_processes.py tests/sampler/test_sampler_processes.py
+	$(BIN)/python -m pytest -m slow tests/runtime/test_processes.py tests/runtime/test_stopped_runs.py tests/sampler/test_sampler_processes.py
 	$(BIN)/python -m pytest -m slow tests/runtime/test_meshes.py -k "2-2-2_two or 1-1-8"
 
 # Every kind of mesh of eight devices, and two processes, against one device: minutes.
@@ -86,6 +86,7 @@ drill: install
 	$(BIN)/python tools/drill.py kill --kills=10 --processes=2 --runs=copsd --out=build/drill/kill_two
 	$(BIN)/python tools/drill.py stop --runs=copsd --out=build/drill/stop
 	$(BIN)/python tools/drill.py endure --runs=copsd --out=build/drill/endure
+	$(BIN)/python -m pytest -s -m slow tests/runtime/test_damage_runs.py tests/training/test_nonfinite_runs.py
 
 notebook: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,notebook]'
