@@ -62,7 +62,8 @@ runs: install
 	  tests/training/test_packed_rows.py::test_a_run_with_packed_rows_has_the_metrics_of_one_without
 
 processes: install
-	$(BIN)/python -m pytest -m slow tests/runtime/test_processes.py tests/runtime/test_stopped_runs.py tests/sampler/test_sampler_processes.py
+	$(BIN)/python -m pytest -m slow tests/runtime/test_processes.py tests/sampler/test_sampler_processes.py \
+	  "tests/runtime/test_stopped_runs.py::test_a_stopped_run_has_saved_its_last_step_and_continues[two]"
 	$(BIN)/python -m pytest -m slow tests/runtime/test_meshes.py -k "2-2-2_two or 1-1-8"
 
 # Every kind of mesh of eight devices, and two processes, against one device: minutes.
