@@ -59,6 +59,7 @@ kernels: install
 runs: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/methods \
 	  tests/commands tests/servers tests/dryrun tests/training/test_known_bugs.py tests/training/test_records.py \
+	  tests/training/test_nonfinite_rollouts.py tests/weights/test_initial_weights.py \
 	  tests/training/test_packed_rows.py::test_a_run_with_packed_rows_has_the_metrics_of_one_without
 
 processes: install

@@ -182,7 +182,7 @@ DEAD = {
     "loss.clip_mode": ("token", [GRPO, SFT], {}),
     "loss.clip": (0.5, [{}, GRPO], {"loss__clip_mode": "element"}),
     "loss.norm": ("seq_mean", [GRPO, SFT], {}),
-    "loss.group": (1, [GRPO, SFT, {"loss__norm": "seq_mean"}], {}),
+    "loss.group": (1, [GRPO, SFT, {}], {"loss__norm": "micro_token_mean"}),
     "policy.scale": ("none", [{}, SFT], GRPO),
     "policy.clip_low": (0.3, [{}, SFT], GRPO),
     "policy.clip_high": (0.3, [{}, SFT], MIXED),

@@ -139,7 +139,7 @@ def test_pod_stops_where_another_start_cannot_help(shell, states, program, code,
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
     calls = shell.calls()
-    assert sum(" flock " in call[-1] for call in calls) == starts
+    assert sum("exec flock " in call[-1] for call in calls) == starts
     assert not any("create" in call for call in calls)
 
 

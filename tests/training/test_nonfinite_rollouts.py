@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 import runs
 from test_methods import completion, one_device, right, row_with, script, spoiled
 from test_records import moved
@@ -43,6 +44,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_lost_completion_counts_in_no_group(monkeypatch):
     """Its place is first in the group, where the sibling is taken from."""
     with runs.loaded("sdpo", rollout__per_prompt=4, **SETTINGS) as (r, state):
@@ -75,6 +77,7 @@ def test_a_lost_completion_counts_in_no_group(monkeypatch):
         np.testing.assert_allclose(values[name], metrics[name], rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_lost_reply_is_unusable_and_counted(monkeypatch):
     settings = {"author__kind": "student", "rollout__per_prompt": 2, "train__batch": 1}
     with runs.loaded("rosd", **settings) as (r, state):

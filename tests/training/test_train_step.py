@@ -205,9 +205,10 @@ def test_teachers_are_the_weights_they_are_named_after(decoder, params):
     students, _, completions = make_samples(5)
     batch = layout.build_batch(students, students, completions)
     adapter, average = make_adapter(1), make_adapter(7)
-    state = train_step.init_train_state(adapter, TX, "ema")._replace(ema=average)
     by_hand = {"fixed": None, "live": adapter, "ema": average}
     for teacher, weights in by_hand.items():
+        state = train_step.init_train_state(adapter, TX, teacher)
+        state = state._replace(ema=average) if teacher == "ema" else state
         _, aux = run(decoder, params, state, batch, teacher=teacher)
         lq = log_softmax_by_hand(decoder, params, weights, students[0], completions[0])
         n = len(completions[0])
