@@ -12,7 +12,6 @@ are evidence: no run continues from them. `python -m copsd_jax.replay` runs the 
 
 import io
 import math
-import os
 import pathlib
 import re
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from copsd_jax.runtime import checkpoint, nonfinite, processes
+from copsd_jax.runtime import checkpoint, nonfinite, processes, storage
 
 STREAKS = 3  # number of newest streaks whose files are kept
 BATCHES = 10  # number of steps of a streak whose inputs are written
@@ -169,18 +168,12 @@ def _write_arrays(path: pathlib.Path, tree: Any) -> None:
     """Writes the arrays of a tree by their paths; a reader sees the whole file or none."""
     named = jax.tree_util.tree_leaves_with_path(tree)
     content = io.BytesIO()
-    np.savez(
-        content,
-        **{jax.tree_util.keystr(name, simple=True, separator="/"): np.asarray(x)
-           for name, x in named},
-    )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as stream:
-        stream.write(content.getbuffer())
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    spell = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    arrays: dict[str, Any] = {spell(name): np.asarray(x) for name, x in named}
+    np.savez(content, **arrays)
+    with storage.explain(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_whole(path, [content.getvalue()])
 
 
 def read_arrays(path: pathlib.Path, like: Any) -> Any:

@@ -335,7 +335,8 @@ def write_state(path: pathlib.Path, state: Any) -> None:
 
     All processes must call this function, because each process writes its own parts of the arrays.
     """
-    ocp.save_checkpointables(str(path.resolve()), {NAME: state}, overwrite=True)
+    with storage.explain(path):
+        ocp.save_checkpointables(str(path.resolve()), {NAME: state}, overwrite=True)
 
 
 def read_state(path: pathlib.Path, like: Any) -> Any:

@@ -216,7 +216,7 @@ def _plan_prompt_formats(config, registry, exemplars, tok) -> dict[str, conversa
     if opening["author"] == "as_teacher":
         opening["author"] = opening["teacher"]
     p = config.prompt
-    shots = {"author": ()}
+    shots: dict[str, tuple] = {"author": ()}
     sides = {
         name: conversations.PromptFormat(
             p.template, thinking, p.answer, registry, shots.get(name, exemplars), p.form, p.date
