@@ -216,11 +216,16 @@ def _plan_prompt_formats(config, registry, exemplars, tok) -> dict[str, conversa
     if opening["author"] == "as_teacher":
         opening["author"] = opening["teacher"]
     p = config.prompt
-    shots: dict[str, tuple] = {"author": ()}
     sides = {
         name: conversations.PromptFormat(
-            p.template, thinking, p.answer, registry, shots.get(name, exemplars), p.form, p.date
-        )
+            p.template,
+            thinking,
+            p.answer,
+            registry,
+            () if name == "author" else exemplars,
+            p.form,
+            p.date,
+        )  # fmt: skip
         for name, thinking in opening.items()
     }
     used = {"student": True, "evaluation": True, "teacher": config_lib.traits(config).teacher,
