@@ -225,7 +225,7 @@ def _plan_prompt_formats(config, registry, exemplars, tok) -> dict[str, conversa
             () if name == "author" else exemplars,
             p.form,
             p.date,
-        )  # fmt: skip
+        )
         for name, thinking in opening.items()
     }
     used = {"student": True, "evaluation": True, "teacher": config_lib.traits(config).teacher,
