@@ -216,15 +216,10 @@ def _plan_prompt_formats(config, registry, exemplars, tok) -> dict[str, conversa
     if opening["author"] == "as_teacher":
         opening["author"] = opening["teacher"]
     p = config.prompt
+    shots = {name: () if name == "author" else exemplars for name in sections}
     sides = {
         name: conversations.PromptFormat(
-            p.template,
-            thinking,
-            p.answer,
-            registry,
-            () if name == "author" else exemplars,
-            p.form,
-            p.date,
+            p.template, thinking, p.answer, registry, shots[name], p.form, p.date
         )
         for name, thinking in opening.items()
     }
