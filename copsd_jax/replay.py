@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.runtime import bad_steps, checkpoint, nonfinite, sharding
+from copsd_jax.runtime import bad_steps, checkpoint, nonfinite, sharding, workdir
 from copsd_jax.teaching import prompts
 from copsd_jax.training import layout, loaded_run, rollouts, run_plan, train_step
 
@@ -83,8 +83,12 @@ def _read_step(directory: pathlib.Path, step: int) -> tuple[dict, pathlib.Path]:
 
 
 def _load_own_config(directory: pathlib.Path) -> config_lib.Config:
-    """Returns the run's settings for a single process that samples nothing."""
+    """Returns the run's settings, its mesh included, for one process that samples nothing."""
     config = run_plan.load_run_config(directory)
+    # Another mesh or another form of attention would add the same numbers in another order.
+    own = workdir.read_settings(directory)
+    config.mesh.update({axis: own[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")})
+    config.model.attention = own["model.attention"]
     config.mesh.update(coordinator="", processes=1, process=0)
     config.sampler.update(config_lib.default().sampler)
     return config

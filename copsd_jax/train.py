@@ -170,9 +170,10 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
             # If a guard has already stopped the run, a continued run takes no further step.
             for step in range(first, first if guard["stopped"] else c.train.steps):
                 begun, number = time.monotonic(), step + 1  # the first step has number 1
+                expected = (begun + seconds, checkpoints.save_seconds)
                 factor = np.float32(guard["factor"])
                 state, records, values = _run_training_step(
-                    r, state, next(order), step, factor, timer, bad, seconds
+                    r, state, next(order), step, factor, timer, bad, expected
                 )
                 write(number, values)
                 guard, events = guards.apply_rules(plan.guards, guard, number, values)
@@ -182,7 +183,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 if c.train.log_rollouts:
                     file = workdir.step_file(directory, "rollouts", number)
                     workdir.write_jsonl(file, nonfinite.spell_numbers(records))
-                bad.check(number, checkpoints.steps)
+                bad.check(number, lambda: _list_saved(checkpoints))
                 last = number == c.train.steps or bool(guard["stopped"])
                 lines = summary.summarize_failures(number, records) + bad.describe(number)
                 lines += [f"guard: {event.text}" for event in events]
@@ -209,7 +210,9 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
         # If the step was left, `state` is still the state after the step before.
         if int(state.step) > first:
             print(*_save(checkpoints, state, False, bad), sep="\n", flush=True)
+        checkpoints.wait()  # if the save fails, the run does not count as saved
         raise
+    checkpoints.wait()  # while a first signal still does not end the process
     return state, guard["stopped"]
 
 
@@ -223,6 +226,12 @@ def _save(
         nonfinite.check_finite(state, f"step {step}")
         checkpoints.save(step, state)  # does nothing if the step has been saved
     return refusal
+
+
+def _list_saved(checkpoints: checkpoint.Checkpoints) -> list[int]:
+    """Returns the steps of all checkpoints, after the save in the background has ended."""
+    checkpoints.wait()
+    return processes.run_on_leader(checkpoints.steps)
 
 
 def _restore_guards(plan, directory: pathlib.Path, first: int) -> tuple[guards.State, list[dict]]:
@@ -242,16 +251,16 @@ def _restore_guards(plan, directory: pathlib.Path, first: int) -> tuple[guards.S
 
 
 def _run_training_step(
-    r, state, rows, step: int, factor: np.float32, timer, bad: bad_steps.BadSteps, seconds: float
+    r, state, rows, step: int, factor: np.float32, timer, bad: bad_steps.BadSteps, expected: tuple
 ) -> tuple[State, list[dict], dict]:
     """Trains on a batch made from the rows; returns the next state, the records and the metrics.
 
-    `seconds` is the expected duration of the step.
+    `expected` has the time at which the step is expected to end, and the seconds of a save.
     """
     # The optimizer's count decides the rate; the count does not advance in a step without update.
     updates = int(optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[-1][1])
     # Once the compiled step has begun, the old state is gone, so the step can no longer be left.
-    with timer("rollout"), r.stop.leave_if_late(time.monotonic() + seconds):
+    with timer("rollout"), r.stop.leave_if_late(*expected):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
     with timer("packing"):
         packed = builders.pack_batch(r.plan, work.batch)

@@ -84,7 +84,8 @@ directive() {
 }
 
 # Prints the script that SLURM runs on the first node. If the time limit of a job is near, SLURM
-# sends USR1. Then the script sends TERM to the run, which saves and ends, and requeues the job. With
+# sends USR1. Then the script sends TERM to the run, which saves and ends, and requeues the job.
+# `scancel --signal` is needed because srun answers a TERM of its own by killing the run. With
 # train.grace=$NOTICE, the run knows how much time it has.
 batch() {
   echo '#!/bin/bash'
@@ -104,7 +105,7 @@ batch() {
 }
 
 again=
-trap 'again=1; kill -TERM $!' USR1
+trap 'again=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 program &
 code=0
 while kill -0 $! 2> /dev/null; do

@@ -53,7 +53,8 @@ class Writer:
             self.repairs.append(f"{self.path} has no line for {_spell_steps(absent)}")
         self._file = storage.Appender(self.path)
         self._folder = folder / "tensorboard"
-        self._board = _rebuild_board(self._folder, kept) if self._folder.exists() else None
+        rebuilt = kept or self._folder.exists()
+        self._board = _rebuild_board(self._folder, kept) if rebuilt else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the metrics of a step; `values` maps names to numbers or scalar arrays."""

@@ -362,6 +362,9 @@ def _run_grader_worker(memory: int) -> None:
     import resource
     import signal
 
+    # If a machine shuts down, all its processes get SIGTERM. Without its workers, the run would
+    # grade the step that it still completes differently. The run ends its workers itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":  # macOS refuses a limit on the address space
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     logging.disable(logging.CRITICAL)

@@ -99,7 +99,7 @@ class BadSteps:
             reason = f"step {step}: {self._explain()}, and guards.bad_steps is {self._limit}"
         else:
             reason = f"the weights, the optimizer or the average are not finite after step {step}"
-        saved = processes.run_on_leader(list_saved)
+        saved = list_saved()
         good = "there is no checkpoint"
         if saved:
             good = f"the last good checkpoint is {self._directory / 'checkpoints' / str(saved[-1])}"

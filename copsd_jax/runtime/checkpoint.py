@@ -70,7 +70,8 @@ def _compare_shapes(folder: pathlib.Path, prefix: str, like: Any) -> None:
 class Checkpoints:
     """The checkpoints of one work directory.
 
-    All processes call the same methods in the same order. Only the leading process computes
+    All processes call the same methods in the same order. `save_seconds` is the duration of the
+    last complete save. Only the leading process computes
     checksums, renames and removes. Leaving the `with` block waits until an unfinished save is
     complete.
     """
@@ -95,6 +96,7 @@ class Checkpoints:
         self._last: int | None = None  # the step that this process saved or loaded last
         self._thread: threading.Thread | None = None
         self._failure = ""  # the sentence of a failed save in the background
+        self.save_seconds = 0.0  # duration of the last complete save
         if writer:
             processes.run_on_leader(self._clean)
 
@@ -185,6 +187,7 @@ class Checkpoints:
             response.result()
             if processes.is_leader():
                 self._publish(step, part)
+            self.save_seconds = time.monotonic() - self._saved_at
         except BaseException as error:
             place = self._directory / str(step)
             sentence = f"{place} cannot be written ({_first_line(error)})"
@@ -335,8 +338,10 @@ def write_state(path: pathlib.Path, state: Any) -> None:
 
     All processes must call this function, because each process writes its own parts of the arrays.
     """
-    with storage.explain(path):
+    try:
         ocp.save_checkpointables(str(path.resolve()), {NAME: state}, overwrite=True)
+    except Exception as error:  # Orbax reports a full disk by several types
+        raise storage.StorageError(f"{path} cannot be written ({_first_line(error)})") from error
 
 
 def read_state(path: pathlib.Path, like: Any) -> Any:

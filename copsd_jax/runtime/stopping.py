@@ -29,6 +29,7 @@ class StopRequest:
         self._number = 0  # number of the signal; 0 if no signal has arrived
         self._deadline = math.inf  # time at which the sender may kill the process
         self._end: float | None = None  # time at which the work that may be left would be complete
+        self._reserve = 0.0  # seconds that a save takes after the work
 
     @contextlib.contextmanager
     def listen(self, grace: float) -> Iterator[None]:
@@ -55,21 +56,25 @@ class StopRequest:
             yield
 
     def _must_leave(self) -> bool:
-        return bool(self._number) and self._end is not None and self._end > self._deadline
+        if not self._number or self._end is None:
+            return False
+        # Work that takes longer than expected ends now at the earliest.
+        return max(self._end, time.monotonic()) + self._reserve > self._deadline
 
     @contextlib.contextmanager
-    def leave_if_late(self, end: float) -> Iterator[None]:
+    def leave_if_late(self, end: float, reserve: float = 0.0) -> Iterator[None]:
         """Lets the work within the block be left if it would be complete only after the deadline.
 
         Args:
           end: the time, as in `time.monotonic`, at which the work is expected to be complete. If
             the time is not known, use infinity.
+          reserve: seconds that a save takes after the work.
 
         Raises:
           signals.Stopped: a signal has arrived, and the work would be complete too late. A single
             process raises this error as soon as the signal arrives, several processes in `poll`.
         """
-        self._end = end
+        self._end, self._reserve = end, reserve
         try:
             self.poll()
             yield

@@ -287,7 +287,7 @@ def test_a_job_has_the_programs_exit_code(bare, shell):
 
 def test_a_job_whose_time_is_nearly_up_queues_itself(bare, shell, tmp_path):
     script, _ = batch(bare, *SLURM_PROGRAM, **NODES)
-    saving = "trap 'sleep 1; exit 143' TERM; echo started; while :; do sleep 0.1; done"
+    saving = "trap 'exit 1' TERM; echo started; sleep 2; exit 143"  # srun must not get TERM itself
     (shell.folder / "srun").write_text(f"#!/bin/sh\n{saving}\n")
     path = tmp_path / "job"
     path.write_text(script)
@@ -299,7 +299,7 @@ def test_a_job_whose_time_is_nearly_up_queues_itself(bare, shell, tmp_path):
         job.send_signal(signal.SIGUSR1)
         assert job.wait(60) == 143  # the exit code of the program, for which the job waits
     assert time.monotonic() - begun > 1
-    assert shell.calls() == [["scontrol", "requeue", "17"]]
+    assert shell.calls() == [["scancel", "--signal=TERM", "17"], ["scontrol", "requeue", "17"]]
 
 
 def test_slurm_submits_what_it_prints_once(bare, shell):

@@ -37,12 +37,19 @@ def test_a_signal_is_noted_and_obeyed_at_the_next_point(request_, number, code):
     assert stopped.value.signal.name in str(stopped.value)
 
 
-@pytest.mark.parametrize("seconds, leaves", [(59, False), (61, True), (math.inf, True)])
-def test_work_is_left_only_if_it_ends_after_the_grace_of_60_seconds(request_, seconds, leaves):
+@pytest.mark.parametrize(
+    "seconds, reserve, leaves",
+    [(50, 0, False), (61, 0, True), (math.inf, 0, True), (50, 5, False), (50, 11, True),
+     (-30, 50, False), (-30, 61, True)],
+)  # fmt: skip
+def test_work_is_left_only_if_it_is_saved_after_the_grace_of_60_seconds(
+    request_, seconds, reserve, leaves
+):
+    """Work that should have ended 30 seconds ago ends now at the earliest."""
     reached = []
 
     def work() -> None:
-        with request_.leave_if_late(time.monotonic() + seconds):
+        with request_.leave_if_late(time.monotonic() + seconds, reserve):
             send(signal.SIGTERM)
             request_.poll()
             reached.append(1)
