@@ -65,7 +65,7 @@ runs: install
 processes: install
 	$(BIN)/python -m pytest -m slow tests/runtime/test_processes.py tests/sampler/test_sampler_processes.py \
 	  "tests/runtime/test_stopped_runs.py::test_a_stopped_run_has_saved_its_last_step_and_continues[two]"
-	$(BIN)/python -m pytest -m slow tests/runtime/test_meshes.py -k "2-2-2_two or 1-1-8"
+	$(BIN)/python -m pytest -m slow tests/runtime/test_meshes.py -k 2-2-2_two
 
 # Every kind of mesh of eight devices, and two processes, against one device: minutes.
 meshes: install
