@@ -209,7 +209,8 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
     except signals.Stopped:
         # If the step was left, `state` is still the state after the step before.
         if int(state.step) > first:
-            print(*_save(checkpoints, state, False, bad), sep="\n", flush=True)
+            for refusal in _save(checkpoints, state, False, bad):
+                print(refusal, flush=True)
         checkpoints.wait()  # if the save fails, the run does not count as saved
         raise
     checkpoints.wait()  # while a first signal still does not end the process

@@ -92,7 +92,6 @@ class Checkpoints:
         """
         self._directory, self._keep, self._writer = directory, keep, writer
         self._minutes, self._saved_at = minutes, time.monotonic()
-        self._protected: int | None = None
         self._last: int | None = None  # the step that this process saved or loaded last
         self._thread: threading.Thread | None = None
         self._failure = ""  # the sentence of a failed save in the background
@@ -117,10 +116,6 @@ class Checkpoints:
         if not self._directory.is_dir():
             return []
         return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdecimal())
-
-    def protect(self, step: int | None) -> None:
-        """Keeps the checkpoint of a step, however old, until another step is protected."""
-        self._protected = step
 
     # ------------------------------------------------------------------------------------ saving
 
@@ -207,8 +202,7 @@ class Checkpoints:
             part.rename(final)
             storage.sync_folder(self._directory)
         for old in self.steps()[: -self._keep] if self._keep else []:
-            if old != self._protected:
-                storage.remove(self._directory / str(old))
+            storage.remove(self._directory / str(old))
 
     # ----------------------------------------------------------------------------------- loading
 

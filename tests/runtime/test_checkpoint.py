@@ -48,19 +48,6 @@ def test_round_trip_is_bit_equal_and_the_newest_are_kept(tmp_path):
             checkpoints.load(1, make_state(0))
 
 
-def test_a_protected_checkpoint_is_kept(tmp_path):
-    with checkpoint.Checkpoints(tmp_path, keep=1, writer=True) as checkpoints:
-        checkpoints.save(1, make_state(1))
-        checkpoints.protect(1)
-        checkpoints.save(2, make_state(2))
-        checkpoints.save(3, make_state(3))
-        checkpoints.wait()
-        assert checkpoints.steps() == [1, 3]
-        checkpoints.protect(3)
-        checkpoints.save(4, make_state(4))
-    assert checkpoints.steps() == [3, 4]
-
-
 def test_a_state_may_be_donated_right_after_the_save(tmp_path):
     """While the files are written, the train step writes its results into the same buffers."""
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
