@@ -13,7 +13,7 @@ import sys
 
 from copsd_jax.model import lora
 from copsd_jax.model import policy as policy_lib
-from copsd_jax.runtime import checkpoint, nonfinite, workdir
+from copsd_jax.runtime import checkpoint, failures, nonfinite, workdir
 from copsd_jax.training import loaded_run, run_plan
 
 
@@ -71,12 +71,8 @@ def main(argv: list[str]) -> int:
             merged = lora.merge_adapter(student.params, student.adapter, student.scale)
             student = policy_lib.Policy(merged)
         loaded_run.write_policy(plan, student, args.out, config.model.path)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except nonfinite.NonFinite as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    except (ValueError, OSError, nonfinite.NonFinite) as error:
+        return failures.report(error)
     print(f"step {step} of {args.workdir} is in {args.out}")
     return 0
 

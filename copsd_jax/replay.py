@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.runtime import bad_steps, checkpoint, nonfinite, sharding, workdir
+from copsd_jax.runtime import bad_steps, checkpoint, failures, nonfinite, sharding, workdir
 from copsd_jax.teaching import prompts
 from copsd_jax.training import layout, loaded_run, rollouts, run_plan, train_step
 
@@ -54,12 +54,8 @@ def main(argv: list[str]) -> int:
             with r.grader:
                 state = checkpoint.read_state(state_path, like)
                 results, lines = _run_step(r, state, content["inputs"])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except nonfinite.NonFinite as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    except (ValueError, OSError, nonfinite.NonFinite) as error:
+        return failures.report(error)
     same = True
     for name, recorded in content["results"].items():
         same &= np.array_equal(results[name], recorded, equal_nan=True)

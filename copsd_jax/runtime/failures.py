@@ -2,9 +2,10 @@
 
 import contextlib
 import pathlib
+import sys
 from collections.abc import Iterator
 
-from copsd_jax.runtime import processes, storage
+from copsd_jax.runtime import nonfinite, processes, storage
 
 
 class EngineError(Exception):
@@ -39,3 +40,9 @@ def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
         processes.exit_with_error(f"error: {error}; the same command continues {directory}", error)
     except MemoryError as error:
         processes.exit_with_error(f"error: {error}", error)
+
+
+def report(error: Exception) -> int:
+    """Prints the sentence of an error that ends a command; returns the command's exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return 3 if isinstance(error, nonfinite.NonFinite) else 2
