@@ -7,7 +7,7 @@ CONFIG ?= opsd
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test slow lint parity kernels runs processes meshes compile compile-all loss-matrix drill notebook seeds docs clean
+.PHONY: install demo test slow lint parity kernels runs processes meshes compile compile-env compile-all loss-matrix drill notebook seeds docs clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -60,7 +60,10 @@ runs: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/methods \
 	  tests/commands tests/servers tests/dryrun tests/training/test_known_bugs.py tests/training/test_records.py \
 	  tests/training/test_nonfinite_rollouts.py tests/weights/test_initial_weights.py \
-	  tests/training/test_packed_rows.py::test_a_run_with_packed_rows_has_the_metrics_of_one_without
+	  tests/training/test_packed_rows.py::test_a_run_with_packed_rows_has_the_metrics_of_one_without \
+	  tests/training/test_policy_step.py::test_routed_tokens_carry_one_loss_each \
+	  tests/config/test_setting_rules.py::test_groups_of_equal_rewards_are_filtered_as_in_dapo \
+	  tests/sampler/test_handover.py::test_int8_weights_on_a_mesh_and_in_the_sampler
 
 processes: install
 	$(BIN)/python -m pytest -m slow tests/runtime/test_processes.py tests/sampler/test_sampler_processes.py \
@@ -70,6 +73,8 @@ processes: install
 # Every kind of mesh of eight devices, and two processes, against one device: minutes.
 meshes: install
 	$(BIN)/python -m pytest -m slow tests/runtime/test_meshes.py
+
+compile-env: $(COMPILE)/installed
 
 compile: $(COMPILE)/installed
 	COPSD_COMPILE=1 $(COMPILE)/bin/python -m pytest -rs tests/attention/test_decode_attention_compiled.py tests/losses/test_divergence_compiled.py tests/attention/test_row_attention_compiled.py tests/dryrun/test_dry_run.py

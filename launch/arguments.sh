@@ -89,6 +89,12 @@ parse() {
   PROGRAM+=(--config.mesh.coordinator=auto)
 }
 
+# Tells the program how many seconds lie between SIGTERM and its end, unless the command does.
+tell_grace() {
+  [[ " ${PROGRAM[*]} " == *" --config.train.grace="* ]] ||
+    PROGRAM+=("--config.train.grace=$1")
+}
+
 # Checks that there is a card, and a work directory below $1, the disk that all processes share.
 check_program() {
   [[ $CONFIG ]] || fail "--config is missing: for example --config=configs/opsd.py"

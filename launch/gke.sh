@@ -75,6 +75,7 @@ check_run() {
   [[ -z $SERVICE_ACCOUNT ]] || label SERVICE_ACCOUNT
   [[ $MOUNT =~ ^(/[A-Za-z0-9._-]+)+$ ]] || fail "MOUNT is '$MOUNT': it must be an absolute path"
   check_program "$MOUNT"
+  tell_grace "$GRACE"
   check_sent
 }
 

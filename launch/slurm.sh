@@ -7,9 +7,10 @@
 #
 # All other arguments are passed to `python -m copsd_jax.main`. The script queues a job. If the job
 # is preempted or a node dies, SLURM requeues it. If its time limit is near, the run saves its last
-# step, and the job requeues itself. Then the run continues. While a job of this NAME is queued or running, the same command
-# does nothing. Afterwards, it continues the run. This folder, PYTHON (pip install -e '.[gpu]') and
-# the work directory must be on a disk that all nodes share. SHARED names this disk.
+# step, and the job requeues itself. Then the run continues. While a job of this NAME is queued or
+# running, the same command does nothing. Afterwards, it continues the run. This folder, PYTHON (pip
+# install -e '.[gpu]') and the work directory must be on a disk that all nodes share. SHARED names
+# this disk.
 #
 # Cost: GPUs x hours on the account of the cluster. In 2025, a rented H100 cost about USD 2 to 4 per
 # hour, so 16 GPUs on two nodes cost about USD 50 per hour. Look up current prices, which differ by
@@ -59,6 +60,7 @@ check_run() {
   done
   [[ $PWD =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || fail "$PWD has a special character: move this folder"
   check_program "$SHARED"
+  tell_grace "$NOTICE"
   [[ $PRINT || -x $PYTHON ]] ||
     fail "PYTHON is '$PYTHON': it does not exist; install it with pip install -e '.[gpu]'"
 }
@@ -85,8 +87,7 @@ directive() {
 
 # Prints the script that SLURM runs on the first node. If the time limit of a job is near, SLURM
 # sends USR1. Then the script sends TERM to the run, which saves and ends, and requeues the job.
-# `scancel --signal` is needed because srun answers a TERM of its own by killing the run. With
-# train.grace=$NOTICE, the run knows how much time it has.
+# `scancel --signal` is needed because srun answers a TERM of its own by killing the run.
 batch() {
   echo '#!/bin/bash'
   directive --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$TASKS" \

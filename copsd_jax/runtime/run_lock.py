@@ -67,7 +67,16 @@ def hold(directory: pathlib.Path) -> Iterator[None]:
 
 
 def _describe_holder() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    return {**_describe_machine(), "pid": os.getpid(), "time": time.time()}
+
+
+def _describe_machine() -> dict[str, str]:
+    """Describes where a process id is valid: containers of one host name have ids of their own."""
+    described = {"host": socket.gethostname()}
+    with contextlib.suppress(OSError):  # not Linux
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        described["namespace"] = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return described
 
 
 def _refuse(directory: pathlib.Path, holder: dict[str, Any]) -> LockedError:
@@ -190,7 +199,8 @@ def _clock(directory: pathlib.Path) -> float:
 
 def _is_over(holder: dict[str, Any]) -> bool:
     """Returns whether the holder was a process of this machine that has ended."""
-    if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int:
+    here = _describe_machine()
+    if any(holder.get(name) != here[name] for name in here) or type(holder.get("pid")) is not int:
         return False
     if holder["pid"] == os.getpid():
         return True

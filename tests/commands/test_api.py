@@ -61,6 +61,7 @@ def test_every_function_has_an_example():
             assert f"copsd_jax.api.{name}" in with_example
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_document_run(capsys):
     text = (conftest.ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]

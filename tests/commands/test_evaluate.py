@@ -31,6 +31,7 @@ def stopping(after):
     return progress
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
     settings = {
         "eval__limit": 6, "eval__samples": 3, "eval__temperature": 1.0, "eval__slots": 2,

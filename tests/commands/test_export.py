@@ -118,6 +118,7 @@ def test_transformers_gives_the_same_logits(trained, tmp_path):
     assert tokenizer.decode(tokenizer.encode("Habari 12", add_special_tokens=False)) == "Habari 12"
 
 
+@pytest.mark.slow
 def test_the_evaluation_program(trained, tmp_path, capsys):
     """Checkpoints in one table; other problems need a directory of their own."""
     flags = ["evaluate", f"--workdir={trained}", "--path=bundled:held_out", "--samples=1"]

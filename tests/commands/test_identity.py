@@ -173,6 +173,7 @@ def test_the_schedule_of_more_steps():
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_an_old_program_goes_on(tmp_path, capsys):
     """Commit 1415ef4 saved step 2, was stopped in step 4, and went on by itself to `expected`."""
     data = conftest.ROOT / "tests" / "data" / "old_run"

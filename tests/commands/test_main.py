@@ -131,6 +131,7 @@ def saved(tmp_path_factory):
     return hf.save(folder, params, shape, source_path=hub.resolve_model_path("tiny"), tokenizer=tok)
 
 
+@pytest.mark.slow
 def test_weights(refused, saved, tmp_path):
     """Refused from headers alone: no weights, half a file, one tensor too few, one too many."""
     folder = tmp_path / "m"

@@ -128,6 +128,7 @@ def test_sampler_and_trainer_agree(whole):
         )
 
 
+@pytest.mark.slow
 def test_agreement_is_measured_at_the_sampling_temperature():
     """Other temperatures for sampling and loss: the gap is still that of two programs."""
     with runs.loaded(
@@ -143,6 +144,7 @@ def test_agreement_is_measured_at_the_sampling_temperature():
         assert min(np.subtract(record["logp_sampler_truncated"], record["logp_sampler"])) >= 0
 
 
+@pytest.mark.slow
 def test_context_none_gives_no_loss():
     """Student and teacher prompts are equal, b is 0: below 1e-6 through sampler and model."""
     with runs.loaded("opsd", context__kind="none") as (r, state):
@@ -155,6 +157,7 @@ def test_context_none_gives_no_loss():
         assert float(aux.metrics["grad_norm"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_bug_15_and_16_the_teacher_itself_writes_the_analysis():
     """With an adapter that changes the student, the fixed teacher's analysis stays as it was; it
     stands in a turn of its own before a new user turn."""
@@ -186,6 +189,7 @@ def test_a_row_that_occurs_twice_in_a_step_is_sampled_anew():
         assert len({record["completion"] for record in work.records}) == 4
 
 
+@pytest.mark.slow
 def test_overlong_teacher_prompts_carry_no_loss_and_are_counted():
     with runs.loaded(
         "opsd",
@@ -207,6 +211,7 @@ def test_overlong_teacher_prompts_carry_no_loss_and_are_counted():
         assert (work.batch.loss_BC.any(axis=1) != np.asarray(long)).all()
 
 
+@pytest.mark.slow
 def test_evaluation_groups_and_comparison():
     """Scores by hand from the samples that the evaluation returns."""
     with runs.loaded("copsd", eval__limit=4, eval__samples=2, eval__temperature=1.0) as (r, state):

@@ -136,6 +136,7 @@ def test_every_program_of_the_run_is_there(built):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_report(built):
     run = built._replace(usable=2**30)
     found = report.build_report(run, proposals.propose(run))
@@ -219,6 +220,7 @@ def test_exit_codes(capsys, monkeypatch, tmp_path):
     assert "not compiled" in out
 
 
+@pytest.mark.slow
 def test_what_fits_ends_with_0_and_writes_json(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(topologies, "make_devices", lambda target: jax.devices())
     file = tmp_path / "report.json"

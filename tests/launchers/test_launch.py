@@ -276,7 +276,8 @@ def test_slurm_starts_processes_for_all_gpus(bare, shell, kind, tasks):
         assert name == "JAX_LOCAL_DEVICE_IDS"
         visible, command = [[int(x) for x in value.split(",")]], command[2:]
     assert sorted(gpu for gpus in visible for gpu in gpus) == [0, 1, 2, 3]
-    assert command == [".venv/bin/python", *launchers.MAIN, *SLURM_PROGRAM, launchers.AUTO]
+    program = [*launchers.MAIN, *SLURM_PROGRAM, launchers.AUTO]
+    assert command == [".venv/bin/python", *program, "--config.train.grace=120"]
 
 
 def test_a_job_has_the_programs_exit_code(bare, shell):

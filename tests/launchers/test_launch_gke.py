@@ -106,7 +106,11 @@ def test_the_container_gets_the_arguments(bare):
         *launchers.MAIN,
         *POD_PROGRAM,
         launchers.AUTO,
+        "--config.train.grace=25",
     ]
+    _, pod = manifest(bare, *POD_PROGRAM, "--config.train.grace=7")
+    graces = [x for x in pod["containers"][0]["args"] if "grace" in x]
+    assert graces == ["--config.train.grace=7"]
     assert container["image"] == "registry/image:tag"
 
 

@@ -72,6 +72,7 @@ def settings(server, tmp_path):
 GOOD = """<case>wrong</case><first_wrong>1</first_wrong><step_1>{}</step_1><answer>{}</answer>"""
 
 
+@pytest.mark.slow
 def test_a_critic_that_fails_in_every_way(monkeypatch, tmp_path, critic):
     words = ["fine", "silent", "broken", "half", "chatty", "quoting"]
     expected = ["ok", "timeout", "server_error", "bad_reply", "no_case", "quotes_error"]

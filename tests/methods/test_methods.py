@@ -92,6 +92,7 @@ def lossy(r, work, b):
 ROSD = {"rollout__per_prompt": 4, "train__batch": 2, "context__filter_groups": True}
 
 
+@pytest.mark.slow
 def test_rosd_distils_from_the_first_error_on(monkeypatch):
     """A mixed group: the right prefix has no loss; an all-right group costs no reflection."""
     with runs.loaded("rosd", **ROSD) as (r, state):

@@ -141,6 +141,7 @@ print("spoken")
 """
 
 
+@pytest.mark.slow
 def test_the_leading_process_works_for_all():
     port = 20000 + os.getpid() % 20000
     started = [

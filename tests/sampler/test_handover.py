@@ -116,6 +116,7 @@ def test_int8_kernels():
     assert np.abs(run(got) - run(params)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_int8_weights_on_a_mesh_and_in_the_sampler():
     params, adapter = trees()
     prompts, sampling = [(5, 6), (7,)], request.Sampling(8, temperature=0.0)

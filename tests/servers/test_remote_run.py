@@ -221,6 +221,7 @@ def test_a_server_that_dies_ends_the_run_and_another_goes_on(trained, tmp_path, 
     assert "(continued)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_log_probabilities_that_a_server_does_not_give(engine, tmp_path, monkeypatch):
     """Raw ones at another temperature: absent from records and metrics, and no NaN in the loss."""
     changes = {"sampler__logprobs": "raw", "train__steps": 1, "eval__path": ""}

@@ -90,6 +90,7 @@ def test_bug_25_every_setting_is_read_somewhere():
     assert not unread
 
 
+@pytest.mark.slow
 def test_bug_28_an_evaluation_is_of_the_adapter_it_is_asked_for():
     with runs.loaded("opsd", eval__limit=6) as (r, state):
         moved = state._replace(trained=jax.tree.map(lambda x: x + 0.3, state.trained))

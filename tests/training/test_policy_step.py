@@ -153,6 +153,7 @@ def test_a_mixture_updates_by_the_mixture_of_both_updates(decoder, params):
         np.testing.assert_allclose(mix - start, expected, atol=3e-7)
 
 
+@pytest.mark.slow
 def test_routed_tokens_carry_one_loss_each(decoder, params):
     """Completions 0-3 distilled, 4-7 with policy loss: as two batches on their own."""
     _, batch = make_batch(4)

@@ -51,6 +51,7 @@ def moved(state, by):
 # ---- tokens of the policy loss -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_records_of_grpo_hold_what_its_loss_knows_of_each_token(monkeypatch):
     settings = {"policy__kl": 0.1, "policy__old": "sampler", "policy__clip_high": 0.3}
     with runs.loaded("grpo", train__batch=1, rollout__per_prompt=4, **settings) as (r, state):
@@ -79,6 +80,7 @@ def test_records_of_grpo_hold_what_its_loss_knows_of_each_token(monkeypatch):
     assert any(low)
 
 
+@pytest.mark.slow
 def test_records_of_sft_say_which_tokens_it_trains():
     with runs.loaded("sft") as (r, state):
         rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
@@ -128,6 +130,7 @@ def test_the_weight_of_the_samplers_tokens_is_recorded(monkeypatch):
     assert values["clipped_mass"] > 0
 
 
+@pytest.mark.slow
 def test_divergences_by_class_and_position_are_parts_of_the_divergence(monkeypatch):
     """A completion whose right prefix carries no loss: each mean times its tokens adds up."""
     settings = {"rollout__per_prompt": 2, "train__batch": 1}
@@ -225,6 +228,7 @@ def test_guards_know_every_metric_that_a_run_writes(card, settings):
 # ---- grades ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_grade_statuses_are_counted(monkeypatch, tmp_path):
     texts = ["RIGHT", "\\boxed{1}", "no answer", "still none"]
     with runs.loaded("grpo", train__batch=1, rollout__per_prompt=4) as (r, state):

@@ -59,6 +59,7 @@ def assert_same(left, right):
     assert jax.tree.structure(left) == jax.tree.structure(right)
 
 
+@pytest.mark.slow
 def test_from_a_run_with_an_adapter(adapted):
     directory, adapter = adapted
     with runs.loaded("opsd", **SETTINGS) as (_, plain), begun(directory) as (r, state):
