@@ -55,7 +55,7 @@ $(COMPILE)/installed: setup.py
 kernels: install
 	$(BIN)/python -m pytest -n 2 -m slow tests/losses/test_divergence_kernels.py tests/losses/test_loss_sharded.py
 
-# Whole runs of tiny models.
+# Whole runs of tiny models, and long tests that `make test` leaves out.
 runs: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/methods \
 	  tests/commands tests/servers tests/dryrun tests/training/test_known_bugs.py tests/training/test_records.py \

@@ -430,8 +430,7 @@ def main(argv: list[str]) -> int:
         try:
             return _evaluate_checkpoints(parse_evaluate_flags(argv))
         except nonfinite.NonFinite as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 3
+            return failures.report(error)
 
 
 def _evaluate_checkpoints(args: argparse.Namespace) -> int:

@@ -23,7 +23,8 @@ if sys.argv[2] == "lease":  # as on a file system without locks
     def flock(*_):
         raise OSError(errno.ENOTSUP, "not supported")
     fcntl.flock = flock
-run_lock.BEAT, run_lock.STALE = 0.2, 1.0
+if sys.argv[3] == "quick":
+    run_lock.BEAT, run_lock.STALE = 0.2, 1.0
 with run_lock.hold(pathlib.Path(sys.argv[1])):
     print("held", time.monotonic(), flush=True)
     sys.stdin.readline()
@@ -31,9 +32,9 @@ print("left", time.monotonic(), flush=True)
 """
 
 
-def start(directory, kind):
+def start(directory, kind, speed="quick"):
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(directory), kind],
+        [sys.executable, "-c", HOLD, str(directory), kind, speed],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(conftest.ROOT)},
     )  # fmt: skip
@@ -149,7 +150,7 @@ def test_the_lease_is_renewed_and_its_loss_ends_the_process(tmp_path):
 
 @pytest.mark.slow
 def test_of_two_that_take_a_lease_at_once_one_is_refused(tmp_path, quick, without_flock):
-    both = [start(tmp_path, "lease") for _ in range(2)]
+    both = [start(tmp_path, "lease", "usual") for _ in range(2)]
     for one in both:
         one.stdin.close()  # each ends once it has had the lock
     for one in both:
