@@ -61,6 +61,9 @@ runs: install
 	  tests/commands tests/servers tests/dryrun tests/training/test_known_bugs.py tests/training/test_records.py \
 	  tests/training/test_nonfinite_rollouts.py tests/weights/test_initial_weights.py \
 	  tests/training/test_packed_rows.py::test_a_run_with_packed_rows_has_the_metrics_of_one_without \
+	  tests/training/test_packed_rows.py::test_worked_examples_in_front \
+	  tests/training/test_packed_rows.py::test_policy_loss \
+	  tests/training/test_nonfinite_step.py::test_micro_batches_do_not_change_the_gradient_at_the_defaults \
 	  tests/training/test_policy_step.py::test_routed_tokens_carry_one_loss_each \
 	  tests/config/test_setting_rules.py::test_groups_of_equal_rewards_are_filtered_as_in_dapo \
 	  tests/sampler/test_handover.py::test_int8_weights_on_a_mesh_and_in_the_sampler

@@ -42,7 +42,7 @@ def refused(capsys):
     return check
 
 
-def test_tokenizer_template_languages_and_functions(tmp_path, refused, monkeypatch):
+def test_tokenizer_template_languages_and_functions(tmp_path, refused, monkeypatch, request):
     folder = shutil.copytree(hub.resolve_model_path("tiny"), tmp_path / "tok")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     (tmp_path / "my_reward.py").write_text("def f(gold, text):\n    return 1.0\n")
@@ -51,6 +51,7 @@ def test_tokenizer_template_languages_and_functions(tmp_path, refused, monkeypat
         "opsd", tmp_path / "w", model__tokenizer=folder, reward__kind="my_reward:f",
         languages_file=tmp_path / "languages.json", **SETTINGS,
     )  # fmt: skip
+    request.addfinalizer(lambda: sys.modules.pop("my_reward", None))  # others use this name too
     begin(argv)
     begin(argv)  # the same once more
     settings = folder / "tokenizer_config.json"

@@ -47,6 +47,7 @@ def built():
     return programs.compile_run(config, V5E8, jax.devices(), 1e12)
 
 
+@pytest.mark.slow
 def test_parts_are_what_a_run_holds(built):
     with runs.loaded("opsd", **MESH, **SHORT) as (r, state):
         held = r.hand_over(loaded_run.derive_run_policies(r, state)[0])
@@ -121,6 +122,7 @@ def test_a_packed_step_is_sized_by_its_tokens():
     assert largest["train.micro_tokens"] == 2 * each  # 8 completions, 4 shards
 
 
+@pytest.mark.slow
 def test_every_program_of_the_run_is_there(built):
     names = {name: [p.name for p in phase.programs] for name, phase in built.phases.items()}
     assert names["step"] == ["training step"]
@@ -159,6 +161,7 @@ def test_report(built):
     assert "0.00 GiB too much; --config.train.micro_batch=4 would fit" in found["sentence"]
 
 
+@pytest.mark.slow
 def test_time_of_sampling_by_hand(built):
     c, chip = built.frame.config, built.target.chip
     programs = {p.name: p for p in built.phases["rollout"].programs}

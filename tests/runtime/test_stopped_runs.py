@@ -71,13 +71,27 @@ def test_a_stopped_run_has_saved_its_last_step_and_continues(tmp_path, program):
     assert metrics(tmp_path / "w") == metrics(tmp_path / "whole")
 
 
+LEFT = {"train.grace": 0, "train.batch": 64}  # with no grace, each step would take too long
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [PROGRAM, LAUNCHER], ids=["one", "two"])
-def test_a_step_that_would_take_too_long_is_left(tmp_path, program):
-    """With no grace, each step takes too long: the run saves the step before."""
-    run = start(tmp_path / "w", *program, **{"train.grace": 0, "train.batch": 64})
+def test_a_rollout_that_would_take_too_long_is_left(tmp_path):
+    """The signal arrives in the rollout of step 3; the run saves step 2."""
+    spec = {"kind": "phase", "phase": "rollout", "nth": 3, "after": 0, "signal": signal.SIGTERM}
+    drill = (sys.executable, "tools/drill.py", "run", json.dumps(spec))
+    run = start(tmp_path / "w", *drill, **LEFT)
+    _, err = run.communicate(timeout=280)
+    assert run.returncode == 143, err
+    assert "SIGTERM: stopping now" in err
+    assert "Traceback" not in err
+    assert (newest(tmp_path / "w"), len(metrics(tmp_path / "w"))) == (2, 2)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_a_step_together(tmp_path):
+    """Here the signal may also arrive outside the rollout; both must still save the same step."""
+    run = start(tmp_path / "w", *LAUNCHER, **LEFT)
     code, err = stop(run, tmp_path / "w", signal.SIGTERM, 2)
     assert code == 143
-    assert newest(tmp_path / "w") == len(metrics(tmp_path / "w"))
-    if program == PROGRAM:  # the signal may also arrive outside the rollouts
-        assert "SIGTERM: stopping" in err
+    assert "SIGTERM: stopping" in err
+    assert 2 <= newest(tmp_path / "w") == len(metrics(tmp_path / "w")) < 6

@@ -159,6 +159,7 @@ def trained(engine, tmp_path_factory):
     return workdir, list(engine.asked), list(engine.loaded), list(engine.adapters)
 
 
+@pytest.mark.slow
 def test_the_server_holds_the_policy_of_each_step(trained):
     workdir, asked, loaded, left = trained
     measured = lines(workdir / "metrics.jsonl")

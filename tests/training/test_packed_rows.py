@@ -127,6 +127,7 @@ def test_different_prompts(decoder, params, shared):
     assert_same(step(decoder, params, rows), step(decoder, params, batch))
 
 
+@pytest.mark.slow
 def test_worked_examples_in_front(decoder, params):
     batch = layout.build_batch(*samples(3, 8), student_prefix=5, teacher_prefix=3)
     prefix = jnp.asarray([5, 6, 7, 8, 9], jnp.int32)
@@ -136,7 +137,8 @@ def test_worked_examples_in_front(decoder, params):
     assert_same(step(decoder, params, rows, **how), step(decoder, params, batch, **how))
 
 
-@pytest.mark.parametrize("mixed", mostly_slow([True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", [True, False])
 def test_policy_loss(decoder, params, mixed):
     """GRPO with the divergence from the initial policy, alone and beside a teacher."""
     settings = train_step.PolicyLoss(
