@@ -7,7 +7,7 @@ CONFIG ?= opsd
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test slow lint parity kernels runs processes meshes compile compile-env compile-all loss-matrix drill notebook seeds docs clean
+.PHONY: install demo test long slow lint parity kernels runs processes meshes compile compile-env compile-all loss-matrix drill notebook seeds docs clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -22,10 +22,14 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 \
-	  -m 'not slow and not parity'
+	  -m 'not slow and not long and not parity'
+
+# Tests of several seconds, which would make `make test` too long.
+long: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'long and not slow'
 
 slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow or long'
 
 lint: install
 	$(BIN)/ruff check .
@@ -60,13 +64,7 @@ runs: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/methods \
 	  tests/commands tests/servers tests/dryrun tests/training/test_known_bugs.py tests/training/test_records.py \
 	  tests/training/test_nonfinite_rollouts.py tests/weights/test_initial_weights.py \
-	  tests/training/test_packed_rows.py::test_a_run_with_packed_rows_has_the_metrics_of_one_without \
-	  tests/training/test_packed_rows.py::test_worked_examples_in_front \
-	  tests/training/test_packed_rows.py::test_policy_loss \
-	  tests/training/test_nonfinite_step.py::test_micro_batches_do_not_change_the_gradient_at_the_defaults \
-	  tests/training/test_policy_step.py::test_routed_tokens_carry_one_loss_each \
-	  tests/config/test_setting_rules.py::test_groups_of_equal_rewards_are_filtered_as_in_dapo \
-	  tests/sampler/test_handover.py::test_int8_weights_on_a_mesh_and_in_the_sampler
+	  tests/training/test_packed_rows.py::test_a_run_with_packed_rows_has_the_metrics_of_one_without
 
 processes: install
 	$(BIN)/python -m pytest -m slow tests/runtime/test_processes.py tests/sampler/test_sampler_processes.py \

@@ -147,9 +147,9 @@ def summarize_new_schedule(c: config_lib.Config, before: int, done: int) -> str:
       done: the number of steps already done.
     """
     old, new = (float(builders.build_optimizer(c, n)[1](done)) for n in (before, c.train.steps))
-    end = "" if c.train.schedule == "constant" else f" and falls to 0 at step {c.train.steps}"
+    end = "" if c.train.schedule == "constant" else f" and falls to 0 at update {c.train.steps}"
     return (
-        f"train.steps was {before}, now {c.train.steps}: the learning rate of step {done + 1} is "
+        f"train.steps was {before}, now {c.train.steps}: the learning rate of update {done + 1} is "
         f"{new:.3g} instead of {old:.3g}{end} ({c.train.schedule} schedule)"
     )
 

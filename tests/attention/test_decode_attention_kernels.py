@@ -132,6 +132,7 @@ def test_copies_are_neither_read_too_early_nor_overwritten(when):
     check(got, oracle(arrays, LAYER, LENGTHS), LENGTHS, TOLERANCE["int8"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", KERNELS)
 def test_two_shards_of_slots_and_a_loop_over_layers(name):
     """Default blocks; the cache is carried and written in the loop, as the sampler does it."""

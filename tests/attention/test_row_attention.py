@@ -140,6 +140,7 @@ def test_bfloat16(name):
     close((out, slopes), oracle(*arrays, *KINDS["all"]), 2e-2)
 
 
+@pytest.mark.long
 def test_splash_in_several_blocks(monkeypatch):
     """300 tokens of random segments in 3 blocks, of which some hold nothing that is seen."""
     monkeypatch.setattr(row_attention_splash, "choose_block", lambda length: 128)
@@ -161,6 +162,7 @@ def test_block_sizes(length, block):
     assert row_attention_splash.choose_block(length) == block
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "sizes, kind, count",
     mostly_slow(

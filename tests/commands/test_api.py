@@ -153,6 +153,7 @@ def test_equal_prompts_give_exactly_zero(model, work, kind):
     assert np.any(copsd_jax.divergence(p, other, kind))  # the test can fail
 
 
+@pytest.mark.long
 def test_a_step_is_that_of_make_step(model, work):
     """From a state, optimizer and batch made by hand; the former model stays as it was."""
     before = jax.tree.map(np.asarray, model.state.trained)

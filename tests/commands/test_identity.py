@@ -151,7 +151,7 @@ def test_more_steps_and_problems(tmp_path, capsys):
     assert main.main(runs.argv("opsd", short, **fixed, **more)) == 0
     said = capsys.readouterr().out
     assert (
-        "train.steps was 1, now 2: the learning rate of step 2 is 0.01 instead of 0.01 (const"
+        "train.steps was 1, now 2: the learning rate of update 2 is 0.01 instead of 0.01 (const"
         in said
     )
     assert "step_000000.json lacks 2 of 4 problems: they are all evaluated" in said
@@ -169,8 +169,8 @@ def test_the_schedule_of_more_steps():
     """Linear over 4 and over 8 steps, from the formula in `make_optimizer`."""
     c = runs.config("opsd", train__steps=8, train__lr=0.1, train__schedule="linear")
     assert summary.summarize_new_schedule(c, 4, 3) == (
-        "train.steps was 4, now 8: the learning rate of step 4 is 0.0625 instead of 0.025 and "
-        "falls to 0 at step 8 (linear schedule)"
+        "train.steps was 4, now 8: the learning rate of update 4 is 0.0625 instead of 0.025 and "
+        "falls to 0 at update 8 (linear schedule)"
     )
 
 

@@ -318,7 +318,7 @@ def test_fields_that_a_row_needs(tmp_path, settings, missing):
     assert run_plan.make_plan(runs.config("opsd", **asked, **settings)).rows
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_groups_of_equal_rewards_are_filtered_as_in_dapo(monkeypatch):
     found = {}
     for kept in (False, True):

@@ -257,6 +257,7 @@ def test_what_travels(settings, train_head, want):
     assert sorted(hlo.collectives(compiled.as_text())) == sorted(want)
 
 
+@pytest.mark.long
 def test_the_head_is_gathered_once_a_step():
     """Outside the loop over micro-batches, for both sides and all blocks: 92 entries in two parts
     of 46, whose width 64 lies on four devices."""

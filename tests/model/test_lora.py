@@ -110,6 +110,7 @@ def test_merge_keeps_the_kernels_dtype(params):
     assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", mostly_slow([F32, jnp.bfloat16]))
 def test_gradient_is_the_adapters_tree_in_float32(params, dtype):
     adapter = filled(("q", "v", "up"))

@@ -47,6 +47,7 @@ def grads(remat):
     return jax.jit(jax.grad(functools.partial(loss, remat=remat)))(*trees()[::-1], tokens())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", conftest.mostly_slow(POLICIES[1:]))
 def test_gradients_are_those_without_remat(remat):
     for mine, theirs in zip(jax.tree.leaves(grads(remat)), jax.tree.leaves(grads("none")),
@@ -92,6 +93,7 @@ PROJECTIONS = 2 * (2 * D * N * H + 2 * D * K * H + 3 * D * F)
 WEIGHTED = 2 * L * N * H  # of attention's two products one
 
 
+@pytest.mark.long
 def test_what_is_computed_again():
     """FLOP per token and layer.
 

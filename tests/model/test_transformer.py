@@ -325,6 +325,7 @@ def _value_and_slopes(**options):
     return jax.jit(jax.value_and_grad(functools.partial(_loss, **options), (0, 1, 2)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     mostly_slow([{"block": 4, "remat": "layer"}, {"remat": "layer"}, {"block": 5}]),

@@ -71,6 +71,7 @@ def held(x: Any, place: NamedSharding) -> float:
     return math.prod(place.shard_shape(x.shape)) / max(1, math.prod(x.shape))
 
 
+@pytest.mark.long
 def test_every_leaf_of_every_shape_lies_where_it_should():
     """Weights, int8 weights, adapters, optimizer states, averages, caches, on all meshes."""
     seen = set()

@@ -91,6 +91,7 @@ def test_merged(sizes):
     np.testing.assert_array_equal(got["embed"]["embedding"], params["embed"]["embedding"])
 
 
+@pytest.mark.long
 def test_int8_kernels():
     """Products with rounded kernels, and the rounding itself, at most half of a 127th."""
     params, adapter = trees()
@@ -116,7 +117,7 @@ def test_int8_kernels():
     assert np.abs(run(got) - run(params)).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_int8_weights_on_a_mesh_and_in_the_sampler():
     params, adapter = trees()
     prompts, sampling = [(5, 6), (7,)], request.Sampling(8, temperature=0.0)

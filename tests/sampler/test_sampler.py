@@ -239,6 +239,7 @@ def test_adapter_equals_merged_weights():
     assert [c.ids for c in want] != [c.ids for c in generate(PLAIN)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "adapted, shared", mostly_slow([(True, True), (False, False), (False, True)], several=True)
 )
@@ -302,6 +303,7 @@ def test_bfloat16_weights():
 SIZES_OF_MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", mostly_slow(SIZES_OF_MESHES))
 @pytest.mark.parametrize("sampling", mostly_slow([CUT, GREEDY]))
 def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
@@ -322,6 +324,7 @@ def test_texts_do_not_depend_on_the_mesh(sizes, sampling):
     same(got.completions, want)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", mostly_slow([3, 17, 1, 9, 10], 2))
 def test_few_texts_on_many_devices_end(count):
     """One slot on each of 8 devices: some have nothing to do while texts wait for others."""
@@ -333,6 +336,7 @@ def test_few_texts_on_many_devices_end(count):
     same(got.completions, want)
 
 
+@pytest.mark.long
 def test_each_prompt_has_settings_of_its_own():
     """Limits, temperatures, truncation and what ends a text; each as if all had its settings."""
     pieces, valid = letters(), np.arange(300) < 20
@@ -402,6 +406,7 @@ def test_prefilled_prompts_do_not_pile_up(monkeypatch):
     assert out.stats.prompt_tokens == 30 * 100
 
 
+@pytest.mark.long
 def test_rows_and_caches_without_room_to_spare():
     """A row that is full to its end, and a slot that its text fills: as each prompt alone."""
     stem = tuple(range(100, 120))

@@ -119,6 +119,7 @@ def test_every_combination_equals_sorted_float64(vocab, levels):
         np.testing.assert_allclose(logp_truncated[j], np.log(want[token[j]]), atol=2e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("largest", mostly_slow([20, 150]))
 def test_mixed_rows_equal_each_row_alone(largest):
     """Alone: one row under its own least Form. The mix needs all machinery, and a larger cap.
@@ -266,6 +267,7 @@ CHI_SQUARE = {
 
 
 # The slow ones each take five seconds; `all` has their filters together.
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [
@@ -327,6 +329,7 @@ def test_ids_outside_valid_are_never_drawn():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("vocab", mostly_slow([300, 1152]))
 def test_rows_and_vocabulary_split_over_devices(vocab):
     """Eight devices equal one. With `shards`, no device gets the logits of a whole row."""

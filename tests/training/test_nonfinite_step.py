@@ -153,7 +153,7 @@ def test_weights_that_are_not_finite_are_reported(steps, decoder, params):
 # ---- settings of memory ------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_micro_batches_do_not_change_the_gradient_at_the_defaults():
     """Lengths of 1 to 11; with the old default norm, the gradients were 34 % apart."""
     rng = np.random.default_rng(0)

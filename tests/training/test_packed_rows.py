@@ -111,6 +111,7 @@ def with_policy(batch):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("norm", mostly_slow(NORMS))
 def test_groups_with_their_prompts_once_equal_rows_of_their_own(decoder, params, norm):
     batch = layout.build_batch(*samples(1, 8))
@@ -127,7 +128,7 @@ def test_different_prompts(decoder, params, shared):
     assert_same(step(decoder, params, rows), step(decoder, params, batch))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_worked_examples_in_front(decoder, params):
     batch = layout.build_batch(*samples(3, 8), student_prefix=5, teacher_prefix=3)
     prefix = jnp.asarray([5, 6, 7, 8, 9], jnp.int32)
@@ -137,7 +138,7 @@ def test_worked_examples_in_front(decoder, params):
     assert_same(step(decoder, params, rows, **how), step(decoder, params, batch, **how))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mixed", [True, False])
 def test_policy_loss(decoder, params, mixed):
     """GRPO with the divergence from the initial policy, alone and beside a teacher."""
@@ -164,6 +165,7 @@ def test_meshes(decoder, params, shape):
     assert_same(step(decoder, params, rows, shape), step(decoder, params, batch))
 
 
+@pytest.mark.long
 def test_micro_batches_by_a_budget_of_tokens(decoder, params):
     batch = layout.build_batch(*samples(6, 2))
     rows, plan = arranged(batch, budget=256)

@@ -95,8 +95,16 @@ def by_hand(decoder, params, samples, batch, settings, divisor):
     "changes, divisor",
     [
         ({}, lambda B, tokens, n: B * n),
-        ({"norm": "global_token_mean", "old": "sampler"}, lambda B, tokens, n: tokens),
-        ({"norm": "constant", "kl": 0.3, "rollout_clip": 1.1}, lambda B, tokens, n: B * 8),
+        pytest.param(
+            {"norm": "global_token_mean", "old": "sampler"},
+            lambda B, tokens, n: tokens,
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"norm": "constant", "kl": 0.3, "rollout_clip": 1.1},
+            lambda B, tokens, n: B * 8,
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["grpo", "dapo off policy", "dr grpo with kl"],
 )
@@ -134,6 +142,7 @@ def test_cross_entropy_is_that_of_the_completion_alone(decoder, params):
     np.testing.assert_allclose(aux.metrics["loss"], total / count, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_mixture_updates_by_the_mixture_of_both_updates(decoder, params):
     _, batch = make_batch(3)
     state = train_step.init_train_state(make_adapter(1), TX, "fixed")
@@ -153,7 +162,7 @@ def test_a_mixture_updates_by_the_mixture_of_both_updates(decoder, params):
         np.testing.assert_allclose(mix - start, expected, atol=3e-7)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_routed_tokens_carry_one_loss_each(decoder, params):
     """Completions 0-3 distilled, 4-7 with policy loss: as two batches on their own."""
     _, batch = make_batch(4)
@@ -170,6 +179,7 @@ def test_routed_tokens_carry_one_loss_each(decoder, params):
         np.testing.assert_allclose(b - start, (d - start) + (p - start), atol=3e-7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trainable", mostly_slow(["lora", "full"]))
 def test_trust_region_mixes_the_logits_of_initial_and_current_policy(decoder, params, trainable):
     students, teachers, completions = make_samples(5)
@@ -253,6 +263,7 @@ def test_the_learning_rate_factor_scales_the_update(decoder, params):
         np.testing.assert_allclose(b - start, 0.5 * (a - start), atol=1e-7)
 
 
+@pytest.mark.long
 def test_the_importance_weight_is_that_of_the_sampler(decoder, params):
     _, batch = make_batch(9)
     state = train_step.init_train_state(make_adapter(1), TX, "fixed")

@@ -90,6 +90,7 @@ def apart(decoder, sides):
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", mostly_slow(["layer", "none"]))
 def test_weights_of_a_layer_are_gathered_twice_a_step_not_three_times(monkeypatch, remat):
     """Once for both sides on the way forward, once backward; adapters are the rest."""
