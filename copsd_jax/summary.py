@@ -138,18 +138,23 @@ def collect_facts(plan: run_plan.Plan) -> dict:
     }
 
 
-def summarize_new_schedule(c: config_lib.Config, before: int, done: int) -> str:
+def summarize_new_schedule(c: config_lib.Config, before: int, done: int, updates: int) -> str:
     """Describes in one line the learning rate of a run whose train.steps has changed.
 
     Args:
       c: the settings of the run, with the new number of steps.
       before: the former number of steps.
       done: the number of steps already done.
+      updates: how many of these steps changed the weights; the schedule counts only these.
     """
-    old, new = (float(builders.build_optimizer(c, n)[1](done)) for n in (before, c.train.steps))
-    end = "" if c.train.schedule == "constant" else f" and falls to 0 at update {c.train.steps}"
+    old, new = (float(builders.build_optimizer(c, n)[1](updates)) for n in (before, c.train.steps))
+    end = f" and falls to 0 at step {c.train.steps}"
+    if updates < done:
+        end = f" and falls to 0 after {c.train.steps} updates, of which {updates} are done"
+    if c.train.schedule == "constant":
+        end = ""
     return (
-        f"train.steps was {before}, now {c.train.steps}: the learning rate of update {done + 1} is "
+        f"train.steps was {before}, now {c.train.steps}: the learning rate of step {done + 1} is "
         f"{new:.3g} instead of {old:.3g}{end} ({c.train.schedule} schedule)"
     )
 

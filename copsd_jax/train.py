@@ -61,7 +61,9 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
         processes.run_on_leader(lambda: metric_files.check_file(directory))
     if "train.steps" in found.changed:
         done = continuation.count_steps(directory)
-        lines.append(summary.summarize_new_schedule(config, found.changed["train.steps"][0], done))
+        updates = processes.run_on_leader(lambda: metric_files.count_updates(directory, done))
+        before = found.changed["train.steps"][0]
+        lines.append(summary.summarize_new_schedule(config, before, done, updates))
     if lines:
         print(*lines, sep="\n", flush=True)
     return plan, found.known

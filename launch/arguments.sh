@@ -89,10 +89,11 @@ parse() {
   PROGRAM+=(--config.mesh.coordinator=auto)
 }
 
-# Tells the program how many seconds lie between SIGTERM and its end, unless the command does.
+# Tells the program how many seconds it has after SIGTERM, unless the command does. $1 is the time
+# until the process is killed; some seconds of it are left for the end of the process.
 tell_grace() {
   [[ " ${PROGRAM[*]} " == *" --config.train.grace="* ]] ||
-    PROGRAM+=("--config.train.grace=$1")
+    PROGRAM+=("--config.train.grace=$(($1 > 10 ? $1 - 5 : $1))")
 }
 
 # Checks that there is a card, and a work directory below $1, the disk that all processes share.

@@ -116,8 +116,10 @@ volume() {
   if [[ $SHARED =~ ^pvc:($name)$ ]]; then
     VOLUME="persistentVolumeClaim: {claimName: ${BASH_REMATCH[1]}}"
   elif [[ $SHARED =~ ^gs://([a-z0-9._-]+)$ ]]; then
+    # A cached time of the lease could make a run that is alive look dead.
+    local FUSE=implicit-dirs,metadata-cache:ttl-secs:0
     VOLUME="csi: {driver: gcsfuse.csi.storage.gke.io, volumeAttributes:"
-    VOLUME+=" {bucketName: \"${BASH_REMATCH[1]}\", mountOptions: implicit-dirs}}"
+    VOLUME+=" {bucketName: \"${BASH_REMATCH[1]}\", mountOptions: \"$FUSE\"}}"
   elif [[ $SHARED =~ ^([A-Za-z0-9.-]+):(/[A-Za-z0-9._/-]*)$ ]]; then
     VOLUME="nfs: {server: \"${BASH_REMATCH[1]}\", path: \"${BASH_REMATCH[2]}\"}"
   else

@@ -136,7 +136,7 @@ on_host_install() {
   local mount have
   if [[ $SHARED == gs://* ]]; then
     have='command -v gcsfuse > /dev/null || { echo "error: no gcsfuse on this host" >&2; exit 1; }'
-    mount="sudo chown \"\$USER\" $MOUNT; gcsfuse --implicit-dirs ${SHARED#gs://} $MOUNT"
+    mount="sudo chown \"\$USER\" $MOUNT; gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 ${SHARED#gs://} $MOUNT"
   else
     have='command -v mount.nfs > /dev/null ||'
     have+=' sudo apt-get -q -y -o DPkg::Lock::Timeout=300 install nfs-common'

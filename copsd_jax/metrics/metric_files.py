@@ -94,6 +94,17 @@ def check_file(workdir: str | os.PathLike) -> None:
             raise ValueError(f"{error}: remove this line") from error
 
 
+def count_updates(workdir: str | os.PathLike, steps: int) -> int:
+    """Returns how many of the first `steps` steps changed the weights.
+
+    A step without a line counts as a step that changed the weights.
+    """
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    rows = _read(path)[0] if path.exists() else []
+    idle = [row for row in rows if row["step"] <= steps and (row.get("bad") or row.get("no_loss"))]
+    return steps - len(idle)
+
+
 def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
     """Returns the lines of metrics.jsonl for the steps up to and including `steps`.
 

@@ -15,6 +15,8 @@ import math
 import pathlib
 import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -180,9 +182,13 @@ def read_arrays(path: pathlib.Path, like: Any) -> Any:
     """Reads the arrays that `BadSteps` wrote, into a tree of the form of `like`.
 
     Leaves of `like` that the file lacks become None.
+
+    Raises:
+      ValueError: the file is damaged.
     """
-    with np.load(path) as stored:
-        return jax.tree_util.tree_map_with_path(
-            lambda name, _: stored.get(jax.tree_util.keystr(name, simple=True, separator="/")),
-            like,
-        )
+    spell = lambda name: jax.tree_util.keystr(name, simple=True, separator="/")  # noqa: E731
+    try:
+        with np.load(path) as stored:
+            return jax.tree_util.tree_map_with_path(lambda name, _: stored.get(spell(name)), like)
+    except (zipfile.BadZipFile, ValueError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

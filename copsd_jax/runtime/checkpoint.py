@@ -339,5 +339,12 @@ def write_state(path: pathlib.Path, state: Any) -> None:
 
 
 def read_state(path: pathlib.Path, like: Any) -> Any:
-    """Reads the state that `write_state` wrote, with the shardings of `like`."""
-    return ocp.load_checkpointables(str(path.resolve()), {NAME: like})[NAME]
+    """Reads the state that `write_state` wrote, with the shardings of `like`.
+
+    Raises:
+      ValueError: the state cannot be read, for example because it is damaged.
+    """
+    try:
+        return ocp.load_checkpointables(str(path.resolve()), {NAME: like})[NAME]
+    except Exception as error:  # Orbax has many errors for a file that it cannot parse
+        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error

@@ -144,7 +144,14 @@ def check_source(
         return
     tree = _trained_shapes(source, shape)
     with checkpoint.Checkpoints(source.folder.parent) as checkpoints:
-        checkpoints.check_part(int(source.folder.name), "trained", tree)
+        try:
+            checkpoints.check_part(int(source.folder.name), "trained", tree)
+        except checkpoint.DamagedCheckpoint as error:
+            others = [step for step in checkpoints.steps() if step != int(source.folder.name)]
+            raise ValueError(
+                f"model.init_from is {str(source.folder)!r}: {error}; the other checkpoints there "
+                f"are those of the steps {others}"
+            ) from error
     if source.is_adapter:
         _check_base(source, settings, base)
 

@@ -12,6 +12,7 @@ import runs
 
 from copsd_jax import main, summary, train
 from copsd_jax.config import settings as config_lib
+from copsd_jax.metrics import metric_files
 from copsd_jax.problems import languages
 from copsd_jax.runtime import workdir
 from copsd_jax.weights import hub, tokenizer
@@ -151,7 +152,7 @@ def test_more_steps_and_problems(tmp_path, capsys):
     assert main.main(runs.argv("opsd", short, **fixed, **more)) == 0
     said = capsys.readouterr().out
     assert (
-        "train.steps was 1, now 2: the learning rate of update 2 is 0.01 instead of 0.01 (const"
+        "train.steps was 1, now 2: the learning rate of step 2 is 0.01 instead of 0.01 (const"
         in said
     )
     assert "step_000000.json lacks 2 of 4 problems: they are all evaluated" in said
@@ -168,10 +169,24 @@ def test_more_steps_and_problems(tmp_path, capsys):
 def test_the_schedule_of_more_steps():
     """Linear over 4 and over 8 steps, from the formula in `make_optimizer`."""
     c = runs.config("opsd", train__steps=8, train__lr=0.1, train__schedule="linear")
-    assert summary.summarize_new_schedule(c, 4, 3) == (
-        "train.steps was 4, now 8: the learning rate of update 4 is 0.0625 instead of 0.025 and "
-        "falls to 0 at update 8 (linear schedule)"
+    assert summary.summarize_new_schedule(c, 4, 3, 3) == (
+        "train.steps was 4, now 8: the learning rate of step 4 is 0.0625 instead of 0.025 and "
+        "falls to 0 at step 8 (linear schedule)"
     )
+    # One of the three steps was bad, so the optimizer has counted two.
+    assert summary.summarize_new_schedule(c, 4, 3, 2) == (
+        "train.steps was 4, now 8: the learning rate of step 4 is 0.075 instead of 0.05 and "
+        "falls to 0 after 8 updates, of which 2 are done (linear schedule)"
+    )
+
+
+def test_steps_without_update_are_not_counted(tmp_path):
+    rows = [{"step": n, "bad": float(n == 2), "no_loss": float(n in (3, 5))} for n in range(1, 7)]
+    rows.append({"step": 7})  # as an earlier program wrote it
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert [metric_files.count_updates(tmp_path, n) for n in (1, 2, 4, 7)] == [1, 1, 2, 4]
+    assert metric_files.count_updates(tmp_path / "none", 3) == 3
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def test_what_a_host_does(bare, shell, tmp_path, shared, mounted):
         "10.0.0.2:/share": [["sudo", "mount", "-t", "nfs", "10.0.0.2:/share", str(mount)]],
         "gs://bucket": [
             ["sudo", "chown", "me", str(mount)],
-            ["gcsfuse", "--implicit-dirs", "bucket", str(mount)],
+            ["gcsfuse", "--implicit-dirs", "--metadata-cache-ttl-secs=0", "bucket", str(mount)],
         ],
     }[shared]
     lock = str(host.folder / "copsd_jax.lock")  # its home, in these tests
@@ -277,7 +277,7 @@ def test_slurm_starts_processes_for_all_gpus(bare, shell, kind, tasks):
         visible, command = [[int(x) for x in value.split(",")]], command[2:]
     assert sorted(gpu for gpus in visible for gpu in gpus) == [0, 1, 2, 3]
     program = [*launchers.MAIN, *SLURM_PROGRAM, launchers.AUTO]
-    assert command == [".venv/bin/python", *program, "--config.train.grace=120"]
+    assert command == [".venv/bin/python", *program, "--config.train.grace=115"]
 
 
 def test_a_job_has_the_programs_exit_code(bare, shell):

@@ -106,7 +106,7 @@ def test_the_container_gets_the_arguments(bare):
         *launchers.MAIN,
         *POD_PROGRAM,
         launchers.AUTO,
-        "--config.train.grace=25",
+        "--config.train.grace=20",
     ]
     _, pod = manifest(bare, *POD_PROGRAM, "--config.train.grace=7")
     graces = [x for x in pod["containers"][0]["args"] if "grace" in x]
@@ -154,7 +154,10 @@ def test_spot_network_and_account(bare):
             {
                 "csi": {
                     "driver": "gcsfuse.csi.storage.gke.io",
-                    "volumeAttributes": {"bucketName": "a.bucket", "mountOptions": "implicit-dirs"},
+                    "volumeAttributes": {
+                        "bucketName": "a.bucket",
+                        "mountOptions": "implicit-dirs,metadata-cache:ttl-secs:0",
+                    },
                 }
             },
         ),

@@ -126,3 +126,22 @@ def test_records_are_json():
     said = nonfinite.spell_numbers(record)
     assert said == {"a": [1.0, "nan"], "b": {"c": ["-inf"]}, "d": None, "e": 3, "f": "x"}
     json.dumps(said, allow_nan=False)
+
+
+@pytest.mark.parametrize("keep", [0, 30, 200])
+def test_a_damaged_file_of_inputs_is_named(tmp_path, keep):
+    record(bad_steps.BadSteps(tmp_path, 0), 1, 1)
+    path = bad_steps.step_file(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=f"{path} is damaged: "):
+        bad_steps.read_arrays(path, {"inputs": inputs_of(1)})
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    record(bad_steps.BadSteps(tmp_path, 0), 1, 1)
+    path = bad_steps.find_state(tmp_path, 1)
+    for file in path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{path} cannot be read: "):
+        checkpoint.read_state(path, state_of(0))

@@ -190,6 +190,13 @@ def test_folders_that_do_not_fit_are_refused(adapted, full, tmp_path):
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     refused("its model has rms_eps=0.5, not 1e-06", tmp_path / "m")
+    shutil.copytree(full[0], tmp_path / "d")
+    shutil.copytree(tmp_path / "d/checkpoints/3", tmp_path / "d/checkpoints/4")
+    largest = max((tmp_path / "d/checkpoints/4").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    refused(
+        r"4 in .* is damaged .*; the other checkpoints there are .* \[3\]", tmp_path / "d", **fresh
+    )
 
 
 @pytest.mark.slow
