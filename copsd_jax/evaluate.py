@@ -27,7 +27,16 @@ from copsd_jax.metrics import scoring, terminal
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.problems import problem_row
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, signals, storage, workdir
+from copsd_jax.runtime import (
+    checkpoint,
+    failures,
+    nonfinite,
+    processes,
+    signals,
+    storage,
+    streams,
+    workdir,
+)
 from copsd_jax.sampler import loop, request
 from copsd_jax.teaching import prompts
 from copsd_jax.training import loaded_run, run_plan, train_step
@@ -426,7 +435,8 @@ def main(argv: list[str]) -> int:
     The exit code is 0 if every requested checkpoint was evaluated, 2 after an error, 3 if the
     weights are not finite, and 130 or 143 after Ctrl-C or SIGTERM.
     """
-    with signals.end_at_once("stopped: the same command continues"):
+    early = "stopped: the same command continues"
+    with streams.ignore_closed_pipes(), signals.end_at_once(early):
         try:
             return _evaluate_checkpoints(parse_evaluate_flags(argv))
         except nonfinite.NonFinite as error:

@@ -39,7 +39,7 @@ from ml_collections import config_flags
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import targets
-from copsd_jax.runtime import malloc, signals
+from copsd_jax.runtime import malloc, signals, streams
 
 
 class DryRun(NamedTuple):
@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     if any(argument in ("-h", "--help", "-help") for argument in argv[1:]):
         print(f"{__doc__}\nSettings, with their defaults:\n{config_lib.help_text()}")
         return 0
-    with signals.end_at_once("stopped before training began: the same command starts it again"):
+    early = "stopped before training began: the same command starts it again"
+    with streams.ignore_closed_pipes(), signals.end_at_once(early):
         return _run_command(argv)
 
 

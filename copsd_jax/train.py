@@ -285,8 +285,8 @@ def _run_training_step(
         **timer.take(),
     }
     # The inputs are not returned, so that the keys and values in the inputs are freed before the
-    # next step.
-    return state, work.records, values
+    # next step. Guards may use the seconds of `values`, so all processes need those of one clock.
+    return state, work.records, processes.run_on_leader(lambda: values)
 
 
 def _warms_up(plan: run_plan.Plan) -> bool:

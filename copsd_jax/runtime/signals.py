@@ -6,6 +6,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+from copsd_jax.runtime import streams
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -34,7 +36,7 @@ def end_at_once(message: str) -> Iterator[None]:
     """Ends the process at a signal within the block, with a message but without any clean-up."""
 
     def end(number: int, _: object) -> None:
-        os.write(2, f"\n{message}\n".encode())
+        streams.write_error(f"\n{message}\n")
         os._exit(128 + number)
 
     with handle_signals(end):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import jax
 
-from copsd_jax.runtime import processes, signals
+from copsd_jax.runtime import processes, signals, streams
 
 
 class StopRequest:
@@ -47,7 +47,7 @@ class StopRequest:
             if processes.is_leader():
                 what = "stopping now" if leaves else "stopping after the work at hand"
                 again = "a second signal ends the process at once"
-                os.write(2, f"\n{signal.Signals(number).name}: {what}; {again}\n".encode())
+                streams.write_error(f"\n{signal.Signals(number).name}: {what}; {again}\n")
             # One of several processes must not leave alone: the others would wait for it.
             if leaves and jax.process_count() == 1:
                 raise signals.Stopped(number)

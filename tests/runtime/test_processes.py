@@ -198,3 +198,41 @@ def test_the_launcher_prints_its_commands():
         assert f"--config.mesh.process={rank} " in line
         assert "JAX_NUM_CPU_DEVICES=4" in line
         assert all(setting in line for setting in SETTINGS)
+
+
+CLOCKS = """
+import sys
+from copsd_jax import main
+from copsd_jax.metrics import terminal
+take = terminal.Timer.take
+if "--config.mesh.process=1" in sys.argv:
+    terminal.Timer.take = lambda timer: {name: 1000.0 for name in take(timer)}
+sys.exit(main.main(sys.argv))
+"""
+
+
+@pytest.mark.slow
+def test_guards_use_the_clock_of_the_leading_process(tmp_path):
+    """By the clock of the second process, each step takes 1000 seconds, and the rule stops it."""
+    port = 20000 + os.getpid() % 20000
+    flags = [
+        *SETTINGS, f"--workdir={tmp_path / 'w'}", "--config.eval.path=", "--config.data.limit=16",
+        "--config.train.batch=4", "--config.rollout.max_tokens=4",
+        "--config.guards.rules=seconds/step>900:stop", f"--config.mesh.coordinator=127.0.0.1:{port}",
+        "--config.mesh.processes=2", "--config.mesh.heartbeat=10",
+    ]  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLOCKS, *flags, f"--config.mesh.process={rank}"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=conftest.ROOT,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "NPROC": "32"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        both = [one.communicate(timeout=240) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    assert [one.returncode for one in started] == [0, 0], [err[-2000:] for _, err in both]
+    assert [line["step"] for line in lines(tmp_path / "w" / "metrics.jsonl")] == [1, 2]

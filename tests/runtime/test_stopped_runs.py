@@ -15,12 +15,14 @@ PROGRAM = (sys.executable, "-m", "copsd_jax.main")
 LAUNCHER = (sys.executable, "launch/local.py", "--processes=2")
 
 
-def start(workdir: pathlib.Path, *program: str, **settings) -> subprocess.Popen:
+def start(
+    workdir: pathlib.Path, *program: str, pipe: int = subprocess.PIPE, **settings
+) -> subprocess.Popen:
     values = {"train.steps": 6, "train.save_every": 100, "data.limit": 64, "eval.path": ""}
     flags = [f"--config.{name}={value}" for name, value in (values | settings).items()]
     return subprocess.Popen(
         [*program, "--config=configs/opsd.py:tiny", f"--workdir={workdir}", *flags],
-        cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=conftest.ROOT, stdout=pipe, stderr=pipe, text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(conftest.ROOT)},
     )  # fmt: skip
 
@@ -95,3 +97,25 @@ def test_two_processes_leave_a_step_together(tmp_path):
     assert code == 143
     assert "SIGTERM: stopping" in err
     assert 2 <= newest(tmp_path / "w") == len(metrics(tmp_path / "w")) < 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program, number", [(PROGRAM, signal.SIGINT), (LAUNCHER, signal.SIGTERM)])
+def test_a_run_whose_output_is_no_longer_read_is_saved(tmp_path, program, number):
+    """As Ctrl-C ends a run under `2>&1 | tee log`: the reader of both streams ends first."""
+    finish(start(tmp_path / "whole", *program))
+    out, into = os.pipe()
+    reader = subprocess.Popen(["cat"], stdin=out, stdout=subprocess.DEVNULL)
+    run = start(tmp_path / "w", *program, pipe=into)
+    os.close(out)
+    os.close(into)
+    while len(metrics(tmp_path / "w")) < 2:
+        assert run.poll() is None
+        time.sleep(0.02)
+    reader.kill()
+    reader.wait()
+    run.send_signal(number)
+    assert run.wait(timeout=120) == 128 + number
+    assert 2 <= newest(tmp_path / "w") == len(metrics(tmp_path / "w")) < 6
+    finish(start(tmp_path / "w", *program))
+    assert metrics(tmp_path / "w") == metrics(tmp_path / "whole")

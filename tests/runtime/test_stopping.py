@@ -126,3 +126,37 @@ def test_a_second_signal_and_an_early_one_end_the_process_without_clean_up(kind,
     assert (done.returncode, done.stdout) == (143, out)
     assert err in done.stderr
     assert "Traceback" not in done.stderr
+
+
+WITHOUT_READER = """
+import os, signal, sys, time
+from copsd_jax.runtime import signals, stopping, streams
+with streams.ignore_closed_pipes(), signals.end_at_once("nothing to save"):
+    print("begun", flush=True)
+    sys.stdin.readline()  # now the reader has gone
+    with stopping.StopRequest().listen(60):
+        os.kill(os.getpid(), signal.SIGTERM)  # its handler writes too
+        for _ in range(1000):
+            print("a line " * 20)
+            print("another", file=sys.stderr)
+    with open(sys.argv[1], "w") as file:
+        file.write("saved")
+    print("pending at the exit")
+sys.exit(7)
+"""
+
+
+def test_output_without_a_reader_is_dropped(tmp_path):
+    """The exit code is that of the program: Python's own would be 1, or 120 for unwritten text."""
+    out, into = os.pipe()
+    run = subprocess.Popen(
+        [sys.executable, "-c", WITHOUT_READER, str(tmp_path / "file")],
+        stdin=subprocess.PIPE, stdout=into, stderr=into, text=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )  # fmt: skip
+    os.close(into)
+    assert os.read(out, 100).startswith(b"begun")
+    os.close(out)
+    run.communicate("\n", timeout=120)
+    assert run.returncode == 7
+    assert (tmp_path / "file").read_text() == "saved"
