@@ -158,12 +158,16 @@ def _describe_evaluation(
     return {
         "prompts": len(asked),
         "sha256": digest.hexdigest(),
-        "policy": fingerprint_arrays(policy.params if policy.adapter is None else policy.adapter),
+        "policy": _fingerprint_policy(policy),
         "seed": c.seed,
         "stop": list(c.rollout.stop),
         **{f"eval.{name}": value for name, value in drawn.items()},
         **{f"sampler.{name}": value for name, value in how.items()},
     }
+
+
+def _fingerprint_policy(policy: policy_lib.Policy) -> list[int]:
+    return fingerprint_arrays(policy.params if policy.adapter is None else policy.adapter)
 
 
 def fingerprint_arrays(tree: Any) -> list[int]:
@@ -303,6 +307,21 @@ def read_evaluation(file: pathlib.Path, rows: Sequence[problem_row.Row]) -> dict
     return None if missing else result
 
 
+def fits_policy(
+    r: loaded_run.LoadedRun, state: train_step.State, result: dict[str, Any], file: pathlib.Path
+) -> bool:
+    """Returns whether a result belongs to the student of a state, and prints a line if it does not.
+
+    A step that is trained again can have another policy, for example after a change of train.steps.
+    Results of earlier versions have no checksums, and count as results of the student.
+    """
+    student = loaded_run.derive_run_policies(r, state)[0]
+    fits = result.get("policy") in (None, _fingerprint_policy(student))
+    if not fits:
+        print(f"{file} is the result of another policy: the step is evaluated again", flush=True)
+    return fits
+
+
 def _restrict_to_shared(before: dict, after: dict) -> tuple[list[dict], list[dict]]:
     """Returns the records of the problems that both evaluations have, in the order of the first."""
     key = lambda record: (record["id"], record["problem"], record["gold"])  # noqa: E731
@@ -402,7 +421,7 @@ def evaluate_step(
       label: the text at the start of the progress line.
 
     Returns:
-      The result of `evaluate`, together with the step number.
+      The result of `evaluate`, together with the step number and the policy's checksums.
 
     Raises:
       failures.UnusableFile: the file of a stopped evaluation is damaged, or belongs to another
@@ -419,7 +438,8 @@ def evaluate_step(
 
     with progress:
         student = loaded_run.derive_run_policies(r, state)[0]
-        result = {"step": step, **evaluate(r, student, rows, update, partial)}
+        policy = _fingerprint_policy(student)
+        result = {"step": step, "policy": policy, **evaluate(r, student, rows, update, partial)}
     # The partial file is removed only after the result has been written.
     workdir.write_json(file, result)
     found = [sample for one in result["problems"] for sample in one["samples"]]

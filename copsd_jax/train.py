@@ -1,5 +1,6 @@
 """The training loop, written in the order of execution."""
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -114,7 +115,8 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             before = _evaluation(r, state, 0, directory)
             state = saver.load_newest(state)
             nonfinite.check_finite(state, f"checkpoint {int(state.step)} of {directory}")
-            first = int(state.step)
+            first, steps = int(state.step), config.train.steps
+            processes.run_on_leader(lambda: workdir.remove_later(directory, first, steps))
             if config.eval.every and first % config.eval.every == 0:
                 _evaluation(r, state, first, directory)  # if a kill interrupted this evaluation
             with _writer(directory, first) as writer:
@@ -241,14 +243,27 @@ def _restore_guards(plan, directory: pathlib.Path, first: int) -> tuple[guards.S
     """Returns the guards' state after step `first`, and the events up to that step.
 
     The metrics determine both, so no other file has to store the state.
+
+    Raises:
+      failures.UnusableFile: events.jsonl has an action that the metrics do not give again.
     """
     written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
     guard, replayed = guards.replay_events(plan.guards, written)
-    read = processes.run_on_leader(lambda: workdir.read_events(directory, first))
-    said = guards.rebuild_events(read, replayed)
+    every = processes.run_on_leader(lambda: workdir.read_events(directory))
+    read = [event for event in every if event["step"] <= first]
+    said, file = guards.rebuild_events(read, replayed), directory / "events.jsonl"
+    acted = collections.Counter((event["step"], event["action"]) for event in read)
+    acted.subtract((event.step, event.action) for event in replayed)
+    for event in read:
+        if event["action"] != "warn" and acted[event["step"], event["action"]] > 0:
+            raise failures.UnusableFile(
+                f"{file} has an action that does not follow from metrics.jsonl ({event['text']}): "
+                "restore the lines of metrics.jsonl from a copy, or remove the line of this action "
+                "from events.jsonl, to continue without it"
+            )
     if lost := len(said) - len(read):
-        file = directory / "events.jsonl"
         print(f"{file} lacked {lost} events: they are rebuilt from metrics.jsonl", flush=True)
+    if said != every:  # events of later steps are written again, if they happen again
         workdir.write_jsonl(file, said)
     return guard, said
 
@@ -300,13 +315,14 @@ def _warms_up(plan: run_plan.Plan) -> bool:
 def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:
     """Returns the evaluation of a step, or None if there are no problems to evaluate.
 
-    If the evaluation's file already has all problems, the result is read from the file.
+    If the evaluation's file has all problems and belongs to the same policy, the result is read
+    from the file.
     """
     if not r.plan.eval_rows:
         return None
     path = workdir.step_file(directory, "eval", step)
     known = processes.run_on_leader(lambda: evaluate.read_evaluation(path, r.plan.eval_rows))
-    if known is not None:
+    if known is not None and evaluate.fits_policy(r, state, known, path):
         return known
     # An evaluation may be left at any time, because its completions are kept.
     with r.stop.leave_if_late(math.inf):

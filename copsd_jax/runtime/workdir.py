@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -169,8 +170,8 @@ def _write_file_on_leader(path: pathlib.Path, make_lines: Callable[[], Iterable[
         storage.write_whole(path, make_lines())
 
 
-def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
-    """Reads the events in W/events.jsonl up to and including a step; [] if the file is missing.
+def read_events(directory: pathlib.Path) -> list[dict]:
+    """Reads the events in W/events.jsonl; returns [] if the file is missing.
 
     Raises:
       ValueError: a line is not an event; the message names the line.
@@ -182,7 +183,7 @@ def read_events(directory: pathlib.Path, steps: int) -> list[dict]:
     if lines[-1]:  # the file is always written whole
         raise ValueError(f"{path} line {len(lines)} is incomplete")
     storage.check_order(path, events, strict=False)
-    return [event for event in events if event["step"] <= steps]
+    return events
 
 
 def check_files(directory: pathlib.Path) -> None:
@@ -193,7 +194,7 @@ def check_files(directory: pathlib.Path) -> None:
       StorageError: a file cannot be read.
     """
     try:
-        read_events(directory, 0)
+        read_events(directory)
     except ValueError as error:
         advice = "remove this file, to rebuild it from metrics.jsonl"
         raise ValueError(f"{error}: {advice}") from error
@@ -217,6 +218,36 @@ def read_evaluation(path: pathlib.Path) -> dict:
     if absent := [name for name in ("step", "scores", "problems") if name not in result]:
         raise ValueError(f"{path} has no {absent[0]!r}")
     return result
+
+
+def remove_later(directory: pathlib.Path, first: int, steps: int) -> None:
+    """Removes the files of steps after `first` that the run will not write or check again.
+
+    These steps are trained again, perhaps by another schedule of the learning rate. Evaluations are
+    kept if they name their policy, because they are reused only for the same policy.
+
+    Args:
+      directory: the work directory.
+      first: the step from which the run continues.
+      steps: the last step of the run.
+
+    Raises:
+      StorageError: a file cannot be read or removed.
+    """
+    for path in (directory / "rollouts").glob("step_*.jsonl"):
+        if read_step(path) > first:
+            storage.remove(path)
+    for path in sorted((directory / "eval").glob("step_*.json*")):
+        unnamed = path.suffix == ".json" and "policy" not in read_evaluation(path)
+        if read_step(path) > (first if unnamed else steps):
+            storage.remove(path)
+            print(f"{path} may be of another schedule: it is removed", flush=True)
+
+
+def read_step(path: pathlib.Path) -> int:
+    """Returns the step in the name of a step's file; 0 if the name has none."""
+    found = re.match(r"step_(\d+)\.", path.name)
+    return int(found[1]) if found else 0
 
 
 def step_file(directory: pathlib.Path, kind: str, step: int) -> pathlib.Path:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,12 @@ import numpy as np
 import pytest
 import runs
 
-from copsd_jax import evaluate, main
+from copsd_jax import evaluate, main, train
 from copsd_jax.methods import distill
 from copsd_jax.model import transformer
-from copsd_jax.runtime import checkpoint
+from copsd_jax.runtime import checkpoint, failures
 from copsd_jax.teaching import contexts, replies
-from copsd_jax.training import loaded_run, rollout_records
+from copsd_jax.training import guards, loaded_run, rollout_records
 
 optax_promotes = runs.optax_promotes
 
@@ -261,3 +263,69 @@ def test_an_evaluation_that_lacks_problems_is_not_reused(whole, capsys):
     assert evaluate.read_evaluation(path, more) is None
     assert f"lacks 1 of {len(more)} problems: they are all evaluated" in capsys.readouterr().out
     assert evaluate.read_evaluation(path.with_name("step_000009.json"), rows) is None
+
+
+def guarded(directory, lines, events):
+    """The guards' state after step 3 of a run with these lines of metrics, and its events."""
+    rules = guards.parse_rules(["loss>1@2:lr*0.5", "loss>1:warn"])
+    for name, rows in (("metrics", lines), ("events", events)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return train._restore_guards(types.SimpleNamespace(guards=rules), directory, 3)
+
+
+def test_an_action_that_the_metrics_do_not_give_again_is_refused(tmp_path):
+    lines = [{"step": step, "loss": 2} for step in (1, 2, 3, 4)]
+    warned, acted = (
+        {"step": step, "action": action, "text": f"step {step}: said"}
+        for step, action in ((1, "warn"), (2, "lr"))
+    )
+    for events in ([warned, acted], [acted], []):
+        guard, said = guarded(tmp_path, lines, events)
+        assert guard["factor"] == 0.5
+        assert [(e["step"], e["action"]) for e in said] == [(1, "warn"), (2, "lr")]
+        assert read_lines(tmp_path / "events.jsonl") == said
+    del lines[0]  # the rule would now act in step 3
+    for events in ([acted], [warned, acted]):
+        with pytest.raises(failures.UnusableFile) as refused:
+            guarded(tmp_path, lines, events)
+        assert str(refused.value) == (
+            f"{tmp_path}/events.jsonl has an action that does not follow from metrics.jsonl (step "
+            "2: said): restore the lines of metrics.jsonl from a copy, or remove the line of this "
+            "action from events.jsonl, to continue without it"
+        )
+        assert read_lines(tmp_path / "events.jsonl") == events
+    assert guarded(tmp_path, lines, [warned])[0]["factor"] == 0.5
+
+
+def test_events_after_the_checkpoint_are_dropped(tmp_path):
+    """Otherwise a later start would find an action that the metrics do not have."""
+    late = {"step": 4, "action": "lr", "text": "of another schedule"}
+    assert guarded(tmp_path, [{"step": 4, "loss": 2}], [late])[1] == []
+    assert read_lines(tmp_path / "events.jsonl") == []
+
+
+@pytest.mark.slow
+def test_no_file_of_another_schedule_is_left(tmp_path, capsys):
+    """Oracle: the same continuation of a directory without the files of step 3."""
+    settings = {
+        "train__save_every": 2, "eval__every": 1, "eval__limit": 2, "train__batch": 8,
+        "rollout__max_tokens": 6, "train__lr": 0.1, "train__schedule": "linear",
+    }  # fmt: skip
+    left, clean = tmp_path / "left", tmp_path / "clean"
+    assert main.main(runs.argv("opsd", left, **settings, train__steps=3)) == 0
+    shutil.rmtree(left / "checkpoints/3")
+    shutil.copytree(left, clean)
+    (clean / "eval/step_000003.json").unlink()
+    (clean / "rollouts/step_000003.jsonl").unlink()
+    settings |= {"train__steps": 4, "train__log_rollouts": False}
+    capsys.readouterr()
+    for directory in (left, clean):
+        assert main.main(runs.argv("opsd", directory, **settings)) == 0
+        said = capsys.readouterr().out
+        assert ("step_000003.json is the result of another policy" in said) == (directory == left)
+        assert "step_000002.json is the result of another policy" not in said
+    for name in ("eval", "rollouts"):
+        first, second = ({p.name: p.read_bytes() for p in (d / name).iterdir()} for d in (left, clean))
+        assert first == second
+    assert len(list(left.glob("eval/*"))) == 5

@@ -44,3 +44,23 @@ def test_json_is_whole_or_not_at_all(tmp_path):
     workdir.write_jsonl(tmp_path / "x.jsonl", [{"a": 1}, {"b": "\u2028"}])
     lines = (tmp_path / "x.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line) for line in lines if line] == [{"a": 1}, {"b": "\u2028"}]
+
+
+def test_files_of_later_steps_are_removed(tmp_path, capsys):
+    """After a continuation from step 3 of a run that now has 5 steps."""
+    for name in ("rollouts", "eval"):
+        (tmp_path / name).mkdir()
+    for step in range(1, 8):
+        (tmp_path / f"rollouts/step_{step:06d}.jsonl").write_text("")
+        (tmp_path / f"eval/step_{step:06d}.partial.jsonl").write_text("")
+        result = {"step": step, "scores": {}, "problems": []} | ({"policy": [1, 2]} if step % 2 else {})
+        workdir.write_json(tmp_path / f"eval/step_{step:06d}.json", result)
+    workdir.remove_later(tmp_path, 3, 5)
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/*")}
+    assert left == {
+        *(f"rollouts/step_00000{step}.jsonl" for step in (1, 2, 3)),
+        *(f"eval/step_00000{step}.partial.jsonl" for step in (1, 2, 3, 4, 5)),
+        *(f"eval/step_00000{step}.json" for step in (1, 2, 3, 5)),
+    }
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/eval/step_000004.json may be of another schedule: it is removed" in said
