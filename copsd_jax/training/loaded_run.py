@@ -19,7 +19,7 @@ from copsd_jax.metrics import token_stats
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.runtime import failures, nonfinite, processes, sharding, stopping
+from copsd_jax.runtime import failures, processes, sharding, stopping
 from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import conversations, prompts, text_encoding
@@ -93,10 +93,10 @@ def load_run(
     config = plan.config
     decoder = builders.build_decoder(plan)
     base, start = initial_weights.load_initial(
-        plan.start, functools.partial(_load_run_weights, plan), plan.model_config, plan.dtype,
-        config.train.trainable, functools.partial(builders.find_shardings, frame=plan),
+        plan.start, config.model.path, functools.partial(_load_run_weights, plan),
+        plan.model_config, plan.dtype, config.train.trainable,
+        functools.partial(builders.find_shardings, frame=plan),
     )  # fmt: skip
-    nonfinite.check_finite(base, f"model.path is {config.model.path!r}")
     frozen = builders.choose_frozen(config, base)
     tx, rate = builders.build_optimizer(config, steps)
     options = builders.build_options(plan)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from copsd_jax.model import lora, transformer
-from copsd_jax.runtime import checkpoint, sharding, workdir
+from copsd_jax.runtime import checkpoint, nonfinite, sharding, workdir
 from copsd_jax.weights import hf, hf_config, peft
 
 # The settings that decide the weights of a model with random weights.
@@ -214,13 +214,14 @@ def fingerprint_source(source: Source | None) -> str:
 
 
 def load_initial(
-    source: Source | None, load_base: Callable[..., dict], shape: transformer.ModelConfig,
-    dtype: Any, trainable: str, find_shardings: FindShardings,
+    source: Source | None, path: str, load_base: Callable[..., dict],
+    shape: transformer.ModelConfig, dtype: Any, trainable: str, find_shardings: FindShardings,
 ) -> tuple[dict, dict | None]:  # fmt: skip
-    """Loads the base parameters, and the trained tree to start from.
+    """Loads the base parameters, and the trained tree to start from; all numbers are finite.
 
     Args:
       source: the folder to start from, or None.
+      path: the value of model.path, for messages.
       load_base: function that loads the base parameters of model.path or, if it is called with a
         Hugging Face folder, of that folder.
       shape: the shape of the model.
@@ -231,12 +232,23 @@ def load_initial(
     Returns:
       The base parameters, and the trained tree: float32, an adapter or all parameters. None means
       that the trained tree is a new adapter or a copy of the base parameters.
+
+    Raises:
+      NonFinite: a number is NaN or infinite; the message names the setting of the weights.
     """
-    if source is None or source.kind == "model":
-        return load_base(source.folder if source else None), None
+
+    def own() -> dict:
+        return _check_numbers(load_base(), f"model.path is {path!r}")
+
+    if source is None:
+        return own(), None
+    name = f"model.init_from is {str(source.folder)!r}"
+    if source.kind == "model":
+        return _check_numbers(load_base(source.folder), name), None
     if source.kind == "adapter":
         tree = peft.open_adapter(source.folder, shape).read()
-        return load_base(), jax.tree.map(sharding.shard_array, tree, find_shardings(tree))
+        tree = jax.tree.map(sharding.shard_array, tree, find_shardings(tree))
+        return own(), _check_numbers(tree, name)
     like = _trained_shapes(source, shape)
     like = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -244,17 +256,24 @@ def load_initial(
     )  # fmt: skip
     with checkpoint.Checkpoints(source.folder.parent) as checkpoints:
         trained = checkpoints.load_part(int(source.folder.name), "trained", like)
+    _check_numbers(trained, name)
     if source.is_adapter and trainable == "lora":
-        return load_base(), trained
+        return own(), trained
     if source.is_adapter:
         scale = source.settings["lora.alpha"] / source.settings["lora.rank"]
-        base = load_base()
+        base = own()
         trained = jax.jit(_merge, static_argnums=2, out_shardings=find_shardings(base))(
             base, trained, scale
         )
     cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree),
                    out_shardings=find_shardings(trained))  # fmt: skip
-    return cast(trained), trained if trainable == "full" else None
+    base = _check_numbers(cast(trained), name)
+    return base, trained if trainable == "full" else None
+
+
+def _check_numbers(tree: dict, owner: str) -> dict:
+    nonfinite.check_finite(tree, owner)
+    return tree
 
 
 def _merge(base: dict, adapter: dict, scale: float) -> dict:

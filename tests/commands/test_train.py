@@ -326,6 +326,8 @@ def test_no_file_of_another_schedule_is_left(tmp_path, capsys):
         assert ("step_000003.json is the result of another policy" in said) == (directory == left)
         assert "step_000002.json is the result of another policy" not in said
     for name in ("eval", "rollouts"):
-        first, second = ({p.name: p.read_bytes() for p in (d / name).iterdir()} for d in (left, clean))
+        first, second = (
+            {p.name: p.read_bytes() for p in (d / name).iterdir()} for d in (left, clean)
+        )
         assert first == second
     assert len(list(left.glob("eval/*"))) == 5

@@ -218,8 +218,8 @@ def test_guards_use_the_clock_of_the_leading_process(tmp_path):
     flags = [
         *SETTINGS, f"--workdir={tmp_path / 'w'}", "--config.eval.path=", "--config.data.limit=16",
         "--config.train.batch=4", "--config.rollout.max_tokens=4",
-        "--config.guards.rules=seconds/step>900:stop", f"--config.mesh.coordinator=127.0.0.1:{port}",
-        "--config.mesh.processes=2", "--config.mesh.heartbeat=10",
+        "--config.guards.rules=seconds/step>900:stop", "--config.mesh.processes=2",
+        f"--config.mesh.coordinator=127.0.0.1:{port}", "--config.mesh.heartbeat=10",
     ]  # fmt: skip
     started = [
         subprocess.Popen(

@@ -53,7 +53,9 @@ def test_files_of_later_steps_are_removed(tmp_path, capsys):
     for step in range(1, 8):
         (tmp_path / f"rollouts/step_{step:06d}.jsonl").write_text("")
         (tmp_path / f"eval/step_{step:06d}.partial.jsonl").write_text("")
-        result = {"step": step, "scores": {}, "problems": []} | ({"policy": [1, 2]} if step % 2 else {})
+        result = {"step": step, "scores": {}, "problems": []} | (
+            {"policy": [1, 2]} if step % 2 else {}
+        )
         workdir.write_json(tmp_path / f"eval/step_{step:06d}.json", result)
     workdir.remove_later(tmp_path, 3, 5)
     left = {str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/*")}

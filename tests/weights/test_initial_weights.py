@@ -1,6 +1,7 @@
 """Runs that start from other weights. Oracle: the weights that were saved, merged by hand."""
 
 import json
+import re
 import shutil
 
 import conftest
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import safetensors.numpy
 
 from copsd_jax import export, main, summary
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import distill
-from copsd_jax.runtime import checkpoint, workdir
+from copsd_jax.runtime import checkpoint, nonfinite, workdir
 from copsd_jax.training import loaded_run, run_plan, train_step
 from copsd_jax.weights import initial_weights
 
@@ -225,3 +227,35 @@ def test_the_newest_checkpoint_is_fixed_at_the_start(tmp_path, capsys):
     assert "init_fingerprint was" in capsys.readouterr().err
     assert main.main(argv[:-1]) == 2
     assert "model.init_from was" in capsys.readouterr().err
+
+
+def spoil(path, name: str) -> None:
+    """Puts a NaN into one array of a safetensors file."""
+    arrays = safetensors.numpy.load_file(path)
+    arrays[name].flat[0] = np.nan
+    safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+
+
+@pytest.mark.slow
+def test_numbers_that_are_not_finite_name_the_setting_of_the_weights(adapted, full, tmp_path):
+    for source, form in ((adapted[0], "peft"), (full[0], "hf")):
+        flags = [f"--workdir={source}", f"--out={tmp_path / form}", f"--format={form}"]
+        assert export.main(["export", *flags]) == 0
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    spoil(tmp_path / "peft/adapter_model.safetensors", name)
+    spoil(tmp_path / "hf/model.safetensors", "model.norm.weight")
+    shutil.copytree(adapted[0], tmp_path / "run")
+    with (
+        runs.loaded("opsd", **SETTINGS) as (_, state),
+        checkpoint.Checkpoints(tmp_path / "run/checkpoints", writer=True) as checkpoints,
+    ):
+        trained = jax.tree.map(lambda x: x + jnp.nan, state.trained)
+        checkpoints.save(4, state._replace(trained=trained))
+    fresh = {"train__trainable": "full", "lora__rank": 64, "lora__alpha": 128.0}
+    run = tmp_path / "run/checkpoints/4"
+    for source, settings in (
+        (tmp_path / "peft", {}), (tmp_path / "hf", {}), (run, {}), (run, fresh),
+    ):  # fmt: skip
+        said = re.escape(f"model.init_from is '{source}': not all numbers are finite in ")
+        with pytest.raises(nonfinite.NonFinite, match=said), begun(source, **settings):
+            raise AssertionError("the run has begun")
