@@ -119,6 +119,7 @@ def collect_facts(plan: run_plan.Plan) -> dict:
         **continuation.collect_environment(),
         "identity": {
             "tokenizer": tokenizer.fingerprint(plan.tokenizer),
+            "prompt": {"prompt.date": c.prompt.date},
             "jax": continuation.read_jax_options(),
             "languages": continuation.fingerprint_files(languages),
             "functions": continuation.fingerprint_functions(functions),

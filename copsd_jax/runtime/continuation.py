@@ -86,7 +86,7 @@ def compare_settings(directory: pathlib.Path, settings: Mapping[str, object]) ->
     workdir.check_writable(directory, "--workdir")
     if not workdir.has_files(directory):
         return Continuation(False, {}, {}, [])
-    if not (directory / "config.json").is_file():
+    if not any((directory / name).is_file() for name in ("config.json", "run.json")):
         raise ValueError(f"--workdir={directory} has files but no config.json: no run began there")
     today = workdir.listed(config_lib.flat(config_lib.default()))
     begun = today | config_lib.FORMER_DEFAULTS | read_first_fact(directory, "defaults", {})
@@ -159,7 +159,7 @@ def count_steps(directory: pathlib.Path) -> int:
 
 
 def _read_starts(directory: pathlib.Path) -> list[dict]:
-    """Returns the facts of each start; [] if the run stopped before it wrote run.json."""
+    """Returns the facts of each start; [] if run.json was removed."""
     path = directory / "run.json"
     return workdir.read_starts(path) if path.is_file() else []
 

@@ -3,7 +3,8 @@
 A run writes these files:
 
     W/config.json            every setting
-    W/run.json               versions, commit, devices, seed, fingerprints of model and data
+    W/run.json               of each start: settings that changed, versions, commit, devices, seed,
+                             fingerprints of model and data
     W/metrics.jsonl          one line per step
     W/tensorboard/           the same metrics for TensorBoard
     W/events.jsonl           one line for each time that a guard acted: step, action, text
@@ -96,7 +97,6 @@ def _write_workdir(directory: pathlib.Path, settings: dict[str, object], facts: 
     with storage.explain(directory):
         for name in ("rollouts", "eval", "checkpoints"):
             (directory / name).mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", listed(settings))
     path = directory / "run.json"
     starts = read_starts(path) if path.is_file() else []
     start = {
@@ -109,26 +109,48 @@ def _write_workdir(directory: pathlib.Path, settings: dict[str, object], facts: 
     }
     if not starts:  # a continued run keeps the defaults with which it began
         start["defaults"] = listed(config_lib.flat(config_lib.default()))
+    if listed(settings) != _find_settings(starts):
+        start["settings"] = listed(settings)
+    # A start that is killed between the two files leaves its facts together with its settings.
     write_json(path, {"starts": [*starts, start]})
+    write_json(directory / "config.json", listed(settings))
+
+
+def _find_settings(starts: list[dict]) -> dict[str, object] | None:
+    """Returns the newest settings that the starts recorded; None if they recorded none."""
+    return next((start["settings"] for start in reversed(starts) if "settings" in start), None)
 
 
 def read_settings(directory: pathlib.Path) -> dict[str, object]:
     """Reads the settings of an existing run; returns each value by the setting's full name.
 
+    If config.json is missing or damaged, the settings are those that run.json has, with a message.
+
     Raises:
-      FileNotFoundError: the directory has no config.json.
-      ValueError: config.json does not contain a JSON object.
+      FileNotFoundError: the directory has no config.json, and run.json has no settings.
+      ValueError: config.json does not contain a JSON object, and run.json has no settings.
     """
     path = directory / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"--workdir={directory} has no config.json: no run began there")
     try:
+        if not path.is_file():
+            raise FileNotFoundError(f"--workdir={directory} has no config.json")
         settings = read_json(path)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}: restore this file, for example from a new run of the same command"
-        ) from error
+    except (FileNotFoundError, ValueError) as error:
+        settings = _restore_settings(directory)
+        if settings is None:
+            advice = "restore this file from a copy" if path.is_file() else "no run began there"
+            raise type(error)(f"{error}: {advice}") from error
+        print(f"{error}: the settings of the last start are taken from run.json", flush=True)
     return config_lib.without_retired(settings, f"--workdir={directory}")
+
+
+def _restore_settings(directory: pathlib.Path) -> dict[str, object] | None:
+    """Returns the settings in run.json; None if the file is missing or damaged or has none."""
+    path = directory / "run.json"
+    try:
+        return _find_settings(read_starts(path)) if path.is_file() else None
+    except ValueError:
+        return None
 
 
 def read_starts(path: pathlib.Path) -> list[dict]:
@@ -205,7 +227,21 @@ def check_files(directory: pathlib.Path) -> None:
             elif path.suffix == ".json":
                 read_evaluation(path)
         except ValueError as error:
-            raise ValueError(f"{error}: remove this file, to evaluate again") from error
+            raise ValueError(f"{error}: {_advise_to_evaluate(directory, path)}") from error
+
+
+def _advise_to_evaluate(directory: pathlib.Path, path: pathlib.Path) -> str:
+    """Returns what to do about a damaged file of an evaluation."""
+    names = [folder.name for folder in (directory / "checkpoints").glob("*")]
+    saved, step = [int(name) for name in names if name.isdecimal()], read_step(path)
+    if path.suffix == ".jsonl":
+        return "remove this file; its completions are drawn again when the step is evaluated"
+    if step in saved:
+        command = f"python -m copsd_jax.evaluate --workdir={directory} --steps={step}"
+        return f"to evaluate again: {command}"
+    if 0 < step < max(saved, default=0):
+        return f"remove this file; without checkpoint {step}, the step cannot be evaluated again"
+    return "remove this file, to evaluate again"
 
 
 def read_evaluation(path: pathlib.Path) -> dict:

@@ -108,6 +108,12 @@ def test_the_date_is_that_of_the_first_start(tmp_path, refused, monkeypatch):
     assert saved.student.date == "2026-01-31"
     message = refused([*argv, "--config.prompt.date=2026-02-01"])
     assert "prompt.date was '2026-01-31', now '2026-02-01'" in message
+    # The date of another config.json, such as that of a new run of the same command.
+    other = workdir.read_settings(directory) | {"prompt.date": "2026-02-01"}
+    workdir.write_json(directory / "config.json", other)
+    assert "(prompt.date was 2026-01-31, now 2026-02-01)" in refused(argv)
+    (directory / "config.json").unlink()
+    assert begin(argv)["prompt.date"] == "2026-01-31"
     assert "it must be a date such as 2026-01-31" in refused([*argv, "--config.prompt.date=today"])
 
 

@@ -141,6 +141,7 @@ def test_directories_that_are_not_ours_or_damaged(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         workdir.read_settings(tmp_path / "absent")
     path = made(tmp_path / "w")
+    rewrite(path / "run.json", lambda run: run["starts"][0].pop("settings"))
     (path / "config.json").write_text('{"a":')
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         compare(path)

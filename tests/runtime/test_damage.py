@@ -4,6 +4,7 @@ Oracle: the states before saving; the whole file. The same table with whole runs
 test_damage_runs.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -120,9 +121,9 @@ def examine(directory):
 SAID = {
     "config.json": {
         **dict.fromkeys(("truncated", "zeroed", "one bit flipped", "emptied"),
-                        r"config\.json is not valid JSON: .*: restore this file"),
-        "deleted": r"has files but no config\.json: no run began there",
-        "garbage line": r"config\.json is not valid JSON: byte 2 is no UTF-8 \(line 2\): restore",
+                        r"config\.json is not valid JSON: .*: the settings of the last start are"),
+        "deleted": r"has no config\.json: the settings of the last start are taken from run\.json",
+        "garbage line": r"config\.json is not valid JSON: byte 2 is no UTF-8 \(line 2\): the set",
         "torn line": r"config\.json is not valid JSON: Extra data: line \d+ .*",
     },
     "run.json": {
@@ -152,21 +153,91 @@ SAID = {
     ),
     "eval/step_000003.partial.jsonl": dict.fromkeys(
         ("one bit flipped", "garbage line"),
-        r"partial\.jsonl line [12] is not JSON: .*: remove this file, to evaluate again",
+        r"partial\.jsonl line [12] is not JSON: .*: remove this file; its completions are drawn",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "how"), [(name, how) for name in SAID for how in SAID[name]])
-def test_damage_to_text_is_one_sentence(directory, name, how):
+def test_damage_to_text_is_one_sentence(directory, capsys, name, how):
     damage.LINES[how](directory / name)
-    said = examine(directory)
+    said = examine(directory) + capsys.readouterr().out
     assert re.search(SAID[name][how], said), said
     assert len(said.splitlines()) <= 2
     if "metrics.jsonl ended" in said or "has no line" in said:  # what is left is whole
         text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
         assert all(json.loads(line)["step"] for line in text.splitlines())
         assert not text or text.endswith("\n")
+
+
+@pytest.mark.parametrize("how", damage.LINES)
+def test_a_damaged_config_is_restored_from_run_json(directory, how):
+    """Also after a start with other settings, and after starts that changed nothing."""
+    changed = SETTINGS | {"eval.limit": 7}
+    for settings in (changed, changed):
+        workdir.create(directory, settings, {})
+    path = directory / "config.json"
+    whole = path.read_bytes()
+    assert path.stat().st_size < (directory / "run.json").stat().st_size < 5 * path.stat().st_size
+    damage.LINES[how](path)
+    found = continuation.compare_settings(directory, SETTINGS)
+    assert found.changed == {"eval.limit": (7, SETTINGS["eval.limit"])}
+    workdir.create(directory, workdir.read_settings(directory), {})
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("how", damage.LINES)
+def test_an_old_run_has_its_settings_in_config_json_alone(directory, how):
+    run = json.loads((directory / "run.json").read_text())
+    del run["starts"][0]["settings"]
+    (directory / "run.json").write_text(json.dumps(run))
+    damage.LINES[how](directory / "config.json")
+    said = "has no config.json: no run began" if how == "deleted" else ": restore this file from a "
+    assert said in examine(directory)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("writes", range(3))
+def test_a_kill_between_the_files_of_a_start(tmp_path, monkeypatch, capsys, first, writes):
+    """The same command continues, although its eval.limit and its problems are new."""
+    if not first:
+        workdir.create(tmp_path, SETTINGS, {"eval_fingerprint": "old"})
+    write, count = workdir.write_json, [0]
+
+    def killed(path, value):
+        if count[0] == writes:
+            raise KeyboardInterrupt
+        count[0] += 1
+        write(path, value)
+
+    monkeypatch.setattr(workdir, "write_json", killed)
+    new, facts = SETTINGS | {"eval.limit": 9}, {"eval_fingerprint": "new"}
+    with pytest.raises(KeyboardInterrupt) if writes < 2 else contextlib.nullcontext():
+        workdir.create(tmp_path, new, facts)
+    monkeypatch.undo()
+    found = continuation.compare_settings(tmp_path, new)
+    assert found.known == (not first or writes > 0)
+    continuation.compare_facts(tmp_path, facts, found.changed)
+    workdir.create(tmp_path, new, facts)
+    assert workdir.read_settings(tmp_path) == workdir.listed(new)
+
+
+@pytest.mark.parametrize(
+    ("step", "advice"),
+    [
+        (0, "remove this file, to evaluate again"),
+        (2, "remove this file; without checkpoint 2, the step cannot be evaluated again"),
+        (4, "to evaluate again: python -m copsd_jax.evaluate --workdir={} --steps=4"),
+        (6, "to evaluate again: python -m copsd_jax.evaluate --workdir={} --steps=6"),
+        (8, "remove this file, to evaluate again"),
+    ],
+)
+def test_the_advice_about_an_evaluation(directory, step, advice):
+    """A run evaluates step 0 and the steps from its newest checkpoint on."""
+    for saved in (4, 6):
+        (directory / "checkpoints" / str(saved)).mkdir()
+    (directory / f"eval/step_{step:06d}.json").write_text("{")
+    assert examine(directory).endswith(": " + advice.format(directory))
 
 
 def test_whole_files_are_not_mentioned(directory):
