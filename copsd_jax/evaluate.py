@@ -459,7 +459,7 @@ def main(argv: list[str]) -> int:
     with streams.ignore_closed_pipes(), signals.end_at_once(early):
         try:
             return _evaluate_checkpoints(parse_evaluate_flags(argv))
-        except nonfinite.NonFinite as error:
+        except (checkpoint.UnusableCheckpoint, nonfinite.NonFinite) as error:
             return failures.report(error)
 
 

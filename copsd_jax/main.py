@@ -92,7 +92,7 @@ def _run_command(argv: list[str]) -> int:
             )
         malloc.keep_freed_memory()
         from copsd_jax import train
-        from copsd_jax.runtime import failures, nonfinite, processes, run_lock
+        from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, run_lock
 
         processes.join_processes(config)
         plan, continued = train.prepare(config, workdir)
@@ -104,7 +104,7 @@ def _run_command(argv: list[str]) -> int:
     except signals.Stopped as stop:
         print(f"{stop}: the same command continues {workdir}", file=sys.stderr)
         return stop.exit_code
-    except (run_lock.LockedError, nonfinite.NonFinite) as error:
+    except (run_lock.LockedError, checkpoint.UnusableCheckpoint, nonfinite.NonFinite) as error:
         return failures.report(error)
     return 0
 

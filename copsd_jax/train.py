@@ -92,6 +92,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
     Raises:
       signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
       run_lock.LockedError: another process runs in the directory.
+      checkpoint.UnusableCheckpoint: a checkpoint cannot be loaded, such as that of model.init_from.
       SystemExit: a file, server or device failed; the message is one sentence.
     """
     config, started = plan.config, time.monotonic()

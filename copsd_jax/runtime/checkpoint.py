@@ -10,6 +10,8 @@ without this check.
 """
 
 import contextlib
+import errno
+import os
 import pathlib
 import sys
 import threading
@@ -26,7 +28,11 @@ NAME = "state"
 _MARK = "manifest"
 
 
-class DamagedCheckpoint(ValueError):
+class UnusableCheckpoint(ValueError):
+    """A checkpoint that cannot be loaded, described in one sentence."""
+
+
+class DamagedCheckpoint(UnusableCheckpoint):
     """A checkpoint that is not whole, described by the first half of a sentence."""
 
 
@@ -45,6 +51,16 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def _raise_if_unreadable(folder: pathlib.Path, error: Exception) -> None:
+    """Raises a StorageError if an error of Orbax is a refusal or a failure of the disk.
+
+    Orbax reports the errors of some files only as text.
+    """
+    failed = [os.strerror(number) for number in (*storage.DISK_ERRORS, errno.EACCES, errno.EPERM)]
+    if reason := next((text for text in failed if text in str(error)), ""):
+        raise storage.StorageError(f"{folder} cannot be read ({reason})") from error
+
+
 def _read_added_metadata(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the entries that `save` added to the metadata of a checkpoint."""
     metadata: Any = ocp.checkpointables_metadata(str(folder.resolve()))
@@ -61,7 +77,7 @@ def _compare_shapes(folder: pathlib.Path, prefix: str, like: Any) -> None:
     )
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
-            raise ValueError(
+            raise UnusableCheckpoint(
                 f"checkpoint {folder.name} in {folder.parent} has {name} = "
                 f"{saved.get(name, 'nothing')}, but the run needs {wanted.get(name, 'nothing')}"
             )
@@ -224,9 +240,8 @@ class Checkpoints:
                 return manifest.find_damage(folder, share, shares)
         try:
             added = _read_added_metadata(folder)
-        except PermissionError as error:
-            raise storage.StorageError(f"{folder} cannot be read ({error.strerror})") from error
         except Exception as error:  # Orbax has many errors for a file that it cannot parse
+            _raise_if_unreadable(folder, error)
             return f"its metadata cannot be read: {_first_line(error)}"
         return f"its {manifest.NAME} is missing" if _MARK in added else ""
 
@@ -240,13 +255,13 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpoint: the checkpoint is not whole.
-          ValueError: the step was not saved, or the saved tree differs from `like`; the message
-            names one difference.
+          UnusableCheckpoint: the step was not saved, or the saved tree differs from `like`; the
+            message names one difference.
           StorageError: a file exists, but cannot be read.
         """
-        if step not in self.steps():
-            raise ValueError(
-                f"no checkpoint of step {step} in {self._directory}: the choices are {self.steps()}"
+        if step not in (saved := processes.run_on_leader(self.steps)):
+            raise UnusableCheckpoint(
+                f"no checkpoint of step {step} in {self._directory}: the choices are {saved}"
             )
         folder = self._directory / str(step)
         if reason := self.verify(step):
@@ -259,7 +274,7 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpoint: the checkpoint is not whole.
-          ValueError: the saved field differs from `like`; the message names one difference.
+          UnusableCheckpoint: the saved field differs from `like`; the message names one difference.
         """
         folder = self._directory / str(step)
         if reason := self.verify(step):
@@ -275,15 +290,23 @@ class Checkpoints:
             return self._load(self._directory / str(step), {NAME: {part: like}})[NAME][part]
 
     def _load(self, folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
+        state, reason = {}, ""
+        # The files of a checkpoint with a manifest are whole, so its error is not damage.
+        whole = processes.run_on_leader((folder / manifest.NAME).exists)
         try:
-            return ocp.load_checkpointables(str(folder.resolve()), like)
-        except (MemoryError, PermissionError):
+            state = ocp.load_checkpointables(str(folder.resolve()), like)
+        except MemoryError:
             raise
         except Exception as error:
-            # The files of a checkpoint with a manifest are whole, so its error is not damage.
-            if (folder / manifest.NAME).exists() or "RESOURCE_EXHAUSTED" in str(error):
+            _raise_if_unreadable(folder, error)
+            if whole or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            raise self._damaged(folder, f"it cannot be loaded: {_first_line(error)}") from error
+            reason = f"it cannot be loaded: {_first_line(error)}"
+        # One process may be the only one that reads the damaged file.
+        reasons = [] if whole else processes.gather_texts(reason)
+        if reason := next(filter(None, reasons), ""):
+            raise self._damaged(folder, reason)
+        return state
 
     def load_newest(self, like: Any) -> Any:
         """Loads the newest whole checkpoint, and prints one sentence for each damaged one.
@@ -298,7 +321,7 @@ class Checkpoints:
           The loaded state, or `like` itself if no checkpoint is whole.
 
         Raises:
-          ValueError, StorageError: as in `load`.
+          UnusableCheckpoint, StorageError: as in `load`.
         """
         state, used, damaged = like, 0, {}
         for step in reversed(processes.run_on_leader(self.steps)):

@@ -12,9 +12,10 @@ teacher.weights=trust_region and policy.kl refer. An adapter that a run starts f
 the State as the frozen adapter of the initial policy (see `train_step.State`).
 """
 
+import contextlib
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -234,6 +235,7 @@ def load_initial(
       that the trained tree is a new adapter or a copy of the base parameters.
 
     Raises:
+      checkpoint.UnusableCheckpoint: the folder to start from was damaged after it was checked.
       NonFinite: a number is NaN or infinite; the message names the setting of the weights.
     """
 
@@ -244,9 +246,12 @@ def load_initial(
         return own(), None
     name = f"model.init_from is {str(source.folder)!r}"
     if source.kind == "model":
-        return _check_numbers(load_base(source.folder), name), None
+        with _name_setting(name):
+            tree = load_base(source.folder)
+        return _check_numbers(tree, name), None
     if source.kind == "adapter":
-        tree = peft.open_adapter(source.folder, shape).read()
+        with _name_setting(name):
+            tree = peft.open_adapter(source.folder, shape).read()
         tree = jax.tree.map(sharding.shard_array, tree, find_shardings(tree))
         return own(), _check_numbers(tree, name)
     like = _trained_shapes(source, shape)
@@ -269,6 +274,15 @@ def load_initial(
                    out_shardings=find_shardings(trained))  # fmt: skip
     base = _check_numbers(cast(trained), name)
     return base, trained if trainable == "full" else None
+
+
+@contextlib.contextmanager
+def _name_setting(name: str) -> Iterator[None]:
+    """Adds the setting to the message of an error in the files to start from."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise checkpoint.UnusableCheckpoint(f"{name}: {error}") from error
 
 
 def _check_numbers(tree: dict, owner: str) -> dict:

@@ -239,6 +239,38 @@ def test_a_file_that_may_not_be_read_is_not_damage(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        OSError(errno.ESTALE, os.strerror(errno.ESTALE), "d/0"),
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
+        ValueError('NOT_FOUND: Error reading "d/0": [OS error 5: EIO Input/output error]'),
+    ],
+)
+def test_an_error_of_the_disk_is_not_damage(tmp_path, monkeypatch, error, old):
+    """With a manifest and without: the checkpoint stays where it is."""
+
+    def fails(path, like):
+        raise error
+
+    said = rf"^{tmp_path}/c/1 cannot be read \([A-Z][^:]+\)$"
+    save(tmp_path / "c", 1)
+    if old:
+        monkeypatch.setattr(checkpoint.Checkpoints, "verify", lambda self, step: "")
+        (tmp_path / "c/1/manifest.json").unlink()
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", fails)
+    with (
+        checkpoint.Checkpoints(tmp_path / "c", writer=True) as checkpoints,
+        pytest.raises(
+            storage.StorageError, match=rf"^{tmp_path}/c/1 cannot be read \([A-Z][^:]+\)$"
+        ),
+    ):
+        checkpoints.load_newest(make_state(0))
+    assert checkpoints.steps() == [1]
+
+
 def test_an_old_checkpoint_has_no_manifest_and_is_loaded(tmp_path):
     """As the Checkpointer of earlier versions wrote it."""
     from orbax.checkpoint import v1 as ocp

@@ -158,6 +158,45 @@ def test_the_leading_process_works_for_all():
     assert ["spoken" in out for out, _ in both] == [True, False]
 
 
+DAMAGED = """
+import pathlib, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from copsd_jax.config import settings
+from copsd_jax.runtime import checkpoint, processes
+c = settings.default()
+c.mesh.coordinator, c.mesh.processes, c.mesh.process = sys.argv[2], 2, int(sys.argv[1])
+processes.join_processes(c)
+def load(path, like):
+    if jax.process_index():
+        raise ValueError("only this process reads the file")
+    return like
+checkpoint.ocp.load_checkpointables = load
+try:
+    said = checkpoint.Checkpoints(pathlib.Path("c"))._load(pathlib.Path("c/1"), {"state": 1})
+except checkpoint.DamagedCheckpoint as error:
+    said = error
+processes.wait_for_all("end")
+print(said, file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_the_processes_agree_that_a_checkpoint_without_manifest_is_damaged():
+    port = 20000 + (os.getpid() + 1) % 20000
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", DAMAGED, str(rank), f"127.0.0.1:{port}"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    both = [one.communicate(timeout=120) for one in started]
+    assert [one.returncode for one in started] == [0, 0], both
+    said = "checkpoint 1 in c is damaged (it cannot be loaded: only this process reads the file)"
+    assert [err.splitlines()[-1] for _, err in both] == [said] * 2
+
+
 def test_alone_nothing_is_broadcast():
     assert processes.is_leader()
     assert processes.run_on_leader(lambda: 3) == 3

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import conftest
+import damage
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import runs
 import safetensors.numpy
 
-from copsd_jax import export, main, summary
+from copsd_jax import export, main, summary, train
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import distill
 from copsd_jax.runtime import checkpoint, nonfinite, workdir
@@ -259,3 +260,51 @@ def test_numbers_that_are_not_finite_name_the_setting_of_the_weights(adapted, fu
         said = re.escape(f"model.init_from is '{source}': not all numbers are finite in ")
         with pytest.raises(nonfinite.NonFinite, match=said), begun(source, **settings):
             raise AssertionError("the run has begun")
+
+
+def refused(capsys, argv) -> str:
+    """The only line on stderr of a command that is refused after its plan was made."""
+    capsys.readouterr()
+    assert main.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert "  directory " in out
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["run", "peft"])
+def test_weights_that_are_damaged_after_the_check(adapted, tmp_path, monkeypatch, capsys, form):
+    source, prepare = tmp_path / "source", train.prepare
+    if form == "run":
+        shutil.copytree(adapted[0], source)
+    else:
+        flags = [f"--workdir={adapted[0]}", f"--out={source}", "--format=peft"]
+        assert export.main(["export", *flags]) == 0
+
+    def damaged(*args):
+        done = prepare(*args)
+        files = source.glob("checkpoints/3/state/d/*" if form == "run" else "*.safetensors")
+        damage.truncate(sorted(files)[0])
+        return done
+
+    monkeypatch.setattr(train, "prepare", damaged)
+    argv = [*runs.argv("opsd", tmp_path / "w", **SETTINGS, train__steps=0), f"--init_from={source}"]
+    line = refused(capsys, argv)
+    if form == "run":
+        assert f"checkpoint 3 in {source}/checkpoints is damaged (file state/d/" in line
+    else:
+        assert f"model.init_from is '{source}': {source}/adapter_model.safetensors is trun" in line
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_shape(tmp_path, capsys):
+    directory, settings = tmp_path / "w", SETTINGS | {"lora__rank": 8}
+    make_run(tmp_path / "other", **settings)
+    argv = runs.argv("opsd", directory, **SETTINGS, train__steps=0)
+    assert main.main(argv) == 0
+    shutil.copytree(tmp_path / "other/checkpoints", directory / "checkpoints", dirs_exist_ok=True)
+    line = refused(capsys, [*argv[:-1], "--config.train.steps=3"])
+    assert f"checkpoint 3 in {directory}/checkpoints has ." in line
+    assert "but the run needs" in line
