@@ -161,13 +161,14 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
       NonFinite: the weights are not finite, or guards.bad_steps steps in a row were bad.
     """
     plan, c = r.plan, r.plan.config
-    timer, bad = terminal.Timer(), bad_steps.BadSteps(directory, c.guards.bad_steps)
+    written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
+    timer, bad = terminal.Timer(), bad_steps.BadSteps(directory, c.guards.bad_steps, written)
     # The language codes in the order of data.lang, spelled in the same way as in the rows.
     codes = [languages.resolve_code(code, plan.student.languages) for code in c.data.lang]
     order = batches.iterate_batches(
         plan.rows, codes, c.data.weights, c.train.batch, c.seed, step=first
     )
-    guard, said = _restore_guards(plan, directory, first)
+    guard, said = _restore_guards(plan, directory, first, written)
     stream = processes.progress_stream()
     seconds = math.inf  # duration of the last step; unknown before the first step
     try:
@@ -240,15 +241,16 @@ def _list_saved(checkpoints: checkpoint.Checkpoints) -> list[int]:
     return processes.run_on_leader(checkpoints.steps)
 
 
-def _restore_guards(plan, directory: pathlib.Path, first: int) -> tuple[guards.State, list[dict]]:
+def _restore_guards(
+    plan, directory: pathlib.Path, first: int, written: list[str]
+) -> tuple[guards.State, list[dict]]:
     """Returns the guards' state after step `first`, and the events up to that step.
 
-    The metrics determine both, so no other file has to store the state.
+    The lines of metrics.jsonl, `written`, determine both, so no other file has to store the state.
 
     Raises:
       failures.UnusableFile: events.jsonl has an action that the metrics do not give again.
     """
-    written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
     guard, replayed = guards.replay_events(plan.guards, written)
     every = processes.run_on_leader(lambda: workdir.read_events(directory))
     read = [event for event in every if event["step"] <= first]

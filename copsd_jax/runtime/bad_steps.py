@@ -11,13 +11,14 @@ are evidence: no run continues from them. `python -m copsd_jax.replay` runs the 
 """
 
 import io
+import json
 import math
 import pathlib
 import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,19 +36,24 @@ class BadSteps:
     All processes must call the methods with the same arguments.
 
     Attributes:
-      streak: number of consecutive bad steps up to now. A run continues from a good step, so its
-        first streak begins at 0.
+      streak: number of consecutive bad steps up to now.
     """
 
-    def __init__(self, directory: pathlib.Path, limit: int):
-        """Begins with no bad steps.
+    def __init__(self, directory: pathlib.Path, limit: int, written: Sequence[str] = ()):
+        """Begins after the steps of the given lines.
+
+        The last step of a run is saved even if it is bad. With a larger train.steps, the run
+        continues from this step, in the middle of a streak.
 
         Args:
           directory: the work directory.
           limit: number of consecutive bad steps that stops the run; 0 never stops the run.
+          written: the lines of metrics.jsonl up to the step from which the run continues.
         """
         self._directory, self._limit = directory, limit
         self.streak, self._metrics = 0, {}
+        for line in written:
+            self.streak = self.streak + 1 if float(json.loads(line).get("bad", 0)) else 0
 
     def record(self, step: int, state: Any, inputs: Any, metrics: Mapping[str, Any]) -> None:
         """Counts a step, and writes the files of a bad step.

@@ -13,6 +13,7 @@ import runs
 
 from copsd_jax import evaluate, main, train
 from copsd_jax.methods import distill
+from copsd_jax.metrics import metric_files
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint, failures
 from copsd_jax.teaching import contexts, replies
@@ -271,7 +272,8 @@ def guarded(directory, lines, events):
     for name, rows in (("metrics", lines), ("events", events)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    return train._restore_guards(types.SimpleNamespace(guards=rules), directory, 3)
+    written = metric_files.read_metric_lines(directory, 3)
+    return train._restore_guards(types.SimpleNamespace(guards=rules), directory, 3, written)
 
 
 def test_an_action_that_the_metrics_do_not_give_again_is_refused(tmp_path):

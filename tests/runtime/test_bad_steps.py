@@ -53,6 +53,30 @@ def test_a_streak_stops_the_run_and_is_not_saved(tmp_path):
     )
 
 
+@pytest.mark.parametrize("pattern", ["", "0", "0110", "1011", "0111"])
+def test_a_continued_run_counts_the_bad_steps_before_it(tmp_path, pattern):
+    """Oracle: one object that counts all steps, and is not replaced before the last two."""
+    whole = bad_steps.BadSteps(tmp_path, 5)
+    for step, broken in enumerate(pattern, 1):
+        record(whole, step, int(broken))
+    lines = [json.dumps({"step": k, "bad": float(x)}) for k, x in enumerate(pattern, 1)]
+    folders = {path.name for path in (tmp_path / "bad").glob("state_*")}
+    continued = bad_steps.BadSteps(tmp_path, 5, lines)
+    for step in (len(pattern) + 1, len(pattern) + 2):
+        said = []
+        for bad in (whole, continued):
+            record(bad, step, 1)
+            try:
+                bad.check(step, lambda: [1])
+            except nonfinite.NonFinite as error:
+                said.append(str(error))
+            said.append((bad.streak, bad.describe(step), bad.refuses_save(step, False)))
+        assert said[: len(said) // 2] == said[len(said) // 2 :]
+        assert (len(said) == 4) == (pattern == "0111" and step == 6)
+    # The state before the streak is kept, from which `replay` runs the steps again.
+    assert folders <= {path.name for path in (tmp_path / "bad").glob("state_*")}
+
+
 def test_without_a_limit_only_the_weights_stop_the_run(tmp_path):
     bad = bad_steps.BadSteps(tmp_path, 0)
     for step in range(1, 14):

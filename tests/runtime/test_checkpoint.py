@@ -263,9 +263,7 @@ def test_an_error_of_the_disk_is_not_damage(tmp_path, monkeypatch, error, old):
     monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", fails)
     with (
         checkpoint.Checkpoints(tmp_path / "c", writer=True) as checkpoints,
-        pytest.raises(
-            storage.StorageError, match=rf"^{tmp_path}/c/1 cannot be read \([A-Z][^:]+\)$"
-        ),
+        pytest.raises(storage.StorageError, match=said),
     ):
         checkpoints.load_newest(make_state(0))
     assert checkpoints.steps() == [1]
