@@ -39,7 +39,7 @@ from ml_collections import config_flags
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import targets
-from copsd_jax.runtime import malloc, signals, streams
+from copsd_jax.runtime import malloc, signals, storage, streams
 
 
 class DryRun(NamedTuple):
@@ -145,6 +145,7 @@ def parse_command(argv: list[str]) -> Command:
         raise ValueError(f"--dry_run is '': the choices are {targets.CHOICES}")
     dry_run = _parse_dry_run(target.value, report.value, search.value)
     setting_rules.check_settings(config.value, data=dry_run is None)
+    storage.check_local("--workdir", workdir.value)
     directory = workdir.value or _default_workdir(values)
     return Command(config.value, pathlib.Path(directory), dry_run)
 

@@ -20,7 +20,15 @@ import jax
 import numpy as np
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.runtime import bad_steps, checkpoint, failures, nonfinite, sharding, workdir
+from copsd_jax.runtime import (
+    bad_steps,
+    checkpoint,
+    failures,
+    nonfinite,
+    sharding,
+    storage,
+    workdir,
+)
 from copsd_jax.teaching import prompts
 from copsd_jax.training import layout, loaded_run, rollouts, run_plan, train_step
 
@@ -46,6 +54,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step", required=True, type=int, help="number of the bad step")
     args = parser.parse_args(argv[1:])
     try:
+        storage.check_local("--workdir", args.workdir)
         content, state_path = _read_step(args.workdir, args.step)
         plan = run_plan.make_plan(_load_own_config(args.workdir), evaluate=False)
         with loaded_run.set_mesh_and_precision(plan):

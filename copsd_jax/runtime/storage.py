@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,6 +21,24 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 class StorageError(OSError):
     """A failed access to a file of the run, described in one sentence with path and reason."""
+
+
+def check_local(flag: str, path: str | pathlib.Path) -> None:
+    """Checks that a path is not a URL, such as gs://bucket/run.
+
+    Args:
+      flag: the flag or setting, for the message.
+      path: the path; a `Path` shows gs://bucket as gs:/bucket.
+
+    Raises:
+      ValueError: the path is a URL.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        shown = re.sub(":/(?!/)", "://", str(path), count=1)
+        raise ValueError(
+            f"{flag}={shown} is a URL, and the program writes only to folders: mount "
+            "the bucket or disk, and give the path of a folder on it"
+        )
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ A run writes these files:
     W/eval/step_NNNNNN.json  the result (step_NNNNNN.partial.jsonl until the evaluation is complete)
     W/checkpoints/           Orbax; damaged ones are moved to W/damaged/
     W/lock, W/lease.json     the process that runs here, see `run_lock`
+    W/tries.json             the launchers' count of starts without progress, see `tries`
     W/engine/                the newest weights for the server, with sampler.engine=server
 """
 
@@ -44,8 +45,10 @@ def check_writable(directory: pathlib.Path, flag: str) -> None:
     """Checks that a directory can be created or written to, by creating a temporary directory.
 
     Raises:
+      ValueError: the directory is a URL.
       OSError: the directory cannot be written to; the message names the flag.
     """
+    storage.check_local(flag, directory)
     parent = directory
     while not parent.exists():
         parent = parent.parent
@@ -60,7 +63,7 @@ def check_writable(directory: pathlib.Path, flag: str) -> None:
 
 def has_files(directory: pathlib.Path) -> bool:
     """Returns whether a directory has files other than those of a start that wrote no settings."""
-    ours = ("lock", "lease.json")
+    ours = ("lock", "lease.json", "tries.json")
     return directory.exists() and any(
         path.is_file() and path.name not in ours and not path.name.endswith(storage.PART)
         for path in directory.rglob("*")
@@ -128,8 +131,10 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
 
     Raises:
       FileNotFoundError: the directory has no config.json, and run.json has no settings.
-      ValueError: config.json does not contain a JSON object, and run.json has no settings.
+      ValueError: config.json does not contain a JSON object, and run.json has no settings; or the
+        directory is a URL.
     """
+    storage.check_local("--workdir", directory)
     path = directory / "config.json"
     try:
         if not path.is_file():

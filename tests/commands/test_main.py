@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import resource
 import shutil
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 import runs
 import safetensors.numpy
 
-from copsd_jax import main
+from copsd_jax import evaluate, export, main, replay
 from copsd_jax.model import transformer
+from copsd_jax.runtime import storage, workdir
 from copsd_jax.training import loaded_run, run_plan
 from copsd_jax.weights import hf, hf_config, hub, tokenizer
 
@@ -190,6 +192,32 @@ def test_work_directories(refused, tmp_path):
     assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["notes.txt"]
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(workdir=tmp_path / "file")
+
+
+URLS = ["gs://b/run", "s3://b/run", "https://h/run", "file:///tmp/run", "hdfs://h:1/run"]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_is_no_directory(refused, capsys, monkeypatch, tmp_path, url):
+    """A path of pathlib drops a slash of a URL, which then looks like a local folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    assert refused(workdir=url).startswith(f"error: --workdir={url} is a URL, ")
+    tools = (
+        (evaluate.main, ["--workdir=URL"]), (export.main, ["--workdir=URL", "--out=o"]),
+        (replay.main, ["--workdir=URL", "--step=1"]),
+    )  # fmt: skip
+    for run, arguments in tools:
+        assert run(["tool", *(word.replace("URL", url) for word in arguments)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: --workdir={url.replace(':///', '://')} is a URL, ")
+        assert said.count("\n") == 1
+    for name in ("a run", "x:y/run", "über/gs", "./gs:"):  # folders, however odd
+        workdir.check_writable(tmp_path / name, "--workdir")
+        storage.check_local("--workdir", name)
+    with pytest.raises(ValueError, match=r"--out=.* is a URL"):
+        workdir.check_writable(pathlib.Path(url), "--out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"]  # nothing is written
 
 
 def test_default_directory_and_overrides(monkeypatch):
