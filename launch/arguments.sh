@@ -5,7 +5,9 @@
 #     launch/NAME.sh [--print] delete
 #
 # `parse` sets PRINT (1 or empty), ACTION (run or delete), CONFIG, WORKDIR and PROGRAM. PROGRAM is
-# an array with the command of each process, without the path of Python.
+# an array with the command of each process, without the path of Python. `check_program` sets TRIES,
+# the command that counts a start, and refuses it with exit code 2 after too many starts without
+# progress. A start by the user has the number 0.
 
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -46,7 +48,7 @@ given() {
 }
 
 whole() {
-  [[ ${!1} =~ ^[1-9][0-9]*$ ]] || fail "$1 is '${!1}': it must be an integer, 1 or more"
+  [[ ${!1} =~ ^[1-9][0-9]{0,8}$ ]] || fail "$1 is '${!1}': it must be an integer, 1 or more"
 }
 
 one_of() {
@@ -89,11 +91,16 @@ parse() {
   PROGRAM+=(--config.mesh.coordinator=auto)
 }
 
-# Tells the program how many seconds it has after SIGTERM, unless the command does. $1 is the time
-# until the process is killed; some seconds of it are left for the end of the process.
+# Tells the program how many seconds it has after SIGTERM, unless the command does. The variable $1
+# has the time until the process is killed; some seconds of it are left for the end of the process.
 tell_grace() {
-  [[ " ${PROGRAM[*]} " == *" --config.train.grace="* ]] ||
-    PROGRAM+=("--config.train.grace=$(($1 > 10 ? $1 - 5 : $1))")
+  local word grace=''
+  for word in "${PROGRAM[@]}"; do
+    [[ $word != --config.train.grace=* ]] || grace=${word#*=}
+  done
+  [[ $grace ]] || PROGRAM+=("--config.train.grace=$((${!1} > 10 ? ${!1} - 5 : ${!1}))")
+  [[ ! $grace =~ ^[0-9]{1,9}$ ]] || ((10#$grace <= ${!1})) ||
+    fail "--config.train.grace=$grace: the program is killed after $1=${!1} seconds"
 }
 
 # Checks that there is a card, and a work directory below $1, the disk that all processes share.
@@ -101,8 +108,12 @@ check_program() {
   [[ $CONFIG ]] || fail "--config is missing: for example --config=configs/opsd.py"
   [[ -f ${CONFIG%%:*} ]] || fail "--config='${CONFIG%%:*}': this file does not exist"
   [[ $WORKDIR ]] || fail "--workdir is missing: a folder below $1, which all processes share"
+  [[ $WORKDIR != *://* ]] ||
+    fail "--workdir='$WORKDIR': a URL is no folder; give a folder below $1, which all processes share"
   [[ $WORKDIR == "$1"/?* && $WORKDIR/ != */../* ]] ||
     fail "--workdir='$WORKDIR': it must be a folder below $1, which all processes share"
+  whole MAX_TRIES_WITHOUT_PROGRESS
+  TRIES=(-m copsd_jax.runtime.tries "--limit=$MAX_TRIES_WITHOUT_PROGRESS" "--workdir=$WORKDIR")
 }
 
 # Checks that the card is one of the files that are sent to the hosts.

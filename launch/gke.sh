@@ -6,9 +6,10 @@
 #     launch/gke.sh [--print] delete
 #
 # All other arguments are passed to `python -m copsd_jax.main`. The script fills in
-# launch/gke_jobset.yaml and applies it. If a process dies or machines are taken away, the cluster
-# restarts all processes, and the run continues. While the run is active, the same command does
-# nothing. After the run has stopped, it continues the run.
+# launch/gke_jobset.yaml and applies it. If a signal ends a process or machines are taken away, the
+# cluster restarts all processes, and the run continues. If the program ends by itself, or made no
+# progress in several starts, the JobSet fails. While the run is active, the same command does
+# nothing. After the run has stopped, it continues the run. `delete` ends the run, which saves.
 #
 # Set up once: the image (launch/Dockerfile), and JobSet 0.6 or later in the cluster
 # (see https://jobset.sigs.k8s.io). Except in Autopilot clusters, create a node pool for each slice:
@@ -45,7 +46,7 @@ SLICES=${SLICES-1}                        # number of slices, connected by the d
 SPOT=${SPOT-0}                            # 1: cheaper nodes that may be taken away at any time
 HOST_NETWORK=${HOST_NETWORK-1}            # 0 for Autopilot clusters, which forbid it
 GRACE=${GRACE-25}                         # seconds to save; spot nodes allow at most 25
-RESTARTS=${RESTARTS-3}                    # restarts after errors; machines taken away do not count
+MAX_TRIES_WITHOUT_PROGRESS=${MAX_TRIES_WITHOUT_PROGRESS-3} # starts in a row that may fail
 SHARED=${SHARED-}                         # pvc:CLAIM, host:/export of an NFS server, or gs://bucket
 MOUNT=${MOUNT-/mnt/shared}                # path of SHARED in the Pods
 SERVICE_ACCOUNT=${SERVICE_ACCOUNT-}       # account of the Pods; "" for the namespace default
@@ -69,13 +70,12 @@ check_run() {
   one_of CHIPS_PER_HOST 1 4 8
   one_of SPOT 0 1
   one_of HOST_NETWORK 0 1
-  [[ $RESTARTS =~ ^[0-9]+$ ]] || fail "RESTARTS is '$RESTARTS': it must be an integer, 0 or more"
-  [[ $IMAGE ]] || fail "IMAGE is missing: launch/Dockerfile says how to build it"
+  given IMAGE "launch/Dockerfile says how to build it"
   [[ $IMAGE =~ ^[A-Za-z0-9._:/@-]+$ ]] || fail "IMAGE is '$IMAGE': it must be the name of an image"
   [[ -z $SERVICE_ACCOUNT ]] || label SERVICE_ACCOUNT
   [[ $MOUNT =~ ^(/[A-Za-z0-9._-]+)+$ ]] || fail "MOUNT is '$MOUNT': it must be an absolute path"
   check_program "$MOUNT"
-  tell_grace "$GRACE"
+  tell_grace GRACE
   check_sent
 }
 
@@ -150,11 +150,12 @@ holds() {
   esac
 }
 
-# Prints the manifest with all values filled in.
+# Prints the manifest with all values filled in. Kubernetes expands ATTEMPT, the number of the start.
 # shellcheck disable=SC2034 # the manifest uses ARGUMENTS
 manifest() {
   local line name ARGUMENTS=''
-  ARGUMENTS=$(yaml_list "${PROGRAM[@]}")
+  ARGUMENTS=$(yaml_list "${TRIES[@]}" -- "${PROGRAM[@]}")
+  ARGUMENTS=${ARGUMENTS/, \"--\",/, \"--attempt=\$(ATTEMPT)\", \"--\",}
   while IFS= read -r line; do
     if [[ $line =~ ^(.*[^ ])' # if '(.*)$ ]]; then
       line=${BASH_REMATCH[1]}

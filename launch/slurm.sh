@@ -7,10 +7,12 @@
 #
 # All other arguments are passed to `python -m copsd_jax.main`. The script queues a job. If the job
 # is preempted or a node dies, SLURM requeues it. If its time limit is near, the run saves its last
-# step, and the job requeues itself. Then the run continues. While a job of this NAME is queued or
-# running, the same command does nothing. Afterwards, it continues the run. This folder, PYTHON (pip
-# install -e '.[gpu]') and the work directory must be on a disk that all nodes share. SHARED names
-# this disk.
+# step, and the job requeues itself. Then the run continues. The job ends with the exit code of the
+# program. It is not queued again if the program ended by itself, or made no progress in several
+# starts. While a job of this NAME is queued or running, the same command does nothing. Afterwards,
+# it continues the run. `delete` ends the job, and the run saves its last step. This folder, PYTHON
+# (pip install -e '.[gpu]') and the work directory must be on a disk that all nodes share. SHARED
+# names this disk.
 #
 # Cost: GPUs x hours on the account of the cluster. In 2025, a rented H100 cost about USD 2 to 4 per
 # hour, so 16 GPUs on two nodes cost about USD 50 per hour. Look up current prices, which differ by
@@ -33,7 +35,8 @@ PROCESSES=${PROCESSES-node}           # node: one process per node; gpu: one per
 CPUS_PER_GPU=${CPUS_PER_GPU-8}
 TIME=${TIME-24:00:00}                 # time limit of a job; the next job continues the run
 NOTICE=${NOTICE-120}                  # seconds before the time limit when a job requeues itself
-SHARED=${SHARED-$HOME}                # a folder on a disk that all nodes share
+MAX_TRIES_WITHOUT_PROGRESS=${MAX_TRIES_WITHOUT_PROGRESS-3} # starts in a row that may fail
+SHARED=${SHARED-${HOME-}}             # a folder on a disk that all nodes share
 PYTHON=${PYTHON-.venv/bin/python}
 SETUP=${SETUP-}                       # a shell command before the run: module load cuda
 # --------------------------------------------------------------------------------------------------
@@ -55,14 +58,37 @@ check_run() {
   one_of PROCESSES node gpu
   [[ $TIME =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
     fail "TIME is '$TIME': it must be a time of SLURM, such as 24:00:00 or 2-00:00:00"
+  local seconds
+  seconds=$(time_seconds "$TIME")
+  ((seconds == 0 || seconds > NOTICE)) || # SLURM reads 0 as no limit
+    fail "TIME is '$TIME', which is $seconds seconds: it must be longer than NOTICE=$NOTICE seconds," \
+      "since a job requeues itself so long before its limit"
   for name in PARTITION ACCOUNT; do
     [[ ${!name} =~ ^[A-Za-z0-9_,.-]*$ ]] || fail "$name is '${!name}': it must be a name"
   done
   [[ $PWD =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || fail "$PWD has a special character: move this folder"
-  check_program "$SHARED"
-  tell_grace "$NOTICE"
+  [[ $SHARED == /* ]] || fail "SHARED is '$SHARED': it must be the path of a disk that nodes share"
+  check_program "${SHARED%/}"
+  tell_grace NOTICE
+  given PYTHON "set it to the Python that has this package, for example .venv/bin/python"
   [[ $PRINT || -x $PYTHON ]] ||
     fail "PYTHON is '$PYTHON': it does not exist; install it with pip install -e '.[gpu]'"
+}
+
+# Prints the seconds of a time of SLURM: minutes, minutes:seconds, hours:minutes:seconds, days-hours,
+# days-hours:minutes or days-hours:minutes:seconds.
+time_seconds() {
+  local days=0 parts
+  IFS=: read -ra parts <<< "${1#*-}"
+  if [[ $1 == *-* ]]; then
+    days=${1%%-*}
+    parts+=(0 0)
+  elif ((${#parts[@]} == 1)); then
+    parts=(0 "${parts[0]}" 0)
+  elif ((${#parts[@]} == 2)); then
+    parts=(0 "${parts[@]}")
+  fi
+  echo $((((10#$days * 24 + 10#${parts[0]}) * 60 + 10#${parts[1]}) * 60 + 10#${parts[2]}))
 }
 
 # Sets TASKS per node, and the CPUS and ENVIRONMENT of each process. On SLURM, JAX gives a process
@@ -87,7 +113,9 @@ directive() {
 
 # Prints the script that SLURM runs on the first node. If the time limit of a job is near, SLURM
 # sends USR1. Then the script sends TERM to the run, which saves and ends, and requeues the job.
-# `scancel --signal` is needed because srun answers a TERM of its own by killing the run.
+# `scancel --signal` is needed because srun answers a TERM of its own by killing the run. If SLURM
+# sends TERM to the whole job, the script waits for the run, which has got its own TERM. SLURM counts
+# the starts of a job in SLURM_RESTART_COUNT.
 batch() {
   echo '#!/bin/bash'
   directive --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$TASKS" \
@@ -97,23 +125,30 @@ batch() {
   [[ -z $PARTITION ]] || directive --partition="$PARTITION"
   [[ -z $ACCOUNT ]] || directive --account="$ACCOUNT"
   [[ -z $SETUP ]] || printf '%s\n' "$SETUP"
-  quoted cd "$PWD"
-  echo
+  printf '%s || exit 2\n\n' "$(quoted cd "$PWD")"
+  echo "tries() {"
+  printf '  %s %s\n}\n\n' "$(quoted "$PYTHON" "${TRIES[@]}")" "--attempt=\"\$1\""
   echo "program() {"
   printf '  exec %s\n' "$(quoted srun --kill-on-bad-exit=1 --cpus-per-task="$CPUS" --cpu-bind=none \
     --gpu-bind=none ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"} "$PYTHON" "${PROGRAM[@]}")"
   cat << 'END'
 }
 
-again=
-trap 'again=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+attempt=${SLURM_RESTART_COUNT:-0}
+tries "$attempt" || exit
+again= signal=
+trap 'again=1 signal=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'signal=1' TERM
 program &
-code=0
-while kill -0 $! 2> /dev/null; do
-  code=0
+while true; do
+  code=0 signal=
   wait $! || code=$?
+  [[ $signal ]] || break # a signal to this script has ended the wait
 done
-[[ -z $again ]] || scontrol requeue "$SLURM_JOB_ID"
+case $code in
+  0 | 1 | 2 | 3) again= ;; # the program ended by itself
+esac
+if [[ $again ]] && tries "$((attempt + 1))"; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
 END
 }
@@ -131,7 +166,7 @@ run() {
   fi
   there=$("${looking[@]}") || fail "squeue cannot read the queue"
   if [[ $there ]]; then
-    echo "$NAME is queued or running as job $there; use another NAME for another run"
+    echo "$NAME is queued or running as job ${there//$'\n'/, }; use another NAME for another run"
     return
   fi
   mkdir -p runs

@@ -7,12 +7,14 @@
 #
 # All other arguments are passed to `python -m copsd_jax.main`. If the slices do not exist, the
 # script requests them and waits. It installs the program and runs it on every host. If spot
-# machines are taken away, the script requests new ones and continues the run. The same command
-# again also continues the run. If the run is still active, the command ends it first.
+# machines are taken away, the script requests new ones and continues the run, unless the run made
+# no progress in several starts. The same command again also continues the run. If the run is still
+# active, the command ends it first. The script ends with the exit code of the program.
 #
 # The hosts stay connected to this script. So start it on a machine that stays on, for example in
 # tmux on a small VM, after `ssh-add ~/.ssh/google_compute_engine`. If the connection breaks, the
-# run restarts from its last checkpoint.
+# script starts the run again from its last checkpoint. Ctrl-C or SIGTERM stops the run on all
+# hosts, which save; a second signal ends only this script.
 #
 # The work directory must be on a disk that all hosts share. SHARED names this disk: an NFS export
 # (Filestore, in the network of the slices) or a bucket. A checkpoint becomes valid when its folder
@@ -39,7 +41,8 @@ ACCELERATOR=${ACCELERATOR-v5litepod-16}  # v5litepod-N, v6e-N: N chips; v4-N, v5
 SLICES=${SLICES-1}                       # number of slices, connected by the data centre network
 SPOT=${SPOT-0}                           # 1: cheaper machines that may be taken away at any time
 WAIT=${WAIT-24h}                         # the request fails if it is not met within this time
-RESTARTS=${RESTARTS-100}                 # how many times lost spot slices are replaced
+RESTARTS=${RESTARTS-100}                 # how many times a run is started again
+MAX_TRIES_WITHOUT_PROGRESS=${MAX_TRIES_WITHOUT_PROGRESS-3} # starts in a row that may fail
 WHEN_DONE=${WHEN_DONE-keep}              # keep or delete the slices after the run has succeeded
 SHARED=${SHARED-}                        # host:/export of an NFS server, or gs://bucket
 MOUNT=${MOUNT-/mnt/shared}               # path of SHARED on the hosts
@@ -49,6 +52,7 @@ PYTHON_VERSION=${PYTHON_VERSION-3.12}    # uv installs it, since that of the ima
 CREATE_FLAGS=${CREATE_FLAGS-}            # more flags for `create`, such as --internal-ips
 SSH_FLAGS=${SSH_FLAGS-}                  # more flags for `ssh`, `scp`: --tunnel-through-iap
 LOOK=${LOOK-30}                          # seconds between two checks of the queued resource
+LOOKS=${LOOKS-10}                        # how many times a state is checked that may lag behind
 # --------------------------------------------------------------------------------------------------
 
 # shellcheck source=launch/arguments.sh
@@ -79,6 +83,10 @@ check() {
 check_run() {
   whole SLICES
   whole RESTARTS
+  whole LOOKS
+  [[ $LOOK =~ ^[0-9]+([.][0-9]+)?$ ]] || fail "LOOK is '$LOOK': it must be a number of seconds"
+  [[ $WAIT =~ ^([0-9]+[smhd]?)+$ ]] || fail "WAIT is '$WAIT': it must be a duration, such as 24h"
+  given NETWORK "set it to the network of the slices, for example default"
   one_of SPOT 0 1
   one_of WHEN_DONE keep delete
   [[ $ACCELERATOR =~ ^(v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
@@ -99,7 +107,7 @@ check_run() {
   check_sent
 }
 
-# Sets the commands as arrays: AT, LOOKING, CREATE, DELETE, PACK, SEND, INSTALL, RUN.
+# Sets the commands as arrays: AT, LOOKING, CREATE, DELETE, PACK, SEND, INSTALL, FIRST, RUN, END.
 commands() {
   local resources=(gcloud compute tpus queued-resources) there=() create_flags ssh_flags
   read -ra create_flags <<< "$CREATE_FLAGS"
@@ -118,12 +126,21 @@ commands() {
   fi
   ((SPOT == 0)) || CREATE+=(--spot)
   CREATE+=(${create_flags[@]+"${create_flags[@]}"})
+  FIRST=("${resources[@]}" ssh "$NAME" "${AT[@]}" --node=0 --worker=0
+    ${ssh_flags[@]+"${ssh_flags[@]}"})
   there=("${AT[@]}" --node=all --worker=all --batch-size=all ${ssh_flags[@]+"${ssh_flags[@]}"})
   PACK=(tar -czf "$ARCHIVE" --exclude=__pycache__ "${SOURCES[@]}")
   SEND=("${resources[@]}" scp "$ARCHIVE" "$NAME:" "${there[@]}")
   there+=("--ssh-flag=-o ServerAliveInterval=30 -o ServerAliveCountMax=4")
   INSTALL=("${resources[@]}" ssh "$NAME" "${there[@]}" --command="$(on_host_install)")
   RUN=("${resources[@]}" ssh "$NAME" "${there[@]}" --command="$(on_host_run)")
+  END=("${resources[@]}" ssh "$NAME" "${there[@]}" --command="$STOP")
+}
+
+# Sets COUNT, the command that counts the start $1 on the first host.
+count() {
+  COUNT=("${FIRST[@]}" --command="cd copsd_jax; umask 000; $(
+    quoted .venv/bin/python "${TRIES[@]}" "--attempt=$1")")
 }
 
 # If a program of an earlier start is still running on a host, it holds this file open. The program
@@ -155,32 +172,88 @@ on_host_install() {
 }
 
 # Prints the command of a host. The lock allows only one such program per host. The umask lets all
-# hosts write its files, since the same user can have different user ids on them.
+# hosts write its files, since the same user can have different user ids on them. flock becomes the
+# program (--no-fork), so that a signal reaches the program alone, and its exit code arrives here.
 on_host_run() {
   printf '%s; ' "cd copsd_jax" "umask 000" "$STOP"
-  printf '%s' "exec flock --wait 120 ~/copsd_jax.lock $(quoted .venv/bin/python "${PROGRAM[@]}")"
+  printf '%s' "exec flock --no-fork --wait 120 ~/copsd_jax.lock $(quoted .venv/bin/python "${PROGRAM[@]}")"
 }
 
-state() {
-  "${LOOKING[@]}" || fail "gcloud cannot list the queued resources of $PROJECT in $ZONE"
+CHILD='' RUNNING='' SIGNALLED='' SEEN=''
+
+# Runs a command that Ctrl-C does not reach, since it has its own process group. CODE is its exit
+# code. A signal to this script is handled while the command runs.
+apart() {
+  local again=1
+  set -m
+  "$@" < /dev/null &
+  set +m
+  CHILD=$!
+  while [[ $again ]]; do
+    CODE=0 INTERRUPTED=''
+    wait "$CHILD" || CODE=$?
+    again=$INTERRUPTED
+  done
+  CHILD=''
+}
+
+# Handles a signal. Without a run, or at the second signal, the script ends with the exit code $1.
+interrupt() {
+  INTERRUPTED=1
+  if [[ ! $RUNNING || $SIGNALLED ]]; then
+    [[ ! $CHILD ]] || kill -- "-$CHILD" 2> /dev/null || true
+    exit "$1"
+  fi
+  SIGNALLED=$1
+  echo "stopping the run on all hosts, which save; a second signal ends only this script" >&2 || true
+  set -m
+  "${END[@]}" < /dev/null &
+  set +m
+}
+
+pause() {
+  apart sleep "$LOOK"
+}
+
+# Sets STATE. Once gcloud has answered, a failure to answer is no reason to give up a run.
+look() {
+  local failures=0
+  until STATE=$("${LOOKING[@]}"); do
+    failures=$((failures + 1))
+    [[ $SEEN && $failures -lt $LOOKS ]] ||
+      fail "gcloud cannot list the queued resources of $PROJECT in $ZONE"
+    pause
+  done
+  SEEN=1
 }
 
 # Waits until the slices are active, and requests them if needed.
 acquire() {
-  local now before=none
+  local before=none
   while true; do
-    now=$(state) || exit 2
-    [[ $now == "$before" ]] || echo "$NAME: ${now:-does not exist}"
-    before=$now
-    case $now in
+    look
+    [[ $STATE == "$before" ]] || echo "$NAME: ${STATE:-does not exist}"
+    before=$STATE
+    case $STATE in
       ACTIVE) return ;;
       '') "${CREATE[@]}" || fail "the slices cannot be requested, see the lines above" ;;
       SUSPENDED) "${DELETE[@]}" || fail "the rest of $NAME cannot be deleted" ;;
       FAILED) fail "the request $NAME failed: gcloud compute tpus queued-resources describe" \
         "$NAME says why; launch/tpu_pod.sh delete removes it" ;;
     esac
-    sleep "$LOOK"
+    pause
   done
+}
+
+# Tells whether the slices were taken away. The state changes some time after that.
+taken() {
+  local asked
+  for ((asked = 0; asked < LOOKS; asked++)); do
+    pause
+    look
+    [[ $STATE == ACTIVE ]] || return 0
+  done
+  return 1
 }
 
 show() {
@@ -193,6 +266,10 @@ show() {
   quoted "${PACK[@]}"
   quoted "${SEND[@]}"
   quoted "${INSTALL[@]}"
+  note "on the first host, with the number of the start; exit code 2 if there was no progress:"
+  count 0
+  quoted "${COUNT[@]}"
+  note "on all hosts:"
   quoted "${RUN[@]}"
   if [[ $WHEN_DONE == delete ]]; then
     note "after the run has succeeded:"
@@ -200,36 +277,66 @@ show() {
   fi
 }
 
+# Prints how the run ended, and ends the script with the exit code $1.
+give_up() {
+  printf 'error: the run ended with %s: %s. %s costs money until launch/tpu_pod.sh delete\n' \
+    "$1" "$2" "$NAME" >&2 || true
+  exit "$1"
+}
+
+succeed() {
+  echo "the run has succeeded: $WORKDIR on $SHARED"
+  if [[ $WHEN_DONE == delete ]]; then
+    "${DELETE[@]}" || fail "$NAME cannot be deleted and costs money until launch/tpu_pod.sh delete"
+  else
+    echo "$NAME still costs money until launch/tpu_pod.sh delete"
+  fi
+  exit 0
+}
+
+# Counts the start $1, and runs the program. CODE is the exit code of the first command that fails.
+attempt() {
+  mkdir -p build
+  CODE=0
+  { "${PACK[@]}" && "${SEND[@]}" && "${INSTALL[@]}"; } || CODE=$?
+  ((CODE == 0)) || return 0
+  count "$1"
+  "${COUNT[@]}" || CODE=$?
+  ((CODE != 2)) || give_up "$LAST" "see the lines above"
+  ((CODE == 0)) || return 0
+  RUNNING=1
+  apart "${RUN[@]}"
+  RUNNING=''
+}
+
+# gcloud's own failures have the exit codes 1 and 255, so the state decides about them. A program
+# that SIGTERM has stopped on slices that are still there was stopped by a newer start.
 run() {
-  local attempt code now
-  for ((attempt = 0; attempt <= RESTARTS; attempt++)); do
+  local start
+  trap 'interrupt 130' INT
+  trap 'interrupt 143' TERM HUP
+  LAST=2
+  for ((start = 0; start <= RESTARTS; start++)); do
     acquire
-    mkdir -p build
-    code=0
-    { "${PACK[@]}" && "${SEND[@]}" && "${INSTALL[@]}" && "${RUN[@]}"; } || code=$?
-    if ((code == 0)); then
-      echo "the run has succeeded: $WORKDIR on $SHARED"
-      if [[ $WHEN_DONE == delete ]]; then
-        "${DELETE[@]}"
-      else
-        echo "$NAME still costs money until launch/tpu_pod.sh delete"
-      fi
-      return 0
+    attempt "$start"
+    ((CODE != 0)) || succeed
+    [[ ! $SIGNALLED ]] || wait
+    [[ ! $SIGNALLED ]] || give_up "$SIGNALLED" "repeat the command to continue"
+    LAST=$CODE
+    ((CODE != 2 && CODE != 3)) || give_up "$CODE" "see the lines above"
+    if taken; then
+      echo "$NAME: taken away (${STATE:-does not exist}); restart $((start + 1)) of at most $RESTARTS"
+    else
+      ((CODE == 255)) || give_up "$CODE" "repeat the command to continue"
+      echo "$NAME: the connection broke; restart $((start + 1)) of at most $RESTARTS"
     fi
-    sleep "$LOOK" # the state changes some time after machines are taken away
-    now=$(state) || exit 2
-    if [[ $now == ACTIVE ]]; then
-      printf 'error: the run ended with %s: repeat the command to continue. %s costs money\n' \
-        "$code" "$NAME" >&2
-      return "$code"
-    fi
-    echo "$NAME: taken away (${now:-does not exist}); restart $((attempt + 1)) of at most $RESTARTS"
   done
-  fail "$NAME was taken away more than RESTARTS=$RESTARTS times: the same command continues the run"
+  fail "$NAME was started again RESTARTS=$RESTARTS times: the same command continues the run"
 }
 
 delete() {
-  if [[ ! $PRINT && -z $(state) ]]; then
+  [[ $PRINT ]] || look
+  if [[ ! $PRINT && ! $STATE ]]; then
     echo "$NAME does not exist in $ZONE"
     return
   fi
