@@ -6,10 +6,13 @@ All other arguments are passed to `python -m copsd_jax.main`. Use this script to
 you start it on a pod, or to test code that several processes run. It costs nothing. It takes longer
 than a single process, because the processes share the cores. If a process ends with an error, the
 script ends the other processes, and prints which process failed. Ctrl-C or SIGTERM stops all
-processes, which save the run; a second signal kills them. The same command again continues the run.
+processes, which save the run; a second signal kills them. If this script itself is killed, Linux
+sends SIGTERM to the processes, which save the run; on other systems, the processes go on. The same
+command again continues the run.
 """
 
 import argparse
+import ctypes
 import os
 import shlex
 import signal
@@ -26,7 +29,10 @@ HEARTBEAT = 10  # seconds until a silent process counts as dead, in case this la
 
 LOOK = 0.2  # seconds between two checks of the processes
 GRACE = 5.0  # seconds between terminating a process and killing it
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = (130, 143)  # exit codes of a process that a signal has stopped, after it has saved
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def free_port() -> int:
@@ -60,35 +66,50 @@ def end(running: dict[int, subprocess.Popen]) -> None:
             one.wait()
 
 
+def begin(parent: int, mask: set[signal.Signals]) -> None:
+    """Prepares a new process: on Linux, it gets SIGTERM when the process `parent` ends."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # the parent has ended before the call
+            os._exit(128 + signal.SIGTERM)
+
+
 def run(todo: list[list[str]]) -> int:
     """Returns 0 if all processes succeed, otherwise the exit code of the first that fails."""
-    # The processes are in a session of their own, so that Ctrl-C reaches them only through `stop`.
-    running = {
-        rank: subprocess.Popen(command, start_new_session=True) for rank, command in enumerate(todo)
-    }
+    running: dict[int, subprocess.Popen] = {}
     asked = [0]  # the number of signals so far
 
     def stop(number: int, _: object) -> None:
         asked[0] += 1
         first = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-        for one in running.values():
+        for one in list(running.values()):
             one.send_signal(first if asked[0] == 1 else signal.SIGKILL)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, stop)
-    worst = 0
+    worst, parent = 0, os.getpid()
     try:
+        # A signal waits until all processes have started, so that `stop` reaches all of them. They
+        # are in sessions of their own, so that Ctrl-C reaches them only through `stop`.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for rank, command in enumerate(todo):
+            running[rank] = subprocess.Popen(
+                command, start_new_session=True, preexec_fn=lambda: begin(parent, mask)
+            )
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while running:
             for rank, one in list(running.items()):
                 code = one.poll()
                 if code is None:
                     continue
                 del running[rank]
+                said = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+                code = code if code >= 0 else 128 - code
                 if code and not (asked[0] and code in STOPPED):
-                    said = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
                     others = f": ending the other {len(running)}" if running else ""
                     print(f"process {rank} of {len(todo)} {said}{others}", file=sys.stderr)
-                    return code if code > 0 else 128 - code
+                    return code
                 worst = max(worst, code)
             time.sleep(LOOK)
     finally:
@@ -98,7 +119,9 @@ def run(todo: list[list[str]]) -> int:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--print", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--processes", type=int, default=PROCESSES)
