@@ -322,12 +322,12 @@ run() {
     ((CODE != 0)) || succeed
     [[ ! $SIGNALLED ]] || wait
     [[ ! $SIGNALLED ]] || give_up "$SIGNALLED" "repeat the command to continue"
-    LAST=$CODE
-    ((CODE != 2 && CODE != 3)) || give_up "$CODE" "see the lines above"
+    LAST=$CODE # `taken` changes CODE
+    ((LAST != 2 && LAST != 3)) || give_up "$LAST" "see the lines above"
     if taken; then
       echo "$NAME: taken away (${STATE:-does not exist}); restart $((start + 1)) of at most $RESTARTS"
     else
-      ((CODE == 255)) || give_up "$CODE" "repeat the command to continue"
+      ((LAST == 255)) || give_up "$LAST" "repeat the command to continue"
       echo "$NAME: the connection broke; restart $((start + 1)) of at most $RESTARTS"
     fi
   done

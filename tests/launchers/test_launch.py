@@ -5,11 +5,9 @@ import pathlib
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 
 import conftest
 import launchers
@@ -72,6 +70,15 @@ def on_host(call):
     return call[-1].removeprefix("--command=")
 
 
+def counting(start):
+    """The call that counts a start, on the first host."""
+    command = "cd copsd_jax; umask 000; .venv/bin/python -m copsd_jax.runtime.tries --limit=3"
+    return [
+        *RESOURCES, "ssh", "copsd", *PLACE, "--node=0", "--worker=0",
+        f"--command={command} --workdir=/mnt/shared/W --attempt={start}",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "settings, create",
     [
@@ -95,8 +102,9 @@ def on_host(call):
 def test_pod_prints_what_it_runs(bare, shell, settings, create):
     text = launchers.printed(bare, "tpu_pod.sh", *POD_PROGRAM, **POD, **settings)
     calls = launchers.executed(shell, text)
-    made, looked, folder, pack, send, install, run = calls
+    made, looked, folder, pack, send, install, count, run = calls
     assert (made, looked, folder) == (create, LIST, ["mkdir", "-p", "build"])
+    assert count == counting(0)
     assert pack[:3] == ["tar", "-czf", "build/copsd_jax.tar.gz"]
     assert send == [*RESOURCES, "scp", "build/copsd_jax.tar.gz", "copsd:", *EVERYWHERE]
     on_host(install)
@@ -106,30 +114,45 @@ def test_pod_prints_what_it_runs(bare, shell, settings, create):
     shell.answer(list=[["", 0], ["WAITING_FOR_RESOURCES", 0], ["ACTIVE", 0]])
     done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **POD, **settings)
     assert done.returncode == 0, done.stderr
-    assert shell.calls() == [LIST, create, LIST, LIST, folder, pack, send, install, run]
+    assert shell.calls() == [LIST, create, LIST, LIST, folder, pack, send, install, count, run]
     assert done.stdout.splitlines()[-1] == "copsd still costs money until launch/tpu_pod.sh delete"
 
 
-def test_pod_replaces_spot_slices_that_were_taken_away(shell):
-    shell.answer(
-        list=[[s, 0] for s in ("ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED", "", "ACTIVE")],
-        exec=[["", 255], ["", 0]],
-    )
+@pytest.mark.parametrize("lag", [0, 1, 3, 9])
+def test_pod_replaces_spot_slices_that_were_taken_away(shell, lag):
+    """The state still says ACTIVE for `lag` looks after the machines are gone."""
+    states = ("ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED", "", "ACTIVE")
+    shell.answer(list=[[s, 0] for s in ["ACTIVE"] * lag + list(states)], exec=[["", 255], ["", 0]])
     settings = {**POD, "SPOT": "1", "WHEN_DONE": "delete"}
     done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **settings)
     assert done.returncode == 0, done.stderr
-    verbs = [call[4] for call in shell.calls() if call[0] == "gcloud"]
-    once = ["scp", "ssh", "ssh"]
+    calls = shell.calls()
+    verbs = [call[4] for call in calls if call[0] == "gcloud"]
+    once = ["scp", "ssh", "ssh", "ssh"]
     again = ["list", "list", "delete", "list", "create", "list"]
-    assert verbs == ["list", *once, "list", *again, *once, "delete"]
+    assert verbs == ["list", *once, *["list"] * lag, "list", *again, *once, "delete"]
+    assert [call for call in calls if "tries" in call[-1]] == [counting(0), counting(1)]
+
+
+def test_pod_starts_again_after_a_broken_connection(shell):
+    shell.answer(list=[["ACTIVE", 0]], exec=[["", 255], ["", 255], ["", 0]])
+    done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **POD, LOOKS="2")
+    assert done.returncode == 0, done.stderr
+    verbs = [call[4] for call in shell.calls() if call[0] == "gcloud"]
+    once = ["list", "scp", "ssh", "ssh", "ssh"]
+    assert verbs == [*once, "list", "list", *once, "list", "list", *once]
+    assert done.stdout.count("the connection broke; restart ") == 2
 
 
 @pytest.mark.parametrize(
     "states, program, code, starts, message",
     [
-        (["ACTIVE", "ACTIVE"], 3, 3, 1, "error: the run ended with 3: repeat"),
+        (["ACTIVE"], 1, 1, 1, "error: the run ended with 1: repeat the command"),
+        (["ACTIVE", ""], 2, 2, 1, "error: the run ended with 2: see the lines above"),
+        (["ACTIVE", ""], 3, 3, 1, "error: the run ended with 3: see the lines above"),
+        (["ACTIVE"], 143, 143, 1, "error: the run ended with 143: repeat the command"),
         (["FAILED"], 0, 2, 0, "error: the request copsd failed"),
-        (["ACTIVE", ""] * 3, 255, 2, 3, "error: copsd was taken away more than RESTARTS=2 times"),
+        (["ACTIVE", ""] * 3, 255, 2, 3, "error: copsd was started again RESTARTS=2 times"),
     ],
 )
 def test_pod_stops_where_another_start_cannot_help(shell, states, program, code, starts, message):
@@ -141,6 +164,20 @@ def test_pod_stops_where_another_start_cannot_help(shell, states, program, code,
     calls = shell.calls()
     assert sum("exec flock " in call[-1] for call in calls) == starts
     assert not any("create" in call for call in calls)
+
+
+def test_pod_asks_gcloud_again_once_it_has_answered(shell):
+    """A look that fails for some minutes does not end a run of days."""
+    looks = [["ACTIVE", 0], *[["", 1]] * 4, ["SUSPENDED", 0], ["", 1], ["ACTIVE", 0]]
+    shell.answer(list=looks, exec=[["", 255], ["", 0]])
+    done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **POD, LOOKS="5")
+    assert done.returncode == 0, done.stderr
+    shell.calls()
+    shell.answer(list=[["ACTIVE", 0], ["", 1]], exec=[["", 255]])
+    done = shell.run(launchers.LAUNCH / "tpu_pod.sh", *POD_PROGRAM, **POD, LOOKS="5")
+    assert done.returncode == 2
+    assert done.stderr == "error: gcloud cannot list the queued resources of p in z\n"
+    assert sum(call == LIST for call in shell.calls()) == 1 + 5
 
 
 def test_pod_says_when_gcloud_fails_and_asks_for_nothing(shell):
@@ -181,7 +218,7 @@ def test_what_a_host_does(bare, shell, tmp_path, shared, mounted):
     host.answer(mountpoint=[["", 0 if mounted else 1]], fuser=[["", 1]])
     home = tmp_path / "home"
     home.mkdir()
-    install, run = (on_host(call) for call in calls[-2:])
+    install, run = on_host(calls[-3]), on_host(calls[-1])
     done = host.run("bash", "-c", install, cwd=home)
     assert (done.returncode, done.stderr) == (0, "")
     disk = {
@@ -209,12 +246,13 @@ def test_what_a_host_does(bare, shell, tmp_path, shared, mounted):
     assert host.run("bash", "-c", run, cwd=home).returncode == 7  # the program's own exit code
     python = [".venv/bin/python", *launchers.MAIN, *program, launchers.AUTO]
     asked, waits = ["fuser", "-s", "-k", "-TERM", lock], ["flock", "--wait", "120", lock]
-    assert host.calls() == [asked, [*waits, *python]]
+    runs = ["flock", "--no-fork", *waits[1:], *python]
+    assert host.calls() == [asked, runs]
     # A program of an earlier start is asked to end, and killed if it does not.
     host.answer(fuser=[["", 0], ["", 0]], flock=[["", 1], ["", 0]])
     assert host.run("bash", "-c", run, cwd=home).returncode == 0
     killed = ["fuser", "-s", "-k", lock]
-    assert host.calls() == [asked, [*waits, "true"], killed, [*waits, *python]]
+    assert host.calls() == [asked, [*waits, "true"], killed, runs]
 
 
 def test_what_is_sent_and_built_is_the_whole_program(bare, shell, tmp_path):
@@ -235,7 +273,10 @@ def test_what_is_sent_and_built_is_the_whole_program(bare, shell, tmp_path):
 
 # ---- SLURM ---------------------------------------------------------------------------------------
 
-NODES = {"NODES": "3", "GPUS_PER_NODE": "4", "CPUS_PER_GPU": "6", "SHARED": "/scratch"}
+NODES = {
+    "NODES": "3", "GPUS_PER_NODE": "4", "CPUS_PER_GPU": "6", "SHARED": "/scratch",
+    "PYTHON": sys.executable,
+}  # fmt: skip
 SLURM_PROGRAM = [*launchers.PROGRAM, "--workdir=/scratch/W"]
 QUEUED = ["squeue", "--me", "--noheader", "--name=copsd", "--format=%i"]
 
@@ -249,10 +290,17 @@ def batch(bare, *arguments, **settings):
     return script, dict(lines)
 
 
+def test_a_job_counts_its_starts(bare):
+    script, _ = batch(bare, *SLURM_PROGRAM, **NODES, MAX_TRIES_WITHOUT_PROGRESS="5")
+    count = f"{sys.executable} -m copsd_jax.runtime.tries --limit=5 --workdir=/scratch/W"
+    assert f'\ntries() {{\n  {count} --attempt="$1"\n}}\n' in script
+
+
 @pytest.mark.parametrize("kind, tasks", [("node", 1), ("gpu", 4)])
-def test_slurm_starts_processes_for_all_gpus(bare, shell, kind, tasks):
+def test_slurm_starts_processes_for_all_gpus(bare, shell, tmp_path, kind, tasks):
     settings = NODES | {"PROCESSES": kind, "PARTITION": "a", "ACCOUNT": "b", "SETUP": "squeue up"}
-    script, directives = batch(bare, *SLURM_PROGRAM, **settings)
+    place = [*launchers.PROGRAM, f"--workdir={tmp_path}/W"]
+    script, directives = batch(bare, *place, **settings | {"SHARED": f"{tmp_path}/"})
     assert script.startswith("#!/bin/bash\n#SBATCH")
     cpus = directives["cpus-per-task"]
     assert directives == {
@@ -276,47 +324,26 @@ def test_slurm_starts_processes_for_all_gpus(bare, shell, kind, tasks):
         assert name == "JAX_LOCAL_DEVICE_IDS"
         visible, command = [[int(x) for x in value.split(",")]], command[2:]
     assert sorted(gpu for gpus in visible for gpu in gpus) == [0, 1, 2, 3]
-    program = [*launchers.MAIN, *SLURM_PROGRAM, launchers.AUTO]
-    assert command == [".venv/bin/python", *program, "--config.train.grace=115"]
-
-
-def test_a_job_has_the_programs_exit_code(bare, shell):
-    shell.answer(srun=[["", 7]])
-    script, _ = batch(bare, *SLURM_PROGRAM, **NODES)
-    assert shell.run("bash", stdin=script).returncode == 7
-
-
-def test_a_job_whose_time_is_nearly_up_queues_itself(bare, shell, tmp_path):
-    script, _ = batch(bare, *SLURM_PROGRAM, **NODES)
-    saving = "trap 'exit 1' TERM; echo started; sleep 2; exit 143"  # srun must not get TERM itself
-    (shell.folder / "srun").write_text(f"#!/bin/sh\n{saving}\n")
-    path = tmp_path / "job"
-    path.write_text(script)
-    environment = {"PATH": str(shell.folder), "SLURM_JOB_ID": "17"}
-    with subprocess.Popen(["bash", path], env=environment, stdout=subprocess.PIPE) as job:
-        assert job.stdout is not None
-        assert job.stdout.readline() == b"started\n"
-        begun = time.monotonic()
-        job.send_signal(signal.SIGUSR1)
-        assert job.wait(60) == 143  # the exit code of the program, for which the job waits
-    assert time.monotonic() - begun > 1
-    assert shell.calls() == [["scancel", "--signal=TERM", "17"], ["scontrol", "requeue", "17"]]
+    program = [*launchers.MAIN, *place, launchers.AUTO]
+    assert command == [sys.executable, *program, "--config.train.grace=115"]
 
 
 def test_slurm_submits_what_it_prints_once(bare, shell):
     text = launchers.printed(bare, "slurm.sh", *SLURM_PROGRAM, **NODES)
     assert launchers.executed(shell, text) == [QUEUED, ["mkdir", "-p", "runs"], ["sbatch"]]
     script, _ = batch(bare, *SLURM_PROGRAM, **NODES)
-    settings = NODES | {"PYTHON": sys.executable}
-    done = shell.run(launchers.LAUNCH / "slurm.sh", *SLURM_PROGRAM, **settings)
+    done = shell.run(launchers.LAUNCH / "slurm.sh", *SLURM_PROGRAM, **NODES)
     assert done.returncode == 0, done.stderr
     submitted = shell.inputs()[-1]
     assert shell.calls() == [QUEUED, ["mkdir", "-p", "runs"], ["sbatch"]]
-    assert submitted == script.replace(".venv/bin/python", sys.executable)
-    shell.answer(squeue=[["41\n", 0]])
-    done = shell.run(launchers.LAUNCH / "slurm.sh", *SLURM_PROGRAM, **settings)
+    assert submitted == script
+    settings = {name: value for name, value in NODES.items() if name != "PYTHON"}
+    default, _ = batch(bare, *SLURM_PROGRAM, **settings)
+    assert default == script.replace(sys.executable, ".venv/bin/python")
+    shell.answer(squeue=[["41\n42\n", 0]])
+    done = shell.run(launchers.LAUNCH / "slurm.sh", *SLURM_PROGRAM, **NODES)
     assert done.returncode == 0
-    assert done.stdout.startswith("copsd is queued or running as job 41")
+    assert done.stdout.startswith("copsd is queued or running as job 41, 42; ")
     assert shell.calls() == [QUEUED]
 
 
@@ -357,10 +384,25 @@ BELOW = {"tpu_pod.sh": "/mnt/shared", "gke.sh": "/mnt/shared", "slurm.sh": "/scr
         ("gke.sh", {"TOPOLOGY": "2x2", "SLICES": "2"}, "SLICES is '2': GKE connects"),
         ("gke.sh", {"SHARED": "claim"}, "SHARED is 'claim'"),
         ("gke.sh", {"HOST_NETWORK": "on"}, "HOST_NETWORK is 'on'"),
-        ("gke.sh", {"RESTARTS": "-1"}, "RESTARTS is '-1'"),
+        ("gke.sh", {"MAX_TRIES_WITHOUT_PROGRESS": "-1"}, "MAX_TRIES_WITHOUT_PROGRESS is '-1'"),
+        ("tpu_pod.sh", {"MAX_TRIES_WITHOUT_PROGRESS": ""}, "MAX_TRIES_WITHOUT_PROGRESS is ''"),
+        ("slurm.sh", {"MAX_TRIES_WITHOUT_PROGRESS": "0"}, "MAX_TRIES_WITHOUT_PROGRESS is '0'"),
+        ("tpu_pod.sh", {"LOOK": ""}, "LOOK is ''"),
+        ("tpu_pod.sh", {"LOOKS": "0"}, "LOOKS is '0'"),
+        ("tpu_pod.sh", {"WAIT": ""}, "WAIT is ''"),
+        ("tpu_pod.sh", {"NETWORK": ""}, "NETWORK is missing"),
+        ("tpu_pod.sh", {"RESTARTS": "9" * 30}, f"RESTARTS is '{'9' * 30}'"),
         ("slurm.sh", {"NODES": "two"}, "NODES is 'two'"),
         ("slurm.sh", {"PROCESSES": "host"}, "PROCESSES is 'host': it must be one of: node gpu"),
         ("slurm.sh", {"TIME": "1 day"}, "TIME is '1 day'"),
+        ("slurm.sh", {"TIME": "2"}, "TIME is '2', which is 120 seconds: it must be longer than"),
+        ("slurm.sh", {"TIME": "1:59"}, "TIME is '1:59', which is 119 seconds"),
+        ("slurm.sh", {"TIME": "0:01:08"}, "TIME is '0:01:08', which is 68 seconds"),
+        ("slurm.sh", {"TIME": "1-0", "NOTICE": "86400"}, "TIME is '1-0', which is 86400 seconds"),
+        ("slurm.sh", {"TIME": "1-1:1:1", "NOTICE": "90061"}, "TIME is '1-1:1:1', which is 90061"),
+        ("slurm.sh", {"SHARED": ""}, "SHARED is ''"),
+        ("slurm.sh", {"SHARED": "gs://bucket"}, "SHARED is 'gs://bucket'"),
+        ("slurm.sh", {"PYTHON": ""}, "PYTHON is missing"),
         ("slurm.sh", {"PARTITION": "a b"}, "PARTITION is 'a b'"),
         ("slurm.sh", {"SHARED": "/home/me"}, "--workdir='/scratch/W'"),
     ],
@@ -372,6 +414,36 @@ def test_a_wrong_setting_is_refused_in_one_sentence(bare, script, settings, mess
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: " + message)
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("limit", ["2:01", "3", "0:02:01", "0-1", "0", "08", "1-00:00:00"])
+def test_a_time_limit_after_the_notice_is_accepted(bare, limit):
+    """Zero is SLURM's word for no limit."""
+    _, directives = batch(bare, *SLURM_PROGRAM, **NODES, TIME=limit)
+    assert directives["time"] == limit
+
+
+@pytest.mark.parametrize("script, notice", [("gke.sh", "GRACE=25"), ("slurm.sh", "NOTICE=120")])
+def test_a_grace_after_the_end_is_refused(bare, script, notice):
+    seconds = int(notice.partition("=")[2])
+    for grace, code in ((seconds, 0), (seconds + 1, 2)):
+        odd = "--config.prompt.date=a --config.train.grace=3"  # one argument, not two
+        arguments = [CARD, f"--workdir={BELOW[script]}/W", odd, f"--config.train.grace={grace}"]
+        done = bare.run(launchers.LAUNCH / script, "--print", *arguments, **SETTINGS[script])
+        assert done.returncode == code
+    assert done.stderr == (
+        f"error: --config.train.grace={grace}: the program is killed after {notice} seconds\n"
+    )
+    done = bare.run(launchers.LAUNCH / script, "--print", *arguments[:3], **SETTINGS[script])
+    assert f"--config.train.grace={seconds}" in done.stdout
+
+
+def test_a_shell_without_a_home_is_told_what_is_missing(bare):
+    """An unset variable ends bash with a line that names no setting."""
+    command = ["env", "-u", "HOME", launchers.LAUNCH / "slurm.sh", CARD, "--workdir=/scratch/W"]
+    done = bare.run(*command)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: SHARED is '': it must be the path of a disk that nodes share\n"
 
 
 CARD = "--config=configs/opsd.py"
@@ -386,6 +458,7 @@ CARD = "--config=configs/opsd.py"
         (["--config=configs/none.py:tiny", "--workdir=BELOW/W"], "--config='configs/none.py'"),
         ([CARD, "--workdir=runs/W"], "--workdir='runs/W'"),
         ([CARD, "--workdir=BELOW"], "--workdir='BELOW'"),
+        ([CARD, "--workdir=gs://b/W"], "--workdir='gs://b/W': a URL is no folder"),
         ([CARD, "--workdir=BELOW/../W"], "--workdir='BELOW/../W'"),
         ([CARD, "--workdir=BELOW/W", "now"], "unexpected argument 'now'"),
         ([CARD, "--workdir=BELOW/W", "--steps=3"], "unexpected argument '--steps=3'"),
@@ -417,8 +490,7 @@ def test_a_missing_tool_is_named(bare, script, tool, action):
     arguments = (
         ["delete"] if action == "delete" else [*launchers.PROGRAM, f"--workdir={BELOW[script]}/W"]
     )
-    settings = SETTINGS[script] | {"PYTHON": sys.executable}
-    done = bare.run(launchers.LAUNCH / script, *arguments, **settings)
+    done = bare.run(launchers.LAUNCH / script, *arguments, **SETTINGS[script])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {tool} is not on PATH: ")
     assert done.stderr.count("\n") == 1

@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shlex
+import signal
 
 import jsonschema
 import kubernetes_validate
@@ -93,9 +94,15 @@ def test_pods_are_the_hosts_of_the_topology(bare, tpu, topology, slices, acceler
 
 
 def kubernetes_argument(text):
-    """What a container gets: $(NAME) would be filled in, $$ stands for $ in front of a bracket."""
+    """What a container gets: $(NAME) is filled in, $$ stands for $ in front of a bracket."""
+    text = re.sub(r"(?<!\$)((?:\$\$)*)\$\(ATTEMPT\)", r"\g<1>7", text)
     assert not re.search(r"(?<!\$)(\$\$)*\$\(", text), text
     return text.replace("$$(", "$(")
+
+
+COUNT = [
+    "-m", "copsd_jax.runtime.tries", "--limit=3", "--workdir=/mnt/shared/W", "--attempt=7", "--"
+]  # fmt: skip
 
 
 def test_the_container_gets_the_arguments(bare):
@@ -103,11 +110,21 @@ def test_the_container_gets_the_arguments(bare):
     container = pod["containers"][0]
     assert container["command"] == ["python"]
     assert [kubernetes_argument(x) for x in container["args"]] == [
+        *COUNT,
         *launchers.MAIN,
         *POD_PROGRAM,
         launchers.AUTO,
         "--config.train.grace=20",
     ]
+    (attempt,) = container["env"]
+    assert attempt["name"] == "ATTEMPT"
+    path = attempt["valueFrom"]["fieldRef"]["fieldPath"]
+    assert path == "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
+    odd = '--config.a.b=x", "--", "y $(ATTEMPT)'
+    _, pod = manifest(bare, *POD_PROGRAM, odd)
+    assert [kubernetes_argument(x) for x in pod["containers"][0]["args"]][8:-2] == [
+        *POD_PROGRAM, odd
+    ]  # fmt: skip
     _, pod = manifest(bare, *POD_PROGRAM, "--config.train.grace=7")
     graces = [x for x in pod["containers"][0]["args"] if "grace" in x]
     assert graces == ["--config.train.grace=7"]
@@ -119,7 +136,7 @@ def test_spot_network_and_account(bare):
     assert "hostNetwork" not in plain
     assert "serviceAccountName" not in plain
     assert "dnsPolicy" not in plain
-    jobset, spot = manifest(bare, SPOT="1", SERVICE_ACCOUNT="writer", RESTARTS="0", NAME="mine")
+    jobset, spot = manifest(bare, SPOT="1", SERVICE_ACCOUNT="writer", NAME="mine")
     assert spot["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     keys = {t["key"]: t["operator"] for t in spot["tolerations"]}
     assert keys == {"google.com/tpu": "Exists", "cloud.google.com/gke-spot": "Exists"}
@@ -137,10 +154,12 @@ def test_spot_network_and_account(bare):
     taken, stopped = job["spec"]["podFailurePolicy"]["rules"]
     assert taken["action"] == stopped["action"] == "FailJob"
     assert taken["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    # Neither is a program that SIGTERM has stopped: it has saved its last step.
+    # Neither is a program that a signal has ended. All other ends fail the JobSet.
     container = job["spec"]["template"]["spec"]["containers"][0]["name"]
+    ends = (signal.SIGINT, signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV)
     assert stopped["onExitCodes"] == {
-        "containerName": container, "operator": "In", "values": [143]
+        "containerName": container, "operator": "In",
+        "values": sorted(128 + number for number in (*ends, signal.SIGTERM)),
     }  # fmt: skip
 
 
