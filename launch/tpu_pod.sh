@@ -145,7 +145,7 @@ count() {
 
 # If a program of an earlier start is still running on a host, it holds this file open. The program
 # completes its step and saves. A program that does not end is killed.
-STOP='fuser -s -k -TERM ~/copsd_jax.lock && { flock --wait 120 ~/copsd_jax.lock true ||'
+STOP='fuser -s -k -TERM ~/copsd_jax.lock 2> /dev/null && { flock --wait 120 ~/copsd_jax.lock true ||'
 STOP+=' fuser -s -k ~/copsd_jax.lock; } || true'
 
 # Prints the command that installs the program on a host, as one line. It may be repeated.
