@@ -18,6 +18,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["copsd_jax", "copsd_jax.*"]),
     package_data={
         "copsd_jax.problems": ["languages.json", "bundled/*.jsonl"],
+        "copsd_jax.rewards": ["units.json"],
         "copsd_jax.weights": ["tiny_tokenizer/*"],
     },
     install_requires=[

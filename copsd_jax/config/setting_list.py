@@ -332,6 +332,12 @@ SETTINGS: dict[str, Setting] = {
     "eval.extract": declare("last_after_think", "which answer counts: the last one after the "
         "thinking, or the last one anywhere", one_of("last_after_think", "last_anywhere"),
         ListedBy("reward.kind")),
+    "eval.grader": declare("strict", "strict: only what is right; published: also what math-verify "
+        "accepts, to compare scores with published ones", one_of("strict", "published"),
+        ListedBy("reward.kind")),
+    "eval.units": declare("words", "what an answer may leave out beside its number: any unit or "
+        "noun, only listed units, or nothing (the same unit)", one_of("words", "listed", "same"),
+        ListedBy("reward.kind")),
     "eval.grade_seconds": declare(5.0, "time limit of one comparison of answers", POSITIVE),
 
     "parity.template_mismatch": declare(False, "let student and teacher have different thinking "

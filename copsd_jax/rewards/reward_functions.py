@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from copsd_jax.rewards import graders
+from copsd_jax.rewards import extraction, graders
 
 STATUSES = (
     *graders.STATUSES,
@@ -359,7 +359,9 @@ class Reward:
 
 
 REWARDS: dict[str, Reward] = {
-    "answer": Reward(_score_answers, graders.PATTERNS, settings=("eval.extract",)),
+    "answer": Reward(
+        _score_answers, extraction.PATTERNS, settings=("eval.extract", "eval.grader", "eval.units")
+    ),
     "choice": Reward(
         functools.partial(_score_each, _score_choice), ("choice", "none"), _read_letter
     ),

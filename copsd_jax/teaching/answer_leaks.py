@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from copsd_jax.rewards import graders
+from copsd_jax.rewards import comparison
 
 _DIGITS = r"(?:\d+|[\u1369-\u137c]+)"  # digits of any script; `\d` does not match Ge'ez numerals
 
@@ -54,7 +54,7 @@ def _find_leaks(text: str, answer: str) -> list[tuple[int, int]]:
         return []
     spans = [match.span() for match in _FRACTION.finditer(text)]
     spans += [(_find_sign(text, match.start()), match.end()) for match in _NUMBER.finditer(text)]
-    found = [s for s in spans if graders.compare_plainly(answer, text[slice(*s)]) is True]
+    found = [s for s in spans if comparison.compare_plainly(answer, text[slice(*s)]) is True]
     if _NUMBER.fullmatch(answer.strip().lstrip(_MINUS + "+")) is None:
         found += find_words(text, answer)
     return sorted(found)

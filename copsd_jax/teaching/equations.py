@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from copsd_jax.rewards import graders
+from copsd_jax.rewards import numerals
 
 _Value = fractions.Fraction | None  # None after a division by zero
 
@@ -157,7 +157,7 @@ class _Reader:
 
 
 def _read_number(written: str) -> fractions.Fraction | None:
-    digits = graders.fold_digits(written)
+    digits = numerals.fold_digits(written)
     if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", digits):
         digits = digits.replace(",", "")
     digits = digits.replace(",", ".")

@@ -150,7 +150,7 @@ def _read_reply_tags(text: str, names: str) -> tuple[list[tuple[str, str]], str,
     """Reads the tags that follow the thinking, in order; text outside the tags is ignored.
 
     If the prompt opened a think block, the caller must put `<think>` in front of the text;
-    `graders.extract_answer` has the same rule.
+    `extraction.extract_answer` has the same rule.
 
     Returns:
       The (tag, content) pairs, the status of the first error, and the tag of the first error. If

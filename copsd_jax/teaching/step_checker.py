@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from copsd_jax.rewards import graders
+from copsd_jax.rewards import comparison
 from copsd_jax.teaching import equations, solution_steps
 
 CASES = {
@@ -100,7 +100,7 @@ def _find_solution_fault(solution: str, gold: str | None) -> str | None:
     for equation in needed:
         if not equation.true:
             return f"{solution[equation.start : equation.end]!r} is false"
-    if gold is not None and graders.compare_plainly(gold, str(needed[-1].value)) is not True:
+    if gold is not None and comparison.compare_plainly(gold, str(needed[-1].value)) is not True:
         return f"it ends in {needed[-1].value}, and the answer is {gold!r}"
     return None
 

@@ -108,7 +108,10 @@ def load_run(
         prefix = plan.teacher.build_shortest(plan.rows[0]).prefix_ids
         initial = train_step.derive_policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (shared_prefix.encode_prefix_ids(decoder, initial, prefix),)
-    grader = graders.Grader(config.prompt.answer, config.eval.extract, config.eval.grade_seconds)
+    grader = graders.Grader(
+        config.prompt.answer, config.eval.extract, config.eval.grade_seconds, config.eval.grader,
+        config.eval.units,
+    )  # fmt: skip
     form, known = conversations.ANSWER_FORMS[config.prompt.answer], plan.vocabulary
     rewarder = reward_functions.build_rewarder(config.reward.kind, grader, form)
     classes = token_stats.classify_vocabulary(known.token_bytes, known.stop_ids, plan.special_ids)
