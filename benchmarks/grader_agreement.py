@@ -8,15 +8,21 @@ The tables are not part of this project. Clone the repositories, and name the fi
 
 A table is a `pytest.mark.parametrize` whose rows begin with gold, prediction and (except NeMo's)
 the expected verdict; tables with a column `precision` are left out. NeMo's pairs are compared in
-both orders. A row of `golds` is a JSON object with `answer`, which must be equal to itself.
+both orders. A row of `golds` is a JSON object with `answer`, which must be equal to another
+spelling of itself.
 """
 
 import ast
 import json
 import pathlib
+import re
 import sys
+from typing import Any
 
 from copsd_jax.rewards import extraction, graders
+
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 
 Row = tuple[str, str, bool]
 
@@ -32,11 +38,18 @@ def read_tables(path: pathlib.Path) -> list[Row]:
     return rows
 
 
-def _read_mark(name: str, mark: ast.expr) -> list[Row]:
+def _read_cell(cell: ast.expr) -> Any:
+    if isinstance(cell, ast.BinOp) and isinstance(cell.op, ast.Div):
+        return ast.literal_eval(cell.left) / ast.literal_eval(cell.right)
+    return ast.literal_eval(cell)
+
+
+def _read_mark(name: str, mark: Any) -> list[Row]:
     if not isinstance(mark, ast.Call) or len(mark.args) < 2:
         return []
     try:
-        columns, table = (ast.literal_eval(argument) for argument in mark.args[:2])
+        columns = ast.literal_eval(mark.args[0])
+        table = [[_read_cell(cell) for cell in row.elts] for row in mark.args[1].elts]
     except ValueError:  # a row that is not written out
         return []
     columns = [column.strip() for column in columns.split(",")]
@@ -52,12 +65,29 @@ def _read_mark(name: str, mark: ast.expr) -> list[Row]:
 
 
 def find_answer(text: str) -> str:
-    """Finds the answer of a prediction; a text without a marked answer is the answer."""
+    """Finds the answer of a prediction: a marked answer, the last formula, or the whole text."""
     for pattern in ("boxed", "answer_is"):
         answer = extraction.extract_answer(text, pattern, "last_anywhere")
         if answer:
             return answer
-    return text
+    formulas = _FORMULA.findall(text)
+    if formulas:
+        return next((part for part in formulas[-1] if part), text)
+    numbers = _NUMBER.findall(text) if len(text.split()) > 3 else []
+    return numbers[-1] if numbers else text
+
+
+def read_gold(text: str) -> str:
+    """Reads a gold answer; several formulas are a list."""
+    parts = [next(part for part in found if part) for found in _FORMULA.findall(text)]
+    return ", ".join(parts) if len(parts) > 1 else find_answer(text)
+
+
+def respell(gold: str) -> str:
+    """Respells a formula without changing its meaning: other blanks, other fractions, a box."""
+    gold = re.sub(r"\s*([-+=,&]|\\\\)\s*", r"\1", gold) if "\\text" not in gold else gold
+    gold = gold.replace("\\frac", "\\dfrac").replace("\\ge ", "\\geq ")
+    return f"$\\displaystyle {gold}$"
 
 
 def main() -> None:
@@ -71,12 +101,13 @@ def main() -> None:
                     continue
                 if name == "golds":
                     lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-                    rows = [(a, f" {a} ", True) for a in (json.loads(x)["answer"] for x in lines)]
+                    golds = [json.loads(line)["answer"] for line in lines]
+                    rows = [(gold, respell(gold), True) for gold in golds]
                 else:
                     rows = read_tables(pathlib.Path(path))
                 wrong = []
                 for gold, prediction, expected in rows:
-                    same, status = grader.compare(find_answer(gold), find_answer(prediction))
+                    same, status = grader.compare(read_gold(gold), find_answer(prediction))
                     if same != expected:
                         wrong.append((gold, prediction, expected, status))
                 print(f"{kind} {name}: {len(rows) - len(wrong)} of {len(rows)}", flush=True)

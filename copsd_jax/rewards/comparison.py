@@ -71,6 +71,8 @@ def compare_plainly(gold: str, answer: str, policy: str = "words") -> bool | Non
         same = rule(gold, answer)
         if same is not None:
             return same
+    if numerals.parse_number(gold) and numerals.parse_number(answer):
+        return False  # the normal forms differ
     same = _compare_quantities(gold, answer, policy)
     if same is None:
         same = _compare_words(gold, answer)

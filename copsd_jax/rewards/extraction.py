@@ -18,7 +18,10 @@ _ABBREVIATION = re.compile(r"(?:\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|approx|Rs|Rp)|(?<!\
 # A reason behind the answer is no part of the answer.
 _REASON = re.compile(r",?\s+(?:since|because)\b|,\s+(?:as|so|which|where|given\s+that)\s")
 _QUOTES = " \t\r*`\"'$"
-_BETWEEN_BOXES = r"(?:[\s$,;、，&.]|\\[()\[\],;:! ]|\\q?quad\b|\\text\s*\{\s*(?:JOINS)?\s*\}|(?<!\w)(?:JOINS)(?!\w))*"
+_BETWEEN_BOXES = (
+    r"(?:[\s$,;、，&.]|\\[()\[\],;:! ]|\\q?quad\b"
+    r"|\\text\s*\{\s*(?:JOINS)?\s*\}|(?<!\w)(?:JOINS)(?!\w))*"
+)
 
 
 def extract_answer(text: str, pattern: str, where: str) -> str | None:

@@ -1,8 +1,8 @@
 """Graders, which extract an answer from a text and compare the answer with the gold answer.
 
 Most answers are numbers, quantities or words, and are compared by `comparison`. Formulas are
-compared by math-verify in `worker_process`, which have limits on time and memory. If a worker is killed,
-the comparison raises no exception, but returns a status, which the evaluation counts.
+compared by math-verify in worker processes, which have limits on time and memory. If a worker is
+killed, the comparison raises no exception, but returns a status, which the evaluation counts.
 """
 
 import concurrent.futures
@@ -132,7 +132,7 @@ class Grader:
         return reply
 
     def _find_heavy(self, worker: worker_process.Worker, gold: str, answer: str) -> None:
-        """Remembers which of two formulas exceeds a limit even beside the number 1."""
+        """Records which of two formulas exceeds a limit even beside the number 1."""
         for text in dict.fromkeys((gold, answer)):
             reply = worker.ask(text, "1", self._seconds)
             if reply in ("timeout", "died"):

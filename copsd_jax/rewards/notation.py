@@ -50,7 +50,8 @@ _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
 # read as the command `\ `.
 _COMMANDS = re.compile(
     r"""(?P<row>\\\\)(?:\s*\[[^\]\n]*\])?
-    | (?P<none>\\!\s*|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])\.?)
+    | (?P<none>\\!\s*|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits)
+      (?![a-zA-Z])\.?)
     | (?P<blank>\\[,;:>\ ]|\\q?quad(?![a-zA-Z])|\\(?:thinspace|enspace|medspace)(?![a-zA-Z])|~)
     | (?P<comma>\{,\})
     | (?P<frac>\\[dtc]frac(?![a-zA-Z]))
@@ -82,12 +83,13 @@ _SHORT_FRACTION = re.compile(r"\\frac ?(\d) ?(\d)(?!\d)")
 _END = re.compile(r"(?:[\s.,;:。．、，।॥።፣۔؟！!？]|(?<!\\)\\(?![{}\\]))+$")
 _OWN_END = re.compile(r"(?:\bp\.m|\ba\.m|[0-9a-z)\]}]!)[.,;:]*$")
 _EQUALS = re.compile(r"^(?:=|:|\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])|\\therefore(?![a-zA-Z]))\s*")
+_LIST_JOIN = re.compile(r"(?<=[\d)}\]])\s*,?\s+(?:and|or)\s+(?=[-\d(\\\[])")
 _MAXIMUM_DEPTH = 8
 
 
 def fold(text: str) -> str:
     """Folds the notation of an answer to one spelling, and removes marks around the answer."""
-    fallback = " ".join(text.split())
+    fallback = " ".join(text.replace("$", " ").split())
     text = numerals.fold_digits(unicodedata.normalize("NFC", text))
     text = "".join(c for c in text if c.isascii() or unicodedata.category(c) != "Cf")
     text = _fold_commands(_fold_dollars(_fold_unicode(text)))
@@ -100,7 +102,7 @@ def fold(text: str) -> str:
     text = _DEGREE.sub("°", text)
     text = numerals.replace_repeating(_SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text))
     text = re.sub(r"\\{\s*\\}", r"\\emptyset", text)
-    text = " ".join(text.replace("\0", " ").split())
+    text = _LIST_JOIN.sub(", ", " ".join(text.replace("\0", " ").split()))
     text = _EQUALS.sub("", _strip_end(text))
     whole = _BRACED.fullmatch(text)
     return (_strip_end(whole[1].strip()) if whole else text) or fallback

@@ -68,7 +68,8 @@ _NUMBER = re.compile(
 _DIGITS = r"[\d.,]+"
 _FRACTION = re.compile(
     rf"""(?P<sign>[+-]?)(?P<whole>\d+(?=\ ?\\|\ ))?\ ?
-    (?:\\frac\ ?(?:\{{\ ?(?P<a>[+-]?{_DIGITS})\ ?\}}\ ?\{{\ ?(?P<b>{_DIGITS})\ ?\}}|(?P<c>\d)\ ?(?P<d>\d))
+    (?:\\frac\ ?(?:\{{\ ?(?P<a>[+-]?{_DIGITS})\ ?\}}\ ?\{{\ ?(?P<b>{_DIGITS})\ ?\}}
+      | (?P<c>\d)\ ?(?P<d>\d))
     | (?P<e>{_DIGITS})\ ?/\ ?(?P<f>{_DIGITS}))""",
     re.VERBOSE,
 )

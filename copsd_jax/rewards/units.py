@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import fractions
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -27,7 +28,9 @@ _NUMERAL = re.compile(
     |[eE][+-]?\d+(?!\w))?)""",
     re.VERBOSE,
 )
-_TRAILING_UNIT = re.compile(r"(?P<body>.*[\d\\)}\]].*?) (?P<unit>[^\d\\\s(){}=<>]{2,20}(?:\^ ?\{?[23]\}?)?)$")
+_TRAILING_UNIT = re.compile(
+    r"(?P<body>.*[\d\\)}\]].*?) (?P<unit>[^\d\\\s(){}=<>]{2,20}(?:\^ ?\{?[23]\}?)?)$"
+)
 _VARIABLES = re.compile("[a-df-hj-np-tv-z]{1,3}", re.IGNORECASE)  # letters that rarely make a word
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "THAI", "LAO", "VAI")
 _ARABIC_MARKS = re.compile("[\u064b-\u0652\u0670]")
@@ -221,7 +224,7 @@ def _is_spelt(word: str) -> bool:
     if _VARIABLES.fullmatch(word):
         return False
     letters = word.strip("'.-")
-    run = all(ord(b) - ord(a) == 1 for a, b in zip(letters, letters[1:], strict=False))
+    run = all(ord(b) - ord(a) == 1 for a, b in itertools.pairwise(letters))
     return not run and any(c in "aeiouy" for c in letters) and len(letters) > 2
 
 

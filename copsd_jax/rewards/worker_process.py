@@ -4,8 +4,8 @@ Limits are needed, because a short formula can make sympy compute for hours or f
 Sympy's own limits use signals, which cannot interrupt C code. A worker that exceeds a limit is
 killed and replaced.
 
-A worker is a process `python -m copsd_jax.rewards.worker_process` with two pipes. Each question and each
-reply is one line of JSON. A worker is started when it is first needed. Workers are not forked,
+A worker is a process `python -m copsd_jax.rewards.worker_process` with two pipes. Each question and
+each reply is one line of JSON. A worker is started when it is first needed. Workers are not forked,
 because JAX has threads, and a forked copy of a process with threads may hang. Text written by a
 model is never executed, so only the LaTeX parser of math-verify is used. The plain-expression
 parser of math-verify is not used, because it calls sympy's `parse_expr`, which evaluates Python.
@@ -88,6 +88,7 @@ class Worker:
         return json.loads(line)
 
     def close(self) -> None:
+        """Ends the process; a later question starts a new one."""
         if self._process is None:
             return
         self._process.kill()

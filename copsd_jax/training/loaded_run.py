@@ -90,7 +90,7 @@ def load_run(
       ValueError: the engine is a server, and neither sampler.folder nor `folder` names a folder.
       NonFinite: the weights contain NaN or infinite numbers.
     """
-    config = plan.config
+    config, e = plan.config, plan.config.eval
     decoder = builders.build_decoder(plan)
     base, start = initial_weights.load_initial(
         plan.start, config.model.path, functools.partial(_load_run_weights, plan),
@@ -108,10 +108,7 @@ def load_run(
         prefix = plan.teacher.build_shortest(plan.rows[0]).prefix_ids
         initial = train_step.derive_policies(state, frozen, options, plan.dtype)[1]
         teacher_kv = (shared_prefix.encode_prefix_ids(decoder, initial, prefix),)
-    grader = graders.Grader(
-        config.prompt.answer, config.eval.extract, config.eval.grade_seconds, config.eval.grader,
-        config.eval.units,
-    )  # fmt: skip
+    grader = graders.Grader(config.prompt.answer, e.extract, e.grade_seconds, e.grader, e.units)
     form, known = conversations.ANSWER_FORMS[config.prompt.answer], plan.vocabulary
     rewarder = reward_functions.build_rewarder(config.reward.kind, grader, form)
     classes = token_stats.classify_vocabulary(known.token_bytes, known.stop_ids, plan.special_ids)

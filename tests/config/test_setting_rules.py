@@ -18,7 +18,7 @@ from test_token_selection import TEXT, chosen, tiny
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import table
 from copsd_jax.problems import languages, problem_row
-from copsd_jax.rewards import graders
+from copsd_jax.rewards import extraction, graders
 from copsd_jax.runtime import workdir
 from copsd_jax.teaching import contexts, conversations, prompts, replies
 from copsd_jax.training import loaded_run, run_plan, table_rules
@@ -169,6 +169,8 @@ DEAD = {
     ),
     "reward.threshold": (0.9, [{}, CHOICE, TOOLS, GRPO], FUNCTION),
     "eval.extract": ("last_anywhere", [CHOICE, TOOLS, FUNCTION], GRPO),
+    "eval.grader": ("published", [CHOICE, TOOLS, FUNCTION], GRPO),
+    "eval.units": ("same", [CHOICE, TOOLS, FUNCTION], GRPO),
     "parity.template_mismatch": (True, [GRPO, SFT], {}),
     "parity.reflection_tags": (True, [{}, RULE], REFLECTION),
     "parity.reflection_fallback": (True, [{}, RULE], REFLECTION),
@@ -420,7 +422,7 @@ def test_a_grader_of_other_forms_compares_and_never_extracts():
                 grader.grade_all([("B", "<answer>B</answer>")])
     with pytest.raises(ValueError, match="pattern is 'prose'"):
         graders.Grader("prose", "last_after_think", 5.0)
-    assert set(graders.PATTERNS) | set(graders.OTHERS) == set(conversations.ANSWER_FORMS)
+    assert set(extraction.PATTERNS) | set(graders.OTHERS) == set(conversations.ANSWER_FORMS)
     assert set(conversations.ANSWER_FORMS) == set(conversations.INSTRUCTIONS)
 
 

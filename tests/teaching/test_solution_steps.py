@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies
 
 from copsd_jax.problems import bundled
-from copsd_jax.rewards import graders
+from copsd_jax.rewards import comparison, extraction
 from copsd_jax.teaching import equations, solution_steps, step_checker
 
 SOME = hypothesis.settings(max_examples=200, derandomize=True, deadline=None, database=None)
@@ -265,10 +265,10 @@ TWO = "3 * 5 = 15 and 15 - 4 = 11."
 
 def judged(text: str, solution: str, gold: str) -> step_checker.StepVerdict:
     for pattern in ("answer_is", "boxed"):
-        found = graders.extract_answer(text, pattern, "last_anywhere")
+        found = extraction.extract_answer(text, pattern, "last_anywhere")
         if found is not None:
             break
-    correct = found is not None and bool(graders.compare_plainly(gold, found))
+    correct = found is not None and bool(comparison.compare_plainly(gold, found))
     return step_checker.check_attempt(text, solution, gold, found, correct)
 
 
