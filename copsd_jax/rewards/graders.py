@@ -123,20 +123,19 @@ class Grader:
         worker = self._idle.get()
         try:
             reply = worker.ask(gold, answer, self._seconds, strict)
-            if reply in ("timeout", "died") and len(self._heavy) < _CACHED:
-                self._find_heavy(worker, gold, answer)
         finally:
             self._idle.put(worker)
         if len(self._cache) < _CACHED:
             self._cache[key] = reply
         return reply
 
-    def _find_heavy(self, worker: worker_process.Worker, gold: str, answer: str) -> None:
-        """Records which of two formulas exceeds a limit even beside the number 1."""
-        for text in dict.fromkeys((gold, answer)):
-            reply = worker.ask(text, "1", self._seconds)
-            if reply in ("timeout", "died"):
-                self._heavy[text] = reply
+    def _find_heavy(self, *answers: str) -> None:
+        """Records which answers exceed a limit even beside the number 1."""
+        for answer in answers:
+            formula = comparison.prepare_formula(answer, self._policy)[0]
+            reply = self._ask(formula, "1", strict=True)
+            if reply in ("timeout", "died") and len(self._heavy) < _CACHED:
+                self._heavy[formula] = reply
 
     def grade_all(self, pairs: Iterable[tuple[str, str]]) -> list[Grade]:
         """Grades (gold, text) pairs; returns the grades in the same order.
@@ -171,7 +170,10 @@ class Grader:
 
         def are_equal(first: str, answer: str) -> bool:
             if time.monotonic() < deadline:
-                return self.compare(first, answer)[0]
+                same, status = self.compare(first, answer)
+                if status in ("timeout", "died"):
+                    self._find_heavy(first, answer)
+                return same
             return comparison.compare_plainly(first, answer, self._policy) is True
 
         for answer in answers:

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 import time
 
@@ -41,9 +42,9 @@ def test_plain_answers_start_no_worker():
         (r"2\sqrt{2}", r"\sqrt{8}", (True, "symbolic")),
         (r"\{1,2\}", r"\{2, 1\}", (True, "symbolic")),
         (r"\frac{\pi}{2}", r"0.5\pi", (True, "symbolic")),
-        ("x=5", "5", (True, "symbolic")),
-        ("0.5", r"50\%", (True, "symbolic")),
-        ("18", "18 million", (False, "symbolic")),
+        ("x=5", "5", (True, "plain")),
+        ("0.5", r"50\%", (True, "plain")),
+        ("18", "18 million", (False, "plain")),
         ("x^2", "x^3", (False, "symbolic")),
         ("(1,2)", "(2,1)", (False, "symbolic")),
         ("5", r"\frac{", (False, "unparsed")),
@@ -190,3 +191,65 @@ def test_long_texts_take_linear_time(hasty, text):
         if answer:
             assert hasty.compare("5", answer) in [(False, "plain"), (False, "too_long")]
     assert time.monotonic() - start < 10
+
+
+def test_five_power_towers_end_in_time(monkeypatch):
+    """Each formula that exceeds the limit is asked a bounded number of times; 66 s without."""
+    towers = [f"{base}^{{9^{{9^9}}}}" for base in (2, 3, 5, 6, 7)]
+    asked = []
+
+    def ask(worker, gold, answer, seconds, strict=True):
+        asked.append((gold, answer))
+        return "timeout"
+
+    monkeypatch.setattr(worker_process.Worker, "ask", ask)
+    grader = graders.Grader("boxed", "last_anywhere", 5.0)
+    assert grader.same_class([*towers, *towers]) == [0, 1, 2, 3, 4] * 2
+    assert len(asked) <= 3 * 5
+    assert len(set(asked)) == len(asked)  # each comparison once
+
+
+def test_a_vote_ends_after_several_time_limits(monkeypatch):
+    """Answers that are slow only in pairs are compared as strings once the time is up."""
+    clock = [0.0]
+
+    def ask(worker, gold, answer, seconds, strict=True):
+        clock[0] += seconds
+        return "timeout" if answer != "1" else "unequal"
+
+    monkeypatch.setattr(worker_process.Worker, "ask", ask)
+    monkeypatch.setattr(graders.time, "monotonic", lambda: clock[0])
+    grader = graders.Grader("boxed", "last_anywhere", 5.0)
+    answers = [f"x^{{{k}}}+y" for k in range(30)] + ["7", "7.0", "x^{3}+y"]
+    assert grader.same_class(answers) == [*range(30), 30, 30, 3]
+    assert clock[0] <= 10 * 5.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_when_the_main_process_is_killed(tmp_path):
+    code = (
+        "from copsd_jax.rewards import graders; import time\n"
+        "g = graders.Grader('boxed', 'last_anywhere', 60.0, workers=1)\n"
+        "g.compare('y', 'x^2+1')\n"
+        "print(g._workers[0]._process.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    worker = int(process.stdout.readline())
+    assert os.path.exists(f"/proc/{worker}")
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    end = time.monotonic() + 30
+    while time.monotonic() < end and is_alive(worker):
+        time.sleep(0.05)
+    assert not is_alive(worker)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
