@@ -85,12 +85,15 @@ _OWN_END = re.compile(r"(?:\bp\.m|\ba\.m|[0-9a-z)\]}]!)[.,;:]*$")
 _EQUALS = re.compile(r"^(?:=|:|\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])|\\therefore(?![a-zA-Z]))\s*")
 _LIST_JOIN = re.compile(r"(?<=[\d)}\]])\s*,?\s+(?:and|or)\s+(?=[-\d(\\\[])")
 _MAXIMUM_DEPTH = 8
+_LONGEST = 10_000  # maximum length of a text whose notation is folded; some rules are quadratic
 
 
 def fold(text: str) -> str:
     """Folds the notation of an answer to one spelling, and removes marks around the answer."""
     fallback = " ".join(text.replace("$", " ").split())
     text = numerals.fold_digits(unicodedata.normalize("NFC", text))
+    if len(text) > _LONGEST:
+        return " ".join(text.replace("$", " ").split())
     text = "".join(c for c in text if c.isascii() or unicodedata.category(c) != "Cf")
     text = _fold_commands(_fold_dollars(_fold_unicode(text)))
     for _ in range(_MAXIMUM_DEPTH):  # wrappers may be nested
