@@ -73,7 +73,7 @@ def find_answer(text: str) -> str:
     formulas = _FORMULA.findall(text)
     if formulas:
         return next((part for part in formulas[-1] if part), text)
-    prose = len(re.findall(r"(?<![\\\w])[A-Za-z]{3,}", text)) > 3
+    prose = len(re.findall("[A-Za-z]{3,}", text)) > 1 and "\\" not in text
     numbers = _NUMBER.findall(text) if prose else []
     return numbers[-1] if numbers else text
 
