@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     if any(argument in ("-h", "--help", "-help") for argument in argv[1:]):
         print(f"{__doc__}\nSettings, with their defaults:\n{config_lib.help_text()}")
         return 0
-    early = "stopped before training began: the same command starts it again"
+    early = "stopped outside training: the same command starts or continues the run"
     with streams.ignore_closed_pipes(), signals.end_at_once(early):
         return _run_command(argv)
 

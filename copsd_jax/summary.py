@@ -149,7 +149,7 @@ def summarize_new_schedule(c: config_lib.Config, before: int, done: int, updates
       updates: how many of these steps changed the weights; the schedule counts only these.
     """
     old, new = (float(builders.build_optimizer(c, n)[1](updates)) for n in (before, c.train.steps))
-    end = f" and falls to 0 at step {c.train.steps}"
+    end = f" and falls to 0 after step {c.train.steps}"
     if updates < done:
         end = f" and falls to 0 after {c.train.steps} updates, of which {updates} are done"
     if c.train.schedule == "constant":

@@ -55,6 +55,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
     plan = run_plan.make_plan(config)
     builders.check_row_budget(plan)
     config.model.commit = config.model.commit or hub.find_commit(plan.weights_path)
+    config.model.dtype = np.dtype(plan.dtype).name
     lines = found.notes
     if found.known:
         lines += continuation.compare_facts(directory, summary.collect_facts(plan), found.changed)

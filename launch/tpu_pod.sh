@@ -175,7 +175,7 @@ on_host_install() {
 # hosts write its files, since the same user can have different user ids on them. flock becomes the
 # program (--no-fork), so that a signal reaches the program alone, and its exit code arrives here.
 on_host_run() {
-  printf '%s; ' "cd copsd_jax" "umask 000" "$STOP"
+  printf '%s; ' "cd copsd_jax" "umask 000" "trap '' HUP" "$STOP"
   printf '%s' "exec flock --no-fork --wait 120 ~/copsd_jax.lock $(quoted .venv/bin/python "${PROGRAM[@]}")"
 }
 

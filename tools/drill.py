@@ -349,6 +349,8 @@ def stop_run(
     spec = {"kind": "phase", "phase": phase, "nth": nth, "after": 0.02, "signal": int(number)}
     code = drill.start(workdir, spec | {"note": str(note)}).wait()
     ended, metrics = time.time(), workdir / "metrics.jsonl"
+    if not note.exists():
+        return f"exit code {code}", [f"the phase {phase} was not reached"]
     steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     step_end = metrics.stat().st_mtime if metrics.exists() else 0.0
     late = ended - max(step_end, float(note.read_text()))

@@ -40,12 +40,13 @@ CHANGEABLE = (
         for name in ("timeout", "retries", "backoff", "concurrency", "key_env")
     ),
 )
-# Settings whose value '' stands for a value that is chosen at the first start. config.json has the
-# chosen value, and a continued run with '' takes it.
-CHOSEN_AT_START = ("prompt.date", "model.commit")
+# Settings with a value that stands for one that is chosen at the first start. config.json has the
+# chosen value, and a continued run takes it: on a GPU too, a run that began in float32 stays so.
+CHOSEN_AT_START = {"prompt.date": "", "model.commit": "", "model.dtype": "auto"}
 # The options of JAX that decide random numbers or precision.
 JAX_OPTIONS = (
     *("jax_default_prng_impl", "jax_threefry_partitionable", "jax_random_seed_offset"),
+    "jax_high_dynamic_range_gumbel",
     *("jax_enable_x64", "jax_default_dtype_bits", "jax_default_matmul_precision"),
 )
 DIGITS = 12  # of a fingerprint, in messages
@@ -100,7 +101,7 @@ def compare_settings(directory: pathlib.Path, settings: Mapping[str, object]) ->
         if was == begun.get(name) and now == today.get(name):
             notes.append(f"{name} stays {was!r}, the default when the run began (now {now!r})")
             taken[name] = was
-        elif (name in CHOSEN_AT_START and not now) or _is_newest_checkpoint(name, was, now):
+        elif CHOSEN_AT_START.get(name) == now or _is_newest_checkpoint(name, was, now):
             taken[name] = was
         else:
             differing[name] = (was, now)

@@ -214,14 +214,20 @@ def _is_over(holder: dict[str, Any]) -> bool:
 
 
 def _renew(path: pathlib.Path, lease: dict[str, Any], ended: threading.Event) -> None:
-    """Writes the lease anew until `ended`; ends the program if another process has taken it."""
+    """Writes the lease anew until `ended`; ends the program if another process has taken it.
+
+    If this machine was suspended for long, another process may have taken the lease and ended.
+    """
+    beaten = time.time()  # also counts the time of a suspended machine
     while not ended.wait(BEAT):
         holder = _read_holder(path)
-        if holder.get("token", lease["token"]) != lease["token"]:
-            who = f"process {holder.get('pid')} on {holder.get('host')}"
+        lost = not holder and time.time() - beaten > STALE
+        if lost or holder.get("token", lease["token"]) != lease["token"]:
+            who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another"
             print(f"error: {who} has taken over {path.parent}", file=sys.stderr, flush=True)
             os._exit(1)
         lease["beat"] += 1
         # A disk that fails is reported by the run's own writes.
         with contextlib.suppress(OSError):
             storage.write_whole(path, [json.dumps(lease)])
+            beaten = time.time()

@@ -14,7 +14,8 @@ from copsd_jax import main, summary, train
 from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import metric_files
 from copsd_jax.problems import languages
-from copsd_jax.runtime import workdir
+from copsd_jax.runtime import sharding, workdir
+from copsd_jax.training import model_headers
 from copsd_jax.weights import hub, tokenizer
 
 optax_promotes = runs.optax_promotes
@@ -172,12 +173,25 @@ def test_more_steps_and_problems(tmp_path, capsys):
     assert (short / "eval/step_000000.json").stat().st_mtime_ns == before
 
 
+def test_a_run_keeps_the_dtype_of_its_first_start(tmp_path, monkeypatch):
+    """As if the run went on on a GPU, where `auto` is bfloat16."""
+    argv = runs.argv("opsd", tmp_path / "w", **SETTINGS)
+    begin(argv)
+    assert workdir.read_settings(tmp_path / "w")["model.dtype"] == "float32"
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    command = main.parse_command(argv)
+    plan, known = train.prepare(command.config, command.workdir)
+    assert known
+    assert plan.dtype == jax.numpy.float32
+    assert model_headers.choose_dtype("auto", plan.mesh) == jax.numpy.bfloat16
+
+
 def test_the_schedule_of_more_steps():
     """Linear over 4 and over 8 steps, from the formula in `make_optimizer`."""
     c = runs.config("opsd", train__steps=8, train__lr=0.1, train__schedule="linear")
     assert summary.summarize_new_schedule(c, 4, 3, 3) == (
         "train.steps was 4, now 8: the learning rate of step 4 is 0.0625 instead of 0.025 and "
-        "falls to 0 at step 8 (linear schedule)"
+        "falls to 0 after step 8 (linear schedule)"
     )
     # One of the three steps was bad, so the optimizer has counted two.
     assert summary.summarize_new_schedule(c, 4, 3, 2) == (

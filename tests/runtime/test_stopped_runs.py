@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,29 +91,23 @@ def test_a_rollout_that_would_take_too_long_is_left(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_leave_a_step_together(tmp_path):
-    """Here the signal may also arrive outside the rollout; both must still save the same step."""
-    run = start(tmp_path / "w", *LAUNCHER, **LEFT)
-    code, err = stop(run, tmp_path / "w", signal.SIGTERM, 2)
-    assert code == 143
-    assert "SIGTERM: stopping" in err
-    assert 2 <= newest(tmp_path / "w") == len(metrics(tmp_path / "w")) < 6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("program, number", [(PROGRAM, signal.SIGINT), (LAUNCHER, signal.SIGTERM)])
-def test_a_run_whose_output_is_no_longer_read_is_saved(tmp_path, program, number):
-    """As Ctrl-C ends a run under `2>&1 | tee log`: the reader of both streams ends first."""
-    out, into = os.pipe()
-    reader = subprocess.Popen(["cat"], stdin=out, stdout=subprocess.DEVNULL)
-    run = start(tmp_path / "w", *program, pipe=into)
-    os.close(out)
-    os.close(into)
-    while len(metrics(tmp_path / "w")) < 2:
-        assert run.poll() is None
-        time.sleep(0.02)
-    reader.kill()
-    reader.wait()
-    run.send_signal(number)
-    assert run.wait(timeout=120) == 128 + number
-    assert 2 <= newest(tmp_path / "w") == len(metrics(tmp_path / "w")) < 6
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_leave_a_step_together(tmp_path, monkeypatch, rank):
+    """The signal reaches one process in the rollout of step 3; both save step 2."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spec = {"kind": "phase", "phase": "rollout", "nth": 3, "after": 0, "signal": signal.SIGTERM}
+    programs = [PROGRAM, PROGRAM]
+    programs[rank] = (sys.executable, "tools/drill.py", "run", json.dumps(spec))
+    mesh = {"mesh.coordinator": f"127.0.0.1:{port}", "mesh.processes": 2}
+    both = [
+        start(tmp_path / "w", *program, **LEFT | mesh | {"mesh.process": number})
+        for number, program in enumerate(programs)
+    ]
+    ended = [one.communicate(timeout=280)[1] for one in both]
+    assert [one.returncode for one in both] == [143, 143], ended
+    assert ("SIGTERM: stopping now" in ended[0]) is (rank == 0)  # only the leader speaks
+    assert "Traceback" not in "".join(ended)
+    assert (newest(tmp_path / "w"), len(metrics(tmp_path / "w"))) == (2, 2)
