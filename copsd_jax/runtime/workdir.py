@@ -279,8 +279,8 @@ def remove_later(directory: pathlib.Path, first: int, steps: int) -> None:
         if read_step(path) > first:
             storage.remove(path)
     for path in sorted((directory / "eval").glob("step_*.json*")):
-        unnamed = path.suffix == ".json" and "policy" not in read_evaluation(path)
-        if read_step(path) > (first if unnamed else steps):
+        step, whole = read_step(path), path.suffix == ".json"
+        if step > steps or (step > first and whole and "policy" not in read_evaluation(path)):
             storage.remove(path)
             print(f"{path} may be of another schedule: it is removed", flush=True)
 
