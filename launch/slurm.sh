@@ -35,6 +35,7 @@ PROCESSES=${PROCESSES-node}           # node: one process per node; gpu: one per
 CPUS_PER_GPU=${CPUS_PER_GPU-8}
 TIME=${TIME-24:00:00}                 # time limit of a job; the next job continues the run
 NOTICE=${NOTICE-120}                  # seconds before the time limit when a job requeues itself
+KILL_WAIT=${KILL_WAIT-30}             # KillWait of the cluster: seconds from TERM to KILL
 MAX_TRIES_WITHOUT_PROGRESS=${MAX_TRIES_WITHOUT_PROGRESS-3} # starts in a row that may fail
 SHARED=${SHARED-${HOME-}}             # a folder on a disk that all nodes share
 PYTHON=${PYTHON-.venv/bin/python}
@@ -52,7 +53,7 @@ check() {
 
 check_run() {
   local name
-  for name in NODES GPUS_PER_NODE CPUS_PER_GPU NOTICE; do
+  for name in NODES GPUS_PER_NODE CPUS_PER_GPU NOTICE KILL_WAIT; do
     whole "$name"
   done
   one_of PROCESSES node gpu
@@ -69,7 +70,7 @@ check_run() {
   [[ $PWD =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || fail "$PWD has a special character: move this folder"
   [[ $SHARED == /* ]] || fail "SHARED is '$SHARED': it must be the path of a disk that nodes share"
   check_program "${SHARED%/}"
-  tell_grace NOTICE
+  tell_grace KILL_WAIT
   given PYTHON "set it to the Python that has this package, for example .venv/bin/python"
   [[ $PRINT || -x $PYTHON ]] ||
     fail "PYTHON is '$PYTHON': it does not exist; install it with pip install -e '.[gpu]'"

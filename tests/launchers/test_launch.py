@@ -325,7 +325,7 @@ def test_slurm_starts_processes_for_all_gpus(bare, shell, tmp_path, kind, tasks)
         visible, command = [[int(x) for x in value.split(",")]], command[2:]
     assert sorted(gpu for gpus in visible for gpu in gpus) == [0, 1, 2, 3]
     program = [*launchers.MAIN, *place, launchers.AUTO]
-    assert command == [sys.executable, *program, "--config.train.grace=115"]
+    assert command == [sys.executable, *program, "--config.train.grace=25"]
 
 
 def test_slurm_submits_what_it_prints_once(bare, shell):
@@ -423,7 +423,7 @@ def test_a_time_limit_after_the_notice_is_accepted(bare, limit):
     assert directives["time"] == limit
 
 
-@pytest.mark.parametrize("script, notice", [("gke.sh", "GRACE=25"), ("slurm.sh", "NOTICE=120")])
+@pytest.mark.parametrize("script, notice", [("gke.sh", "GRACE=25"), ("slurm.sh", "KILL_WAIT=30")])
 def test_a_grace_after_the_end_is_refused(bare, script, notice):
     seconds = int(notice.partition("=")[2])
     for grace, code in ((seconds, 0), (seconds + 1, 2)):
@@ -435,7 +435,7 @@ def test_a_grace_after_the_end_is_refused(bare, script, notice):
         f"error: --config.train.grace={grace}: the program is killed after {notice} seconds\n"
     )
     done = bare.run(launchers.LAUNCH / script, "--print", *arguments[:3], **SETTINGS[script])
-    assert f"--config.train.grace={seconds}" in done.stdout
+    assert f"--config.train.grace={seconds - 5}" in done.stdout
 
 
 def test_a_shell_without_a_home_is_told_what_is_missing(bare):
