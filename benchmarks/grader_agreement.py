@@ -81,7 +81,7 @@ def find_answer(text: str) -> str:
 def read_gold(text: str) -> str:
     """Reads a gold answer; several formulas are a list."""
     parts = [next(part for part in found if part) for found in _FORMULA.findall(text)]
-    return ", ".join(parts) if len(parts) > 1 else find_answer(text)
+    return ", ".join(parts) if len(parts) > 1 and "\\boxed" not in text else find_answer(text)
 
 
 def respell(gold: str) -> str:
