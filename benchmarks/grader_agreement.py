@@ -48,8 +48,9 @@ def _read_mark(name: str, mark: Any) -> list[Row]:
     if not isinstance(mark, ast.Call) or len(mark.args) < 2:
         return []
     try:
+        table_node: Any = mark.args[1]
         columns = ast.literal_eval(mark.args[0])
-        table = [[_read_cell(cell) for cell in row.elts] for row in mark.args[1].elts]
+        table = [[_read_cell(cell) for cell in row.elts] for row in table_node.elts]
     except ValueError:  # a row that is not written out
         return []
     columns = [column.strip() for column in columns.split(",")]

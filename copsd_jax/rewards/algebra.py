@@ -94,10 +94,10 @@ def _agree(gold: Any, answer: Any) -> bool:
     """Tells whether two expressions agree at fixed points of their variables."""
     if not isinstance(gold, sympy.Expr) or not isinstance(answer, sympy.Expr):
         return True
-    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    symbols: Any = sorted(gold.free_symbols | answer.free_symbols, key=str)
     rounded = gold.has(sympy.Float) or answer.has(sympy.Float)
     for start in _POINTS[: 2 if symbols else 1]:
-        point = {symbol: start + index for index, symbol in enumerate(symbols)}
+        point: Any = {symbol: start + index for index, symbol in enumerate(symbols)}
         try:
             one, other = (side.subs(point).evalf(_DIGITS) for side in (gold, answer))
         except (ValueError, TypeError, ArithmeticError, AttributeError, NotImplementedError):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from conftest import mostly_slow
@@ -143,7 +144,7 @@ def test_time_out_is_a_status_and_the_worker_is_replaced():
         assert grader.grade_all([("5", r"\boxed{9^{9^{9^9}}}")])[0].status == "timeout"
         assert grader._workers[0]._process is None
         assert grader.compare("4", "2^2") == (True, "symbolic")
-        process = grader._workers[0]._process
+        process: Any = grader._workers[0]._process
         process.kill()
         process.wait()
         assert grader.compare("9", "3^2") == (True, "symbolic")
