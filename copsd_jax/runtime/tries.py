@@ -23,7 +23,7 @@ FILE = "tries.json"
 
 
 class Progress(NamedTuple):
-    """The progress of a run; each part never decreases while the run makes progress.
+    """The state of a run's work; each part never decreases while the run makes progress.
 
     Attributes:
       checkpoint: the step of the newest checkpoint, or -1.
