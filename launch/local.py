@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 
 # ---- settings ------------------------------------------------------------------------------------
 PROCESSES = 2
@@ -66,7 +67,7 @@ def end(running: dict[int, subprocess.Popen]) -> None:
             one.wait()
 
 
-def begin(parent: int, mask: set[signal.Signals]) -> None:
+def begin(parent: int, mask: Collection[int]) -> None:
     """Prepares a new process: on Linux, it gets SIGTERM when the process `parent` ends."""
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if LIBC:

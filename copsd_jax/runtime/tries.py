@@ -92,10 +92,15 @@ def count_try(workdir: pathlib.Path, attempt: int) -> tuple[int, Progress]:
     if last and attempt == last.attempt:  # another process has counted this start
         return last.tries, now
     if last and attempt > last.attempt:
-        pairs = list(zip(now, last.best, strict=True))
-        tries = 1 if any(x > y for x, y in pairs) else last.tries + 1
+        better = (
+            now.checkpoint > last.best.checkpoint
+            or now.steps > last.best.steps
+            or now.evaluation > last.best.evaluation
+        )
+        tries = 1 if better else last.tries + 1
         if now.checkpoint >= last.best.checkpoint:  # otherwise, a checkpoint was damaged
-            best = Progress(*(max(pair) for pair in pairs))
+            steps, evaluation = max(now.steps, last.best.steps), max(now[2], last.best[2])
+            best = Progress(now.checkpoint, steps, evaluation)
     _write_count(path, Count(attempt, tries, best))
     return tries, now
 
