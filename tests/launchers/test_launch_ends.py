@@ -65,6 +65,12 @@ cd "$HERE" && HOME=$HERE exec bash -c "${command#--command=}"
 """
 
 
+def _hear_signals():
+    """Undoes nohup: bash cannot trap a signal that it inherits as ignored."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Place:
     """A folder that stands for the hosts, with tools of the clouds on its PATH."""
 
@@ -109,7 +115,7 @@ class Place:
         return subprocess.Popen(
             [str(word) for word in command], env=environment | self.settings | settings, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=conftest.ROOT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_hear_signals,
         )  # fmt: skip
 
     def pod(self, **settings):
