@@ -176,9 +176,10 @@ def _check_base(source: Source, settings: Mapping[str, Any], base: pathlib.Path)
         refuse(source, f"the base weights of its adapter have the fingerprint {theirs[:12] or None}"
                f", but those of model.path have {own[:12] or None}")  # fmt: skip
     for name in () if own else DRAWN_BY:
-        if source.settings[name] != settings[name]:
-            refuse(source, f"the base weights of its adapter were drawn with {name}="
-                   f"{source.settings[name]!r}, but the run has {settings[name]!r}")  # fmt: skip
+        was, now = source.settings[name], settings[name]
+        if was != now and "auto" not in (was, now):  # auto is either dtype
+            refuse(source, f"the base weights of its adapter were drawn with {name}={was!r}, but "
+                   f"the run has {now!r}")  # fmt: skip
 
 
 # ---- fingerprints ----------------------------------------------------------------------------
