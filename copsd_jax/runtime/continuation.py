@@ -101,7 +101,9 @@ def compare_settings(directory: pathlib.Path, settings: Mapping[str, object]) ->
         if was == begun.get(name) and now == today.get(name):
             notes.append(f"{name} stays {was!r}, the default when the run began (now {now!r})")
             taken[name] = was
-        elif CHOSEN_AT_START.get(name) == now or _is_newest_checkpoint(name, was, now):
+        elif (name in CHOSEN_AT_START and now == CHOSEN_AT_START[name]) or _is_newest_checkpoint(
+            name, was, now
+        ):
             taken[name] = was
         else:
             differing[name] = (was, now)

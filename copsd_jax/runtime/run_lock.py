@@ -223,7 +223,11 @@ def _renew(path: pathlib.Path, lease: dict[str, Any], ended: threading.Event) ->
         holder = _read_holder(path)
         lost = not holder and time.time() - beaten > STALE
         if lost or holder.get("token", lease["token"]) != lease["token"]:
-            who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another"
+            who = (
+                f"process {holder.get('pid')} on {holder.get('host')}"
+                if holder
+                else "another process"
+            )
             print(f"error: {who} has taken over {path.parent}", file=sys.stderr, flush=True)
             os._exit(1)
         lease["beat"] += 1

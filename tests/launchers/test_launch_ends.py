@@ -43,10 +43,11 @@ def stop(number, _):
         save()
         sys.exit(128 + number)
 
+hang_up = signal.getsignal(signal.SIGHUP)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, stop)
 print("a line of the run", flush=True)
-tell("start", os.getpid())
+tell("start", os.getpid(), hang_up == signal.SIG_IGN)
 while code == "wait":
     time.sleep(0.01)
 save()
@@ -200,6 +201,7 @@ def test_a_signal_to_the_script_stops_the_run_on_the_hosts(place, number, code, 
     got, _, err = ended(pod)
     assert got == code
     assert [line[0] for line in place.told()] == ["start", "SIGTERM"]
+    assert place.told()[0][2]  # a lost connection or a shutdown sends HUP, which must not end it
     assert len(list((place.folder / "shared" / "W" / "checkpoints").iterdir())) == 1
     assert err.startswith("stopping the run on all hosts, which save; a second signal ends")
     assert f"error: the run ended with {code}: repeat the command to continue." in err

@@ -149,6 +149,19 @@ def test_the_lease_is_renewed_and_its_loss_ends_the_process(tmp_path):
     assert json.loads(lease.read_text())["host"] == "elsewhere"
 
 
+def test_a_holder_that_was_suspended_does_not_go_on(tmp_path):
+    """Meanwhile, another process has taken the lease, and has ended."""
+    first = start(tmp_path, "lease")
+    assert first.stdout.readline().startswith("held ")
+    first.send_signal(signal.SIGSTOP)
+    (tmp_path / "lease.json").unlink()
+    time.sleep(1.5)
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(20) == 1
+    assert "another process has taken over" in first.stderr.read()
+    assert not (tmp_path / "lease.json").exists()
+
+
 @pytest.mark.slow
 def test_of_two_that_take_a_lease_at_once_one_is_refused(tmp_path, quick, without_flock):
     both = [start(tmp_path, "lease", "usual") for _ in range(2)]
