@@ -149,7 +149,11 @@ def place(tmp_path):
 
 
 def ended(started):
-    out, err = started.communicate(timeout=120)
+    try:
+        out, err = started.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        raise
     return started.returncode, out, err
 
 
@@ -262,7 +266,7 @@ class Cluster(Place):
         # scancel sends its signal to the processes of the step, here the newest one.
         with (folder / "bin" / "scancel").open("a") as file:
             file.write(
-                f"kill -TERM $(sed -n 's/.*start\", \\(.*\\)]/\\1/p' {folder}/told|tail -n1)"
+                f"kill -TERM $(sed -n 's/.*start\", \\([0-9]*\\).*/\\1/p' {folder}/told|tail -n1)"
             )
 
     def script(self):
