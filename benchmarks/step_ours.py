@@ -38,6 +38,7 @@ from copsd_jax.training import (
     builders,
     layout,
     loaded_run,
+    micro_batches,
     rollout_records,
     run_plan,
     train_step,
@@ -287,7 +288,7 @@ def programs(t: Trainer) -> dict[str, tuple[Callable, tuple]]:
         state._replace(trained=trained), frozen, options, decoder.dtype
     )
     micro = jax.jit(
-        lambda batch: jax.tree.map(lambda x: x[0], train_step._split_micro_batches(batch, n))
+        lambda batch: jax.tree.map(lambda x: x[0], micro_batches.split_batch(batch, n))
     )(t.batch)
 
     def states(policy: policy_lib.Policy, side: layout.Side) -> jax.Array:

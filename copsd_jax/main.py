@@ -104,7 +104,10 @@ def _run_command(argv: list[str]) -> int:
     except signals.Stopped as stop:
         print(f"{stop}: the same command continues {workdir}", file=sys.stderr)
         return stop.exit_code
-    except (run_lock.LockedError, checkpoint.UnusableCheckpoint, nonfinite.NonFinite) as error:
+    except (
+        run_lock.LockedError, checkpoint.UnusableCheckpoint, failures.RefusedRun,
+        nonfinite.NonFinite,
+    ) as error:  # fmt: skip
         return failures.report(error)
     return 0
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from copsd_jax import evaluate
 from copsd_jax.config import settings as config_lib
+from copsd_jax.dryrun import memory
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import problem_row
 from copsd_jax.runtime import continuation, sharding
-from copsd_jax.training import backends, builders, memory, run_plan
+from copsd_jax.training import backends, builders, run_plan
 from copsd_jax.weights import initial_weights, tokenizer
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from copsd_jax import evaluate, summary
+from copsd_jax import evaluate, self_test, summary
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import table
 from copsd_jax.metrics import metric_files, terminal
@@ -94,6 +94,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
       signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
       run_lock.LockedError: another process runs in the directory.
       checkpoint.UnusableCheckpoint: a checkpoint cannot be loaded, such as that of model.init_from.
+      failures.RefusedRun: the self-test of a new run failed; nothing was written but the lock.
       SystemExit: a file, server or device failed; the message is one sentence.
     """
     config, started = plan.config, time.monotonic()
@@ -104,9 +105,12 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
         loaded_run.set_mesh_and_precision(plan),
         failures.exit_on_failure(directory),
         run_lock.hold(directory),
-        _create_workdir(plan, directory, facts) as saver,
+        contextlib.ExitStack() as stack,
     ):
         r, state = loaded_run.load_run(plan, config.train.steps, directory / "engine")
+        if config.check.self_test and config.train.steps and not continued:
+            print(self_test.check(r, state), flush=True)
+        saver = stack.enter_context(_create_workdir(plan, directory, facts))
         if _warms_up(plan):
             print("compiling the sampler's programs", flush=True)
             for line in loaded_run.compile_sampler(r, state):

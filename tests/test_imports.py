@@ -11,7 +11,8 @@ PACKAGE = conftest.ROOT / "copsd_jax"
 # Files of the package itself may import every folder, and of one another these.
 COMMANDS = {
     "main": {"train"},
-    "train": {"evaluate", "summary"},
+    "train": {"evaluate", "self_test", "summary"},
+    "self_test": set(),
     "summary": {"evaluate"},
     "evaluate": set(),
     "export": set(),

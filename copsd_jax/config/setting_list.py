@@ -247,6 +247,9 @@ SETTINGS: dict[str, Setting] = {
     "guards.bad_steps": declare(3, "steps in a row with a loss or gradient that is not finite "
         "after which the run stops; 0: never", whole(0)),
 
+    "check.self_test": declare(True, "before the first step, score a completion by the sampler and "
+        "by the trainer, and stop if they do not compute the same"),
+
     "sampler.engine": declare("local", "where completions are drawn: in this process, or by a "
         "server that accepts token ids", one_of("local", "server")),
     "sampler.steps": declare(16, "tokens per slot in each call of decode", whole(1, 100_000),

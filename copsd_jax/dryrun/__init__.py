@@ -1,4 +1,4 @@
 """Ahead-of-time compilation of a run for absent devices, and a report on memory and time.
 
-May import: config, runtime, losses, model, sampler, weights, training.
+May import: config, runtime, attention, losses, model, sampler, weights, training.
 """

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
-from copsd_jax.dryrun import program_cost, targets
+from copsd_jax.dryrun import memory, program_cost, targets
 from copsd_jax.losses import token_blocks
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
@@ -30,7 +30,6 @@ from copsd_jax.training import (
     backends,
     builders,
     layout,
-    memory,
     model_headers,
     prompt_lengths,
     run_plan,

@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.dryrun import programs, targets
+from copsd_jax.dryrun import memory, programs, targets
 from copsd_jax.runtime import sharding
-from copsd_jax.training import builders, memory, run_plan
+from copsd_jax.training import builders, run_plan
 
 CHANGES = 3  # maximum number of proposed changes
 MOST_SLOTS = 2**16  # maximum number of slots per batch shard

@@ -13,9 +13,9 @@ import sys
 from typing import Any
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.dryrun import program_cost, programs, proposals, targets, topologies
+from copsd_jax.dryrun import memory, program_cost, programs, proposals, targets, topologies
 from copsd_jax.runtime import hardware, sharding
-from copsd_jax.training import memory, table_rules
+from copsd_jax.training import table_rules
 
 GIB = 2**30
 EFFICIENCY = 0.7  # assumption: good programs reach this share of the manufacturers' rates

@@ -16,6 +16,10 @@ class UnusableFile(Exception):
     """An unusable file of the run, described in one sentence that says what to do."""
 
 
+class RefusedRun(Exception):
+    """A reason, found after the weights were loaded, why a run must not begin; one sentence."""
+
+
 @contextlib.contextmanager
 def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
     """Ends the program with a one-sentence message if a traceback would not help.

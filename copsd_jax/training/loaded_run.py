@@ -309,6 +309,8 @@ def sample(
     *,
     progress: Callable[[loop.Stats], None] | None = None,
     done: Callable[[int, loop.Completion], None] | None = None,
+    limit: int | None = None,
+    vocabulary: request.Vocabulary | None = None,
 ) -> loop.Result:
     """Samples one completion per prompt from a policy, with the settings of a section.
 
@@ -321,6 +323,8 @@ def sample(
       progress: function that is called with the statistics; see `loop.generate`.
       done: function that is called with each completion and its index as soon as the completion
         ends; see `loop.generate`.
+      limit: maximum number of tokens of a completion; None for the section's setting.
+      vocabulary: the ids that may be drawn; None for the plan's.
 
     Returns:
       The completions in the order of the prompts, and statistics.
@@ -331,7 +335,7 @@ def sample(
       failures.EngineError: with sampler.engine=server, the server failed.
       signals.Stopped: a signal has asked the run to stop.
     """
-    sampling, vocabulary = build_sampling(run, section), run.plan.vocabulary
+    sampling, vocabulary = build_sampling(run, section), vocabulary or run.plan.vocabulary
 
     def report(stats: loop.Stats) -> None:
         run.stop.poll()
@@ -339,7 +343,8 @@ def sample(
             progress(stats)
 
     both: dict[str, Any] = {
-        "keys": keys, "vocabulary": vocabulary, "progress": report, "done": done
+        "keys": keys, "vocabulary": vocabulary, "progress": report, "done": done,
+        "limits": None if limit is None else [limit] * len(asked),
     }  # fmt: skip
     if run.served is not None:
         server = run.served(policy)

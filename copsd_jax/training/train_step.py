@@ -57,7 +57,7 @@ from copsd_jax.losses import divergence_loss, loss_norms, policy_loss, precision
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.runtime import nonfinite
-from copsd_jax.training import layout
+from copsd_jax.training import layout, micro_batches
 
 
 class State(NamedTuple):
@@ -428,6 +428,46 @@ def _weigh_step_tokens(batch: layout.Batch, options: Options) -> tuple[jax.Array
     return distill_BC, policy_BC
 
 
+def _prepare_micro_batches(
+    frozen: dict, batch: layout.Batch, options: Options
+) -> tuple[jax.Array | None, tuple, Callable]:
+    """Returns the head that all policies share, the micro-batches, and the function `join`.
+
+    The micro-batches are the pair (batches, token weights), stacked along the first axis.
+    """
+    cut, join = micro_batches.make_cuts(batch, options.micro_batches)
+    weights = tuple(map(cut, _weigh_step_tokens(batch, options)))
+    head = None
+    if options.trainable == "lora":
+        # The frozen head is gathered once per step, before the loop over micro-batches. For a top-k
+        # divergence, each device needs the logits of the whole vocabulary, so the head is not split
+        # along V.
+        few = options.divergence is not None and options.divergence.top_k > 0
+        head = token_blocks.gather_head(transformer.get_head(frozen), split_vocabulary=not few)
+    return head, (micro_batches.split_batch(batch, options.micro_batches), weights), join
+
+
+def make_scores(
+    decoder: transformer.Decoder, options: Options
+) -> Callable[..., tuple[divergence_loss.TokenStats | None, PolicyStats | None]]:
+    """Builds the function that scores the tokens of a batch as the train step does.
+
+        scores(state, frozen, batch, student_prefix, teacher_kv) -> (Aux.tokens, Aux.policy)
+
+    `make_step` describes the arguments. No gradient is computed.
+    """
+    loss = _build_micro_batch_loss(decoder, options)
+
+    def scores(state, frozen, batch, student_prefix, teacher_kv):
+        head, inputs, join = _prepare_micro_batches(frozen, batch, options)
+        one = lambda _, pair: (  # noqa: E731
+            None, loss(state.trained, state, frozen, head, *pair, student_prefix, teacher_kv)[1]
+        )  # fmt: skip
+        return jax.tree.map(join, jax.lax.scan(one, None, inputs)[1])
+
+    return scores
+
+
 def make_gradient(
     decoder: transformer.Decoder, options: Options
 ) -> Callable[..., tuple[jax.Array, dict, tuple]]:
@@ -441,15 +481,7 @@ def make_gradient(
     loss = _build_micro_batch_loss(decoder, options)
 
     def gradient(state, frozen, batch, student_prefix, teacher_kv):
-        cut, join = _make_micro_batch_cuts(batch, options.micro_batches)
-        weights = _weigh_step_tokens(batch, options)
-        head = None
-        if options.trainable == "lora":
-            # The frozen head, which all policies share, is gathered once per step, before the loop.
-            # For a top-k divergence, each device needs the logits of the whole vocabulary, so the
-            # head is not split along V.
-            few = options.divergence is not None and options.divergence.top_k > 0
-            head = token_blocks.gather_head(transformer.get_head(frozen), split_vocabulary=not few)
+        head, inputs, join = _prepare_micro_batches(frozen, batch, options)
 
         def accumulate(carry, inputs):
             total, grads = carry
@@ -460,7 +492,6 @@ def make_gradient(
             return (total + value, jax.tree.map(jnp.add, grads, grad)), stats
 
         start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained))
-        inputs = (_split_micro_batches(batch, options.micro_batches), tuple(map(cut, weights)))
         (total, grads), stats = jax.lax.scan(accumulate, start, inputs)
         return total, grads, jax.tree.map(join, stats)
 
@@ -528,71 +559,6 @@ def make_step(
         return State(state.step + 1, *new), Aux(metrics, tokens, policy)
 
     return step
-
-
-def _make_micro_batch_cuts(batch: layout.Batch, n: int) -> tuple[Callable, Callable]:
-    """Returns two functions: `cut` splits [B, C] into micro-batches, and `join` undoes the split.
-
-    `join` takes the flat arrays of all micro-batches, stacked into one array.
-    """
-    B, C = batch.mask_BC.shape
-    source_UST = batch.source_UST
-    if source_UST is None:
-        return lambda x: _cut_micro_batches(x, n), lambda x: _join_micro_batches(
-            x.reshape(n, B // n, C)
-        )
-
-    # In `source_UST`, positions without a token have the index B * C. For a position without a
-    # token, `cut` reads 0, and `join` drops the value.
-    def cut(x_BC: jax.Array) -> jax.Array:
-        none = jnp.zeros((1,), x_BC.dtype)
-        return jnp.concatenate([x_BC.reshape(-1), none])[source_UST]
-
-    def join(x: jax.Array) -> jax.Array:
-        flat = jnp.zeros((B * C,), x.dtype)
-        return flat.at[source_UST.reshape(-1)].set(x.reshape(-1), mode="drop").reshape(B, C)
-
-    return cut, join
-
-
-def _cut_micro_batches(x: jax.Array, n: int) -> jax.Array:
-    """Reshapes [B, ...] to [n, B / n, ...]; row b becomes row b // n of micro-batch b % n.
-
-    The cut is strided, so that each device already holds its rows of every micro-batch.
-    """
-    return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
-
-
-def _join_micro_batches(x: jax.Array) -> jax.Array:
-    """Joins micro-batches [n, B / n, ...] to [B, ...]; inverts `_cut_micro_batches`."""
-    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
-
-
-def _split_micro_batches(batch: layout.Batch, n: int) -> layout.Batch:
-    """Splits all arrays of a batch into micro-batches.
-
-    A packed batch already consists of micro-batches. Any other batch is cut into n micro-batches.
-    The gather indices, which point into the flattened rows of the whole batch, are converted to
-    indices into the rows of one micro-batch.
-
-    Example: B = 4, n = 2, L = 10. Sample 3 is row 1 of micro-batch 1, so its gather index 34
-    becomes 14.
-    """
-    cut, _ = _make_micro_batch_cuts(batch, n)
-    rest = jax.tree.map(cut, batch._replace(student=None, teacher=None, source_UST=None))
-    if batch.source_UST is not None:
-        return rest._replace(student=batch.student, teacher=batch.teacher)
-
-    def side(s: layout.Side) -> layout.Side:
-        B, L = s.tokens_BL.shape
-        b = jnp.arange(B, dtype=jnp.int32)
-        # Row b becomes row b // n of its micro-batch, so the gather indices of row b decrease by
-        # (b - b // n) * L.
-        local = s._replace(gather_BC=s.gather_BC - ((b - b // n) * L)[:, None])
-        return jax.tree.map(lambda x: _cut_micro_batches(x, n), local)
-
-    teacher = None if batch.teacher is None else side(batch.teacher)
-    return rest._replace(student=side(batch.student), teacher=teacher)
 
 
 def _update_teacher_average(ema: dict | None, trained: dict, options: Options) -> dict | None:

@@ -18,10 +18,10 @@ import pytest
 import runs
 
 from copsd_jax import main
-from copsd_jax.dryrun import programs, proposals, report, targets, topologies
+from copsd_jax.dryrun import memory, programs, proposals, report, targets, topologies
 from copsd_jax.methods import table
 from copsd_jax.runtime import sharding
-from copsd_jax.training import builders, loaded_run, memory, row_packing
+from copsd_jax.training import builders, loaded_run, row_packing
 
 optax_promotes = runs.optax_promotes
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}

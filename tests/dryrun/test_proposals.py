@@ -8,9 +8,9 @@ import pytest
 import runs
 from jax.sharding import AbstractMesh, AxisType
 
-from copsd_jax.dryrun import programs, proposals, targets
+from copsd_jax.dryrun import memory, programs, proposals, targets
 from copsd_jax.runtime import sharding
-from copsd_jax.training import builders, memory
+from copsd_jax.training import builders
 
 optax_promotes = runs.optax_promotes
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}

@@ -15,7 +15,7 @@ from copsd_jax.losses import divergence_loss
 from copsd_jax.model import lora, shared_prefix, transformer
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.runtime import sharding
-from copsd_jax.training import layout, train_step
+from copsd_jax.training import layout, micro_batches, train_step
 
 CONFIG = dataclasses.replace(transformer.SHAPES["tiny"], vocab_size=97)
 SCALE = 2.0
@@ -290,7 +290,7 @@ def test_learning_rates_by_hand(schedule, warmup, expected):
 def test_micro_batches_by_hand():
     """B = 4, n = 2: sample b is row b // 2 of micro-batch b % 2, and its index moves along."""
     batch = layout.build_batch([[1, 2], [3], [4, 5, 6], [7]], [[8]] * 4, [[1], [2, 3], [4], [5]])
-    cut = train_step._split_micro_batches(batch, 2)
+    cut, join = micro_batches.split_batch(batch, 2), micro_batches.make_cuts(batch, 2)[1]
     for b in range(4):
         micro, row = b % 2, b // 2
         np.testing.assert_array_equal(cut.student.tokens_BL[micro, row], batch.student.tokens_BL[b])
@@ -300,7 +300,7 @@ def test_micro_batches_by_hand():
         at, before = cut.student.gather_BC[micro, row, :n], batch.student.gather_BC[b, :n]
         assert (flat[at] == whole[before]).all()
         assert (flat[at + 1] == batch.completion_BC[b, :n]).all()
-    np.testing.assert_array_equal(train_step._join_micro_batches(cut.mask_BC), batch.mask_BC)
+    np.testing.assert_array_equal(join(cut.mask_BC), batch.mask_BC)
 
 
 @pytest.mark.slow

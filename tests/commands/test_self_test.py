@@ -1,0 +1,251 @@
+"""The self-test: faults that are injected one at a time are refused, and healthy runs are not.
+
+Each fault is put where it would arise: into the layout, the hand-over, the plan or the sampler.
+"""
+
+import copy
+import dataclasses
+import importlib.util
+
+import conftest
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from copsd_jax import main, self_test
+from copsd_jax.runtime import failures
+from copsd_jax.sampler import loop, program_cache, truncation
+from copsd_jax.training import layout, loaded_run, run_plan, train_step
+
+optax_promotes = runs.optax_promotes
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def opsd():
+    with runs.loaded("opsd") as loaded:
+        yield loaded
+
+
+def packed(r):
+    """The same run with packed rows."""
+    config = copy.deepcopy(r.plan.config)
+    config.train.pack = "rows"
+    return dataclasses.replace(r, plan=dataclasses.replace(r.plan, config=config))
+
+
+def refused(r, state, *words):
+    with pytest.raises(failures.RefusedRun) as caught:
+        self_test.check(r, state)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.endswith("check.self_test=False skips this test")
+    for word in words:
+        assert word in text
+    return text
+
+
+def test_a_healthy_run_passes(opsd):
+    r, state = opsd
+    for run in (r, packed(r)):
+        line = self_test.check(run, state)
+        assert line.startswith("self-test: sampler and trainer differ by ")
+    assert not any(jnp.any(leaf["b"]) for leaf in state.trained.values())  # the run's own adapter
+
+
+# ---- faults ----------------------------------------------------------------------------------
+
+APART = "they do not compute the same distribution"
+
+
+def shift_completions(monkeypatch):
+    """The states that predict the completion's tokens are taken one position too late."""
+    lay_out = layout._lay_out_side
+
+    def shifted(*args):
+        side = lay_out(*args)
+        return side._replace(gather_BC=side.gather_BC + 1)
+
+    monkeypatch.setattr(layout, "_lay_out_side", shifted)
+
+
+def shift_the_teacher(monkeypatch):
+    lay_out, calls = layout._lay_out_side, []
+
+    def shifted(*args):
+        side = lay_out(*args)
+        calls.append(side)
+        return side._replace(gather_BC=side.gather_BC + 1) if len(calls) == 2 else side
+
+    monkeypatch.setattr(layout, "_lay_out_side", shifted)
+
+
+def drop_first_tokens(monkeypatch):
+    build = layout.build_batch
+
+    def dropped(students, teachers, completions, **more):
+        return build(students, teachers, [[*ids[1:], ids[0]] for ids in completions], **more)
+
+    monkeypatch.setattr(layout, "build_batch", dropped)
+
+
+def swap_the_sides(monkeypatch):
+    build = layout.build_batch
+
+    def swapped(students, teachers, completions, **more):
+        return build(teachers, students, completions, **more)
+
+    monkeypatch.setattr(layout, "build_batch", swapped)
+
+
+def leak_between_packed_samples(monkeypatch):
+    pack = layout.pack_rows
+
+    def leaking(*args):
+        batch = pack(*args)
+        join = lambda side: side._replace(  # noqa: E731
+            segments_BL=(side.segments_BL > 0).astype(np.int32),
+            positions_BL=np.broadcast_to(
+                np.arange(side.positions_BL.shape[-1], dtype=np.int32), side.positions_BL.shape
+            ).copy(),
+        )
+        return batch._replace(student=join(batch.student), teacher=join(batch.teacher))
+
+    monkeypatch.setattr(layout, "pack_rows", leaking)
+
+
+def leak_between_prefilled_prompts(monkeypatch):
+    pack = loop._pack_prompts
+
+    def leaking(*args):
+        packed, rest = pack(*args)
+        joined = np.minimum(packed.segments_RT, 1)
+        return packed._replace(segments_RT=joined), rest
+
+    monkeypatch.setattr(loop, "_pack_prompts", leaking)
+
+
+def change_rope_of_the_trainer(monkeypatch):
+    make = train_step.make_scores
+
+    def changed(decoder, options):
+        config = dataclasses.replace(decoder.config, rope_theta=decoder.config.rope_theta / 100)
+        return make(decoder.clone(config=config), options)
+
+    monkeypatch.setattr(train_step, "make_scores", changed)
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (shift_completions, APART),
+        (drop_first_tokens, APART),
+        (swap_the_sides, APART),
+        (leak_between_prefilled_prompts, APART),
+        (change_rope_of_the_trainer, APART),
+        (shift_the_teacher, "with equal prompts and weights, student and teacher differ"),
+    ],
+)
+def test_a_fault_in_a_layout_is_refused(opsd, monkeypatch, fault, words):
+    fault(monkeypatch)
+    refused(*opsd, words)
+
+
+def test_packed_samples_that_see_each_other_are_refused(opsd, monkeypatch):
+    leak_between_packed_samples(monkeypatch)
+    refused(packed(opsd[0]), opsd[1], APART)
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (lambda policy: dataclasses.replace(policy, scale=policy.scale / 2), APART),
+        (lambda policy: dataclasses.replace(policy, adapter=None), APART),
+    ],
+    ids=["scale halved", "adapter not applied"],
+)
+def test_a_fault_in_the_hand_over_is_refused(opsd, fault, words):
+    r, state = opsd
+    refused(
+        dataclasses.replace(r, hand_over=lambda policy: r.hand_over(fault(policy))), state, words
+    )
+
+
+def test_an_adapter_that_neither_side_applies_is_refused(opsd, monkeypatch):
+    r, state = opsd
+    monkeypatch.setattr(self_test, "SHAKE", 0.0)
+    refused(r, state, "a random adapter changes the trainer by 0:")
+
+
+def test_a_new_adapter_that_is_not_zero_is_refused(opsd):
+    r, state = opsd
+    trained = {**state.trained, "q": jax.tree.map(jnp.ones_like, state.trained["q"])}
+    refused(r, state._replace(trained=trained), "the new adapter of q is not zero")
+
+
+@pytest.mark.parametrize("change", [{"thinking": "on"}, {"template": "plain", "thinking": "none"}])
+def test_another_template_of_the_teacher_is_refused(opsd, change):
+    r, state = opsd
+    teacher = r.plan.teacher
+    spec = dataclasses.replace(teacher.spec, **change)
+    plan = dataclasses.replace(r.plan, teacher=dataclasses.replace(teacher, spec=spec))
+    refused(dataclasses.replace(r, plan=plan), state, "but the teacher's follows")
+
+
+def test_padded_ids_that_may_be_drawn_are_refused(opsd, monkeypatch):
+    r, state = opsd
+    everything = np.ones_like(r.plan.vocabulary.valid_V)
+    assert not r.plan.vocabulary.valid_V.all()
+    known = dataclasses.replace(r.plan.vocabulary, valid_V=everything)
+    plan = dataclasses.replace(r.plan, vocabulary=known)
+    refused(
+        dataclasses.replace(r, plan=plan), state, "may draw ids that the tokenizer does not have"
+    )
+
+
+def test_a_sampler_without_its_mask_is_refused(opsd, monkeypatch):
+    monkeypatch.setattr(truncation, "_masked", lambda x_JV, _: x_JV)
+    monkeypatch.setattr(program_cache, "_PROGRAMS", {})
+    jax.clear_caches()
+    try:
+        refused(*opsd, "draws ids that it must not draw")
+    finally:
+        jax.clear_caches()
+
+
+# ---- no false alarms -------------------------------------------------------------------------
+
+
+def presets():
+    """Yields (card, preset) for all cards."""
+    for path in sorted((conftest.ROOT / "configs").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield from ((path.stem, name) for name in module.PRESETS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("card, preset", list(presets()))
+def test_random_weights_under_the_settings_of_a_preset_pass(card, preset, dtype):
+    """All settings are the preset's, but those of the model, of data, of sizes and of servers."""
+    settings = {
+        "model.init": "random", "model.path": "tiny", "model.shape": "tiny", "model.dtype": dtype,
+        "data.path": "bundled:train", "data.fields": "", "data.limit": 8, "data.missing": "drop",
+        "eval.path": "bundled:held_out", "eval.fields": "", "eval.limit": 2, "eval.max_tokens": 8,
+        "train.batch": 8, "train.micro_batch": 0, "rollout.max_tokens": 16, "rollout.slots": 4,
+        "loss.group": 0,
+    }  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    card_file = conftest.ROOT / "configs" / f"{card}.py"
+    config = main.parse_command(["main", f"--config={card_file}:{preset}", *flags])[0]
+    plan = run_plan.make_plan(config)
+    with loaded_run.set_mesh_and_precision(plan):
+        r, state = loaded_run.load_run(plan, 1)
+        line = self_test.check(r, state)
+    print(card, preset, dtype, line)
