@@ -252,7 +252,7 @@ def _build_batch(
 
 
 class _Numbers(NamedTuple):
-    """What the test measures, in nats per token; None for what a run does not have.
+    """Measurements in nats per token; None for a measurement that the run does not allow.
 
     Attributes:
       noise: the difference between sampler and trainer.
