@@ -244,6 +244,7 @@ def test_random_weights_under_the_settings_of_a_preset_pass(card, preset, dtype)
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     card_file = conftest.ROOT / "configs" / f"{card}.py"
     config = main.parse_command(["main", f"--config={card_file}:{preset}", *flags])[0]
+    config.author.max_tokens = 16
     plan = run_plan.make_plan(config)
     with loaded_run.set_mesh_and_precision(plan):
         r, state = loaded_run.load_run(plan, 1)
