@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -109,7 +110,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
     ):
         r, state = loaded_run.load_run(plan, config.train.steps, directory / "engine")
         if config.check.self_test and config.train.steps and not continued:
-            print(self_test.check(r, state), flush=True)
+            print(_test_new_run(r, state, directory), flush=True)
         saver = stack.enter_context(_create_workdir(plan, directory, facts))
         if _warms_up(plan):
             print("compiling the sampler's programs", flush=True)
@@ -130,6 +131,16 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             after = _evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
     print(summary.summarize_ending(plan, before, after, directory, seconds, stopped), flush=True)
+
+
+def _test_new_run(r: loaded_run.LoadedRun, state: State, directory: pathlib.Path) -> str:
+    """Returns the line of the self-test; removes what it wrote for a server if it fails."""
+    try:
+        return self_test.check(r, state)
+    except failures.RefusedRun:
+        folder = directory / "engine"
+        processes.run_on_leader(lambda: shutil.rmtree(folder, ignore_errors=True))
+        raise
 
 
 def _create_workdir(

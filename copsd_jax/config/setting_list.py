@@ -247,8 +247,8 @@ SETTINGS: dict[str, Setting] = {
     "guards.bad_steps": declare(3, "steps in a row with a loss or gradient that is not finite "
         "after which the run stops; 0: never", whole(0)),
 
-    "check.self_test": declare(True, "before the first step, score a completion by the sampler and "
-        "by the trainer, and stop if they do not compute the same"),
+    "check.self_test": declare(True, "before the first step, score completions by sampler and "
+        "trainer, and stop if their log-probabilities differ"),
 
     "sampler.engine": declare("local", "where completions are drawn: in this process, or by a "
         "server that accepts token ids", one_of("local", "server")),

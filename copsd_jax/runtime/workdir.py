@@ -63,9 +63,11 @@ def check_writable(directory: pathlib.Path, flag: str) -> None:
 
 def has_files(directory: pathlib.Path) -> bool:
     """Returns whether a directory has files other than those of a start that wrote no settings."""
-    ours = ("lock", "lease.json", "tries.json")
+    ours = ("lock", "lease.json", "tries.json", "engine")
     return directory.exists() and any(
-        path.is_file() and path.name not in ours and not path.name.endswith(storage.PART)
+        path.is_file()
+        and path.relative_to(directory).parts[0] not in ours
+        and not path.name.endswith(storage.PART)
         for path in directory.rglob("*")
     )
 

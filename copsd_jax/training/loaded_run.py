@@ -309,7 +309,7 @@ def sample(
     *,
     progress: Callable[[loop.Stats], None] | None = None,
     done: Callable[[int, loop.Completion], None] | None = None,
-    limit: int | None = None,
+    sampling: request.Sampling | None = None,
     vocabulary: request.Vocabulary | None = None,
 ) -> loop.Result:
     """Samples one completion per prompt from a policy, with the settings of a section.
@@ -323,7 +323,7 @@ def sample(
       progress: function that is called with the statistics; see `loop.generate`.
       done: function that is called with each completion and its index as soon as the completion
         ends; see `loop.generate`.
-      limit: maximum number of tokens of a completion; None for the section's setting.
+      sampling: the settings of the distribution; None for those of the section.
       vocabulary: the ids that may be drawn; None for the plan's.
 
     Returns:
@@ -335,7 +335,10 @@ def sample(
       failures.EngineError: with sampler.engine=server, the server failed.
       signals.Stopped: a signal has asked the run to stop.
     """
-    sampling, vocabulary = build_sampling(run, section), vocabulary or run.plan.vocabulary
+    sampling, vocabulary = (
+        sampling or build_sampling(run, section),
+        vocabulary or run.plan.vocabulary,
+    )
 
     def report(stats: loop.Stats) -> None:
         run.stop.poll()
@@ -344,7 +347,6 @@ def sample(
 
     both: dict[str, Any] = {
         "keys": keys, "vocabulary": vocabulary, "progress": report, "done": done,
-        "limits": None if limit is None else [limit] * len(asked),
     }  # fmt: skip
     if run.served is not None:
         server = run.served(policy)
