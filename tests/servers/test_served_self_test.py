@@ -49,7 +49,7 @@ def test_a_server_with_another_policy_is_refused(tmp_path, kind, logprobs):
     """With raw log-probabilities, texts are drawn at temperature 1, which hides a temperature."""
     settings = {"sampler__logprobs": logprobs}
     words = {
-        Stale: "sampler and trainer apply it differently",
+        Stale: "sampler and trainer apply the adapter differently",
         Hotter: "sampler and trainer differ",
     }
     with loaded(kind(), tmp_path, **settings) as (r, state):
