@@ -11,7 +11,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from copsd_jax.problems import sources
+from copsd_jax.problems import record_files, sources
 
 
 def build_tfds(
@@ -49,7 +49,7 @@ def build_tfds(
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another version or remove it")
     records = sources.rename_fields(
-        source_path, sources.read_records(source_path, setting="source_path"), fields
+        source_path, record_files.read_records(source_path, setting="source_path"), fields
     )
     found = {column for record in records for column in record.fields}
     columns = sorted(c for c in found if c in sources.FIELDS or c.startswith("problem_"))
@@ -76,7 +76,7 @@ def build_tfds(
     return folder
 
 
-def _example(path: str, record: sources.Record, columns: Sequence[str]) -> dict[str, str]:
+def _example(path: str, record: record_files.Record, columns: Sequence[str]) -> dict[str, str]:
     """Returns a record's fields as texts; an absent field is ""."""
     out = dict.fromkeys(columns, "")
     for column in columns:

@@ -9,7 +9,6 @@ fields of `Language` without `code`:
 An unknown code raises an error; it is never replaced by English.
 """
 
-import collections
 import dataclasses
 import json
 import pathlib
@@ -17,6 +16,8 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
+
+from copsd_jax.problems import record_files
 
 BUILT_IN = pathlib.Path(__file__).parent / "languages.json"
 BOX = "\\boxed{}"
@@ -114,7 +115,9 @@ def _read_languages_file(path: pathlib.Path) -> dict[str, Language]:
     if not path.is_file():
         raise FileNotFoundError(f"no languages file at {path}")
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+        content = json.loads(
+            path.read_bytes().decode("utf-8"), object_pairs_hook=record_files.build_object
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON at line {error.lineno}: {error.msg}") from error
     except UnicodeDecodeError as error:
@@ -128,15 +131,6 @@ def _read_languages_file(path: pathlib.Path) -> dict[str, Language]:
     return {
         code: _parse_language(f"{path}: language {code!r}", code, v) for code, v in content.items()
     }
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Builds a JSON object; refuses a repeated key, because `json` would drop an earlier value."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} occurs twice in one object")
-    return result
 
 
 def _parse_language(where: str, code: str, fields: Any) -> Language:

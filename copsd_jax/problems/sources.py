@@ -1,257 +1,217 @@
-"""Reads problems from files and data sets, and turns them into rows.
+"""Turns the records of a source into rows.
 
 A source is a JSONL file, a JSON list, a parquet file, a TSV file (question TAB answer, no header),
 `bundled:train|held_out|exemplars`, or `tfds:NAME[:VERSION]/SPLIT`. The records of all sources have
 the fields of COPSD's data: `problem` (English), `solution`, `answer` or `Answer`, and
 `problem_<code>` (a translation). A record may also have `problem_<code>_ok`, the quality flag of
 the translation. A translation whose quality flag is not true cannot be used.
+
+An answer in the format of GSM8K, whose last line is `#### 42`, is split: the gold answer is 42. If
+the record has no other solution, the text before this line is the solution, without GSM8K's
+calculator annotations such as `<<6*7=42>>`.
 """
 
 import collections
+import decimal
 import json
 import math
-import pathlib
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 
-from copsd_jax.problems import bundled, languages, problem_row
+from copsd_jax.problems import languages, problem_row, record_files
+from copsd_jax.problems.record_files import Record
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv")
 FIELDS = ("id", "problem", "solution", "answer", "Answer", "group", "wording")  # and problem_*
-
-
-class Record(NamedTuple):
-    """A record and its position in the source, such as "line 7" or "row 7" (counted from 1)."""
-
-    where: str
-    fields: dict[str, Any]
+_ANSWERS = ("answer", "Answer")
+_OPTIONS = ("choices", "options")  # fields with the options of a multiple choice
+_MARKED = re.compile(r"(?:\A|\n)####[ \t]*(\S[^\n]*)\Z")
+_ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 
 
 class UnusableValue(Exception):
     """A record cannot become a row; the message is the reason under which the record is counted."""
 
 
-def _decode_source_text(path: str, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: the text is not UTF-8") from error
-
-
-def _record(path: str, where: str, value: object) -> Record:
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}, {where}: expected a JSON object, found {type(value).__name__}")
-    return Record(where, value)
-
-
-def _read_json(path: str, raw: bytes) -> list[Record]:
-    """Reads a JSON list of objects, or a file with one JSON object per line."""
-    text = _decode_source_text(path, raw)
-    line, out = 0, []
-    try:
-        if text.lstrip()[:1] == "[":
-            return [_record(path, f"row {k}", row) for k, row in enumerate(json.loads(text), 1)]
-        # splitlines() is not used: it also splits at U+2028, which JSON strings may contain.
-        for line, content in enumerate(text.split("\n")):
-            if content.strip():
-                out.append(_record(path, f"line {line + 1}", json.loads(content)))
-        return out
-    except RecursionError as error:
-        raise ValueError(f"{path}: the JSON is nested too deeply") from error
-    except json.JSONDecodeError as error:
-        at = f"{path}, line {line + error.lineno}"
-        raise ValueError(f"{at}: broken JSON ({error.msg}, column {error.colno})") from error
-
-
-def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
-    """Reads lines "question TAB answer" without a header; the question is stored under `field`."""
-    out = []
-    for k, line in enumerate(_decode_source_text(path, raw).split("\n"), start=1):
-        if not line.strip():
-            continue
-        cells = line.rstrip("\r").split("\t")
-        if len(cells) != 2:
-            raise ValueError(
-                f"{path}, line {k}: expected question TAB answer, found {len(cells)} cells"
-            )
-        out.append(Record(f"line {k}", {field: cells[0], "answer": cells[1]}))
-    return out
-
-
-def _read_parquet(path: str, raw: bytes) -> list[Record]:
-    # pyarrow is imported lazily: the import is slow, and most runs read no parquet file.
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
-    return [Record(f"row {k}", row) for k, row in enumerate(table.to_pylist(), start=1)]
-
-
-def _find_tfds_folder(setting: str, path: str, name: str) -> pathlib.Path:
-    """Returns the folder of the TFDS data set NAME[:VERSION]; the default is the newest version."""
-    from tensorflow_datasets.core import constants
-    from tensorflow_datasets.core.utils import version as version_lib
-
-    name, _, version = name.partition(":")
-    root = pathlib.Path(constants.DATA_DIR).expanduser() / name
-    every = map(str, version_lib.list_all_versions(root))
-    versions = [v for v in every if (root / v / constants.DATASET_INFO_FILENAME).is_file()]
-    if not versions or (version and version not in versions):
-        have = f"it has {', '.join(versions)}" if versions else "there is none"
-        raise FileNotFoundError(
-            f"{setting} is {path!r}: no prepared version {version or 'of it'} in {root}: {have}"
-        )
-    return root / (version or versions[-1])
-
-
-def _read_tfds(setting: str, path: str) -> list[Record]:
-    import tensorflow_datasets as tfds  # imported lazily: the import is slow
-
-    name, slash, split = path.removeprefix("tfds:").rpartition("/")
-    if not slash or not name or not split:
-        raise ValueError(f"{setting} is {path!r}: write tfds:NAME/SPLIT or tfds:NAME:VERSION/SPLIT")
-    builder = tfds.builder_from_directory(_find_tfds_folder(setting, path, name))
-    if split.partition("[")[0] not in builder.info.splits:
-        choices = ", ".join(builder.info.splits)
-        raise ValueError(f"{setting} is {path!r}: no split {split!r}; the choices are {choices}")
-    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        found = getattr(builder.info.file_format, "value", "another format")
-        raise ValueError(
-            f"{setting} is {path!r}: it is stored as {found}, which needs TensorFlow to read; "
-            "prepare it with file_format='array_record'"
-        )
-    out = []
-    source: Any = builder.as_data_source  # a decorator hides all arguments from type checkers
-    for k, example in enumerate(source(split), start=1):
-        # Every TFDS example has every feature, so an absent field is stored as an empty text.
-        absent = {key for key, v in example.items() if isinstance(v, bytes) and not v}
-        out.append(Record(f"row {k}", {key: example[key] for key in example.keys() - absent}))
-    return out
-
-
-def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> list[Record]:
-    """Reads all records of a source.
+def rename_fields(
+    path: str, records: list[Record], fields: str, setting: str = "data.fields"
+) -> list[Record]:
+    """Copies fields to new names.
 
     Args:
-      path: a source, in one of the forms that the module's docstring describes.
-      lang: the code of the language in which the questions of a TSV file are written.
-      setting: the name of the setting that gives `path`, for error messages.
+      path: the source, for error messages.
+      records: the records.
+      fields: a map from our names to the source's names, such as "problem=question,answer=final".
+      setting: the name of the setting that gives `fields`, for error messages.
 
     Raises:
-      FileNotFoundError: there is no such file or data set.
-      ValueError: the source cannot be read; the message names the file and the line or row.
+      ValueError: the map is malformed, or names an unknown field.
     """
-    if path.startswith("tfds:"):
-        return _read_tfds(setting, path)
-    if path.startswith("bundled:"):
-        name = path.removeprefix("bundled:")
-        if name not in bundled.NAMES:
-            choices = ", ".join(f"bundled:{choice}" for choice in bundled.NAMES)
-            raise ValueError(f"{setting} is {path!r}: the choices are {choices}")
-        return _read_json(path, bundled.find_file(name).read_bytes())
-    file = pathlib.Path(path).expanduser()
-    if file.suffix not in SUFFIXES:
-        raise ValueError(
-            f"{setting} is {path!r}: a file must end in {', '.join(SUFFIXES)}; "
-            "other choices are bundled:NAME and tfds:NAME/SPLIT"
-        )
-    if not file.is_file():
-        raise FileNotFoundError(f"{setting} is {path!r}: there is no such file")
-    if file.suffix == ".tsv":
-        return _read_tsv(path, file.read_bytes(), f"problem_{lang}")
-    if file.suffix == ".parquet":
-        return _read_parquet(path, file.read_bytes())
-    return _read_json(path, file.read_bytes())
-
-
-def rename_fields(path: str, records: list[Record], fields: str) -> list[Record]:
-    """Copies fields to new names; `fields` is a map such as "problem=question,answer=final"."""
     pairs = [tuple(pair.split("=")) for pair in fields.split(",") if pair]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise ValueError(f"data.fields is {fields!r}: write pairs such as problem=question")
+        raise ValueError(f"{setting} is {fields!r}: write pairs such as problem=question")
     for ours, theirs in pairs:
         if ours not in FIELDS and not ours.startswith("problem_"):
             choices = ", ".join((*FIELDS, "problem_<code>", "problem_<code>_ok"))
-            raise ValueError(f"data.fields is {fields!r}: {ours!r} is none of {choices}")
+            raise ValueError(f"{setting} is {fields!r}: {ours!r} is none of {choices}")
+        if sum(ours == name for name, _ in pairs) > 1:
+            raise ValueError(f"{setting} is {fields!r}: {ours!r} occurs twice")
         if records and not any(theirs in record.fields for record in records):
-            have = ", ".join(map(str, records[0].fields))
-            raise ValueError(f"data.fields is {fields!r}: {path} has no {theirs!r}; it has {have}")
+            have = record_files.list_names(records[0].fields)
+            raise ValueError(f"{setting} is {fields!r}: {path} has no {theirs!r}; it has {have}")
     out = []
     for where, found in records:
         out.append(Record(where, found | {ours: found[old] for ours, old in pairs if old in found}))
     return out
 
 
+def is_blank(value: object) -> bool:
+    """Returns whether a value counts as absent: None, NaN, or a text without visible characters."""
+    if isinstance(value, float | np.floating | decimal.Decimal):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str | bytes) and not value.strip())
+
+
 def convert_to_text(name: str, value: object) -> str:
     """Converts a field's value to text in NFC without surrounding blanks.
+
+    An answer may also be a list of tool calls, each with an `Action`; its text is JSON.
 
     Raises:
       UnusableValue: the value is missing, empty or not text.
     """
     if isinstance(value, bytes):
-        value = value.decode("utf-8")
-    if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
-        raise UnusableValue(f"{name} is missing")
-    if isinstance(value, float | np.floating) and not math.isfinite(value):
-        raise UnusableValue(f"{name} is {value}")
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        value = int(value)
-    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
-        value = str(value)
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UnusableValue(f"{name} is not UTF-8") from error
+    if is_blank(value):
+        raise UnusableValue(f"{name} is {'empty' if isinstance(value, str) else 'missing'}")
+    if name in _ANSWERS and _are_calls(value):
+        value = json.dumps(value, ensure_ascii=False, default=_spell_other)
+    if isinstance(value, int | float | np.number | decimal.Decimal) and not isinstance(value, bool):
+        value = _spell_number(name, value)
     if not isinstance(value, str):
-        raise UnusableValue(f"{name} is not text ({type(value).__name__})")
-    if not value.strip():
-        raise UnusableValue(f"{name} is empty")
+        kind = value.type if isinstance(value, record_files.Unread) else type(value).__name__
+        raise UnusableValue(f"{name} is not text ({kind})")
     if any("\ud800" <= char <= "\udfff" for char in value):
         raise UnusableValue(f"{name} contains half a character (a lone surrogate)")
     # NFC gives each letter one spelling; most tokenizers encode other spellings differently.
     return unicodedata.normalize("NFC", value.strip())
 
 
+def _are_calls(value: object) -> bool:
+    """Returns whether a value is a list of tool calls, as in ToolAlpaca."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(x, dict) and isinstance(x.get("Action"), str) for x in value)
+    )
+
+
+def _spell_other(value: object) -> Any:
+    return float(value) if isinstance(value, decimal.Decimal) else str(value)
+
+
+def _spell_number(name: str, value: Any) -> str:
+    """Writes a number in digits; a whole number has no decimal point."""
+    if isinstance(value, int | np.integer):
+        return str(int(value))
+    if not math.isfinite(value):
+        raise UnusableValue(f"{name} is {value}")
+    if isinstance(value, decimal.Decimal):
+        if abs(value.adjusted()) > record_files.DIGITS:
+            raise UnusableValue(f"{name} has more than {record_files.DIGITS:,} digits")
+        return str(int(value)) if value == value.to_integral_value() else f"{value:f}"
+    return str(int(value)) if float(value).is_integer() else str(value)
+
+
 def _read_first(record: Record, names: Sequence[str]) -> str:
-    """Returns the text of the first field of `names` that occurs in the record."""
-    for name in names:
-        if name in record.fields:
-            return convert_to_text(name, record.fields[name])
+    """Returns the text of the first field of `names` that is not blank."""
+    present = [name for name in names if name in record.fields]
+    filled = [name for name in present if not is_blank(record.fields[name])]
+    for name in (*filled, *present):
+        return convert_to_text(name, record.fields[name])
     raise UnusableValue(f"{names[0]} is missing")
 
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """Reads a field with `_read_first`; returns "" if an optional field is blank or absent."""
-    x = next((record.fields[name] for name in names if name in record.fields), None)
-    blank = x is None or (isinstance(x, str | bytes) and not x.strip())
-    if not needed and (blank or (isinstance(x, float) and math.isnan(x))):
+    """Reads a field with `_read_first`; returns "" if an optional field is absent or unusable."""
+    try:
+        return _read_first(record, names)
+    except UnusableValue:
+        if needed:
+            raise
         return ""
-    return _read_first(record, names)
 
 
 def _read_problem(record: Record, codes: Sequence[str]) -> str:
     """Returns the problem in one language; `codes` are the language's code and aliases."""
-    names = [f"problem_{code}" for code in codes] + (["problem"] if "en" in codes else [])
+    names = [f"problem_{code}" for code in codes]
+    names = ["problem", *names] if "en" in codes else names
     for name in names:
         flag = record.fields.get(f"{name}_ok")  # in parquet files, an absent field is null
-        accepted = flag.decode() == "true" if isinstance(flag, bytes) else flag
-        right = isinstance(accepted, bool | np.bool_ | np.integer) and accepted == 1
-        if flag is not None and not right:
+        if not is_blank(flag) and not is_true(flag):
             raise UnusableValue(f"{name}_ok is not true")
     return _read_first(record, names)
+
+
+def is_true(flag: object) -> bool:
+    """Returns whether a quality flag is true: True, 1, or the text "true"."""
+    number = isinstance(flag, bool | np.bool_ | int | float | np.number)
+    return (number and flag == 1) or flag in ("true", b"true")
+
+
+def _read_solution_and_answer(record: Record, needs: Sequence[str]) -> tuple[str, str]:
+    """Returns the solution and the gold answer; splits an answer in the format of GSM8K."""
+    answer = _read_optional(record, _ANSWERS, "answer" in needs)
+    solution = _read_optional(record, ("solution",), False)
+    if marked := _MARKED.search(answer):
+        steps = _ANNOTATION.sub("", answer[: marked.start()]).strip()
+        solution = steps if solution in ("", answer) else solution
+        answer = marked[1].strip()
+    if not solution and "solution" in needs:
+        _read_first(record, ("solution",))  # raises the reason
+        raise UnusableValue("solution is missing")
+    return solution, answer
+
+
+def _check_options(record: Record) -> None:
+    """Refuses a multiple choice whose options no problem of the record shows."""
+    texts = [x for name, x in record.fields.items() if name.startswith("problem") and x]
+    shown = "\n".join(str(text) for text in texts)
+    for name in _OPTIONS:
+        if not all(option in shown for option in _list_options(record.fields.get(name))):
+            raise UnusableValue(f"the problem does not show the options of the field {name!r}")
+
+
+def _list_options(value: object) -> Iterator[str]:
+    """Yields the texts of options, from a list, or from an object such as {"text": [...]}."""
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from () if key in ("label", "labels") else _list_options(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _list_options(item)
 
 
 def _build_row(
     record: Record, lang: str, codes: Sequence[str], needs: Sequence[str], key: str
 ) -> problem_row.Row:
+    if "options" in needs:
+        _check_options(record)
+    problem = _read_problem(record, codes)
+    solution, answer = _read_solution_and_answer(record, needs)
     return problem_row.Row(
         id=key,
-        problem=_read_problem(record, codes),
-        solution=_read_optional(record, ("solution",), "solution" in needs),
-        answer=_read_optional(record, ("answer", "Answer"), "answer" in needs),
+        problem=problem,
+        solution=solution,
+        answer=answer,
         lang=lang,
         problem_en=_read_optional(record, ("problem", "problem_en"), "problem_en" in needs),
         group=_read_optional(record, ("group", "wording"), "group" in needs),
@@ -262,9 +222,14 @@ def _list_ids(path: str, records: Sequence[Record]) -> list[str]:
     """Returns the `id` of each record, or "row<n>" if the record has none; refuses repeated ids."""
     seen: dict[str, str] = {}
     for k, record in enumerate(records, start=1):
-        key = _read_optional(record, ("id",), False) or f"row{k}"
+        key = f"row{k}"
+        if not is_blank(value := record.fields.get("id")):
+            try:
+                key = convert_to_text("id", value)
+            except UnusableValue as reason:
+                raise ValueError(f"{path}, {record.where}: {reason}") from reason
         if key in seen:
-            raise ValueError(f"{path}: id {key!r} is in {seen[key]} and in {record.where}")
+            raise ValueError(f"{path}: id {key[:60]!r} is in {seen[key]} and in {record.where}")
         seen[key] = record.where
     return list(seen)
 
@@ -290,7 +255,8 @@ def load_rows(
       fields: a map from field names of this project to field names of the source, such as
         "problem=question,answer=final".
       needs: the fields that each row must have besides its problem; the choices are `solution`,
-        `answer`, `problem_en` and `group`. For evaluation, rows need no solution.
+        `answer`, `problem_en` and `group`. For evaluation, rows need no solution. `options` means
+        that the problem must show the options in the fields `choices` and `options`.
       limit: the number of records to use from the start of the source; 0 for all.
       registry: the languages by code; None for the built-in languages.
       setting: the name of the setting that gives `path`, for error messages.
@@ -300,7 +266,7 @@ def load_rows(
       row's id is "<id>/<lang>", because each problem occurs once per language.
 
     Raises:
-      FileNotFoundError: there is no such file or data set.
+      OSError: there is no such file or data set, or the file cannot be read.
       ValueError: a record cannot be used, or no row is left. The message names the file, the first
         unusable record, and the number of unusable records.
     """
@@ -310,10 +276,11 @@ def load_rows(
         raise ValueError(f"the languages are {', '.join(langs)}: give at least one, and none twice")
     if path.endswith(".tsv") and len(codes) > 1:
         raise ValueError(f"{setting} is {path!r}: a TSV file has one language, not {langs}")
-    records = read_records(path, lang=codes[0], setting=setting)
-    records = rename_fields(path, records, fields)[: limit or None]
+    fields_setting = "eval.fields" if setting == "eval.path" else "data.fields"
+    records = record_files.read_records(path, lang=codes[0], setting=setting)
+    records = rename_fields(path, records, fields, fields_setting)[: limit or None]
     ids = _list_ids(path, records)
-    rows, dropped, first_places = [], collections.Counter[str](), {}
+    rows, dropped, first = [], collections.Counter[str](), {}
     for lang in codes:
         names = (lang, *registry[lang].aliases)
         for record, key in zip(records, ids, strict=True):
@@ -322,22 +289,25 @@ def load_rows(
                 rows.append(_build_row(record, lang, names, needs, key))
             except UnusableValue as reason:
                 dropped[str(reason)] += 1
-                first_places.setdefault(str(reason), record.where)
-    _check_dropped(path, dropped, first_places, len(rows), missing)
+                first.setdefault(str(reason), record)
+    if dropped and (missing == "error" or not rows):
+        _refuse_unusable(path, dropped, first, len(rows), fields_setting)
+    if not rows:
+        raise ValueError(f"{path}: it has no rows")
     return rows, dropped
 
 
-def _check_dropped(
-    path: str, dropped: Mapping[str, int], first: Mapping[str, str], kept: int, missing: str
-) -> None:
-    """Refuses a source without rows; if `missing` is "error", also refuses dropped rows."""
-    if dropped and (missing == "error" or not kept):
-        reason = next(iter(dropped))
-        more = "; ".join(f"{name}: {count}" for name, count in dropped.items())
-        total = kept + sum(dropped.values())
-        advice = "data.missing=drop leaves such rows out" if kept else "no row is left"
-        raise ValueError(
-            f"{path}, {first[reason]}: {reason} (unusable rows, of {total}: {more}; {advice})"
-        )
-    if not kept:
-        raise ValueError(f"{path}: it has no rows")
+def _refuse_unusable(
+    path: str, dropped: Mapping[str, int], first: Mapping[str, Record], kept: int, setting: str
+) -> NoReturn:
+    """Raises an error about the first unusable record, with the counts of all reasons."""
+    reason = next(iter(dropped))
+    more = "; ".join(f"{name}: {count}" for name, count in dropped.items())
+    total = kept + sum(dropped.values())
+    advice = "data.missing=drop leaves such rows out" if kept else "no row is left"
+    if reason.endswith(" is missing"):
+        have = record_files.list_names(first[reason].fields) or "nothing"
+        advice += f"; the record has {have}, and {setting} can map names"
+    raise ValueError(
+        f"{path}, {first[reason].where}: {reason} (unusable rows, of {total}: {more}; {advice})"
+    )

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from copsd_jax.problems import problem_row, sources
+from copsd_jax.problems import problem_row, record_files
 from copsd_jax.teaching import answer_leaks, step_checker
 
 
@@ -318,7 +318,7 @@ def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, 
     default 0.
 
     Args:
-      path: a file that `sources.read_records` can read.
+      path: a file that `record_files.read_records` can read.
       setting: the name of the setting that gives `path`, for error messages.
 
     Raises:
@@ -327,7 +327,7 @@ def load_reply_file(path: str, setting: str = "author.path") -> dict[tuple[str, 
         line.
     """
     out: dict[tuple[str, int], str] = {}
-    for where, fields in sources.read_records(path, setting=setting):
+    for where, fields in record_files.read_records(path, setting=setting):
         row, sample, fault = fields.get("id"), fields.get("sample", 0), _find_reply_fault(fields)
         if not fault and (row, sample) in out:
             fault = f"id {row!r} with sample {sample} occurs twice"

@@ -8,7 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from copsd_jax.problems import problem_row, sources
+from copsd_jax.problems import problem_row, record_files
 from copsd_jax.teaching import answer_leaks, replies, rule_author, solution_steps, step_checker
 
 QUOTE, WHY = "<error_quote>5 * 3 = 16</error_quote>", "<explanation>5 * 3 is 15.</explanation>"
@@ -449,7 +449,7 @@ SAID = {
 @pytest.mark.parametrize("tags", [False, True])
 @pytest.mark.parametrize("how", PERTURBED)
 def test_what_the_rule_writes_is_read_back(how, tags):
-    rows = [record.fields for record in sources.read_records("bundled:train")][:120]
+    rows = [record.fields for record in record_files.read_records("bundled:train")][:120]
     assert sum(row["steps"] > 1 for row in rows) > 20
     for row in rows:
         gold = row["answer"]
