@@ -12,6 +12,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import memory
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import problem_row
+from copsd_jax.rewards import reward_functions
 from copsd_jax.runtime import continuation, sharding
 from copsd_jax.training import backends, builders, run_plan
 from copsd_jax.weights import initial_weights, tokenizer
@@ -39,9 +40,10 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
         f"  loss        {_summarize_loss(c)} ({backends.choose_loss(c, platform)})",
         f"  attention   {_format_attention(plan)}; remat {c.model.remat}",
         f"  problems    {c.data.path}: {_count_languages(plan.rows)}; "
-        f"dropped: {_format_counts(plan.dropped)}",
-        f"  evaluation  {c.eval.path or 'none'}: {_count_languages(plan.eval_rows)}; "
-        f"dropped: {_format_counts(plan.eval_dropped)}",
+        f"dropped: {_format_counts(plan.dropped)}{_describe_golds(c.reward.kind, plan.rows)}",
+        f"  evaluation  {c.eval.path or 'none'}: {_count_languages(plan.eval_rows)}; dropped: "
+        f"{_format_counts(plan.eval_dropped)}{_describe_golds(c.reward.kind, plan.eval_rows)}",
+        *_describe_data(c, len(plan.rows)),
         f"  a step      {c.train.batch} problems x {c.rollout.per_prompt} completions of at most "
         f"{c.rollout.max_tokens} tokens = at most {completions * c.rollout.max_tokens:,} tokens; "
         f"{c.train.steps} steps",
@@ -65,6 +67,27 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
     if unchecked:
         lines.append(f"  wording not checked by a speaker: {', '.join(sorted(unchecked))}")
     return "\n".join(lines)
+
+
+def _describe_golds(kind: str, rows: list[problem_row.Row]) -> str:
+    """Counts the gold answers that the grader cannot read; returns "" if it can read all."""
+    golds = {row.id: row.answer for row in rows if row.answer}
+    if not (found := reward_functions.find_unreadable(kind, golds)):
+        return ""
+    return f"; gold answers that the grader cannot read: {len(found):,}, such as {found[0]!r}"
+
+
+def _describe_data(c: config_lib.Config, rows: int) -> list[str]:
+    """Describes data that may not be what the user wants, one line each."""
+    lines = []
+    if rows < c.train.batch and c.train.steps:
+        lines.append(
+            f"  a step has {c.train.batch} problems, but there are {rows}: some are repeated"
+        )
+    own = not c.data.path.startswith("bundled:")
+    if own and c.eval.path.startswith("bundled:") and c.eval.path == config_lib.default().eval.path:
+        lines.append("  the evaluation uses bundled problems, because eval.path is not set")
+    return lines
 
 
 def _format_attention(plan: run_plan.Plan) -> str:

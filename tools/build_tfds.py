@@ -8,6 +8,7 @@ To read the data set, set TFDS_DATA_DIR to DATA_DIR in the environment, and use
 
 import argparse
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -41,10 +42,18 @@ def build_tfds(
 
     Raises:
       FileExistsError: the version already exists.
-      ValueError: the source cannot be read, or a field is not a text, a number or a boolean.
+      ValueError: the source cannot be read, a name is wrong, or a field is not a text or a number.
     """
     import tensorflow_datasets as tfds
 
+    for flag, value, form in (
+        ("NAME", name, r"[a-z][a-z0-9_]*"),
+        ("--split", split, r"[a-z][a-z0-9_]*"),
+        ("--version", version, r"\d{1,9}\.\d{1,9}\.\d{1,9}"),
+    ):
+        if not re.fullmatch(form, value, re.ASCII):
+            like = "1.0.0" if flag == "--version" else "my_problems"
+            raise ValueError(f"{flag} is {value!r}: write a value such as {like}")
     folder = pathlib.Path(data_dir) / name / version
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another version or remove it")
@@ -53,6 +62,8 @@ def build_tfds(
     )
     found = {column for record in records for column in record.fields}
     columns = sorted(c for c in found if c in sources.FIELDS or c.startswith("problem_"))
+    if not columns:
+        raise ValueError(f"{source_path}: no record has a field of problems; --fields maps names")
     examples = [_example(source_path, record, columns) for record in records]
 
     # TFDS refuses the class name Builder outside a package.
@@ -81,9 +92,9 @@ def _example(path: str, record: record_files.Record, columns: Sequence[str]) -> 
     out = dict.fromkeys(columns, "")
     for column in columns:
         value = record.fields.get(column)
-        if isinstance(value, bool):
-            out[column] = "true" if value else "false"
-        elif value is not None and value != "":
+        if column.endswith("_ok") and not sources.is_blank(value):
+            out[column] = "true" if sources.is_true(value) else "false"
+        elif not sources.is_blank(value):
             try:
                 out[column] = sources.convert_to_text(column, value)
             except sources.UnusableValue as error:

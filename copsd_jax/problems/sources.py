@@ -162,7 +162,7 @@ def _read_problem(record: Record, codes: Sequence[str]) -> str:
 def is_true(flag: object) -> bool:
     """Returns whether a quality flag is true: True, 1, or the text "true"."""
     number = isinstance(flag, bool | np.bool_ | int | float | np.number)
-    return (number and flag == 1) or flag in ("true", b"true")
+    return (number and flag == 1) or (isinstance(flag, str | bytes) and flag in ("true", b"true"))
 
 
 def _read_solution_and_answer(record: Record, needs: Sequence[str]) -> tuple[str, str]:

@@ -19,6 +19,7 @@ _CLOCK = re.compile(
 _NAMED = re.compile(r"[A-Za-z](?:_(?:\w|\{\w+\}))?\s*=\s*(?P<value>[^=<>]+)")
 _RELATION = re.compile(r"[=<>|:]|\\(?:le|ge|ne|mid|in|approx)(?![a-zA-Z])")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
+_MOST_WORDS = 8  # more words beside a number or formula are prose
 
 
 def normalize(text: str) -> str:
@@ -52,6 +53,25 @@ def is_words(text: str) -> bool:
         len(token) > 3 or (len(token) > 1 and (not token.isascii() or set("eioEIO") & set(token)))
         for token in tokens
     )
+
+
+def is_readable(text: str) -> bool:
+    r"""Tells whether an answer can equal an answer that is written differently.
+
+    An answer is not readable if it is prose, such as a whole solution, if it has several lines
+    without LaTeX, if it is longer than `numerals.LONGEST`, if its braces do not match, or if it has
+    neither letters nor digits.
+    """
+    folded = notation.fold(text)
+    if len(folded) > numerals.LONGEST or not re.search(r"[^\W_]", folded):
+        return False
+    if "\n" in text.strip() and "\\" not in text:
+        return False
+    braces = re.findall(r"\\.|([{}])", folded, re.DOTALL)
+    if braces.count("{") != braces.count("}"):
+        return False
+    prose = len(re.findall(r"[^\W\d_]{2,}", _COMMAND.sub(" ", folded))) > _MOST_WORDS
+    return not prose
 
 
 def compare_plainly(gold: str, answer: str, policy: str = "words") -> bool | None:

@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from copsd_jax.rewards import extraction, graders
+from copsd_jax.rewards import comparison, extraction, graders
 
 STATUSES = (
     *graders.STATUSES,
@@ -129,7 +129,7 @@ def _read_gold(kind: str, gold: str, where: str) -> Any:
     read = REWARDS[kind].read_gold
     try:
         return read(gold) if read else gold
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"reward.kind is {kind!r}: the gold answer {_shorten(gold)!r} of {where} cannot be "
             f"read: {error}"
@@ -379,8 +379,30 @@ def check_gold_answers(kind: str, golds: Mapping[str, str], setting: str) -> Non
 
     Raises:
       ValueError: a gold answer cannot be read; the message names the first row with such an answer.
+        With the kind "answer", some answers may be unreadable, but not all.
     """
     if kind not in REWARDS:
         return
     for row, gold in golds.items():
         _read_gold(kind, gold, f"row {row!r} of {setting}")
+    if golds and len(find_unreadable(kind, golds)) == len(golds):
+        row, gold = next(iter(golds.items()))
+        raise ValueError(
+            f"{setting}: the grader can read none of the {len(golds)} gold answers, such as "
+            f"{_shorten(gold)!r} of row {row!r}; the field answer must have the final answer alone"
+        )
+
+
+def find_unreadable(kind: str, golds: Mapping[str, str]) -> list[str]:
+    """Finds the rows whose gold answer the grader of answers cannot read.
+
+    Args:
+      kind: the value of reward.kind.
+      golds: the gold answer of each row id.
+
+    Returns:
+      The ids of the rows; [] for other kinds than "answer".
+    """
+    if kind != "answer":
+        return []
+    return [row for row, gold in golds.items() if not comparison.is_readable(gold)]

@@ -21,12 +21,15 @@ def load_train_rows(
     Raises:
       ValueError: the reward, the context or the author cannot use the rows.
     """
+    needs = list_row_fields(config, context)
     rows, dropped = sources.load_rows(
         config.data.path, config.data.lang, missing=config.data.missing,
         fields=_fields(config.data.path, config.data.fields),
-        needs=list_row_fields(config, context), limit=config.data.limit, registry=registry,
+        needs=(*needs, *_need_options(config)),
+        limit=config.data.limit, registry=registry,
     )  # fmt: skip
-    if config_lib.traits(config).samples:
+    graded = config.reward.kind != "answer" or "answer" in needs
+    if config_lib.traits(config).samples and graded:
         reward_functions.check_gold_answers(
             config.reward.kind, {row.id: row.answer for row in rows if row.answer}, "data.path"
         )
@@ -54,8 +57,9 @@ def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
         return [], collections.Counter()
     rows, dropped = sources.load_rows(
         config.eval.path, config.eval.lang or config.data.lang, missing=config.data.missing,
-        fields=_fields(config.eval.path, config.eval.fields), needs=("answer",),
-        limit=config.eval.limit, registry=registry, setting="eval.path",
+        fields=_fields(config.eval.path, config.eval.fields),
+        needs=("answer", *_need_options(config)), limit=config.eval.limit, registry=registry,
+        setting="eval.path",
     )  # fmt: skip
     reward_functions.check_gold_answers(
         config.reward.kind, {row.id: row.answer for row in rows}, "eval.path"
@@ -89,6 +93,11 @@ def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, 
 def _fields(path: str, fields: str) -> str:
     """Returns the field map of a source; bundled files need no map, so their map is empty."""
     return "" if path.startswith("bundled:") else fields
+
+
+def _need_options(config: config_lib.Config) -> tuple[str, ...]:
+    """Returns ("options",) if the rewards are choices, whose options the problem must show."""
+    return ("options",) if config.reward.kind == "choice" else ()
 
 
 def check_language_shares(config: config_lib.Config, rows: list[Row], registry: Registry) -> None:

@@ -5,6 +5,7 @@ message contains the text of a special token, that text is encoded as ordinary t
 """
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ import tokenizers
 import transformers
 
 Tokenizer = transformers.PreTrainedTokenizerFast
+# A text would need 137,000 different characters to use all of these.
+_PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
 @functools.lru_cache(maxsize=4)
@@ -81,7 +84,7 @@ class Guard:
 
     def __init__(self, tokenizer: Tokenizer, contents: Sequence[str]):
         used = set().union(*contents)
-        free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        free = (chr(code) for code in itertools.chain(*_PRIVATE_USE) if chr(code) not in used)
         self.mark = next(free)
         self._pattern = find_added_tokens(tokenizer)[1]
         found = {token for text in contents for token in self._pattern.findall(text)}
