@@ -111,7 +111,7 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
             try:
                 out.append(_record(path, f"line {line}", _parse_json(path, line, content)))
             except ValueError:
-                if not out and _is_json_object(text):
+                if not out and "\n" in text.strip() and _is_json_object(text):
                     raise ValueError(
                         f"{path}: the file is one JSON object over several lines; write a JSON "
                         "list of objects, or one object per line"
@@ -210,7 +210,7 @@ def _read_parquet(path: str, raw: bytes) -> list[Record]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw)).read()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = describe_error(error)
         raise ValueError(f"{path}: not a parquet file that can be read ({reason})") from error
@@ -280,10 +280,21 @@ def _read_tfds(setting: str, path: str) -> list[Record]:
             "prepare it with file_format='array_record'"
         )
     try:
+        _check_shards(builder.info.splits[split.partition("[")[0]])
         source: Any = builder.as_data_source  # a decorator hides all arguments from type checkers
         return [read_example(k, example) for k, example in enumerate(source(split), start=1)]
     except Exception as error:
         raise _refuse_folder(setting, path, folder, error) from error
+
+
+def _check_shards(split: Any) -> None:
+    """Refuses a shard without all of its records, from which TFDS would read empty examples."""
+    from array_record.python import array_record_module
+
+    for file, count in zip(split.filepaths, split.shard_lengths, strict=True):
+        found = array_record_module.ArrayRecordReader(str(file)).num_records() if count else 0
+        if found != count:
+            raise ValueError(f"{file} has {found} of {count} records")
 
 
 def _refuse_folder(setting: str, path: str, folder: pathlib.Path, error: Exception) -> ValueError:
