@@ -36,7 +36,7 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from copsd_jax.config import setting_rules
+from copsd_jax.config import cards, setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import targets
 from copsd_jax.runtime import malloc, signals, storage, streams
@@ -97,7 +97,7 @@ def _run_command(argv: list[str]) -> int:
         processes.join_processes(config)
         plan, continued = train.prepare(config, workdir)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {streams.join_lines(error)}", file=sys.stderr)
         return 2
     try:
         train.train(plan, workdir, continued)
@@ -119,28 +119,23 @@ def parse_command(argv: list[str]) -> Command:
       ValueError: a flag, setting or preset is unknown, or a value is not allowed.
       OSError: a config file cannot be read.
     """
-    _check_names(argv)
+    card, rest = cards.split_arguments(argv)
+    settings = cards.load_card(card)
     # Each call has its own flags, so that two calls in one process do not share values.
     values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file(
-        "config", None, "experiment card", flag_values=values, sys_argv=argv[1:]
-    )
-    workdir = flags.DEFINE_string("workdir", "", "directory of the run", flag_values=values)
-    start = flags.DEFINE_string("init_from", "", "weights to start from", flag_values=values)
-    target = flags.DEFINE_string("dry_run", "", "devices to compile for", flag_values=values)
-    report = flags.DEFINE_string("dry_run_json", "", "file for the report", flag_values=values)
-    search = flags.DEFINE_boolean("search", False, "compile largest sizes", flag_values=values)
     try:
-        rest = values(argv)
-    except flags.Error as error:
-        # For an error inside a config file, the text of `error` is a traceback. The last line of
-        # the traceback contains the message.
-        last = str(error).strip().splitlines()[-1]
-        raise ValueError(last.removeprefix("ValueError: ")) from error
-    if len(rest) > 1:
-        raise ValueError(f"unexpected argument {rest[1]!r}: write settings as --config.name=value")
-    if config.value is None:
-        raise ValueError("--config is missing: write, for example, --config=configs/opsd.py")
+        config = config_flags.DEFINE_config_dict(
+            "config", settings, flag_values=values, sys_argv=rest
+        )
+        workdir = flags.DEFINE_string("workdir", "", "directory of the run", flag_values=values)
+        start = flags.DEFINE_string("init_from", "", "weights to start from", flag_values=values)
+        target = flags.DEFINE_string("dry_run", "", "devices to compile for", flag_values=values)
+        report = flags.DEFINE_string("dry_run_json", "", "file for report", flag_values=values)
+        search = flags.DEFINE_boolean("search", False, "largest sizes", flag_values=values)
+        values([*argv[:1], *rest])
+    except (flags.Error, ValueError, RecursionError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or "a value is nested too deeply"
+        raise ValueError(reason.removeprefix("flag ")) from error
     config_lib.split_lists(config.value)
     if start.value:
         config.value.model.init_from = start.value
@@ -149,20 +144,8 @@ def parse_command(argv: list[str]) -> Command:
     dry_run = _parse_dry_run(target.value, report.value, search.value)
     setting_rules.check_settings(config.value, data=dry_run is None)
     storage.check_local("--workdir", workdir.value)
-    directory = workdir.value or _default_workdir(values)
+    directory = workdir.value or _default_workdir(card)
     return Command(config.value, pathlib.Path(directory), dry_run)
-
-
-def _check_names(argv: list[str]) -> None:
-    """Checks that settings and config files exist; the messages are plainer than absl's."""
-    for argument in argv[1:]:
-        flag, _, value = argument.lstrip("-").partition("=")
-        name = flag.removeprefix("config.")
-        if name != flag and name not in config_lib.SETTINGS:
-            raise ValueError(config_lib.unknown_setting(name))
-        file = value.partition(":")[0]
-        if flag == "config" and "=" in argument and not pathlib.Path(file).is_file():
-            raise FileNotFoundError(f"--config={file!r}: there is no such file")
 
 
 def _parse_dry_run(target: str, report: str, search: bool) -> DryRun | None:
@@ -173,9 +156,9 @@ def _parse_dry_run(target: str, report: str, search: bool) -> DryRun | None:
     return DryRun(targets.parse_target(target), report, search) if target else None
 
 
-def _default_workdir(values: flags.FlagValues) -> str:
-    """Returns the default work directory, runs/<config>[-<preset>]."""
-    name, _, preset = config_flags.get_config_filename(values["config"]).partition(":")
+def _default_workdir(card: str) -> str:
+    """Returns the default work directory of a card, runs/<config>[-<preset>]."""
+    name, _, preset = card.partition(":")
     return str(pathlib.Path("runs") / (pathlib.Path(name).stem + (f"-{preset}" if preset else "")))
 
 

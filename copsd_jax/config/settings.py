@@ -6,13 +6,14 @@ returns the result. `main` applies the overrides from the command line (`--confi
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
 from copsd_jax.config import methods, setting_list
-from copsd_jax.config.declaration import Choices, Condition, ListedBy
+from copsd_jax.config.declaration import Choices, Condition, ListedBy, Range
 
 # A locked ml_collections.ConfigDict. Type checkers do not know the attributes of a ConfigDict.
 Config = Any
@@ -61,11 +62,44 @@ def assign(config: Config, values: Mapping[str, Any]) -> None:
     Args:
       config: the config.
       values: the values by the settings' full names.
+
+    Raises:
+      ValueError: a setting is unknown, or a value has the wrong type.
     """
     for name, value in values.items():
+        if name not in SETTINGS:
+            raise ValueError(unknown_setting(name))
         section, _, key = name.rpartition(".")
         node = config[section] if section else config
-        node[key] = tuple(value) if isinstance(value, list) else value
+        node[key] = _convert_type(name, value)
+
+
+# The accepted types for the type of a default, in words and as classes.
+_TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
+    bool: ("True or False", (bool,)),
+    int: ("a whole number", (numbers.Integral,)),
+    float: ("a number", (numbers.Real,)),
+    str: ("text", (str,)),
+    tuple: ("a list of values", (tuple, list)),
+}
+
+
+def _convert_type(name: str, value: Any) -> Any:
+    """Returns a value in the type of the setting's default."""
+    kind = type(SETTINGS[name].default)
+    if not isinstance(value, _TYPES[kind][1]) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(describe_type_fault(name, value))
+    return kind(value)
+
+
+def describe_type_fault(name: str, value: object) -> str:
+    """Returns an error message for a value of the wrong type; it names the type and the range."""
+    setting = SETTINGS[name]
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:80]}…"
+    words = _TYPES[type(setting.default)][0]
+    also = f" ({setting.allowed.words})" if isinstance(setting.allowed, Range) else ""
+    return f"{name} is {shown}: it must be {words}{also}"
 
 
 def completions_per_step(config: Config) -> int:
@@ -182,6 +216,12 @@ def choices(name: str, tables: Tables) -> tuple[str, ...]:
         return ()
     found = tuple(tables[name]) if allowed.table and tables else allowed.names
     return (*found, "module:function") if allowed.function else found
+
+
+def list_choices(names: Iterable[str]) -> str:
+    """Returns "it must be X" for one choice, and "the choices are X, Y" for several."""
+    every = list(names)
+    return f"it must be {every[0]}" if len(every) == 1 else f"the choices are {', '.join(every)}"
 
 
 def spell(name: str, when: Condition | ListedBy, tables: Tables) -> str:

@@ -17,6 +17,11 @@ def write_error(text: str) -> None:
         os.write(2, text.encode())
 
 
+def join_lines(error: BaseException) -> str:
+    """Returns the message of an error on one line."""
+    return " ".join(str(error).splitlines())
+
+
 class _Output:
     """A text stream that drops its output after the pipe behind it has lost its reader."""
 

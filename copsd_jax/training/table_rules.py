@@ -62,7 +62,7 @@ def check_choices(config: config_lib.Config, *, train: bool = True, data: bool =
     if s["reward.kind"] in reward_functions.REWARDS:
         forms = reward_functions.REWARDS[s["reward.kind"]].answer_forms
     if s["prompt.answer"] not in forms:
-        rule = f"with reward.kind={s['reward.kind']} it is one of {', '.join(forms)}"
+        rule = f"with reward.kind={s['reward.kind']} {config_lib.list_choices(forms)}"
         setting_rules.refuse(s, "prompt.answer", rule)
 
 
@@ -85,8 +85,8 @@ def _check_context(s: Mapping[str, Any], settings: contexts.Settings) -> None:
     """Refuses authors, token selections and group sizes that the context cannot use."""
     context, author = contexts.CONTEXTS[settings.kind], s["author.kind"]
     if author not in context.author_kinds:
-        rule = f"with context.kind={settings.kind} it is one of {', '.join(context.author_kinds)}"
-        setting_rules.refuse(s, "author.kind", rule)
+        choices = config_lib.list_choices(context.author_kinds)
+        setting_rules.refuse(s, "author.kind", f"with context.kind={settings.kind} {choices}")
     if s["tokens.select"] in ("from_error", "error_step") and not context.locates_error:
         locating = [name for name, entry in contexts.CONTEXTS.items() if entry.locates_error]
         rule = f"it goes with context.kind={', '.join(locating)}"

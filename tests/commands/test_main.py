@@ -59,7 +59,9 @@ ROW = {"problem": "1 + 1?", "solution": "1 + 1 = 2.", "answer": "2", "problem_sw
 def test_settings(refused):
     assert "unknown language 'xx'" in refused("--config.data.lang=xx")
     assert "did you mean train.steps" in refused("--config.trian.steps=3")
-    assert "invalid literal for int" in refused("--config.train.steps=many")
+    assert "train.steps is 'many': it must be a whole number (at least 0)" in refused(
+        "--config.train.steps=many"
+    )
     assert "the choices are smollm2, tiny" in refused(card="opsd.py:huge")
     assert "micro_batch is 3: it must divide" in refused("--config.train.micro_batch=3")
     assert "over 8 devices" in refused("--config.train.batch=4")
@@ -73,7 +75,7 @@ def test_settings(refused):
     assert "model.shape is 'big': the choices are" in refused("--config.model.shape=big")
     assert "prompt.thinking" in refused("--config.prompt.thinking=none")
     assert "parity.template_mismatch" in refused("--config.teacher.thinking=on")
-    assert "Unknown command line flag" in refused("--steps=3")
+    assert "--steps is no flag: the flags are --config, --workdir" in refused("--steps=3")
     assert "unexpected argument" in refused("train.steps=3")
 
 

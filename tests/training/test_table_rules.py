@@ -48,7 +48,7 @@ def test_a_context_is_one_entry(monkeypatch):
     assert row.solution not in plan.teacher.build_shortest(row).text
     assert "other_problem, none, answer_only" in refusal(context__kind="answer")
     # What the entry does not ask for is refused as of any other.
-    assert "with context.kind=answer_only it is one of none" in refusal(
+    assert "with context.kind=answer_only it must be none" in refusal(
         context__kind="answer_only", author__kind="student"
     )
     assert "nothing reads it, because it needs context.kind=crosslingual" in refusal(
@@ -110,7 +110,7 @@ def test_a_reward_is_one_entry(monkeypatch):
     assert refusal(reward__kind="length") == said
     entry = reward_functions.Reward(longest, answer_forms=("none",))
     monkeypatch.setitem(reward_functions.REWARDS, "length", entry)
-    assert "with reward.kind=length it is one of none" in refusal(reward__kind="length")
+    assert "with reward.kind=length it must be none" in refusal(reward__kind="length")
     plan = run_plan.make_plan(runs.config("opsd", reward__kind="length", prompt__answer="none"))
     with graders.Grader("none", "last_after_think", 5.0, workers=1) as grader:
         rewarder = reward_functions.build_rewarder(plan.config.reward.kind, grader)

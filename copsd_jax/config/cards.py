@@ -1,0 +1,176 @@
+"""Experiment cards, and the arguments of the command line that change their settings.
+
+A card is a Python file whose function `get_config(preset)` changes the result of `default()` and
+returns it. Every error is one sentence that names the card or the setting.
+"""
+
+import difflib
+import importlib.util
+import pathlib
+import re
+import traceback
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_dict
+
+from copsd_jax.config import settings as config_lib
+
+FLAGS = ("config", "workdir", "init_from", "dry_run", "dry_run_json", "search")
+_PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
+_SHOWN = 300  # maximum number of characters of an error in a card
+
+
+class Arguments(NamedTuple):
+    """The arguments of a command line.
+
+    Attributes:
+      card: the value of --config; "" if it is missing.
+      others: all other arguments, each as "--name=value", or as the name alone if it is a switch.
+    """
+
+    card: str
+    others: list[str]
+
+
+def split_arguments(argv: Sequence[str]) -> Arguments:
+    """Splits a command line, and checks the names of flags and settings, and simple values.
+
+    Args:
+      argv: the command line; the first element is the name of the program.
+
+    Raises:
+      ValueError: a name is unknown or occurs twice, or a value is missing or has the wrong type.
+    """
+    found: dict[str, str] = {}
+    words = iter(argv[1:])
+    for word in words:
+        flag, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("-") or not flag:
+            raise ValueError(f"unexpected argument {word!r}: write settings as --config.name=value")
+        name = _check_name(flag)
+        if name in found:
+            advice = "; write several values with commas" if _is_list(name) else ""
+            raise ValueError(f"--{name} occurs twice: keep one of the two{advice}")
+        switch = name == "search" or _default_of(name) in (True, False)
+        if not equals and not switch:
+            word = next(words, None)
+            if word is None:
+                raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
+            value, equals = word, "="
+        if equals and name == "search" and value.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"--search is {value!r}: it must be True or False")
+        if equals and name.startswith("config."):
+            _check_value(name.removeprefix("config."), value)
+        found[name] = f"--{flag}{equals}{value}"
+    card = found.pop("config", "").removeprefix("--config=")
+    return Arguments(card, list(found.values()))
+
+
+def _check_name(flag: str) -> str:
+    """Returns the name of a flag or setting, without the "no" of a negated switch."""
+    for name in (flag, flag.removeprefix("no")):
+        setting = name.removeprefix("config.")
+        if name in FLAGS and (name == flag or name == "search"):
+            return name
+        known = setting != name and setting in config_lib.SETTINGS
+        if known and (name == flag or isinstance(_default_of(name), bool)):
+            return name
+    if flag.startswith("config."):
+        raise ValueError(config_lib.unknown_setting(flag.removeprefix("config.")))
+    known = ", ".join(f"--{name}" for name in FLAGS)
+    raise ValueError(f"--{flag} is no flag: the flags are {known} and --config.name for settings")
+
+
+def _default_of(name: str) -> Any:
+    setting = config_lib.SETTINGS.get(name.removeprefix("config."))
+    return setting.default if setting and name.startswith("config.") else None
+
+
+def _is_list(name: str) -> bool:
+    return isinstance(_default_of(name), tuple)
+
+
+def _check_value(name: str, text: str) -> None:
+    """Refuses the text of a number or switch that cannot be read."""
+    parser = _PARSERS.get(type(config_lib.SETTINGS[name].default))
+    try:
+        if parser:
+            parser.parse(text)
+    except ValueError as error:
+        raise ValueError(config_lib.describe_type_fault(name, text)) from error
+
+
+def load_card(argument: str) -> config_lib.Config:
+    """Loads the settings of an experiment card.
+
+    Args:
+      argument: the path of the card, perhaps followed by a colon and the name of a preset.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is no card, or the card fails; the message names the file and the line.
+    """
+    if not argument:
+        raise ValueError("--config is missing: write, for example, --config=configs/opsd.py")
+    file, colon, preset = argument.partition(":")
+    if not pathlib.Path(file).is_file():
+        raise FileNotFoundError(f"--config={file!r}: there is no such file")
+    if not file.endswith(".py"):
+        raise ValueError(f"--config={file!r}: a card is a Python file, such as configs/opsd.py")
+    try:
+        spec: Any = importlib.util.spec_from_file_location("experiment_card", file)
+        module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(preset) if colon else module.get_config()
+    # A card is the user's program, which may raise anything or call sys.exit.
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--config={argument!r}{_describe_failure(file, error)}") from error
+    return _check_settings_of(argument, config)
+
+
+def _describe_failure(file: str, error: BaseException) -> str:
+    """Describes the failure of a card: the line in the card, and the error."""
+    if isinstance(error, SyntaxError):
+        where = f", line {error.lineno}" if error.lineno else ""
+        return f"{where}: the file is not valid Python ({error.msg})"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename.endswith(file)]
+    where = f", line {lines[-1]}" if lines else ""
+    text = " ".join(str(error).split())
+    if frames[-1].filename.endswith("config_dict.py") and isinstance(error, AttributeError):
+        return f"{where}: {_describe_unknown(text)}"
+    kind = "" if text and isinstance(error, ValueError) else type(error).__name__
+    return f"{where}: {': '.join(filter(None, (kind, text[:_SHOWN])))}"
+
+
+def _describe_unknown(text: str) -> str:
+    """Describes the error of ConfigDict about a name that the settings do not have."""
+    name = re.search(r"\w+", text.removeprefix("'Key"))
+    word = name[0] if name else ""
+    every = dict.fromkeys(part for full in config_lib.SETTINGS for part in full.split("."))
+    near = difflib.get_close_matches(word, every)
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all settings"
+    return f"the settings have no {word!r}: {hint}"
+
+
+def _check_settings_of(argument: str, config: Any) -> config_lib.Config:
+    """Returns the settings of a card as a new locked config with the types of the defaults."""
+    if not isinstance(config, config_dict.ConfigDict):
+        kind = type(config).__name__
+        rule = "get_config must return the config that copsd_jax.config.default() gives"
+        raise ValueError(f"--config={argument!r}: {rule}, but it returned {kind}")
+    values = config_lib.flat(config)
+    unknown = [name for name in values if name not in config_lib.SETTINGS]
+    if unknown:
+        raise ValueError(f"--config={argument!r}: {config_lib.unknown_setting(unknown[0])}")
+    if missing := [name for name in config_lib.SETTINGS if name not in values]:
+        rule = "start from copsd_jax.config.default()"
+        raise ValueError(f"--config={argument!r}: the card lacks the setting {missing[0]}; {rule}")
+    result = config_lib.default()
+    try:
+        config_lib.assign(result, values)
+    except ValueError as error:
+        raise ValueError(f"--config={argument!r}: {error}") from error
+    return result
