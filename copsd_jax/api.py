@@ -7,6 +7,10 @@ JAX's first device.
 """
 
 import dataclasses
+import numbers
+import os
+import re
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +21,12 @@ import numpy as np
 from copsd_jax import diagnostics
 from copsd_jax.config import settings as config_lib
 from copsd_jax.losses import divergences, token_values
-from copsd_jax.problems import problem_row
+from copsd_jax.problems import languages, problem_row
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import loop, request
 from copsd_jax.teaching import contexts, text_encoding
 from copsd_jax.teaching import prompts as prompts_lib
-from copsd_jax.training import builders, layout, loaded_run, run_plan
+from copsd_jax.training import builders, layout, loaded_run, run_plan, table_rules
 from copsd_jax.training import train_step as step_lib
 from copsd_jax.weights import hub
 
@@ -33,6 +37,13 @@ Completion = loop.Completion
 TINY: dict[str, Any] = {
     "model.init": "random", "model.shape": "tiny", "prompt.thinking": "off"
 }  # fmt: skip
+
+# Sections and settings that only a run reads.
+_UNREAD = frozenset(
+    "author data eval guards mesh policy tokens description rollout.per_prompt prompt.max_tokens "
+    "teacher.max_tokens train.batch train.save_every train.save_minutes train.keep train.grace "
+    "train.log_rollouts".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,26 +113,51 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
       ValueError: a setting is unknown or wrong, or the files do not contain a supported model.
       FileNotFoundError: no model exists at `path`.
     """
+    path = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(settings, Mapping | None):
+        raise ValueError(f"settings is {settings!r}: it must be a dict such as {{'lora.rank': 4}}")
     chosen: dict[str, Any] = {"model.path": path, "train.schedule": "constant"}
     chosen |= (TINY if path == hub.TINY else {}) | dict(settings or {})
-    if unknown := [name for name in chosen if name not in config_lib.SETTINGS]:
-        raise ValueError(config_lib.unknown_setting(unknown[0]))
     config = config_lib.default()
     # Student, teacher and evaluation get the same thinking setting. This file runs no evaluation.
     thinking = chosen.get("prompt.thinking", config.prompt.thinking)
-    config.update_from_flattened_dict({"teacher.thinking": thinking, "eval.thinking": thinking})
-    config.update_from_flattened_dict(chosen)
+    config_lib.assign(config, {"teacher.thinking": thinking, "eval.thinking": thinking} | chosen)
     if config.method != "distill" or config.policy.weight or config.loss.rollout_clip:
         raise ValueError(
             "method must be 'distill', and policy.weight and loss.rollout_clip must be 0, because "
             "train_step gets neither rewards nor sampler log-probabilities; use copsd_jax.main"
         )
+    _refuse_unread(config, settings or {})
     plan = run_plan.make_plan(config, train=False, evaluate=False)
     # One device accepts batches of any size. On several devices, the size of a batch must be a
     # multiple of the number of devices.
     plan = dataclasses.replace(plan, mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
     with loaded_run.set_mesh_and_precision(plan):
         return Model(*loaded_run.load_run(plan, config.train.steps))
+
+
+def _refuse_unread(config: config_lib.Config, given: Mapping[str, Any]) -> None:
+    """Refuses settings that nothing reads; the functions of this file read fewer than a run."""
+    for name, value in given.items():
+        unread = name in _UNREAD or name.partition(".")[0] in _UNREAD
+        if unread and value != config_lib.SETTINGS[name].default:
+            raise ValueError(
+                f"{name} is {value!r}: no function of the Python API reads it; use copsd_jax.main"
+            )
+    table_rules.check_choices(config, data=False)
+
+
+def _check_fields(what: str, given: Mapping[str, Any], kind: type) -> None:
+    """Refuses arguments that are no fields of a dataclass, or that have another type."""
+    types = {field.name: typing.get_origin(field.type) or field.type
+             for field in dataclasses.fields(kind)}  # fmt: skip
+    for name, value in given.items():
+        if name not in types:
+            raise ValueError(f"{what} has no setting {name!r}: the choices are {', '.join(types)}")
+        kinds = {int: numbers.Integral, float: numbers.Real}.get(types[name], types[name])
+        if not isinstance(value, kinds) or (isinstance(value, bool) and types[name] is not bool):
+            wanted = types[name].__name__
+            raise ValueError(f"{name} is {value!r}: it must have the type {wanted}")
 
 
 def build_prompts(
@@ -146,10 +182,14 @@ def build_prompts(
       The student's prompt and the teacher's prompt, each as token ids.
 
     Raises:
-      ValueError: the context needs more than the problem and its solution, or the two prompts end
-        in different states of the chat template.
+      ValueError: a text is no text, or the language is unknown; the context needs more than the
+        problem and its solution; or the two prompts end in different states of the chat template.
     """
     plan = model.run.plan
+    for name, text in {"problem": problem, "solution": solution, "answer": answer}.items():
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{name} is {text!r}: it must be text")
+    lang = languages.resolve_code(str(lang), plan.student.languages)
     row = problem_row.Row("", problem, solution, answer, lang, problem if lang == "en" else "")
     student = prompts_lib.build_student_prompt(plan.tokenizer, plan.student, row)
     teacher = plan.teacher.build(contexts.Attempt(row))
@@ -211,6 +251,7 @@ def sample(
     """
     run, plan = model.run, model.run.plan
     asked = _read_api_prompts(model, prompts, "prompts")
+    _check_fields("sample", sampling, request.Sampling)
     chosen = dataclasses.replace(loaded_run.build_sampling(run, "rollout"), **sampling)
     with loaded_run.set_mesh_and_precision(plan):
         policy = run.hand_over(loaded_run.derive_run_policies(run, model.state)[0])
@@ -290,6 +331,7 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
     if student.logp_CV.shape != teacher.logp_CV.shape:
         shapes = f"{student.logp_CV.shape} and {teacher.logp_CV.shape}"
         raise ValueError(f"the scores have the shapes {shapes}: the shapes must be equal")
+    _check_fields("divergence", settings, divergences.Divergence)
     # Log-probabilities can be used as logits, because a softmax ignores a constant offset.
     stats, _ = token_values.score_divergence_block(
         jnp.asarray(student.logp_CV), jnp.asarray(teacher.logp_CV),

@@ -487,6 +487,13 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
         except ValueError:
             print(f"error: --steps={args.steps}: write numbers such as 0,12", file=sys.stderr)
             return 2
+        if not saved and not asked:
+            where = args.workdir / "checkpoints"
+            print(
+                f"error: {where} has no checkpoint: --steps=0 evaluates the initial policy",
+                file=sys.stderr,
+            )
+            return 2
         absent = [step for step in steps if step not in (0, *saved)]
         if absent:
             print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)

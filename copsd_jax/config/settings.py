@@ -68,7 +68,7 @@ def assign(config: Config, values: Mapping[str, Any]) -> None:
     """
     for name, value in values.items():
         if name not in SETTINGS:
-            raise ValueError(unknown_setting(name))
+            raise ValueError(unknown_setting(str(name)))
         section, _, key = name.rpartition(".")
         node = config[section] if section else config
         node[key] = _convert_type(name, value)

@@ -151,7 +151,8 @@ def _parse_language(where: str, code: str, fields: Any) -> Language:
 
 def _check_text(where: str, text: Any, may_be_empty: bool) -> None:
     if not isinstance(text, str):
-        raise ValueError(f"{where}: must be text, not {json.dumps(text)[:40]}")
+        kind = {list: "a list", dict: "an object"}.get(type(text)) or json.dumps(text)[:40]
+        raise ValueError(f"{where}: must be text, not {kind}")
     if not text.strip() and not (may_be_empty and not text):
         raise ValueError(f"{where}: is empty")
     if text != text.strip():

@@ -189,7 +189,8 @@ def read_reflection(text: str, correct: bool) -> Reply:
     """
     found, problem, _ = _read_reply_tags(text, _REFLECTION)
     fields = dict(found)
-    if not problem and correct and "error_quote" in fields:
+    swapped = [name for name, _ in found] == ["explanation", "error_quote"]
+    if not problem and (swapped or (correct and "error_quote" in fields)):
         problem = "misplaced_tag"
     if not problem and not fields.get("explanation"):
         problem = "empty" if "explanation" in fields else "no_explanation"

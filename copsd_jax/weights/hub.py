@@ -41,16 +41,19 @@ def resolve_model_path(
 
     Raises:
       FileNotFoundError: if there is no such path, package or repository.
-      ValueError: if the path exists but is neither a folder nor a .gguf file.
+      ValueError: if the path exists but is neither a folder nor a .gguf file, or if a revision is
+        given for a path that is no repository id.
     """
     name = os.fspath(path)
-    if name == SMOLLM2:
-        return _smollm2(setting)
-    if name == TINY:
-        return HERE / "tiny_tokenizer"
-    local = pathlib.Path(name).expanduser()
-    if (name and local.is_dir()) or (local.is_file() and local.suffix == ".gguf"):
-        return local
+    found = _find_local(name, setting)
+    if found is not None:
+        if revision not in ("main", find_commit(found)):
+            raise ValueError(
+                f"model.revision is {revision!r}: nothing reads it, because {setting} is {name!r}, "
+                "which is no repository id (otherwise leave it at 'main')"
+            )
+        return found
+    local = pathlib.Path(os.path.expanduser(name))
     if name and local.exists():
         raise ValueError(f"{setting} is {name!r}: it is neither a .gguf file nor a directory")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or name.endswith(".gguf"):
@@ -59,6 +62,20 @@ def resolve_model_path(
             f"repository id (owner/name) nor {SMOLLM2}"
         )
     return _download(name, revision, weights, setting)
+
+
+def _find_local(name: str, setting: str) -> pathlib.Path | None:
+    """Returns the folder or .gguf file of a model on this machine, or None."""
+    if name == SMOLLM2:
+        return _smollm2(setting)
+    if name == TINY:
+        return HERE / "tiny_tokenizer"
+    local = pathlib.Path(os.path.expanduser(name))
+    return local if name and (local.is_dir() or _is_gguf(local)) else None
+
+
+def _is_gguf(path: pathlib.Path) -> bool:
+    return path.is_file() and path.suffix == ".gguf"
 
 
 def find_commit(path: pathlib.Path) -> str:

@@ -14,6 +14,7 @@ the State as the frozen adapter of the initial policy (see `train_step.State`).
 
 import contextlib
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
@@ -61,7 +62,7 @@ def name_checkpoint(path: str) -> str:
     Raises:
       ValueError: the work directory has no checkpoint.
     """
-    folder = pathlib.Path(path).expanduser() / "checkpoints"
+    folder = pathlib.Path(os.path.expanduser(path)) / "checkpoints"
     if not path or not folder.is_dir():
         return path
     with checkpoint.Checkpoints(folder) as checkpoints:
@@ -80,7 +81,7 @@ def find_source(path: str) -> Source | None:
     """
     if not path:
         return None
-    folder = pathlib.Path(name_checkpoint(path)).expanduser()
+    folder = pathlib.Path(os.path.expanduser(name_checkpoint(path)))
     if not folder.is_dir():
         raise FileNotFoundError(f"model.init_from is {path!r}: there is no such folder")
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():

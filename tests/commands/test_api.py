@@ -245,6 +245,50 @@ def test_refusals(model):
         copsd_jax.divergence(p, shorter)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora.rank": "4"}, r"lora\.rank is '4': it must be a whole number"),
+        ({"lora.rank": True}, r"lora\.rank is True: it must be a whole number"),
+        ({"train.lr": None}, r"train\.lr is None: it must be a number"),
+        ({"loss.beta": 0.3}, r"loss\.beta is 0\.3: nothing reads it, because it needs"),
+        ({"data.limit": 5}, r"data\.limit is 5: no function of the Python API reads it"),
+        ({"train.batch": 4}, r"train\.batch is 4: no function of the Python API reads it"),
+        ({"eval.samples": 3}, "no function of the Python API reads it"),
+        (
+            {"model.revision": "v2"},
+            r"model\.revision is 'v2': nothing reads it, because model\.path",
+        ),
+        ({3: 4}, "--config.3 is not a setting"),
+        ("lora.rank=4", "settings is 'lora.rank=4': it must be a dict"),
+    ],
+)
+def test_settings_that_load_model_refuses(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        copsd_jax.load_model("tiny", settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_that_are_refused(model):
+    with pytest.raises(ValueError, match=r"unknown language 'xx': the choices are .*sw \(swa\)"):
+        copsd_jax.build_prompts(model, "1 + 1?", solution="2", lang="xx")
+    same = [copsd_jax.build_prompts(model, "1 + 1?", solution="2", lang=x) for x in ("sw", "SWA")]
+    assert same[0] == same[1]
+    for wrong in (None, 3, "\ud800"):
+        with pytest.raises(ValueError, match=r"^problem is .*: it must be text"):
+            copsd_jax.build_prompts(model, wrong, solution="2")
+    with pytest.raises(ValueError, match="sample has no setting 'tokens': the choices are max_tok"):
+        copsd_jax.sample(model, ["a"], tokens=3)
+    for wrong in ("5", 5.0, True, None):
+        with pytest.raises(ValueError, match=r"^max_tokens is .*: it must have the type int"):
+            copsd_jax.sample(model, ["a"], max_tokens=wrong)
+    p = copsd_jax.score(model, "a", [1])
+    with pytest.raises(ValueError, match="divergence has no setting 'gamma': the choices are div"):
+        copsd_jax.divergence(p, p, gamma=1)
+    with pytest.raises(ValueError, match=r"beta is '\.5': it must have the type float"):
+        copsd_jax.divergence(p, p, "jsd", beta=".5")
+
+
 def test_the_package_does_not_import_jax():
     code = """
 import sys, copsd_jax

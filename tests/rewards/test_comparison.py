@@ -66,3 +66,19 @@ def test_spellings_of_a_number(number, zeros):
 def test_a_text_equals_itself_and_normal_forms_stay(text):
     assert comparison.compare_plainly(text, text) is True
     assert comparison.compare_plainly(text, f" ${text}$ ") is True
+
+
+@pytest.mark.parametrize(
+    ("gold", "readable"),
+    [
+        ("72", True), ("1,072", True), (r"\frac{1}{2}", True), (r"\{1, 2\}", True),
+        ("Monday", True),
+        ("5 apples", True), ("26元", True), ("x \\in (-\\infty, 3]", True), ("∞", True),
+        ("\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}", True),
+        (r"\frac{1}{2", False), ("??", False), ("####", False), ("5\n6", False),
+        ("9" * 1001, False),
+        ("Natalia sold 48/2 = 24 clips in May, and then she sold 48 more of them.", False),
+    ],
+)  # fmt: skip
+def test_golds_that_can_be_read(gold, readable):
+    assert comparison.is_readable(gold) is readable

@@ -53,6 +53,7 @@ GOOD = ("ok", "5 * 3 is 15.", "5 * 3 = 16")
         (QUOTE + "<explanation><explanation>x</explanation>", ("repeated_tag", "", "")),
         (QUOTE + WHY + "</explanation>", ("repeated_tag", "", "")),
         (f"<explanation>{QUOTE} is wrong</explanation>", ("misplaced_tag", "", "")),
+        (WHY + QUOTE, ("misplaced_tag", "", "")),
         ("<error_quote>a<explanation>b</error_quote>c</explanation>", ("misplaced_tag", "", "")),
     ],
 )  # fmt: skip
