@@ -95,7 +95,7 @@ def check_shards(config: config_lib.Config, devices: int) -> None:
 
 def refuse(s: Mapping, name: str, rule: str) -> NoReturn:
     """Raises a ValueError that names a setting, its value, and the rule that the value breaks."""
-    raise ValueError(f"{name} is {s[name]!r}: {rule}")
+    raise ValueError(f"{name} is {config_lib.show(s[name])}: {rule}")
 
 
 # -------------------------------------------------------------------------------- single settings
@@ -107,7 +107,7 @@ def _check_choice(s: Mapping, name: str, allowed: Choices, tables: config_lib.Ta
         known = value in choices or (allowed.function and re.fullmatch(r"[\w.]+:\w+", value))
         if choices and not known:
             shown = ", ".join(choice or "''" for choice in choices)
-            raise ValueError(f"{name} is {value!r}: the choices are {shown}")
+            raise ValueError(f"{name} is {config_lib.show(value)}: the choices are {shown}")
 
 
 def _check_range(s: Mapping, name: str, allowed: Range | None) -> None:

@@ -95,11 +95,15 @@ def _convert_type(name: str, value: Any) -> Any:
 def describe_type_fault(name: str, value: object) -> str:
     """Returns an error message for a value of the wrong type; it names the type and the range."""
     setting = SETTINGS[name]
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:80]}…"
     words = _TYPES[type(setting.default)][0]
     also = f" ({setting.allowed.words})" if isinstance(setting.allowed, Range) else ""
-    return f"{name} is {shown}: it must be {words}{also}"
+    return f"{name} is {show(value)}: it must be {words}{also}"
+
+
+def show(value: object) -> str:
+    """Returns a value as Python writes it; a long value is shortened."""
+    shown = repr(value)
+    return shown if len(shown) <= 120 else f"{shown[:120]}…"
 
 
 def completions_per_step(config: Config) -> int:

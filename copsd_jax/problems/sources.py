@@ -122,11 +122,13 @@ def _spell_number(name: str, value: Any) -> str:
         return str(int(value))
     if not math.isfinite(value):
         raise UnusableValue(f"{name} is {value}")
-    if isinstance(value, decimal.Decimal):
-        if abs(value.adjusted()) > record_files.DIGITS:
-            raise UnusableValue(f"{name} has more than {record_files.DIGITS:,} digits")
-        return str(int(value)) if value == value.to_integral_value() else f"{value:f}"
-    return str(int(value)) if float(value).is_integer() else str(value)
+    # int(1e23) would be 99999999999999991611392: the digits come from the shortest decimal form.
+    exact = value if isinstance(value, decimal.Decimal) else decimal.Decimal(str(value))
+    if abs(exact.adjusted()) > record_files.DIGITS:
+        raise UnusableValue(f"{name} has more than {record_files.DIGITS:,} digits")
+    if exact == exact.to_integral_value():
+        return str(int(exact))
+    return f"{value:f}" if isinstance(value, decimal.Decimal) else str(value)
 
 
 def _read_first(record: Record, names: Sequence[str]) -> str:
@@ -181,23 +183,24 @@ def _read_solution_and_answer(record: Record, needs: Sequence[str]) -> tuple[str
 
 def _check_options(record: Record) -> None:
     """Refuses a multiple choice whose options no problem of the record shows."""
-    texts = [x for name, x in record.fields.items() if name.startswith("problem") and x]
-    shown = "\n".join(str(text) for text in texts)
+    problems = [name for name in record.fields if name.startswith("problem")]
+    shown = "\n".join(_read_optional(record, (name,), False) for name in problems)
     for name in _OPTIONS:
-        if not all(option in shown for option in _list_options(record.fields.get(name))):
+        if not all(option in shown for option in _list_options(name, record.fields.get(name))):
             raise UnusableValue(f"the problem does not show the options of the field {name!r}")
 
 
-def _list_options(value: object) -> Iterator[str]:
+def _list_options(name: str, value: Any) -> Iterator[str]:
     """Yields the texts of options, from a list, or from an object such as {"text": [...]}."""
-    if isinstance(value, str):
-        yield value.strip()
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from () if key in ("label", "labels") else _list_options(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _list_options(item)
+    pending = [value]  # no recursion, because JSON may be nested almost as deeply as Python allows
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending += [x for key, x in item.items() if key not in ("label", "labels")]
+        elif isinstance(item, list | np.ndarray):
+            pending += item if isinstance(item, list) else item.ravel().tolist()
+        elif not is_blank(item):
+            yield convert_to_text(name, item)
 
 
 def _build_row(
