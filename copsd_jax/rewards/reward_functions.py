@@ -6,7 +6,8 @@ but never gives the right answer. Text written by a model is never executed.
 The rewards differ from those of the SDPO environments (arXiv 2601.20802) in these points:
 
 - Text in a think block is not an answer.
-- A choice may be written "(B)", "B." or "B) text"; SDPO requires exact equality.
+- A choice may be written "(B)", "B.", "B) text" or "Ｂ"; SDPO requires exact equality.
+- The JSON of a call may be in a code block of Markdown.
 - The arguments of a call end where the JSON object ends, not at the first closing brace.
 - A call that cannot be read has its own status.
 - A gold answer that cannot be read raises an error.
@@ -21,6 +22,7 @@ import json
 import math
 import numbers
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -166,7 +168,7 @@ _LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.):]|$))[.):]?(?:\s+\S.*)
 
 
 def _read_letter(text: str) -> str:
-    match = _LETTER.fullmatch(text.strip())
+    match = _LETTER.fullmatch(unicodedata.normalize("NFKC", text).strip())
     if match is None:
         raise ValueError("it is not the letter of a choice")
     return (match[1] or match[2]).upper()
@@ -192,6 +194,7 @@ def _score_choice(gold: str, text: str) -> Verdict:
 # ---- tool calls ------------------------------------------------------------------------------
 
 _MARK = re.compile(r"\bAction(?P<input> Input)?:")
+_FENCE = re.compile(r"\s*(?:```\w*\s*)?")  # the JSON may be in a code block of Markdown
 
 # The number of calls to each function, and the merged arguments of all calls as a dictionary.
 # Argument values are kept as JSON text, because True equals 1 in Python. If several arguments have
@@ -222,8 +225,9 @@ def _read_calls(text: str) -> _Calls:
     """
     names, arguments, inputs, at = collections.Counter(), {}, 0, 0
     while mark := _MARK.search(text, at):
-        body = text[mark.end() :].lstrip()
         if mark["input"]:
+            fence = _FENCE.match(text, mark.end())
+            body = text[fence.end() if fence else mark.end() :]
             inputs += 1
             try:
                 value, end = _DECODER.raw_decode(body)

@@ -389,3 +389,29 @@ def test_feedback_does_not_hold_the_gold_answer(score):
         feedback = score(kind, gold, text).feedback
         assert feedback
         assert not any(word in feedback for word in ("7919", "Q", "secret", "key"))
+
+
+def test_choices_and_calls_in_other_spellings():
+    """A full-width letter, and JSON in a code block, as models write them."""
+    with graders.Grader("choice", "last_anywhere", 5.0) as grader:
+        choice = reward_functions.build_rewarder("choice", grader)
+        texts = ["<answer>Ｂ</answer>", "<answer>（Ｂ）</answer>", "<answer>Ｃ</answer>"]
+        assert [v.correct for v in choice.score(["B"] * 3, texts)] == [True, True, False]
+        calls = reward_functions.build_rewarder("tool_call", grader)
+        gold = 'Action: f\nAction Input: {"a": 1}'
+        fenced = 'Action: f\nAction Input: ```json\n{"a": %d}\n```'
+        given = [fenced % 1, fenced % 2, (fenced % 1) + "\n" + (fenced % 1)]
+        assert [v.correct for v in calls.score([gold] * 3, given)] == [True, False, False]
+
+
+def test_gold_answers_of_which_none_can_be_read():
+    prose = "She has 48 clips.\nThat is 2 * 24."
+    check = reward_functions.check_gold_answers
+    with pytest.raises(
+        ValueError, match=r"^data\.path: the grader can read none of the 2 gold"
+    ) as e:
+        check("answer", {"row1": prose, "row2": prose}, "data.path")
+    assert "\n" not in str(e.value)
+    check("answer", {"row1": prose, "row2": "7"}, "data.path")
+    assert reward_functions.find_unreadable("answer", {"row1": prose, "row2": "7"}) == ["row1"]
+    assert reward_functions.find_unreadable("choice", {"row1": prose}) == []

@@ -473,3 +473,13 @@ def test_answer_is_asks_in_its_own_words(tiny):
     ).text
     assert "boxed" not in text
     assert "3 * 5 = 15. The answer is 15.<|im_end|>" in text
+
+
+def test_texts_may_use_every_private_character(tiny):
+    """The stand-ins of special tokens are private characters that no text of the prompt uses."""
+    for special in ("", "<|im_end|>"):
+        text = "".join(map(chr, range(0xE000, 0xF900))) + special
+        row = dataclasses.replace(make_row("en"), problem=text)
+        prompt = prompts.build_student_prompt(tiny, spec(), row)
+        assert text in prompt.text
+        assert ids_of(prompt).count(tiny.convert_tokens_to_ids("<|im_end|>")) == 1

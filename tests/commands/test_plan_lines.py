@@ -1,0 +1,50 @@
+"""What the plan says about data that may not be what the user wants."""
+
+import json
+import pathlib
+
+import pytest
+import runs
+
+from copsd_jax import evaluate, summary
+from copsd_jax.config import settings as config_lib
+from copsd_jax.runtime import workdir
+from copsd_jax.training import run_plan
+
+
+@pytest.fixture
+def rows(tmp_path) -> pathlib.Path:
+    records = [
+        {"problem": f"What is {k} + 1?", "solution": f"{k} + 1 = {k + 1}", "answer": str(k + 1)}
+        for k in range(5)
+    ]
+    records[3]["answer"] = "It is four.\nNo, it is five."
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def lines_of(**settings) -> list[str]:
+    plan = run_plan.make_plan(runs.config("opsd", **settings))
+    return summary.summarize_plan(plan, pathlib.Path("w"), False).split("\n")
+
+
+def test_lines_about_data(rows):
+    lines = lines_of(data__path=rows)
+    (problems,) = [line for line in lines if line.startswith("  problems ")]
+    assert problems.endswith("gold answers that the grader cannot read: 1, such as 'row4'")
+    assert "  a step has 8 problems, but there are 5: some are repeated" in lines
+    assert "  the evaluation uses bundled problems, because eval.path is not set" in lines
+    said = "\n".join(lines_of())
+    for words in ("cannot read", "are repeated", "bundled problems, because"):
+        assert words not in said
+
+
+def test_evaluation_without_checkpoints(tmp_path, capsys):
+    workdir.create(tmp_path / "w", config_lib.flat(runs.config("opsd")), {})
+    before = sorted(path.name for path in (tmp_path / "w").rglob("*"))
+    assert evaluate.main(["evaluate", f"--workdir={tmp_path / 'w'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'w' / 'checkpoints'} has no checkpoint: --steps=0")
+    assert said.count("\n") == 1
+    assert sorted(path.name for path in (tmp_path / "w").rglob("*")) == before
