@@ -45,7 +45,7 @@ def find_damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> str:
     try:
         files = json.loads(text)["files"]
         intact = _render(files).encode() == text
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
         return f"its {NAME} is unreadable"

@@ -53,7 +53,7 @@ def read_json(file: pathlib.Path) -> dict:
         raise FileNotFoundError(f"{file.parent} has no {file.name}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} is not a JSON object")
