@@ -11,7 +11,7 @@ from copsd_jax import evaluate
 from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import memory
 from copsd_jax.metrics import metric_files, terminal
-from copsd_jax.problems import problem_row
+from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.runtime import continuation, sharding
 from copsd_jax.training import backends, builders, run_plan
@@ -43,7 +43,7 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
         f"dropped: {_format_counts(plan.dropped)}{_describe_golds(c.reward.kind, plan.rows)}",
         f"  evaluation  {c.eval.path or 'none'}: {_count_languages(plan.eval_rows)}; dropped: "
         f"{_format_counts(plan.eval_dropped)}{_describe_golds(c.reward.kind, plan.eval_rows)}",
-        *_describe_data(c, len(plan.rows)),
+        *_describe_data(plan),
         f"  a step      {c.train.batch} problems x {c.rollout.per_prompt} completions of at most "
         f"{c.rollout.max_tokens} tokens = at most {completions * c.rollout.max_tokens:,} tokens; "
         f"{c.train.steps} steps",
@@ -77,15 +77,21 @@ def _describe_golds(kind: str, rows: list[problem_row.Row]) -> str:
     return f"; gold answers that the grader cannot read: {len(found):,}, such as {found[0]!r}"
 
 
-def _describe_data(c: config_lib.Config, rows: int) -> list[str]:
+def _describe_data(plan: run_plan.Plan) -> list[str]:
     """Describes data that may not be what the user wants, one line each."""
-    lines = []
-    if rows < c.train.batch and c.train.steps:
-        lines.append(
-            f"  a step has {c.train.batch} problems, but there are {rows}: some are repeated"
-        )
+    c, lines = plan.config, []
+    counts = collections.Counter(row.lang for row in plan.rows)
+    weights = tuple(c.data.weights) or (1.0,) * len(c.data.lang)
+    for code, weight in zip(c.data.lang, weights, strict=True):
+        lang = languages.resolve_code(code, plan.student.languages)
+        taken = int(c.train.batch * weight / sum(weights))
+        if counts[lang] < taken and c.train.steps:
+            lines.append(
+                f"  a step takes {taken} {lang} problems, but there are {counts[lang]}: some are "
+                "repeated"
+            )
     own = not c.data.path.startswith("bundled:")
-    if own and c.eval.path.startswith("bundled:") and c.eval.path == config_lib.default().eval.path:
+    if own and c.eval.path == config_lib.default().eval.path:
         lines.append("  the evaluation uses bundled problems, because eval.path is not set")
     return lines
 

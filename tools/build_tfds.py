@@ -58,7 +58,7 @@ def build_tfds(
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another version or remove it")
     records = sources.rename_fields(
-        source_path, record_files.read_records(source_path, setting="source_path"), fields
+        source_path, record_files.read_records(source_path, setting="SOURCE"), fields, "--fields"
     )
     found = {column for record in records for column in record.fields}
     columns = sorted(c for c in found if c in sources.FIELDS or c.startswith("problem_"))

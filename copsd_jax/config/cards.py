@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import pathlib
 import re
+import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -122,6 +123,7 @@ def load_card(argument: str) -> config_lib.Config:
     try:
         spec: Any = importlib.util.spec_from_file_location("experiment_card", file)
         module: Any = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses of a card look for their module here
         spec.loader.exec_module(module)
         config = module.get_config(preset) if colon else module.get_config()
     # A card is the user's program, which may raise anything or call sys.exit.
@@ -136,7 +138,8 @@ def _describe_failure(file: str, error: BaseException) -> str:
         where = f", line {error.lineno}" if error.lineno else ""
         return f"{where}: the file is not valid Python ({error.msg})"
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename.endswith(file)]
+    name = pathlib.Path(file).name
+    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename).name == name]
     where = f", line {lines[-1]}" if lines else ""
     text = " ".join(str(error).split())
     if frames[-1].filename.endswith("config_dict.py") and isinstance(error, AttributeError):
