@@ -67,7 +67,8 @@ def test_a_card_may_have_a_dataclass(tmp_path):
     text = (
         "from __future__ import annotations\nimport dataclasses\nfrom copsd_jax import config\n"
         "@dataclasses.dataclass\nclass Size:\n  n: int = 3\n"
-        "def get_config(preset=''):\n  c = config.default()\n  c.train.steps = Size().n\n  return c\n"
+        "def get_config(preset=''):\n  c = config.default()\n  c.train.steps = Size().n\n"
+        "  return c\n"
     )
     (tmp_path / "card.py").write_text(text)
     assert cards.load_card(str(tmp_path / "card.py:")).train.steps == 3
