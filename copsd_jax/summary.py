@@ -14,6 +14,7 @@ from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.runtime import continuation, sharding
+from copsd_jax.teaching import prompts
 from copsd_jax.training import backends, builders, run_plan
 from copsd_jax.weights import initial_weights, tokenizer
 
@@ -62,6 +63,11 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
             "  parity.template_mismatch is set: student and teacher start in different states of "
             "the chat template, as published"
         )
+    turn_end = prompts.find_turn_end(plan.tokenizer) if c.prompt.template == "chat" else None
+    lines += [
+        f"  note        {note}"
+        for note in tokenizer.describe_contradictions(plan.tokenizer, turn_end)
+    ]
     known, chat = plan.student.languages, c.prompt.template == "chat"
     unchecked = {row.lang for row in plan.rows if chat and not known[row.lang].checked_by_speaker}
     if unchecked:

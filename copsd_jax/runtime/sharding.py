@@ -68,8 +68,12 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
 
     Raises:
       ValueError: the product of the sizes is not the number of devices, or data is not a multiple
-        of the number of slices.
+        of the number of slices, or JAX uses 64 bits by default.
     """
+    if jax.config.jax_enable_x64:
+        raise ValueError(
+            "JAX_ENABLE_X64 is set, but the programs of a run need 32-bit indices: unset it"
+        )
     devices = jax.devices() if devices is None else devices
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]

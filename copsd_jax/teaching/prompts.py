@@ -3,11 +3,14 @@
 The student's conversation is `conversations.STUDENT`; `contexts` builds the teacher's conversation.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import re
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from copsd_jax.config import setting_list
@@ -15,6 +18,10 @@ from copsd_jax.problems.problem_row import Row
 from copsd_jax.teaching import conversations, text_encoding
 from copsd_jax.teaching.conversations import Conversation, PromptFormat
 from copsd_jax.teaching.text_encoding import Tokenizer
+
+TEMPLATE_SECONDS = 10.0  # maximum time of a chat template for one short conversation
+# Maximum number of characters that a chat template writes besides ten times the messages' own.
+TEMPLATE_CHARACTERS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +59,8 @@ def has_thinking(tokenizer: Tokenizer) -> bool:
     """Tells whether the chat template has a thinking switch (the variable `enable_thinking`).
 
     Raises:
-      ValueError: the tokenizer has no chat template.
+      ValueError: the tokenizer has no chat template, or the template fails.
     """
-    if not tokenizer.chat_template:
-        raise ValueError("prompt.template is 'chat', but the tokenizer has no chat template")
     message = [{"role": "user", "content": "x"}]
     return _render_chat_template(tokenizer, message, "on") != _render_chat_template(
         tokenizer, message, "off"
@@ -63,18 +68,98 @@ def has_thinking(tokenizer: Tokenizer) -> bool:
 
 
 def _render_chat_template(
-    tokenizer: Tokenizer, messages: list[dict], thinking: str, date: str = ""
+    tokenizer: Tokenizer, messages: list[dict], thinking: str, date: str = "", prompt: bool = True
 ) -> str:
-    """Renders messages with the chat template, up to the start of the assistant's turn."""
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
-    template: Any = tokenizer.chat_template
-    if date and "strftime_now" in template:
-        options["chat_template"] = _fix_date(date) + template
+    """Renders messages with the chat template.
+
+    With `prompt`, the text ends where the assistant's turn starts.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("prompt.template is 'chat', but the tokenizer has no chat template")
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt}
     if thinking != "none":
         options["enable_thinking"] = thinking != "off"
-    text = tokenizer.apply_chat_template(messages, **options)
+    # A chat template is a program, which can raise exceptions of any kind.
+    try:
+        template = tokenizer.get_chat_template()
+        if date and "strftime_now" in template:
+            options["chat_template"] = _fix_date(date) + template
+        text = tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:
+        raise ValueError(_explain_template(tokenizer, error)) from error
     assert isinstance(text, str)  # tokenize=False gives a str; the annotation allows other types
+    shown = sum(len(message["content"]) for message in messages)
+    if len(text) > TEMPLATE_CHARACTERS + 10 * shown:
+        said = f"it writes {len(text):,} characters for messages of {shown:,}"
+        raise ValueError(_explain_template(tokenizer, said))
     return text
+
+
+def _explain_template(tokenizer: Tokenizer, reason: Any) -> str:
+    """Returns the message of an error for a chat template that cannot be used."""
+    said = " ".join(str(reason).split()) or type(reason).__name__
+    return (
+        f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} cannot be used: {said}; "
+        "set prompt.template=plain, or set model.tokenizer to a folder with another template"
+    )
+
+
+@contextlib.contextmanager
+def _limit_time(seconds: float) -> Iterator[None]:
+    """Raises a TimeoutError inside the `with` block, if its Python code takes too long."""
+    former, end = sys.gettrace(), time.monotonic() + seconds
+
+    def trace(*_: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"rendering one short conversation takes more than {seconds:g} s")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(former)
+
+
+@functools.lru_cache(maxsize=4)
+def find_turn_end(tokenizer: Tokenizer) -> int | None:
+    """Returns the id of the token with which the chat template ends a turn of the assistant.
+
+    Args:
+      tokenizer: the model's tokenizer, which must have a chat template.
+
+    Returns:
+      The id of the added token that follows the content of an assistant's message; None if no added
+      token follows.
+
+    Raises:
+      ValueError: the template fails, or it does not start the assistant's turn in a prompt.
+    """
+    question, answer = {"role": "user", "content": "3 + 4?"}, "assistant's content."
+    turns = [question, {"role": "assistant", "content": answer}]
+    with _limit_time(TEMPLATE_SECONDS):
+        prompt, bare, whole = (
+            _render_chat_template(tokenizer, messages, "none", "2000-01-01", start)
+            for messages, start in ((turns[:1], True), (turns[:1], False), (turns, False))
+        )
+    before, found, _ = whole.rpartition(answer)
+    if not found:
+        raise ValueError(
+            _explain_template(tokenizer, "it does not show the content of an assistant's message")
+        )
+    # Some templates need no generation prompt, because the answer follows the user's turn directly.
+    shared = prompt.rstrip()
+    opening = before.removeprefix(shared).strip()
+    if prompt == bare and before.startswith(shared) and opening:
+        raise ValueError(
+            _explain_template(
+                tokenizer, "it ignores add_generation_prompt, so prompts would end before "
+                f"{opening!r}, and the model would not answer")
+        )  # fmt: skip
+    end = len(before) + len(answer)
+    after = (span for span in text_encoding.find_token_spans(tokenizer, whole) if span[1] > end)
+    start, _, token = next(after, (0, 0, None))
+    return token if not whole[end:start].strip() else None
 
 
 @functools.cache
@@ -149,8 +234,9 @@ def _build_chat_prompt(
         # template has already opened a think block.
         text += guard(opening) if state == "open" else "<think>\n" + guard(opening)
         state = "open"
-    cut = _find_shared_end(tokenizer, text, text.index(guard.mark)) if start else 0
+    own = text.index(guard.mark)
     text = text.replace(guard.mark, "")
+    cut = _find_shared_end(tokenizer, text, own) if start else 0
     encode = functools.partial(text_encoding.encode_templated, tokenizer, literal=guard.literal)
     shown = text_encoding.restore_tokens(text, guard.literal)
     return Prompt(encode(text[:cut]), encode(text[cut:]), shown, state)
@@ -158,8 +244,8 @@ def _build_chat_prompt(
 
 def _find_shared_end(tokenizer: Tokenizer, text: str, end: int) -> int:
     """Returns the start of the last special token before `end`; no token crosses this position."""
-    _, pattern = text_encoding.find_added_tokens(tokenizer)
-    starts = [match.start() for match in pattern.finditer(text, 0, end)]
+    spans = text_encoding.find_token_spans(tokenizer, text)
+    starts = [start for start, _, _ in spans if start < end]
     if not starts:
         raise ValueError(
             "prompt.exemplars needs a chat template that starts turns with a special token"
@@ -248,8 +334,8 @@ def encode_target(
       prompt_format: the form of the student's prompts.
       row: the problem.
       stop: the stop strings (rollout.stop). In plain text, the first stop string ends the
-        completion. With the chat template, or without stop strings, the tokenizer's end token ends
-        the completion.
+        completion. With the chat template, the end of a turn that the template writes ends the
+        completion. Otherwise, the tokenizer's end token ends the completion.
       state: the state of the prompt. In the state "open", the target first closes the think block,
         because an answer inside a think block does not count.
 
@@ -261,7 +347,8 @@ def encode_target(
         completion = f" {conversations.join_lines(completion)}"
         if stop:
             return tuple(text_encoding.encode_text(tokenizer, completion + stop[0]).ids)
-    end: Any = tokenizer.eos_token_id
+    end: Any = find_turn_end(tokenizer) if prompt_format.template == "chat" else None
+    end = tokenizer.eos_token_id if end is None else end
     if end is None:
         raise ValueError("method=sft needs an end token, but the tokenizer has none")
     closing = "\n</think>\n\n" if state == "open" else ""

@@ -5,25 +5,23 @@ message contains the text of a special token, that text is encoded as ordinary t
 """
 
 import functools
-import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import tokenizers
 import transformers
 
 Tokenizer = transformers.PreTrainedTokenizerFast
-# A text would need 137,000 different characters to use all of these.
-_PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
-@functools.lru_cache(maxsize=4)
-def _strip_added_tokens(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Copies the tokenizer without added tokens; the copy finds no special tokens in a text."""
+@functools.lru_cache(maxsize=8)
+def _copy_backend(tokenizer: Tokenizer, *, added: bool) -> tokenizers.Tokenizer:
+    """Copies the tokenizer; without added tokens, the copy finds no special tokens in a text."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    settings["added_tokens"] = []
+    if not added:
+        settings["added_tokens"] = []
     settings["post_processor"] = settings["truncation"] = settings["padding"] = None
     return tokenizers.Tokenizer.from_str(json.dumps(settings))
 
@@ -36,13 +34,30 @@ def find_added_tokens(tokenizer: Tokenizer) -> tuple[dict[str, int], re.Pattern]
     return vocabulary, re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
+def find_token_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int, int]]:
+    """Finds the added tokens in a text, in the same way as the tokenizer.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      text: a text, for example a rendered chat template.
+
+    Returns:
+      Start, end and id of each added token. The range includes the white space around the token
+      that the token's options `lstrip` and `rstrip` remove.
+    """
+    encoding = _copy_backend(tokenizer, added=True).encode(text, add_special_tokens=False)
+    added = set(find_added_tokens(tokenizer)[0].values())
+    pairs = zip(encoding.offsets, encoding.ids, strict=True)
+    return [(start, end, token) for (start, end), token in pairs if token in added]
+
+
 def encode_text(tokenizer: Tokenizer, text: str) -> tokenizers.Encoding:
     """Encodes text as ordinary text, without special tokens.
 
     Raises:
       ValueError: the vocabulary itself maps a part of the text to a special id.
     """
-    encoding = _strip_added_tokens(tokenizer).encode(text, add_special_tokens=False)
+    encoding = _copy_backend(tokenizer, added=False).encode(text, add_special_tokens=False)
     special = set(encoding.ids) & set(find_added_tokens(tokenizer)[0].values())
     if special:
         raise ValueError(f"the text {text!r} gives the special token ids {sorted(special)}")
@@ -58,20 +73,45 @@ def encode_templated(tokenizer: Tokenizer, text: str, literal: dict[str, str]) -
       literal: maps a character in `text` to the text that replaces it; the replacement is encoded
         as ordinary text.
     """
-    added, pattern = find_added_tokens(tokenizer)
+    if literal.keys().isdisjoint(text):
+        whole = _copy_backend(tokenizer, added=True).encode(text, add_special_tokens=False)
+        return tuple(whole.ids)
     ids, at = [], 0
-    for match in [*pattern.finditer(text), None]:
-        piece = restore_tokens(text[at : match.start() if match else len(text)], literal)
-        ids += encode_text(tokenizer, piece).ids if piece else []
-        if match:
-            ids.append(added[match.group()])
-            at = match.end()
+    for start, end, token in [*find_token_spans(tokenizer, text), (len(text), len(text), None)]:
+        if piece := restore_tokens(text[at:start], literal):
+            ids += encode_text(tokenizer, piece).ids
+        ids += [] if token is None else [token]
+        at = end
     return tuple(ids)
 
 
 def restore_tokens(text: str, literal: dict[str, str]) -> str:
     """Replaces each character that is a key of `literal` with the text that it stands for."""
     return "".join(literal.get(char, char) for char in text) if literal else text
+
+
+@functools.lru_cache(maxsize=4)
+def _reserved_characters(tokenizer: Tokenizer) -> frozenset[str]:
+    """Returns the characters of the chat template and of the added tokens."""
+    return frozenset(f"{tokenizer.chat_template}{''.join(find_added_tokens(tokenizer)[0])}")
+
+
+@functools.lru_cache(maxsize=4)
+def _normalizes_tokens(tokenizer: Tokenizer) -> bool:
+    """Returns whether added tokens are searched in normalized text, so other spellings match."""
+    found = tokenizer.added_tokens_decoder.values()
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer is not None and any(token.normalized for token in found)
+
+
+def _list_private_characters(used: Collection[str]) -> Iterator[str]:
+    """Yields the private-use characters that are not in `used`."""
+    for first, last in ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD)):
+        yield from (chr(code) for code in range(first, last + 1) if chr(code) not in used)
+    raise ValueError(
+        "a prompt contains all of Unicode's private-use characters, some of which must be free to "
+        "mark special tokens: remove such characters from the data"
+    )
 
 
 class Guard:
@@ -83,11 +123,15 @@ class Guard:
     """
 
     def __init__(self, tokenizer: Tokenizer, contents: Sequence[str]):
-        used = set().union(*contents)
-        free = (chr(code) for code in itertools.chain(*_PRIVATE_USE) if chr(code) not in used)
+        free = _list_private_characters(_reserved_characters(tokenizer).union(*contents))
         self.mark = next(free)
-        self._pattern = find_added_tokens(tokenizer)[1]
-        found = {token for text in contents for token in self._pattern.findall(text)}
+        pattern = find_added_tokens(tokenizer)[1]
+        found = {token for text in contents for token in pattern.findall(text)}
+        if _normalizes_tokens(tokenizer):
+            for text in contents:
+                found |= {text[start:end] for start, end, _ in find_token_spans(tokenizer, text)}
+        longest_first = sorted(found, key=lambda token: (-len(token), token))
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._stand_in = {token: next(free) for token in sorted(found)}
         self.literal = {char: token for token, char in self._stand_in.items()}
 

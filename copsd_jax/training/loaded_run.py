@@ -219,12 +219,12 @@ def write_policy(
     Raises:
       OSError: the folder cannot be written.
     """
-    shape = plan.model_config
+    shape, tokenizer = plan.model_config, plan.tokenizer
     if policy.adapter is not None:
         peft.write(folder, policy.adapter, shape, alpha=plan.config.lora.alpha, base=base)
         return
-    source, tokenizer = plan.weights_path, plan.tokenizer
-    hf.save(folder, policy.params, shape, source_path=source, tokenizer=tokenizer)
+    source, ends = plan.weights_path, plan.vocabulary.stop_ids
+    hf.save(folder, policy.params, shape, source_path=source, tokenizer=tokenizer, stop_ids=ends)
 
 
 class ServedPolicy:

@@ -141,6 +141,11 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
         backends.choose_loss(config, sharding.platform(mesh))
     start = initial_weights.find_source(config.model.init_from)
     path, shape, tok = model_headers.read_headers(config)
+    turn_end = prompts.find_turn_end(tok) if config.prompt.template == "chat" else None
+    vocabulary = request.Vocabulary(
+        tokenizer.mark_valid_ids(tok, shape.vocab_size), tokenizer.list_token_bytes(tok),
+        tokenizer.find_stop_ids(tok, path, shape.vocab_size, turn_end),
+    )  # fmt: skip
     dtype = model_headers.choose_dtype(config.model.dtype, mesh)
     backends.check_attention(config, sharding.platform(mesh), dtype, shape)
     setting_rules.check_vocabulary(config, shape.vocab_size)
@@ -164,11 +169,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
         hf.check_weights(path, shape)
     initial_weights.check_source(start, config_lib.flat(config), shape, path)
     return Plan(
-        config, mesh, dtype, shape, path, start, tok,
-        request.Vocabulary(
-            tokenizer.mark_valid_ids(tok, shape.vocab_size), tokenizer.list_token_bytes(tok),
-            tokenizer.find_stop_ids(tok, path),
-        ),
+        config, mesh, dtype, shape, path, start, tok, vocabulary,
         special_ids=tuple(sorted(tok.get_added_vocab().values())),
         rows=trained.rows, dropped=dropped + trained.dropped,
         eval_rows=examined.rows, eval_dropped=eval_dropped + examined.dropped,
@@ -276,11 +277,8 @@ def load_run_config(directory: pathlib.Path) -> config_lib.Config:
 
 def _check_languages(config: config_lib.Config, registry) -> None:
     """Checks that every language code in the settings is known."""
-    named = {
-        "data.lang": config.data.lang,
-        "eval.lang": config.eval.lang,
-        "prompt.exemplars_lang": (config.prompt.exemplars_lang,),
-    }
+    named = {"data.lang": config.data.lang, "eval.lang": config.eval.lang}
+    named["prompt.exemplars_lang"] = (config.prompt.exemplars_lang,)
     for setting, codes in named.items():
         for code in codes:
             try:

@@ -39,6 +39,7 @@ _CODES = {  # metadata type -> format character of the struct module
     "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FLOAT64": "d",
 }  # fmt: skip
 NUMBERS = {gguf.GGUFValueType[kind]: code for kind, code in _CODES.items()}
+MAX_RANK = 4  # maximum number of axes of a tensor in a GGUF file
 ROPE_FACTORS = "rope_freqs.weight"  # tensor of divisors for Llama 3's rotary frequencies
 
 
@@ -98,9 +99,13 @@ def _parse_tensor(cursor: _GgufCursor) -> StoredTensor:
     """Reads an entry of the list of tensors; the entry's offset is relative to the first value."""
     name = cursor.string()
     (rank,) = cursor.numbers("I")
+    if not 0 < rank <= MAX_RANK:
+        raise ValueError(f"tensor {name} has {rank} axes")
     shape = tuple(reversed(cursor.numbers("Q", rank)))
     kind = gguf.GGMLQuantizationType(cursor.numbers("I")[0])
     block, bytes_per_block = gguf.GGML_QUANT_SIZES[kind]
+    if shape[-1] % block:
+        raise ValueError(f"tensor {name} has rows of {shape[-1]} values, in blocks of {block}")
     size = math.prod(shape) // block * bytes_per_block
     return StoredTensor(name, kind, shape, cursor.numbers("Q")[0], size)
 
@@ -116,6 +121,8 @@ def _parse_header(data: mmap.mmap) -> Header:
         fields[key] = cursor.value(cursor.numbers("I")[0])
     listed = [_parse_tensor(cursor) for _ in range(n_tensors)]
     alignment = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     stored = tuple(x._replace(offset=start + x.offset) for x in listed)
     end = max((x.offset + x.size for x in stored), default=0)
@@ -143,7 +150,7 @@ def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
     try:
         with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse_header(data)
-    except (ValueError, KeyError, struct.error) as error:
+    except (ValueError, KeyError, OverflowError, RecursionError, struct.error) as error:
         raise ValueError(
             f"{path} is not a complete GGUF file; it may be truncated ({size} bytes; {error})"
         ) from error
@@ -183,13 +190,14 @@ def _rope_scaling(
     stored = next((x for x in read_header(path).tensors if x.name == ROPE_FACTORS), None)
     if stored is None:
         return None
-    divisors = _decode_gguf_tensor(path, stored, None)
-    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    for factor in (8.0, 32.0):  # the factor is 8 in Llama 3.1 and 3.3, and 32 in Llama 3.2
-        scaling = transformer.RopeScaling(factor, 1.0, 4.0, 8192)
-        expected = 1 / transformer.compute_llama3_factors(scaling, frequency)
-        if expected.shape == divisors.shape and np.allclose(expected, divisors, rtol=1e-4):
-            return scaling
+    if stored.type.name in TENSOR_TYPES and stored.shape == (head_dim // 2,):
+        divisors = _decode_gguf_tensor(path, stored, None)
+        frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        for factor in (8.0, 32.0):  # the factor is 8 in Llama 3.1 and 3.3, and 32 in Llama 3.2
+            scaling = transformer.RopeScaling(factor, 1.0, 4.0, 8192)
+            expected = 1 / transformer.compute_llama3_factors(scaling, frequency)
+            if np.allclose(expected, divisors, rtol=1e-4):
+                return scaling
     raise ValueError(
         f"{path}: {ROPE_FACTORS} is not Llama 3's RoPE scaling (factor 8 or 32, low 1, high 4, "
         "8192 positions); only Llama 3's scaling is supported"
@@ -215,8 +223,13 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     if rotary in fields and fields[rotary] != head_dim:
         raise ValueError(f"{path}: {rotary} = {fields[rotary]}, but heads have size {head_dim}")
     theta = get("rope.freq_base") if f"{arch}.rope.freq_base" in fields else 10_000.0
+    vocab_size, listed = shapes["token_embd.weight"][0], fields.get(f"{arch}.vocab_size")
+    if listed not in (None, vocab_size):
+        raise ValueError(
+            f"{path}: {arch}.vocab_size is {listed!r}, but token_embd.weight has {vocab_size} rows"
+        )
     return transformer.ModelConfig(
-        family=arch, vocab_size=shapes["token_embd.weight"][0], d_model=d_model,
+        family=arch, vocab_size=vocab_size, d_model=d_model,
         d_ff=get("feed_forward_length"), n_layers=get("block_count"), n_heads=n_heads,
         n_kv_heads=get("attention.head_count_kv"), head_dim=head_dim, rope_theta=theta,
         rope_scaling=_rope_scaling(path, head_dim, theta),

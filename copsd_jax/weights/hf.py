@@ -10,7 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -107,9 +107,8 @@ def _abbreviate(tensors: set[str]) -> str:
 def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
     """Opens a model's files, and checks that the files contain exactly the expected tensors.
 
-    Only file sizes and headers are read, so this check takes only seconds. `load_params` also
-    checks values: if a model with tied embeddings stores a head, the head must equal the
-    embeddings.
+    Only file sizes and headers are read, so this check takes only seconds. If a model with tied
+    embeddings stores a head, the head must equal the embeddings, so both are read.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
@@ -120,8 +119,8 @@ def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if the stored tensors do not match the config; the message names the path and the
-        tensors.
+      ValueError: if the stored tensors do not match the config, or if tied embeddings differ from a
+        stored head; the message names the path and the tensors.
     """
     found = open_tensors(path)
     wanted = {name: entry.shape for name, entry in build_weight_table(config).items()}
@@ -140,6 +139,13 @@ def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
             raise ValueError(
                 f"{path}: tensor {name} has shape {found[name].shape}; the config needs {shape}"
             )
+    twice = config.tie_embeddings and HEAD in found
+    if twice and not _tensors_equal(found[HEAD], found[EMBEDDING]):
+        raise ValueError(
+            f"{path}: the embeddings are tied (tie_word_embeddings in config.json), but {HEAD} "
+            f"differs from {EMBEDDING}: set tie_word_embeddings to false if the stored head is "
+            "right; otherwise, remove the head"
+        )
     return found
 
 
@@ -171,9 +177,6 @@ def load_params(
         stored head.
     """
     found = check_weights(path, config)
-    twice = config.tie_embeddings and HEAD in found
-    if twice and not _tensors_equal(found[HEAD], found[EMBEDDING]):
-        raise ValueError(f"{path}: the embeddings are tied, but {HEAD} differs from {EMBEDDING}")
     entries: dict[LeafPath, list[tuple[str, LeafSlice]]] = {}
     for name, entry in build_weight_table(config).items():
         entries.setdefault(entry.path, []).append((name, entry))
@@ -256,7 +259,7 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer: transformers.PreTrainedToke
 def save(
     directory: str | os.PathLike, params: dict, config: transformer.ModelConfig, *,
     source_path: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase,
-    shard_bytes: int = SHARD_BYTES,
+    stop_ids: Iterable[int] = (), shard_bytes: int = SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes a Hugging Face folder that transformers can load; returns the folder's path.
 
@@ -271,6 +274,7 @@ def save(
       source_path: the resolved path of the original model. The saved folder keeps the generation
         settings of the original model.
       tokenizer: the tokenizer, from `tokenizer.load`.
+      stop_ids: ids that end a text, in addition to those of the original model and the tokenizer.
       shard_bytes: maximum size of the values in one file, in bytes; larger models are split into
         several files.
 
@@ -288,7 +292,7 @@ def save(
     ids = {key: getattr(tokenizer, key) for key in keys}
     files = {
         "config.json": hf_config.to_config_json(config, str(dtype), ids),
-        "generation_config.json": hf_config.to_generation_json(source_path, ids),
+        "generation_config.json": hf_config.to_generation_json(source_path, ids, stop_ids),
     }
     with tensor_files.create_folder(pathlib.Path(directory)) as folder:
         _save_tokenizer(folder, tokenizer)

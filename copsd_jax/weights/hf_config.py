@@ -6,7 +6,7 @@ The module gguf_files.py reads the configs of GGUF files; `load_config` checks t
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from copsd_jax.model import transformer
@@ -25,6 +25,14 @@ NEEDED = {  # field of ModelConfig -> its key in config.json
     "n_heads": "num_attention_heads",
     "max_position": "max_position_embeddings",
 }
+# Sizes that transformers assumes where a config.json of the family names none.
+DEFAULTS = {
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 32},
+    "qwen2": {"num_key_value_heads": 32},
+    "llama": {},
+}
+# Errors of Python where a value in a config has a type or size that no model has.
+WRONG_VALUE = (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RecursionError)
 ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -77,7 +85,12 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
       FileNotFoundError: if there is no config.json.
       ValueError: if the config cannot be read, or if its architecture or an option is unsupported.
     """
-    config = gguf_files.load_config(path) if path.suffix == ".gguf" else _load_folder_config(path)
+    file = path if path.suffix == ".gguf" else path / "config.json"
+    try:
+        load = gguf_files.load_config if file == path else _load_folder_config
+        config = load(file)
+    except WRONG_VALUE as error:
+        raise ValueError(f"{file}: a value is of a wrong kind ({error})") from error
     _check_model_sizes(config, path)
     return config
 
@@ -89,12 +102,17 @@ def _check_model_sizes(config: transformer.ModelConfig, path: pathlib.Path) -> N
     impossible number would cause an error elsewhere.
     """
     c = dataclasses.asdict(config)
-    for key in ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
-        if not (isinstance(c[key], int) and 0 < c[key] < 10**7):
+    for key in ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim",
+                "max_position"):  # fmt: skip
+        if type(c[key]) is not int or not 0 < c[key] < 10**8:
             raise ValueError(f"{path}: the config has an impossible {key}: {c[key]!r}")
     for key in ("rope_theta", "rms_eps"):
         if not (isinstance(c[key], int | float) and 0 < c[key] < math.inf):
             raise ValueError(f"{path}: the config has an impossible {key}: {c[key]!r}")
+    if not isinstance(config.tie_embeddings, bool):
+        raise ValueError(
+            f"{path}: the config has an impossible tie_embeddings: {config.tie_embeddings!r}"
+        )
     if config.n_heads % config.n_kv_heads or config.head_dim % 2 or config.n_layers > 1000:
         raise ValueError(
             f"{path}: no model has {config.n_layers} layers with {config.n_heads} heads and "
@@ -102,44 +120,60 @@ def _check_model_sizes(config: transformer.ModelConfig, path: pathlib.Path) -> N
         )
 
 
-def _load_folder_config(path: pathlib.Path) -> transformer.ModelConfig:
-    file = path / "config.json"
+def _load_folder_config(file: pathlib.Path) -> transformer.ModelConfig:
     raw = tensor_files.read_json(file)
     family = _find_family(raw, file)
     _check_hf_options(raw, file)
     theta, scaling = _read_hf_rope(raw, file)
     if missing := [key for key in NEEDED.values() if key not in raw]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
-    heads = raw["num_attention_heads"]
+    heads, usual = raw["num_attention_heads"], DEFAULTS[family]
+    key_heads = raw.get("num_key_value_heads", usual.get("num_key_value_heads", heads))
     return transformer.ModelConfig(
         **{field: raw[key] for field, key in NEEDED.items()},
         family=family, rope_theta=theta, rope_scaling=scaling,
-        n_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        n_kv_heads=heads if key_heads is None else key_heads,
+        head_dim=raw.get("head_dim") or usual.get("head_dim") or raw["hidden_size"] // heads,
         rms_eps=raw.get("rms_norm_eps", 1e-6), tie_embeddings=raw.get("tie_word_embeddings", False),
         qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
     )  # fmt: skip
 
 
-def read_stop_ids(path: pathlib.Path) -> list[int]:
+def read_stop_ids(path: pathlib.Path, vocab_size: int | None = None) -> list[int]:
     """Reads the end-of-text ids from generation_config.json and config.json, or from a GGUF file.
 
     Missing config files are skipped, because a folder with only a tokenizer has no config files.
 
     Args:
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
+      vocab_size: the number of embeddings of the model; None accepts every id.
 
     Returns:
       The ids in ascending order, without duplicates; the list may be empty.
+
+    Raises:
+      ValueError: if a value is no token id, or if the model does not have the id.
     """
+    found: list[tuple[str, Any]] = []
     if path.suffix == ".gguf":
         fields = gguf_files.read_header(path).metadata
-        found = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+        found += [(f"{path}: {key}", fields.get(key)) for key in keys]
     else:
         files = [path / name for name in hub.CONFIG_FILES if (path / name).is_file()]
-        found = [tensor_files.read_json(file).get("eos_token_id") for file in files]
-    ids = [i for entry in found for i in (entry if isinstance(entry, list) else [entry])]
-    return sorted({int(i) for i in ids if i is not None})
+        for file in files:
+            value = tensor_files.read_json(file).get("eos_token_id")
+            entries = value if isinstance(value, list) else [value]
+            found += [(f"{file}: eos_token_id", entry) for entry in entries]
+    for name, value in found:
+        if value is not None and (type(value) is not int or value < 0):
+            raise ValueError(f"{name} contains {value!r}, which is not a token id: correct it")
+        if value is not None and vocab_size is not None and value >= vocab_size:
+            raise ValueError(
+                f"{name} contains {value}, but the model has only the ids 0 to {vocab_size - 1}: "
+                "remove or correct it"
+            )
+    return sorted({value for _, value in found if value is not None})
 
 
 def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str, Any]) -> dict:
@@ -170,14 +204,17 @@ def to_config_json(config: transformer.ModelConfig, dtype: str, ids: Mapping[str
     }  # fmt: skip
 
 
-def to_generation_json(source: pathlib.Path, ids: Mapping[str, Any]) -> dict:
+def to_generation_json(
+    source: pathlib.Path, ids: Mapping[str, Any], stop_ids: Iterable[int] = ()
+) -> dict:
     """Returns the content of generation_config.json: the original settings with all stop ids.
 
     Args:
       source: the resolved path of the original model.
       ids: values of bos_token_id, eos_token_id and pad_token_id.
+      stop_ids: further ids that end a text.
     """
     file = source / "generation_config.json"
     own = tensor_files.read_json(file) if source.is_dir() and file.is_file() else {}
-    stops = sorted({*read_stop_ids(source), ids["eos_token_id"]} - {None})
+    stops = sorted({*read_stop_ids(source), *stop_ids, ids["eos_token_id"]} - {None})
     return {**ids, **own, "eos_token_id": stops}

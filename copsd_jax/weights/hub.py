@@ -41,8 +41,8 @@ def resolve_model_path(
 
     Raises:
       FileNotFoundError: if there is no such path, package or repository.
-      ValueError: if the path exists but is neither a folder nor a .gguf file, or if a revision is
-        given for a path that is no repository id.
+      ValueError: if the path exists but is neither a folder nor a .gguf file, if a revision is given
+        for a path that is no repository id, or if HF_ENDPOINT is no address.
     """
     name = os.fspath(path)
     found = _find_local(name, setting)
@@ -95,14 +95,22 @@ def _smollm2(setting: str) -> pathlib.Path:
 
 
 def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.Path:
+    address = re.sub("//[^/@]*@", "//", huggingface_hub.constants.ENDPOINT)  # without a password
+    if not re.match("https?://.", address):
+        raise ValueError(
+            f"{setting} is {repo!r}, which needs a download, but the environment variable "
+            f"HF_ENDPOINT is {address!r}: it must begin with https:// or http://"
+        )
     patterns = [*CONFIG_FILES, *TOKENIZER_FILES, tensor_files.INDEX]
     patterns += ["model*.safetensors"] if weights else []
     try:
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
-    except OSError as error:  # network failure, refusal by the hub, or offline mode
-        reason = " ".join(str(error).split())
+    # A network failure, a refusal by the hub, offline mode, or an impossible name or address: the
+    # errors of the library and of its HTTP client have no common class.
+    except Exception as error:
+        reason = re.sub("//[^/@ ]*@", "//", " ".join(str(error).split())) or type(error).__name__
         raise FileNotFoundError(
             f"{setting} is {repo!r} (model.revision {revision!r}): no such local directory, and "
-            f"the download from {huggingface_hub.constants.ENDPOINT} failed: {reason}"
+            f"the download from {address} failed: {reason}"
         ) from error
     return pathlib.Path(folder)

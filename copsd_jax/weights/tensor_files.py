@@ -101,7 +101,7 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
     try:
         # The type is Any, because the stub file of `safetensors` does not cover NumPy arrays.
         opened: Any = safetensors.safe_open(file, framework="numpy")
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # the library's errors have no common class
         size = file.stat().st_size
         raise ValueError(f"{file} is truncated or damaged ({size} bytes): {error}") from error
     tensors = {}
@@ -149,9 +149,18 @@ def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]
     """Returns the weight files' names, and the index {tensor: file name} (None if absent)."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict):
+        if not isinstance(index, dict) or not index:
             raise ValueError(f"{folder / INDEX} has no weight_map")
-        return sorted(set(index.values())), index
+        for name, file in index.items():
+            if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+                raise ValueError(f"{folder / INDEX}: the file of {name} is {file!r}, not a name")
+        files = sorted(set(index.values()))
+        if files != [SINGLE] and (folder / SINGLE).is_file():
+            raise ValueError(
+                f"{folder} has both {SINGLE}, which transformers reads, and {INDEX}, which names "
+                f"{files[0]} and other files: remove one of the two"
+            )
+        return files, index
     if not (folder / SINGLE).is_file():
         raise FileNotFoundError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
     return [SINGLE], None

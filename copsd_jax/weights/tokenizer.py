@@ -17,7 +17,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from copsd_jax.weights import gguf_files, hf_config, hub
+from copsd_jax.weights import gguf_files, hf_config, hub, tensor_files
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types in GGUF files
 
@@ -57,15 +57,18 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
       FileNotFoundError: if there is no tokenizer.json.
       ValueError: if the tokenizer cannot be read, or if its kind is not supported.
     """
-    if path.suffix == ".gguf":
-        return _from_gguf(path)
-    if not (path / "tokenizer.json").is_file():
+    if path.suffix != ".gguf" and not (path / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{path} has no tokenizer.json; set model.tokenizer to a folder")
     try:
+        if path.suffix == ".gguf":
+            return _from_gguf(path)
         return transformers.PreTrainedTokenizerFast.from_pretrained(path)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the library `tokenizers` raises plain Exceptions
         reason = " ".join(str(error).split())
-        raise ValueError(f"the tokenizer in {path} cannot be read: {reason}") from error
+        raise ValueError(
+            f"the tokenizer in {path} cannot be read: {reason}; update the packages tokenizers and "
+            "transformers if the file is newer, or set model.tokenizer to another folder"
+        ) from error
 
 
 def fingerprint(tok: transformers.PreTrainedTokenizerFast) -> dict[str, str]:
@@ -98,10 +101,16 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     """Builds a tokenizer from the vocabulary, merges, splitter and chat template of a GGUF file."""
     fields = gguf_files.read_header(path).metadata
     splitter, normalizer, ignore_merges = _choose_splitter(fields, path)
-    pieces: list[str] = fields["tokenizer.ggml.tokens"]
-    types: list[int] = fields["tokenizer.ggml.token_type"]
+    pieces, types, lines = (
+        _get_list(fields, f"tokenizer.ggml.{name}", kind)
+        for name, kind in {"tokens": str, "token_type": int, "merges": str}.items()
+    )
+    if len(types) != len(pieces):
+        raise ValueError(f"it has {len(pieces)} tokens, but {len(types)} token types")
     vocab = {piece: i for i, piece in enumerate(pieces) if types[i] != UNUSED}
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    merges: list[Any] = [tuple(line.split(" ")) for line in lines]
+    if wrong := [line for line, pair in zip(lines, merges, strict=True) if len(pair) != 2]:
+        raise ValueError(f"the merge {wrong[0]!r} does not consist of two parts")
     tok = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
     if normalizer is not None:
         tok.normalizer = normalizer
@@ -113,13 +122,14 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     ]
     tok.add_tokens(added)
     special = {
-        f"{role}_token": pieces[fields[key]]
+        f"{role}_token": pieces[_check_id(fields[key], key, len(pieces))]
         for role, name in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()
         if (key := f"tokenizer.ggml.{name}_token_id") in fields
     }
     tok.post_processor = _post_processor(fields, special)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tok,
+        name_or_path=str(path),
         chat_template=fields.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         model_max_length=fields[f"{fields['general.architecture']}.context_length"],
@@ -127,14 +137,32 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     )
 
 
+def _get_list(fields: Mapping[str, Any], key: str, kind: type) -> list:
+    """Returns a list of the metadata, after checking the kind of its entries."""
+    values = fields.get(key)
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise ValueError(f"the metadata entry {key} is missing, or is no list of {kind.__name__}")
+    return values
+
+
+def _check_id(value: Any, key: str, count: int) -> int:
+    """Returns a token id of the metadata, after checking that the file has a token with this id."""
+    if type(value) is not int or not 0 <= value < count:
+        raise ValueError(f"{key} is {value!r}, but the file has the ids 0 to {count - 1}")
+    return value
+
+
 def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> Any:
     """Builds a post-processor that adds the BOS token to plain text if add_bos_token is true.
 
-    Chat templates write the BOS token themselves.
+    Chat templates write the BOS token themselves. Without add_bos_token, llama.cpp adds the BOS
+    token if the splitter is llama-bpe.
     """
-    if not fields.get("tokenizer.ggml.add_bos_token", False):
+    default = fields["tokenizer.ggml.pre"] == "llama-bpe"
+    if not fields.get("tokenizer.ggml.add_bos_token", default):
         return processors.ByteLevel(trim_offsets=False)
-    bos = special["bos_token"]
+    if (bos := special.get("bos_token")) is None:
+        raise ValueError("plain text begins with a BOS token, but bos_token_id is missing")
     return processors.TemplateProcessing(
         single=f"{bos} $A",
         pair=f"{bos} $A {bos}:1 $B:1",
@@ -142,25 +170,54 @@ def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> An
     )
 
 
-def find_stop_ids(tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path) -> tuple[int, ...]:
+def find_stop_ids(
+    tok: transformers.PreTrainedTokenizerBase, path: pathlib.Path, vocab_size: int | None = None,
+    turn_end: int | None = None,
+) -> tuple[int, ...]:  # fmt: skip
     """Finds the end-of-text ids in the generation settings, the config and the tokenizer.
 
     Args:
       tok: the tokenizer.
       path: the resolved path of the model.
+      vocab_size: the number of embeddings of the model; None accepts every id.
+      turn_end: the id with which the chat template ends a turn; None for none.
 
     Returns:
       The ids in ascending order.
 
     Raises:
-      ValueError: if there is no end-of-text id.
+      ValueError: if there is no end-of-text id, or if the model does not have an id.
     """
-    ids = set(hf_config.read_stop_ids(path))
-    if tok.eos_token is not None:
-        ids.add(tok.get_vocab()[str(tok.eos_token)])
+    ids = {*hf_config.read_stop_ids(path, vocab_size), tok.eos_token_id, turn_end} - {None}
     if not ids:
         raise ValueError(f"{path} does not name an end-of-text token")
     return tuple(sorted(ids))
+
+
+def describe_contradictions(
+    tok: transformers.PreTrainedTokenizerBase, turn_end: int | None
+) -> list[str]:
+    """Describes contradictions between a tokenizer's files that do not stop a run, one a line.
+
+    Args:
+      tok: the tokenizer, from `load`.
+      turn_end: the id with which the chat template ends a turn; None for none.
+    """
+    lines = []
+    if turn_end not in (None, tok.eos_token_id):
+        lines.append(
+            f"the chat template ends a turn with {tok.convert_ids_to_tokens(turn_end)!r}, but the "
+            f"tokenizer's end token is {tok.eos_token!r}: both end a completion"
+        )
+    folder = pathlib.Path(tok.name_or_path)
+    file, other = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if tok.name_or_path and file.is_file() and other.is_file():
+        own = tensor_files.read_json(file).get("chat_template")
+        if own is not None and own != other.read_text(encoding="utf-8"):
+            lines.append(
+                f"{other} is used, as in transformers, although {file.name} has another template"
+            )
+    return lines
 
 
 def mark_valid_ids(tok: transformers.PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
