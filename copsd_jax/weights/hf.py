@@ -142,9 +142,8 @@ def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
     twice = config.tie_embeddings and HEAD in found
     if twice and not _tensors_equal(found[HEAD], found[EMBEDDING]):
         raise ValueError(
-            f"{path}: the embeddings are tied (tie_word_embeddings in config.json), but {HEAD} "
-            f"differs from {EMBEDDING}: set tie_word_embeddings to false if the stored head is "
-            "right; otherwise, remove the head"
+            f"{path}: the embeddings are tied, but {HEAD} differs from {EMBEDDING}: set "
+            "tie_word_embeddings in config.json to false if this head is right, or remove the head"
         )
     return found
 

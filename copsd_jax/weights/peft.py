@@ -130,8 +130,9 @@ def _read_plain_config(file: pathlib.Path) -> tuple[int, float]:
         )
     for name in ("r", "lora_alpha"):
         number = raw.get(name)
-        if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
-            refuse(name, "it must be a positive number")
+        kinds = (int,) if name == "r" else (int, float)
+        if type(number) not in kinds or not 0 < number < math.inf:
+            refuse(name, "it must be a positive number" + (" without fraction" * (name == "r")))
     # PEFT scales by alpha / r, or by alpha / sqrt(r) with use_rslora.
     alpha = raw["lora_alpha"] * (math.sqrt(raw["r"]) if raw.get("use_rslora") else 1)
     return raw["r"], float(alpha)

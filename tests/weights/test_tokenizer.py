@@ -102,7 +102,8 @@ def write(path, pre="qwen2", *, kind="gpt2", add_bos=False, unused=0) -> dict:
     writer.add_bos_token_id(pieces.index("<|im_start|>"))
     writer.add_eos_token_id(pieces.index("<|im_end|>"))
     writer.add_pad_token_id(pieces.index("<|endoftext|>"))
-    writer.add_add_bos_token(add_bos)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_chat_template(config["chat_template"])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
