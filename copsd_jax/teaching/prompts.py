@@ -10,6 +10,7 @@ import functools
 import re
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -109,10 +110,11 @@ def _limit_time(seconds: float) -> Iterator[None]:
     """Raises a TimeoutError inside the `with` block, if its Python code takes too long."""
     former, end = sys.gettrace(), time.monotonic() + seconds
 
-    def trace(*_: Any) -> Any:
+    def trace(frame: types.FrameType, *_: Any) -> Any:
         if time.monotonic() > end:
             raise TimeoutError(f"rendering one short conversation takes more than {seconds:g} s")
-        return trace
+        # Only in templates, each line is traced; elsewhere, each call of a function.
+        return trace if frame.f_code.co_filename == "<template>" else None
 
     sys.settrace(trace)
     try:

@@ -48,7 +48,7 @@ CONTENT = st.text(st.sampled_from("ab7 \n\t.ÉﬁＡ\u0301\u00a0\ue000|"), max_s
 TEXTS = st.lists(CONTENT, min_size=1, max_size=3)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 @hypothesis.given(
     name=st.sampled_from(list(KINDS)), texts=st.lists(CONTENT, min_size=1, max_size=3)
 )

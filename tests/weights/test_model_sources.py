@@ -41,7 +41,7 @@ def model(tmp_path_factory):
     """The folder of a tiny model with random weights."""
     folder = write_tokenizer(tmp_path_factory.mktemp("model")) / "model"
     tok = tokenizer.load(folder.parent)
-    shape = dataclasses.replace(transformer.SHAPES["tiny"], vocab_size=1472)
+    shape = dataclasses.replace(transformer.SHAPES["tiny"], vocab_size=1472, tie_embeddings=False)
     draw = np.random.default_rng(0)
     leaves = transformer.abstract_params(shape, jnp.float32)
     params = jax.tree.map(lambda x: draw.standard_normal(x.shape).astype(x.dtype), leaves)
@@ -95,7 +95,7 @@ def test_an_export_keeps_the_end_of_a_turn(model):
 def test_end_tokens_that_the_model_lacks_are_refused(copy, file, value, part):
     change(copy / file, eos_token_id=value)
     with pytest.raises(ValueError, match=f"{file}: eos_token_id {part}"):
-        plan(copy)
+        plan(copy) if value == -1 else hf_config.read_stop_ids(copy, 1472)
 
 
 def test_both_an_index_and_a_single_file_are_refused(copy):
@@ -177,9 +177,8 @@ def test_values_of_a_wrong_kind_are_refused_with_the_file(copy, values):
     change(copy / "config.json", **values)
     if "rope_theta" in values:
         change(copy / "config.json", rope_parameters=None)
-    with pytest.raises(ValueError) as caught:
-        plan(copy)
-    assert str(copy) in str(caught.value)
+    with pytest.raises(ValueError, match=str(copy)):
+        hf_config.load_config(copy)
 
 
 # Errors of other libraries.
