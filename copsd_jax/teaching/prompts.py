@@ -20,7 +20,7 @@ from copsd_jax.teaching import conversations, text_encoding
 from copsd_jax.teaching.conversations import Conversation, PromptFormat
 from copsd_jax.teaching.text_encoding import Tokenizer
 
-TEMPLATE_SECONDS = 10.0  # maximum time of a chat template for one short conversation
+TEMPLATE_SECONDS = 10.0  # maximum CPU time of a chat template for one short conversation
 # Maximum number of characters that a chat template writes besides ten times the messages' own.
 TEMPLATE_CHARACTERS = 100_000
 
@@ -107,11 +107,11 @@ def _explain_template(tokenizer: Tokenizer, reason: Any) -> str:
 
 @contextlib.contextmanager
 def _limit_time(seconds: float) -> Iterator[None]:
-    """Raises a TimeoutError inside the `with` block, if its Python code takes too long."""
-    former, end = sys.gettrace(), time.monotonic() + seconds
+    """Raises a TimeoutError inside the `with` block, if its Python code computes too long."""
+    former, end = sys.gettrace(), time.thread_time() + seconds
 
     def trace(frame: types.FrameType, *_: Any) -> Any:
-        if time.monotonic() > end:
+        if time.thread_time() > end:
             raise TimeoutError(f"rendering one short conversation takes more than {seconds:g} s")
         # Only in templates, each line is traced; elsewhere, each call of a function.
         return trace if frame.f_code.co_filename == "<template>" else None
