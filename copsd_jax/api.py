@@ -243,7 +243,8 @@ def sample(
     Returns:
       One completion per prompt. `ids` contains the C token ids. `logps` contains the
       log-probability of each token at the sampling temperature, in nats (float32 [C]). `finish` is
-      "stop", "length", or "nonfinite" (the logits were not finite, so there are no ids).
+      "stop" or "length". If there are no ids, `finish` is "nonfinite" (the logits were not finite)
+      or "failed" (a server gave no usable completion; `detail` has the reason).
 
     Raises:
       ValueError: `prompts` or one of its prompts is empty; a prompt is too long or has ids outside

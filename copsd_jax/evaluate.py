@@ -41,8 +41,10 @@ from copsd_jax.sampler import loop, request
 from copsd_jax.teaching import prompts
 from copsd_jax.training import loaded_run, run_plan, train_step
 
-# The grade of a sample whose logits were not finite, which therefore has no text.
-UNSAMPLED = reward_functions.Verdict(0.0, False, None, "nonfinite", "")
+# The grades of samples without a text, by their finish.
+UNSAMPLED = {end: reward_functions.Verdict(0.0, False, None, end, "") for end in loop.DROPPED}
+LOST = {"nonfinite": "have logits that are not finite", "failed": "failed on the server",
+        "raised": "made the function of reward.kind raise"}  # fmt: skip
 
 
 def evaluate(
@@ -73,6 +75,7 @@ def evaluate(
 
     Raises:
       failures.UnusableFile: another evaluation wrote `partial`, or the file is damaged.
+      failures.EngineError: the server failed, or more than half of the samples failed.
     """
     plan, n = r.plan, r.plan.config.eval.samples
     build = functools.partial(prompts.build_student_prompt, plan.tokenizer, plan.evaluation)
@@ -83,7 +86,7 @@ def evaluate(
     texts = [loaded_run.decode_completion(r, completion.ids) for completion in completions]
     golds = [row.answer for row in rows for _ in range(n)]
     grades = [
-        UNSAMPLED if said.finish == "nonfinite" else grade
+        UNSAMPLED.get(said.finish, grade)
         for grade, said in zip(
             loaded_run.grade_completions(r, golds, asked, texts), completions, strict=True
         )
@@ -132,7 +135,7 @@ def _sample_evaluation(
         def done(k: int, completion: loop.Completion) -> None:
             i = todo[k]
             said[i] = _Said(list(completion.ids), completion.finish)
-            if stream is not None:
+            if stream is not None and completion.finish != "failed":
                 line = {"index": i, "id": ids[i], "ids": said[i].ids, "finish": said[i].finish}
                 stream.append((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
@@ -140,8 +143,14 @@ def _sample_evaluation(
             if progress is not None:
                 progress(stats._replace(done=stats.done + len(asked) - len(todo)))
 
-        wanted = [asked[i] for i in todo]
-        loaded_run.sample(r, policy, wanted, "eval", keys[todo], progress=further, done=done)
+        made, _ = loaded_run.sample(
+            r, policy, [asked[i] for i in todo], "eval", keys[todo], progress=further, done=done
+        )
+    failed = [completion.detail for completion in made if completion.finish == "failed"]
+    if 2 * len(failed) > len(asked):
+        raise failures.EngineError(
+            f"{len(failed)} of {len(asked)} samples of an evaluation failed, the first: {failed[0]}"
+        )
     return [said[i] for i in range(len(asked))]
 
 
@@ -443,8 +452,9 @@ def evaluate_step(
     # The partial file is removed only after the result has been written.
     workdir.write_json(file, result)
     found = [sample for one in result["problems"] for sample in one["samples"]]
-    if lost := sum(sample["status"] == UNSAMPLED.status for sample in found):
-        print(f"{label} {lost} of {len(found)} samples have logits that are not finite", flush=True)
+    counts = collections.Counter(sample["status"].partition(":")[0] for sample in found)
+    for status in filter(counts.get, LOST):
+        print(f"{label} {counts[status]} of {len(found)} samples {LOST[status]}", flush=True)
     processes.run_on_leader(lambda: storage.remove(partial))
     return result
 

@@ -25,6 +25,7 @@ Exit codes:
     1         an error during the run, or the dry run does not fit
     2         a setting is wrong, or the run was refused
     3         a non-finite value stopped the run
+    4         the run ended, but skipped steps without any usable completion, reply or reward
     130, 143  Ctrl-C or SIGTERM stopped the run; the same command continues it
 """
 
@@ -97,10 +98,10 @@ def _run_command(argv: list[str]) -> int:
         processes.join_processes(config)
         plan, continued = train.prepare(config, workdir)
     except (ValueError, OSError) as error:
-        print(f"error: {streams.join_lines(error)}", file=sys.stderr)
+        print(f"error: {streams.spell_error(error)}", file=sys.stderr)
         return 2
     try:
-        train.train(plan, workdir, continued)
+        skipped = train.train(plan, workdir, continued)
     except signals.Stopped as stop:
         print(f"{stop}: the same command continues {workdir}", file=sys.stderr)
         return stop.exit_code
@@ -109,7 +110,7 @@ def _run_command(argv: list[str]) -> int:
         nonfinite.NonFinite,
     ) as error:  # fmt: skip
         return failures.report(error)
-    return 0
+    return 4 if skipped else 0
 
 
 def parse_command(argv: list[str]) -> Command:

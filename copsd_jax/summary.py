@@ -13,7 +13,7 @@ from copsd_jax.dryrun import memory
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import reward_functions
-from copsd_jax.runtime import continuation, sharding
+from copsd_jax.runtime import continuation, sharding, streams
 from copsd_jax.teaching import prompts
 from copsd_jax.training import backends, builders, run_plan
 from copsd_jax.weights import initial_weights, tokenizer
@@ -206,7 +206,8 @@ def summarize_failures(step: int, records: list[dict]) -> list[str]:
     """Returns a warning for each kind of failure in a step; the warning gives the first reason.
 
     One line counts the completions for which the user's reward function raised an exception.
-    Another line counts the completions that have no reply because the author failed.
+    Another line counts the completions that have no reply because the author failed, and another
+    the completions that a server did not give.
 
     Args:
       step: the number of the step.
@@ -214,7 +215,13 @@ def summarize_failures(step: int, records: list[dict]) -> list[str]:
     """
     raised = [r for r in records if str(r.get("grade_status", "")).startswith("raised")]
     failed = [r for r in records if r.get("reply_detail")]
+    lost = [r for r in records if r["finish"] == "failed"]
     lines = []
+    if lost:
+        lines.append(
+            f"warning: step {step}: {len(lost)} of {len(records)} completions failed, the first: "
+            f"{lost[0]['finish_detail']}"
+        )
     if raised:
         lines.append(
             f"warning: step {step}: the function of reward.kind failed for {len(raised)} of "
@@ -225,7 +232,7 @@ def summarize_failures(step: int, records: list[dict]) -> list[str]:
             f"warning: step {step}: {len(failed)} of {len(records)} completions have no reply, the "
             f"first for {failed[0]['reply_status']}: {failed[0]['reply_detail']}"
         )
-    return lines
+    return [streams.escape(line) for line in lines]
 
 
 def summarize_sample(step: int, records: list[dict]) -> str:
@@ -235,7 +242,7 @@ def summarize_sample(step: int, records: list[dict]) -> str:
     lines = [f"--- sample of step {step} ({record['lang']}, {mark}, gold {record['gold']})"]
     shown = f"{record['problem']}\n-> {record['completion'].strip()}"
     lines += [f"    {line}" for line in shown.split("\n")]
-    return "\n".join(lines)
+    return streams.escape("\n".join(lines))
 
 
 COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked", "replies_cut")
@@ -289,6 +296,11 @@ def summarize_ending(
     if totals := summarize_totals(directory, plan.config.train.steps):
         lines += ["", totals]
     lines += ["", f"{terminal.duration(seconds)} min; everything is in {directory}"]
+    if skipped := metric_files.count_failed(directory, plan.config.train.steps):
+        lines.append(
+            f"{skipped} steps were skipped, because no completion, reply or reward was usable "
+            "(metric `failed`)"
+        )
     if stopped:
         lines.append(f"stopped by a guard: {stopped}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import optax
 
 from copsd_jax import evaluate, self_test, summary
 from copsd_jax.config import settings as config_lib
-from copsd_jax.methods import table
+from copsd_jax.methods import failed_steps, table
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import batches, languages
 from copsd_jax.runtime import (
@@ -30,6 +30,7 @@ from copsd_jax.runtime import (
     signals,
     workdir,
 )
+from copsd_jax.servers import sampler_server
 from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
 from copsd_jax.training.train_step import State
 from copsd_jax.weights import hub, initial_weights
@@ -83,13 +84,16 @@ def _choose_at_start(config: config_lib.Config, directory: pathlib.Path) -> None
     model.init_from = processes.run_on_leader(lambda: newest)
 
 
-def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None:
+def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
     """Executes a run from its newest checkpoint, if any; evaluates before and after training.
 
     Args:
       plan: the checked run, from `prepare`.
       directory: the work directory, to which the run writes everything.
       continued: whether the directory already contains the run.
+
+    Returns:
+      The number of the run's steps that were skipped, because they failed.
 
     Raises:
       signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
@@ -131,6 +135,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> None
             after = _evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
     print(summary.summarize_ending(plan, before, after, directory, seconds, stopped), flush=True)
+    return metric_files.count_failed(directory, steps)
 
 
 def _test_new_run(r: loaded_run.LoadedRun, state: State, directory: pathlib.Path) -> str:
@@ -175,6 +180,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
     Raises:
       signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
       NonFinite: the weights are not finite, or guards.bad_steps steps in a row were bad.
+      failures.EngineError: a server failed, or guards.bad_steps steps in a row did.
     """
     plan, c = r.plan, r.plan.config
     written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
@@ -208,6 +214,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 bad.check(number, lambda: _list_saved(checkpoints))
                 last = number == c.train.steps or bool(guard["stopped"])
                 lines = summary.summarize_failures(number, records) + bad.describe(number)
+                lines += sampler_server.check_gap(c, number, values)
                 lines += [f"guard: {event.text}" for event in events]
                 # A step's checkpoint is saved after its metrics and records. A continued run
                 # therefore finds the metrics and records of all steps up to its checkpoint, and
@@ -299,8 +306,10 @@ def _run_training_step(
     # Once the compiled step has begun, the old state is gone, so the step can no longer be left.
     with timer("rollout"), r.stop.leave_if_late(*expected):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
+    failure = failed_steps.find_failure(r.plan.config, work.records)
     with timer("packing"):
-        packed = builders.pack_batch(r.plan, work.batch)
+        taught = failed_steps.drop_loss(work.batch) if failure else work.batch
+        packed = builders.pack_batch(r.plan, taught)
     with timer("step"):
         batch = layout.place_batch(packed, r.plan.mesh)
         state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor)
@@ -308,13 +317,14 @@ def _run_training_step(
     lost = work.metrics.get("rollout_nonfinite") == len(work.records)
     aux.metrics["bad"] = np.maximum(aux.metrics["bad"], np.float32(lost))
     inputs = {"batch": packed, "student_prefix": work.student_prefix, "lr_factor": factor}
-    bad.record(step + 1, state, inputs, aux.metrics)
+    bad.record(step + 1, state, inputs, aux.metrics, failure)
+    aux.metrics["failed"] = np.float32(failure is not None)
     del aux.metrics["weights_finite"]  # a run goes on only if it is 1
     values = {
         **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
         **layout.measure_fill(packed),
         **work.metrics,
-        **rollout_records.add_token_values(r, work, aux),
+        **rollout_records.add_token_values(r, work._replace(batch=taught), aux),
         "learning_rate": float(r.rate(updates)) * float(factor),
         **timer.take(),
     }

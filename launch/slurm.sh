@@ -147,7 +147,7 @@ while true; do
   [[ $signal ]] || break # a signal to this script has ended the wait
 done
 case $code in
-  0 | 1 | 2 | 3) again= ;; # the program ended by itself
+  [0-4]) again= ;; # the program ended by itself
 esac
 if [[ $again ]] && tries "$((attempt + 1))"; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

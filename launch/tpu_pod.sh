@@ -323,7 +323,7 @@ run() {
     [[ ! $SIGNALLED ]] || wait
     [[ ! $SIGNALLED ]] || give_up "$SIGNALLED" "repeat the command to continue"
     LAST=$CODE # `taken` changes CODE
-    ((LAST != 2 && LAST != 3)) || give_up "$LAST" "see the lines above"
+    ((LAST < 2 || LAST > 4)) || give_up "$LAST" "see the lines above"
     if taken; then
       echo "$NAME: taken away (${STATE:-does not exist}); restart $((start + 1)) of at most $RESTARTS"
     else

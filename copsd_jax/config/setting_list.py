@@ -244,8 +244,12 @@ SETTINGS: dict[str, Setting] = {
 
     "guards.rules": declare("",
         "rules, such as 'repetition>0.5:stop,entropy_student<0.1@3:lr*0.5'"),
-    "guards.bad_steps": declare(3, "steps in a row with a loss or gradient that is not finite "
-        "after which the run stops; 0: never", whole(0)),
+    "guards.bad_steps": declare(3, "steps in a row with a loss or gradient that is not finite, or "
+        "without any usable completion, reply or reward, after which the run stops; 0: never",
+        whole(0)),
+    "guards.logp_gap": declare(0.0, "bound of logp_gap_max, in nats; above it, a step warns, or "
+        "stops the run if a loss reads the server's log-probabilities; 0: 0.01 in float32, 3 in "
+        "bfloat16", NOT_NEGATIVE, _SERVER),
 
     "check.self_test": declare(True, "before the first step, score completions by sampler and "
         "trainer, and stop if their log-probabilities differ"),

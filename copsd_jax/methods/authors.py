@@ -12,7 +12,7 @@ from typing import NamedTuple
 from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import processes
 from copsd_jax.sampler import request
-from copsd_jax.servers import client
+from copsd_jax.servers import chat, client
 from copsd_jax.teaching import (
     contexts,
     conversations,
@@ -109,9 +109,9 @@ def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> lis
     done = loaded_run.sample(r, policy, wanted, "author", keys).completions if todo else []
     for i, prompt, completion in zip(todo, wanted, done, strict=True):
         text = prompts.restore_think_tag(prompt, loaded_run.decode_completion(r, completion.ids))
-        status = {"length": "cut", "nonfinite": "nonfinite"}.get(completion.finish, "written")
+        status = {"length": "cut", "stop": "written"}.get(completion.finish, completion.finish)
         seen = _shorten_attempt_for_author(plan, asked[i].attempt, prompt.shortened)
-        out[i] = AuthorText(text, status, shortened=prompt.shortened, seen=seen)
+        out[i] = AuthorText(text, status, completion.detail, prompt.shortened, seen)
     return [written for written in out if written is not None]
 
 
@@ -156,7 +156,7 @@ def _request_author_texts(r, state, asked: list[AuthorRequest], step: int) -> li
         for one in asked
     ]
     requests = [
-        client.ChatRequest(
+        chat.ChatRequest(
             messages=conversations.render_messages(plan.author, one.attempt.row, conversation),
             **config_lib.pick(c.author, "temperature top_p max_tokens"),
             seed=c.seed + one.sample,
@@ -164,8 +164,8 @@ def _request_author_texts(r, state, asked: list[AuthorRequest], step: int) -> li
         for one, (conversation, _) in zip(asked, fitted, strict=True)
         if conversation
     ]
-    server = client.server_from_settings(c.author, c.author.cache)
-    answers = iter(processes.run_on_leader(lambda: client.ask_all(server, requests)))
+    server = client.server_from_settings(c.author, "author", c.author.cache)
+    answers = iter(processes.run_on_leader(lambda: chat.ask_all(server, requests)))
     out = []
     for one, (conversation, shortened) in zip(asked, fitted, strict=True):
         if not conversation:

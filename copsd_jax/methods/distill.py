@@ -92,7 +92,7 @@ def make_batch(
 
 def _choose_distilled(c, done: Rollouts) -> list[bool]:
     """Decides for each completion, before contexts are written, whether to distill it."""
-    wanted = np.array([completion.finish != "nonfinite" for completion in done.completions])
+    wanted = np.array([not completion.dropped for completion in done.completions])
     if c.context.filter_groups:
         wanted &= policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
     if c.context.correct == "skip" or c.policy.route == "successes":

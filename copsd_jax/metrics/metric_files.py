@@ -105,6 +105,13 @@ def count_updates(workdir: str | os.PathLike, steps: int) -> int:
     return steps - len(idle)
 
 
+def count_failed(workdir: str | os.PathLike, steps: int) -> int:
+    """Returns how many of the first `steps` steps were skipped, because they failed."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    rows = _read(path)[0] if path.exists() else []
+    return sum(row["step"] <= steps and float(row.get("failed", 0)) > 0 for row in rows)
+
+
 def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
     """Returns the lines of metrics.jsonl for the steps up to and including `steps`.
 

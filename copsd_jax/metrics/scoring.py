@@ -159,8 +159,8 @@ def score(
     Returns:
       A dict with `problems`, `samples` (n), `avg_at_n` (with its interval from `low` to `high`),
       `pass_at_n`, `maj_at_n` and `mean_tokens`. The dict also has `pass_at_2`, `pass_at_4` and so
-      on, for all powers of two below n. `format_rate`, `truncated`, `unresolved` and `nonfinite`
-      are shares of samples.
+      on, for all powers of two below n. `format_rate`, `truncated`, `unresolved`, `nonfinite`
+      and `failed` are shares of samples.
 
     Raises:
       ValueError: if there are no problems, or if the problems have no samples or different numbers
@@ -182,6 +182,7 @@ def score(
     out["format_rate"] = float(np.mean([sample.answer is not None for sample in every]))
     out["truncated"] = float(np.mean([sample.truncated for sample in every]))
     out["unresolved"] = float(np.mean([sample.status in unresolved for sample in every]))
-    out["nonfinite"] = float(np.mean([sample.status == "nonfinite" for sample in every]))
+    for status in ("nonfinite", "failed"):
+        out[status] = float(np.mean([sample.status == status for sample in every]))
     out["mean_tokens"] = float(np.mean([sample.tokens for sample in every]))
     return out

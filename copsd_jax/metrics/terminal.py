@@ -11,6 +11,8 @@ from typing import TextIO
 
 from rich import cells
 
+from copsd_jax.runtime import streams
+
 SECONDS = 5.0  # minimum time between progress lines on a stream that is not a terminal
 
 
@@ -118,12 +120,14 @@ def duration(seconds: float) -> str:
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Formats a plain-text table; the first column is left-aligned, all others are right-aligned.
 
-    Widths are measured as on a terminal, where CJK characters are two columns wide.
+    Control characters in cells are escaped, including line breaks. Widths are measured as on a
+    terminal, where CJK characters are two columns wide.
 
     Raises:
       ValueError: if a row has more or fewer cells than there are headers.
     """
-    lines = [[str(cell) for cell in row] for row in (headers, *rows)]
+    spell = lambda cell: streams.escape(str(cell)).replace("\n", r"\n").replace("\t", r"\t")  # noqa: E731
+    lines = [[spell(cell) for cell in row] for row in (headers, *rows)]
     for row in lines:
         if len(row) != len(headers):
             raise ValueError(f"a row has {len(row)} cells for {len(headers)} headers: {row}")

@@ -34,7 +34,9 @@ STATUSES = (
     "not_a_choice",  # the content of <answer> is not a single letter
     "malformed",  # a tool call cannot be read
     "computed",  # the function of reward.kind returned the reward
-    "raised",  # the function of reward.kind raised an exception, as in "raised:KeyError"
+    # The function of reward.kind raised an exception ("raised:KeyError"), or returned no number
+    # ("raised:TypeError") or a number that is not finite ("raised:ValueError").
+    "raised",
 )
 
 
@@ -78,14 +80,13 @@ class Rewarder:
 
         Raises:
           ValueError: the numbers of gold answers and texts differ, or a gold answer cannot be read.
-          TypeError: the user's function returned neither a number nor (number, text).
         """
         if len(golds) != len(texts):
             raise ValueError(f"there are {len(golds)} gold answers but {len(texts)} texts")
         if self.function is None:
             return REWARDS[self.kind].score(self, golds, texts)
         pairs = zip(golds, texts, strict=True)
-        return [_compute_verdict(self.kind, self.function, *pair) for pair in pairs]
+        return [_compute_verdict(self.function, *pair) for pair in pairs]
 
 
 def build_rewarder(kind: str, grader: graders.Grader, form: str = "") -> Rewarder:
@@ -290,12 +291,6 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
 
 # ---- a function named in the config ----------------------------------------------------------
 
-# Exceptions that a user's function may raise for a text of an unexpected form. Texts of an
-# unexpected form will occur, and must not end a run. Any other exception (a missing file, a wrong
-# name, no memory) is a fault of the function or the machine, and ends the run with a traceback.
-_TEXT_ERRORS = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError)
-
-
 # Exceptions that the import of a user's module can raise.
 IMPORT_ERRORS = (
     ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError,
@@ -326,18 +321,20 @@ def import_function(kind: str) -> Callable | None:
     return function
 
 
-def _compute_verdict(kind: str, function: Callable, gold: str, text: str) -> Verdict:
+def _compute_verdict(function: Callable, gold: str, text: str) -> Verdict:
+    """Scores a text by a user's function; an exception in one row must not end the run."""
     try:
         result = function(gold, text)
-    except _TEXT_ERRORS as error:
+        pair: Any = result if isinstance(result, tuple) else (result, "")
+        typed = len(pair) == 2 and isinstance(pair[0], numbers.Real) and isinstance(pair[1], str)
+        if not typed:
+            raise TypeError("the result is neither a number nor (number, text)")
+        if not math.isfinite(pair[0]):
+            raise ValueError("the number is not finite")
+    except MemoryError:
+        raise  # a fault of the machine
+    except Exception as error:
         return Verdict(0.0, None, None, f"raised:{type(error).__name__}", "")
-    pair: Any = result if isinstance(result, tuple) else (result, "")
-    typed = len(pair) == 2 and isinstance(pair[0], numbers.Real) and isinstance(pair[1], str)
-    if not typed or not math.isfinite(pair[0]):
-        raise TypeError(
-            f"reward.kind is {kind!r}: the function returned {result!r}, which is neither a finite "
-            "number nor (number, text)"
-        )
     return Verdict(float(pair[0]), None, None, "computed", pair[1])
 
 

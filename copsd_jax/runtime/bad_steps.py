@@ -1,7 +1,8 @@
-"""Bad steps: their files, and when they stop the run.
+"""Bad and failed steps: the files of bad steps, and when such steps stop the run.
 
 A step is bad if its loss or its gradient is not finite, or if the logits of all its completions
-were not finite.
+were not finite. A step failed if a server or a reward function gave nothing usable for it. Neither
+changes the weights. A failed step has no files, because the same inputs need not fail again.
 
     W/bad/step_000025.npz    inputs and results of a bad step, as the compiled step got them
     W/bad/state_000024/      the state of the last good step, which bad steps do not change
@@ -19,24 +20,37 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from copsd_jax.runtime import checkpoint, nonfinite, processes, storage
+from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, storage
 
 STREAKS = 3  # number of newest streaks whose files are kept
 BATCHES = 10  # number of steps of a streak whose inputs are written
 
 
+class Failure(NamedTuple):
+    """Why a step failed.
+
+    Attributes:
+      reason: one sentence without a period.
+      refused: whether a server refused every request, so that the cause is probably a setting.
+    """
+
+    reason: str
+    refused: bool = False
+
+
 class BadSteps:
-    """Counts the bad steps of a run and writes their files.
+    """Counts the bad and the failed steps of a run, and writes the files of the bad steps.
 
     All processes must call the methods with the same arguments.
 
     Attributes:
       streak: number of consecutive bad steps up to now.
+      failed: number of consecutive failed steps up to now.
     """
 
     def __init__(self, directory: pathlib.Path, limit: int, written: Sequence[str] = ()):
@@ -47,15 +61,22 @@ class BadSteps:
 
         Args:
           directory: the work directory.
-          limit: number of consecutive bad steps that stops the run; 0 never stops the run.
+          limit: number of consecutive bad steps, or failed steps, that stops the run; 0 never stops
+            the run.
           written: the lines of metrics.jsonl up to the step from which the run continues.
         """
         self._directory, self._limit = directory, limit
-        self.streak, self._metrics = 0, {}
+        self.streak, self.failed, self._metrics = 0, 0, {}
+        self._failure: Failure | None = None
         for line in written:
-            self.streak = self.streak + 1 if float(json.loads(line).get("bad", 0)) else 0
+            values = json.loads(line)
+            self.streak = self.streak + 1 if float(values.get("bad", 0)) else 0
+            self.failed = self.failed + 1 if float(values.get("failed", 0)) else 0
 
-    def record(self, step: int, state: Any, inputs: Any, metrics: Mapping[str, Any]) -> None:
+    def record(
+        self, step: int, state: Any, inputs: Any, metrics: Mapping[str, Any],
+        failure: Failure | None = None,
+    ) -> None:  # fmt: skip
         """Counts a step, and writes the files of a bad step.
 
         Args:
@@ -63,8 +84,10 @@ class BadSteps:
           state: the state after the step; a bad step changes only the state's count.
           inputs: the other inputs of the step, as a tree of NumPy arrays and None.
           metrics: the metrics of the step.
+          failure: why the step failed; None if it did not.
         """
-        self._metrics = dict(metrics)
+        self._metrics, self._failure = dict(metrics), failure
+        self.failed = self.failed + 1 if failure else 0
         self.streak = self.streak + 1 if metrics["bad"] else 0
         if not 0 < self.streak <= BATCHES:
             return
@@ -76,11 +99,12 @@ class BadSteps:
         processes.run_on_leader(lambda: _write_arrays(step_file(self._directory, step), content))
 
     def describe(self, step: int) -> list[str]:
-        """Returns a line about the step if it is bad, and otherwise no line."""
-        if not self.streak:
-            return []
-        kept = "so the weights stay as they were"
-        return [f"step {step}: {self._explain()}, {kept}; {self._name_command(step)}"]
+        """Returns a line about the step if it is bad or failed, and otherwise no line."""
+        lines = [f"step {step} is skipped: {self._failure.reason}"] if self._failure else []
+        if self.streak:
+            kept = "so the weights stay as they were"
+            lines += [f"step {step}: {self._explain()}, {kept}; {self._name_command(step)}"]
+        return lines
 
     def refuses_save(self, step: int, last: bool) -> list[str]:
         """Returns a line that says why the step is not saved; returns no line if it is saved.
@@ -88,10 +112,11 @@ class BadSteps:
         A continued run repeats a streak from its first step, so that it stops at the same step. The
         last step of a run is saved in any case.
         """
-        if last or not self.streak:
+        count, what = (self.streak, "bad") if self.streak else (self.failed, "skipped")
+        if last or not count:
             return []
-        which = f"the last {self.streak} steps were" if self.streak > 1 else "it was"
-        return [f"step {step} is not saved, because {which} bad"]
+        which = f"the last {count} steps were" if count > 1 else "it was"
+        return [f"step {step} is not saved, because {which} {what}"]
 
     def check(self, step: int, list_saved: Callable[[], list[int]]) -> None:
         """Checks whether the run can go on after a step.
@@ -99,7 +124,16 @@ class BadSteps:
         Raises:
           NonFinite: the state is not finite, or the streak has reached the limit. The message names
             the newest checkpoint, which was saved before the streak.
+          EngineError: `limit` steps in a row have failed, or a server refused every request of the
+            first step.
         """
+        if self._failure and (
+            0 < self._limit <= self.failed or (step == 1 and self._failure.refused)
+        ):
+            row = f" ({self.failed} failed steps in a row, and guards.bad_steps is {self._limit})"
+            raise failures.EngineError(
+                f"step {step}: {self._failure.reason}{row if self.failed > 1 else ''}"
+            )
         stuck = 0 < self._limit <= self.streak
         if self._metrics["weights_finite"] and not stuck:
             return

@@ -23,7 +23,7 @@ from copsd_jax.runtime import processes, workdir
 # these settings.
 CHANGEABLE = (
     *("description", "mesh.", "train.save_", "train.keep", "train.grace", "train.log_rollouts"),
-    *("eval.every", "guards.bad_steps", "check.self_test"),
+    *("eval.every", "guards.bad_steps", "guards.logp_gap", "check.self_test"),
     # Settings that decide only how the same tokens are arranged in rows and blocks.
     *("rollout.slots", "eval.slots", "author.slots"),
     *("train.pack", "train.row_tokens", "train.micro_tokens", "loss.chunk"),

@@ -5,11 +5,11 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-from copsd_jax.runtime import nonfinite, processes, storage
+from copsd_jax.runtime import nonfinite, processes, storage, streams
 
 
 class EngineError(Exception):
-    """A failure of the sampler server, described in one sentence."""
+    """A failure of a server or of a reward function, described in one sentence."""
 
 
 class UnusableFile(Exception):
@@ -41,12 +41,13 @@ def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
         disk = isinstance(error, storage.StorageError)
         if isinstance(error, OSError) and not disk and error.errno not in storage.DISK_ERRORS:
             raise
-        processes.exit_with_error(f"error: {error}; the same command continues {directory}", error)
+        said = f"error: {streams.spell_error(error)}; the same command continues {directory}"
+        processes.exit_with_error(said, error)
     except MemoryError as error:
         processes.exit_with_error(f"error: {error}", error)
 
 
 def report(error: Exception) -> int:
     """Prints the sentence of an error that ends a command; returns the command's exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {streams.spell_error(error)}", file=sys.stderr)
     return 3 if isinstance(error, nonfinite.NonFinite) else 2

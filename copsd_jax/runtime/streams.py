@@ -1,25 +1,53 @@
-"""Output that may lose its reader: a closed pipe must not stop a run.
+"""Output: text that is safe for a terminal, and pipes that may lose their reader.
 
-With `2>&1 | tee log`, Ctrl-C ends `tee` too. Without a reader, every write raises BrokenPipeError,
-and the run would end before it saves. This module does not import JAX.
+A closed pipe must not stop a run. With `2>&1 | tee log`, Ctrl-C ends `tee` too. Without a reader,
+every write raises BrokenPipeError, and the run would end before it saves. This module does not
+import JAX.
 """
 
 import contextlib
 import os
+import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
+
+# Invisible characters that change the order of the text around them, or hide text in it.
+_HIDDEN = re.compile("[\u202a-\u202e\u2066-\u2069\ufff9-\ufffb\U000e0000-\U000e007f]")
+
+
+def escape(text: str) -> str:
+    r"""Returns a text in which control characters are spelled, such as `\x1b` for an escape.
+
+    A text of a model or a data file could otherwise move the cursor, change colours or the window's
+    title, overwrite earlier lines, or show characters in another order. Line breaks and tabs stay.
+    """
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") and char not in "\n\t")
+        or _HIDDEN.match(char)
+        else char
+        for char in text
+    )
+
+
+def spell_error(error: BaseException) -> str:
+    """Returns the message of an error on one line, without control characters and hub tokens.
+
+    Messages of other libraries may contain the headers of a request.
+    """
+    text = escape(" ".join(str(error).splitlines()))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        for part in os.environ.get(name, "").split():
+            text = text.replace(part, f"[{name}]") if len(part) >= 8 else text
+    return text
 
 
 def write_error(text: str) -> None:
     """Writes a text to stderr from the handler of a signal; ignores errors."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
-
-
-def join_lines(error: BaseException) -> str:
-    """Returns the message of an error on one line."""
-    return " ".join(str(error).splitlines())
 
 
 class _Output:

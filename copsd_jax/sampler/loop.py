@@ -29,6 +29,10 @@ from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine, program_cache, prompt_packing, request
 
+# The values of `Completion.finish` that mean that the tokens have been dropped. 'nonfinite': the
+# logits contained NaN or +inf, or were all -inf. 'failed': a server gave no usable completion.
+DROPPED = ("nonfinite", "failed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
@@ -37,9 +41,13 @@ class Completion:
     ids: tuple[int, ...]  # C token ids, including the token that ended the text
     logps: np.ndarray  # float32 [C]: log-probabilities under the tempered distribution
     logps_truncated: np.ndarray  # float32 [C]: log-probabilities under the truncated distribution
-    # 'stop', 'length', or 'nonfinite': the logits contained NaN or +inf, or were all -inf, so the
-    # text has ended and its tokens have been dropped
-    finish: str
+    finish: str  # 'stop', 'length', or one of DROPPED
+    detail: str = ""  # for 'failed', one readable line with the reason
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the completion has no tokens, because they could not be used."""
+        return self.finish in DROPPED
 
 
 class Stats(NamedTuple):
@@ -319,10 +327,10 @@ def _append_drawn_tokens(
     return len(columns[:end])
 
 
-def drop_tokens() -> Completion:
-    """Returns the completion of a text whose logits are not finite; the completion is empty."""
+def drop_tokens(finish: str = "nonfinite", detail: str = "") -> Completion:
+    """Returns the completion of a text that cannot be used; the completion is empty."""
     none = np.zeros(0, np.float32)
-    return Completion((), none, none, "nonfinite")
+    return Completion((), none, none, finish, detail)
 
 
 def _finish_completion(inputs: request.Inputs, row: int, text: _PartialCompletion) -> Completion:

@@ -1,7 +1,7 @@
-"""Client for OpenAI-compatible servers, with concurrent requests and a cache of answers.
+"""HTTP client for servers: requests with retries, deadlines and limited concurrency.
 
-`ask_all` requests chat completions and caches the answers. `ask_all` is built on `send_call` and
-`run_concurrently`, which can also be used for other HTTP requests.
+`servers/chat.py` requests chat completions with it, and `servers/remote_engine.py` completions of
+token ids.
 
 The client uses the standard library's `http.client`. Common clients, such as httpx, have no overall
 deadline: their timeouts start again after every byte received. In this client, a read may take only
@@ -9,9 +9,9 @@ the time that is left for the whole request. Therefore, a server that only rarel
 cannot block a run. Redirects are not followed, because the key would be sent to the new address.
 Proxy settings in the environment are ignored.
 
-If the server fails, the result is an answer with a status, not an exception. The server's key is
-read from the environment when a request is sent. The key never appears in messages or cache files.
-If a server's reply contains the key, the key is removed from the reply.
+If the server fails, the result is an outcome with a status, not an exception. The server's key is
+read from the environment when a request is sent. The key never appears in messages or files. If a
+server's reply contains the key, the key is removed from the reply.
 """
 
 import concurrent.futures
@@ -28,11 +28,10 @@ import re
 import socket
 import ssl
 import sys
-import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 from copsd_jax.runtime import workdir
@@ -44,15 +43,15 @@ STATUSES = {
     "refused": "the server refuses the request (HTTP 4xx)",
     "server_error": "the server failed (HTTP 5xx)",
     "bad_reply": "an invalid reply: incomplete, not JSON, or without content",
-    "unreachable": "no connection",
+    "unreachable": "no connection, or a gateway without a server behind it (HTTP 502, 503)",
 }
-USABLE = ("ok", "cut")  # answers with these statuses have a text, and are cached
 
 _AGAIN = frozenset({408, 409, 425, 429})  # 4xx statuses after which another attempt may succeed
 _LARGEST = 1 << 24  # maximum number of bytes in a reply
 _DETAIL = 300  # maximum number of characters in a server's message about a failure
 _tls = functools.cache(ssl.create_default_context)
 _LOOK = 0.25  # seconds between two checks of whether the caller has stopped
+_LONGEST_PAUSE = 30.0  # seconds; after longer pauses, a restarted server would be noticed late
 
 Name = TypeVar("Name")
 Item = TypeVar("Item")
@@ -69,13 +68,14 @@ class Server:
       model: the model's name on the server.
       key_env: name of the environment variable that holds the key; "" if the server needs no key.
       timeout: maximum number of seconds for one attempt, from connecting until the last byte
-        arrives. The DNS look-up does not count towards `timeout`. `timeout` is also the longest
-        pause between two attempts.
+        arrives. The DNS look-up does not count towards `timeout`. A pause
+        between two attempts is at most `timeout`, and at most the larger of 30 s and `backoff`.
       retries: maximum number of attempts after the first.
       backoff: pause in seconds before the second attempt; the pause doubles before each later
         attempt.
       concurrency: maximum number of requests in flight.
       cache: folder with one file per answered request; "" for no cache.
+      section: the section of the settings that describe the server; messages name its settings.
     """
 
     url: str
@@ -86,27 +86,7 @@ class Server:
     backoff: float
     concurrency: int
     cache: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatRequest:
-    """One chat request; equal requests are sent only once, so each sample needs its own seed."""
-
-    messages: Sequence[Mapping[str, str]]  # each message has "role" and "content"
-    temperature: float
-    top_p: float
-    max_tokens: int
-    seed: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatAnswer:
-    """Result of a request; `text` is "" unless the status is in USABLE."""
-
-    text: str
-    status: str  # a key of STATUSES
-    attempts: int  # number of attempts; 0 if the answer is from the cache
-    detail: str = ""  # one readable line about a failure
+    section: str = "server"
 
 
 class Outcome(NamedTuple):
@@ -135,43 +115,43 @@ class HttpCall(NamedTuple):
     read: Callable[[bytes], Outcome]
 
 
-def server_from_settings(settings: Mapping[str, Any], cache: str = "") -> Server:
+def server_from_settings(settings: Mapping[str, Any], section: str, cache: str = "") -> Server:
     """Builds a `Server` from a section of settings, which are named like the fields of `Server`.
 
     The folder `cache` is a separate argument, because the name `cache` has another meaning in the
     section `sampler`: `sampler.cache` is the dtype of keys and values.
     """
-    names = (field.name for field in dataclasses.fields(Server) if field.name != "cache")
-    return Server(**{name: settings[name] for name in names}, cache=cache)
+    own = ("cache", "section")
+    names = (field.name for field in dataclasses.fields(Server) if field.name not in own)
+    return Server(**{name: settings[name] for name in names}, cache=cache, section=section)
 
 
-def check_server(server: Server, prefix: str = "server.") -> None:
+def check_server(server: Server) -> None:
     """Checks the fields of a server, without sending a request.
-
-    Args:
-      server: the server to check.
-      prefix: text before the settings' names in messages.
 
     Raises:
       ValueError: the URL is malformed, the model is empty, the key is missing or unusable, or a
         number is out of range.
       OSError: the cache folder cannot be written.
     """
-    _check_url(server.url, f"{prefix}url")
+    check_url(server)
     if not server.model:
-        raise ValueError(f"{prefix}model is '': name the model that the server serves")
-    read_key(server, prefix)
+        raise ValueError(f"{server.section}.model is '': name the model that the server serves")
+    read_key(server)
     for name, least in (("timeout", 0.001), ("retries", 0), ("backoff", 0), ("concurrency", 1)):
-        if not least <= getattr(server, name) < threading.TIMEOUT_MAX:
-            raise ValueError(
-                f"{prefix}{name} is {getattr(server, name)}: it must be at least {least}"
-            )
+        if not least <= (value := getattr(server, name)) < threading.TIMEOUT_MAX:
+            raise ValueError(f"{server.section}.{name} is {value}: it must be at least {least}")
     if server.cache:
-        workdir.check_writable(pathlib.Path(server.cache), f"{prefix}cache")
+        workdir.check_writable(pathlib.Path(server.cache), f"{server.section}.cache")
 
 
-def _check_url(url: str, setting: str) -> None:
-    problem = ""
+def check_url(server: Server) -> None:
+    """Checks the URL of a server.
+
+    Raises:
+      ValueError: the URL is malformed, or contains a user, a query or a fragment.
+    """
+    url, problem = server.url, ""
     try:
         parts = urllib.parse.urlsplit(url)
         if not re.fullmatch(r"https?://[!-~]+", url) or not parts.hostname or parts.port == 0:
@@ -183,136 +163,35 @@ def _check_url(url: str, setting: str) -> None:
         (parts.hostname or "").encode("idna")
     except ValueError as error:  # the port, the brackets or the host name is malformed
         problem = str(error)
-    if problem:  # the part before an @ is hidden, because it may be a password
-        raise ValueError(f"{setting} is {re.sub('//[^/]*@', '//...@', url)!r}: {problem}")
+    if problem:  # the parts that may hold a password or a key are hidden
+        shown = re.sub(r"[?#].*", "?...", re.sub("//[^/]*@", "//...@", url), flags=re.DOTALL)
+        raise ValueError(f"{server.section}.url is {shown!r}: {problem}")
 
 
-def read_key(server: Server, prefix: str = "server.") -> str:
+def read_key(server: Server) -> str:
     """Returns the server's key, or "" if the server needs none.
 
     Raises:
       ValueError: the environment variable named by key_env is not set, or its value is not valid in
-        a header. The message contains the variable's name but not the value.
+        a header. The message contains the variable's name but not the value. A name that may be a
+        key itself is not shown either.
     """
-    if not server.key_env:
+    if not (name := server.key_env):
         return ""
-    key = os.environ.get(server.key_env, "")
+    key = os.environ.get(name, "")
     if re.fullmatch(r"[!-~]+", key):
         return key
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*|[a-z_]+", name):  # keys mix letters of both cases, digits
+        raise ValueError(
+            f"{server.section}.key_env is not the name of an environment variable that is set (its "
+            "value is not shown, because it may be a key): put the key into an environment "
+            "variable with a name in capitals, and set key_env to this name"
+        )
     problem = "holds blanks, line breaks or characters beyond ASCII" if key else "is not set"
     raise ValueError(
-        f"{prefix}key_env is {server.key_env!r}: the environment variable {server.key_env} "
-        f"{problem}; put the server's key there, or set key_env to '' if no key is needed"
+        f"{server.section}.key_env is {name!r}: the environment variable {name} {problem}; put the "
+        "server's key there, or set key_env to '' if no key is needed"
     )
-
-
-def ask_all(
-    server: Server, requests: Sequence[ChatRequest],
-    progress: Callable[[int, int], None] | None = None,
-) -> list[ChatAnswer]:  # fmt: skip
-    """Returns answers in the order of the requests; cached requests are not sent again.
-
-    The pause between attempts grows exponentially. The jitter of the pause depends only on the
-    request and the attempt. The pause is never shorter than the time in the server's Retry-After
-    header. If Retry-After exceeds `server.timeout`, there is no further attempt.
-
-    Args:
-      server: the server to send the requests to.
-      requests: the requests; equal requests are sent once.
-      progress: called in the caller's thread with (number of answers so far, number of requests).
-
-    Raises:
-      ValueError: the URL or the key is unusable, and at least one request is not cached.
-    """
-    digests = [_digest(server, request) for request in requests]
-    answers = {digest: _read_cached_answer(server, digest) for digest in dict.fromkeys(digests)}
-    missing = {d: (d, r) for d, r in zip(digests, requests, strict=True) if answers[d] is None}
-    if missing:
-        _check_url(server.url, "server.url")
-        ask = functools.partial(_send_chat_request, server, read_key(server))
-        with contextlib.closing(run_concurrently(server.concurrency, ask, missing)) as done:
-            for digest, answer in done:
-                answers[digest] = answer
-                if progress is not None:
-                    progress(sum(answers[d] is not None for d in digests), len(digests))
-    return [answer for digest in digests if (answer := answers[digest]) is not None]
-
-
-def _send_chat_request(
-    server: Server, key: str, item: tuple[str, ChatRequest], stop: threading.Event
-) -> ChatAnswer:
-    digest, request = item
-    body = {"model": server.model, **_build_chat_body(request)}
-    url = server.url.rstrip("/") + "/chat/completions"
-    outcome, attempts = send_call(server, key, HttpCall(url, body, _content), digest, stop)
-    answer = ChatAnswer(redact_key(outcome.value, key), outcome.status, attempts, outcome.detail)
-    _cache_chat_answer(server, digest, answer)
-    return answer
-
-
-def _build_chat_body(request: ChatRequest) -> dict[str, Any]:
-    """Returns the fields of a request's body; numbers such as 1 and 1.0 give the same body."""
-    fields: dict[str, Any] = {
-        "messages": [dict(message) for message in request.messages],
-        "temperature": float(request.temperature),
-        "top_p": float(request.top_p),
-        "max_tokens": int(request.max_tokens),
-    }
-    return fields if request.seed is None else {**fields, "seed": int(request.seed)}
-
-
-def _content(body: bytes) -> Outcome:
-    """Reads the text of the first choice in a reply."""
-    choice = json.loads(body)["choices"][0]
-    text, finish = choice["message"].get("content"), choice.get("finish_reason")
-    cut = finish == "length"  # hidden thinking may have used up all max_tokens
-    if not isinstance(text := text or ("" if cut else None), str):
-        return Outcome("bad_reply", detail="no content in choices[0].message", again=True)
-    # JSON may contain half of a surrogate pair, which tokenizers and files do not accept.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Outcome("cut" if cut else "ok", text)
-
-
-def _digest(server: Server, request: ChatRequest) -> str:
-    """Returns the SHA-256 of the fields that affect an answer; key and retries are left out."""
-    asked = {"url": server.url.rstrip("/"), "model": server.model, **_build_chat_body(request)}
-    canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _read_cached_answer(server: Server, digest: str) -> ChatAnswer | None:
-    """Returns the cached answer or None; a malformed answer is ignored, with a warning."""
-    path = pathlib.Path(server.cache) / f"{digest}.json"
-    if not server.cache or not path.exists():
-        return None
-    try:
-        found = workdir.read_json(path)
-        text, status = found["text"], found["status"]
-        if isinstance(text, str) and status in USABLE:
-            return ChatAnswer(text, status, attempts=0)
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        pass  # an unreadable file is handled below, like a malformed answer
-    _warn(f"{path} is not a cached answer: the request is sent again")
-    return None
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _cache_chat_answer(server: Server, digest: str, answer: ChatAnswer) -> None:
-    """Writes a usable answer to the cache atomically; other runs may write the same file."""
-    if not server.cache or answer.status not in USABLE:
-        return
-    path = pathlib.Path(server.cache) / f"{digest}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=f"{digest}.", suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "w") as file:  # ASCII
-            json.dump({"model": server.model, "status": answer.status, "text": answer.text}, file)
-        os.replace(part, path)
-    except OSError as error:  # for example, the disk is full; the answer is still returned
-        _warn(f"{path} cannot be written ({error.strerror})")
 
 
 # ----------------------------------------------------------------------------------- transport
@@ -344,24 +223,50 @@ def run_concurrently(
 
 
 def send_call(
-    server: Server, key: str, what: HttpCall, name: str, stop: threading.Event
-) -> tuple[Outcome, int]:
+    server: Server, key: str, what: HttpCall, name: str, stop: threading.Event,
+    patience: float = 0.0,
+) -> tuple[Outcome, int]:  # fmt: skip
     """Sends a request, with retries; returns the last outcome and the number of attempts.
 
     Args:
-      server: the server; its timeout, retries and backoff are used as in `ask_all`.
+      server: the server; its timeout, retries and backoff are described in `Server`.
       key: the server's key; "" if the server needs none.
       what: the request.
       name: seed of the jitter; requests that fail at the same time need different names, so that
         their pauses differ.
       stop: event that ends the request when it is set.
+      patience: see `repeat_call`.
     """
-    attempt, outcome = 0, Outcome("unreachable", again=True)
-    while outcome.again and attempt <= server.retries and outcome.after <= server.timeout:
+    once = lambda attempt: attempt_call(server, key, what, stop)  # noqa: E731
+    return repeat_call(server, once, name, stop, patience)
+
+
+def repeat_call(
+    server: Server, once: Callable[[int], Outcome], name: str, stop: threading.Event,
+    patience: float = 0.0,
+) -> tuple[Outcome, int]:  # fmt: skip
+    """Calls `once` until it succeeds or gives up; returns the last outcome and the attempts.
+
+    Args:
+      server: the server, as in `send_call`.
+      once: function that makes an attempt; its argument is the number of the attempt, from 1 on.
+      name: seed of the jitter, as in `send_call`.
+      stop: event that ends the pauses when it is set.
+      patience: seconds for which a server that cannot be reached is asked again, after any number
+        of attempts; a server that is being restarted needs minutes.
+    """
+    begun, attempt, outcome = time.monotonic(), 0, Outcome("unreachable", again=True)
+    while outcome.again and outcome.after <= server.timeout:
+        waits = outcome.status == "unreachable" and time.monotonic() - begun < patience
+        if attempt > server.retries and not waits:
+            break
         if attempt and stop.wait(_pause(server, name, attempt, outcome.after)):
             break
         attempt += 1
-        outcome = _attempt_http_call(server, key, what, stop)
+        outcome = once(attempt)
+    if outcome.status == "unreachable" and patience:
+        limit = f"; it was asked for {patience:g} s ({server.section}.timeout)"
+        outcome = outcome._replace(detail=outcome.detail + limit)
     return outcome, attempt
 
 
@@ -374,24 +279,26 @@ def _pause(server: Server, name: str, attempt: int, after: float) -> float:
     """Returns the seconds to wait before the next attempt; the jitter is a factor from 1/2 to 1."""
     draw = hashlib.sha256(f"{name}:{attempt}".encode()).digest()
     factor = 0.5 + int.from_bytes(draw[:4]) / 2**33
+    longest = min(max(server.backoff, _LONGEST_PAUSE), server.timeout)
     grown = server.backoff * 2.0 ** min(attempt - 1, 60)
-    return max(min(grown, server.timeout) * factor, after)
+    return max(min(grown, longest) * factor, after)
 
 
-def _attempt_http_call(server: Server, key: str, what: HttpCall, stop: threading.Event) -> Outcome:
-    """Sends the request once and returns the outcome."""
+def attempt_call(server: Server, key: str, what: HttpCall, stop: threading.Event) -> Outcome:
+    """Sends a request once and returns the outcome; see `send_call`."""
     deadline = time.monotonic() + server.timeout
+    limit = f"within {server.timeout:g} s ({server.section}.timeout)"
     try:
         sock = _open_server_socket(what.url, deadline)
     except TimeoutError:
-        return Outcome("timeout", detail="no connection within the time", again=True)
+        return Outcome("timeout", detail=f"no connection {limit}", again=True)
     except OSError as error:
         return Outcome("unreachable", detail=to_one_line(str(error)), again=True)
     with contextlib.closing(sock):
         try:
             reply = _exchange_http(what, key, _DeadlineSocket(sock, deadline, stop))
         except TimeoutError:
-            return Outcome("timeout", detail="no complete reply within the time", again=True)
+            return Outcome("timeout", detail=f"no complete reply {limit}", again=True)
         except (http.client.HTTPException, OSError) as error:
             detail = f"the reply is incomplete or not HTTP: {type(error).__name__}"
             return Outcome("bad_reply", detail=detail, again=True)
@@ -431,7 +338,9 @@ def _judge_http_reply(
     if status < 400:
         return Outcome("bad_reply", detail=detail)  # no retry: the server would redirect again
     kind = "refused" if status < 500 else "server_error"
-    return Outcome(kind, detail=detail, again=status >= 500 or status in _AGAIN, after=after)
+    kind = "unreachable" if status in (502, 503) else kind
+    again = (status >= 500 and status != 501) or status in _AGAIN  # 501: never implemented
+    return Outcome(kind, detail=detail, again=again, after=after)
 
 
 def _read_http_body(what: HttpCall, body: bytes) -> Outcome:
@@ -447,10 +356,25 @@ def _read_http_body(what: HttpCall, body: bytes) -> Outcome:
     return Outcome("bad_reply", detail=f"{problem}: {said}", again=True)
 
 
+def warn(text: str) -> None:
+    """Prints a warning to stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def to_one_line(text: str) -> str:
     """Returns a server's text as one line of printable characters."""
     text = "".join(char if char.isprintable() else " " for char in text[:4096])
     return " ".join(text.split())[:_DETAIL]
+
+
+def list_models_call(url: str) -> HttpCall:
+    """Returns the request for a server's list of models; its value is {name: description}."""
+
+    def read(body: bytes) -> Outcome:
+        entries = json.loads(body)["data"]
+        return Outcome("ok", {entry["id"]: dict(entry) for entry in entries})
+
+    return HttpCall(url.rstrip("/") + "/models", None, read)
 
 
 def _left(deadline: float) -> float:

@@ -22,6 +22,11 @@ are dropped, as in `sampler.loop`. The trainer computes its own log-probabilitie
 top-k, top-p and min-p are on, a server may apply them in a different order from `truncation`.
 Truncations in a different order give a different distribution.
 
+If the server fails for one row, or its reply does not match the request, only this row is dropped.
+If the server cannot be reached, it is asked again for `EngineServer.patience` seconds. A server
+that was restarted has lost the policy. It gets the policy again, so that no completion is drawn
+from the base weights instead.
+
 Each run needs its own server, because `hand_over` changes the server's weights.
 """
 
@@ -33,7 +38,7 @@ import json
 import pathlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +63,9 @@ class EngineServer:
         the server's limit.
       adapter: the adapter's name on the server, set by `hand_over`; "" means the base model.
       root: the file or repository of the model, as the server reports it; "" if it does not.
+      patience: seconds for which a server that cannot be reached is asked again. `connect_server`
+        sets it to `api.timeout`. A server that never answered is not waited for.
+      folder: the folder of the weights that `hand_over` loaded last; "" before the first.
     """
 
     api: client.Server
@@ -66,6 +74,8 @@ class EngineServer:
     max_model_len: int | None = None
     adapter: str = ""
     root: str = ""
+    patience: float = 0.0
+    folder: str = ""
 
 
 # ------------------------------------------------------------------------------------ generate
@@ -85,30 +95,31 @@ def generate(
       sampling: one `Sampling` for all prompts, or a list with one per prompt.
       keys: uint32 [n, 2] from `request.derive_keys`, one key per prompt.
       vocabulary: the ids of the model. The server does not know which ids are valid. A trained
-        model hardly ever draws an invalid id; if a completion has one, RuntimeError is raised.
+        model hardly ever draws an invalid id; a completion that has one is dropped.
       limits: maximum number of tokens of each completion; None means `Sampling.max_tokens`.
       progress: called with the statistics after each completion.
       done: called with (index of the prompt, completion) as soon as the completion has ended.
 
     Returns:
-      A result like that of `loop.generate`. `logps` and `logps_truncated` are NaN if they cannot be
-      derived from the server's numbers; see `reports_log_probs`. In the statistics, `prompt_tokens`
-      counts all prompt tokens sent, even if the server has them in its cache. `occupancy` is NaN.
+      A result like that of `loop.generate`. A completion whose request failed, or whose reply does
+      not match its request, has the finish 'failed' and a detail. After more than half of the
+      completions have failed, the others are not requested. `logps` and `logps_truncated` are NaN
+      if they cannot be derived from the server's numbers; see `reports_log_probs`. In the
+      statistics, `prompt_tokens` counts all prompt tokens sent, even if the server has them in its
+      cache. `occupancy` is NaN.
 
     Raises:
       ValueError: the server does not support the settings or prompts; no request is sent.
-      OSError: the server did not complete a row; the message contains the server's last reply. The
-        first failure ends all other requests.
-      RuntimeError: a reply does not match its request; the message names the address and the row.
+      OSError: the server could not be reached, or it drew from the base model instead of the
+        adapter. The first such failure ends all other requests.
     """
     check_server(server)
     texts = request.list_texts(prompts, sampling, keys, limits, vocabulary)
     _check_served_texts(server, texts)
-    ask = functools.partial(
-        _request_completion, server, client.read_key(server.api, "sampler."), vocabulary
-    )
+    key, keeper = client.read_key(server.api), _PolicyKeeper(server)
+    ask = functools.partial(_request_completion, server, key, vocabulary, keeper)
     found: dict[int, loop.Completion] = {}
-    tokens, begun = 0, time.monotonic()
+    tokens, failed, begun = 0, 0, time.monotonic()
     sent = sum(len(text.prompt) for text in texts)
     stats = loop.Stats(0, len(texts), 0, sent, float("nan"), 0.0)
     rows = {number: (number, text) for number, text in enumerate(texts)}
@@ -122,7 +133,15 @@ def generate(
                 done(number, completion)
             if progress is not None:
                 progress(stats)
-    return loop.Result([found[number] for number in rows], stats)
+            failed += completion.finish == "failed"
+            if 2 * failed > len(rows):
+                break
+    for number in rows.keys() - found.keys():
+        reason = f"not requested after {failed} of {len(rows)} had failed"
+        found[number] = loop.drop_tokens("failed", reason)
+        if done is not None:
+            done(number, found[number])
+    return loop.Result([found[number] for number in rows], stats._replace(done=len(rows)))
 
 
 def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
@@ -157,25 +176,83 @@ def _check_served_texts(server: EngineServer, texts: Sequence[request.Text]) -> 
 
 
 def _request_completion(
-    server: EngineServer, key: str, vocabulary: request.Vocabulary, row: tuple[int, request.Text],
-    stop: threading.Event,
+    server: EngineServer, key: str, vocabulary: request.Vocabulary, keeper: "_PolicyKeeper",
+    row: tuple[int, request.Text], stop: threading.Event,
 ) -> loop.Completion:  # fmt: skip
-    number, text = row
+    _, text = row
     dialect = dialects.DIALECTS[server.dialect]
     url = _address(server, dialect.generate)
     what = client.HttpCall(url, dialect.body(server.api.model, server.adapter, text), _json)
     name = f"{server.adapter}:{dialects.derive_seed(text)}"
-    outcome, attempts = client.send_call(server.api, key, what, name, stop)
+    once = keeper.build_attempt(lambda: client.attempt_call(server.api, key, what, stop))
+    outcome, attempts = client.repeat_call(server.api, once, name, stop, server.patience)
     if outcome.status != "ok":
-        raise OSError(
-            f"{url} gave no completion of row {number} in {attempts} attempts "
-            f"({outcome.status}): {outcome.detail}"
-        )
+        problem = f"no completion in {attempts} attempts ({outcome.status}): {outcome.detail}"
+        if outcome.status == "unreachable":
+            raise OSError(f"{url} gave {problem}")
+        return loop.drop_tokens("failed", problem)
     try:
         reply = dialect.read(outcome.value, text)
-        return _check_served_completion(server.logprobs, text, reply, vocabulary)
+        completion = _check_served_completion(server.logprobs, text, reply, vocabulary)
     except ValueError as error:
-        raise RuntimeError(f"{url}: the completion of row {number} {error}") from None
+        return loop.drop_tokens("failed", client.to_one_line(f"the completion {error}"))
+    if server.adapter and outcome.value.get("model") == server.api.model:
+        raise OSError(
+            f"{url} drew a completion from {server.api.model} instead of {server.adapter}: it must "
+            "sample from the adapter that a request names as its model"
+        )
+    return completion
+
+
+class _PolicyKeeper:
+    """Hands the policy to the server again after the server was restarted."""
+
+    def __init__(self, server: EngineServer):
+        # Another attempt follows if a request of the keeper fails, so the keeper itself does not
+        # repeat requests.
+        api = dataclasses.replace(server.api, retries=0)
+        self._server = dataclasses.replace(server, api=api, patience=0.0)
+        self._lock, self._times = threading.Lock(), 0
+
+    def build_attempt(self, send: Callable[[], client.Outcome]) -> Callable[[int], client.Outcome]:
+        """Returns a function for `client.repeat_call` that restores a lost policy before it sends.
+
+        After a lost connection, the server may have been restarted. A restarted server does not
+        know the adapter, or has the base weights again.
+        """
+        suspect, known = False, 0
+
+        def once(attempt: int) -> client.Outcome:
+            nonlocal suspect, known
+            if suspect:
+                try:
+                    self._restore(known)
+                except OSError as error:
+                    kind = "unreachable" if "(unreachable)" in str(error) else "server_error"
+                    return client.Outcome(kind, detail=str(error), again=True)
+            known = self._times
+            outcome = send()
+            suspect = outcome.status in ("unreachable", "bad_reply")
+            if outcome.status == "refused" and self._is_adapter_lost():
+                suspect = True
+                return outcome._replace(again=True)
+            return outcome
+
+        return once
+
+    def _restore(self, known: int) -> None:
+        """Hands the policy over, unless another row has done so since `known` was read."""
+        with self._lock:
+            if self._times == known and self._server.folder:
+                hand_over(self._server, self._server.folder)
+                self._times += 1
+
+    def _is_adapter_lost(self) -> bool:
+        try:
+            name = self._server.adapter
+            return bool(name) and name not in list_models(self._server)
+        except OSError:
+            return False  # the refusal stands
 
 
 def _json(body: bytes) -> client.Outcome:
@@ -184,7 +261,7 @@ def _json(body: bytes) -> client.Outcome:
 
 # ---------------------------------------------------------------------- checks of a reply
 #
-# The checks raise ValueError with the second part of a message; `_request_completion` adds the
+# The checks raise ValueError with the second part of a sentence; `_request_completion` adds the
 # first part.
 
 
@@ -277,7 +354,7 @@ def check_server(server: EngineServer) -> None:
     Raises:
       ValueError: a setting is invalid; the message states the value and the valid choices.
     """
-    client.check_server(server.api, "sampler.")
+    client.check_server(server.api)
     for name, choices in (("dialect", tuple(dialects.DIALECTS)), ("logprobs", LOGPROBS)):
         if (value := getattr(server, name)) not in choices:
             raise ValueError(f"sampler.{name} is {value!r}: the choices are {', '.join(choices)}")
@@ -302,7 +379,9 @@ def connect_server(server: EngineServer) -> EngineServer:
     if asked and length and asked > length:
         raise ValueError(f"sampler.max_model_len is {asked}: {api.url} allows at most {length}")
     root = str(served[api.model].get("root") or "")
-    return dataclasses.replace(server, max_model_len=asked or length, root=root)
+    return dataclasses.replace(
+        server, max_model_len=asked or length, root=root, patience=api.timeout
+    )
 
 
 def list_models(server: EngineServer) -> dict[str, dict]:
@@ -311,13 +390,7 @@ def list_models(server: EngineServer) -> dict[str, dict]:
     Raises:
       OSError: the server gives no valid reply.
     """
-
-    def read(body: bytes) -> client.Outcome:
-        entries = json.loads(body)["data"]
-        return client.Outcome("ok", {entry["id"]: dict(entry) for entry in entries})
-
-    what = client.HttpCall(_address(server, "{base}/models"), None, read)
-    return _call_server(server, what, "list its models")
+    return _call_server(server, client.list_models_call(server.api.url), "list its models")
 
 
 def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
@@ -336,7 +409,7 @@ def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
     Raises:
       ValueError: the folder has neither adapter_config.json nor config.json.
       OSError: the server did not load the folder; the message contains the server's reply and the
-        options that the server needs.
+        options that the server needs. Or the server does not list the adapter afterwards.
     """
     path = pathlib.Path(folder).resolve()
     if (path / "adapter_config.json").is_file():
@@ -347,7 +420,7 @@ def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
     for address, body in dialect.swap(str(path)):
         what = _command(server, address, body)
         _call_server(server, what, f"read the weights in {path}", dialect.needs_swap)
-    return dataclasses.replace(server, adapter="")
+    return dataclasses.replace(server, adapter="", folder=str(path))
 
 
 def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
@@ -356,7 +429,12 @@ def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
         _change_served_adapter(server, "unload", {"lora_name": server.adapter})
     if name not in served:
         _change_served_adapter(server, "load", {"lora_name": name, "lora_path": str(path)})
-    return dataclasses.replace(server, adapter=name)
+        if name not in list_models(server):
+            raise OSError(
+                f"{server.api.url} does not list the adapter {name}, although it said that it has "
+                "loaded it: without the list, it may sample from the base model"
+            )
+    return dataclasses.replace(server, adapter=name, folder=str(path))
 
 
 def _change_served_adapter(server: EngineServer, verb: str, body: dict[str, str]) -> None:
@@ -401,8 +479,8 @@ def _read_command_reply(body: bytes) -> client.Outcome:
 
 def _call_server(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
     """Sends a request and returns the reply's value, or raises OSError with the hint `needs`."""
-    key = client.read_key(server.api, "sampler.")
-    outcome, attempts = client.send_call(server.api, key, what, what.url, threading.Event())
+    key, stop = client.read_key(server.api), threading.Event()
+    outcome, attempts = client.send_call(server.api, key, what, what.url, stop, server.patience)
     if outcome.status == "ok":
         return outcome.value
     problem = f"did not {task} in {attempts} attempts ({outcome.status})"

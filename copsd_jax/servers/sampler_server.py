@@ -1,13 +1,17 @@
 """Construction and checks of the server for sampler.engine=server."""
 
 import pathlib
+from collections.abc import Mapping
 
 import jax
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.runtime import workdir
+from copsd_jax.runtime import failures, workdir
 from copsd_jax.sampler import request
 from copsd_jax.servers import client, dialects, remote_engine
+
+# Bounds of logp_gap_max in nats, by model.dtype; see `check_gap`.
+GAPS = {"float32": 0.01, "bfloat16": 3.0}
 
 
 def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineServer | None:
@@ -26,7 +30,7 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
     if s.engine != "server":
         return None
     server = remote_engine.EngineServer(
-        client.server_from_settings(s), s.dialect, s.logprobs, s.max_model_len or None
+        client.server_from_settings(s, "sampler"), s.dialect, s.logprobs, s.max_model_len or None
     )
     remote_engine.check_server(server)
     if (count := jax.process_count()) > 1:
@@ -43,17 +47,54 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
     return server
 
 
+def _list_readers(config: config_lib.Config) -> dict[str, object]:
+    """Returns the settings, with their values, with which a loss reads the sampler's numbers."""
+    off = {"policy.old": "trainer", "policy.rollout_clip": 0, "loss.rollout_clip": 0}
+    values = config_lib.flat(config)
+    return {name: values[name] for name, value in off.items() if values[name] != value}
+
+
+def check_gap(config: config_lib.Config, step: int, metrics: Mapping[str, float]) -> list[str]:
+    """Checks that the server's log-probabilities are those of the trainer's policy.
+
+    Programs that differ only in rounding stay below 1e-4 in float32. In bfloat16, some of 1e5
+    tokens have gaps of a nat and more. The bounds are 100 times the former, so that a weight of 1 %
+    is wrong, and 3 nats, a factor of 20 between two probabilities.
+
+    Args:
+      config: the run's settings; model.dtype is the dtype of the trainer.
+      step: the number of the step, for the message.
+      metrics: the metrics of the step.
+
+    Returns:
+      A line that warns if the gap is above the bound; otherwise no line.
+
+    Raises:
+      EngineError: the gap is above the bound, and a loss reads the server's log-probabilities.
+    """
+    bound = config.guards.logp_gap or GAPS[config.model.dtype]
+    gap = metrics.get("logp_gap_max", 0.0)
+    if config.sampler.engine != "server" or gap <= bound:
+        return []
+    text = (
+        f"step {step}: logp_gap_max is {gap:.3g}, above {bound:g} (guards.logp_gap): the server at "
+        f"{config.sampler.url} does not have the weights or the dtype of the trainer, or "
+        f"sampler.logprobs={config.sampler.logprobs} is not what it reports"
+    )
+    if readers := _list_readers(config):
+        raise failures.EngineError(f"{text}; {' and '.join(readers)} would use these numbers")
+    return [f"warning: {text}"]
+
+
 def _check_logprobs(config: config_lib.Config) -> None:
     """Checks that the server returns the log-probabilities that the losses need."""
     c, r = config, config.rollout
     drawn = request.Sampling(r.max_tokens, r.temperature, r.top_k, r.top_p, r.min_p)
     given = remote_engine.reports_log_probs(c.sampler.logprobs, drawn)[0]
-    for section, key, off in (
-        ("policy", "old", "trainer"), ("policy", "rollout_clip", 0), ("loss", "rollout_clip", 0),
-    ):  # fmt: skip
-        if not given and c[section][key] != off:
+    for name, value in _list_readers(c).items():
+        if not given:
             raise ValueError(
-                f"{section}.{key} is {c[section][key]!r}: it needs untruncated log-probabilities "
+                f"{name} is {value!r}: it needs untruncated log-probabilities "
                 f"at rollout.temperature={r.temperature}, and sampler.logprobs="
                 f"{c.sampler.logprobs} does not give them with these rollout.* settings"
             )

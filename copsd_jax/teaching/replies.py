@@ -48,6 +48,7 @@ STATUSES = {
     "missing": Status(False, "author.path has no record for this completion"),
     "cut": Status(False, "the reply was cut off at author.max_tokens"),
     "nonfinite": Status(False, "the author's logits were not finite"),
+    "failed": Status(False, "the server of sampler.url gave no usable text"),
     **{
         name: Status(False, f"failure of the server: {name}")
         for name in ("timeout", "refused", "server_error", "bad_reply", "unreachable")

@@ -1,6 +1,8 @@
 """Builds a run's teacher prompts, which share one format, one context and the same exemplars."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 from copsd_jax.problems import problem_row
 from copsd_jax.teaching import (
@@ -53,6 +55,39 @@ class TeacherSide:
         prompt = self.build(shortest_attempt(row), replies.PROBE)
         assert prompt is not None  # the attempt has every part that a context may read
         return prompt
+
+    def measure_author(
+        self, kind: str, spec: conversations.PromptFormat, rows: Sequence[problem_row.Row]
+    ) -> dict[str, int]:
+        """Returns the tokens of the longest author prompt, if each attempt is as short as possible.
+
+        The tokenizer of a server is not known, so the texts of its messages are counted with the
+        model's tokenizer, without a chat template.
+
+        Args:
+          kind: the value of author.kind.
+          spec: the author's prompt format.
+          rows: the problems.
+
+        Returns:
+          {"author": tokens} for an author that is the model, {"author_server": tokens} for a
+          server, and {} for other authors.
+        """
+        attempts, tokenizer = map(shortest_attempt, rows), self.tokenizer
+        if kind in ("student", "teacher"):
+            build = teacher_prompts.build_author_prompt
+            asks = [build(tokenizer, spec, self.context, attempt) for attempt in attempts]
+            return {"author": max((prompt.length for prompt in asks if prompt), default=0)}
+        if kind != "server":
+            return {}
+        build, longest = teacher_prompts.build_author_conversation, 0
+        for attempt in attempts:
+            conversation, _ = build(tokenizer, self.context, attempt)
+            messages = conversations.render_messages(spec, attempt.row, conversation or ())
+            texts = [message["content"] for message in messages]
+            encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+            longest = max(longest, sum(len(ids) for ids in map(encode, texts)))
+        return {"author_server": longest}
 
 
 def shortest_attempt(row: problem_row.Row) -> contexts.Attempt:

@@ -49,11 +49,11 @@ COUNTS = {
     "reply": tuple(replies.STATUSES),
     "located": ("untaught", *token_selection.STATUSES),
     "grade": tuple(reward_functions.STATUSES),
-    "rollout": ("nonfinite",),
+    "rollout": ("nonfinite", "failed"),
     "shortened": teacher_prompts.TRUNCATED_SECTIONS,
 }
 _PLAIN = """
-    loss grad_norm update_norm bad no_loss learning_rate tokens completion_tokens truncated
+    loss grad_norm update_norm bad failed no_loss learning_rate tokens completion_tokens truncated
     graded correct reward format informative repetition overlap logp_gap_mean logp_gap_max
     divergence loss_tokens logp_student logp_teacher entropy_student entropy_teacher clipped_mass
     ratio advantage advantage_negative

@@ -249,7 +249,10 @@ class ServedPolicy:
         self._held: list[weakref.ref] = []
 
     def __call__(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
-        """Hands the policy over if it is new; returns the server that samples from the policy.
+        """Hands the policy over; returns the server that samples from the policy.
+
+        If the server has the policy, it is only asked whether it still has it, because it may have
+        been restarted. It cannot be asked for full weights, so these are loaded again.
 
         Raises:
           failures.EngineError: the server did not load the weights.
@@ -264,6 +267,9 @@ class ServedPolicy:
             self._held = []  # emptied first: if the hand-over fails, the next call tries again
             self._server = self._handed(policy)
             self._held = [weakref.ref(leaf) for leaf in leaves]
+        else:
+            with _asked():
+                self._server = remote_engine.hand_over(self._server, self._server.folder)
         return self._server
 
     def _handed(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:

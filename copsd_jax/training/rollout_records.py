@@ -26,7 +26,7 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
     out = []
     for i, row in enumerate(done.rows):
         completion, verdict = done.completions[i], done.verdicts[i]
-        ungraded = "nonfinite" if completion.finish == "nonfinite" else "no_gold"
+        ungraded = completion.finish if completion.dropped else "no_gold"
         out.append(
             {
                 "id": row.id,
@@ -38,6 +38,7 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
                 "completion": done.decoded[i].text,
                 "completion_ids": list(completion.ids),
                 "finish": completion.finish,
+                "finish_detail": completion.detail,
                 "logp_sampler": round_values(completion.logps),
                 "logp_sampler_truncated": round_values(completion.logps_truncated),
                 "gold": row.answer,
@@ -97,7 +98,7 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
     return {
         "completion_tokens": mean([len(record["completion_ids"]) for record in made]),
         "truncated": mean([record["finish"] == "length" for record in made]),
-        **count_statuses("rollout", [x["finish"] for x in made if x["finish"] == "nonfinite"], []),
+        **count_statuses("rollout", [x["finish"] for x in made if x["finish"] in loop.DROPPED], []),
         "graded": float(len(graded)),
         # Without graded completions, `correct` and `reward` are absent, because 0 would look like a
         # result.
@@ -163,7 +164,7 @@ def add_token_values(
     values |= _mean_ratios(work.records)
     if gap.size:
         values |= {"logp_gap_mean": float(gap.mean()), "logp_gap_max": float(gap.max())}
-    absent = [x.get("logp_sampler") == [] and x["finish"] != "nonfinite" for x in work.records]
+    absent = [x.get("logp_sampler") == [] and x["finish"] not in loop.DROPPED for x in work.records]
     if any(absent):
         values["logp_absent"] = mean(absent)
     return values

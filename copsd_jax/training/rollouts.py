@@ -26,14 +26,14 @@ class Rollouts(NamedTuple):
     Attributes:
       rows: the problem of each completion.
       samples: the index of each completion among the completions of its problem, counted from 0.
-      groups: the index of each completion's group. A completion with the finish 'nonfinite' is in a
-        group of its own, with a negative index, so that it affects no other completion.
+      groups: the index of each completion's group. A dropped completion ('nonfinite' or 'failed')
+        is in a group of its own, with a negative index, so that it affects no other completion.
       asked: the student's prompt for each completion.
       completions: the sampled ids, with log-probabilities and the reason why sampling ended.
       decoded: the text of each completion without the end token, and the characters of each token.
       starts: for each text, the index at which the answer begins, after the thinking.
       verdicts: the verdict on each completion; None if the row has no gold answer, or if the
-        completion's finish is 'nonfinite'.
+        completion is dropped.
       sampler: statistics of the sampler, such as the occupancy of its slots.
     """
 
@@ -100,19 +100,18 @@ def sample_rollouts(
         for done in completions
     ]
     texts = [one.text for one in decoded]
-    finite = [completion.finish != "nonfinite" for completion in completions]
-    graded = [i for i, row in enumerate(repeated) if row.answer and finite[i]]
+    kept = [not completion.dropped for completion in completions]
+    graded = [i for i, row in enumerate(repeated) if row.answer and kept[i]]
     verdicts = loaded_run.grade_completions(
         r, [repeated[i].answer for i in graded], [asked[i] for i in graded],
         [texts[i] for i in graded],
     )  # fmt: skip
     found = dict(zip(graded, verdicts, strict=True))
-    everyone = range(len(repeated))
-    groups = [i // c.rollout.per_prompt if finite[i] else -1 - i for i in everyone]
+    groups = [i // c.rollout.per_prompt if one else -1 - i for i, one in enumerate(kept)]
     return Rollouts(
         repeated, samples, groups, asked, completions, decoded,
         starts=list(map(prompts.find_answer_start, asked, texts)),
-        verdicts=[found.get(i) for i in everyone], sampler=stats,
+        verdicts=[found.get(i) for i in range(len(kept))], sampler=stats,
     )  # fmt: skip
 
 

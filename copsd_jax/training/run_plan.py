@@ -18,7 +18,7 @@ from copsd_jax.model import transformer
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.runtime import sharding, workdir
 from copsd_jax.sampler import request
-from copsd_jax.servers import client, remote_engine, sampler_server
+from copsd_jax.servers import author_server, client, remote_engine, sampler_server
 from copsd_jax.teaching import (
     contexts,
     conversations,
@@ -158,6 +158,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     trained, examined, longest = _keep_fitting(config, sides, teacher, rows, eval_rows)
     if train:
         problem_selection.check_language_shares(config, trained.rows, registry)
+        author_server.check_author_server(config, longest.get("author_server"))
     server = server and _connect_planned_server(config, server, longest)
     room = shape.max_position
     prompt_lengths.check_room(config, longest, room, f"the model's {room} positions")
@@ -184,15 +185,11 @@ def _keep_fitting(
     eval_rows: list[problem_row.Row],
 ) -> tuple[prompt_lengths.FittingRows, prompt_lengths.FittingRows, dict[str, int]]:  # fmt: skip
     """Returns the training and evaluation rows that fit, and the lengths of the longest prompts."""
-    tok, context = teacher.tokenizer, teacher.context
     trained = prompt_lengths.keep_fitting_training(rows, config, sides["student"], teacher)
-    build = functools.partial(prompts.build_student_prompt, tok, sides["evaluation"])
+    build = functools.partial(prompts.build_student_prompt, teacher.tokenizer, sides["evaluation"])
     examined = prompt_lengths.keep_fitting(eval_rows, build, "evaluation", "prompt", config)
     longest = {"teacher": 0, **trained.longest, **examined.longest}
-    if config.author.kind in ("student", "teacher"):
-        ask = functools.partial(teacher_prompts.build_author_prompt, tok, sides["author"], context)
-        asks = map(ask, map(teacher_side.shortest_attempt, trained.rows))
-        longest["author"] = max((prompt.length for prompt in asks if prompt), default=0)
+    longest |= teacher.measure_author(config.author.kind, sides["author"], trained.rows)
     return trained, examined, longest
 
 
@@ -244,7 +241,7 @@ def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
     """Checks the author's server or file; returns the replies in the file, or {} without a file."""
     author = config.author
     if author.kind == "server":
-        client.check_server(client.server_from_settings(author, author.cache), "author.")
+        client.check_server(client.server_from_settings(author, "author", author.cache))
     return replies.load_reply_file(author.path) if author.kind == "file" else {}
 
 

@@ -157,7 +157,7 @@ def test_score_by_hand():
     expected = {
         "problems": 2, "samples": 4, "avg_at_n": 0.25, "pass_at_2": (5 / 6) / 2, "pass_at_n": 0.5,
         "maj_at_n": 0.5, "format_rate": 0.75, "truncated": 0.25, "unresolved": 0.25,
-        "mean_tokens": 15.0, "nonfinite": 0.0,
+        "mean_tokens": 15.0, "nonfinite": 0.0, "failed": 0.0,
     }  # fmt: skip
     _, low, high = scoring.compute_score_interval([0.5, 0.0])
     assert result == pytest.approx({**expected, "low": low, "high": high})

@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from copsd_jax.servers import client
+from copsd_jax.servers import chat, client
 
 KEY = "sk-stub-0123456789"
 VARIABLE = "STUB_CRITIC_KEY"
@@ -26,6 +26,12 @@ VARIABLE = "STUB_CRITIC_KEY"
 def reply(text: object, finish: str = "stop") -> bytes:
     choice = {"index": 0, "message": {"role": "assistant", "content": text}}
     return json.dumps({"id": "x", "choices": [{**choice, "finish_reason": finish}]}).encode()
+
+
+def thought(thinking, text, field="reasoning_content", finish="stop") -> bytes:
+    """A reply of a server that puts the thinking into a field of its own."""
+    message = {"role": "assistant", "content": text, field: thinking}
+    return json.dumps({"choices": [{"message": message, "finish_reason": finish}]}).encode()
 
 
 class _Critic(http.server.BaseHTTPRequestHandler):
@@ -144,6 +150,19 @@ def _echo(to: _Critic, question: str, number: int) -> None:
     to.answer(status, body if status == 200 else said.encode())
 
 
+def _newer(to: _Critic, question: str, number: int) -> None:
+    """Takes the token limit only under its newer name, like OpenAI's reasoning models."""
+    if "max_tokens" in to.server.requests[-1][2]:
+        said = b"Unsupported parameter: 'max_tokens'; use 'max_completion_tokens' instead."
+        return to.answer(400, said)
+    _right(to, question, number)
+
+
+def _too_long(to: _Critic, question: str, number: int) -> None:
+    name = next(name for name in to.server.requests[-1][2] if name.startswith("max_"))
+    to.answer(400, f"{name} is too large: at most 32".encode())
+
+
 def _always(status: int, body: bytes, **headers: str):
     return lambda to, question, number: to.answer(status, body, **headers)
 
@@ -161,6 +180,14 @@ BEHAVIOURS = {
     "null": _always(200, reply(None)), "number": _always(200, reply(7)),
     "blank": _always(200, reply("")), "deep": _always(200, b"[" * 200_000),
     "cut": _always(200, reply("so far", "length")), "cut_null": _always(200, reply(None, "length")),
+    "content_filter": _always(200, reply(None, "content_filter")),
+    "thinks": _always(200, thought("2 + 2", "four")),
+    "thinks_new": _always(200, thought("2 + 2", "four", "reasoning")),
+    "only_thinks": _always(200, thought("2 + 2", None)),
+    "cut_thought": _always(200, thought("2 +", "", "reasoning", "length")),
+    "newer": _newer, "neither": _always(400, b"temperature must be 1"),
+    "too_long": _too_long, "gateway": _always(502, b"no upstream"),
+    "not_implemented": _always(501, b"no"),
     "surrogate": _always(200, b'{"choices": [{"message": {"content": "a\\ud800b"}}]}'),
 }  # fmt: skip
 
@@ -190,10 +217,10 @@ def server_of(critic, **changes: object) -> client.Server:
     return at(critic.server_address[1], **changes)
 
 
-def ask(text: str, **changes: object) -> client.ChatRequest:
+def ask(text: str, **changes: object) -> chat.ChatRequest:
     messages = [{"role": "system", "content": "Be strict."}, {"role": "user", "content": text}]
     settings = dict(temperature=0.0, top_p=1.0, max_tokens=64, seed=1)
-    return client.ChatRequest(messages, **{**settings, **changes})
+    return chat.ChatRequest(messages, **{**settings, **changes})
 
 
 def closed_port() -> int:
@@ -209,11 +236,16 @@ OUTCOMES = {
     "html": ("bad_reply", 3, ""), "half": ("bad_reply", 3, ""), "reset": ("bad_reply", 3, ""),
     "half_chunk": ("bad_reply", 3, ""), "not_utf8": ("bad_reply", 3, ""),
     "no_choices": ("bad_reply", 3, ""), "a_list": ("bad_reply", 3, ""),
-    "null": ("bad_reply", 3, ""), "number": ("bad_reply", 3, ""), "blank": ("bad_reply", 3, ""),
+    # At temperature 0, the same reply without a content would come again.
+    "null": ("bad_reply", 1, ""), "number": ("bad_reply", 1, ""), "blank": ("bad_reply", 1, ""),
     "deep": ("bad_reply", 3, ""), "moved": ("bad_reply", 1, ""),
     "cut": ("cut", 1, "so far"), "cut_null": ("cut", 1, ""), "surrogate": ("ok", 1, "a\ufffdb"),
     "forbidden": ("refused", 1, ""), "conflict": ("refused", 3, ""),
-    "patience": ("refused", 1, ""),
+    "patience": ("refused", 1, ""), "content_filter": ("bad_reply", 1, ""),
+    "thinks": ("ok", 1, "<think>2 + 2</think>four"), "only_thinks": ("bad_reply", 1, ""),
+    "thinks_new": ("ok", 1, "<think>2 + 2</think>four"), "cut_thought": ("cut", 1, "<think>2 +"),
+    "neither": ("refused", 1, ""), "too_long": ("refused", 2, ""),
+    "gateway": ("unreachable", 3, ""), "not_implemented": ("server_error", 1, ""),
 }  # fmt: skip
 
 
@@ -221,20 +253,20 @@ def test_statuses_of_a_server_that_misbehaves_and_a_rerun(critic, tmp_path, capf
     server = server_of(critic, cache=str(tmp_path / "cache"))
     names = sorted(OUTCOMES)
     requests = [ask(name) for name in names]
-    answers = client.ask_all(server, requests)
+    answers = chat.ask_all(server, requests)
     for name, answer in zip(names, answers, strict=True):
         found = (answer.status, answer.attempts, answer.text)
         assert found == OUTCOMES[name], (name, answer)
         assert critic.seen[name] == OUTCOMES[name][1], name
-        assert bool(answer.detail) == (answer.status not in client.USABLE), name
+        assert bool(answer.detail) == (answer.status not in chat.USABLE), name
         assert answer.detail.isprintable()
     by_status = collections.Counter(answer.status for answer in answers)
     assert by_status.keys() <= client.STATUSES.keys()
     assert sum(by_status.values()) == len(requests)
 
     critic.seen.clear()
-    again = client.ask_all(server, requests)
-    usable = {name for name in names if OUTCOMES[name][0] in client.USABLE}
+    again = chat.ask_all(server, requests)
+    usable = {name for name in names if OUTCOMES[name][0] in chat.USABLE}
     assert not usable & critic.seen.keys()
     assert [a.text for a in again] == [a.text for a in answers]
     assert {n for n, a in zip(names, again, strict=True) if a.attempts == 0} == usable
@@ -246,11 +278,54 @@ def test_statuses_of_a_server_that_misbehaves_and_a_rerun(critic, tmp_path, capf
     assert {h["Authorization"] for _, h, _ in critic.requests} == {f"Bearer {KEY}"}
 
 
+def test_the_name_of_the_token_limit_is_found_and_remembered(critic):
+    """A server that refuses max_tokens is asked for max_completion_tokens, from then on only so."""
+    server = server_of(critic, concurrency=1, model="o-model")
+    answers = chat.ask_all(server, [ask("newer 1"), ask("newer 2")])
+    assert [(a.status, a.attempts) for a in answers] == [("ok", 2), ("ok", 1)]
+    assert chat.ask_all(server, [ask("newer 3")])[0].attempts == 1
+    sent = [{n: v for n, v in body.items() if "max" in n} for _, _, body in critic.requests]
+    assert sent == [{"max_tokens": 64}, *[{"max_completion_tokens": 64}] * 3]
+    # Other models, and a refusal for another reason, keep the usual name.
+    critic.requests.clear()
+    chat.ask_all(server_of(critic, concurrency=1), [ask("too_long"), ask("ok")])
+    names = [next(n for n in body if "max" in n) for _, _, body in critic.requests]
+    assert names == ["max_tokens", "max_completion_tokens", "max_tokens"]
+
+
+def test_a_reply_without_content_may_come_with_one_at_a_temperature(critic):
+    [answer] = chat.ask_all(server_of(critic), [ask("only_thinks", temperature=0.5)])
+    assert (answer.status, answer.attempts) == ("bad_reply", 3)
+    assert "no content in choices[0].message, only thinking (finish_reason 'stop')" in answer.detail
+
+
+def test_the_limit_of_a_wait_is_named(critic):
+    server = server_of(critic, timeout=0.3, retries=0, section="author")
+    [answer] = chat.ask_all(server, [ask("late")])
+    assert answer.detail == "no complete reply within 0.3 s (author.timeout)"
+
+
+def test_an_unreachable_server_is_asked_for_as_long_as_the_patience(critic):
+    """Beyond the retries, which count only if the server answers."""
+    stop, answers = threading.Event(), iter(["unreachable"] * 7 + ["ok"])
+    server = at(1, retries=1, timeout=9.0, section="sampler")
+    once = lambda attempt: client.Outcome(next(answers), again=True)  # noqa: E731
+    assert client.repeat_call(server, once, "x", stop)[1] == 2
+    outcome, attempts = client.repeat_call(server, once, "x", stop, patience=30.0)
+    assert (outcome.status, attempts) == ("ok", 6)
+    begun = time.monotonic()
+    down = lambda attempt: client.Outcome("unreachable", detail="no", again=True)  # noqa: E731
+    outcome, attempts = client.repeat_call(server, down, "x", stop, patience=0.2)
+    assert 0.2 <= time.monotonic() - begun < 5
+    assert attempts > 2
+    assert outcome.detail == "no; it was asked for 0.2 s (sampler.timeout)"
+
+
 def test_one_deadline_for_a_whole_attempt(critic):
     names = ["late", "trickle", "trickle_body"]
     server = server_of(critic, timeout=0.6, retries=1)
     start = time.monotonic()
-    answers = client.ask_all(server, [ask(name) for name in names])
+    answers = chat.ask_all(server, [ask(name) for name in names])
     took = time.monotonic() - start
     assert [(a.status, a.attempts) for a in answers] == [("timeout", 2)] * 3
     # Two attempts, and a machine with better things to do; the trickling takes 90 s.
@@ -267,18 +342,18 @@ def test_a_host_without_address_and_one_whose_first_address_is_dead(critic, monk
         return [found for each in addresses for found in system(each, *more, **named)]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    [answer] = client.ask_all(at(1, url="http://nowhere/v1"), [ask("ok")])
+    [answer] = chat.ask_all(at(1, url="http://nowhere/v1"), [ask("ok")])
     assert (answer.status, answer.attempts) == ("unreachable", 3)
-    [answer] = client.ask_all(at(1, url=f"http://two:{port}/v1"), [ask("ok")])
+    [answer] = chat.ask_all(at(1, url=f"http://two:{port}/v1"), [ask("ok")])
     assert (answer.status, answer.attempts) == ("ok", 1)
 
 
 def test_a_server_that_is_not_there(critic):
-    [answer] = client.ask_all(at(closed_port()), [ask("ok")])
+    [answer] = chat.ask_all(at(closed_port()), [ask("ok")])
     assert (answer.status, answer.attempts, answer.text) == ("unreachable", 3, "")
     # It speaks HTTP, and TLS is asked for.
     url = f"https://127.0.0.1:{critic.server_address[1]}/v1"
-    [answer] = client.ask_all(at(1, url=url, retries=0), [ask("ok")])
+    [answer] = chat.ask_all(at(1, url=url, retries=0), [ask("ok")])
     assert answer.status == "unreachable"
 
 
@@ -296,23 +371,23 @@ def test_over_tls(critic, tmp_path, monkeypatch):
     server = at(1, url=url, retries=0, timeout=5.0)
     requests = [ask("ok"), ask("half"), ask("old_http")]
 
-    assert {a.status for a in client.ask_all(server, requests)} == {"unreachable"}
+    assert {a.status for a in chat.ask_all(server, requests)} == {"unreachable"}
     assert not critic.requests  # nothing was sent to whom we do not know
     trusting = ssl.create_default_context(cafile=str(certificate))
     monkeypatch.setattr(client, "_tls", lambda: trusting)
-    answers = client.ask_all(server, requests)
+    answers = chat.ask_all(server, requests)
     assert [a.status for a in answers] == ["ok", "bad_reply", "ok"]
-    [answer] = client.ask_all(dataclasses.replace(server, timeout=0.6), [ask("trickle_body")])
+    [answer] = chat.ask_all(dataclasses.replace(server, timeout=0.6), [ask("trickle_body")])
     assert answer.status == "timeout"
 
 
 def test_retry_after_is_honoured(critic):
     start = time.monotonic()
-    [answer] = client.ask_all(server_of(critic), [ask("limited")])
+    [answer] = chat.ask_all(server_of(critic), [ask("limited")])
     assert (answer.status, answer.attempts) == ("ok", 2)
     assert time.monotonic() - start >= 1
     # Longer than the timeout: not asked again before that, so not at all (OUTCOMES, patience).
-    [answer] = client.ask_all(server_of(critic), [ask("patience")])
+    [answer] = chat.ask_all(server_of(critic), [ask("patience")])
     assert "Retry-After 3600" in answer.detail
 
 
@@ -329,19 +404,19 @@ def test_pauses_grow_and_have_a_reproducible_jitter():
 def test_order_is_kept_and_concurrency_is_a_limit(critic):
     requests = [ask(f"slow {k}") for k in range(40)]
     calls = []
-    answers = client.ask_all(
+    answers = chat.ask_all(
         server_of(critic, concurrency=5), requests, lambda *seen: calls.append(seen)
     )
     assert [a.text for a in answers] == [f"about {r.messages[-1]['content']}" for r in requests]
     assert calls == [(k, 40) for k in range(1, 41)]
     assert 2 <= critic.most <= 5
-    assert client.ask_all(server_of(critic), []) == []
+    assert chat.ask_all(server_of(critic), []) == []
 
 
 def test_what_is_sent(critic):
-    client.ask_all(server_of(critic), [ask("ok 1", temperature=0.5, top_p=0.9)])
+    chat.ask_all(server_of(critic), [ask("ok 1", temperature=0.5, top_p=0.9)])
     keyless = server_of(critic, key_env="")
-    client.ask_all(dataclasses.replace(keyless, url=keyless.url + "/"), [ask("ok 2", seed=None)])
+    chat.ask_all(dataclasses.replace(keyless, url=keyless.url + "/"), [ask("ok 2", seed=None)])
     (path, headers, body), (slash, plain, unseeded) = critic.requests
     assert path == slash == "/v1/chat/completions"
     assert body == {
@@ -358,7 +433,7 @@ def test_what_is_sent(critic):
 def test_equal_requests_are_asked_once(critic, tmp_path):
     requests = [ask("ok"), ask("ok", seed=2), ask("ok"), ask("ok", temperature=0)]
     seen = []
-    answers = client.ask_all(server_of(critic), requests, lambda *done: seen.append(done))
+    answers = chat.ask_all(server_of(critic), requests, lambda *done: seen.append(done))
     assert critic.seen["ok"] == 2
     assert len(answers) == 4
     assert seen[-1] == (4, 4)
@@ -366,7 +441,7 @@ def test_equal_requests_are_asked_once(critic, tmp_path):
 
 def test_cache_names_files_by_content(critic, tmp_path):
     server = server_of(critic, cache=str(tmp_path / "new" / "cache"))
-    client.ask_all(server, [ask("ok")])
+    chat.ask_all(server, [ask("ok")])
     asked = {
         "url": server.url, "model": "critic-32b", "temperature": 0.0, "top_p": 1.0,
         "max_tokens": 64, "seed": 1,
@@ -378,9 +453,9 @@ def test_cache_names_files_by_content(critic, tmp_path):
     name = hashlib.sha256(canonical.encode()).hexdigest() + ".json"
     assert [path.name for path in pathlib.Path(server.cache).iterdir()] == [name]
 
-    def sent(server: client.Server, request: client.ChatRequest) -> bool:
+    def sent(server: client.Server, request: chat.ChatRequest) -> bool:
         critic.requests.clear()
-        client.ask_all(server, [request])
+        chat.ask_all(server, [request])
         return bool(critic.requests)
 
     # How one tries is no part of the question; the rest is.
@@ -403,37 +478,37 @@ def test_cache_names_files_by_content(critic, tmp_path):
 )  # fmt: skip
 def test_a_broken_cache_file_is_asked_again(critic, tmp_path, capfd, content):
     server = server_of(critic, cache=str(tmp_path))
-    client.ask_all(server, [ask("ok")])
+    chat.ask_all(server, [ask("ok")])
     [path] = tmp_path.iterdir()
     path.unlink()
     if content is None:
         path.mkdir()
     else:
         path.write_bytes(content)
-    [answer] = client.ask_all(server, [ask("ok")])
+    [answer] = chat.ask_all(server, [ask("ok")])
     assert (answer.text, answer.attempts) == ("about ok", 1)
     warnings = capfd.readouterr().err.splitlines()
     assert str(path) in warnings[0]
     assert len(warnings) == (2 if content is None else 1)  # a folder cannot be replaced either
     if content is not None:
-        assert client.ask_all(server, [ask("ok")])[0].attempts == 0
+        assert chat.ask_all(server, [ask("ok")])[0].attempts == 0
 
 
 def test_a_full_cache_is_used_without_server_and_key(critic, tmp_path, monkeypatch):
     server = server_of(critic, cache=str(tmp_path))
-    client.ask_all(server, [ask("ok")])
+    chat.ask_all(server, [ask("ok")])
     monkeypatch.delenv(VARIABLE)
     critic.requests.clear()
-    assert client.ask_all(server, [ask("ok")])[0].text == "about ok"
+    assert chat.ask_all(server, [ask("ok")])[0].text == "about ok"
     assert not critic.requests
     with pytest.raises(ValueError, match=VARIABLE):
-        client.ask_all(server, [ask("ok"), ask("ok 2")])
+        chat.ask_all(server, [ask("ok"), ask("ok 2")])
 
 
 def test_a_key_that_the_server_shows_is_blotted_out(critic, tmp_path, capfd):
     requests = [ask(f"echo {n}") for n in range(270, 300)] + [ask("echo_ok 4000"), ask("echo 4070")]
     server = server_of(critic, cache=str(tmp_path))
-    answers = client.ask_all(server, requests)
+    answers = chat.ask_all(server, requests)
     assert answers[-2].text.endswith("Bearer [key]")
     kept = "".join(path.read_text() for path in tmp_path.iterdir())
     shown = "".join(capfd.readouterr()) + repr(answers) + kept
@@ -442,7 +517,7 @@ def test_a_key_that_the_server_shows_is_blotted_out(critic, tmp_path, capfd):
 
 def test_a_short_key_is_no_secret(critic, monkeypatch):
     monkeypatch.setenv(VARIABLE, "e")  # a server without keys, as many set it up
-    [answer] = client.ask_all(server_of(critic), [ask("ok see")])
+    [answer] = chat.ask_all(server_of(critic), [ask("ok see")])
     assert answer.text == "about ok see"
 
 
@@ -454,7 +529,7 @@ def test_a_stopped_caller_begins_nothing_more(critic):
     requests = [ask("broken"), *(ask(f"slow {k}") for k in range(50))]
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        client.ask_all(server_of(critic, concurrency=2, backoff=15.0), requests, stop)
+        chat.ask_all(server_of(critic, concurrency=2, backoff=15.0), requests, stop)
     assert len(critic.requests) < 10
     assert critic.seen["broken"] == 1
     assert time.monotonic() - start < 5
@@ -473,7 +548,8 @@ def test_a_stopped_caller_begins_nothing_more(critic):
         (dict(url="http://host:99999/v1"), "server.url"),
         (dict(url="http://[::1/v1"), "server.url"),
         (dict(url=f"http://{'a' * 70}.org/v1"), "server.url"),
-        (dict(url="http://host/v1?key=1"), "no user"),
+        (dict(url="http://host/v1?key=1"), "'http://host/v1?...': no user"),
+        (dict(key_env="sk-Abc123"), "server.key_env is not the name of an environment variable"),
         (dict(url="http://host/v1/chat/completions"), "give the base"),
         (dict(model=""), "server.model"),
         (dict(key_env="NO_SUCH_VARIABLE"), "environment variable NO_SUCH_VARIABLE is not set"),
@@ -494,16 +570,21 @@ def test_check_refuses(changes, message, monkeypatch):
 
 
 def test_check_shows_no_secrets(monkeypatch):
-    with pytest.raises(ValueError) as raised:
-        client.check_server(at(1, url=f"http://me:{KEY}@host/v1"))
-    assert KEY not in str(raised.value)
+    for changes in (
+        dict(url=f"http://me:{KEY}@host/v1"), dict(url=f"https://host/v1?api_key={KEY}"),
+        dict(url=f"https://host/v1#{KEY}"), dict(key_env=KEY), dict(key_env="hf_AbcD0123"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError) as raised:
+            client.check_server(at(1, **changes))
+        assert KEY not in str(raised.value)
+        assert "hf_AbcD0123" not in str(raised.value)
     for value in (KEY + "\n", f"{KEY} {KEY}", KEY + "é"):
         monkeypatch.setenv(VARIABLE, value)
         with pytest.raises(ValueError, match=f"critic.key_env is '{VARIABLE}'") as raised:
-            client.check_server(at(1), "critic.")
+            client.check_server(at(1, section="critic"))
         assert KEY not in str(raised.value)
         with pytest.raises(ValueError) as raised:
-            client.ask_all(at(1), [ask("ok")])
+            chat.ask_all(at(1), [ask("ok")])
         assert KEY not in str(raised.value)
 
 

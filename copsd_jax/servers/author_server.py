@@ -1,0 +1,65 @@
+"""Checks of the author's server (author.kind=server) before training."""
+
+import difflib
+import pathlib
+import threading
+
+from copsd_jax.config import settings as config_lib
+from copsd_jax.servers import client
+
+# Replies of servers that have no list of models, which some OpenAI-compatible servers lack.
+_WITHOUT_LIST = ("HTTP 404", "HTTP 405", "HTTP 501")
+
+
+def check_author_server(config: config_lib.Config, longest: int | None) -> None:
+    """Asks the author's server whether it serves the model, and whether replies have room.
+
+    If the server has no list of models, a warning says that neither is checked. A server that
+    cannot be reached is not needed if author.cache has replies.
+
+    Args:
+      config: the run's settings.
+      longest: the number of tokens of the longest author prompt, by the model's tokenizer, if each
+        attempt is as short as possible; None if no server is the author.
+
+    Raises:
+      ValueError: the server does not serve the model, or has too little room.
+      OSError: the server cannot be reached, refuses the key, or fails.
+    """
+    if longest is None:
+        return
+    author = config.author
+    server = client.server_from_settings(author, "author", author.cache)
+    what = client.list_models_call(server.url)
+    outcome, attempts = client.send_call(
+        server, client.read_key(server), what, what.url, threading.Event()
+    )
+    if outcome.status != "ok":
+        problem = f"{what.url} did not list its models in {attempts} attempts ({outcome.status})"
+        cached = server.cache and any(pathlib.Path(server.cache).glob("*.json"))
+        listless = outcome.detail.startswith(_WITHOUT_LIST) or outcome.status == "bad_reply"
+        if not (listless or (cached and outcome.status in ("unreachable", "timeout"))):
+            raise OSError(f"{problem}: {outcome.detail} (author.url)")
+        client.warn(f"{problem}: author.model and author.max_tokens are not checked")
+        return
+    served = outcome.value
+    if server.model not in served:
+        near = difflib.get_close_matches(server.model, map(str, served), n=3, cutoff=0.5)
+        names = ", ".join(map(repr, near or list(served)[:10])) or "nothing"
+        raise ValueError(f"author.model is {server.model!r}: {server.url} serves {names}")
+    entry = served[server.model]
+    room = entry.get("max_model_len") or entry.get("context_length")
+    if not isinstance(room, int):
+        return
+    place = f"the {room} tokens that {server.url} allows for {server.model}"
+    if longest + author.max_tokens > room:
+        raise ValueError(
+            f"author.max_tokens is {author.max_tokens}: added to the longest author prompt (about "
+            f"{longest} tokens, by the model's tokenizer), this exceeds {place}"
+        )
+    if longest + config.rollout.max_tokens + author.max_tokens > room:
+        client.warn(
+            f"author.max_tokens={author.max_tokens}, a prompt of {longest} tokens and an attempt "
+            f"of rollout.max_tokens={config.rollout.max_tokens} exceed {place}: it will refuse the "
+            "longest attempts, unless context.section_tokens shortens them"
+        )
