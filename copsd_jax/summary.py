@@ -215,7 +215,7 @@ def summarize_failures(step: int, records: list[dict]) -> list[str]:
     """
     raised = [r for r in records if str(r.get("grade_status", "")).startswith("raised")]
     failed = [r for r in records if r.get("reply_detail")]
-    lost = [r for r in records if r["finish"] == "failed"]
+    lost = [r for r in records if r.get("finish") == "failed"]
     lines = []
     if lost:
         lines.append(

@@ -20,7 +20,7 @@ _NOT_REQUESTED = ("none", "filtered", "not_asked")
 def find_failure(c: config_lib.Config, records: Sequence[dict]) -> bad_steps.Failure | None:
     """Returns why a step failed, or None if it did not.
 
-    A step failed if all completions were dropped and a server failed for one of them, if a server
+    A step failed if the sampler's server failed for more than half of the completions, if a server
     is the author and no reply is usable, or if the reward function raised for all completions.
 
     Args:
@@ -28,10 +28,9 @@ def find_failure(c: config_lib.Config, records: Sequence[dict]) -> bad_steps.Fai
       records: the records of the step's completions.
     """
     lost = [record for record in records if record["finish"] == "failed"]
-    dropped = [record for record in records if record["finish"] in ("failed", "nonfinite")]
-    if lost and len(dropped) == len(records):
+    if 2 * len(lost) > len(records):
         return bad_steps.Failure(
-            f"none of the {len(records)} completions could be used, the first: "
+            f"{len(lost)} of {len(records)} completions failed, the first: "
             f"{lost[0]['finish_detail']}"
         )
     asked = [x for x in records if x.get("reply_status", "none") not in _NOT_REQUESTED]

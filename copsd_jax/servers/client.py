@@ -22,6 +22,7 @@ import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -255,15 +256,16 @@ def repeat_call(
       patience: seconds for which a server that cannot be reached is asked again, after any number
         of attempts; a server that is being restarted needs minutes.
     """
-    begun, attempt, outcome = time.monotonic(), 0, Outcome("unreachable", again=True)
+    attempt, outcome = 0, Outcome("unreachable", again=True)
+    lost = math.inf  # time since when the server has not been reached
     while outcome.again and outcome.after <= server.timeout:
-        waits = outcome.status == "unreachable" and time.monotonic() - begun < patience
-        if attempt > server.retries and not waits:
+        if attempt > server.retries and not time.monotonic() - lost < patience:
             break
         if attempt and stop.wait(_pause(server, name, attempt, outcome.after)):
             break
         attempt += 1
         outcome = once(attempt)
+        lost = min(lost, time.monotonic()) if outcome.status == "unreachable" else math.inf
     if outcome.status == "unreachable" and patience:
         limit = f"; it was asked for {patience:g} s ({server.section}.timeout)"
         outcome = outcome._replace(detail=outcome.detail + limit)

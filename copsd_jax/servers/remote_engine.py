@@ -103,7 +103,7 @@ def generate(
     Returns:
       A result like that of `loop.generate`. A completion whose request failed, or whose reply does
       not match its request, has the finish 'failed' and a detail. After more than half of the
-      completions have failed, the others are not requested. `logps` and `logps_truncated` are NaN
+      completions have failed, the others are given up. `logps` and `logps_truncated` are NaN
       if they cannot be derived from the server's numbers; see `reports_log_probs`. In the
       statistics, `prompt_tokens` counts all prompt tokens sent, even if the server has them in its
       cache. `occupancy` is NaN.
@@ -119,7 +119,7 @@ def generate(
     key, keeper = client.read_key(server.api), _PolicyKeeper(server)
     ask = functools.partial(_request_completion, server, key, vocabulary, keeper)
     found: dict[int, loop.Completion] = {}
-    tokens, failed, begun = 0, 0, time.monotonic()
+    tokens, failed, last, begun = 0, 0, "", time.monotonic()
     sent = sum(len(text.prompt) for text in texts)
     stats = loop.Stats(0, len(texts), 0, sent, float("nan"), 0.0)
     rows = {number: (number, text) for number, text in enumerate(texts)}
@@ -133,11 +133,12 @@ def generate(
                 done(number, completion)
             if progress is not None:
                 progress(stats)
-            failed += completion.finish == "failed"
+            if completion.finish == "failed":
+                failed, last = failed + 1, completion.detail
             if 2 * failed > len(rows):
                 break
     for number in rows.keys() - found.keys():
-        reason = f"not requested after {failed} of {len(rows)} had failed"
+        reason = f"given up after {failed} of {len(rows)} had failed, the last: {last}"
         found[number] = loop.drop_tokens("failed", reason)
         if done is not None:
             done(number, found[number])
@@ -233,7 +234,7 @@ class _PolicyKeeper:
             known = self._times
             outcome = send()
             suspect = outcome.status in ("unreachable", "bad_reply")
-            if outcome.status == "refused" and self._is_adapter_lost():
+            if outcome.status == "refused" and self._is_adapter_lost(known):
                 suspect = True
                 return outcome._replace(again=True)
             return outcome
@@ -247,10 +248,12 @@ class _PolicyKeeper:
                 hand_over(self._server, self._server.folder)
                 self._times += 1
 
-    def _is_adapter_lost(self) -> bool:
+    def _is_adapter_lost(self, known: int) -> bool:
+        """Returns whether the server lacks the adapter, or lacked it since `known` was read."""
+        if not (name := self._server.adapter):
+            return False
         try:
-            name = self._server.adapter
-            return bool(name) and name not in list_models(self._server)
+            return self._times != known or name not in list_models(self._server)
         except OSError:
             return False  # the refusal stands
 

@@ -566,8 +566,8 @@ def test_a_server_that_fails_for_most_rows_is_not_asked_for_the_rest(engine):
     assert time.monotonic() - begun < 8
     assert {one.finish for one in made} == {"failed"}
     assert sum(engine.seen.values()) == V // 2 + 1
-    said = f"not requested after {V // 2 + 1} of {V} had failed"
-    assert [one.detail == said for one in made] == [i > V // 2 for i in range(V)]
+    said = f"given up after {V // 2 + 1} of {V} had failed, the last: no completion in 1 attempts"
+    assert [one.detail.startswith(said) for one in made] == [i > V // 2 for i in range(V)]
 
 
 def test_a_server_that_is_not_there(engine):

@@ -50,12 +50,12 @@ class Stub(http.server.ThreadingHTTPServer):
         self.decoder = transformer.Decoder(self.config, jnp.float32)
         self.adapters, self.asked, self.loaded = {}, [], []
         self.left = math.inf  # completions until it dies
+        self.restarts_at = None  # the value of `left` at which it forgets its adapters
         self.max_model_len = 512
         self.lock = threading.Lock()
 
     def complete(self, body):
         adapter, scale = self.adapters.get(body["model"], (None, 1.0))
-        assert body["model"] in ("tiny", *self.adapters)
         sampling = request.Sampling(
             body["max_tokens"], body["temperature"], stop_ids=tuple(body["stop_token_ids"])
         )
@@ -100,8 +100,14 @@ class Engine(http.server.BaseHTTPRequestHandler):
                 stub.manage(self.path, body)
                 return self.answer(200, "done")
             stub.left -= 1
+            if stub.left == stub.restarts_at:
+                stub.adapters.clear()
             if stub.left < 0:
+                stub.shutdown()
+                stub.socket.close()
                 return FAULTS["reset"](self)
+            if body["model"] not in ("tiny", *stub.adapters):
+                return self.answer(404, f"The model {body['model']} does not exist.")
             stub.asked.append(body["model"])
             return self.answer(200, stub.complete(body))
 
@@ -206,11 +212,13 @@ def test_a_server_that_dies_ends_the_run_and_another_goes_on(trained, tmp_path, 
     workdir = tmp_path / "w"
     with serving() as stub:
         stub.left = 21  # evaluation 3, steps 1 and 2 8 each; of step 3 two
+        quick = {"sampler__retries": 1, "sampler__backoff": 0.01, "sampler__timeout": 20.0}
         with pytest.raises(SystemExit) as ended:
-            main.main(runs.argv("opsd", workdir, **served(stub)))
+            main.main(runs.argv("opsd", workdir, **served(stub, **quick)))
         url = f"http://127.0.0.1:{stub.server_address[1]}/v1/completions"
     said = str(ended.value)
-    assert said.startswith(f"error: {url} gave no completion of row ")
+    assert said.startswith(f"error: {url} gave no completion in ")
+    assert "; it was asked for 20 s (sampler.timeout); " in said
     assert said.endswith(f"; the same command continues {workdir}")
     assert "\n" not in said
     assert len(lines(workdir / "metrics.jsonl")) == 2
@@ -220,6 +228,21 @@ def test_a_server_that_dies_ends_the_run_and_another_goes_on(trained, tmp_path, 
     assert all(0 < line["logp_gap_max"] < 1e-3 for line in lines(workdir / "metrics.jsonl"))
     assert drawn(workdir) == drawn(trained[0])
     assert "(continued)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_server_that_is_restarted_gets_the_policy_again(trained, tmp_path, capsys):
+    """In the middle of step 2: the run is the one whose server was never restarted."""
+    workdir = tmp_path / "w"
+    with serving() as stub:
+        stub.left, stub.restarts_at = 1000, 1000 - (3 + 8 + 4)
+        settings = served(stub, sampler__retries=2, sampler__backoff=0.01)
+        assert main.main(runs.argv("opsd", workdir, **settings)) == 0
+        assert len(stub.loaded) == 4
+    assert drawn(workdir) == drawn(trained[0])
+    assert "warning" not in capsys.readouterr().out
+    name = "eval/step_000003.json"
+    assert (workdir / name).read_bytes() == (trained[0] / name).read_bytes()
 
 
 @pytest.mark.slow
@@ -264,6 +287,7 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
     settings = served(engine, sampler__folder=tmp_path / "weights")
     with runs.loaded("opsd", **settings) as (r, state):
         assert r.served is not None
+        loads = len(engine.loaded)
         student, teacher = loaded_run.derive_run_policies(r, state)
         base = r.plan.server
         assert base is not None
@@ -276,21 +300,26 @@ def test_what_is_handed_over_and_when(engine, tmp_path, monkeypatch):
         assert held.adapter in engine.adapters
         assert r.served(teacher) == base
         assert r.served(policy_lib.Policy(student.params, dict(one))) == held
-        assert len(told) == 1
+        assert len(engine.loaded) == loads + 1
+        # A server that was restarted has lost it, and gets it again.
+        engine.adapters.clear()
+        assert r.served(policy) == held
+        assert engine.loaded[loads:] == [held.adapter] * 2
+        assert set(told) == {told[0]}
         adapter, alpha = peft_reader.read(told[0])
         jax.tree.map(np.testing.assert_array_equal, adapter, one)
         assert alpha / r.plan.config.lora.rank == r.plan.adapter_scale
         # Other arrays are another policy; what was written for the former one goes.
         other = jax.tree.map(lambda x: x * 2, one)
         assert r.served(policy_lib.Policy(student.params, other)).adapter != held.adapter
-        assert len(told) == 2
-        assert list((tmp_path / "weights").iterdir()) == told[1:]
+        assert told[-1] != told[0]
+        assert list((tmp_path / "weights").iterdir()) == told[-1:]
         # A server that does not take it holds the former one, and is told again.
         engine.manage, manage = lambda *_: 1 / 0, engine.manage
         with pytest.raises(failures.EngineError, match="did not unload the adapter"):
             r.served(policy)
         engine.manage = manage
-        assert r.served(policy) == held
+        assert r.served(policy).adapter == held.adapter
 
 
 # ------------------------------------------------------------------------------------ refusals
