@@ -160,7 +160,7 @@ def ended(started):
 # ---- Cloud TPU -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 3, 143])
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 143])
 def test_pod_has_the_programs_exit_code_and_starts_it_once(place, code):
     place.plan([code, False])
     got, out, err = ended(place.pod())
@@ -293,7 +293,7 @@ def cluster(tmp_path):
     return Cluster(tmp_path / "place")
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 3, 7, 130, 143])
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 7, 130, 143])
 def test_a_job_has_the_programs_exit_code_and_is_not_queued_again(cluster, code):
     cluster.plan([code, False])
     got, out, err = ended(cluster.job())
@@ -322,7 +322,9 @@ def test_a_job_whose_time_is_nearly_up_queues_itself(cluster):
     assert cluster.calls() == [TERM, REQUEUE]
 
 
-@pytest.mark.parametrize("code, queued", [(0, 0), (1, 0), (2, 0), (3, 0), (134, 1), (137, 1)])
+@pytest.mark.parametrize(
+    "code, queued", [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (134, 1), (137, 1)]
+)
 def test_a_program_that_has_ended_is_not_queued_again(cluster, code, queued):
     """It ends by itself just as the time limit nears."""
     cluster.plan([code, True])

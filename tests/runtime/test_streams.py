@@ -33,7 +33,7 @@ def test_control_characters_are_spelled(text):
 
 def test_a_terminal_gets_no_control_characters():
     """From any place of a record that a run prints."""
-    every = "".join(map(chr, range(0xA0))) + "".join(HOSTILE)
+    every = "".join(HOSTILE) + "".join(map(chr, range(0xA0)))
     record = {
         "correct": False, "lang": every, "gold": every, "problem": every, "completion": every,
         "finish": "failed", "finish_detail": every, "grade_status": f"raised:{every}",

@@ -20,7 +20,7 @@ from copsd_jax.servers import sampler_server
 optax_promotes = runs.optax_promotes
 
 TINY = {
-    "train__steps": 3, "train__batch": 4, "train__save_every": 1, "train__keep": 0,
+    "train__steps": 3, "train__batch": 8, "train__save_every": 1, "train__keep": 0,
     "eval__path": "", "rollout__max_tokens": 8,
 }  # fmt: skip
 REFUSED = (400, {"error": {"message": "Unsupported value: 'temperature'"}})
@@ -127,6 +127,12 @@ def column(workdir, name):
     return [line.get(name, 0) for line in lines(workdir / "metrics.jsonl")]
 
 
+def steps(workdir):
+    """The number of steps that a run has done."""
+    file = workdir / "metrics.jsonl"
+    return len(lines(file)) if file.exists() else 0
+
+
 def beyond(ids):
     return [*ids[:-1], 1450]
 
@@ -144,8 +150,8 @@ def test_ids_beyond_the_vocabulary_cost_their_rows(stub, tmp_path, capsys, monke
     settings |= {"sampler__key_env": "STUB_KEY"}
     assert main.main(runs.argv("opsd", tmp_path, **settings)) == 0
     spoiled = [seed % 3 == 0 for seed in stub.drawn]
-    assert len(spoiled) == 6 + 4 + 4 + 6
-    expected = [float(sum(spoiled[6:10])), float(sum(spoiled[10:14]))]
+    assert len(spoiled) == 6 + 8 + 8 + 6
+    expected = [float(sum(spoiled[6:14])), float(sum(spoiled[14:22]))]
     assert sum(expected) > 0
     assert column(tmp_path, "rollout_failed") == expected
     assert column(tmp_path, "failed") == column(tmp_path, "bad") == [0, 0]
@@ -172,16 +178,16 @@ def test_ids_beyond_the_vocabulary_cost_their_rows(stub, tmp_path, capsys, monke
 @pytest.mark.long
 def test_a_step_without_any_completion_is_skipped(stub, tmp_path, capsys):
     """Weights and optimizer stay, and the run ends with an exit code of its own."""
-    stub.spoil = lambda number, seed: REFUSED if 4 <= number < 7 else None  # the second step
+    stub.spoil = lambda number, seed: REFUSED if steps(tmp_path) == 1 else None
     assert main.main(runs.argv("opsd", tmp_path, **sampled(stub))) == 4
     assert column(tmp_path, "failed") == column(tmp_path, "no_loss") == [0, 1, 0]
-    assert column(tmp_path, "rollout_failed") == [0, 4, 0]
+    assert column(tmp_path, "rollout_failed") == [0, 8, 0]
     assert column(tmp_path, "update_norm")[1] == 0
     rates = column(tmp_path, "learning_rate")
     assert rates[1] == rates[2]  # the schedule waits
     out = capsys.readouterr().out
     assert (
-        "step 2 is skipped: 4 of 4 completions failed, the first: no completion in 1 attem" in out
+        "step 2 is skipped: 8 of 8 completions failed, the first: no completion in 1 attem" in out
     )
     assert "step 2 is not saved, because it was skipped" in out
     assert "1 steps were skipped, because no completion, reply or reward was usable" in out
@@ -192,12 +198,12 @@ def test_a_step_without_any_completion_is_skipped(stub, tmp_path, capsys):
 
 @pytest.mark.long
 def test_several_steps_without_completions_stop_the_run(stub, tmp_path, capsys):
-    stub.spoil = lambda number, seed: REFUSED if number >= 4 else None
+    stub.spoil = lambda number, seed: REFUSED if steps(tmp_path) else None
     argv = runs.argv("opsd", tmp_path, **sampled(stub, train__steps=6))
     with pytest.raises(SystemExit) as ended:
         main.main(argv)
     said = str(ended.value)
-    assert said.startswith("error: step 4: 4 of 4 completions failed, the first: ")
+    assert said.startswith("error: step 4: 8 of 8 completions failed, the first: ")
     assert "HTTP 400" in said
     assert "Unsupported value" in said
     assert "(3 failed steps in a row, and guards.bad_steps is 3)" in said
@@ -234,7 +240,7 @@ def test_a_critic_that_refuses_every_request_stops_the_run_at_once(stub, tmp_pat
     with pytest.raises(SystemExit) as ended:
         main.main(runs.argv("critique", tmp_path, **criticized(stub)))
     said = str(ended.value)
-    assert said.startswith(f"error: step 1: none of the 4 replies of {url(stub)} (author.url) co")
+    assert said.startswith(f"error: step 1: none of the 8 replies of {url(stub)} (author.url) co")
     assert "the first is refused: HTTP 400" in said
     assert "Unsupported value" in said
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
@@ -314,16 +320,16 @@ def reward(gold, text):
 @pytest.mark.long
 def test_a_step_in_which_every_reward_raised_is_skipped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Reward, "calls", 0)
-    monkeypatch.setattr(Reward, "fails", lambda number: number in (0, 4, 5, 6, 7))
-    settings = TINY | {"train__batch": 2, "rollout__per_prompt": 2}
+    monkeypatch.setattr(Reward, "fails", lambda number: number in (0, *range(8, 16)))
+    settings = TINY | {"train__batch": 4, "rollout__per_prompt": 2}
     kind = {"reward__kind": "test_failed_steps:reward"}
     assert main.main(runs.argv("grpo", tmp_path, **settings, **kind)) == 4
     assert column(tmp_path, "failed") == [0, 1, 0]
-    assert column(tmp_path, "grade_raised") == [1, 4, 0]
+    assert column(tmp_path, "grade_raised") == [1, 8, 0]
     assert column(tmp_path, "update_norm")[1] == 0
     out = capsys.readouterr().out
-    assert "step 1: the function of reward.kind failed for 1 of 4 completions, the first w" in out
-    reason = "test_failed_steps:reward (reward.kind) raised for all 4 completions, the first time"
+    assert "step 1: the function of reward.kind failed for 1 of 8 completions, the first w" in out
+    reason = "test_failed_steps:reward (reward.kind) raised for all 8 completions, the first time"
     assert f"step 2 is skipped: {reason} ConnectionError" in out
 
 
