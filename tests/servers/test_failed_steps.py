@@ -186,9 +186,7 @@ def test_a_step_without_any_completion_is_skipped(stub, tmp_path, capsys):
     rates = column(tmp_path, "learning_rate")
     assert rates[1] == rates[2]  # the schedule waits
     out = capsys.readouterr().out
-    assert (
-        "step 2 is skipped: 8 of 8 completions failed, the first: no completion in 1 attem" in out
-    )
+    assert "step 2 is skipped: 8 of 8 completions failed, the first: " in out
     assert "step 2 is not saved, because it was skipped" in out
     assert "1 steps were skipped, because no completion, reply or reward was usable" in out
     assert checkpoint.Checkpoints(tmp_path / "checkpoints").steps() == [1, 3]
