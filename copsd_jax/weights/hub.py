@@ -41,8 +41,8 @@ def resolve_model_path(
 
     Raises:
       FileNotFoundError: if there is no such path, package or repository.
-      ValueError: if the path exists but is neither a folder nor a .gguf file, if a revision is given
-        for a path that is no repository id, or if HF_ENDPOINT is no address.
+      ValueError: if the path exists but is neither a folder nor a .gguf file, if a revision is
+        given for a path that is no repository id, or if HF_ENDPOINT is no address.
     """
     name = os.fspath(path)
     found = _find_local(name, setting)

@@ -209,6 +209,7 @@ DEAD = {
     "sampler.int8": (True, [ENGINE], {}),
     "sampler.gather": (False, [ENGINE], {}),
     "sampler.warmup": ("always", [ENGINE], {}),
+    "guards.logp_gap": (0.5, [{}], ENGINE),
     "sampler.url": ("http://h:2/v1", [{}], ENGINE),
     "sampler.model": ("n", [{}], ENGINE),
     "sampler.key_env": ("KEY", [{}], ENGINE),
