@@ -35,8 +35,9 @@ from copsd_jax.training import builders, layout, loaded_run, row_packing, train_
 TOKENS = 8  # maximum number of tokens of a completion
 STEP = 2**31 - 1  # selects random streams that no step of the run uses
 ADAPTER_STREAM = 1003  # index of the random adapter's stream; see `loaded_run.WEIGHTS_STREAM`
-SHAKE = 0.03  # size of the random adapter, relative to the weights that it is added to
+SHAKE = 0.06  # size of the random adapter, relative to the weights that it is added to
 SHARE = 0.2  # largest noise, relative to the signal and to the effect
+LEAST = 0.01  # share of its bound below which the noise is small whatever the adapter changes
 BOUNDS = {"float32": 5e-4, "bfloat16": 0.06}  # largest noise, in nats per token
 INT8_BOUND = 0.3  # largest noise if the sampler rounds weights or cache to int8
 FIRST = 3.0  # factor of the bound for the first tokens, which are few
@@ -352,7 +353,7 @@ def _judge(numbers: _Numbers, bound: float, equal: float, kind: str, known: bool
     if numbers.effect is not None:
         if numbers.effect == 0:
             raise _refuse("a random adapter changes nothing in the trainer")
-        if not numbers.noise <= SHARE * numbers.effect:
+        if not numbers.noise <= max(SHARE * numbers.effect, LEAST * bound):
             raise _refuse(
                 f"{differ}, and a random adapter changes the trainer by {numbers.effect:.2g}: "
                 "sampler and trainer apply the adapter differently"
@@ -380,8 +381,10 @@ def _describe(numbers: _Numbers, known: bool) -> str:
     line = f"self-test: sampler and trainer differ by {numbers.noise:.1e} nats per token"
     if numbers.signal is None:
         return line
-    more = "" if known else " (with a placeholder for the texts of the context)"
-    return f"{line}, student and teacher by {numbers.signal:.1e}{more}"
+    line += f", student and teacher by {numbers.signal:.1e}"
+    skipped = [] if known else ["the context is a placeholder"]
+    skipped += ["with equal prompts not tested"] if numbers.equal is None else []
+    return line + (f" ({'; '.join(skipped)})" if skipped else "")
 
 
 def _choose_bounds(r: loaded_run.LoadedRun, temperature: float) -> tuple[float, float, str]:
