@@ -149,8 +149,10 @@ def _refuse_unread(config: config_lib.Config, given: Mapping[str, Any]) -> None:
 
 def _check_fields(what: str, given: Mapping[str, Any], kind: type) -> None:
     """Refuses arguments that are no fields of a dataclass, or that have another type."""
-    types: dict[str, Any] = {field.name: typing.get_origin(field.type) or field.type
-             for field in dataclasses.fields(kind)}  # fmt: skip
+    types: dict[str, Any] = {
+        field.name: typing.get_origin(field.type) or field.type
+        for field in dataclasses.fields(kind)
+    }
     for name, value in given.items():
         if name not in types:
             raise ValueError(f"{what} has no setting {name!r}: the choices are {', '.join(types)}")
