@@ -46,7 +46,7 @@ class Completion:
 
     @property
     def dropped(self) -> bool:
-        """Whether the completion has no tokens, because they could not be used."""
+        """Returns whether the completion has no tokens, because they could not be used."""
         return self.finish in DROPPED
 
 
