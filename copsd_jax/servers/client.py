@@ -22,7 +22,6 @@ import hashlib
 import http.client
 import io
 import json
-import math
 import os
 import pathlib
 import re
@@ -257,18 +256,20 @@ def repeat_call(
         of attempts; a server that is being restarted needs minutes.
     """
     attempt, outcome = 0, Outcome("unreachable", again=True)
-    lost = math.inf  # time since when the server has not been reached
+    lost = None  # the time since when the server has not been reached
     while outcome.again and outcome.after <= server.timeout:
-        if attempt > server.retries and not time.monotonic() - lost < patience:
+        waits = lost is not None and time.monotonic() - lost < patience
+        if attempt > server.retries and not waits:
+            if lost is not None and patience:
+                limit = f"; it was asked for {patience:g} s ({server.section}.timeout)"
+                outcome = outcome._replace(detail=outcome.detail + limit)
             break
         if attempt and stop.wait(_pause(server, name, attempt, outcome.after)):
             break
         attempt += 1
         outcome = once(attempt)
-        lost = min(lost, time.monotonic()) if outcome.status == "unreachable" else math.inf
-    if outcome.status == "unreachable" and patience:
-        limit = f"; it was asked for {patience:g} s ({server.section}.timeout)"
-        outcome = outcome._replace(detail=outcome.detail + limit)
+        reached = outcome.status != "unreachable"
+        lost = None if reached else time.monotonic() if lost is None else lost
     return outcome, attempt
 
 
