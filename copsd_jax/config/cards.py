@@ -54,7 +54,7 @@ def split_arguments(argv: Sequence[str]) -> Arguments:
         if name in found:
             advice = "; write several values with commas" if _is_list(name) else ""
             raise ValueError(f"--{name} occurs twice: keep one of the two{advice}")
-        switch = name == "search" or _default_of(name) in (True, False)
+        switch = name == "search" or isinstance(_default_of(name), bool)
         if not equals and not switch:
             word = next(words, None)
             if word is None:

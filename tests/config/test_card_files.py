@@ -127,6 +127,10 @@ def test_values_may_follow_their_flags():
     config, workdir, _ = main.parse_command(["main", *words, "--config.eval.limit=0x10"])
     assert (config.train.steps, config.train.log_rollouts, config.eval.limit) == (7, False, 16)
     assert str(workdir) == "--odd"
+    # Numbers whose defaults are 0 and 1 are no switches.
+    words = [CARD, "--config.data.limit", "5", "--config.rollout.temperature", "0.5"]
+    config, _, _ = main.parse_command(["main", *words])
+    assert (config.data.limit, config.rollout.temperature) == (5, 0.5)
 
 
 @pytest.mark.parametrize(
