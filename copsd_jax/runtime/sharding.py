@@ -70,7 +70,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
       ValueError: the product of the sizes is not the number of devices, or data is not a multiple
         of the number of slices, or JAX uses 64 bits by default.
     """
-    if jax.config.jax_enable_x64:
+    if jax.config.values["jax_enable_x64"]:
         raise ValueError(
             "JAX_ENABLE_X64 is set, but the programs of a run need 32-bit indices: unset it"
         )

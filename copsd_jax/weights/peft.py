@@ -129,7 +129,7 @@ def _read_plain_config(file: pathlib.Path) -> tuple[int, float]:
             "it a plain adapter, or merge it and use the merged model",
         )
     for name in ("r", "lora_alpha"):
-        number = raw.get(name)
+        number: Any = raw.get(name)
         kinds = (int,) if name == "r" else (int, float)
         if type(number) not in kinds or not 0 < number < math.inf:
             refuse(name, "it must be a positive number" + (" without fraction" * (name == "r")))

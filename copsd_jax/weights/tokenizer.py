@@ -188,7 +188,8 @@ def find_stop_ids(
     Raises:
       ValueError: if there is no end-of-text id, or if the model does not have an id.
     """
-    ids = {*hf_config.read_stop_ids(path, vocab_size), tok.eos_token_id, turn_end} - {None}
+    eos: Any = tok.eos_token_id
+    ids = {*hf_config.read_stop_ids(path, vocab_size), eos, turn_end} - {None}
     if not ids:
         raise ValueError(f"{path} does not name an end-of-text token")
     return tuple(sorted(ids))
