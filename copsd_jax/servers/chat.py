@@ -78,7 +78,8 @@ def ask_all(
 def _list_limit_names(url: str, model: str) -> list[str]:
     """Returns the names of the token limit in requests; the name that the server takes is first.
 
-    OpenAI's reasoning models refuse max_tokens. `_send_chat_request` reorders the list.
+    OpenAI's reasoning models refuse max_tokens, and name max_completion_tokens in the refusal.
+    `_send_chat_request` reorders the list once a request with the other name has succeeded.
     """
     return ["max_tokens", "max_completion_tokens"]
 
@@ -96,8 +97,10 @@ def _send_chat_request(
         what = client.HttpCall(url, {**body, name: limit}, read)
         outcome, attempts = client.send_call(server, key, what, digest, stop)
         total += attempts
-        if outcome.status != "refused" or name not in outcome.detail:
-            names[:] = [name, *(other for other in names if other != name)]
+        others = [other for other in names if other != name]
+        if outcome.status in USABLE:
+            names[:] = [name, *others]
+        if outcome.status != "refused" or not any(map(outcome.detail.__contains__, others)):
             break
     answer = ChatAnswer(
         client.redact_key(outcome.value, key), outcome.status, total, outcome.detail

@@ -158,6 +158,12 @@ def _newer(to: _Critic, question: str, number: int) -> None:
     _right(to, question, number)
 
 
+def _newer_broken(to: _Critic, question: str, number: int) -> None:
+    """Names the newer name, and then refuses the request for another reason."""
+    old = "max_tokens" in to.server.requests[-1][2]
+    to.answer(400, b"use 'max_completion_tokens'" if old else b"temperature must be 1")
+
+
 def _too_long(to: _Critic, question: str, number: int) -> None:
     name = next(name for name in to.server.requests[-1][2] if name.startswith("max_"))
     to.answer(400, f"{name} is too large: at most 32".encode())
@@ -185,8 +191,9 @@ BEHAVIOURS = {
     "thinks_new": _always(200, thought("2 + 2", "four", "reasoning")),
     "only_thinks": _always(200, thought("2 + 2", None)),
     "cut_thought": _always(200, thought("2 +", "", "reasoning", "length")),
-    "newer": _newer, "neither": _always(400, b"temperature must be 1"),
-    "too_long": _too_long, "gateway": _always(502, b"no upstream"),
+    "newer": _newer, "newer_broken": _newer_broken, "too_long": _too_long,
+    "neither": _always(400, b"temperature must be 1"),
+    "gateway": _always(502, b"no upstream"),
     "not_implemented": _always(501, b"no"),
     "surrogate": _always(200, b'{"choices": [{"message": {"content": "a\\ud800b"}}]}'),
 }  # fmt: skip
@@ -244,7 +251,7 @@ OUTCOMES = {
     "patience": ("refused", 1, ""), "content_filter": ("bad_reply", 1, ""),
     "thinks": ("ok", 1, "<think>2 + 2</think>four"), "only_thinks": ("bad_reply", 1, ""),
     "thinks_new": ("ok", 1, "<think>2 + 2</think>four"), "cut_thought": ("cut", 1, "<think>2 +"),
-    "neither": ("refused", 1, ""), "too_long": ("refused", 2, ""),
+    "neither": ("refused", 1, ""), "too_long": ("refused", 1, ""),
     "gateway": ("unreachable", 3, ""), "not_implemented": ("server_error", 1, ""),
 }  # fmt: skip
 
@@ -290,6 +297,13 @@ def test_the_name_of_the_token_limit_is_found_and_remembered(critic):
     critic.requests.clear()
     chat.ask_all(server_of(critic, concurrency=1), [ask("too_long"), ask("ok")])
     names = [next(n for n in body if "max" in n) for _, _, body in critic.requests]
+    assert names == ["max_tokens"] * 2
+    # A name is remembered only if a request with it has succeeded.
+    critic.requests.clear()
+    other = server_of(critic, concurrency=1, model="another")
+    assert chat.ask_all(other, [ask("newer_broken")])[0].status == "refused"
+    chat.ask_all(other, [ask("ok")])
+    names = [next(n for n in body if "max" in n) for _, _, body in critic.requests]
     assert names == ["max_tokens", "max_completion_tokens", "max_tokens"]
 
 
@@ -319,6 +333,12 @@ def test_an_unreachable_server_is_asked_for_as_long_as_the_patience(critic):
     assert 0.2 <= time.monotonic() - begun < 5
     assert attempts > 2
     assert outcome.detail == "no; it was asked for 0.2 s (sampler.timeout)"
+    # The patience is for a server that cannot be reached, and is named only if it has ended.
+    broken = lambda attempt: client.Outcome("server_error", again=True)  # noqa: E731
+    assert client.repeat_call(server, broken, "x", stop, patience=30.0)[1] == 2
+    stop.set()
+    outcome, attempts = client.repeat_call(server, down, "x", stop, patience=30.0)
+    assert (outcome.detail, attempts) == ("no", 1)
 
 
 def test_one_deadline_for_a_whole_attempt(critic):
