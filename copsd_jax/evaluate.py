@@ -19,9 +19,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import scoring, terminal
 from copsd_jax.model import policy as policy_lib
@@ -30,6 +27,7 @@ from copsd_jax.rewards import graders, reward_functions
 from copsd_jax.runtime import (
     checkpoint,
     failures,
+    fingerprints,
     nonfinite,
     processes,
     signals,
@@ -38,6 +36,7 @@ from copsd_jax.runtime import (
     workdir,
 )
 from copsd_jax.sampler import loop, request
+from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import prompts
 from copsd_jax.training import loaded_run, run_plan, train_step
 
@@ -143,14 +142,19 @@ def _sample_evaluation(
             if progress is not None:
                 progress(stats._replace(done=stats.done + len(asked) - len(todo)))
 
-        made, _ = loaded_run.sample(
-            r, policy, [asked[i] for i in todo], "eval", keys[todo], progress=further, done=done
-        )
-    failed = [completion.detail for completion in made if completion.finish == "failed"]
-    if 2 * len(failed) > len(asked):
-        raise failures.EngineError(
-            f"{len(failed)} of {len(asked)} samples of an evaluation failed, the first: {failed[0]}"
-        )
+        failed: list[str] = []
+        while todo:
+            made, _ = loaded_run.sample(
+                r, policy, [asked[i] for i in todo], "eval", keys[todo], progress=further, done=done
+            )
+            failed += [one.detail for one in made if one.finish == "failed"]
+            if 2 * len(failed) > len(asked):
+                raise failures.EngineError(
+                    f"{len(failed)} of {len(asked)} samples of an evaluation failed, the first: "
+                    f"{failed[0]}"
+                )
+            # A server may give up the last samples of a stopped evaluation, although they are few.
+            todo = [i for i, one in zip(todo, made, strict=True) if remote_engine.is_given_up(one)]
     return [said[i] for i in range(len(asked))]
 
 
@@ -176,32 +180,9 @@ def _describe_evaluation(
 
 
 def _fingerprint_policy(policy: policy_lib.Policy) -> list[int]:
-    return fingerprint_arrays(policy.params if policy.adapter is None else policy.adapter)
-
-
-def fingerprint_arrays(tree: Any) -> list[int]:
-    """Returns two uint32 checksums over the bits of all numbers in a tree of arrays.
-
-    The checksums are exact, so every mesh gives the same checksums. The second checksum also
-    depends on the positions of the numbers.
-    """
-    return [int(x) for x in jax.device_get(_sum_evaluated_arrays(tree))]
-
-
-@jax.jit
-def _sum_evaluated_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns a plain and a position-weighted sum of a tree's numbers, as uint32 scalars."""
-    plain = placed = jnp.zeros((), jnp.uint32)
-    for leaf in jax.tree.leaves(tree):
-        width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
-        bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-        place = jnp.ones(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):  # `place` stays odd, so bits * place loses no bits
-            index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            place = place * jnp.uint32(2654435761) + index * jnp.uint32(2)
-        plain = plain * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
-        placed = placed * jnp.uint32(31) + jnp.sum(bits * place, dtype=jnp.uint32)
-    return plain, placed
+    return fingerprints.fingerprint_arrays(
+        policy.params if policy.adapter is None else policy.adapter
+    )
 
 
 def _read_partial_evaluation(

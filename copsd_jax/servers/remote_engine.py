@@ -47,6 +47,7 @@ from copsd_jax.sampler import loop, request
 from copsd_jax.servers import client, dialects
 
 LOGPROBS = ("raw", "tempered", "processed")
+_GIVEN_UP = "given up"  # begins the detail of completions that were not waited for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +139,16 @@ def generate(
             if 2 * failed > len(rows):
                 break
     for number in rows.keys() - found.keys():
-        reason = f"given up after {failed} of {len(rows)} had failed, the last: {last}"
+        reason = f"{_GIVEN_UP} after {failed} of {len(rows)} had failed, the last: {last}"
         found[number] = loop.drop_tokens("failed", reason)
         if done is not None:
             done(number, found[number])
     return loop.Result([found[number] for number in rows], stats._replace(done=len(rows)))
+
+
+def is_given_up(completion: loop.Completion) -> bool:
+    """Returns whether `generate` gave a completion up, because most of the others had failed."""
+    return completion.finish == "failed" and completion.detail.startswith(_GIVEN_UP)
 
 
 def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
@@ -185,7 +191,7 @@ def _request_completion(
     url = _address(server, dialect.generate)
     what = client.HttpCall(url, dialect.body(server.api.model, server.adapter, text), _json)
     name = f"{server.adapter}:{dialects.derive_seed(text)}"
-    once = keeper.build_attempt(lambda: client.attempt_call(server.api, key, what, stop))
+    once = keeper.build_attempt(lambda: client.attempt_call(server.api, key, what, stop), stop)
     outcome, attempts = client.repeat_call(server.api, once, name, stop, server.patience)
     if outcome.status != "ok":
         problem = f"no completion in {attempts} attempts ({outcome.status}): {outcome.detail}"
@@ -214,12 +220,15 @@ class _PolicyKeeper:
         api = dataclasses.replace(server.api, retries=0)
         self._server = dataclasses.replace(server, api=api, patience=0.0)
         self._lock, self._times = threading.Lock(), 0
+        self._tries, self._error = 0, ""  # the restores that have ended; why the last one failed
 
-    def build_attempt(self, send: Callable[[], client.Outcome]) -> Callable[[int], client.Outcome]:
+    def build_attempt(
+        self, send: Callable[[], client.Outcome], stop: threading.Event
+    ) -> Callable[[int], client.Outcome]:
         """Returns a function for `client.repeat_call` that restores a lost policy before it sends.
 
-        After a lost connection, the server may have been restarted. A restarted server does not
-        know the adapter, or has the base weights again.
+        After a request without an answer, the server may have been restarted. A restarted server
+        does not know the adapter, or has the base weights again. `stop` ends the restore, too.
         """
         suspect, known = False, 0
 
@@ -227,33 +236,50 @@ class _PolicyKeeper:
             nonlocal suspect, known
             if suspect:
                 try:
-                    self._restore(known)
+                    self._restore(known, stop)
                 except OSError as error:
                     kind = "unreachable" if "(unreachable)" in str(error) else "server_error"
                     return client.Outcome(kind, detail=str(error), again=True)
             known = self._times
             outcome = send()
-            suspect = outcome.status in ("unreachable", "bad_reply")
-            if outcome.status == "refused" and self._is_adapter_lost(known):
+            suspect = outcome.status not in ("ok", "refused")
+            if outcome.status == "refused" and self._is_adapter_lost(known, stop):
                 suspect = True
                 return outcome._replace(again=True)
             return outcome
 
         return once
 
-    def _restore(self, known: int) -> None:
-        """Hands the policy over, unless another row has done so since `known` was read."""
-        with self._lock:
-            if self._times == known and self._server.folder:
-                hand_over(self._server, self._server.folder)
-                self._times += 1
+    def _restore(self, known: int, stop: threading.Event) -> None:
+        """Hands the policy over, unless another row has done so since `known` was read.
 
-    def _is_adapter_lost(self, known: int) -> bool:
+        Raises:
+          OSError: the server did not take the policy, now or while this row waited for another
+            row's restore; or `stop` is set.
+        """
+        tries = self._tries
+        with self._lock:
+            if stop.is_set():
+                raise OSError("given up")
+            if self._times != known or not self._server.folder:
+                return
+            if self._tries != tries:  # the restore that this row waited for has failed
+                raise OSError(self._error)
+            try:
+                hand_over(self._server, self._server.folder, stop)
+                self._times += 1
+            except OSError as error:
+                self._error = str(error)
+                raise
+            finally:
+                self._tries += 1
+
+    def _is_adapter_lost(self, known: int, stop: threading.Event) -> bool:
         """Returns whether the server lacks the adapter, or lacked it since `known` was read."""
         if not (name := self._server.adapter):
             return False
         try:
-            return self._times != known or name not in list_models(self._server)
+            return self._times != known or name not in list_models(self._server, stop)
         except OSError:
             return False  # the refusal stands
 
@@ -387,16 +413,23 @@ def connect_server(server: EngineServer) -> EngineServer:
     )
 
 
-def list_models(server: EngineServer) -> dict[str, dict]:
+def list_models(server: EngineServer, stop: threading.Event | None = None) -> dict[str, dict]:
     """Returns the server's description of each model and adapter, by name.
+
+    Args:
+      server: the server.
+      stop: event that ends the request when it is set; None for none.
 
     Raises:
       OSError: the server gives no valid reply.
     """
-    return _call_server(server, client.list_models_call(server.api.url), "list its models")
+    what = client.list_models_call(server.api.url)
+    return _call_server(server, what, "list its models", stop=stop)
 
 
-def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
+def hand_over(
+    server: EngineServer, folder: str | pathlib.Path, stop: threading.Event | None = None
+) -> EngineServer:
     """Loads a folder of weights into the server; returns the server with the new adapter's name.
 
     An adapter's name is a hash of its contents, because servers cache keys and values of prompts
@@ -408,6 +441,7 @@ def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
       server: the server with the previous weights.
       folder: an adapter in PEFT's layout (adapter_config.json), or a complete model in Hugging
         Face's layout (config.json). The server must be able to read the folder under the same path.
+      stop: event that ends the requests when it is set; None for none.
 
     Raises:
       ValueError: the folder has neither adapter_config.json nor config.json.
@@ -416,23 +450,25 @@ def hand_over(server: EngineServer, folder: str | pathlib.Path) -> EngineServer:
     """
     path = pathlib.Path(folder).resolve()
     if (path / "adapter_config.json").is_file():
-        return _hand_adapter(server, path)
+        return _hand_adapter(server, path, stop)
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has neither adapter_config.json nor config.json")
     dialect = dialects.DIALECTS[server.dialect]
     for address, body in dialect.swap(str(path)):
         what = _command(server, address, body)
-        _call_server(server, what, f"read the weights in {path}", dialect.needs_swap)
+        _call_server(server, what, f"read the weights in {path}", dialect.needs_swap, stop)
     return dataclasses.replace(server, adapter="", folder=str(path))
 
 
-def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
-    name, served = _name_served_adapter(path), list_models(server)
+def _hand_adapter(
+    server: EngineServer, path: pathlib.Path, stop: threading.Event | None
+) -> EngineServer:
+    name, served = _name_served_adapter(path), list_models(server, stop)
     if server.adapter not in ("", name) and server.adapter in served:
-        _change_served_adapter(server, "unload", {"lora_name": server.adapter})
+        _change_served_adapter(server, "unload", {"lora_name": server.adapter}, stop)
     if name not in served:
-        _change_served_adapter(server, "load", {"lora_name": name, "lora_path": str(path)})
-        if name not in list_models(server):
+        _change_served_adapter(server, "load", {"lora_name": name, "lora_path": str(path)}, stop)
+        if name not in list_models(server, stop):
             raise OSError(
                 f"{server.api.url} does not list the adapter {name}, although it said that it has "
                 "loaded it: without the list, it may sample from the base model"
@@ -440,7 +476,9 @@ def _hand_adapter(server: EngineServer, path: pathlib.Path) -> EngineServer:
     return dataclasses.replace(server, adapter=name, folder=str(path))
 
 
-def _change_served_adapter(server: EngineServer, verb: str, body: dict[str, str]) -> None:
+def _change_served_adapter(
+    server: EngineServer, verb: str, body: dict[str, str], stop: threading.Event | None
+) -> None:
     """Loads or unloads an adapter; if the request fails, asks the server which adapters it has.
 
     If the first attempt succeeds but its reply is lost, the server refuses the second attempt.
@@ -449,9 +487,9 @@ def _change_served_adapter(server: EngineServer, verb: str, body: dict[str, str]
     what = _command(server, f"{dialect.adapters}/{verb}_lora_adapter", body)
     task = f"{verb} the adapter {body.get('lora_path', name)}"
     try:
-        _call_server(server, what, task, dialect.needs_adapters)
+        _call_server(server, what, task, dialect.needs_adapters, stop)
     except OSError:
-        if (name in list_models(server)) != (verb == "load"):
+        if (name in list_models(server, stop)) != (verb == "load"):
             raise
 
 
@@ -480,9 +518,12 @@ def _read_command_reply(body: bytes) -> client.Outcome:
     return client.Outcome("ok", text)
 
 
-def _call_server(server: EngineServer, what: client.HttpCall, task: str, needs: str = "") -> Any:
+def _call_server(
+    server: EngineServer, what: client.HttpCall, task: str, needs: str = "",
+    stop: threading.Event | None = None,
+) -> Any:  # fmt: skip
     """Sends a request and returns the reply's value, or raises OSError with the hint `needs`."""
-    key, stop = client.read_key(server.api), threading.Event()
+    key, stop = client.read_key(server.api), stop or threading.Event()
     outcome, attempts = client.send_call(server.api, key, what, what.url, stop, server.patience)
     if outcome.status == "ok":
         return outcome.value

@@ -11,7 +11,7 @@ import pytest
 import runs
 
 from copsd_jax import evaluate
-from copsd_jax.runtime import failures, sharding
+from copsd_jax.runtime import failures, fingerprints, sharding
 from copsd_jax.training import loaded_run
 
 optax_promotes = runs.optax_promotes
@@ -93,14 +93,14 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
 def test_fingerprints_of_weights():
     """Every bit and every place counts; the mesh and the order of sums do not."""
     tree = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones((8,), jnp.bfloat16)}
-    want = evaluate.fingerprint_arrays(tree)
+    want = fingerprints.fingerprint_arrays(tree)
     with jax.set_mesh(sharding.make_mesh(8, 1, 1)):
         mesh = sharding.current_mesh()
         placed = {
             "a": placing.replicate(tree["a"], mesh),
             "b": placing.place_batch(tree["b"], mesh),
         }
-        assert evaluate.fingerprint_arrays(placed) == want
+        assert fingerprints.fingerprint_arrays(placed) == want
     others = [
         tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(8), np.float32(9)))},
         tree | {"a": tree["a"].at[0].set(tree["a"][1]).at[1].set(tree["a"][0])},
@@ -108,4 +108,4 @@ def test_fingerprints_of_weights():
         tree | {"b": tree["b"].at[7].set(-1)},
         {"a": tree["a"]},
     ]
-    assert len({tuple(evaluate.fingerprint_arrays(x)) for x in [tree, *others]}) == 6
+    assert len({tuple(fingerprints.fingerprint_arrays(x)) for x in [tree, *others]}) == 6
