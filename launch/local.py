@@ -32,6 +32,7 @@ LOOK = 0.2  # seconds between two checks of the processes
 GRACE = 5.0  # seconds between terminating a process and killing it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = (130, 143)  # exit codes of a process that a signal has stopped, after it has saved
+SKIPPED = 4  # exit code of a process whose run has ended, but skipped steps that failed
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -107,7 +108,9 @@ def run(todo: list[list[str]]) -> int:
                 del running[rank]
                 said = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
                 code = code if code >= 0 else 128 - code
-                if code and not (asked[0] and code in STOPPED):
+                if code == SKIPPED:  # the other processes end in the same way
+                    print(f"process {rank} of {len(todo)} {said}", file=sys.stderr)
+                elif code and not (asked[0] and code in STOPPED):
                     others = f": ending the other {len(running)}" if running else ""
                     print(f"process {rank} of {len(todo)} {said}{others}", file=sys.stderr)
                     return code
