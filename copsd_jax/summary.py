@@ -13,7 +13,7 @@ from copsd_jax.dryrun import memory
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import reward_functions
-from copsd_jax.runtime import continuation, sharding, streams
+from copsd_jax.runtime import continuation, processes, sharding, streams
 from copsd_jax.teaching import prompts
 from copsd_jax.training import backends, builders, run_plan
 from copsd_jax.weights import initial_weights, tokenizer
@@ -296,7 +296,8 @@ def summarize_ending(
     if totals := summarize_totals(directory, plan.config.train.steps):
         lines += ["", totals]
     lines += ["", f"{terminal.duration(seconds)} min; everything is in {directory}"]
-    if skipped := metric_files.count_failed(directory, plan.config.train.steps):
+    steps = plan.config.train.steps
+    if skipped := processes.run_on_leader(lambda: metric_files.count_failed(directory, steps)):
         lines.append(
             f"{skipped} steps were skipped, because no completion, reply or reward was usable "
             "(metric `failed`)"

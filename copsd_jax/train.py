@@ -30,7 +30,7 @@ from copsd_jax.runtime import (
     signals,
     workdir,
 )
-from copsd_jax.servers import sampler_server
+from copsd_jax.servers import author_server, sampler_server
 from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
 from copsd_jax.training.train_step import State
 from copsd_jax.weights import hub, initial_weights
@@ -56,6 +56,8 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
     _choose_at_start(config, directory)
     plan = run_plan.make_plan(config)
     builders.check_row_budget(plan)
+    longest = plan.longest.get("author_server")
+    processes.run_on_leader(lambda: author_server.check_author_server(config, longest))
     config.model.commit = config.model.commit or hub.find_commit(plan.weights_path)
     config.model.dtype = np.dtype(plan.dtype).name
     lines = found.notes
@@ -135,7 +137,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
             after = _evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
     print(summary.summarize_ending(plan, before, after, directory, seconds, stopped), flush=True)
-    return metric_files.count_failed(directory, steps)
+    return processes.run_on_leader(lambda: metric_files.count_failed(directory, steps))
 
 
 def _test_new_run(r: loaded_run.LoadedRun, state: State, directory: pathlib.Path) -> str:
@@ -214,8 +216,9 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 bad.check(number, lambda: _list_saved(checkpoints))
                 last = number == c.train.steps or bool(guard["stopped"])
                 lines = summary.summarize_failures(number, records) + bad.describe(number)
-                lines += sampler_server.check_gap(c, number, values)
                 lines += [f"guard: {event.text}" for event in events]
+                _show(progress, lines)  # `check_gap` may end the run
+                lines = sampler_server.check_gap(c, number, values)
                 # A step's checkpoint is saved after its metrics and records. A continued run
                 # therefore finds the metrics and records of all steps up to its checkpoint, and
                 # writes those of later steps again.
@@ -226,9 +229,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 progress.update(number, int(values["completion_tokens"] * len(records)), **shown)
                 if step == first or last or number % max(1, c.train.steps // 3) == 0:
                     lines.append(summary.summarize_sample(number, records))
-                if lines:
-                    progress.close()
-                    print(*lines, sep="\n", flush=True)
+                _show(progress, lines)
                 if last:
                     break
                 r.stop.obey()
@@ -244,6 +245,12 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
         raise
     checkpoints.wait()  # while a first signal still does not end the process
     return state, guard["stopped"]
+
+
+def _show(progress: terminal.Progress, lines: list[str]) -> None:
+    if lines:
+        progress.close()
+        print(*lines, sep="\n", flush=True)
 
 
 def _save(
@@ -306,9 +313,8 @@ def _run_training_step(
     # Once the compiled step has begun, the old state is gone, so the step can no longer be left.
     with timer("rollout"), r.stop.leave_if_late(*expected):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
-    failure = failed_steps.find_failure(r.plan.config, work.records)
+    taught, failure = failed_steps.drop_failed_loss(r.plan.config, work.records, work.batch)
     with timer("packing"):
-        taught = failed_steps.drop_loss(work.batch) if failure else work.batch
         packed = builders.pack_batch(r.plan, taught)
     with timer("step"):
         batch = layout.place_batch(packed, r.plan.mesh)

@@ -17,42 +17,66 @@ from copsd_jax.training import layout
 _NOT_REQUESTED = ("none", "filtered", "not_asked")
 
 
-def find_failure(c: config_lib.Config, records: Sequence[dict]) -> bad_steps.Failure | None:
-    """Returns why a step failed, or None if it did not.
+def drop_failed_loss(
+    c: config_lib.Config, records: Sequence[dict], batch: layout.Batch
+) -> tuple[layout.Batch, bad_steps.Failure | None]:
+    """Returns the part of a step's loss that is usable, and why the step failed.
 
-    A step failed if the sampler's server failed for more than half of the completions, if a server
-    is the author and no reply is usable, or if the reward function raised for all completions.
+    A step failed if the sampler's server failed for more than half of the completions, if the
+    reward function raised for all completions, or if a server is the author and no reply is usable.
+    In the last case, the policy loss needs no reply: if tokens carry it, only the distillation is
+    dropped, and the step did not fail.
 
     Args:
       c: the settings of the run.
       records: the records of the step's completions.
+      batch: the step's batch.
+
+    Returns:
+      The batch, without any token that carries loss if the step failed; and the failure, or None.
     """
+    policy_BC, nothing_BC = batch.policy_BC, np.zeros_like(batch.loss_BC)
+    if failure := _find_lost_completions(records) or _find_raised_rewards(c, records):
+        policy_BC = None if policy_BC is None else np.zeros_like(policy_BC)
+        return batch._replace(loss_BC=nothing_BC, policy_BC=policy_BC), failure
+    if failure := _find_lost_replies(c, records):
+        carried = policy_BC is not None and policy_BC.any()
+        return batch._replace(loss_BC=nothing_BC), None if carried else failure
+    return batch, None
+
+
+def _find_lost_completions(records: Sequence[dict]) -> bad_steps.Failure | None:
     lost = [record for record in records if record["finish"] == "failed"]
-    if 2 * len(lost) > len(records):
-        return bad_steps.Failure(
-            f"{len(lost)} of {len(records)} completions failed, the first: "
-            f"{lost[0]['finish_detail']}"
-        )
+    if 2 * len(lost) <= len(records):
+        return None
+    return bad_steps.Failure(
+        f"{len(lost)} of {len(records)} completions failed, the first: {lost[0]['finish_detail']}"
+    )
+
+
+def _find_raised_rewards(c: config_lib.Config, records: Sequence[dict]) -> bad_steps.Failure | None:
+    statuses = [x.get("grade_status", "") for x in records]
+    raised = [status for status in statuses if status.startswith("raised:")]
+    if not raised or any(x.get("correct") is not None for x in records):
+        return None
+    return bad_steps.Failure(
+        f"{c.reward.kind} (reward.kind) raised for all {len(raised)} completions, the first "
+        f"time {raised[0].partition(':')[2]}"
+    )
+
+
+def _find_lost_replies(c: config_lib.Config, records: Sequence[dict]) -> bad_steps.Failure | None:
     asked = [x for x in records if x.get("reply_status", "none") not in _NOT_REQUESTED]
     statuses = [record["reply_status"] for record in asked]
-    usable = any(replies.STATUSES[status].usable for status in statuses)
-    if c.author.kind == "server" and asked and not usable:
-        detail = asked[0]["reply_detail"] or replies.STATUSES[statuses[0]].meaning
-        return bad_steps.Failure(
-            f"none of the {len(asked)} replies of {c.author.url} (author.url) could be used, the "
-            f"first is {statuses[0]}: {detail}",
-            refused=set(statuses) == {"refused"},
-        )
-    graded = [x["grade_status"] for x in records if x.get("correct") is not None]
-    if graded and all(status.startswith("raised:") for status in graded):
-        return bad_steps.Failure(
-            f"{c.reward.kind} (reward.kind) raised for all {len(graded)} completions, the first "
-            f"time {graded[0].partition(':')[2]}"
-        )
-    return None
-
-
-def drop_loss(batch: layout.Batch) -> layout.Batch:
-    """Returns a step's batch without any token that carries loss."""
-    policy_BC = None if batch.policy_BC is None else np.zeros_like(batch.policy_BC)
-    return batch._replace(loss_BC=np.zeros_like(batch.loss_BC), policy_BC=policy_BC)
+    if c.author.kind == "server":
+        unusable, source = not any(replies.STATUSES[x].usable for x in statuses), "author"
+    else:  # the model writes the replies; with sampler.engine=server, it is on a server
+        unusable, source = set(statuses) == {"failed"}, "sampler"
+    if not asked or not unusable:
+        return None
+    detail = asked[0]["reply_detail"] or replies.STATUSES[statuses[0]].meaning
+    return bad_steps.Failure(
+        f"none of the {len(asked)} replies of {c[source].url} ({source}.url) could be used, the "
+        f"first is {statuses[0]}: {detail}",
+        refused=set(statuses) == {"refused"},
+    )

@@ -80,7 +80,7 @@ def add_advantages(c, done: Rollouts, batch: layout.Batch, successes_only: bool)
     rewards_B, groups_B = done.rewards(), np.asarray(done.groups)
     advantage_B = policy_loss.compute_advantages(rewards_B, groups_B, scale=c.policy.scale)
     success_B = np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
-    kept_B = success_B if successes_only else np.ones(len(rewards_B), bool)
+    kept_B = success_B if successes_only else groups_B >= 0  # below 0, the reward is unknown
     if c.context.filter_groups:
         kept_B = kept_B & policy_loss.find_informative(rewards_B, groups_B)
     C = batch.mask_BC.shape[1]

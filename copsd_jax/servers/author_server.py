@@ -52,14 +52,15 @@ def check_author_server(config: config_lib.Config, longest: int | None) -> None:
     if not isinstance(room, int):
         return
     place = f"the {room} tokens that {server.url} allows for {server.model}"
-    if longest + author.max_tokens > room:
+    if author.max_tokens >= room:
         raise ValueError(
-            f"author.max_tokens is {author.max_tokens}: added to the longest author prompt (about "
-            f"{longest} tokens, by the model's tokenizer), this exceeds {place}"
+            f"author.max_tokens is {author.max_tokens}: with a prompt, this exceeds {place}"
         )
+    # The server's tokenizer is not known, so the estimate of the longest prompt is no reason to
+    # refuse the run.
     if longest + config.rollout.max_tokens + author.max_tokens > room:
         client.warn(
-            f"author.max_tokens={author.max_tokens}, a prompt of {longest} tokens and an attempt "
-            f"of rollout.max_tokens={config.rollout.max_tokens} exceed {place}: it will refuse the "
-            "longest attempts, unless context.section_tokens shortens them"
+            f"author.max_tokens={author.max_tokens}, a prompt of about {longest} tokens and an "
+            f"attempt of rollout.max_tokens={config.rollout.max_tokens} exceed {place}: it "
+            "will refuse the longest attempts, unless context.section_tokens shortens them"
         )

@@ -74,7 +74,7 @@ def check_gap(config: config_lib.Config, step: int, metrics: Mapping[str, float]
     """
     bound = config.guards.logp_gap or GAPS[config.model.dtype]
     gap = metrics.get("logp_gap_max", 0.0)
-    if config.sampler.engine != "server" or gap <= bound:
+    if config.sampler.engine != "server" or not gap > bound:  # a NaN is no gap
         return []
     text = (
         f"step {step}: logp_gap_max is {gap:.3g}, above {bound:g} (guards.logp_gap): the server at "

@@ -27,6 +27,7 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
     for i, row in enumerate(done.rows):
         completion, verdict = done.completions[i], done.verdicts[i]
         ungraded = completion.finish if completion.dropped else "no_gold"
+        known = verdict if done.groups[i] >= 0 else None  # None also if the reward raised
         out.append(
             {
                 "id": row.id,
@@ -43,8 +44,8 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
                 "logp_sampler_truncated": round_values(completion.logps_truncated),
                 "gold": row.answer,
                 "answer": verdict.answer if verdict else None,
-                "correct": verdict.correct if verdict else None,
-                "reward": verdict.reward if verdict else None,
+                "correct": known.correct if known else None,
+                "reward": known.reward if known else None,
                 "feedback": verdict.feedback if verdict else None,
                 "grade_status": verdict.status if verdict else ungraded,
                 "steps": _record_step_spans(done.decoded[i], done.starts[i]),
@@ -89,11 +90,12 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
     graded = [record for record in made if record["correct"] is not None]
     # The status "raised:KeyError" is counted as "raised"; records keep the exception's name.
     statuses = [record["grade_status"].partition(":")[0] for record in graded]
+    raised = ["raised" for record in made if record["grade_status"].startswith("raised:")]
     # A user's reward function extracts no answer, so its verdicts say nothing about answer formats.
     formed = [
         record["answer"] is not None
         for record, status in zip(graded, statuses, strict=True)
-        if status not in ("computed", "raised")
+        if status != "computed"
     ]
     return {
         "completion_tokens": mean([len(record["completion_ids"]) for record in made]),
@@ -105,7 +107,7 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
         **({"correct": mean([record["correct"] for record in graded])} if graded else {}),
         **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
         **({"format": mean(formed)} if formed else {}),
-        **count_statuses("grade", statuses, []),
+        **count_statuses("grade", statuses + raised, []),
         # The slot occupancy is NaN if no prompt had to wait.
         **({} if math.isnan(sampler.occupancy) else {"slot_occupancy": sampler.occupancy}),
         "seconds/sampler": sampler.seconds,

@@ -26,8 +26,9 @@ class Rollouts(NamedTuple):
     Attributes:
       rows: the problem of each completion.
       samples: the index of each completion among the completions of its problem, counted from 0.
-      groups: the index of each completion's group. A dropped completion ('nonfinite' or 'failed')
-        is in a group of its own, with a negative index, so that it affects no other completion.
+      groups: the index of each completion's group. A dropped completion ('nonfinite' or 'failed'),
+        or one whose reward raised, is in a group of its own, with a negative index, so that it
+        affects no other completion.
       asked: the student's prompt for each completion.
       completions: the sampled ids, with log-probabilities and the reason why sampling ended.
       decoded: the text of each completion without the end token, and the characters of each token.
@@ -107,7 +108,11 @@ def sample_rollouts(
         [texts[i] for i in graded],
     )  # fmt: skip
     found = dict(zip(graded, verdicts, strict=True))
-    groups = [i // c.rollout.per_prompt if one else -1 - i for i, one in enumerate(kept)]
+    raised = {i for i, verdict in found.items() if verdict.status.startswith("raised:")}
+    groups = [
+        i // c.rollout.per_prompt if one and i not in raised else -1 - i
+        for i, one in enumerate(kept)
+    ]
     return Rollouts(
         repeated, samples, groups, asked, completions, decoded,
         starts=list(map(prompts.find_answer_start, asked, texts)),

@@ -18,7 +18,7 @@ from copsd_jax.model import transformer
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.runtime import sharding, workdir
 from copsd_jax.sampler import request
-from copsd_jax.servers import author_server, client, remote_engine, sampler_server
+from copsd_jax.servers import client, remote_engine, sampler_server
 from copsd_jax.teaching import (
     contexts,
     conversations,
@@ -158,7 +158,6 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     trained, examined, longest = _keep_fitting(config, sides, teacher, rows, eval_rows)
     if train:
         problem_selection.check_language_shares(config, trained.rows, registry)
-        author_server.check_author_server(config, longest.get("author_server"))
     server = server and _connect_planned_server(config, server, longest)
     room = shape.max_position
     prompt_lengths.check_room(config, longest, room, f"the model's {room} positions")

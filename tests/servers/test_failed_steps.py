@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import runs
 
-from copsd_jax import main
+from copsd_jax import main, train
 from copsd_jax.runtime import bad_steps, checkpoint, failures
 from copsd_jax.servers import sampler_server
+from copsd_jax.training import run_plan
 
 optax_promotes = runs.optax_promotes
 
@@ -33,6 +34,7 @@ class Stub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.lock = threading.Lock()
         self.adapters, self.drawn, self.asked, self.keys = set(), [], [], []
+        self.listed = 0
         self.spoil = lambda number, seed: None  # by the number of the completion and its seed
         self.critic = lambda number: (200, "I would rather not.")
         self.models: tuple[int, object] = (200, [{"id": "tiny", "max_model_len": 4096}])
@@ -65,6 +67,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         status, entries = self.server.models
+        self.server.listed += 1
         if isinstance(entries, list):
             entries = {"data": [*entries, *({"id": name} for name in self.server.adapters)]}
         self.answer(status, entries)
@@ -256,8 +259,8 @@ def test_a_critic_that_refuses_every_request_stops_the_run_at_once(stub, tmp_pat
         ((200, [{"id": "critic-32b"}, {"id": "b"}]), {"author__model": "critic"},
          "author.model is 'critic': {url} serves 'critic-32b'"),
         ((200, []), {}, "author.model is 'tiny': {url} serves nothing"),
-        ((200, [{"id": "tiny", "max_model_len": 600}]), {"author__max_tokens": 512},
-         "author.max_tokens is 512: added to the longest author prompt (about "),
+        ((200, [{"id": "tiny", "max_model_len": 512}]), {"author__max_tokens": 512},
+         "author.max_tokens is 512: with a prompt, this exceeds the 512 tokens that {url} allows"),
         ((401, "no key"), {}, "{url}/models did not list its models in 1 attempts (refused): HTTP"),
         ((500, "down"), {}, "(server_error): HTTP 500"),
         (None, {}, "did not list its models in 1 attempts (unreachable)"),
@@ -284,16 +287,18 @@ def test_a_critic_is_asked_before_training(stub, tmp_path, capsys, models, chang
         ((404, "nothing here"), "author.model and author.max_tokens are not checked"),
         ((200, "welcome"), "author.model and author.max_tokens are not checked"),
         ((200, [{"id": "tiny", "max_model_len": 800}]), "it will refuse the longest attempts"),
+        ((200, [{"id": "tiny", "max_model_len": 257}]), "it will refuse the longest attempts"),
         ((200, [{"id": "tiny"}]), ""),
     ],
 )
-def test_a_critic_that_tells_less_is_taken(stub, capsys, models, words):
+def test_a_critic_that_tells_less_is_taken(stub, tmp_path, capsys, models, words):
     stub.models = models
     changes = {"author__max_tokens": 256, "rollout__max_tokens": 500}
     config = runs.config("critique", **criticized(stub, **changes))
-    from copsd_jax.training import run_plan
-
-    run_plan.make_plan(config)
+    run_plan.make_plan(config)  # as for a replay, which asks no author
+    assert stub.listed == 0
+    train.prepare(config, tmp_path / "w")
+    assert stub.listed == 1
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == bool(words)
