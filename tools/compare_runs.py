@@ -69,7 +69,14 @@ def _arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
     folder = workdir.resolve() / "checkpoints"
     step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    tree = ocp.load_checkpointables(str(folder / str(step)))["state"]
+    path = str(folder / str(step))
+    # The devices that saved the arrays may not exist here.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        ocp.checkpointables_metadata(path).metadata["state"],
+    )
+    tree = ocp.load_checkpointables(path, {"state": shapes})["state"]
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

@@ -78,6 +78,7 @@ def _check_name(flag: str) -> str:
         known = setting != name and setting in config_lib.SETTINGS
         if known and (name == flag or isinstance(_default_of(name), bool)):
             return name
+    flag = flag if flag.isprintable() else repr(flag)
     if flag.startswith("config."):
         raise ValueError(config_lib.unknown_setting(flag.removeprefix("config.")))
     known = ", ".join(f"--{name}" for name in FLAGS)
