@@ -279,9 +279,11 @@ class _PolicyKeeper:
         if not (name := self._server.adapter):
             return False
         try:
-            return self._times != known or name not in list_models(self._server, stop)
+            lost = self._times != known or name not in list_models(self._server, stop)
         except OSError:
             return False  # the refusal stands
+        with self._lock:  # if the server has the adapter from a restore that has not ended yet
+            return lost or self._times != known
 
 
 def _json(body: bytes) -> client.Outcome:

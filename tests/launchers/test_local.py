@@ -165,6 +165,21 @@ def test_the_exit_code_is_that_of_the_first_process_that_fails(launch, tmp_path,
     assert not any(map(alive, pids))
 
 
+def test_a_process_that_skipped_steps_ends_no_other(launch, tmp_path):
+    """Exit code 4: the run has ended, and the other processes end by themselves."""
+    launcher = launch(processes=2, codes={0: 4})
+    said(launcher, 2)
+    (tmp_path / "go").touch()
+    assert launcher.stderr.readline() == "process 0 says why\n"
+    assert launcher.stderr.readline() == "process 0 of 2 ended with 4\n"
+    time.sleep(0.5)
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    out, _ = launcher.communicate(timeout=60)
+    assert out == '[1, "SIGTERM"]\n'
+    assert launcher.returncode == 143
+
+
 def test_arguments_pass_unchanged(launch, tmp_path):
     (tmp_path / "go").touch()
     odd = ["--config=a b.py:x", '--config.rollout.stop=it\'s "a" $(b)\n&', "--workdir=ü w", "--d=1"]

@@ -14,9 +14,10 @@ import pytest
 import runs
 
 from copsd_jax import main, train
+from copsd_jax.methods import failed_steps
 from copsd_jax.runtime import bad_steps, checkpoint, failures
 from copsd_jax.servers import sampler_server
-from copsd_jax.training import run_plan
+from copsd_jax.training import layout, run_plan
 
 optax_promotes = runs.optax_promotes
 
@@ -304,6 +305,37 @@ def test_a_critic_that_tells_less_is_taken(stub, tmp_path, capsys, models, words
     assert said.count("\n") == bool(words)
 
 
+def test_a_step_without_replies_keeps_its_policy_loss():
+    """A model on the sampler's server that fails as an author counts like an author's server."""
+    ones = np.ones((2, 3), bool)
+    zeros = np.zeros_like(ones)
+    batch = layout.Batch(
+        **dict.fromkeys(layout.Batch._fields),
+    )._replace(loss_BC=ones)
+    lost = {"finish": "stop", "grade_status": "computed", "correct": True, "reply_detail": "away"}
+    records = [lost | {"reply_status": "filtered"}, lost | {"reply_status": "timeout"}]
+    served = {"author__kind": "server", "author__url": "http://h/v1", "author__model": "m"}
+    config = runs.config("critique", **served)
+
+    def drop(records, policy_BC=None):
+        found, failure = failed_steps.drop_failed_loss(
+            config, records, batch._replace(policy_BC=policy_BC)
+        )
+        kept = found.policy_BC is not None and bool(found.policy_BC.any())
+        return bool(found.loss_BC.any()), kept, failure and failure.reason
+
+    assert drop(records, ones) == (False, True, None)
+    reason = "none of the 1 replies of http://h/v1 (author.url) could be used, the first is timeout"
+    assert drop(records) == drop(records, zeros) == (False, False, f"{reason}: away")
+    raised = [x | {"grade_status": "raised:OSError", "correct": None} for x in records]
+    assert drop(raised, ones)[:2] == (False, False)
+    assert "raised for all 2" in str(drop(raised, ones)[2])
+    config.author.kind, config.sampler.url = "student", "http://s/v1"
+    assert drop(records) == (True, False, None)
+    records[1]["reply_status"] = "failed"
+    assert "http://s/v1 (sampler.url)" in str(drop(records)[2])
+
+
 # -------------------------------------------------------------------------------------- reward
 
 
@@ -330,6 +362,13 @@ def test_a_step_in_which_every_reward_raised_is_skipped(tmp_path, capsys, monkey
     assert column(tmp_path, "failed") == [0, 1, 0]
     assert column(tmp_path, "grade_raised") == [1, 8, 0]
     assert column(tmp_path, "update_norm")[1] == 0
+    assert column(tmp_path, "graded") == [7, 0, 8]
+    records = lines(tmp_path / "rollouts" / "step_000001.jsonl")
+    given = [len(x["completion"]) % 2 for x in records if not x["grade_status"].startswith("rai")]
+    assert column(tmp_path, "reward")[0] == pytest.approx(sum(given) / 7)
+    [alone] = [x for x in records if x["correct"] is None]
+    sibling = next(x for x in records if x["id"] == alone["id"] and x is not alone)
+    assert alone["advantage"] == sibling["advantage"] == 0  # both are alone in their groups
     out = capsys.readouterr().out
     assert "step 1: the function of reward.kind failed for 1 of 8 completions, the first w" in out
     reason = "test_failed_steps:reward (reward.kind) raised for all 8 completions, the first time"
@@ -345,6 +384,7 @@ def test_the_bound_of_the_gap(capsys):
     config = runs.config("opsd", **served)
     config.model.dtype = "float32"
     check = lambda gap: sampler_server.check_gap(config, 7, {"logp_gap_max": gap})  # noqa: E731
+    assert check(float("nan")) == []  # of a bad step, which has its own message
     assert check(0.01) == sampler_server.check_gap(config, 7, {}) == []
     [line] = check(0.06)  # the gap of a server that kept its old head
     assert line.startswith("warning: step 7: logp_gap_max is 0.06, above 0.01 (guards.logp_gap): ")

@@ -768,6 +768,7 @@ def test_a_restarted_server_gets_the_adapter_again(engine, tmp_path, dialect):
     engine.told = {(3, 2): lambda n: restart(engine) if n == 2 else None}
     loads = lambda: sum("/load_lora" in path for path, _, _ in engine.requests)  # noqa: E731
     made = generate(server, prompts).completions
+    assert [one.detail for one in made if one.dropped] == []
     assert [one.ids for one in made] == [one.ids for one in whole]
     assert server.adapter in engine.served
     assert loads() == 2  # each row that was refused waited for the same request
@@ -795,6 +796,51 @@ def test_a_server_that_lost_its_connections_gets_all_weights_again(engine, tmp_p
     paths = [path.split("/")[-1] for path, _, _ in engine.requests]
     swap = ["collective_rpc", "reset_prefix_cache"]
     assert paths == ["completions"] * 2 + swap + ["completions"]
+
+
+@pytest.mark.parametrize("fault", ["reset", "broken"])
+def test_each_request_without_an_answer_makes_the_weights_doubtful(engine, tmp_path, fault):
+    """Behind a proxy, a restart may show as an error of the server."""
+    (tmp_path / "config.json").write_text("{}")
+    server = remote_engine.hand_over(server_of(engine, concurrency=1), tmp_path)
+    engine.told = {(3, 2): lambda n: fault if n == 1 else None}
+    engine.requests.clear()
+    assert not any(one.dropped for one in generate(server, [(3, 2)]).completions)
+    assert [path.split("/")[-1] for path, _, _ in engine.requests].count("collective_rpc") == 1
+
+
+def test_a_restore_that_fails_is_not_repeated_by_the_rows_that_waited(engine, tmp_path):
+    folder = adapter_in(tmp_path / "a", b"a")
+    server = remote_engine.hand_over(server_of(engine), folder)
+    keeper = remote_engine._PolicyKeeper(server)
+    stop, tried = threading.Event(), threading.Barrier(3)
+    restart(engine)
+    engine.answers = {"/v1/load_lora_adapter": (404, "no such")}
+    found = []
+
+    def row():
+        tried.wait()
+        with pytest.raises(OSError, match="did not load the adapter") as raised:
+            keeper._restore(0, stop)
+        found.append(str(raised.value))
+
+    engine.requests.clear()
+    with keeper._lock:  # both rows wait; the first one tries, and the second gets its error
+        rows = [threading.Thread(target=row) for _ in range(2)]
+        for one in rows:
+            one.start()
+        tried.wait()
+        time.sleep(0.3)
+    for one in rows:
+        one.join()
+    assert len(found) == 2
+    assert len(set(found)) == 1
+    assert [path for path, _, _ in engine.requests].count("/v1/load_lora_adapter") == 1
+    stop.set()
+    engine.requests.clear()
+    with pytest.raises(OSError, match="given up"):
+        keeper._restore(0, stop)
+    assert engine.requests == []
 
 
 def test_base_weights_are_not_taken_for_the_adapters(engine, tmp_path):
