@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import huggingface_hub
+import huggingface_hub.constants
 
 from copsd_jax.weights import tensor_files
 
