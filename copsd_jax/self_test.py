@@ -16,7 +16,7 @@ concern only the first token of a completion, so its noise is bounded as well.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,6 @@ from copsd_jax.training import builders, layout, loaded_run, row_packing, train_
 
 TOKENS = 8  # maximum number of tokens of a completion
 STEP = 2**31 - 1  # selects random streams that no step of the run uses
-ADAPTER_STREAM = 1003  # index of the random adapter's stream; see `loaded_run.WEIGHTS_STREAM`
 SHAKE = 0.06  # size of the random adapter, relative to the weights that it is added to
 SHARE = 0.2  # largest noise, relative to the signal and to the effect
 LEAST = 0.01  # share of its bound below which the noise is small whatever the adapter changes
@@ -93,7 +92,7 @@ def check(r: loaded_run.LoadedRun, state: train_step.State) -> str:
     lora = r.plan.config.train.trainable == "lora"
     shaken = _shake_adapter(r, state) if lora else state
     drawn = _draw(r, probe, shaken)
-    scores = _build_scores(r, probe, drawn)
+    scores = _build_scores(r, state, probe, drawn)
     initial = scores(state)
     numbers = _measure(probe, drawn, initial, scores(shaken) if lora else initial)
     known = not contexts.list_inputs(r.plan.context)
@@ -161,13 +160,14 @@ def _shake_adapter(r: loaded_run.LoadedRun, state: train_step.State) -> train_st
     def add_noise(adapter: dict, layers: dict) -> dict:
         rms = lambda x: jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))  # noqa: E731
         out = {}
-        for i, (target, leaf) in enumerate(sorted(adapter.items())):
-            key = jax.random.fold_in(jax.random.key(ADAPTER_STREAM), i)
+        for target, leaf in adapter.items():
             rank = leaf["a"].shape[-1]
             # One layer is enough to find the size of the weights.
             whole, low = rms(layers[target]["kernel"][0]), rms(leaf["a"][0])
             size = SHAKE * whole / (scale * rank**0.5 * low)
-            noise = jax.random.normal(key, leaf["b"].shape, jnp.float32)
+            # Sines of growing angles look random, and compile faster than random numbers.
+            at = [jax.lax.broadcasted_iota(jnp.float32, leaf["b"].shape, i) for i in range(3)]
+            noise = jnp.sqrt(2.0) * jnp.sin((at[0] + 1) * (at[1] + 1) * (at[2] + 1) * 0.7)
             out[target] = {"a": leaf["a"], "b": leaf["b"] + size * noise}
         return out
 
@@ -206,11 +206,14 @@ def _draw(r: loaded_run.LoadedRun, probe: _Probe, state: train_step.State) -> _D
 # ---- trainer ---------------------------------------------------------------------------------
 
 
-def _build_scores(r: loaded_run.LoadedRun, probe: _Probe, drawn: _Drawn):
+def _build_scores(
+    r: loaded_run.LoadedRun, initial: train_step.State, probe: _Probe, drawn: _Drawn
+) -> Callable[[train_step.State], Any]:
     """Builds the function that maps a state to the trainer's scores of the completions.
 
     If `probe.equal`, every completion is scored twice: first with the teacher's own prompt, and
-    then with the student's prompt on both sides.
+    then with the student's prompt on both sides. The worked examples of the teacher are computed
+    once, with its initial weights, because nothing reads its scores with other weights.
     """
     times = 1 + probe.equal
     told = None if probe.told is None else [*probe.told, *(probe.asked if probe.equal else ())]
@@ -228,18 +231,14 @@ def _build_scores(r: loaded_run.LoadedRun, probe: _Probe, drawn: _Drawn):
     program = jax.jit(train_step.make_scores(r.decoder, options), out_shardings=whole)
     placed = layout.place_batch(batch, r.plan.mesh)
 
-    def scores(state: train_step.State) -> Any:
-        first = probe.asked[0].prefix_ids
-        student = np.asarray(first, np.int32) if first else None
-        kvs = None
-        if told is not None and told[0].prefix_ids:
-            kvs = tuple(
-                shared_prefix.encode_prefix_ids(r.decoder, policy, told[0].prefix_ids)
-                for _, policy in loaded_run.list_run_teacher_mixture(r, state)
-            )
-        return jax.device_get(program(state, r.frozen, placed, student, kvs))
-
-    return scores
+    first = probe.asked[0].prefix_ids
+    student, kvs = np.asarray(first, np.int32) if first else None, None
+    if told is not None and told[0].prefix_ids:
+        kvs = tuple(
+            shared_prefix.encode_prefix_ids(r.decoder, policy, told[0].prefix_ids)
+            for _, policy in loaded_run.list_run_teacher_mixture(r, initial)
+        )
+    return lambda state: jax.device_get(program(state, r.frozen, placed, student, kvs))
 
 
 def _build_batch(
