@@ -147,14 +147,19 @@ def _sample_evaluation(
             made, _ = loaded_run.sample(
                 r, policy, [asked[i] for i in todo], "eval", keys[todo], progress=further, done=done
             )
-            failed += [one.detail for one in made if one.finish == "failed"]
+            left = list(map(remote_engine.is_given_up, made))
+            failed += [
+                one.detail
+                for one, later in zip(made, left, strict=True)
+                if one.finish == "failed" and not later
+            ]
             if 2 * len(failed) > len(asked):
                 raise failures.EngineError(
                     f"{len(failed)} of {len(asked)} samples of an evaluation failed, the first: "
                     f"{failed[0]}"
                 )
             # A server may give up the last samples of a stopped evaluation, although they are few.
-            todo = [i for i, one in zip(todo, made, strict=True) if remote_engine.is_given_up(one)]
+            todo = [i for i, later in zip(todo, left, strict=True) if later]
     return [said[i] for i in range(len(asked))]
 
 

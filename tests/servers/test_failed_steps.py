@@ -232,6 +232,21 @@ def test_an_evaluation_without_most_samples_ends_and_goes_on(stub, tmp_path):
     assert result["scores"]["en"]["failed"] == 0
 
 
+@pytest.mark.long
+def test_samples_that_were_given_up_are_requested_again(stub, tmp_path):
+    """Three of the last four fail; the fourth was only not waited for, so it is not wrong."""
+    settings = sampled(stub, train__steps=0, eval__path="bundled:held_out", eval__limit=6)
+    argv = runs.argv("opsd", tmp_path, **settings, sampler__concurrency=1)
+    stub.spoil = lambda number, seed: REFUSED if number > 1 else None
+    with pytest.raises(SystemExit, match="4 of 6 samples of an evaluation failed, the first: "):
+        main.main(argv)
+    first = len(stub.drawn)
+    stub.spoil = lambda number, seed: REFUSED if number - first < 3 else None
+    assert main.main(argv) == 0
+    result = json.loads((tmp_path / "eval" / "step_000000.json").read_text())
+    assert result["scores"]["en"]["failed"] == 3 / 6
+
+
 # ------------------------------------------------------------------------------------- critic
 
 
