@@ -142,24 +142,19 @@ def _sample_evaluation(
             if progress is not None:
                 progress(stats._replace(done=stats.done + len(asked) - len(todo)))
 
-        failed: list[str] = []
+        failed, given_up = [], remote_engine.is_given_up
         while todo:
             made, _ = loaded_run.sample(
                 r, policy, [asked[i] for i in todo], "eval", keys[todo], progress=further, done=done
             )
-            left = list(map(remote_engine.is_given_up, made))
-            failed += [
-                one.detail
-                for one, later in zip(made, left, strict=True)
-                if one.finish == "failed" and not later
-            ]
+            failed += [x.detail for x in made if x.finish == "failed" and not given_up(x)]
             if 2 * len(failed) > len(asked):
                 raise failures.EngineError(
                     f"{len(failed)} of {len(asked)} samples of an evaluation failed, the first: "
                     f"{failed[0]}"
                 )
             # A server may give up the last samples of a stopped evaluation, although they are few.
-            todo = [i for i, later in zip(todo, left, strict=True) if later]
+            todo = [i for i, x in zip(todo, made, strict=True) if given_up(x)]
     return [said[i] for i in range(len(asked))]
 
 
