@@ -19,11 +19,13 @@ from copsd_jax.problems import bundled
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv")
 DIGITS = 4300  # maximum number of digits of an integer; Python converts no longer text
-_HEADER = re.compile(
+_COLUMN = (
+    "(?:[a-z]+[_ ])?"
     "(?:id|question|problem|prompt|query|input|text|answer|solution|gold|target|output|label)"
-    "(?:_[a-z]+)?",
-    re.IGNORECASE,
+    "(?:[_ ][a-z]+)?"
 )
+# Two names of columns, or the code of a language and a name.
+_HEADER = re.compile(rf"(?:[a-z]{{2,3}}|{_COLUMN})\t{_COLUMN}", re.IGNORECASE)
 
 
 class Record(NamedTuple):
@@ -193,7 +195,7 @@ def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
             raise ValueError(
                 f"{path}, line {k}: expected question TAB answer, found {len(cells)} cells"
             )
-        if not out and all(_HEADER.fullmatch(cell.strip()) for cell in cells):
+        if not out and _HEADER.fullmatch("\t".join(cell.strip() for cell in cells)):
             raise ValueError(
                 f"{path}, line {k}: {' TAB '.join(cells)} is a header; remove this line, because a "
                 "TSV file has no header"

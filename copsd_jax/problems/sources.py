@@ -28,7 +28,8 @@ from copsd_jax.problems.record_files import Record
 FIELDS = ("id", "problem", "solution", "answer", "Answer", "group", "wording")  # and problem_*
 _ANSWERS = ("answer", "Answer")
 _OPTIONS = ("choices", "options")  # fields with the options of a multiple choice
-_MARKED = re.compile(r"(?:\A|\n)####[ \t]*(\S[^\n]*)\Z")
+# A last line such as "#### 42"; a longer line, or one without a digit, is a heading of Markdown.
+_MARKED = re.compile(r"(?:\A|\n)####(?!#)[ \t]*(?=[^\n]*\d)(\S+(?:[ \t]+\S+)?)[ \t]*\Z")
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 
 
@@ -141,24 +142,29 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 
 
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
-    """Reads a field with `_read_first`; returns "" if an optional field is absent or unusable."""
+    """Reads a field with `_read_first`; returns "" if an optional field is absent or unusable.
+
+    An answer that is present must be usable, because it is read even if nothing needs it.
+    """
+    blank = all(is_blank(record.fields.get(name)) for name in names)
     try:
         return _read_first(record, names)
     except UnusableValue:
-        if needed:
+        if needed or (names == _ANSWERS and not blank):
             raise
         return ""
 
 
 def _read_problem(record: Record, codes: Sequence[str]) -> str:
     """Returns the problem in one language; `codes` are the language's code and aliases."""
-    names = [f"problem_{code}" for code in codes]
-    names = ["problem", *names] if "en" in codes else names
+    english = ["problem"] if "en" in codes else []
+    names = [f"problem_{code}" for code in codes] + english
     for name in names:
         flag = record.fields.get(f"{name}_ok")  # in parquet files, an absent field is null
         if not is_blank(flag) and not is_true(flag):
             raise UnusableValue(f"{name}_ok is not true")
-    return _read_first(record, names)
+    blank = all(is_blank(record.fields.get(name)) for name in names)
+    return _read_first(record, english if blank and english else names)
 
 
 def is_true(flag: object) -> bool:
@@ -181,13 +187,18 @@ def _read_solution_and_answer(record: Record, needs: Sequence[str]) -> tuple[str
     return solution, answer
 
 
-def _check_options(record: Record) -> None:
-    """Refuses a multiple choice whose options no problem of the record shows."""
-    problems = [name for name in record.fields if name.startswith("problem")]
-    shown = "\n".join(_read_optional(record, (name,), False) for name in problems)
+def _check_options(record: Record, problem: str) -> None:
+    """Refuses a multiple choice whose options the problem does not show."""
+    shown = _fold_blanks(problem)
     for name in _OPTIONS:
-        if not all(option in shown for option in _list_options(name, record.fields.get(name))):
+        options = _list_options(name, record.fields.get(name))
+        if not all(_fold_blanks(option) in shown for option in options):
             raise UnusableValue(f"the problem does not show the options of the field {name!r}")
+
+
+def _fold_blanks(text: str) -> str:
+    """Returns a text in lower case, because True may be written "true", with single blanks."""
+    return " ".join(text.casefold().split())
 
 
 def _list_options(name: str, value: Any) -> Iterator[str]:
@@ -200,15 +211,15 @@ def _list_options(name: str, value: Any) -> Iterator[str]:
         elif isinstance(item, list | np.ndarray):
             pending += item if isinstance(item, list) else item.ravel().tolist()
         elif not is_blank(item):
-            yield convert_to_text(name, item)
+            yield convert_to_text(name, str(item) if isinstance(item, bool) else item)
 
 
 def _build_row(
     record: Record, lang: str, codes: Sequence[str], needs: Sequence[str], key: str
 ) -> problem_row.Row:
-    if "options" in needs:
-        _check_options(record)
     problem = _read_problem(record, codes)
+    if "options" in needs:
+        _check_options(record, problem)
     solution, answer = _read_solution_and_answer(record, needs)
     return problem_row.Row(
         id=key,

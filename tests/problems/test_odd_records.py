@@ -46,6 +46,13 @@ def refuse(path, match, error=ValueError, **options) -> str:
         ("problem=question", {"answer": "####"}, ("", "####")),
         ("problem=question", {"answer": "#### 7\nDone."}, ("", "#### 7\nDone.")),
         ("problem=question", {"answer": "a ####7"}, ("", "a ####7")),
+        ("problem=question", {"answer": "a\n#### 7 km \n"}, ("a", "7 km")),
+        ("problem=question", {"answer": "a\n####$7"}, ("a", "$7")),
+        # Headings of Markdown.
+        *(
+            ("problem=question", {"answer": f"a\n{line}"}, ("", f"a\n{line}"))
+            for line in ("##### Conclusion 5", "#### Final answer: $5$", "#### Conclusion")
+        ),
         ("problem=question", {"answer": "a <<b\nc>> d\n#### 7"}, ("a <<b\nc>> d", "7")),
     ],
 )
@@ -81,7 +88,7 @@ def test_a_solution_in_gsm8ks_answer_is_enough(tmp_path):
         ('{"problem": "1+1?", "answer": 0.12345678901234567890}', "0.12345678901234567890"),
         ('{"problem": "1+1?", "answer": 1234567890123456789.5}', "1234567890123456789.5"),
         ('{"problem": "1+1?", "answer": 1E5}', "100000"),
-        ({"answer": 5, "solution": ["1+1"], "group": {"a": 1}, "problem_en": 3}, "5"),
+        ({"answer": 5, "solution": ["1+1"], "group": {"a": 1}, "problem_sw": 3}, "5"),
         ({"answer": "e\u0301"}, "\u00e9"),
     ],
 )
@@ -130,6 +137,24 @@ def test_records_that_are_refused(tmp_path, text):
     assert len(said) < 500
 
 
+@pytest.mark.parametrize("value", [["42"], True, {"a": 1}, "\ud800"])
+def test_an_answer_that_is_no_text_is_refused_even_if_none_is_needed(tmp_path, value):
+    path = lines(tmp_path, json.dumps({"problem": "p", "answer": value}))
+    refuse(path, "line 1: answer (is not text|contains half)", needs=())
+    path = lines(tmp_path, json.dumps({"problem": "p", "answer": "", "Answer": value}))
+    refuse(path, "line 1: Answer (is not text|contains half)", needs=())
+    for blank in ({}, {"answer": None}, {"answer": " ", "Answer": ""}):
+        assert load(lines(tmp_path, {"problem": "p"} | blank), needs=())[0].answer == ""
+
+
+def test_a_named_translation_comes_before_the_problem(tmp_path):
+    path = lines(tmp_path, {"problem": "Mbili?", "problem_en": "Two?", "answer": "2"})
+    assert load(path)[0].problem == "Two?"
+    path = lines(tmp_path, {"problem": "Two?", "problem_en": " ", "answer": "2"})
+    assert load(path)[0].problem == "Two?"
+    refuse(lines(tmp_path, {"problem_en": None, "answer": "2"}), "line 1: problem is missing")
+
+
 @pytest.mark.parametrize(
     ("flag", "used"),
     [(True, 1), (1, 1), (1.0, 1), ("true", 1), (None, 1), ("", 1), (False, 0), (0, 0), ("yes", 0),
@@ -144,11 +169,14 @@ def test_quality_flags(tmp_path, flag, used):
 
 
 def test_a_header_of_a_tsv_is_refused(tmp_path):
-    for header in ("question\tanswer", "\ufeffProblem_sw\tAnswer\r"):
+    more = ("question\tfinal_answer", "Problem text\tAnswer", "en\tanswer", "id\tgold answer")
+    for header in ("question\tanswer", "\ufeffProblem_sw\tAnswer\r", *more):
         path = lines(tmp_path, header, "1+1?\t2", name="d.tsv")
         refuse(path, r"d\.tsv, line 1: .* is a header; remove this line")
     (row,) = load(lines(tmp_path, "\ufeffQuestion 1?\t2\r", name="d.tsv"))
     assert (row.problem, row.answer) == ("Question 1?", "2")
+    (row,) = load(lines(tmp_path, "Find x\ttext", name="d.tsv"))
+    assert (row.problem, row.answer) == ("Find x", "text")
 
 
 def test_marks_and_line_ends(tmp_path):
@@ -177,6 +205,11 @@ def test_a_home_that_does_not_exist_is_no_file():
         ({"options": {"A": "3", "B": "4"}}, "Which is even?", 0),
         ({"options": ["3", "4"]}, "Which is even, 3 or 4?", 1),
         ({"options": None}, "Which?", 1),
+        ({"options": ["one  half", "a\tb"]}, "One\nhalf, or a b?", 1),
+        ({"options": [True, False]}, "True or false?", 1),
+        ({"options": [True, False]}, "Is it true?", 0),
+        ({"options": ["3", "4"], "problem_sw": "3 au 4?"}, "Which?", 0),
+        ({"options": ["3", "4"], "solution": ["3"], "problem_sw": ["3"]}, "3 or 4?", 1),
     ],
 )
 def test_options_are_shown(tmp_path, options, problem, used):
