@@ -104,8 +104,8 @@ def _abbreviate(tensors: set[str]) -> str:
     return first if len(tensors) <= 3 else f"{first} and {len(tensors) - 3} more"
 
 
-def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
-    """Opens a model's files, and checks that the files contain exactly the expected tensors.
+def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> None:
+    """Checks that a model's files contain exactly the expected tensors.
 
     Only file sizes and headers are read, so this check takes only seconds. If a model with tied
     embeddings stores a head, the head must equal the embeddings, so both are read.
@@ -114,14 +114,22 @@ def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
       path: a folder or a GGUF file, as returned by `hub.resolve_model_path`.
       config: config of the model.
 
-    Returns:
-      The result of `open_tensors`.
-
     Raises:
       FileNotFoundError: if a file is missing.
       ValueError: if the stored tensors do not match the config, or if tied embeddings differ from a
         stored head; the message names the path and the tensors.
     """
+    found = _match_tensors(path, config)
+    twice = config.tie_embeddings and HEAD in found
+    if twice and not _tensors_equal(found[HEAD], found[EMBEDDING]):
+        raise ValueError(
+            f"{path}: the embeddings are tied, but {HEAD} differs from {EMBEDDING}: set "
+            "tie_word_embeddings in config.json to false if this head is right, or remove the head"
+        )
+
+
+def _match_tensors(path: pathlib.Path, config: transformer.ModelConfig) -> Tensors:
+    """Opens a model's files, and compares the names and shapes in their headers with the config."""
     found = open_tensors(path)
     wanted = {name: entry.shape for name, entry in build_weight_table(config).items()}
     if missing := set(wanted) - set(found):
@@ -139,12 +147,6 @@ def check_weights(path: pathlib.Path, config: transformer.ModelConfig) -> Tensor
             raise ValueError(
                 f"{path}: tensor {name} has shape {found[name].shape}; the config needs {shape}"
             )
-    twice = config.tie_embeddings and HEAD in found
-    if twice and not _tensors_equal(found[HEAD], found[EMBEDDING]):
-        raise ValueError(
-            f"{path}: the embeddings are tied, but {HEAD} differs from {EMBEDDING}: set "
-            "tie_word_embeddings in config.json to false if this head is right, or remove the head"
-        )
     return found
 
 
@@ -157,6 +159,8 @@ def load_params(
     place: PlaceLeaf = _place_on_default_device,
 ) -> dict:  # fmt: skip
     """Loads the parameter tree; kernels are [in, out], and layers are stacked along the first axis.
+
+    If the embeddings are tied, a stored head is not read: `check_weights` compares it with them.
 
     Leaves are read one at a time, and `place` decides which parts of a leaf are read. At any time,
     host memory holds only one part of a leaf in addition to the arrays that `place` keeps.
@@ -172,10 +176,9 @@ def load_params(
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if the stored tensors do not match the config, or if tied embeddings differ from a
-        stored head.
+      ValueError: if the stored tensors do not match the config.
     """
-    found = check_weights(path, config)
+    found = _match_tensors(path, config)
     entries: dict[LeafPath, list[tuple[str, LeafSlice]]] = {}
     for name, entry in build_weight_table(config).items():
         entries.setdefault(entry.path, []).append((name, entry))

@@ -48,6 +48,12 @@ def resolve_model_path(
     name = os.fspath(path)
     found = _find_local(name, setting)
     if found is not None:
+        if re.fullmatch("[0-9a-f]{40}", revision) and revision != find_commit(found):
+            raise ValueError(
+                f"{setting} is {name!r}, which is a local path now, but model.revision, or the "
+                f"first start of the run, names commit {revision} of a repository: rename the "
+                "local path, or start a new run"
+            )
         if revision not in ("main", find_commit(found)):
             raise ValueError(
                 f"model.revision is {revision!r}: nothing reads it, because {setting} is {name!r}, "

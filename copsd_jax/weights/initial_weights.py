@@ -108,7 +108,7 @@ def check_source(
     source: Source | None, settings: Mapping[str, Any], shape: transformer.ModelConfig,
     base: pathlib.Path,
 ) -> None:  # fmt: skip
-    """Refuses weights that do not fit the run; reads only headers.
+    """Refuses weights that do not fit the run; reads only headers, and a head of tied embeddings.
 
     Args:
       source: the folder to start from.

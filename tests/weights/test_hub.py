@@ -173,5 +173,7 @@ def test_a_revision_without_a_repository_is_refused(tmp_path):
     snapshot = tmp_path / ("a" * 40)  # a cached commit, as a run records it
     snapshot.mkdir()
     assert hub.resolve_model_path(str(snapshot), "a" * 40) == snapshot
+    with pytest.raises(ValueError, match=f"is a local path now, but .* names commit {'b' * 40} of"):
+        hub.resolve_model_path(str(snapshot), "b" * 40)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         hub.resolve_model_path("~nobody-here/model")
