@@ -147,19 +147,27 @@ def _refuse_unread(config: config_lib.Config, given: Mapping[str, Any]) -> None:
     table_rules.check_choices(config, data=False)
 
 
-def _check_fields(what: str, given: Mapping[str, Any], kind: type) -> None:
-    """Refuses arguments that are no fields of a dataclass, or that have another type."""
+def _check_fields(what: str, given: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Returns arguments for a dataclass, with tuples for lists.
+
+    Raises:
+      ValueError: an argument is no field of the dataclass, or has another type.
+    """
     types: dict[str, Any] = {
         field.name: typing.get_origin(field.type) or field.type
         for field in dataclasses.fields(kind)
     }
+    out = {}
     for name, value in given.items():
         if name not in types:
             raise ValueError(f"{what} has no setting {name!r}: the choices are {', '.join(types)}")
+        value = tuple(value) if types[name] is tuple and isinstance(value, list) else value
         kinds = {int: numbers.Integral, float: numbers.Real}.get(types[name], types[name])
         if not isinstance(value, kinds) or (isinstance(value, bool) and types[name] is not bool):
             wanted = types[name].__name__
             raise ValueError(f"{name} is {value!r}: it must have the type {wanted}")
+        out[name] = value
+    return out
 
 
 def build_prompts(
@@ -254,7 +262,7 @@ def sample(
     """
     run, plan = model.run, model.run.plan
     asked = _read_api_prompts(model, prompts, "prompts")
-    _check_fields("sample", sampling, request.Sampling)
+    sampling = _check_fields("sample", sampling, request.Sampling)
     chosen = dataclasses.replace(loaded_run.build_sampling(run, "rollout"), **sampling)
     with loaded_run.set_mesh_and_precision(plan):
         policy = run.hand_over(loaded_run.derive_run_policies(run, model.state)[0])
@@ -334,7 +342,7 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
     if student.logp_CV.shape != teacher.logp_CV.shape:
         shapes = f"{student.logp_CV.shape} and {teacher.logp_CV.shape}"
         raise ValueError(f"the scores have the shapes {shapes}: the shapes must be equal")
-    _check_fields("divergence", settings, divergences.Divergence)
+    settings = _check_fields("divergence", settings, divergences.Divergence)
     # Log-probabilities can be used as logits, because a softmax ignores a constant offset.
     stats, _ = token_values.score_divergence_block(
         jnp.asarray(student.logp_CV), jnp.asarray(teacher.logp_CV),

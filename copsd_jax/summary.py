@@ -98,7 +98,7 @@ def _describe_data(plan: run_plan.Plan) -> list[str]:
             )
     own = not c.data.path.startswith("bundled:")
     if own and c.eval.path == config_lib.default().eval.path:
-        lines.append("  the evaluation uses bundled problems, because eval.path is not set")
+        lines.append("  the evaluation uses bundled problems, because eval.path is the default")
     return lines
 
 

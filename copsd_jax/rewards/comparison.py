@@ -6,6 +6,7 @@ no number in base 10, a word is no product of letters, and 5 cm are not 5 m.
 """
 
 import fractions
+import functools
 import re
 
 from copsd_jax.rewards import notation, numerals, units
@@ -55,6 +56,7 @@ def is_words(text: str) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=100_000)
 def is_readable(text: str) -> bool:
     r"""Tells whether an answer can equal an answer that is written differently.
 

@@ -63,9 +63,9 @@ def has_thinking(tokenizer: Tokenizer) -> bool:
       ValueError: the tokenizer has no chat template, or the template fails.
     """
     message = [{"role": "user", "content": "x"}]
-    return _render_chat_template(tokenizer, message, "on") != _render_chat_template(
-        tokenizer, message, "off"
-    )
+    with _limit_time(TEMPLATE_SECONDS):
+        on, off = (_render_chat_template(tokenizer, message, value) for value in ("on", "off"))
+    return on != off
 
 
 def _render_chat_template(

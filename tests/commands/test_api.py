@@ -282,6 +282,11 @@ def test_arguments_that_are_refused(model):
     for wrong in ("5", 5.0, True, None):
         with pytest.raises(ValueError, match=r"^max_tokens is .*: it must have the type int"):
             copsd_jax.sample(model, ["a"], max_tokens=wrong)
+    listed, same = (
+        copsd_jax.sample(model, ["a"], max_tokens=3, stop_ids=kind(range(200)))
+        for kind in (list, tuple)
+    )
+    assert [x.ids for x in listed] == [x.ids for x in same]
     p = copsd_jax.score(model, "a", [1])
     with pytest.raises(ValueError, match="divergence has no setting 'gamma': the choices are div"):
         copsd_jax.divergence(p, p, gamma=1)

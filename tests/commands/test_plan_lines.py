@@ -34,7 +34,7 @@ def test_lines_about_data(rows):
     (problems,) = [line for line in lines if line.startswith("  problems ")]
     assert problems.endswith("gold answers that the grader cannot read: 1, such as 'row4'")
     assert "  a step takes 8 en problems, but there are 5: some are repeated" in lines
-    assert "  the evaluation uses bundled problems, because eval.path is not set" in lines
+    assert "  the evaluation uses bundled problems, because eval.path is the default" in lines
     said = "\n".join(lines_of())
     for words in ("cannot read", "are repeated", "bundled problems, because"):
         assert words not in said

@@ -176,6 +176,9 @@ def test_a_template_that_fails_is_refused_in_one_sentence(monkeypatch, name):
     assert message.startswith(f"the chat template of {TINY} cannot be used: ")
     assert message.endswith("model.tokenizer to a folder with another template")
     assert "\n" not in message
+    if name == "endless":
+        with pytest.raises(ValueError, match=r"takes more than 0\.2 s"):
+            prompts.has_thinking(tokenizer)
 
 
 def test_a_tokenizer_without_a_template_is_refused():
