@@ -25,7 +25,7 @@ def drop_failed_loss(
     A step failed if the sampler's server failed for more than half of the completions, if the
     reward function raised for all completions, or if a server is the author and no reply is usable.
     In the last case, the policy loss needs no reply: if tokens carry it, only the distillation is
-    dropped, and the step did not fail.
+    dropped, and the step did not fail, unless the server refused every request.
 
     Args:
       c: the settings of the run.
@@ -36,13 +36,15 @@ def drop_failed_loss(
       The batch, without any token that carries loss if the step failed; and the failure, or None.
     """
     policy_BC, nothing_BC = batch.policy_BC, np.zeros_like(batch.loss_BC)
-    if failure := _find_lost_completions(records) or _find_raised_rewards(c, records):
+    failure = _find_lost_completions(records) or _find_raised_rewards(c, records)
+    if not failure and (failure := _find_lost_replies(c, records)):
+        # A server that refuses every request needs the user, whatever else the step could teach.
+        if policy_BC is not None and policy_BC.any() and not failure.refused:
+            return batch._replace(loss_BC=nothing_BC), None
+    if failure:
         policy_BC = None if policy_BC is None else np.zeros_like(policy_BC)
-        return batch._replace(loss_BC=nothing_BC, policy_BC=policy_BC), failure
-    if failure := _find_lost_replies(c, records):
-        carried = policy_BC is not None and policy_BC.any()
-        return batch._replace(loss_BC=nothing_BC), None if carried else failure
-    return batch, None
+        batch = batch._replace(loss_BC=nothing_BC, policy_BC=policy_BC)
+    return batch, failure
 
 
 def _find_lost_completions(records: Sequence[dict]) -> bad_steps.Failure | None:
