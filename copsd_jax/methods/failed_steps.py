@@ -37,10 +37,11 @@ def drop_failed_loss(
     """
     policy_BC, nothing_BC = batch.policy_BC, np.zeros_like(batch.loss_BC)
     failure = _find_lost_completions(records) or _find_raised_rewards(c, records)
-    if not failure and (failure := _find_lost_replies(c, records)):
-        # A server that refuses every request needs the user, whatever else the step could teach.
-        if policy_BC is not None and policy_BC.any() and not failure.refused:
-            return batch._replace(loss_BC=nothing_BC), None
+    replies_lost = None if failure else _find_lost_replies(c, records)
+    if replies_lost and policy_BC is not None and policy_BC.any() and not replies_lost.refused:
+        return batch._replace(loss_BC=nothing_BC), None
+    # A server that refuses every request needs the user, whatever else the step could teach.
+    failure = failure or replies_lost
     if failure:
         policy_BC = None if policy_BC is None else np.zeros_like(policy_BC)
         batch = batch._replace(loss_BC=nothing_BC, policy_BC=policy_BC)
