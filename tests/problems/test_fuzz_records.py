@@ -151,7 +151,7 @@ def test_parquet(cases, tmp_path):
             for row in english:
                 assert row.problem == fuzz.spell(texts[int(row.id.split("/")[0])])
             accepted += bool(english)
-    assert accepted > cases / 20
+    assert accepted > cases / 40
 
 
 def make_feature(r: random.Random) -> Any:
