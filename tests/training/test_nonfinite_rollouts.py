@@ -99,8 +99,11 @@ def test_a_lost_sample_of_an_evaluation_is_counted_and_not_correct(monkeypatch):
         assert len(rows) == 4
 
         def sample(r, policy, asked, section, keys, progress, done):
-            for i, _ in enumerate(asked):
-                done(i, loop.drop_tokens() if i == 2 else completion(r, f"\\boxed{{{i}}}"))
+            made = [completion(r, f"\\boxed{{{i}}}") for i in range(len(asked))]
+            made[2] = loop.drop_tokens()
+            for i, one in enumerate(made):
+                done(i, one)
+            return runs.sampled(made)
 
         monkeypatch.setattr(loaded_run, "sample", sample)
         result = evaluate.evaluate(r, loaded_run.derive_run_policies(r, state)[0], rows)
