@@ -38,11 +38,15 @@ class Arguments(NamedTuple):
 def split_arguments(argv: Sequence[str]) -> Arguments:
     """Splits a command line, and checks the names of flags and settings, and simple values.
 
+    If a setting with one value occurs twice, the last one counts, so that a script can append
+    settings to its own.
+
     Args:
       argv: the command line; the first element is the name of the program.
 
     Raises:
-      ValueError: a name is unknown or occurs twice, or a value is missing or has the wrong type.
+      ValueError: a name is unknown, a value is missing or has the wrong type, or a flag or a
+        setting with several values occurs twice.
     """
     found: dict[str, str] = {}
     words = iter(argv[1:])
@@ -51,7 +55,7 @@ def split_arguments(argv: Sequence[str]) -> Arguments:
         if not word.startswith("-") or not flag:
             raise ValueError(f"unexpected argument {word!r}: write settings as --config.name=value")
         name = _check_name(flag)
-        if name in found:
+        if name in found and (_is_list(name) or not name.startswith("config.")):
             advice = "; write several values with commas" if _is_list(name) else ""
             raise ValueError(f"--{name} occurs twice: keep one of the two{advice}")
         switch = name == "search" or isinstance(_default_of(name), bool)

@@ -233,7 +233,8 @@ def test_a_run_of_an_old_program_goes_on(tmp_path, capsys):
             assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     evaluation = json.loads((directory / "eval/step_000004.json").read_text(encoding="utf-8"))
     for scores in evaluation["scores"].values():
-        assert scores.pop("nonfinite") == 0  # a share that the old program did not have
+        for name in ("nonfinite", "failed"):  # shares that the old program did not have
+            assert scores.pop(name) == 0
     assert len(evaluation.pop("policy")) == 2  # nor did it have the checksums of the policy
     assert evaluation == expected["evaluation"]
     # The date of its prompts is from then on that of its first start.

@@ -85,9 +85,7 @@ def test_a_card_may_have_a_dataclass(tmp_path):
         (["train.log_rollouts=maybe"], "log_rollouts is 'maybe': it must be True or False$"),
         (["train.steps=3\n4"], r"is '3\\n4'"),
         (["train.steps"], "--config.train.steps needs a value"),
-        (["train.steps=1", "train.steps=1"], r"--config\.train\.steps occurs twice: keep one"),
         (["data.lang=sw", "data.lang=fr"], "occurs twice.*write several values with commas"),
-        (["train.log_rollouts", "train.log_rollouts=0"], "occurs twice"),
         (["train=3"], "--config.train is not a setting: did you mean"),
         (["rollout.stop=a b,"], "^--config.rollout.stop=a b,"),
         (["data.lang=" + "-" * 100_000 + "1"], "nested too deeply|too many|parsing"),
@@ -113,6 +111,12 @@ def test_overrides_that_are_refused(flags, message):
 )
 def test_flags_that_are_refused(flags, message):
     refuse([CARD, *flags], message)
+
+
+def test_the_last_value_of_a_setting_counts():
+    flags = [f"--config.{flag}" for flag in ("train.steps=1", "train.lr=1e-3", "train.steps=3")]
+    config = main.parse_command(["main", CARD, *flags])[0]
+    assert (config.train.steps, config.train.lr) == (3, 1e-3)
 
 
 def test_values_may_follow_their_flags():

@@ -317,13 +317,11 @@ def test_memory_that_the_compiler_does_not_find():
 @pytest.mark.slow
 def test_rows_stay_where_they_are():
     """What is summed over fsdp are gradients and the weights' parts, not every layer's states."""
-    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in SHORT.items()]
-    config = main.parse_command(
-        ["main", f"--config={conftest.ROOT / 'configs/opsd.py'}:tiny", *flags,
-         "--config.mesh.fsdp=8", "--config.mesh.data=1", "--config.rollout.max_tokens=64",
-         "--config.sampler.engine=server", "--config.sampler.pack=512", "--config.eval.path=",
-         "--config.sampler.url=http://x", "--config.sampler.model=m"]
-    )[0]  # fmt: skip
+    settings = SHORT | {
+        "mesh__fsdp": 8, "mesh__data": 1, "rollout__max_tokens": 64, "sampler__engine": "server",
+        "sampler__pack": 512, "eval__path": "", "sampler__url": "http://x", "sampler__model": "m",
+    }  # fmt: skip
+    config = runs.config("opsd", **settings)
     made = programs.compile_run(config, V5E8, jax.devices(), 1e12)
     facts = made.phases["step"].programs[-1].cost
     assert facts is not None
