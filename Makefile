@@ -59,9 +59,11 @@ $(COMPILE)/installed: setup.py
 kernels: install
 	$(BIN)/python -m pytest -n 2 -m slow tests/losses/test_divergence_kernels.py tests/losses/test_loss_sharded.py
 
-# Whole runs of tiny models, and long tests that `make test` leaves out.
+# Whole runs of tiny models, and long tests that `make test` leaves out. The self-test of each preset
+# is run in float32 here, and in bfloat16 by `make slow`.
 runs: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests/methods \
+	  --deselect tests/commands/test_self_test_presets.py::test_a_preset_passes_in_bfloat16 \
 	  tests/commands tests/servers tests/dryrun tests/training/test_known_bugs.py tests/training/test_records.py \
 	  tests/training/test_nonfinite_rollouts.py tests/weights/test_initial_weights.py \
 	  tests/training/test_packed_rows.py::test_a_run_with_packed_rows_has_the_metrics_of_one_without
