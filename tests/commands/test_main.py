@@ -80,7 +80,8 @@ def test_settings(refused):
 
 
 def test_lengths(refused):
-    assert "no row's prompt fits" in refused("--config.prompt.max_tokens=5")
+    said = refused("--config.prompt.max_tokens=5")
+    assert "no row's prompt of bundled:train (data.path) fits; the shortest has" in said
     assert "positions" in refused("--config.rollout.max_tokens=4096")
     assert "data.overlong=drop" in refused(
         "--config.prompt.max_tokens=60", "--config.data.overlong=error"
