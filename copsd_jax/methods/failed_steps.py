@@ -10,6 +10,7 @@ import numpy as np
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import bad_steps
+from copsd_jax.servers import chat
 from copsd_jax.teaching import replies
 from copsd_jax.training import layout
 
@@ -77,9 +78,14 @@ def _find_lost_replies(c: config_lib.Config, records: Sequence[dict]) -> bad_ste
         unusable, source = set(statuses) == {"failed"}, "sampler"
     if not asked or not unusable:
         return None
-    detail = asked[0]["reply_detail"] or replies.STATUSES[statuses[0]].meaning
+    details = [record["reply_detail"] for record in asked]
+    again = next(filter(chat.was_refused_at_first, details), "")
+    reason = replies.STATUSES[statuses[0]].meaning
+    reason = f"{reason}; {again}" if again else details[0] or reason
     return bad_steps.Failure(
         f"none of the {len(asked)} replies of {c[source].url} ({source}.url) could be used, the "
-        f"first is {statuses[0]}: {detail}",
-        refused=set(statuses) == {"refused"},
+        f"first is {statuses[0]}: {reason}",
+        # A server that refused requests until they were changed, and then gave nothing usable, is
+        # as wrong as one that refuses every request.
+        refused=set(statuses) == {"refused"} or bool(again),
     )

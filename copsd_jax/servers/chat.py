@@ -19,6 +19,7 @@ from copsd_jax.runtime import workdir
 from copsd_jax.servers import client
 
 USABLE = ("ok", "cut")  # answers with these statuses have a text, and are cached
+_SENT_AGAIN = "sent again with "  # begins the detail of answers to requests refused at first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ChatAnswer:
     text: str
     status: str  # a key of client.STATUSES
     attempts: int  # number of attempts; 0 if the answer is from the cache
-    detail: str = ""  # one readable line about a failure
+    detail: str = ""  # one readable line about a failure, or about a refusal before the answer
 
 
 def ask_all(
@@ -74,6 +75,14 @@ def ask_all(
     return [answer for digest in digests if (answer := answers[digest]) is not None]
 
 
+def was_refused_at_first(detail: str) -> bool:
+    """Returns whether an answer with this detail belongs to a request that was refused at first.
+
+    The request was then sent again with another name of the token limit.
+    """
+    return detail.startswith(_SENT_AGAIN)
+
+
 @functools.cache
 def _list_limit_names(url: str, model: str) -> list[str]:
     """Returns the names of the token limit in requests; the name that the server takes is first.
@@ -92,7 +101,7 @@ def _send_chat_request(
     limit, names = body.pop("max_tokens"), _list_limit_names(server.url, server.model)
     url = server.url.rstrip("/") + "/chat/completions"
     read = functools.partial(_read_chat_reply, request.temperature > 0)
-    outcome = client.Outcome("unreachable")
+    outcome, refusal = client.Outcome("unreachable"), ""
     for name in tuple(names):
         what = client.HttpCall(url, {**body, name: limit}, read)
         outcome, attempts = client.send_call(server, key, what, digest, stop)
@@ -100,6 +109,10 @@ def _send_chat_request(
         others = [other for other in names if other != name]
         if outcome.status in USABLE:
             names[:] = [name, *others]
+            if refusal:
+                why = f"{_SENT_AGAIN}{name}, because the server refused {others[0]}: {refusal}"
+                outcome = outcome._replace(detail=why)
+        refusal = outcome.detail
         if outcome.status != "refused" or not any(map(outcome.detail.__contains__, others)):
             break
     answer = ChatAnswer(

@@ -290,6 +290,9 @@ def test_the_name_of_the_token_limit_is_found_and_remembered(critic):
     server = server_of(critic, concurrency=1, model="o-model")
     answers = chat.ask_all(server, [ask("newer 1"), ask("newer 2")])
     assert [(a.status, a.attempts) for a in answers] == [("ok", 2), ("ok", 1)]
+    assert [chat.was_refused_at_first(a.detail) for a in answers] == [True, False]
+    said = "sent again with max_completion_tokens, because the server refused max_tokens: HTTP 400"
+    assert answers[0].detail.startswith(said)
     assert chat.ask_all(server, [ask("newer 3")])[0].attempts == 1
     sent = [{n: v for n, v in body.items() if "max" in n} for _, _, body in critic.requests]
     assert sent == [{"max_tokens": 64}, *[{"max_completion_tokens": 64}] * 3]

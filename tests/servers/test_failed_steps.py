@@ -38,6 +38,7 @@ class Stub(http.server.ThreadingHTTPServer):
         self.listed = 0
         self.spoil = lambda number, seed: None  # by the number of the completion and its seed
         self.critic = lambda number: (200, "I would rather not.")
+        self.limit = ""  # the only name of the token limit that the critic takes; "" for all names
         self.models: tuple[int, object] = (200, [{"id": "tiny", "max_model_len": 4096}])
 
     def complete(self, body):
@@ -54,10 +55,12 @@ class Stub(http.server.ThreadingHTTPServer):
         choice = {"token_ids": ids, "finish_reason": "length", "logprobs": tokens}
         return 200, {"choices": [choice], "model": body["model"]}
 
-    def chat(self):
+    def chat(self, body):
         with self.lock:
             self.asked.append(number := len(self.asked))
         status, text = self.critic(number)
+        if self.limit and self.limit not in body:
+            status, text = 400, f"Unsupported parameter; use '{self.limit}'"
         choice = {"message": {"content": text}, "finish_reason": "stop"}
         return status, {"choices": [choice]} if status == 200 else text
 
@@ -84,7 +87,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
                 self.server.adapters.discard(body["lora_name"])
                 return self.answer(200, "done")
             chat = self.path.endswith("/chat/completions")
-            return self.answer(*(self.server.chat() if chat else self.server.complete(body)))
+            return self.answer(*(self.server.chat(body) if chat else self.server.complete(body)))
 
     def answer(self, status, said):
         body = json.dumps(said).encode()
@@ -180,6 +183,32 @@ def test_ids_beyond_the_vocabulary_cost_their_rows(stub, tmp_path, capsys, monke
 
 
 @pytest.mark.long
+def test_each_fault_of_a_server_costs_its_row(stub, tmp_path):
+    """An invalid id, an early end, a refusal, and a reply that never comes: 4 of 8 completions."""
+    ending, known = threading.Event(), {}
+
+    def spoil(number, seed):
+        kind = known.setdefault(seed, len(known))  # an attempt after the first has the same fault
+        if kind == 3:
+            ending.wait(20)
+        return {0: beyond, 1: lambda ids: ids[:-3], 2: REFUSED}.get(kind)
+
+    stub.spoil = spoil
+    settings = sampled(stub, train__steps=1, sampler__timeout=2.0, sampler__concurrency=1)
+    assert main.main(runs.argv("opsd", tmp_path, **settings)) == 0
+    ending.set()
+    assert column(tmp_path, "rollout_failed") == [4]
+    assert column(tmp_path, "failed") == [0]
+    assert column(tmp_path, "taught") == [4]
+    records = lines(tmp_path / "rollouts" / "step_000001.jsonl")
+    details = [record["finish_detail"] for record in records if record["finish"] == "failed"]
+    words = ["has the invalid id 1450", "ended after 5 of 8 tokens", "(refused): HTTP 400"]
+    words += ["(timeout): no complete reply within 2 s (sampler.timeout)"]
+    for word in words:
+        assert sum(word in detail for detail in details) == 1, (word, details)
+
+
+@pytest.mark.long
 def test_a_step_without_any_completion_is_skipped(stub, tmp_path, capsys):
     """Weights and optimizer stay, and the run ends with an exit code of its own."""
     stub.spoil = lambda number, seed: REFUSED if steps(tmp_path) == 1 else None
@@ -269,6 +298,21 @@ def test_a_critic_that_refuses_every_request_stops_the_run_at_once(stub, tmp_pat
     assert column(tmp_path, "failed") == [1]
 
 
+@pytest.mark.long
+def test_a_refusal_at_first_counts_if_no_later_reply_is_usable(stub, tmp_path):
+    """As in ../shared/cases/reports/stub_400.py, which gives the reply `ok`."""
+    stub.limit, stub.critic = "max_completion_tokens", lambda number: (200, "ok")
+    with pytest.raises(SystemExit) as ended:
+        main.main(runs.argv("critique", tmp_path, **criticized(stub)))
+    said = str(ended.value)
+    assert said.startswith(f"error: step 1: none of the 8 replies of {url(stub)} (author.url) co")
+    assert "the first is no_case: the case is missing, or not one of the four; sent again" in said
+    assert "refused max_tokens: HTTP 400" in said
+    assert "\n" not in said
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+    assert checkpoint.Checkpoints(tmp_path / "checkpoints").steps() == []
+
+
 @pytest.mark.parametrize(
     "models, changes, words",
     [
@@ -345,6 +389,15 @@ def test_a_step_without_replies_keeps_its_policy_loss():
     raised = [x | {"grade_status": "raised:OSError", "correct": None} for x in records]
     assert drop(raised, ones)[:2] == (False, False)
     assert "raised for all 2" in str(drop(raised, ones)[2])
+    # A refusal before an unusable reply counts as a refusal, whatever the policy loss.
+    again = "sent again with max_completion_tokens, because the server refused max_tokens: no"
+    refused = [records[0], records[1] | {"reply_status": "no_case", "reply_detail": again}]
+    assert drop(refused, ones)[:2] == (False, False)
+    assert str(drop(refused, ones)[2]).endswith(f"or not one of the four; {again}")
+    found = failed_steps.drop_failed_loss(config, refused, batch)[1]
+    assert found is not None
+    assert found.refused
+    assert drop([records[0], refused[1] | {"reply_status": "ok"}])[2] is None
     config.author.kind, config.sampler.url = "student", "http://s/v1"
     assert drop(records) == (True, False, None)
     records[1]["reply_status"] = "failed"
