@@ -24,6 +24,7 @@ import io
 import json
 import os
 import pathlib
+import queue
 import re
 import socket
 import ssl
@@ -67,9 +68,9 @@ class Server:
         "/chat/completions".
       model: the model's name on the server.
       key_env: name of the environment variable that holds the key; "" if the server needs no key.
-      timeout: maximum number of seconds for one attempt, from connecting until the last byte
-        arrives. The DNS look-up does not count towards `timeout`. A pause
-        between two attempts is at most `timeout`, and at most the larger of 30 s and `backoff`.
+      timeout: maximum number of seconds for one attempt, from the look-up of the host until the
+        last byte arrives. A pause between two attempts is at most `timeout`, and at most the larger
+        of 30 s and `backoff`.
       retries: maximum number of attempts after the first.
       backoff: pause in seconds before the second attempt; the pause doubles before each later
         attempt.
@@ -386,13 +387,33 @@ def _left(deadline: float) -> float:
     return seconds
 
 
+def _look_up(host: str, port: int, deadline: float) -> list:
+    """Returns `socket.getaddrinfo` of a host; the system's look-up itself has no time limit."""
+    found = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # raised again below, in the thread that waits
+            found.put(error)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    try:
+        result = found.get(timeout=_left(deadline))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
 def _open_server_socket(url: str, deadline: float) -> socket.socket:
     """Returns a socket connected to the first of the host's addresses that accepts a connection."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     failure = OSError(f"no address of {host}")
-    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    for *_, address in _look_up(host, port, deadline):
         try:
             sock = socket.create_connection((str(address[0]), port), timeout=_left(deadline))
         except OSError as error:

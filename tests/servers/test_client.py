@@ -371,6 +371,15 @@ def test_a_host_without_address_and_one_whose_first_address_is_dead(critic, monk
     assert (answer.status, answer.attempts) == ("ok", 1)
 
 
+def test_a_look_up_of_a_host_counts_towards_the_time(critic, monkeypatch):
+    """The system's own look-up may wait for minutes."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: critic.ending.wait(20))
+    start = time.monotonic()
+    [answer] = chat.ask_all(at(1, url="http://far/v1", timeout=0.3, retries=1), [ask("ok")])
+    assert (answer.status, answer.attempts) == ("timeout", 2)
+    assert 0.6 <= time.monotonic() - start < 5
+
+
 def test_a_server_that_is_not_there(critic):
     [answer] = chat.ask_all(at(closed_port()), [ask("ok")])
     assert (answer.status, answer.attempts, answer.text) == ("unreachable", 3, "")
