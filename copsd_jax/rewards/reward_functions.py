@@ -333,7 +333,7 @@ def _compute_verdict(function: Callable, gold: str, text: str) -> Verdict:
             raise ValueError("the number is not finite")
     except MemoryError:
         raise  # a fault of the machine
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit: the function called exit()
         return Verdict(0.0, None, None, f"raised:{type(error).__name__}", "")
     return Verdict(float(pair[0]), None, None, "computed", pair[1])
 

@@ -303,6 +303,7 @@ def module(tmp_path, monkeypatch):
         "def nothing(gold, text):\n    return None\n"
         "def endless(gold, text):\n    return float('nan')\n"
         "def absent(gold, text):\n    return open('/nonexistent/' + text)\n"
+        "def leaves(gold, text):\n    raise SystemExit(0)\n"
         "def alone(text):\n    return 1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -330,7 +331,10 @@ def test_what_a_text_makes_it_raise_is_counted(grader, module):
 
 @pytest.mark.parametrize(
     "name, status",
-    [("absent", "FileNotFoundError"), ("nothing", "TypeError"), ("endless", "ValueError")],
+    [
+        *(("absent", "FileNotFoundError"), ("nothing", "TypeError"), ("endless", "ValueError")),
+        ("leaves", "SystemExit"),
+    ],
 )
 def test_no_row_ends_the_run(score, module, name, status):
     """Neither an error of another kind nor a result that is no finite number."""
