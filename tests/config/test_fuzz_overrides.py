@@ -51,7 +51,7 @@ def test_overrides(cases, monkeypatch):
             continue
         accepted += 1
         config = config_lib.flat(found.config)
-        for name, text in given:
+        for name, text in dict(given).items():  # the last value of a setting counts
             kept = config[name]
             match values[name]:
                 case bool():
