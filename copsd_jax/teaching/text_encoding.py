@@ -4,6 +4,7 @@ The text of a template may contain special tokens, but the contents of messages 
 message contains the text of a special token, that text is encoded as ordinary text.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -16,14 +17,41 @@ import transformers
 Tokenizer = transformers.PreTrainedTokenizerFast
 
 
+@contextlib.contextmanager
+def _explain_errors(tokenizer: Tokenizer) -> Iterator[None]:
+    """Turns every error of the library `tokenizers` in the `with` block into one sentence.
+
+    A panic of the library's Rust code is a BaseException of a class that cannot be imported. Some
+    tokenizers panic only at certain texts. The message that Rust prints to the error output stays.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"the tokenizer in {tokenizer.name_or_path or 'this run'} fails at a text: "
+            f"{reason[:500]}; set model.tokenizer to another folder"
+        ) from error
+
+
 @functools.lru_cache(maxsize=8)
 def _copy_backend(tokenizer: Tokenizer, *, added: bool) -> tokenizers.Tokenizer:
     """Copies the tokenizer; without added tokens, the copy finds no special tokens in a text."""
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    if not added:
-        settings["added_tokens"] = []
-    settings["post_processor"] = settings["truncation"] = settings["padding"] = None
-    return tokenizers.Tokenizer.from_str(json.dumps(settings))
+    with _explain_errors(tokenizer):
+        settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        if not added:
+            settings["added_tokens"] = []
+        settings["post_processor"] = settings["truncation"] = settings["padding"] = None
+        return tokenizers.Tokenizer.from_str(json.dumps(settings))
+
+
+def _encode(tokenizer: Tokenizer, text: str, *, added: bool) -> tokenizers.Encoding:
+    """Encodes a text with the copy of the tokenizer that `_copy_backend` makes."""
+    backend = _copy_backend(tokenizer, added=added)
+    with _explain_errors(tokenizer):
+        return backend.encode(text, add_special_tokens=False)
 
 
 @functools.lru_cache(maxsize=4)
@@ -45,7 +73,7 @@ def find_token_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int, in
       Start, end and id of each added token. The range includes the white space around the token
       that the token's options `lstrip` and `rstrip` remove.
     """
-    encoding = _copy_backend(tokenizer, added=True).encode(text, add_special_tokens=False)
+    encoding = _encode(tokenizer, text, added=True)
     added = set(find_added_tokens(tokenizer)[0].values())
     pairs = zip(encoding.offsets, encoding.ids, strict=True)
     return [(start, end, token) for (start, end), token in pairs if token in added]
@@ -57,7 +85,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> tokenizers.Encoding:
     Raises:
       ValueError: the vocabulary itself maps a part of the text to a special id.
     """
-    encoding = _copy_backend(tokenizer, added=False).encode(text, add_special_tokens=False)
+    encoding = _encode(tokenizer, text, added=False)
     special = set(encoding.ids) & set(find_added_tokens(tokenizer)[0].values())
     if special:
         raise ValueError(f"the text {text!r} gives the special token ids {sorted(special)}")
@@ -74,8 +102,7 @@ def encode_templated(tokenizer: Tokenizer, text: str, literal: dict[str, str]) -
         as ordinary text.
     """
     if literal.keys().isdisjoint(text):
-        whole = _copy_backend(tokenizer, added=True).encode(text, add_special_tokens=False)
-        return tuple(whole.ids)
+        return tuple(_encode(tokenizer, text, added=True).ids)
     ids, at = [], 0
     for start, end, token in [*find_token_spans(tokenizer, text), (len(text), len(text), None)]:
         if piece := restore_tokens(text[at:start], literal):

@@ -156,7 +156,17 @@ def _read_header(path: pathlib.Path, size: int, mtime: int) -> Header:
         ) from error
 
 
-def _get_gguf_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
+def get_number(fields: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:
+    """Returns a number of the metadata.
+
+    Args:
+      fields: the metadata of the file.
+      key: the name of the entry.
+      path: path of the file, for the error message.
+
+    Raises:
+      ValueError: if the entry is missing, or is no number.
+    """
     if key not in fields:
         raise ValueError(f"{path} has no metadata entry {key}")
     value = fields[key]
@@ -212,7 +222,7 @@ def load_config(path: pathlib.Path) -> transformer.ModelConfig:
     """
     fields, tensors = read_header(path)
     arch = _check_supported(fields, path)
-    get = lambda key: _get_gguf_number(fields, f"{arch}.{key}", path)  # noqa: E731
+    get = lambda key: get_number(fields, f"{arch}.{key}", path)  # noqa: E731
     shapes = {x.name: x.shape for x in tensors}
     if "token_embd.weight" not in shapes:
         raise ValueError(f"{path} has no tensor token_embd.weight")

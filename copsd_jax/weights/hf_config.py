@@ -63,16 +63,25 @@ def _read_hf_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.
     Version 5 of transformers uses rope_parameters; version 4 uses rope_theta and rope_scaling.
     """
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
+    theta = _to_float("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10_000.0)), file)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "llama3":
         raise ValueError(f"{file}: RoPE type {kind!r} is not supported (allowed: default, llama3)")
     if missing := [key for key in ROPE_KEYS if key not in rope]:
         raise ValueError(f"{file}: RoPE type llama3 also needs {', '.join(missing)}")
-    factor, low, high, positions = (float(rope[key]) for key in ROPE_KEYS)
-    return float(theta), transformer.RopeScaling(factor, low, high, int(positions))
+    factor, low, high, positions = (_to_float(key, rope[key], file) for key in ROPE_KEYS)
+    if low >= high:
+        raise ValueError(f"{file}: {ROPE_KEYS[1]} is {low}, which is not below {high}")
+    return theta, transformer.RopeScaling(factor, low, high, int(positions))
+
+
+def _to_float(key: str, value: Any, file: pathlib.Path) -> float:
+    """Returns a number of RoPE as a float; refuses values that are not finite and positive."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{file}: {key} is {value!r}, but must be a positive number")
+    return float(value)
 
 
 def load_config(path: pathlib.Path) -> transformer.ModelConfig:

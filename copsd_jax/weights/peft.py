@@ -131,8 +131,9 @@ def _read_plain_config(file: pathlib.Path) -> tuple[int, float]:
     for name in ("r", "lora_alpha"):
         number: Any = raw.get(name)
         kinds = (int,) if name == "r" else (int, float)
-        if type(number) not in kinds or not 0 < number < math.inf:
-            refuse(name, "it must be a positive number" + (" without fraction" * (name == "r")))
+        if type(number) not in kinds or not 0 < number < 10**9:
+            whole = " without fraction" * (name == "r")
+            refuse(name, f"it must be a positive number below 10**9{whole}")
     # PEFT scales by alpha / r, or by alpha / sqrt(r) with use_rslora.
     alpha = raw["lora_alpha"] * (math.sqrt(raw["r"]) if raw.get("use_rslora") else 1)
     return raw["r"], float(alpha)

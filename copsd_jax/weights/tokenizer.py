@@ -5,11 +5,13 @@ sequence of bytes, so text can be decoded token by token. Stop strings are match
 of the tokens.
 """
 
+import contextlib
+import copy
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from copsd_jax.weights import gguf_files, hf_config, hub, tensor_files
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types in GGUF files
+MAX_VOCABULARY = 10**7  # bound of token ids; the largest vocabularies have fewer than 300,000
+TRIAL_TEXTS = ("", "3 + 4?", " a\u0301b\n")  # encoded and decoded when a tokenizer is loaded
 
 
 def _build_bpe_splitter(numbers: str) -> pre_tokenizers.PreTokenizer:
@@ -57,18 +61,64 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
       FileNotFoundError: if there is no tokenizer.json.
       ValueError: if the tokenizer cannot be read, or if its kind is not supported.
     """
-    if path.suffix != ".gguf" and not (path / "tokenizer.json").is_file():
+    gguf = path.suffix == ".gguf"
+    if not gguf and not (path / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{path} has no tokenizer.json; set model.tokenizer to a folder")
+    if gguf:
+        tok = _from_gguf(path)
+    else:
+        if (path / "tokenizer_config.json").is_file():
+            tensor_files.read_json(path / "tokenizer_config.json")  # refuses other JSON
+        with _explain_errors(path):
+            tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    _check_tokenizer(tok, path)
+    return tok
+
+
+@contextlib.contextmanager
+def _explain_errors(path: pathlib.Path) -> Iterator[None]:
+    """Turns every error of the libraries in the `with` block into a ValueError of one sentence.
+
+    The Rust code of `tokenizers` panics if it meets a value that its authors thought impossible.
+    A panic is a BaseException of a class that cannot be imported, so its name is compared. Rust has
+    printed its own message to the error output before; this message stays, as nothing in Python
+    can stop it. Other exceptions that are no Exception, such as signals, pass.
+    """
     try:
-        if path.suffix == ".gguf":
-            return _from_gguf(path)
-        return transformers.PreTrainedTokenizerFast.from_pretrained(path)
-    except Exception as error:  # the library `tokenizers` raises plain Exceptions
-        reason = " ".join(str(error).split())
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"the tokenizer in {path} cannot be read: {reason}; update the packages tokenizers and "
-            "transformers if the file is newer, or set model.tokenizer to another folder"
+            f"the tokenizer in {path} cannot be read: {reason[:500]}; update the packages "
+            "tokenizers and transformers if the file is newer, or set model.tokenizer to another "
+            "folder"
         ) from error
+
+
+def _check_tokenizer(tok: transformers.PreTrainedTokenizerFast, path: pathlib.Path) -> None:
+    """Refuses ids that no model has, and a tokenizer that fails at its first text.
+
+    For each id between 0 and the highest id, the library spends time and memory to write a
+    tokenizer, so one wrong id could take all memory.
+    """
+    with _explain_errors(path):
+        highest = max(tok.get_vocab().values(), default=-1)
+    if not 0 <= highest < MAX_VOCABULARY:
+        raise ValueError(
+            f"the tokenizer in {path} has {'no ids' if highest < 0 else f'the id {highest}'}, but "
+            f"must have ids below {MAX_VOCABULARY}: correct tokenizer.json, or set model.tokenizer "
+            "to another folder"
+        )
+    with _explain_errors(path):
+        backend = tok.backend_tokenizer
+        if backend.padding or backend.truncation:  # a length of 10**12 would take all memory
+            backend = copy.deepcopy(backend)
+            backend.no_padding()
+            backend.no_truncation()
+        for text in TRIAL_TEXTS:
+            backend.decode(backend.encode(text).ids, skip_special_tokens=False)
 
 
 def fingerprint(tok: transformers.PreTrainedTokenizerFast) -> dict[str, str]:
@@ -102,46 +152,54 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     fields = gguf_files.read_header(path).metadata
     splitter, normalizer, ignore_merges = _choose_splitter(fields, path)
     pieces, types, lines = (
-        _get_list(fields, f"tokenizer.ggml.{name}", kind)
+        _get_list(fields, f"tokenizer.ggml.{name}", kind, path)
         for name, kind in {"tokens": str, "token_type": int, "merges": str}.items()
     )
     if len(types) != len(pieces):
-        raise ValueError(f"it has {len(pieces)} tokens, but {len(types)} token types")
+        raise ValueError(f"{path} has {len(pieces)} tokens, but {len(types)} token types")
     vocab = {piece: i for i, piece in enumerate(pieces) if types[i] != UNUSED}
     merges: list[Any] = [tuple(line.split(" ")) for line in lines]
     if wrong := [line for line, pair in zip(lines, merges, strict=True) if len(pair) != 2]:
-        raise ValueError(f"the merge {wrong[0]!r} does not consist of two parts")
-    tok = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
-    if normalizer is not None:
-        tok.normalizer = normalizer
-    tok.pre_tokenizer, tok.decoder = splitter, decoders.ByteLevel()
-    added = [
-        tokenizers.AddedToken(piece, special=kind == CONTROL, normalized=False)
-        for piece, kind in zip(pieces, types, strict=True)
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-    tok.add_tokens(added)
+        raise ValueError(f"{path}: the merge {wrong[0]!r} does not consist of two parts")
     special = {
-        f"{role}_token": pieces[_check_id(fields[key], key, len(pieces))]
+        f"{role}_token": pieces[_check_id(fields[key], f"{path}: {key}", len(pieces))]
         for role, name in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()
         if (key := f"tokenizer.ggml.{name}_token_id") in fields
     }
-    tok.post_processor = _post_processor(fields, special)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tok,
-        name_or_path=str(path),
-        chat_template=fields.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        model_max_length=fields[f"{fields['general.architecture']}.context_length"],
-        **special,
+    positions = gguf_files.get_number(
+        fields, f"{fields.get('general.architecture')}.context_length", path
     )
+    with _explain_errors(path):
+        tok = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
+        if normalizer is not None:
+            tok.normalizer = normalizer
+        tok.pre_tokenizer, tok.decoder = splitter, decoders.ByteLevel()
+        tok.add_tokens(
+            [
+                tokenizers.AddedToken(piece, special=kind == CONTROL, normalized=False)
+                for piece, kind in zip(pieces, types, strict=True)
+                if kind in (CONTROL, USER_DEFINED)
+            ]
+        )
+    tok.post_processor = _post_processor(fields, special, path)
+    with _explain_errors(path):
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tok,
+            name_or_path=str(path),
+            chat_template=fields.get("tokenizer.chat_template"),
+            clean_up_tokenization_spaces=False,
+            model_max_length=positions,
+            **special,
+        )
 
 
-def _get_list(fields: Mapping[str, Any], key: str, kind: type) -> list:
+def _get_list(fields: Mapping[str, Any], key: str, kind: type, path: pathlib.Path) -> list:
     """Returns a list of the metadata, after checking the kind of its entries."""
     values = fields.get(key)
     if not isinstance(values, list) or not all(type(value) is kind for value in values):
-        raise ValueError(f"the metadata entry {key} is missing, or is no list of {kind.__name__}")
+        raise ValueError(
+            f"{path}: the metadata entry {key} is missing, or is no list of {kind.__name__}"
+        )
     return values
 
 
@@ -152,7 +210,9 @@ def _check_id(value: Any, key: str, count: int) -> int:
     return value
 
 
-def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> Any:
+def _post_processor(
+    fields: Mapping[str, Any], special: Mapping[str, str], path: pathlib.Path
+) -> Any:
     """Builds a post-processor that adds the BOS token to plain text if add_bos_token is true.
 
     Chat templates write the BOS token themselves. Without add_bos_token, llama.cpp adds the BOS
@@ -162,12 +222,16 @@ def _post_processor(fields: Mapping[str, Any], special: Mapping[str, str]) -> An
     if not fields.get("tokenizer.ggml.add_bos_token", default):
         return processors.ByteLevel(trim_offsets=False)
     if (bos := special.get("bos_token")) is None:
-        raise ValueError("plain text begins with a BOS token, but bos_token_id is missing")
-    return processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A {bos}:1 $B:1",
-        special_tokens=[(bos, fields["tokenizer.ggml.bos_token_id"])],
-    )
+        raise ValueError(
+            f"{path}: plain text begins with a BOS token, but the metadata entry "
+            "tokenizer.ggml.bos_token_id is missing"
+        )
+    with _explain_errors(path):
+        return processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos}:1 $B:1",
+            special_tokens=[(bos, fields["tokenizer.ggml.bos_token_id"])],
+        )
 
 
 def find_stop_ids(

@@ -250,25 +250,69 @@ def test_start_token_of_a_gguf_that_does_not_say(tmp_path, pre, begins):
 
 
 @pytest.mark.parametrize("key, value, part", [
-    ("tokenizer.ggml.merges", None, "merges is missing"),
-    ("tokenizer.ggml.tokens", None, "tokens is missing"),
-    ("tokenizer.ggml.tokens", [1, 2], "tokens is missing, or is no list of str"),
-    ("tokenizer.ggml.token_type", [1, 1], "tokens, but 2 token types"),
-    ("tokenizer.ggml.merges", ["a b c"], "the merge 'a b c' does not consist of two parts"),
-    ("tokenizer.ggml.merges", ["a ☃"], "out of vocabulary"),
-    ("tokenizer.ggml.eos_token_id", 1 << 31, "eos_token_id is 2147483648, but the file has"),
-    ("tokenizer.ggml.bos_token_id", None, "bos_token_id is missing"),
-    ("qwen3.context_length", None, "context_length"),
+    ("tokenizer.ggml.merges", None, ": the metadata entry tokenizer.ggml.merges is missing"),
+    ("tokenizer.ggml.tokens", None, ": the metadata entry tokenizer.ggml.tokens is missing"),
+    ("tokenizer.ggml.tokens", [1, 2], ": .*tokens is missing, or is no list of str"),
+    ("tokenizer.ggml.token_type", [1, 1], " has [0-9]+ tokens, but 2 token types"),
+    ("tokenizer.ggml.merges", ["a b c"], ": the merge 'a b c' does not consist of two parts"),
+    ("tokenizer.ggml.merges", ["a ☃"], None),
+    ("tokenizer.ggml.eos_token_id", 1 << 31, ": .*eos_token_id is 2147483648, but the file has"),
+    ("tokenizer.ggml.bos_token_id", None, ": plain text begins .*bos_token_id is missing"),
+    ("tokenizer.ggml.pre", "new", ": tokenizer.ggml.pre must be one of smollm, .* not 'new'"),
+    ("tokenizer.ggml.model", "spm", r": the tokenizer must be gpt2 \(byte-level BPE\), not 'spm'"),
+    ("qwen3.context_length", None, " has no metadata entry qwen3.context_length"),
+    ("qwen3.context_length", "x", ": qwen3.context_length is 'x'; it must be one number"),
+    ("general.architecture", None, " has no metadata entry None.context_length"),
 ])  # fmt: skip
 def test_metadata_of_a_gguf_that_are_missing_or_wrong(tmp_path, monkeypatch, key, value, part):
+    """The project's own sentences come out as they are; errors of libraries are explained."""
     path = tmp_path / "m.gguf"
     test_tokenizer.write(path, add_bos=True)
     header = gguf_files.read_header(path)
     metadata = header.metadata | {key: value}
     changed = {name: entry for name, entry in metadata.items() if entry is not None}
     monkeypatch.setattr(gguf_files, "read_header", lambda _: header._replace(metadata=changed))
-    with pytest.raises(ValueError, match=f"the tokenizer in {path} cannot be read: .*{part}"):
+    own = f"^{path}{part}"
+    foreign = f"^the tokenizer in {path} cannot be read: .*out of vocabulary; update the packages"
+    with pytest.raises(ValueError, match=foreign if part is None else own) as caught:
         tokenizer.load(path)
+    assert str(caught.value).count(str(path)) == 1
+
+
+def test_a_damaged_gguf_is_refused_once(tmp_path):
+    test_tokenizer.write(path := tmp_path / "m.gguf", add_bos=True)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(
+        ValueError, match=f"^{path} is not a complete GGUF file; it may be"
+    ) as caught:
+        tokenizer.load(path)
+    assert str(caught.value).count(str(path)) == 1
+
+
+@pytest.mark.parametrize("text, part", [("[]", "is not a JSON object"), ("{", "is not valid JSON")])
+def test_settings_of_a_tokenizer_that_are_no_object(tmp_path, text, part):
+    write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"^{file} {part}"):
+        tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("values, part", [
+    ({"rope_theta": "10000"}, "rope_theta is '10000', but must be a positive number"),
+    ({"rope_theta": -1}, "rope_theta is -1, but must be"), ({"factor": 0}, "factor is 0, but"),
+    ({"factor": "x"}, "factor is 'x', but must be"), ({"factor": float("nan")}, "factor is nan"),
+    ({"original_max_position_embeddings": float("inf")}, "embeddings is inf, but"),
+    ({"low_freq_factor": 4.0}, "low_freq_factor is 4.0, which is not below 4.0"),
+])  # fmt: skip
+def test_rope_parameters_that_are_no_numbers_name_the_file(copy, values, part):
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 1,
+            "high_freq_factor": 4, "original_max_position_embeddings": 64}  # fmt: skip
+    change(copy / "config.json", rope_parameters=rope)
+    hf_config.load_config(copy)
+    change(copy / "config.json", rope_parameters=rope | values)
+    with pytest.raises(ValueError, match=f"^{copy}/config.json: .*{part}"):
+        hf_config.load_config(copy)
 
 
 @pytest.mark.parametrize("options, part", [
