@@ -138,9 +138,16 @@ def preset(table: Mapping[str, Callable], name: str, default_name: str) -> Calla
 
 
 def split_lists(config: Config) -> None:
-    """Splits the config's lists at commas, in place: ("sw,fr",) becomes ("sw", "fr")."""
+    """Splits the config's lists of words at commas, in place: ("sw,fr",) becomes ("sw", "fr").
+
+    Raises:
+      ValueError: an item is no text. Python reads 1e999 on the command line as a number.
+    """
     for section, name in (("data", "lang"), ("eval", "lang"), ("lora", "targets")):
-        parts = (part for item in config[section][name] for part in str(item).split(","))
+        for item in config[section][name]:
+            if not isinstance(item, str):
+                raise ValueError(f"{section}.{name} has {show(item)}: it must be a list of words")
+        parts = (part for item in config[section][name] for part in item.split(","))
         config[section][name] = tuple(filter(None, parts))
 
 
