@@ -7,12 +7,15 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import re
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import jinja2
 
 from copsd_jax.config import setting_list
 from copsd_jax.problems.problem_row import Row
@@ -63,6 +66,7 @@ def has_thinking(tokenizer: Tokenizer) -> bool:
       ValueError: the tokenizer has no chat template, or the template fails.
     """
     message = [{"role": "user", "content": "x"}]
+    _check_powers(tokenizer)
     with _limit_time(TEMPLATE_SECONDS):
         on, off = (_render_chat_template(tokenizer, message, value) for value in ("on", "off"))
     return on != off
@@ -105,6 +109,26 @@ def _explain_template(tokenizer: Tokenizer, reason: Any) -> str:
     )
 
 
+def _check_powers(tokenizer: Tokenizer) -> None:
+    """Refuses a chat template that computes a power.
+
+    A power such as 9**9**9 is one operation of Python, which no limit of time can end, and which
+    the template engine computes while it compiles. `f(**options)` is no power.
+    """
+    found = tokenizer.chat_template
+    for template in found.values() if isinstance(found, dict) else (found,):
+        if not isinstance(template, str) or "**" not in template:
+            continue
+        try:
+            tokens = list(jinja2.Environment().lex(template))
+        except jinja2.TemplateSyntaxError:
+            continue  # the template engine of transformers will refuse it
+        marks = [(kind, text) for _, kind, text in tokens if kind != "whitespace"]
+        for before, mark in itertools.pairwise(marks):
+            if mark == ("operator", "**") and before not in (("operator", "("), ("operator", ",")):
+                raise ValueError(_explain_template(tokenizer, "it computes a power (**)"))
+
+
 @contextlib.contextmanager
 def _limit_time(seconds: float) -> Iterator[None]:
     """Raises a TimeoutError inside the `with` block, if its Python code computes too long."""
@@ -139,6 +163,7 @@ def find_turn_end(tokenizer: Tokenizer) -> int | None:
     """
     question, answer = {"role": "user", "content": "3 + 4?"}, "assistant's content."
     turns = [question, {"role": "assistant", "content": answer}]
+    _check_powers(tokenizer)
     with _limit_time(TEMPLATE_SECONDS):
         prompt, bare, whole = (
             _render_chat_template(tokenizer, messages, "none", "2000-01-01", start)

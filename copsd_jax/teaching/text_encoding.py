@@ -175,4 +175,7 @@ def truncate_text(tokenizer: Tokenizer, text: str, limit: int) -> str:
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     """Decodes ids to text, keeping special tokens and all white space."""
-    return tokenizer.decode([*ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    with _explain_errors(tokenizer):
+        return tokenizer.decode(
+            [*ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )

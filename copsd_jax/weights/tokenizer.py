@@ -67,12 +67,28 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     if gguf:
         tok = _from_gguf(path)
     else:
-        if (path / "tokenizer_config.json").is_file():
-            tensor_files.read_json(path / "tokenizer_config.json")  # refuses other JSON
+        _check_folder(path)
         with _explain_errors(path):
             tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
     _check_tokenizer(tok, path)
     return tok
+
+
+def _check_folder(folder: pathlib.Path) -> None:
+    """Refuses files that are no JSON objects, and a normalizer that could end the process.
+
+    A normalizer of the type Precompiled holds binary data that begin with their own size. The
+    library allocates this size unchecked, and a failed allocation in Rust ends the process.
+    Byte-level BPE has no such normalizer.
+    """
+    if (folder / "tokenizer_config.json").is_file():
+        tensor_files.read_json(folder / "tokenizer_config.json")
+    normalizer = tensor_files.read_json(folder / "tokenizer.json").get("normalizer")
+    if '"Precompiled"' in json.dumps(normalizer):
+        raise ValueError(
+            f"{folder / 'tokenizer.json'}: the normalizer Precompiled is not supported, because "
+            "only byte-level BPE is; set model.tokenizer to another folder"
+        )
 
 
 @contextlib.contextmanager

@@ -176,8 +176,7 @@ def put(section, value):
 
 
 PANICS = {
-    "while it is read": put("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}),
-    "at merges": lambda raw: raw["model"].update(continuing_subword_prefix="##"),
+    "while it is read": lambda raw: raw["model"].update(continuing_subword_prefix="##"),
     "at any text": put("pre_tokenizer", {"type": "FixedLength", "length": 0}),
     "at some texts": put("normalizer", {"type": "Prepend", "prepend": ""}),
 }
@@ -226,6 +225,28 @@ def test_signals_pass(tmp_path, monkeypatch, error):
     monkeypatch.setattr(type(tok), "encode", stop)
     with pytest.raises(type(error)):
         text_encoding.encode_text(tok, "a")
+
+
+def test_a_normalizer_with_a_size_of_its_own_is_refused(tmp_path):
+    """The library allocates 4 GiB for these 4 bytes; where it cannot, the process is aborted."""
+    part = {"type": "Precompiled", "precompiled_charsmap": "/////w=="}
+    for normalizer in (part, {"type": "Sequence", "normalizers": [{"type": "NFC"}, part]}):
+        path = write_changed(tmp_path, put("normalizer", normalizer))
+        with pytest.raises(ValueError, match=f"^{path}: the normalizer Precompiled is not"):
+            tokenizer.load(tmp_path)
+
+
+def test_a_panic_while_decoding_becomes_one_sentence(tmp_path, monkeypatch):
+    write_changed(
+        tmp_path, put("decoder", {"type": "Strip", "content": "a", "start": 0, "stop": 99})
+    )
+    monkeypatch.setattr(tokenizer, "TRIAL_TEXTS", ())
+    tok = tokenizer.load(tmp_path)
+    with pytest.raises(BaseException, match="index out of bounds") as theirs:
+        tok.decode([BYTES.index("a")])
+    assert type(theirs.value).__name__ == "PanicException"
+    with pytest.raises(ValueError, match=f"^the tokenizer in {tmp_path} fails at a text: index"):
+        text_encoding.decode_ids(tok, [BYTES.index("a")])
 
 
 def test_an_id_that_no_model_has_is_refused(tmp_path):
