@@ -82,7 +82,7 @@ compile-env: $(COMPILE)/installed
 compile: $(COMPILE)/installed
 	COPSD_COMPILE=1 $(COMPILE)/bin/python -m pytest -rs tests/attention/test_decode_attention_compiled.py tests/losses/test_divergence_compiled.py tests/attention/test_row_attention_compiled.py tests/dryrun/test_dry_run.py
 
-# Dry runs of large models on the devices that they are meant for, half an hour on 2 cores.
+# Dry runs of large models on the devices that they are meant for: up to an hour on 2 cores.
 compile-all: $(COMPILE)/installed
 	$(COMPILE)/bin/python benchmarks/compile_all.py > benchmarks/results/compile_all.txt
 

@@ -134,9 +134,10 @@ def parse_command(argv: list[str]) -> Command:
         report = flags.DEFINE_string("dry_run_json", "", "file for report", flag_values=values)
         search = flags.DEFINE_boolean("search", False, "largest sizes", flag_values=values)
         values([*argv[:1], *rest])
-    except (flags.Error, ValueError, RecursionError, MemoryError) as error:
-        reason = " ".join(str(error).split()) or "a value is nested too deeply"
-        raise ValueError(reason.removeprefix("flag ")) from error
+    except (RecursionError, MemoryError) as error:  # from Python's parser, by its version
+        raise ValueError("a value of the command line is nested too deeply") from error
+    except (flags.Error, ValueError) as error:
+        raise ValueError(" ".join(str(error).split()).removeprefix("flag ")) from error
     config_lib.split_lists(config.value)
     if start.value:
         config.value.model.init_from = start.value
