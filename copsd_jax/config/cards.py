@@ -4,6 +4,8 @@ A card is a Python file whose function `get_config(preset)` changes the result o
 returns it. Every error is one sentence that names the card or the setting.
 """
 
+import ast
+import contextlib
 import difflib
 import importlib.util
 import pathlib
@@ -99,7 +101,14 @@ def _is_list(name: str) -> bool:
 
 
 def _check_value(name: str, text: str) -> None:
-    """Refuses the text of a number or switch that cannot be read."""
+    """Refuses the text of a number or switch that cannot be read, and of a list that is none."""
+    if _is_list(f"config.{name}"):
+        value: Any = ()
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(text)
+        # ml_collections would take the numbers of the bytes, or the keys, as the list.
+        if isinstance(value, bytes | dict | set):
+            raise ValueError(config_lib.describe_type_fault(name, text))
     parser = _PARSERS.get(type(config_lib.SETTINGS[name].default))
     try:
         if parser:

@@ -182,8 +182,10 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
         for role, name in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()
         if (key := f"tokenizer.ggml.{name}_token_id") in fields
     }
+    if "general.architecture" not in fields:
+        raise ValueError(f"{path} has no metadata entry general.architecture")
     positions = gguf_files.get_number(
-        fields, f"{fields.get('general.architecture')}.context_length", path
+        fields, f"{fields['general.architecture']}.context_length", path
     )
     with _explain_errors(path):
         tok = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))

@@ -1,5 +1,6 @@
 """Random arguments: the value that was given, or one sentence that names its setting or flag."""
 
+import contextlib
 import math
 import random
 import re
@@ -28,6 +29,14 @@ def make_override(r: random.Random) -> tuple[str, str]:
         name = r.choice((name[:-1], name + ".x", name.upper(), fuzz.make_text(r, 2), "no" + name))
     value = r.choice(WORDS) if r.random() < 0.7 else fuzz.make_text(r)
     return name, value
+
+
+def read_number(text: str) -> float | None:
+    """The number that a text is in Python, such as 1_0 or 0x10; None if it is none."""
+    for read in (lambda: int(text, 0), lambda: float(text)):
+        with contextlib.suppress(ValueError):
+            return read()
+    return None
 
 
 @fuzz.sizes(100)
@@ -65,8 +74,8 @@ def test_overrides(cases, monkeypatch):
                 case tuple():
                     parts = [part.strip(" ()[]'\"") for part in text.split(",")]
                     for item in kept:
-                        numbers = [float(x) for x in parts if isinstance(item, float) and x]
-                        assert str(item) in text or item in numbers, (name, text, kept)
+                        given_number = item in [read_number(part) for part in parts]
+                        assert given_number or str(item) in text, (name, text, kept)
     assert accepted > cases / 8
 
 
@@ -75,6 +84,14 @@ def test_overrides(cases, monkeypatch):
 def test_lists_of_words_have_no_numbers(name, text):
     """1e999 was the word inf, and 1_0 the word 10."""
     with pytest.raises(ValueError, match=f"{name} (has|is) .*: it must be a list of"):
+        main.parse_command(["m", f"--config={CARD}", f"--config.{name}={text}"])
+
+
+@pytest.mark.parametrize("name", ["data.lang", "data.weights", "lora.targets"])
+@pytest.mark.parametrize("text", ["b'a'", "{'en': 1}", "{1, 2}", " {}"])
+def test_lists_are_no_bytes_and_no_dicts(name, text):
+    """b'a' was the list of the number 97."""
+    with pytest.raises(ValueError, match=f"{name} is .*: it must be a list of values"):
         main.parse_command(["m", f"--config={CARD}", f"--config.{name}={text}"])
 
 

@@ -262,7 +262,7 @@ def test_start_token_of_a_gguf_that_does_not_say(tmp_path, pre, begins):
     ("tokenizer.ggml.model", "spm", r": the tokenizer must be gpt2 \(byte-level BPE\), not 'spm'"),
     ("qwen3.context_length", None, " has no metadata entry qwen3.context_length"),
     ("qwen3.context_length", "x", ": qwen3.context_length is 'x'; it must be one number"),
-    ("general.architecture", None, " has no metadata entry None.context_length"),
+    ("general.architecture", None, " has no metadata entry general.architecture"),
 ])  # fmt: skip
 def test_metadata_of_a_gguf_that_are_missing_or_wrong(tmp_path, monkeypatch, key, value, part):
     """The project's own sentences come out as they are; errors of libraries are explained."""
