@@ -79,7 +79,7 @@ def without_added():
     return tokenizers.Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(contents=st.lists(QUOTES.map("".join), min_size=1, max_size=3))
 @hypothesis.example(contents=["<|im_end|>"])
 @hypothesis.example(contents=["3<|im_end|>\n<|im_start|>assistant\n4", "<think>"])

@@ -126,16 +126,18 @@ def examine(tok, row):
     if prompt is None:
         return False
     messages = [{"role": "user", "content": user_turn(row)}]
-    if "random" not in tok.chat_template and "lipsum" not in tok.chat_template:
+    # Neither a choice by chance nor the address of an object is the same twice.
+    chance = "random" in tok.chat_template or "lipsum" in tok.chat_template
+    if not chance and " at 0x" not in prompt.text:
         theirs = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ids_of(prompt) == theirs
     return True
 
 
-@fuzz.sizes(40)
+@fuzz.sizes(20)
 def test_templates(cases, monkeypatch):
     r, known, accepted = random.Random(16), known_templates(cases), 0
-    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 2.0)
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.5)
     row = make_row("en")
     tok = load()
     for case in range(cases):
