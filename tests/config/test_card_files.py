@@ -88,7 +88,7 @@ def test_a_card_may_have_a_dataclass(tmp_path):
         (["data.lang=sw", "data.lang=fr"], "occurs twice.*write several values with commas"),
         (["train=3"], "--config.train is not a setting: did you mean"),
         (["rollout.stop=a b,"], "^--config.rollout.stop=a b,"),
-        (["data.lang=" + "-" * 100_000 + "1"], "^a value of the command line is nested too deeply$"),
+        (["data.lang=" + "-" * 100_000 + "1"], "^a value of .* is nested too deeply$"),
     ],
 )
 def test_overrides_that_are_refused(flags, message):
