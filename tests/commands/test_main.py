@@ -174,6 +174,7 @@ def test_repositories_are_refused_before_their_weights_are_fetched(refused, monk
     assert asked == [("a/b", False)]
 
 
+@pytest.mark.long
 def test_refusals_take_little_more_than_the_imports(tmp_path):
     """CPU seconds of a process, over those of a process that only imports the libraries."""
 

@@ -177,6 +177,7 @@ def test_the_policy_says_what_may_be_left_out(policy, accepted):
     assert policy in units.POLICIES
 
 
+@pytest.mark.long
 def test_published_also_accepts_what_math_verify_accepts():
     pairs = [
         (r"\frac{1}{5^{50}}", r"\frac{1}{5^{51}}"), (r"\frac{V}{v}", r"\frac{v}{V}"),

@@ -37,7 +37,10 @@ REFUSED = {
         BASE | {"model__path": "{}/peft/base", "model__init_from": "{}/peft/hand-alora"},
         "{}/peft/hand-alora/adapter_config.json: alora_invocation_tokens",
     ),
-    "25": ({"model__tokenizer": "{}/gguf_no_merges.gguf"}, "{}/gguf_no_merges.gguf cannot be read"),
+    "25": (
+        {"model__tokenizer": "{}/gguf_no_merges.gguf"},
+        "{}/gguf_no_merges.gguf: the metadata entry tokenizer.ggml.merges is missing",
+    ),
     "28": (
         BASE | {"model__path": "{}/eos_beyond"},
         "{}/eos_beyond/generation_config.json: eos_token_id contains 99999",
