@@ -1,6 +1,6 @@
 """Evaluation of a policy: completions of problems are sampled, graded and scored.
 
-    python -m copsd_jax.evaluate --workdir=W [--steps=0,12] [--path=FILE] [--lang=sw]
+    python -m copsd_jax.evaluate --workdir=W [--steps=0,12] [--path=FILE] [--lang=sw] [--out=D]
 
 For each language and each group of problems, the scores are avg@n, pass@n, maj@n, format rate,
 length and truncated share. Prompts, grader and stop conditions are the same as in training. The
