@@ -291,11 +291,8 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
 
 # ---- a function named in the config ----------------------------------------------------------
 
-# Exceptions that the import of a user's module can raise.
-IMPORT_ERRORS = (
-    ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError,
-    ArithmeticError, RuntimeError, OSError,
-)  # fmt: skip
+# What the import of a user's module can raise; SystemExit if the module calls exit().
+IMPORT_ERRORS = (Exception, SystemExit)
 
 
 def import_function(kind: str) -> Callable | None:
@@ -316,7 +313,7 @@ def import_function(kind: str) -> Callable | None:
     except IMPORT_ERRORS as error:
         raise ValueError(
             f"reward.kind is {kind!r}: the choices are {', '.join(REWARDS)}, or module:function, "
-            f"which names an importable function of (gold, text); {error}"
+            f"which names an importable function of (gold, text); {type(error).__name__}: {error}"
         ) from error
     return function
 

@@ -59,7 +59,7 @@ def import_span_function(select: str) -> Callable | None:
     except reward_functions.IMPORT_ERRORS as error:
         raise ValueError(
             f"tokens.select is {select!r}: it is not an importable function of (problem, answer, "
-            f"reply); {error}"
+            f"reply); {type(error).__name__}: {error}"
         ) from error
     return found
 

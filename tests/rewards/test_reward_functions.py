@@ -306,6 +306,8 @@ def module(tmp_path, monkeypatch):
         "def leaves(gold, text):\n    raise SystemExit(0)\n"
         "def alone(text):\n    return 1.0\n"
     )
+    (tmp_path / "leaving_reward.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "failing_reward.py").write_text("raise AssertionError('no key')\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield "my_reward"
     sys.modules.pop("my_reward", None)
@@ -353,6 +355,8 @@ def test_no_row_ends_the_run(score, module, name, status):
         ("my_reward:LIMIT", "3 is not a callable object"),
         ("my_reward:alone", "too many positional arguments"),
         (":f", "Empty module name"),
+        ("leaving_reward:f", "SystemExit: 3"),
+        ("failing_reward:f", "AssertionError: no key"),
     ],
 )
 def test_an_unknown_kind_is_refused_with_the_choices(grader, module, kind, reason):
