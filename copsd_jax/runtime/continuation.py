@@ -186,14 +186,18 @@ def compare_facts(
       changed: the names of the settings that differ from those of the newest start.
 
     Returns:
-      A line that names the packages and flags that differ from the newest start, if any do.
+      A line that names the packages and flags that differ from the newest start, if any do; or a
+      line which says that nothing could be compared, because run.json is missing.
 
     Raises:
       ValueError: a fact is different; the message shows the old and the new value.
     """
     starts = _read_starts(directory)
-    if not starts:  # nothing was trained
-        return []
+    if not starts:
+        if not count_steps(directory):  # nothing was trained
+            return []
+        return [f"{directory / 'run.json'} is missing: data, weights and the environment are not "
+                "compared with those of the first start"]  # fmt: skip
     different = []
     for name in [name for name in facts if name.endswith("fingerprint")]:
         if name == "eval_fingerprint":

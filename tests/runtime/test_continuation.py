@@ -227,6 +227,9 @@ def test_versions_are_reported(tmp_path):
     # A run that recorded nothing.
     (path / "run.json").unlink()
     assert continuation.compare_facts(path, after, ()) == []
+    (path / "checkpoints" / "2").mkdir(parents=True)
+    (line,) = continuation.compare_facts(path, after, ())
+    assert line.startswith(f"{path / 'run.json'} is missing: data, weights and the environment")
     rewrite(made(path) / "run.json", lambda run: run["starts"].__setitem__(0, {}))
     assert continuation.compare_facts(path, after | FACTS, ()) == []
 
