@@ -251,10 +251,15 @@ def _build_chat_prompt(
     thinking = prompt_format.thinking
     guard = text_encoding.Guard(tokenizer, [message["content"] for message in messages] + [opening])
     guarded = [{**message, "content": guard(message["content"])} for message in messages]
+    plain = _render_chat_template(tokenizer, guarded, thinking, prompt_format.date)
     guarded[start]["content"] = guard.mark + guarded[start]["content"]
     text = _render_chat_template(tokenizer, guarded, thinking, prompt_format.date)
     if text.count(guard.mark) != 1:
         raise ValueError("the chat template does not show each message exactly once")
+    # A template that quotes or measures a message would also show the mark in another form.
+    if text.replace(guard.mark, "") != plain:
+        said = "it gives other text than the contents of messages, for example their length"
+        raise ValueError(_explain_template(tokenizer, said))
     state = _find_state(text, thinking)
     if thinking == "prefix":
         # As in COPSD, the template enables thinking. The think block is opened here, unless the

@@ -246,6 +246,16 @@ def test_rows_that_a_template_refuses_are_refused():
     prompts.build_student_prompt(tokenizer, spec("none"), make_row("sw"))
 
 
+@pytest.mark.parametrize(
+    "part", ["{{ messages }}", "{{ m }}", "{{ m.content | length }}", "{{ m.content.encode() }}"]
+)
+def test_a_template_that_quotes_or_measures_messages_is_refused(part):
+    """The mark in front of the last message was left in the prompt as an escape."""
+    shown = part if part == "{{ messages }}" else f"{{% for m in messages %}}{part}{{% endfor %}}"
+    with pytest.raises(ValueError, match="cannot be used: it gives other text than the contents"):
+        prompts.build_student_prompt(load(shown + CHATML), spec("none"), make_row("en"))
+
+
 def test_the_first_of_several_templates_is_the_default():
     tokenizer = load()
     tokenizer.chat_template = {"default": CHATML, "rag": "x"}

