@@ -14,26 +14,17 @@ from typing import Any
 import tokenizers
 import transformers
 
+from copsd_jax.runtime import rust_errors
+
 Tokenizer = transformers.PreTrainedTokenizerFast
 
 
-@contextlib.contextmanager
-def _explain_errors(tokenizer: Tokenizer) -> Iterator[None]:
-    """Turns every error of the library `tokenizers` in the `with` block into one sentence.
-
-    A panic of the library's Rust code is a BaseException of a class that cannot be imported. Some
-    tokenizers panic only at certain texts. The message that Rust prints to the error output stays.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"the tokenizer in {tokenizer.name_or_path or 'this run'} fails at a text: "
-            f"{reason[:500]}; set model.tokenizer to another folder"
-        ) from error
+def _explain_errors(tokenizer: Tokenizer) -> contextlib.AbstractContextManager[None]:
+    """Turns every error of the library `tokenizers` in the `with` block into one sentence."""
+    return rust_errors.explain_rust_errors(
+        f"the tokenizer in {tokenizer.name_or_path or 'this run'} fails at a text",
+        "set model.tokenizer to another folder",
+    )
 
 
 @functools.lru_cache(maxsize=8)

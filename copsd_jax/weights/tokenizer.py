@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from copsd_jax.runtime import rust_errors
 from copsd_jax.weights import gguf_files, hf_config, hub, tensor_files
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types in GGUF files
@@ -91,26 +92,13 @@ def _check_folder(folder: pathlib.Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _explain_errors(path: pathlib.Path) -> Iterator[None]:
-    """Turns every error of the libraries in the `with` block into a ValueError of one sentence.
-
-    The Rust code of `tokenizers` panics if it meets a value that its authors thought impossible.
-    A panic is a BaseException of a class that cannot be imported, so its name is compared. Rust has
-    printed its own message to the error output before; this message stays, as nothing in Python
-    can stop it. Other exceptions that are no Exception, such as signals, pass.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"the tokenizer in {path} cannot be read: {reason[:500]}; update the packages "
-            "tokenizers and transformers if the file is newer, or set model.tokenizer to another "
-            "folder"
-        ) from error
+def _explain_errors(path: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Turns every error of the libraries in the `with` block into a ValueError of one sentence."""
+    return rust_errors.explain_rust_errors(
+        f"the tokenizer in {path} cannot be read",
+        "update the packages tokenizers and transformers if the file is newer, or set "
+        "model.tokenizer to another folder",
+    )
 
 
 def _check_tokenizer(tok: transformers.PreTrainedTokenizerFast, path: pathlib.Path) -> None:

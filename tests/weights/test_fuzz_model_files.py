@@ -8,7 +8,7 @@ import functools
 import random
 
 import fuzz
-import gguf as format
+import gguf_writer
 import numpy as np
 import pytest
 
@@ -28,17 +28,7 @@ attempt = functools.partial(fuzz.attempt, spelled=True)
 
 def write_gguf(folder):
     """A GGUF file with a model and a tokenizer, and headers of 4 KiB."""
-    writer = format.GGUFWriter(path := folder / "m.gguf", "llama")
-    for name, size in {
-        "context_length": 64,
-        "embedding_length": 32,
-        "block_count": 1,
-        "feed_forward_length": 32,
-        "head_count": 2,
-        "head_count_kv": 2,
-    }.items():
-        getattr(writer, f"add_{name}")(size)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer = gguf_writer.open_llama(path := folder / "m.gguf")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("llama-bpe")
     writer.add_token_list([*BYTES, "ab", "<|im_start|>", "<|im_end|>"])
@@ -53,10 +43,7 @@ def write_gguf(folder):
         "blk.0.attn_q.weight": (32, 32),
     }.items():
         writer.add_tensor(name, np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_writer.finish(writer)
     return path
 
 

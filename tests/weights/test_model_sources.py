@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 
-import gguf as format
+import gguf_writer
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -322,27 +322,14 @@ def test_rope_parameters_that_are_no_numbers_name_the_file(copy, values, part):
 ])  # fmt: skip
 def test_headers_of_a_gguf_that_contradict_themselves(tmp_path, options, part):
     path = tmp_path / "m.gguf"
-    writer = format.GGUFWriter(path, "llama")
-    for name, size in {
-        "context_length": 64,
-        "embedding_length": 32,
-        "block_count": 1,
-        "feed_forward_length": 32,
-        "head_count": 2,
-        "head_count_kv": 2,
-    }.items():
-        getattr(writer, f"add_{name}")(size)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer = gguf_writer.open_llama(path)
     writer.add_vocab_size(options.get("vocab", 64))
     if "alignment" in options:
         writer.add_uint32("general.alignment", options["alignment"])
     writer.add_tensor("token_embd.weight", np.zeros((64, 32), np.float32))
     if "name" in options:
         writer.add_tensor(options["name"], np.zeros(options["shape"], np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_writer.finish(writer)
     with pytest.raises(ValueError, match=part):
         hf_config.load_config(path)
 
