@@ -11,11 +11,13 @@ without this check.
 
 import contextlib
 import errno
+import logging
 import os
 import pathlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,6 +36,24 @@ class UnusableCheckpoint(ValueError):
 
 class DamagedCheckpoint(UnusableCheckpoint):
     """A checkpoint that is not whole, described by the first half of a sentence."""
+
+
+@contextlib.contextmanager
+def _silence_orbax() -> Iterator[None]:
+    """Drops what Orbax logs within the block.
+
+    Orbax logs an error of the disk three times, in 300 lines, and raises it as well.
+    """
+
+    def is_foreign(record: logging.LogRecord) -> bool:
+        return "orbax" not in pathlib.Path(record.pathname).parts
+
+    log = logging.getLogger("absl")
+    log.addFilter(is_foreign)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_foreign)
 
 
 def _shapes(tree: Any) -> dict[str, Any]:
@@ -87,9 +107,8 @@ class Checkpoints:
     """The checkpoints of one work directory.
 
     All processes call the same methods in the same order. `save_seconds` is the duration of the
-    last complete save. Only the leading process computes
-    checksums, renames and removes. Leaving the `with` block waits until an unfinished save is
-    complete.
+    last complete save. Only the leading process computes checksums, renames and removes. Leaving
+    the `with` block waits until an unfinished save is complete.
     """
 
     def __init__(
@@ -124,7 +143,8 @@ class Checkpoints:
         elif self._thread is not None:
             # After an error, the other processes may not get here, so this process waits alone.
             self._thread.join()
-            if self._failure:
+            # One sentence is enough for a disk that fails, or for a removed work directory.
+            if self._failure and not issubclass(kind, storage.StorageError):
                 print(f"error: {self._failure}", file=sys.stderr)
 
     def steps(self) -> list[int]:
@@ -155,14 +175,18 @@ class Checkpoints:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         part = self._directory / f"{step}{storage.PART}"
         processes.run_on_leader(lambda: self._make_room(step, part, needed))
-        with storage.explain(self._directory / str(step)):
+        with storage.explain(self._directory / str(step)), contextlib.ExitStack() as stack:
+            stack.enter_context(_silence_orbax())
             response = ocp.save_checkpointables_async(
                 str(part.resolve()),
                 {NAME: state},
                 custom_metadata={"shapes": _shapes(state), _MARK: manifest.FORMAT},
             )
+            until_saved = stack.pop_all()
         self._saved_at, self._last = time.monotonic(), step
-        self._thread = threading.Thread(target=self._finish, args=(step, part, response))
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, part, response, until_saved)
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -192,8 +216,17 @@ class Checkpoints:
             storage.check_room(self._directory, needed)
             storage.remove(part)
 
-    def _finish(self, step: int, part: pathlib.Path, response: Any) -> None:
-        """Waits for Orbax and ends a save, in a thread that may run no program for devices."""
+    def _finish(
+        self, step: int, part: pathlib.Path, response: Any, until_saved: contextlib.ExitStack
+    ) -> None:
+        """Waits for Orbax and ends a save, in a thread that may run no program for devices.
+
+        Args:
+          step: the step that is saved.
+          part: the folder that Orbax writes.
+          response: the pending result of Orbax.
+          until_saved: the contexts that end with the save.
+        """
         try:
             response.result()
             if processes.is_leader():
@@ -207,6 +240,8 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     for path in self._directory.glob(f"{step}{storage.PART}*"):
                         storage.remove(path)
+        finally:
+            until_saved.close()
 
     def _publish(self, step: int, part: pathlib.Path) -> None:
         """Gives a complete checkpoint its manifest and its name, and removes old checkpoints."""
@@ -356,7 +391,8 @@ def write_state(path: pathlib.Path, state: Any) -> None:
     All processes must call this function, because each process writes its own parts of the arrays.
     """
     try:
-        ocp.save_checkpointables(str(path.resolve()), {NAME: state}, overwrite=True)
+        with _silence_orbax():
+            ocp.save_checkpointables(str(path.resolve()), {NAME: state}, overwrite=True)
     except Exception as error:  # Orbax reports a full disk by several types
         raise storage.StorageError(f"{path} cannot be written ({_first_line(error)})") from error
 
