@@ -1,10 +1,12 @@
 """Export of a checkpoint to files that other programs can load.
 
-    python -m copsd_jax.export --workdir=W --out=D [--step=12] [--format=peft]
+    python -m copsd_jax.export --workdir=W --out=D [--step=12] [--format=peft|base]
 
 The result is a Hugging Face folder that transformers and other programs can load. The folder
 contains the merged weights (safetensors), the config, the tokenizer and the generation settings.
-With `--format=peft`, the result is a PEFT folder that contains only the adapter.
+With `--format=peft`, the result is a PEFT folder that contains only the adapter. With
+`--format=base`, the result is the model as it was before training, without an adapter; a server
+that samples for a run needs this model.
 """
 
 import argparse
@@ -27,8 +29,9 @@ def parse_export_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty directory")
     parser.add_argument("--step", type=int, default=-1, help="checkpoint; default: the newest")
     parser.add_argument(
-        "--format", default="hf", choices=("hf", "peft"),
-        help="hf: the whole model, the adapter merged (default); peft: the adapter alone",
+        "--format", default="hf", choices=("hf", "peft", "base"),
+        help="hf: the whole model, the adapter merged (default); peft: the adapter alone; base: "
+        "the model before training, without an adapter",
     )  # fmt: skip
     return parser.parse_args(argv[1:])
 
@@ -52,21 +55,27 @@ def main(argv: list[str]) -> int:
             checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints,
         ):
             saved = checkpoints.steps()
-            if not saved:
+            if args.format == "base" and args.step != -1:
+                raise ValueError("--format=base: the base has no steps, so --step has no effect")
+            if args.format != "base" and not saved:
                 raise ValueError(f"--workdir={args.workdir} has no checkpoint yet")
             if args.step not in (-1, *saved):
                 raise ValueError(f"--step={args.step}: the checkpoints are {saved}")
             r, initial = loaded_run.load_run(plan, config.train.steps)
             with r.grader:
-                if args.step == -1:
+                if args.format == "base":
+                    state = initial
+                elif args.step == -1:
                     state = checkpoints.load_newest(initial)
                 else:
                     state = checkpoints.load(args.step, initial)
-                if state is initial:
+                if state is initial and args.format != "base":
                     raise ValueError(f"--workdir={args.workdir} has no whole checkpoint")
             step = int(state.step)
             nonfinite.check_finite(state, f"checkpoint {step} of {args.workdir}")
         student = loaded_run.derive_run_policies(r, state)[0]
+        if args.format == "base":
+            student = policy_lib.Policy(student.params)
         if args.format == "hf" and student.adapter is not None:
             merged = lora.merge_adapter(student.params, student.adapter, student.scale)
             student = policy_lib.Policy(merged)

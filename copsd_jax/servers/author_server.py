@@ -7,15 +7,16 @@ import threading
 from copsd_jax.config import settings as config_lib
 from copsd_jax.servers import client
 
-# Replies of servers that have no list of models, which some OpenAI-compatible servers lack.
+# Replies of servers that have no list of models, which some OpenAI-compatible servers lack. The
+# list of `transformers serve` is empty if it serves a folder.
 _WITHOUT_LIST = ("HTTP 404", "HTTP 405", "HTTP 501")
 
 
 def check_author_server(config: config_lib.Config, longest: int | None) -> None:
     """Asks the author's server whether it serves the model, and whether replies have room.
 
-    If the server has no list of models, a warning says that neither is checked. A server that
-    cannot be reached is not needed if author.cache has replies.
+    If the server has no list of models, or an empty one, a warning says that neither is checked. A
+    server that cannot be reached is not needed if author.cache has replies.
 
     Args:
       config: the run's settings.
@@ -34,10 +35,12 @@ def check_author_server(config: config_lib.Config, longest: int | None) -> None:
     outcome, attempts = client.send_call(
         server, client.read_key(server), what, what.url, threading.Event()
     )
-    if outcome.status != "ok":
+    if outcome.status != "ok" or not outcome.value:
         problem = f"{what.url} did not list its models in {attempts} attempts ({outcome.status})"
+        problem = f"{what.url} lists no models" if outcome.status == "ok" else problem
         cached = server.cache and any(pathlib.Path(server.cache).glob("*.json"))
-        listless = outcome.detail.startswith(_WITHOUT_LIST) or outcome.status == "bad_reply"
+        empty = outcome.status in ("ok", "bad_reply")
+        listless = empty or outcome.detail.startswith(_WITHOUT_LIST)
         if not (listless or (cached and outcome.status in ("unreachable", "timeout"))):
             raise OSError(f"{problem}: {outcome.detail} (author.url)")
         client.warn(f"{problem}: author.model and author.max_tokens are not checked")
@@ -45,7 +48,7 @@ def check_author_server(config: config_lib.Config, longest: int | None) -> None:
     served = outcome.value
     if server.model not in served:
         near = difflib.get_close_matches(server.model, map(str, served), n=3, cutoff=0.5)
-        names = ", ".join(map(repr, near or list(served)[:10])) or "nothing"
+        names = ", ".join(map(repr, near or list(served)[:10]))
         raise ValueError(f"author.model is {server.model!r}: {server.url} serves {names}")
     entry = served[server.model]
     room = entry.get("max_model_len") or entry.get("context_length")
