@@ -13,6 +13,7 @@ The rewards differ from those of the SDPO environments (arXiv 2601.20802) in the
 - A gold answer that cannot be read raises an error.
 """
 
+import asyncio
 import collections
 import dataclasses
 import functools
@@ -291,8 +292,9 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
 
 # ---- a function named in the config ----------------------------------------------------------
 
-# What the import of a user's module can raise; SystemExit if the module calls exit().
-IMPORT_ERRORS = (Exception, SystemExit)
+# The exceptions of a user's module or function. Signals do not raise KeyboardInterrupt in a run.
+# `signals.Stopped`, by which a signal leaves a step, is none of them.
+USER_ERRORS = (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError)
 
 
 def import_function(kind: str) -> Callable | None:
@@ -310,7 +312,7 @@ def import_function(kind: str) -> Callable | None:
             raise ValueError("the kind is unknown")
         function: Any = getattr(importlib.import_module(module_name), name)
         inspect.signature(function).bind("gold", "text")
-    except IMPORT_ERRORS as error:
+    except USER_ERRORS as error:
         raise ValueError(
             f"reward.kind is {kind!r}: the choices are {', '.join(REWARDS)}, or module:function, "
             f"which names an importable function of (gold, text); {type(error).__name__}: {error}"
@@ -330,7 +332,7 @@ def _compute_verdict(function: Callable, gold: str, text: str) -> Verdict:
             raise ValueError("the number is not finite")
     except MemoryError:
         raise  # a fault of the machine
-    except (Exception, SystemExit) as error:  # SystemExit: the function called exit()
+    except USER_ERRORS as error:
         return Verdict(0.0, None, None, f"raised:{type(error).__name__}", "")
     return Verdict(float(pair[0]), None, None, "computed", pair[1])
 

@@ -56,7 +56,7 @@ def import_span_function(select: str) -> Callable | None:
     try:
         found: Any = getattr(importlib.import_module(module), name)
         inspect.signature(found).bind("problem", "answer", "reply")
-    except reward_functions.IMPORT_ERRORS as error:
+    except reward_functions.USER_ERRORS as error:
         raise ValueError(
             f"tokens.select is {select!r}: it is not an importable function of (problem, answer, "
             f"reply); {type(error).__name__}: {error}"

@@ -297,6 +297,7 @@ def test_any_json_object_is_read_whole(arguments, tail):
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text(
+        "import asyncio\n"
         "LIMIT = 3\n"
         "def length(gold, text):\n    return len(text) / len(gold)\n"
         "def told(gold, text):\n    return True, f'{text} has {len(text)} letters.'\n"
@@ -304,9 +305,13 @@ def module(tmp_path, monkeypatch):
         "def endless(gold, text):\n    return float('nan')\n"
         "def absent(gold, text):\n    return open('/nonexistent/' + text)\n"
         "def leaves(gold, text):\n    raise SystemExit(0)\n"
+        "def interrupts(gold, text):\n    raise KeyboardInterrupt\n"
+        "async def wait():\n    asyncio.current_task().cancel(); await asyncio.sleep(1)\n"
+        "def cancels(gold, text):\n    return asyncio.run(wait())\n"
         "def alone(text):\n    return 1.0\n"
     )
     (tmp_path / "leaving_reward.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "stopping_reward.py").write_text("raise KeyboardInterrupt\n")
     (tmp_path / "failing_reward.py").write_text("raise AssertionError('no key')\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield "my_reward"
@@ -335,7 +340,8 @@ def test_what_a_text_makes_it_raise_is_counted(grader, module):
     "name, status",
     [
         *(("absent", "FileNotFoundError"), ("nothing", "TypeError"), ("endless", "ValueError")),
-        ("leaves", "SystemExit"),
+        *(("leaves", "SystemExit"), ("interrupts", "KeyboardInterrupt")),
+        ("cancels", "CancelledError"),
     ],
 )
 def test_no_row_ends_the_run(score, module, name, status):
@@ -356,6 +362,7 @@ def test_no_row_ends_the_run(score, module, name, status):
         ("my_reward:alone", "too many positional arguments"),
         (":f", "Empty module name"),
         ("leaving_reward:f", "SystemExit: 3"),
+        ("stopping_reward:f", "KeyboardInterrupt: "),
         ("failing_reward:f", "AssertionError: no key"),
     ],
 )
