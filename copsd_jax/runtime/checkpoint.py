@@ -103,6 +103,48 @@ def _compare_shapes(folder: pathlib.Path, prefix: str, like: Any) -> None:
             )
 
 
+def _find_damage(folder: pathlib.Path) -> str:
+    """Returns why this process's share of a checkpoint is not whole, or ""."""
+    with storage.explain(folder, "read"):
+        if not any(folder.iterdir()):
+            return "the folder is empty"
+        if (folder / manifest.NAME).exists():
+            share, shares = jax.process_index(), jax.process_count()
+            return manifest.find_damage(folder, share, shares)
+    try:
+        added = _read_added_metadata(folder)
+    except Exception as error:  # Orbax has many errors for a file that it cannot parse
+        _raise_if_unreadable(folder, error)
+        return f"its metadata cannot be read: {_first_line(error)}"
+    return f"its {manifest.NAME} is missing" if _MARK in added else ""
+
+
+def _raise_if_damaged(folder: pathlib.Path, reason: str) -> None:
+    """Raises a DamagedCheckpoint on all processes if any process has a reason."""
+    if reason := next(filter(None, processes.gather_texts(reason)), ""):
+        raise DamagedCheckpoint(
+            f"checkpoint {folder.name} in {folder.parent} is damaged ({reason})"
+        )
+
+
+def _load(folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
+    state, reason = {}, ""
+    # The files of a checkpoint with a manifest are whole, so its error is not damage.
+    whole = processes.run_on_leader((folder / manifest.NAME).exists)
+    try:
+        state = ocp.load_checkpointables(str(folder.resolve()), like)
+    except MemoryError:
+        raise
+    except Exception as error:
+        _raise_if_unreadable(folder, error)
+        if whole or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        reason = f"it cannot be loaded: {_first_line(error)}"
+    if not whole:  # one process may be the only one that reads the damaged file
+        _raise_if_damaged(folder, reason)
+    return state
+
+
 class Checkpoints:
     """The checkpoints of one work directory.
 
@@ -257,34 +299,6 @@ class Checkpoints:
 
     # ----------------------------------------------------------------------------------- loading
 
-    def verify(self, step: int) -> str:
-        """Returns why a checkpoint is not whole, or "" if it is whole; each process checks a share.
-
-        Raises:
-          StorageError: a file exists, but cannot be read.
-        """
-        reasons = processes.gather_texts(self._find_damage(self._directory / str(step)))
-        return next(filter(None, reasons), "")
-
-    def _find_damage(self, folder: pathlib.Path) -> str:
-        with storage.explain(folder, "read"):
-            if not any(folder.iterdir()):
-                return "the folder is empty"
-            if (folder / manifest.NAME).exists():
-                share, shares = jax.process_index(), jax.process_count()
-                return manifest.find_damage(folder, share, shares)
-        try:
-            added = _read_added_metadata(folder)
-        except Exception as error:  # Orbax has many errors for a file that it cannot parse
-            _raise_if_unreadable(folder, error)
-            return f"its metadata cannot be read: {_first_line(error)}"
-        return f"its {manifest.NAME} is missing" if _MARK in added else ""
-
-    def _damaged(self, folder: pathlib.Path, reason: str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(
-            f"checkpoint {folder.name} in {self._directory} is damaged ({reason})"
-        )
-
     def load(self, step: int, like: Any) -> Any:
         """Loads the state of a step, with the shardings of `like` (arrays or ShapeDtypeStructs).
 
@@ -298,11 +312,7 @@ class Checkpoints:
             raise UnusableCheckpoint(
                 f"no checkpoint of step {step} in {self._directory}: the choices are {saved}"
             )
-        folder = self._directory / str(step)
-        if reason := self.verify(step):
-            raise self._damaged(folder, reason)
-        _compare_shapes(folder, "", like)
-        return self._load(folder, {NAME: like})[NAME]
+        return read_state(self._directory / str(step), like)
 
     def check_part(self, step: int, part: str, like: Any) -> None:
         """Checks that a field of a saved State has the structure and shapes of `like`.
@@ -312,8 +322,7 @@ class Checkpoints:
           UnusableCheckpoint: the saved field differs from `like`; the message names one difference.
         """
         folder = self._directory / str(step)
-        if reason := self.verify(step):
-            raise self._damaged(folder, reason)
+        _raise_if_damaged(folder, _find_damage(folder))
         _compare_shapes(folder, f".{part}", like)
 
     def load_part(self, step: int, part: str, like: Any) -> Any:
@@ -322,26 +331,7 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            return self._load(self._directory / str(step), {NAME: {part: like}})[NAME][part]
-
-    def _load(self, folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
-        state, reason = {}, ""
-        # The files of a checkpoint with a manifest are whole, so its error is not damage.
-        whole = processes.run_on_leader((folder / manifest.NAME).exists)
-        try:
-            state = ocp.load_checkpointables(str(folder.resolve()), like)
-        except MemoryError:
-            raise
-        except Exception as error:
-            _raise_if_unreadable(folder, error)
-            if whole or "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            reason = f"it cannot be loaded: {_first_line(error)}"
-        # One process may be the only one that reads the damaged file.
-        reasons = [] if whole else processes.gather_texts(reason)
-        if reason := next(filter(None, reasons), ""):
-            raise self._damaged(folder, reason)
-        return state
+            return _load(self._directory / str(step), {NAME: {part: like}})[NAME][part]
 
     def load_newest(self, like: Any) -> Any:
         """Loads the newest whole checkpoint, and prints one sentence for each damaged one.
@@ -366,11 +356,13 @@ class Checkpoints:
                 break
             except DamagedCheckpoint as error:
                 damaged[step] = str(error)
-        what = f"checkpoint {used} is used" if used else "no checkpoint is whole, so step 0 is used"
+        what = f"checkpoint {used} is used" if used else "it is skipped"
         for step, reason in damaged.items():
             print(f"{reason}: {what}", flush=True)
             if self._writer:
                 processes.run_on_leader(lambda step=step: self._set_aside(step))
+        if damaged and not used and self._writer:
+            print("no checkpoint is whole, so step 0 is used", flush=True)
         return state
 
     def _set_aside(self, step: int) -> None:
@@ -392,18 +384,25 @@ def write_state(path: pathlib.Path, state: Any) -> None:
     """
     try:
         with _silence_orbax():
-            ocp.save_checkpointables(str(path.resolve()), {NAME: state}, overwrite=True)
+            ocp.save_checkpointables(
+                str(path.resolve()),
+                {NAME: state},
+                overwrite=True,
+                custom_metadata={"shapes": _shapes(state), _MARK: manifest.FORMAT},
+            )
+        processes.run_on_leader(lambda: manifest.write(path))
     except Exception as error:  # Orbax reports a full disk by several types
         raise storage.StorageError(f"{path} cannot be written ({_first_line(error)})") from error
 
 
 def read_state(path: pathlib.Path, like: Any) -> Any:
-    """Reads the state that `write_state` wrote, with the shardings of `like`.
+    """Reads the state of a checkpoint or of `write_state`, with the shardings of `like`.
 
     Raises:
-      ValueError: the state cannot be read, for example because it is damaged.
+      DamagedCheckpoint: the folder is not whole.
+      UnusableCheckpoint: the saved tree differs from `like`; the message names one difference.
+      StorageError: a file exists, but cannot be read.
     """
-    try:
-        return ocp.load_checkpointables(str(path.resolve()), {NAME: like})[NAME]
-    except Exception as error:  # Orbax has many errors for a file that it cannot parse
-        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
+    _raise_if_damaged(path, _find_damage(path))
+    _compare_shapes(path, "", like)
+    return _load(path, {NAME: like})[NAME]

@@ -5,6 +5,7 @@ Oracle: directory listings and sentences by hand.
 
 import json
 
+import damage
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,11 +162,19 @@ def test_a_damaged_file_of_inputs_is_named(tmp_path, keep):
         bad_steps.read_arrays(path, {"inputs": inputs_of(1)})
 
 
-def test_a_damaged_state_is_named(tmp_path):
+@pytest.mark.parametrize("name", damage.CHECKPOINT_FILES)
+def test_a_damaged_state_is_named(tmp_path, name):
     record(bad_steps.BadSteps(tmp_path, 0), 1, 1)
     path = bad_steps.find_state(tmp_path, 1)
-    for file in path.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises(ValueError, match=f"{path} cannot be read: "):
+    damage.flip(damage.find(path, name))
+    with pytest.raises(checkpoint.DamagedCheckpoint) as caught:
         checkpoint.read_state(path, state_of(0))
+    assert str(caught.value).startswith(f"checkpoint {path.name} in {path.parent} is damaged (")
+
+
+def test_a_state_of_another_shape_is_named(tmp_path):
+    record(bad_steps.BadSteps(tmp_path, 0), 1, 1)
+    like = state_of(0) | {"trained": {"q": jnp.zeros((2, 5))}}
+    said = r"\['trained'\]\['q'\] = float32 \(2, 3\), but the run needs float32 \(2, 5\)$"
+    with pytest.raises(checkpoint.UnusableCheckpoint, match=said):
+        checkpoint.read_state(bad_steps.find_state(tmp_path, 1), like)

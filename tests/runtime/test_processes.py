@@ -173,7 +173,7 @@ def load(path, like):
     return like
 checkpoint.ocp.load_checkpointables = load
 try:
-    said = checkpoint.Checkpoints(pathlib.Path("c"))._load(pathlib.Path("c/1"), {"state": 1})
+    said = checkpoint._load(pathlib.Path("c/1"), {"state": 1})
 except checkpoint.DamagedCheckpoint as error:
     said = error
 processes.wait_for_all("end")
