@@ -41,24 +41,31 @@ def listed(value: Any) -> Any:
     return [listed(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def check_writable(directory: pathlib.Path, flag: str) -> None:
+def check_writable(directory: pathlib.Path, flag: str, value: pathlib.Path | None = None) -> None:
     """Checks that a directory can be created or written to, by creating a temporary directory.
+
+    Args:
+      directory: the directory.
+      flag: the flag or setting, for the message.
+      value: the value of the flag, if it is not the directory itself.
 
     Raises:
       ValueError: the directory is a URL.
       OSError: the directory cannot be written to; the message names the flag.
     """
-    storage.check_local(flag, directory)
+    value = value or directory
+    storage.check_local(flag, value)
     parent = directory
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise NotADirectoryError(f"{flag}={directory}: {parent} is a file")
     try:
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
+        while not parent.exists():
+            parent = parent.parent
+        if parent.is_dir():
+            tempfile.TemporaryDirectory(dir=parent).cleanup()
+            return
     except OSError as error:
         problem = f"{parent} cannot be written ({error.strerror or error})"
-        raise PermissionError(f"{flag}={directory}: {problem}") from error
+        raise PermissionError(f"{flag}={value}: {problem}") from error
+    raise NotADirectoryError(f"{flag}={value}: {parent} is a file")
 
 
 def has_files(directory: pathlib.Path) -> bool:
@@ -129,11 +136,12 @@ def _find_settings(starts: list[dict]) -> dict[str, object] | None:
 def read_settings(directory: pathlib.Path) -> dict[str, object]:
     """Reads the settings of an existing run; returns each value by the setting's full name.
 
-    If config.json is missing or damaged, the settings are those that run.json has, with a message.
+    If config.json is missing, damaged or incomplete, the settings are those that run.json has, with
+    a message.
 
     Raises:
       FileNotFoundError: the directory has no config.json, and run.json has no settings.
-      ValueError: config.json does not contain a JSON object, and run.json has no settings; or the
+      ValueError: config.json does not contain all settings, and run.json has no settings; or the
         directory is a URL.
     """
     storage.check_local("--workdir", directory)
@@ -142,6 +150,9 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
         if not path.is_file():
             raise FileNotFoundError(f"--workdir={directory} has no config.json")
         settings = read_json(path)
+        wanted = (_restore_settings(directory) or {"model.path": ""}).keys()
+        if missing := sorted(wanted - settings.keys()):
+            raise ValueError(f"{path} has no {missing[0]!r}")
     except (FileNotFoundError, ValueError) as error:
         settings = _restore_settings(directory)
         if settings is None:

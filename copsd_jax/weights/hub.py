@@ -42,8 +42,8 @@ def resolve_model_path(
 
     Raises:
       FileNotFoundError: if there is no such path, package or repository.
-      ValueError: if the path exists but is neither a folder nor a .gguf file, if a revision is
-        given for a path that is no repository id, or if HF_ENDPOINT is no address.
+      ValueError: if the path exists but is neither a model's folder nor a .gguf file, if a revision
+        is given for a path that is no repository id, or if HF_ENDPOINT is no address.
     """
     name = os.fspath(path)
     found = _find_local(name, setting)
@@ -59,6 +59,7 @@ def resolve_model_path(
                 f"model.revision is {revision!r}: nothing reads it, because {setting} is {name!r}, "
                 "which is no repository id (otherwise leave it at 'main')"
             )
+        _refuse_other_folder(found, f"{setting} is {name!r}")
         return found
     local = pathlib.Path(os.path.expanduser(name))
     if name and local.exists():
@@ -79,6 +80,18 @@ def _find_local(name: str, setting: str) -> pathlib.Path | None:
         return HERE / "tiny_tokenizer"
     local = pathlib.Path(os.path.expanduser(name))
     return local if name and (local.is_dir() or _is_gguf(local)) else None
+
+
+def _refuse_other_folder(path: pathlib.Path, place: str) -> None:
+    """Refuses an empty folder and a work directory, which a user may take for a model."""
+    if path.is_dir() and not any(path.iterdir()):
+        needed = "a model has config.json, tokenizer.json and safetensors files"
+        raise FileNotFoundError(f"{place}: the folder is empty, but {needed}")
+    if (path / "run.json").is_file() and (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{place}: it is the work directory of a run, not a model; name it as --init_from, or "
+            "name the folder that python -m copsd_jax.export writes"
+        )
 
 
 def _is_gguf(path: pathlib.Path) -> bool:

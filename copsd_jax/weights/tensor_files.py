@@ -83,10 +83,14 @@ def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    yield partial
-    if target.exists():
-        target.rmdir()  # The target is an empty folder, as checked above.
-    os.rename(partial, target)
+    try:
+        yield partial
+        if target.exists():
+            target.rmdir()  # The target is an empty folder, as checked above.
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def open_file(file: pathlib.Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import runs
 import safetensors.numpy
 
 from copsd_jax import evaluate, export, main, replay
+from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import storage, workdir
 from copsd_jax.training import loaded_run, run_plan
@@ -120,10 +121,21 @@ def test_model_folders(refused, tmp_path):
     flags = ("--config.model.init=pretrained", "--config.model.shape=")
     assert "there is no such directory" in refused(*flags, "--config.model.path=/absent")
     flags = (*flags, f"--config.model.path={folder}", "--config.model.tokenizer=tiny")
+    said = f"model.path is '{folder}': the folder is empty, but a model has config.json"
+    assert said in refused(*flags)
+    (folder / "notes.txt").write_text("mine")
     assert "config.json" in refused(*flags)
     config = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}
     (folder / "config.json").write_text(json.dumps(config))
     assert "GemmaForCausalLM is not supported" in refused(*flags)
+
+
+def test_a_work_directory_is_no_model(refused, tmp_path):
+    workdir.create(tmp_path / "run", config_lib.flat(runs.config("opsd")), {})
+    for name in ("model.path", "model.tokenizer"):
+        said = refused(f"--config.{name}={tmp_path / 'run'}")
+        assert said.startswith(f"error: {name} is '{tmp_path / 'run'}': it is the work directory ")
+        assert "--init_from" in said
 
 
 @pytest.fixture(scope="module")

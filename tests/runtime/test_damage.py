@@ -66,10 +66,11 @@ def test_empty_folders_and_no_whole_checkpoint(saved, tmp_path, capsys):
     with checkpoint.Checkpoints(folder / "checkpoints", writer=True) as checkpoints:
         assert checkpoints.load_newest(state) is state
         assert checkpoints.steps() == []
-    end = "is damaged (the folder is empty): no checkpoint is whole, so step 0 is used"
-    said = capsys.readouterr().out.splitlines()
+    end = "is damaged (the folder is empty): it is skipped"
+    *said, last = capsys.readouterr().out.splitlines()
     assert len(said) == 4
     assert all(line.endswith(end) for line in said)
+    assert last == "no checkpoint is whole, so step 0 is used"  # said only by the writer
 
 
 def test_every_bit_of_a_manifest_counts(saved, tmp_path):
@@ -194,6 +195,18 @@ def test_an_old_run_has_its_settings_in_config_json_alone(directory, how):
     damage.LINES[how](directory / "config.json")
     said = "has no config.json: no run began" if how == "deleted" else ": restore this file from a "
     assert said in examine(directory)
+
+
+@pytest.mark.parametrize("left", [{}, {"train.steps": 3}])
+def test_a_config_that_lacks_settings_is_damaged(directory, capsys, left):
+    (directory / "config.json").write_text(json.dumps(left))
+    assert workdir.read_settings(directory) == workdir.listed(SETTINGS)
+    name = min(SETTINGS.keys() - left.keys())
+    said = f"config.json has no '{name}': the settings of the last start are taken from run.json"
+    assert said in capsys.readouterr().out
+    (directory / "run.json").unlink()
+    said = "config.json has no 'model.path': restore this file from a copy"
+    assert examine(directory).endswith(said)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -1,5 +1,6 @@
 """Oracle: the files, read back by other means."""
 
+import errno
 import json
 import pathlib
 
@@ -31,8 +32,25 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     """/proc takes no directory, not even from root."""
     with pytest.raises(PermissionError, match=r"--workdir=/proc/w: /proc cannot be written"):
         workdir.check_writable(pathlib.Path("/proc/w"), "--workdir")
+    with pytest.raises(PermissionError, match=r"--workdir=w: /proc cannot be written"):
+        workdir.check_writable(pathlib.Path("/proc/w"), "--workdir", pathlib.Path("w"))
     workdir.check_writable(tmp_path / "a" / "b", "--out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_reached(tmp_path, monkeypatch):
+    """Root may reach every folder, so the system's refusal is replaced."""
+    exists = pathlib.Path.exists
+
+    def refuse(path, **options):
+        if path.parent.name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(pathlib.Path, "exists", refuse)
+    said = rf"^--out={tmp_path}/locked/a: {tmp_path}/locked/a cannot be written \(Permission den"
+    with pytest.raises(PermissionError, match=said):
+        workdir.check_writable(tmp_path / "locked" / "a", "--out")
 
 
 def test_json_is_whole_or_not_at_all(tmp_path):

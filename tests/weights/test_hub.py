@@ -131,6 +131,9 @@ def test_unknown_repository_is_refused(server, tmp_path):
 
 
 def test_local_paths(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"'{tmp_path}': the folder is empty, but a mo"):
+        hub.resolve_model_path(tmp_path)
+    (tmp_path / "config.json").touch()
     assert hub.resolve_model_path(tmp_path) == tmp_path
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
@@ -172,6 +175,7 @@ def test_a_revision_without_a_repository_is_refused(tmp_path):
             hub.resolve_model_path(path, "v2")
     snapshot = tmp_path / ("a" * 40)  # a cached commit, as a run records it
     snapshot.mkdir()
+    (snapshot / "config.json").touch()
     assert hub.resolve_model_path(str(snapshot), "a" * 40) == snapshot
     with pytest.raises(ValueError, match=f"is a local path now, but .* names commit {'b' * 40} of"):
         hub.resolve_model_path(str(snapshot), "b" * 40)

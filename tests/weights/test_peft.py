@@ -100,6 +100,8 @@ def test_what_is_not_written(tmp_path):
         ValueError, match=r"the adapter has projections \['embed'\] \(allowed: q, k, v, o, "
     ):
         peft.write(tmp_path / "a", {"embed": tree["q"]}, CONFIG, alpha=1.0, base="")
+    with pytest.raises(TypeError, match="JSON"):  # when the weights are already written
+        peft.write(tmp_path / "a", tree, CONFIG, alpha=0.5, base=object())  # type: ignore
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "file").touch()
     with pytest.raises(FileExistsError, match="b exists and is not empty"):
