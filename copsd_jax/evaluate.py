@@ -19,6 +19,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from copsd_jax.runtime import command
+
+if __name__ == "__main__":
+    command.begin()  # first, because the imports below take time
+
 from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import scoring, terminal
 from copsd_jax.model import policy as policy_lib
@@ -30,9 +35,7 @@ from copsd_jax.runtime import (
     fingerprints,
     nonfinite,
     processes,
-    signals,
     storage,
-    streams,
     workdir,
 )
 from copsd_jax.sampler import loop, request
@@ -370,14 +373,14 @@ def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
         description="Evaluates checkpoints of a work directory with its own settings.",
     )
     add = parser.add_argument
-    add("--workdir", required=True, type=pathlib.Path, help="a run's directory")
+    add("--workdir", required=True, type=storage.parse_path, help="a run's directory")
     add("--steps", default="", help="checkpoints: 0,12 (0 is the initial policy); default: all")
     add("--path", default="", help="problems to use instead of the run's eval.path")
     add("--lang", default="", help="languages to use instead of the run's eval.lang: sw,fr")
     add("--samples", type=int, help="completions per problem (n)")
     add("--temperature", type=float, help="sampling temperature; 0 is greedy")
     add("--max_tokens", type=int, help="maximum number of tokens of a completion")
-    add("--out", type=pathlib.Path, help="directory for results; default: W/eval")
+    add("--out", type=storage.parse_path, help="directory for results; default: W/eval")
     return parser.parse_args(argv[1:])
 
 
@@ -444,63 +447,68 @@ def main(argv: list[str]) -> int:
     """Runs the program and returns its exit code.
 
     The exit code is 0 if every requested checkpoint was evaluated, 2 after an error, 3 if the
-    weights are not finite, and 130 or 143 after Ctrl-C or SIGTERM.
+    weights are not finite, and 130 or 143 after Ctrl-C or SIGTERM. Without --steps, a damaged
+    checkpoint is skipped, unless all are damaged.
     """
-    early = "stopped: the same command continues"
-    with streams.ignore_closed_pipes(), signals.end_at_once(early):
-        try:
-            return _evaluate_checkpoints(parse_evaluate_flags(argv))
-        except (checkpoint.UnusableCheckpoint, nonfinite.NonFinite) as error:
-            return failures.report(error)
-
-
-def _evaluate_checkpoints(args: argparse.Namespace) -> int:
-    """Evaluates the requested checkpoints, writes their results and prints the tables."""
+    args = parse_evaluate_flags(argv)
     try:
-        config = _load_eval_config(args)
-        out = args.out or args.workdir / "eval"
-        workdir.check_writable(out, "--out")
-        plan = run_plan.make_plan(config, train=False)
-        if not plan.eval_rows:
-            raise ValueError("eval.path is '': set --path to a file of problems")
+        plan, steps = _plan_evaluation(args), _choose_steps(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failures.report(error)
+    try:
+        _evaluate_checkpoints(args, plan, steps)
+    except (checkpoint.UnusableCheckpoint, nonfinite.NonFinite) as error:
+        return failures.report(error)
+    return 0
+
+
+def _plan_evaluation(args: argparse.Namespace) -> run_plan.Plan:
+    """Checks the run's settings and the output directory."""
+    config = _load_eval_config(args)
+    if args.out:
+        workdir.check_writable(args.out, "--out")
+    else:
+        workdir.check_writable(args.workdir / "eval", "without --out, --workdir", args.workdir)
+    plan = run_plan.make_plan(config, train=False)
+    if not plan.eval_rows:
+        raise ValueError("eval.path is '': set --path to a file of problems")
+    return plan
+
+
+def _choose_steps(args: argparse.Namespace) -> list[int]:
+    """Returns the steps to evaluate: those of --steps, or step 0 and all checkpoints."""
+    folder = args.workdir / "checkpoints"
+    saved = checkpoint.Checkpoints(folder).steps()
+    try:
+        asked = [int(step) for step in args.steps.split(",") if args.steps]
+    except ValueError as error:
+        raise ValueError(f"--steps={args.steps}: write numbers such as 0,12") from error
+    if not saved and not asked:
+        raise ValueError(f"{folder} has no checkpoint: --steps=0 evaluates the initial policy")
+    if absent := [step for step in asked if step not in (0, *saved)]:
+        raise ValueError(f"--steps: no checkpoint of {absent}, there are {saved}")
+    return list(dict.fromkeys(asked)) or [0, *saved]
+
+
+def _evaluate_checkpoints(args: argparse.Namespace, plan: run_plan.Plan, steps: list[int]) -> None:
+    """Evaluates checkpoints, writes their results and prints the tables."""
+    folder, out = args.workdir / "checkpoints", args.out or args.workdir / "eval"
     with (
         loaded_run.set_mesh_and_precision(plan),
         failures.exit_on_failure(out),
-        checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints,
+        checkpoint.Checkpoints(folder) as checkpoints,
     ):
-        saved = checkpoints.steps()
-        try:
-            asked = [int(s) for s in args.steps.split(",") if args.steps]
-            steps = list(dict.fromkeys(asked)) or [0, *saved]
-        except ValueError:
-            print(f"error: --steps={args.steps}: write numbers such as 0,12", file=sys.stderr)
-            return 2
-        if not saved and not asked:
-            where = args.workdir / "checkpoints"
-            print(
-                f"error: {where} has no checkpoint: --steps=0 evaluates the initial policy",
-                file=sys.stderr,
-            )
-            return 2
-        absent = [step for step in steps if step not in (0, *saved)]
-        if absent:
-            print(f"error: --steps: no checkpoint of {absent}, there are {saved}", file=sys.stderr)
-            return 2
         # With --out, the engine's folder and the results are in the --out directory, because the
         # run's directory may be read-only.
         engine, results = (args.out or args.workdir) / "engine", {}
-        r, initial = loaded_run.load_run(plan, config.train.steps, engine)
+        r, initial = loaded_run.load_run(plan, plan.config.train.steps, engine)
         with r.grader:
             for step in steps:
                 try:
                     state = checkpoints.load(step, initial) if step else initial
                 except checkpoint.DamagedCheckpoint as error:
-                    if asked:
-                        print(f"error: {error}", file=sys.stderr)
-                        return 2
+                    if args.steps:
+                        raise
                     print(f"{error}: it is skipped", flush=True)
                     continue
                 nonfinite.check_finite(state, f"checkpoint {step} of {args.workdir}")
@@ -511,7 +519,8 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> int:
         last = max(results)
         print(f"\nstep {last} against step 0\n{format_eval_comparison(results[0], results[last])}")
     print(f"\nresults are in {out}")
-    return 0
+    if any(steps) and not any(results):
+        raise checkpoint.UnusableCheckpoint(f"no checkpoint in {folder} is whole")
 
 
 if __name__ == "__main__":

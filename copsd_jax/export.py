@@ -13,9 +13,14 @@ import argparse
 import pathlib
 import sys
 
+from copsd_jax.runtime import command
+
+if __name__ == "__main__":
+    command.begin()  # first, because the imports below take time
+
 from copsd_jax.model import lora
 from copsd_jax.model import policy as policy_lib
-from copsd_jax.runtime import checkpoint, failures, nonfinite, workdir
+from copsd_jax.runtime import checkpoint, failures, nonfinite, storage, workdir
 from copsd_jax.training import loaded_run, run_plan
 
 
@@ -25,15 +30,28 @@ def parse_export_flags(argv: list[str]) -> argparse.Namespace:
         prog="python -m copsd_jax.export",
         description="Writes a run's checkpoint as a Hugging Face model that transformers loads.",
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a run's directory")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty directory")
-    parser.add_argument("--step", type=int, default=-1, help="checkpoint; default: the newest")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--workdir", required=True, type=storage.parse_path, help="a run's directory")
+    add("--out", required=True, type=storage.parse_path, help="a new or empty directory")
+    add("--step", type=int, default=-1, help="checkpoint; default: the newest")
+    add(
         "--format", default="hf", choices=("hf", "peft", "base"),
         help="hf: the whole model, the adapter merged (default); peft: the adapter alone; base: "
         "the model before training, without an adapter",
     )  # fmt: skip
     return parser.parse_args(argv[1:])
+
+
+def _check_out(out: pathlib.Path) -> None:
+    """Refuses a directory that is neither new nor empty, or that cannot get its name.
+
+    The files are written to a directory beside `out`, which is then renamed to `out`.
+    """
+    workdir.check_writable(out.resolve().parent, "--out", out)
+    if out.is_mount():
+        raise FileExistsError(f"--out={out} is a mount point: name a directory in it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"--out={out} exists and is not empty")
 
 
 def main(argv: list[str]) -> int:
@@ -44,9 +62,7 @@ def main(argv: list[str]) -> int:
     args = parse_export_flags(argv)
     try:
         config = run_plan.load_run_config(args.workdir)
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise FileExistsError(f"--out={args.out} exists and is not empty")
-        workdir.check_writable(args.out, "--out")
+        _check_out(args.out)
         if args.format == "peft" and config.train.trainable != "lora":
             raise ValueError("--format=peft: train.trainable is full, so there is no adapter")
         plan = run_plan.make_plan(config, train=False, evaluate=False)
@@ -79,7 +95,8 @@ def main(argv: list[str]) -> int:
         if args.format == "hf" and student.adapter is not None:
             merged = lora.merge_adapter(student.params, student.adapter, student.scale)
             student = policy_lib.Policy(merged)
-        loaded_run.write_policy(plan, student, args.out, config.model.path)
+        with storage.explain(args.out):
+            loaded_run.write_policy(plan, student, args.out.resolve(), config.model.path)
     except (ValueError, OSError, nonfinite.NonFinite) as error:
         return failures.report(error)
     print(f"step {step} of {args.workdir} is in {args.out}")

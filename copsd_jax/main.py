@@ -34,6 +34,11 @@ import pathlib
 import sys
 from typing import NamedTuple
 
+from copsd_jax.runtime import command
+
+if __name__ == "__main__":
+    command.begin()  # first, because the imports below take time
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -70,18 +75,8 @@ def main(argv: list[str]) -> int:
     if any(argument in ("-h", "--help", "-help") for argument in argv[1:]):
         print(f"{__doc__}\nSettings, with their defaults:\n{config_lib.help_text()}")
         return 0
-    early = "stopped outside training: the same command starts or continues the run"
-    with streams.ignore_closed_pipes(), signals.end_at_once(early):
-        return _run_command(argv)
-
-
-def _run_command(argv: list[str]) -> int:
-    """Runs a command line, and returns its exit code; see `main`."""
     try:
         config, workdir, dry_run = parse_command(argv)
-        # Without this variable, transformers warns at every start that torch is missing, although
-        # nothing needs torch.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         # JAX is imported only after this line, because JAX reads the environment that is set here.
         # Importing JAX late also means that wrong settings are refused sooner.
         if dry_run is not None:
@@ -93,9 +88,10 @@ def _run_command(argv: list[str]) -> int:
             )
         malloc.keep_freed_memory()
         from copsd_jax import train
-        from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, run_lock
+        from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, run_lock, sharding
 
         processes.join_processes(config)
+        sharding.list_devices()
         plan, continued = train.prepare(config, workdir)
     except (ValueError, OSError) as error:
         print(f"error: {streams.spell_error(error)}", file=sys.stderr)
@@ -147,12 +143,13 @@ def parse_command(argv: list[str]) -> Command:
     setting_rules.check_settings(config.value, data=dry_run is None)
     storage.check_local("--workdir", workdir.value)
     directory = workdir.value or _default_workdir(card)
-    return Command(config.value, pathlib.Path(directory), dry_run)
+    return Command(config.value, storage.parse_path(directory), dry_run)
 
 
 def _parse_dry_run(target: str, report: str, search: bool) -> DryRun | None:
     if not target and (report or search):
         raise ValueError("--dry_run_json and --search need --dry_run, such as --dry_run=v5e:4x8")
+    report = os.path.expanduser(report)
     if report and not pathlib.Path(report).absolute().parent.is_dir():
         raise FileNotFoundError(f"--dry_run_json={report!r}: the file's folder does not exist")
     return DryRun(targets.parse_target(target), report, search) if target else None

@@ -16,6 +16,11 @@ import pathlib
 import sys
 from typing import Any
 
+from copsd_jax.runtime import command
+
+if __name__ == "__main__":
+    command.begin()  # first, because the imports below take time
+
 import jax
 import numpy as np
 
@@ -50,7 +55,9 @@ def main(argv: list[str]) -> int:
         prog="python -m copsd_jax.replay",
         description="Runs a bad step of a run again, from its files in W/bad.",
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a run's directory")
+    parser.add_argument(
+        "--workdir", required=True, type=storage.parse_path, help="a run's directory"
+    )
     parser.add_argument("--step", required=True, type=int, help="number of the bad step")
     args = parser.parse_args(argv[1:])
     try:

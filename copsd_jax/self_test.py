@@ -401,3 +401,7 @@ def _choose_bounds(r: loaded_run.LoadedRun, temperature: float) -> tuple[float, 
     elif sampler.cache == "bfloat16":
         bound, kind = BOUNDS["bfloat16"], "rounding to bfloat16 (sampler.cache)"
     return bound * factor, BOUNDS[dtype] * factor, kind
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: copsd_jax.self_test is no command: use python -m copsd_jax.main")

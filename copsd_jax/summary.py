@@ -13,7 +13,7 @@ from copsd_jax.dryrun import memory
 from copsd_jax.metrics import metric_files, terminal
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import reward_functions
-from copsd_jax.runtime import continuation, processes, sharding, streams
+from copsd_jax.runtime import continuation, processes, sharding, storage, streams
 from copsd_jax.teaching import prompts
 from copsd_jax.training import backends, builders, run_plan
 from copsd_jax.weights import initial_weights, tokenizer
@@ -148,7 +148,7 @@ def _format_counts(counter: collections.Counter) -> str:
 def collect_facts(plan: run_plan.Plan) -> dict:
     """Returns the facts that run.json records at each start: devices, fingerprints and counts."""
     c, path = plan.config, plan.weights_path
-    languages = {"languages_file": pathlib.Path(c.languages_file)} if c.languages_file else {}
+    languages = {"languages_file": storage.parse_path(c.languages_file)} if c.languages_file else {}
     functions = {"reward.kind": c.reward.kind, "tokens.select": c.tokens.select}
     served = {f"root of {c.sampler.model}": plan.server.root} if plan.server else {}
     return {
@@ -305,3 +305,7 @@ def summarize_ending(
     if stopped:
         lines.append(f"stopped by a guard: {stopped}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: copsd_jax.summary is no command: use python -m copsd_jax.main")

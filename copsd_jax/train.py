@@ -362,3 +362,7 @@ def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Pa
     # An evaluation may be left at any time, because its completions are kept.
     with r.stop.leave_if_late(math.inf):
         return evaluate.evaluate_step(r, state, step, path, f"evaluation at step {step}:")
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: copsd_jax.train is no command: use python -m copsd_jax.main")

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import difflib
 import importlib.util
+import os
 import pathlib
 import re
 import sys
@@ -129,7 +130,7 @@ def load_card(argument: str) -> config_lib.Config:
     """
     if not argument:
         raise ValueError("--config is missing: write, for example, --config=configs/opsd.py")
-    file, colon, preset = argument.partition(":")
+    file, colon, preset = os.path.expanduser(argument).partition(":")
     if not pathlib.Path(file).is_file():
         raise FileNotFoundError(f"--config={file!r}: there is no such file")
     if not file.endswith(".py"):

@@ -11,6 +11,7 @@ An unknown code raises an error; it is never replaced by English.
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import unicodedata
@@ -90,7 +91,7 @@ def load_languages(extra_path: str = "") -> dict[str, Language]:
     """
     registry = _read_languages_file(BUILT_IN)
     if extra_path:
-        registry |= _read_languages_file(pathlib.Path(extra_path))
+        registry |= _read_languages_file(pathlib.Path(os.path.expanduser(extra_path)))
     _check_aliases(registry, extra_path or str(BUILT_IN))
     return registry
 

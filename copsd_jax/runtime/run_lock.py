@@ -41,11 +41,13 @@ def check(directory: pathlib.Path) -> None:
 
     Raises:
       LockedError: a process runs there.
+      StorageError: the lock cannot be read.
     """
     path = directory / "lock"
-    if path.is_file():
-        with path.open("rb") as stream:
-            _lock(stream.fileno(), fcntl.LOCK_SH, directory)
+    with storage.explain(path, "read"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                _lock(stream.fileno(), fcntl.LOCK_SH, directory)
 
 
 @contextlib.contextmanager

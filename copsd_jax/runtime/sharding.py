@@ -17,6 +17,7 @@ Two more rules apply to the mesh axis `tensor`:
 
 import collections
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,24 @@ PARTITIONS: dict[str, tuple[Axis, ...]] = {
 VOCABULARIES = ("embed/embedding", "head/kernel")  # [V, D]
 
 
+def list_devices() -> list:
+    """Returns all devices of JAX; the first call starts JAX's platforms.
+
+    Raises:
+      ValueError: JAX cannot start a platform, such as one that JAX_PLATFORMS names.
+    """
+    try:
+        return jax.devices()
+    # If JAX_PLATFORMS is cuda and there is no GPU, JAX raises an AssertionError without a text.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(" (")[0].split("': ", 1)[-1].rstrip(".")
+        raise ValueError(
+            f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}, but JAX finds no such "
+            f"devices ({reason or 'there is no GPU'}): set this environment variable to cpu, or "
+            "unset it"
+        ) from error
+
+
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
     """Builds the mesh of all devices; a size of -1 stands for all remaining devices.
 
@@ -68,13 +87,13 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
 
     Raises:
       ValueError: the product of the sizes is not the number of devices, or data is not a multiple
-        of the number of slices, or JAX uses 64 bits by default.
+        of the number of slices, or JAX uses 64 bits by default, or cannot start a platform.
     """
     if jax.config.values["jax_enable_x64"]:
         raise ValueError(
             "JAX_ENABLE_X64 is set, but the programs of a run need 32-bit indices: unset it"
         )
-    devices = jax.devices() if devices is None else devices
+    devices = list_devices() if devices is None else devices
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)

@@ -31,16 +31,19 @@ class Stopped(BaseException):
         return 128 + self.signal
 
 
-@contextlib.contextmanager
-def end_at_once(message: str) -> Iterator[None]:
-    """Ends the process at a signal within the block, with a message but without any clean-up."""
+def end_at_once() -> None:
+    """Sets handlers that end the process at a signal, with a message but without any clean-up.
+
+    No exception is raised, because an exception inside a callback of JAX could be lost.
+    """
 
     def end(number: int, _: object) -> None:
-        streams.write_error(f"\n{message}\n")
+        again = "the same command starts again, or continues"
+        streams.write_error(f"\nstopped by {signal.Signals(number).name}: {again}\n")
         os._exit(128 + number)
 
-    with handle_signals(end):
-        yield
+    for number in SIGNALS:
+        signal.signal(number, end)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,14 @@ class StorageError(OSError):
     """A failed access to a file of the run, described in one sentence with path and reason."""
 
 
+def parse_path(text: str) -> pathlib.Path:
+    """Returns the path that a flag or setting names.
+
+    A shell does not expand the `~` of `--flag=~/x`.
+    """
+    return pathlib.Path(os.path.expanduser(text))
+
+
 def check_local(flag: str, path: str | pathlib.Path) -> None:
     """Checks that a path is not a URL, such as gs://bucket/run.
 

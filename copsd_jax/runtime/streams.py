@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
 from typing import Any
 
 # Invisible characters that change the order of the text around them, or hide text in it.
@@ -83,12 +82,6 @@ class _Output:
         self._stream.flush()
 
 
-@contextlib.contextmanager
-def ignore_closed_pipes() -> Iterator[None]:
-    """Drops the output to stdout and stderr within the block once their pipe has no reader."""
-    former = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Output, former)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = former
+def ignore_closed_pipes() -> None:
+    """Drops the output to stdout and stderr from now on, once their pipe has no reader."""
+    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)

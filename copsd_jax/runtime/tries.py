@@ -135,7 +135,9 @@ def main(argv: list[str]) -> int:
     if "--" in own:
         own, program = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(prog="python -m copsd_jax.runtime.tries")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a run's directory")
+    parser.add_argument(
+        "--workdir", required=True, type=storage.parse_path, help="a run's directory"
+    )
     parser.add_argument("--attempt", required=True, type=int, help="number of the start, from 0")
     parser.add_argument("--limit", required=True, type=int, help="most starts without progress")
     args = parser.parse_args(own)

@@ -124,7 +124,8 @@ def server_from_settings(settings: Mapping[str, Any], section: str, cache: str =
     """
     own = ("cache", "section")
     names = (field.name for field in dataclasses.fields(Server) if field.name not in own)
-    return Server(**{name: settings[name] for name in names}, cache=cache, section=section)
+    named = {name: settings[name] for name in names}
+    return Server(**named, cache=os.path.expanduser(cache), section=section)
 
 
 def check_server(server: Server) -> None:

@@ -1,12 +1,11 @@
 """Construction and checks of the server for sampler.engine=server."""
 
-import pathlib
 from collections.abc import Mapping
 
 import jax
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.runtime import failures, workdir
+from copsd_jax.runtime import failures, storage, workdir
 from copsd_jax.sampler import request
 from copsd_jax.servers import client, dialects, remote_engine
 
@@ -36,7 +35,7 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
     if (count := jax.process_count()) > 1:
         raise ValueError(f"sampler.engine is 'server': it needs one process, but there are {count}")
     if s.folder:
-        workdir.check_writable(pathlib.Path(s.folder), "--config.sampler.folder")
+        workdir.check_writable(storage.parse_path(s.folder), "--config.sampler.folder")
     coldest = dialects.DIALECTS[s.dialect].coldest
     for section in ("rollout", "eval", "author"):
         if 0 < (degree := config[section].temperature) < coldest:

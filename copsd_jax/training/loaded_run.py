@@ -19,7 +19,7 @@ from copsd_jax.metrics import token_stats
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.runtime import failures, processes, sharding, stopping
+from copsd_jax.runtime import failures, processes, sharding, stopping, storage
 from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import conversations, prompts, text_encoding
@@ -291,7 +291,9 @@ def _build_policy_hand_over(
     """Builds the function that hands policies to a server, or returns None for other engines."""
     if plan.server is None:
         return None
-    chosen = pathlib.Path(plan.config.sampler.folder) if plan.config.sampler.folder else folder
+    chosen = (
+        storage.parse_path(plan.config.sampler.folder) if plan.config.sampler.folder else folder
+    )
     if chosen is None:
         raise ValueError("sampler.folder is '', but without a work directory it must name a folder")
     return ServedPolicy(plan, plan.server, chosen)

@@ -1,7 +1,10 @@
 """Oracle: the adapter merged by hand; transformers' own model where torch is installed."""
 
 import json
+import pathlib
+import shutil
 
+import damage
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +96,50 @@ def test_the_exported_adapter_is_the_trained_one(trained, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, found, policy.adapter)
     assert export.main(flags) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_no_whole_checkpoint_is_an_error_that_is_said_once(
+    trained, tmp_path, capsys, monkeypatch
+):  # fmt: skip
+    workdir, out = shutil.copytree(trained, tmp_path / "w"), tmp_path / "o"
+    for step in (1, 2):
+        damage.flip(damage.find(workdir / f"checkpoints/{step}", "state/d/*"))
+    assert export.main(["export", f"--workdir={workdir}", f"--out={out}"]) == 2
+    said, err = capsys.readouterr()
+    assert err == f"error: --workdir={workdir} has no whole checkpoint\n"
+    skipped = [f"checkpoint {step} in {workdir}/checkpoints is damaged" for step in (2, 1)]
+    assert [line.partition(" (")[0] for line in said.splitlines()] == skipped
+    assert all(line.endswith(": it is skipped") for line in said.splitlines())
+    assert not out.exists()
+
+    # An evaluation of step 0 alone is not what was requested.
+    evaluated = []
+    (tmp_path / "p.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}')
+    argv = ["evaluate", f"--workdir={workdir}", f"--path={tmp_path / 'p.jsonl'}", f"--out={out}"]
+    step = lambda r, state, step, *_: evaluated.append(step) or {"scores": {}}  # noqa: E731
+    monkeypatch.setattr(evaluate, "evaluate_step", step)
+    places = f" in {workdir}/checkpoints is "
+    for flags, steps, said in (
+        ([], [0], f"no checkpoint{places}whole"),
+        (["--steps=2"], [], f"checkpoint 2{places}damaged ("),
+    ):
+        evaluated.clear()
+        assert evaluate.main([*argv, *flags]) == 2
+        assert evaluated == steps
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {said}")
+        assert err.count("\n") == 1
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_early(trained, capsys, monkeypatch):
+    """A test may not mount a folder; /proc takes no directory, not even from root."""
+    monkeypatch.setattr(pathlib.Path, "is_mount", lambda path: path == trained / "mount")
+    for out, said in (
+        (trained / "mount", "is a mount point: name a directory in it"),
+        ("/proc/o", ": /proc cannot be written ("),
+    ):
+        assert export.main(["export", f"--workdir={trained}", f"--out={out}"]) == 2
+        assert capsys.readouterr().err.partition(f"error: --out={out}")[2].strip().startswith(said)
 
 
 def test_all_weights_are_no_adapter(tmp_path, capsys):
