@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from copsd_jax.model import lora
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.runtime import checkpoint, failures, nonfinite, storage, workdir
-from copsd_jax.training import loaded_run, run_plan
+from copsd_jax.training import loaded_run, run_plan, train_step
 
 
 def parse_export_flags(argv: list[str]) -> argparse.Namespace:
@@ -66,27 +66,11 @@ def main(argv: list[str]) -> int:
         if args.format == "peft" and config.train.trainable != "lora":
             raise ValueError("--format=peft: train.trainable is full, so there is no adapter")
         plan = run_plan.make_plan(config, train=False, evaluate=False)
-        with (
-            loaded_run.set_mesh_and_precision(plan),
-            checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints,
-        ):
-            saved = checkpoints.steps()
-            if args.format == "base" and args.step != -1:
-                raise ValueError("--format=base: the base has no steps, so --step has no effect")
-            if args.format != "base" and not saved:
-                raise ValueError(f"--workdir={args.workdir} has no checkpoint yet")
-            if args.step not in (-1, *saved):
-                raise ValueError(f"--step={args.step}: the checkpoints are {saved}")
+        _check_step(args)
+        with loaded_run.set_mesh_and_precision(plan):
             r, initial = loaded_run.load_run(plan, config.train.steps)
             with r.grader:
-                if args.format == "base":
-                    state = initial
-                elif args.step == -1:
-                    state = checkpoints.load_newest(initial)
-                else:
-                    state = checkpoints.load(args.step, initial)
-                if state is initial and args.format != "base":
-                    raise ValueError(f"--workdir={args.workdir} has no whole checkpoint")
+                state = initial if args.format == "base" else _load_checkpoint(args, initial)
             step = int(state.step)
             nonfinite.check_finite(state, f"checkpoint {step} of {args.workdir}")
         student = loaded_run.derive_run_policies(r, state)[0]
@@ -101,6 +85,29 @@ def main(argv: list[str]) -> int:
         return failures.report(error)
     print(f"step {step} of {args.workdir} is in {args.out}")
     return 0
+
+
+def _check_step(args: argparse.Namespace) -> None:
+    """Refuses a step without a checkpoint before the weights are loaded."""
+    saved = checkpoint.Checkpoints(args.workdir / "checkpoints").steps()
+    if args.format == "base":
+        if args.step != -1:
+            raise ValueError(f"--step={args.step}: --format=base writes the model before training")
+    elif not saved:
+        raise ValueError(f"--workdir={args.workdir} has no checkpoint yet")
+    elif args.step not in (-1, *saved):
+        raise ValueError(f"--step={args.step}: the checkpoints are {saved}")
+
+
+def _load_checkpoint(args: argparse.Namespace, initial: train_step.State) -> train_step.State:
+    """Loads the checkpoint that --step names, or the newest."""
+    with checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints:
+        if args.step != -1:
+            return checkpoints.load(args.step, initial)
+        state = checkpoints.load_newest(initial)
+    if state is initial:
+        raise ValueError(f"--workdir={args.workdir} has no whole checkpoint")
+    return state
 
 
 if __name__ == "__main__":

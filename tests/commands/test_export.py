@@ -98,6 +98,20 @@ def test_the_exported_adapter_is_the_trained_one(trained, tmp_path, capsys):
     assert "exists and is not empty" in capsys.readouterr().err
 
 
+def test_the_exported_base_is_the_model_before_training(trained, tmp_path, capsys):
+    """It needs no checkpoint; the oracle draws the same random weights again."""
+    shutil.copytree(trained, tmp_path / "w", ignore=shutil.ignore_patterns("checkpoints"))
+    flags = ["export", f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / 'o'}", "--format=base"]
+    assert export.main([*flags, "--step=1"]) == 2
+    assert "--step=1: --format=base writes the model before" in capsys.readouterr().err
+    assert export.main(flags) == 0
+    shape = hf_config.load_config(tmp_path / "o")
+    key = jax.random.fold_in(jax.random.key(runs.config("opsd").seed), loaded_run.WEIGHTS_STREAM)
+    expected = transformer.init_params(shape, key, jnp.float32)
+    found = hf.load_params(tmp_path / "o", shape, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_no_whole_checkpoint_is_an_error_that_is_said_once(
     trained, tmp_path, capsys, monkeypatch
 ):  # fmt: skip
