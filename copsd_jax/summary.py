@@ -76,11 +76,15 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
 
 
 def _describe_golds(kind: str, rows: list[problem_row.Row]) -> str:
-    """Counts the gold answers that the grader cannot read; returns "" if it can read all."""
+    """Counts the rows without a gold answer, and the gold answers that the grader cannot read."""
     golds = {row.id: row.answer for row in rows if row.answer}
-    if not (found := reward_functions.find_unreadable(kind, golds)):
-        return ""
-    return f"; gold answers that the grader cannot read: {len(found):,}, such as {found[0]!r}"
+    said = ""
+    if absent := len(rows) - len(golds):
+        said += f"; rows without a gold answer, which are not graded: {absent:,}"
+    if found := reward_functions.find_unreadable(kind, golds):
+        said += f"; gold answers that the grader cannot read: {len(found):,}, "
+        said += f"such as that of row {found[0]!r}"
+    return said
 
 
 def _describe_data(plan: run_plan.Plan) -> list[str]:

@@ -369,40 +369,52 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def check_gold_answers(kind: str, golds: Mapping[str, str], setting: str) -> None:
+def check_gold_answers(
+    kind: str, golds: Mapping[str, str], setting: str, *, needed: bool = True
+) -> None:
     """Checks before the first rollout that the kind of reward can read all gold answers.
 
     Args:
       kind: the value of reward.kind.
       golds: the gold answer of each row id.
       setting: name of the setting that the rows come from, such as data.path.
+      needed: whether every row must have a gold answer.
 
     Raises:
       ValueError: a gold answer cannot be read; the message names the first row with such an answer.
         With the kind "answer", some answers may be unreadable, but not all.
     """
-    if kind not in REWARDS:
-        return
-    for row, gold in golds.items():
-        _read_gold(kind, gold, f"row {row!r} of {setting}")
-    if golds and len(find_unreadable(kind, golds)) == len(golds):
+    unreadable = find_unreadable(kind, golds)
+    if unreadable and kind != "answer":
+        _read_gold(kind, golds[unreadable[0]], f"row {unreadable[0]!r} of {setting}")
+    if unreadable and len(unreadable) == len(golds):
         row, gold = next(iter(golds.items()))
+        blank = "" if needed else ", or be blank, because a row without it is not graded"
         raise ValueError(
             f"{setting}: the grader can read none of the {len(golds)} gold answers, such as "
-            f"{_shorten(gold)!r} of row {row!r}; the field answer must have the final answer alone"
+            f"{_shorten(gold)!r} of row {row!r}; the field answer must have the final answer "
+            f"alone{blank}"
         )
 
 
 def find_unreadable(kind: str, golds: Mapping[str, str]) -> list[str]:
-    """Finds the rows whose gold answer the grader of answers cannot read.
+    """Finds the rows whose gold answer the kind of reward cannot read.
 
     Args:
       kind: the value of reward.kind.
       golds: the gold answer of each row id.
 
     Returns:
-      The ids of the rows; [] for other kinds than "answer".
+      The ids of the rows; [] for the user's own function, which may read any text.
     """
-    if kind != "answer":
-        return []
-    return [row for row, gold in golds.items() if not comparison.is_readable(gold)]
+    return [row for row, gold in golds.items() if kind in REWARDS and not _is_readable(kind, gold)]
+
+
+def _is_readable(kind: str, gold: str) -> bool:
+    if kind == "answer":
+        return comparison.is_readable(gold)
+    try:
+        _read_gold(kind, gold, "")
+    except ValueError:
+        return False
+    return True

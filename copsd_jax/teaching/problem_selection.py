@@ -28,11 +28,11 @@ def load_train_rows(
         needs=(*needs, *_need_options(config)),
         limit=config.data.limit, registry=registry,
     )  # fmt: skip
-    graded = config.reward.kind != "answer" or "answer" in needs
-    if config_lib.traits(config).samples and graded:
+    if config_lib.traits(config).samples:  # other methods do not grade the training rows
         reward_functions.check_gold_answers(
-            config.reward.kind, {row.id: row.answer for row in rows if row.answer}, "data.path"
-        )
+            config.reward.kind, {row.id: row.answer for row in rows if row.answer}, "data.path",
+            needed="answer" in needs,
+        )  # fmt: skip
     if "other" in contexts.list_inputs(context):
         for lang in {row.lang for row in rows}:
             if len({row.answer for row in rows if row.lang == lang}) < 2:

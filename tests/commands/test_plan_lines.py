@@ -24,20 +24,50 @@ def rows(tmp_path) -> pathlib.Path:
     return path
 
 
-def lines_of(**settings) -> list[str]:
-    plan = run_plan.make_plan(runs.config("opsd", **settings))
+def lines_of(card: str = "opsd", **settings) -> list[str]:
+    plan = run_plan.make_plan(runs.config(card, **settings))
     return summary.summarize_plan(plan, pathlib.Path("w"), False).split("\n")
 
 
 def test_lines_about_data(rows):
     lines = lines_of(data__path=rows)
     (problems,) = [line for line in lines if line.startswith("  problems ")]
-    assert problems.endswith("gold answers that the grader cannot read: 1, such as 'row4'")
+    assert problems.endswith("answers that the grader cannot read: 1, such as that of row 'row4'")
     assert "  a step takes 8 en problems, but there are 5: some are repeated" in lines
     assert "  the evaluation uses bundled problems, because eval.path is the default" in lines
     said = "\n".join(lines_of())
     for words in ("cannot read", "are repeated", "bundled problems, because"):
         assert words not in said
+
+
+CHOICE = {"reward__kind": "choice", "prompt__answer": "choice"}
+
+
+@pytest.mark.parametrize(
+    "card, settings, gold, said",
+    [
+        ("opsd", {}, "18", "dropped: none"),
+        ("opsd", {}, "", "; rows without a gold answer, which are not graded: 8"),
+        ("sft", {}, "???", "grader cannot read: 8, such as that of row 'row1'"),
+        ("sft", CHOICE, "the second", "grader cannot read: 8, such as that of row 'row1'"),
+    ],
+)
+def test_files_without_a_readable_gold_answer(tmp_path, card, settings, gold, said):
+    record = {"problem": "What is 9 + 9?", "solution": "9 + 9 = 18", "answer": gold}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(record)] * 8))
+    lines = lines_of(card, data__path=path, eval__path="", **settings)
+    (problems,) = [line for line in lines if line.startswith("  problems ")]
+    assert problems.endswith(said)
+
+
+def test_a_run_that_grades_needs_a_gold_answer_that_can_be_read(tmp_path):
+    record = {"problem": "What is 9 + 9?", "solution": "9 + 9 = 18", "answer": "???"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(record)] * 8))
+    for card, end in (("opsd", "or be blank, because a row .* graded"), ("grpo", "answer alone")):
+        with pytest.raises(ValueError, match=rf"^data\.path: the grader can read none .*{end}$"):
+            lines_of(card, data__path=path, eval__path="")
 
 
 def test_evaluation_without_checkpoints(tmp_path, capsys):

@@ -429,6 +429,16 @@ def test_gold_answers_of_which_none_can_be_read():
     ) as e:
         check("answer", {"row1": prose, "row2": prose}, "data.path")
     assert "\n" not in str(e.value)
+    assert str(e.value).endswith("the field answer must have the final answer alone")
+    with pytest.raises(ValueError, match=r"alone, or be blank, because a row without it is not gr"):
+        check("answer", {"row1": prose}, "data.path", needed=False)
     check("answer", {"row1": prose, "row2": "7"}, "data.path")
-    assert reward_functions.find_unreadable("answer", {"row1": prose, "row2": "7"}) == ["row1"]
-    assert reward_functions.find_unreadable("choice", {"row1": prose}) == []
+    golds = {"row1": prose, "row2": "7", "row3": "B", "row4": call("f", a=1)}
+    unreadable = {
+        "answer": ["row1", "row4"],
+        "choice": ["row1", "row2", "row4"],
+        "tool_call": ["row1", "row2", "row3"],
+        "module:function": [],
+    }
+    for kind, rows in unreadable.items():
+        assert reward_functions.find_unreadable(kind, golds) == rows
