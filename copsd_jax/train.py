@@ -31,6 +31,7 @@ from copsd_jax.runtime import (
     workdir,
 )
 from copsd_jax.servers import author_server, sampler_server
+from copsd_jax.teaching import prompts
 from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
 from copsd_jax.training.train_step import State
 from copsd_jax.weights import hub, initial_weights
@@ -51,6 +52,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
         the directory cannot be written to. The error's message is one sentence.
     """
     processes.run_on_leader(lambda: run_lock.check(directory))
+    date = config.prompt.date
     found = continuation.compare_settings(directory, config_lib.flat(config))
     config_lib.assign(config, found.taken)
     _choose_at_start(config, directory)
@@ -70,6 +72,8 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
         updates = processes.run_on_leader(lambda: metric_files.count_updates(directory, done))
         before = found.changed["train.steps"][0]
         lines.append(summary.summarize_new_schedule(config, before, done, updates))
+    if date and not (config.prompt.template == "chat" and prompts.shows_date(plan.tokenizer)):
+        lines.append(f"prompt.date is {date!r}: it has no effect, because no prompt shows a date")
     if lines:
         print(*lines, sep="\n", flush=True)
     return plan, found.known

@@ -35,6 +35,19 @@ _TOKEN_LOSS = Condition(
     "a method without a teacher, or policy.weight above 0",
     lambda s: not methods.METHODS[s["method"]].teacher or s["policy.weight"] > 0,
 )
+_LANGUAGES = Condition("several languages in data.lang", lambda s: len(s["data.lang"]) > 1)
+# The fields of bundled files have the expected names.
+_TRAIN_FIELDS = Condition(
+    "a data.path, or a prompt.exemplars_path in use, that is not bundled",
+    lambda s: (
+        not s["data.path"].startswith("bundled:")
+        or (s["prompt.exemplars"] > 0 and not s["prompt.exemplars_path"].startswith("bundled:"))
+    ),
+)
+_EVAL_FIELDS = Condition(
+    "an eval.path that is not bundled",
+    lambda s: s["eval.path"] and not s["eval.path"].startswith("bundled:"),
+)
 _EXEMPLARS = Condition("prompt.exemplars above 0", lambda s: s["prompt.exemplars"] > 0)
 _CONTEXT = ListedBy("context.kind")
 _FALLBACK = Condition(
@@ -85,9 +98,10 @@ SETTINGS: dict[str, Setting] = {
     "data.path": declare("bundled:train", "JSONL, JSON list, parquet, TSV, tfds:NAME/SPLIT or "
         "bundled:NAME"),
     "data.lang": declare(("en",), "languages of the problems, as codes in languages.json"),
-    "data.weights": declare((), "share of each language in a step; () for equal shares"),
+    "data.weights": declare((), "share of each language in a step; () for equal shares", None,
+        _LANGUAGES),
     "data.fields": declare("", "names of the fields in the file, such as "
-        "'problem=question,answer=final'"),
+        "'problem=question,answer=final'", None, _TRAIN_FIELDS),
     "data.missing": declare("error", "if a row lacks a needed field: stop, or drop and count the "
         "row", one_of("error", "drop")),
     "data.overlong": declare("drop", "if a prompt exceeds prompt.max_tokens or teacher.max_tokens: "
@@ -321,7 +335,7 @@ SETTINGS: dict[str, Setting] = {
         _LORA),
 
     "eval.path": declare("bundled:held_out", "like data.path, but for evaluation; '' for none"),
-    "eval.fields": declare("", "like data.fields, but for eval.path"),
+    "eval.fields": declare("", "like data.fields, but for eval.path", None, _EVAL_FIELDS),
     "eval.lang": declare((), "like data.lang, but for evaluation; () for data.lang"),
     "eval.limit": declare(0, "read only the first n records of the source; 0 for all", whole(0)),
     "eval.every": declare(0, "steps between evaluations during training; 0: only before and after",

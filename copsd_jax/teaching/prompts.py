@@ -72,6 +72,11 @@ def has_thinking(tokenizer: Tokenizer) -> bool:
     return on != off
 
 
+def shows_date(tokenizer: Tokenizer) -> bool:
+    """Tells whether the chat template can show today's date (the function `strftime_now`)."""
+    return "strftime_now" in tokenizer.get_chat_template()
+
+
 def _render_chat_template(
     tokenizer: Tokenizer, messages: list[dict], thinking: str, date: str = "", prompt: bool = True
 ) -> str:
@@ -86,9 +91,8 @@ def _render_chat_template(
         options["enable_thinking"] = thinking != "off"
     # A chat template is a program, which can raise exceptions of any kind.
     try:
-        template = tokenizer.get_chat_template()
-        if date and "strftime_now" in template:
-            options["chat_template"] = _fix_date(date) + template
+        if date and shows_date(tokenizer):
+            options["chat_template"] = _fix_date(date) + tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(messages, **options)
     except Exception as error:
         raise ValueError(_explain_template(tokenizer, error)) from error

@@ -2,14 +2,16 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 import runs
 
-from copsd_jax import evaluate, summary
+from copsd_jax import evaluate, summary, train
 from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import workdir
 from copsd_jax.training import run_plan
+from copsd_jax.weights import hub, tokenizer
 
 
 @pytest.fixture
@@ -40,6 +42,7 @@ def test_lines_about_data(rows):
         assert words not in said
 
 
+PLAIN = {f"{side}__thinking": "none" for side in ("prompt", "teacher", "eval")}
 CHOICE = {"reward__kind": "choice", "prompt__answer": "choice"}
 
 
@@ -68,6 +71,28 @@ def test_a_run_that_grades_needs_a_gold_answer_that_can_be_read(tmp_path):
     for card, end in (("opsd", "or be blank, because a row .* graded"), ("grpo", "answer alone")):
         with pytest.raises(ValueError, match=rf"^data\.path: the grader can read none .*{end}$"):
             lines_of(card, data__path=path, eval__path="")
+
+
+@pytest.mark.parametrize(
+    "settings, opening, noted",
+    [
+        ({"prompt__date": "2026-01-31"}, "", True),
+        ({}, "", False),
+        ({"prompt__date": "2026-01-31"}, "{{ strftime_now('%d %b %Y') }}", False),
+        (
+            {"prompt__date": "2026-01-31", "prompt__template": "plain"} | PLAIN,
+            "{{ strftime_now('%d %b %Y') }}", True,
+        ),
+    ],
+)  # fmt: skip
+def test_a_date_that_no_prompt_shows(tmp_path, capsys, settings, opening, noted):
+    folder = shutil.copytree(hub.resolve_model_path("tiny"), tmp_path / "tok")
+    template = tokenizer.load(folder).chat_template
+    (folder / "chat_template.jinja").write_text(opening + template)
+    own = {"model__tokenizer": folder, "data__limit": 8, "eval__path": ""} | settings
+    train.prepare(runs.config("opsd", **own), tmp_path / "w")
+    note = "prompt.date is '2026-01-31': it has no effect, because no prompt shows a date\n"
+    assert (note in capsys.readouterr().out) == noted
 
 
 def test_evaluation_without_checkpoints(tmp_path, capsys):
