@@ -27,7 +27,7 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
       directory: the work directory.
       continued: whether the directory already contains the run.
     """
-    c, shape = plan.config, plan.model_config
+    c, shape, spell = plan.config, plan.model_config, config_lib.spell_count
     size, platform = memory.count_parameters(plan), sharding.platform(plan.mesh)
     completions = config_lib.completions_per_step(c)
     rank = f" rank {c.lora.rank}" if c.train.trainable == "lora" else ""
@@ -45,9 +45,9 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
         f"  evaluation  {c.eval.path or 'none'}: {_count_languages(plan.eval_rows)}; dropped: "
         f"{_format_counts(plan.eval_dropped)}{_describe_golds(c.reward.kind, plan.eval_rows)}",
         *_describe_data(plan),
-        f"  a step      {c.train.batch} problems x {c.rollout.per_prompt} completions of at most "
-        f"{c.rollout.max_tokens} tokens = at most {completions * c.rollout.max_tokens:,} tokens; "
-        f"{c.train.steps} steps",
+        f"  a step      {spell(c.train.batch, 'problem')} x "
+        f"{spell(c.rollout.per_prompt, 'completion')} of at most {c.rollout.max_tokens} tokens = "
+        f"at most {completions * c.rollout.max_tokens:,} tokens; {spell(c.train.steps, 'step')}",
         f"  prompts     at most {plan.longest['student']} tokens (student), "
         f"{plan.longest['teacher']} (teacher)",
         f"  devices     {plan.mesh.size} x {platform}, mesh {dict(plan.mesh.shape)}",
@@ -97,8 +97,8 @@ def _describe_data(plan: run_plan.Plan) -> list[str]:
         taken = int(c.train.batch * weight / sum(weights))
         if counts[lang] < taken and c.train.steps:
             lines.append(
-                f"  a step takes {taken} {lang} problems, but there are {counts[lang]}: some are "
-                "repeated"
+                f"  a step takes {config_lib.spell_count(taken, f'{lang} problem')}, but the data "
+                f"have {counts[lang]}: some are repeated"
             )
     own = not c.data.path.startswith("bundled:")
     if own and c.eval.path == config_lib.default().eval.path:
@@ -303,8 +303,8 @@ def summarize_ending(
     steps = plan.config.train.steps
     if skipped := processes.run_on_leader(lambda: metric_files.count_failed(directory, steps)):
         lines.append(
-            f"{skipped} steps were skipped, because no completion, reply or reward was usable "
-            "(metric `failed`)"
+            f"skipped {config_lib.spell_count(skipped, 'step')}, because no completion, reply or "
+            "reward was usable (metric `failed`)"
         )
     if stopped:
         lines.append(f"stopped by a guard: {stopped}")

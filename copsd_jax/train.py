@@ -299,7 +299,8 @@ def _restore_guards(
                 "from events.jsonl, to continue without it"
             )
     if lost := len(said) - len(read):
-        print(f"{file} lacked {lost} events: they are rebuilt from metrics.jsonl", flush=True)
+        count = config_lib.spell_count(lost, "event")
+        print(f"{file} lacked {count}, rebuilt from metrics.jsonl", flush=True)
     if said != every:  # events of later steps are written again, if they happen again
         workdir.write_jsonl(file, said)
     return guard, said

@@ -89,7 +89,8 @@ def check_shards(config: config_lib.Config, devices: int) -> None:
     name = "train.micro_batch" if s["train.micro_batch"] else "train.batch"
     micro = s["train.micro_batch"] or config_lib.completions_per_step(config)
     if micro % devices and s["train.pack"] == "off":
-        rule = f"{micro} completions per micro-batch cannot be split over {devices} devices"
+        count = config_lib.spell_count(micro, "completion")
+        rule = f"{count} per micro-batch cannot be split over {devices} devices"
         refuse(s, name, f"{rule} (mesh.data x mesh.fsdp)")
 
 

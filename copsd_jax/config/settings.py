@@ -106,6 +106,11 @@ def show(value: object) -> str:
     return shown if len(shown) <= 120 else f"{shown[:120]}…"
 
 
+def spell_count(number: int, noun: str) -> str:
+    """Returns a number with its noun in singular or plural, such as "1 step" or "2 steps"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def completions_per_step(config: Config) -> int:
     """Returns the number of completions per step: problems x samples per problem."""
     return config.train.batch * config.rollout.per_prompt
@@ -155,9 +160,15 @@ def split_lists(config: Config) -> None:
 
 
 def unknown_setting(name: str) -> str:
-    """Returns an error message that names an unknown setting and the most similar settings."""
+    """Returns an error message that names an unknown setting and the settings it may stand for."""
     if name in RETIRED:
         return f"--config.{name} no longer exists: leave it out, as if it were {RETIRED[name]!r}"
+    section = f"{name.rstrip('.')}."
+    if inner := [k.removeprefix(section) for k in SETTINGS if k.startswith(section)]:
+        return (
+            f"--config.{name} is a section of settings: write --config.{section}NAME=VALUE, where "
+            f"NAME is one of {', '.join(inner)}"
+        )
     near = difflib.get_close_matches(name, SETTINGS, n=3, cutoff=0.5)
     same_end = [k for k in SETTINGS if k.split(".")[-1] == name.split(".")[-1]]
     same_end.sort(key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())

@@ -226,7 +226,7 @@ def _advise(change: dict[str, Any]) -> str:
 def format_report(report: dict[str, Any]) -> str:
     """Returns the report as readable text."""
     caps = ", ".join(f"{name} {value}" for name, value in report["lengths"].items() if value)
-    devices = f"{report['devices']} devices, mesh {report['mesh']}"
+    devices = f"{config_lib.spell_count(report['devices'], 'device')}, mesh {report['mesh']}"
     lines = [report["sentence"], "", f"target      {report['target']}: {devices}"]
     lines += [f"whole       {report['whole']}"] if report["whole"] else []
     lines += [f"lengths     at most: {caps}", "", "memory on each device, GiB"]

@@ -114,7 +114,7 @@ def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
 def _read_languages_file(path: pathlib.Path) -> dict[str, Language]:
     """Reads the languages in one file, and checks each language."""
     if not path.is_file():
-        raise FileNotFoundError(f"no languages file at {path}")
+        raise FileNotFoundError(f"languages_file is '{path}': there is no such file")
     try:
         content = json.loads(
             path.read_bytes().decode("utf-8"), object_pairs_hook=record_files.build_object

@@ -6,6 +6,7 @@ the file and the line or row.
 
 import collections
 import decimal
+import errno
 import importlib
 import json
 import math
@@ -74,14 +75,16 @@ def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> 
             raise ValueError(f"{setting} is {path!r}: the choices are {choices}")
         return _read_json(path, bundled.find_file(name).read_bytes())
     file = pathlib.Path(os.path.expanduser(path))
-    if file.suffix not in SUFFIXES:
-        raise ValueError(
-            f"{setting} is {path!r}: a file must end in {', '.join(SUFFIXES)}; "
-            "other choices are bundled:NAME and tfds:NAME/SPLIT"
-        )
     try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder; name one file in it")
+        if file.suffix not in SUFFIXES:
+            raise ValueError(
+                f"{setting} is {path!r}: a file must end in {', '.join(SUFFIXES)}; "
+                "other choices are bundled:NAME and tfds:NAME/SPLIT"
+            )
         if not file.is_file():
-            raise FileNotFoundError(2, "there is no such file")
+            raise FileNotFoundError(errno.ENOENT, "there is no such file")
         raw = file.read_bytes()
     except OSError as error:
         raise type(error)(f"{setting} is {path!r}: {error.strerror}") from error

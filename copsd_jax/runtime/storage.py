@@ -65,7 +65,9 @@ def explain(path: pathlib.Path, action: str = "written") -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason, culprit = error.strerror or str(error), error.filename
+        if culprit is not None and str(culprit) not in (str(path), f"{path}{PART}"):
+            reason += f": {culprit}"  # such as a file that has the name of a folder in `path`
         raise StorageError(f"{path} cannot be {action} ({reason})") from error
 
 

@@ -34,9 +34,13 @@ def escape(text: str) -> str:
 def spell_error(error: BaseException) -> str:
     """Returns the message of an error on one line, without control characters and hub tokens.
 
-    Messages of other libraries may contain the headers of a request.
+    Messages of other libraries may contain the headers of a request. The message of a system error
+    is its file and its reason, without "[Errno 36]".
     """
-    text = escape(" ".join(str(error).splitlines()))
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    text = escape(" ".join(text.splitlines()))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         for part in os.environ.get(name, "").split():
             text = text.replace(part, f"[{name}]") if len(part) >= 8 else text

@@ -36,7 +36,8 @@ def check_author_server(config: config_lib.Config, longest: int | None) -> None:
         server, client.read_key(server), what, what.url, threading.Event()
     )
     if outcome.status != "ok" or not outcome.value:
-        problem = f"{what.url} did not list its models in {attempts} attempts ({outcome.status})"
+        count = config_lib.spell_count(attempts, "attempt")
+        problem = f"{what.url} did not list its models in {count} ({outcome.status})"
         problem = f"{what.url} lists no models" if outcome.status == "ok" else problem
         cached = server.cache and any(pathlib.Path(server.cache).glob("*.json"))
         empty = outcome.status in ("ok", "bad_reply")

@@ -43,6 +43,7 @@ from typing import Any
 
 import numpy as np
 
+from copsd_jax.config import settings as config_lib
 from copsd_jax.sampler import loop, request
 from copsd_jax.servers import client, dialects
 
@@ -194,7 +195,8 @@ def _request_completion(
     once = keeper.build_attempt(lambda: client.attempt_call(server.api, key, what, stop), stop)
     outcome, attempts = client.repeat_call(server.api, once, name, stop, server.patience)
     if outcome.status != "ok":
-        problem = f"no completion in {attempts} attempts ({outcome.status}): {outcome.detail}"
+        count = config_lib.spell_count(attempts, "attempt")
+        problem = f"no completion in {count} ({outcome.status}): {outcome.detail}"
         if outcome.status == "unreachable":
             raise OSError(f"{url} gave {problem}")
         return loop.drop_tokens("failed", problem)
@@ -529,6 +531,7 @@ def _call_server(
     outcome, attempts = client.send_call(server.api, key, what, what.url, stop, server.patience)
     if outcome.status == "ok":
         return outcome.value
-    problem = f"did not {task} in {attempts} attempts ({outcome.status})"
+    count = config_lib.spell_count(attempts, "attempt")
+    problem = f"did not {task} in {count} ({outcome.status})"
     hint = f" ({needs})" if needs else ""
     raise OSError(f"{what.url} {problem}: {outcome.detail}{hint}")

@@ -85,7 +85,8 @@ def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, 
     )  # fmt: skip
     if len(rows) < count:
         raise ValueError(
-            f"prompt.exemplars is {count}: {config.prompt.exemplars_path} has only {len(rows)} rows"
+            f"prompt.exemplars is {count}: {config.prompt.exemplars_path} has only "
+            f"{config_lib.spell_count(len(rows), 'row')}"
         )
     return tuple(rows[:count])
 

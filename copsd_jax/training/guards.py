@@ -28,6 +28,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import token_stats
 from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import replies, teacher_prompts, token_selection
@@ -260,7 +261,7 @@ def _format_guard_event(rule: Rule, step: int, value: float, limit: float, over:
     """Formats an event's message."""
     side = "beyond" if math.isnan(value) else "above" if rule.above else "below"
     relative = f" ({rule.limit:.4g} x its first value)" if rule.relative else ""
-    since = f"for {over} steps" if over > 1 else "for 1 step"
+    since = f"for {config_lib.spell_count(over, 'step')}"
     lowered = f"the learning rate is multiplied by {rule.factor:.4g}"
     done = {"warn": "a warning", "stop": "the run stops", "lr": lowered}[rule.action]
     return (

@@ -35,9 +35,12 @@ def test_lines_about_data(rows):
     lines = lines_of(data__path=rows)
     (problems,) = [line for line in lines if line.startswith("  problems ")]
     assert problems.endswith("answers that the grader cannot read: 1, such as that of row 'row4'")
-    assert "  a step takes 8 en problems, but there are 5: some are repeated" in lines
+    assert "  a step takes 8 en problems, but the data have 5: some are repeated" in lines
     assert "  the evaluation uses bundled problems, because eval.path is the default" in lines
-    said = "\n".join(lines_of())
+    (step,) = [line for line in lines if line.startswith("  a step  ")]
+    assert step.startswith("  a step      8 problems x 1 completion of at most ")
+    said = "\n".join(lines_of(train__steps=1))
+    assert " tokens; 1 step\n" in said
     for words in ("cannot read", "are repeated", "bundled problems, because"):
         assert words not in said
 

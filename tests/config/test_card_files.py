@@ -86,7 +86,7 @@ def test_a_card_may_have_a_dataclass(tmp_path):
         (["train.steps=3\n4"], r"is '3\\n4'"),
         (["train.steps"], "--config.train.steps needs a value"),
         (["data.lang=sw", "data.lang=fr"], "occurs twice.*write several values with commas"),
-        (["train=3"], "--config.train is not a setting: did you mean"),
+        (["train=3"], "--config.train is a section .* where NAME is one of steps, batch, "),
         (["rollout.stop=a b,"], "^--config.rollout.stop=a b,"),
         (["data.lang=" + "-" * 100_000 + "1"], "^a value of .* is nested too deeply$"),
     ],

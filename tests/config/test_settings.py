@@ -126,6 +126,15 @@ def test_unknown_settings_get_the_likely_ones():
     assert "train.steps" in config_lib.unknown_setting("trian.steps")
     assert "--help" in config_lib.unknown_setting("qqqqqq")
     assert "leave it out" in config_lib.unknown_setting("loss.skip_below")
+    for name in ("teacher", "teacher."):
+        said = f"--config.{name} is a section of settings: write --config.teacher.NAME=VALUE, "
+        wanted = said + "where NAME is one of weights, rho, ema_decay, thinking, max_tokens"
+        assert config_lib.unknown_setting(name) == wanted
+
+
+def test_counts_are_singular_or_plural():
+    counts = [config_lib.spell_count(number, "step") for number in (0, 1, 2, 1000)]
+    assert counts == ["0 steps", "1 step", "2 steps", "1000 steps"]
 
 
 def test_lists_on_the_command_line_are_split_at_commas():

@@ -196,7 +196,7 @@ def test_every_field_is_required(tmp_path, field):
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no languages file at"):
+        with pytest.raises(FileNotFoundError, match="there is no such file"):
             languages.load_languages(str(path))
 
 

@@ -192,8 +192,11 @@ def test_field_maps_name_their_own_setting(tmp_path):
     refuse(path, r"and eval\.fields can map", setting="eval.path")
 
 
-def test_a_home_that_does_not_exist_is_no_file():
+def test_a_home_that_does_not_exist_and_a_folder_are_no_files(tmp_path):
     refuse("~nobody-here/d.jsonl", "there is no such file", FileNotFoundError)
+    for name in ("folder", "folder.jsonl"):
+        (tmp_path / name).mkdir()
+        refuse(str(tmp_path / name), "it is a folder; name one file in it", IsADirectoryError)
     refuse("/" + "a" * 300 + ".jsonl", "File name too long", OSError)
 
 

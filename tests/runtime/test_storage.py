@@ -31,6 +31,14 @@ def test_a_failed_write_leaves_the_file_before(tmp_path, monkeypatch):
         workdir.write_jsonl(tmp_path / "absent/x", [])
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "eval").touch()
+    with pytest.raises(storage.StorageError) as caught:
+        workdir.create(tmp_path, {}, {})
+    wanted = f"{tmp_path} cannot be written (File exists: {tmp_path / 'eval'})"
+    assert str(caught.value) == wanted
+
+
 def test_a_line_for_which_there_is_no_room_leaves_no_part(tmp_path, monkeypatch):
     """The disk takes three bytes of the record."""
     with storage.Appender(tmp_path / "x") as file:
@@ -56,7 +64,7 @@ def test_metrics_of_a_removed_directory(tmp_path):
     ("error", "said"),
     [
         (storage.StorageError("W/x cannot be written (No space left)"), "written (No space left)"),
-        (OSError(errno.EROFS, "Read-only file system", "y"), "Read-only file system: 'y'"),
+        (OSError(errno.EROFS, "Read-only file system", "y"), "y: Read-only file system"),
         (failures.UnusableFile("W/x is damaged"), "W/x is damaged"),
     ],
 )

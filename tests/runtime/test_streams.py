@@ -61,3 +61,11 @@ def test_messages_have_no_tokens_of_the_hub(monkeypatch):
     assert said == r"Illegal header value b'Bearer [HF_TOKEN]\n[HF_TOKEN]'"
     monkeypatch.setenv("HF_TOKEN", "short")
     assert streams.spell_error(ValueError("short \x1b")) == r"short \x1b"
+
+
+def test_errors_of_the_system_have_no_number(tmp_path):
+    name = tmp_path / ("a" * 300)
+    with pytest.raises(OSError, match="Errno 36") as caught:
+        name.read_text()
+    assert streams.spell_error(caught.value) == f"{name}: File name too long"
+    assert streams.spell_error(OSError("the disk is gone")) == "the disk is gone"

@@ -221,7 +221,7 @@ def test_a_step_without_any_completion_is_skipped(stub, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 2 is skipped: 8 of 8 completions failed, the first: " in out
     assert "step 2 is not saved, because it was skipped" in out
-    assert "1 steps were skipped, because no completion, reply or reward was usable" in out
+    assert "skipped 1 step, because no completion, reply or reward was usable" in out
     assert checkpoint.Checkpoints(tmp_path / "checkpoints").steps() == [1, 3]
     # The same command again adds nothing, and ends as before.
     assert main.main(runs.argv("opsd", tmp_path, **sampled(stub))) == 4
@@ -320,9 +320,9 @@ def test_a_refusal_at_first_counts_if_no_later_reply_is_usable(stub, tmp_path):
          "author.model is 'critic': {url} serves 'critic-32b'"),
         ((200, [{"id": "tiny", "max_model_len": 512}]), {"author__max_tokens": 512},
          "author.max_tokens is 512: with a prompt, this exceeds the 512 tokens that {url} allows"),
-        ((401, "no key"), {}, "{url}/models did not list its models in 1 attempts (refused): HTTP"),
+        ((401, "no key"), {}, "{url}/models did not list its models in 1 attempt (refused): HTTP"),
         ((500, "down"), {}, "(server_error): HTTP 500"),
-        (None, {}, "did not list its models in 1 attempts (unreachable)"),
+        (None, {}, "did not list its models in 1 attempt (unreachable)"),
     ],
 )  # fmt: skip
 def test_a_critic_is_asked_before_training(stub, tmp_path, capsys, models, changes, words):

@@ -546,7 +546,8 @@ def test_a_server_that_fails_for_one_row(engine, fault, attempts, words):
     early = {}
     made = generate(server_of(engine, **patience), prompts, done=early.__setitem__).completions
     assert (made[3].ids, made[3].finish, made[3].dropped) == ((), "failed", True)
-    assert made[3].detail.startswith(f"no completion in {attempts} attempts ")
+    count = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+    assert made[3].detail.startswith(f"no completion in {count} ")
     assert words in made[3].detail
     assert KEY not in made[3].detail
     assert made[3].detail.isprintable()
@@ -566,7 +567,7 @@ def test_a_server_that_fails_for_most_rows_is_not_asked_for_the_rest(engine):
     assert time.monotonic() - begun < 8
     assert {one.finish for one in made} == {"failed"}
     assert V // 2 + 1 <= sum(engine.seen.values()) <= V // 2 + 2  # the next one may have begun
-    said = f"given up after {V // 2 + 1} of {V} had failed, the last: no completion in 1 attempts"
+    said = f"given up after {V // 2 + 1} of {V} had failed, the last: no completion in 1 attempt"
     assert [one.detail.startswith(said) for one in made] == [i > V // 2 for i in range(V)]
 
 

@@ -362,7 +362,7 @@ def test_a_server_that_is_not_there(tmp_path, capsys):
         argv = runs.argv("opsd", tmp_path / "w", **settings, sampler__retries=0)
         assert main.main(argv) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {url}/models did not list its models in 1 attempts (unreach")
+    assert said.startswith(f"error: {url}/models did not list its models in 1 attempt (unreach")
 
 
 def test_clips_that_a_servers_numbers_allow(engine):
