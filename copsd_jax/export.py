@@ -43,7 +43,7 @@ def parse_export_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def _check_out(out: pathlib.Path) -> None:
-    """Refuses a directory that is neither new nor empty, or that cannot get its name.
+    """Refuses a directory that is neither new nor empty, or that cannot be created.
 
     The files are written to a directory beside `out`, which is then renamed to `out`.
     """

@@ -88,10 +88,9 @@ def main(argv: list[str]) -> int:
             )
         malloc.keep_freed_memory()
         from copsd_jax import train
-        from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, run_lock, sharding
+        from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, run_lock
 
         processes.join_processes(config)
-        sharding.list_devices()
         plan, continued = train.prepare(config, workdir)
     except (ValueError, OSError) as error:
         print(f"error: {streams.spell_error(error)}", file=sys.stderr)

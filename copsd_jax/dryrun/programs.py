@@ -6,7 +6,6 @@ assumed to be as long as the settings allow.
 """
 
 import dataclasses
-import pathlib
 import re
 import sys
 import time
@@ -24,7 +23,7 @@ from copsd_jax.dryrun import memory, program_cost, targets
 from copsd_jax.losses import token_blocks
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
-from copsd_jax.runtime import sharding
+from copsd_jax.runtime import sharding, storage
 from copsd_jax.sampler import engine, loop, request
 from copsd_jax.training import (
     backends,
@@ -164,8 +163,9 @@ def find_dry_run_model(config: config_lib.Config) -> transformer.ModelConfig:
     """
     m = config.model
     name = m.shape if m.init == "random" else ""
-    if not name and pathlib.Path(m.path).is_dir():
-        return hf_config.load_config(pathlib.Path(m.path))
+    folder = storage.parse_path(m.path)
+    if not name and folder.is_dir():
+        return hf_config.load_config(folder)
     name = name or m.path.rstrip("/").split("/")[-1].lower()
     plain = re.sub(r"[-.]", "_", name.removeprefix("llm-"))
     known = [key for key in transformer.SHAPES if plain == key or plain.startswith(f"{key}_")]

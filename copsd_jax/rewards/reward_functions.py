@@ -23,6 +23,7 @@ import json
 import math
 import numbers
 import re
+import signal
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -292,9 +293,15 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
 
 # ---- a function named in the config ----------------------------------------------------------
 
-# The exceptions of a user's module or function. Signals do not raise KeyboardInterrupt in a run.
-# `signals.Stopped`, by which a signal leaves a step, is none of them.
-USER_ERRORS = (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError)
+
+def is_user_error(error: BaseException) -> bool:
+    """Returns whether a user's module or function raised an exception, and not a signal.
+
+    In a run, signals raise no KeyboardInterrupt. `signals.Stopped` must end the step.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    return isinstance(error, Exception | SystemExit | asyncio.CancelledError)
 
 
 def import_function(kind: str) -> Callable | None:
@@ -312,7 +319,9 @@ def import_function(kind: str) -> Callable | None:
             raise ValueError("the kind is unknown")
         function: Any = getattr(importlib.import_module(module_name), name)
         inspect.signature(function).bind("gold", "text")
-    except USER_ERRORS as error:
+    except BaseException as error:
+        if not is_user_error(error):
+            raise
         raise ValueError(
             f"reward.kind is {kind!r}: the choices are {', '.join(REWARDS)}, or module:function, "
             f"which names an importable function of (gold, text); {type(error).__name__}: {error}"
@@ -330,9 +339,9 @@ def _compute_verdict(function: Callable, gold: str, text: str) -> Verdict:
             raise TypeError("the result is neither a number nor (number, text)")
         if not math.isfinite(pair[0]):
             raise ValueError("the number is not finite")
-    except MemoryError:
-        raise  # a fault of the machine
-    except USER_ERRORS as error:
+    except BaseException as error:
+        if isinstance(error, MemoryError) or not is_user_error(error):
+            raise  # a lack of memory is a fault of the machine
         return Verdict(0.0, None, None, f"raised:{type(error).__name__}", "")
     return Verdict(float(pair[0]), None, None, "computed", pair[1])
 

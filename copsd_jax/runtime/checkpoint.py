@@ -17,6 +17,7 @@ import pathlib
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ class DamagedCheckpoint(UnusableCheckpoint):
 
 @contextlib.contextmanager
 def _silence_orbax() -> Iterator[None]:
-    """Drops what Orbax logs within the block.
+    """Drops Orbax's log messages within the block.
 
     Orbax logs an error of the disk three times, in 300 lines, and raises it as well.
     """
@@ -71,25 +72,33 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def _find_disk_error(error: BaseException) -> str:
+    """Returns the text of an error of the disk that Orbax reports; "" for another error."""
+    numbers = (*storage.DISK_ERRORS, errno.EACCES, errno.EPERM)
+    return next((text for text in map(os.strerror, numbers) if text in str(error)), "")
+
+
 def _raise_if_unreadable(folder: pathlib.Path, error: Exception) -> None:
     """Raises a StorageError if an error of Orbax is a refusal or a failure of the disk.
 
     Orbax reports the errors of some files only as text.
     """
-    failed = [os.strerror(number) for number in (*storage.DISK_ERRORS, errno.EACCES, errno.EPERM)]
-    if reason := next((text for text in failed if text in str(error)), ""):
+    if reason := _find_disk_error(error):
         raise storage.StorageError(f"{folder} cannot be read ({reason})") from error
 
 
 def _read_added_metadata(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the entries that `save` added to the metadata of a checkpoint."""
     metadata: Any = ocp.checkpointables_metadata(str(folder.resolve()))
-    return {"shapes": metadata.custom_metadata["shapes"], **metadata.custom_metadata}
+    return dict(metadata.custom_metadata or {})
 
 
 def _compare_shapes(folder: pathlib.Path, prefix: str, like: Any) -> None:
     """Compares the shapes of the saved leaves whose names begin with `prefix` with `like`."""
-    old, new = _read_added_metadata(folder)["shapes"], _shapes(like)
+    added, new = _read_added_metadata(folder), _shapes(like)
+    if "shapes" not in added:
+        return  # a state in W/bad of an earlier version, which `_load` refuses if it does not fit
+    old = added["shapes"]
     old = {name: shape for name, shape in old.items() if name.startswith(prefix)}
     saved, wanted = (
         {name: f"{dtype} {tuple(shape)}" for name, (shape, dtype) in shapes.items()}
@@ -185,8 +194,7 @@ class Checkpoints:
         elif self._thread is not None:
             # After an error, the other processes may not get here, so this process waits alone.
             self._thread.join()
-            # One sentence is enough for a disk that fails, or for a removed work directory.
-            if self._failure and not issubclass(kind, storage.StorageError):
+            if self._failure:
                 print(f"error: {self._failure}", file=sys.stderr)
 
     def steps(self) -> list[int]:
@@ -261,14 +269,7 @@ class Checkpoints:
     def _finish(
         self, step: int, part: pathlib.Path, response: Any, until_saved: contextlib.ExitStack
     ) -> None:
-        """Waits for Orbax and ends a save, in a thread that may run no program for devices.
-
-        Args:
-          step: the step that is saved.
-          part: the folder that Orbax writes.
-          response: the pending result of Orbax.
-          until_saved: the contexts that end with the save.
-        """
+        """Waits for Orbax and ends a save, in a thread that may run no program for devices."""
         try:
             response.result()
             if processes.is_leader():
@@ -278,6 +279,8 @@ class Checkpoints:
             place = self._directory / str(step)
             sentence = f"{place} cannot be written ({_first_line(error)})"
             self._failure = str(error) if isinstance(error, storage.StorageError) else sentence
+            if not isinstance(error, OSError) and not _find_disk_error(error):
+                traceback.print_exception(error)  # in place of what Orbax logs
             if processes.is_leader():
                 with contextlib.suppress(OSError):
                     for path in self._directory.glob(f"{step}{storage.PART}*"):

@@ -1,4 +1,4 @@
-"""The start of a command: what its process does about signals, closed pipes and warnings.
+"""The start of a command: signals, closed pipes and warnings are handled alike by all commands.
 
 The imports of a command take seconds. A command therefore calls `begin` before all its imports but
 this one. This module does not import JAX.

@@ -9,6 +9,7 @@ other processes (`run_on_leader`). Only the leading process writes files and rep
 
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -34,10 +35,12 @@ def join_processes(config: config_lib.Config) -> None:
     end.
 
     Raises:
-      ValueError: the other processes cannot be found; the message names the setting.
+      ValueError: the other processes cannot be found, or JAX cannot start a device; the message
+        names the setting.
     """
     m = config.mesh
     if not m.coordinator or jax.distributed.is_initialized():
+        list_devices()
         return
     known: dict[str, Any] = {}
     if m.coordinator != "auto":
@@ -53,8 +56,34 @@ def join_processes(config: config_lib.Config) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"mesh.coordinator is {m.coordinator!r}: {reason}") from error
+    list_devices()
     if not is_leader():
         sys.stdout = _NOWHERE  # all processes but the leader print only errors, to stderr
+
+
+def list_devices() -> list:
+    """Returns all devices of JAX; the first call starts JAX's platforms.
+
+    Raises:
+      ValueError: JAX cannot start a platform, such as one that JAX_PLATFORMS names.
+    """
+    try:
+        return jax.devices()
+    # If JAX_PLATFORMS is cuda and there is no GPU, JAX raises an AssertionError without a text.
+    except (RuntimeError, AssertionError) as error:
+        named = os.environ.get("JAX_PLATFORMS", "")
+        # JAX ends its message with advice of its own, in parentheses.
+        reason = re.split(r" \((?:set JAX_PLATFORMS|you may need)", str(error))[0].rstrip(".")
+        reason = reason or ("there is no GPU" if "cuda" in named else type(error).__name__)
+        if named:
+            advice = "set this environment variable to cpu, or unset it"
+            raise ValueError(
+                f"JAX_PLATFORMS is {named!r}, but JAX cannot start these platforms ({reason}): "
+                f"{advice}"
+            ) from error
+        raise ValueError(
+            f"JAX cannot start a platform ({reason}): set JAX_PLATFORMS=cpu to use the CPU"
+        ) from error
 
 
 def is_leader() -> bool:

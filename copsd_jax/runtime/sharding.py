@@ -17,7 +17,6 @@ Two more rules apply to the mesh axis `tensor`:
 
 import collections
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from copsd_jax.runtime import processes
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes over which completions are split
@@ -58,24 +59,6 @@ PARTITIONS: dict[str, tuple[Axis, ...]] = {
 VOCABULARIES = ("embed/embedding", "head/kernel")  # [V, D]
 
 
-def list_devices() -> list:
-    """Returns all devices of JAX; the first call starts JAX's platforms.
-
-    Raises:
-      ValueError: JAX cannot start a platform, such as one that JAX_PLATFORMS names.
-    """
-    try:
-        return jax.devices()
-    # If JAX_PLATFORMS is cuda and there is no GPU, JAX raises an AssertionError without a text.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition(" (")[0].split("': ", 1)[-1].rstrip(".")
-        raise ValueError(
-            f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}, but JAX finds no such "
-            f"devices ({reason or 'there is no GPU'}): set this environment variable to cpu, or "
-            "unset it"
-        ) from error
-
-
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
     """Builds the mesh of all devices; a size of -1 stands for all remaining devices.
 
@@ -93,7 +76,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
         raise ValueError(
             "JAX_ENABLE_X64 is set, but the programs of a run need 32-bit indices: unset it"
         )
-    devices = list_devices() if devices is None else devices
+    devices = processes.list_devices() if devices is None else devices
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)

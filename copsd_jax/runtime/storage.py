@@ -66,7 +66,7 @@ def explain(path: pathlib.Path, action: str = "written") -> Iterator[None]:
         raise
     except OSError as error:
         reason, culprit = error.strerror or str(error), error.filename
-        if culprit is not None and str(culprit) not in (str(path), f"{path}{PART}"):
+        if error.errno in (errno.EEXIST, errno.ENOTDIR) and culprit not in (None, str(path)):
             reason += f": {culprit}"  # such as a file that has the name of a folder in `path`
         raise StorageError(f"{path} cannot be {action} ({reason})") from error
 

@@ -141,8 +141,8 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
 
     Raises:
       FileNotFoundError: the directory has no config.json, and run.json has no settings.
-      ValueError: config.json does not contain all settings, and run.json has no settings; or the
-        directory is a URL.
+      ValueError: config.json has no model.path, and run.json has no settings; or the directory is a
+        URL.
     """
     storage.check_local("--workdir", directory)
     path = directory / "config.json"

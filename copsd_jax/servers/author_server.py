@@ -7,8 +7,7 @@ import threading
 from copsd_jax.config import settings as config_lib
 from copsd_jax.servers import client
 
-# Replies of servers that have no list of models, which some OpenAI-compatible servers lack. The
-# list of `transformers serve` is empty if it serves a folder.
+# Replies of servers that have no list of models, which some OpenAI-compatible servers lack.
 _WITHOUT_LIST = ("HTTP 404", "HTTP 405", "HTTP 501")
 
 
@@ -40,6 +39,7 @@ def check_author_server(config: config_lib.Config, longest: int | None) -> None:
         problem = f"{what.url} did not list its models in {count} ({outcome.status})"
         problem = f"{what.url} lists no models" if outcome.status == "ok" else problem
         cached = server.cache and any(pathlib.Path(server.cache).glob("*.json"))
+        # The list of `transformers serve` is empty if it serves a folder.
         empty = outcome.status in ("ok", "bad_reply")
         listless = empty or outcome.detail.startswith(_WITHOUT_LIST)
         if not (listless or (cached and outcome.status in ("unreachable", "timeout"))):

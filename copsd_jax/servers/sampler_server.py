@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.runtime import failures, storage, workdir
+from copsd_jax.runtime import failures, processes, storage, workdir
 from copsd_jax.sampler import request
 from copsd_jax.servers import client, dialects, remote_engine
 
@@ -32,6 +32,7 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
         client.server_from_settings(s, "sampler"), s.dialect, s.logprobs, s.max_model_len or None
     )
     remote_engine.check_server(server)
+    processes.list_devices()  # refuses a platform that JAX cannot start
     if (count := jax.process_count()) > 1:
         raise ValueError(f"sampler.engine is 'server': it needs one process, but there are {count}")
     if s.folder:

@@ -56,7 +56,9 @@ def import_span_function(select: str) -> Callable | None:
     try:
         found: Any = getattr(importlib.import_module(module), name)
         inspect.signature(found).bind("problem", "answer", "reply")
-    except reward_functions.USER_ERRORS as error:
+    except BaseException as error:
+        if not reward_functions.is_user_error(error):
+            raise
         raise ValueError(
             f"tokens.select is {select!r}: it is not an importable function of (problem, answer, "
             f"reply); {type(error).__name__}: {error}"

@@ -59,7 +59,7 @@ def resolve_model_path(
                 f"model.revision is {revision!r}: nothing reads it, because {setting} is {name!r}, "
                 "which is no repository id (otherwise leave it at 'main')"
             )
-        _refuse_other_folder(found, f"{setting} is {name!r}")
+        _refuse_other_folder(found, setting, name)
         return found
     local = pathlib.Path(os.path.expanduser(name))
     if name and local.exists():
@@ -82,15 +82,17 @@ def _find_local(name: str, setting: str) -> pathlib.Path | None:
     return local if name and (local.is_dir() or _is_gguf(local)) else None
 
 
-def _refuse_other_folder(path: pathlib.Path, place: str) -> None:
+def _refuse_other_folder(path: pathlib.Path, setting: str, name: str) -> None:
     """Refuses an empty folder and a work directory, which a user may take for a model."""
+    place = f"{setting} is {name!r}"
     if path.is_dir() and not any(path.iterdir()):
         needed = "a model has config.json, tokenizer.json and safetensors files"
         raise FileNotFoundError(f"{place}: the folder is empty, but {needed}")
     if (path / "run.json").is_file() and (path / "checkpoints").is_dir():
+        start = "name it as --init_from, or " if setting == "model.path" else ""
         raise ValueError(
-            f"{place}: it is the work directory of a run, not a model; name it as --init_from, or "
-            "name the folder that python -m copsd_jax.export writes"
+            f"{place}: it is the work directory of a run, not a model; {start}name the folder that "
+            "python -m copsd_jax.export writes"
         )
 
 

@@ -1,4 +1,4 @@
-"""What all commands have in common: signals from the first import on, closed pipes, platforms, `~`.
+"""All commands start alike: signals from the first import on, closed pipes, platforms, `~`.
 
 Oracle: exit codes and sentences by hand.
 """
@@ -18,7 +18,7 @@ import runs
 from copsd_jax import evaluate, export, main
 from copsd_jax.config import settings as config_lib
 from copsd_jax.problems import languages
-from copsd_jax.runtime import sharding, workdir
+from copsd_jax.runtime import processes, sharding, workdir
 from copsd_jax.servers import client
 
 # The first slow import of each command.
@@ -83,6 +83,7 @@ UNKNOWN = (
             "Backend 'banana' is not in the list of known backends: ['cpu', 'tpu']",
         ),
         (AssertionError(), "there is no GPU"),  # of JAX, for cuda without a GPU
+        (RuntimeError("a (busy) TPU"), "a (busy) TPU"),
     ],
 )
 def test_a_platform_that_jax_cannot_start_is_refused(monkeypatch, error, reason):
@@ -90,10 +91,14 @@ def test_a_platform_that_jax_cannot_start_is_refused(monkeypatch, error, reason)
         raise error
 
     monkeypatch.setattr(jax, "devices", fails)
-    monkeypatch.setenv("JAX_PLATFORMS", "banana")
-    with pytest.raises(ValueError, match=r"^JAX_PLATFORMS is 'banana', but JAX ") as caught:
+    monkeypatch.setenv("JAX_PLATFORMS", "banana,cuda")
+    with pytest.raises(ValueError, match=r"^JAX_PLATFORMS is 'banana,cuda', but JAX ") as caught:
         sharding.make_mesh(1, 1, 1)
-    assert f"({reason}): set this environment variable to cpu, or unset it" in str(caught.value)
+    assert f"{reason}): set this environment variable to cpu, or unset it" in str(caught.value)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(ValueError, match=r"^JAX cannot start a platform \(") as caught:
+        processes.join_processes(config_lib.default())
+    assert str(caught.value).endswith("): set JAX_PLATFORMS=cpu to use the CPU")
 
 
 @pytest.mark.long
@@ -106,7 +111,7 @@ def test_a_wrong_platform_ends_a_command_in_one_sentence(directory, command, nam
     run = start(command, f"--workdir={place}", JAX_PLATFORMS=name, CUDA_VISIBLE_DEVICES="")
     out, err = run.communicate(timeout=120)
     assert (run.returncode, out) == (2, "")
-    assert err.startswith(f"error: JAX_PLATFORMS is '{name}', but JAX finds no such devices (")
+    assert err.startswith(f"error: JAX_PLATFORMS is '{name}', but JAX cannot start these ")
     assert err.count("\n") == 1
     assert sorted(directory.parent.rglob("*")) == before
 

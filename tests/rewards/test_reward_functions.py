@@ -2,6 +2,7 @@ r"""Oracles: verdicts worked out by hand; the published regular expression besid
 
 import json
 import re
+import signal
 import sys
 
 import hypothesis
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import strategies
 
 from copsd_jax.rewards import graders, reward_functions
+from copsd_jax.runtime import signals
 
 NONE = r'There is no final answer of the form "\boxed{...}".'
 BOXED, ANSWER_IS = r"\boxed{{{}}}", "The answer is {}."  # as in conversations.ANSWER_FORMS
@@ -314,7 +316,8 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "stopping_reward.py").write_text("raise KeyboardInterrupt\n")
     (tmp_path / "failing_reward.py").write_text("raise AssertionError('no key')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    yield "my_reward"
+    with signals.handle_signals(lambda *_: None):  # as in a run, no signal raises KeyboardInterrupt
+        yield "my_reward"
     sys.modules.pop("my_reward", None)
 
 
@@ -348,6 +351,14 @@ def test_no_row_ends_the_run(score, module, name, status):
     """Neither an error of another kind nor a result that is no finite number."""
     verdict = score(f"{module}:{name}", "a", "b")
     assert verdict == reward_functions.Verdict(0.0, None, None, f"raised:{status}", "")
+
+
+def test_ctrl_c_outside_a_run_ends_the_grading(score, module):
+    with (
+        signals.handle_signals(signal.default_int_handler),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        score(f"{module}:interrupts", "a", "b")
 
 
 @pytest.mark.parametrize(

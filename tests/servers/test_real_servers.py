@@ -178,18 +178,21 @@ def test_a_run_outlives_its_vllm(vllm, local, tmp_path):
     asked = command("main", *flags, **SHORT | {"train.steps": 4} | sampled_by(vllm))
     process = subprocess.Popen(asked, cwd=conftest.ROOT, env=environment())
     metrics = tmp_path / "w" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
-        time.sleep(0.05)
-    vllm.kill()
-    assert process.poll() is None
-    vllm.start()
-    vllm.wait()
-    assert process.wait() == 0
+    try:
+        while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
+            time.sleep(0.05)
+        vllm.kill()
+        assert process.poll() is None
+        vllm.start()
+        vllm.wait()
+        assert process.wait() == 0
+    finally:
+        process.kill()
     compare(tmp_path / "w", local)
 
 
-def test_full_weights_that_vllm_loads_are_the_policy_or_the_run_says_so(vllm, tmp_path):
-    """vLLM was seen to keep the old output matrix of a model with tied embeddings."""
+def test_a_run_says_that_vllm_does_not_load_full_weights(vllm, tmp_path):
+    """vLLM 0.32.0 keeps the old output matrix of a model with tied embeddings."""
     full = {"train.steps": 3, "train.trainable": "full", "train.lr": 1e-4, "lora.rank": 64,
             "lora.alpha": 128.0}  # fmt: skip
     code, said = train("opsd", tmp_path / "w", **full, **sampled_by(vllm))
@@ -197,7 +200,8 @@ def test_full_weights_that_vllm_loads_are_the_policy_or_the_run_says_so(vllm, tm
     gaps = [step["logp_gap_max"] for step in read(tmp_path / "w")[1]]
     print("gaps of full weights", gaps)
     assert gaps[0] < 1e-4
-    assert ("guards.logp_gap" in said) == (max(gaps) > 0.01)
+    assert min(gaps[1:]) > 0.01
+    assert "guards.logp_gap" in said
 
 
 def test_transformers_serve_writes_the_replies_of_the_fixed_teacher(base, tmp_path):
@@ -210,8 +214,9 @@ def test_transformers_serve_writes_the_replies_of_the_fixed_teacher(base, tmp_pa
              "--dtype=float32"]  # fmt: skip
     with serving(tmp_path / "log", flags, HF_HUB_CACHE=str(tmp_path / "hub")) as server:
         critic = {"author.kind": "server", "author.url": server.url, "author.model": str(base)}
-        train("critique", tmp_path / "served", **asked, **critic)
-    train("critique", tmp_path / "own", **asked, **{"author.kind": "teacher"})
+        # A model of 135M parameters writes no usable critique, so the step is skipped.
+        assert train("critique", tmp_path / "served", **asked, **critic)[0] == 4
+    assert train("critique", tmp_path / "own", **asked, **{"author.kind": "teacher"})[0] == 0
     records = [
         lines(tmp_path / name / "rollouts" / "step_000001.jsonl") for name in ("served", "own")
     ]
