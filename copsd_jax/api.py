@@ -3,15 +3,17 @@
 `docs/python.md` shows the whole API in ten lines. No function changes its arguments: `train_step`
 returns a new model, and the old model stays usable. The functions use the same code as
 `copsd_jax.main`, with the same settings as on the command line. `load_model` places the model on
-JAX's first device.
+JAX's first device. A wrong argument raises a ValueError, or a TypeError if the argument is not a
+`Model` or not `Scores`; the message names the argument.
 """
 
+import contextlib
 import dataclasses
 import numbers
 import os
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +47,9 @@ _UNREAD = frozenset(
     "train.log_rollouts".split()
 )
 
+# The types of numbers, which include those of NumPy.
+_KINDS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -71,7 +76,8 @@ class Model:
         >>> model.decode(model.tokenizer.encode("3 + 4 = 7"))
         '3 + 4 = 7'
         """
-        return loaded_run.decode_completion(self.run, ids)
+        known = _read_api_ids(self, ids, "ids", "a list of token ids", least=0)
+        return loaded_run.decode_completion(self.run, known)
 
 
 class Scores(NamedTuple):
@@ -153,19 +159,23 @@ def _check_fields(what: str, given: Mapping[str, Any], kind: type) -> dict[str, 
     Raises:
       ValueError: an argument is no field of the dataclass, or has another type.
     """
-    types: dict[str, Any] = {
-        field.name: typing.get_origin(field.type) or field.type
-        for field in dataclasses.fields(kind)
-    }
+    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
+    types = {name: typing.get_origin(of) or of for name, of in fields.items()}
     out = {}
     for name, value in given.items():
         if name not in types:
             raise ValueError(f"{what} has no setting {name!r}: the choices are {', '.join(types)}")
         value = tuple(value) if types[name] is tuple and isinstance(value, list) else value
-        kinds = {int: numbers.Integral, float: numbers.Real}.get(types[name], types[name])
+        kinds = _KINDS.get(types[name], types[name])
         if not isinstance(value, kinds) or (isinstance(value, bool) and types[name] is not bool):
             wanted = types[name].__name__
             raise ValueError(f"{name} is {value!r}: it must have the type {wanted}")
+        if isinstance(value, tuple):
+            item = typing.get_args(fields[name])[0]
+            if not all(isinstance(one, _KINDS.get(item, item)) for one in value):
+                raise ValueError(
+                    f"{name} is {value!r}: each item must have the type {item.__name__}"
+                )
         out[name] = value
     return out
 
@@ -195,10 +205,9 @@ def build_prompts(
       ValueError: a text is no text, or the language is unknown; the context needs more than the
         problem and its solution; or the two prompts end in different states of the chat template.
     """
-    plan = model.run.plan
+    plan = _check_model(model).run.plan
     for name, text in {"problem": problem, "solution": solution, "answer": answer}.items():
-        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{name} is {text!r}: it must be text")
+        _check_text(text, name)
     lang = languages.resolve_code(str(lang), plan.student.languages)
     row = problem_row.Row("", problem, solution, answer, lang, problem if lang == "en" else "")
     student = prompts_lib.build_student_prompt(plan.tokenizer, plan.student, row)
@@ -209,22 +218,54 @@ def build_prompts(
     return (*student.prefix_ids, *student.ids), (*teacher.prefix_ids, *teacher.ids)
 
 
+def _check_model(model: Any) -> Model:
+    if not isinstance(model, Model):
+        shown = config_lib.show(model)
+        raise TypeError(f"model is {shown}: it must be a Model, which copsd_jax.load_model returns")
+    return model
+
+
+def _check_text(text: Any, name: str) -> None:
+    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{name} is {text!r}: it must be text")
+
+
+def _read_list(values: Any, name: str, item: str) -> list[Any]:
+    """Returns the items of a list, tuple or array of `item`s; refuses an empty one."""
+    several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
+    found = list(values) if several else []
+    if not found:
+        shown = config_lib.show(values)
+        raise ValueError(f"{name} is {shown}: it must be a list of at least one {item}")
+    return found
+
+
 def _read_api_prompts(model: Model, prompts: Sequence[Prompt], name: str) -> list[tuple[int, ...]]:
     """Checks prompts and returns their token ids; a text is encoded without special tokens."""
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValueError(f"{name} is {prompts!r}: it must be a list of at least one prompt")
-    encoded = [
-        text_encoding.encode_text(model.tokenizer, one).ids if isinstance(one, str) else one
-        for one in prompts
-    ]
-    return [_read_api_ids(model, ids, f"{name}[{i}]") for i, ids in enumerate(encoded)]
+    listed = _read_list(prompts, name, "prompt")
+    return [_read_api_prompt(model, one, f"{name}[{i}]") for i, one in enumerate(listed)]
 
 
-def _read_api_ids(model: Model, ids: Sequence[int], name: str) -> tuple[int, ...]:
+def _read_api_prompt(model: Model, prompt: Prompt, name: str) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        _check_text(prompt, name)
+        prompt = text_encoding.encode_text(model.tokenizer, prompt).ids
+    return _read_api_ids(model, prompt, name, "text, or one or more token ids")
+
+
+def _read_api_ids(
+    model: Model, ids: Sequence[int], name: str, wanted: str = "one or more token ids",
+    least: int = 1,
+) -> tuple[int, ...]:  # fmt: skip
     """Returns token ids as integers; refuses other values, and ids outside the vocabulary."""
-    ids_C, size = np.asarray(ids), model.run.decoder.config.vocab_size
+    size = model.run.decoder.config.vocab_size
+    ids_C: np.ndarray = np.zeros(())
+    with contextlib.suppress(ValueError):  # NumPy refuses lists of unequal lengths
+        ids_C = np.asarray(ids)
+    if ids_C.shape == (0,) and not least:
+        return ()
     if ids_C.ndim != 1 or not ids_C.size or ids_C.dtype.kind not in "iu":
-        raise ValueError(f"{name} is {ids!r}: it must be one or more token ids")
+        raise ValueError(f"{name} is {config_lib.show(ids)}: it must be {wanted}")
     if ids_C.min() < 0 or ids_C.max() >= size:
         raise ValueError(
             f"{name} has the ids {ids_C.min()} to {ids_C.max()}: the model has ids 0 to {size - 1}"
@@ -260,8 +301,10 @@ def sample(
       ValueError: `prompts` or one of its prompts is empty; a prompt is too long or has ids outside
         the model's vocabulary; or a field of `sampling` is wrong.
     """
-    run, plan = model.run, model.run.plan
+    run, plan = _check_model(model).run, model.run.plan
     asked = _read_api_prompts(model, prompts, "prompts")
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed!r}: it must be a whole number from 0 to 2**32 - 1")
     sampling = _check_fields("sample", sampling, request.Sampling)
     chosen = dataclasses.replace(loaded_run.build_sampling(run, "rollout"), **sampling)
     with loaded_run.set_mesh_and_precision(plan):
@@ -301,14 +344,31 @@ def score(
     """
     if side not in ("student", "teacher"):
         raise ValueError(f"side is {side!r}: the choices are student, teacher")
-    run, ids = model.run, _read_api_ids(model, completion, "completion")
-    (asked,) = _read_api_prompts(model, [prompt], "prompt")
+    run, ids = _check_model(model).run, _read_api_ids(model, completion, "completion")
+    asked = _read_api_prompt(model, prompt, "prompt")
     with loaded_run.set_mesh_and_precision(run.plan):
         mix = ((1.0, loaded_run.derive_run_policies(run, model.state)[0]),)
         if side == "teacher":
             mix = loaded_run.list_run_teacher_mixture(run, model.state)
         logp_CV = diagnostics.score_tokens(run.decoder, mix, asked, ids)
     return Scores(np.asarray(ids, np.int32), logp_CV)
+
+
+def _read_scores(scores: Scores, name: str) -> Scores:
+    """Returns scores as arrays; refuses other values, and ids without a log-probability."""
+    if not isinstance(scores, Scores):
+        kind = type(scores).__name__
+        raise TypeError(
+            f"{name} has the type {kind}: it must be Scores, as copsd_jax.score returns"
+        )
+    ids_C, logp_CV = np.asarray(scores.ids_C), jnp.asarray(scores.logp_CV)
+    if logp_CV.ndim != 2 or ids_C.shape != logp_CV.shape[:1]:
+        shapes = f"ids_C of shape {ids_C.shape} and logp_CV of shape {logp_CV.shape}"
+        raise ValueError(f"{name} has {shapes}: the shapes must be [C] and [C, V]")
+    size = logp_CV.shape[1]
+    if ids_C.dtype.kind not in "iu" or not np.all((ids_C >= 0) & (ids_C < size)):
+        raise ValueError(f"{name} has other ids_C than integers from 0 to {size - 1}")
+    return Scores(ids_C, logp_CV)
 
 
 def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: Any) -> jax.Array:
@@ -337,6 +397,7 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
       ValueError: `student` and `teacher` are scores of different tokens or have different shapes,
         or a setting is wrong.
     """
+    student, teacher = _read_scores(student, "student"), _read_scores(teacher, "teacher")
     if not np.array_equal(student.ids_C, teacher.ids_C):
         raise ValueError("student and teacher scored different tokens: score the same completion")
     if student.logp_CV.shape != teacher.logp_CV.shape:
@@ -345,8 +406,8 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
     settings = _check_fields("divergence", settings, divergences.Divergence)
     # Log-probabilities can be used as logits, because a softmax ignores a constant offset.
     stats, _ = token_values.score_divergence_block(
-        jnp.asarray(student.logp_CV), jnp.asarray(teacher.logp_CV),
-        jnp.asarray(student.ids_C, jnp.int32), divergences.Divergence(kind, **settings),
+        student.logp_CV, teacher.logp_CV, jnp.asarray(student.ids_C, jnp.int32),
+        divergences.Divergence(kind, **settings),
     )  # fmt: skip
     return stats.value_T
 
@@ -380,12 +441,12 @@ def train_step(
       ValueError: the lists differ in length; or a prompt or completion is empty, or has ids outside
         the model's vocabulary.
     """
-    run, plan = model.run, model.run.plan
-    batch = layout.build_batch(
-        _read_api_prompts(model, student_prompts, "student_prompts"),
-        _read_api_prompts(model, teacher_prompts, "teacher_prompts"),
-        [_read_api_ids(model, ids, f"completions[{i}]") for i, ids in enumerate(completions)],
-    )
+    run, plan = _check_model(model).run, model.run.plan
+    student_ids = _read_api_prompts(model, student_prompts, "student_prompts")
+    teacher_ids = _read_api_prompts(model, teacher_prompts, "teacher_prompts")
+    listed = _read_list(completions, "completions", "list of token ids")
+    sampled = [_read_api_ids(model, ids, f"completions[{i}]") for i, ids in enumerate(listed)]
+    batch = layout.build_batch(student_ids, teacher_ids, sampled)
     batch = builders.pack_batch(plan, batch)
     with loaded_run.set_mesh_and_precision(plan):
         # The step overwrites its first argument, so the old model's state is copied first.

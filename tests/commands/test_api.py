@@ -226,11 +226,11 @@ def test_refusals(model):
         with pytest.raises(ValueError, match=r"^completions\[1\] (is|has)"):
             copsd_jax.train_step(model, ["a", "b"], ["c", "d"], [[1], wrong])
     for wrong in ("", [], [10**6], [-1], [1.5]):
-        with pytest.raises(ValueError, match=r"^prompt\[0\] (is|has)"):
+        with pytest.raises(ValueError, match=r"^prompt (is|has)"):
             copsd_jax.score(model, wrong, [1])
         with pytest.raises(ValueError, match=r"^prompts\[1\] (is|has)"):
             copsd_jax.sample(model, ["a", wrong])
-    for wrong in ("ab", []):
+    for wrong in ("ab", [], 5, None):
         with pytest.raises(ValueError, match=r"^prompts is .*: it must be a list of at least one"):
             copsd_jax.sample(model, wrong)
     with pytest.raises(ValueError, match=r"^student_prompts is \[\]"):
@@ -241,6 +241,12 @@ def test_refusals(model):
     with pytest.raises(ValueError, match="different tokens"):
         copsd_jax.divergence(p, q)
     shorter = copsd_jax.Scores(p.ids_C, p.logp_CV[:, :10])
+    outside = copsd_jax.Scores(np.array([10]), shorter.logp_CV)
+    with pytest.raises(ValueError, match=r"teacher has other ids_C than integers from 0 to 9$"):
+        copsd_jax.divergence(p, outside)
+    flat = copsd_jax.Scores(p.ids_C, p.logp_CV[0])
+    with pytest.raises(ValueError, match=r"student has ids_C of shape \(1,\) and logp_CV of shape"):
+        copsd_jax.divergence(flat, flat)
     with pytest.raises(ValueError, match=r"the scores have the shapes \(1, \d+\) and \(1, 10\)"):
         copsd_jax.divergence(p, shorter)
 
@@ -292,6 +298,33 @@ def test_arguments_that_are_refused(model):
         copsd_jax.divergence(p, p, gamma=1)
     with pytest.raises(ValueError, match=r"beta is '\.5': it must have the type float"):
         copsd_jax.divergence(p, p, "jsd", beta=".5")
+
+
+def test_objects_that_are_refused(model):
+    for call in (
+        lambda wrong: copsd_jax.sample(wrong, ["a"]),
+        lambda wrong: copsd_jax.score(wrong, "a", [1]),
+        lambda wrong: copsd_jax.train_step(wrong, ["a"], ["b"], [[1]]),
+        lambda wrong: copsd_jax.build_prompts(wrong, "1 + 1?", solution="2"),
+    ):
+        with pytest.raises(
+            TypeError, match=r"^model is 'tiny': it must be a Model, which copsd_jax"
+        ):
+            call("tiny")
+    p = copsd_jax.score(model, "a", [1])
+    for student, teacher, name in ((p.logp_CV, p, "student"), (p, tuple(p), "teacher")):
+        with pytest.raises(TypeError, match=f"^{name} has the type .*: it must be Scores, as cop"):
+            copsd_jax.divergence(student, teacher)
+    for wrong in ([-5], [10**6], 5, None, "7", [1.5], [[1], [2, 3]]):
+        with pytest.raises(ValueError, match=r"^ids (is|has)"):
+            model.decode(wrong)
+    assert model.decode([]) == model.decode(np.array([])) == ""
+    for wrong in ("x", None, 1.5, -1, 2**32):
+        with pytest.raises(ValueError, match=r"^seed is .*: it must be a whole number from 0 to 2"):
+            copsd_jax.sample(model, ["a"], seed=wrong)
+    for name, wrong in (("stop", [3]), ("stop_ids", ["a"])):
+        with pytest.raises(ValueError, match=f"^{name} is .*: each item must have the type"):
+            copsd_jax.sample(model, ["a"], **{name: wrong})
 
 
 def test_the_package_does_not_import_jax():
