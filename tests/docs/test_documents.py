@@ -10,6 +10,7 @@ import pytest
 
 from copsd_jax.config import settings
 from copsd_jax.dryrun import targets
+from copsd_jax.problems import bundled
 
 ROOT = conftest.ROOT
 GENERATED = {"api", "generated"}
@@ -214,6 +215,15 @@ def imports_in_design() -> dict[str, set[str]]:
             offset = column + len("copsd_jax/")
             out.setdefault(folder, set()).update(re.findall(r"\w+", line[offset:]))
     return out
+
+
+def test_the_bundled_files_are_listed_with_their_sizes():
+    text = (ROOT / "docs/data.md").read_text()
+    (item,) = re.findall(r"^- `bundled:(?:.|\n  )*", text, flags=re.M)
+    names = re.findall(r"`bundled:(\w+)`", item.partition(": ")[0])
+    assert tuple(names) == bundled.NAMES
+    sizes = [len(bundled.find_file(name).read_text().splitlines()) for name in names]
+    assert re.findall(r"\d+", item) == [str(size) for size in sizes]
 
 
 def test_the_tree_of_design_is_that_of_the_package():
