@@ -1,17 +1,25 @@
 """The self-test of a run: sampler and trainer have to compute the same distribution.
 
 Before the first step, the sampler draws a short completion for some problems, and the trainer
-scores the same tokens in the layout of training. A new adapter is zero, so a fault in its path
-would not show. Therefore the completions come from a policy with a small random adapter, which is
-dropped after the test. All numbers are means over tokens, in nats:
+scores the same tokens in the layout of training. A new adapter is zero, so an error in the code
+that applies adapters would not show. Therefore the completions come from a policy with a small
+random adapter, which is dropped after the test. All numbers are means over tokens, in nats:
 
-    noise   |ln p in the sampler - ln p in the trainer|
-    effect  |change of ln p by the random adapter|
-    signal  |ln p of the teacher - ln p of the student|, if there is a teacher
-    equal   the same with equal prompts; the weights of both sides are equal before the first step
+    noise     |ln p in the sampler - ln p in the trainer|
+    effect    |ln p with the random adapter - ln p without it|, both in the trainer
+    signal    |ln p of the teacher - ln p of the student|, if there is a teacher
+    distance  ln p of the student - ln p of the teacher, with its sign
+    equal     the signal if both sides get the student's prompt; it is rounding, because student and
+              teacher have equal weights before the first step
 
-The noise has to be rounding (`BOUNDS`), and small against effect and signal (`SHARE`). A fault may
-concern only the first token of a completion, so its noise is bounded as well.
+The test passes if sampler and trainer differ only by rounding. This means:
+
+  - The noise is at most an entry of `BOUNDS`, and that of the first tokens alone at most `FIRST`
+    times this bound: an error may concern only the first token of a completion.
+  - The noise is at most `SHARE` times the effect, and at most `SHARE` times the signal. If sampler
+    and trainer applied the adapter differently, the noise would be about as large as the effect.
+  - `equal` is at most the bound of the dtype, and the distance is at most `FARTHEST`. Larger values
+    mean that the two sides score different tokens.
 """
 
 import dataclasses
@@ -35,11 +43,11 @@ from copsd_jax.training import builders, layout, loaded_run, row_packing, train_
 TOKENS = 8  # maximum number of tokens of a completion
 STEP = 2**31 - 1  # selects random streams that no step of the run uses
 SHAKE = 0.06  # size of the random adapter, relative to the weights that it is added to
-SHARE = 0.2  # largest noise, relative to the signal and to the effect
-LEAST = 0.01  # share of its bound below which the noise is small whatever the adapter changes
+SHARE = 0.2  # largest noise, as a share of the effect, and as a share of the signal
+LEAST = 0.01  # a noise of at most this share of its bound is not compared with the effect
 BOUNDS = {"float32": 5e-4, "bfloat16": 0.06}  # largest noise, in nats per token
 INT8_BOUND = 0.3  # largest noise if the sampler rounds weights or cache to int8
-FIRST = 3.0  # factor of the bound for the first tokens, which are few
+FIRST = 3.0  # the bound for the first tokens is larger by this factor, because they are few
 FARTHEST = 5.0  # largest mean of ln p of the student - ln p of the teacher, in nats per token
 OFF = " (docs/self_test.md; check.self_test=False skips this test)"
 
@@ -81,7 +89,7 @@ def check(r: loaded_run.LoadedRun, state: train_step.State) -> str:
       state: the state at step 0.
 
     Raises:
-      failures.RefusedRun: they do not; the message says which two numbers differ.
+      failures.RefusedRun: they do not fit together; the message says which two numbers differ.
       failures.EngineError: with sampler.engine=server, the server failed.
     """
     _check_new_adapter(r, state)
@@ -275,10 +283,10 @@ class _Numbers(NamedTuple):
 
     Attributes:
       noise: the difference between sampler and trainer.
-      first: the same for the first token of each completion.
+      first: the same difference at the first token of each completion.
       effect: the change of the student's log-probabilities by the random adapter.
-      signal: the difference between student and teacher with their own prompts.
-      distance: the mean of ln p of the student - ln p of the teacher with their own prompts.
+      signal: the difference between student and teacher, each with its own prompt.
+      distance: the mean of ln p of the student - ln p of the teacher, each with its own prompt.
       equal: the difference between student and teacher with equal prompts and initial weights.
     """
 
@@ -335,11 +343,12 @@ def _judge(numbers: _Numbers, bound: float, equal: float, kind: str, known: bool
 
     Args:
       numbers: the measured numbers.
-      bound: the largest noise.
-      equal: the largest difference between student and teacher with equal prompts and weights.
-      kind: what explains the bound, for messages.
-      known: whether the teacher's context is known before the first step. Otherwise the signal says
-        nothing about the contexts of the run.
+      bound: the largest noise that is accepted.
+      equal: the largest accepted difference between student and teacher with equal prompts and
+        weights.
+      kind: the cause of a noise up to `bound`, such as "rounding to float32", for messages.
+      known: whether the teacher's context is known before the first step. If it is not, the test
+        uses a placeholder, and the noise is not compared with the signal.
     """
     differ = f"sampler and trainer differ by {numbers.noise:.2g} nats per token"
     if not numbers.noise <= bound:
@@ -387,9 +396,10 @@ def _describe(numbers: _Numbers, known: bool) -> str:
 
 
 def _choose_bounds(r: loaded_run.LoadedRun, temperature: float) -> tuple[float, float, str]:
-    """Returns the largest noise, the largest difference of equal sides, and what explains them.
+    """Returns the arguments `bound`, `equal` and `kind` of `_judge`.
 
-    A low temperature multiplies the logits and their rounding.
+    At a temperature T below 1, both bounds are multiplied by 1 / T, because the logits and their
+    rounding are divided by T.
     """
     sampler, dtype = r.plan.config.sampler, np.dtype(r.plan.dtype).name
     factor = max(1.0, 1 / temperature)
