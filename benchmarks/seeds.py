@@ -15,9 +15,9 @@ import sys
 
 import numpy as np
 
-from copsd_jax import evaluate, train
 from copsd_jax import main as main_lib
-from copsd_jax.metrics import scoring, terminal
+from copsd_jax import train
+from copsd_jax.metrics import eval_tables, scoring, terminal
 from copsd_jax.runtime import workdir
 
 
@@ -31,7 +31,7 @@ def shares(result: dict) -> dict[str, dict[str, float]]:
     """Returns {group: {problem: share of correct samples}}."""
     return {
         name: {p["id"]: scoring.avg_at_n([s["correct"] for s in p["samples"]]) for p in part}
-        for name, part in evaluate.group_records(result["problems"]).items()
+        for name, part in eval_tables.group_records(result["problems"]).items()
     }
 
 

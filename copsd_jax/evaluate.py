@@ -25,7 +25,7 @@ if __name__ == "__main__":
     command.begin()  # first, because the imports below take time
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.metrics import scoring, terminal
+from copsd_jax.metrics import eval_tables, scoring, terminal
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.problems import problem_row
 from copsd_jax.rewards import graders, reward_functions
@@ -229,28 +229,6 @@ def _read_partial_evaluation(
     return said
 
 
-def group_records(records: Sequence[dict]) -> dict[str, list[dict]]:
-    """Groups records by language, and also by language/group if a language has several groups.
-
-    A record without a group is put into the group "other".
-    """
-    out: dict[str, list[dict]] = {}
-    for lang, mine in _group(records, "lang").items():
-        parts = _group(mine, "group")
-        if len(parts) > 1:
-            out |= {f"{lang}/{name or 'other'}": part for name, part in parts.items()}
-        out[lang] = mine
-    return out
-
-
-def _group(records: Sequence[dict], field: str) -> dict[str, list[dict]]:
-    """Groups records by the value of a field, in the order in which the values first occur."""
-    out = collections.defaultdict(list)
-    for record in records:
-        out[record[field]].append(record)
-    return out
-
-
 def _score_evaluation(
     r: loaded_run.LoadedRun, records: Sequence[dict]
 ) -> dict[str, dict[str, float]]:
@@ -260,24 +238,10 @@ def _score_evaluation(
         return scoring.Sample(s["answer"], s["correct"], s["status"], s["tokens"], s["truncated"])
 
     out = {}
-    for name, part in group_records(records).items():
+    for name, part in eval_tables.group_records(records).items():
         samples = [[sample(s) for s in record["samples"]] for record in part]
         out[name] = scoring.score(samples, r.grader.same_class, graders.UNRESOLVED)
     return out
-
-
-def _averages(records: Sequence[dict]) -> dict[str, float]:
-    """Returns each problem's share of correct samples, by the problem's id."""
-    right = {record["id"]: [s["correct"] for s in record["samples"]] for record in records}
-    return {row: scoring.avg_at_n(marks) for row, marks in right.items()}
-
-
-def _average_samples(records: Sequence[dict]) -> tuple[float, float, float]:
-    """Returns the shares of samples that are correct, that have an answer, and that were cut."""
-    samples = [sample for record in records for sample in record["samples"]]
-    marks = [(s["correct"], s["answer"] is not None, s["truncated"]) for s in samples]
-    correct, formed, cut = (sum(column) / len(marks) for column in zip(*marks, strict=True))
-    return correct, formed, cut
 
 
 def read_evaluation(file: pathlib.Path, rows: Sequence[problem_row.Row]) -> dict[str, Any] | None:
@@ -313,57 +277,6 @@ def fits_policy(
     if not fits:
         print(f"{file} is the result of another policy: the step is evaluated again", flush=True)
     return fits
-
-
-def _restrict_to_shared(before: dict, after: dict) -> tuple[list[dict], list[dict]]:
-    """Returns the records of the problems that both evaluations have, in the order of the first."""
-    key = lambda record: (record["id"], record["problem"], record["gold"])  # noqa: E731
-    later = {key(record): record for record in after["problems"]}
-    pairs = [(old, later[key(old)]) for old in before["problems"] if key(old) in later]
-    return [old for old, _ in pairs], [new for _, new in pairs]
-
-
-def format_eval_comparison(before: dict, after: dict) -> str:
-    """Renders a table that compares two evaluations on the problems that both have.
-
-    Args:
-      before: a result of `evaluate`.
-      after: the result of a later evaluation.
-
-    Returns:
-      The table. Each row gives the difference in points, the 95 % interval of a paired bootstrap
-      over problems, and the p-value of an exact sign test.
-    """
-    rows = []
-    old, new = map(group_records, _restrict_to_shared(before, after))
-    for name in old:
-        left, right = _averages(old[name]), _averages(new[name])
-        paired = scoring.compare_paired_scores(list(left.values()), [right[i] for i in left])
-        (a, formed_a, cut_a), (b, formed_b, cut_b) = map(_average_samples, (old[name], new[name]))
-        rows.append(
-            [name, len(left), f"{a:.1%}", f"{b:.1%}", f"{paired.difference * 100:+.1f}",
-             f"[{paired.low * 100:+.1f}, {paired.high * 100:+.1f}]", f"{paired.p:.2g}",
-             f"{formed_a:.0%} > {formed_b:.0%}", f"{cut_a:.0%} > {cut_b:.0%}"]
-        )  # fmt: skip
-    headers = ["problems", "n", "before", "after", "points", "95 % interval", "p", "format", "cut"]
-    return terminal.table(headers, rows)
-
-
-def format_overview(results: dict[int, dict]) -> str:
-    """Renders a table with one row for each group of problems at each step.
-
-    Args:
-      results: the results of `evaluate`, by step.
-    """
-    rows = [
-        [step, name, s["problems"], s["samples"], f"{s['avg_at_n']:.1%}",
-         f"[{s['low']:.1%}, {s['high']:.1%}]", f"{s['pass_at_n']:.1%}", f"{s['maj_at_n']:.1%}",
-         f"{s['format_rate']:.0%}", f"{s['truncated']:.0%}", f"{s['mean_tokens']:.1f}"]
-        for step, result in sorted(results.items()) for name, s in result["scores"].items()
-    ]  # fmt: skip
-    headers = ["step", "problems", "n", "samples", "avg@n", "95 % interval", "pass@n", "maj@n",
-               "format", "cut", "tokens"]  # fmt: skip
-    return terminal.table(headers, rows)
 
 
 def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
@@ -514,10 +427,11 @@ def _evaluate_checkpoints(args: argparse.Namespace, plan: run_plan.Plan, steps: 
                 nonfinite.check_finite(state, f"checkpoint {step} of {args.workdir}")
                 file = out / workdir.step_file(out, "eval", step).name
                 results[step] = evaluate_step(r, state, step, file, f"step {step}:")
-    print(format_overview(results))
+    print(eval_tables.format_overview(results))
     if 0 in results and len(results) > 1:
         last = max(results)
-        print(f"\nstep {last} against step 0\n{format_eval_comparison(results[0], results[last])}")
+        table = eval_tables.format_eval_comparison(results[0], results[last])
+        print(f"\nstep {last} against step 0\n{table}")
     print(f"\nresults are in {out}")
     if any(steps) and not any(results):
         raise checkpoint.UnusableCheckpoint(f"no checkpoint in {folder} is whole")

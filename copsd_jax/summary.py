@@ -7,10 +7,9 @@ import pathlib
 
 import numpy as np
 
-from copsd_jax import evaluate
 from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import memory
-from copsd_jax.metrics import metric_files, terminal
+from copsd_jax.metrics import eval_tables, metric_files, terminal
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.runtime import continuation, processes, sharding, storage, streams
@@ -292,7 +291,7 @@ def summarize_ending(
     if before and after:
         lines += [
             "",
-            evaluate.format_eval_comparison(before, after),
+            eval_tables.format_eval_comparison(before, after),
             "",
             "before and after: share of correct answers; points: difference with the interval of a",
             "paired bootstrap over problems; p: exact sign test; cut: ended by the token limit",

@@ -13,7 +13,7 @@ COMMANDS = {
     "main": {"train"},
     "train": {"evaluate", "self_test", "summary"},
     "self_test": set(),
-    "summary": {"evaluate"},
+    "summary": set(),
     "evaluate": set(),
     "export": set(),
     "replay": set(),

@@ -13,7 +13,7 @@ import runs
 
 from copsd_jax import evaluate, main, train
 from copsd_jax.methods import distill
-from copsd_jax.metrics import metric_files
+from copsd_jax.metrics import eval_tables, metric_files
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint, failures
 from copsd_jax.teaching import contexts, replies
@@ -234,7 +234,7 @@ def test_evaluation_groups_and_comparison():
         for sample in problem["samples"]:
             sample["correct"] = True
     better["scores"] = {k: {**v, "avg_at_n": 1.0} for k, v in result["scores"].items()}
-    table = evaluate.format_eval_comparison(result, better)
+    table = eval_tables.format_eval_comparison(result, better)
     assert "+100.0" in table
 
 
@@ -248,9 +248,9 @@ def test_evaluations_are_compared_on_the_problems_that_both_have(whole, tmp_path
     rows = after["problems"]
     same = {"problems": [row for row in before["problems"] if row["id"] != rows[-1]["id"]]}
     changed = [*rows[:-1], rows[-1] | {"problem": "another text"}, rows[-1] | {"id": "another"}]
-    table = evaluate.format_eval_comparison(before, after | {"problems": changed[::-1]})
-    assert table == evaluate.format_eval_comparison(same, after)
-    assert table != evaluate.format_eval_comparison(before, after)
+    table = eval_tables.format_eval_comparison(before, after | {"problems": changed[::-1]})
+    assert table == eval_tables.format_eval_comparison(same, after)
+    assert table != eval_tables.format_eval_comparison(before, after)
 
 
 def test_an_evaluation_that_lacks_problems_is_not_reused(whole, capsys):

@@ -1,0 +1,93 @@
+"""Tables of the results of evaluations, and the groups of problems in a result."""
+
+import collections
+from collections.abc import Mapping, Sequence
+
+from copsd_jax.metrics import scoring, terminal
+
+
+def group_records(records: Sequence[dict]) -> dict[str, list[dict]]:
+    """Groups records by language, and also by language/group if a language has several groups.
+
+    A record without a group is put into the group "other".
+    """
+    out: dict[str, list[dict]] = {}
+    for lang, mine in _group(records, "lang").items():
+        parts = _group(mine, "group")
+        if len(parts) > 1:
+            out |= {f"{lang}/{name or 'other'}": part for name, part in parts.items()}
+        out[lang] = mine
+    return out
+
+
+def _group(records: Sequence[dict], field: str) -> dict[str, list[dict]]:
+    """Groups records by the value of a field, in the order in which the values first occur."""
+    out = collections.defaultdict(list)
+    for record in records:
+        out[record[field]].append(record)
+    return out
+
+
+def _averages(records: Sequence[dict]) -> dict[str, float]:
+    """Returns each problem's share of correct samples, by the problem's id."""
+    right = {record["id"]: [s["correct"] for s in record["samples"]] for record in records}
+    return {row: scoring.avg_at_n(marks) for row, marks in right.items()}
+
+
+def _average_samples(records: Sequence[dict]) -> tuple[float, float, float]:
+    """Returns the shares of samples that are correct, that have an answer, and that were cut."""
+    samples = [sample for record in records for sample in record["samples"]]
+    marks = [(s["correct"], s["answer"] is not None, s["truncated"]) for s in samples]
+    correct, formed, cut = (sum(column) / len(marks) for column in zip(*marks, strict=True))
+    return correct, formed, cut
+
+
+def _restrict_to_shared(before: dict, after: dict) -> tuple[list[dict], list[dict]]:
+    """Returns the records of the problems that both evaluations have, in the order of the first."""
+    key = lambda record: (record["id"], record["problem"], record["gold"])  # noqa: E731
+    later = {key(record): record for record in after["problems"]}
+    pairs = [(old, later[key(old)]) for old in before["problems"] if key(old) in later]
+    return [old for old, _ in pairs], [new for _, new in pairs]
+
+
+def format_eval_comparison(before: dict, after: dict) -> str:
+    """Renders a table that compares two evaluations on the problems that both have.
+
+    Args:
+      before: a result of `evaluate`.
+      after: the result of a later evaluation.
+
+    Returns:
+      The table. Each row gives the difference in points, the 95 % interval of a paired bootstrap
+      over problems, and the p-value of an exact sign test.
+    """
+    rows = []
+    old, new = map(group_records, _restrict_to_shared(before, after))
+    for name in old:
+        left, right = _averages(old[name]), _averages(new[name])
+        paired = scoring.compare_paired_scores(list(left.values()), [right[i] for i in left])
+        (a, formed_a, cut_a), (b, formed_b, cut_b) = map(_average_samples, (old[name], new[name]))
+        rows.append(
+            [name, len(left), f"{a:.1%}", f"{b:.1%}", f"{paired.difference * 100:+.1f}",
+             f"[{paired.low * 100:+.1f}, {paired.high * 100:+.1f}]", f"{paired.p:.2g}",
+             f"{formed_a:.0%} > {formed_b:.0%}", f"{cut_a:.0%} > {cut_b:.0%}"]
+        )  # fmt: skip
+    headers = ["problems", "n", "before", "after", "points", "95 % interval", "p", "format", "cut"]
+    return terminal.table(headers, rows)
+
+
+def format_overview(results: Mapping[int, dict]) -> str:
+    """Renders a table with one row for each group of problems at each step.
+
+    Args:
+      results: the results of `evaluate`, by step.
+    """
+    rows = [
+        [step, name, s["problems"], s["samples"], f"{s['avg_at_n']:.1%}",
+         f"[{s['low']:.1%}, {s['high']:.1%}]", f"{s['pass_at_n']:.1%}", f"{s['maj_at_n']:.1%}",
+         f"{s['format_rate']:.0%}", f"{s['truncated']:.0%}", f"{s['mean_tokens']:.1f}"]
+        for step, result in sorted(results.items()) for name, s in result["scores"].items()
+    ]  # fmt: skip
+    headers = ["step", "problems", "n", "samples", "avg@n", "95 % interval", "pass@n", "maj@n",
+               "format", "cut", "tokens"]  # fmt: skip
+    return terminal.table(headers, rows)
