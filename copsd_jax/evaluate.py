@@ -25,6 +25,7 @@ if __name__ == "__main__":
     command.begin()  # first, because the imports below take time
 
 from copsd_jax.config import settings as config_lib
+from copsd_jax.methods import failed_steps
 from copsd_jax.metrics import eval_tables, scoring, terminal
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.problems import problem_row
@@ -42,11 +43,6 @@ from copsd_jax.sampler import loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import prompts
 from copsd_jax.training import loaded_run, run_plan, train_step
-
-# The grades of samples without a text, by their finish.
-UNSAMPLED = {end: reward_functions.Verdict(0.0, False, None, end, "") for end in loop.DROPPED}
-LOST = {"nonfinite": "have logits that are not finite", "failed": "failed on the server",
-        "raised": "made the function of reward.kind raise"}  # fmt: skip
 
 
 def evaluate(
@@ -77,7 +73,8 @@ def evaluate(
 
     Raises:
       failures.UnusableFile: another evaluation wrote `partial`, or the file is damaged.
-      failures.EngineError: the server failed, or more than half of the samples failed.
+      failures.EngineError: the server failed, or more than half of the samples were lost.
+      NonFinite: more than half of the samples were lost, mostly because logits were not finite.
     """
     plan, n = r.plan, r.plan.config.eval.samples
     build = functools.partial(prompts.build_student_prompt, plan.tokenizer, plan.evaluation)
@@ -88,16 +85,20 @@ def evaluate(
     texts = [loaded_run.decode_completion(r, completion.ids) for completion in completions]
     golds = [row.answer for row in rows for _ in range(n)]
     grades = [
-        UNSAMPLED.get(said.finish, grade)
+        reward_functions.Verdict(0.0, False, None, said.finish, "", said.detail)
+        if said.finish in loop.DROPPED
+        else grade
         for grade, said in zip(
             loaded_run.grade_completions(r, golds, asked, texts), completions, strict=True
         )
     ]
     samples = [
         {"answer": grade.answer, "correct": grade.correct, "status": grade.status,
-         "tokens": len(said.ids), "truncated": said.finish == "length", "text": text}
+         "detail": grade.detail, "tokens": len(said.ids), "truncated": said.finish == "length",
+         "text": text}
         for grade, said, text in zip(grades, completions, texts, strict=True)
     ]  # fmt: skip
+    _refuse_lost_samples(samples)
     records = [
         {"id": row.id, "lang": row.lang, "group": row.group, "gold": row.answer,
          "problem": row.problem, "samples": samples[k * n : (k + 1) * n]}
@@ -115,6 +116,7 @@ class _Said(NamedTuple):
 
     ids: list[int]
     finish: str
+    detail: str = ""
 
 
 def _sample_evaluation(
@@ -136,7 +138,7 @@ def _sample_evaluation(
 
         def done(k: int, completion: loop.Completion) -> None:
             i = todo[k]
-            said[i] = _Said(list(completion.ids), completion.finish)
+            said[i] = _Said(list(completion.ids), completion.finish, completion.detail)
             if stream is not None and completion.finish != "failed":
                 line = {"index": i, "id": ids[i], "ids": said[i].ids, "finish": said[i].finish}
                 stream.append((json.dumps(line, ensure_ascii=False) + "\n").encode())
@@ -151,11 +153,10 @@ def _sample_evaluation(
                 r, policy, [asked[i] for i in todo], "eval", keys[todo], progress=further, done=done
             )
             failed += [x.detail for x in made if x.finish == "failed" and not given_up(x)]
-            if 2 * len(failed) > len(asked):
-                raise failures.EngineError(
-                    f"{len(failed)} of {len(asked)} samples of an evaluation failed, the first: "
-                    f"{failed[0]}"
-                )
+            if failed_steps.is_most(len(failed), len(asked)):
+                noun = "samples of an evaluation"
+                why = failed_steps.describe_lost("failed", failed, len(asked), noun)
+                raise failures.EngineError(why)
             # A server may give up the last samples of a stopped evaluation, although they are few.
             todo = [i for i, x in zip(todo, made, strict=True) if given_up(x)]
     return [said[i] for i in range(len(asked))]
@@ -200,15 +201,16 @@ def _read_partial_evaluation(
     """
     free = ("policy", "prompts", "sha256")
     try:
-        rows, raw = storage.read_lines(partial) if partial.is_file() else ([], [b""])
+        rows, raw = workdir.read_partial(partial) if partial.is_file() else ([], [b""])
         head, *lines = rows or [{}]
         said = {line["index"]: _Said(line["ids"], line["finish"]) for line in lines}
         other = sorted(k for k in what if head and k not in free and head[k] != what[k])
         same = bool(head) and all(head[k] == what[k] for k in free)
         fit = all(ids[line["index"]] == line["id"] and line["index"] >= 0 for line in lines if same)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        reason = error if isinstance(error, ValueError) else f"{partial} is damaged"
-        raise failures.UnusableFile(f"{reason}: remove this file") from error
+    except ValueError as error:
+        raise failures.UnusableFile(str(error)) from error
+    except (KeyError, IndexError) as error:
+        raise failures.UnusableFile(f"{partial} is damaged: remove this file") from error
     if other or not fit:
         raise failures.UnusableFile(
             f"{partial} was written by an evaluation with other {', '.join(other) or 'problems'}: "
@@ -227,6 +229,27 @@ def _read_partial_evaluation(
     if torn:
         storage.write_whole(partial, [line + b"\n" for line in raw[:-1]])
     return said
+
+
+def _find_lost(samples: Sequence[dict]) -> dict[str, list[str]]:
+    """Returns the reasons of the lost samples, by the way in which they were lost."""
+    lost = collections.defaultdict(list)
+    for sample in samples:
+        if loss := failed_steps.find_loss(sample["status"], sample["detail"]):
+            lost[loss].append(sample["detail"])
+    return lost
+
+
+def _refuse_lost_samples(samples: Sequence[dict]) -> None:
+    """Refuses an evaluation of which more than half of the samples were lost."""
+    lost = _find_lost(samples)
+    if not failed_steps.is_most(sum(map(len, lost.values())), len(samples)):
+        return
+    most = max(lost, key=lambda loss: len(lost[loss]))
+    noun = "samples of an evaluation"
+    lines = [failed_steps.describe_lost(k, v, len(samples), noun) for k, v in lost.items()]
+    kind = nonfinite.NonFinite if most == "nonfinite" else failures.EngineError
+    raise kind("; ".join(lines))
 
 
 def _score_evaluation(
@@ -349,9 +372,9 @@ def evaluate_step(
     # The partial file is removed only after the result has been written.
     workdir.write_json(file, result)
     found = [sample for one in result["problems"] for sample in one["samples"]]
-    counts = collections.Counter(sample["status"].partition(":")[0] for sample in found)
-    for status in filter(counts.get, LOST):
-        print(f"{label} {counts[status]} of {len(found)} samples {LOST[status]}", flush=True)
+    for loss, details in _find_lost(found).items():
+        line = failed_steps.describe_lost(loss, details, len(found), "samples")
+        print(streams.escape(f"{label} {line}"), flush=True)
     processes.run_on_leader(lambda: storage.remove(partial))
     return result
 
@@ -382,6 +405,7 @@ def _plan_evaluation(args: argparse.Namespace) -> run_plan.Plan:
         workdir.check_writable(args.out, "--out")
     else:
         workdir.check_writable(args.workdir / "eval", "without --out, --workdir", args.workdir)
+    workdir.check_partials(args.out or args.workdir / "eval")
     plan = run_plan.make_plan(config, train=False)
     if not plan.eval_rows:
         raise ValueError("eval.path is '': set --path to a file of problems")

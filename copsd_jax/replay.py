@@ -98,7 +98,7 @@ def _load_own_config(directory: pathlib.Path) -> config_lib.Config:
     """Returns the run's settings, its mesh included, for one process that samples nothing."""
     config = run_plan.load_run_config(directory)
     # Another mesh or another form of attention would add the same numbers in another order.
-    own = workdir.read_settings(directory)
+    own = workdir.read_all_settings(directory)
     config.mesh.update({axis: own[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")})
     config.model.attention = own["model.attention"]
     config.mesh.update(coordinator="", processes=1, process=0)

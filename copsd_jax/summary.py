@@ -9,6 +9,7 @@ import numpy as np
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import memory
+from copsd_jax.methods import failed_steps
 from copsd_jax.metrics import eval_tables, metric_files, terminal
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import reward_functions
@@ -208,7 +209,7 @@ def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
 def summarize_failures(step: int, records: list[dict]) -> list[str]:
     """Returns a warning for each kind of failure in a step; the warning gives the first reason.
 
-    One line counts the completions for which the user's reward function raised an exception.
+    One line counts the completions for which the user's reward function gave no reward.
     Another line counts the completions that have no reply because the author failed, and another
     the completions that a server did not give.
 
@@ -216,20 +217,16 @@ def summarize_failures(step: int, records: list[dict]) -> list[str]:
       step: the number of the step.
       records: the records of the step's completions.
     """
-    raised = [r for r in records if str(r.get("grade_status", "")).startswith("raised")]
+    lost = {
+        "failed": [r["finish_detail"] for r in records if r.get("finish") == "failed"],
+        "unrewarded": failed_steps.list_lost_rewards(records),
+    }
+    lines = [
+        f"warning: step {step}: {failed_steps.describe_lost(loss, details, len(records))}"
+        for loss, details in lost.items()
+        if details
+    ]
     failed = [r for r in records if r.get("reply_detail")]
-    lost = [r for r in records if r.get("finish") == "failed"]
-    lines = []
-    if lost:
-        lines.append(
-            f"warning: step {step}: {len(lost)} of {len(records)} completions failed, the first: "
-            f"{lost[0]['finish_detail']}"
-        )
-    if raised:
-        lines.append(
-            f"warning: step {step}: the function of reward.kind failed for {len(raised)} of "
-            f"{len(records)} completions, the first with {raised[0]['grade_status'].split(':')[1]}"
-        )
     if failed:
         lines.append(
             f"warning: step {step}: {len(failed)} of {len(records)} completions have no reply, the "
@@ -264,13 +261,13 @@ def summarize_totals(directory: pathlib.Path, steps: int) -> str:
     Returns:
       The table, or "" if no status was counted.
     """
-    totals: collections.Counter[str] = collections.Counter()
+    totals: collections.defaultdict[str, float] = collections.defaultdict(float)
     for line in metric_files.read_metric_lines(directory, steps):
         for name, value in json.loads(line).items():
             counted = name in COUNTED or name.startswith(COUNTED_PREFIXES)
             if counted and name not in NOT_COUNTED:
-                totals[name] += int(value)
-    rows = [[name.replace("_", " "), f"{count:,}"] for name, count in totals.items() if count]
+                totals[name] += float(value)
+    rows = [[name.replace("_", " "), f"{count:,.0f}"] for name, count in totals.items() if count]
     return terminal.table(["completions", "n"], rows) if rows else ""
 
 

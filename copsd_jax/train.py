@@ -62,13 +62,15 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
     processes.run_on_leader(lambda: author_server.check_author_server(config, longest))
     config.model.commit = config.model.commit or hub.find_commit(plan.weights_path)
     config.model.dtype = np.dtype(plan.dtype).name
-    lines = found.notes
+    lines, done = found.notes, continuation.count_steps(directory)
     if found.known:
         lines += continuation.compare_facts(directory, summary.collect_facts(plan), found.changed)
         processes.run_on_leader(lambda: workdir.check_files(directory))
-        processes.run_on_leader(lambda: metric_files.check_file(directory))
+        last = processes.run_on_leader(lambda: metric_files.check_file(directory))
+        if last and not done:
+            written = f"{directory / 'metrics.jsonl'} goes up to step {last}"
+            lines.append(f"{written}, but there is no checkpoint, so step 0 is used")
     if "train.steps" in found.changed:
-        done = continuation.count_steps(directory)
         updates = processes.run_on_leader(lambda: metric_files.count_updates(directory, done))
         before = found.changed["train.steps"][0]
         lines.append(summary.summarize_new_schedule(config, before, done, updates))
@@ -325,7 +327,7 @@ def _run_training_step(
         batch = layout.place_batch(packed, r.plan.mesh)
         state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor)
         aux = jax.device_get(aux)  # waits for the step to end, so that the timer covers all of it
-    lost = work.metrics.get("rollout_nonfinite") == len(work.records)
+    lost = failed_steps.loses_most_logits(work.records)
     aux.metrics["bad"] = np.maximum(aux.metrics["bad"], np.float32(lost))
     inputs = {"batch": packed, "student_prefix": work.student_prefix, "lr_factor": factor}
     bad.record(step + 1, state, inputs, aux.metrics, failure)

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from copsd_jax.config import methods
 from copsd_jax.config import settings as config_lib
-from copsd_jax.config.declaration import LARGEST, Choices, ListedBy, Range
+from copsd_jax.config.declaration import Choices, ListedBy
 
 
 def check_settings(
@@ -42,7 +42,7 @@ def check_settings(
         if isinstance(setting.allowed, Choices):
             _check_choice(s, name, setting.allowed, tables)
         else:
-            _check_range(s, name, setting.allowed)
+            config_lib.check_range(name, s[name])
     if any(not isinstance(text, str) or not text for text in s["rollout.stop"]):
         refuse(s, "rollout.stop", "stop strings must be text, and must not be empty")
     for rule in (
@@ -109,14 +109,6 @@ def _check_choice(s: Mapping, name: str, allowed: Choices, tables: config_lib.Ta
         if choices and not known:
             shown = ", ".join(choice or "''" for choice in choices)
             raise ValueError(f"{name} is {config_lib.show(value)}: the choices are {shown}")
-
-
-def _check_range(s: Mapping, name: str, allowed: Range | None) -> None:
-    value, largest = s[name], allowed.largest if allowed else LARGEST
-    if allowed and not allowed.holds(value):
-        refuse(s, name, f"it must be {allowed.words}")
-    if isinstance(value, int) and value > largest:
-        refuse(s, name, f"it must be at most {largest}")
 
 
 def _refuse_unread_settings(s: Mapping, tables: config_lib.Tables) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import config_dict
 
 from copsd_jax.config import methods, setting_list
-from copsd_jax.config.declaration import Choices, Condition, ListedBy, Range
+from copsd_jax.config.declaration import LARGEST, Choices, Condition, ListedBy, Range
 
 # A locked ml_collections.ConfigDict. Type checkers do not know the attributes of a ConfigDict.
 Config = Any
@@ -74,6 +74,8 @@ def assign(config: Config, values: Mapping[str, Any]) -> None:
         node[key] = _convert_type(name, value)
 
 
+# The settings that are lists of words.
+_WORDS = ("data.lang", "eval.lang", "lora.targets")
 # The accepted types for the type of a default, in words and as classes.
 _TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
     bool: ("True or False", (bool,)),
@@ -89,7 +91,38 @@ def _convert_type(name: str, value: Any) -> Any:
     kind = type(SETTINGS[name].default)
     if not isinstance(value, _TYPES[kind][1]) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(describe_type_fault(name, value))
-    return kind(value)
+    try:
+        converted: Any = kind(value)
+    except OverflowError as error:  # a whole number that is larger than any float
+        raise ValueError(describe_type_fault(name, value)) from error
+    if name in _WORDS:
+        _check_words(name, converted)
+    return converted
+
+
+def check_saved(values: Mapping[str, Any]) -> None:
+    """Checks the types and ranges of the settings among saved values; ignores other names.
+
+    Raises:
+      ValueError: a value has the wrong type or range; the message names the setting.
+    """
+    for name in values.keys() & SETTINGS.keys():
+        check_range(name, _convert_type(name, values[name]))
+
+
+def check_range(name: str, value: Any) -> None:
+    """Checks the range of a setting; a setting with choices has none.
+
+    Raises:
+      ValueError: the value is outside the range; the message names the setting and the range.
+    """
+    allowed = SETTINGS[name].allowed
+    ranged = allowed if isinstance(allowed, Range) else None
+    if ranged and not ranged.holds(value):
+        raise ValueError(f"{name} is {show(value)}: it must be {ranged.words}")
+    largest = ranged.largest if ranged else LARGEST
+    if isinstance(value, int) and value > largest:
+        raise ValueError(f"{name} is {show(value)}: it must be at most {largest}")
 
 
 def describe_type_fault(name: str, value: object) -> str:
@@ -148,12 +181,17 @@ def split_lists(config: Config) -> None:
     Raises:
       ValueError: an item is no text. Python reads 1e999 on the command line as a number.
     """
-    for section, name in (("data", "lang"), ("eval", "lang"), ("lora", "targets")):
-        for item in config[section][name]:
-            if not isinstance(item, str):
-                raise ValueError(f"{section}.{name} has {show(item)}: it must be a list of words")
+    for full in _WORDS:
+        section, _, name = full.partition(".")
+        _check_words(full, config[section][name])
         parts = (part for item in config[section][name] for part in item.split(","))
         config[section][name] = tuple(filter(None, parts))
+
+
+def _check_words(name: str, items: Iterable[Any]) -> None:
+    for item in items:
+        if not isinstance(item, str):
+            raise ValueError(f"{name} has {show(item)}: it must be a list of words")
 
 
 # ------------------------------------------------------------------- unknown and retired settings

@@ -1,7 +1,8 @@
 """Failed steps: steps whose completions, replies or rewards a server or a function did not give.
 
 A failed step is skipped: no token carries loss, so weights and optimizer stay as they were. The
-metric `failed` counts it. `runtime/bad_steps.py` decides when failed steps stop a run.
+metric `failed` counts it. `runtime/bad_steps.py` decides when failed steps stop a run. An
+evaluation loses its samples by the same rules as a step its completions.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,40 @@ from copsd_jax.training import layout
 
 # Statuses of completions for which no reply was requested.
 _NOT_REQUESTED = ("none", "filtered", "not_asked")
+# How completions are lost, in words.
+_LOST = {
+    "failed": "failed",
+    "nonfinite": "have logits that are not finite",
+    "unrewarded": "got no reward from the function of reward.kind",
+}
+
+
+def find_loss(status: str, detail: str) -> str:
+    """Returns how a sample of an evaluation was lost, from its fields; "" if it was not lost."""
+    return status if status in _LOST else "unrewarded" if detail else ""
+
+
+def is_most(lost: int, total: int) -> bool:
+    """Returns whether so many completions were lost that the others do not count either."""
+    return 2 * lost > total
+
+
+def describe_lost(loss: str, details: Sequence[str], total: int, noun: str = "completions") -> str:
+    """Describes lost completions, such as "2 of 8 completions failed, the first: HTTP 500".
+
+    Args:
+      loss: how the completions were lost; see `find_loss`.
+      details: the reason for each lost completion; "" if there is no more to say.
+      total: the number of completions, lost or not.
+      noun: the word for the completions.
+    """
+    first = f", the first: {details[0]}" if details[0] else ""
+    return f"{len(details)} of {total} {noun} {_LOST[loss]}{first}"
+
+
+def loses_most_logits(records: Sequence[dict]) -> bool:
+    """Returns whether the logits of more than half of the completions were not finite."""
+    return is_most(sum(x["finish"] == "nonfinite" for x in records), len(records))
 
 
 def drop_failed_loss(
@@ -24,9 +59,10 @@ def drop_failed_loss(
     """Returns the part of a step's loss that is usable, and why the step failed.
 
     A step failed if the sampler's server failed for more than half of the completions, if the
-    reward function raised for all completions, or if a server is the author and no reply is usable.
-    In the last case, the policy loss needs no reply: if tokens carry it, only the distillation is
-    dropped, and the step did not fail, unless the server refused every request.
+    reward function gave no reward for more than half of the graded ones, or if a server is the
+    author and no reply is usable. In the last case, the policy loss needs no reply: if tokens carry
+    it, only the distillation is dropped, and the step did not fail, unless the server refused every
+    request. A step that lost most of its logits is a bad step, of which nothing is usable either.
 
     Args:
       c: the settings of the run.
@@ -34,39 +70,41 @@ def drop_failed_loss(
       batch: the step's batch.
 
     Returns:
-      The batch, without any token that carries loss if the step failed; and the failure, or None.
+      The batch, without any token that carries loss if the step failed or is bad; and the failure,
+      or None.
     """
     policy_BC, nothing_BC = batch.policy_BC, np.zeros_like(batch.loss_BC)
-    failure = _find_lost_completions(records) or _find_raised_rewards(c, records)
+    no_policy_BC = None if policy_BC is None else np.zeros_like(policy_BC)
+    nothing = batch._replace(loss_BC=nothing_BC, policy_BC=no_policy_BC)
+    if loses_most_logits(records):
+        return nothing, None
+    failure = _find_lost_completions(records) or _find_lost_rewards(records)
     replies_lost = None if failure else _find_lost_replies(c, records)
     if replies_lost and policy_BC is not None and policy_BC.any() and not replies_lost.refused:
         return batch._replace(loss_BC=nothing_BC), None
     # A server that refuses every request needs the user, whatever else the step could teach.
     failure = failure or replies_lost
-    if failure:
-        policy_BC = None if policy_BC is None else np.zeros_like(policy_BC)
-        batch = batch._replace(loss_BC=nothing_BC, policy_BC=policy_BC)
-    return batch, failure
+    return (nothing if failure else batch), failure
 
 
 def _find_lost_completions(records: Sequence[dict]) -> bad_steps.Failure | None:
-    lost = [record for record in records if record["finish"] == "failed"]
-    if 2 * len(lost) <= len(records):
+    lost = [record["finish_detail"] for record in records if record["finish"] == "failed"]
+    if not is_most(len(lost), len(records)):
         return None
-    return bad_steps.Failure(
-        f"{len(lost)} of {len(records)} completions failed, the first: {lost[0]['finish_detail']}"
-    )
+    return bad_steps.Failure(describe_lost("failed", lost, len(records)))
 
 
-def _find_raised_rewards(c: config_lib.Config, records: Sequence[dict]) -> bad_steps.Failure | None:
-    statuses = [x.get("grade_status", "") for x in records]
-    raised = [status for status in statuses if status.startswith("raised:")]
-    if not raised or any(x.get("correct") is not None for x in records):
+def _find_lost_rewards(records: Sequence[dict]) -> bad_steps.Failure | None:
+    lost = list_lost_rewards(records)
+    graded = len(lost) + sum(x.get("correct") is not None for x in records)
+    if not is_most(len(lost), graded):
         return None
-    return bad_steps.Failure(
-        f"{c.reward.kind} (reward.kind) raised for all {len(raised)} completions, the first "
-        f"time {raised[0].partition(':')[2]}"
-    )
+    return bad_steps.Failure(describe_lost("unrewarded", lost, graded))
+
+
+def list_lost_rewards(records: Sequence[dict]) -> list[str]:
+    """Returns for each completion without a reward what the reward function raised or returned."""
+    return [record["grade_detail"] for record in records if record.get("grade_detail")]
 
 
 def _find_lost_replies(c: config_lib.Config, records: Sequence[dict]) -> bad_steps.Failure | None:

@@ -1,6 +1,7 @@
 """Tables of the results of evaluations, and the groups of problems in a result."""
 
 import collections
+import operator
 from collections.abc import Mapping, Sequence
 
 from copsd_jax.metrics import scoring, terminal
@@ -44,7 +45,7 @@ def _average_samples(records: Sequence[dict]) -> tuple[float, float, float]:
 
 def _restrict_to_shared(before: dict, after: dict) -> tuple[list[dict], list[dict]]:
     """Returns the records of the problems that both evaluations have, in the order of the first."""
-    key = lambda record: (record["id"], record["problem"], record["gold"])  # noqa: E731
+    key = operator.itemgetter("id", "problem", "gold", "lang", "group")
     later = {key(record): record for record in after["problems"]}
     pairs = [(old, later[key(old)]) for old in before["problems"] if key(old) in later]
     return [old for old, _ in pairs], [new for _, new in pairs]

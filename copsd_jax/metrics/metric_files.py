@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import reprlib
 import socket
 import struct
 import time
@@ -80,18 +81,18 @@ class Writer:
         self.close()
 
 
-def check_file(workdir: str | os.PathLike) -> None:
-    """Checks that metrics.jsonl, if it exists, has no damaged line.
+def check_file(workdir: str | os.PathLike) -> int:
+    """Checks that metrics.jsonl has no damaged line; returns its last step, or 0 without lines.
 
     Raises:
       ValueError: if a complete line is damaged; the message names the line.
     """
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    if path.exists():
-        try:
-            _read(path)
-        except ValueError as error:
-            raise ValueError(f"{error}: remove this line") from error
+    try:
+        rows = _read(path)[0] if path.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{error}: remove this line") from error
+    return rows[-1]["step"] if rows else 0
 
 
 def count_updates(workdir: str | os.PathLike, steps: int) -> int:
@@ -129,13 +130,14 @@ def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
 
 def _read(path: pathlib.Path) -> tuple[list[dict], list[bytes]]:
     """Returns the rows and the lines of metrics.jsonl, as `storage.read_lines` does."""
-    rows, lines = storage.read_lines(path, ("step",))
+    rows, lines = storage.read_lines(path, {"step": int})
     storage.check_order(path, rows, strict=True)
     for number, row in enumerate(rows, 1):
-        try:
-            [float(value) for value in row.values()]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} line {number} has a value that is not a number") from error
+        for name, value in row.items():
+            small = type(value) is float or (type(value) is int and abs(value) < 2**63)
+            if not small and value not in ("nan", "inf", "-inf"):
+                shown = reprlib.repr(value)
+                raise ValueError(f"{path} line {number} has {name} = {shown}: it must be a number")
     return rows, lines
 
 

@@ -15,6 +15,7 @@ The rewards differ from those of the SDPO environments (arXiv 2601.20802) in the
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -23,7 +24,9 @@ import json
 import math
 import numbers
 import re
+import reprlib
 import signal
+import traceback
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,9 +39,8 @@ STATUSES = (
     "not_a_choice",  # the content of <answer> is not a single letter
     "malformed",  # a tool call cannot be read
     "computed",  # the function of reward.kind returned the reward
-    # The function of reward.kind raised an exception ("raised:KeyError"), or returned no number
-    # ("raised:TypeError") or a number that is not finite ("raised:ValueError").
-    "raised",
+    "raised",  # the function of reward.kind raised an exception ("raised:KeyError")
+    "no_number",  # the function of reward.kind returned no finite number
 )
 
 
@@ -54,6 +56,7 @@ class Verdict:
         calls, the answer consists of the function names and the merged arguments.
       status: one of `STATUSES`; "raised" is followed by the exception's type ("raised:KeyError").
       feedback: sentences about the completion, without the gold answer; may be empty.
+      detail: if a user's function gave no reward, one line with what it raised or returned.
     """
 
     reward: float
@@ -61,6 +64,12 @@ class Verdict:
     answer: str | None
     status: str
     feedback: str
+    detail: str = ""
+
+
+def lacks_reward(status: str) -> bool:
+    """Returns whether a status says that a user's function raised or returned no finite number."""
+    return status.partition(":")[0] in ("raised", "no_number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,17 +342,23 @@ def _compute_verdict(function: Callable, gold: str, text: str) -> Verdict:
     """Scores a text by a user's function; an exception in one row must not end the run."""
     try:
         result = function(gold, text)
-        pair: Any = result if isinstance(result, tuple) else (result, "")
-        typed = len(pair) == 2 and isinstance(pair[0], numbers.Real) and isinstance(pair[1], str)
-        if not typed:
-            raise TypeError("the result is neither a number nor (number, text)")
-        if not math.isfinite(pair[0]):
-            raise ValueError("the number is not finite")
     except BaseException as error:
         if isinstance(error, MemoryError) or not is_user_error(error):
             raise  # a lack of memory is a fault of the machine
-        return Verdict(0.0, None, None, f"raised:{type(error).__name__}", "")
-    return Verdict(float(pair[0]), None, None, "computed", pair[1])
+        detail = "".join(traceback.format_exception_only(error))
+        return _lack_reward(f"raised:{type(error).__name__}", detail)
+    pair: Any = result if isinstance(result, tuple) else (result, "")
+    typed = len(pair) == 2 and isinstance(pair[0], numbers.Real) and isinstance(pair[1], str)
+    with contextlib.suppress(OverflowError):  # a whole number that is larger than any float
+        if typed and math.isfinite(number := float(pair[0])):
+            return Verdict(number, None, None, "computed", pair[1])
+    returned = f"it returned {reprlib.repr(result)} ({type(result).__name__})"
+    return _lack_reward("no_number", f"{returned} instead of a finite number or (number, text)")
+
+
+def _lack_reward(status: str, detail: str) -> Verdict:
+    line = _shorten(detail).encode("utf-8", "backslashreplace").decode()  # may have lone surrogates
+    return Verdict(0.0, None, None, status, "", line)
 
 
 # ---- the table -------------------------------------------------------------------------------

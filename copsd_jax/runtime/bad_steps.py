@@ -1,8 +1,9 @@
 """Bad and failed steps: the files of bad steps, and when such steps stop the run.
 
-A step is bad if its loss or its gradient is not finite, or if the logits of all its completions
-were not finite. A step failed if a server or a reward function gave nothing usable for it. Neither
-changes the weights. A failed step has no files, because the same inputs need not fail again.
+A step is bad if its loss or its gradient is not finite, or if the logits of more than half of its
+completions were not finite. A step failed if a server or a reward function gave too little that is
+usable for it. Neither changes the weights. A failed step has no files, because the same inputs need
+not fail again.
 
     W/bad/step_000025.npz    inputs and results of a bad step, as the compiled step got them
     W/bad/state_000024/      the state of the last good step, which bad steps do not change
@@ -152,7 +153,7 @@ class BadSteps:
         loss, norm = (float(self._metrics[name]) for name in ("loss", "grad_norm"))
         what = f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
         if math.isfinite(loss) and math.isfinite(norm):
-            what = "the logits of all completions are not finite"
+            what = "the logits of more than half of the completions are not finite"
         return f"{what} (bad step {self.streak} in a row)" if self.streak > 1 else what
 
     def _name_command(self, step: int) -> str:

@@ -127,7 +127,7 @@ def _refuse_changes(
 ) -> None:
     """Refuses settings that differ from those of the run, unless they may change."""
     refused = [
-        f"{name} was {was!r}, now {now!r}"
+        f"{name} was {config_lib.show(was)}, now {config_lib.show(now)}"
         for name, (was, now) in differing.items()
         if not _may_change(name, settings)
     ]
@@ -164,7 +164,11 @@ def count_steps(directory: pathlib.Path) -> int:
 def _read_starts(directory: pathlib.Path) -> list[dict]:
     """Returns the facts of each start; [] if run.json was removed."""
     path = directory / "run.json"
-    return workdir.read_starts(path) if path.is_file() else []
+    try:
+        return workdir.read_starts(path) if path.is_file() else []
+    except ValueError as error:
+        advice = "remove this file, to continue without comparing data and weights"
+        raise ValueError(f"{error}: {advice}") from error
 
 
 def read_first_fact(directory: pathlib.Path, name: str, otherwise: Any) -> Any:
@@ -196,8 +200,8 @@ def compare_facts(
     if not starts:
         if not count_steps(directory):  # nothing was trained
             return []
-        return [f"{directory / 'run.json'} is missing: data, weights and the environment are not "
-                "compared with those of the first start"]  # fmt: skip
+        missing = f"{directory / 'run.json'} is missing: the settings are compared with config.json"
+        return [f"{missing}, but the contents of data and weights, and the environment, are not"]
     different = []
     for name in [name for name in facts if name.endswith("fingerprint")]:
         if name == "eval_fingerprint":

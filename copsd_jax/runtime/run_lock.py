@@ -83,17 +83,23 @@ def _describe_machine() -> dict[str, str]:
 
 def _refuse(directory: pathlib.Path, holder: dict[str, Any]) -> LockedError:
     return LockedError(
-        f"--workdir={directory} is in use by process {holder.get('pid', 'unknown')} on "
-        f"{holder.get('host', 'an unknown host')}: wait until it ends, or choose another directory"
+        f"--workdir={directory} is in use by {_name_holder(holder)}: wait until it ends, or choose "
+        "another directory"
     )
 
 
+def _name_holder(holder: dict[str, Any]) -> str:
+    return f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+
+
 def _read_holder(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the content of a lock or lease; {} if it is unreadable or being written."""
+    """Returns the content of a lock or lease; {} if it is damaged or being written."""
     try:
-        return storage.read_object(path)
+        holder = storage.read_object(path)
+        storage.check_form(holder, {"pid": int, "host": str, "token?": str}, f"{path}")
     except (OSError, ValueError):
         return {}
+    return holder if 0 < holder["pid"] < 2**31 else {}
 
 
 # ------------------------------------------------------------------------------------------ flock
@@ -167,10 +173,9 @@ def _wait_for_lease(directory: pathlib.Path, path: pathlib.Path) -> None:
         if _clock(directory) - seen > STALE:
             return
         if not said:
-            holder = _read_holder(path)
             print(
-                f"waiting for at most {STALE:.0f} s, to see whether process {holder.get('pid')} on "
-                f"{holder.get('host')} still runs in {directory}",
+                f"waiting for at most {STALE:.0f} s, to see whether "
+                f"{_name_holder(_read_holder(path))} still runs in {directory}",
                 flush=True,
             )
             said = True
@@ -202,7 +207,7 @@ def _clock(directory: pathlib.Path) -> float:
 def _is_over(holder: dict[str, Any]) -> bool:
     """Returns whether the holder was a process of this machine that has ended."""
     here = _describe_machine()
-    if any(holder.get(name) != here[name] for name in here) or type(holder.get("pid")) is not int:
+    if any(holder.get(name) != here[name] for name in here):
         return False
     if holder["pid"] == os.getpid():
         return True
@@ -225,11 +230,7 @@ def _renew(path: pathlib.Path, lease: dict[str, Any], ended: threading.Event) ->
         holder = _read_holder(path)
         lost = not holder and time.time() - beaten > STALE
         if lost or holder.get("token", lease["token"]) != lease["token"]:
-            who = (
-                f"process {holder.get('pid')} on {holder.get('host')}"
-                if holder
-                else "another process"
-            )
+            who = _name_holder(holder)
             print(f"error: {who} has taken over {path.parent}", file=sys.stderr, flush=True)
             os._exit(1)
         lease["beat"] += 1

@@ -10,8 +10,9 @@ import json
 import os
 import pathlib
 import re
+import reprlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 PART = ".part"  # the suffix of files and folders that are not complete yet
@@ -162,20 +163,19 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
         return _parse_object(path.read_bytes(), f"{path}", "valid JSON")
 
 
-def read_lines(path: pathlib.Path, fields: tuple[str, ...] = ()) -> tuple[list[dict], list[bytes]]:
+def read_lines(path: pathlib.Path, form: Mapping[str, Any]) -> tuple[list[dict], list[bytes]]:
     """Reads a JSON Lines file with one object per line; an incomplete last line is not parsed.
 
     Args:
       path: the file.
-      fields: fields that every line must have.
+      form: the fields of every line; see `check_form`.
 
     Returns:
       The objects, and the bytes of the lines without newlines. The list of bytes has one more
       entry: the bytes after the last newline, which are b"" unless the last line is incomplete.
 
     Raises:
-      ValueError: a line is not an object with these fields; the message names the file and the
-        line.
+      ValueError: a line is not an object of this form; the message names the file and the line.
       StorageError: the file cannot be read.
     """
     with explain(path, "read"):
@@ -183,29 +183,65 @@ def read_lines(path: pathlib.Path, fields: tuple[str, ...] = ()) -> tuple[list[d
     rows = []
     for number, line in enumerate(lines[:-1], 1):
         row = _parse_object(line, f"{path} line {number}", "JSON")
-        if absent := [field for field in fields if field not in row]:
-            raise ValueError(f"{path} line {number} has no {absent[0]!r}")
+        check_form(row, form, f"{path} line {number}")
         rows.append(row)
     return rows, lines
 
 
+# The types that JSON can have, in words.
+_WORDS = {bool: "true or false", int: "a whole number", str: "text", list: "a list",
+          dict: "an object", type(None): "null"}  # fmt: skip
+
+
+def check_form(value: Any, form: Any, place: str, name: str = "") -> None:
+    """Checks the types of a value that was read from JSON.
+
+    For example, `{"id": str, "texts": [(str, type(None))], "seed?": int}` is the form of an object
+    with an id, a list of texts or nulls, and perhaps a seed. An object may have further fields.
+
+    Args:
+      value: the value.
+      form: a type, a tuple of types, a list with the form of each item, or a dict with the form of
+        each field.
+      place: the file or the line, for the message.
+      name: the name of the value in `place`, for the message; "" for the whole.
+
+    Raises:
+      ValueError: the value has another form; the message names the place and the part of the value.
+    """
+    types = form if isinstance(form, tuple) else (form if isinstance(form, type) else type(form),)
+    if type(value) not in types:
+        words = " or ".join(_WORDS[kind] for kind in types)
+        raise ValueError(f"{place} has {name} = {reprlib.repr(value)}: it must be {words}")
+    if isinstance(form, list):
+        for number, item in enumerate(value):
+            check_form(item, form[0], place, f"{name}[{number}]")
+    if isinstance(form, dict):
+        for key, inner in form.items():
+            field, full = key.rstrip("?"), f"{name}.{key}".strip(".?")
+            if field in value:
+                check_form(value[field], inner, place, full)
+            elif field == key:
+                raise ValueError(f"{place} has no {full!r}")
+
+
 def check_order(path: pathlib.Path, rows: list[dict], strict: bool) -> None:
-    """Checks that the integer field `step` of all rows ascends.
+    """Checks that the field `step` of all rows ascends.
 
     Args:
       path: the file of the rows, for the message.
-      rows: the rows of the file, in order; each has a field `step`.
+      rows: the rows of the file, in order; each has a whole number as `step`.
       strict: whether each step may occur only once.
 
     Raises:
-      ValueError: a step is not an integer, or is out of order.
+      ValueError: a step is out of order.
     """
     last = -1
     for number, row in enumerate(rows, 1):
         step = row["step"]
-        if type(step) is not int or step < last + strict:
+        if step < last + strict:
             raise ValueError(
-                f"{path} line {number} has step {step!r}, although the line before it has step "
+                f"{path} line {number} has step {step}, although the line before it has step "
                 f"{last if last >= 0 else 'none'}: the steps of this file must ascend"
             )
         last = step

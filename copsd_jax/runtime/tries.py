@@ -115,10 +115,11 @@ def _read_count(path: pathlib.Path) -> Count:
     try:
         count = storage.read_object(path)
         checkpoint, steps, (complete, more) = count["best"]
-        best = Progress(int(checkpoint), int(steps), (int(complete), int(more)))
-        return Count(int(count["attempt"]), int(count["tries"]), best)
+        values = [count["attempt"], count["tries"], checkpoint, steps, complete, more]
+        storage.check_form(values, [int], f"{path}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: remove this file, to count from 0 again") from error
+    return Count(values[0], values[1], Progress(checkpoint, steps, (complete, more)))
 
 
 def _write_count(path: pathlib.Path, count: Count) -> None:

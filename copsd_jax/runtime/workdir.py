@@ -31,6 +31,20 @@ from typing import Any
 from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import processes, storage
 
+# The forms of the files that a continued run reads; see `storage.check_form`.
+_START = {
+    "time?": str, "model?": str, "versions?": dict, "settings?": dict, "defaults?": dict,
+    "model_fingerprint?": str,
+    "identity?": dict.fromkeys(
+        ("tokenizer?", "prompt?", "jax?", "languages?", "functions?", "served?"), dict
+    ),
+}  # fmt: skip
+_EVENT = {"step": int, "action": str, "text": str}
+_SAMPLE = {"answer": (str, type(None)), "correct": bool, "truncated": bool}
+_RECORD = {"id": str, "lang": str, "group": str, "gold": str, "problem": str, "samples": [_SAMPLE]}
+_EVALUATION = {"step": int, "scores": dict, "problems": [_RECORD]}
+_COMPLETION = {"index": int, "id": str, "ids": [int], "finish": str}
+
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers grain ml-collections numpy".split()
 
 
@@ -136,13 +150,13 @@ def _find_settings(starts: list[dict]) -> dict[str, object] | None:
 def read_settings(directory: pathlib.Path) -> dict[str, object]:
     """Reads the settings of an existing run; returns each value by the setting's full name.
 
-    If config.json is missing, damaged or incomplete, the settings are those that run.json has, with
-    a message.
+    If config.json is missing or damaged, lacks settings, or has a value of a wrong type or range, the
+    settings are those that run.json has, with a message.
 
     Raises:
       FileNotFoundError: the directory has no config.json, and run.json has no settings.
-      ValueError: config.json has no model.path, and run.json has no settings; or the directory is a
-        URL.
+      ValueError: config.json is damaged or has no model.path, and run.json has no settings; or the
+        directory is a URL.
     """
     storage.check_local("--workdir", directory)
     path = directory / "config.json"
@@ -153,6 +167,7 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
         wanted = (_restore_settings(directory) or {"model.path": ""}).keys()
         if missing := sorted(wanted - settings.keys()):
             raise ValueError(f"{path} has no {missing[0]!r}")
+        _check_saved(settings, path)
     except (FileNotFoundError, ValueError) as error:
         settings = _restore_settings(directory)
         if settings is None:
@@ -160,6 +175,13 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
             raise type(error)(f"{error}: {advice}") from error
         print(f"{error}: the settings of the last start are taken from run.json", flush=True)
     return config_lib.without_retired(settings, f"--workdir={directory}")
+
+
+def _check_saved(settings: Mapping[str, object], place: str | pathlib.Path) -> None:
+    try:
+        config_lib.check_saved(settings)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _restore_settings(directory: pathlib.Path) -> dict[str, object] | None:
@@ -172,15 +194,20 @@ def _restore_settings(directory: pathlib.Path) -> dict[str, object] | None:
 
 
 def read_starts(path: pathlib.Path) -> list[dict]:
-    """Reads run.json; returns its entries, one for each start of the run."""
-    advice = "remove this file, to continue without comparing data and weights"
-    try:
-        starts = read_json(path).get("starts")
-    except ValueError as error:
-        raise ValueError(f"{error}: {advice}") from error
-    if not isinstance(starts, list) or not starts or not all(isinstance(s, dict) for s in starts):
-        raise ValueError(f"{path} does not list the starts of a run: {advice}")
-    return starts
+    """Reads run.json; returns its entries, one for each start of the run.
+
+    Raises:
+      ValueError: the file is damaged; the message names the file and the wrong value.
+      StorageError: the file cannot be read.
+    """
+    content = read_json(path)
+    storage.check_form(content, {"starts": [_START]}, f"{path}")
+    if not content["starts"]:
+        raise ValueError(f"{path} has no start of a run")
+    for number, start in enumerate(content["starts"]):
+        for name in ("settings", "defaults"):
+            _check_saved(start.get(name, {}), f"{path}: starts[{number}].{name}")
+    return content["starts"]
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -191,6 +218,11 @@ def read_json(path: pathlib.Path) -> dict:
       StorageError: the file cannot be read.
     """
     return storage.read_object(path)
+
+
+def read_all_settings(directory: pathlib.Path) -> dict[str, object]:
+    """Reads the settings of an existing run as `read_settings` does; absent ones get a default."""
+    return listed(config_lib.flat(config_lib.default())) | read_settings(directory)
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
@@ -215,11 +247,12 @@ def read_events(directory: pathlib.Path) -> list[dict]:
 
     Raises:
       ValueError: a line is not an event; the message names the line.
+      StorageError: the file cannot be read.
     """
     path = directory / "events.jsonl"
     if not path.is_file():
         return []
-    events, lines = storage.read_lines(path, ("step", "action", "text"))
+    events, lines = storage.read_lines(path, _EVENT)
     if lines[-1]:  # the file is always written whole
         raise ValueError(f"{path} line {len(lines)} is incomplete")
     storage.check_order(path, events, strict=False)
@@ -238,22 +271,29 @@ def check_files(directory: pathlib.Path) -> None:
     except ValueError as error:
         advice = "remove this file, to rebuild it from metrics.jsonl"
         raise ValueError(f"{error}: {advice}") from error
-    for path in sorted((directory / "eval").glob("step_*.json*")):
+    check_partials(directory / "eval")
+    for path in sorted((directory / "eval").glob("step_*.json")):
         try:
-            if path.suffix == ".jsonl":
-                storage.read_lines(path)
-            elif path.suffix == ".json":
-                read_evaluation(path)
+            read_evaluation(path)
         except ValueError as error:
             raise ValueError(f"{error}: {_advise_to_evaluate(directory, path)}") from error
 
 
+def check_partials(folder: pathlib.Path) -> None:
+    """Checks that the stopped evaluations in a folder can be continued.
+
+    Raises:
+      ValueError: a file is damaged; the message names the file and the line.
+      StorageError: a file cannot be read.
+    """
+    for path in sorted(folder.glob("step_*.partial.jsonl")):
+        read_partial(path)
+
+
 def _advise_to_evaluate(directory: pathlib.Path, path: pathlib.Path) -> str:
-    """Returns what to do about a damaged file of an evaluation."""
+    """Returns what to do about a damaged result of an evaluation."""
     names = [folder.name for folder in (directory / "checkpoints").glob("*")]
     saved, step = [int(name) for name in names if name.isdecimal()], read_step(path)
-    if path.suffix == ".jsonl":
-        return "remove this file; its completions are drawn again when the step is evaluated"
     if step in saved:
         command = f"python -m copsd_jax.evaluate --workdir={directory} --steps={step}"
         return f"to evaluate again: {command}"
@@ -269,9 +309,34 @@ def read_evaluation(path: pathlib.Path) -> dict:
       ValueError: the file does not contain a result; the message names the file and the line.
     """
     result = read_json(path)
-    if absent := [name for name in ("step", "scores", "problems") if name not in result]:
-        raise ValueError(f"{path} has no {absent[0]!r}")
+    storage.check_form(result, _EVALUATION, f"{path}")
+    for number, record in enumerate(result["problems"]):
+        if not record["samples"]:
+            raise ValueError(f"{path} has problems[{number}] without samples")
     return result
+
+
+def read_partial(path: pathlib.Path) -> tuple[list[dict], list[bytes]]:
+    """Reads the completions of an evaluation that was stopped.
+
+    Returns:
+      The objects of the lines, of which the first describes the evaluation, and the bytes of the
+      lines; see `storage.read_lines`.
+
+    Raises:
+      ValueError: a line is damaged; the message names the file and the line.
+      StorageError: the file cannot be read.
+    """
+    try:
+        rows, lines = storage.read_lines(path, {})
+        for number, row in enumerate(rows[1:], 2):
+            storage.check_form(row, _COMPLETION, f"{path} line {number}")
+            if not all(0 <= token < 2**31 for token in row["ids"]):
+                raise ValueError(f"{path} line {number} has numbers in 'ids' that are no token ids")
+    except ValueError as error:
+        advice = "remove this file; its completions are drawn again when the step is evaluated"
+        raise ValueError(f"{error}: {advice}") from error
+    return rows, lines
 
 
 def remove_later(directory: pathlib.Path, first: int, steps: int) -> None:

@@ -428,9 +428,9 @@ def grade_completions(
 ) -> list[reward_functions.Verdict]:
     """Grades completions; marks a completion as correct if its reward reaches reward.threshold.
 
-    The threshold is used only for verdicts whose `correct` is None. Only the leading process grades
-    completions. Because of time limits or a user's reward function, other processes could get other
-    verdicts.
+    The threshold is used only for verdicts whose `correct` is None. A completion without a reward
+    is not correct. Only the leading process grades completions. Because of time limits or a user's
+    reward function, other processes could get other verdicts.
 
     Args:
       run: the loaded run, with an open grader.
@@ -445,7 +445,11 @@ def grade_completions(
         prompts.restore_think_tag(prompt, text) for prompt, text in zip(asked, texts, strict=True)
     ]
     threshold = run.plan.config.reward.threshold
+    verdicts = processes.run_on_leader(lambda: run.rewarder.score(golds, whole))
+
+    def judge(verdict: reward_functions.Verdict) -> bool:
+        return verdict.reward >= threshold and not reward_functions.lacks_reward(verdict.status)
+
     return [
-        v if v.correct is not None else dataclasses.replace(v, correct=v.reward >= threshold)
-        for v in processes.run_on_leader(lambda: run.rewarder.score(golds, whole))
+        v if v.correct is not None else dataclasses.replace(v, correct=judge(v)) for v in verdicts
     ]

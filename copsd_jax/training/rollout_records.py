@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from copsd_jax.metrics import token_stats
+from copsd_jax.rewards import reward_functions
 from copsd_jax.sampler import loop
 from copsd_jax.teaching import solution_steps, token_spans
 from copsd_jax.training import layout, loaded_run, train_step
@@ -27,7 +28,7 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
     for i, row in enumerate(done.rows):
         completion, verdict = done.completions[i], done.verdicts[i]
         ungraded = completion.finish if completion.dropped else "no_gold"
-        known = verdict if done.groups[i] >= 0 else None  # None also if the reward raised
+        known = verdict if done.groups[i] >= 0 else None  # None also without a reward
         out.append(
             {
                 "id": row.id,
@@ -48,6 +49,7 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
                 "reward": known.reward if known else None,
                 "feedback": verdict.feedback if verdict else None,
                 "grade_status": verdict.status if verdict else ungraded,
+                "grade_detail": verdict.detail if verdict else "",
                 "steps": _record_step_spans(done.decoded[i], done.starts[i]),
             }
         )
@@ -90,7 +92,8 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
     graded = [record for record in made if record["correct"] is not None]
     # The status "raised:KeyError" is counted as "raised"; records keep the exception's name.
     statuses = [record["grade_status"].partition(":")[0] for record in graded]
-    raised = ["raised" for record in made if record["grade_status"].startswith("raised:")]
+    every = [record["grade_status"].partition(":")[0] for record in made]
+    unrewarded = filter(reward_functions.lacks_reward, every)
     # A user's reward function extracts no answer, so its verdicts say nothing about answer formats.
     formed = [
         record["answer"] is not None
@@ -107,7 +110,7 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
         **({"correct": mean([record["correct"] for record in graded])} if graded else {}),
         **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
         **({"format": mean(formed)} if formed else {}),
-        **count_statuses("grade", statuses + raised, []),
+        **count_statuses("grade", [*statuses, *unrewarded], []),
         # The slot occupancy is NaN if no prompt had to wait.
         **({} if math.isnan(sampler.occupancy) else {"slot_occupancy": sampler.occupancy}),
         "seconds/sampler": sampler.seconds,

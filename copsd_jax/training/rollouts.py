@@ -27,8 +27,8 @@ class Rollouts(NamedTuple):
       rows: the problem of each completion.
       samples: the index of each completion among the completions of its problem, counted from 0.
       groups: the index of each completion's group. A dropped completion ('nonfinite' or 'failed'),
-        or one whose reward raised, is in a group of its own, with a negative index, so that it
-        affects no other completion.
+        or one without a reward, is in a group of its own, with a negative index, so that it affects
+        no other completion.
       asked: the student's prompt for each completion.
       completions: the sampled ids, with log-probabilities and the reason why sampling ended.
       decoded: the text of each completion without the end token, and the characters of each token.
@@ -108,9 +108,11 @@ def sample_rollouts(
         [texts[i] for i in graded],
     )  # fmt: skip
     found = dict(zip(graded, verdicts, strict=True))
-    raised = {i for i, verdict in found.items() if verdict.status.startswith("raised:")}
+    unrewarded = {
+        i for i, verdict in found.items() if reward_functions.lacks_reward(verdict.status)
+    }
     groups = [
-        i // c.rollout.per_prompt if one and i not in raised else -1 - i
+        i // c.rollout.per_prompt if one and i not in unrewarded else -1 - i
         for i, one in enumerate(kept)
     ]
     return Rollouts(

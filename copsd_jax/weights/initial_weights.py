@@ -85,7 +85,7 @@ def find_source(path: str) -> Source | None:
     if not folder.is_dir():
         raise FileNotFoundError(f"model.init_from is {path!r}: there is no such folder")
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():
-        return Source("run", folder, workdir.read_settings(folder.parent.parent))
+        return Source("run", folder, workdir.read_all_settings(folder.parent.parent))
     for kind, file in (("adapter", peft.CONFIG), ("model", "config.json")):
         if (folder / file).is_file():
             return Source(kind, folder, {})
@@ -171,9 +171,12 @@ def _describe_adapter(
 
 def _check_base(source: Source, settings: Mapping[str, Any], base: pathlib.Path) -> None:
     """Refuses the adapter of a run that was trained on other base weights."""
-    starts = workdir.read_json(source.folder.parent.parent / "run.json")["starts"]
+    try:
+        start = workdir.read_starts(source.folder.parent.parent / "run.json")[0]
+    except ValueError as error:
+        refuse(source, f"{error}: restore this file from a copy")
     own = fingerprint_base(None, base, settings["model.init"])
-    if (theirs := starts[0]["model_fingerprint"]) != own:
+    if (theirs := start.get("model_fingerprint", own)) != own:
         refuse(source, f"the base weights of its adapter have the fingerprint {theirs[:12] or None}"
                f", but those of model.path have {own[:12] or None}")  # fmt: skip
     for name in () if own else DRAWN_BY:

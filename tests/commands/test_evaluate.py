@@ -82,7 +82,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
             ("garbage\n", "line 1 is not JSON: .*: remove this file"),
             ("[1, 2]\n", "line 1 is not a JSON object: remove this file"),
             (text + '{"index": 99999, "id": "x", "ids": [1], "finish": "stop"}\n', "is damaged"),
-            (text + '{"index": 0, "id": "x"}\n', "is damaged"),
+            (text + '{"index": 0, "id": "x"}\n', "has no 'ids': remove this file; its completions"),
             (text.replace('"id": "', '"id": "x'), "with other problems: remove this file"),
         ):
             partial.write_text(spoilt)

@@ -143,6 +143,21 @@ def test_the_commit_of_a_repository_is_fixed_at_the_first_start(tmp_path, refuse
     assert f"model.commit was '{commits['a']}', now '{commits['b']}'" in message
 
 
+def test_a_run_without_checkpoints_says_that_it_begins_again(tmp_path, capsys):
+    """If the folder was removed, or if no step was saved."""
+    argv = runs.argv("opsd", tmp_path, **SETTINGS)
+    begin(argv)
+    with metric_files.Writer(tmp_path) as writer:
+        for step in (1, 2):
+            writer.write(step, {"loss": 1.0})
+    begin(argv)
+    said = "metrics.jsonl goes up to step 2, but there is no checkpoint, so step 0 is used"
+    assert f"{tmp_path}/{said}" in capsys.readouterr().out.splitlines()
+    (tmp_path / "checkpoints" / "1").mkdir()
+    begin(argv)
+    assert said not in capsys.readouterr().out
+
+
 def lines(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
@@ -235,6 +250,8 @@ def test_a_run_of_an_old_program_goes_on(tmp_path, capsys):
     for scores in evaluation["scores"].values():
         for name in ("nonfinite", "failed"):  # shares that the old program did not have
             assert scores.pop(name) == 0
+    for problem in evaluation["problems"]:
+        assert {sample.pop("detail") for sample in problem["samples"]} == {""}
     assert len(evaluation.pop("policy")) == 2  # nor did it have the checksums of the policy
     assert evaluation == expected["evaluation"]
     # The date of its prompts is from then on that of its first start.

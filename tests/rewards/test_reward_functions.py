@@ -311,6 +311,14 @@ def module(tmp_path, monkeypatch):
         "async def wait():\n    asyncio.current_task().cancel(); await asyncio.sleep(1)\n"
         "def cancels(gold, text):\n    return asyncio.run(wait())\n"
         "def alone(text):\n    return 1.0\n"
+        "def large(gold, text):\n    return 10**400\n"
+        "def worded(gold, text):\n    return '1.0'\n"
+        "def three(gold, text):\n    return 1, 'a', 2\n"
+        "def swapped(gold, text):\n    return 'a', 1\n"
+        "class Away(Exception):\n    pass\n"
+        "def own(gold, text):\n    raise Away('two\\n lines \\udc80')\n"
+        "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n"
+        "def mute(gold, text):\n    raise Mute\n"
     )
     (tmp_path / "leaving_reward.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "stopping_reward.py").write_text("raise KeyboardInterrupt\n")
@@ -340,17 +348,30 @@ def test_what_a_text_makes_it_raise_is_counted(grader, module):
 
 
 @pytest.mark.parametrize(
-    "name, status",
+    "name, status, detail",
     [
-        *(("absent", "FileNotFoundError"), ("nothing", "TypeError"), ("endless", "ValueError")),
-        *(("leaves", "SystemExit"), ("interrupts", "KeyboardInterrupt")),
-        ("cancels", "CancelledError"),
+        ("absent", "raised:FileNotFoundError",
+         "FileNotFoundError: [Errno 2] No such file or directory: '/nonexistent/b'"),
+        ("leaves", "raised:SystemExit", "SystemExit: 0"),
+        ("interrupts", "raised:KeyboardInterrupt", "KeyboardInterrupt"),
+        ("cancels", "raised:CancelledError", "asyncio.exceptions.CancelledError"),
+        ("own", "raised:Away", "my_reward.Away: two lines \\udc80"),
+        ("mute", "raised:Mute", "my_reward.Mute: <exception str() failed>"),
+        ("nothing", "no_number", "it returned None (NoneType)"),
+        ("endless", "no_number", "it returned nan (float)"),
+        ("large", "no_number", "it returned 100000000000000000...0000000000000000000 (int)"),
+        ("worded", "no_number", "it returned '1.0' (str)"),
+        ("three", "no_number", "it returned (1, 'a', 2) (tuple)"),
+        ("swapped", "no_number", "it returned ('a', 1) (tuple)"),
     ],
-)
-def test_no_row_ends_the_run(score, module, name, status):
+)  # fmt: skip
+def test_no_row_ends_the_run(score, module, name, status, detail):
     """Neither an error of another kind nor a result that is no finite number."""
     verdict = score(f"{module}:{name}", "a", "b")
-    assert verdict == reward_functions.Verdict(0.0, None, None, f"raised:{status}", "")
+    if status == "no_number":
+        detail += " instead of a finite number or (number, text)"
+    assert verdict == reward_functions.Verdict(0.0, None, None, status, "", detail)
+    assert reward_functions.lacks_reward(verdict.status)
 
 
 def test_ctrl_c_outside_a_run_ends_the_grading(score, module):
@@ -392,7 +413,7 @@ def test_an_unknown_kind_is_refused_with_the_choices(grader, module, kind, reaso
 
 
 def test_every_status_is_in_the_table(grader, module):
-    kinds = [*reward_functions.REWARDS, f"{module}:length"]
+    kinds = [*reward_functions.REWARDS, f"{module}:length", f"{module}:nothing"]
     texts = ["", r"\boxed{x+}", r"\boxed{1}", "<answer>", "<answer>xx</answer>", "Action: f",
              "Action Input: f"]  # fmt: skip
     golds = {"choice": "A", "tool_call": "Action: f", "answer": "x^2+1"}

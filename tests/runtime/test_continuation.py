@@ -229,7 +229,9 @@ def test_versions_are_reported(tmp_path):
     assert continuation.compare_facts(path, after, ()) == []
     (path / "checkpoints" / "2").mkdir(parents=True)
     (line,) = continuation.compare_facts(path, after, ())
-    assert line.startswith(f"{path / 'run.json'} is missing: data, weights and the environment")
+    assert line.startswith(f"{path / 'run.json'} is missing: the settings are compared with config")
+    with pytest.raises(ValueError, match=r"\(data\.path was 'bundled:train', now 'other'\)"):
+        compare(path, data__path="other")
     rewrite(made(path) / "run.json", lambda run: run["starts"].__setitem__(0, {}))
     assert continuation.compare_facts(path, after | FACTS, ()) == []
 

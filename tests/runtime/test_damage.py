@@ -101,7 +101,10 @@ def directory(tmp_path):
     workdir.write_jsonl(tmp_path / "events.jsonl", events)
     result = {"step": 0, "scores": {}, "problems": []}
     workdir.write_json(tmp_path / "eval/step_000000.json", result)
-    workdir.write_jsonl(tmp_path / "eval/step_000003.partial.jsonl", [{"seed": 0}, {"index": 0}])
+    workdir.write_jsonl(
+        tmp_path / "eval/step_000003.partial.jsonl",
+        [{"seed": 0}, {"index": 0, "id": "7", "ids": [5], "finish": "stop"}],
+    )
     return tmp_path
 
 
@@ -264,15 +267,67 @@ def test_whole_files_are_not_mentioned(directory):
         (['{"a": 1}'], "line 1 has no 'step'"),
         (['{"step": 1}', '{"step": 1}'], "line 2 has step 1, although the line before it has step"),
         (['{"step": 2}', '{"step": 1}'], "line 2 has step 1, although .* step 2: .* must ascend"),
-        (['{"step": "1"}'], "line 1 has step '1'"),
-        (['{"step": 1, "loss": "high"}'], "line 1 has a value that is not a number"),
-        (['{"step": 1, "loss": [1]}'], "line 1 has a value that is not a number"),
+        (['{"step": "1"}'], "line 1 has step = '1': it must be a whole number: remove this line"),
+        (['{"step": 1, "loss": "high"}'], "line 1 has loss = 'high': it must be a number: remove"),
+        (['{"step": 1, "loss": [1]}'], r"line 1 has loss = \[1\]: it must be a number: remove"),
+        ([f'{{"step": 1, "loss": {10**400}}}'], r"line 1 has loss = 10*\.\.\.0*: it must be a num"),
         (["[" * 100_000], "line 1 is not JSON"),
     ],
 )
 def test_lines_that_are_not_metrics(directory, lines, said):
     (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert re.search(rf"metrics\.jsonl {said}", examine(directory))
+
+
+SAMPLE = {"answer": None, "correct": True, "truncated": False}
+RECORD = dict.fromkeys(("id", "lang", "group", "gold", "problem"), "x") | {"samples": [SAMPLE]}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("config.json", {"train.steps": "x"}, ": train.steps is 'x': it must be a whole number (at "
+         "least 0): the settings of the last start are taken from run.json"),
+        ("config.json", {"train.steps": 10**400}, ": train.steps is 1000"),
+        ("config.json", {"data.lang": [1]}, ": data.lang has 1: it must be a list of words: the s"),
+        ("run.json", {"starts": []}, " has no start of a run: remove this file, to continue with"),
+        ("run.json", {"starts": [3]}, " has starts[0] = 3: it must be an object: remove this file"),
+        ("run.json", {"starts": [{"defaults": []}]}, " has starts[0].defaults = []: it must be an"),
+        ("run.json", {"starts": [{"versions": [1]}]}, " has starts[0].versions = [1]: it must be "),
+        ("run.json", {"starts": [{"settings": "x"}]}, " has starts[0].settings = 'x': it must be "),
+        ("run.json", {"starts": [{"identity": {"jax": "x"}}]}, " has starts[0].identity.jax = 'x'"),
+        ("run.json", {"starts": [{}, {"settings": {"seed": 0.5}}]},
+         ": starts[1].settings: seed is 0.5: it must be a whole number"),
+        ("eval/step_000000.json", {"problems": 3}, " has problems = 3: it must be a list: remove"),
+        ("eval/step_000000.json", {"problems": [{}]}, " has no 'problems[0].id': remove this file"),
+        ("eval/step_000000.json", {"problems": [RECORD | {"samples": []}]},
+         " has problems[0] without samples: remove this file, to evaluate again"),
+        ("eval/step_000000.json", {"problems": [RECORD | {"samples": [SAMPLE | {"answer": 3}]}]},
+         " has problems[0].samples[0].answer = 3: it must be text or null: remove this file"),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_wrong_type_is_one_sentence(directory, capsys, name, change, said):
+    path = directory / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    found = examine(directory) + capsys.readouterr().out
+    assert found.startswith(f"{path}{said}"), found
+    assert found.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("events.jsonl", {"step": 2, "action": [], "text": ""}, "action = []: it must be text: re"),
+        ("eval/step_000003.partial.jsonl", {"index": 0, "id": "x", "ids": ["x"], "finish": "stop"},
+         "ids[0] = 'x': it must be a whole number: remove this file; its completions are drawn ag"),
+        ("eval/step_000003.partial.jsonl", {"index": 0, "id": "x", "ids": [-1], "finish": "stop"},
+         "numbers in 'ids' that are no token ids: remove this file; its completions are drawn ag"),
+    ],
+)  # fmt: skip
+def test_a_line_with_a_value_of_a_wrong_type_is_one_sentence(directory, name, line, said):
+    first = (directory / name).read_text().splitlines()[0]
+    (directory / name).write_text(f"{first}\n{json.dumps(line)}\n")
+    assert examine(directory).startswith(f"{directory / name} line 2 has {said}")
 
 
 def test_a_start_without_settings_leaves_no_trace(tmp_path):

@@ -124,6 +124,18 @@ def test_a_lease_of_another_host_is_watched(tmp_path, quick, capsys):
         assert time.monotonic() - begun < 0.5
 
 
+@pytest.mark.parametrize("change", [{"pid": "x"}, {"pid": 10**30}, {"pid": 0}, {"host": [1]}])
+def test_a_lease_of_wrong_types_is_that_of_another_process(tmp_path, quick, capsys, change):
+    lease = tmp_path / "lease.json"
+    lease.write_text(json.dumps(run_lock._describe_holder() | change))
+    assert "in use by another process: wait" in str(
+        run_lock._refuse(tmp_path, run_lock._read_holder(lease))
+    )
+    with run_lock.hold(tmp_path):
+        assert json.loads(lease.read_text())["pid"] == os.getpid()
+    assert "whether another process still runs in" in capsys.readouterr().out
+
+
 def test_the_clock_is_that_of_the_file_system(tmp_path, quick, monkeypatch):
     """With this machine's clock an hour fast, a fresh lease stays fresh."""
     (tmp_path / "lease.json").write_text(json.dumps({"host": "elsewhere", "pid": 7}))

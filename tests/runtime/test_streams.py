@@ -36,7 +36,7 @@ def test_a_terminal_gets_no_control_characters():
     every = "".join(HOSTILE) + "".join(map(chr, range(0xA0)))
     record = {
         "correct": False, "lang": every, "gold": every, "problem": every, "completion": every,
-        "finish": "failed", "finish_detail": every, "grade_status": f"raised:{every}",
+        "finish": "failed", "finish_detail": every, "grade_detail": every,
         "reply_detail": every, "reply_status": "refused",
     }  # fmt: skip
     shown = [

@@ -83,7 +83,17 @@ def test_the_program_takes_the_place_of_the_count_until_the_limit(tmp_path):
     assert start(tmp_path, 0).returncode == 0
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"attempt": 0, "tries": 1, "best": [1, 2]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"attempt": 0, "tries": 1, "best": [1, 2]}',
+        '{"attempt": "0", "tries": 1, "best": [1, 2, [3, 4]]}',
+        '{"attempt": 0, "tries": 1, "best": [1, 2, [3, Infinity]]}',
+    ],
+)
 def test_a_damaged_count_is_named(tmp_path, text):
     (tmp_path / "tries.json").write_text(text)
     done = start(tmp_path, 1)

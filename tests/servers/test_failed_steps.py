@@ -178,7 +178,7 @@ def test_ids_beyond_the_vocabulary_cost_their_rows(stub, tmp_path, capsys, monke
     assert set(stub.keys) == {"Bearer sk-secret-0123456789"}
     first = json.loads((tmp_path / "eval" / "step_000000.json").read_text())
     assert first["scores"]["en"]["failed"] == sum(spoiled[:6]) / 6
-    assert f"{sum(spoiled[:6])} of 6 samples failed on the server" in said
+    assert f"{sum(spoiled[:6])} of 6 samples failed, the first: " in said
     assert "completions failed, the first: the completion has the invalid id 1450" in said
 
 
@@ -386,9 +386,25 @@ def test_a_step_without_replies_keeps_its_policy_loss():
     assert drop(records, ones) == (False, True, None)
     reason = "none of the 1 replies of http://h/v1 (author.url) could be used, the first is timeout"
     assert drop(records) == drop(records, zeros) == (False, False, f"{reason}: away")
-    raised = [x | {"grade_status": "raised:OSError", "correct": None} for x in records]
+    raised = [x | {"grade_detail": "OSError: away", "correct": None} for x in records]
     assert drop(raised, ones)[:2] == (False, False)
-    assert "raised for all 2" in str(drop(raised, ones)[2])
+    reason = "2 of 2 completions got no reward from the function of reward.kind, the first: OSError"
+    assert str(drop(raised, ones)[2]) == f"{reason}: away"
+    # More than half count, as for a server; a completion without a gold answer does not count.
+    ungraded = records[0] | {"correct": None}
+    for lost, others, skipped in (
+        (1, [], True),
+        (1, [records[0]], False),
+        (2, [records[0]], True),
+        (1, [ungraded], True),
+        (2, [ungraded, *records[:1] * 2], False),
+    ):
+        some = [*raised[:1] * lost, *others]
+        assert (drop(some, ones)[2] is not None) == skipped
+    # Without most of the logits, a step is bad instead.
+    blank = records[0] | {"finish": "nonfinite", "correct": None}
+    assert drop([blank, blank, records[0]], ones) == (False, False, None)
+    assert drop([blank, records[0]], ones)[:2] == (True, True)
     # A refusal before an unusable reply counts as a refusal, whatever the policy loss.
     again = "sent again with max_completion_tokens, because the server refused max_tokens: no"
     refused = [records[0], records[1] | {"reply_status": "no_case", "reply_detail": again}]
@@ -438,9 +454,12 @@ def test_a_step_in_which_every_reward_raised_is_skipped(tmp_path, capsys, monkey
     sibling = next(x for x in records if x["id"] == alone["id"] and x is not alone)
     assert alone["advantage"] == sibling["advantage"] == 0  # both are alone in their groups
     out = capsys.readouterr().out
-    assert "step 1: the function of reward.kind failed for 1 of 8 completions, the first w" in out
-    reason = "test_failed_steps:reward (reward.kind) raised for all 8 completions, the first time"
-    assert f"step 2 is skipped: {reason} ConnectionError" in out
+    why = "of 8 completions got no reward from the function of reward.kind, the first: "
+    why += "ConnectionError: the judge is away"
+    assert f"warning: step 1: 1 {why}\n" in out
+    assert f"step 2 is skipped: 8 {why}\n" in out
+    assert alone["grade_status"] == "raised:ConnectionError"
+    assert alone["grade_detail"] == "ConnectionError: the judge is away"
 
 
 # ----------------------------------------------------------------------------- the gap of logps

@@ -1,5 +1,7 @@
 """A completion whose logits were not finite. Oracle: the step without that completion."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from test_records import moved
 
 from copsd_jax import evaluate
 from copsd_jax.methods import distill, table
+from copsd_jax.runtime import failures, nonfinite, workdir
 from copsd_jax.sampler import loop
 from copsd_jax.teaching import token_selection
 from copsd_jax.training import loaded_run, rollout_records
@@ -106,13 +109,65 @@ def test_a_lost_sample_of_an_evaluation_is_counted_and_not_correct(monkeypatch):
             return runs.sampled(made)
 
         monkeypatch.setattr(loaded_run, "sample", sample)
-        result = evaluate.evaluate(r, loaded_run.derive_run_policies(r, state)[0], rows)
+        policy = loaded_run.derive_run_policies(r, state)[0]
+        result = evaluate.evaluate(r, policy, rows)
     samples = [problem["samples"][0] for problem in result["problems"]]
     assert [one["correct"] for one in samples] == [True, True, False, True]
     assert [one["status"] for one in samples] == ["computed", "computed", "nonfinite", "computed"]
     assert (samples[2]["text"], samples[2]["tokens"], samples[2]["answer"]) == ("", 0, None)
     assert result["scores"]["en"]["nonfinite"] == 0.25
     assert result["scores"]["en"]["avg_at_n"] == 0.75
+
+
+def reward(gold, text):
+    """A reward for reward.kind of this module: a text with a line break raises."""
+    if "\n" in text:
+        raise KeyError(text)
+    return 1.0 if text == "fine" else "good"
+
+
+def test_an_evaluation_that_lost_most_samples_has_no_result(monkeypatch, tmp_path, capsys):
+    """Half of the samples may be lost, of whatever kind, and count as wrong."""
+    kind = {"reward__kind": "test_nonfinite_rollouts:reward", "reward__threshold": 0.0}
+    lost = {"nonfinite": loop.drop_tokens(), "failed": loop.drop_tokens("failed", "HTTP 500")}
+    made = []
+    with runs.loaded("opsd", eval__limit=4, **kind) as (r, state):
+
+        def evaluated(*texts):
+            made[:] = [lost[text] if text in lost else completion(r, text) for text in texts]
+            return evaluate.evaluate_step(r, state, 3, tmp_path / "step_000003.json", "here:")
+
+        def sample(r, policy, asked, section, keys, progress, done):
+            for i, one in enumerate(made):
+                done(i, one)
+            return runs.sampled(made)
+
+        monkeypatch.setattr(loaded_run, "sample", sample)
+        monkeypatch.setattr(workdir, "partial_file", lambda _: None)
+        monkeypatch.setattr(evaluate.storage, "remove", lambda _: None)
+        result = evaluated("fine", "a\nb", "odd", "fine")
+        both = [x["samples"][0] for x in result["problems"]]
+        assert [x["correct"] for x in both] == [True, False, False, True]
+        assert [x["status"] for x in both][1:3] == ["raised:KeyError", "no_number"]
+        returned = "it returned 'good' (str) instead of a finite number or (number, text)"
+        assert [x["detail"] for x in both] == ["", r"KeyError: 'a\nb'", returned, ""]
+        reason = "got no reward from the function of reward.kind, the first:"
+        assert capsys.readouterr().out.endswith(
+            f"here: 2 of 4 samples {reason} KeyError: 'a\\nb'\n"
+        )
+        whole = "4 samples of an evaluation"
+        for texts, error, said in (
+            (("odd", "a\nb", "odd", "fine"), failures.EngineError,
+             f"3 of {whole} {reason} {returned}"),
+            (("nonfinite", "odd", "nonfinite", "fine"), nonfinite.NonFinite,
+             f"2 of {whole} have logits that are not finite; 1 of {whole} {reason} {returned}"),
+            (("failed", "odd", "odd", "fine"), failures.EngineError,
+             f"1 of {whole} failed, the first: HTTP 500; 2 of {whole} {reason} {returned}"),
+        ):  # fmt: skip
+            with pytest.raises(error) as refused:
+                evaluated(*texts)
+            assert str(refused.value) == said
+    assert json.loads((tmp_path / "step_000003.json").read_text()) == result
 
 
 def test_a_told_completion_without_a_token_of_loss_is_not_taught(monkeypatch):

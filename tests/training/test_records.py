@@ -263,6 +263,7 @@ def test_a_function_that_raises_is_counted_and_has_no_format(monkeypatch):
     assert (values["grade_raised"], values["grade_computed"]) == (1, 2)
     assert "format" not in values
     assert work.records[0]["grade_status"] == "raised:KeyError"
+    assert [record["grade_detail"] for record in work.records] == ["KeyError: 'boom'", "", ""]
 
 
 # ---- writers -----------------------------------------------------------------------------------
