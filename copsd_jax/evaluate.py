@@ -37,6 +37,7 @@ from copsd_jax.runtime import (
     nonfinite,
     processes,
     storage,
+    streams,
     workdir,
 )
 from copsd_jax.sampler import loop, request

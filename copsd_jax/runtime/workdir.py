@@ -150,8 +150,8 @@ def _find_settings(starts: list[dict]) -> dict[str, object] | None:
 def read_settings(directory: pathlib.Path) -> dict[str, object]:
     """Reads the settings of an existing run; returns each value by the setting's full name.
 
-    If config.json is missing or damaged, lacks settings, or has a value of a wrong type or range, the
-    settings are those that run.json has, with a message.
+    If config.json is missing or damaged, lacks settings, or has a value of a wrong type or range,
+    the settings are those that run.json has, with a message.
 
     Raises:
       FileNotFoundError: the directory has no config.json, and run.json has no settings.
