@@ -66,9 +66,10 @@ def explain(path: pathlib.Path, action: str = "written") -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        reason, culprit = error.strerror or str(error), error.filename
-        if error.errno in (errno.EEXIST, errno.ENOTDIR) and culprit not in (None, str(path)):
-            reason += f": {culprit}"  # such as a file that has the name of a folder in `path`
+        reason = error.strerror or str(error)
+        # A file has the name of a folder, perhaps inside `path`.
+        if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:
+            reason += f": {error.filename}"
         raise StorageError(f"{path} cannot be {action} ({reason})") from error
 
 

@@ -1,6 +1,7 @@
 """A completion whose logits were not finite. Oracle: the step without that completion."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -9,9 +10,10 @@ import runs
 from test_methods import completion, one_device, right, row_with, script, spoiled
 from test_records import moved
 
-from copsd_jax import evaluate
+from copsd_jax import evaluate, train
 from copsd_jax.methods import distill, table
-from copsd_jax.runtime import failures, nonfinite, workdir
+from copsd_jax.metrics import terminal
+from copsd_jax.runtime import bad_steps, failures, nonfinite, workdir
 from copsd_jax.sampler import loop
 from copsd_jax.teaching import token_selection
 from copsd_jax.training import loaded_run, rollout_records
@@ -117,6 +119,37 @@ def test_a_lost_sample_of_an_evaluation_is_counted_and_not_correct(monkeypatch):
     assert (samples[2]["text"], samples[2]["tokens"], samples[2]["answer"]) == ("", 0, None)
     assert result["scores"]["en"]["nonfinite"] == 0.25
     assert result["scores"]["en"]["avg_at_n"] == 0.75
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_step_without_most_logits_is_bad(monkeypatch, tmp_path, count):
+    """Half of the completions may be lost; without more, the weights stay as they were."""
+    with runs.loaded("opsd", train__batch=4, eval__path="") as (r, state):
+        row = row_with(r, 1)
+        script(monkeypatch, [*"abcd"])
+        sample = loaded_run.sample
+
+        def losing(*args, **options):
+            result = sample(*args, **options)
+            kept = result.completions[count:]
+            return result._replace(completions=[loop.drop_tokens()] * count + kept)
+
+        monkeypatch.setattr(loaded_run, "sample", losing)
+        before = jax.device_get(state.trained)
+        bad = bad_steps.BadSteps(tmp_path, 0)
+        timer, late = terminal.Timer(), (math.inf, 0.0)
+        state, _, values = train._run_training_step(
+            r, state, [row] * 4, 0, np.float32(1), timer, bad, late
+        )
+    assert values["rollout_nonfinite"] == count
+    assert values["bad"] == (count == 3)
+    moved = jax.tree.map(
+        lambda a, b: not np.array_equal(a, b), before, jax.device_get(state.trained)
+    )
+    assert any(jax.tree.leaves(moved)) == (count == 2)
+    said = "step 1: the logits of more than half of the completions are not finite, so the weights"
+    assert [line.startswith(said) for line in bad.describe(1)] == [True] * (count == 3)
 
 
 def reward(gold, text):
