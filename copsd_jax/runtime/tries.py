@@ -17,7 +17,6 @@ import socket
 import sys
 from typing import NamedTuple
 
-from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import storage
 
 FILE = "tries.json"
@@ -150,11 +149,10 @@ def main(argv: list[str]) -> int:
         return 2
     if tries > args.limit:
         print(
-            f"error: --workdir={args.workdir}: {config_lib.spell_count(args.limit, 'start')} in a"
-            f" row made no progress (newest checkpoint {max(progress.checkpoint, 0)},"
-            f" {config_lib.spell_count(progress.steps, 'step')}), so the run is not started again:"
-            " read the log, then repeat the launcher's command, or set MAX_TRIES_WITHOUT_PROGRESS"
-            " to a larger number",
+            f"error: --workdir={args.workdir}: {args.limit} starts in a row made no progress"
+            f" (newest checkpoint {max(progress.checkpoint, 0)}, newest step {progress.steps}), so"
+            " the run is not started again: read the log, then repeat the launcher's command, or"
+            " set MAX_TRIES_WITHOUT_PROGRESS to a larger number",
             file=sys.stderr,
         )
         return 2
