@@ -75,6 +75,7 @@ def evaluate(
     Raises:
       failures.UnusableFile: another evaluation wrote `partial`, or the file is damaged.
       failures.EngineError: the server failed, or more than half of the samples were lost.
+      failures.RefusedRun: more than half of the samples were lost, mostly by the reward function.
       NonFinite: more than half of the samples were lost, mostly because logits were not finite.
     """
     plan, n = r.plan, r.plan.config.eval.samples
@@ -140,7 +141,7 @@ def _sample_evaluation(
         def done(k: int, completion: loop.Completion) -> None:
             i = todo[k]
             said[i] = _Said(list(completion.ids), completion.finish, completion.detail)
-            if stream is not None and completion.finish != "failed":
+            if stream is not None and completion.finish not in loop.DROPPED:
                 line = {"index": i, "id": ids[i], "ids": said[i].ids, "finish": said[i].finish}
                 stream.append((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
@@ -204,7 +205,8 @@ def _read_partial_evaluation(
     try:
         rows, raw = workdir.read_partial(partial) if partial.is_file() else ([], [b""])
         head, *lines = rows or [{}]
-        said = {line["index"]: _Said(line["ids"], line["finish"]) for line in lines}
+        kept = (line for line in lines if line["finish"] not in loop.DROPPED)
+        said = {line["index"]: _Said(line["ids"], line["finish"]) for line in kept}
         other = sorted(k for k in what if head and k not in free and head[k] != what[k])
         same = bool(head) and all(head[k] == what[k] for k in free)
         fit = all(ids[line["index"]] == line["id"] and line["index"] >= 0 for line in lines if same)
@@ -249,8 +251,10 @@ def _refuse_lost_samples(samples: Sequence[dict]) -> None:
     most = max(lost, key=lambda loss: len(lost[loss]))
     noun = "samples of an evaluation"
     lines = [failed_steps.describe_lost(k, v, len(samples), noun) for k, v in lost.items()]
-    kind = nonfinite.NonFinite if most == "nonfinite" else failures.EngineError
-    raise kind("; ".join(lines))
+    if most == "unrewarded":
+        lines.append("correct the function, and begin the run in another --workdir")
+    kinds = {"nonfinite": nonfinite.NonFinite, "unrewarded": failures.RefusedRun}
+    raise kinds.get(most, failures.EngineError)("; ".join(lines))
 
 
 def _score_evaluation(
@@ -383,18 +387,21 @@ def evaluate_step(
 def main(argv: list[str]) -> int:
     """Runs the program and returns its exit code.
 
-    The exit code is 0 if every requested checkpoint was evaluated, 2 after an error, 3 if the
-    weights are not finite, and 130 or 143 after Ctrl-C or SIGTERM. Without --steps, a damaged
-    checkpoint is skipped, unless all are damaged.
+    The exit code is 0 if every requested checkpoint was evaluated, 1 if a server or the disk
+    failed, 2 after another error, 3 if the weights or most logits are not finite, and 130 or 143
+    after Ctrl-C or SIGTERM. Without --steps, a damaged checkpoint is skipped, unless all are.
     """
     args = parse_evaluate_flags(argv)
     try:
         plan, steps = _plan_evaluation(args), _choose_steps(args)
+        processes.run_on_leader(lambda: _check_partials(args.out or args.workdir / "eval", steps))
     except (ValueError, OSError) as error:
         return failures.report(error)
     try:
         _evaluate_checkpoints(args, plan, steps)
-    except (checkpoint.UnusableCheckpoint, nonfinite.NonFinite) as error:
+    except (
+        checkpoint.UnusableCheckpoint, failures.RefusedRun, nonfinite.NonFinite,
+    ) as error:  # fmt: skip
         return failures.report(error)
     return 0
 
@@ -406,11 +413,18 @@ def _plan_evaluation(args: argparse.Namespace) -> run_plan.Plan:
         workdir.check_writable(args.out, "--out")
     else:
         workdir.check_writable(args.workdir / "eval", "without --out, --workdir", args.workdir)
-    workdir.check_partials(args.out or args.workdir / "eval")
     plan = run_plan.make_plan(config, train=False)
     if not plan.eval_rows:
         raise ValueError("eval.path is '': set --path to a file of problems")
     return plan
+
+
+def _check_partials(out: pathlib.Path, steps: Sequence[int]) -> None:
+    """Refuses a damaged file of a stopped evaluation before the weights are loaded."""
+    for step in steps:
+        path = workdir.partial_file(out / workdir.step_file(out, "eval", step).name)
+        if path.is_file():
+            workdir.read_partial(path)
 
 
 def _choose_steps(args: argparse.Namespace) -> list[int]:

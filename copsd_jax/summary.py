@@ -299,8 +299,8 @@ def summarize_ending(
     steps = plan.config.train.steps
     if skipped := processes.run_on_leader(lambda: metric_files.count_failed(directory, steps)):
         lines.append(
-            f"skipped {config_lib.spell_count(skipped, 'step')}, because no completion, reply or "
-            "reward was usable (metric `failed`)"
+            f"skipped {config_lib.spell_count(skipped, 'step')}, because too few completions, "
+            "replies or rewards were usable (metric `failed`)"
         )
     if stopped:
         lines.append(f"stopped by a guard: {stopped}")

@@ -2,7 +2,7 @@
 
 A failed step is skipped: no token carries loss, so weights and optimizer stay as they were. The
 metric `failed` counts it. `runtime/bad_steps.py` decides when failed steps stop a run. An
-evaluation loses its samples by the same rules as a step its completions.
+evaluation whose samples were lost for the same reasons is refused.
 """
 
 from collections.abc import Sequence

@@ -348,11 +348,14 @@ def _compute_verdict(function: Callable, gold: str, text: str) -> Verdict:
         detail = "".join(traceback.format_exception_only(error))
         return _lack_reward(f"raised:{type(error).__name__}", detail)
     pair: Any = result if isinstance(result, tuple) else (result, "")
-    typed = len(pair) == 2 and isinstance(pair[0], numbers.Real) and isinstance(pair[1], str)
-    with contextlib.suppress(OverflowError):  # a whole number that is larger than any float
+    returned = f"it returned a value of the type {type(result).__name__}"
+    # The user's object may raise, and Python writes no number of more than 4,300 digits.
+    with contextlib.suppress(Exception):
+        typed = len(pair) == 2 and isinstance(pair[0], numbers.Real) and isinstance(pair[1], str)
         if typed and math.isfinite(number := float(pair[0])):
             return Verdict(number, None, None, "computed", pair[1])
-    returned = f"it returned {reprlib.repr(result)} ({type(result).__name__})"
+    with contextlib.suppress(Exception):
+        returned = f"it returned {reprlib.repr(result)} ({type(result).__name__})"
     return _lack_reward("no_number", f"{returned} instead of a finite number or (number, text)")
 
 

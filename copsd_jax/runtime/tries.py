@@ -150,9 +150,9 @@ def main(argv: list[str]) -> int:
     if tries > args.limit:
         print(
             f"error: --workdir={args.workdir}: {args.limit} starts in a row made no progress"
-            f" (newest checkpoint {max(progress.checkpoint, 0)}, newest step {progress.steps}), so"
-            " the run is not started again: read the log, then repeat the launcher's command, or"
-            " set MAX_TRIES_WITHOUT_PROGRESS to a larger number",
+            f" (newest checkpoint {max(progress.checkpoint, 0)}, lines in metrics.jsonl:"
+            f" {progress.steps}), so the run is not started again: read the log, then repeat the"
+            " launcher's command, or set MAX_TRIES_WITHOUT_PROGRESS to a larger number",
             file=sys.stderr,
         )
         return 2

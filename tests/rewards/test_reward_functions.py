@@ -312,6 +312,7 @@ def module(tmp_path, monkeypatch):
         "def cancels(gold, text):\n    return asyncio.run(wait())\n"
         "def alone(text):\n    return 1.0\n"
         "def large(gold, text):\n    return 10**400\n"
+        "def huge(gold, text):\n    return 10**5000\n"
         "def worded(gold, text):\n    return '1.0'\n"
         "def three(gold, text):\n    return 1, 'a', 2\n"
         "def swapped(gold, text):\n    return 'a', 1\n"
@@ -360,6 +361,7 @@ def test_what_a_text_makes_it_raise_is_counted(grader, module):
         ("nothing", "no_number", "it returned None (NoneType)"),
         ("endless", "no_number", "it returned nan (float)"),
         ("large", "no_number", "it returned 100000000000000000...0000000000000000000 (int)"),
+        ("huge", "no_number", "it returned a value of the type int"),
         ("worded", "no_number", "it returned '1.0' (str)"),
         ("three", "no_number", "it returned (1, 'a', 2) (tuple)"),
         ("swapped", "no_number", "it returned ('a', 1) (tuple)"),

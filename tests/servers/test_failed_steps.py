@@ -221,7 +221,7 @@ def test_a_step_without_any_completion_is_skipped(stub, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 2 is skipped: 8 of 8 completions failed, the first: " in out
     assert "step 2 is not saved, because it was skipped" in out
-    assert "skipped 1 step, because no completion, reply or reward was usable" in out
+    assert "skipped 1 step, because too few completions, replies or rewards were usable" in out
     assert checkpoint.Checkpoints(tmp_path / "checkpoints").steps() == [1, 3]
     # The same command again adds nothing, and ends as before.
     assert main.main(runs.argv("opsd", tmp_path, **sampled(stub))) == 4

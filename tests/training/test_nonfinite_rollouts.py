@@ -189,13 +189,14 @@ def test_an_evaluation_that_lost_most_samples_has_no_result(monkeypatch, tmp_pat
             f"here: 2 of 4 samples {reason} KeyError: 'a\\nb'\n"
         )
         whole = "4 samples of an evaluation"
+        advice = "correct the function, and begin the run in another --workdir"
         for texts, error, said in (
-            (("odd", "a\nb", "odd", "fine"), failures.EngineError,
-             f"3 of {whole} {reason} {returned}"),
+            (("odd", "a\nb", "odd", "fine"), failures.RefusedRun,
+             f"3 of {whole} {reason} {returned}; {advice}"),
             (("nonfinite", "odd", "nonfinite", "fine"), nonfinite.NonFinite,
              f"2 of {whole} have logits that are not finite; 1 of {whole} {reason} {returned}"),
-            (("failed", "odd", "odd", "fine"), failures.EngineError,
-             f"1 of {whole} failed, the first: HTTP 500; 2 of {whole} {reason} {returned}"),
+            (("failed", "failed", "odd", "fine"), failures.EngineError,
+             f"2 of {whole} failed, the first: HTTP 500; 1 of {whole} {reason} {returned}"),
         ):  # fmt: skip
             with pytest.raises(error) as refused:
                 evaluated(*texts)
