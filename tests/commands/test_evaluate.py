@@ -109,3 +109,13 @@ def test_fingerprints_of_weights():
         {"a": tree["a"]},
     ]
     assert len({tuple(fingerprints.fingerprint_arrays(x)) for x in [tree, *others]}) == 6
+
+
+def test_a_completion_that_was_dropped_is_drawn_again(tmp_path):
+    """A file of an earlier version may have completions whose logits were not finite."""
+    what = {"policy": [1], "prompts": 3, "sha256": "x"}
+    ends = ("stop", "nonfinite", "failed")
+    lines = [{"index": i, "id": f"r{i}", "ids": [5], "finish": end} for i, end in enumerate(ends)]
+    path = tmp_path / "step_000003.partial.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [what, *lines]))
+    assert list(evaluate._read_partial_evaluation(path, what, ["r0", "r1", "r2"])) == [0]
