@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from copsd_jax import diagnostics
+from copsd_jax import token_comparison
 from copsd_jax.config import settings as config_lib
 from copsd_jax.losses import divergences, token_values
 from copsd_jax.problems import languages, problem_row
@@ -350,7 +350,7 @@ def score(
         mix = ((1.0, loaded_run.derive_run_policies(run, model.state)[0]),)
         if side == "teacher":
             mix = loaded_run.list_run_teacher_mixture(run, model.state)
-        logp_CV = diagnostics.score_tokens(run.decoder, mix, asked, ids)
+        logp_CV = token_comparison.score_tokens(run.decoder, mix, asked, ids)
     return Scores(np.asarray(ids, np.int32), logp_CV)
 
 

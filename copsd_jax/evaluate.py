@@ -19,10 +19,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from copsd_jax.runtime import command
+from copsd_jax.runtime import startup
 
 if __name__ == "__main__":
-    command.begin()  # first, because the imports below take time
+    startup.begin()  # first, because the imports below take time
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import failed_steps
@@ -32,6 +32,7 @@ from copsd_jax.problems import problem_row
 from copsd_jax.rewards import graders, reward_functions
 from copsd_jax.runtime import (
     checkpoint,
+    evaluation_files,
     failures,
     fingerprints,
     nonfinite,
@@ -159,7 +160,8 @@ def _sample_evaluation(
                 noun = "samples of an evaluation"
                 why = failed_steps.describe_lost("failed", failed, len(asked), noun)
                 raise failures.EngineError(why)
-            # A server may give up the last samples of a stopped evaluation, although they are few.
+            # A server gives up the rest of a call if more than half of the call's samples failed.
+            # A stopped evaluation may ask for its last few samples, so these are drawn again.
             todo = [i for i, x in zip(todo, made, strict=True) if given_up(x)]
     return [said[i] for i in range(len(asked))]
 
@@ -203,7 +205,7 @@ def _read_partial_evaluation(
     """
     free = ("policy", "prompts", "sha256")
     try:
-        rows, raw = workdir.read_partial(partial) if partial.is_file() else ([], [b""])
+        rows, raw = evaluation_files.read_partial(partial) if partial.is_file() else ([], [b""])
         head, *lines = rows or [{}]
         kept = (line for line in lines if line["finish"] not in loop.DROPPED)
         said = {line["index"]: _Said(line["ids"], line["finish"]) for line in kept}
@@ -284,7 +286,7 @@ def read_evaluation(file: pathlib.Path, rows: Sequence[problem_row.Row]) -> dict
     """
     if not file.is_file():
         return None
-    result = workdir.read_evaluation(file)
+    result = evaluation_files.read_evaluation(file)
     known = {(record["id"], record["problem"]) for record in result["problems"]}
     missing = sum((row.id, row.problem) not in known for row in rows)
     if missing:
@@ -424,7 +426,7 @@ def _check_partials(out: pathlib.Path, steps: Sequence[int]) -> None:
     for step in steps:
         path = workdir.partial_file(out / workdir.step_file(out, "eval", step).name)
         if path.is_file():
-            workdir.read_partial(path)
+            evaluation_files.read_partial(path)
 
 
 def _choose_steps(args: argparse.Namespace) -> list[int]:

@@ -13,10 +13,10 @@ import argparse
 import pathlib
 import sys
 
-from copsd_jax.runtime import command
+from copsd_jax.runtime import startup
 
 if __name__ == "__main__":
-    command.begin()  # first, because the imports below take time
+    startup.begin()  # first, because the imports below take time
 
 from copsd_jax.model import lora
 from copsd_jax.model import policy as policy_lib

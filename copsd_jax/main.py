@@ -34,10 +34,10 @@ import pathlib
 import sys
 from typing import NamedTuple
 
-from copsd_jax.runtime import command
+from copsd_jax.runtime import startup
 
 if __name__ == "__main__":
-    command.begin()  # first, because the imports below take time
+    startup.begin()  # first, because the imports below take time
 
 from absl import flags
 from ml_collections import config_flags

@@ -16,10 +16,10 @@ import pathlib
 import sys
 from typing import Any
 
-from copsd_jax.runtime import command
+from copsd_jax.runtime import startup
 
 if __name__ == "__main__":
-    command.begin()  # first, because the imports below take time
+    startup.begin()  # first, because the imports below take time
 
 import jax
 import numpy as np

@@ -1,7 +1,6 @@
 """Readable texts about a run: its plan, samples, failures, totals and end."""
 
 import collections
-import hashlib
 import json
 import pathlib
 
@@ -13,10 +12,10 @@ from copsd_jax.methods import failed_steps
 from copsd_jax.metrics import eval_tables, metric_files, terminal
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import reward_functions
-from copsd_jax.runtime import continuation, processes, sharding, storage, streams
+from copsd_jax.runtime import processes, sharding, streams
 from copsd_jax.teaching import prompts
 from copsd_jax.training import backends, builders, run_plan
-from copsd_jax.weights import initial_weights, tokenizer
+from copsd_jax.weights import tokenizer
 
 
 def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> str:
@@ -149,36 +148,6 @@ def _format_counts(counter: collections.Counter) -> str:
     return ", ".join(f"{count} ({reason})" for reason, count in counter.items()) or "none"
 
 
-def collect_facts(plan: run_plan.Plan) -> dict:
-    """Returns the facts that run.json records at each start: devices, fingerprints and counts."""
-    c, path = plan.config, plan.weights_path
-    languages = {"languages_file": storage.parse_path(c.languages_file)} if c.languages_file else {}
-    functions = {"reward.kind": c.reward.kind, "tokens.select": c.tokens.select}
-    served = {f"root of {c.sampler.model}": plan.server.root} if plan.server else {}
-    return {
-        **continuation.collect_environment(),
-        "identity": {
-            "tokenizer": tokenizer.fingerprint(plan.tokenizer),
-            "prompt": {"prompt.date": c.prompt.date},
-            "jax": continuation.read_jax_options(),
-            "languages": continuation.fingerprint_files(languages),
-            "functions": continuation.fingerprint_functions(functions),
-            "served": served,
-        },
-        "devices": [str(device) for device in plan.mesh.devices.flat],
-        "seed": c.seed,
-        "model": str(path),
-        "model_fingerprint": initial_weights.fingerprint_base(plan.start, path, c.model.init),
-        "init_fingerprint": initial_weights.fingerprint_source(plan.start),
-        "data_fingerprint": problem_row.compute_fingerprint(plan.rows),
-        "eval_fingerprint": problem_row.compute_fingerprint(plan.eval_rows),
-        "exemplars_fingerprint": problem_row.compute_fingerprint(plan.student.exemplars),
-        "author_fingerprint": _fingerprint_replies(plan.replies),
-        "dropped": dict(plan.dropped),
-        "eval_dropped": dict(plan.eval_dropped),
-    }
-
-
 def summarize_new_schedule(c: config_lib.Config, before: int, done: int, updates: int) -> str:
     """Describes in one line the learning rate of a run whose train.steps has changed.
 
@@ -198,12 +167,6 @@ def summarize_new_schedule(c: config_lib.Config, before: int, done: int, updates
         f"train.steps was {before}, now {c.train.steps}: the learning rate of step {done + 1} is "
         f"{new:.3g} instead of {old:.3g}{end} ({c.train.schedule} schedule)"
     )
-
-
-def _fingerprint_replies(records: dict[tuple[str, int], str]) -> str:
-    """Returns the SHA-256 of the sorted replies in author.path; "" if there are no replies."""
-    text = json.dumps([[*key, reply] for key, reply in sorted(records.items())])
-    return hashlib.sha256(text.encode()).hexdigest() if records else ""
 
 
 def summarize_failures(step: int, records: list[dict]) -> list[str]:

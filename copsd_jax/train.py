@@ -32,7 +32,15 @@ from copsd_jax.runtime import (
 )
 from copsd_jax.servers import author_server, sampler_server
 from copsd_jax.teaching import prompts
-from copsd_jax.training import builders, guards, layout, loaded_run, rollout_records, run_plan
+from copsd_jax.training import (
+    builders,
+    guards,
+    layout,
+    loaded_run,
+    rollout_records,
+    run_facts,
+    run_plan,
+)
 from copsd_jax.training.train_step import State
 from copsd_jax.weights import hub, initial_weights
 
@@ -64,7 +72,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
     config.model.dtype = np.dtype(plan.dtype).name
     lines, done = found.notes, continuation.count_steps(directory)
     if found.known:
-        lines += continuation.compare_facts(directory, summary.collect_facts(plan), found.changed)
+        lines += continuation.compare_facts(directory, run_facts.collect_facts(plan), found.changed)
         processes.run_on_leader(lambda: workdir.check_files(directory))
         last = processes.run_on_leader(lambda: metric_files.check_file(directory))
         if last and not done:
@@ -113,7 +121,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
     config, started = plan.config, time.monotonic()
     print(summary.summarize_plan(plan, directory, continued), flush=True)
     processes.wait_for_all("checked")  # no process writes before all processes have checked the run
-    facts = summary.collect_facts(plan)  # before the run sets options of JAX
+    facts = run_facts.collect_facts(plan)  # before the run sets options of JAX
     with (
         loaded_run.set_mesh_and_precision(plan),
         failures.exit_on_failure(directory),
@@ -223,8 +231,8 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 last = number == c.train.steps or bool(guard["stopped"])
                 lines = summary.summarize_failures(number, records) + bad.describe(number)
                 lines += [f"guard: {event.text}" for event in events]
-                _show(progress, lines)  # `check_gap` may end the run
-                lines = sampler_server.check_gap(c, number, values)
+                _show(progress, lines)  # `check_server_gap` may end the run
+                lines = sampler_server.check_server_gap(c, number, values)
                 # A step's checkpoint is saved after its metrics and records. A continued run
                 # therefore finds the metrics and records of all steps up to its checkpoint, and
                 # writes those of later steps again.
@@ -342,7 +350,7 @@ def _run_training_step(
         **timer.take(),
     }
     # The inputs are not returned, so that the keys and values in the inputs are freed before the
-    # next step. Guards may use the seconds of `values`, so all processes need those of one clock.
+    # next step. Guards may read the times in `values`, so all processes use the leader's times.
     return state, work.records, processes.run_on_leader(lambda: values)
 
 

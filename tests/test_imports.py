@@ -17,8 +17,8 @@ COMMANDS = {
     "evaluate": set(),
     "export": set(),
     "replay": set(),
-    "diagnostics": set(),
-    "api": {"diagnostics"},
+    "token_comparison": set(),
+    "api": {"token_comparison"},
 }
 
 

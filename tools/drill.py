@@ -121,9 +121,9 @@ def arm_file(spec: dict[str, Any]) -> None:
 def run_disturbed(spec: dict[str, Any], argv: list[str]) -> int:
     """Runs the program in this process, prepared to be disturbed; returns the exit code."""
     from copsd_jax import main
-    from copsd_jax.runtime import command, malloc
+    from copsd_jax.runtime import malloc, startup
 
-    command.begin()
+    startup.begin()
     malloc.keep_freed_memory()  # before JAX is imported
     if spec["kind"] == "phase":
         importlib.import_module("copsd_jax.train")  # all modules, before they are changed

@@ -1,9 +1,9 @@
 """Decode attention for TPUs (Pallas, Mosaic); the kernel reads only live parts of a cache.
 
 One query token per slot attends to the first `length` entries of its slot. The kernel visits the
-live blocks slot by slot. The kernel itself fetches each live block `buffers` - 1 blocks ahead, even
-if the block belongs to a later slot. For the last block of a slot, the kernel fetches only the
-128-entry chunks that contain a live entry:
+live blocks slot by slot. The kernel itself starts to fetch a live block when it is `buffers` - 1
+blocks away, even if the block belongs to a later slot. For the last block of a slot, the kernel
+fetches only the 128-entry chunks that contain a live entry:
 
     lengths 300, 0, 40; blocks of 256     fetch        0          1          2
                                           slot         0          0          2

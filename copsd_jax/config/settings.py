@@ -179,7 +179,7 @@ def split_lists(config: Config) -> None:
     """Splits the config's lists of words at commas, in place: ("sw,fr",) becomes ("sw", "fr").
 
     Raises:
-      ValueError: an item is no text. Python reads 1e999 on the command line as a number.
+      ValueError: an item is not text. Python reads 1e999 on the command line as a number.
     """
     for full in _WORDS:
         section, _, name = full.partition(".")

@@ -2,7 +2,7 @@
 
 The memory of the training step is affine in the size of the micro-batch, and the memory of a
 sampling phase is affine in the number of slots. If a proposal depends on the size of a phase, the
-phase is compiled at two sizes. The straight line through a phase's memory at two sizes gives the
+phase is compiled at two sizes. A straight line through a phase's memory at two sizes gives the
 largest size that fits. For other meshes, nothing is compiled: the bytes of held arrays are computed
 from shapes.
 """

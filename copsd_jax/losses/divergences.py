@@ -70,7 +70,7 @@ class Divergence:
         a bound is 0, its factor is left out.
 
     Raises:
-      ValueError: a value is out of range, or two settings exclude each other.
+      ValueError: a value is out of range, or two settings cannot be used together.
     """
 
     divergence: str = "fkl"

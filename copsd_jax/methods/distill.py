@@ -71,7 +71,7 @@ def make_batch(
     masks, found = _select_distilled_tokens(r, done, views, written, told)
     batch = _build_distill_batch(done, told, masks)
     if c.policy.weight:
-        batch = grpo.add_advantages(c, done, batch, c.policy.route == "successes")
+        batch = grpo.add_group_advantages(c, done, batch, c.policy.route == "successes")
     records = rollout_records.build_records(r, done)
     for i, record in enumerate(records):
         record |= _describe_distillation(told[i], written[i], found[i], views[i], wanted[i])

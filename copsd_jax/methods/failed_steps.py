@@ -79,7 +79,7 @@ def drop_failed_loss(
     if loses_most_logits(records):
         return nothing, None
     failure = _find_lost_completions(records) or _find_lost_rewards(records)
-    replies_lost = None if failure else _find_lost_replies(c, records)
+    replies_lost = None if failure else _find_lost_author_replies(c, records)
     if replies_lost and policy_BC is not None and policy_BC.any() and not replies_lost.refused:
         return batch._replace(loss_BC=nothing_BC), None
     # A server that refuses every request needs the user, whatever else the step could teach.
@@ -107,7 +107,9 @@ def list_lost_rewards(records: Sequence[dict]) -> list[str]:
     return [record["grade_detail"] for record in records if record.get("grade_detail")]
 
 
-def _find_lost_replies(c: config_lib.Config, records: Sequence[dict]) -> bad_steps.Failure | None:
+def _find_lost_author_replies(
+    c: config_lib.Config, records: Sequence[dict]
+) -> bad_steps.Failure | None:
     asked = [x for x in records if x.get("reply_status", "none") not in _NOT_REQUESTED]
     statuses = [record["reply_status"] for record in asked]
     if c.author.kind == "server":

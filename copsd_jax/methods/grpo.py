@@ -52,7 +52,7 @@ def make_batch(
     completions = [completion.ids for completion in done.completions]
     prefix = len(done.asked[0].prefix_ids)
     batch = layout.build_batch(asked, None, completions, student_prefix=prefix)
-    batch = add_advantages(r.plan.config, done, batch, successes_only=False)
+    batch = add_group_advantages(r.plan.config, done, batch, successes_only=False)
     records = rollout_records.build_records(r, done)
     for b, record in enumerate(records):
         record["advantage"] = float(batch.advantage_BC[b, 0])
@@ -63,7 +63,9 @@ def make_batch(
     return StepInputs(batch, *prefixes, records, metrics)
 
 
-def add_advantages(c, done: Rollouts, batch: layout.Batch, successes_only: bool) -> layout.Batch:
+def add_group_advantages(
+    c, done: Rollouts, batch: layout.Batch, successes_only: bool
+) -> layout.Batch:
     """Returns the batch with advantages, and with the mask of tokens that carry policy loss.
 
     All tokens of a completion have the same advantage. If the rewards of a group are all equal, its

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
+Z95 = 1.959963984540054  # 97.5th percentile of the standard normal distribution
 RESAMPLES = 10_000
 
 

@@ -42,7 +42,7 @@ class Timer:
 class Progress:
     """A progress line, which is updated in place on a terminal.
 
-    If the stream is not a terminal, a new line is written at most every five seconds. The last
+    If the stream is not a terminal, a line is written at most every five seconds. The last
     state of the progress is always written.
 
     Args:

@@ -176,7 +176,7 @@ def _read_integer(digits: str) -> int:
 
 
 def _read_decimal(digits: str) -> float | decimal.Decimal:
-    """Returns a number as float, or as Decimal if a float would change digits."""
+    """Returns a number as a float, or as a Decimal if a float would change its digits."""
     value = float(digits)
     if math.isinf(value):
         return value

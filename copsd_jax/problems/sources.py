@@ -27,7 +27,7 @@ from copsd_jax.problems.record_files import Record
 
 FIELDS = ("id", "problem", "solution", "answer", "Answer", "group", "wording")  # and problem_*
 _ANSWERS = ("answer", "Answer")
-_OPTIONS = ("choices", "options")  # fields with the options of a multiple choice
+_OPTIONS = ("choices", "options")  # fields with the options of a multiple-choice question
 # A last line such as "#### 42"; a longer line, or one without a digit, is a heading of Markdown.
 _MARKED = re.compile(r"(?:\A|\n)####(?!#)[ \t]*(?=[^\n]*\d)(\S+(?:[ \t]+\S+)?)[ \t]*\Z")
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")

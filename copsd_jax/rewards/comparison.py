@@ -58,7 +58,7 @@ def is_words(text: str) -> bool:
 
 @functools.lru_cache(maxsize=100_000)
 def is_readable(text: str) -> bool:
-    r"""Tells whether an answer can equal an answer that is written differently.
+    r"""Tells whether an answer may have other notations with the same value, as 1/2 has 0.5.
 
     An answer is not readable if it is prose, such as a whole solution, if it has several lines
     without LaTeX, if it is longer than `numerals.LONGEST`, if its braces do not match, or if it has
@@ -153,8 +153,8 @@ def _compare_quantities(gold: str, answer: str, policy: str) -> bool | None:
 
 
 def _compare_values(left: units.Quantity, right: units.Quantity, policy: str) -> bool | None:
-    # "3,5" may be a list, so the gold answer has a decimal comma only if it has a unit. One side is
-    # a number then, so "3,5" on the other side is a number too.
+    # A comma counts as a decimal comma only if the gold answer has a unit, because "3,5" alone may
+    # be a list. With a unit, one side is a number, so "3,5" on the other side is a number too.
     worded = bool(left.units or left.words)
     one = left.compute_value(comma=worded)
     if one is None:

@@ -260,7 +260,7 @@ def _read_calls(text: str) -> _Calls:
 
 
 def _read_gold_calls(gold: str) -> _Calls:
-    """Reads gold calls, written either like a completion or as a list of objects (ToolAlpaca)."""
+    """Reads gold calls, written like a completion or as a list of objects (ToolAlpaca)."""
     if not gold.lstrip().startswith("["):
         names, arguments = _read_calls(gold)
     else:

@@ -1,9 +1,10 @@
 """Numbers with units, currencies, counted nouns and scale words, in the languages of `units.json`.
 
-`units.json` has one entry for each meaning of a language: units and currencies (a word may be left
-out of an answer), scales (thousand, lakh, 万), values (half, squared: the text is not the number
-beside the word), powers (square, cubic) and joins (and, or). No entry has been checked by a speaker
-of the language yet; `checked` says so. Entries of the language `und` are international symbols.
+For each language, `units.json` has one entry per meaning of a word. Units and currencies may be
+left out of an answer. Scales multiply the number (thousand, lakh, 万). Values change the number in
+another way (half, squared). There are also powers (square, cubic) and joins (and, or). No entry has
+been checked by a speaker of the language yet; `checked` says so. Entries of the language `und` are
+international symbols.
 """
 
 import collections
@@ -31,7 +32,7 @@ _NUMERAL = re.compile(
 _TRAILING_UNIT = re.compile(
     r"(?P<body>.*[\d\\)}\]].*?) (?P<unit>[^\d\\\s(){}=<>]{2,20}(?:\^ ?\{?[23]\}?)?)$"
 )
-_VARIABLES = re.compile("[a-df-hj-np-tv-z]{1,3}", re.IGNORECASE)  # letters that rarely make a word
+_VARIABLES = re.compile("[a-df-hj-np-tv-z]{1,3}", re.IGNORECASE)  # letters that are rarely a word
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "THAI", "LAO", "VAI")
 _ARABIC_MARKS = re.compile("[\u064b-\u0652\u0670]")
 _LONGEST_PHRASE = 3  # words

@@ -29,7 +29,7 @@ class Worker:
 
     def __init__(self, memory: int):
         self._memory = memory
-        self._process: Any = None  # a subprocess.Popen while the process runs
+        self._process: Any = None  # the subprocess.Popen of a running process, or None
         self._unread = b""
 
     def ask(self, gold: str, answer: str, seconds: float, strict: bool = True) -> str:

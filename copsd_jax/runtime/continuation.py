@@ -218,7 +218,7 @@ def compare_facts(
         different += _describe_changes(was, now)
     if different:
         raise ValueError(
-            f"--workdir={directory} was begun with different files or settings of the environment "
+            f"--workdir={directory} was begun with other files or environment settings "
             f"({'; '.join(different)}): choose another directory, or restore the former state"
         )
     return _report_versions(starts[-1], facts)

@@ -18,7 +18,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def may_have_accelerator() -> bool:
-    """Returns whether JAX may find a device other than a CPU; does not start JAX."""
+    """Returns whether JAX could find a device other than a CPU; does not start JAX."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms != "cpu"
@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
     """Tells malloc to keep freed memory, in one arena for all threads; returns True on success.
 
     Call this function before JAX starts its threads; otherwise each thread may get its own arena.
-    The function affects only speed. If JAX may find an accelerator, or if the C library is not
+    The function affects only speed. If JAX could find an accelerator, or if the C library is not
     glibc, the function does nothing and returns False.
     """
     if may_have_accelerator() or platform.libc_ver()[0] != "glibc":

@@ -48,7 +48,7 @@ def check_finite(tree: Any, owner: str) -> None:
 
 
 def spell_numbers(value: Any) -> Any:
-    """Returns a value of JSON types with the texts "nan", "inf" and "-inf" for such numbers."""
+    """Replaces NaN and infinite numbers in a JSON value by the texts "nan", "inf" and "-inf"."""
     if isinstance(value, dict):
         return {name: spell_numbers(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -65,7 +65,7 @@ def list_devices() -> list:
     """Returns all devices of JAX; the first call starts JAX's platforms.
 
     Raises:
-      ValueError: JAX cannot start a platform, such as one that JAX_PLATFORMS names.
+      ValueError: JAX cannot start a platform, for example one named in JAX_PLATFORMS.
     """
     try:
         return jax.devices()

@@ -40,7 +40,7 @@ def check(directory: pathlib.Path) -> None:
     """Checks that no process of this machine runs in a directory; changes nothing.
 
     Raises:
-      LockedError: a process runs there.
+      LockedError: another process runs in the directory.
       StorageError: the lock cannot be read.
     """
     path = directory / "lock"

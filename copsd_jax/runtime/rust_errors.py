@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def explain_rust_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turns every error of a Rust library in the `with` block into a ValueError of one sentence.
+    """Turns each error of a Rust library in the `with` block into a one-sentence ValueError.
 
     The Rust code of `tokenizers` panics if it meets a value that its authors thought impossible.
     A panic is a BaseException of a class that cannot be imported, so its name is compared. Rust has

@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop, before and during a run; this module does not import JAX."""
+"""Handles signals that ask a process to stop, before or during a run; does not import JAX."""
 
 import contextlib
 import os

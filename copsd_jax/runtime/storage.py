@@ -254,7 +254,8 @@ def _parse_object(data: bytes, place: str, form: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         where = f" (line {line})" if line > 1 else ""
-        raise ValueError(f"{place} is not {form}: byte {error.start} is no UTF-8{where}") from error
+        reason = f"byte {error.start} is not valid UTF-8{where}"
+        raise ValueError(f"{place} is not {form}: {reason}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not {form}: {error}") from error
     if not isinstance(value, dict):

@@ -63,10 +63,10 @@ def measure_progress(workdir: pathlib.Path) -> Progress:
         evaluations = workdir / "eval"
         return Progress(
             max((int(name) for name in names if name.isdecimal()), default=-1),
-            _count_lines(metrics) if metrics.is_file() else 0,
+            _count_file_lines(metrics) if metrics.is_file() else 0,
             (
                 len(list(evaluations.glob("step_*.json"))),
-                sum(map(_count_lines, evaluations.glob("step_*.partial.jsonl"))),
+                sum(map(_count_file_lines, evaluations.glob("step_*.partial.jsonl"))),
             ),
         )
 
@@ -105,7 +105,7 @@ def count_try(workdir: pathlib.Path, attempt: int) -> tuple[int, Progress]:
     return tries, now
 
 
-def _count_lines(path: pathlib.Path) -> int:
+def _count_file_lines(path: pathlib.Path) -> int:
     with path.open("rb") as file:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
@@ -122,7 +122,10 @@ def _read_count(path: pathlib.Path) -> Count:
 
 
 def _write_count(path: pathlib.Path, count: Count) -> None:
-    """Writes the count under a name of this process, because all processes write it at once."""
+    """Writes the count.
+
+    All processes may write it at the same time, so each writes a temporary file of its own first.
+    """
     part = path.with_name(f"{FILE}.{socket.gethostname()}-{os.getpid()}{storage.PART}")
     with storage.explain(path):
         path.parent.mkdir(parents=True, exist_ok=True)

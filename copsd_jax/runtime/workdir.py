@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.runtime import processes, storage
+from copsd_jax.runtime import evaluation_files, processes, storage
 
 # The forms of the files that a continued run reads; see `storage.check_form`.
 _START = {
@@ -40,10 +40,6 @@ _START = {
     ),
 }  # fmt: skip
 _EVENT = {"step": int, "action": str, "text": str}
-_SAMPLE = {"answer": (str, type(None)), "correct": bool, "truncated": bool}
-_RECORD = {"id": str, "lang": str, "group": str, "gold": str, "problem": str, "samples": [_SAMPLE]}
-_EVALUATION = {"step": int, "scores": dict, "problems": [_RECORD]}
-_COMPLETION = {"index": int, "id": str, "ids": [int], "finish": str}
 
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers grain ml-collections numpy".split()
 
@@ -163,7 +159,7 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
     try:
         if not path.is_file():
             raise FileNotFoundError(f"--workdir={directory} has no config.json")
-        settings = read_json(path)
+        settings = storage.read_object(path)
         wanted = (_restore_settings(directory) or {"model.path": ""}).keys()
         if missing := sorted(wanted - settings.keys()):
             raise ValueError(f"{path} has no {missing[0]!r}")
@@ -200,7 +196,7 @@ def read_starts(path: pathlib.Path) -> list[dict]:
       ValueError: the file is damaged; the message names the file and the wrong value.
       StorageError: the file cannot be read.
     """
-    content = read_json(path)
+    content = storage.read_object(path)
     storage.check_form(content, {"starts": [_START]}, f"{path}")
     if not content["starts"]:
         raise ValueError(f"{path} has no start of a run")
@@ -208,16 +204,6 @@ def read_starts(path: pathlib.Path) -> list[dict]:
         for name in ("settings", "defaults"):
             _check_saved(start.get(name, {}), f"{path}: starts[{number}].{name}")
     return content["starts"]
-
-
-def read_json(path: pathlib.Path) -> dict:
-    """Reads a JSON object that `write_json` wrote.
-
-    Raises:
-      ValueError: the file contains something else; the message names the file and the line.
-      StorageError: the file cannot be read.
-    """
-    return storage.read_object(path)
 
 
 def read_all_settings(directory: pathlib.Path) -> dict[str, object]:
@@ -271,23 +257,12 @@ def check_files(directory: pathlib.Path) -> None:
     except ValueError as error:
         advice = "remove this file, to rebuild it from metrics.jsonl"
         raise ValueError(f"{error}: {advice}") from error
-    check_partials(directory / "eval")
+    evaluation_files.check_partials(directory / "eval")
     for path in sorted((directory / "eval").glob("step_*.json")):
         try:
-            read_evaluation(path)
+            evaluation_files.read_evaluation(path)
         except ValueError as error:
             raise ValueError(f"{error}: {_advise_to_evaluate(directory, path)}") from error
-
-
-def check_partials(folder: pathlib.Path) -> None:
-    """Checks that the stopped evaluations in a folder can be continued.
-
-    Raises:
-      ValueError: a file is damaged; the message names the file and the line.
-      StorageError: a file cannot be read.
-    """
-    for path in sorted(folder.glob("step_*.partial.jsonl")):
-        read_partial(path)
 
 
 def _advise_to_evaluate(directory: pathlib.Path, path: pathlib.Path) -> str:
@@ -300,43 +275,6 @@ def _advise_to_evaluate(directory: pathlib.Path, path: pathlib.Path) -> str:
     if 0 < step < max(saved, default=0):
         return f"remove this file; without checkpoint {step}, the step cannot be evaluated again"
     return "remove this file, to evaluate again"
-
-
-def read_evaluation(path: pathlib.Path) -> dict:
-    """Reads the result of an evaluation.
-
-    Raises:
-      ValueError: the file does not contain a result; the message names the file and the line.
-    """
-    result = read_json(path)
-    storage.check_form(result, _EVALUATION, f"{path}")
-    for number, record in enumerate(result["problems"]):
-        if not record["samples"]:
-            raise ValueError(f"{path} has problems[{number}] without samples")
-    return result
-
-
-def read_partial(path: pathlib.Path) -> tuple[list[dict], list[bytes]]:
-    """Reads the completions of an evaluation that was stopped.
-
-    Returns:
-      The objects of the lines, of which the first describes the evaluation, and the bytes of the
-      lines; see `storage.read_lines`.
-
-    Raises:
-      ValueError: a line is damaged; the message names the file and the line.
-      StorageError: the file cannot be read.
-    """
-    try:
-        rows, lines = storage.read_lines(path, {})
-        for number, row in enumerate(rows[1:], 2):
-            storage.check_form(row, _COMPLETION, f"{path} line {number}")
-            if not all(0 <= token < 2**31 for token in row["ids"]):
-                raise ValueError(f"{path} line {number} has numbers in 'ids' that are no token ids")
-    except ValueError as error:
-        advice = "remove this file; its completions are drawn again when the step is evaluated"
-        raise ValueError(f"{error}: {advice}") from error
-    return rows, lines
 
 
 def remove_later(directory: pathlib.Path, first: int, steps: int) -> None:
@@ -358,7 +296,9 @@ def remove_later(directory: pathlib.Path, first: int, steps: int) -> None:
             storage.remove(path)
     for path in sorted((directory / "eval").glob("step_*.json*")):
         step, whole = read_step(path), path.suffix == ".json"
-        if step > steps or (step > first and whole and "policy" not in read_evaluation(path)):
+        if step > steps or (
+            step > first and whole and "policy" not in evaluation_files.read_evaluation(path)
+        ):
             storage.remove(path)
             print(f"{path} may be of another schedule: it is removed", flush=True)
 

@@ -327,7 +327,7 @@ def _copy_prompt_to_slot(
     The number of entries is `tokens`. Only whole blocks are copied. The last block may contain
     surplus entries; each surplus entry is overwritten before a token attends to it. The copy uses
     slices, because a gather would make XLA change the cache's layout. On TPU, if a head's size is
-    smaller than the number of lanes, XLA changes the cache's layout even for slices.
+    smaller than the number of lanes, XLA changes the cache's layout even if it reads only slices.
     """
     layers, _, heads, _, size = kv.k.shape
 

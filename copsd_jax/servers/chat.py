@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from copsd_jax.runtime import workdir
+from copsd_jax.runtime import storage
 from copsd_jax.servers import client
 
 USABLE = ("ok", "cut")  # answers with these statuses have a text, and are cached
@@ -172,7 +172,7 @@ def _read_cached_answer(server: client.Server, digest: str) -> ChatAnswer | None
     if not server.cache or not path.exists():
         return None
     try:
-        found = workdir.read_json(path)
+        found = storage.read_object(path)
         text, status = found["text"], found["status"]
         if isinstance(text, str) and status in USABLE:
             return ChatAnswer(text, status, attempts=0)

@@ -284,7 +284,7 @@ class _PolicyKeeper:
             lost = self._times != known or name not in list_models(self._server, stop)
         except OSError:
             return False  # the refusal stands
-        with self._lock:  # if the server has the adapter from a restore that has not ended yet
+        with self._lock:  # waits for a restore in progress, which may have loaded the adapter
             return lost or self._times != known
 
 
@@ -311,7 +311,7 @@ def _check_served_completion(
     if end is None and reply.finish == "stop":
         raise ValueError(
             f"was stopped at the id {ids[-1]}, which is not in {sorted(text.sampling.stop_ids)} "
-            f"and completes no string of {text.sampling.stop}: the server has stop ids of its own"
+            f"and completes no string of {text.sampling.stop}: the server uses additional stop ids"
         )
     if end is None and len(ids) < text.limit:
         raise ValueError(

@@ -9,7 +9,7 @@ from copsd_jax.runtime import failures, processes, storage, workdir
 from copsd_jax.sampler import request
 from copsd_jax.servers import client, dialects, remote_engine
 
-# Bounds of logp_gap_max in nats, by model.dtype; see `check_gap`.
+# Bounds of logp_gap_max in nats, by model.dtype; see `check_server_gap`.
 GAPS = {"float32": 0.01, "bfloat16": 3.0}
 
 
@@ -54,12 +54,14 @@ def _list_readers(config: config_lib.Config) -> dict[str, object]:
     return {name: values[name] for name, value in off.items() if values[name] != value}
 
 
-def check_gap(config: config_lib.Config, step: int, metrics: Mapping[str, float]) -> list[str]:
+def check_server_gap(
+    config: config_lib.Config, step: int, metrics: Mapping[str, float]
+) -> list[str]:
     """Checks that the server's log-probabilities are those of the trainer's policy.
 
     Programs that differ only in rounding stay below 1e-4 in float32. In bfloat16, some of 1e5
-    tokens have gaps of a nat and more. The bounds are 100 times the former, so that a weight of 1 %
-    is wrong, and 3 nats, a factor of 20 between two probabilities.
+    tokens have gaps of a nat and more. Therefore the bound is 100 times as large in float32, and 3
+    nats in bfloat16, which is a factor of 20 between two probabilities.
 
     Args:
       config: the run's settings; model.dtype is the dtype of the trainer.

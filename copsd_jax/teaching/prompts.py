@@ -326,7 +326,7 @@ def build_prompt(
     conversation: Conversation,
     exemplars: Sequence[tuple[Row, Conversation]] = (),
 ) -> Prompt:
-    """Builds the prompt that shows the exemplars and then `conversation` about `row`.
+    """Builds a prompt: first the exemplars, then `conversation`, which is about `row`.
 
     Args:
       tokenizer: the model's tokenizer.

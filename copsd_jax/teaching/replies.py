@@ -110,7 +110,7 @@ class Reply:
 
 NONE = Reply("none")
 FILTERED = Reply("filtered")
-PROBE = Reply("ok", text="-", trace="-")  # the shortest reply, for measuring prompts
+PROBE = Reply("ok", text="-", trace="-")  # the shortest reply, to measure the lengths of prompts
 
 
 DIAGNOSE = """\
@@ -269,11 +269,11 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
     """Returns a critique, with an error status if the attempt shows that the critique is unusable.
 
     The attempt's steps before the first wrong step must occur in the trace, in the same order.
-    Where the trace repeats a right step, only the white space may differ. If the attempt is wrong,
-    other steps may be inserted between the right steps. The wrong step must not occur in the trace,
-    unless it is part of a repeated right step. A model copies errors that it is shown, so the
-    student would learn the wrong step from the trace. The trace may, however, contain parts of the
-    wrong step. A critique whose case is neither "right" nor "wrong" is returned unchanged.
+    Where the trace repeats a correct step, only the white space may differ. If the attempt is
+    wrong, other steps may be inserted between the right steps. The wrong step must not occur in the
+    trace, unless it is part of a repeated right step. A model copies errors that it is shown, so
+    the student would learn the wrong step from the trace. The trace may, however, contain parts of
+    the wrong step. A critique whose case is neither "right" nor "wrong" is returned unchanged.
 
     Args:
       reply: a critique, from `read_critique`.

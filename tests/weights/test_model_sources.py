@@ -252,7 +252,7 @@ def test_start_token_of_a_gguf_that_does_not_say(tmp_path, pre, begins):
 @pytest.mark.parametrize("key, value, part", [
     ("tokenizer.ggml.merges", None, ": the metadata entry tokenizer.ggml.merges is missing"),
     ("tokenizer.ggml.tokens", None, ": the metadata entry tokenizer.ggml.tokens is missing"),
-    ("tokenizer.ggml.tokens", [1, 2], ": .*tokens is missing, or is no list of str"),
+    ("tokenizer.ggml.tokens", [1, 2], ": .*tokens is missing, or is not a list of str"),
     ("tokenizer.ggml.token_type", [1, 1], " has [0-9]+ tokens, but 2 token types"),
     ("tokenizer.ggml.merges", ["a b c"], ": the merge 'a b c' does not consist of two parts"),
     ("tokenizer.ggml.merges", ["a ☃"], None),
