@@ -325,7 +325,7 @@ def _run_training_step(
     """
     # The optimizer's count decides the rate; the count does not advance in a step without update.
     updates = int(optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[-1][1])
-    # Once the compiled step has begun, the old state is gone, so the step can no longer be left.
+    # Once the compiled step has begun, the old state is gone, so the step has to be completed.
     with timer("rollout"), r.stop.leave_if_late(*expected):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
     taught, failure = failed_steps.drop_failed_loss(r.plan.config, work.records, work.batch)

@@ -126,6 +126,6 @@ def _find_lost_author_replies(
         f"none of the {len(asked)} replies of {c[source].url} ({source}.url) could be used, the "
         f"first is {statuses[0]}: {reason}",
         # A server that refused requests until they were changed, and then gave nothing usable, is
-        # as wrong as one that refuses every request.
+        # treated like a server that refuses every request.
         refused=set(statuses) == {"refused"} or bool(again),
     )

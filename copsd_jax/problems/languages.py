@@ -24,7 +24,7 @@ BUILT_IN = pathlib.Path(__file__).parent / "languages.json"
 BOX = "\\boxed{}"
 ANSWER_IS = "The answer is"  # graders search for these English words, whatever the language
 _CODE = re.compile(r"[a-z]{2,8}(?:[-_][a-z0-9]{1,8})*")
-# No word contains control characters, lone surrogates, private-use or unassigned code points.
+# No word contains control characters, lone surrogates, or private-use or unassigned code points.
 _NO_TEXT = ("Cc", "Cs", "Co", "Cn")
 _MARKERS = ("<|", "<think>", "</think>")  # these parts of chat templates are forbidden in all texts
 

@@ -15,7 +15,7 @@ _ANSWER_IS = re.compile(
 _SENTENCE_END = re.compile("[.!?](?=\\s|$)|[\u3002\uff01\uff1f\u0964\u1362\u06d4\u061f]|\n")
 # Abbreviations before which nothing ends: "Dr. Lee", "Rs. 26".
 _ABBREVIATION = re.compile(r"(?:\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|approx|Rs|Rp)|(?<!\S)(?:రూ))$")
-# A reason behind the answer is no part of the answer.
+# A reason that follows the answer is not part of the answer.
 _REASON = re.compile(r",?\s+(?:since|because)\b|,\s+(?:as|so|which|where|given\s+that)\s")
 _QUOTES = " \t\r*`\"'$"
 _BETWEEN_BOXES = (

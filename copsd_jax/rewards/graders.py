@@ -16,7 +16,7 @@ from copsd_jax.rewards import comparison, extraction, notation, numerals, units,
 OTHERS = ("choice", "none")  # answer forms that other kinds of reward use
 GRADERS = ("strict", "published")
 STATUSES = (
-    "plain",  # decided from strings and exact numbers
+    "plain",  # decided by comparing strings and exact numbers
     "symbolic",  # decided by math-verify
     "unparsed",  # math-verify cannot parse one of the answers; counted as not equal
     "timeout",  # the time limit was reached; counted as not equal
@@ -165,7 +165,7 @@ class Grader:
 
         Classes are numbered in order of first appearance. An answer is compared with the first
         answer of each class. The class of None is -1. Equal strings are compared once. After
-        several time limits, the answers that are left are only compared as strings and numbers.
+        several timeouts, the remaining answers are only compared as strings and numbers.
         """
         deadline = time.monotonic() + _CLASS_LIMITS * self._seconds
         firsts: list[str] = []

@@ -129,7 +129,7 @@ def _keep_gradable_text(text: str) -> str:
 
 
 def _fail(status: str, feedback: str) -> Verdict:
-    """Returns the verdict of a text without a readable answer."""
+    """Returns the verdict on a text that has no readable answer."""
     return Verdict(0.0, False, None, status, feedback)
 
 

@@ -113,7 +113,7 @@ def _compare_shapes(folder: pathlib.Path, prefix: str, like: Any) -> None:
 
 
 def _find_damage(folder: pathlib.Path) -> str:
-    """Returns why this process's share of a checkpoint is not whole, or ""."""
+    """Returns why this process's share of a checkpoint is incomplete, or ""."""
     with storage.explain(folder, "read"):
         if not any(folder.iterdir()):
             return "the folder is empty"
@@ -129,7 +129,7 @@ def _find_damage(folder: pathlib.Path) -> str:
 
 
 def _raise_if_damaged(folder: pathlib.Path, reason: str) -> None:
-    """Raises a DamagedCheckpoint on all processes if any process has a reason."""
+    """Raises DamagedCheckpoint on all processes if any process has a reason."""
     if reason := next(filter(None, processes.gather_texts(reason)), ""):
         raise DamagedCheckpoint(
             f"checkpoint {folder.name} in {folder.parent} is damaged ({reason})"

@@ -4,8 +4,8 @@
 
 A launcher gives each start of a run a number: 0 for a start by the user, then 1, 2 and so on. A
 start makes progress if it adds a checkpoint, a step to the metrics, or a completion to an
-evaluation. If `--limit` starts in a row have made no progress, the next one is refused with exit
-code 2. Otherwise the arguments after `--` replace this process, so that its signals and its exit
+evaluation. At most `--limit` starts in a row may make no progress; the next start is refused with
+exit code 2. Otherwise the arguments after `--` replace this process, so that its signals and its exit
 code are those of the program. W/tries.json contains the count. This module does not import JAX.
 """
 
@@ -28,8 +28,8 @@ class Progress(NamedTuple):
     Attributes:
       checkpoint: the step of the newest checkpoint, or -1.
       steps: the number of lines of the metrics.
-      evaluation: the number of complete evaluations, and of completions of the evaluation after
-        them. Pairs compare by the first number, then by the second.
+      evaluation: two numbers: of complete evaluations, and of completions that the next, incomplete
+        one has. Pairs compare by the first number, then by the second.
     """
 
     checkpoint: int

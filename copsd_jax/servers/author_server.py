@@ -7,7 +7,7 @@ import threading
 from copsd_jax.config import settings as config_lib
 from copsd_jax.servers import client
 
-# Replies of servers that have no list of models, which some OpenAI-compatible servers lack.
+# The replies to a request for the list of models, from servers that do not have this list.
 _WITHOUT_LIST = ("HTTP 404", "HTTP 405", "HTTP 501")
 
 

@@ -256,8 +256,8 @@ class _PolicyKeeper:
         """Hands the policy over, unless another row has done so since `known` was read.
 
         Raises:
-          OSError: the server did not take the policy, now or while this row waited for another
-            row's restore; or `stop` is set.
+          OSError: the server refused the policy, in this restore or in that of another row for
+            which this row waited; or `stop` is set.
         """
         tries = self._tries
         with self._lock:

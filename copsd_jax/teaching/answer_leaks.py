@@ -63,7 +63,7 @@ def _find_leaks(text: str, answer: str) -> list[tuple[int, int]]:
 def _find_sign(text: str, start: int) -> int:
     """Returns the index at which a number starts; a minus sign is part of the number.
 
-    Neither a hyphen after a word nor a minus sign after an operand belongs to the number after it.
+    A hyphen after a word, or a minus sign after an operand, is not part of the number after it.
     """
     before = text[max(start - 20, 0) : start].rstrip(" ")
     minus = before[-1:]

@@ -111,7 +111,7 @@ _Reached = list[tuple[equations.Equation, set[int] | None]]
 
 
 def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
-    """Returns the attempt's equations, each with the indices of the results that it newly reaches.
+    """Returns the attempt's equations, each with the indices of the results that it reaches first.
 
     The set of indices is empty if earlier equations already reached the results. An equation whose
     value is not a needed result has None instead of a set of indices.

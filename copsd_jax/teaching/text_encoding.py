@@ -61,8 +61,8 @@ def find_token_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int, in
       text: a text, for example a rendered chat template.
 
     Returns:
-      Start, end and id of each added token. The range includes the white space around the token
-      that the token's options `lstrip` and `rstrip` remove.
+      Start, end and id of each added token. The range also includes white space around
+      the token, if the token's options `lstrip` and `rstrip` remove it.
     """
     encoding = _encode(tokenizer, text, added=True)
     added = set(find_added_tokens(tokenizer)[0].values())

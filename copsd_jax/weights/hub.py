@@ -57,7 +57,7 @@ def resolve_model_path(
         if revision not in ("main", find_commit(found)):
             raise ValueError(
                 f"model.revision is {revision!r}: nothing reads it, because {setting} is {name!r}, "
-                "which is no repository id (otherwise leave it at 'main')"
+                "which is no repository id; set model.revision to its default, 'main'"
             )
         _refuse_other_folder(found, setting, name)
         return found

@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
     @property
     def is_adapter(self) -> bool:
-        """True if the folder contains an adapter, and not all weights of a model."""
+        """True if the folder contains an adapter instead of a whole model."""
         return self.kind == "adapter" or self.settings.get("train.trainable") == "lora"
 
 
@@ -181,7 +181,7 @@ def _check_base(source: Source, settings: Mapping[str, Any], base: pathlib.Path)
                f", but those of model.path have {own[:12] or None}")  # fmt: skip
     for name in () if own else DRAWN_BY:
         was, now = source.settings[name], settings[name]
-        if was != now and "auto" not in (was, now):  # auto is either dtype
+        if was != now and "auto" not in (was, now):  # auto may stand for either dtype
             refuse(source, f"the base weights of its adapter were drawn with {name}={was!r}, but "
                    f"the run has {now!r}")  # fmt: skip
 

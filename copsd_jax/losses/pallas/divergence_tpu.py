@@ -8,7 +8,7 @@ chip's peak rate.
 For JSD, reverse KL and the element clip, both log-sum-exps must be known before any gradient is
 computed, and Σb must be known before dz = b - p Σb is computed. The log-sum-exps and Σb can be
 computed in several ways. The table gives the cost of each way for T = 32,768, D = 2048 and
-V = 151,936 in bfloat16; TV is then 4.98e9. For these sizes, the floor is 310.6 ms on v5e and 66.6
+V = 151,936 in bfloat16; T · V is then 4.98e9. For these sizes, the floor is 310.6 ms on v5e and 66.6
 ms on v6e.
 
     logits computed again     5 matmuls: 1.67 floors
