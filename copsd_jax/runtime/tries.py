@@ -5,8 +5,9 @@
 A launcher gives each start of a run a number: 0 for a start by the user, then 1, 2 and so on. A
 start makes progress if it adds a checkpoint, a step to the metrics, or a completion to an
 evaluation. At most `--limit` starts in a row may make no progress; the next start is refused with
-exit code 2. Otherwise the arguments after `--` replace this process, so that its signals and its exit
-code are those of the program. W/tries.json contains the count. This module does not import JAX.
+exit code 2. Otherwise the arguments after `--` replace this process, so that its signals and its
+exit code are those of the program. W/tries.json contains the count. This module does not import
+JAX.
 """
 
 import argparse

@@ -7,9 +7,9 @@ chip's peak rate.
 
 For JSD, reverse KL and the element clip, both log-sum-exps must be known before any gradient is
 computed, and Σb must be known before dz = b - p Σb is computed. The log-sum-exps and Σb can be
-computed in several ways. The table gives the cost of each way for T = 32,768, D = 2048 and
-V = 151,936 in bfloat16; T · V is then 4.98e9. For these sizes, the floor is 310.6 ms on v5e and 66.6
-ms on v6e.
+computed in several ways. The table gives the cost of each way for T = 32,768, D = 2048 and V =
+151,936 in bfloat16; T · V is then 4.98e9. For these sizes, the floor is 310.6 ms on v5e and 66.6 ms
+on v6e.
 
     logits computed again     5 matmuls: 1.67 floors
     float32 logits stored     16 bytes per entry, 24 with Σb: 80 or 119 GB; JSD 1.47 floors on v5e
